@@ -1,0 +1,195 @@
+//! What went wrong, and who must act: every error of hone is a `Fault`, and its kind sets the exit code.
+//!
+//! The exit code tells Kubernetes whether a retry can help (`podFailurePolicy`), so a kind is chosen by
+//! *who must act*, not by where the error was found. Messages name the thing, the value found and the
+//! value expected; `help` says what to do. Neither ever holds a secret: URLs are shown without their query.
+
+use std::fmt;
+
+/// Who must act. The discriminant is the process exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// Bad command line.
+    Usage = 2,
+    /// Invalid or contradictory configuration.
+    Config = 10,
+    /// Dataset malformed, empty, or not what was declared.
+    Data = 11,
+    /// Model unsupported, incomplete or damaged.
+    Model = 12,
+    /// Credentials missing or refused (401, 403).
+    Auth = 13,
+    /// Does not fit: memory or disk, known before or after trying.
+    Capacity = 14,
+    /// Training produced NaN or infinity.
+    Diverged = 15,
+    /// Download or registry unreachable after all retries.
+    Network = 20,
+    /// Disk full or failing while running.
+    Storage = 21,
+    /// Accelerator failed.
+    Device = 22,
+    /// Training is done and safe on disk, but the push failed.
+    Push = 23,
+    /// Stopped by a signal; a checkpoint was written.
+    Interrupted = 30,
+    /// Stopped by a signal before anything could be saved.
+    InterruptedUnsaved = 31,
+    /// A defect of hone.
+    Internal = 70,
+}
+
+impl Kind {
+    /// Every kind, in order of exit code. README's table is tested against this list.
+    pub const ALL: [Kind; 14] = [
+        Kind::Usage,
+        Kind::Config,
+        Kind::Data,
+        Kind::Model,
+        Kind::Auth,
+        Kind::Capacity,
+        Kind::Diverged,
+        Kind::Network,
+        Kind::Storage,
+        Kind::Device,
+        Kind::Push,
+        Kind::Interrupted,
+        Kind::InterruptedUnsaved,
+        Kind::Internal,
+    ];
+
+    pub fn exit_code(self) -> u8 {
+        self as u8
+    }
+
+    /// Stable machine name, used in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Usage => "usage",
+            Kind::Config => "config",
+            Kind::Data => "data",
+            Kind::Model => "model",
+            Kind::Auth => "auth",
+            Kind::Capacity => "capacity",
+            Kind::Diverged => "diverged",
+            Kind::Network => "network",
+            Kind::Storage => "storage",
+            Kind::Device => "device",
+            Kind::Push => "push",
+            Kind::Interrupted => "interrupted",
+            Kind::InterruptedUnsaved => "interrupted-unsaved",
+            Kind::Internal => "internal",
+        }
+    }
+
+    /// Whether running the same thing again can succeed without anyone changing anything.
+    pub fn retry_helps(self) -> bool {
+        matches!(
+            self,
+            Kind::Network
+                | Kind::Storage
+                | Kind::Device
+                | Kind::Push
+                | Kind::Interrupted
+                | Kind::InterruptedUnsaved
+        )
+    }
+}
+
+/// An error with its kind, one sentence of what happened, and what to do about it.
+#[derive(Clone, Debug)]
+pub struct Fault {
+    pub kind: Kind,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+pub type Result<T> = std::result::Result<T, Fault>;
+
+impl Fault {
+    pub fn new(kind: Kind, message: impl Into<String>) -> Fault {
+        Fault { kind, message: message.into(), help: None }
+    }
+
+    /// What the reader should do; shown on a line of its own.
+    pub fn help(mut self, help: impl Into<String>) -> Fault {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Puts the place in front of the message: `file.parquet: row group 3: ...`.
+    pub fn at(mut self, place: impl fmt::Display) -> Fault {
+        self.message = format!("{place}: {}", self.message);
+        self
+    }
+
+    pub fn usage(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Usage, message)
+    }
+    pub fn config(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Config, message)
+    }
+    pub fn data(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Data, message)
+    }
+    pub fn model(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Model, message)
+    }
+    pub fn auth(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Auth, message)
+    }
+    pub fn capacity(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Capacity, message)
+    }
+    pub fn network(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Network, message)
+    }
+    pub fn internal(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Internal, message)
+    }
+
+    /// An I/O error on a path of ours. Disk full, read-only and I/O errors are storage; the rest too,
+    /// since by then the configuration has been checked.
+    pub fn storage(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Fault {
+        Fault::new(Kind::Storage, format!("cannot {doing} {}: {error}", path.display()))
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.message)?;
+        match &self.help {
+            Some(help) => write!(f, "\n  help: {help}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// Tensor code only fails by a defect of ours: shapes and types were checked when the model was read.
+impl From<candle_core::Error> for Fault {
+    fn from(error: candle_core::Error) -> Fault {
+        Fault::internal(format!("tensor operation failed: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_distinct_and_avoid_what_shells_and_kubelet_use() {
+        let mut codes: Vec<u8> = Kind::ALL.iter().map(|kind| kind.exit_code()).collect();
+        codes.dedup();
+        assert_eq!(codes.len(), Kind::ALL.len());
+        assert!(codes.iter().all(|&code| code > 1 && code < 126));
+    }
+
+    #[test]
+    fn a_fault_reads_as_place_message_help() {
+        let fault = Fault::data("0 rows").help("check the export").at("a.parquet");
+        assert_eq!(fault.to_string(), "a.parquet: 0 rows\n  help: check the export");
+    }
+}

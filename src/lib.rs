@@ -1,0 +1,7 @@
+//! hone fine-tunes a language model with QLoRA and ships the adapter.
+//!
+//! The list below is the table of contents, the data flow and the dependency order at once: a module uses
+//! only modules above it (a test holds this). `job` is the whole run on one page.
+
+pub mod fault;
+pub mod report;
