@@ -5,3 +5,11 @@
 
 pub mod fault;
 pub mod report;
+
+pub mod adapter;
+pub mod dataset;
+pub mod model;
+pub mod ops;
+pub mod registry;
+pub mod source;
+pub mod train;

@@ -1,0 +1,1 @@
+//! Trained parameters -> a PEFT folder, and back.

@@ -1,0 +1,1 @@
+//! Operations: each one a formula, its gradient, a fast CPU path; kernels share the stem.
