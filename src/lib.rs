@@ -5,11 +5,12 @@
 
 pub mod fault;
 pub mod report;
-
-pub mod adapter;
-pub mod dataset;
-pub mod model;
-pub mod ops;
-pub mod registry;
 pub mod source;
+pub mod dataset;
+pub mod ops;
+pub mod model;
 pub mod train;
+pub mod adapter;
+pub mod registry;
+pub mod spec;
+pub mod plan;
