@@ -1,1 +1,4 @@
 //! Operations: each one a formula, its gradient, a fast CPU path; kernels share the stem.
+
+pub mod cpu;
+pub mod four_bit;

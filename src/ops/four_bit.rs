@@ -1,0 +1,322 @@
+//! 4-bit block quantisation exactly as bitsandbytes stores it: NF4 and FP4, plain or double-quantised scales.
+//!
+//! A weight [N, K] is taken as one flat row of N*K values, in blocks of 64. Each block keeps its largest
+//! absolute value (`absmax`) and for each value the 4-bit index of the nearest code of value/absmax; value
+//! 2i sits in the *high* nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits, in
+//! blocks of 256, by the signed dynamic map. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
+//! Kernel: `kernels/four_bit.cu`.
+
+use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu;
+
+/// Values that share one scale.
+pub const BLOCK: usize = 64;
+/// Scales that share one second-level scale.
+const NESTED_BLOCK: usize = 256;
+
+/// Which 16 values the indices stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// The 16 quantiles of a normal distribution, ascending.
+    Nf4,
+    /// Sign, two exponent bits, one fraction bit; in the order of the bit patterns, not ascending.
+    Fp4,
+}
+
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+const FP4: [f32; 16] = [
+    0.0,
+    0.005_208_333_5,
+    0.666_666_7,
+    1.0,
+    0.333_333_34,
+    0.5,
+    0.166_666_67,
+    0.25,
+    0.0,
+    -0.005_208_333_5,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_34,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
+];
+
+impl Code {
+    /// The value of each 4-bit index.
+    pub fn values(self) -> &'static [f32; 16] {
+        match self {
+            Code::Nf4 => &NF4,
+            Code::Fp4 => &FP4,
+        }
+    }
+
+    /// The name in bitsandbytes' configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Code::Nf4 => "nf4",
+            Code::Fp4 => "fp4",
+        }
+    }
+
+    /// Indices in ascending order of their values, ties in the order of the index.
+    fn ascending(self) -> [u8; 16] {
+        let values = self.values();
+        let mut order: [u8; 16] = std::array::from_fn(|i| i as u8);
+        order.sort_by(|&a, &b| values[a as usize].total_cmp(&values[b as usize]).then(a.cmp(&b)));
+        order
+    }
+}
+
+/// Scales of a weight's blocks.
+#[derive(Clone, Debug)]
+pub enum Absmax {
+    /// [blocks] f32.
+    Plain(Tensor),
+    Nested {
+        /// [blocks] u8, index into the dynamic map.
+        codes: Tensor,
+        /// [blocks / 256] f32.
+        absmax: Tensor,
+        offset: f32,
+    },
+}
+
+/// A quantised weight [rows, cols].
+#[derive(Clone, Debug)]
+pub struct FourBit {
+    pub code: Code,
+    pub rows: usize,
+    pub cols: usize,
+    pub block: usize,
+    /// [ceil(rows * cols / 2)] u8.
+    pub packed: Tensor,
+    pub absmax: Absmax,
+}
+
+impl FourBit {
+    /// Quantises row-major `values`, on the CPU.
+    pub fn quantize(values: &[f32], rows: usize, cols: usize, code: Code, double: bool) -> Result<FourBit> {
+        FourBit::quantize_blocks(values, rows, cols, code, double, BLOCK)
+    }
+
+    fn quantize_blocks(
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        code: Code,
+        double: bool,
+        block: usize,
+    ) -> Result<FourBit> {
+        assert_eq!(values.len(), rows * cols, "a weight [{rows}, {cols}]");
+        assert!(block.is_multiple_of(2), "two values share a byte");
+        let table = Nearest::new(code);
+        let blocks = values.len().div_ceil(block);
+        let mut packed = vec![0u8; values.len().div_ceil(2)];
+        let mut scales = vec![0f32; blocks];
+        // 64 blocks a task: enough work to be worth handing out.
+        let group = 64;
+        packed
+            .par_chunks_mut(group * block / 2)
+            .zip(scales.par_chunks_mut(group))
+            .zip(values.par_chunks(group * block))
+            .for_each(|((packed, scales), values)| {
+                for ((packed, scale), values) in
+                    packed.chunks_mut(block / 2).zip(scales).zip(values.chunks(block))
+                {
+                    *scale = table.quantize_block(values, packed, values.len() == block);
+                }
+            });
+        let absmax = match double {
+            false => Absmax::Plain(cpu::tensor(scales, blocks)?),
+            true => nest(&scales)?,
+        };
+        let packed = Tensor::from_vec(packed, values.len().div_ceil(2), &Device::Cpu)?;
+        Ok(FourBit { code, rows, cols, block, packed, absmax })
+    }
+
+    /// The scale of each block, double quantisation undone: map[code] * absmax + offset in f32.
+    pub fn scales(&self) -> Result<Vec<f32>> {
+        match &self.absmax {
+            Absmax::Plain(absmax) => absmax.to_vec1(),
+            Absmax::Nested { codes, absmax, offset } => {
+                let absmax = absmax.to_vec1::<f32>()?;
+                let map = dynamic_map();
+                cpu::view(codes, |codes: &[u8]| {
+                    let scale = |(i, &code): (usize, &u8)| map[code as usize] * absmax[i / NESTED_BLOCK] + offset;
+                    codes.iter().enumerate().map(scale).collect()
+                })
+            }
+        }
+    }
+
+    /// All values in f32, before any rounding to the weight's own type.
+    pub fn dequantize(&self) -> Result<Vec<f32>> {
+        let (scales, values) = (self.scales()?, self.code.values());
+        let mut out = vec![0f32; self.rows * self.cols];
+        cpu::view(&self.packed, |packed: &[u8]| {
+            for (i, out) in out.iter_mut().enumerate() {
+                let byte = packed[i / 2];
+                let index = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                *out = values[index as usize] * scales[i / self.block];
+            }
+        })?;
+        Ok(out)
+    }
+
+    /// Bytes this weight takes.
+    pub fn bytes(&self) -> usize {
+        let scales = match &self.absmax {
+            Absmax::Plain(absmax) => absmax.elem_count() * 4,
+            Absmax::Nested { codes, absmax, .. } => codes.elem_count() + absmax.elem_count() * 4 + 4,
+        };
+        self.packed.elem_count() + scales
+    }
+}
+
+/// The nearest code of a value in [-1, 1]: 15 midpoints between the ascending codes.
+struct Nearest {
+    bounds: [f32; 15],
+    order: [u8; 16],
+}
+
+impl Nearest {
+    fn new(code: Code) -> Nearest {
+        let (values, order) = (code.values(), code.ascending());
+        let value = |i: usize| values[order[i] as usize];
+        Nearest { bounds: std::array::from_fn(|i| (value(i) + value(i + 1)) / 2.0), order }
+    }
+
+    /// A value on a midpoint takes the lower code, as `torch.bucketize` does.
+    #[inline(always)]
+    fn index(&self, scaled: f32) -> u8 {
+        let above: u8 = self.bounds.iter().map(|&bound| u8::from(scaled > bound)).sum();
+        self.order[above as usize]
+    }
+
+    /// Fills `packed` and returns the block's absmax. Full blocks multiply by the reciprocal and the last,
+    /// partial one divides: the reference does so, and the codes at the midpoints depend on it.
+    fn quantize_block(&self, values: &[f32], packed: &mut [u8], full: bool) -> f32 {
+        let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let floor = largest.max(1e-38);
+        let reciprocal = 1.0 / floor;
+        let scale = |value: f32| if full { value * reciprocal } else { value / floor };
+        let nibble = |value: f32| self.index(scale(value).clamp(-1.0, 1.0));
+        for (byte, pair) in packed.iter_mut().zip(values.chunks(2)) {
+            let low = pair.get(1).copied().map_or_else(|| self.index(0.0), nibble);
+            *byte = nibble(pair[0]) << 4 | low;
+        }
+        if full { largest } else { floor }
+    }
+}
+
+/// Double quantisation of block scales. Unlike the first level, the reference (`quantize_blockwise` on a CPU)
+/// divides in every block and compares the two distances, so a scale near a midpoint needs the same here.
+fn nest(scales: &[f32]) -> Result<Absmax> {
+    let offset = (scales.iter().map(|&scale| scale as f64).sum::<f64>() / scales.len() as f64) as f32;
+    let map = dynamic_map();
+    let nearest = |value: f32| {
+        let left = map.partition_point(|&code| code <= value).saturating_sub(1);
+        match map.get(left + 1) {
+            Some(right) if (right - value).abs() < (value - map[left]).abs() => left + 1,
+            _ => left,
+        }
+    };
+    let mut codes = Vec::with_capacity(scales.len());
+    let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
+    for block in scales.chunks(NESTED_BLOCK) {
+        let largest = block.iter().fold(0f32, |largest, scale| largest.max((scale - offset).abs()));
+        // A block of equal scales divides 0 by 0: NaN finds code 0, as in the reference, and times 0 is 0.
+        codes.extend(block.iter().map(|scale| nearest((scale - offset) / largest) as u8));
+        nested.push(largest);
+    }
+    let absmax = cpu::tensor(nested, scales.len().div_ceil(NESTED_BLOCK))?;
+    Ok(Absmax::Nested { codes: cpu::tensor(codes, scales.len())?, absmax, offset })
+}
+
+/// The 8-bit signed dynamic map (bitsandbytes `create_dynamic_map`): seven decades, each split evenly, with
+/// more values in the larger ones; 0 and 1 included. In f32 step by step, since its midpoints decide codes.
+pub fn dynamic_map() -> [f32; 256] {
+    const DECADES: i32 = 7;
+    let mut map = vec![0f32, 1.0];
+    for decade in 0..DECADES {
+        let points = (1usize << decade) + 1;
+        // Evenly spaced from 0.1 to 1, from both ends with one rounding each, as torch.linspace does.
+        let step = (1.0f32 - 0.1) / (points - 1) as f32;
+        let at = |i: usize| match i < points / 2 {
+            true => step.mul_add(i as f32, 0.1),
+            false => step.mul_add(-((points - 1 - i) as f32), 1.0),
+        };
+        let power = 10f64.powi(decade - (DECADES - 1)) as f32;
+        for i in 0..points - 1 {
+            let mean = (at(i) + at(i + 1)) / 2.0 * power;
+            map.extend([mean, -mean]);
+        }
+    }
+    map.sort_by(f32::total_cmp);
+    map.try_into().expect("2 + 2 * (2^7 - 1) = 256 values")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+
+    /// Vectors made with bitsandbytes 0.50.2: partial blocks, odd counts, zero blocks, outliers, values on
+    /// each decision boundary, more than 256 blocks, bf16 and f16 inputs, FP4, blocks of 128.
+    #[test]
+    fn bits_equal_bitsandbytes() -> Result<()> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/_nf4/nf4_vectors.safetensors");
+        let vectors = candle_core::safetensors::load(path, &Device::Cpu)?;
+        let floats = |name: &str| vectors[name].to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+        let bytes = |name: &str| vectors[name].flatten_all()?.to_vec1::<u8>();
+        assert_eq!(dynamic_map().to_vec(), floats("nested_code")?);
+        assert_eq!(NF4.to_vec(), floats("nf4_code")?);
+        assert_eq!(FP4.to_vec(), floats("fp4_code")?);
+        let cases: Vec<&str> = vectors.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
+        assert_eq!(cases.len(), 15);
+        for case in cases {
+            let weight = &vectors[&format!("{case}.weight")];
+            let (rows, cols) = weight.dims2()?;
+            let code = if case.starts_with("fp4") { Code::Fp4 } else { Code::Nf4 };
+            let block = if case.starts_with("blocksize128") { 128 } else { 64 };
+            let values = floats(&format!("{case}.weight"))?;
+            let plain = FourBit::quantize_blocks(&values, rows, cols, code, false, block)?;
+            let nested = FourBit::quantize_blocks(&values, rows, cols, code, true, block)?;
+            assert_eq!(plain.packed.to_vec1::<u8>()?, bytes(&format!("{case}.packed"))?, "{case}: codes");
+            assert_eq!(plain.scales()?, floats(&format!("{case}.absmax_f32"))?, "{case}: absmax");
+            let Absmax::Nested { codes, absmax, offset } = &nested.absmax else { unreachable!() };
+            assert_eq!(*offset, floats(&format!("{case}.offset"))?[0], "{case}: offset");
+            assert_eq!(absmax.to_vec1::<f32>()?, floats(&format!("{case}.nested_absmax"))?, "{case}: nested absmax");
+            assert_eq!(codes.to_vec1::<u8>()?, bytes(&format!("{case}.absmax_u8"))?, "{case}: nested codes");
+            for (quantized, name) in [(&plain, "dq_plain"), (&nested, "dq_nested")] {
+                // The reference rounds once to the weight's own type.
+                let ours = Tensor::from_vec(quantized.dequantize()?, (rows, cols), &Device::Cpu)?;
+                let ours = ours.to_dtype(weight.dtype())?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                assert_eq!(ours, floats(&format!("{case}.{name}"))?, "{case}: {name}");
+            }
+        }
+        Ok(())
+    }
+}
