@@ -231,24 +231,27 @@ impl Nearest {
     }
 }
 
-/// Double quantisation of block scales. Unlike the first level, the reference (`quantize_blockwise` on a CPU)
-/// divides in every block and compares the two distances, so a scale near a midpoint needs the same here.
+/// Double quantisation of block scales.
+///
+/// The reference (bitsandbytes' `quantize_cpu`) looks codes up in a table of 65,536 cells, so a scale is first
+/// rounded to that grid and then to the nearest code; near a midpoint this decides the code (5 of 15 recorded
+/// vectors hold such a scale). On a GPU it compares exactly: there a code in some thousands differs by one.
 fn nest(scales: &[f32]) -> Result<Absmax> {
+    const CELLS: f32 = 65_535.0;
     let offset = mean(scales);
     let map = dynamic_map();
+    let bounds: Vec<f32> = map.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
     let nearest = |value: f32| {
-        let left = map.partition_point(|&code| code <= value).saturating_sub(1);
-        match map.get(left + 1) {
-            Some(right) if (right - value).abs() < (value - map[left]).abs() => left + 1,
-            _ => left,
-        }
+        let cell = ((value + 1.0) * 0.5 * CELLS + 0.5).floor();
+        let value = cell / CELLS * 2.0 - 1.0;
+        bounds.partition_point(|&bound| bound < value) as u8
     };
     let mut codes = Vec::with_capacity(scales.len());
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
     for block in scales.chunks(NESTED_BLOCK) {
         let largest = block.iter().fold(0f32, |largest, scale| largest.max((scale - offset).abs()));
         // A block of equal scales divides 0 by 0: NaN finds code 0, as in the reference, and times 0 is 0.
-        codes.extend(block.iter().map(|scale| nearest((scale - offset) / largest) as u8));
+        codes.extend(block.iter().map(|scale| nearest((scale - offset) / largest)));
         nested.push(largest);
     }
     let absmax = cpu::tensor(nested, scales.len().div_ceil(NESTED_BLOCK))?;
