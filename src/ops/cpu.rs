@@ -9,6 +9,8 @@ use candle_core::{
     CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
 };
 
+use super::matmul::{Operand, Precision};
+
 /// A number type the operations compute in: `f32` in training, `f64` in tests of gradients.
 pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {
     const ZERO: Self;
@@ -23,6 +25,23 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
     /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`, on the calling thread.
     #[allow(clippy::too_many_arguments)]
     fn gemm(mnk: [usize; 3], alpha: Self, a: View<Self>, b: View<Self>, beta: Self, c: &mut [Self], c_row: usize);
+    /// The same over stored operands and on all threads; see `ops::matmul`.
+    #[allow(clippy::too_many_arguments)]
+    fn product(
+        mnk: [usize; 3],
+        alpha: Self,
+        a: Operand<Self>,
+        b: Operand<Self>,
+        beta: Self,
+        c: &mut [Self],
+        c_row: usize,
+        precision: Precision,
+    ) {
+        let _ = precision;
+        let [m, n, k] = mnk;
+        let (a, b) = (a.expand(m, k), b.expand(k, n));
+        Self::gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row);
+    }
     /// The slice of a storage, to write.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
@@ -190,16 +209,36 @@ macro_rules! with_real {
     };
 }
 
-/// Reads a contiguous tensor's elements.
-pub fn view<T: WithDType, R>(tensor: &Tensor, read: impl FnOnce(&[T]) -> R) -> Result<R> {
+/// A contiguous tensor's elements, to read.
+pub struct Read<'a, T> {
+    storage: candle_core::StorageRef<'a>,
+    range: std::ops::Range<usize>,
+    kind: std::marker::PhantomData<T>,
+}
+
+/// Opens a contiguous CPU tensor for reading; it derefs to a slice.
+pub fn read<T: WithDType>(tensor: &Tensor) -> Result<Read<'_, T>> {
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("expected a tensor on the CPU") };
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
-    Ok(read(&storage.as_slice::<T>()?[from..to]))
+    match &*storage {
+        Storage::Cpu(cpu) => cpu.as_slice::<T>().map(|_| ())?,
+        _ => bail!("expected a tensor on the CPU"),
+    }
+    Ok(Read { storage, range: from..to, kind: std::marker::PhantomData })
+}
+
+impl<T: WithDType> std::ops::Deref for Read<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            Storage::Cpu(cpu) => &cpu.as_slice::<T>().expect("checked when opened")[self.range.clone()],
+            _ => unreachable!("checked when opened"),
+        }
+    }
 }
 
 /// Changes a contiguous tensor's elements in place. Nothing else may view the same storage meanwhile: candle
-/// guards storages by a lock, so reading one inside `write` that shares it would wait for ever.
+/// guards storages by a lock, so a `Read` of the same storage held across this call would wait for ever.
 pub fn edit<T: Real, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<F, R>(RefCell<(Option<F>, Option<R>)>, std::marker::PhantomData<R>);
     struct Typed<T, F, R>(Edit<F, R>, std::marker::PhantomData<T>);

@@ -163,10 +163,9 @@ impl FourBit {
             Absmax::Nested { codes, absmax, offset } => {
                 let absmax = absmax.to_vec1::<f32>()?;
                 let map = dynamic_map();
-                cpu::view(codes, |codes: &[u8]| {
-                    let scale = |(i, &code): (usize, &u8)| map[code as usize] * absmax[i / NESTED_BLOCK] + offset;
-                    codes.iter().enumerate().map(scale).collect()
-                })
+                let codes = cpu::read::<u8>(codes)?;
+                let scale = |(i, &code): (usize, &u8)| map[code as usize] * absmax[i / NESTED_BLOCK] + offset;
+                Ok(codes.iter().enumerate().map(scale).collect())
             }
         }
     }
@@ -175,13 +174,12 @@ impl FourBit {
     pub fn dequantize(&self) -> Result<Vec<f32>> {
         let (scales, values) = (self.scales()?, self.code.values());
         let mut out = vec![0f32; self.rows * self.cols];
-        cpu::view(&self.packed, |packed: &[u8]| {
-            for (i, out) in out.iter_mut().enumerate() {
-                let byte = packed[i / 2];
-                let index = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
-                *out = values[index as usize] * scales[i / self.block];
-            }
-        })?;
+        let packed = cpu::read::<u8>(&self.packed)?;
+        for (i, out) in out.iter_mut().enumerate() {
+            let byte = packed[i / 2];
+            let index = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+            *out = values[index as usize] * scales[i / self.block];
+        }
         Ok(out)
     }
 

@@ -1,0 +1,60 @@
+//! Dropout from counters: the mask is a function of (row key, site, column), so the backward pass makes it again
+//! instead of keeping it, and packing examples differently does not change it. Kernel: `kernels/dropout.cu`.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{self, Real};
+use crate::with_real;
+
+/// x [T, C] -> x * mask / (1 - p). `keys` holds one number a row: an example's token in a given epoch.
+/// The map is linear and symmetric, so the same call maps gradients back.
+pub fn apply(x: &Tensor, p: f64, keys: &[u64], site: u64) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    assert!(keys.len() == rows && (0.0..1.0).contains(&p), "dropout of {p} on {rows} rows, {} keys", keys.len());
+    // An element falls out when the top 32 bits of its hash are below p * 2^32.
+    let threshold = (p * 4_294_967_296.0) as u64;
+    with_real!(x, T => {
+        let scale = T::of(1.0 / (1.0 - p));
+        let mut y = vec![T::ZERO; rows * width];
+        let x = &*cpu::read::<T>(x)?;
+        y.par_chunks_mut(width).zip(x.par_chunks(width)).zip(keys).for_each(|((y, x), key)| {
+            let row = mix(key ^ mix(site));
+            for (column, (y, &x)) in y.iter_mut().zip(x).enumerate() {
+                let keep = mix(row.wrapping_add(column as u64)) >> 32 >= threshold;
+                *y = if keep { x * scale } else { T::ZERO };
+            }
+        });
+        cpu::tensor(y, (rows, width))
+    })
+}
+
+/// SplitMix64's output function (Steele, Lea, Flood 2014).
+pub fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_the_asked_share_keeps_the_mean_and_depends_on_every_counter() -> Result<()> {
+        let x = Tensor::ones((64, 1000), candle_core::DType::F64, &candle_core::Device::Cpu)?;
+        let keys: Vec<u64> = (0..64).collect();
+        let y = apply(&x, 0.1, &keys, 3)?;
+        let dropped = cpu::to_f64(&y)?.iter().filter(|&&y| y == 0.0).count() as f64 / 64_000.0;
+        assert!((dropped - 0.1).abs() < 0.005, "dropped {dropped}");
+        assert!((y.mean_all()?.to_scalar::<f64>()? - 1.0).abs() < 0.01);
+        assert_eq!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 3)?)?);
+        assert_ne!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 4)?)?);
+        // A row's mask follows its key, wherever the row stands.
+        let reversed: Vec<u64> = keys.iter().rev().copied().collect();
+        let moved = apply(&x, 0.1, &reversed, 3)?;
+        assert_eq!(y.get(5)?.to_vec1::<f64>()?, moved.get(58)?.to_vec1::<f64>()?);
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! Matrix products of activations with weights [N, K]: dense or 4-bit, forward and both gradients.
+//! CPU: `ops/gemm`, which packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory.
+
+use candle_core::{DType, Result, Tensor, bail};
+use half::bf16;
+
+use super::cpu::{self, Real, View};
+use super::four_bit::FourBit;
+use crate::with_real;
+
+/// Rounding of a product's inputs; sums are always f32 (f64 in tests).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    Bf16,
+}
+
+/// A weight [N, K] of a linear layer `y = x W^T`.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// f32 or bf16 (f64 in tests).
+    Dense(Tensor),
+    FourBit(FourBit),
+}
+
+impl Weight {
+    /// (N, K).
+    pub fn dims(&self) -> (usize, usize) {
+        match self {
+            Weight::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
+            Weight::FourBit(weight) => (weight.rows, weight.cols),
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Weight::FourBit(weight) => weight.bytes(),
+        }
+    }
+}
+
+/// A matrix as it lies in memory.
+#[derive(Clone, Copy)]
+pub enum Operand<'a, T> {
+    View(View<'a, T>),
+    Bf16(View<'a, bf16>),
+    FourBit { weight: &'a FourBit, packed: &'a [u8], scales: &'a [f32], transposed: bool },
+}
+
+/// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].
+pub fn forward(
+    x: &Tensor,
+    weight: &Weight,
+    alpha: f64,
+    y: &Tensor,
+    at: usize,
+    beta: f64,
+    precision: Precision,
+) -> Result<()> {
+    let ((n, k), (rows, x_width), (y_rows, y_width)) = (weight.dims(), x.dims2()?, y.dims2()?);
+    assert!(x_width == k && y_rows == rows && at + n <= y_width, "{rows}x{x_width} by {n}x{k} into {y_width}");
+    with_real!(x, T => {
+        let x = &*cpu::read::<T>(x)?;
+        with_operand::<T, _>(weight, true, |w| {
+            let x = Operand::View(View::rows(x, k));
+            let product = |y: &mut [T]| {
+                T::product([rows, n, k], T::of(alpha), x, w, T::of(beta), &mut y[at..], y_width, precision)
+            };
+            cpu::edit(y, product)
+        })?
+    })
+}
+
+/// `dx = alpha * dy[:, at..at+N] W + beta * dx`: dy [T, at+N or wider], dx [T, K].
+pub fn input_gradient(
+    dy: &Tensor,
+    at: usize,
+    weight: &Weight,
+    alpha: f64,
+    dx: &Tensor,
+    beta: f64,
+    precision: Precision,
+) -> Result<()> {
+    let ((n, k), (rows, dy_width), (dx_rows, dx_width)) = (weight.dims(), dy.dims2()?, dx.dims2()?);
+    assert!(dx_width == k && dx_rows == rows && at + n <= dy_width, "{rows}x{dy_width} by {n}x{k} into {dx_width}");
+    with_real!(dy, T => {
+        let dy = &*cpu::read::<T>(dy)?;
+        with_operand::<T, _>(weight, false, |w| {
+            let dy = Operand::View(View::rows(&dy[at..], dy_width));
+            let product =
+                |dx: &mut [T]| T::product([rows, k, n], T::of(alpha), dy, w, T::of(beta), dx, k, precision);
+            cpu::edit(dx, product)
+        })?
+    })
+}
+
+/// `gradient += alpha * dy[:, at..at+N]^T x`: dy [T, at+N or wider], x [T, K], gradient [N, K].
+pub fn weight_gradient(
+    dy: &Tensor,
+    at: usize,
+    x: &Tensor,
+    alpha: f64,
+    gradient: &Tensor,
+    precision: Precision,
+) -> Result<()> {
+    let ((n, k), (rows, dy_width), (x_rows, x_width)) = (gradient.dims2()?, dy.dims2()?, x.dims2()?);
+    assert!(x_width == k && x_rows == rows && at + n <= dy_width, "{n}x{k} from {rows}x{dy_width}, {x_width}");
+    with_real!(x, T => {
+        let (x, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(dy)?);
+        let dy = Operand::View(View::rows(&dy[at..], dy_width).transposed());
+        let x = Operand::View(View::rows(x, k));
+        let product = |g: &mut [T]| T::product([n, k, rows], T::of(alpha), dy, x, T::ONE, g, k, precision);
+        cpu::edit(gradient, product)
+    })
+}
+
+/// Hands the weight to `body` as the right-hand operand: W^T [K, N] when `transposed`, else W [N, K].
+fn with_operand<T: Real, R>(
+    weight: &Weight,
+    transposed: bool,
+    body: impl FnOnce(Operand<T>) -> R,
+) -> Result<R> {
+    let (_, k) = weight.dims();
+    match weight {
+        Weight::FourBit(weight) => {
+            let scales = weight.scales()?;
+            let packed = &*cpu::read::<u8>(&weight.packed)?;
+            Ok(body(Operand::FourBit { weight, packed, scales: &scales, transposed }))
+        }
+        Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => {
+            let data = &*cpu::read::<bf16>(tensor)?;
+            let view = View::rows(data, k);
+            Ok(body(Operand::Bf16(if transposed { view.transposed() } else { view })))
+        }
+        Weight::Dense(tensor) if tensor.dtype() == T::DTYPE => {
+            let data = &*cpu::read::<T>(tensor)?;
+            let view = View::rows(data, k);
+            Ok(body(Operand::View(if transposed { view.transposed() } else { view })))
+        }
+        Weight::Dense(tensor) => bail!("a weight in {:?} for {:?} activations", tensor.dtype(), T::DTYPE),
+    }
+}
+
+impl<T: Real> Operand<'_, T> {
+    /// All values, [rows, cols] of the operand as it takes part in the product. For the f64 judge.
+    pub fn expand(&self, rows: usize, cols: usize) -> Vec<T> {
+        let fill = |at: &dyn Fn(usize, usize) -> T| {
+            (0..rows * cols).map(|i| at(i / cols, i % cols)).collect::<Vec<T>>()
+        };
+        match self {
+            Operand::View(view) => fill(&|i, j| view.data[i * view.row + j * view.col]),
+            Operand::Bf16(view) => fill(&|i, j| T::of(view.data[i * view.row + j * view.col].to_f64())),
+            Operand::FourBit { weight, packed, scales, transposed } => fill(&|i, j| {
+                let flat = if *transposed { j * weight.cols + i } else { i * weight.cols + j };
+                let index = if flat % 2 == 0 { packed[flat / 2] >> 4 } else { packed[flat / 2] & 15 };
+                T::of((weight.code.values()[index as usize] * scales[flat / weight.block]) as f64)
+            }),
+        }
+    }
+}

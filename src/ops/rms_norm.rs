@@ -1,0 +1,117 @@
+//! Root-mean-square norm: `y = w * x / sqrt(mean(x^2) + eps)`, rows of C. Kernel: `kernels/rms_norm.cu`.
+
+use candle_core::{D, Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{self, Real};
+use crate::with_real;
+
+/// Rows handed to one task: a few hundred kilobytes.
+const ROWS: usize = 64;
+
+/// The definition, in differentiable primitives: the judge of the forms below.
+pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    x.broadcast_mul(&scale)?.broadcast_mul(w)
+}
+
+/// x [T, C], w [C] -> y [T, C].
+pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    with_real!(x, T => {
+        let mut y = vec![T::ZERO; rows * width];
+        let (x, w) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?);
+        y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(y, x)| {
+            cpu::vectorized(#[inline(always)] || {
+                for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
+                    let scale = reciprocal_rms(x, eps);
+                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                        *y = x * scale * w;
+                    }
+                }
+            })
+        });
+        cpu::tensor(y, (rows, width))
+    })
+}
+
+/// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen.
+pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+    let (_, width) = x.dims2()?;
+    with_real!(x, T => {
+        let (x, w, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(dy)?);
+        cpu::edit(dx, |dx: &mut [T]| {
+            let rows = x.par_chunks(ROWS * width).zip(dy.par_chunks(ROWS * width));
+            dx.par_chunks_mut(ROWS * width).zip(rows).for_each(|(dx, (x, dy))| {
+                cpu::vectorized(#[inline(always)] || {
+                    for ((dx, x), dy) in dx.chunks_mut(width).zip(x.chunks(width)).zip(dy.chunks(width)) {
+                        backward_row(dx, x, dy, w, eps);
+                    }
+                })
+            })
+        })
+    })
+}
+
+#[inline(always)]
+fn backward_row<T: Real>(dx: &mut [T], x: &[T], dy: &[T], w: &[T], eps: f64) {
+    let scale = reciprocal_rms(x, eps);
+    let dot = lanes(dy.iter().zip(w).zip(x).map(#[inline(always)] |((&dy, &w), &x)| dy * w * x));
+    // mean(dy*w*n) * n / rms, with n = x * scale: scale^3 * dot / C * x.
+    let pull = scale * scale * scale * dot / T::of(x.len() as f64);
+    for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
+        *dx += dy * w * scale - x * pull;
+    }
+}
+
+#[inline(always)]
+fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
+    let sum = lanes(x.iter().map(#[inline(always)] |&x| x * x));
+    T::ONE / Real::sqrt(sum / T::of(x.len() as f64) + T::of(eps))
+}
+
+/// A sum in 16 interleaved lanes: vector code, and a smaller rounding error than one running sum.
+#[inline(always)]
+pub(super) fn lanes<T: Real>(values: impl Iterator<Item = T>) -> T {
+    let mut sums = [T::ZERO; 16];
+    for (i, value) in values.enumerate() {
+        sums[i % 16] += value;
+    }
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] = sums[i] + sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::judge;
+
+    #[test]
+    fn value_and_gradient_equal_the_formula() -> Result<()> {
+        for (rows, width) in [(1, 1), (3, 7), (129, 96), (130, 100)] {
+            let x = judge::random((rows, width), 1)?;
+            let w = (judge::random(width, 2)?.as_tensor() + 1.0)?;
+            let dy = judge::random((rows, width), 3)?;
+            judge::same(&forward(&x, &w, 1e-5)?, &formula(&x, &w, 1e-5)?, 1e-12)?;
+            let expected = judge::gradient(&x, &formula(&x, &w, 1e-5)?, &dy)?;
+            let dx = x.ones_like()?;
+            backward(&dy, &x, &w, 1e-5, &dx)?;
+            judge::same(&(dx - 1.0)?, &expected, 1e-11)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradient_equals_finite_differences() -> Result<()> {
+        let (x, w, dy) = (judge::random((2, 5), 1)?, judge::random(5, 2)?, judge::random((2, 5), 3)?);
+        let dx = x.zeros_like()?;
+        backward(&dy, &x, &w, 1e-5, &dx)?;
+        judge::finite_differences(&x, &dy, &dx, 1e-7, |x| forward(x, &w, 1e-5))
+    }
+}
