@@ -5,6 +5,7 @@
 
 pub mod fault;
 pub mod report;
+pub mod interrupt;
 pub mod source;
 pub mod dataset;
 pub mod ops;

@@ -1,1 +1,222 @@
-//! Trained parameters -> a PEFT folder, and back.
+//! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and such a folder -> parameters.
+//!
+//! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R]
+//! in f32; `adapter_config.json` holds the keys that PEFT has had since 0.11, since older versions refuse
+//! unknown ones.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::fault::{Fault, Result};
+use crate::model::lora::{Site, Trainable};
+use crate::model::{LoraInit, LoraOptions, Targets};
+use crate::ops::{cpu, rows};
+
+pub const CONFIG_FILE: &str = "adapter_config.json";
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// PEFT's `LoraConfig` as saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterConfig {
+    #[serde(default)]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    pub auto_mapping: Option<()>,
+    pub base_model_name_or_path: Option<String>,
+    #[serde(default = "none")]
+    pub bias: String,
+    #[serde(default)]
+    pub fan_in_fan_out: bool,
+    #[serde(default)]
+    pub inference_mode: bool,
+    pub init_lora_weights: Option<serde_json::Value>,
+    pub layer_replication: Option<serde_json::Value>,
+    pub layers_pattern: Option<serde_json::Value>,
+    pub layers_to_transform: Option<serde_json::Value>,
+    pub loftq_config: Option<serde_json::Value>,
+    pub lora_alpha: serde_json::Number,
+    #[serde(default)]
+    pub lora_dropout: f64,
+    pub megatron_config: Option<serde_json::Value>,
+    pub megatron_core: Option<String>,
+    pub modules_to_save: Option<Vec<String>>,
+    pub peft_type: String,
+    pub r: usize,
+    #[serde(default)]
+    pub rank_pattern: BTreeMap<String, usize>,
+    pub revision: Option<String>,
+    pub target_modules: Option<TargetModules>,
+    pub task_type: Option<String>,
+    #[serde(default)]
+    pub use_dora: bool,
+    #[serde(default)]
+    pub use_rslora: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    List(Vec<String>),
+    Pattern(String),
+}
+
+fn none() -> String {
+    "none".into()
+}
+
+/// The config of a trained adapter.
+pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: &str) -> AdapterConfig {
+    AdapterConfig {
+        alpha_pattern: options.alpha_pattern.iter().cloned().collect(),
+        auto_mapping: None,
+        base_model_name_or_path: Some(base_model.to_owned()),
+        bias: none(),
+        fan_in_fan_out: false,
+        inference_mode: true,
+        init_lora_weights: Some(serde_json::Value::Bool(true)),
+        layer_replication: None,
+        layers_pattern: None,
+        layers_to_transform: None,
+        loftq_config: Some(serde_json::json!({})),
+        lora_alpha: whole(options.alpha),
+        lora_dropout: options.dropout,
+        megatron_config: None,
+        megatron_core: Some("megatron.core".into()),
+        modules_to_save: None,
+        peft_type: "LORA".into(),
+        r: options.r,
+        rank_pattern: options.rank_pattern.iter().cloned().collect(),
+        revision: None,
+        target_modules: Some(TargetModules::List(target_modules(sites, layers))),
+        task_type: Some("CAUSAL_LM".into()),
+        use_dora: false,
+        use_rslora: options.rslora,
+    }
+}
+
+/// 16 rather than 16.0: PEFT's field is an integer and vLLM checks it.
+fn whole(alpha: f64) -> serde_json::Number {
+    match alpha.fract() == 0.0 && alpha.abs() < 1e15 {
+        true => serde_json::Number::from(alpha as i64),
+        false => serde_json::Number::from_f64(alpha).expect("alpha is finite"),
+    }
+}
+
+/// Last names where each stands for that module in every one of the model's layers, whole paths otherwise.
+fn target_modules(sites: &[Site], layers: usize) -> Vec<String> {
+    let names: BTreeSet<&str> = sites.iter().map(|site| last(site.projection.path)).collect();
+    match names.len() * layers == sites.len() {
+        true => names.into_iter().map(str::to_owned).collect(),
+        false => sites.iter().map(|site| site.path.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
+    }
+}
+
+fn last(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+/// The tensors of `adapter_model.safetensors`, as bytes of that file. Same parameters, same bytes.
+pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
+    let mut tensors = BTreeMap::new();
+    for site in &trainable.sites {
+        let (a, b) = trainable.views(&trainable.params, site)?;
+        for (letter, tensor) in [("A", a), ("B", b)] {
+            tensors.insert(tensor_name(&site.path, letter), tensor.to_dtype(DType::F32)?);
+        }
+    }
+    let metadata = Some(std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]));
+    safetensors::serialize(tensors, metadata)
+        .map_err(|error| Fault::internal(format!("cannot serialise the adapter: {error}")))
+}
+
+fn tensor_name(path: &str, letter: &str) -> String {
+    format!("base_model.model.{path}.lora_{letter}.weight")
+}
+
+/// An adapter folder: what to start from.
+pub struct Adapter {
+    pub config: AdapterConfig,
+    tensors: std::collections::HashMap<String, Tensor>,
+    folder: std::path::PathBuf,
+}
+
+/// Reads a PEFT folder.
+pub fn read(folder: &Path) -> Result<Adapter> {
+    let file = folder.join(CONFIG_FILE);
+    let wrong = |file: &Path, what: String| Fault::model(format!("{}: {what}", file.display()));
+    let text = std::fs::read(&file).map_err(|error| wrong(&file, error.to_string()))?;
+    let config: AdapterConfig = serde_json::from_slice(&text)
+        .map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))?;
+    let refused = [
+        (config.peft_type != "LORA", "peft_type other than LORA"),
+        (config.use_dora, "use_dora"),
+        (config.bias != "none", "a bias other than none"),
+        (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
+    ];
+    if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
+        return Err(
+            wrong(&file, format!("{what} cannot be continued")).help("start from a plain LoRA adapter")
+        );
+    }
+    let weights = folder.join(WEIGHTS_FILE);
+    let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
+        .map_err(|error| wrong(&weights, format!("cannot read: {error}")))?;
+    Ok(Adapter { config, tensors, folder: folder.to_owned() })
+}
+
+impl Adapter {
+    /// Rank, scale and targets of this adapter; the rest stays as asked.
+    pub fn options(&self, asked: &LoraOptions) -> Result<LoraOptions> {
+        let paths = self.tensors.keys().filter_map(|name| {
+            Some(name.strip_prefix("base_model.model.")?.strip_suffix(".lora_A.weight")?.to_owned())
+        });
+        let mut paths: Vec<String> = paths.collect();
+        paths.sort();
+        let alpha = self.config.lora_alpha.as_f64().expect("a JSON number");
+        Ok(LoraOptions {
+            r: self.config.r,
+            alpha,
+            rslora: self.config.use_rslora,
+            targets: Targets::Names(paths),
+            exclude: Vec::new(),
+            layers: Vec::new(),
+            rank_pattern: self.config.rank_pattern.clone().into_iter().collect(),
+            alpha_pattern: self.config.alpha_pattern.clone().into_iter().collect(),
+            init: LoraInit::Kaiming,
+            ..asked.clone()
+        })
+    }
+
+    /// Copies the values into the flat parameters. Every site must be there, in its shape, and nothing else.
+    pub fn apply(&self, trainable: &Trainable) -> Result<()> {
+        let place = self.folder.join(WEIGHTS_FILE);
+        let wrong = |what: String| Fault::model(format!("{}: {what}", place.display()));
+        let mut read = 0;
+        for site in &trainable.sites {
+            let (a, b) = trainable.views(&trainable.params, site)?;
+            for (letter, target) in [("A", a), ("B", b)] {
+                let name = tensor_name(&site.path, letter);
+                let tensor = self.tensors.get(&name).ok_or_else(|| wrong(format!("{name} is missing")))?;
+                if tensor.dims() != target.dims() {
+                    let (found, expected) = (tensor.dims(), target.dims());
+                    return Err(wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
+                        .help("the adapter must be of the same base model"));
+                }
+                if cpu::to_f64(tensor)?.iter().any(|value| !value.is_finite()) {
+                    return Err(wrong(format!("{name} holds values that are not finite")));
+                }
+                rows::zero(&target)?;
+                rows::add(&target, &tensor.to_dtype(target.dtype())?)?;
+                read += 1;
+            }
+        }
+        match read == self.tensors.len() {
+            true => Ok(()),
+            false => {
+                Err(wrong(format!("holds {} tensors, of which this model has {read}", self.tensors.len())))
+            }
+        }
+    }
+}

@@ -2,6 +2,18 @@
 
 use std::path::PathBuf;
 
+pub mod batch;
+pub mod checkpoint;
+pub mod config;
+pub mod decoder;
+pub mod facts;
+pub mod family;
+pub mod layer;
+pub mod linear;
+pub mod load;
+pub mod lora;
+pub mod rope;
+
 /// What to load and how to quantise it. Filled by `plan`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
@@ -20,18 +32,8 @@ pub enum Quantization {
     FourBit { code: FourBitCode, double: bool },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FourBitCode {
-    Nf4,
-    Fp4,
-}
-
-/// Rounding of matrix products' inputs; sums are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    F32,
-    Bf16,
-}
+pub use crate::ops::four_bit::Code as FourBitCode;
+pub use crate::ops::matmul::Precision;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
@@ -59,6 +61,25 @@ pub struct LoraOptions {
     /// `init_lora_weights`: true = Kaiming-uniform A and zero B; "gaussian" = normal A with deviation 1/r.
     pub init: LoraInit,
     pub seed: u64,
+}
+
+impl Default for LoraOptions {
+    /// KAITO's defaults, on all linear layers.
+    fn default() -> LoraOptions {
+        LoraOptions {
+            r: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            rslora: false,
+            targets: Targets::AllLinear,
+            exclude: Vec::new(),
+            layers: Vec::new(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            init: LoraInit::Kaiming,
+            seed: 42,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -150,7 +150,14 @@ fn tasks(examples: &[Range<usize>], heads: usize) -> Vec<(Range<usize>, usize)> 
 }
 
 /// Copies `block` [rows, width] into columns `at..at+width` of `matrix`'s rows.
-fn scatter<T: Copy>(matrix: &mut [T], stride: usize, rows: &Range<usize>, at: usize, width: usize, block: &[T]) {
+fn scatter<T: Copy>(
+    matrix: &mut [T],
+    stride: usize,
+    rows: &Range<usize>,
+    at: usize,
+    width: usize,
+    block: &[T],
+) {
     for (row, values) in rows.clone().zip(block.chunks(width)) {
         matrix[row * stride + at..][..width].copy_from_slice(values);
     }
@@ -173,11 +180,14 @@ fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize) -> (Vec<T>, Vec<
         let keys = heads.keys(&block);
         scores.resize(block.len() * keys.len(), T::ZERO);
         score(&mut scores, q, k, columns, &block, &keys, heads);
-        cpu::vectorized(#[inline(always)] || {
-            for (i, row) in block.clone().zip(scores.chunks_mut(keys.len())) {
-                lse[i] = softmax_row(row, seen(heads, i, &keys));
-            }
-        });
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for (i, row) in block.clone().zip(scores.chunks_mut(keys.len())) {
+                    lse[i] = softmax_row(row, seen(heads, i, &keys));
+                }
+            },
+        );
         let v = View::rows(&v[keys.start * columns..], columns);
         let out = &mut out[block.start * width..];
         let p = View::rows(scores.as_slice(), keys.len());
@@ -264,20 +274,42 @@ fn backward_group<T: Real>(saved: &Saved<T>, heads: &Heads, key_head: usize) -> 
             let v_keys = View::rows(&v[keys.start * columns..], columns);
             let mnk = [block.len(), keys.len(), width];
             T::gemm(mnk, T::ONE, d_rows, v_keys.transposed(), T::ZERO, &mut dp, keys.len());
-            cpu::vectorized(#[inline(always)] || {
-                let rows = p.chunks_mut(keys.len()).zip(dp.chunks_mut(keys.len()));
-                for (i, (p, dp)) in block.clone().zip(rows) {
-                    let (out, d_out) = (&out[i * stride..][..width], &d_out[i * stride..][..width]);
-                    let delta = super::rms_norm::lanes(out.iter().zip(d_out).map(#[inline(always)] |(&o, &d)| o * d));
-                    score_gradient_row(p, dp, lse[i], delta, T::of(heads.scale), seen(heads, i, &keys));
-                }
-            });
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    let rows = p.chunks_mut(keys.len()).zip(dp.chunks_mut(keys.len()));
+                    for (i, (p, dp)) in block.clone().zip(rows) {
+                        let (out, d_out) = (&out[i * stride..][..width], &d_out[i * stride..][..width]);
+                        let delta = super::rms_norm::lanes(out.iter().zip(d_out).map(
+                            #[inline(always)]
+                            |(&o, &d)| o * d,
+                        ));
+                        score_gradient_row(p, dp, lse[i], delta, T::of(heads.scale), seen(heads, i, &keys));
+                    }
+                },
+            );
             let p = View::rows(p.as_slice(), keys.len());
             let ds = View::rows(dp.as_slice(), keys.len());
             let transposed = [keys.len(), width, block.len()];
-            T::gemm(transposed, T::ONE, p.transposed(), d_rows, T::ONE, &mut d.value[keys.start * width..], width);
+            T::gemm(
+                transposed,
+                T::ONE,
+                p.transposed(),
+                d_rows,
+                T::ONE,
+                &mut d.value[keys.start * width..],
+                width,
+            );
             let q_rows = View::rows(&q[block.start * columns..], columns);
-            T::gemm(transposed, T::ONE, ds.transposed(), q_rows, T::ONE, &mut d.key[keys.start * width..], width);
+            T::gemm(
+                transposed,
+                T::ONE,
+                ds.transposed(),
+                q_rows,
+                T::ONE,
+                &mut d.key[keys.start * width..],
+                width,
+            );
             let k_keys = View::rows(&k[keys.start * columns..], columns);
             let d_query = &mut d.query[(block.start * group + member) * width..];
             T::gemm([block.len(), width, keys.len()], T::ONE, ds, k_keys, T::ZERO, d_query, group * width);

@@ -5,9 +5,7 @@
 
 use std::cell::RefCell;
 
-use candle_core::{
-    CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
-};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use super::matmul::{Operand, Precision};
 
@@ -24,7 +22,15 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
     fn larger(self, other: Self) -> Self;
     /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`, on the calling thread.
     #[allow(clippy::too_many_arguments)]
-    fn gemm(mnk: [usize; 3], alpha: Self, a: View<Self>, b: View<Self>, beta: Self, c: &mut [Self], c_row: usize);
+    fn gemm(
+        mnk: [usize; 3],
+        alpha: Self,
+        a: View<Self>,
+        b: View<Self>,
+        beta: Self,
+        c: &mut [Self],
+        c_row: usize,
+    );
     /// The same over stored operands and on all threads; see `ops::matmul`.
     #[allow(clippy::too_many_arguments)]
     fn product(
@@ -89,7 +95,8 @@ impl Real for f32 {
         // Two factors: n reaches 128 at the upper end, where 2^n alone would overflow.
         let half = (n * 0.5) as i32;
         let rest = n as i32 - half;
-        let scaled = y * f32::from_bits(((half + 127) << 23) as u32) * f32::from_bits(((rest + 127) << 23) as u32);
+        let scaled =
+            y * f32::from_bits(((half + 127) << 23) as u32) * f32::from_bits(((rest + 127) << 23) as u32);
         if self.is_nan() { self } else { scaled }
     }
     #[inline(always)]
@@ -254,7 +261,8 @@ pub fn edit<T: Real, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> R
             Ok(())
         }
     }
-    let op = Typed(Edit(RefCell::new((Some(write), None)), std::marker::PhantomData), std::marker::PhantomData);
+    let op =
+        Typed(Edit(RefCell::new((Some(write), None)), std::marker::PhantomData), std::marker::PhantomData);
     tensor.inplace_op1(&op)?;
     Ok(op.0.0.into_inner().1.expect("the operation ran"))
 }

@@ -11,7 +11,11 @@ use crate::with_real;
 /// The map is linear and symmetric, so the same call maps gradients back.
 pub fn apply(x: &Tensor, p: f64, keys: &[u64], site: u64) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    assert!(keys.len() == rows && (0.0..1.0).contains(&p), "dropout of {p} on {rows} rows, {} keys", keys.len());
+    assert!(
+        keys.len() == rows && (0.0..1.0).contains(&p),
+        "dropout of {p} on {rows} rows, {} keys",
+        keys.len()
+    );
     // An element falls out when the top 32 bits of its hash are below p * 2^32.
     let threshold = (p * 4_294_967_296.0) as u64;
     with_real!(x, T => {

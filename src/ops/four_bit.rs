@@ -341,12 +341,17 @@ mod tests {
             assert_eq!(plain.scales()?, floats(&format!("{case}.absmax_f32"))?, "{case}: absmax");
             let Absmax::Nested { codes, absmax, offset } = &nested.absmax else { unreachable!() };
             assert_eq!(*offset, floats(&format!("{case}.offset"))?[0], "{case}: offset");
-            assert_eq!(absmax.to_vec1::<f32>()?, floats(&format!("{case}.nested_absmax"))?, "{case}: nested absmax");
+            assert_eq!(
+                absmax.to_vec1::<f32>()?,
+                floats(&format!("{case}.nested_absmax"))?,
+                "{case}: nested absmax"
+            );
             assert_eq!(codes.to_vec1::<u8>()?, bytes(&format!("{case}.absmax_u8"))?, "{case}: nested codes");
             for (quantized, name) in [(&plain, "dq_plain"), (&nested, "dq_nested")] {
                 // The reference rounds once to the weight's own type.
                 let ours = Tensor::from_vec(quantized.dequantize()?, (rows, cols), &Device::Cpu)?;
-                let ours = ours.to_dtype(weight.dtype())?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                let ours =
+                    ours.to_dtype(weight.dtype())?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
                 assert_eq!(ours, floats(&format!("{case}.{name}"))?, "{case}: {name}");
             }
         }

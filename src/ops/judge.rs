@@ -10,7 +10,8 @@ pub fn random(shape: impl Into<Shape>, seed: u64) -> Result<Var> {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) as f64) / (1u64 << 31) as f64 - 0.5
     };
-    let values: Vec<f64> = (0..shape.elem_count()).map(|_| (uniform() + uniform() + uniform()) * 2.0).collect();
+    let values: Vec<f64> =
+        (0..shape.elem_count()).map(|_| (uniform() + uniform() + uniform()) * 2.0).collect();
     Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 

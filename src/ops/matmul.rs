@@ -59,7 +59,10 @@ pub fn forward(
     precision: Precision,
 ) -> Result<()> {
     let ((n, k), (rows, x_width), (y_rows, y_width)) = (weight.dims(), x.dims2()?, y.dims2()?);
-    assert!(x_width == k && y_rows == rows && at + n <= y_width, "{rows}x{x_width} by {n}x{k} into {y_width}");
+    assert!(
+        x_width == k && y_rows == rows && at + n <= y_width,
+        "{rows}x{x_width} by {n}x{k} into {y_width}"
+    );
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         with_operand::<T, _>(weight, true, |w| {
@@ -83,7 +86,10 @@ pub fn input_gradient(
     precision: Precision,
 ) -> Result<()> {
     let ((n, k), (rows, dy_width), (dx_rows, dx_width)) = (weight.dims(), dy.dims2()?, dx.dims2()?);
-    assert!(dx_width == k && dx_rows == rows && at + n <= dy_width, "{rows}x{dy_width} by {n}x{k} into {dx_width}");
+    assert!(
+        dx_width == k && dx_rows == rows && at + n <= dy_width,
+        "{rows}x{dy_width} by {n}x{k} into {dx_width}"
+    );
     with_real!(dy, T => {
         let dy = &*cpu::read::<T>(dy)?;
         with_operand::<T, _>(weight, false, |w| {
@@ -105,7 +111,10 @@ pub fn weight_gradient(
     precision: Precision,
 ) -> Result<()> {
     let ((n, k), (rows, dy_width), (x_rows, x_width)) = (gradient.dims2()?, dy.dims2()?, x.dims2()?);
-    assert!(x_width == k && x_rows == rows && at + n <= dy_width, "{n}x{k} from {rows}x{dy_width}, {x_width}");
+    assert!(
+        x_width == k && x_rows == rows && at + n <= dy_width,
+        "{n}x{k} from {rows}x{dy_width}, {x_width}"
+    );
     with_real!(x, T => {
         let (x, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(dy)?);
         let dy = Operand::View(View::rows(&dy[at..], dy_width).transposed());

@@ -5,6 +5,7 @@
 pub mod cpu;
 pub mod adamw;
 pub mod attention;
+pub mod bias;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
@@ -12,6 +13,7 @@ pub mod four_bit;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod rows;
 pub mod swiglu;
 
 #[cfg(test)]

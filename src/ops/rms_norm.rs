@@ -56,7 +56,10 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
 #[inline(always)]
 fn backward_row<T: Real>(dx: &mut [T], x: &[T], dy: &[T], w: &[T], eps: f64) {
     let scale = reciprocal_rms(x, eps);
-    let dot = lanes(dy.iter().zip(w).zip(x).map(#[inline(always)] |((&dy, &w), &x)| dy * w * x));
+    let dot = lanes(dy.iter().zip(w).zip(x).map(
+        #[inline(always)]
+        |((&dy, &w), &x)| dy * w * x,
+    ));
     // mean(dy*w*n) * n / rms, with n = x * scale: scale^3 * dot / C * x.
     let pull = scale * scale * scale * dot / T::of(x.len() as f64);
     for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
@@ -66,7 +69,10 @@ fn backward_row<T: Real>(dx: &mut [T], x: &[T], dy: &[T], w: &[T], eps: f64) {
 
 #[inline(always)]
 fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
-    let sum = lanes(x.iter().map(#[inline(always)] |&x| x * x));
+    let sum = lanes(x.iter().map(
+        #[inline(always)]
+        |&x| x * x,
+    ));
     T::ONE / Real::sqrt(sum / T::of(x.len() as f64) + T::of(eps))
 }
 

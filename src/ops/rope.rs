@@ -76,7 +76,8 @@ mod tests {
     use crate::ops::judge;
 
     /// (rows, heads, width, half, rows' stride): full and partial rotation, odd sizes.
-    const CASES: [(usize, usize, usize, usize, usize); 3] = [(1, 1, 2, 1, 2), (5, 3, 8, 3, 29), (33, 4, 16, 8, 96)];
+    const CASES: [(usize, usize, usize, usize, usize); 3] =
+        [(1, 1, 2, 1, 2), (5, 3, 8, 3, 29), (33, 4, 16, 8, 96)];
 
     #[test]
     fn value_and_gradient_equal_the_formula() -> Result<()> {

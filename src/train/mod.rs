@@ -1,4 +1,27 @@
-//! Batches -> optimizer steps: loss, gradient, clip, AdamW, schedule, evaluation, checkpoints. Knows no file format.
+//! Examples -> optimizer steps: loss, gradient, clip, AdamW, schedule, evaluation, checkpoints.
+//!
+//! The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches
+//! of the step: gradient accumulation and packing do not change what is minimised.
+
+pub mod checkpoint;
+pub mod order;
+pub mod schedule;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::dataset::Example;
+use crate::fault::{Fault, Kind, Result};
+use crate::interrupt;
+use crate::model::batch::Batch;
+use crate::model::decoder::Decoder;
+use crate::ops::adamw::{self, Moments, Update};
+use crate::ops::dropout::mix;
+use crate::ops::rows;
+use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
+
+use checkpoint::State;
+use order::Steps;
 
 /// HF's TrainingArguments, the part that means something here. Filled by `plan`.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,8 +44,9 @@ pub struct Options {
     pub epsilon: f64,
     /// Clip to this global norm; `None` (HF: 0) never clips.
     pub grad_norm_max: Option<f64>,
-    /// Put a step's examples behind one another in rows instead of padding each.
-    pub packing: bool,
+    /// Lay the examples of a whole step behind one another, up to so many tokens at a time; `None`: a
+    /// micro-batch at a time.
+    pub packing: Option<usize>,
     /// Order of the examples in each epoch; `None` keeps the dataset's order.
     pub order_seed: Option<u64>,
     /// Dropout.
@@ -32,6 +56,34 @@ pub struct Options {
     pub checkpoint: Every,
     /// `save_total_limit`.
     pub checkpoints_max: Option<usize>,
+}
+
+impl Default for Options {
+    /// TRL's and KAITO's defaults, with packing.
+    fn default() -> Options {
+        Options {
+            learning_rate: 2e-5,
+            schedule: Schedule::Linear,
+            warmup: Warmup::Steps(0),
+            batch_examples: 1,
+            eval_batch_examples: 8,
+            accumulation: 1,
+            epochs: 3.0,
+            steps_max: None,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            grad_norm_max: Some(1.0),
+            packing: Some(1024),
+            order_seed: Some(42),
+            seed: 42,
+            logging: Every::Steps(10),
+            evaluation: Every::Never,
+            checkpoint: Every::Never,
+            checkpoints_max: None,
+        }
+    }
 }
 
 /// When something happens.
@@ -55,4 +107,314 @@ pub enum Schedule {
     Cosine,
     Constant,
     ConstantWithWarmup,
+}
+
+impl Every {
+    /// Whether it is due after `done` steps.
+    fn due(self, done: u64, steps: &Steps) -> bool {
+        match self {
+            Every::Never => false,
+            Every::Steps(every) => done.is_multiple_of(every.max(1)),
+            Every::Epoch => done.is_multiple_of(steps.per_epoch) || done == steps.total,
+        }
+    }
+}
+
+/// Where checkpoints live, and what they must belong to.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    pub folder: PathBuf,
+    /// Identifies model, data and options: a checkpoint of another run is not continued.
+    pub fingerprint: String,
+}
+
+/// How training went.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Trained {
+    pub steps: u64,
+    /// Of the last step.
+    pub loss: f64,
+    /// Mean over all steps of this process, as transformers' `train_loss`.
+    pub train_loss: f64,
+    pub eval_loss: Option<f64>,
+    pub tokens: u64,
+    pub seconds: f64,
+    pub tokens_per_second: f64,
+    pub resumed_at: Option<u64>,
+}
+
+/// A line for `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[serde(untagged)]
+pub enum Metric {
+    Step { step: u64, loss: f64, grad_norm: f64, learning_rate: f64, epoch: f64, num_tokens: u64 },
+    Evaluation { step: u64, epoch: f64, eval_loss: f64 },
+}
+
+/// Trains the decoder's adapter in place. `log` receives each metric as it is made, from the first step on.
+pub fn run(
+    decoder: &Decoder,
+    train: &[Example],
+    evaluation: &[Example],
+    options: &Options,
+    checkpoints: Option<&Checkpoints>,
+    report: &Report,
+    log: &mut dyn FnMut(&Metric) -> Result<()>,
+) -> Result<Trained> {
+    let steps = Steps::new(train.len(), options);
+    let mut trainer = Trainer::new(decoder, train, evaluation, options, steps, report)?;
+    let resumed_at = trainer.resume(checkpoints)?;
+    let began_at = trainer.state.step;
+    while trainer.state.step < trainer.steps.total {
+        if interrupt::requested() {
+            return Err(trainer.stop(checkpoints));
+        }
+        let Some(step) = trainer.step()? else { return Err(trainer.stop(checkpoints)) };
+        trainer.after_step(step, checkpoints, log)?;
+    }
+    let seconds = trainer.began.elapsed().as_secs_f64();
+    Ok(Trained {
+        steps: trainer.state.step,
+        loss: trainer.state.loss,
+        train_loss: trainer.loss_sum / (trainer.state.step - began_at).max(1) as f64,
+        eval_loss: trainer.eval_loss,
+        tokens: trainer.state.tokens,
+        seconds,
+        tokens_per_second: trainer.tokens_here as f64 / seconds.max(1e-9),
+        resumed_at,
+    })
+}
+
+/// Mean loss over the supervised tokens of `examples`, without dropout.
+pub fn evaluate(
+    decoder: &Decoder,
+    examples: &[Example],
+    batch_examples: usize,
+    report: &Report,
+) -> Result<f64> {
+    let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
+    let (mut loss, mut tokens) = (0.0, 0);
+    let indices: Vec<usize> = (0..examples.len()).collect();
+    for group in indices.chunks(batch_examples.max(1)) {
+        for batch in order::batches(examples, &[group.to_vec()], None, |_| 0) {
+            loss += decoder.loss(&batch)?;
+            tokens += batch.targets.len();
+        }
+        progress.advance(group.len() as u64);
+        interrupt::check()?;
+    }
+    Ok(loss / tokens.max(1) as f64)
+}
+
+/// What one optimizer step gave.
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    learning_rate: f64,
+}
+
+struct Trainer<'a> {
+    decoder: &'a Decoder,
+    train: &'a [Example],
+    evaluation: &'a [Example],
+    options: &'a Options,
+    report: &'a Report,
+    steps: Steps,
+    moments: Moments,
+    state: State,
+    progress: Task,
+    began: Instant,
+    /// Of this process, since a resumed run has earlier ones.
+    tokens_here: u64,
+    steps_here: u64,
+    loss_sum: f64,
+    eval_loss: Option<f64>,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(
+        decoder: &'a Decoder,
+        train: &'a [Example],
+        evaluation: &'a [Example],
+        options: &'a Options,
+        steps: Steps,
+        report: &'a Report,
+    ) -> Result<Trainer<'a>> {
+        let progress = report.task(Stage::Train, Unit::Steps, "training", Some(steps.total));
+        Ok(Trainer {
+            moments: Moments::zeros_like(&decoder.trainable.params)?,
+            state: State::default(),
+            began: Instant::now(),
+            tokens_here: 0,
+            steps_here: 0,
+            loss_sum: 0.0,
+            eval_loss: None,
+            decoder,
+            train,
+            evaluation,
+            options,
+            report,
+            steps,
+            progress,
+        })
+    }
+
+    fn resume(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
+        let Some(checkpoints) = checkpoints else { return Ok(None) };
+        let found =
+            checkpoint::newest(checkpoints, &self.decoder.trainable.params, &self.moments, self.report)?;
+        let Some(state) = found else { return Ok(None) };
+        self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
+        self.progress.set(state.step);
+        self.state = state;
+        Ok(Some(self.state.step))
+    }
+
+    /// One optimizer step; `None` if a signal came between its micro-batches, with nothing changed.
+    fn step(&mut self) -> Result<Option<Step>> {
+        let batches = self.batches();
+        let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let scale = 1.0 / targets.max(1) as f64;
+        let grads = &self.decoder.trainable.grads;
+        rows::zero(grads)?;
+        let mut loss = 0.0;
+        for batch in &batches {
+            if interrupt::requested() {
+                return Ok(None);
+            }
+            loss += self.decoder.forward_backward(batch, scale)? * scale;
+        }
+        let grad_norm = adamw::sum_of_squares(grads)?.sqrt();
+        self.refuse_divergence(loss, grad_norm)?;
+        let warmup = self.options.warmup.steps(self.steps.total);
+        let factor = self.options.schedule.factor(self.state.step, self.steps.total, warmup);
+        let learning_rate = self.options.learning_rate * factor;
+        self.update(learning_rate, grad_norm)?;
+        let tokens = batches.iter().map(Batch::rows).sum::<usize>() as u64;
+        self.state.tokens += tokens;
+        self.tokens_here += tokens;
+        Ok(Some(Step { loss, grad_norm, learning_rate }))
+    }
+
+    fn batches(&self) -> Vec<Batch> {
+        let step = self.state.step;
+        let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
+        let key = |example: usize| mix(epoch ^ example as u64);
+        order::batches(self.train, &self.steps.micro_batches(step), self.options.packing, key)
+    }
+
+    fn refuse_divergence(&self, loss: f64, grad_norm: f64) -> Result<()> {
+        if loss.is_finite() && grad_norm.is_finite() {
+            return Ok(());
+        }
+        let step = self.state.step + 1;
+        let message = format!("training diverged at step {step}: loss {loss}, gradient norm {grad_norm}");
+        Err(Fault::new(Kind::Diverged, message)
+            .help("lower TrainingArguments.learning_rate or add warmup_steps; no adapter was written"))
+    }
+
+    /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates.
+    fn update(&mut self, learning_rate: f64, grad_norm: f64) -> Result<()> {
+        let clip = self.options.grad_norm_max.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
+        let update = Update {
+            learning_rate,
+            beta1: self.options.beta1,
+            beta2: self.options.beta2,
+            epsilon: self.options.epsilon,
+            weight_decay: self.options.weight_decay,
+            step: self.state.step + 1,
+            gradient_scale: clip,
+        };
+        let trainable = &self.decoder.trainable;
+        Ok(adamw::step(&trainable.params, &trainable.grads, &self.moments, &update)?)
+    }
+
+    fn after_step(
+        &mut self,
+        step: Step,
+        checkpoints: Option<&Checkpoints>,
+        log: &mut dyn FnMut(&Metric) -> Result<()>,
+    ) -> Result<()> {
+        self.state.step += 1;
+        self.state.loss = step.loss;
+        self.state.window_loss += step.loss;
+        self.state.window_steps += 1;
+        self.steps_here += 1;
+        self.loss_sum += step.loss;
+        self.progress.advance(1);
+        let done = self.state.step;
+        let last = done == self.steps.total;
+        if self.options.logging.due(done, &self.steps) || (last && self.options.logging != Every::Never) {
+            self.log_step(&step, log)?;
+        }
+        if !self.evaluation.is_empty() && self.options.evaluation.due(done, &self.steps) {
+            self.evaluate(log)?;
+        }
+        if let Some(checkpoints) = checkpoints.filter(|_| self.options.checkpoint.due(done, &self.steps)) {
+            self.save(checkpoints)?;
+        }
+        Ok(())
+    }
+
+    /// Logs the mean loss since the last line, as transformers does.
+    fn log_step(&mut self, step: &Step, log: &mut dyn FnMut(&Metric) -> Result<()>) -> Result<()> {
+        let seconds = self.began.elapsed().as_secs_f64().max(1e-9);
+        let metrics = StepMetrics {
+            step: self.state.step,
+            loss: self.state.window_loss / self.state.window_steps as f64,
+            grad_norm: step.grad_norm,
+            learning_rate: step.learning_rate,
+            epoch: self.epoch(),
+            num_tokens: self.state.tokens,
+            tokens_per_second: self.tokens_here as f64 / seconds,
+            eta_seconds: seconds / self.steps_here as f64 * (self.steps.total - self.state.step) as f64,
+        };
+        (self.state.window_loss, self.state.window_steps) = (0.0, 0);
+        log(&Metric::Step {
+            step: metrics.step,
+            loss: metrics.loss,
+            grad_norm: metrics.grad_norm,
+            learning_rate: metrics.learning_rate,
+            epoch: metrics.epoch,
+            num_tokens: metrics.num_tokens,
+        })?;
+        self.report.say(Event::Step(metrics));
+        Ok(())
+    }
+
+    fn evaluate(&mut self, log: &mut dyn FnMut(&Metric) -> Result<()>) -> Result<()> {
+        let batch = self.options.eval_batch_examples;
+        let eval_loss = evaluate(self.decoder, self.evaluation, batch, self.report)?;
+        self.eval_loss = Some(eval_loss);
+        let (step, epoch) = (self.state.step, self.epoch());
+        log(&Metric::Evaluation { step, epoch, eval_loss })?;
+        self.report.say(Event::Evaluated { step, epoch, eval_loss });
+        Ok(())
+    }
+
+    fn epoch(&self) -> f64 {
+        self.state.step as f64 / self.steps.per_epoch as f64
+    }
+
+    fn save(&self, checkpoints: &Checkpoints) -> Result<()> {
+        let params = &self.decoder.trainable.params;
+        checkpoint::save(checkpoints, &self.state, params, &self.moments, self.options.checkpoints_max)
+    }
+
+    /// The end by a signal: saves first where that is possible.
+    fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
+        let step = self.state.step;
+        let saved = match checkpoints {
+            Some(checkpoints) if step > 0 => self.save(checkpoints),
+            _ => Err(Fault::internal("nothing to save")),
+        };
+        match saved {
+            Ok(()) => Fault::new(
+                Kind::Interrupted,
+                format!("stopped by a signal after step {step}; checkpoint written"),
+            )
+            .help("start it again with the same output folder: it continues from there"),
+            Err(_) => Fault::new(Kind::InterruptedUnsaved, format!("stopped by a signal after step {step}")),
+        }
+    }
 }

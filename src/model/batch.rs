@@ -1,0 +1,57 @@
+//! Batch: examples laid one behind the other in rows, with what the decoder needs to keep them apart.
+
+use std::ops::Range;
+
+/// Tokens of one or more examples, T rows in all. No row is padding.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// [T] token ids.
+    pub ids: Vec<u32>,
+    pub examples: Vec<Span>,
+    /// [T] a number that names a row whatever batch it is in; dropout's mask follows it.
+    pub keys: Vec<u64>,
+    /// Rows whose next token is a target, ascending, and that token.
+    pub target_rows: Vec<u32>,
+    pub targets: Vec<u32>,
+}
+
+/// One example's rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    pub rows: Range<usize>,
+    /// The length that rope's scaling goes by: the longest example of the micro-batch this one belongs to, as
+    /// in a padded batch of transformers, so that packing does not change the result.
+    pub rope_length: usize,
+}
+
+impl Batch {
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Adds an example: `supervised[i]` says whether token i is a target (token 0 never is).
+    pub fn push(&mut self, ids: &[u32], supervised: &[bool], rope_length: usize, key: u64) {
+        assert_eq!(ids.len(), supervised.len(), "one flag a token");
+        let from = self.ids.len();
+        for (i, &next) in ids.iter().enumerate().skip(1) {
+            if supervised[i] {
+                self.target_rows.push((from + i - 1) as u32);
+                self.targets.push(next);
+            }
+        }
+        self.ids.extend_from_slice(ids);
+        self.keys.extend((0..ids.len() as u64).map(|i| crate::ops::dropout::mix(key.wrapping_add(i))));
+        self.examples.push(Span { rows: from..from + ids.len(), rope_length });
+    }
+
+    /// Position of each row in its example, and the rope length that goes with it.
+    pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
+        let rows = || self.examples.iter().flat_map(|span| span.rows.clone().map(move |row| (span, row)));
+        let position = rows().map(|(span, row)| (row - span.rows.start) as u32).collect();
+        (position, rows().map(|(span, _)| span.rope_length as u32).collect())
+    }
+
+    pub fn ranges(&self) -> Vec<Range<usize>> {
+        self.examples.iter().map(|span| span.rows.clone()).collect()
+    }
+}

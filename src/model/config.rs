@@ -1,0 +1,93 @@
+//! `config.json` as found on the hub: typed access whose errors name the key, the value found and what was expected.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::fault::{Fault, Result};
+
+/// A model's `config.json`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    file: PathBuf,
+    json: Map<String, Value>,
+}
+
+impl Config {
+    pub fn read(folder: &Path) -> Result<Config> {
+        let file = folder.join("config.json");
+        let text = std::fs::read(&file).map_err(|error| {
+            Fault::model(format!("cannot read {}: {error}", file.display()))
+                .help("a model folder holds config.json, tokenizer.json and *.safetensors")
+        })?;
+        match serde_json::from_slice(&text) {
+            Ok(Value::Object(json)) => Ok(Config { file, json }),
+            Ok(_) => Err(Fault::model(format!("{}: expected a JSON object", file.display()))),
+            Err(error) => Err(Fault::model(format!("{}: not JSON: {error}", file.display()))),
+        }
+    }
+
+    /// A config for tests and generated models.
+    pub fn from_json(json: Map<String, Value>) -> Config {
+        Config { file: PathBuf::from("config.json"), json }
+    }
+
+    /// A part of this config (`rope_scaling`) with the same error messages.
+    pub fn section(&self, key: &str) -> Option<Config> {
+        let json = self.json.get(key)?.as_object()?.clone();
+        Some(Config { file: self.file.join(key), json })
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.json.get(key).is_some_and(|value| !value.is_null())
+    }
+
+    pub fn integer(&self, key: &str) -> Result<usize> {
+        self.integer_or_none(key)?.ok_or_else(|| self.missing(key, "a whole number"))
+    }
+
+    pub fn integer_or_none(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key, "a whole number above 0", |value| {
+            value.as_u64().filter(|&n| n > 0).and_then(|n| usize::try_from(n).ok())
+        })
+    }
+
+    pub fn number(&self, key: &str) -> Result<f64> {
+        self.number_or_none(key)?.ok_or_else(|| self.missing(key, "a number"))
+    }
+
+    pub fn number_or_none(&self, key: &str) -> Result<Option<f64>> {
+        self.get(key, "a number", |value| value.as_f64().filter(|n| n.is_finite()))
+    }
+
+    /// An absent flag is false.
+    pub fn flag(&self, key: &str) -> Result<bool> {
+        Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(false))
+    }
+
+    pub fn text(&self, key: &str) -> Result<Option<String>> {
+        self.get(key, "a text", |value| value.as_str().map(str::to_owned))
+    }
+
+    pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        let list = |value: &Value| value.as_array()?.iter().map(Value::as_f64).collect();
+        self.get(key, "a list of numbers", list)?.ok_or_else(|| self.missing(key, "a list of numbers"))
+    }
+
+    /// A fault about a key's value.
+    pub fn refuse(&self, key: &str, expected: &str) -> Fault {
+        let found = self.json.get(key).map_or("nothing".to_owned(), Value::to_string);
+        Fault::model(format!("{}: {key}: found {found}, expected {expected}", self.file.display()))
+    }
+
+    fn get<T>(&self, key: &str, expected: &str, read: impl FnOnce(&Value) -> Option<T>) -> Result<Option<T>> {
+        match self.json.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => read(value).map(Some).ok_or_else(|| self.refuse(key, expected)),
+        }
+    }
+
+    fn missing(&self, key: &str, expected: &str) -> Fault {
+        Fault::model(format!("{}: {key} is missing, expected {expected}", self.file.display()))
+    }
+}

@@ -1,0 +1,52 @@
+//! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, longrope with two factor sets, partial rotary, window.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{Facts, Names, Projection};
+use crate::model::rope::Rope;
+use crate::ops::attention::Heads;
+
+pub fn facts(config: &Config) -> Result<Facts> {
+    super::gated_silu(config)?;
+    super::no_dropout(config, &["attention_dropout", "resid_pdrop", "embd_pdrop"])?;
+    let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);
+    let (query, key, head) = super::head_counts(config, width)?;
+    let projection = |path, rows, cols| Projection { path, rows, cols, bias: false };
+    Ok(Facts {
+        family: "phi3",
+        vocab: config.integer("vocab_size")?,
+        width,
+        layers: config.integer("num_hidden_layers")?,
+        feed_forward: inner,
+        norm_eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-5),
+        heads: Heads {
+            query,
+            key,
+            width: head,
+            scale: (head as f64).sqrt().recip(),
+            window: config.integer_or_none("sliding_window")?,
+        },
+        rope: Rope::read(config, head, 10_000.0)?,
+        query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
+        output: projection("self_attn.o_proj", width, query * head),
+        gate_up: vec![projection("mlp.gate_up_proj", 2 * inner, width)],
+        down: projection("mlp.down_proj", width, inner),
+        tied_head: config.flag("tie_word_embeddings")?,
+        positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(4096),
+        names: Names {
+            embedding: "model.embed_tokens.weight",
+            final_norm: "model.norm.weight",
+            head: "lm_head.weight",
+            layers: "model.layers",
+            attention_norm: "input_layernorm.weight",
+            feed_forward_norm: "post_attention_layernorm.weight",
+        },
+        aliases: &[
+            ("q_proj", "qkv_proj"),
+            ("k_proj", "qkv_proj"),
+            ("v_proj", "qkv_proj"),
+            ("gate_proj", "gate_up_proj"),
+            ("up_proj", "gate_up_proj"),
+        ],
+    })
+}

@@ -1,0 +1,176 @@
+//! Which examples make each optimizer step: epochs, order, micro-batches; and how a step's examples are packed.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::dataset::Example;
+use crate::model::batch::Batch;
+use crate::ops::dropout::mix;
+
+use super::Options;
+
+/// The whole run's steps, counted as transformers' Trainer counts them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Steps {
+    examples: usize,
+    batch: usize,
+    accumulation: usize,
+    order_seed: Option<u64>,
+    pub per_epoch: u64,
+    pub total: u64,
+}
+
+impl Steps {
+    pub fn new(examples: usize, options: &Options) -> Steps {
+        let micro_batches = examples.div_ceil(options.batch_examples);
+        let per_epoch = micro_batches.div_ceil(options.accumulation).max(1) as u64;
+        let total = options.steps_max.unwrap_or_else(|| (options.epochs * per_epoch as f64).ceil() as u64);
+        Steps {
+            examples,
+            batch: options.batch_examples,
+            accumulation: options.accumulation,
+            order_seed: options.order_seed,
+            per_epoch,
+            total,
+        }
+    }
+
+    /// Epoch (from 0) that a step (from 0) belongs to.
+    pub fn epoch(&self, step: u64) -> u64 {
+        step / self.per_epoch
+    }
+
+    /// Examples of a step, as micro-batches. The last step of an epoch may hold fewer.
+    pub fn micro_batches(&self, step: u64) -> Vec<Vec<usize>> {
+        let order = self.order(self.epoch(step));
+        let size = self.batch * self.accumulation;
+        let from = (step % self.per_epoch) as usize * size;
+        order[from..(from + size).min(order.len())].chunks(self.batch).map(<[usize]>::to_vec).collect()
+    }
+
+    fn order(&self, epoch: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.examples).collect();
+        if let Some(seed) = self.order_seed {
+            shuffle(&mut order, mix(seed ^ mix(epoch)));
+        }
+        order
+    }
+}
+
+/// Fisher-Yates with an unbiased draw.
+fn shuffle(order: &mut [usize], seed: u64) {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    for i in (1..order.len()).rev() {
+        let bound = i as u64 + 1;
+        let draw = std::iter::repeat_with(|| random.next_u64())
+            .find(|draw| *draw < u64::MAX - u64::MAX % bound)
+            .expect("an endless supply");
+        order.swap(i, (draw % bound) as usize);
+    }
+}
+
+/// One micro-batch of examples, with the rope length they share in a padded batch.
+fn grouped<'a>(
+    examples: &'a [Example],
+    micro_batches: &'a [Vec<usize>],
+) -> impl Iterator<Item = (usize, usize)> + 'a {
+    micro_batches.iter().flat_map(|group| {
+        let longest = group.iter().map(|&i| examples[i].ids.len()).max().unwrap_or(0);
+        group.iter().map(move |&i| (i, longest))
+    })
+}
+
+/// Lays a step's examples into batches. Without packing a batch is a micro-batch; with it, examples of the
+/// whole step fill batches of up to `tokens_max` rows, longest first, each where the least room is left. The
+/// step's examples, their rope lengths and their dropout keys are the same, so the result is too.
+pub fn batches(
+    examples: &[Example],
+    micro_batches: &[Vec<usize>],
+    packing: Option<usize>,
+    key: impl Fn(usize) -> u64,
+) -> Vec<Batch> {
+    let push = |batch: &mut Batch, (i, length): (usize, usize)| {
+        batch.push(&examples[i].ids, &examples[i].supervised, length, key(i));
+    };
+    let fill = |list: &[(usize, usize)]| {
+        let mut batch = Batch::default();
+        list.iter().for_each(|&entry| push(&mut batch, entry));
+        batch
+    };
+    match packing {
+        None => {
+            micro_batches.chunks(1).map(|group| fill(&grouped(examples, group).collect::<Vec<_>>())).collect()
+        }
+        Some(tokens_max) => best_fit(examples, grouped(examples, micro_batches).collect(), tokens_max)
+            .iter()
+            .map(|list| fill(list))
+            .collect(),
+    }
+}
+
+/// Best-fit decreasing: each example goes where it leaves the least room.
+fn best_fit(
+    examples: &[Example],
+    mut entries: Vec<(usize, usize)>,
+    tokens_max: usize,
+) -> Vec<Vec<(usize, usize)>> {
+    let length = |&(i, _): &(usize, usize)| examples[i].ids.len();
+    entries.sort_by_key(|entry| std::cmp::Reverse(length(entry)));
+    let mut bins: Vec<(usize, Vec<(usize, usize)>)> = Vec::new();
+    for entry in entries {
+        let tokens = length(&entry);
+        let fitting = bins.iter_mut().filter(|(used, _)| used + tokens <= tokens_max);
+        match fitting.max_by_key(|(used, _)| *used) {
+            Some((used, list)) => {
+                *used += tokens;
+                list.push(entry);
+            }
+            None => bins.push((tokens, vec![entry])),
+        }
+    }
+    bins.into_iter().map(|(_, list)| list).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(batch: usize, accumulation: usize) -> Options {
+        Options { batch_examples: batch, accumulation, order_seed: None, ..Options::default() }
+    }
+
+    fn example(tokens: usize) -> Example {
+        Example { ids: vec![7; tokens], supervised: vec![true; tokens] }
+    }
+
+    #[test]
+    fn an_epoch_takes_every_example_once_and_the_last_step_what_is_left() {
+        let steps = Steps::new(10, &Options { epochs: 1.5, ..options(2, 2) });
+        assert_eq!((steps.per_epoch, steps.total), (3, 5));
+        assert_eq!(steps.micro_batches(0), [[0, 1], [2, 3]]);
+        assert_eq!(steps.micro_batches(2), [[8, 9]]);
+        assert_eq!(steps.micro_batches(3), steps.micro_batches(0));
+        let shuffled = Steps { order_seed: Some(1), ..steps };
+        let mut seen: Vec<usize> = (0..3).flat_map(|step| shuffled.micro_batches(step).concat()).collect();
+        assert_ne!(seen, (0..10).collect::<Vec<_>>());
+        assert_ne!(shuffled.micro_batches(0), shuffled.micro_batches(3), "each epoch has its own order");
+        seen.sort();
+        assert_eq!(seen, (0..10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn packing_keeps_a_steps_examples_and_their_rope_lengths() {
+        let examples: Vec<Example> = [5, 3, 4, 2].map(example).to_vec();
+        let micro = vec![vec![0, 1], vec![2, 3]];
+        let shape = |packing| -> Vec<Vec<(usize, usize)>> {
+            let spans = |batch: &Batch| {
+                batch.examples.iter().map(|span| (span.rows.len(), span.rope_length)).collect()
+            };
+            batches(&examples, &micro, packing, |i| i as u64).iter().map(spans).collect()
+        };
+        assert_eq!(shape(None), [[(5, 5), (3, 5)], [(4, 4), (2, 4)]]);
+        assert_eq!(shape(Some(8)), [[(5, 5), (3, 5)], [(4, 4), (2, 4)]]);
+        assert_eq!(shape(Some(9)), [vec![(5, 5), (4, 4)], vec![(3, 5), (2, 4)]]);
+        assert_eq!(shape(Some(100)).len(), 1);
+    }
+}
