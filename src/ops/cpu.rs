@@ -7,7 +7,8 @@ use std::cell::RefCell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
-use super::matmul::{Operand, Precision};
+use super::gemm::{self, Matrix, Precision};
+use super::matmul::Operand;
 
 /// A number type the operations compute in: `f32` in training, `f64` in tests of gradients.
 pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {
@@ -42,12 +43,7 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c: &mut [Self],
         c_row: usize,
         precision: Precision,
-    ) {
-        let _ = precision;
-        let [m, n, k] = mnk;
-        let (a, b) = (a.expand(m, k), b.expand(k, n));
-        Self::gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row);
-    }
+    );
     /// The slice of a storage, to write.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
@@ -67,6 +63,34 @@ impl<'a, T> View<'a, T> {
 
     pub fn transposed(self) -> View<'a, T> {
         View { data: self.data, row: self.col, col: self.row }
+    }
+}
+
+impl<'a> View<'a, f32> {
+    fn matrix(self, rows: usize, cols: usize) -> Matrix<'a> {
+        Matrix::F32 { data: self.data, rows, cols, row_stride: self.row, col_stride: self.col }
+    }
+}
+
+impl<'a> Operand<'a, f32> {
+    /// Dequantised values are rounded as the reference rounds them: not at all in f32, to bf16 in bf16.
+    fn matrix(self, rows: usize, cols: usize, precision: Precision) -> Matrix<'a> {
+        match self {
+            Operand::View(view) => view.matrix(rows, cols),
+            Operand::Bf16(View { data, row, col }) => {
+                Matrix::Bf16 { data, rows, cols, row_stride: row, col_stride: col }
+            }
+            Operand::FourBit { weight, packed, scales, transposed } => {
+                let rounding = match precision {
+                    Precision::F32 => gemm::Rounding::None,
+                    Precision::Bf16 => gemm::Rounding::Bf16,
+                };
+                let (rows, cols, block) = (weight.rows, weight.cols, weight.block);
+                let code = weight.code.values();
+                let weight = gemm::FourBitView { packed, absmax: scales, code, rows, cols, block, rounding };
+                Matrix::FourBit { weight, transposed }
+            }
+        }
     }
 }
 
@@ -111,8 +135,30 @@ impl Real for f32 {
     fn larger(self, other: f32) -> f32 {
         if self.is_nan() || self > other { self } else { other }
     }
-    fn gemm(mnk: [usize; 3], alpha: f32, a: View<f32>, b: View<f32>, beta: f32, c: &mut [f32], c_row: usize) {
-        library_gemm(mnk, alpha, a, b, beta, c, c_row);
+    fn gemm(
+        [m, n, k]: [usize; 3],
+        alpha: f32,
+        a: View<f32>,
+        b: View<f32>,
+        beta: f32,
+        c: &mut [f32],
+        c_row: usize,
+    ) {
+        let (a, b) = (a.matrix(m, k), b.matrix(k, n));
+        gemm::gemm_serial(m, n, k, alpha, &a, &b, beta, c, c_row, Precision::F32);
+    }
+    fn product(
+        [m, n, k]: [usize; 3],
+        alpha: f32,
+        a: Operand<f32>,
+        b: Operand<f32>,
+        beta: f32,
+        c: &mut [f32],
+        c_row: usize,
+        precision: Precision,
+    ) {
+        let (a, b) = (a.matrix(m, k, precision), b.matrix(k, n, precision));
+        gemm::gemm(m, n, k, alpha, &a, &b, beta, c, c_row, precision);
     }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f32]> {
         match storage {
@@ -146,6 +192,21 @@ impl Real for f64 {
     fn gemm(mnk: [usize; 3], alpha: f64, a: View<f64>, b: View<f64>, beta: f64, c: &mut [f64], c_row: usize) {
         library_gemm(mnk, alpha, a, b, beta, c, c_row);
     }
+    /// Expands both operands: the judge may be slow.
+    fn product(
+        mnk: [usize; 3],
+        alpha: f64,
+        a: Operand<f64>,
+        b: Operand<f64>,
+        beta: f64,
+        c: &mut [f64],
+        c_row: usize,
+        _: Precision,
+    ) {
+        let [m, n, k] = mnk;
+        let (a, b) = (a.expand(m, k), b.expand(k, n));
+        library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row);
+    }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
         match storage {
             CpuStorage::F64(data) => Ok(data),
@@ -154,14 +215,14 @@ impl Real for f64 {
     }
 }
 
-/// The `gemm` crate, with its bounds checked here.
-fn library_gemm<T: Real>(
+/// The `gemm` crate in f64, with its bounds checked here.
+fn library_gemm(
     [m, n, k]: [usize; 3],
-    alpha: T,
-    a: View<T>,
-    b: View<T>,
-    beta: T,
-    c: &mut [T],
+    alpha: f64,
+    a: View<f64>,
+    b: View<f64>,
+    beta: f64,
+    c: &mut [f64],
     c_row: usize,
 ) {
     if m == 0 || n == 0 {
@@ -174,14 +235,14 @@ fn library_gemm<T: Real>(
     // SAFETY: the asserts above bound every element the call touches, and `c` is borrowed mutably.
     // The crate computes `c = alpha * c + beta * a b`: its alpha is our beta.
     unsafe {
-        gemm::gemm(
+        ::gemm::gemm(
             m,
             n,
             k,
             c.as_mut_ptr(),
             1,
             c_row as isize,
-            beta != T::ZERO,
+            beta != 0.0,
             a.data.as_ptr(),
             a.col as isize,
             a.row as isize,
@@ -193,7 +254,7 @@ fn library_gemm<T: Real>(
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            ::gemm::Parallelism::None,
         );
     }
 }

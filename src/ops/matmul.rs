@@ -8,12 +8,7 @@ use super::cpu::{self, Real, View};
 use super::four_bit::FourBit;
 use crate::with_real;
 
-/// Rounding of a product's inputs; sums are always f32 (f64 in tests).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    F32,
-    Bf16,
-}
+pub use super::gemm::Precision;
 
 /// A weight [N, K] of a linear layer `y = x W^T`.
 #[derive(Clone, Debug)]

@@ -2,6 +2,7 @@
 //!
 //! Never candle_nn's fused layers here: they drop gradients silently, and hone's backward passes are its own.
 
+pub mod gemm;
 pub mod cpu;
 pub mod adamw;
 pub mod attention;

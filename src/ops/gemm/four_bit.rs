@@ -1,0 +1,96 @@
+//! 4-bit weight as bitsandbytes stores it -> its exact values in the weight's own type, as f32.
+//!
+//! `value = round(code[nibble] * absmax[flat / block])`: one f32 product, rounded to nearest even to the type the
+//! weight had before it was quantised. Elements are counted over the flat tensor, so a block may straddle rows.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// The type that dequantised values are rounded to: the weight's own (bitsandbytes' `quant_state.dtype`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rounding {
+    None,
+    Bf16,
+    F16,
+}
+
+/// A weight [rows, cols]: element `2 i` in the high half of byte `i`, one scale for each `block` elements.
+#[derive(Clone, Copy)]
+pub struct FourBitView<'a> {
+    pub packed: &'a [u8],
+    pub absmax: &'a [f32],
+    pub code: &'a [f32; 16],
+    pub rows: usize,
+    pub cols: usize,
+    pub block: usize,
+    pub rounding: Rounding,
+}
+
+impl FourBitView<'_> {
+    /// Panics unless data and scales cover the shape: the kernels rely on it.
+    pub(super) fn check(&self) {
+        let count = self.rows.checked_mul(self.cols).expect("a weight's size fits usize");
+        assert!(self.block >= 2 && self.block.is_power_of_two(), "block of {} elements", self.block);
+        assert!(self.packed.len() >= count.div_ceil(2), "{} bytes for {count} elements", self.packed.len());
+        assert!(self.absmax.len() >= count.div_ceil(self.block), "{} scales for {count}", self.absmax.len());
+    }
+
+    /// The 16 values a block can hold.
+    fn table(&self, block: usize) -> [f32; 16] {
+        let scale = self.absmax[block];
+        self.code.map(|code| self.rounding.apply(code * scale))
+    }
+
+    /// Values of the flat elements `start..start + out.len()`.
+    pub(super) fn read(&self, start: usize, out: &mut [f32]) {
+        let mut at = start;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let block = at / self.block;
+            let count = ((block + 1) * self.block - at).min(rest.len());
+            let (now, later) = rest.split_at_mut(count);
+            self.read_in_block(at, &self.table(block), now);
+            (at, rest) = (at + count, later);
+        }
+    }
+
+    fn read_in_block(&self, start: usize, table: &[f32; 16], out: &mut [f32]) {
+        let high = |at: usize| table[(self.packed[at / 2] >> 4) as usize];
+        let low = |at: usize| table[(self.packed[at / 2] & 15) as usize];
+        let (odd, out) = out.split_at_mut(start % 2);
+        if let [first] = odd {
+            *first = low(start);
+        }
+        let start = start + odd.len();
+        let mut pairs = out.chunks_exact_mut(2);
+        let mut at = start;
+        for (pair, &byte) in pairs.by_ref().zip(&self.packed[start / 2..]) {
+            pair[0] = table[(byte >> 4) as usize];
+            pair[1] = table[(byte & 15) as usize];
+            at += 2;
+        }
+        if let [last] = pairs.into_remainder() {
+            *last = high(at);
+        }
+    }
+}
+
+impl Rounding {
+    pub(super) fn apply(self, value: f32) -> f32 {
+        match self {
+            Rounding::None => value,
+            Rounding::Bf16 => bf16::from_f32(value).to_f32(),
+            Rounding::F16 => f16::from_f32(value).to_f32(),
+        }
+    }
+}
+
+/// Writes all values of `view`, row-major. Bit-exact, on the threads of the current rayon pool.
+pub fn dequantize(view: &FourBitView, out: &mut [f32]) {
+    view.check();
+    assert_eq!(out.len(), view.rows * view.cols, "values of [{}, {}]", view.rows, view.cols);
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(index, out)| view.read(index * CHUNK, out));
+}
+
+/// Elements a task expands: 256 KiB of f32, a fraction of L2.
+const CHUNK: usize = 1 << 16;

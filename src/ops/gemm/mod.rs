@@ -1,0 +1,221 @@
+//! Matrix product on the CPU: two strided views, 4-bit weights included -> `c = alpha * a * b + beta * c` in f32.
+//!
+//! One driver (`drive`) cuts the product into 32x32 blocks of `c`; a kernel (`amx`, `avx512`, `portable`) is a table of
+//! functions that pack operands into panels and multiply two panels. Operands are packed from the form they are
+//! stored in, so a frozen 4-bit weight is expanded one panel at a time and never as a whole.
+//!
+//! An element of `c` is always summed in the same order: its bits depend on the kernel and on `k`, not on the number
+//! of threads, the run, or the other rows. A product with NaN or infinity in a row or column is not finite there.
+
+mod four_bit;
+mod source;
+mod drive;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod pack_bf16;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(test)]
+mod tests;
+
+use std::sync::OnceLock;
+
+pub use four_bit::{FourBitView, Rounding, dequantize};
+use half::bf16;
+
+/// How exact the products are; sums are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// As exact as f32: products are right to 2^-23 or better, whatever units compute them.
+    F32,
+    /// Both operands are rounded to bf16 (nearest even) first.
+    Bf16,
+}
+
+/// A matrix as it lies in memory. Strides count elements; a transpose is a view with swapped strides.
+#[derive(Clone, Copy)]
+pub enum Matrix<'a> {
+    F32 {
+        data: &'a [f32],
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    },
+    Bf16 {
+        data: &'a [bf16],
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    },
+    /// A frozen weight; `transposed` views it as [cols, rows].
+    FourBit {
+        weight: FourBitView<'a>,
+        transposed: bool,
+    },
+}
+
+impl<'a> Matrix<'a> {
+    /// Dense row-major [rows, cols].
+    pub fn f32(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Matrix::F32 { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Dense row-major [rows, cols].
+    pub fn bf16(data: &'a [bf16], rows: usize, cols: usize) -> Self {
+        Matrix::Bf16 { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    pub fn four_bit(weight: FourBitView<'a>) -> Self {
+        Matrix::FourBit { weight, transposed: false }
+    }
+
+    /// The same memory seen as the transposed matrix.
+    pub fn t(self) -> Self {
+        match self {
+            Matrix::F32 { data, rows, cols, row_stride, col_stride } => {
+                Matrix::F32 { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+            }
+            Matrix::Bf16 { data, rows, cols, row_stride, col_stride } => {
+                Matrix::Bf16 { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+            }
+            Matrix::FourBit { weight, transposed } => Matrix::FourBit { weight, transposed: !transposed },
+        }
+    }
+
+    /// (rows, cols)
+    pub fn shape(&self) -> (usize, usize) {
+        match *self {
+            Matrix::F32 { rows, cols, .. } | Matrix::Bf16 { rows, cols, .. } => (rows, cols),
+            Matrix::FourBit { weight, transposed: false } => (weight.rows, weight.cols),
+            Matrix::FourBit { weight, transposed: true } => (weight.cols, weight.rows),
+        }
+    }
+
+    /// Panics unless every element the shape promises lies inside the data: the kernels rely on it.
+    fn check(&self) {
+        let inside = |len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize| {
+            let last =
+                || (rows - 1).checked_mul(row_stride)?.checked_add((cols - 1).checked_mul(col_stride)?);
+            rows == 0 || cols == 0 || last().is_some_and(|last| last < len)
+        };
+        let fits = match *self {
+            Matrix::F32 { data, rows, cols, row_stride, col_stride } => {
+                inside(data.len(), rows, cols, row_stride, col_stride)
+            }
+            Matrix::Bf16 { data, rows, cols, row_stride, col_stride } => {
+                inside(data.len(), rows, cols, row_stride, col_stride)
+            }
+            Matrix::FourBit { weight, .. } => return weight.check(),
+        };
+        assert!(fits, "matrix view {:?} reaches outside its data", self.shape());
+    }
+}
+
+/// `c[m, n] = alpha * a[m, k] * b[k, n] + beta * c[m, n]` on the threads of the current rayon pool.
+///
+/// `c` is row-major with `c_row_stride` elements from row to row. With `beta == 0` it is only written, never read.
+/// Panics when a shape or a length does not fit.
+#[allow(clippy::too_many_arguments)]
+pub fn gemm(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: f32,
+    a: &Matrix,
+    b: &Matrix,
+    beta: f32,
+    c: &mut [f32],
+    c_row_stride: usize,
+    precision: Precision,
+) {
+    let threads = if m * n * k < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
+    product(kernel(precision), threads, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
+}
+
+/// `gemm` on the calling thread alone, for use inside tasks that are already parallel (attention heads).
+/// Same bits as `gemm`; allocates nothing once the thread's buffers have grown.
+#[allow(clippy::too_many_arguments)]
+pub fn gemm_serial(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: f32,
+    a: &Matrix,
+    b: &Matrix,
+    beta: f32,
+    c: &mut [f32],
+    c_row_stride: usize,
+    precision: Precision,
+) {
+    product(kernel(precision), 1, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
+}
+
+/// What multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2" or "portable".
+pub fn kernel_name(precision: Precision) -> &'static str {
+    kernel(precision).name
+}
+
+/// Below this many multiplications waking the second thread costs more than it saves.
+const PARALLEL_PRODUCTS_MIN: usize = 1 << 20;
+
+#[allow(clippy::too_many_arguments)]
+fn product(
+    kernel: &drive::Kernel,
+    threads: usize,
+    [m, n, k]: [usize; 3],
+    alpha: f32,
+    a: &Matrix,
+    b: &Matrix,
+    beta: f32,
+    c: &mut [f32],
+    c_row_stride: usize,
+    precision: Precision,
+) {
+    assert_eq!(a.shape(), (m, k), "a is not [m, k]");
+    assert_eq!(b.shape(), (k, n), "b is not [k, n]");
+    a.check();
+    b.check();
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n <= c_row_stride, "rows of c overlap: {n} columns, {c_row_stride} apart");
+    let last = (m - 1).checked_mul(c_row_stride).and_then(|start| start.checked_add(n));
+    assert!(last.is_some_and(|last| last <= c.len()), "c[{m}, {n}] reaches outside its data");
+    let c = drive::Target { data: c.as_mut_ptr(), row_stride: c_row_stride, alpha, beta };
+    drive::run(kernel, threads, [m, n, k], a, b, c, precision);
+}
+
+/// The fastest kernel of this machine, chosen once.
+fn kernel(precision: Precision) -> &'static drive::Kernel {
+    static CHOSEN: [OnceLock<&'static drive::Kernel>; 2] = [OnceLock::new(), OnceLock::new()];
+    CHOSEN[precision as usize]
+        .get_or_init(|| kernels(precision).into_iter().next().expect("the portable kernel runs everywhere"))
+}
+
+/// Every kernel this machine can run at this precision, fastest first.
+fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
+    let mut found: Vec<&'static drive::Kernel> = Vec::new();
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::permitted() {
+        found.push(&amx::KERNEL);
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        if precision == Precision::Bf16 && avx512::has_bf16() {
+            found.push(&avx512::BF16);
+        }
+        if avx512::has_f32() {
+            found.push(&avx512::F32);
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            found.push(&portable::AVX2);
+        }
+    }
+    let _ = precision;
+    found.push(&portable::KERNEL);
+    found
+}

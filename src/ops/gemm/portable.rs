@@ -1,0 +1,150 @@
+//! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
+
+use super::drive::{BLOCK, Kernel, Multiply, Span, TILE_BYTES, Target};
+use super::source::{Side, Source};
+use super::{Precision, Rounding};
+
+pub static KERNEL: Kernel =
+    Kernel { name: "portable", step: 16, split: false, pack, begin, end, multiply, store };
+
+#[cfg(target_arch = "x86_64")]
+pub static AVX2: Kernel = Kernel {
+    name: "avx2",
+    step: 16,
+    split: false,
+    pack: pack_avx2,
+    begin,
+    end,
+    multiply: multiply_avx2,
+    store: store_avx2,
+};
+
+unsafe fn begin() {}
+unsafe fn end() {}
+
+unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
+    fill(source, side, precision, span, out);
+}
+
+unsafe fn multiply(job: Multiply) {
+    // SAFETY: as the caller promises. Without the instruction a fused product is a slow library call.
+    unsafe { block::<{ cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>(job) }
+}
+
+unsafe fn store(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+    // SAFETY: as the caller promises.
+    unsafe { put(sums, rows, cols, c) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn pack_avx2(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
+    fill(source, side, precision, span, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn multiply_avx2(job: Multiply) {
+    // SAFETY: as the caller promises.
+    unsafe { block::<true>(job) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn store_avx2(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+    // SAFETY: as the caller promises.
+    unsafe { put(sums, rows, cols, c) }
+}
+
+/// 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two of `b` and one of `a` fill AVX2's 16 registers.
+#[inline(always)]
+unsafe fn block<const FUSED: bool>(job: Multiply) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        for tile in 0..job.cols.div_ceil(16) {
+            let mut row = 0;
+            while row < job.rows.min(30) {
+                rows::<FUSED, 6>(job, row, tile);
+                row += 6;
+            }
+            if job.rows > 30 {
+                rows::<FUSED, 2>(job, 30, tile);
+            }
+        }
+    }
+}
+
+/// `ROWS` rows times one tile of 16 columns.
+#[inline(always)]
+unsafe fn rows<const FUSED: bool, const ROWS: usize>(job: Multiply, first: usize, tile: usize) {
+    let sum_at = |row: usize| ((first + row) / 16 * 2 + tile) * 256 + (first + row) % 16 * 16;
+    let mut sums = [[0f32; 16]; ROWS];
+    // SAFETY: the sums are four tiles of 16x16; each panel holds `steps` steps of two tiles.
+    unsafe {
+        if job.add {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                *sums = *job.sums.add(sum_at(row)).cast::<[f32; 16]>();
+            }
+        }
+        for step in 0..job.steps {
+            let a = job.a.add(step * 2 * TILE_BYTES).cast::<f32>().add(first * 16);
+            let b = job.b.add(step * 2 * TILE_BYTES + tile * TILE_BYTES).cast::<[f32; 16]>();
+            for word in 0..16 {
+                let b = &*b.add(word);
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let a = *a.add(row * 16 + word);
+                    for (sum, &b) in sums.iter_mut().zip(b) {
+                        *sum = if FUSED { a.mul_add(b, *sum) } else { *sum + a * b };
+                    }
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            *job.sums.add(sum_at(row)).cast::<[f32; 16]>() = *sums;
+        }
+    }
+}
+
+#[inline(always)]
+fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
+    for (index, out) in out.chunks_exact_mut(TILE_BYTES).enumerate() {
+        let start = index / 2 * 16;
+        let depth = 16.min(span.depth - start);
+        let lane = index % 2 * 16;
+        let lanes = 16.min(span.lanes.saturating_sub(lane));
+        let (runs, first, along, at) = if source.along_depth {
+            (lanes, span.lane + lane, depth, span.start + start)
+        } else {
+            (depth, span.start + start, lanes, span.lane + lane)
+        };
+        let mut rows = [[0f32; 16]; 16];
+        for (run, row) in rows.iter_mut().enumerate().take(if along > 0 { runs } else { 0 }) {
+            source.read(first + run, at, &mut row[..along]);
+        }
+        if precision == Precision::Bf16 {
+            rows.as_flattened_mut().iter_mut().for_each(|value| *value = Rounding::Bf16.apply(*value));
+        }
+        let straight = source.along_depth == (side == Side::A);
+        for (index, out) in out.chunks_exact_mut(4).enumerate() {
+            let (row, col) = (index / 16, index % 16);
+            let value = if straight { rows[row][col] } else { rows[col][row] };
+            out.copy_from_slice(&value.to_ne_bytes());
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn put(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+    for row in 0..rows {
+        for tile in 0..cols.div_ceil(16) {
+            let count = 16.min(cols - tile * 16);
+            let sums = &sums[(row / 16 * 2 + tile) * 256 + row % 16 * 16..][..count];
+            // SAFETY: [rows, cols] lies inside `c`, and this thread alone has it.
+            let to =
+                unsafe { std::slice::from_raw_parts_mut(c.data.add(row * c.row_stride + tile * 16), count) };
+            for (to, sum) in to.iter_mut().zip(sums) {
+                *to = if c.beta == 0.0 { c.alpha * sum } else { c.alpha * sum + c.beta * *to };
+            }
+        }
+    }
+}

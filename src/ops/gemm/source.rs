@@ -1,0 +1,80 @@
+//! An operand as the packers see it: lanes (rows of `a`, columns of `b`) by depth (`k`), read in runs.
+
+use super::{FourBitView, Matrix, Precision, Rounding};
+use half::bf16;
+
+/// Which operand a panel belongs to: their layouts differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    A,
+    B,
+}
+
+/// `runs` x `along` elements; a run is read along the direction that is contiguous in memory, if one is.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub elements: Elements<'a>,
+    /// A run follows the depth of one lane; otherwise it crosses the lanes at one depth.
+    pub along_depth: bool,
+}
+
+#[derive(Clone, Copy)]
+pub enum Elements<'a> {
+    F32 { data: &'a [f32], run_stride: usize, stride: usize },
+    Bf16 { data: &'a [bf16], run_stride: usize, stride: usize },
+    FourBit(FourBitView<'a>),
+}
+
+impl<'a> Source<'a> {
+    pub fn new(matrix: &Matrix<'a>, side: Side) -> Self {
+        // Runs along rows of the matrix where its columns are adjacent; rows of `a` are lanes, rows of `b` depths.
+        let (elements, along_rows) = match *matrix {
+            Matrix::F32 { data, row_stride, col_stride, rows, .. } => {
+                let along_rows = col_stride == 1 || (row_stride != 1 && rows != 1);
+                let (run_stride, stride) =
+                    if along_rows { (row_stride, col_stride) } else { (col_stride, row_stride) };
+                (Elements::F32 { data, run_stride, stride }, along_rows)
+            }
+            Matrix::Bf16 { data, row_stride, col_stride, rows, .. } => {
+                let along_rows = col_stride == 1 || (row_stride != 1 && rows != 1);
+                let (run_stride, stride) =
+                    if along_rows { (row_stride, col_stride) } else { (col_stride, row_stride) };
+                (Elements::Bf16 { data, run_stride, stride }, along_rows)
+            }
+            Matrix::FourBit { weight, transposed } => (Elements::FourBit(weight), !transposed),
+        };
+        Source { elements, along_depth: along_rows == (side == Side::A) }
+    }
+
+    /// How many bf16 summands represent an element exactly.
+    pub fn planes(&self, precision: Precision) -> usize {
+        match (precision, self.elements) {
+            (Precision::Bf16, _) | (_, Elements::Bf16 { .. }) => 1,
+            (_, Elements::F32 { .. }) => 3,
+            (_, Elements::FourBit(weight)) => match weight.rounding {
+                Rounding::Bf16 => 1,
+                Rounding::F16 => 2,
+                Rounding::None => 3,
+            },
+        }
+    }
+
+    /// Elements `start..start + out.len()` of a run, as f32.
+    pub fn read(&self, run: usize, start: usize, out: &mut [f32]) {
+        match self.elements {
+            Elements::F32 { data, run_stride, stride } => {
+                let data = &data[run * run_stride + start * stride..];
+                if stride == 1 {
+                    out.copy_from_slice(&data[..out.len()]);
+                } else {
+                    out.iter_mut().zip(data.iter().step_by(stride.max(1))).for_each(|(out, &x)| *out = x);
+                }
+            }
+            Elements::Bf16 { data, run_stride, stride } => {
+                let data = &data[run * run_stride + start * stride..];
+                out.iter_mut().zip(data.iter().step_by(stride.max(1))).for_each(|(out, x)| *out = x.to_f32());
+            }
+            Elements::FourBit(weight) => weight.read(run * weight.cols + start, out),
+        }
+    }
+}
