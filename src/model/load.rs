@@ -19,6 +19,11 @@ use super::{Options, Quantization};
 
 /// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
 pub fn load(facts: Facts, options: &Options, report: &Report) -> Result<Decoder> {
+    load_in(DType::F32, facts, options, report)
+}
+
+/// `load` with another type of activations: f64 for the judge of gradients.
+pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Report) -> Result<Decoder> {
     let sites = lora::sites(&facts, &options.lora)?;
     for (written, module) in &sites.renamed {
         report.note(
@@ -28,8 +33,8 @@ pub fn load(facts: Facts, options: &Options, report: &Report) -> Result<Decoder>
     }
     let checkpoint = Checkpoint::open(&options.folder)?;
     checkpoint.expect(&wanted(&facts), |name| ignored(&facts, name))?;
-    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options };
-    let trainable = Trainable::init(sites.list, &options.lora, DType::F32)?;
+    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype };
+    let trainable = Trainable::init(sites.list, &options.lora, dtype)?;
     let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
     let mut layers = Vec::with_capacity(facts.layers);
     for layer in 0..facts.layers {
@@ -50,7 +55,7 @@ pub fn load(facts: Facts, options: &Options, report: &Report) -> Result<Decoder>
         trainable,
         precision: options.precision,
         keep: options.keep,
-        dtype: DType::F32,
+        dtype,
         facts,
     })
 }
@@ -86,6 +91,7 @@ struct Loader<'a> {
     facts: &'a Facts,
     checkpoint: &'a Checkpoint,
     options: &'a Options,
+    dtype: DType,
 }
 
 impl Loader<'_> {
@@ -121,17 +127,19 @@ impl Loader<'_> {
         Ok(Linear { weight, bias, lora })
     }
 
-    /// A matrix kept as stored: bf16 stays bf16, the rest becomes f32.
+    /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type.
     fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
         let values = self.checkpoint.get(name, shape)?;
         match values.bf16() {
             Some(values) => Ok(Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?),
-            None => Ok(Tensor::from_vec(finite(name, values)?, (shape[0], shape[1]), &Device::Cpu)?),
+            None => Ok(Tensor::from_vec(finite(name, values)?, (shape[0], shape[1]), &Device::Cpu)?
+                .to_dtype(self.dtype)?),
         }
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
-        Ok(Tensor::from_vec(finite(name, self.checkpoint.get(name, &[length])?)?, length, &Device::Cpu)?)
+        let values = finite(name, self.checkpoint.get(name, &[length])?)?;
+        Ok(Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(self.dtype)?)
     }
 }
 

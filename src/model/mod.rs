@@ -12,7 +12,11 @@ pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod lora;
+pub mod random;
 pub mod rope;
+
+#[cfg(test)]
+mod judge;
 
 /// What to load and how to quantise it. Filled by `plan`.
 #[derive(Clone, Debug, PartialEq)]

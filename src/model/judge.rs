@@ -1,0 +1,255 @@
+//! The decoder's hand-written backward pass against candle's autograd of the ops' formulas, and against finite
+//! differences, in f64: every choice of what is kept, grouped heads, biases, fused projections, window, rope
+//! scaling, packing of three examples, odd sizes, 4-bit and dense bases, dropout, a partial adapter.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use serde_json::{Value, json};
+
+use super::batch::Batch;
+use super::config::Config;
+use super::decoder::Decoder;
+use super::facts::Facts;
+use super::layer::Layer;
+use super::linear::{Linear, Lora};
+use super::{
+    FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, Targets, family, load, random,
+};
+use crate::ops::matmul::Weight;
+use crate::ops::{attention, cpu, cross_entropy, dropout, judge, rms_norm, rope, swiglu};
+use crate::report::Report;
+
+struct Case {
+    name: &'static str,
+    config: Value,
+    change: fn(&mut Options),
+}
+
+fn llama(more: Value) -> Value {
+    let mut config = json!({
+        "model_type": "llama", "vocab_size": 29, "hidden_size": 20, "intermediate_size": 22, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+    });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+fn phi3() -> Value {
+    json!({
+        "model_type": "phi3", "vocab_size": 31, "hidden_size": 24, "intermediate_size": 18, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 4, "tie_word_embeddings": true,
+        "max_position_embeddings": 64, "original_max_position_embeddings": 6, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]},
+    })
+}
+
+fn cases() -> Vec<Case> {
+    let keep: fn(&mut Options) = |_| {};
+    vec![
+        Case { name: "llama", config: llama(json!({})), change: keep },
+        Case {
+            name: "llama with biases, dense, rslora, qv only",
+            config: llama(json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true})),
+            change: |options| {
+                options.quantization = Quantization::None;
+                options.lora.rslora = true;
+                options.lora.targets = Targets::Names(vec!["q_proj".into(), "v_proj".into()]);
+            },
+        },
+        Case {
+            name: "llama with dropout, upper layers only",
+            config: llama(json!({"num_key_value_heads": 4})),
+            change: |options| {
+                options.lora.dropout = 0.3;
+                options.lora.layers = vec![1, 2];
+            },
+        },
+        Case { name: "phi3", config: phi3(), change: keep },
+    ]
+}
+
+fn decoder(case: &Case, keep: Keep) -> Decoder {
+    let folder = tempfile::tempdir().unwrap();
+    let facts = family::describe(&Config::from_json(case.config.as_object().unwrap().clone())).unwrap();
+    random::write(folder.path(), &facts, 5).unwrap();
+    let mut options = Options {
+        folder: folder.path().into(),
+        quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
+        lora: LoraOptions { r: 3, alpha: 5.0, ..LoraOptions::default() },
+        precision: Precision::F32,
+        keep,
+    };
+    (case.change)(&mut options);
+    let decoder = load::load_in(DType::F64, facts, &options, &Report::silent()).unwrap();
+    // B is zero at first, which would hide A's gradient.
+    let noise = judge::random(decoder.trainable.params.elem_count(), 9).unwrap();
+    crate::ops::rows::add(&decoder.trainable.params, &(noise.as_tensor() * 0.1).unwrap()).unwrap();
+    decoder
+}
+
+/// Three examples of odd lengths, the middle one partly supervised; rope lengths on both sides of longrope's edge.
+fn batch(facts: &Facts) -> Batch {
+    let mut batch = Batch::default();
+    for (length, rope_length) in [(7usize, 7), (1, 7), (5, 5)] {
+        let ids: Vec<u32> = (0..length).map(|i| ((i * 11 + length * 3) % facts.vocab) as u32).collect();
+        let supervised: Vec<bool> = (0..length).map(|i| length != 5 || i % 2 == 1).collect();
+        batch.push(&ids, &supervised, rope_length, length as u64 * 1000);
+    }
+    batch
+}
+
+/// The decoder once more, from the ops' formulas, differentiable in the flat parameters.
+struct Formula<'a> {
+    decoder: &'a Decoder,
+    params: &'a Tensor,
+    batch: &'a Batch,
+    dropout: bool,
+}
+
+impl Formula<'_> {
+    fn loss(&self) -> Result<Tensor> {
+        let (decoder, batch) = (self.decoder, self.batch);
+        let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
+        let mut x = decoder.embedding.to_dtype(DType::F64)?.index_select(&ids, 0)?;
+        for (index, layer) in decoder.layers.iter().enumerate() {
+            x = self.layer(index, layer, &x)?;
+        }
+        let rows = Tensor::new(batch.target_rows.as_slice(), &Device::Cpu)?;
+        let hidden =
+            rms_norm::formula(&x.index_select(&rows, 0)?, &decoder.final_norm, decoder.facts.norm_eps)?;
+        let logits = hidden.matmul(&dense(&decoder.head)?.t()?)?;
+        cross_entropy::formula(&logits, &Tensor::new(batch.targets.as_slice(), &Device::Cpu)?)
+    }
+
+    fn layer(&self, index: usize, layer: &Layer, x: &Tensor) -> Result<Tensor> {
+        let (facts, batch) = (&self.decoder.facts, self.batch);
+        let heads = &facts.heads;
+        let names =
+            |list: &[super::facts::Projection]| list.iter().map(|p| facts.path(index, p)).collect::<Vec<_>>();
+        let normed = rms_norm::formula(x, &layer.attention_norm, facts.norm_eps)?;
+        let qkv = self.beside(&names(&facts.query_key_value), &layer.query_key_value, &normed)?;
+        let (positions, lengths) = batch.positions();
+        let angles = facts.rope.angles(&positions, &lengths, DType::F64)?;
+        let turning = (heads.query + heads.key) * heads.width;
+        let turned = qkv.narrow(1, 0, turning)?.contiguous()?;
+        let turned = turned.reshape((batch.rows(), heads.query + heads.key, heads.width))?;
+        let turned = rope::formula(&turned, &angles)?.reshape((batch.rows(), turning))?;
+        let rest = qkv.narrow(1, turning, heads.columns() - turning)?.contiguous()?;
+        let qkv = Tensor::cat(&[turned, rest], 1)?;
+        let example = |range: std::ops::Range<usize>| {
+            attention::formula(&qkv.narrow(0, range.start, range.len())?, heads)
+        };
+        let attended = Tensor::cat(&batch.ranges().into_iter().map(example).collect::<Result<Vec<_>>>()?, 0)?;
+        let middle = (x + self.linear(&facts.path(index, &facts.output), &layer.output, &attended)?)?;
+        let normed = rms_norm::formula(&middle, &layer.feed_forward_norm, facts.norm_eps)?;
+        let gate_up = self.beside(&names(&facts.gate_up), &layer.gate_up, &normed)?;
+        let activated = swiglu::formula(&gate_up)?;
+        &middle + self.linear(&facts.path(index, &facts.down), &layer.down, &activated)?
+    }
+
+    fn beside(&self, paths: &[String], parts: &[Linear], x: &Tensor) -> Result<Tensor> {
+        let parts = paths.iter().zip(parts).map(|(path, part)| self.linear(path, part, x));
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    fn linear(&self, path: &str, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+        let mut y = x.matmul(&dense(&linear.weight)?.t()?)?;
+        if let Some(bias) = &linear.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        let Some(lora) = &linear.lora else { return Ok(y) };
+        let trainable = &self.decoder.trainable;
+        let site = trainable.sites.iter().find(|site| site.path == path).expect("a pair has a site");
+        let (a, b) = trainable.views(self.params, site)?;
+        y + (self.dropped(x, lora)?.matmul(&a.t()?)?.matmul(&b.t()?)? * lora.scale)?
+    }
+
+    fn dropped(&self, x: &Tensor, lora: &Lora) -> Result<Tensor> {
+        match self.dropout && lora.dropout > 0.0 {
+            true => x * dropout::apply(&x.ones_like()?.detach(), lora.dropout, &self.batch.keys, lora.site)?,
+            false => Ok(x.clone()),
+        }
+    }
+}
+
+/// A weight as f64 [N, K], through the public dequantisation.
+fn dense(weight: &Weight) -> Result<Tensor> {
+    match weight {
+        Weight::Dense(tensor) => tensor.to_dtype(DType::F64),
+        Weight::FourBit(weight) => {
+            Tensor::from_vec(weight.dequantize()?, (weight.rows, weight.cols), &Device::Cpu)?
+                .to_dtype(DType::F64)
+        }
+    }
+}
+
+#[test]
+fn loss_and_gradients_equal_autograd_whatever_is_kept() -> Result<()> {
+    for case in cases() {
+        for keep in [Keep::Everything, Keep::LayerInputs] {
+            let decoder = decoder(&case, keep);
+            let batch = batch(&decoder.facts);
+            let params = Var::from_tensor(&decoder.trainable.params)?;
+            let formula = Formula { decoder: &decoder, params: &params, batch: &batch, dropout: true };
+            let expected = formula.loss()?;
+            let store = (&expected * 0.5)?.backward()?;
+            let loss = decoder.forward_backward(&batch, 0.5)?;
+            assert!((loss - expected.to_scalar::<f64>()?).abs() < 1e-10, "{}: loss", case.name);
+            println!("{} {keep:?}", case.name);
+            judge::same(&decoder.trainable.grads, store.get(&params).unwrap(), 1e-10)?;
+            // A second pass adds.
+            decoder.forward_backward(&batch, 0.5)?;
+            judge::same(&decoder.trainable.grads, &(store.get(&params).unwrap() * 2.0)?, 1e-10)?;
+            let plain = Formula { dropout: false, ..formula }.loss()?.to_scalar::<f64>()?;
+            assert!((decoder.loss(&batch)? - plain).abs() < 1e-10, "{}: evaluation", case.name);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_equal_finite_differences() -> Result<()> {
+    const STEP: f64 = 1e-5;
+    for case in cases() {
+        let decoder = decoder(&case, Keep::Everything);
+        let batch = batch(&decoder.facts);
+        decoder.forward_backward(&batch, 1.0)?;
+        let found = cpu::to_f64(&decoder.trainable.grads)?;
+        let params = decoder.trainable.params.copy()?;
+        let at = |i: usize, step: f64| -> Result<f64> {
+            let moved = |x: &mut [f64]| x[i] += step;
+            cpu::edit(&decoder.trainable.params, moved)?;
+            let loss = decoder.forward_backward(&batch, 0.0)?;
+            cpu::edit(&decoder.trainable.params, |x: &mut [f64]| x[i] -= step)?;
+            Ok(loss)
+        };
+        // Every 37th parameter: some of each pair.
+        for i in (0..params.elem_count()).step_by(37) {
+            let expected = (at(i, STEP)? - at(i, -STEP)?) / (2.0 * STEP);
+            let error = (found[i] - expected).abs() / expected.abs().max(1.0);
+            assert!(error < 1e-7, "{}: parameter {i}: {} against {expected}", case.name, found[i]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_examples_do_not_see_each_other() -> Result<()> {
+    for case in cases() {
+        let decoder = decoder(&case, Keep::Everything);
+        let whole = batch(&decoder.facts);
+        let together = decoder.forward_backward(&whole, 1.0)?;
+        let gradients = decoder.trainable.grads.copy()?;
+        crate::ops::rows::zero(&decoder.trainable.grads)?;
+        let mut apart = 0.0;
+        for (length, rope_length) in [(7usize, 7), (1, 7), (5, 5)] {
+            let range = whole.ranges().into_iter().find(|range| range.len() == length).unwrap();
+            let mut one = Batch::default();
+            let supervised: Vec<bool> = (0..length).map(|i| length != 5 || i % 2 == 1).collect();
+            one.push(&whole.ids[range], &supervised, rope_length, length as u64 * 1000);
+            apart += decoder.forward_backward(&one, 1.0)?;
+        }
+        assert!((together - apart).abs() < 1e-10, "{}", case.name);
+        judge::same(&decoder.trainable.grads, &gradients, 1e-10)?;
+    }
+    Ok(())
+}
