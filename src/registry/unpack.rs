@@ -357,7 +357,7 @@ mod tests {
             ("parent", file("data/../../a", b"x")),
             ("parent elsewhere", file("../a", b"x")),
             ("absolute", file("/data/a", b"x")),
-            ("parent by PAX", pax("data/a", b"21 path=../../../evil\n")),
+            ("parent by PAX", pax("data/a", b"22 path=../../../evil\n")),
             ("file, then folder", [file("data/a", b"x"), file("data/a/b", b"x")].concat()),
             ("truncated", file("data/a", &[1; 600])[..900].to_vec()),
             ("bad checksum", {
