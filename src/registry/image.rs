@@ -264,8 +264,8 @@ fn open(path: &Path) -> Result<File> {
     }
 }
 
-/// The compressed layer, and the digest of what it expands to. Trained weights shrink by a few percent whatever the
-/// effort, so the fastest level is used.
+/// The compressed layer, and the digest of what it expands to. At the fastest level: normally distributed weights shrink
+/// to 0.930 (f32) or 0.803 (bf16) at level 1, and to 0.928 or 0.795 at level 9 for several times the work.
 fn write_layer(folder: &Path) -> Result<(Blob, String)> {
     let failed = |error: io::Error| Fault::storage("write the image layer beside", folder, &error);
     let gzip = flate2::GzBuilder::new()

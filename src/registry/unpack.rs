@@ -327,7 +327,7 @@ mod tests {
         ]
         .concat();
         let expected = vec!["a=one".to_string(), format!("sub/b={}", "x".repeat(700))];
-        assert_eq!(unpack(&[layer.clone()]).unwrap(), expected, "plain tar");
+        assert_eq!(unpack(std::slice::from_ref(&layer)).unwrap(), expected, "plain tar");
         assert_eq!(unpack(&[gzip(&layer)]).unwrap(), expected, "gzip");
         let halves = [gzip(&layer[..1000]), gzip(&layer[1000..])].concat();
         assert_eq!(unpack(&[halves]).unwrap(), expected, "gzip in several members");

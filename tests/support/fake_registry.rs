@@ -5,6 +5,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+/// Stands for closing the connection.
+const HANG_UP: u16 = 0;
+
 /// What goes wrong. The default is a registry without login that works.
 #[derive(Clone, Copy, Default)]
 pub struct Manners {
@@ -18,6 +21,8 @@ pub struct Manners {
     pub fail_first: Option<(u32, u16)>,
     /// Larger PUTs get 413.
     pub monolithic_bytes_max: Option<usize>,
+    /// At larger PUTs the connection is closed, as some proxies do instead of answering 413.
+    pub hang_up_bytes: Option<usize>,
     /// Uploads are taken and never answered.
     pub silent_uploads: bool,
     /// The tag leads to other bytes than were pushed.
@@ -88,6 +93,9 @@ fn serve(stream: TcpStream, host: &str, manners: Manners, state: &Mutex<State>) 
             let _ = reader.read(&mut [0]);
             return;
         };
+        if status == HANG_UP {
+            return;
+        }
         let mut text = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len());
         for (name, value) in headers {
             text += &format!("{name}: {value}\r\n");
@@ -176,6 +184,9 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
         ("PUT", true, _) if manners.silent_uploads => None,
         ("PUT", true, _) if manners.monolithic_bytes_max.is_some_and(|max| request.body.len() > max) => {
             plain(413)
+        }
+        ("PUT", true, _) if manners.hang_up_bytes.is_some_and(|max| request.body.len() > max) => {
+            plain(HANG_UP)
         }
         ("PATCH", true, _) => {
             state.upload.extend(&request.body);
