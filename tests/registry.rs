@@ -171,6 +171,25 @@ fn certificates_and_schemes_that_do_not_fit_are_explained() {
     assert_eq!(push(&adapter, &format!("{}/a", tls.host), &no_certificate).unwrap_err().kind, Kind::Config);
 }
 
+/// The variable is read by the whole process, so the push runs in a second one of this same test.
+#[test]
+fn ssl_cert_file_is_honoured() {
+    let work = work(1000);
+    let adapter = work.path().join("adapter");
+    if let Ok(host) = std::env::var("TEST_REGISTRY_HOST") {
+        let login = support::login(work.path(), &host, PASSWORD);
+        let options = Options { docker_config: Some(login), plain_http: false, ..support::quick() };
+        push(&adapter, &format!("{host}/a:v1"), &options).unwrap();
+        return;
+    }
+    let registry = Registry::start(Setup { tls: true, password: true, ..Default::default() });
+    run(Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "ssl_cert_file_is_honoured"])
+        .env("TEST_REGISTRY_HOST", &registry.host)
+        .env("SSL_CERT_FILE", registry.path("ca.crt")));
+    pull(&format!("{}/a:v1", registry.host), &work.path().join("back"), &registry.options()).unwrap();
+}
+
 #[test]
 fn what_a_registry_refuses_for_good_is_a_config_fault() {
     let registry = Registry::start(Setup { read_only: true, ..Default::default() });

@@ -99,7 +99,7 @@ impl Drop for Registry {
     }
 }
 
-/// Two attempts and short waits.
+/// Few attempts and short waits.
 pub fn quick() -> Options {
     Options {
         docker_config: None,
