@@ -10,6 +10,7 @@ mod reference;
 mod remote;
 mod trouble;
 mod unpack;
+mod upload;
 
 use std::path::{Path, PathBuf};
 

@@ -4,7 +4,6 @@
 //! back by tag. Every attempt starts the blob anew: adapters are small, and resuming an upload is where registries differ.
 
 use std::fs::File;
-use std::future::Future;
 use std::io::{Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -24,17 +23,12 @@ use super::image::{Blob, Hashing, Image, digest_of, scratch_file};
 use super::manifest::{self, Descriptor, MANIFEST_TYPE};
 use super::pull::Store;
 use super::trouble::{Nature, Trouble, clean};
+use super::upload::{Connection, Meter, exists};
 use super::{Options, login};
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
 
 const USER_AGENT: &str = concat!("hone/", env!("CARGO_PKG_VERSION"));
-/// The piece of a blob that is read, sent and counted at once.
-const PIECE_BYTES: usize = 128 << 10;
-/// GHCR refuses larger ones; oci-client cuts at the same length.
-const CHUNK_BYTES: usize = 4 << 20;
-/// A registry hashes and stores what it was sent before it answers; slower than this is taken for silence.
-const COMMIT_BYTES_PER_SECOND: u64 = 10_000_000;
 /// Waits before a repetition: 0.1 s, 0.3 s, 0.9 s ... up to this.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -61,13 +55,6 @@ struct Remote<'a> {
     report: &'a Report,
     certificates: Vec<Certificate>,
     connection: Option<Connection>,
-}
-
-/// Logged in. Two clients, because reqwest's read timeout also runs while a body is being sent.
-struct Connection {
-    quick: Client,
-    monolithic: Client,
-    auth: RegistryAuth,
 }
 
 /// Pushes under the reference's tag, and reads it back.
@@ -419,121 +406,6 @@ impl Remote<'_> {
             secrets.push(token.clone());
         }
         secrets
-    }
-}
-
-impl Connection {
-    async fn send(
-        &self,
-        reference: &Reference,
-        blob: &Blob,
-        whole: bool,
-        meter: &Arc<Meter>,
-        before: u64,
-        timeout: Duration,
-    ) -> std::result::Result<(), Trouble> {
-        let (client, piece_bytes) =
-            if whole { (&self.monolithic, PIECE_BYTES) } else { (&self.quick, CHUNK_BYTES) };
-        meter.restart(before);
-        let pieces = Pieces { blob: blob.clone(), offset: 0, piece_bytes, meter: meter.clone() };
-        let pieces = futures_util::stream::iter(pieces.map(|piece| Ok(piece?.into())));
-        let sending = async {
-            let pushed = client.push_blob_stream(reference, pieces, &blob.digest, Some(blob.bytes)).await;
-            pushed.map_err(Trouble::from)
-        };
-        match watched(sending, meter, blob.bytes, timeout).await {
-            Ok(_) => Ok(()),
-            // 200 or 204 for 201, or no Location: the blob may well be there.
-            Err(trouble) if matches!(trouble.nature, Nature::Violation) => {
-                match exists(self, reference, &blob.digest).await {
-                    Ok(true) => Ok(()),
-                    _ => Err(trouble),
-                }
-            }
-            Err(trouble) => Err(trouble),
-        }
-    }
-}
-
-/// Whether the registry has the blob. A refusal counts as no: the upload will be told why, and HEAD has no words.
-async fn exists(
-    connection: &Connection,
-    reference: &Reference,
-    digest: &str,
-) -> std::result::Result<bool, Trouble> {
-    match connection.quick.blob_exists(reference, digest).await.map_err(Trouble::from) {
-        Err(trouble) if trouble.status.is_some() => Ok(false),
-        other => other,
-    }
-}
-
-/// Ends an upload that makes no progress for the time-out; once all is sent, the registry gets time to store it.
-async fn watched<T>(
-    sending: impl Future<Output = std::result::Result<T, Trouble>>,
-    meter: &Meter,
-    bytes: u64,
-    timeout: Duration,
-) -> std::result::Result<T, Trouble> {
-    let mut sending = std::pin::pin!(sending);
-    loop {
-        let seen = meter.sent.load(Ordering::Relaxed);
-        let storing =
-            if seen >= bytes { Duration::from_secs(bytes / COMMIT_BYTES_PER_SECOND) } else { Duration::ZERO };
-        match tokio::time::timeout(timeout + storing, &mut sending).await {
-            Ok(result) => return result,
-            Err(_) if meter.sent.load(Ordering::Relaxed) != seen => {}
-            Err(_) => {
-                return Err(Trouble::transient(format!(
-                    "no progress in {:?}, {seen} of {bytes} bytes sent",
-                    timeout + storing
-                )));
-            }
-        }
-    }
-}
-
-/// Bytes of the current blob that went out, and the task that shows them.
-struct Meter {
-    task: Task,
-    sent: AtomicU64,
-}
-
-impl Meter {
-    fn restart(&self, before: u64) {
-        self.sent.store(0, Ordering::Relaxed);
-        self.task.set(before);
-    }
-
-    fn advance(&self, bytes: u64) {
-        self.sent.fetch_add(bytes, Ordering::Relaxed);
-        self.task.advance(bytes);
-    }
-}
-
-/// A blob from its start, piece by piece.
-struct Pieces {
-    blob: Blob,
-    offset: u64,
-    piece_bytes: usize,
-    meter: Arc<Meter>,
-}
-
-impl Iterator for Pieces {
-    type Item = std::io::Result<Vec<u8>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.offset >= self.blob.bytes {
-            return None;
-        }
-        let piece = self.blob.read(self.offset, self.piece_bytes);
-        match &piece {
-            Ok(piece) => {
-                self.offset += piece.len() as u64;
-                self.meter.advance(piece.len() as u64);
-            }
-            Err(_) => self.offset = self.blob.bytes,
-        }
-        Some(piece)
     }
 }
 
