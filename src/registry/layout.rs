@@ -1,0 +1,193 @@
+//! Image -> OCI layout on disk, and back. Blobs are content-addressed; `index.json` is written last.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::image::{Blob, Hashing, Image};
+use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
+use super::pull::Store;
+use crate::fault::{Fault, Result};
+use crate::report::Task;
+
+const TAG_ANNOTATION: &str = "org.opencontainers.image.ref.name";
+const COPY_BYTES: usize = 256 << 10;
+
+/// Adds the image under the tag; other tags of an existing layout stay.
+///
+/// # Errors
+/// Config: the folder holds something else. Storage: the disk failed.
+pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Result<()> {
+    let blobs = folder.join("blobs/sha256");
+    refuse_other_folders(folder)?;
+    fs::create_dir_all(&blobs).map_err(|error| Fault::storage("create", &blobs, &error))?;
+    // Two pushes into one layout take turns; where the file system knows no locks, they are not expected.
+    let _turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
+    let index = with_tag(read_index(folder)?, image, tag);
+    for blob in [&image.layer, &image.config, &image.manifest] {
+        write_blob(blob, &blobs, task)?;
+    }
+    write_whole(folder, "oci-layout", json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes())?;
+    write_whole(folder, "index.json", index.to_string().as_bytes())
+}
+
+/// A layout that is read from.
+pub(super) struct Layout<'a> {
+    pub folder: &'a Path,
+    pub tag: &'a str,
+}
+
+impl Store for Layout<'_> {
+    fn top(&mut self) -> Result<(Vec<u8>, String)> {
+        let index = read_index(self.folder)?.ok_or_else(|| {
+            Fault::config(format!("{} is not an OCI layout: it has no index.json", self.folder.display()))
+        })?;
+        let manifests = index["manifests"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let tag_of = |entry: &Value| entry["annotations"][TAG_ANNOTATION].as_str().map(str::to_string);
+        let entry =
+            manifests.iter().find(|entry| tag_of(entry).as_deref() == Some(self.tag)).ok_or_else(|| {
+                let tags: Vec<String> = manifests.iter().filter_map(tag_of).collect();
+                Fault::config(format!("{} has no tag `{}`", self.folder.display(), self.tag))
+                    .help(format!("it has: {}", tags.join(", ").escape_debug()))
+            })?;
+        let descriptor: Descriptor = serde_json::from_value(entry.clone())
+            .map_err(|error| Fault::data(format!("{}/index.json: {error}", self.folder.display())))?;
+        Ok((self.manifest(&descriptor)?, descriptor.digest))
+    }
+
+    fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+        if descriptor.bytes > MANIFEST_BYTES_MAX {
+            return Err(Fault::data(format!(
+                "{}: a manifest of {} bytes; at most {MANIFEST_BYTES_MAX}",
+                descriptor.digest, descriptor.bytes
+            )));
+        }
+        let mut bytes = Vec::new();
+        self.layer(descriptor)?
+            .read_to_end(&mut bytes)
+            .map_err(|error| Fault::storage("read", &self.blob_path(descriptor), &error))?;
+        Ok(bytes)
+    }
+
+    fn layer(&mut self, descriptor: &Descriptor) -> Result<File> {
+        if !is_digest(&descriptor.digest) {
+            return Err(Fault::data(format!(
+                "`{}` is not a sha256 digest",
+                descriptor.digest.escape_debug()
+            )));
+        }
+        let path = self.blob_path(descriptor);
+        let read = || -> io::Result<(File, String, u64)> {
+            let mut hashing = Hashing::new(File::open(&path)?);
+            io::copy(&mut (&mut hashing).take(descriptor.bytes.saturating_add(1)), &mut io::sink())?;
+            let (mut file, digest, bytes) = hashing.finish();
+            file.rewind()?;
+            Ok((file, digest, bytes))
+        };
+        let (file, digest, bytes) = read().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Fault::data(format!("{} is missing from the layout", path.display())),
+            _ => Fault::storage("read", &path, &error),
+        })?;
+        if digest != descriptor.digest || bytes != descriptor.bytes {
+            return Err(Fault::data(format!(
+                "{} is damaged: expected {} bytes with {}, found {bytes} with {digest}",
+                path.display(),
+                descriptor.bytes,
+                descriptor.digest
+            )));
+        }
+        Ok(file)
+    }
+}
+
+impl Layout<'_> {
+    fn blob_path(&self, descriptor: &Descriptor) -> PathBuf {
+        self.folder.join("blobs").join(descriptor.digest.replace(':', "/"))
+    }
+}
+
+fn refuse_other_folders(folder: &Path) -> Result<()> {
+    let is_layout = folder.join("oci-layout").exists() || folder.join("blobs").exists();
+    let mut entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Fault::storage("list", folder, &error)),
+    };
+    match is_layout || entries.next().is_none() {
+        true => Ok(()),
+        false => Err(Fault::config(format!("{} is neither empty nor an OCI layout", folder.display()))
+            .help("give a new folder: `oci:DIR:tag`")),
+    }
+}
+
+fn read_index(folder: &Path) -> Result<Option<Value>> {
+    let path = folder.join("index.json");
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Fault::storage("read", &path, &error)),
+    };
+    match serde_json::from_slice::<Value>(&text) {
+        Ok(index) if index["manifests"].is_array() => Ok(Some(index)),
+        Ok(_) => Err(Fault::data(format!("{}: has no list `manifests`", path.display()))),
+        Err(error) => Err(Fault::data(format!("{}: not JSON: {error}", path.display()))),
+    }
+}
+
+/// The index with the tag moved to the image; entries of other tags are kept as they are.
+fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
+    let mut index = index.unwrap_or_else(|| json!({ "schemaVersion": 2, "manifests": [] }));
+    let manifests = index["manifests"].as_array_mut().expect("read_index lets only lists pass");
+    manifests.retain(|entry| entry["annotations"][TAG_ANNOTATION] != tag);
+    manifests.push(json!({
+        "mediaType": MANIFEST_TYPE,
+        "digest": image.manifest.digest,
+        "size": image.manifest.bytes,
+        "annotations": { TAG_ANNOTATION: tag },
+    }));
+    index
+}
+
+fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
+    let path = blobs.join(blob.digest.trim_start_matches("sha256:"));
+    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() == blob.bytes) {
+        task.advance(blob.bytes);
+        return Ok(());
+    }
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(blobs)?;
+        let mut offset = 0;
+        while offset < blob.bytes {
+            let chunk = blob.read(offset, COPY_BYTES)?;
+            file.write_all(&chunk)?;
+            offset += chunk.len() as u64;
+            task.advance(chunk.len() as u64);
+        }
+        persist(file, &path)
+    };
+    write().map_err(|error| Fault::storage("write", &path, &error))
+}
+
+fn write_whole(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let path = folder.join(name);
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(content)?;
+        persist(file, &path)
+    };
+    write().map_err(|error| Fault::storage("write", &path, &error))
+}
+
+/// Readable by all (a temporary file is private), on the disk before it has its name, and its name before we go on.
+fn persist(file: tempfile::NamedTempFile, path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}

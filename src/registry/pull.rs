@@ -1,0 +1,150 @@
+//! Image (layout or registry) -> the files of its `data/` in a folder, whole or not at all.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::manifest::{self, Descriptor, Document};
+use super::unpack::{Limits, Unpacker};
+use super::{Pulled, Target};
+use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage};
+
+/// LIMIT: an index points at a manifest, or at one more index.
+const INDEX_DEPTH_MAX: usize = 2;
+/// LIMIT: compressed, of one layer.
+const LAYER_BYTES_MAX: u64 = 16 << 30;
+const STAGE_PREFIX: &str = ".hone-pull-";
+
+/// Where an image's parts are read from. Everything returned has its digest verified.
+pub(super) trait Store {
+    /// The manifest or index behind the target's own tag or digest, and its digest.
+    fn top(&mut self) -> Result<(Vec<u8>, String)>;
+    /// A manifest by digest.
+    fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>>;
+    /// A layer, positioned at its start.
+    fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
+}
+
+pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report: &Report) -> Result<Pulled> {
+    let name = target.to_string();
+    let (digest, layers) = resolve(store, &name)?;
+    let stage = Stagehouse::beside(folder)?;
+    let mut unpacker = Unpacker::new(&stage.data, Limits::default());
+    for layer in &layers {
+        if layer.bytes > LAYER_BYTES_MAX {
+            return Err(Fault::data(format!(
+                "{name}: layer {} has {} bytes; at most {LAYER_BYTES_MAX}",
+                layer.digest, layer.bytes
+            )));
+        }
+        unpacker.layer(store.layer(layer)?, &format!("{name}: layer {}", layer.digest))?;
+    }
+    let bytes = unpacker.extracted_bytes;
+    if files_below(&stage.data)?.is_empty() {
+        return Err(Fault::data(format!("{name}: the image has no files under `data/`"))
+            .help("expected an image with /data/adapter_config.json and /data/adapter_model.safetensors"));
+    }
+    stage.publish(folder)?;
+    report.note(Stage::Pull, format!("{name}: {bytes} bytes to {}, digest {digest}", folder.display()));
+    Ok(Pulled { reference: name, digest, bytes })
+}
+
+/// Digest of the image's manifest, and its layers, first to last.
+fn resolve(store: &mut dyn Store, name: &str) -> Result<(String, Vec<Descriptor>)> {
+    let (mut bytes, mut digest) = store.top()?;
+    for _ in 0..=INDEX_DEPTH_MAX {
+        match manifest::parse(&bytes, name)? {
+            Document::Layers(layers) => return Ok((digest, layers)),
+            Document::Index(chosen) => {
+                bytes = store.manifest(&chosen)?;
+                digest = chosen.digest;
+            }
+        }
+    }
+    Err(Fault::data(format!("{name}: indexes nested deeper than {INDEX_DEPTH_MAX}")))
+}
+
+/// A folder on the target's volume where the image is put together; gone on drop.
+struct Stagehouse {
+    _owner: tempfile::TempDir,
+    data: PathBuf,
+}
+
+impl Stagehouse {
+    /// Inside the folder when that exists (it may be the root of a volume), else beside it.
+    fn beside(folder: &Path) -> Result<Stagehouse> {
+        let home = match folder.is_dir() {
+            true => folder,
+            false => {
+                folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+            }
+        };
+        let storage = |error: io::Error| Fault::storage("create a folder in", home, &error);
+        fs::create_dir_all(home).map_err(storage)?;
+        let owner = tempfile::Builder::new().prefix(STAGE_PREFIX).tempdir_in(home).map_err(storage)?;
+        let data = owner.path().join("data");
+        fs::create_dir(&data).map_err(storage)?;
+        Ok(Stagehouse { _owner: owner, data })
+    }
+
+    /// One rename when the folder is new. An existing one may hold nothing but files of this very image: a pull that
+    /// was cut short is completed, anything else is refused.
+    fn publish(&self, folder: &Path) -> Result<()> {
+        if !folder.exists() {
+            return fs::rename(&self.data, folder).map_err(|error| Fault::storage("create", folder, &error));
+        }
+        let theirs = files_below(folder)?;
+        let ours = files_below(&self.data)?;
+        for file in &theirs {
+            if !ours.contains(file) || !same_content(&folder.join(file), &self.data.join(file))? {
+                return Err(Fault::config(format!(
+                    "{} is not empty: {} is not of this image",
+                    folder.display(),
+                    file.display()
+                ))
+                .help("pull into a new folder, or remove this one"));
+            }
+        }
+        for file in ours.iter().filter(|file| !theirs.contains(file)) {
+            let target = folder.join(file);
+            let parent = target.parent().expect("a path inside the folder has a parent");
+            fs::create_dir_all(parent)
+                .and_then(|()| fs::rename(self.data.join(file), &target))
+                .map_err(|error| Fault::storage("create", &target, &error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Relative paths of everything that is not a folder, sorted; stages of earlier pulls are left out.
+fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let (mut files, mut open) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(inner) = open.pop() {
+        let path = folder.join(&inner);
+        let storage = |error: io::Error| Fault::storage("list", &path, &error);
+        for entry in fs::read_dir(&path).map_err(storage)? {
+            let entry = entry.map_err(storage)?;
+            let name = inner.join(entry.file_name());
+            match entry.file_type().map_err(storage)?.is_dir() {
+                true if name.to_string_lossy().starts_with(STAGE_PREFIX) => {}
+                true => open.push(name),
+                false => files.push(name),
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn same_content(one: &Path, two: &Path) -> Result<bool> {
+    let hash = |path: &Path| {
+        let read = || {
+            let mut hashing = super::image::Hashing::new(File::open(path)?);
+            io::copy(&mut hashing, &mut io::sink())?;
+            Ok(hashing.finish().1)
+        };
+        read().map_err(|error| Fault::storage("read", path, &error))
+    };
+    Ok(one.is_file() && hash(one)? == hash(two)?)
+}

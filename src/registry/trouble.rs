@@ -1,0 +1,219 @@
+//! What a registry answered, or what broke on the way -> can a repetition help, and in which words. Nobody's secret.
+
+use std::time::Duration;
+
+use oci_client::errors::{OciDistributionError, OciEnvelope, OciErrorCode};
+
+use crate::fault::Fault;
+
+/// LIMIT: of a registry's own words in a message; some answer with a web page.
+const TEXT_CHARACTERS_MAX: usize = 600;
+
+/// One failed attempt.
+#[derive(Debug)]
+pub(super) struct Trouble {
+    pub nature: Nature,
+    /// HTTP status, where there was an answer.
+    pub status: Option<u16>,
+    /// What the registry said, or what broke.
+    pub text: String,
+    /// How long the registry asks us to wait.
+    pub wait: Option<Duration>,
+}
+
+#[derive(Debug)]
+pub(super) enum Nature {
+    /// Connections, time-outs, 408, 429, 5xx.
+    Transient,
+    /// 401, 403.
+    Unauthorized,
+    /// The registry understood and said no.
+    Rejected,
+    /// It answered, but not as the specification says.
+    Violation,
+    /// The TLS handshake failed, and will again.
+    Untrusted { help: &'static str },
+    /// Nothing of the registry's.
+    Ours(Box<Fault>),
+}
+
+impl Trouble {
+    pub(super) fn transient(text: impl Into<String>) -> Trouble {
+        Trouble { nature: Nature::Transient, status: None, text: text.into(), wait: None }
+    }
+
+    pub(super) fn rejected(text: impl Into<String>) -> Trouble {
+        Trouble { nature: Nature::Rejected, ..Trouble::transient(text) }
+    }
+
+    pub(super) fn unauthorized(text: impl Into<String>) -> Trouble {
+        Trouble { nature: Nature::Unauthorized, ..Trouble::transient(text) }
+    }
+
+    /// From an answer's status and body.
+    pub(super) fn answer(status: u16, body: &str) -> Trouble {
+        let nature = match status {
+            401 | 403 => Nature::Unauthorized,
+            408 | 425 | 429 => Nature::Transient,
+            501 | 505 => Nature::Rejected,
+            500.. => Nature::Transient,
+            _ => Nature::Rejected,
+        };
+        let said = match serde_json::from_str::<OciEnvelope>(body) {
+            Ok(envelope) => words(&envelope),
+            Err(_) => body.trim().to_string(),
+        };
+        let text = if said.is_empty() { format!("HTTP {status}") } else { format!("HTTP {status}: {said}") };
+        Trouble { nature, status: Some(status), text, wait: None }
+    }
+
+    /// Whether a monolithic upload was refused for being one (413 of proxies and ACR, 405 of JFrog and the like).
+    pub(super) fn refuses_monolithic(&self) -> bool {
+        matches!(self.nature, Nature::Violation)
+            || matches!(self.status, Some(400 | 405 | 411 | 413 | 415 | 416 | 501))
+    }
+}
+
+impl From<OciDistributionError> for Trouble {
+    fn from(error: OciDistributionError) -> Trouble {
+        match error {
+            OciDistributionError::ServerError { code, message, .. } => Trouble::answer(code, &message),
+            OciDistributionError::RegistryError { envelope, .. } => of_envelope(&envelope),
+            OciDistributionError::UnauthorizedError { .. } => Trouble::answer(401, "not authorized"),
+            OciDistributionError::AuthenticationFailure(text) => Trouble::unauthorized(text),
+            OciDistributionError::RequestError(error) => Trouble::from(error),
+            OciDistributionError::IoError(error) => Trouble::transient(chain(&error)),
+            OciDistributionError::DigestError(error) => Trouble::transient(error.to_string()),
+            OciDistributionError::SpecViolationError(text) => {
+                Trouble { nature: Nature::Violation, ..Trouble::transient(text) }
+            }
+            OciDistributionError::RegistryNoLocationError => {
+                Trouble { nature: Nature::Violation, ..Trouble::transient("the answer has no Location") }
+            }
+            other => Trouble::rejected(other.to_string()),
+        }
+    }
+}
+
+impl From<reqwest::Error> for Trouble {
+    fn from(error: reqwest::Error) -> Trouble {
+        let status = error.status().map(|status| status.as_u16());
+        // The URL may carry upload state or a signature.
+        let text = chain(&error.without_url());
+        match status {
+            Some(status) => Trouble::answer(status, ""),
+            // rustls' words for a server that answers a handshake in clear text.
+            None if text.contains("InvalidContentType") => Trouble {
+                nature: Nature::Untrusted {
+                    help: "the registry seems to speak plain HTTP: ask for it explicitly (--plain-http) if it is yours",
+                },
+                ..Trouble::transient(text)
+            },
+            None if text.contains("certificate") => Trouble {
+                nature: Nature::Untrusted {
+                    help: "give the registry's certificate authority (--ca-file, or SSL_CERT_FILE)",
+                },
+                ..Trouble::transient(text)
+            },
+            None => Trouble::transient(text),
+        }
+    }
+}
+
+impl From<Fault> for Trouble {
+    fn from(fault: Fault) -> Trouble {
+        Trouble { nature: Nature::Ours(Box::new(fault)), ..Trouble::transient("") }
+    }
+}
+
+/// A text of the registry's, fit for a message: one line, no control characters, no secret, not too long.
+pub(super) fn clean(text: &str, secrets: &[String]) -> String {
+    let mut text = text.to_string();
+    for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+        text = text.replace(secret.as_str(), "***");
+    }
+    let line: Vec<&str> = text.split_whitespace().collect();
+    let line: String = line.join(" ").chars().filter(|c| !c.is_control()).collect();
+    match line.char_indices().nth(TEXT_CHARACTERS_MAX) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line,
+    }
+}
+
+/// The client drops the status of answers that carry an envelope; their codes stand for one.
+fn of_envelope(envelope: &OciEnvelope) -> Trouble {
+    let status = match envelope.errors.first().map(|error| &error.code) {
+        Some(OciErrorCode::Unauthorized) => Some(401),
+        Some(OciErrorCode::Denied) => Some(403),
+        Some(OciErrorCode::Toomanyrequests) => Some(429),
+        Some(
+            OciErrorCode::ManifestUnknown
+            | OciErrorCode::NameUnknown
+            | OciErrorCode::BlobUnknown
+            | OciErrorCode::NotFound,
+        ) => Some(404),
+        _ => None,
+    };
+    match status {
+        Some(status) => Trouble { text: words(envelope), ..Trouble::answer(status, "") },
+        None => Trouble::rejected(words(envelope)),
+    }
+}
+
+/// `CODE: message` of each error, and its detail where that is plain text.
+fn words(envelope: &OciEnvelope) -> String {
+    let each = envelope.errors.iter().map(|error| {
+        let code = serde_json::to_value(&error.code).unwrap_or_default();
+        let detail = error.detail.as_str().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        format!("{}: {}{detail}", code.as_str().unwrap_or("UNKNOWN"), error.message)
+    });
+    each.collect::<Vec<String>>().join("; ")
+}
+
+/// An error with its causes, each said once.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_say_whether_to_repeat() {
+        for status in [408, 429, 500, 502, 503, 504, 599] {
+            assert!(matches!(Trouble::answer(status, "").nature, Nature::Transient), "{status}");
+        }
+        for status in [400, 404, 405, 409, 413, 416, 501] {
+            assert!(matches!(Trouble::answer(status, "").nature, Nature::Rejected), "{status}");
+        }
+        for status in [401, 403] {
+            assert!(matches!(Trouble::answer(status, "").nature, Nature::Unauthorized), "{status}");
+        }
+    }
+
+    #[test]
+    fn the_registrys_words_are_kept() {
+        let body = r#"{"errors":[{"code":"DENIED","message":"quota","detail":"10 GB"},{"code":"ODD","message":"x"}]}"#;
+        assert_eq!(Trouble::answer(403, body).text, "HTTP 403: DENIED: quota (10 GB); ODD: x");
+        assert_eq!(Trouble::answer(502, "<h1>Bad\n gateway</h1>\n").text, "HTTP 502: <h1>Bad\n gateway</h1>");
+        let envelope: OciEnvelope = serde_json::from_str(body).unwrap();
+        let trouble = Trouble::from(OciDistributionError::RegistryError { envelope, url: "u".into() });
+        assert!(matches!((trouble.nature, trouble.status), (Nature::Unauthorized, Some(403))));
+    }
+
+    #[test]
+    fn foreign_text_is_one_clean_line_without_secrets() {
+        assert_eq!(clean("a\n\x1b[31mred canary\t!", &["canary".into(), String::new()]), "a [31mred *** !");
+        assert_eq!(clean(&"x".repeat(5000), &[]).chars().count(), TEXT_CHARACTERS_MAX + 4);
+    }
+}

@@ -1,0 +1,399 @@
+//! Layer (tar, plain or gzipped) -> regular files under `data/`, in a folder of ours. Trusts nothing in the archive.
+//!
+//! Only regular files and directories are ever created, so no later entry can be led out of the folder by a link.
+
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
+
+use crate::fault::{Fault, Result};
+
+const ROOT: &str = "data";
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+/// LIMIT: header blocks, long names and PAX records in front of one entry; they are held in memory.
+const ENTRY_HEAD_BYTES_MAX: u64 = 1 << 20;
+
+/// LIMIT: of one image, all layers together.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// Entries of any kind; a distribution's base image has about 10,000.
+    pub entries_max: u64,
+    /// Written to disk.
+    pub extracted_bytes_max: u64,
+    /// Decompressed, including what is skipped.
+    pub expanded_bytes_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { entries_max: 1_000_000, extracted_bytes_max: 16 << 30, expanded_bytes_max: 64 << 30 }
+    }
+}
+
+/// Applies the layers of one image, first to last.
+pub(super) struct Unpacker<'a> {
+    folder: &'a Path,
+    limits: Limits,
+    entries: u64,
+    pub extracted_bytes: u64,
+    expanded_bytes: u64,
+}
+
+impl<'a> Unpacker<'a> {
+    /// `folder` exists, is empty, and nobody else writes to it; it becomes the image's `data/`.
+    pub(super) fn new(folder: &'a Path, limits: Limits) -> Unpacker<'a> {
+        Unpacker { folder, limits, entries: 0, extracted_bytes: 0, expanded_bytes: 0 }
+    }
+
+    /// # Errors
+    /// Data: damaged, hostile or too large. Storage: the disk failed.
+    pub(super) fn layer(&mut self, layer: impl Read, name: &str) -> Result<()> {
+        let budget = Budget::new(self.limits.expanded_bytes_max - self.expanded_bytes);
+        let reader =
+            Budgeted { inner: decoder(layer).map_err(|fault| fault.at(name))?, budget: budget.clone() };
+        let result = self.entries(tar::Archive::new(reader), &budget);
+        self.expanded_bytes = self.limits.expanded_bytes_max - budget.total.get();
+        result.map_err(|fault| match budget.refused.get() {
+            Some(what) => {
+                Fault::data(format!("{name}: {what}")).help("this is no image of adapters; nothing was kept")
+            }
+            None => fault.at(name),
+        })
+    }
+
+    fn entries<R: Read>(&mut self, mut archive: tar::Archive<R>, budget: &Budget) -> Result<()> {
+        let damaged = |error: io::Error| Fault::data(format!("damaged archive: {error}"));
+        let mut entries = archive.entries().map_err(damaged)?;
+        loop {
+            budget.head.set(Some(ENTRY_HEAD_BYTES_MAX));
+            let Some(entry) = entries.next() else { return Ok(()) };
+            budget.head.set(None);
+            let mut entry = entry.map_err(damaged)?;
+            self.entries += 1;
+            if self.entries > self.limits.entries_max {
+                return Err(Fault::data(format!("more than {} entries", self.limits.entries_max)));
+            }
+            self.entry(&mut entry)?;
+            io::copy(&mut entry, &mut io::sink()).map_err(damaged)?;
+        }
+    }
+
+    fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<()> {
+        let written =
+            entry.path().map_err(|error| Fault::data(format!("damaged name: {error}")))?.into_owned();
+        let Some(path) = inside_root(&written)? else { return Ok(()) };
+        let target = self.folder.join(&path);
+        if let Some(hidden) = whiteout(&path) {
+            return self.remove(&hidden);
+        }
+        match entry.header().entry_type() {
+            tar::EntryType::Directory => self.create_folder(&target),
+            tar::EntryType::Regular if path.as_os_str().is_empty() => Err(Fault::data("`data` is a file")),
+            tar::EntryType::Regular => self.write(entry, &target),
+            other => Err(Fault::data(format!(
+                "`{}` is a {}; only regular files are taken from `data/`",
+                written.display().to_string().escape_debug(),
+                kind_name(other)
+            ))),
+        }
+    }
+
+    fn write<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, target: &Path) -> Result<()> {
+        let (size, room) = (entry.size(), self.limits.extracted_bytes_max - self.extracted_bytes);
+        if size > room {
+            return Err(Fault::data(format!(
+                "files under `data/` exceed {} bytes",
+                self.limits.extracted_bytes_max
+            )));
+        }
+        self.create_folder(target.parent().expect("a path inside the folder has a parent"))?;
+        let storage = |error: io::Error| Fault::storage("write", target, &error);
+        match fs::remove_file(target) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(storage(error)),
+            _ => {}
+        }
+        let mut file = File::create_new(target).map_err(storage)?;
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let count =
+                entry.read(&mut buffer).map_err(|error| Fault::data(format!("damaged archive: {error}")))?;
+            if count == 0 {
+                break;
+            }
+            io::Write::write_all(&mut file, &buffer[..count]).map_err(storage)?;
+            self.extracted_bytes += count as u64;
+        }
+        file.sync_all().map_err(storage)
+    }
+
+    fn create_folder(&self, path: &Path) -> Result<()> {
+        fs::create_dir_all(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                Fault::data("a name under `data/` is both a file and a folder")
+            }
+            _ => Fault::storage("create", path, &error),
+        })
+    }
+
+    /// A whiteout of an earlier layer's file or folder; what is not there needs no hiding.
+    fn remove(&self, hidden: &Path) -> Result<()> {
+        let path = self.folder.join(hidden);
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Fault::storage("remove", &path, &error))
+            }
+            // The folder itself always exists.
+            _ => self.create_folder(self.folder),
+        }
+    }
+}
+
+/// The path below `data/` (empty for `data` itself), or `None` for what lies elsewhere.
+fn inside_root(written: &Path) -> Result<Option<PathBuf>> {
+    let mut inside = PathBuf::new();
+    for component in written.components() {
+        match component {
+            Component::Normal(name) => inside.push(name),
+            Component::CurDir => {}
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
+                return Err(Fault::data(format!(
+                    "`{}` leads out of the image",
+                    written.display().to_string().escape_debug()
+                )));
+            }
+        }
+    }
+    Ok(inside.strip_prefix(ROOT).ok().map(Path::to_path_buf))
+}
+
+/// What a whiteout hides: `.wh.name` the sibling `name`, `.wh..wh..opq` the whole folder it stands in.
+fn whiteout(path: &Path) -> Option<PathBuf> {
+    let hidden = path.file_name()?.to_str()?.strip_prefix(".wh.")?;
+    let folder = path.parent()?;
+    match hidden {
+        ".wh..opq" => Some(folder.to_path_buf()),
+        "" | "." | ".." => None,
+        name => Some(folder.join(name)),
+    }
+}
+
+fn kind_name(kind: tar::EntryType) -> &'static str {
+    match kind {
+        tar::EntryType::Symlink => "symbolic link",
+        tar::EntryType::Link => "hard link",
+        tar::EntryType::Char | tar::EntryType::Block => "device",
+        tar::EntryType::Fifo => "named pipe",
+        tar::EntryType::GNUSparse => "sparse file",
+        _ => "special entry",
+    }
+}
+
+/// Chooses by the first bytes: media types are written by hand and often wrong.
+fn decoder<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
+    let mut magic = Vec::new();
+    layer
+        .by_ref()
+        .take(ZSTD_MAGIC.len() as u64)
+        .read_to_end(&mut magic)
+        .map_err(|error| Fault::data(format!("cannot be read: {error}")))?;
+    let (gzip, zstd) = (magic.starts_with(&GZIP_MAGIC), magic == ZSTD_MAGIC);
+    let whole = io::Cursor::new(magic).chain(layer);
+    match (gzip, zstd) {
+        (true, _) => {
+            Ok(Box::new(flate2::read::MultiGzDecoder::new(io::BufReader::with_capacity(64 << 10, whole))))
+        }
+        (_, true) => {
+            Err(Fault::data("the layer is compressed with zstd").help("push it as gzip or plain tar"))
+        }
+        _ => Ok(Box::new(whole)),
+    }
+}
+
+/// How much may still be read, shared between the reader inside the archive and the loop outside.
+#[derive(Clone)]
+struct Budget {
+    total: Rc<Cell<u64>>,
+    /// Set while the archive reads what stands in front of an entry.
+    head: Rc<Cell<Option<u64>>>,
+    refused: Rc<Cell<Option<&'static str>>>,
+}
+
+impl Budget {
+    fn new(total: u64) -> Budget {
+        Budget { total: Rc::new(Cell::new(total)), head: Rc::default(), refused: Rc::default() }
+    }
+}
+
+struct Budgeted<R> {
+    inner: R,
+    budget: Budget,
+}
+
+impl<R: Read> Read for Budgeted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)? as u64;
+        let refuse = |what| {
+            self.budget.refused.set(Some(what));
+            Err(io::Error::other(what))
+        };
+        match self.budget.total.get().checked_sub(count) {
+            Some(left) => self.budget.total.set(left),
+            None => return refuse("the layer expands beyond the limit (a compression bomb?)"),
+        }
+        match self.budget.head.get().map(|left| left.checked_sub(count)) {
+            None => {}
+            Some(Some(left)) => self.budget.head.set(Some(left)),
+            Some(None) => return refuse("an entry's name or attributes exceed 1 MiB"),
+        }
+        Ok(count as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Kind;
+    use std::io::Write;
+
+    const LIMITS: Limits =
+        Limits { entries_max: 50, extracted_bytes_max: 10_000, expanded_bytes_max: 4 << 20 };
+
+    /// An entry with any name and type: `tar::Builder` refuses to write the bad ones.
+    fn entry(name: &str, kind: tar::EntryType, content: &[u8]) -> Vec<u8> {
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_size(content.len() as u64);
+        header.set_link_name("/etc/passwd").unwrap();
+        header.set_cksum();
+        let padding = vec![0; content.len().next_multiple_of(512) - content.len()];
+        [header.as_bytes().as_slice(), content, &padding].concat()
+    }
+
+    fn file(name: &str, content: &[u8]) -> Vec<u8> {
+        entry(name, tar::EntryType::Regular, content)
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// Unpacks layers; gives `name=content` of every file below the folder, sorted.
+    fn unpack(layers: &[Vec<u8>]) -> Result<Vec<String>> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut unpacker = Unpacker::new(folder.path(), LIMITS);
+        for layer in layers {
+            unpacker.layer(&layer[..], "layer")?;
+        }
+        let mut found = Vec::new();
+        let mut open = vec![folder.path().to_path_buf()];
+        while let Some(directory) = open.pop() {
+            for item in fs::read_dir(directory).unwrap() {
+                let path = item.unwrap().path();
+                match path.is_dir() {
+                    true => open.push(path),
+                    false => {
+                        let name = path.strip_prefix(folder.path()).unwrap().display().to_string();
+                        found.push(format!("{name}={}", fs::read_to_string(&path).unwrap()));
+                    }
+                }
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    #[test]
+    fn files_under_data_are_taken_and_the_rest_of_a_base_image_is_skipped() {
+        let layer = [
+            entry("bin/sh", tar::EntryType::Symlink, b""),
+            entry("dev/null", tar::EntryType::Char, b""),
+            file("database/x", b"no"),
+            entry("./data/", tar::EntryType::Directory, b""),
+            file("data/a", b"one"),
+            file("./data/sub/b", &[b'x'; 700]),
+            vec![0; 1024],
+        ]
+        .concat();
+        let expected = vec!["a=one".to_string(), format!("sub/b={}", "x".repeat(700))];
+        assert_eq!(unpack(std::slice::from_ref(&layer)).unwrap(), expected, "plain tar");
+        assert_eq!(unpack(&[gzip(&layer)]).unwrap(), expected, "gzip");
+        let halves = [gzip(&layer[..1000]), gzip(&layer[1000..])].concat();
+        assert_eq!(unpack(&[halves]).unwrap(), expected, "gzip in several members");
+    }
+
+    #[test]
+    fn later_layers_replace_and_hide() {
+        let first = [file("data/a", b"1"), file("data/b", b"1"), file("data/c/d", b"1")].concat();
+        let second = [file("data/a", b"22"), file("data/.wh.b", b""), file("data/.wh.missing", b"")].concat();
+        assert_eq!(unpack(&[first.clone(), second]).unwrap(), ["a=22", "c/d=1"]);
+        let opaque = [file("data/.wh..wh..opq", b""), file("data/z", b"3")].concat();
+        assert_eq!(unpack(&[first, opaque]).unwrap(), ["z=3"]);
+    }
+
+    #[test]
+    fn hostile_archives_are_data_faults() {
+        let pax = |name: &str, records: &[u8]| {
+            [entry("x", tar::EntryType::XHeader, records), file(name, b"x")].concat()
+        };
+        let cases: &[(&str, Vec<u8>)] = &[
+            ("symlink", entry("data/a", tar::EntryType::Symlink, b"")),
+            ("hard link", entry("data/a", tar::EntryType::Link, b"")),
+            ("device", entry("data/a", tar::EntryType::Char, b"")),
+            ("pipe", entry("data/a", tar::EntryType::Fifo, b"")),
+            ("data is a link", entry("data", tar::EntryType::Symlink, b"")),
+            ("data is a file", file("data", b"x")),
+            ("parent", file("data/../../a", b"x")),
+            ("parent elsewhere", file("../a", b"x")),
+            ("absolute", file("/data/a", b"x")),
+            ("parent by PAX", pax("data/a", b"22 path=../../../evil\n")),
+            ("file, then folder", [file("data/a", b"x"), file("data/a/b", b"x")].concat()),
+            ("truncated", file("data/a", &[1; 600])[..900].to_vec()),
+            ("bad checksum", {
+                let mut bytes = file("data/a", b"x");
+                bytes[150] ^= 1;
+                bytes
+            }),
+            ("not a tar", b"<html>login</html>".repeat(60)),
+            ("too many entries", file("data/a", b"").repeat(51)),
+            ("too large", file("data/a", &[0; 10_001])),
+            ("huge declared size", {
+                let mut header = tar::Header::new_gnu();
+                header.set_path("data/a").unwrap();
+                header.set_entry_type(tar::EntryType::Regular);
+                header.set_size(1 << 40);
+                header.set_cksum();
+                header.as_bytes().to_vec()
+            }),
+            ("bomb outside data", gzip(&file("zeros", &vec![0; 8 << 20]))),
+            (
+                "bomb of a name",
+                gzip(&entry("././@LongLink", tar::EntryType::GNULongName, &vec![b'a'; 3 << 20])),
+            ),
+            ("broken gzip", gzip(&file("data/a", b"x"))[..40].to_vec()),
+            ("zstd", vec![0x28, 0xb5, 0x2f, 0xfd, 0]),
+        ];
+        for (name, layer) in cases {
+            let fault = unpack(std::slice::from_ref(layer)).expect_err(name);
+            assert_eq!(fault.kind, Kind::Data, "{name}: {fault}");
+            assert!(fault.message.starts_with("layer: "), "{name}: {fault}");
+        }
+    }
+
+    #[test]
+    fn names_from_the_archive_cannot_write_to_the_terminal() {
+        let fault = unpack(&[entry("data/\x1b[31mred", tar::EntryType::Symlink, b"")]).unwrap_err();
+        assert!(!fault.message.contains('\x1b'), "{fault}");
+    }
+}

@@ -1,0 +1,219 @@
+//! A scripted registry with bad manners on demand: what no real one does when asked.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+/// Stands for closing the connection.
+const HANG_UP: u16 = 0;
+
+/// What goes wrong. The default is a registry without login that works.
+#[derive(Clone, Copy, Default)]
+pub struct Manners {
+    /// Ask for a token, and hand one out to anyone.
+    pub bearer: bool,
+    /// At this authorized request, counted from 1, every token handed out so far expires.
+    pub expire_at: Option<u32>,
+    /// No token allows an upload.
+    pub deny: bool,
+    /// The first n requests below a repository get this status.
+    pub fail_first: Option<(u32, u16)>,
+    /// Larger PUTs get 413.
+    pub monolithic_bytes_max: Option<usize>,
+    /// At larger PUTs the connection is closed, as some proxies do instead of answering 413.
+    pub hang_up_bytes: Option<usize>,
+    /// Uploads are taken and never answered.
+    pub silent_uploads: bool,
+    /// The tag leads to other bytes than were pushed.
+    pub other_manifest: bool,
+    /// Refuse every upload, quoting this.
+    pub echo: Option<&'static str>,
+}
+
+pub struct Fake {
+    /// `127.0.0.1:port`
+    pub host: String,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    log: Vec<String>,
+    blobs: HashMap<String, Vec<u8>>,
+    manifests: HashMap<String, Vec<u8>>,
+    upload: Vec<u8>,
+    tokens: u32,
+    uses: u32,
+    expired: u32,
+    failures: u32,
+}
+
+struct Request {
+    method: String,
+    path: String,
+    authorization: Option<String>,
+    body: Vec<u8>,
+}
+
+struct Answer(u16, Vec<(&'static str, String)>, Vec<u8>);
+
+impl Fake {
+    /// Serves until the test's process ends.
+    pub fn start(manners: Manners) -> Fake {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let state = Arc::new(Mutex::new(State::default()));
+        let (shared, name) = (state.clone(), host.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (shared, name) = (shared.clone(), name.clone());
+                std::thread::spawn(move || serve(stream, &name, manners, &shared));
+            }
+        });
+        Fake { host, state }
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        self.state.lock().unwrap().log.clone()
+    }
+
+    pub fn saw(&self, start: &str) -> bool {
+        self.log().iter().any(|line| line.starts_with(start))
+    }
+}
+
+fn serve(stream: TcpStream, host: &str, manners: Manners, state: &Mutex<State>) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut writer = stream;
+    while let Some(request) = read(&mut reader) {
+        let Some(Answer(status, headers, body)) = answer(&request, host, manners, &mut state.lock().unwrap())
+        else {
+            // Silence: the connection stays open until the client leaves.
+            let _ = reader.read(&mut [0]);
+            return;
+        };
+        if status == HANG_UP {
+            return;
+        }
+        let mut text = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len());
+        for (name, value) in headers {
+            text += &format!("{name}: {value}\r\n");
+        }
+        let body = if request.method == "HEAD" { Vec::new() } else { body };
+        if writer.write_all(&[text.as_bytes(), b"\r\n", &body].concat()).is_err() {
+            return;
+        }
+    }
+}
+
+fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|&count| count > 0)?;
+    let mut words = line.split(' ');
+    let (method, path) = (words.next()?.to_string(), words.next()?.to_string());
+    let (mut length, mut authorization) = (0, None);
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        match line.trim_end().split_once(": ") {
+            None => break,
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = value.parse().ok()?
+            }
+            Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
+                authorization = Some(value.to_string())
+            }
+            Some(_) => {}
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some(Request { method, path, authorization, body })
+}
+
+fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) -> Option<Answer> {
+    state.log.push(format!("{} {}", request.method, request.path));
+    let plain = |status| Some(Answer(status, Vec::new(), Vec::new()));
+    if request.path.starts_with("/token") {
+        state.tokens += 1;
+        return Some(Answer(
+            200,
+            Vec::new(),
+            format!(r#"{{"token":"token-{}"}}"#, state.tokens).into_bytes(),
+        ));
+    }
+    if manners.bearer {
+        let token = request
+            .authorization
+            .as_deref()
+            .and_then(|text| text.strip_prefix("Bearer token-")?.parse().ok());
+        let mut valid = token.is_some_and(|number: u32| number > state.expired);
+        state.uses += u32::from(valid);
+        if valid && manners.expire_at == Some(state.uses) {
+            (state.expired, valid) = (state.tokens, false);
+        }
+        if !valid {
+            let challenge = format!(r#"Bearer realm="http://{host}/token",service="fake""#);
+            return Some(Answer(401, vec![("www-authenticate", challenge)], Vec::new()));
+        }
+    }
+    if request.path == "/v2/" {
+        return plain(200);
+    }
+    if let Some((count, status)) = manners.fail_first
+        && state.failures < count
+    {
+        state.failures += 1;
+        return plain(status);
+    }
+    let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
+    let name = path.rsplit('/').next().unwrap_or_default().to_string();
+    let upload = || vec![("location", "/v2/team/a/blobs/uploads/1".to_string())];
+    match (request.method.as_str(), path.contains("/uploads/"), path.contains("/manifests/")) {
+        ("POST", true, _) if manners.deny => Some(Answer(403, Vec::new(), error("DENIED", "not yours"))),
+        ("POST", true, _) if manners.echo.is_some() => Some(Answer(
+            401,
+            Vec::new(),
+            error("UNAUTHORIZED", &format!("bad password {}", manners.echo.unwrap_or_default())),
+        )),
+        ("POST", true, _) => {
+            state.upload.clear();
+            Some(Answer(202, upload(), Vec::new()))
+        }
+        ("PUT", true, _) if manners.silent_uploads => None,
+        ("PUT", true, _) if manners.monolithic_bytes_max.is_some_and(|max| request.body.len() > max) => {
+            plain(413)
+        }
+        ("PUT", true, _) if manners.hang_up_bytes.is_some_and(|max| request.body.len() > max) => {
+            plain(HANG_UP)
+        }
+        ("PATCH", true, _) => {
+            state.upload.extend(&request.body);
+            Some(Answer(202, upload(), Vec::new()))
+        }
+        ("PUT", true, _) => {
+            let mut blob = std::mem::take(&mut state.upload);
+            blob.extend(&request.body);
+            state.blobs.insert(query.trim_start_matches("digest=sha256%3A").to_string(), blob);
+            Some(Answer(201, upload(), Vec::new()))
+        }
+        ("PUT", _, true) => {
+            state.manifests.insert(name, request.body.clone());
+            Some(Answer(201, upload(), Vec::new()))
+        }
+        (_, _, true) if manners.other_manifest => Some(Answer(200, Vec::new(), b"{}".to_vec())),
+        (_, _, true) => match state.manifests.get(&name) {
+            Some(manifest) => Some(Answer(200, Vec::new(), manifest.clone())),
+            None => plain(404),
+        },
+        _ => match state.blobs.get(name.trim_start_matches("sha256:")) {
+            Some(blob) => Some(Answer(200, Vec::new(), blob.clone())),
+            None => plain(404),
+        },
+    }
+}
+
+fn error(code: &str, message: &str) -> Vec<u8> {
+    format!(r#"{{"errors":[{{"code":"{code}","message":"{message}"}}]}}"#).into_bytes()
+}
