@@ -15,6 +15,8 @@ use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
 
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// LIMIT: a month, so that no setting overflows the clock.
+const TOTAL_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Enough for a page's title.
 const HEAD_BYTES: u64 = 4096;
 
@@ -48,7 +50,7 @@ impl<'a> Downloads<'a> {
 
     /// The file behind `url`, from the cache if it is still the newest. `name` is the URL without secrets.
     pub async fn file(&self, url: &Url, name: &str, expected: Option<&str>) -> Result<File> {
-        let deadline = Instant::now() + self.options.total_timeout;
+        let deadline = Instant::now() + self.options.total_timeout.min(TOTAL_TIMEOUT_MAX);
         if let Some(blob) = self.pinned(expected)? {
             return Ok(self.done(name, blob, "from the cache, by its digest"));
         }

@@ -208,7 +208,7 @@ fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
     match text(headers, header::CONTENT_ENCODING) {
         None | Some("" | "identity") => Ok(()),
         Some(encoding) => Err(Fault::data(format!(
-            "{name}: the server sent it with Content-Encoding `{}`, asked for none: length and digest cannot be checked",
+            "{name}: sent with Content-Encoding `{}`, asked for none: length and digest cannot be checked",
             describe::printable(encoding)
         ))
         .help("switch compression off for this file on the server or its proxy")),

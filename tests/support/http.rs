@@ -215,7 +215,9 @@ fn serve(mut stream: TcpStream, seen: &Seen, script: &Script) -> std::io::Result
         match end_of_head(&buffer[..count]) {
             Some(end) => break end,
             None if count == 0 => return Ok(()),
-            None => std::thread::yield_now(),
+            // The first byte of a TLS handshake: as web servers do, say so in the clear.
+            None if buffer[0] == 0x16 => return send(&mut stream, &Reply::status(400)),
+            None => std::thread::sleep(std::time::Duration::from_millis(1)),
         }
     };
     let reply = answer(&buffer[..head], seen, script);
