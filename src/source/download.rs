@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use url::Url;
 
 use super::cache::{Blob, Cache, Entry, Slot};
-use super::http::{self, Answer, Ask, Failure};
+use super::http::{self, Ask, Failure};
 use super::partial::Partial;
 use super::{File, Options, describe, html, local};
 use crate::fault::{Fault, Kind, Result};
@@ -192,9 +192,8 @@ impl<'a> Downloads<'a> {
             total: partial.total(),
             cached: cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty()),
         };
-        let mut body = match http::get(client, &ask, self.options).await? {
-            Answer::Unchanged => return Ok(Received::Unchanged),
-            Answer::Body(body) => body,
+        let Some(mut body) = http::get(client, &ask, self.options).await? else {
+            return Ok(Received::Unchanged);
         };
         if body.start == 0 {
             partial.restart(&body.validators, body.total)?;

@@ -34,12 +34,7 @@ pub struct Ask<'a> {
     pub cached: Option<&'a Validators>,
 }
 
-pub enum Answer {
-    /// The cached file is the newest.
-    Unchanged,
-    Body(Body),
-}
-
+/// A file, or a part of it, about to come.
 pub struct Body {
     pub response: Response,
     /// Offset of the first byte: 0, or what was asked for.
@@ -126,7 +121,8 @@ pub fn client(options: &Options) -> Result<reqwest::Client> {
         .map_err(|error| Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error))))
 }
 
-pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> Attempted<Answer> {
+/// Asks once. `None`: the cached file is the newest.
+pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> Attempted<Option<Body>> {
     let resume = ask.version.for_range().filter(|_| ask.have > 0);
     let mut headers = HeaderMap::new();
     // Compression would hide the length and shift every range.
@@ -150,10 +146,10 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
     judge(response, ask, resume.is_some())
 }
 
-fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Answer> {
+fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body>> {
     let status = response.status();
     if status == StatusCode::NOT_MODIFIED && ask.cached.is_some() {
-        return Ok(Answer::Unchanged);
+        return Ok(None);
     }
     if status == StatusCode::RANGE_NOT_SATISFIABLE && resuming {
         return Err(Failure::from_start("the server no longer has the range asked for"));
@@ -183,7 +179,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Answer> {
     };
     let is_html =
         text(response.headers(), header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
-    Ok(Answer::Body(Body { response, start, total, validators, is_html }))
+    Ok(Some(Body { response, start, total, validators, is_html }))
 }
 
 /// The file's length as a 206 tells it (`*`: unknown), if the part is the one asked for, of the same file.

@@ -2,6 +2,9 @@
 //!
 //! Raw sockets, so that a reply can lie about its length, stop, reset or never end.
 
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -251,13 +254,13 @@ fn send(stream: &mut (impl Read + Write), reply: &Reply) -> std::io::Result<()> 
     stream.write_all(reply.head().as_bytes())?;
     stream.write_all(&reply.body)?;
     stream.flush()?;
-    while reply.then == Then::Repeat {
-        stream.write_all(&reply.body)?;
+    match reply.then {
+        Then::Close | Then::Reset => Ok(()),
+        Then::Stall => stream.read_to_end(&mut Vec::new()).map(drop),
+        Then::Repeat => loop {
+            stream.write_all(&reply.body)?;
+        },
     }
-    if reply.then == Then::Stall {
-        stream.read_to_end(&mut Vec::new())?;
-    }
-    Ok(())
 }
 
 fn end_of_head(bytes: &[u8]) -> Option<usize> {
