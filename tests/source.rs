@@ -363,7 +363,7 @@ fn busy_servers_are_asked_again() {
 #[test]
 fn a_wait_longer_than_the_time_allowed_is_not_begun() {
     let (server, url) = served(|_, _| Reply::status(429).header("Retry-After", "1000000000"));
-    let fault = Desk::new().refuse(&url, Kind::Network, "1 attempts failed");
+    let fault = Desk::new().refuse(&url, Kind::Network, "gave up at attempt 1");
     assert!(fault.message.contains("429") && fault.message.contains("60s allowed"), "{fault}");
     assert_eq!(server.requests().len(), 1);
 }
@@ -371,7 +371,7 @@ fn a_wait_longer_than_the_time_allowed_is_not_begun() {
 #[test]
 fn attempts_end_and_the_last_cause_is_told() {
     let (server, url) = served(|_, _| Reply::status(502));
-    Desk::new().refuse(&url, Kind::Network, "3 attempts failed, the last one: the server answered HTTP 502");
+    Desk::new().refuse(&url, Kind::Network, "gave up at attempt 3: the server answered HTTP 502");
     assert_eq!(server.requests().len(), 3);
 }
 
@@ -590,11 +590,7 @@ fn a_server_without_tls_is_named_as_such() {
 #[test]
 fn a_refused_connection_is_a_network_fault() {
     let url = format!("http://user:{CANARY}@127.0.0.1:{}/file.parquet?{CANARY}", http::unused_port());
-    Desk::new().refuse(
-        &url,
-        Kind::Network,
-        "3 attempts failed, the last one: 127.0.0.1 refused the connection",
-    );
+    Desk::new().refuse(&url, Kind::Network, "gave up at attempt 3: 127.0.0.1 refused the connection");
 }
 
 #[test]

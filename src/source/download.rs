@@ -157,7 +157,7 @@ impl<'a> Downloads<'a> {
         cause: &str,
         after: Option<Duration>,
     ) -> Result<()> {
-        let failed = || format!("{}: {attempts} attempts failed, the last one: {cause}", job.name);
+        let failed = || format!("{}: gave up at attempt {attempts}: {cause}", job.name);
         let help = "what came so far is kept: run it again when the server answers";
         if failures >= self.options.attempts_max {
             return Err(Fault::network(failed()).help(help));
@@ -257,7 +257,7 @@ impl<'a> Downloads<'a> {
     fn out_of_time(&self, job: &Job, partial: &Partial, attempts: u32) -> Fault {
         let total = partial.total().map(|total| format!(" of {total}")).unwrap_or_default();
         Fault::network(format!(
-            "{}: not whole after the {:?} allowed for one file: {}{total} bytes in {attempts} attempts",
+            "{}: not whole after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
             job.name,
             self.options.total_timeout,
             partial.bytes()
