@@ -1,7 +1,28 @@
 //! Where bytes come from: URLs and paths -> whole, verified local files. Knows no format.
+//!
+//! `parse` reads what the user wrote, `local` finds files on disk, `download` brings a URL into `cache`, one
+//! `http` attempt after the other; `partial` is the file that grows between them.
+
+mod address;
+mod cache;
+mod describe;
+mod download;
+mod hash;
+mod html;
+mod http;
+mod local;
+mod parse;
+mod partial;
+mod tls;
 
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use html::looks_like_html;
+pub use tls::{client_builder, install_crypto};
+
+use crate::fault::{Fault, Result};
+use crate::report::Report;
 
 /// How to fetch. Filled by `plan`.
 #[derive(Clone, Debug)]
@@ -13,14 +34,17 @@ pub struct Options {
     pub read_timeout: Duration,
     /// Longest time for one file, all attempts together.
     pub total_timeout: Duration,
+    /// Attempts in a row that bring no new byte.
     pub attempts_max: u32,
+    /// Wait before the second attempt; doubled for each further one, with jitter.
+    pub backoff: Duration,
     pub file_bytes_max: u64,
     /// Extra root certificates (PEM).
     pub ca_file: Option<PathBuf>,
 }
 
 /// One thing to fetch, parsed: what the user wrote without its secrets, and its expected digest.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub enum Source {
     Url {
         url: url::Url,
@@ -42,4 +66,40 @@ pub struct File {
     pub bytes: u64,
     /// Lower-case hex.
     pub sha256: String,
+}
+
+/// Brings every source here, in the order given; a directory or glob becomes its files, sorted by name.
+/// Paths are looked at first, so that a misspelt one is known before the first long download.
+///
+/// Runs its own single-threaded runtime: call it from plain code, not from inside tokio.
+///
+/// # Errors
+/// The first file that cannot be had, by who must act: data (missing, damaged, not a file), auth, capacity,
+/// config, or, when all attempts are used up, network; a failing cache disk is storage.
+pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<Vec<File>> {
+    let found = sources.iter().map(local::find).collect::<Result<Vec<_>>>()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+    let fetched = runtime.block_on(async {
+        let downloads = download::Downloads::new(options, report);
+        let mut files = Vec::new();
+        for (source, paths) in sources.iter().zip(found) {
+            match source {
+                Source::Url { url, sha256 } => {
+                    files.push(downloads.file(url, &source.name(), sha256.as_deref()).await?);
+                }
+                Source::Path { sha256, .. } => {
+                    for path in paths {
+                        files.push(local::verify(path, sha256.as_deref(), report)?);
+                    }
+                }
+            }
+        }
+        Ok(files)
+    });
+    // A name lookup that hangs in the C library must not keep the process.
+    runtime.shutdown_background();
+    fetched
 }

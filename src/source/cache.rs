@@ -1,0 +1,188 @@
+//! What was downloaded before: `sha256/<hex>` holds whole files, `url/<key>/` what is known of one URL.
+//!
+//! A key is the digest of the whole URL: two signatures of one object are two keys, and no query is ever
+//! written down. Whoever holds the lock of a key may change its folder.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use url::Url;
+
+use super::http::Validators;
+use super::parse::is_sha256;
+use super::partial::Partial;
+use super::{describe, hash};
+use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage};
+
+const LOCK_POLL: Duration = Duration::from_millis(100);
+
+pub struct Cache {
+    folder: PathBuf,
+}
+
+/// A whole file of the cache, just read and found to have its digest.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    pub path: PathBuf,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// What a URL last gave.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Entry {
+    pub validators: Validators,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// One URL's folder, locked against other processes for as long as this lives.
+pub struct Slot {
+    folder: PathBuf,
+    _lock: fs::File,
+}
+
+impl Cache {
+    pub fn new(folder: &Path) -> Cache {
+        Cache { folder: folder.to_owned() }
+    }
+
+    /// The blob of this digest, if it is here and still has it; a damaged one is removed.
+    pub fn find(&self, sha256: &str, report: &Report) -> Result<Option<Blob>> {
+        if !is_sha256(sha256) {
+            return Ok(None);
+        }
+        let path = self.blob_path(sha256);
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Fault::storage("open", &path, &error)),
+        };
+        let (bytes, hasher) =
+            hash::read(file, |_| ()).map_err(|error| Fault::storage("read", &path, &error))?;
+        let sha256 = sha256.to_owned();
+        if hash::hex(hasher) == sha256 {
+            return Ok(Some(Blob { path, bytes, sha256 }));
+        }
+        let text = format!("{} was damaged on disk and is removed", path.display());
+        report.warn(Stage::Download, text);
+        fs::remove_file(&path).map_err(|error| Fault::storage("remove", &path, &error))?;
+        Ok(None)
+    }
+
+    /// The URL's folder, once no other process holds it.
+    pub async fn slot(&self, url: &Url, name: &str, deadline: Instant) -> Result<Slot> {
+        let folder = self.folder.join("url").join(hash::of(url.as_str().as_bytes()));
+        create_folder(&folder)?;
+        let path = folder.join("lock");
+        let lock = fs::File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(Slot { folder, _lock: lock }),
+                Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    tokio::time::sleep(LOCK_POLL).await;
+                }
+                Err(fs::TryLockError::WouldBlock) => {
+                    return Err(Fault::network(format!(
+                        "{name}: another process has been downloading it until the time allowed was over"
+                    )));
+                }
+                Err(fs::TryLockError::Error(error)) => {
+                    return Err(Fault::storage("lock", &path, &error)
+                        .help("put the cache on a file system that supports locks"));
+                }
+            }
+        }
+    }
+
+    /// Moves a whole download to its final name and remembers that the slot's URL gave it.
+    pub fn keep(&self, slot: &Slot, mut partial: Partial, sha256: &str) -> Result<Blob> {
+        let path = self.blob_path(sha256);
+        create_folder(path.parent().expect("a blob lies in a folder"))?;
+        let bytes = partial.bytes();
+        partial.sync()?;
+        let from = slot.partial_path();
+        fs::rename(&from, &path).map_err(|error| Fault::storage("move a download to", &path, &error))?;
+        sync_folder(path.parent().expect("a blob lies in a folder"))?;
+        let entry = Entry { validators: partial.validators().clone(), bytes, sha256: sha256.to_owned() };
+        write_whole(&slot.entry_path(), &json(&entry))?;
+        Ok(Blob { path, bytes, sha256: entry.sha256 })
+    }
+
+    /// # Errors
+    /// Capacity: fewer than `bytes` are free.
+    pub fn check_space(&self, name: &str, bytes: u64) -> Result<()> {
+        let free = fs4::available_space(&self.folder)
+            .map_err(|error| Fault::storage("ask for the free space of", &self.folder, &error))?;
+        if bytes <= free {
+            return Ok(());
+        }
+        Err(Fault::capacity(format!(
+            "{name}: {} more are needed, but {} has {} free",
+            describe::size(bytes),
+            self.folder.display(),
+            describe::size(free)
+        ))
+        .help("give the cache a larger volume"))
+    }
+
+    fn blob_path(&self, sha256: &str) -> PathBuf {
+        self.folder.join("sha256").join(sha256)
+    }
+}
+
+impl Slot {
+    /// What the URL gave last time; `None` too when the record is unreadable.
+    pub fn entry(&self) -> Option<Entry> {
+        serde_json::from_slice(&fs::read(self.entry_path()).ok()?).ok()
+    }
+
+    pub fn partial(&self) -> Result<Partial> {
+        Partial::open(&self.partial_path(), &self.folder.join("part.json"))
+    }
+
+    fn partial_path(&self) -> PathBuf {
+        self.folder.join("part")
+    }
+
+    fn entry_path(&self) -> PathBuf {
+        self.folder.join("entry.json")
+    }
+}
+
+/// Puts `content` under `path` whole or not at all.
+pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
+    let folder = path.parent().expect("files of the cache lie in folders");
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(content)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(|error| Fault::storage("write", path, &error))?;
+    sync_folder(folder)
+}
+
+pub fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain fields become JSON")
+}
+
+fn create_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| Fault::storage("create", folder, &error))
+}
+
+/// Makes a rename last through a power loss. Some network file systems have no such call, nor need of it.
+fn sync_folder(folder: &Path) -> Result<()> {
+    match fs::File::open(folder).and_then(|folder| folder.sync_all()) {
+        Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            Err(Fault::storage("sync", folder, &error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,116 @@
+//! Errors of the HTTP stack -> one sentence for a person, and whether trying again can help. Never a URL.
+
+use std::error::Error;
+use std::io;
+
+use super::http::{Failure, Redirect};
+use super::{Options, address};
+use crate::fault::Fault;
+
+/// Longest foreign text shown.
+const FOREIGN_CHARS_MAX: usize = 200;
+
+pub fn failure(error: &reqwest::Error, name: &str, options: &Options) -> Failure {
+    if let Some(why) = find::<Redirect>(error) {
+        return Fault::config(format!("{name}: {why}")).help("give the URL it should lead to").into();
+    }
+    if find::<address::Forbidden>(error).is_some() {
+        return Fault::config(format!("{name}: {}, which is refused", address::Forbidden)).into();
+    }
+    match find::<rustls::Error>(error) {
+        Some(rustls::Error::InvalidCertificate(why)) => return untrusted(name, why),
+        Some(why) => {
+            return Failure::retry(format!("the TLS handshake failed ({})", printable(&why.to_string())));
+        }
+        None => (),
+    }
+    Failure::retry(cause(error, options))
+}
+
+fn cause(error: &reqwest::Error, options: &Options) -> String {
+    let host = error.url().and_then(|url| url.host_str()).unwrap_or("the server");
+    if error.is_timeout() {
+        return match error.is_connect() {
+            true => format!("no connection to {host} within {:?}", options.connect_timeout),
+            false => format!("no data from {host} for {:?}", options.read_timeout),
+        };
+    }
+    if error.is_dns() {
+        return format!("the host name {host} cannot be resolved ({})", innermost(error));
+    }
+    match find::<io::Error>(error).map(io::Error::kind) {
+        Some(io::ErrorKind::ConnectionRefused) => format!("{host} refused the connection"),
+        Some(io::ErrorKind::ConnectionReset) => format!("{host} reset the connection"),
+        Some(io::ErrorKind::UnexpectedEof) => format!("{host} closed the connection too early"),
+        _ => innermost(error),
+    }
+}
+
+fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
+    use rustls::CertificateError as Certificate;
+    let help = match why {
+        Certificate::Expired | Certificate::ExpiredContext { .. } => "renew the server's certificate",
+        Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => {
+            "use the host name the certificate was made for"
+        }
+        _ => {
+            "add the authority that signed it: ca_file, or SSL_CERT_FILE (a bare image may have none at all)"
+        }
+    };
+    let why = printable(&rustls::Error::InvalidCertificate(why.clone()).to_string());
+    Fault::config(format!("{name}: the server is not trusted: {why}")).help(help).into()
+}
+
+/// The innermost error's text: outer ones of reqwest and hyper only say "error sending request".
+pub fn innermost(error: &reqwest::Error) -> String {
+    printable(&chain(error).last().expect("a chain begins with its error").to_string())
+}
+
+/// One line of bounded length without control characters.
+pub fn printable(text: &str) -> String {
+    text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
+}
+
+/// `1536` -> `1.5 KiB`.
+pub fn size(bytes: u64) -> String {
+    let power = [(60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match power.into_iter().find(|(shift, _)| bytes >> shift > 0) {
+        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
+fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    chain(error).find_map(|error| error.downcast_ref())
+}
+
+/// An error and its causes.
+fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| wrapped(error))
+}
+
+/// `io::Error::source` skips the very error it wraps, so that one is asked for.
+fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+    match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(inner) => Some(inner),
+        None => error.source(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        let sizes = [0, 1023, 1536, 5 << 30, u64::MAX].map(size);
+        assert_eq!(sizes, ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "16.0 EiB"]);
+    }
+
+    #[test]
+    fn wrapped_errors_are_found() {
+        let inner = rustls::Error::DecryptError;
+        let outer = io::Error::other(io::Error::other(inner.clone()));
+        assert_eq!(find::<rustls::Error>(&outer), Some(&inner));
+    }
+}

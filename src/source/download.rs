@@ -1,0 +1,296 @@
+//! One URL -> a whole file of the cache: attempts, resumed where they stopped, until it is whole and verified.
+
+use std::cell::OnceCell;
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+use url::Url;
+
+use super::cache::{Blob, Cache, Entry, Slot};
+use super::http::{self, Ask, Failure};
+use super::partial::Partial;
+use super::{File, Options, describe, html, local};
+use crate::fault::{Fault, Kind, Result};
+use crate::report::{Report, Stage, Task, Unit};
+
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// LIMIT: a month, so that no setting overflows the clock.
+const TOTAL_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Enough for a page's title.
+const HEAD_BYTES: u64 = 4096;
+
+/// All downloads of one `fetch`: they share the cache and, once it is needed, the client.
+pub struct Downloads<'a> {
+    options: &'a Options,
+    report: &'a Report,
+    cache: Cache,
+    client: OnceCell<reqwest::Client>,
+}
+
+/// One file under way.
+struct Job<'a> {
+    url: &'a Url,
+    name: &'a str,
+    expected: Option<&'a str>,
+    deadline: Instant,
+    task: Task,
+}
+
+/// How a run of attempts ended well.
+enum Received {
+    Unchanged,
+    Whole,
+}
+
+impl<'a> Downloads<'a> {
+    pub fn new(options: &'a Options, report: &'a Report) -> Downloads<'a> {
+        Downloads { options, report, cache: Cache::new(&options.cache), client: OnceCell::new() }
+    }
+
+    /// The file behind `url`, from the cache if it is still the newest. `name` is the URL without secrets.
+    pub async fn file(&self, url: &Url, name: &str, expected: Option<&str>) -> Result<File> {
+        let deadline = Instant::now() + self.options.total_timeout.min(TOTAL_TIMEOUT_MAX);
+        if let Some(blob) = self.pinned(expected)? {
+            return Ok(self.done(name, blob, "from the cache, by its digest"));
+        }
+        let slot = self.cache.slot(url, name, deadline).await?;
+        self.finish(&slot, expected)?;
+        // That, or another process while this one waited, may have brought it.
+        if let Some(blob) = self.pinned(expected)? {
+            return Ok(self.done(name, blob, "from the cache, by its digest"));
+        }
+        let task = self.report.task(Stage::Download, Unit::Bytes, name, None);
+        let job = Job { url, name, expected, deadline, task };
+        let cached = self.cached(&job, &slot)?;
+        match self.download(&job, &slot, cached.as_ref().map(|(entry, _)| entry)).await {
+            Ok(Some(blob)) => Ok(self.done(name, blob, "downloaded")),
+            Ok(None) => {
+                let (_, blob) = cached.expect("only a cached file can be unchanged");
+                Ok(self.done(name, blob, "from the cache, unchanged on the server"))
+            }
+            // The job may be a restarted one whose signed URL has expired, or whose server is down for a while.
+            Err(fault) if cached.is_some() && matches!(fault.kind, Kind::Network | Kind::Auth) => {
+                self.report.warn(Stage::Download, format!("{}; the cached file is used", fault.message));
+                let (_, blob) = cached.expect("checked above");
+                Ok(self.done(name, blob, "from the cache, not compared with the server"))
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    fn pinned(&self, expected: Option<&str>) -> Result<Option<Blob>> {
+        expected.map_or(Ok(None), |sha256| self.cache.find(sha256, self.report))
+    }
+
+    /// Keeps a download that was killed between its last byte and the rename.
+    fn finish(&self, slot: &Slot, expected: Option<&str>) -> Result<()> {
+        let partial = slot.partial()?;
+        let sha256 = partial.sha256();
+        if partial.is_whole() && expected.is_none_or(|expected| expected == sha256) {
+            self.cache.keep(slot, partial, &sha256)?;
+        }
+        Ok(())
+    }
+
+    /// The whole file this URL gave before, if it is what is expected now.
+    fn cached(&self, job: &Job, slot: &Slot) -> Result<Option<(Entry, Blob)>> {
+        let Some(entry) =
+            slot.entry().filter(|entry| job.expected.is_none_or(|sha256| sha256 == entry.sha256))
+        else {
+            return Ok(None);
+        };
+        let blob = self.cache.find(&entry.sha256, self.report)?;
+        Ok(blob.filter(|blob| blob.bytes == entry.bytes).map(|blob| (entry, blob)))
+    }
+
+    /// Attempts until the file is whole; `None`: the cached one is the newest.
+    async fn download(&self, job: &Job<'_>, slot: &Slot, cached: Option<&Entry>) -> Result<Option<Blob>> {
+        let client = self.client()?;
+        let mut partial = slot.partial()?;
+        let mut farthest = partial.bytes();
+        let (mut attempts, mut failures, mut mismatched) = (0, 0, false);
+        loop {
+            attempts += 1;
+            let attempt = self.attempt(client, job, &mut partial, cached);
+            let ended = match timeout_at(job.deadline, attempt).await {
+                Ok(ended) => ended,
+                Err(_) => return Err(self.out_of_time(job, &partial, attempts)),
+            };
+            // Progress, also of an attempt that failed in the end, earns a fresh count.
+            if partial.bytes() > farthest {
+                (farthest, failures) = (partial.bytes(), 0);
+            }
+            match ended {
+                Ok(Received::Unchanged) => return Ok(None),
+                Ok(Received::Whole) => {
+                    let sha256 = partial.sha256();
+                    let Some(fault) = unexpected(job, &sha256) else {
+                        return self.cache.keep(slot, partial, &sha256).map(Some);
+                    };
+                    partial.discard()?;
+                    if mismatched {
+                        return Err(fault);
+                    }
+                    // Damage on the way, or a wrong beginning resumed: one download in full will tell.
+                    (mismatched, farthest, failures) = (true, 0, 0);
+                    self.pause(job, attempts, failures, &fault.message, None).await?;
+                }
+                Err(Failure::Fatal(fault)) => return Err(fault),
+                Err(Failure::Retry { cause, after, from_start }) => {
+                    failures += 1;
+                    if from_start {
+                        partial.discard()?;
+                    }
+                    self.pause(job, attempts, failures, &cause, after).await?;
+                }
+            }
+        }
+    }
+
+    /// Waits before the next attempt, if there may be one.
+    async fn pause(
+        &self,
+        job: &Job<'_>,
+        attempts: u32,
+        failures: u32,
+        cause: &str,
+        after: Option<Duration>,
+    ) -> Result<()> {
+        let failed = || format!("{}: gave up at attempt {attempts}: {cause}", job.name);
+        let help = "what came so far is kept: run it again when the server answers";
+        if failures >= self.options.attempts_max {
+            return Err(Fault::network(failed()).help(help));
+        }
+        let wait = self.backoff(failures).max(after.unwrap_or_default());
+        if wait >= job.deadline.saturating_duration_since(Instant::now()) {
+            let allowed = self.options.total_timeout;
+            return Err(Fault::network(format!(
+                "{}; the next may start in {wait:.1?}, later than the {allowed:?} allowed for one file",
+                failed()
+            ))
+            .help(help));
+        }
+        self.report.warn(Stage::Download, format!("{}: {cause}; again in {wait:.1?}", job.name));
+        sleep(wait).await;
+        Ok(())
+    }
+
+    /// One request, and as much of its body as comes.
+    async fn attempt(
+        &self,
+        client: &reqwest::Client,
+        job: &Job<'_>,
+        partial: &mut Partial,
+        cached: Option<&Entry>,
+    ) -> http::Attempted<Received> {
+        let ask = Ask {
+            url: job.url,
+            name: job.name,
+            have: partial.bytes(),
+            version: partial.validators(),
+            total: partial.total(),
+            cached: cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty()),
+        };
+        let Some(mut body) = http::get(client, &ask, self.options).await? else {
+            return Ok(Received::Unchanged);
+        };
+        if body.start == 0 {
+            partial.restart(&body.validators, body.total)?;
+        }
+        job.task.set(partial.bytes());
+        if let Some(total) = body.total {
+            job.task.set_total(total);
+            self.check_limit(job, partial, total)?;
+            self.cache.check_space(job.name, total.saturating_sub(partial.bytes()))?;
+        }
+        while let Some(chunk) =
+            body.response.chunk().await.map_err(|error| describe::failure(&error, job.name, self.options))?
+        {
+            self.check_limit(job, partial, partial.bytes() + chunk.len() as u64)?;
+            partial.append(&chunk)?;
+            job.task.advance(chunk.len() as u64);
+        }
+        match body.total {
+            Some(total) if partial.bytes() < total => {
+                Err(Failure::retry(format!("the body ended after {} of {total} bytes", partial.bytes())))
+            }
+            Some(total) if partial.bytes() > total => {
+                Err(Failure::from_start(format!("the body has more than its {total} bytes")))
+            }
+            _ => self.check_page(job, partial, body.is_html).map(|()| Received::Whole),
+        }
+    }
+
+    fn check_limit(&self, job: &Job, partial: &mut Partial, bytes: u64) -> Result<()> {
+        let limit = self.options.file_bytes_max;
+        if bytes <= limit {
+            return Ok(());
+        }
+        partial.discard()?;
+        Err(Fault::capacity(format!(
+            "{}: at least {bytes} bytes, the limit for one file is {limit} ({})",
+            job.name,
+            describe::size(limit)
+        ))
+        .help("raise the limit if the file is meant to be that large"))
+    }
+
+    /// Refuses a web page in place of data.
+    fn check_page(&self, job: &Job, partial: &mut Partial, is_html: bool) -> http::Attempted<()> {
+        let is_parquet = job.url.path().to_ascii_lowercase().ends_with(".parquet");
+        if !is_html && !is_parquet {
+            return Ok(());
+        }
+        let head = partial.head(HEAD_BYTES)?;
+        if !html::looks_like_html(&head) {
+            return Ok(());
+        }
+        partial.discard()?;
+        let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
+        let wanted = if is_parquet { "a parquet file" } else { "a data file" };
+        Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
+            .help("a login page or a preview link? use the raw/resolve link")
+            .into())
+    }
+
+    fn out_of_time(&self, job: &Job, partial: &Partial, attempts: u32) -> Fault {
+        let total = partial.total().map(|total| format!(" of {total}")).unwrap_or_default();
+        Fault::network(format!(
+            "{}: not whole after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
+            job.name,
+            self.options.total_timeout,
+            partial.bytes()
+        ))
+        .help("what came so far is kept: run it again, or allow more time")
+    }
+
+    /// Doubles from attempt to attempt; jitter keeps many pods from coming back at the same moment.
+    fn backoff(&self, failures: u32) -> Duration {
+        let longest =
+            self.options.backoff.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF_MAX);
+        let random = RandomState::new().hash_one(failures) as f64 / u64::MAX as f64;
+        longest.mul_f64(0.5 + random / 2.0)
+    }
+
+    fn client(&self) -> Result<&reqwest::Client> {
+        if self.client.get().is_none() {
+            let client = http::client(self.options)?;
+            // Empty until now, and this runs on one thread.
+            let _ = self.client.set(client);
+        }
+        Ok(self.client.get().expect("just set"))
+    }
+
+    fn done(&self, name: &str, blob: Blob, how: &str) -> File {
+        let Blob { path, bytes, sha256 } = blob;
+        let text = format!("{name}: {}, sha256 {}, {how}", describe::size(bytes), &sha256[..12]);
+        self.report.note(Stage::Download, text);
+        File { path, name: name.to_owned(), bytes, sha256 }
+    }
+}
+
+fn unexpected(job: &Job, sha256: &str) -> Option<Fault> {
+    let expected = job.expected.filter(|&expected| expected != sha256)?;
+    Some(local::mismatch(job.name, expected, sha256))
+}

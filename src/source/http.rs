@@ -1,0 +1,326 @@
+//! One GET: URL, validators and range -> a body worth reading, or why not.
+
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::{self, HeaderMap, HeaderValue};
+use reqwest::{Response, StatusCode, redirect};
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use super::{Options, address, describe, tls};
+use crate::fault::{Fault, Result};
+
+/// Honest chains have one to three hops.
+const REDIRECTS_MAX: usize = 10;
+
+/// What names one version of a file on its server.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Validators {
+    pub etag: Option<String>,
+    pub last_modified: Option<String>,
+    /// Whether the file was a second old when it was served, so that no second version bears the same date.
+    pub last_modified_is_strong: bool,
+}
+
+pub struct Ask<'a> {
+    pub url: &'a Url,
+    /// For messages.
+    pub name: &'a str,
+    /// Bytes here already, of this version and of this length.
+    pub have: u64,
+    pub version: &'a Validators,
+    pub total: Option<u64>,
+    /// The version of the cached file, to hear whether it is still the newest.
+    pub cached: Option<&'a Validators>,
+}
+
+/// A file, or a part of it, about to come.
+pub struct Body {
+    pub response: Response,
+    /// Offset of the first byte: 0, or what was asked for.
+    pub start: u64,
+    /// Length of the whole file, if the server told.
+    pub total: Option<u64>,
+    pub validators: Validators,
+    /// Whether the server calls it a web page.
+    pub is_html: bool,
+}
+
+/// Why an attempt brought no (further) bytes.
+pub enum Failure {
+    /// Trying again can help: because of `cause`, not before `after`, from the first byte if `from_start`.
+    Retry {
+        cause: String,
+        after: Option<Duration>,
+        from_start: bool,
+    },
+    Fatal(Fault),
+}
+
+pub type Attempted<T> = std::result::Result<T, Failure>;
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Failure {
+        Failure::Fatal(fault)
+    }
+}
+
+impl Failure {
+    pub fn retry(cause: impl Into<String>) -> Failure {
+        Failure::Retry { cause: cause.into(), after: None, from_start: false }
+    }
+
+    pub fn from_start(cause: impl Into<String>) -> Failure {
+        Failure::Retry { cause: cause.into(), after: None, from_start: true }
+    }
+}
+
+impl Validators {
+    fn of(headers: &HeaderMap) -> Validators {
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let date = |name| text(name).and_then(|text| httpdate::parse_http_date(&text).ok());
+        let age = match (date(header::DATE), date(header::LAST_MODIFIED)) {
+            (Some(date), Some(modified)) => date.duration_since(modified).unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        Validators {
+            etag: text(header::ETAG),
+            last_modified: text(header::LAST_MODIFIED),
+            last_modified_is_strong: age >= Duration::from_secs(1),
+        }
+    }
+
+    /// What `If-Range` may hold: a strong ETag, or else a date that cannot name two versions (RFC 9110, 13.1.5).
+    pub fn for_range(&self) -> Option<&str> {
+        let etag = self.etag.as_deref().filter(|etag| etag.starts_with('"'));
+        etag.or(self.last_modified.as_deref().filter(|_| self.last_modified_is_strong))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.etag.is_none() && self.last_modified.is_none()
+    }
+
+    /// Whether an answer that names a version names another one.
+    fn contradicts(&self, other: &Validators) -> bool {
+        let differ = |a: &Option<String>, b: &Option<String>| matches!((a, b), (Some(a), Some(b)) if a != b);
+        differ(&self.etag, &other.etag) || differ(&self.last_modified, &other.last_modified)
+    }
+}
+
+/// A client with the timeouts, trust and redirect rules of downloads.
+pub fn client(options: &Options) -> Result<reqwest::Client> {
+    tls::client_builder(options.ca_file.as_deref())?
+        .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(options.connect_timeout)
+        .read_timeout(options.read_timeout)
+        .redirect(redirect::Policy::custom(redirect))
+        // A signed URL must not reach the next host as Referer.
+        .referer(false)
+        .dns_resolver(address::Resolver)
+        .build()
+        .map_err(|error| Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error))))
+}
+
+/// Asks once. `None`: the cached file is the newest.
+pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> Attempted<Option<Body>> {
+    let resume = ask.version.for_range().filter(|_| ask.have > 0);
+    let mut headers = HeaderMap::new();
+    // Compression would hide the length and shift every range.
+    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    let mut set = |name, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            headers.insert(name, value);
+        }
+    };
+    if let Some(validator) = resume {
+        set(header::RANGE, &format!("bytes={}-", ask.have));
+        set(header::IF_RANGE, validator);
+    }
+    match ask.cached {
+        Some(Validators { etag: Some(etag), .. }) => set(header::IF_NONE_MATCH, etag),
+        Some(Validators { last_modified: Some(date), .. }) => set(header::IF_MODIFIED_SINCE, date),
+        _ => (),
+    }
+    let sent = client.get(ask.url.clone()).headers(headers).send().await;
+    let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
+    judge(response, ask, resume.is_some())
+}
+
+fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body>> {
+    let status = response.status();
+    if status == StatusCode::NOT_MODIFIED && ask.cached.is_some() {
+        return Ok(None);
+    }
+    if status == StatusCode::RANGE_NOT_SATISFIABLE && resuming {
+        return Err(Failure::from_start("the server no longer has the range asked for"));
+    }
+    if status != StatusCode::OK && status != StatusCode::PARTIAL_CONTENT {
+        return Err(refusal(&response, ask, resuming));
+    }
+    identity(response.headers(), ask.name)?;
+    let validators = Validators::of(response.headers());
+    let length = response.content_length();
+    let (start, total) = match status {
+        StatusCode::OK => (0, length),
+        _ if !resuming => {
+            return Err(Fault::data(format!(
+                "{}: the server sent a part of the file, asked for all of it",
+                ask.name
+            ))
+            .into());
+        }
+        _ if ask.version.contradicts(&validators) => {
+            return Err(Failure::from_start("the file changed on the server"));
+        }
+        _ => match range(response.headers(), ask, length) {
+            Some(total) => (ask.have, total),
+            None => return Err(Failure::from_start("the server sent another range than asked for")),
+        },
+    };
+    let is_html =
+        text(response.headers(), header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
+    Ok(Some(Body { response, start, total, validators, is_html }))
+}
+
+/// The file's length as a 206 tells it (`*`: unknown), if the part is the one asked for, of the same file.
+fn range(headers: &HeaderMap, ask: &Ask, length: Option<u64>) -> Option<Option<u64>> {
+    let (first, last, total) = content_range(text(headers, header::CONTENT_RANGE)?)?;
+    let same_start = first == ask.have;
+    let same_length = length.is_none_or(|length| length == last - first + 1);
+    let same_total = ask.total.is_none() || total.is_none() || ask.total == total;
+    (same_start && same_length && same_total).then_some(total.or(ask.total))
+}
+
+/// `bytes 5-9/10` or `bytes 5-9/*`.
+fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
+    (first <= last && total.is_none_or(|total| last < total)).then_some((first, last, total))
+}
+
+fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
+    match text(headers, header::CONTENT_ENCODING) {
+        None | Some("" | "identity") => Ok(()),
+        Some(encoding) => Err(Fault::data(format!(
+            "{name}: sent with Content-Encoding `{}`, asked for none: length and digest cannot be checked",
+            describe::printable(encoding)
+        ))
+        .help("switch compression off for this file on the server or its proxy")),
+    }
+}
+
+fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
+    let (status, name) = (response.status(), ask.name);
+    match status.as_u16() {
+        404 | 410 => Fault::data(format!("not found: {name} (HTTP {})", status.as_u16())).into(),
+        401 | 403 => {
+            let help = match resuming || ask.url.query().is_some() {
+                true => "if the URL was signed for a limited time, it may have expired: sign a new one",
+                false => "the server wants credentials: give a signed URL, or one that needs none",
+            };
+            Fault::auth(format!("{name}: access refused (HTTP {})", status.as_u16())).help(help).into()
+        }
+        407 => Fault::config(format!("{name}: the proxy wants credentials (HTTP 407)"))
+            .help("put them into HTTPS_PROXY or HTTP_PROXY")
+            .into(),
+        408 | 425 | 429 | 500..=599 => Failure::Retry {
+            cause: format!("the server answered HTTP {status}"),
+            after: text(response.headers(), header::RETRY_AFTER)
+                .and_then(|value| retry_after(value, SystemTime::now())),
+            from_start: false,
+        },
+        _ => Fault::data(format!("{name}: the server answered HTTP {status}, expected 200")).into(),
+    }
+}
+
+/// Seconds or an HTTP date; anything else is no wish.
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    match value.trim().parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => Some(httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()),
+    }
+}
+
+fn redirect(attempt: redirect::Attempt) -> redirect::Action {
+    let downgrade = attempt.previous().last().is_some_and(|from| from.scheme() == "https")
+        && attempt.url().scheme() != "https";
+    if attempt.previous().len() > REDIRECTS_MAX {
+        attempt.error(Redirect::TooMany)
+    } else if downgrade {
+        attempt.error(Redirect::Downgrade)
+    } else if address::forbidden_host(attempt.url()) {
+        attempt.error(Redirect::Forbidden)
+    } else {
+        attempt.follow()
+    }
+}
+
+/// A redirect that is not followed.
+#[derive(Debug, thiserror::Error)]
+pub enum Redirect {
+    #[error("it redirects more than {REDIRECTS_MAX} times")]
+    TooMany,
+    #[error("it redirects from https to http, which is refused")]
+    Downgrade,
+    #[error("it redirects to a link-local address, which is refused")]
+    Forbidden,
+}
+
+fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_are_read_strictly() {
+        assert_eq!(content_range("bytes 5-9/10"), Some((5, 9, Some(10))));
+        assert_eq!(content_range("bytes 0-0/*"), Some((0, 0, None)));
+        for wrong in [
+            "",
+            "bytes */10",
+            "5-9/10",
+            "bytes 9-5/10",
+            "bytes 5-10/10",
+            "bytes 5-/10",
+            "bytes -1-2/3",
+            "items 0-1/2",
+        ] {
+            assert_eq!(content_range(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let seconds = |value| retry_after(value, now).map(|wait| wait.as_secs());
+        assert_eq!(seconds("120"), Some(120));
+        assert_eq!(seconds("Sun, 06 Nov 1994 08:49:47 GMT"), Some(10));
+        assert_eq!(seconds("Sun, 06 Nov 1994 08:00:00 GMT"), Some(0));
+        assert_eq!(seconds("1000000000"), Some(1_000_000_000));
+        assert_eq!(seconds("soon"), None);
+        assert_eq!(seconds("-1"), None);
+    }
+
+    #[test]
+    fn only_strong_validators_guard_a_range() {
+        let of = |headers: &[(&'static str, &str)]| {
+            let map = headers
+                .iter()
+                .map(|(name, value)| (header::HeaderName::from_static(name), value.parse().unwrap()))
+                .collect();
+            Validators::of(&map).for_range().map(str::to_owned)
+        };
+        let modified = ("last-modified", "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(of(&[("etag", "\"a\""), modified]).as_deref(), Some("\"a\""));
+        assert_eq!(of(&[("etag", "W/\"a\"")]), None);
+        assert_eq!(of(&[modified]), None, "of unknown age");
+        assert_eq!(of(&[modified, ("date", modified.1)]), None, "may change within this second");
+        let later = ("date", "Sun, 06 Nov 1994 08:49:38 GMT");
+        assert_eq!(of(&[modified, later]).as_deref(), Some(modified.1));
+    }
+}

@@ -1,0 +1,173 @@
+//! A path, directory or glob -> its data files, sorted, each read once and hashed.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{File, Source, describe, hash};
+use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage, Unit};
+
+/// LIMIT: a directory that leads to itself through a link ends here.
+const DEPTH_MAX: usize = 32;
+const FILES_MAX: usize = 100_000;
+const GLOB: glob::MatchOptions = glob::MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: true,
+};
+
+/// The files a path source names; none for a URL.
+///
+/// # Errors
+/// Data: nothing there, or no data file in it. Config: an invalid glob, or one digest for several files.
+pub fn find(source: &Source) -> Result<Vec<PathBuf>> {
+    let Source::Path { pattern, sha256 } = source else { return Ok(Vec::new()) };
+    let files = expand(pattern)?;
+    match sha256 {
+        Some(_) if files.len() > 1 => {
+            Err(Fault::config(format!("{pattern}: one sha256 is given, but {} files are found", files.len()))
+                .help("name each file with its own digest"))
+        }
+        _ => Ok(files),
+    }
+}
+
+/// Reads a file whole: its length and digest, compared with the expected one.
+///
+/// # Errors
+/// Data: it cannot be read, or has another digest.
+pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<File> {
+    let name = path.display().to_string();
+    let unreadable = |error: io::Error| unreadable(&path, &error);
+    let file = fs::File::open(&path).map_err(unreadable)?;
+    let total = file.metadata().map_err(unreadable)?.len();
+    let task = report.task(Stage::Download, Unit::Bytes, &name, Some(total));
+    let (bytes, hasher) = hash::read(file, |bytes| task.advance(bytes)).map_err(unreadable)?;
+    let sha256 = hash::hex(hasher);
+    if expected.is_some_and(|expected| expected != sha256) {
+        return Err(mismatch(&name, expected.unwrap_or_default(), &sha256));
+    }
+    report
+        .note(Stage::Download, format!("{name}: {}, sha256 {}, local", describe::size(bytes), &sha256[..12]));
+    Ok(File { path, name, bytes, sha256 })
+}
+
+pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
+    Fault::data(format!("{name}: sha256 is {found}, expected {expected}"))
+        .help("the file was changed or damaged, or the digest belongs to another version")
+}
+
+/// What exists under the very name is meant, so a file may have `[` in its name; else it is a glob.
+fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
+    let path = Path::new(pattern);
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => directory(path),
+        Ok(_) => Ok(vec![path.to_owned()]),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(unreadable(path, &error)),
+        Err(_) if pattern.contains(['*', '?', '[']) => matches(pattern),
+        Err(_) => Err(Fault::data(format!("{pattern}: no such file or directory"))),
+    }
+}
+
+/// Every `.parquet` below, sorted by path. Datasets are often one or two levels down (`data/data/*.parquet`).
+fn directory(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    walk(folder, 0, &mut files)?;
+    let (mut data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| is_parquet(file));
+    if data.is_empty() {
+        return Err(Fault::data(format!(
+            "{}: no .parquet file in it: {}",
+            folder.display(),
+            summary(&other)
+        ))
+        .help("give a file, or a directory that holds .parquet files at any depth"));
+    }
+    data.sort();
+    Ok(data)
+}
+
+fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
+    let found = glob::glob_with(pattern, GLOB)
+        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let mut files = Vec::new();
+    for path in found {
+        let path = path.map_err(|error| unreadable(error.path(), error.error()))?;
+        if is_hidden(&path) {
+            continue;
+        }
+        match fs::metadata(&path).map_err(|error| unreadable(&path, &error))?.is_dir() {
+            true => walk_parquet(&path, &mut files)?,
+            false => files.push(path),
+        }
+    }
+    if files.is_empty() {
+        return Err(Fault::data(format!("{pattern}: no file matches")));
+    }
+    files.sort();
+    // `**` finds a directory and again what is in it.
+    files.dedup();
+    Ok(files)
+}
+
+fn walk_parquet(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let mut found = Vec::new();
+    walk(folder, 0, &mut found)?;
+    files.extend(found.into_iter().filter(|file| is_parquet(file)));
+    Ok(())
+}
+
+fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
+    if depth > DEPTH_MAX || files.len() > FILES_MAX {
+        return Err(Fault::data(format!(
+            "{}: more than {DEPTH_MAX} levels or {FILES_MAX} files",
+            folder.display()
+        ))
+        .help("give the directory that holds the data files"));
+    }
+    let failed = |error: io::Error| unreadable(folder, &error);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if is_hidden(&path) {
+            continue;
+        }
+        // Follows links: mounted volumes consist of them.
+        match fs::metadata(&path).map_err(|error| unreadable(&path, &error))?.is_dir() {
+            true => walk(&path, depth + 1, files)?,
+            false => files.push(path),
+        }
+    }
+    Ok(())
+}
+
+/// `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(['.', '_']))
+}
+
+fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
+}
+
+/// `12 files: 9 .json, 2 .txt, 1 without extension`, or `it is empty`.
+fn summary(files: &[PathBuf]) -> String {
+    if files.is_empty() {
+        return "it is empty".to_owned();
+    }
+    let mut counts = BTreeMap::<String, usize>::new();
+    for file in files {
+        let kind = match file.extension() {
+            Some(extension) => format!(".{}", extension.to_string_lossy()),
+            None => "without extension".to_owned(),
+        };
+        *counts.entry(kind).or_default() += 1;
+    }
+    let kinds: Vec<String> = counts.iter().take(8).map(|(kind, count)| format!("{count} {kind}")).collect();
+    format!("{} files: {}", files.len(), kinds.join(", "))
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Fault {
+    Fault::data(format!("{}: cannot be read: {error}", path.display()))
+}

@@ -1,0 +1,215 @@
+//! What the user wrote -> Source. Nothing that could be a secret comes back out.
+
+use std::fmt;
+
+use url::Url;
+
+use super::{Source, address};
+use crate::fault::{Fault, Result};
+
+const SUPPORTED: &str = "supported are http://, https://, file://, and paths of files, directories and globs";
+const DIGEST_HELP: &str = "write `#sha256=` and 64 hexadecimal digits";
+
+impl Source {
+    /// Reads `http(s)://...`, `file:///...` or a path, each with an optional `#sha256=<64 hex>`.
+    ///
+    /// # Errors
+    /// Config: another scheme, an invalid URL or digest, a link-local address.
+    pub fn parse(text: &str) -> Result<Source> {
+        let text = text.trim();
+        if text.is_empty() || text.contains('\0') {
+            return Err(Fault::config("a source is empty or holds a zero byte").help(SUPPORTED));
+        }
+        let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+        match scheme.as_deref() {
+            Some("http" | "https") => parse_url(text),
+            Some("file") => parse_file_url(text),
+            Some(other) if is_scheme(other) => {
+                Err(Fault::config(format!("a source has the scheme `{other}://`, which is not supported"))
+                    .help(SUPPORTED))
+            }
+            _ => parse_path(text),
+        }
+    }
+
+    /// The source as the user named it, without user, password, query and fragment.
+    pub fn name(&self) -> String {
+        match self {
+            Source::Url { url, .. } => bare(url).to_string(),
+            Source::Path { pattern, .. } => pattern.clone(),
+        }
+    }
+}
+
+/// Shows no secret, so that a `{:?}` of a whole plan may be logged.
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Source::Url { sha256, .. } | Source::Path { sha256, .. }) = self;
+        f.debug_struct("Source").field("name", &self.name()).field("sha256", sha256).finish()
+    }
+}
+
+/// Whether `text` is a SHA-256 in lower-case hex: the only thing that may become a file name of the cache.
+pub(super) fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn parse_url(text: &str) -> Result<Source> {
+    let mut url = Url::parse(text)
+        .map_err(|error| Fault::config(format!("{}: not a valid URL: {error}", without_secrets(text))))?;
+    let name = bare(&url);
+    let sha256 = url.fragment().map(|fragment| digest(fragment, name.as_str())).transpose()?;
+    url.set_fragment(None);
+    if address::forbidden_host(&url) {
+        return Err(Fault::config(format!("{name}: link-local addresses are refused"))
+            .help("clouds keep machine credentials there; give the address of the file server"));
+    }
+    Ok(Source::Url { url, sha256 })
+}
+
+fn parse_file_url(text: &str) -> Result<Source> {
+    let url = Url::parse(text)
+        .map_err(|error| Fault::config(format!("{}: not a valid URL: {error}", without_secrets(text))))?;
+    let name = bare(&url);
+    let sha256 = url.fragment().map(|fragment| digest(fragment, name.as_str())).transpose()?;
+    let path = url.to_file_path().map_err(|()| {
+        Fault::config(format!("{name}: a file URL names a file of this machine"))
+            .help("write file:///absolute/path, with three slashes")
+    })?;
+    let pattern = path
+        .into_os_string()
+        .into_string()
+        .map_err(|_| Fault::config(format!("{name}: the path is not valid UTF-8")))?;
+    Ok(Source::Path { pattern, sha256 })
+}
+
+/// `#` is an ordinary character of a path; only `#sha256=` ends it.
+fn parse_path(text: &str) -> Result<Source> {
+    let Some((pattern, _)) = text.split_once("#sha256=") else {
+        return Ok(Source::Path { pattern: text.to_owned(), sha256: None });
+    };
+    let sha256 = digest(&text[pattern.len() + 1..], pattern)?;
+    Ok(Source::Path { pattern: pattern.to_owned(), sha256: Some(sha256) })
+}
+
+fn digest(fragment: &str, name: &str) -> Result<String> {
+    let Some(hex) = fragment.strip_prefix("sha256=") else {
+        return Err(Fault::config(format!("{name}: what follows `#` is not a digest")).help(DIGEST_HELP));
+    };
+    let hex = hex.to_ascii_lowercase();
+    if !is_sha256(&hex) {
+        let found = hex.chars().count();
+        return Err(Fault::config(format!(
+            "{name}: `#sha256=` is followed by {found} characters, expected 64 hexadecimal digits"
+        ))
+        .help(DIGEST_HELP));
+    }
+    Ok(hex)
+}
+
+fn bare(url: &Url) -> Url {
+    let mut url = url.clone();
+    url.set_query(None);
+    url.set_fragment(None);
+    // Both only fail on URLs that cannot have a user, which then have none.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url
+}
+
+/// Of a text that is no URL: scheme and the part between user and query.
+fn without_secrets(text: &str) -> String {
+    let end = text.find(['?', '#']).unwrap_or(text.len());
+    match text[..end].split_once("://") {
+        Some((scheme, rest)) => {
+            format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, host)| host))
+        }
+        None => text[..end].to_owned(),
+    }
+}
+
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|first: char| first.is_ascii_alphabetic())
+        && text.chars().all(|char| char.is_ascii_alphanumeric() || matches!(char, '+' | '-' | '.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Kind;
+
+    const HEX: &str = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855";
+
+    fn refused(text: &str) -> String {
+        let fault = Source::parse(text).expect_err("must be refused");
+        assert_eq!(fault.kind, Kind::Config, "{fault}");
+        fault.to_string()
+    }
+
+    #[test]
+    fn a_url_gives_up_its_digest_and_keeps_its_query() {
+        let source =
+            Source::parse(&format!("https://u:p@Host:8443/a%20b.parquet?sig=x#sha256={HEX}")).unwrap();
+        let Source::Url { url, sha256 } = &source else { panic!("{source:?}") };
+        assert_eq!(url.as_str(), "https://u:p@host:8443/a%20b.parquet?sig=x");
+        assert_eq!(sha256.as_deref(), Some(HEX.to_ascii_lowercase().as_str()));
+        assert_eq!(source.name(), "https://host:8443/a%20b.parquet");
+    }
+
+    #[test]
+    fn paths_stay_as_written() {
+        for text in ["a.parquet", "/data/**/*.parquet", "with#hash", "odd:name", "./a?.parquet"] {
+            assert_eq!(
+                Source::parse(text).unwrap(),
+                Source::Path { pattern: text.into(), sha256: None },
+                "{text}"
+            );
+        }
+        let pinned = Source::parse(&format!("a.parquet#sha256={HEX}")).unwrap();
+        assert_eq!(
+            pinned,
+            Source::Path { pattern: "a.parquet".into(), sha256: Some(HEX.to_ascii_lowercase()) }
+        );
+    }
+
+    #[test]
+    fn a_file_url_becomes_its_decoded_path() {
+        let source = Source::parse("file:///mnt/a%20b.parquet").unwrap();
+        assert_eq!(source, Source::Path { pattern: "/mnt/a b.parquet".into(), sha256: None });
+        assert!(refused("file://elsewhere/a.parquet").contains("three slashes"));
+    }
+
+    #[test]
+    fn other_schemes_name_the_supported_ones() {
+        let message = refused("s3://key:canary@bucket/a?canary");
+        assert!(message.contains("`s3://`") && message.contains("https://"), "{message}");
+        assert!(!message.contains("canary"), "{message}");
+        refused("");
+    }
+
+    #[test]
+    fn invalid_urls_and_digests_are_told_without_secrets() {
+        for text in [
+            "http://user:canary@host:99999/a?canary",
+            "http://user:canary@host/a?canary#canary",
+            "http://user:canary@host/a?canary#sha256=12",
+            "http://user:canary@169.254.169.254/latest?canary",
+        ] {
+            let message = refused(text);
+            assert!(!message.contains("canary"), "{message}");
+        }
+    }
+
+    #[test]
+    fn link_local_addresses_are_refused_in_every_spelling() {
+        for host in ["169.254.169.254", "2852039166", "0xa9fea9fe", "[::ffff:169.254.169.254]", "[fe80::1]"] {
+            assert!(refused(&format!("http://{host}/")).contains("link-local"), "{host}");
+        }
+    }
+
+    #[test]
+    fn debug_output_holds_no_secret() {
+        let source = Source::parse("https://user:canary@host/a?canary=canary").unwrap();
+        assert!(!format!("{source:?}").contains("canary"));
+    }
+}

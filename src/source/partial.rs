@@ -1,0 +1,178 @@
+//! A download that has not ended: bytes so far, their running digest, and the version they belong to.
+//!
+//! `part` only ever grows or is emptied; `part.json` names the version and is written before the first byte of
+//! it. A process that is killed leaves a prefix of that version: file systems extend a file's length only after
+//! its data.
+
+use std::fs;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::http::Validators;
+use super::{cache, hash};
+use crate::fault::{Fault, Result};
+
+pub struct Partial {
+    path: PathBuf,
+    version_path: PathBuf,
+    file: fs::File,
+    bytes: u64,
+    hasher: Sha256,
+    version: Version,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Version {
+    validators: Validators,
+    total: Option<u64>,
+}
+
+impl Partial {
+    /// Opens what an earlier attempt left, or begins anew when there is nothing that could be resumed.
+    pub fn open(path: &Path, version_path: &Path) -> Result<Partial> {
+        let mut file = fs::OpenOptions::new()
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(path)
+            .map_err(|error| Fault::storage("open", path, &error))?;
+        let (bytes, hasher) =
+            hash::read(&mut file, |_| ()).map_err(|error| Fault::storage("read", path, &error))?;
+        let version: Version = fs::read(version_path)
+            .ok()
+            .and_then(|content| serde_json::from_slice(&content).ok())
+            .unwrap_or_default();
+        let usable =
+            version.validators.for_range().is_some() && version.total.is_none_or(|total| bytes <= total);
+        let (path, version_path) = (path.to_owned(), version_path.to_owned());
+        let mut partial = Partial { path, version_path, file, bytes, hasher, version };
+        if !usable {
+            partial.discard()?;
+        }
+        Ok(partial)
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn total(&self) -> Option<u64> {
+        self.version.total
+    }
+
+    pub fn validators(&self) -> &Validators {
+        &self.version.validators
+    }
+
+    /// Whether every byte of a file of known length is here.
+    pub fn is_whole(&self) -> bool {
+        self.bytes > 0 && self.version.total == Some(self.bytes)
+    }
+
+    /// Empties it and begins a version of the file.
+    pub fn restart(&mut self, validators: &Validators, total: Option<u64>) -> Result<()> {
+        self.discard()?;
+        self.version = Version { validators: validators.clone(), total };
+        cache::write_whole(&self.version_path, &cache::json(&self.version))
+    }
+
+    pub fn append(&mut self, content: &[u8]) -> Result<()> {
+        self.file
+            .write_all(content)
+            .map_err(|error| Fault::storage("write", &self.path, &error).help("what came so far is kept"))?;
+        self.hasher.update(content);
+        self.bytes += content.len() as u64;
+        Ok(())
+    }
+
+    /// Empties it; nothing is left to resume.
+    pub fn discard(&mut self) -> Result<()> {
+        if self.bytes > 0 {
+            self.file.set_len(0).map_err(|error| Fault::storage("empty", &self.path, &error))?;
+        }
+        self.bytes = 0;
+        self.hasher = Sha256::new();
+        self.version = Version::default();
+        Ok(())
+    }
+
+    /// The first bytes, `bytes_max` at most.
+    pub fn head(&mut self, bytes_max: u64) -> Result<Vec<u8>> {
+        let mut head = Vec::new();
+        self.file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| (&self.file).take(bytes_max).read_to_end(&mut head))
+            .map_err(|error| Fault::storage("read", &self.path, &error))?;
+        Ok(head)
+    }
+
+    pub fn sha256(&self) -> String {
+        hash::hex(self.hasher.clone())
+    }
+
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync_all().map_err(|error| Fault::storage("sync", &self.path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Kind;
+
+    fn open(folder: &Path) -> Result<Partial> {
+        Partial::open(&folder.join("part"), &folder.join("part.json"))
+    }
+
+    fn tagged(etag: &str) -> Validators {
+        Validators { etag: Some(etag.to_owned()), ..Validators::default() }
+    }
+
+    #[test]
+    fn reopening_continues_bytes_and_digest() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut partial = open(folder.path()).unwrap();
+        partial.restart(&tagged("\"v1\""), Some(6)).unwrap();
+        partial.append(b"abc").unwrap();
+        drop(partial);
+
+        let mut partial = open(folder.path()).unwrap();
+        assert_eq!((partial.bytes(), partial.total(), partial.is_whole()), (3, Some(6), false));
+        partial.append(b"def").unwrap();
+        assert!(partial.is_whole());
+        assert_eq!(partial.sha256(), hash::of(b"abcdef"));
+        assert_eq!(partial.head(4).unwrap(), b"abcd");
+    }
+
+    #[test]
+    fn bytes_of_no_known_version_are_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let part = folder.path().join("part");
+        for version in [
+            "",
+            "{",
+            r#"{"validators":{"etag":"W/\"weak\"","last_modified":null,"last_modified_is_strong":false},"total":9}"#,
+            r#"{"validators":{"etag":"\"v\"","last_modified":null,"last_modified_is_strong":false},"total":2}"#,
+        ] {
+            fs::write(&part, "abc").unwrap();
+            fs::write(folder.path().join("part.json"), version).unwrap();
+            assert_eq!(open(folder.path()).unwrap().bytes(), 0, "{version}");
+            assert_eq!(fs::read(&part).unwrap(), b"", "{version}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_a_storage_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut partial = open(folder.path()).unwrap();
+        partial.file = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let fault = partial.append(b"abc").unwrap_err();
+        assert_eq!(fault.kind, Kind::Storage);
+        assert!(fault.message.contains("No space left"), "{fault}");
+        assert_eq!(partial.bytes(), 0);
+    }
+}
