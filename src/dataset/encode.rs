@@ -103,8 +103,9 @@ impl Encoder<'_> {
 }
 
 fn template(records: &[Record], tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Option<Template>> {
-    let is_conversation =
-        |record: &Record| matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. });
+    let is_conversation = |record: &Record| {
+        matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
+    };
     if !records.iter().any(is_conversation) {
         return Ok(None);
     }
@@ -120,7 +121,11 @@ fn template(records: &[Record], tokenizer: &Tokenizer, options: &TokenOptions) -
 }
 
 /// Cuts to `tokens_max`, drops what has no target left after the shift, and tells the counts.
-fn keep_what_teaches(mut examples: Vec<Example>, options: &TokenOptions, report: &Report) -> Result<Vec<Example>> {
+fn keep_what_teaches(
+    mut examples: Vec<Example>,
+    options: &TokenOptions,
+    report: &Report,
+) -> Result<Vec<Example>> {
     let rows = examples.len();
     let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
     let mut cut = 0;
@@ -140,7 +145,8 @@ fn keep_what_teaches(mut examples: Vec<Example>, options: &TokenOptions, report:
         .help("raise max_length, or check that the conversations have assistant turns"));
     }
     let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
-    let learned: usize = examples.iter().flat_map(|example| example.supervised.iter().skip(1)).filter(|&&l| l).count();
+    let learned: usize =
+        examples.iter().flat_map(|example| example.supervised.iter().skip(1)).filter(|&&l| l).count();
     report.note(
         Stage::Tokenize,
         format!(
@@ -151,7 +157,10 @@ fn keep_what_teaches(mut examples: Vec<Example>, options: &TokenOptions, report:
     if dropped > 0 {
         report.warn(
             Stage::Tokenize,
-            format!("{dropped} of {rows} rows teach nothing within {} tokens and were dropped", options.tokens_max),
+            format!(
+                "{dropped} of {rows} rows teach nothing within {} tokens and were dropped",
+                options.tokens_max
+            ),
         );
     }
     Ok(examples)

@@ -154,8 +154,12 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     problems.into_result(rows)?;
     let Some((format, _)) = first.filter(|_| rows > 0) else {
         let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
-        return Err(Fault::data(format!("the dataset has 0 rows in {} file(s): {}", files.len(), names.join(", ")))
-            .help("check the export that wrote the files, and the path or URL they were taken from"));
+        return Err(Fault::data(format!(
+            "the dataset has 0 rows in {} file(s): {}",
+            files.len(),
+            names.join(", ")
+        ))
+        .help("check the export that wrote the files, and the path or URL they were taken from"));
     };
     let (train, evaluation) = split::split(records, options)?;
     report.note(

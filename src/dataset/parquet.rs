@@ -7,11 +7,13 @@
 use super::pages;
 use crate::fault::{Fault, Result};
 use crate::source;
+use ::parquet::arrow::ProjectionMask;
+use ::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
+use ::parquet::file::metadata::RowGroupMetaData;
 use arrow::array::ArrayRef;
 use arrow::datatypes::Schema;
-use ::parquet::arrow::ProjectionMask;
-use ::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use ::parquet::file::metadata::RowGroupMetaData;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -98,7 +100,11 @@ impl Table {
         Ok(Ok(()))
     }
 
-    fn check_group(&self, group: &RowGroupMetaData, mask: &ProjectionMask) -> std::result::Result<(), String> {
+    fn check_group(
+        &self,
+        group: &RowGroupMetaData,
+        mask: &ProjectionMask,
+    ) -> std::result::Result<(), String> {
         let mut unpacked = 0;
         for (index, column) in group.columns().iter().enumerate() {
             if !mask.leaf_included(index) {
@@ -127,16 +133,23 @@ fn check_footer(metadata: &ArrowReaderMetadata, file_bytes: u64) -> std::result:
     let mut rows: i64 = 0;
     for (index, group) in metadata.row_groups().iter().enumerate() {
         let count = group.num_rows();
-        rows = rows.checked_add(count).filter(|_| count >= 0).ok_or_else(|| format!("row group {index}: {count} rows"))?;
+        rows = rows
+            .checked_add(count)
+            .filter(|_| count >= 0)
+            .ok_or_else(|| format!("row group {index}: {count} rows"))?;
         for column in group.columns() {
             let name = column.column_path();
             let (start, bytes) = column.byte_range();
             if start.checked_add(bytes).is_none_or(|end| end > file_bytes) {
-                return Err(format!("row group {index}: column {name}: its {bytes} bytes end after the file's"));
+                return Err(format!(
+                    "row group {index}: column {name}: its {bytes} bytes end after the file's"
+                ));
             }
             let values = column.num_values();
             if values < 0 || values as u64 > GROUP_VALUES_MAX {
-                return Err(format!("row group {index}: column {name}: {values} values, limit {GROUP_VALUES_MAX}"));
+                return Err(format!(
+                    "row group {index}: column {name}: {values} values, limit {GROUP_VALUES_MAX}"
+                ));
             }
         }
     }
@@ -173,7 +186,8 @@ fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
 }
 
 fn kind_of(head: &[u8]) -> String {
-    let text = String::from_utf8_lossy(head).trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_lowercase();
+    let text =
+        String::from_utf8_lossy(head).trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_lowercase();
     let begins = |start: &[u8]| head.starts_with(start);
     let known = if head.is_empty() {
         "an empty file"
@@ -215,7 +229,9 @@ fn damaged(file: &str, place: &str, problem: &str) -> Fault {
 }
 
 /// Runs decoder code, which panics on some damage. Nothing of it outlives a panic.
-fn guarded<T, E: std::fmt::Display>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<T, String> {
+fn guarded<T, E: std::fmt::Display>(
+    work: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(done) => done.map_err(text),
         Err(panic) => {

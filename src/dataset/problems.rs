@@ -88,6 +88,9 @@ mod tests {
             problems.add(format!("role {row}"), "a", row);
         }
         let text = problems.into_result(1000).unwrap_err().message;
-        assert!(text.lines().count() == KINDS_SHOWN_MAX + 2 && text.ends_with("990 x something else"), "{text}");
+        assert!(
+            text.lines().count() == KINDS_SHOWN_MAX + 2 && text.ends_with("990 x something else"),
+            "{text}"
+        );
     }
 }

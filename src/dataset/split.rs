@@ -9,7 +9,9 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<Record>, Vec<Record>)> {
     let share = options.train_share;
     if !(share > 0.0 && share <= 1.0) {
-        return Err(Fault::config(format!("the share of rows to train on is {share}, expected above 0 and up to 1")));
+        return Err(Fault::config(format!(
+            "the share of rows to train on is {share}, expected above 0 and up to 1"
+        )));
     }
     if options.shuffle {
         shuffle(&mut records, options.seed);
@@ -73,7 +75,9 @@ mod tests {
 
     #[test]
     fn rounding_is_floor_for_training_and_ceiling_for_evaluation() {
-        for (rows, share, train) in [(10, 0.7, 7), (10, 0.75, 7), (100, 0.29, 29), (5048, 0.8, 4038), (3, 0.9, 2)] {
+        for (rows, share, train) in
+            [(10, 0.7, 7), (10, 0.75, 7), (100, 0.29, 29), (5048, 0.8, 4038), (3, 0.9, 2)]
+        {
             assert_eq!(train_rows(rows, share), train, "{rows} rows, share {share}");
         }
     }
@@ -103,7 +107,11 @@ mod tests {
     #[test]
     fn an_empty_side_or_an_impossible_share_is_a_config_fault() {
         for (rows, share) in [(1, 0.5), (3, 0.2), (10, 0.0), (10, 1.5), (10, f64::NAN), (10, -0.1)] {
-            assert_eq!(run(rows, true, 0, share).unwrap_err().kind, Kind::Config, "{rows} rows, share {share}");
+            assert_eq!(
+                run(rows, true, 0, share).unwrap_err().kind,
+                Kind::Config,
+                "{rows} rows, share {share}"
+            );
         }
     }
 }

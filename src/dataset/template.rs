@@ -14,8 +14,8 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 1.3 GB or some seconds.
-const FUEL: u64 = 20_000_000;
+/// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
+const FUEL: u64 = 10_000_000;
 const RECURSION_MAX: usize = 200;
 /// LIMIT: a conversation of more is no conversation.
 const TEXT_BYTES_MAX: usize = 256 << 20;
@@ -71,7 +71,7 @@ impl Template {
         let value = |message: &Message| {
             let own = [("role", message.role.as_str()), ("content", message.content.as_str())];
             let extra = message.extra.iter().map(|(name, text)| (*name, text.as_str()));
-            own.into_iter().chain(extra).collect::<Value>()
+            Value::from_pairs(own.into_iter().chain(extra))
         };
         messages.iter().map(value).collect()
     }
@@ -85,7 +85,10 @@ impl Template {
         };
         let text = template.render(context).map_err(|error| explain(&error))?;
         if text.len() > TEXT_BYTES_MAX {
-            return Err(format!("the chat template makes {} bytes of a row, limit {TEXT_BYTES_MAX}", text.len()));
+            return Err(format!(
+                "the chat template makes {} bytes of a row, limit {TEXT_BYTES_MAX}",
+                text.len()
+            ));
         }
         if self.marks_answers { cut_sentinels(&text) } else { Ok(Rendered { text, answers: Vec::new() }) }
     }
@@ -133,7 +136,11 @@ fn cut_sentinels(marked: &str) -> Result<Rendered, String> {
         rest = after;
     }
     rendered.text.push_str(rest);
-    if rendered.text.contains(BEGIN) || rendered.text.contains(END) { Err(unbalanced()) } else { Ok(rendered) }
+    if rendered.text.contains(BEGIN) || rendered.text.contains(END) {
+        Err(unbalanced())
+    } else {
+        Ok(rendered)
+    }
 }
 
 fn explain(error: &Error) -> String {
@@ -177,7 +184,9 @@ struct Json<'a> {
 impl Json<'_> {
     fn value(&mut self, value: &serde_json::Value, depth: usize) {
         match value {
-            serde_json::Value::Array(items) => self.items('[', ']', depth, items, |json, item| json.value(item, depth + 1)),
+            serde_json::Value::Array(items) => {
+                self.items('[', ']', depth, items, |json, item| json.value(item, depth + 1))
+            }
             serde_json::Value::Object(map) => {
                 let mut entries: Vec<_> = map.iter().collect();
                 if self.sort {
@@ -234,7 +243,17 @@ impl Json<'_> {
 fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     let days = seconds / 86_400; // since 1970-01-01, a Thursday
@@ -306,7 +325,8 @@ mod tests {
     use std::time::Duration;
 
     fn render(source: &str) -> Result<Rendered, String> {
-        let message = |role: &str, content: &str| Message { role: role.into(), content: content.into(), extra: vec![] };
+        let message =
+            |role: &str, content: &str| Message { role: role.into(), content: content.into(), extra: vec![] };
         let messages = [message("user", "é?"), message("assistant", "4")];
         let now = UNIX_EPOCH + Duration::from_secs(1_721_998_984); // Fri 26 Jul 2024 13:03:04
         let specials = [("bos_token".to_string(), "<s>".to_string())];
@@ -343,14 +363,61 @@ mod tests {
         let rendered = render(source).unwrap();
         assert_eq!(rendered.text, "é?4! ");
         assert_eq!(rendered.answers, vec![3..6]);
-        assert_eq!(rewrite_generation("{% if generation %}{%-%}{% x"), ("{% if generation %}{%-%}{% x".into(), false));
+        assert_eq!(
+            rewrite_generation("{% if generation %}{%-%}{% x"),
+            ("{% if generation %}{%-%}{% x".into(), false)
+        );
     }
 
     #[test]
     fn what_a_template_refuses_is_told_in_its_words() {
         check("{{ raise_exception('no system role') }}", "! the chat template refuses it: no system role");
-        check("\n{{ messages[0].nope() }}", "! the chat template fails at line 2: unknown method: map has no method named nope");
+        check(
+            "\n{{ messages[0].nope() }}",
+            "! the chat template fails at line 2: unknown method: map has no method named nope",
+        );
         assert!(Template::new("{% if %}", &[], UNIX_EPOCH).is_err_and(|error| error.contains("line 1")));
+    }
+
+    /// Rendered by transformers; `tests/scripts/templates.py` says how.
+    #[test]
+    fn renders_what_transformers_renders() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/templates.json")).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_string();
+        let specials: Vec<_> = fixture["specials"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, token)| (name.clone(), text(token)))
+            .collect();
+        for case in fixture["cases"].as_array().unwrap() {
+            let name = text(&case["name"]);
+            let messages: Vec<Message> = fixture["conversations"]
+                [case["messages"].as_u64().unwrap() as usize]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|m| Message { role: text(&m["role"]), content: text(&m["content"]), extra: vec![] })
+                .collect();
+            let source = fixture["templates"][text(&case["template"])].as_str().unwrap();
+            let template = Template::new(source, &specials, UNIX_EPOCH).unwrap();
+            let prompt = case["add_generation_prompt"].as_bool().unwrap();
+            match (template.render(&Template::values(&messages), prompt), case["refused"].as_str()) {
+                (Err(problem), Some(words)) => assert!(problem.ends_with(words), "{name}: {problem}"),
+                (Ok(rendered), None) => {
+                    assert_eq!(rendered.text, case["text"], "{name}");
+                    let answers: Vec<&str> =
+                        rendered.answers.iter().map(|range| &rendered.text[range.clone()]).collect();
+                    assert_eq!(
+                        serde_json::json!(answers),
+                        *case.get("answers").unwrap_or(&serde_json::json!([])),
+                        "{name}"
+                    );
+                }
+                (outcome, words) => panic!("{name}: {outcome:?}, expected refusal {words:?}"),
+            }
+        }
     }
 
     #[test]
@@ -368,8 +435,17 @@ mod tests {
 
     #[test]
     fn json_is_written_as_python_does() {
-        check(r#"{{ {"b": [1, 2.5, none, true], "a": "é\n<'\""} | tojson }}"#, r#"{"b": [1, 2.5, null, true], "a": "é\n<'\""}"#);
-        check(r#"{{ {"b": [1], "a": {}} | tojson(indent=2, sort_keys=true) }}"#, "{\n  \"a\": {},\n  \"b\": [\n    1\n  ]\n}");
-        check(r#"{{ ["é😀", 1] | tojson(ensure_ascii=true, separators=[",", ":"]) }}"#, r#"["\u00e9\ud83d\ude00",1]"#);
+        check(
+            r#"{{ {"b": [1, 2.5, none, true], "a": "é\n<'\""} | tojson }}"#,
+            r#"{"b": [1, 2.5, null, true], "a": "é\n<'\""}"#,
+        );
+        check(
+            r#"{{ {"b": [1], "a": {}} | tojson(indent=2, sort_keys=true) }}"#,
+            "{\n  \"a\": {},\n  \"b\": [\n    1\n  ]\n}",
+        );
+        check(
+            r#"{{ ["é😀", 1] | tojson(ensure_ascii=true, separators=[",", ":"]) }}"#,
+            r#"["\u00e9\ud83d\ude00",1]"#,
+        );
     }
 }

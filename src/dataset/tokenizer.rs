@@ -111,7 +111,9 @@ fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
     let bytes = read(folder, "tokenizer.json")?.ok_or_else(|| {
         let fault = missing(folder, "tokenizer.json");
         if folder.join("tokenizer.model").exists() {
-            fault.help("the folder has tokenizer.model only: save the tokenizer once with a fast tokenizer class")
+            fault.help(
+                "the folder has tokenizer.model only: save the tokenizer once with a fast tokenizer class",
+            )
         } else {
             fault
         }
@@ -160,7 +162,9 @@ fn specials(config: &Value, map: &Value) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     for (name, value) in [config, map].into_iter().filter_map(Value::as_object).flatten() {
         let text = value.as_str().or_else(|| value.get("content")?.as_str());
-        if let Some(text) = text.filter(|_| name.ends_with("_token") && !found.iter().any(|(other, _)| other == name)) {
+        if let Some(text) =
+            text.filter(|_| name.ends_with("_token") && !found.iter().any(|(other, _)| other == name))
+        {
             found.push((name.clone(), text.to_string()));
         }
     }
@@ -176,7 +180,9 @@ fn end_of_sequence(
     if let Some((_, token)) = specials.iter().find(|(name, _)| name == "eos_token") {
         return match inner.token_to_id(token) {
             Some(id) => Ok((token.clone(), id)),
-            None => Err(Fault::model(format!("eos_token {token:?} is not in the vocabulary of tokenizer.json"))),
+            None => {
+                Err(Fault::model(format!("eos_token {token:?} is not in the vocabulary of tokenizer.json")))
+            }
         };
     }
     for name in ["generation_config.json", "config.json"] {
@@ -194,8 +200,9 @@ fn end_of_sequence(
 /// In the order of transformers: its own file, the older JSON file, tokenizer_config.json (text, or a list with `default`).
 fn chat_template(folder: &Path, config: &Value) -> Result<Option<String>> {
     if let Some(bytes) = read(folder, "chat_template.jinja")? {
-        let text = String::from_utf8(bytes)
-            .map_err(|_| Fault::model(format!("{}: not UTF-8", folder.join("chat_template.jinja").display())))?;
+        let text = String::from_utf8(bytes).map_err(|_| {
+            Fault::model(format!("{}: not UTF-8", folder.join("chat_template.jinja").display()))
+        })?;
         return Ok(Some(text));
     }
     let own = optional(folder, "chat_template.json")?;

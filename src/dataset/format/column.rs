@@ -102,7 +102,8 @@ impl Turns {
     fn calls_tools(&self, index: usize) -> bool {
         self.turns.column_by_name("tool_calls").is_some_and(|array| {
             let list = array.as_list_opt::<i32>().map(|list| list.value_length(index) as usize);
-            let list = list.or_else(|| array.as_list_opt::<i64>().map(|list| list.value_length(index) as usize));
+            let list =
+                list.or_else(|| array.as_list_opt::<i64>().map(|list| list.value_length(index) as usize));
             !array.is_null(index) && array.data_type() != &DataType::Null && list != Some(0)
         })
     }
@@ -120,12 +121,15 @@ fn lists(array: &ArrayRef) -> Result<LargeListArray> {
 fn element(kind: &DataType) -> Option<&Arc<Field>> {
     use DataType::*;
     match kind {
-        List(field) | LargeList(field) | ListView(field) | LargeListView(field) | FixedSizeList(field, _) => Some(field),
+        List(field) | LargeList(field) | ListView(field) | LargeListView(field) | FixedSizeList(field, _) => {
+            Some(field)
+        }
         _ => None,
     }
 }
 
 fn cast(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     let strict = CastOptions { safe: false, ..CastOptions::default() };
-    cast_with_options(array, to, &strict).map_err(|error| Fault::data(format!("cannot read it as text: {error}")))
+    cast_with_options(array, to, &strict)
+        .map_err(|error| Fault::data(format!("cannot read it as text: {error}")))
 }

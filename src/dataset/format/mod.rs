@@ -12,7 +12,8 @@ use arrow::array::ArrayRef;
 use arrow::datatypes::{Field, Schema};
 
 /// In order of preference when a file fits several.
-const FORMATS: [&Format; 4] = [&messages::FORMAT, &sharegpt::FORMAT, &prompt_completion::FORMAT, &text::FORMAT];
+const FORMATS: [&Format; 4] =
+    [&messages::FORMAT, &sharegpt::FORMAT, &prompt_completion::FORMAT, &text::FORMAT];
 
 /// Roles that chat templates know.
 pub(super) const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -44,7 +45,8 @@ pub(super) struct Choice {
 /// The first format of the wanted layout whose columns are there with fitting types.
 pub(super) fn choose(schema: &Schema, options: &Options) -> Result<Choice> {
     let layout = options.layout.or_else(|| layout_of_named_columns(options));
-    let wanted: Vec<_> = FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
+    let wanted: Vec<_> =
+        FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
     for name in named_columns(options, layout) {
         if schema.index_of(name).is_err() {
             return Err(unfit(schema, &wanted, &format!("there is no column `{name}`")));
@@ -52,7 +54,8 @@ pub(super) fn choose(schema: &Schema, options: &Options) -> Result<Choice> {
     }
     for format in &wanted {
         let columns = (format.columns)(options);
-        let fields: Vec<&Field> = columns.iter().filter_map(|name| schema.field_with_name(name).ok()).collect();
+        let fields: Vec<&Field> =
+            columns.iter().filter_map(|name| schema.field_with_name(name).ok()).collect();
         if fields.len() == columns.len() && (format.accepts)(&fields) {
             for name in &columns {
                 if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
