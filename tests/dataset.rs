@@ -140,13 +140,45 @@ fn two_turns() -> Conversation {
 
 #[test]
 fn masks_of_golden_templates() {
-    check_mask("phi3/model", None, two_turns(), expect![[""]]);
-    check_mask("llama3/model", None, two_turns(), expect![[""]]);
+    check_mask(
+        "phi3/model",
+        None,
+        two_turns(),
+        expect![[r#"
+        [<|user|> 2+2?<|end|><|assistant|>]4<|end|>[<|user|> Größe?<|end|><|assistant|>]ein Meter ünd 日
+        <|end|><|endoftext|>"#]],
+    );
+    check_mask(
+        "llama3/model",
+        None,
+        two_turns(),
+        expect![[r#"
+        [<|begin_of_text|><|start_header_id|>system<|end_header_id|>
+
+        Today is 26 Jul 2024
+
+        <|eot_id|><|start_header_id|>user<|end_header_id|>
+
+        2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+        ]4<|eot_id|>[<|start_header_id|>user<|end_header_id|>
+
+        Größe?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+        ]ein Meter ünd 日<|eot_id|>"#]],
+    );
     let Conversation::Messages(messages) = two_turns() else { unreachable!() };
     let (prompt, completion) = (messages[..3].to_vec(), messages[3..].to_vec());
-    check_mask("phi3/model", None, Conversation::Prompt { prompt, completion }, expect![[""]]);
+    check_mask(
+        "phi3/model",
+        None,
+        Conversation::Prompt { prompt, completion },
+        expect![[r#"
+        [<|user|> 2+2?<|end|><|assistant|> 4<|end|><|user|> Größe?<|end|><|assistant|>]ein Meter ünd 日
+        <|end|><|endoftext|>"#]],
+    );
     let plain = Conversation::PromptText { prompt: "2+2=".into(), completion: "4".into() };
-    check_mask("phi3/model", None, plain, expect![[""]]);
+    check_mask("phi3/model", None, plain, expect!["[2+2=]4<|endoftext|>"]);
 }
 
 #[test]
@@ -160,18 +192,97 @@ fn masks_of_other_templates() {
             expected,
         );
     };
-    check("chatml", two_turns(), expect![[""]]);
-    check("mistral", two_turns(), expect![[""]]);
-    check("generation", two_turns(), expect![[""]]);
-    check("generation_plain_crlf", two_turns(), expect![[""]]);
+    check(
+        "chatml",
+        two_turns(),
+        expect![[r#"
+        [<|im_start|>user
+        2+2?<|im_end|>
+        <|im_start|>assistant
+        ]4<|im_end|>
+        [<|im_start|>user
+        Größe?<|im_end|>
+        <|im_start|>assistant
+        ]  ein Meter ünd 日
+        <|im_end|>
+    "#]],
+    );
+    check(
+        "mistral",
+        two_turns(),
+        expect![
+            "[<|begin_of_text|>[INST] 2+2?[/INST]] 4<|eot_id|>[[INST] Größe?[/INST]] ein Meter ünd 日<|eot_id|>"
+        ],
+    );
+    check(
+        "generation",
+        two_turns(),
+        expect![[r#"
+        [<|user|>
+        2+2?<|end|>
+        <|assistant|>
+        ]4<|end|>[
+        <|user|>
+        Größe?<|end|>
+        <|assistant|>
+        ]  ein Meter ünd 日
+        <|end|>[
+        ]"#]],
+    );
+    check(
+        "generation_plain_crlf",
+        two_turns(),
+        expect![[r#"
+        [  User: 2+2?
+          A: ]4<|eot_id|>[
+          User: Größe?
+          A:]   ein Meter ünd 日
+        <|eot_id|>[
+        ]"#]],
+    );
     let thoughts = Conversation::Messages(vec![
         message("user", "2+2?"),
         message("assistant", "<think>\nhm\n</think>\n\nFour"),
         message("user", "sure?"),
         message("assistant", "<think>\nyes\n</think>\n\nYes"),
     ]);
-    check("thinking", thoughts, expect![[""]]);
-    check("thinking", two_turns(), expect![[""]]);
+    check(
+        "thinking",
+        thoughts,
+        expect![[r#"
+        [<|im_start|>user
+        2+2?<|im_end|>
+        <|im_start|>assistant
+        ]Four<|im_end|>
+        [<|im_start|>user
+        sure?<|im_end|>
+        <|im_start|>assistant
+        ]<think>
+        yes
+        </think>
+
+        Yes<|im_end|>
+    "#]],
+    );
+    check(
+        "thinking",
+        two_turns(),
+        expect![[r#"
+        [<|im_start|>user
+        2+2?<|im_end|>
+        <|im_start|>assistant
+        ]4<|im_end|>
+        [<|im_start|>user
+        Größe?<|im_end|>
+        <|im_start|>assistant
+        ]<think>
+
+        </think>
+
+          ein Meter ünd 日
+        <|im_end|>
+    "#]],
+    );
     // The same words in question and answer: the answer is found behind the question.
     let echo = Conversation::Messages(vec![
         message("user", "yes"),
@@ -179,16 +290,82 @@ fn masks_of_other_templates() {
         message("user", "yes"),
         message("assistant", "yes"),
     ]);
-    check_mask("phi3/model", None, echo, expect![[""]]);
+    check_mask(
+        "phi3/model",
+        None,
+        echo,
+        expect![
+            "[<|user|> yes<|end|><|assistant|>]yes<|end|>[<|user|> yes<|end|><|assistant|>]yes<|end|><|endoftext|>"
+        ],
+    );
+}
+
+/// Short answers occur in headers, and questions in answers.
+#[test]
+fn an_answer_is_not_found_in_a_header_or_a_question() {
+    let chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let turns = [
+        ("user", "user a"),
+        ("assistant", "a"),
+        ("user", "s"),
+        ("assistant", "assistant"),
+        ("user", "\u{1f642}"),
+        ("assistant", "s"),
+    ];
+    let talk = || Conversation::Messages(turns.iter().map(|(role, text)| message(role, text)).collect());
+    check_mask(
+        "llama3/model",
+        Some(chatml),
+        talk(),
+        expect![[r#"
+        [<|im_start|>user
+        user a<|im_end|><|im_start|>assistant
+        ]a<|im_end|>[<|im_start|>user
+        s<|im_end|><|im_start|>assistant
+        ]assistant<|im_end|>[<|im_start|>user
+        🙂<|im_end|><|im_start|>assistant
+        ]s<|im_end|>"#]],
+    );
+    check_mask(
+        "phi3/model",
+        None,
+        talk(),
+        expect![
+            "[<|user|> user a<|end|><|assistant|>]a<|end|>[<|user|> s<|end|><|assistant|>]assistant<|end|>[<|user|> 🙂<|end|><|assistant|>]s<|end|><|endoftext|>"
+        ],
+    );
 }
 
 #[test]
 fn templates_that_hide_or_refuse_a_row_are_named_with_it() {
     let hides = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
-    check_mask("llama3/model", Some(hides), two_turns(), expect![[""]]);
+    check_mask(
+        "llama3/model",
+        Some(hides),
+        two_turns(),
+        expect![[r#"
+        ! Data 1 of 1 rows cannot be used:
+          1 x the chat template does not show what the assistant says (f.parquet:3)
+          help: correct or remove these rows, or set ModelConfig.chat_template (places are file:row, counted from 0)"#]],
+    );
     let refuses = "{{ raise_exception('roles must alternate') }}";
-    check_mask("llama3/model", Some(refuses), two_turns(), expect![[""]]);
-    check_mask("llama3/model", Some("{% if %}"), two_turns(), expect![[""]]);
+    check_mask(
+        "llama3/model",
+        Some(refuses),
+        two_turns(),
+        expect![[r#"
+        ! Data 1 of 1 rows cannot be used:
+          1 x the chat template refuses it: roles must alternate (f.parquet:3)
+          help: correct or remove these rows, or set ModelConfig.chat_template (places are file:row, counted from 0)"#]],
+    );
+    check_mask(
+        "llama3/model",
+        Some("{% if %}"),
+        two_turns(),
+        expect![
+            "! Config ModelConfig.chat_template: the chat template fails at line 1: syntax error: unexpected end of block"
+        ],
+    );
 }
 
 #[test]
@@ -416,15 +593,41 @@ fn check_fault(columns: Vec<(&str, ArrayRef)>, expected: Expect) {
 #[test]
 fn rows_that_cannot_be_used_are_counted_by_kind_and_named() {
     let rows: [&[(&str, &str)]; 4] = [&[], &[("user", " ")], &[("usr", "a")], &[("user", "")]];
-    check_fault(vec![("messages", lists(&rows, ["role", "content"], &DataType::Utf8))], expect![[""]]);
-    check_fault(vec![("text", strings(&[Some("a"), None, None]))], expect![[""]]);
+    check_fault(
+        vec![("messages", lists(&rows, ["role", "content"], &DataType::Utf8))],
+        expect![[r#"
+        4 of 4 rows cannot be used:
+          1 x the list of messages is empty (data.parquet:0)
+          2 x the user's content is empty (data.parquet:1, data.parquet:3)
+          1 x unknown role "usr", expected one of system, developer, user, assistant, tool, function (data.parquet:2)
+          help: correct or remove these rows (places are file:row, counted from 0)"#]],
+    );
+    check_fault(
+        vec![("text", strings(&[Some("a"), None, None]))],
+        expect![[r#"
+        2 of 3 rows cannot be used:
+          2 x the text is null (data.parquet:1, data.parquet:2)
+          help: correct or remove these rows (places are file:row, counted from 0)"#]],
+    );
     check_fault(
         vec![("question", strings(&[Some("a")])), ("id", Arc::new(Int32Array::from(vec![1])))],
-        expect![[""]],
+        expect![[r#"
+            data.parquet: no columns to train on; columns found: `question`: Utf8, `id`: Int32; expected `messages`: a list of {role, content}, or `conversations`: a list of {from, value}, or `prompt` and `completion`: both strings or both lists of {role, content}, or `text`: a string
+              help: rename the columns, or name them in the configuration"#]],
     );
-    check_fault(vec![("text", strings(&[]))], expect![[""]]);
+    check_fault(
+        vec![("text", strings(&[]))],
+        expect![[r#"
+        the dataset has 0 rows in 1 file(s): data.parquet
+          help: check the export that wrote the files, and the path or URL they were taken from"#]],
+    );
     let bytes: ArrayRef = Arc::new(BinaryArray::from(vec![&b"ok"[..], b"\xff\xfe"]));
-    check_fault(vec![("text", bytes)], expect![[""]]);
+    check_fault(
+        vec![("text", bytes)],
+        expect![
+            "data.parquet: row group 0: cannot read it as text: Invalid argument error: Encountered non UTF-8 data: invalid utf-8 sequence of 1 bytes from index 2"
+        ],
+    );
 }
 
 #[test]
@@ -500,7 +703,7 @@ fn flipped_bits_are_rows_or_data_faults() {
         );
         let whole = std::fs::read(&path).unwrap();
         let (mut random, mut refused) = (12345_u64, 0);
-        for _ in 0..800 {
+        for _ in 0..400 {
             let mut bytes = whole.clone();
             for _ in 0..2 {
                 random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -509,6 +712,6 @@ fn flipped_bits_are_rows_or_data_faults() {
             }
             refused += usize::from(!survives(&path, &bytes));
         }
-        assert!(refused > 300, "{codec:?}: {refused} of 800 damaged files refused");
+        assert!(refused > 150, "{codec:?}: {refused} of 400 damaged files refused");
     }
 }

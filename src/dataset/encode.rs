@@ -39,7 +39,10 @@ pub fn encode(
             Err(problem) => problems.add(problem, &record.file, record.row),
         }
     }
-    problems.into_result(records.len() as u64)?;
+    problems.into_result(
+        records.len() as u64,
+        "correct or remove these rows, or set ModelConfig.chat_template",
+    )?;
     keep_what_teaches(examples, options, report)
 }
 

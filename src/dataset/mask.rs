@@ -84,41 +84,51 @@ fn searched(
     values: &[Value],
     from: usize,
 ) -> Result<Vec<Answer>, String> {
-    let mut answers = Vec::new();
-    let mut cursor = 0; // where the previous message's content ends
+    let mut answers: Vec<Answer> = Vec::new();
+    let mut cursor = 0; // no later message stands before it
     for (index, message) in messages.iter().enumerate() {
-        let content = find(text, cursor, &message.content);
         if message.role != "assistant" {
-            cursor = content.map_or(cursor, |range| range.end);
+            cursor = find(text, cursor, &message.content).map_or(cursor, |range| range.end);
             continue;
         }
-        let content = content.ok_or("the chat template does not show what the assistant says")?;
-        cursor = content.end;
+        let prompt = prompt_before(template, text, &values[..index]);
+        // Behind the generation prompt, lest the answer "a" be found in `<|assistant|>`.
+        let begin = if prompt.whole { prompt.agreed } else { cursor.max(prompt.agreed) };
+        let content = find(text, begin, &message.content)
+            .or_else(|| find(text, cursor, &message.content))
+            .ok_or("the chat template does not show what the assistant says")?;
+        let start = prompt.end_before(text, cursor, &content);
+        let end = end_of(template, text, &values[..=index], &message.content, &content)?;
+        cursor = end;
         if index >= from {
-            let start = start_of(template, text, values, index, &content, &answers);
-            let end = end_of(template, text, &values[..=index], &message.content, &content)?;
             answers.push(Answer { whole: start..end, content });
         }
     }
     Ok(answers)
 }
 
-/// Where the generation prompt before turn `index` ends in the full text; the content's start where that cannot be told.
-fn start_of(
-    template: &Template,
-    text: &str,
-    values: &[Value],
-    index: usize,
-    content: &Range<usize>,
-    earlier: &[Answer],
-) -> usize {
-    let floor = earlier.last().map_or(0, |answer| answer.whole.end);
-    let Ok(prompt) = template.render(&values[..index], true) else { return content.start };
+/// How far a conversation up to some turn, with a generation prompt, agrees with the full text.
+struct Prompt {
+    agreed: usize,
+    /// All of it agrees.
+    whole: bool,
+}
+
+fn prompt_before(template: &Template, text: &str, values: &[Value]) -> Prompt {
+    // Some templates refuse to render no messages, or to end with an answer.
+    let Ok(prompt) = template.render(values, true) else { return Prompt { agreed: 0, whole: false } };
     let agreed = common_bytes(&prompt.text, text);
-    // A prompt that agrees only up to some earlier turn says nothing about this one.
-    let header = text[agreed.min(content.start)..content.start].trim();
-    let plausible = agreed == prompt.text.len() || header.is_empty();
-    if agreed >= floor && agreed <= content.start && plausible { agreed } else { content.start }
+    Prompt { agreed, whole: agreed == prompt.text.len() }
+}
+
+impl Prompt {
+    /// Where it ends in the full text; the content's start where that cannot be told.
+    fn end_before(&self, text: &str, floor: usize, content: &Range<usize>) -> usize {
+        let between = floor..=content.start;
+        let reaches = between.contains(&self.agreed)
+            && (self.whole || text[self.agreed..content.start].trim().is_empty());
+        if reaches { self.agreed } else { content.start }
+    }
 }
 
 /// Where the turn ends: what follows the content, as far as it is the same whether or not the conversation goes on.

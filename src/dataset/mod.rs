@@ -151,7 +151,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         })?;
     }
     let rows = records.len() as u64 + problems.rows();
-    problems.into_result(rows)?;
+    problems.into_result(rows, "correct or remove these rows")?;
     let Some((format, _)) = first.filter(|_| rows > 0) else {
         let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
         return Err(Fault::data(format!(

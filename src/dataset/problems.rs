@@ -45,8 +45,8 @@ impl Problems {
         self.kinds.iter().map(|kind| kind.rows).sum::<u64>() + self.others
     }
 
-    /// A `Data` fault if any row was bad. `rows_total` counts good rows too.
-    pub fn into_result(self, rows_total: u64) -> Result<()> {
+    /// A `Data` fault if any row was bad. `rows_total` counts good rows too; `help` says what to do about bad ones.
+    pub fn into_result(self, rows_total: u64, help: &str) -> Result<()> {
         if self.rows() == 0 {
             return Ok(());
         }
@@ -58,7 +58,7 @@ impl Problems {
         if self.others > 0 {
             let _ = write!(text, "\n  {} x something else", self.others);
         }
-        Err(Fault::data(text).help("correct or remove these rows (places are file:row, counted from 0)"))
+        Err(Fault::data(text).help(format!("{help} (places are file:row, counted from 0)")))
     }
 }
 
@@ -78,7 +78,7 @@ mod tests {
               5 x content is null (a.parquet:0, a.parquet:1, a.parquet:2, ...)
               1 x no messages (b.parquet:7)
               help: correct or remove these rows (places are file:row, counted from 0)"#]]
-        .assert_eq(&problems.into_result(100).unwrap_err().to_string());
+        .assert_eq(&problems.into_result(100, "correct or remove these rows").unwrap_err().to_string());
     }
 
     #[test]
@@ -87,7 +87,7 @@ mod tests {
         for row in 0..1000 {
             problems.add(format!("role {row}"), "a", row);
         }
-        let text = problems.into_result(1000).unwrap_err().message;
+        let text = problems.into_result(1000, "").unwrap_err().message;
         assert!(
             text.lines().count() == KINDS_SHOWN_MAX + 2 && text.ends_with("990 x something else"),
             "{text}"
