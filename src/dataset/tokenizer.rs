@@ -9,6 +9,9 @@ use tokenizers::AddedToken;
 /// LIMIT: the largest tokenizer.json in use have about 35 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
 
+/// For each token, the bytes of the text it stands for: start and end.
+pub(super) type Offsets = Vec<(usize, usize)>;
+
 /// What transformers' AutoTokenizer knows, as far as training needs it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -97,7 +100,7 @@ impl Tokenizer {
     }
 
     /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for.
-    pub(super) fn spans(&self, text: &str) -> std::result::Result<(Vec<u32>, Vec<(usize, usize)>), String> {
+    pub(super) fn spans(&self, text: &str) -> std::result::Result<(Vec<u32>, Offsets), String> {
         let encoding = self.inner.encode(text, false).map_err(|error| unfit(&*error))?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
