@@ -7,7 +7,7 @@
 
 use super::Message;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat;
 use std::fmt::Write;
@@ -53,6 +53,10 @@ impl Template {
         environment.set_recursion_limit(RECURSION_MAX);
         environment.set_unknown_method_callback(pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
+        // To minijinja none is iterable, to Python a string is and none is not: Nemotron's `tools is iterable`.
+        environment.add_test("iterable", |value: &Value| {
+            value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
+        });
         environment.add_filter("__answer", |body: &str| format!("{BEGIN}{body}{END}"));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}{message}")))
@@ -344,6 +348,7 @@ mod tests {
         check("{{ strftime_now('%d %b %Y, %A %-I:%M %p %%') }}", "26 Jul 2024, Friday 1:03 PM %");
         check("{{ strftime_now('%F %T %y %B %a %H%S %-m') }}", "2024-07-26 13:03:04 24 July Fri 1304 7");
         check("{{ tools is none }} {{ x is defined }}", "True False");
+        check("{{ tools is iterable }} {{ 'a' is iterable }} {{ messages is iterable }}", "False True True");
     }
 
     #[test]
