@@ -1,0 +1,170 @@
+//! Records -> examples: token ids, cut to length, and which of them are learned.
+
+use super::problems::Problems;
+use super::template::Template;
+use super::{Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
+use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage, Unit};
+use rayon::prelude::*;
+
+/// Rows between two reports of progress.
+const ROWS_AT_ONCE: usize = 64;
+
+/// Tokenizes every record, in order. Rows that teach nothing once cut to `tokens_max` are dropped and counted.
+///
+/// Errors: `Config` when conversations have no chat template, `Data` for rows the template refuses or whose
+/// answers it hides, and when nothing is left to learn.
+pub fn encode(
+    records: &[Record],
+    tokenizer: &Tokenizer,
+    options: &TokenOptions,
+    report: &Report,
+) -> Result<Vec<Example>> {
+    let encoder = Encoder { tokenizer, options, template: template(records, tokenizer, options)? };
+    let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
+    let encoded: Vec<_> = records
+        .par_chunks(ROWS_AT_ONCE)
+        .flat_map_iter(|chunk| {
+            let examples: Vec<_> = chunk.iter().map(|record| encoder.example(&record.conversation)).collect();
+            task.advance(chunk.len() as u64);
+            examples
+        })
+        .collect();
+    drop(task);
+    let mut examples = Vec::with_capacity(records.len());
+    let mut problems = Problems::default();
+    for (record, example) in records.iter().zip(encoded) {
+        match example {
+            Ok(example) => examples.push(example),
+            Err(problem) => problems.add(problem, &record.file, record.row),
+        }
+    }
+    problems.into_result(
+        records.len() as u64,
+        "correct or remove these rows, or set ModelConfig.chat_template",
+    )?;
+    keep_what_teaches(examples, options, report)
+}
+
+struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    options: &'a TokenOptions,
+    /// `None` where no record is a conversation.
+    template: Option<Template>,
+}
+
+impl Encoder<'_> {
+    /// The whole example, not cut. Error: what is wrong with the row.
+    fn example(&self, conversation: &Conversation) -> std::result::Result<Example, String> {
+        match conversation {
+            Conversation::Messages(messages) => self.messages(messages, 0),
+            Conversation::Prompt { prompt, completion } => {
+                self.messages(&[prompt.as_slice(), completion].concat(), prompt.len())
+            }
+            Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion),
+            Conversation::Text(text) => {
+                let ids = self.tokenizer.ids(&self.ended(text))?;
+                Ok(Example { supervised: vec![true; ids.len()], ids })
+            }
+        }
+    }
+
+    /// Answers among `messages[from..]` are learned. The template writes every special token, so none is added.
+    fn messages(&self, messages: &[Message], from: usize) -> std::result::Result<Example, String> {
+        let template = self.template.as_ref().expect("`encode` makes one for conversations");
+        match self.options.loss {
+            LossOn::Everything => {
+                let text = template.render(&Template::values(messages), false)?.text;
+                let (ids, _) = self.tokenizer.spans(&text)?;
+                Ok(Example { supervised: vec![true; ids.len()], ids })
+            }
+            LossOn::Answers => {
+                let (text, answers) = mask::answers(template, messages, from)?;
+                let (ids, offsets) = self.tokenizer.spans(&text)?;
+                Ok(Example { supervised: mask::supervised(&answers, &offsets), ids })
+            }
+        }
+    }
+
+    /// What prompt and prompt + completion have in common is not learned; tokens may merge across their border.
+    fn prompt(&self, prompt: &str, completion: &str) -> std::result::Result<Example, String> {
+        let ids = self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)))?;
+        let given = match self.options.loss {
+            LossOn::Everything => 0,
+            LossOn::Answers => {
+                let prompt = self.tokenizer.ids(prompt)?;
+                prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count()
+            }
+        };
+        Ok(Example { supervised: (0..ids.len()).map(|index| index >= given).collect(), ids })
+    }
+
+    fn ended(&self, text: &str) -> String {
+        let eos = self.tokenizer.eos();
+        if text.ends_with(eos) { text.to_string() } else { text.to_string() + eos }
+    }
+}
+
+fn template(records: &[Record], tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Option<Template>> {
+    let is_conversation = |record: &Record| {
+        matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
+    };
+    if !records.iter().any(is_conversation) {
+        return Ok(None);
+    }
+    let Some(source) = options.chat_template.as_deref().or(tokenizer.chat_template()) else {
+        return Err(Fault::config("the dataset holds conversations but the model has no chat template")
+            .help("set ModelConfig.chat_template, or use the instruction-tuned variant of the model"));
+    };
+    let compiled = Template::new(source, tokenizer.specials(), tokenizer.now());
+    compiled.map(Some).map_err(|problem| match options.chat_template {
+        Some(_) => Fault::config(problem).at("ModelConfig.chat_template"),
+        None => Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template"),
+    })
+}
+
+/// Cuts to `tokens_max`, drops what has no target left after the shift, and tells the counts.
+fn keep_what_teaches(
+    mut examples: Vec<Example>,
+    options: &TokenOptions,
+    report: &Report,
+) -> Result<Vec<Example>> {
+    let rows = examples.len();
+    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+    let mut cut = 0;
+    for example in &mut examples {
+        cut += usize::from(example.ids.len() > options.tokens_max);
+        example.ids.truncate(options.tokens_max);
+        example.supervised.truncate(options.tokens_max);
+    }
+    examples.retain(|example| example.supervised.iter().skip(1).any(|&learned| learned));
+    let dropped = rows - examples.len();
+    if rows > 0 && examples.is_empty() {
+        return Err(Fault::data(format!(
+            "nothing left to supervise: {rows} rows, {cut} of them cut to {} tokens (longest {longest}), none with an \
+             answer left",
+            options.tokens_max
+        ))
+        .help("raise max_length, or check that the conversations have assistant turns"));
+    }
+    let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
+    let learned: usize =
+        examples.iter().flat_map(|example| example.supervised.iter().skip(1)).filter(|&&l| l).count();
+    report.note(
+        Stage::Tokenize,
+        format!(
+            "{rows} rows: {tokens} tokens, {learned} of them learned; longest {longest}, {cut} cut to {}, {dropped} dropped",
+            options.tokens_max
+        ),
+    );
+    if dropped > 0 {
+        report.warn(
+            Stage::Tokenize,
+            format!(
+                "{dropped} of {rows} rows teach nothing within {} tokens and were dropped",
+                options.tokens_max
+            ),
+        );
+    }
+    Ok(examples)
+}

@@ -1,0 +1,456 @@
+//! Chat template + messages -> the text transformers would render, and where its answers stand.
+//!
+//! transformers renders with Jinja2 in a fixed setting: trimmed blocks, loop controls, its own `tojson`,
+//! `raise_exception`, `strftime_now` and a `{% generation %}` block that marks what the assistant says.
+//! minijinja has no tag of that name, but its `{% filter %}` has the same whitespace and scope, so the tag is
+//! rewritten to a filter that wraps its body in two sentinels, which are cut out of the rendered text again.
+
+use super::Message;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind};
+use minijinja_contrib::pycompat;
+use std::fmt::Write;
+use std::ops::Range;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
+const FUEL: u64 = 10_000_000;
+const RECURSION_MAX: usize = 200;
+/// LIMIT: a conversation of more is no conversation.
+const TEXT_BYTES_MAX: usize = 256 << 20;
+/// Private-use characters in a row that no text has.
+const BEGIN: &str = "\u{10fffd}\u{f0f0a}\u{10fff1}";
+const END: &str = "\u{10fffd}\u{f0f0b}\u{10fff1}";
+const NAME: &str = "chat_template";
+/// Tells what the template itself refused from what failed in it.
+const REFUSED: &str = "\u{1}";
+
+/// A compiled template.
+pub(super) struct Template {
+    environment: Environment<'static>,
+    /// Whether it marks answers with `{% generation %}`.
+    pub marks_answers: bool,
+}
+
+/// What a conversation looks like.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Rendered {
+    pub text: String,
+    /// Byte ranges of `text` inside `{% generation %}`, in order.
+    pub answers: Vec<Range<usize>>,
+}
+
+impl Template {
+    /// `specials` are the tokenizer's named tokens (`bos_token` and the like); `now` is what `strftime_now` tells, in UTC.
+    /// Error: what is wrong with the template's syntax.
+    pub fn new(source: &str, specials: &[(String, String)], now: SystemTime) -> Result<Template, String> {
+        let (source, marks_answers) = rewrite_generation(&source.replace("\r\n", "\n"));
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.expect("the default delimiters are valid"));
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(RECURSION_MAX);
+        environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        // To minijinja none is iterable, to Python a string is and none is not: Nemotron's `tools is iterable`.
+        environment.add_test("iterable", |value: &Value| {
+            value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
+        });
+        environment.add_filter("__answer", |body: &str| format!("{BEGIN}{body}{END}"));
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}{message}")))
+        });
+        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        environment.add_function("strftime_now", move |format: &str| strftime(format, seconds));
+        for (name, token) in specials {
+            environment.add_global(name.clone(), Value::from(token.as_str()));
+        }
+        environment.add_template_owned(NAME, source).map_err(|error| explain(&error))?;
+        Ok(Template { environment, marks_answers })
+    }
+
+    /// Messages as the template sees them; made once, rendered in parts.
+    pub fn values(messages: &[Message]) -> Vec<Value> {
+        let value = |message: &Message| {
+            let own = [("role", message.role.as_str()), ("content", message.content.as_str())];
+            let extra = message.extra.iter().map(|(name, text)| (*name, text.as_str()));
+            Value::from_pairs(own.into_iter().chain(extra))
+        };
+        messages.iter().map(value).collect()
+    }
+
+    /// As `apply_chat_template(messages, tokenize=False, add_generation_prompt=...)`. Error: why there is no text.
+    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Rendered, String> {
+        let template = self.environment.get_template(NAME).expect("added in `new`");
+        let context = minijinja::context! {
+            messages => messages, add_generation_prompt,
+            tools => Value::from(()), documents => Value::from(()),
+        };
+        let text = template.render(context).map_err(|error| explain(&error))?;
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(format!(
+                "the chat template makes {} bytes of a row, limit {TEXT_BYTES_MAX}",
+                text.len()
+            ));
+        }
+        if self.marks_answers { cut_sentinels(&text) } else { Ok(Rendered { text, answers: Vec::new() }) }
+    }
+}
+
+/// Turns `{%- generation +%}` into `{%- filter __answer +%}`, and its end likewise. Says whether there was any.
+fn rewrite_generation(source: &str) -> (String, bool) {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    let mut found = false;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        out.push_str(before);
+        rest = tag;
+        let Some(end) = tag.find("%}") else { break };
+        let inside = &tag[..end];
+        let open = inside.len() - inside.trim_start_matches(['-', '+']).len();
+        let close = inside.trim_end_matches(['-', '+']).len();
+        if open > close {
+            continue;
+        }
+        let replacement = match inside[open..close].trim() {
+            "generation" => " filter __answer ",
+            "endgeneration" => " endfilter ",
+            _ => continue,
+        };
+        found = true;
+        out.extend([&inside[..open], replacement, &inside[close..]]);
+        rest = &tag[end..];
+    }
+    out.push_str(rest);
+    (out, found)
+}
+
+fn cut_sentinels(marked: &str) -> Result<Rendered, String> {
+    let unbalanced = || "the chat template nests or cuts its generation blocks".to_string();
+    let mut rendered = Rendered::default();
+    let mut rest = marked;
+    while let Some((before, after)) = rest.split_once(BEGIN) {
+        let (answer, after) = after.split_once(END).ok_or_else(unbalanced)?;
+        rendered.text.push_str(before);
+        let start = rendered.text.len();
+        rendered.text.push_str(answer);
+        rendered.answers.push(start..rendered.text.len());
+        rest = after;
+    }
+    rendered.text.push_str(rest);
+    if rendered.text.contains(BEGIN) || rendered.text.contains(END) {
+        Err(unbalanced())
+    } else {
+        Ok(rendered)
+    }
+}
+
+fn explain(error: &Error) -> String {
+    if let Some(message) = error.detail().and_then(|detail| detail.strip_prefix(REFUSED)) {
+        return format!("the chat template refuses it: {message}");
+    }
+    let line = error.line().map(|line| format!(" at line {line}")).unwrap_or_default();
+    let detail = error.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
+    format!("the chat template fails{line}: {}{detail}", error.kind())
+}
+
+/// `json.dumps` with `ensure_ascii=False`, the default of transformers.
+fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let comma = if indent.is_some() { "," } else { ", " };
+    let (comma, colon) = match separators.as_deref() {
+        Some([comma, colon]) => (comma.as_str(), colon.as_str()),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson wants two separators")),
+        None => (comma, ": "),
+    };
+    let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    let sort = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    options.assert_all_used()?;
+    let value = serde_json::to_value(value)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let mut json = Json { out: String::new(), indent, comma, colon, ascii, sort };
+    json.value(&value, 0);
+    Ok(json.out)
+}
+
+struct Json<'a> {
+    out: String,
+    indent: Option<usize>,
+    comma: &'a str,
+    colon: &'a str,
+    ascii: bool,
+    sort: bool,
+}
+
+impl Json<'_> {
+    fn value(&mut self, value: &serde_json::Value, depth: usize) {
+        match value {
+            serde_json::Value::Array(items) => {
+                self.items('[', ']', depth, items, |json, item| json.value(item, depth + 1))
+            }
+            serde_json::Value::Object(map) => {
+                let mut entries: Vec<_> = map.iter().collect();
+                if self.sort {
+                    entries.sort_by_key(|(key, _)| *key);
+                }
+                self.items('{', '}', depth, &entries, |json, (key, value)| {
+                    json.string(key);
+                    json.out.push_str(json.colon);
+                    json.value(value, depth + 1);
+                });
+            }
+            serde_json::Value::String(text) => self.string(text),
+            plain => self.out.push_str(&plain.to_string()),
+        }
+    }
+
+    fn items<T>(&mut self, open: char, close: char, depth: usize, items: &[T], each: impl Fn(&mut Self, &T)) {
+        self.out.push(open);
+        for (index, item) in items.iter().enumerate() {
+            if index > 0 {
+                self.out.push_str(self.comma);
+            }
+            self.line(depth + 1);
+            each(self, item);
+        }
+        if !items.is_empty() {
+            self.line(depth);
+        }
+        self.out.push(close);
+    }
+
+    fn line(&mut self, depth: usize) {
+        if let Some(indent) = self.indent {
+            self.out.push('\n');
+            self.out.extend(std::iter::repeat_n(' ', indent * depth));
+        }
+    }
+
+    fn string(&mut self, text: &str) {
+        let quoted = serde_json::Value::from(text).to_string();
+        for character in quoted.chars() {
+            if character.is_ascii() || !self.ascii {
+                self.out.push(character);
+            } else {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(self.out, "\\u{unit:04x}");
+                }
+            }
+        }
+    }
+}
+
+/// The part of C's strftime that templates use, in UTC and English.
+fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    let days = seconds / 86_400; // since 1970-01-01, a Thursday
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let (year, month, day) = civil(days);
+    let weekday = DAYS[(days % 7) as usize];
+    let month_name = MONTHS[month as usize - 1];
+    let hour_12 = (hour + 11) % 12 + 1;
+    let mut out = String::new();
+    let mut characters = format.chars();
+    while let Some(character) = characters.next() {
+        if character != '%' {
+            out.push(character);
+            continue;
+        }
+        let mut code = characters.next();
+        let plain = code == Some('-'); // glibc: no leading zeros
+        if plain {
+            code = characters.next();
+        }
+        let width = if plain { 1 } else { 2 };
+        let _ = match code {
+            Some('Y') => write!(out, "{year}"),
+            Some('y') => write!(out, "{:0width$}", year % 100),
+            Some('m') => write!(out, "{month:0width$}"),
+            Some('d') => write!(out, "{day:0width$}"),
+            Some('H') => write!(out, "{hour:0width$}"),
+            Some('I') => write!(out, "{hour_12:0width$}"),
+            Some('M') => write!(out, "{minute:0width$}"),
+            Some('S') => write!(out, "{second:0width$}"),
+            Some('p') => write!(out, "{}", if hour < 12 { "AM" } else { "PM" }),
+            Some('B') => write!(out, "{month_name}"),
+            Some('b') => write!(out, "{}", &month_name[..3]),
+            Some('A') => write!(out, "{weekday}"),
+            Some('a') => write!(out, "{}", &weekday[..3]),
+            Some('F') => write!(out, "{year}-{month:02}-{day:02}"),
+            Some('T') => write!(out, "{hour:02}:{minute:02}:{second:02}"),
+            Some('%') => write!(out, "%"),
+            _ => {
+                let message = format!("strftime_now does not know all of {format:?}");
+                return Err(Error::new(ErrorKind::InvalidOperation, message));
+            }
+        };
+    }
+    Ok(out)
+}
+
+/// Days since 1970-01-01 -> year, month (1..=12), day (1..=31).
+fn civil(mut days: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970 + days / 146_097 * 400; // 400 years repeat
+    days %= 146_097;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while days >= lengths[month] {
+        days -= lengths[month];
+        month += 1;
+    }
+    (year, month as u64 + 1, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn render(source: &str) -> Result<Rendered, String> {
+        let message =
+            |role: &str, content: &str| Message { role: role.into(), content: content.into(), extra: vec![] };
+        let messages = [message("user", "é?"), message("assistant", "4")];
+        let now = UNIX_EPOCH + Duration::from_secs(1_721_998_984); // Fri 26 Jul 2024 13:03:04
+        let specials = [("bos_token".to_string(), "<s>".to_string())];
+        Template::new(source, &specials, now)?.render(&Template::values(&messages), false)
+    }
+
+    fn check(source: &str, expected: &str) {
+        let text = render(source).map_or_else(|error| format!("! {error}"), |rendered| rendered.text);
+        assert_eq!(text, expected, "{source}");
+    }
+
+    #[test]
+    fn special_tokens_and_the_clock_are_there() {
+        check("{{ bos_token }}{{ pad_token }}{{ messages[0].content }}", "<s>é?");
+        check("{{ strftime_now('%d %b %Y, %A %-I:%M %p %%') }}", "26 Jul 2024, Friday 1:03 PM %");
+        check("{{ strftime_now('%F %T %y %B %a %H%S %-m') }}", "2024-07-26 13:03:04 24 July Fri 1304 7");
+        check("{{ tools is none }} {{ x is defined }}", "True False");
+        check("{{ tools is iterable }} {{ 'a' is iterable }} {{ messages is iterable }}", "False True True");
+    }
+
+    #[test]
+    fn dates_hold_at_the_ends_of_months_and_years() {
+        let date = |days: u64| strftime("%F %a", days * 86_400).unwrap();
+        assert_eq!(date(0), "1970-01-01 Thu");
+        assert_eq!(date(59), "1970-03-01 Sun");
+        assert_eq!(date(11_016), "2000-02-29 Tue");
+        assert_eq!(date(11_017), "2000-03-01 Wed");
+        assert_eq!(date(19_722), "2023-12-31 Sun");
+        assert_eq!(date(47_541), "2100-03-01 Mon");
+    }
+
+    #[test]
+    fn generation_blocks_become_byte_ranges() {
+        let source = "{% for m in messages %}\r\n{%- if m.role == 'assistant' %}\n  {%- generation -%}\n {{ m.content }}! {%+ endgeneration %}\n{% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let rendered = render(source).unwrap();
+        assert_eq!(rendered.text, "é?4! ");
+        assert_eq!(rendered.answers, vec![3..6]);
+        assert_eq!(
+            rewrite_generation("{% if generation %}{%-%}{% x"),
+            ("{% if generation %}{%-%}{% x".into(), false)
+        );
+    }
+
+    #[test]
+    fn what_a_template_refuses_is_told_in_its_words() {
+        check("{{ raise_exception('no system role') }}", "! the chat template refuses it: no system role");
+        check(
+            "\n{{ messages[0].nope() }}",
+            "! the chat template fails at line 2: unknown method: map has no method named nope",
+        );
+        assert!(Template::new("{% if %}", &[], UNIX_EPOCH).is_err_and(|error| error.contains("line 1")));
+    }
+
+    /// Rendered by transformers; `tests/scripts/templates.py` says how.
+    #[test]
+    fn renders_what_transformers_renders() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/templates.json")).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_string();
+        let specials: Vec<_> = fixture["specials"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, token)| (name.clone(), text(token)))
+            .collect();
+        for case in fixture["cases"].as_array().unwrap() {
+            let name = text(&case["name"]);
+            let messages: Vec<Message> = fixture["conversations"]
+                [case["messages"].as_u64().unwrap() as usize]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|m| Message { role: text(&m["role"]), content: text(&m["content"]), extra: vec![] })
+                .collect();
+            let source = fixture["templates"][text(&case["template"])].as_str().unwrap();
+            let template = Template::new(source, &specials, UNIX_EPOCH).unwrap();
+            let prompt = case["add_generation_prompt"].as_bool().unwrap();
+            match (template.render(&Template::values(&messages), prompt), case["refused"].as_str()) {
+                (Err(problem), Some(words)) => assert!(problem.ends_with(words), "{name}: {problem}"),
+                (Ok(rendered), None) => {
+                    assert_eq!(rendered.text, case["text"], "{name}");
+                    let answers: Vec<&str> =
+                        rendered.answers.iter().map(|range| &rendered.text[range.clone()]).collect();
+                    assert_eq!(
+                        serde_json::json!(answers),
+                        *case.get("answers").unwrap_or(&serde_json::json!([])),
+                        "{name}"
+                    );
+                }
+                (outcome, words) => panic!("{name}: {outcome:?}, expected refusal {words:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_templates_end() {
+        let sources = [
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set ns = namespace(x='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+            "{{ 'x' * 1000000000 }}",
+        ];
+        for source in sources {
+            assert!(render(source).is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn json_is_written_as_python_does() {
+        check(
+            r#"{{ {"b": [1, 2.5, none, true], "a": "é\n<'\""} | tojson }}"#,
+            r#"{"b": [1, 2.5, null, true], "a": "é\n<'\""}"#,
+        );
+        check(
+            r#"{{ {"b": [1], "a": {}} | tojson(indent=2, sort_keys=true) }}"#,
+            "{\n  \"a\": {},\n  \"b\": [\n    1\n  ]\n}",
+        );
+        check(
+            r#"{{ ["é😀", 1] | tojson(ensure_ascii=true, separators=[",", ":"]) }}"#,
+            r#"["\u00e9\ud83d\ude00",1]"#,
+        );
+    }
+}

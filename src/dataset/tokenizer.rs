@@ -1,0 +1,252 @@
+//! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat template.
+
+use crate::fault::{Fault, Result};
+use serde_json::Value;
+use std::path::Path;
+use std::time::SystemTime;
+use tokenizers::AddedToken;
+
+/// LIMIT: the largest tokenizer.json in use have about 35 MB.
+const FILE_BYTES_MAX: u64 = 256 << 20;
+
+/// For each token, the bytes of the text it stands for: start and end.
+pub(super) type Offsets = Vec<(usize, usize)>;
+
+/// What transformers' AutoTokenizer knows, as far as training needs it.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// `bos_token` -> `<s>` and so on: what chat templates see.
+    specials: Vec<(String, String)>,
+    chat_template: Option<String>,
+    eos: String,
+    eos_id: u32,
+    vocab_size: usize,
+    now: SystemTime,
+}
+
+impl Tokenizer {
+    /// Reads tokenizer.json and tokenizer_config.json, and beside them special_tokens_map.json, config.json,
+    /// generation_config.json and chat_template.{jinja,json} where they exist. Errors: `Model`.
+    pub fn open(folder: &Path) -> Result<Tokenizer> {
+        let mut inner = load(folder)?;
+        let config = required(folder, "tokenizer_config.json")?;
+        let map = optional(folder, "special_tokens_map.json")?;
+        add_declared_tokens(&mut inner, &config)?;
+        let specials = specials(&config, &map);
+        let (eos, eos_id) = end_of_sequence(&inner, folder, &specials)?;
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        let chat_template = chat_template(folder, &config)?;
+        Ok(Tokenizer { inner, specials, chat_template, eos, eos_id, vocab_size, now: SystemTime::now() })
+    }
+
+    /// Sets the time that templates see, so that a resumed run renders what the first one did.
+    pub fn with_now(mut self, now: SystemTime) -> Tokenizer {
+        self.now = now;
+        self
+    }
+
+    pub fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    pub fn eos(&self) -> &str {
+        &self.eos
+    }
+
+    pub fn bos_id(&self) -> Option<u32> {
+        self.special("bos_token").and_then(|token| self.inner.token_to_id(token))
+    }
+
+    /// The padding token; its absence is common and harmless, since padding is masked.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special("pad_token").and_then(|token| self.inner.token_to_id(token))
+    }
+
+    /// One more than the largest id: the rows an embedding must have.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The model's own chat template, if it has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    pub fn id_to_text(&self, id: u32) -> String {
+        self.text(&[id])
+    }
+
+    /// Ids -> text, special tokens included. Parts of a character come out as U+FFFD.
+    pub fn text(&self, ids: &[u32]) -> String {
+        self.inner.decode(ids, false).unwrap_or_else(|_| ids.iter().map(|id| format!("<{id}>")).collect())
+    }
+
+    pub(super) fn special(&self, name: &str) -> Option<&str> {
+        self.specials.iter().find(|(key, _)| key == name).map(|(_, token)| token.as_str())
+    }
+
+    pub(super) fn specials(&self) -> &[(String, String)] {
+        &self.specials
+    }
+
+    pub(super) fn now(&self) -> SystemTime {
+        self.now
+    }
+
+    /// With the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), without offsets.
+    pub(super) fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, String> {
+        let encoding = self.inner.encode_fast(text, true).map_err(|error| unfit(&*error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for.
+    pub(super) fn spans(&self, text: &str) -> std::result::Result<(Vec<u32>, Offsets), String> {
+        let encoding = self.inner.encode(text, false).map_err(|error| unfit(&*error))?;
+        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+    }
+}
+
+fn unfit(error: &dyn std::error::Error) -> String {
+    format!("the tokenizer fails on it: {error}")
+}
+
+fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
+    let bytes = read(folder, "tokenizer.json")?.ok_or_else(|| {
+        let fault = missing(folder, "tokenizer.json");
+        if folder.join("tokenizer.model").exists() {
+            fault.help(
+                "the folder has tokenizer.model only: save the tokenizer once with a fast tokenizer class",
+            )
+        } else {
+            fault
+        }
+    })?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        .map_err(|error| Fault::model(format!("{}: {error}", folder.join("tokenizer.json").display())))?;
+    // Some repositories ship the settings of their last use; lengths are decided here alone.
+    inner.with_padding(None);
+    inner.with_truncation(None).map_err(|error| Fault::internal(format!("no truncation: {error}")))?;
+    Ok(inner)
+}
+
+/// transformers adds every token of `added_tokens_decoder` that tokenizer.json lacks or has with other flags.
+fn add_declared_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Result<()> {
+    let Some(declared) = config.get("added_tokens_decoder").and_then(Value::as_object) else { return Ok(()) };
+    let mut tokens: Vec<(u32, AddedToken)> = declared
+        .iter()
+        .filter_map(|(id, token)| {
+            let flag = |name: &str, default| token.get(name).and_then(Value::as_bool).unwrap_or(default);
+            let special = flag("special", false);
+            let added = AddedToken::from(token.get("content")?.as_str()?, special)
+                .lstrip(flag("lstrip", false))
+                .rstrip(flag("rstrip", false))
+                .single_word(flag("single_word", false))
+                .normalized(flag("normalized", !special));
+            Some((id.parse().ok()?, added))
+        })
+        .collect();
+    tokens.sort_by_key(|(id, _)| *id);
+    for (id, token) in tokens {
+        let content = token.content.clone();
+        let added = if token.special { inner.add_special_tokens([token]) } else { inner.add_tokens([token]) };
+        added.map_err(|error| Fault::model(format!("tokenizer: cannot add {content:?}: {error}")))?;
+        if inner.token_to_id(&content) != Some(id) {
+            return Err(Fault::model(format!(
+                "tokenizer_config.json gives {content:?} the id {id}, tokenizer.json gives it {:?}",
+                inner.token_to_id(&content)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Every `..._token` with a text, from tokenizer_config.json first.
+fn specials(config: &Value, map: &Value) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for (name, value) in [config, map].into_iter().filter_map(Value::as_object).flatten() {
+        let text = value.as_str().or_else(|| value.get("content")?.as_str());
+        if let Some(text) =
+            text.filter(|_| name.ends_with("_token") && !found.iter().any(|(other, _)| other == name))
+        {
+            found.push((name.clone(), text.to_string()));
+        }
+    }
+    found
+}
+
+/// The named `eos_token`, else the first `eos_token_id` of generation_config.json or config.json.
+fn end_of_sequence(
+    inner: &tokenizers::Tokenizer,
+    folder: &Path,
+    specials: &[(String, String)],
+) -> Result<(String, u32)> {
+    if let Some((_, token)) = specials.iter().find(|(name, _)| name == "eos_token") {
+        return match inner.token_to_id(token) {
+            Some(id) => Ok((token.clone(), id)),
+            None => {
+                Err(Fault::model(format!("eos_token {token:?} is not in the vocabulary of tokenizer.json")))
+            }
+        };
+    }
+    for name in ["generation_config.json", "config.json"] {
+        let config = optional(folder, name)?;
+        let id = config.get("eos_token_id").and_then(|id| id.as_u64().or_else(|| id.get(0)?.as_u64()));
+        let id = id.and_then(|id| u32::try_from(id).ok());
+        if let Some((token, id)) = id.and_then(|id| Some((inner.id_to_token(id)?, id))) {
+            return Ok((token, id));
+        }
+    }
+    Err(Fault::model(format!("{}: no end-of-sequence token is named", folder.display()))
+        .help("set eos_token in tokenizer_config.json"))
+}
+
+/// In the order of transformers: its own file, the older JSON file, tokenizer_config.json (text, or a list with `default`).
+fn chat_template(folder: &Path, config: &Value) -> Result<Option<String>> {
+    if let Some(bytes) = read(folder, "chat_template.jinja")? {
+        let text = String::from_utf8(bytes).map_err(|_| {
+            Fault::model(format!("{}: not UTF-8", folder.join("chat_template.jinja").display()))
+        })?;
+        return Ok(Some(text));
+    }
+    let own = optional(folder, "chat_template.json")?;
+    let template = own.get("chat_template").or_else(|| config.get("chat_template"));
+    Ok(match template {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(named)) => {
+            let default = named.iter().find(|entry| entry["name"] == "default");
+            default.and_then(|entry| entry["template"].as_str()).map(String::from)
+        }
+        _ => None,
+    })
+}
+
+fn missing(folder: &Path, name: &str) -> Fault {
+    Fault::model(format!("{}: {name} is missing", folder.display()))
+}
+
+fn required(folder: &Path, name: &str) -> Result<Value> {
+    match optional(folder, name)? {
+        Value::Null => Err(missing(folder, name)),
+        value => Ok(value),
+    }
+}
+
+/// `Null` where there is no such file.
+fn optional(folder: &Path, name: &str) -> Result<Value> {
+    let Some(bytes) = read(folder, name)? else { return Ok(Value::Null) };
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Fault::model(format!("{}: not JSON: {error}", folder.join(name).display())))
+}
+
+fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+    let path = folder.join(name);
+    let bytes = match std::fs::metadata(&path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Fault::storage("read", &path, &error)),
+    };
+    if bytes > FILE_BYTES_MAX {
+        return Err(Fault::model(format!("{}: {bytes} bytes, limit {FILE_BYTES_MAX}", path.display())));
+    }
+    std::fs::read(&path).map(Some).map_err(|error| Fault::storage("read", &path, &error))
+}
