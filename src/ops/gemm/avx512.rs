@@ -1,7 +1,7 @@
 //! Panels of f32, or of bf16 pairs, -> blocks of `c` with AVX-512 registers.
 
 use super::Precision;
-use super::drive::{BLOCK, Kernel, Multiply, Span, TILE_BYTES, Target};
+use super::drive::{Kernel, Multiply, Span, TILE_BYTES, Target};
 use super::pack_bf16::{self, transpose_16x16};
 use super::source::{Elements, Side, Source};
 use std::arch::is_x86_feature_detected as has;
@@ -179,7 +179,7 @@ unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> __m51
 
 /// Puts a block of sums into `c`, see `drive::Kernel::store`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub unsafe fn store(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+pub unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
     let alpha = _mm512_set1_ps(c.alpha);
     let beta = _mm512_set1_ps(c.beta);
     for row in 0..rows {
@@ -188,7 +188,7 @@ pub unsafe fn store(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
             // SAFETY: [rows, cols] lies inside `c`; masked elements are not touched.
             unsafe {
                 let to = c.data.add(row * c.row_stride + tile * 16);
-                let sum = _mm512_loadu_ps(sums.as_ptr().add((row / 16 * 2 + tile) * 256 + row % 16 * 16));
+                let sum = _mm512_loadu_ps(sums.add((row / 16 * 2 + tile) * 256 + row % 16 * 16));
                 let mut value = _mm512_mul_ps(sum, alpha);
                 if c.beta != 0.0 {
                     value = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), beta, value);

@@ -9,6 +9,7 @@
 
 mod four_bit;
 mod source;
+mod buffer;
 mod drive;
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -132,7 +133,8 @@ pub fn gemm(
     c_row_stride: usize,
     precision: Precision,
 ) {
-    let threads = if m * n * k < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
+    let products = m.saturating_mul(n).saturating_mul(k);
+    let threads = if products < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
     product(kernel(precision), threads, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
@@ -160,7 +162,7 @@ pub fn kernel_name(precision: Precision) -> &'static str {
 }
 
 /// Below this many multiplications waking the second thread costs more than it saves.
-const PARALLEL_PRODUCTS_MIN: usize = 1 << 20;
+const PARALLEL_PRODUCTS_MIN: usize = 1 << 22;
 
 #[allow(clippy::too_many_arguments)]
 fn product(
