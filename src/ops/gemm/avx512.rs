@@ -1,11 +1,12 @@
 //! Panels of f32, or of bf16 pairs, -> blocks of `c` with AVX-512 registers.
 
 use super::Precision;
-use super::drive::{Kernel, Multiply, Span, TILE_BYTES, Target};
+use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::pack_bf16::{self, transpose_16x16};
 use super::source::{Elements, Side, Source};
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::*;
+use std::mem::transmute;
 
 pub static F32: Kernel =
     Kernel { name: "avx512", step: 16, split: false, pack, begin, end, multiply: multiply_f32, store };
@@ -56,7 +57,10 @@ impl Product for Pairs {
     #[inline(always)]
     unsafe fn add(sum: __m512, a: __m512, b: __m512) -> __m512 {
         // SAFETY: as the caller promises; both types are 512 bits of plain data.
-        unsafe { _mm512_dpbf16_ps(sum, std::mem::transmute(a), std::mem::transmute(b)) }
+        unsafe {
+            let (a, b) = (transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b));
+            _mm512_dpbf16_ps(sum, a, b)
+        }
     }
 }
 
@@ -120,14 +124,15 @@ unsafe fn rows<P: Product, const FIRST: usize, const ROWS: usize>(job: Multiply)
     }
 }
 
-/// Packs one panel of f32: tiles of `a` keep a lane in a row, tiles of `b` a depth.
+/// Packs panels of f32: tiles of `a` keep a lane in a row, tiles of `b` a depth.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
-    assert_eq!(out.len(), span.depth.div_ceil(16) * 2 * TILE_BYTES);
+    let steps = span.depth.div_ceil(16);
+    assert_eq!(out.len(), span.panels() * steps * 2 * TILE_BYTES);
     for (index, out) in out.chunks_exact_mut(TILE_BYTES).enumerate() {
-        let start = index / 2 * 16;
+        let start = index / 2 % steps * 16;
         let depth = 16.min(span.depth - start);
-        let lane = index % 2 * 16;
+        let lane = index / (2 * steps) * LANES + index % 2 * 16;
         let lanes = 16.min(span.lanes.saturating_sub(lane));
         let (runs, first, along, at) = if source.along_depth {
             (lanes, span.lane + lane, depth, span.start + start)

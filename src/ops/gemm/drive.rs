@@ -23,7 +23,7 @@ pub struct Kernel {
     pub step: usize,
     /// Splits f32 into bf16 planes: `Source::planes`. Otherwise one plane.
     pub split: bool,
-    /// Packs one panel: `lanes` from `lane`, `depth` from `start`; zeros fill lanes and the last step.
+    /// Packs panel after panel: `lanes` from `lane`, `depth` from `start`; zeros fill the last lanes and step.
     pub pack: unsafe fn(&Source, Side, Precision, Span, &mut [u8]),
     /// Called by a thread before and after a series of `multiply`.
     pub begin: unsafe fn(),
@@ -33,7 +33,7 @@ pub struct Kernel {
     pub store: unsafe fn(sums: *const f32, rows: usize, cols: usize, c: Target),
 }
 
-/// The part of an operand that becomes one panel.
+/// The part of an operand that becomes one panel or several.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     pub lane: usize,
@@ -43,8 +43,12 @@ pub struct Span {
 }
 
 impl Span {
+    pub fn panels(self) -> usize {
+        self.lanes.div_ceil(LANES)
+    }
+
     /// The part that becomes the panel of this index.
-    fn panel(self, index: usize) -> Span {
+    pub fn panel(self, index: usize) -> Span {
         let lane = index * LANES;
         Span { lane: self.lane + lane, lanes: LANES.min(self.lanes - lane), ..self }
     }
@@ -102,6 +106,9 @@ const GROUP: usize = 16;
 /// The operand that is packed whole; larger ones are taken in pieces.
 const WHOLE_BYTES_MAX: usize = 64 << 20;
 
+/// Depth below which writing `c` costs more than reading panels.
+const SHORT: usize = 128;
+
 struct Operand<'a> {
     source: Source<'a>,
     side: Side,
@@ -125,7 +132,8 @@ pub fn run(
     };
     let (a, b) = (operand(a, Side::A, m), operand(b, Side::B, n));
     let slice = slice_depth(k, a.planes * b.planes, kernel.step);
-    let (whole, runs) = if m * a.planes <= n * b.planes { (a, b) } else { (b, a) };
+    // A short product is all about writing `c`, which goes along rows when `b` is the one in runs.
+    let (whole, runs) = if k <= SHORT || m * a.planes <= n * b.planes { (a, b) } else { (b, a) };
     let job = Job { kernel, threads, whole, runs, precision };
     // k = 0 still scales c.
     let mut start = 0;
@@ -270,16 +278,21 @@ impl Job<'_> {
         if bytes == 0 {
             return;
         }
+        // Neighbouring panels together: their elements may be neighbours in memory.
+        let panels = span.panels().div_ceil(2 * threads);
+        let chunk = panels * bytes;
         let pack = |(index, out): (usize, &mut [u8])| {
-            let part = span.panel(index);
+            let lane = index * panels * LANES;
+            let lanes = (panels * LANES).min(span.lanes - lane);
+            let part = Span { lane: span.lane + lane, lanes, ..span };
             // SAFETY: the kernel was chosen because this machine can run it; views were checked to cover their
             // shapes, and `part` lies inside.
             unsafe { (self.kernel.pack)(&operand.source, operand.side, self.precision, part, out) }
         };
-        if threads > 1 && out.len() > bytes {
-            out.par_chunks_mut(bytes).enumerate().for_each(pack);
+        if threads > 1 && out.len() > chunk {
+            out.par_chunks_mut(chunk).enumerate().for_each(pack);
         } else {
-            out.chunks_mut(bytes).enumerate().for_each(pack);
+            out.chunks_mut(chunk).enumerate().for_each(pack);
         }
     }
 

@@ -56,7 +56,10 @@ impl FourBitView<'_> {
 
     fn read_in_block(&self, start: usize, table: &[f32; 16], out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if start % 2 == 0 && out.len() % 32 == 0 && std::arch::is_x86_feature_detected!("avx512f") {
+        if start.is_multiple_of(2)
+            && out.len().is_multiple_of(32)
+            && std::arch::is_x86_feature_detected!("avx512f")
+        {
             // SAFETY: the machine has AVX-512.
             unsafe { expand(table, &self.packed[start / 2..][..out.len() / 2], out) };
             return;

@@ -1,6 +1,6 @@
 //! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
 
-use super::drive::{Kernel, Multiply, Span, TILE_BYTES, Target};
+use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::source::{Side, Source};
 use super::{Precision, Rounding};
 
@@ -107,10 +107,11 @@ unsafe fn rows<const FUSED: bool, const ROWS: usize>(job: Multiply, first: usize
 
 #[inline(always)]
 fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
+    let steps = span.depth.div_ceil(16);
     for (index, out) in out.chunks_exact_mut(TILE_BYTES).enumerate() {
-        let start = index / 2 * 16;
+        let start = index / 2 % steps * 16;
         let depth = 16.min(span.depth - start);
-        let lane = index % 2 * 16;
+        let lane = index / (2 * steps) * LANES + index % 2 * 16;
         let lanes = 16.min(span.lanes.saturating_sub(lane));
         let (runs, first, along, at) = if source.along_depth {
             (lanes, span.lane + lane, depth, span.start + start)
