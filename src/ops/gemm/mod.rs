@@ -207,11 +207,15 @@ fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if precision == Precision::Bf16 && avx512::has_bf16() {
+        let pairs = precision == Precision::Bf16 && avx512::has_bf16();
+        if pairs && avx512::pairs_are_fast() {
             found.push(&avx512::BF16);
         }
         if avx512::has_f32() {
             found.push(&avx512::F32);
+        }
+        if pairs && !avx512::pairs_are_fast() {
+            found.push(&avx512::BF16);
         }
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
             found.push(&portable::AVX2);
