@@ -8,6 +8,7 @@
 use super::drive::{Kernel, Multiply, TILE_BYTES};
 use super::{avx512, pack_bf16};
 use std::arch::asm;
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
 use std::sync::OnceLock;
 
 pub static KERNEL: Kernel = Kernel {
@@ -127,7 +128,17 @@ unsafe fn planes<const A: usize, const B: usize>(job: Multiply) {
             asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
         }
         let (mut a, mut b) = (job.a, job.b);
-        for _ in 0..job.steps {
+        let c_rows = job.soon.c_rows.div_ceil(job.steps.max(1));
+        for step in 0..job.steps {
+            for row in step * c_rows..((step + 1) * c_rows).min(job.soon.c_rows) {
+                let at = job.soon.c.wrapping_add(row * job.soon.c_row_stride).cast::<i8>();
+                _mm_prefetch::<_MM_HINT_ET0>(at);
+                _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_add(64));
+            }
+            for line in 0..job.soon.panel_lines {
+                let line = step * job.soon.panel_lines + line;
+                _mm_prefetch::<_MM_HINT_T1>(job.soon.panel.wrapping_add(line * 64).cast::<i8>());
+            }
             let (mut a_now, mut b_now) = (usize::MAX, usize::MAX);
             macro_rules! term {
                 ($a:literal, $b:literal) => {

@@ -4,10 +4,10 @@
 //! fit L2: a task packs one run for itself and multiplies it with every panel of the smaller one, which streams by.
 //! So each operand is packed once, and a panel block of the streaming operand stays in L1 for a whole run.
 
+use super::buffer::with_buffer;
 use super::source::{Side, Source};
 use super::{Matrix, Precision};
 use rayon::prelude::*;
-use std::cell::RefCell;
 
 /// Lanes of a panel: rows of `a` or columns of `b` that one call of a kernel multiplies.
 pub const LANES: usize = 32;
@@ -23,23 +23,35 @@ pub struct Kernel {
     pub step: usize,
     /// Splits f32 into bf16 planes: `Source::planes`. Otherwise one plane.
     pub split: bool,
-    /// Packs one panel: `lanes` from `lane`, `depth` from `start`; zeros fill lanes and the last step.
+    /// Packs panel after panel: `lanes` from `lane`, `depth` from `start`; zeros fill the last lanes and step.
     pub pack: unsafe fn(&Source, Side, Precision, Span, &mut [u8]),
     /// Called by a thread before and after a series of `multiply`.
     pub begin: unsafe fn(),
     pub end: unsafe fn(),
     pub multiply: unsafe fn(Multiply),
     /// Puts sums into `c`.
-    pub store: unsafe fn(&[f32; BLOCK], rows: usize, cols: usize, c: Target),
+    pub store: unsafe fn(sums: *const f32, rows: usize, cols: usize, c: Target),
 }
 
-/// The part of an operand that becomes one panel.
+/// The part of an operand that becomes one panel or several.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     pub lane: usize,
     pub lanes: usize,
     pub start: usize,
     pub depth: usize,
+}
+
+impl Span {
+    pub fn panels(self) -> usize {
+        self.lanes.div_ceil(LANES)
+    }
+
+    /// The part that becomes the panel of this index.
+    pub fn panel(self, index: usize) -> Span {
+        let lane = index * LANES;
+        Span { lane: self.lane + lane, lanes: LANES.min(self.lanes - lane), ..self }
+    }
 }
 
 /// One panel block of `a` times one of `b`, added to `sums` or replacing them.
@@ -54,6 +66,17 @@ pub struct Multiply {
     pub add: bool,
     pub rows: usize,
     pub cols: usize,
+    pub soon: Soon,
+}
+
+/// Memory to prefetch while multiplying: lines of the next panel for each step, and the block of `c`.
+#[derive(Clone, Copy)]
+pub struct Soon {
+    pub panel: *const u8,
+    pub panel_lines: usize,
+    pub c: *const f32,
+    pub c_rows: usize,
+    pub c_row_stride: usize,
 }
 
 /// Where sums go: `c = alpha * sum + beta * c`.
@@ -70,14 +93,21 @@ unsafe impl Send for Target {}
 // SAFETY: as above.
 unsafe impl Sync for Target {}
 
-/// Depth packed at a time; longer products are added up in `c`. Bounds the panels of a run to L2.
-const DEPTH_MAX: usize = 2048;
+/// Depth packed at a time when both operands are one plane; longer products are added up in `c`. A long slice reads
+/// and writes `c` less often, a short one leaves more lanes in a run and streams the other operand less often; more
+/// planes make streaming dearer by the square root of their product.
+const DEPTH_MAX: usize = 1536;
 /// A run of panels, with its share of L2 (2 MiB on server cores, 1 MiB on older ones).
 const RUN_BYTES_MAX: usize = 1 << 20;
-/// Panel block of the streaming operand that stays in L1 (32 or 48 KiB) beside tiles of the other.
-const L1_BYTES: usize = 32 << 10;
+/// Panel block of the streaming operand that stays in L1 (32 or 48 KiB) beside the sums of a group.
+const L1_BYTES: usize = 16 << 10;
+/// Panels of a run that share one pass over a block: 4 KiB of sums each.
+const GROUP: usize = 16;
 /// The operand that is packed whole; larger ones are taken in pieces.
 const WHOLE_BYTES_MAX: usize = 64 << 20;
+
+/// Depth below which writing `c` costs more than reading panels.
+const SHORT: usize = 128;
 
 struct Operand<'a> {
     source: Source<'a>,
@@ -101,12 +131,14 @@ pub fn run(
         Operand { source, side, planes, lanes }
     };
     let (a, b) = (operand(a, Side::A, m), operand(b, Side::B, n));
-    let (whole, runs) = if m * a.planes <= n * b.planes { (a, b) } else { (b, a) };
+    let slice = slice_depth(k, a.planes * b.planes, kernel.step);
+    // A short product is all about writing `c`, which goes along rows when `b` is the one in runs.
+    let (whole, runs) = if k <= SHORT || m * a.planes <= n * b.planes { (a, b) } else { (b, a) };
     let job = Job { kernel, threads, whole, runs, precision };
     // k = 0 still scales c.
     let mut start = 0;
     loop {
-        let depth = DEPTH_MAX.min(k - start);
+        let depth = slice.min(k - start);
         let beta = if start == 0 { c.beta } else { 1.0 };
         job.slice(start, depth, Target { beta, ..c });
         start += depth;
@@ -114,6 +146,16 @@ pub fn run(
             break;
         }
     }
+}
+
+/// Cuts `k` into equal slices; depends on nothing that changes from run to run.
+fn slice_depth(k: usize, planes: usize, step: usize) -> usize {
+    let max = match planes {
+        1 => DEPTH_MAX,
+        2..=4 => DEPTH_MAX * 5 / 8,
+        _ => DEPTH_MAX / 3,
+    };
+    k.div_ceil(k.div_ceil(max).max(1)).next_multiple_of(step).max(1)
 }
 
 struct Job<'a> {
@@ -139,7 +181,7 @@ impl Job<'_> {
         let bytes = self.panel_bytes(&self.whole, span.depth);
         let run_bytes = self.panel_bytes(&self.runs, span.depth).max(1);
         let panels = self.runs.lanes.div_ceil(LANES);
-        let run_max = (RUN_BYTES_MAX / run_bytes).clamp(1, RUN_PANELS_MAX);
+        let run_max = (RUN_BYTES_MAX / run_bytes).max(1);
         let tasks = panels.div_ceil(run_max).next_multiple_of(self.threads).min(panels);
         let first_panel = |task: usize| task * panels / tasks;
         with_buffer(bytes * span.lanes.div_ceil(LANES), |whole| {
@@ -158,75 +200,74 @@ impl Job<'_> {
         let (whole_bytes, run_bytes) =
             (self.panel_bytes(&self.whole, span.depth), self.panel_bytes(&self.runs, span.depth));
         let panels = span.lanes.div_ceil(LANES);
-        with_buffer(run_bytes * panels, |run| {
+        with_buffer(run_bytes * panels + GROUP * BLOCK * size_of::<f32>(), |buffer| {
+            let (run, sums) = buffer.split_at_mut(run_bytes * panels);
             self.pack(&self.runs, span, run, 1);
-            let mut sums = [Sums([0.0; BLOCK]); RUN_PANELS_MAX];
+            let (run, sums) = (&*run, sums.as_mut_ptr().cast());
             // SAFETY: the kernel was chosen because this machine can run it.
             unsafe { (self.kernel.begin)() };
-            for (index, lane) in (0..whole_span.lanes).step_by(LANES).enumerate() {
+            for index in 0..whole_span.lanes.div_ceil(LANES) {
                 let whole = &whole[index * whole_bytes..][..whole_bytes];
-                let whole_part = Span {
-                    lane: whole_span.lane + lane,
-                    lanes: LANES.min(whole_span.lanes - lane),
-                    ..whole_span
-                };
-                self.panel(whole, whole_part, run, span, &mut sums, c);
+                self.panel(whole, whole_span.panel(index), run, span, sums, c);
             }
             // SAFETY: as above.
             unsafe { (self.kernel.end)() };
         });
     }
 
-    /// One panel of the whole operand with every panel of a run.
-    fn panel(&self, whole: &[u8], whole_span: Span, run: &[u8], span: Span, sums: &mut [Sums], c: Target) {
+    /// One panel of the whole operand with every panel of a run: a group of panels at a time, block after block of
+    /// depth, so that a block of the one panel and the group's sums stay in L1.
+    fn panel(&self, whole: &[u8], whole_span: Span, run: &[u8], span: Span, sums: *mut f32, c: Target) {
         let steps = span.depth.div_ceil(self.kernel.step);
         let (whole_step, run_step) = (self.step_bytes(&self.whole), self.step_bytes(&self.runs));
         let block = (L1_BYTES / whole_step).max(1);
-        let mut first = 0;
-        loop {
-            let count = block.min(steps - first);
-            let last = first + count >= steps;
-            for (index, sums) in sums.iter_mut().enumerate().take(span.lanes.div_ceil(LANES)) {
-                let run = run[(index * steps + first) * run_step..].as_ptr();
+        let panels = span.lanes.div_ceil(LANES);
+        let panel_lines = (whole_step / 64).div_ceil(panels.min(GROUP));
+        let (a_planes, b_planes) = match self.whole.side {
+            Side::A => (self.whole.planes, self.runs.planes),
+            Side::B => (self.runs.planes, self.whole.planes),
+        };
+        for group in (0..panels).step_by(GROUP) {
+            for first in (0..steps.max(1)).step_by(block) {
+                let count = block.min(steps - first);
+                let last = first + count == steps;
                 let whole = whole[first * whole_step..].as_ptr();
-                let lane = span.lane + index * LANES;
-                let lanes = LANES.min(span.lanes - index * LANES);
-                let rows_first = self.whole.side == Side::A;
-                let (a, b) = if rows_first { (whole, run) } else { (run, whole) };
-                let (row, rows, col, cols) = if rows_first {
-                    (whole_span.lane, whole_span.lanes, lane, lanes)
-                } else {
-                    (lane, lanes, whole_span.lane, whole_span.lanes)
-                };
-                let (a_planes, b_planes) = if rows_first {
-                    (self.whole.planes, self.runs.planes)
-                } else {
-                    (self.runs.planes, self.whole.planes)
-                };
-                let multiply = Multiply {
-                    steps: count,
-                    a,
-                    b,
-                    a_planes,
-                    b_planes,
-                    sums: sums.0.as_mut_ptr(),
-                    add: first > 0,
-                    rows,
-                    cols,
-                };
-                // SAFETY: the kernel runs here (`begin` was called); both panels hold `count` steps from these
-                // pointers on; the block [rows, cols] at (row, col) lies inside `c` and belongs to this task.
-                unsafe {
-                    (self.kernel.multiply)(multiply);
-                    if last {
-                        let data = c.data.add(row * c.row_stride + col);
-                        (self.kernel.store)(&sums.0, rows, cols, Target { data, ..c });
+                for index in group..panels.min(group + GROUP) {
+                    let sums = sums.wrapping_add((index - group) * BLOCK);
+                    let run = run[(index * steps + first) * run_step..].as_ptr();
+                    let part = span.panel(index);
+                    let (a, b, row, col) = match self.whole.side {
+                        Side::A => (whole, run, whole_span, part),
+                        Side::B => (run, whole, part, whole_span),
+                    };
+                    // SAFETY: the kernel runs here (`begin` was called); both panels hold `count` steps from these
+                    // pointers on; the block [rows, cols] at (row, col) lies inside `c` and belongs to this task.
+                    unsafe {
+                        let data = c.data.add(row.lane * c.row_stride + col.lane);
+                        (self.kernel.multiply)(Multiply {
+                            steps: count,
+                            a,
+                            b,
+                            a_planes,
+                            b_planes,
+                            sums,
+                            add: first > 0,
+                            rows: row.lanes,
+                            cols: col.lanes,
+                            soon: Soon {
+                                panel: whole
+                                    .wrapping_add(count * (whole_step + (index - group) * panel_lines * 64)),
+                                panel_lines,
+                                c: data,
+                                c_rows: if last { row.lanes } else { 0 },
+                                c_row_stride: c.row_stride,
+                            },
+                        });
+                        if last {
+                            (self.kernel.store)(sums, row.lanes, col.lanes, Target { data, ..c });
+                        }
                     }
                 }
-            }
-            first += count;
-            if last {
-                break;
             }
         }
     }
@@ -237,17 +278,21 @@ impl Job<'_> {
         if bytes == 0 {
             return;
         }
+        // Neighbouring panels together: their elements may be neighbours in memory.
+        let panels = span.panels().div_ceil(2 * threads);
+        let chunk = panels * bytes;
         let pack = |(index, out): (usize, &mut [u8])| {
-            let lane = index * LANES;
-            let part = Span { lane: span.lane + lane, lanes: LANES.min(span.lanes - lane), ..span };
+            let lane = index * panels * LANES;
+            let lanes = (panels * LANES).min(span.lanes - lane);
+            let part = Span { lane: span.lane + lane, lanes, ..span };
             // SAFETY: the kernel was chosen because this machine can run it; views were checked to cover their
             // shapes, and `part` lies inside.
             unsafe { (self.kernel.pack)(&operand.source, operand.side, self.precision, part, out) }
         };
-        if threads > 1 && out.len() > bytes {
-            out.par_chunks_mut(bytes).enumerate().for_each(pack);
+        if threads > 1 && out.len() > chunk {
+            out.par_chunks_mut(chunk).enumerate().for_each(pack);
         } else {
-            out.chunks_mut(bytes).enumerate().for_each(pack);
+            out.chunks_mut(chunk).enumerate().for_each(pack);
         }
     }
 
@@ -260,45 +305,10 @@ impl Job<'_> {
     }
 }
 
-/// Panels a run has at most: their sums (4 KiB each) stay near while one streaming panel passes.
-const RUN_PANELS_MAX: usize = 16;
-
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Sums([f32; BLOCK]);
-
 fn for_each(threads: usize, tasks: usize, task: impl Fn(usize) + Send + Sync) {
     if threads > 1 && tasks > 1 {
         (0..tasks).into_par_iter().with_max_len(1).for_each(task);
     } else {
         (0..tasks).for_each(task);
     }
-}
-
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([u8; 64]);
-
-thread_local! {
-    /// Buffers not in use. A list, because a thread that waits in one product may run a task of another.
-    static BUFFERS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Lends `bytes` of memory, aligned to 64 bytes, of arbitrary content.
-fn with_buffer<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
-    let lines = bytes.div_ceil(64);
-    let mut buffer = BUFFERS.with_borrow_mut(|buffers| {
-        // The smallest that is large enough, else the largest.
-        let fit = |buffer: &Vec<Line>| (buffer.len() < lines, buffer.len().abs_diff(lines));
-        let best = (0..buffers.len()).min_by_key(|&index| fit(&buffers[index]));
-        best.map(|index| buffers.swap_remove(index)).unwrap_or_default()
-    });
-    if buffer.len() < lines {
-        buffer = vec![Line([0; 64]); lines];
-    }
-    // SAFETY: `Line` is 64 initialised bytes without padding, and there are `lines` of them.
-    let slice = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast::<u8>(), bytes) };
-    let result = work(slice);
-    BUFFERS.with_borrow_mut(|buffers| buffers.push(buffer));
-    result
 }

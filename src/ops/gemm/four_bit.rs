@@ -55,6 +55,19 @@ impl FourBitView<'_> {
     }
 
     fn read_in_block(&self, start: usize, table: &[f32; 16], out: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if start.is_multiple_of(2)
+            && out.len().is_multiple_of(32)
+            && std::arch::is_x86_feature_detected!("avx512f")
+        {
+            // SAFETY: the machine has AVX-512.
+            unsafe { expand(table, &self.packed[start / 2..][..out.len() / 2], out) };
+            return;
+        }
+        self.read_pairs(start, table, out);
+    }
+
+    fn read_pairs(&self, start: usize, table: &[f32; 16], out: &mut [f32]) {
         let high = |at: usize| table[(self.packed[at / 2] >> 4) as usize];
         let low = |at: usize| table[(self.packed[at / 2] & 15) as usize];
         let (odd, out) = out.split_at_mut(start % 2);
@@ -71,6 +84,28 @@ impl FourBitView<'_> {
         }
         if let [last] = pairs.into_remainder() {
             *last = high(at);
+        }
+    }
+}
+
+/// `out[2 i]` and `out[2 i + 1]` from byte `i`, 32 values at a time.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn expand(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
+    use std::arch::x86_64::*;
+    // SAFETY: 64 bytes are read from an array of 64 bytes.
+    let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
+    let first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (bytes, out) in packed.chunks_exact(16).zip(out.chunks_exact_mut(32)) {
+        // SAFETY: 16 bytes are read, 32 values written, each of a chunk of that length.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+            // A permutation reads the low four bits of each index.
+            let even = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
+            let odd = _mm512_permutexvar_ps(bytes, table);
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutex2var_ps(even, first, odd));
+            _mm512_storeu_ps(out.as_mut_ptr().add(16), _mm512_permutex2var_ps(even, second, odd));
         }
     }
 }

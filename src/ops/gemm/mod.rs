@@ -9,6 +9,7 @@
 
 mod four_bit;
 mod source;
+mod buffer;
 mod drive;
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -132,7 +133,8 @@ pub fn gemm(
     c_row_stride: usize,
     precision: Precision,
 ) {
-    let threads = if m * n * k < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
+    let products = m.saturating_mul(n).saturating_mul(k);
+    let threads = if products < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
     product(kernel(precision), threads, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
@@ -160,7 +162,7 @@ pub fn kernel_name(precision: Precision) -> &'static str {
 }
 
 /// Below this many multiplications waking the second thread costs more than it saves.
-const PARALLEL_PRODUCTS_MIN: usize = 1 << 20;
+const PARALLEL_PRODUCTS_MIN: usize = 1 << 22;
 
 #[allow(clippy::too_many_arguments)]
 fn product(
@@ -205,11 +207,15 @@ fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if precision == Precision::Bf16 && avx512::has_bf16() {
+        let pairs = precision == Precision::Bf16 && avx512::has_bf16();
+        if pairs && avx512::pairs_are_fast() {
             found.push(&avx512::BF16);
         }
         if avx512::has_f32() {
             found.push(&avx512::F32);
+        }
+        if pairs && !avx512::pairs_are_fast() {
+            found.push(&avx512::BF16);
         }
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
             found.push(&portable::AVX2);

@@ -14,11 +14,11 @@ use std::arch::x86_64::*;
 pub const STEP: usize = 32;
 const TILE_LANES: usize = 16;
 
-/// Packs one panel, see `drive::Kernel::pack`.
+/// Packs the panels of a span, see `drive::Kernel::pack`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
     let planes = source.planes(precision);
-    assert_eq!(out.len(), span.depth.div_ceil(STEP) * planes * 2 * TILE_BYTES);
+    assert_eq!(out.len(), span.panels() * span.depth.div_ceil(STEP) * planes * 2 * TILE_BYTES);
     let layout = Layout { side, along_depth: source.along_depth, span };
     // SAFETY: the caller has these features; `out` has the size of the panel and is aligned to 64 bytes.
     unsafe {
@@ -61,102 +61,152 @@ impl Layout {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill<const P: usize>(&self, runs: &impl Runs, out: &mut [u8]) {
-        let span = self.span;
-        for (step, out) in out.chunks_exact_mut(P * 2 * TILE_BYTES).enumerate() {
-            let start = span.start + step * STEP;
-            let depth = STEP.min(span.start + span.depth - start);
-            let out = out.as_mut_ptr().cast::<__m512i>();
-            // SAFETY: features as above; `out` has room for the step; lanes and depths stay inside the span.
-            unsafe {
-                if self.along_depth {
-                    self.fill_along_depth::<P>(runs, start, depth, out);
+        let out = out.as_mut_ptr().cast::<__m512i>();
+        // SAFETY: features as above; `out` has room for the panels; lanes and depths stay inside the span.
+        unsafe {
+            match (self.along_depth, self.side) {
+                (true, Side::A) => self.fill_lanes::<P>(runs, out),
+                (false, Side::B) => self.fill_pairs::<P>(runs, out),
+                _ => self.fill_transposed::<P>(runs, out),
+            }
+        }
+    }
+
+    /// A register is a row of a tile. Lane after lane, because the hardware prefetches a few long runs best.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    unsafe fn fill_lanes<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
+        for lane in 0..self.span.panels() * LANES {
+            for step in 0..self.steps() {
+                let (start, depth) = self.depths(step);
+                let row = if lane < self.span.lanes {
+                    // SAFETY: see `fill`.
+                    unsafe { runs.load::<P>(self.span.lane + lane, start, depth) }
                 } else {
-                    self.fill_across_lanes::<P>(runs, start, depth, out);
+                    [_mm512_setzero_si512(); P]
+                };
+                for (plane, &row) in row.iter().enumerate() {
+                    let tile = lane % LANES / TILE_LANES;
+                    // SAFETY: see `fill`.
+                    unsafe {
+                        self.row::<P>(out, lane / LANES, step, plane, tile, lane % TILE_LANES).write(row)
+                    };
                 }
             }
         }
     }
 
-    /// A register is one lane: a row of a tile of `a`.
+    /// Two depths, interleaved, are a row of two tiles. Panel after panel inside, along memory.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn fill_along_depth<const P: usize>(
-        &self,
-        runs: &impl Runs,
-        start: usize,
-        depth: usize,
-        out: *mut __m512i,
-    ) {
-        for tile in 0..LANES / TILE_LANES {
-            let mut rows = [[_mm512_setzero_si512(); TILE_LANES]; P];
-            for row in 0..TILE_LANES {
-                let lane = tile * TILE_LANES + row;
-                if lane < self.span.lanes {
+    unsafe fn fill_pairs<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
+        for step in 0..self.steps() {
+            for pair in 0..STEP / 2 {
+                for panel in 0..self.span.panels() {
                     // SAFETY: see `fill`.
-                    let loaded = unsafe { runs.load::<P>(self.span.lane + lane, start, depth) };
-                    for plane in 0..P {
-                        rows[plane][row] = loaded[plane];
+                    let rows = unsafe { self.pair::<P>(runs, panel, step, pair) };
+                    for (plane, tiles) in rows.iter().enumerate() {
+                        for (tile, &row) in tiles.iter().enumerate() {
+                            // SAFETY: see `fill`.
+                            unsafe { self.row::<P>(out, panel, step, plane, tile, pair).write(row) };
+                        }
                     }
                 }
             }
-            for plane in 0..P {
-                // SAFETY: see `fill`.
-                unsafe { self.put(&rows[plane], self.side == Side::B, plane, tile, out) };
+        }
+    }
+
+    /// The other operand's layout, tile by tile, then transposed in words of a pair of depths.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    unsafe fn fill_transposed<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
+        for panel in 0..self.span.panels() {
+            for step in 0..self.steps() {
+                let mut tiles = [[[_mm512_setzero_si512(); TILE_LANES]; 2]; P];
+                let (start, depth) = self.depths(step);
+                for index in 0..if self.along_depth { LANES } else { STEP / 2 } {
+                    if self.along_depth {
+                        let lane = panel * LANES + index;
+                        if lane >= self.span.lanes {
+                            break;
+                        }
+                        // SAFETY: see `fill`.
+                        let row = unsafe { runs.load::<P>(self.span.lane + lane, start, depth) };
+                        for (tiles, row) in tiles.iter_mut().zip(row) {
+                            tiles[index / TILE_LANES][index % TILE_LANES] = row;
+                        }
+                    } else {
+                        // SAFETY: see `fill`.
+                        let rows = unsafe { self.pair::<P>(runs, panel, step, index) };
+                        for (tiles, rows) in tiles.iter_mut().zip(rows) {
+                            (tiles[0][index], tiles[1][index]) = (rows[0], rows[1]);
+                        }
+                    }
+                }
+                for (plane, tiles) in tiles.iter().enumerate() {
+                    for (tile, rows) in tiles.iter().enumerate() {
+                        for (row, value) in transpose_16x16(rows).into_iter().enumerate() {
+                            // SAFETY: see `fill`.
+                            unsafe { self.row::<P>(out, panel, step, plane, tile, row).write(value) };
+                        }
+                    }
+                }
             }
         }
     }
 
-    /// Two registers are two depths; interleaved they are a row of both tiles of `b`.
+    /// Depths `2 pair` and `2 pair + 1` of a step, for the 32 lanes of a panel: a row of each of its two tiles.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn fill_across_lanes<const P: usize>(
+    unsafe fn pair<const P: usize>(
         &self,
         runs: &impl Runs,
-        start: usize,
-        depth: usize,
-        out: *mut __m512i,
-    ) {
-        let mut rows = [[[_mm512_setzero_si512(); TILE_LANES]; 2]; P];
-        let low = interleave(0);
-        let high = interleave(16);
-        for row in 0..depth.div_ceil(2) {
-            let at = start + 2 * row;
-            // SAFETY: see `fill`.
-            let even = unsafe { runs.load::<P>(at, self.span.lane, self.span.lanes) };
-            let odd = if 2 * row + 1 < depth {
+        panel: usize,
+        step: usize,
+        pair: usize,
+    ) -> [[__m512i; 2]; P] {
+        let (start, depth) = self.depths(step);
+        let part = self.span.panel(panel);
+        let load = |at: usize| {
+            if at < depth {
                 // SAFETY: see `fill`.
-                unsafe { runs.load::<P>(at + 1, self.span.lane, self.span.lanes) }
+                unsafe { runs.load::<P>(start + at, part.lane, part.lanes) }
             } else {
                 [_mm512_setzero_si512(); P]
-            };
-            for plane in 0..P {
-                rows[plane][0][row] = _mm512_permutex2var_epi16(even[plane], low, odd[plane]);
-                rows[plane][1][row] = _mm512_permutex2var_epi16(even[plane], high, odd[plane]);
             }
+        };
+        let (even, odd) = (load(2 * pair), load(2 * pair + 1));
+        let (low, high) = (interleave(0), interleave(16));
+        let mut rows = [[low; 2]; P];
+        for (plane, rows) in rows.iter_mut().enumerate() {
+            rows[0] = _mm512_permutex2var_epi16(even[plane], low, odd[plane]);
+            rows[1] = _mm512_permutex2var_epi16(even[plane], high, odd[plane]);
         }
-        for (plane, tiles) in rows.iter().enumerate() {
-            for (tile, rows) in tiles.iter().enumerate() {
-                // SAFETY: see `fill`.
-                unsafe { self.put(rows, self.side == Side::A, plane, tile, out) };
-            }
-        }
+        rows
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn put(
+    fn steps(&self) -> usize {
+        self.span.depth.div_ceil(STEP)
+    }
+
+    /// First depth of a step, and how many there are.
+    #[inline(always)]
+    fn depths(&self, step: usize) -> (usize, usize) {
+        (self.span.start + step * STEP, STEP.min(self.span.depth - step * STEP))
+    }
+
+    /// Where a row of a tile goes.
+    #[inline(always)]
+    fn row<const P: usize>(
         &self,
-        rows: &[__m512i; 16],
-        transpose: bool,
+        out: *mut __m512i,
+        panel: usize,
+        step: usize,
         plane: usize,
         tile: usize,
-        out: *mut __m512i,
-    ) {
-        let rows = if transpose { transpose_16x16(rows) } else { *rows };
-        for (index, row) in rows.iter().enumerate() {
-            // SAFETY: see `fill`; a tile is 16 registers.
-            unsafe { out.add((plane * 2 + tile) * 16 + index).write(*row) };
-        }
+        row: usize,
+    ) -> *mut __m512i {
+        out.wrapping_add((((panel * self.steps() + step) * P + plane) * 2 + tile) * 16 + row)
     }
 }
 
@@ -271,7 +321,7 @@ impl Runs for Codes<'_> {
     unsafe fn load<const P: usize>(&self, run: usize, start: usize, count: usize) -> [__m512i; P] {
         let weight = &self.weight;
         let flat = run * weight.cols + start;
-        if count < 32 || flat % 32 != 0 || weight.block % 32 != 0 {
+        if count < 32 || !flat.is_multiple_of(32) || !weight.block.is_multiple_of(32) {
             // SAFETY: as the caller promises.
             return unsafe { Any(self.source).load(run, start, count) };
         }

@@ -1,6 +1,6 @@
 //! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
 
-use super::drive::{BLOCK, Kernel, Multiply, Span, TILE_BYTES, Target};
+use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::source::{Side, Source};
 use super::{Precision, Rounding};
 
@@ -31,7 +31,7 @@ unsafe fn multiply(job: Multiply) {
     unsafe { block::<{ cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>(job) }
 }
 
-unsafe fn store(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
     // SAFETY: as the caller promises.
     unsafe { put(sums, rows, cols, c) }
 }
@@ -51,7 +51,7 @@ unsafe fn multiply_avx2(job: Multiply) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn store_avx2(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+unsafe fn store_avx2(sums: *const f32, rows: usize, cols: usize, c: Target) {
     // SAFETY: as the caller promises.
     unsafe { put(sums, rows, cols, c) }
 }
@@ -107,10 +107,11 @@ unsafe fn rows<const FUSED: bool, const ROWS: usize>(job: Multiply, first: usize
 
 #[inline(always)]
 fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
+    let steps = span.depth.div_ceil(16);
     for (index, out) in out.chunks_exact_mut(TILE_BYTES).enumerate() {
-        let start = index / 2 * 16;
+        let start = index / 2 % steps * 16;
         let depth = 16.min(span.depth - start);
-        let lane = index % 2 * 16;
+        let lane = index / (2 * steps) * LANES + index % 2 * 16;
         let lanes = 16.min(span.lanes.saturating_sub(lane));
         let (runs, first, along, at) = if source.along_depth {
             (lanes, span.lane + lane, depth, span.start + start)
@@ -134,14 +135,16 @@ fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut
 }
 
 #[inline(always)]
-unsafe fn put(sums: &[f32; BLOCK], rows: usize, cols: usize, c: Target) {
+unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) {
     for row in 0..rows {
         for tile in 0..cols.div_ceil(16) {
             let count = 16.min(cols - tile * 16);
-            let sums = &sums[(row / 16 * 2 + tile) * 256 + row % 16 * 16..][..count];
-            // SAFETY: [rows, cols] lies inside `c`, and this thread alone has it.
-            let to =
-                unsafe { std::slice::from_raw_parts_mut(c.data.add(row * c.row_stride + tile * 16), count) };
+            // SAFETY: the sums are four tiles; [rows, cols] lies inside `c`, and this thread alone has it.
+            let (sums, to) = unsafe {
+                let sums = sums.add((row / 16 * 2 + tile) * 256 + row % 16 * 16);
+                let to = c.data.add(row * c.row_stride + tile * 16);
+                (std::slice::from_raw_parts(sums, count), std::slice::from_raw_parts_mut(to, count))
+            };
             for (to, sum) in to.iter_mut().zip(sums) {
                 *to = if c.beta == 0.0 { c.alpha * sum } else { c.alpha * sum + c.beta * *to };
             }

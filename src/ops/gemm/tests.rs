@@ -73,7 +73,7 @@ impl Weight {
     fn values(&self) -> Vec<f32> {
         let value = |at: usize| {
             let byte = self.packed[at / 2];
-            let nibble = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+            let nibble = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             let product = NF4[nibble as usize] * self.absmax[at / 64];
             match self.rounding {
                 Rounding::None => product,
