@@ -14,3 +14,4 @@ pub mod adapter;
 pub mod registry;
 pub mod spec;
 pub mod plan;
+pub mod cli;

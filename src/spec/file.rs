@@ -110,17 +110,23 @@ impl Document<'_> {
     /// Reads `data."training_config.yaml"`, or the only entry, as a file of its own.
     fn config_map(&mut self, root: &Node, text: &str) {
         let data = root.get("data");
-        let only = |node: &Node| match &node.content {
-            Content::Map(entries) if entries.len() == 1 => Some(entries[0].node.clone()),
-            _ => None,
+        let entries = match data.map(|data| &data.content) {
+            Some(Content::Map(entries)) => entries.as_slice(),
+            _ => &[],
         };
-        let held = data.and_then(|data| data.get("training_config.yaml").cloned().or_else(|| only(data)));
-        let Some(Node { content: Content::Scalar { text: inner, style }, place }) = held else {
+        let named = entries.iter().find(|entry| entry.key == "training_config.yaml");
+        let held = named.or(if let [only] = entries { Some(only) } else { None });
+        let Some(Entry { node: Node { content: Content::Scalar { text: inner, style }, place }, key_place, .. }) = held
+        else {
             let place = data.map_or(root.place, |data| data.place);
             return self.mistake(place, "a ConfigMap without data.\"training_config.yaml\"".into());
         };
-        self.locate = if style == Style::Literal { below(place, text) } else { Box::new(move |_| place) };
-        match yaml::parse(&inner) {
+        let place = *place;
+        self.locate = match style {
+            Style::Literal => below(key_place.line, text),
+            _ => Box::new(move |_| place),
+        };
+        match yaml::parse(inner) {
             Ok(Some(root)) => self.root(&root),
             Ok(None) => {}
             Err(refusal) => self.mistake(refusal.place, refusal.message),
@@ -138,10 +144,10 @@ impl Document<'_> {
     }
 }
 
-/// Places inside a literal block whose marker stands at `marker`: the block starts on the next line, and is
-/// indented as its first line with text is.
-fn below(marker: Place, text: &str) -> Box<dyn Fn(Place) -> Place> {
-    let first = text.lines().skip(marker.line).find(|line| !line.trim().is_empty()).unwrap_or("");
+/// Places inside a literal block whose key and marker stand on line `marker`: the block starts on the next line,
+/// and is indented as its first line with text is.
+fn below(marker: usize, text: &str) -> Box<dyn Fn(Place) -> Place> {
+    let first = text.lines().skip(marker).find(|line| !line.trim().is_empty()).unwrap_or("");
     let indent = first.len() - first.trim_start_matches(' ').len();
-    Box::new(move |place| Place { line: marker.line + place.line, column: indent + place.column })
+    Box::new(move |place| Place { line: marker + place.line, column: indent + place.column })
 }

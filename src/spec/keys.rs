@@ -182,16 +182,18 @@ pub fn find(section: Section, name: &str) -> Option<&'static Key> {
 /// What somebody who wrote `name` in `section` may have meant: an older name's new one, the nearest spelling,
 /// or the same name in another section.
 pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
-    let renamed = |place: Section| {
+    let renamed = |place: Section, name: &str| {
         let (_, _, new) = table::RENAMED.iter().find(|(at, old, _)| *at == place && *old == name)?;
         find(place, new)
     };
     let respelt = || {
         let names = table::TABLE.iter().filter(|key| key.section == section).map(|key| key.name);
-        find(section, nearest(names, name)?)
+        let older = table::RENAMED.iter().filter(|(at, ..)| *at == section).map(|(_, old, _)| *old);
+        let nearest = nearest(names.chain(older), name)?;
+        find(section, nearest).or_else(|| renamed(section, nearest))
     };
-    let elsewhere = || Section::ALL.into_iter().find_map(|other| find(other, name).or_else(|| renamed(other)));
-    renamed(section).or_else(respelt).or_else(elsewhere)
+    let elsewhere = || Section::ALL.into_iter().find_map(|other| find(other, name).or_else(|| renamed(other, name)));
+    renamed(section, name).or_else(respelt).or_else(elsewhere)
 }
 
 /// The nearest of `names`, if it is near enough to be a slip of the pen.
@@ -258,14 +260,15 @@ mod tests {
 
     #[test]
     fn suggestions() {
-        check(Section::TrainingArguments, "learning_rat", expect![""]);
-        check(Section::TrainingArguments, "Learning_Rate", expect![""]);
-        check(Section::TrainingArguments, "evaluation_strategy", expect![""]);
-        check(Section::TrainingArguments, "group_by_length", expect![""]);
-        check(Section::TrainingArguments, "max_seq_length", expect![""]);
-        check(Section::LoraConfig, "rank", expect![""]);
-        check(Section::LoraConfig, "learning_rate", expect![""]);
-        check(Section::TrainingArguments, "lora_alpha", expect![""]);
+        check(Section::TrainingArguments, "learning_rat", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "Learning_Rate", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "evaluation_strategy", expect!["TrainingArguments.eval_strategy"]);
+        check(Section::TrainingArguments, "group_by_length", expect!["TrainingArguments.train_sampling_strategy"]);
+        check(Section::TrainingArguments, "max_seq_length", expect!["TrainingArguments.max_length"]);
+        check(Section::LoraConfig, "rnak", expect!["LoraConfig.r"]);
+        check(Section::LoraConfig, "rank", expect!["LoraConfig.r"]);
+        check(Section::LoraConfig, "learning_rate", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "lora_alpha", expect!["LoraConfig.lora_alpha"]);
         check(Section::TrainingArguments, "zebra", expect![""]);
     }
 }

@@ -182,7 +182,7 @@ fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Re
         && !says_nothing(&value)
         && Some(&value) != default(key).as_ref()
     {
-        return refuse(node.place, format!("{key}: {} cannot be had: {why}", value.to_json()));
+        return refuse(node.place, format!("{key}: {} is refused: {why}", value.to_json()));
     }
     Ok(value)
 }

@@ -219,6 +219,6 @@ mod tests {
         check(Type::Sources, "a.parquet", expect![[r#"["a.parquet"]"#]]);
         check(Type::Sources, "[a, {url: 'https://h/b', sha256: ff}]", expect![[r#"["a","https://h/b#sha256=ff"]"#]]);
         check(Type::Sources, "{uri: a}", expect!["7: uri is not a key of a source: url or path, sha256"]);
-        check(Type::Sources, "[{sha256: ff}]", expect![""]);
+        check(Type::Sources, "[{sha256: ff}]", expect!["7: expected a URL, a path, or a map of url or path and sha256, found a map"]);
     }
 }
