@@ -40,7 +40,9 @@ pub enum Format {
 }
 
 /// Reads the program's arguments; the error knows its exit code (2, or 0 for help) and prints itself.
-pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Invocation, clap::Error> {
+pub fn parse(
+    arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> Result<Invocation, clap::Error> {
     let matches = Cli::command().try_get_matches_from(arguments)?;
     let cli = Cli::from_arg_matches(&matches)?;
     let matches = matches.subcommand().map(|(_, matches)| matches).expect("a subcommand is required");
@@ -56,8 +58,10 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -
 
 #[derive(Parser)]
 #[command(name = "hone", version, about, max_term_width = 110, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.\n\
-    Every flag is also an environment variable, and every key of the job can stand in one YAML file.")]
+#[command(
+    after_help = "Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.\n\
+    Every flag is also an environment variable, and every key of the job can stand in one YAML file."
+)]
 struct Cli {
     /// How events are shown on stderr; auto: bars on a terminal, JSON lines otherwise
     #[arg(long, value_enum, default_value = "auto", env = "HONE_LOG", global = true)]
@@ -200,12 +204,18 @@ impl Job {
         let mut settings: Vec<Setting> = Vec::new();
         for (key, text) in texts {
             let Some(text) = text else { continue };
-            settings.push(Setting { key: key.into(), written: Written::Text(text), origin: origin(matches, key) });
+            settings.push(Setting {
+                key: key.into(),
+                written: Written::Text(text),
+                origin: origin(matches, key),
+            });
         }
         if !self.data.is_empty() {
             let origin = origin(matches, "data");
             let data = match origin {
-                Origin::Environment(_) => self.data.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect(),
+                Origin::Environment(_) => {
+                    self.data.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect()
+                }
                 _ => self.data,
             };
             settings.push(Setting { key: "data".into(), written: Written::Texts(data), origin });
@@ -273,9 +283,38 @@ mod tests {
     #[test]
     fn flags_become_settings_of_the_table() {
         let request = request(&[
-            "job.yaml", "--config", "c.yaml", "--model", "m", "--data", "a#sha256=ff", "--data", "*.parquet", "--output", "o",
-            "--push", "h/r:t", "--init-adapter", "i", "--device", "cuda:1", "--layout", "text", "--cache", "k", "--name", "n",
-            "--ca-file", "ca.pem", "--docker-config", "d", "--plain-http", "--file-bytes-max", "9", "--set", "LoraConfig.r= 16",
+            "job.yaml",
+            "--config",
+            "c.yaml",
+            "--model",
+            "m",
+            "--data",
+            "a#sha256=ff",
+            "--data",
+            "*.parquet",
+            "--output",
+            "o",
+            "--push",
+            "h/r:t",
+            "--init-adapter",
+            "i",
+            "--device",
+            "cuda:1",
+            "--layout",
+            "text",
+            "--cache",
+            "k",
+            "--name",
+            "n",
+            "--ca-file",
+            "ca.pem",
+            "--docker-config",
+            "d",
+            "--plain-http",
+            "--file-bytes-max",
+            "9",
+            "--set",
+            "LoraConfig.r= 16",
         ]);
         assert_eq!((request.spec, request.config), (Some("job.yaml".into()), Some("c.yaml".into())));
         let shown: String = request
@@ -298,7 +337,8 @@ mod tests {
             plain_http Text("true") --plain-http
             data Texts(["a#sha256=ff", "*.parquet"]) --data
             LoraConfig.r Yaml(" 16") --set
-        "#]].assert_eq(&shown);
+        "#]]
+        .assert_eq(&shown);
         for setting in &request.settings {
             let (section, name) = match setting.key.split_once('.') {
                 Some((section, name)) => (crate::spec::keys::Section::named(section).unwrap(), name),
@@ -313,7 +353,10 @@ mod tests {
     fn what_stands_in_one_variable_is_split() {
         let environment = Origin::Environment("HONE_SET".into());
         let set = vec!["LoraConfig.r=16; device=cpu\nLoraConfig.target_modules=[a, b]".to_string()];
-        assert_eq!(assignments(set, &environment), ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]);
+        assert_eq!(
+            assignments(set, &environment),
+            ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]
+        );
         let set = vec!["ModelConfig.chat_template={{ a; b }}".to_string()];
         assert_eq!(assignments(set.clone(), &Origin::Flag("--set".into())), set);
     }
@@ -346,7 +389,10 @@ mod tests {
         assert_eq!((push.log, push.quiet), (Log::Json, true));
         let registry = RegistryArguments { plain_http: true, ..RegistryArguments::default() };
         assert_eq!(push.command, Command::Push { folder: "a".into(), image: "oci:b".into(), registry });
-        assert!(matches!(command(&["plan", "--format", "json"]).command, Command::Plan { format: Format::Json, .. }));
+        assert!(matches!(
+            command(&["plan", "--format", "json"]).command,
+            Command::Plan { format: Format::Json, .. }
+        ));
         assert_eq!(command(&["example", "d"]).command, Command::Example { folder: "d".into() });
     }
 }

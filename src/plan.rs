@@ -150,7 +150,10 @@ fn model_folder(reader: &mut Reader, kaito: bool) -> PathBuf {
     let path = PathBuf::from(&folder);
     if path.is_dir() {
         if !path.join("config.json").is_file() {
-            reader.wrong(&origin, format!("model: {folder} holds no config.json; expected a Hugging Face model folder"));
+            reader.wrong(
+                &origin,
+                format!("model: {folder} holds no config.json; expected a Hugging Face model folder"),
+            );
         }
     } else if looks_like_hub_id(&folder) {
         reader.wrong(
@@ -199,7 +202,8 @@ fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
 
 /// `output`, else `TrainingArguments.output_dir` as it stands; under KAITO's mounts as its controller resolves it.
 fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
-    let asked = reader.text(Section::Hone, "output").map(|text| (text, reader.origin(Section::Hone, "output")));
+    let asked =
+        reader.text(Section::Hone, "output").map(|text| (text, reader.origin(Section::Hone, "output")));
     let older = reader.text(Section::TrainingArguments, "output_dir").unwrap_or_default();
     let older_origin = reader.origin(Section::TrainingArguments, "output_dir");
     let (folder, origin) = match asked {
@@ -207,7 +211,10 @@ fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
         None if kaito => match below_mnt(&older) {
             Some(folder) => (folder, older_origin),
             None => {
-                reader.wrong(&older_origin, format!("TrainingArguments.output_dir: {older:?} is not below /mnt"));
+                reader.wrong(
+                    &older_origin,
+                    format!("TrainingArguments.output_dir: {older:?} is not below /mnt"),
+                );
                 (PathBuf::new(), older_origin)
             }
         },
@@ -319,7 +326,10 @@ fn dataset_options(reader: &mut Reader) -> dataset::Options {
     let train_share = reader.number(Section::DatasetConfig, "train_test_split");
     if train_share == 0.0 {
         let origin = reader.origin(Section::DatasetConfig, "train_test_split");
-        reader.wrong(&origin, "DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them");
+        reader.wrong(
+            &origin,
+            "DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them",
+        );
     }
     let answer = reader.text(Section::DatasetConfig, "response_column");
     let text_field_is_given = reader.given(Section::TrainingArguments, "dataset_text_field").is_some();
@@ -358,7 +368,8 @@ fn loss(reader: &mut Reader) -> LossOn {
         let value = reader.maybe_boolean(Section::TrainingArguments, name);
         (value, reader.origin(Section::TrainingArguments, name))
     });
-    let find = |wanted| said.iter().find(|(value, _)| *value == Some(wanted)).map(|(_, origin)| origin.clone());
+    let find =
+        |wanted| said.iter().find(|(value, _)| *value == Some(wanted)).map(|(_, origin)| origin.clone());
     let (loss, origin) = match (find(true), find(false)) {
         (None, Some(origin)) => (LossOn::Everything, origin),
         (origin, _) => (LossOn::Answers, origin.unwrap_or(Origin::Default)),
@@ -392,7 +403,10 @@ fn chat_template(reader: &mut Reader) -> Option<String> {
             None
         }
         Err(error) => {
-            reader.wrong(&origin, format!("chat template {text}: {error}; expected Jinja text or a file of it"));
+            reader.wrong(
+                &origin,
+                format!("chat template {text}: {error}; expected Jinja text or a file of it"),
+            );
             None
         }
     }
@@ -423,7 +437,10 @@ fn quantization(reader: &mut Reader) -> Quantization {
     }
     for name in ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"] {
         if let Some(given) = reader.given(Q, name) {
-            let message = format!("{}: QuantizationConfig.{name} does nothing without load_in_4bit: true", given.origin);
+            let message = format!(
+                "{}: QuantizationConfig.{name} does nothing without load_in_4bit: true",
+                given.origin
+            );
             reader.warn(message);
         }
     }
@@ -451,7 +468,8 @@ fn precision(reader: &mut Reader, quantization: Quantization) -> Precision {
         _ => ("bfloat16".into(), Origin::Default),
     };
     if word == "float16" {
-        reader.warn(format!("{origin}: float16 runs as bfloat16, which is as wide and needs no loss scaling"));
+        reader
+            .warn(format!("{origin}: float16 runs as bfloat16, which is as wide and needs no loss scaling"));
     }
     let precision = if word == "float32" { Precision::F32 } else { Precision::Bf16 };
     reader.derive("precision", if precision == Precision::F32 { "f32" } else { "bf16" }, origin);
@@ -473,7 +491,10 @@ fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     let rank_pattern = reader.map(L, "rank_pattern");
     if let Some((pattern, rank)) = rank_pattern.iter().find(|(_, rank)| rank.fract() != 0.0 || *rank < 1.0) {
         let origin = reader.origin(L, "rank_pattern");
-        reader.wrong(&origin, format!("LoraConfig.rank_pattern: {pattern}: expected a whole number from 1, found {rank}"));
+        reader.wrong(
+            &origin,
+            format!("LoraConfig.rank_pattern: {pattern}: expected a whole number from 1, found {rank}"),
+        );
     }
     let init = match reader.text(L, "init_lora_weights").as_deref() {
         Some("gaussian") => LoraInit::Gaussian,
@@ -502,17 +523,24 @@ fn targets(reader: &mut Reader) -> Targets {
     let one = reader.given(L, "target_modules").is_none_or(|given| matches!(given.value, Written::Text(_)));
     let mut names = reader.texts(L, "target_modules");
     let is_name = |text: &str| {
-        !text.is_empty() && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(letter))
+        !text.is_empty()
+            && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(letter))
     };
     if names.is_empty() {
-        reader.wrong(&origin, "LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers");
+        reader.wrong(
+            &origin,
+            "LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers",
+        );
     }
     match names.as_slice() {
         [only] if only == "all-linear" => Targets::AllLinear,
         [only] if one && !is_name(only) => {
             if only.split(',').count() > 1 && only.split(',').all(|part| is_name(part.trim())) {
                 let list = only.split(',').map(str::trim).collect::<Vec<_>>().join(", ");
-                reader.wrong(&origin, format!("LoraConfig.target_modules: one string with commas; write a list: [{list}]"));
+                reader.wrong(
+                    &origin,
+                    format!("LoraConfig.target_modules: one string with commas; write a list: [{list}]"),
+                );
             }
             Targets::Pattern(names.remove(0))
         }
@@ -535,7 +563,10 @@ fn train_options(reader: &mut Reader, dataset: &dataset::Options, seed: u64) -> 
     let epochs = reader.number(T, "num_train_epochs");
     if max_steps <= 0 && epochs == 0.0 {
         let origin = reader.origin(T, "num_train_epochs");
-        reader.wrong(&origin, "TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained");
+        reader.wrong(
+            &origin,
+            "TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained",
+        );
     }
     let clip = reader.number(T, "max_grad_norm");
     let logging_strategy = reader.text(T, "logging_strategy");

@@ -161,11 +161,14 @@ pub(super) fn parse_source(text: &str) -> Result<source::Source> {
         }
     };
     if place.starts_with("http://") || place.starts_with("https://") {
-        let url = url::Url::parse(place).map_err(|error| Fault::config(format!("data: not a URL: {error}")))?;
+        let url =
+            url::Url::parse(place).map_err(|error| Fault::config(format!("data: not a URL: {error}")))?;
         return Ok(source::Source::Url { url, sha256 });
     }
     match place.split_once("://") {
-        Some((scheme, _)) => Err(Fault::config(format!("data: {scheme}:// is not a source; expected http://, https:// or a path"))),
+        Some((scheme, _)) => Err(Fault::config(format!(
+            "data: {scheme}:// is not a source; expected http://, https:// or a path"
+        ))),
         None => Ok(source::Source::Path { pattern: place.into(), sha256 }),
     }
 }

@@ -42,8 +42,11 @@ fn check_table(config: &str, expected: Expect) {
     let case = Case::new();
     let plan = case.plan(config).unwrap();
     // The columns' width depends on the length of the temporary folder's path.
-    let columns = |line: &str| line.split("  ").map(str::trim).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("  ");
-    expected.assert_eq(&case.strip(&plan.table()).lines().map(|line| columns(line) + "\n").collect::<String>());
+    let columns = |line: &str| {
+        line.split("  ").map(str::trim).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("  ")
+    };
+    expected
+        .assert_eq(&case.strip(&plan.table()).lines().map(|line| columns(line) + "\n").collect::<String>());
 }
 
 fn check_fault(config: &str, expected: Expect) {
@@ -59,7 +62,9 @@ fn arguments(text: &str) -> String {
 
 #[test]
 fn kaitos_qlora_template() {
-    check_table(include_str!("../../examples/training_config/qlora.yaml"), expect![[r#"
+    check_table(
+        include_str!("../../examples/training_config/qlora.yaml"),
+        expect![[r#"
         model folder  tiny  --model
         model name  tiny  default
         precision  bf16  train.yaml:12
@@ -118,7 +123,8 @@ fn kaitos_qlora_template() {
         ModelConfig.local_files_only (train.yaml:6): the model is a folder on this machine; nothing is downloaded for it
         TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
         DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -205,17 +211,53 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
 
 #[test]
 fn contradictions() {
-    check_fault("training_config: {QuantizationConfig: {load_in_4bit: true, load_in_8bit: true}}\n", expect!["train.yaml:1:60: QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit"]);
-    check_fault("training_config: {QuantizationConfig: {load_in_8bit: true}}\n", expect!["train.yaml:1:40: QuantizationConfig.load_in_8bit: there is no 8-bit base; use load_in_4bit: true, or neither for plain LoRA"]);
-    check_fault(&arguments("bf16: true, fp16: true"), expect!["train.yaml:2:35: TrainingArguments: bf16 and fp16 are both true; choose one"]);
-    check_fault(&arguments("num_train_epochs: 0"), expect!["train.yaml:2:23: TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained"]);
-    check_fault("training_config: {DatasetConfig: {train_test_split: 0}}\n", expect!["train.yaml:1:35: DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them"]);
-    check_fault("training_config: {LoraConfig: {target_modules: 'q_proj, v_proj'}}\n", expect!["train.yaml:1:32: LoraConfig.target_modules: one string with commas; write a list: [q_proj, v_proj]"]);
-    check_fault("training_config: {LoraConfig: {target_modules: []}}\n", expect!["train.yaml:1:32: LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers"]);
-    check_fault("training_config: {ModelConfig: {chat_template: /no/such.jinja}}\ndevice: gpu\n", expect![[r#"
+    check_fault(
+        "training_config: {QuantizationConfig: {load_in_4bit: true, load_in_8bit: true}}\n",
+        expect![
+            "train.yaml:1:60: QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit"
+        ],
+    );
+    check_fault(
+        "training_config: {QuantizationConfig: {load_in_8bit: true}}\n",
+        expect![
+            "train.yaml:1:40: QuantizationConfig.load_in_8bit: there is no 8-bit base; use load_in_4bit: true, or neither for plain LoRA"
+        ],
+    );
+    check_fault(
+        &arguments("bf16: true, fp16: true"),
+        expect!["train.yaml:2:35: TrainingArguments: bf16 and fp16 are both true; choose one"],
+    );
+    check_fault(
+        &arguments("num_train_epochs: 0"),
+        expect![
+            "train.yaml:2:23: TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained"
+        ],
+    );
+    check_fault(
+        "training_config: {DatasetConfig: {train_test_split: 0}}\n",
+        expect![
+            "train.yaml:1:35: DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them"
+        ],
+    );
+    check_fault(
+        "training_config: {LoraConfig: {target_modules: 'q_proj, v_proj'}}\n",
+        expect![
+            "train.yaml:1:32: LoraConfig.target_modules: one string with commas; write a list: [q_proj, v_proj]"
+        ],
+    );
+    check_fault(
+        "training_config: {LoraConfig: {target_modules: []}}\n",
+        expect![
+            "train.yaml:1:32: LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers"
+        ],
+    );
+    check_fault(
+        "training_config: {ModelConfig: {chat_template: /no/such.jinja}}\ndevice: gpu\n",
+        expect![[r#"
         2 mistakes in the configuration
           train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text or a file of it
-          train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]]);
+          train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]],
+    );
 }
 
 #[test]
@@ -225,7 +267,8 @@ fn no_model_and_no_dataset() {
         2 mistakes in the configuration
           no model: name its folder with `model` (--model DIR)
           no dataset: name parquet files with `data` (--data URL_OR_PATH)
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]].assert_eq(&fault.to_string());
+          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
+    .assert_eq(&fault.to_string());
     let settings = ["model", "data"].map(|key| Setting {
         key: key.into(),
         written: Written::Text(if key == "model" { "org/model-7b".into() } else { "s3://bucket/key".into() }),
@@ -241,8 +284,20 @@ fn no_model_and_no_dataset() {
 
 #[test]
 fn output_dir_by_kaitos_rule() {
-    let shown = |text: &str| below_mnt(text).map(|path| path.display().to_string()).unwrap_or("refused".into());
-    let cases = ["", "out", "/mnt/results", "/mnt/a//b/", "/data/x", "./x", "/mnt", "../etc", "/mnt/../etc", "x/../y"];
+    let shown =
+        |text: &str| below_mnt(text).map(|path| path.display().to_string()).unwrap_or("refused".into());
+    let cases = [
+        "",
+        "out",
+        "/mnt/results",
+        "/mnt/a//b/",
+        "/data/x",
+        "./x",
+        "/mnt",
+        "../etc",
+        "/mnt/../etc",
+        "x/../y",
+    ];
     let table: String = cases.iter().map(|text| format!("{text:?} -> {}\n", shown(text))).collect();
     expect![[r#"
         "" -> /mnt/output
@@ -255,7 +310,8 @@ fn output_dir_by_kaitos_rule() {
         "../etc" -> refused
         "/mnt/../etc" -> refused
         "x/../y" -> /mnt/y
-    "#]].assert_eq(&table);
+    "#]]
+    .assert_eq(&table);
 }
 
 #[test]
@@ -306,20 +362,26 @@ fn choices_that_depend_on_other_keys() {
     assert_eq!((keep("gradient_checkpointing: true"), keep("")), (Keep::LayerInputs, Keep::Everything));
     let bare = plan("training_config: {QuantizationConfig: {load_in_4bit: true}}\n").model;
     assert_eq!(bare.quantization, Quantization::FourBit { code: FourBitCode::Fp4, double: false });
-    let warned = plan("training_config: {QuantizationConfig: {bnb_4bit_quant_type: nf4}, TrainingArguments: {optim: adamw_8bit, fp16: true}}\n");
+    let warned = plan(
+        "training_config: {QuantizationConfig: {bnb_4bit_quant_type: nf4}, TrainingArguments: {optim: adamw_8bit, fp16: true}}\n",
+    );
     assert_eq!(warned.warnings.len(), 3, "{:?}", warned.warnings);
 }
 
 #[test]
 fn precision_by_the_nearest_key() {
     let case = Case::new();
-    let precision = |config: &str| case.plan(&format!("training_config: {{{config}}}\n")).unwrap().model.precision;
+    let precision =
+        |config: &str| case.plan(&format!("training_config: {{{config}}}\n")).unwrap().model.precision;
     let four_bit = "QuantizationConfig: {load_in_4bit: true, bnb_4bit_compute_dtype: float32}";
     assert_eq!(precision(""), Precision::Bf16);
     assert_eq!(precision(four_bit), Precision::F32);
     assert_eq!(precision(&format!("{four_bit}, TrainingArguments: {{bf16: true}}")), Precision::F32);
     assert_eq!(precision("ModelConfig: {torch_dtype: float32}"), Precision::F32);
-    assert_eq!(precision("ModelConfig: {torch_dtype: float32}, TrainingArguments: {bf16: true}"), Precision::Bf16);
+    assert_eq!(
+        precision("ModelConfig: {torch_dtype: float32}, TrainingArguments: {bf16: true}"),
+        Precision::Bf16
+    );
     assert_eq!(precision("TrainingArguments: {bf16: false}"), Precision::F32);
     assert_eq!(precision("ModelConfig: {torch_dtype: float16}"), Precision::Bf16);
 }

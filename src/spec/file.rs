@@ -10,7 +10,8 @@ use std::path::Path;
 /// Sets what the file says; mistakes in it are added, a file that cannot be read is a fault at once.
 pub(super) fn read(path: &Path, spec: &mut Spec, mistakes: &mut Mistakes) -> Result<()> {
     let text = load(path)?;
-    let mut document = Document { name: path.display().to_string(), locate: Box::new(|place| place), spec, mistakes };
+    let mut document =
+        Document { name: path.display().to_string(), locate: Box::new(|place| place), spec, mistakes };
     match yaml::parse(&text) {
         Ok(Some(root)) if is_config_map(&root) => document.config_map(&root, &text),
         Ok(Some(root)) => document.root(&root),
@@ -30,8 +31,10 @@ fn load(path: &Path) -> Result<String> {
     let file = std::fs::File::open(path).map_err(cannot)?;
     file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes).map_err(cannot)?;
     if bytes.len() > FILE_BYTES_MAX {
-        return Err(Fault::config(format!("{name}: more than {FILE_BYTES_MAX} bytes; a configuration has a few kilobytes"))
-            .help("is this the right file?"));
+        return Err(Fault::config(format!(
+            "{name}: more than {FILE_BYTES_MAX} bytes; a configuration has a few kilobytes"
+        ))
+        .help("is this the right file?"));
     }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
@@ -101,7 +104,10 @@ impl Document<'_> {
             Content::Map(entries) => entries,
             _ if node.is_null() => &[],
             _ => {
-                self.mistake(node.place, format!("{what}: expected a map of keys, found {}", node.describe()));
+                self.mistake(
+                    node.place,
+                    format!("{what}: expected a map of keys, found {}", node.describe()),
+                );
                 &[]
             }
         }
@@ -116,7 +122,11 @@ impl Document<'_> {
         };
         let named = entries.iter().find(|entry| entry.key == "training_config.yaml");
         let held = named.or(if let [only] = entries { Some(only) } else { None });
-        let Some(Entry { node: Node { content: Content::Scalar { text: inner, style }, place }, key_place, .. }) = held
+        let Some(Entry {
+            node: Node { content: Content::Scalar { text: inner, style }, place },
+            key_place,
+            ..
+        }) = held
         else {
             let place = data.map_or(root.place, |data| data.place);
             return self.mistake(place, "a ConfigMap without data.\"training_config.yaml\"".into());

@@ -192,7 +192,8 @@ pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
         let nearest = nearest(names.chain(older), name)?;
         find(section, nearest).or_else(|| renamed(section, nearest))
     };
-    let elsewhere = || Section::ALL.into_iter().find_map(|other| find(other, name).or_else(|| renamed(other, name)));
+    let elsewhere =
+        || Section::ALL.into_iter().find_map(|other| find(other, name).or_else(|| renamed(other, name)));
     renamed(section, name).or_else(respelt).or_else(elsewhere)
 }
 
@@ -201,7 +202,9 @@ pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&
     const SIMILARITY_MIN: f64 = 0.72;
     let name = name.to_lowercase();
     names
-        .map(|candidate| (candidate, strsim::normalized_damerau_levenshtein(&candidate.to_lowercase(), &name)))
+        .map(|candidate| {
+            (candidate, strsim::normalized_damerau_levenshtein(&candidate.to_lowercase(), &name))
+        })
         .filter(|(_, similarity)| *similarity >= SIMILARITY_MIN)
         .max_by(|(_, left), (_, right)| left.total_cmp(right))
         .map(|(candidate, _)| candidate)
@@ -220,7 +223,8 @@ pub fn markdown() -> String {
                 Effect::None(why) => format!("no effect: {why}"),
                 Effect::Refused(why) => format!("any other value is refused: {why}"),
             };
-            text += &format!("| `{}` | {} | {default} | {} |\n", key.name, key.kind, about.replace('|', "\\|"));
+            text +=
+                &format!("| `{}` | {} | {default} | {} |\n", key.name, key.kind, about.replace('|', "\\|"));
         }
         text.push('\n');
     }
@@ -240,7 +244,8 @@ mod tests {
             assert!(!key.about.is_empty() && !key.about.contains('\n'), "{key}");
             if !key.default.is_empty() {
                 let node = crate::spec::yaml::parse(key.default).unwrap().unwrap();
-                crate::spec::value::read(key.kind, &node).unwrap_or_else(|refusal| panic!("{key}: {refusal:?}"));
+                crate::spec::value::read(key.kind, &node)
+                    .unwrap_or_else(|refusal| panic!("{key}: {refusal:?}"));
             }
             assert!(markdown().contains(&format!("| `{}` |", key.name)));
         }
@@ -263,7 +268,11 @@ mod tests {
         check(Section::TrainingArguments, "learning_rat", expect!["TrainingArguments.learning_rate"]);
         check(Section::TrainingArguments, "Learning_Rate", expect!["TrainingArguments.learning_rate"]);
         check(Section::TrainingArguments, "evaluation_strategy", expect!["TrainingArguments.eval_strategy"]);
-        check(Section::TrainingArguments, "group_by_length", expect!["TrainingArguments.train_sampling_strategy"]);
+        check(
+            Section::TrainingArguments,
+            "group_by_length",
+            expect!["TrainingArguments.train_sampling_strategy"],
+        );
         check(Section::TrainingArguments, "max_seq_length", expect!["TrainingArguments.max_length"]);
         check(Section::LoraConfig, "rnak", expect!["LoraConfig.r"]);
         check(Section::LoraConfig, "rank", expect!["LoraConfig.r"]);

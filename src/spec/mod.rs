@@ -57,9 +57,9 @@ impl Spec {
 
     /// All given keys in order of the sections.
     pub fn iter(&self) -> impl Iterator<Item = (&'static Key, &Given)> {
-        self.given
-            .iter()
-            .map(|((section, name), given)| (keys::find(*section, name).expect("only keys of the table are set"), given))
+        self.given.iter().map(|((section, name), given)| {
+            (keys::find(*section, name).expect("only keys of the table are set"), given)
+        })
     }
 
     fn set(&mut self, key: &'static Key, value: Value, origin: Origin) {
@@ -155,9 +155,8 @@ impl Spec {
             Written::Text(text) => quoted(text),
             Written::Texts(texts) => node(Content::List(texts.iter().map(quoted).collect())),
             Written::Yaml(text) => match yaml::parse(text) {
-                Ok(parsed) => {
-                    parsed.unwrap_or_else(|| node(Content::Scalar { text: String::new(), style: Style::Plain }))
-                }
+                Ok(parsed) => parsed
+                    .unwrap_or_else(|| node(Content::Scalar { text: String::new(), style: Style::Plain })),
                 Err(refusal) => return mistakes.add(&setting.origin, refusal.message),
             },
         };
@@ -255,11 +254,16 @@ impl Mistakes {
             0 => return Ok(()),
             1 => shown.remove(0),
             _ => {
-                let more = if count > SHOWN_MAX { format!("\n  and {} more", count - SHOWN_MAX) } else { String::new() };
+                let more = if count > SHOWN_MAX {
+                    format!("\n  and {} more", count - SHOWN_MAX)
+                } else {
+                    String::new()
+                };
                 format!("{count} mistakes in the configuration\n  {}{more}", shown.join("\n  "))
             }
         };
-        Err(Fault::config(message).help("README.md lists every key; `hone plan` shows what a configuration resolves to"))
+        Err(Fault::config(message)
+            .help("README.md lists every key; `hone plan` shows what a configuration resolves to"))
     }
 }
 

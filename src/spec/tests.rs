@@ -62,24 +62,91 @@ modle: x
 #[test]
 fn single_refusals() {
     let arguments = |text: &str| format!("training_config:\n  TrainingArguments: {{{text}}}\n");
-    check(&arguments("lr_scheduler_type: polynomial"), expect![[r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, found "polynomial""#]]);
-    check(&arguments("optim: lion_8bit"), expect![[r#"train.yaml:2:30: TrainingArguments.optim: expected one of adamw_torch, adamw_torch_fused, adamw_torch_xla, adamw_torch_npu_fused, adamw_anyprecision, adamw_torch_4bit, adamw_torch_8bit, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, adamw_hf, adamw_apex_fused, found "lion_8bit""#]]);
-    check(&arguments("save_strategy: best"), expect![[r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, found "best""#]]);
-    check(&arguments("neftune_noise_alpha: 5"), expect!["train.yaml:2:44: TrainingArguments.neftune_noise_alpha: 5.0 is refused: embeddings get no noise"]);
-    check(&arguments("deepspeed: {stage: 2}"), expect![[r#"train.yaml:2:34: TrainingArguments.deepspeed: {"stage":"2"} is refused: one device holds the model; remove the key"#]]);
-    check(&arguments("push_to_hub: yes"), expect!["train.yaml:2:36: TrainingArguments.push_to_hub: true is refused: use `push: IMAGE`, which sends the adapter to a registry"]);
-    check(&arguments("per_device_train_batch_size: 0"), expect![[r#"train.yaml:2:52: TrainingArguments.per_device_train_batch_size: expected a whole number from 1, found "0""#]]);
-    check(&arguments("learning_rate: 1e-4, learning_rate: 2e-4"), expect!["train.yaml:2:44: learning_rate appears twice; the first is on line 2"]);
-    check("training_config:\n  LoraConfig: {bias: all}\n", expect![[r#"train.yaml:2:22: LoraConfig.bias: "all" is refused: biases are frozen; an adapter with biases is not portable to vLLM"#]]);
-    check("training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n", expect![[r#"train.yaml:2:33: LoraConfig.modules_to_save: ["lm_head"] is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either"#]]);
-    check("training_config:\n  LoraConfig: [r, 8]\n", expect!["train.yaml:2:15: LoraConfig: expected a map of keys, found a list"]);
-    check("training_config:\n  DatasetConfig: {train_test_split: 1.5}\n", expect![[r#"train.yaml:2:37: DatasetConfig.train_test_split: expected a number from 0 to 1, found "1.5""#]]);
-    check("training_config:\n  DatasetConfig: {dataset_extension: csv}\n", expect![[r#"train.yaml:2:38: DatasetConfig.dataset_extension: "csv" is refused: parquet is what is read"#]]);
+    check(
+        &arguments("lr_scheduler_type: polynomial"),
+        expect![[
+            r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, found "polynomial""#
+        ]],
+    );
+    check(
+        &arguments("optim: lion_8bit"),
+        expect![[
+            r#"train.yaml:2:30: TrainingArguments.optim: expected one of adamw_torch, adamw_torch_fused, adamw_torch_xla, adamw_torch_npu_fused, adamw_anyprecision, adamw_torch_4bit, adamw_torch_8bit, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, adamw_hf, adamw_apex_fused, found "lion_8bit""#
+        ]],
+    );
+    check(
+        &arguments("save_strategy: best"),
+        expect![[
+            r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, found "best""#
+        ]],
+    );
+    check(
+        &arguments("neftune_noise_alpha: 5"),
+        expect![
+            "train.yaml:2:44: TrainingArguments.neftune_noise_alpha: 5.0 is refused: embeddings get no noise"
+        ],
+    );
+    check(
+        &arguments("deepspeed: {stage: 2}"),
+        expect![[
+            r#"train.yaml:2:34: TrainingArguments.deepspeed: {"stage":"2"} is refused: one device holds the model; remove the key"#
+        ]],
+    );
+    check(
+        &arguments("push_to_hub: yes"),
+        expect![
+            "train.yaml:2:36: TrainingArguments.push_to_hub: true is refused: use `push: IMAGE`, which sends the adapter to a registry"
+        ],
+    );
+    check(
+        &arguments("per_device_train_batch_size: 0"),
+        expect![[
+            r#"train.yaml:2:52: TrainingArguments.per_device_train_batch_size: expected a whole number from 1, found "0""#
+        ]],
+    );
+    check(
+        &arguments("learning_rate: 1e-4, learning_rate: 2e-4"),
+        expect!["train.yaml:2:44: learning_rate appears twice; the first is on line 2"],
+    );
+    check(
+        "training_config:\n  LoraConfig: {bias: all}\n",
+        expect![[
+            r#"train.yaml:2:22: LoraConfig.bias: "all" is refused: biases are frozen; an adapter with biases is not portable to vLLM"#
+        ]],
+    );
+    check(
+        "training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n",
+        expect![[
+            r#"train.yaml:2:33: LoraConfig.modules_to_save: ["lm_head"] is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either"#
+        ]],
+    );
+    check(
+        "training_config:\n  LoraConfig: [r, 8]\n",
+        expect!["train.yaml:2:15: LoraConfig: expected a map of keys, found a list"],
+    );
+    check(
+        "training_config:\n  DatasetConfig: {train_test_split: 1.5}\n",
+        expect![[
+            r#"train.yaml:2:37: DatasetConfig.train_test_split: expected a number from 0 to 1, found "1.5""#
+        ]],
+    );
+    check(
+        "training_config:\n  DatasetConfig: {dataset_extension: csv}\n",
+        expect![[
+            r#"train.yaml:2:38: DatasetConfig.dataset_extension: "csv" is refused: parquet is what is read"#
+        ]],
+    );
     check("LoraConfig: {r: 8}\n", expect!["train.yaml:1:1: LoraConfig belongs under `training_config:`"]);
-    check("trainingconfig: {}\n", expect!["train.yaml:1:1: trainingconfig is not a key; did you mean training_config?"]);
+    check(
+        "trainingconfig: {}\n",
+        expect!["train.yaml:1:1: trainingconfig is not a key; did you mean training_config?"],
+    );
     check("just text\n", expect![[r#"train.yaml:1:1: the file: expected a map of keys, found "just text""#]]);
     check("training_config: [\n", expect!["train.yaml:1:18: not valid YAML: unclosed bracket '['"]);
-    check("kind: ConfigMap\ndata: {}\n", expect![[r#"train.yaml:2:7: a ConfigMap without data."training_config.yaml""#]]);
+    check(
+        "kind: ConfigMap\ndata: {}\n",
+        expect![[r#"train.yaml:2:7: a ConfigMap without data."training_config.yaml""#]],
+    );
 }
 
 #[test]
@@ -106,7 +173,10 @@ data:
 
 #[test]
 fn oversized_and_unreadable_files_are_refused() {
-    check(&"x".repeat(yaml::FILE_BYTES_MAX + 1), expect!["train.yaml: more than 1048576 bytes; a configuration has a few kilobytes"]);
+    check(
+        &"x".repeat(yaml::FILE_BYTES_MAX + 1),
+        expect!["train.yaml: more than 1048576 bytes; a configuration has a few kilobytes"],
+    );
     let (folder, path) = file("");
     std::fs::write(&path, b"a: 1\nb: \xff\n").unwrap();
     let request = Request { config: Some(path), ..Request::default() };
@@ -127,15 +197,21 @@ fn the_later_source_wins_and_is_named() {
         written: Written::Yaml(text.into()),
         origin,
     };
-    let mut request = Request { spec: Some(spec.clone()), config: Some(config.clone()), settings: Vec::new() };
+    let mut request =
+        Request { spec: Some(spec.clone()), config: Some(config.clone()), settings: Vec::new() };
     let origin = |request: &Request, name: &str| {
-        let spec = gather(request, &|name| (name == "DEFAULT_TARGET_MODULES").then(|| "q_proj, v_proj".into())).unwrap();
+        let spec =
+            gather(request, &|name| (name == "DEFAULT_TARGET_MODULES").then(|| "q_proj, v_proj".into()))
+                .unwrap();
         let given = spec.get(Section::LoraConfig, name).unwrap().clone();
         format!("{} {}", given.value.to_json(), given.origin)
     };
     assert_eq!(origin(&request, "lora_dropout"), format!("0.1 {}:1", config.display()));
     assert_eq!(origin(&request, "r"), format!("2 {}:1", spec.display()));
-    assert_eq!(origin(&request, "target_modules"), r#"["q_proj","v_proj"] environment DEFAULT_TARGET_MODULES"#);
+    assert_eq!(
+        origin(&request, "target_modules"),
+        r#"["q_proj","v_proj"] environment DEFAULT_TARGET_MODULES"#
+    );
     request.settings.push(setting("3", Origin::Environment("HONE_SET".into())));
     assert_eq!(origin(&request, "r"), "3 environment HONE_SET");
     request.settings.push(setting("4", Origin::Flag("--set".into())));
@@ -154,7 +230,19 @@ fn settings_are_refused_like_files() {
         expected.assert_eq(&gather(&request, &|_| None).unwrap_err().message);
     };
     check("LoraConfig.rnak", "8", expect!["--set: LoraConfig.rnak is not a key; did you mean r?"]);
-    check("Lora.r", "8", expect![[r#"--set: "Lora" is not a section; there are ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#]]);
+    check(
+        "Lora.r",
+        "8",
+        expect![[
+            r#"--set: "Lora" is not a section; there are ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
+        ]],
+    );
     check("LoraConfig.r", "[8", expect!["--set: not valid YAML: unclosed bracket '['"]);
-    check("TrainingArguments.learning_rate", "fast", expect![[r#"--set: TrainingArguments.learning_rate: expected a number from 0 to 1000, found "fast""#]]);
+    check(
+        "TrainingArguments.learning_rate",
+        "fast",
+        expect![[
+            r#"--set: TrainingArguments.learning_rate: expected a number from 0 to 1000, found "fast""#
+        ]],
+    );
 }

@@ -26,9 +26,9 @@ impl Value {
             Value::Number(value) => (*value).into(),
             Value::Text(value) => value.as_str().into(),
             Value::List(items) => items.iter().map(Value::to_json).collect(),
-            Value::Map(entries) => {
-                serde_json::Value::Object(entries.iter().map(|(key, value)| (key.clone(), value.to_json())).collect())
-            }
+            Value::Map(entries) => serde_json::Value::Object(
+                entries.iter().map(|(key, value)| (key.clone(), value.to_json())).collect(),
+            ),
         }
     }
 }
@@ -49,7 +49,9 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
         }
         (Type::Texts, Content::List(items)) => list(Type::Text, items),
         (Type::Integers, Content::List(items)) => list(Type::Integer { min: 0 }, items),
-        (Type::Integers, Content::Scalar { .. }) => Ok(Value::List(vec![read(Type::Integer { min: 0 }, node)?])),
+        (Type::Integers, Content::Scalar { .. }) => {
+            Ok(Value::List(vec![read(Type::Integer { min: 0 }, node)?]))
+        }
         (_, Content::Scalar { text, .. }) => scalar(kind, text).map_or_else(wrong, Ok),
         _ => wrong(),
     }
@@ -116,10 +118,17 @@ fn source(node: &Node) -> Result<Value, Refusal> {
         refuse(place, format!("expected a URL, a path, or a map of url or path and sha256, found {found}"))
     };
     let place = match &node.content {
-        Content::Scalar { text, .. } if !text.is_empty() && !node.is_null() => return Ok(Value::Text(text.clone())),
+        Content::Scalar { text, .. } if !text.is_empty() && !node.is_null() => {
+            return Ok(Value::Text(text.clone()));
+        }
         Content::Map(entries) => {
-            if let Some(entry) = entries.iter().find(|entry| !["url", "path", "sha256"].contains(&entry.key.as_str())) {
-                return refuse(entry.key_place, format!("{} is not a key of a source: url or path, sha256", entry.key));
+            if let Some(entry) =
+                entries.iter().find(|entry| !["url", "path", "sha256"].contains(&entry.key.as_str()))
+            {
+                return refuse(
+                    entry.key_place,
+                    format!("{} is not a key of a source: url or path, sha256", entry.key),
+                );
             }
             node.get("url").or_else(|| node.get("path"))
         }
@@ -188,7 +197,11 @@ mod tests {
         check(INTEGER, "8.0", expect![[r#"6: expected a whole number from 1, found "8.0""#]]);
         check(INTEGER, "010", expect![[r#"6: expected a whole number from 1, found "010""#]]);
         check(INTEGER, "0", expect![[r#"6: expected a whole number from 1, found "0""#]]);
-        check(INTEGER, "99999999999999999999", expect![[r#"6: expected a whole number from 1, found "99999999999999999999""#]]);
+        check(
+            INTEGER,
+            "99999999999999999999",
+            expect![[r#"6: expected a whole number from 1, found "99999999999999999999""#]],
+        );
     }
 
     #[test]
@@ -204,7 +217,11 @@ mod tests {
         }
         check(Type::Boolean, "maybe", expect![[r#"6: expected true or false, found "maybe""#]]);
         check(Type::Choice(&["no", "steps"]), "no", expect![[r#""no""#]]);
-        check(Type::Choice(&["no", "steps"]), "best", expect![[r#"6: expected one of no, steps, found "best""#]]);
+        check(
+            Type::Choice(&["no", "steps"]),
+            "best",
+            expect![[r#"6: expected one of no, steps, found "best""#]],
+        );
         check(Type::Text, "1.0", expect![[r#""1.0""#]]);
     }
 
@@ -217,8 +234,16 @@ mod tests {
         check(Type::Integers, "[0, x]", expect![[r#"10: expected a whole number from 0, found "x""#]]);
         check(Type::Map, "{q_proj: 4}", expect![[r#"{"q_proj":4.0}"#]]);
         check(Type::Sources, "a.parquet", expect![[r#"["a.parquet"]"#]]);
-        check(Type::Sources, "[a, {url: 'https://h/b', sha256: ff}]", expect![[r#"["a","https://h/b#sha256=ff"]"#]]);
+        check(
+            Type::Sources,
+            "[a, {url: 'https://h/b', sha256: ff}]",
+            expect![[r#"["a","https://h/b#sha256=ff"]"#]],
+        );
         check(Type::Sources, "{uri: a}", expect!["7: uri is not a key of a source: url or path, sha256"]);
-        check(Type::Sources, "[{sha256: ff}]", expect!["7: expected a URL, a path, or a map of url or path and sha256, found a map"]);
+        check(
+            Type::Sources,
+            "[{sha256: ff}]",
+            expect!["7: expected a URL, a path, or a map of url or path and sha256, found a map"],
+        );
     }
 }

@@ -130,8 +130,7 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
                 Some(Ok((event, span))) if is_content(&event) => return Ok((event, place_of(&span))),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
-                    let place =
-                        Place { line: error.marker().line(), column: error.marker().col() + 1 };
+                    let place = Place { line: error.marker().line(), column: error.marker().col() + 1 };
                     return refuse(place, format!("not valid YAML: {}", error.info()));
                 }
                 None => return Ok((Event::StreamEnd, Place { line: 1, column: 1 })),
@@ -145,7 +144,9 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
             return refuse(place, format!("more than {NODES_MAX} values"));
         }
         let tag = match &event {
-            Event::Scalar(_, _, _, tag) | Event::SequenceStart(_, _, tag) | Event::MappingStart(_, _, tag) => tag,
+            Event::Scalar(_, _, _, tag)
+            | Event::SequenceStart(_, _, tag)
+            | Event::MappingStart(_, _, tag) => tag,
             _ => &None,
         };
         if let Some(tag) = tag
@@ -165,7 +166,10 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
             Event::SequenceStart(..) => Content::List(self.list()?),
             Event::MappingStart(..) => Content::Map(self.map()?),
             Event::Alias(_) => {
-                return refuse(place, "an alias (*name); write the value out, so that the file reads by itself");
+                return refuse(
+                    place,
+                    "an alias (*name); write the value out, so that the file reads by itself",
+                );
             }
             _ => return refuse(place, "a value is missing"),
         };
@@ -258,7 +262,9 @@ mod tests {
     fn scalars_stay_text_with_their_place() {
         check(
             "a: 2e-4\nb:\n  - yes # why\n  - 'no'\nc: ~\nd:",
-            expect![[r#"{a: "2e-4"@1:4, b: ["yes"@3:5, "no"@4:5], c: nothing (null)@5:4, d: nothing (null)@6:2}"#]],
+            expect![[
+                r#"{a: "2e-4"@1:4, b: ["yes"@3:5, "no"@4:5], c: nothing (null)@5:4, d: nothing (null)@6:2}"#
+            ]],
         );
         check("# nothing\n", expect!["empty"]);
         check("", expect!["empty"]);
@@ -267,12 +273,21 @@ mod tests {
     #[test]
     fn what_is_refused() {
         check("a: 1\nb: 2\na: 3\n", expect!["3:1: a appears twice; the first is on line 1"]);
-        check("a: &x [1]\nb: *x\n", expect!["2:4: an alias (*name); write the value out, so that the file reads by itself"]);
-        check("a: !!python/object:os.system x\n", expect!["1:30: the tag !!python/object:os.system has no meaning here"]);
+        check(
+            "a: &x [1]\nb: *x\n",
+            expect!["2:4: an alias (*name); write the value out, so that the file reads by itself"],
+        );
+        check(
+            "a: !!python/object:os.system x\n",
+            expect!["1:30: the tag !!python/object:os.system has no meaning here"],
+        );
         check("? [a]\n: b\n", expect!["1:3: a key must be a plain word"]);
         check("a: 1\n---\nb: 2\n", expect!["3:1: a second YAML document; one is expected"]);
         check("a: [1\nb: 2\n", expect!["2:2: not valid YAML: illegal placement of ':' indicator"]);
-        check("a:\n\tb: 1\n", expect!["2:2: not valid YAML: tabs disallowed within this context (block indentation)"]);
+        check(
+            "a:\n\tb: 1\n",
+            expect!["2:2: not valid YAML: tabs disallowed within this context (block indentation)"],
+        );
     }
 
     #[test]
@@ -280,10 +295,19 @@ mod tests {
         let bomb = (1..30).fold("a0: &a0 [x, x]\n".to_string(), |text, level| {
             format!("{text}a{level}: &a{level} [*a{0}, *a{0}, *a{0}]\n", level - 1)
         });
-        check(&bomb, expect!["2:10: an alias (*name); write the value out, so that the file reads by itself"]);
+        check(
+            &bomb,
+            expect!["2:10: an alias (*name); write the value out, so that the file reads by itself"],
+        );
         check(&"[".repeat(100_000), expect!["1:17: not valid YAML: recursion limit exceeded"]);
-        check(&(0..500).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect::<String>(), expect!["17:17: not valid YAML: recursion limit exceeded"]);
+        check(
+            &(0..500).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect::<String>(),
+            expect!["17:17: not valid YAML: recursion limit exceeded"],
+        );
         check(&"- x\n".repeat(30_000), expect!["20000:3: more than 20000 values"]);
-        check(&"x".repeat(FILE_BYTES_MAX + 1), expect!["1:1: 1048577 bytes of YAML; at most 1048576 are read"]);
+        check(
+            &"x".repeat(FILE_BYTES_MAX + 1),
+            expect!["1:1: 1048577 bytes of YAML; at most 1048576 are read"],
+        );
     }
 }

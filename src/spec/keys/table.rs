@@ -3,8 +3,8 @@
 //! differs, the text says what theirs is.
 
 use super::Section::{
-    DataCollator as C, DatasetConfig as D, Hone as H, LoraConfig as L, ModelConfig as M, QuantizationConfig as Q,
-    TrainingArguments as T,
+    DataCollator as C, DatasetConfig as D, Hone as H, LoraConfig as L, ModelConfig as M,
+    QuantizationConfig as Q, TrainingArguments as T,
 };
 use super::Type::{Any, Boolean, Integers, Map, Path, Sources, Text, Texts};
 use super::{Key, choice, integer, number};
@@ -12,9 +12,19 @@ use super::{Key, choice, integer, number};
 const DTYPES: &[&str] = &["bfloat16", "float16", "float32"];
 const INTERVALS: &[&str] = &["no", "steps", "epoch"];
 const OPTIMIZERS: &[&str] = &[
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision",
-    "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit",
-    "paged_adamw_8bit", "adamw_hf", "adamw_apex_fused",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+    "adamw_anyprecision",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "adamw_hf",
+    "adamw_apex_fused",
 ];
 
 // Reasons that several keys share.
