@@ -79,12 +79,9 @@ pub fn make(spec: &Spec) -> Result<Plan> {
 fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let ca_file = existing_file(reader, "ca_file");
     let folder = model_folder(reader, spec.kaito);
-    let model_name = reader.text(Section::Hone, "name");
-    let model_name = model_name.unwrap_or_else(|| {
-        let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-        name.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
-    });
-    reader.derive("model name", model_name.as_str(), Origin::Default);
+    let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| folder_name(&folder));
+    let origin = reader.origin(Section::Hone, "name");
+    reader.derive("model name", model_name.as_str(), origin);
     let data = data(reader, spec.kaito);
     let dataset = dataset_options(reader);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
@@ -165,6 +162,11 @@ fn model_folder(reader: &mut Reader, kaito: bool) -> PathBuf {
     }
     reader.derive("model folder", folder.as_str(), origin);
     path
+}
+
+fn folder_name(folder: &Path) -> String {
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 fn looks_like_hub_id(text: &str) -> bool {

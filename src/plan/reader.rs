@@ -155,20 +155,19 @@ pub(super) fn parse_source(text: &str) -> Result<source::Source> {
         Some((place, digest)) => {
             let digest = digest.to_ascii_lowercase();
             if digest.len() != 64 || !digest.chars().all(|letter| letter.is_ascii_hexdigit()) {
-                return Err(Fault::config("data: expected 64 hexadecimal digits after #sha256="));
+                return Err(Fault::config("expected 64 hexadecimal digits after #sha256="));
             }
             (place, Some(digest))
         }
     };
     if place.starts_with("http://") || place.starts_with("https://") {
-        let url =
-            url::Url::parse(place).map_err(|error| Fault::config(format!("data: not a URL: {error}")))?;
+        let url = url::Url::parse(place).map_err(|error| Fault::config(format!("not a URL: {error}")))?;
         return Ok(source::Source::Url { url, sha256 });
     }
     match place.split_once("://") {
-        Some((scheme, _)) => Err(Fault::config(format!(
-            "data: {scheme}:// is not a source; expected http://, https:// or a path"
-        ))),
+        Some((scheme, _)) => {
+            Err(Fault::config(format!("{scheme}:// is not a source; expected http://, https:// or a path")))
+        }
         None => Ok(source::Source::Path { pattern: place.into(), sha256 }),
     }
 }
@@ -183,7 +182,7 @@ pub(super) fn parse_target(text: &str) -> Result<registry::Target> {
         _ => (layout, "latest"),
     };
     if folder.is_empty() || tag.is_empty() {
-        return Err(Fault::config(format!("push: expected oci:FOLDER or oci:FOLDER:tag, found {text:?}")));
+        return Err(Fault::config(format!("expected oci:FOLDER or oci:FOLDER:tag, found {text:?}")));
     }
     Ok(registry::Target::Layout { folder: PathBuf::from(folder), tag: tag.into() })
 }

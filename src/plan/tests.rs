@@ -279,7 +279,7 @@ fn no_model_and_no_dataset() {
     expect![[r#"
         2 mistakes in the configuration
           --model: model: there is no folder org/model-7b; hone does not fetch models from a hub: download it first (`hf download org/model-7b --local-dir DIR`) and give DIR
-          --data: data: s3:// is not a source; expected http://, https:// or a path"#]].assert_eq(&fault.message);
+          --data: s3:// is not a source; expected http://, https:// or a path"#]].assert_eq(&fault.message);
 }
 
 #[test]

@@ -181,7 +181,12 @@ fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Re
         && !says_nothing(&value)
         && Some(&value) != default(key).as_ref()
     {
-        return refuse(node.place, format!("{key}: {} is refused: {why}", value.to_json()));
+        // What is inside a map or list may be a token; it is not shown.
+        let found = match value {
+            Value::Map(_) | Value::List(_) => node.describe(),
+            value => value.to_json().to_string(),
+        };
+        return refuse(node.place, format!("{key}: {found} is refused: {why}"));
     }
     Ok(value)
 }
@@ -238,11 +243,13 @@ pub struct Mistakes(Vec<String>);
 
 impl Mistakes {
     pub fn add(&mut self, origin: &Origin, message: impl fmt::Display) {
-        self.0.push(match origin {
+        const MESSAGE_CHARACTERS_MAX: usize = 600;
+        let message = match origin {
             Origin::Default => message.to_string(),
             Origin::File { name, line, column } => format!("{name}:{line}:{column}: {message}"),
             origin => format!("{origin}: {message}"),
-        });
+        };
+        self.0.push(crate::report::clean::clean(&message, MESSAGE_CHARACTERS_MAX));
     }
 
     pub fn into_result(self) -> Result<()> {
