@@ -220,8 +220,15 @@ impl Job {
             };
             settings.push(Setting { key: "data".into(), written: Written::Texts(data), origin });
         }
-        for assignment in assignments(self.set, &origin(matches, "set")) {
-            settings.push(setting(&assignment, origin(matches, "set"))?);
+        // clap takes the variable only when there is no flag; here both count, key by key.
+        let variable = std::env::var("HONE_SET").unwrap_or_default();
+        for assignment in assignments(&variable) {
+            settings.push(setting(assignment, Origin::Environment("HONE_SET".into()))?);
+        }
+        if let Origin::Flag(_) = origin(matches, "set") {
+            for assignment in &self.set {
+                settings.push(setting(assignment, origin(matches, "set"))?);
+            }
         }
         settings.sort_by_key(|setting| matches!(setting.origin, Origin::Flag(_)));
         Ok(Request { spec: self.spec, config: self.config, settings })
@@ -235,14 +242,9 @@ fn origin(matches: &ArgMatches, key: &str) -> Origin {
     }
 }
 
-fn assignments(set: Vec<String>, origin: &Origin) -> Vec<String> {
-    match origin {
-        Origin::Environment(_) => {
-            let parts = set.iter().flat_map(|text| text.split([';', '\n']));
-            parts.map(str::trim).filter(|part| !part.is_empty()).map(String::from).collect()
-        }
-        _ => set,
-    }
+/// What stands in HONE_SET, which a flag would repeat.
+fn assignments(variable: &str) -> impl Iterator<Item = &str> {
+    variable.split([';', '\n']).map(str::trim).filter(|part| !part.is_empty())
 }
 
 /// `Section.key=value`.
@@ -348,17 +350,12 @@ mod tests {
         }
     }
 
-    /// Setting variables of a process that runs tests at once is not safe; clap's own part is left to clap.
     #[test]
     fn what_stands_in_one_variable_is_split() {
-        let environment = Origin::Environment("HONE_SET".into());
-        let set = vec!["LoraConfig.r=16; device=cpu\nLoraConfig.target_modules=[a, b]".to_string()];
-        assert_eq!(
-            assignments(set, &environment),
-            ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]
-        );
-        let set = vec!["ModelConfig.chat_template={{ a; b }}".to_string()];
-        assert_eq!(assignments(set.clone(), &Origin::Flag("--set".into())), set);
+        let variable = "LoraConfig.r=16; device=cpu\nLoraConfig.target_modules=[a, b];";
+        let split: Vec<&str> = assignments(variable).collect();
+        assert_eq!(split, ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]);
+        assert_eq!(assignments("").count(), 0);
     }
 
     #[test]

@@ -88,7 +88,9 @@ fn single_refusals() {
     );
     check(
         &arguments("deepspeed: {stage: 2}"),
-        expect!["train.yaml:2:34: TrainingArguments.deepspeed: a map is refused: one device holds the model; remove the key"],
+        expect![
+            "train.yaml:2:34: TrainingArguments.deepspeed: a map is refused: one device holds the model; remove the key"
+        ],
     );
     check(
         &arguments("push_to_hub: yes"),
@@ -114,7 +116,9 @@ fn single_refusals() {
     );
     check(
         "training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n",
-        expect!["train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either"],
+        expect![
+            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either"
+        ],
     );
     check(
         "training_config:\n  LoraConfig: [r, 8]\n",
