@@ -1,8 +1,14 @@
 //! What configurations resolve to.
 
+use super::places::below_mnt;
+use super::rows::TOKENS_UNLIMITED;
 use super::*;
+use crate::dataset::LossOn;
+use crate::model::{FourBitCode, Keep, Precision, Quantization, Targets};
 use crate::spec::{self, Request, Setting, Written};
+use crate::train::{Every, Warmup};
 use expect_test::{Expect, expect};
+use std::path::Path;
 
 struct Case {
     folder: tempfile::TempDir,
