@@ -15,3 +15,4 @@ pub mod adapter;
 pub mod registry;
 pub mod spec;
 pub mod plan;
+pub mod cli;

@@ -1,1 +1,123 @@
-//! What will be done: every default, limit and name resolved, each with its origin.
+//! What will be done: every default, limit and name resolved, each with its origin. Looks at which paths exist;
+//! reads nothing but a chat template, fetches nothing.
+
+mod reader;
+mod places;
+mod rows;
+mod base;
+mod training;
+mod show;
+
+use crate::fault::Result;
+use crate::spec::keys::{Effect, Section};
+use crate::spec::{Origin, Spec};
+use crate::{dataset, model, registry, source, train};
+use reader::Reader;
+use std::path::PathBuf;
+
+/// Everything `hone run` needs to know; stages take their own part.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub source: source::Options,
+    pub data: Vec<source::Source>,
+    pub dataset: dataset::Options,
+    pub tokens: dataset::TokenOptions,
+    pub model: model::Options,
+    /// Name of the base model, for the image and the adapter's card.
+    pub model_name: String,
+    pub train: train::Options,
+    pub output: PathBuf,
+    pub push: Option<registry::Target>,
+    pub registry: registry::Options,
+    pub init_adapter: Option<PathBuf>,
+    pub device: Device,
+    /// Every value that counts, in the table's order.
+    pub values: Vec<Value>,
+    /// Given keys that change nothing here.
+    pub ignored: Vec<Ignored>,
+    /// What somebody should look at although the run goes on.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The first CUDA device if there is one, else the CPU.
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+/// One resolved value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Value {
+    /// `Section.key`, a key of hone, or what hone made of them (`precision`).
+    pub name: String,
+    pub value: serde_json::Value,
+    pub origin: Origin,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ignored {
+    pub name: String,
+    pub origin: Origin,
+    pub why: &'static str,
+}
+
+/// Resolves what was asked. All contradictions and missing things are told in one fault.
+pub fn make(spec: &Spec) -> Result<Plan> {
+    let mut reader = Reader::new(spec);
+    let plan = resolve(&mut reader, spec);
+    reader.finish(plan)
+}
+
+fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
+    let ca_file = places::existing_file(reader, "ca_file");
+    let folder = places::model_folder(reader, spec.kaito);
+    let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| places::folder_name(&folder));
+    let origin = reader.origin(Section::Hone, "name");
+    reader.derive("model name", model_name.as_str(), origin);
+    let data = places::data(reader, spec.kaito);
+    let dataset = rows::dataset_options(reader);
+    let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
+    let quantization = base::quantization(reader);
+    let model = model::Options {
+        folder,
+        quantization,
+        precision: base::precision(reader, quantization),
+        keep: base::keep(reader),
+        lora: base::lora(reader, seed),
+    };
+    let train = training::train_options(reader, &dataset, seed);
+    Plan {
+        source: places::source_options(reader, ca_file.clone()),
+        data,
+        tokens: rows::token_options(reader),
+        model,
+        model_name,
+        train,
+        output: places::output(reader, spec.kaito),
+        push: places::push(reader),
+        registry: places::registry_options(reader, ca_file),
+        init_adapter: places::init_adapter(reader),
+        device: places::device(reader),
+        dataset,
+        values: Vec::new(),
+        ignored: ignored(spec),
+        warnings: Vec::new(),
+    }
+}
+
+fn ignored(spec: &Spec) -> Vec<Ignored> {
+    let why = |effect| match effect {
+        Effect::None(why) => Some(why),
+        _ => None,
+    };
+    spec.iter()
+        .filter_map(|(key, given)| {
+            Some(Ignored { name: key.to_string(), origin: given.origin.clone(), why: why(key.effect)? })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,12 @@
 //!
 //! Code that works holds a `Report` and speaks in events; only the sinks know how they look.
 
+pub mod clean;
+pub mod terminal;
+pub mod lines;
+pub mod termination;
+
+use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
 /// The part of a job that is under way.
@@ -80,6 +86,16 @@ pub trait Sink: Send + Sync {
     fn event(&self, event: &Event);
     /// A task began, moved or (`done == total`, or `finished`) ended. `label` is a file name or the like.
     fn progress(&self, progress: &Progress);
+}
+
+/// Bars when `bars` says so, or, when it says nothing, when stderr is a terminal; JSON lines otherwise.
+pub fn choose(bars: Option<bool>, quiet: bool) -> Arc<dyn Sink> {
+    if bars.unwrap_or_else(|| std::io::stderr().is_terminal()) {
+        return Arc::new(terminal::Terminal::new(quiet));
+    }
+    let lines = lines::Lines::new(quiet);
+    lines.install();
+    Arc::new(lines)
 }
 
 #[derive(Clone, Debug)]

@@ -1,0 +1,395 @@
+//! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
+//! those are in the table of keys.
+
+use crate::spec::{Origin, Request, Setting, Written};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// What to do, and how to tell about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Invocation {
+    pub log: Log,
+    pub quiet: bool,
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    Run(Request),
+    Plan { request: Request, format: Format },
+    Push { folder: PathBuf, image: String, registry: RegistryArguments },
+    Pull { image: String, folder: PathBuf, registry: RegistryArguments },
+    Example { folder: PathBuf },
+}
+
+/// How events are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Log {
+    /// Bars on a terminal, JSON lines otherwise.
+    Auto,
+    Terminal,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+/// Reads the program's arguments; the error knows its exit code (2, or 0 for help) and prints itself.
+pub fn parse(
+    arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> Result<Invocation, clap::Error> {
+    let matches = Cli::command().try_get_matches_from(arguments)?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    let matches = matches.subcommand().map(|(_, matches)| matches).expect("a subcommand is required");
+    let command = match cli.command {
+        Subcommands::Run(job) => Command::Run(job.request(matches)?),
+        Subcommands::Plan { job, format } => Command::Plan { request: job.request(matches)?, format },
+        Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
+        Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
+        Subcommands::Example { folder } => Command::Example { folder },
+    };
+    Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
+}
+
+#[derive(Parser)]
+#[command(name = "hone", version, about, max_term_width = 110, arg_required_else_help = true)]
+#[command(
+    after_help = "Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.\n\
+    Every flag is also an environment variable, and every key of the job can stand in one YAML file."
+)]
+struct Cli {
+    /// How events are shown on stderr; auto: bars on a terminal, JSON lines otherwise
+    #[arg(long, value_enum, default_value = "auto", env = "HONE_LOG", global = true)]
+    log: Log,
+    /// Only warnings and errors
+    #[arg(short, long, env = "HONE_QUIET", global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Subcommand)]
+enum Subcommands {
+    /// Fine-tune a model and write the adapter; push it if asked
+    #[command(after_help = "Examples:\n  \
+        hone run --config training_config.yaml --model ./Phi-3-mini --data https://host/rows.parquet --output ./adapter\n  \
+        hone run job.yaml --set LoraConfig.r=16 --set TrainingArguments.learning_rate=2e-4\n  \
+        hone run job.yaml --data 'rows/*.parquet' --push registry.example.com/adapters/support:1")]
+    Run(Job),
+    /// Show everything `run` would do, each value with where it came from
+    #[command(after_help = "Example:\n  hone plan job.yaml --format json")]
+    Plan {
+        #[command(flatten)]
+        job: Job,
+        /// A table for people, or JSON
+        #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
+        format: Format,
+    },
+    /// Push an adapter's folder as an image
+    #[command(after_help = "Examples:\n  hone push ./adapter registry.example.com/adapters/support:1\n  \
+        hone push ./adapter oci:./image")]
+    Push {
+        /// Folder with adapter_config.json and adapter_model.safetensors
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+        /// host/repository:tag, or oci:DIR for a layout on disk
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        #[command(flatten)]
+        registry: RegistryArguments,
+    },
+    /// Pull an adapter's image into a folder
+    #[command(after_help = "Example:\n  hone pull registry.example.com/adapters/support:1 ./adapter")]
+    Pull {
+        /// host/repository:tag, or oci:DIR for a layout on disk
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        /// Folder to write; must not hold another adapter
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+        #[command(flatten)]
+        registry: RegistryArguments,
+    },
+    /// Write a tiny model, a dataset and a configuration to try everything with
+    Example {
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+}
+
+/// How `push` and `pull` reach a registry.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+pub struct RegistryArguments {
+    /// Docker config.json, or its folder, with the registry's credentials
+    #[arg(long, value_name = "PATH", env = "HONE_DOCKER_CONFIG")]
+    pub docker_config: Option<PathBuf>,
+    /// Root certificates (PEM) trusted besides the built-in ones
+    #[arg(long, value_name = "FILE", env = "HONE_CA_FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// Talk to the registry without TLS
+    #[arg(long, env = "HONE_PLAIN_HTTP")]
+    pub plain_http: bool,
+}
+
+/// The job: files, then keys. The name of each flag below the files is that of a key of hone.
+#[derive(Args)]
+struct Job {
+    /// YAML with hone's keys and `training_config:`
+    #[arg(value_name = "SPEC.yaml", env = "HONE_SPEC")]
+    spec: Option<PathBuf>,
+    /// KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
+    #[arg(long, value_name = "FILE", env = "HONE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Folder of the base model
+    #[arg(long, value_name = "DIR", env = "HONE_MODEL")]
+    model: Option<String>,
+    /// Name of the base model, for the image's annotation
+    #[arg(long, value_name = "NAME", env = "HONE_NAME")]
+    name: Option<String>,
+    /// Parquet to train on: URL, file, folder or glob; may be repeated; #sha256=... pins the bytes
+    #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
+    data: Vec<String>,
+    /// What a row holds: messages, prompt_completion or text [default: told from the columns]
+    #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
+    layout: Option<String>,
+    /// Folder for the adapter [default: TrainingArguments.output_dir]
+    #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
+    output: Option<String>,
+    /// Image to push when training is done
+    #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
+    push: Option<String>,
+    /// PEFT folder to start from
+    #[arg(long, value_name = "DIR", env = "HONE_INIT_ADAPTER")]
+    init_adapter: Option<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
+    device: Option<String>,
+    /// Folder of downloads
+    #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
+    cache: Option<String>,
+    /// Largest data file that is downloaded, in bytes
+    #[arg(long, value_name = "BYTES", env = "HONE_FILE_BYTES_MAX")]
+    file_bytes_max: Option<String>,
+    #[command(flatten)]
+    registry: RegistryArguments,
+    /// Any key: --set LoraConfig.r=16; may be repeated; in the environment separated by ; or line breaks
+    #[arg(long, value_name = "SECTION.KEY=VALUE", env = "HONE_SET")]
+    set: Vec<String>,
+}
+
+impl Job {
+    /// Settings from the environment first, so that flags win over them.
+    fn request(self, matches: &ArgMatches) -> Result<Request, clap::Error> {
+        let path = |path: Option<PathBuf>| path.map(|path| path.to_string_lossy().into_owned());
+        let plain_http = self.registry.plain_http.then(|| "true".to_string());
+        let texts = [
+            ("model", self.model),
+            ("name", self.name),
+            ("layout", self.layout),
+            ("output", self.output),
+            ("push", self.push),
+            ("init_adapter", self.init_adapter),
+            ("device", self.device),
+            ("cache", self.cache),
+            ("file_bytes_max", self.file_bytes_max),
+            ("ca_file", path(self.registry.ca_file)),
+            ("docker_config", path(self.registry.docker_config)),
+            ("plain_http", plain_http),
+        ];
+        let mut settings: Vec<Setting> = Vec::new();
+        for (key, text) in texts {
+            let Some(text) = text else { continue };
+            settings.push(Setting {
+                key: key.into(),
+                written: Written::Text(text),
+                origin: origin(matches, key),
+            });
+        }
+        if !self.data.is_empty() {
+            let origin = origin(matches, "data");
+            let data = match origin {
+                Origin::Environment(_) => {
+                    self.data.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect()
+                }
+                _ => self.data,
+            };
+            settings.push(Setting { key: "data".into(), written: Written::Texts(data), origin });
+        }
+        // clap takes the variable only when there is no flag; here both count, key by key.
+        let variable = std::env::var("HONE_SET").unwrap_or_default();
+        for assignment in assignments(&variable) {
+            settings.push(setting(assignment, Origin::Environment("HONE_SET".into()))?);
+        }
+        if let Origin::Flag(_) = origin(matches, "set") {
+            for assignment in &self.set {
+                settings.push(setting(assignment, origin(matches, "set"))?);
+            }
+        }
+        settings.sort_by_key(|setting| matches!(setting.origin, Origin::Flag(_)));
+        Ok(Request { spec: self.spec, config: self.config, settings })
+    }
+}
+
+fn origin(matches: &ArgMatches, key: &str) -> Origin {
+    match matches.value_source(key) {
+        Some(ValueSource::EnvVariable) => Origin::Environment(format!("HONE_{}", key.to_uppercase())),
+        _ => Origin::Flag(format!("--{}", key.replace('_', "-"))),
+    }
+}
+
+/// What stands in HONE_SET, which a flag would repeat.
+fn assignments(variable: &str) -> impl Iterator<Item = &str> {
+    variable.split([';', '\n']).map(str::trim).filter(|part| !part.is_empty())
+}
+
+/// `Section.key=value`.
+fn setting(assignment: &str, origin: Origin) -> Result<Setting, clap::Error> {
+    match assignment.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => {
+            Ok(Setting { key: key.trim().into(), written: Written::Yaml(value.into()), origin })
+        }
+        _ => Err(Cli::command().error(
+            clap::error::ErrorKind::ValueValidation,
+            format!("--set {assignment:?}: expected Section.key=value, such as LoraConfig.r=16"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn request(arguments: &[&str]) -> Request {
+        let arguments = ["hone", "run"].iter().chain(arguments);
+        match parse(arguments.copied()).unwrap().command {
+            Command::Run(request) => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn exit_code(arguments: &[&str]) -> i32 {
+        parse(["hone"].iter().chain(arguments).copied()).unwrap_err().exit_code()
+    }
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_become_settings_of_the_table() {
+        let request = request(&[
+            "job.yaml",
+            "--config",
+            "c.yaml",
+            "--model",
+            "m",
+            "--data",
+            "a#sha256=ff",
+            "--data",
+            "*.parquet",
+            "--output",
+            "o",
+            "--push",
+            "h/r:t",
+            "--init-adapter",
+            "i",
+            "--device",
+            "cuda:1",
+            "--layout",
+            "text",
+            "--cache",
+            "k",
+            "--name",
+            "n",
+            "--ca-file",
+            "ca.pem",
+            "--docker-config",
+            "d",
+            "--plain-http",
+            "--file-bytes-max",
+            "9",
+            "--set",
+            "LoraConfig.r= 16",
+        ]);
+        assert_eq!((request.spec, request.config), (Some("job.yaml".into()), Some("c.yaml".into())));
+        let shown: String = request
+            .settings
+            .iter()
+            .map(|setting| format!("{} {:?} {}\n", setting.key, setting.written, setting.origin))
+            .collect();
+        expect![[r#"
+            model Text("m") --model
+            name Text("n") --name
+            layout Text("text") --layout
+            output Text("o") --output
+            push Text("h/r:t") --push
+            init_adapter Text("i") --init-adapter
+            device Text("cuda:1") --device
+            cache Text("k") --cache
+            file_bytes_max Text("9") --file-bytes-max
+            ca_file Text("ca.pem") --ca-file
+            docker_config Text("d") --docker-config
+            plain_http Text("true") --plain-http
+            data Texts(["a#sha256=ff", "*.parquet"]) --data
+            LoraConfig.r Yaml(" 16") --set
+        "#]]
+        .assert_eq(&shown);
+        for setting in &request.settings {
+            let (section, name) = match setting.key.split_once('.') {
+                Some((section, name)) => (crate::spec::keys::Section::named(section).unwrap(), name),
+                None => (crate::spec::keys::Section::Hone, setting.key.as_str()),
+            };
+            assert!(crate::spec::keys::find(section, name).is_some(), "{}", setting.key);
+        }
+    }
+
+    #[test]
+    fn what_stands_in_one_variable_is_split() {
+        let variable = "LoraConfig.r=16; device=cpu\nLoraConfig.target_modules=[a, b];";
+        let split: Vec<&str> = assignments(variable).collect();
+        assert_eq!(split, ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]);
+        assert_eq!(assignments("").count(), 0);
+    }
+
+    #[test]
+    fn every_flag_has_a_variable() {
+        for subcommand in Cli::command().get_subcommands() {
+            for argument in subcommand.get_arguments().filter(|argument| argument.get_long().is_some()) {
+                let id = argument.get_id().as_str();
+                let variable = argument.get_env().map(|name| name.to_string_lossy().into_owned());
+                assert_eq!(variable, Some(format!("HONE_{}", id.to_uppercase())), "{id}");
+            }
+        }
+    }
+
+    #[test]
+    fn usage_errors_exit_with_2_and_help_with_0() {
+        assert_eq!(exit_code(&["run", "--no-such-flag"]), 2);
+        assert_eq!(exit_code(&["tune"]), 2);
+        assert_eq!(exit_code(&["push", "only-a-folder"]), 2);
+        assert_eq!(exit_code(&["run", "--set", "LoraConfig.r"]), 2);
+        assert_eq!(exit_code(&["plan", "--format", "xml"]), 2);
+        assert_eq!(exit_code(&["run", "--help"]), 0);
+    }
+
+    #[test]
+    fn other_commands() {
+        let command = |arguments: &[&str]| parse(["hone"].iter().chain(arguments).copied()).unwrap();
+        let push = command(&["push", "a", "oci:b", "--plain-http", "-q", "--log", "json"]);
+        assert_eq!((push.log, push.quiet), (Log::Json, true));
+        let registry = RegistryArguments { plain_http: true, ..RegistryArguments::default() };
+        assert_eq!(push.command, Command::Push { folder: "a".into(), image: "oci:b".into(), registry });
+        assert!(matches!(
+            command(&["plan", "--format", "json"]).command,
+            Command::Plan { format: Format::Json, .. }
+        ));
+        assert_eq!(command(&["example", "d"]).command, Command::Example { folder: "d".into() });
+    }
+}

@@ -1,0 +1,141 @@
+//! How the base is stored and computed with, and what is adapted.
+
+use super::reader::Reader;
+use crate::model::{FourBitCode, Keep, LoraInit, LoraOptions, Precision, Quantization, Targets};
+use crate::spec::Origin;
+use crate::spec::keys::Section;
+use crate::spec::value::Value as Written;
+
+pub(super) fn quantization(reader: &mut Reader) -> Quantization {
+    use Section::QuantizationConfig as Q;
+    let four = reader.boolean(Q, "load_in_4bit");
+    let eight = reader.boolean(Q, "load_in_8bit");
+    let code = match reader.text(Q, "bnb_4bit_quant_type").as_deref() {
+        Some("nf4") => FourBitCode::Nf4,
+        _ => FourBitCode::Fp4,
+    };
+    let double = reader.boolean(Q, "bnb_4bit_use_double_quant");
+    if eight {
+        let origin = reader.origin(Q, "load_in_8bit");
+        let message = if four {
+            "QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit"
+        } else {
+            "QuantizationConfig.load_in_8bit: there is no 8-bit base; use load_in_4bit: true, or neither for plain LoRA"
+        };
+        reader.wrong(&origin, message);
+    }
+    if four {
+        return Quantization::FourBit { code, double };
+    }
+    for name in ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"] {
+        if let Some(given) = reader.given(Q, name) {
+            let message = format!(
+                "{}: QuantizationConfig.{name} does nothing without load_in_4bit: true",
+                given.origin
+            );
+            reader.warn(message);
+        }
+    }
+    Quantization::None
+}
+
+/// A 4-bit base's compute type, then `bf16`/`fp16`, then the model's type, then bf16.
+pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Precision {
+    use Section::{ModelConfig as M, QuantizationConfig as Q, TrainingArguments as T};
+    let compute = reader.text(Q, "bnb_4bit_compute_dtype").filter(|_| quantization != Quantization::None);
+    let dtype = reader.text(M, "torch_dtype");
+    let bf16 = reader.maybe_boolean(T, "bf16");
+    let fp16 = reader.boolean(T, "fp16");
+    if fp16 && bf16 == Some(true) {
+        let origin = reader.origin(T, "fp16");
+        reader.wrong(&origin, "TrainingArguments: bf16 and fp16 are both true; choose one");
+    }
+    let from = |reader: &Reader, section, name, word: &str| (word.to_string(), reader.origin(section, name));
+    let (word, origin) = match (compute, dtype) {
+        (Some(word), _) => from(reader, Q, "bnb_4bit_compute_dtype", &word),
+        _ if bf16 == Some(true) => from(reader, T, "bf16", "bfloat16"),
+        _ if fp16 => from(reader, T, "fp16", "float16"),
+        (_, Some(word)) => from(reader, M, "torch_dtype", &word),
+        _ if bf16 == Some(false) => from(reader, T, "bf16", "float32"),
+        _ => ("bfloat16".into(), Origin::Default),
+    };
+    if word == "float16" {
+        reader
+            .warn(format!("{origin}: float16 runs as bfloat16, which is as wide and needs no loss scaling"));
+    }
+    let precision = if word == "float32" { Precision::F32 } else { Precision::Bf16 };
+    reader.derive("precision", if precision == Precision::F32 { "f32" } else { "bf16" }, origin);
+    precision
+}
+
+pub(super) fn keep(reader: &mut Reader) -> Keep {
+    let given = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
+    let keep = if given == Some(true) { Keep::LayerInputs } else { Keep::Everything };
+    let shown = if keep == Keep::LayerInputs { "layer inputs" } else { "everything" };
+    let origin = reader.origin(Section::TrainingArguments, "gradient_checkpointing");
+    reader.derive("kept for the backward pass", shown, origin);
+    keep
+}
+
+pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
+    use Section::LoraConfig as L;
+    let layers = reader.integers(L, "layers_to_transform").into_iter().map(|layer| layer as usize).collect();
+    let rank_pattern = reader.map(L, "rank_pattern");
+    if let Some((pattern, rank)) = rank_pattern.iter().find(|(_, rank)| rank.fract() != 0.0 || *rank < 1.0) {
+        let origin = reader.origin(L, "rank_pattern");
+        reader.wrong(
+            &origin,
+            format!("LoraConfig.rank_pattern: {pattern}: expected a whole number from 1, found {rank}"),
+        );
+    }
+    let init = match reader.text(L, "init_lora_weights").as_deref() {
+        Some("gaussian") => LoraInit::Gaussian,
+        _ => LoraInit::Kaiming,
+    };
+    LoraOptions {
+        r: reader.integer(L, "r") as usize,
+        alpha: reader.number(L, "lora_alpha"),
+        dropout: reader.number(L, "lora_dropout"),
+        rslora: reader.boolean(L, "use_rslora"),
+        targets: targets(reader),
+        exclude: reader.texts(L, "exclude_modules"),
+        layers,
+        rank_pattern: rank_pattern.into_iter().map(|(pattern, rank)| (pattern, rank as usize)).collect(),
+        alpha_pattern: reader.map(L, "alpha_pattern"),
+        init,
+        seed,
+    }
+}
+
+/// A list holds names. One string is `all-linear`, a name (KAITO makes a list of it), or else PEFT's regular
+/// expression on the whole path, which a bare name could never match.
+fn targets(reader: &mut Reader) -> Targets {
+    use Section::LoraConfig as L;
+    let origin = reader.origin(L, "target_modules");
+    let one = reader.given(L, "target_modules").is_none_or(|given| matches!(given.value, Written::Text(_)));
+    let mut names = reader.texts(L, "target_modules");
+    let is_name = |text: &str| {
+        !text.is_empty()
+            && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(letter))
+    };
+    if names.is_empty() {
+        reader.wrong(
+            &origin,
+            "LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers",
+        );
+    }
+    match names.as_slice() {
+        [only] if only == "all-linear" => Targets::AllLinear,
+        [only] if one && !is_name(only) => {
+            if only.split(',').count() > 1 && only.split(',').all(|part| is_name(part.trim())) {
+                let list = only.split(',').map(str::trim).collect::<Vec<_>>().join(", ");
+                reader.wrong(
+                    &origin,
+                    format!("LoraConfig.target_modules: one string with commas; write a list: [{list}]"),
+                );
+            }
+            Targets::Pattern(names.remove(0))
+        }
+        _ => Targets::Names(names),
+    }
+}

@@ -1,0 +1,199 @@
+//! Paths, addresses and devices of a job: what they are, and that local ones exist.
+
+use super::Device;
+use super::reader::{self, Reader};
+use crate::spec::Origin;
+use crate::spec::keys::Section;
+use crate::{registry, source};
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+pub(super) fn model_folder(reader: &mut Reader, kaito: bool) -> PathBuf {
+    const MOUNTED: [&str; 2] = ["/workspace/tfs/weights", "/workspace/weights"];
+    let mut origin = reader.origin(Section::Hone, "model");
+    let mut folder = reader.text(Section::Hone, "model");
+    if let Some(older) = reader.text(Section::ModelConfig, "pretrained_model_name_or_path")
+        && folder.is_none()
+    {
+        origin = reader.origin(Section::ModelConfig, "pretrained_model_name_or_path");
+        folder = Some(older);
+    }
+    if folder.is_none() && kaito {
+        folder = MOUNTED.into_iter().find(|path| Path::new(path).is_dir()).map(String::from);
+    }
+    let Some(folder) = folder else {
+        reader.wrong(&Origin::Default, "no model: name its folder with `model` (--model DIR)");
+        return PathBuf::new();
+    };
+    let path = PathBuf::from(&folder);
+    if path.is_dir() {
+        if !path.join("config.json").is_file() {
+            reader.wrong(
+                &origin,
+                format!("model: {folder} holds no config.json; expected a Hugging Face model folder"),
+            );
+        }
+    } else if looks_like_hub_id(&folder) {
+        reader.wrong(
+            &origin,
+            format!("model: there is no folder {folder}; hone does not fetch models from a hub: download it first (`hf download {folder} --local-dir DIR`) and give DIR"),
+        );
+    } else {
+        reader.wrong(&origin, format!("model: there is no folder {folder}"));
+    }
+    reader.derive("model folder", folder.as_str(), origin);
+    path
+}
+
+pub(super) fn folder_name(folder: &Path) -> String {
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+fn looks_like_hub_id(text: &str) -> bool {
+    let plain = |part: &str| !part.is_empty() && !part.starts_with('.');
+    text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name) && !name.contains('/'))
+}
+
+pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
+    let mut origin = reader.origin(Section::Hone, "data");
+    let mut texts = reader.texts(Section::Hone, "data");
+    let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
+    // KAITO's environment names the folder; a path in its configuration is nearer.
+    let from_environment = matches!(&origin, Origin::Environment(name) if name == "DATASET_FOLDER_PATH");
+    if let Some(path) = path
+        && (texts.is_empty() || from_environment)
+    {
+        origin = reader.origin(Section::DatasetConfig, "dataset_path");
+        texts = vec![if kaito { Path::new("/mnt").join(path).display().to_string() } else { path }];
+    }
+    if texts.is_empty() && kaito {
+        texts = vec!["/mnt/data".into()];
+    }
+    if texts.is_empty() {
+        reader.wrong(&Origin::Default, "no dataset: name parquet files with `data` (--data URL_OR_PATH)");
+    }
+    let mut sources = Vec::new();
+    for text in texts {
+        match reader::parse_source(&text) {
+            Ok(source) => sources.push(source),
+            Err(fault) => reader.wrong(&origin, fault.message),
+        }
+    }
+    sources
+}
+
+/// `output`, else `TrainingArguments.output_dir` as it stands; under KAITO's mounts as its controller resolves it.
+pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
+    let asked =
+        reader.text(Section::Hone, "output").map(|text| (text, reader.origin(Section::Hone, "output")));
+    let older = reader.text(Section::TrainingArguments, "output_dir").unwrap_or_default();
+    let older_origin = reader.origin(Section::TrainingArguments, "output_dir");
+    let (folder, origin) = match asked {
+        Some((text, origin)) => (PathBuf::from(text), origin),
+        None if kaito => match below_mnt(&older) {
+            Some(folder) => (folder, older_origin),
+            None => {
+                reader.wrong(
+                    &older_origin,
+                    format!("TrainingArguments.output_dir: {older:?} is not below /mnt"),
+                );
+                (PathBuf::new(), older_origin)
+            }
+        },
+        None if older.is_empty() => (PathBuf::from("output"), Origin::Default),
+        None => (PathBuf::from(older), older_origin),
+    };
+    reader.derive("output folder", folder.display().to_string(), origin);
+    folder
+}
+
+/// The rule of KAITO's `PrepareOutputDir`: nothing is /mnt/output, anything else lies below /mnt.
+pub(super) fn below_mnt(text: &str) -> Option<PathBuf> {
+    let text = if text.trim().is_empty() { "output" } else { text };
+    let joined = if text.starts_with("/mnt") { text.to_string() } else { format!("/mnt/{text}") };
+    let mut clean = PathBuf::from("/");
+    for part in Path::new(&joined).components() {
+        match part {
+            Component::ParentDir => {
+                clean.pop();
+            }
+            Component::Normal(name) => clean.push(name),
+            _ => {}
+        }
+    }
+    (clean.starts_with("/mnt") && clean != Path::new("/mnt")).then_some(clean)
+}
+
+pub(super) fn existing_file(reader: &mut Reader, name: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(reader.text(Section::Hone, name)?);
+    if !path.is_file() {
+        let origin = reader.origin(Section::Hone, name);
+        reader.wrong(&origin, format!("{name}: there is no file {}", path.display()));
+    }
+    Some(path)
+}
+
+pub(super) fn init_adapter(reader: &mut Reader) -> Option<PathBuf> {
+    let path = PathBuf::from(reader.text(Section::Hone, "init_adapter")?);
+    if !path.join("adapter_config.json").is_file() {
+        let origin = reader.origin(Section::Hone, "init_adapter");
+        reader.wrong(&origin, format!("init_adapter: {} holds no adapter_config.json", path.display()));
+    }
+    Some(path)
+}
+
+pub(super) fn push(reader: &mut Reader) -> Option<registry::Target> {
+    let text = reader.text(Section::Hone, "push")?;
+    match reader::parse_target(&text) {
+        Ok(target) => Some(target),
+        Err(fault) => {
+            let origin = reader.origin(Section::Hone, "push");
+            reader.wrong(&origin, fault.message);
+            None
+        }
+    }
+}
+
+pub(super) fn device(reader: &mut Reader) -> Device {
+    let origin = reader.origin(Section::Hone, "device");
+    let text = reader.text(Section::Hone, "device").unwrap_or_default();
+    let use_cpu = reader.boolean(Section::TrainingArguments, "use_cpu");
+    match text.as_str() {
+        "auto" if use_cpu => Device::Cpu,
+        "auto" => Device::Auto,
+        "cpu" => Device::Cpu,
+        "cuda" => Device::Cuda(0),
+        _ => match text.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
+            Some(number) => Device::Cuda(number),
+            None => {
+                reader.wrong(&origin, format!("device: expected auto, cpu, cuda or cuda:N, found {text:?}"));
+                Device::Auto
+            }
+        },
+    }
+}
+
+pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> source::Options {
+    let cache = reader.text(Section::Hone, "cache").unwrap_or_else(|| ".hone-cache".into());
+    source::Options {
+        cache: cache.into(),
+        connect_timeout: Duration::from_secs(10),
+        read_timeout: Duration::from_secs(60),
+        total_timeout: Duration::from_secs(6 * 60 * 60),
+        attempts_max: 6,
+        file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
+        ca_file,
+    }
+}
+
+pub(super) fn registry_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> registry::Options {
+    registry::Options {
+        docker_config: reader.text(Section::Hone, "docker_config").map(PathBuf::from),
+        ca_file,
+        plain_http: reader.boolean(Section::Hone, "plain_http"),
+        attempts_max: 6,
+        connect_timeout: Duration::from_secs(10),
+        read_timeout: Duration::from_secs(60),
+    }
+}

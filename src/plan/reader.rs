@@ -1,0 +1,188 @@
+//! A spec -> typed values, each written down with its origin. Defaults come from the table of keys and nowhere
+//! else; a key read here that the table does not have, or has with another type, is a defect.
+
+use super::{Plan, Value};
+use crate::fault::{Fault, Result};
+use crate::spec::keys::{self, Effect, Key, Section};
+use crate::spec::{self, Given, Mistakes, Origin, Spec, value::Value as Written};
+use crate::{registry, source};
+use std::path::PathBuf;
+
+pub(super) struct Reader<'a> {
+    spec: &'a Spec,
+    read: Vec<(&'static Key, Value)>,
+    derived: Vec<Value>,
+    mistakes: Mistakes,
+    warnings: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(spec: &'a Spec) -> Reader<'a> {
+        let (read, derived, warnings) = Default::default();
+        Reader { spec, read, derived, mistakes: Mistakes::default(), warnings }
+    }
+
+    pub fn boolean(&mut self, section: Section, name: &str) -> bool {
+        self.maybe_boolean(section, name).expect("the table gives a default")
+    }
+
+    pub fn integer(&mut self, section: Section, name: &str) -> i64 {
+        self.maybe_integer(section, name).expect("the table gives a default")
+    }
+
+    pub fn number(&mut self, section: Section, name: &str) -> f64 {
+        self.maybe_number(section, name).expect("the table gives a default")
+    }
+
+    pub fn maybe_boolean(&mut self, section: Section, name: &str) -> Option<bool> {
+        match self.value(section, name)? {
+            Written::Boolean(value) => Some(value),
+            other => unreachable!("{name} is {other:?}, not a boolean"),
+        }
+    }
+
+    pub fn maybe_integer(&mut self, section: Section, name: &str) -> Option<i64> {
+        match self.value(section, name)? {
+            Written::Integer(value) => Some(value),
+            other => unreachable!("{name} is {other:?}, not an integer"),
+        }
+    }
+
+    pub fn maybe_number(&mut self, section: Section, name: &str) -> Option<f64> {
+        match self.value(section, name)? {
+            Written::Number(value) => Some(value),
+            other => unreachable!("{name} is {other:?}, not a number"),
+        }
+    }
+
+    pub fn text(&mut self, section: Section, name: &str) -> Option<String> {
+        match self.value(section, name)? {
+            Written::Text(value) => Some(value),
+            other => unreachable!("{name} is {other:?}, not text"),
+        }
+    }
+
+    /// One text counts as a list of one.
+    pub fn texts(&mut self, section: Section, name: &str) -> Vec<String> {
+        self.list(section, name, |item| match item {
+            Written::Text(text) => Some(text),
+            _ => None,
+        })
+    }
+
+    pub fn integers(&mut self, section: Section, name: &str) -> Vec<i64> {
+        self.list(section, name, |item| match item {
+            Written::Integer(value) => Some(value),
+            _ => None,
+        })
+    }
+
+    pub fn map(&mut self, section: Section, name: &str) -> Vec<(String, f64)> {
+        let Some(Written::Map(entries)) = self.value(section, name) else { return Vec::new() };
+        let number = |value| match value {
+            Written::Number(value) => value,
+            other => unreachable!("{name} holds {other:?}, not a number"),
+        };
+        entries.into_iter().map(|(key, value)| (key, number(value))).collect()
+    }
+
+    /// Where the value in force was written.
+    pub fn origin(&self, section: Section, name: &str) -> Origin {
+        self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
+    }
+
+    pub fn given(&self, section: Section, name: &str) -> Option<&'a Given> {
+        self.spec.get(section, name)
+    }
+
+    /// Writes down what was made of several keys.
+    pub fn derive(&mut self, name: &str, value: impl Into<serde_json::Value>, origin: Origin) {
+        self.derived.push(Value { name: name.into(), value: value.into(), origin });
+    }
+
+    pub fn wrong(&mut self, origin: &Origin, message: impl Into<String>) {
+        self.mistakes.add(origin, message.into());
+    }
+
+    pub fn warn(&mut self, message: String) {
+        self.warnings.push(message);
+    }
+
+    /// The plan with everything that was written down, or all mistakes.
+    pub fn finish(self, mut plan: Plan) -> Result<Plan> {
+        self.mistakes.into_result()?;
+        let mut read = self.read;
+        read.sort_by_key(|(key, _)| keys::all().iter().position(|other| std::ptr::eq(*key, other)));
+        plan.values = self.derived.into_iter().chain(read.into_iter().map(|(_, value)| value)).collect();
+        plan.warnings = self.warnings;
+        Ok(plan)
+    }
+
+    fn list<T>(&mut self, section: Section, name: &str, item: impl Fn(Written) -> Option<T>) -> Vec<T> {
+        let items = match self.value(section, name) {
+            None => Vec::new(),
+            Some(Written::List(items)) => items,
+            Some(one) => vec![one],
+        };
+        items.into_iter().map(|value| item(value).expect("items have the type of the key")).collect()
+    }
+
+    /// The value in force: given and not null, else the table's default.
+    fn value(&mut self, section: Section, name: &str) -> Option<Written> {
+        let key = keys::find(section, name).expect("only keys of the table are read");
+        debug_assert_eq!(key.effect, Effect::Used, "{key} is read, so it has a use");
+        let given = self.given(section, name);
+        let value = match given.map(|given| &given.value) {
+            None | Some(Written::Null) => spec::default(key),
+            Some(value) => Some(value.clone()),
+        };
+        // A null that was written is shown as such, even where a default stands in for it.
+        let shown = given.map(|given| given.value.to_json()).or_else(|| value.as_ref().map(Written::to_json));
+        if let Some(shown) = shown
+            && !self.read.iter().any(|(other, _)| std::ptr::eq(*other, key))
+        {
+            let origin = self.origin(section, name);
+            self.read.push((key, Value { name: key.to_string(), value: shown, origin }));
+        }
+        value
+    }
+}
+
+/// `URL_OR_PATH`, with `#sha256=...` at its end if the bytes are pinned.
+pub(super) fn parse_source(text: &str) -> Result<source::Source> {
+    let (place, sha256) = match text.split_once("#sha256=") {
+        None => (text, None),
+        Some((place, digest)) => {
+            let digest = digest.to_ascii_lowercase();
+            if digest.len() != 64 || !digest.chars().all(|letter| letter.is_ascii_hexdigit()) {
+                return Err(Fault::config("expected 64 hexadecimal digits after #sha256="));
+            }
+            (place, Some(digest))
+        }
+    };
+    if place.starts_with("http://") || place.starts_with("https://") {
+        let url = url::Url::parse(place).map_err(|error| Fault::config(format!("not a URL: {error}")))?;
+        return Ok(source::Source::Url { url, sha256 });
+    }
+    match place.split_once("://") {
+        Some((scheme, _)) => {
+            Err(Fault::config(format!("{scheme}:// is not a source; expected http://, https:// or a path")))
+        }
+        None => Ok(source::Source::Path { pattern: place.into(), sha256 }),
+    }
+}
+
+/// `host/repository:tag`, or `oci:FOLDER[:tag]`.
+pub(super) fn parse_target(text: &str) -> Result<registry::Target> {
+    let Some(layout) = text.strip_prefix("oci:") else {
+        return Ok(registry::Target::Registry(text.into()));
+    };
+    let (folder, tag) = match layout.rsplit_once(':') {
+        Some((folder, tag)) if !tag.contains('/') => (folder, tag),
+        _ => (layout, "latest"),
+    };
+    if folder.is_empty() || tag.is_empty() {
+        return Err(Fault::config(format!("expected oci:FOLDER or oci:FOLDER:tag, found {text:?}")));
+    }
+    Ok(registry::Target::Layout { folder: PathBuf::from(folder), tag: tag.into() })
+}

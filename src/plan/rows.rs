@@ -1,0 +1,107 @@
+//! How rows are read and become tokens.
+
+use super::reader::Reader;
+use crate::dataset::{self, Layout, LossOn, TokenOptions};
+use crate::spec::Origin;
+use crate::spec::keys::Section;
+use crate::spec::value::Value as Written;
+
+/// LIMIT: stands for "not cut" where examples have a length; above every supported model's context.
+pub(super) const TOKENS_UNLIMITED: usize = 1 << 20;
+/// LIMIT: the longest chat template in use has 20 KiB.
+const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
+
+pub(super) fn dataset_options(reader: &mut Reader) -> dataset::Options {
+    let layout = reader.text(Section::Hone, "layout").map(|layout| match layout.as_str() {
+        "messages" => Layout::Messages,
+        "prompt_completion" => Layout::PromptCompletion,
+        _ => Layout::Text,
+    });
+    let train_share = reader.number(Section::DatasetConfig, "train_test_split");
+    if train_share == 0.0 {
+        let origin = reader.origin(Section::DatasetConfig, "train_test_split");
+        reader.wrong(
+            &origin,
+            "DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them",
+        );
+    }
+    let answer = reader.text(Section::DatasetConfig, "response_column");
+    let text_field_is_given = reader.given(Section::TrainingArguments, "dataset_text_field").is_some();
+    let text_field = reader.text(Section::TrainingArguments, "dataset_text_field");
+    let text_column = match layout {
+        _ if text_field_is_given => text_field,
+        Some(Layout::Text) => answer.clone(),
+        _ => None,
+    };
+    dataset::Options {
+        layout,
+        messages_column: reader.text(Section::DatasetConfig, "messages_column"),
+        prompt_column: reader.text(Section::DatasetConfig, "context_column"),
+        completion_column: answer,
+        text_column,
+        shuffle: reader.boolean(Section::DatasetConfig, "shuffle_dataset"),
+        seed: reader.integer(Section::DatasetConfig, "shuffle_seed") as u64,
+        train_share,
+    }
+}
+
+pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
+    let given = reader.given(Section::TrainingArguments, "max_length").map(|given| given.value.clone());
+    let tokens_max = reader.integer(Section::TrainingArguments, "max_length") as usize;
+    TokenOptions {
+        tokens_max: if given == Some(Written::Null) { TOKENS_UNLIMITED } else { tokens_max },
+        loss: loss(reader),
+        chat_template: chat_template(reader),
+    }
+}
+
+/// Answers, unless a key says false and none says true.
+fn loss(reader: &mut Reader) -> LossOn {
+    let keys = ["completion_only_loss", "assistant_only_loss"];
+    let said = keys.map(|name| {
+        let value = reader.maybe_boolean(Section::TrainingArguments, name);
+        (value, reader.origin(Section::TrainingArguments, name))
+    });
+    let find =
+        |wanted| said.iter().find(|(value, _)| *value == Some(wanted)).map(|(_, origin)| origin.clone());
+    let (loss, origin) = match (find(true), find(false)) {
+        (None, Some(origin)) => (LossOn::Everything, origin),
+        (origin, _) => (LossOn::Answers, origin.unwrap_or(Origin::Default)),
+    };
+    reader.derive("loss on", if loss == LossOn::Answers { "answers" } else { "every token" }, origin);
+    loss
+}
+
+/// Jinja text: inline when it looks like it, else the text of the file.
+fn chat_template(reader: &mut Reader) -> Option<String> {
+    let older = reader.text(Section::TrainingArguments, "chat_template_path");
+    let mut origin = reader.origin(Section::ModelConfig, "chat_template");
+    let text = match reader.text(Section::ModelConfig, "chat_template") {
+        Some(text) if text.contains(['{', '}', '\n']) => return Some(text),
+        Some(path) => path,
+        None => {
+            origin = reader.origin(Section::TrainingArguments, "chat_template_path");
+            older?
+        }
+    };
+    let read = || {
+        use std::io::Read;
+        let mut template = String::new();
+        std::fs::File::open(&text)?.take(TEMPLATE_BYTES_MAX + 1).read_to_string(&mut template)?;
+        Ok::<_, std::io::Error>(template)
+    };
+    match read() {
+        Ok(template) if template.len() as u64 <= TEMPLATE_BYTES_MAX => Some(template),
+        Ok(_) => {
+            reader.wrong(&origin, format!("chat template {text}: more than {TEMPLATE_BYTES_MAX} bytes"));
+            None
+        }
+        Err(error) => {
+            reader.wrong(
+                &origin,
+                format!("chat template {text}: {error}; expected Jinja text or a file of it"),
+            );
+            None
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A plan as a table for people and as JSON for machines. URLs are shown without query and userinfo.
+
+use super::Plan;
+use serde_json::{Value as Json, json};
+
+impl Plan {
+    /// One line a value with its origin, then what has no effect, then warnings.
+    pub fn table(&self) -> String {
+        let rows: Vec<[String; 3]> = self
+            .values
+            .iter()
+            .map(|value| [value.name.clone(), text(&redacted(&value.value)), value.origin.to_string()])
+            .collect();
+        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let (names, values) = (width(0), width(1).min(48));
+        let mut table = String::new();
+        for [name, value, origin] in &rows {
+            table += &format!("{name:names$}  {value:values$}  {origin}\n");
+        }
+        if !self.ignored.is_empty() {
+            table += "\nwithout effect here:\n";
+        }
+        for ignored in &self.ignored {
+            table += &format!("  {} ({}): {}\n", ignored.name, ignored.origin, ignored.why);
+        }
+        if !self.warnings.is_empty() {
+            table += "\nwarnings:\n";
+        }
+        for warning in &self.warnings {
+            table += &format!("  {warning}\n");
+        }
+        table
+    }
+
+    /// `{"values": {name: {"value", "origin"}}, "ignored": [...], "warnings": [...]}`
+    pub fn json(&self) -> Json {
+        let values: serde_json::Map<String, Json> = self
+            .values
+            .iter()
+            .map(|value| {
+                let shown = json!({"value": redacted(&value.value), "origin": value.origin.to_string()});
+                (value.name.clone(), shown)
+            })
+            .collect();
+        let ignored: Vec<Json> = self
+            .ignored
+            .iter()
+            .map(|ignored| json!({"name": ignored.name, "origin": ignored.origin.to_string(), "why": ignored.why}))
+            .collect();
+        json!({"values": values, "ignored": ignored, "warnings": self.warnings})
+    }
+}
+
+/// A bare word where JSON would quote it, on one line.
+fn text(value: &Json) -> String {
+    match value {
+        Json::String(text) => text.escape_debug().to_string(),
+        Json::Array(items) => items.iter().map(text).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+fn redacted(value: &Json) -> Json {
+    match value {
+        Json::String(text) => without_secrets(text).into(),
+        Json::Array(items) => items.iter().map(redacted).collect(),
+        other => other.clone(),
+    }
+}
+
+/// Signed URLs carry their secret in the query, others in the userinfo; the pinned digest stays.
+fn without_secrets(text: &str) -> String {
+    if !text.contains("://") {
+        return text.into();
+    }
+    let Ok(mut url) = url::Url::parse(text) else { return "(not a URL)".into() };
+    let had_query = url.query().is_some();
+    url.set_query(None);
+    // Fails only for URLs that cannot have a user, which then have none.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    let fragment = url.fragment().filter(|fragment| fragment.starts_with("sha256=")).map(str::to_string);
+    url.set_fragment(None);
+    let query = if had_query { "?..." } else { "" };
+    let fragment = fragment.map(|fragment| format!("#{fragment}")).unwrap_or_default();
+    format!("{url}{query}{fragment}")
+}

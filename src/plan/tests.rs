@@ -1,0 +1,401 @@
+//! What configurations resolve to.
+
+use super::places::below_mnt;
+use super::rows::TOKENS_UNLIMITED;
+use super::*;
+use crate::dataset::LossOn;
+use crate::model::{FourBitCode, Keep, Precision, Quantization, Targets};
+use crate::spec::{self, Request, Setting, Written};
+use crate::train::{Every, Warmup};
+use expect_test::{Expect, expect};
+use std::path::Path;
+
+struct Case {
+    folder: tempfile::TempDir,
+}
+
+impl Case {
+    fn new() -> Case {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("tiny")).unwrap();
+        std::fs::write(folder.path().join("tiny/config.json"), "{}").unwrap();
+        Case { folder }
+    }
+
+    /// The plan of a model, a dataset and `config`.
+    fn plan(&self, config: &str) -> Result<Plan> {
+        let path = self.folder.path().join("train.yaml");
+        std::fs::write(&path, config).unwrap();
+        let flag = |key: &str, text: String| Setting {
+            key: key.into(),
+            written: Written::Text(text),
+            origin: Origin::Flag(format!("--{key}")),
+        };
+        let settings = vec![
+            flag("model", self.folder.path().join("tiny").display().to_string()),
+            flag("data", "https://user:word@host/rows.parquet?sig=secret".into()),
+        ];
+        let request = Request { config: Some(path), spec: None, settings };
+        make(&spec::gather(&request, &|_| None)?)
+    }
+
+    fn strip(&self, text: &str) -> String {
+        text.replace(&format!("{}/", self.folder.path().display()), "")
+    }
+}
+
+fn check_table(config: &str, expected: Expect) {
+    let case = Case::new();
+    let plan = case.plan(config).unwrap();
+    // The columns' width depends on the length of the temporary folder's path.
+    let columns = |line: &str| {
+        line.split("  ").map(str::trim).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("  ")
+    };
+    expected
+        .assert_eq(&case.strip(&plan.table()).lines().map(|line| columns(line) + "\n").collect::<String>());
+}
+
+fn check_fault(config: &str, expected: Expect) {
+    let case = Case::new();
+    let fault = case.plan(config).unwrap_err();
+    assert_eq!(fault.kind, crate::fault::Kind::Config);
+    expected.assert_eq(&case.strip(&fault.message));
+}
+
+fn arguments(text: &str) -> String {
+    format!("training_config:\n  TrainingArguments: {{{text}}}\n")
+}
+
+#[test]
+fn kaitos_qlora_template() {
+    check_table(
+        include_str!("../../examples/training_config/qlora.yaml"),
+        expect![[r#"
+        model folder  tiny  --model
+        model name  tiny  default
+        precision  bf16  train.yaml:12
+        kept for the backward pass  everything  default
+        evaluation  never  default
+        loss on  answers  default
+        output folder  /mnt/results  train.yaml:22
+        model  tiny  --model
+        data  https://host/rows.parquet?...  --data
+        device  auto  default
+        plain_http  false  default
+        file_bytes_max  68719476736  default
+        ModelConfig.torch_dtype  bfloat16  train.yaml:5
+        QuantizationConfig.load_in_4bit  true  train.yaml:10
+        QuantizationConfig.load_in_8bit  false  default
+        QuantizationConfig.bnb_4bit_quant_type  nf4  train.yaml:11
+        QuantizationConfig.bnb_4bit_use_double_quant  true  train.yaml:13
+        QuantizationConfig.bnb_4bit_compute_dtype  bfloat16  train.yaml:12
+        LoraConfig.r  8  train.yaml:16
+        LoraConfig.lora_alpha  8.0  train.yaml:17
+        LoraConfig.lora_dropout  0.0  train.yaml:18
+        LoraConfig.target_modules  all-linear  default
+        LoraConfig.use_rslora  false  default
+        LoraConfig.init_lora_weights  true  default
+        TrainingArguments.output_dir  /mnt/results  train.yaml:22
+        TrainingArguments.learning_rate  0.00002  default
+        TrainingArguments.lr_scheduler_type  linear  default
+        TrainingArguments.warmup_steps  0.0  default
+        TrainingArguments.num_train_epochs  3.0  default
+        TrainingArguments.max_steps  -1  default
+        TrainingArguments.per_device_train_batch_size  1  train.yaml:25
+        TrainingArguments.per_device_eval_batch_size  8  default
+        TrainingArguments.gradient_accumulation_steps  1  default
+        TrainingArguments.optim  adamw_torch_fused  default
+        TrainingArguments.weight_decay  0.0  default
+        TrainingArguments.adam_beta1  0.9  default
+        TrainingArguments.adam_beta2  0.999  default
+        TrainingArguments.adam_epsilon  1e-8  default
+        TrainingArguments.max_grad_norm  1.0  default
+        TrainingArguments.fp16  false  default
+        TrainingArguments.max_length  1024  default
+        TrainingArguments.packing  true  default
+        TrainingArguments.dataset_text_field  text  default
+        TrainingArguments.logging_strategy  steps  default
+        TrainingArguments.logging_steps  10  default
+        TrainingArguments.save_strategy  no  train.yaml:24
+        TrainingArguments.save_steps  500  default
+        TrainingArguments.seed  42  default
+        TrainingArguments.use_cpu  false  default
+        DatasetConfig.shuffle_dataset  true  train.yaml:31
+        DatasetConfig.shuffle_seed  42  default
+        DatasetConfig.train_test_split  1.0  train.yaml:32
+
+        without effect here:
+        ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
+        ModelConfig.local_files_only (train.yaml:6): the model is a folder on this machine; nothing is downloaded for it
+        TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
+        DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
+    "#]],
+    );
+}
+
+#[test]
+fn kaitos_lora_template_differs_in_the_base_only() {
+    let case = Case::new();
+    let qlora = case.plan(include_str!("../../examples/training_config/qlora.yaml")).unwrap();
+    let lora = case.plan(include_str!("../../examples/training_config/lora.yaml")).unwrap();
+    assert_eq!(qlora.model.quantization, Quantization::FourBit { code: FourBitCode::Nf4, double: true });
+    assert_eq!(lora.model, model::Options { quantization: Quantization::None, ..qlora.model });
+    assert_eq!((lora.train, lora.tokens, lora.output), (qlora.train, qlora.tokens, qlora.output));
+}
+
+/// The configuration KAITO's own webhook tests use: a string for target_modules, a relative output folder.
+#[test]
+fn kaitos_test_fixture() {
+    let case = Case::new();
+    let config = "apiVersion: v1
+kind: ConfigMap
+data:
+  training_config.yaml: |
+    training_config:
+      ModelConfig: {torch_dtype: bfloat16, local_files_only: true, device_map: auto}
+      QuantizationConfig: {load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_use_double_quant: true}
+      LoraConfig:
+        r: 16
+        lora_alpha: 32
+        target_modules: \"query_key_value\"
+        lora_dropout: 0.05
+        bias: \"none\"
+      TrainingArguments:
+        output_dir: \"output\"
+        num_train_epochs: 4
+        auto_find_batch_size: true
+        ddp_find_unused_parameters: false
+        save_strategy: \"epoch\"
+      DatasetConfig: {shuffle_dataset: true, train_test_split: 1}
+      DataCollator: {mlm: true}
+";
+    let plan = case.plan(config).unwrap();
+    assert_eq!(plan.model.lora.targets, Targets::Names(vec!["query_key_value".into()]));
+    assert_eq!((plan.model.lora.r, plan.model.lora.alpha, plan.model.lora.dropout), (16, 32.0, 0.05));
+    assert_eq!((plan.train.epochs, plan.train.checkpoint), (4.0, Every::Epoch));
+    assert_eq!(plan.output, Path::new("output"));
+    let ignored: Vec<&str> = plan.ignored.iter().map(|ignored| ignored.name.as_str()).collect();
+    assert!(ignored.contains(&"TrainingArguments.auto_find_batch_size"), "{ignored:?}");
+}
+
+#[test]
+fn every_used_key_is_read() {
+    let case = Case::new();
+    let used = || spec::keys::all().iter().filter(|key| key.effect == Effect::Used);
+    let setting = |key: &spec::keys::Key| Setting {
+        key: key.to_string(),
+        written: Written::Yaml(sample(key, &case)),
+        origin: Origin::Flag("--set".into()),
+    };
+    let request = Request { settings: used().map(setting).collect(), ..Request::default() };
+    let plan = make(&spec::gather(&request, &|_| None).unwrap()).unwrap();
+    for key in used() {
+        let read = plan.values.iter().any(|value| value.name == key.to_string());
+        assert!(read, "{key} is said to be used, but no plan reads it");
+    }
+}
+
+/// A value for a key that no plan refuses.
+fn sample(key: &spec::keys::Key, case: &Case) -> String {
+    use spec::keys::Type;
+    let folder = case.folder.path().display();
+    std::fs::write(case.folder.path().join("tiny/adapter_config.json"), "{}").unwrap();
+    match (key.name, key.kind) {
+        ("model" | "pretrained_model_name_or_path" | "init_adapter", _) => format!("{folder}/tiny"),
+        ("ca_file" | "chat_template_path", _) => format!("{folder}/tiny/config.json"),
+        ("chat_template", _) => "'{{ x }}'".into(),
+        ("device", _) => "cuda:1".into(),
+        ("load_in_8bit" | "fp16", _) => "false".into(),
+        (_, _) if !key.default.is_empty() => key.default.into(),
+        (_, Type::Choice(words)) => words[0].into(),
+        (_, Type::Boolean) => "true".into(),
+        (_, Type::Integer { .. } | Type::Number { .. } | Type::Integers) => "1".into(),
+        (_, Type::Map) => "{q_proj: 4}".into(),
+        _ => "word".into(),
+    }
+}
+
+#[test]
+fn contradictions() {
+    check_fault(
+        "training_config: {QuantizationConfig: {load_in_4bit: true, load_in_8bit: true}}\n",
+        expect![
+            "train.yaml:1:60: QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit"
+        ],
+    );
+    check_fault(
+        "training_config: {QuantizationConfig: {load_in_8bit: true}}\n",
+        expect![
+            "train.yaml:1:40: QuantizationConfig.load_in_8bit: there is no 8-bit base; use load_in_4bit: true, or neither for plain LoRA"
+        ],
+    );
+    check_fault(
+        &arguments("bf16: true, fp16: true"),
+        expect!["train.yaml:2:35: TrainingArguments: bf16 and fp16 are both true; choose one"],
+    );
+    check_fault(
+        &arguments("num_train_epochs: 0"),
+        expect![
+            "train.yaml:2:23: TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained"
+        ],
+    );
+    check_fault(
+        "training_config: {DatasetConfig: {train_test_split: 0}}\n",
+        expect![
+            "train.yaml:1:35: DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them"
+        ],
+    );
+    check_fault(
+        "training_config: {LoraConfig: {target_modules: 'q_proj, v_proj'}}\n",
+        expect![
+            "train.yaml:1:32: LoraConfig.target_modules: one string with commas; write a list: [q_proj, v_proj]"
+        ],
+    );
+    check_fault(
+        "training_config: {LoraConfig: {target_modules: []}}\n",
+        expect![
+            "train.yaml:1:32: LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers"
+        ],
+    );
+    check_fault(
+        "training_config: {ModelConfig: {chat_template: /no/such.jinja}}\ndevice: gpu\n",
+        expect![[r#"
+        2 mistakes in the configuration
+          train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text or a file of it
+          train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]],
+    );
+}
+
+#[test]
+fn no_model_and_no_dataset() {
+    let fault = make(&Spec::default()).unwrap_err();
+    expect![[r#"
+        2 mistakes in the configuration
+          no model: name its folder with `model` (--model DIR)
+          no dataset: name parquet files with `data` (--data URL_OR_PATH)
+          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
+    .assert_eq(&fault.to_string());
+    let settings = ["model", "data"].map(|key| Setting {
+        key: key.into(),
+        written: Written::Text(if key == "model" { "org/model-7b".into() } else { "s3://bucket/key".into() }),
+        origin: Origin::Flag(format!("--{key}")),
+    });
+    let request = Request { settings: settings.into(), ..Request::default() };
+    let fault = make(&spec::gather(&request, &|_| None).unwrap()).unwrap_err();
+    expect![[r#"
+        2 mistakes in the configuration
+          --model: model: there is no folder org/model-7b; hone does not fetch models from a hub: download it first (`hf download org/model-7b --local-dir DIR`) and give DIR
+          --data: s3:// is not a source; expected http://, https:// or a path"#]].assert_eq(&fault.message);
+}
+
+#[test]
+fn output_dir_by_kaitos_rule() {
+    let shown =
+        |text: &str| below_mnt(text).map(|path| path.display().to_string()).unwrap_or("refused".into());
+    let cases = [
+        "",
+        "out",
+        "/mnt/results",
+        "/mnt/a//b/",
+        "/data/x",
+        "./x",
+        "/mnt",
+        "../etc",
+        "/mnt/../etc",
+        "x/../y",
+    ];
+    let table: String = cases.iter().map(|text| format!("{text:?} -> {}\n", shown(text))).collect();
+    expect![[r#"
+        "" -> /mnt/output
+        "out" -> /mnt/out
+        "/mnt/results" -> /mnt/results
+        "/mnt/a//b/" -> /mnt/a/b
+        "/data/x" -> /mnt/data/x
+        "./x" -> /mnt/x
+        "/mnt" -> refused
+        "../etc" -> refused
+        "/mnt/../etc" -> refused
+        "x/../y" -> /mnt/y
+    "#]]
+    .assert_eq(&table);
+}
+
+#[test]
+fn under_kaitos_mounts_its_paths_count() {
+    let case = Case::new();
+    let config = case.folder.path().join("training_config.yaml");
+    std::fs::write(&config, arguments("output_dir: lora-output")).unwrap();
+    let model = case.folder.path().join("tiny").display().to_string();
+    let environment = |name: &str| match name {
+        "YAML_FILE_PATH" => Some(config.display().to_string()),
+        "DEFAULT_TARGET_MODULES" => Some("k_proj,q_proj".into()),
+        _ => None,
+    };
+    let setting = Setting {
+        key: "model".into(),
+        written: Written::Text(model),
+        origin: Origin::Environment("HONE_MODEL".into()),
+    };
+    let request = Request { settings: vec![setting], ..Request::default() };
+    let plan = make(&spec::gather(&request, &environment).unwrap()).unwrap();
+    assert_eq!(plan.output, Path::new("/mnt/lora-output"));
+    assert_eq!(plan.data, [source::Source::Path { pattern: "/mnt/data".into(), sha256: None }]);
+    assert_eq!(plan.model.lora.targets, Targets::Names(vec!["k_proj".into(), "q_proj".into()]));
+}
+
+#[test]
+fn choices_that_depend_on_other_keys() {
+    let case = Case::new();
+    let plan = |config: &str| case.plan(config).unwrap();
+    let train = |text: &str| plan(&arguments(text)).train;
+    let tokens = |text: &str| plan(&arguments(text)).tokens;
+    assert_eq!(tokens("").loss, LossOn::Answers);
+    assert_eq!(tokens("completion_only_loss: false").loss, LossOn::Everything);
+    assert_eq!(tokens("completion_only_loss: false, assistant_only_loss: true").loss, LossOn::Answers);
+    assert_eq!((tokens("").tokens_max, tokens("max_length: null").tokens_max), (1024, TOKENS_UNLIMITED));
+    assert_eq!(train("").evaluation, Every::Epoch, "the split is 0.8 unless a key says otherwise");
+    assert_eq!(train("eval_strategy: no").evaluation, Every::Never);
+    assert_eq!(train("eval_strategy: steps, logging_steps: 7").evaluation, Every::Steps(7));
+    assert_eq!(train("warmup_steps: 0.1").warmup, Warmup::Ratio(0.1));
+    assert_eq!(train("warmup_steps: 5").warmup, Warmup::Steps(5));
+    assert_eq!(train("warmup_steps: 5, warmup_ratio: 0.5").warmup, Warmup::Ratio(0.5));
+    assert_eq!(train("max_grad_norm: 0").grad_norm_max, None);
+    assert_eq!(train("max_steps: 3").steps_max, Some(3));
+    assert_eq!((train("").order_seed, train("seed: 7").order_seed), (Some(42), Some(7)));
+    let unshuffled = plan("training_config: {DatasetConfig: {shuffle_dataset: false}}\n");
+    assert_eq!((unshuffled.dataset.shuffle, unshuffled.train.order_seed), (false, None));
+    let keep = |text: &str| plan(&arguments(text)).model.keep;
+    assert_eq!((keep("gradient_checkpointing: true"), keep("")), (Keep::LayerInputs, Keep::Everything));
+    let bare = plan("training_config: {QuantizationConfig: {load_in_4bit: true}}\n").model;
+    assert_eq!(bare.quantization, Quantization::FourBit { code: FourBitCode::Fp4, double: false });
+    let warned = plan(
+        "training_config: {QuantizationConfig: {bnb_4bit_quant_type: nf4}, TrainingArguments: {optim: adamw_8bit, fp16: true}}\n",
+    );
+    assert_eq!(warned.warnings.len(), 3, "{:?}", warned.warnings);
+}
+
+#[test]
+fn precision_by_the_nearest_key() {
+    let case = Case::new();
+    let precision =
+        |config: &str| case.plan(&format!("training_config: {{{config}}}\n")).unwrap().model.precision;
+    let four_bit = "QuantizationConfig: {load_in_4bit: true, bnb_4bit_compute_dtype: float32}";
+    assert_eq!(precision(""), Precision::Bf16);
+    assert_eq!(precision(four_bit), Precision::F32);
+    assert_eq!(precision(&format!("{four_bit}, TrainingArguments: {{bf16: true}}")), Precision::F32);
+    assert_eq!(precision("ModelConfig: {torch_dtype: float32}"), Precision::F32);
+    assert_eq!(
+        precision("ModelConfig: {torch_dtype: float32}, TrainingArguments: {bf16: true}"),
+        Precision::Bf16
+    );
+    assert_eq!(precision("TrainingArguments: {bf16: false}"), Precision::F32);
+    assert_eq!(precision("ModelConfig: {torch_dtype: float16}"), Precision::Bf16);
+}
+
+#[test]
+fn secrets_of_urls_are_not_shown() {
+    let plan = Case::new().plan("").unwrap();
+    let shown = format!("{}{}", plan.table(), plan.json());
+    assert!(shown.contains("https://host/rows.parquet?..."), "{shown}");
+    assert!(!shown.contains("secret") && !shown.contains("word"), "{shown}");
+}

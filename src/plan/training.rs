@@ -1,0 +1,108 @@
+//! Optimizer, schedule, batches, and when things happen.
+
+use super::reader::Reader;
+use crate::dataset;
+use crate::spec::keys::Section;
+use crate::train::{self, Every, Schedule, Warmup};
+
+pub(super) fn train_options(reader: &mut Reader, dataset: &dataset::Options, seed: u64) -> train::Options {
+    use Section::TrainingArguments as T;
+    let optimizer = reader.text(T, "optim").unwrap_or_default();
+    if !["adamw_torch", "adamw_torch_fused"].contains(&optimizer.as_str()) {
+        reader.warn(format!("TrainingArguments.optim: {optimizer} runs as plain AdamW with 32-bit moments"));
+    }
+    let logging_steps = reader.integer(T, "logging_steps") as u64;
+    let eval_steps = reader.maybe_integer(T, "eval_steps").map_or(logging_steps, |steps| steps as u64);
+    let save_steps = reader.integer(T, "save_steps") as u64;
+    let max_steps = reader.integer(T, "max_steps");
+    let epochs = reader.number(T, "num_train_epochs");
+    if max_steps <= 0 && epochs == 0.0 {
+        let origin = reader.origin(T, "num_train_epochs");
+        reader.wrong(
+            &origin,
+            "TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained",
+        );
+    }
+    let clip = reader.number(T, "max_grad_norm");
+    let logging_strategy = reader.text(T, "logging_strategy");
+    let save_strategy = reader.text(T, "save_strategy");
+    train::Options {
+        learning_rate: reader.number(T, "learning_rate"),
+        schedule: match reader.text(T, "lr_scheduler_type").as_deref() {
+            Some("cosine") => Schedule::Cosine,
+            Some("constant") => Schedule::Constant,
+            Some("constant_with_warmup") => Schedule::ConstantWithWarmup,
+            _ => Schedule::Linear,
+        },
+        warmup: warmup(reader),
+        batch_examples: reader.integer(T, "per_device_train_batch_size") as usize,
+        eval_batch_examples: reader.integer(T, "per_device_eval_batch_size") as usize,
+        accumulation: reader.integer(T, "gradient_accumulation_steps") as usize,
+        epochs,
+        steps_max: (max_steps > 0).then_some(max_steps as u64),
+        weight_decay: reader.number(T, "weight_decay"),
+        beta1: reader.number(T, "adam_beta1"),
+        beta2: reader.number(T, "adam_beta2"),
+        epsilon: reader.number(T, "adam_epsilon"),
+        grad_norm_max: (clip > 0.0).then_some(clip),
+        packing: reader.boolean(T, "packing"),
+        order_seed: order_seed(reader, dataset, seed),
+        seed,
+        logging: every(logging_strategy.as_deref(), logging_steps),
+        evaluation: evaluation(reader, dataset, eval_steps),
+        checkpoint: every(save_strategy.as_deref(), save_steps),
+        checkpoints_max: reader.maybe_integer(T, "save_total_limit").map(|count| count as usize),
+    }
+}
+
+fn every(strategy: Option<&str>, steps: u64) -> Every {
+    match strategy {
+        Some("steps") => Every::Steps(steps),
+        Some("epoch") => Every::Epoch,
+        _ => Every::Never,
+    }
+}
+
+/// Unset: once an epoch, if rows were set aside for it.
+fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Every {
+    let split = dataset.train_share < 1.0;
+    let name = "eval_strategy";
+    let strategy = reader.text(Section::TrainingArguments, name);
+    let origin = reader.origin(Section::TrainingArguments, name);
+    let evaluation = match strategy.as_deref() {
+        None if split => Every::Epoch,
+        Some("steps" | "epoch") if !split => {
+            reader.warn(format!("{origin}: TrainingArguments.eval_strategy without rows to evaluate: DatasetConfig.train_test_split is 1"));
+            Every::Never
+        }
+        strategy => every(strategy, steps),
+    };
+    let shown = match evaluation {
+        Every::Never => "never".to_string(),
+        Every::Steps(steps) => format!("every {steps} steps"),
+        Every::Epoch => "every epoch".to_string(),
+    };
+    reader.derive("evaluation", shown, origin);
+    evaluation
+}
+
+/// As transformers reads them: `warmup_ratio` overrides, and a `warmup_steps` below 1 is a share.
+fn warmup(reader: &mut Reader) -> Warmup {
+    let steps = reader.number(Section::TrainingArguments, "warmup_steps");
+    let ratio = reader.maybe_number(Section::TrainingArguments, "warmup_ratio");
+    match ratio {
+        Some(ratio) => Warmup::Ratio(ratio),
+        None if steps > 0.0 && steps < 1.0 => Warmup::Ratio(steps),
+        None => Warmup::Steps(steps as u64),
+    }
+}
+
+fn order_seed(reader: &mut Reader, dataset: &dataset::Options, seed: u64) -> Option<u64> {
+    let strategy = reader.text(Section::TrainingArguments, "train_sampling_strategy");
+    let data_seed = reader.maybe_integer(Section::TrainingArguments, "data_seed").map(|seed| seed as u64);
+    let random = match strategy.as_deref() {
+        Some(strategy) => strategy == "random",
+        None => dataset.shuffle,
+    };
+    random.then_some(data_seed.unwrap_or(seed))
+}

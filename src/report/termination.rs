@@ -1,0 +1,135 @@
+//! How a run ended -> one JSON line for Kubernetes' termination message, where `kubectl describe` and
+//! controllers find it. Never fails a run.
+
+use super::clean::clean;
+use crate::fault::Fault;
+use serde_json::{Map, Value};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// LIMIT: kubelet cuts the messages of a pod's containers at 12 KiB together, and one at 4 KiB.
+const LINE_BYTES_MAX: usize = 2048;
+
+/// The end of a run, as far as it got.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// `None`: success.
+    pub fault: Option<Fault>,
+    pub step: Option<u64>,
+    pub loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    /// Folder of the adapter.
+    pub output: Option<PathBuf>,
+    /// Image with tag, and its digest.
+    pub image: Option<String>,
+    pub digest: Option<String>,
+}
+
+/// Where the message goes: `HONE_TERMINATION_LOG`, else Kubernetes' own file if it is there.
+pub fn path() -> Option<PathBuf> {
+    let default = Path::new("/dev/termination-log");
+    match std::env::var_os("HONE_TERMINATION_LOG") {
+        Some(path) if !path.is_empty() => Some(path.into()),
+        _ => default.is_file().then(|| default.to_path_buf()),
+    }
+}
+
+/// Replaces the file's text; what cannot be written is not told, the exit code says enough.
+pub fn write(path: &Path, outcome: &Outcome) {
+    if let Ok(mut file) = std::fs::File::create(path) {
+        let _ = file.write_all(line(outcome).as_bytes());
+    }
+}
+
+fn line(outcome: &Outcome) -> String {
+    let mut characters_max = LINE_BYTES_MAX;
+    loop {
+        let line = format!("{}\n", Value::Object(fields(outcome, characters_max)));
+        if line.len() <= LINE_BYTES_MAX || characters_max == 0 {
+            return line;
+        }
+        characters_max /= 2;
+    }
+}
+
+/// Texts are cut to the same length, so that the line stays whole JSON.
+fn fields(outcome: &Outcome, characters_max: usize) -> Map<String, Value> {
+    let text = |text: &str| Value::from(clean(text, characters_max));
+    let mut fields = Map::new();
+    let (code, kind) = match &outcome.fault {
+        Some(fault) => (fault.kind.exit_code(), fault.kind.name()),
+        None => (0, "ok"),
+    };
+    fields.insert("code".into(), code.into());
+    fields.insert("kind".into(), kind.into());
+    let mut add = |name: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            fields.insert(name.into(), value);
+        }
+    };
+    let fault = outcome.fault.as_ref();
+    add("message", fault.map(|fault| text(&fault.message)));
+    add("help", fault.and_then(|fault| fault.help.as_deref()).map(text));
+    add("retry_helps", fault.map(|fault| fault.kind.retry_helps().into()));
+    add("step", outcome.step.map(Value::from));
+    add("loss", outcome.loss.map(Value::from));
+    add("eval_loss", outcome.eval_loss.map(Value::from));
+    add("output", outcome.output.as_ref().map(|path| text(&path.to_string_lossy())));
+    add("image", outcome.image.as_deref().map(text));
+    add("digest", outcome.digest.as_deref().map(text));
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(outcome: &Outcome) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        std::fs::write(&path, "an older, longer message ".repeat(200)).unwrap();
+        write(&path, outcome);
+        std::fs::read_to_string(&path).unwrap()
+    }
+
+    #[test]
+    fn success_and_failure_are_one_line_each() {
+        let outcome = Outcome {
+            step: Some(50),
+            loss: Some(1.25),
+            output: Some("/mnt/results".into()),
+            image: Some("host/adapter:1".into()),
+            digest: Some("sha256:ab".into()),
+            ..Outcome::default()
+        };
+        assert_eq!(
+            written(&outcome),
+            "{\"code\":0,\"kind\":\"ok\",\"step\":50,\"loss\":1.25,\"output\":\"/mnt/results\",\"image\":\"host/adapter:1\",\"digest\":\"sha256:ab\"}\n"
+        );
+        let fault = Fault::data("row 3:\n\u{1b}[31mbad").help("look");
+        assert_eq!(
+            written(&Outcome { fault: Some(fault), ..Outcome::default() }),
+            "{\"code\":11,\"kind\":\"data\",\"message\":\"row 3:\\\\n\\\\u{1b}[31mbad\",\"help\":\"look\",\"retry_helps\":false}\n"
+        );
+    }
+
+    #[test]
+    fn long_messages_are_cut_and_the_line_stays_json() {
+        for letter in ["x", "\"", "\u{1b}", "界"] {
+            let fault = Fault::data(letter.repeat(50_000)).help(letter.repeat(50_000));
+            let line = written(&Outcome {
+                fault: Some(fault),
+                digest: Some("sha256:ab".into()),
+                ..Outcome::default()
+            });
+            assert!(line.len() <= LINE_BYTES_MAX && line.len() > LINE_BYTES_MAX / 4, "{}", line.len());
+            let parsed: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!((&parsed["code"], &parsed["digest"]), (&11.into(), &"sha256:ab".into()));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_no_fault() {
+        write(Path::new("/no/such/folder/log"), &Outcome::default());
+    }
+}

@@ -1,0 +1,283 @@
+//! The keys of a specification: name, type, default, and what each does here. One table; the reader, the plan
+//! and the README walk it.
+
+mod table;
+
+use std::fmt;
+
+/// A section of `training_config.yaml`, or hone's own keys beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Section {
+    Hone,
+    ModelConfig,
+    QuantizationConfig,
+    LoraConfig,
+    TrainingArguments,
+    DataCollator,
+    DatasetConfig,
+}
+
+impl Section {
+    pub const ALL: [Section; 7] = [
+        Section::Hone,
+        Section::ModelConfig,
+        Section::QuantizationConfig,
+        Section::LoraConfig,
+        Section::TrainingArguments,
+        Section::DataCollator,
+        Section::DatasetConfig,
+    ];
+
+    /// As written in YAML; hone's own keys have no section.
+    pub fn name(self) -> &'static str {
+        match self {
+            Section::Hone => "",
+            Section::ModelConfig => "ModelConfig",
+            Section::QuantizationConfig => "QuantizationConfig",
+            Section::LoraConfig => "LoraConfig",
+            Section::TrainingArguments => "TrainingArguments",
+            Section::DataCollator => "DataCollator",
+            Section::DatasetConfig => "DatasetConfig",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Section> {
+        Section::ALL.into_iter().skip(1).find(|section| section.name() == name)
+    }
+}
+
+/// What a value must look like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Type {
+    Boolean,
+    Integer {
+        min: i64,
+    },
+    Number {
+        min: f64,
+        max: f64,
+    },
+    Choice(&'static [&'static str]),
+    Text,
+    Path,
+    /// One text or a list of them.
+    Texts,
+    /// Texts, or maps of `url`/`path` and `sha256`.
+    Sources,
+    /// One integer from 0 or a list of them.
+    Integers,
+    /// Text: number.
+    Map,
+    /// Whatever YAML can say; only for keys without a use.
+    Any,
+}
+
+/// What a key does here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Used,
+    /// Valid elsewhere and accepted, but changes nothing here; the reason why.
+    None(&'static str),
+    /// A value other than the default ends the run; the reason why, and what to do instead.
+    Refused(&'static str),
+}
+
+#[derive(Debug, PartialEq)]
+pub struct Key {
+    pub section: Section,
+    pub name: &'static str,
+    pub kind: Type,
+    /// As it would be written; empty: unset.
+    pub default: &'static str,
+    pub effect: Effect,
+    /// What the key does; for keys without effect the reason says it.
+    pub about: &'static str,
+}
+
+impl Key {
+    const fn used(
+        section: Section,
+        name: &'static str,
+        kind: Type,
+        default: &'static str,
+        about: &'static str,
+    ) -> Key {
+        Key { section, name, kind, default, effect: Effect::Used, about }
+    }
+
+    const fn idle(
+        section: Section,
+        name: &'static str,
+        kind: Type,
+        default: &'static str,
+        why: &'static str,
+    ) -> Key {
+        Key { section, name, kind, default, effect: Effect::None(why), about: why }
+    }
+
+    const fn refused(
+        section: Section,
+        name: &'static str,
+        kind: Type,
+        default: &'static str,
+        why: &'static str,
+    ) -> Key {
+        Key { section, name, kind, default, effect: Effect::Refused(why), about: why }
+    }
+}
+
+const fn integer(min: i64) -> Type {
+    Type::Integer { min }
+}
+
+const fn number(min: f64, max: f64) -> Type {
+    Type::Number { min, max }
+}
+
+const fn choice(words: &'static [&'static str]) -> Type {
+    Type::Choice(words)
+}
+
+/// `Section.key`, or `key` for hone's own.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.section {
+            Section::Hone => f.write_str(self.name),
+            section => write!(f, "{}.{}", section.name(), self.name),
+        }
+    }
+}
+
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Type::Boolean => f.write_str("true or false"),
+            Type::Integer { min: i64::MIN } => f.write_str("a whole number"),
+            Type::Integer { min } => write!(f, "a whole number from {min}"),
+            Type::Number { min, max: f64::MAX } => write!(f, "a number from {min}"),
+            Type::Number { min, max } => write!(f, "a number from {min} to {max}"),
+            Type::Choice(words) => match words {
+                [only] => f.write_str(only),
+                _ => write!(f, "one of {}", words.join(", ")),
+            },
+            Type::Text => f.write_str("text"),
+            Type::Path => f.write_str("a path"),
+            Type::Texts => f.write_str("text or a list of texts"),
+            Type::Sources => f.write_str("a URL or path, or a list of them"),
+            Type::Integers => f.write_str("a whole number from 0, or a list of them"),
+            Type::Map => f.write_str("a map of names to numbers"),
+            Type::Any => f.write_str("anything"),
+        }
+    }
+}
+
+pub fn all() -> &'static [Key] {
+    table::TABLE
+}
+
+pub fn find(section: Section, name: &str) -> Option<&'static Key> {
+    table::TABLE.iter().find(|key| key.section == section && key.name == name)
+}
+
+/// What somebody who wrote `name` in `section` may have meant: an older name's new one, the nearest spelling,
+/// or the same name in another section.
+pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
+    let renamed = |place: Section, name: &str| {
+        let (_, _, new) = table::RENAMED.iter().find(|(at, old, _)| *at == place && *old == name)?;
+        find(place, new)
+    };
+    let respelt = || {
+        let names = table::TABLE.iter().filter(|key| key.section == section).map(|key| key.name);
+        let older = table::RENAMED.iter().filter(|(at, ..)| *at == section).map(|(_, old, _)| *old);
+        let nearest = nearest(names.chain(older), name)?;
+        find(section, nearest).or_else(|| renamed(section, nearest))
+    };
+    let elsewhere =
+        || Section::ALL.into_iter().find_map(|other| find(other, name).or_else(|| renamed(other, name)));
+    renamed(section, name).or_else(respelt).or_else(elsewhere)
+}
+
+/// The nearest of `names`, if it is near enough to be a slip of the pen.
+pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&'a str> {
+    const SIMILARITY_MIN: f64 = 0.72;
+    let name = name.to_lowercase();
+    names
+        .map(|candidate| {
+            (candidate, strsim::normalized_damerau_levenshtein(&candidate.to_lowercase(), &name))
+        })
+        .filter(|(_, similarity)| *similarity >= SIMILARITY_MIN)
+        .max_by(|(_, left), (_, right)| left.total_cmp(right))
+        .map(|(candidate, _)| candidate)
+}
+
+/// The whole table as Markdown, a heading and a table for each section; README holds it.
+pub fn markdown() -> String {
+    let mut text = String::new();
+    for section in Section::ALL {
+        let title = if section == Section::Hone { "Keys of hone" } else { section.name() };
+        text += &format!("### {title}\n\n| key | value | default | what it does |\n|---|---|---|---|\n");
+        for key in table::TABLE.iter().filter(|key| key.section == section) {
+            let default = if key.default.is_empty() { String::new() } else { format!("`{}`", key.default) };
+            let about = match key.effect {
+                Effect::Used => key.about.to_string(),
+                Effect::None(why) => format!("no effect: {why}"),
+                Effect::Refused(why) => format!("any other value is refused: {why}"),
+            };
+            text +=
+                &format!("| `{}` | {} | {default} | {} |\n", key.name, key.kind, about.replace('|', "\\|"));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    #[test]
+    fn every_key_is_documented_once_and_its_default_has_its_type() {
+        let mut seen = std::collections::HashSet::new();
+        for key in all() {
+            assert!(seen.insert((key.section, key.name)), "{key} twice");
+            assert!(!key.about.is_empty() && !key.about.contains('\n'), "{key}");
+            if !key.default.is_empty() {
+                let node = crate::spec::yaml::parse(key.default).unwrap().unwrap();
+                crate::spec::value::read(key.kind, &node)
+                    .unwrap_or_else(|refusal| panic!("{key}: {refusal:?}"));
+            }
+            assert!(markdown().contains(&format!("| `{}` |", key.name)));
+        }
+    }
+
+    #[test]
+    fn renamed_keys_lead_to_keys_and_are_none_themselves() {
+        for (section, old, new) in table::RENAMED {
+            assert!(find(*section, new).is_some(), "{old} -> {new}");
+            assert!(find(*section, old).is_none(), "{old}");
+        }
+    }
+
+    fn check(section: Section, name: &str, expected: Expect) {
+        expected.assert_eq(&suggest(section, name).map(Key::to_string).unwrap_or_default());
+    }
+
+    #[test]
+    fn suggestions() {
+        check(Section::TrainingArguments, "learning_rat", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "Learning_Rate", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "evaluation_strategy", expect!["TrainingArguments.eval_strategy"]);
+        check(
+            Section::TrainingArguments,
+            "group_by_length",
+            expect!["TrainingArguments.train_sampling_strategy"],
+        );
+        check(Section::TrainingArguments, "max_seq_length", expect!["TrainingArguments.max_length"]);
+        check(Section::LoraConfig, "rnak", expect!["LoraConfig.r"]);
+        check(Section::LoraConfig, "rank", expect!["LoraConfig.r"]);
+        check(Section::LoraConfig, "learning_rate", expect!["TrainingArguments.learning_rate"]);
+        check(Section::TrainingArguments, "lora_alpha", expect!["LoraConfig.lora_alpha"]);
+        check(Section::TrainingArguments, "zebra", expect![""]);
+    }
+}

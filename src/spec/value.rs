@@ -1,0 +1,249 @@
+//! A YAML node and the type its key wants -> a value. Reads scalars as PyYAML and a command line together do:
+//! `2e-4` is a number, `yes` and `on` are booleans, quotes do not matter.
+
+use super::keys::Type;
+use super::yaml::{Content, Node, Place, Refusal};
+
+/// A value of a known type.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Written as null: the key is as good as absent, except where the plan gives null a meaning.
+    Null,
+    Boolean(bool),
+    Integer(i64),
+    Number(f64),
+    Text(String),
+    List(Vec<Value>),
+    Map(Vec<(String, Value)>),
+}
+
+impl Value {
+    pub fn to_json(&self) -> serde_json::Value {
+        match self {
+            Value::Null => serde_json::Value::Null,
+            Value::Boolean(value) => (*value).into(),
+            Value::Integer(value) => (*value).into(),
+            Value::Number(value) => (*value).into(),
+            Value::Text(value) => value.as_str().into(),
+            Value::List(items) => items.iter().map(Value::to_json).collect(),
+            Value::Map(entries) => serde_json::Value::Object(
+                entries.iter().map(|(key, value)| (key.clone(), value.to_json())).collect(),
+            ),
+        }
+    }
+}
+
+/// Reads `node` as `kind`; the refusal says what was expected and found, and where.
+pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
+    if node.is_null() {
+        return Ok(Value::Null);
+    }
+    let wrong = || refuse(node.place, format!("expected {kind}, found {}", node.describe()));
+    match (kind, &node.content) {
+        (Type::Any, _) => Ok(any(node)),
+        (Type::Sources, _) => sources(node),
+        (Type::Map, Content::Map(entries)) => {
+            let number = Type::Number { min: 0.0, max: f64::MAX };
+            let read_entry = |entry: &super::yaml::Entry| Ok((entry.key.clone(), read(number, &entry.node)?));
+            Ok(Value::Map(entries.iter().map(read_entry).collect::<Result<_, Refusal>>()?))
+        }
+        (Type::Texts, Content::List(items)) => list(Type::Text, items),
+        (Type::Integers, Content::List(items)) => list(Type::Integer { min: 0 }, items),
+        (Type::Integers, Content::Scalar { .. }) => {
+            Ok(Value::List(vec![read(Type::Integer { min: 0 }, node)?]))
+        }
+        (_, Content::Scalar { text, .. }) => scalar(kind, text).map_or_else(wrong, Ok),
+        _ => wrong(),
+    }
+}
+
+fn scalar(kind: Type, text: &str) -> Option<Value> {
+    match kind {
+        Type::Boolean => boolean(text).map(Value::Boolean),
+        Type::Integer { min } => integer(text).filter(|value| *value >= min).map(Value::Integer),
+        Type::Number { min, max } => {
+            number(text).filter(|value| (min..=max).contains(value)).map(Value::Number)
+        }
+        Type::Choice(words) => {
+            let word = words.iter().find(|word| word.eq_ignore_ascii_case(text))?;
+            Some(Value::Text(word.to_string()))
+        }
+        Type::Text | Type::Texts => Some(Value::Text(text.to_string())),
+        Type::Path => (!text.is_empty() && !text.contains('\0')).then(|| Value::Text(text.to_string())),
+        Type::Sources | Type::Integers | Type::Map | Type::Any => None,
+    }
+}
+
+/// YAML 1.1's words, and those of HfArgumentParser.
+fn boolean(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "y" | "t" | "1" => Some(true),
+        "false" | "no" | "off" | "n" | "f" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+/// Decimal, with YAML 1.1's underscores. A leading zero is refused: YAML 1.1 reads octal, 1.2 decimal.
+fn integer(text: &str) -> Option<i64> {
+    let digits = text.trim_start_matches(['+', '-']);
+    let octal = digits.len() > 1 && digits.starts_with('0');
+    if octal { None } else { text.replace('_', "").parse().ok() }
+}
+
+fn number(text: &str) -> Option<f64> {
+    let starts_as_number = text.starts_with(|first: char| first.is_ascii_digit() || "+-.".contains(first));
+    let value: f64 = starts_as_number.then(|| text.replace('_', "").parse().ok()).flatten()?;
+    value.is_finite().then_some(value)
+}
+
+fn list(kind: Type, items: &[Node]) -> Result<Value, Refusal> {
+    let read_item = |item: &Node| match read(kind, item)? {
+        Value::Null => refuse(item.place, format!("expected {kind}, found {}", item.describe())),
+        value => Ok(value),
+    };
+    Ok(Value::List(items.iter().map(read_item).collect::<Result<_, _>>()?))
+}
+
+/// A source or a list of them; `{url: ..., sha256: ...}` becomes `url#sha256=...`.
+fn sources(node: &Node) -> Result<Value, Refusal> {
+    match &node.content {
+        Content::List(items) => Ok(Value::List(items.iter().map(source).collect::<Result<_, _>>()?)),
+        _ => Ok(Value::List(vec![source(node)?])),
+    }
+}
+
+fn source(node: &Node) -> Result<Value, Refusal> {
+    let wrong = |place: Place, found: &Node| {
+        let found = found.describe();
+        refuse(place, format!("expected a URL, a path, or a map of url or path and sha256, found {found}"))
+    };
+    let place = match &node.content {
+        Content::Scalar { text, .. } if !text.is_empty() && !node.is_null() => {
+            return Ok(Value::Text(text.clone()));
+        }
+        Content::Map(entries) => {
+            if let Some(entry) =
+                entries.iter().find(|entry| !["url", "path", "sha256"].contains(&entry.key.as_str()))
+            {
+                return refuse(
+                    entry.key_place,
+                    format!("{} is not a key of a source: url or path, sha256", entry.key),
+                );
+            }
+            node.get("url").or_else(|| node.get("path"))
+        }
+        _ => None,
+    };
+    let Some(Node { content: Content::Scalar { text, .. }, .. }) = place else {
+        return wrong(node.place, node);
+    };
+    match node.get("sha256") {
+        None => Ok(Value::Text(text.clone())),
+        Some(Node { content: Content::Scalar { text: digest, .. }, .. }) => {
+            Ok(Value::Text(format!("{text}#sha256={digest}")))
+        }
+        Some(other) => wrong(other.place, other),
+    }
+}
+
+/// The shape as written; only shown and compared, never used.
+fn any(node: &Node) -> Value {
+    match &node.content {
+        _ if node.is_null() => Value::Null,
+        Content::Scalar { text, .. } => Value::Text(text.clone()),
+        Content::List(items) => Value::List(items.iter().map(any).collect()),
+        Content::Map(entries) => {
+            Value::Map(entries.iter().map(|entry| (entry.key.clone(), any(&entry.node))).collect())
+        }
+    }
+}
+
+fn refuse<T>(place: Place, message: String) -> Result<T, Refusal> {
+    Err(Refusal { place, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::yaml;
+    use expect_test::{Expect, expect};
+
+    fn check(kind: Type, text: &str, expected: Expect) {
+        let node = yaml::parse(&format!("key: {text}")).unwrap().unwrap();
+        let shown = match read(kind, node.get("key").unwrap()) {
+            Ok(value) => value.to_json().to_string(),
+            Err(refusal) => format!("{}: {}", refusal.place.column, refusal.message),
+        };
+        expected.assert_eq(&shown);
+    }
+
+    const NUMBER: Type = Type::Number { min: 0.0, max: f64::MAX };
+    const INTEGER: Type = Type::Integer { min: 1 };
+
+    #[test]
+    fn numbers_as_python_and_a_command_line_read_them() {
+        check(NUMBER, "2e-4", expect!["0.0002"]);
+        check(NUMBER, "\"2e-4\"", expect!["0.0002"]);
+        check(NUMBER, ".5", expect!["0.5"]);
+        check(NUMBER, "1_000.5", expect!["1000.5"]);
+        check(NUMBER, "3", expect!["3.0"]);
+        check(NUMBER, ".inf", expect![[r#"6: expected a number from 0, found ".inf""#]]);
+        check(NUMBER, "nan", expect![[r#"6: expected a number from 0, found "nan""#]]);
+        check(NUMBER, "-1", expect![[r#"6: expected a number from 0, found "-1""#]]);
+        check(NUMBER, "fast", expect![[r#"6: expected a number from 0, found "fast""#]]);
+        check(NUMBER, "[1]", expect!["6: expected a number from 0, found a list"]);
+        check(INTEGER, "1_000", expect!["1000"]);
+        check(INTEGER, "'8'", expect!["8"]);
+        check(INTEGER, "8.0", expect![[r#"6: expected a whole number from 1, found "8.0""#]]);
+        check(INTEGER, "010", expect![[r#"6: expected a whole number from 1, found "010""#]]);
+        check(INTEGER, "0", expect![[r#"6: expected a whole number from 1, found "0""#]]);
+        check(
+            INTEGER,
+            "99999999999999999999",
+            expect![[r#"6: expected a whole number from 1, found "99999999999999999999""#]],
+        );
+    }
+
+    #[test]
+    fn booleans_nulls_and_words() {
+        for text in ["true", "True", "yes", "on", "'true'", "1"] {
+            check(Type::Boolean, text, expect!["true"]);
+        }
+        for text in ["False", "no", "off", "\"no\""] {
+            check(Type::Boolean, text, expect!["false"]);
+        }
+        for text in ["null", "~", "None", ""] {
+            check(Type::Boolean, text, expect!["null"]);
+        }
+        check(Type::Boolean, "maybe", expect![[r#"6: expected true or false, found "maybe""#]]);
+        check(Type::Choice(&["no", "steps"]), "no", expect![[r#""no""#]]);
+        check(
+            Type::Choice(&["no", "steps"]),
+            "best",
+            expect![[r#"6: expected one of no, steps, found "best""#]],
+        );
+        check(Type::Text, "1.0", expect![[r#""1.0""#]]);
+    }
+
+    #[test]
+    fn lists_maps_and_sources() {
+        check(Type::Texts, "query_key_value", expect![[r#""query_key_value""#]]);
+        check(Type::Texts, "[a, b]", expect![[r#"["a","b"]"#]]);
+        check(Type::Texts, "[a, ~]", expect!["10: expected text, found nothing (null)"]);
+        check(Type::Integers, "3", expect!["[3]"]);
+        check(Type::Integers, "[0, x]", expect![[r#"10: expected a whole number from 0, found "x""#]]);
+        check(Type::Map, "{q_proj: 4}", expect![[r#"{"q_proj":4.0}"#]]);
+        check(Type::Sources, "a.parquet", expect![[r#"["a.parquet"]"#]]);
+        check(
+            Type::Sources,
+            "[a, {url: 'https://h/b', sha256: ff}]",
+            expect![[r#"["a","https://h/b#sha256=ff"]"#]],
+        );
+        check(Type::Sources, "{uri: a}", expect!["7: uri is not a key of a source: url or path, sha256"]);
+        check(
+            Type::Sources,
+            "[{sha256: ff}]",
+            expect!["7: expected a URL, a path, or a map of url or path and sha256, found a map"],
+        );
+    }
+}

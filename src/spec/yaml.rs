@@ -1,0 +1,313 @@
+//! YAML text -> a tree of nodes that know their line and column. Scalars stay text: the key they belong to
+//! gives them their type (`value`), which is also how KAITO reads them, since it passes every value through
+//! a command line. The only place that knows the parser.
+
+use serde_saphyr::granit_parser::{Event, Options, Parser, ScalarStyle, Span};
+
+/// LIMIT: KAITO's templates have 1 KiB; a ConfigMap cannot exceed 1 MiB.
+pub const FILE_BYTES_MAX: usize = 1 << 20;
+/// LIMIT: the format itself needs 4.
+const DEPTH_MAX: usize = 16;
+/// LIMIT: all keys of the table together are 250 or so.
+const NODES_MAX: usize = 20_000;
+
+/// One-based, as editors count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub line: usize,
+    pub column: usize,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    pub place: Place,
+    pub content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    Scalar { text: String, style: Style },
+    List(Vec<Node>),
+    Map(Vec<Entry>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    Plain,
+    Quoted,
+    /// A `|` block: its text has lines of its own, which start below the marker.
+    Literal,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub key: String,
+    pub key_place: Place,
+    pub node: Node,
+}
+
+/// Why a text cannot be used, and where.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    pub place: Place,
+    pub message: String,
+}
+
+impl Node {
+    /// Nothing, `null`, `~`, or Python's `None`.
+    pub fn is_null(&self) -> bool {
+        match &self.content {
+            Content::Scalar { text, style: Style::Plain } => {
+                matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL" | "None")
+            }
+            _ => false,
+        }
+    }
+
+    pub fn get(&self, key: &str) -> Option<&Node> {
+        match &self.content {
+            Content::Map(entries) => entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node),
+            _ => None,
+        }
+    }
+
+    /// What was found, for a message: `"fast"`, `a list`, `nothing`.
+    pub fn describe(&self) -> String {
+        match &self.content {
+            _ if self.is_null() => "nothing (null)".into(),
+            Content::Scalar { text, .. } => quote(text),
+            Content::List(_) => "a list".into(),
+            Content::Map(_) => "a map".into(),
+        }
+    }
+}
+
+/// A value in quotes, cut to a length that fits in a message.
+pub fn quote(text: &str) -> String {
+    const SHOWN_CHARACTERS_MAX: usize = 60;
+    match text.char_indices().nth(SHOWN_CHARACTERS_MAX) {
+        Some((end, _)) => format!("{:?}...", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
+/// Reads one document; `None` when it is empty.
+pub fn parse(text: &str) -> Result<Option<Node>, Refusal> {
+    if text.len() > FILE_BYTES_MAX {
+        let message = format!("{} bytes of YAML; at most {FILE_BYTES_MAX} are read", text.len());
+        return Err(Refusal { place: Place { line: 1, column: 1 }, message });
+    }
+    let mut options = Options::default();
+    options.flow_nesting_limit = DEPTH_MAX;
+    options.block_nesting_limit = DEPTH_MAX;
+    let parser = Parser::new_from_str_with_options(text.trim_start_matches('\u{feff}'), options);
+    Reader { parser, nodes: 0 }.document()
+}
+
+struct Reader<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> {
+    parser: Parser<'a, I>,
+    nodes: usize,
+}
+
+impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
+    fn document(&mut self) -> Result<Option<Node>, Refusal> {
+        let mut root = None;
+        loop {
+            let (event, place) = self.next()?;
+            match event {
+                Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd => {}
+                Event::StreamEnd => return Ok(root.filter(|node: &Node| !node.is_null())),
+                _ if root.is_some() => return refuse(place, "a second YAML document; one is expected"),
+                event => root = Some(self.node(event, place)?),
+            }
+        }
+    }
+
+    fn next(&mut self) -> Result<(Event<'a>, Place), Refusal> {
+        loop {
+            match self.parser.next_event() {
+                // The `comments` feature belongs to whoever builds the parser; its events mean nothing here.
+                Some(Ok((event, span))) if is_content(&event) => return Ok((event, place_of(&span))),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    let place = Place { line: error.marker().line(), column: error.marker().col() + 1 };
+                    return refuse(place, format!("not valid YAML: {}", error.info()));
+                }
+                None => return Ok((Event::StreamEnd, Place { line: 1, column: 1 })),
+            }
+        }
+    }
+
+    fn node(&mut self, event: Event<'a>, place: Place) -> Result<Node, Refusal> {
+        self.nodes += 1;
+        if self.nodes > NODES_MAX {
+            return refuse(place, format!("more than {NODES_MAX} values"));
+        }
+        let tag = match &event {
+            Event::Scalar(_, _, _, tag)
+            | Event::SequenceStart(_, _, tag)
+            | Event::MappingStart(_, _, tag) => tag,
+            _ => &None,
+        };
+        if let Some(tag) = tag
+            && !tag.is_yaml_core_schema()
+        {
+            return refuse(place, format!("the tag {} has no meaning here", tag.original()));
+        }
+        let content = match event {
+            Event::Scalar(text, style, ..) => Content::Scalar {
+                text: text.into_owned(),
+                style: match style {
+                    ScalarStyle::Plain => Style::Plain,
+                    ScalarStyle::Literal => Style::Literal,
+                    _ => Style::Quoted,
+                },
+            },
+            Event::SequenceStart(..) => Content::List(self.list()?),
+            Event::MappingStart(..) => Content::Map(self.map()?),
+            Event::Alias(_) => {
+                return refuse(
+                    place,
+                    "an alias (*name); write the value out, so that the file reads by itself",
+                );
+            }
+            _ => return refuse(place, "a value is missing"),
+        };
+        Ok(Node { place, content })
+    }
+
+    fn list(&mut self) -> Result<Vec<Node>, Refusal> {
+        let mut items = Vec::new();
+        loop {
+            match self.next()? {
+                (Event::SequenceEnd, _) => return Ok(items),
+                (event, place) => items.push(self.node(event, place)?),
+            }
+        }
+    }
+
+    fn map(&mut self) -> Result<Vec<Entry>, Refusal> {
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut places = std::collections::HashMap::new();
+        loop {
+            let (key, key_place) = match self.next()? {
+                (Event::MappingEnd, _) => return Ok(entries),
+                (Event::Scalar(text, ..), place) => (text.into_owned(), place),
+                (_, place) => return refuse(place, "a key must be a plain word"),
+            };
+            if key == "<<" {
+                return refuse(key_place, "a merge key (<<); write the values out");
+            }
+            if let Some(first) = places.insert(key.clone(), key_place.line) {
+                return refuse(key_place, format!("{key} appears twice; the first is on line {first}"));
+            }
+            let (event, place) = self.next()?;
+            entries.push(Entry { key, key_place, node: self.node(event, place)? });
+        }
+    }
+}
+
+fn is_content(event: &Event<'_>) -> bool {
+    matches!(
+        event,
+        Event::StreamStart
+            | Event::StreamEnd
+            | Event::DocumentStart(..)
+            | Event::DocumentEnd
+            | Event::Alias(_)
+            | Event::Scalar(..)
+            | Event::SequenceStart(..)
+            | Event::SequenceEnd
+            | Event::MappingStart(..)
+            | Event::MappingEnd
+    )
+}
+
+fn place_of(span: &Span) -> Place {
+    Place { line: span.start.line(), column: span.start.col() + 1 }
+}
+
+fn refuse<T>(place: Place, message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { place, message: message.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    fn check(text: &str, expected: Expect) {
+        let shown = match parse(text) {
+            Ok(None) => "empty".to_string(),
+            Ok(Some(node)) => show(&node),
+            Err(refusal) => format!("{}:{}: {}", refusal.place.line, refusal.place.column, refusal.message),
+        };
+        expected.assert_eq(&shown);
+    }
+
+    fn show(node: &Node) -> String {
+        let place = format!("@{}:{}", node.place.line, node.place.column);
+        match &node.content {
+            Content::Scalar { .. } => format!("{}{place}", node.describe()),
+            Content::List(items) => format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(", ")),
+            Content::Map(entries) => {
+                let shown: Vec<String> =
+                    entries.iter().map(|entry| format!("{}: {}", entry.key, show(&entry.node))).collect();
+                format!("{{{}}}", shown.join(", "))
+            }
+        }
+    }
+
+    #[test]
+    fn scalars_stay_text_with_their_place() {
+        check(
+            "a: 2e-4\nb:\n  - yes # why\n  - 'no'\nc: ~\nd:",
+            expect![[
+                r#"{a: "2e-4"@1:4, b: ["yes"@3:5, "no"@4:5], c: nothing (null)@5:4, d: nothing (null)@6:2}"#
+            ]],
+        );
+        check("# nothing\n", expect!["empty"]);
+        check("", expect!["empty"]);
+    }
+
+    #[test]
+    fn what_is_refused() {
+        check("a: 1\nb: 2\na: 3\n", expect!["3:1: a appears twice; the first is on line 1"]);
+        check(
+            "a: &x [1]\nb: *x\n",
+            expect!["2:4: an alias (*name); write the value out, so that the file reads by itself"],
+        );
+        check(
+            "a: !!python/object:os.system x\n",
+            expect!["1:30: the tag !!python/object:os.system has no meaning here"],
+        );
+        check("? [a]\n: b\n", expect!["1:3: a key must be a plain word"]);
+        check("a: 1\n---\nb: 2\n", expect!["3:1: a second YAML document; one is expected"]);
+        check("a: [1\nb: 2\n", expect!["2:2: not valid YAML: illegal placement of ':' indicator"]);
+        check(
+            "a:\n\tb: 1\n",
+            expect!["2:2: not valid YAML: tabs disallowed within this context (block indentation)"],
+        );
+    }
+
+    #[test]
+    fn bombs_end_early() {
+        let bomb = (1..30).fold("a0: &a0 [x, x]\n".to_string(), |text, level| {
+            format!("{text}a{level}: &a{level} [*a{0}, *a{0}, *a{0}]\n", level - 1)
+        });
+        check(
+            &bomb,
+            expect!["2:10: an alias (*name); write the value out, so that the file reads by itself"],
+        );
+        check(&"[".repeat(100_000), expect!["1:17: not valid YAML: recursion limit exceeded"]);
+        check(
+            &(0..500).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect::<String>(),
+            expect!["17:17: not valid YAML: recursion limit exceeded"],
+        );
+        check(&"- x\n".repeat(30_000), expect!["20000:3: more than 20000 values"]);
+        check(
+            &"x".repeat(FILE_BYTES_MAX + 1),
+            expect!["1:1: 1048577 bytes of YAML; at most 1048576 are read"],
+        );
+    }
+}
