@@ -15,4 +15,7 @@ pub mod adapter;
 pub mod registry;
 pub mod spec;
 pub mod plan;
+pub mod run_folder;
+pub mod job;
+pub mod example;
 pub mod cli;

@@ -1,1 +1,196 @@
-fn main() {}
+//! The program: arguments in, one command run, an exit code that says who must act.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use hone::cli::{self, Command, Format, Log, RegistryArguments};
+use hone::fault::{Fault, Result};
+use hone::job::{self, Receipt};
+use hone::plan::{self, Plan};
+use hone::registry::{self, ImageFacts, Target};
+use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
+use hone::spec::{self, Request};
+use hone::{example, interrupt};
+
+fn main() -> ExitCode {
+    let invocation = match cli::parse(std::env::args_os()) {
+        Ok(invocation) => invocation,
+        Err(error) => error.exit(),
+    };
+    let bars = match invocation.log {
+        Log::Auto => None,
+        Log::Terminal => Some(true),
+        Log::Json => Some(false),
+    };
+    let progress = Arc::new(Last::new(report::choose(bars, invocation.quiet)));
+    let report = Report::new(progress.clone());
+    // A defect must end with its own code and message, like any other fault.
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
+    let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
+    let (outcome, fault) = match ended {
+        Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
+        Err(fault) => (progress.outcome(&fault), Some(fault)),
+    };
+    if matches!(invocation.command, Command::Run(_) | Command::Example { .. })
+        && let Some(path) = termination::path()
+    {
+        termination::write(&path, &outcome);
+    }
+    match fault {
+        None => ExitCode::SUCCESS,
+        Some(fault) => {
+            report.fault(&fault);
+            ExitCode::from(fault.kind.exit_code())
+        }
+    }
+}
+
+fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
+    interrupt::listen()?;
+    match command {
+        Command::Run(request) => run(request, report).map(Some),
+        Command::Plan { request, format } => show(&resolve(request)?, *format).map(|()| None),
+        Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
+        Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
+        Command::Example { folder, write_only } => try_example(folder, *write_only, report),
+    }
+}
+
+fn resolve(request: &Request) -> Result<Plan> {
+    plan::make(&spec::gather(request, &|name| std::env::var(name).ok())?)
+}
+
+fn run(request: &Request, report: &Report) -> Result<Receipt> {
+    let plan = resolve(request)?;
+    for ignored in &plan.ignored {
+        report.note(Stage::Plan, format!("{} has no effect: {}", ignored.name, ignored.why));
+    }
+    for warning in &plan.warnings {
+        report.warn(Stage::Plan, warning.as_str());
+    }
+    let receipt = job::run(&plan, report)?;
+    print!("{}", summary(&receipt));
+    Ok(receipt)
+}
+
+/// What a person wants to know at the end.
+fn summary(receipt: &Receipt) -> String {
+    let trained = &receipt.trained;
+    let mut text = format!(
+        "\nTrained {} steps, {} tokens in {:.1} s ({:.0} tokens/s): loss {:.4} -> {:.4}",
+        trained.steps, trained.tokens, trained.seconds, trained.tokens_per_second, trained.first_loss, trained.loss
+    );
+    if let Some(eval_loss) = trained.eval_loss {
+        text += &format!(", evaluation {eval_loss:.4}");
+    }
+    text += &format!("\nAdapter: {}\n", receipt.folder.display());
+    if let Some(pushed) = &receipt.pushed {
+        text += &format!("Image:   {}\n         {}\n", pushed.reference, pushed.digest);
+    }
+    text
+}
+
+fn show(plan: &Plan, format: Format) -> Result<()> {
+    let described = job::describe(plan)?;
+    let facts = &described.facts;
+    match format {
+        Format::Text => {
+            print!("{}", plan.table());
+            println!(
+                "\nmodel: {}, {} layers of width {}, {} parameters\nadapter: {} linear layers, {} trainable parameters",
+                facts.family,
+                facts.layers,
+                facts.width,
+                facts.parameters(),
+                described.sites.list.len(),
+                described.sites.parameters()
+            );
+        }
+        Format::Json => {
+            let mut json = plan.json();
+            json["model"] = serde_json::json!({
+                "family": facts.family, "layers": facts.layers, "width": facts.width, "parameters": facts.parameters(),
+            });
+            let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
+            json["adapter"] =
+                serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
+            println!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
+        }
+    }
+    Ok(())
+}
+
+fn push(folder: &std::path::Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
+    let facts = ImageFacts { model_name: base_model(folder), ..ImageFacts::default() };
+    let options = plan::registry_options(arguments);
+    let pushed = registry::push(folder, &Target::parse(image)?, &facts, &options, report)?;
+    println!("{}\n{}", pushed.reference, pushed.digest);
+    Ok(())
+}
+
+/// The name an adapter folder gives its base, for the image's annotation.
+fn base_model(folder: &std::path::Path) -> String {
+    let config = hone::adapter::read_config(folder).ok();
+    config.and_then(|config| config.base_model_name_or_path).unwrap_or_default()
+}
+
+fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
+    let pulled = registry::pull(&Target::parse(image)?, folder, &plan::registry_options(arguments), report)?;
+    println!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
+    Ok(())
+}
+
+fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
+    let file = example::write(folder)?;
+    println!("Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}", file.display(), file.display());
+    match write_only {
+        true => Ok(None),
+        false => run(&Request { spec: Some(file), ..Request::default() }, report).map(Some),
+    }
+}
+
+fn outcome(receipt: Receipt) -> termination::Outcome {
+    termination::Outcome {
+        fault: None,
+        step: Some(receipt.trained.steps),
+        loss: Some(receipt.trained.loss),
+        eval_loss: receipt.trained.eval_loss,
+        output: Some(receipt.folder),
+        image: receipt.pushed.as_ref().map(|pushed| pushed.reference.clone()),
+        digest: receipt.pushed.map(|pushed| pushed.digest),
+    }
+}
+
+/// Passes everything on and remembers the last step, for the termination message of a failed run.
+struct Last {
+    sink: Arc<dyn Sink>,
+    step: std::sync::Mutex<Option<StepMetrics>>,
+}
+
+impl Last {
+    fn new(sink: Arc<dyn Sink>) -> Last {
+        Last { sink, step: std::sync::Mutex::new(None) }
+    }
+
+    fn outcome(&self, fault: &Fault) -> termination::Outcome {
+        let step = self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        termination::Outcome {
+            fault: Some(fault.clone()),
+            step: step.as_ref().map(|step| step.step),
+            loss: step.map(|step| step.loss),
+            ..termination::Outcome::default()
+        }
+    }
+}
+
+impl Sink for Last {
+    fn event(&self, event: &Event) {
+        if let Event::Step(metrics) = event {
+            *self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(metrics.clone());
+        }
+        self.sink.event(event);
+    }
+    fn progress(&self, progress: &report::Progress) {
+        self.sink.progress(progress);
+    }
+}

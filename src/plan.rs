@@ -87,11 +87,12 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         keep: base::keep(reader),
         lora: base::lora(reader, seed),
     };
-    let train = training::train_options(reader, &dataset, seed);
+    let tokens = rows::token_options(reader);
+    let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     Plan {
         source: places::source_options(reader, ca_file.clone()),
         data,
-        tokens: rows::token_options(reader),
+        tokens,
         model,
         model_name,
         train,

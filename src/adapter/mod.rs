@@ -4,6 +4,8 @@
 //! in f32; `adapter_config.json` holds the keys that PEFT has had since 0.11, since older versions refuse
 //! unknown ones.
 
+pub mod card;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Paths, addresses and devices of a job: what they are, and that local ones exist.
 
 use super::Device;
-use super::reader::{self, Reader};
+use super::reader::Reader;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::{registry, source};
@@ -75,7 +75,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
     }
     let mut sources = Vec::new();
     for text in texts {
-        match reader::parse_source(&text) {
+        match source::Source::parse(&text) {
             Ok(source) => sources.push(source),
             Err(fault) => reader.wrong(&origin, fault.message),
         }
@@ -145,7 +145,7 @@ pub(super) fn init_adapter(reader: &mut Reader) -> Option<PathBuf> {
 
 pub(super) fn push(reader: &mut Reader) -> Option<registry::Target> {
     let text = reader.text(Section::Hone, "push")?;
-    match reader::parse_target(&text) {
+    match registry::Target::parse(&text) {
         Ok(target) => Some(target),
         Err(fault) => {
             let origin = reader.origin(Section::Hone, "push");
@@ -182,6 +182,7 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
         read_timeout: Duration::from_secs(60),
         total_timeout: Duration::from_secs(6 * 60 * 60),
         attempts_max: 6,
+        backoff: Duration::from_millis(500),
         file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
         ca_file,
     }

@@ -5,7 +5,15 @@ use crate::dataset;
 use crate::spec::keys::Section;
 use crate::train::{self, Every, Schedule, Warmup};
 
-pub(super) fn train_options(reader: &mut Reader, dataset: &dataset::Options, seed: u64) -> train::Options {
+/// Rows of one packed pass: activations grow with it, and beyond this a pass gains no speed.
+const PACKED_TOKENS_MAX: usize = 4096;
+
+pub(super) fn train_options(
+    reader: &mut Reader,
+    dataset: &dataset::Options,
+    tokens_max: usize,
+    seed: u64,
+) -> train::Options {
     use Section::TrainingArguments as T;
     let optimizer = reader.text(T, "optim").unwrap_or_default();
     if !["adamw_torch", "adamw_torch_fused"].contains(&optimizer.as_str()) {
@@ -45,7 +53,7 @@ pub(super) fn train_options(reader: &mut Reader, dataset: &dataset::Options, see
         beta2: reader.number(T, "adam_beta2"),
         epsilon: reader.number(T, "adam_epsilon"),
         grad_norm_max: (clip > 0.0).then_some(clip),
-        packing: reader.boolean(T, "packing"),
+        packing: reader.boolean(T, "packing").then_some(tokens_max.clamp(512, PACKED_TOKENS_MAX)),
         order_seed: order_seed(reader, dataset, seed),
         seed,
         logging: every(logging_strategy.as_deref(), logging_steps),

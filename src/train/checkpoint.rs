@@ -27,6 +27,7 @@ const STATE: &str = "state.json";
 pub struct State {
     pub step: u64,
     pub tokens: u64,
+    pub first_loss: Option<f64>,
     /// Of the last step.
     pub loss: f64,
     /// Since the last logged line.

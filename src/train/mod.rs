@@ -129,9 +129,11 @@ pub struct Checkpoints {
 }
 
 /// How training went.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Trained {
     pub steps: u64,
+    /// Of the first step of the run.
+    pub first_loss: f64,
     /// Of the last step.
     pub loss: f64,
     /// Mean over all steps of this process, as transformers' `train_loss`.
@@ -149,6 +151,14 @@ pub struct Trained {
 pub enum Metric {
     Step { step: u64, loss: f64, grad_norm: f64, learning_rate: f64, epoch: f64, num_tokens: u64 },
     Evaluation { step: u64, epoch: f64, eval_loss: f64 },
+}
+
+impl Metric {
+    pub fn step(&self) -> u64 {
+        match self {
+            Metric::Step { step, .. } | Metric::Evaluation { step, .. } => *step,
+        }
+    }
 }
 
 /// Trains the decoder's adapter in place. `log` receives each metric as it is made, from the first step on.
@@ -175,6 +185,7 @@ pub fn run(
     let seconds = trainer.began.elapsed().as_secs_f64();
     Ok(Trained {
         steps: trainer.state.step,
+        first_loss: trainer.state.first_loss.unwrap_or(trainer.state.loss),
         loss: trainer.state.loss,
         train_loss: trainer.loss_sum / (trainer.state.step - began_at).max(1) as f64,
         eval_loss: trainer.eval_loss,
@@ -336,6 +347,7 @@ impl<'a> Trainer<'a> {
         log: &mut dyn FnMut(&Metric) -> Result<()>,
     ) -> Result<()> {
         self.state.step += 1;
+        self.state.first_loss.get_or_insert(step.loss);
         self.state.loss = step.loss;
         self.state.window_loss += step.loss;
         self.state.window_steps += 1;

@@ -1,0 +1,226 @@
+//! The whole job on one page: a plan in, a trained adapter and its image out.
+//!
+//! Cheap things that can be wrong come first: the model's facts, the adapter's sites, the output folder, the
+//! data. A restarted job finds its folder, skips what is finished and continues training from its newest
+//! checkpoint.
+
+use std::path::PathBuf;
+
+use crate::adapter::{self, Adapter, card::Card};
+use crate::dataset::{self, Example, Tokenizer};
+use crate::fault::{Fault, Result};
+use crate::interrupt;
+use crate::model::{self, Quantization, config::Config, decoder::Decoder, facts::Facts, family, load, lora};
+use crate::plan::{Device, Plan};
+use crate::registry::{self, ImageFacts, Pushed};
+use crate::report::{Report, Stage};
+use crate::run_folder::{Metrics, RunFolder};
+use crate::source;
+use crate::train::{self, Every, Trained};
+
+/// What a job made.
+#[derive(Clone, Debug)]
+pub struct Receipt {
+    pub folder: PathBuf,
+    pub trained: Trained,
+    pub pushed: Option<Pushed>,
+}
+
+/// Runs the plan to its end.
+pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
+    let described = describe(plan)?; // a few kilobytes: refuse early
+    let mut folder = RunFolder::claim(&plan.output)?;
+    let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
+    interrupt::check()?;
+    folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
+    let trained = match folder.trained() {
+        Some(trained) => {
+            report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
+            trained
+        }
+        None => make(plan, described, &data, &mut folder, report)?,
+    };
+    let pushed = match &plan.push {
+        Some(target) => {
+            let pushed =
+                registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
+            folder.pushed(&pushed)?;
+            Some(pushed)
+        }
+        None => None,
+    };
+    Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+}
+
+/// Data and base -> a trained adapter in the folder.
+fn make(
+    plan: &Plan,
+    described: Described,
+    data: &[source::File],
+    folder: &mut RunFolder,
+    report: &Report,
+) -> Result<Trained> {
+    let dataset = dataset::read(data, &plan.dataset, report)?;
+    let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(folder.started());
+    fits_vocabulary(&tokenizer, &described.facts)?;
+    let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
+    let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
+    drop(dataset);
+    interrupt::check()?;
+    let decoder = load::load(described.facts, &described.options, report)?;
+    if let Some(initial) = &described.initial {
+        initial.apply(&decoder.trainable)?;
+    }
+    report.note(Stage::Load, loaded(&decoder));
+    let trained = fit(plan, &decoder, &training, &evaluation, folder, report)?;
+    ship(plan, &described.options, &decoder, data, &trained, folder)?;
+    Ok(trained)
+}
+
+fn fit(
+    plan: &Plan,
+    decoder: &Decoder,
+    training: &[Example],
+    evaluation: &[Example],
+    folder: &RunFolder,
+    report: &Report,
+) -> Result<Trained> {
+    let checkpoints = folder.checkpoints()?;
+    let mut metrics: Option<Metrics> = None;
+    let mut log = |metric: &train::Metric| {
+        if metrics.is_none() {
+            // The first line tells where this start began: later lines of an earlier start are dropped.
+            metrics = Some(folder.metrics(metric.step().saturating_sub(1))?);
+        }
+        metrics.as_mut().expect("just opened").log(metric)
+    };
+    train::run(decoder, training, evaluation, &plan.train, Some(&checkpoints), report, &mut log)
+}
+
+/// Writes the PEFT folder; the sentinel last.
+fn ship(
+    plan: &Plan,
+    options: &model::Options,
+    decoder: &Decoder,
+    data: &[source::File],
+    trained: &Trained,
+    folder: &mut RunFolder,
+) -> Result<()> {
+    let sites = &decoder.trainable.sites;
+    let config = adapter::config(sites, decoder.facts.layers, &options.lora, &plan.model_name);
+    let card = Card {
+        base_model: &plan.model_name,
+        facts: &decoder.facts,
+        sites,
+        trained,
+        base_format: base_format(options),
+        data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
+        settings: settings(plan, options),
+    };
+    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(&decoder.trainable)?)?;
+    let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
+    folder.write(adapter::CONFIG_FILE, &config)?;
+    folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
+    folder.finish(trained)?;
+    match plan.train.checkpoint {
+        Every::Never => folder.remove_checkpoints(),
+        _ => Ok(()),
+    }
+}
+
+/// What can be known before any weight or row is read.
+pub struct Described {
+    pub facts: Facts,
+    /// The plan's, with rank and targets of the adapter that is continued.
+    pub options: model::Options,
+    pub sites: lora::Sites,
+    initial: Option<Adapter>,
+}
+
+/// Reads the model's config and the adapter to start from, and chooses the sites.
+pub fn describe(plan: &Plan) -> Result<Described> {
+    if let Device::Cuda(number) = plan.device {
+        return Err(Fault::config(format!("device cuda:{number}: this build of hone trains on the CPU only"))
+            .help("leave `device` out, or say cpu"));
+    }
+    let facts = family::describe(&Config::read(&plan.model.folder)?)?;
+    let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
+    let mut options = plan.model.clone();
+    if let Some(initial) = &initial {
+        options.lora = initial.options(&options.lora)?;
+    }
+    let sites = lora::sites(&facts, &options.lora)?;
+    Ok(Described { facts, options, sites, initial })
+}
+
+/// Identifies a run: whatever would change its result.
+fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Result<String> {
+    let mut parts = vec![
+        format!("{:?}", (&described.facts, &described.options.quantization, &described.options.precision)),
+        format!("{:?}", (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens)),
+    ];
+    parts.extend(data.iter().map(|file| file.sha256.clone()));
+    let files = ["config.json", "tokenizer.json", "tokenizer_config.json"].map(|name| plan.model.folder.join(name));
+    let initial = plan.init_adapter.iter().map(|folder| folder.join(adapter::WEIGHTS_FILE));
+    for file in files.into_iter().chain(initial) {
+        parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
+    }
+    Ok(source::digest(parts.join("\n").as_bytes()))
+}
+
+fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
+    match tokenizer.vocab_size() <= facts.vocab {
+        true => Ok(()),
+        false => Err(Fault::model(format!(
+            "the tokenizer has ids up to {}, the embedding {} rows",
+            tokenizer.vocab_size() - 1,
+            facts.vocab
+        ))
+        .help("tokenizer.json and config.json must be of the same model; added tokens need a resized model")),
+    }
+}
+
+fn image_facts(plan: &Plan) -> ImageFacts {
+    ImageFacts {
+        model_name: plan.model_name.clone(),
+        title: Some(format!("LoRA adapter for {}", plan.model_name)),
+        ..ImageFacts::default()
+    }
+}
+
+fn loaded(decoder: &Decoder) -> String {
+    let sites = &decoder.trainable.sites;
+    format!(
+        "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
+        decoder.facts.family,
+        decoder.facts.parameters(),
+        decoder.base_bytes() as f64 / 1e6,
+        decoder.trainable.params.elem_count(),
+        sites.len()
+    )
+}
+
+fn base_format(options: &model::Options) -> String {
+    match options.quantization {
+        Quantization::None => "an unquantised base".into(),
+        Quantization::FourBit { code, double } => {
+            let scales = if double { ", scales quantised too" } else { "" };
+            format!("a 4-bit base ({}, blocks of 64{scales})", code.name())
+        }
+    }
+}
+
+fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
+    let (lora, train) = (&options.lora, &plan.train);
+    let list = [
+        ("rank", lora.r.to_string()),
+        ("alpha", lora.alpha.to_string()),
+        ("dropout", lora.dropout.to_string()),
+        ("learning rate", train.learning_rate.to_string()),
+        ("schedule", train.schedule.name().to_owned()),
+        ("examples a step", (train.batch_examples * train.accumulation).to_string()),
+        ("longest example", format!("{} tokens", plan.tokens.tokens_max)),
+        ("seed", train.seed.to_string()),
+    ];
+    list.map(|(name, value)| (name.to_owned(), value)).to_vec()
+}

@@ -1,0 +1,313 @@
+//! The output folder of a run: claimed by one process, kept from other runs, filled atomically, ended by KAITO's
+//! sentinel.
+//!
+//! `hone.json` says which run the folder belongs to: a restarted run finds itself and continues, another is
+//! refused. Files of the adapter appear whole, by rename; the sentinel is the last.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::fault::{Fault, Result};
+use crate::registry::Pushed;
+use crate::source;
+use crate::train::{Checkpoints, Metric, Trained};
+
+const RECORD: &str = "hone.json";
+const LOCK: &str = ".hone.lock";
+const METRICS: &str = "metrics.jsonl";
+const CHECKPOINTS: &str = "checkpoints";
+/// The file that KAITO's pusher waits for.
+pub const SENTINEL: &str = "fine_tuning_completed.txt";
+
+/// What `hone.json` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub hone: String,
+    /// Of model, data and options together.
+    pub fingerprint: String,
+    /// Seconds since 1970 at the first start; templates that print the date use it, so a restart renders the same.
+    pub started: u64,
+    pub data: Vec<DataFile>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trained: Option<serde_json::Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<PushedImage>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DataFile {
+    pub name: String,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PushedImage {
+    pub reference: String,
+    pub digest: String,
+}
+
+/// A claimed output folder. The claim ends with the value.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    record: Option<Record>,
+    started: u64,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Creates the folder, or takes the one of an earlier start of the same run.
+    pub fn claim(path: &Path) -> Result<RunFolder> {
+        fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
+        let record = read_record(path)?;
+        if record.is_none() {
+            refuse_foreign(path)?;
+        }
+        let lock = path.join(LOCK);
+        let file = File::create(&lock).map_err(|error| Fault::storage("write in", path, &error))?;
+        file.try_lock().map_err(|_| {
+            Fault::config(format!("{} is in use by another hone", path.display()))
+                .help("wait for it to end, or use another output folder")
+        })?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let started = record.as_ref().map_or(now, |record| record.started);
+        Ok(RunFolder { path: path.to_owned(), record, started, _lock: file })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// When this run was first started.
+    pub fn started(&self) -> SystemTime {
+        UNIX_EPOCH + std::time::Duration::from_secs(self.started)
+    }
+
+    /// Ties the folder to a run, or finds that it already is; another run's folder is refused.
+    pub fn belongs_to(&mut self, fingerprint: &str, data: &[source::File]) -> Result<()> {
+        match &self.record {
+            Some(record) if record.fingerprint == fingerprint => Ok(()),
+            Some(_) => Err(Fault::config(format!(
+                "{} holds another run: its model, data or options differ from these",
+                self.path.display()
+            ))
+            .help("use another output folder, or remove this one")),
+            None => {
+                let file = |file: &source::File| DataFile {
+                    name: file.name.clone(),
+                    bytes: file.bytes,
+                    sha256: file.sha256.clone(),
+                };
+                self.save(Record {
+                    hone: env!("CARGO_PKG_VERSION").into(),
+                    fingerprint: fingerprint.into(),
+                    started: self.started,
+                    data: data.iter().map(file).collect(),
+                    trained: None,
+                    image: None,
+                })
+            }
+        }
+    }
+
+    /// Whether training ended in an earlier start.
+    pub fn trained(&self) -> Option<Trained> {
+        let record = self.record.as_ref()?;
+        let whole = [crate::adapter::CONFIG_FILE, crate::adapter::WEIGHTS_FILE, SENTINEL];
+        let whole = whole.iter().all(|name| self.path.join(name).exists());
+        serde_json::from_value(record.trained.clone()?).ok().filter(|_| whole)
+    }
+
+    pub fn checkpoints(&self) -> Result<Checkpoints> {
+        let folder = self.path.join(CHECKPOINTS);
+        fs::create_dir_all(&folder).map_err(|error| Fault::storage("create", &folder, &error))?;
+        let fingerprint = self.record.as_ref().map_or_else(String::new, |record| record.fingerprint.clone());
+        Ok(Checkpoints { folder, fingerprint })
+    }
+
+    pub fn remove_checkpoints(&self) -> Result<()> {
+        let folder = self.path.join(CHECKPOINTS);
+        fs::remove_dir_all(&folder).map_err(|error| Fault::storage("remove", &folder, &error))
+    }
+
+    /// Opens `metrics.jsonl` for the steps after `step`; later lines of an interrupted start are dropped.
+    pub fn metrics(&self, step: u64) -> Result<Metrics> {
+        let path = self.path.join(METRICS);
+        let kept: String = fs::read_to_string(&path)
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| step_of(line).is_some_and(|of| of <= step))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        self.write(METRICS, kept.as_bytes())?;
+        let file = File::options().append(true).open(&path);
+        Ok(Metrics { file: file.map_err(|error| Fault::storage("write", &path, &error))?, path })
+    }
+
+    /// Writes a file whole: temporary name, sync, rename.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let (place, temporary) = (self.path.join(name), self.path.join(format!(".{name}.partial")));
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(&temporary)?;
+            file.write_all(content)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &place)?;
+            File::open(&self.path)?.sync_all()
+        };
+        write().map_err(|error| Fault::storage("write", &place, &error))
+    }
+
+    /// Records the end of training, then writes the sentinel.
+    pub fn finish(&mut self, trained: &Trained) -> Result<()> {
+        let mut record = self.record.clone().ok_or_else(|| Fault::internal("a run without a record ended"))?;
+        record.trained = Some(serde_json::to_value(trained).expect("numbers"));
+        self.save(record)?;
+        self.write(SENTINEL, format!("Fine-Tuning completed at {}\n", date(SystemTime::now())).as_bytes())
+    }
+
+    pub fn pushed(&mut self, pushed: &Pushed) -> Result<()> {
+        let mut record = self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
+        record.image =
+            Some(PushedImage { reference: pushed.reference.clone(), digest: pushed.digest.clone() });
+        self.save(record)
+    }
+
+    fn save(&mut self, record: Record) -> Result<()> {
+        self.write(RECORD, &serde_json::to_vec_pretty(&record).expect("texts and numbers"))?;
+        self.record = Some(record);
+        Ok(())
+    }
+}
+
+/// The run's metrics, a line at a time.
+pub struct Metrics {
+    file: File,
+    path: PathBuf,
+}
+
+impl Metrics {
+    pub fn log(&mut self, metric: &Metric) -> Result<()> {
+        let line = format!("{}\n", serde_json::to_string(metric).expect("numbers"));
+        self.file.write_all(line.as_bytes()).map_err(|error| Fault::storage("write", &self.path, &error))
+    }
+}
+
+fn step_of(line: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+}
+
+fn read_record(path: &Path) -> Result<Option<Record>> {
+    let file = path.join(RECORD);
+    match fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
+            Fault::config(format!("{}: not a record of hone: {error}", file.display()))
+                .help("use another output folder, or remove this one")
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Fault::storage("read", &file, &error)),
+    }
+}
+
+/// An empty folder may hold what file systems and hone itself leave: hidden files and lost+found.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    let entries = fs::read_dir(path).map_err(|error| Fault::storage("read", path, &error))?;
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut foreign: Vec<String> = names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
+    foreign.sort();
+    match foreign.is_empty() {
+        true => Ok(()),
+        false => Err(Fault::config(format!(
+            "the output folder {} is not empty and not of hone: found {}",
+            path.display(),
+            foreign.iter().take(4).cloned().collect::<Vec<_>>().join(", ")
+        ))
+        .help("use another output folder: nothing in this one is touched")),
+    }
+}
+
+/// `YYYY-MM-DD-HH-MM-SS` in UTC, as KAITO writes it.
+fn date(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days to civil date (Howard Hinnant), for years after 1970.
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
+    let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}-{hour:02}-{minute:02}-{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trained() -> Trained {
+        Trained {
+            steps: 3,
+            loss: 1.0,
+            first_loss: 2.0,
+            train_loss: 1.5,
+            eval_loss: None,
+            tokens: 10,
+            seconds: 1.0,
+            tokens_per_second: 10.0,
+            resumed_at: None,
+        }
+    }
+
+    #[test]
+    fn a_run_finds_its_folder_again_and_others_are_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("out");
+        let mut folder = RunFolder::claim(&path).unwrap();
+        assert!(RunFolder::claim(&path).unwrap_err().message.contains("in use"));
+        folder.belongs_to("a", &[]).unwrap();
+        folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
+        folder.write(crate::adapter::WEIGHTS_FILE, b"").unwrap();
+        folder.finish(&trained()).unwrap();
+        drop(folder);
+        let mut again = RunFolder::claim(&path).unwrap();
+        assert_eq!(again.trained(), Some(trained()));
+        assert!(again.belongs_to("b", &[]).unwrap_err().message.contains("another run"));
+        drop(again);
+        fs::remove_file(path.join(SENTINEL)).unwrap();
+        assert_eq!(RunFolder::claim(&path).unwrap().trained(), None, "without its last file it is not finished");
+    }
+
+    #[test]
+    fn a_folder_with_other_files_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("thesis.tex"), "x").unwrap();
+        let fault = RunFolder::claim(folder.path()).unwrap_err();
+        assert!(fault.message.contains("found thesis.tex"), "{fault}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn metrics_after_the_resumed_step_are_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::claim(folder.path()).unwrap();
+        fs::write(folder.path().join(METRICS), "{\"step\":1}\n{\"step\":2}\n{\"step\":3").unwrap();
+        run.metrics(1).unwrap().log(&Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 }).unwrap();
+        let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
+        assert_eq!(text, "{\"step\":1}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
+    }
+
+    #[test]
+    fn dates_are_civil() {
+        let at = |seconds| date(UNIX_EPOCH + std::time::Duration::from_secs(seconds));
+        assert_eq!(at(0), "1970-01-01-00-00-00");
+        assert_eq!(at(951_827_696), "2000-02-29-12-34-56");
+        assert_eq!(at(1_767_225_599), "2025-12-31-23-59-59");
+    }
+}
