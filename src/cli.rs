@@ -21,7 +21,7 @@ pub enum Command {
     Plan { request: Request, format: Format },
     Push { folder: PathBuf, image: String, registry: RegistryArguments },
     Pull { image: String, folder: PathBuf, registry: RegistryArguments },
-    Example { folder: PathBuf },
+    Example { folder: PathBuf, write_only: bool },
 }
 
 /// How events are shown.
@@ -51,7 +51,7 @@ pub fn parse(
         Subcommands::Plan { job, format } => Command::Plan { request: job.request(matches)?, format },
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
-        Subcommands::Example { folder } => Command::Example { folder },
+        Subcommands::Example { folder, write_only } => Command::Example { folder, write_only },
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
 }
@@ -115,10 +115,14 @@ enum Subcommands {
         #[command(flatten)]
         registry: RegistryArguments,
     },
-    /// Write a tiny model, a dataset and a configuration to try everything with
+    /// Write a tiny model, a dataset and a configuration, and run the whole job on them, in seconds
     Example {
+        /// New folder for everything: model, data, configuration, adapter, image
         #[arg(value_name = "DIR")]
         folder: PathBuf,
+        /// Write only; run nothing
+        #[arg(long, env = "HONE_WRITE_ONLY")]
+        write_only: bool,
     },
 }
 

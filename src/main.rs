@@ -17,8 +17,11 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(error) => error.exit(),
     };
+    // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
+    let job = matches!(invocation.command, Command::Run(_));
     let bars = match invocation.log {
-        Log::Auto => None,
+        Log::Auto if job => None,
+        Log::Auto => Some(true),
         Log::Terminal => Some(true),
         Log::Json => Some(false),
     };
@@ -122,10 +125,14 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
 
 fn push(folder: &std::path::Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: base_model(folder), ..ImageFacts::default() };
-    let options = plan::registry_options(arguments);
-    let pushed = registry::push(folder, &Target::parse(image)?, &facts, &options, report)?;
+    let pushed = registry::push(folder, &Target::parse(image)?, &facts, &access(arguments), report)?;
     println!("{}\n{}", pushed.reference, pushed.digest);
     Ok(())
+}
+
+fn access(arguments: &RegistryArguments) -> registry::Options {
+    let arguments = arguments.clone();
+    plan::registry_access(arguments.docker_config, arguments.ca_file, arguments.plain_http)
 }
 
 /// The name an adapter folder gives its base, for the image's annotation.
@@ -135,7 +142,7 @@ fn base_model(folder: &std::path::Path) -> String {
 }
 
 fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
-    let pulled = registry::pull(&Target::parse(image)?, folder, &plan::registry_options(arguments), report)?;
+    let pulled = registry::pull(&Target::parse(image)?, folder, &access(arguments), report)?;
     println!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
     Ok(())
 }

@@ -8,6 +8,8 @@ mod base;
 mod training;
 mod show;
 
+pub use places::registry_access;
+
 use crate::fault::Result;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};

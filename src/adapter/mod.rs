@@ -137,6 +137,17 @@ fn tensor_name(path: &str, letter: &str) -> String {
     format!("base_model.model.{path}.lora_{letter}.weight")
 }
 
+fn wrong(file: &Path, what: String) -> Fault {
+    Fault::model(format!("{}: {what}", file.display()))
+}
+
+/// Reads `adapter_config.json` alone.
+pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
+    let file = folder.join(CONFIG_FILE);
+    let text = std::fs::read(&file).map_err(|error| wrong(&file, error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))
+}
+
 /// An adapter folder: what to start from.
 pub struct Adapter {
     pub config: AdapterConfig,
@@ -147,10 +158,7 @@ pub struct Adapter {
 /// Reads a PEFT folder.
 pub fn read(folder: &Path) -> Result<Adapter> {
     let file = folder.join(CONFIG_FILE);
-    let wrong = |file: &Path, what: String| Fault::model(format!("{}: {what}", file.display()));
-    let text = std::fs::read(&file).map_err(|error| wrong(&file, error.to_string()))?;
-    let config: AdapterConfig = serde_json::from_slice(&text)
-        .map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))?;
+    let config = read_config(folder)?;
     let refused = [
         (config.peft_type != "LORA", "peft_type other than LORA"),
         (config.use_dora, "use_dora"),

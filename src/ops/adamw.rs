@@ -1,5 +1,5 @@
 //! AdamW on one flat buffer (decoupled weight decay, Loshchilov and Hutter 2019), and the gradient's norm.
-//! Kernel: `kernels/adamw.cu`.
+//!
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;

@@ -1,5 +1,5 @@
 //! Causal attention over packed examples, grouped-query heads, optional window; no score matrix outlives a block.
-//! Kernel: `kernels/attention.cu`.
+//!
 //!
 //! Row i of an example sees rows j of the same example with `i - window < j <= i`. `qkv` is one matrix
 //! [T, (H + 2K) * D]: H query heads, then K key heads, then K value heads. The backward pass computes the

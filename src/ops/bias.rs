@@ -1,4 +1,4 @@
-//! Bias of a linear layer, written into or added to a column range. Frozen: no gradient. Kernel: `kernels/bias.cu`.
+//! Bias of a linear layer, written into or added to a column range. Frozen: no gradient.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;

@@ -1,5 +1,5 @@
 //! Cross-entropy of the next token over an output head, in chunks of rows: all logits never exist at once.
-//! Kernel: `kernels/cross_entropy.cu`.
+//!
 //!
 //! `loss = sum over rows of logsumexp(h W^T) - (h W^T)[target]`; the caller divides by the supervised tokens
 //! of the whole optimizer step. The logits' gradient, softmax minus one-hot, replaces them in place.

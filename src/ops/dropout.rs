@@ -1,5 +1,5 @@
 //! Dropout from counters: the mask is a function of (row key, site, column), so the backward pass makes it again
-//! instead of keeping it, and packing examples differently does not change it. Kernel: `kernels/dropout.cu`.
+//! instead of keeping it, and packing examples differently does not change it.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! Embedding: rows of a table, widened to the type the layers compute in. The table is frozen. Kernel: `kernels/embedding.cu`.
+//! Embedding: rows of a table, widened to the type the layers compute in. The table is frozen.
 
 use candle_core::{DType, Device, Result, Tensor};
 

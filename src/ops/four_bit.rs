@@ -4,7 +4,7 @@
 //! absolute value (`absmax`) and for each value the 4-bit index of the nearest code of value/absmax; value
 //! 2i sits in the *high* nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits, in
 //! blocks of 256, by the signed dynamic map. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
-//! Kernel: `kernels/four_bit.cu`.
+//!
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! Root-mean-square norm: `y = w * x / sqrt(mean(x^2) + eps)`, rows of C. Kernel: `kernels/rms_norm.cu`.
+//! Root-mean-square norm: `y = w * x / sqrt(mean(x^2) + eps)`, rows of C.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;

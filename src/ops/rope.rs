@@ -1,5 +1,5 @@
 //! Rotary position embedding, in place: each pair (x[i], x[i + half]) of a head turns by position * frequency[i].
-//! Kernel: `kernels/rope.cu`.
+//!
 //!
 //! The halves are split as in GPT-NeoX and HF (first half, second half), not interleaved. With a partial
 //! rotary factor only the first `2 * half` elements of a head turn.

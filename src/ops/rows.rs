@@ -1,5 +1,5 @@
 //! Rows out of and into a matrix: the supervised rows before the output head, and their gradient after it.
-//! Kernel: `kernels/rows.cu`.
+//!
 
 use candle_core::{Result, Tensor};
 

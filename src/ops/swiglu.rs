@@ -1,4 +1,4 @@
-//! Gated activation: `h = silu(gate) * up` from one matrix [T, 2F] that holds gate, then up. Kernel: `kernels/swiglu.cu`.
+//! Gated activation: `h = silu(gate) * up` from one matrix [T, 2F] that holds gate, then up.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;

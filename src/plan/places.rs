@@ -189,10 +189,20 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
 }
 
 pub(super) fn registry_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> registry::Options {
+    let docker_config = reader.text(Section::Hone, "docker_config").map(PathBuf::from);
+    registry_access(docker_config, ca_file, reader.boolean(Section::Hone, "plain_http"))
+}
+
+/// For `hone push` and `hone pull`, which have no keys.
+pub fn registry_access(
+    docker_config: Option<PathBuf>,
+    ca_file: Option<PathBuf>,
+    plain_http: bool,
+) -> registry::Options {
     registry::Options {
-        docker_config: reader.text(Section::Hone, "docker_config").map(PathBuf::from),
+        docker_config,
         ca_file,
-        plain_http: reader.boolean(Section::Hone, "plain_http"),
+        plain_http,
         attempts_max: 6,
         connect_timeout: Duration::from_secs(10),
         read_timeout: Duration::from_secs(60),

@@ -2,11 +2,9 @@
 //! else; a key read here that the table does not have, or has with another type, is a defect.
 
 use super::{Plan, Value};
-use crate::fault::{Fault, Result};
+use crate::fault::Result;
 use crate::spec::keys::{self, Effect, Key, Section};
 use crate::spec::{self, Given, Mistakes, Origin, Spec, value::Value as Written};
-use crate::{registry, source};
-use std::path::PathBuf;
 
 pub(super) struct Reader<'a> {
     spec: &'a Spec,

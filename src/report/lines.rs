@@ -105,6 +105,14 @@ fn speak(event: &Event) {
         Event::Evaluated { step, epoch, eval_loss } => {
             tracing::info!(target: "hone", stage = "evaluate", step, epoch, eval_loss, "evaluated");
         }
+        Event::Failed(fault) => tracing::error!(
+            target: "hone",
+            kind = fault.kind.name(),
+            exit_code = fault.kind.exit_code(),
+            help = fault.help.as_deref().map(|help| clean(help, TEXT_CHARACTERS_MAX)),
+            "{}",
+            clean(&fault.message, TEXT_CHARACTERS_MAX)
+        ),
     }
 }
 

@@ -10,9 +10,12 @@ pub mod termination;
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
+use crate::fault::Fault;
+
 /// The part of a job that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    Plan,
     Download,
     Read,
     Tokenize,
@@ -26,6 +29,7 @@ pub enum Stage {
 impl Stage {
     pub fn name(self) -> &'static str {
         match self {
+            Stage::Plan => "plan",
             Stage::Download => "download",
             Stage::Read => "read",
             Stage::Tokenize => "tokenize",
@@ -79,6 +83,8 @@ pub enum Event {
         epoch: f64,
         eval_loss: f64,
     },
+    /// The end of a run that did not reach its own.
+    Failed(Fault),
 }
 
 /// Where events and progress go.
@@ -133,6 +139,10 @@ impl Report {
 
     pub fn note(&self, stage: Stage, text: impl Into<String>) {
         self.say(Event::Note { stage, text: text.into() });
+    }
+
+    pub fn fault(&self, fault: &Fault) {
+        self.say(Event::Failed(fault.clone()));
     }
 
     pub fn warn(&self, stage: Stage, text: impl Into<String>) {

@@ -3,6 +3,7 @@
 use super::clean::clean;
 use super::{Event, Progress, Sink, Stage, StepMetrics, Unit};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use crate::fault::Fault;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -56,7 +57,7 @@ impl Terminal {
 impl Sink for Terminal {
     fn event(&self, event: &Event) {
         match event {
-            Event::Warning { .. } => self.line(&shown(event)),
+            Event::Warning { .. } | Event::Failed(_) => self.line(&shown(event)),
             _ if self.quiet => {}
             Event::Step(metrics) => {
                 let tasks = self.tasks();
@@ -116,7 +117,18 @@ fn shown(event: &Event) -> String {
         Event::Evaluated { step, epoch, eval_loss } => {
             format!("{:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4}", Stage::Evaluate.name())
         }
+        Event::Failed(fault) => failure(fault),
     }
+}
+
+/// Line breaks of a message are hone's own (lists of mistakes); each line is cleaned by itself.
+fn failure(fault: &Fault) -> String {
+    let lines = |text: &str| {
+        let lines = text.lines().map(|line| clean(line, NOTE_CHARACTERS_MAX));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let help = fault.help.as_deref().map_or_else(String::new, |help| format!("\n  help: {}", lines(help)));
+    format!("error ({}, exit code {}): {}{help}", fault.kind.name(), fault.kind.exit_code(), lines(&fault.message))
 }
 
 fn step(metrics: &StepMetrics) -> String {

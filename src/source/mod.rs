@@ -15,6 +15,8 @@ mod parse;
 mod partial;
 mod tls;
 
+pub use hash::of as digest;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
