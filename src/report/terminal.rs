@@ -62,8 +62,8 @@ impl Sink for Terminal {
             Event::Step(metrics) => {
                 let tasks = self.tasks();
                 match tasks.values().find(|(stage, _)| *stage == Stage::Train) {
-                    Some((_, bar)) => bar.set_message(step(metrics)),
-                    None => self.line(&shown(event)),
+                    Some((_, bar)) if !self.bars.is_hidden() => bar.set_message(step(metrics)),
+                    _ => self.line(&shown(event)),
                 }
             }
             _ => self.line(&shown(event)),
