@@ -20,7 +20,8 @@ fn main() {
     let number = |name: &str, default: &str| flag(name, default).parse::<usize>().expect("a whole number");
     let precision = if flag("--precision", "f32") == "bf16" { Precision::Bf16 } else { Precision::F32 };
     let keep = if flag("--keep", "everything") == "inputs" { Keep::LayerInputs } else { Keep::Everything };
-    let (examples, tokens, steps) = (number("--examples", "4"), number("--tokens", "512"), number("--steps", "4"));
+    let (examples, tokens, steps) =
+        (number("--examples", "4"), number("--tokens", "512"), number("--steps", "4"));
     let (width, layers) = (number("--width", "768"), number("--layers", "12"));
     if let Ok(threads) = flag("--threads", "").parse() {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().expect("first use of the pool");
@@ -31,7 +32,8 @@ fn main() {
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
     });
     let folder = tempfile::tempdir().expect("a folder");
-    let facts = family::describe(&Config::from_json(config.as_object().expect("an object").clone())).expect("facts");
+    let facts =
+        family::describe(&Config::from_json(config.as_object().expect("an object").clone())).expect("facts");
     random::write(folder.path(), &facts, 1).expect("a checkpoint");
     let options = Options {
         folder: folder.path().into(),
@@ -50,8 +52,9 @@ fn main() {
     for step in 0..=steps {
         let mut batch = Batch::default();
         for example in 0..examples {
-            let ids: Vec<u32> =
-                (0..tokens).map(|i| ((i * i * 7 + i * 31 + example * 131 + step * 17) % 8192) as u32).collect();
+            let ids: Vec<u32> = (0..tokens)
+                .map(|i| ((i * i * 7 + i * 31 + example * 131 + step * 17) % 8192) as u32)
+                .collect();
             batch.push(&ids, &vec![true; tokens], tokens, (step * examples + example) as u64);
         }
         let began = Instant::now();

@@ -42,8 +42,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     };
     let pushed = match &plan.push {
         Some(target) => {
-            let pushed =
-                registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
+            let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
             folder.pushed(&pushed)?;
             Some(pushed)
         }
@@ -140,8 +139,10 @@ pub struct Described {
 /// Reads the model's config and the adapter to start from, and chooses the sites.
 pub fn describe(plan: &Plan) -> Result<Described> {
     if let Device::Cuda(number) = plan.device {
-        return Err(Fault::config(format!("device cuda:{number}: this build of hone trains on the CPU only"))
-            .help("leave `device` out, or say cpu"));
+        return Err(Fault::config(format!(
+            "device cuda:{number}: this build of hone trains on the CPU only"
+        ))
+        .help("leave `device` out, or say cpu"));
     }
     let facts = family::describe(&Config::read(&plan.model.folder)?)?;
     let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
@@ -160,7 +161,8 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
         format!("{:?}", (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens)),
     ];
     parts.extend(data.iter().map(|file| file.sha256.clone()));
-    let files = ["config.json", "tokenizer.json", "tokenizer_config.json"].map(|name| plan.model.folder.join(name));
+    let files =
+        ["config.json", "tokenizer.json", "tokenizer_config.json"].map(|name| plan.model.folder.join(name));
     let initial = plan.init_adapter.iter().map(|folder| folder.join(adapter::WEIGHTS_FILE));
     for file in files.into_iter().chain(initial) {
         parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));

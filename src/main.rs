@@ -28,7 +28,8 @@ fn main() -> ExitCode {
     let progress = Arc::new(Last::new(report::choose(bars, invocation.quiet)));
     let report = Report::new(progress.clone());
     // A defect must end with its own code and message, like any other fault.
-    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
+    let ended =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
     let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
@@ -81,7 +82,12 @@ fn summary(receipt: &Receipt) -> String {
     let trained = &receipt.trained;
     let mut text = format!(
         "\nTrained {} steps, {} tokens in {:.1} s ({:.0} tokens/s): loss {:.4} -> {:.4}",
-        trained.steps, trained.tokens, trained.seconds, trained.tokens_per_second, trained.first_loss, trained.loss
+        trained.steps,
+        trained.tokens,
+        trained.seconds,
+        trained.tokens_per_second,
+        trained.first_loss,
+        trained.loss
     );
     if let Some(eval_loss) = trained.eval_loss {
         text += &format!(", evaluation {eval_loss:.4}");
@@ -115,8 +121,7 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
                 "family": facts.family, "layers": facts.layers, "width": facts.width, "parameters": facts.parameters(),
             });
             let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
-            json["adapter"] =
-                serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
+            json["adapter"] = serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
             println!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
         }
     }
@@ -149,7 +154,11 @@ fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, re
 
 fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
     let file = example::write(folder)?;
-    println!("Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}", file.display(), file.display());
+    println!(
+        "Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}",
+        file.display(),
+        file.display()
+    );
     match write_only {
         true => Ok(None),
         false => run(&Request { spec: Some(file), ..Request::default() }, report).map(Some),

@@ -164,14 +164,16 @@ impl RunFolder {
 
     /// Records the end of training, then writes the sentinel.
     pub fn finish(&mut self, trained: &Trained) -> Result<()> {
-        let mut record = self.record.clone().ok_or_else(|| Fault::internal("a run without a record ended"))?;
+        let mut record =
+            self.record.clone().ok_or_else(|| Fault::internal("a run without a record ended"))?;
         record.trained = Some(serde_json::to_value(trained).expect("numbers"));
         self.save(record)?;
         self.write(SENTINEL, format!("Fine-Tuning completed at {}\n", date(SystemTime::now())).as_bytes())
     }
 
     pub fn pushed(&mut self, pushed: &Pushed) -> Result<()> {
-        let mut record = self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
+        let mut record =
+            self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
         record.image =
             Some(PushedImage { reference: pushed.reference.clone(), digest: pushed.digest.clone() });
         self.save(record)
@@ -217,7 +219,8 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
 fn refuse_foreign(path: &Path) -> Result<()> {
     let entries = fs::read_dir(path).map_err(|error| Fault::storage("read", path, &error))?;
     let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut foreign: Vec<String> = names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
+    let mut foreign: Vec<String> =
+        names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
     foreign.sort();
     match foreign.is_empty() {
         true => Ok(()),
@@ -281,7 +284,11 @@ mod tests {
         assert!(again.belongs_to("b", &[]).unwrap_err().message.contains("another run"));
         drop(again);
         fs::remove_file(path.join(SENTINEL)).unwrap();
-        assert_eq!(RunFolder::claim(&path).unwrap().trained(), None, "without its last file it is not finished");
+        assert_eq!(
+            RunFolder::claim(&path).unwrap().trained(),
+            None,
+            "without its last file it is not finished"
+        );
     }
 
     #[test]

@@ -68,7 +68,8 @@ impl Layer {
         let normed = rms_norm::forward(x, &self.attention_norm, shape.norm_eps)?;
         let query_key_value = side_by_side(&self.query_key_value, &normed, &mut down.query_key_value, shape)?;
         turn(&query_key_value, shape, Direction::Forward)?;
-        let (attended, log_sum) = attention::forward(&query_key_value, &shape.heads, shape.examples)?;
+        let (attended, log_sum) =
+            attention::forward(&query_key_value, &shape.heads, shape.examples, shape.pass.precision)?;
         let middle = x.copy()?;
         down.output = self.output.forward(&attended, &middle, 0, true, &shape.pass)?;
         let normed = rms_norm::forward(&middle, &self.feed_forward_norm, shape.norm_eps)?;
@@ -90,6 +91,7 @@ impl Layer {
             &kept.log_sum,
             &shape.heads,
             shape.examples,
+            shape.pass.precision,
         )?;
         turn(&d_qkv, shape, Direction::Backward)?;
         let normed = rms_norm::forward(x, &self.attention_norm, shape.norm_eps)?;

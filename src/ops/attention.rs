@@ -11,10 +11,11 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real, View};
+use super::matmul::Precision;
 use crate::with_real;
 
 /// Query rows of a block: scores of a block stay within the cache for lengths up to a few thousand.
-const BLOCK: usize = 64;
+const BLOCK: usize = 128;
 
 /// Facts of the heads.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,7 +83,12 @@ pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
 }
 
 /// qkv [T, (H + 2K) * D] after rope -> output [T, H * D] and logsumexp [H, T]. `examples` cover 0..T.
-pub fn forward(qkv: &Tensor, heads: &Heads, examples: &[Range<usize>]) -> Result<(Tensor, Tensor)> {
+pub fn forward(
+    qkv: &Tensor,
+    heads: &Heads,
+    examples: &[Range<usize>],
+    precision: Precision,
+) -> Result<(Tensor, Tensor)> {
     let (rows, columns) = qkv.dims2()?;
     assert_eq!(columns, heads.columns(), "columns of qkv");
     with_real!(qkv, T => {
@@ -90,7 +96,7 @@ pub fn forward(qkv: &Tensor, heads: &Heads, examples: &[Range<usize>]) -> Result
         let tasks = tasks(examples, heads.query);
         let blocks: Vec<(Vec<T>, Vec<T>)> = tasks
             .par_iter()
-            .map(|(example, head)| forward_head(&qkv[example.start * columns..example.end * columns], heads, *head))
+            .map(|(example, head)| forward_head(&qkv[example.start * columns..example.end * columns], heads, *head, precision))
             .collect();
         let width = heads.width;
         let mut out = vec![T::ZERO; rows * heads.query * width];
@@ -111,6 +117,7 @@ pub fn backward(
     lse: &Tensor,
     heads: &Heads,
     examples: &[Range<usize>],
+    precision: Precision,
 ) -> Result<Tensor> {
     let (rows, columns) = qkv.dims2()?;
     with_real!(qkv, T => {
@@ -128,7 +135,7 @@ pub fn backward(
                     d_out: &d_out[example.start * stride..example.end * stride],
                     lse: &|head| &lse[head * rows + example.start..head * rows + example.end],
                 };
-                backward_group(&saved, heads, *key_head)
+                backward_group(&saved, heads, *key_head, precision)
             })
             .collect();
         let mut d = vec![T::ZERO; rows * columns];
@@ -168,7 +175,7 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// One head of one example: output [t, D] and logsumexp [t].
-fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize) -> (Vec<T>, Vec<T>) {
+fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Precision) -> (Vec<T>, Vec<T>) {
     let (columns, width) = (heads.columns(), heads.width);
     let rows = qkv.len() / columns;
     let column = |head: usize| &qkv[head * width..];
@@ -179,7 +186,7 @@ fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize) -> (Vec<T>, Vec<
     for block in blocks(rows) {
         let keys = heads.keys(&block);
         scores.resize(block.len() * keys.len(), T::ZERO);
-        score(&mut scores, q, k, columns, &block, &keys, heads);
+        score(&mut scores, q, k, columns, &block, &keys, heads, precision);
         cpu::vectorized(
             #[inline(always)]
             || {
@@ -191,12 +198,13 @@ fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize) -> (Vec<T>, Vec<
         let v = View::rows(&v[keys.start * columns..], columns);
         let out = &mut out[block.start * width..];
         let p = View::rows(scores.as_slice(), keys.len());
-        T::gemm([block.len(), width, keys.len()], T::ONE, p, v, T::ZERO, out, width);
+        T::gemm([block.len(), width, keys.len()], T::ONE, p, v, T::ZERO, out, width, precision);
     }
     (out, lse)
 }
 
 /// scores = scale * q k^T for a block of rows and its keys.
+#[allow(clippy::too_many_arguments)]
 fn score<T: Real>(
     scores: &mut [T],
     q: &[T],
@@ -205,11 +213,12 @@ fn score<T: Real>(
     block: &Range<usize>,
     keys: &Range<usize>,
     heads: &Heads,
+    precision: Precision,
 ) {
     let q = View::rows(&q[block.start * columns..], columns);
     let k = View::rows(&k[keys.start * columns..], columns).transposed();
     let mnk = [block.len(), keys.len(), heads.width];
-    T::gemm(mnk, T::of(heads.scale), q, k, T::ZERO, scores, keys.len());
+    T::gemm(mnk, T::of(heads.scale), q, k, T::ZERO, scores, keys.len(), precision);
 }
 
 /// Columns of a score row that row i sees, counted from the block's first key.
@@ -221,14 +230,14 @@ fn seen(heads: &Heads, i: usize, keys: &Range<usize>) -> Range<usize> {
 /// Softmax over the seen columns, zero elsewhere; returns the logsumexp.
 #[inline(always)]
 fn softmax_row<T: Real>(row: &mut [T], seen: Range<usize>) -> T {
-    let largest = row[seen.clone()].iter().fold(row[seen.start], |largest, &score| score.larger(largest));
+    let largest = cpu::largest(&row[seen.clone()]);
     row[..seen.start].fill(T::ZERO);
     row[seen.end..].fill(T::ZERO);
     let visible = &mut row[seen];
     for score in visible.iter_mut() {
         *score = Real::exp(*score - largest);
     }
-    let sum = super::rms_norm::lanes(visible.iter().copied());
+    let sum = cpu::sum(visible);
     let scale = T::ONE / sum;
     visible.iter_mut().for_each(|p| *p *= scale);
     largest + T::of(sum.wide().ln())
@@ -249,7 +258,12 @@ struct Gradients<T> {
     value: Vec<T>,
 }
 
-fn backward_group<T: Real>(saved: &Saved<T>, heads: &Heads, key_head: usize) -> Gradients<T> {
+fn backward_group<T: Real>(
+    saved: &Saved<T>,
+    heads: &Heads,
+    key_head: usize,
+    precision: Precision,
+) -> Gradients<T> {
     let (columns, width, group) = (heads.columns(), heads.width, heads.group());
     let stride = heads.query * width;
     let rows = saved.qkv.len() / columns;
@@ -269,21 +283,18 @@ fn backward_group<T: Real>(saved: &Saved<T>, heads: &Heads, key_head: usize) -> 
             let keys = heads.keys(&block);
             p.resize(block.len() * keys.len(), T::ZERO);
             dp.resize(block.len() * keys.len(), T::ZERO);
-            score(&mut p, q, k, columns, &block, &keys, heads);
+            score(&mut p, q, k, columns, &block, &keys, heads, precision);
             let d_rows = View::rows(&d_out[block.start * stride..], stride);
             let v_keys = View::rows(&v[keys.start * columns..], columns);
             let mnk = [block.len(), keys.len(), width];
-            T::gemm(mnk, T::ONE, d_rows, v_keys.transposed(), T::ZERO, &mut dp, keys.len());
+            T::gemm(mnk, T::ONE, d_rows, v_keys.transposed(), T::ZERO, &mut dp, keys.len(), precision);
             cpu::vectorized(
                 #[inline(always)]
                 || {
                     let rows = p.chunks_mut(keys.len()).zip(dp.chunks_mut(keys.len()));
                     for (i, (p, dp)) in block.clone().zip(rows) {
                         let (out, d_out) = (&out[i * stride..][..width], &d_out[i * stride..][..width]);
-                        let delta = super::rms_norm::lanes(out.iter().zip(d_out).map(
-                            #[inline(always)]
-                            |(&o, &d)| o * d,
-                        ));
+                        let delta = cpu::dot(out, d_out);
                         score_gradient_row(p, dp, lse[i], delta, T::of(heads.scale), seen(heads, i, &keys));
                     }
                 },
@@ -299,6 +310,7 @@ fn backward_group<T: Real>(saved: &Saved<T>, heads: &Heads, key_head: usize) -> 
                 T::ONE,
                 &mut d.value[keys.start * width..],
                 width,
+                precision,
             );
             let q_rows = View::rows(&q[block.start * columns..], columns);
             T::gemm(
@@ -309,10 +321,20 @@ fn backward_group<T: Real>(saved: &Saved<T>, heads: &Heads, key_head: usize) -> 
                 T::ONE,
                 &mut d.key[keys.start * width..],
                 width,
+                precision,
             );
             let k_keys = View::rows(&k[keys.start * columns..], columns);
             let d_query = &mut d.query[(block.start * group + member) * width..];
-            T::gemm([block.len(), width, keys.len()], T::ONE, ds, k_keys, T::ZERO, d_query, group * width);
+            T::gemm(
+                [block.len(), width, keys.len()],
+                T::ONE,
+                ds,
+                k_keys,
+                T::ZERO,
+                d_query,
+                group * width,
+                precision,
+            );
         }
     }
     d
@@ -377,10 +399,14 @@ mod tests {
                 .map(|example| formula(&qkv.narrow(0, example.start, example.len())?, &heads))
                 .collect::<Result<_>>()?;
             let expected = Tensor::cat(&parts, 0)?;
-            let (out, lse) = forward(&qkv, &heads, &examples)?;
+            let (out, lse) = forward(&qkv, &heads, &examples, Precision::F32)?;
             judge::same(&out, &expected, 1e-12)?;
             let gradient = judge::gradient(&qkv, &expected, &d_out)?;
-            judge::same(&backward(&d_out, &qkv, &out, &lse, &heads, &examples)?, &gradient, 1e-11)?;
+            judge::same(
+                &backward(&d_out, &qkv, &out, &lse, &heads, &examples, Precision::F32)?,
+                &gradient,
+                1e-11,
+            )?;
         }
         Ok(())
     }
@@ -390,8 +416,10 @@ mod tests {
         let heads = Heads { query: 2, key: 1, width: 2, scale: 0.7, window: Some(3) };
         let examples = examples(&[4, 2]);
         let (qkv, d_out) = (judge::random((6, 8), 1)?, judge::random((6, 4), 2)?);
-        let (out, lse) = forward(&qkv, &heads, &examples)?;
-        let d = backward(&d_out, &qkv, &out, &lse, &heads, &examples)?;
-        judge::finite_differences(&qkv, &d_out, &d, 1e-7, |x| Ok(forward(x, &heads, &examples)?.0))
+        let (out, lse) = forward(&qkv, &heads, &examples, Precision::F32)?;
+        let d = backward(&d_out, &qkv, &out, &lse, &heads, &examples, Precision::F32)?;
+        judge::finite_differences(&qkv, &d_out, &d, 1e-7, |x| {
+            Ok(forward(x, &heads, &examples, Precision::F32)?.0)
+        })
     }
 }

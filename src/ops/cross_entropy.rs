@@ -82,31 +82,18 @@ fn rows_loss(logits: &Tensor, targets: &[u32], scale: Option<f64>) -> Result<f64
 
 #[inline(always)]
 fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
-    let largest = largest(row);
+    let largest = cpu::largest(row);
     let at_target = row[target];
     for logit in row.iter_mut() {
         *logit = Real::exp(*logit - largest);
     }
-    let sum = super::rms_norm::lanes(row.iter().copied());
+    let sum = cpu::sum(row);
     if let Some(scale) = scale {
         let factor = T::of(scale) / sum;
         row.iter_mut().for_each(|p| *p *= factor);
         row[target] -= T::of(scale);
     }
     sum.wide().ln() + largest.wide() - at_target.wide()
-}
-
-/// The largest of 16 lanes' largest: one running maximum would wait for each comparison.
-#[inline(always)]
-fn largest<T: Real>(row: &[T]) -> T {
-    let mut lanes = [row[0]; 16];
-    let (chunks, rest) = row.as_chunks::<16>();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = value.larger(*lane);
-        }
-    }
-    lanes.iter().chain(rest).fold(row[0], |largest, &value| value.larger(largest))
 }
 
 /// Logits [rows, V] themselves; for tests and generation.

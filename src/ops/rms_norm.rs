@@ -56,10 +56,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
 #[inline(always)]
 fn backward_row<T: Real>(dx: &mut [T], x: &[T], dy: &[T], w: &[T], eps: f64) {
     let scale = reciprocal_rms(x, eps);
-    let dot = lanes(dy.iter().zip(w).zip(x).map(
-        #[inline(always)]
-        |((&dy, &w), &x)| dy * w * x,
-    ));
+    let dot = cpu::dot3(dy, w, x);
     // mean(dy*w*n) * n / rms, with n = x * scale: scale^3 * dot / C * x.
     let pull = scale * scale * scale * dot / T::of(x.len() as f64);
     for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
@@ -69,28 +66,7 @@ fn backward_row<T: Real>(dx: &mut [T], x: &[T], dy: &[T], w: &[T], eps: f64) {
 
 #[inline(always)]
 fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
-    let sum = lanes(x.iter().map(
-        #[inline(always)]
-        |&x| x * x,
-    ));
-    T::ONE / Real::sqrt(sum / T::of(x.len() as f64) + T::of(eps))
-}
-
-/// A sum in 16 interleaved lanes: vector code, and a smaller rounding error than one running sum.
-#[inline(always)]
-pub(super) fn lanes<T: Real>(values: impl Iterator<Item = T>) -> T {
-    let mut sums = [T::ZERO; 16];
-    for (i, value) in values.enumerate() {
-        sums[i % 16] += value;
-    }
-    let mut width = 8;
-    while width > 0 {
-        for i in 0..width {
-            sums[i] = sums[i] + sums[i + width];
-        }
-        width /= 2;
-    }
-    sums[0]
+    T::ONE / Real::sqrt(cpu::dot(x, x) / T::of(x.len() as f64) + T::of(eps))
 }
 
 #[cfg(test)]

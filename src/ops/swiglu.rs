@@ -59,10 +59,10 @@ pub fn backward(dh: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
 fn backward_row<T: Real>(d: &mut [T], gate_up: &[T], dh: &[T]) {
     let (gate, up) = gate_up.split_at(dh.len());
     let (d_gate, d_up) = d.split_at_mut(dh.len());
-    for i in 0..dh.len() {
-        let s = sigmoid(gate[i]);
-        d_gate[i] = dh[i] * up[i] * s * (T::ONE + gate[i] * (T::ONE - s));
-        d_up[i] = dh[i] * gate[i] * s;
+    for ((((d_gate, d_up), &gate), &up), &dh) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dh) {
+        let s = sigmoid(gate);
+        *d_gate = dh * up * s * (T::ONE + gate * (T::ONE - s));
+        *d_up = dh * gate * s;
     }
 }
 
