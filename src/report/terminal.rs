@@ -2,8 +2,8 @@
 
 use super::clean::clean;
 use super::{Event, Progress, Sink, Stage, StepMetrics, Unit};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::fault::Fault;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -128,7 +128,12 @@ fn failure(fault: &Fault) -> String {
         lines.collect::<Vec<_>>().join("\n")
     };
     let help = fault.help.as_deref().map_or_else(String::new, |help| format!("\n  help: {}", lines(help)));
-    format!("error ({}, exit code {}): {}{help}", fault.kind.name(), fault.kind.exit_code(), lines(&fault.message))
+    format!(
+        "error ({}, exit code {}): {}{help}",
+        fault.kind.name(),
+        fault.kind.exit_code(),
+        lines(&fault.message)
+    )
 }
 
 fn step(metrics: &StepMetrics) -> String {
