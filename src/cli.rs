@@ -394,6 +394,8 @@ mod tests {
             command(&["plan", "--format", "json"]).command,
             Command::Plan { format: Format::Json, .. }
         ));
-        assert_eq!(command(&["example", "d"]).command, Command::Example { folder: "d".into() });
+        let example = |write_only| Command::Example { folder: "d".into(), write_only };
+        assert_eq!(command(&["example", "d"]).command, example(false));
+        assert_eq!(command(&["example", "d", "--write-only"]).command, example(true));
     }
 }

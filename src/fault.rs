@@ -83,6 +83,26 @@ impl Kind {
         }
     }
 
+    /// What happened, in a sentence; README's table holds it.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Kind::Usage => "Bad command line.",
+            Kind::Config => "Invalid or contradictory configuration.",
+            Kind::Data => "Dataset malformed, empty, or not what was declared.",
+            Kind::Model => "Model unsupported, incomplete or damaged.",
+            Kind::Auth => "Credentials missing or refused (401, 403).",
+            Kind::Capacity => "Does not fit: memory or disk, known before or after trying.",
+            Kind::Diverged => "Training produced NaN or infinity.",
+            Kind::Network => "Download or registry unreachable after all retries.",
+            Kind::Storage => "Disk full or failing while running.",
+            Kind::Device => "Accelerator failed.",
+            Kind::Push => "Training is done and safe on disk, but the push failed.",
+            Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
+            Kind::InterruptedUnsaved => "Stopped by a signal before anything could be saved.",
+            Kind::Internal => "A defect of hone.",
+        }
+    }
+
     /// Whether running the same thing again can succeed without anyone changing anything.
     pub fn retry_helps(self) -> bool {
         matches!(
@@ -95,6 +115,16 @@ impl Kind {
                 | Kind::InterruptedUnsaved
         )
     }
+}
+
+/// The table of exit codes in Markdown; README holds it.
+pub fn markdown() -> String {
+    let row = |kind: &Kind| {
+        let retry = if kind.retry_helps() { "yes" } else { "no" };
+        format!("| {} | `{}` | {} | {retry} |\n", kind.exit_code(), kind.name(), kind.meaning())
+    };
+    let head = "| code | name | meaning | retry helps |\n|---|---|---|---|\n";
+    Kind::ALL.iter().fold(head.to_owned(), |table, kind| table + &row(kind))
 }
 
 /// An error with its kind, one sentence of what happened, and what to do about it.

@@ -1,9 +1,13 @@
 //! Training equals the reference stack: per-step loss and gradient norm, and the final adapter, for every case in
 //! `tests/golden` (transformers 5.14, peft 0.21, bitsandbytes 0.50, f32; its README tells how they were made).
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device, Tensor};
 use hone::dataset::Example;
+use hone::fault::Fault;
+use hone::model::batch::Batch;
 use hone::model::{
     self, FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, config::Config, family, load,
 };
@@ -96,17 +100,23 @@ impl Case {
         text.lines().map(example).collect()
     }
 
-    fn train(
-        &self,
-        keep: Keep,
-        change: impl Fn(&mut train::Options),
-    ) -> (Vec<Metric>, model::decoder::Decoder) {
+    /// The reference's start: its base, its initial adapter.
+    fn decoder(&self, keep: Keep) -> model::decoder::Decoder {
         let mut options = self.options(keep);
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
         options.lora = initial.options(&options.lora).unwrap();
         let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
         let decoder = load::load(facts, &options, &Report::silent()).unwrap();
         initial.apply(&decoder.trainable).unwrap();
+        decoder
+    }
+
+    fn train(
+        &self,
+        keep: Keep,
+        change: impl Fn(&mut train::Options),
+    ) -> (Vec<Metric>, model::decoder::Decoder) {
+        let decoder = self.decoder(keep);
         let mut train_options = self.train_options();
         change(&mut train_options);
         let mut metrics = Vec::new();
@@ -117,6 +127,55 @@ impl Case {
         train::run(&decoder, &self.examples(), &[], &train_options, None, &Report::silent(), &mut log)
             .unwrap();
         (metrics, decoder)
+    }
+
+    fn debug(&self) -> HashMap<String, Tensor> {
+        candle_core::safetensors::load(self.folder.join("debug.safetensors"), &Device::Cpu).unwrap()
+    }
+
+    /// Largest difference of the first row's logits, before any step.
+    fn logits_error(&self) -> f64 {
+        let debug = self.debug();
+        let integers = |name: &str| debug[name].to_vec1::<i64>().unwrap();
+        let ids: Vec<u32> = integers("debug.input_ids_row0").into_iter().map(|id| id as u32).collect();
+        let positions: Vec<u32> = integers("debug.positions").into_iter().map(|at| at as u32).collect();
+        let mut batch = Batch::default();
+        batch.push(&ids, &vec![true; ids.len()], ids.len(), 0);
+        let logits = self.decoder(Keep::Everything).logits(&batch).unwrap();
+        let found = logits.index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 0).unwrap();
+        let difference = (found - &debug["debug.logits_row0"]).unwrap().abs().unwrap();
+        difference.max_all().unwrap().to_scalar::<f32>().unwrap() as f64
+    }
+
+    /// Gradients of step 3 before clipping, against the recorded ones: the least cosine and the largest relative L2
+    /// distance among the matrices. Step 3 is the first at which A has a gradient that is not zero or tiny: the
+    /// warm-up's first step changes nothing, and A's gradient is a multiple of B.
+    fn gradient_error(&self) -> (f64, f64) {
+        let decoder = self.decoder(Keep::Everything);
+        let mut stop = |metric: &Metric| match metric.step() {
+            3 => Err(Fault::internal("far enough: the gradients of step 3 lie in their buffer")),
+            _ => Ok(()),
+        };
+        let options = self.train_options();
+        train::run(&decoder, &self.examples(), &[], &options, None, &Report::silent(), &mut stop)
+            .unwrap_err();
+        let recorded = self.debug();
+        let (mut cosine, mut distance) = (1f64, 0f64);
+        for site in &decoder.trainable.sites {
+            let (a, b) = decoder.trainable.views(&decoder.trainable.grads, site).unwrap();
+            for (letter, found) in [("A", a), ("B", b)] {
+                let name = format!("grad_step3.base_model.model.{}.lora_{letter}.weight", site.path);
+                let expected = &recorded[&name];
+                let squares = |x: &Tensor| hone::ops::adamw::sum_of_squares(x).unwrap();
+                let product = (&found * expected).unwrap().to_dtype(DType::F64).unwrap();
+                let product = product.sum_all().unwrap().to_scalar::<f64>().unwrap();
+                cosine = cosine.min(product / (squares(&found) * squares(expected)).sqrt());
+                distance = distance.max((squares(&(&found - expected).unwrap()) / squares(expected)).sqrt());
+            }
+        }
+        let count = recorded.keys().filter(|name| name.starts_with("grad_step3.")).count();
+        assert_eq!(count, 2 * decoder.trainable.sites.len(), "recorded gradients");
+        (cosine, distance)
     }
 
     fn check(&self, keep: Keep, packing: Option<usize>) {
@@ -156,7 +215,7 @@ impl Case {
     /// Relative L2 distance of all B matrices together.
     fn final_b_error(&self, decoder: &model::decoder::Decoder) -> f64 {
         let file = self.folder.join("final_adapter/adapter_model.safetensors");
-        let expected = candle_core::safetensors::load(file, &candle_core::Device::Cpu).unwrap();
+        let expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
         let (mut difference, mut size) = (0.0, 0.0);
         for site in &decoder.trainable.sites {
             let (_, b) = decoder.trainable.views(&decoder.trainable.params, site).unwrap();
@@ -200,6 +259,20 @@ fn cases() -> Vec<Case> {
 fn every_recorded_run_is_reproduced() {
     for case in cases() {
         case.check(Keep::Everything, None);
+    }
+}
+
+/// TOLERANCE: the largest differences found are 5e-6 of a logit and 3e-6 of a gradient's length; one differing code
+/// of a nested scale moves a loss by up to 2e-4.
+#[test]
+fn the_first_logits_and_the_gradients_of_step_3_are_the_recorded_ones() {
+    for case in ["llama3", "phi3"].map(|name| Case::open(&golden().join(name))) {
+        let name = case.folder.file_name().unwrap().to_str().unwrap();
+        let logits = case.logits_error();
+        let (cosine, distance) = case.gradient_error();
+        println!("{name}: logits {logits:.1e}, gradients: cosine 1 - {:.1e}, {distance:.1e}", 1.0 - cosine);
+        assert!(logits <= 1e-4, "{name}: logits differ by {logits}");
+        assert!(cosine > 0.99999 && distance < 1e-3, "{name}: gradients: cosine {cosine}, {distance}");
     }
 }
 

@@ -56,7 +56,7 @@ mod tests {
         };
         near(factors(Schedule::Linear), with([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0].map(|n| n / 7.0)));
         let cosine = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0f64]
-            .map(|n| 0.5 * (1.0 + (n / 7.0 * 3.141_592_653_589_793).cos()));
+            .map(|n| 0.5 * (1.0 + (n / 7.0 * std::f64::consts::PI).cos()));
         near(factors(Schedule::Cosine), with(cosine));
         near(factors(Schedule::Constant), vec![1.0; 10]);
         near(factors(Schedule::ConstantWithWarmup), with([1.0; 7]));

@@ -1,0 +1,261 @@
+//! The decoder's logits against those of others: candle-transformers' models of the same weights, and peft over
+//! transformers and bitsandbytes (recorded by `scripts/peft_logits.py`) with adapters that hone trained.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{llama, mistral, phi3, qwen2};
+use hone::adapter;
+use hone::model::batch::Batch;
+use hone::model::config::Config;
+use hone::model::decoder::Decoder;
+use hone::model::facts::Facts;
+use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, family, load, random};
+use hone::report::Report;
+use serde_json::{Value, json};
+
+/// TOLERANCE: both sides compute in f32 and sum in their own order; the largest difference found is 1e-5, on logits
+/// of up to 20. With rope's theta or the attention's scale 1% off it is 2e-2, with a window one token off 2.6, with
+/// a norm's eps of 1e-6 for 1e-5 2e-4.
+const ROUNDING: f32 = 1e-4;
+
+const NF4: Quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
+
+/// ids [1, T] -> logits of the last of them.
+type Other = Box<dyn FnMut(&Tensor) -> Result<Tensor>>;
+
+#[test]
+fn golden_llama_equals_candle_transformers() {
+    let folder = golden("llama3");
+    let config = json_of(&folder.join("config.json"));
+    let decoder = decoder(&folder, facts(&config), Quantization::None, LoraOptions::default());
+    check("llama3", &decoder, llama(&config, &folder), &recorded_rows("llama3", &[3, 6, 7]));
+}
+
+/// candle's phi3 has no sliding window: the rows are no longer than the model's window of 40. (Nor is its longrope
+/// transformers': it multiplies the frequencies by the factors. The recorded runs of `parity.rs` judge ours.)
+#[test]
+fn golden_phi3_equals_candle_transformers() {
+    let folder = golden("phi3");
+    let config = json_of(&folder.join("config.json"));
+    let decoder = decoder(&folder, facts(&config), Quantization::None, LoraOptions::default());
+    let rows = recorded_rows("phi3", &[0, 1, 4, 7]);
+    assert!(rows.iter().all(|row| row.len() <= decoder.facts.heads.window.unwrap()));
+    check("phi3", &decoder, phi3(&config, &folder), &rows);
+}
+
+#[test]
+fn random_llama_with_grouped_heads_and_tied_head() {
+    let config = config(json!({"tie_word_embeddings": true, "rope_theta": 1000.0}));
+    check_random("grouped, tied", &config, |_| {}, llama);
+}
+
+#[test]
+fn random_llama_with_one_key_head_and_scaled_rope() {
+    let scaling = json!({
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    });
+    let config = config(json!({"num_key_value_heads": 1, "rope_scaling": scaling}));
+    check_random("one key head, scaled rope", &config, |_| {}, llama);
+}
+
+/// candle's llama takes the head's width from the model's; its mistral, of the same shape, reads it.
+#[test]
+fn random_llama_with_its_own_head_width() {
+    let config = config(json!({"head_dim": 6}));
+    check_random("own head width", &config, |_| {}, mistral);
+}
+
+/// candle's window of W sees the token itself and W before it; transformers' and ours sees W in all.
+#[test]
+fn random_decoder_with_a_window() {
+    let config = config(json!({"sliding_window": 8}));
+    check_random("window", &config, |facts| facts.heads.window = Some(9), mistral);
+}
+
+/// candle's llama has no biases; its qwen2 has them on the queries, keys and values, not on the output.
+#[test]
+fn random_decoder_with_biases() {
+    let config = config(json!({"attention_bias": true}));
+    check_random("biases", &config, |facts| facts.output.bias = false, qwen2);
+}
+
+#[test]
+fn random_phi3_with_grouped_heads_partial_rotary_and_tied_head() {
+    let more = json!({"model_type": "phi3", "tie_word_embeddings": true, "partial_rotary_factor": 0.75,
+        "hidden_size": 64, "sliding_window": null});
+    check_random("phi3", &config(more), |_| {}, phi3);
+}
+
+/// Each folder is an adapter as hone wrote it and logits that peft gave with it: beside the base, and merged into it.
+/// What hone writes today is, byte by byte, what peft read then.
+#[test]
+fn adapters_give_the_logits_they_give_in_peft() {
+    for case in ["llama3-none", "llama3-nf4", "phi3-none", "phi3-nf4"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft_logits").join(case);
+        let (kind, quantization) = case.split_once('-').unwrap();
+        let quantization = if quantization == "nf4" { NF4 } else { Quantization::None };
+        let trained = adapter::read(&folder).unwrap();
+        let lora = trained.options(&LoraOptions::default()).unwrap();
+        let model = golden(kind);
+        let decoder =
+            decoder(&model, facts(&json_of(&model.join("config.json"))), quantization, lora.clone());
+        trained.apply(&decoder.trainable).unwrap();
+        let (sites, layers) = (&decoder.trainable.sites, decoder.facts.layers);
+        let written = serde_json::to_vec_pretty(&adapter::config(sites, layers, &lora, "model")).unwrap();
+        assert!(written == std::fs::read(folder.join(adapter::CONFIG_FILE)).unwrap(), "{case}: config");
+        let written = adapter::weights(&decoder.trainable).unwrap();
+        assert!(written == std::fs::read(folder.join(adapter::WEIGHTS_FILE)).unwrap(), "{case}: weights");
+        let recorded = tensors(&folder.join("logits.safetensors"));
+        for row in 0..2 {
+            let ids: Vec<u32> = recorded[&format!("ids_{row}")].to_vec1().unwrap();
+            let found = &ours(&decoder, std::slice::from_ref(&ids))[0];
+            for way in ["logits", "merged"] {
+                let Some(expected) = recorded.get(&format!("{way}_{row}")) else { continue };
+                let expected: Vec<Vec<f32>> = expected.to_vec2().unwrap();
+                let found = [&found[ids.len() / 2], &found[ids.len() - 1]];
+                same(&format!("{case}, row {row}, {way}"), &found, &expected);
+            }
+        }
+    }
+}
+
+/// A small llama: widths that are no multiples of the kernels' blocks.
+fn config(more: Value) -> Value {
+    let mut config = json!({
+        "model_type": "llama", "hidden_act": "silu", "vocab_size": 157, "hidden_size": 40, "intermediate_size": 72,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 64, "tie_word_embeddings": false,
+        // What candle's qwen2 wants to be told.
+        "sliding_window": 64, "max_window_layers": 3, "use_sliding_window": false,
+    });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+/// Random weights for the config, read by both.
+fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&Value, &Path) -> Other) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut facts = facts(config);
+    change(&mut facts);
+    random::write(folder.path(), &facts, 5).unwrap();
+    let rows: Vec<Vec<u32>> =
+        [23, 1, 40].map(|length| (0..length).map(|i| (i * i * 7 + 3 * i + length) % 157).collect()).into();
+    let decoder = decoder(folder.path(), facts, Quantization::None, LoraOptions::default());
+    check(name, &decoder, other(config, folder.path()), &rows);
+}
+
+/// Our logits of the rows packed in one batch against the other's of every beginning of every row, each alone.
+fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
+    for (row, (ids, found)) in rows.iter().zip(ours(decoder, rows)).enumerate() {
+        let last = |length: usize| {
+            let ids = Tensor::new(&ids[..length], &Device::Cpu)?.unsqueeze(0)?;
+            other(&ids)?.flatten_all()?.to_vec1::<f32>()
+        };
+        let expected: Result<Vec<Vec<f32>>> = (1..=ids.len()).map(last).collect();
+        same(&format!("{name}, row {row}"), &found.iter().collect::<Vec<_>>(), &expected.unwrap());
+    }
+}
+
+/// Logits by row, token and vocabulary, of all rows in one batch.
+fn ours(decoder: &Decoder, rows: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
+    let mut batch = Batch::default();
+    for ids in rows {
+        batch.push(ids, &vec![true; ids.len()], ids.len(), 0);
+    }
+    let mut logits = decoder.logits(&batch).unwrap().to_vec2::<f32>().unwrap().into_iter();
+    rows.iter().map(|ids| logits.by_ref().take(ids.len()).collect()).collect()
+}
+
+fn same(place: &str, found: &[&Vec<f32>], expected: &[Vec<f32>]) {
+    assert_eq!(found.len(), expected.len(), "{place}: positions");
+    let mut worst = 0f32;
+    for (position, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(found.len(), expected.len(), "{place}: vocabulary");
+        for (token, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let error = (found - expected).abs();
+            assert!(error <= ROUNDING, "{place}, position {position}, {token}: {found}, not {expected}");
+            worst = worst.max(error);
+        }
+    }
+    println!("{place}: {worst:.1e}");
+}
+
+fn decoder(folder: &Path, facts: Facts, quantization: Quantization, lora: LoraOptions) -> Decoder {
+    let options = Options {
+        folder: folder.into(),
+        quantization,
+        lora,
+        precision: Precision::F32,
+        keep: Keep::Everything,
+    };
+    load::load(facts, &options, &Report::silent()).unwrap()
+}
+
+fn facts(config: &Value) -> Facts {
+    family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap()
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join("model")
+}
+
+fn json_of(file: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+fn recorded_rows(name: &str, rows: &[usize]) -> Vec<Vec<u32>> {
+    let text = std::fs::read_to_string(golden(name).with_file_name("tokens.jsonl")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let ids = |row: &usize| {
+        let line: Value = serde_json::from_str(lines[*row]).unwrap();
+        serde_json::from_value(line["input_ids"].clone()).unwrap()
+    };
+    rows.iter().map(ids).collect()
+}
+
+fn tensors(file: &Path) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(file, &Device::Cpu).unwrap()
+}
+
+fn weights(folder: &Path) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(tensors(&folder.join("model.safetensors")), DType::F32, &Device::Cpu)
+}
+
+fn read<T: serde::de::DeserializeOwned>(config: &Value) -> T {
+    serde_json::from_value(config.clone()).unwrap()
+}
+
+fn llama(config: &Value, folder: &Path) -> Other {
+    let config = read::<llama::LlamaConfig>(config).into_config(false);
+    let model = llama::Llama::load(weights(folder), &config).unwrap();
+    let cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+    Box::new(move |ids| model.forward(ids, 0, &mut cache.clone()))
+}
+
+fn phi3(config: &Value, folder: &Path) -> Other {
+    let mut model = phi3::Model::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+fn mistral(config: &Value, folder: &Path) -> Other {
+    let mut model = mistral::Model::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+fn qwen2(config: &Value, folder: &Path) -> Other {
+    let mut model = qwen2::ModelForCausalLM::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
