@@ -23,6 +23,7 @@ fn random(rows: usize, cols: usize) -> Result<Tensor> {
 }
 
 fn main() -> Result<()> {
+    hone::machine::keep_freed_memory();
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     let heads = Heads { query: 12, key: 4, width: 64, scale: 0.125, window: None };

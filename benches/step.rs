@@ -13,6 +13,7 @@ use hone::ops::{gemm, rows};
 use hone::report::Report;
 
 fn main() {
+    hone::machine::keep_freed_memory();
     let flag = |name: &str, default: &str| {
         let mut arguments = std::env::args().skip_while(|argument| argument != name);
         arguments.nth(1).unwrap_or_else(|| default.to_owned())

@@ -6,6 +6,7 @@
 pub mod fault;
 pub mod report;
 pub mod interrupt;
+pub mod machine;
 pub mod source;
 pub mod dataset;
 pub mod ops;

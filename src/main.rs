@@ -13,6 +13,7 @@ use hone::spec::{self, Request};
 use hone::{example, interrupt};
 
 fn main() -> ExitCode {
+    hone::machine::keep_freed_memory();
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => cli::exit(&error),

@@ -7,6 +7,8 @@ use std::cell::RefCell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
+use ::gemm::Parallelism;
+
 use super::gemm::{self, Matrix, Precision};
 use super::matmul::Operand;
 
@@ -66,6 +68,10 @@ impl<'a, T> View<'a, T> {
         View { data: self.data, row: self.col, col: self.row }
     }
 }
+
+/// Dense f32 products with a side this small (LoRA's) go to the `gemm` crate: hone's own kernel, made for wide
+/// ones, splits f32 into bf16 parts and spends its time packing there (figures in `benches/LOG.md`).
+const SKINNY_MAX: usize = 64;
 
 impl<'a> View<'a, f32> {
     fn matrix(self, rows: usize, cols: usize) -> Matrix<'a> {
@@ -146,6 +152,9 @@ impl Real for f32 {
         c_row: usize,
         precision: Precision,
     ) {
+        if precision == Precision::F32 {
+            return library_gemm([m, n, k], alpha, a, b, beta, c, c_row, Parallelism::None);
+        }
         let (a, b) = (a.matrix(m, k), b.matrix(k, n));
         gemm::gemm_serial(m, n, k, alpha, &a, &b, beta, c, c_row, precision);
     }
@@ -159,6 +168,11 @@ impl Real for f32 {
         c_row: usize,
         precision: Precision,
     ) {
+        if let (Precision::F32, Operand::View(a), Operand::View(b)) = (precision, a, b)
+            && m.min(n).min(k) <= SKINNY_MAX
+        {
+            return library_gemm([m, n, k], alpha, a, b, beta, c, c_row, Parallelism::Rayon(0));
+        }
         let (a, b) = (a.matrix(m, k, precision), b.matrix(k, n, precision));
         gemm::gemm(m, n, k, alpha, &a, &b, beta, c, c_row, precision);
     }
@@ -201,7 +215,7 @@ impl Real for f64 {
         c_row: usize,
         _: Precision,
     ) {
-        library_gemm(mnk, alpha, a, b, beta, c, c_row);
+        library_gemm(mnk, alpha, a, b, beta, c, c_row, Parallelism::None);
     }
     /// Expands both operands: the judge may be slow.
     fn product(
@@ -216,7 +230,7 @@ impl Real for f64 {
     ) {
         let [m, n, k] = mnk;
         let (a, b) = (a.expand(m, k), b.expand(k, n));
-        library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row);
+        library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row, Parallelism::None);
     }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
         match storage {
@@ -226,15 +240,16 @@ impl Real for f64 {
     }
 }
 
-/// The `gemm` crate in f64, with its bounds checked here.
-fn library_gemm(
+/// The `gemm` crate, with its bounds checked here: f64, attention in f32, skinny products in f32.
+fn library_gemm<T: Real>(
     [m, n, k]: [usize; 3],
-    alpha: f64,
-    a: View<f64>,
-    b: View<f64>,
-    beta: f64,
-    c: &mut [f64],
+    alpha: T,
+    a: View<T>,
+    b: View<T>,
+    beta: T,
+    c: &mut [T],
     c_row: usize,
+    parallelism: Parallelism,
 ) {
     if m == 0 || n == 0 {
         return;
@@ -253,7 +268,7 @@ fn library_gemm(
             c.as_mut_ptr(),
             1,
             c_row as isize,
-            beta != 0.0,
+            beta != T::ZERO,
             a.data.as_ptr(),
             a.col as isize,
             a.row as isize,
@@ -265,7 +280,7 @@ fn library_gemm(
             false,
             false,
             false,
-            ::gemm::Parallelism::None,
+            parallelism,
         );
     }
 }
