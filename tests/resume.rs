@@ -165,16 +165,25 @@ fn a_second_signal_ends_at_once() {
     let work = Work::with_llama();
     // One micro-batch of all rows: the first signal has to wait for it.
     let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", "out"];
-    for key in ["packing=false", "per_device_train_batch_size=400", "logging_steps=1", "max_steps=100"] {
+    for key in [
+        "packing=false",
+        "per_device_train_batch_size=400",
+        "logging_steps=1",
+        "max_steps=100",
+        "eval_strategy=no",
+    ] {
         arguments.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
     }
     let mut running = work.start(&arguments);
     until_step(&mut running, &work, 1);
+    // Well into the second step, which takes more than a second.
+    std::thread::sleep(std::time::Duration::from_millis(100));
     running.signal(SIGTERM);
-    // Signals of one kind that wait together are one; a hundredth of a second keeps them apart.
-    std::thread::sleep(std::time::Duration::from_millis(10));
+    // Signals of one kind that wait together are one; some time keeps them apart.
+    std::thread::sleep(std::time::Duration::from_millis(20));
     running.signal(SIGTERM);
-    assert_eq!(running.end().0, Some(31));
+    let (code, log) = running.end();
+    assert_eq!(code, Some(31), "{log}");
     nothing_final(&work);
     assert!(work.list("out/checkpoints").is_empty());
 }
