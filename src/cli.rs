@@ -27,9 +27,11 @@ pub enum Command {
 /// How events are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Log {
-    /// Bars on a terminal, JSON lines otherwise.
+    /// Bars on a terminal, JSON lines otherwise
     Auto,
+    /// For people: bars, or plain lines where stderr is no terminal
     Terminal,
+    /// For machines: one JSON line for each event
     Json,
 }
 
@@ -56,6 +58,18 @@ pub fn parse(
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
 }
 
+/// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
+/// log is kept.
+pub fn exit(error: &clap::Error) -> ! {
+    let text = error.to_string();
+    if !error.use_stderr() || !text.contains("://") {
+        error.exit();
+    }
+    let url = regex::Regex::new(r#"://[^\s'"]*"#).expect("a valid expression");
+    eprint!("{}", url.replace_all(&text, "://..."));
+    std::process::exit(error.exit_code())
+}
+
 #[derive(Parser)]
 #[command(name = "hone", version, about, max_term_width = 110, arg_required_else_help = true)]
 #[command(
@@ -63,11 +77,11 @@ pub fn parse(
     Every flag is also an environment variable, and every key of the job can stand in one YAML file."
 )]
 struct Cli {
-    /// How events are shown on stderr; auto: bars on a terminal, JSON lines otherwise
-    #[arg(long, value_enum, default_value = "auto", env = "HONE_LOG", global = true)]
+    /// How events are shown on stderr
+    #[arg(long, value_enum, default_value = "auto", env = "HONE_LOG", global = true, display_order = 100)]
     log: Log,
     /// Only warnings and errors
-    #[arg(short, long, env = "HONE_QUIET", global = true)]
+    #[arg(short, long, env = "HONE_QUIET", global = true, display_order = 101)]
     quiet: bool,
     #[command(subcommand)]
     command: Subcommands,
@@ -77,7 +91,7 @@ struct Cli {
 enum Subcommands {
     /// Fine-tune a model and write the adapter; push it if asked
     #[command(after_help = "Examples:\n  \
-        hone run --config training_config.yaml --model ./Phi-3-mini --data https://host/rows.parquet --output ./adapter\n  \
+        hone run --config tuning.yaml --model ./phi-3 --data https://host/rows.parquet --output ./adapter\n  \
         hone run job.yaml --set LoraConfig.r=16 --set TrainingArguments.learning_rate=2e-4\n  \
         hone run job.yaml --data 'rows/*.parquet' --push registry.example.com/adapters/support:1")]
     Run(Job),

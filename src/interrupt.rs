@@ -1,13 +1,18 @@
 //! SIGTERM and SIGINT -> one flag that every long loop looks at; a second signal ends the process at once.
 //!
-//! Kubernetes sends SIGTERM, waits for the grace period and kills. The flag is looked at between downloads,
-//! files, layers and micro-batches, so that the time to a checkpoint is one micro-batch, not one epoch.
+//! Kubernetes sends SIGTERM, waits for the grace period and kills. The flag is looked at between batches of
+//! rows, layers and micro-batches, and while the network is waited for, so that the time to a checkpoint is one
+//! micro-batch, not one epoch.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::fault::{Fault, Kind, Result};
+
+/// How often a wait for the network looks at the flag.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 fn flag() -> &'static Arc<AtomicBool> {
     static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
@@ -35,7 +40,28 @@ pub fn requested() -> bool {
 pub fn check() -> Result<()> {
     match requested() {
         false => Ok(()),
-        true => Err(Fault::new(Kind::InterruptedUnsaved, "stopped by a signal before training began")
-            .help("start it again: finished downloads are kept")),
+        true => Err(before_training()),
+    }
+}
+
+/// Nothing is lost but time.
+pub fn before_training() -> Fault {
+    Fault::new(Kind::InterruptedUnsaved, "stopped by a signal before training began")
+        .help("start it again: what was downloaded is kept")
+}
+
+/// What `work` gives, unless a signal comes first: then it is dropped where it stands and `stopped` is the answer.
+pub async fn or_stopped<T>(
+    work: impl Future<Output = Result<T>>,
+    stopped: impl FnOnce() -> Fault,
+) -> Result<T> {
+    let signal = async {
+        while !requested() {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    };
+    tokio::select! {
+        done = work => done,
+        () = signal => Err(stopped()),
     }
 }

@@ -18,6 +18,16 @@ use crate::run_folder::{Metrics, RunFolder};
 use crate::source;
 use crate::train::{self, Every, Trained};
 
+/// Files of a model's folder, besides its weights, that change what is trained.
+const MODEL_TEXTS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
 /// What a job made.
 #[derive(Clone, Debug)]
 pub struct Receipt {
@@ -89,7 +99,7 @@ fn fit(
     let mut log = |metric: &train::Metric| {
         if metrics.is_none() {
             // The first line tells where this start began: later lines of an earlier start are dropped.
-            metrics = Some(folder.metrics(metric.step().saturating_sub(1))?);
+            metrics = Some(folder.metrics(metric)?);
         }
         metrics.as_mut().expect("just opened").log(metric)
     };
@@ -161,10 +171,9 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
         format!("{:?}", (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens)),
     ];
     parts.extend(data.iter().map(|file| file.sha256.clone()));
-    let files =
-        ["config.json", "tokenizer.json", "tokenizer_config.json"].map(|name| plan.model.folder.join(name));
+    let files = MODEL_TEXTS.iter().map(|name| plan.model.folder.join(name));
     let initial = plan.init_adapter.iter().map(|folder| folder.join(adapter::WEIGHTS_FILE));
-    for file in files.into_iter().chain(initial) {
+    for file in files.chain(initial) {
         parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
     }
     Ok(source::digest(parts.join("\n").as_bytes()))
@@ -174,8 +183,9 @@ fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     match tokenizer.vocab_size() <= facts.vocab {
         true => Ok(()),
         false => Err(Fault::model(format!(
-            "the tokenizer has ids up to {}, the embedding {} rows",
+            "tokenizer.json has ids up to {}, the model's embedding only up to {} (vocab_size {})",
             tokenizer.vocab_size() - 1,
+            facts.vocab - 1,
             facts.vocab
         ))
         .help("tokenizer.json and config.json must be of the same model; added tokens need a resized model")),

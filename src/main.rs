@@ -16,7 +16,7 @@ fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
-        Err(error) => error.exit(),
+        Err(error) => cli::exit(&error),
     };
     // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
     let job = matches!(invocation.command, Command::Run(_));

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter;
 use crate::fault::{Fault, Result};
 use crate::registry::Pushed;
 use crate::source;
@@ -22,6 +23,9 @@ const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 /// The file that KAITO's pusher waits for.
 pub const SENTINEL: &str = "fine_tuning_completed.txt";
+
+/// Names under which a finished run's work stands.
+const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 
 /// What `hone.json` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -74,8 +78,7 @@ impl RunFolder {
             Fault::config(format!("{} is in use by another hone", path.display()))
                 .help("wait for it to end, or use another output folder")
         })?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let started = record.as_ref().map_or(now, |record| record.started);
+        let started = record.as_ref().map_or_else(now, |record| record.started);
         Ok(RunFolder { path: path.to_owned(), record, started, _lock: file })
     }
 
@@ -88,16 +91,19 @@ impl RunFolder {
         UNIX_EPOCH + std::time::Duration::from_secs(self.started)
     }
 
-    /// Ties the folder to a run, or finds that it already is; another run's folder is refused.
+    /// Ties the folder to a run, or finds that it already is. Another run's folder is refused, unless that run left
+    /// nothing to lose: whoever corrects a mistake may start again in the same folder.
     pub fn belongs_to(&mut self, fingerprint: &str, data: &[source::File]) -> Result<()> {
         match &self.record {
             Some(record) if record.fingerprint == fingerprint => Ok(()),
-            Some(_) => Err(Fault::config(format!(
-                "{} holds another run: its model, data or options differ from these",
+            Some(_) if let Some(kept) = self.kept() => Err(Fault::config(format!(
+                "the output folder {} holds {kept} of another run, whose model, data or options differ from these",
                 self.path.display()
             ))
             .help("use another output folder, or remove this one")),
-            None => {
+            _ => {
+                self.started = now();
+                self.write(METRICS, b"")?;
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,
@@ -115,11 +121,22 @@ impl RunFolder {
         }
     }
 
+    /// What a run left that must not be lost.
+    fn kept(&self) -> Option<&'static str> {
+        let exists = |name: &str| self.path.join(name).exists();
+        let is_whole = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
+        let checkpoints = || fs::read_dir(self.path.join(CHECKPOINTS)).into_iter().flatten().flatten();
+        match () {
+            () if WHOLE.iter().any(|name| exists(name)) => Some("the adapter"),
+            () if checkpoints().any(is_whole) => Some("a checkpoint"),
+            () => None,
+        }
+    }
+
     /// Whether training ended in an earlier start.
     pub fn trained(&self) -> Option<Trained> {
         let record = self.record.as_ref()?;
-        let whole = [crate::adapter::CONFIG_FILE, crate::adapter::WEIGHTS_FILE, SENTINEL];
-        let whole = whole.iter().all(|name| self.path.join(name).exists());
+        let whole = WHOLE.iter().all(|name| self.path.join(name).exists());
         serde_json::from_value(record.trained.clone()?).ok().filter(|_| whole)
     }
 
@@ -135,13 +152,14 @@ impl RunFolder {
         fs::remove_dir_all(&folder).map_err(|error| Fault::storage("remove", &folder, &error))
     }
 
-    /// Opens `metrics.jsonl` for the steps after `step`; later lines of an interrupted start are dropped.
-    pub fn metrics(&self, step: u64) -> Result<Metrics> {
+    /// Opens `metrics.jsonl` for `next` and what follows it; an interrupted start's lines from there on are dropped.
+    pub fn metrics(&self, next: &Metric) -> Result<Metrics> {
+        let next = (next.step(), matches!(next, Metric::Evaluation { .. }));
         let path = self.path.join(METRICS);
         let kept: String = fs::read_to_string(&path)
             .unwrap_or_default()
             .lines()
-            .filter(|line| step_of(line).is_some_and(|of| of <= step))
+            .filter(|line| place_of(line).is_some_and(|place| place < next))
             .map(|line| format!("{line}\n"))
             .collect();
         self.write(METRICS, kept.as_bytes())?;
@@ -199,8 +217,14 @@ impl Metrics {
     }
 }
 
-fn step_of(line: &str) -> Option<u64> {
-    serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// A line's step and whether it is its evaluation, which comes after the step's own line.
+fn place_of(line: &str) -> Option<(u64, bool)> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    Some((line.get("step")?.as_u64()?, line.get("eval_loss").is_some()))
 }
 
 fn read_record(path: &Path) -> Result<Option<Record>> {
@@ -225,7 +249,7 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     match foreign.is_empty() {
         true => Ok(()),
         false => Err(Fault::config(format!(
-            "the output folder {} is not empty and not of hone: found {}",
+            "the output folder {} holds files that are not hone's: {}",
             path.display(),
             foreign.iter().take(4).cloned().collect::<Vec<_>>().join(", ")
         ))
@@ -274,6 +298,7 @@ mod tests {
         let path = parent.path().join("out");
         let mut folder = RunFolder::claim(&path).unwrap();
         assert!(RunFolder::claim(&path).unwrap_err().message.contains("in use"));
+        folder.belongs_to("mistaken", &[]).unwrap();
         folder.belongs_to("a", &[]).unwrap();
         folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
         folder.write(crate::adapter::WEIGHTS_FILE, b"").unwrap();
@@ -281,7 +306,7 @@ mod tests {
         drop(folder);
         let mut again = RunFolder::claim(&path).unwrap();
         assert_eq!(again.trained(), Some(trained()));
-        assert!(again.belongs_to("b", &[]).unwrap_err().message.contains("another run"));
+        assert!(again.belongs_to("b", &[]).unwrap_err().message.contains("the adapter of another run"));
         drop(again);
         fs::remove_file(path.join(SENTINEL)).unwrap();
         assert_eq!(
@@ -296,7 +321,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("thesis.tex"), "x").unwrap();
         let fault = RunFolder::claim(folder.path()).unwrap_err();
-        assert!(fault.message.contains("found thesis.tex"), "{fault}");
+        assert!(fault.message.contains("hone's: thesis.tex"), "{fault}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
@@ -304,10 +329,12 @@ mod tests {
     fn metrics_after_the_resumed_step_are_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunFolder::claim(folder.path()).unwrap();
-        fs::write(folder.path().join(METRICS), "{\"step\":1}\n{\"step\":2}\n{\"step\":3").unwrap();
-        run.metrics(1).unwrap().log(&Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 }).unwrap();
+        let before = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":9.0}\n{\"step\":3";
+        fs::write(folder.path().join(METRICS), before).unwrap();
+        let next = Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 };
+        run.metrics(&next).unwrap().log(&next).unwrap();
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
-        assert_eq!(text, "{\"step\":1}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
+        assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use fake_registry::{Fake, Manners};
 use hone::fault::{Fault, Kind};
 use hone::registry::{self, ImageFacts, Options, Pushed, Target};
 use hone::report::Report;
-use support::{PASSWORD, Registry, Setup, USER, adapter, run};
+use support::{PASSWORD, Registry, Setup, adapter, run, skopeo};
 
 const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
@@ -46,12 +46,6 @@ fn work(bytes: usize) -> tempfile::TempDir {
     folder
 }
 
-fn skopeo(registry: &Registry) -> Command {
-    let mut command = Command::new("skopeo");
-    command.env("SSL_CERT_FILE", registry.path("ca.crt"));
-    command
-}
-
 #[test]
 fn tls_and_password_and_every_independent_reader() {
     let registry = Registry::start(Setup { tls: true, password: true, ..Default::default() });
@@ -60,7 +54,7 @@ fn tls_and_password_and_every_independent_reader() {
     let pushed = push(&adapter, &image, &registry.options()).unwrap();
     assert_eq!(pushed.reference, image);
 
-    let login = format!("{USER}:{PASSWORD}");
+    let login = support::login_pair();
     let remote = format!("docker://{image}");
     let inspected = run(skopeo(&registry).args([
         "inspect",
@@ -72,21 +66,9 @@ fn tls_and_password_and_every_independent_reader() {
     ]));
     assert_eq!(inspected.trim(), format!("{} linux/amd64", pushed.digest));
 
-    // As KAITO's puller does: decompress, untar every layer in order, take `data`.
-    let layout = work.path().join("layout");
-    run(skopeo(&registry)
-        .args(["copy", "-q", "--src-creds", &login, "--dest-decompress", &remote])
-        .arg(format!("dir:{}", layout.display())));
-    let manifest: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(layout.join("manifest.json")).unwrap()).unwrap();
-    assert_eq!(manifest["annotations"]["sh.kaito.model.name"], "phi-3");
-    let files = work.path().join("files");
-    std::fs::create_dir(&files).unwrap();
-    for layer in manifest["layers"].as_array().unwrap() {
-        let blob = layout.join(layer["digest"].as_str().unwrap().trim_start_matches("sha256:"));
-        run(Command::new("tar").arg("-xf").arg(blob).arg("-C").arg(&files));
-    }
-    assert_same_files(&adapter, &files.join("data"));
+    let pulled = support::pull_as_kaito(&registry, &image, &work.path().join("pulled"));
+    assert_eq!(pulled.manifest["annotations"]["sh.kaito.model.name"], "phi-3");
+    assert_same_files(&adapter, &pulled.data);
 
     // A runtime's view.
     let oci = work.path().join("oci");

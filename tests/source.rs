@@ -378,8 +378,8 @@ fn attempts_end_and_the_last_cause_is_told() {
 #[test]
 fn final_answers_are_not_asked_again() {
     for (status, kind, words) in [
-        (404, Kind::Data, "not found: http://"),
-        (410, Kind::Data, "not found: http://"),
+        (404, Kind::Data, "no such file (HTTP 404)"),
+        (410, Kind::Data, "no such file (HTTP 410)"),
         (401, Kind::Auth, "wants credentials"),
         (403, Kind::Auth, "wants credentials"),
         (407, Kind::Config, "proxy"),
@@ -680,7 +680,7 @@ fn a_restarted_job_goes_on_with_the_cached_file() {
     });
     let desk = Desk::new();
     desk.expect(&url, &content());
-    desk.refuse(&url, Kind::Data, "not found");
+    desk.refuse(&url, Kind::Data, "no such file");
 }
 
 #[test]

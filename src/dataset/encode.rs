@@ -4,6 +4,7 @@ use super::problems::Problems;
 use super::template::Template;
 use super::{Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
 use crate::fault::{Fault, Result};
+use crate::interrupt;
 use crate::report::{Report, Stage, Unit};
 use rayon::prelude::*;
 
@@ -24,6 +25,7 @@ pub fn encode(
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
     let encoded: Vec<_> = records
         .par_chunks(ROWS_AT_ONCE)
+        .take_any_while(|_| !interrupt::requested())
         .flat_map_iter(|chunk| {
             let examples: Vec<_> = chunk.iter().map(|record| encoder.example(&record.conversation)).collect();
             task.advance(chunk.len() as u64);
@@ -31,13 +33,19 @@ pub fn encode(
         })
         .collect();
     drop(task);
+    interrupt::check()?;
     let mut examples = Vec::with_capacity(records.len());
     let mut problems = Problems::default();
+    let mut refused = Vec::new();
     for (record, example) in records.iter().zip(encoded) {
         match example {
             Ok(example) => examples.push(example),
-            Err(problem) => problems.add(problem, &record.file, record.row),
+            Err(problem) => refused.push((&record.file, record.row, problem)),
         }
+    }
+    refused.sort(); // Records are shuffled; a reader looks from the top of a file.
+    for (file, row, problem) in refused {
+        problems.add(problem, file, row);
     }
     problems.into_result(
         records.len() as u64,

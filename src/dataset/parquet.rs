@@ -6,6 +6,7 @@
 
 use super::pages;
 use crate::fault::{Fault, Result};
+use crate::interrupt;
 use crate::source;
 use ::parquet::arrow::ProjectionMask;
 use ::parquet::arrow::arrow_reader::{
@@ -55,6 +56,7 @@ impl Table {
         let roots = names.iter().filter_map(|name| self.schema.index_of(name).ok());
         let mask = ProjectionMask::roots(self.metadata.parquet_schema(), roots);
         for (index, group) in self.metadata.metadata().row_groups().iter().enumerate() {
+            interrupt::check()?;
             let place = format!("row group {index}");
             guarded(|| self.check_group(group, &mask))
                 .map_err(|problem| damaged(&self.name, &place, &problem))?;

@@ -10,7 +10,7 @@ pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<
     let share = options.train_share;
     if !(share > 0.0 && share <= 1.0) {
         return Err(Fault::config(format!(
-            "the share of rows to train on is {share}, expected above 0 and up to 1"
+            "DatasetConfig.train_test_split: {share} is not a share to train on: expected above 0 and up to 1"
         )));
     }
     if options.shuffle {
@@ -20,7 +20,7 @@ pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<
     let train_rows = train_rows(rows, share);
     if share < 1.0 && (train_rows == 0 || train_rows == rows) {
         return Err(Fault::config(format!(
-            "a train share of {share} splits {rows} row(s) into {train_rows} to train on and {} to evaluate on",
+            "DatasetConfig.train_test_split: {share} splits {rows} row(s) into {train_rows} to train on and {} to evaluate on",
             rows - train_rows
         ))
         .help("use a share that leaves rows on both sides, or 1 for no evaluation"));

@@ -222,6 +222,7 @@ fn chat_template(folder: &Path, config: &Value) -> Result<Option<String>> {
 
 fn missing(folder: &Path, name: &str) -> Fault {
     Fault::model(format!("{}: {name} is missing", folder.display()))
+        .help("download the whole folder of the model, tokenizer included")
 }
 
 fn required(folder: &Path, name: &str) -> Result<Value> {

@@ -10,6 +10,9 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::fault::{Fault, Result};
 
+const SAME_MODEL: &str =
+    "config.json and the safetensors files must be of the same model: download both again";
+
 /// The weights of a model folder.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -99,7 +102,8 @@ impl Checkpoint {
         let (path, map) = &self.files[entry.file];
         let wrong = |what: String| Fault::model(format!("{}: {name}: {what}", path.display()));
         if entry.shape != shape {
-            return Err(wrong(format!("found shape {:?}, expected {shape:?} by config.json", entry.shape)));
+            return Err(wrong(format!("found shape {:?}, expected {shape:?} by config.json", entry.shape))
+                .help(SAME_MODEL));
         }
         let bytes = &map[entry.from..entry.to];
         match entry.dtype {
@@ -132,7 +136,7 @@ impl Checkpoint {
             parts.push(format!("{} surplus: {}", surplus.len(), list(&surplus)));
         }
         Err(Fault::model(format!("the checkpoint does not fit config.json; tensors {}", parts.join("; ")))
-            .help("config.json and the safetensors files must be of the same model"))
+            .help(SAME_MODEL))
     }
 }
 

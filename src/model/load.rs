@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use candle_core::{DType, Device, Tensor};
 
 use crate::fault::{Fault, Result};
+use crate::interrupt;
 use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
@@ -32,7 +33,9 @@ pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Re
         );
     }
     let checkpoint = Checkpoint::open(&options.folder)?;
-    checkpoint.expect(&wanted(&facts), |name| ignored(&facts, name))?;
+    checkpoint
+        .expect(&wanted(&facts), |name| ignored(&facts, name))
+        .map_err(|fault| fault.at(options.folder.display()))?;
     let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype };
     let trainable = Trainable::init(sites.list, &options.lora, dtype)?;
     let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
@@ -40,6 +43,7 @@ pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Re
     for layer in 0..facts.layers {
         layers.push(loader.layer(layer, &trainable)?);
         progress.advance(1);
+        interrupt::check()?;
     }
     let embedding = loader.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
     let head = match facts.tied_head {
@@ -131,7 +135,10 @@ impl Loader<'_> {
     fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
         let values = self.checkpoint.get(name, shape)?;
         match values.bf16() {
-            Some(values) => Ok(Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?),
+            Some(values) => {
+                refuse_nan(name, values.iter().map(|value| value.to_f32()))?;
+                Ok(Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?)
+            }
             None => Ok(Tensor::from_vec(finite(name, values)?, (shape[0], shape[1]), &Device::Cpu)?
                 .to_dtype(self.dtype)?),
         }
@@ -154,13 +161,19 @@ fn pair(path: &str, trainable: &Trainable, dropout: f64) -> Result<Option<Lora>>
     Ok(Some(Lora { a, b, grad_a, grad_b, scale: site.scale, dropout, site: index as u64 }))
 }
 
-/// Widened values; a NaN or infinity among them would surface as a diverged loss much later.
+/// Widened values.
 fn finite(name: &str, values: Values) -> Result<Vec<f32>> {
     let values = values.to_f32();
-    match values.iter().position(|value| !value.is_finite()) {
-        None => Ok(values),
-        Some(at) => {
-            Err(Fault::model(format!("{name}: value {at} is {}, expected finite weights", values[at]))
+    refuse_nan(name, values.iter().copied())?;
+    Ok(values)
+}
+
+/// A NaN or infinity would surface as a diverged loss much later.
+fn refuse_nan(name: &str, values: impl Iterator<Item = f32>) -> Result<()> {
+    match values.enumerate().find(|(_, value)| !value.is_finite()) {
+        None => Ok(()),
+        Some((at, value)) => {
+            Err(Fault::model(format!("{name}: value {at} is {value}, expected finite weights"))
                 .help("the checkpoint is damaged: download it again"))
         }
     }

@@ -2,6 +2,7 @@
 
 use super::Device;
 use super::reader::Reader;
+use crate::fault::Fault;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::{registry, source};
@@ -77,7 +78,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
     for text in texts {
         match source::Source::parse(&text) {
             Ok(source) => sources.push(source),
-            Err(fault) => reader.wrong(&origin, fault.message),
+            Err(fault) => reader.wrong(&origin, in_a_line(fault)),
         }
     }
     sources
@@ -149,9 +150,17 @@ pub(super) fn push(reader: &mut Reader) -> Option<registry::Target> {
         Ok(target) => Some(target),
         Err(fault) => {
             let origin = reader.origin(Section::Hone, "push");
-            reader.wrong(&origin, fault.message);
+            reader.wrong(&origin, in_a_line(fault));
             None
         }
+    }
+}
+
+/// All mistakes of a configuration share one fault, so each says itself what to do.
+fn in_a_line(fault: Fault) -> String {
+    match fault.help {
+        Some(help) => format!("{}; {help}", fault.message),
+        None => fault.message,
     }
 }
 

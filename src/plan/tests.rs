@@ -75,8 +75,8 @@ fn kaitos_qlora_template() {
         model name  tiny  default
         precision  bf16  train.yaml:12
         kept for the backward pass  everything  default
-        evaluation  never  default
         loss on  answers  default
+        evaluation  never  default
         output folder  /mnt/results  train.yaml:22
         model  tiny  --model
         data  https://host/rows.parquet?...  --data
@@ -285,7 +285,7 @@ fn no_model_and_no_dataset() {
     expect![[r#"
         2 mistakes in the configuration
           --model: model: there is no folder org/model-7b; hone does not fetch models from a hub: download it first (`hf download org/model-7b --local-dir DIR`) and give DIR
-          --data: s3:// is not a source; expected http://, https:// or a path"#]].assert_eq(&fault.message);
+          --data: a source has the scheme `s3://`, which is not supported; supported are http://, https://, file://, and paths of files, directories and globs"#]].assert_eq(&fault.message);
 }
 
 #[test]

@@ -26,6 +26,7 @@ use super::trouble::{Nature, Trouble, clean};
 use super::upload::{Connection, Meter, exists};
 use super::{Options, login};
 use crate::fault::{Fault, Kind, Result};
+use crate::interrupt;
 use crate::report::{Report, Stage, Task, Unit};
 
 const USER_AGENT: &str = concat!("hone/", env!("CARGO_PKG_VERSION"));
@@ -71,13 +72,21 @@ pub(super) fn push(
 ) -> Result<()> {
     let Registry { runtime, mut remote } = Registry::open(reference, options, Purpose::Push(folder), report)?;
     let meter = Arc::new(Meter { task, sent: AtomicU64::new(0) });
-    runtime.block_on(async {
+    let work = async {
         remote.upload(&image.layer, &meter, 0).await?;
         remote.upload(&image.config, &meter, image.layer.bytes).await?;
         remote.tag(&image.manifest).await?;
         meter.task.set(image.bytes());
         remote.confirm(&image.manifest.digest).await
-    })
+    };
+    let stopped = || {
+        Fault::new(
+            Kind::Interrupted,
+            format!("stopped by a signal while pushing; the adapter is in {}", folder.display()),
+        )
+        .help("start it again: only the push is left")
+    };
+    runtime.block_on(interrupt::or_stopped(work, stopped))
 }
 
 impl<'a> Registry<'a> {
@@ -111,19 +120,25 @@ impl<'a> Registry<'a> {
     }
 }
 
+fn while_pulling() -> Fault {
+    Fault::new(Kind::InterruptedUnsaved, "stopped by a signal while pulling; nothing was written")
+        .help("start it again")
+}
+
 impl Store for Registry<'_> {
     fn top(&mut self) -> Result<(Vec<u8>, String)> {
         let reference = self.remote.reference.clone();
-        self.runtime.block_on(self.remote.fetch_manifest(reference))
+        self.runtime.block_on(interrupt::or_stopped(self.remote.fetch_manifest(reference), while_pulling))
     }
 
     fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let reference = self.remote.reference.clone_with_digest(descriptor.digest.clone());
-        Ok(self.runtime.block_on(self.remote.fetch_manifest(reference))?.0)
+        let work = self.remote.fetch_manifest(reference);
+        Ok(self.runtime.block_on(interrupt::or_stopped(work, while_pulling))?.0)
     }
 
     fn layer(&mut self, descriptor: &Descriptor) -> Result<File> {
-        self.runtime.block_on(self.remote.fetch_layer(descriptor))
+        self.runtime.block_on(interrupt::or_stopped(self.remote.fetch_layer(descriptor), while_pulling))
     }
 }
 

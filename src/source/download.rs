@@ -134,7 +134,8 @@ impl<'a> Downloads<'a> {
                     }
                     // Damage on the way, or a wrong beginning resumed: one download in full will tell.
                     (mismatched, farthest, failures) = (true, 0, 0);
-                    self.pause(job, attempts, failures, &fault.message, None).await?;
+                    let cause = format!("its sha256 is {sha256}, not the expected one");
+                    self.pause(job, attempts, failures, &cause, None).await?;
                 }
                 Err(Failure::Fatal(fault)) => return Err(fault),
                 Err(Failure::Retry { cause, after, from_start }) => {
@@ -233,7 +234,7 @@ impl<'a> Downloads<'a> {
             job.name,
             describe::size(limit)
         ))
-        .help("raise the limit if the file is meant to be that large"))
+        .help("raise file_bytes_max (--file-bytes-max) if the file is meant to be that large"))
     }
 
     /// Refuses a web page in place of data.

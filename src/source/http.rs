@@ -214,7 +214,9 @@ fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
 fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
     let (status, name) = (response.status(), ask.name);
     match status.as_u16() {
-        404 | 410 => Fault::data(format!("not found: {name} (HTTP {})", status.as_u16())).into(),
+        404 | 410 => Fault::data(format!("{name}: the server has no such file (HTTP {})", status.as_u16()))
+            .help("check the URL; some servers say 404 where a login is missing")
+            .into(),
         401 | 403 => {
             let help = match resuming || ask.url.query().is_some() {
                 true => "if the URL was signed for a limited time, it may have expired: sign a new one",

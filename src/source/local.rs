@@ -60,6 +60,8 @@ pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
         .help("the file was changed or damaged, or the digest belongs to another version")
 }
 
+const LOOK: &str = "check the path, and in a container the mount";
+
 /// What exists under the very name is meant, so a file may have `[` in its name; else it is a glob.
 fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
     let path = Path::new(pattern);
@@ -68,7 +70,7 @@ fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
         Ok(_) => Ok(vec![path.to_owned()]),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(unreadable(path, &error)),
         Err(_) if pattern.contains(['*', '?', '[']) => matches(pattern),
-        Err(_) => Err(Fault::data(format!("{pattern}: no such file or directory"))),
+        Err(_) => Err(Fault::data(format!("{pattern}: no such file or folder")).help(LOOK)),
     }
 }
 
@@ -104,7 +106,7 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
         }
     }
     if files.is_empty() {
-        return Err(Fault::data(format!("{pattern}: no file matches")));
+        return Err(Fault::data(format!("{pattern}: no file matches")).help(LOOK));
     }
     files.sort();
     // `**` finds a directory and again what is in it.

@@ -24,6 +24,7 @@ pub use html::looks_like_html;
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};
+use crate::interrupt;
 use crate::report::Report;
 
 /// How to fetch. Filled by `plan`.
@@ -84,7 +85,7 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
         .enable_all()
         .build()
         .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
-    let fetched = runtime.block_on(async {
+    let work = async {
         let downloads = download::Downloads::new(options, report);
         let mut files = Vec::new();
         for (source, paths) in sources.iter().zip(found) {
@@ -100,7 +101,8 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
             }
         }
         Ok(files)
-    });
+    };
+    let fetched = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
     // A name lookup that hangs in the C library must not keep the process.
     runtime.shutdown_background();
     fetched

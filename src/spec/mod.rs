@@ -157,7 +157,9 @@ impl Spec {
             Written::Yaml(text) => match yaml::parse(text) {
                 Ok(parsed) => parsed
                     .unwrap_or_else(|| node(Content::Scalar { text: String::new(), style: Style::Plain })),
-                Err(refusal) => return mistakes.add(&setting.origin, refusal.message),
+                Err(refusal) => {
+                    return mistakes.add(&setting.origin, format!("{}: {}", setting.key, refusal.message));
+                }
             },
         };
         match keys::find(section, name) {

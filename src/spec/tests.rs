@@ -238,7 +238,7 @@ fn settings_are_refused_like_files() {
             r#"--set: "Lora" is not a section; there are ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
         ]],
     );
-    check("LoraConfig.r", "[8", expect!["--set: not valid YAML: unclosed bracket '['"]);
+    check("LoraConfig.r", "[8", expect!["--set: LoraConfig.r: not valid YAML: unclosed bracket '['"]);
     check(
         "TrainingArguments.learning_rate",
         "fast",

@@ -33,6 +33,9 @@ pub struct State {
     /// Since the last logged line.
     pub window_loss: f64,
     pub window_steps: u64,
+    /// Of the last evaluation, and the step it followed: a signal can come between step and evaluation.
+    pub eval_loss: Option<f64>,
+    pub evaluated_step: u64,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -175,6 +175,7 @@ pub fn run(
     let mut trainer = Trainer::new(decoder, train, evaluation, options, steps, report)?;
     let resumed_at = trainer.resume(checkpoints)?;
     let began_at = trainer.state.step;
+    trainer.evaluate_if_due(checkpoints, log)?;
     while trainer.state.step < trainer.steps.total {
         if interrupt::requested() {
             return Err(trainer.stop(checkpoints));
@@ -188,7 +189,7 @@ pub fn run(
         first_loss: trainer.state.first_loss.unwrap_or(trainer.state.loss),
         loss: trainer.state.loss,
         train_loss: trainer.loss_sum / (trainer.state.step - began_at).max(1) as f64,
-        eval_loss: trainer.eval_loss,
+        eval_loss: trainer.state.eval_loss,
         tokens: trainer.state.tokens,
         seconds,
         tokens_per_second: trainer.tokens_here as f64 / seconds.max(1e-9),
@@ -239,7 +240,6 @@ struct Trainer<'a> {
     tokens_here: u64,
     steps_here: u64,
     loss_sum: f64,
-    eval_loss: Option<f64>,
 }
 
 impl<'a> Trainer<'a> {
@@ -259,7 +259,6 @@ impl<'a> Trainer<'a> {
             tokens_here: 0,
             steps_here: 0,
             loss_sum: 0.0,
-            eval_loss: None,
             decoder,
             train,
             evaluation,
@@ -359,9 +358,7 @@ impl<'a> Trainer<'a> {
         if self.options.logging.due(done, &self.steps) || (last && self.options.logging != Every::Never) {
             self.log_step(&step, log)?;
         }
-        if !self.evaluation.is_empty() && self.options.evaluation.due(done, &self.steps) {
-            self.evaluate(log)?;
-        }
+        self.evaluate_if_due(checkpoints, log)?;
         if let Some(checkpoints) = checkpoints.filter(|_| self.options.checkpoint.due(done, &self.steps)) {
             self.save(checkpoints)?;
         }
@@ -394,11 +391,23 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn evaluate(&mut self, log: &mut dyn FnMut(&Metric) -> Result<()>) -> Result<()> {
-        let batch = self.options.eval_batch_examples;
-        let eval_loss = evaluate(self.decoder, self.evaluation, batch, self.report)?;
-        self.eval_loss = Some(eval_loss);
+    /// Evaluates after the step just done, or, continued, after the step that a signal cut off from its evaluation.
+    fn evaluate_if_due(
+        &mut self,
+        checkpoints: Option<&Checkpoints>,
+        log: &mut dyn FnMut(&Metric) -> Result<()>,
+    ) -> Result<()> {
         let (step, epoch) = (self.state.step, self.epoch());
+        let due = !self.evaluation.is_empty() && self.options.evaluation.due(step, &self.steps);
+        if !due || step == self.state.evaluated_step {
+            return Ok(());
+        }
+        let batch = self.options.eval_batch_examples;
+        let eval_loss = match evaluate(self.decoder, self.evaluation, batch, self.report) {
+            Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
+            evaluated => evaluated?,
+        };
+        (self.state.eval_loss, self.state.evaluated_step) = (Some(eval_loss), step);
         log(&Metric::Evaluation { step, epoch, eval_loss })?;
         self.report.say(Event::Evaluated { step, epoch, eval_loss });
         Ok(())

@@ -1,6 +1,9 @@
 //! A real docker-registry on loopback (plain or TLS, open or with a password), and adapters to push to it.
 //! Needs Debian's docker-registry, apache2-utils and openssl; their absence is a failure, never a skip.
 
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -188,4 +191,40 @@ fn certificates(folder: &Path) {
     openssl(
         "x509 -req -in tls.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile names -out tls.crt",
     );
+}
+
+/// `user:password`, as skopeo wants it.
+pub fn login_pair() -> String {
+    format!("{USER}:{PASSWORD}")
+}
+
+/// `skopeo` that trusts this registry.
+pub fn skopeo(registry: &Registry) -> Command {
+    let mut command = Command::new("skopeo");
+    command.env("SSL_CERT_FILE", registry.path("ca.crt"));
+    command
+}
+
+/// What KAITO's puller leaves of an image.
+pub struct Pulled {
+    pub manifest: serde_json::Value,
+    /// The folder `data` of its files.
+    pub data: PathBuf,
+}
+
+/// The steps of KAITO's puller in a new `folder`: decompress, untar every layer in order, take `data`.
+pub fn pull_as_kaito(registry: &Registry, image: &str, folder: &Path) -> Pulled {
+    let (layout, files) = (folder.join("layout"), folder.join("files"));
+    std::fs::create_dir_all(&files).unwrap();
+    let creds = login_pair();
+    run(skopeo(registry)
+        .args(["copy", "-q", "--src-creds", &creds, "--dest-decompress", &format!("docker://{image}")])
+        .arg(format!("dir:{}", layout.display())));
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(layout.join("manifest.json")).unwrap()).unwrap();
+    for layer in manifest["layers"].as_array().unwrap() {
+        let blob = layout.join(layer["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+        run(Command::new("tar").arg("-xf").arg(blob).arg("-C").arg(&files));
+    }
+    Pulled { manifest, data: files.join("data") }
 }

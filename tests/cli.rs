@@ -1,0 +1,398 @@
+//! The command line as a person meets it: help, plan, push and pull, usage errors; and no secret in anything it says.
+
+#[path = "support/http.rs"]
+mod http;
+#[path = "support/job.rs"]
+mod job;
+#[path = "support/registry.rs"]
+mod registry;
+
+use std::path::Path;
+
+use expect_test::expect;
+use http::{Reply, Server};
+use job::{Ended, Work, done};
+use registry::{PASSWORD, Registry, Setup};
+
+/// clap fills empty lines of an option's help with blanks.
+fn help(arguments: &[&str]) -> String {
+    let text = Work::new().done(arguments).stdout;
+    text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+}
+
+#[test]
+fn help_tells_what_there_is() {
+    expect![[r#"
+        Fine-tunes language models with QLoRA as one Kubernetes Job, and ships the adapter as an OCI image
+
+        Usage: hone [OPTIONS] <COMMAND>
+
+        Commands:
+          run      Fine-tune a model and write the adapter; push it if asked
+          plan     Show everything `run` would do, each value with where it came from
+          push     Push an adapter's folder as an image
+          pull     Pull an adapter's image into a folder
+          example  Write a tiny model, a dataset and a configuration, and run the whole job on them, in
+                   seconds
+          help     Print this message or the help of the given subcommand(s)
+
+        Options:
+              --log <LOG>
+                  How events are shown on stderr
+
+                  Possible values:
+                  - auto:     Bars on a terminal, JSON lines otherwise
+                  - terminal: For people: bars, or plain lines where stderr is no terminal
+                  - json:     For machines: one JSON line for each event
+
+                  [env: HONE_LOG=]
+                  [default: auto]
+
+          -q, --quiet
+                  Only warnings and errors
+
+                  [env: HONE_QUIET=]
+
+          -h, --help
+                  Print help (see a summary with '-h')
+
+          -V, --version
+                  Print version
+
+        Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.
+        Every flag is also an environment variable, and every key of the job can stand in one YAML file.
+    "#]]
+    .assert_eq(&help(&["--help"]));
+    expect![[r#"
+        Fine-tune a model and write the adapter; push it if asked
+
+        Usage: hone run [OPTIONS] [SPEC.yaml]
+
+        Arguments:
+          [SPEC.yaml]
+                  YAML with hone's keys and `training_config:`
+
+                  [env: HONE_SPEC=]
+
+        Options:
+              --config <FILE>
+                  KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
+
+                  [env: HONE_CONFIG=]
+
+              --model <DIR>
+                  Folder of the base model
+
+                  [env: HONE_MODEL=]
+
+              --name <NAME>
+                  Name of the base model, for the image's annotation
+
+                  [env: HONE_NAME=]
+
+              --data <URL_OR_PATH>
+                  Parquet to train on: URL, file, folder or glob; may be repeated; #sha256=... pins the
+                  bytes
+
+                  [env: HONE_DATA]
+
+              --layout <LAYOUT>
+                  What a row holds: messages, prompt_completion or text [default: told from the columns]
+
+                  [env: HONE_LAYOUT=]
+
+              --output <DIR>
+                  Folder for the adapter [default: TrainingArguments.output_dir]
+
+                  [env: HONE_OUTPUT=]
+
+              --push <IMAGE>
+                  Image to push when training is done
+
+                  [env: HONE_PUSH=]
+
+              --init-adapter <DIR>
+                  PEFT folder to start from
+
+                  [env: HONE_INIT_ADAPTER=]
+
+              --device <DEVICE>
+                  auto, cpu, cuda or cuda:N
+
+                  [env: HONE_DEVICE=]
+
+              --cache <DIR>
+                  Folder of downloads
+
+                  [env: HONE_CACHE=]
+
+              --file-bytes-max <BYTES>
+                  Largest data file that is downloaded, in bytes
+
+                  [env: HONE_FILE_BYTES_MAX=]
+
+              --docker-config <PATH>
+                  Docker config.json, or its folder, with the registry's credentials
+
+                  [env: HONE_DOCKER_CONFIG=]
+
+              --ca-file <FILE>
+                  Root certificates (PEM) trusted besides the built-in ones
+
+                  [env: HONE_CA_FILE=]
+
+              --plain-http
+                  Talk to the registry without TLS
+
+                  [env: HONE_PLAIN_HTTP=]
+
+              --set <SECTION.KEY=VALUE>
+                  Any key: --set LoraConfig.r=16; may be repeated; in the environment separated by ; or line
+                  breaks
+
+                  [env: HONE_SET=]
+
+              --log <LOG>
+                  How events are shown on stderr
+
+                  Possible values:
+                  - auto:     Bars on a terminal, JSON lines otherwise
+                  - terminal: For people: bars, or plain lines where stderr is no terminal
+                  - json:     For machines: one JSON line for each event
+
+                  [env: HONE_LOG=]
+                  [default: auto]
+
+          -q, --quiet
+                  Only warnings and errors
+
+                  [env: HONE_QUIET=]
+
+          -h, --help
+                  Print help (see a summary with '-h')
+
+        Examples:
+          hone run --config tuning.yaml --model ./phi-3 --data https://host/rows.parquet --output ./adapter
+          hone run job.yaml --set LoraConfig.r=16 --set TrainingArguments.learning_rate=2e-4
+          hone run job.yaml --data 'rows/*.parquet' --push registry.example.com/adapters/support:1
+    "#]]
+    .assert_eq(&help(&["run", "--help"]));
+    assert_eq!(help(&["--version"]).trim(), concat!("hone ", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_plan_shows_every_value_and_where_it_came_from() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    assert_eq!(work.list("try"), ["data.parquet", "hone.yaml", "model"]);
+    let arguments = ["plan", "try/hone.yaml", "--set", "LoraConfig.r=4"];
+    let plan = done(work.hone(&arguments).env("HONE_DEVICE", "auto").env("HONE_CACHE", "cache"));
+    expect![[r#"
+        model folder                                   try/model          try/hone.yaml:2
+        model name                                     quickstart         try/hone.yaml:6
+        precision                                      bf16               default
+        kept for the backward pass                     everything         default
+        loss on                                        answers            default
+        evaluation                                     every epoch        default
+        output folder                                  try/adapter        try/hone.yaml:4
+        model                                          try/model          try/hone.yaml:2
+        name                                           quickstart         try/hone.yaml:6
+        data                                           try/data.parquet   try/hone.yaml:3
+        output                                         try/adapter        try/hone.yaml:4
+        push                                           oci:try/image      try/hone.yaml:5
+        device                                         auto               environment HONE_DEVICE
+        cache                                          cache              environment HONE_CACHE
+        plain_http                                     false              default
+        file_bytes_max                                 68719476736        default
+        QuantizationConfig.load_in_4bit                true               try/hone.yaml:10
+        QuantizationConfig.load_in_8bit                false              default
+        QuantizationConfig.bnb_4bit_quant_type         nf4                try/hone.yaml:11
+        QuantizationConfig.bnb_4bit_use_double_quant   true               try/hone.yaml:12
+        LoraConfig.r                                   4                  --set
+        LoraConfig.lora_alpha                          32.0               try/hone.yaml:15
+        LoraConfig.lora_dropout                        0.0                default
+        LoraConfig.target_modules                      all-linear         default
+        LoraConfig.use_rslora                          false              default
+        LoraConfig.init_lora_weights                   true               default
+        TrainingArguments.learning_rate                0.005              try/hone.yaml:17
+        TrainingArguments.lr_scheduler_type            linear             default
+        TrainingArguments.warmup_steps                 0.0                default
+        TrainingArguments.num_train_epochs             3.0                default
+        TrainingArguments.max_steps                    60                 try/hone.yaml:18
+        TrainingArguments.per_device_train_batch_size  16                 try/hone.yaml:19
+        TrainingArguments.per_device_eval_batch_size   8                  default
+        TrainingArguments.gradient_accumulation_steps  1                  default
+        TrainingArguments.optim                        adamw_torch_fused  default
+        TrainingArguments.weight_decay                 0.0                default
+        TrainingArguments.adam_beta1                   0.9                default
+        TrainingArguments.adam_beta2                   0.999              default
+        TrainingArguments.adam_epsilon                 1e-8               default
+        TrainingArguments.max_grad_norm                1.0                default
+        TrainingArguments.fp16                         false              default
+        TrainingArguments.max_length                   1024               default
+        TrainingArguments.packing                      true               default
+        TrainingArguments.dataset_text_field           text               default
+        TrainingArguments.logging_strategy             steps              default
+        TrainingArguments.logging_steps                10                 try/hone.yaml:20
+        TrainingArguments.save_strategy                no                 try/hone.yaml:21
+        TrainingArguments.save_steps                   500                default
+        TrainingArguments.seed                         42                 default
+        TrainingArguments.use_cpu                      false              default
+        DatasetConfig.shuffle_dataset                  true               default
+        DatasetConfig.shuffle_seed                     42                 default
+        DatasetConfig.train_test_split                 0.9                try/hone.yaml:23
+
+        model: llama, 2 layers of width 128, 460416 parameters
+        adapter: 14 linear layers, 19456 trainable parameters
+    "#]]
+    .assert_eq(&plan.stdout);
+    assert_eq!(plan.stderr, "");
+
+    let json = work.done(&["plan", "try/hone.yaml", "--format", "json"]).stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["values", "ignored", "warnings", "model", "adapter"]);
+    expect![[r#"
+        {"value":16,"origin":"try/hone.yaml:14"}
+        {"value":"adamw_torch_fused","origin":"default"}
+        {"family":"llama","layers":2,"width":128,"parameters":460416}
+    "#]]
+    .assert_eq(&format!(
+        "{}\n{}\n{}\n",
+        json["values"]["LoraConfig.r"], json["values"]["TrainingArguments.optim"], json["model"]
+    ));
+    assert_eq!(work.list("try"), ["data.parquet", "hone.yaml", "model"], "a plan changes nothing");
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    let work = Work::new();
+    for arguments in [
+        &["run", "--modle", "m"][..],
+        &["tune"],
+        &["run", "--set", "novalue"],
+        &["plan", "--format", "xml"],
+        &["push", "folder"],
+        &[],
+    ] {
+        let ended = work.run(arguments);
+        assert_eq!(ended.code, Some(2), "{arguments:?}: {}", ended.stderr);
+        assert!(ended.stderr.contains("--help") || ended.stderr.contains("Usage: hone"), "{}", ended.stderr);
+        assert_eq!(ended.stdout, "");
+    }
+    assert!(work.list("").is_empty(), "nothing is written");
+}
+
+#[test]
+fn what_push_sends_pull_brings_back() {
+    let work = Work::new();
+    work.copy("llama3/final_adapter", "adapter");
+    let registry = Registry::start(Setup { tls: true, password: true, ..Default::default() });
+    let image = format!("{}/team/adapter:v1", registry.host);
+    let (login, authority) = (registry.login(PASSWORD), registry.path("ca.crt"));
+    let access = ["--docker-config", login.to_str().unwrap(), "--ca-file", authority.to_str().unwrap()];
+    for (target, access) in [(image.as_str(), &access[..]), ("oci:layout:v2", &[])] {
+        let pushed = work.done(&[&["push", "adapter", target], access].concat()).stdout;
+        let (reference, digest) = pushed.trim().split_once('\n').unwrap();
+        assert_eq!(reference, target);
+        assert!(digest.starts_with("sha256:") && digest.len() == 71, "{digest}");
+        let back = format!("back-{}", target.len());
+        let pulled = work.done(&[&["pull", target, &back], access].concat()).stdout;
+        assert_eq!(pulled, format!("{target}\n{digest}\n{back}\n"));
+        assert_eq!(work.list(&back), ["adapter_config.json", "adapter_model.safetensors"]);
+        for name in work.list(&back) {
+            assert!(work.read(&format!("{back}/{name}")) == work.read(&format!("adapter/{name}")), "{name}");
+        }
+    }
+}
+
+// ---- secrets ----
+
+const CANARIES: [&str; 3] = ["canary-userinfo", "canary-signature", PASSWORD];
+
+fn no_canary(place: &str, text: &[u8]) {
+    let text = String::from_utf8_lossy(text);
+    for canary in CANARIES {
+        assert!(!text.contains(canary), "{canary} is in {place}:\n{text}");
+    }
+}
+
+fn no_canary_said(ended: &Ended) {
+    no_canary("stdout", ended.stdout.as_bytes());
+    no_canary("stderr", ended.stderr.as_bytes());
+}
+
+/// Every file below the folder.
+fn no_canary_below(folder: &Path) {
+    for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        no_canary("a file name", entry.to_string_lossy().as_bytes());
+        match entry.is_dir() {
+            true => no_canary_below(&entry),
+            false => no_canary(&entry.display().to_string(), &std::fs::read(&entry).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn secrets_are_used_and_never_shown() {
+    let work = Work::with_llama();
+    let content = work.read("data.parquet");
+    let server = Server::start(move |_, request| match request.target.as_str() {
+        "/data.parquet?sig=canary-signature" => Reply::file(request, &content, "\"v1\""),
+        _ => Reply::status(403),
+    });
+    let host = server.url("").trim_start_matches("http://").to_owned();
+    let url = |path: &str| format!("http://user:canary-userinfo@{host}{path}?sig=canary-signature");
+    let registry = Registry::start(Setup { tls: true, password: true, ..Default::default() });
+    let image = format!("{}/team/adapter:v1", registry.host);
+    let (login, authority) = (registry.login(PASSWORD), registry.path("ca.crt"));
+    let arguments = [
+        "--model",
+        "model",
+        "--output",
+        "out",
+        "--set",
+        "TrainingArguments.max_steps=1",
+        "--push",
+        &image,
+        "--ca-file",
+        authority.to_str().unwrap(),
+        "--docker-config",
+        login.to_str().unwrap(),
+    ];
+    let command = |name: &'static str, data: &str| {
+        let mut command = work.hone(&[&[name, "--log", "json"], &arguments[..]].concat());
+        command.env("HONE_DATA", data);
+        command
+    };
+
+    let good = url("/data.parquet");
+    no_canary_said(&done(&mut command("plan", &good)));
+    no_canary_said(&done(command("plan", &good).args(["--format", "json"])));
+    let ended = done(&mut command("run", &good));
+    assert!(ended.stderr.contains("/data.parquet"), "the file is named: {}", ended.stderr);
+    no_canary_said(&ended);
+    assert!(server.requests().iter().any(|request| request.header("authorization").is_some()));
+    no_canary_below(&work.path(""));
+
+    // Whatever ends a run, too.
+    for data in [url("/other.parquet"), format!("{good}#sha256={}", "0".repeat(64)), format!("{good}#sha1=1")]
+    {
+        let ended = job::end(&mut command("run", &data));
+        assert_ne!(ended.code, Some(0), "{data}");
+        no_canary_said(&ended);
+        no_canary_below(&work.path(""));
+    }
+    let typed = work.hone(&["run", "job.yaml", &good]).output().unwrap();
+    assert_eq!(typed.status.code(), Some(2));
+    no_canary("a usage error", &typed.stderr);
+    for assignment in [
+        format!("data={good}"),
+        format!("data=[{good}"),
+        format!("dta={good}"),
+        format!("data={{url: {good}, sha: 1}}"),
+    ] {
+        let ended = work.run(&["plan", "--model", "model", "--set", &assignment]);
+        no_canary_said(&ended);
+    }
+}

@@ -1,0 +1,180 @@
+//! A run that is stopped and started again ends as if nothing had happened: the same adapter, the same metrics.
+
+#[path = "support/http.rs"]
+mod http;
+#[path = "support/job.rs"]
+mod job;
+
+use http::{Reply, Server};
+use job::{FINAL, Work};
+use libc::{SIGKILL, SIGTERM};
+
+/// Everything that must be found again: dropout, shuffled order, micro-batches, packing, the mean since the last logged
+/// line, evaluation. 60 steps of some 30 ms, so that signals come long before the end.
+const KEYS: [&str; 14] = [
+    "QuantizationConfig.load_in_4bit=true",
+    "QuantizationConfig.bnb_4bit_quant_type=nf4",
+    "LoraConfig.lora_dropout=0.1",
+    "TrainingArguments.learning_rate=1e-3",
+    "TrainingArguments.max_steps=60",
+    "TrainingArguments.per_device_train_batch_size=2",
+    "TrainingArguments.gradient_accumulation_steps=2",
+    "TrainingArguments.packing=true",
+    "TrainingArguments.logging_steps=3",
+    "TrainingArguments.eval_strategy=steps",
+    "TrainingArguments.eval_steps=20",
+    "TrainingArguments.save_total_limit=3",
+    "DatasetConfig.shuffle_dataset=true",
+    "DatasetConfig.train_test_split=0.95",
+];
+
+/// The run into `output`, saving as the last arguments say.
+fn arguments<'a>(output: &'a str, save: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", output];
+    for key in KEYS.iter().chain(save) {
+        arguments.extend(["--set", key]);
+    }
+    arguments
+}
+
+const NEVER: [&str; 1] = ["TrainingArguments.save_strategy=no"];
+const EVERY_2: [&str; 2] = ["TrainingArguments.save_strategy=steps", "TrainingArguments.save_steps=2"];
+
+/// Waits for the line of a step or a later one.
+fn until_step(running: &mut job::Running, work: &Work, step: u64) {
+    let logged = || {
+        let text = std::fs::read_to_string(work.path("out/metrics.jsonl")).unwrap_or_default();
+        let line = text.lines().last().and_then(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        line.is_some_and(|line| line["step"].as_u64().unwrap() >= step)
+    };
+    running.until(&format!("step {step} in metrics.jsonl"), logged);
+}
+
+fn nothing_final(work: &Work) {
+    let found =
+        work.list("out").into_iter().filter(|name| FINAL.contains(&name.as_str())).collect::<Vec<_>>();
+    assert!(found.is_empty(), "before the end there is {found:?}");
+}
+
+/// `out` against an undisturbed run of the same settings.
+fn assert_undisturbed(work: &Work, save: &[&str]) {
+    work.done(&arguments("straight", save));
+    for name in ["metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "README.md"] {
+        let (out, straight) = (format!("out/{name}"), format!("straight/{name}"));
+        assert!(
+            work.read(&out) == work.read(&straight),
+            "{name} differs: {}",
+            difference(work, &out, &straight)
+        );
+    }
+    assert!(work.path("out/fine_tuning_completed.txt").exists());
+}
+
+/// The first lines that are not the same, of files that are text.
+fn difference(work: &Work, one: &str, two: &str) -> String {
+    let [one, two] = [one, two].map(|name| String::from_utf8_lossy(&work.read(name)).into_owned());
+    let pair = one.lines().zip(two.lines()).find(|(one, two)| one != two);
+    pair.map_or("lengths".into(), |(one, two)| format!("\n{one}\n{two}"))
+}
+
+#[test]
+fn after_sigterm_a_run_continues_to_the_same_bytes() {
+    let work = Work::with_llama();
+    for step in [3, 20] {
+        let mut running = work.start(&arguments("out", &NEVER));
+        until_step(&mut running, &work, step);
+        running.signal(SIGTERM);
+        let (code, log) = running.end();
+        assert_eq!(code, Some(30), "{log}");
+        assert!(log.contains("checkpoint written"), "{log}");
+        assert_eq!(work.json("termination.json")["code"], 30);
+        assert!(!work.list("out/checkpoints").is_empty());
+        nothing_final(&work);
+    }
+    let last = work.done(&arguments("out", &NEVER));
+    assert!(last.stderr.contains("continues after step"), "{}", last.stderr);
+    assert_undisturbed(&work, &NEVER);
+    assert!(!work.path("out/checkpoints").exists(), "an adapter without save_strategy needs no checkpoints");
+}
+
+#[test]
+fn after_sigkill_a_run_continues_from_its_newest_whole_checkpoint() {
+    let work = Work::with_llama();
+    for step in [6, 24] {
+        let mut running = work.start(&arguments("out", &EVERY_2));
+        until_step(&mut running, &work, step);
+        running.signal(SIGKILL);
+        assert_eq!(running.end().0, None);
+        nothing_final(&work);
+    }
+    let steps = |work: &Work| -> Vec<u64> {
+        let names = work.list("out/checkpoints");
+        let mut steps: Vec<u64> =
+            names.iter().filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+        steps.sort();
+        steps
+    };
+    let saved = steps(&work);
+    let newest = saved[saved.len() - 1];
+    let tensors = format!("out/checkpoints/step-{newest}/tensors.safetensors");
+    let mut bytes = work.read(&tensors);
+    *bytes.last_mut().unwrap() ^= 1;
+    work.write(&tensors, bytes);
+    let last = work.done(&arguments("out", &EVERY_2));
+    assert!(last.stderr.contains(&format!("checkpoint of step {newest} is not whole")), "{}", last.stderr);
+    assert!(last.stderr.contains(&format!("continues after step {}", newest - 2)), "{}", last.stderr);
+    assert_undisturbed(&work, &EVERY_2);
+    assert_eq!(steps(&work), [56, 58, 60], "save_total_limit");
+}
+
+#[test]
+fn a_signal_during_a_download_ends_it_and_what_came_is_kept() {
+    let work = Work::with_llama();
+    let content = work.read("data.parquet");
+    let half = content.len() / 2;
+    let server = Server::start(move |index, request| {
+        let whole = Reply::file(request, &content, "\"v1\"");
+        if index == 0 { whole.cut(half).stall() } else { whole }
+    });
+    let url = server.url("/data.parquet");
+    let arguments = [
+        "run",
+        "--model",
+        "model",
+        "--data",
+        &url,
+        "--output",
+        "out",
+        "--set",
+        "TrainingArguments.max_steps=1",
+    ];
+    let mut running = work.start(&arguments);
+    running.until("request", || !server.requests().is_empty());
+    running.signal(SIGTERM);
+    let (code, log) = running.end();
+    assert_eq!(code, Some(31), "{log}");
+    assert!(log.contains("stopped by a signal before training began"), "{log}");
+    nothing_final(&work);
+
+    work.done(&arguments);
+    assert!(work.path("out/adapter_model.safetensors").exists());
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let work = Work::with_llama();
+    // One micro-batch of all rows: the first signal has to wait for it.
+    let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", "out"];
+    for key in ["packing=false", "per_device_train_batch_size=400", "logging_steps=1", "max_steps=100"] {
+        arguments.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
+    }
+    let mut running = work.start(&arguments);
+    until_step(&mut running, &work, 1);
+    running.signal(SIGTERM);
+    // Signals of one kind that wait together are one; a hundredth of a second keeps them apart.
+    std::thread::sleep(std::time::Duration::from_millis(10));
+    running.signal(SIGTERM);
+    assert_eq!(running.end().0, Some(31));
+    nothing_final(&work);
+    assert!(work.list("out/checkpoints").is_empty());
+}
