@@ -4,7 +4,7 @@
 //! data. A restarted job finds its folder, skips what is finished and continues training from its newest
 //! checkpoint.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
@@ -39,6 +39,7 @@ pub struct Receipt {
 /// Runs the plan to its end.
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let described = describe(plan)?; // a few kilobytes: refuse early
+    warn_of_servers(&described.options.lora, report);
     let mut folder = RunFolder::claim(&plan.output)?;
     let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
     interrupt::check()?;
@@ -176,7 +177,44 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
     for file in files.chain(initial) {
         parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
     }
+    parts.extend(weight_files(&plan.model.folder));
     Ok(source::digest(parts.join("\n").as_bytes()))
+}
+
+/// Names and sizes of the weights: gigabytes are not hashed at every start.
+fn weight_files(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let of_weights = |name: &str| name.ends_with(".safetensors");
+    let mut files: Vec<String> = entries
+        .map(|entry| {
+            (entry.file_name().to_string_lossy().into_owned(), entry.metadata().map_or(0, |data| data.len()))
+        })
+        .filter(|(name, _)| of_weights(name))
+        .map(|(name, bytes)| format!("{name} {bytes}"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// What trains well but would not load, or not load rightly, where adapters are usually served.
+fn warn_of_servers(lora: &model::LoraOptions, report: &Report) {
+    const VLLM_RANK_MAX: usize = 16;
+    let highest = lora.rank_pattern.iter().map(|(_, rank)| *rank).chain([lora.r]).max().unwrap_or(lora.r);
+    if highest > VLLM_RANK_MAX {
+        report.warn(
+            Stage::Plan,
+            format!(
+                "rank {highest}: vLLM serves ranks up to {VLLM_RANK_MAX} unless its max-lora-rank is set"
+            ),
+        );
+    }
+    if !lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty() {
+        report.warn(
+            Stage::Plan,
+            "rank_pattern and alpha_pattern: vLLM scales every module by lora_alpha / r and would serve this adapter \
+             wrongly; peft loads it right",
+        );
+    }
 }
 
 fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {

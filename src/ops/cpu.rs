@@ -118,7 +118,7 @@ impl Real for f32 {
     fn exp(self) -> f32 {
         // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
         const SHIFT: f32 = 12_582_912.0;
-        let x = self.max(-87.336_54).min(88.376_26);
+        let x = self.clamp(-87.336_54, 88.376_26);
         let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
         let n = shifted - SHIFT;
         let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
@@ -241,6 +241,7 @@ impl Real for f64 {
 }
 
 /// The `gemm` crate, with its bounds checked here: f64, attention in f32, skinny products in f32.
+#[allow(clippy::too_many_arguments)]
 fn library_gemm<T: Real>(
     [m, n, k]: [usize; 3],
     alpha: T,
@@ -293,7 +294,8 @@ fn fold_lanes<T: Real>(mut lanes: [T; LANES]) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            let other = lanes[i + width];
+            lanes[i] += other;
         }
         width /= 2;
     }
