@@ -25,7 +25,8 @@ pub enum Scaling {
     Linear {
         factor: f32,
     },
-    /// NTK-aware growth of theta beyond `positions`.
+    /// NTK-aware growth of theta beyond `positions`, by each micro-batch's own length. transformers keeps the
+    /// longest length it has met instead, so beyond `positions` its result depends on history and ours does not.
     Dynamic {
         factor: f32,
         positions: usize,
