@@ -357,4 +357,23 @@ mod tests {
         }
         Ok(())
     }
+
+    /// Bits of torch 2.11's `mean` on one thread, for counts that reach every level of the cascade; the last is
+    /// the number of blocks of a 128M-element weight.
+    #[test]
+    fn the_mean_adds_in_torchs_order() {
+        let recorded: [(u64, u32); 6] = [
+            (1_000, 1_057_138_351),
+            (5_000, 1_057_136_932),
+            (20_000, 1_057_131_618),
+            (70_000, 1_057_131_758),
+            (300_000, 1_057_131_557),
+            (2_000_000, 1_057_131_551),
+        ];
+        for (count, bits) in recorded {
+            let values: Vec<f32> =
+                (0..count).map(|i| ((i * 7919) % 10_007) as f32 / 10_007.0 + 0.01).collect();
+            assert_eq!(mean(&values).to_bits(), bits, "{count} values");
+        }
+    }
 }
