@@ -116,16 +116,20 @@ async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     })?;
     let answer: Option<TokenAnswer> =
         serde_json::from_slice(&read_up_to(answer, ANSWER_BYTES_MAX).await?).ok();
-    let lifetime =
-        answer.as_ref().and_then(|answer| answer.expires_in).map_or(LIFETIME_MIN, Duration::from_secs);
+    let useful = useful_for(answer.as_ref().and_then(|answer| answer.expires_in));
     match answer.and_then(|answer| answer.access_token.or(answer.token)) {
         Some(token) => Ok(Session {
             auth: RegistryAuth::Bearer(token),
             // None: not within the clock's reach.
-            renew_at: answered.checked_add(lifetime.max(LIFETIME_MIN) - LIFETIME_MARGIN),
+            renew_at: answered.checked_add(useful),
         }),
         None => Err(Trouble::unauthorized("the token server's answer holds no token")),
     }
+}
+
+/// From the lifetime a token server tells, in seconds.
+fn useful_for(expires_in: Option<u64>) -> Duration {
+    expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
 }
 
 fn token_url(
@@ -245,6 +249,14 @@ mod tests {
         ] {
             assert_eq!(read_challenge(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn tokens_are_renewed_before_they_end() {
+        let lasts = |expires_in| useful_for(expires_in).as_secs();
+        assert_eq!([lasts(None), lasts(Some(0)), lasts(Some(300))], [50, 50, 290]);
+        let ended = Session { auth: RegistryAuth::Anonymous, renew_at: Some(Instant::now()) };
+        assert!(!ended.is_fresh() && Session::from(RegistryAuth::Anonymous).is_fresh());
     }
 
     #[test]
