@@ -94,12 +94,16 @@ impl From<reqwest::Error> for Trouble {
                 },
                 ..Trouble::transient(text)
             },
-            None if text.contains("certificate") => Trouble {
-                nature: Nature::Untrusted {
-                    help: "give the registry's certificate authority (--ca-file, or SSL_CERT_FILE)",
-                },
-                ..Trouble::transient(text)
-            },
+            None if text.contains("certificate") => {
+                let help = if text.contains("expired") {
+                    "renew the registry's certificate"
+                } else if text.contains("not valid for name") {
+                    "use the host name the registry's certificate was made for"
+                } else {
+                    "give the registry's certificate or its authority's (--ca-file, or SSL_CERT_FILE)"
+                };
+                Trouble { nature: Nature::Untrusted { help }, ..Trouble::transient(text) }
+            }
             None => Trouble::transient(text),
         }
     }

@@ -39,11 +39,11 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
     };
     given.extend(extra.iter().cloned());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let ordinary = match Verifier::new_with_extra_roots(extra, provider.clone()) {
-        Ok(ordinary) => ordinary,
+    let ordinary = match (Verifier::new_with_extra_roots(extra, provider.clone()), ca_file) {
+        (Ok(ordinary), _) => ordinary,
         // It fails where nobody at all is trusted.
-        Err(_) if ca_file.is_none() => return Ok(reqwest::Client::builder().tls_certs_only([])),
-        Err(error) => return Err(Fault::config(format!("the certificates cannot be used: {error}"))),
+        (Err(_), None) => return Ok(reqwest::Client::builder().tls_certs_only([])),
+        (Err(error), Some(file)) => return Err(unusable(file, &error.to_string())),
     };
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -57,18 +57,19 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
 }
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let unusable = |why: String| {
-        Fault::config(format!("certificate file {}: {why}", file.display()))
-            .help("give a PEM file of certificate authorities: -----BEGIN CERTIFICATE-----")
-    };
-    let pem = std::fs::read(file).map_err(|error| unusable(format!("cannot be read: {error}")))?;
+    let pem = std::fs::read(file).map_err(|error| unusable(file, &format!("cannot be read: {error}")))?;
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<std::result::Result<_, _>>()
-        .map_err(|_| unusable("is not valid PEM".to_owned()))?;
+        .map_err(|_| unusable(file, "is not valid PEM"))?;
     if certificates.is_empty() {
-        return Err(unusable("holds no certificate".to_owned()));
+        return Err(unusable(file, "holds no certificate"));
     }
     Ok(certificates)
+}
+
+fn unusable(file: &Path, why: &str) -> Fault {
+    Fault::config(format!("certificate file {}: {why}", file.display()))
+        .help("give a PEM file of certificate authorities: -----BEGIN CERTIFICATE-----")
 }
 
 /// The ordinary verification, and one case more. `openssl req -x509`, which Docker's guide to private registries
@@ -143,11 +144,13 @@ mod tests {
         install_crypto();
     }
 
+    const NOT_DER: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+
     #[test]
     fn a_useless_certificate_file_is_a_config_fault_that_names_it() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("ca.pem");
-        for content in [None, Some(""), Some("not a certificate")] {
+        for content in [None, Some(""), Some("not a certificate"), Some(NOT_DER)] {
             if let Some(content) = content {
                 std::fs::write(&file, content).unwrap();
             }
