@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use oci_client::Reference;
 use oci_client::secrets::RegistryAuth;
-use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
 use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
 use url::Url;
 
@@ -88,12 +88,19 @@ impl Client {
         self.session.borrow().is_some()
     }
 
-    /// The token in use, which must never appear in a message.
-    pub(super) fn token(&self) -> Option<String> {
-        match &self.session.borrow().as_ref()?.auth {
-            RegistryAuth::Bearer(token) => Some(token.clone()),
-            RegistryAuth::Basic(..) | RegistryAuth::Anonymous => None,
+    /// What must never appear in a message: also the header made of a password, should a registry quote it, and the token.
+    pub(super) fn secrets(&self) -> Vec<String> {
+        let mut secrets = self.login.secrets();
+        if let Login::Password { username, password } = &self.login {
+            let request = self.quick.get(self.base.clone()).basic_auth(username, Some(password)).build().ok();
+            let header = request.and_then(|request| request.headers().get(AUTHORIZATION).cloned());
+            let encoded = header.as_ref().and_then(|header| header.to_str().ok()?.split_once(' '));
+            secrets.extend(encoded.map(|(_, encoded)| encoded.to_string()));
         }
+        if let Some(Session { auth: RegistryAuth::Bearer(token), .. }) = &*self.session.borrow() {
+            secrets.push(token.clone());
+        }
+        secrets
     }
 
     /// Whether the registry has the blob. A refusal counts as no: the upload will be told why, and HEAD has no words.

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use oci_client::Reference;
-use reqwest::header::AUTHORIZATION;
 use tokio::runtime::Runtime;
 
 use super::Options;
@@ -262,13 +261,13 @@ impl Remote<'_> {
 
     fn warn(&self, doing: &str, trouble: &Trouble, wait: Duration) {
         let stage = if matches!(self.purpose, Purpose::Push(_)) { Stage::Push } else { Stage::Pull };
-        let text = clean(&trouble.text, &self.secrets());
+        let text = clean(&trouble.text, &self.client.secrets());
         self.report.warn(stage, format!("{doing}: {text}; again in {:.1} s", wait.as_secs_f64()));
     }
 
     fn fault(&self, doing: &str, trouble: Trouble, attempts: u32) -> Fault {
         let (image, source) = (&self.reference, &self.credential.source);
-        let text = clean(&trouble.text, &self.secrets());
+        let text = clean(&trouble.text, &self.client.secrets());
         let (exhausted, safe) = match self.purpose {
             Purpose::Push(folder) => (
                 Kind::Push,
@@ -307,21 +306,6 @@ impl Remote<'_> {
                     .help(safe)
             }
         }
-    }
-
-    /// Also the header made of them, should a registry quote what it was sent.
-    fn secrets(&self) -> Vec<String> {
-        let mut secrets = self.credential.login.secrets();
-        if let Login::Password { username, password } = &self.credential.login {
-            let request =
-                reqwest::Client::new().get("http://localhost").basic_auth(username, Some(password)).build();
-            let header = request
-                .ok()
-                .and_then(|request| Some(request.headers().get(AUTHORIZATION)?.to_str().ok()?.to_string()));
-            secrets.extend(header.and_then(|header| Some(header.split_once(' ')?.1.to_string())));
-        }
-        secrets.extend(self.client.token());
-        secrets
     }
 }
 
