@@ -13,7 +13,7 @@ use fake_registry::{Fake, Manners};
 use hone::fault::{Fault, Kind};
 use hone::registry::{self, ImageFacts, Options, Pushed, Target};
 use hone::report::Report;
-use support::{PASSWORD, Registry, Setup, adapter, run, skopeo};
+use support::{Certificate, PASSWORD, Registry, Setup, adapter, run, skopeo};
 
 const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
@@ -170,6 +170,43 @@ fn ssl_cert_file_is_honoured() {
         .env("TEST_REGISTRY_HOST", &registry.host)
         .env("SSL_CERT_FILE", registry.path("ca.crt")));
     pull(&format!("{}/a:v1", registry.host), &work.path().join("back"), &registry.options()).unwrap();
+}
+
+/// As `openssl req -x509` makes them: its own authority, and a server's at once.
+#[test]
+fn a_self_signed_registry_is_trusted_where_its_very_certificate_was_given() {
+    let work = work(300_000);
+    let adapter = work.path().join("adapter");
+    if let Ok(host) = std::env::var("TEST_REGISTRY_HOST") {
+        let login = support::login(work.path(), &host, PASSWORD);
+        let options = Options { docker_config: Some(login), plain_http: false, ..support::quick() };
+        push(&adapter, &format!("{host}/a:v1"), &options).unwrap();
+        return;
+    }
+    let start =
+        |certificate| Registry::start(Setup { tls: true, password: true, certificate, ..Default::default() });
+    let registry = start(Certificate::SelfSigned("localhost"));
+    let image = format!("{}/a:v2", registry.host);
+    let pushed = push(&adapter, &image, &registry.options()).unwrap();
+    let back = work.path().join("back");
+    assert_eq!(pull(&image, &back, &registry.options()).unwrap(), pushed.digest);
+    assert_same_files(&adapter, &back);
+    run(Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_self_signed_registry_is_trusted_where_its_very_certificate_was_given"])
+        .env("TEST_REGISTRY_HOST", &registry.host)
+        .env("SSL_CERT_FILE", registry.path("ca.crt")));
+
+    let refused = |registry: &Registry, ca_file: Option<std::path::PathBuf>, words: &str| {
+        let options = Options { ca_file, ..registry.options() };
+        let fault = push(&adapter, &format!("{}/a:v3", registry.host), &options).unwrap_err();
+        assert!(fault.kind == Kind::Config && fault.message.contains(words), "{words}: {fault}");
+    };
+    let (expired, other) = (start(Certificate::Expired), start(Certificate::SelfSigned("other.test")));
+    refused(&registry, None, "certificate");
+    // Of the same subject, but not the same.
+    refused(&registry, Some(expired.path("ca.crt")), "certificate");
+    refused(&expired, Some(expired.path("ca.crt")), "expired");
+    refused(&other, Some(other.path("ca.crt")), "not valid for name");
 }
 
 #[test]
@@ -346,6 +383,31 @@ fn registries_that_refuse_one_long_upload_get_chunks() {
     result.unwrap();
     let patches = fake.log().iter().filter(|line| line.starts_with("PATCH")).count();
     assert_eq!(patches, 3, "9 MB in chunks of 4 MiB: {:?}", fake.log());
+}
+
+#[test]
+fn a_dropped_chunk_is_noticed() {
+    let manners =
+        Manners { monolithic_bytes_max: Some(1_000_000), first_chunk_only: true, ..Default::default() };
+    let (result, fake) = push_to(manners, 9_000_000, support::quick());
+    let fault = result.unwrap_err();
+    assert!(
+        fault.kind == Kind::Push && fault.message.contains("dropped a chunk"),
+        "{fault}\n{:?}",
+        fake.log()
+    );
+}
+
+#[test]
+fn another_origin_gets_the_blob_and_no_credentials() {
+    let manners = Manners { bearer: true, upload_elsewhere: true, ..Default::default() };
+    let (result, fake) = push_to(manners, 1000, support::quick());
+    result.unwrap();
+    let (elsewhere, own): (Vec<String>, Vec<String>) =
+        fake.log().into_iter().partition(|line| line.starts_with("PUT") && line.contains("/uploads/"));
+    assert_eq!(elsewhere.len(), 2, "{elsewhere:?}");
+    assert!(elsewhere.iter().all(|line| !line.ends_with("(authorized)")), "{elsewhere:?}");
+    assert!(own.iter().skip(1).all(|line| line.ends_with("(authorized)")), "{own:?}");
 }
 
 #[test]

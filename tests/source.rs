@@ -567,6 +567,27 @@ fn https_needs_a_trusted_certificate_for_the_host() {
 }
 
 #[test]
+fn a_self_signed_server_is_trusted_where_its_very_certificate_was_given() {
+    let server = Server::start_self_signed(|_, _| Reply::ok(content()));
+    let url = server.url("/file.parquet");
+    let mut desk = Desk::new();
+    desk.refuse(&url, Kind::Config, "not trusted");
+    for other in ["authority", "server", "self-signed-expired"] {
+        desk.options.ca_file = Some(http::certificate(other));
+        desk.refuse(&url, Kind::Config, "not trusted");
+    }
+    desk.options.ca_file = Some(http::certificate("self-signed"));
+    desk.refuse(&url.replace("localhost", "127.0.0.1"), Kind::Config, "not trusted");
+    assert!(server.requests().is_empty());
+    desk.expect(&url, &content());
+
+    let expired = Server::start_expired(|_, _| Reply::ok(content()));
+    desk.options.ca_file = Some(http::certificate("self-signed-expired"));
+    desk.refuse(&expired.url("/file.parquet"), Kind::Config, "expired");
+    assert!(expired.requests().is_empty());
+}
+
+#[test]
 fn a_redirect_from_https_to_http_is_refused() {
     let plain = Server::start(|_, _| Reply::ok(content()));
     let location = plain.url("/file.parquet");

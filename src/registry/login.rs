@@ -1,7 +1,7 @@
 //! Credential + the registry's challenge -> what the client sends. Tried before any transfer, so that a wrong password
 //! is told with the registry's own words, and a busy token server is not taken for a wrong password.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use oci_client::Reference;
 use oci_client::secrets::RegistryAuth;
@@ -15,45 +15,65 @@ use super::trouble::{Nature, Trouble};
 /// The name under which a registry takes a refresh token as a password (Azure's convention, honoured by others).
 const TOKEN_USER: &str = "00000000-0000-0000-0000-000000000000";
 /// LIMIT: of an answer about logging in.
-const ANSWER_BYTES_MAX: usize = 1 << 20;
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
 /// LIMIT: of a wait that a registry asks for.
 const WAIT_MAX: Duration = Duration::from_secs(120);
 
-/// `base` is `scheme://host`.
+/// The lifetime of a token whose server tells none, and the least there may be (the token specification).
+const LIFETIME_MIN: Duration = Duration::from_secs(60);
+/// A token is renewed this long before its end: clocks, and the way to the registry.
+const LIFETIME_MARGIN: Duration = Duration::from_secs(10);
+
+/// What the registry accepts now.
+pub(super) struct Session {
+    pub auth: RegistryAuth,
+    renew_at: Option<Instant>,
+}
+
+impl Session {
+    pub(super) fn is_fresh(&self) -> bool {
+        self.renew_at.is_none_or(|renew_at| Instant::now() < renew_at)
+    }
+}
+
+impl From<RegistryAuth> for Session {
+    fn from(auth: RegistryAuth) -> Session {
+        Session { auth, renew_at: None }
+    }
+}
+
+/// `base` is `scheme://host/v2/`.
 pub(super) async fn log_in(
     http: &reqwest::Client,
-    base: &str,
+    base: &Url,
     reference: &Reference,
     login: &Login,
     push: bool,
-) -> Result<RegistryAuth, Trouble> {
-    let probe = format!("{base}/v2/");
-    let answer = http.get(&probe).send().await?;
+) -> Result<Session, Trouble> {
+    let answer = http.get(base.clone()).send().await?;
     match challenge(&answer) {
-        Challenge::None => Ok(plain(login)),
+        Challenge::None => Ok(RegistryAuth::Anonymous.into()),
         Challenge::Basic => {
             if let RegistryAuth::Basic(username, password) = plain(login) {
-                expect_success(http.get(&probe).basic_auth(username, Some(password)).send().await?).await?;
+                let probe = http.get(base.clone()).basic_auth(username, Some(password));
+                successful(probe.send().await?).await?;
             }
-            Ok(plain(login))
+            Ok(plain(login).into())
         }
         Challenge::Bearer { realm, service } => {
             let url = token_url(base, &realm, service.as_deref(), reference, push)?;
             match login {
-                Login::Anonymous => {
-                    expect_success(http.get(url).send().await?).await.map(|_| RegistryAuth::Anonymous)
-                }
+                Login::Anonymous => session(http.get(url).send().await?).await,
                 Login::Password { username, password } => {
-                    expect_success(http.get(url).basic_auth(username, Some(password)).send().await?).await?;
-                    Ok(plain(login))
+                    session(http.get(url).basic_auth(username, Some(password)).send().await?).await
                 }
-                Login::IdentityToken(token) => exchange(http, url, token, login).await,
+                Login::IdentityToken(token) => exchange(http, url, token).await,
             }
         }
     }
 }
 
-/// Without an exchange. The client asks for Bearer tokens itself, and again when they expire.
+/// Without an exchange.
 fn plain(login: &Login) -> RegistryAuth {
     match login {
         Login::Anonymous => RegistryAuth::Anonymous,
@@ -66,15 +86,12 @@ fn plain(login: &Login) -> RegistryAuth {
 struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
+    /// Seconds.
+    expires_in: Option<u64>,
 }
 
 /// OAuth2: a refresh token for an access token. Servers that only know `GET` take it as a password.
-async fn exchange(
-    http: &reqwest::Client,
-    mut url: Url,
-    token: &str,
-    login: &Login,
-) -> Result<RegistryAuth, Trouble> {
+async fn exchange(http: &reqwest::Client, mut url: Url, token: &str) -> Result<Session, Trouble> {
     let mut form = url::form_urlencoded::Serializer::new(String::new());
     form.extend_pairs([("grant_type", "refresh_token"), ("client_id", "hone"), ("refresh_token", token)]);
     form.extend_pairs(url.query_pairs());
@@ -84,19 +101,39 @@ async fn exchange(
     let request = http.post(url).header("Content-Type", "application/x-www-form-urlencoded").body(body);
     let answer = request.send().await?;
     if matches!(answer.status().as_u16(), 404 | 405) {
-        expect_success(http.get(get).basic_auth(TOKEN_USER, Some(token)).send().await?).await?;
-        return Ok(plain(login));
+        return session(http.get(get).basic_auth(TOKEN_USER, Some(token)).send().await?).await;
     }
-    let text = expect_success(answer).await?;
-    let answer: Option<TokenAnswer> = serde_json::from_str(&text).ok();
+    session(answer).await
+}
+
+/// From a token server's answer.
+async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
+    let answered = Instant::now();
+    let answer = successful(answer).await.map_err(|trouble| match trouble.status {
+        // The answer to a refresh token that was revoked.
+        Some(400) => Trouble { nature: Nature::Unauthorized, ..trouble },
+        _ => trouble,
+    })?;
+    let answer: Option<TokenAnswer> =
+        serde_json::from_slice(&read_up_to(answer, ANSWER_BYTES_MAX).await?).ok();
+    let useful = useful_for(answer.as_ref().and_then(|answer| answer.expires_in));
     match answer.and_then(|answer| answer.access_token.or(answer.token)) {
-        Some(token) => Ok(RegistryAuth::Bearer(token)),
+        Some(token) => Ok(Session {
+            auth: RegistryAuth::Bearer(token),
+            // None: not within the clock's reach.
+            renew_at: answered.checked_add(useful),
+        }),
         None => Err(Trouble::unauthorized("the token server's answer holds no token")),
     }
 }
 
+/// From the lifetime a token server tells, in seconds.
+fn useful_for(expires_in: Option<u64>) -> Duration {
+    expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
+}
+
 fn token_url(
-    base: &str,
+    base: &Url,
     realm: &str,
     service: Option<&str>,
     reference: &Reference,
@@ -104,7 +141,7 @@ fn token_url(
 ) -> Result<Url, Trouble> {
     let mut url = Url::parse(realm)
         .map_err(|_| Trouble::unauthorized(format!("the registry names no valid token server: {realm}")))?;
-    if base.starts_with("https:") && url.scheme() != "https" {
+    if base.scheme() == "https" && url.scheme() != "https" {
         return Err(Trouble::unauthorized(
             "the registry sends its password on to a token server without TLS",
         ));
@@ -119,27 +156,27 @@ fn token_url(
     Ok(url)
 }
 
-/// The body of a good answer; any other becomes Trouble with the registry's words and its Retry-After.
-async fn expect_success(mut answer: reqwest::Response) -> Result<String, Trouble> {
+/// A good answer; any other becomes Trouble with the registry's words and its Retry-After.
+pub(super) async fn successful(answer: reqwest::Response) -> Result<reqwest::Response, Trouble> {
     let status = answer.status();
+    if status.is_success() {
+        return Ok(answer);
+    }
     let wait = answer.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
+    // The status stands, whatever becomes of the words.
+    let words = read_up_to(answer, ANSWER_BYTES_MAX).await.unwrap_or_default();
+    Err(Trouble { wait, ..Trouble::answer(status.as_u16(), &String::from_utf8_lossy(&words)) })
+}
+
+pub(super) async fn read_up_to(mut answer: reqwest::Response, bytes_max: u64) -> Result<Vec<u8>, Trouble> {
     let mut body = Vec::new();
     while let Some(chunk) = answer.chunk().await? {
         body.extend_from_slice(&chunk);
-        if body.len() > ANSWER_BYTES_MAX {
-            return Err(Trouble::rejected("the answer to the login exceeds 1 MiB"));
+        if body.len() as u64 > bytes_max {
+            return Err(Trouble::rejected(format!("the answer exceeds {bytes_max} bytes")));
         }
     }
-    let text = String::from_utf8_lossy(&body).into_owned();
-    match status.is_success() {
-        true => Ok(text),
-        false => {
-            let trouble = Trouble::answer(status.as_u16(), &text);
-            // Token servers answer 400 to a refresh token that was revoked.
-            let nature = if status.as_u16() == 400 { Nature::Unauthorized } else { trouble.nature };
-            Err(Trouble { wait, nature, ..trouble })
-        }
-    }
+    Ok(body)
 }
 
 /// Seconds, or a date.
@@ -215,6 +252,14 @@ mod tests {
     }
 
     #[test]
+    fn tokens_are_renewed_before_they_end() {
+        let lasts = |expires_in| useful_for(expires_in).as_secs();
+        assert_eq!([lasts(None), lasts(Some(0)), lasts(Some(300))], [50, 50, 290]);
+        let ended = Session { auth: RegistryAuth::Anonymous, renew_at: Some(Instant::now()) };
+        assert!(!ended.is_fresh() && Session::from(RegistryAuth::Anonymous).is_fresh());
+    }
+
+    #[test]
     fn waits_are_bounded() {
         assert_eq!(retry_after("3"), Some(Duration::from_secs(3)));
         assert_eq!(retry_after("1000000000"), Some(WAIT_MAX));
@@ -225,9 +270,10 @@ mod tests {
     #[test]
     fn a_password_does_not_leave_tls() {
         let reference = Reference::try_from("reg.io/a").unwrap();
-        assert!(token_url("https://reg.io", "http://reg.io/t", None, &reference, true).is_err());
-        assert!(token_url("http://reg.io", "http://reg.io/t", None, &reference, true).is_ok());
-        let url = token_url("https://reg.io", "https://t.io/?x=1", Some("s"), &reference, false).unwrap();
+        let base = |scheme| Url::parse(&format!("{scheme}://reg.io/v2/")).unwrap();
+        assert!(token_url(&base("https"), "http://reg.io/t", None, &reference, true).is_err());
+        assert!(token_url(&base("http"), "http://reg.io/t", None, &reference, true).is_ok());
+        let url = token_url(&base("https"), "https://t.io/?x=1", Some("s"), &reference, false).unwrap();
         assert_eq!(url.query(), Some("x=1&scope=repository%3Aa%3Apull&service=s"));
     }
 }

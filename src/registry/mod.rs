@@ -1,6 +1,7 @@
 //! PEFT folder -> OCI image -> push; and pull. The only place that knows OCI.
 
 mod credentials;
+mod distribution;
 mod image;
 mod layout;
 mod login;
@@ -33,7 +34,7 @@ pub enum Target {
 pub struct Options {
     /// Folder or file with docker credentials; `None`: `DOCKER_CONFIG`, then the usual places.
     pub docker_config: Option<PathBuf>,
-    /// Extra root certificates (PEM).
+    /// Extra root certificates (PEM); also a server certificate that is its own root.
     pub ca_file: Option<PathBuf>,
     /// Talk plain HTTP. Only when asked.
     pub plain_http: bool,

@@ -1,4 +1,4 @@
-//! Image -> registry, and back: oci-client with what it leaves to others (time-outs, repetition, fallback, re-login).
+//! Image -> registry, and back: the requests in their order, with repetition, fallback and re-login.
 //!
 //! Upload order: HEAD; one PUT; where that is refused or breaks, chunks of 4 MiB. The manifest goes last and is read
 //! back by tag. Every attempt starts the blob anew: adapters are small, and resuming an upload is where registries differ.
@@ -10,26 +10,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference};
-use reqwest::header::{AUTHORIZATION, HeaderValue};
+use oci_client::Reference;
 use tokio::runtime::Runtime;
 
+use super::Options;
 use super::credentials::{self, Credential, Login};
+use super::distribution::Client;
 use super::image::{Blob, Hashing, Image, digest_of, scratch_file};
 use super::manifest::{self, Descriptor, MANIFEST_TYPE};
 use super::pull::Store;
 use super::trouble::{Nature, Trouble, clean};
-use super::upload::{Connection, Meter, exists};
-use super::{Options, login};
+use super::upload::{self, Meter};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Task, Unit};
 
-const USER_AGENT: &str = concat!("hone/", env!("CARGO_PKG_VERSION"));
 /// Waits before a repetition: 0.1 s, 0.3 s, 0.9 s ... up to this.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -54,8 +49,7 @@ struct Remote<'a> {
     credential: Credential,
     purpose: Purpose<'a>,
     report: &'a Report,
-    certificates: Vec<Certificate>,
-    connection: Option<Connection>,
+    client: Client,
 }
 
 /// Pushes under the reference's tag, and reads it back.
@@ -106,16 +100,14 @@ impl<'a> Registry<'a> {
         purpose: Purpose<'a>,
         report: &'a Report,
     ) -> Result<Registry<'a>> {
-        install_crypto();
         let credential = credentials::find(&reference, options.docker_config.as_deref())?;
-        let certificates =
-            options.ca_file.as_deref().map(read_certificates).transpose()?.into_iter().collect();
+        let push = matches!(purpose, Purpose::Push(_));
+        let client = Client::new(&reference, &credential.login, push, options)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
-        let remote =
-            Remote { reference, options, credential, purpose, report, certificates, connection: None };
+        let remote = Remote { reference, options, credential, purpose, report, client };
         Ok(Registry { runtime, remote })
     }
 }
@@ -127,13 +119,13 @@ fn while_pulling() -> Fault {
 
 impl Store for Registry<'_> {
     fn top(&mut self) -> Result<(Vec<u8>, String)> {
-        let reference = self.remote.reference.clone();
-        self.runtime.block_on(interrupt::or_stopped(self.remote.fetch_manifest(reference), while_pulling))
+        let (tag, digest) = (self.remote.tag_name(), self.remote.reference.digest().map(str::to_string));
+        let name = digest.unwrap_or(tag);
+        self.runtime.block_on(interrupt::or_stopped(self.remote.fetch_manifest(&name), while_pulling))
     }
 
     fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>> {
-        let reference = self.remote.reference.clone_with_digest(descriptor.digest.clone());
-        let work = self.remote.fetch_manifest(reference);
+        let work = self.remote.fetch_manifest(&descriptor.digest);
         Ok(self.runtime.block_on(interrupt::or_stopped(work, while_pulling))?.0)
     }
 
@@ -145,17 +137,17 @@ impl Store for Registry<'_> {
 impl Remote<'_> {
     /// Makes sure the registry has the blob. `before`: bytes of the task that earlier blobs account for.
     async fn upload(&mut self, blob: &Blob, meter: &Arc<Meter>, before: u64) -> Result<()> {
-        let (reference, timeout) = (self.reference.clone(), self.options.read_timeout);
+        let timeout = self.options.read_timeout;
         let mut whole = true;
-        self.repeat("upload", async |connection| {
-            if exists(connection, &reference, &blob.digest).await? {
+        self.repeat("upload", async |client| {
+            if client.has_blob(&blob.digest).await? {
                 meter.task.set(before + blob.bytes);
                 return Ok(());
             }
-            let mut sent = connection.send(&reference, blob, whole, meter, before, timeout).await;
+            let mut sent = upload::send(client, blob, whole, meter, before, timeout).await;
             if whole && sent.as_ref().is_err_and(Trouble::refuses_monolithic) {
                 whole = false;
-                sent = connection.send(&reference, blob, whole, meter, before, timeout).await;
+                sent = upload::send(client, blob, whole, meter, before, timeout).await;
             }
             // Proxies with a size limit hang up in the middle instead of answering 413.
             if sent.as_ref().is_err_and(|trouble| trouble.status.is_none())
@@ -169,43 +161,24 @@ impl Remote<'_> {
     }
 
     async fn tag(&mut self, manifest: &Blob) -> Result<()> {
-        let reference = self.reference.clone();
+        let tag = self.tag_name();
         let bytes = manifest
             .read(0, usize::MAX)
             .map_err(|error| Fault::internal(format!("cannot read the manifest from memory: {error}")))?;
-        self.repeat("upload of the manifest", async |connection| {
-            let media_type = HeaderValue::from_static(MANIFEST_TYPE);
-            match connection
-                .quick
-                .push_manifest_raw(&reference, bytes.clone(), media_type)
-                .await
-                .map_err(Trouble::from)
-            {
-                // A success by another number; reading it back tells.
-                Err(Trouble { nature: Nature::Violation, .. }) => Ok(()),
-                other => other.map(|_| ()),
-            }
-        })
-        .await
+        self.repeat("upload of the manifest", async |client| client.put_manifest(&tag, bytes.clone()).await)
+            .await
     }
 
     /// The tag must now lead to what was pushed.
     async fn confirm(&mut self, digest: &str) -> Result<()> {
-        let reference = self.reference.clone();
-        self.repeat("reading the manifest back", async |connection| {
-            let (bytes, _) = connection
-                .quick
-                .pull_manifest_raw(&reference, &connection.auth, &[MANIFEST_TYPE])
-                .await
-                .map_err(
-                    // Some registries show a new tag only after a moment.
-                    |error| match Trouble::from(error) {
-                        trouble if trouble.status == Some(404) => {
-                            Trouble { nature: Nature::Transient, ..trouble }
-                        }
-                        trouble => trouble,
-                    },
-                )?;
+        let tag = self.tag_name();
+        self.repeat("reading the manifest back", async |client| {
+            let read = client.manifest(&tag, &[MANIFEST_TYPE]).await;
+            let bytes = read.map_err(|trouble| match trouble.status {
+                // Some registries show a new tag only after a moment.
+                Some(404) => Trouble { nature: Nature::Transient, ..trouble },
+                _ => trouble,
+            })?;
             match digest_of(&bytes) {
                 found if found == digest => Ok(()),
                 found => Err(Trouble::transient(format!("pushed {digest}, but the tag leads to {found}"))),
@@ -214,22 +187,24 @@ impl Remote<'_> {
         .await
     }
 
-    async fn fetch_manifest(&mut self, reference: Reference) -> Result<(Vec<u8>, String)> {
-        self.repeat("download of the manifest", async |connection| {
+    fn tag_name(&self) -> String {
+        self.reference.tag().unwrap_or("latest").to_string()
+    }
+
+    /// `name`: a tag or a digest.
+    async fn fetch_manifest(&mut self, name: &str) -> Result<(Vec<u8>, String)> {
+        self.repeat("download of the manifest", async |client| {
             let accepted = [
                 MANIFEST_TYPE,
                 manifest::INDEX_TYPE,
                 manifest::DOCKER_MANIFEST_TYPE,
                 manifest::DOCKER_INDEX_TYPE,
             ];
-            let (bytes, _) =
-                connection.quick.pull_manifest_raw(&reference, &connection.auth, &accepted).await?;
+            let bytes = client.manifest(name, &accepted).await?;
             let digest = digest_of(&bytes);
-            match reference.digest() {
-                Some(expected) if expected != digest => {
-                    Err(Trouble::transient(format!("asked for {expected}, got {digest}")))
-                }
-                _ => Ok((bytes.to_vec(), digest)),
+            match name.contains(':') && name != digest {
+                true => Err(Trouble::transient(format!("asked for {name}, got {digest}"))),
+                false => Ok((bytes, digest)),
             }
         })
         .await
@@ -239,18 +214,14 @@ impl Remote<'_> {
         let Purpose::Pull(scratch) = self.purpose else {
             return Err(Fault::internal("a layer is fetched while pushing"));
         };
-        let reference = self.reference.clone();
         let task =
             self.report.task(Stage::Pull, Unit::Bytes, short(&descriptor.digest), Some(descriptor.bytes));
-        self.repeat("download of a layer", async |connection| {
+        self.repeat("download of a layer", async |client| {
             task.set(0);
             let storage = |error: std::io::Error| Fault::storage("write a layer beside", scratch, &error);
             let mut file = Hashing::new(scratch_file(scratch)?);
-            // By digest alone: a descriptor may also name other servers to fetch from.
-            let blob = connection.quick.pull_blob_stream(&reference, descriptor.digest.as_str()).await?;
-            let (mut stream, mut bytes) = (blob.stream, 0);
-            while let Some(piece) = stream.next().await {
-                let piece = piece.map_err(OciDistributionError::from)?;
+            let (mut answer, mut bytes) = (client.blob(&descriptor.digest).await?, 0);
+            while let Some(piece) = answer.chunk().await? {
                 bytes += piece.len() as u64;
                 if bytes > descriptor.bytes {
                     let expected = descriptor.bytes;
@@ -277,24 +248,22 @@ impl Remote<'_> {
     async fn repeat<T>(
         &mut self,
         doing: &str,
-        mut operation: impl AsyncFnMut(&Connection) -> std::result::Result<T, Trouble>,
+        mut operation: impl AsyncFnMut(&Client) -> std::result::Result<T, Trouble>,
     ) -> Result<T> {
         let (mut attempt, mut renewed) = (1, false);
         loop {
-            let connected = self.connect().await;
-            let result = match (connected, &self.connection) {
-                (Ok(()), Some(connection)) => operation(connection).await,
-                (Ok(()), None) => unreachable!("connect leaves a connection"),
-                (Err(trouble), _) => Err(trouble),
+            let result = match self.client.log_in().await {
+                Ok(()) => operation(&self.client).await,
+                Err(trouble) => Err(trouble),
             };
             let trouble = match result {
                 Ok(value) => return Ok(value),
                 Err(trouble) => trouble,
             };
             let transient = matches!(trouble.nature, Nature::Transient);
-            if trouble.status == Some(401) && self.connection.is_some() && !renewed {
+            if trouble.status == Some(401) && self.client.is_logged_in() && !renewed {
                 renewed = true;
-                self.connection = None;
+                self.client.log_out();
             } else if transient && attempt < self.options.attempts_max {
                 let wait = trouble.wait.unwrap_or_else(|| backoff(attempt));
                 self.warn(doing, &trouble, wait);
@@ -306,66 +275,15 @@ impl Remote<'_> {
         }
     }
 
-    async fn connect(&mut self) -> std::result::Result<(), Trouble> {
-        if self.connection.is_some() {
-            return Ok(());
-        }
-        let host = self.reference.resolve_registry();
-        let base = format!("{}://{host}", if self.options.plain_http { "http" } else { "https" });
-        let push = matches!(self.purpose, Purpose::Push(_));
-        let http = self.http_client()?;
-        let auth = login::log_in(&http, &base, &self.reference, &self.credential.login, push).await?;
-        let connection = Connection {
-            quick: self.client(false, Some(self.options.read_timeout))?,
-            monolithic: self.client(true, None)?,
-            auth,
-        };
-        for client in [&connection.quick, &connection.monolithic] {
-            client.store_auth_if_needed(host, &connection.auth).await;
-        }
-        self.connection = Some(connection);
-        Ok(())
-    }
-
-    fn http_client(&self) -> std::result::Result<reqwest::Client, Trouble> {
-        let roots: reqwest::Result<Vec<reqwest::Certificate>> =
-            self.certificates.iter().map(|bundle| reqwest::Certificate::from_pem(&bundle.data)).collect();
-        Ok(reqwest::Client::builder()
-            .user_agent(USER_AGENT)
-            .connect_timeout(self.options.connect_timeout)
-            .read_timeout(self.options.read_timeout)
-            .tls_certs_merge(roots?)
-            .build()?)
-    }
-
-    /// `Client::new` would fall back to its defaults, without our certificates, when these do not work.
-    fn client(
-        &self,
-        monolithic: bool,
-        read_timeout: Option<Duration>,
-    ) -> std::result::Result<Client, Trouble> {
-        let protocol = if self.options.plain_http { ClientProtocol::Http } else { ClientProtocol::Https };
-        Ok(Client::try_from(ClientConfig {
-            protocol,
-            use_monolithic_push: monolithic,
-            extra_root_certificates: self.certificates.clone(),
-            platform_resolver: None,
-            read_timeout,
-            connect_timeout: Some(self.options.connect_timeout),
-            user_agent: USER_AGENT,
-            ..ClientConfig::default()
-        })?)
-    }
-
     fn warn(&self, doing: &str, trouble: &Trouble, wait: Duration) {
         let stage = if matches!(self.purpose, Purpose::Push(_)) { Stage::Push } else { Stage::Pull };
-        let text = clean(&trouble.text, &self.secrets());
+        let text = clean(&trouble.text, &self.client.secrets());
         self.report.warn(stage, format!("{doing}: {text}; again in {:.1} s", wait.as_secs_f64()));
     }
 
     fn fault(&self, doing: &str, trouble: Trouble, attempts: u32) -> Fault {
         let (image, source) = (&self.reference, &self.credential.source);
-        let text = clean(&trouble.text, &self.secrets());
+        let text = clean(&trouble.text, &self.client.secrets());
         let (exhausted, safe) = match self.purpose {
             Purpose::Push(folder) => (
                 Kind::Push,
@@ -405,23 +323,6 @@ impl Remote<'_> {
             }
         }
     }
-
-    /// Also the header made of them, should a registry quote what it was sent.
-    fn secrets(&self) -> Vec<String> {
-        let mut secrets = self.credential.login.secrets();
-        if let Login::Password { username, password } = &self.credential.login {
-            let request =
-                reqwest::Client::new().get("http://localhost").basic_auth(username, Some(password)).build();
-            let header = request
-                .ok()
-                .and_then(|request| Some(request.headers().get(AUTHORIZATION)?.to_str().ok()?.to_string()));
-            secrets.extend(header.and_then(|header| Some(header.split_once(' ')?.1.to_string())));
-        }
-        if let Some(Connection { auth: RegistryAuth::Bearer(token), .. }) = &self.connection {
-            secrets.push(token.clone());
-        }
-        secrets
-    }
 }
 
 fn backoff(attempt: u32) -> Duration {
@@ -431,22 +332,4 @@ fn backoff(attempt: u32) -> Duration {
 /// `sha256:` and twelve digits, for a progress line.
 fn short(digest: &str) -> String {
     digest.chars().take(19).collect()
-}
-
-fn read_certificates(path: &Path) -> Result<Certificate> {
-    let wrong = |what: String| {
-        Fault::config(format!("{}: {what}", path.display())).help("give root certificates in PEM form")
-    };
-    let data = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
-    match reqwest::Certificate::from_pem_bundle(&data) {
-        Ok(certificates) if !certificates.is_empty() => {
-            Ok(Certificate { encoding: CertificateEncoding::Pem, data })
-        }
-        _ => Err(wrong("holds no certificate".into())),
-    }
-}
-
-/// rustls panics at its first connection without a provider; a second installation changes nothing.
-fn install_crypto() {
-    rustls::crypto::ring::default_provider().install_default().ok();
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oci_client::errors::{OciDistributionError, OciEnvelope, OciErrorCode};
+use oci_client::errors::OciEnvelope;
 
 use crate::fault::Fault;
 
@@ -50,6 +50,10 @@ impl Trouble {
         Trouble { nature: Nature::Unauthorized, ..Trouble::transient(text) }
     }
 
+    pub(super) fn violation(text: impl Into<String>) -> Trouble {
+        Trouble { nature: Nature::Violation, ..Trouble::transient(text) }
+    }
+
     /// From an answer's status and body.
     pub(super) fn answer(status: u16, body: &str) -> Trouble {
         let nature = match status {
@@ -74,34 +78,15 @@ impl Trouble {
     }
 }
 
-impl From<OciDistributionError> for Trouble {
-    fn from(error: OciDistributionError) -> Trouble {
-        match error {
-            OciDistributionError::ServerError { code, message, .. } => Trouble::answer(code, &message),
-            OciDistributionError::RegistryError { envelope, .. } => of_envelope(&envelope),
-            OciDistributionError::UnauthorizedError { .. } => Trouble::answer(401, "not authorized"),
-            OciDistributionError::AuthenticationFailure(text) => Trouble::unauthorized(text),
-            OciDistributionError::RequestError(error) => Trouble::from(error),
-            OciDistributionError::IoError(error) => Trouble::transient(chain(&error)),
-            OciDistributionError::DigestError(error) => Trouble::transient(error.to_string()),
-            OciDistributionError::SpecViolationError(text) => {
-                Trouble { nature: Nature::Violation, ..Trouble::transient(text) }
-            }
-            OciDistributionError::RegistryNoLocationError => {
-                Trouble { nature: Nature::Violation, ..Trouble::transient("the answer has no Location") }
-            }
-            other => Trouble::rejected(other.to_string()),
-        }
-    }
-}
-
 impl From<reqwest::Error> for Trouble {
     fn from(error: reqwest::Error) -> Trouble {
         let status = error.status().map(|status| status.as_u16());
+        let refused = error.is_redirect();
         // The URL may carry upload state or a signature.
         let text = chain(&error.without_url());
         match status {
             Some(status) => Trouble::answer(status, ""),
+            None if refused => Trouble::rejected(text),
             // rustls' words for a server that answers a handshake in clear text.
             None if text.contains("InvalidContentType") => Trouble {
                 nature: Nature::Untrusted {
@@ -109,12 +94,16 @@ impl From<reqwest::Error> for Trouble {
                 },
                 ..Trouble::transient(text)
             },
-            None if text.contains("certificate") => Trouble {
-                nature: Nature::Untrusted {
-                    help: "give the registry's certificate authority (--ca-file, or SSL_CERT_FILE)",
-                },
-                ..Trouble::transient(text)
-            },
+            None if text.contains("certificate") => {
+                let help = if text.contains("expired") {
+                    "renew the registry's certificate"
+                } else if text.contains("not valid for name") {
+                    "use the host name the registry's certificate was made for"
+                } else {
+                    "give the registry's certificate or its authority's (--ca-file, or SSL_CERT_FILE)"
+                };
+                Trouble { nature: Nature::Untrusted { help }, ..Trouble::transient(text) }
+            }
             None => Trouble::transient(text),
         }
     }
@@ -137,26 +126,6 @@ pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     match line.char_indices().nth(TEXT_CHARACTERS_MAX) {
         Some((end, _)) => format!("{} ...", &line[..end]),
         None => line,
-    }
-}
-
-/// The client drops the status of answers that carry an envelope; their codes stand for one.
-fn of_envelope(envelope: &OciEnvelope) -> Trouble {
-    let status = match envelope.errors.first().map(|error| &error.code) {
-        Some(OciErrorCode::Unauthorized) => Some(401),
-        Some(OciErrorCode::Denied) => Some(403),
-        Some(OciErrorCode::Toomanyrequests) => Some(429),
-        Some(
-            OciErrorCode::ManifestUnknown
-            | OciErrorCode::NameUnknown
-            | OciErrorCode::BlobUnknown
-            | OciErrorCode::NotFound,
-        ) => Some(404),
-        _ => None,
-    };
-    match status {
-        Some(status) => Trouble { text: words(envelope), ..Trouble::answer(status, "") },
-        None => Trouble::rejected(words(envelope)),
     }
 }
 
@@ -206,9 +175,6 @@ mod tests {
         let body = r#"{"errors":[{"code":"DENIED","message":"quota","detail":"10 GB"},{"code":"ODD","message":"x"}]}"#;
         assert_eq!(Trouble::answer(403, body).text, "HTTP 403: DENIED: quota (10 GB); ODD: x");
         assert_eq!(Trouble::answer(502, "<h1>Bad\n gateway</h1>\n").text, "HTTP 502: <h1>Bad\n gateway</h1>");
-        let envelope: OciEnvelope = serde_json::from_str(body).unwrap();
-        let trouble = Trouble::from(OciDistributionError::RegistryError { envelope, url: "u".into() });
-        assert!(matches!((trouble.nature, trouble.status), (Nature::Unauthorized, Some(403))));
     }
 
     #[test]

@@ -1,83 +1,85 @@
 //! Blob -> one upload attempt, whole or in chunks, that ends when it makes no progress.
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference};
+use reqwest::Body;
 
+use super::distribution::Client;
 use super::image::Blob;
 use super::trouble::{Nature, Trouble};
 use crate::report::Task;
 
 /// The piece of a blob that is read, sent and counted at once.
-const PIECE_BYTES: usize = 128 << 10;
-/// GHCR refuses larger ones; oci-client cuts at the same length.
-const CHUNK_BYTES: usize = 4 << 20;
+const PIECE_BYTES: u64 = 128 << 10;
+/// GHCR refuses larger ones.
+const CHUNK_BYTES: u64 = 4 << 20;
 /// A registry hashes and stores what it was sent before it answers; slower than this is taken for silence.
 const COMMIT_BYTES_PER_SECOND: u64 = 10_000_000;
-/// Logged in. Two clients, because reqwest's read timeout also runs while a body is being sent.
-pub(super) struct Connection {
-    pub quick: Client,
-    pub monolithic: Client,
-    pub auth: RegistryAuth,
-}
 
-impl Connection {
-    /// One attempt: in one PUT, or in chunks.
-    pub(super) async fn send(
-        &self,
-        reference: &Reference,
-        blob: &Blob,
-        whole: bool,
-        meter: &Arc<Meter>,
-        before: u64,
-        timeout: Duration,
-    ) -> std::result::Result<(), Trouble> {
-        let (client, piece_bytes) =
-            if whole { (&self.monolithic, PIECE_BYTES) } else { (&self.quick, CHUNK_BYTES) };
-        meter.restart(before);
-        let pieces = Pieces { blob: blob.clone(), offset: 0, piece_bytes, meter: meter.clone() };
-        let pieces = futures_util::stream::iter(pieces.map(|piece| Ok(piece?.into())));
-        let sending = async {
-            let pushed = client.push_blob_stream(reference, pieces, &blob.digest, Some(blob.bytes)).await;
-            pushed.map_err(Trouble::from)
-        };
-        match watched(sending, meter, blob.bytes, timeout).await {
-            Ok(_) => Ok(()),
-            // 200 or 204 for 201, or no Location: the blob may well be there.
-            Err(trouble) if matches!(trouble.nature, Nature::Violation) => {
-                match exists(self, reference, &blob.digest).await {
-                    Ok(true) => Ok(()),
-                    _ => Err(trouble),
-                }
+/// One attempt: in one PUT, or in chunks. `before`: bytes of the task that earlier blobs account for.
+pub(super) async fn send(
+    client: &Client,
+    blob: &Blob,
+    whole: bool,
+    meter: &Arc<Meter>,
+    before: u64,
+    timeout: Duration,
+) -> Result<(), Trouble> {
+    meter.restart(before);
+    let sent = match whole {
+        true => watched(send_whole(client, blob, meter), meter, blob.bytes, timeout).await,
+        false => watched(send_chunks(client, blob, meter), meter, blob.bytes, timeout).await,
+    };
+    match sent {
+        // 200 or 204 for 201, or no Location: the blob may well be there.
+        Err(trouble) if matches!(trouble.nature, Nature::Violation) => {
+            match client.has_blob(&blob.digest).await {
+                Ok(true) => Ok(()),
+                _ => Err(trouble),
             }
-            Err(trouble) => Err(trouble),
         }
+        sent => sent,
     }
 }
 
-/// Whether the registry has the blob. A refusal counts as no: the upload will be told why, and HEAD has no words.
-pub(super) async fn exists(
-    connection: &Connection,
-    reference: &Reference,
-    digest: &str,
-) -> std::result::Result<bool, Trouble> {
-    match connection.quick.blob_exists(reference, digest).await.map_err(Trouble::from) {
-        Err(trouble) if trouble.status.is_some() => Ok(false),
-        other => other,
+async fn send_whole(client: &Client, blob: &Blob, meter: &Arc<Meter>) -> Result<(), Trouble> {
+    let location = client.begin_upload().await?;
+    client.finish_upload(location, &blob.digest, blob.bytes, body(blob, 0..blob.bytes, meter)).await
+}
+
+async fn send_chunks(client: &Client, blob: &Blob, meter: &Arc<Meter>) -> Result<(), Trouble> {
+    let mut location = client.begin_upload().await?;
+    let (mut start, mut kept) = (0, None);
+    while start < blob.bytes {
+        let chunk = start..blob.bytes.min(start + CHUNK_BYTES);
+        start = chunk.end;
+        let last;
+        (location, last) = client.send_chunk(location, chunk.clone(), body(blob, chunk, meter)).await?;
+        // Amazon's registry answers 201 to every chunk and drops all but the first.
+        if kept.is_some() && last.is_some() && last <= kept {
+            return Err(Trouble::transient("the registry dropped a chunk of the upload"));
+        }
+        kept = last.or(kept);
     }
+    client.finish_upload(location, &blob.digest, 0, Body::default()).await
+}
+
+fn body(blob: &Blob, bytes: Range<u64>, meter: &Arc<Meter>) -> Body {
+    let pieces = Pieces { blob: blob.clone(), left: bytes, meter: meter.clone() };
+    Body::wrap_stream(futures_util::stream::iter(pieces))
 }
 
 /// Ends an upload that makes no progress for the time-out; once all is sent, the registry gets time to store it.
 async fn watched<T>(
-    sending: impl Future<Output = std::result::Result<T, Trouble>>,
+    sending: impl Future<Output = Result<T, Trouble>>,
     meter: &Meter,
     bytes: u64,
     timeout: Duration,
-) -> std::result::Result<T, Trouble> {
+) -> Result<T, Trouble> {
     let mut sending = std::pin::pin!(sending);
     loop {
         let seen = meter.sent.load(Ordering::Relaxed);
@@ -114,11 +116,10 @@ impl Meter {
     }
 }
 
-/// A blob from its start, piece by piece.
+/// A part of a blob, piece by piece.
 struct Pieces {
     blob: Blob,
-    offset: u64,
-    piece_bytes: usize,
+    left: Range<u64>,
     meter: Arc<Meter>,
 }
 
@@ -126,16 +127,15 @@ impl Iterator for Pieces {
     type Item = std::io::Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.offset >= self.blob.bytes {
+        if self.left.is_empty() {
             return None;
         }
-        let piece = self.blob.read(self.offset, self.piece_bytes);
+        let bytes = PIECE_BYTES.min(self.left.end - self.left.start);
+        let piece = self.blob.read(self.left.start, bytes as usize);
+        self.left.start += bytes;
         match &piece {
-            Ok(piece) => {
-                self.offset += piece.len() as u64;
-                self.meter.advance(piece.len() as u64);
-            }
-            Err(_) => self.offset = self.blob.bytes,
+            Ok(piece) => self.meter.advance(piece.len() as u64),
+            Err(_) => self.left.start = self.left.end,
         }
         Some(piece)
     }

@@ -12,8 +12,8 @@ use tracing_subscriber::fmt::MakeWriter;
 /// A log is read by machines and kept: a task speaks this often at most.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 const TEXT_CHARACTERS_MAX: usize = 4000;
-/// Fixed, whatever `RUST_LOG` says: below `info`, `oci_client` and the HTTP stack print tokens.
-const FILTER: &str = "warn,hone=info,oci_client=info";
+/// Fixed, whatever `RUST_LOG` says: below `info`, HTTP libraries print headers and addresses with secrets.
+const FILTER: &str = "warn,hone=info";
 const FILTER_QUIET: &str = "warn";
 
 pub struct Lines {

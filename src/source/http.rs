@@ -113,7 +113,7 @@ pub fn client(options: &Options) -> Result<reqwest::Client> {
         .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(options.connect_timeout)
         .read_timeout(options.read_timeout)
-        .redirect(redirect::Policy::custom(redirect))
+        .redirect(redirects())
         // A signed URL must not reach the next host as Referer.
         .referer(false)
         .dns_resolver(address::Resolver)
@@ -243,6 +243,11 @@ fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
         Err(_) => Some(httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()),
     }
+}
+
+/// Ten at most, never from https to http, never to a link-local address.
+pub fn redirects() -> redirect::Policy {
+    redirect::Policy::custom(redirect)
 }
 
 fn redirect(attempt: redirect::Attempt) -> redirect::Action {

@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use html::looks_like_html;
+pub use http::redirects;
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};

@@ -27,6 +27,10 @@ pub struct Manners {
     pub silent_uploads: bool,
     /// The tag leads to other bytes than were pushed.
     pub other_manifest: bool,
+    /// Chunks after the first are answered 201 and dropped.
+    pub first_chunk_only: bool,
+    /// Blobs are to be sent to another origin, which takes no login.
+    pub upload_elsewhere: bool,
     /// Refuse every upload, quoting this.
     pub echo: Option<&'static str>,
 }
@@ -133,7 +137,8 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
 }
 
 fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) -> Option<Answer> {
-    state.log.push(format!("{} {}", request.method, request.path));
+    let login = if request.authorization.is_some() { " (authorized)" } else { "" };
+    state.log.push(format!("{} {}{login}", request.method, request.path));
     let plain = |status| Some(Answer(status, Vec::new(), Vec::new()));
     if request.path.starts_with("/token") {
         state.tokens += 1;
@@ -143,7 +148,8 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
             format!(r#"{{"token":"token-{}"}}"#, state.tokens).into_bytes(),
         ));
     }
-    if manners.bearer {
+    let elsewhere = manners.upload_elsewhere && request.method == "PUT" && request.path.contains("/uploads/");
+    if manners.bearer && !elsewhere {
         let token = request
             .authorization
             .as_deref()
@@ -169,7 +175,11 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
     }
     let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
     let name = path.rsplit('/').next().unwrap_or_default().to_string();
-    let upload = || vec![("location", "/v2/team/a/blobs/uploads/1".to_string())];
+    let origin = match manners.upload_elsewhere {
+        true => format!("http://{}", host.replace("127.0.0.1", "localhost")),
+        false => String::new(),
+    };
+    let upload = || vec![("location", format!("{origin}/v2/team/a/blobs/uploads/1"))];
     match (request.method.as_str(), path.contains("/uploads/"), path.contains("/manifests/")) {
         ("POST", true, _) if manners.deny => Some(Answer(403, Vec::new(), error("DENIED", "not yours"))),
         ("POST", true, _) if manners.echo.is_some() => Some(Answer(
@@ -189,8 +199,13 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
             plain(HANG_UP)
         }
         ("PATCH", true, _) => {
-            state.upload.extend(&request.body);
-            Some(Answer(202, upload(), Vec::new()))
+            let dropped = manners.first_chunk_only && !state.upload.is_empty();
+            if !dropped {
+                state.upload.extend(&request.body);
+            }
+            let range = ("range", format!("0-{}", state.upload.len() - 1));
+            let status = if manners.first_chunk_only { 201 } else { 202 };
+            Some(Answer(status, [upload(), vec![range]].concat(), Vec::new()))
         }
         ("PUT", true, _) => {
             let mut blob = std::mem::take(&mut state.upload);

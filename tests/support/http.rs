@@ -146,7 +146,17 @@ impl Server {
 
     /// The same over TLS, with the certificate for `localhost` that `authority()` signed.
     pub fn start_tls(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
-        Server::run("https", Some(tls_config()), script)
+        Server::run("https", Some(tls_config(include_bytes!("tls/server.pem"))), script)
+    }
+
+    /// With a certificate that is its own authority, as `openssl req -x509` makes them.
+    pub fn start_self_signed(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
+        Server::run("https", Some(tls_config(include_bytes!("tls/self-signed.pem"))), script)
+    }
+
+    /// Likewise, and it ended in 2021.
+    pub fn start_expired(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
+        Server::run("https", Some(tls_config(include_bytes!("tls/self-signed-expired.pem"))), script)
     }
 
     /// Serves `files` (path -> content) with ETag, ranges and 404.
@@ -199,7 +209,12 @@ impl Server {
 
 /// The certificate authority of `start_tls`, a PEM file.
 pub fn authority() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/tls/authority.pem"))
+    certificate("authority")
+}
+
+/// A PEM file of `tests/support/tls`.
+pub fn certificate(name: &str) -> PathBuf {
+    PathBuf::from(format!("{}/tests/support/tls/{name}.pem", env!("CARGO_MANIFEST_DIR")))
 }
 
 /// An address nobody listens on.
@@ -280,10 +295,10 @@ fn parse(head: &str) -> Request {
     }
 }
 
-fn tls_config() -> Arc<rustls::ServerConfig> {
+fn tls_config(certificate: &[u8]) -> Arc<rustls::ServerConfig> {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let certificate = CertificateDer::from_pem_slice(include_bytes!("tls/server.pem")).unwrap();
+    let certificate = CertificateDer::from_pem_slice(certificate).unwrap();
     let key = PrivateKeyDer::from_pem_slice(include_bytes!("tls/server.key")).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)

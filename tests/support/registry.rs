@@ -29,8 +29,20 @@ pub struct Registry {
 #[derive(Clone, Copy, Default)]
 pub struct Setup {
     pub tls: bool,
+    pub certificate: Certificate,
     pub password: bool,
     pub read_only: bool,
+}
+
+/// What a registry with TLS shows; `ca.crt` is what to trust.
+#[derive(Clone, Copy, Default)]
+pub enum Certificate {
+    #[default]
+    OfAuthority,
+    /// For this host, its own authority: as Docker's guide to private registries makes them.
+    SelfSigned(&'static str),
+    /// Likewise for localhost, until 2021.
+    Expired,
 }
 
 impl Registry {
@@ -163,7 +175,11 @@ fn configuration(folder: &Path, port: u16, setup: Setup) -> String {
     }
     text += &format!("http:\n  addr: 127.0.0.1:{port}\n  secret: test\n");
     if setup.tls {
-        certificates(folder);
+        match setup.certificate {
+            Certificate::OfAuthority => certificates(folder),
+            Certificate::SelfSigned(host) => self_signed(folder, host),
+            Certificate::Expired => expired(folder),
+        }
         text += &format!("  tls: {{certificate: {home}/tls.crt, key: {home}/tls.key}}\n");
     }
     if setup.password {
@@ -175,12 +191,33 @@ fn configuration(folder: &Path, port: u16, setup: Setup) -> String {
     text
 }
 
+const NEW_KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+
+fn openssl(folder: &Path, arguments: &str) {
+    run(Command::new("openssl").args(arguments.split(' ')).current_dir(folder).stdin(Stdio::null()));
+}
+
+fn self_signed(folder: &Path, host: &str) {
+    let subject = format!("-subj /CN={host} -addext subjectAltName=DNS:{host}");
+    openssl(folder, &format!("req -x509 {NEW_KEY} -days 30 {subject} -keyout tls.key -out tls.crt"));
+    std::fs::copy(folder.join("tls.crt"), folder.join("ca.crt")).unwrap();
+}
+
+fn expired(folder: &Path) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/tls");
+    for (name, to) in [
+        ("self-signed-expired.pem", "tls.crt"),
+        ("self-signed-expired.pem", "ca.crt"),
+        ("server.key", "tls.key"),
+    ] {
+        std::fs::copy(from.join(name), folder.join(to)).unwrap();
+    }
+}
+
 /// A certificate authority (ca.crt), and a certificate for localhost signed by it (tls.crt, tls.key).
 fn certificates(folder: &Path) {
-    let openssl = |arguments: &str| {
-        run(Command::new("openssl").args(arguments.split(' ')).current_dir(folder).stdin(Stdio::null()));
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    let openssl = |arguments: &str| openssl(folder, arguments);
+    let key = NEW_KEY;
     openssl(&format!("req -x509 {key} -days 30 -subj /CN=test-authority -keyout ca.key -out ca.crt"));
     openssl(&format!("req {key} -subj /CN=localhost -keyout tls.key -out tls.csr"));
     std::fs::write(

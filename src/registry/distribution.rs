@@ -1,0 +1,273 @@
+//! One repository of a registry -> its blobs and manifests, request by request (the distribution specification).
+//!
+//! Credentials go to the registry's own origin only; nothing goes from https to http.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use oci_client::Reference;
+use oci_client::secrets::RegistryAuth;
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
+use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
+use url::Url;
+
+use super::Options;
+use super::credentials::Login;
+use super::image::digest_of;
+use super::login::{Session, log_in, read_up_to, successful};
+use super::manifest::{MANIFEST_BYTES_MAX, MANIFEST_TYPE};
+use super::trouble::Trouble;
+use crate::fault::{Fault, Result};
+use crate::source;
+
+type Attempted<T> = std::result::Result<T, Trouble>;
+
+const USER_AGENT: &str = concat!("hone/", env!("CARGO_PKG_VERSION"));
+const BYTES_TYPE: &str = "application/octet-stream";
+
+/// Logs in when told to, and again by itself when a token is about to expire.
+pub(super) struct Client {
+    /// For answers: ends when the registry says nothing for the read time-out.
+    quick: reqwest::Client,
+    /// For bodies: reqwest's read time-out would also run while one is being sent.
+    patient: reqwest::Client,
+    /// `scheme://host/v2/`
+    base: Url,
+    reference: Reference,
+    login: Login,
+    push: bool,
+    session: RefCell<Option<Session>>,
+}
+
+impl Client {
+    /// `push`: whether to ask for the right to.
+    ///
+    /// # Errors
+    /// Config: unusable certificates, or no usable host.
+    pub(super) fn new(reference: &Reference, login: &Login, push: bool, options: &Options) -> Result<Client> {
+        let scheme = if options.plain_http { "http" } else { "https" };
+        let host = reference.resolve_registry();
+        let base = Url::parse(&format!("{scheme}://{host}/v2/"))
+            .map_err(|error| Fault::config(format!("registry `{host}`: {error}")))?;
+        let builder = || -> Result<reqwest::ClientBuilder> {
+            Ok(source::client_builder(options.ca_file.as_deref())?
+                .user_agent(USER_AGENT)
+                .connect_timeout(options.connect_timeout)
+                .redirect(source::redirects())
+                // A signed address must not reach the next host.
+                .referer(false))
+        };
+        let unusable = |error| Fault::config(format!("cannot set up HTTPS: {error}"));
+        Ok(Client {
+            quick: builder()?.read_timeout(options.read_timeout).build().map_err(unusable)?,
+            patient: builder()?.build().map_err(unusable)?,
+            base,
+            reference: reference.clone(),
+            login: login.clone(),
+            push,
+            session: RefCell::new(None),
+        })
+    }
+
+    /// Unless that is done already.
+    pub(super) async fn log_in(&self) -> Attempted<()> {
+        if self.session.borrow().as_ref().is_some_and(Session::is_fresh) {
+            return Ok(());
+        }
+        self.log_out();
+        let session = log_in(&self.quick, &self.base, &self.reference, &self.login, self.push).await?;
+        self.session.replace(Some(session));
+        Ok(())
+    }
+
+    pub(super) fn log_out(&self) {
+        self.session.replace(None);
+    }
+
+    pub(super) fn is_logged_in(&self) -> bool {
+        self.session.borrow().is_some()
+    }
+
+    /// What must never appear in a message: also the header made of a password, should a registry quote it, and the token.
+    pub(super) fn secrets(&self) -> Vec<String> {
+        let mut secrets = self.login.secrets();
+        if let Login::Password { username, password } = &self.login {
+            let request = self.quick.get(self.base.clone()).basic_auth(username, Some(password)).build().ok();
+            let header = request.and_then(|request| request.headers().get(AUTHORIZATION).cloned());
+            let encoded = header.as_ref().and_then(|header| header.to_str().ok()?.split_once(' '));
+            secrets.extend(encoded.map(|(_, encoded)| encoded.to_string()));
+        }
+        if let Some(Session { auth: RegistryAuth::Bearer(token), .. }) = &*self.session.borrow() {
+            secrets.push(token.clone());
+        }
+        secrets
+    }
+
+    /// Whether the registry has the blob. A refusal counts as no: the upload will be told why, and HEAD has no words.
+    pub(super) async fn has_blob(&self, digest: &str) -> Attempted<bool> {
+        let url = self.url("blobs", digest)?;
+        match self.ask(&self.quick, Method::HEAD, url, |request| request).await {
+            Ok(_) => Ok(true),
+            Err(trouble) if trouble.status.is_some() => Ok(false),
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// By digest alone: a descriptor may also name other servers to fetch from. The caller verifies the bytes.
+    pub(super) async fn blob(&self, digest: &str) -> Attempted<Response> {
+        self.ask(&self.quick, Method::GET, self.url("blobs", digest)?, |request| request).await
+    }
+
+    /// Where to send a blob to.
+    pub(super) async fn begin_upload(&self) -> Attempted<Url> {
+        let url = self.url("blobs", "uploads/")?;
+        // Some registries insist on a length.
+        let answer =
+            self.ask(&self.quick, Method::POST, url, |request| request.header(CONTENT_LENGTH, 0)).await?;
+        self.location(&answer)
+    }
+
+    /// One chunk: where to send the next, and the last byte the registry says it has, if it does.
+    pub(super) async fn send_chunk(
+        &self,
+        location: Url,
+        bytes: Range<u64>,
+        body: Body,
+    ) -> Attempted<(Url, Option<u64>)> {
+        let answer = self
+            .ask(&self.patient, Method::PATCH, location, |request| {
+                request
+                    .header(CONTENT_TYPE, BYTES_TYPE)
+                    .header(CONTENT_LENGTH, bytes.end - bytes.start)
+                    .header(CONTENT_RANGE, format!("{}-{}", bytes.start, bytes.end - 1))
+                    .body(body)
+            })
+            .await?;
+        let range = answer.headers().get(RANGE).and_then(|value| value.to_str().ok());
+        Ok((self.location(&answer)?, range.and_then(last_byte)))
+    }
+
+    /// Ends an upload with its last `bytes`, which may be all or none.
+    pub(super) async fn finish_upload(
+        &self,
+        mut location: Url,
+        digest: &str,
+        bytes: u64,
+        body: Body,
+    ) -> Attempted<()> {
+        location.query_pairs_mut().append_pair("digest", digest);
+        let answer = self
+            .ask(&self.patient, Method::PUT, location, |request| {
+                let request = request.header(CONTENT_LENGTH, bytes);
+                if bytes > 0 { request.header(CONTENT_TYPE, BYTES_TYPE).body(body) } else { request }
+            })
+            .await?;
+        match answer.status() {
+            StatusCode::CREATED => Ok(()),
+            other => Err(Trouble::violation(format!("an upload ends with {other}, not 201"))),
+        }
+    }
+
+    /// `reference`: a tag or a digest. The caller verifies a digest.
+    pub(super) async fn manifest(&self, reference: &str, accepted: &[&str]) -> Attempted<Vec<u8>> {
+        let url = self.url("manifests", reference)?;
+        let answer = self
+            .ask(&self.quick, Method::GET, url, |request| request.header(ACCEPT, accepted.join(", ")))
+            .await?;
+        let told = answer.headers().get("Docker-Content-Digest").and_then(|value| value.to_str().ok());
+        let told = told.filter(|told| told.starts_with("sha256:")).map(str::to_string);
+        let bytes = read_up_to(answer, MANIFEST_BYTES_MAX).await?;
+        match told {
+            Some(told) if told != digest_of(&bytes) => {
+                Err(Trouble::transient(format!("the manifest is said to be {told}, and is not")))
+            }
+            _ => Ok(bytes),
+        }
+    }
+
+    /// Any success will do: reading it back tells.
+    pub(super) async fn put_manifest(&self, tag: &str, bytes: Vec<u8>) -> Attempted<()> {
+        let url = self.url("manifests", tag)?;
+        let dress = |request: RequestBuilder| request.header(CONTENT_TYPE, MANIFEST_TYPE).body(bytes);
+        self.ask(&self.quick, Method::PUT, url, dress).await.map(drop)
+    }
+
+    fn url(&self, kind: &str, name: &str) -> Attempted<Url> {
+        let path = format!("{}/{kind}/{name}", self.reference.repository());
+        self.base.join(&path).map_err(|error| Trouble::rejected(format!("{path}: {error}")))
+    }
+
+    /// A good answer, or Trouble in the registry's words.
+    async fn ask(
+        &self,
+        http: &reqwest::Client,
+        method: Method,
+        url: Url,
+        dress: impl FnOnce(RequestBuilder) -> RequestBuilder,
+    ) -> Attempted<Response> {
+        let own = url.origin() == self.base.origin();
+        let mut request = dress(http.request(method, url));
+        if own {
+            self.log_in().await?;
+            request = match self.session.borrow().as_ref().map(|session| &session.auth) {
+                Some(RegistryAuth::Basic(username, password)) => request.basic_auth(username, Some(password)),
+                Some(RegistryAuth::Bearer(token)) => request.bearer_auth(token),
+                Some(RegistryAuth::Anonymous) | None => request,
+            };
+        }
+        successful(request.send().await?).await
+    }
+
+    /// Relative or absolute; a storage provider's, if the registry likes.
+    fn location(&self, answer: &Response) -> Attempted<Url> {
+        let text = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+        let text = text.ok_or_else(|| Trouble::violation("the answer has no Location"))?;
+        next_url(answer.url(), text)
+    }
+}
+
+fn next_url(asked: &Url, location: &str) -> Attempted<Url> {
+    let url = asked.join(location).map_err(|_| Trouble::violation("the answer's Location is no address"))?;
+    match (asked.scheme(), url.scheme()) {
+        (_, "https") | ("http", "http") => Ok(url),
+        _ => Err(Trouble::rejected(
+            "it wants the upload sent without TLS (is X-Forwarded-Proto missing at a proxy before it?)",
+        )),
+    }
+}
+
+/// Of `0-1023`; some write `bytes=0-1023`.
+fn last_byte(range: &str) -> Option<u64> {
+    range.rsplit_once('-')?.1.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_are_relative_or_absolute_and_never_leave_tls() {
+        let asked = Url::parse("https://reg.io:443/v2/a/blobs/uploads/").unwrap();
+        for (location, expected) in [
+            ("/v2/a/blobs/uploads/1?state=x", "https://reg.io/v2/a/blobs/uploads/1?state=x"),
+            ("1", "https://reg.io/v2/a/blobs/uploads/1"),
+            ("https://reg.io/v2/up/1", "https://reg.io/v2/up/1"),
+            ("https://storage.io/x?signature=y", "https://storage.io/x?signature=y"),
+        ] {
+            assert_eq!(next_url(&asked, location).unwrap().as_str(), expected);
+        }
+        assert!(next_url(&asked, "http://reg.io/v2/up/1").is_err());
+        assert!(next_url(&asked, "file:///etc/passwd").is_err());
+        let plain = Url::parse("http://reg.io/v2/").unwrap();
+        assert!(
+            next_url(&plain, "http://reg.io/up").is_ok() && next_url(&plain, "https://reg.io/up").is_ok()
+        );
+    }
+
+    #[test]
+    fn ranges_are_read_with_and_without_unit() {
+        assert_eq!(last_byte("0-1023"), Some(1023));
+        assert_eq!(last_byte("bytes=0-7"), Some(7));
+        assert_eq!(last_byte("none"), None);
+    }
+}
