@@ -5,10 +5,10 @@ use std::ops::Range;
 /// Tokens of one or more examples, T rows in all. No row is padding.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
-    /// [T] token ids.
+    /// `[T]` token ids.
     pub ids: Vec<u32>,
     pub examples: Vec<Span>,
-    /// [T] a number that names a row whatever batch it is in; dropout's mask follows it.
+    /// `[T]` a number that names a row whatever batch it is in; dropout's mask follows it.
     pub keys: Vec<u64>,
     /// Rows whose next token is a target, ascending, and that token.
     pub target_rows: Vec<u32>,

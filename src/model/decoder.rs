@@ -19,7 +19,7 @@ pub struct Decoder {
     /// [V, C], in the checkpoint's type.
     pub embedding: Tensor,
     pub layers: Vec<Layer>,
-    /// [C]
+    /// `[C]`
     pub final_norm: Tensor,
     /// [V, C]; the embedding itself when tied.
     pub head: Weight,

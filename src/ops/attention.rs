@@ -174,7 +174,7 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(BLOCK).map(move |from| from..(from + BLOCK).min(rows))
 }
 
-/// One head of one example: output [t, D] and logsumexp [t].
+/// One head of one example: output [t, D] and logsumexp `[t]`.
 fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Precision) -> (Vec<T>, Vec<T>) {
     let (columns, width) = (heads.columns(), heads.width);
     let rows = qkv.len() / columns;

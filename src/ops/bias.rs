@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::cpu;
 use crate::with_real;
 
-/// `y[:, at..at+N] = bias` or, with `add`, `+= bias`; bias [N], y [T, at+N or wider].
+/// `y[:, at..at+N] = bias` or, with `add`, `+= bias`; bias `[N]`, y [T, at+N or wider].
 pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
     let (n, (_, width)) = (bias.dims1()?, y.dims2()?);
     assert!(at + n <= width, "a bias of {n} at {at} of {width}");

@@ -92,10 +92,10 @@ impl Code {
 /// Scales of a weight's blocks.
 #[derive(Clone, Debug)]
 pub enum Absmax {
-    /// [blocks] f32.
+    /// `[blocks]` f32.
     Plain(Tensor),
     Nested {
-        /// [blocks] u8, index into the dynamic map.
+        /// `[blocks]` u8, index into the dynamic map.
         codes: Tensor,
         /// [blocks / 256] f32.
         absmax: Tensor,
@@ -156,7 +156,7 @@ impl FourBit {
         Ok(FourBit { code, rows, cols, block, packed, absmax })
     }
 
-    /// The scale of each block, double quantisation undone: map[code] * absmax + offset in f32.
+    /// The scale of each block, double quantisation undone: `map[code]` * absmax + offset in f32.
     pub fn scales(&self) -> Result<Vec<f32>> {
         match &self.absmax {
             Absmax::Plain(absmax) => absmax.to_vec1(),

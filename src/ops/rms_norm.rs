@@ -15,7 +15,7 @@ pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     x.broadcast_mul(&scale)?.broadcast_mul(w)
 }
 
-/// x [T, C], w [C] -> y [T, C].
+/// x [T, C], w `[C]` -> y [T, C].
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     with_real!(x, T => {

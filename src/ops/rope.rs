@@ -1,4 +1,4 @@
-//! Rotary position embedding, in place: each pair (x[i], x[i + half]) of a head turns by position * frequency[i].
+//! Rotary position embedding, in place: each pair (`x[i]`, `x[i + half]`) of a head turns by `position * frequency[i]`.
 //!
 //!
 //! The halves are split as in GPT-NeoX and HF (first half, second half), not interleaved. With a partial
