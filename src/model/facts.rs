@@ -27,6 +27,18 @@ pub struct Names {
     pub feed_forward_norm: &'static str,
 }
 
+impl Names {
+    /// What Llama's checkpoints call them, and most families after it.
+    pub const LLAMA: Names = Names {
+        embedding: "model.embed_tokens.weight",
+        final_norm: "model.norm.weight",
+        head: "lm_head.weight",
+        layers: "model.layers",
+        attention_norm: "input_layernorm.weight",
+        feed_forward_norm: "post_attention_layernorm.weight",
+    };
+}
+
 /// A pre-norm decoder with rotary positions and a gated feed-forward.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {

@@ -33,14 +33,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
         down: projection("mlp.down_proj", width, inner),
         tied_head: config.flag("tie_word_embeddings")?,
         positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(4096),
-        names: Names {
-            embedding: "model.embed_tokens.weight",
-            final_norm: "model.norm.weight",
-            head: "lm_head.weight",
-            layers: "model.layers",
-            attention_norm: "input_layernorm.weight",
-            feed_forward_norm: "post_attention_layernorm.weight",
-        },
+        names: Names::LLAMA,
         aliases: &[
             ("q_proj", "qkv_proj"),
             ("k_proj", "qkv_proj"),
