@@ -179,10 +179,20 @@ impl Fault {
         Fault::new(Kind::Internal, message)
     }
 
-    /// An I/O error on a path of ours. Disk full, read-only and I/O errors are storage; the rest too,
-    /// since by then the configuration has been checked.
+    /// An I/O error on a path of ours. A full or failing disk is storage, and a retry may help; a path that cannot
+    /// be used as it stands is configuration, and no retry helps.
     pub fn storage(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Fault {
-        Fault::new(Kind::Storage, format!("cannot {doing} {}: {error}", path.display()))
+        use std::io::ErrorKind as E;
+        let message = format!("cannot {doing} {}: {error}", path.display());
+        match error.kind() {
+            E::PermissionDenied | E::NotADirectory | E::IsADirectory | E::ReadOnlyFilesystem => {
+                Fault::config(message)
+                    .help("name a folder that this user may write, or change its permissions")
+            }
+            E::StorageFull | E::QuotaExceeded => Fault::new(Kind::Storage, message)
+                .help("free some space, then start it again: what is finished is kept"),
+            _ => Fault::new(Kind::Storage, message),
+        }
     }
 }
 

@@ -19,11 +19,12 @@ use crate::source;
 use crate::train::{self, Every, Trained};
 
 /// Files of a model's folder, besides its weights, that change what is trained.
-const MODEL_TEXTS: [&str; 6] = [
+const MODEL_TEXTS: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 ];
@@ -40,6 +41,10 @@ pub struct Receipt {
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let described = describe(plan)?; // a few kilobytes: refuse early
     warn_of_servers(&described.options.lora, report);
+    tell_what_is_trained(plan, &described, report);
+    if let Some(target) = &plan.push {
+        registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
+    }
     let mut folder = RunFolder::claim(&plan.output)?;
     let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
     interrupt::check()?;
@@ -76,6 +81,7 @@ fn make(
     let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
     let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
     drop(dataset);
+    warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let decoder = load::load(described.facts, &described.options, report)?;
     if let Some(initial) = &described.initial {
@@ -133,7 +139,8 @@ fn ship(
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
     folder.finish(trained)?;
     match plan.train.checkpoint {
-        Every::Never => folder.remove_checkpoints(),
+        // The adapter is complete: what cannot be removed is no reason to fail.
+        Every::Never => folder.remove_checkpoints().or(Ok(())),
         _ => Ok(()),
     }
 }
@@ -181,19 +188,56 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
     Ok(source::digest(parts.join("\n").as_bytes()))
 }
 
-/// Names and sizes of the weights: gigabytes are not hashed at every start.
+/// Names, sizes and places of the weights: gigabytes are not hashed at every start. A hub's cache links to files
+/// named by their hash, so the place tells them apart where the size does not.
 fn weight_files(folder: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let of_weights = |name: &str| name.ends_with(".safetensors");
-    let mut files: Vec<String> = entries
-        .map(|entry| {
-            (entry.file_name().to_string_lossy().into_owned(), entry.metadata().map_or(0, |data| data.len()))
-        })
-        .filter(|(name, _)| of_weights(name))
-        .map(|(name, bytes)| format!("{name} {bytes}"))
-        .collect();
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let weights = entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    let describe = |path: PathBuf| {
+        let bytes = std::fs::metadata(&path).map_or(0, |data| data.len());
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = std::fs::read_link(&path).unwrap_or_default();
+        format!("{name} {bytes} {}", target.file_name().unwrap_or_default().to_string_lossy())
+    };
+    let mut files: Vec<String> = weights.map(describe).collect();
     files.sort();
     files
+}
+
+/// What is easily taken for something else: a base that stays as it is, a rank that comes from another adapter.
+fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
+    if plan.model.quantization == Quantization::None {
+        report.note(
+            Stage::Plan,
+            "the base stays unquantised: QuantizationConfig.load_in_4bit true would make it QLoRA",
+        );
+    }
+    let (asked, taken) = (&plan.model.lora, &described.options.lora);
+    if described.initial.is_some()
+        && (asked.r, asked.alpha, asked.rslora) != (taken.r, taken.alpha, taken.rslora)
+    {
+        report.warn(
+            Stage::Plan,
+            format!(
+                "the adapter to start from decides: r {}, lora_alpha {}, its modules; LoraConfig's r {} and lora_alpha {} \
+                 have no effect",
+                taken.r, taken.alpha, asked.r, asked.alpha
+            ),
+        );
+    }
+}
+
+fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
+    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+    if longest > facts.positions_max {
+        report.warn(
+            Stage::Tokenize,
+            format!(
+                "the longest example has {longest} tokens, the model was made for {}: lower TrainingArguments.max_length",
+                facts.positions_max
+            ),
+        );
+    }
 }
 
 /// What trains well but would not load, or not load rightly, where adapters are usually served.
@@ -268,7 +312,7 @@ fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
         ("dropout", lora.dropout.to_string()),
         ("learning rate", train.learning_rate.to_string()),
         ("schedule", train.schedule.name().to_owned()),
-        ("examples a step", (train.batch_examples * train.accumulation).to_string()),
+        ("examples a step", train.batch_examples.saturating_mul(train.accumulation).to_string()),
         ("longest example", format!("{} tokens", plan.tokens.tokens_max)),
         ("seed", train.seed.to_string()),
     ];

@@ -12,6 +12,14 @@ use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
 use hone::spec::{self, Request};
 use hone::{example, interrupt};
 
+/// Prints a line; a reader that went away is no reason to fail.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
     let invocation = match cli::parse(std::env::args_os()) {
@@ -74,7 +82,7 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
         report.warn(Stage::Plan, warning.as_str());
     }
     let receipt = job::run(&plan, report)?;
-    print!("{}", summary(&receipt));
+    say!("{}", summary(&receipt));
     Ok(receipt)
 }
 
@@ -93,9 +101,9 @@ fn summary(receipt: &Receipt) -> String {
     if let Some(eval_loss) = trained.eval_loss {
         text += &format!(", evaluation {eval_loss:.4}");
     }
-    text += &format!("\nAdapter: {}\n", receipt.folder.display());
+    text += &format!("\nAdapter: {}", receipt.folder.display());
     if let Some(pushed) = &receipt.pushed {
-        text += &format!("Image:   {}\n         {}\n", pushed.reference, pushed.digest);
+        text += &format!("\nImage:   {}\n         {}", pushed.reference, pushed.digest);
     }
     text
 }
@@ -105,8 +113,8 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
     let facts = &described.facts;
     match format {
         Format::Text => {
-            print!("{}", plan.table());
-            println!(
+            say!("{}", plan.table().trim_end());
+            say!(
                 "\nmodel: {}, {} layers of width {}, {} parameters\nadapter: {} linear layers, {} trainable parameters",
                 facts.family,
                 facts.layers,
@@ -123,7 +131,7 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
             });
             let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
             json["adapter"] = serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
-            println!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
+            say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
         }
     }
     Ok(())
@@ -132,7 +140,7 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
 fn push(folder: &std::path::Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: base_model(folder), ..ImageFacts::default() };
     let pushed = registry::push(folder, &Target::parse(image)?, &facts, &access(arguments), report)?;
-    println!("{}\n{}", pushed.reference, pushed.digest);
+    say!("{}\n{}", pushed.reference, pushed.digest);
     Ok(())
 }
 
@@ -149,13 +157,13 @@ fn base_model(folder: &std::path::Path) -> String {
 
 fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let pulled = registry::pull(&Target::parse(image)?, folder, &access(arguments), report)?;
-    println!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
+    say!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
     Ok(())
 }
 
 fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
     let file = example::write(folder)?;
-    println!(
+    say!(
         "Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}",
         file.display(),
         file.display()

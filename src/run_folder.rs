@@ -4,7 +4,7 @@
 //! `hone.json` says which run the folder belongs to: a restarted run finds itself and continues, another is
 //! refused. Files of the adapter appear whole, by rename; the sentinel is the last.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -68,16 +68,20 @@ impl RunFolder {
     /// Creates the folder, or takes the one of an earlier start of the same run.
     pub fn claim(path: &Path) -> Result<RunFolder> {
         fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
-        let record = read_record(path)?;
-        if record.is_none() {
+        if read_record(path)?.is_none() {
             refuse_foreign(path)?;
         }
         let lock = path.join(LOCK);
         let file = File::create(&lock).map_err(|error| Fault::storage("write in", path, &error))?;
-        file.try_lock().map_err(|_| {
-            Fault::config(format!("{} is in use by another hone", path.display()))
-                .help("wait for it to end, or use another output folder")
+        file.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => {
+                Fault::config(format!("{} is in use by another hone", path.display()))
+                    .help("wait for it to end, or use another output folder")
+            }
+            TryLockError::Error(error) => Fault::storage("lock", path, &error),
         })?;
+        // Again under the lock: another run may have ended in between.
+        let record = read_record(path)?;
         let started = record.as_ref().map_or_else(now, |record| record.started);
         Ok(RunFolder { path: path.to_owned(), record, started, _lock: file })
     }

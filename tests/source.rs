@@ -746,13 +746,13 @@ fn one_download_at_a_time() {
 }
 
 #[test]
-fn an_unusable_cache_is_a_storage_fault() {
+fn an_unusable_cache_is_a_config_fault_since_no_retry_helps() {
     let (_server, url) = served(|_, _| Reply::ok(content()));
     let mut desk = Desk::new();
     let file = desk.folder.path().join("file");
     fs::write(&file, "").unwrap();
     desk.options.cache = file;
-    desk.refuse(&url, Kind::Storage, "cannot create");
+    desk.refuse(&url, Kind::Config, "cannot create");
 }
 
 // Local files.

@@ -20,12 +20,15 @@ use crate::ops::{cpu, rows};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
+/// Pattern -> number, in the written order: the first match counts, here and in PEFT.
+type Patterns = serde_json::Map<String, serde_json::Value>;
+
 /// PEFT's `LoraConfig` as saved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterConfig {
     #[serde(default)]
-    pub alpha_pattern: BTreeMap<String, f64>,
-    pub auto_mapping: Option<()>,
+    pub alpha_pattern: Patterns,
+    pub auto_mapping: Option<serde_json::Value>,
     pub base_model_name_or_path: Option<String>,
     #[serde(default = "none")]
     pub bias: String,
@@ -47,7 +50,7 @@ pub struct AdapterConfig {
     pub peft_type: String,
     pub r: usize,
     #[serde(default)]
-    pub rank_pattern: BTreeMap<String, usize>,
+    pub rank_pattern: Patterns,
     pub revision: Option<String>,
     pub target_modules: Option<TargetModules>,
     pub task_type: Option<String>,
@@ -71,7 +74,11 @@ fn none() -> String {
 /// The config of a trained adapter.
 pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: &str) -> AdapterConfig {
     AdapterConfig {
-        alpha_pattern: options.alpha_pattern.iter().cloned().collect(),
+        alpha_pattern: options
+            .alpha_pattern
+            .iter()
+            .map(|(key, alpha)| (key.clone(), (*alpha).into()))
+            .collect(),
         auto_mapping: None,
         base_model_name_or_path: Some(base_model.to_owned()),
         bias: none(),
@@ -89,7 +96,7 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
         modules_to_save: None,
         peft_type: "LORA".into(),
         r: options.r,
-        rank_pattern: options.rank_pattern.iter().cloned().collect(),
+        rank_pattern: options.rank_pattern.iter().map(|(key, rank)| (key.clone(), (*rank).into())).collect(),
         revision: None,
         target_modules: Some(TargetModules::List(target_modules(sites, layers))),
         task_type: Some("CAUSAL_LM".into()),
@@ -162,6 +169,8 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     let refused = [
         (config.peft_type != "LORA", "peft_type other than LORA"),
         (config.use_dora, "use_dora"),
+        (changes_base(&config), "an initialisation that changed its base (init_lora_weights)"),
+        (config.layer_replication.is_some(), "layer_replication"),
         (config.bias != "none", "a bias other than none"),
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
     ];
@@ -174,6 +183,28 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
         .map_err(|error| wrong(&weights, format!("cannot read: {error}")))?;
     Ok(Adapter { config, tensors, folder: folder.to_owned() })
+}
+
+/// PiSSA, OLoRA and the like took their start out of the base weights: such an adapter belongs to that base.
+fn changes_base(config: &AdapterConfig) -> bool {
+    match &config.init_lora_weights {
+        Some(serde_json::Value::String(name)) => !name.eq_ignore_ascii_case("gaussian"),
+        _ => false,
+    }
+}
+
+/// A pattern's numbers in their order.
+fn numbers<T>(
+    patterns: &Patterns,
+    read: impl Fn(&serde_json::Value) -> Option<T>,
+) -> Result<Vec<(String, T)>> {
+    let entry = |(key, value): (&String, &serde_json::Value)| {
+        let number = read(value).ok_or_else(|| {
+            Fault::model(format!("{CONFIG_FILE}: pattern {key}: found {value}, expected a number"))
+        });
+        Ok((key.clone(), number?))
+    };
+    patterns.iter().map(entry).collect()
 }
 
 impl Adapter {
@@ -192,8 +223,10 @@ impl Adapter {
             targets: Targets::Names(paths),
             exclude: Vec::new(),
             layers: Vec::new(),
-            rank_pattern: self.config.rank_pattern.clone().into_iter().collect(),
-            alpha_pattern: self.config.alpha_pattern.clone().into_iter().collect(),
+            rank_pattern: numbers(&self.config.rank_pattern, |value| {
+                value.as_u64().map(|rank| rank as usize)
+            })?,
+            alpha_pattern: numbers(&self.config.alpha_pattern, serde_json::Value::as_f64)?,
             init: LoraInit::Kaiming,
             ..asked.clone()
         })

@@ -37,18 +37,19 @@ pub enum Values<'a> {
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors.index.json` with its shards, or `model.safetensors`.
+    /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { files: Vec::new(), tensors: BTreeMap::new() };
-        let index = folder.join("model.safetensors.index.json");
-        if !index.exists() {
-            let file = folder.join("model.safetensors");
-            if !file.exists() {
-                return Err(Fault::model(format!("no model.safetensors in {}", folder.display()))
-                    .help("pytorch_model.bin is not read: save the model with save_pretrained(safe_serialization=True)"));
-            }
+        // The single file first, as transformers does: an index beside it is a leftover.
+        let (file, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
+        if file.exists() {
             checkpoint.add(file)?;
             return Ok(checkpoint);
+        }
+        if !index.exists() {
+            return Err(Fault::model(format!("no model.safetensors in {}", folder.display())).help(
+                "pytorch_model.bin is not read: save the model with save_pretrained(safe_serialization=True)",
+            ));
         }
         let map = read_index(&index)?;
         for shard in map.values().collect::<BTreeSet<_>>() {
@@ -151,7 +152,14 @@ fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index.weight_map)
 }
 
-impl Values<'_> {
+impl<'a> Values<'a> {
+    /// As stored.
+    pub fn bytes(&self) -> &'a [u8] {
+        match self {
+            Values::F32(bytes) | Values::F16(bytes) | Values::Bf16(bytes) => bytes,
+        }
+    }
+
     /// Widened to f32, exact for every stored type.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {

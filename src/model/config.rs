@@ -38,6 +38,16 @@ impl Config {
         Some(Config { file: self.file.join(key), json })
     }
 
+    /// A part that says something; anything but an object, null or nothing is refused.
+    pub fn nonempty_section(&self, key: &str) -> Result<Option<Config>> {
+        match self.json.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(json)) if json.is_empty() => Ok(None),
+            Some(Value::Object(_)) => Ok(self.section(key)),
+            Some(_) => Err(self.refuse(key, "an object")),
+        }
+    }
+
     pub fn has(&self, key: &str) -> bool {
         self.json.get(key).is_some_and(|value| !value.is_null())
     }

@@ -37,14 +37,17 @@ impl Decoder {
         let shape = self.shape(&angles, &ranges, Some(&batch.keys));
         let mut x = self.embed(batch)?;
         let mut inputs: Vec<(Tensor, Option<Kept>)> = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
+        // Nothing below the lowest adapted layer is needed again.
+        let lowest = self.trainable.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
+        for (i, layer) in self.layers.iter().enumerate() {
             let (y, kept) = layer.forward(&x, &shape)?;
-            let kept = (self.keep == Keep::Everything).then_some(kept);
-            inputs.push((std::mem::replace(&mut x, y), kept));
+            let x = std::mem::replace(&mut x, y);
+            if i >= lowest {
+                inputs.push((x, (self.keep == Keep::Everything).then_some(kept)));
+            }
         }
         let (loss, d) = self.head_forward_backward(&x, batch, scale)?;
         drop(x);
-        let lowest = self.trainable.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let (x, kept) = inputs.pop().expect("one entry a layer");
             let kept = match kept {

@@ -47,7 +47,10 @@ pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Re
     }
     let embedding = loader.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
     let head = match facts.tied_head {
-        true => Weight::Dense(embedding.clone()),
+        true => {
+            loader.refuse_other_head()?;
+            Weight::Dense(embedding.clone())
+        }
         false => Weight::Dense(loader.kept(facts.names.head, &[facts.vocab, facts.width])?),
     };
     let final_norm = loader.vector(facts.names.final_norm, facts.width)?;
@@ -129,6 +132,25 @@ impl Loader<'_> {
         };
         let lora = pair(&path, trainable, self.options.lora.dropout)?;
         Ok(Linear { weight, bias, lora })
+    }
+
+    /// A checkpoint may carry the tied head once more; one that differs says that config.json is wrong.
+    fn refuse_other_head(&self) -> Result<()> {
+        let (facts, names) = (self.facts, &self.facts.names);
+        if !self.checkpoint.names().any(|name| name == names.head) {
+            return Ok(());
+        }
+        let shape = [facts.vocab, facts.width];
+        let same = self.checkpoint.get(names.head, &shape)?.bytes()
+            == self.checkpoint.get(names.embedding, &shape)?.bytes();
+        match same {
+            true => Ok(()),
+            false => Err(Fault::model(format!(
+                "config.json ties the head to the embedding, but {} differs from {}",
+                names.head, names.embedding
+            ))
+            .help("set tie_word_embeddings to false in config.json")),
+        }
     }
 
     /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type.

@@ -19,6 +19,18 @@ pub struct Rope {
     pub scaling: Scaling,
 }
 
+/// What a family's config means by names and absences.
+pub struct Dialect {
+    /// Other names of longrope.
+    pub longrope: &'static [&'static str],
+    /// `original_max_position_embeddings` where the top level does not say it; `None`: as the section says.
+    pub original_positions: Option<usize>,
+}
+
+impl Dialect {
+    pub const PLAIN: Dialect = Dialect { longrope: &[], original_positions: None };
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scaling {
     None,
@@ -49,10 +61,13 @@ pub enum Scaling {
 
 impl Rope {
     /// Reads `rope_theta`, `rope_scaling` or `rope_parameters`, `partial_rotary_factor`.
-    pub fn read(config: &Config, head_width: usize, default_theta: f64) -> Result<Rope> {
-        let scaling = config.section("rope_parameters").or_else(|| config.section("rope_scaling"));
+    pub fn read(config: &Config, head_width: usize, dialect: &Dialect) -> Result<Rope> {
+        let scaling = match config.nonempty_section("rope_scaling")? {
+            Some(section) => Some(section),
+            None => config.nonempty_section("rope_parameters")?,
+        };
         let scaled = |key: &str| scaling.as_ref().map_or(Ok(None), |scaling| scaling.number_or_none(key));
-        let theta = scaled("rope_theta")?.or(config.number_or_none("rope_theta")?).unwrap_or(default_theta);
+        let theta = scaled("rope_theta")?.or(config.number_or_none("rope_theta")?).unwrap_or(10_000.0);
         let partial = scaled("partial_rotary_factor")?.or(config.number_or_none("partial_rotary_factor")?);
         let rotary = (head_width as f64 * partial.unwrap_or(1.0)) as usize;
         if rotary == 0 || rotary > head_width || !rotary.is_multiple_of(2) {
@@ -61,7 +76,7 @@ impl Rope {
             );
         }
         let scaling = match &scaling {
-            Some(section) => read_scaling(section, config, rotary)?,
+            Some(section) => read_scaling(section, config, rotary, dialect)?,
             None => Scaling::None,
         };
         Ok(Rope { theta: theta as f32, rotary, scaling })
@@ -123,15 +138,19 @@ impl Rope {
     }
 }
 
-fn read_scaling(section: &Config, config: &Config, rotary: usize) -> Result<Scaling> {
+fn read_scaling(section: &Config, config: &Config, rotary: usize, dialect: &Dialect) -> Result<Scaling> {
+    const ORIGINAL: &str = "original_max_position_embeddings";
     let kind = section.text("rope_type")?.or(section.text("type")?);
     let original = || -> Result<usize> {
-        match section.integer_or_none("original_max_position_embeddings")? {
-            Some(positions) => Ok(positions),
-            None => match config.integer_or_none("original_max_position_embeddings")? {
-                Some(positions) => Ok(positions),
-                None => config.integer("max_position_embeddings"),
-            },
+        match (
+            config.integer_or_none(ORIGINAL)?,
+            dialect.original_positions,
+            section.integer_or_none(ORIGINAL)?,
+        ) {
+            (Some(positions), _, _) | (None, Some(positions), _) | (None, None, Some(positions)) => {
+                Ok(positions)
+            }
+            (None, None, None) => config.integer("max_position_embeddings"),
         }
     };
     let factor = || section.number("factor").map(|factor| factor as f32);
@@ -147,8 +166,9 @@ fn read_scaling(section: &Config, config: &Config, rotary: usize) -> Result<Scal
             high: section.number("high_freq_factor")? as f32,
             positions: original()?,
         }),
-        // "su" is what the first Phi-3 checkpoints called it.
-        Some("longrope" | "su") => read_long(section, config, rotary, original()?),
+        Some(name) if name == "longrope" || dialect.longrope.contains(&name) => {
+            read_long(section, config, rotary, original()?)
+        }
         Some(_) => {
             let key = if section.has("rope_type") { "rope_type" } else { "type" };
             Err(section.refuse(key, "one of default, linear, dynamic, llama3, longrope"))

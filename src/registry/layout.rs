@@ -108,7 +108,7 @@ impl Layout<'_> {
     }
 }
 
-fn refuse_other_folders(folder: &Path) -> Result<()> {
+pub(super) fn refuse_other_folders(folder: &Path) -> Result<()> {
     let is_layout = folder.join("oci-layout").exists() || folder.join("blobs").exists();
     let mut entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -152,7 +152,14 @@ fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
 
 fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
     let path = blobs.join(blob.digest.trim_start_matches("sha256:"));
-    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() == blob.bytes) {
+    // A blob that is there is trusted only by its digest: one damaged since would be shipped as whole.
+    let whole = |path: &Path| -> io::Result<bool> {
+        let mut hashing = Hashing::new(File::open(path)?);
+        io::copy(&mut hashing, &mut io::sink())?;
+        let (_, digest, bytes) = hashing.finish();
+        Ok(digest == blob.digest && bytes == blob.bytes)
+    };
+    if whole(&path).unwrap_or(false) {
         task.advance(blob.bytes);
         return Ok(());
     }

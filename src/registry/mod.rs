@@ -64,6 +64,31 @@ pub struct Pulled {
     pub bytes: u64,
 }
 
+/// Finds, before hours of training, what would stop a push without asking the network.
+///
+/// # Errors
+/// Config: the layout's folder is the adapter's own or holds something else; the credentials' file is not there.
+pub fn check(target: &Target, adapter: &Path, options: &Options) -> Result<()> {
+    if let Target::Layout { folder, .. } = target {
+        let same = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        if same(folder) == same(adapter) {
+            return Err(Fault::config(format!(
+                "the image and the adapter would both go to {}",
+                folder.display()
+            ))
+            .help("push to another folder: oci:DIR"));
+        }
+        layout::refuse_other_folders(folder)?;
+    }
+    match &options.docker_config {
+        Some(file) if matches!(target, Target::Registry(_)) && !file.exists() => {
+            Err(Fault::config(format!("docker_config: there is no {}", file.display()))
+                .help("give a docker config.json, or the folder that holds it"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Packs the adapter in `folder` and pushes it. Pushing the same adapter again changes nothing and sends little.
 ///
 /// # Errors

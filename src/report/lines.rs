@@ -39,6 +39,8 @@ impl Lines {
             .with_target(false)
             .with_current_span(false)
             .with_span_list(false)
+            // Its complaint about a log that cannot be written would go to the same place, and panic there.
+            .log_internal_errors(false)
             .with_env_filter(EnvFilter::new(if quiet { FILTER_QUIET } else { FILTER }))
             .with_writer(writer)
             .finish();

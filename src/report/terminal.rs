@@ -5,6 +5,7 @@ use super::{Event, Progress, Sink, Stage, StepMetrics, Unit};
 use crate::fault::Fault;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
+use std::io::Write;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -30,7 +31,8 @@ impl Terminal {
     fn line(&self, text: &str) {
         // Bars that are hidden (stderr is no terminal) would swallow the line.
         if self.bars.is_hidden() {
-            eprintln!("{text}");
+            // Nor is a log reader that went away.
+            let _ = writeln!(std::io::stderr(), "{text}");
         } else {
             // A terminal that went away is no reason to stop a run.
             let _ = self.bars.println(text);

@@ -55,6 +55,10 @@ pub fn save(
 ) -> Result<()> {
     let folder = &checkpoints.folder;
     let place = folder.join(format!("step-{}", state.step));
+    // The same step again (a signal right after a restart): what is there is whole, and replacing it would risk it.
+    if read(&place, &checkpoints.fingerprint).is_ok_and(|found| found.is_some_and(|(of, _)| of == *state)) {
+        return Ok(());
+    }
     let temporary = folder.join(format!(".step-{}.partial", state.step));
     let storage = |doing: &'static str| move |error: std::io::Error| Fault::storage(doing, folder, &error);
     if temporary.exists() {

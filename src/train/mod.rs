@@ -317,10 +317,12 @@ impl<'a> Trainer<'a> {
         if loss.is_finite() && grad_norm.is_finite() {
             return Ok(());
         }
-        let step = self.state.step + 1;
-        let message = format!("training diverged at step {step}: loss {loss}, gradient norm {grad_norm}");
-        Err(Fault::new(Kind::Diverged, message)
-            .help("lower TrainingArguments.learning_rate or add warmup_steps; no adapter was written"))
+        Err(self.diverged(&format!("loss {loss}, gradient norm {grad_norm}")))
+    }
+
+    fn diverged(&self, what: &str) -> Fault {
+        Fault::new(Kind::Diverged, format!("training diverged at step {}: {what}", self.state.step + 1))
+            .help("lower TrainingArguments.learning_rate or add warmup_steps; no adapter was written")
     }
 
     /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates.
@@ -336,7 +338,12 @@ impl<'a> Trainer<'a> {
             gradient_scale: clip,
         };
         let trainable = &self.decoder.trainable;
-        Ok(adamw::step(&trainable.params, &trainable.grads, &self.moments, &update)?)
+        adamw::step(&trainable.params, &trainable.grads, &self.moments, &update)?;
+        // A finite gradient does not make a finite update: 0 / 0 with an epsilon of 0, or overflow.
+        match adamw::sum_of_squares(&trainable.params)?.is_finite() {
+            true => Ok(()),
+            false => Err(self.diverged("the update made parameters that are not finite")),
+        }
     }
 
     fn after_step(
@@ -414,7 +421,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn epoch(&self) -> f64 {
-        self.state.step as f64 / self.steps.per_epoch as f64
+        self.steps.epochs_done(self.state.step)
     }
 
     fn save(&self, checkpoints: &Checkpoints) -> Result<()> {
@@ -435,7 +442,10 @@ impl<'a> Trainer<'a> {
                 format!("stopped by a signal after step {step}; checkpoint written"),
             )
             .help("start it again with the same output folder: it continues from there"),
-            Err(_) => Fault::new(Kind::InterruptedUnsaved, format!("stopped by a signal after step {step}")),
+            Err(why) => Fault::new(
+                Kind::InterruptedUnsaved,
+                format!("stopped by a signal after step {step}, not saved: {}", why.message),
+            ),
         }
     }
 }

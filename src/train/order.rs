@@ -40,12 +40,22 @@ impl Steps {
         step / self.per_epoch
     }
 
+    /// Epochs after so many steps; the last step of an epoch may hold fewer micro-batches, as Trainer counts.
+    pub fn epochs_done(&self, steps: u64) -> f64 {
+        let micro_batches = self.examples.div_ceil(self.batch).max(1) as u64;
+        let within = (steps % self.per_epoch).saturating_mul(self.accumulation as u64).min(micro_batches);
+        (steps / self.per_epoch) as f64 + within as f64 / micro_batches as f64
+    }
+
     /// Examples of a step, as micro-batches. The last step of an epoch may hold fewer.
     pub fn micro_batches(&self, step: u64) -> Vec<Vec<usize>> {
         let order = self.order(self.epoch(step));
-        let size = self.batch * self.accumulation;
-        let from = (step % self.per_epoch) as usize * size;
-        order[from..(from + size).min(order.len())].chunks(self.batch).map(<[usize]>::to_vec).collect()
+        let size = self.batch.saturating_mul(self.accumulation);
+        let from = ((step % self.per_epoch) as usize).saturating_mul(size).min(order.len());
+        order[from..from.saturating_add(size).min(order.len())]
+            .chunks(self.batch)
+            .map(<[usize]>::to_vec)
+            .collect()
     }
 
     fn order(&self, epoch: u64) -> Vec<usize> {

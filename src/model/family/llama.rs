@@ -3,7 +3,7 @@
 use crate::fault::Result;
 use crate::model::config::Config;
 use crate::model::facts::{Facts, Names, Projection};
-use crate::model::rope::Rope;
+use crate::model::rope::{Dialect, Rope};
 use crate::ops::attention::Heads;
 
 pub fn facts(config: &Config) -> Result<Facts> {
@@ -22,7 +22,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
         feed_forward: inner,
         norm_eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-6),
         heads: Heads { query, key, width: head, scale: (head as f64).sqrt().recip(), window: None },
-        rope: Rope::read(config, head, 10_000.0)?,
+        rope: Rope::read(config, head, &Dialect::PLAIN)?,
         query_key_value: vec![
             attention("self_attn.q_proj", query * head, width),
             attention("self_attn.k_proj", key * head, width),

@@ -3,8 +3,11 @@
 use crate::fault::Result;
 use crate::model::config::Config;
 use crate::model::facts::{Facts, Names, Projection};
-use crate::model::rope::Rope;
+use crate::model::rope::{Dialect, Rope};
 use crate::ops::attention::Heads;
+
+/// The first Phi-3 checkpoints called longrope `su` or `yarn`; transformers' Phi3Config has 4096 as its default.
+const DIALECT: Dialect = Dialect { longrope: &["su", "yarn"], original_positions: Some(4096) };
 
 pub fn facts(config: &Config) -> Result<Facts> {
     super::gated_silu(config)?;
@@ -26,7 +29,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
             scale: (head as f64).sqrt().recip(),
             window: config.integer_or_none("sliding_window")?,
         },
-        rope: Rope::read(config, head, 10_000.0)?,
+        rope: Rope::read(config, head, &DIALECT)?,
         query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
         output: projection("self_attn.o_proj", width, query * head),
         gate_up: vec![projection("mlp.gate_up_proj", 2 * inner, width)],
