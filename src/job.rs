@@ -212,6 +212,9 @@ fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
             "the base stays unquantised: QuantizationConfig.load_in_4bit true would make it QLoRA",
         );
     }
+    for name in &described.sites.unmatched {
+        report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
+    }
     let (asked, taken) = (&plan.model.lora, &described.options.lora);
     if described.initial.is_some()
         && (asked.r, asked.alpha, asked.rslora) != (taken.r, taken.alpha, taken.rslora)

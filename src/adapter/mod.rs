@@ -263,3 +263,32 @@ impl Adapter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_keep_their_order_since_the_first_match_counts() {
+        let options = LoraOptions {
+            rank_pattern: vec![("down_proj".into(), 16), (r"0\.mlp\.down_proj".into(), 4)],
+            alpha_pattern: vec![("z".into(), 1.0), ("a".into(), 2.5)],
+            ..LoraOptions::default()
+        };
+        let text = serde_json::to_string(&config(&[], 1, &options, "base")).unwrap();
+        let read: AdapterConfig = serde_json::from_str(&text).unwrap();
+        let ranks = numbers(&read.rank_pattern, |value| value.as_u64().map(|rank| rank as usize)).unwrap();
+        assert_eq!(ranks, options.rank_pattern);
+        assert_eq!(numbers(&read.alpha_pattern, serde_json::Value::as_f64).unwrap(), options.alpha_pattern);
+    }
+
+    #[test]
+    fn adapters_that_changed_their_base_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut other = config(&[], 1, &LoraOptions::default(), "base");
+        other.init_lora_weights = Some("pissa".into());
+        std::fs::write(folder.path().join(CONFIG_FILE), serde_json::to_vec(&other).unwrap()).unwrap();
+        let fault = read(folder.path()).err().expect("refused");
+        assert!(fault.message.contains("initialisation that changed its base"), "{fault}");
+    }
+}

@@ -253,3 +253,23 @@ fn packed_examples_do_not_see_each_other() -> Result<()> {
     }
     Ok(())
 }
+
+/// A checkpoint may repeat the tied head; a different one means that config.json is wrong.
+#[test]
+fn a_tied_head_that_differs_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let describe = |tied: bool| {
+        let config = llama(json!({"tie_word_embeddings": tied}));
+        family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap()
+    };
+    random::write(folder.path(), &describe(false), 5).unwrap();
+    let options = Options {
+        folder: folder.path().into(),
+        quantization: Quantization::None,
+        lora: LoraOptions::default(),
+        precision: Precision::F32,
+        keep: Keep::Everything,
+    };
+    let fault = load::load(describe(true), &options, &Report::silent()).err().expect("refused");
+    assert!(fault.message.contains("lm_head.weight differs from model.embed_tokens.weight"), "{fault}");
+}

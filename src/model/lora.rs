@@ -39,6 +39,8 @@ pub struct Sites {
     pub list: Vec<Site>,
     /// (as written, module that holds it): `q_proj` -> `qkv_proj`.
     pub renamed: Vec<(String, String)>,
+    /// Names of target_modules and exclude_modules that match nothing.
+    pub unmatched: Vec<String>,
 }
 
 impl Sites {
@@ -77,7 +79,8 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         ))
         .help("name some of them (the last part is enough), or \"all-linear\""));
     }
-    Ok(Sites { list, renamed: matcher.renamed })
+    let unmatched = matcher.unmatched(facts);
+    Ok(Sites { list, renamed: matcher.renamed, unmatched })
 }
 
 /// PEFT's matching: a list matches whole paths or suffixes after a dot, a text is a regular expression for the
@@ -112,6 +115,18 @@ impl<'a> Matcher<'a> {
             }
         }
         Ok(matcher)
+    }
+
+    /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
+    fn unmatched(&self, facts: &Facts) -> Vec<String> {
+        let paths: Vec<String> = (0..facts.layers)
+            .flat_map(|layer| facts.projections().map(move |projection| facts.path(layer, projection)))
+            .collect();
+        let targets = self.names.iter().flatten().map(|name| ("target_modules", name));
+        let excluded = self.options.exclude.iter().map(|name| ("exclude_modules", name));
+        let idle = |name: &str| !paths.iter().any(|path| is_or_ends_with(path, name));
+        let idle = targets.chain(excluded).filter(|(_, name)| idle(name));
+        idle.map(|(key, name)| format!("LoraConfig.{key}: {name}")).collect()
     }
 
     fn wants(&self, layer: usize, path: &str) -> bool {
@@ -231,6 +246,17 @@ mod tests {
         assert_eq!(count(Targets::Pattern(r".*\.0\..*_proj".into())), 7);
         let fault = sites(&llama, &options(names(&["proj", "qkv_proj"]))).unwrap_err();
         assert!(fault.message.contains("self_attn.q_proj"), "{fault}");
+        let slip =
+            LoraOptions { exclude: vec![".*up.*".into()], ..options(names(&["q_proj", "v_prj", "lm_head"])) };
+        let unmatched = sites(&llama, &slip).unwrap().unmatched;
+        assert_eq!(
+            unmatched,
+            [
+                "LoraConfig.target_modules: v_prj",
+                "LoraConfig.target_modules: lm_head",
+                "LoraConfig.exclude_modules: .*up.*"
+            ]
+        );
         let some = LoraOptions {
             layers: vec![1],
             exclude: vec!["mlp.up_proj".into()],

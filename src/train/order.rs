@@ -160,6 +160,8 @@ mod tests {
         assert_eq!(steps.micro_batches(0), [[0, 1], [2, 3]]);
         assert_eq!(steps.micro_batches(2), [[8, 9]]);
         assert_eq!(steps.micro_batches(3), steps.micro_batches(0));
+        let epochs: Vec<f64> = (0..=3).map(|done| steps.epochs_done(done)).collect();
+        assert_eq!(epochs, [0.0, 0.4, 0.8, 1.0], "by micro-batches, as Trainer counts");
         let shuffled = Steps { order_seed: Some(1), ..steps };
         let mut seen: Vec<usize> = (0..3).flat_map(|step| shuffled.micro_batches(step).concat()).collect();
         assert_ne!(seen, (0..10).collect::<Vec<_>>());
