@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real, View};
@@ -351,11 +351,6 @@ fn score_gradient_row<T: Real>(p: &mut [T], dp: &mut [T], lse: T, delta: T, scal
         *p = Real::exp(*p - lse);
         *dp = *p * (*dp - delta) * scale;
     }
-}
-
-/// Bytes the op keeps from forward to backward, for plans: output and logsumexp.
-pub fn kept_bytes(rows: usize, heads: &Heads, dtype: DType) -> usize {
-    rows * heads.query * (heads.width + 1) * dtype.size_in_bytes()
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::fault::{Fault, Result};
 use crate::ops::adamw::Moments;
@@ -153,7 +152,7 @@ fn read(place: &Path, fingerprint: &str) -> std::result::Result<Read, String> {
 }
 
 fn sha256(file: &Path) -> std::io::Result<String> {
-    Ok(Sha256::digest(fs::read(file)?).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(crate::source::digest(&fs::read(file)?))
 }
 
 fn sync(folder: &Path) -> std::io::Result<()> {
