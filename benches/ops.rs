@@ -10,7 +10,7 @@ use hone::ops::attention::{self, Heads};
 use hone::ops::four_bit::{Code, FourBit};
 use hone::ops::matmul::{self, Precision, Weight};
 use hone::ops::rope::{self, Angles, Direction};
-use hone::ops::{adamw, cross_entropy, rms_norm, rows, swiglu};
+use hone::ops::{adamw, cross_entropy, rms_norm, swiglu};
 
 const ROWS: usize = 2048;
 const WIDTH: usize = 768;
@@ -19,7 +19,7 @@ const VOCAB: usize = 8192;
 const ROUNDS: usize = 7;
 
 fn random(rows: usize, cols: usize) -> Result<Tensor> {
-    Tensor::randn(0f32, 1.0, (rows, cols), &Device::Cpu)
+    Tensor::randn(0f32, 1.0, (cols), &Device::Cpu)
 }
 
 fn main() -> Result<()> {
@@ -80,9 +80,9 @@ fn main() -> Result<()> {
         adamw::sum_of_squares(&p).map(drop)
     })?;
     run("copy", "GB/s", megabytes(2 * ROWS * WIDTH), &|| x.copy().map(drop))?;
-    run("zeros", "GB/s", megabytes(ROWS * INNER), &|| rows::zero(&y))?;
+    run("zeros", "GB/s", megabytes(ROWS * INNER), &|| hone::ops::flat::zero(&y))?;
     run("fresh zeros", "GB/s", megabytes(ROWS * INNER), &|| {
-        rows::zero(&Tensor::zeros((ROWS, INNER), DType::F32, &Device::Cpu)?)
+        hone::ops::flat::zero(&Tensor::zeros((ROWS, INNER), DType::F32, &Device::Cpu)?)
     })?;
     for precision in [Precision::F32, Precision::Bf16] {
         let name =

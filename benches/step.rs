@@ -1,6 +1,6 @@
 //! Training speed of a random model on this machine: tokens/s, seconds a step, peak memory, as one JSON line.
 //!
-//! `cargo bench --bench step -- --precision f32|bf16 --examples 4 --tokens 512 --steps 4 [--keep inputs]`
+//! `cargo bench --bench step -- --precision f32|bf16 --examples 4 --tokens 512 --steps 4 [--keep layer-inputs]`
 //! The default shape has 88M parameters; the first step is not counted. `benches/compare.py` runs it in turn
 //! with the reference stack.
 
@@ -9,7 +9,7 @@ use std::time::Instant;
 use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization};
 use hone::model::{batch::Batch, config::Config, family, load, random};
 use hone::ops::adamw::{self, Moments, Update};
-use hone::ops::{gemm, rows};
+use hone::ops::{flat, gemm};
 use hone::report::Report;
 
 fn main() {
@@ -20,7 +20,7 @@ fn main() {
     };
     let number = |name: &str, default: &str| flag(name, default).parse::<usize>().expect("a whole number");
     let precision = if flag("--precision", "f32") == "bf16" { Precision::Bf16 } else { Precision::F32 };
-    let keep = if flag("--keep", "everything") == "inputs" { Keep::LayerInputs } else { Keep::Everything };
+    let keep = Keep::named(&flag("--keep", "everything")).expect("a level");
     let (examples, tokens, steps) =
         (number("--examples", "4"), number("--tokens", "512"), number("--steps", "4"));
     let (width, layers) = (number("--width", "768"), number("--layers", "12"));
@@ -41,11 +41,12 @@ fn main() {
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         lora: LoraOptions::default(),
         precision,
-        keep,
     };
     let parameters = facts.parameters();
     let began = Instant::now();
-    let decoder = load::load(facts, &options, &Report::silent()).expect("a decoder");
+    let mut decoder =
+        load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).expect("a decoder");
+    decoder.keep.fill(keep);
     let load_seconds = began.elapsed().as_secs_f64();
     let moments = Moments::zeros_like(&decoder.trainable.params).expect("moments");
     let mut seconds = Vec::new();
@@ -60,7 +61,7 @@ fn main() {
         }
         let began = Instant::now();
         let trainable = &decoder.trainable;
-        rows::zero(&trainable.grads).expect("zero");
+        flat::zero(&trainable.grads).expect("zero");
         let scale = 1.0 / batch.targets.len() as f64;
         losses.push(decoder.forward_backward(&batch, scale).expect("a step") * scale);
         let norm = adamw::sum_of_squares(&trainable.grads).expect("norm").sqrt();

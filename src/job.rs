@@ -6,12 +6,15 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
+
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
+use crate::device;
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::model::{self, Quantization, config::Config, decoder::Decoder, facts::Facts, family, load, lora};
-use crate::plan::{Device, Plan};
+use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
 use crate::run_folder::{Metrics, RunFolder};
@@ -45,6 +48,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     if let Some(target) = &plan.push {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
+    let device = device::open(plan.device, report)?;
     let mut folder = RunFolder::claim(&plan.output)?;
     let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
     interrupt::check()?;
@@ -54,7 +58,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
             trained
         }
-        None => make(plan, described, &data, &mut folder, report)?,
+        None => make(plan, described, &device, &data, &mut folder, report)?,
     };
     let pushed = match &plan.push {
         Some(target) => {
@@ -71,6 +75,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
 fn make(
     plan: &Plan,
     described: Described,
+    device: &Device,
     data: &[source::File],
     folder: &mut RunFolder,
     report: &Report,
@@ -83,7 +88,8 @@ fn make(
     drop(dataset);
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
-    let decoder = load::load(described.facts, &described.options, report)?;
+    let mut decoder = load::load(described.facts, &described.options, device, report)?;
+    decoder.keep.fill(plan.keep.unwrap_or(model::Keep::Everything));
     if let Some(initial) = &described.initial {
         initial.apply(&decoder.trainable)?;
     }
@@ -156,12 +162,7 @@ pub struct Described {
 
 /// Reads the model's config and the adapter to start from, and chooses the sites.
 pub fn describe(plan: &Plan) -> Result<Described> {
-    if let Device::Cuda(number) = plan.device {
-        return Err(Fault::config(format!(
-            "device cuda:{number}: this build of hone trains on the CPU only"
-        ))
-        .help("leave `device` out, or say cpu"));
-    }
+    device::check(plan.device)?;
     let facts = family::describe(&Config::read(&plan.model.folder)?)?;
     let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
     let mut options = plan.model.clone();

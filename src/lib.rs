@@ -10,6 +10,7 @@ pub mod machine;
 pub mod source;
 pub mod dataset;
 pub mod ops;
+pub mod device;
 pub mod model;
 pub mod train;
 pub mod adapter;

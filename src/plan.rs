@@ -13,7 +13,7 @@ pub use places::registry_access;
 use crate::fault::Result;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, model, registry, source, train};
+use crate::{dataset, device, model, registry, source, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -25,6 +25,8 @@ pub struct Plan {
     pub dataset: dataset::Options,
     pub tokens: dataset::TokenOptions,
     pub model: model::Options,
+    /// What every layer keeps for the backward pass; `None`: as memory allows.
+    pub keep: Option<model::Keep>,
     /// Name of the base model, for the image and the adapter's card.
     pub model_name: String,
     pub train: train::Options,
@@ -32,21 +34,13 @@ pub struct Plan {
     pub push: Option<registry::Target>,
     pub registry: registry::Options,
     pub init_adapter: Option<PathBuf>,
-    pub device: Device,
+    pub device: device::Choice,
     /// Every value that counts, in the table's order.
     pub values: Vec<Value>,
     /// Given keys that change nothing here.
     pub ignored: Vec<Ignored>,
     /// What somebody should look at although the run goes on.
     pub warnings: Vec<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// The first CUDA device if there is one, else the CPU.
-    Auto,
-    Cpu,
-    Cuda(usize),
 }
 
 /// One resolved value.
@@ -82,13 +76,9 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let dataset = rows::dataset_options(reader);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
-    let model = model::Options {
-        folder,
-        quantization,
-        precision: base::precision(reader, quantization),
-        keep: base::keep(reader),
-        lora: base::lora(reader, seed),
-    };
+    let precision = base::precision(reader, quantization);
+    let keep = base::keep(reader);
+    let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     Plan {
@@ -96,6 +86,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         data,
         tokens,
         model,
+        keep,
         model_name,
         train,
         output: places::output(reader, spec.kaito),

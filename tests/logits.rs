@@ -12,7 +12,7 @@ use hone::model::batch::Batch;
 use hone::model::config::Config;
 use hone::model::decoder::Decoder;
 use hone::model::facts::Facts;
-use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, family, load, random};
+use hone::model::{FourBitCode, LoraOptions, Options, Precision, Quantization, family, load, random};
 use hone::report::Report;
 use serde_json::{Value, json};
 
@@ -185,14 +185,8 @@ fn same(place: &str, found: &[&Vec<f32>], expected: &[Vec<f32>]) {
 }
 
 fn decoder(folder: &Path, facts: Facts, quantization: Quantization, lora: LoraOptions) -> Decoder {
-    let options = Options {
-        folder: folder.into(),
-        quantization,
-        lora,
-        precision: Precision::F32,
-        keep: Keep::Everything,
-    };
-    load::load(facts, &options, &Report::silent()).unwrap()
+    let options = Options { folder: folder.into(), quantization, lora, precision: Precision::F32 };
+    load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap()
 }
 
 fn facts(config: &Value) -> Facts {

@@ -46,7 +46,7 @@ impl Case {
         if own.exists() { own } else { shared() }
     }
 
-    fn options(&self, keep: Keep) -> Options {
+    fn options(&self) -> Options {
         let code = match self.args["quant"].as_str().unwrap() {
             "none" => None,
             "nf4" => Some(FourBitCode::Nf4),
@@ -58,7 +58,6 @@ impl Case {
             quantization: code.map_or(Quantization::None, |code| Quantization::FourBit { code, double }),
             lora: LoraOptions::default(),
             precision: Precision::F32,
-            keep,
         }
     }
 
@@ -102,11 +101,12 @@ impl Case {
 
     /// The reference's start: its base, its initial adapter.
     fn decoder(&self, keep: Keep) -> model::decoder::Decoder {
-        let mut options = self.options(keep);
+        let mut options = self.options();
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
         options.lora = initial.options(&options.lora).unwrap();
         let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
-        let decoder = load::load(facts, &options, &Report::silent()).unwrap();
+        let mut decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
+        decoder.keep.fill(keep);
         initial.apply(&decoder.trainable).unwrap();
         decoder
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::{Fault, Result};
 use crate::model::lora::{Site, Trainable};
 use crate::model::{LoraInit, LoraOptions, Targets};
-use crate::ops::{cpu, rows};
+use crate::ops::{cpu, flat};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -129,8 +129,9 @@ fn last(path: &str) -> &str {
 /// The tensors of `adapter_model.safetensors`, as bytes of that file. Same parameters, same bytes.
 pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
+    let params = trainable.params.to_device(&Device::Cpu)?;
     for site in &trainable.sites {
-        let (a, b) = trainable.views(&trainable.params, site)?;
+        let (a, b) = trainable.views(&params, site)?;
         for (letter, tensor) in [("A", a), ("B", b)] {
             tensors.insert(tensor_name(&site.path, letter), tensor.to_dtype(DType::F32)?);
         }
@@ -250,11 +251,11 @@ impl Adapter {
                 if cpu::to_f64(tensor)?.iter().any(|value| !value.is_finite()) {
                     return Err(wrong(format!("{name} holds values that are not finite")));
                 }
-                rows::zero(&target)?;
-                rows::add(&target, &tensor.to_dtype(target.dtype())?)?;
+                flat::write(&target, &tensor.to_dtype(target.dtype())?)?;
                 read += 1;
             }
         }
+        trainable.refresh()?;
         match read == self.tensors.len() {
             true => Ok(()),
             false => {

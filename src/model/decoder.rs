@@ -25,7 +25,8 @@ pub struct Decoder {
     pub head: Weight,
     pub trainable: Trainable,
     pub precision: Precision,
-    pub keep: Keep,
+    /// One level a layer; the result is the same whatever they are.
+    pub keep: Vec<Keep>,
     /// What activations are computed in: f32, or f64 in tests.
     pub dtype: DType,
 }
@@ -36,25 +37,22 @@ impl Decoder {
         let (angles, ranges) = (self.angles(batch)?, batch.ranges());
         let shape = self.shape(&angles, &ranges, Some(&batch.keys));
         let mut x = self.embed(batch)?;
-        let mut inputs: Vec<(Tensor, Option<Kept>)> = Vec::with_capacity(self.layers.len());
+        let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // Nothing below the lowest adapted layer is needed again.
         let lowest = self.trainable.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
-            let (y, kept) = layer.forward(&x, &shape)?;
-            let x = std::mem::replace(&mut x, y);
+            let keep = if i < lowest { Keep::LayerInputs } else { self.keep[i] };
+            let (y, of_layer) = layer.forward(x, keep, &shape)?;
+            x = y;
             if i >= lowest {
-                inputs.push((x, (self.keep == Keep::Everything).then_some(kept)));
+                kept.push(of_layer);
             }
         }
         let (loss, d) = self.head_forward_backward(&x, batch, scale)?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
-            let (x, kept) = inputs.pop().expect("one entry a layer");
-            let kept = match kept {
-                Some(kept) => kept,
-                None => layer.keep(&x, &shape)?,
-            };
-            layer.backward(&d, &x, &kept, i == lowest, &shape)?;
+            let kept = kept.pop().expect("one entry a layer");
+            layer.backward(&d, kept, i == lowest, &shape)?;
         }
         Ok(loss)
     }
@@ -87,7 +85,8 @@ impl Decoder {
     fn hidden(&self, batch: &Batch) -> Result<Tensor> {
         let (angles, ranges) = (self.angles(batch)?, batch.ranges());
         let shape = self.shape(&angles, &ranges, None);
-        self.layers.iter().try_fold(self.embed(batch)?, |x, layer| Ok(layer.forward(&x, &shape)?.0))
+        let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &shape)?.0);
+        self.layers.iter().try_fold(self.embed(batch)?, forward)
     }
 
     fn embed(&self, batch: &Batch) -> Result<Tensor> {
@@ -96,7 +95,9 @@ impl Decoder {
 
     fn angles(&self, batch: &Batch) -> Result<Angles> {
         let (positions, lengths) = batch.positions();
-        self.facts.rope.angles(&positions, &lengths, self.dtype)
+        // Angles are as wide as the arithmetic, f32 even beside bf16 activations.
+        let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        self.facts.rope.angles(&positions, &lengths, wide, self.embedding.device())
     }
 
     fn shape<'a>(

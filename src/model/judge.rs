@@ -76,10 +76,10 @@ fn decoder(case: &Case, keep: Keep) -> Decoder {
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         lora: LoraOptions { r: 3, alpha: 5.0, ..LoraOptions::default() },
         precision: Precision::F32,
-        keep,
     };
     (case.change)(&mut options);
-    let decoder = load::load_in(DType::F64, facts, &options, &Report::silent()).unwrap();
+    let mut decoder = load::load_in(DType::F64, &Device::Cpu, facts, &options, &Report::silent()).unwrap();
+    decoder.keep.fill(keep);
     // B is zero at first, which would hide A's gradient.
     let noise = judge::random(decoder.trainable.params.elem_count(), 9).unwrap();
     crate::ops::rows::add(&decoder.trainable.params, &(noise.as_tensor() * 0.1).unwrap()).unwrap();
@@ -128,7 +128,7 @@ impl Formula<'_> {
         let normed = rms_norm::formula(x, &layer.attention_norm, facts.norm_eps)?;
         let qkv = self.beside(&names(&facts.query_key_value), &layer.query_key_value, &normed)?;
         let (positions, lengths) = batch.positions();
-        let angles = facts.rope.angles(&positions, &lengths, DType::F64)?;
+        let angles = facts.rope.angles(&positions, &lengths, DType::F64, &Device::Cpu)?;
         let turning = (heads.query + heads.key) * heads.width;
         let turned = qkv.narrow(1, 0, turning)?.contiguous()?;
         let turned = turned.reshape((batch.rows(), heads.query + heads.key, heads.width))?;
@@ -185,7 +185,7 @@ fn dense(weight: &Weight) -> Result<Tensor> {
 #[test]
 fn loss_and_gradients_equal_autograd_whatever_is_kept() -> Result<()> {
     for case in cases() {
-        for keep in [Keep::Everything, Keep::LayerInputs] {
+        for keep in Keep::ALL {
             let decoder = decoder(&case, keep);
             let batch = batch(&decoder.facts);
             let params = Var::from_tensor(&decoder.trainable.params)?;
@@ -201,6 +201,26 @@ fn loss_and_gradients_equal_autograd_whatever_is_kept() -> Result<()> {
             judge::same(&decoder.trainable.grads, &(store.get(&params).unwrap() * 2.0)?, 1e-10)?;
             let plain = Formula { dropout: false, ..formula }.loss()?.to_scalar::<f64>()?;
             assert!((decoder.loss(&batch)? - plain).abs() < 1e-10, "{}: evaluation", case.name);
+        }
+    }
+    Ok(())
+}
+
+/// Each layer has its own level.
+#[test]
+fn levels_mix() -> Result<()> {
+    for case in cases() {
+        let mut decoder = decoder(&case, Keep::Everything);
+        let batch = batch(&decoder.facts);
+        let loss = decoder.forward_backward(&batch, 1.0)?;
+        let gradients = decoder.trainable.grads.copy()?;
+        for first in 0..Keep::ALL.len() {
+            let levels = Keep::ALL.into_iter().cycle().skip(first);
+            decoder.keep = levels.take(decoder.layers.len()).collect();
+            crate::ops::flat::zero(&decoder.trainable.grads)?;
+            // The same operations in the same order: the same bits.
+            assert_eq!(decoder.forward_backward(&batch, 1.0)?, loss, "{}", case.name);
+            judge::same(&decoder.trainable.grads, &gradients, 0.0)?;
         }
     }
     Ok(())
@@ -239,7 +259,7 @@ fn packed_examples_do_not_see_each_other() -> Result<()> {
         let whole = batch(&decoder.facts);
         let together = decoder.forward_backward(&whole, 1.0)?;
         let gradients = decoder.trainable.grads.copy()?;
-        crate::ops::rows::zero(&decoder.trainable.grads)?;
+        crate::ops::flat::zero(&decoder.trainable.grads)?;
         let mut apart = 0.0;
         for (length, rope_length) in [(7usize, 7), (1, 7), (5, 5)] {
             let range = whole.ranges().into_iter().find(|range| range.len() == length).unwrap();
@@ -268,8 +288,7 @@ fn a_tied_head_that_differs_is_refused() {
         quantization: Quantization::None,
         lora: LoraOptions::default(),
         precision: Precision::F32,
-        keep: Keep::Everything,
     };
-    let fault = load::load(describe(true), &options, &Report::silent()).err().expect("refused");
+    let fault = load::load(describe(true), &options, &Device::Cpu, &Report::silent()).err().expect("refused");
     assert!(fault.message.contains("lm_head.weight differs from model.embed_tokens.weight"), "{fault}");
 }

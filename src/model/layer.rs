@@ -2,7 +2,7 @@
 //!
 //! `x -> norm -> q k v -> rope -> attention -> output + x -> norm -> gate up -> SwiGLU -> down + mid`
 //!
-//! The backward pass never runs the down projection again: its output is not needed.
+//! The backward pass computes again what was not kept (`Keep`), never the down projection: its output is not needed.
 
 use std::ops::Range;
 
@@ -10,8 +10,9 @@ use candle_core::{Device, Result, Tensor};
 
 use crate::ops::attention::{self, Heads};
 use crate::ops::rope::{self, Angles, Direction};
-use crate::ops::{rms_norm, swiglu};
+use crate::ops::{rms_norm, swiglu, unwritten};
 
+use super::Keep;
 use super::linear::{Linear, Pass};
 
 #[derive(Clone, Debug)]
@@ -34,94 +35,177 @@ pub struct Shape<'a> {
     pub pass: Pass<'a>,
 }
 
-/// What a layer keeps for its backward pass; all of it follows from `x`.
+/// What a layer keeps for its backward pass: its input, and what its level allows of all that follows from it.
 pub struct Kept {
-    query_key_value: Tensor,
-    attended: Tensor,
-    log_sum: Tensor,
-    middle: Tensor,
-    gate_up: Tensor,
-    /// LoRA's `x A^T` of each linear layer, in order.
-    down: Downs,
+    x: Tensor,
+    /// Where x came from, when it was moved to the host.
+    home: Option<Device>,
+    /// Attention's three inputs, turned.
+    query_key_value: Option<(Tensor, Vec<Down>)>,
+    attended: Option<Attended>,
+    gate_up: Option<(Tensor, Vec<Down>)>,
+    /// Of the down projection. It is never run again, so `None` may also mean that its pair makes its own.
+    down: Down,
 }
 
-#[derive(Default)]
-struct Downs {
-    query_key_value: Vec<Option<Tensor>>,
-    output: Option<Tensor>,
-    gate_up: Vec<Option<Tensor>>,
-    down: Option<Tensor>,
+/// LoRA's `x A^T` of one linear layer, if it is adapted.
+type Down = Option<Tensor>;
+
+/// Attention's output and all that follows from it and x alone.
+struct Attended {
+    output: Tensor,
+    log_sum: Tensor,
+    down: Down,
+    /// The residual stream after attention.
+    middle: Tensor,
+}
+
+/// `Kept` with nothing missing.
+struct Whole {
+    x: Tensor,
+    query_key_value: (Tensor, Vec<Down>),
+    attended: Attended,
+    gate_up: (Tensor, Vec<Down>),
+    down: Down,
+}
+
+impl Kept {
+    fn of(x: Tensor) -> Kept {
+        Kept { x, home: None, query_key_value: None, attended: None, gate_up: None, down: None }
+    }
+
+    /// Lets go of what the level does not keep.
+    fn reduce(mut self, keep: Keep) -> Result<Kept> {
+        if keep >= Keep::WithoutGateUp {
+            self.gate_up = None;
+        }
+        if keep >= Keep::AttentionOutput {
+            self.query_key_value = None;
+        }
+        if keep >= Keep::LayerInputs {
+            (self.attended, self.down) = (None, None);
+        }
+        if keep == Keep::HostInputs {
+            self.home = Some(self.x.device().clone());
+            self.x = self.x.to_device(&Device::Cpu)?;
+        }
+        Ok(self)
+    }
 }
 
 impl Layer {
-    /// x [T, C] -> the layer's output and what its backward pass needs.
-    pub fn forward(&self, x: &Tensor, shape: &Shape) -> Result<(Tensor, Kept)> {
-        let mut kept = self.keep(x, shape)?;
-        let y = kept.middle.copy()?;
-        kept.down.down = self.down.forward(&swiglu::forward(&kept.gate_up)?, &y, 0, true, &shape.pass)?;
-        Ok((y, kept))
+    /// x [T, C] -> the layer's output and what its backward pass needs, as far as `keep` allows.
+    pub fn forward(&self, x: Tensor, keep: Keep, shape: &Shape) -> Result<(Tensor, Kept)> {
+        let whole = self.complete(Kept::of(x), shape)?;
+        let y = whole.attended.middle.copy()?;
+        let activated = swiglu::forward(&whole.gate_up.0)?;
+        let down = self.down.forward(&activated, &y, 0, true, &shape.pass)?;
+        let kept = Kept {
+            x: whole.x,
+            home: None,
+            query_key_value: Some(whole.query_key_value),
+            attended: Some(whole.attended),
+            gate_up: Some(whole.gate_up),
+            down,
+        };
+        Ok((y, kept.reduce(keep)?))
     }
 
-    /// Everything up to the gate: what the backward pass needs, from x alone.
-    pub fn keep(&self, x: &Tensor, shape: &Shape) -> Result<Kept> {
-        let mut down = Downs::default();
+    /// Computes what is missing of everything up to the gate.
+    fn complete(&self, kept: Kept, shape: &Shape) -> Result<Whole> {
+        let x = match &kept.home {
+            Some(device) => kept.x.to_device(device)?,
+            None => kept.x,
+        };
+        let query_key_value = match kept.query_key_value {
+            Some(kept) => kept,
+            None => self.query_key_value(&x, shape)?,
+        };
+        let attended = match kept.attended {
+            Some(kept) => kept,
+            None => self.attended(&x, &query_key_value.0, shape)?,
+        };
+        let gate_up = match kept.gate_up {
+            Some(kept) => kept,
+            None => self.gate_up(&attended.middle, shape)?,
+        };
+        Ok(Whole { x, query_key_value, attended, gate_up, down: kept.down })
+    }
+
+    fn query_key_value(&self, x: &Tensor, shape: &Shape) -> Result<(Tensor, Vec<Down>)> {
         let normed = rms_norm::forward(x, &self.attention_norm, shape.norm_eps)?;
-        let query_key_value = side_by_side(&self.query_key_value, &normed, &mut down.query_key_value, shape)?;
+        let (query_key_value, downs) = side_by_side(&self.query_key_value, &normed, shape)?;
         turn(&query_key_value, shape, Direction::Forward)?;
-        let (attended, log_sum) =
-            attention::forward(&query_key_value, &shape.heads, shape.examples, shape.pass.precision)?;
+        Ok((query_key_value, downs))
+    }
+
+    fn attended(&self, x: &Tensor, query_key_value: &Tensor, shape: &Shape) -> Result<Attended> {
+        let (output, log_sum) =
+            attention::forward(query_key_value, &shape.heads, shape.examples, shape.pass.precision)?;
         let middle = x.copy()?;
-        down.output = self.output.forward(&attended, &middle, 0, true, &shape.pass)?;
-        let normed = rms_norm::forward(&middle, &self.feed_forward_norm, shape.norm_eps)?;
-        let gate_up = side_by_side(&self.gate_up, &normed, &mut down.gate_up, shape)?;
-        Ok(Kept { query_key_value, attended, log_sum, middle, gate_up, down })
+        let down = self.output.forward(&output, &middle, 0, true, &shape.pass)?;
+        Ok(Attended { output, log_sum, down, middle })
+    }
+
+    fn gate_up(&self, middle: &Tensor, shape: &Shape) -> Result<(Tensor, Vec<Down>)> {
+        let normed = rms_norm::forward(middle, &self.feed_forward_norm, shape.norm_eps)?;
+        side_by_side(&self.gate_up, &normed, shape)
     }
 
     /// `d` [T, C] holds the gradient of the output and becomes that of x, in place. With `lowest`, nothing
     /// below needs it, and the work that would only serve it is left out.
-    pub fn backward(&self, d: &Tensor, x: &Tensor, kept: &Kept, lowest: bool, shape: &Shape) -> Result<()> {
-        self.feed_forward_backward(d, kept, shape)?;
-        let d_attended = kept.attended.zeros_like()?;
-        let down = kept.down.output.as_ref();
-        self.output.backward(d, 0, &kept.attended, down, Some((&d_attended, false)), &shape.pass)?;
+    pub fn backward(&self, d: &Tensor, kept: Kept, lowest: bool, shape: &Shape) -> Result<()> {
+        let Whole { x, query_key_value, attended, gate_up, down } = self.complete(kept, shape)?;
+        self.feed_forward_backward(d, &attended.middle, gate_up, down, shape)?;
+        let d_attended = unwritten_like(&attended.output)?;
+        let down = attended.down.as_ref();
+        self.output.backward(d, 0, &attended.output, down, Some((&d_attended, false)), &shape.pass)?;
+        let (query_key_value, downs) = query_key_value;
         let d_qkv = attention::backward(
             &d_attended,
-            &kept.query_key_value,
-            &kept.attended,
-            &kept.log_sum,
+            &query_key_value,
+            &attended.output,
+            &attended.log_sum,
             &shape.heads,
             shape.examples,
             shape.pass.precision,
         )?;
+        drop((query_key_value, attended, d_attended));
         turn(&d_qkv, shape, Direction::Backward)?;
-        let normed = rms_norm::forward(x, &self.attention_norm, shape.norm_eps)?;
-        let downs = &kept.down.query_key_value;
+        let normed = rms_norm::forward(&x, &self.attention_norm, shape.norm_eps)?;
         if lowest {
-            return side_by_side_backward(&self.query_key_value, &d_qkv, &normed, downs, None, shape);
+            return side_by_side_backward(&self.query_key_value, &d_qkv, &normed, &downs, None, shape);
         }
-        let d_normed = x.zeros_like()?;
-        side_by_side_backward(&self.query_key_value, &d_qkv, &normed, downs, Some(&d_normed), shape)?;
-        rms_norm::backward(&d_normed, x, &self.attention_norm, shape.norm_eps, d)
+        let d_normed = unwritten_like(&x)?;
+        side_by_side_backward(&self.query_key_value, &d_qkv, &normed, &downs, Some(&d_normed), shape)?;
+        rms_norm::backward(&d_normed, &x, &self.attention_norm, shape.norm_eps, d)
     }
 
-    fn feed_forward_backward(&self, d: &Tensor, kept: &Kept, shape: &Shape) -> Result<()> {
-        let activated = swiglu::forward(&kept.gate_up)?;
-        let d_activated = activated.zeros_like()?;
-        let down = kept.down.down.as_ref();
-        self.down.backward(d, 0, &activated, down, Some((&d_activated, false)), &shape.pass)?;
-        let d_gate_up = swiglu::backward(&d_activated, &kept.gate_up)?;
-        let normed = rms_norm::forward(&kept.middle, &self.feed_forward_norm, shape.norm_eps)?;
-        let d_normed = normed.zeros_like()?;
-        side_by_side_backward(
-            &self.gate_up,
-            &d_gate_up,
-            &normed,
-            &kept.down.gate_up,
-            Some(&d_normed),
-            shape,
-        )?;
-        rms_norm::backward(&d_normed, &kept.middle, &self.feed_forward_norm, shape.norm_eps, d)
+    /// Takes gate and up, so that they are gone before attention's gradients are made.
+    fn feed_forward_backward(
+        &self,
+        d: &Tensor,
+        middle: &Tensor,
+        (gate_up, downs): (Tensor, Vec<Down>),
+        down: Down,
+        shape: &Shape,
+    ) -> Result<()> {
+        let activated = swiglu::forward(&gate_up)?;
+        let d_activated = unwritten_like(&activated)?;
+        self.down.backward(d, 0, &activated, down.as_ref(), Some((&d_activated, false)), &shape.pass)?;
+        drop(activated);
+        let d_gate_up = swiglu::backward(&d_activated, &gate_up)?;
+        drop((gate_up, d_activated));
+        let normed = rms_norm::forward(middle, &self.feed_forward_norm, shape.norm_eps)?;
+        let d_normed = unwritten_like(&normed)?;
+        side_by_side_backward(&self.gate_up, &d_gate_up, &normed, &downs, Some(&d_normed), shape)?;
+        rms_norm::backward(&d_normed, middle, &self.feed_forward_norm, shape.norm_eps, d)
     }
+}
+
+/// For what the next product writes whole.
+fn unwritten_like(tensor: &Tensor) -> Result<Tensor> {
+    unwritten(tensor.shape(), tensor.dtype(), tensor.device())
 }
 
 fn turn(qkv: &Tensor, shape: &Shape, direction: Direction) -> Result<()> {
@@ -138,25 +222,19 @@ fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     })
 }
 
-fn side_by_side(
-    parts: &[Linear],
-    x: &Tensor,
-    downs: &mut Vec<Option<Tensor>>,
-    shape: &Shape,
-) -> Result<Tensor> {
+fn side_by_side(parts: &[Linear], x: &Tensor, shape: &Shape) -> Result<(Tensor, Vec<Down>)> {
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
-    let y = Tensor::zeros((x.dim(0)?, width), x.dtype(), &Device::Cpu)?;
-    for (at, part) in columns(parts) {
-        downs.push(part.forward(x, &y, at, false, &shape.pass)?);
-    }
-    Ok(y)
+    let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
+    let downs = columns(parts).map(|(at, part)| part.forward(x, &y, at, false, &shape.pass));
+    let downs = downs.collect::<Result<_>>()?;
+    Ok((y, downs))
 }
 
 fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,
     x: &Tensor,
-    downs: &[Option<Tensor>],
+    downs: &[Down],
     dx: Option<&Tensor>,
     shape: &Shape,
 ) -> Result<()> {

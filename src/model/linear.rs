@@ -1,9 +1,9 @@
 //! A frozen linear layer with its LoRA pair: `y = x W^T + bias + scale * dropout(x) A^T B^T`.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::ops::matmul::{self, Precision, Weight};
-use crate::ops::{bias, dropout};
+use crate::ops::{bias, dropout, unwritten};
 
 /// What a pass over one batch shares.
 pub struct Pass<'a> {
@@ -86,7 +86,7 @@ impl Lora {
     }
 
     fn down(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let down = Tensor::zeros((x.dim(0)?, self.a.dims().0), x.dtype(), &Device::Cpu)?;
+        let down = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
         matmul::forward(x, &self.a, 1.0, &down, 0, 0.0, pass.precision)?;
         Ok(down)
     }
@@ -106,13 +106,13 @@ impl Lora {
             None => self.down(&x, pass)?,
         };
         matmul::weight_gradient(dy, at, &down, self.scale, &self.grad_b, pass.precision)?;
-        let up = Tensor::zeros((x.dim(0)?, self.a.dims().0), x.dtype(), &Device::Cpu)?; // scale * dy B, [T, R]
+        let up = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?; // scale * dy B, [T, R]
         matmul::input_gradient(dy, at, &self.b, self.scale, &up, 0.0, pass.precision)?;
         matmul::weight_gradient(&up, 0, &x, 1.0, &self.grad_a, pass.precision)?;
         match (dx, pass.dropout_keys) {
             (None, _) => Ok(()),
             (Some(dx), Some(keys)) if self.dropout > 0.0 => {
-                let through = dx.zeros_like()?;
+                let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
                 matmul::input_gradient(&up, 0, &self.a, 1.0, &through, 0.0, pass.precision)?;
                 crate::ops::rows::add(dx, &dropout::apply(&through, self.dropout, keys, self.site)?)
             }

@@ -16,15 +16,27 @@ use super::facts::{Facts, Projection};
 use super::layer::Layer;
 use super::linear::{Linear, Lora};
 use super::lora::{self, Trainable};
-use super::{Options, Quantization};
+use super::{Keep, Options, Precision, Quantization};
 
 /// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
-pub fn load(facts: Facts, options: &Options, report: &Report) -> Result<Decoder> {
-    load_in(DType::F32, facts, options, report)
+///
+/// On a CPU activations are f32 whatever the precision of products; on a GPU they are stored in it.
+pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
+    let dtype = match (device, options.precision) {
+        (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
+        (_, Precision::Bf16) => DType::BF16,
+    };
+    load_in(dtype, device, facts, options, report)
 }
 
 /// `load` with another type of activations: f64 for the judge of gradients.
-pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Report) -> Result<Decoder> {
+pub(super) fn load_in(
+    dtype: DType,
+    device: &Device,
+    facts: Facts,
+    options: &Options,
+    report: &Report,
+) -> Result<Decoder> {
     let sites = lora::sites(&facts, &options.lora)?;
     for (written, module) in &sites.renamed {
         report.note(
@@ -36,8 +48,8 @@ pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Re
     checkpoint
         .expect(&wanted(&facts), |name| ignored(&facts, name))
         .map_err(|fault| fault.at(options.folder.display()))?;
-    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype };
-    let trainable = Trainable::init(sites.list, &options.lora, dtype)?;
+    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device };
+    let trainable = Trainable::init(sites.list, &options.lora, dtype, device)?;
     let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
     let mut layers = Vec::with_capacity(facts.layers);
     for layer in 0..facts.layers {
@@ -61,7 +73,7 @@ pub(super) fn load_in(dtype: DType, facts: Facts, options: &Options, report: &Re
         head,
         trainable,
         precision: options.precision,
-        keep: options.keep,
+        keep: vec![Keep::Everything; facts.layers],
         dtype,
         facts,
     })
@@ -99,6 +111,7 @@ struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a Options,
     dtype: DType,
+    device: &'a Device,
 }
 
 impl Loader<'_> {
@@ -123,7 +136,7 @@ impl Loader<'_> {
             Quantization::None => Weight::Dense(self.kept(&name, &[rows, cols])?),
             Quantization::FourBit { code, double } => {
                 let values = finite(&name, self.checkpoint.get(&name, &[rows, cols])?)?;
-                Weight::FourBit(FourBit::quantize(&values, rows, cols, code, double)?)
+                Weight::FourBit(FourBit::quantize(&values, rows, cols, code, double)?.to_device(self.device)?)
             }
         };
         let bias = match projection.bias {
@@ -153,22 +166,29 @@ impl Loader<'_> {
         }
     }
 
-    /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type.
+    /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type. On a GPU all take it.
     fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
         let values = self.checkpoint.get(name, shape)?;
         match values.bf16() {
             Some(values) => {
                 refuse_nan(name, values.iter().map(|value| value.to_f32()))?;
-                Ok(Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?)
+                let stored = Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?;
+                match self.device {
+                    Device::Cpu => Ok(stored),
+                    device => Ok(stored.to_dtype(self.dtype)?.to_device(device)?),
+                }
             }
             None => Ok(Tensor::from_vec(finite(name, values)?, (shape[0], shape[1]), &Device::Cpu)?
-                .to_dtype(self.dtype)?),
+                .to_dtype(self.dtype)?
+                .to_device(self.device)?),
         }
     }
 
+    /// Norm weights and biases: as wide as the arithmetic, f32 even beside bf16 activations.
     fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
         let values = finite(name, self.checkpoint.get(name, &[length])?)?;
-        Ok(Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(self.dtype)?)
+        let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        Ok(Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(wide)?.to_device(self.device)?)
     }
 }
 
@@ -177,7 +197,7 @@ fn pair(path: &str, trainable: &Trainable, dropout: f64) -> Result<Option<Lora>>
     let Some((index, site)) = trainable.sites.iter().enumerate().find(|(_, site)| site.path == path) else {
         return Ok(None);
     };
-    let (a, b) = trainable.views(&trainable.params, site)?;
+    let (a, b) = trainable.views(&trainable.compute, site)?;
     let (grad_a, grad_b) = trainable.views(&trainable.grads, site)?;
     let (a, b) = (Weight::Dense(a), Weight::Dense(b));
     Ok(Some(Lora { a, b, grad_a, grad_b, scale: site.scale, dropout, site: index as u64 }))

@@ -9,6 +9,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use regex::Regex;
 
 use crate::fault::{Fault, Result};
+use crate::ops::flat;
 
 use super::facts::{Facts, Projection};
 use super::{LoraInit, LoraOptions, Targets};
@@ -166,23 +167,44 @@ fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
 #[derive(Clone, Debug)]
 pub struct Trainable {
     pub sites: Vec<Site>,
+    /// What the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
     pub grads: Tensor,
+    /// What passes compute with: `params` itself, or its bf16 copy.
+    pub compute: Tensor,
 }
 
 impl Trainable {
     /// A from the initialisation PEFT uses, B zero. Each site draws from its own stream of the seed, so that a
     /// site's values do not depend on which others are chosen.
-    pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType) -> TensorResult<Trainable> {
+    ///
+    /// `dtype` is the activations'.
+    pub fn init(
+        sites: Vec<Site>,
+        options: &LoraOptions,
+        dtype: DType,
+        device: &Device,
+    ) -> TensorResult<Trainable> {
         let total = sites.iter().map(Site::parameters).sum::<usize>();
         let mut values = vec![0f32; total];
         for site in &sites {
             let a = &mut values[site.offset..][..site.rank * site.projection.cols];
             initialize(a, site, options);
         }
-        let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(dtype)?;
+        let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
+        let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
+        let params = params.to_device(device)?;
         let grads = params.zeros_like()?;
-        Ok(Trainable { sites, params, grads })
+        Ok(Trainable { sites, grads, compute: compute.unwrap_or_else(|| params.clone()), params })
+    }
+
+    /// Brings the copy that passes compute with up to date with parameters that were read from a file.
+    pub fn refresh(&self) -> TensorResult<()> {
+        if self.compute.dtype() == self.params.dtype() {
+            return Ok(());
+        }
+        flat::write(&self.compute, &self.params.to_device(&Device::Cpu)?.to_dtype(self.compute.dtype())?)
     }
 
     /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.

@@ -25,8 +25,6 @@ pub struct Options {
     pub quantization: Quantization,
     pub lora: LoraOptions,
     pub precision: Precision,
-    /// What each layer keeps between forward and backward.
-    pub keep: Keep,
 }
 
 /// How the base's linear layers are stored (bitsandbytes' formats, block 64).
@@ -39,11 +37,39 @@ pub enum Quantization {
 pub use crate::ops::four_bit::Code as FourBitCode;
 pub use crate::ops::matmul::Precision;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a layer keeps between forward and backward, from the most memory to the least; the rest is computed again
+/// in the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Keep {
     Everything,
-    /// Only each layer's input; the rest is computed again in the backward pass.
+    /// Not the widest: gate and up.
+    WithoutGateUp,
+    /// Input, attention's output and logsumexp, the residual stream after it: attention is not run again.
+    AttentionOutput,
+    /// Only the layer's input.
     LayerInputs,
+    /// The layer's input, in the host's memory.
+    HostInputs,
+}
+
+impl Keep {
+    pub const ALL: [Keep; 5] =
+        [Keep::Everything, Keep::WithoutGateUp, Keep::AttentionOutput, Keep::LayerInputs, Keep::HostInputs];
+
+    /// As the key `keep` and tables call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Keep::Everything => "everything",
+            Keep::WithoutGateUp => "without-gate-up",
+            Keep::AttentionOutput => "attention-output",
+            Keep::LayerInputs => "layer-inputs",
+            Keep::HostInputs => "host-inputs",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Keep> {
+        Keep::ALL.into_iter().find(|keep| keep.name() == name)
+    }
 }
 
 /// PEFT's LoraConfig, the part that means something here.

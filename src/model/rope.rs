@@ -84,7 +84,13 @@ impl Rope {
 
     /// cos and sin [T, rotary / 2] for rows at `positions`; `lengths` is the length that decides each row's
     /// scaling: the padded length of its micro-batch, as transformers sees it.
-    pub fn angles(&self, positions: &[u32], lengths: &[u32], dtype: DType) -> candle_core::Result<Angles> {
+    pub fn angles(
+        &self,
+        positions: &[u32],
+        lengths: &[u32],
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Angles> {
         let half = self.rotary / 2;
         let mut cos = Vec::with_capacity(positions.len() * half);
         let mut sin = Vec::with_capacity(positions.len() * half);
@@ -101,8 +107,11 @@ impl Rope {
                 sin.push(angle.sin() * attention);
             }
         }
-        let tensor =
-            |values| Tensor::from_vec(values, (positions.len(), half), &Device::Cpu)?.to_dtype(dtype);
+        let tensor = |values| {
+            Tensor::from_vec(values, (positions.len(), half), &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)
+        };
         Ok(Angles { cos: tensor(cos)?, sin: tensor(sin)? })
     }
 

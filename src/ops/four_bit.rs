@@ -183,6 +183,19 @@ impl FourBit {
         Ok(out)
     }
 
+    /// The same weight on another device.
+    pub fn to_device(&self, device: &Device) -> Result<FourBit> {
+        let absmax = match &self.absmax {
+            Absmax::Plain(absmax) => Absmax::Plain(absmax.to_device(device)?),
+            Absmax::Nested { codes, absmax, offset } => Absmax::Nested {
+                codes: codes.to_device(device)?,
+                absmax: absmax.to_device(device)?,
+                offset: *offset,
+            },
+        };
+        Ok(FourBit { packed: self.packed.to_device(device)?, absmax, ..self.clone() })
+    }
+
     /// Bytes this weight takes.
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {

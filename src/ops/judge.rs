@@ -1,6 +1,6 @@
 //! What tests judge operations by: candle's autograd of the formula, and finite differences, both in f64.
 
-use candle_core::{Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 /// A variable filled from a fixed seed with values of about unit size.
 pub fn random(shape: impl Into<Shape>, seed: u64) -> Result<Var> {
@@ -54,4 +54,73 @@ pub fn finite_differences(
         assert!(error <= tolerance, "element {i}: found {found}, finite difference {expected}");
     }
     Ok(())
+}
+
+/// A GPU and one storage type of its kernels.
+pub struct Gpu {
+    pub device: Device,
+    pub dtype: DType,
+    /// Largest error, relative to the norm of what is expected.
+    tolerance: f64,
+}
+
+/// Runs `body` on the GPU, in f32 and in bf16. Where there is none, that is no failure, unless `HONE_TEST_GPU=require`
+/// (`tests/gpu` sets it, with a driver that has no GPU behind it).
+pub fn on_gpu(body: impl Fn(&Gpu) -> Result<()>) -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 8e-3)] {
+        body(&Gpu { device: device.clone(), dtype, tolerance })?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> Option<Device> {
+    None
+}
+
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<Device> {
+    static DEVICE: std::sync::OnceLock<Option<Device>> = std::sync::OnceLock::new();
+    let required = std::env::var("HONE_TEST_GPU").is_ok_and(|value| value == "require");
+    let open = || match super::cuda::device::open(0) {
+        Ok(device) => Some(device),
+        Err(fault) if required => panic!("HONE_TEST_GPU=require, but {fault}"),
+        Err(_) => None,
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+impl Gpu {
+    /// As `random`, of values that the storage type holds exactly: the formula in f64 sees what the kernel sees.
+    pub fn random(&self, shape: impl Into<Shape>, seed: u64) -> Result<Var> {
+        Var::from_tensor(&random(shape, seed)?.to_dtype(self.dtype)?.to_dtype(DType::F64)?.detach())
+    }
+
+    /// On the GPU, in its storage type.
+    pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
+        self.put_as(self.dtype, tensor)
+    }
+
+    pub fn put_as(&self, dtype: DType, tensor: &Tensor) -> Result<Tensor> {
+        tensor.to_dtype(dtype)?.contiguous()?.to_device(&self.device)
+    }
+
+    /// Compares with what f64 arithmetic on the same inputs gives.
+    pub fn same(&self, found: &Tensor, expected: &Tensor) -> Result<()> {
+        self.within(self.tolerance, found, expected)
+    }
+
+    /// `same` with a tolerance of its own, where an operation rounds more than once.
+    pub fn within(&self, tolerance: f64, found: &Tensor, expected: &Tensor) -> Result<()> {
+        assert_eq!(found.dims(), expected.dims());
+        let found = super::cpu::to_f64(&found.to_device(&Device::Cpu)?)?;
+        let expected = super::cpu::to_f64(expected)?;
+        let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+        let difference: Vec<f64> =
+            found.iter().zip(&expected).map(|(found, expected)| found - expected).collect();
+        let error = norm(&difference) / norm(&expected).max(f64::MIN_POSITIVE);
+        assert!(error <= tolerance, "{:?}: relative error {error:.2e}, at most {tolerance:.0e}", self.dtype);
+        Ok(())
+    }
 }

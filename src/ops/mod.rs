@@ -4,12 +4,15 @@
 
 pub mod gemm;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod adamw;
 pub mod attention;
 pub mod bias;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub mod flat;
 pub mod four_bit;
 pub mod matmul;
 pub mod rms_norm;
@@ -19,3 +22,20 @@ pub mod swiglu;
 
 #[cfg(test)]
 pub mod judge;
+
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+
+/// A tensor whose elements are written before anyone reads them: zeros on a CPU, whatever is there on a GPU.
+pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    match device {
+        Device::Cpu => Tensor::zeros(shape, dtype, device),
+        // SAFETY: device memory holds numbers whatever its bits are, and the caller writes all of them.
+        _ => unsafe { Tensor::empty(shape, dtype, device) },
+    }
+}
+
+/// Whether an operation failed for want of device memory; a smaller plan may then do.
+pub fn out_of_memory(error: &Error) -> bool {
+    let text = format!("{error:?}");
+    text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("CUBLAS_STATUS_ALLOC_FAILED")
+}

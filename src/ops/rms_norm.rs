@@ -18,6 +18,10 @@ pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 /// x [T, C], w `[C]` -> y [T, C].
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, w, eps);
+    }
     with_real!(x, T => {
         let mut y = vec![T::ZERO; rows * width];
         let (x, w) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?);
@@ -38,6 +42,10 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 /// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen.
 pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
     let (_, width) = x.dims2()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::backward(dy, x, w, eps, dx);
+    }
     with_real!(x, T => {
         let (x, w, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(dy)?);
         cpu::edit(dx, |dx: &mut [T]| {
@@ -69,10 +77,54 @@ fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
     T::ONE / Real::sqrt(cpu::dot(x, x) / T::of(x.len() as f64) + T::of(eps))
 }
 
+/// The launches of `kernels/rms_norm.cu`: one block a row; w is f32.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{DType, Result, Tensor};
+
+    use crate::ops::cuda::Launch;
+
+    const THREADS: usize = 256;
+
+    pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+        let launch = Launch::new(x, "rms_norm", "forward")?.tensor(x).of(DType::F32, w).tensor(&y);
+        launch.int(width).float(eps).launch((rows, 1, 1), THREADS, 0)?;
+        Ok(y)
+    }
+
+    pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+        let (rows, width) = x.dims2()?;
+        let launch =
+            Launch::new(x, "rms_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w).tensor(dx);
+        launch.int(width).float(eps).launch((rows, 1, 1), THREADS, 0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, width) in [(1, 1), (3, 7), (129, 96), (2, 1000), (1, 4096)] {
+                let (x, dy) = (gpu.random((rows, width), 1)?, gpu.random((rows, width), 3)?);
+                let w = gpu.random(width, 2)?;
+                let expected = formula(&x, &w, 1e-5)?;
+                let w = gpu.put_as(DType::F32, &w)?;
+                gpu.same(&forward(&gpu.put(&x)?, &w, 1e-5)?, &expected)?;
+                let dx = gpu.put(&dy)?; // the gradient is added to what is there
+                backward(&gpu.put(&dy)?, &gpu.put(&x)?, &w, 1e-5, &dx)?;
+                gpu.same(&dx, &(judge::gradient(&x, &expected, &dy)? + dy.as_tensor())?)?;
+            }
+            Ok(())
+        })
+    }
 
     #[test]
     fn value_and_gradient_equal_the_formula() -> Result<()> {

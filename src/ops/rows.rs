@@ -38,8 +38,3 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
         cpu::edit(x, |x: &mut [T]| x.iter_mut().zip(y).for_each(|(x, &y)| *x += y))
     })
 }
-
-/// `x = 0` in place.
-pub fn zero(x: &Tensor) -> Result<()> {
-    with_real!(x, T => cpu::edit(x, |x: &mut [T]| x.fill(<T as cpu::Real>::ZERO)))
-}

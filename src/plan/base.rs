@@ -68,12 +68,12 @@ pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Prec
     precision
 }
 
-pub(super) fn keep(reader: &mut Reader) -> Keep {
+/// `None`: as memory allows.
+pub(super) fn keep(reader: &mut Reader) -> Option<Keep> {
     let given = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
-    let keep = if given == Some(true) { Keep::LayerInputs } else { Keep::Everything };
-    let shown = if keep == Keep::LayerInputs { "layer inputs" } else { "everything" };
     let origin = reader.origin(Section::TrainingArguments, "gradient_checkpointing");
-    reader.derive("kept for the backward pass", shown, origin);
+    let keep = given.map(|given| if given { Keep::LayerInputs } else { Keep::Everything });
+    reader.derive("kept for the backward pass", keep.map_or("auto", Keep::name), origin);
     keep
 }
 

@@ -1,7 +1,7 @@
 //! Paths, addresses and devices of a job: what they are, and that local ones exist.
 
-use super::Device;
 use super::reader::Reader;
+use crate::device::Choice;
 use crate::fault::Fault;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -164,20 +164,20 @@ fn in_a_line(fault: Fault) -> String {
     }
 }
 
-pub(super) fn device(reader: &mut Reader) -> Device {
+pub(super) fn device(reader: &mut Reader) -> Choice {
     let origin = reader.origin(Section::Hone, "device");
     let text = reader.text(Section::Hone, "device").unwrap_or_default();
     let use_cpu = reader.boolean(Section::TrainingArguments, "use_cpu");
     match text.as_str() {
-        "auto" if use_cpu => Device::Cpu,
-        "auto" => Device::Auto,
-        "cpu" => Device::Cpu,
-        "cuda" => Device::Cuda(0),
+        "auto" if use_cpu => Choice::Cpu,
+        "auto" => Choice::Auto,
+        "cpu" => Choice::Cpu,
+        "cuda" => Choice::Cuda(0),
         _ => match text.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
-            Some(number) => Device::Cuda(number),
+            Some(number) => Choice::Cuda(number),
             None => {
                 reader.wrong(&origin, format!("device: expected auto, cpu, cuda or cuda:N, found {text:?}"));
-                Device::Auto
+                Choice::Auto
             }
         },
     }

@@ -74,7 +74,7 @@ fn kaitos_qlora_template() {
         model folder  tiny  --model
         model name  tiny  default
         precision  bf16  train.yaml:12
-        kept for the backward pass  everything  default
+        kept for the backward pass  auto  default
         loss on  answers  default
         evaluation  never  default
         output folder  /mnt/results  train.yaml:22
@@ -364,8 +364,8 @@ fn choices_that_depend_on_other_keys() {
     assert_eq!((train("").order_seed, train("seed: 7").order_seed), (Some(42), Some(7)));
     let unshuffled = plan("training_config: {DatasetConfig: {shuffle_dataset: false}}\n");
     assert_eq!((unshuffled.dataset.shuffle, unshuffled.train.order_seed), (false, None));
-    let keep = |text: &str| plan(&arguments(text)).model.keep;
-    assert_eq!((keep("gradient_checkpointing: true"), keep("")), (Keep::LayerInputs, Keep::Everything));
+    let keep = |text: &str| plan(&arguments(text)).keep;
+    assert_eq!((keep("gradient_checkpointing: true"), keep("")), (Some(Keep::LayerInputs), None));
     let bare = plan("training_config: {QuantizationConfig: {load_in_4bit: true}}\n").model;
     assert_eq!(bare.quantization, Quantization::FourBit { code: FourBitCode::Fp4, double: false });
     let warned = plan(

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Result};
 use crate::ops::adamw::Moments;
-use crate::ops::rows;
+use crate::ops::flat;
 use crate::report::{Report, Stage};
 
 use super::Checkpoints;
@@ -106,8 +106,7 @@ pub fn newest(
                 for (name, target) in
                     [("params", params), ("first", &moments.first), ("second", &moments.second)]
                 {
-                    rows::zero(target)?;
-                    rows::add(target, &tensors[name])?;
+                    flat::write(target, &tensors[name])?;
                 }
                 return Ok(Some(state));
             }

@@ -17,7 +17,7 @@ use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
 use crate::ops::adamw::{self, Moments, Update};
 use crate::ops::dropout::mix;
-use crate::ops::rows;
+use crate::ops::flat;
 use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
 use checkpoint::State;
@@ -286,7 +286,7 @@ impl<'a> Trainer<'a> {
         let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let scale = 1.0 / targets.max(1) as f64;
         let grads = &self.decoder.trainable.grads;
-        rows::zero(grads)?;
+        flat::zero(grads)?;
         let mut loss = 0.0;
         for batch in &batches {
             if interrupt::requested() {

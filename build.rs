@@ -1,0 +1,80 @@
+//! kernels/*.cu -> one fatbin each, for every architecture hone runs on. Without the `cuda` feature it does nothing.
+
+use std::env;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Machine code for Ampere (80, 86), Ada (89), Hopper (90) and Blackwell (100, 120); PTX of the first for what comes.
+const ARCHITECTURES: &str = "80,86,89,90,100,120";
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    for variable in ["NVCC", "CUDA_HOME", "NVCC_CCBIN", "HONE_CUDA_ARCHITECTURES"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let sources = sources();
+    // nvcc is single-threaded: one process a source, as many at once as cargo allows.
+    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1).max(1);
+    for group in sources.chunks(jobs) {
+        std::thread::scope(|scope| {
+            for source in group {
+                scope.spawn(|| compile(source, &out));
+            }
+        });
+    }
+    let mut list = String::from("pub static FATBINS: &[(&str, &[u8])] = &[\n");
+    for stem in sources.iter().map(|source| stem(source)) {
+        let path = out.join(format!("{stem}.fatbin"));
+        writeln!(list, "    ({stem:?}, include_bytes!({path:?})),").expect("writing to a text");
+    }
+    list.push_str("];\n");
+    std::fs::write(out.join("fatbins.rs"), list).expect("cargo's output folder is writable");
+}
+
+fn sources() -> Vec<PathBuf> {
+    let folder = std::fs::read_dir("kernels").expect("kernels/ is part of the repository");
+    let mut sources: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    sources.sort();
+    sources
+}
+
+fn stem(source: &Path) -> &str {
+    source.file_stem().and_then(|stem| stem.to_str()).expect("kernels have plain names")
+}
+
+fn compile(source: &Path, out: &Path) {
+    let nvcc = match (env::var_os("NVCC"), env::var_os("CUDA_HOME")) {
+        (Some(nvcc), _) => PathBuf::from(nvcc),
+        (None, Some(home)) => PathBuf::from(home).join("bin/nvcc"),
+        (None, None) => "nvcc".into(),
+    };
+    let list = env::var("HONE_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.into());
+    let architectures: Vec<&str> = list.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
+    let mut command = Command::new(&nvcc);
+    // Flags meant for candle's kernels are not for these.
+    command.env_remove("NVCC_APPEND_FLAGS").env_remove("NVCC_PREPEND_FLAGS");
+    command.args(["-O3", "-std=c++17", "--fatbin", "-t", "0", "--compress-mode=size", "-lineinfo"]);
+    for architecture in &architectures {
+        command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+    }
+    let first = architectures.first().expect("at least one architecture");
+    command.arg(format!("-gencode=arch=compute_{first},code=compute_{first}"));
+    if let Some(compiler) = env::var_os("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
+        command.arg("-ccbin").arg(compiler);
+    }
+    command.arg(source).arg("-o").arg(out.join(format!("{}.fatbin", stem(source))));
+    let output = command.output().unwrap_or_else(|error| {
+        panic!("cannot run {}: {error}; kernels/toolchain/install fetches nvcc", nvcc.display())
+    });
+    if !output.status.success() {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        panic!("nvcc failed on {}\n{}{}", source.display(), text(&output.stdout), text(&output.stderr));
+    }
+}

@@ -1,0 +1,93 @@
+// What every kernel stands on: storage types with f32 arithmetic, sums over a warp and a block.
+//
+// One source, two compilers: nvcc makes the fatbins, g++ with -DCUDA_EMU the host build that tests run
+// (kernels/emulator). A kernel is called {file}_{name}_{f32|bf16} and is launched by the operation of the same name in
+// src/ops; its parameters are pointers, int (32 bits), unsigned long long and float only.
+#pragma once
+#ifdef CUDA_EMU
+#include "emulator/emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <stdint.h>
+#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define SHARED_DYN(T, name)                                          \
+    extern __shared__ __align__(16) unsigned char shared_dynamic[]; \
+    T* name = reinterpret_cast<T*>(shared_dynamic)
+#endif
+
+typedef __nv_bfloat16 bf16;
+
+template <typename T> __device__ __forceinline__ T narrow(float x);
+template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
+
+// Eight neighbouring values, moved by 16-byte accesses: the address must be a multiple of 16 bytes.
+template <typename T> struct Eight;
+template <> struct Eight<float> {
+    float v[8];
+    __device__ __forceinline__ void load(const float* from) {
+        const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    }
+    __device__ __forceinline__ void store(float* to) const {
+        reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+};
+template <> struct Eight<bf16> {
+    float v[8];
+    __device__ __forceinline__ void load(const bf16* from) {
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            v[2 * i] = __uint_as_float(words[i] << 16);
+            v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
+    }
+    __device__ __forceinline__ void store(bf16* to) const {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t low = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * i]));
+            const uint32_t high = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * i + 1]));
+            words[i] = low | (high << 16);
+        }
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+// Sum over the block, in a fixed order; every thread gets it. blockDim.x is a multiple of 32, at most 1024.
+__device__ __forceinline__ float block_sum(float x) {
+    SHARED_ARRAY(float, parts, 32);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    x = warp_sum(x);
+    __syncthreads();  // parts may still be read from an earlier call
+    if (lane == 0) parts[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < (int)(blockDim.x >> 5) ? parts[lane] : 0.f);
+}
+
+__device__ __forceinline__ float block_max(float x) {
+    SHARED_ARRAY(float, parts, 32);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) parts[warp] = x;
+    __syncthreads();
+    return warp_max(lane < (int)(blockDim.x >> 5) ? parts[lane] : -INFINITY);
+}

@@ -1,0 +1,90 @@
+// Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block a row; the twin of src/ops/rms_norm.rs.
+// Neighbouring values go by 16 bytes where the width is a multiple of eight, which every real model's is.
+#include "common.cuh"
+
+template <typename T>
+__device__ __forceinline__ float reciprocal_rms(const T* x, int width, float eps) {
+    float sum = 0.f;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            a.load(x + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum += a.v[j] * a.v[j];
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += widen(x[i]) * widen(x[i]);
+    }
+    return 1.f / sqrtf(block_sum(sum) / (float)width + eps);
+}
+
+template <typename T>
+__device__ __forceinline__ void forward(const T* x, const float* w, T* y, int width, float eps) {
+    const uint64_t row = (uint64_t)blockIdx.x * width;
+    const float scale = reciprocal_rms(x + row, width, eps);
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            Eight<float> b;
+            a.load(x + row + i);
+            b.load(w + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] * scale * b.v[j];
+            a.store(y + row + i);
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x)
+            y[row + i] = narrow<T>(widen(x[row + i]) * scale * w[i]);
+    }
+}
+
+// dx += scale * (dy*w - x * scale^2 * mean(dy*w*x)), scale = 1 / rms.
+template <typename T>
+__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, float eps) {
+    const uint64_t row = (uint64_t)blockIdx.x * width;
+    const float scale = reciprocal_rms(x + row, width, eps);
+    float dot = 0.f;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, d;
+            Eight<float> b;
+            a.load(x + row + i);
+            d.load(dy + row + i);
+            b.load(w + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dot += d.v[j] * b.v[j] * a.v[j];
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) dot += widen(dy[row + i]) * w[i] * widen(x[row + i]);
+    }
+    const float pull = scale * scale * scale * block_sum(dot) / (float)width;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, d, to;
+            Eight<float> b;
+            a.load(x + row + i);
+            d.load(dy + row + i);
+            b.load(w + i);
+            to.load(dx + row + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) to.v[j] += d.v[j] * b.v[j] * scale - a.v[j] * pull;
+            to.store(dx + row + i);
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+            const float grown = widen(dy[row + i]) * w[i] * scale - widen(x[row + i]) * pull;
+            dx[row + i] = narrow<T>(widen(dx[row + i]) + grown);
+        }
+    }
+}
+
+#define FOR(T, type)                                                                                                   \
+    extern "C" __global__ void rms_norm_forward_##type(const T* x, const float* w, T* y, int width, float eps) {       \
+        forward<T>(x, w, y, width, eps);                                                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void rms_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,     \
+                                                        float eps) {                                                   \
+        backward<T>(dy, x, w, dx, width, eps);                                                                         \
+    }
+FOR(float, f32)
+FOR(bf16, bf16)

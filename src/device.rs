@@ -1,0 +1,90 @@
+//! Where training runs: the choice of CPU or GPU, and the opened device.
+
+use candle_core::Device;
+
+use crate::fault::{Fault, Kind, Result};
+use crate::report::{Report, Stage};
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The first CUDA device that can train, else the CPU.
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+/// Opens the device. `Auto` says why a GPU that is there is not used.
+pub fn open(choice: Choice, report: &Report) -> Result<Device> {
+    match choice {
+        Choice::Cpu => Ok(Device::Cpu),
+        Choice::Cuda(number) => {
+            let device = cuda(number)?;
+            report.note(Stage::Plan, described(number));
+            Ok(device)
+        }
+        Choice::Auto if !any() => Ok(Device::Cpu),
+        Choice::Auto => match cuda(0) {
+            Ok(device) => {
+                report.note(Stage::Plan, described(0));
+                Ok(device)
+            }
+            Err(fault) => {
+                report.warn(Stage::Plan, format!("training on the CPU: {}", fault.message));
+                Ok(Device::Cpu)
+            }
+        },
+    }
+}
+
+/// Refuses what this binary can never do, without asking the driver.
+pub fn check(choice: Choice) -> Result<()> {
+    match choice {
+        Choice::Cuda(number) if !cfg!(feature = "cuda") => Err(not_built(number)),
+        _ => Ok(()),
+    }
+}
+
+fn not_built(number: usize) -> Fault {
+    Fault::new(Kind::Device, format!("device cuda:{number}: this build of hone trains on the CPU only"))
+        .help("take the CUDA image, build with --features cuda, or leave `device` out")
+}
+
+#[cfg(feature = "cuda")]
+fn any() -> bool {
+    crate::ops::cuda::device::count() > 0
+}
+
+#[cfg(not(feature = "cuda"))]
+fn any() -> bool {
+    false
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(number: usize) -> Result<Device> {
+    crate::ops::cuda::device::open(number)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(number: usize) -> Result<Device> {
+    Err(not_built(number))
+}
+
+#[cfg(feature = "cuda")]
+fn described(number: usize) -> String {
+    match crate::ops::cuda::device::card(number) {
+        Ok(card) => format!(
+            "cuda:{number}: {}, {:.1} GiB, compute capability {}.{}",
+            card.name,
+            card.memory_bytes as f64 / (1u64 << 30) as f64,
+            card.capability.0,
+            card.capability.1
+        ),
+        Err(fault) => fault.message,
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn described(number: usize) -> String {
+    format!("cuda:{number}")
+}

@@ -1,0 +1,180 @@
+//! Facts and a level -> work, and work and a machine's rates -> seconds: what choices are compared by.
+//!
+//! A roofline: products at a share of the largest matrix rate, attention at a smaller one, everything else by the
+//! bytes it moves; a GPU's step is never shorter than launching it. Shares are those of `benches/LOG.md` where
+//! measured, and otherwise assumptions that the plan's table states.
+
+use crate::model::facts::Projection;
+use crate::model::{Keep, Quantization};
+
+use super::{Place, Task};
+
+/// What a machine can do, a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// FLOP/s of large bf16 products (f32 ones where the run computes in f32).
+    pub matrix: f64,
+    /// Bytes/s of copies in the machine's memory.
+    pub copy: f64,
+    /// Bytes/s between device and host.
+    pub link: f64,
+    /// By this machine, or one of its kind; otherwise assumed.
+    pub measured: bool,
+}
+
+/// Of the largest rate, what products of a layer's shapes reach.
+pub const MATRIX_SHARE: f64 = 0.82;
+/// Of the largest matrix rate, what attention's kernels reach.
+pub const ATTENTION_SHARE: f64 = 0.25;
+/// Of the copy rate, what passes over memory reach.
+pub const COPY_SHARE: f64 = 0.85;
+/// Seconds to launch a kernel, and kernels of a layer's forward and backward pass with and without pairs' own.
+const LAUNCH_SECONDS: f64 = 4e-6;
+const LAUNCHES: f64 = 30.0;
+const LAUNCHES_OF_A_PAIR: f64 = 8.0;
+
+/// Work of one kind of thing.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// FLOPs of products.
+    pub matrix: f64,
+    /// FLOPs of attention.
+    pub attention: f64,
+    /// Bytes moved.
+    pub bytes: f64,
+    /// Bytes between device and host.
+    pub linked: f64,
+    pub launches: f64,
+}
+
+impl Work {
+    pub fn seconds(&self, rates: &Rates) -> f64 {
+        let busy = self.matrix / (rates.matrix * MATRIX_SHARE)
+            + self.attention / (rates.matrix * ATTENTION_SHARE)
+            + self.bytes / (rates.copy * COPY_SHARE)
+            + self.linked / rates.link;
+        busy.max(self.launches * LAUNCH_SECONDS)
+    }
+
+    pub fn flops(&self) -> f64 {
+        self.matrix + self.attention
+    }
+}
+
+impl std::ops::Add for Work {
+    type Output = Work;
+    fn add(self, other: Work) -> Work {
+        Work {
+            matrix: self.matrix + other.matrix,
+            attention: self.attention + other.attention,
+            bytes: self.bytes + other.bytes,
+            linked: self.linked + other.linked,
+            launches: self.launches + other.launches,
+        }
+    }
+}
+
+impl std::iter::Sum for Work {
+    fn sum<I: Iterator<Item = Work>>(list: I) -> Work {
+        list.fold(Work::default(), |sum, work| sum + work)
+    }
+}
+
+/// Counts the work of passes of `tokens` tokens, in examples of `example` tokens.
+pub(super) struct Counter<'a> {
+    pub task: &'a Task,
+    pub place: Place,
+    pub tokens: usize,
+}
+
+impl Counter<'_> {
+    /// Forward and backward of a layer that keeps everything. `trained`: it lies above the lowest adapted layer, so
+    /// that gradients pass through it.
+    pub fn layer(&self, layer: usize, trained: bool) -> Work {
+        let facts = &self.task.facts;
+        let forward: Work = facts.projections().map(|p| self.product(p)).sum();
+        let forward = forward + self.attention(1.0);
+        let pairs = self.task.sites.iter().filter(|site| site.layer == layer);
+        let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
+        let backward: Work = facts.projections().map(|p| self.product(p)).sum();
+        let backward = backward + self.attention(2.5) + pairs;
+        // In widths: two norms, two sums and rope forward, twice that and more backward; gate and up's product.
+        let tokens = self.tokens as f64 * self.element();
+        let (wide, inner) = (facts.width as f64, facts.down.cols as f64);
+        let turned = (2 * (facts.heads.query + facts.heads.key) * facts.heads.width) as f64;
+        let bytes = |norms: f64, gates: f64| tokens * (norms * wide + gates * inner + turned);
+        let forward = forward + Work { bytes: bytes(6.0, 3.0), launches: LAUNCHES, ..Work::default() };
+        let backward =
+            backward + Work { bytes: bytes(12.0, 8.0), launches: 2.0 * LAUNCHES, ..Work::default() };
+        if trained { forward + backward } else { forward }
+    }
+
+    /// What a level makes the backward pass do once more.
+    pub fn again(&self, keep: Keep) -> Work {
+        let facts = &self.task.facts;
+        let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
+        let steps = [
+            Work::default(),
+            products(&facts.gate_up),
+            products(&facts.query_key_value),
+            products(std::slice::from_ref(&facts.output)) + self.attention(1.0),
+            Work { linked: 2.0 * self.tokens as f64 * facts.width as f64 * self.element(), ..Work::default() },
+        ];
+        let depth = Keep::ALL.iter().position(|level| *level == keep).expect("a level");
+        steps[..=depth].iter().copied().sum()
+    }
+
+    /// The output head over supervised rows (all of them, at most): loss and gradient.
+    pub fn head(&self) -> Work {
+        let values = (self.task.facts.vocab * self.task.facts.width) as f64;
+        let logits = (self.tokens * self.task.facts.vocab) as f64 * self.element();
+        Work {
+            matrix: 4.0 * values * self.tokens as f64,
+            bytes: 4.0 * logits,
+            launches: LAUNCHES,
+            ..Work::default()
+        }
+    }
+
+    /// The optimizer: seven f32 passes over the adapter.
+    pub fn update(&self) -> Work {
+        let parameters: usize = self.task.sites.iter().map(|site| site.parameters()).sum();
+        Work { bytes: 28.0 * parameters as f64, launches: 6.0, ..Work::default() }
+    }
+
+    /// One product with a frozen weight, which a GPU expands before it; the CPU does while it packs panels.
+    fn product(&self, projection: &Projection) -> Work {
+        let values = (projection.rows * projection.cols) as f64;
+        let expand = match (self.place, self.task.quantization) {
+            (Place::Gpu, Quantization::FourBit { .. }) => values * (0.52 + self.element()),
+            _ => 0.0,
+        };
+        Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
+    }
+
+    /// A pair forward and backward: six skinny products, each a pass over its wide operand.
+    fn pair(&self, rank: usize, projection: &Projection) -> Work {
+        let (tokens, around) = (self.tokens as f64, (projection.rows + projection.cols) as f64);
+        Work {
+            matrix: 6.0 * rank as f64 * around * tokens,
+            bytes: 4.0 * around * tokens * self.element(),
+            launches: LAUNCHES_OF_A_PAIR,
+            ..Work::default()
+        }
+    }
+
+    /// Causal: half of all pairs of rows, at most a window's worth.
+    fn attention(&self, times: f64) -> Work {
+        let heads = &self.task.facts.heads;
+        let example = self.task.example_tokens.min(self.tokens).max(1) as f64;
+        let seen = heads.window.map_or(example / 2.0, |window| (example / 2.0).min(window as f64));
+        let flops = 4.0 * self.tokens as f64 * seen * (heads.query * heads.width) as f64;
+        let columns = (heads.columns() + heads.query * heads.width) as f64;
+        let bytes = times * self.tokens as f64 * columns * self.element();
+        Work { attention: times * flops, bytes, ..Work::default() }
+    }
+
+    fn element(&self) -> f64 {
+        self.task.activation_bytes(self.place) as f64
+    }
+}

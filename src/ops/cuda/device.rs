@@ -1,0 +1,151 @@
+//! Opening a GPU for training, and why one cannot be used.
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+use candle_core::{CudaDevice, Device, Result as TensorResult};
+
+use crate::fault::{Fault, Kind, Result};
+
+/// CUDA 13 kernels and libraries need the driver of CUDA 13: 580 and later.
+const DRIVER_MIN: i32 = 13_000;
+/// bf16 arithmetic and tensor cores for it begin with Ampere.
+const CAPABILITY_MIN: (i32, i32) = (8, 0);
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Card {
+    pub name: String,
+    pub capability: (i32, i32),
+    pub processors: usize,
+    pub memory_bytes: usize,
+    pub free_bytes: usize,
+}
+
+/// How many GPUs the driver shows; 0 without a driver.
+pub fn count() -> usize {
+    match result::init().and_then(|()| result::device::get_count()) {
+        Ok(count) => count.max(0) as usize,
+        Err(_) => 0,
+    }
+}
+
+/// Opens GPU `number`: one stream of its own, no events for each tensor, freed memory kept for the next tensor.
+pub fn open(number: usize) -> Result<Device> {
+    usable(number)?;
+    let failed = |error: candle_core::Error| {
+        Fault::new(Kind::Device, format!("cuda:{number}: {error}"))
+            .help("hone needs the CUDA 13 libraries libcublas, libcublasLt and libcurand: name their folders in HONE_CUDA_LIBS")
+    };
+    let device = Device::new_cuda_with_stream(number).map_err(failed)?;
+    let cuda = device.as_cuda_device().map_err(failed)?;
+    // SAFETY: this process uses the one stream only, so that the order of launches is the order of uses.
+    unsafe { cuda.disable_event_tracking() };
+    keep_freed_memory(cuda).map_err(failed)?;
+    Ok(device)
+}
+
+/// Says no where a GPU is missing, too old or its driver is.
+fn usable(number: usize) -> Result<()> {
+    let refuse = |message: String, help: &str| Err(Fault::new(Kind::Device, message).help(help.to_owned()));
+    if let Err(error) = result::init() {
+        return refuse(
+            format!("cuda:{number}: no NVIDIA driver answers ({error})"),
+            "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or say device: cpu",
+        );
+    }
+    let mut driver = 0;
+    // SAFETY: a place to write one number.
+    unsafe { sys::cuDriverGetVersion(&mut driver) };
+    if driver < DRIVER_MIN {
+        let version = |number: i32| format!("{}.{}", number / 1000, number % 1000 / 10);
+        return refuse(
+            format!(
+                "cuda:{number}: the driver is for CUDA {}, expected {} or later",
+                version(driver),
+                version(DRIVER_MIN)
+            ),
+            "install NVIDIA driver 580 or later, or say device: cpu",
+        );
+    }
+    let count = count();
+    if number >= count {
+        return refuse(
+            format!("cuda:{number}: the driver shows {count} GPUs"),
+            "choose a number below that; CUDA_VISIBLE_DEVICES hides the others",
+        );
+    }
+    let capability = card(number)?.capability;
+    if capability < CAPABILITY_MIN {
+        return refuse(
+            format!(
+                "cuda:{number}: compute capability {}.{} has no bf16, expected 8.0 or later",
+                capability.0, capability.1
+            ),
+            "take an A10, A100, L4, L40S, H100, H200 or newer GPU, or say device: cpu",
+        );
+    }
+    Ok(())
+}
+
+/// Asks the driver what GPU `number` is.
+pub fn card(number: usize) -> Result<Card> {
+    let read = || -> TensorResult<Card> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        result::init().w()?;
+        let device = result::device::get(number as i32).w()?;
+        // SAFETY: a device number the driver just gave.
+        let attribute = |which| unsafe { result::device::get_attribute(device, which) }.w();
+        let capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        // SAFETY: as above.
+        let memory_bytes = unsafe { result::device::total_mem(device) }.w()?;
+        let name = result::device::get_name(device).w()?;
+        Ok(Card { name, capability, processors, memory_bytes, free_bytes: memory_bytes })
+    };
+    read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
+}
+
+/// Bytes free on an opened device, and all there are.
+pub fn memory(device: &CudaDevice) -> TensorResult<(usize, usize)> {
+    device.cuda_stream().context().bind_to_thread().w()?;
+    result::mem_get_info().w()
+}
+
+/// Bytes of the pool in use now and at most since `reset_peak`.
+pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
+    use sys::CUmemPool_attribute_enum as Attribute;
+    let pool = default_pool(device)?;
+    let read = |which| -> TensorResult<usize> {
+        let mut value = 0u64;
+        // SAFETY: these attributes are 64-bit numbers.
+        unsafe { result::mem_pool::get_attribute(pool, which, (&raw mut value).cast()) }.w()?;
+        Ok(value as usize)
+    };
+    Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
+}
+
+/// Counts the peak anew.
+pub fn reset_peak(device: &CudaDevice) -> TensorResult<()> {
+    set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
+}
+
+/// By default the pool gives its memory back at every synchronisation and the next step maps it again, which stalls.
+fn keep_freed_memory(device: &CudaDevice) -> TensorResult<()> {
+    set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
+}
+
+fn set(device: &CudaDevice, attribute: sys::CUmemPool_attribute, mut value: u64) -> TensorResult<()> {
+    let pool = default_pool(device)?;
+    // SAFETY: the attribute is a 64-bit number.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) }.w()
+}
+
+fn default_pool(device: &CudaDevice) -> TensorResult<sys::CUmemoryPool> {
+    let context = device.cuda_stream().context().clone();
+    context.bind_to_thread().w()?;
+    // SAFETY: the device belongs to the context.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.w()
+}

@@ -1,0 +1,74 @@
+//! The border between tensors and kernels on a GPU: the device, launches, cuBLAS products.
+//!
+//! Every operation begins with the question where its tensors lie; on a GPU it launches kernels of its own file name
+//! (`kernels/rms_norm.cu` for `ops/rms_norm.rs`). All work of a process goes to one stream of one device, in the order
+//! in which it is asked for: nothing here waits for the GPU except what says so.
+
+pub mod device;
+pub mod launch;
+pub mod product;
+
+pub use launch::Launch;
+
+use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+
+/// The CUDA device a tensor lies on.
+pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device),
+        other => bail!("expected a tensor on a GPU, found {:?}", other.location()),
+    }
+}
+
+/// The address of a contiguous tensor's element `at`. It stays valid as long as the tensor: memory is given back in the
+/// order of the stream, after every launch that was asked for before.
+pub fn address(tensor: &Tensor, at: usize) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((from, to)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
+    if at > to - from {
+        bail!("element {at} of {}", to - from);
+    }
+    let Storage::Cuda(storage) = &*storage else { bail!("expected a tensor on a GPU") };
+    let base = base_address(storage)?;
+    Ok(base + ((from + at) * tensor.dtype().size_in_bytes()) as u64)
+}
+
+fn base_address(storage: &CudaStorage) -> Result<u64> {
+    let stream = storage.device.cuda_stream();
+    // The guard that comes with an address would record events, which are switched off.
+    macro_rules! of {
+        ($($kind:ident),*) => {
+            match &storage.slice {
+                $(CudaStorageSlice::$kind(slice) => slice.device_ptr(&stream).0,)*
+                _ => bail!("no kernel takes this type"),
+            }
+        };
+    }
+    Ok(of!(U8, U32, I64, BF16, F32, F64))
+}
+
+/// A host slice on the device, [its length]. Up to 64 KiB the driver copies it at once and the host goes on.
+pub fn upload<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
+    Tensor::from_slice(values, values.len(), device)
+}
+
+/// A tensor's elements on the host. Waits for the stream.
+pub fn download<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
+    tensor.flatten_all()?.to_vec1()
+}
+
+/// Waits until the device has done all that was asked for.
+pub fn synchronize(device: &CudaDevice) -> Result<()> {
+    device.cuda_stream().synchronize().w()
+}
+
+/// The suffix of kernels for a storage type.
+pub fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::BF16 => Ok("bf16"),
+        other => bail!("no {other:?} arithmetic on a GPU: expected f32 or bf16"),
+    }
+}

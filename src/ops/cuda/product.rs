@@ -1,0 +1,102 @@
+//! Matrix products by cuBLAS: rows-first matrices inside tensors, f32 or bf16 in, f32 sums.
+
+use std::ffi::c_void;
+
+use candle_core::cuda_backend::cudarc::cublas::{result, sys};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// A matrix inside a tensor: element (i, j) is at `at + i * stride + j`, or, transposed, at `at + j * stride + i`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    pub tensor: &'a Tensor,
+    pub at: usize,
+    pub stride: usize,
+    pub transposed: bool,
+}
+
+impl<'a> Matrix<'a> {
+    pub fn rows(tensor: &'a Tensor, at: usize, stride: usize) -> Matrix<'a> {
+        Matrix { tensor, at, stride, transposed: false }
+    }
+
+    pub fn transposed(self) -> Matrix<'a> {
+        Matrix { transposed: !self.transposed, ..self }
+    }
+}
+
+/// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`. a and b are of one type, f32 or bf16; c is of the same or f32.
+pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
+    assert!(!c.transposed, "the result lies row by row");
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let device = super::device(c.tensor)?;
+    let (input, output) = (data_type(a.tensor)?, data_type(c.tensor)?);
+    if data_type(b.tensor)? != input {
+        bail!("a product of {:?} with {:?}", a.tensor.dtype(), b.tensor.dtype());
+    }
+    reach(a, m, k)?;
+    reach(b, k, n)?;
+    reach(c, m, n)?;
+    let (alpha, beta) = (alpha as f32, beta as f32);
+    let operation = |matrix: Matrix| match matrix.transposed {
+        false => sys::cublasOperation_t::CUBLAS_OP_N,
+        true => sys::cublasOperation_t::CUBLAS_OP_T,
+    };
+    let pointer = |matrix: Matrix| {
+        Ok::<_, candle_core::Error>(super::address(matrix.tensor, matrix.at)? as *mut c_void)
+    };
+    let blas = device.cublas_handle();
+    // cuBLAS counts columns first, so it is asked for the transposed product: c^T = b^T a^T.
+    // SAFETY: `reach` has bounded every element of the three matrices; the handle's stream is the device's.
+    unsafe {
+        result::gemm_ex(
+            *blas.handle(),
+            operation(b),
+            operation(a),
+            n as i32,
+            m as i32,
+            k as i32,
+            (&raw const alpha).cast(),
+            pointer(b)?,
+            input,
+            b.stride as i32,
+            pointer(a)?,
+            input,
+            a.stride as i32,
+            (&raw const beta).cast(),
+            pointer(c)?,
+            output,
+            c.stride as i32,
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .map_err(|error| candle_core::Error::Msg(format!("cuBLAS, product {m} x {n} x {k}: {error:?}")))
+}
+
+fn data_type(tensor: &Tensor) -> Result<sys::cudaDataType> {
+    match tensor.dtype() {
+        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
+        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
+        other => bail!("no product of {other:?} on a GPU"),
+    }
+}
+
+/// Refuses a matrix that reaches beyond its tensor.
+fn reach(matrix: Matrix, rows: usize, cols: usize) -> Result<()> {
+    let (rows, cols) = if matrix.transposed { (cols, rows) } else { (rows, cols) };
+    let end = matrix.at + rows.saturating_sub(1) * matrix.stride + cols;
+    match cols <= matrix.stride
+        && (rows == 0 || end <= matrix.tensor.elem_count())
+        && matrix.stride <= i32::MAX as usize
+    {
+        true => Ok(()),
+        false => bail!(
+            "a matrix {rows} x {cols} at {} in rows of {} of a tensor {:?}",
+            matrix.at,
+            matrix.stride,
+            matrix.tensor.dims()
+        ),
+    }
+}
