@@ -6,11 +6,13 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use hone::ops::attention::{self, Heads};
+use hone::ops::activation::{Activation, Function};
+use hone::ops::attention::{self, Heads, Layout};
+use hone::ops::cross_entropy::Head;
 use hone::ops::four_bit::{Code, FourBit};
 use hone::ops::matmul::{self, Precision, Weight};
 use hone::ops::rope::{self, Angles, Direction};
-use hone::ops::{adamw, cross_entropy, rms_norm, swiglu};
+use hone::ops::{activation, adamw, cross_entropy, rms_norm};
 
 const ROWS: usize = 2048;
 const WIDTH: usize = 768;
@@ -26,7 +28,16 @@ fn main() -> Result<()> {
     hone::machine::keep_freed_memory();
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let heads = Heads { query: 12, key: 4, width: 64, scale: 0.125, window: None };
+    let heads = Heads {
+        query: 12,
+        key: 4,
+        width: 64,
+        scale: 0.125,
+        window: None,
+        softcap: None,
+        layout: Layout::Blocked,
+    };
+    let swiglu = Activation { function: Function::Silu, gated: true };
     let examples: Vec<_> = (0..4).map(|i| i * 512..(i + 1) * 512).collect();
     let (x, norm, d) = (random(ROWS, WIDTH)?, random(1, WIDTH)?.flatten_all()?, random(ROWS, WIDTH)?);
     let dy = random(ROWS, WIDTH)?;
@@ -37,7 +48,7 @@ fn main() -> Result<()> {
     let values = random(INNER, WIDTH)?.flatten_all()?.to_vec1::<f32>()?;
     let four_bit = Weight::FourBit(FourBit::quantize(&values, INNER, WIDTH, Code::Nf4, true)?);
     let (a, b) = (Weight::Dense(random(8, WIDTH)?), Weight::Dense(random(INNER, 8)?));
-    let head = Weight::Dense(random(VOCAB, WIDTH)?.to_dtype(DType::BF16)?);
+    let head = Head::plain(Weight::Dense(random(VOCAB, WIDTH)?.to_dtype(DType::BF16)?));
     let targets: Vec<u32> = (0..ROWS as u32).map(|i| i * 3 % VOCAB as u32).collect();
     let y = Tensor::zeros((ROWS, INNER), DType::F32, &Device::Cpu)?;
     let down = Tensor::zeros((ROWS, 8), DType::F32, &Device::Cpu)?;
@@ -68,9 +79,9 @@ fn main() -> Result<()> {
     run("rms_norm backward", "GB/s", megabytes(4 * ROWS * WIDTH), &|| {
         rms_norm::backward(&dy, &x, &norm, 1e-5, &d)
     })?;
-    run("swiglu", "GB/s", megabytes(3 * ROWS * INNER), &|| swiglu::forward(&gate_up).map(drop))?;
+    run("swiglu", "GB/s", megabytes(3 * ROWS * INNER), &|| activation::forward(&gate_up, swiglu).map(drop))?;
     run("swiglu backward", "GB/s", megabytes(5 * ROWS * INNER), &|| {
-        swiglu::backward(&d_inner, &gate_up).map(drop)
+        activation::backward(&d_inner, &gate_up, swiglu).map(drop)
     })?;
     run("rope", "GB/s", megabytes(2 * ROWS * 16 * 64), &|| {
         rope::rotate(&qkv, 16, 64, &angles, Direction::Forward)

@@ -52,6 +52,11 @@ impl Config {
         self.json.get(key).is_some_and(|value| !value.is_null())
     }
 
+    /// Whether the key is there, be it null.
+    pub fn says(&self, key: &str) -> bool {
+        self.json.contains_key(key)
+    }
+
     pub fn integer(&self, key: &str) -> Result<usize> {
         self.integer_or_none(key)?.ok_or_else(|| self.missing(key, "a whole number"))
     }
@@ -62,6 +67,12 @@ impl Config {
         })
     }
 
+    /// A whole number that may be 0.
+    pub fn whole_or(&self, key: &str, absent: usize) -> Result<usize> {
+        let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+        Ok(self.get(key, "a whole number", whole)?.unwrap_or(absent))
+    }
+
     pub fn number(&self, key: &str) -> Result<f64> {
         self.number_or_none(key)?.ok_or_else(|| self.missing(key, "a number"))
     }
@@ -70,9 +81,18 @@ impl Config {
         self.get(key, "a number", |value| value.as_f64().filter(|n| n.is_finite()))
     }
 
+    /// `absent` where the key is not there, `None` where it is null.
+    pub fn number_unless_null(&self, key: &str, absent: f64) -> Result<Option<f64>> {
+        if self.says(key) { self.number_or_none(key) } else { Ok(Some(absent)) }
+    }
+
     /// An absent flag is false.
     pub fn flag(&self, key: &str) -> Result<bool> {
-        Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(false))
+        self.flag_or(key, false)
+    }
+
+    pub fn flag_or(&self, key: &str, absent: bool) -> Result<bool> {
+        Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(absent))
     }
 
     pub fn text(&self, key: &str) -> Result<Option<String>> {
@@ -82,6 +102,12 @@ impl Config {
     pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
         let list = |value: &Value| value.as_array()?.iter().map(Value::as_f64).collect();
         self.get(key, "a list of numbers", list)?.ok_or_else(|| self.missing(key, "a list of numbers"))
+    }
+
+    pub fn texts_or_none(&self, key: &str) -> Result<Option<Vec<String>>> {
+        let list =
+            |value: &Value| value.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect();
+        self.get(key, "a list of texts", list)
     }
 
     /// A fault about a key's value.

@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::ops::matmul::{Precision, Weight};
+use crate::ops::cross_entropy::{self, Head};
+use crate::ops::matmul::Precision;
 use crate::ops::rope::Angles;
-use crate::ops::{cross_entropy, embedding, rms_norm, rows};
+use crate::ops::{embedding, rows};
 
 use super::Keep;
 use super::batch::Batch;
@@ -12,6 +13,7 @@ use super::facts::Facts;
 use super::layer::{Kept, Layer, Shape};
 use super::linear::Pass;
 use super::lora::Trainable;
+use super::norm::Norm;
 
 /// A frozen base with its adapter.
 pub struct Decoder {
@@ -19,10 +21,9 @@ pub struct Decoder {
     /// [V, C], in the checkpoint's type.
     pub embedding: Tensor,
     pub layers: Vec<Layer>,
-    /// `[C]`
-    pub final_norm: Tensor,
-    /// [V, C]; the embedding itself when tied.
-    pub head: Weight,
+    pub final_norm: Norm,
+    /// Its weight is the embedding itself when tied.
+    pub head: Head,
     pub trainable: Trainable,
     pub precision: Precision,
     /// One level a layer; the result is the same whatever they are.
@@ -60,13 +61,13 @@ impl Decoder {
     /// Sum of the targets' losses, without gradients or dropout.
     pub fn loss(&self, batch: &Batch) -> Result<f64> {
         let hidden = rows::gather(&self.hidden(batch)?, &batch.target_rows)?;
-        let hidden = rms_norm::forward(&hidden, &self.final_norm, self.facts.norm_eps)?;
+        let hidden = self.final_norm.forward(&hidden)?;
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
     }
 
     /// Logits of every row, [T, V]; for tests and generation.
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        let hidden = rms_norm::forward(&self.hidden(batch)?, &self.final_norm, self.facts.norm_eps)?;
+        let hidden = self.final_norm.forward(&self.hidden(batch)?)?;
         cross_entropy::logits(&hidden, &self.head, self.precision)
     }
 
@@ -76,7 +77,7 @@ impl Decoder {
             let attention = layer.query_key_value.iter().chain([&layer.output]);
             attention.chain(&layer.gate_up).chain([&layer.down]).map(|linear| linear.weight.bytes()).sum()
         };
-        let head = if self.facts.tied_head { 0 } else { self.head.bytes() };
+        let head = if self.facts.tied_head { 0 } else { self.head.weight.bytes() };
         let embedding = self.embedding.elem_count() * self.embedding.dtype().size_in_bytes();
         embedding + head + self.layers.iter().map(linear).sum::<usize>()
     }
@@ -90,35 +91,59 @@ impl Decoder {
     }
 
     fn embed(&self, batch: &Batch) -> Result<Tensor> {
-        embedding::forward(&self.embedding, &batch.ids, self.dtype)
+        let x = embedding::forward(&self.embedding, &batch.ids, self.dtype)?;
+        match self.embedding_factor() {
+            1.0 => Ok(x),
+            factor => x * factor,
+        }
     }
 
-    fn angles(&self, batch: &Batch) -> Result<Angles> {
+    /// The factor on the embeddings, rounded as the reference rounds it.
+    pub(super) fn embedding_factor(&self) -> f64 {
+        let scale = &self.facts.embedding_scale;
+        match (scale.rounded, self.precision) {
+            (false, _) => scale.factor,
+            (true, Precision::F32) => scale.factor as f32 as f64,
+            (true, Precision::Bf16) => half::bf16::from_f64(scale.factor).to_f64(),
+        }
+    }
+
+    /// Of each rope, where the embedding lies; each row once for each of the heads' runs.
+    fn angles(&self, batch: &Batch) -> Result<Vec<Angles>> {
         let (positions, lengths) = batch.positions();
         // Angles are as wide as the arithmetic, f32 even beside bf16 activations.
         let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        self.facts.rope.angles(&positions, &lengths, wide, self.embedding.device())
+        let (runs, _) = self.facts.heads().turning();
+        let repeated = |table: Tensor| -> Result<Tensor> {
+            let (rows, half) = table.dims2()?;
+            let table = table.unsqueeze(1)?.expand((rows, runs, half))?;
+            table.contiguous()?.reshape((rows * runs, half))?.to_device(self.embedding.device())
+        };
+        let angles = self.facts.ropes.iter().map(|rope| {
+            let Angles { cos, sin } = rope.angles(&positions, &lengths, wide)?;
+            Ok(Angles { cos: repeated(cos)?, sin: repeated(sin)? })
+        });
+        angles.collect()
     }
 
     fn shape<'a>(
         &self,
-        angles: &'a Angles,
+        angles: &'a [Angles],
         examples: &'a [std::ops::Range<usize>],
         dropout_keys: Option<&'a [u64]>,
     ) -> Shape<'a> {
-        let pass = Pass { precision: self.precision, dropout_keys };
-        Shape { heads: self.facts.heads, norm_eps: self.facts.norm_eps, angles, examples, pass }
+        Shape { angles, examples, pass: Pass { precision: self.precision, dropout_keys } }
     }
 
     /// The loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
     fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(f64, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
-        let hidden = rms_norm::forward(&x_rows, &self.final_norm, self.facts.norm_eps)?;
+        let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
         let (loss, d_hidden) =
             cross_entropy::forward_backward(&hidden, &self.head, targets, scale, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
-        rms_norm::backward(&d_hidden, &x_rows, &self.final_norm, self.facts.norm_eps, &d_rows)?;
+        self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
         Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
     }
 }

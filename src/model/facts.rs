@@ -1,5 +1,6 @@
 //! What a decoder is, in facts: the families read them from `config.json`, the layers are built by them.
 
+use crate::ops::activation::Activation;
 use crate::ops::attention::Heads;
 
 use super::rope::Rope;
@@ -15,31 +16,100 @@ pub struct Projection {
     pub bias: bool,
 }
 
-/// Names of tensors outside and inside the layers.
+/// Names of tensors outside and inside the layers. Norms are named without `.weight`; a norm without a name is
+/// not there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Names {
     pub embedding: &'static str,
     pub final_norm: &'static str,
+    /// The module; its tensors are `.weight` and, with a bias, `.bias`.
     pub head: &'static str,
     /// `model.layers`: layer i is `{layers}.{i}`.
     pub layers: &'static str,
-    pub attention_norm: &'static str,
-    pub feed_forward_norm: &'static str,
+    /// Before attention and after it.
+    pub attention_norm: Option<&'static str>,
+    pub attention_post_norm: Option<&'static str>,
+    /// Before the feed-forward and after it. In a parallel layer it may be the attention's.
+    pub feed_forward_norm: Option<&'static str>,
+    pub feed_forward_post_norm: Option<&'static str>,
 }
 
 impl Names {
     /// What Llama's checkpoints call them, and most families after it.
     pub const LLAMA: Names = Names {
         embedding: "model.embed_tokens.weight",
-        final_norm: "model.norm.weight",
-        head: "lm_head.weight",
+        final_norm: "model.norm",
+        head: "lm_head",
         layers: "model.layers",
-        attention_norm: "input_layernorm.weight",
-        feed_forward_norm: "post_attention_layernorm.weight",
+        attention_norm: Some("input_layernorm"),
+        attention_post_norm: None,
+        feed_forward_norm: Some("post_attention_layernorm"),
+        feed_forward_post_norm: None,
     };
+
+    fn layer_norms(&self) -> impl Iterator<Item = &'static str> {
+        let shared = self.feed_forward_norm == self.attention_norm;
+        let before = if shared { None } else { self.feed_forward_norm };
+        [self.attention_norm, self.attention_post_norm, before, self.feed_forward_post_norm]
+            .into_iter()
+            .flatten()
+    }
 }
 
-/// A pre-norm decoder with rotary positions and a gated feed-forward.
+/// The norms over the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormKind {
+    pub form: NormForm,
+    pub eps: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormForm {
+    Rms,
+    /// The stored weight is the factor minus one (Gemma).
+    RmsPlusOne,
+    /// Mean removed, with a bias.
+    Layer,
+}
+
+/// Norms of queries and keys, of the residual norms' form and eps, before rope.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadNorm {
+    pub query: &'static str,
+    pub key: &'static str,
+    pub over: Over,
+}
+
+/// What is normalised together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Each head, all with one weight [D].
+    Head,
+    /// The whole projection, weights [H * D] and [K * D] (OLMo 2).
+    Projection,
+}
+
+/// One layer's attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    pub heads: Heads,
+    /// Which of `Facts::ropes` turns queries and keys; `None`: no positions.
+    pub rope: Option<usize>,
+}
+
+/// A factor on the embeddings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingScale {
+    pub factor: f64,
+    /// Gemma's factor is a tensor, rounded to the type the model computes in.
+    pub rounded: bool,
+}
+
+impl EmbeddingScale {
+    pub const NONE: EmbeddingScale = EmbeddingScale { factor: 1.0, rounded: false };
+}
+
+/// A decoder of layers with residual attention and feed-forward.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
     /// `model_type`.
@@ -50,23 +120,51 @@ pub struct Facts {
     pub width: usize,
     pub layers: usize,
     pub feed_forward: usize,
-    pub norm_eps: f64,
-    pub heads: Heads,
-    pub rope: Rope,
-    /// Together [T, (H + 2K) * D]: one fused projection or three.
+    pub norm: NormKind,
+    /// One for each layer, all of the same widths.
+    pub attention: Vec<Attention>,
+    pub ropes: Vec<Rope>,
+    pub head_norm: Option<HeadNorm>,
+    /// Together [T, (H + 2K) * D] in the heads' layout: one fused projection or three.
     pub query_key_value: Vec<Projection>,
     pub output: Projection,
-    /// Together [T, 2F]: gate, then up; one fused projection or two.
+    /// Together the activation's input: [T, 2F], gate then up, or [T, F].
     pub gate_up: Vec<Projection>,
+    pub activation: Activation,
     pub down: Projection,
+    /// The feed-forward reads the layer's input, not attention's sum.
+    pub parallel: bool,
+    /// Factor on what attention and feed-forward add to the stream (Granite).
+    pub residual_scale: f64,
+    pub embedding_scale: EmbeddingScale,
     /// The output head is the embedding.
     pub tied_head: bool,
+    pub head_bias: bool,
+    /// Factor on the logits (Granite), and their soft cap (Gemma 2).
+    pub logits_scale: f64,
+    pub logits_softcap: Option<f64>,
     /// Longest sequence the model was made for.
     pub positions_max: usize,
     pub names: Names,
     /// Names of split projections that people write for fused ones (KAITO's defaults for phi-3), and the
     /// module that holds them.
     pub aliases: &'static [(&'static str, &'static str)],
+}
+
+/// A tensor of the checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub role: Role,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Embedding,
+    Matrix,
+    NormWeight,
+    Bias,
 }
 
 impl Facts {
@@ -76,16 +174,83 @@ impl Facts {
         attention.chain(&self.gate_up).chain([&self.down])
     }
 
-    /// `model.layers.3.self_attn.q_proj`
+    /// `model.layers.3.self_attn.q_proj`, of a projection or a norm.
     pub fn path(&self, layer: usize, projection: &Projection) -> String {
-        format!("{}.{layer}.{}", self.names.layers, projection.path)
+        self.inside(layer, projection.path)
+    }
+
+    /// `model.layers.3.{path}`
+    pub fn inside(&self, layer: usize, path: &str) -> String {
+        format!("{}.{layer}.{path}", self.names.layers)
+    }
+
+    /// Heads of every layer; only their windows differ.
+    pub fn heads(&self) -> &Heads {
+        &self.attention[0].heads
+    }
+
+    /// Widths of the query and the key norm's weights.
+    pub fn head_norm_widths(&self, norm: &HeadNorm) -> (usize, usize) {
+        let heads = self.heads();
+        match norm.over {
+            Over::Head => (heads.width, heads.width),
+            Over::Projection => (heads.query * heads.width, heads.key * heads.width),
+        }
+    }
+
+    /// Every tensor the decoder reads, in the order of computation; a tied head is the embedding.
+    pub fn tensors(&self) -> Vec<Stored> {
+        let matrix = [self.vocab, self.width];
+        let mut list = vec![Stored::new(self.names.embedding, &matrix, Role::Embedding)];
+        for layer in 0..self.layers {
+            self.layer_tensors(layer, &mut list);
+        }
+        self.norm_tensors(self.names.final_norm, &mut list);
+        if !self.tied_head {
+            list.push(Stored::new(format!("{}.weight", self.names.head), &matrix, Role::Matrix));
+        }
+        if self.head_bias {
+            list.push(Stored::new(format!("{}.bias", self.names.head), &[self.vocab], Role::Bias));
+        }
+        list
     }
 
     /// Parameters of the base, the shared head counted once.
     pub fn parameters(&self) -> usize {
-        let bias = |p: &Projection| if p.bias { p.rows } else { 0 };
-        let linear: usize = self.projections().map(|p| p.rows * p.cols + bias(p)).sum();
-        let ends = if self.tied_head { 1 } else { 2 };
-        self.layers * (linear + 2 * self.width) + self.width + ends * self.vocab * self.width
+        self.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum()
+    }
+
+    fn layer_tensors(&self, layer: usize, list: &mut Vec<Stored>) {
+        for norm in self.names.layer_norms() {
+            self.norm_tensors(&self.inside(layer, norm), list);
+        }
+        if let Some(norm) = &self.head_norm {
+            let (query, key) = self.head_norm_widths(norm);
+            for (name, width) in [(norm.query, query), (norm.key, key)] {
+                let name = format!("{}.weight", self.inside(layer, name));
+                list.push(Stored::new(name, &[width], Role::NormWeight));
+            }
+        }
+        for projection in self.projections() {
+            let path = self.path(layer, projection);
+            let shape = [projection.rows, projection.cols];
+            list.push(Stored::new(format!("{path}.weight"), &shape, Role::Matrix));
+            if projection.bias {
+                list.push(Stored::new(format!("{path}.bias"), &[projection.rows], Role::Bias));
+            }
+        }
+    }
+
+    fn norm_tensors(&self, path: &str, list: &mut Vec<Stored>) {
+        list.push(Stored::new(format!("{path}.weight"), &[self.width], Role::NormWeight));
+        if self.norm.form == NormForm::Layer {
+            list.push(Stored::new(format!("{path}.bias"), &[self.width], Role::Bias));
+        }
+    }
+}
+
+impl Stored {
+    fn new(name: impl Into<String>, shape: &[usize], role: Role) -> Stored {
+        Stored { name: name.into(), shape: shape.to_vec(), role }
     }
 }

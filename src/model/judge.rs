@@ -1,6 +1,6 @@
 //! The decoder's hand-written backward pass against candle's autograd of the ops' formulas, and against finite
-//! differences, in f64: every choice of what is kept, grouped heads, biases, fused projections, window, rope
-//! scaling, packing of three examples, odd sizes, 4-bit and dense bases, dropout, a partial adapter.
+//! differences, in f64: every choice of what is kept, every fact of the families, packing of three examples, odd
+//! sizes, 4-bit and dense bases, dropout, a partial adapter.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use serde_json::{Value, json};
@@ -11,11 +11,14 @@ use super::decoder::Decoder;
 use super::facts::Facts;
 use super::layer::Layer;
 use super::linear::{Linear, Lora};
+use super::norm::Norm;
 use super::{
     FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, Targets, family, load, random,
 };
 use crate::ops::matmul::Weight;
-use crate::ops::{attention, cpu, cross_entropy, dropout, judge, rms_norm, rope, swiglu};
+use crate::ops::{
+    activation, attention, cpu, cross_entropy, dropout, head_norm, judge, layer_norm, rms_norm, rope,
+};
 use crate::report::Report;
 
 struct Case {
@@ -42,6 +45,13 @@ fn phi3() -> Value {
     })
 }
 
+fn gemma2() -> Value {
+    llama(json!({
+        "model_type": "gemma2", "query_pre_attn_scalar": 7, "sliding_window": 3, "attn_logit_softcapping": 0.8,
+        "final_logit_softcapping": 1.5, "attention_bias": true, "hidden_activation": "gelu",
+    }))
+}
+
 fn cases() -> Vec<Case> {
     let keep: fn(&mut Options) = |_| {};
     vec![
@@ -64,6 +74,36 @@ fn cases() -> Vec<Case> {
             },
         },
         Case { name: "phi3", config: phi3(), change: keep },
+        Case {
+            name: "qwen2: biases, a window on the upper layers",
+            config: llama(json!({
+                "model_type": "qwen2", "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1,
+            })),
+            change: keep,
+        },
+        Case {
+            name: "qwen3: queries and keys normalised, dropout",
+            config: llama(json!({"model_type": "qwen3"})),
+            change: |options| options.lora.dropout = 0.3,
+        },
+        Case { name: "gemma2: caps, norms behind, exact GELU", config: gemma2(), change: keep },
+        Case {
+            name: "gemma2 with dropout, upper layers only",
+            config: gemma2(),
+            change: |options| {
+                options.lora.dropout = 0.3;
+                options.lora.layers = vec![1, 2];
+            },
+        },
+        Case {
+            name: "gemma3: two ropes, windows by pattern",
+            config: llama(json!({
+                "model_type": "gemma3_text", "query_pre_attn_scalar": 7, "sliding_window": 3,
+                "sliding_window_pattern": 2, "rope_local_base_freq": 10.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            })),
+            change: keep,
+        },
     ]
 }
 
@@ -110,40 +150,70 @@ impl Formula<'_> {
         let (decoder, batch) = (self.decoder, self.batch);
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = decoder.embedding.to_dtype(DType::F64)?.index_select(&ids, 0)?;
+        x = (x * decoder.embedding_factor())?;
         for (index, layer) in decoder.layers.iter().enumerate() {
             x = self.layer(index, layer, &x)?;
         }
         let rows = Tensor::new(batch.target_rows.as_slice(), &Device::Cpu)?;
-        let hidden =
-            rms_norm::formula(&x.index_select(&rows, 0)?, &decoder.final_norm, decoder.facts.norm_eps)?;
-        let logits = hidden.matmul(&dense(&decoder.head)?.t()?)?;
+        let hidden = normed(&Some(decoder.final_norm.clone()), &x.index_select(&rows, 0)?)?;
+        let head = &decoder.head;
+        let mut logits = (hidden.matmul(&dense(&head.weight)?.t()?)? * head.scale)?;
+        if let Some(bias) = &head.bias {
+            logits = logits.broadcast_add(bias)?;
+        }
+        if let Some(cap) = head.softcap {
+            logits = ((logits / cap)?.tanh()? * cap)?;
+        }
         cross_entropy::formula(&logits, &Tensor::new(batch.targets.as_slice(), &Device::Cpu)?)
     }
 
     fn layer(&self, index: usize, layer: &Layer, x: &Tensor) -> Result<Tensor> {
-        let (facts, batch) = (&self.decoder.facts, self.batch);
-        let heads = &facts.heads;
+        let facts = &self.decoder.facts;
         let names =
             |list: &[super::facts::Projection]| list.iter().map(|p| facts.path(index, p)).collect::<Vec<_>>();
-        let normed = rms_norm::formula(x, &layer.attention_norm, facts.norm_eps)?;
-        let qkv = self.beside(&names(&facts.query_key_value), &layer.query_key_value, &normed)?;
-        let (positions, lengths) = batch.positions();
-        let angles = facts.rope.angles(&positions, &lengths, DType::F64, &Device::Cpu)?;
-        let turning = (heads.query + heads.key) * heads.width;
-        let turned = qkv.narrow(1, 0, turning)?.contiguous()?;
-        let turned = turned.reshape((batch.rows(), heads.query + heads.key, heads.width))?;
-        let turned = rope::formula(&turned, &angles)?.reshape((batch.rows(), turning))?;
-        let rest = qkv.narrow(1, turning, heads.columns() - turning)?.contiguous()?;
-        let qkv = Tensor::cat(&[turned, rest], 1)?;
+        let read = normed(&layer.attention_norm, x)?;
+        let qkv = self.beside(&names(&facts.query_key_value), &layer.query_key_value, &read)?;
+        let attended = self.attended(layer, &qkv)?;
+        let added = self.linear(&facts.path(index, &facts.output), &layer.output, &attended)?;
+        let middle = (x + normed(&layer.attention_post_norm, &added)?)?;
+        let read = normed(&layer.feed_forward_norm, if facts.parallel { x } else { &middle })?;
+        let gate_up = self.beside(&names(&facts.gate_up), &layer.gate_up, &read)?;
+        let activated = activation::formula(&gate_up, facts.activation)?;
+        let added = self.linear(&facts.path(index, &facts.down), &layer.down, &activated)?;
+        &middle + normed(&layer.feed_forward_post_norm, &added)?
+    }
+
+    /// Norm of queries and keys, rope, attention: head by head, from the columns that the layout gives.
+    fn attended(&self, layer: &Layer, qkv: &Tensor) -> Result<Tensor> {
+        let (facts, batch, heads) = (&self.decoder.facts, self.batch, &layer.heads);
+        let (runs, turning) = heads.turning();
+        let run = heads.columns() / runs / heads.width;
+        let (query, key) = (heads.query * heads.width, heads.key * heads.width);
+        let part = |x: &Tensor, at: usize, columns: usize| x.narrow(1, at, columns)?.contiguous();
+        let qkv = match &layer.head_norm {
+            None => qkv.clone(),
+            Some(norm) => {
+                let q = head_norm::formula(&part(qkv, 0, query)?, &norm.query, norm.eps)?;
+                let k = head_norm::formula(&part(qkv, query, key)?, &norm.key, norm.eps)?;
+                Tensor::cat(&[q, k, part(qkv, query + key, key)?], 1)?
+            }
+        };
+        let qkv = match layer.rope {
+            None => qkv,
+            Some(rope) => {
+                let (positions, lengths) = batch.positions();
+                let angles = facts.ropes[rope].angles(&positions, &lengths, DType::F64)?;
+                let heads = (0..runs * run).map(|head| {
+                    let one = part(&qkv, head * heads.width, heads.width)?.unsqueeze(1)?;
+                    if head % run < turning { rope::formula(&one, &angles) } else { Ok(one) }
+                });
+                Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 1)?.flatten_from(1)?
+            }
+        };
         let example = |range: std::ops::Range<usize>| {
             attention::formula(&qkv.narrow(0, range.start, range.len())?, heads)
         };
-        let attended = Tensor::cat(&batch.ranges().into_iter().map(example).collect::<Result<Vec<_>>>()?, 0)?;
-        let middle = (x + self.linear(&facts.path(index, &facts.output), &layer.output, &attended)?)?;
-        let normed = rms_norm::formula(&middle, &layer.feed_forward_norm, facts.norm_eps)?;
-        let gate_up = self.beside(&names(&facts.gate_up), &layer.gate_up, &normed)?;
-        let activated = swiglu::formula(&gate_up)?;
-        &middle + self.linear(&facts.path(index, &facts.down), &layer.down, &activated)?
+        Tensor::cat(&batch.ranges().into_iter().map(example).collect::<Result<Vec<_>>>()?, 0)
     }
 
     fn beside(&self, paths: &[String], parts: &[Linear], x: &Tensor) -> Result<Tensor> {
@@ -152,7 +222,7 @@ impl Formula<'_> {
     }
 
     fn linear(&self, path: &str, linear: &Linear, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.matmul(&dense(&linear.weight)?.t()?)?;
+        let mut y = (x.matmul(&dense(&linear.weight)?.t()?)? * linear.factor)?;
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(bias)?;
         }
@@ -168,6 +238,14 @@ impl Formula<'_> {
             true => x * dropout::apply(&x.ones_like()?.detach(), lora.dropout, &self.batch.keys, lora.site)?,
             false => Ok(x.clone()),
         }
+    }
+}
+
+fn normed(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
+    match norm {
+        None => Ok(x.clone()),
+        Some(Norm::Rms { weight, eps }) => rms_norm::formula(x, weight, *eps),
+        Some(Norm::Layer { weight, bias, eps }) => layer_norm::formula(x, weight, bias, *eps),
     }
 }
 

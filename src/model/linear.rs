@@ -1,4 +1,4 @@
-//! A frozen linear layer with its LoRA pair: `y = x W^T + bias + scale * dropout(x) A^T B^T`.
+//! A frozen linear layer with its LoRA pair: `y = factor * x W^T + bias + scale * dropout(x) A^T B^T`.
 
 use candle_core::{Result, Tensor};
 
@@ -15,6 +15,8 @@ pub struct Pass<'a> {
 #[derive(Clone, Debug)]
 pub struct Linear {
     pub weight: Weight,
+    /// The model's own factor on the output; bias and LoRA's scale hold it already.
+    pub factor: f64,
     pub bias: Option<Tensor>,
     pub lora: Option<Lora>,
 }
@@ -48,7 +50,7 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
-        matmul::forward(x, &self.weight, 1.0, y, at, beta, pass.precision)?;
+        matmul::forward(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
         let Some(lora) = &self.lora else { return Ok(None) };
         let down = lora.down(&lora.input(x, pass)?, pass)?;
         matmul::forward(&down, &lora.b, lora.scale, y, at, 1.0, pass.precision)?;
@@ -68,7 +70,7 @@ impl Linear {
     ) -> Result<()> {
         if let Some((dx, add)) = dx {
             let beta = if add { 1.0 } else { 0.0 };
-            matmul::input_gradient(dy, at, &self.weight, 1.0, dx, beta, pass.precision)?;
+            matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.precision)?;
         }
         match &self.lora {
             Some(lora) => lora.backward(dy, at, x, down, dx.map(|(dx, _)| dx), pass),

@@ -6,16 +6,18 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::fault::{Fault, Result};
 use crate::interrupt;
+use crate::ops::cross_entropy::Head;
 use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
 use super::checkpoint::{Checkpoint, Values};
 use super::decoder::Decoder;
-use super::facts::{Facts, Projection};
+use super::facts::{Facts, NormForm, Projection};
 use super::layer::Layer;
 use super::linear::{Linear, Lora};
 use super::lora::{self, Trainable};
+use super::norm::{HeadNorm, Norm};
 use super::{Keep, Options, Precision, Quantization};
 
 /// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
@@ -58,14 +60,8 @@ pub(super) fn load_in(
         interrupt::check()?;
     }
     let embedding = loader.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
-    let head = match facts.tied_head {
-        true => {
-            loader.refuse_other_head()?;
-            Weight::Dense(embedding.clone())
-        }
-        false => Weight::Dense(loader.kept(facts.names.head, &[facts.vocab, facts.width])?),
-    };
-    let final_norm = loader.vector(facts.names.final_norm, facts.width)?;
+    let head = loader.head(&embedding)?;
+    let final_norm = loader.norm(facts.names.final_norm)?;
     Ok(Decoder {
         embedding,
         layers,
@@ -79,31 +75,17 @@ pub(super) fn load_in(
     })
 }
 
-/// Every tensor the decoder reads.
 fn wanted(facts: &Facts) -> BTreeSet<String> {
-    let names = &facts.names;
-    let mut wanted = BTreeSet::from([names.embedding.to_owned(), names.final_norm.to_owned()]);
-    if !facts.tied_head {
-        wanted.insert(names.head.to_owned());
-    }
-    for layer in 0..facts.layers {
-        for norm in [names.attention_norm, names.feed_forward_norm] {
-            wanted.insert(format!("{}.{layer}.{norm}", names.layers));
-        }
-        for projection in facts.projections() {
-            let path = facts.path(layer, projection);
-            wanted.insert(format!("{path}.weight"));
-            if projection.bias {
-                wanted.insert(format!("{path}.bias"));
-            }
-        }
-    }
-    wanted
+    facts.tensors().into_iter().map(|tensor| tensor.name).collect()
 }
 
 /// Old Llama checkpoints carry rope's frequencies, and tied ones sometimes the head they do not use.
 fn ignored(facts: &Facts, name: &str) -> bool {
-    name.ends_with("rotary_emb.inv_freq") || (facts.tied_head && name == facts.names.head)
+    name.ends_with("rotary_emb.inv_freq") || (facts.tied_head && name == head_weight(facts))
+}
+
+fn head_weight(facts: &Facts) -> String {
+    format!("{}.weight", facts.names.head)
 }
 
 struct Loader<'a> {
@@ -116,20 +98,82 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn layer(&self, layer: usize, trainable: &Trainable) -> Result<Layer> {
-        let facts = self.facts;
-        let norm = |name: &str| self.vector(&format!("{}.{layer}.{name}", facts.names.layers), facts.width);
-        let linear = |projection: &Projection| self.linear(layer, projection, trainable);
+        let (facts, names) = (self.facts, &self.facts.names);
+        let norm = |name: Option<&str>| name.map(|name| self.norm(&facts.inside(layer, name))).transpose();
+        let linear = |projection: &Projection| self.linear(layer, projection, 1.0, trainable);
+        let residual =
+            |projection: &Projection| self.linear(layer, projection, facts.residual_scale, trainable);
         Ok(Layer {
-            attention_norm: norm(facts.names.attention_norm)?,
+            heads: facts.attention[layer].heads,
+            rope: facts.attention[layer].rope,
+            attention_norm: norm(names.attention_norm)?,
             query_key_value: facts.query_key_value.iter().map(linear).collect::<Result<_>>()?,
-            output: linear(&facts.output)?,
-            feed_forward_norm: norm(facts.names.feed_forward_norm)?,
+            head_norm: self.head_norm(layer)?,
+            output: residual(&facts.output)?,
+            attention_post_norm: norm(names.attention_post_norm)?,
+            parallel: facts.parallel,
+            feed_forward_norm: norm(names.feed_forward_norm)?,
             gate_up: facts.gate_up.iter().map(linear).collect::<Result<_>>()?,
-            down: linear(&facts.down)?,
+            activation: facts.activation,
+            down: residual(&facts.down)?,
+            feed_forward_post_norm: norm(names.feed_forward_post_norm)?,
         })
     }
 
-    fn linear(&self, layer: usize, projection: &Projection, trainable: &Trainable) -> Result<Linear> {
+    fn norm(&self, path: &str) -> Result<Norm> {
+        let (width, eps) = (self.facts.width, self.facts.norm.eps);
+        let weight = self.norm_weight(path, width)?;
+        match self.facts.norm.form {
+            NormForm::Layer => {
+                Ok(Norm::Layer { weight, bias: self.vector(&format!("{path}.bias"), width)?, eps })
+            }
+            NormForm::Rms | NormForm::RmsPlusOne => Ok(Norm::Rms { weight, eps }),
+        }
+    }
+
+    fn head_norm(&self, layer: usize) -> Result<Option<HeadNorm>> {
+        let Some(norm) = &self.facts.head_norm else { return Ok(None) };
+        let (query, key) = self.facts.head_norm_widths(norm);
+        Ok(Some(HeadNorm {
+            query: self.norm_weight(&self.facts.inside(layer, norm.query), query)?,
+            key: self.norm_weight(&self.facts.inside(layer, norm.key), key)?,
+            eps: self.facts.norm.eps,
+        }))
+    }
+
+    /// As a factor.
+    fn norm_weight(&self, path: &str, width: usize) -> Result<Tensor> {
+        let weight = self.vector(&format!("{path}.weight"), width)?;
+        match self.facts.norm.form {
+            NormForm::RmsPlusOne => Ok((weight + 1.0)?),
+            NormForm::Rms | NormForm::Layer => Ok(weight),
+        }
+    }
+
+    fn head(&self, embedding: &Tensor) -> Result<Head> {
+        let (facts, name) = (self.facts, head_weight(self.facts));
+        let weight = match facts.tied_head {
+            true => {
+                self.refuse_other_head()?;
+                embedding.clone()
+            }
+            false => self.kept(&name, &[facts.vocab, facts.width])?,
+        };
+        let bias = match facts.head_bias {
+            true => Some(self.vector(&format!("{}.bias", facts.names.head), facts.vocab)?),
+            false => None,
+        };
+        let (scale, softcap) = (facts.logits_scale, facts.logits_softcap);
+        Ok(Head { weight: Weight::Dense(weight), bias, scale, softcap })
+    }
+
+    fn linear(
+        &self,
+        layer: usize,
+        projection: &Projection,
+        factor: f64,
+        trainable: &Trainable,
+    ) -> Result<Linear> {
         let (path, rows, cols) = (self.facts.path(layer, projection), projection.rows, projection.cols);
         let name = format!("{path}.weight");
         let weight = match self.options.quantization {
@@ -140,27 +184,27 @@ impl Loader<'_> {
             }
         };
         let bias = match projection.bias {
-            true => Some(self.vector(&format!("{path}.bias"), rows)?),
+            true => Some((self.vector(&format!("{path}.bias"), rows)? * factor)?),
             false => None,
         };
-        let lora = pair(&path, trainable, self.options.lora.dropout)?;
-        Ok(Linear { weight, bias, lora })
+        let lora = pair(&path, trainable, factor, self.options.lora.dropout)?;
+        Ok(Linear { weight, factor, bias, lora })
     }
 
     /// A checkpoint may carry the tied head once more; one that differs says that config.json is wrong.
     fn refuse_other_head(&self) -> Result<()> {
-        let (facts, names) = (self.facts, &self.facts.names);
-        if !self.checkpoint.names().any(|name| name == names.head) {
+        let (facts, head) = (self.facts, head_weight(self.facts));
+        if !self.checkpoint.names().any(|name| name == head) {
             return Ok(());
         }
         let shape = [facts.vocab, facts.width];
-        let same = self.checkpoint.get(names.head, &shape)?.bytes()
-            == self.checkpoint.get(names.embedding, &shape)?.bytes();
+        let same = self.checkpoint.get(&head, &shape)?.bytes()
+            == self.checkpoint.get(facts.names.embedding, &shape)?.bytes();
         match same {
             true => Ok(()),
             false => Err(Fault::model(format!(
-                "config.json ties the head to the embedding, but {} differs from {}",
-                names.head, names.embedding
+                "config.json ties the head to the embedding, but {head} differs from {}",
+                facts.names.embedding
             ))
             .help("set tie_word_embeddings to false in config.json")),
         }
@@ -192,15 +236,15 @@ impl Loader<'_> {
     }
 }
 
-/// The LoRA pair of a path, if it is a site.
-fn pair(path: &str, trainable: &Trainable, dropout: f64) -> Result<Option<Lora>> {
+/// The LoRA pair of a path, if it is a site; `factor` is that of the layer's whole output.
+fn pair(path: &str, trainable: &Trainable, factor: f64, dropout: f64) -> Result<Option<Lora>> {
     let Some((index, site)) = trainable.sites.iter().enumerate().find(|(_, site)| site.path == path) else {
         return Ok(None);
     };
     let (a, b) = trainable.views(&trainable.compute, site)?;
     let (grad_a, grad_b) = trainable.views(&trainable.grads, site)?;
     let (a, b) = (Weight::Dense(a), Weight::Dense(b));
-    Ok(Some(Lora { a, b, grad_a, grad_b, scale: site.scale, dropout, site: index as u64 }))
+    Ok(Some(Lora { a, b, grad_a, grad_b, scale: site.scale * factor, dropout, site: index as u64 }))
 }
 
 /// Widened values.

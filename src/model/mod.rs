@@ -12,6 +12,7 @@ pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod lora;
+pub mod norm;
 pub mod random;
 pub mod rope;
 

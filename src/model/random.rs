@@ -10,37 +10,24 @@ use safetensors::{Dtype, View};
 
 use crate::fault::{Fault, Result};
 
-use super::facts::Facts;
+use super::facts::{Facts, NormForm, Role, Stored};
 
-/// Writes `model.safetensors` in bf16: matrices normal with deviation 1/sqrt(K), embeddings with 0.5, norms and
-/// biases near 1 and 0. Same facts and seed, same bytes.
+/// Writes `model.safetensors` in bf16: matrices normal with deviation 1/sqrt(K), embeddings with 0.5, norms'
+/// factors and biases near 1 and 0. Same facts and seed, same bytes.
 pub fn write(folder: &Path, facts: &Facts, seed: u64) -> Result<()> {
     let mut random = Normal { random: ChaCha8Rng::seed_from_u64(seed) };
     let mut tensors = BTreeMap::new();
-    let mut put = |name: String, shape: Vec<usize>, mean: f32, deviation: f32| {
+    for Stored { name, shape, role } in facts.tensors() {
+        let norm = if facts.norm.form == NormForm::RmsPlusOne { 0.0 } else { 1.0 };
+        let (mean, deviation) = match role {
+            Role::Embedding => (0.0, 0.5),
+            Role::Matrix => (0.0, (shape[1] as f32).sqrt().recip()),
+            Role::NormWeight => (norm, 0.1),
+            Role::Bias => (0.0, 0.1),
+        };
         let values = (0..shape.iter().product()).map(|_| mean + deviation * random.draw());
         let bytes = values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect();
-        tensors.insert(name, Stored { shape, bytes });
-    };
-    let names = &facts.names;
-    put(names.embedding.into(), vec![facts.vocab, facts.width], 0.0, 0.5);
-    for layer in 0..facts.layers {
-        for norm in [names.attention_norm, names.feed_forward_norm] {
-            put(format!("{}.{layer}.{norm}", names.layers), vec![facts.width], 1.0, 0.1);
-        }
-        for projection in facts.projections() {
-            let path = facts.path(layer, projection);
-            let deviation = (projection.cols as f32).sqrt().recip();
-            put(format!("{path}.weight"), vec![projection.rows, projection.cols], 0.0, deviation);
-            if projection.bias {
-                put(format!("{path}.bias"), vec![projection.rows], 0.0, 0.1);
-            }
-        }
-    }
-    put(names.final_norm.into(), vec![facts.width], 1.0, 0.1);
-    if !facts.tied_head {
-        let deviation = (facts.width as f32).sqrt().recip();
-        put(names.head.into(), vec![facts.vocab, facts.width], 0.0, deviation);
+        tensors.insert(name, Bytes { shape, bytes });
     }
     let file = folder.join("model.safetensors");
     safetensors::serialize_to_file(tensors, None, &file)
@@ -60,12 +47,12 @@ impl Normal {
     }
 }
 
-struct Stored {
+struct Bytes {
     shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-impl View for Stored {
+impl View for Bytes {
     fn dtype(&self) -> Dtype {
         Dtype::BF16
     }

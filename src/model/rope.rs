@@ -25,10 +25,14 @@ pub struct Dialect {
     pub longrope: &'static [&'static str],
     /// `original_max_position_embeddings` where the top level does not say it; `None`: as the section says.
     pub original_positions: Option<usize>,
+    /// `rope_theta` and `partial_rotary_factor` where nothing says them.
+    pub theta: f64,
+    pub partial: f64,
 }
 
 impl Dialect {
-    pub const PLAIN: Dialect = Dialect { longrope: &[], original_positions: None };
+    pub const PLAIN: Dialect =
+        Dialect { longrope: &[], original_positions: None, theta: 10_000.0, partial: 1.0 };
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -66,10 +70,20 @@ impl Rope {
             Some(section) => Some(section),
             None => config.nonempty_section("rope_parameters")?,
         };
+        Rope::read_section(scaling, config, head_width, dialect)
+    }
+
+    /// `read` with the section that scales, for families with more than one.
+    pub fn read_section(
+        scaling: Option<Config>,
+        config: &Config,
+        head_width: usize,
+        dialect: &Dialect,
+    ) -> Result<Rope> {
         let scaled = |key: &str| scaling.as_ref().map_or(Ok(None), |scaling| scaling.number_or_none(key));
-        let theta = scaled("rope_theta")?.or(config.number_or_none("rope_theta")?).unwrap_or(10_000.0);
+        let theta = scaled("rope_theta")?.or(config.number_or_none("rope_theta")?).unwrap_or(dialect.theta);
         let partial = scaled("partial_rotary_factor")?.or(config.number_or_none("partial_rotary_factor")?);
-        let rotary = (head_width as f64 * partial.unwrap_or(1.0)) as usize;
+        let rotary = (head_width as f64 * partial.unwrap_or(dialect.partial)) as usize;
         if rotary == 0 || rotary > head_width || !rotary.is_multiple_of(2) {
             return Err(
                 config.refuse("partial_rotary_factor", "an even number of rotated elements in a head")
@@ -84,13 +98,7 @@ impl Rope {
 
     /// cos and sin [T, rotary / 2] for rows at `positions`; `lengths` is the length that decides each row's
     /// scaling: the padded length of its micro-batch, as transformers sees it.
-    pub fn angles(
-        &self,
-        positions: &[u32],
-        lengths: &[u32],
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Angles> {
+    pub fn angles(&self, positions: &[u32], lengths: &[u32], dtype: DType) -> candle_core::Result<Angles> {
         let half = self.rotary / 2;
         let mut cos = Vec::with_capacity(positions.len() * half);
         let mut sin = Vec::with_capacity(positions.len() * half);
@@ -107,11 +115,8 @@ impl Rope {
                 sin.push(angle.sin() * attention);
             }
         }
-        let tensor = |values| {
-            Tensor::from_vec(values, (positions.len(), half), &Device::Cpu)?
-                .to_dtype(dtype)?
-                .to_device(device)
-        };
+        let tensor =
+            |values| Tensor::from_vec(values, (positions.len(), half), &Device::Cpu)?.to_dtype(dtype);
         Ok(Angles { cos: tensor(cos)?, sin: tensor(sin)? })
     }
 

@@ -1,8 +1,8 @@
-//! Causal attention over packed examples, grouped-query heads, optional window; no score matrix outlives a block.
-//!
+//! Causal attention over packed examples, grouped-query heads, optional window and soft cap; no score matrix
+//! outlives a block.
 //!
 //! Row i of an example sees rows j of the same example with `i - window < j <= i`. `qkv` is one matrix
-//! [T, (H + 2K) * D]: H query heads, then K key heads, then K value heads. The backward pass computes the
+//! [T, (H + 2K) * D], its heads in the order of the checkpoint's rows (`Layout`). The backward pass computes the
 //! probabilities again from the kept logsumexp, block by block (Dao 2022).
 
 use std::ops::Range;
@@ -30,6 +30,18 @@ pub struct Heads {
     pub scale: f64,
     /// Rows that a row sees, itself included.
     pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f64>,
+    pub layout: Layout,
+}
+
+/// Order of the heads in the columns of qkv.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// All query heads, then all key heads, then all value heads.
+    Blocked,
+    /// For each key head its query heads, itself, its value head (Falcon).
+    Grouped,
 }
 
 impl Heads {
@@ -38,8 +50,40 @@ impl Heads {
         (self.query + 2 * self.key) * self.width
     }
 
-    fn group(&self) -> usize {
+    /// Query heads of a key head (G).
+    pub fn group(&self) -> usize {
         self.query / self.key
+    }
+
+    /// Rope turns the first `heads` heads of each of the `runs` equal parts of a row: (runs, heads).
+    pub fn turning(&self) -> (usize, usize) {
+        match self.layout {
+            Layout::Blocked => (1, self.query + self.key),
+            Layout::Grouped => (self.key, self.group() + 1),
+        }
+    }
+
+    /// First column of a query head; a key head's group of them lies side by side.
+    fn query_at(&self, head: usize) -> usize {
+        let before = match self.layout {
+            Layout::Blocked => 0,
+            Layout::Grouped => 2 * (head / self.group()),
+        };
+        (before + head) * self.width
+    }
+
+    fn key_at(&self, key_head: usize) -> usize {
+        match self.layout {
+            Layout::Blocked => (self.query + key_head) * self.width,
+            Layout::Grouped => (key_head * (self.group() + 2) + self.group()) * self.width,
+        }
+    }
+
+    fn value_at(&self, key_head: usize) -> usize {
+        match self.layout {
+            Layout::Blocked => (self.query + self.key + key_head) * self.width,
+            Layout::Grouped => self.key_at(key_head) + self.width,
+        }
     }
 
     /// Keys that at least one row of `rows` sees.
@@ -57,26 +101,21 @@ impl Heads {
 /// The definition for one example, qkv [T, (H + 2K) * D] -> [T, H * D], in differentiable primitives.
 pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
     let rows = qkv.dim(0)?;
-    let part = |from: usize, count: usize| {
-        qkv.narrow(1, from * heads.width, count * heads.width)?
-            .contiguous()?
-            .reshape((rows, count, heads.width))?
-            .transpose(0, 1)?
-            .contiguous() // [count, T, D]
+    let part = |at: &dyn Fn(usize) -> usize, count: usize| {
+        let heads = (0..count).map(|head| qkv.narrow(1, at(head), heads.width)?.unsqueeze(0));
+        Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 0) // [count, T, D]
     };
-    let repeat = |x: Tensor| {
-        let x = x.unsqueeze(1)?.expand((heads.key, heads.group(), rows, heads.width))?;
-        x.contiguous()?.reshape((heads.query, rows, heads.width))
-    };
-    let (q, k, v) = (
-        part(0, heads.query)?,
-        repeat(part(heads.query, heads.key)?)?,
-        repeat(part(heads.query + heads.key, heads.key)?)?,
-    );
+    let q = part(&|head| heads.query_at(head), heads.query)?;
+    let k = part(&|head| heads.key_at(head / heads.group()), heads.query)?;
+    let v = part(&|head| heads.value_at(head / heads.group()), heads.query)?;
     let hidden = |i: usize| (0..rows).map(move |j| if heads.sees(i, j) { 0.0 } else { f64::NEG_INFINITY });
     let mask: Vec<f64> = (0..rows).flat_map(hidden).collect();
     let mask = Tensor::from_vec(mask, (1, rows, rows), &Device::Cpu)?.to_dtype(qkv.dtype())?;
-    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * heads.scale)?.broadcast_add(&mask)?;
+    let mut scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * heads.scale)?;
+    if let Some(cap) = heads.softcap {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
+    let scores = scores.broadcast_add(&mask)?;
     let e = scores.broadcast_sub(&scores.max_keepdim(2)?.detach())?.exp()?;
     let p = e.broadcast_div(&e.sum_keepdim(2)?)?;
     p.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads.query * heads.width))
@@ -141,9 +180,9 @@ pub fn backward(
         let mut d = vec![T::ZERO; rows * columns];
         for ((example, key_head), block) in tasks.iter().zip(&blocks) {
             let group = heads.group();
-            scatter(&mut d, columns, example, key_head * group * width, group * width, &block.query);
-            scatter(&mut d, columns, example, (heads.query + key_head) * width, width, &block.key);
-            scatter(&mut d, columns, example, (heads.query + heads.key + key_head) * width, width, &block.value);
+            scatter(&mut d, columns, example, heads.query_at(key_head * group), group * width, &block.query);
+            scatter(&mut d, columns, example, heads.key_at(*key_head), width, &block.key);
+            scatter(&mut d, columns, example, heads.value_at(*key_head), width, &block.value);
         }
         cpu::tensor(d, (rows, columns))
     })
@@ -178,9 +217,9 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
 fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Precision) -> (Vec<T>, Vec<T>) {
     let (columns, width) = (heads.columns(), heads.width);
     let rows = qkv.len() / columns;
-    let column = |head: usize| &qkv[head * width..];
-    let (q, k) = (column(head), column(heads.query + head / heads.group()));
-    let v = column(heads.query + heads.key + head / heads.group());
+    let key_head = head / heads.group();
+    let (q, k) = (&qkv[heads.query_at(head)..], &qkv[heads.key_at(key_head)..]);
+    let v = &qkv[heads.value_at(key_head)..];
     let (mut out, mut lse) = (vec![T::ZERO; rows * width], vec![T::ZERO; rows]);
     let mut scores = Vec::new();
     for block in blocks(rows) {
@@ -191,7 +230,7 @@ fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Preci
             #[inline(always)]
             || {
                 for (i, row) in block.clone().zip(scores.chunks_mut(keys.len())) {
-                    lse[i] = softmax_row(row, seen(heads, i, &keys));
+                    lse[i] = softmax_row(row, heads.softcap.map(T::of), seen(heads, i, &keys));
                 }
             },
         );
@@ -229,7 +268,10 @@ fn seen(heads: &Heads, i: usize, keys: &Range<usize>) -> Range<usize> {
 
 /// Softmax over the seen columns, zero elsewhere; returns the logsumexp.
 #[inline(always)]
-fn softmax_row<T: Real>(row: &mut [T], seen: Range<usize>) -> T {
+fn softmax_row<T: Real>(row: &mut [T], softcap: Option<T>, seen: Range<usize>) -> T {
+    if let Some(cap) = softcap {
+        row[seen.clone()].iter_mut().for_each(|score| *score = cap * Real::tanh(*score / cap));
+    }
     let largest = cpu::largest(&row[seen.clone()]);
     row[..seen.start].fill(T::ZERO);
     row[seen.end..].fill(T::ZERO);
@@ -267,8 +309,8 @@ fn backward_group<T: Real>(
     let (columns, width, group) = (heads.columns(), heads.width, heads.group());
     let stride = heads.query * width;
     let rows = saved.qkv.len() / columns;
-    let column = |head: usize| &saved.qkv[head * width..];
-    let (k, v) = (column(heads.query + key_head), column(heads.query + heads.key + key_head));
+    let (k, v) = (&saved.qkv[heads.key_at(key_head)..], &saved.qkv[heads.value_at(key_head)..]);
+    let factors = Factors { scale: T::of(heads.scale), softcap: heads.softcap.map(T::of) };
     let mut d = Gradients {
         query: vec![T::ZERO; rows * group * width],
         key: vec![T::ZERO; rows * width],
@@ -277,7 +319,8 @@ fn backward_group<T: Real>(
     let (mut p, mut dp) = (Vec::new(), Vec::new());
     for member in 0..group {
         let head = key_head * group + member;
-        let (q, out, d_out) = (column(head), &saved.out[head * width..], &saved.d_out[head * width..]);
+        let q = &saved.qkv[heads.query_at(head)..];
+        let (out, d_out) = (&saved.out[head * width..], &saved.d_out[head * width..]);
         let lse = (saved.lse)(head);
         for block in blocks(rows) {
             let keys = heads.keys(&block);
@@ -295,7 +338,7 @@ fn backward_group<T: Real>(
                     for (i, (p, dp)) in block.clone().zip(rows) {
                         let (out, d_out) = (&out[i * stride..][..width], &d_out[i * stride..][..width]);
                         let delta = cpu::dot(out, d_out);
-                        score_gradient_row(p, dp, lse[i], delta, T::of(heads.scale), seen(heads, i, &keys));
+                        score_gradient_row(p, dp, lse[i], delta, factors, seen(heads, i, &keys));
                     }
                 },
             );
@@ -340,16 +383,39 @@ fn backward_group<T: Real>(
     d
 }
 
-/// scores -> probabilities, and their gradient -> the scores' gradient: p * (dp - delta) * scale.
+#[derive(Clone, Copy)]
+struct Factors<T> {
+    scale: T,
+    softcap: Option<T>,
+}
+
+/// scores -> probabilities, and their gradient -> the scores' gradient: p * (dp - delta) * scale, and with a soft
+/// cap times the slope of its tanh.
 #[inline(always)]
-fn score_gradient_row<T: Real>(p: &mut [T], dp: &mut [T], lse: T, delta: T, scale: T, seen: Range<usize>) {
+fn score_gradient_row<T: Real>(
+    p: &mut [T],
+    dp: &mut [T],
+    lse: T,
+    delta: T,
+    factors: Factors<T>,
+    seen: Range<usize>,
+) {
     for side in [0..seen.start, seen.end..p.len()] {
         p[side.clone()].fill(T::ZERO);
         dp[side].fill(T::ZERO);
     }
-    for (p, dp) in p[seen.clone()].iter_mut().zip(&mut dp[seen]) {
-        *p = Real::exp(*p - lse);
-        *dp = *p * (*dp - delta) * scale;
+    let Factors { scale, softcap } = factors;
+    let visible = p[seen.clone()].iter_mut().zip(&mut dp[seen]);
+    match softcap {
+        None => visible.for_each(|(p, dp)| {
+            *p = Real::exp(*p - lse);
+            *dp = *p * (*dp - delta) * scale;
+        }),
+        Some(cap) => visible.for_each(|(p, dp)| {
+            let t = Real::tanh(*p / cap);
+            *p = Real::exp(cap * t - lse);
+            *dp = *p * (*dp - delta) * scale * (T::ONE - t * t);
+        }),
     }
 }
 
@@ -358,9 +424,21 @@ mod tests {
     use super::*;
     use crate::ops::judge;
 
-    /// One example, packed examples of odd lengths around the block size, GQA 1, 2, 4, windows.
+    const PLAIN: Heads = Heads {
+        query: 1,
+        key: 1,
+        width: 1,
+        scale: 0.37,
+        window: None,
+        softcap: None,
+        layout: Layout::Blocked,
+    };
+
+    /// One example, packed examples of odd lengths around the block size, GQA 1, 2, 4, windows, caps, both layouts.
     fn cases() -> Vec<(Heads, Vec<usize>)> {
-        let heads = |query, key, width, window| Heads { query, key, width, scale: 0.37, window };
+        let heads = |query, key, width, window| Heads { query, key, width, window, ..PLAIN };
+        let grouped = |heads: Heads| Heads { layout: Layout::Grouped, ..heads };
+        let capped = |heads: Heads| Heads { softcap: Some(0.9), ..heads };
         vec![
             (heads(1, 1, 1, None), vec![1]),
             (heads(4, 2, 6, None), vec![5, 1, 9]),
@@ -368,6 +446,10 @@ mod tests {
             (heads(2, 2, 4, None), vec![63, 64, 65]),
             (heads(3, 3, 5, Some(40)), vec![129, 130]),
             (heads(8, 1, 3, Some(1)), vec![66]),
+            (grouped(heads(6, 2, 3, None)), vec![5, 130]),
+            (grouped(heads(3, 3, 4, Some(6))), vec![9]),
+            (capped(heads(4, 2, 5, Some(20))), vec![3, 131]),
+            (capped(grouped(heads(4, 2, 5, None))), vec![17, 2]),
         ]
     }
 
@@ -408,13 +490,20 @@ mod tests {
 
     #[test]
     fn gradient_equals_finite_differences() -> Result<()> {
-        let heads = Heads { query: 2, key: 1, width: 2, scale: 0.7, window: Some(3) };
+        let plain = Heads { query: 2, key: 1, width: 2, window: Some(3), ..PLAIN };
+        for heads in [plain, Heads { softcap: Some(0.4), layout: Layout::Grouped, ..plain }] {
+            check_finite_differences(&heads)?;
+        }
+        Ok(())
+    }
+
+    fn check_finite_differences(heads: &Heads) -> Result<()> {
         let examples = examples(&[4, 2]);
         let (qkv, d_out) = (judge::random((6, 8), 1)?, judge::random((6, 4), 2)?);
-        let (out, lse) = forward(&qkv, &heads, &examples, Precision::F32)?;
-        let d = backward(&d_out, &qkv, &out, &lse, &heads, &examples, Precision::F32)?;
+        let (out, lse) = forward(&qkv, heads, &examples, Precision::F32)?;
+        let d = backward(&d_out, &qkv, &out, &lse, heads, &examples, Precision::F32)?;
         judge::finite_differences(&qkv, &d_out, &d, 1e-7, |x| {
-            Ok(forward(x, &heads, &examples, Precision::F32)?.0)
+            Ok(forward(x, heads, &examples, Precision::F32)?.0)
         })
     }
 }

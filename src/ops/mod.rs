@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod bias;
@@ -14,11 +15,13 @@ pub mod dropout;
 pub mod embedding;
 pub mod flat;
 pub mod four_bit;
+pub mod head_norm;
+pub mod layer_norm;
 pub mod matmul;
+pub mod number;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
-pub mod swiglu;
 
 #[cfg(test)]
 pub mod judge;

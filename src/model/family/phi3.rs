@@ -2,39 +2,55 @@
 
 use crate::fault::Result;
 use crate::model::config::Config;
-use crate::model::facts::{Facts, Names, Projection};
+use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
 use crate::model::rope::{Dialect, Rope};
-use crate::ops::attention::Heads;
+use crate::ops::activation::{Activation, Function};
+use crate::ops::attention::{Heads, Layout};
 
 /// The first Phi-3 checkpoints called longrope `su` or `yarn`; transformers' Phi3Config has 4096 as its default.
-const DIALECT: Dialect = Dialect { longrope: &["su", "yarn"], original_positions: Some(4096) };
+const DIALECT: Dialect =
+    Dialect { longrope: &["su", "yarn"], original_positions: Some(4096), ..Dialect::PLAIN };
 
 pub fn facts(config: &Config) -> Result<Facts> {
-    super::gated_silu(config)?;
     super::no_dropout(config, &["attention_dropout", "resid_pdrop", "embd_pdrop"])?;
     let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);
-    let (query, key, head) = super::head_counts(config, width)?;
+    let (query, key, head) = super::head_counts(config, width, None)?;
+    let layers = config.integer("num_hidden_layers")?;
+    let heads = Heads {
+        query,
+        key,
+        width: head,
+        scale: (head as f64).sqrt().recip(),
+        window: config.integer_or_none("sliding_window")?,
+        softcap: None,
+        layout: Layout::Blocked,
+    };
     let projection = |path, rows, cols| Projection { path, rows, cols, bias: false };
     Ok(Facts {
         family: "phi3",
         vocab: config.integer("vocab_size")?,
         width,
-        layers: config.integer("num_hidden_layers")?,
+        layers,
         feed_forward: inner,
-        norm_eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-5),
-        heads: Heads {
-            query,
-            key,
-            width: head,
-            scale: (head as f64).sqrt().recip(),
-            window: config.integer_or_none("sliding_window")?,
-        },
-        rope: Rope::read(config, head, &DIALECT)?,
+        norm: NormKind { form: NormForm::Rms, eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-5) },
+        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        ropes: vec![Rope::read(config, head, &DIALECT)?],
+        head_norm: None,
         query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
         output: projection("self_attn.o_proj", width, query * head),
         gate_up: vec![projection("mlp.gate_up_proj", 2 * inner, width)],
+        activation: Activation {
+            function: super::function(config, "hidden_act", Function::Silu)?,
+            gated: true,
+        },
         down: projection("mlp.down_proj", width, inner),
+        parallel: false,
+        residual_scale: 1.0,
+        embedding_scale: EmbeddingScale::NONE,
         tied_head: config.flag("tie_word_embeddings")?,
+        head_bias: false,
+        logits_scale: 1.0,
+        logits_softcap: None,
         positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(4096),
         names: Names::LLAMA,
         aliases: &[

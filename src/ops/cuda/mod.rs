@@ -5,6 +5,7 @@
 //! in which it is asked for: nothing here waits for the GPU except what says so.
 
 pub mod device;
+pub mod late;
 pub mod launch;
 pub mod product;
 

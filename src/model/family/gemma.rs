@@ -1,0 +1,88 @@
+//! Gemma 2: norms before and after each block, soft caps, every other layer within a window, scaled embeddings.
+//! Gemma 3 (text): instead of the caps, queries and keys normalised; five of six layers within a window and with a
+//! rope of their own.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{EmbeddingScale, Facts, HeadNorm, Names, NormForm, Over};
+use crate::model::rope::{Dialect, Rope};
+use crate::ops::activation::Function;
+
+use super::split::{self, Biases, Defaults};
+
+const NAMES: Names = Names {
+    attention_post_norm: Some("post_attention_layernorm"),
+    feed_forward_norm: Some("pre_feedforward_layernorm"),
+    feed_forward_post_norm: Some("post_feedforward_layernorm"),
+    ..Names::LLAMA
+};
+
+/// transformers' defaults where a key is absent; null means none.
+const WINDOW: Option<usize> = Some(4096);
+
+pub fn gemma2(config: &Config) -> Result<Facts> {
+    let mut facts = shared(config, "gemma2", 10_000.0, 8192)?;
+    let softcap = config.number_unless_null("attn_logit_softcapping", 50.0)?;
+    facts.attention.iter_mut().for_each(|attention| attention.heads.softcap = softcap);
+    facts.logits_softcap = config.number_unless_null("final_logit_softcapping", 30.0)?;
+    let sliding = super::sliding_layers(config, facts.layers, |layer| layer % 2 == 0)?;
+    super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
+    Ok(facts)
+}
+
+pub fn gemma3(config: &Config) -> Result<Facts> {
+    // Where both keys exist transformers never reads the attention's cap of Gemma 3.
+    let mut facts = shared(config, "gemma3_text", 1_000_000.0, 131_072)?;
+    facts.logits_softcap = config.number_or_none("final_logit_softcapping")?;
+    facts.head_norm = Some(HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head });
+    let pattern = config.integer_or_none("sliding_window_pattern")?.unwrap_or(6);
+    let sliding = super::sliding_layers(config, facts.layers, |layer| (layer + 1) % pattern != 0)?;
+    super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
+    facts.ropes = ropes(config, facts.heads().width)?;
+    for (attention, &sliding) in facts.attention.iter_mut().zip(&sliding) {
+        attention.rope = Some(usize::from(sliding));
+    }
+    Ok(facts)
+}
+
+fn shared(config: &Config, family: &'static str, theta: f64, positions: usize) -> Result<Facts> {
+    if config.flag("use_bidirectional_attention")? {
+        return Err(config.refuse("use_bidirectional_attention", "false"));
+    }
+    let defaults = Defaults {
+        theta,
+        positions,
+        head_dim: Some(256),
+        tied_head: true,
+        activation: Function::GeluTanh,
+        activation_key: "hidden_activation",
+        ..Defaults::of(family, Biases::attention(config)?)
+    };
+    let mut facts = split::facts(config, &defaults)?;
+    let scale = config.number_or_none("query_pre_attn_scalar")?.unwrap_or(256.0).sqrt().recip();
+    facts.attention.iter_mut().for_each(|attention| attention.heads.scale = scale);
+    facts.norm.form = NormForm::RmsPlusOne;
+    facts.embedding_scale = EmbeddingScale { factor: (facts.width as f64).sqrt(), rounded: true };
+    facts.names = NAMES;
+    Ok(facts)
+}
+
+/// Of the full layers, then of those within a window. New configs have a section of `rope_parameters` for each;
+/// old ones scale the full layers by `rope_scaling`, and `rope_local_base_freq` is the others' theta.
+fn ropes(config: &Config, head: usize) -> Result<Vec<Rope>> {
+    let by_kind = config.nonempty_section("rope_parameters")?;
+    let section = |kind: &str| match &by_kind {
+        Some(by_kind) => by_kind.nonempty_section(kind),
+        None => Ok(None),
+    };
+    let full = match config.nonempty_section("rope_scaling")? {
+        Some(scaling) => Some(scaling),
+        None => section("full_attention")?,
+    };
+    let global = Dialect { theta: 1_000_000.0, ..Dialect::PLAIN };
+    let full = Rope::read_section(full, config, head, &global)?;
+    let theta = config.number_or_none("rope_local_base_freq")?.unwrap_or(10_000.0);
+    let plain = Config::from_json(serde_json::Map::new());
+    let local = Dialect { theta, ..Dialect::PLAIN };
+    Ok(vec![full, Rope::read_section(section("sliding_attention")?, &plain, head, &local)?])
+}

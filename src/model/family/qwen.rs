@@ -1,0 +1,31 @@
+//! Qwen2 and 2.5: Llama's shape with biases on queries, keys and values. Qwen3: without, but with queries and keys
+//! normalised head by head. Both: a window on the upper layers, if `use_sliding_window`.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{Facts, HeadNorm, Over};
+
+use super::split::{self, Biases, Defaults};
+
+pub fn qwen2(config: &Config) -> Result<Facts> {
+    let biases = Biases { query_key_value: true, ..Biases::NONE };
+    windowed(config, split::facts(config, &Defaults::of("qwen2", biases))?)
+}
+
+pub fn qwen3(config: &Config) -> Result<Facts> {
+    let defaults = Defaults { head_dim: Some(128), ..Defaults::of("qwen3", Biases::attention(config)?) };
+    let mut facts = windowed(config, split::facts(config, &defaults)?)?;
+    facts.head_norm = Some(HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head });
+    Ok(facts)
+}
+
+fn windowed(config: &Config, mut facts: Facts) -> Result<Facts> {
+    let window = match config.flag("use_sliding_window")? {
+        true => super::window_or(config, Some(4096))?,
+        false => None,
+    };
+    let from = config.whole_or("max_window_layers", 28)?;
+    let sliding = super::sliding_layers(config, facts.layers, |layer| layer >= from)?;
+    super::set_windows(&mut facts, window, &sliding);
+    Ok(facts)
+}

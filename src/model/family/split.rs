@@ -1,0 +1,118 @@
+//! Models of Llama's shape: split projections, gated feed-forward, RMS norms. What differs is what a family file says.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::model::rope::{Dialect, Rope};
+use crate::ops::activation::{Activation, Function};
+use crate::ops::attention::{Heads, Layout};
+
+/// What a config of the family means where it says nothing, and the biases its classes have.
+pub struct Defaults {
+    pub family: &'static str,
+    pub eps: f64,
+    pub theta: f64,
+    pub positions: usize,
+    /// `None`: hidden_size / num_attention_heads.
+    pub head_dim: Option<usize>,
+    pub tied_head: bool,
+    pub activation: Function,
+    /// The key that names the activation.
+    pub activation_key: &'static str,
+    pub biases: Biases,
+}
+
+pub struct Biases {
+    pub query_key_value: bool,
+    pub output: bool,
+    pub feed_forward: bool,
+}
+
+impl Biases {
+    pub const NONE: Biases = Biases { query_key_value: false, output: false, feed_forward: false };
+
+    /// `attention_bias` for all four projections.
+    pub fn attention(config: &Config) -> Result<Biases> {
+        let bias = config.flag("attention_bias")?;
+        Ok(Biases { query_key_value: bias, output: bias, feed_forward: false })
+    }
+
+    /// `attention_bias` and `mlp_bias`.
+    pub fn both(config: &Config) -> Result<Biases> {
+        Ok(Biases { feed_forward: config.flag("mlp_bias")?, ..Biases::attention(config)? })
+    }
+}
+
+impl Defaults {
+    /// Those of most families.
+    pub fn of(family: &'static str, biases: Biases) -> Defaults {
+        Defaults {
+            family,
+            eps: 1e-6,
+            theta: 10_000.0,
+            positions: 32_768,
+            head_dim: None,
+            tied_head: false,
+            activation: Function::Silu,
+            activation_key: "hidden_act",
+            biases,
+        }
+    }
+}
+
+/// The facts, with full attention and one rope on every layer.
+pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
+    super::no_dropout(config, &["attention_dropout"])?;
+    let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);
+    let layers = config.integer("num_hidden_layers")?;
+    let (query, key, head) = super::head_counts(config, width, defaults.head_dim)?;
+    let biases = &defaults.biases;
+    let attention = |path, rows, cols| Projection { path, rows, cols, bias: biases.query_key_value };
+    let mlp = |path, rows, cols| Projection { path, rows, cols, bias: biases.feed_forward };
+    let heads = Heads {
+        query,
+        key,
+        width: head,
+        scale: (head as f64).sqrt().recip(),
+        window: None,
+        softcap: None,
+        layout: Layout::Blocked,
+    };
+    let dialect = Dialect { theta: defaults.theta, ..Dialect::PLAIN };
+    Ok(Facts {
+        family: defaults.family,
+        vocab: config.integer("vocab_size")?,
+        width,
+        layers,
+        feed_forward: inner,
+        norm: NormKind {
+            form: NormForm::Rms,
+            eps: config.number_or_none("rms_norm_eps")?.unwrap_or(defaults.eps),
+        },
+        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        ropes: vec![Rope::read(config, head, &dialect)?],
+        head_norm: None,
+        query_key_value: vec![
+            attention("self_attn.q_proj", query * head, width),
+            attention("self_attn.k_proj", key * head, width),
+            attention("self_attn.v_proj", key * head, width),
+        ],
+        output: Projection { path: "self_attn.o_proj", rows: width, cols: query * head, bias: biases.output },
+        gate_up: vec![mlp("mlp.gate_proj", inner, width), mlp("mlp.up_proj", inner, width)],
+        activation: Activation {
+            function: super::function(config, defaults.activation_key, defaults.activation)?,
+            gated: true,
+        },
+        down: mlp("mlp.down_proj", width, inner),
+        parallel: false,
+        residual_scale: 1.0,
+        embedding_scale: EmbeddingScale::NONE,
+        tied_head: config.flag_or("tie_word_embeddings", defaults.tied_head)?,
+        head_bias: false,
+        logits_scale: 1.0,
+        logits_softcap: None,
+        positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(defaults.positions),
+        names: Names::LLAMA,
+        aliases: &[],
+    })
+}

@@ -1,0 +1,110 @@
+//! Numbers copied to the host while the device works on: the copy is queued behind what makes them, and read later.
+
+use std::ffi::c_void;
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, result, sys};
+use candle_core::{DType, Result, Tensor, bail};
+
+use crate::ops::number::{Number, is_number};
+
+/// Eight bytes a number in memory that the device writes to directly, and the event that says it has.
+pub struct Late {
+    memory: Pinned,
+    kinds: Vec<Kind>,
+    event: CudaEvent,
+    /// Kept until the copies are done.
+    _tensors: Vec<Tensor>,
+}
+
+enum Kind {
+    Host(f64),
+    Single,
+    Double,
+}
+
+impl Late {
+    /// At least one of the numbers lies on a device; all of them on the same.
+    pub fn send(numbers: &[Number]) -> Result<Late> {
+        let tensors = numbers.iter().filter_map(|number| match number {
+            Number::There(tensor) => Some(tensor.clone()),
+            Number::Here(_) => None,
+        });
+        let tensors: Vec<Tensor> = tensors.collect();
+        let Some(first) = tensors.first() else { bail!("no number lies on a device") };
+        let stream = super::device(first)?.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        let memory = Pinned::new(8 * numbers.len())?;
+        let mut kinds = Vec::with_capacity(numbers.len());
+        for (i, number) in numbers.iter().enumerate() {
+            let tensor = match number {
+                Number::Here(value) => {
+                    kinds.push(Kind::Host(*value));
+                    continue;
+                }
+                Number::There(tensor) => tensor,
+            };
+            if !is_number(tensor) {
+                bail!("a number of shape {:?}, {:?}", tensor.dims(), tensor.dtype());
+            }
+            let double = tensor.dtype() == DType::F64;
+            kinds.push(if double { Kind::Double } else { Kind::Single });
+            let bytes = if double { 8 } else { 4 };
+            // SAFETY: the slot is eight bytes of pinned memory that lives as long as `self`, and `self` waits for the
+            // event before it reads or frees it; the source is one element of a live tensor.
+            unsafe {
+                sys::cuMemcpyDtoHAsync_v2(
+                    memory.slot(i).cast(),
+                    super::address(tensor, 0)?,
+                    bytes,
+                    stream.cu_stream(),
+                )
+            }
+            .result()
+            .w()?;
+        }
+        let event = stream.record_event(None).w()?;
+        Ok(Late { memory, kinds, event, _tensors: tensors })
+    }
+
+    /// Waits for the copies.
+    pub fn values(self) -> Result<Vec<f64>> {
+        self.event.synchronize().w()?;
+        let value = |(i, kind): (usize, &Kind)| match kind {
+            Kind::Host(value) => *value,
+            // SAFETY: the event has passed, so the slot holds the number.
+            Kind::Single => unsafe { self.memory.slot(i).cast::<f32>().read() as f64 },
+            Kind::Double => unsafe { self.memory.slot(i).cast::<f64>().read() },
+        };
+        Ok(self.kinds.iter().enumerate().map(value).collect())
+    }
+}
+
+impl Drop for Late {
+    /// The device may still write to the memory that is freed next.
+    fn drop(&mut self) {
+        let _ = self.event.synchronize();
+    }
+}
+
+/// Host memory that copies reach without staging, so that queueing one does not wait.
+struct Pinned(*mut c_void);
+
+impl Pinned {
+    fn new(bytes: usize) -> Result<Pinned> {
+        // SAFETY: freed once, by `drop`.
+        Ok(Pinned(unsafe { result::malloc_host(bytes, 0) }.w()?))
+    }
+
+    /// The i-th eight bytes; they are aligned since the driver gives whole pages.
+    fn slot(&self, i: usize) -> *mut u8 {
+        self.0.cast::<u8>().wrapping_add(8 * i)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: it came from `malloc_host` and nothing refers to it any more.
+        let _ = unsafe { result::free_host(self.0) };
+    }
+}

@@ -1,0 +1,120 @@
+//! Layer norm: `y = w * (x - mean) / sqrt(var + eps) + b`, rows of C.
+
+use candle_core::{D, Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{self, Real};
+use crate::with_real;
+
+/// Rows handed to one task: a few hundred kilobytes.
+const ROWS: usize = 64;
+
+/// The definition, in differentiable primitives: the judge of the forms below.
+pub fn formula(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let scale = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    centred.broadcast_mul(&scale)?.broadcast_mul(w)?.broadcast_add(b)
+}
+
+/// x [T, C], w `[C]`, b `[C]` -> y [T, C].
+pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    with_real!(x, T => {
+        let mut y = vec![T::ZERO; rows * width];
+        let (x, w, b) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(b)?);
+        y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(y, x)| {
+            cpu::vectorized(#[inline(always)] || {
+                for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
+                    let scale = centre(y, x, eps);
+                    for ((y, &w), &b) in y.iter_mut().zip(w).zip(b) {
+                        *y = (*y * scale).fma(w, b);
+                    }
+                }
+            })
+        });
+        cpu::tensor(y, (rows, width))
+    })
+}
+
+/// Adds the gradient of x to `dx`: with n = (x - mean) / s and g = dy * w,
+/// `dx += (g - mean(g) - n * mean(g * n)) / s`. Weight and bias are frozen.
+pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+    let (_, width) = x.dims2()?;
+    with_real!(x, T => {
+        let (x, w, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(dy)?);
+        cpu::edit(dx, |dx: &mut [T]| {
+            let rows = x.par_chunks(ROWS * width).zip(dy.par_chunks(ROWS * width));
+            dx.par_chunks_mut(ROWS * width).zip(rows).for_each(|(dx, (x, dy))| {
+                let mut centred = vec![T::ZERO; width];
+                cpu::vectorized(#[inline(always)] || {
+                    for ((dx, x), dy) in dx.chunks_mut(width).zip(x.chunks(width)).zip(dy.chunks(width)) {
+                        let scale = centre(&mut centred, x, eps);
+                        backward_row(dx, &centred, scale, dy, w);
+                    }
+                })
+            })
+        })
+    })
+}
+
+/// `centred = x - mean`; returns 1 / sqrt(var + eps). Two passes: a mean far from zero costs no digits.
+#[inline(always)]
+fn centre<T: Real>(centred: &mut [T], x: &[T], eps: f64) -> T {
+    let count = T::of(x.len() as f64);
+    let mean = cpu::sum(x) / count;
+    for (centred, &x) in centred.iter_mut().zip(x) {
+        *centred = x - mean;
+    }
+    T::ONE / Real::sqrt(cpu::dot(centred, centred) / count + T::of(eps))
+}
+
+#[inline(always)]
+fn backward_row<T: Real>(dx: &mut [T], centred: &[T], scale: T, dy: &[T], w: &[T]) {
+    let count = T::of(centred.len() as f64);
+    let mean = cpu::dot(dy, w) / count;
+    let pull = scale * scale * cpu::dot3(dy, w, centred) / count;
+    for (((dx, &centred), &dy), &w) in dx.iter_mut().zip(centred).zip(dy).zip(w) {
+        *dx += (dy * w - mean - centred * pull) * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::judge;
+
+    #[test]
+    fn value_and_gradient_equal_the_formula() -> Result<()> {
+        for (rows, width) in [(1, 1), (3, 7), (129, 96), (130, 100)] {
+            let x = judge::random((rows, width), 1)?;
+            let (w, b) = ((judge::random(width, 2)?.as_tensor() + 1.0)?, judge::random(width, 4)?);
+            let dy = judge::random((rows, width), 3)?;
+            let expected = formula(&x, &w, &b, 1e-5)?;
+            judge::same(&forward(&x, &w, &b, 1e-5)?, &expected, 1e-12)?;
+            let dx = x.ones_like()?;
+            backward(&dy, &x, &w, 1e-5, &dx)?;
+            // A single column has no variance: 1/s is 316, and so is what rounding makes of a zero gradient.
+            judge::same(&(dx - 1.0)?, &judge::gradient(&x, &expected, &dy)?, 1e-11)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradient_equals_finite_differences() -> Result<()> {
+        let (x, w, b) = (judge::random((2, 5), 1)?, judge::random(5, 2)?, judge::random(5, 4)?);
+        let dy = judge::random((2, 5), 3)?;
+        let dx = x.zeros_like()?;
+        backward(&dy, &x, &w, 1e-5, &dx)?;
+        judge::finite_differences(&x, &dy, &dx, 1e-7, |x| forward(x, &w, &b, 1e-5))
+    }
+
+    #[test]
+    fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
+        let x = judge::random((4, 64), 1)?;
+        let (w, b) = (x.ones_like()?.narrow(0, 0, 1)?.flatten_all()?, judge::random(64, 4)?);
+        let far = (x.as_tensor() + 1024.0)?.to_dtype(candle_core::DType::F32)?;
+        let narrow = |x: &Tensor| x.to_dtype(candle_core::DType::F32);
+        let expected = forward(&far.to_dtype(candle_core::DType::F64)?, &w, &b, 1e-5)?;
+        judge::same(&forward(&far, &narrow(&w)?, &narrow(&b)?, 1e-5)?, &expected, 1e-5)
+    }
+}
