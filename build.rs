@@ -60,7 +60,16 @@ fn compile(source: &Path, out: &Path) {
     let mut command = Command::new(&nvcc);
     // Flags meant for candle's kernels are not for these.
     command.env_remove("NVCC_APPEND_FLAGS").env_remove("NVCC_PREPEND_FLAGS");
-    command.args(["-O3", "-std=c++17", "--fatbin", "-t", "0", "--compress-mode=size", "-lineinfo"]);
+    command.args([
+        "-O3",
+        "-std=c++17",
+        "--fatbin",
+        "-t",
+        "0",
+        "--compress-mode=size",
+        "-lineinfo",
+        "-Xptxas=-v",
+    ]);
     for architecture in &architectures {
         command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
     }
@@ -77,4 +86,7 @@ fn compile(source: &Path, out: &Path) {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         panic!("nvcc failed on {}\n{}{}", source.display(), text(&output.stdout), text(&output.stderr));
     }
+    // Registers and spills of every kernel: `tests/kernel_resources` reads them.
+    let report = out.join(format!("{}.ptxas", stem(source)));
+    std::fs::write(report, &output.stderr).expect("cargo's output folder is writable");
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use hone::ops::activation::{Activation, Function};
-use hone::ops::attention::{self, Heads, Layout};
+use hone::ops::attention::{self, Heads, Layout, Packing};
 use hone::ops::cross_entropy::Head;
 use hone::ops::four_bit::{Code, FourBit};
 use hone::ops::matmul::{self, Precision, Weight};
@@ -21,7 +21,7 @@ const VOCAB: usize = 8192;
 const ROUNDS: usize = 7;
 
 fn random(rows: usize, cols: usize) -> Result<Tensor> {
-    Tensor::randn(0f32, 1.0, (cols), &Device::Cpu)
+    Tensor::randn(0f32, 1.0, (rows, cols), &Device::Cpu)
 }
 
 fn main() -> Result<()> {
@@ -38,7 +38,7 @@ fn main() -> Result<()> {
         layout: Layout::Blocked,
     };
     let swiglu = Activation { function: Function::Silu, gated: true };
-    let examples: Vec<_> = (0..4).map(|i| i * 512..(i + 1) * 512).collect();
+    let examples = Packing::new((0..4).map(|i| i * 512..(i + 1) * 512).collect());
     let (x, norm, d) = (random(ROWS, WIDTH)?, random(1, WIDTH)?.flatten_all()?, random(ROWS, WIDTH)?);
     let dy = random(ROWS, WIDTH)?;
     let (gate_up, d_inner) = (random(ROWS, 2 * INNER)?, random(ROWS, INNER)?);

@@ -63,7 +63,9 @@ fn main() {
         let trainable = &decoder.trainable;
         flat::zero(&trainable.grads).expect("zero");
         let scale = 1.0 / batch.targets.len() as f64;
-        losses.push(decoder.forward_backward(&batch, scale).expect("a step") * scale);
+        losses.push(
+            decoder.forward_backward(&batch, scale).and_then(|loss| loss.value()).expect("a step") * scale,
+        );
         let norm = adamw::sum_of_squares(&trainable.grads).expect("norm").sqrt();
         let update = Update {
             learning_rate: 1e-4,

@@ -1,53 +1,55 @@
-// AdamW over one flat buffer and the sums of squares it needs; the twin of src/ops/adamw.rs.
-// Sums are taken in double, first by block over a fixed grid, then by one block over the blocks: the same bits each time.
+// One AdamW update of all parameters, clipped by a norm that never left the device; the twin of src/ops/adamw.rs.
 #include "common.cuh"
 
-__device__ __forceinline__ double block_sum_double(double x) {
-    SHARED_ARRAY(double, parts, 256);
-    parts[threadIdx.x] = x;
+struct Numbers {
+    float c1, beta2, c2, decay, rate, root2, epsilon, scale;
+};
+
+__device__ __forceinline__ void update(float& p, float g, float& m, float& v, const Numbers& k) {
+    g *= k.scale;
+    m += (g - m) * k.c1;
+    v = v * k.beta2 + g * g * k.c2;
+    p = p * k.decay - k.rate * m / (sqrtf(v) / k.root2 + k.epsilon);
+}
+
+// The factor on the gradient, as torch clips; 1 without a sum or a limit (0), negative where the sum is not finite. For one
+// thread a block: f64 is slow where GPUs are for graphics.
+__device__ __forceinline__ float clipping(const double* squares, float norm_max) {
+    if (squares == nullptr) return 1.f;
+    if (!(*squares < (double)INFINITY)) return -1.f;
+    return norm_max > 0.f ? (float)fmin(1., (double)norm_max / (sqrt(*squares) + 1e-6)) : 1.f;
+}
+
+// A thread takes four neighbours. `copy`, where given, gets the parameters rounded to bf16: what products are computed with.
+// Where the sum of squares is not finite nothing changes, so that the host can read it later and stop.
+extern "C" __global__ void adamw_step(float* params, float* grads, float* first, float* second, bf16* copy,
+                                      const double* squares, float norm_max, float scale, float c1, float beta2,
+                                      float c2, float decay, float rate, float root2, float epsilon, int zero_grads,
+                                      unsigned long long n) {
+    SHARED_ARRAY(float, clip, 1);
+    if (threadIdx.x == 0) *clip = clipping(squares, norm_max);
     __syncthreads();
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
-        __syncthreads();
+    if (*clip < 0.f) return;
+    const Numbers k = {c1, beta2, c2, decay, rate, root2, epsilon, scale * *clip};
+    const unsigned long long i = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float4 p = *reinterpret_cast<float4*>(params + i), g = *reinterpret_cast<float4*>(grads + i);
+        float4 m = *reinterpret_cast<float4*>(first + i), v = *reinterpret_cast<float4*>(second + i);
+        update(p.x, g.x, m.x, v.x, k);
+        update(p.y, g.y, m.y, v.y, k);
+        update(p.z, g.z, m.z, v.z, k);
+        update(p.w, g.w, m.w, v.w, k);
+        *reinterpret_cast<float4*>(params + i) = p;
+        *reinterpret_cast<float4*>(first + i) = m;
+        *reinterpret_cast<float4*>(second + i) = v;
+        if (zero_grads) *reinterpret_cast<float4*>(grads + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (copy != nullptr)
+            *reinterpret_cast<uint2*>(copy + i) = make_uint2(pack_bf16(p.x, p.y), pack_bf16(p.z, p.w));
+        return;
     }
-    return parts[0];
-}
-
-// One partial sum a block; 256 threads.
-extern "C" __global__ void adamw_squares(const float* x, double* partial, unsigned long long n) {
-    double sum = 0.0;
-    const unsigned long long step = (unsigned long long)gridDim.x * blockDim.x;
-    for (unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step)
-        sum += (double)x[i] * (double)x[i];
-    sum = block_sum_double(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-// One block: the sum of all partial sums.
-extern "C" __global__ void adamw_total(const double* partial, double* total, int count) {
-    double sum = 0.0;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
-    sum = block_sum_double(sum);
-    if (threadIdx.x == 0) *total = sum;
-}
-
-// The order of operations is torch's. `squares` is the sum of squares of the gradient: it clips to norm_max (0: never),
-// and where it is not finite nothing changes. `copy` (may be null) takes the parameters in bf16.
-extern "C" __global__ void adamw_step(float* p, const float* g, float* m, float* v, bf16* copy, const double* squares,
-                                      unsigned long long n, float norm_max, float decay, float rate, float c1, float b2,
-                                      float c2, float root2, float epsilon) {
-    const double norm = sqrt(*squares);
-    if (!isfinite(norm)) return;
-    const double clip = norm_max > 0.f ? (double)norm_max / (norm + 1e-6) : 1.0;
-    const float scale = clip < 1.0 ? (float)clip : 1.f;
-    const unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const float gradient = g[i] * scale;
-    const float first = m[i] + (gradient - m[i]) * c1;
-    const float second = v[i] * b2 + gradient * gradient * c2;
-    const float value = p[i] * decay - rate * first / (sqrtf(second) / root2 + epsilon);
-    m[i] = first;
-    v[i] = second;
-    p[i] = value;
-    if (copy) copy[i] = __float2bfloat16_rn(value);
+    for (unsigned long long j = i; j < n; ++j) {
+        update(params[j], grads[j], first[j], second[j], k);
+        if (zero_grads) grads[j] = 0.f;
+        if (copy != nullptr) copy[j] = narrow<bf16>(params[j]);
+    }
 }

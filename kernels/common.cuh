@@ -15,6 +15,8 @@
     T* name = reinterpret_cast<T*>(shared_dynamic)
 #endif
 
+#include "prim.cuh"
+
 typedef __nv_bfloat16 bf16;
 
 template <typename T> __device__ __forceinline__ T narrow(float x);
@@ -48,14 +50,8 @@ template <> struct Eight<bf16> {
         }
     }
     __device__ __forceinline__ void store(bf16* to) const {
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t low = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * i]));
-            const uint32_t high = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * i + 1]));
-            words[i] = low | (high << 16);
-        }
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                                                   pack_bf16(v[6], v[7]));
     }
 };
 

@@ -1,6 +1,10 @@
 //! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
 //! those are in the table of keys.
 
+use crate::bench;
+use crate::device::Choice;
+use crate::memory::Limit;
+use crate::model::{Keep, Precision};
 use crate::spec::{Origin, Request, Setting, Written};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -18,10 +22,12 @@ pub struct Invocation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Run(Request),
-    Plan { request: Request, format: Format },
+    Model { about: AboutModel, format: Format },
+    Plan { request: Request, format: Format, gpu: Option<String> },
     Push { folder: PathBuf, image: String, registry: RegistryArguments },
     Pull { image: String, folder: PathBuf, registry: RegistryArguments },
     Example { folder: PathBuf, write_only: bool },
+    Bench { options: bench::Options, json: Option<PathBuf> },
 }
 
 /// How events are shown.
@@ -50,10 +56,17 @@ pub fn parse(
     let matches = matches.subcommand().map(|(_, matches)| matches).expect("a subcommand is required");
     let command = match cli.command {
         Subcommands::Run(job) => Command::Run(job.request(matches)?),
-        Subcommands::Plan { job, format } => Command::Plan { request: job.request(matches)?, format },
+        Subcommands::Model { about, format } => Command::Model { about, format },
+        Subcommands::Plan { job, format, gpu } => {
+            Command::Plan { request: job.request(matches)?, format, gpu }
+        }
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
         Subcommands::Example { folder, write_only } => Command::Example { folder, write_only },
+        Subcommands::Bench(arguments) => {
+            let json = arguments.json.clone();
+            Command::Bench { options: arguments.options()?, json }
+        }
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
 }
@@ -96,10 +109,26 @@ enum Subcommands {
         hone run job.yaml --data 'rows/*.parquet' --push registry.example.com/adapters/support:1")]
     Run(Job),
     /// Show everything `run` would do, each value with where it came from
-    #[command(after_help = "Example:\n  hone plan job.yaml --format json")]
+    #[command(
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu a100-80"
+    )]
     Plan {
         #[command(flatten)]
         job: Job,
+        /// A table for people, or JSON
+        #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
+        format: Format,
+        /// Plan for this card or instance type in place of this machine: h200, a100-80, l4, Standard_NC24ads_A100_v4
+        #[arg(long, value_name = "NAME", env = "HONE_GPU")]
+        gpu: Option<String>,
+    },
+    /// Show what a model folder is understood as: facts, LoRA sites, memory, what is missing
+    #[command(after_help = "Examples:\n  hone model ./phi-3\n  \
+        hone model ./phi-3 --target-modules qkv_proj,o_proj --rank 16 --format json\n  \
+        hone model --preset phi-4-mini-instruct")]
+    Model {
+        #[command(flatten)]
+        about: AboutModel,
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
@@ -138,6 +167,115 @@ enum Subcommands {
         #[arg(long, env = "HONE_WRITE_ONLY")]
         write_only: bool,
     },
+    /// Measure how fast this machine trains a model or a well-known shape, beside what the machine can do
+    #[command(after_help = "Examples:\n  hone bench --shape phi3-mini --tokens 4096 --json speed.json\n  \
+        hone bench --model ./phi-3 --lengths one --tokens 8192")]
+    Bench(Bench),
+}
+
+#[derive(Args)]
+struct Bench {
+    /// Folder of the base model
+    #[arg(long, value_name = "DIR", env = "HONE_MODEL", required_unless_present = "shape")]
+    model: Option<PathBuf>,
+    /// In place of a model, a well-known shape with random weights: tiny, phi3-mini, llama3.1-8b, qwen2.5-7b, ...
+    #[arg(long, value_name = "NAME", env = "HONE_SHAPE", conflicts_with = "model")]
+    shape: Option<String>,
+    /// Tokens of an optimizer step
+    #[arg(long, value_name = "TOKENS", default_value = "4096", env = "HONE_TOKENS", value_parser = positive)]
+    tokens: usize,
+    /// Lengths of its examples: one, mixed (as instruction data), a number, or a file of numbers
+    #[arg(long, value_name = "LENGTHS", default_value = "mixed", env = "HONE_LENGTHS")]
+    lengths: String,
+    /// Steps that count
+    #[arg(long, value_name = "STEPS", default_value = "10", env = "HONE_STEPS", value_parser = positive)]
+    steps: usize,
+    /// Steps before them
+    #[arg(long, value_name = "STEPS", default_value = "3", env = "HONE_WARMUP", value_parser = positive)]
+    warmup: usize,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "HONE_DEVICE")]
+    device: String,
+    /// Rounding of products' inputs: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_PRECISION", value_parser = ["bf16", "f32"])]
+    precision: String,
+    /// Keep the base as the checkpoint has it, in place of 4 bits
+    #[arg(long, env = "HONE_UNQUANTIZED")]
+    unquantized: bool,
+    /// LoRA's rank, on all linear layers
+    #[arg(long, value_name = "RANK", default_value = "16", env = "HONE_RANK", value_parser = positive)]
+    rank: usize,
+    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
+    keep: String,
+    /// Most memory to use: 20GiB, bytes, or a share of what is free
+    #[arg(long, value_name = "SIZE", env = "HONE_MEMORY_MAX")]
+    memory_max: Option<String>,
+    /// Most tokens of one pass
+    #[arg(long, value_name = "TOKENS", env = "HONE_PASS_TOKENS_MAX", value_parser = positive)]
+    pass_tokens_max: Option<usize>,
+    /// Write what was measured to this file
+    #[arg(long, value_name = "FILE", env = "HONE_JSON")]
+    json: Option<PathBuf>,
+}
+
+impl Bench {
+    fn options(self) -> Result<bench::Options, clap::Error> {
+        let wrong = |name: &str, found: &str, expected: &str| {
+            let message = format!("--{name} {found:?}: expected {expected}");
+            Cli::command().error(clap::error::ErrorKind::ValueValidation, message)
+        };
+        let keep = match self.keep.as_str() {
+            "auto" => None,
+            name => Some(Keep::named(name).ok_or_else(|| {
+                wrong("keep", name, &format!("auto, {}", Keep::ALL.map(Keep::name).join(", ")))
+            })?),
+        };
+        let limit = |text: String| {
+            Limit::parse(&text)
+                .ok_or_else(|| wrong("memory-max", &text, "20GiB, bytes or a share from 0 to 1"))
+        };
+        let device = Choice::parse(&self.device)
+            .ok_or_else(|| wrong("device", &self.device, "auto, cpu, cuda or cuda:N"))?;
+        Ok(bench::Options {
+            base: match (self.shape, self.model) {
+                (Some(shape), _) => bench::Base::Shape(shape),
+                (None, folder) => bench::Base::Folder(folder.unwrap_or_default()),
+            },
+            device,
+            precision: if self.precision == "f32" { Precision::F32 } else { Precision::Bf16 },
+            quantized: !self.unquantized,
+            rank: self.rank,
+            tokens: self.tokens,
+            lengths: self.lengths,
+            steps: self.steps,
+            warmup: self.warmup,
+            keep,
+            memory_max: self.memory_max.map(limit).transpose()?,
+            pass_tokens_max: self.pass_tokens_max,
+        })
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "expected a whole number from 1".into())
+}
+
+/// What `hone model` tells about: a folder, or a preset of KAITO's by its name.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+pub struct AboutModel {
+    /// Folder with config.json, tokenizer.json and *.safetensors
+    #[arg(value_name = "DIR", required_unless_present = "preset", conflicts_with = "preset")]
+    pub folder: Option<PathBuf>,
+    /// A preset of KAITO's, by name or hub id: where its weights are, its family and defaults
+    #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
+    pub preset: Option<String>,
+    /// Names with commas between, a regular expression, or all-linear
+    #[arg(long, value_name = "MODULES", default_value = "all-linear", env = "HONE_TARGET_MODULES")]
+    pub target_modules: String,
+    /// LoRA's rank
+    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_RANK")]
+    pub rank: u32,
 }
 
 /// How `push` and `pull` reach a registry.
@@ -181,12 +319,24 @@ struct Job {
     /// Image to push when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
+    /// What q_proj means on a fused qkv_proj: fused (that module) or literal (nothing, as in PEFT)
+    #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
+    target_matching: Option<String>,
     /// PEFT folder to start from
     #[arg(long, value_name = "DIR", env = "HONE_INIT_ADAPTER")]
     init_adapter: Option<String>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
+    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
+    keep: Option<String>,
+    /// Most memory to use: 20GiB, bytes, or a share of what is free
+    #[arg(long, value_name = "SIZE", env = "HONE_MEMORY_MAX")]
+    memory_max: Option<String>,
+    /// Most tokens of one pass
+    #[arg(long, value_name = "TOKENS", env = "HONE_PASS_TOKENS_MAX")]
+    pass_tokens_max: Option<String>,
     /// Folder of downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
@@ -211,8 +361,12 @@ impl Job {
             ("layout", self.layout),
             ("output", self.output),
             ("push", self.push),
+            ("target_matching", self.target_matching),
             ("init_adapter", self.init_adapter),
             ("device", self.device),
+            ("keep", self.keep),
+            ("memory_max", self.memory_max),
+            ("pass_tokens_max", self.pass_tokens_max),
             ("cache", self.cache),
             ("file_bytes_max", self.file_bytes_max),
             ("ca_file", path(self.registry.ca_file)),
@@ -316,6 +470,8 @@ mod tests {
             "o",
             "--push",
             "h/r:t",
+            "--target-matching",
+            "literal",
             "--init-adapter",
             "i",
             "--device",
@@ -348,6 +504,7 @@ mod tests {
             layout Text("text") --layout
             output Text("o") --output
             push Text("h/r:t") --push
+            target_matching Text("literal") --target-matching
             init_adapter Text("i") --init-adapter
             device Text("cuda:1") --device
             cache Text("k") --cache

@@ -2,7 +2,8 @@
 
 use candle_core::Device;
 
-use crate::fault::{Fault, Kind, Result};
+use crate::fault::{Fault, Result};
+use crate::machine;
 use crate::report::{Report, Stage};
 
 /// What was asked for.
@@ -12,6 +13,18 @@ pub enum Choice {
     Auto,
     Cpu,
     Cuda(usize),
+}
+
+impl Choice {
+    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    pub fn parse(text: &str) -> Option<Choice> {
+        match text {
+            "auto" => Some(Choice::Auto),
+            "cpu" => Some(Choice::Cpu),
+            "cuda" => Some(Choice::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()).map(Choice::Cuda),
+        }
+    }
 }
 
 /// Opens the device. `Auto` says why a GPU that is there is not used.
@@ -46,7 +59,7 @@ pub fn check(choice: Choice) -> Result<()> {
 }
 
 fn not_built(number: usize) -> Fault {
-    Fault::new(Kind::Device, format!("device cuda:{number}: this build of hone trains on the CPU only"))
+    Fault::config(format!("device cuda:{number}: this build of hone trains on the CPU only"))
         .help("take the CUDA image, build with --features cuda, or leave `device` out")
 }
 
@@ -87,4 +100,44 @@ fn described(number: usize) -> String {
 #[cfg(not(feature = "cuda"))]
 fn described(number: usize) -> String {
     format!("cuda:{number}")
+}
+
+/// Bytes that are free on a GPU, or that this process may still take on a CPU; `None` where nobody says.
+pub fn memory_free(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => machine::memory_available(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::ops::cuda::device::memory(device).ok().map(|(free, _)| free as u64),
+        _ => None,
+    }
+}
+
+/// `this CPU`, or what the GPU calls itself.
+pub fn name(device: &Device) -> String {
+    match device.location() {
+        #[cfg(feature = "cuda")]
+        candle_core::DeviceLocation::Cuda { gpu_id } => {
+            crate::ops::cuda::device::card(gpu_id).map_or_else(|fault| fault.message, |card| card.name)
+        }
+        _ => "this CPU".into(),
+    }
+}
+
+/// Most bytes that the process has had of a GPU's memory, or of the machine's on a CPU; `None` where nobody says.
+pub fn memory_peak(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => machine::memory_peak(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::ops::cuda::device::pool(device).ok().map(|(_, most)| most as u64),
+        _ => None,
+    }
+}
+
+/// Kernels and products that this process has asked a GPU for; `None` where it trains on the CPU.
+pub fn launches() -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let count @ 1.. = crate::ops::cuda::launches() {
+        return Some(count);
+    }
+    None
 }

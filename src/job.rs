@@ -13,13 +13,19 @@ use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
 use crate::fault::{Fault, Result};
 use crate::interrupt;
-use crate::model::{self, Quantization, config::Config, decoder::Decoder, facts::Facts, family, load, lora};
+use crate::memory::{Machine, Running};
+use crate::model::{self, FourBitCode, Quantization, config::Config, decoder::Decoder, facts::Facts};
+use crate::model::{family, load, lora, stored};
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
 use crate::run_folder::{Metrics, RunFolder};
 use crate::source;
 use crate::train::{self, Every, Trained};
+
+pub mod room;
+
+use room::Lengths;
 
 /// Files of a model's folder, besides its weights, that change what is trained.
 const MODEL_TEXTS: [&str; 7] = [
@@ -43,7 +49,9 @@ pub struct Receipt {
 /// Runs the plan to its end.
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let described = describe(plan)?; // a few kilobytes: refuse early
-    warn_of_servers(&described.options.lora, report);
+    for warning in adapter::serving::warnings(&described.facts, &described.options.lora) {
+        report.warn(Stage::Plan, warning);
+    }
     tell_what_is_trained(plan, &described, report);
     if let Some(target) = &plan.push {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
@@ -88,22 +96,25 @@ fn make(
     drop(dataset);
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
+    let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
+    let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
+    tell_memory(&memory, report);
     let mut decoder = load::load(described.facts, &described.options, device, report)?;
-    decoder.keep.fill(plan.keep.unwrap_or(model::Keep::Everything));
     if let Some(initial) = &described.initial {
         initial.apply(&decoder.trainable)?;
     }
     report.note(Stage::Load, loaded(&decoder));
-    let trained = fit(plan, &decoder, &training, &evaluation, folder, report)?;
+    let examples = train::Data { train: &training, evaluation: &evaluation };
+    let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
     ship(plan, &described.options, &decoder, data, &trained, folder)?;
     Ok(trained)
 }
 
 fn fit(
     plan: &Plan,
-    decoder: &Decoder,
-    training: &[Example],
-    evaluation: &[Example],
+    decoder: &mut Decoder,
+    examples: train::Data,
+    memory: Running,
     folder: &RunFolder,
     report: &Report,
 ) -> Result<Trained> {
@@ -116,7 +127,7 @@ fn fit(
         }
         metrics.as_mut().expect("just opened").log(metric)
     };
-    train::run(decoder, training, evaluation, &plan.train, Some(&checkpoints), report, &mut log)
+    train::run(decoder, examples, &plan.train, Some(memory), Some(&checkpoints), report, &mut log)
 }
 
 /// Writes the PEFT folder; the sentinel last.
@@ -154,23 +165,28 @@ fn ship(
 /// What can be known before any weight or row is read.
 pub struct Described {
     pub facts: Facts,
-    /// The plan's, with rank and targets of the adapter that is continued.
+    /// The plan's, with rank and targets of the adapter that is continued, and the quantisation that a checkpoint
+    /// already has.
     pub options: model::Options,
     pub sites: lora::Sites,
+    bf16_checkpoint: bool,
     initial: Option<Adapter>,
 }
 
 /// Reads the model's config and the adapter to start from, and chooses the sites.
 pub fn describe(plan: &Plan) -> Result<Described> {
     device::check(plan.device)?;
-    let facts = family::describe(&Config::read(&plan.model.folder)?)?;
+    let config = Config::read(&plan.model.folder)?;
+    let facts = family::describe(&config)?;
     let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
     let mut options = plan.model.clone();
+    options.quantization = stored::read(&config)?.unwrap_or(options.quantization);
     if let Some(initial) = &initial {
         options.lora = initial.options(&options.lora)?;
     }
     let sites = lora::sites(&facts, &options.lora)?;
-    Ok(Described { facts, options, sites, initial })
+    let bf16_checkpoint = room::bf16_checkpoint(&config)?;
+    Ok(Described { facts, options, sites, bf16_checkpoint, initial })
 }
 
 /// Identifies a run: whatever would change its result.
@@ -207,11 +223,15 @@ fn weight_files(folder: &Path) -> Vec<String> {
 
 /// What is easily taken for something else: a base that stays as it is, a rank that comes from another adapter.
 fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
-    if plan.model.quantization == Quantization::None {
-        report.note(
+    match described.options.quantization {
+        Quantization::None => report.note(
             Stage::Plan,
             "the base stays unquantised: QuantizationConfig.load_in_4bit true would make it QLoRA",
-        );
+        ),
+        Quantization::FourBit { .. } => {}
+        Quantization::Stored { code, double } => {
+            tell_of_stored(plan.model.quantization, code, double, report)
+        }
     }
     for name in &described.sites.unmatched {
         report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
@@ -231,6 +251,26 @@ fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
     }
 }
 
+/// A checkpoint that is quantised already decides; another wish cannot be met and is told.
+fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: &Report) {
+    let scales = if double { " with quantised scales" } else { "" };
+    let found = format!("the checkpoint is quantised already: {}{scales}, taken as it is", code.name());
+    let other = matches!(asked, Quantization::FourBit { code: a, double: b } if (a, b) != (code, double));
+    match other {
+        false => report.note(Stage::Plan, found),
+        true => report.warn(
+            Stage::Plan,
+            format!("{found}; QuantizationConfig asks for another form, which would need the original model"),
+        ),
+    }
+}
+
+fn tell_memory(memory: &Running, report: &Report) {
+    for line in memory.table().lines() {
+        report.note(Stage::Plan, format!("memory: {line}"));
+    }
+}
+
 fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
     let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
     if longest > facts.positions_max {
@@ -240,27 +280,6 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
                 "the longest example has {longest} tokens, the model was made for {}: lower TrainingArguments.max_length",
                 facts.positions_max
             ),
-        );
-    }
-}
-
-/// What trains well but would not load, or not load rightly, where adapters are usually served.
-fn warn_of_servers(lora: &model::LoraOptions, report: &Report) {
-    const VLLM_RANK_MAX: usize = 16;
-    let highest = lora.rank_pattern.iter().map(|(_, rank)| *rank).chain([lora.r]).max().unwrap_or(lora.r);
-    if highest > VLLM_RANK_MAX {
-        report.warn(
-            Stage::Plan,
-            format!(
-                "rank {highest}: vLLM serves ranks up to {VLLM_RANK_MAX} unless its max-lora-rank is set"
-            ),
-        );
-    }
-    if !lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty() {
-        report.warn(
-            Stage::Plan,
-            "rank_pattern and alpha_pattern: vLLM scales every module by lora_alpha / r and would serve this adapter \
-             wrongly; peft loads it right",
         );
     }
 }
@@ -304,6 +323,9 @@ fn base_format(options: &model::Options) -> String {
         Quantization::FourBit { code, double } => {
             let scales = if double { ", scales quantised too" } else { "" };
             format!("a 4-bit base ({}, blocks of 64{scales})", code.name())
+        }
+        Quantization::Stored { code, .. } => {
+            format!("a 4-bit base ({}, as bitsandbytes stored it in the checkpoint)", code.name())
         }
     }
 }

@@ -1,4 +1,6 @@
-//! What the machine is like, and how the process asks it for memory.
+//! What the machine is like, how much memory it has left, and how the process asks for it.
+
+use std::path::Path;
 
 /// Keeps freed memory in the process instead of giving it back to the kernel.
 ///
@@ -13,5 +15,111 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
+/// Bytes of memory that this process may still take: what the machine has available, or less where a container's
+/// limit is nearer. Page cache counts as available, since the kernel gives it up. `None` where the system does not
+/// say.
+pub fn memory_available() -> Option<u64> {
+    available_below(Path::new("/"))
+}
+
+/// The kernel's own count of the largest resident set, in bytes.
+pub fn memory_peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    number_after(&status, "VmHWM:").map(|kib| kib * 1024)
+}
+
+fn available_below(root: &Path) -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
+    let machine =
+        read("proc/meminfo").and_then(|text| number_after(&text, "MemAvailable:")).map(|kib| kib * 1024);
+    let groups = read("proc/self/cgroup").unwrap_or_default();
+    let groups = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?);
+        match controllers {
+            "" => Some((root.join("sys/fs/cgroup"), path, &SECOND)),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                Some((root.join("sys/fs/cgroup/memory"), path, &FIRST))
+            }
+            _ => None,
+        }
+    });
+    // A limit may stand at any level above the process.
+    let levels = groups.flat_map(|(mount, path, files)| {
+        let path = Path::new(path.trim_start_matches('/'));
+        path.ancestors().filter_map(|level| left(&mount.join(level), files)).collect::<Vec<_>>()
+    });
+    levels.chain(machine).min()
+}
+
+/// Names of a control group's files: limit, usage, statistics, and the statistics' lines of page cache.
+struct Files {
+    limit: &'static str,
+    usage: &'static str,
+    cache: [&'static str; 2],
+}
+
+const SECOND: Files =
+    Files { limit: "memory.max", usage: "memory.current", cache: ["inactive_file", "active_file"] };
+const FIRST: Files = Files {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    cache: ["total_inactive_file", "total_active_file"],
+};
+
+fn left(group: &Path, files: &Files) -> Option<u64> {
+    let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
+    let limit: u64 = read(files.limit)?.trim().parse().ok()?; // "max" is no limit
+    let usage: u64 = read(files.usage)?.trim().parse().ok()?;
+    let statistics = read("memory.stat").unwrap_or_default();
+    let cache: u64 = files.cache.iter().filter_map(|name| number_after(&statistics, name)).sum();
+    Some(limit.saturating_sub(usage.saturating_sub(cache)))
+}
+
+/// The number in the line that begins with this word.
+fn number_after(text: &str, word: &str) -> Option<u64> {
+    let mut words = text.lines().map(str::split_ascii_whitespace);
+    words.find_map(|mut line| (line.next()? == word).then(|| line.next()?.parse().ok())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn available(files: &[(&str, &str)]) -> Option<u64> {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        available_below(root.path())
+    }
+
+    #[test]
+    fn the_nearest_limit_counts_and_page_cache_does_not() {
+        let machine = ("proc/meminfo", "MemTotal:  9000 kB\nMemAvailable:  5000 kB\n");
+        assert_eq!(available(&[machine]), Some(5000 << 10));
+        assert_eq!(available(&[]), None);
+        let second = [
+            machine,
+            ("proc/self/cgroup", "0::/pod/box\n"),
+            ("sys/fs/cgroup/pod/memory.max", "3000000\n"),
+            ("sys/fs/cgroup/pod/memory.current", "2500000\n"),
+            ("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 1000000\nactive_file 500000\n"),
+            ("sys/fs/cgroup/pod/box/memory.max", "max\n"),
+            ("sys/fs/cgroup/pod/box/memory.current", "2500000\n"),
+        ];
+        assert_eq!(available(&second), Some(2_000_000));
+        let first = [
+            machine,
+            ("proc/self/cgroup", "5:cpu:/x\n4:hugetlb,memory:/pod\n"),
+            ("sys/fs/cgroup/memory/pod/memory.limit_in_bytes", "1000000\n"),
+            ("sys/fs/cgroup/memory/pod/memory.usage_in_bytes", "400000\n"),
+        ];
+        assert_eq!(available(&first), Some(600_000));
     }
 }

@@ -3,14 +3,15 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use hone::cli::{self, Command, Format, Log, RegistryArguments};
+use hone::cli::{self, AboutModel, Command, Format, Log, RegistryArguments};
 use hone::fault::{Fault, Result};
 use hone::job::{self, Receipt};
+use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
 use hone::spec::{self, Request};
-use hone::{example, interrupt};
+use hone::{bench, example, inspect, interrupt};
 
 /// Prints a line; a reader that went away is no reason to fail.
 macro_rules! say {
@@ -62,9 +63,13 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
     match command {
         Command::Run(request) => run(request, report).map(Some),
-        Command::Plan { request, format } => show(&resolve(request)?, *format).map(|()| None),
+        Command::Model { about, format } => model(about, *format).map(|()| None),
+        Command::Plan { request, format, gpu } => {
+            show(&resolve(request)?, *format, gpu.as_deref()).map(|()| None)
+        }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
+        Command::Bench { options, json } => measure(options, json.as_deref(), report).map(|()| None),
         Command::Example { folder, write_only } => try_example(folder, *write_only, report),
     }
 }
@@ -108,9 +113,10 @@ fn summary(receipt: &Receipt) -> String {
     text
 }
 
-fn show(plan: &Plan, format: Format) -> Result<()> {
+fn show(plan: &Plan, format: Format, gpu: Option<&str>) -> Result<()> {
     let described = job::describe(plan)?;
     let facts = &described.facts;
+    let memory = job::room::plan(plan, &described, gpu);
     match format {
         Format::Text => {
             say!("{}", plan.table().trim_end());
@@ -123,6 +129,7 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
                 described.sites.list.len(),
                 described.sites.parameters()
             );
+            say!("\nmemory, with examples of the most tokens:\n{}", memory?.table().trim_end());
         }
         Format::Json => {
             let mut json = plan.json();
@@ -131,8 +138,31 @@ fn show(plan: &Plan, format: Format) -> Result<()> {
             });
             let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
             json["adapter"] = serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
+            let memory = memory?;
+            json["memory"] = memory.plan.json(&memory.machine);
             say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
         }
+    }
+    Ok(())
+}
+
+fn model(about: &AboutModel, format: Format) -> Result<()> {
+    let (text, json) = match (&about.preset, &about.folder) {
+        (Some(name), _) => {
+            let preset = presets::find(name)?;
+            (inspect::table(&preset.rows()), serde_json::json!(preset))
+        }
+        (None, folder) => {
+            let folder = folder.as_ref().expect("clap asks for one of them");
+            let targets = Targets::written(&about.target_modules);
+            let lora = LoraOptions { r: about.rank as usize, targets, ..LoraOptions::default() };
+            let inspection = inspect::read(folder, &lora)?;
+            (inspection.table(), inspection.json())
+        }
+    };
+    match format {
+        Format::Text => say!("{}", text.trim_end()),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers")),
     }
     Ok(())
 }
@@ -172,6 +202,14 @@ fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> R
         true => Ok(None),
         false => run(&Request { spec: Some(file), ..Request::default() }, report).map(Some),
     }
+}
+
+fn measure(options: &bench::Options, json: Option<&std::path::Path>, report: &Report) -> Result<()> {
+    let outcome = bench::run(options, report)?;
+    say!("{}", outcome.table().trim_end());
+    let Some(file) = json else { return Ok(()) };
+    let text = serde_json::to_string_pretty(&outcome.json()).expect("texts and numbers");
+    std::fs::write(file, text + "\n").map_err(|error| Fault::storage("write", file, &error))
 }
 
 fn outcome(receipt: Receipt) -> termination::Outcome {

@@ -13,7 +13,7 @@ pub use places::registry_access;
 use crate::fault::Result;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, model, registry, source, train};
+use crate::{dataset, device, memory, model, registry, source, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -25,8 +25,7 @@ pub struct Plan {
     pub dataset: dataset::Options,
     pub tokens: dataset::TokenOptions,
     pub model: model::Options,
-    /// What every layer keeps for the backward pass; `None`: as memory allows.
-    pub keep: Option<model::Keep>,
+    pub memory: memory::Options,
     /// Name of the base model, for the image and the adapter's card.
     pub model_name: String,
     pub train: train::Options,
@@ -77,7 +76,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
     let precision = base::precision(reader, quantization);
-    let keep = base::keep(reader);
+    let memory = base::memory(reader);
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
@@ -86,7 +85,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         data,
         tokens,
         model,
-        keep,
+        memory,
         model_name,
         train,
         output: places::output(reader, spec.kaito),

@@ -30,10 +30,13 @@ fn help_tells_what_there_is() {
         Commands:
           run      Fine-tune a model and write the adapter; push it if asked
           plan     Show everything `run` would do, each value with where it came from
+          model    Show what a model folder is understood as: facts, LoRA sites, memory, what is missing
           push     Push an adapter's folder as an image
           pull     Pull an adapter's image into a folder
           example  Write a tiny model, a dataset and a configuration, and run the whole job on them, in
                    seconds
+          bench    Measure how fast this machine trains a model or a well-known shape, beside what the
+                   machine can do
           help     Print this message or the help of the given subcommand(s)
 
         Options:
@@ -121,6 +124,21 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_DEVICE=]
 
+              --keep <LEVEL>
+                  What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+
+                  [env: HONE_KEEP=]
+
+              --memory-max <SIZE>
+                  Most memory to use: 20GiB, bytes, or a share of what is free
+
+                  [env: HONE_MEMORY_MAX=]
+
+              --pass-tokens-max <TOKENS>
+                  Most tokens of one pass
+
+                  [env: HONE_PASS_TOKENS_MAX=]
+
               --cache <DIR>
                   Folder of downloads
 
@@ -181,17 +199,50 @@ fn help_tells_what_there_is() {
 }
 
 #[test]
+fn a_bench_measures_a_shape() {
+    let work = Work::new();
+    let arguments =
+        ["bench", "--shape", "tiny", "--tokens", "96", "--steps", "3", "--warmup", "1", "--json", "b.json"];
+    let said = work.done(&[&arguments[..], &["--device", "cpu", "--precision", "f32"]].concat()).stdout;
+    assert!(said.contains("tokens/s") && said.contains("everything in 2 layers"), "{said}");
+    let json = work.json("b.json");
+    assert_eq!(json["step_seconds"].as_array().unwrap().len(), 3);
+    let positive =
+        ["tokens_per_second", "matrix_share", "copy_bytes_per_second", "peak_bytes", "loss", "flops"];
+    for key in positive {
+        assert!(json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
+    }
+    // The plan's bytes are the process's but for the program itself and its buffers.
+    let (plan, peak) = (json["plan"]["bytes"].as_f64().unwrap(), json["peak_bytes"].as_f64().unwrap());
+    assert!(plan < peak + 64e6, "plan {plan}, peak {peak}");
+    let refused = work.run(&["bench", "--shape", "tiny", "--memory-max", "1MiB", "--device", "cpu"]);
+    assert_eq!(refused.code, Some(14), "{}", refused.stderr);
+    assert!(refused.stderr.contains("training needs at least"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_plan_for_a_card_needs_no_card() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    let said = work.done(&["plan", "try/hone.yaml", "--gpu", "Standard_NC24ads_A100_v4"]).stdout;
+    assert!(said.contains("may be used of a100-80") && said.contains("predicted"), "{said}");
+    let refused = work.run(&["plan", "try/hone.yaml", "--gpu", "t4"]);
+    assert_eq!(refused.code, Some(14), "{}", refused.stderr);
+    assert!(refused.stderr.contains("t4 cannot compute in bf16"), "{}", refused.stderr);
+}
+
+#[test]
 fn a_plan_shows_every_value_and_where_it_came_from() {
     let work = Work::new();
     work.done(&["example", "try", "--write-only"]);
     assert_eq!(work.list("try"), ["data.parquet", "hone.yaml", "model"]);
-    let arguments = ["plan", "try/hone.yaml", "--set", "LoraConfig.r=4"];
+    let arguments = ["plan", "try/hone.yaml", "--set", "LoraConfig.r=4", "--gpu", "l4"];
     let plan = done(work.hone(&arguments).env("HONE_DEVICE", "auto").env("HONE_CACHE", "cache"));
     expect![[r#"
         model folder                                   try/model          try/hone.yaml:2
         model name                                     quickstart         try/hone.yaml:6
         precision                                      bf16               default
-        kept for the backward pass                     everything         default
+        kept for the backward pass                     auto               default
         loss on                                        answers            default
         evaluation                                     every epoch        default
         output folder                                  try/adapter        try/hone.yaml:4
@@ -200,7 +251,9 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         data                                           try/data.parquet   try/hone.yaml:3
         output                                         try/adapter        try/hone.yaml:4
         push                                           oci:try/image      try/hone.yaml:5
+        target_matching                                fused              default
         device                                         auto               environment HONE_DEVICE
+        keep                                           auto               default
         cache                                          cache              environment HONE_CACHE
         plain_http                                     false              default
         file_bytes_max                                 68719476736        default
@@ -244,6 +297,24 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
 
         model: llama, 2 layers of width 128, 460416 parameters
         adapter: 14 linear layers, 19456 trainable parameters
+
+        memory, with examples of the most tokens:
+        context and kernels                       600 MiB
+        base, 4 bits with scales                  198 KiB
+        norms and biases                            2 KiB
+        embedding                                  65 KiB
+        output head                                65 KiB
+        adapter, its gradient and two moments     342 KiB
+        logits of a chunk                           2 MiB
+        a weight expanded for a product            96 KiB
+        workspace of products                      32 MiB
+        kept by the layers                          6 MiB
+        one layer at work                           3 MiB
+        gaps between blocks                       264 KiB
+        in all                                    643 MiB
+        may be used of l4                        21.1 GiB
+        1024 tokens a pass; kept: everything in 2 layers
+        predicted 780488 tokens/s with examples of 1024 tokens, 5 % of the matrix rate (assumed 62 TFLOP/s, copies 0.26 TB/s; products at 82 %, attention at 25 %, passes over memory at 85 % of them)
     "#]]
     .assert_eq(&plan.stdout);
     assert_eq!(plan.stderr, "");
@@ -251,7 +322,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
     let json = work.done(&["plan", "try/hone.yaml", "--format", "json"]).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["values", "ignored", "warnings", "model", "adapter"]);
+    assert_eq!(keys, ["values", "ignored", "warnings", "model", "adapter", "memory"]);
     expect![[r#"
         {"value":16,"origin":"try/hone.yaml:14"}
         {"value":"adamw_torch_fused","origin":"default"}

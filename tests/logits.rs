@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, phi3, qwen2};
+use candle_transformers::models::smol::smollm3;
+use candle_transformers::models::{falcon, gemma2, gemma3, llama, mistral, olmo2, phi, phi3, qwen2, qwen3};
 use hone::adapter;
 use hone::model::batch::Batch;
 use hone::model::config::Config;
 use hone::model::decoder::Decoder;
 use hone::model::facts::Facts;
 use hone::model::{FourBitCode, LoraOptions, Options, Precision, Quantization, family, load, random};
+use hone::ops::activation::Function;
 use hone::report::Report;
 use serde_json::{Value, json};
 
@@ -95,13 +97,71 @@ fn random_phi3_with_grouped_heads_partial_rotary_and_tied_head() {
     check_random("phi3", &config(more), |_| {}, phi3);
 }
 
+#[test]
+fn random_qwen3() {
+    let more = json!({"model_type": "qwen3", "head_dim": 10, "attention_bias": false});
+    check_random("qwen3", &config(more), |_| {}, qwen3);
+}
+
+/// candle's gemmas scale scores by the head's width; a window is one longer than ours, so there is none here.
+#[test]
+fn random_gemma2_with_soft_caps() {
+    let more = json!({"model_type": "gemma2", "head_dim": 10, "query_pre_attn_scalar": 10, "attention_bias": false,
+        "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": true});
+    check_random("gemma2", &config(more), |_| {}, gemma2);
+}
+
+/// candle's cache of a window holds as many tokens as ours sees.
+#[test]
+fn random_gemma3_with_two_ropes_and_windows() {
+    let more = json!({"model_type": "gemma3_text", "head_dim": 10, "query_pre_attn_scalar": 10,
+        "attention_bias": false, "hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 2,
+        "sliding_window": 8,        "rope_local_base_freq": 100.0, "tie_word_embeddings": true});
+    check_random("gemma3", &config(more), |_| {}, gemma3);
+}
+
+/// candle's falcon is the 7B's form only, with the other GELU.
+#[test]
+fn random_falcon() {
+    let more = json!({"model_type": "falcon", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+        "use_cache": true, "bos_token_id": 1, "eos_token_id": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "alibi": false, "new_decoder_architecture": false, "multi_query": true, "parallel_attn": true,
+        "bias": true});
+    check_random("falcon", &config(more), |facts| facts.activation.function = Function::GeluTanh, falcon);
+}
+
+#[test]
+fn random_phi_with_partial_rotary() {
+    let more = json!({"model_type": "phi", "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.4, "qk_layernorm": false});
+    check_random("phi", &config(more), |_| {}, phi);
+}
+
+#[test]
+fn random_olmo2_with_grouped_heads() {
+    let more = json!({"model_type": "olmo2", "attention_bias": false});
+    check_random("olmo2", &config(more), |_| {}, olmo2);
+}
+
+#[test]
+fn random_smollm3_with_a_layer_without_rope() {
+    let more = json!({"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": true});
+    check_random("smollm3", &config(more), |_| {}, smollm3);
+}
+
 /// Each folder is an adapter as hone wrote it and logits that peft gave with it: beside the base, and merged into it.
 /// What hone writes today is, byte by byte, what peft read then.
 #[test]
 fn adapters_give_the_logits_they_give_in_peft() {
-    for case in ["llama3-none", "llama3-nf4", "phi3-none", "phi3-nf4"] {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft_logits").join(case);
-        let (kind, quantization) = case.split_once('-').unwrap();
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft_logits");
+    let mut folders: Vec<PathBuf> =
+        std::fs::read_dir(recorded).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    assert!(folders.len() >= 4, "found {folders:?}");
+    for folder in folders {
+        let case = folder.file_name().unwrap().to_str().unwrap();
+        let (kind, quantization) = case.rsplit_once('-').unwrap();
         let quantization = if quantization == "nf4" { NF4 } else { Quantization::None };
         let trained = adapter::read(&folder).unwrap();
         let lora = trained.options(&LoraOptions::default()).unwrap();
@@ -253,6 +313,66 @@ fn mistral(config: &Value, folder: &Path) -> Other {
 
 fn qwen2(config: &Value, folder: &Path) -> Other {
     let mut model = qwen2::ModelForCausalLM::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+fn qwen3(config: &Value, folder: &Path) -> Other {
+    let mut model = qwen3::ModelForCausalLM::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+fn gemma2(config: &Value, folder: &Path) -> Other {
+    let mut model = gemma2::Model::new(false, &read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+/// One token after the other: candle's windowed cache takes no more at once.
+fn gemma3(config: &Value, folder: &Path) -> Other {
+    let mut model = gemma3::Model::new(false, &read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        let steps = 0..ids.dim(1)?;
+        let mut last =
+            steps.map(|at| model.forward(&ids.narrow(1, at, 1)?, at)).collect::<Result<Vec<_>>>()?;
+        Ok(last.pop().expect("a token at least"))
+    })
+}
+
+fn falcon(config: &Value, folder: &Path) -> Other {
+    let mut model = falcon::Falcon::load(weights(folder), read(config)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids)
+    })
+}
+
+fn phi(config: &Value, folder: &Path) -> Other {
+    let mut model = phi::Model::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids)
+    })
+}
+
+fn olmo2(config: &Value, folder: &Path) -> Other {
+    let mut model = olmo2::Model::new(&read(config), weights(folder)).unwrap();
+    Box::new(move |ids| {
+        model.clear_kv_cache();
+        model.forward(ids, 0)
+    })
+}
+
+fn smollm3(config: &Value, folder: &Path) -> Other {
+    let mut model = smollm3::ModelForCausalLM::new(&read(config), weights(folder)).unwrap();
     Box::new(move |ids| {
         model.clear_kv_cache();
         model.forward(ids, 0)

@@ -25,12 +25,13 @@ struct Case {
     folder: PathBuf,
     args: Value,
     meta: Value,
+    device: Device,
 }
 
 impl Case {
     fn open(folder: &Path) -> Case {
         let meta: Value = serde_json::from_slice(&std::fs::read(folder.join("meta.json")).unwrap()).unwrap();
-        Case { folder: folder.to_owned(), args: meta["args"].clone(), meta }
+        Case { folder: folder.to_owned(), args: meta["args"].clone(), meta, device: Device::Cpu }
     }
 
     fn number(&self, key: &str) -> f64 {
@@ -105,7 +106,7 @@ impl Case {
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
         options.lora = initial.options(&options.lora).unwrap();
         let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
-        let mut decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
+        let mut decoder = load::load(facts, &options, &self.device, &Report::silent()).unwrap();
         decoder.keep.fill(keep);
         initial.apply(&decoder.trainable).unwrap();
         decoder
@@ -116,7 +117,7 @@ impl Case {
         keep: Keep,
         change: impl Fn(&mut train::Options),
     ) -> (Vec<Metric>, model::decoder::Decoder) {
-        let decoder = self.decoder(keep);
+        let mut decoder = self.decoder(keep);
         let mut train_options = self.train_options();
         change(&mut train_options);
         let mut metrics = Vec::new();
@@ -124,8 +125,8 @@ impl Case {
             metrics.push(metric.clone());
             Ok(())
         };
-        train::run(&decoder, &self.examples(), &[], &train_options, None, &Report::silent(), &mut log)
-            .unwrap();
+        let data = train::Data { train: &self.examples(), evaluation: &[] };
+        train::run(&mut decoder, data, &train_options, None, None, &Report::silent(), &mut log).unwrap();
         (metrics, decoder)
     }
 
@@ -140,8 +141,11 @@ impl Case {
         let ids: Vec<u32> = integers("debug.input_ids_row0").into_iter().map(|id| id as u32).collect();
         let positions: Vec<u32> = integers("debug.positions").into_iter().map(|at| at as u32).collect();
         let mut batch = Batch::default();
-        batch.push(&ids, &vec![true; ids.len()], ids.len(), 0);
-        let logits = self.decoder(Keep::Everything).logits(&batch).unwrap();
+        // The row was padded to the longest of the first micro-batch, which chooses longrope's factors.
+        let first = &self.examples()[..self.number("batch") as usize];
+        let padded = first.iter().map(|example| example.ids.len()).max().expect("a row at least");
+        batch.push(&ids, &vec![true; ids.len()], padded, 0);
+        let logits = self.decoder(Keep::Everything).logits(&batch).unwrap().to_device(&Device::Cpu).unwrap();
         let found = logits.index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 0).unwrap();
         let difference = (found - &debug["debug.logits_row0"]).unwrap().abs().unwrap();
         difference.max_all().unwrap().to_scalar::<f32>().unwrap() as f64
@@ -151,18 +155,19 @@ impl Case {
     /// distance among the matrices. Step 3 is the first at which A has a gradient that is not zero or tiny: the
     /// warm-up's first step changes nothing, and A's gradient is a multiple of B.
     fn gradient_error(&self) -> (f64, f64) {
-        let decoder = self.decoder(Keep::Everything);
+        let mut decoder = self.decoder(Keep::Everything);
         let mut stop = |metric: &Metric| match metric.step() {
             3 => Err(Fault::internal("far enough: the gradients of step 3 lie in their buffer")),
             _ => Ok(()),
         };
         let options = self.train_options();
-        train::run(&decoder, &self.examples(), &[], &options, None, &Report::silent(), &mut stop)
-            .unwrap_err();
+        let data = train::Data { train: &self.examples(), evaluation: &[] };
+        train::run(&mut decoder, data, &options, None, None, &Report::silent(), &mut stop).unwrap_err();
         let recorded = self.debug();
+        let grads = decoder.trainable.grads.to_device(&Device::Cpu).unwrap();
         let (mut cosine, mut distance) = (1f64, 0f64);
         for site in &decoder.trainable.sites {
-            let (a, b) = decoder.trainable.views(&decoder.trainable.grads, site).unwrap();
+            let (a, b) = decoder.trainable.views(&grads, site).unwrap();
             for (letter, found) in [("A", a), ("B", b)] {
                 let name = format!("grad_step3.base_model.model.{}.lora_{letter}.weight", site.path);
                 let expected = &recorded[&name];
@@ -216,9 +221,10 @@ impl Case {
     fn final_b_error(&self, decoder: &model::decoder::Decoder) -> f64 {
         let file = self.folder.join("final_adapter/adapter_model.safetensors");
         let expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        let params = decoder.trainable.params.to_device(&Device::Cpu).unwrap();
         let (mut difference, mut size) = (0.0, 0.0);
         for site in &decoder.trainable.sites {
-            let (_, b) = decoder.trainable.views(&decoder.trainable.params, site).unwrap();
+            let (_, b) = decoder.trainable.views(&params, site).unwrap();
             let expected = &expected[&format!("base_model.model.{}.lora_B.weight", site.path)];
             difference += hone::ops::adamw::sum_of_squares(&(&b - expected).unwrap()).unwrap();
             size += hone::ops::adamw::sum_of_squares(expected).unwrap();
@@ -231,7 +237,7 @@ impl Case {
         let rows = self.meta["eval_rows"].as_array().unwrap();
         let chosen: Vec<Example> =
             rows.iter().map(|row| examples[row.as_u64().unwrap() as usize].clone()).collect();
-        let loss = train::evaluate(decoder, &chosen, 4, &Report::silent()).unwrap();
+        let loss = train::evaluate(decoder, &chosen, 4, usize::MAX, &Report::silent()).unwrap();
         (loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
     }
 }
@@ -240,8 +246,10 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
-/// Every folder that holds a recorded run; `HONE_GOLDEN` names a folder with more of them.
+/// Every folder that holds a recorded run; `HONE_GOLDEN` names a folder with more of them, `HONE_CASES` a part of the
+/// names of the only ones to run.
 fn cases() -> Vec<Case> {
+    let only = std::env::var("HONE_CASES").unwrap_or_default();
     let more = std::env::var_os("HONE_GOLDEN").map(PathBuf::from);
     let folders = [Some(golden()), Some(golden().join("_variants")), more];
     let mut cases: Vec<PathBuf> = folders
@@ -252,6 +260,7 @@ fn cases() -> Vec<Case> {
         .collect();
     cases.sort();
     assert!(cases.len() >= 9, "found {} recorded runs", cases.len());
+    cases.retain(|folder| folder.to_string_lossy().contains(&only));
     cases.iter().map(|folder| Case::open(folder)).collect()
 }
 
@@ -266,7 +275,8 @@ fn every_recorded_run_is_reproduced() {
 /// of a nested scale moves a loss by up to 2e-4.
 #[test]
 fn the_first_logits_and_the_gradients_of_step_3_are_the_recorded_ones() {
-    for case in ["llama3", "phi3"].map(|name| Case::open(&golden().join(name))) {
+    let recorded = |case: &Case| case.folder.join("debug.safetensors").exists();
+    for case in cases().iter().filter(|case| recorded(case)) {
         let name = case.folder.file_name().unwrap().to_str().unwrap();
         let logits = case.logits_error();
         let (cosine, distance) = case.gradient_error();
@@ -278,9 +288,39 @@ fn the_first_logits_and_the_gradients_of_step_3_are_the_recorded_ones() {
 
 #[test]
 fn keeping_less_and_packing_change_nothing() {
-    for name in ["llama3", "phi3", "_variants/accum4"] {
+    for name in ["llama3", "phi3", "gemma2", "falcon40b", "olmo2", "_variants/accum4"] {
         let case = Case::open(&golden().join(name));
         case.check(Keep::LayerInputs, None);
         case.check(Keep::Everything, Some(300));
+    }
+}
+
+/// `rope_parameters` and `dtype` of transformers 5, or what was before them; layer_types, or the pattern behind them.
+#[test]
+fn both_spellings_of_a_config_say_the_same() {
+    let mut pairs = 0;
+    for case in cases() {
+        let other = case.folder.join("config_other_spelling.json");
+        let Ok(text) = std::fs::read(&other) else { continue };
+        let other: Value = serde_json::from_slice(&text).unwrap();
+        let other = Config::from_json(other.as_object().unwrap().clone());
+        let facts = |config: &Config| family::describe(config).unwrap();
+        let name = case.folder.display();
+        assert_eq!(facts(&Config::read(&case.model()).unwrap()), facts(&other), "{name}");
+        pairs += 1;
+    }
+    assert!(pairs >= 20, "found {pairs} pairs");
+}
+
+/// The same numbers are asked of a GPU's f32 arithmetic; `tests/gpu` runs this on a driver without a GPU behind it.
+#[cfg(feature = "cuda")]
+#[test]
+fn every_recorded_run_is_reproduced_on_a_gpu() {
+    if std::env::var("HONE_TEST_GPU").is_err() {
+        return;
+    }
+    let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
+    for case in cases() {
+        Case { device: device.clone(), ..case }.check(Keep::LayerInputs, Some(300));
     }
 }

@@ -58,6 +58,18 @@ fn steady(text: &str) -> String {
 
 // ---- configuration ----
 
+/// A build with the `cuda` feature asks the driver instead: `tests/gpu` shows what it says.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_gpu_is_refused_by_a_build_for_the_cpu() {
+    let work = Work::with_llama();
+    expect![[r#"
+        error (config, exit code 10): device cuda:0: this build of hone trains on the CPU only
+          help: take the CUDA image, build with --features cuda, or leave `device` out
+    "#]]
+    .assert_eq(&refused(&work, "--data data.parquet --device cuda:0"));
+}
+
 #[test]
 fn configuration_is_refused_before_anything_is_read() {
     let mut said = String::new();
@@ -70,7 +82,6 @@ fn configuration_is_refused_before_anything_is_read() {
     let both = ["load_in_4bit", "load_in_8bit"].map(|key| format!("QuantizationConfig.{key}=true"));
     said += &refused(&work, &format!("--data data.parquet --set {} --set {}", both[0], both[1]));
     said += &refused(&work, "");
-    said += &refused(&work, "--data data.parquet --device cuda:0");
     said += &refused(&work, "--data data.parquet --device tpu");
     said += &refused(&work, "--data data.parquet --set LoraConfig.target_modules=[qproj]");
     assert!(!work.path("out").exists());
@@ -83,11 +94,9 @@ fn configuration_is_refused_before_anything_is_read() {
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): no dataset: name parquet files with `data` (--data URL_OR_PATH)
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
-        error (config, exit code 10): device cuda:0: this build of hone trains on the CPU only
-          help: leave `device` out, or say cpu
         error (config, exit code 10): --device: device: expected auto, cpu, cuda or cuda:N, found "tpu"
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
-        error (config, exit code 10): LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        error (config, exit code 10): LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1
           help: name some of them (the last part is enough), or "all-linear"
     "#]].assert_eq(&said);
 }
@@ -108,6 +117,64 @@ fn a_model_that_is_not_there_is_refused() {
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --model: model: model holds no config.json; expected a Hugging Face model folder
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
+    "#]].assert_eq(&said);
+}
+
+#[test]
+fn weights_that_are_not_read_are_refused_with_what_to_take() {
+    let mut said = String::new();
+    let work = Work::with_llama();
+    let config = work.json("model/config.json");
+    let mut quantised = |section: serde_json::Value| {
+        let mut config = config.clone();
+        config["quantization_config"] = section;
+        work.write("model/config.json", config.to_string());
+        said += &refused(&work, "--data data.parquet");
+    };
+    quantised(serde_json::json!({"quant_method": "gptq", "bits": 4}));
+    quantised(serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true}));
+    quantised(serde_json::json!({"quant_method": "fp8"}));
+    work.write("model/config.json", config.to_string());
+    std::fs::remove_file(work.path("model/model.safetensors")).unwrap();
+    work.write("model/pytorch_model.bin", "");
+    said += &refused(&work, "--data data.parquet");
+    work.write("model/model.Q4_K_M.gguf", "");
+    said += &refused(&work, "--data data.parquet");
+    expect![[r#"
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by gptq, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
+          help: take the model it was made from (base_model on its hub page): hone quantises by itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by bitsandbytes to 8 bits, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
+          help: take the model it was made from (base_model on its hub page): hone quantises by itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
+          help: take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself
+        error (model, exit code 12): pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
+          help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
+        error (model, exit code 12): model.Q4_K_M.gguf is a file for inference: no model.safetensors in model
+          help: take the model it was made from (base_model on its hub page), as safetensors
+    "#]].assert_eq(&said);
+}
+
+#[test]
+fn models_that_are_not_trained_are_refused_by_name() {
+    let mut said = String::new();
+    let work = Work::with_llama();
+    for kind in ["mixtral", "qwen3_moe", "phimoe", "gpt_oss", "qwen2_5_vl", "t5"] {
+        work.write("model/config.json", format!(r#"{{"model_type": "{kind}"}}"#));
+        said += &refused(&work, "--data data.parquet");
+    }
+    expect![[r#"
+        error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: mixture-of-experts models cannot be tuned; take a dense model
+        error (model, exit code 12): model/config.json: model_type: found "qwen3_moe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: mixture-of-experts models cannot be tuned; take a dense model
+        error (model, exit code 12): model/config.json: model_type: found "phimoe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: mixture-of-experts models cannot be tuned; take a dense model
+        error (model, exit code 12): model/config.json: model_type: found "gpt_oss", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: mixture-of-experts models cannot be tuned; take a dense model
+        error (model, exit code 12): model/config.json: model_type: found "qwen2_5_vl", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: this multimodal model cannot be tuned; take a text model of the same makers
+        error (model, exit code 12): model/config.json: model_type: found "t5", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+          help: take a model of a supported family
     "#]].assert_eq(&said);
 }
 

@@ -4,21 +4,43 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use hone::fault::{self, Kind};
+use hone::model::{config::Config, family::FAMILIES};
 use hone::spec::keys;
 use regex::Regex;
 
+/// Which models a family of README's table is.
+const MODELS: [(&str, &str); 14] = [
+    ("falcon", "Falcon 7B, 40B, 11B: fused query_key_value in both orders, parallel layers"),
+    ("gemma2", "Gemma 2: soft-caps, window on every other layer, norms before and after"),
+    ("gemma3_text", "Gemma 3, alone or inside `gemma3`: qk-norm, two ropes, windows on most layers"),
+    ("granite", "Granite 3.x dense: four multipliers"),
+    ("llama", "Llama 1, 2, 3.x and models of their shape: grouped heads, biases, own head width"),
+    ("ministral", "Ministral: windows by layer"),
+    ("ministral3", "Ministral 3, alone or inside `mistral3`: queries scaled by position"),
+    ("mistral", "Mistral 7B, Mistral Small (alone or inside `mistral3`): window, own head width"),
+    ("olmo2", "OLMo 2: norms behind the layers, qk-norm over all heads"),
+    ("phi", "Phi-1, 1.5, 2: parallel layers, LayerNorm, biases, partial rotary"),
+    ("phi3", "Phi-3, 3.5, 4, 4-mini: fused projections, longrope, partial rotary, window"),
+    ("qwen2", "Qwen 2, 2.5, Coder: qkv biases, window from a layer on"),
+    ("qwen3", "Qwen 3 dense: qk-norm"),
+    ("smollm3", "SmolLM 3: layers without rope"),
+];
+
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
-const JUDGED_ELSEWHERE: [(&str, &str); 11] = [
+const JUDGED_ELSEWHERE: [(&str, &str); 14] = [
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
     ("cpu.rs", "access to memory and exp, no operation of its own"),
+    ("cuda", "the border to a GPU: every operation compares its kernels with its formula"),
     ("dropout.rs", "linear, its own gradient; src/model/judge.rs judges it inside the decoder"),
     ("embedding.rs", "the table is frozen and nothing lies before it"),
+    ("flat.rs", "fills and clears buffers"),
     ("four_bit.rs", "a stored form of frozen weights; its bits equal recorded ones"),
     ("gemm", "plain products with accumulation, judged by a triple loop"),
     ("judge.rs", "the judge"),
     ("matmul.rs", "linear; src/model/judge.rs judges its products as each other's gradients"),
     ("mod.rs", "the list"),
+    ("number.rs", "sums without a gradient, compared on both devices"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
 ];
 
@@ -97,17 +119,66 @@ fn what_a_kind_means_is_what_its_comment_says() {
 
 /// `UPDATE_README=1 cargo test --test structure` writes the tables.
 #[test]
-fn readme_holds_the_tables_of_keys_and_exit_codes() {
+fn readme_holds_the_tables_of_families_keys_and_exit_codes() {
     let file = root("README.md");
     let found = text(&file);
-    let expected = [("keys", keys::markdown()), ("exit codes", fault::markdown())]
-        .iter()
-        .fold(found.clone(), |readme, (name, table)| replaced(&readme, name, table));
+    let tables = [("families", families()), ("keys", keys::markdown()), ("exit codes", fault::markdown())];
+    let expected = tables.iter().fold(found.clone(), |readme, (name, table)| replaced(&readme, name, table));
     if std::env::var_os("UPDATE_README").is_some() {
         std::fs::write(&file, &expected).unwrap();
     } else {
         assert!(found == expected, "README.md: run UPDATE_README=1 cargo test --test structure");
     }
+}
+
+/// What is proven of each family, from what stands in `tests`.
+fn families() -> String {
+    let golden = root("tests/golden");
+    let runs: Vec<String> = ["", "_variants"]
+        .iter()
+        .flat_map(|folder| folders(&golden.join(folder)))
+        .filter(|folder| folder.join("loss.jsonl").exists())
+        .map(|folder| family_of(&folder))
+        .collect();
+    let peft: Vec<String> = folders(&root("tests/fixtures/peft_logits"))
+        .iter()
+        .map(|folder| folder.file_name().unwrap().to_str().unwrap().split('-').next().unwrap().to_owned())
+        .map(|model| family_of(&golden.join(model)))
+        .collect();
+    let logits = code(&root("tests/logits.rs"));
+    let listed: Vec<&str> = MODELS.iter().map(|(family, _)| *family).collect();
+    assert_eq!(FAMILIES.map(|(family, _)| family).to_vec(), listed, "MODELS and FAMILIES");
+    let mut table =
+        "| family | models | recorded runs | logits of candle-transformers | adapters in peft |\n|---|---|---|---|---|\n"
+            .to_owned();
+    for (family, models) in MODELS {
+        let count = |list: &[String]| list.iter().filter(|name| *name == family).count();
+        assert!(count(&runs) > 0, "{family} has no recorded run");
+        let dash = |proven: bool, text: String| if proven { text } else { "-".into() };
+        let other = dash(logits.contains(&format!("fn {family}(config: &Value")), "equal".into());
+        let adapters = dash(count(&peft) > 0, format!("{} checked", count(&peft)));
+        table += &format!("| `{family}` | {models} | {} | {other} | {adapters} |\n", count(&runs));
+    }
+    table
+}
+
+fn folders(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.is_dir()).collect()
+}
+
+/// `model_type` of a case's language model; a variant names the case whose model it takes.
+fn family_of(case: &Path) -> String {
+    let own = case.join("model");
+    let model = if own.exists() {
+        own
+    } else {
+        let meta: serde_json::Value = serde_json::from_str(&text(&case.join("meta.json"))).unwrap();
+        let name = Path::new(meta["args"]["model"].as_str().unwrap()).file_name().unwrap().to_owned();
+        root("tests/golden").join(name).join("model")
+    };
+    let config = Config::read(&model).unwrap().language_part().unwrap();
+    config.text("model_type").unwrap().unwrap()
 }
 
 /// The text with `table` between the markers of that name.

@@ -5,6 +5,7 @@
 //! unknown ones.
 
 pub mod card;
+pub mod serving;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Result};
 use crate::model::lora::{Site, Trainable};
-use crate::model::{LoraInit, LoraOptions, Targets};
+use crate::model::{LoraInit, LoraOptions, Modules, Targets};
 use crate::ops::{cpu, flat};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -113,10 +114,12 @@ fn whole(alpha: f64) -> serde_json::Number {
     }
 }
 
-/// Last names where each stands for that module in every one of the model's layers, whole paths otherwise.
+/// Last names where each stands for that module in every one of the model's layers, whole paths otherwise: in a
+/// multimodal wrapper last names would match the vision tower's modules as well.
 fn target_modules(sites: &[Site], layers: usize) -> Vec<String> {
     let names: BTreeSet<&str> = sites.iter().map(|site| last(site.projection.path)).collect();
-    match names.len() * layers == sites.len() {
+    let in_wrapper = sites.iter().any(|site| site.path.contains("language_model."));
+    match names.len() * layers == sites.len() && !in_wrapper {
         true => names.into_iter().map(str::to_owned).collect(),
         false => sites.iter().map(|site| site.path.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
     }
@@ -221,9 +224,10 @@ impl Adapter {
             r: self.config.r,
             alpha,
             rslora: self.config.use_rslora,
-            targets: Targets::Names(paths),
-            exclude: Vec::new(),
+            targets: Targets::names(paths),
+            exclude: Modules::Names(Vec::new()),
             layers: Vec::new(),
+            layers_pattern: Vec::new(),
             rank_pattern: numbers(&self.config.rank_pattern, |value| {
                 value.as_u64().map(|rank| rank as usize)
             })?,

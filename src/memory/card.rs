@@ -3,7 +3,7 @@
 use crate::fault::{Fault, Kind, Result};
 
 use super::cost::Rates;
-use super::{Machine, Place};
+use super::{Limit, Machine, Place};
 
 /// A GPU as a process finds it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -92,8 +92,8 @@ impl Card {
         (self.memory_gib * (1u64 << 30) as f64) as u64
     }
 
-    /// The card empty but for our own context; refused when it cannot compute in bf16.
-    pub fn machine(&self) -> Result<Machine> {
+    /// The card empty but for our own context, as much of it as may be used; refused when it cannot compute in bf16.
+    pub fn machine(&self, limit: Option<Limit>) -> Result<Machine> {
         let Some(matrix) = self.matrix else {
             return Err(Fault::new(
                 Kind::Capacity,
@@ -103,13 +103,9 @@ impl Card {
         };
         let rates =
             Rates { matrix: matrix * 1e12, copy: self.copy * 1e12, link: LINK, measured: self.measured };
-        Ok(Machine {
-            name: self.name.into(),
-            place: Place::Gpu,
-            memory: self.bytes(),
-            taken: CONTEXT_BYTES,
-            rates,
-        })
+        let (name, memory) = (self.name.into(), self.bytes());
+        let machine = Machine { name, place: Place::Gpu, memory, taken: CONTEXT_BYTES, rates };
+        Ok(machine.limited(limit))
     }
 }
 
@@ -124,6 +120,32 @@ pub fn find(name: &str) -> Result<(Card, usize)> {
         Fault::usage(format!("--gpu {name}: expected one of {}", names.join(", ")))
             .help("or an instance type, such as Standard_NC24ads_A100_v4")
     })
+}
+
+/// Rates of a device that names itself (`NVIDIA A100-SXM4-80GB`); those of a small card where it is not in the table.
+pub fn like(device: &str) -> Rates {
+    let plain = |text: &str| text.to_lowercase().replace([' ', '-'], "");
+    let wanted = plain(device);
+    // The longest name that stands in it, `l40s` before `l4`; an A100 writes its memory elsewhere.
+    let named = |card: &&Card| {
+        let family = card.name.split('-').next().unwrap_or(card.name);
+        wanted.contains(&plain(card.name)) || (family == "a100" && wanted.contains(family))
+    };
+    let found = CARDS.iter().filter(named).filter(|card| card.matrix.is_some());
+    let found = found.max_by_key(|card| card.name.len());
+    let card = found.copied().unwrap_or(card("", 0.0, Some(60.0), 0.3));
+    Rates {
+        matrix: card.matrix.unwrap_or(60.0) * 1e12,
+        copy: card.copy * 1e12,
+        link: LINK,
+        measured: card.measured,
+    }
+}
+
+/// Assumed of a server's core: only the comparison of levels goes by it.
+pub fn cpu_rates(threads: usize) -> Rates {
+    let threads = threads as f64;
+    Rates { matrix: 150e9 * threads, copy: 10e9 * threads.min(16.0), link: 10e9, measured: false }
 }
 
 /// Names of the cards that can train and have at least so much memory, smallest first.
@@ -146,10 +168,23 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_known_by_the_names_they_give() {
+        let rate = |name: &str| like(name).matrix / 1e12;
+        assert_eq!(rate("NVIDIA A100-SXM4-80GB"), 265.0);
+        assert_eq!(rate("NVIDIA L40S"), 250.0);
+        assert_eq!(rate("NVIDIA L4"), 62.0);
+        assert_eq!(rate("NVIDIA A10G"), 60.0);
+        assert_eq!(rate("NVIDIA GeForce RTX 4090"), 150.0);
+        assert_eq!(rate("NVIDIA H100 NVL"), 600.0);
+        assert!(like("NVIDIA H200").measured);
+        assert_eq!(rate("something new"), 60.0);
+    }
+
+    #[test]
     fn cards_stand_in_order_of_memory_and_those_without_bf16_are_refused() {
         assert!(CARDS.is_sorted_by_key(|card| card.bytes()));
         let refused: Vec<&str> =
-            CARDS.iter().filter(|card| card.machine().is_err()).map(|card| card.name).collect();
+            CARDS.iter().filter(|card| card.machine(None).is_err()).map(|card| card.name).collect();
         assert_eq!(refused, ["t4", "v100-16", "v100-32"]);
         assert_eq!(at_least(40 << 30).next().map(|card| card.name), Some("l40s"));
     }

@@ -101,7 +101,8 @@ impl Counter<'_> {
         // In widths: two norms, two sums and rope forward, twice that and more backward; gate and up's product.
         let tokens = self.tokens as f64 * self.element();
         let (wide, inner) = (facts.width as f64, facts.down.cols as f64);
-        let turned = (2 * (facts.heads.query + facts.heads.key) * facts.heads.width) as f64;
+        let heads = facts.heads();
+        let turned = (2 * (heads.query + heads.key) * heads.width) as f64;
         let bytes = |norms: f64, gates: f64| tokens * (norms * wide + gates * inner + turned);
         let forward = forward + Work { bytes: bytes(6.0, 3.0), launches: LAUNCHES, ..Work::default() };
         let backward =
@@ -113,12 +114,20 @@ impl Counter<'_> {
     pub fn again(&self, keep: Keep) -> Work {
         let facts = &self.task.facts;
         let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
+        // A norm behind the down projection needs its result.
+        let fed = match facts.names.feed_forward_post_norm {
+            Some(_) => products(std::slice::from_ref(&facts.down)),
+            None => Work::default(),
+        };
         let steps = [
             Work::default(),
             products(&facts.gate_up),
             products(&facts.query_key_value),
-            products(std::slice::from_ref(&facts.output)) + self.attention(1.0),
-            Work { linked: 2.0 * self.tokens as f64 * facts.width as f64 * self.element(), ..Work::default() },
+            products(std::slice::from_ref(&facts.output)) + self.attention(1.0) + fed,
+            Work {
+                linked: 2.0 * self.tokens as f64 * facts.width as f64 * self.element(),
+                ..Work::default()
+            },
         ];
         let depth = Keep::ALL.iter().position(|level| *level == keep).expect("a level");
         steps[..=depth].iter().copied().sum()
@@ -163,11 +172,15 @@ impl Counter<'_> {
         }
     }
 
-    /// Causal: half of all pairs of rows, at most a window's worth.
+    /// Causal: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.
     fn attention(&self, times: f64) -> Work {
-        let heads = &self.task.facts.heads;
+        let facts = &self.task.facts;
+        let heads = facts.heads();
         let example = self.task.example_tokens.min(self.tokens).max(1) as f64;
-        let seen = heads.window.map_or(example / 2.0, |window| (example / 2.0).min(window as f64));
+        let seen =
+            |window: Option<usize>| window.map_or(example / 2.0, |window| (example / 2.0).min(window as f64));
+        let seen = facts.attention.iter().map(|layer| seen(layer.heads.window)).sum::<f64>();
+        let seen = seen / facts.attention.len() as f64;
         let flops = 4.0 * self.tokens as f64 * seen * (heads.query * heads.width) as f64;
         let columns = (heads.columns() + heads.query * heads.width) as f64;
         let bytes = times * self.tokens as f64 * columns * self.element();

@@ -1,6 +1,6 @@
 //! Facts and adapter -> bytes: what is there all the time, what each level keeps, what a layer works in.
 
-use crate::model::facts::{Facts, Projection};
+use crate::model::facts::{Facts, Projection, Role};
 use crate::model::lora::Site;
 use crate::model::{Keep, Precision, Quantization};
 use crate::ops::cross_entropy;
@@ -24,24 +24,24 @@ const PANEL_BYTES: u64 = 8 << 20;
 pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
     let facts = &task.facts;
     let term = |what: &str, bytes: usize| Term { what: what.into(), bytes: bytes as u64 };
-    let linear: usize = facts.projections().map(|p| weight_bytes(task, p)).sum();
-    let vectors = |p: &Projection| if p.bias { p.rows } else { 0 };
-    let vectors: usize = facts.projections().map(vectors).sum::<usize>() + 2 * facts.width;
-    let table = facts.vocab * facts.width * task.stored_bytes;
+    let linear: usize = facts.projections().map(|p| weight_bytes(task, p, place)).sum();
+    let vectors = facts.tensors().into_iter().filter(|t| matches!(t.role, Role::NormWeight | Role::Bias));
+    let vectors: usize = vectors.map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+    let table = facts.vocab * facts.width * task.stored_bytes(place);
     let adapter: usize = task.sites.iter().map(Site::parameters).sum();
     let base = match task.quantization {
         Quantization::None => "base, not quantised",
-        Quantization::FourBit { .. } => "base, 4 bits with scales",
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => "base, 4 bits with scales",
     };
     let mut terms = vec![
         term(base, facts.layers * linear),
-        term("norms and biases", (facts.layers * vectors + facts.width) * 4),
+        term("norms and biases", vectors * 4),
         term("embedding", table),
         term("output head", if facts.tied_head { 0 } else { table }),
         term("adapter, its gradient and two moments", adapter * adapter_bytes(task, place)),
         term(
             "logits of a chunk",
-            cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place))
+            cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
                 * facts.vocab
                 * task.activation_bytes(place),
         ),
@@ -61,10 +61,12 @@ pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
     terms
 }
 
-fn weight_bytes(task: &Task, projection: &Projection) -> usize {
+fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
     match task.quantization {
-        Quantization::None => projection.rows * projection.cols * task.stored_bytes,
-        Quantization::FourBit { double, .. } => FourBit::bytes_of(projection.rows, projection.cols, double),
+        Quantization::None => projection.rows * projection.cols * task.stored_bytes(place),
+        Quantization::FourBit { double, .. } | Quantization::Stored { double, .. } => {
+            FourBit::bytes_of(projection.rows, projection.cols, double)
+        }
     }
 }
 
@@ -83,14 +85,18 @@ fn largest(facts: &Facts) -> usize {
 fn expanded(task: &Task) -> usize {
     match task.quantization {
         Quantization::None => 0,
-        Quantization::FourBit { .. } => largest(&task.facts) * task.activation_bytes(Place::Gpu),
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => {
+            largest(&task.facts) * task.activation_bytes(Place::Gpu)
+        }
     }
 }
 
 fn scales(task: &Task) -> usize {
     match task.quantization {
         Quantization::None => 0,
-        Quantization::FourBit { .. } => largest(&task.facts).div_ceil(four_bit::BLOCK) * 4,
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => {
+            largest(&task.facts).div_ceil(four_bit::BLOCK) * 4
+        }
     }
 }
 
@@ -100,7 +106,7 @@ pub(super) struct Parts {
     pub query_key_value: usize,
     pub attended: usize,
     pub gate_up: usize,
-    /// LoRA's `x A^T` of the down projection.
+    /// LoRA's `x A^T` of the down projection, and its result where a norm follows it.
     down: usize,
 }
 
@@ -114,14 +120,18 @@ impl Parts {
             sites.find(|site| site.layer == layer && site.projection.path == p.path).map_or(0, |s| s.rank)
         };
         let ranks = |list: &[Projection]| list.iter().map(rank).sum::<usize>();
+        let heads = facts.heads();
+        let behind = |norm: Option<&str>| if norm.is_some() { facts.width } else { 0 };
         // Attention's output, its logsumexp for each head, and the residual stream after it.
-        let attended = facts.output.cols + facts.heads.query + facts.output.rows;
+        let attended = facts.output.cols + heads.query + facts.width;
+        let attended = attended + behind(facts.names.attention_post_norm);
+        let raw = if facts.head_norm.is_some() { (heads.query + heads.key) * heads.width } else { 0 };
         Parts {
             x: facts.width,
-            query_key_value: rows(&facts.query_key_value) + ranks(&facts.query_key_value),
+            query_key_value: rows(&facts.query_key_value) + raw + ranks(&facts.query_key_value),
             attended: attended + rank(&facts.output),
             gate_up: rows(&facts.gate_up) + ranks(&facts.gate_up),
-            down: rank(&facts.down),
+            down: rank(&facts.down) + behind(facts.names.feed_forward_post_norm),
         }
     }
 
@@ -150,5 +160,5 @@ pub(super) fn working(task: &Task) -> usize {
     let layer = facts.width + gate_up + facts.down.cols + masked;
     let head = 6 * facts.width;
     // Rope's angles are f32 whatever the activations are.
-    layer.max(head) + 2 * facts.heads.width
+    layer.max(head) + 2 * facts.heads().width * facts.ropes.len()
 }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::ops::attention::Packing;
+
 /// Tokens of one or more examples, T rows in all. No row is padding.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
@@ -51,7 +53,13 @@ impl Batch {
         (position, rows().map(|(span, _)| span.rope_length as u32).collect())
     }
 
+    /// Rows of each example.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         self.examples.iter().map(|span| span.rows.clone()).collect()
+    }
+
+    /// The same, for attention; one serves all layers.
+    pub fn packing(&self) -> Packing {
+        Packing::new(self.ranges())
     }
 }

@@ -1,17 +1,28 @@
 //! Safetensors of a model folder, single or sharded: every header read and checked, bytes mapped, one tensor at a time.
+//!
+//! Names are the causal language model's, whatever the file was saved from: the bare base model (`layers.0...`), or a
+//! multimodal wrapper by its old names (`language_model.model...`) or its new ones (`model.language_model...`).
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::fault::{Fault, Result};
 
+use super::stored;
+
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
+
+/// Parts of multimodal models beside the language model, which nothing reads.
+const BESIDE_LANGUAGE: [&str; 5] =
+    ["vision_tower.", "vision_model.", "multi_modal_projector.", "patch_merger.", "image_newline"];
 
 /// The weights of a model folder.
 #[derive(Debug)]
@@ -29,6 +40,13 @@ struct Entry {
     to: usize,
 }
 
+/// A tensor as it lies in the file.
+pub struct Raw<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
 /// One tensor's values as stored.
 pub enum Values<'a> {
     F32(&'a [u8]),
@@ -37,6 +55,11 @@ pub enum Values<'a> {
 }
 
 impl Checkpoint {
+    /// Of no file, for a base that is drawn.
+    pub(super) fn empty() -> Checkpoint {
+        Checkpoint { files: Vec::new(), tensors: BTreeMap::new() }
+    }
+
     /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { files: Vec::new(), tensors: BTreeMap::new() };
@@ -44,25 +67,48 @@ impl Checkpoint {
         let (file, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if file.exists() {
             checkpoint.add(file)?;
-            return Ok(checkpoint);
+        } else if index.exists() {
+            checkpoint.add_shards(folder, &index)?;
+        } else {
+            return Err(no_safetensors(folder));
         }
-        if !index.exists() {
-            return Err(Fault::model(format!("no model.safetensors in {}", folder.display())).help(
-                "pytorch_model.bin is not read: save the model with save_pretrained(safe_serialization=True)",
-            ));
-        }
-        let map = read_index(&index)?;
+        checkpoint.rename()
+    }
+
+    fn add_shards(&mut self, folder: &Path, index: &Path) -> Result<()> {
+        let map = read_index(index)?;
         for shard in map.values().collect::<BTreeSet<_>>() {
             // A shard's name comes from a file of the model: it must stay in the folder.
             if Path::new(shard).components().count() != 1 || shard.contains(['/', '\\']) || shard == ".." {
                 return Err(Fault::model(format!("{}: shard {shard:?} leaves the folder", index.display())));
             }
-            checkpoint.add(folder.join(shard))?;
+            self.add(folder.join(shard))?;
         }
-        match map.keys().find(|name| !checkpoint.tensors.contains_key(*name)) {
+        match map.keys().find(|name| !self.tensors.contains_key(*name)) {
             Some(name) => Err(Fault::model(format!("{}: {name} is not in {}", index.display(), map[name]))),
-            None => Ok(checkpoint),
+            None => Ok(()),
         }
+    }
+
+    /// Gives every tensor the name it has in the causal language model.
+    fn rename(mut self) -> Result<Checkpoint> {
+        let bare = |embedding: &str| self.tensors.contains_key(embedding);
+        let prefix = match (bare("embed_tokens.weight"), bare("word_embeddings.weight")) {
+            (true, _) => "model.",
+            (_, true) => "transformer.",
+            (false, false) => "",
+        };
+        for (name, entry) in std::mem::take(&mut self.tensors) {
+            let renamed = match prefix {
+                "" => language_name(&name).into_owned(),
+                _ if name.starts_with("lm_head.") => name.clone(),
+                prefix => format!("{prefix}{name}"),
+            };
+            if self.tensors.insert(renamed.clone(), entry).is_some() {
+                return Err(Fault::model(format!("the checkpoint holds {renamed} twice, once as {name}")));
+            }
+        }
+        Ok(self)
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -92,14 +138,29 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// A tensor of any type as it lies in the file.
+    pub fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.tensors.get(&*language_name(name))?;
+        let bytes = &self.files[entry.file].1[entry.from..entry.to];
+        Some(Raw { dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    /// Bytes of all tensors that are read for a language model.
+    pub fn bytes(&self) -> usize {
+        let read = self.tensors.iter().filter(|(name, _)| !beside_language(name));
+        read.map(|(_, entry)| entry.to - entry.from).sum()
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
     /// Values of a tensor whose shape must be `shape`.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Values<'_>> {
-        let entry =
-            self.tensors.get(name).ok_or_else(|| Fault::model(format!("the checkpoint has no {name}")))?;
+        let entry = self
+            .tensors
+            .get(&*language_name(name))
+            .ok_or_else(|| Fault::model(format!("the checkpoint has no {name}")))?;
         let (path, map) = &self.files[entry.file];
         let wrong = |what: String| Fault::model(format!("{}: {name}: {what}", path.display()));
         if entry.shape != shape {
@@ -117,6 +178,8 @@ impl Checkpoint {
 
     /// Compares the names with what the decoder reads; names every missing and every surplus tensor at once.
     pub fn expect(&self, wanted: &BTreeSet<String>, ignored: impl Fn(&str) -> bool) -> Result<()> {
+        let wanted: BTreeSet<String> = wanted.iter().map(|name| language_name(name).into_owned()).collect();
+        let ignored = |name: &str| ignored(name) || beside_language(name) || stored::is_part(name);
         let found: BTreeSet<&str> = self.names().collect();
         let missing: Vec<&str> =
             wanted.iter().map(String::as_str).filter(|name| !found.contains(name)).collect();
@@ -141,6 +204,55 @@ impl Checkpoint {
     }
 }
 
+/// `language_model.model.x` and `model.language_model.x` are `model.x` of the language model inside.
+fn language_name(name: &str) -> Cow<'_, str> {
+    match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
+        (Some(rest), _) => rest.into(),
+        (_, Some(rest)) => format!("model.{rest}").into(),
+        (None, None) => name.into(),
+    }
+}
+
+fn beside_language(name: &str) -> bool {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    BESIDE_LANGUAGE.iter().any(|part| name.starts_with(part))
+}
+
+/// Says what is there instead, and how to come by safetensors.
+fn no_safetensors(folder: &Path) -> Fault {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let ending_with = |ends: &[&str]| names.iter().find(|name| ends.iter().any(|end| name.ends_with(end)));
+    let fault = Fault::model(format!("no model.safetensors in {}", folder.display()));
+    if let Some(name) = ending_with(&[".gguf", ".ggml"]) {
+        return fault
+            .at(format!("{name} is a file for inference"))
+            .help("take the model it was made from (base_model on its hub page), as safetensors");
+    }
+    if let Some(name) = ending_with(&["adapter_model.safetensors", "adapter_model.bin"]) {
+        return fault
+            .at(format!("{name} is an adapter, not a model"))
+            .help("give the base model as `model`, and this folder as `init_adapter` to continue from it");
+    }
+    if let Some(name) = ending_with(&[".bin", ".pt", ".pth", ".ckpt"]) {
+        return fault.at(format!("{name} is a pickle, which may run code and is not read")).help(
+            "save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), \
+             or take a revision of the model that has them",
+        );
+    }
+    match ending_with(&[".safetensors"]) {
+        Some(name) if name.contains("-of-") => fault
+            .at(format!("{name} is a shard without model.safetensors.index.json"))
+            .help("download the whole model again"),
+        Some(name) => fault
+            .at(format!("{name} is not a name that is looked for"))
+            .help("name a single file model.safetensors"),
+        None => fault.help("a model folder holds config.json, tokenizer.json and *.safetensors"),
+    }
+}
+
 fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
@@ -157,6 +269,14 @@ impl<'a> Values<'a> {
     pub fn bytes(&self) -> &'a [u8] {
         match self {
             Values::F32(bytes) | Values::F16(bytes) | Values::Bf16(bytes) => bytes,
+        }
+    }
+
+    pub fn dtype(&self) -> DType {
+        match self {
+            Values::F32(_) => DType::F32,
+            Values::F16(_) => DType::F16,
+            Values::Bf16(_) => DType::BF16,
         }
     }
 
@@ -213,6 +333,66 @@ mod tests {
             let fault = Checkpoint::open(folder.path()).unwrap_err();
             assert_eq!(fault.kind, crate::fault::Kind::Model, "{bytes}: {fault}");
         }
+    }
+
+    /// Writes tensors of one f32 each and opens them.
+    fn opened(names: &[&str]) -> Result<Checkpoint> {
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = names.iter().map(|name| {
+            let zero = safetensors::tensor::TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+            (*name, zero)
+        });
+        std::fs::write(
+            folder.path().join("model.safetensors"),
+            safetensors::serialize(tensors, None).unwrap(),
+        )
+        .unwrap();
+        Checkpoint::open(folder.path())
+    }
+
+    #[test]
+    fn tensors_have_the_language_models_names() {
+        let names = |saved: &[&str]| opened(saved).unwrap().names().map(str::to_owned).collect::<Vec<_>>();
+        let causal = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.x"];
+        assert_eq!(names(&causal), causal);
+        assert_eq!(names(&["lm_head.weight", "embed_tokens.weight", "layers.0.x"]), causal);
+        assert_eq!(
+            names(&["word_embeddings.weight", "h.0.x"]),
+            ["transformer.h.0.x", "transformer.word_embeddings.weight"]
+        );
+        let language = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.x"];
+        let old: Vec<String> = language.iter().map(|name| format!("language_model.{name}")).collect();
+        assert_eq!(names(&old.iter().map(String::as_str).collect::<Vec<_>>()), causal);
+        let new =
+            ["lm_head.weight", "model.language_model.embed_tokens.weight", "model.language_model.layers.0.x"];
+        assert_eq!(names(&new), causal);
+        let fault = opened(&["model.x", "language_model.model.x"]).unwrap_err();
+        assert!(fault.message.contains("holds model.x twice"), "{fault}");
+    }
+
+    #[test]
+    fn what_stands_beside_the_language_model_is_ignored() {
+        let beside = ["vision_tower.a", "model.vision_tower.a", "multi_modal_projector.b"];
+        let checkpoint = opened(&[&["model.language_model.x"], &beside[..]].concat()).unwrap();
+        let wanted = BTreeSet::from(["model.language_model.x".to_owned()]);
+        checkpoint.expect(&wanted, |_| false).unwrap();
+        assert_eq!(checkpoint.bytes(), 4);
+        assert!(checkpoint.get("model.language_model.x", &[1]).is_ok());
+    }
+
+    #[test]
+    fn other_forms_of_weights_are_told_from_a_missing_model() {
+        let said = |name: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join(name), "").unwrap();
+            Checkpoint::open(folder.path()).unwrap_err().to_string()
+        };
+        assert!(said("pytorch_model.bin").contains("pytorch_model.bin is a pickle"));
+        assert!(said("consolidated.00.pth").contains("save it as safetensors"));
+        assert!(said("model.Q4_K_M.gguf").contains("is a file for inference"));
+        assert!(said("adapter_model.safetensors").contains("is an adapter"));
+        assert!(said("model-00002-of-00003.safetensors").contains("without model.safetensors.index.json"));
+        assert!(said("README.md").contains("a model folder holds"));
     }
 
     #[test]

@@ -6,11 +6,18 @@ use serde_json::{Map, Value};
 
 use crate::fault::{Fault, Result};
 
+/// Multimodal models whose language part is a family of its own, and whether it ties its head where neither part
+/// of the config says so (transformers' defaults; Mistral 3's says tied, its checkpoints carry a head).
+const WRAPPERS: [(&str, bool); 4] =
+    [("gemma3", true), ("mistral3", false), ("llava", false), ("llava_next", false)];
+
 /// A model's `config.json`.
 #[derive(Clone, Debug)]
 pub struct Config {
     file: PathBuf,
     json: Map<String, Value>,
+    /// `model_type` of the multimodal model that this is the language part of.
+    wrapper: Option<String>,
 }
 
 impl Config {
@@ -21,7 +28,7 @@ impl Config {
                 .help("a model folder holds config.json, tokenizer.json and *.safetensors")
         })?;
         match serde_json::from_slice(&text) {
-            Ok(Value::Object(json)) => Ok(Config { file, json }),
+            Ok(Value::Object(json)) => Ok(Config { file, json, wrapper: None }),
             Ok(_) => Err(Fault::model(format!("{}: expected a JSON object", file.display()))),
             Err(error) => Err(Fault::model(format!("{}: not JSON: {error}", file.display()))),
         }
@@ -29,13 +36,44 @@ impl Config {
 
     /// A config for tests and generated models.
     pub fn from_json(json: Map<String, Value>) -> Config {
-        Config { file: PathBuf::from("config.json"), json }
+        Config { file: PathBuf::from("config.json"), json, wrapper: None }
+    }
+
+    /// The language model's part: a multimodal wrapper's `text_config`, with what the wrapper says for all of it;
+    /// anything else as it is.
+    pub fn language_part(&self) -> Result<Config> {
+        let kind = self.text("model_type")?;
+        let Some((wrapper, tied)) = WRAPPERS.iter().find(|(name, _)| Some(*name) == kind.as_deref()) else {
+            return Ok(self.clone());
+        };
+        let Some(mut part) = self.section("text_config") else {
+            return Err(self.refuse("text_config", "the configuration of the language model"));
+        };
+        for key in ["tie_word_embeddings", "quantization_config"] {
+            if let Some(value) = self.json.get(key).filter(|value| !value.is_null()) {
+                part.json.insert(key.into(), value.clone());
+            }
+        }
+        part.json.entry("tie_word_embeddings").or_insert(Value::Bool(*tied));
+        part.wrapper = Some((*wrapper).to_owned());
+        Ok(part)
+    }
+
+    /// The multimodal model that this is the language part of: `gemma3`, `mistral3`, `llava`.
+    pub fn wrapper(&self) -> Option<&str> {
+        self.wrapper.as_deref()
+    }
+
+    /// The type that the weights are stored in, as the config has it: `torch_dtype`, or `dtype` since
+    /// transformers 5. Informative: each tensor says its own.
+    pub fn dtype(&self) -> Result<Option<String>> {
+        Ok(self.text("dtype")?.or(self.text("torch_dtype")?))
     }
 
     /// A part of this config (`rope_scaling`) with the same error messages.
     pub fn section(&self, key: &str) -> Option<Config> {
         let json = self.json.get(key)?.as_object()?.clone();
-        Some(Config { file: self.file.join(key), json })
+        Some(Config { file: self.file.join(key), json, wrapper: None })
     }
 
     /// A part that says something; anything but an object, null or nothing is refused.
@@ -99,6 +137,11 @@ impl Config {
         self.get(key, "a text", |value| value.as_str().map(str::to_owned))
     }
 
+    /// The names of an object's entries, in their order.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.json.keys().map(String::as_str)
+    }
+
     pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
         let list = |value: &Value| value.as_array()?.iter().map(Value::as_f64).collect();
         self.get(key, "a list of numbers", list)?.ok_or_else(|| self.missing(key, "a list of numbers"))
@@ -125,5 +168,43 @@ impl Config {
 
     fn missing(&self, key: &str, expected: &str) -> Fault {
         Fault::model(format!("{}: {key} is missing, expected {expected}", self.file.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(json: Value) -> Config {
+        Config::from_json(json.as_object().expect("an object").clone())
+    }
+
+    #[test]
+    fn a_wrapper_hands_over_its_language_part() {
+        let text =
+            serde_json::json!({"model_type": "mistral", "tie_word_embeddings": false, "vocab_size": 9});
+        let wrapped = config(serde_json::json!({
+            "model_type": "llava", "tie_word_embeddings": true, "text_config": text, "vision_config": {"hidden_size": 4}
+        }));
+        let part = wrapped.language_part().unwrap();
+        assert_eq!((part.wrapper(), part.integer("vocab_size").unwrap()), (Some("llava"), 9));
+        assert!(part.flag("tie_word_embeddings").unwrap(), "the wrapper's word counts");
+        let sparse =
+            config(serde_json::json!({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}));
+        assert!(sparse.language_part().unwrap().flag("tie_word_embeddings").unwrap());
+        let plain = config(serde_json::json!({"model_type": "llama", "text_config": {}}));
+        assert_eq!(plain.language_part().unwrap().text("model_type").unwrap().as_deref(), Some("llama"));
+        let fault = config(serde_json::json!({"model_type": "gemma3"})).language_part().unwrap_err();
+        assert!(fault.message.contains("text_config: found nothing"), "{fault}");
+    }
+
+    #[test]
+    fn both_spellings_of_the_stored_type() {
+        for key in ["torch_dtype", "dtype"] {
+            assert_eq!(
+                config(serde_json::json!({key: "bfloat16"})).dtype().unwrap().as_deref(),
+                Some("bfloat16")
+            );
+        }
     }
 }

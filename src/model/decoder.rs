@@ -1,15 +1,17 @@
 //! The decoder: embedding, layers, final norm, output head; one pass gives the loss and adds the LoRA gradients.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
+use crate::ops::attention::Packing;
 use crate::ops::cross_entropy::{self, Head};
 use crate::ops::matmul::Precision;
+use crate::ops::number::Number;
 use crate::ops::rope::Angles;
-use crate::ops::{embedding, rows};
+use crate::ops::{dropout, embedding, rows};
 
 use super::Keep;
 use super::batch::Batch;
-use super::facts::Facts;
+use super::facts::{Facts, QueryGrowth};
 use super::layer::{Kept, Layer, Shape};
 use super::linear::Pass;
 use super::lora::Trainable;
@@ -32,11 +34,18 @@ pub struct Decoder {
     pub dtype: DType,
 }
 
+/// What turns queries and keys of a batch's rows: the angles of each rope, and the queries' growth.
+struct Turns {
+    ropes: Vec<Angles>,
+    growth: Option<Angles>,
+}
+
 impl Decoder {
     /// Sum of the targets' losses. Adds the gradient of `scale` times that sum to the flat gradient buffer.
-    pub fn forward_backward(&self, batch: &Batch, scale: f64) -> Result<f64> {
-        let (angles, ranges) = (self.angles(batch)?, batch.ranges());
-        let shape = self.shape(&angles, &ranges, Some(&batch.keys));
+    pub fn forward_backward(&self, batch: &Batch, scale: f64) -> Result<Number> {
+        let (turns, packing) = (self.turns(batch)?, batch.packing());
+        let keys = dropout::keys(&batch.keys, self.device())?;
+        let shape = self.shape(&turns, &packing, Some(&keys));
         let mut x = self.embed(batch)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // Nothing below the lowest adapted layer is needed again.
@@ -58,8 +67,24 @@ impl Decoder {
         Ok(loss)
     }
 
+    /// Values that each layer holds after the forward pass.
+    #[cfg(test)]
+    pub fn kept_values(&self, batch: &Batch) -> Result<Vec<usize>> {
+        let (turns, packing) = (self.turns(batch)?, batch.packing());
+        let keys = dropout::keys(&batch.keys, self.device())?;
+        let shape = self.shape(&turns, &packing, Some(&keys));
+        let mut x = self.embed(batch)?;
+        let mut values = Vec::new();
+        for (layer, keep) in self.layers.iter().zip(&self.keep) {
+            let (y, kept) = layer.forward(x, *keep, &shape)?;
+            values.push(kept.values());
+            x = y;
+        }
+        Ok(values)
+    }
+
     /// Sum of the targets' losses, without gradients or dropout.
-    pub fn loss(&self, batch: &Batch) -> Result<f64> {
+    pub fn loss(&self, batch: &Batch) -> Result<Number> {
         let hidden = rows::gather(&self.hidden(batch)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
@@ -84,18 +109,15 @@ impl Decoder {
 
     /// The residual stream after the last layer, [T, C].
     fn hidden(&self, batch: &Batch) -> Result<Tensor> {
-        let (angles, ranges) = (self.angles(batch)?, batch.ranges());
-        let shape = self.shape(&angles, &ranges, None);
+        let (turns, packing) = (self.turns(batch)?, batch.packing());
+        let shape = self.shape(&turns, &packing, None);
         let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &shape)?.0);
         self.layers.iter().try_fold(self.embed(batch)?, forward)
     }
 
     fn embed(&self, batch: &Batch) -> Result<Tensor> {
-        let x = embedding::forward(&self.embedding, &batch.ids, self.dtype)?;
-        match self.embedding_factor() {
-            1.0 => Ok(x),
-            factor => x * factor,
-        }
+        let factor = self.embedding_factor();
+        embedding::forward(&self.embedding, &batch.ids, factor, self.dtype, self.device())
     }
 
     /// The factor on the embeddings, rounded as the reference rounds it.
@@ -108,35 +130,50 @@ impl Decoder {
         }
     }
 
-    /// Of each rope, where the embedding lies; each row once for each of the heads' runs.
-    fn angles(&self, batch: &Batch) -> Result<Vec<Angles>> {
+    /// Where the layers compute; the embedding may lie elsewhere.
+    fn device(&self) -> &Device {
+        self.trainable.params.device()
+    }
+
+    /// The rows' angles; each row once for each of the heads' runs.
+    fn turns(&self, batch: &Batch) -> Result<Turns> {
         let (positions, lengths) = batch.positions();
-        // Angles are as wide as the arithmetic, f32 even beside bf16 activations.
-        let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
-        let repeated = |table: Tensor| -> Result<Tensor> {
-            let (rows, half) = table.dims2()?;
-            let table = table.unsqueeze(1)?.expand((rows, runs, half))?;
-            table.contiguous()?.reshape((rows * runs, half))?.to_device(self.embedding.device())
+        let for_each_run = |numbers: Vec<u32>| -> Vec<u32> {
+            numbers.into_iter().flat_map(|number| std::iter::repeat_n(number, runs)).collect()
         };
-        let angles = self.facts.ropes.iter().map(|rope| {
-            let Angles { cos, sin } = rope.angles(&positions, &lengths, wide)?;
-            Ok(Angles { cos: repeated(cos)?, sin: repeated(sin)? })
-        });
-        angles.collect()
+        let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
+        let ropes = self.facts.ropes.iter();
+        let ropes = ropes.map(|rope| rope.angles(&positions, &lengths, self.wide(), self.device()));
+        Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
+    }
+
+    /// The arithmetic's type: angles are f32 even beside bf16 activations.
+    fn wide(&self) -> DType {
+        if self.dtype == DType::F64 { DType::F64 } else { DType::F32 }
+    }
+
+    fn growth(&self, growth: &QueryGrowth, positions: &[u32]) -> Result<Angles> {
+        let (rows, half) = (positions.len(), self.facts.heads().width / 2);
+        let lengths: Vec<f64> = positions.iter().map(|&position| growth.at(position)).collect();
+        let lengths = Tensor::from_vec(lengths, (rows, 1), &Device::Cpu)?.to_dtype(self.wide())?;
+        let cos = lengths.expand((rows, half))?.contiguous()?.to_device(self.device())?;
+        Ok(Angles { sin: cos.zeros_like()?, cos })
     }
 
     fn shape<'a>(
         &self,
-        angles: &'a [Angles],
-        examples: &'a [std::ops::Range<usize>],
-        dropout_keys: Option<&'a [u64]>,
+        turns: &'a Turns,
+        packing: &'a Packing,
+        dropout_keys: Option<&'a Tensor>,
     ) -> Shape<'a> {
-        Shape { angles, examples, pass: Pass { precision: self.precision, dropout_keys } }
+        let pass = Pass { precision: self.precision, dropout_keys };
+        Shape { angles: &turns.ropes, growth: turns.growth.as_ref(), packing, pass }
     }
 
     /// The loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
-    fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(f64, Tensor)> {
+    fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;

@@ -97,12 +97,25 @@ pub struct Attention {
     pub rope: Option<usize>,
 }
 
+/// Queries times `1 + beta * ln(1 + floor(position / positions))`, so that late ones stay sharp (Ministral 3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    pub beta: f64,
+    pub positions: usize,
+}
+
 /// A factor on the embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingScale {
     pub factor: f64,
     /// Gemma's factor is a tensor, rounded to the type the model computes in.
     pub rounded: bool,
+}
+
+impl QueryGrowth {
+    pub fn at(&self, position: u32) -> f64 {
+        1.0 + self.beta * (1.0 + (position as usize / self.positions) as f64).ln()
+    }
 }
 
 impl EmbeddingScale {
@@ -124,6 +137,7 @@ pub struct Facts {
     /// One for each layer, all of the same widths.
     pub attention: Vec<Attention>,
     pub ropes: Vec<Rope>,
+    pub query_growth: Option<QueryGrowth>,
     pub head_norm: Option<HeadNorm>,
     /// Together [T, (H + 2K) * D] in the heads' layout: one fused projection or three.
     pub query_key_value: Vec<Projection>,

@@ -5,12 +5,10 @@
 //!
 //! The backward pass runs the down projection again only where a norm behind it needs its output.
 
-use std::ops::Range;
-
 use candle_core::{Device, Result, Tensor};
 
 use crate::ops::activation::{self, Activation};
-use crate::ops::attention::{self, Heads};
+use crate::ops::attention::{self, Heads, Packing};
 use crate::ops::rope::{self, Angles, Direction};
 use crate::ops::{rows, unwritten};
 
@@ -42,7 +40,9 @@ pub struct Layer {
 pub struct Shape<'a> {
     /// Of each rope, with a row for each of the heads' runs (`Heads::turning`).
     pub angles: &'a [Angles],
-    pub examples: &'a [Range<usize>],
+    /// Turns of no angle that lengthen the queries, by row.
+    pub growth: Option<&'a Angles>,
+    pub packing: &'a Packing,
     pub pass: Pass<'a>,
 }
 
@@ -103,6 +103,24 @@ impl Kept {
             feed_forward_branch: None,
             down: None,
         }
+    }
+
+    /// Values held on the device: what the memory plan must have counted.
+    #[cfg(test)]
+    pub fn values(&self) -> usize {
+        let of = |tensor: &Option<Tensor>| tensor.as_ref().map_or(0, Tensor::elem_count);
+        let downs = |downs: &[Down]| downs.iter().map(of).sum::<usize>();
+        let x = if self.home.is_some() { 0 } else { self.x.elem_count() };
+        let qkv = |kept: &QueryKeyValue| kept.turned.elem_count() + of(&kept.raw) + downs(&kept.downs);
+        let attended = |kept: &Attended| {
+            let always = kept.output.elem_count() + kept.log_sum.elem_count() + kept.middle.elem_count();
+            always + of(&kept.branch) + of(&kept.down)
+        };
+        x + self.query_key_value.as_ref().map_or(0, qkv)
+            + self.attended.as_ref().map_or(0, attended)
+            + self.gate_up.as_ref().map_or(0, |(tensor, list)| tensor.elem_count() + downs(list))
+            + of(&self.feed_forward_branch)
+            + of(&self.down)
     }
 
     /// Lets go of what the level does not keep.
@@ -189,7 +207,7 @@ impl Layer {
 
     fn attended(&self, x: &Tensor, query_key_value: &Tensor, shape: &Shape) -> Result<Attended> {
         let (output, log_sum) =
-            attention::forward(query_key_value, &self.heads, shape.examples, shape.pass.precision)?;
+            attention::forward(query_key_value, &self.heads, shape.packing, shape.pass.precision)?;
         let joined = join(&self.output, &self.attention_post_norm, &output, x, shape)?;
         Ok(Attended { output, log_sum, branch: joined.branch, down: joined.down, middle: joined.sum })
     }
@@ -269,7 +287,7 @@ impl Layer {
             &attended.output,
             &attended.log_sum,
             &self.heads,
-            shape.examples,
+            shape.packing,
             shape.pass.precision,
         )?;
         drop((turned, attended, d_attended, d_branch));
@@ -286,7 +304,11 @@ impl Layer {
         let Some(rope) = self.rope else { return Ok(()) };
         let ((rows, columns), (runs, heads)) = (qkv.dims2()?, self.heads.turning());
         let runs = qkv.reshape((rows * runs, columns / runs))?;
-        rope::rotate(&runs, heads, self.heads.width, &shape.angles[rope], direction)
+        rope::rotate(&runs, heads, self.heads.width, &shape.angles[rope], direction)?;
+        match shape.growth {
+            Some(growth) => rope::rotate(qkv, self.heads.query, self.heads.width, growth, direction),
+            None => Ok(()),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::ops::{bias, dropout, unwritten};
 pub struct Pass<'a> {
     pub precision: Precision,
     /// Row keys when training with dropout; `None` in evaluation.
-    pub dropout_keys: Option<&'a [u64]>,
+    pub dropout_keys: Option<&'a Tensor>,
 }
 
 #[derive(Clone, Debug)]

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::ops::cross_entropy::Head;
-use crate::ops::four_bit::FourBit;
+use crate::ops::four_bit::{Code, FourBit};
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
@@ -18,17 +18,32 @@ use super::layer::Layer;
 use super::linear::{Linear, Lora};
 use super::lora::{self, Trainable};
 use super::norm::{HeadNorm, Norm};
-use super::{Keep, Options, Precision, Quantization};
+use super::random;
+use super::{Keep, Options, Precision, Quantization, stored};
 
 /// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
 ///
 /// On a CPU activations are f32 whatever the precision of products; on a GPU they are stored in it.
 pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
-    let dtype = match (device, options.precision) {
+    load_in(activation_type(device, options.precision), device, facts, options, report)
+}
+
+/// A decoder of these facts with a random base, drawn tensor by tensor in the form it is kept in: for measuring.
+pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
+    let sites = lora::sites(&facts, &options.lora)?.list;
+    let dtype = activation_type(device, options.precision);
+    let trainable = Trainable::init(sites, &options.lora, dtype, device)?;
+    let checkpoint = Checkpoint::empty();
+    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: true };
+    loader.decoder(trainable, report)
+}
+
+/// What activations are stored in.
+pub fn activation_type(device: &Device, precision: Precision) -> DType {
+    match (device, precision) {
         (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
         (_, Precision::Bf16) => DType::BF16,
-    };
-    load_in(dtype, device, facts, options, report)
+    }
 }
 
 /// `load` with another type of activations: f64 for the judge of gradients.
@@ -47,32 +62,15 @@ pub(super) fn load_in(
         );
     }
     let checkpoint = Checkpoint::open(&options.folder)?;
-    checkpoint
-        .expect(&wanted(&facts), |name| ignored(&facts, name))
-        .map_err(|fault| fault.at(options.folder.display()))?;
-    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device };
+    fits(&facts, &checkpoint).map_err(|fault| fault.at(options.folder.display()))?;
     let trainable = Trainable::init(sites.list, &options.lora, dtype, device)?;
-    let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
-    let mut layers = Vec::with_capacity(facts.layers);
-    for layer in 0..facts.layers {
-        layers.push(loader.layer(layer, &trainable)?);
-        progress.advance(1);
-        interrupt::check()?;
-    }
-    let embedding = loader.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
-    let head = loader.head(&embedding)?;
-    let final_norm = loader.norm(facts.names.final_norm)?;
-    Ok(Decoder {
-        embedding,
-        layers,
-        final_norm,
-        head,
-        trainable,
-        precision: options.precision,
-        keep: vec![Keep::Everything; facts.layers],
-        dtype,
-        facts,
-    })
+    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: false };
+    loader.decoder(trainable, report)
+}
+
+/// Whether the checkpoint holds every tensor the decoder reads, and no other.
+pub fn fits(facts: &Facts, checkpoint: &Checkpoint) -> Result<()> {
+    checkpoint.expect(&wanted(facts), |name| ignored(facts, name))
 }
 
 fn wanted(facts: &Facts) -> BTreeSet<String> {
@@ -94,9 +92,36 @@ struct Loader<'a> {
     options: &'a Options,
     dtype: DType,
     device: &'a Device,
+    /// Values are drawn at random, and the checkpoint holds none.
+    drawn: bool,
 }
 
 impl Loader<'_> {
+    fn decoder(&self, trainable: Trainable, report: &Report) -> Result<Decoder> {
+        let facts = self.facts;
+        let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
+        let mut layers = Vec::with_capacity(facts.layers);
+        for layer in 0..facts.layers {
+            layers.push(self.layer(layer, &trainable)?);
+            progress.advance(1);
+            interrupt::check()?;
+        }
+        let embedding = self.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
+        let head = self.head(&embedding)?;
+        let final_norm = self.norm(facts.names.final_norm)?;
+        Ok(Decoder {
+            embedding,
+            layers,
+            final_norm,
+            head,
+            trainable,
+            precision: self.options.precision,
+            keep: vec![Keep::Everything; facts.layers],
+            dtype: self.dtype,
+            facts: facts.clone(),
+        })
+    }
+
     fn layer(&self, layer: usize, trainable: &Trainable) -> Result<Layer> {
         let (facts, names) = (self.facts, &self.facts.names);
         let norm = |name: Option<&str>| name.map(|name| self.norm(&facts.inside(layer, name))).transpose();
@@ -143,11 +168,11 @@ impl Loader<'_> {
 
     /// As a factor.
     fn norm_weight(&self, path: &str, width: usize) -> Result<Tensor> {
-        let weight = self.vector(&format!("{path}.weight"), width)?;
-        match self.facts.norm.form {
-            NormForm::RmsPlusOne => Ok((weight + 1.0)?),
-            NormForm::Rms | NormForm::Layer => Ok(weight),
-        }
+        let plus = match self.facts.norm.form {
+            NormForm::RmsPlusOne => 1.0,
+            NormForm::Rms | NormForm::Layer => 0.0,
+        };
+        self.changed_vector(&format!("{path}.weight"), width, 1.0, plus)
     }
 
     fn head(&self, embedding: &Tensor) -> Result<Head> {
@@ -176,19 +201,52 @@ impl Loader<'_> {
     ) -> Result<Linear> {
         let (path, rows, cols) = (self.facts.path(layer, projection), projection.rows, projection.cols);
         let name = format!("{path}.weight");
-        let weight = match self.options.quantization {
-            Quantization::None => Weight::Dense(self.kept(&name, &[rows, cols])?),
-            Quantization::FourBit { code, double } => {
-                let values = finite(&name, self.checkpoint.get(&name, &[rows, cols])?)?;
-                Weight::FourBit(FourBit::quantize(&values, rows, cols, code, double)?.to_device(self.device)?)
+        let stored = stored::weight(self.checkpoint, &name, rows, cols)?;
+        let weight = match (stored, self.options.quantization) {
+            (Some(weight), _) => Weight::FourBit(weight.to_device(self.device)?),
+            (None, Quantization::None | Quantization::Stored { .. }) => {
+                Weight::Dense(self.kept(&name, &[rows, cols])?)
+            }
+            (None, Quantization::FourBit { code, double }) if self.drawn => {
+                Weight::FourBit(random::four_bit(rows, cols, code, double)?.to_device(self.device)?)
+            }
+            (None, Quantization::FourBit { code, double }) => {
+                Weight::FourBit(self.quantized(&name, rows, cols, code, double)?)
             }
         };
         let bias = match projection.bias {
-            true => Some((self.vector(&format!("{path}.bias"), rows)? * factor)?),
+            true => Some(self.changed_vector(&format!("{path}.bias"), rows, factor, 0.0)?),
             false => None,
         };
         let lora = pair(&path, trainable, factor, self.options.lora.dropout)?;
         Ok(Linear { weight, factor, bias, lora })
+    }
+
+    /// On a GPU the stored bytes go there one tensor at a time, and only codes and scales stay.
+    fn quantized(&self, name: &str, rows: usize, cols: usize, code: Code, double: bool) -> Result<FourBit> {
+        let values = self.checkpoint.get(name, &[rows, cols])?;
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return self.quantized_on_gpu(name, &values, (rows, cols), code, double);
+        }
+        Ok(FourBit::quantize(&finite(name, values)?, rows, cols, code, double)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn quantized_on_gpu(
+        &self,
+        name: &str,
+        values: &Values,
+        shape: (usize, usize),
+        code: Code,
+        double: bool,
+    ) -> Result<FourBit> {
+        let (bytes, stored) = (values.bytes(), values.dtype());
+        let source = Tensor::from_slice(bytes, bytes.len(), self.device)?;
+        FourBit::quantize_on_gpu(&source, stored, shape, code, double)?.map_err(|place| {
+            Fault::model(format!("{name}: a value of {}..{} is NaN or infinite", place.from, place.to))
+                .help("the checkpoint is damaged: download it again")
+        })
     }
 
     /// A checkpoint may carry the tied head once more; one that differs says that config.json is wrong.
@@ -212,6 +270,13 @@ impl Loader<'_> {
 
     /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type. On a GPU all take it.
     fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
+        if self.drawn {
+            let drawn = random::matrix(shape[0], shape[1])?;
+            return Ok(match self.device {
+                Device::Cpu => drawn,
+                device => drawn.to_dtype(self.dtype)?.to_device(device)?,
+            });
+        }
         let values = self.checkpoint.get(name, shape)?;
         match values.bf16() {
             Some(values) => {
@@ -230,9 +295,18 @@ impl Loader<'_> {
 
     /// Norm weights and biases: as wide as the arithmetic, f32 even beside bf16 activations.
     fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
-        let values = finite(name, self.checkpoint.get(name, &[length])?)?;
+        self.changed_vector(name, length, 1.0, 0.0)
+    }
+
+    /// `factor * stored + plus`, on the host.
+    fn changed_vector(&self, name: &str, length: usize, factor: f64, plus: f64) -> Result<Tensor> {
+        let values = match self.drawn {
+            true => vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; length],
+            false => finite(name, self.checkpoint.get(name, &[length])?)?,
+        };
         let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        Ok(Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(wide)?.to_device(self.device)?)
+        let values = Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(wide)?;
+        Ok(values.affine(factor, plus)?.to_device(self.device)?)
     }
 }
 

@@ -4,15 +4,15 @@
 //! optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R], site by site.
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use fancy_regex::Regex;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use regex::Regex;
 
 use crate::fault::{Fault, Result};
 use crate::ops::flat;
 
 use super::facts::{Facts, Projection};
-use super::{LoraInit, LoraOptions, Targets};
+use super::{LoraInit, LoraOptions, Matching, Modules, Targets};
 
 /// A linear layer that gets a pair.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,17 +53,17 @@ impl Sites {
 /// Chooses the sites among the decoder's projections.
 pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let matcher = Matcher::new(facts, options)?;
-    let ranks = patterns("rank_pattern", &options.rank_pattern)?;
-    let alphas = patterns("alpha_pattern", &options.alpha_pattern)?;
+    let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
+    let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
     let (mut list, mut offset) = (Vec::new(), 0);
     for layer in 0..facts.layers {
         for projection in facts.projections() {
             let path = facts.path(layer, projection);
-            if !matcher.wants(layer, &path) {
+            if !matcher.wants(layer, &path)? {
                 continue;
             }
-            let rank = first_match(&ranks, &path).unwrap_or(options.r);
-            let alpha = first_match(&alphas, &path).unwrap_or(options.alpha);
+            let rank = ranks.first_match(&path)?.unwrap_or(options.r);
+            let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
             let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
             let site =
                 Site { layer, projection: projection.clone(), path, rank, scale: alpha / divisor, offset };
@@ -72,74 +72,143 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         }
     }
     if list.is_empty() {
-        let known: Vec<&str> = facts.projections().map(|p| p.path).collect();
-        return Err(Fault::config(format!(
-            "LoraConfig.target_modules matches no linear layer of this {} model; it has {}",
-            facts.family,
-            known.join(", ")
-        ))
-        .help("name some of them (the last part is enough), or \"all-linear\""));
+        return Err(nothing_matches(facts, options));
     }
-    let unmatched = matcher.unmatched(facts);
+    let unmatched = matcher.unmatched(facts)?;
     Ok(Sites { list, renamed: matcher.renamed, unmatched })
 }
 
+fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
+    let known: Vec<&str> = facts.projections().map(|p| p.path).collect();
+    let narrowed = !options.layers.is_empty() || options.exclude != Modules::Names(Vec::new());
+    let but = if narrowed { " (after layers_to_transform and exclude_modules)" } else { "" };
+    Fault::config(format!(
+        "LoraConfig.target_modules matches no linear layer of this {} model{but}; it has {} in layers 0 to {}",
+        facts.family,
+        known.join(", "),
+        facts.layers - 1
+    ))
+    .help("name some of them (the last part is enough), or \"all-linear\"")
+}
+
 /// PEFT's matching: a list matches whole paths or suffixes after a dot, a text is a regular expression for the
-/// whole path.
+/// whole path. Source: peft 0.21, `tuners_utils.check_target_module_exists`. Where PEFT refuses
+/// `layers_to_transform` beside a text, it narrows here what the text matches.
 struct Matcher<'a> {
     options: &'a LoraOptions,
-    names: Option<Vec<String>>,
-    pattern: Option<Regex>,
+    /// `None`: every linear layer.
+    targets: Option<Test>,
+    exclude: Test,
+    /// `layers_pattern`, each with the layer's number as its group.
+    layers: Vec<Regex>,
     renamed: Vec<(String, String)>,
+}
+
+enum Test {
+    Names(Vec<String>),
+    Pattern(Regex),
 }
 
 impl<'a> Matcher<'a> {
     fn new(facts: &Facts, options: &'a LoraOptions) -> Result<Matcher<'a>> {
-        let mut matcher = Matcher { options, names: None, pattern: None, renamed: Vec::new() };
-        match &options.targets {
-            Targets::AllLinear => {}
-            Targets::Pattern(text) => {
-                matcher.pattern = Some(regex("target_modules", &format!("^(?:{text})$"))?)
+        let mut renamed = Vec::new();
+        let targets = match &options.targets {
+            Targets::AllLinear => None,
+            Targets::Modules(Modules::Names(names)) if options.matching == Matching::Fused => {
+                Some(Test::Names(names.iter().map(|name| held_by(facts, name, &mut renamed)).collect()))
             }
-            Targets::Names(names) => {
-                let renamed = |name: &String| {
-                    let (_, fused) = facts.aliases.iter().find(|(split, _)| name == split)?;
-                    Some((name.clone(), (*fused).to_owned()))
-                };
-                matcher.renamed = names.iter().filter_map(renamed).collect();
-                matcher.names = Some(
-                    names
-                        .iter()
-                        .map(|name| renamed(name).map_or_else(|| name.clone(), |(_, to)| to))
-                        .collect(),
-                );
+            Targets::Modules(modules) => Some(Test::new("target_modules", modules)?),
+        };
+        let layer =
+            |pattern: &String| regex("layers_pattern", &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
+        Ok(Matcher {
+            options,
+            targets,
+            exclude: Test::new("exclude_modules", &options.exclude)?,
+            layers: options.layers_pattern.iter().map(layer).collect::<Result<_>>()?,
+            renamed,
+        })
+    }
+
+    fn wants(&self, layer: usize, path: &str) -> Result<bool> {
+        if self.exclude.matches(path)? {
+            return Ok(false);
+        }
+        match &self.targets {
+            // As in PEFT, a whole path means that module, whatever layers_to_transform says.
+            Some(Test::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
+            Some(targets) if !targets.matches(path)? => Ok(false),
+            _ => self.in_layers(layer, path),
+        }
+    }
+
+    fn in_layers(&self, layer: usize, path: &str) -> Result<bool> {
+        if self.options.layers.is_empty() {
+            return Ok(true);
+        }
+        if self.layers.is_empty() {
+            return Ok(self.options.layers.contains(&layer));
+        }
+        for pattern in &self.layers {
+            if let Some(found) = pattern.captures(path).map_err(|error| too_hard(pattern, &error))? {
+                let number = found.get(1).and_then(|number| number.as_str().parse().ok());
+                return Ok(number.is_some_and(|number: usize| self.options.layers.contains(&number)));
             }
         }
-        Ok(matcher)
+        Ok(false)
     }
 
     /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
-    fn unmatched(&self, facts: &Facts) -> Vec<String> {
+    fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
         let paths: Vec<String> = (0..facts.layers)
             .flat_map(|layer| facts.projections().map(move |projection| facts.path(layer, projection)))
             .collect();
-        let targets = self.names.iter().flatten().map(|name| ("target_modules", name));
-        let excluded = self.options.exclude.iter().map(|name| ("exclude_modules", name));
-        let idle = |name: &str| !paths.iter().any(|path| is_or_ends_with(path, name));
-        let idle = targets.chain(excluded).filter(|(_, name)| idle(name));
-        idle.map(|(key, name)| format!("LoraConfig.{key}: {name}")).collect()
+        let mut list = Vec::new();
+        for (key, test) in
+            [("target_modules", self.targets.as_ref()), ("exclude_modules", Some(&self.exclude))]
+        {
+            match test {
+                None => {}
+                Some(Test::Names(names)) => {
+                    let idle = |name: &&String| !paths.iter().any(|path| is_or_ends_with(path, name));
+                    list.extend(names.iter().filter(idle).map(|name| format!("LoraConfig.{key}: {name}")));
+                }
+                Some(pattern @ Test::Pattern(regex)) => {
+                    let found = paths.iter().map(|path| pattern.matches(path)).collect::<Result<Vec<_>>>()?;
+                    if !found.contains(&true) {
+                        list.push(format!("LoraConfig.{key}: {}", regex.as_str()));
+                    }
+                }
+            }
+        }
+        Ok(list)
+    }
+}
+
+/// The module that holds what a name means; remembers names that are only a part of it.
+fn held_by(facts: &Facts, name: &str, renamed: &mut Vec<(String, String)>) -> String {
+    match facts.aliases.iter().find(|(split, _)| name == *split) {
+        None => name.to_owned(),
+        Some((_, fused)) => {
+            renamed.push((name.to_owned(), (*fused).to_owned()));
+            (*fused).to_owned()
+        }
+    }
+}
+
+impl Test {
+    fn new(key: &str, modules: &Modules) -> Result<Test> {
+        match modules {
+            Modules::Names(names) => Ok(Test::Names(names.clone())),
+            Modules::Pattern(text) => Ok(Test::Pattern(regex(key, &format!("^(?:{text})$"))?)),
+        }
     }
 
-    fn wants(&self, layer: usize, path: &str) -> bool {
-        let named = |names: &[String]| names.iter().any(|name| is_or_ends_with(path, name));
-        let excluded = named(&self.options.exclude);
-        let in_layers = self.options.layers.is_empty() || self.options.layers.contains(&layer);
-        let targeted = match (&self.names, &self.pattern) {
-            (Some(names), _) => named(names),
-            (None, Some(pattern)) => pattern.is_match(path),
-            (None, None) => true,
-        };
-        targeted && in_layers && !excluded
+    fn matches(&self, path: &str) -> Result<bool> {
+        match self {
+            Test::Names(names) => Ok(names.iter().any(|name| is_or_ends_with(path, name))),
+            Test::Pattern(pattern) => pattern.is_match(path).map_err(|error| too_hard(pattern, &error)),
+        }
     }
 }
 
@@ -147,20 +216,35 @@ fn is_or_ends_with(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
+/// Python's expressions know look-around and references back, and so does this engine.
 fn regex(key: &str, pattern: &str) -> Result<Regex> {
     Regex::new(pattern)
         .map_err(|error| Fault::config(format!("LoraConfig.{key}: not a regular expression: {error}")))
 }
 
-/// `rank_pattern` and `alpha_pattern`: the key matches a path or its end after a dot.
-fn patterns<T: Copy>(key: &str, entries: &[(String, T)]) -> Result<Vec<(Regex, T)>> {
-    let compile =
-        |(pattern, value): &(String, T)| Ok((regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value));
-    entries.iter().map(compile).collect()
+/// An expression with look-around may take time without end; the engine gives up before.
+fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
+    Fault::config(format!("LoraConfig: the regular expression {} cannot be used: {error}", pattern.as_str()))
 }
 
-fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
-    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|(_, value)| *value)
+/// `rank_pattern` and `alpha_pattern`: the key matches a path or its end after a dot; the first one counts.
+struct Patterns<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Patterns<T> {
+    fn new(key: &str, entries: &[(String, T)]) -> Result<Patterns<T>> {
+        let compile =
+            |(pattern, value): &(String, T)| Ok((regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value));
+        entries.iter().map(compile).collect::<Result<_>>().map(Patterns)
+    }
+
+    fn first_match(&self, path: &str) -> Result<Option<T>> {
+        for (pattern, value) in &self.0 {
+            if pattern.is_match(path).map_err(|error| too_hard(pattern, &error))? {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// The flat buffers of all pairs.
@@ -197,6 +281,11 @@ impl Trainable {
         let params = params.to_device(device)?;
         let grads = params.zeros_like()?;
         Ok(Trainable { sites, grads, compute: compute.unwrap_or_else(|| params.clone()), params })
+    }
+
+    /// The copy that passes compute with, where it is not the parameters themselves.
+    pub fn copy(&self) -> Option<&Tensor> {
+        (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
     /// Brings the copy that passes compute with up to date with parameters that were read from a file.
@@ -243,6 +332,7 @@ fn fnv(text: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::model::{config::Config, family};
+    use std::collections::BTreeSet;
 
     fn facts(family: &str) -> Facts {
         let path =
@@ -250,12 +340,16 @@ mod tests {
         family::describe(&Config::read(&path).unwrap()).unwrap()
     }
 
+    fn pattern(text: &str) -> Targets {
+        Targets::Modules(Modules::Pattern(text.into()))
+    }
+
     fn options(targets: Targets) -> LoraOptions {
         LoraOptions { targets, ..LoraOptions::default() }
     }
 
     fn names(list: &[&str]) -> Targets {
-        Targets::Names(list.iter().map(|name| name.to_string()).collect())
+        Targets::names(list.iter().copied())
     }
 
     #[test]
@@ -265,11 +359,14 @@ mod tests {
         assert_eq!(count(Targets::AllLinear), 14);
         assert_eq!(count(names(&["q_proj", "v_proj"])), 4);
         assert_eq!(count(names(&["self_attn.q_proj", "model.layers.1.mlp.down_proj"])), 3);
-        assert_eq!(count(Targets::Pattern(r".*\.0\..*_proj".into())), 7);
+        assert_eq!(count(pattern(r".*\.0\..*_proj")), 7);
+        assert_eq!(count(pattern(r"model\.layers\.(?!0\.).*(?<!up)_proj")), 6, "look-around");
         let fault = sites(&llama, &options(names(&["proj", "qkv_proj"]))).unwrap_err();
         assert!(fault.message.contains("self_attn.q_proj"), "{fault}");
-        let slip =
-            LoraOptions { exclude: vec![".*up.*".into()], ..options(names(&["q_proj", "v_prj", "lm_head"])) };
+        let slip = LoraOptions {
+            exclude: Modules::Names(vec![".*up.*".into()]),
+            ..options(names(&["q_proj", "v_prj", "lm_head"]))
+        };
         let unmatched = sites(&llama, &slip).unwrap().unmatched;
         assert_eq!(
             unmatched,
@@ -281,18 +378,56 @@ mod tests {
         );
         let some = LoraOptions {
             layers: vec![1],
-            exclude: vec!["mlp.up_proj".into()],
+            exclude: Modules::Names(vec!["mlp.up_proj".into()]),
             ..options(Targets::AllLinear)
         };
         assert_eq!(sites(&llama, &some).unwrap().list.len(), 6);
     }
 
     #[test]
+    fn a_text_that_excludes_is_a_pattern() {
+        let exclude = Modules::Pattern(r".*\.(up|gate)_proj".into());
+        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
+        assert_eq!((found.list.len(), found.unmatched.len()), (10, 0));
+        let exclude = Modules::Pattern("up_proj".into());
+        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
+        assert_eq!((found.list.len(), found.unmatched.len()), (14, 1), "a pattern is for whole paths");
+    }
+
+    /// As `check_target_module_exists` of peft 0.21 has it.
+    #[test]
+    fn layers_are_told_by_their_number_and_whole_paths_are_meant() {
+        let llama = facts("llama3");
+        let found = |targets: &[&str], layers: &[usize], patterns: &[&str]| {
+            let options = LoraOptions {
+                layers: layers.to_vec(),
+                layers_pattern: patterns.iter().map(|pattern| pattern.to_string()).collect(),
+                ..options(names(targets))
+            };
+            sites(&llama, &options)
+                .map(|sites| sites.list.into_iter().map(|site| site.path).collect::<Vec<_>>())
+        };
+        let (first, second) = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj");
+        assert_eq!(found(&["q_proj"], &[1], &[]).unwrap(), [second]);
+        assert_eq!(found(&["q_proj"], &[1], &["layers"]).unwrap(), [second]);
+        assert_eq!(found(&["q_proj"], &[0], &["h", "model.layers"]).unwrap(), [first]);
+        assert_eq!(found(&[first, "q_proj"], &[1], &[]).unwrap(), [first, second]);
+        let fault = found(&["q_proj"], &[1], &["h"]).unwrap_err();
+        assert!(fault.message.contains("after layers_to_transform"), "{fault}");
+        assert!(found(&["q_proj"], &[2], &[]).is_err(), "there are two layers");
+    }
+
+    #[test]
     fn kaito_names_for_phi3_mean_the_fused_modules() {
         let kaito = names(&["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]);
-        let found = sites(&facts("phi3"), &options(kaito)).unwrap();
+        let found = sites(&facts("phi3"), &options(kaito.clone())).unwrap();
         assert_eq!(found.list.len(), 8);
         assert_eq!(found.renamed.len(), 5);
+        let literal = LoraOptions { matching: Matching::Literal, ..options(kaito) };
+        let found = sites(&facts("phi3"), &literal).unwrap();
+        let ends: BTreeSet<&str> = found.list.iter().map(|site| site.projection.path).collect();
+        assert_eq!(ends, BTreeSet::from(["self_attn.o_proj", "mlp.down_proj"]));
+        assert_eq!((found.renamed.len(), found.unmatched.len()), (0, 5));
     }
 
     #[test]

@@ -13,8 +13,10 @@ pub mod linear;
 pub mod load;
 pub mod lora;
 pub mod norm;
+pub mod presets;
 pub mod random;
 pub mod rope;
+pub mod stored;
 
 #[cfg(test)]
 mod judge;
@@ -28,11 +30,19 @@ pub struct Options {
     pub precision: Precision,
 }
 
-/// How the base's linear layers are stored (bitsandbytes' formats, block 64).
+/// How the base's linear layers are held (bitsandbytes' formats; block 64 where they are quantised here).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantization {
     None,
-    FourBit { code: FourBitCode, double: bool },
+    FourBit {
+        code: FourBitCode,
+        double: bool,
+    },
+    /// The checkpoint was quantised by bitsandbytes; its weights are taken as they are.
+    Stored {
+        code: FourBitCode,
+        double: bool,
+    },
 }
 
 pub use crate::ops::four_bit::Code as FourBitCode;
@@ -82,10 +92,13 @@ pub struct LoraOptions {
     /// Scale by alpha/sqrt(r) instead of alpha/r.
     pub rslora: bool,
     pub targets: Targets,
-    /// `exclude_modules`: names or suffixes never adapted.
-    pub exclude: Vec<String>,
+    pub matching: Matching,
+    /// `exclude_modules`: never adapted.
+    pub exclude: Modules,
     /// `layers_to_transform`: empty means all.
     pub layers: Vec<usize>,
+    /// `layers_pattern`: names of the list that the layers' numbers stand in; empty means any.
+    pub layers_pattern: Vec<String>,
     /// `rank_pattern`, `alpha_pattern`: regex on the module path -> value, first match wins.
     pub rank_pattern: Vec<(String, usize)>,
     pub alpha_pattern: Vec<(String, f64)>,
@@ -103,8 +116,10 @@ impl Default for LoraOptions {
             dropout: 0.0,
             rslora: false,
             targets: Targets::AllLinear,
-            exclude: Vec::new(),
+            matching: Matching::Fused,
+            exclude: Modules::Names(Vec::new()),
             layers: Vec::new(),
+            layers_pattern: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             init: LoraInit::Kaiming,
@@ -124,8 +139,47 @@ pub enum LoraInit {
 pub enum Targets {
     /// Every linear layer except the output head.
     AllLinear,
-    /// Module names: equal to the path, or a suffix after a dot.
+    Modules(Modules),
+}
+
+impl Targets {
+    /// `all-linear`, names with commas between, or else an expression.
+    pub fn written(text: &str) -> Targets {
+        let names: Vec<&str> = text.split(',').map(str::trim).collect();
+        match text {
+            _ if text.eq_ignore_ascii_case("all-linear") => Targets::AllLinear,
+            _ if names.iter().all(|name| Modules::is_name(name)) => Targets::names(names),
+            _ => Targets::Modules(Modules::Pattern(text.to_owned())),
+        }
+    }
+
+    pub fn names(names: impl IntoIterator<Item = impl Into<String>>) -> Targets {
+        Targets::Modules(Modules::Names(names.into_iter().map(Into::into).collect()))
+    }
+}
+
+/// PEFT's two ways to name modules.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Modules {
+    /// Equal to the path, or a suffix of it after a dot.
     Names(Vec<String>),
     /// A regular expression that the whole path must match (PEFT: a plain string).
     Pattern(String),
+}
+
+impl Modules {
+    /// Whether a text can only be a name, which as an expression would match no whole path.
+    pub fn is_name(text: &str) -> bool {
+        let part_of_a_name = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
+        !text.is_empty() && text.chars().all(part_of_a_name)
+    }
+}
+
+/// What a name means that is only a part of a module of this model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Matching {
+    /// `q_proj` of a model with `qkv_proj` is that module.
+    Fused,
+    /// It is nothing, as in PEFT: KAITO's names adapt only o_proj and down_proj of Phi-3.
+    Literal,
 }

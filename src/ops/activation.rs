@@ -53,6 +53,10 @@ pub fn formula(x: &Tensor, activation: Activation) -> Result<Tensor> {
 pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, activation);
+    }
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         let h = match activation.function {
@@ -68,6 +72,10 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
 pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::backward(dh, x, activation);
+    }
     with_real!(x, T => {
         let (x, dh) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(dh)?);
         let d = match activation.function {
@@ -202,10 +210,63 @@ impl Curve for GeluErf {
     }
 }
 
+/// The launches of `kernels/activation.cu`: one block a row.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::Launch;
+
+    const THREADS: usize = 256;
+
+    fn curve(activation: Activation) -> &'static str {
+        match activation.function {
+            Function::Silu => "silu",
+            Function::GeluTanh => "gelu_tanh",
+            Function::GeluErf => "gelu_erf",
+        }
+    }
+
+    pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (rows, columns) = x.dims2()?;
+        let width = activation.width(columns);
+        let h = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+        let launch = Launch::new(x, "activation", &format!("forward_{}", curve(activation)))?;
+        let launch = launch.tensor(x).tensor(&h).int(width).int(usize::from(activation.gated));
+        launch.launch((rows, 1, 1), THREADS, 0)?;
+        Ok(h)
+    }
+
+    pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (rows, width) = dh.dims2()?;
+        let d = crate::ops::unwritten(x.shape(), x.dtype(), x.device())?;
+        let launch = Launch::new(x, "activation", &format!("backward_{}", curve(activation)))?;
+        let launch = launch.tensor(dh).tensor(x).tensor(&d).int(width).int(usize::from(activation.gated));
+        launch.launch((rows, 1, 1), THREADS, 0)?;
+        Ok(d)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for activation in all() {
+                for (rows, width) in [(1, 1), (5, 7), (3, 96), (2, 2100)] {
+                    let columns = if activation.gated { 2 * width } else { width };
+                    let (x, dh) = (gpu.random((rows, columns), 1)?, gpu.random((rows, width), 2)?);
+                    let (expected, on_gpu) = (formula(&x, activation)?, gpu.put(&x)?);
+                    gpu.same(&forward(&on_gpu, activation)?, &expected)?;
+                    let gradient = judge::gradient(&x, &expected, &dh)?;
+                    gpu.same(&backward(&gpu.put(&dh)?, &on_gpu, activation)?, &gradient)?;
+                }
+            }
+            Ok(())
+        })
+    }
 
     fn all() -> impl Iterator<Item = Activation> {
         let functions = [Function::Silu, Function::GeluTanh, Function::GeluErf];

@@ -1,13 +1,14 @@
-//! AdamW on one flat buffer (decoupled weight decay, Loshchilov and Hutter 2019), and the gradient's norm.
-//!
+//! AdamW on one flat buffer (decoupled weight decay, Loshchilov and Hutter 2019), clipped by a norm that may lie on a GPU.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+use super::flat;
+use super::number::Number;
 use crate::with_real;
 
-/// Elements a task takes; sums are per chunk, then over chunks, so the result does not depend on threads.
+/// Elements a task takes.
 const CHUNK: usize = 16_384;
 
 /// One update's numbers.
@@ -37,8 +38,52 @@ impl Moments {
     }
 }
 
+/// What an update takes and leaves besides, in the same pass over the buffers.
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// The gradient's sum of squares. Where it is not finite the update changes nothing: who reads it later can stop.
+    pub squares: Option<&'a Number>,
+    /// Clip to this norm as torch does: factor max / (norm + 1e-6), at most 1.
+    pub norm_max: Option<f64>,
+    /// A GPU's bf16 copy of the parameters, for products.
+    pub copy: Option<&'a Tensor>,
+    /// Leave the gradient zero.
+    pub zero_grads: bool,
+}
+
+/// `step` with the gradient's norm taken into account where it lies: nothing waits for a GPU.
+pub fn step_with(
+    params: &Tensor,
+    grads: &Tensor,
+    moments: &Moments,
+    update: &Update,
+    options: &Options,
+) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if params.device().is_cuda() {
+        return gpu::step(params, grads, moments, update, options);
+    }
+    if options.copy.is_some() {
+        bail!("a copy of the parameters in bf16 is for GPUs");
+    }
+    let mut update = *update;
+    if let Some(squares) = options.squares {
+        let squares = squares.value()?;
+        if !squares.is_finite() {
+            return Ok(());
+        }
+        update.gradient_scale *= options.norm_max.map_or(1.0, |max| (max / (squares.sqrt() + 1e-6)).min(1.0));
+    }
+    step(params, grads, moments, &update)?;
+    if options.zero_grads { flat::zero(grads) } else { Ok(()) }
+}
+
 /// Updates `params` and `moments` in place; the order of operations is torch's.
 pub fn step(params: &Tensor, grads: &Tensor, moments: &Moments, update: &Update) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if params.device().is_cuda() {
+        return gpu::step(params, grads, moments, update, &Options::default());
+    }
     with_real!(params, T => {
         let bias1 = 1.0 - update.beta1.powi(update.step as i32);
         let bias2 = 1.0 - update.beta2.powi(update.step as i32);
@@ -68,11 +113,118 @@ pub fn step(params: &Tensor, grads: &Tensor, moments: &Moments, update: &Update)
     })
 }
 
-/// Sum of squares, in f64.
+/// Sum of squares, in f64; waits for a GPU.
 pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
-    with_real!(grads, T => {
-        let grads = &*cpu::read::<T>(grads)?;
-        let sum = |chunk: &[T]| chunk.iter().map(|g| g.wide() * g.wide()).sum::<f64>();
-        Ok(grads.par_chunks(CHUNK).map(sum).collect::<Vec<f64>>().into_iter().sum())
-    })
+    Number::squares(grads)?.value()
+}
+
+/// The launch of `kernels/adamw.cu`: four parameters a thread.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    const THREADS: usize = 256;
+    const FOUR: usize = 4;
+
+    pub fn step(
+        params: &Tensor,
+        grads: &Tensor,
+        moments: &Moments,
+        update: &Update,
+        options: &Options,
+    ) -> Result<()> {
+        let squares = match options.squares {
+            None => None,
+            Some(Number::There(squares)) => Some(squares),
+            Some(Number::Here(_)) => {
+                bail!("the gradient's sum of squares lies on the host, expected on the GPU")
+            }
+        };
+        let count = params.elem_count();
+        if [grads, &moments.first, &moments.second].iter().any(|buffer| buffer.elem_count() != count) {
+            bail!("the optimizer's buffers differ in length");
+        }
+        let bias1 = 1.0 - update.beta1.powi(update.step as i32);
+        let bias2 = 1.0 - update.beta2.powi(update.step as i32);
+        let launch = Launch::untyped(cuda::device(params)?, "adamw", "step");
+        let launch = launch.tensor(params).tensor(grads).tensor(&moments.first).tensor(&moments.second);
+        let launch = launch.optional(DType::BF16, options.copy).optional(DType::F64, squares);
+        let launch = launch.float(options.norm_max.unwrap_or(0.0)).float(update.gradient_scale);
+        let launch = launch.float(1.0 - update.beta1).float(update.beta2).float(1.0 - update.beta2);
+        let launch = launch.float(1.0 - update.learning_rate * update.weight_decay);
+        let launch = launch.float(update.learning_rate / bias1).float(bias2.sqrt()).float(update.epsilon);
+        let launch = launch.int(usize::from(options.zero_grads)).long(count as u64);
+        launch.launch((count.div_ceil(THREADS * FOUR), 1, 1), THREADS, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::judge;
+    use candle_core::{DType, Device};
+
+    fn update(step: u64) -> Update {
+        Update {
+            learning_rate: 0.01,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            step,
+            gradient_scale: 1.0,
+        }
+    }
+
+    /// Three clipped updates, by the GPU in f32 and by the host in f64.
+    #[test]
+    fn the_kernels_equal_the_host() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for count in [1, 3, 4, 1027] {
+                let start = judge::random(count, 1)?.to_dtype(DType::F32)?.detach();
+                let (host, device) = (start.to_dtype(DType::F64)?, start.to_device(&gpu.device)?);
+                let (host_moments, moments) = (Moments::zeros_like(&host)?, Moments::zeros_like(&device)?);
+                let copy = Tensor::zeros(count, DType::BF16, &gpu.device)?;
+                for step in 1..=3 {
+                    let grads = judge::random(count, 2 + step)?.to_dtype(DType::F32)?.detach();
+                    let norm_max = [None, Some(0.5), Some(1e9)][step as usize - 1];
+                    let grads = (grads.to_dtype(DType::F64)?, grads.to_device(&gpu.device)?);
+                    let squares = (Number::squares(&grads.0)?, Number::squares(&grads.1)?);
+                    let options = Options { norm_max, zero_grads: true, ..Options::default() };
+                    let on_host = Options { squares: Some(&squares.0), ..options };
+                    step_with(&host, &grads.0, &host_moments, &update(step), &on_host)?;
+                    let on_gpu = Options { squares: Some(&squares.1), copy: Some(&copy), ..options };
+                    step_with(&device, &grads.1, &moments, &update(step), &on_gpu)?;
+                    assert_eq!(sum_of_squares(&grads.1)?, 0.0, "the gradient is zeroed");
+                }
+                gpu.within(1e-6, &device, &host)?;
+                gpu.within(1e-6, &moments.first, &host_moments.first)?;
+                gpu.within(1e-6, &moments.second, &host_moments.second)?;
+                gpu.within(0.0, &copy, &device.to_device(&Device::Cpu)?.to_dtype(DType::BF16)?)?;
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_norm_that_is_not_finite_changes_nothing() -> Result<()> {
+        let check = |device: &Device| -> Result<()> {
+            let params = Tensor::new(&[1f32, 2.0, 3.0, 4.0, 5.0], device)?;
+            for bad in [f32::NAN, f32::INFINITY] {
+                let grads = Tensor::new(&[0f32, bad, 0.0, 1.0, 1.0], device)?;
+                let (squares, moments) = (Number::squares(&grads)?, Moments::zeros_like(&params)?);
+                assert!(!squares.value()?.is_finite());
+                let options = Options { squares: Some(&squares), norm_max: Some(1.0), ..Options::default() };
+                step_with(&params, &grads, &moments, &update(1), &options)?;
+                assert_eq!(params.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 4.0, 5.0]);
+                assert_eq!(sum_of_squares(&moments.first)?, 0.0);
+            }
+            Ok(())
+        };
+        check(&Device::Cpu)?;
+        judge::on_gpu(|gpu| check(&gpu.device))
+    }
 }

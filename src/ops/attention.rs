@@ -14,6 +14,12 @@ use super::cpu::{self, Real, View};
 use super::matmul::Precision;
 use crate::with_real;
 
+#[cfg(feature = "cuda")]
+mod gpu;
+mod packing;
+
+pub use packing::Packing;
+
 /// Query rows of a block: scores of a block stay within the cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
 
@@ -121,18 +127,23 @@ pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
     p.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads.query * heads.width))
 }
 
-/// qkv [T, (H + 2K) * D] after rope -> output [T, H * D] and logsumexp [H, T]. `examples` cover 0..T.
+/// qkv [T, (H + 2K) * D] after rope -> output [T, H * D] and logsumexp [H, T], which is f32 on a GPU. The examples cover
+/// 0..T.
 pub fn forward(
     qkv: &Tensor,
     heads: &Heads,
-    examples: &[Range<usize>],
+    packing: &Packing,
     precision: Precision,
 ) -> Result<(Tensor, Tensor)> {
     let (rows, columns) = qkv.dims2()?;
     assert_eq!(columns, heads.columns(), "columns of qkv");
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return gpu::forward(qkv, heads, packing);
+    }
     with_real!(qkv, T => {
         let qkv = &*cpu::read::<T>(qkv)?;
-        let tasks = tasks(examples, heads.query);
+        let tasks = tasks(packing.examples(), heads.query);
         let blocks: Vec<(Vec<T>, Vec<T>)> = tasks
             .par_iter()
             .map(|(example, head)| forward_head(&qkv[example.start * columns..example.end * columns], heads, *head, precision))
@@ -155,16 +166,20 @@ pub fn backward(
     out: &Tensor,
     lse: &Tensor,
     heads: &Heads,
-    examples: &[Range<usize>],
+    packing: &Packing,
     precision: Precision,
 ) -> Result<Tensor> {
     let (rows, columns) = qkv.dims2()?;
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return gpu::backward(d_out, qkv, out, lse, heads, packing);
+    }
     with_real!(qkv, T => {
         let (qkv, out) = (&*cpu::read::<T>(qkv)?, &*cpu::read::<T>(out)?);
         let (d_out, lse) = (&*cpu::read::<T>(d_out)?, &*cpu::read::<T>(lse)?);
         let (width, stride) = (heads.width, heads.query * heads.width);
         // One task takes all query heads of a key head, so that its gradient has one writer.
-        let tasks = tasks(examples, heads.key);
+        let tasks = tasks(packing.examples(), heads.key);
         let blocks: Vec<Gradients<T>> = tasks
             .par_iter()
             .map(|(example, key_head)| {
@@ -453,15 +468,87 @@ mod tests {
         ]
     }
 
-    fn examples(lengths: &[usize]) -> Vec<Range<usize>> {
+    fn examples(lengths: &[usize]) -> Packing {
         let mut from = 0;
-        lengths
+        let examples = lengths
             .iter()
             .map(|&length| {
                 from += length;
                 from - length..from
             })
-            .collect()
+            .collect();
+        Packing::new(examples)
+    }
+
+    /// Widths of every kernel and between them, aligned and not; lengths on both sides of tiles; examples packed.
+    fn gpu_cases() -> Vec<(Heads, Vec<usize>)> {
+        // Scores of about unit size: probabilities are neither all equal nor all of one key.
+        let heads = |query, key, width: usize, window| {
+            let scale = 1.5 / (width as f64).sqrt();
+            Heads { query, key, width, window, scale, ..PLAIN }
+        };
+        let grouped = |heads: Heads| Heads { layout: Layout::Grouped, ..heads };
+        let capped = |heads: Heads| Heads { softcap: Some(1.1), ..heads };
+        vec![
+            (heads(1, 1, 3, None), vec![1]),
+            (heads(4, 2, 6, None), vec![5, 1, 9]),
+            (heads(4, 1, 8, Some(3)), vec![63, 2]),
+            (heads(2, 2, 16, None), vec![64, 65]),
+            (heads(8, 1, 32, Some(1)), vec![66]),
+            (capped(grouped(heads(4, 2, 24, None))), vec![70, 3]),
+            (heads(2, 1, 64, None), vec![200]),
+            (heads(2, 1, 64, Some(40)), vec![1, 127, 130]),
+            (heads(2, 2, 80, None), vec![5, 129]),
+            (heads(2, 2, 96, Some(100)), vec![130, 65]),
+            (capped(grouped(heads(4, 1, 128, None))), vec![127, 9]),
+            (capped(heads(2, 1, 128, Some(40))), vec![200]),
+            (capped(heads(2, 1, 256, None)), vec![65, 1]),
+            // Blocks enough for wide tiles.
+            (heads(2, 2, 128, None), [vec![130, 65], vec![1; 64]].concat()),
+            (heads(2, 2, 200, Some(50)), [vec![65], vec![2; 65]].concat()),
+        ]
+    }
+
+    fn formula_of_each(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<Tensor> {
+        let part = |example: &Range<usize>| formula(&qkv.narrow(0, example.start, example.len())?, heads);
+        Tensor::cat(&packing.examples().iter().map(part).collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    /// Of what backward gives, in norm: three products in a row, the probabilities and their gradient rounded
+    /// between them, at 2^-9 each.
+    fn tolerances(dtype: candle_core::DType) -> (f64, f64) {
+        match dtype {
+            candle_core::DType::BF16 => (6e-3, 1e-2),
+            _ => (2e-6, 4e-6),
+        }
+    }
+
+    #[test]
+    fn the_kernels_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (heads, lengths) in gpu_cases() {
+                let (packing, rows) = (examples(&lengths), lengths.iter().sum::<usize>());
+                let qkv = gpu.random((rows, heads.columns()), 1)?;
+                let d_out = gpu.random((rows, heads.query * heads.width), 2)?;
+                let expected = formula_of_each(&qkv, &heads, &packing)?;
+                let gradient = judge::gradient(&qkv, &expected, &d_out)?;
+                let (on_qkv, on_d) = (gpu.put(&qkv)?, gpu.put(&d_out)?);
+                let run = || -> Result<[Tensor; 3]> {
+                    let (out, lse) = forward(&on_qkv, &heads, &packing, Precision::F32)?;
+                    let d = backward(&on_d, &on_qkv, &out, &lse, &heads, &packing, Precision::F32)?;
+                    Ok([out, lse, d])
+                };
+                let (within, within_gradient) = tolerances(gpu.dtype);
+                let [out, lse, d] = run()?;
+                gpu.within(within, &out, &expected)?;
+                gpu.within(within_gradient, &d, &gradient)?;
+                for (first, second) in [out, lse, d].iter().zip(&run()?) {
+                    let bits = |tensor: &Tensor| cpu::to_f64(&tensor.to_device(&Device::Cpu)?);
+                    assert_eq!(bits(first)?, bits(second)?, "the same twice");
+                }
+            }
+            Ok(())
+        })
     }
 
     #[test]
@@ -472,6 +559,7 @@ mod tests {
             let qkv = judge::random((rows, heads.columns()), 1)?;
             let d_out = judge::random((rows, heads.query * heads.width), 2)?;
             let parts: Vec<Tensor> = examples
+                .examples()
                 .iter()
                 .map(|example| formula(&qkv.narrow(0, example.start, example.len())?, &heads))
                 .collect::<Result<_>>()?;

@@ -10,6 +10,10 @@ use crate::with_real;
 pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
     let (n, (_, width)) = (bias.dims1()?, y.dims2()?);
     assert!(at + n <= width, "a bias of {n} at {at} of {width}");
+    #[cfg(feature = "cuda")]
+    if y.device().is_cuda() {
+        return gpu::apply(bias, y, at, add);
+    }
     with_real!(y, T => {
         let bias = &*cpu::read::<T>(bias)?;
         cpu::edit(y, |y: &mut [T]| {
@@ -22,4 +26,42 @@ pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
             })
         })
     })
+}
+
+/// The launch of `kernels/bias.cu`: one block a row; the bias is f32.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{DType, Result, Tensor};
+
+    use crate::ops::cuda::Launch;
+
+    pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
+        let (n, (rows, width)) = (bias.dims1()?, y.dims2()?);
+        let launch = Launch::new(y, "bias", "apply")?.of(DType::F32, bias).tensor(y);
+        launch.int(n).int(width).int(at).int(usize::from(add)).launch((rows, 1, 1), 256, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_host() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, n, at, width) in [(1, 1, 0, 1), (5, 7, 3, 11), (3, 64, 16, 96), (3, 64, 4, 96)] {
+                let (y, bias) = (gpu.random((rows, width), 1)?, gpu.random(n, 2)?);
+                for add in [false, true] {
+                    let (found, expected) = (gpu.put(&y)?, y.copy()?);
+                    apply(&gpu.put_as(DType::F32, &bias)?, &found, at, add)?;
+                    apply(&bias, &expected, at, add)?;
+                    gpu.same(&found, &expected)?;
+                }
+            }
+            Ok(())
+        })
+    }
 }

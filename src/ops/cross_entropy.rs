@@ -1,19 +1,22 @@
 //! Cross-entropy of the next token over an output head, in chunks of rows: all logits never exist at once.
 //!
-//!
 //! `loss = sum over rows of logsumexp(h W^T) - (h W^T)[target]`; the caller divides by the supervised tokens
-//! of the whole optimizer step. The logits' gradient, softmax minus one-hot, replaces them in place.
+//! of the whole optimizer step. The logits' gradient, softmax minus one-hot, replaces them in place. On a GPU the loss
+//! stays there until someone asks for it.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::bias;
 use super::cpu::{self, Real};
 use super::matmul::{self, Precision, Weight};
+use super::number::Number;
 use crate::with_real;
 
-/// Logits held at a time.
+/// Logits held at a time: on a CPU what its caches hold, on a GPU enough rows (4,186 of 32,064 logits in bf16) that the
+/// head is read once a step and its products fill the device.
 const CHUNK_BYTES_MAX: usize = 16 << 20;
+const GPU_CHUNK_BYTES_MAX: usize = 256 << 20;
 
 /// The output head: `logits = scale * h W^T + bias`, then `cap * tanh(logits / cap)` where there is a cap.
 #[derive(Clone, Debug)]
@@ -33,10 +36,9 @@ impl Head {
         Head { weight, bias: None, scale: 1.0, softcap: None }
     }
 
-    /// `scale * h W^T + bias` [rows, V], before the cap.
-    fn product(&self, hidden: &Tensor, precision: Precision) -> Result<Tensor> {
-        let shape = (hidden.dim(0)?, self.weight.dims().0);
-        let logits = Tensor::zeros(shape, hidden.dtype(), hidden.device())?;
+    /// `scale * h W^T + bias` in the first V of `columns` columns, before the cap; the others are not written.
+    fn product(&self, hidden: &Tensor, columns: usize, precision: Precision) -> Result<Tensor> {
+        let logits = super::unwritten((hidden.dim(0)?, columns), hidden.dtype(), hidden.device())?;
         if let Some(bias) = &self.bias {
             bias::apply(bias, &logits, 0, false)?;
         }
@@ -54,10 +56,8 @@ pub fn formula(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 }
 
 /// hidden [rows, C], one target a row -> the sum of losses.
-pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precision) -> Result<f64> {
-    each_chunk(hidden, head, targets, precision, |logits, targets, _, _| {
-        rows_loss(logits, targets, head.softcap, None)
-    })
+pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precision) -> Result<Number> {
+    each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))
 }
 
 /// As `forward`, and the gradient of `scale * loss` with respect to hidden, [rows, C].
@@ -67,41 +67,62 @@ pub fn forward_backward(
     targets: &[u32],
     scale: f64,
     precision: Precision,
-) -> Result<(f64, Tensor)> {
-    let dh = hidden.zeros_like()?;
-    let loss = each_chunk(hidden, head, targets, precision, |logits, targets, from, rows| {
-        let loss = rows_loss(logits, targets, head.softcap, Some(scale))?;
-        matmul::input_gradient(
-            logits,
-            0,
-            &head.weight,
-            head.scale,
-            &dh.narrow(0, from, rows)?,
-            0.0,
-            precision,
-        )?;
-        Ok(loss)
+) -> Result<(Number, Tensor)> {
+    let dh = super::unwritten(hidden.shape(), hidden.dtype(), hidden.device())?;
+    let loss = each_chunk(hidden, head, targets, Some(scale), precision, |d_logits, from| {
+        let dh = dh.narrow(0, from, d_logits.dim(0)?)?;
+        matmul::input_gradient(d_logits, 0, &head.weight, head.scale, &dh, 0.0, precision)
     })?;
     Ok((loss, dh))
 }
 
+/// Rows whose logits exist at the same time.
+pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
+    let row_bytes = vocab * element_bytes;
+    match on_gpu {
+        true => (GPU_CHUNK_BYTES_MAX / row_bytes).max(16),
+        false => (CHUNK_BYTES_MAX / row_bytes).clamp(16, 4096),
+    }
+}
+
+/// The loss; with `scale`, `body` takes each chunk's gradient of `scale * loss` in its logits' place, and its first row.
 fn each_chunk(
     hidden: &Tensor,
     head: &Head,
     targets: &[u32],
+    scale: Option<f64>,
     precision: Precision,
-    mut body: impl FnMut(&Tensor, &[u32], usize, usize) -> Result<f64>,
-) -> Result<f64> {
+    mut body: impl FnMut(&Tensor, usize) -> Result<()>,
+) -> Result<Number> {
     let ((rows, _), (vocab, _)) = (hidden.dims2()?, head.weight.dims());
-    assert_eq!(rows, targets.len(), "one target a row");
-    let chunk = (CHUNK_BYTES_MAX / (vocab * hidden.dtype().size_in_bytes())).clamp(16, 4096);
+    assert!(
+        rows == targets.len() && targets.iter().all(|&target| (target as usize) < vocab),
+        "one target below {vocab} for each of {rows} rows"
+    );
+    let on_gpu = !matches!(hidden.device(), Device::Cpu);
+    let chunk = chunk_rows(vocab, hidden.dtype().size_in_bytes(), on_gpu);
+    #[cfg(feature = "cuda")]
+    if on_gpu {
+        let losses = gpu::Losses::new(targets, hidden.device())?;
+        for from in (0..rows).step_by(chunk) {
+            let hidden = hidden.narrow(0, from, chunk.min(rows - from))?;
+            let logits = head.product(&hidden, gpu::columns(vocab), precision)?;
+            losses.rows(&logits, from, vocab, head.softcap, scale)?;
+            if scale.is_some() {
+                body(&logits, from)?;
+            }
+        }
+        return losses.sum();
+    }
     let mut loss = 0.0;
     for (i, targets) in targets.chunks(chunk).enumerate() {
-        let (from, rows) = (i * chunk, targets.len());
-        let logits = head.product(&hidden.narrow(0, from, rows)?, precision)?;
-        loss += body(&logits, targets, from, rows)?;
+        let logits = head.product(&hidden.narrow(0, i * chunk, targets.len())?, vocab, precision)?;
+        loss += rows_loss(&logits, targets, head.softcap, scale)?;
+        if scale.is_some() {
+            body(&logits, i * chunk)?;
+        }
     }
-    Ok(loss)
+    Ok(Number::Here(loss))
 }
 
 /// Sum of the rows' losses; with `scale`, the logits become the gradient of scale * loss.
@@ -159,15 +180,64 @@ fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
 
 /// Logits [rows, V] themselves; for tests and generation.
 pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
-    let logits = head.product(hidden, precision)?;
+    let logits = head.product(hidden, head.weight.dims().0, precision)?;
     let logits = match head.softcap {
         Some(cap) => ((logits / cap)?.tanh()? * cap)?,
         None => logits,
     };
-    logits.to_dtype(match hidden.dtype() {
+    let dtype = match hidden.dtype() {
         DType::F64 => DType::F64,
         _ => DType::F32,
-    })
+    };
+    super::rows::convert(&logits, dtype)
+}
+
+/// The launches of `kernels/cross_entropy.cu`: one block a row.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    /// Logits lie this many columns apart, so that every row begins on 16 bytes.
+    pub fn columns(vocab: usize) -> usize {
+        vocab.next_multiple_of(8)
+    }
+
+    /// Targets of all rows, and their losses as the chunks come by.
+    pub struct Losses {
+        targets: Tensor,
+        losses: Tensor,
+    }
+
+    impl Losses {
+        pub fn new(targets: &[u32], device: &Device) -> Result<Losses> {
+            let losses = Tensor::zeros(targets.len().max(1), DType::F32, device)?;
+            // Without a row there is nothing to send, and the one loss stays 0.
+            let targets = cuda::upload(if targets.is_empty() { &[0] } else { targets }, device)?;
+            Ok(Losses { targets, losses })
+        }
+
+        /// The losses of the rows `from..` and, with `scale`, their logits' gradient in place.
+        pub fn rows(
+            &self,
+            logits: &Tensor,
+            from: usize,
+            vocab: usize,
+            softcap: Option<f64>,
+            scale: Option<f64>,
+        ) -> Result<()> {
+            let (rows, columns) = logits.dims2()?;
+            let launch = Launch::new(logits, "cross_entropy", "rows")?.tensor(logits);
+            let launch = launch.of_at(DType::U32, &self.targets, from).of_at(DType::F32, &self.losses, from);
+            let launch = launch.int(vocab).int(columns).float(softcap.unwrap_or(0.0));
+            let launch = launch.float(scale.unwrap_or(0.0)).int(usize::from(scale.is_some()));
+            launch.launch((rows, 1, 1), 512, 0)
+        }
+
+        pub fn sum(&self) -> Result<Number> {
+            crate::ops::number::gpu::sum(&[&self.losses])
+        }
+    }
 }
 
 #[cfg(test)]
@@ -205,17 +275,68 @@ mod tests {
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7 % vocab) as u32).collect();
         let expected = formula(product, &Tensor::new(targets.as_slice(), &Device::Cpu)?)?;
         let (loss, dh) = forward_backward(hidden, head, &targets, 0.25, Precision::F32)?;
+        let loss = loss.value()?;
         assert!((loss - expected.to_scalar::<f64>()?).abs() < 1e-10);
-        assert!((forward(hidden, head, &targets, Precision::F32)? - loss).abs() < 1e-12);
+        assert!((forward(hidden, head, &targets, Precision::F32)?.value()? - loss).abs() < 1e-12);
         let scale = Tensor::new(0.25f64, &Device::Cpu)?;
         judge::same(&dh, &judge::gradient(hidden, &expected, &scale)?, 1e-12)
+    }
+
+    /// Odd widths, more columns than one round of a block's threads, caps, biases; and no row at all.
+    #[test]
+    fn the_kernels_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, width, vocab) in [(1, 3, 5), (7, 16, 131), (3, 8, 4200)] {
+                for (scale, softcap, biased) in
+                    [(1.0, None, false), (0.5, Some(2.0), false), (1.0, None, true)]
+                {
+                    on_gpu(gpu, (rows, width, vocab), scale, softcap, biased)?;
+                }
+            }
+            let head = Head::plain(Weight::Dense(gpu.put(judge::random((9, 4), 1)?.as_tensor())?));
+            let none = Tensor::zeros((1, 4), gpu.dtype, &gpu.device)?.narrow(0, 0, 0)?;
+            assert_eq!(forward(&none, &head, &[], Precision::F32)?.value()?, 0.0);
+            let hidden = Tensor::full(f32::NAN, (1, 4), &Device::Cpu)?;
+            assert!(forward(&gpu.put(&hidden)?, &head, &[3], Precision::F32)?.value()?.is_nan());
+            Ok(())
+        })
+    }
+
+    fn on_gpu(
+        gpu: &judge::Gpu,
+        (rows, width, vocab): (usize, usize, usize),
+        scale: f64,
+        softcap: Option<f64>,
+        biased: bool,
+    ) -> Result<()> {
+        let (hidden, weight) = (gpu.random((rows, width), 1)?, gpu.random((vocab, width), 2)?);
+        let bias = gpu.random(vocab, 3)?;
+        let mut logits = (hidden.matmul(&weight.t()?)? * scale)?;
+        if biased {
+            logits = logits.broadcast_add(&bias)?;
+        }
+        if let Some(cap) = softcap {
+            logits = ((logits / cap)?.tanh()? * cap)?;
+        }
+        let targets: Vec<u32> = (0..rows).map(|i| ((i + 1) * 37 % vocab) as u32).collect();
+        let expected = formula(&logits, &Tensor::new(targets.as_slice(), &Device::Cpu)?)?;
+        let bias = if biased { Some(gpu.put_as(DType::F32, &bias)?) } else { None };
+        let head = Head { weight: Weight::Dense(gpu.put(&weight)?), bias, scale, softcap };
+        let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, 0.25, Precision::F32)?;
+        let (loss, expected_loss) = (loss.value()?, expected.to_scalar::<f64>()?);
+        // TOLERANCE: bf16 logits of some units are rounded to 2^-8 of themselves.
+        let tolerance = if gpu.dtype == DType::F32 { 1e-5 } else { 1e-2 };
+        assert!((loss - expected_loss).abs() <= tolerance * expected_loss.max(1.0), "{loss} {expected_loss}");
+        assert_eq!(forward(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?.value()?, loss);
+        let scale = Tensor::new(0.25f64, &Device::Cpu)?;
+        gpu.within(tolerance, &dh, &judge::gradient(&hidden, &expected, &scale)?)
     }
 
     #[test]
     fn a_bad_logit_is_never_hidden() -> Result<()> {
         let hidden = Tensor::new(&[[1f32, f32::NAN]], &Device::Cpu)?;
         let head = Head::plain(Weight::Dense(Tensor::ones((40, 2), DType::F32, &Device::Cpu)?));
-        assert!(forward(&hidden, &head, &[3], Precision::F32)?.is_nan());
+        assert!(forward(&hidden, &head, &[3], Precision::F32)?.value()?.is_nan());
         Ok(())
     }
 }

@@ -2,8 +2,61 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-/// table [V, C] in any float type, ids below V -> [ids, C] in `dtype`.
-pub fn forward(table: &Tensor, ids: &[u32], dtype: DType) -> Result<Tensor> {
-    let ids = Tensor::new(ids, &Device::Cpu)?.to_device(table.device())?;
-    table.index_select(&ids, 0)?.to_dtype(dtype)
+use super::rows;
+
+/// table [V, C] in any float type, ids below V -> [ids, C] in `dtype` on `device`, times `factor`. The table may stay on
+/// the host while the layers compute on a GPU: a batch takes few of its rows.
+pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &Device) -> Result<Tensor> {
+    let vocab = table.dim(0)?;
+    assert!(ids.iter().all(|&id| (id as usize) < vocab), "token ids below {vocab}");
+    #[cfg(feature = "cuda")]
+    if table.device().is_cuda() {
+        return gpu::forward(table, ids, factor, dtype);
+    }
+    let found = table.index_select(&Tensor::new(ids, &Device::Cpu)?, 0)?;
+    let scaled = |x: Tensor| if factor == 1.0 { Ok(x) } else { x * factor };
+    match device {
+        Device::Cpu => scaled(found.to_dtype(dtype)?),
+        _ => rows::convert(&scaled(found.to_dtype(dtype)?)?.to_device(device)?, dtype),
+    }
+}
+
+/// The launch of `kernels/embedding.cu`: one block a row.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType) -> Result<Tensor> {
+        let (_, width) = table.dims2()?;
+        let y = crate::ops::unwritten((ids.len(), width), dtype, table.device())?;
+        let name = format!("gather_{}", cuda::suffix(table.dtype())?);
+        let ids = cuda::upload(ids, table.device())?;
+        let launch = Launch::new(&y, "embedding", &name)?.of(table.dtype(), table).of(DType::U32, &ids);
+        launch.tensor(&y).int(width).float(factor).launch((ids.elem_count(), 1, 1), 128, 0)?;
+        Ok(y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::judge;
+
+    #[test]
+    fn rows_of_a_table_on_either_side_are_the_same() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (vocab, width) in [(1, 1), (9, 7), (40, 96)] {
+                let ids: Vec<u32> = (0..65).map(|i| i * 7 % vocab as u32).collect();
+                for stored in [DType::F32, DType::BF16] {
+                    let table = judge::random((vocab, width), 1)?.to_dtype(stored)?.detach();
+                    let expected = forward(&table, &ids, 0.75, DType::F64, &Device::Cpu)?;
+                    for table in [table.clone(), table.to_device(&gpu.device)?] {
+                        gpu.same(&forward(&table, &ids, 0.75, gpu.dtype, &gpu.device)?, &expected)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
 }

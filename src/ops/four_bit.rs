@@ -4,8 +4,9 @@
 //! absolute value (`absmax`) and for each value the 4-bit index of the nearest code of value/absmax; value
 //! 2i sits in the *high* nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits, in
 //! blocks of 256, by the signed dynamic map. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
-//!
 
+#[cfg(feature = "cuda")]
+use candle_core::{DType, bail};
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -14,7 +15,7 @@ use super::cpu;
 /// Values that share one scale.
 pub const BLOCK: usize = 64;
 /// Scales that share one second-level scale.
-const NESTED_BLOCK: usize = 256;
+pub const NESTED_BLOCK: usize = 256;
 
 /// Which 16 values the indices stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +157,25 @@ impl FourBit {
         Ok(FourBit { code, rows, cols, block, packed, absmax })
     }
 
+    /// Quantises on the GPU where `source` lies, to the same bits: row-major values in `stored` (f32, f16 or bf16), or
+    /// the bytes of such values. Waits for the scales: their second level is the host's work.
+    #[cfg(feature = "cuda")]
+    pub fn quantize_on_gpu(
+        source: &Tensor,
+        stored: DType,
+        (rows, cols): (usize, usize),
+        code: Code,
+        double: bool,
+    ) -> Result<std::result::Result<FourBit, NotFinite>> {
+        gpu::quantize(source, stored, (rows, cols), code, double, BLOCK)
+    }
+
+    /// The weight [rows, cols] on its GPU in f32 or bf16, rounded once.
+    #[cfg(feature = "cuda")]
+    pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
+        gpu::dequantize(self, dtype)
+    }
+
     /// The scale of each block, double quantisation undone: `map[code]` * absmax + offset in f32.
     pub fn scales(&self) -> Result<Vec<f32>> {
         match &self.absmax {
@@ -197,6 +217,13 @@ impl FourBit {
     }
 
     /// Bytes this weight takes.
+    /// Of a weight [rows, cols] that is not there yet.
+    pub fn bytes_of(rows: usize, cols: usize, double: bool) -> usize {
+        let blocks = (rows * cols).div_ceil(BLOCK);
+        let scales = if double { blocks + blocks.div_ceil(NESTED_BLOCK) * 4 + 4 } else { blocks * 4 };
+        (rows * cols).div_ceil(2) + scales
+    }
+
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {
             Absmax::Plain(absmax) => absmax.elem_count() * 4,
@@ -204,6 +231,13 @@ impl FourBit {
         };
         self.packed.elem_count() + scales
     }
+}
+
+/// Values `from..to` of a weight hold one that is NaN or infinite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFinite {
+    pub from: usize,
+    pub to: usize,
 }
 
 /// The nearest code of a value in [-1, 1]: 15 midpoints between the ascending codes.
@@ -324,10 +358,182 @@ pub fn dynamic_map() -> [f32; 256] {
     map.try_into().expect("2 + 2 * (2^7 - 1) = 256 values")
 }
 
+/// The launches of `kernels/four_bit.cu`.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    const THREADS: usize = 256;
+    /// Values a thread of `dequantize` takes.
+    const VALUES: usize = 32;
+    /// Blocks a thread block of `quantize` takes, one a warp.
+    const WARPS: usize = THREADS / 32;
+
+    pub fn quantize(
+        source: &Tensor,
+        stored: DType,
+        (rows, cols): (usize, usize),
+        code: Code,
+        double: bool,
+        block: usize,
+    ) -> Result<std::result::Result<FourBit, NotFinite>> {
+        let (values, device) = (rows * cols, source.device());
+        let bytes = source.elem_count() * source.dtype().size_in_bytes();
+        if bytes != values * stored.size_in_bytes() || ![stored, DType::U8].contains(&source.dtype()) {
+            bail!("a weight [{rows}, {cols}] of {stored:?} from {bytes} bytes of {:?}", source.dtype());
+        }
+        let name = match stored {
+            DType::F32 => "quantize_f32",
+            DType::BF16 => "quantize_bf16",
+            DType::F16 => "quantize_f16",
+            other => bail!("no quantisation of {other:?}"),
+        };
+        let blocks = values.div_ceil(block);
+        let packed = crate::ops::unwritten(values.div_ceil(2), DType::U8, device)?;
+        let scales = crate::ops::unwritten(blocks, DType::F32, device)?;
+        let launch = Launch::untyped(cuda::device(source)?, "four_bit", name).of(source.dtype(), source);
+        let launch = launch.of(DType::U8, &packed).of(DType::F32, &scales);
+        let launch = launch.long(values as u64).int(block).int(code as usize);
+        launch.launch((blocks.div_ceil(WARPS), 1, 1), THREADS, 0)?;
+        let host = cuda::download::<f32>(&scales)?;
+        // The kernel gives a block with a value that is not finite the scale NaN.
+        if let Some(at) = host.iter().position(|scale| !scale.is_finite()) {
+            return Ok(Err(NotFinite { from: at * block, to: values.min((at + 1) * block) }));
+        }
+        let absmax = match double {
+            false => Absmax::Plain(scales),
+            true => nest(&host)?,
+        };
+        let weight = FourBit { code, rows, cols, block, packed, absmax };
+        Ok(Ok(weight.to_device(device)?))
+    }
+
+    pub fn dequantize(weight: &FourBit, dtype: DType) -> Result<Tensor> {
+        let FourBit { code, rows, cols, block, packed, absmax } = weight;
+        if !block.is_power_of_two() || *block < 8 {
+            bail!("blocks of {block}: a GPU takes powers of two from 8 on");
+        }
+        let out = crate::ops::unwritten((*rows, *cols), dtype, packed.device())?;
+        let launch = Launch::new(&out, "four_bit", "dequantize")?.of(DType::U8, packed);
+        let launch = match absmax {
+            Absmax::Plain(absmax) => launch.optional(DType::U8, None).of(DType::F32, absmax).float(0.0),
+            Absmax::Nested { codes, absmax, offset } => {
+                launch.of(DType::U8, codes).of(DType::F32, absmax).float(f64::from(*offset))
+            }
+        };
+        let values = rows * cols;
+        let launch = launch.tensor(&out).long(values as u64);
+        let launch = launch.int(block.ilog2() as usize).int(*code as usize);
+        launch.launch((values.div_ceil(THREADS * VALUES), 1, 1), THREADS, 0)?;
+        Ok(out)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "cuda")]
+    use crate::ops::judge;
+    #[cfg(not(feature = "cuda"))]
     use candle_core::DType;
+
+    /// The recorded vectors and random ones of all sizes around a block, in the three types of checkpoints: the GPU's
+    /// packed bytes, scales and values are the CPU's.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernels_bits_equal_the_cpus() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/_nf4/nf4_vectors.safetensors");
+        let mut weights: Vec<Tensor> = candle_core::safetensors::load(path, &Device::Cpu)?
+            .into_iter()
+            .filter_map(|(name, tensor)| name.ends_with(".weight").then_some(tensor))
+            .collect();
+        assert_eq!(weights.len(), 15);
+        let stored = [DType::F32, DType::F16, DType::BF16];
+        for (i, count) in [1, 7, 63, 64, 65, 513, 4097, 20_011].into_iter().enumerate() {
+            weights.push(judge::random((1, count), i as u64)?.to_dtype(stored[i % 3])?.detach());
+        }
+        // f16's smallest and largest values, zeros of both signs.
+        let extremes = [5.96e-8f32, -6.1e-5, 65_504.0, -0.0, 0.0, 3.05e-5, 1.0, -1.0];
+        weights.push(Tensor::from_slice(&extremes, (1, 8), &Device::Cpu)?.to_dtype(DType::F16)?);
+        for weight in weights {
+            for (code, block) in [(Code::Nf4, 64), (Code::Fp4, 64), (Code::Nf4, 128), (Code::Fp4, 4096)] {
+                for double in [false, true] {
+                    same_bits(&weight, &device, code, double, block)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn same_bits(weight: &Tensor, gpu: &Device, code: Code, double: bool, block: usize) -> Result<()> {
+        let (shape, stored) = (weight.dims2()?, weight.dtype());
+        let values = weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let ours = FourBit::quantize_blocks(&values, shape.0, shape.1, code, double, block)?;
+        let found = gpu::quantize(&weight.to_device(gpu)?, stored, shape, code, double, block)?
+            .expect("the weights are finite");
+        let host = found.to_device(&Device::Cpu)?;
+        assert_eq!(
+            host.packed.to_vec1::<u8>()?,
+            ours.packed.to_vec1::<u8>()?,
+            "{shape:?} {stored:?} {code:?}"
+        );
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
+        assert_eq!(bits(host.scales()?), bits(ours.scales()?), "{shape:?} {stored:?} {code:?}: scales");
+        for dtype in [DType::F32, DType::BF16] {
+            let expected = Tensor::from_vec(ours.dequantize()?, shape, &Device::Cpu)?;
+            let rounded =
+                |tensor: Tensor| tensor.to_dtype(dtype)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+            let found = found.dequantize_on_gpu(dtype)?.to_device(&Device::Cpu)?;
+            assert_eq!(
+                bits(rounded(found)?),
+                bits(rounded(expected.clone())?),
+                "{shape:?} {stored:?} {code:?}"
+            );
+        }
+        Ok(())
+    }
+
+    /// All 256 codes of a scale: the map that the kernel computes is the table.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernels_map_is_the_table() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        let codes: Vec<u8> = (0..=255).collect();
+        let absmax = Absmax::Nested {
+            codes: Tensor::from_vec(codes, 256, &device)?,
+            absmax: Tensor::ones(1, DType::F32, &Device::Cpu)?.to_device(&device)?,
+            offset: 0.0,
+        };
+        // Index 15 stands for 1.
+        let packed = Tensor::from_vec(vec![0xffu8; 256 * 32], 256 * 32, &device)?;
+        let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax };
+        let found = weight.dequantize_on_gpu(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        for (row, expected) in found.iter().zip(dynamic_map()) {
+            assert!(row.iter().all(|value| value.to_bits() == expected.to_bits()), "{row:?}, {expected}");
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_value_that_is_not_finite_is_found() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        for (at, bad) in [(0, f32::NAN), (70, f32::INFINITY), (199, f32::NEG_INFINITY)] {
+            let mut values = vec![0.5f32; 200];
+            values[at] = bad;
+            for stored in [DType::F32, DType::F16, DType::BF16] {
+                let source =
+                    Tensor::from_slice(&values, 200, &Device::Cpu)?.to_dtype(stored)?.to_device(&device)?;
+                let found = FourBit::quantize_on_gpu(&source, stored, (2, 100), Code::Nf4, true)?;
+                let (from, to) = (at / 64 * 64, (at / 64 * 64 + 64).min(200));
+                assert_eq!(found.unwrap_err(), NotFinite { from, to }, "{stored:?}");
+            }
+        }
+        Ok(())
+    }
 
     /// Vectors made with bitsandbytes 0.50.2: partial blocks, odd counts, zero blocks, outliers, values on
     /// each decision boundary, more than 256 blocks, bf16 and f16 inputs, FP4, blocks of 128.

@@ -27,6 +27,10 @@ pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn forward(x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
     let ((_, stride), width) = (x.dims2()?, w.dims1()?);
     assert!(groups.at + groups.count * width <= stride, "{groups:?} of {width} in {stride}");
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, groups, w, eps);
+    }
     with_real!(x, T => {
         let w = &*cpu::read::<T>(w)?;
         cpu::edit(x, |x: &mut [T]| {
@@ -50,6 +54,10 @@ pub fn backward(d: &Tensor, x: &Tensor, groups: Groups, w: &Tensor, eps: f64) ->
     let ((rows, stride), (x_rows, x_stride), width) = (d.dims2()?, x.dims2()?, w.dims1()?);
     let end = groups.at + groups.count * width;
     assert!(end <= stride.min(x_stride) && rows == x_rows, "{groups:?} of {width} in {stride}, {x_stride}");
+    #[cfg(feature = "cuda")]
+    if d.device().is_cuda() {
+        return gpu::backward(d, x, groups, w, eps);
+    }
     with_real!(x, T => {
         let (x, w) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?);
         cpu::edit(d, |d: &mut [T]| {
@@ -82,10 +90,67 @@ fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
     T::ONE / Real::sqrt(cpu::dot(x, x) / T::of(x.len() as f64) + T::of(eps))
 }
 
+/// The launches of `kernels/head_norm.cu`: one warp a group; w is f32.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{DType, Result, Tensor};
+
+    use super::Groups;
+    use crate::ops::cuda::Launch;
+
+    const WARPS: usize = 4;
+
+    fn grid(rows: usize, groups: Groups) -> (usize, usize, usize) {
+        (rows, groups.count.div_ceil(WARPS), 1)
+    }
+
+    pub fn forward(x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
+        let ((rows, stride), width) = (x.dims2()?, w.dims1()?);
+        let launch = Launch::new(x, "head_norm", "forward")?.tensor(x).of(DType::F32, w).int(stride);
+        let launch = launch.int(groups.at).int(groups.count).int(width).float(eps);
+        launch.launch(grid(rows, groups), WARPS * 32, 0)
+    }
+
+    pub fn backward(d: &Tensor, x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
+        let ((rows, stride), (_, x_stride), width) = (d.dims2()?, x.dims2()?, w.dims1()?);
+        let launch = Launch::new(d, "head_norm", "backward")?.tensor(d).tensor(x).of(DType::F32, w);
+        let launch = launch.int(stride).int(x_stride);
+        let launch = launch.int(groups.at).int(groups.count).int(width).float(eps);
+        launch.launch(grid(rows, groups), WARPS * 32, 0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::*;
     use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_host() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, before, count, width, behind) in CASES.into_iter().chain([(3, 16, 5, 96, 8)]) {
+                let kept = before + count * width;
+                let w = (gpu.random(width, 2)?.as_tensor() + 1.0)?.to_dtype(gpu.dtype)?;
+                let (w, w_gpu) = (w.to_dtype(DType::F64)?, gpu.put_as(DType::F32, &w)?);
+                let groups = Groups { at: before, count };
+                let x = gpu.random((rows, kept + behind), 1)?;
+                let (found, expected) = (gpu.put(&x)?, x.copy()?);
+                forward(&found, groups, &w_gpu, 1e-5)?;
+                forward(&expected, groups, &w, 1e-5)?;
+                gpu.same(&found, &expected)?;
+                let (d, x) = (gpu.random((rows, kept + behind), 3)?, gpu.random((rows, kept), 4)?);
+                let (found, expected) = (gpu.put(&d)?, d.copy()?);
+                backward(&found, &gpu.put(&x)?, groups, &w_gpu, 1e-5)?;
+                backward(&expected, &x, groups, &w, 1e-5)?;
+                // In a group of one column the terms cancel but for eps: what counts is their size.
+                let found = (found.to_device(&Device::Cpu)?.to_dtype(DType::F64)? + d.as_tensor())?;
+                gpu.same(&found, &(expected + d.as_tensor())?)?;
+            }
+            Ok(())
+        })
+    }
 
     /// (rows, columns before, groups, width, columns behind)
     const CASES: [(usize, usize, usize, usize, usize); 3] =

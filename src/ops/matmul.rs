@@ -1,5 +1,7 @@
 //! Matrix products of activations with weights [N, K]: dense or 4-bit, forward and both gradients.
 //! CPU: `ops/gemm`, which packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory.
+//! GPU: cuBLAS; a 4-bit weight is expanded for the length of one product. `Precision` speaks to the CPU alone: a GPU's
+//! products are of the activations' type with sums in f32.
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -58,6 +60,10 @@ pub fn forward(
         x_width == k && y_rows == rows && at + n <= y_width,
         "{rows}x{x_width} by {n}x{k} into {y_width}"
     );
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, weight, alpha, y, at, beta);
+    }
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         with_operand::<T, _>(weight, true, |w| {
@@ -85,6 +91,10 @@ pub fn input_gradient(
         dx_width == k && dx_rows == rows && at + n <= dy_width,
         "{rows}x{dy_width} by {n}x{k} into {dx_width}"
     );
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return gpu::input_gradient(dy, at, weight, alpha, dx, beta);
+    }
     with_real!(dy, T => {
         let dy = &*cpu::read::<T>(dy)?;
         with_operand::<T, _>(weight, false, |w| {
@@ -110,6 +120,10 @@ pub fn weight_gradient(
         x_width == k && x_rows == rows && at + n <= dy_width,
         "{n}x{k} from {rows}x{dy_width}, {x_width}"
     );
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::weight_gradient(dy, at, x, alpha, gradient);
+    }
     with_real!(x, T => {
         let (x, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(dy)?);
         let dy = Operand::View(View::rows(&dy[at..], dy_width).transposed());
@@ -161,5 +175,127 @@ impl<T: Real> Operand<'_, T> {
                 T::of((weight.code.values()[index as usize] * scales[flat / weight.block]) as f64)
             }),
         }
+    }
+}
+
+/// Products by cuBLAS over `ops/cuda`.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::product::{Matrix, product};
+    use crate::ops::rows;
+
+    pub fn forward(x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64) -> Result<()> {
+        let ((n, k), (rows, _), (_, width)) = (weight.dims(), x.dims2()?, y.dims2()?);
+        let w = expand(weight, x.dtype())?;
+        let (x, w) = (Matrix::rows(x, 0, k), Matrix::rows(&w, 0, k).transposed());
+        product([rows, n, k], alpha, x, w, beta, Matrix::rows(y, at, width))
+    }
+
+    pub fn input_gradient(
+        dy: &Tensor,
+        at: usize,
+        weight: &Weight,
+        alpha: f64,
+        dx: &Tensor,
+        beta: f64,
+    ) -> Result<()> {
+        let ((n, k), (rows, width)) = (weight.dims(), dy.dims2()?);
+        let w = expand(weight, dy.dtype())?;
+        let (dy, w) = (Matrix::rows(dy, at, width), Matrix::rows(&w, 0, k));
+        product([rows, k, n], alpha, dy, w, beta, Matrix::rows(dx, 0, k))
+    }
+
+    /// The gradient may be f32 where x and dy are bf16: its sums then are never rounded.
+    pub fn weight_gradient(dy: &Tensor, at: usize, x: &Tensor, alpha: f64, gradient: &Tensor) -> Result<()> {
+        let ((n, k), (rows, width)) = (gradient.dims2()?, dy.dims2()?);
+        let (dy, x) = (Matrix::rows(dy, at, width).transposed(), Matrix::rows(x, 0, k));
+        product([n, k, rows], alpha, dy, x, 1.0, Matrix::rows(gradient, 0, k))
+    }
+
+    /// All values in the activations' type. What is made here lives for one product: freed in stream order, the next
+    /// layer's weight takes its place.
+    fn expand(weight: &Weight, dtype: DType) -> Result<Tensor> {
+        match weight {
+            Weight::Dense(tensor) => rows::convert(tensor, dtype),
+            Weight::FourBit(weight) => weight.dequantize_on_gpu(dtype),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::four_bit::Code;
+    use crate::ops::judge::{self, Gpu};
+    use candle_core::Device;
+
+    /// Columns of the output before and behind the range that a product writes.
+    const BEFORE: usize = 3;
+    const BEHIND: usize = 2;
+
+    #[test]
+    fn products_on_a_gpu_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, n, k) in [(1, 1, 1), (5, 7, 9), (33, 40, 64), (16, 96, 128)] {
+                let values = gpu.random((n, k), 1)?;
+                for weight in kinds(gpu, &values)? {
+                    check(gpu, rows, &weight)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Every way a weight is stored, on the GPU.
+    fn kinds(gpu: &Gpu, values: &Tensor) -> Result<Vec<Weight>> {
+        let (n, k) = values.dims2()?;
+        let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut kinds = vec![
+            Weight::Dense(gpu.put_as(DType::F32, values)?),
+            Weight::Dense(gpu.put_as(DType::BF16, values)?),
+        ];
+        for (code, double) in [(Code::Nf4, true), (Code::Fp4, false)] {
+            let weight = FourBit::quantize(&floats, n, k, code, double)?;
+            kinds.push(Weight::FourBit(weight.to_device(&gpu.device)?));
+        }
+        Ok(kinds)
+    }
+
+    /// The values that take part in a product: rounded to the activations' type.
+    fn values(gpu: &Gpu, weight: &Weight) -> Result<Tensor> {
+        let values = match weight {
+            Weight::Dense(tensor) => tensor.to_device(&Device::Cpu)?,
+            Weight::FourBit(stored) => {
+                let host = stored.to_device(&Device::Cpu)?;
+                Tensor::from_vec(host.dequantize()?, weight.dims(), &Device::Cpu)?
+            }
+        };
+        values.to_dtype(gpu.dtype)?.to_dtype(DType::F64)
+    }
+
+    fn check(gpu: &Gpu, rows: usize, weight: &Weight) -> Result<()> {
+        let ((n, k), w) = (weight.dims(), values(gpu, weight)?);
+        let width = BEFORE + n + BEHIND;
+        let (x, y) = (gpu.random((rows, k), 2)?, gpu.random((rows, width), 3)?);
+        let (x, y) = (x.as_tensor(), y.as_tensor());
+        let columns = |y: &Tensor| y.narrow(1, BEFORE, n)?.contiguous();
+        for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0)] {
+            let found = gpu.put(y)?;
+            forward(&gpu.put(x)?, weight, alpha, &found, BEFORE, beta, Precision::F32)?;
+            let part = ((x.matmul(&w.t()?)? * alpha)? + (columns(y)? * beta)?)?;
+            let around = (y.narrow(1, 0, BEFORE)?, y.narrow(1, BEFORE + n, BEHIND)?);
+            gpu.same(&found, &Tensor::cat(&[&around.0, &part, &around.1], 1)?)?;
+            let found = gpu.put(x)?;
+            input_gradient(&gpu.put(y)?, BEFORE, weight, alpha, &found, beta, Precision::F32)?;
+            gpu.same(&found, &((columns(y)?.matmul(&w)? * alpha)? + (x * beta)?)?)?;
+        }
+        let start = gpu.random((n, k), 4)?;
+        for dtype in [gpu.dtype, DType::F32] {
+            let found = gpu.put_as(dtype, &start)?;
+            weight_gradient(&gpu.put(y)?, BEFORE, &gpu.put(x)?, 0.25, &found, Precision::F32)?;
+            gpu.same(&found, &((columns(y)?.t()?.matmul(x)? * 0.25)? + start.as_tensor())?)?;
+        }
+        Ok(())
     }
 }

@@ -1,8 +1,13 @@
 //! A number that an operation made: on a CPU it is here, on a GPU it stays there until somebody wants it.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
+use rayon::prelude::*;
 
-use super::cpu;
+use super::cpu::{self, Real};
+use crate::with_real;
+
+/// Elements a task takes; sums are per chunk, then over chunks, so the result does not depend on threads.
+const CHUNK: usize = 16_384;
 
 /// One number, f64 on the host or one element, f32 or f64, on a device.
 #[derive(Clone, Debug)]
@@ -18,6 +23,29 @@ impl Number {
             Number::Here(value) => Ok(*value),
             Number::There(tensor) => Ok(cpu::to_f64(&tensor.to_device(&candle_core::Device::Cpu)?)?[0]),
         }
+    }
+
+    /// The sum of two numbers of one device, there in f64; nobody waits.
+    pub fn add(&self, other: &Number) -> Result<Number> {
+        match (self, other) {
+            (Number::Here(one), Number::Here(other)) => Ok(Number::Here(one + other)),
+            #[cfg(feature = "cuda")]
+            (Number::There(one), Number::There(other)) => gpu::sum(&[one, other]),
+            _ => bail!("numbers of two devices cannot be added"),
+        }
+    }
+
+    /// Sum of the squares of all elements, in f64.
+    pub fn squares(x: &Tensor) -> Result<Number> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return gpu::squares(x);
+        }
+        with_real!(x, T => {
+            let x = &*cpu::read::<T>(x)?;
+            let sum = |chunk: &[T]| chunk.iter().map(|x| x.wide() * x.wide()).sum::<f64>();
+            Ok(Number::Here(x.par_chunks(CHUNK).map(sum).collect::<Vec<f64>>().into_iter().sum()))
+        })
     }
 }
 
@@ -73,6 +101,40 @@ pub fn is_number(tensor: &Tensor) -> bool {
     tensor.elem_count() == 1 && matches!(tensor.dtype(), DType::F32 | DType::F64)
 }
 
+/// The launches of `kernels/number.cu`.
+#[cfg(feature = "cuda")]
+pub(super) mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    /// Values a thread block squares and adds.
+    const SHARE: usize = 16_384;
+
+    pub fn squares(x: &Tensor) -> Result<Number> {
+        let blocks = x.elem_count().div_ceil(SHARE);
+        let parts = crate::ops::unwritten(blocks, DType::F64, x.device())?;
+        let launch = Launch::untyped(cuda::device(x)?, "number", "squares").of(DType::F32, x);
+        let launch = launch.of(DType::F64, &parts).long(x.elem_count() as u64).int(SHARE);
+        launch.launch((blocks, 1, 1), 256, 0)?;
+        sum(&[&parts])
+    }
+
+    /// Sum of all elements of tensors on one device, f32 or f64: one block adds one tensor after the other.
+    pub fn sum(list: &[&Tensor]) -> Result<Number> {
+        let Some(first) = list.first() else { bail!("a sum of no tensors has no device") };
+        let total = Tensor::zeros(1, DType::F64, first.device())?;
+        for x in list {
+            let name = match x.dtype() {
+                DType::F32 => "total_f32",
+                _ => "total_f64",
+            };
+            let launch = Launch::untyped(cuda::device(x)?, "number", name).of(x.dtype(), x);
+            launch.int(x.elem_count()).of(DType::F64, &total).launch((1, 1, 1), 1024, 0)?;
+        }
+        Ok(Number::There(total))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +158,25 @@ mod tests {
             assert!(!sent.are_here());
             assert_eq!(sent.values()?, [0.25, 3.0, 1e-9]);
             assert_eq!(list[0].value()?, 0.25);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn squares_and_sums_are_exact_on_both_sides() -> Result<()> {
+        assert_eq!(Number::Here(1.5).add(&Number::Here(2.0))?.value()?, 3.5);
+        judge::on_gpu(|gpu| {
+            for count in [1, 3, 4, 1023, 16_384, 50_001] {
+                let x = judge::random(count, count as u64)?.to_dtype(DType::F32)?.detach();
+                let expected = Number::squares(&x)?.value()?;
+                let found = Number::squares(&x.to_device(&gpu.device)?)?;
+                assert!((found.value()? - expected).abs() <= 1e-13 * expected, "{count} values");
+                let twice = found.add(&Number::squares(&x.to_device(&gpu.device)?)?)?;
+                assert!((twice.value()? - 2.0 * expected).abs() <= 1e-13 * expected);
+            }
+            let bad = Tensor::new(&[1f32, f32::NAN, 2.0], &gpu.device)?;
+            assert!(Number::squares(&bad)?.value()?.is_nan());
+            assert!(Number::Here(1.0).add(&Number::squares(&bad)?).is_err());
             Ok(())
         })
     }

@@ -4,7 +4,7 @@
 //! The halves are split as in GPT-NeoX and HF (first half, second half), not interleaved. With a partial
 //! rotary factor only the first `2 * half` elements of a head turn.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
@@ -17,6 +17,45 @@ const ROWS: usize = 16;
 pub struct Angles {
     pub cos: Tensor,
     pub sin: Tensor,
+}
+
+/// What turns each row: radians a position, [sets, half], row i by set `sets[i]`, and the factor on cos and sin.
+#[derive(Clone, Copy, Debug)]
+pub struct Turns<'a> {
+    pub positions: &'a [u32],
+    pub sets: &'a [u32],
+    pub frequencies: &'a [f32],
+    pub half: usize,
+    pub attention: f32,
+}
+
+impl Turns<'_> {
+    /// Angles of every row, on `device`: there only a few numbers a row are sent. In f32 like the reference, then in
+    /// `dtype` on a CPU; a GPU's are f32.
+    pub fn angles(&self, dtype: DType, device: &Device) -> Result<Angles> {
+        let (rows, half) = (self.positions.len(), self.half);
+        let sets = self.frequencies.len() / half.max(1);
+        let known = self.sets.iter().all(|&set| (set as usize) < sets);
+        assert!(
+            self.sets.len() == rows && known,
+            "a set of frequencies below {sets} for each of {rows} rows"
+        );
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return gpu::angles(self, device);
+        }
+        let mut cos = Vec::with_capacity(rows * half);
+        let mut sin = Vec::with_capacity(rows * half);
+        for (&position, &set) in self.positions.iter().zip(self.sets) {
+            for frequency in &self.frequencies[set as usize * half..][..half] {
+                let angle = position as f32 * frequency;
+                cos.push(angle.cos() * self.attention);
+                sin.push(angle.sin() * self.attention);
+            }
+        }
+        let tensor = |values| Tensor::from_vec(values, (rows, half), device)?.to_dtype(dtype);
+        Ok(Angles { cos: tensor(cos)?, sin: tensor(sin)? })
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +81,10 @@ pub fn rotate(x: &Tensor, heads: usize, width: usize, angles: &Angles, direction
     let (rows, stride) = x.dims2()?;
     let (angle_rows, half) = angles.cos.dims2()?;
     assert!(heads * width <= stride && 2 * half <= width && angle_rows == rows, "rope on [{rows}, {stride}]");
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::rotate(x, heads, width, angles, direction);
+    }
     with_real!(x, T => {
         let sign = if direction == Direction::Forward { T::ONE } else { -T::ONE };
         let (cos, sin) = (&*cpu::read::<T>(&angles.cos)?, &*cpu::read::<T>(&angles.sin)?);
@@ -70,10 +113,74 @@ fn turn<T: Real>(head: &mut [T], cos: &[T], sin: &[T], sign: T) {
     }
 }
 
+/// The launches of `kernels/rope.cu`: one block a row; angles are f32.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    pub fn angles(turns: &Turns, device: &Device) -> Result<Angles> {
+        let (rows, half) = (turns.positions.len(), turns.half);
+        let positions = cuda::upload(turns.positions, device)?;
+        let sets = cuda::upload(turns.sets, device)?;
+        let frequencies = cuda::upload(turns.frequencies, device)?;
+        let cos = crate::ops::unwritten((rows, half), DType::F32, device)?;
+        let sin = crate::ops::unwritten((rows, half), DType::F32, device)?;
+        let launch = Launch::untyped(cuda::device(&cos)?, "rope", "angles");
+        let launch = launch.of(DType::U32, &positions).of(DType::U32, &sets).of(DType::F32, &frequencies);
+        let launch = launch.float(turns.attention.into()).tensor(&cos).tensor(&sin).int(half);
+        launch.launch((rows, 1, 1), 64, 0)?;
+        Ok(Angles { cos, sin })
+    }
+
+    pub fn rotate(
+        x: &Tensor,
+        heads: usize,
+        width: usize,
+        angles: &Angles,
+        direction: Direction,
+    ) -> Result<()> {
+        let ((rows, stride), (_, half)) = (x.dims2()?, angles.cos.dims2()?);
+        let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+        let launch = Launch::new(x, "rope", "rotate")?.tensor(x);
+        let launch = launch.of(DType::F32, &angles.cos).of(DType::F32, &angles.sin);
+        let launch = launch.int(stride).int(heads).int(width).int(half).float(sign);
+        launch.launch((rows, 1, 1), 128, 0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_host() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, heads, width, half, stride) in CASES.into_iter().chain([(3, 5, 96, 48, 544)]) {
+                let positions: Vec<u32> = (0..rows as u32).map(|row| row * 4099).collect();
+                let sets: Vec<u32> = (0..rows as u32).map(|row| row % 2).collect();
+                let frequencies: Vec<f32> =
+                    (0..2 * half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
+                let (positions, sets, frequencies) = (&positions[..], &sets[..], &frequencies[..]);
+                let turns = Turns { positions, sets, frequencies, half, attention: 1.19 };
+                let expected = turns.angles(DType::F64, &Device::Cpu)?;
+                let found = turns.angles(gpu.dtype, &gpu.device)?;
+                // TOLERANCE: cos and sin in f32 on both sides, of the same f32 angles up to 130,000 radians.
+                gpu.within(1e-6, &found.cos, &expected.cos)?;
+                gpu.within(1e-6, &found.sin, &expected.sin)?;
+                for direction in [Direction::Forward, Direction::Backward] {
+                    let x = gpu.random((rows, stride), 1)?;
+                    let y = gpu.put(&x)?;
+                    rotate(&y, heads, width, &found, direction)?;
+                    let turned = x.copy()?;
+                    rotate(&turned, heads, width, &expected, direction)?;
+                    gpu.same(&y, &turned)?;
+                }
+            }
+            Ok(())
+        })
+    }
 
     /// (rows, heads, width, half, rows' stride): full and partial rotation, odd sizes.
     const CASES: [(usize, usize, usize, usize, usize); 3] =

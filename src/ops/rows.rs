@@ -1,14 +1,19 @@
-//! Rows out of and into a matrix: the supervised rows before the output head, and their gradient after it.
-//!
+//! Rows out of and into a matrix: the supervised rows before the output head, and their gradient after it. Sums of
+//! matrices, and a change of storage type.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::cpu;
 use crate::with_real;
 
 /// x [T, C] -> its rows `index` [rows, C].
 pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
-    let (_, width) = x.dims2()?;
+    let (rows, width) = x.dims2()?;
+    assert!(index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::gather(x, index);
+    }
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         let mut y = Vec::with_capacity(index.len() * width);
@@ -19,7 +24,12 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
 
 /// The transpose of `gather` for distinct rows: zero [T, C] with `y`'s rows at `index`.
 pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
-    let (_, width) = y.dims2()?;
+    let (count, width) = y.dims2()?;
+    assert!(index.len() == count && index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
+    #[cfg(feature = "cuda")]
+    if y.device().is_cuda() {
+        return gpu::scatter(y, index, rows);
+    }
     with_real!(y, T => {
         let y = &*cpu::read::<T>(y)?;
         let mut x = vec![<T as cpu::Real>::ZERO; rows * width];
@@ -33,8 +43,96 @@ pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
 /// `x += y` in place, same shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     assert_eq!(x.dims(), y.dims(), "shapes of a sum");
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::add(x, y);
+    }
     with_real!(x, T => {
         let y = &*cpu::read::<T>(y)?;
         cpu::edit(x, |x: &mut [T]| x.iter_mut().zip(y).for_each(|(x, &y)| *x += y))
     })
+}
+
+/// x in another storage type, rounded to nearest; x itself where it already is.
+pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && x.dtype() != dtype {
+        return gpu::convert(x, dtype);
+    }
+    x.to_dtype(dtype)
+}
+
+/// The launches of `kernels/rows.cu`: one block a row, or eight elements a thread.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    const THREADS: usize = 256;
+    const EIGHT: usize = 8;
+
+    pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
+        let (_, width) = x.dims2()?;
+        let y = crate::ops::unwritten((index.len(), width), x.dtype(), x.device())?;
+        moved("gather", x, index, &y, width)?;
+        Ok(y)
+    }
+
+    pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
+        let (_, width) = y.dims2()?;
+        let x = Tensor::zeros((rows, width), y.dtype(), y.device())?;
+        moved("scatter", y, index, &x, width)?;
+        Ok(x)
+    }
+
+    fn moved(name: &str, from: &Tensor, index: &[u32], to: &Tensor, width: usize) -> Result<()> {
+        if index.is_empty() {
+            return Ok(());
+        }
+        let index = cuda::upload(index, from.device())?;
+        let launch = Launch::new(from, "rows", name)?.tensor(from).of(DType::U32, &index).tensor(to);
+        launch.int(width).launch((index.elem_count(), 1, 1), 128, 0)
+    }
+
+    pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
+        let count = x.elem_count();
+        let launch = Launch::new(x, "rows", "add")?.tensor(x).tensor(y).long(count as u64);
+        launch.launch((count.div_ceil(THREADS * EIGHT), 1, 1), THREADS, 0)
+    }
+
+    pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
+        let (y, count) = (crate::ops::unwritten(x.shape(), dtype, x.device())?, x.elem_count());
+        let name = format!("convert_{}", cuda::suffix(x.dtype())?);
+        let launch = Launch::new(&y, "rows", &name)?.of(x.dtype(), x).tensor(&y).long(count as u64);
+        launch.launch((count.div_ceil(THREADS * EIGHT), 1, 1), THREADS, 0)?;
+        Ok(y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::judge;
+
+    #[test]
+    fn the_kernels_equal_the_host() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, width) in [(1, 1), (7, 5), (33, 96), (3, 1000)] {
+                let (x, y) = (gpu.random((rows, width), 1)?, gpu.random((rows, width), 2)?);
+                let index: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
+                let picked = gather(&gpu.put(&x)?, &index)?;
+                gpu.same(&picked, &gather(&x, &index)?)?;
+                gpu.same(&scatter(&picked, &index, rows)?, &scatter(&gather(&x, &index)?, &index, rows)?)?;
+                let sum = gpu.put(&x)?;
+                add(&sum, &gpu.put(&y)?)?;
+                gpu.same(&sum, &(x.as_tensor() + y.as_tensor())?)?;
+                for dtype in [DType::F32, DType::BF16] {
+                    // The host's conversion, to the last bit.
+                    let expected = x.to_dtype(gpu.dtype)?.to_dtype(dtype)?;
+                    gpu.within(0.0, &convert(&gpu.put(&x)?, dtype)?, &expected)?;
+                }
+            }
+            Ok(())
+        })
+    }
 }

@@ -1,7 +1,10 @@
 //! How the base is stored and computed with, and what is adapted.
 
 use super::reader::Reader;
-use crate::model::{FourBitCode, Keep, LoraInit, LoraOptions, Precision, Quantization, Targets};
+use crate::memory;
+use crate::model::{
+    FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, Targets,
+};
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;
@@ -68,18 +71,50 @@ pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Prec
     precision
 }
 
-/// `None`: as memory allows.
-pub(super) fn keep(reader: &mut Reader) -> Option<Keep> {
-    let given = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
-    let origin = reader.origin(Section::TrainingArguments, "gradient_checkpointing");
-    let keep = given.map(|given| if given { Keep::LayerInputs } else { Keep::Everything });
+pub(super) fn memory(reader: &mut Reader) -> memory::Options {
+    let limit = reader.text(Section::Hone, "memory_max");
+    if let Some(text) = limit.as_deref().filter(|text| memory::Limit::parse(text).is_none()) {
+        let origin = reader.origin(Section::Hone, "memory_max");
+        reader.wrong(
+            &origin,
+            format!("memory_max: expected 20GiB, bytes or a share from 0 to 1, found {text:?}"),
+        );
+    }
+    memory::Options {
+        keep: keep(reader),
+        limit: limit.as_deref().and_then(memory::Limit::parse),
+        tokens_max: reader.maybe_integer(Section::Hone, "pass_tokens_max").map(|tokens| tokens as usize),
+    }
+}
+
+/// `keep`, then `gradient_checkpointing`; `None`: as memory allows.
+fn keep(reader: &mut Reader) -> Option<Keep> {
+    let level = reader.text(Section::Hone, "keep").as_deref().and_then(Keep::named);
+    let older = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
+    let older = older.map(|given| if given { Keep::LayerInputs } else { Keep::Everything });
+    let origin = match (level, older) {
+        (None, Some(_)) => reader.origin(Section::TrainingArguments, "gradient_checkpointing"),
+        _ => reader.origin(Section::Hone, "keep"),
+    };
+    let keep = level.or(older);
     reader.derive("kept for the backward pass", keep.map_or("auto", Keep::name), origin);
     keep
 }
 
 pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     use Section::LoraConfig as L;
-    let layers = reader.integers(L, "layers_to_transform").into_iter().map(|layer| layer as usize).collect();
+    let layers: Vec<usize> =
+        reader.integers(L, "layers_to_transform").into_iter().map(|layer| layer as usize).collect();
+    let layers_pattern = reader.texts(L, "layers_pattern");
+    if layers.is_empty() && !layers_pattern.is_empty() {
+        let origin = reader.origin(L, "layers_pattern");
+        reader
+            .wrong(&origin, "LoraConfig.layers_pattern: it says where layers_to_transform counts; give both");
+    }
+    let matching = match reader.text(Section::Hone, "target_matching").as_deref() {
+        Some("literal") => Matching::Literal,
+        _ => Matching::Fused,
+    };
     let rank_pattern = reader.map(L, "rank_pattern");
     if let Some((pattern, rank)) = rank_pattern.iter().find(|(_, rank)| rank.fract() != 0.0 || *rank < 1.0) {
         let origin = reader.origin(L, "rank_pattern");
@@ -98,8 +133,10 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
         targets: targets(reader),
-        exclude: reader.texts(L, "exclude_modules"),
+        matching,
+        exclude: exclude(reader),
         layers,
+        layers_pattern,
         rank_pattern: rank_pattern.into_iter().map(|(pattern, rank)| (pattern, rank as usize)).collect(),
         alpha_pattern: reader.map(L, "alpha_pattern"),
         init,
@@ -112,30 +149,38 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
 fn targets(reader: &mut Reader) -> Targets {
     use Section::LoraConfig as L;
     let origin = reader.origin(L, "target_modules");
-    let one = reader.given(L, "target_modules").is_none_or(|given| matches!(given.value, Written::Text(_)));
-    let mut names = reader.texts(L, "target_modules");
-    let is_name = |text: &str| {
-        !text.is_empty()
-            && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(letter))
-    };
-    if names.is_empty() {
-        reader.wrong(
-            &origin,
-            "LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers",
-        );
-    }
-    match names.as_slice() {
-        [only] if only == "all-linear" => Targets::AllLinear,
-        [only] if one && !is_name(only) => {
-            if only.split(',').count() > 1 && only.split(',').all(|part| is_name(part.trim())) {
-                let list = only.split(',').map(str::trim).collect::<Vec<_>>().join(", ");
-                reader.wrong(
-                    &origin,
-                    format!("LoraConfig.target_modules: one string with commas; write a list: [{list}]"),
-                );
-            }
-            Targets::Pattern(names.remove(0))
+    match modules(reader, "target_modules") {
+        Modules::Names(names) if names.is_empty() => {
+            let message = "LoraConfig.target_modules: an empty list; name modules, or remove the key for all linear layers";
+            reader.wrong(&origin, message);
+            Targets::AllLinear
         }
-        _ => Targets::Names(names),
+        Modules::Names(names) if matches!(names.as_slice(), [only] if only.eq_ignore_ascii_case("all-linear")) => {
+            Targets::AllLinear
+        }
+        modules => Targets::Modules(modules),
+    }
+}
+
+fn exclude(reader: &mut Reader) -> Modules {
+    modules(reader, "exclude_modules")
+}
+
+/// Names, or one string that is no name and so an expression.
+fn modules(reader: &mut Reader, key: &str) -> Modules {
+    use Section::LoraConfig as L;
+    let origin = reader.origin(L, key);
+    let one = reader.given(L, key).is_none_or(|given| matches!(given.value, Written::Text(_)));
+    let names = reader.texts(L, key);
+    match names.as_slice() {
+        [only] if one && !Modules::is_name(only) => {
+            if only.split(',').count() > 1 && only.split(',').all(|part| Modules::is_name(part.trim())) {
+                let list = only.split(',').map(str::trim).collect::<Vec<_>>().join(", ");
+                let message = format!("LoraConfig.{key}: one string with commas; write a list: [{list}]");
+                reader.wrong(&origin, message);
+            }
+            Modules::Pattern(only.clone())
+        }
+        _ => Modules::Names(names),
     }
 }

@@ -168,18 +168,13 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
     let origin = reader.origin(Section::Hone, "device");
     let text = reader.text(Section::Hone, "device").unwrap_or_default();
     let use_cpu = reader.boolean(Section::TrainingArguments, "use_cpu");
-    match text.as_str() {
-        "auto" if use_cpu => Choice::Cpu,
-        "auto" => Choice::Auto,
-        "cpu" => Choice::Cpu,
-        "cuda" => Choice::Cuda(0),
-        _ => match text.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
-            Some(number) => Choice::Cuda(number),
-            None => {
-                reader.wrong(&origin, format!("device: expected auto, cpu, cuda or cuda:N, found {text:?}"));
-                Choice::Auto
-            }
-        },
+    match Choice::parse(&text) {
+        Some(Choice::Auto) if use_cpu => Choice::Cpu,
+        Some(choice) => choice,
+        None => {
+            reader.wrong(&origin, format!("device: expected auto, cpu, cuda or cuda:N, found {text:?}"));
+            Choice::Auto
+        }
     }
 }
 

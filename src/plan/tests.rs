@@ -4,6 +4,7 @@ use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
 use super::*;
 use crate::dataset::LossOn;
+use crate::memory::Limit;
 use crate::model::{FourBitCode, Keep, Precision, Quantization, Targets};
 use crate::spec::{self, Request, Setting, Written};
 use crate::train::{Every, Warmup};
@@ -80,7 +81,9 @@ fn kaitos_qlora_template() {
         output folder  /mnt/results  train.yaml:22
         model  tiny  --model
         data  https://host/rows.parquet?...  --data
+        target_matching  fused  default
         device  auto  default
+        keep  auto  default
         plain_http  false  default
         file_bytes_max  68719476736  default
         ModelConfig.torch_dtype  bfloat16  train.yaml:5
@@ -170,7 +173,7 @@ data:
       DataCollator: {mlm: true}
 ";
     let plan = case.plan(config).unwrap();
-    assert_eq!(plan.model.lora.targets, Targets::Names(vec!["query_key_value".into()]));
+    assert_eq!(plan.model.lora.targets, Targets::names(["query_key_value"]));
     assert_eq!((plan.model.lora.r, plan.model.lora.alpha, plan.model.lora.dropout), (16, 32.0, 0.05));
     assert_eq!((plan.train.epochs, plan.train.checkpoint), (4.0, Every::Epoch));
     assert_eq!(plan.output, Path::new("output"));
@@ -205,6 +208,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("ca_file" | "chat_template_path", _) => format!("{folder}/tiny/config.json"),
         ("chat_template", _) => "'{{ x }}'".into(),
         ("device", _) => "cuda:1".into(),
+        ("memory_max", _) => "20GiB".into(),
         ("load_in_8bit" | "fp16", _) => "false".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
         (_, Type::Choice(words)) => words[0].into(),
@@ -340,7 +344,7 @@ fn under_kaitos_mounts_its_paths_count() {
     let plan = make(&spec::gather(&request, &environment).unwrap()).unwrap();
     assert_eq!(plan.output, Path::new("/mnt/lora-output"));
     assert_eq!(plan.data, [source::Source::Path { pattern: "/mnt/data".into(), sha256: None }]);
-    assert_eq!(plan.model.lora.targets, Targets::Names(vec!["k_proj".into(), "q_proj".into()]));
+    assert_eq!(plan.model.lora.targets, Targets::names(["k_proj", "q_proj"]));
 }
 
 #[test]
@@ -364,8 +368,14 @@ fn choices_that_depend_on_other_keys() {
     assert_eq!((train("").order_seed, train("seed: 7").order_seed), (Some(42), Some(7)));
     let unshuffled = plan("training_config: {DatasetConfig: {shuffle_dataset: false}}\n");
     assert_eq!((unshuffled.dataset.shuffle, unshuffled.train.order_seed), (false, None));
-    let keep = |text: &str| plan(&arguments(text)).keep;
+    let keep = |text: &str| plan(&arguments(text)).memory.keep;
     assert_eq!((keep("gradient_checkpointing: true"), keep("")), (Some(Keep::LayerInputs), None));
+    let memory = |text: &str| case.plan(text).unwrap().memory;
+    assert_eq!(memory("keep: attention-output\n").keep, Some(Keep::AttentionOutput));
+    assert_eq!(memory("memory_max: 0.5\n").limit, Some(Limit::Share(0.5)));
+    assert_eq!(memory("memory_max: 3GiB\n").limit, Some(Limit::Bytes(3 << 30)));
+    assert_eq!(memory("pass_tokens_max: 700\n").tokens_max, Some(700));
+    assert!(case.plan("memory_max: much\n").unwrap_err().message.contains("memory_max: expected 20GiB"));
     let bare = plan("training_config: {QuantizationConfig: {load_in_4bit: true}}\n").model;
     assert_eq!(bare.quantization, Quantization::FourBit { code: FourBitCode::Fp4, double: false });
     let warned = plan(

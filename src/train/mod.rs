@@ -13,11 +13,13 @@ use std::time::Instant;
 use crate::dataset::Example;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
+use crate::memory::Running;
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
 use crate::ops::adamw::{self, Moments, Update};
 use crate::ops::dropout::mix;
-use crate::ops::flat;
+use crate::ops::number::{Number, Numbers};
+use crate::ops::{flat, out_of_memory};
 use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
 use checkpoint::State;
@@ -161,27 +163,45 @@ impl Metric {
     }
 }
 
-/// Trains the decoder's adapter in place. `log` receives each metric as it is made, from the first step on.
+/// Examples to train on, and to score.
+#[derive(Clone, Copy, Debug)]
+pub struct Data<'a> {
+    pub train: &'a [Example],
+    pub evaluation: &'a [Example],
+}
+
+/// Trains the decoder's adapter in place. `log` receives each metric as it is made, from the first step on. With a
+/// plan, passes are no larger than it says, layers keep what it says, and running out of memory takes the next
+/// smaller one; without, each pass is as large as `options` make it.
 pub fn run(
-    decoder: &Decoder,
-    train: &[Example],
-    evaluation: &[Example],
+    decoder: &mut Decoder,
+    data: Data,
     options: &Options,
+    memory: Option<Running>,
     checkpoints: Option<&Checkpoints>,
     report: &Report,
     log: &mut dyn FnMut(&Metric) -> Result<()>,
 ) -> Result<Trained> {
-    let steps = Steps::new(train.len(), options);
-    let mut trainer = Trainer::new(decoder, train, evaluation, options, steps, report)?;
+    let mut trainer = Trainer::new(decoder, data, options, memory, report)?;
     let resumed_at = trainer.resume(checkpoints)?;
     let began_at = trainer.state.step;
     trainer.evaluate_if_due(checkpoints, log)?;
-    while trainer.state.step < trainer.steps.total {
-        if interrupt::requested() {
+    let mut behind: Option<Sent> = None;
+    while trainer.sent < trainer.steps.total {
+        let sent = if interrupt::requested() { None } else { trainer.send()? };
+        let stopped = sent.is_none();
+        // A GPU works on this step while the numbers of the one before come home.
+        if let Some(before) = std::mem::replace(&mut behind, sent) {
+            trainer.settle(before, checkpoints, log)?;
+        }
+        if stopped {
             return Err(trainer.stop(checkpoints));
         }
-        let Some(step) = trainer.step()? else { return Err(trainer.stop(checkpoints)) };
-        trainer.after_step(step, checkpoints, log)?;
+        if let Some(sent) =
+            behind.take_if(|sent| sent.numbers.are_here() || trainer.waits_after(trainer.sent))
+        {
+            trainer.settle(sent, checkpoints, log)?;
+        }
     }
     let seconds = trainer.began.elapsed().as_secs_f64();
     Ok(Trained {
@@ -197,24 +217,27 @@ pub fn run(
     })
 }
 
-/// Mean loss over the supervised tokens of `examples`, without dropout.
+/// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or one
+/// example.
 pub fn evaluate(
     decoder: &Decoder,
     examples: &[Example],
     batch_examples: usize,
+    rows_max: usize,
     report: &Report,
 ) -> Result<f64> {
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
-    let (mut loss, mut tokens) = (0.0, 0);
+    let (mut losses, mut tokens) = (Vec::new(), 0);
     let indices: Vec<usize> = (0..examples.len()).collect();
     for group in indices.chunks(batch_examples.max(1)) {
-        for batch in order::batches(examples, &[group.to_vec()], None, |_| 0) {
-            loss += decoder.loss(&batch)?;
+        for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
+            losses.push(decoder.loss(&batch)?);
             tokens += batch.targets.len();
         }
         progress.advance(group.len() as u64);
         interrupt::check()?;
     }
+    let loss: f64 = Numbers::send(&losses)?.values()?.into_iter().sum();
     Ok(loss / tokens.max(1) as f64)
 }
 
@@ -225,15 +248,27 @@ struct Step {
     learning_rate: f64,
 }
 
+/// An optimizer step that was asked for; its numbers may still be on their way.
+struct Sent {
+    /// The loss sum of each pass, then the sums of squares of the gradient and of the updated parameters.
+    numbers: Numbers,
+    /// One over the step's supervised tokens.
+    scale: f64,
+    tokens: u64,
+    learning_rate: f64,
+}
+
 struct Trainer<'a> {
-    decoder: &'a Decoder,
-    train: &'a [Example],
-    evaluation: &'a [Example],
+    decoder: &'a mut Decoder,
+    data: Data<'a>,
     options: &'a Options,
+    memory: Option<Running>,
     report: &'a Report,
     steps: Steps,
     moments: Moments,
     state: State,
+    /// Steps asked for; `state` counts those whose numbers are known.
+    sent: u64,
     progress: Task,
     began: Instant,
     /// Of this process, since a resumed run has earlier ones.
@@ -244,25 +279,29 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(
-        decoder: &'a Decoder,
-        train: &'a [Example],
-        evaluation: &'a [Example],
+        decoder: &'a mut Decoder,
+        data: Data<'a>,
         options: &'a Options,
-        steps: Steps,
+        memory: Option<Running>,
         report: &'a Report,
     ) -> Result<Trainer<'a>> {
+        let steps = Steps::new(data.train.len(), options);
+        if let Some(memory) = &memory {
+            decoder.keep.clone_from(&memory.plan.keep);
+        }
         let progress = report.task(Stage::Train, Unit::Steps, "training", Some(steps.total));
         Ok(Trainer {
             moments: Moments::zeros_like(&decoder.trainable.params)?,
             state: State::default(),
+            sent: 0,
             began: Instant::now(),
             tokens_here: 0,
             steps_here: 0,
             loss_sum: 0.0,
             decoder,
-            train,
-            evaluation,
+            data,
             options,
+            memory,
             report,
             steps,
             progress,
@@ -275,42 +314,112 @@ impl<'a> Trainer<'a> {
             checkpoint::newest(checkpoints, &self.decoder.trainable.params, &self.moments, self.report)?;
         let Some(state) = found else { return Ok(None) };
         self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
+        self.decoder.trainable.refresh()?;
         self.progress.set(state.step);
+        self.sent = state.step;
         self.state = state;
         Ok(Some(self.state.step))
     }
 
-    /// One optimizer step; `None` if a signal came between its micro-batches, with nothing changed.
-    fn step(&mut self) -> Result<Option<Step>> {
+    /// Asks for one optimizer step; `None` if a signal came between its passes, with nothing changed. A gradient that
+    /// is not finite changes nothing either; `settle` finds it.
+    fn send(&mut self) -> Result<Option<Sent>> {
+        let (losses, scale, tokens) = loop {
+            match self.gradients() {
+                Ok(Some(gradients)) => break gradients,
+                Ok(None) => return Ok(None),
+                Err(error) if out_of_memory(&error) => self.shrink(&error)?,
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let warmup = self.options.warmup.steps(self.steps.total);
+        let factor = self.options.schedule.factor(self.sent, self.steps.total, warmup);
+        let learning_rate = self.options.learning_rate * factor;
+        let mut numbers = losses;
+        numbers.extend(self.update(learning_rate)?);
+        self.sent += 1;
+        Ok(Some(Sent { numbers: Numbers::send(&numbers)?, scale, tokens, learning_rate }))
+    }
+
+    /// The loss sum of each pass, the factor on them, and the tokens of the step; the gradient is left in its buffer.
+    /// `None` after a signal. Nothing but the gradient changes, so that a step that ran out of memory can be done again
+    /// from its beginning.
+    fn gradients(&self) -> candle_core::Result<Option<(Vec<Number>, f64, u64)>> {
         let batches = self.batches();
         let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let scale = 1.0 / targets.max(1) as f64;
-        let grads = &self.decoder.trainable.grads;
-        flat::zero(grads)?;
-        let mut loss = 0.0;
+        flat::zero(&self.decoder.trainable.grads)?;
+        let mut losses = Vec::with_capacity(batches.len());
         for batch in &batches {
             if interrupt::requested() {
                 return Ok(None);
             }
-            loss += self.decoder.forward_backward(batch, scale)? * scale;
+            losses.push(self.decoder.forward_backward(batch, scale)?);
         }
-        let grad_norm = adamw::sum_of_squares(grads)?.sqrt();
-        self.refuse_divergence(loss, grad_norm)?;
-        let warmup = self.options.warmup.steps(self.steps.total);
-        let factor = self.options.schedule.factor(self.state.step, self.steps.total, warmup);
-        let learning_rate = self.options.learning_rate * factor;
-        self.update(learning_rate, grad_norm)?;
         let tokens = batches.iter().map(Batch::rows).sum::<usize>() as u64;
-        self.state.tokens += tokens;
-        self.tokens_here += tokens;
-        Ok(Some(Step { loss, grad_norm, learning_rate }))
+        Ok(Some((losses, scale, tokens)))
+    }
+
+    /// Waits for a step's numbers and accounts for it.
+    fn settle(
+        &mut self,
+        sent: Sent,
+        checkpoints: Option<&Checkpoints>,
+        log: &mut dyn FnMut(&Metric) -> Result<()>,
+    ) -> Result<()> {
+        let values = sent.numbers.values()?;
+        let [losses @ .., squares, parameters] = values.as_slice() else {
+            unreachable!("two sums of squares")
+        };
+        let loss = losses.iter().map(|loss| loss * sent.scale).sum();
+        let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
+        self.refuse_divergence(step.loss, step.grad_norm)?;
+        // A finite gradient does not make a finite update: 0 / 0 with an epsilon of 0, or overflow.
+        if !parameters.is_finite() {
+            return Err(self.diverged("the update made parameters that are not finite"));
+        }
+        self.state.tokens += sent.tokens;
+        self.tokens_here += sent.tokens;
+        self.after_step(step, checkpoints, log)
+    }
+
+    /// Whether something must see the parameters as they are after `done` steps.
+    fn waits_after(&self, done: u64) -> bool {
+        let due = |every: Every| every.due(done, &self.steps);
+        let evaluates = !self.data.evaluation.is_empty() && due(self.options.evaluation);
+        done == self.steps.total || evaluates || due(self.options.checkpoint)
+    }
+
+    /// Goes on with the next smaller plan.
+    fn shrink(&mut self, error: &candle_core::Error) -> Result<()> {
+        let step = self.sent + 1;
+        let Some(memory) = self.memory.as_mut() else {
+            return Err(Fault::capacity(format!("out of memory at step {step}: {error}")));
+        };
+        if !memory.shrink() {
+            return Err(Fault::capacity(format!(
+                "out of memory at step {step} with the smallest plan, {}: {error}",
+                memory.plan.choice()
+            ))
+            .help("lower TrainingArguments.max_length or LoraConfig.r, or take a machine with more memory"));
+        }
+        self.decoder.keep.clone_from(&memory.plan.keep);
+        let text = format!("out of memory at step {step}, which is done again: {}", memory.plan.choice());
+        self.report.warn(Stage::Train, text);
+        Ok(())
+    }
+
+    /// Most tokens of a pass.
+    fn rows_max(&self) -> usize {
+        self.memory.as_ref().map_or(usize::MAX, |memory| memory.plan.tokens)
     }
 
     fn batches(&self) -> Vec<Batch> {
-        let step = self.state.step;
+        let step = self.sent;
         let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
         let key = |example: usize| mix(epoch ^ example as u64);
-        order::batches(self.train, &self.steps.micro_batches(step), self.options.packing, key)
+        let micro_batches = self.steps.micro_batches(step);
+        order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key)
     }
 
     fn refuse_divergence(&self, loss: f64, grad_norm: f64) -> Result<()> {
@@ -325,25 +434,29 @@ impl<'a> Trainer<'a> {
             .help("lower TrainingArguments.learning_rate or add warmup_steps; no adapter was written")
     }
 
-    /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates.
-    fn update(&mut self, learning_rate: f64, grad_norm: f64) -> Result<()> {
-        let clip = self.options.grad_norm_max.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
+    /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates. Returns the sums of
+    /// squares of the gradient and of the new parameters.
+    fn update(&mut self, learning_rate: f64) -> Result<[Number; 2]> {
         let update = Update {
             learning_rate,
             beta1: self.options.beta1,
             beta2: self.options.beta2,
             epsilon: self.options.epsilon,
             weight_decay: self.options.weight_decay,
-            step: self.state.step + 1,
-            gradient_scale: clip,
+            step: self.sent + 1,
+            gradient_scale: 1.0,
         };
         let trainable = &self.decoder.trainable;
-        adamw::step(&trainable.params, &trainable.grads, &self.moments, &update)?;
-        // A finite gradient does not make a finite update: 0 / 0 with an epsilon of 0, or overflow.
-        match adamw::sum_of_squares(&trainable.params)?.is_finite() {
-            true => Ok(()),
-            false => Err(self.diverged("the update made parameters that are not finite")),
-        }
+        let squares = Number::squares(&trainable.grads)?;
+        let options = adamw::Options {
+            squares: Some(&squares),
+            norm_max: self.options.grad_norm_max,
+            copy: trainable.copy(),
+            zero_grads: false,
+        };
+        adamw::step_with(&trainable.params, &trainable.grads, &self.moments, &update, &options)?;
+        let parameters = Number::squares(&trainable.params)?;
+        Ok([squares, parameters])
     }
 
     fn after_step(
@@ -405,15 +518,16 @@ impl<'a> Trainer<'a> {
         log: &mut dyn FnMut(&Metric) -> Result<()>,
     ) -> Result<()> {
         let (step, epoch) = (self.state.step, self.epoch());
-        let due = !self.evaluation.is_empty() && self.options.evaluation.due(step, &self.steps);
+        let due = !self.data.evaluation.is_empty() && self.options.evaluation.due(step, &self.steps);
         if !due || step == self.state.evaluated_step {
             return Ok(());
         }
         let batch = self.options.eval_batch_examples;
-        let eval_loss = match evaluate(self.decoder, self.evaluation, batch, self.report) {
-            Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
-            evaluated => evaluated?,
-        };
+        let eval_loss =
+            match evaluate(self.decoder, self.data.evaluation, batch, self.rows_max(), self.report) {
+                Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
+                evaluated => evaluated?,
+            };
         (self.state.eval_loss, self.state.evaluated_step) = (Some(eval_loss), step);
         log(&Metric::Evaluation { step, epoch, eval_loss })?;
         self.report.say(Event::Evaluated { step, epoch, eval_loss });
@@ -449,3 +563,6 @@ impl<'a> Trainer<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,12 +91,14 @@ fn grouped<'a>(
 }
 
 /// Lays a step's examples into batches. Without packing a batch is a micro-batch; with it, examples of the
-/// whole step fill batches of up to `tokens_max` rows, longest first, each where the least room is left. The
-/// step's examples, their rope lengths and their dropout keys are the same, so the result is too.
+/// whole step fill batches of up to `packing` rows, longest first, each where the least room is left. What is above
+/// `rows_max` rows is divided, never within an example. The step's examples, their rope lengths and their dropout keys
+/// are the same, so the result is too.
 pub fn batches(
     examples: &[Example],
     micro_batches: &[Vec<usize>],
     packing: Option<usize>,
+    rows_max: usize,
     key: impl Fn(usize) -> u64,
 ) -> Vec<Batch> {
     let push = |batch: &mut Batch, (i, length): (usize, usize)| {
@@ -108,14 +110,40 @@ pub fn batches(
         batch
     };
     match packing {
-        None => {
-            micro_batches.chunks(1).map(|group| fill(&grouped(examples, group).collect::<Vec<_>>())).collect()
-        }
-        Some(tokens_max) => best_fit(examples, grouped(examples, micro_batches).collect(), tokens_max)
-            .iter()
-            .map(|list| fill(list))
+        None => micro_batches
+            .chunks(1)
+            .flat_map(|group| divided(examples, grouped(examples, group), rows_max))
+            .map(|list| fill(&list))
             .collect(),
+        Some(packing) => {
+            best_fit(examples, grouped(examples, micro_batches).collect(), packing.min(rows_max))
+                .iter()
+                .map(|list| fill(list))
+                .collect()
+        }
     }
+}
+
+/// In order, a new list where the next example would not fit.
+fn divided(
+    examples: &[Example],
+    entries: impl Iterator<Item = (usize, usize)>,
+    rows_max: usize,
+) -> Vec<Vec<(usize, usize)>> {
+    let mut lists: Vec<Vec<(usize, usize)>> = Vec::new();
+    let mut rows = 0;
+    for entry in entries {
+        let tokens = examples[entry.0].ids.len();
+        match lists.last_mut().filter(|_| rows + tokens <= rows_max) {
+            Some(list) => list.push(entry),
+            None => {
+                lists.push(vec![entry]);
+                rows = 0;
+            }
+        }
+        rows += tokens;
+    }
+    lists
 }
 
 /// Best-fit decreasing: each example goes where it leaves the least room.
@@ -174,13 +202,17 @@ mod tests {
     fn packing_keeps_a_steps_examples_and_their_rope_lengths() {
         let examples: Vec<Example> = [5, 3, 4, 2].map(example).to_vec();
         let micro = vec![vec![0, 1], vec![2, 3]];
-        let shape = |packing| -> Vec<Vec<(usize, usize)>> {
+        let limited = |packing, rows_max| -> Vec<Vec<(usize, usize)>> {
             let spans = |batch: &Batch| {
                 batch.examples.iter().map(|span| (span.rows.len(), span.rope_length)).collect()
             };
-            batches(&examples, &micro, packing, |i| i as u64).iter().map(spans).collect()
+            batches(&examples, &micro, packing, rows_max, |i| i as u64).iter().map(spans).collect()
         };
+        let shape = |packing| limited(packing, usize::MAX);
         assert_eq!(shape(None), [[(5, 5), (3, 5)], [(4, 4), (2, 4)]]);
+        assert_eq!(limited(None, 7), [vec![(5, 5)], vec![(3, 5)], vec![(4, 4), (2, 4)]]);
+        assert_eq!(limited(None, 1).len(), 4, "an example is never divided");
+        assert_eq!(limited(Some(100), 9), shape(Some(9)));
         assert_eq!(shape(Some(8)), [[(5, 5), (3, 5)], [(4, 4), (2, 4)]]);
         assert_eq!(shape(Some(9)), [vec![(5, 5), (4, 4)], vec![(3, 5), (2, 4)]]);
         assert_eq!(shape(Some(100)).len(), 1);

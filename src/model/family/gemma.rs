@@ -31,14 +31,14 @@ pub fn gemma2(config: &Config) -> Result<Facts> {
 }
 
 pub fn gemma3(config: &Config) -> Result<Facts> {
-    // Where both keys exist transformers never reads the attention's cap of Gemma 3.
+    // transformers reads no cap of Gemma 3's attention, though its config has the key.
     let mut facts = shared(config, "gemma3_text", 1_000_000.0, 131_072)?;
     facts.logits_softcap = config.number_or_none("final_logit_softcapping")?;
     facts.head_norm = Some(HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head });
     let pattern = config.integer_or_none("sliding_window_pattern")?.unwrap_or(6);
     let sliding = super::sliding_layers(config, facts.layers, |layer| (layer + 1) % pattern != 0)?;
     super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
-    facts.ropes = ropes(config, facts.heads().width)?;
+    facts.ropes.push(Rope::read_sliding(config, facts.heads().width, &Dialect::PLAIN)?);
     for (attention, &sliding) in facts.attention.iter_mut().zip(&sliding) {
         attention.rope = Some(usize::from(sliding));
     }
@@ -65,24 +65,4 @@ fn shared(config: &Config, family: &'static str, theta: f64, positions: usize) -
     facts.embedding_scale = EmbeddingScale { factor: (facts.width as f64).sqrt(), rounded: true };
     facts.names = NAMES;
     Ok(facts)
-}
-
-/// Of the full layers, then of those within a window. New configs have a section of `rope_parameters` for each;
-/// old ones scale the full layers by `rope_scaling`, and `rope_local_base_freq` is the others' theta.
-fn ropes(config: &Config, head: usize) -> Result<Vec<Rope>> {
-    let by_kind = config.nonempty_section("rope_parameters")?;
-    let section = |kind: &str| match &by_kind {
-        Some(by_kind) => by_kind.nonempty_section(kind),
-        None => Ok(None),
-    };
-    let full = match config.nonempty_section("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => section("full_attention")?,
-    };
-    let global = Dialect { theta: 1_000_000.0, ..Dialect::PLAIN };
-    let full = Rope::read_section(full, config, head, &global)?;
-    let theta = config.number_or_none("rope_local_base_freq")?.unwrap_or(10_000.0);
-    let plain = Config::from_json(serde_json::Map::new());
-    let local = Dialect { theta, ..Dialect::PLAIN };
-    Ok(vec![full, Rope::read_section(section("sliding_attention")?, &plain, head, &local)?])
 }

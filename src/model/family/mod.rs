@@ -1,10 +1,15 @@
 //! Model families: one file each, `config.json` -> facts. Adding one is a file and a line in `FAMILIES`.
 
+mod falcon;
 mod gemma;
+mod granite;
 mod llama;
 mod mistral;
+mod olmo2;
+mod phi;
 mod phi3;
 mod qwen;
+mod smollm3;
 mod split;
 
 use crate::fault::Result;
@@ -12,39 +17,53 @@ use crate::ops::activation::Function;
 
 use super::config::Config;
 use super::facts::Facts;
+use super::stored;
 
 type Read = fn(&Config) -> Result<Facts>;
 
 /// `model_type` and what reads it.
-pub const FAMILIES: [(&str, Read); 8] = [
+pub const FAMILIES: [(&str, Read); 14] = [
+    ("falcon", falcon::facts),
     ("gemma2", gemma::gemma2),
     ("gemma3_text", gemma::gemma3),
+    ("granite", granite::facts),
     ("llama", llama::facts),
     ("ministral", mistral::ministral),
-    ("mistral", mistral::facts),
+    ("ministral3", mistral::ministral3),
+    ("mistral", mistral::mistral),
+    ("olmo2", olmo2::facts),
+    ("phi", phi::facts),
     ("phi3", phi3::facts),
     ("qwen2", qwen::qwen2),
     ("qwen3", qwen::qwen3),
+    ("smollm3", smollm3::facts),
 ];
+
+/// Where a multimodal wrapper keeps `model.layers`: adapters name it so, for peft and for vLLM.
+const IN_WRAPPER: &str = "model.language_model.layers";
 
 /// Reads the facts of whatever family the config names.
 pub fn describe(config: &Config) -> Result<Facts> {
+    let config = &config.language_part()?;
     let names = || FAMILIES.map(|(name, _)| name).join(", ");
     let kind = config.text("model_type")?.ok_or_else(|| config.refuse("model_type", &names()))?;
     let Some((_, read)) = FAMILIES.iter().find(|(name, _)| *name == kind) else {
         let fault = config.refuse("model_type", &format!("one of {}", names()));
-        let mixture = ["mixtral", "moe", "gpt_oss", "deepseek", "llama4"];
-        return Err(match mixture.iter().any(|part| kind.contains(part)) {
-            true => fault.help("mixture-of-experts models cannot be tuned; take a dense model"),
-            false => fault.help("take a model of a supported family"),
+        let is_one_of = |parts: &[&str]| parts.iter().any(|part| kind.contains(part));
+        return Err(if is_one_of(&["mixtral", "moe", "gpt_oss", "deepseek", "llama4"]) {
+            fault.help("mixture-of-experts models cannot be tuned; take a dense model")
+        } else if is_one_of(&["_vl", "vision", "omni", "gemma3n", "paligemma", "idefics", "mllama"]) {
+            fault.help("this multimodal model cannot be tuned; take a text model of the same makers")
+        } else {
+            fault.help("take a model of a supported family")
         });
     };
-    if config.has("quantization_config") {
-        return Err(config
-            .refuse("quantization_config", "an unquantised checkpoint (f32, f16 or bf16)")
-            .help("hone quantises by itself: take the original model"));
+    stored::read(config)?; // refuses other quantisers
+    let mut facts = read(config)?;
+    if config.wrapper().is_some() {
+        facts.names.layers = IN_WRAPPER;
     }
-    read(config)
+    Ok(facts)
 }
 
 /// The activation's function by transformers' name.
@@ -113,4 +132,91 @@ fn head_counts(config: &Config, width: usize, head: Option<usize>) -> Result<(us
         );
     }
     Ok((query, key, head))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn describe_json(config: Value) -> Result<Facts> {
+        describe(&Config::from_json(config.as_object().unwrap().clone()))
+    }
+
+    /// Parameters as the makers publish them.
+    #[test]
+    fn parameters_are_the_published_ones() {
+        let shape = |kind: &str, [vocab, width, inner, layers, query, key]: [usize; 6], more: Value| {
+            let mut config = json!({
+                "model_type": kind, "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner,
+                "num_hidden_layers": layers, "num_attention_heads": query, "num_key_value_heads": key,
+            });
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            describe_json(config).unwrap().parameters()
+        };
+        let none = || json!({});
+        let new = json!({"new_decoder_architecture": true, "num_kv_heads": 8});
+        for (name, found, published) in [
+            ("falcon-7b", shape("falcon", [65024, 4544, 1, 32, 71, 1], none()), 6_921_720_704),
+            ("falcon-40b", shape("falcon", [65024, 8192, 1, 60, 128, 8], new), 41_303_293_952),
+            ("phi-2", shape("phi", [51200, 2560, 10240, 32, 32, 32], none()), 2_779_683_840),
+            ("mistral-7b", shape("mistral", [32000, 4096, 14336, 32, 32, 8], none()), 7_241_732_096),
+            ("qwen2.5-7b", shape("qwen2", [152064, 3584, 18944, 28, 28, 4], none()), 7_615_616_512),
+            ("qwen3-8b", shape("qwen3", [151936, 4096, 12288, 36, 32, 8], none()), 8_190_735_360),
+            ("gemma-2-2b", shape("gemma2", [256000, 2304, 9216, 26, 8, 4], none()), 2_614_341_888),
+            ("gemma-3-1b", shape("gemma3_text", [262144, 1152, 6912, 26, 4, 1], none()), 999_885_952),
+            ("smollm3-3b", shape("smollm3", [128256, 2048, 11008, 36, 16, 4], none()), 3_075_098_624),
+            ("olmo2-7b", shape("olmo2", [100352, 4096, 11008, 32, 32, 32], none()), 7_298_617_344),
+        ] {
+            assert_eq!(found, published, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_the_decoder_does_not_compute_is_refused() {
+        for (kind, key, value) in [
+            ("falcon", "alibi", json!(true)),
+            ("falcon", "activation", json!("relu")),
+            ("falcon", "num_ln_in_parallel_attn", json!(2)),
+            ("falcon", "hidden_dropout", json!(0.1)),
+            ("phi", "qk_layernorm", json!(true)),
+            ("llama", "hidden_act", json!("relu2")),
+            ("gemma2", "use_bidirectional_attention", json!(true)),
+            ("gemma3_text", "layer_types", json!(["full_attention"])),
+            ("qwen2", "layer_types", json!(["full_attention", "chunked_attention"])),
+            ("granite", "residual_multiplier", json!(0)),
+            ("smollm3", "no_rope_layers", json!([1])),
+            ("ministral3", "rope_parameters", json!(null)),
+            ("llama", "model_type", json!("qwen3_moe")),
+        ] {
+            let mut config = json!({
+                "model_type": kind, "vocab_size": 29, "hidden_size": 32, "intermediate_size": 22,
+                "num_hidden_layers": 2, "num_attention_heads": 4,
+                "rope_parameters": {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16},
+            });
+            describe_json(config.clone()).unwrap_or_else(|fault| panic!("{kind}: {fault}"));
+            config[key] = value;
+            let fault = describe_json(config).unwrap_err();
+            assert!(fault.message.contains(key), "{kind} {key}: {fault}");
+        }
+    }
+
+    /// `config_other_spelling.json` says the same as `model/config.json`, one as transformers 4 writes it, the other as
+    /// transformers 5 does.
+    #[test]
+    fn both_spellings_of_a_config_are_the_same_facts() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let mut compared = 0;
+        for case in std::fs::read_dir(golden).unwrap().map(|entry| entry.unwrap().path()) {
+            let Ok(text) = std::fs::read(case.join("config_other_spelling.json")) else { continue };
+            let other: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&text).unwrap();
+            let facts = describe(&Config::read(&case.join("model")).unwrap()).unwrap();
+            assert_eq!(describe(&Config::from_json(other)).unwrap(), facts, "{}", case.display());
+            compared += 1;
+        }
+        assert!(compared >= 15, "{compared} cases");
+    }
 }

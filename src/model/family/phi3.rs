@@ -35,6 +35,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
         norm: NormKind { form: NormForm::Rms, eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-5) },
         attention: vec![Attention { heads, rope: Some(0) }; layers],
         ropes: vec![Rope::read(config, head, &DIALECT)?],
+        query_growth: None,
         head_norm: None,
         query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
         output: projection("self_attn.o_proj", width, query * head),

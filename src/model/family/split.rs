@@ -91,6 +91,7 @@ pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
         },
         attention: vec![Attention { heads, rope: Some(0) }; layers],
         ropes: vec![Rope::read(config, head, &dialect)?],
+        query_growth: None,
         head_norm: None,
         query_key_value: vec![
             attention("self_attn.q_proj", query * head, width),

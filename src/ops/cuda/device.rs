@@ -46,9 +46,11 @@ pub fn open(number: usize) -> Result<Device> {
 
 /// Says no where a GPU is missing, too old or its driver is.
 fn usable(number: usize) -> Result<()> {
-    let refuse = |message: String, help: &str| Err(Fault::new(Kind::Device, message).help(help.to_owned()));
+    // A GPU that is not there may be there on another node; an old one stays old.
+    let refuse = |kind, message: String, help: &str| Err(Fault::new(kind, message).help(help.to_owned()));
     if let Err(error) = result::init() {
         return refuse(
+            Kind::Device,
             format!("cuda:{number}: no NVIDIA driver answers ({error})"),
             "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or say device: cpu",
         );
@@ -59,6 +61,7 @@ fn usable(number: usize) -> Result<()> {
     if driver < DRIVER_MIN {
         let version = |number: i32| format!("{}.{}", number / 1000, number % 1000 / 10);
         return refuse(
+            Kind::Config,
             format!(
                 "cuda:{number}: the driver is for CUDA {}, expected {} or later",
                 version(driver),
@@ -70,6 +73,7 @@ fn usable(number: usize) -> Result<()> {
     let count = count();
     if number >= count {
         return refuse(
+            Kind::Device,
             format!("cuda:{number}: the driver shows {count} GPUs"),
             "choose a number below that; CUDA_VISIBLE_DEVICES hides the others",
         );
@@ -77,6 +81,7 @@ fn usable(number: usize) -> Result<()> {
     let capability = card(number)?.capability;
     if capability < CAPABILITY_MIN {
         return refuse(
+            Kind::Config,
             format!(
                 "cuda:{number}: compute capability {}.{} has no bf16, expected 8.0 or later",
                 capability.0, capability.1
@@ -106,6 +111,16 @@ pub fn card(number: usize) -> Result<Card> {
         Ok(Card { name, capability, processors, memory_bytes, free_bytes: memory_bytes })
     };
     read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
+}
+
+/// Shared memory that a block may ask for, and how many processors run blocks.
+pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let context = device.cuda_stream().context().clone();
+    let shared_bytes =
+        context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).w()?;
+    let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
+    Ok((shared_bytes as usize, processors as usize))
 }
 
 /// Bytes free on an opened device, and all there are.

@@ -67,7 +67,12 @@ impl<'a> Launch<'a> {
         self.pointer(tensor, 0, dtype)
     }
 
-    /// The same, or a null pointer.
+    /// Its part from element `at` on.
+    pub fn of_at(self, dtype: DType, tensor: &Tensor, at: usize) -> Launch<'a> {
+        self.pointer(tensor, at, dtype)
+    }
+
+    /// `of`, or a null pointer.
     pub fn optional(self, dtype: DType, tensor: Option<&Tensor>) -> Launch<'a> {
         match tensor {
             Some(tensor) => self.pointer(tensor, 0, dtype),
@@ -95,8 +100,13 @@ impl<'a> Launch<'a> {
     }
 
     fn pointer(mut self, tensor: &Tensor, at: usize, dtype: DType) -> Launch<'a> {
+        /// Kernels read and write by 16 bytes; one that can begin elsewhere takes its offset by `tensor_at`.
+        const ALIGNMENT: u64 = 16;
         let found = match tensor.dtype() == dtype {
-            true => super::address(tensor, at),
+            true => super::address(tensor, at).and_then(|address| match at > 0 || address % ALIGNMENT == 0 {
+                true => Ok(address),
+                false => bail!("{}: a tensor that begins between two multiples of 16 bytes", self.name),
+            }),
             false => {
                 let message = format!("{}: expected {dtype:?}, found {:?}", self.name, tensor.dtype());
                 Err(candle_core::Error::Msg(message))
@@ -139,6 +149,7 @@ impl<'a> Launch<'a> {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.function.set_attribute(attribute, shared_bytes as i32).w()?;
         }
+        super::count_launch();
         let mut pointers: Vec<*mut c_void> =
             self.parameters.iter_mut().map(|parameter| (&raw mut parameter.bits).cast()).collect();
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);

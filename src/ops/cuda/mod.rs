@@ -14,6 +14,7 @@ pub use launch::Launch;
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The CUDA device a tensor lies on.
 pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
@@ -47,7 +48,7 @@ fn base_address(storage: &CudaStorage) -> Result<u64> {
             }
         };
     }
-    Ok(of!(U8, U32, I64, BF16, F32, F64))
+    Ok(of!(U8, U32, I64, BF16, F16, F32, F64))
 }
 
 /// A host slice on the device, [its length]. Up to 64 KiB the driver copies it at once and the host goes on.
@@ -63,6 +64,17 @@ pub fn download<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
 /// Waits until the device has done all that was asked for.
 pub fn synchronize(device: &CudaDevice) -> Result<()> {
     device.cuda_stream().synchronize().w()
+}
+
+/// Launches and products asked for since the program began.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+fn count_launch() {
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
 }
 
 /// The suffix of kernels for a storage type.

@@ -46,6 +46,7 @@ pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f6
     let pointer = |matrix: Matrix| {
         Ok::<_, candle_core::Error>(super::address(matrix.tensor, matrix.at)? as *mut c_void)
     };
+    super::count_launch();
     let blas = device.cublas_handle();
     // cuBLAS counts columns first, so it is asked for the transposed product: c^T = b^T a^T.
     // SAFETY: `reach` has bounded every element of the three matrices; the handle's stream is the device's.

@@ -1,0 +1,57 @@
+"""hone and the reference stack from the same bytes: losses of five steps, and the first step's LoRA gradients.
+
+    parity.py --ours BINARY --folder F --out JSON     after `reference.py prepare --folder F`
+
+f32 differs by the order of sums alone; in bf16 both sides round at different places.
+"""
+import argparse
+import json
+import os
+import subprocess
+
+import numpy
+from safetensors.numpy import load_file
+
+# Largest relative difference of a step's loss, smallest cosine of a site's gradient.
+BOUNDS = {"f32": ("float32", 1e-4, 0.99999), "bf16": ("bfloat16", 5e-3, 0.999)}
+
+
+def cosine(a, b):
+    a, b = a.astype(numpy.float64).ravel(), b.astype(numpy.float64).ravel()
+    return float(a @ b / max(numpy.linalg.norm(a) * numpy.linalg.norm(b), 1e-300))
+
+
+def compare(folder, precision, ours, reference):
+    name, loss_bound, cosine_bound = BOUNDS[precision]
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], reference[name]["losses"], strict=True)]
+    found = load_file(os.path.join(folder, f"ours-{precision}.safetensors"))
+    expected = load_file(os.path.join(folder, f"gradients-{name}.safetensors"))
+    assert found.keys() == expected.keys(), f"names differ: {sorted(found.keys() ^ expected.keys())[:4]}"
+    cosines = {key: cosine(found[key], expected[key]) for key in sorted(found)}
+    norms = {key: float(numpy.linalg.norm(found[key]) / max(numpy.linalg.norm(expected[key]), 1e-300)) for key in cosines}
+    worst = min(cosines, key=cosines.get)
+    return {"losses": ours["losses"], "reference_losses": reference[name]["losses"], "loss_differences": differences,
+            "loss_difference_max": max(differences), "loss_bound": loss_bound, "cosine_min": cosines[worst], "cosine_of": worst,
+            "cosine_bound": cosine_bound, "norm_ratio_min": min(norms.values()), "norm_ratio_max": max(norms.values()),
+            "good": max(differences) <= loss_bound and cosines[worst] >= cosine_bound}
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--ours", required=True)
+parser.add_argument("--folder", required=True)
+parser.add_argument("--device", default="cuda:0")
+parser.add_argument("--out", required=True)
+options = parser.parse_args()
+with open(os.path.join(os.path.dirname(options.out), "prepare.json")) as file:
+    reference = json.load(file)
+results = {}
+for precision in BOUNDS:
+    out = f"{options.out}.{precision}"
+    subprocess.run([options.ours, "parity", "--folder", options.folder, "--precision", precision, "--device", options.device, "--out", out],
+                   check=True)
+    with open(out) as file:
+        results[precision] = compare(options.folder, precision, json.load(file), reference)
+    with open(options.out, "w") as file:
+        json.dump(results, file, indent=1)
+bad = [precision for precision, result in results.items() if not result["good"]]
+raise SystemExit(f"beyond its bounds: {', '.join(bad)}" if bad else 0)

@@ -1,0 +1,74 @@
+"""What a session found -> the tables of report.txt. Knows no GPU."""
+
+
+def text(whole):
+    found = {record["stage"]: record.get("result") or {} for record in whole["stages"]}
+    parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found), benches(found),
+             kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
+             kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def head(whole, machine):
+    kind = "REHEARSAL: no figure here means anything\n" if whole["rehearsal"] else ""
+    card = machine.get("card", {})
+    return f"{kind}{card.get('name', '')}, driver {card.get('driver_version', '')}; {whole['seconds']} s"
+
+
+def stages(whole):
+    return table(["stage", "seconds", "limit", "ended"],
+                 [[record["stage"], record.get("seconds"), record["limit_seconds"], record["ended"]] for record in whole["stages"]])
+
+
+def parity(result):
+    keys = ("loss_difference_max", "loss_bound", "cosine_min", "cosine_bound", "norm_ratio_min", "norm_ratio_max", "good")
+    return result and table(["parity", *keys], [[name, *(of.get(key) for key in keys)] for name, of in result.items()])
+
+
+def speeds(found):
+    """Tokens/s of each contender, and how many times KAITO's."""
+    rows = []
+    kaito = found.get("kaito", {}).get("workloads", {})
+    for name in ("hone", "best", "liger", "unsloth", "kaito"):
+        for workload, of in found.get(name, {}).get("workloads", {}).items():
+            rate, base = of.get("tokens_per_second"), kaito.get(workload, {}).get("tokens_per_second")
+            spread = of.get("step_seconds") or [None]
+            gigabytes = lambda key: of[key] / 1e9 if key in of else None
+            rows.append([name, workload, rate, rate / base if rate and base else None, of.get("step_seconds_median"),
+                         min(spread) if spread[0] else None, max(spread) if spread[0] else None,
+                         gigabytes("peak_allocated_bytes"), gigabytes("device_used_bytes"),
+                         of.get("error", "").strip().split("\n")[-1][:60]])
+    rows.sort(key=lambda row: row[1])
+    return rows and table(["training", "workload", "tokens/s", "times kaito", "s median", "min", "max", "GB peak", "GB device", ""], rows)
+
+
+def benches(found):
+    rows = []
+    for name, of in found.items():
+        if name.startswith("bench-"):
+            rows += [[name, key, value] for key, value in of.items() if isinstance(value, (int, float, str))]
+    return rows and table(["hone bench", "", ""], rows)
+
+
+def kernels(title, result, keys):
+    if not result:
+        return ""
+    rows = [[case["name"], *(case.get(key) for key in keys), case.get("flag", "")] for case in result.get("cases", [])]
+    rows.sort(key=lambda row: not row[-1])  # what is flagged comes first
+    about = ", ".join(f"{key} {show(value)}" for key, value in result.items() if isinstance(value, (int, float, str)))
+    return f"{about}\n" + table([title, *keys, ""], rows)
+
+
+def show(value):
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.0f}"
+    return str(value)
+
+
+def table(names, rows):
+    cells = [[show(cell) for cell in row] for row in [names, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,94 @@
+// Activation of the feed-forward, gated or not, one block a row; the twin of src/ops/activation.rs.
+#include "common.cuh"
+
+struct Point {
+    float value, slope;
+};
+
+// x * sigmoid(x)
+struct Silu {
+    static __device__ __forceinline__ Point at(float x) {
+        const float s = 1.f / (1.f + expf(-x));
+        return {x * s, s * (1.f + x * (1.f - s))};
+    }
+};
+
+// x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))
+struct GeluTanh {
+    static __device__ __forceinline__ Point at(float x) {
+        const float root = 0.79788456f, cubic = 0.044715f;
+        const float t = tanhf(root * x * (cubic * x * x + 1.f)), half = 0.5f * (1.f + t);
+        return {x * half, half + 0.5f * x * (1.f - t * t) * root * (3.f * cubic * x * x + 1.f)};
+    }
+};
+
+// x times the normal distribution
+struct GeluErf {
+    static __device__ __forceinline__ Point at(float x) {
+        const float half = 0.5f * (1.f + erff(x * 0.70710678f));
+        return {x * half, half + x * expf(-0.5f * x * x) * 0.39894228f};
+    }
+};
+
+// x [rows, 2 * width] if gated, gate then up, else [rows, width] -> h [rows, width].
+template <typename T, typename Curve>
+__device__ __forceinline__ void forward(const T* x, T* h, int width, int gated) {
+    x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), h += (uint64_t)blockIdx.x * width;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, up;
+            a.load(x + i);
+            if (gated) up.load(x + width + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) a.v[j] = Curve::at(a.v[j]).value * (gated ? up.v[j] : 1.f);
+            a.store(h + i);
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        h[i] = narrow<T>(Curve::at(widen(x[i])).value * (gated ? widen(x[width + i]) : 1.f));
+}
+
+// dh [rows, width] -> d, in x's shape.
+template <typename T, typename Curve>
+__device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int gated) {
+    const uint64_t row = (uint64_t)blockIdx.x * width * (gated ? 2 : 1);
+    x += row, d += row, dh += (uint64_t)blockIdx.x * width;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, up, g;
+            a.load(x + i), g.load(dh + i);
+            if (gated) up.load(x + width + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const Point p = Curve::at(a.v[j]);
+                a.v[j] = g.v[j] * (gated ? up.v[j] : 1.f) * p.slope;
+                up.v[j] = g.v[j] * p.value;
+            }
+            a.store(d + i);
+            if (gated) up.store(d + width + i);
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        const Point p = Curve::at(widen(x[i]));
+        const float g = widen(dh[i]), up = gated ? widen(x[width + i]) : 1.f;
+        d[i] = narrow<T>(g * up * p.slope);
+        if (gated) d[width + i] = narrow<T>(g * p.value);
+    }
+}
+
+#define FOR(Curve, curve, T, type)                                                                                     \
+    extern "C" __global__ void activation_forward_##curve##_##type(const T* x, T* h, int width, int gated) {           \
+        forward<T, Curve>(x, h, width, gated);                                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void activation_backward_##curve##_##type(const T* dh, const T* x, T* d, int width,          \
+                                                                    int gated) {                                       \
+        backward<T, Curve>(dh, x, d, width, gated);                                                                    \
+    }
+FOR(Silu, silu, float, f32)
+FOR(Silu, silu, bf16, bf16)
+FOR(GeluTanh, gelu_tanh, float, f32)
+FOR(GeluTanh, gelu_tanh, bf16, bf16)
+FOR(GeluErf, gelu_erf, float, f32)
+FOR(GeluErf, gelu_erf, bf16, bf16)

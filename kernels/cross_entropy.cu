@@ -1,0 +1,110 @@
+// One row of logits -> its loss and, in place, the gradient of scale * loss; the twin of src/ops/cross_entropy.rs.
+//
+// A block takes a row of `vocab` logits, `stride` apart (a multiple of eight, so that every row can be read by 16 bytes). The
+// first pass keeps a running maximum and sum (Milakov and Gimelshein 2018), the second finds the row in the L2 cache.
+#include "common.cuh"
+
+// The sum of exp(x - largest) over what was seen; merging two is exact up to rounding, whatever their order.
+struct Running {
+    float largest, sum;
+    // A sum starts at the lowest finite number: infinity minus infinity would be NaN where no logit is one.
+    static __device__ __forceinline__ Running none() { return {-3.402823466e38f, 0.f}; }
+    __device__ __forceinline__ void rise(float to) {
+        sum *= expf(largest - to);
+        largest = to;
+    }
+    __device__ __forceinline__ void add(float x) {
+        if (x > largest) rise(x);
+        sum += expf(x - largest);  // NaN stays in the sum: a bad logit is never hidden
+    }
+    __device__ __forceinline__ void merge(Running other) {
+        const float to = fmaxf(largest, other.largest);
+        rise(to), other.rise(to);
+        sum += other.sum;
+    }
+};
+
+__device__ __forceinline__ Running warp_merge(Running x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        Running other;
+        other.largest = __shfl_xor_sync(0xffffffffu, x.largest, offset);
+        other.sum = __shfl_xor_sync(0xffffffffu, x.sum, offset);
+        x.merge(other);
+    }
+    return x;
+}
+
+__device__ __forceinline__ Running block_merge(Running x) {
+    SHARED_ARRAY(float, largest, 32);
+    SHARED_ARRAY(float, sums, 32);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    x = warp_merge(x);
+    if (lane == 0) largest[warp] = x.largest, sums[warp] = x.sum;
+    __syncthreads();
+    const bool there = lane < (int)(blockDim.x >> 5);
+    Running part = Running::none();
+    if (there) part = {largest[lane], sums[lane]};
+    return warp_merge(part);
+}
+
+// cap * tanh(x / cap), and its slope 1 - tanh^2; without a cap (0), x and 1.
+struct Cap {
+    float cap;
+    __device__ __forceinline__ float value(float x) const { return cap == 0.f ? x : cap * tanhf(x / cap); }
+    __device__ __forceinline__ float slope(float capped) const {
+        const float t = capped / cap;
+        return cap == 0.f ? 1.f : 1.f - t * t;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,
+                                     float softcap, float scale, int gradient) {
+    T* row = logits + (uint64_t)blockIdx.x * stride;
+    const int target = (int)targets[blockIdx.x], even = vocab & ~7;
+    const Cap cap = {softcap};
+    Running running = Running::none();
+    for (int i = threadIdx.x * 8; i < even; i += blockDim.x * 8) {
+        Eight<T> a;
+        a.load(row + i);
+        float largest = running.largest;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            a.v[j] = cap.value(a.v[j]);
+            largest = fmaxf(largest, a.v[j]);
+        }
+        running.rise(largest);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) running.sum += expf(a.v[j] - largest);
+    }
+    if (even + (int)threadIdx.x < vocab) running.add(cap.value(widen(row[even + threadIdx.x])));
+    // Read before anyone writes: the barrier in the merge lies between.
+    const float at_target = cap.value(widen(row[target]));
+    running = block_merge(running);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(running.sum) + running.largest - at_target;
+    if (!gradient) return;
+    const float factor = scale / running.sum;
+    auto slope = [&](float logit, int column) {
+        const float capped = cap.value(logit);
+        return (expf(capped - running.largest) * factor - (column == target ? scale : 0.f)) * cap.slope(capped);
+    };
+    for (int i = threadIdx.x * 8; i < even; i += blockDim.x * 8) {
+        Eight<T> a;
+        a.load(row + i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a.v[j] = slope(a.v[j], i + j);
+        a.store(row + i);
+    }
+    const int last = even + threadIdx.x;
+    if (last < vocab) row[last] = narrow<T>(slope(widen(row[last]), last));
+}
+
+#define FOR(T, type)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(512)                                                             \
+        cross_entropy_rows_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,       \
+                                  float softcap, float scale, int gradient) {                                     \
+        rows<T>(logits, targets, losses, vocab, stride, softcap, scale, gradient);                                \
+    }
+FOR(float, f32)
+FOR(bf16, bf16)

@@ -1,0 +1,185 @@
+// libcublas: products of matrices stored by columns, f32, f64 or bf16, sums in f64 and rounded once.
+//
+// Held to what the library demands and cannot check: shapes and strides, and that every matrix lies inside one allocation.
+#include <algorithm>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "../emulator/bfloat16.h"
+#include "device.h"
+
+using namespace fake;
+
+#define API EXPORT int
+
+namespace {
+
+// cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as used.
+enum { blas_success = 0, blas_invalid_value = 7, blas_not_supported = 15 };
+enum Type { f32 = 0, f64 = 1, bf16 = 14 };
+enum { compute_32f_first = 68, compute_64f = 70, compute_32f_last = 77 };
+
+size_t bytes_of(int type) { return type == f64 ? 8 : type == f32 ? 4 : 2; }
+
+double load(const void* memory, int type, size_t at) {
+    switch (type) {
+        case f64: return static_cast<const double*>(memory)[at];
+        case f32: return static_cast<const float*>(memory)[at];
+        default: return float(static_cast<const __nv_bfloat16*>(memory)[at]);
+    }
+}
+
+void store(void* memory, int type, size_t at, double value) {
+    switch (type) {
+        case f64: static_cast<double*>(memory)[at] = value; break;
+        case f32: static_cast<float*>(memory)[at] = static_cast<float>(value); break;
+        default: static_cast<__nv_bfloat16*>(memory)[at] = __nv_bfloat16(static_cast<float>(value));
+    }
+}
+
+struct Matrix {
+    unsigned char* memory;
+    int type;
+    long long leading;  // elements from one column to the next
+    bool transposed;
+
+    // Element (row, column) of the operand, after transposition.
+    size_t at(long long row, long long column) const {
+        return static_cast<size_t>(transposed ? row * leading + column : column * leading + row);
+    }
+};
+
+// The operand's stored rows must fit its leading dimension.
+bool is_shaped(const Matrix& matrix, int rows, int columns) {
+    return matrix.leading >= std::max(1, matrix.transposed ? columns : rows);
+}
+
+void check_inside(const char* name, const Matrix& matrix, int rows, int columns) {
+    if (rows == 0 || columns == 0) return;
+    if (matrix.transposed) std::swap(rows, columns);
+    const uint64_t elements = static_cast<uint64_t>(matrix.leading) * (columns - 1) + rows;
+    if (!is_allocated(reinterpret_cast<Address>(matrix.memory), elements * bytes_of(matrix.type)))
+        die("cuBLAS: %s, %d x %d with leading dimension %lld, reaches outside its allocation", name, rows, columns, matrix.leading);
+}
+
+struct Product {
+    int m, n, k;
+    double alpha, beta;
+    Matrix a, b, c;
+};
+
+// Rows [from, to) of c. The innermost loop goes along a row of b: independent sums, so that any vector width adds in one order.
+__attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(const Product& p, const std::vector<double>& b, int from, int to) {
+    std::vector<double> sums(static_cast<size_t>(p.n));
+    for (int i = from; i < to; ++i) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        for (int l = 0; l < p.k && p.alpha != 0; ++l) {
+            const double factor = load(p.a.memory, p.a.type, p.a.at(i, l));
+            const double* row = b.data() + static_cast<size_t>(l) * p.n;
+            double* sum = sums.data();
+            for (int j = 0; j < p.n; ++j) sum[j] += factor * row[j];
+        }
+        for (int j = 0; j < p.n; ++j) {
+            const size_t at = p.c.at(i, j);
+            // beta 0 means: c is not read, whatever lies there.
+            const double kept = p.beta == 0 ? 0.0 : p.beta * load(p.c.memory, p.c.type, at);
+            store(p.c.memory, p.c.type, at, p.alpha * sums[static_cast<size_t>(j)] + kept);
+        }
+    }
+}
+
+void multiply(const Product& p) {
+    std::vector<double> b(static_cast<size_t>(p.k) * p.n);
+    for (int l = 0; l < p.k; ++l) {
+        for (int j = 0; j < p.n; ++j) b[static_cast<size_t>(l) * p.n + j] = load(p.b.memory, p.b.type, p.b.at(l, j));
+    }
+    // A thread costs some 30 us: for products of more than a few million terms only.
+    const double terms = double(p.m) * p.n * p.k;
+    const int threads = terms < 4e6 ? 1 : std::min<int>(static_cast<int>(configuration().host_threads), p.m);
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < threads; ++i) {
+        helpers.emplace_back([&, i] {
+            multiply_rows(p, b, static_cast<int>(int64_t{p.m} * i / threads), static_cast<int>(int64_t{p.m} * (i + 1) / threads));
+        });
+    }
+    multiply_rows(p, b, 0, p.m / threads);
+    for (std::thread& helper : helpers) helper.join();
+}
+
+bool is_supported(int a, int b, int c, int compute) {
+    if (compute == compute_64f) return a == f64 && b == f64 && c == f64;
+    if (compute < compute_32f_first || compute > compute_32f_last || a != b) return false;
+    return a == f32 ? c == f32 : a == bf16 && (c == bf16 || c == f32);
+}
+
+int multiply_batch(int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride, const void* beta,
+                   Matrix c, long long c_stride, int batch, int compute) {
+    const std::lock_guard<std::mutex> hold(lock);
+    if (m < 0 || n < 0 || k < 0 || batch < 0) return blas_invalid_value;
+    if (!is_shaped(a, m, k) || !is_shaped(b, k, n) || !is_shaped(c, m, n)) return blas_invalid_value;
+    if (!is_supported(a.type, b.type, c.type, compute)) return blas_not_supported;
+    ++statistics.products;
+    if (configuration().trace) fprintf(stderr, "fake GPU: product %d x %d x %d, %d times\n", m, n, k, batch);
+    const auto scalar = [&](const void* value) { return load(value, compute == compute_64f ? f64 : f32, 0); };
+    for (int i = 0; i < batch && m > 0 && n > 0; ++i) {
+        const auto item = [&](Matrix matrix, long long stride) {
+            matrix.memory += i * stride * static_cast<long long>(bytes_of(matrix.type));
+            return matrix;
+        };
+        const Product p = {m, n, k, scalar(alpha), scalar(beta), item(a, a_stride), item(b, b_stride), item(c, c_stride)};
+        if (p.alpha != 0) {
+            check_inside("A", p.a, m, k);
+            check_inside("B", p.b, k, n);
+        }
+        check_inside("C", p.c, m, n);
+        multiply(p);
+    }
+    return blas_success;
+}
+
+Matrix operand(const void* memory, int type, int leading, int operation) {
+    return {static_cast<unsigned char*>(const_cast<void*>(memory)), type, leading, operation != 0};
+}
+
+}  // namespace
+
+API cublasCreate_v2(void** handle) {
+    *handle = new char;
+    return blas_success;
+}
+API cublasDestroy_v2(void* handle) {
+    delete static_cast<char*>(handle);
+    return blas_success;
+}
+API cublasSetStream_v2(void*, void*) { return blas_success; }
+API cublasSetWorkspace_v2(void*, void*, size_t) { return blas_success; }
+API cublasSetMathMode(void*, int) { return blas_success; }
+API cublasGetVersion_v2(void*, int* version) {
+    *version = 130100;
+    return blas_success;
+}
+
+API cublasGemmStridedBatchedEx(void*, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type,
+                               int a_leading, long long a_stride, const void* b, int b_type, int b_leading, long long b_stride,
+                               const void* beta, void* c, int c_type, int c_leading, long long c_stride, int batch, int compute, int) {
+    return multiply_batch(m, n, k, alpha, operand(a, a_type, a_leading, a_operation), a_stride,
+                          operand(b, b_type, b_leading, b_operation), b_stride, beta, operand(c, c_type, c_leading, 0), c_stride, batch,
+                          compute);
+}
+API cublasGemmEx(void*, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type, int a_leading,
+                 const void* b, int b_type, int b_leading, const void* beta, void* c, int c_type, int c_leading, int compute, int) {
+    return multiply_batch(m, n, k, alpha, operand(a, a_type, a_leading, a_operation), 0, operand(b, b_type, b_leading, b_operation), 0,
+                          beta, operand(c, c_type, c_leading, 0), 0, 1, compute);
+}
+API cublasSgemm_v2(void*, int a_operation, int b_operation, int m, int n, int k, const float* alpha, const float* a, int a_leading,
+                   const float* b, int b_leading, const float* beta, float* c, int c_leading) {
+    return multiply_batch(m, n, k, alpha, operand(a, f32, a_leading, a_operation), 0, operand(b, f32, b_leading, b_operation), 0, beta,
+                          operand(c, f32, c_leading, 0), 0, 1, compute_32f_first);
+}
+API cublasDgemmStridedBatched(void*, int a_operation, int b_operation, int m, int n, int k, const double* alpha, const double* a,
+                              int a_leading, long long a_stride, const double* b, int b_leading, long long b_stride, const double* beta,
+                              double* c, int c_leading, long long c_stride, int batch) {
+    return multiply_batch(m, n, k, alpha, operand(a, f64, a_leading, a_operation), a_stride, operand(b, f64, b_leading, b_operation),
+                          b_stride, beta, operand(c, f64, c_leading, 0), c_stride, batch, compute_64f);
+}

@@ -1,0 +1,76 @@
+// The one device there is: what it claims to be, its memory, and the count of what was asked of it.
+//
+// Everything is carried out at once, on the calling thread, under one lock. What the environment says:
+//   HONE_FAKE_GPU_COUNT       0: a driver without a device (1)
+//   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
+//   HONE_FAKE_GPU_CAPABILITY  compute capability, which also sets the shared memory of a block (9.0)
+//   HONE_FAKE_GPU_DRIVER      the driver's CUDA version (13.0)
+//   HONE_FAKE_GPU_ORDER       of threads and blocks: 0 forwards, 1 backwards, from 2 on shuffled by that seed (0)
+//   HONE_FAKE_GPU_THREADS     host threads that run blocks (as many as there are processors)
+//   HONE_FAKE_GPU_STATS       a file: at exit, what was asked, as JSON; %p in it is the process
+//   HONE_FAKE_GPU_TRACE       1: every launch, product and copy to the host on standard error
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <mutex>
+
+#include "statistics.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fake {
+
+typedef uint64_t Address;
+
+// CUresult, as far as it is given out.
+enum Result {
+    success = 0,
+    invalid_value = 1,
+    out_of_memory = 2,
+    not_initialized = 3,
+    no_device = 100,
+    invalid_device = 101,
+    invalid_context = 201,
+    invalid_handle = 400,
+    not_found = 500,
+    launch_out_of_resources = 701,
+    not_supported = 801,
+};
+
+struct Configuration {
+    int devices, order, driver_version, capability_major, capability_minor;
+    unsigned host_threads;
+    uint64_t memory_bytes;
+    bool trace;
+    const char* statistics_file;
+};
+const Configuration& configuration();
+size_t shared_bytes_a_block();
+
+// Held by every entry point that touches what follows.
+extern std::mutex lock;
+
+struct Statistics : hone_fake_gpu_statistics {};
+extern Statistics statistics;
+
+// Memory. All bytes are 0xff when allocated (NaN in f32 and bf16) and gone when freed; a write past the end ends the process, at once
+// from the next page on, when the memory is freed before that.
+Result allocate(Address* address, size_t bytes);
+Result release(Address address);
+uint64_t live_bytes();
+// Whether [address, address + bytes) lies inside one allocation.
+bool is_allocated(Address address, uint64_t bytes);
+
+// The pool keeps what is freed until a synchronisation finds more of it than the threshold.
+struct Pool {
+    uint64_t release_threshold = 0, reserved = 0, reserved_high = 0, used_high = 0;
+    void grow();
+    void trim(uint64_t keep);
+};
+extern Pool pool;
+
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace fake

@@ -1,0 +1,373 @@
+// libcuda over host memory and the emulator: devices, contexts, memory, modules and launches.
+//
+// What is asynchronous on a device is done at once, with two exceptions that a correct program cannot tell and a wrong one can: a copy
+// to pinned host memory arrives when the host has waited for it (until then the memory holds 0xff), and pinned memory
+// that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp).
+#include "device.h"
+
+#include <cstring>
+
+#include "../emulator/launch.h"
+#include "transfers.h"
+
+using namespace fake;
+
+#define API EXPORT int
+#define LOCKED const std::lock_guard<std::mutex> hold(lock)
+// What needs a current context on the calling thread.
+#define IN_CONTEXT                                      \
+    if (current_context == nullptr) return invalid_context; \
+    LOCKED
+
+namespace {
+
+thread_local void* current_context;
+int the_context, the_module, the_pool;
+
+bool initialized;
+
+// The launch holds the lock while a kernel asks.
+const bool prepared = (emulator::is_global = [](uint64_t address) { return is_allocated(address, 1); }) != nullptr;
+
+int attribute(int which) {
+    const Configuration& c = configuration();
+    switch (which) {
+        case 1: return 1024;           // MAX_THREADS_PER_BLOCK
+        case 2: case 3: return 1024;   // MAX_BLOCK_DIM_X, _Y
+        case 4: return 64;             // MAX_BLOCK_DIM_Z
+        case 5: return 0x7fffffff;     // MAX_GRID_DIM_X
+        case 6: case 7: return 65535;  // MAX_GRID_DIM_Y, _Z
+        case 8: return 48 << 10;       // MAX_SHARED_MEMORY_PER_BLOCK
+        case 10: return 32;            // WARP_SIZE
+        case 12: return 65536;         // MAX_REGISTERS_PER_BLOCK
+        case 13: return 1980000;       // CLOCK_RATE, kHz
+        case 16: return 132;           // MULTIPROCESSOR_COUNT
+        case 33: return 0x18;          // PCI_BUS_ID
+        case 36: return 3201000;       // MEMORY_CLOCK_RATE, kHz
+        case 37: return 6144;          // GLOBAL_MEMORY_BUS_WIDTH, bits
+        case 38: return 50 << 20;      // L2_CACHE_SIZE
+        case 39: return 2048;          // MAX_THREADS_PER_MULTIPROCESSOR
+        case 41: return 1;             // UNIFIED_ADDRESSING
+        case 75: return c.capability_major;
+        case 76: return c.capability_minor;
+        case 81: return static_cast<int>(shared_bytes_a_block()) + 1024;  // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+        case 97: return static_cast<int>(shared_bytes_a_block());         // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        case 115: return 1;            // MEMORY_POOLS_SUPPORTED
+        default: return 0;
+    }
+}
+
+void host_waits() {
+    ++statistics.host_synchronizations;
+    finish_transfers();
+    pool.trim(pool.release_threshold);
+}
+
+}  // namespace
+
+// The driver and its devices.
+API cuInit(unsigned) {
+    if (configuration().devices == 0) return no_device;
+    initialized = true;
+    return success;
+}
+API cuDriverGetVersion(int* version) {
+    *version = configuration().driver_version;
+    return success;
+}
+API cuDeviceGetCount(int* count) {
+    *count = configuration().devices;
+    return initialized ? success : not_initialized;
+}
+API cuDeviceGet(int* device, int number) {
+    *device = number;
+    if (!initialized) return not_initialized;
+    return number >= 0 && number < configuration().devices ? success : invalid_device;
+}
+API cuDeviceGetAttribute(int* value, int which, int) {
+    *value = attribute(which);
+    return success;
+}
+API cuDeviceGetName(char* name, int length, int) {
+    snprintf(name, static_cast<size_t>(length), "hone emulated GPU");
+    return success;
+}
+API cuDeviceTotalMem_v2(size_t* bytes, int) {
+    *bytes = configuration().memory_bytes;
+    return success;
+}
+API cuDeviceGetUuid_v2(unsigned char* bytes, int) {
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<unsigned char>(i);
+    return success;
+}
+API cuDeviceGetPCIBusId(char* name, int length, int) {
+    snprintf(name, static_cast<size_t>(length), "0000:18:00.0");
+    return success;
+}
+
+// One context.
+API cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &the_context;
+    return initialized ? success : not_initialized;
+}
+API cuDevicePrimaryCtxRelease_v2(int) { return success; }
+API cuCtxDestroy_v2(void*) { return success; }
+API cuCtxGetCurrent(void** context) {
+    *context = current_context;
+    return success;
+}
+API cuCtxSetCurrent(void* context) {
+    if (context != nullptr && context != &the_context) return invalid_context;
+    current_context = context;
+    return success;
+}
+API cuCtxGetDevice(int* device) {
+    *device = 0;
+    return current_context != nullptr ? success : invalid_context;
+}
+API cuCtxSynchronize() {
+    IN_CONTEXT;
+    host_waits();
+    return success;
+}
+
+// Memory.
+API cuMemGetInfo_v2(size_t* free, size_t* total) {
+    IN_CONTEXT;
+    *total = configuration().memory_bytes;
+    *free = *total - live_bytes();
+    return success;
+}
+API cuMemAlloc_v2(Address* address, size_t bytes) {
+    IN_CONTEXT;
+    return allocate(address, bytes);
+}
+API cuMemAllocAsync(Address* address, size_t bytes, void*) {
+    IN_CONTEXT;
+    return allocate(address, bytes);
+}
+API cuMemFree_v2(Address address) {
+    IN_CONTEXT;
+    host_waits();  // as the driver's does
+    return release(address);
+}
+API cuMemFreeAsync(Address address, void*) {
+    IN_CONTEXT;
+    return release(address);
+}
+API cuDeviceGetDefaultMemPool(void** to, int) {
+    *to = &the_pool;
+    return success;
+}
+API cuDeviceGetMemPool(void** to, int) {
+    *to = &the_pool;
+    return success;
+}
+API cuMemPoolTrimTo(void*, size_t keep) {
+    LOCKED;
+    pool.trim(keep);
+    return success;
+}
+API cuMemPoolSetAttribute(void*, int which, void* value) {
+    LOCKED;
+    uint64_t number;
+    switch (which) {
+        case 1: case 2: case 3: return success;  // how freed memory may be used again: 32-bit switches
+        case 4:
+            memcpy(&pool.release_threshold, value, sizeof pool.release_threshold);
+            return success;
+        case 6: case 8:  // high-water marks: may only be set to 0, that is, to what is now
+            memcpy(&number, value, sizeof number);
+            if (number != 0) return invalid_value;
+            (which == 6 ? pool.reserved_high : pool.used_high) = which == 6 ? pool.reserved : live_bytes();
+            return success;
+        default: return invalid_value;
+    }
+}
+API cuMemPoolGetAttribute(void*, int which, void* value) {
+    LOCKED;
+    const uint64_t values[] = {pool.release_threshold, pool.reserved, pool.reserved_high, live_bytes(), pool.used_high};
+    if (which < 4 || which > 8) return invalid_value;
+    memcpy(value, &values[which - 4], sizeof values[0]);
+    return success;
+}
+
+// Copies and fills.
+API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
+    IN_CONTEXT;
+    return copy_to_device(to, from, bytes);
+}
+API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) {
+    IN_CONTEXT;
+    const int result = copy_to_device(to, from, bytes);
+    host_waits();
+    return result;
+}
+API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
+    IN_CONTEXT;
+    return copy_to_host(to, from, bytes);
+}
+API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) {
+    IN_CONTEXT;
+    const int result = copy_to_host(to, from, bytes);
+    host_waits();
+    return result;
+}
+API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) {
+    IN_CONTEXT;
+    return copy_on_device(to, from, bytes);
+}
+API cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) {
+    IN_CONTEXT;
+    return copy_on_device(to, from, bytes);
+}
+API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t bytes, void*) {
+    IN_CONTEXT;
+    return copy_on_device(to, from, bytes);
+}
+API cuMemsetD8Async(Address to, unsigned char value, size_t count, void*) {
+    IN_CONTEXT;
+    return fill(to, &value, 1, count);
+}
+API cuMemsetD16Async(Address to, unsigned short value, size_t count, void*) {
+    IN_CONTEXT;
+    return fill(to, &value, 2, count);
+}
+API cuMemsetD32Async(Address to, unsigned value, size_t count, void*) {
+    IN_CONTEXT;
+    return fill(to, &value, 4, count);
+}
+API cuMemAllocHost_v2(void** memory, size_t bytes) {
+    IN_CONTEXT;
+    return allocate_pinned(memory, bytes);
+}
+API cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    IN_CONTEXT;
+    return allocate_pinned(memory, bytes);
+}
+API cuMemFreeHost(void* memory) {
+    IN_CONTEXT;
+    return release_pinned(memory);
+}
+API cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
+    IN_CONTEXT;
+    return register_pinned(memory, bytes);
+}
+API cuMemHostUnregister(void* memory) {
+    IN_CONTEXT;
+    return unregister_pinned(memory);
+}
+
+// Streams and events: handles, the work is done already.
+API cuStreamCreate(void** stream, unsigned) {
+    IN_CONTEXT;
+    *stream = new char;
+    return success;
+}
+API cuStreamCreateWithPriority(void** stream, unsigned, int) {
+    IN_CONTEXT;
+    *stream = new char;
+    return success;
+}
+API cuStreamDestroy_v2(void* stream) {
+    delete static_cast<char*>(stream);
+    return success;
+}
+API cuStreamSynchronize(void*) {
+    IN_CONTEXT;
+    host_waits();
+    return success;
+}
+API cuStreamQuery(void*) { return success; }
+API cuStreamWaitEvent(void*, void*, unsigned) { return success; }
+API cuStreamIsCapturing(void*, int* status) {
+    *status = 0;
+    return success;
+}
+
+// Modules and launches. Any image will do: the kernels are those of this library.
+API cuModuleLoadData(void** module, const void*) {
+    IN_CONTEXT;
+    *module = &the_module;
+    return success;
+}
+API cuModuleLoadDataEx(void** module, const void*, unsigned, int*, void**) {
+    IN_CONTEXT;
+    *module = &the_module;
+    return success;
+}
+API cuModuleLoad(void** module, const char*) {
+    IN_CONTEXT;
+    *module = &the_module;
+    return success;
+}
+API cuModuleUnload(void*) { return success; }
+API cuModuleGetFunction(void** function, void*, const char* name) {
+    LOCKED;
+    *function = emulator::find_kernel(name);
+    if (*function != nullptr) return success;
+    fprintf(stderr, "fake GPU: no kernel is called %s: is its file among those of kernels/driver/build?\n", name);
+    return not_found;
+}
+API cuFuncGetParamInfo(void* function, size_t number, size_t* offset, size_t* bytes) {
+    const emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
+    if (number >= kernel.parameters.size()) return invalid_value;
+    if (offset != nullptr) *offset = kernel.parameters[number].offset;
+    if (bytes != nullptr) *bytes = kernel.parameters[number].bytes;
+    return success;
+}
+API cuFuncGetName(const char** name, void* function) {
+    *name = static_cast<emulator::Kernel*>(function)->name;
+    return success;
+}
+API cuFuncSetAttribute(void* function, int which, int value) {
+    LOCKED;
+    if (which != 8) return which == 9 ? success : invalid_value;  // 9: the share of shared memory wished for
+    if (value < 0 || static_cast<size_t>(value) > shared_bytes_a_block()) return invalid_value;
+    static_cast<emulator::Kernel*>(function)->dynamic_bytes_max = static_cast<size_t>(value);
+    return success;
+}
+API cuFuncGetAttribute(int* value, int which, void* function) {
+    const emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
+    *value = which == 0 ? 1024 : which == 8 ? static_cast<int>(kernel.dynamic_bytes_max) : 0;
+    return success;
+}
+API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned size_x, unsigned size_y, unsigned size_z,
+                   unsigned dynamic_bytes, void*, void** arguments, void**) {
+    IN_CONTEXT;
+    const Configuration& c = configuration();
+    emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
+    ++statistics.launches;
+    if (c.trace) {
+        fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, grid_x, grid_y, grid_z, size_x,
+                size_y, size_z, dynamic_bytes);
+    }
+    emulator::Limits limits;
+    limits.shared_bytes_a_block = shared_bytes_a_block();
+    switch (emulator::launch(kernel, dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes, arguments, limits, c.order,
+                             c.host_threads)) {
+        case emulator::Refusal::none: return success;
+        case emulator::Refusal::invalid_value: return invalid_value;
+        case emulator::Refusal::too_many_resources: return launch_out_of_resources;
+    }
+    return invalid_value;
+}
+
+API cuGetErrorName(int result, const char** name) {
+    switch (result) {
+        case success: *name = "CUDA_SUCCESS"; break;
+        case invalid_value: *name = "CUDA_ERROR_INVALID_VALUE"; break;
+        case out_of_memory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case not_initialized: *name = "CUDA_ERROR_NOT_INITIALIZED"; break;
+        case no_device: *name = "CUDA_ERROR_NO_DEVICE"; break;
+        case invalid_device: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
+        case invalid_context: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
+        case invalid_handle: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
+        case not_found: *name = "CUDA_ERROR_NOT_FOUND"; break;
+        case launch_out_of_resources: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
+        case not_supported: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
+        default: *name = nullptr; return invalid_value;
+    }
+    return success;
+}
+API cuGetErrorString(int result, const char** text) { return cuGetErrorName(result, text); }

@@ -1,0 +1,52 @@
+// Events: the time at which they were recorded, since all work before them is done by then.
+#include <chrono>
+
+#include "device.h"
+#include "transfers.h"
+
+using namespace fake;
+
+#define API EXPORT int
+
+namespace {
+
+struct Event {
+    bool timed, recorded;
+    std::chrono::steady_clock::time_point at;
+};
+
+const unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
+
+}  // namespace
+
+API cuEventCreate(void** event, unsigned flags) {
+    const std::lock_guard<std::mutex> hold(lock);
+    ++statistics.events;
+    *event = new Event{(flags & no_timing) == 0, false, {}};
+    return success;
+}
+API cuEventDestroy_v2(void* event) {
+    delete static_cast<Event*>(event);
+    return success;
+}
+API cuEventRecord(void* event, void*) {
+    Event* e = static_cast<Event*>(event);
+    e->recorded = true;
+    e->at = std::chrono::steady_clock::now();
+    return success;
+}
+API cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
+API cuEventQuery(void*) { return success; }
+API cuEventSynchronize(void*) {
+    const std::lock_guard<std::mutex> hold(lock);
+    ++statistics.host_synchronizations;
+    finish_transfers();
+    return success;
+}
+API cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
+    const Event *from = static_cast<Event*>(start), *to = static_cast<Event*>(end);
+    if (!from->timed || !to->timed || !from->recorded || !to->recorded) return invalid_handle;
+    *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
+    return success;
+}
+API cuEventElapsedTime(float* milliseconds, void* start, void* end) { return cuEventElapsedTime_v2(milliseconds, start, end); }

@@ -1,0 +1,27 @@
+/* What was asked of the fake device since it was loaded: read in the same process by
+ *
+ *     size_t hone_fake_gpu_stats(struct hone_fake_gpu_statistics* to, size_t bytes);
+ *
+ * found by dlsym(RTLD_DEFAULT, ...). It fills at most `bytes` bytes and returns how many it has: fields are only ever added at the end.
+ *
+ *     uint64_t hone_fake_gpu_launches(const char* kernel);      of one kernel
+ */
+#pragma once
+#include <stdint.h>
+
+struct hone_fake_gpu_statistics {
+    uint64_t launches;
+    uint64_t products; /* cuBLAS calls */
+    uint64_t allocations;
+    uint64_t frees;
+    uint64_t live_bytes;
+    uint64_t peak_bytes;
+    uint64_t host_synchronizations; /* of a stream, an event or the context: the host waits */
+    uint64_t device_to_host_copies;
+    uint64_t device_to_host_bytes;
+    uint64_t host_to_device_copies;
+    uint64_t host_to_device_bytes;
+    uint64_t device_to_device_copies;
+    uint64_t fills;  /* cuMemset */
+    uint64_t events; /* created */
+};

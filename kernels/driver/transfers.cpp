@@ -1,0 +1,119 @@
+// Copies, and the two ways a program can forget to wait for one.
+#include "transfers.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace fake {
+namespace {
+
+struct Pinned {
+    unsigned char* memory;
+    size_t bytes;
+};
+std::vector<Pinned> pinned;
+
+// A copy between the device and pinned memory that the host has not waited for.
+struct Transfer {
+    unsigned char* host;
+    std::vector<unsigned char> bytes;
+    bool arrives;  // or leaves
+};
+std::vector<Transfer> transfers;
+
+bool is_pinned(const void* memory, size_t bytes) {
+    const unsigned char* first = static_cast<const unsigned char*>(memory);
+    return std::any_of(pinned.begin(), pinned.end(),
+                       [&](const Pinned& p) { return first >= p.memory && first + bytes <= p.memory + p.bytes; });
+}
+
+unsigned char* on_device(Address address) { return reinterpret_cast<unsigned char*>(address); }
+
+Result forget_pinned(void* memory) {
+    const auto found = std::find_if(pinned.begin(), pinned.end(), [&](const Pinned& p) { return p.memory == memory; });
+    if (found == pinned.end()) return invalid_value;
+    finish_transfers();
+    pinned.erase(found);
+    return success;
+}
+
+}  // namespace
+
+Result copy_to_device(Address to, const void* from, size_t bytes) {
+    if (bytes == 0) return success;
+    if (!is_allocated(to, bytes)) return invalid_value;
+    ++statistics.host_to_device_copies;
+    statistics.host_to_device_bytes += bytes;
+    memcpy(on_device(to), from, bytes);
+    if (is_pinned(from, bytes)) {
+        unsigned char* host = static_cast<unsigned char*>(const_cast<void*>(from));
+        transfers.push_back({host, std::vector<unsigned char>(host, host + bytes), false});
+    }
+    return success;
+}
+
+Result copy_to_host(void* to, Address from, size_t bytes) {
+    if (bytes == 0) return success;
+    if (!is_allocated(from, bytes)) return invalid_value;
+    ++statistics.device_to_host_copies;
+    statistics.device_to_host_bytes += bytes;
+    if (configuration().trace) fprintf(stderr, "fake GPU: %zu bytes to the host\n", bytes);
+    if (!is_pinned(to, bytes)) {
+        memcpy(to, on_device(from), bytes);
+        return success;
+    }
+    transfers.push_back({static_cast<unsigned char*>(to), std::vector<unsigned char>(on_device(from), on_device(from) + bytes), true});
+    memset(to, 0xff, bytes);
+    return success;
+}
+
+Result copy_on_device(Address to, Address from, size_t bytes) {
+    if (bytes == 0) return success;
+    if (!is_allocated(to, bytes) || !is_allocated(from, bytes)) return invalid_value;
+    ++statistics.device_to_device_copies;
+    memmove(on_device(to), on_device(from), bytes);
+    return success;
+}
+
+Result fill(Address to, const void* value, size_t value_bytes, size_t count) {
+    if (count == 0) return success;
+    if (!is_allocated(to, value_bytes * count)) return invalid_value;
+    ++statistics.fills;
+    for (size_t i = 0; i < count; ++i) memcpy(on_device(to) + i * value_bytes, value, value_bytes);
+    return success;
+}
+
+Result allocate_pinned(void** memory, size_t bytes) {
+    if (bytes == 0) return invalid_value;
+    if (posix_memalign(memory, 4096, bytes) != 0) return out_of_memory;
+    memset(*memory, 0xff, bytes);
+    pinned.push_back({static_cast<unsigned char*>(*memory), bytes});
+    return success;
+}
+
+Result release_pinned(void* memory) {
+    const Result result = forget_pinned(memory);
+    if (result == success) free(memory);
+    return result;
+}
+
+Result register_pinned(void* memory, size_t bytes) {
+    if (is_pinned(memory, 1)) return invalid_value;
+    pinned.push_back({static_cast<unsigned char*>(memory), bytes});
+    return success;
+}
+
+Result unregister_pinned(void* memory) { return forget_pinned(memory); }
+
+void finish_transfers() {
+    for (const Transfer& transfer : transfers) {
+        if (transfer.arrives) memcpy(transfer.host, transfer.bytes.data(), transfer.bytes.size());
+        else if (memcmp(transfer.host, transfer.bytes.data(), transfer.bytes.size()) != 0)
+            die("pinned memory was written while %zu bytes of it were on their way to the device", transfer.bytes.size());
+    }
+    transfers.clear();
+}
+
+}  // namespace fake

@@ -1,0 +1,251 @@
+// The machine's rules: who runs next, who waits for whom, and what ends the process.
+#include "machine.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+
+#include "fiber.h"
+#include "scheduler.h"
+
+namespace emulator {
+
+thread_local Thread* thread;
+thread_local Block* block;
+bool (*is_global)(uint64_t address);
+
+namespace {
+
+// Of one host thread, kept from block to block: fibers are dear to make.
+struct Scheduler {
+    Fiber* host = nullptr;
+    std::vector<Fiber*> idle;
+    unsigned fibers = 0;
+    const std::vector<unsigned>* sequence = nullptr;
+    size_t place = 0;  // in the sequence: of the thread that runs
+    unsigned live = 0, at_barrier = 0;
+    void (*call)(void**) = nullptr;
+    void** arguments = nullptr;
+};
+thread_local Scheduler scheduler;
+
+void run_threads();
+
+Fiber* take_fiber() {
+    Scheduler& s = scheduler;
+    if (s.idle.empty()) return new_fiber(s.fibers++, run_threads);
+    Fiber* fiber = s.idle.back();
+    s.idle.pop_back();
+    return fiber;
+}
+
+const char* name_of(State state) {
+    switch (state) {
+        case State::at_barrier:
+        case State::at_collective: return "waits at";
+        case State::done: return "has returned";
+        default: return "runs";
+    }
+}
+
+[[noreturn]] void die_of_deadlock() {
+    fprintf(stderr, "emulator: no thread of the block can go on:\n");
+    std::vector<Thread>& threads = block->threads;
+    for (size_t i = 0, j; i < threads.size(); i = j) {
+        const auto same = [&](const Thread& t) {
+            return t.state == threads[i].state && t.site == threads[i].site && t.mask == threads[i].mask;
+        };
+        for (j = i + 1; j < threads.size() && same(threads[j]);) ++j;
+        const Thread& t = threads[i];
+        fprintf(stderr, "  threads %zu to %zu: %s", i, j - 1, name_of(t.state));
+        if (t.state == State::at_barrier) fprintf(stderr, " %s, %s:%d", t.site->what, t.site->file, t.site->line);
+        if (t.state == State::at_collective)
+            fprintf(stderr, " %s of lanes %08x, %s:%d", t.site->what, t.mask, t.site->file, t.site->line);
+        fprintf(stderr, "\n");
+    }
+    die("a barrier or a warp collective was not reached by all it is for");
+}
+
+// The next thread in the order that can run, after the one that ran; null when all have returned.
+Thread* next_thread() {
+    Scheduler& s = scheduler;
+    const size_t n = s.sequence->size();
+    if (s.live == 0) return nullptr;
+    size_t place = s.place;
+    for (size_t i = 0; i < n; ++i) {
+        if (++place >= n) place = 0;
+        Thread* t = &block->threads[(*s.sequence)[place]];
+        if (t->state > State::ready) continue;
+        s.place = place;
+        return t;
+    }
+    die_of_deadlock();
+}
+
+// Gives the host thread to whoever can go on; returns when this thread can.
+void wait_here() {
+    Thread* me = thread;
+    Thread* next = next_thread();
+    if (next == me) return;
+    if (next->fiber == nullptr) next->fiber = take_fiber();
+    thread = next;
+    switch_fiber(me->fiber, next->fiber);
+}
+
+// Carries out the collective `me` waits at, if all lanes it is for wait there too.
+bool complete_collective(const Thread* me) {
+    const unsigned first = me->linear & ~31u;
+    const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
+    void* operands[32] = {};
+    // From the next lane on: in most orders it is the one that has not come yet.
+    for (unsigned n = 0, i = me->linear - first; n < lanes; ++n) {
+        i = i + 1 < lanes ? i + 1 : 0;
+        const Thread& t = block->threads[first + i];
+        if (!((me->mask >> i) & 1) || t.state == State::done) continue;
+        if (t.state != State::at_collective || t.operation != me->operation || t.mask != me->mask) return false;
+        operands[i] = t.operand;
+    }
+    me->operation(operands);
+    for (unsigned i = 0; i < lanes; ++i) {
+        if (operands[i] != nullptr) block->threads[first + i].state = State::ready;
+    }
+    return true;
+}
+
+// A lane that returns may be the last one others waited for.
+void leave_warp(const Thread* leaver) {
+    const unsigned first = leaver->linear & ~31u;
+    const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
+    for (unsigned i = 0; i < lanes; ++i) {
+        const Thread& t = block->threads[first + i];
+        if (t.state == State::at_collective && ((t.mask >> (leaver->linear & 31)) & 1)) complete_collective(&t);
+    }
+}
+
+// A fiber's life: threads that have not begun, one after the other on the same stack while none of them waits.
+void run_threads() {
+    Scheduler& s = scheduler;
+    Fiber* self = thread->fiber;
+    for (;;) {
+        thread->state = State::ready;
+        s.call(s.arguments);
+        thread->state = State::done;
+        --s.live;
+        if (s.at_barrier > 0) die("the thread returns, but others of its block wait at a barrier");
+        leave_warp(thread);
+        Thread* next = next_thread();
+        if (next != nullptr && next->fiber == nullptr) {
+            next->fiber = self;
+            thread = next;
+            continue;
+        }
+        s.idle.push_back(self);
+        thread = next;
+        switch_fiber(self, next != nullptr ? next->fiber : s.host);
+    }
+}
+
+}  // namespace
+
+void run_block(Block& running, const std::vector<unsigned>& sequence, void (*call)(void**), void** arguments) {
+    Scheduler& s = scheduler;
+    if (s.host == nullptr) s.host = host_fiber();
+    for (Thread& t : running.threads) {
+        t.state = State::fresh;
+        t.fiber = nullptr;
+        t.copies.clear();
+        t.group = 0;
+        t.barriers = t.warp_syncs = 0;
+    }
+    for (SharedArray& array : running.shared) memset(array.bytes, 0xff, array.length);
+    s.sequence = &sequence;
+    s.place = 0;
+    s.live = static_cast<unsigned>(running.threads.size());
+    s.at_barrier = 0;
+    s.call = call;
+    s.arguments = arguments;
+    block = &running;
+    thread = &running.threads[sequence[0]];
+    thread->fiber = take_fiber();
+    switch_fiber(s.host, thread->fiber);
+    block = nullptr;
+}
+
+void barrier(const Site* site) {
+    Scheduler& s = scheduler;
+    Thread* me = thread;
+    if (s.live < block->threads.size()) die("%s, %s:%d: other threads have returned before it", site->what, site->file, site->line);
+    me->state = State::at_barrier;
+    me->site = site;
+    ++me->barriers;
+    if (++s.at_barrier == s.live) {
+        for (Thread& t : block->threads) {
+            if (t.site != site) die("threads wait at two barriers: lines %d and %d of %s", site->line, t.site->line, site->file);
+            t.state = State::ready;
+        }
+        s.at_barrier = 0;
+    }
+    wait_here();
+}
+
+void collective(uint32_t mask, Operation operation, void* operand, const Site* site) {
+    Thread* me = thread;
+    if (!((mask >> lane()) & 1)) die("%s, %s:%d: the lane is not in its own mask %08x", site->what, site->file, site->line, mask);
+    me->state = State::at_collective;
+    me->mask = mask;
+    me->operation = operation;
+    me->operand = operand;
+    me->site = site;
+    if (!complete_collective(me)) wait_here();
+}
+
+void order_warp(void* const operands[32]) {
+    uint32_t latest = 0;
+    for (int i = 0; i < 32; ++i) {
+        if (operands[i] != nullptr) latest = std::max(latest, static_cast<Thread*>(operands[i])->warp_syncs);
+    }
+    for (int i = 0; i < 32; ++i) {
+        if (operands[i] != nullptr) static_cast<Thread*>(operands[i])->warp_syncs = latest + 1;
+    }
+}
+
+void* shared_array(const void* key, size_t bytes) {
+    for (const SharedArray& array : block->shared) {
+        if (array.key == key) return array.bytes;
+    }
+    size_t total = bytes;
+    for (const SharedArray& array : block->shared) total += array.key == nullptr ? 0 : array.length;
+    if (key != nullptr && total > 48 << 10) die("%zu bytes of static shared memory: at most 48 KiB", total);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes > 0 ? bytes : 1) != 0) die("no memory for %zu bytes of shared memory", bytes);
+    memset(memory, 0xff, bytes);
+    block->shared.push_back({key, static_cast<unsigned char*>(memory), bytes});
+    return memory;
+}
+
+void* shared_dynamic() { return shared_array(nullptr, block->dynamic_bytes); }
+
+bool is_shared(const void* address, size_t bytes) {
+    const unsigned char* first = static_cast<const unsigned char*>(address);
+    return std::any_of(block->shared.begin(), block->shared.end(), [&](const SharedArray& array) {
+        return first >= array.bytes && first + bytes <= array.bytes + array.length;
+    });
+}
+
+void die(const char* format, ...) {
+    char reason[512];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(reason, sizeof reason, format, values);
+    va_end(values);
+    if (block != nullptr && thread != nullptr) {
+        fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s\n", block->kernel, block->index.x,
+                block->index.y, block->index.z, thread->index.x, thread->index.y, thread->index.z, reason);
+    } else {
+        fprintf(stderr, "emulator: %s\n", reason);
+    }
+    abort();
+}
+
+}  // namespace emulator

@@ -1,0 +1,12 @@
+// One block in, all its threads run to their end out.
+#pragma once
+#include <vector>
+
+#include "machine.h"
+
+namespace emulator {
+
+// `sequence` is a permutation of the block's threads: the order in which they take their turns.
+void run_block(Block& block, const std::vector<unsigned>& sequence, void (*call)(void**), void** arguments);
+
+}  // namespace emulator

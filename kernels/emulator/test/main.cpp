@@ -1,0 +1,203 @@
+// The emulator against kernels whose faults are known: each case runs in a process of its own, in three orders of threads.
+//
+// Built three ways by `run`: plain, under the address and undefined-behaviour sanitizers, and with the race detector. A case says in
+// which of them it must be found, and by what words; where it is not found, that is said as well.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "emulator/launch.h"
+#include "kernels.h"
+
+EMULATED_KERNEL(block_total);
+EMULATED_KERNEL(neighbours);
+EMULATED_KERNEL(divergent);
+EMULATED_KERNEL(partial_shuffle);
+EMULATED_KERNEL(multiply);
+EMULATED_KERNEL(transpose);
+EMULATED_KERNEL(blocks);
+EMULATED_KERNEL(dynamic);
+EMULATED_KERNEL(unaligned);
+
+namespace {
+
+enum Build { plain = 1, sanitized = 2, races = 4, any = 7 };
+#if defined(__SANITIZE_ADDRESS__)
+const Build build = sanitized;
+#elif defined(EMULATOR_RACES)
+const Build build = races;
+#else
+const Build build = plain;
+#endif
+
+int failures;
+
+// Memory that the race detector takes for the device's.
+float global[8];
+
+template <class... Arguments>
+emulator::Refusal launch(const char* name, unsigned grid, unsigned threads, size_t dynamic_bytes, int order, Arguments... arguments) {
+    void* pointers[] = {&arguments...};
+    return emulator::launch(*emulator::find_kernel(name), dim3(grid), dim3(threads), dynamic_bytes, pointers, emulator::Limits(), order, 2);
+}
+
+// Its end, and what it wrote on standard error.
+struct Outcome {
+    bool passed;
+    std::string text;
+};
+
+Outcome run(const std::function<bool()>& body) {
+    int ends[2];
+    if (pipe(ends) != 0) abort();
+    const pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], 2);
+        close(ends[0]);
+        _exit(body() ? 0 : 1);
+    }
+    close(ends[1]);
+    Outcome outcome = {false, ""};
+    char bytes[4096];
+    for (ssize_t n; (n = read(ends[0], bytes, sizeof bytes)) > 0;) outcome.text.append(bytes, static_cast<size_t>(n));
+    close(ends[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    outcome.passed = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    return outcome;
+}
+
+// `body` gets the order of threads and returns whether its result is right.
+void right(const char* name, const std::function<bool(int)>& body) {
+    for (int order = 0; order < 3; ++order) {
+        const Outcome outcome = run([&] { return body(order); });
+        if (outcome.passed) continue;
+        ++failures;
+        printf("FAILED: %s, order %d: expected a right result\n%s", name, order, outcome.text.c_str());
+    }
+}
+
+// The fault must be seen in at least one of the orders, with `words` if there are any.
+void faulty(const char* name, int builds, const char* words, const std::function<bool(int)>& body) {
+    if ((builds & build) == 0) return;
+    std::string seen;
+    for (int order = 0; order < 3; ++order) {
+        const Outcome outcome = run([&] { return body(order); });
+        if (!outcome.passed && outcome.text.find(words) != std::string::npos) return;
+        seen += outcome.text;
+    }
+    ++failures;
+    printf("FAILED: %s: expected \"%s\" in one order of three\n%s", name, words, seen.c_str());
+}
+
+bool total(int order, int barriers) {
+    std::vector<float> x(256, 1.f), y(2, 0.f);
+    launch("block_total", 1, 256, 0, order, (const float*)x.data(), y.data(), barriers);
+    return y[0] == 256.f && y[1] == 256.f;
+}
+
+bool trade(int order, int synchronize) {
+    std::vector<float> x(128);
+    for (int i = 0; i < 128; ++i) x[i] = (float)i;
+    launch("neighbours", 1, 128, 0, order, x.data(), synchronize);
+    for (int i = 0; i < 128; ++i) {
+        if (x[i] != (float)(i ^ 1)) return false;
+    }
+    return true;
+}
+
+bool diverge(int order, int fault) { return launch("divergent", 1, 64, 0, order, fault) == emulator::Refusal::none; }
+
+bool product(int order, int fault) {
+    std::vector<bf16> a(256), b(128);
+    std::vector<float> c(128, 0.f);
+    for (int i = 0; i < 256; ++i) a[i] = bf16(i * 7 % 13 - 6);
+    for (int i = 0; i < 128; ++i) b[i] = bf16(i * 5 % 11 - 5);
+    launch("multiply", 1, 32, 768, order, (const bf16*)a.data(), (const bf16*)b.data(), c.data(), fault);
+    for (int i = 0; i < 128; ++i) {
+        float sum = 0.f;
+        for (int k = 0; k < 16; ++k) sum += float(a[i / 8 * 16 + k]) * float(b[k * 8 + i % 8]);
+        if (c[i] != sum) return false;
+    }
+    return true;
+}
+
+bool transposed(int order, int beyond) {
+    bf16 *x = new bf16[64], *y = new bf16[64];
+    for (int i = 0; i < 64; ++i) x[i] = bf16(i);
+    launch("transpose", 1, 32, 0, order, (const bf16*)x, y, beyond);
+    for (int i = 0; i < 64; ++i) {
+        if (float(y[i]) != (float)(i % 8 * 8 + i / 8)) return false;
+    }
+    return true;
+}
+
+bool aligned(int order, int offset) {
+    alignas(16) static unsigned char x[600];
+    std::vector<uint4> y(32);
+    launch("unaligned", 1, 32, 0, order, (const unsigned char*)x, y.data(), offset);
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    emulator::is_global = [](uint64_t address) { return address - reinterpret_cast<uint64_t>(global) < sizeof global; };
+
+    right("a sum over a block", [](int order) { return total(order, 3); });
+    faulty("a sum without its first barrier", races, "a race", [](int order) { return total(order, 2); });
+    faulty("a sum without its second barrier", any, "", [](int order) { return total(order, 1); });
+    faulty("a sum without its second barrier", races, "kernels.h:", [](int order) { return total(order, 1); });
+    right("a trade between neighbours", [](int order) { return trade(order, 1); });
+    faulty("a trade without __syncwarp", any, "", [](int order) { return trade(order, 0); });
+
+    right("a barrier that all reach", [](int order) { return diverge(order, 0); });
+    faulty("a barrier behind a return", any, "barrier", [](int order) { return diverge(order, 1); });
+    faulty("two barriers", any, "two barriers", [](int order) { return diverge(order, 2); });
+    faulty("half a warp in a shuffle of all", any, "__shfl_xor_sync of lanes ffffffff", [](int order) {
+        std::vector<float> x(32, 1.f);
+        return launch("partial_shuffle", 1, 32, 0, order, x.data(), 1) == emulator::Refusal::none;
+    });
+
+    right("a product of tiles", [](int order) { return product(order, 0); });
+    faulty("a copy nobody waited for", any, "", [](int order) { return product(order, 1); });
+    faulty("a matrix row off by two bytes", any, "not a multiple of 16", [](int order) { return product(order, 2); });
+    faulty("a matrix row in global memory", any, "not in the block's shared memory", [](int order) { return product(order, 3); });
+    right("a transposed matrix", [](int order) { return transposed(order, 0); });
+    faulty("a write beyond an array", sanitized, "heap-buffer-overflow", [](int order) { return transposed(order, 1); });
+
+    right("blocks with places of their own", [](int order) {
+        return launch("blocks", 8, 32, 0, order, global, 0) == emulator::Refusal::none;
+    });
+    faulty("blocks that write one place", races, "a race", [](int order) {
+        return launch("blocks", 8, 32, 0, order, global, 1) == emulator::Refusal::none;
+    });
+
+    right("a load of 16 bytes", [](int order) { return aligned(order, 0); });
+    faulty("a load of 16 bytes off by four", sanitized, "misaligned", [](int order) { return aligned(order, 4); });
+
+    right("launches within and beyond the limits", [](int order) {
+        std::vector<float> x(1024);
+        emulator::Kernel& kernel = *emulator::find_kernel("dynamic");
+        if (launch("dynamic", 1, 1024, 48 << 10, order, x.data()) != emulator::Refusal::none) return false;
+        if (launch("dynamic", 1, 1024, (48 << 10) + 1, order, x.data()) != emulator::Refusal::invalid_value) return false;
+        kernel.dynamic_bytes_max = 227 << 10;
+        if (launch("dynamic", 1, 1024, 227 << 10, order, x.data()) != emulator::Refusal::none) return false;
+        return launch("dynamic", 1, 2048, 0, order, x.data()) == emulator::Refusal::invalid_value;
+    });
+    faulty("a null pointer", plain | races, "kernel blocks, block (0, 0, 0), thread (0, 0, 0): access to", [](int order) {
+        return launch("blocks", 1, 32, 0, order, static_cast<float*>(nullptr), 1) == emulator::Refusal::none;
+    });
+    faulty("shared memory shorter than its use", sanitized, "heap-buffer-overflow", [](int order) {
+        std::vector<float> x(1024);
+        return launch("dynamic", 1, 1024, 1024, order, x.data()) == emulator::Refusal::none;
+    });
+
+    printf("emulator: %s\n", failures == 0 ? "every fault found" : "FAILED");
+    return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,188 @@
+// 4-bit block quantisation with bitsandbytes' bits, and back; the twin of src/ops/four_bit.rs, whose tests hold both equal.
+//
+// Where a code or a value must come out to the last bit, products and sums are written so that nvcc cannot fuse them.
+#include "common.cuh"
+
+// The value of each index, NF4 then FP4, and the indices in ascending order of their values, lowest in the low nibble.
+__constant__ float CODES[2][16] = {
+    {-1.f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.f, 0.0795803f,
+     0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.f},
+    {0.f, 0.0052083335f, 0.6666667f, 1.f, 0.33333334f, 0.5f, 0.16666667f, 0.25f, 0.f, -0.0052083335f, -0.6666667f,
+     -1.f, -0.33333334f, -0.5f, -0.16666667f, -0.25f}};
+__constant__ unsigned long long ASCENDING[2] = {0xfedcba9876543210ull, 0x3254761809efcdabull};
+
+// A stored value, widened: the types that checkpoints hold.
+struct F32 {
+    typedef float Stored;
+    static __device__ __forceinline__ float widen(float x) { return x; }
+};
+struct Bf16 {
+    typedef uint16_t Stored;
+    static __device__ __forceinline__ float widen(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+};
+struct F16 {
+    typedef uint16_t Stored;
+    // The exponent moves into place by a product with 2^112, exact for subnormals too; infinity and NaN have their own.
+    static __device__ __forceinline__ float widen(uint16_t x) {
+        const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = (uint32_t)(x & 0x7fffu) << 13;
+        const uint32_t finite = __float_as_uint(__uint_as_float(rest) * 5.192296858534828e33f);
+        return __uint_as_float(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : finite));
+    }
+};
+
+// A warp takes one block of `width` values: n values in all, the last block may be short, and n odd. The scale of a block
+// that holds a value that is not finite is NaN, which nothing else makes: the host sees it when it reads the scales.
+template <typename From>
+__device__ __forceinline__ void quantize(const typename From::Stored* values, uint8_t* packed, float* absmax,
+                                         unsigned long long n, int width, int code) {
+    const int lane = threadIdx.x & 31;
+    const unsigned long long block = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
+    const unsigned long long from = block * width;
+    if (from >= n) return;  // a whole warp leaves
+    const int count = n - from < (unsigned long long)width ? (int)(n - from) : width;
+    const bool full = count == width;
+    values += from, packed += from / 2;
+    float largest = 0.f, poison = 0.f;
+    for (int i = lane; i < count; i += 32) {
+        const float x = From::widen(values[i]);
+        largest = fmaxf(largest, fabsf(x));
+        poison += x * 0.f;  // 0, and NaN of what is not finite
+    }
+    largest = warp_max(largest), poison = warp_sum(poison);
+    const float floor = fmaxf(largest, 1e-38f), reciprocal = __fdiv_rn(1.f, floor);
+    if (lane == 0) absmax[block] = (full ? largest : floor) + poison;
+    const float* codes = CODES[code];
+    const unsigned long long ascending = ASCENDING[code];
+    float bounds[15];
+#pragma unroll
+    for (int i = 0; i < 15; ++i) {
+        const float low = codes[(ascending >> (4 * i)) & 15], high = codes[(ascending >> (4 * i + 4)) & 15];
+        bounds[i] = __fmul_rn(__fadd_rn(low, high), 0.5f);
+    }
+    // A full block multiplies by the reciprocal, a short one divides, as the reference does.
+    auto nibble = [&](float x) {
+        const float scaled = full ? __fmul_rn(x, reciprocal) : __fdiv_rn(x, floor);
+        int above = 0;
+#pragma unroll
+        for (int i = 0; i < 15; ++i) above += scaled > bounds[i];
+        return (uint32_t)(ascending >> (4 * above)) & 15u;
+    };
+    for (int i = lane; 2 * i < count; i += 32) {
+        const uint32_t high = nibble(From::widen(values[2 * i]));
+        const uint32_t low = nibble(2 * i + 1 < count ? From::widen(values[2 * i + 1]) : 0.f);
+        packed[i] = (uint8_t)(high << 4 | low);
+    }
+}
+
+// bitsandbytes' dynamic map of a scale's code: 127 negative values, 0, 127 positive ones, 1. Decade d of seven holds 2^d
+// values, each the middle of two neighbours among 2^d + 1 evenly spaced ones from 0.1 to 1, rounded as torch.linspace does.
+__device__ __forceinline__ float dynamic_map(int code) {
+    if (code == 127) return 0.f;
+    if (code == 255) return 1.f;
+    const int rank = code > 127 ? code - 127 : 127 - code;  // 1..127
+    const int decade = 31 - __clz(rank), steps = 1 << decade, i = rank - steps;
+    const float step = (1.f - 0.1f) / (float)steps;
+    auto at = [&](int i) {
+        return i < (steps + 1) / 2 ? __fmaf_rn(step, (float)i, 0.1f) : __fmaf_rn(step, (float)(i - steps), 1.f);
+    };
+    const float powers[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.f};
+    float power = powers[0];
+#pragma unroll
+    for (int d = 1; d < 7; ++d) power = decade == d ? powers[d] : power;
+    const float value = __fmul_rn(__fmul_rn(__fadd_rn(at(i), at(i + 1)), 0.5f), power);
+    return code > 127 ? value : -value;
+}
+
+// Scales: plain f32 (`codes` is null), or map[code] * absmax of 256 + offset.
+struct Scales {
+    const uint8_t* codes;
+    const float* absmax;
+    const float* map;
+    float offset;
+    __device__ __forceinline__ float at(unsigned long long block) const {
+        if (codes == nullptr) return absmax[block];
+        return __fadd_rn(__fmul_rn(map[codes[block]], absmax[block >> 8]), offset);
+    }
+};
+
+// What a value is rounded to before its own type: the type that the weight had where it was stored in 4 bits.
+struct Itself {
+    static __device__ __forceinline__ float round(float x) { return x; }
+};
+struct ThroughBf16 {
+    static __device__ __forceinline__ float round(float x) { return widen(narrow<bf16>(x)); }
+};
+struct ThroughF16 {
+    // To nearest, ties to even: ten bits of fraction, or steps of 2^-24 below 2^-14.
+    static __device__ __forceinline__ float round(float x) {
+        const uint32_t bits = __float_as_uint(x), size = bits & 0x7fffffffu;
+        const uint32_t rounded = (size + 0xfffu + (size >> 13 & 1u)) & 0xffffe000u;
+        const uint32_t small = __float_as_uint(__fsub_rn(__fadd_rn(__uint_as_float(size), 0.5f), 0.5f));
+        const uint32_t finite = size < 0x38800000u ? small : rounded;
+        return __uint_as_float((bits & 0x80000000u) | (finite >= 0x47800000u ? 0x7f800000u : finite));
+    }
+};
+
+// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four loads in
+// flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide. Reads are let go
+// from the cache at once; what is written stays there, since the product that follows reads it.
+constexpr int GROUPS = 4;
+
+template <typename T, typename Through>
+__device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t* codes, const float* absmax,
+                                           float offset, T* out, unsigned long long n, int width_log2, int code) {
+    SHARED_ARRAY(float, values, 16);
+    SHARED_ARRAY(float, map, 256);
+    const unsigned long long first = (unsigned long long)blockIdx.x * blockDim.x * GROUPS + threadIdx.x;
+    uint32_t words[GROUPS];
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const unsigned long long group = first + j * blockDim.x;
+        words[j] = group < n / 8 ? __ldcs(reinterpret_cast<const uint32_t*>(packed) + group) : 0;
+    }
+    if (threadIdx.x < 16) values[threadIdx.x] = CODES[code][threadIdx.x];
+    if (codes != nullptr) map[threadIdx.x] = dynamic_map(threadIdx.x);
+    __syncthreads();
+    const Scales scales = {codes, absmax, map, offset};
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const unsigned long long group = first + j * blockDim.x, from = group * 8;
+        if (from >= n) return;
+        const float scale = scales.at(from >> width_log2);
+        if (from + 8 <= n) {
+            Eight<T> eight;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
+                eight.v[i] = Through::round(__fmul_rn(values[words[j] >> shift & 15], scale));
+            }
+            eight.store(out + from);
+        } else {
+            for (unsigned long long i = from; i < n; ++i) {
+                const float value = __fmul_rn(values[packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15], scale);
+                out[i] = narrow<T>(Through::round(value));
+            }
+        }
+    }
+}
+
+#define FROM(From, type)                                                                                         \
+    extern "C" __global__ void four_bit_quantize_##type(const From::Stored* values, uint8_t* packed, float* absmax, \
+                                                        unsigned long long n, int width, int code) {             \
+        quantize<From>(values, packed, absmax, n, width, code);                                                  \
+    }
+FROM(F32, f32)
+FROM(Bf16, bf16)
+FROM(F16, f16)
+
+#define INTO(T, Through, name)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                                                \
+        four_bit_##name(const uint8_t* packed, const uint8_t* codes, const float* absmax, float offset, T* out,      \
+                        unsigned long long n, int width_log2, int code) {                                            \
+        dequantize<T, Through>(packed, codes, absmax, offset, out, n, width_log2, code);                             \
+    }
+INTO(float, Itself, dequantize_f32)
+INTO(bf16, Itself, dequantize_bf16)
+INTO(float, ThroughBf16, dequantize_through_bf16_f32)
+INTO(float, ThroughF16, dequantize_through_f16_f32)
+INTO(bf16, ThroughF16, dequantize_through_f16_bf16)

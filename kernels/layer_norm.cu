@@ -1,0 +1,110 @@
+// Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block a row; the twin of src/ops/layer_norm.rs.
+#include "common.cuh"
+
+struct Moments {
+    float mean, scale;
+};
+
+// Two passes, the second from the cache: a mean far from zero costs no digits.
+template <typename T>
+__device__ __forceinline__ Moments moments(const T* x, int width, float eps) {
+    float sum = 0.f;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            a.load(x + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum += a.v[j];
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += widen(x[i]);
+    }
+    const float mean = block_sum(sum) / (float)width;
+    float squares = 0.f;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            a.load(x + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) squares += (a.v[j] - mean) * (a.v[j] - mean);
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) squares += (widen(x[i]) - mean) * (widen(x[i]) - mean);
+    }
+    return {mean, 1.f / sqrtf(block_sum(squares) / (float)width + eps)};
+}
+
+template <typename T>
+__device__ __forceinline__ void forward(const T* x, const float* w, const float* b, T* y, int width, float eps) {
+    x += (uint64_t)blockIdx.x * width, y += (uint64_t)blockIdx.x * width;
+    const Moments of = moments(x, width, eps);
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            Eight<float> weight, bias;
+            a.load(x + i), weight.load(w + i), bias.load(b + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) a.v[j] = (a.v[j] - of.mean) * of.scale * weight.v[j] + bias.v[j];
+            a.store(y + i);
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        y[i] = narrow<T>((widen(x[i]) - of.mean) * of.scale * w[i] + b[i]);
+}
+
+// dx += (g - mean(g) - n * mean(g * n)) * scale, with n = (x - mean) * scale and g = dy * w.
+template <typename T>
+__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, float eps) {
+    const uint64_t row = (uint64_t)blockIdx.x * width;
+    dy += row, x += row, dx += row;
+    const Moments of = moments(x, width, eps);
+    float sum = 0.f, dot = 0.f;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, d;
+            Eight<float> weight;
+            a.load(x + i), d.load(dy + i), weight.load(w + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float g = d.v[j] * weight.v[j];
+                sum += g, dot += g * (a.v[j] - of.mean);
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+            const float g = widen(dy[i]) * w[i];
+            sum += g, dot += g * (widen(x[i]) - of.mean);
+        }
+    }
+    const float mean = block_sum(sum) / (float)width;
+    const float pull = of.scale * of.scale * block_sum(dot) / (float)width;
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a, d, to;
+            Eight<float> weight;
+            a.load(x + i), d.load(dy + i), to.load(dx + i), weight.load(w + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                to.v[j] += (d.v[j] * weight.v[j] - mean - (a.v[j] - of.mean) * pull) * of.scale;
+            to.store(dx + i);
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        const float grown = (widen(dy[i]) * w[i] - mean - (widen(x[i]) - of.mean) * pull) * of.scale;
+        dx[i] = narrow<T>(widen(dx[i]) + grown);
+    }
+}
+
+#define FOR(T, type)                                                                                                   \
+    extern "C" __global__ void layer_norm_forward_##type(const T* x, const float* w, const float* b, T* y, int width,  \
+                                                         float eps) {                                                  \
+        forward<T>(x, w, b, y, width, eps);                                                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void layer_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,   \
+                                                          float eps) {                                                 \
+        backward<T>(dy, x, w, dx, width, eps);                                                                         \
+    }
+FOR(float, f32)
+FOR(bf16, bf16)

@@ -1,0 +1,59 @@
+// Rows out of and into a matrix, sums of matrices, and a change of storage type; the twin of src/ops/rows.rs.
+#include "common.cuh"
+
+// Row `blockIdx.x` of one matrix of `width` columns to a row of another.
+template <typename T>
+__device__ __forceinline__ void move(const T* from, T* to, int width) {
+    if (width % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+            Eight<T> a;
+            a.load(from + i);
+            a.store(to + i);
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void add(T* x, const T* y, unsigned long long n) {
+    const unsigned long long i = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        Eight<T> a, b;
+        a.load(x + i), b.load(y + i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a.v[j] += b.v[j];
+        a.store(x + i);
+        return;
+    }
+    for (unsigned long long j = i; j < n; ++j) x[j] = narrow<T>(widen(x[j]) + widen(y[j]));
+}
+
+template <typename From, typename To>
+__device__ __forceinline__ void convert(const From* x, To* y, unsigned long long n) {
+    const unsigned long long i = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        Eight<From> a;
+        Eight<To> b;
+        a.load(x + i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) b.v[j] = a.v[j];
+        b.store(y + i);
+        return;
+    }
+    for (unsigned long long j = i; j < n; ++j) y[j] = narrow<To>(widen(x[j]));
+}
+
+#define FOR(T, type)                                                                                                \
+    extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width) {             \
+        move<T>(x + (uint64_t)index[blockIdx.x] * width, y + (uint64_t)blockIdx.x * width, width);                  \
+    }                                                                                                               \
+    extern "C" __global__ void rows_scatter_##type(const T* y, const uint32_t* index, T* x, int width) {            \
+        move<T>(y + (uint64_t)blockIdx.x * width, x + (uint64_t)index[blockIdx.x] * width, width);                  \
+    }                                                                                                               \
+    extern "C" __global__ void rows_add_##type(T* x, const T* y, unsigned long long n) { add<T>(x, y, n); }
+FOR(float, f32)
+FOR(bf16, bf16)
+
+extern "C" __global__ void rows_convert_bf16_f32(const bf16* x, float* y, unsigned long long n) { convert(x, y, n); }
+extern "C" __global__ void rows_convert_f32_bf16(const float* x, bf16* y, unsigned long long n) { convert(x, y, n); }

@@ -1,0 +1,70 @@
+//! An adapter's options -> what would keep vLLM's defaults from serving it, and what to set.
+//!
+//! Source: vLLM's `config/lora.py` (ranks), `lora/peft_helper.py` (what of adapter_config.json it heeds), and its model
+//! classes: all of hone's families take LoRA there, fused modules by their own names, but Falcon.
+
+use crate::model::LoraOptions;
+use crate::model::facts::Facts;
+
+/// What `max_lora_rank` may be; 16 unless set.
+const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
+const RANK_MAX: usize = 16;
+
+/// Families whose class in vLLM takes no adapters.
+const WITHOUT_LORA: [&str; 1] = ["falcon"];
+
+/// One sentence each; none where the adapter loads as it is.
+pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
+    let mut list = Vec::new();
+    let highest =
+        options.rank_pattern.iter().map(|(_, rank)| *rank).chain([options.r]).max().unwrap_or(options.r);
+    if highest > RANK_MAX {
+        list.push(match RANKS.iter().find(|rank| **rank >= highest) {
+            Some(rank) => format!(
+                "rank {highest}: vLLM serves ranks up to {RANK_MAX} unless told --max-lora-rank {rank} \
+                 (KAITO: `vllm: {{max-lora-rank: {rank}}}` in the inference ConfigMap)"
+            ),
+            None => format!("rank {highest}: vLLM serves no rank above 512; merge the adapter, or lower it"),
+        });
+    }
+    if !options.rank_pattern.is_empty() || !options.alpha_pattern.is_empty() {
+        list.push(
+            "rank_pattern and alpha_pattern: vLLM scales every module by lora_alpha / r and would serve this adapter \
+             wrongly; peft loads it right"
+                .into(),
+        );
+    }
+    if WITHOUT_LORA.contains(&facts.family) {
+        list.push(format!(
+            "vLLM takes no adapters for {} models: serve it with peft, or merge it into its base",
+            facts.family
+        ));
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{config::Config, family};
+
+    #[test]
+    fn what_to_set_is_the_next_rank_that_vllm_knows() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama3/model");
+        let facts = family::describe(&Config::read(folder.as_ref()).unwrap()).unwrap();
+        let said = |r, pattern: &[usize]| {
+            let rank_pattern = pattern.iter().map(|rank| ("q_proj".to_owned(), *rank)).collect();
+            warnings(&facts, &LoraOptions { r, rank_pattern, ..LoraOptions::default() })
+        };
+        assert!(said(16, &[]).is_empty());
+        assert!(said(17, &[])[0].contains("--max-lora-rank 32 "));
+        assert!(
+            said(8, &[300])[0]
+                .contains("rank 300: vLLM serves ranks up to 16 unless told --max-lora-rank 320 ")
+        );
+        assert_eq!(said(8, &[300]).len(), 2);
+        assert!(said(600, &[])[0].contains("no rank above 512"));
+        let falcon = Facts { family: "falcon", ..facts.clone() };
+        assert!(warnings(&falcon, &LoraOptions::default())[0].contains("no adapters for falcon"));
+    }
+}

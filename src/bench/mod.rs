@@ -1,0 +1,282 @@
+//! A model folder or a named shape -> training speed on this machine beside what the machine can do, as a table and
+//! JSON. It trains with the trainer itself, on random tokens.
+
+mod lengths;
+mod rates;
+pub mod shapes;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde_json::{Value as Json, json};
+
+use crate::dataset::Example;
+use crate::device::{self, Choice};
+use crate::fault::{Fault, Result};
+use crate::memory::{self, Limit, Machine, Running, Task, show::size};
+use crate::model::decoder::Decoder;
+use crate::model::facts::Facts;
+use crate::model::{
+    self, FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, lora,
+};
+use crate::report::Report;
+use crate::train::{self, Data, Every};
+use rates::Measured;
+
+/// What to measure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    pub base: Base,
+    pub device: Choice,
+    pub precision: Precision,
+    /// 4-bit (NF4, scales quantised too), or as the checkpoint is.
+    pub quantized: bool,
+    pub rank: usize,
+    /// Tokens of an optimizer step.
+    pub tokens: usize,
+    /// `one`, `mixed`, a number, or a file.
+    pub lengths: String,
+    pub steps: usize,
+    pub warmup: usize,
+    pub keep: Option<Keep>,
+    pub memory_max: Option<Limit>,
+    pub pass_tokens_max: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Base {
+    Folder(PathBuf),
+    /// Of `shapes`, with random weights.
+    Shape(String),
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    base: String,
+    parameters: usize,
+    trainable: usize,
+    device: String,
+    options: Options,
+    examples: usize,
+    measured: Measured,
+    plan: memory::Plan,
+    load_seconds: f64,
+    /// Of each counted step, ascending.
+    seconds: Vec<f64>,
+    /// Of a step, without what is computed again.
+    flops: f64,
+    loss: f64,
+    launches: Option<f64>,
+    peak_bytes: Option<u64>,
+}
+
+/// Measures the machine, then trains.
+pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
+    let (facts, base) = facts(&options.base)?;
+    let lengths = lengths::of_step(&options.lengths, options.tokens)?;
+    let device = device::open(options.device, report)?;
+    let model = model_options(options);
+    let dtype = load::activation_type(&device, options.precision);
+    let measured = rates::measure(&device, dtype, options.precision)?;
+    let mut machine = Machine::of(&device, options.memory_max);
+    (machine.rates.copy, machine.rates.matrix) = (measured.copy, measured.matrix);
+    machine.rates.measured = true;
+    let task = task(options, &facts, &model, &lengths)?;
+    let flops = memory::useful_flops(&task, &machine, options.tokens);
+    let memory = Running::start(task, machine)?;
+    let (device_name, plan) = (memory.machine.name.clone(), memory.plan.clone());
+    let began = Instant::now();
+    let mut decoder = match &options.base {
+        Base::Folder(_) => load::load(facts, &model, &device, report)?,
+        Base::Shape(_) => load::random(facts, &model, &device, report)?,
+    };
+    device.synchronize()?;
+    let load_seconds = began.elapsed().as_secs_f64();
+    let timed = train(options, &mut decoder, &lengths, memory, report)?;
+    Ok(Outcome {
+        base,
+        parameters: decoder.facts.parameters(),
+        trainable: decoder.trainable.params.elem_count(),
+        device: device_name,
+        options: options.clone(),
+        examples: lengths.len(),
+        measured,
+        plan,
+        load_seconds,
+        seconds: timed.seconds,
+        flops,
+        loss: timed.loss,
+        launches: timed.launches,
+        peak_bytes: device::memory_peak(&device),
+    })
+}
+
+fn facts(base: &Base) -> Result<(Facts, String)> {
+    match base {
+        Base::Folder(folder) => Ok((family::describe(&Config::read(folder)?)?, folder.display().to_string())),
+        Base::Shape(name) => Ok((shapes::facts(name)?, name.clone())),
+    }
+}
+
+fn model_options(options: &Options) -> model::Options {
+    let folder = match &options.base {
+        Base::Folder(folder) => folder.clone(),
+        Base::Shape(_) => PathBuf::new(),
+    };
+    let quantization = match options.quantized {
+        true => Quantization::FourBit { code: FourBitCode::Nf4, double: true },
+        false => Quantization::None,
+    };
+    let lora = LoraOptions { r: options.rank, alpha: options.rank as f64, ..LoraOptions::default() };
+    model::Options { folder, quantization, lora, precision: options.precision }
+}
+
+fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usize]) -> Result<Task> {
+    let longest = lengths.iter().copied().max().unwrap_or(1);
+    Ok(Task {
+        facts: facts.clone(),
+        sites: lora::sites(facts, &model.lora)?.list,
+        quantization: model.quantization,
+        precision: model.precision,
+        dropout: false,
+        bf16_checkpoint: true,
+        tokens_min: longest,
+        tokens_max: options.pass_tokens_max.unwrap_or(options.tokens).clamp(longest, options.tokens),
+        example_tokens: options.tokens / lengths.len().max(1),
+        keep: options.keep,
+    })
+}
+
+struct Timed {
+    seconds: Vec<f64>,
+    loss: f64,
+    launches: Option<f64>,
+}
+
+/// Steps of the same lengths and other tokens each, timed from one log line to the next.
+fn train(
+    options: &Options,
+    decoder: &mut Decoder,
+    lengths: &[usize],
+    memory: Running,
+    report: &Report,
+) -> Result<Timed> {
+    let steps = options.warmup.max(1) + options.steps;
+    let vocab = decoder.facts.vocab as u32;
+    let example = |step: usize, at: usize, length: usize| Example {
+        ids: (0..length).map(|i| token(step, at, i) % vocab).collect(),
+        supervised: vec![true; length],
+    };
+    let examples: Vec<Example> = (0..steps)
+        .flat_map(|step| lengths.iter().enumerate().map(move |(at, length)| example(step, at, *length)))
+        .collect();
+    let train_options = train::Options {
+        learning_rate: 1e-4,
+        batch_examples: lengths.len(),
+        steps_max: Some(steps as u64),
+        packing: Some(options.tokens),
+        order_seed: None,
+        logging: Every::Steps(1),
+        ..train::Options::default()
+    };
+    let mut marks: Vec<(Instant, Option<u64>)> = Vec::new();
+    let mut last = 0.0;
+    let mut log = |metric: &train::Metric| {
+        if let train::Metric::Step { loss, .. } = metric {
+            last = *loss;
+        }
+        marks.push((Instant::now(), device::launches()));
+        Ok(())
+    };
+    let data = Data { train: &examples, evaluation: &[] };
+    train::run(decoder, data, &train_options, Some(memory), None, report, &mut log)?;
+    let counted = &marks[options.warmup.max(1) - 1..];
+    let mut seconds: Vec<f64> =
+        counted.windows(2).map(|pair| (pair[1].0 - pair[0].0).as_secs_f64()).collect();
+    if seconds.is_empty() {
+        return Err(Fault::usage("--steps: expected 1 or more"));
+    }
+    seconds.sort_by(f64::total_cmp);
+    let launched = |mark: Option<&(Instant, Option<u64>)>| mark.and_then(|mark| mark.1);
+    let launches = match (launched(counted.first()), launched(counted.last())) {
+        (Some(first), Some(last)) => Some((last - first) as f64 / seconds.len() as f64),
+        _ => None,
+    };
+    Ok(Timed { seconds, loss: last, launches })
+}
+
+/// Any numbers do; these have no period that a step would repeat.
+fn token(step: usize, example: usize, i: usize) -> u32 {
+    let place = (step as u64) << 42 | (example as u64) << 24 | i as u64;
+    crate::ops::dropout::mix(place) as u32
+}
+
+impl Outcome {
+    fn median(&self) -> f64 {
+        self.seconds[self.seconds.len() / 2]
+    }
+
+    fn rate(&self, seconds: f64) -> f64 {
+        self.options.tokens as f64 / seconds
+    }
+
+    /// Of the measured matrix rate.
+    fn share(&self) -> f64 {
+        self.flops / self.median() / self.measured.matrix
+    }
+
+    pub fn table(&self) -> String {
+        let (least, most) = (self.seconds[0], self.seconds[self.seconds.len() - 1]);
+        let rows = [
+            ("base", format!("{}, {:.1} M parameters", self.base, self.parameters as f64 / 1e6)),
+            ("device", self.device.clone()),
+            (
+                "measured",
+                format!(
+                    "copies {:.3} TB/s, products {:.1} TFLOP/s",
+                    self.measured.copy / 1e12,
+                    self.measured.matrix / 1e12
+                ),
+            ),
+            ("step", format!("{} tokens in {} examples", self.options.tokens, self.examples)),
+            ("plan", format!("{}, {}", self.plan.choice(), size(self.plan.bytes()))),
+            ("load", format!("{:.1} s", self.load_seconds)),
+            (
+                "speed",
+                format!(
+                    "{:.0} tokens/s ({:.0} to {:.0} in {} steps), {:.1} ms a step",
+                    self.rate(self.median()),
+                    self.rate(most),
+                    self.rate(least),
+                    self.seconds.len(),
+                    1e3 * self.median()
+                ),
+            ),
+            ("share", format!("{:.1} % of the measured rate of products", 100.0 * self.share())),
+            ("launches", self.launches.map_or("none".into(), |launches| format!("{launches:.0} a step"))),
+            ("peak memory", self.peak_bytes.map_or("not known".into(), size)),
+            ("loss", format!("{:.4}", self.loss)),
+        ];
+        rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect()
+    }
+
+    pub fn json(&self) -> Json {
+        json!({
+            "hone": env!("CARGO_PKG_VERSION"),
+            "base": self.base, "parameters": self.parameters, "trainable_parameters": self.trainable,
+            "device": self.device,
+            "precision": match self.options.precision { Precision::F32 => "f32", Precision::Bf16 => "bf16" },
+            "quantized": self.options.quantized, "rank": self.options.rank,
+            "tokens": self.options.tokens, "examples": self.examples, "lengths": self.options.lengths,
+            "copy_bytes_per_second": self.measured.copy, "matrix_flops_per_second": self.measured.matrix,
+            "plan": {
+                "tokens": self.plan.tokens, "bytes": self.plan.bytes(), "seconds": self.plan.seconds,
+                "keep": self.plan.keep.iter().map(|keep| keep.name()).collect::<Vec<_>>(),
+            },
+            "load_seconds": self.load_seconds, "step_seconds": self.seconds,
+            "tokens_per_second": self.rate(self.median()), "matrix_share": self.share(),
+            "flops": self.flops, "launches": self.launches, "peak_bytes": self.peak_bytes, "loss": self.loss,
+        })
+    }
+}

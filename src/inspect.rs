@@ -1,0 +1,314 @@
+//! A model folder -> what hone understands of it: family, facts, what is quantised, LoRA sites, memory, what is missing.
+//!
+//! Reads config.json, the headers of the weights and the tokenizer; no weight.
+
+use std::path::Path;
+
+use serde_json::{Value as Json, json};
+
+use crate::adapter::serving;
+use crate::dataset::Tokenizer;
+use crate::fault::{Fault, Result};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::config::Config;
+use crate::model::facts::{Facts, NormForm};
+use crate::model::rope::{Rope, Scaling};
+use crate::model::{LoraOptions, Quantization, family, load, lora, stored};
+
+/// Sequence lengths of the memory estimate.
+const TOKENS: [usize; 3] = [1024, 4096, 16384];
+
+/// What stands in a model folder.
+pub struct Inspection {
+    folder: String,
+    wrapper: Option<String>,
+    facts: Facts,
+    stored: Option<Quantization>,
+    /// The type config.json names.
+    dtype: Option<String>,
+    sites: lora::Sites,
+    rank: usize,
+    /// Bytes of the language model's tensors, where they can be read.
+    weights: Option<usize>,
+    tokenizer: Option<Tokenizer>,
+    missing: Vec<Fault>,
+    warnings: Vec<String>,
+}
+
+/// Reads the folder. What is not there or does not fit is told in the result; a config that is not understood, or
+/// targets that match nothing, are faults.
+pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
+    let config = Config::read(folder)?;
+    let facts = family::describe(&config)?;
+    let language = config.language_part()?;
+    let mut missing = Vec::new();
+    let mut keep = |fault: Fault| missing.push(fault);
+    let checkpoint = Checkpoint::open(folder).map_err(&mut keep).ok();
+    if let Some(checkpoint) = &checkpoint {
+        load::fits(&facts, checkpoint).unwrap_or_else(&mut keep);
+    }
+    let tokenizer = Tokenizer::open(folder).map_err(&mut keep).ok();
+    let sites = lora::sites(&facts, lora)?;
+    let idle =
+        sites.unmatched.iter().map(|name| format!("{name} matches no linear layer that can be adapted"));
+    let warnings = idle.chain(serving::warnings(&facts, lora)).collect();
+    Ok(Inspection {
+        folder: folder.display().to_string(),
+        wrapper: language.wrapper().map(str::to_owned),
+        stored: stored::read(&config)?,
+        dtype: config.dtype()?.or(language.dtype()?),
+        weights: checkpoint.map(|checkpoint| checkpoint.bytes()),
+        rank: lora.r,
+        facts,
+        sites,
+        tokenizer,
+        missing,
+        warnings,
+    })
+}
+
+/// Bytes for training at a sequence length.
+struct Memory {
+    tokens: usize,
+    /// With every intermediate kept, and with layer inputs only.
+    everything: usize,
+    layer_inputs: usize,
+}
+
+impl Inspection {
+    /// Lines for people.
+    pub fn table(&self) -> String {
+        let mut rows = self.rows();
+        rows.push(("LoRA sites", self.site_text()));
+        rows.extend(self.sites.renamed.iter().map(|(from, to)| ("", format!("{from} is part of {to}"))));
+        rows.extend(self.memory().iter().enumerate().map(|(i, memory)| {
+            let name = if i == 0 { "memory, about" } else { "" };
+            let text = format!(
+                "{} at {} tokens a pass; {} with gradient_checkpointing",
+                size(memory.everything),
+                memory.tokens,
+                size(memory.layer_inputs)
+            );
+            (name, text)
+        }));
+        let mut text = table(&rows);
+        for (head, lines) in [
+            ("missing", self.missing.iter().map(Fault::to_string).collect()),
+            ("warnings", self.warnings.clone()),
+        ] {
+            if !lines.is_empty() {
+                text += &format!("\n{head}:\n");
+                lines.iter().for_each(|line: &String| text += &format!("  {}\n", line.replace('\n', "\n  ")));
+            }
+        }
+        text
+    }
+
+    fn rows(&self) -> Vec<(&'static str, String)> {
+        let facts = &self.facts;
+        let heads = facts.heads();
+        let inside = self.wrapper.as_ref().map(|wrapper| format!(", the language model of {wrapper}"));
+        let tied = if facts.tied_head { "tied" } else { "its own" };
+        let bias = if facts.head_bias { ", with a bias" } else { "" };
+        let mut rows = vec![
+            ("model", self.folder.clone()),
+            ("family", facts.family.to_owned() + &inside.unwrap_or_default()),
+            ("parameters", millions(facts.parameters())),
+            (
+                "layers",
+                format!("{} of width {}, feed-forward {}", facts.layers, facts.width, facts.feed_forward),
+            ),
+            ("heads", format!("{} of queries, {} of keys, of width {}", heads.query, heads.key, heads.width)),
+            ("window", window(facts)),
+            ("rope", facts.ropes.iter().map(rope).collect::<Vec<_>>().join("; then ")),
+            ("norms", norms(facts)),
+            ("head", format!("{tied}{bias}")),
+            ("context", format!("{} tokens", facts.positions_max)),
+            ("vocabulary", self.vocabulary()),
+            ("chat template", self.template().into()),
+        ];
+        rows.extend(self.weights.map(|bytes| ("weights", format!("{}{}", size(bytes), self.stored_as()))));
+        rows.push(("in 4 bits", self.quantized()));
+        rows
+    }
+
+    fn stored_as(&self) -> String {
+        self.dtype.as_ref().map(|dtype| format!(", {dtype} by config.json")).unwrap_or_default()
+    }
+
+    fn vocabulary(&self) -> String {
+        match self.tokenizer.as_ref().map(Tokenizer::vocab_size) {
+            None => format!("{} rows, no tokenizer", self.facts.vocab),
+            Some(ids) if ids == self.facts.vocab => format!("{ids} ids"),
+            Some(ids) if ids < self.facts.vocab => format!("{ids} ids, padded to {} rows", self.facts.vocab),
+            Some(ids) => format!("{ids} ids, more than the {} rows of the embedding", self.facts.vocab),
+        }
+    }
+
+    fn template(&self) -> &'static str {
+        match self.tokenizer.as_ref().map(Tokenizer::chat_template) {
+            Some(Some(_)) => "the tokenizer's",
+            Some(None) => "none: conversations need ModelConfig.chat_template",
+            None => "unknown without a tokenizer",
+        }
+    }
+
+    fn quantized(&self) -> String {
+        let sites = self.facts.layers * self.facts.projections().count();
+        let bytes = size(self.four_bit_bytes());
+        match self.stored {
+            Some(Quantization::Stored { code, double }) => {
+                let scales = if double { ", scales too" } else { "" };
+                format!("{sites} linear layers already, by bitsandbytes ({}{scales}): {bytes}", code.name())
+            }
+            _ => format!("{sites} linear layers with load_in_4bit (double): {bytes}; the rest as stored"),
+        }
+    }
+
+    fn site_text(&self) -> String {
+        let mut names: Vec<&str> = Vec::new();
+        for site in &self.sites.list {
+            if !names.contains(&site.projection.path) {
+                names.push(site.projection.path);
+            }
+        }
+        format!(
+            "{} of rank {}, {} parameters: {}",
+            self.sites.list.len(),
+            self.rank,
+            millions(self.sites.parameters()),
+            names.join(", ")
+        )
+    }
+
+    /// The same for machines.
+    pub fn json(&self) -> Json {
+        let facts = &self.facts;
+        let heads = facts.heads();
+        let memory: Vec<Json> = self
+            .memory()
+            .iter()
+            .map(|m| json!({"tokens": m.tokens, "everything_bytes": m.everything, "layer_inputs_bytes": m.layer_inputs}))
+            .collect();
+        let missing: Vec<Json> =
+            self.missing.iter().map(|fault| json!({"message": fault.message, "help": fault.help})).collect();
+        json!({
+            "family": facts.family,
+            "wrapper": self.wrapper,
+            "parameters": facts.parameters(),
+            "layers": facts.layers,
+            "width": facts.width,
+            "feed_forward": facts.feed_forward,
+            "heads": {"query": heads.query, "key": heads.key, "width": heads.width},
+            "windows": facts.attention.iter().map(|attention| attention.heads.window).collect::<Vec<_>>(),
+            "rope": facts.ropes.iter().map(rope).collect::<Vec<_>>(),
+            "norms": norms(facts),
+            "tied_head": facts.tied_head,
+            "positions_max": facts.positions_max,
+            "vocabulary": {"rows": facts.vocab, "ids": self.tokenizer.as_ref().map(Tokenizer::vocab_size)},
+            "chat_template": self.tokenizer.as_ref().map(|tokenizer| tokenizer.chat_template().is_some()),
+            "weights": {"bytes": self.weights, "dtype": self.dtype},
+            "four_bit": {
+                "stored": self.stored.is_some(),
+                "linear_layers": facts.layers * facts.projections().count(),
+                "bytes": self.four_bit_bytes(),
+            },
+            "adapter": {
+                "rank": self.rank,
+                "trainable_parameters": self.sites.parameters(),
+                "linear_layers": self.sites.list.iter().map(|site| site.path.as_str()).collect::<Vec<_>>(),
+            },
+            "memory": memory,
+            "missing": missing,
+            "warnings": self.warnings,
+        })
+    }
+
+    /// Codes and twice quantised scales of all linear layers.
+    fn four_bit_bytes(&self) -> usize {
+        let count: usize = self.facts.projections().map(|p| p.rows * p.cols).sum();
+        let (blocks, layers) = (count.div_ceil(64), self.facts.layers);
+        layers * (count.div_ceil(2) + blocks + blocks.div_ceil(256) * 4)
+    }
+
+    /// Weights in 4 bits, the rest in two bytes; LoRA with gradient and moments in f32; what layers keep in f32, with
+    /// checkpointing their inputs and one layer computed again. A first figure, not a plan: no scratch, no logits.
+    fn memory(&self) -> Vec<Memory> {
+        let facts = &self.facts;
+        let linear: usize = facts.layers * facts.projections().map(|p| p.rows * p.cols).sum::<usize>();
+        let base = self.four_bit_bytes() + 2 * (facts.parameters() - linear) + 16 * self.sites.parameters();
+        let rows = |list: &[crate::model::facts::Projection]| list.iter().map(|p| p.rows).sum::<usize>();
+        let layer = 4 * facts.width
+            + rows(&facts.query_key_value)
+            + facts.output.cols
+            + rows(&facts.gate_up)
+            + facts.down.cols;
+        let memory = |tokens: usize| Memory {
+            tokens,
+            everything: base + 4 * tokens * facts.layers * layer,
+            layer_inputs: base + 4 * tokens * (facts.layers * facts.width + layer),
+        };
+        TOKENS.map(memory).into()
+    }
+}
+
+/// Names and values in two columns.
+pub fn table(rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
+}
+
+fn window(facts: &Facts) -> String {
+    let windows: Vec<Option<usize>> =
+        facts.attention.iter().map(|attention| attention.heads.window).collect();
+    let first = windows.iter().flatten().next();
+    let layers = windows.iter().flatten().count();
+    match first {
+        None => "none".into(),
+        Some(tokens) if layers == facts.layers => format!("{tokens} tokens"),
+        Some(tokens) => format!("{tokens} tokens in {layers} of {} layers", facts.layers),
+    }
+}
+
+fn rope(rope: &Rope) -> String {
+    let scaling = match &rope.scaling {
+        Scaling::None => "plain".to_owned(),
+        Scaling::Linear { factor } => format!("linear, factor {factor}"),
+        Scaling::Dynamic { factor, positions } => {
+            format!("dynamic, factor {factor} beyond {positions} tokens")
+        }
+        Scaling::Yarn { factor, positions, .. } => format!("yarn, factor {factor} over {positions} tokens"),
+        Scaling::Llama3 { factor, positions, .. } => {
+            format!("llama3, factor {factor} over {positions} tokens")
+        }
+        Scaling::Long { positions, .. } => format!("longrope beyond {positions} tokens"),
+    };
+    format!("theta {}, {scaling}, {} of a head", rope.theta, rope.rotary)
+}
+
+fn norms(facts: &Facts) -> String {
+    let form = match facts.norm.form {
+        NormForm::Rms => "RMS",
+        NormForm::RmsPlusOne => "RMS, weight plus 1",
+        NormForm::Layer => "LayerNorm",
+    };
+    let heads = if facts.head_norm.is_some() { "; of queries and keys" } else { "" };
+    let place = if facts.parallel { "; parallel layers" } else { "" };
+    format!("{form}, eps {:e}{heads}{place}", facts.norm.eps)
+}
+
+fn millions(count: usize) -> String {
+    match count {
+        0..1_000_000 => count.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} million", count as f64 / 1e6),
+        _ => format!("{:.2} billion", count as f64 / 1e9),
+    }
+}
+
+fn size(bytes: usize) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}

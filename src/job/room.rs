@@ -1,0 +1,74 @@
+//! A job's plan, the model's facts and the examples -> what the memory plan is made for.
+
+use crate::dataset::Example;
+use crate::device;
+use crate::fault::Result;
+use crate::memory::{Machine, Running, Task, card};
+use crate::model::config::Config;
+use crate::plan::Plan;
+use crate::report::Report;
+
+use super::Described;
+
+/// Lengths of examples, as far as they are known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lengths {
+    pub longest: usize,
+    pub mean: usize,
+}
+
+impl Lengths {
+    pub fn of(training: &[Example], evaluation: &[Example]) -> Lengths {
+        let lengths = || training.iter().chain(evaluation).map(|example| example.ids.len());
+        let mean = lengths().sum::<usize>() / lengths().count().max(1);
+        Lengths { longest: lengths().max().unwrap_or(1), mean: mean.max(1) }
+    }
+
+    /// Before any row is read: all examples as long as they may be.
+    pub fn most(plan: &Plan, described: &Described) -> Lengths {
+        let longest = plan.tokens.tokens_max.min(described.facts.positions_max);
+        Lengths { longest, mean: longest }
+    }
+}
+
+/// The memory plan for a GPU by its name or instance type, or for the device that the run would take.
+pub fn plan(plan: &Plan, described: &Described, gpu: Option<&str>) -> Result<Running> {
+    let lengths = Lengths::most(plan, described);
+    let machine = match gpu {
+        Some(name) => card::find(name)?.0.machine(plan.memory.limit)?,
+        None => Machine::of(&device::open(plan.device, &Report::silent())?, plan.memory.limit),
+    };
+    Running::start(task(plan, described, lengths), machine)
+}
+
+pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task {
+    let Lengths { longest, mean } = lengths;
+    let train = &plan.train;
+    let micro_batch = train.batch_examples.saturating_mul(longest);
+    let step = micro_batch.saturating_mul(train.accumulation);
+    let wanted = match train.packing {
+        None => micro_batch,
+        Some(packing) => plan.memory.tokens_max.unwrap_or(packing).min(step),
+    };
+    Task {
+        facts: described.facts.clone(),
+        sites: described.sites.list.clone(),
+        quantization: described.options.quantization,
+        precision: described.options.precision,
+        dropout: described.options.lora.dropout > 0.0,
+        bf16_checkpoint: described.bf16_checkpoint,
+        tokens_min: longest,
+        tokens_max: wanted.min(plan.memory.tokens_max.unwrap_or(usize::MAX)).max(longest),
+        example_tokens: mean,
+        keep: plan.memory.keep,
+    }
+}
+
+/// What `config.json` says of the checkpoint's type; most are bf16.
+pub(super) fn bf16_checkpoint(config: &Config) -> Result<bool> {
+    let dtype = match config.text("dtype")? {
+        Some(dtype) => Some(dtype),
+        None => config.text("torch_dtype")?,
+    };
+    Ok(dtype.is_none_or(|dtype| dtype == "bfloat16"))
+}

@@ -1,0 +1,83 @@
+//! A plan -> the table that people read, and the same as JSON.
+
+use serde_json::{Value as Json, json};
+
+use crate::model::Keep;
+
+use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
+use super::{Machine, Place, Plan, Task};
+
+/// 12.3 GiB, 45 MiB, 678 KiB.
+pub fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= (1u64 << 30) as f64 => format!("{:.1} GiB", bytes / (1u64 << 30) as f64),
+        _ if bytes >= (1u64 << 20) as f64 => format!("{:.0} MiB", bytes / (1u64 << 20) as f64),
+        _ => format!("{:.0} KiB", bytes / 1024.0),
+    }
+}
+
+/// The terms in a line, largest first.
+pub(super) fn list(plan: &Plan) -> String {
+    let mut terms: Vec<_> = plan.terms.iter().filter(|term| term.bytes > 0).collect();
+    terms.sort_by_key(|term| std::cmp::Reverse(term.bytes));
+    terms.iter().map(|term| format!("{} {}", term.what, size(term.bytes))).collect::<Vec<_>>().join(", ")
+}
+
+impl Plan {
+    /// One line a term, the sum, and what was chosen.
+    pub fn table(&self, task: &Task, machine: &Machine) -> String {
+        let wide = self.terms.iter().map(|term| term.what.len()).max().unwrap_or(0).max(8);
+        let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
+        let mut table: String = self.terms.iter().map(|term| line(&term.what, term.bytes)).collect();
+        table += &line("in all", self.bytes());
+        table += &line(&format!("may be used of {}", machine.name), self.memory);
+        table += &format!("{}\n", self.choice());
+        if machine.place == Place::Gpu {
+            table += &format!("{}\n", self.prediction(task, machine));
+        }
+        table
+    }
+
+    /// `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`
+    pub fn choice(&self) -> String {
+        let of = |level: Keep| (level, self.keep.iter().filter(|keep| **keep == level).count());
+        let levels = Keep::ALL.into_iter().map(of).filter(|(_, layers)| *layers > 0);
+        let levels = levels.map(|(level, layers)| format!("{} in {layers} layers", level.name()));
+        format!("{} tokens a pass; kept: {}", self.tokens, levels.collect::<Vec<_>>().join(", "))
+    }
+
+    fn prediction(&self, task: &Task, machine: &Machine) -> String {
+        let rates = &machine.rates;
+        format!(
+            "predicted {:.0} tokens/s with examples of {} tokens, {:.0} % of the matrix rate ({} {:.0} TFLOP/s, copies {:.2} TB/s; \
+             products at {:.0} %, attention at {:.0} %, passes over memory at {:.0} % of them)",
+            self.tokens_per_second(),
+            task.example_tokens.min(self.tokens),
+            100.0 * self.flops / self.seconds / rates.matrix,
+            if rates.measured { "measured" } else { "assumed" },
+            rates.matrix / 1e12,
+            rates.copy / 1e12,
+            100.0 * MATRIX_SHARE,
+            100.0 * ATTENTION_SHARE,
+            100.0 * COPY_SHARE,
+        )
+    }
+
+    /// `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second", "rates"}`
+    pub fn json(&self, machine: &Machine) -> Json {
+        let terms: serde_json::Map<String, Json> =
+            self.terms.iter().map(|term| (term.what.clone(), term.bytes.into())).collect();
+        let keep: Vec<&str> = self.keep.iter().map(|keep| keep.name()).collect();
+        let mut json = json!({
+            "machine": machine.name, "terms": terms, "bytes": self.bytes(), "memory": self.memory,
+            "tokens": self.tokens, "keep": keep,
+        });
+        if machine.place == Place::Gpu {
+            let rates = &machine.rates;
+            json["tokens_per_second"] = self.tokens_per_second().round().into();
+            json["rates"] = json!({"matrix": rates.matrix, "copy": rates.copy, "measured": rates.measured});
+        }
+        json
+    }
+}

@@ -1,0 +1,219 @@
+//! What a plan promises: bytes that real layers keep, mixes that fit and recompute least, refusals with numbers.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::model::batch::Batch;
+use crate::model::{FourBitCode, LoraOptions, config::Config, family, load, lora, random};
+
+fn facts(config: Value) -> Facts {
+    family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap()
+}
+
+fn phi3_mini() -> Facts {
+    facts(json!({
+        "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "sliding_window": 2047,
+    }))
+}
+
+fn task(facts: Facts, tokens: usize) -> Task {
+    let options = LoraOptions { r: 16, ..LoraOptions::default() };
+    Task {
+        sites: lora::sites(&facts, &options).unwrap().list,
+        facts,
+        quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
+        precision: Precision::Bf16,
+        dropout: false,
+        bf16_checkpoint: true,
+        tokens_min: 512,
+        tokens_max: tokens,
+        example_tokens: 512,
+        keep: None,
+    }
+}
+
+fn gpu(name: &str) -> Machine {
+    card::find(name).unwrap().0.machine(None).unwrap()
+}
+
+fn with_memory(memory: u64) -> Machine {
+    Machine { memory, ..gpu("h200") }
+}
+
+fn gigabytes(term: &str, plan: &Plan) -> f64 {
+    plan.terms.iter().find(|found| found.what.contains(term)).map_or(0.0, |term| term.bytes as f64 / 1e9)
+}
+
+/// By hand: 3.62e9 base weights at 0.516 bytes, 25.2e6 of the pairs at 18, 70 kB a token and layer.
+#[test]
+fn bytes_are_those_of_phi3_mini() {
+    let plan = solve(&task(phi3_mini(), 4096), &gpu("h200")).unwrap();
+    assert_eq!(plan.keep, [Keep::Everything; 32]);
+    assert_eq!(plan.tokens, 4096);
+    assert!((gigabytes("base", &plan) - 1.87).abs() < 0.01, "{plan:?}");
+    assert!((gigabytes("adapter", &plan) - 0.45).abs() < 0.01, "{plan:?}");
+    assert!((gigabytes("expanded", &plan) - 0.10).abs() < 0.01, "{plan:?}");
+    let a_layer_and_token = gigabytes("kept", &plan) * 1e9 / 32.0 / 4096.0;
+    assert!((a_layer_and_token / 70e3 - 1.0).abs() < 0.02, "{a_layer_and_token}");
+}
+
+#[test]
+fn less_memory_recomputes_more_and_always_fits() {
+    let task = Task { tokens_min: 4096, ..task(phi3_mini(), 4096) };
+    let mut last: Option<Plan> = None;
+    for gibibytes in (4..20).rev() {
+        let machine = with_memory(gibibytes << 30);
+        let Ok(plan) = solve(&task, &machine) else {
+            assert!(gibibytes < 5, "{gibibytes} GiB are enough");
+            break;
+        };
+        assert!(plan.bytes() <= machine.memory);
+        if let Some(last) = &last {
+            assert!(plan.tokens_per_second() <= last.tokens_per_second(), "{gibibytes} GiB are faster");
+        }
+        last = Some(plan);
+    }
+    let mixed = solve(&task, &with_memory(8 << 30)).unwrap();
+    assert!(mixed.keep.iter().any(|keep| *keep != mixed.keep[0]), "{}", mixed.choice());
+    // It just fits: not even one layer more could keep everything.
+    let machine = gpu("h200");
+    let solver = Solver::new(&task, &machine);
+    let upgraded = mixed.keep.iter().position(|keep| *keep != Keep::Everything).unwrap();
+    let mut keep = mixed.keep.clone();
+    keep[upgraded] = Keep::Everything;
+    assert!(solver.describe(mixed.tokens, &keep).bytes() > 8 << 30);
+}
+
+/// Against all 625 choices for four layers: at most a sixteenth of a pass slower than the best.
+#[test]
+fn the_mix_is_close_to_the_best_of_all() {
+    let mut small = phi3_mini();
+    small.layers = 4;
+    small.attention.truncate(4);
+    let task = task(small, 2048);
+    let machine = gpu("l4");
+    let solver = Solver::new(&task, &machine);
+    let (most, least) = (
+        solver.describe(2048, &[Keep::Everything; 4]).bytes(),
+        solver.describe(2048, &[Keep::HostInputs; 4]).bytes(),
+    );
+    for sixteenth in 1..16 {
+        let room = least + (most - least) * sixteenth / 16;
+        let found = solver.levels(2048, room).unwrap();
+        let mut best = f64::MAX;
+        for choice in 0..5usize.pow(4) {
+            let keep: Vec<Keep> = (0..4).map(|layer| Keep::ALL[choice / 5usize.pow(layer) % 5]).collect();
+            let plan = solver.describe(2048, &keep);
+            if plan.bytes() <= room {
+                best = best.min(plan.seconds);
+            }
+        }
+        let one_layer = solver.describe(2048, &[Keep::HostInputs; 4]).seconds / 16.0;
+        assert!(found.seconds - best <= one_layer, "{sixteenth}/16: {} against {best}", found.seconds);
+    }
+}
+
+#[test]
+fn a_smaller_plan_follows_until_the_smallest() {
+    let task = task(phi3_mini(), 4096);
+    let machine = gpu("l4");
+    let mut plan = solve(&task, &machine).unwrap();
+    let mut plans = 0;
+    while let Some(next) = next_smaller(&task, &machine, &plan) {
+        assert!(next.bytes() < plan.bytes());
+        (plan, plans) = (next, plans + 1);
+        assert!(plans < 40, "it never ends");
+    }
+    assert_eq!((plan.tokens, plan.keep[0]), (512, Keep::HostInputs));
+    assert!(plans > 3);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_numbers() {
+    let mut task = task(phi3_mini(), 65536);
+    task.tokens_min = 65536;
+    let fault = solve(&task, &with_memory(5 << 30)).unwrap_err();
+    assert_eq!(fault.kind, crate::fault::Kind::Capacity);
+    assert!(fault.message.contains("5.0 GiB may be used of h200"), "{fault}");
+    let help = fault.help.unwrap();
+    assert!(help.contains("max_length") && help.contains("take a larger card: "), "{help}");
+    // What it says would fit does.
+    let fits: usize = help.split("max_length ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    task.tokens_min = fits;
+    solve(&task, &with_memory(5 << 30)).unwrap();
+    task.tokens_min = fits + 1;
+    solve(&task, &with_memory(5 << 30)).unwrap_err();
+}
+
+#[test]
+fn a_given_level_is_taken_and_layers_below_the_adapter_keep_nothing() {
+    let mut task = task(phi3_mini(), 4096);
+    task.keep = Some(Keep::LayerInputs);
+    let plan = solve(&task, &gpu("h200")).unwrap();
+    assert_eq!(plan.keep, [Keep::LayerInputs; 32]);
+    let kept = gigabytes("kept", &plan);
+    task.sites.retain(|site| site.layer >= 16);
+    let half = gigabytes("kept", &solve(&task, &gpu("h200")).unwrap());
+    assert!((half / kept - 0.5).abs() < 1e-6, "{half} of {kept}");
+}
+
+#[test]
+fn a_cpu_keeps_f32_and_moves_nothing_to_itself() {
+    let task = task(phi3_mini(), 4096);
+    let machine = Machine { place: Place::Cpu { threads: 2 }, taken: 0, ..with_memory(64 << 30) };
+    let plan = solve(&task, &machine).unwrap();
+    let on_gpu = solve(&task, &gpu("h200")).unwrap();
+    assert!((gigabytes("kept", &plan) / gigabytes("kept", &on_gpu) - 2.0).abs() < 0.01);
+    assert_eq!(gigabytes("expanded", &plan), 0.0);
+    let tight = Solver::new(&task, &machine).smallest();
+    assert_eq!(tight.keep[0], Keep::LayerInputs);
+}
+
+/// Published figures are for the same shape: 32.6k tokens/s predicted on an H200 with kernels better than ours are.
+#[test]
+fn predictions_are_of_the_right_size() {
+    let rate = |card| solve(&task(phi3_mini(), 4096), &gpu(card)).unwrap().tokens_per_second();
+    assert!((18e3..36e3).contains(&rate("h200")), "{}", rate("h200"));
+    assert!((6e3..13e3).contains(&rate("a100-80")), "{}", rate("a100-80"));
+    assert!((1e3..3e3).contains(&rate("l4")), "{}", rate("l4"));
+}
+
+/// The plan's bytes against the tensors that real layers hold, for plain layers and for those with more norms.
+#[test]
+fn layers_keep_what_the_plan_counts() {
+    let common = json!({
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+    });
+    for family in ["llama", "phi3", "qwen3", "gemma2"] {
+        let mut config = common.clone();
+        config["model_type"] = family.into();
+        if family == "gemma2" {
+            config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        }
+        let facts = facts(config);
+        let folder = tempfile::tempdir().unwrap();
+        random::write(folder.path(), &facts, 3).unwrap();
+        let options = crate::model::Options {
+            folder: folder.path().into(),
+            quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
+            lora: LoraOptions { r: 3, layers: vec![1], ..LoraOptions::default() },
+            precision: Precision::F32,
+        };
+        let silent = crate::report::Report::silent();
+        let mut decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
+        let task = Task { sites: decoder.trainable.sites.clone(), ..task(facts, 64) };
+        let mut batch = Batch::default();
+        batch.push(&[5; 11], &[true; 11], 11, 0);
+        batch.push(&[7; 6], &[true; 6], 6, 1);
+        for keep in Keep::ALL {
+            decoder.keep.fill(keep);
+            let found = decoder.kept_values(&batch).unwrap();
+            let counted: Vec<usize> =
+                (0..2).map(|layer| Parts::of(&task, layer).kept(keep) * batch.rows()).collect();
+            assert_eq!(found, counted, "{family}, {}", keep.name());
+        }
+    }
+}

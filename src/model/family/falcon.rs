@@ -1,0 +1,98 @@
+//! Falcon: attention and feed-forward side by side under LayerNorms, one fused `query_key_value`, ungated GELU.
+//! 7B has one key head and one norm; the new architecture (11B, 40B, 180B) lays its heads by key group and has one
+//! norm or two. The first ones are positioned by ALiBi, which is refused.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::model::rope::{Dialect, Rope};
+use crate::ops::activation::{Activation, Function};
+use crate::ops::attention::{Heads, Layout};
+
+pub fn facts(config: &Config) -> Result<Facts> {
+    super::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;
+    if config.flag("alibi")? {
+        return Err(config.refuse("alibi", "false: rotary positions"));
+    }
+    let width = config.integer("hidden_size")?;
+    let layers = config.integer("num_hidden_layers")?;
+    let inner = config.integer_or_none("ffn_hidden_size")?.unwrap_or(4 * width);
+    let bias = config.flag("bias")?;
+    let heads = heads(config, width)?;
+    let projection = |path, rows, cols| Projection { path, rows, cols, bias };
+    Ok(Facts {
+        family: "falcon",
+        vocab: config.integer("vocab_size")?,
+        width,
+        layers,
+        feed_forward: inner,
+        norm: NormKind {
+            form: NormForm::Layer,
+            eps: config.number_or_none("layer_norm_epsilon")?.unwrap_or(1e-5),
+        },
+        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        ropes: vec![Rope::read(config, heads.width, &Dialect::PLAIN)?],
+        query_growth: None,
+        head_norm: None,
+        query_key_value: vec![projection("self_attention.query_key_value", heads.columns(), width)],
+        output: projection("self_attention.dense", width, width),
+        gate_up: vec![projection("mlp.dense_h_to_4h", inner, width)],
+        activation: Activation {
+            function: super::function(config, "activation", Function::GeluErf)?,
+            gated: false,
+        },
+        down: projection("mlp.dense_4h_to_h", width, inner),
+        parallel: config.flag_or("parallel_attn", true)?,
+        residual_scale: 1.0,
+        embedding_scale: EmbeddingScale::NONE,
+        tied_head: config.flag_or("tie_word_embeddings", true)?,
+        head_bias: false,
+        logits_scale: 1.0,
+        logits_softcap: None,
+        positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(2048),
+        names: names(config)?,
+        aliases: &[],
+    })
+}
+
+/// One key head and the old order are the same columns in either layout; without `multi_query` each head has its
+/// own key and value behind it.
+fn heads(config: &Config, width: usize) -> Result<Heads> {
+    let query = config.integer("num_attention_heads")?;
+    if !width.is_multiple_of(query) {
+        return Err(config.refuse("num_attention_heads", &format!("a divisor of hidden_size {width}")));
+    }
+    let multi_query = config.flag_or("multi_query", true)? && !config.flag("new_decoder_architecture")?;
+    let key = match multi_query {
+        true => 1,
+        false => config.integer_or_none("num_kv_heads")?.unwrap_or(query),
+    };
+    if !query.is_multiple_of(key) {
+        return Err(config.refuse("num_kv_heads", &format!("a divisor of num_attention_heads {query}")));
+    }
+    let head = width / query;
+    let scale = (head as f64).sqrt().recip();
+    Ok(Heads { query, key, width: head, scale, window: None, softcap: None, layout: Layout::Grouped })
+}
+
+fn names(config: &Config) -> Result<Names> {
+    let (new, parallel) = (config.flag("new_decoder_architecture")?, config.flag_or("parallel_attn", true)?);
+    let norms = config.integer_or_none("num_ln_in_parallel_attn")?.unwrap_or(if new { 2 } else { 1 });
+    let (attention, feed_forward) = match (new, parallel, norms) {
+        (true, true, 2) => ("ln_attn", "ln_mlp"),
+        (_, true, 1) => ("input_layernorm", "input_layernorm"),
+        (false, false, _) => ("input_layernorm", "post_attention_layernorm"),
+        (true, false, _) => return Err(config.refuse("parallel_attn", "true with new_decoder_architecture")),
+        (_, true, _) => {
+            return Err(config.refuse("num_ln_in_parallel_attn", "1, or 2 in the new architecture"));
+        }
+    };
+    Ok(Names {
+        embedding: "transformer.word_embeddings.weight",
+        final_norm: "transformer.ln_f",
+        layers: "transformer.h",
+        attention_norm: Some(attention),
+        feed_forward_norm: Some(feed_forward),
+        ..Names::LLAMA
+    })
+}

@@ -1,0 +1,26 @@
+//! Granite 3: Llama's shape with factors on the embeddings, the scores, what the blocks add, and the logits.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{EmbeddingScale, Facts};
+
+use super::split::{self, Biases, Defaults};
+
+pub fn facts(config: &Config) -> Result<Facts> {
+    let defaults = Defaults { positions: 2048, ..Defaults::of("granite", Biases::both(config)?) };
+    let mut facts = split::facts(config, &defaults)?;
+    let scale = factor(config, "attention_multiplier")?;
+    facts.attention.iter_mut().for_each(|attention| attention.heads.scale = scale);
+    facts.embedding_scale =
+        EmbeddingScale { factor: factor(config, "embedding_multiplier")?, rounded: false };
+    facts.residual_scale = factor(config, "residual_multiplier")?;
+    facts.logits_scale = factor(config, "logits_scaling")?.recip();
+    Ok(facts)
+}
+
+fn factor(config: &Config, key: &str) -> Result<f64> {
+    match config.number_or_none(key)?.unwrap_or(1.0) {
+        factor if factor > 0.0 => Ok(factor),
+        _ => Err(config.refuse(key, "a number above 0")),
+    }
+}

@@ -1,0 +1,28 @@
+//! OLMo 2: Llama's shape with norms behind attention and feed-forward instead of before them, and queries and keys
+//! normalised over their whole width.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::{Facts, HeadNorm, Names, Over};
+
+use super::split::{self, Biases, Defaults};
+
+pub fn facts(config: &Config) -> Result<Facts> {
+    let biases = Biases::attention(config)?;
+    let defaults = Defaults { eps: 1e-5, positions: 2048, ..Defaults::of("olmo2", biases) };
+    Ok(Facts {
+        head_norm: Some(HeadNorm {
+            query: "self_attn.q_norm",
+            key: "self_attn.k_norm",
+            over: Over::Projection,
+        }),
+        names: Names {
+            attention_norm: None,
+            attention_post_norm: Some("post_attention_layernorm"),
+            feed_forward_norm: None,
+            feed_forward_post_norm: Some("post_feedforward_layernorm"),
+            ..Names::LLAMA
+        },
+        ..split::facts(config, &defaults)?
+    })
+}

@@ -1,0 +1,37 @@
+//! SmolLM3: Llama's shape; some layers, every fourth by default, have no rope.
+
+use crate::fault::Result;
+use crate::model::config::Config;
+use crate::model::facts::Facts;
+
+use super::split::{self, Biases, Defaults};
+
+pub fn facts(config: &Config) -> Result<Facts> {
+    let biases = Biases::both(config)?;
+    let defaults = Defaults { theta: 2_000_000.0, tied_head: true, ..Defaults::of("smollm3", biases) };
+    let mut facts = split::facts(config, &defaults)?;
+    let turned = turned_layers(config, facts.layers)?;
+    let window = match config.flag("use_sliding_window")? {
+        true => config.integer_or_none("sliding_window")?,
+        false => None,
+    };
+    let sliding = super::sliding_layers(config, facts.layers, |layer| !turned[layer])?;
+    super::set_windows(&mut facts, window, &sliding);
+    for (attention, turned) in facts.attention.iter_mut().zip(turned) {
+        attention.rope = turned.then_some(0);
+    }
+    Ok(facts)
+}
+
+/// `no_rope_layers` has a 1 for a layer with rope, whatever its name says.
+fn turned_layers(config: &Config, layers: usize) -> Result<Vec<bool>> {
+    if !config.has("no_rope_layers") {
+        let interval = config.integer_or_none("no_rope_layer_interval")?.unwrap_or(4);
+        return Ok((1..=layers).map(|layer| !layer.is_multiple_of(interval)).collect());
+    }
+    let list = config.numbers("no_rope_layers")?;
+    if list.len() < layers {
+        return Err(config.refuse("no_rope_layers", &format!("{layers} of 0 and 1")));
+    }
+    Ok(list[..layers].iter().map(|&turned| turned != 0.0).collect())
+}

@@ -1,0 +1,192 @@
+//! KAITO's preset names -> what hone knows of each: hub id and revision, family, artifact, targets, template, context.
+//!
+//! `presets.json` is the catalogue, one entry a line; adding a preset is adding a line. Sources: KAITO at v0.12
+//! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names the
+//! revisions; what neither says is left out, not guessed.
+
+use std::sync::LazyLock;
+
+use serde::{Deserialize, Serialize};
+
+use crate::fault::{Fault, Result};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preset {
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+    /// Repository on the Hugging Face hub.
+    pub hub: String,
+    /// Commit of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// `model_type` of the language model, if hone trains it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// Why it is not trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+    /// Versions of KAITO that tune it; the others only serve it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuned: Option<String>,
+    /// OCI artifact of the weights, as KAITO v0.12 pulls them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<String>,
+    /// What KAITO adapts unless told otherwise; all-linear where its own default fails.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Targets>,
+    /// Whether the tokenizer brings a chat template; without one, name it in ModelConfig.chat_template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<bool>,
+    /// Whether the hub asks for consent and a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gated: Option<bool>,
+    /// Tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Targets {
+    /// `all-linear`
+    Word(String),
+    Names(Vec<String>),
+}
+
+static CATALOGUE: LazyLock<Vec<Preset>> =
+    LazyLock::new(|| serde_json::from_str(include_str!("presets.json")).expect("a test reads it"));
+
+/// Every preset, in the catalogue's order.
+pub fn all() -> &'static [Preset] {
+    &CATALOGUE
+}
+
+/// The preset of a name, an alias or a hub id, in any case; KAITO also takes a hub id's last part.
+pub fn find(name: &str) -> Result<&'static Preset> {
+    let wanted = name.to_lowercase();
+    let found = all().iter().find(|preset| preset.names().any(|known| known == wanted));
+    found.ok_or_else(|| {
+        let fault = Fault::usage(format!("{name:?} is not a preset"));
+        match nearest(&wanted) {
+            Some(near) => fault.help(format!("did you mean {near}?")),
+            None => fault.help(format!(
+                "one of {}",
+                all().iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ")
+            )),
+        }
+    })
+}
+
+fn nearest(wanted: &str) -> Option<&'static str> {
+    let likeness = |preset: &Preset| {
+        preset.names().map(|name| strsim::normalized_damerau_levenshtein(&name, wanted)).fold(0.0, f64::max)
+    };
+    let near = all().iter().map(|preset| (likeness(preset), preset.name.as_str()));
+    near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.6).map(|(_, name)| name)
+}
+
+impl Preset {
+    /// Every name it goes by, in lower case.
+    fn names(&self) -> impl Iterator<Item = String> {
+        let last = self.hub.rsplit('/').next().unwrap_or(&self.hub);
+        let names = [self.name.as_str(), self.hub.as_str(), last];
+        names.into_iter().chain(self.aliases.iter().map(String::as_str)).map(str::to_lowercase)
+    }
+
+    /// Lines of a name and a value, for people.
+    pub fn rows(&self) -> Vec<(&'static str, String)> {
+        let mut rows = vec![("preset", self.name.clone())];
+        if !self.aliases.is_empty() {
+            rows.push(("also", self.aliases.join(", ")));
+        }
+        let revision = self.revision.as_ref().map(|revision| format!(" at {revision}"));
+        rows.push(("hub", self.hub.clone() + &revision.unwrap_or_default()));
+        rows.push(match (&self.family, &self.refused) {
+            (Some(family), _) => ("family", family.clone()),
+            (None, why) => ("family", format!("none: {}", why.as_deref().unwrap_or("not supported"))),
+        });
+        let tuned = self.tuned.as_ref().map_or("only served".into(), |versions| format!("tuned {versions}"));
+        rows.push(("in KAITO", tuned));
+        rows.extend(self.artifact.clone().map(|artifact| ("weights", artifact)));
+        rows.extend(self.target_modules.as_ref().map(|targets| {
+            let text = match targets {
+                Targets::Word(word) => word.clone(),
+                Targets::Names(names) => names.join(", "),
+            };
+            ("target_modules", text)
+        }));
+        rows.extend(self.chat_template.map(|own| {
+            let text = if own {
+                "the tokenizer's"
+            } else {
+                "none: give ModelConfig.chat_template for conversations"
+            };
+            ("chat template", text.into())
+        }));
+        rows.extend(
+            self.gated.filter(|gated| *gated).map(|_| ("access", "gated: consent and a token".into())),
+        );
+        rows.extend(self.context.map(|tokens| ("context", format!("{tokens} tokens"))));
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::family::FAMILIES;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_preset_is_trained_or_refused_with_a_reason_and_no_name_stands_twice() {
+        let mut names = BTreeSet::new();
+        for preset in all() {
+            let own: BTreeSet<String> = preset.names().collect();
+            for name in own {
+                assert!(names.insert(name.clone()), "{name} stands twice");
+            }
+            match (&preset.family, &preset.refused) {
+                (Some(family), None) => {
+                    assert!(FAMILIES.iter().any(|(name, _)| name == family), "{}: {family}", preset.name);
+                    assert!(preset.target_modules.is_some(), "{}", preset.name);
+                }
+                (None, Some(_)) => assert!(preset.tuned.is_none(), "{}", preset.name),
+                _ => panic!("{}: a family or a reason", preset.name),
+            }
+            let revision = preset.revision.as_deref().unwrap_or("0000000000000000000000000000000000000000");
+            assert!(
+                revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit()),
+                "{}",
+                preset.name
+            );
+            assert!(
+                preset
+                    .name
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b))
+            );
+        }
+        assert_eq!(
+            all().iter().filter(|preset| preset.artifact.is_some()).count(),
+            10,
+            "KAITO v0.12 tunes ten"
+        );
+    }
+
+    #[test]
+    fn a_preset_is_found_by_any_of_its_names() {
+        for name in ["phi-4", "Microsoft/phi-4", "PHI-4"] {
+            assert_eq!(find(name).unwrap().name, "phi-4");
+        }
+        assert_eq!(find("mistral-7b-v0.3").unwrap().name, "mistral-7b");
+        assert_eq!(find("microsoft/Phi-3-mini-4k-instruct").unwrap().context, Some(4096));
+        let said = |name: &str| find(name).unwrap_err().to_string();
+        assert_eq!(
+            said("phi-3-mini-4k-instrct"),
+            "\"phi-3-mini-4k-instrct\" is not a preset\n  help: did you mean phi-3-mini-4k-instruct?"
+        );
+        assert!(said("zephyr").contains("one of phi-4, "));
+    }
+}

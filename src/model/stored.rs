@@ -1,0 +1,216 @@
+//! A checkpoint that bitsandbytes has quantised -> its 4-bit weights as they are stored, bit for bit.
+//!
+//! Beside `x.weight` (the codes) stand `x.weight.absmax`, `.quant_map`, with double quantisation `.nested_absmax` and
+//! `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: JSON in bytes. Source: bitsandbytes 0.50,
+//! `functional.QuantState`; transformers writes `quantization_config` into config.json.
+//!
+//! The state's `dtype`, that of the weight before, counts for nothing here: bitsandbytes' forward pass dequantises to
+//! the type of the activations. Its backward pass rounds to `dtype` first, which is no gradient of that forward; hone
+//! takes the same values in both (recorded runs: no step's loss differs by more than 1e-5).
+
+use candle_core::{Device, Tensor};
+use safetensors::Dtype;
+use serde::Deserialize;
+
+use crate::fault::{Fault, Result};
+use crate::ops::four_bit::{self, Absmax, Code, FourBit};
+
+use super::Quantization;
+use super::checkpoint::{Checkpoint, Raw};
+use super::config::Config;
+
+const STATE: &str = "quant_state.bitsandbytes__";
+const ORIGINAL: &str =
+    "take the model it was made from (base_model on its hub page): hone quantises by itself";
+
+/// How the checkpoint is quantised, by `quantization_config`; anything but 4 bits of bitsandbytes is refused.
+pub fn read(config: &Config) -> Result<Option<Quantization>> {
+    let config = config.language_part()?;
+    let Some(section) = config.nonempty_section("quantization_config")? else { return Ok(None) };
+    let method = section.text("quant_method")?.unwrap_or_else(|| "bitsandbytes".into());
+    let eight = section.flag("load_in_8bit")? || section.flag("_load_in_8bit")?;
+    let four = section.flag("load_in_4bit")? || section.flag("_load_in_4bit")?;
+    match (method.as_str(), eight, four) {
+        ("bitsandbytes", false, true) => {
+            let code = match section.text("bnb_4bit_quant_type")?.as_deref() {
+                Some("nf4") => Code::Nf4,
+                None | Some("fp4") => Code::Fp4,
+                Some(_) => return Err(section.refuse("bnb_4bit_quant_type", "nf4 or fp4")),
+            };
+            Ok(Some(Quantization::Stored { code, double: section.flag("bnb_4bit_use_double_quant")? }))
+        }
+        ("bitsandbytes", true, _) => Err(refused("bitsandbytes to 8 bits", ORIGINAL)),
+        ("bitsandbytes", false, false) => Err(section.refuse("load_in_4bit", "true")),
+        ("mxfp4" | "fp8" | "fbgemm_fp8", _, _) => Err(refused(
+            &method,
+            "take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself",
+        )),
+        _ => Err(refused(&method, ORIGINAL)),
+    }
+}
+
+fn refused(by: &str, help: &str) -> Fault {
+    Fault::model(format!(
+        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights or \
+         4-bit ones of bitsandbytes"
+    ))
+    .help(help)
+}
+
+/// Whether a tensor's name is that of a stored weight's companion.
+pub fn is_part(name: &str) -> bool {
+    let Some((_, part)) = name.rsplit_once(".weight.") else { return false };
+    ["absmax", "quant_map", "nested_absmax", "nested_quant_map"].contains(&part) || part.starts_with(STATE)
+}
+
+/// The part of `QuantState` that is not tensors.
+#[derive(Deserialize)]
+struct State {
+    quant_type: String,
+    blocksize: usize,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f64>,
+}
+
+/// The weight [rows, cols] called `name`, if it is stored in 4 bits (`llm_int8_skip_modules` are not).
+pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Option<FourBit>> {
+    let wrong = |what: String| Fault::model(format!("{name}: {what}")).help("download the checkpoint again");
+    let state = [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
+        let raw = checkpoint.raw(&format!("{name}.{STATE}{}", code.name()))?;
+        Some((code, raw))
+    });
+    let Some((code, raw)) = state else { return Ok(None) };
+    let state: State = serde_json::from_slice(raw.bytes)
+        .map_err(|error| wrong(format!("its quantisation state is not read: {error}")))?;
+    if state.shape != [rows, cols] || state.quant_type != code.name() {
+        let (kind, shape) = (&state.quant_type, &state.shape);
+        return Err(wrong(format!(
+            "found {kind} of shape {shape:?}, expected {} {:?}",
+            code.name(),
+            [rows, cols]
+        )));
+    }
+    if !state.blocksize.is_power_of_two() || !(32..=4096).contains(&state.blocksize) {
+        return Err(wrong(format!(
+            "found blocks of {}, expected a power of two from 32 to 4096",
+            state.blocksize
+        )));
+    }
+    let parts = Parts { checkpoint, name };
+    parts.same_map("quant_map", code.values())?;
+    let count = rows * cols;
+    let blocks = count.div_ceil(state.blocksize);
+    // The container of the codes may be any type (`bnb_4bit_quant_storage`).
+    let packed = parts.find("")?.bytes;
+    if packed.len() != count.div_ceil(2) {
+        return Err(wrong(format!("found {} bytes of codes, expected {}", packed.len(), count.div_ceil(2))));
+    }
+    let absmax = match state.nested_offset {
+        None => Absmax::Plain(Tensor::from_vec(parts.floats("absmax", blocks)?, blocks, &Device::Cpu)?),
+        Some(offset) => parts.nested(blocks, &state, offset as f32)?,
+    };
+    let packed = Tensor::from_slice(packed, packed.len(), &Device::Cpu)?;
+    Ok(Some(FourBit { code, rows, cols, block: state.blocksize, packed, absmax }))
+}
+
+/// The tensors that belong to one weight.
+struct Parts<'a> {
+    checkpoint: &'a Checkpoint,
+    name: &'a str,
+}
+
+impl<'a> Parts<'a> {
+    fn find(&self, part: &str) -> Result<Raw<'a>> {
+        let name = if part.is_empty() { self.name.to_owned() } else { format!("{}.{part}", self.name) };
+        self.checkpoint.raw(&name).ok_or_else(|| self.wrong(part, "it is missing"))
+    }
+
+    fn wrong(&self, part: &str, what: &str) -> Fault {
+        Fault::model(format!("{}.{part}: {what}", self.name)).help("download the checkpoint again")
+    }
+
+    fn floats(&self, part: &str, length: usize) -> Result<Vec<f32>> {
+        let values = self.checkpoint.get(&format!("{}.{part}", self.name), &[length])?.to_f32();
+        match values.iter().all(|value| value.is_finite()) {
+            true => Ok(values),
+            false => Err(self.wrong(part, "it holds values that are not finite")),
+        }
+    }
+
+    /// Codes mean what the engine's table says; bitsandbytes itself compares maps to 1e-6.
+    fn same_map(&self, part: &str, expected: &[f32]) -> Result<()> {
+        let found = self.floats(part, expected.len())?;
+        match found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() <= 1e-6) {
+            true => Ok(()),
+            false => Err(self.wrong(part, "its values are not those of bitsandbytes' map")),
+        }
+    }
+
+    fn nested(&self, blocks: usize, state: &State, offset: f32) -> Result<Absmax> {
+        if state.nested_blocksize != Some(four_bit::NESTED_BLOCK) {
+            let found = state.nested_blocksize.map_or("none".into(), |block| block.to_string());
+            return Err(self.wrong("absmax", &format!("found blocks of {found} scales, expected 256")));
+        }
+        self.same_map("nested_quant_map", &four_bit::dynamic_map())?;
+        let codes = self.find("absmax")?;
+        if codes.dtype != Dtype::U8 || codes.shape != [blocks] {
+            let found = format!("found {:?} {:?}, expected U8 {:?}", codes.dtype, codes.shape, [blocks]);
+            return Err(self.wrong("absmax", &found));
+        }
+        let nested = blocks.div_ceil(four_bit::NESTED_BLOCK);
+        Ok(Absmax::Nested {
+            codes: Tensor::from_slice(codes.bytes, blocks, &Device::Cpu)?,
+            absmax: Tensor::from_vec(self.floats("nested_absmax", nested)?, nested, &Device::Cpu)?,
+            offset,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+
+    fn golden(case: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case).join("model")
+    }
+
+    fn config(section: serde_json::Value) -> Config {
+        let json = serde_json::json!({"model_type": "llama", "quantization_config": section});
+        Config::from_json(json.as_object().expect("an object").clone())
+    }
+
+    #[test]
+    fn a_stored_weight_is_taken_as_it_is() {
+        let checkpoint = Checkpoint::open(&golden("llama_stored_nf4")).unwrap();
+        let name = "model.layers.0.mlp.down_proj.weight";
+        let weight = weight(&checkpoint, name, 64, 64).unwrap().expect("stored in 4 bits");
+        assert_eq!((weight.code, weight.block), (Code::Nf4, 64));
+        assert_eq!(weight.packed.to_vec1::<u8>().unwrap(), checkpoint.raw(name).unwrap().bytes);
+        // Quantising its values again finds the same codes.
+        let values = weight.dequantize().unwrap();
+        let again = FourBit::quantize(&values, 64, 64, Code::Nf4, true).unwrap();
+        assert_eq!(again.packed.to_vec1::<u8>().unwrap(), weight.packed.to_vec1::<u8>().unwrap());
+        let embedding = super::weight(&checkpoint, "model.embed_tokens.weight", 512, 64).unwrap();
+        assert!(embedding.is_none());
+        let fault = super::weight(&checkpoint, name, 64, 128).unwrap_err();
+        assert!(fault.message.contains("found nf4 of shape [64, 64]"), "{fault}");
+    }
+
+    #[test]
+    fn what_config_json_says_is_read_and_other_quantisers_are_refused_by_name() {
+        let nf4 = read(&Config::read(&golden("llama_stored_nf4")).unwrap()).unwrap();
+        assert_eq!(nf4, Some(Quantization::Stored { code: Code::Nf4, double: true }));
+        let fp4 = read(&Config::read(&golden("llama_stored_fp4")).unwrap()).unwrap();
+        assert_eq!(fp4, Some(Quantization::Stored { code: Code::Fp4, double: false }));
+        assert_eq!(read(&Config::read(&golden("llama3")).unwrap()).unwrap(), None);
+        for method in ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"] {
+            let fault = read(&config(serde_json::json!({"quant_method": method}))).unwrap_err();
+            assert!(fault.message.contains(&format!("quantised by {method},")), "{fault}");
+            assert!(fault.help.is_some());
+        }
+        let eight = serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
+        assert!(read(&config(eight)).unwrap_err().message.contains("to 8 bits"));
+    }
+}

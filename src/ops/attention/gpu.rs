@@ -1,0 +1,149 @@
+//! The launches of `kernels/attention.cu`: a block for each tile of rows and head.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::Heads;
+use super::packing::{Order, Packing};
+use crate::ops::cuda::{self, Launch};
+use crate::ops::unwritten;
+
+/// The three numbers of a kernel at the end of `kernels/attention.cu`.
+#[derive(Clone, Copy)]
+struct Tiling {
+    /// Warps of a block; of the keys' kernel, pairs of warps.
+    warps: usize,
+    /// Bands of 16 rows that a warp owns.
+    bands: usize,
+    /// Rows of the other side that go through the block at a time.
+    step: usize,
+}
+
+/// Kernels of one padded head width.
+struct Tilings {
+    width: usize,
+    forward: Tiling,
+    query: Tiling,
+    key: Tiling,
+    /// The keys' kernel where a block may have the shared memory for it.
+    key_wide: Option<Tiling>,
+}
+
+impl Tiling {
+    const fn new(warps: usize, bands: usize, step: usize) -> Tiling {
+        Tiling { warps, bands, step }
+    }
+
+    /// Rows that a block owns.
+    fn rows(&self) -> usize {
+        16 * self.bands * self.warps
+    }
+}
+
+/// The narrowest kernels that hold a head.
+fn tilings(dtype: DType, head_width: usize) -> Result<Tilings> {
+    let Some(width) = [32, 64, 96, 128, 256].into_iter().find(|&width| head_width <= width) else {
+        bail!("attention heads of {head_width} columns: the kernels hold 256");
+    };
+    let of = Tiling::new;
+    let (forward, query, key, key_wide) = match (dtype, width) {
+        (DType::BF16, 64) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 64), None),
+        (DType::BF16, 32 | 96) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 32), None),
+        (DType::BF16, 128) => (of(4, 2, 64), of(4, 2, 32), of(4, 1, 32), Some(of(4, 2, 32))),
+        (DType::BF16, _) => (of(4, 1, 64), of(4, 1, 16), of(2, 1, 16), Some(of(4, 1, 32))),
+        (_, 32 | 64 | 96) => (of(4, 1, 32), of(2, 1, 32), of(2, 1, 32), None),
+        (_, 128) => (of(4, 1, 32), of(2, 1, 32), of(2, 1, 16), None),
+        (_, _) => (of(2, 1, 16), of(2, 1, 8), of(1, 1, 8), None),
+    };
+    Ok(Tilings { width, forward, query, key, key_wide })
+}
+
+/// Bytes of `rows` rows of tiles, 16 bytes between them; and what f32 needs to turn a product into the next one's side.
+fn shared_bytes(dtype: DType, width: usize, rows: usize, warps: usize, tiling: Tiling) -> usize {
+    let size = dtype.size_in_bytes();
+    let scratch = if dtype == DType::F32 { warps * 16 * tiling.bands * (tiling.step + 4) * 4 } else { 0 };
+    rows * (width * size + 16) + scratch
+}
+
+/// Keys and values, two stages of queries and their gradients, and what one warp of a pair hands the other.
+fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
+    let handover = key.rows() * key.step * dtype.size_in_bytes();
+    shared_bytes(dtype, width, 2 * key.rows() + 4 * key.step, 2 * key.warps, key) + handover
+}
+
+pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<(Tensor, Tensor)> {
+    let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
+    let out = unwritten((rows, heads.query * heads.width), dtype, qkv.device())?;
+    let lse = unwritten((heads.query, rows), DType::F32, qkv.device())?;
+    let Tilings { width, forward: tiling, .. } = tilings(dtype, heads.width)?;
+    let tiles = packing.tiles_on(qkv.device(), tiling.rows(), Order::Queries)?;
+    let launch = Launch::new(qkv, "attention", &format!("forward_{width}"))?.tensor(qkv).tensor(&out);
+    let launch = launch.of(DType::F32, &lse).of(DType::U32, &tiles);
+    let shared = shared_bytes(dtype, width, tiling.rows() + 2 * tiling.step, tiling.warps, tiling);
+    let grid = (heads.query, tiles.elem_count() / 3, 1);
+    shape(launch, heads, rows, aligned(heads, &[qkv, &out])?).launch(grid, 32 * tiling.warps, shared)?;
+    Ok((out, lse))
+}
+
+pub fn backward(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+) -> Result<Tensor> {
+    let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
+    let d_qkv = unwritten(qkv.shape(), dtype, qkv.device())?;
+    let delta = unwritten((heads.query, rows), DType::F32, qkv.device())?;
+    let aligned = aligned(heads, &[qkv, out, d_out, &d_qkv])?;
+    let Tilings { width, query, key, key_wide, .. } = tilings(dtype, heads.width)?;
+
+    let tiles = packing.tiles_on(qkv.device(), query.rows(), Order::Queries)?;
+    let launch = Launch::new(qkv, "attention", &format!("backward_query_{width}"))?.tensor(qkv);
+    let launch = launch.tensor(out).tensor(d_out).of(DType::F32, lse).of(DType::F32, &delta).tensor(&d_qkv);
+    let shared = shared_bytes(dtype, width, 2 * query.rows() + 3 * query.step, query.warps, query);
+    let grid = (heads.query, tiles.elem_count() / 3, 1);
+    let launch = shape(launch.of(DType::U32, &tiles), heads, rows, aligned);
+    launch.launch(grid, 32 * query.warps, shared)?;
+
+    // Wide tiles make half as many blocks: only where there is a block for each processor all the same.
+    let (shared_max, processors) = cuda::device::block_limits(cuda::device(qkv)?)?;
+    let wide = key_wide.filter(|wide| {
+        let blocks: usize =
+            packing.examples().iter().map(|example| example.len().div_ceil(wide.rows())).sum();
+        key_shared_bytes(dtype, width, *wide) <= shared_max && blocks * heads.key >= processors
+    });
+    let (key, suffix) = wide.map_or((key, ""), |wide| (wide, "_wide"));
+    let tiles = packing.tiles_on(qkv.device(), key.rows(), Order::Keys)?;
+    let launch = Launch::new(qkv, "attention", &format!("backward_key_{width}{suffix}"))?.tensor(qkv);
+    let launch = launch.tensor(d_out).of(DType::F32, lse).of(DType::F32, &delta).tensor(&d_qkv);
+    let shared = key_shared_bytes(dtype, width, key);
+    let grid = (heads.key, tiles.elem_count() / 3, 1);
+    let launch = shape(launch.of(DType::U32, &tiles), heads, rows, aligned);
+    launch.launch(grid, 64 * key.warps, shared)?;
+    Ok(d_qkv)
+}
+
+/// The parameters that all three kernels end with.
+fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned: bool) -> Launch<'a> {
+    assert!(heads.scale > 0.0, "a positive factor keeps the order of scores");
+    assert!(heads.query * rows <= u32::MAX as usize, "rows of all heads are counted in 32 bits");
+    let group = heads.group();
+    let launch = launch.int(rows).int(heads.columns()).int(heads.query).int(group).int(heads.width);
+    // Where each kind's first head is, and how far it is to the next group's.
+    let launch = launch.int(heads.query_at(0)).int(heads.query_at(group) - heads.query_at(0));
+    let launch = launch.int(heads.key_at(0)).int(heads.value_at(0)).int(heads.key_at(1) - heads.key_at(0));
+    let window = heads.window.unwrap_or(usize::MAX).min(i32::MAX as usize);
+    let launch = launch.int(window).float(heads.scale).float(heads.softcap.unwrap_or(0.0));
+    launch.int(aligned as usize)
+}
+
+/// Whether every head of every row begins and ends at a multiple of 16 bytes.
+fn aligned(heads: &Heads, tensors: &[&Tensor]) -> Result<bool> {
+    let mut aligned = true;
+    for tensor in tensors {
+        let piece = 16 / tensor.dtype().size_in_bytes();
+        aligned &= heads.width % piece == 0 && cuda::address(tensor, 0)? % 16 == 0;
+    }
+    Ok(aligned)
+}
