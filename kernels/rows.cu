@@ -1,10 +1,10 @@
 // Rows out of and into a matrix, sums of matrices, and a change of storage type; the twin of src/ops/rows.rs.
 #include "common.cuh"
 
-// Row `blockIdx.x` of one matrix of `width` columns to a row of another.
+// A row of one matrix of `width` columns to a row of another; `aligned` says that both begin at multiples of 16 bytes.
 template <typename T>
-__device__ __forceinline__ void move(const T* from, T* to, int width) {
-    if (width % 8 == 0) {
+__device__ __forceinline__ void move(const T* from, T* to, int width, bool aligned = true) {
+    if (aligned && width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a;
             a.load(from + i);
@@ -45,6 +45,9 @@ __device__ __forceinline__ void convert(const From* x, To* y, unsigned long long
 }
 
 #define FOR(T, type)                                                                                                \
+    extern "C" __global__ void rows_columns_##type(const T* x, T* y, int stride, int width) {                       \
+        move<T>(x + (uint64_t)blockIdx.x * stride, y + (uint64_t)blockIdx.x * width, width, stride % 8 == 0);       \
+    }                                                                                                               \
     extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width) {             \
         move<T>(x + (uint64_t)index[blockIdx.x] * width, y + (uint64_t)blockIdx.x * width, width);                  \
     }                                                                                                               \

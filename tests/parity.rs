@@ -320,7 +320,8 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
         return;
     }
     let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
-    for case in cases() {
+    // Every family and rope; the variants of one family differ in what the CPU's runs show as well.
+    for case in cases().into_iter().filter(|case| !case.folder.starts_with(golden().join("_variants"))) {
         Case { device: device.clone(), ..case }.check(Keep::LayerInputs, Some(300));
     }
 }

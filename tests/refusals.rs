@@ -425,9 +425,9 @@ fn models_of_other_families_are_refused() {
     });
     said += &refused(&experts, "--data data.parquet");
     expect![[r#"
-        error (model, exit code 12): model/config.json: model_type: found "mamba", expected one of llama, phi3
+        error (model, exit code 12): model/config.json: model_type: found "mamba", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
           help: take a model of a supported family
-        error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of llama, phi3
+        error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
           help: mixture-of-experts models cannot be tuned; take a dense model
     "#]].assert_eq(&said);
 }

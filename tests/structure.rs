@@ -27,8 +27,9 @@ const MODELS: [(&str, &str); 14] = [
 ];
 
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
-const JUDGED_ELSEWHERE: [(&str, &str); 14] = [
+const JUDGED_ELSEWHERE: [(&str, &str); 15] = [
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
+    ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
     ("cpu.rs", "access to memory and exp, no operation of its own"),
     ("cuda", "the border to a GPU: every operation compares its kernels with its formula"),

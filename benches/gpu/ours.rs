@@ -49,9 +49,8 @@ fn main() -> Result<()> {
         }
         // `cargo test --all-targets` and `cargo bench` start it without a word.
         _ => {
-            return Ok(println!(
-                "ours parity|speed|random --folder F ...: see the head of benches/gpu/ours.rs"
-            ));
+            println!("ours parity|speed|random --folder F ...: see the head of benches/gpu/ours.rs");
+            return Ok(());
         }
     };
     match flag("--out", "").as_str() {
@@ -178,14 +177,17 @@ fn speed(folder: &Path, workloads: &str, warm: usize, device: &Device) -> Result
 fn measure(decoder: &mut Decoder, steps: &[Vec<Example>], warm: usize, device: &Device) -> Result<Value> {
     memory::begin(device)?;
     let done = train(decoder, steps, 2e-5)?;
-    // From one step's metrics to the next one's.
-    let seconds: Vec<f64> = done.windows(2).map(|pair| pair[1].seconds - pair[0].seconds).collect();
-    let timed = &seconds[warm.saturating_sub(1).min(seconds.len() - 1)..];
+    // From one step's metrics to the next one's. Metrics come a step late and the last two together, so the last is left out.
+    let counted = &done[..done.len() - 1];
+    let seconds: Vec<f64> = counted.windows(2).map(|pair| pair[1].seconds - pair[0].seconds).collect();
+    let timed = seconds.get(warm.saturating_sub(1)..).filter(|timed| !timed.is_empty());
+    let timed =
+        timed.ok_or_else(|| format!("{} steps are too few after {warm} that are not timed", done.len()))?;
     let mut ordered = timed.to_vec();
     ordered.sort_by(f64::total_cmp);
     let median = (ordered[(ordered.len() - 1) / 2] + ordered[ordered.len() / 2]) / 2.0;
     let tokens: usize = steps[0].iter().map(|example| example.ids.len()).sum();
-    let launches = match done.as_slice() {
+    let launches = match counted {
         [.., before, last] => last.launches.zip(before.launches).map(|(last, before)| last - before),
         _ => None,
     };

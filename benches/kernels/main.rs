@@ -48,7 +48,7 @@ fn main() -> candle_core::Result<()> {
     let only = value("--only");
     let wanted = |case: &case::Case| only.as_ref().is_none_or(|only| case.name.contains(only.as_str()));
     let mut results = serde_json::json!({ "seed": seed, "cases": [] });
-    let mut keep = |results: &mut serde_json::Value, found: serde_json::Value| {
+    let keep = |results: &mut serde_json::Value, found: serde_json::Value| {
         println!("{found}");
         results["cases"].as_array_mut().expect("a list").push(found);
         match value("--out") {

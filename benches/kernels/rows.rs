@@ -251,7 +251,7 @@ fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
     };
     let device = gpu.device.clone();
     let whole = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64);
-    let on_cpu = run.clone();
+    let on_cpu = run;
     Case {
         name: format!("adamw, {}", shape.name),
         // The norm reads the gradient once more.
@@ -261,8 +261,10 @@ fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
         make: Box::new(move || {
             let gpu = Gpu { device: device.clone(), dtype: DType::F32, small: false };
             let random = |deviation| gpu.random_f32(parameters, deviation);
-            // Second moments are squares.
-            Ok(vec![random(1.0)?, random(1.0)?, random(0.1)?, random(0.1)?.sqr()?].into())
+            // Second moments are positive.
+            let second: Vec<f32> = (0..parameters).map(|i| (i * 7919 % 1021) as f32 * 1e-5).collect();
+            let second = Tensor::from_vec(second, parameters, &gpu.device)?;
+            Ok(vec![random(1.0)?, random(1.0)?, random(0.1)?, second].into())
         }),
         run: Box::new(run),
         judge: Box::new(move |inputs, outputs| {

@@ -59,7 +59,7 @@ impl HeadNorm {
     /// Normalises queries and keys of qkv [T, (H + 2K) * D], blocked, in place; returns what they were,
     /// [T, (H + K) * D].
     pub fn forward(&self, qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
-        let raw = qkv.narrow(1, 0, (heads.query + heads.key) * heads.width)?.force_contiguous()?;
+        let raw = rows::columns(qkv, (heads.query + heads.key) * heads.width)?;
         for (groups, weight) in self.parts(heads) {
             head_norm::forward(qkv, groups, weight, self.eps)?;
         }

@@ -140,8 +140,7 @@ impl Real for f32 {
     /// the true value, and relative to it below. Vector code, as `exp` is: both forms, then a choice.
     #[inline(always)]
     fn tanh(self) -> f32 {
-        const P: [f32; 5] =
-            [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1];
+        const P: [f32; 5] = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
         let (size, square) = (self.abs(), self * self);
         let near = (polynomial(square, &P) * square).mul_add(self, self);
         let far = (1.0 - 2.0 / (Real::exp(2.0 * size) + 1.0)).copysign(self);
@@ -158,7 +157,7 @@ impl Real for f32 {
             -2.685_381_2e-2,
             1.128_358_5e-1,
             -3.761_262_6e-1,
-            1.128_379_2,
+            std::f32::consts::FRAC_2_SQRT_PI,
         ];
         const FAR: [f32; 5] = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
         let (size, square) = (self.abs(), self * self);

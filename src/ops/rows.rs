@@ -40,6 +40,15 @@ pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
     })
 }
 
+/// The first `width` columns of x [T, C], [T, width], in memory of their own.
+pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::columns(x, width);
+    }
+    x.narrow(1, 0, width)?.force_contiguous()
+}
+
 /// `x += y` in place, same shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     assert_eq!(x.dims(), y.dims(), "shapes of a sum");
@@ -94,6 +103,15 @@ mod gpu {
         launch.int(width).launch((index.elem_count(), 1, 1), 128, 0)
     }
 
+    pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
+        let (rows, stride) = x.dims2()?;
+        assert!(width <= stride, "{width} columns of {stride}");
+        let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+        let launch = Launch::new(x, "rows", "columns")?.tensor(x).tensor(&y).int(stride).int(width);
+        launch.launch((rows, 1, 1), 128, 0)?;
+        Ok(y)
+    }
+
     pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
         let count = x.elem_count();
         let launch = Launch::new(x, "rows", "add")?.tensor(x).tensor(y).long(count as u64);
@@ -123,6 +141,8 @@ mod tests {
                 let picked = gather(&gpu.put(&x)?, &index)?;
                 gpu.same(&picked, &gather(&x, &index)?)?;
                 gpu.same(&scatter(&picked, &index, rows)?, &scatter(&gather(&x, &index)?, &index, rows)?)?;
+                let half = width.div_ceil(2);
+                gpu.same(&columns(&gpu.put(&x)?, half)?, &columns(&x, half)?)?;
                 let sum = gpu.put(&x)?;
                 add(&sum, &gpu.put(&y)?)?;
                 gpu.same(&sum, &(x.as_tensor() + y.as_tensor())?)?;

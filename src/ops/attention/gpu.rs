@@ -143,7 +143,7 @@ fn aligned(heads: &Heads, tensors: &[&Tensor]) -> Result<bool> {
     let mut aligned = true;
     for tensor in tensors {
         let piece = 16 / tensor.dtype().size_in_bytes();
-        aligned &= heads.width % piece == 0 && cuda::address(tensor, 0)? % 16 == 0;
+        aligned &= heads.width.is_multiple_of(piece) && cuda::address(tensor, 0)?.is_multiple_of(16);
     }
     Ok(aligned)
 }

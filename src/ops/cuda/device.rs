@@ -34,7 +34,7 @@ pub fn open(number: usize) -> Result<Device> {
     usable(number)?;
     let failed = |error: candle_core::Error| {
         Fault::new(Kind::Device, format!("cuda:{number}: {error}"))
-            .help("hone needs the CUDA 13 libraries libcublas, libcublasLt and libcurand: name their folders in HONE_CUDA_LIBS")
+            .help("hone needs CUDA 13's libcublas and libcublasLt: name their folders in HONE_CUDA_LIBS")
     };
     let device = Device::new_cuda_with_stream(number).map_err(failed)?;
     let cuda = device.as_cuda_device().map_err(failed)?;
