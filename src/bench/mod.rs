@@ -168,13 +168,13 @@ fn train(
         ids: (0..length).map(|i| token(step, at, i) % vocab).collect(),
         supervised: vec![true; length],
     };
-    let examples: Vec<Example> = (0..steps)
+    let examples: Vec<Example> = (0..=steps)
         .flat_map(|step| lengths.iter().enumerate().map(move |(at, length)| example(step, at, *length)))
         .collect();
     let train_options = train::Options {
         learning_rate: 1e-4,
         batch_examples: lengths.len(),
-        steps_max: Some(steps as u64),
+        steps_max: Some(steps as u64 + 1),
         packing: Some(options.tokens),
         order_seed: None,
         logging: Every::Steps(1),
@@ -191,6 +191,8 @@ fn train(
     };
     let data = Data { train: &examples, evaluation: &[] };
     train::run(decoder, data, &train_options, Some(memory), None, report, &mut log)?;
+    // A GPU's steps are logged while the next one runs, the last two together: the one too many is not counted.
+    marks.truncate(steps);
     let counted = &marks[options.warmup.max(1) - 1..];
     let mut seconds: Vec<f64> =
         counted.windows(2).map(|pair| (pair[1].0 - pair[0].0).as_secs_f64()).collect();

@@ -21,7 +21,11 @@ pub enum Order {
 
 impl Packing {
     pub fn new(examples: Vec<Range<usize>>) -> Packing {
-        Packing { examples, ..Packing::default() }
+        Packing {
+            examples,
+            #[cfg(feature = "cuda")]
+            tiles: Default::default(),
+        }
     }
 
     /// Rows of each example.
