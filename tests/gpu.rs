@@ -99,3 +99,106 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     }
     assert!(found.last() < found.first(), "{found:?}");
 }
+
+/// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: what was asked of the device since the program began.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    launches: u64,
+    products: u64,
+    allocations: u64,
+    frees: u64,
+    live_bytes: u64,
+    peak_bytes: u64,
+    host_synchronizations: u64,
+    device_to_host_copies: u64,
+    device_to_host_bytes: u64,
+    host_to_device_copies: u64,
+    host_to_device_bytes: u64,
+    device_to_device_copies: u64,
+    fills: u64,
+    events: u64,
+}
+
+/// `None` where the driver is a real one.
+fn asked() -> Option<Asked> {
+    type Read = extern "C" fn(*mut Asked, usize) -> usize;
+    // SAFETY: a name is looked up among the loaded libraries; the function of that name has this type.
+    let read = unsafe {
+        let found = libc::dlsym(libc::RTLD_DEFAULT, c"hone_fake_gpu_stats".as_ptr());
+        std::mem::transmute::<*mut libc::c_void, Option<Read>>(found)
+    }?;
+    let mut asked = Asked::default();
+    assert_eq!(read(&mut asked, size_of::<Asked>()), size_of::<Asked>(), "statistics.h has the same fields");
+    Some(asked)
+}
+
+/// Steps of one shape: every launch, copy and wait of a step is there for a reason that somebody can tell. The program
+/// of this test must do nothing else meanwhile: it is a process of its own.
+#[test]
+fn what_a_step_asks_of_the_device() {
+    if std::env::var_os("HONE_COUNT_A_STEP").is_none() {
+        // The counts are of the whole process, and other tests run in this one.
+        let itself = std::env::current_exe().unwrap();
+        let counted = std::process::Command::new(itself)
+            .args(["--exact", "what_a_step_asks_of_the_device", "--nocapture"])
+            .env("HONE_COUNT_A_STEP", "1")
+            .output()
+            .unwrap();
+        print!("{}", String::from_utf8_lossy(&counted.stdout));
+        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+        return;
+    }
+    let Some(gpu) = gpu() else { return };
+    if asked().is_none() {
+        return;
+    }
+    let mut decoder = decoder("llama3", &gpu, Precision::Bf16, 0.0);
+    let vocab = decoder.facts.vocab as u32;
+    let example = |at: u32| Example {
+        ids: (0..32).map(|i| (i * 37 + at * 11) % vocab).collect(),
+        supervised: vec![true; 32],
+    };
+    let examples: Vec<Example> = (0..12).map(example).collect();
+    let options = train::Options {
+        batch_examples: 2,
+        steps_max: Some(6),
+        packing: Some(64),
+        order_seed: None,
+        logging: Every::Steps(1),
+        ..train::Options::default()
+    };
+    let mut marks = Vec::new();
+    let mut log = |_: &Metric| {
+        marks.push(asked().expect("it was there before"));
+        Ok(())
+    };
+    let data = train::Data { train: &examples, evaluation: &[] };
+    train::run(&mut decoder, data, &options, None, None, &Report::silent(), &mut log).unwrap();
+    // The third step's line is written when the fourth has been asked for: between two such lines lies one step.
+    let (before, after) = (marks[2], marks[3]);
+    let found = [
+        // A layer: norms, rope, attention, activation, seven weights expanded, and the same backwards.
+        ("launches", after.launches - before.launches, 65),
+        // Each of a layer's seven linear layers: three forward (base, A, B), five backward (base, B, A and their gradients);
+        // the head's two. The lowest layer's first three need no gradient of their input.
+        ("products", after.products - before.products, 108),
+        // The numbers of the step before.
+        ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
+        // Loss, norm of the gradient, norm of the parameters.
+        ("copies to the host", after.device_to_host_copies - before.device_to_host_copies, 3),
+        ("bytes to the host", after.device_to_host_bytes - before.device_to_host_bytes, 24),
+        // Ids, positions, rows, targets, dropout's keys, tiles of attention.
+        ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 10),
+        (
+            "allocations not freed",
+            (after.allocations - before.allocations).abs_diff(after.frees - before.frees),
+            0,
+        ),
+        ("peak bytes", after.peak_bytes, 1_527_944),
+    ];
+    assert_eq!(decoder.layers.len(), 2);
+    for (what, found, expected) in found {
+        assert_eq!(found, expected, "{what}");
+    }
+}
