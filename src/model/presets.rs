@@ -2,7 +2,8 @@
 //!
 //! `presets.json` is the catalogue, one entry a line; adding a preset is adding a line. Sources: KAITO at v0.12
 //! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names the
-//! revisions; what neither says is left out, not guessed.
+//! revisions; what neither says is left out. `context`, `chat_template` and `gated` are as the models' own pages have
+//! them; nothing rests on these three but what is shown.
 
 use std::sync::LazyLock;
 
