@@ -208,9 +208,22 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// Tensor code only fails by a defect of ours: shapes and types were checked when the model was read.
+/// Tensor code only fails by a defect of ours, since shapes and types were checked when the model was read, or because a
+/// GPU's memory is full or the GPU itself fails, which another one may not.
 impl From<candle_core::Error> for Fault {
     fn from(error: candle_core::Error) -> Fault {
+        let text = format!("{error:?}");
+        let said = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        // Of the driver's answers these tell of a wrong call, not of the device.
+        let ours = ["INVALID_VALUE", "INVALID_HANDLE", "NOT_FOUND", "INVALID_CONTEXT"];
+        if said(&["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"]) {
+            return Fault::capacity(format!("the GPU's memory is full: {error}"))
+                .help("lower TrainingArguments.max_length, or take a GPU with more memory");
+        }
+        if said(&["CUDA_ERROR_", "CUBLAS_STATUS_"]) && !said(&ours) {
+            return Fault::new(Kind::Device, format!("the GPU failed: {error}"))
+                .help("start it again: it continues from its newest checkpoint; on the same node twice, look at nvidia-smi");
+        }
         Fault::internal(format!("tensor operation failed: {error}"))
     }
 }
@@ -218,6 +231,16 @@ impl From<candle_core::Error> for Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpus_failure_is_told_from_a_defect() {
+        let kind = |text: &str| Fault::from(candle_core::Error::Msg(text.into())).kind;
+        assert_eq!(kind("DriverError(CUDA_ERROR_OUT_OF_MEMORY, ..)"), Kind::Capacity);
+        assert_eq!(kind("DriverError(CUDA_ERROR_ECC_UNCORRECTABLE, ..)"), Kind::Device);
+        assert_eq!(kind("product 2 x 3: CUBLAS_STATUS_EXECUTION_FAILED"), Kind::Device);
+        assert_eq!(kind("DriverError(CUDA_ERROR_NOT_FOUND, ..)"), Kind::Internal);
+        assert_eq!(kind("shape mismatch"), Kind::Internal);
+    }
 
     #[test]
     fn codes_are_distinct_and_avoid_what_shells_and_kubelet_use() {
