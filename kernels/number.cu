@@ -2,7 +2,7 @@
 // does not depend on the GPU's size, nor on how its blocks were scheduled.
 #include "common.cuh"
 
-// Sum over the block; thread 0 gets it. blockDim.x is a power of two, at most 1024.
+// Sum over the block; every thread gets it. blockDim.x is a power of two, at most 1024.
 __device__ __forceinline__ double block_total(double x) {
     SHARED_ARRAY(double, parts, 1024);
     parts[threadIdx.x] = x;
@@ -10,6 +10,7 @@ __device__ __forceinline__ double block_total(double x) {
         __syncthreads();
         if ((int)threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
     }
+    __syncthreads();
     return parts[0];
 }
 

@@ -83,7 +83,7 @@ pub struct HeadNorm {
 /// What is normalised together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Over {
-    /// Each head, all with one weight [D].
+    /// Each head, all with one weight `[D]`.
     Head,
     /// The whole projection, weights [H * D] and [K * D] (OLMo 2).
     Projection,

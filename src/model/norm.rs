@@ -47,7 +47,7 @@ pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Re
     }
 }
 
-/// Norms of queries and keys: weights of a head [D], or of the whole projection.
+/// Norms of queries and keys: weights of a head `[D]`, or of the whole projection.
 #[derive(Clone, Debug)]
 pub struct HeadNorm {
     pub query: Tensor,
