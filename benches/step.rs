@@ -9,6 +9,7 @@ use std::time::Instant;
 use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization};
 use hone::model::{batch::Batch, config::Config, family, load, random};
 use hone::ops::adamw::{self, Moments, Update};
+use hone::ops::number::Number;
 use hone::ops::{flat, gemm};
 use hone::report::Report;
 
@@ -66,7 +67,7 @@ fn main() {
         losses.push(
             decoder.forward_backward(&batch, scale).and_then(|loss| loss.value()).expect("a step") * scale,
         );
-        let norm = adamw::sum_of_squares(&trainable.grads).expect("norm").sqrt();
+        let squares = Number::squares(&trainable.grads).expect("norm");
         let update = Update {
             learning_rate: 1e-4,
             beta1: 0.9,
@@ -74,9 +75,10 @@ fn main() {
             epsilon: 1e-8,
             weight_decay: 0.0,
             step: step as u64 + 1,
-            gradient_scale: (1.0 / (norm + 1e-6)).min(1.0),
+            norm_max: Some(1.0),
         };
-        adamw::step(&trainable.params, &trainable.grads, &moments, &update).expect("an update");
+        let (params, grads) = (&trainable.params, &trainable.grads);
+        adamw::step(params, grads, &moments, &update, &squares, None).expect("an update");
         seconds.push(began.elapsed().as_secs_f64());
     }
     let mut counted = seconds[1..].to_vec();

@@ -105,30 +105,12 @@ struct Scales {
     }
 };
 
-// What a value is rounded to before its own type: the type that the weight had where it was stored in 4 bits.
-struct Itself {
-    static __device__ __forceinline__ float round(float x) { return x; }
-};
-struct ThroughBf16 {
-    static __device__ __forceinline__ float round(float x) { return widen(narrow<bf16>(x)); }
-};
-struct ThroughF16 {
-    // To nearest, ties to even: ten bits of fraction, or steps of 2^-24 below 2^-14.
-    static __device__ __forceinline__ float round(float x) {
-        const uint32_t bits = __float_as_uint(x), size = bits & 0x7fffffffu;
-        const uint32_t rounded = (size + 0xfffu + (size >> 13 & 1u)) & 0xffffe000u;
-        const uint32_t small = __float_as_uint(__fsub_rn(__fadd_rn(__uint_as_float(size), 0.5f), 0.5f));
-        const uint32_t finite = size < 0x38800000u ? small : rounded;
-        return __uint_as_float((bits & 0x80000000u) | (finite >= 0x47800000u ? 0x7f800000u : finite));
-    }
-};
-
 // A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four loads in
 // flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide. Reads are let go
 // from the cache at once; what is written stays there, since the product that follows reads it.
 constexpr int GROUPS = 4;
 
-template <typename T, typename Through>
+template <typename T>
 __device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t* codes, const float* absmax,
                                            float offset, T* out, unsigned long long n, int width_log2, int code) {
     SHARED_ARRAY(float, values, 16);
@@ -154,13 +136,13 @@ __device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t*
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
-                eight.v[i] = Through::round(__fmul_rn(values[words[j] >> shift & 15], scale));
+                eight.v[i] = __fmul_rn(values[words[j] >> shift & 15], scale);
             }
             eight.store(out + from);
         } else {
             for (unsigned long long i = from; i < n; ++i) {
                 const float value = __fmul_rn(values[packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15], scale);
-                out[i] = narrow<T>(Through::round(value));
+                out[i] = narrow<T>(value);
             }
         }
     }
@@ -175,14 +157,11 @@ FROM(F32, f32)
 FROM(Bf16, bf16)
 FROM(F16, f16)
 
-#define INTO(T, Through, name)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                                \
-        four_bit_##name(const uint8_t* packed, const uint8_t* codes, const float* absmax, float offset, T* out,      \
-                        unsigned long long n, int width_log2, int code) {                                            \
-        dequantize<T, Through>(packed, codes, absmax, offset, out, n, width_log2, code);                             \
+#define INTO(T, type)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                           \
+        four_bit_dequantize_##type(const uint8_t* packed, const uint8_t* codes, const float* absmax,            \
+                                   float offset, T* out, unsigned long long n, int width_log2, int code) {      \
+        dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code);                                 \
     }
-INTO(float, Itself, dequantize_f32)
-INTO(bf16, Itself, dequantize_bf16)
-INTO(float, ThroughBf16, dequantize_through_bf16_f32)
-INTO(float, ThroughF16, dequantize_through_f16_f32)
-INTO(bf16, ThroughF16, dequantize_through_f16_bf16)
+INTO(float, f32)
+INTO(bf16, bf16)

@@ -9,11 +9,13 @@ use serde_json::{Value as Json, json};
 use crate::adapter::serving;
 use crate::dataset::Tokenizer;
 use crate::fault::{Fault, Result};
+use crate::memory::{self, Task, card};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::Config;
 use crate::model::facts::{Facts, NormForm};
 use crate::model::rope::{Rope, Scaling};
-use crate::model::{LoraOptions, Quantization, family, load, lora, stored};
+use crate::model::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family, load, lora, stored};
+use crate::ops::four_bit::FourBit;
 
 /// Sequence lengths of the memory estimate.
 const TOKENS: [usize; 3] = [1024, 4096, 16384];
@@ -67,12 +69,12 @@ pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
     })
 }
 
-/// Bytes for training at a sequence length.
+/// Bytes of a GPU for training with passes of so many tokens.
 struct Memory {
     tokens: usize,
     /// With every intermediate kept, and with layer inputs only.
-    everything: usize,
-    layer_inputs: usize,
+    everything: u64,
+    layer_inputs: u64,
 }
 
 impl Inspection {
@@ -82,12 +84,12 @@ impl Inspection {
         rows.push(("LoRA sites", self.site_text()));
         rows.extend(self.sites.renamed.iter().map(|(from, to)| ("", format!("{from} is part of {to}"))));
         rows.extend(self.memory().iter().enumerate().map(|(i, memory)| {
-            let name = if i == 0 { "memory, about" } else { "" };
+            let name = if i == 0 { "memory of a GPU" } else { "" };
             let text = format!(
                 "{} at {} tokens a pass; {} with gradient_checkpointing",
-                size(memory.everything),
+                size(memory.everything as usize),
                 memory.tokens,
-                size(memory.layer_inputs)
+                size(memory.layer_inputs as usize)
             );
             (name, text)
         }));
@@ -224,31 +226,35 @@ impl Inspection {
         })
     }
 
-    /// Codes and twice quantised scales of all linear layers.
+    /// Codes and scales of all linear layers, as they are or as `load_in_4bit` with double quantisation makes them.
     fn four_bit_bytes(&self) -> usize {
-        let count: usize = self.facts.projections().map(|p| p.rows * p.cols).sum();
-        let (blocks, layers) = (count.div_ceil(64), self.facts.layers);
-        layers * (count.div_ceil(2) + blocks + blocks.div_ceil(256) * 4)
+        let double = !matches!(self.stored, Some(Quantization::Stored { double: false, .. }));
+        let layer: usize = self.facts.projections().map(|p| FourBit::bytes_of(p.rows, p.cols, double)).sum();
+        self.facts.layers * layer
     }
 
-    /// Weights in 4 bits, the rest in two bytes; LoRA with gradient and moments in f32; what layers keep in f32, with
-    /// checkpointing their inputs and one layer computed again. A first figure, not a plan: no scratch, no logits.
+    /// By the memory plan, of a 4-bit base trained in bf16; the same on every card.
     fn memory(&self) -> Vec<Memory> {
-        let facts = &self.facts;
-        let linear: usize = facts.layers * facts.projections().map(|p| p.rows * p.cols).sum::<usize>();
-        let base = self.four_bit_bytes() + 2 * (facts.parameters() - linear) + 16 * self.sites.parameters();
-        let rows = |list: &[crate::model::facts::Projection]| list.iter().map(|p| p.rows).sum::<usize>();
-        let layer = 4 * facts.width
-            + rows(&facts.query_key_value)
-            + facts.output.cols
-            + rows(&facts.gate_up)
-            + facts.down.cols;
-        let memory = |tokens: usize| Memory {
-            tokens,
-            everything: base + 4 * tokens * facts.layers * layer,
-            layer_inputs: base + 4 * tokens * (facts.layers * facts.width + layer),
+        let (card, _) = card::find("h200").expect("it is in the table");
+        let gpu = card.machine(None).expect("it computes in bf16");
+        let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
+        let task = |tokens: usize| Task {
+            facts: self.facts.clone(),
+            sites: self.sites.list.clone(),
+            quantization: self.stored.unwrap_or(quantization),
+            precision: Precision::Bf16,
+            dropout: false,
+            bf16_checkpoint: true,
+            tokens_min: tokens,
+            tokens_max: tokens,
+            example_tokens: tokens,
+            keep: None,
         };
-        TOKENS.map(memory).into()
+        let needed = |tokens: usize| {
+            let bytes = |keep| memory::needed(&task(tokens), &gpu, tokens, keep);
+            Memory { tokens, everything: bytes(Keep::Everything), layer_inputs: bytes(Keep::LayerInputs) }
+        };
+        TOKENS.map(needed).into()
     }
 }
 

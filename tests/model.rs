@@ -16,24 +16,24 @@ fn told(golden: &str, arguments: &[&str]) -> String {
 #[test]
 fn a_folder_is_understood() {
     expect![[r#"
-        model          model
-        family         llama
-        parameters     590464
-        layers         2 of width 128, feed-forward 320
-        heads          8 of queries, 2 of keys, of width 16
-        window         none
-        rope           theta 500000, llama3, factor 8 over 64 tokens, 16 of a head
-        norms          RMS, eps 1e-5
-        head           its own
-        context        512 tokens
-        vocabulary     1024 ids
-        chat template  the tokenizer's
-        weights        1.2 MB, bfloat16 by config.json
-        in 4 bits      14 linear layers with load_in_4bit (double): 169.0 kB; the rest as stored
-        LoRA sites     14 of rank 8, 34816 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory, about  15.9 MB at 1024 tokens a pass; 9.6 MB with gradient_checkpointing
-                       60.0 MB at 4096 tokens a pass; 34.8 MB with gradient_checkpointing
-                       236.1 MB at 16384 tokens a pass; 135.5 MB with gradient_checkpointing
+        model            model
+        family           llama
+        parameters       590464
+        layers           2 of width 128, feed-forward 320
+        heads            8 of queries, 2 of keys, of width 16
+        window           none
+        rope             theta 500000, llama3, factor 8 over 64 tokens, 16 of a head
+        norms            RMS, eps 1e-5
+        head             its own
+        context          512 tokens
+        vocabulary       1024 ids
+        chat template    the tokenizer's
+        weights          1.2 MB, bfloat16 by config.json
+        in 4 bits        14 linear layers with load_in_4bit (double): 169.1 kB; the rest as stored
+        LoRA sites       14 of rank 8, 34816 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        memory of a GPU  674.0 MB at 1024 tokens a pass; 671.5 MB with gradient_checkpointing
+                         703.6 MB at 4096 tokens a pass; 693.8 MB with gradient_checkpointing
+                         822.0 MB at 16384 tokens a pass; 783.1 MB with gradient_checkpointing
     "#]].assert_eq(&told("llama3", &[]));
 }
 
@@ -41,26 +41,26 @@ fn a_folder_is_understood() {
 fn fused_modules_windows_and_chosen_targets() {
     let targets = ["--target-modules", "q_proj,k_proj,o_proj", "--rank", "32"];
     expect![[r#"
-        model          model
-        family         phi3
-        parameters     590464
-        layers         2 of width 128, feed-forward 256
-        heads          8 of queries, 8 of keys, of width 16
-        window         40 tokens
-        rope           theta 10000, plain, 16 of a head
-        norms          RMS, eps 1e-5
-        head           its own
-        context        4096 tokens
-        vocabulary     1024 ids
-        chat template  the tokenizer's
-        weights        1.2 MB, bfloat16 by config.json
-        in 4 bits      8 linear layers with load_in_4bit (double): 169.0 kB; the rest as stored
-        LoRA sites     4 of rank 32, 49152 parameters: self_attn.qkv_proj, self_attn.o_proj
-                       q_proj is part of qkv_proj
-                       k_proj is part of qkv_proj
-        memory, about  16.2 MB at 1024 tokens a pass; 9.9 MB with gradient_checkpointing
-                       60.2 MB at 4096 tokens a pass; 35.0 MB with gradient_checkpointing
-                       236.4 MB at 16384 tokens a pass; 135.7 MB with gradient_checkpointing
+        model            model
+        family           phi3
+        parameters       590464
+        layers           2 of width 128, feed-forward 256
+        heads            8 of queries, 8 of keys, of width 16
+        window           40 tokens
+        rope             theta 10000, plain, 16 of a head
+        norms            RMS, eps 1e-5
+        head             its own
+        context          4096 tokens
+        vocabulary       1024 ids
+        chat template    the tokenizer's
+        weights          1.2 MB, bfloat16 by config.json
+        in 4 bits        8 linear layers with load_in_4bit (double): 169.1 kB; the rest as stored
+        LoRA sites       4 of rank 32, 49152 parameters: self_attn.qkv_proj, self_attn.o_proj
+                         q_proj is part of qkv_proj
+                         k_proj is part of qkv_proj
+        memory of a GPU  674.2 MB at 1024 tokens a pass; 671.6 MB with gradient_checkpointing
+                         703.5 MB at 4096 tokens a pass; 693.1 MB with gradient_checkpointing
+                         820.7 MB at 16384 tokens a pass; 779.3 MB with gradient_checkpointing
 
         warnings:
           rank 32: vLLM serves ranks up to 16 unless told --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
@@ -70,48 +70,48 @@ fn fused_modules_windows_and_chosen_targets() {
 #[test]
 fn a_checkpoint_that_is_quantised_already() {
     expect![[r#"
-        model          model
-        family         llama
-        parameters     82240
-        layers         2 of width 64, feed-forward 64
-        heads          4 of queries, 2 of keys, of width 16
-        window         none
-        rope           theta 10000, plain, 16 of a head
-        norms          RMS, eps 1e-5
-        head           tied
-        context        2048 tokens
-        vocabulary     512 ids
-        chat template  the tokenizer's
-        weights        109.1 kB, bfloat16 by config.json
-        in 4 bits      14 linear layers already, by bitsandbytes (nf4, scales too): 25.4 kB
-        LoRA sites     12 of rank 8, 11776 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory, about  5.5 MB at 1024 tokens a pass; 3.4 MB with gradient_checkpointing
-                       21.3 MB at 4096 tokens a pass; 12.9 MB with gradient_checkpointing
-                       84.2 MB at 16384 tokens a pass; 50.6 MB with gradient_checkpointing
+        model            model
+        family           llama
+        parameters       82240
+        layers           2 of width 64, feed-forward 64
+        heads            4 of queries, 2 of keys, of width 16
+        window           none
+        rope             theta 10000, plain, 16 of a head
+        norms            RMS, eps 1e-5
+        head             tied
+        context          2048 tokens
+        vocabulary       512 ids
+        chat template    the tokenizer's
+        weights          109.1 kB, bfloat16 by config.json
+        in 4 bits        14 linear layers already, by bitsandbytes (nf4, scales too): 25.5 kB
+        LoRA sites       12 of rank 8, 11776 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        memory of a GPU  667.1 MB at 1024 tokens a pass; 666.1 MB with gradient_checkpointing
+                         679.2 MB at 4096 tokens a pass; 675.5 MB with gradient_checkpointing
+                         727.6 MB at 16384 tokens a pass; 712.9 MB with gradient_checkpointing
     "#]].assert_eq(&told("llama_stored_nf4", &["--target-modules", r".*_proj(?<!v_proj)"]));
 }
 
 #[test]
 fn the_language_model_inside_another() {
     expect![[r#"
-        model          model
-        family         gemma3_text, the language model of gemma3
-        parameters     99008
-        layers         2 of width 64, feed-forward 64
-        heads          4 of queries, 1 of keys, of width 32
-        window         24 tokens in 1 of 2 layers
-        rope           theta 1000000, linear, factor 8, 32 of a head; then theta 10000, plain, 32 of a head
-        norms          RMS, weight plus 1, eps 1e-6; of queries and keys
-        head           tied
-        context        2048 tokens
-        vocabulary     512 ids
-        chat template  the tokenizer's
-        weights        198.0 kB, bfloat16 by config.json
-        in 4 bits      14 linear layers with load_in_4bit (double): 33.8 kB; the rest as stored
-        LoRA sites     14 of rank 8, 15360 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory, about  6.6 MB at 1024 tokens a pass; 4.0 MB with gradient_checkpointing
-                       25.5 MB at 4096 tokens a pass; 15.0 MB with gradient_checkpointing
-                       101.0 MB at 16384 tokens a pass; 59.1 MB with gradient_checkpointing
+        model            model
+        family           gemma3_text, the language model of gemma3
+        parameters       99008
+        layers           2 of width 64, feed-forward 64
+        heads            4 of queries, 1 of keys, of width 32
+        window           24 tokens in 1 of 2 layers
+        rope             theta 1000000, linear, factor 8, 32 of a head; then theta 10000, plain, 32 of a head
+        norms            RMS, weight plus 1, eps 1e-6; of queries and keys
+        head             tied
+        context          2048 tokens
+        vocabulary       512 ids
+        chat template    the tokenizer's
+        weights          198.0 kB, bfloat16 by config.json
+        in 4 bits        14 linear layers with load_in_4bit (double): 33.9 kB; the rest as stored
+        LoRA sites       14 of rank 8, 15360 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        memory of a GPU  669.1 MB at 1024 tokens a pass; 667.3 MB with gradient_checkpointing
+                         687.2 MB at 4096 tokens a pass; 680.0 MB with gradient_checkpointing
+                         759.6 MB at 16384 tokens a pass; 730.6 MB with gradient_checkpointing
     "#]].assert_eq(&told("gemma3_wrapper", &[]));
 }
 
@@ -123,23 +123,23 @@ fn what_is_missing_is_told_together() {
     std::fs::remove_file(work.path("model/tokenizer.json")).unwrap();
     work.write("model/pytorch_model.bin", "");
     expect![[r#"
-        model          model
-        family         qwen3
-        parameters     132544
-        layers         2 of width 64, feed-forward 128
-        heads          4 of queries, 2 of keys, of width 32
-        window         none
-        rope           theta 1000000, plain, 32 of a head
-        norms          RMS, eps 1e-6; of queries and keys
-        head           tied
-        context        2048 tokens
-        vocabulary     528 rows, no tokenizer
-        chat template  unknown without a tokenizer
-        in 4 bits      14 linear layers with load_in_4bit (double): 50.7 kB; the rest as stored
-        LoRA sites     14 of rank 8, 19456 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory, about  8.8 MB at 1024 tokens a pass; 5.1 MB with gradient_checkpointing
-                       34.0 MB at 4096 tokens a pass; 19.3 MB with gradient_checkpointing
-                       134.6 MB at 16384 tokens a pass; 75.9 MB with gradient_checkpointing
+        model            model
+        family           qwen3
+        parameters       132544
+        layers           2 of width 64, feed-forward 128
+        heads            4 of queries, 2 of keys, of width 32
+        window           none
+        rope             theta 1000000, plain, 32 of a head
+        norms            RMS, eps 1e-6; of queries and keys
+        head             tied
+        context          2048 tokens
+        vocabulary       528 rows, no tokenizer
+        chat template    unknown without a tokenizer
+        in 4 bits        14 linear layers with load_in_4bit (double): 50.8 kB; the rest as stored
+        LoRA sites       14 of rank 8, 19456 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        memory of a GPU  669.7 MB at 1024 tokens a pass; 667.6 MB with gradient_checkpointing
+                         689.1 MB at 4096 tokens a pass; 681.0 MB with gradient_checkpointing
+                         766.7 MB at 16384 tokens a pass; 734.4 MB with gradient_checkpointing
 
         missing:
           pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model

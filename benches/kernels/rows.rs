@@ -240,13 +240,12 @@ fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
         epsilon: 1e-8,
         weight_decay: 0.01,
         step: 7,
-        gradient_scale: 1.0,
+        norm_max: Some(1.0),
     };
     let run = move |of: &Inputs| {
         let moments = Moments { first: of[2].clone(), second: of[3].clone() };
         let squares = hone::ops::number::Number::squares(&of[1])?;
-        let options = adamw::Options { squares: Some(&squares), norm_max: Some(1.0), ..Default::default() };
-        adamw::step_with(&of[0], &of[1], &moments, &update, &options)?;
+        adamw::step(&of[0], &of[1], &moments, &update, &squares, None)?;
         Ok(vec![of[0].clone(), of[2].clone(), of[3].clone()])
     };
     let device = gpu.device.clone();

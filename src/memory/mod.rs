@@ -196,6 +196,11 @@ pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
     solver.within(machine.memory).ok_or_else(|| refusal(&solver))
 }
 
+/// Bytes of passes of so many tokens with every layer at one level, whether they fit or not.
+pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
+    Solver::new(task, machine).describe(tokens, &vec![keep; task.facts.layers]).bytes()
+}
+
 /// FLOPs of a step of so many tokens when nothing is computed again: what a speed is judged by.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
     let everything = vec![Keep::Everything; task.facts.layers];

@@ -42,6 +42,7 @@ pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
+                .min(task.tokens_max)
                 * facts.vocab
                 * task.activation_bytes(place),
         ),

@@ -4,7 +4,6 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
-use super::flat;
 use super::number::Number;
 use crate::with_real;
 
@@ -21,8 +20,8 @@ pub struct Update {
     pub weight_decay: f64,
     /// 1 for the first update.
     pub step: u64,
-    /// Factor on the gradient: at most 1, from clipping.
-    pub gradient_scale: f64,
+    /// Clip to this norm as torch does: factor max / (norm + 1e-6), at most 1.
+    pub norm_max: Option<f64>,
 }
 
 /// The optimizer's memory: first and second moments, as long as the parameters.
@@ -38,52 +37,30 @@ impl Moments {
     }
 }
 
-/// What an update takes and leaves besides, in the same pass over the buffers.
-#[derive(Clone, Copy, Default)]
-pub struct Options<'a> {
-    /// The gradient's sum of squares. Where it is not finite the update changes nothing: who reads it later can stop.
-    pub squares: Option<&'a Number>,
-    /// Clip to this norm as torch does: factor max / (norm + 1e-6), at most 1.
-    pub norm_max: Option<f64>,
-    /// A GPU's bf16 copy of the parameters, for products.
-    pub copy: Option<&'a Tensor>,
-    /// Leave the gradient zero.
-    pub zero_grads: bool,
-}
-
-/// `step` with the gradient's norm taken into account where it lies: nothing waits for a GPU.
-pub fn step_with(
+/// Updates `params` and `moments` in place; the order of operations is torch's, and the gradient stays as it is.
+///
+/// `squares` is the gradient's sum of squares, where it lies: nothing waits for a GPU. Where it is not finite nothing
+/// changes, so that who reads it later can stop. `copy` takes a GPU's parameters in bf16, for products.
+pub fn step(
     params: &Tensor,
     grads: &Tensor,
     moments: &Moments,
     update: &Update,
-    options: &Options,
+    squares: &Number,
+    copy: Option<&Tensor>,
 ) -> Result<()> {
     #[cfg(feature = "cuda")]
     if params.device().is_cuda() {
-        return gpu::step(params, grads, moments, update, options);
+        return gpu::step(params, grads, moments, update, squares, copy);
     }
-    if options.copy.is_some() {
+    if copy.is_some() {
         bail!("a copy of the parameters in bf16 is for GPUs");
     }
-    let mut update = *update;
-    if let Some(squares) = options.squares {
-        let squares = squares.value()?;
-        if !squares.is_finite() {
-            return Ok(());
-        }
-        update.gradient_scale *= options.norm_max.map_or(1.0, |max| (max / (squares.sqrt() + 1e-6)).min(1.0));
+    let squares = squares.value()?;
+    if !squares.is_finite() {
+        return Ok(());
     }
-    step(params, grads, moments, &update)?;
-    if options.zero_grads { flat::zero(grads) } else { Ok(()) }
-}
-
-/// Updates `params` and `moments` in place; the order of operations is torch's.
-pub fn step(params: &Tensor, grads: &Tensor, moments: &Moments, update: &Update) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if params.device().is_cuda() {
-        return gpu::step(params, grads, moments, update, &Options::default());
-    }
+    let clip = update.norm_max.map_or(1.0, |max| (max / (squares.sqrt() + 1e-6)).min(1.0));
     with_real!(params, T => {
         let bias1 = 1.0 - update.beta1.powi(update.step as i32);
         let bias2 = 1.0 - update.beta2.powi(update.step as i32);
@@ -91,7 +68,7 @@ pub fn step(params: &Tensor, grads: &Tensor, moments: &Moments, update: &Update)
         let (c1, c2) = (T::of(1.0 - update.beta1), T::of(1.0 - update.beta2));
         let decay = T::of(1.0 - update.learning_rate * update.weight_decay);
         let (rate, root2) = (T::of(update.learning_rate / bias1), T::of(bias2.sqrt()));
-        let (eps, scale) = (T::of(update.epsilon), T::of(update.gradient_scale));
+        let (eps, scale) = (T::of(update.epsilon), T::of(clip));
         let g = &*cpu::read::<T>(grads)?;
         cpu::edit(params, |p: &mut [T]| {
             cpu::edit(&moments.first, |m: &mut [T]| {
@@ -134,14 +111,11 @@ mod gpu {
         grads: &Tensor,
         moments: &Moments,
         update: &Update,
-        options: &Options,
+        squares: &Number,
+        copy: Option<&Tensor>,
     ) -> Result<()> {
-        let squares = match options.squares {
-            None => None,
-            Some(Number::There(squares)) => Some(squares),
-            Some(Number::Here(_)) => {
-                bail!("the gradient's sum of squares lies on the host, expected on the GPU")
-            }
+        let Number::There(squares) = squares else {
+            bail!("the gradient's sum of squares lies on the host, expected on the GPU")
         };
         let count = params.elem_count();
         if [grads, &moments.first, &moments.second].iter().any(|buffer| buffer.elem_count() != count) {
@@ -151,13 +125,12 @@ mod gpu {
         let bias2 = 1.0 - update.beta2.powi(update.step as i32);
         let launch = Launch::untyped(cuda::device(params)?, "adamw", "step");
         let launch = launch.tensor(params).tensor(grads).tensor(&moments.first).tensor(&moments.second);
-        let launch = launch.optional(DType::BF16, options.copy).optional(DType::F64, squares);
-        let launch = launch.float(options.norm_max.unwrap_or(0.0)).float(update.gradient_scale);
+        let launch = launch.optional(DType::BF16, copy).of(DType::F64, squares);
+        let launch = launch.float(update.norm_max.unwrap_or(0.0));
         let launch = launch.float(1.0 - update.beta1).float(update.beta2).float(1.0 - update.beta2);
         let launch = launch.float(1.0 - update.learning_rate * update.weight_decay);
         let launch = launch.float(update.learning_rate / bias1).float(bias2.sqrt()).float(update.epsilon);
-        let launch = launch.int(usize::from(options.zero_grads)).long(count as u64);
-        launch.launch((count.div_ceil(THREADS * FOUR), 1, 1), THREADS, 0)
+        launch.long(count as u64).launch((count.div_ceil(THREADS * FOUR), 1, 1), THREADS, 0)
     }
 }
 
@@ -167,7 +140,7 @@ mod tests {
     use crate::ops::judge;
     use candle_core::{DType, Device};
 
-    fn update(step: u64) -> Update {
+    fn update(step: u64, norm_max: Option<f64>) -> Update {
         Update {
             learning_rate: 0.01,
             beta1: 0.9,
@@ -175,7 +148,7 @@ mod tests {
             epsilon: 1e-8,
             weight_decay: 0.1,
             step,
-            gradient_scale: 1.0,
+            norm_max,
         }
     }
 
@@ -193,12 +166,11 @@ mod tests {
                     let norm_max = [None, Some(0.5), Some(1e9)][step as usize - 1];
                     let grads = (grads.to_dtype(DType::F64)?, grads.to_device(&gpu.device)?);
                     let squares = (Number::squares(&grads.0)?, Number::squares(&grads.1)?);
-                    let options = Options { norm_max, zero_grads: true, ..Options::default() };
-                    let on_host = Options { squares: Some(&squares.0), ..options };
-                    step_with(&host, &grads.0, &host_moments, &update(step), &on_host)?;
-                    let on_gpu = Options { squares: Some(&squares.1), copy: Some(&copy), ..options };
-                    step_with(&device, &grads.1, &moments, &update(step), &on_gpu)?;
-                    assert_eq!(sum_of_squares(&grads.1)?, 0.0, "the gradient is zeroed");
+                    let update = update(step, norm_max);
+                    super::step(&host, &grads.0, &host_moments, &update, &squares.0, None)?;
+                    super::step(&device, &grads.1, &moments, &update, &squares.1, Some(&copy))?;
+                    let after = (sum_of_squares(&grads.1)?, squares.1.value()?);
+                    assert_eq!(after.0, after.1, "the gradient stays as it is");
                 }
                 gpu.within(1e-6, &device, &host)?;
                 gpu.within(1e-6, &moments.first, &host_moments.first)?;
@@ -217,8 +189,7 @@ mod tests {
                 let grads = Tensor::new(&[0f32, bad, 0.0, 1.0, 1.0], device)?;
                 let (squares, moments) = (Number::squares(&grads)?, Moments::zeros_like(&params)?);
                 assert!(!squares.value()?.is_finite());
-                let options = Options { squares: Some(&squares), norm_max: Some(1.0), ..Options::default() };
-                step_with(&params, &grads, &moments, &update(1), &options)?;
+                step(&params, &grads, &moments, &update(1, Some(1.0)), &squares, None)?;
                 assert_eq!(params.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 4.0, 5.0]);
                 assert_eq!(sum_of_squares(&moments.first)?, 0.0);
             }

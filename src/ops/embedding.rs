@@ -2,8 +2,6 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::rows;
-
 /// table [V, C] in any float type, ids below V -> [ids, C] in `dtype` on `device`, times `factor`. The table may stay on
 /// the host while the layers compute on a GPU: a batch takes few of its rows.
 pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &Device) -> Result<Tensor> {
@@ -14,11 +12,9 @@ pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &
         return gpu::forward(table, ids, factor, dtype);
     }
     let found = table.index_select(&Tensor::new(ids, &Device::Cpu)?, 0)?;
-    let scaled = |x: Tensor| if factor == 1.0 { Ok(x) } else { x * factor };
-    match device {
-        Device::Cpu => scaled(found.to_dtype(dtype)?),
-        _ => rows::convert(&scaled(found.to_dtype(dtype)?)?.to_device(device)?, dtype),
-    }
+    let found = found.to_dtype(dtype)?;
+    let scaled = if factor == 1.0 { found } else { (found * factor)? };
+    scaled.to_device(device)
 }
 
 /// The launch of `kernels/embedding.cu`: one block a row.

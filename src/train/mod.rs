@@ -444,17 +444,12 @@ impl<'a> Trainer<'a> {
             epsilon: self.options.epsilon,
             weight_decay: self.options.weight_decay,
             step: self.sent + 1,
-            gradient_scale: 1.0,
+            norm_max: self.options.grad_norm_max,
         };
         let trainable = &self.decoder.trainable;
         let squares = Number::squares(&trainable.grads)?;
-        let options = adamw::Options {
-            squares: Some(&squares),
-            norm_max: self.options.grad_norm_max,
-            copy: trainable.copy(),
-            zero_grads: false,
-        };
-        adamw::step_with(&trainable.params, &trainable.grads, &self.moments, &update, &options)?;
+        let (params, grads) = (&trainable.params, &trainable.grads);
+        adamw::step(params, grads, &self.moments, &update, &squares, trainable.copy())?;
         let parameters = Number::squares(&trainable.params)?;
         Ok([squares, parameters])
     }

@@ -16,9 +16,7 @@ const CAPABILITY_MIN: (i32, i32) = (8, 0);
 pub struct Card {
     pub name: String,
     pub capability: (i32, i32),
-    pub processors: usize,
     pub memory_bytes: usize,
-    pub free_bytes: usize,
 }
 
 /// How many GPUs the driver shows; 0 without a driver.
@@ -104,11 +102,10 @@ pub fn card(number: usize) -> Result<Card> {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: as above.
         let memory_bytes = unsafe { result::device::total_mem(device) }.w()?;
         let name = result::device::get_name(device).w()?;
-        Ok(Card { name, capability, processors, memory_bytes, free_bytes: memory_bytes })
+        Ok(Card { name, capability, memory_bytes })
     };
     read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
 }
