@@ -21,6 +21,7 @@ pub mod plan;
 pub mod run_folder;
 pub mod inspect;
 pub mod job;
+pub mod workspace;
 pub mod example;
 pub mod bench;
 pub mod cli;

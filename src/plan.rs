@@ -8,7 +8,7 @@ mod base;
 mod training;
 mod show;
 
-pub use places::registry_access;
+pub use places::{below_mnt, registry_access};
 
 use crate::fault::Result;
 use crate::spec::keys::{Effect, Section};

@@ -110,7 +110,7 @@ pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
 }
 
 /// The rule of KAITO's `PrepareOutputDir`: nothing is /mnt/output, anything else lies below /mnt.
-pub(super) fn below_mnt(text: &str) -> Option<PathBuf> {
+pub fn below_mnt(text: &str) -> Option<PathBuf> {
     let text = if text.trim().is_empty() { "output" } else { text };
     let joined = if text.starts_with("/mnt") { text.to_string() } else { format!("/mnt/{text}") };
     let mut clean = PathBuf::from("/");

@@ -9,16 +9,19 @@ use std::path::Path;
 
 /// Sets what the file says; mistakes in it are added, a file that cannot be read is a fault at once.
 pub(super) fn read(path: &Path, spec: &mut Spec, mistakes: &mut Mistakes) -> Result<()> {
-    let text = load(path)?;
-    let mut document =
-        Document { name: path.display().to_string(), locate: Box::new(|place| place), spec, mistakes };
-    match yaml::parse(&text) {
-        Ok(Some(root)) if is_config_map(&root) => document.config_map(&root, &text),
+    read_text(&path.display().to_string(), &load(path)?, spec, mistakes);
+    Ok(())
+}
+
+/// As `read`, from text that `name` stands for in messages.
+pub(super) fn read_text(name: &str, text: &str, spec: &mut Spec, mistakes: &mut Mistakes) {
+    let mut document = Document { name: name.into(), locate: Box::new(|place| place), spec, mistakes };
+    match yaml::parse(text) {
+        Ok(Some(root)) if is_config_map(&root) => document.config_map(&root, text),
         Ok(Some(root)) => document.root(&root),
         Ok(None) => {}
         Err(refusal) => document.mistake(refusal.place, refusal.message),
     }
-    Ok(())
 }
 
 fn load(path: &Path) -> Result<String> {

@@ -116,6 +116,17 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     mistakes.into_result().map(|()| spec)
 }
 
+/// Reads what a pod is asked: the text of its mounted `training_config.yaml`, which `name` stands for in messages, and settings.
+pub fn gather_mounted(name: &str, text: &str, settings: &[Setting]) -> Result<Spec> {
+    let mut spec = Spec { kaito: true, ..Spec::default() };
+    let mut mistakes = Mistakes::default();
+    file::read_text(name, text, &mut spec, &mut mistakes);
+    for setting in settings {
+        spec.apply(setting, &mut mistakes);
+    }
+    mistakes.into_result().map(|()| spec)
+}
+
 impl Spec {
     /// What the environment says by itself: KAITO's variables and the user's cache folder.
     fn surroundings(&mut self, environment: Environment) {

@@ -1,0 +1,222 @@
+//! KAITO's Workspace, as its API writes it: the fields hone uses are typed, the others kept as they are.
+//!
+//! Source: KAITO v0.12, `api/v1beta1/workspace_types.go`; v1alpha1 has the same fields but for `partition`, `modelAccessSecret` and
+//! three of the status. Comments of fields become descriptions of the CRD (`crd.rs`).
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, ObjectMeta};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::crd;
+
+pub const GROUP: &str = "kaito.sh";
+pub const KIND: &str = "Workspace";
+pub const PLURAL: &str = "workspaces";
+/// Served versions, the stored one last.
+pub const VERSIONS: [&str; 2] = ["v1alpha1", "v1beta1"];
+
+/// A request to tune (or serve) a model. hone does what `tuning` says and leaves all else alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Workspace {
+    #[serde(default)]
+    pub api_version: String,
+    #[serde(default)]
+    pub kind: String,
+    #[serde(default)]
+    #[schemars(schema_with = "crd::object")]
+    pub metadata: ObjectMeta,
+    /// Where it runs.
+    #[serde(default)]
+    pub resource: Resource,
+    /// What to serve; KAITO's controller reads it, hone does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub inference: Option<Value>,
+    /// What to tune.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuning>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Status>,
+}
+
+/// Nodes of a workspace.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Resource {
+    /// Number of nodes; tuning takes one. Deprecated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(default = "crd::one", schema_with = "crd::count")]
+    pub count: Option<i32>,
+    /// Type of machine, by the cloud's name, such as Standard_NC24ads_A100_v4.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub instance_type: String,
+    /// Labels of the nodes that may be taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::label_selector")]
+    pub label_selector: Option<LabelSelector>,
+    /// Nodes to prefer. Deprecated; not read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preferred_nodes: Vec<String>,
+    /// A part of a GPU; not for tuning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub partition: Option<Value>,
+}
+
+/// One fine-tuning: base model, method, data in, adapter out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Tuning {
+    /// The base model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preset: Option<Preset>,
+    /// lora (the base stays as it is) or qlora (the base in 4 bits).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub method: String,
+    /// Name of the ConfigMap with training_config.yaml, in the same namespace; empty: the method's default.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub config: String,
+    /// The dataset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
+    pub input: Option<Source>,
+    /// Where the adapter goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
+    pub output: Option<Destination>,
+}
+
+/// A model of the catalogue.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Preset {
+    /// Its name, as `hone model --preset` knows it.
+    #[serde(default)]
+    pub name: String,
+    /// public or private. Deprecated; not read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::access_mode")]
+    pub access_mode: Option<String>,
+    /// How it is reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preset_options: Option<PresetOptions>,
+}
+
+/// How a model is reached.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PresetOptions {
+    /// An image with the model's folder, in place of the catalogue's.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image: String,
+    /// Secrets (kubernetes.io/dockerconfigjson) to pull it with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<String>,
+    /// Secret whose key HF_TOKEN opens a gated model of the Hugging Face hub.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub model_access_secret: String,
+}
+
+/// Where data comes from: exactly one of urls, image and volumeSource.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Source {
+    /// A name for it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    /// Files to download, over http or https.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+    /// A volume that holds the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub volume_source: Option<Value>,
+    /// An image that holds the files under /data.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image: String,
+    /// Secrets (kubernetes.io/dockerconfigjson) to pull it with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<String>,
+}
+
+/// Where the adapter goes: exactly one of image and volumeSource.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Destination {
+    /// A volume to write to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub volume_source: Option<Value>,
+    /// The image to push.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image: String,
+    /// Secret (kubernetes.io/dockerconfigjson) to push it with.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image_push_secret: String,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Nodes it runs on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub worker_nodes: Vec<String>,
+    /// Pending, Running, Succeeded, Failed; of serving also Ready, NotReady.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<String>,
+    /// Latest observations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "crd::conditions")]
+    pub conditions: Vec<Condition>,
+    /// Number of nodes wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_node_count: Option<i32>,
+    /// Measurements of serving.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub performance: Option<Value>,
+}
+
+impl Workspace {
+    /// The namespace, `default` where none is written.
+    pub fn namespace(&self) -> &str {
+        self.metadata.namespace.as_deref().unwrap_or("default")
+    }
+
+    pub fn name(&self) -> &str {
+        self.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        Some(self.metadata.annotations.as_ref()?.get(name)?.as_str())
+    }
+}
+
+impl kube::Resource for Workspace {
+    type DynamicType = ();
+    type Scope = k8s_openapi::NamespaceResourceScope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        KIND.into()
+    }
+    fn group(_: &()) -> Cow<'_, str> {
+        GROUP.into()
+    }
+    fn version(_: &()) -> Cow<'_, str> {
+        VERSIONS[VERSIONS.len() - 1].into()
+    }
+    fn plural(_: &()) -> Cow<'_, str> {
+        PLURAL.into()
+    }
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
