@@ -6,6 +6,7 @@ use crate::device::Choice;
 use crate::memory::Limit;
 use crate::model::{Keep, Precision};
 use crate::spec::{Origin, Request, Setting, Written};
+use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -28,6 +29,8 @@ pub enum Command {
     Pull { image: String, folder: PathBuf, registry: RegistryArguments },
     Example { folder: PathBuf, write_only: bool },
     Bench { options: bench::Options, json: Option<PathBuf> },
+    Render { files: Vec<PathBuf>, settings: Settings, format: ObjectFormat },
+    Tune(tune::Options),
 }
 
 /// How events are shown.
@@ -44,6 +47,12 @@ pub enum Log {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ObjectFormat {
+    Yaml,
     Json,
 }
 
@@ -67,6 +76,10 @@ pub fn parse(
             let json = arguments.json.clone();
             Command::Bench { options: arguments.options()?, json }
         }
+        Subcommands::Render { files, cluster, format } => {
+            Command::Render { files, settings: cluster.settings(), format }
+        }
+        Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
 }
@@ -171,6 +184,120 @@ enum Subcommands {
     #[command(after_help = "Examples:\n  hone bench --shape phi3-mini --tokens 4096 --json speed.json\n  \
         hone bench --model ./phi-3 --lengths one --tokens 8192")]
     Bench(Bench),
+    /// Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+    #[command(after_help = "Examples:\n  hone render -f workspace.yaml | kubectl apply -f -\n  \
+        hone render -f workspace.yaml -f my-params.yaml --image registry.example.com/hone:cuda")]
+    Render {
+        /// Files with Workspaces and the ConfigMaps they name; - is the standard input; may be repeated
+        #[arg(
+            short = 'f',
+            long = "files",
+            value_name = "FILE",
+            env = "HONE_FILES",
+            value_delimiter = ',',
+            required = true
+        )]
+        files: Vec<PathBuf>,
+        #[command(flatten)]
+        cluster: Cluster,
+        /// YAML, or a JSON List
+        #[arg(long, value_enum, default_value = "yaml", env = "HONE_FORMAT")]
+        format: ObjectFormat,
+    },
+    /// Print a Workspace that tunes a preset, for those who have none yet
+    #[command(
+        after_help = "Example:\n  hone tune --preset phi-3-mini-4k-instruct --data https://host/rows.parquet \\\n    \
+        --push registry.example.com/adapters/support:1 --secret registry-login | kubectl apply -f -\n\
+        Where no controller watches Workspaces, let hone make the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
+    )]
+    Tune(Tune),
+}
+
+/// How a cluster runs hone.
+#[derive(Args)]
+struct Cluster {
+    /// Image of hone in the cluster [default: hone:cuda, or hone:cpu with --gpus 0]
+    #[arg(long, value_name = "IMAGE", env = "HONE_IMAGE")]
+    image: Option<String>,
+    /// GPUs of a pod [default: those of the instance type, else 1]; 0 trains on the CPU
+    #[arg(long, value_name = "GPUS", env = "HONE_GPUS", value_parser = clap::value_parser!(u32).range(0..=64))]
+    gpus: Option<u32>,
+    /// azure, aws or other [default: told from the instance type]
+    #[arg(long, value_name = "CLOUD", env = "HONE_CLOUD", value_parser = cloud)]
+    cloud: Option<Cloud>,
+}
+
+impl Cluster {
+    fn settings(self) -> Settings {
+        Settings { image: self.image, gpus: self.gpus, cloud: self.cloud }
+    }
+}
+
+fn cloud(text: &str) -> Result<Cloud, String> {
+    Cloud::named(text).ok_or_else(|| "expected azure, aws or other".into())
+}
+
+#[derive(Args)]
+struct Tune {
+    /// Base model, by its name in the catalogue (`hone model --preset`)
+    #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
+    preset: String,
+    /// Parquet to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
+    #[arg(long, value_name = "URL", env = "HONE_DATA", hide_env_values = true, required = true)]
+    data: Vec<String>,
+    /// Image to push, or pvc://CLAIM
+    #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
+    push: String,
+    /// Secret (kubernetes.io/dockerconfigjson) to push with
+    #[arg(long, value_name = "NAME", env = "HONE_SECRET")]
+    secret: Option<String>,
+    /// Secrets to pull a data image with; may be repeated
+    #[arg(long, value_name = "NAME", env = "HONE_PULL_SECRET")]
+    pull_secret: Vec<String>,
+    /// Secret whose HF_TOKEN opens a gated model
+    #[arg(long, value_name = "NAME", env = "HONE_TOKEN_SECRET")]
+    token_secret: Option<String>,
+    /// Name of the Workspace [default: tune-PRESET]
+    #[arg(long, value_name = "NAME", env = "HONE_NAME")]
+    name: Option<String>,
+    /// Namespace
+    #[arg(short, long, value_name = "NAME", env = "HONE_NAMESPACE")]
+    namespace: Option<String>,
+    /// LoRA over the base as it is, in place of QLoRA over 4 bits
+    #[arg(long, env = "HONE_LORA")]
+    lora: bool,
+    /// ConfigMap with training_config.yaml [default: the method's own]
+    #[arg(long, value_name = "NAME", env = "HONE_CONFIG")]
+    config: Option<String>,
+    /// Instance type to ask for or to size by, such as Standard_NC24ads_A100_v4
+    #[arg(long, value_name = "TYPE", env = "HONE_INSTANCE")]
+    instance: Option<String>,
+    /// Label of the nodes that may be taken, key=value; may be repeated [default: apps=NAME]
+    #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
+    label: Vec<String>,
+    /// What README lists under annotations, without the prefix: work-claim=results; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", env = "HONE_ANNOTATE")]
+    annotate: Vec<String>,
+}
+
+impl Tune {
+    fn options(self) -> tune::Options {
+        tune::Options {
+            preset: self.preset,
+            data: self.data,
+            push: self.push,
+            push_secret: self.secret,
+            pull_secrets: self.pull_secret,
+            token_secret: self.token_secret,
+            name: self.name,
+            namespace: self.namespace,
+            lora: self.lora,
+            config: self.config,
+            instance: self.instance,
+            labels: self.label,
+            annotations: self.annotate,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -316,6 +443,9 @@ struct Job {
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
+    /// Results of another run in that folder: refuse, or move them to earlier/ inside it
+    #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
+    earlier_results: Option<String>,
     /// Image to push when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
@@ -360,6 +490,7 @@ impl Job {
             ("name", self.name),
             ("layout", self.layout),
             ("output", self.output),
+            ("earlier_results", self.earlier_results),
             ("push", self.push),
             ("target_matching", self.target_matching),
             ("init_adapter", self.init_adapter),
@@ -548,6 +679,7 @@ mod tests {
     fn usage_errors_exit_with_2_and_help_with_0() {
         assert_eq!(exit_code(&["run", "--no-such-flag"]), 2);
         assert_eq!(exit_code(&["tune"]), 2);
+        assert_eq!(exit_code(&["render"]), 2);
         assert_eq!(exit_code(&["push", "only-a-folder"]), 2);
         assert_eq!(exit_code(&["run", "--set", "LoraConfig.r"]), 2);
         assert_eq!(exit_code(&["plan", "--format", "xml"]), 2);

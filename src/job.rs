@@ -57,7 +57,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
     let device = device::open(plan.device, report)?;
-    let mut folder = RunFolder::claim(&plan.output)?;
+    let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
     let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;

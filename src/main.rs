@@ -1,9 +1,10 @@
 //! The program: arguments in, one command run, an exit code that says who must act.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use hone::cli::{self, AboutModel, Command, Format, Log, RegistryArguments};
+use hone::cli::{self, AboutModel, Command, Format, Log, ObjectFormat, RegistryArguments};
 use hone::fault::{Fault, Result};
 use hone::job::{self, Receipt};
 use hone::model::{LoraOptions, Targets, presets};
@@ -11,6 +12,7 @@ use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
 use hone::spec::{self, Request};
+use hone::workspace::{Settings, files, tune, yaml};
 use hone::{bench, example, inspect, interrupt};
 
 /// Prints a line; a reader that went away is no reason to fail.
@@ -70,6 +72,14 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
         Command::Bench { options, json } => measure(options, json.as_deref(), report).map(|()| None),
+        Command::Render { files, settings, format } => {
+            render(files, settings, *format, report).map(|()| None)
+        }
+        Command::Tune(options) => {
+            let workspace = tune::workspace(options)?;
+            say!("{}", yaml::write(&[serde_json::json!(workspace)]).trim_end());
+            Ok(None)
+        }
         Command::Example { folder, write_only } => try_example(folder, *write_only, report),
     }
 }
@@ -202,6 +212,21 @@ fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> R
         true => Ok(None),
         false => run(&Request { spec: Some(file), ..Request::default() }, report).map(Some),
     }
+}
+
+fn render(files: &[PathBuf], settings: &Settings, format: ObjectFormat, report: &Report) -> Result<()> {
+    let applied = files::apply(files, settings)?;
+    for warning in applied.warnings {
+        report.warn(Stage::Plan, warning);
+    }
+    match format {
+        ObjectFormat::Yaml => say!("{}", yaml::write(&applied.objects).trim_end()),
+        ObjectFormat::Json => {
+            let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": applied.objects});
+            say!("{}", serde_json::to_string_pretty(&list).expect("texts and numbers"));
+        }
+    }
+    Ok(())
 }
 
 fn measure(options: &bench::Options, json: Option<&std::path::Path>, report: &Report) -> Result<()> {

@@ -11,6 +11,7 @@ mod show;
 pub use places::{below_mnt, registry_access};
 
 use crate::fault::Result;
+use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
 use crate::{dataset, device, memory, model, registry, source, train};
@@ -30,6 +31,8 @@ pub struct Plan {
     pub model_name: String,
     pub train: train::Options,
     pub output: PathBuf,
+    /// What happens to another run's results there.
+    pub earlier: Earlier,
     pub push: Option<registry::Target>,
     pub registry: registry::Options,
     pub init_adapter: Option<PathBuf>,
@@ -89,6 +92,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         model_name,
         train,
         output: places::output(reader, spec.kaito),
+        earlier: places::earlier(reader),
         push: places::push(reader),
         registry: places::registry_options(reader, ca_file),
         init_adapter: places::init_adapter(reader),

@@ -24,8 +24,23 @@ const CHECKPOINTS: &str = "checkpoints";
 /// The file that KAITO's pusher waits for.
 pub const SENTINEL: &str = "fine_tuning_completed.txt";
 
+/// Where another run's results go, in a folder named by when that run was started.
+const EARLIER: &str = "earlier";
 /// Names under which a finished run's work stands.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
+/// All that a run leaves.
+const OWN: [&str; 7] =
+    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
+
+/// What happens to results of another run in the output folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Earlier {
+    /// This run does not start.
+    #[default]
+    Refuse,
+    /// They move to `earlier/`, inside the folder; files that no run of hone's left stay where they are.
+    Move,
+}
 
 /// What `hone.json` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,14 +76,15 @@ pub struct RunFolder {
     path: PathBuf,
     record: Option<Record>,
     started: u64,
+    earlier: Earlier,
     _lock: File,
 }
 
 impl RunFolder {
     /// Creates the folder, or takes the one of an earlier start of the same run.
-    pub fn claim(path: &Path) -> Result<RunFolder> {
+    pub fn claim(path: &Path, earlier: Earlier) -> Result<RunFolder> {
         fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
-        if read_record(path)?.is_none() {
+        if earlier == Earlier::Refuse && read_record(path)?.is_none() {
             refuse_foreign(path)?;
         }
         let lock = path.join(LOCK);
@@ -83,7 +99,7 @@ impl RunFolder {
         // Again under the lock: another run may have ended in between.
         let record = read_record(path)?;
         let started = record.as_ref().map_or_else(now, |record| record.started);
-        Ok(RunFolder { path: path.to_owned(), record, started, _lock: file })
+        Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: file })
     }
 
     pub fn path(&self) -> &Path {
@@ -100,12 +116,15 @@ impl RunFolder {
     pub fn belongs_to(&mut self, fingerprint: &str, data: &[source::File]) -> Result<()> {
         match &self.record {
             Some(record) if record.fingerprint == fingerprint => Ok(()),
-            Some(_) if let Some(kept) = self.kept() => Err(Fault::config(format!(
+            Some(_) if self.earlier == Earlier::Refuse && let Some(kept) = self.kept() => Err(Fault::config(format!(
                 "the output folder {} holds {kept} of another run, whose model, data or options differ from these",
                 self.path.display()
             ))
-            .help("use another output folder, or remove this one")),
+            .help("use another output folder, remove this one, or set earlier_results: move")),
             _ => {
+                if self.kept().is_some() {
+                    self.move_away()?;
+                }
                 self.started = now();
                 self.write(METRICS, b"")?;
                 let file = |file: &source::File| DataFile {
@@ -123,6 +142,18 @@ impl RunFolder {
                 })
             }
         }
+    }
+
+    /// Each by a rename; cut short, the next start moves the rest beside it.
+    fn move_away(&self) -> Result<()> {
+        let started = self.record.as_ref().map_or_else(now, |record| record.started);
+        let to = self.path.join(EARLIER).join(date(UNIX_EPOCH + std::time::Duration::from_secs(started)));
+        fs::create_dir_all(&to).map_err(|error| Fault::storage("create", &to, &error))?;
+        for name in OWN.iter().filter(|name| self.path.join(name).exists()) {
+            let place = self.path.join(name);
+            fs::rename(&place, to.join(name)).map_err(|error| Fault::storage("move", &place, &error))?;
+        }
+        Ok(())
     }
 
     /// What a run left that must not be lost.
@@ -300,31 +331,54 @@ mod tests {
     fn a_run_finds_its_folder_again_and_others_are_refused() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("out");
-        let mut folder = RunFolder::claim(&path).unwrap();
-        assert!(RunFolder::claim(&path).unwrap_err().message.contains("in use"));
+        let mut folder = RunFolder::claim(&path, Earlier::Refuse).unwrap();
+        assert!(RunFolder::claim(&path, Earlier::Refuse).unwrap_err().message.contains("in use"));
         folder.belongs_to("mistaken", &[]).unwrap();
         folder.belongs_to("a", &[]).unwrap();
         folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
         folder.write(crate::adapter::WEIGHTS_FILE, b"").unwrap();
         folder.finish(&trained()).unwrap();
         drop(folder);
-        let mut again = RunFolder::claim(&path).unwrap();
+        let mut again = RunFolder::claim(&path, Earlier::Refuse).unwrap();
         assert_eq!(again.trained(), Some(trained()));
         assert!(again.belongs_to("b", &[]).unwrap_err().message.contains("the adapter of another run"));
         drop(again);
         fs::remove_file(path.join(SENTINEL)).unwrap();
         assert_eq!(
-            RunFolder::claim(&path).unwrap().trained(),
+            RunFolder::claim(&path, Earlier::Refuse).unwrap().trained(),
             None,
             "without its last file it is not finished"
         );
     }
 
     #[test]
+    fn results_of_another_run_move_when_that_is_asked() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path();
+        fs::write(path.join("thesis.tex"), "x").unwrap();
+        let mut folder = RunFolder::claim(path, Earlier::Move).unwrap();
+        folder.belongs_to("a", &[]).unwrap();
+        folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
+        folder.write(crate::adapter::WEIGHTS_FILE, b"a").unwrap();
+        folder.finish(&trained()).unwrap();
+        let started = date(folder.started());
+        drop(folder);
+        let mut folder = RunFolder::claim(path, Earlier::Move).unwrap();
+        folder.belongs_to("a", &[]).unwrap();
+        assert!(folder.trained().is_some(), "the same run finds its results");
+        folder.belongs_to("b", &[]).unwrap();
+        assert_eq!((folder.trained(), folder.kept()), (None, None));
+        let moved = path.join(EARLIER).join(started);
+        assert_eq!(fs::read(moved.join(crate::adapter::WEIGHTS_FILE)).unwrap(), b"a");
+        assert!(moved.join(SENTINEL).exists() && path.join("thesis.tex").exists());
+        assert!(!path.join(SENTINEL).exists(), "no one takes the old adapter for the new one");
+    }
+
+    #[test]
     fn a_folder_with_other_files_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("thesis.tex"), "x").unwrap();
-        let fault = RunFolder::claim(folder.path()).unwrap_err();
+        let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
         assert!(fault.message.contains("hone's: thesis.tex"), "{fault}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
@@ -332,7 +386,7 @@ mod tests {
     #[test]
     fn metrics_after_the_resumed_step_are_dropped() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::claim(folder.path()).unwrap();
+        let run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         let before = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":9.0}\n{\"step\":3";
         fs::write(folder.path().join(METRICS), before).unwrap();
         let next = Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 };

@@ -3,7 +3,6 @@
 
 mod lengths;
 mod rates;
-pub mod shapes;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,7 +16,7 @@ use crate::memory::{self, Limit, Machine, Running, Task, show::size};
 use crate::model::decoder::Decoder;
 use crate::model::facts::Facts;
 use crate::model::{
-    self, FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, lora,
+    self, FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, lora, shapes,
 };
 use crate::report::Report;
 use crate::train::{self, Data, Every};

@@ -16,6 +16,7 @@ pub mod norm;
 pub mod presets;
 pub mod random;
 pub mod rope;
+pub mod shapes;
 pub mod stored;
 
 #[cfg(test)]

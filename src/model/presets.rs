@@ -25,6 +25,9 @@ pub struct Preset {
     /// `model_type` of the language model, if hone trains it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
+    /// Name of its sizes in `shapes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shape: Option<String>,
     /// Why it is not trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
@@ -137,7 +140,7 @@ impl Preset {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::family::FAMILIES;
+    use crate::model::{family::FAMILIES, shapes};
     use std::collections::BTreeSet;
 
     #[test]
@@ -152,6 +155,8 @@ mod tests {
                 (Some(family), None) => {
                     assert!(FAMILIES.iter().any(|(name, _)| name == family), "{}: {family}", preset.name);
                     assert!(preset.target_modules.is_some(), "{}", preset.name);
+                    let shape = preset.shape.as_deref().unwrap_or_else(|| panic!("{}: a shape", preset.name));
+                    assert_eq!(shapes::facts(shape).unwrap().family, family, "{}", preset.name);
                 }
                 (None, Some(_)) => assert!(preset.tuned.is_none(), "{}", preset.name),
                 _ => panic!("{}: a family or a reason", preset.name),

@@ -3,6 +3,7 @@
 use super::reader::Reader;
 use crate::device::Choice;
 use crate::fault::Fault;
+use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::{registry, source};
@@ -124,6 +125,13 @@ pub fn below_mnt(text: &str) -> Option<PathBuf> {
         }
     }
     (clean.starts_with("/mnt") && clean != Path::new("/mnt")).then_some(clean)
+}
+
+pub(super) fn earlier(reader: &mut Reader) -> Earlier {
+    match reader.text(Section::Hone, "earlier_results").as_deref() {
+        Some("move") => Earlier::Move,
+        _ => Earlier::Refuse,
+    }
 }
 
 pub(super) fn existing_file(reader: &mut Reader, name: &str) -> Option<PathBuf> {

@@ -117,9 +117,15 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
 }
 
 /// Reads what a pod is asked: the text of its mounted `training_config.yaml`, which `name` stands for in messages, and settings.
-pub fn gather_mounted(name: &str, text: &str, settings: &[Setting]) -> Result<Spec> {
+pub fn gather_mounted(
+    name: &str,
+    text: &str,
+    settings: &[Setting],
+    environment: Environment,
+) -> Result<Spec> {
     let mut spec = Spec { kaito: true, ..Spec::default() };
     let mut mistakes = Mistakes::default();
+    spec.surroundings(environment);
     file::read_text(name, text, &mut spec, &mut mistakes);
     for setting in settings {
         spec.apply(setting, &mut mistakes);

@@ -1,7 +1,73 @@
 //! A Workspace that tunes -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
 //!
-//! `kind` is what users write, `validate` KAITO's rules and ours, `annotations` what can be said beside it, `render` the Job.
-//! `hone render` prints what `hone controller` applies.
+//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in. `render` makes the Job:
+//! `request` is the very `hone run` of its container, planned here already so that mistakes are told at once; `needs` what it
+//! wants of a node; `pod` its container and volumes. `hone render` prints what `hone controller` applies.
 
+pub mod annotations;
 pub mod crd;
 pub mod kind;
+pub mod files;
+mod needs;
+mod pod;
+mod render;
+mod request;
+mod templates;
+pub mod tune;
+pub mod yaml;
+
+pub use kind::Workspace;
+pub use render::{Asked, Rendered, inputs_hash, render};
+pub use templates::{CONFIG_FILE, Method, config_map, config_name};
+
+/// Label of every object that hone makes.
+pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+pub const MANAGER: &str = "hone";
+/// KAITO's label of what belongs to a Workspace.
+pub const WORKSPACE_LABEL: &str = "kaito.sh/workspace";
+/// KAITO's annotation of a Job, and of a Workspace.
+pub const REVISION: &str = "workspace.kaito.io/revision";
+
+/// How a cluster runs hone. Filled by the command line.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settings {
+    /// The program's image; unset: `hone:cuda`, or `hone:cpu` without GPUs, as README builds them.
+    pub image: Option<String>,
+    /// GPUs of a pod in place of its instance type's.
+    pub gpus: Option<u32>,
+    /// Unset: told from the instance type.
+    pub cloud: Option<Cloud>,
+}
+
+/// Whose nodes they are; decides about tolerations, and how a node is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cloud {
+    Azure,
+    Aws,
+    Other,
+}
+
+impl Cloud {
+    pub const ALL: [Cloud; 3] = [Cloud::Azure, Cloud::Aws, Cloud::Other];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Cloud::Azure => "azure",
+            Cloud::Aws => "aws",
+            Cloud::Other => "other",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Cloud> {
+        Cloud::ALL.into_iter().find(|cloud| cloud.name() == name)
+    }
+
+    /// Azure's types are `Standard_...`, AWS's `family.size`.
+    pub fn of_instance(instance: &str) -> Cloud {
+        match instance {
+            _ if instance.starts_with("Standard_") => Cloud::Azure,
+            _ if instance.contains('.') => Cloud::Aws,
+            _ => Cloud::Other,
+        }
+    }
+}

@@ -46,6 +46,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs; `#sha256=...` or {url, sha256} pins the bytes."),
     Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
+    Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
     Key::used(H, "push", Text, "", "Image to push when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
     Key::used(H, "target_matching", choice(&["fused", "literal"]), "fused", "What a split name in target_modules means on a fused module: fused: q_proj trains qkv_proj; literal: it matches nothing, as in PEFT (KAITO's names then adapt only o_proj and down_proj of Phi-3)."),
     Key::used(H, "init_adapter", Path, "", "PEFT folder whose weights training starts from."),

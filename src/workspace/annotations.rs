@@ -1,0 +1,367 @@
+//! What can be said beside a Workspace: annotations -> options of its Job. One table; README holds it.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{EnvVar, EnvVarSource, SecretKeySelector};
+
+use super::kind::Workspace;
+use crate::fault::Result;
+use crate::spec::{Mistakes, Origin, keys};
+
+pub const PREFIX: &str = "hone.sh/";
+
+/// Who writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The user; part of what a run is.
+    Input,
+    /// The controller.
+    Output,
+}
+
+#[derive(Debug)]
+pub struct Annotation {
+    /// Behind the prefix.
+    pub name: &'static str,
+    pub value: &'static str,
+    pub side: Side,
+    pub about: &'static str,
+}
+
+const fn input(name: &'static str, value: &'static str, about: &'static str) -> Annotation {
+    Annotation { name, value, side: Side::Input, about }
+}
+
+const fn output(name: &'static str, value: &'static str, about: &'static str) -> Annotation {
+    Annotation { name, value, side: Side::Output, about }
+}
+
+#[rustfmt::skip]
+pub const TABLE: [Annotation; 30] = [
+    input("image", "an image", "The program's image, in place of `--image`."),
+    input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
+    input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
+    input("model", "hf://, oci:// or a path", "The base model's weights, in place of the preset's own place: a mirror, a fork, a folder in the image."),
+    input("gpus", "a whole number", "GPUs of the pod, in place of the instance type's; 0 trains on the CPU."),
+    input("cpu", "a quantity", "CPU request."),
+    input("memory", "a quantity", "Memory request, in place of the plan's."),
+    input("ephemeral-storage", "a quantity", "Request for the node's disk, in place of the plan's."),
+    input("cache-claim", "a PersistentVolumeClaim", "Keeps weights and downloads between pods and Workspaces; unset: the node's disk, gone with the pod."),
+    input("work-claim", "a PersistentVolumeClaim", "Keeps checkpoints and results of an image output, so that a new pod continues the training; unset: the node's disk."),
+    input("queue-name", "a Kueue LocalQueue", "The Job starts suspended and waits for its turn in this queue."),
+    input("priority-class", "a PriorityClass", "Priority of the pod."),
+    input("service-account", "a ServiceAccount", "Identity of the pod, for registries and stores that know it."),
+    input("retries", "a whole number", "Failures that are tried again (`backoffLimit`); unset: 6. Those that no retry helps end the Job at once."),
+    input("deadline", "a duration", "The Job is ended after it (`activeDeadlineSeconds`)."),
+    input("ttl", "a duration", "The Job is removed so long after its end (`ttlSecondsAfterFinished`)."),
+    input("grace-period", "a duration", "Time to write a checkpoint when the pod is stopped; unset: 5m."),
+    input("run-as-user", "a whole number from 1", "User and group of the pod, for volumes that belong to one; unset: 65532."),
+    input("ca-config-map", "a ConfigMap", "Its key ca.crt holds root certificates that are trusted besides the built-in ones."),
+    input("config-overrides", "lines of Section.key=value", "Keys set over training_config.yaml, as `--set` does."),
+    input("env", "lines of NAME=value", "Environment of the container; `NAME=secret:SECRET/KEY` takes the value from a Secret."),
+    input("spot", "true or false", "Whether Azure's spot nodes are tolerated; unset: true where the cloud is Azure, as KAITO does."),
+    input("ignore", "true or false", "`hone controller` leaves this Workspace alone."),
+    output("revision", "a number", "Revision of the inputs that the Job in force was made from."),
+    output("step", "of steps", "Step that training has reached."),
+    output("loss", "a number", "Loss of the last logged step."),
+    output("eta", "a duration", "Time that the rest of the training takes."),
+    output("digest", "sha256:...", "Digest of the pushed image."),
+    output("exit-code", "a number", "Exit code of the last container that ended."),
+    output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
+];
+
+/// What a Workspace's annotations say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Options {
+    pub image: Option<String>,
+    pub image_pull_policy: Option<String>,
+    pub image_pull_secrets: Vec<String>,
+    pub model: Option<String>,
+    pub gpus: Option<u32>,
+    pub cpu: Option<String>,
+    pub memory: Option<String>,
+    pub ephemeral_storage: Option<String>,
+    pub cache_claim: Option<String>,
+    pub work_claim: Option<String>,
+    pub queue_name: Option<String>,
+    pub priority_class: Option<String>,
+    pub service_account: Option<String>,
+    pub retries: Option<i32>,
+    pub deadline_seconds: Option<i64>,
+    pub ttl_seconds: Option<i32>,
+    pub grace_seconds: Option<i64>,
+    pub run_as_user: Option<i64>,
+    pub ca_config_map: Option<String>,
+    pub config_overrides: Vec<String>,
+    pub env: Vec<EnvVar>,
+    pub spot: Option<bool>,
+    pub ignore: bool,
+}
+
+/// # Errors
+/// Config: unknown annotations with our prefix, and values that are not what they must be; all of them.
+pub fn read(workspace: &Workspace) -> Result<Options> {
+    let mut reader = Reader { workspace, mistakes: Mistakes::default() };
+    reader.refuse_unknown();
+    let options = Options {
+        image: reader.text("image"),
+        image_pull_policy: reader
+            .with("image-pull-policy", |text| word(text, &["Always", "IfNotPresent", "Never"])),
+        image_pull_secrets: reader.with("image-pull-secrets", names).unwrap_or_default(),
+        model: reader.text("model"),
+        gpus: reader.with("gpus", |text| text.parse().ok().filter(|gpus| *gpus <= GPUS_MAX)),
+        cpu: reader.with("cpu", quantity),
+        memory: reader.with("memory", quantity),
+        ephemeral_storage: reader.with("ephemeral-storage", quantity),
+        cache_claim: reader.with("cache-claim", object_name),
+        work_claim: reader.with("work-claim", object_name),
+        queue_name: reader.with("queue-name", object_name),
+        priority_class: reader.with("priority-class", object_name),
+        service_account: reader.with("service-account", object_name),
+        retries: reader.with("retries", |text| text.parse().ok().filter(|retries| *retries >= 0)),
+        deadline_seconds: reader.with("deadline", seconds),
+        ttl_seconds: reader.with("ttl", |text| seconds(text)?.try_into().ok()),
+        grace_seconds: reader.with("grace-period", seconds),
+        run_as_user: reader.with("run-as-user", |text| text.parse().ok().filter(|user| *user > 0)),
+        ca_config_map: reader.with("ca-config-map", object_name),
+        config_overrides: reader.with("config-overrides", assignments).unwrap_or_default(),
+        env: reader.with("env", environment).unwrap_or_default(),
+        spot: reader.with("spot", boolean),
+        ignore: reader.with("ignore", boolean).unwrap_or(false),
+    };
+    reader.mistakes.into_result().map(|()| options)
+}
+
+/// Our annotations that are part of what a run is, by full name; those of the controller's own are not.
+pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
+    let annotations = workspace.metadata.annotations.iter().flatten();
+    annotations
+        .filter(|(name, _)| {
+            name.strip_prefix(PREFIX)
+                .is_some_and(|name| find(name).is_none_or(|known| known.side == Side::Input))
+        })
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .collect()
+}
+
+/// The table in Markdown; README holds it.
+pub fn markdown() -> String {
+    let row = |annotation: &Annotation| {
+        format!("| `{PREFIX}{}` | {} | {} |\n", annotation.name, annotation.value, annotation.about)
+    };
+    let table = |side| {
+        let rows = TABLE.iter().filter(|annotation| annotation.side == side);
+        rows.fold("| annotation | value | what it does |\n|---|---|---|\n".to_owned(), |table, annotation| {
+            table + &row(annotation)
+        })
+    };
+    format!("{}\nWritten by `hone controller`:\n\n{}", table(Side::Input), table(Side::Output))
+}
+
+/// LIMIT: no node has more.
+const GPUS_MAX: u32 = 64;
+
+fn find(name: &str) -> Option<&'static Annotation> {
+    TABLE.iter().find(|annotation| annotation.name == name)
+}
+
+struct Reader<'a> {
+    workspace: &'a Workspace,
+    mistakes: Mistakes,
+}
+
+impl Reader<'_> {
+    fn refuse_unknown(&mut self) {
+        for name in self.workspace.metadata.annotations.iter().flatten().map(|(name, _)| name) {
+            let Some(rest) = name.strip_prefix(PREFIX).filter(|rest| find(rest).is_none()) else { continue };
+            let known = TABLE.iter().map(|annotation| annotation.name);
+            let hint = match keys::nearest(known, rest) {
+                Some(near) => format!("did you mean {PREFIX}{near}?"),
+                None => "README.md lists all".into(),
+            };
+            self.mistakes.add(&Origin::Default, format!("metadata.annotations: {name} is not known; {hint}"));
+        }
+    }
+
+    fn text(&mut self, name: &str) -> Option<String> {
+        self.with(name, |text| Some(text.to_owned()))
+    }
+
+    /// The value as `read` understands it. An empty one is as none.
+    fn with<T>(&mut self, name: &str, read: impl Fn(&str) -> Option<T>) -> Option<T> {
+        let text = self.workspace.annotation(&format!("{PREFIX}{name}"))?.trim();
+        if text.is_empty() {
+            return None;
+        }
+        let value = read(text);
+        if value.is_none() {
+            let expected = find(name).expect("a name of the table").value;
+            let message =
+                format!("metadata.annotations[{PREFIX}{name}]: expected {expected}, found {text:?}");
+            self.mistakes.add(&Origin::Default, message);
+        }
+        value
+    }
+}
+
+fn word(text: &str, words: &[&str]) -> Option<String> {
+    words.contains(&text).then(|| text.to_owned())
+}
+
+fn boolean(text: &str) -> Option<bool> {
+    text.parse().ok()
+}
+
+/// A DNS-1123 subdomain, as names of objects are.
+pub(super) fn object_name(text: &str) -> Option<String> {
+    let label = |label: &str| {
+        let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(inner)
+    };
+    (text.len() <= 253 && text.split('.').all(label)).then(|| text.to_owned())
+}
+
+fn names(text: &str) -> Option<Vec<String>> {
+    text.split(',').map(|name| object_name(name.trim())).collect()
+}
+
+/// `500m`, `1.5`, `20Gi`, `1e3`: Kubernetes' quantities, as far as anybody writes them.
+fn quantity(text: &str) -> Option<String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+    let (number, unit) = text.split_at(digits);
+    let units = ["", "m", "k", "M", "G", "T", "P", "Ki", "Mi", "Gi", "Ti", "Pi"];
+    (number.parse::<f64>().is_ok() && units.contains(&unit)).then(|| text.to_owned())
+}
+
+/// `90`, `90s`, `15m`, `2h`, `7d`.
+fn seconds(text: &str) -> Option<i64> {
+    let (number, unit) = match text.char_indices().next_back()? {
+        (_, last) if last.is_ascii_digit() => (text, 1),
+        (at, 's') => (&text[..at], 1),
+        (at, 'm') => (&text[..at], 60),
+        (at, 'h') => (&text[..at], 60 * 60),
+        (at, 'd') => (&text[..at], 24 * 60 * 60),
+        _ => return None,
+    };
+    number.parse::<i64>().ok().filter(|number| *number >= 0)?.checked_mul(unit)
+}
+
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+fn assignments(text: &str) -> Option<Vec<String>> {
+    let whole = |line: &str| line.split_once('=').is_some_and(|(key, _)| !key.trim().is_empty());
+    lines(text).map(|line| whole(line).then(|| line.to_owned())).collect()
+}
+
+fn environment(text: &str) -> Option<Vec<EnvVar>> {
+    lines(text).map(variable).collect()
+}
+
+fn variable(line: &str) -> Option<EnvVar> {
+    let (name, value) = line.split_once('=')?;
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    let starts_well = name.bytes().next().is_some_and(|byte| !byte.is_ascii_digit());
+    if !starts_well || !name.bytes().all(letter) {
+        return None;
+    }
+    let name = name.to_owned();
+    Some(match value.strip_prefix("secret:") {
+        None => EnvVar { name, value: Some(value.into()), ..EnvVar::default() },
+        Some(place) => {
+            let (secret, key) = place.split_once('/')?;
+            secret_variable(name, object_name(secret)?, key.into())
+        }
+    })
+}
+
+pub(super) fn secret_variable(name: String, secret: String, key: String) -> EnvVar {
+    let selector = SecretKeySelector { name: secret, key, optional: None };
+    let source = EnvVarSource { secret_key_ref: Some(selector), ..EnvVarSource::default() };
+    EnvVar { name, value_from: Some(source), ..EnvVar::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn workspace(annotations: &[(&str, &str)]) -> Workspace {
+        let mut workspace = Workspace::default();
+        let named = annotations.iter().map(|(name, value)| (format!("{PREFIX}{name}"), value.to_string()));
+        workspace.metadata.annotations = Some(named.collect());
+        workspace
+    }
+
+    #[test]
+    fn values_become_options() {
+        let options = read(&workspace(&[
+            ("gpus", "0"),
+            ("deadline", "2h"),
+            ("ttl", "7d"),
+            ("grace-period", "90"),
+            ("memory", "20Gi"),
+            ("image-pull-secrets", "a, b.c"),
+            ("env", "A=1\n# why\nTOKEN=secret:keys/token\nEMPTY=\n"),
+            ("config-overrides", "LoraConfig.r=16"),
+            ("priority-class", " "),
+        ]))
+        .unwrap();
+        assert_eq!(
+            (options.gpus, options.deadline_seconds, options.ttl_seconds),
+            (Some(0), Some(7200), Some(604_800))
+        );
+        assert_eq!((options.grace_seconds, options.memory.as_deref()), (Some(90), Some("20Gi")));
+        assert_eq!(options.image_pull_secrets, ["a", "b.c"]);
+        assert_eq!((options.config_overrides.len(), options.priority_class), (1, None));
+        let env = serde_json::to_string(&options.env).unwrap();
+        expect![[r#"[{"name":"A","value":"1"},{"name":"TOKEN","valueFrom":{"secretKeyRef":{"key":"token","name":"keys"}}},{"name":"EMPTY","value":""}]"#]].assert_eq(&env);
+    }
+
+    #[test]
+    fn everything_wrong_is_told_together() {
+        let fault = read(&workspace(&[
+            ("gpu", "1"),
+            ("gpus", "-1"),
+            ("ttl", "soon"),
+            ("cache-claim", "My_Claim"),
+            ("env", "1A=x"),
+            ("memory", "20 GB"),
+            ("spot", "yes"),
+        ]))
+        .unwrap_err();
+        expect![[r#"
+            7 mistakes in the configuration
+              metadata.annotations: hone.sh/gpu is not known; did you mean hone.sh/gpus?
+              metadata.annotations[hone.sh/gpus]: expected a whole number, found "-1"
+              metadata.annotations[hone.sh/memory]: expected a quantity, found "20 GB"
+              metadata.annotations[hone.sh/cache-claim]: expected a PersistentVolumeClaim, found "My_Claim"
+              metadata.annotations[hone.sh/ttl]: expected a duration, found "soon"
+              metadata.annotations[hone.sh/env]: expected lines of NAME=value, found "1A=x"
+              metadata.annotations[hone.sh/spot]: expected true or false, found "yes""#]]
+        .assert_eq(&fault.message);
+    }
+
+    #[test]
+    fn what_the_controller_writes_is_no_input() {
+        let workspace = workspace(&[("gpus", "1"), ("step", "3"), ("loss", "2.5")]);
+        assert_eq!(inputs(&workspace).into_iter().collect::<Vec<_>>(), [("hone.sh/gpus", "1")]);
+        assert!(read(&workspace).is_ok());
+    }
+
+    #[test]
+    fn every_name_of_the_table_is_read_or_written_once() {
+        let mut names: Vec<&str> = TABLE.iter().map(|annotation| annotation.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), TABLE.len());
+        let code = include_str!("annotations.rs");
+        for annotation in TABLE.iter().filter(|annotation| annotation.side == Side::Input) {
+            let read = ["text", "with"].iter().any(|how| {
+                code.replace([' ', '\n'], "").contains(&format!("reader.{how}(\"{}\"", annotation.name))
+            });
+            assert!(read, "{} is in the table and never read", annotation.name);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Files of Workspaces and ConfigMaps -> the objects to apply: what `hone render` does.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use serde_json::Value;
+
+use super::kind::{GROUP, KIND, VERSIONS, Workspace};
+use super::render::{Asked, render};
+use super::yaml::{self, Document};
+use super::{CONFIG_FILE, Settings, config_name};
+use crate::fault::{Fault, Result};
+use crate::spec::keys;
+
+/// LIMIT: Kubernetes takes objects up to 1.5 MB.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// What to apply, and what somebody should look at.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Applied {
+    pub objects: Vec<Value>,
+    pub warnings: Vec<String>,
+}
+
+/// Renders every Workspace that tunes; `-` is the standard input. Other objects are passed over with a word.
+///
+/// # Errors
+/// As `render`, and Config: files that cannot be read, or hold no Workspace that tunes.
+pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
+    let mut documents = Vec::new();
+    for file in files {
+        documents.extend(yaml::read(&file.display().to_string(), &text(file)?)?);
+    }
+    let (workspaces, others): (Vec<Document>, Vec<Document>) =
+        documents.into_iter().partition(|document| document.kind() == KIND);
+    let (configs, others): (Vec<Document>, Vec<Document>) =
+        others.into_iter().partition(|document| document.kind() == "ConfigMap");
+    let configs = configs.iter().map(config).collect::<Result<Vec<ConfigMap>>>()?;
+    let mut applied = Applied::default();
+    for document in &others {
+        applied.warnings.push(format!(
+            "{}: {} {} is passed over",
+            document.place,
+            kind(document),
+            document.name()
+        ));
+    }
+    for document in &workspaces {
+        add(document, &configs, settings, &mut applied)?;
+    }
+    match applied.objects.is_empty() {
+        true => Err(Fault::config("no Workspace with `tuning` in what was given")
+            .help("give the file of one with -f; `hone tune --help` writes one")),
+        false => Ok(applied),
+    }
+}
+
+fn add(document: &Document, configs: &[ConfigMap], settings: &Settings, applied: &mut Applied) -> Result<()> {
+    let workspace: Workspace = document.typed()?;
+    let place = |fault: Fault| fault.at(format!("{}: Workspace {}", document.place, workspace.name()));
+    known_version(&workspace).map_err(place)?;
+    if workspace.tuning.is_none() && workspace.inference.is_some() {
+        applied.warnings.push(format!(
+            "{}: Workspace {} only serves, which KAITO does",
+            document.place,
+            workspace.name()
+        ));
+        return Ok(());
+    }
+    let name = config_name(&workspace);
+    let config = configs.iter().find(|map| {
+        map.metadata.name.as_deref() == Some(name.as_str())
+            && map.metadata.namespace.as_deref().unwrap_or(workspace.namespace()) == workspace.namespace()
+    });
+    let config = config.map(|map| entry(map, &name)).transpose().map_err(place)?;
+    let rendered = render(&Asked { workspace: &workspace, config, settings, revision: 1 }).map_err(place)?;
+    applied
+        .warnings
+        .extend(rendered.warnings.iter().map(|warning| format!("{}: {warning}", workspace.name())));
+    let map = rendered.config_map.map(|map| object(&map));
+    // Two Workspaces may have the same default.
+    applied.objects.extend(map.filter(|map| !applied.objects.contains(map)));
+    applied.objects.push(object(&rendered.job));
+    Ok(())
+}
+
+fn known_version(workspace: &Workspace) -> Result<()> {
+    match workspace.api_version.split_once('/') {
+        Some((GROUP, version)) if VERSIONS.contains(&version) => Ok(()),
+        _ => Err(Fault::config(format!(
+            "apiVersion: expected {GROUP}/{}, found {:?}",
+            VERSIONS.join(&format!(" or {GROUP}/")),
+            workspace.api_version
+        ))),
+    }
+}
+
+/// `data."training_config.yaml"`.
+pub fn entry<'a>(map: &'a ConfigMap, name: &str) -> Result<&'a str> {
+    let data = map.data.as_ref();
+    data.and_then(|data| data.get(CONFIG_FILE)).map(String::as_str).ok_or_else(|| {
+        let keys = || data.iter().flat_map(|data| data.keys()).map(String::as_str);
+        let near =
+            keys::nearest(keys(), CONFIG_FILE).map_or(String::new(), |near| format!("; it has {near}"));
+        Fault::config(format!("ConfigMap {name} has no data.\"{CONFIG_FILE}\"{near}"))
+    })
+}
+
+fn config(document: &Document) -> Result<ConfigMap> {
+    document.typed()
+}
+
+fn kind(document: &Document) -> &str {
+    match document.kind() {
+        "" => "an object without kind",
+        kind => kind,
+    }
+}
+
+fn object<T: serde::Serialize>(object: &T) -> Value {
+    serde_json::to_value(object).expect("texts and numbers")
+}
+
+fn text(file: &PathBuf) -> Result<String> {
+    let name = file.display();
+    let cannot = |error: std::io::Error| Fault::config(format!("cannot read {name}: {error}"));
+    let mut text = String::new();
+    let reader: Box<dyn Read> = match file.to_str() {
+        Some("-") => Box::new(std::io::stdin()),
+        _ => Box::new(std::fs::File::open(file).map_err(cannot)?),
+    };
+    reader.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(cannot)?;
+    Ok(text)
+}

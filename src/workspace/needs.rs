@@ -1,0 +1,155 @@
+//! A Job's plan and its GPU -> what it asks of a node: GPUs, memory, disk; refused when the GPU cannot hold it.
+
+use super::annotations::Options;
+use super::request::Run;
+use super::{Settings, Workspace};
+use crate::fault::Result;
+use crate::memory::card::{self, Card};
+use crate::memory::{self, Machine, Place, Task};
+use crate::model::facts::Facts;
+use crate::model::{Keep, lora, shapes};
+
+const GIB: f64 = (1u64 << 30) as f64;
+/// Of the process itself: the program, the dataset's tokens, the driver's own.
+const HOST_BYTES: f64 = 4.0 * GIB;
+/// For data whose size nobody knows before it is there.
+const DATA_BYTES: f64 = 5.0 * GIB;
+/// A checkpoint holds the adapter and the optimizer's two moments; one is written before the older is removed.
+const ADAPTER_COPIES: f64 = 1.0 + 2.0 * 3.0;
+/// Of a model that no table knows: 7 billion parameters of bf16 and as much again.
+const UNKNOWN_WEIGHTS_BYTES: f64 = 30.0 * GIB;
+/// The shortest pass worth a check: an example is rarely shorter.
+const TOKENS_MIN: usize = 256;
+
+/// GPUs, and whose; none of a CPU's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Gpus {
+    pub count: u32,
+    pub card: Option<Card>,
+}
+
+/// Requests of the container, as Kubernetes writes quantities.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Needs {
+    pub cpu: String,
+    pub memory: String,
+    pub ephemeral_storage: String,
+    pub warnings: Vec<String>,
+}
+
+/// As asked, else as many as the instance type has, else one.
+pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings) -> Gpus {
+    let instance = &workspace.resource.instance_type;
+    let known = card::find(instance).ok();
+    let asked = options.gpus.or(settings.gpus);
+    let count = asked.or(known.map(|(_, count)| count as u32)).unwrap_or(1);
+    Gpus { count, card: known.map(|(card, _)| card).filter(|_| count > 0) }
+}
+
+/// # Errors
+/// Capacity: no plan fits into the card's memory. Config: modules that match nothing.
+pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Options) -> Result<Needs> {
+    let mut warnings = gpu_warnings(workspace, gpus);
+    let shape = run.preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
+    let known = shape.map(|shape| task(run, shapes::facts(shape)?)).transpose()?;
+    if let (Some(task), Some(card)) = (&known, gpus.card) {
+        warnings.extend(fits(task, &card, workspace, run)?);
+    }
+    let text = |asked: &Option<String>, planned: String| asked.clone().unwrap_or(planned);
+    Ok(Needs {
+        cpu: text(&options.cpu, "2".into()),
+        memory: text(&options.memory, gibibytes(host_bytes(known.as_ref(), gpus.count > 0))),
+        ephemeral_storage: text(
+            &options.ephemeral_storage,
+            gibibytes(disk_bytes(known.as_ref(), run, options)),
+        ),
+        warnings,
+    })
+}
+
+fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let instance = &workspace.resource.instance_type;
+    if gpus.count > 1 {
+        warnings.push(format!(
+            "{} GPUs are reserved and one is used: hone.sh/gpus: \"1\" leaves the others free, a smaller instanceType costs less",
+            gpus.count
+        ));
+    }
+    if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {
+        warnings.push(format!(
+            "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: training would end with exit code 14. Take \
+             an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4",
+            card.name
+        ));
+    }
+    if gpus.card.is_none() && gpus.count > 0 && !instance.is_empty() {
+        warnings.push(format!(
+            "resource.instanceType {instance} is not in the table of GPUs: its memory is not checked"
+        ));
+    }
+    warnings
+}
+
+/// The training of a model of these facts, with passes as short as they may be.
+fn task(run: &Run, facts: Facts) -> Result<Task> {
+    let (plan, options) = (&run.plan, &run.plan.model);
+    let sites = lora::sites(&facts, &options.lora)?;
+    let tokens_max = plan.tokens.tokens_max.min(facts.positions_max);
+    Ok(Task {
+        sites: sites.list,
+        quantization: options.quantization,
+        precision: options.precision,
+        dropout: options.lora.dropout > 0.0,
+        bf16_checkpoint: true,
+        tokens_min: TOKENS_MIN.min(tokens_max),
+        tokens_max,
+        example_tokens: tokens_max,
+        keep: plan.memory.keep,
+        facts,
+    })
+}
+
+/// Refused when not even short examples fit; a warning when those of the most tokens do not.
+fn fits(task: &Task, card: &Card, workspace: &Workspace, run: &Run) -> Result<Option<String>> {
+    let Ok(machine) = card.machine(run.plan.memory.limit) else { return Ok(None) };
+    let instance = &workspace.resource.instance_type;
+    if let Err(fault) = memory::solve(task, &machine) {
+        return Err(fault.at(format!("resource.instanceType {instance}")));
+    }
+    let longest = Task { tokens_min: task.tokens_max, ..task.clone() };
+    Ok(memory::solve(&longest, &machine).err().map(|fault| {
+        format!("examples of {} tokens do not fit on {instance}: {}", task.tokens_max, fault.message)
+    }))
+}
+
+/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass through.
+fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
+    let Some(task) = task else { return 2.0 * HOST_BYTES };
+    match on_gpu {
+        true => HOST_BYTES + 3.0 * 4.0 * (task.facts.vocab * task.facts.width) as f64,
+        false => {
+            let place = Place::Cpu { threads: 2 };
+            let rates = card::cpu_rates(2);
+            let machine = Machine { name: "CPU".into(), place, memory: u64::MAX, taken: 0, rates };
+            HOST_BYTES + memory::needed(task, &machine, task.tokens_max, Keep::LayerInputs) as f64
+        }
+    }
+}
+
+/// What lies on the node's disk: weights and data unless a claim keeps them, checkpoints and the adapter likewise.
+fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
+    let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
+    let adapter =
+        task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
+    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES };
+    let results = match (&options.work_claim, &run.plan.push) {
+        (None, Some(_)) => ADAPTER_COPIES * adapter,
+        _ => 0.0,
+    };
+    GIB + downloads + results
+}
+
+fn gibibytes(bytes: f64) -> String {
+    format!("{}Gi", (bytes / GIB).ceil() as u64)
+}

@@ -1,0 +1,174 @@
+//! A Workspace and its configuration -> the Job, and the ConfigMap where none is named.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::batch::v1::{
+    Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement,
+    PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
+};
+use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use serde_json::json;
+
+use super::annotations::{self, Options};
+use super::kind::{GROUP, KIND, VERSIONS, Workspace};
+use super::needs;
+use super::pod::Parts;
+use super::request;
+use super::templates::{self, Method};
+use super::{MANAGED_BY, MANAGER, REVISION, Settings, WORKSPACE_LABEL};
+use crate::fault::{Fault, Kind, Result};
+use crate::source;
+
+/// KAITO leaves Kubernetes' own default in force.
+const RETRIES: i32 = 6;
+const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+
+/// What is to be rendered.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    pub workspace: &'a Workspace,
+    /// `training_config.yaml` of the ConfigMap in force; `None`: there is none, and the method's default is made.
+    pub config: Option<&'a str>,
+    pub settings: &'a Settings,
+    /// Of the Workspace's inputs, from 1.
+    pub revision: i64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rendered {
+    /// The default configuration, where the Workspace names none and none was given.
+    pub config_map: Option<ConfigMap>,
+    pub job: Job,
+    /// What somebody should look at although the Job can run.
+    pub warnings: Vec<String>,
+}
+
+/// # Errors
+/// Config, Usage: what the pod would refuse. Capacity: the model cannot be trained on that GPU.
+pub fn render(asked: &Asked) -> Result<Rendered> {
+    let workspace = asked.workspace;
+    let options = annotations::read(workspace)?;
+    let method = method(workspace)?;
+    let (config, config_map) = config(asked, method)?;
+    let gpus = needs::gpus(workspace, &options, asked.settings);
+    let run = request::run(workspace, &options, config, gpus.count > 0)?;
+    let needs = needs::needs(workspace, &run, gpus, &options)?;
+    let parts =
+        Parts { workspace, options: &options, settings: asked.settings, run: &run, gpus, needs: &needs };
+    let job = Job { metadata: metadata(asked, &options), spec: Some(spec(&parts)?), status: None };
+    let warnings = run.plan.warnings.iter().chain(&needs.warnings).cloned().collect();
+    Ok(Rendered { config_map, job, warnings })
+}
+
+/// Identifies what a Job is made from: other inputs want another Job.
+pub fn inputs_hash(workspace: &Workspace, config: &str) -> String {
+    let inputs = json!({
+        "resource": workspace.resource,
+        "tuning": workspace.tuning,
+        "annotations": annotations::inputs(workspace),
+        "config": config,
+    });
+    source::digest(inputs.to_string().as_bytes())
+}
+
+fn method(workspace: &Workspace) -> Result<Method> {
+    let name = workspace.tuning.as_ref().map(|tuning| tuning.method.as_str()).unwrap_or_default();
+    Method::named(name)
+        .ok_or_else(|| Fault::config(format!("tuning.method: expected lora or qlora, found {name:?}")))
+}
+
+/// The configuration in force, and the object that brings it if nobody else does.
+fn config<'a>(asked: &Asked<'a>, method: Method) -> Result<(&'a str, Option<ConfigMap>)> {
+    let named = asked.workspace.tuning.as_ref().is_some_and(|tuning| !tuning.config.is_empty());
+    match asked.config {
+        Some(text) => Ok((text, None)),
+        None if !named => {
+            Ok((method.config(), Some(templates::config_map(method, asked.workspace.namespace()))))
+        }
+        None => Err(Fault::config(format!(
+            "tuning.config: there is no ConfigMap {} in namespace {}",
+            templates::config_name(asked.workspace),
+            asked.workspace.namespace()
+        ))
+        .help("apply it, or give its file with -f; without tuning.config the method's default is used")),
+    }
+}
+
+fn metadata(asked: &Asked, options: &Options) -> ObjectMeta {
+    let workspace = asked.workspace;
+    let mut labels = labels(workspace);
+    labels.extend(options.queue_name.clone().map(|queue| (QUEUE_LABEL.to_owned(), queue)));
+    ObjectMeta {
+        name: Some(workspace.name().into()),
+        namespace: Some(workspace.namespace().into()),
+        labels: Some(labels),
+        annotations: Some(BTreeMap::from([(REVISION.into(), asked.revision.to_string())])),
+        owner_references: workspace.metadata.uid.clone().map(|uid| vec![owner(workspace, uid)]),
+        ..ObjectMeta::default()
+    }
+}
+
+fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (WORKSPACE_LABEL.to_owned(), workspace.name().to_owned()),
+        (MANAGED_BY.to_owned(), MANAGER.to_owned()),
+    ])
+}
+
+/// Of what belongs to a Workspace: it goes when the Workspace goes.
+fn owner(workspace: &Workspace, uid: String) -> OwnerReference {
+    OwnerReference {
+        api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
+        kind: KIND.into(),
+        name: workspace.name().into(),
+        uid,
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    }
+}
+
+fn spec(parts: &Parts) -> Result<JobSpec> {
+    let options = parts.options;
+    let template = PodTemplateSpec {
+        metadata: Some(ObjectMeta { labels: Some(labels(parts.workspace)), ..ObjectMeta::default() }),
+        spec: Some(parts.pod()?),
+    };
+    Ok(JobSpec {
+        backoff_limit: Some(options.retries.unwrap_or(RETRIES)),
+        pod_failure_policy: Some(failure_policy(parts.workspace.name())),
+        active_deadline_seconds: options.deadline_seconds,
+        ttl_seconds_after_finished: options.ttl_seconds,
+        // Kueue lets it go when its turn comes.
+        suspend: options.queue_name.as_ref().map(|_| true),
+        template,
+        ..JobSpec::default()
+    })
+}
+
+/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but a person can
+/// mend ends the Job at once, anything else is tried again.
+fn failure_policy(container: &str) -> PodFailurePolicy {
+    let hopeless = Kind::ALL.into_iter().filter(|kind| !kind.retry_helps());
+    PodFailurePolicy {
+        rules: vec![
+            PodFailurePolicyRule {
+                action: "Ignore".into(),
+                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+                    type_: "DisruptionTarget".into(),
+                    status: "True".into(),
+                }]),
+                ..PodFailurePolicyRule::default()
+            },
+            PodFailurePolicyRule {
+                action: "FailJob".into(),
+                on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+                    container_name: Some(container.into()),
+                    operator: "In".into(),
+                    values: hopeless.map(|kind| kind.exit_code().into()).collect(),
+                }),
+                ..PodFailurePolicyRule::default()
+            },
+        ],
+    }
+}

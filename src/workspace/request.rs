@@ -1,0 +1,145 @@
+//! A Workspace -> the `hone run` of its container: arguments, planned as the pod will plan them.
+
+use super::annotations::Options;
+use super::kind::Workspace;
+use super::templates::{CONFIG_FILE, config_name};
+use crate::fault::{Fault, Result};
+use crate::model::presets::{self, Preset, Targets};
+use crate::plan::{self, Plan};
+use crate::spec::{self, Origin, Setting, Written};
+
+/// Where the pod finds what is mounted.
+pub(super) const CONFIG_FOLDER: &str = "/mnt/config";
+pub(super) const DATA_FOLDER: &str = "/mnt/data";
+pub(super) const CACHE_FOLDER: &str = "/mnt/cache";
+pub(super) const DOCKER_FOLDER: &str = "/mnt/docker";
+pub(super) const CA_FOLDER: &str = "/mnt/ca";
+/// Folders that the output cannot be.
+const TAKEN: [&str; 5] = [CONFIG_FOLDER, DATA_FOLDER, CACHE_FOLDER, DOCKER_FOLDER, CA_FOLDER];
+
+/// What the container is asked.
+pub(super) struct Run {
+    pub arguments: Vec<String>,
+    pub plan: Plan,
+    pub preset: Option<&'static Preset>,
+}
+
+/// # Errors
+/// Config, Usage: whatever the pod would refuse: unknown model, keys of the configuration, paths, references.
+pub(super) fn run(workspace: &Workspace, options: &Options, config: &str, on_gpu: bool) -> Result<Run> {
+    let tuning = workspace.tuning.as_ref().ok_or_else(|| Fault::config("tuning: missing"))?;
+    let name = tuning.preset.as_ref().map(|preset| preset.name.as_str()).unwrap_or_default();
+    let preset = match &options.model {
+        // Its weights are elsewhere, so the catalogue need not know it.
+        Some(_) => presets::find(name).ok(),
+        None => Some(presets::find(name).map_err(|fault| fault.at("tuning.preset.name"))?),
+    };
+    let given = Given { workspace, options, preset, name };
+    let name = format!("ConfigMap {}", config_name(workspace));
+    let environment =
+        |variable: &str| target_modules(preset).filter(|_| variable == "DEFAULT_TARGET_MODULES");
+    let plan = plan::make(&spec::gather_mounted(&name, config, &given.settings(on_gpu), &environment)?)?;
+    if let Some(taken) = TAKEN.iter().find(|taken| plan.output.starts_with(taken)) {
+        return Err(Fault::config(format!(
+            "TrainingArguments.output_dir: {} lies in {taken}, which holds something else",
+            plan.output.display()
+        ))
+        .help("leave output_dir out, or name another folder below /mnt"));
+    }
+    Ok(Run { arguments: given.arguments(), plan, preset })
+}
+
+struct Given<'a> {
+    workspace: &'a Workspace,
+    options: &'a Options,
+    preset: Option<&'static Preset>,
+    name: &'a str,
+}
+
+impl Given<'_> {
+    /// Flags and values, in the order of a command line. What a volume brings is found where KAITO mounts it.
+    fn flags(&self) -> Vec<(&'static str, String)> {
+        let tuning = self.workspace.tuning.as_ref().expect("looked at above");
+        let mut flags = vec![("model", self.model()), ("name", self.name.to_owned())];
+        if let Some(input) = &tuning.input {
+            flags.extend(input.urls.iter().map(|url| ("data", url.clone())));
+            flags.extend(
+                Some(&input.image)
+                    .filter(|image| !image.is_empty())
+                    .map(|image| ("data", format!("oci://{image}"))),
+            );
+        }
+        if let Some(output) = tuning.output.as_ref().filter(|output| !output.image.is_empty()) {
+            flags.push(("push", output.image.clone()));
+        }
+        flags
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["run".into(), format!("--config={CONFIG_FOLDER}/{CONFIG_FILE}")];
+        arguments.extend(self.flags().into_iter().map(|(flag, value)| format!("--{flag}={value}")));
+        arguments.extend(self.options.config_overrides.iter().map(|text| format!("--set={text}")));
+        arguments
+    }
+
+    /// As the pod's command line and environment give them.
+    fn settings(&self, on_gpu: bool) -> Vec<Setting> {
+        let flag = |key: &str, written| Setting {
+            key: key.into(),
+            written,
+            origin: Origin::Flag(field(key).into()),
+        };
+        let mut data = Vec::new();
+        let mut settings = Vec::new();
+        for (key, value) in self.flags() {
+            match key {
+                "data" => data.push(value),
+                _ => settings.push(flag(key, Written::Text(value))),
+            }
+        }
+        if !data.is_empty() {
+            settings.push(flag("data", Written::Texts(data)));
+        }
+        let device = if on_gpu { "cuda" } else { "cpu" };
+        settings.push(flag("device", Written::Text(device.into())));
+        for text in &self.options.config_overrides {
+            let (key, value) = text.split_once('=').expect("read so");
+            let origin = Origin::Flag("hone.sh/config-overrides".into());
+            settings.push(Setting { key: key.trim().into(), written: Written::Yaml(value.into()), origin });
+        }
+        settings
+    }
+
+    /// Where the weights are: as asked, an image of the user's, KAITO's artifact, the hub.
+    fn model(&self) -> String {
+        let tuning = self.workspace.tuning.as_ref().expect("looked at above");
+        let options = tuning.preset.as_ref().and_then(|preset| preset.preset_options.as_ref());
+        let image = options.map(|options| options.image.as_str()).filter(|image| !image.is_empty());
+        match (&self.options.model, image, self.preset) {
+            (Some(address), ..) => address.clone(),
+            (_, Some(image), _) => format!("oci://{image}"),
+            (.., Some(Preset { artifact: Some(artifact), .. })) => format!("oci://{artifact}"),
+            (.., Some(Preset { hub, revision: Some(revision), .. })) => format!("hf://{hub}@{revision}"),
+            (.., preset) => format!("hf://{}", preset.map_or(self.name, |preset| &preset.hub)),
+        }
+    }
+}
+
+/// What of the Workspace becomes a flag, for messages.
+fn field(flag: &str) -> &str {
+    match flag {
+        "model" => "tuning.preset",
+        "name" => "tuning.preset.name",
+        "data" => "tuning.input",
+        "push" => "tuning.output.image",
+        flag => flag,
+    }
+}
+
+/// What is adapted unless the configuration says otherwise, as KAITO's environment says it.
+pub(super) fn target_modules(preset: Option<&Preset>) -> Option<String> {
+    match preset?.target_modules.as_ref()? {
+        Targets::Names(names) => Some(names.join(",")),
+        Targets::Word(_) => None,
+    }
+}

@@ -1,0 +1,76 @@
+//! The configuration a Workspace has that names none: KAITO's ConfigMaps, as examples/training_config has them.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use super::kind::Workspace;
+use super::{MANAGED_BY, MANAGER};
+
+/// The entry of a ConfigMap that is read, and the file it becomes.
+pub const CONFIG_FILE: &str = "training_config.yaml";
+
+/// How the base is held while it is tuned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Lora,
+    Qlora,
+}
+
+impl Method {
+    /// In any case, as KAITO's webhook takes it.
+    pub fn named(name: &str) -> Option<Method> {
+        match name.to_lowercase().as_str() {
+            "lora" => Some(Method::Lora),
+            "qlora" => Some(Method::Qlora),
+            _ => None,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Lora => "lora",
+            Method::Qlora => "qlora",
+        }
+    }
+
+    /// The ConfigMap that KAITO copies into a namespace.
+    pub fn config_name(self) -> &'static str {
+        match self {
+            Method::Lora => "lora-params-template",
+            Method::Qlora => "qlora-params-template",
+        }
+    }
+
+    /// Its `training_config.yaml`.
+    pub fn config(self) -> &'static str {
+        match self {
+            Method::Lora => include_str!("../../examples/training_config/lora.yaml"),
+            Method::Qlora => include_str!("../../examples/training_config/qlora.yaml"),
+        }
+    }
+}
+
+/// The ConfigMap in force: the one that is named, or the method's default.
+pub fn config_name(workspace: &Workspace) -> String {
+    let tuning = workspace.tuning.as_ref();
+    let named = tuning.map(|tuning| tuning.config.as_str()).filter(|name| !name.is_empty());
+    let default =
+        tuning.and_then(|tuning| Method::named(&tuning.method)).unwrap_or(Method::Qlora).config_name();
+    named.unwrap_or(default).to_owned()
+}
+
+/// The default as an object of a namespace; several Workspaces share it, so none owns it.
+pub fn config_map(method: Method, namespace: &str) -> ConfigMap {
+    ConfigMap {
+        metadata: ObjectMeta {
+            name: Some(method.config_name().into()),
+            namespace: Some(namespace.into()),
+            labels: Some(BTreeMap::from([(MANAGED_BY.into(), MANAGER.into())])),
+            ..ObjectMeta::default()
+        },
+        data: Some(BTreeMap::from([(CONFIG_FILE.into(), method.config().into())])),
+        ..ConfigMap::default()
+    }
+}

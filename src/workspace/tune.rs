@@ -1,0 +1,127 @@
+//! A few flags -> the Workspace that a person would write.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use serde_json::json;
+
+use super::kind::{
+    Destination, GROUP, KIND, Preset, PresetOptions, Resource, Source, Tuning, VERSIONS, Workspace,
+};
+use super::templates::Method;
+use crate::fault::{Fault, Result};
+use crate::model::presets;
+
+/// What `hone tune` asks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Options {
+    pub preset: String,
+    /// URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
+    pub data: Vec<String>,
+    /// An image, or `pvc://CLAIM`.
+    pub push: String,
+    pub push_secret: Option<String>,
+    pub pull_secrets: Vec<String>,
+    pub token_secret: Option<String>,
+    pub name: Option<String>,
+    pub namespace: Option<String>,
+    pub lora: bool,
+    pub config: Option<String>,
+    pub instance: Option<String>,
+    /// `key=value`.
+    pub labels: Vec<String>,
+    /// `name=value`, of `hone.sh/`.
+    pub annotations: Vec<String>,
+}
+
+/// # Errors
+/// Usage: flags that do not go together, or an unknown preset.
+pub fn workspace(options: &Options) -> Result<Workspace> {
+    let preset = presets::find(&options.preset).map_err(|fault| fault.at("--preset"))?;
+    if let Some(why) = &preset.refused {
+        return Err(Fault::usage(format!("--preset {}: it is not trained: {why}", preset.name)));
+    }
+    let name = options.name.clone().unwrap_or_else(|| format!("tune-{}", preset.name.replace('.', "-")));
+    let labels = match options.labels.is_empty() {
+        true => BTreeMap::from([("apps".to_owned(), name.clone())]),
+        false => pairs(&options.labels, "--label")?,
+    };
+    let annotations = pairs(&options.annotations, "--annotate")?;
+    let annotations: BTreeMap<String, String> = annotations
+        .into_iter()
+        .map(|(name, value)| (format!("{}{name}", super::annotations::PREFIX), value))
+        .collect();
+    let method = if options.lora { Method::Lora } else { Method::Qlora };
+    let token = options
+        .token_secret
+        .clone()
+        .map(|secret| PresetOptions { model_access_secret: secret, ..PresetOptions::default() });
+    Ok(Workspace {
+        api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
+        kind: KIND.into(),
+        metadata: ObjectMeta {
+            name: Some(name),
+            namespace: options.namespace.clone(),
+            annotations: Some(annotations).filter(|annotations| !annotations.is_empty()),
+            ..ObjectMeta::default()
+        },
+        resource: Resource {
+            instance_type: options.instance.clone().unwrap_or_default(),
+            label_selector: Some(LabelSelector { match_labels: Some(labels), ..LabelSelector::default() }),
+            ..Resource::default()
+        },
+        tuning: Some(Tuning {
+            preset: Some(Preset { name: preset.name.clone(), preset_options: token, ..Preset::default() }),
+            method: method.name().into(),
+            config: options.config.clone().unwrap_or_default(),
+            input: Some(input(options)?),
+            output: Some(output(options)?),
+        }),
+        ..Workspace::default()
+    })
+}
+
+fn input(options: &Options) -> Result<Source> {
+    let image_pull_secrets = options.pull_secrets.clone();
+    let urls = |text: &&String| text.starts_with("http://") || text.starts_with("https://");
+    match options.data.as_slice() {
+        all if all.iter().all(|text| urls(&text)) && !all.is_empty() => {
+            Ok(Source { urls: all.to_vec(), image_pull_secrets, ..Source::default() })
+        }
+        [one] if let Some(image) = one.strip_prefix("oci://") => {
+            Ok(Source { image: image.into(), image_pull_secrets, ..Source::default() })
+        }
+        [one] if let Some(claim) = one.strip_prefix("pvc://") => {
+            Ok(Source { volume_source: Some(claim_source(claim)), ..Source::default() })
+        }
+        _ => Err(Fault::usage(format!("--data {}: a cluster cannot reach it", options.data.join(" ")))
+            .help("give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)")),
+    }
+}
+
+fn output(options: &Options) -> Result<Destination> {
+    if let Some(claim) = options.push.strip_prefix("pvc://") {
+        return Ok(Destination { volume_source: Some(claim_source(claim)), ..Destination::default() });
+    }
+    let secret = options.push_secret.clone().ok_or_else(|| {
+        Fault::usage("--secret is missing: a push needs a Secret of type kubernetes.io/dockerconfigjson")
+            .help("kubectl create secret docker-registry NAME --docker-server=... --docker-username=... --docker-password=...")
+    })?;
+    let image = options.push.strip_prefix("oci://").unwrap_or(&options.push);
+    Ok(Destination { image: image.into(), image_push_secret: secret, ..Destination::default() })
+}
+
+fn claim_source(claim: &str) -> serde_json::Value {
+    json!({"persistentVolumeClaim": {"claimName": claim}})
+}
+
+fn pairs(texts: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
+    let pair = |text: &String| {
+        let (key, value) = text.split_once('=')?;
+        Some((key.trim().to_owned(), value.to_owned()))
+    };
+    let pairs = texts
+        .iter()
+        .map(|text| pair(text).ok_or_else(|| Fault::usage(format!("{flag} {text:?}: expected name=value"))));
+    pairs.collect()
+}
