@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use hone::fault::{self, Kind};
 use hone::model::{config::Config, family::FAMILIES};
 use hone::spec::keys;
+use hone::workspace::annotations;
 use regex::Regex;
 
 /// Which models a family of README's table is.
@@ -120,10 +121,15 @@ fn what_a_kind_means_is_what_its_comment_says() {
 
 /// `UPDATE_README=1 cargo test --test structure` writes the tables.
 #[test]
-fn readme_holds_the_tables_of_families_keys_and_exit_codes() {
+fn readme_holds_the_tables() {
     let file = root("README.md");
     let found = text(&file);
-    let tables = [("families", families()), ("keys", keys::markdown()), ("exit codes", fault::markdown())];
+    let tables = [
+        ("families", families()),
+        ("annotations", annotations::markdown()),
+        ("keys", keys::markdown()),
+        ("exit codes", fault::markdown()),
+    ];
     let expected = tables.iter().fold(found.clone(), |readme, (name, table)| replaced(&readme, name, table));
     if std::env::var_os("UPDATE_README").is_some() {
         std::fs::write(&file, &expected).unwrap();
