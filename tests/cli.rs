@@ -37,6 +37,8 @@ fn help_tells_what_there_is() {
                    seconds
           bench    Measure how fast this machine trains a model or a well-known shape, beside what the
                    machine can do
+          render   Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+          tune     Print a Workspace that tunes a preset, for those who have none yet
           help     Print this message or the help of the given subcommand(s)
 
         Options:
@@ -108,6 +110,11 @@ fn help_tells_what_there_is() {
                   Folder for the adapter [default: TrainingArguments.output_dir]
 
                   [env: HONE_OUTPUT=]
+
+              --earlier-results <HOW>
+                  Results of another run in that folder: refuse, or move them to earlier/ inside it
+
+                  [env: HONE_EARLIER_RESULTS=]
 
               --push <IMAGE>
                   Image to push when training is done
@@ -256,6 +263,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         name                                           quickstart         try/hone.yaml:6
         data                                           try/data.parquet   try/hone.yaml:3
         output                                         try/adapter        try/hone.yaml:4
+        earlier_results                                refuse             default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
         device                                         auto               environment HONE_DEVICE

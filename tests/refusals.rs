@@ -489,7 +489,7 @@ fn folders_of_others_are_left_alone() {
         error (config, exit code 10): the output folder out holds files that are not hone's: thesis.tex
           help: use another output folder: nothing in this one is touched
         error (config, exit code 10): the output folder out holds the adapter of another run, whose model, data or options differ from these
-          help: use another output folder, or remove this one
+          help: use another output folder, remove this one, or set earlier_results: move
     "#]].assert_eq(&said);
 }
 

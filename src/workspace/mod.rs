@@ -1,6 +1,7 @@
 //! A Workspace that tunes -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
 //!
-//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in. `render` makes the Job:
+//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the rules.
+//! `render` makes the Job:
 //! `request` is the very `hone run` of its container, planned here already so that mistakes are told at once; `needs` what it
 //! wants of a node; `pod` its container and volumes. `hone render` prints what `hone controller` applies.
 
@@ -14,6 +15,7 @@ mod render;
 mod request;
 mod templates;
 pub mod tune;
+pub mod validate;
 pub mod yaml;
 
 pub use kind::Workspace;

@@ -331,7 +331,7 @@ fn claimed(name: &str, claim: &str) -> Volume {
 }
 
 /// The user's volume source under our name. The schema leaves it open, so what Kubernetes does not know is refused here.
-fn from_source(name: &str, source: &serde_json::Value, field: &str) -> Result<Volume> {
+pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -> Result<Volume> {
     let refuse = |why: String| {
         Fault::config(format!("{field}: {why}"))
             .help("give one source of a pod's volume, such as persistentVolumeClaim: {claimName: NAME}")

@@ -16,8 +16,10 @@ use super::needs;
 use super::pod::Parts;
 use super::request;
 use super::templates::{self, Method};
+use super::validate;
 use super::{MANAGED_BY, MANAGER, REVISION, Settings, WORKSPACE_LABEL};
 use crate::fault::{Fault, Kind, Result};
+use crate::model::Quantization;
 use crate::source;
 
 /// KAITO leaves Kubernetes' own default in force.
@@ -49,10 +51,12 @@ pub struct Rendered {
 pub fn render(asked: &Asked) -> Result<Rendered> {
     let workspace = asked.workspace;
     let options = annotations::read(workspace)?;
+    validate::create(workspace, options.model.is_some())?;
     let method = method(workspace)?;
     let (config, config_map) = config(asked, method)?;
     let gpus = needs::gpus(workspace, &options, asked.settings);
     let run = request::run(workspace, &options, config, gpus.count > 0)?;
+    fits_method(method, &run.plan.model.quantization, workspace)?;
     let needs = needs::needs(workspace, &run, gpus, &options)?;
     let parts =
         Parts { workspace, options: &options, settings: asked.settings, run: &run, gpus, needs: &needs };
@@ -76,6 +80,23 @@ fn method(workspace: &Workspace) -> Result<Method> {
     let name = workspace.tuning.as_ref().map(|tuning| tuning.method.as_str()).unwrap_or_default();
     Method::named(name)
         .ok_or_else(|| Fault::config(format!("tuning.method: expected lora or qlora, found {name:?}")))
+}
+
+/// KAITO's rule: the method says how the base is held, and the configuration must say the same.
+fn fits_method(method: Method, quantization: &Quantization, workspace: &Workspace) -> Result<()> {
+    let name = templates::config_name(workspace);
+    match (method, quantization) {
+        (Method::Lora, Quantization::None) => Ok(()),
+        (Method::Qlora, Quantization::FourBit { .. } | Quantization::Stored { .. }) => Ok(()),
+        (Method::Lora, _) => Err(Fault::config(format!(
+            "tuning.method is lora, and ConfigMap {name} has QuantizationConfig.load_in_4bit: true"
+        ))
+        .help("tune with method: qlora, or remove the QuantizationConfig")),
+        (Method::Qlora, Quantization::None) => Err(Fault::config(format!(
+            "tuning.method is qlora, and ConfigMap {name} has no QuantizationConfig.load_in_4bit: true"
+        ))
+        .help("add it (examples/training_config/qlora.yaml has it), or tune with method: lora")),
+    }
 }
 
 /// The configuration in force, and the object that brings it if nobody else does.
