@@ -135,9 +135,10 @@ enum Subcommands {
         #[arg(long, value_name = "NAME", env = "HONE_GPU")]
         gpu: Option<String>,
     },
-    /// Show what a model folder is understood as: facts, LoRA sites, memory, what is missing
+    /// Show what a model is understood as: facts, LoRA sites, memory, what is missing
     #[command(after_help = "Examples:\n  hone model ./phi-3\n  \
         hone model ./phi-3 --target-modules qkv_proj,o_proj --rank 16 --format json\n  \
+        hone model hf://microsoft/phi-4\n  \
         hone model --preset phi-4-mini-instruct")]
     Model {
         #[command(flatten)]
@@ -302,7 +303,7 @@ impl Tune {
 
 #[derive(Args)]
 struct Bench {
-    /// Folder of the base model
+    /// Base model: a folder, hf://OWNER/NAME, oci://IMAGE or preset:NAME
     #[arg(long, value_name = "DIR", env = "HONE_MODEL", required_unless_present = "shape")]
     model: Option<PathBuf>,
     /// In place of a model, a well-known shape with random weights: tiny, phi3-mini, llama3.1-8b, qwen2.5-7b, ...
@@ -391,7 +392,7 @@ fn positive(text: &str) -> Result<usize, String> {
 /// What `hone model` tells about: a folder, or a preset of KAITO's by its name.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
 pub struct AboutModel {
-    /// Folder with config.json, tokenizer.json and *.safetensors
+    /// Folder with config.json, tokenizer.json and *.safetensors; or hf://OWNER/NAME, oci://IMAGE, preset:NAME
     #[arg(value_name = "DIR", required_unless_present = "preset", conflicts_with = "preset")]
     pub folder: Option<PathBuf>,
     /// A preset of KAITO's, by name or hub id: where its weights are, its family and defaults
@@ -428,13 +429,13 @@ struct Job {
     /// KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
     #[arg(long, value_name = "FILE", env = "HONE_CONFIG")]
     config: Option<PathBuf>,
-    /// Folder of the base model
+    /// Base model: a folder, hf://OWNER/NAME[@REVISION], oci://IMAGE or preset:NAME
     #[arg(long, value_name = "DIR", env = "HONE_MODEL")]
     model: Option<String>,
     /// Name of the base model, for the image's annotation
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Parquet to train on: URL, file, folder or glob; may be repeated; #sha256=... pins the bytes
+    /// Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
     /// What a row holds: messages, prompt_completion or text [default: told from the columns]

@@ -1,7 +1,7 @@
 //! The whole job on one page: a plan in, a trained adapter and its image out.
 //!
-//! Cheap things that can be wrong come first: the model's facts, the adapter's sites, the output folder, the
-//! data. A restarted job finds its folder, skips what is finished and continues training from its newest
+//! Cheap things that can be wrong come first: the model's small files and facts, the adapter's sites, the output folder,
+//! the data; its weights are fetched once all else fits, before they are loaded. A restarted job finds its folder, skips what is finished and continues training from its newest
 //! checkpoint.
 
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
 use crate::fault::{Fault, Result};
+use crate::fetch;
 use crate::interrupt;
 use crate::memory::{Machine, Running};
 use crate::model::{self, FourBitCode, Quantization, config::Config, decoder::Decoder, facts::Facts};
@@ -48,6 +49,7 @@ pub struct Receipt {
 
 /// Runs the plan to its end.
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
+    fetch::texts(&plan.base, plan.access(), report)?;
     let described = describe(plan)?; // a few kilobytes: refuse early
     for warning in adapter::serving::warnings(&described.facts, &described.options.lora) {
         report.warn(Stage::Plan, warning);
@@ -58,7 +60,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     }
     let device = device::open(plan.device, report)?;
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
-    let data = source::fetch(&plan.data, &plan.source, report)?; // data errors before the long part
+    let data = fetch::data(&plan.data, plan.access(), report)?; // data errors before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
     let trained = match folder.trained() {
@@ -99,6 +101,7 @@ fn make(
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
+    fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
     let mut decoder = load::load(described.facts, &described.options, device, report)?;
     if let Some(initial) = &described.initial {
         initial.apply(&decoder.trainable)?;
@@ -201,7 +204,10 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
     for file in files.chain(initial) {
         parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
     }
-    parts.extend(weight_files(&plan.model.folder));
+    match fetch::revision(&plan.model.folder) {
+        Some(revision) => parts.push(revision), // its weights may still be to come
+        None => parts.extend(weight_files(&plan.model.folder)),
+    }
     Ok(source::digest(parts.join("\n").as_bytes()))
 }
 

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod train;
 pub mod adapter;
 pub mod registry;
+pub mod fetch;
 pub mod spec;
 pub mod run_folder;
 pub mod plan;

@@ -11,9 +11,9 @@ use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
-use hone::spec::{self, Request};
+use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, example, inspect, interrupt};
+use hone::{bench, example, fetch, inspect, interrupt};
 
 /// Prints a line; a reader that went away is no reason to fail.
 macro_rules! say {
@@ -65,7 +65,7 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
     match command {
         Command::Run(request) => run(request, report).map(Some),
-        Command::Model { about, format } => model(about, *format).map(|()| None),
+        Command::Model { about, format } => model(about, *format, report).map(|()| None),
         Command::Plan { request, format, gpu } => {
             show(&resolve(request)?, *format, gpu.as_deref()).map(|()| None)
         }
@@ -124,6 +124,9 @@ fn summary(receipt: &Receipt) -> String {
 }
 
 fn show(plan: &Plan, format: Format, gpu: Option<&str>) -> Result<()> {
+    if !plan.model.folder.join("config.json").exists() {
+        return show_without_model(plan, format);
+    }
     let described = job::describe(plan)?;
     let facts = &described.facts;
     let memory = job::room::plan(plan, &described, gpu);
@@ -156,7 +159,53 @@ fn show(plan: &Plan, format: Format, gpu: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn model(about: &AboutModel, format: Format) -> Result<()> {
+/// A plan fetches nothing; what follows from the model is unknown until it is here.
+fn show_without_model(plan: &Plan, format: Format) -> Result<()> {
+    let unknown = format!(
+        "not here yet: `hone model {}` fetches its small files, `hone run` all of it; then its facts and the memory are shown",
+        plan.base
+    );
+    match format {
+        Format::Text => say!("{}\n\nmodel: {unknown}", plan.table().trim_end()),
+        Format::Json => {
+            let mut json = plan.json();
+            json["model"] = serde_json::json!({ "missing": unknown });
+            say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
+        }
+    }
+    Ok(())
+}
+
+/// How commands without keys reach a model: by the variables of `hone run`.
+fn reach() -> Result<(hone::source::Options, registry::Options)> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let setting = |key: &str| {
+        let name = format!("HONE_{}", key.to_uppercase());
+        let written = variable(&name)?;
+        let written = if key == "plain_http" { Written::Yaml(written) } else { Written::Text(written) };
+        Some(Setting { key: key.into(), written, origin: Origin::Environment(name) })
+    };
+    let settings = ["cache", "ca_file", "docker_config", "plain_http"].into_iter().filter_map(setting);
+    let request = Request { settings: settings.collect(), ..Request::default() };
+    let surroundings = |name: &str| variable(name).filter(|_| matches!(name, "HOME" | "XDG_CACHE_HOME"));
+    plan::access(&spec::gather(&request, &surroundings)?)
+}
+
+/// The folder of what may be an address, with its weights or without.
+fn fetched(address: &std::path::Path, weights: bool, report: &Report) -> Result<PathBuf> {
+    let address = fetch::Model::parse(&address.to_string_lossy())?;
+    if let fetch::Model::Folder(folder) = address {
+        return Ok(folder);
+    }
+    let (source, registry) = reach()?;
+    let access = fetch::Access { source: &source, registry: &registry };
+    match weights {
+        true => fetch::weights(&address, access, report),
+        false => fetch::texts(&address, access, report),
+    }
+}
+
+fn model(about: &AboutModel, format: Format, report: &Report) -> Result<()> {
     let (text, json) = match (&about.preset, &about.folder) {
         (Some(name), _) => {
             let preset = presets::find(name)?;
@@ -166,7 +215,7 @@ fn model(about: &AboutModel, format: Format) -> Result<()> {
             let folder = folder.as_ref().expect("clap asks for one of them");
             let targets = Targets::written(&about.target_modules);
             let lora = LoraOptions { r: about.rank as usize, targets, ..LoraOptions::default() };
-            let inspection = inspect::read(folder, &lora)?;
+            let inspection = inspect::read(&fetched(folder, false, report)?, &lora)?;
             (inspection.table(), inspection.json())
         }
     };
@@ -230,7 +279,11 @@ fn render(files: &[PathBuf], settings: &Settings, format: ObjectFormat, report: 
 }
 
 fn measure(options: &bench::Options, json: Option<&std::path::Path>, report: &Report) -> Result<()> {
-    let outcome = bench::run(options, report)?;
+    let mut options = options.clone();
+    if let bench::Base::Folder(address) = &options.base {
+        options.base = bench::Base::Folder(fetched(address, true, report)?);
+    }
+    let outcome = bench::run(&options, report)?;
     say!("{}", outcome.table().trim_end());
     let Some(file) = json else { return Ok(()) };
     let text = serde_json::to_string_pretty(&outcome.json()).expect("texts and numbers");

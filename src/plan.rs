@@ -14,7 +14,7 @@ use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, memory, model, registry, source, train};
+use crate::{dataset, device, fetch, memory, model, registry, source, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -22,7 +22,9 @@ use std::path::PathBuf;
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub source: source::Options,
-    pub data: Vec<source::Source>,
+    pub data: Vec<fetch::Data>,
+    /// Where the base model is; `model.folder` is where its files are, or will be.
+    pub base: fetch::Model,
     pub dataset: dataset::Options,
     pub tokens: dataset::TokenOptions,
     pub model: model::Options,
@@ -61,6 +63,27 @@ pub struct Ignored {
     pub why: &'static str,
 }
 
+impl Plan {
+    /// How the base model and the data are reached.
+    pub fn access(&self) -> fetch::Access<'_> {
+        fetch::Access { source: &self.source, registry: &self.registry }
+    }
+}
+
+/// How models are reached outside a run, for commands that have no other keys.
+///
+/// # Errors
+/// Config: what these few keys say cannot be used.
+pub fn access(spec: &Spec) -> Result<(source::Options, registry::Options)> {
+    let mut reader = Reader::new(spec);
+    let ca_file = places::existing_file(&mut reader, "ca_file");
+    let options = (
+        places::source_options(&mut reader, ca_file.clone()),
+        places::registry_options(&mut reader, ca_file),
+    );
+    reader.check().map(|()| options)
+}
+
 /// Resolves what was asked. All contradictions and missing things are told in one fault.
 pub fn make(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
@@ -70,8 +93,9 @@ pub fn make(spec: &Spec) -> Result<Plan> {
 
 fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let ca_file = places::existing_file(reader, "ca_file");
-    let folder = places::model_folder(reader, spec.kaito);
-    let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| places::folder_name(&folder));
+    let source = places::source_options(reader, ca_file.clone());
+    let (base, folder) = places::model(reader, &source.cache, spec.kaito);
+    let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
     let data = places::data(reader, spec.kaito);
@@ -84,8 +108,9 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     Plan {
-        source: places::source_options(reader, ca_file.clone()),
+        source,
         data,
+        base,
         tokens,
         model,
         memory,

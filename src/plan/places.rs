@@ -6,50 +6,63 @@ use crate::fault::Fault;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
-use crate::{registry, source};
+use crate::{fetch, registry, source};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-pub(super) fn model_folder(reader: &mut Reader, kaito: bool) -> PathBuf {
+/// The base model: where it is, and the folder that it has or will have.
+pub(super) fn model(reader: &mut Reader, cache: &Path, kaito: bool) -> (fetch::Model, PathBuf) {
     const MOUNTED: [&str; 2] = ["/workspace/tfs/weights", "/workspace/weights"];
     let mut origin = reader.origin(Section::Hone, "model");
-    let mut folder = reader.text(Section::Hone, "model");
+    let mut text = reader.text(Section::Hone, "model");
     if let Some(older) = reader.text(Section::ModelConfig, "pretrained_model_name_or_path")
-        && folder.is_none()
+        && text.is_none()
     {
         origin = reader.origin(Section::ModelConfig, "pretrained_model_name_or_path");
-        folder = Some(older);
+        text = Some(older);
     }
-    if folder.is_none() && kaito {
-        folder = MOUNTED.into_iter().find(|path| Path::new(path).is_dir()).map(String::from);
+    if text.is_none() && kaito {
+        text = MOUNTED.into_iter().find(|path| Path::new(path).is_dir()).map(String::from);
     }
-    let Some(folder) = folder else {
-        reader.wrong(&Origin::Default, "no model: name its folder with `model` (--model DIR)");
-        return PathBuf::new();
-    };
-    let path = PathBuf::from(&folder);
-    if path.is_dir() {
-        if !path.join("config.json").is_file() {
-            reader.wrong(
-                &origin,
-                format!("model: {folder} holds no config.json; expected a Hugging Face model folder"),
-            );
-        }
-    } else if looks_like_hub_id(&folder) {
+    let nothing = || (fetch::Model::Folder(PathBuf::new()), PathBuf::new());
+    let Some(text) = text else {
         reader.wrong(
-            &origin,
-            format!("model: there is no folder {folder}; hone does not fetch models from a hub: download it first (`hf download {folder} --local-dir DIR`) and give DIR"),
+            &Origin::Default,
+            "no model: name its folder or address with `model` (--model DIR, hf://OWNER/NAME)",
         );
-    } else {
-        reader.wrong(&origin, format!("model: there is no folder {folder}"));
+        return nothing();
+    };
+    let found = fetch::Model::parse(&text).and_then(|model| Ok((model.folder(cache)?, model)));
+    let (folder, model) = match found {
+        Ok(found) => found,
+        Err(fault) => {
+            reader.wrong(&origin, format!("model: {}", in_a_line(fault)));
+            return nothing();
+        }
+    };
+    match &model {
+        fetch::Model::Folder(path) => check_folder(reader, path, &text, &origin),
+        address => reader.derive("model address", address.to_string(), origin.clone()),
     }
-    reader.derive("model folder", folder.as_str(), origin);
-    path
+    reader.derive("model folder", folder.display().to_string(), origin);
+    (model, folder)
 }
 
-pub(super) fn folder_name(folder: &Path) -> String {
-    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
-    folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+fn check_folder(reader: &mut Reader, path: &Path, text: &str, origin: &Origin) {
+    let there = path.is_dir();
+    if there && !path.join("config.json").is_file() {
+        reader.wrong(
+            origin,
+            format!("model: {text} holds no config.json; expected a Hugging Face model folder"),
+        );
+    } else if !there && looks_like_hub_id(text) {
+        reader.wrong(
+            origin,
+            format!("model: there is no folder {text}; if it is on the Hugging Face hub, write hf://{text}"),
+        );
+    } else if !there {
+        reader.wrong(origin, format!("model: there is no folder {text}"));
+    }
 }
 
 fn looks_like_hub_id(text: &str) -> bool {
@@ -57,7 +70,7 @@ fn looks_like_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name) && !name.contains('/'))
 }
 
-pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
+pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<fetch::Data> {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
     let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
@@ -77,7 +90,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<source::Source> {
     }
     let mut sources = Vec::new();
     for text in texts {
-        match source::Source::parse(&text) {
+        match fetch::Data::parse(&text) {
             Ok(source) => sources.push(source),
             Err(fault) => reader.wrong(&origin, in_a_line(fault)),
         }

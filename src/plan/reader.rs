@@ -116,6 +116,11 @@ impl<'a> Reader<'a> {
         Ok(plan)
     }
 
+    /// All mistakes, where no plan is made of what was read.
+    pub fn check(self) -> Result<()> {
+        self.mistakes.into_result()
+    }
+
     fn list<T>(&mut self, section: Section, name: &str, item: impl Fn(Written) -> Option<T>) -> Vec<T> {
         let items = match self.value(section, name) {
             None => Vec::new(),

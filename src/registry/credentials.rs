@@ -1,8 +1,8 @@
 //! Registry + docker's configuration files -> how to log in, and where that came from. No secret is ever shown.
 //!
 //! Order: HONE_REGISTRY_USERNAME and HONE_REGISTRY_PASSWORD; the file given as an option (then no other); DOCKER_CONFIG;
-//! REGISTRY_AUTH_FILE; ~/.docker; KAITO's mounts below /root/.docker; podman's auth.json. The first file that knows the
-//! registry decides.
+//! REGISTRY_AUTH_FILE; ~/.docker; KAITO's mounts below /root/.docker; podman's auth.json. A folder's `config.d` follows its
+//! `config.json`. The first file that knows the registry decides.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -106,31 +106,43 @@ fn files(
     kaito_home: &Path,
 ) -> Result<Vec<PathBuf>> {
     if let Some(path) = docker_config {
-        return in_place(path).map(|file| vec![file]).ok_or_else(|| {
-            Fault::auth(format!("{} is neither a docker config.json nor a folder with one", path.display()))
-                .help("mount the push secret there (key `.dockerconfigjson` or `config.json`)")
-        });
+        let files = with_more(path);
+        return match files.is_empty() {
+            false => Ok(files),
+            true => Err(Fault::auth(format!(
+                "{} is neither a docker config.json nor a folder with one",
+                path.display()
+            ))
+            .help("mount the push secret there (key `.dockerconfigjson` or `config.json`)")),
+        };
     }
     let under = |name: &str, rest: &str| variable(name).map(|folder| PathBuf::from(folder).join(rest));
-    let mut places: Vec<PathBuf> = [
+    let places = [
         under("DOCKER_CONFIG", ""),
         variable("REGISTRY_AUTH_FILE").map(PathBuf::from),
         under("HOME", ".docker"),
         Some(kaito_home.join(".docker")),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    let secrets = format!("{}/.docker/config.d/*/*.json", kaito_home.display());
-    places.extend(glob::glob(&secrets).into_iter().flatten().flatten());
-    places.extend(under("XDG_RUNTIME_DIR", "containers/auth.json"));
+        under("XDG_RUNTIME_DIR", "containers/auth.json"),
+    ];
     let mut found: Vec<PathBuf> = Vec::new();
-    for file in places.iter().filter_map(|place| in_place(place)) {
+    for file in places.into_iter().flatten().flat_map(|place| with_more(&place)) {
         if !found.contains(&file) {
             found.push(file);
         }
     }
     Ok(found)
+}
+
+/// A place's own file, then those of `config.d` beside it or one folder further down, sorted: KAITO's puller gets one for
+/// each pull secret of an input.
+fn with_more(place: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = in_place(place).into_iter().collect();
+    for below in ["config.d/*.json", "config.d/*/*.json"] {
+        let pattern = format!("{}/{below}", glob::Pattern::escape(&place.to_string_lossy()));
+        let found = glob::glob(&pattern).into_iter().flatten().flatten();
+        files.extend(found.filter(|path| path.is_file()));
+    }
+    files
 }
 
 /// The file itself, or the one a folder holds: docker's name, or the key of a Kubernetes pull secret.
@@ -419,6 +431,22 @@ mod tests {
         assert_eq!(username(&[]), "none");
         write("root/.docker/config.d/secret/push.json", "secret-folder");
         assert_eq!(username(&[]), "secret-folder");
+        write("mounts/config.d/b.json", "second");
+        assert_eq!(username(&[("DOCKER_CONFIG", at("mounts"))]), "second", "no config.json is needed");
+        std::fs::write(home.path().join("mounts/config.json"), r#"{"auths": {"else.io": {}}}"#).unwrap();
+        std::fs::write(home.path().join("mounts/config.d/a.json"), "{}").unwrap();
+        assert_eq!(
+            username(&[("DOCKER_CONFIG", at("mounts"))]),
+            "second",
+            "an entry in any of them is found"
+        );
+        let given = find_in(
+            &reference("reg.io/a"),
+            Some(&home.path().join("mounts")),
+            &|_| None,
+            &home.path().join("root"),
+        );
+        assert!(given.unwrap().source.ends_with("mounts/config.d/b.json"));
         write("root/.docker/config.json", "kaito");
         assert_eq!(username(&[]), "kaito");
         write("home/.docker/config.json", "home");

@@ -114,8 +114,13 @@ impl Client {
     }
 
     /// By digest alone: a descriptor may also name other servers to fetch from. The caller verifies the bytes.
-    pub(super) async fn blob(&self, digest: &str) -> Attempted<Response> {
-        self.ask(&self.quick, Method::GET, self.url("blobs", digest)?, |request| request).await
+    /// From its byte `start` on, if the registry knows ranges (206), else from the first.
+    pub(super) async fn blob(&self, digest: &str, start: u64) -> Attempted<Response> {
+        let dress = |request: RequestBuilder| match start {
+            0 => request,
+            _ => request.header(RANGE, format!("bytes={start}-")),
+        };
+        self.ask(&self.quick, Method::GET, self.url("blobs", digest)?, dress).await
     }
 
     /// Where to send a blob to.

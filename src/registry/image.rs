@@ -150,6 +150,11 @@ impl<T> Hashing<T> {
         Hashing { inner, hash: Sha256::new(), bytes: 0 }
     }
 
+    /// So far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The inner value, the digest, and the number of bytes.
     pub(super) fn finish(self) -> (T, String, u64) {
         (self.inner, digest_text(self.hash.finalize().as_slice()), self.bytes)

@@ -1,5 +1,7 @@
 //! Manifest or index bytes -> the layers to read. Knows both spellings, OCI's and Docker's; no network, no disk.
 
+use std::collections::HashMap;
+
 use serde::Deserialize;
 
 use crate::fault::{Fault, Result};
@@ -24,6 +26,9 @@ pub(super) struct Descriptor {
     #[serde(rename = "size")]
     pub bytes: u64,
     platform: Option<Platform>,
+    /// Of oras and others: a layer's file name, and whether it is an archive of a folder.
+    #[serde(default)]
+    pub annotations: HashMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]

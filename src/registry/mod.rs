@@ -6,6 +6,7 @@ mod image;
 mod layout;
 mod login;
 mod manifest;
+mod parts;
 mod pull;
 mod reference;
 mod remote;
@@ -16,6 +17,7 @@ mod upload;
 use std::path::{Path, PathBuf};
 
 pub use image::{Blob, Image, ImageFacts};
+pub use parts::{Part, Parts, download, list, pinned, unpack};
 
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};

@@ -26,6 +26,21 @@ pub(super) trait Store {
     fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
 }
 
+/// Digest of the image's manifest, and its layers, first to last.
+pub(super) fn resolve(store: &mut dyn Store, name: &str) -> Result<(String, Vec<Descriptor>)> {
+    let (mut bytes, mut digest) = store.top()?;
+    for _ in 0..=INDEX_DEPTH_MAX {
+        match manifest::parse(&bytes, name)? {
+            Document::Layers(layers) => return Ok((digest, layers)),
+            Document::Index(chosen) => {
+                bytes = store.manifest(&chosen)?;
+                digest = chosen.digest;
+            }
+        }
+    }
+    Err(Fault::data(format!("{name}: indexes nested deeper than {INDEX_DEPTH_MAX}")))
+}
+
 pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report: &Report) -> Result<Pulled> {
     let name = target.to_string();
     let (digest, layers) = resolve(store, &name)?;
@@ -42,27 +57,13 @@ pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report
     }
     let bytes = unpacker.extracted_bytes;
     if files_below(&stage.data)?.is_empty() {
-        return Err(Fault::data(format!("{name}: the image has no files under `data/`"))
-            .help("expected an image with /data/adapter_config.json and /data/adapter_model.safetensors"));
+        return Err(Fault::data(format!("{name}: the image has no files under `data/`")).help(
+            "expected an image with files in /data: an adapter's two, or the parquet files of a dataset",
+        ));
     }
     stage.publish(folder)?;
     report.note(Stage::Pull, format!("{name}: {bytes} bytes to {}, digest {digest}", folder.display()));
     Ok(Pulled { reference: name, digest, bytes })
-}
-
-/// Digest of the image's manifest, and its layers, first to last.
-fn resolve(store: &mut dyn Store, name: &str) -> Result<(String, Vec<Descriptor>)> {
-    let (mut bytes, mut digest) = store.top()?;
-    for _ in 0..=INDEX_DEPTH_MAX {
-        match manifest::parse(&bytes, name)? {
-            Document::Layers(layers) => return Ok((digest, layers)),
-            Document::Index(chosen) => {
-                bytes = store.manifest(&chosen)?;
-                digest = chosen.digest;
-            }
-        }
-    }
-    Err(Fault::data(format!("{name}: indexes nested deeper than {INDEX_DEPTH_MAX}")))
 }
 
 /// A folder on the target's volume where the image is put together; gone on drop.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use oci_client::Reference;
+use reqwest::StatusCode;
 use tokio::runtime::Runtime;
 
 use super::Options;
@@ -18,6 +19,7 @@ use super::credentials::{self, Credential, Login};
 use super::distribution::Client;
 use super::image::{Blob, Hashing, Image, digest_of, scratch_file};
 use super::manifest::{self, Descriptor, MANIFEST_TYPE};
+use super::parts::{Growing, Part};
 use super::pull::Store;
 use super::trouble::{Nature, Trouble, clean};
 use super::upload::{self, Meter};
@@ -109,6 +111,14 @@ impl<'a> Registry<'a> {
             .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
         let remote = Remote { reference, options, credential, purpose, report, client };
         Ok(Registry { runtime, remote })
+    }
+}
+
+impl Registry<'_> {
+    /// Completes the file at `path`, which may hold a beginning of the part. When it fails, what came stays.
+    pub(super) fn complete(&mut self, part: &Part, path: &Path) -> Result<()> {
+        let work = self.remote.complete(part, path);
+        self.runtime.block_on(interrupt::or_stopped(work, interrupt::before_training))
     }
 }
 
@@ -220,7 +230,7 @@ impl Remote<'_> {
             task.set(0);
             let storage = |error: std::io::Error| Fault::storage("write a layer beside", scratch, &error);
             let mut file = Hashing::new(scratch_file(scratch)?);
-            let (mut answer, mut bytes) = (client.blob(&descriptor.digest).await?, 0);
+            let (mut answer, mut bytes) = (client.blob(&descriptor.digest, 0).await?, 0);
             while let Some(piece) = answer.chunk().await? {
                 bytes += piece.len() as u64;
                 if bytes > descriptor.bytes {
@@ -239,6 +249,48 @@ impl Remote<'_> {
             }
             file.rewind().map_err(storage)?;
             Ok(file)
+        })
+        .await
+    }
+
+    async fn complete(&mut self, part: &Part, path: &Path) -> Result<()> {
+        let name = part.title.as_deref().map_or_else(|| short(&part.digest), |title| clean(title, &[]));
+        let (report, image) = (self.report, self.reference.to_string());
+        let task = report.task(Stage::Pull, Unit::Bytes, name.as_str(), Some(part.bytes));
+        let (mut file, mut damaged) = (Growing::open(path)?, false);
+        self.repeat("download of a layer", async |client| {
+            loop {
+                let before = file.bytes();
+                let continued = resume(client, part, &mut file, &task).await;
+                match continued {
+                    Ok(()) => break,
+                    // An attempt that brought something earns another: a blob takes hours, a connection ends sooner.
+                    Err(trouble) if matches!(trouble.nature, Nature::Transient) && file.bytes() > before => {
+                        let (bytes, total) = (file.bytes(), part.bytes);
+                        let text = clean(&trouble.text, &client.secrets());
+                        report.warn(
+                            Stage::Pull,
+                            format!("{name}: {text}; continued at byte {bytes} of {total}"),
+                        );
+                        tokio::time::sleep(trouble.wait.unwrap_or_else(|| backoff(1))).await;
+                    }
+                    Err(trouble) => return Err(trouble),
+                }
+            }
+            let digest = file.digest()?;
+            if digest == part.digest {
+                return Ok(());
+            }
+            file.empty()?;
+            let text = format!("{name}: asked for {}, got {digest}", part.digest);
+            if damaged {
+                return Err(Fault::model(format!("{image}: {text}"))
+                    .help("the registry's copy is damaged: push it again")
+                    .into());
+            }
+            // Damage on the way, or in a beginning that was on disk: one download in full will tell.
+            damaged = true;
+            Err(Trouble::transient(text))
         })
         .await
     }
@@ -321,6 +373,47 @@ impl Remote<'_> {
                 Fault::new(exhausted, format!("{image}: {doing} failed after {attempts} attempts: {text}"))
                     .help(safe)
             }
+        }
+    }
+}
+
+/// Asks for what the file lacks, and takes what comes.
+async fn resume(
+    client: &Client,
+    part: &Part,
+    file: &mut Growing<'_>,
+    task: &Task,
+) -> std::result::Result<(), Trouble> {
+    if file.bytes() > part.bytes {
+        file.empty()?;
+    }
+    task.set(file.bytes());
+    if file.bytes() == part.bytes {
+        return Ok(());
+    }
+    let mut answer = match client.blob(&part.digest, file.bytes()).await {
+        Err(trouble) if trouble.status == Some(416) => {
+            file.empty()?;
+            return Err(Trouble::transient(trouble.text));
+        }
+        answer => answer?,
+    };
+    if answer.status() != StatusCode::PARTIAL_CONTENT && file.bytes() > 0 {
+        file.empty()?;
+        task.set(0);
+    }
+    while let Some(piece) = answer.chunk().await? {
+        if file.bytes() + piece.len() as u64 > part.bytes {
+            file.empty()?;
+            return Err(Trouble::rejected(format!("the layer is longer than its {} bytes", part.bytes)));
+        }
+        file.append(&piece)?;
+        task.set(file.bytes());
+    }
+    match file.bytes() == part.bytes {
+        true => Ok(()),
+        false => {
+            Err(Trouble::transient(format!("the body ended after {} of {} bytes", file.bytes(), part.bytes)))
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Layer (tar, plain or gzipped) -> regular files under `data/`, in a folder of ours. Trusts nothing in the archive.
+//! Layer (tar, plain or gzipped) -> regular files under `data/`, or of some names, in a folder of ours. Trusts nothing in
+//! the archive.
 //!
 //! Only regular files and directories are ever created, so no later entry can be led out of the folder by a link.
 
@@ -11,6 +12,7 @@ use std::rc::Rc;
 use crate::fault::{Fault, Result};
 
 const ROOT: &str = "data";
+const WHITEOUT: &str = ".wh.";
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
@@ -34,10 +36,20 @@ impl Default for Limits {
     }
 }
 
+/// Which entries are taken.
+#[derive(Clone, Copy)]
+pub(super) enum Choice {
+    /// Everything below `data/`, which becomes the folder. Anything but a file or a folder is an error there.
+    Data,
+    /// Regular files of such a name, at their paths in the image. An image of a whole system has links and devices too.
+    Named(fn(&str) -> bool),
+}
+
 /// Applies the layers of one image, first to last.
 pub(super) struct Unpacker<'a> {
     folder: &'a Path,
     limits: Limits,
+    choice: Choice,
     entries: u64,
     pub extracted_bytes: u64,
     expanded_bytes: u64,
@@ -46,7 +58,11 @@ pub(super) struct Unpacker<'a> {
 impl<'a> Unpacker<'a> {
     /// `folder` exists, is empty, and nobody else writes to it; it becomes the image's `data/`.
     pub(super) fn new(folder: &'a Path, limits: Limits) -> Unpacker<'a> {
-        Unpacker { folder, limits, entries: 0, extracted_bytes: 0, expanded_bytes: 0 }
+        Unpacker::choosing(folder, limits, Choice::Data)
+    }
+
+    pub(super) fn choosing(folder: &'a Path, limits: Limits, choice: Choice) -> Unpacker<'a> {
+        Unpacker { folder, limits, choice, entries: 0, extracted_bytes: 0, expanded_bytes: 0 }
     }
 
     /// # Errors
@@ -85,7 +101,7 @@ impl<'a> Unpacker<'a> {
     fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<()> {
         let written =
             entry.path().map_err(|error| Fault::data(format!("damaged name: {error}")))?.into_owned();
-        let Some(path) = inside_root(&written)? else { return Ok(()) };
+        let Some(path) = self.chosen(&written, entry.header().entry_type())? else { return Ok(()) };
         let target = self.folder.join(&path);
         if let Some(hidden) = whiteout(&path) {
             return self.remove(&hidden);
@@ -102,13 +118,23 @@ impl<'a> Unpacker<'a> {
         }
     }
 
+    /// The path below our folder, or `None` for what is not taken.
+    fn chosen(&self, written: &Path, kind: tar::EntryType) -> Result<Option<PathBuf>> {
+        let inside = inside(written)?;
+        match self.choice {
+            Choice::Data => Ok(inside.strip_prefix(ROOT).ok().map(Path::to_path_buf)),
+            Choice::Named(wanted) => {
+                let name = inside.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+                let taken = kind == tar::EntryType::Regular && wanted(name) || name.starts_with(WHITEOUT);
+                Ok(Some(inside).filter(|_| taken))
+            }
+        }
+    }
+
     fn write<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, target: &Path) -> Result<()> {
         let (size, room) = (entry.size(), self.limits.extracted_bytes_max - self.extracted_bytes);
         if size > room {
-            return Err(Fault::data(format!(
-                "files under `data/` exceed {} bytes",
-                self.limits.extracted_bytes_max
-            )));
+            return Err(Fault::data(format!("its files exceed {} bytes", self.limits.extracted_bytes_max)));
         }
         self.create_folder(target.parent().expect("a path inside the folder has a parent"))?;
         let storage = |error: io::Error| Fault::storage("write", target, &error);
@@ -133,7 +159,7 @@ impl<'a> Unpacker<'a> {
     fn create_folder(&self, path: &Path) -> Result<()> {
         fs::create_dir_all(path).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-                Fault::data("a name under `data/` is both a file and a folder")
+                Fault::data("a name is both a file and a folder")
             }
             _ => Fault::storage("create", path, &error),
         })
@@ -156,8 +182,8 @@ impl<'a> Unpacker<'a> {
     }
 }
 
-/// The path below `data/` (empty for `data` itself), or `None` for what lies elsewhere.
-fn inside_root(written: &Path) -> Result<Option<PathBuf>> {
+/// The path in the image, if it stays there.
+fn inside(written: &Path) -> Result<PathBuf> {
     let mut inside = PathBuf::new();
     for component in written.components() {
         match component {
@@ -171,12 +197,12 @@ fn inside_root(written: &Path) -> Result<Option<PathBuf>> {
             }
         }
     }
-    Ok(inside.strip_prefix(ROOT).ok().map(Path::to_path_buf))
+    Ok(inside)
 }
 
 /// What a whiteout hides: `.wh.name` the sibling `name`, `.wh..wh..opq` the whole folder it stands in.
 fn whiteout(path: &Path) -> Option<PathBuf> {
-    let hidden = path.file_name()?.to_str()?.strip_prefix(".wh.")?;
+    let hidden = path.file_name()?.to_str()?.strip_prefix(WHITEOUT)?;
     let folder = path.parent()?;
     match hidden {
         ".wh..opq" => Some(folder.to_path_buf()),

@@ -20,6 +20,8 @@ use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 
 const LOCK_POLL: Duration = Duration::from_millis(100);
+/// A slot's file that grows.
+const PART: &str = "part";
 
 pub struct Cache {
     folder: PathBuf,
@@ -77,7 +79,7 @@ impl Cache {
 
     /// The URL's folder, once no other process holds it.
     pub async fn slot(&self, url: &Url, name: &str, deadline: Instant) -> Result<Slot> {
-        let folder = self.folder.join("url").join(hash::of(url.as_str().as_bytes()));
+        let folder = self.slot_path(url);
         create_folder(&folder)?;
         let path = folder.join("lock");
         let lock = fs::File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
@@ -117,18 +119,18 @@ impl Cache {
     /// # Errors
     /// Capacity: fewer than `bytes` are free.
     pub fn check_space(&self, name: &str, bytes: u64) -> Result<()> {
-        let free = fs4::available_space(&self.folder)
-            .map_err(|error| Fault::storage("ask for the free space of", &self.folder, &error))?;
-        if bytes <= free {
-            return Ok(());
-        }
-        Err(Fault::capacity(format!(
-            "{name}: {} more are needed, but {} has {} free",
-            describe::size(bytes),
-            self.folder.display(),
-            describe::size(free)
-        ))
-        .help("give the cache a larger volume"))
+        require_space(&self.folder, name, bytes)
+    }
+
+    /// Bytes of the URL's file that are here, whole by its digest or partial.
+    pub fn held(&self, url: &Url, sha256: Option<&str>) -> u64 {
+        let whole = sha256.filter(|sha256| is_sha256(sha256)).map(|sha256| self.blob_path(sha256));
+        let bytes = |path: PathBuf| fs::metadata(path).ok().map(|data| data.len());
+        whole.and_then(bytes).or_else(|| bytes(self.slot_path(url).join(PART))).unwrap_or(0)
+    }
+
+    fn slot_path(&self, url: &Url) -> PathBuf {
+        self.folder.join("url").join(hash::of(url.as_str().as_bytes()))
     }
 
     fn blob_path(&self, sha256: &str) -> PathBuf {
@@ -147,12 +149,33 @@ impl Slot {
     }
 
     fn partial_path(&self) -> PathBuf {
-        self.folder.join("part")
+        self.folder.join(PART)
     }
 
     fn entry_path(&self) -> PathBuf {
         self.folder.join("entry.json")
     }
+}
+
+/// Of the volume of a folder.
+pub fn free_bytes(folder: &Path) -> Result<u64> {
+    fs4::available_space(folder).map_err(|error| Fault::storage("ask for the free space of", folder, &error))
+}
+
+/// # Errors
+/// Capacity: the volume of `folder` has fewer than `bytes` free.
+pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
+    let free = free_bytes(folder)?;
+    if bytes <= free {
+        return Ok(());
+    }
+    Err(Fault::capacity(format!(
+        "{name}: {} more are needed, but {} has {} free",
+        describe::size(bytes),
+        folder.display(),
+        describe::size(free)
+    ))
+    .help("give the cache a larger volume"))
 }
 
 /// Puts `content` under `path` whole or not at all.

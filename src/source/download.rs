@@ -9,6 +9,7 @@ use url::Url;
 
 use super::cache::{Blob, Cache, Entry, Slot};
 use super::http::{self, Ask, Failure};
+use super::hub::Hub;
 use super::partial::Partial;
 use super::{File, Options, describe, html, local};
 use crate::fault::{Fault, Kind, Result};
@@ -26,6 +27,7 @@ pub struct Downloads<'a> {
     report: &'a Report,
     cache: Cache,
     client: OnceCell<reqwest::Client>,
+    hub: Hub,
 }
 
 /// One file under way.
@@ -44,8 +46,9 @@ enum Received {
 }
 
 impl<'a> Downloads<'a> {
-    pub fn new(options: &'a Options, report: &'a Report) -> Downloads<'a> {
-        Downloads { options, report, cache: Cache::new(&options.cache), client: OnceCell::new() }
+    pub fn new(options: &'a Options, report: &'a Report) -> Result<Downloads<'a>> {
+        let (cache, client) = (Cache::new(&options.cache), OnceCell::new());
+        Ok(Downloads { options, report, cache, client, hub: Hub::from_environment()? })
     }
 
     /// The file behind `url`, from the cache if it is still the newest. `name` is the URL without secrets.
@@ -191,6 +194,7 @@ impl<'a> Downloads<'a> {
             have: partial.bytes(),
             version: partial.validators(),
             total: partial.total(),
+            hub: Some(&self.hub).filter(|hub| hub.owns(job.url)),
             cached: cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty()),
         };
         let Some(mut body) = http::get(client, &ask, self.options).await? else {

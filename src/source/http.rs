@@ -7,6 +7,7 @@ use reqwest::{Response, StatusCode, redirect};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::hub::Hub;
 use super::{Options, address, describe, tls};
 use crate::fault::{Fault, Result};
 
@@ -30,6 +31,8 @@ pub struct Ask<'a> {
     pub have: u64,
     pub version: &'a Validators,
     pub total: Option<u64>,
+    /// The hub, if the URL is of its origin.
+    pub hub: Option<&'a Hub>,
     /// The version of the cached file, to hear whether it is still the newest.
     pub cached: Option<&'a Validators>,
 }
@@ -141,6 +144,9 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
         Some(Validators { last_modified: Some(date), .. }) => set(header::IF_MODIFIED_SINCE, date),
         _ => (),
     }
+    if let Some(value) = ask.hub.and_then(|hub| hub.authorization(ask.url)) {
+        headers.insert(header::AUTHORIZATION, value.clone());
+    }
     let sent = client.get(ask.url.clone()).headers(headers).send().await;
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
@@ -218,9 +224,12 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
             .help("check the URL; some servers say 404 where a login is missing")
             .into(),
         401 | 403 => {
-            let help = match resuming || ask.url.query().is_some() {
-                true => "if the URL was signed for a limited time, it may have expired: sign a new one",
-                false => "the server wants credentials: give a signed URL, or one that needs none",
+            let help = match (ask.hub, resuming || ask.url.query().is_some()) {
+                (Some(hub), _) => hub.help(),
+                (None, true) => {
+                    "if the URL was signed for a limited time, it may have expired: sign a new one"
+                }
+                (None, false) => "the server wants credentials: give a signed URL, or one that needs none",
             };
             Fault::auth(format!("{name}: access refused (HTTP {})", status.as_u16())).help(help).into()
         }

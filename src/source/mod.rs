@@ -1,7 +1,7 @@
 //! Where bytes come from: URLs and paths -> whole, verified local files. Knows no format.
 //!
 //! `parse` reads what the user wrote, `local` finds files on disk, `download` brings a URL into `cache`, one
-//! `http` attempt after the other; `partial` is the file that grows between them.
+//! `http` attempt after the other; `partial` is the file that grows between them; `hub` is what the Hugging Face hub wants.
 
 mod address;
 mod cache;
@@ -10,6 +10,7 @@ mod download;
 mod hash;
 mod html;
 mod http;
+mod hub;
 mod local;
 mod parse;
 mod partial;
@@ -17,11 +18,13 @@ mod tls;
 
 pub use hash::of as digest;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use cache::{free_bytes, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
+pub use hub::Hub;
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};
@@ -72,6 +75,14 @@ pub struct File {
     pub sha256: String,
 }
 
+/// Bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
+pub fn held(source: &Source, cache: &Path) -> u64 {
+    match source {
+        Source::Url { url, sha256 } => cache::Cache::new(cache).held(url, sha256.as_deref()),
+        Source::Path { .. } => 0,
+    }
+}
+
 /// Brings every source here, in the order given; a directory or glob becomes its files, sorted by name.
 /// Paths are looked at first, so that a misspelt one is known before the first long download.
 ///
@@ -87,7 +98,7 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
         .build()
         .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
     let work = async {
-        let downloads = download::Downloads::new(options, report);
+        let downloads = download::Downloads::new(options, report)?;
         let mut files = Vec::new();
         for (source, paths) in sources.iter().zip(found) {
             match source {

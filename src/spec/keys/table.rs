@@ -28,7 +28,8 @@ const OPTIMIZERS: &[&str] = &[
 ];
 
 // Reasons that several keys share.
-const LOCAL_MODEL: &str = "the model is a folder on this machine; nothing is downloaded for it";
+const LOCAL_MODEL: &str =
+    "where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION";
 const TORCH: &str = "a switch of PyTorch or its libraries";
 const ONE_PROCESS: &str = "one process trains on one device";
 const SHARDED: &str = "one device holds the model; remove the key";
@@ -41,9 +42,9 @@ const OTHER_METHOD: &str = "plain LoRA only; this changes what the adapter is";
 #[rustfmt::skip]
 pub(super) const TABLE: &[Key] = &[
     // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
-    Key::used(H, "model", Path, "", "Folder of the base model: config.json, *.safetensors, tokenizer.json."),
+    Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
     Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the folder's name."),
-    Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs; `#sha256=...` or {url, sha256} pins the bytes."),
+    Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
     Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
     Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
@@ -54,14 +55,14 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "keep", choice(&["auto", "everything", "without-gate-up", "attention-output", "layer-inputs", "host-inputs"]), "auto", "What each layer keeps for the backward pass, from the most memory to the least; auto: as memory allows, layer by layer."),
     Key::used(H, "memory_max", Text, "", "Most memory to use: `20GiB`, bytes, or a share of what is free; unset: 0.96 of a GPU's, 0.9 of the machine's or the container's."),
     Key::used(H, "pass_tokens_max", integer(1), "", "Most tokens of one pass; unset: 4096 or the longest example, and less where memory asks for it. The result is the same."),
-    Key::used(H, "cache", Path, "", "Folder of finished and partial downloads; unset: hone in the user's cache folder."),
+    Key::used(H, "cache", Path, "", "Folder of finished and partial downloads, and of fetched models; unset: hone in the user's cache folder."),
     Key::used(H, "ca_file", Path, "", "Root certificates (PEM) trusted besides the built-in ones."),
     Key::used(H, "plain_http", Boolean, "false", "Talk to the registry without TLS."),
     Key::used(H, "docker_config", Path, "", "Docker config.json, or its folder, with registry credentials; unset: DOCKER_CONFIG, then the usual places."),
     Key::used(H, "file_bytes_max", integer(1), "68719476736", "Largest data file that is downloaded."),
 
     // KAITO's cli.py
-    Key::used(M, "pretrained_model_name_or_path", Path, "", "Folder of the base model; `model` comes first."),
+    Key::used(M, "pretrained_model_name_or_path", Path, "", "Base model, as in `model`, which comes first."),
     Key::used(M, "torch_dtype", choice(DTYPES), "", "Rounding of matrix products' inputs when nothing else sets it; sums are f32 (unset: bfloat16)."),
     Key::used(M, "chat_template", Text, "", "Jinja text, or a path to it, in place of the tokenizer's chat template."),
     Key::idle(M, "device_map", Any, "auto", "`device` chooses where the model lives"),

@@ -1,0 +1,218 @@
+//! What the user wrote -> where a model or data is, and the folder of the cache it will have.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::fault::{Fault, Result};
+use crate::model::presets;
+use crate::{registry, source};
+
+/// Of a SHA-256, in a folder's name.
+const KEY_DIGITS: usize = 12;
+const HUB: &str = "hf://";
+const IMAGE: &str = "oci://";
+const PRESET: &str = "preset:";
+
+/// A base model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Model {
+    /// On this machine.
+    Folder(PathBuf),
+    /// Of the Hugging Face hub.
+    Hub {
+        /// `OWNER/NAME`
+        repository: String,
+        /// A branch, a tag or a commit.
+        revision: String,
+    },
+    /// An OCI artifact of files, or an image that holds a model's folder.
+    Image {
+        /// As docker normalises it.
+        reference: String,
+        /// What the model is called.
+        name: String,
+    },
+}
+
+/// Rows to train on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    Source(source::Source),
+    /// An image with parquet files in `/data`, as docker normalises its reference.
+    Image(String),
+}
+
+impl Model {
+    /// Reads `hf://OWNER/NAME[@REVISION]`, `oci://IMAGE`, `preset:NAME`; everything else is a folder.
+    ///
+    /// # Errors
+    /// Config: no such form. Usage: no such preset.
+    pub fn parse(text: &str) -> Result<Model> {
+        if let Some(rest) = text.strip_prefix(HUB) {
+            let (repository, revision) = rest.split_once('@').unwrap_or((rest, "main"));
+            return hub(repository, revision);
+        }
+        if let Some(reference) = text.strip_prefix(IMAGE) {
+            let reference = image(reference)?;
+            let name = readable(&reference).to_owned();
+            return Ok(Model::Image { reference, name });
+        }
+        match text.strip_prefix(PRESET) {
+            Some(name) => preset(name),
+            None => Ok(Model::Folder(text.into())),
+        }
+    }
+
+    /// Where it is, or will be: `CACHE/models/NAME-KEY`; the key is of the whole address.
+    ///
+    /// # Errors
+    /// Config: an unusable `HF_ENDPOINT`.
+    pub fn folder(&self, cache: &Path) -> Result<PathBuf> {
+        let (name, address) = match self {
+            Model::Folder(path) => return Ok(path.clone()),
+            Model::Hub { repository, .. } => {
+                let endpoint = source::Hub::from_environment()?.endpoint;
+                (repository.replace('/', "--"), format!("{} {self}", endpoint.origin().ascii_serialization()))
+            }
+            Model::Image { reference, .. } => (readable(reference).to_owned(), self.to_string()),
+        };
+        Ok(cache.join("models").join(format!("{name}-{}", key(&address))))
+    }
+
+    /// What an adapter's card calls its base.
+    pub fn name(&self) -> String {
+        match self {
+            Model::Folder(folder) => {
+                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+                folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+            }
+            Model::Hub { repository, .. } => repository.clone(),
+            Model::Image { name, .. } => name.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Model::Folder(folder) => write!(f, "{}", folder.display()),
+            Model::Hub { repository, revision } => write!(f, "{HUB}{repository}@{revision}"),
+            Model::Image { reference, .. } => write!(f, "{IMAGE}{reference}"),
+        }
+    }
+}
+
+impl Data {
+    /// Reads `oci://IMAGE`, or what [`source::Source::parse`] does.
+    ///
+    /// # Errors
+    /// Config: no such form.
+    pub fn parse(text: &str) -> Result<Data> {
+        match text.trim().strip_prefix(IMAGE) {
+            Some(reference) => image(reference).map(Data::Image),
+            None => source::Source::parse(text).map(Data::Source),
+        }
+    }
+}
+
+/// The folder of an image's data, by the digest of its manifest.
+pub(super) fn images(cache: &Path, reference: &str, digest: &str) -> PathBuf {
+    cache.join("images").join(format!("{}-{}", readable(reference), key(digest)))
+}
+
+fn hub(repository: &str, revision: &str) -> Result<Model> {
+    let plain = |part: &str| {
+        let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        !part.is_empty() && part.chars().all(known) && !part.starts_with('.') && !part.contains("..")
+    };
+    let parts: Vec<&str> = repository.split('/').collect();
+    if parts.len() != 2 || !parts.iter().all(|part| plain(part)) || !revision.split('/').all(plain) {
+        return Err(Fault::config("an address hf:// does not name a repository and its revision")
+            .help("write hf://OWNER/NAME, or hf://OWNER/NAME@REVISION with a branch, a tag or a commit"));
+    }
+    Ok(Model::Hub { repository: repository.into(), revision: revision.into() })
+}
+
+/// A preset's own artifact, else its repository on the hub.
+fn preset(name: &str) -> Result<Model> {
+    let preset = presets::find(name)?;
+    match &preset.artifact {
+        Some(artifact) => Ok(Model::Image { reference: image(artifact)?, name: preset.hub.clone() }),
+        None => hub(&preset.hub, preset.revision.as_deref().unwrap_or("main")),
+    }
+}
+
+fn image(text: &str) -> Result<String> {
+    match registry::Target::parse(text)? {
+        registry::Target::Registry(reference) => Ok(reference),
+        registry::Target::Layout { .. } => Err(Fault::config(format!("oci://{text} names no image"))
+            .help("write oci://registry.example.com/team/name:tag")),
+    }
+}
+
+/// The last part of a repository's path.
+fn readable(reference: &str) -> &str {
+    let last = reference.rsplit('/').next().unwrap_or(reference);
+    last.split([':', '@']).next().unwrap_or(last)
+}
+
+fn key(text: &str) -> String {
+    source::digest(text.as_bytes())[..KEY_DIGITS].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_is_read() {
+        let shown = |text: &str| match Model::parse(text) {
+            Ok(model) => format!("{model} is {}", model.name()),
+            Err(fault) => fault.message,
+        };
+        let cases = [
+            ("hf://org/Model-7B", "hf://org/Model-7B@main is org/Model-7B"),
+            ("hf://org/m@refs/pr/3", "hf://org/m@refs/pr/3 is org/m"),
+            ("oci://host:5000/team/m:v1", "oci://host:5000/team/m:v1 is m"),
+            ("oci://m", "oci://docker.io/library/m:latest is m"),
+            ("preset:phi-4", "oci://mcr.microsoft.com/aks/kaito/kaito-phi-4:0.2.0 is microsoft/phi-4"),
+            (
+                "preset:falcon-7b",
+                "hf://tiiuae/falcon-7b@ec89142b67d748a1865ea4451372db8313ada0d8 is tiiuae/falcon-7b",
+            ),
+            ("preset:none", "\"none\" is not a preset"),
+            ("no/such", "no/such is such"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(shown(text), expected, "{text}");
+        }
+        let bad = [
+            "hf://",
+            "hf://name",
+            "hf://a/b/c",
+            "hf://../b",
+            "hf://a/b@../../x",
+            "hf://a/b@",
+            "hf://a/b@x?y",
+        ];
+        for text in bad.into_iter().chain(["oci://oci:folder", "oci://user:pw@host/m", "oci://", "oci://a b"])
+        {
+            let fault = Model::parse(text).unwrap_err();
+            assert_eq!(fault.kind, crate::fault::Kind::Config, "{text}");
+            assert!(!fault.to_string().contains("pw"), "{fault}");
+        }
+    }
+
+    #[test]
+    fn a_folder_is_readable_and_of_one_address() {
+        let at =
+            |text: &str| Model::parse(text).unwrap().folder(Path::new("c")).unwrap().display().to_string();
+        let one = at("hf://org/m");
+        assert!(one.starts_with("c/models/org--m-") && one.len() == "c/models/org--m-".len() + KEY_DIGITS);
+        assert_eq!(one, at("hf://org/m@main"));
+        assert_ne!(one, at("hf://org/m@v2"));
+        assert!(at("oci://host:5000/team/m:v1").starts_with("c/models/m-"));
+        assert_ne!(at("oci://host:5000/team/m:v1"), at("oci://host:5000/other/m:v1"));
+        assert_eq!(at("folder"), "folder");
+    }
+}

@@ -1,0 +1,147 @@
+//! A repository of the Hugging Face hub -> its commit and files; and those files in a folder.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use url::Url;
+
+use super::folder::{Folder, Item};
+use super::{Access, names};
+use crate::fault::{Fault, Kind, Result};
+use crate::report::Report;
+use crate::source::{self, Hub, Source};
+
+/// LIMIT: a listing has about 300 bytes a file.
+const LISTING_BYTES_MAX: u64 = 16 << 20;
+const COMMIT_DIGITS: usize = 40;
+
+#[derive(Deserialize)]
+struct Listing {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+    size: Option<u64>,
+    lfs: Option<Large>,
+}
+
+#[derive(Deserialize)]
+struct Large {
+    sha256: String,
+    size: u64,
+}
+
+/// The commit a revision is now, and the model's files at it.
+pub fn list(
+    repository: &str,
+    revision: &str,
+    address: &str,
+    options: &source::Options,
+    report: &Report,
+) -> Result<(String, Vec<Item>)> {
+    let mut url = at(&Hub::from_environment()?, &["api", "models"], repository, &["revision", revision]);
+    url.set_query(Some("blobs=true"));
+    let options = source::Options { file_bytes_max: LISTING_BYTES_MAX, ..options.clone() };
+    let listing = [Source::Url { url, sha256: None }];
+    let file = source::fetch(&listing, &options, report).map_err(|fault| match fault.kind {
+        Kind::Data => Fault::config(format!("{address}: the hub does not know it: {}", fault.message))
+            .help("check owner, name and revision (a branch, a tag or a commit)"),
+        _ => fault.at(address),
+    })?;
+    let path = &file[0].path;
+    let text = std::fs::read(path).map_err(|error| Fault::storage("read", path, &error))?;
+    read(&text, address)
+}
+
+/// Brings files into the folder, in this order.
+pub fn bring(
+    repository: &str,
+    commit: &str,
+    items: &[Item],
+    folder: &Folder,
+    access: Access,
+    report: &Report,
+) -> Result<()> {
+    if items.is_empty() {
+        return Ok(());
+    }
+    let hub = Hub::from_environment()?;
+    let source = |item: &Item| Source::Url {
+        url: at(&hub, &[], repository, &["resolve", commit, &item.name]),
+        sha256: item.sha256.clone(),
+    };
+    let sources: Vec<Source> = items.iter().map(source).collect();
+    let bytes: u64 = items.iter().map(|item| item.bytes).fold(0, u64::saturating_add);
+    let held: u64 = sources.iter().map(|source| source::held(source, &access.source.cache)).sum();
+    source::require_space(&folder.path, &format!("hf://{repository}"), bytes.saturating_sub(held))?;
+    for (item, source) in items.iter().zip(sources) {
+        // The listing names the length: a longer body is cut off there.
+        let options = source::Options { file_bytes_max: item.bytes.max(1), ..access.source.clone() };
+        let files = source::fetch(&[source], &options, report).map_err(of_model)?;
+        let file = &files[0];
+        if file.bytes != item.bytes {
+            return Err(Fault::model(format!(
+                "{}: {} bytes, the hub's listing says {}",
+                file.name, file.bytes, item.bytes
+            )));
+        }
+        keep(&file.path, &item.name, folder)?;
+    }
+    Ok(())
+}
+
+/// Out of the store of downloads, where several small files may be one.
+fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
+    if names::role(name) == Some(names::Role::Weights) {
+        return folder.take(file, name);
+    }
+    let text = std::fs::read(file).map_err(|error| Fault::storage("read", file, &error))?;
+    source::write_whole(&folder.path.join(name), &text)
+}
+
+/// A file of the model that is missing or damaged is no matter of the dataset.
+fn of_model(fault: Fault) -> Fault {
+    let kind = if fault.kind == Kind::Data { Kind::Model } else { fault.kind };
+    Fault { kind, ..fault }
+}
+
+/// `{endpoint}/{before}/{repository}/{after}`, each part of the path escaped.
+fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
+    let mut url = hub.endpoint.clone();
+    url.path_segments_mut()
+        .expect("an http address has a path")
+        .pop_if_empty()
+        .extend(before)
+        .extend(repository.split('/'))
+        .extend(after);
+    url
+}
+
+fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
+    let wrong = |what: String| Fault::model(format!("{address}: {what}"));
+    let Listing { sha, siblings } = serde_json::from_slice(text)
+        .map_err(|error| wrong(format!("the hub's answer is no listing of a repository: {error}")))?;
+    if sha.len() != COMMIT_DIGITS || !sha.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(wrong("the hub's answer names no commit".into()));
+    }
+    let all: Vec<String> = siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();
+    let mut items = Vec::new();
+    for (sibling, kept) in siblings.into_iter().zip(names::without_doubles(&all)) {
+        let Sibling { rfilename: name, size, lfs } = sibling;
+        if !kept {
+            continue;
+        }
+        let (bytes, sha256) = match lfs {
+            Some(large) => (Some(large.size), Some(large.sha256)),
+            None => (size, None),
+        };
+        let bytes = bytes.ok_or_else(|| wrong(format!("the hub does not tell the length of {name}")))?;
+        items.push(Item { name, bytes, sha256, archive: false });
+    }
+    super::image::complete(&items, address, &all)?;
+    items.sort_by_key(|item| item.bytes);
+    Ok((sha, items))
+}
