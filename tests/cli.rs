@@ -30,7 +30,7 @@ fn help_tells_what_there_is() {
         Commands:
           run      Fine-tune a model and write the adapter; push it if asked
           plan     Show everything `run` would do, each value with where it came from
-          model    Show what a model folder is understood as: facts, LoRA sites, memory, what is missing
+          model    Show what a model is understood as: facts, LoRA sites, memory, what is missing
           push     Push an adapter's folder as an image
           pull     Pull an adapter's image into a folder
           example  Write a tiny model, a dataset and a configuration, and run the whole job on them, in

@@ -129,7 +129,7 @@ fn kaitos_qlora_template() {
 
         without effect here:
         ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
-        ModelConfig.local_files_only (train.yaml:6): the model is a folder on this machine; nothing is downloaded for it
+        ModelConfig.local_files_only (train.yaml:6): where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION
         TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
         DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
     "#]],
@@ -275,7 +275,7 @@ fn no_model_and_no_dataset() {
     let fault = make(&Spec::default()).unwrap_err();
     expect![[r#"
         2 mistakes in the configuration
-          no model: name its folder with `model` (--model DIR)
+          no model: name its folder or address with `model` (--model DIR, hf://OWNER/NAME)
           no dataset: name parquet files with `data` (--data URL_OR_PATH)
           help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
     .assert_eq(&fault.to_string());
@@ -288,7 +288,7 @@ fn no_model_and_no_dataset() {
     let fault = make(&spec::gather(&request, &|_| None).unwrap()).unwrap_err();
     expect![[r#"
         2 mistakes in the configuration
-          --model: model: there is no folder org/model-7b; hone does not fetch models from a hub: download it first (`hf download org/model-7b --local-dir DIR`) and give DIR
+          --model: model: there is no folder org/model-7b; if it is on the Hugging Face hub, write hf://org/model-7b
           --data: a source has the scheme `s3://`, which is not supported; supported are http://, https://, file://, and paths of files, directories and globs"#]].assert_eq(&fault.message);
 }
 
@@ -343,7 +343,8 @@ fn under_kaitos_mounts_its_paths_count() {
     let request = Request { settings: vec![setting], ..Request::default() };
     let plan = make(&spec::gather(&request, &environment).unwrap()).unwrap();
     assert_eq!(plan.output, Path::new("/mnt/lora-output"));
-    assert_eq!(plan.data, [source::Source::Path { pattern: "/mnt/data".into(), sha256: None }]);
+    let mounted = source::Source::Path { pattern: "/mnt/data".into(), sha256: None };
+    assert_eq!(plan.data, [fetch::Data::Source(mounted)]);
     assert_eq!(plan.model.lora.targets, Targets::names(["k_proj", "q_proj"]));
 }
 
