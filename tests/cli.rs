@@ -84,7 +84,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_CONFIG=]
 
               --model <DIR>
-                  Folder of the base model
+                  Base model: a folder, hf://OWNER/NAME[@REVISION], oci://IMAGE or preset:NAME
 
                   [env: HONE_MODEL=]
 
@@ -94,8 +94,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_NAME=]
 
               --data <URL_OR_PATH>
-                  Parquet to train on: URL, file, folder or glob; may be repeated; #sha256=... pins the
-                  bytes
+                  Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=...
+                  pins the bytes
 
                   [env: HONE_DATA]
 

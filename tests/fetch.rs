@@ -164,6 +164,10 @@ fn a_plan_fetches_nothing_and_a_look_fetches_small_files() {
     assert!(!files_asked_for(&server).contains(&WEIGHTS.to_owned()));
     assert!(hone(plan).contains("model: llama, 2 layers"), "its facts are here now");
     assert!(line("model folder").contains(&folder(&work)), "the folder is the one that was promised");
+
+    let bench = "bench --model hf://org/tiny --tokens 32 --lengths one --steps 1 --warmup 1 --device cpu";
+    assert!(hone(bench).contains("tokens"));
+    assert!(files_asked_for(&server).contains(&WEIGHTS.to_owned()), "a measurement needs the weights");
 }
 
 #[test]
@@ -431,6 +435,8 @@ fn hostile_incomplete_and_damaged_artifacts_are_refused() {
             "annotations": {"org.opencontainers.image.title": WEIGHTS}}]});
     fake.put_manifest("v1", huge);
     said.push((format!("oci://{}/team/a:v1", fake.host), "1.0 EiB more are needed", 14));
+    fake.artifact("v3", &[(None, b"not an archive, but a layer of an image all the same".repeat(30))]);
+    said.push((format!("oci://{}/team/a:v3", fake.host), "damaged archive", 12));
     said.push((format!("oci://{}/team/a:v2", fake.host), "check the image's name and tag", 10));
     for (address, expected, code) in said {
         let work = rows();
