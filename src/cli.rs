@@ -2,6 +2,7 @@
 //! those are in the table of keys.
 
 use crate::bench;
+use crate::controller;
 use crate::device::Choice;
 use crate::memory::Limit;
 use crate::model::{Keep, Precision};
@@ -10,6 +11,7 @@ use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// What to do, and how to tell about it.
@@ -31,6 +33,7 @@ pub enum Command {
     Bench { options: bench::Options, json: Option<PathBuf> },
     Render { files: Vec<PathBuf>, settings: Settings, format: ObjectFormat },
     Tune(tune::Options),
+    Controller(controller::Options),
 }
 
 /// How events are shown.
@@ -79,6 +82,7 @@ pub fn parse(
         Subcommands::Render { files, cluster, format } => {
             Command::Render { files, settings: cluster.settings(), format }
         }
+        Subcommands::Controller(arguments) => Command::Controller(arguments.options()),
         Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
@@ -212,6 +216,45 @@ enum Subcommands {
         Where no controller watches Workspaces, let hone make the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
     )]
     Tune(Tune),
+    /// Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
+    #[command(after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
+        By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda")]
+    Controller(ControllerArguments),
+}
+
+#[derive(Args)]
+struct ControllerArguments {
+    /// Only Workspaces of this namespace [default: all]
+    #[arg(short, long, value_name = "NAME", env = "HONE_NAMESPACE")]
+    namespace: Option<String>,
+    #[command(flatten)]
+    cluster: Cluster,
+    /// Be one of several, of which one leads
+    #[arg(long, env = "HONE_ELECT")]
+    elect: bool,
+    /// Namespace of the leader's Lease
+    #[arg(long, value_name = "NAME", default_value = "hone-system", env = "HONE_LEASE_NAMESPACE")]
+    lease_namespace: String,
+    /// Name of this process among them [default: of host and process]
+    #[arg(long, value_name = "NAME", env = "HONE_IDENTITY")]
+    identity: Option<String>,
+    /// Where /healthz, /readyz and /metrics are answered
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
+    address: SocketAddr,
+}
+
+impl ControllerArguments {
+    fn options(self) -> controller::Options {
+        let host = || std::env::var("HOSTNAME").unwrap_or_else(|_| "hone".into());
+        controller::Options {
+            namespace: self.namespace,
+            settings: self.cluster.settings(),
+            elect: self.elect,
+            lease_namespace: self.lease_namespace,
+            identity: self.identity.unwrap_or_else(|| format!("{}-{}", host(), std::process::id())),
+            address: self.address,
+        }
+    }
 }
 
 /// How a cluster runs hone.

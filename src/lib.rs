@@ -23,6 +23,8 @@ pub mod plan;
 pub mod inspect;
 pub mod job;
 pub mod workspace;
+pub mod serve;
+pub mod controller;
 pub mod example;
 pub mod bench;
 pub mod cli;

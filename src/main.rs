@@ -13,7 +13,7 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, example, fetch, inspect, interrupt};
+use hone::{bench, controller, example, fetch, inspect, interrupt};
 
 /// Prints a line; a reader that went away is no reason to fail.
 macro_rules! say {
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         Err(error) => cli::exit(&error),
     };
     // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
-    let job = matches!(invocation.command, Command::Run(_));
+    let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_));
     let bars = match invocation.log {
         Log::Auto if job => None,
         Log::Auto => Some(true),
@@ -75,6 +75,7 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Render { files, settings, format } => {
             render(files, settings, *format, report).map(|()| None)
         }
+        Command::Controller(options) => controller::run(options, report).map(|()| None),
         Command::Tune(options) => {
             let workspace = tune::workspace(options)?;
             say!("{}", yaml::write(&[serde_json::json!(workspace)]).trim_end());

@@ -30,7 +30,7 @@ fn help_tells_what_there_is() {
         Commands:
           run      Fine-tune a model and write the adapter; push it if asked
           plan     Show everything `run` would do, each value with where it came from
-          model    Show what a model folder is understood as: facts, LoRA sites, memory, what is missing
+          model    Show what a model is understood as: facts, LoRA sites, memory, what is missing
           push     Push an adapter's folder as an image
           pull     Pull an adapter's image into a folder
           example  Write a tiny model, a dataset and a configuration, and run the whole job on them, in
@@ -86,7 +86,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_CONFIG=]
 
               --model <DIR>
-                  Folder of the base model
+                  Base model: a folder, hf://OWNER/NAME[@REVISION], oci://IMAGE or preset:NAME
 
                   [env: HONE_MODEL=]
 
@@ -96,8 +96,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_NAME=]
 
               --data <URL_OR_PATH>
-                  Parquet to train on: URL, file, folder or glob; may be repeated; #sha256=... pins the
-                  bytes
+                  Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=...
+                  pins the bytes
 
                   [env: HONE_DATA]
 

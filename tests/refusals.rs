@@ -113,7 +113,7 @@ fn a_model_that_is_not_there_is_refused() {
     expect![[r#"
         error (config, exit code 10): --model: model: there is no folder model
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
-        error (config, exit code 10): --set: model: there is no folder microsoft/phi-4; hone does not fetch models from a hub: download it first (`hf download microsoft/phi-4 --local-dir DIR`) and give DIR
+        error (config, exit code 10): --set: model: there is no folder microsoft/phi-4; if it is on the Hugging Face hub, write hf://microsoft/phi-4
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --model: model: model holds no config.json; expected a Hugging Face model folder
           help: README.md lists every key; `hone plan` shows what a configuration resolves to

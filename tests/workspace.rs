@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use expect_test::{Expect, expect};
+use hone::controller::install;
 use hone::fault::Kind;
 use hone::workspace::kind::Workspace;
 use hone::workspace::{Asked, Rendered, Settings, config_name, files, inputs_hash, render, yaml};
@@ -79,7 +80,156 @@ fn refused(workspace: &Workspace, config: Option<&str>, kind: Kind, expected: Ex
 #[test]
 fn the_job_of_a_workspace_as_users_write_it() {
     let job = job(&workspace(|_| {}));
-    expect![[r#""#]].assert_eq(&yaml::write(&[job]));
+    expect![[r#"
+        apiVersion: batch/v1
+        kind: Job
+        metadata:
+          annotations:
+            workspace.kaito.io/revision: "1"
+          labels:
+            app.kubernetes.io/managed-by: hone
+            kaito.sh/workspace: tune
+          name: tune
+          namespace: default
+        spec:
+          backoffLimit: 6
+          podFailurePolicy:
+            rules:
+            - action: Ignore
+              onPodConditions:
+              - status: "True"
+                type: DisruptionTarget
+            - action: FailJob
+              onExitCodes:
+                containerName: tune
+                operator: In
+                values:
+                - 2
+                - 10
+                - 11
+                - 12
+                - 13
+                - 14
+                - 15
+                - 70
+          template:
+            metadata:
+              labels:
+                app.kubernetes.io/managed-by: hone
+                kaito.sh/workspace: tune
+            spec:
+              affinity:
+                nodeAffinity:
+                  requiredDuringSchedulingIgnoredDuringExecution:
+                    nodeSelectorTerms:
+                    - matchExpressions:
+                      - key: app
+                        operator: In
+                        values:
+                        - tuning
+              automountServiceAccountToken: false
+              containers:
+              - args:
+                - run
+                - --config=/mnt/config/training_config.yaml
+                - --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+                - --name=phi-3-mini-4k-instruct
+                - --data=https://host/a.parquet
+                - --push=registry.example.com/adapter:1
+                env:
+                - name: HONE_LOG
+                  value: json
+                - name: HONE_DEVICE
+                  value: cuda
+                - name: HONE_CACHE
+                  value: /mnt/cache
+                - name: HONE_OUTPUT
+                  value: /mnt/results
+                - name: HONE_EARLIER_RESULTS
+                  value: move
+                - name: HONE_METRICS
+                  value: 0.0.0.0:5000
+                - name: DEFAULT_TARGET_MODULES
+                  value: k_proj,q_proj,v_proj,o_proj,gate_proj,down_proj,up_proj
+                - name: HONE_DOCKER_CONFIG
+                  value: /mnt/docker
+                image: hone:cuda
+                name: tune
+                ports:
+                - containerPort: 5000
+                  name: metrics
+                resources:
+                  limits:
+                    nvidia.com/gpu: "1"
+                  requests:
+                    cpu: "2"
+                    ephemeral-storage: 14Gi
+                    memory: 6Gi
+                    nvidia.com/gpu: "1"
+                securityContext:
+                  allowPrivilegeEscalation: false
+                  capabilities:
+                    drop:
+                    - ALL
+                  readOnlyRootFilesystem: true
+                terminationMessagePolicy: FallbackToLogsOnError
+                volumeMounts:
+                - mountPath: /mnt/config
+                  name: config-volume
+                  readOnly: true
+                - mountPath: /mnt/results
+                  name: results-volume
+                - mountPath: /mnt/cache
+                  name: cache-volume
+                - mountPath: /tmp
+                  name: tmp
+                - mountPath: /mnt/docker
+                  name: docker-config
+                  readOnly: true
+              enableServiceLinks: false
+              imagePullSecrets:
+              - name: login
+              restartPolicy: Never
+              securityContext:
+                fsGroup: 65532
+                fsGroupChangePolicy: OnRootMismatch
+                runAsGroup: 65532
+                runAsNonRoot: true
+                runAsUser: 65532
+                seccompProfile:
+                  type: RuntimeDefault
+              terminationGracePeriodSeconds: 300
+              tolerations:
+              - effect: NoSchedule
+                key: gpu
+                operator: Equal
+              - effect: NoSchedule
+                key: sku
+                value: gpu
+              - effect: NoSchedule
+                key: kubernetes.azure.com/scalesetpriority
+                operator: Equal
+                value: spot
+              volumes:
+              - configMap:
+                  name: qlora-params-template
+                name: config-volume
+              - emptyDir: {}
+                name: results-volume
+              - emptyDir: {}
+                name: cache-volume
+              - emptyDir: {}
+                name: tmp
+              - name: docker-config
+                projected:
+                  defaultMode: 288
+                  sources:
+                  - secret:
+                      items:
+                      - key: .dockerconfigjson
+                        path: config.json
+                      name: login
+    "#]].assert_eq(&yaml::write(&[job]));
 }
 
 #[test]
@@ -104,7 +254,77 @@ fn every_input_and_output() {
             text += &format!("# {input_name} to {output_name}\n{}{}", arguments(&job), mounts(&job));
         }
     }
-    expect![[r#""#]].assert_eq(&text);
+    expect![[r##"
+        # urls to image
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=https://h/a.parquet?sig=x
+        --data=http://h/b.parquet
+        --push=h/adapter:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"emptyDir":{}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.json"}],"name":"login"}}]}}
+        # urls to volume
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=https://h/a.parquet?sig=x
+        --data=http://h/b.parquet
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        # image to image
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=oci://h/data:1
+        --push=h/adapter:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"emptyDir":{}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.json"}],"name":"login"}},{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}}]}}
+        # image to volume
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=oci://h/data:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}},{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/login.json"}],"name":"login"}}]}}
+        # volume to image
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --push=h/adapter:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"emptyDir":{}}
+        data-volume -> /mnt/data: {"persistentVolumeClaim":{"claimName":"data"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.json"}],"name":"login"}}]}}
+        # volume to volume
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
+        data-volume -> /mnt/data: {"persistentVolumeClaim":{"claimName":"data"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+    "##]].assert_eq(&text);
 }
 
 #[test]
@@ -118,15 +338,24 @@ fn methods_versions_and_configurations() {
     assert!(!map.data.unwrap()["training_config.yaml"].contains("load_in_4bit"));
     let named = workspace(|value| value["tuning"]["config"] = json!("mine"));
     assert_eq!(config_name(&named), "mine");
-    refused(&named, None, Kind::Config, expect![[r#""#]]);
+    refused(&named, None, Kind::Config, expect![[r#"
+        tuning.config: there is no ConfigMap mine in namespace default
+          help: apply it, or give its file with -f; without tuning.config the method's default is used
+    "#]]);
     let config = "training_config:\n  QuantizationConfig: {load_in_4bit: true}\n  TrainingArguments: {output_dir: out}\n";
     let rendered = rendered(&named, Some(config)).unwrap();
     assert_eq!(rendered.config_map, None);
     assert!(mounts(&json!(rendered.job)).contains("results-volume -> /mnt/out: "));
     let broken = config.replace("output_dir", "output_dri");
-    refused(&named, Some(&broken), Kind::Config, expect![[r#""#]]);
+    refused(&named, Some(&broken), Kind::Config, expect![[r#"
+        ConfigMap mine:3:23: TrainingArguments.output_dri is not a key; did you mean output_dir?
+          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+    "#]]);
     let taken = config.replace("out}", "/mnt/config/x}");
-    refused(&named, Some(&taken), Kind::Config, expect![[r#""#]]);
+    refused(&named, Some(&taken), Kind::Config, expect![[r#"
+        TrainingArguments.output_dir: /mnt/config/x lies in /mnt/config, which holds something else
+          help: leave output_dir out, or name another folder below /mnt
+    "#]]);
 }
 
 #[test]
@@ -145,7 +374,180 @@ fn annotations_shape_the_job() {
             },
         });
     }));
-    expect![[r#""#]].assert_eq(&yaml::write(&[job]));
+    expect![[r#"
+        apiVersion: batch/v1
+        kind: Job
+        metadata:
+          annotations:
+            workspace.kaito.io/revision: "1"
+          labels:
+            app.kubernetes.io/managed-by: hone
+            kaito.sh/workspace: tune
+            kueue.x-k8s.io/queue-name: q
+          name: tune
+          namespace: team
+          ownerReferences:
+          - apiVersion: kaito.sh/v1beta1
+            blockOwnerDeletion: true
+            controller: true
+            kind: Workspace
+            name: tune
+            uid: u-1
+        spec:
+          activeDeadlineSeconds: 7200
+          backoffLimit: 2
+          podFailurePolicy:
+            rules:
+            - action: Ignore
+              onPodConditions:
+              - status: "True"
+                type: DisruptionTarget
+            - action: FailJob
+              onExitCodes:
+                containerName: tune
+                operator: In
+                values:
+                - 2
+                - 10
+                - 11
+                - 12
+                - 13
+                - 14
+                - 15
+                - 70
+          suspend: true
+          template:
+            metadata:
+              labels:
+                app.kubernetes.io/managed-by: hone
+                kaito.sh/workspace: tune
+            spec:
+              affinity:
+                nodeAffinity:
+                  requiredDuringSchedulingIgnoredDuringExecution:
+                    nodeSelectorTerms:
+                    - matchExpressions:
+                      - key: app
+                        operator: In
+                        values:
+                        - tuning
+              automountServiceAccountToken: false
+              containers:
+              - args:
+                - run
+                - --config=/mnt/config/training_config.yaml
+                - --model=oci://h/model:1
+                - --name=phi-3-mini-4k-instruct
+                - --data=https://host/a.parquet
+                - --push=registry.example.com/adapter:1
+                - --set=TrainingArguments.max_steps=3
+                env:
+                - name: HONE_DEVICE
+                  value: cpu
+                - name: HONE_CACHE
+                  value: /mnt/cache
+                - name: HONE_OUTPUT
+                  value: /mnt/results
+                - name: HONE_EARLIER_RESULTS
+                  value: move
+                - name: HONE_METRICS
+                  value: 0.0.0.0:5000
+                - name: DEFAULT_TARGET_MODULES
+                  value: k_proj,q_proj,v_proj,o_proj,gate_proj,down_proj,up_proj
+                - name: HONE_DOCKER_CONFIG
+                  value: /mnt/docker
+                - name: HONE_CA_FILE
+                  value: /mnt/ca/ca.crt
+                - name: HONE_LOG
+                  value: terminal
+                - name: TOKEN
+                  valueFrom:
+                    secretKeyRef:
+                      key: token
+                      name: keys
+                image: registry.example.com/hone:1
+                name: tune
+                ports:
+                - containerPort: 5000
+                  name: metrics
+                resources:
+                  requests:
+                    cpu: "4"
+                    ephemeral-storage: 1Gi
+                    memory: 8Gi
+                securityContext:
+                  allowPrivilegeEscalation: false
+                  capabilities:
+                    drop:
+                    - ALL
+                  readOnlyRootFilesystem: true
+                terminationMessagePolicy: FallbackToLogsOnError
+                volumeMounts:
+                - mountPath: /mnt/config
+                  name: config-volume
+                  readOnly: true
+                - mountPath: /mnt/results
+                  name: results-volume
+                  subPath: tune
+                - mountPath: /mnt/cache
+                  name: cache-volume
+                - mountPath: /tmp
+                  name: tmp
+                - mountPath: /mnt/docker
+                  name: docker-config
+                  readOnly: true
+                - mountPath: /mnt/ca
+                  name: ca
+                  readOnly: true
+              enableServiceLinks: false
+              imagePullSecrets:
+              - name: login
+              - name: images
+              priorityClassName: low
+              restartPolicy: Never
+              securityContext:
+                fsGroup: 1000
+                fsGroupChangePolicy: OnRootMismatch
+                runAsGroup: 1000
+                runAsNonRoot: true
+                runAsUser: 1000
+                seccompProfile:
+                  type: RuntimeDefault
+              serviceAccountName: robot
+              terminationGracePeriodSeconds: 60
+              tolerations:
+              - effect: NoSchedule
+                key: gpu
+                operator: Equal
+              - effect: NoSchedule
+                key: sku
+                value: gpu
+              volumes:
+              - configMap:
+                  name: qlora-params-template
+                name: config-volume
+              - name: results-volume
+                persistentVolumeClaim:
+                  claimName: work
+              - name: cache-volume
+                persistentVolumeClaim:
+                  claimName: cache
+              - emptyDir: {}
+                name: tmp
+              - name: docker-config
+                projected:
+                  defaultMode: 288
+                  sources:
+                  - secret:
+                      items:
+                      - key: .dockerconfigjson
+                        path: config.json
+                      name: login
+              - configMap:
+                  name: ca
+                name: ca
+          ttlSecondsAfterFinished: 86400
+    "#]].assert_eq(&yaml::write(&[job]));
 }
 
 #[test]
@@ -206,11 +608,14 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
     assert_eq!(gpus(&on("", "phi-4")), "1");
     let told =
         |instance: &str, preset: &str| rendered(&on(instance, preset), None).unwrap().warnings.join("\n");
-    expect![[r#""#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
-    expect![[r#""#]].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
-    expect![[r#""#]].assert_eq(&told("m7i.large", "phi-4"));
+    expect![[r#"4 GPUs are reserved and one is used: hone.sh/gpus: "1" leaves the others free, a smaller instanceType costs less"#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
+    expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: training would end with exit code 14. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
+    expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"].assert_eq(&told("m7i.large", "phi-4"));
     assert_eq!(told("Standard_NC24ads_A100_v4", "phi-4"), "");
-    refused(&on("g6.xlarge", "llama-3.3-70b-instruct"), None, Kind::Capacity, expect![[r#""#]]);
+    refused(&on("g6.xlarge", "llama-3.3-70b-instruct"), None, Kind::Capacity, expect![[r#"
+        resource.instanceType g6.xlarge: training needs at least 39.9 GiB, and 21.1 GiB may be used of l4: base, 4 bits with scales 32.9 GiB, embedding 2.0 GiB, output head 2.0 GiB, adapter, its gradient and two moments 1.7 GiB, context and kernels 600 MiB, a weight expanded for a product 448 MiB, logits of a chunk 250 MiB, one layer at work 91 MiB, workspace of products 32 MiB, norms and biases 5 MiB, gaps between blocks 3 MiB
+          help: lower LoraConfig.r; take a larger card: l40s would do
+    "#]]);
 }
 
 #[test]
@@ -282,6 +687,13 @@ fn jobs_are_what_hone_renders() {
     }
 }
 
+#[test]
+fn what_a_cluster_gets_is_what_hone_writes() {
+    let head = "# The controller, its rights and its namespace; the image is yours to name.\n";
+    let controller = yaml::write(&install::objects("hone:cpu"));
+    same(&root("jobs/controller.yaml"), &(head.to_owned() + &controller));
+}
+
 fn same(file: &Path, expected: &str) {
     if std::env::var_os("UPDATE_JOBS").is_some() {
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
@@ -311,7 +723,29 @@ fn flags_write_a_workspace_that_renders() {
     let tune = hone(&flags, "");
     assert!(tune.status.success());
     let written = String::from_utf8(tune.stdout).unwrap();
-    expect![[r#""#]].assert_eq(&written);
+    expect![[r#"
+        apiVersion: kaito.sh/v1beta1
+        kind: Workspace
+        metadata:
+          annotations:
+            hone.sh/work-claim: results
+          name: tune-phi-3-mini-4k-instruct
+        resource:
+          instanceType: Standard_NC24ads_A100_v4
+          labelSelector:
+            matchLabels:
+              apps: tune-phi-3-mini-4k-instruct
+        tuning:
+          preset:
+            name: phi-3-mini-4k-instruct
+          method: qlora
+          input:
+            urls:
+            - https://h/a.parquet
+          output:
+            image: h.example/adapter:1
+            imagePushSecret: login
+    "#]].assert_eq(&written);
     let render = hone(&["render", "-f", "-", "--format", "json"], &written);
     assert!(render.status.success(), "{}", String::from_utf8_lossy(&render.stderr));
     let list: Value = serde_json::from_slice(&render.stdout).unwrap();
@@ -323,7 +757,9 @@ fn flags_write_a_workspace_that_renders() {
         let output = hone(flags, "");
         format!("{} {}", output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr))
     };
-    expect![[r#""#]].assert_eq(&refused(&[
+    expect![[r#"
+        2 error (usage, exit code 2): --preset gpt-oss-20b: it is not trained: mixture of experts
+    "#]].assert_eq(&refused(&[
         "tune",
         "--preset",
         "gpt-oss-20b",
@@ -334,7 +770,10 @@ fn flags_write_a_workspace_that_renders() {
         "--secret",
         "s",
     ]));
-    expect![[r#""#]].assert_eq(&refused(&[
+    expect![[r#"
+        2 error (usage, exit code 2): --data a.parquet: a cluster cannot reach it
+          help: give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)
+    "#]].assert_eq(&refused(&[
         "tune",
         "--preset",
         "phi-4",
@@ -345,7 +784,10 @@ fn flags_write_a_workspace_that_renders() {
         "--secret",
         "s",
     ]));
-    expect![[r#""#]].assert_eq(&refused(&[
+    expect![[r#"
+        2 error (usage, exit code 2): --secret is missing: a push needs a Secret of type kubernetes.io/dockerconfigjson
+          help: kubectl create secret docker-registry NAME --docker-server=... --docker-username=... --docker-password=...
+    "#]].assert_eq(&refused(&[
         "tune",
         "--preset",
         "phi-4",
@@ -362,11 +804,19 @@ fn files_that_cannot_be_rendered() {
         let output = hone(&["render", "-f", "-"], text);
         format!("{} {}", output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr))
     };
-    expect![[r#""#]].assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));
-    expect![[r#""#]].assert_eq(&told(
+    expect![[r#"
+        10 error (config, exit code 10): no Workspace with `tuning` in what was given
+          help: give the file of one with -f; `hone tune --help` writes one
+    "#]].assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));
+    expect![[r#"
+        10 error (config, exit code 10): -:1: Workspace w: apiVersion: expected kaito.sh/v1alpha1 or kaito.sh/v1beta1, found "kaito.sh/v2"
+    "#]].assert_eq(&told(
         "kind: Workspace\napiVersion: kaito.sh/v2\nmetadata: {name: w}\ntuning: {method: qlora}\n",
     ));
-    expect![[r#""#]].assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
+    expect![[r#"
+        10 error (config, exit code 10): -:2:12: resource.instanceTypo is not a field of Workspace
+          help: remove what is not known, or correct its name
+    "#]].assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
 }
 
 fn hone(arguments: &[&str], input: &str) -> Output {

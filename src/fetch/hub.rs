@@ -80,7 +80,7 @@ pub fn bring(
     for (item, source) in items.iter().zip(sources) {
         // The listing names the length: a longer body is cut off there.
         let options = source::Options { file_bytes_max: item.bytes.max(1), ..access.source.clone() };
-        let files = source::fetch(&[source], &options, report).map_err(of_model)?;
+        let files = source::fetch(&[source], &options, report)?;
         let file = &files[0];
         if file.bytes != item.bytes {
             return Err(Fault::model(format!(
@@ -100,12 +100,6 @@ fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
     }
     let text = std::fs::read(file).map_err(|error| Fault::storage("read", file, &error))?;
     source::write_whole(&folder.path.join(name), &text)
-}
-
-/// A file of the model that is missing or damaged is no matter of the dataset.
-fn of_model(fault: Fault) -> Fault {
-    let kind = if fault.kind == Kind::Data { Kind::Model } else { fault.kind };
-    Fault { kind, ..fault }
 }
 
 /// `{endpoint}/{before}/{repository}/{after}`, each part of the path escaped.

@@ -195,7 +195,7 @@ fn unpack(image: &str, archives: &[&Path], folder: &Folder, report: &Report) -> 
     fs::remove_dir_all(&stage).map_err(storage)?;
     archives
         .iter()
-        .try_for_each(|archive| fs::remove_file(archive))
+        .try_for_each(fs::remove_file)
         .map_err(|error| Fault::storage("remove an archive in", &folder.path, &error))
 }
 

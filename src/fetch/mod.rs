@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 pub use address::{Data, Model};
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::registry;
 use crate::report::{Report, Stage};
 use crate::source;
@@ -37,7 +37,7 @@ pub struct Access<'a> {
 /// Config: no such repository, revision or image. Auth: gated, or no right to it. Model: no safetensors, no config.json,
 /// hostile names, damage. Capacity: more than the cache's volume has free. Network and storage as in `source`.
 pub fn texts(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
-    bring(model, Role::Text, access, report)
+    bring(model, Role::Text, access, report).map_err(of_model)
 }
 
 /// Brings the rest of it: gigabytes. The folder is whole then.
@@ -45,7 +45,7 @@ pub fn texts(model: &Model, access: Access, report: &Report) -> Result<PathBuf> 
 /// # Errors
 /// As [`texts`].
 pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
-    bring(model, Role::Weights, access, report)
+    bring(model, Role::Weights, access, report).map_err(of_model)
 }
 
 /// What a fetched folder was made of: the hub's commit, or the manifest's digest. `None`: a folder of the user's own.
@@ -101,6 +101,12 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
         report.note(Stage::Download, format!("{model}: whole, in {}", path.display()));
     }
     Ok(path)
+}
+
+/// What is missing or damaged of a model is no matter of the dataset.
+fn of_model(fault: Fault) -> Fault {
+    let kind = if fault.kind == Kind::Data { Kind::Model } else { fault.kind };
+    Fault { kind, ..fault }
 }
 
 /// Asks for what there is and writes it down: from here on the model is what it is now.

@@ -27,8 +27,7 @@ pub(super) struct Descriptor {
     pub bytes: u64,
     platform: Option<Platform>,
     /// Of oras and others: a layer's file name, and whether it is an archive of a folder.
-    #[serde(default)]
-    pub annotations: HashMap<String, String>,
+    pub annotations: Option<HashMap<String, String>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]

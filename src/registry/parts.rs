@@ -46,11 +46,10 @@ pub struct Part {
 /// As [`super::pull`].
 pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
     let (digest, layers) = pull::resolve(&mut open(image, options, report)?, image)?;
-    let part = |layer: Descriptor| Part {
-        title: layer.annotations.get(TITLE).cloned(),
-        unpack: layer.annotations.get(UNPACK).is_some_and(|value| value == "true"),
-        digest: layer.digest,
-        bytes: layer.bytes,
+    let part = |layer: Descriptor| {
+        let told = layer.annotations.unwrap_or_default();
+        let unpack = told.get(UNPACK).is_some_and(|value| value == "true");
+        Part { title: told.get(TITLE).cloned(), unpack, digest: layer.digest, bytes: layer.bytes }
     };
     Ok(Parts { digest, list: layers.into_iter().map(part).collect() })
 }

@@ -29,6 +29,15 @@ impl Lines {
         Lines::on(std::io::stderr, quiet, PROGRESS_INTERVAL)
     }
 
+    /// On another writer; a task speaks whenever it moves.
+    #[cfg(test)]
+    pub fn to<W>(writer: W) -> Lines
+    where
+        W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+    {
+        Lines::on(writer, false, Duration::ZERO)
+    }
+
     fn on<W>(writer: W, quiet: bool, interval: Duration) -> Lines
     where
         W: for<'a> MakeWriter<'a> + Send + Sync + 'static,

@@ -21,12 +21,17 @@ const TOTAL_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Enough for a page's title.
 const HEAD_BYTES: u64 = 4096;
 
-/// All downloads of one `fetch`: they share the cache and, once it is needed, the client.
+/// All downloads of one `fetch`: they share the cache and, once they are needed, the client and the hub's token.
 pub struct Downloads<'a> {
     options: &'a Options,
     report: &'a Report,
     cache: Cache,
-    client: OnceCell<reqwest::Client>,
+    network: OnceCell<Network>,
+}
+
+/// What local files do without.
+struct Network {
+    client: reqwest::Client,
     hub: Hub,
 }
 
@@ -46,9 +51,8 @@ enum Received {
 }
 
 impl<'a> Downloads<'a> {
-    pub fn new(options: &'a Options, report: &'a Report) -> Result<Downloads<'a>> {
-        let (cache, client) = (Cache::new(&options.cache), OnceCell::new());
-        Ok(Downloads { options, report, cache, client, hub: Hub::from_environment()? })
+    pub fn new(options: &'a Options, report: &'a Report) -> Downloads<'a> {
+        Downloads { options, report, cache: Cache::new(&options.cache), network: OnceCell::new() }
     }
 
     /// The file behind `url`, from the cache if it is still the newest. `name` is the URL without secrets.
@@ -109,13 +113,13 @@ impl<'a> Downloads<'a> {
 
     /// Attempts until the file is whole; `None`: the cached one is the newest.
     async fn download(&self, job: &Job<'_>, slot: &Slot, cached: Option<&Entry>) -> Result<Option<Blob>> {
-        let client = self.client()?;
+        let network = self.network()?;
         let mut partial = slot.partial()?;
         let mut farthest = partial.bytes();
         let (mut attempts, mut failures, mut mismatched) = (0, 0, false);
         loop {
             attempts += 1;
-            let attempt = self.attempt(client, job, &mut partial, cached);
+            let attempt = self.attempt(network, job, &mut partial, cached);
             let ended = match timeout_at(job.deadline, attempt).await {
                 Ok(ended) => ended,
                 Err(_) => return Err(self.out_of_time(job, &partial, attempts)),
@@ -183,7 +187,7 @@ impl<'a> Downloads<'a> {
     /// One request, and as much of its body as comes.
     async fn attempt(
         &self,
-        client: &reqwest::Client,
+        network: &Network,
         job: &Job<'_>,
         partial: &mut Partial,
         cached: Option<&Entry>,
@@ -194,10 +198,10 @@ impl<'a> Downloads<'a> {
             have: partial.bytes(),
             version: partial.validators(),
             total: partial.total(),
-            hub: Some(&self.hub).filter(|hub| hub.owns(job.url)),
+            hub: Some(&network.hub).filter(|hub| hub.owns(job.url)),
             cached: cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty()),
         };
-        let Some(mut body) = http::get(client, &ask, self.options).await? else {
+        let Some(mut body) = http::get(&network.client, &ask, self.options).await? else {
             return Ok(Received::Unchanged);
         };
         if body.start == 0 {
@@ -278,13 +282,13 @@ impl<'a> Downloads<'a> {
         longest.mul_f64(0.5 + random / 2.0)
     }
 
-    fn client(&self) -> Result<&reqwest::Client> {
-        if self.client.get().is_none() {
-            let client = http::client(self.options)?;
+    fn network(&self) -> Result<&Network> {
+        if self.network.get().is_none() {
+            let network = Network { client: http::client(self.options)?, hub: Hub::from_environment()? };
             // Empty until now, and this runs on one thread.
-            let _ = self.client.set(client);
+            let _ = self.network.set(network);
         }
-        Ok(self.client.get().expect("just set"))
+        Ok(self.network.get().expect("just set"))
     }
 
     fn done(&self, name: &str, blob: Blob, how: &str) -> File {

@@ -98,7 +98,7 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
         .build()
         .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
     let work = async {
-        let downloads = download::Downloads::new(options, report)?;
+        let downloads = download::Downloads::new(options, report);
         let mut files = Vec::new();
         for (source, paths) in sources.iter().zip(found) {
             match source {

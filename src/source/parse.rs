@@ -7,7 +7,9 @@ use url::Url;
 use super::{Source, address};
 use crate::fault::{Fault, Result};
 
-const SUPPORTED: &str = "supported are http://, https://, file://, and paths of files, directories and globs";
+/// `oci://` is taken by `fetch` before a source is parsed.
+const SUPPORTED: &str =
+    "supported are http://, https://, file://, oci://, and paths of files, directories and globs";
 const DIGEST_HELP: &str = "write `#sha256=` and 64 hexadecimal digits";
 
 impl Source {

@@ -37,7 +37,7 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
 }
 
 #[rustfmt::skip]
-pub const TABLE: [Annotation; 30] = [
+pub const TABLE: [Annotation; 31] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
@@ -60,6 +60,7 @@ pub const TABLE: [Annotation; 30] = [
     input("config-overrides", "lines of Section.key=value", "Keys set over training_config.yaml, as `--set` does."),
     input("env", "lines of NAME=value", "Environment of the container; `NAME=secret:SECRET/KEY` takes the value from a Secret."),
     input("spot", "true or false", "Whether Azure's spot nodes are tolerated; unset: true where the cloud is Azure, as KAITO does."),
+    input("node-class", "a name", "Node class of a node that Karpenter is asked for; unset: default."),
     input("ignore", "true or false", "`hone controller` leaves this Workspace alone."),
     output("revision", "a number", "Revision of the inputs that the Job in force was made from."),
     output("step", "of steps", "Step that training has reached."),
@@ -95,6 +96,7 @@ pub struct Options {
     pub config_overrides: Vec<String>,
     pub env: Vec<EnvVar>,
     pub spot: Option<bool>,
+    pub node_class: Option<String>,
     pub ignore: bool,
 }
 
@@ -127,6 +129,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         config_overrides: reader.with("config-overrides", assignments).unwrap_or_default(),
         env: reader.with("env", environment).unwrap_or_default(),
         spot: reader.with("spot", boolean),
+        node_class: reader.with("node-class", object_name),
         ignore: reader.with("ignore", boolean).unwrap_or(false),
     };
     reader.mistakes.into_result().map(|()| options)

@@ -19,7 +19,7 @@ pub mod validate;
 pub mod yaml;
 
 pub use kind::Workspace;
-pub use render::{Asked, Rendered, inputs_hash, render};
+pub use render::{Asked, Rendered, inputs_hash, owner, render};
 pub use templates::{CONFIG_FILE, Method, config_map, config_name};
 
 /// Label of every object that hone makes.

@@ -105,7 +105,7 @@ fn config<'a>(asked: &Asked<'a>, method: Method) -> Result<(&'a str, Option<Conf
     match asked.config {
         Some(text) => Ok((text, None)),
         None if !named => {
-            Ok((method.config(), Some(templates::config_map(method, asked.workspace.namespace()))))
+            Ok((method.config(), Some(templates::config_map(method, asked.workspace.metadata.namespace.clone()))))
         }
         None => Err(Fault::config(format!(
             "tuning.config: there is no ConfigMap {} in namespace {}",
@@ -122,10 +122,10 @@ fn metadata(asked: &Asked, options: &Options) -> ObjectMeta {
     labels.extend(options.queue_name.clone().map(|queue| (QUEUE_LABEL.to_owned(), queue)));
     ObjectMeta {
         name: Some(workspace.name().into()),
-        namespace: Some(workspace.namespace().into()),
+        namespace: workspace.metadata.namespace.clone(),
         labels: Some(labels),
         annotations: Some(BTreeMap::from([(REVISION.into(), asked.revision.to_string())])),
-        owner_references: workspace.metadata.uid.clone().map(|uid| vec![owner(workspace, uid)]),
+        owner_references: owner(workspace).map(|owner| vec![owner]),
         ..ObjectMeta::default()
     }
 }
@@ -137,16 +137,16 @@ fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     ])
 }
 
-/// Of what belongs to a Workspace: it goes when the Workspace goes.
-fn owner(workspace: &Workspace, uid: String) -> OwnerReference {
-    OwnerReference {
+/// Of what belongs to a Workspace: it goes when the Workspace goes. One that no cluster has given a uid owns nothing.
+pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
+    Some(OwnerReference {
         api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
         kind: KIND.into(),
         name: workspace.name().into(),
-        uid,
+        uid: workspace.metadata.uid.clone()?,
         controller: Some(true),
         block_owner_deletion: Some(true),
-    }
+    })
 }
 
 fn spec(parts: &Parts) -> Result<JobSpec> {

@@ -62,11 +62,11 @@ pub fn config_name(workspace: &Workspace) -> String {
 }
 
 /// The default as an object of a namespace; several Workspaces share it, so none owns it.
-pub fn config_map(method: Method, namespace: &str) -> ConfigMap {
+pub fn config_map(method: Method, namespace: Option<String>) -> ConfigMap {
     ConfigMap {
         metadata: ObjectMeta {
             name: Some(method.config_name().into()),
-            namespace: Some(namespace.into()),
+            namespace,
             labels: Some(BTreeMap::from([(MANAGED_BY.into(), MANAGER.into())])),
             ..ObjectMeta::default()
         },

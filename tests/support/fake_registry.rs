@@ -1,5 +1,8 @@
 //! A scripted registry with bad manners on demand: what no real one does when asked.
 
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -31,6 +34,10 @@ pub struct Manners {
     pub first_chunk_only: bool,
     /// Blobs are to be sent to another origin, which takes no login.
     pub upload_elsewhere: bool,
+    /// The first n downloads of a blob break off after this many bytes.
+    pub cut_blobs: Option<(u32, usize)>,
+    /// Blobs are of the right length, and not what they should be.
+    pub damaged_blobs: bool,
     /// Refuse every upload, quoting this.
     pub echo: Option<&'static str>,
 }
@@ -51,12 +58,15 @@ struct State {
     uses: u32,
     expired: u32,
     failures: u32,
+    cuts: u32,
 }
 
 struct Request {
     method: String,
     path: String,
     authorization: Option<String>,
+    /// First byte of `Range: bytes=N-`.
+    start: usize,
     body: Vec<u8>,
 }
 
@@ -76,6 +86,35 @@ impl Fake {
             }
         });
         Fake { host, state }
+    }
+
+    /// Puts an artifact there: layers of a title (none: an image's) and its content, as oras does.
+    pub fn artifact(&self, tag: &str, layers: &[(Option<&str>, Vec<u8>)]) {
+        let mut state = self.state.lock().unwrap();
+        let described: Vec<serde_json::Value> = layers
+            .iter()
+            .map(|(title, content)| {
+                let hex = hone::source::digest(content);
+                state.blobs.insert(hex.clone(), content.clone());
+                let annotations =
+                    title.map(|title| serde_json::json!({"org.opencontainers.image.title": title}));
+                serde_json::json!({"mediaType": "application/octet-stream", "digest": format!("sha256:{hex}"),
+                    "size": content.len(), "annotations": annotations.unwrap_or(serde_json::json!({}))})
+            })
+            .collect();
+        let manifest = serde_json::json!({"schemaVersion": 2, "layers": described}).to_string();
+        self.manifest(tag, &mut state, manifest);
+    }
+
+    /// Any manifest, under a tag and its digest.
+    pub fn put_manifest(&self, tag: &str, manifest: serde_json::Value) {
+        self.manifest(tag, &mut self.state.lock().unwrap(), manifest.to_string());
+    }
+
+    fn manifest(&self, tag: &str, state: &mut State, manifest: String) {
+        let manifest = manifest.into_bytes();
+        state.manifests.insert(format!("sha256:{}", hone::source::digest(&manifest)), manifest.clone());
+        state.manifests.insert(tag.to_owned(), manifest);
     }
 
     pub fn log(&self) -> Vec<String> {
@@ -100,12 +139,14 @@ fn serve(stream: TcpStream, host: &str, manners: Manners, state: &Mutex<State>) 
         if status == HANG_UP {
             return;
         }
-        let mut text = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len());
+        let cut = headers.iter().find(|(name, _)| *name == "x-cut").map(|(_, promised)| promised.clone());
+        let length = cut.clone().unwrap_or_else(|| body.len().to_string());
+        let mut text = format!("HTTP/1.1 {status} X\r\ncontent-length: {length}\r\n");
         for (name, value) in headers {
             text += &format!("{name}: {value}\r\n");
         }
         let body = if request.method == "HEAD" { Vec::new() } else { body };
-        if writer.write_all(&[text.as_bytes(), b"\r\n", &body].concat()).is_err() {
+        if writer.write_all(&[text.as_bytes(), b"\r\n", &body].concat()).is_err() || cut.is_some() {
             return;
         }
     }
@@ -116,7 +157,7 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     reader.read_line(&mut line).ok().filter(|&count| count > 0)?;
     let mut words = line.split(' ');
     let (method, path) = (words.next()?.to_string(), words.next()?.to_string());
-    let (mut length, mut authorization) = (0, None);
+    let (mut length, mut authorization, mut start) = (0, None, 0);
     loop {
         let mut line = String::new();
         reader.read_line(&mut line).ok()?;
@@ -128,17 +169,21 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
             Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
                 authorization = Some(value.to_string())
             }
+            Some((name, value)) if name.eq_ignore_ascii_case("range") => {
+                start = value.trim_start_matches("bytes=").trim_end_matches('-').parse().ok()?
+            }
             Some(_) => {}
         }
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    Some(Request { method, path, authorization, body })
+    Some(Request { method, path, authorization, start, body })
 }
 
 fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) -> Option<Answer> {
     let login = if request.authorization.is_some() { " (authorized)" } else { "" };
-    state.log.push(format!("{} {}{login}", request.method, request.path));
+    let range = if request.start > 0 { format!(" from {}", request.start) } else { String::new() };
+    state.log.push(format!("{} {}{login}{range}", request.method, request.path));
     let plain = |status| Some(Answer(status, Vec::new(), Vec::new()));
     if request.path.starts_with("/token") {
         state.tokens += 1;
@@ -223,10 +268,28 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
             None => plain(404),
         },
         _ => match state.blobs.get(name.trim_start_matches("sha256:")) {
-            Some(blob) => Some(Answer(200, Vec::new(), blob.clone())),
+            Some(blob) => Some(blob_from(blob.clone(), request.start, manners, &mut state.cuts)),
             None => plain(404),
         },
     }
+}
+
+fn blob_from(mut blob: Vec<u8>, start: usize, manners: Manners, cuts: &mut u32) -> Answer {
+    if manners.damaged_blobs {
+        blob.iter_mut().for_each(|byte| *byte ^= 1);
+    }
+    let promised = blob.len() - start.min(blob.len());
+    let mut part = blob.split_off(start.min(blob.len()));
+    let mut headers = Vec::new();
+    if let Some((count, bytes)) = manners.cut_blobs
+        && *cuts < count
+        && bytes < part.len()
+    {
+        *cuts += 1;
+        part.truncate(bytes);
+        headers.push(("x-cut", promised.to_string()));
+    }
+    Answer(if start > 0 { 206 } else { 200 }, headers, part)
 }
 
 fn error(code: &str, message: &str) -> Vec<u8> {

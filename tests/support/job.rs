@@ -103,9 +103,14 @@ impl Work {
 
     /// Starts it, and leaves it running.
     pub fn start(&self, arguments: &[&str]) -> Running {
-        let log = std::fs::File::create(self.path("log")).unwrap();
-        let child = self.hone(arguments).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        Running { child, log: self.path("log") }
+        self.start_command(&mut self.hone(arguments), "log")
+    }
+
+    /// The same for a command with more to it; `log` takes what it says.
+    pub fn start_command(&self, command: &mut Command, log: &str) -> Running {
+        let file = std::fs::File::create(self.path(log)).unwrap();
+        let child = command.stdout(Stdio::null()).stderr(file).spawn().unwrap();
+        Running { child, log: self.path(log) }
     }
 }
 

@@ -43,7 +43,7 @@ const OTHER_METHOD: &str = "plain LoRA only; this changes what the adapter is";
 pub(super) const TABLE: &[Key] = &[
     // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
     Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
-    Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the folder's name."),
+    Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the hub's, else that of the folder or image."),
     Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
     Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),

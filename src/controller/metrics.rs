@@ -1,0 +1,110 @@
+//! What the controller did -> Prometheus' text.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::observe::Stage;
+use crate::workspace::Workspace;
+
+#[derive(Debug, Default)]
+pub struct Metrics {
+    reconciles: AtomicU64,
+    errors: AtomicU64,
+    /// Of all reconciles together.
+    microseconds: AtomicU64,
+    leads: AtomicBool,
+    stages: Mutex<HashMap<(String, String), Stage>>,
+}
+
+impl Metrics {
+    pub fn started(&self) -> Instant {
+        Instant::now()
+    }
+
+    pub fn ended(&self, started: Instant, well: bool) {
+        self.reconciles.fetch_add(1, Ordering::Relaxed);
+        self.errors.fetch_add(u64::from(!well), Ordering::Relaxed);
+        self.microseconds.fetch_add(started.elapsed().as_micros() as u64, Ordering::Relaxed);
+    }
+
+    pub fn leads(&self, leads: bool) {
+        self.leads.store(leads, Ordering::Relaxed);
+    }
+
+    pub fn saw(&self, workspace: &Workspace, stage: Stage) {
+        self.stages().insert(key(workspace), stage);
+    }
+
+    pub fn forget(&self, workspace: &Workspace) {
+        self.stages().remove(&key(workspace));
+    }
+
+    fn stages(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Stage>> {
+        self.stages.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {
+            _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+            for (labels, value) in samples {
+                _ = writeln!(text, "{name}{labels} {value}");
+            }
+        };
+        let one = |value: f64| vec![(String::new(), value)];
+        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
+        family("hone_reconciles_total", "counter", "Workspaces looked at.", &one(number(&self.reconciles)));
+        family("hone_reconcile_errors_total", "counter", "Looks that failed and are tried again.", &one(number(&self.errors)));
+        let seconds = number(&self.microseconds) / 1e6;
+        family("hone_reconcile_seconds_total", "counter", "Time that looking took.", &one(seconds));
+        let leads = if self.leads.load(Ordering::Relaxed) { 1.0 } else { 0.0 };
+        family("hone_leader", "gauge", "Whether this process leads.", &one(leads));
+        let stages = self.stages();
+        let count = |stage| stages.values().filter(|other| **other == stage).count() as f64;
+        let samples = Stage::ALL.map(|stage| (format!("{{state=\"{}\"}}", stage.name()), count(stage)));
+        family("hone_workspaces", "gauge", "Workspaces that tune, by state.", &samples);
+        text
+    }
+}
+
+fn key(workspace: &Workspace) -> (String, String) {
+    (workspace.namespace().to_owned(), workspace.name().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    #[test]
+    fn text() {
+        let metrics = Metrics::default();
+        metrics.saw(&Workspace::default(), Stage::Pending);
+        metrics.saw(&Workspace::default(), Stage::Running);
+        metrics.leads(true);
+        expect![[r#"
+            # HELP hone_reconciles_total Workspaces looked at.
+            # TYPE hone_reconciles_total counter
+            hone_reconciles_total 0
+            # HELP hone_reconcile_errors_total Looks that failed and are tried again.
+            # TYPE hone_reconcile_errors_total counter
+            hone_reconcile_errors_total 0
+            # HELP hone_reconcile_seconds_total Time that looking took.
+            # TYPE hone_reconcile_seconds_total counter
+            hone_reconcile_seconds_total 0
+            # HELP hone_leader Whether this process leads.
+            # TYPE hone_leader gauge
+            hone_leader 1
+            # HELP hone_workspaces Workspaces that tune, by state.
+            # TYPE hone_workspaces gauge
+            hone_workspaces{state="Pending"} 0
+            hone_workspaces{state="Running"} 1
+            hone_workspaces{state="Succeeded"} 0
+            hone_workspaces{state="Failed"} 0
+        "#]]
+        .assert_eq(&metrics.text());
+    }
+}

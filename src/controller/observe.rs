@@ -1,0 +1,244 @@
+//! A Job and its pods -> what has become of the training: stage, why it waits, how its last container ended.
+//!
+//! Pure. The Job's conditions decide, not its counters: a pod that failed and is tried again is no failed training, which KAITO
+//! takes it for.
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
+use serde::Deserialize;
+
+use crate::fault::Kind;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    Pending,
+    Running,
+    Succeeded,
+    Failed,
+}
+
+impl Stage {
+    pub const ALL: [Stage; 4] = [Stage::Pending, Stage::Running, Stage::Succeeded, Stage::Failed];
+
+    /// KAITO's `status.state`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Pending => "Pending",
+            Stage::Running => "Running",
+            Stage::Succeeded => "Succeeded",
+            Stage::Failed => "Failed",
+        }
+    }
+
+    pub fn is_over(self) -> bool {
+        matches!(self, Stage::Succeeded | Stage::Failed)
+    }
+}
+
+/// What is seen of a training.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Seen {
+    pub stage: Stage,
+    /// What the pod, or the Job itself, waits for.
+    pub waiting: Option<String>,
+    /// How the container that ended last did.
+    pub ended: Option<Ended>,
+    /// Pods that failed so far.
+    pub failures: i32,
+    /// A pod whose container runs.
+    pub running: Option<String>,
+    /// Where the newest pod is.
+    pub node: Option<String>,
+    /// Why Kubernetes gave the Job up.
+    pub given_up: Option<String>,
+}
+
+/// How a container ended, in hone's words where it left some.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Ended {
+    pub exit_code: i32,
+    /// `OOMKilled` and the like.
+    pub reason: String,
+    pub said: Said,
+}
+
+/// The termination message, as `report::termination` writes it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Said {
+    pub kind: String,
+    pub message: Option<String>,
+    pub help: Option<String>,
+    pub step: Option<u64>,
+    pub loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    pub image: Option<String>,
+    pub digest: Option<String>,
+}
+
+pub fn observe(job: Option<&Job>, pods: &[Pod]) -> Seen {
+    let newest = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone());
+    let status = job.and_then(|job| job.status.as_ref());
+    let counted = |count: Option<i32>| count.unwrap_or(0);
+    let condition = |name: &str| {
+        let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+        conditions.into_iter().find(|condition| condition.type_ == name && condition.status == "True")
+    };
+    let active = status.map_or(0, |status| counted(status.active) + counted(status.ready));
+    let stage = match () {
+        () if condition("Complete").is_some() => Stage::Succeeded,
+        () if condition("Failed").is_some() => Stage::Failed,
+        () if active > 0 => Stage::Running,
+        () => Stage::Pending,
+    };
+    let suspended = || {
+        condition("Suspended")?;
+        Some("it is suspended until its queue lets it start".to_owned())
+    };
+    Seen {
+        stage,
+        waiting: newest.filter(|_| !stage.is_over()).and_then(waiting).or_else(suspended),
+        ended: pods.iter().filter_map(terminated).max_by_key(|ended| ended.finished_at.clone()).map(ended),
+        failures: status.map_or(0, |status| counted(status.failed)),
+        running: newest.filter(|pod| is_running(pod)).and_then(|pod| pod.metadata.name.clone()),
+        node: newest.and_then(|pod| pod.spec.as_ref()?.node_name.clone()),
+        given_up: condition("Failed").map(|condition| {
+            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            format!("{}: {}", text(&condition.reason), text(&condition.message))
+        }),
+    }
+}
+
+fn state(pod: &Pod) -> Option<&ContainerState> {
+    pod.status.as_ref()?.container_statuses.as_ref()?.first()?.state.as_ref()
+}
+
+fn is_running(pod: &Pod) -> bool {
+    state(pod).is_some_and(|state| state.running.is_some())
+}
+
+fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
+    state(pod)?.terminated.as_ref()
+}
+
+fn ended(state: &ContainerStateTerminated) -> Ended {
+    let text = state.message.as_deref().unwrap_or_default();
+    // With FallbackToLogsOnError the message may be the end of the log.
+    let said = text.lines().rev().find_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
+    Ended {
+        exit_code: state.exit_code,
+        reason: state.reason.clone().unwrap_or_default(),
+        said: said.unwrap_or_default(),
+    }
+}
+
+/// Why a pod does not run: not scheduled, an image or a mount that is missing.
+fn waiting(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let told = |reason: &Option<String>, message: &Option<String>| {
+        let reason = reason.clone()?;
+        Some(match message.as_deref().filter(|message| !message.is_empty()) {
+            Some(message) => format!("{reason}: {message}"),
+            None => reason,
+        })
+    };
+    let container = state(pod).and_then(|state| state.waiting.as_ref());
+    if let Some(waiting) = container {
+        // Normal on the way to running.
+        let usual = ["ContainerCreating", "PodInitializing"];
+        return told(&waiting.reason, &waiting.message).filter(|text| !usual.contains(&text.as_str()));
+    }
+    let unscheduled = status.conditions.iter().flatten().find(|condition| {
+        condition.type_ == "PodScheduled" && condition.status == "False"
+    })?;
+    told(&unscheduled.reason, &unscheduled.message)
+}
+
+impl Ended {
+    /// `exit code 11 (data): row 3 ...; what to do`
+    pub fn told(&self) -> String {
+        let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == self.exit_code);
+        let name = kind.map_or(self.reason.as_str(), |kind| kind.name());
+        let name = if name.is_empty() { String::new() } else { format!(" ({name})") };
+        let parts = [self.said.message.as_deref(), self.said.help.as_deref()];
+        let words: Vec<&str> = parts.into_iter().flatten().collect();
+        match (words.is_empty(), self.exit_code) {
+            (false, code) => format!("exit code {code}{name}: {}", words.join("; ")),
+            (true, 137) => format!("exit code 137{name}: killed, most likely for its memory; raise hone.sh/memory"),
+            (true, code) => format!("exit code {code}{name}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn job(status: serde_json::Value) -> Job {
+        serde_json::from_value(json!({"status": status})).unwrap()
+    }
+
+    fn pod(created: &str, state: serde_json::Value) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": {"name": format!("pod-{created}"), "creationTimestamp": format!("2026-01-01T00:00:{created}Z")},
+            "status": {"containerStatuses": [{
+                "name": "c", "image": "i", "imageID": "", "ready": false, "restartCount": 0, "state": state,
+            }]},
+        }))
+        .unwrap()
+    }
+
+    fn ended(created: &str, code: i32, message: &str) -> Pod {
+        let finished = format!("2026-01-01T00:01:{created}Z");
+        pod(created, json!({"terminated": {"exitCode": code, "message": message, "finishedAt": finished}}))
+    }
+
+    /// KAITO's table of a Job's status, with the Job's own conditions in place of its counter of failures.
+    #[test]
+    fn stages() {
+        let stage = |status| observe(Some(&job(status)), &[]).stage;
+        assert_eq!(observe(None, &[]).stage, Stage::Pending);
+        assert_eq!(stage(json!({})), Stage::Pending);
+        assert_eq!(stage(json!({"active": 1})), Stage::Running);
+        assert_eq!(stage(json!({"active": 1, "failed": 2})), Stage::Running, "tried again");
+        let condition = |name: &str| json!([{"type": name, "status": "True", "reason": "R", "message": "m"}]);
+        assert_eq!(stage(json!({"succeeded": 1, "failed": 1, "conditions": condition("Complete")})), Stage::Succeeded);
+        assert_eq!(stage(json!({"failed": 7, "conditions": condition("Failed")})), Stage::Failed);
+        assert_eq!(stage(json!({"conditions": condition("FailureTarget")})), Stage::Pending);
+        let seen = observe(Some(&job(json!({"conditions": condition("Suspended")}))), &[]);
+        assert_eq!((seen.stage, seen.waiting.is_some()), (Stage::Pending, true));
+    }
+
+    #[test]
+    fn the_container_that_ended_last_is_told() {
+        let line = "{\"code\":11,\"kind\":\"data\",\"message\":\"row 3 is empty\",\"help\":\"look\",\"step\":7}\n";
+        let pods = [ended("02", 11, line), ended("01", 20, "")];
+        let last = observe(Some(&job(json!({"active": 1}))), &pods).ended.unwrap();
+        assert_eq!(last.told(), "exit code 11 (data): row 3 is empty; look");
+        assert_eq!(last.said.step, Some(7));
+        let logs = format!("{{\"event\":\"note\"}}\nsome words\n{line}");
+        assert_eq!(observe(None, &[ended("01", 11, &logs)]).ended.unwrap().said.kind, "data");
+        assert_eq!(observe(None, &[ended("01", 20, "")]).ended.unwrap().told(), "exit code 20 (network)");
+        assert!(observe(None, &[ended("01", 137, "")]).ended.unwrap().told().contains("memory"));
+    }
+
+    #[test]
+    fn what_a_pod_waits_for() {
+        let told = |state| observe(Some(&job(json!({"active": 1}))), &[pod("01", state)]).waiting;
+        assert_eq!(told(json!({"waiting": {"reason": "ContainerCreating"}})), None);
+        assert_eq!(
+            told(json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}})).as_deref(),
+            Some("ImagePullBackOff: no such image")
+        );
+        assert_eq!(told(json!({"running": {}})), None);
+        let unscheduled: Pod = serde_json::from_value(json!({"status": {"conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"},
+        ]}}))
+        .unwrap();
+        let seen = observe(Some(&job(json!({"active": 1}))), &[unscheduled]);
+        assert_eq!(seen.waiting.as_deref(), Some("Unschedulable: 0/3 nodes"));
+        let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))]);
+        assert_eq!(running.running.as_deref(), Some("pod-01"));
+    }
+}

@@ -1,0 +1,90 @@
+//! A Workspace's inputs -> the number of their revision, remembered as KAITO does: a ControllerRevision for each.
+//!
+//! The newest also holds what the Workspace was, so that a change of what cannot change is seen without a webhook.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use serde_json::json;
+
+use crate::workspace::Workspace;
+use crate::workspace::owner;
+
+/// KAITO's label and annotation.
+const NAME_LABEL: &str = "workspace.kaito.io/name";
+const HASH: &str = "workspace.kaito.io/hash";
+/// As many as KAITO keeps.
+const HISTORY_MAX: usize = 10;
+
+/// The newest revision that is known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Known {
+    pub number: i64,
+    pub hash: String,
+    /// What the Workspace was, as far as it is kept.
+    pub workspace: Option<Workspace>,
+}
+
+/// The newest, if there is one.
+pub async fn newest(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Option<Known>> {
+    let list = list(api, name).await?;
+    Ok(list.into_iter().next_back().map(|revision| Known {
+        number: revision.revision,
+        hash: annotation(&revision),
+        workspace: revision.data.and_then(|data| serde_json::from_value(data.0).ok()),
+    }))
+}
+
+/// Writes down the next one, and forgets the oldest beyond ten. Its name follows from the hash, so that writing it twice is no harm.
+pub async fn add(
+    api: &Api<ControllerRevision>,
+    workspace: &Workspace,
+    hash: &str,
+    number: i64,
+) -> kube::Result<()> {
+    let name = workspace.name();
+    // A hash may come back: what it was made for then is not what it is for now.
+    let revision = ControllerRevision {
+        metadata: ObjectMeta {
+            name: Some(format!("{name}-{}-{number}", &hash[..5])),
+            labels: Some(BTreeMap::from([(NAME_LABEL.to_owned(), name.to_owned())])),
+            annotations: Some(BTreeMap::from([(HASH.to_owned(), hash.to_owned())])),
+            owner_references: owner(workspace).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        data: Some(RawExtension(json!({
+            "metadata": {"name": name}, "resource": workspace.resource, "tuning": workspace.tuning,
+        }))),
+        revision: number,
+    };
+    match api.create(&PostParams::default(), &revision).await {
+        Err(kube::Error::Api(status)) if status.code == 409 => {}
+        other => _ = other?,
+    }
+    let list = list(api, name).await?;
+    for old in list.iter().take(list.len().saturating_sub(HISTORY_MAX)) {
+        let name = old.metadata.name.as_deref().unwrap_or_default();
+        match api.delete(name, &DeleteParams::default()).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            other => _ = other?,
+        }
+    }
+    Ok(())
+}
+
+/// Oldest first.
+async fn list(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Vec<ControllerRevision>> {
+    let selected = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
+    let mut list = api.list(&selected).await?.items;
+    list.sort_by_key(|revision| revision.revision);
+    Ok(list)
+}
+
+fn annotation(revision: &ControllerRevision) -> String {
+    let annotations = revision.metadata.annotations.as_ref();
+    annotations.and_then(|annotations| annotations.get(HASH)).cloned().unwrap_or_default()
+}

@@ -1,0 +1,290 @@
+//! What is seen of a training -> the Workspace's conditions, state and annotations, with KAITO's names and reasons.
+//!
+//! Pure. Source: KAITO v0.12, `api/v1beta1/condition_types.go` and `applyTuningWorkspaceStatus`.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use super::observe::{Seen, Stage};
+use super::progress::Progress;
+use crate::workspace::annotations::PREFIX;
+use crate::workspace::kind::{Status, Workspace};
+
+/// LIMIT: of a condition's message in the CRD is 32,768; this much is read by people.
+const MESSAGE_BYTES_MAX: usize = 4096;
+
+/// What the Job has become, and everything beside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    pub seen: Seen,
+    pub progress: Option<Progress>,
+    pub nodes: Nodes,
+    /// What is wrong with the Workspace as it is now; an older Job goes on.
+    pub refused: Option<String>,
+    /// Nothing can go on until somebody mends that.
+    pub stuck: bool,
+}
+
+/// Where it is to run.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Nodes {
+    /// Names of the nodes that can be taken.
+    pub ready: Vec<String>,
+    /// Of a node that was asked for: whether it is there, and what its provider says.
+    pub claim: Option<(bool, String)>,
+}
+
+/// The new status; equal to the old one where nothing has changed.
+pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status {
+    let mut status = workspace.status.clone().unwrap_or_default();
+    let stage = stage(report);
+    let mut conditions = Conditions {
+        list: std::mem::take(&mut status.conditions),
+        generation: workspace.metadata.generation,
+        now,
+    };
+    let (started, reason, words) = match stage {
+        Stage::Pending => (false, "WorkspaceTuningJobStatusPending", "tuning job has not started"),
+        Stage::Running => (true, "WorkspaceTuningJobStatusStarted", "tuning job has started"),
+        Stage::Succeeded => (true, "WorkspaceTuningJobStatusStarted", "tuning job has completed"),
+        Stage::Failed => (false, "WorkspaceTuningJobStatusFailed", "tuning job failed"),
+    };
+    conditions.set("JobStarted", started, reason, words.into());
+    let (succeeded, reason) = match stage {
+        Stage::Pending | Stage::Running => (false, "workspacePending"),
+        Stage::Succeeded => (true, "workspaceSucceeded"),
+        Stage::Failed => (false, "workspaceFailed"),
+    };
+    conditions.set("WorkspaceSucceeded", succeeded, reason, message(report));
+    nodes(&mut conditions, report);
+    status.conditions = conditions.list;
+    status.state = Some(stage.name().into());
+    status.worker_nodes = report.seen.node.clone().into_iter().collect();
+    status.target_node_count = Some(1);
+    status
+}
+
+/// A Workspace that was refused before it had a Job has failed: somebody must act.
+pub fn stage(report: &Report) -> Stage {
+    match report.stuck {
+        true => Stage::Failed,
+        false => report.seen.stage,
+    }
+}
+
+/// Annotations that the controller writes; `None` takes one away.
+pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<String>> {
+    let said = report.seen.ended.as_ref().map(|ended| &ended.said);
+    let over = report.seen.stage.is_over();
+    let progress = report.progress.as_ref();
+    let step = match (over, progress) {
+        (false, Some(progress)) => Some(progress.steps()),
+        _ => said.and_then(|said| said.step).map(|step| step.to_string()),
+    };
+    let loss = match (over, progress) {
+        (false, Some(progress)) => Some(progress.loss),
+        _ => said.and_then(|said| said.loss),
+    };
+    let values = [
+        ("revision", (revision > 0).then(|| revision.to_string())),
+        ("step", step),
+        ("loss", loss.map(|loss| format!("{loss:.4}"))),
+        ("eta", progress.filter(|_| !over).map(Progress::eta)),
+        ("digest", said.filter(|_| report.seen.stage == Stage::Succeeded).and_then(|said| said.digest.clone())),
+        ("exit-code", report.seen.ended.as_ref().map(|ended| ended.exit_code.to_string())),
+    ];
+    values.into_iter().map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
+}
+
+/// One sentence for people: KAITO's words, then what is known.
+pub fn message(report: &Report) -> String {
+    let seen = &report.seen;
+    let ended = seen.ended.as_ref();
+    let mut text = match stage(report) {
+        Stage::Pending => "workspace is initializing, tuning job has not started".to_owned(),
+        Stage::Running => "workspace has not completed yet, tuning job is running".into(),
+        Stage::Succeeded => "workspace succeeds".into(),
+        Stage::Failed => "workspace failed".into(),
+    };
+    let mut add = |more: String| text += &more;
+    match stage(report) {
+        Stage::Pending | Stage::Running => {
+            if let Some(waiting) = &seen.waiting {
+                add(format!("; waiting: {waiting}"));
+            }
+            if let Some(progress) = &report.progress {
+                add(format!("; {}", progress.told()));
+            }
+            if let Some(ended) = ended {
+                add(format!("; tried again after {} failed: {}", seen.failures.max(1), ended.told()));
+            }
+        }
+        Stage::Succeeded => {
+            let said = ended.map(|ended| ended.said.clone()).unwrap_or_default();
+            if let (Some(image), Some(digest)) = (said.image, said.digest) {
+                add(format!(": pushed {image} ({digest})"));
+            }
+            if let (Some(step), Some(loss)) = (said.step, said.loss) {
+                add(format!("; {step} steps, loss {loss:.4}"));
+            }
+        }
+        Stage::Failed => match (ended, &seen.given_up) {
+            (Some(ended), _) => add(format!(": {}", ended.told())),
+            (None, Some(why)) => add(format!(": {why}")),
+            (None, None) => {}
+        },
+    }
+    match &report.refused {
+        Some(why) if report.stuck => add(format!(": {why}")),
+        Some(why) => add(format!("; the change is not applied: {why}")),
+        None => {}
+    }
+    crate::report::clean::clean(&text, MESSAGE_BYTES_MAX)
+}
+
+fn nodes(conditions: &mut Conditions, report: &Report) {
+    let Nodes { ready, claim } = &report.nodes;
+    if let Some((there, told)) = claim {
+        let reason = if *there { "NodeClaimReady" } else { "NodeClaimNotReady" };
+        conditions.set("NodeClaimReady", *there, reason, told.clone());
+    }
+    let (there, told) = match (&report.seen.node, ready.len()) {
+        (Some(node), _) => (true, format!("runs on {node}")),
+        (None, 0) => (false, "no ready node has the labels of resource.labelSelector".into()),
+        (None, count) => (true, format!("{count} nodes have the labels")),
+    };
+    let reason = if there { "NodesReady" } else { "NodesNotReady" };
+    conditions.set("NodesReady", there, reason, told.clone());
+    let reason = if there { "workspaceResourceStatusSuccess" } else { "workspaceResourceStatusPending" };
+    conditions.set("ResourceReady", there, reason, told);
+}
+
+struct Conditions {
+    list: Vec<Condition>,
+    generation: Option<i64>,
+    now: Timestamp,
+}
+
+impl Conditions {
+    /// The time moves with the status only, as Kubernetes' convention has it.
+    fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
+        let status = if holds { "True" } else { "False" };
+        let old = self.list.iter().position(|condition| condition.type_ == type_);
+        let since = old.map(|at| &self.list[at]).filter(|old| old.status == status);
+        let condition = Condition {
+            type_: type_.into(),
+            status: status.into(),
+            reason: reason.into(),
+            message,
+            observed_generation: self.generation,
+            last_transition_time: since.map_or(Time(self.now), |old| old.last_transition_time.clone()),
+        };
+        match old {
+            Some(at) => self.list[at] = condition,
+            None => self.list.push(condition),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::observe::{Ended, Said};
+    use super::*;
+
+    fn seen(stage: Stage) -> Seen {
+        Seen { stage, waiting: None, ended: None, failures: 0, running: None, node: None, given_up: None }
+    }
+
+    fn report(seen: Seen) -> Report {
+        Report { seen, progress: None, nodes: Nodes::default(), refused: None, stuck: false }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn shown(status: &Status, type_: &str) -> String {
+        let condition = status.conditions.iter().find(|condition| condition.type_ == type_).unwrap();
+        format!("{} {} {}", condition.status, condition.reason, condition.message)
+    }
+
+    /// KAITO's table of tuning's states.
+    #[test]
+    fn conditions_and_states_are_kaitos() {
+        let told = |stage| {
+            let status = status(&Workspace::default(), &report(seen(stage)), at(1));
+            (status.state.clone().unwrap(), shown(&status, "JobStarted"), shown(&status, "WorkspaceSucceeded"))
+        };
+        let table = [
+            (
+                Stage::Pending,
+                "False WorkspaceTuningJobStatusPending tuning job has not started",
+                "False workspacePending workspace is initializing, tuning job has not started",
+            ),
+            (
+                Stage::Running,
+                "True WorkspaceTuningJobStatusStarted tuning job has started",
+                "False workspacePending workspace has not completed yet, tuning job is running",
+            ),
+            (
+                Stage::Succeeded,
+                "True WorkspaceTuningJobStatusStarted tuning job has completed",
+                "True workspaceSucceeded workspace succeeds",
+            ),
+            (
+                Stage::Failed,
+                "False WorkspaceTuningJobStatusFailed tuning job failed",
+                "False workspaceFailed workspace failed",
+            ),
+        ];
+        for (stage, started, succeeded) in table {
+            assert_eq!(told(stage), (stage.name().into(), started.into(), succeeded.into()));
+        }
+    }
+
+    #[test]
+    fn messages_say_what_is_known() {
+        let ended = Ended {
+            exit_code: 20,
+            said: Said { message: Some("no answer".into()), ..Said::default() },
+            ..Ended::default()
+        };
+        let mut retried = report(Seen { ended: Some(ended.clone()), failures: 2, ..seen(Stage::Running) });
+        retried.progress = Progress::parse("{\"event\":\"step\",\"step\":3,\"loss\":2.5,\"eta_seconds\":90.0}");
+        let text = message(&retried);
+        assert!(text.contains("step 3, loss 2.5000, 1m30s left"), "{text}");
+        assert!(text.ends_with("tried again after 2 failed: exit code 20 (network): no answer"), "{text}");
+        let failed = report(Seen { ended: Some(ended), ..seen(Stage::Failed) });
+        assert_eq!(message(&failed), "workspace failed: exit code 20 (network): no answer");
+        let said = Said {
+            image: Some("h/a:1".into()),
+            digest: Some("sha256:ab".into()),
+            step: Some(9),
+            loss: Some(1.0),
+            ..Said::default()
+        };
+        let done = report(Seen { ended: Some(Ended { said, ..Ended::default() }), ..seen(Stage::Succeeded) });
+        assert_eq!(message(&done), "workspace succeeds: pushed h/a:1 (sha256:ab); 9 steps, loss 1.0000");
+        assert_eq!(annotations(&done, 2)["hone.sh/digest"].as_deref(), Some("sha256:ab"));
+        assert_eq!(annotations(&done, 2)["hone.sh/eta"], None);
+        let refused = Report { refused: Some("bad".into()), ..report(seen(Stage::Running)) };
+        assert!(message(&refused).ends_with("; the change is not applied: bad"));
+        let stuck = Report { refused: Some("bad".into()), stuck: true, ..report(seen(Stage::Pending)) };
+        assert_eq!((stage(&stuck), message(&stuck).as_str()), (Stage::Failed, "workspace failed: bad"));
+    }
+
+    #[test]
+    fn times_move_with_the_status_only() {
+        let mut workspace = Workspace::default();
+        let first = status(&workspace, &report(seen(Stage::Pending)), at(1));
+        workspace.status = Some(first.clone());
+        assert_eq!(status(&workspace, &report(seen(Stage::Pending)), at(2)), first, "nothing to write");
+        let next = status(&workspace, &report(seen(Stage::Running)), at(3));
+        let time = |type_: &str| {
+            next.conditions.iter().find(|condition| condition.type_ == type_).unwrap().last_transition_time.0
+        };
+        assert_eq!((time("JobStarted"), time("WorkspaceSucceeded")), (at(3), at(1)));
+    }
+}
