@@ -141,6 +141,29 @@ fn a_run_from_the_hub_is_the_run_of_the_folder_and_asks_once() {
 }
 
 #[test]
+fn a_run_belongs_to_its_commit() {
+    let other = COMMIT.replace('0', "f");
+    let (files, server, moved_to) = (model(), hub(model()), other.clone());
+    let moved = Server::start(move |_, request| match request.target.starts_with("/api/") {
+        true => Reply::ok(listing(&files).to_string().replace(COMMIT, &moved_to)),
+        false => {
+            let target = request.target.replace(&moved_to, COMMIT);
+            answer(&files, &Request { target, ..request.clone() })
+        }
+    });
+    let work = rows();
+    let run = |server: &Server| command(&work, &server.url(""), "hf://org/tiny", "--data data.parquet");
+    done(&mut run(&server));
+    let again = done(&mut run(&server));
+    assert!(again.stderr.contains("already trained"), "{}", again.stderr);
+    // The same files, as far as names and lengths tell.
+    let ended = end(&mut run(&moved));
+    assert_eq!(ended.code, Some(10), "{}", ended.stderr);
+    assert!(ended.stderr.contains("of another run"), "{}", ended.stderr);
+    assert!(!moved.requests().iter().any(|request| request.target.ends_with(WEIGHTS)));
+}
+
+#[test]
 fn a_plan_fetches_nothing_and_a_look_fetches_small_files() {
     let server = hub(model());
     let work = rows();
