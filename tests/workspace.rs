@@ -90,7 +90,6 @@ fn the_job_of_a_workspace_as_users_write_it() {
             app.kubernetes.io/managed-by: hone
             kaito.sh/workspace: tune
           name: tune
-          namespace: default
         spec:
           backoffLimit: 6
           podFailurePolicy:

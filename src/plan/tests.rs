@@ -72,67 +72,68 @@ fn kaitos_qlora_template() {
     check_table(
         include_str!("../../examples/training_config/qlora.yaml"),
         expect![[r#"
-        model folder  tiny  --model
-        model name  tiny  default
-        precision  bf16  train.yaml:12
-        kept for the backward pass  auto  default
-        loss on  answers  default
-        evaluation  never  default
-        output folder  /mnt/results  train.yaml:22
-        model  tiny  --model
-        data  https://host/rows.parquet?...  --data
-        target_matching  fused  default
-        device  auto  default
-        keep  auto  default
-        plain_http  false  default
-        file_bytes_max  68719476736  default
-        ModelConfig.torch_dtype  bfloat16  train.yaml:5
-        QuantizationConfig.load_in_4bit  true  train.yaml:10
-        QuantizationConfig.load_in_8bit  false  default
-        QuantizationConfig.bnb_4bit_quant_type  nf4  train.yaml:11
-        QuantizationConfig.bnb_4bit_use_double_quant  true  train.yaml:13
-        QuantizationConfig.bnb_4bit_compute_dtype  bfloat16  train.yaml:12
-        LoraConfig.r  8  train.yaml:16
-        LoraConfig.lora_alpha  8.0  train.yaml:17
-        LoraConfig.lora_dropout  0.0  train.yaml:18
-        LoraConfig.target_modules  all-linear  default
-        LoraConfig.use_rslora  false  default
-        LoraConfig.init_lora_weights  true  default
-        TrainingArguments.output_dir  /mnt/results  train.yaml:22
-        TrainingArguments.learning_rate  0.00002  default
-        TrainingArguments.lr_scheduler_type  linear  default
-        TrainingArguments.warmup_steps  0.0  default
-        TrainingArguments.num_train_epochs  3.0  default
-        TrainingArguments.max_steps  -1  default
-        TrainingArguments.per_device_train_batch_size  1  train.yaml:25
-        TrainingArguments.per_device_eval_batch_size  8  default
-        TrainingArguments.gradient_accumulation_steps  1  default
-        TrainingArguments.optim  adamw_torch_fused  default
-        TrainingArguments.weight_decay  0.0  default
-        TrainingArguments.adam_beta1  0.9  default
-        TrainingArguments.adam_beta2  0.999  default
-        TrainingArguments.adam_epsilon  1e-8  default
-        TrainingArguments.max_grad_norm  1.0  default
-        TrainingArguments.fp16  false  default
-        TrainingArguments.max_length  1024  default
-        TrainingArguments.packing  true  default
-        TrainingArguments.dataset_text_field  text  default
-        TrainingArguments.logging_strategy  steps  default
-        TrainingArguments.logging_steps  10  default
-        TrainingArguments.save_strategy  no  train.yaml:24
-        TrainingArguments.save_steps  500  default
-        TrainingArguments.seed  42  default
-        TrainingArguments.use_cpu  false  default
-        DatasetConfig.shuffle_dataset  true  train.yaml:31
-        DatasetConfig.shuffle_seed  42  default
-        DatasetConfig.train_test_split  1.0  train.yaml:32
+            model folder  tiny  --model
+            model name  tiny  default
+            precision  bf16  train.yaml:12
+            kept for the backward pass  auto  default
+            loss on  answers  default
+            evaluation  never  default
+            output folder  /mnt/results  train.yaml:22
+            model  tiny  --model
+            data  https://host/rows.parquet?...  --data
+            earlier_results  refuse  default
+            target_matching  fused  default
+            device  auto  default
+            keep  auto  default
+            plain_http  false  default
+            file_bytes_max  68719476736  default
+            ModelConfig.torch_dtype  bfloat16  train.yaml:5
+            QuantizationConfig.load_in_4bit  true  train.yaml:10
+            QuantizationConfig.load_in_8bit  false  default
+            QuantizationConfig.bnb_4bit_quant_type  nf4  train.yaml:11
+            QuantizationConfig.bnb_4bit_use_double_quant  true  train.yaml:13
+            QuantizationConfig.bnb_4bit_compute_dtype  bfloat16  train.yaml:12
+            LoraConfig.r  8  train.yaml:16
+            LoraConfig.lora_alpha  8.0  train.yaml:17
+            LoraConfig.lora_dropout  0.0  train.yaml:18
+            LoraConfig.target_modules  all-linear  default
+            LoraConfig.use_rslora  false  default
+            LoraConfig.init_lora_weights  true  default
+            TrainingArguments.output_dir  /mnt/results  train.yaml:22
+            TrainingArguments.learning_rate  0.00002  default
+            TrainingArguments.lr_scheduler_type  linear  default
+            TrainingArguments.warmup_steps  0.0  default
+            TrainingArguments.num_train_epochs  3.0  default
+            TrainingArguments.max_steps  -1  default
+            TrainingArguments.per_device_train_batch_size  1  train.yaml:25
+            TrainingArguments.per_device_eval_batch_size  8  default
+            TrainingArguments.gradient_accumulation_steps  1  default
+            TrainingArguments.optim  adamw_torch_fused  default
+            TrainingArguments.weight_decay  0.0  default
+            TrainingArguments.adam_beta1  0.9  default
+            TrainingArguments.adam_beta2  0.999  default
+            TrainingArguments.adam_epsilon  1e-8  default
+            TrainingArguments.max_grad_norm  1.0  default
+            TrainingArguments.fp16  false  default
+            TrainingArguments.max_length  1024  default
+            TrainingArguments.packing  true  default
+            TrainingArguments.dataset_text_field  text  default
+            TrainingArguments.logging_strategy  steps  default
+            TrainingArguments.logging_steps  10  default
+            TrainingArguments.save_strategy  no  train.yaml:24
+            TrainingArguments.save_steps  500  default
+            TrainingArguments.seed  42  default
+            TrainingArguments.use_cpu  false  default
+            DatasetConfig.shuffle_dataset  true  train.yaml:31
+            DatasetConfig.shuffle_seed  42  default
+            DatasetConfig.train_test_split  1.0  train.yaml:32
 
-        without effect here:
-        ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
-        ModelConfig.local_files_only (train.yaml:6): where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION
-        TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
-        DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
-    "#]],
+            without effect here:
+            ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
+            ModelConfig.local_files_only (train.yaml:6): where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION
+            TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
+            DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
+        "#]],
     );
 }
 
