@@ -217,8 +217,10 @@ enum Subcommands {
     )]
     Tune(Tune),
     /// Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
-    #[command(after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
-        By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda")]
+    #[command(
+        after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
+        By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
+    )]
     Controller(ControllerArguments),
 }
 

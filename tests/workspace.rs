@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 use expect_test::{Expect, expect};
 use hone::controller::install;
 use hone::fault::Kind;
+use hone::workspace::crd;
 use hone::workspace::kind::Workspace;
 use hone::workspace::{Asked, Rendered, Settings, config_name, files, inputs_hash, render, yaml};
 use k8s_openapi::api::batch::v1::Job;
@@ -228,7 +229,8 @@ fn the_job_of_a_workspace_as_users_write_it() {
                       - key: .dockerconfigjson
                         path: config.json
                       name: login
-    "#]].assert_eq(&yaml::write(&[job]));
+    "#]]
+    .assert_eq(&yaml::write(&[job]));
 }
 
 #[test]
@@ -337,24 +339,39 @@ fn methods_versions_and_configurations() {
     assert!(!map.data.unwrap()["training_config.yaml"].contains("load_in_4bit"));
     let named = workspace(|value| value["tuning"]["config"] = json!("mine"));
     assert_eq!(config_name(&named), "mine");
-    refused(&named, None, Kind::Config, expect![[r#"
+    refused(
+        &named,
+        None,
+        Kind::Config,
+        expect![[r#"
         tuning.config: there is no ConfigMap mine in namespace default
           help: apply it, or give its file with -f; without tuning.config the method's default is used
-    "#]]);
+    "#]],
+    );
     let config = "training_config:\n  QuantizationConfig: {load_in_4bit: true}\n  TrainingArguments: {output_dir: out}\n";
     let rendered = rendered(&named, Some(config)).unwrap();
     assert_eq!(rendered.config_map, None);
     assert!(mounts(&json!(rendered.job)).contains("results-volume -> /mnt/out: "));
     let broken = config.replace("output_dir", "output_dri");
-    refused(&named, Some(&broken), Kind::Config, expect![[r#"
+    refused(
+        &named,
+        Some(&broken),
+        Kind::Config,
+        expect![[r#"
         ConfigMap mine:3:23: TrainingArguments.output_dri is not a key; did you mean output_dir?
           help: README.md lists every key; `hone plan` shows what a configuration resolves to
-    "#]]);
+    "#]],
+    );
     let taken = config.replace("out}", "/mnt/config/x}");
-    refused(&named, Some(&taken), Kind::Config, expect![[r#"
+    refused(
+        &named,
+        Some(&taken),
+        Kind::Config,
+        expect![[r#"
         TrainingArguments.output_dir: /mnt/config/x lies in /mnt/config, which holds something else
           help: leave output_dir out, or name another folder below /mnt
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -546,7 +563,8 @@ fn annotations_shape_the_job() {
                   name: ca
                 name: ca
           ttlSecondsAfterFinished: 86400
-    "#]].assert_eq(&yaml::write(&[job]));
+    "#]]
+    .assert_eq(&yaml::write(&[job]));
 }
 
 #[test]
@@ -609,12 +627,18 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
         |instance: &str, preset: &str| rendered(&on(instance, preset), None).unwrap().warnings.join("\n");
     expect![[r#"4 GPUs are reserved and one is used: hone.sh/gpus: "1" leaves the others free, a smaller instanceType costs less"#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
     expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: training would end with exit code 14. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
-    expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"].assert_eq(&told("m7i.large", "phi-4"));
+    expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"]
+        .assert_eq(&told("m7i.large", "phi-4"));
     assert_eq!(told("Standard_NC24ads_A100_v4", "phi-4"), "");
-    refused(&on("g6.xlarge", "llama-3.3-70b-instruct"), None, Kind::Capacity, expect![[r#"
+    refused(
+        &on("g6.xlarge", "llama-3.3-70b-instruct"),
+        None,
+        Kind::Capacity,
+        expect![[r#"
         resource.instanceType g6.xlarge: training needs at least 39.9 GiB, and 21.1 GiB may be used of l4: base, 4 bits with scales 32.9 GiB, embedding 2.0 GiB, output head 2.0 GiB, adapter, its gradient and two moments 1.7 GiB, context and kernels 600 MiB, a weight expanded for a product 448 MiB, logits of a chunk 250 MiB, one layer at work 91 MiB, workspace of products 32 MiB, norms and biases 5 MiB, gaps between blocks 3 MiB
           help: lower LoraConfig.r; take a larger card: l40s would do
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -691,6 +715,8 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     let head = "# The controller, its rights and its namespace; the image is yours to name.\n";
     let controller = yaml::write(&install::objects("hone:cpu"));
     same(&root("jobs/controller.yaml"), &(head.to_owned() + &controller));
+    let head = "# KAITO's Workspace, for clusters where KAITO is not installed.\n";
+    same(&root("jobs/crd.yaml"), &(head.to_owned() + &yaml::write(&[crd::definition()])));
 }
 
 fn same(file: &Path, expected: &str) {
@@ -744,7 +770,8 @@ fn flags_write_a_workspace_that_renders() {
           output:
             image: h.example/adapter:1
             imagePushSecret: login
-    "#]].assert_eq(&written);
+    "#]]
+    .assert_eq(&written);
     let render = hone(&["render", "-f", "-", "--format", "json"], &written);
     assert!(render.status.success(), "{}", String::from_utf8_lossy(&render.stderr));
     let list: Value = serde_json::from_slice(&render.stdout).unwrap();
@@ -758,7 +785,8 @@ fn flags_write_a_workspace_that_renders() {
     };
     expect![[r#"
         2 error (usage, exit code 2): --preset gpt-oss-20b: it is not trained: mixture of experts
-    "#]].assert_eq(&refused(&[
+    "#]]
+    .assert_eq(&refused(&[
         "tune",
         "--preset",
         "gpt-oss-20b",
@@ -772,7 +800,8 @@ fn flags_write_a_workspace_that_renders() {
     expect![[r#"
         2 error (usage, exit code 2): --data a.parquet: a cluster cannot reach it
           help: give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)
-    "#]].assert_eq(&refused(&[
+    "#]]
+    .assert_eq(&refused(&[
         "tune",
         "--preset",
         "phi-4",
@@ -806,7 +835,8 @@ fn files_that_cannot_be_rendered() {
     expect![[r#"
         10 error (config, exit code 10): no Workspace with `tuning` in what was given
           help: give the file of one with -f; `hone tune --help` writes one
-    "#]].assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));
+    "#]]
+    .assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));
     expect![[r#"
         10 error (config, exit code 10): -:1: Workspace w: apiVersion: expected kaito.sh/v1alpha1 or kaito.sh/v1beta1, found "kaito.sh/v2"
     "#]].assert_eq(&told(
@@ -815,7 +845,8 @@ fn files_that_cannot_be_rendered() {
     expect![[r#"
         10 error (config, exit code 10): -:2:12: resource.instanceTypo is not a field of Workspace
           help: remove what is not known, or correct its name
-    "#]].assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
+    "#]]
+    .assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
 }
 
 fn hone(arguments: &[&str], input: &str) -> Output {

@@ -99,7 +99,8 @@ impl Election {
         }
         match &self.seen {
             Some((seen, since)) if seen == spec => {
-                let seconds = spec.lease_duration_seconds.map_or(DURATION.as_secs(), |seconds| seconds.max(1) as u64);
+                let seconds =
+                    spec.lease_duration_seconds.map_or(DURATION.as_secs(), |seconds| seconds.max(1) as u64);
                 since.elapsed() >= Duration::from_secs(seconds)
             }
             _ => {
@@ -118,7 +119,11 @@ impl Election {
             lease_duration_seconds: Some(DURATION.as_secs() as i32),
             acquire_time: kept.and_then(|old| old.acquire_time.clone()).or(Some(now.clone())),
             renew_time: Some(now),
-            lease_transitions: Some(if kept.is_some() { transitions } else { transitions + i32::from(old.is_some()) }),
+            lease_transitions: Some(if kept.is_some() {
+                transitions
+            } else {
+                transitions + i32::from(old.is_some())
+            }),
             ..LeaseSpec::default()
         }
     }

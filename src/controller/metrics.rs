@@ -57,7 +57,12 @@ impl Metrics {
         let one = |value: f64| vec![(String::new(), value)];
         let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
         family("hone_reconciles_total", "counter", "Workspaces looked at.", &one(number(&self.reconciles)));
-        family("hone_reconcile_errors_total", "counter", "Looks that failed and are tried again.", &one(number(&self.errors)));
+        family(
+            "hone_reconcile_errors_total",
+            "counter",
+            "Looks that failed and are tried again.",
+            &one(number(&self.errors)),
+        );
         let seconds = number(&self.microseconds) / 1e6;
         family("hone_reconcile_seconds_total", "counter", "Time that looking took.", &one(seconds));
         let leads = if self.leads.load(Ordering::Relaxed) { 1.0 } else { 0.0 };

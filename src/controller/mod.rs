@@ -149,11 +149,8 @@ pub async fn run_with(
     report.note(Stage::Plan, format!("Kubernetes {} answers", version.git_version));
     let _ = health.send(true);
 
-    let mut election = Election::new(
-        Api::namespaced(client.clone(), &options.lease_namespace),
-        LEASE,
-        &options.identity,
-    );
+    let mut election =
+        Election::new(Api::namespaced(client.clone(), &options.lease_namespace), LEASE, &options.identity);
     let lead = async {
         if options.elect {
             election.won().await;
@@ -278,7 +275,12 @@ fn of_config(map: &PartialObjectMeta<ConfigMap>, known: &Store<Workspace>) -> Ve
     let named = |workspace: &Arc<Workspace>| {
         workspace.tuning.is_some() && workspace.namespace() == namespace && config_name(workspace) == name
     };
-    known.state().iter().filter(|workspace| named(workspace)).map(|workspace| ObjectRef::from_obj(workspace.as_ref())).collect()
+    known
+        .state()
+        .iter()
+        .filter(|workspace| named(workspace))
+        .map(|workspace| ObjectRef::from_obj(workspace.as_ref()))
+        .collect()
 }
 
 fn handler(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Handler {
@@ -296,7 +298,8 @@ fn handler(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Handle
 fn unreachable(error: kube::Error) -> Fault {
     match &error {
         kube::Error::Api(status) if matches!(status.code, 401 | 403) => {
-            Fault::auth(format!("the API server refuses: {}", status.message)).help("jobs/controller.yaml holds the rights it needs")
+            Fault::auth(format!("the API server refuses: {}", status.message))
+                .help("jobs/controller.yaml holds the rights it needs")
         }
         _ => Fault::network(format!("the API server cannot be reached: {error}")),
     }

@@ -53,7 +53,12 @@ pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
 }
 
 /// Asks for the Workspace's node; asking again changes nothing.
-pub async fn ask(client: &Client, workspace: &Workspace, provider: Provider, cloud: Option<Cloud>) -> kube::Result<()> {
+pub async fn ask(
+    client: &Client,
+    workspace: &Workspace,
+    provider: Provider,
+    cloud: Option<Cloud>,
+) -> kube::Result<()> {
     let cloud = cloud.unwrap_or_else(|| Cloud::of_instance(&workspace.resource.instance_type));
     let object = match provider {
         Provider::None => return Ok(()),
@@ -61,7 +66,10 @@ pub async fn ask(client: &Client, workspace: &Workspace, provider: Provider, clo
         Provider::NodePools => pool(workspace, cloud),
     };
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
-    api(client, provider).patch(&name(workspace, provider), &parameters, &Patch::Apply(&object)).await.map(|_| ())
+    api(client, provider)
+        .patch(&name(workspace, provider), &parameters, &Patch::Apply(&object))
+        .await
+        .map(|_| ())
 }
 
 /// Gives it back; one that is gone already is fine.
@@ -78,12 +86,16 @@ pub async fn give_back(client: &Client, workspace: &Workspace, provider: Provide
 /// What can be taken, and what has come of the asking.
 pub async fn look(client: &Client, workspace: &Workspace, provider: Provider) -> kube::Result<Nodes> {
     let claim = match wanted(workspace, provider) {
-        true => api(client, provider).get_opt(&name(workspace, provider)).await?.map(|object| readiness(&object.data)),
+        true => api(client, provider)
+            .get_opt(&name(workspace, provider))
+            .await?
+            .map(|object| readiness(&object.data)),
         false => None,
     };
     let selected = ListParams::default().labels(&selector(workspace)).limit(NODES_MAX);
     let nodes = Api::<Node>::all(client.clone()).list(&selected).await?.items;
-    let ready = nodes.iter().filter(|node| is_ready(node)).filter_map(|node| node.meta().name.clone()).collect();
+    let ready =
+        nodes.iter().filter(|node| is_ready(node)).filter_map(|node| node.meta().name.clone()).collect();
     Ok(Nodes { ready, claim })
 }
 
@@ -102,7 +114,8 @@ fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
         Provider::NodePools => ("NodePool", "nodepools"),
         _ => ("NodeClaim", "nodeclaims"),
     };
-    let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("karpenter.sh", "v1", kind), plural);
+    let resource =
+        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("karpenter.sh", "v1", kind), plural);
     Api::all_with(client.clone(), &resource)
 }
 
@@ -149,7 +162,9 @@ fn claim(workspace: &Workspace, cloud: Cloud) -> Value {
         one_of("kubernetes.io/os", "linux"),
     ];
     requirements.push(match cloud {
-        Cloud::Aws => json!({"key": "karpenter.k8s.aws/instance-gpu-count", "operator": "Gt", "values": ["0"]}),
+        Cloud::Aws => {
+            json!({"key": "karpenter.k8s.aws/instance-gpu-count", "operator": "Gt", "values": ["0"]})
+        }
         _ => one_of("karpenter.azure.com/sku-name", instance),
     });
     json!({
@@ -190,7 +205,8 @@ fn pool(workspace: &Workspace, cloud: Cloud) -> Value {
 /// Its `Ready` condition, with the words of whichever condition says why not.
 fn readiness(object: &Value) -> (bool, String) {
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
-    let ready = conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
+    let ready =
+        conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
     if ready {
         return (true, "the node is there".into());
     }

@@ -148,9 +148,11 @@ fn waiting(pod: &Pod) -> Option<String> {
         let usual = ["ContainerCreating", "PodInitializing"];
         return told(&waiting.reason, &waiting.message).filter(|text| !usual.contains(&text.as_str()));
     }
-    let unscheduled = status.conditions.iter().flatten().find(|condition| {
-        condition.type_ == "PodScheduled" && condition.status == "False"
-    })?;
+    let unscheduled = status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
     told(&unscheduled.reason, &unscheduled.message)
 }
 
@@ -164,7 +166,9 @@ impl Ended {
         let words: Vec<&str> = parts.into_iter().flatten().collect();
         match (words.is_empty(), self.exit_code) {
             (false, code) => format!("exit code {code}{name}: {}", words.join("; ")),
-            (true, 137) => format!("exit code 137{name}: killed, most likely for its memory; raise hone.sh/memory"),
+            (true, 137) => {
+                format!("exit code 137{name}: killed, most likely for its memory; raise hone.sh/memory")
+            }
             (true, code) => format!("exit code {code}{name}"),
         }
     }
@@ -203,7 +207,10 @@ mod tests {
         assert_eq!(stage(json!({"active": 1})), Stage::Running);
         assert_eq!(stage(json!({"active": 1, "failed": 2})), Stage::Running, "tried again");
         let condition = |name: &str| json!([{"type": name, "status": "True", "reason": "R", "message": "m"}]);
-        assert_eq!(stage(json!({"succeeded": 1, "failed": 1, "conditions": condition("Complete")})), Stage::Succeeded);
+        assert_eq!(
+            stage(json!({"succeeded": 1, "failed": 1, "conditions": condition("Complete")})),
+            Stage::Succeeded
+        );
         assert_eq!(stage(json!({"failed": 7, "conditions": condition("Failed")})), Stage::Failed);
         assert_eq!(stage(json!({"conditions": condition("FailureTarget")})), Stage::Pending);
         let seen = observe(Some(&job(json!({"conditions": condition("Suspended")}))), &[]);
@@ -212,7 +219,8 @@ mod tests {
 
     #[test]
     fn the_container_that_ended_last_is_told() {
-        let line = "{\"code\":11,\"kind\":\"data\",\"message\":\"row 3 is empty\",\"help\":\"look\",\"step\":7}\n";
+        let line =
+            "{\"code\":11,\"kind\":\"data\",\"message\":\"row 3 is empty\",\"help\":\"look\",\"step\":7}\n";
         let pods = [ended("02", 11, line), ended("01", 20, "")];
         let last = observe(Some(&job(json!({"active": 1}))), &pods).ended.unwrap();
         assert_eq!(last.told(), "exit code 11 (data): row 3 is empty; look");

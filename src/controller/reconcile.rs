@@ -105,7 +105,10 @@ impl<'a> Reconciler<'a> {
     }
 
     async fn refuse_foreign(&self) -> kube::Result<Action> {
-        let told = format!("Job {} is not of this Workspace: rename the Workspace, or remove the Job", self.workspace.name());
+        let told = format!(
+            "Job {} is not of this Workspace: rename the Workspace, or remove the Job",
+            self.workspace.name()
+        );
         self.tell(None, 0, Some(told)).await
     }
 
@@ -119,7 +122,8 @@ impl<'a> Reconciler<'a> {
         };
         let revisions = self.api();
         let known = revision::newest(&revisions, self.workspace.name()).await?;
-        let default = Method::named(&self.workspace.tuning.as_ref().expect("it tunes").method).map(Method::config);
+        let default =
+            Method::named(&self.workspace.tuning.as_ref().expect("it tunes").method).map(Method::config);
         let hash = inputs_hash(self.workspace, config.or(default).unwrap_or_default());
         let is_known = known.as_ref().is_some_and(|known| known.hash == hash);
         let number = known.as_ref().map_or(0, |known| known.number) + i64::from(!is_known);
@@ -143,9 +147,7 @@ impl<'a> Reconciler<'a> {
     }
 
     async fn bring(&self, job: Option<Job>, rendered: Rendered, revision: i64) -> kube::Result<Action> {
-        let made_from = |job: &Job| {
-            job.metadata.annotations.as_ref()?.get(REVISION)?.parse::<i64>().ok()
-        };
+        let made_from = |job: &Job| job.metadata.annotations.as_ref()?.get(REVISION)?.parse::<i64>().ok();
         match job {
             Some(job) if job.metadata.deletion_timestamp.is_some() => {
                 self.tell(None, revision, None).await?;
@@ -154,7 +156,12 @@ impl<'a> Reconciler<'a> {
             Some(job) if made_from(&job) != Some(revision) => {
                 let parameters = DeleteParams::foreground();
                 ignore(404, self.api::<Job>().delete(self.workspace.name(), &parameters).await.map(|_| ()))?;
-                self.event(EventType::Normal, "Rerun", &format!("revision {revision}: the inputs have changed")).await;
+                self.event(
+                    EventType::Normal,
+                    "Rerun",
+                    &format!("revision {revision}: the inputs have changed"),
+                )
+                .await;
                 self.tell(None, revision, None).await?;
                 Ok(Action::requeue(SOON))
             }
@@ -170,7 +177,8 @@ impl<'a> Reconciler<'a> {
     /// A Job that ended may be gone by its time to live; it is not done again.
     fn was_done(&self, revision: i64) -> bool {
         let state = self.workspace.status.as_ref().and_then(|status| status.state.as_deref());
-        let over = state.is_some_and(|state| Stage::ALL.iter().any(|stage| stage.is_over() && stage.name() == state));
+        let over = state
+            .is_some_and(|state| Stage::ALL.iter().any(|stage| stage.is_over() && stage.name() == state));
         over && self.workspace.annotation(&format!("{PREFIX}revision")) == Some(&revision.to_string())
     }
 
@@ -181,7 +189,8 @@ impl<'a> Reconciler<'a> {
         }
         if nodes::wanted(self.workspace, self.context.provider) {
             self.finalizer(true).await?;
-            nodes::ask(self.client, self.workspace, self.context.provider, self.context.settings.cloud).await?;
+            nodes::ask(self.client, self.workspace, self.context.provider, self.context.settings.cloud)
+                .await?;
         }
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
         self.api::<Job>().patch(self.workspace.name(), &parameters, &Patch::Apply(&rendered.job)).await?;
@@ -248,8 +257,10 @@ impl<'a> Reconciler<'a> {
             // Of the Job that goes on.
             wanted.remove(&format!("{PREFIX}revision"));
         }
-        let changed: BTreeMap<&String, &Option<String>> =
-            wanted.iter().filter(|(name, value)| self.workspace.annotation(name) != value.as_deref()).collect();
+        let changed: BTreeMap<&String, &Option<String>> = wanted
+            .iter()
+            .filter(|(name, value)| self.workspace.annotation(name) != value.as_deref())
+            .collect();
         if changed.is_empty() {
             return Ok(());
         }

@@ -92,7 +92,10 @@ pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<St
         ("step", step),
         ("loss", loss.map(|loss| format!("{loss:.4}"))),
         ("eta", progress.filter(|_| !over).map(Progress::eta)),
-        ("digest", said.filter(|_| report.seen.stage == Stage::Succeeded).and_then(|said| said.digest.clone())),
+        (
+            "digest",
+            said.filter(|_| report.seen.stage == Stage::Succeeded).and_then(|said| said.digest.clone()),
+        ),
         ("exit-code", report.seen.ended.as_ref().map(|ended| ended.exit_code.to_string())),
     ];
     values.into_iter().map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
@@ -215,7 +218,11 @@ mod tests {
     fn conditions_and_states_are_kaitos() {
         let told = |stage| {
             let status = status(&Workspace::default(), &report(seen(stage)), at(1));
-            (status.state.clone().unwrap(), shown(&status, "JobStarted"), shown(&status, "WorkspaceSucceeded"))
+            (
+                status.state.clone().unwrap(),
+                shown(&status, "JobStarted"),
+                shown(&status, "WorkspaceSucceeded"),
+            )
         };
         let table = [
             (
@@ -252,7 +259,8 @@ mod tests {
             ..Ended::default()
         };
         let mut retried = report(Seen { ended: Some(ended.clone()), failures: 2, ..seen(Stage::Running) });
-        retried.progress = Progress::parse("{\"event\":\"step\",\"step\":3,\"loss\":2.5,\"eta_seconds\":90.0}");
+        retried.progress =
+            Progress::parse("{\"event\":\"step\",\"step\":3,\"loss\":2.5,\"eta_seconds\":90.0}");
         let text = message(&retried);
         assert!(text.contains("step 3, loss 2.5000, 1m30s left"), "{text}");
         assert!(text.ends_with("tried again after 2 failed: exit code 20 (network): no answer"), "{text}");

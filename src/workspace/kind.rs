@@ -82,11 +82,9 @@ pub struct Tuning {
     pub config: String,
     /// The dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(required)]
     pub input: Option<Source>,
     /// Where the adapter goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(required)]
     pub output: Option<Destination>,
 }
 

@@ -104,9 +104,10 @@ fn config<'a>(asked: &Asked<'a>, method: Method) -> Result<(&'a str, Option<Conf
     let named = asked.workspace.tuning.as_ref().is_some_and(|tuning| !tuning.config.is_empty());
     match asked.config {
         Some(text) => Ok((text, None)),
-        None if !named => {
-            Ok((method.config(), Some(templates::config_map(method, asked.workspace.metadata.namespace.clone()))))
-        }
+        None if !named => Ok((
+            method.config(),
+            Some(templates::config_map(method, asked.workspace.metadata.namespace.clone())),
+        )),
         None => Err(Fault::config(format!(
             "tuning.config: there is no ConfigMap {} in namespace {}",
             templates::config_name(asked.workspace),
