@@ -68,7 +68,8 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     let latest = Arc::new(Latest::new(progress.clone()));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest, &report));
-    for warning in pod.iter().flatten() {
+    let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
+    for warning in pod.iter().flatten().chain(&mistaken) {
         report.warn(Stage::Plan, warning.as_str());
     }
     // A defect must end with its own code and message, like any other fault.
@@ -114,18 +115,22 @@ fn serve(address: SocketAddr, latest: Arc<Latest>, report: &Report) -> Option<Se
 
 /// In a pod of KAITO's a job ends with the containers that wait for it.
 fn leave<T>(ended: Result<T>, report: &Report) -> Result<T> {
-    let limits = Limits::read(&environment);
-    let ended = ended.and_then(|done| sidecars::pushed(limits?, report).map(|()| done));
-    if ended.is_err() {
-        release(report);
+    match ended {
+        Ok(done) => sidecars::pushed(limits(), report).map(|()| done),
+        Err(fault) => {
+            release(report);
+            Err(fault)
+        }
     }
-    ended
 }
 
 fn release(report: &Report) {
-    // The default limits where the environment's cannot be read.
-    let limits = Limits::read(&environment).or_else(|_| Limits::read(&|_| None));
-    sidecars::end(limits.expect("defaults are numbers"), report);
+    sidecars::end(limits(), report);
+}
+
+/// A limit that cannot be read is the default: by now the job has ended, and its pod must too.
+fn limits() -> Limits {
+    Limits::read(&environment).or_else(|_| Limits::read(&|_| None)).expect("defaults are numbers")
 }
 
 fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {

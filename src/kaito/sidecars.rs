@@ -47,15 +47,16 @@ impl Limits {
 
 /// After a failure: ends pusher and pause, those too that have not started yet.
 pub fn end(limits: Limits, report: &Report) {
-    if !shared() {
-        return;
+    if shared() {
+        report.note(Stage::Push, "the job failed: KAITO's pusher and pause are ended, so that the pod ends");
+        end_both([false; 2], limits, report);
     }
-    report.note(
-        Stage::Push,
-        "the job failed: KAITO's pusher and pause containers are ended, so that the pod ends",
-    );
+}
+
+/// `seen`: whether pusher and pause have been there.
+fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
     let began = Instant::now();
-    let (mut seen, mut ending) = ([false; 2], Ending::default());
+    let mut ending = Ending::default();
     loop {
         let found = Neighbours::look();
         seen = [seen[0] || !found.pusher.is_empty(), seen[1] || !found.pause.is_empty()];
@@ -75,7 +76,7 @@ pub fn end(limits: Limits, report: &Report) {
     }
 }
 
-/// After the sentinel: waits for the pusher.
+/// After the sentinel: waits for the pusher, and where it fails or a signal comes, ends what is left.
 ///
 /// # Errors
 /// Push: the pusher ended and did not release the pause; the pod was kept for `limits.hold`. Interrupted: a signal.
@@ -84,6 +85,14 @@ pub fn pushed(limits: Limits, report: &Report) -> Result<()> {
         return Ok(());
     }
     report.note(Stage::Push, "the adapter is whole: waiting for KAITO's pusher");
+    let ended = wait_for_push(limits, report);
+    if ended.is_err() {
+        end_both([true; 2], limits, report);
+    }
+    ended
+}
+
+fn wait_for_push(limits: Limits, report: &Report) -> Result<()> {
     if !wait(limits.start, |found| !found.pusher.is_empty())? {
         report.warn(Stage::Push, format!("KAITO's pusher has not started in {:?}", limits.start));
         return Ok(());
