@@ -20,6 +20,8 @@ pub struct Invocation {
     pub log: Log,
     pub quiet: bool,
     pub command: Command,
+    /// Where a run's metrics are served.
+    pub metrics: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -66,8 +68,12 @@ pub fn parse(
     let matches = Cli::command().try_get_matches_from(arguments)?;
     let cli = Cli::from_arg_matches(&matches)?;
     let matches = matches.subcommand().map(|(_, matches)| matches).expect("a subcommand is required");
+    let mut metrics = None;
     let command = match cli.command {
-        Subcommands::Run(job) => Command::Run(job.request(matches)?),
+        Subcommands::Run { job, metrics: address } => {
+            metrics = address;
+            Command::Run(job.request(matches)?)
+        }
         Subcommands::Model { about, format } => Command::Model { about, format },
         Subcommands::Plan { job, format, gpu } => {
             Command::Plan { request: job.request(matches)?, format, gpu }
@@ -85,7 +91,7 @@ pub fn parse(
         Subcommands::Controller(arguments) => Command::Controller(arguments.options()),
         Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
     };
-    Ok(Invocation { log: cli.log, quiet: cli.quiet, command })
+    Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
 }
 
 /// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
@@ -124,7 +130,13 @@ enum Subcommands {
         hone run --config tuning.yaml --model ./phi-3 --data https://host/rows.parquet --output ./adapter\n  \
         hone run job.yaml --set LoraConfig.r=16 --set TrainingArguments.learning_rate=2e-4\n  \
         hone run job.yaml --data 'rows/*.parquet' --push registry.example.com/adapters/support:1")]
-    Run(Job),
+    Run {
+        #[command(flatten)]
+        job: Job,
+        /// Serve /metrics and /healthz of the run over HTTP: 0.0.0.0:5000
+        #[arg(long, value_name = "ADDRESS:PORT", env = "HONE_METRICS")]
+        metrics: Option<SocketAddr>,
+    },
     /// Show everything `run` would do, each value with where it came from
     #[command(
         after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu a100-80"

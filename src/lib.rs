@@ -6,6 +6,8 @@
 pub mod fault;
 pub mod report;
 pub mod interrupt;
+pub mod serve;
+pub mod metrics;
 pub mod machine;
 pub mod source;
 pub mod dataset;
@@ -23,8 +25,8 @@ pub mod plan;
 pub mod inspect;
 pub mod job;
 pub mod workspace;
-pub mod serve;
 pub mod controller;
+pub mod kaito;
 pub mod example;
 pub mod bench;
 pub mod cli;

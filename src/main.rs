@@ -1,5 +1,7 @@
 //! The program: arguments in, one command run, an exit code that says who must act.
 
+use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,10 +9,13 @@ use std::sync::Arc;
 use hone::cli::{self, AboutModel, Command, Format, Log, ObjectFormat, RegistryArguments};
 use hone::fault::{Fault, Result};
 use hone::job::{self, Receipt};
+use hone::kaito::{self, sidecars, sidecars::Limits};
+use hone::metrics::{self, Latest};
 use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
+use hone::serve::Server;
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
 use hone::{bench, controller, example, fetch, inspect, interrupt};
@@ -25,9 +30,33 @@ macro_rules! say {
 
 fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
-    let invocation = match cli::parse(std::env::args_os()) {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    match kaito::call(&arguments, &environment) {
+        None => start(arguments, None),
+        Some(Ok(kaito::Call::MetricsServer)) => {
+            say!("metrics are served by the job itself, on the same port");
+            ExitCode::SUCCESS
+        }
+        Some(Ok(kaito::Call::Train { arguments, warnings })) => start(arguments, Some(warnings)),
+        Some(Err(fault)) => {
+            let report = Report::new(report::choose(None, false));
+            report.fault(&fault);
+            release(&report);
+            ExitCode::from(fault.kind.exit_code())
+        }
+    }
+}
+
+/// Runs a command line of hone; `pod` is there in a pod of KAITO's, with what somebody should know.
+fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
+    let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
-        Err(error) => cli::exit(&error),
+        Err(error) => {
+            if pod.is_some() {
+                release(&Report::new(report::choose(None, false)));
+            }
+            cli::exit(&error)
+        }
     };
     // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
     let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_));
@@ -38,11 +67,18 @@ fn main() -> ExitCode {
         Log::Json => Some(false),
     };
     let progress = Arc::new(Last::new(report::choose(bars, invocation.quiet)));
-    let report = Report::new(progress.clone());
+    let latest = Arc::new(Latest::new(progress.clone()));
+    let report = Report::new(latest.clone());
+    let _server = invocation.metrics.and_then(|address| serve(address, latest, &report));
+    let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
+    for warning in pod.iter().flatten().chain(&mistaken) {
+        report.warn(Stage::Plan, warning.as_str());
+    }
     // A defect must end with its own code and message, like any other fault.
     let ended =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
     let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
+    let ended = if pod.is_some() { leave(ended, &report) } else { ended };
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
         Err(fault) => (progress.outcome(&fault), Some(fault)),
@@ -59,6 +95,44 @@ fn main() -> ExitCode {
             ExitCode::from(fault.kind.exit_code())
         }
     }
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// Metrics are a help: a run does without them.
+fn serve(address: SocketAddr, latest: Arc<Latest>, report: &Report) -> Option<Server> {
+    match metrics::serve(address, latest) {
+        Ok(server) => {
+            report.note(Stage::Plan, format!("metrics: http://{}/metrics", server.address()));
+            Some(server)
+        }
+        Err(fault) => {
+            report.warn(Stage::Plan, format!("no metrics: {}", fault.message));
+            None
+        }
+    }
+}
+
+/// In a pod of KAITO's a job ends with the containers that wait for it.
+fn leave<T>(ended: Result<T>, report: &Report) -> Result<T> {
+    match ended {
+        Ok(done) => sidecars::pushed(limits(), report).map(|()| done),
+        Err(fault) => {
+            release(report);
+            Err(fault)
+        }
+    }
+}
+
+fn release(report: &Report) {
+    sidecars::end(limits(), report);
+}
+
+/// A limit that cannot be read is the default: by now the job has ended, and its pod must too.
+fn limits() -> Limits {
+    Limits::read(&environment).or_else(|_| Limits::read(&|_| None)).expect("defaults are numbers")
 }
 
 fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
@@ -86,7 +160,7 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
 }
 
 fn resolve(request: &Request) -> Result<Plan> {
-    plan::make(&spec::gather(request, &|name| std::env::var(name).ok())?)
+    plan::make(&spec::gather(request, &environment)?)
 }
 
 fn run(request: &Request, report: &Report) -> Result<Receipt> {

@@ -1,7 +1,7 @@
-//! A small HTTP server: a path and what the caller accepts -> a text. For metrics and health.
+//! Requests over HTTP -> answers of one function, from a thread of its own: what a run or a controller shows of itself.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,71 +12,157 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, oneshot};
 
-/// LIMIT: of the head of a request; whoever is slower is cut off.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::fault::{Fault, Result};
 
-/// What is answered.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Answer {
-    pub status: u16,
-    pub content_type: &'static str,
-    pub text: String,
+/// LIMIT: a connection that sits there takes the place of another; probes and scrapers need a few.
+const CONNECTIONS_MAX: usize = 32;
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What was asked for with GET or HEAD; other methods are refused before.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Without the query.
+    pub path: &'a str,
+    /// The `Accept` header; empty without one.
+    pub accept: &'a str,
 }
 
-impl Answer {
-    pub const PROMETHEUS: &'static str = "text/plain; version=0.0.4; charset=utf-8";
-    pub const JSON: &'static str = "application/json";
-    pub const WORDS: &'static str = "text/plain; charset=utf-8";
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reply {
+    pub status: u16,
+    pub content_type: &'static str,
+    pub body: String,
+}
 
-    pub fn new(status: u16, content_type: &'static str, text: impl Into<String>) -> Answer {
-        Answer { status, content_type, text: text.into() }
+impl Reply {
+    pub fn text(body: impl Into<String>) -> Reply {
+        Reply { status: 200, content_type: "text/plain; charset=utf-8", body: body.into() }
+    }
+
+    pub fn json(value: &serde_json::Value) -> Reply {
+        Reply { status: 200, content_type: "application/json", body: value.to_string() }
+    }
+
+    pub fn not_found() -> Reply {
+        Reply { status: 404, ..Reply::text("not found\n") }
     }
 }
 
-/// The path and the Accept header of a GET -> an answer; `None`: there is nothing.
-pub type Handler = Arc<dyn Fn(&str, &str) -> Option<Answer> + Send + Sync>;
+/// Answers must come at once: all of them come from one thread.
+pub type Answer = Arc<dyn Fn(&Asked) -> Reply + Send + Sync>;
 
-/// Takes the address; port 0 is any free one.
-pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await
+/// A server that runs until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    _stop: oneshot::Sender<()>,
 }
 
-/// Answers until it is dropped.
-pub async fn serve(listener: TcpListener, handler: Handler) {
+impl Server {
+    /// Where it listens; the port that was found when 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// Listens and answers from a thread of its own.
+///
+/// # Errors
+/// Config: the address cannot be listened on, such as a port that is taken.
+pub fn start(address: SocketAddr, answer: Answer) -> Result<Server> {
+    let refused = |error: std::io::Error| {
+        Fault::config(format!("cannot listen on {address}: {error}")).help("name a free port of this machine")
+    };
+    let listener = TcpListener::bind(address).map_err(refused)?;
+    listener.set_nonblocking(true).map_err(refused)?;
+    let address = listener.local_addr().map_err(refused)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::internal(format!("cannot start the server's runtime: {error}")))?;
+    let (stop, stopped) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("serve".into())
+        .spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = accept(listener, answer) => {}
+                    _ = stopped => {}
+                }
+            });
+        })
+        .map_err(|error| Fault::internal(format!("cannot start the server's thread: {error}")))?;
+    Ok(Server { address, _stop: stop })
+}
+
+async fn accept(listener: TcpListener, answer: Answer) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            // Too many open files, or a caller that went away: others may come.
-            Err(_) => {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
+        let place = places.clone().acquire_owned().await.expect("never closed");
+        let Ok((stream, _)) = listener.accept().await else {
+            // Out of file descriptors, for one: the next try must not spin.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
         };
-        let handler = handler.clone();
+        let answer = answer.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let answer = answer(&handler, &request);
-                async move { Ok::<_, Infallible>(answer) }
+                let response = respond(&request, &answer);
+                async move { Ok::<_, Infallible>(response) }
             });
-            let mut server = http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+            let mut http = http1::Builder::new();
+            http.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIMEOUT);
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+            drop(place);
         });
     }
 }
 
-fn answer(handler: &Handler, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+fn respond(request: &Request<Incoming>, answer: &Answer) -> Response<Full<Bytes>> {
     let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let found = match *request.method() {
-        Method::GET | Method::HEAD => handler(request.uri().path(), accept),
-        _ => Some(Answer::new(405, Answer::WORDS, "only GET\n")),
+    let reply = match *request.method() {
+        Method::GET | Method::HEAD => answer(&Asked { path: request.uri().path(), accept }),
+        _ => Reply { status: 405, ..Reply::text("only GET and HEAD\n") },
     };
-    let found = found.unwrap_or_else(|| Answer::new(404, Answer::WORDS, "not found\n"));
-    let mut response = Response::new(Full::from(found.text));
-    *response.status_mut() = StatusCode::from_u16(found.status).expect("a status of ours");
-    let content_type = found.content_type.parse().expect("a type of ours");
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    let mut response = Response::new(Full::new(Bytes::from(reply.body)));
+    *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(reply.content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    fn ask(server: &Server, request: &str) -> String {
+        let mut stream = TcpStream::connect(server.address()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_request_gets_the_functions_answer() {
+        let answer: Answer = Arc::new(|asked| match asked.path {
+            "/a" => Reply::text(format!("accept {}", asked.accept)),
+            _ => Reply::not_found(),
+        });
+        let server = start("127.0.0.1:0".parse().unwrap(), answer).unwrap();
+        let good = ask(&server, "GET /a?b=c HTTP/1.1\r\nhost: h\r\naccept: x/y\r\nconnection: close\r\n\r\n");
+        assert!(good.starts_with("HTTP/1.1 200") && good.ends_with("accept x/y"), "{good}");
+        for (request, code) in [("GET /b", 404), ("POST /a", 405)] {
+            let said = ask(&server, &format!("{request} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"));
+            assert!(said.starts_with(&format!("HTTP/1.1 {code}")), "{said}");
+        }
+        let taken = start(server.address(), Arc::new(|_| Reply::not_found())).unwrap_err();
+        assert!(taken.message.contains("cannot listen on 127.0.0.1"), "{taken}");
+    }
 }

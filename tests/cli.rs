@@ -183,6 +183,11 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_SET=]
 
+              --metrics <ADDRESS:PORT>
+                  Serve /metrics and /healthz of the run over HTTP: 0.0.0.0:5000
+
+                  [env: HONE_METRICS=]
+
               --log <LOG>
                   How events are shown on stderr
 

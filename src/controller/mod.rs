@@ -33,7 +33,7 @@ use tokio::sync::watch;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
-use crate::serve::{self, Answer};
+use crate::serve::{self, Reply};
 use crate::source;
 use crate::workspace::{MANAGED_BY, MANAGER, Settings, WORKSPACE_LABEL, Workspace, config_name};
 use lease::Election;
@@ -49,6 +49,7 @@ const KAITO_WEBHOOK: &str = "validation.workspace.kaito.sh";
 const KAITO_INTERVAL: Duration = Duration::from_secs(60);
 /// Workspaces that are looked at at the same time.
 const CONCURRENCY: u16 = 8;
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// After an error, and how often that doubles.
 const RETRY: Duration = Duration::from_secs(2);
 const RETRIES_DOUBLED: u32 = 7;
@@ -139,15 +140,11 @@ pub async fn run_with(
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
-    let listener = serve::bind(options.address).await.map_err(|error| {
-        Fault::config(format!("cannot listen on {}: {error}", options.address))
-            .help("another process has the port: choose one with --address")
-    })?;
-    let (health, ready) = watch::channel(false);
-    let endpoint = tokio::spawn(serve::serve(listener, handler(metrics.clone(), ready)));
+    let (answers, ready) = watch::channel(false);
+    let _endpoint = serve::start(options.address, endpoint(metrics.clone(), ready))?;
     let version = client.apiserver_version().await.map_err(unreachable)?;
     report.note(Stage::Plan, format!("Kubernetes {} answers", version.git_version));
-    let _ = health.send(true);
+    answers.send_replace(true);
 
     let mut election =
         Election::new(Api::namespaced(client.clone(), &options.lease_namespace), LEASE, &options.identity);
@@ -170,7 +167,6 @@ pub async fn run_with(
         ended = lead => ended,
         () = stop => Ok(()),
     };
-    endpoint.abort();
     metrics.leads(false);
     if options.elect {
         election.release().await;
@@ -283,15 +279,13 @@ fn of_config(map: &PartialObjectMeta<ConfigMap>, known: &Store<Workspace>) -> Ve
         .collect()
 }
 
-fn handler(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Handler {
-    Arc::new(move |path, _| match path {
-        "/healthz" => Some(Answer::new(200, Answer::WORDS, "ok\n")),
-        "/readyz" => Some(match *ready.borrow() {
-            true => Answer::new(200, Answer::WORDS, "ok\n"),
-            false => Answer::new(503, Answer::WORDS, "the API server has not answered yet\n"),
-        }),
-        "/metrics" => Some(Answer::new(200, Answer::PROMETHEUS, metrics.text())),
-        _ => None,
+fn endpoint(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Answer {
+    Arc::new(move |asked| match asked.path {
+        "/healthz" => Reply::text("ok\n"),
+        "/readyz" if *ready.borrow() => Reply::text("ok\n"),
+        "/readyz" => Reply { status: 503, ..Reply::text("the API server has not answered yet\n") },
+        "/metrics" => Reply { content_type: PROMETHEUS, ..Reply::text(metrics.text()) },
+        _ => Reply::not_found(),
     })
 }
 
