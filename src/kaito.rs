@@ -135,6 +135,10 @@ fn job(environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     if unset("HONE_METRICS") {
         arguments.extend(["--metrics", METRICS]);
     }
+    // KAITO runs a changed Workspace again into the same volume.
+    if unset("HONE_EARLIER_RESULTS") {
+        arguments.extend(["--earlier-results", "move"]);
+    }
     arguments.into_iter().map(OsString::from).collect()
 }
 
