@@ -74,9 +74,13 @@ fn schema(newest: bool) -> Value {
     let mut schema = Value::from(settings.into_generator().into_root_schema_for::<Workspace>());
     structural(&mut schema);
     // In the types they are optional, so that what is missing is told by `validate` with everything else.
-    for (field, required) in [("resource", json!(["labelSelector"])), ("tuning", json!(["input", "output"]))]
-    {
-        schema["properties"][field]["required"] = required;
+    for (path, required) in [
+        ("/resource", json!(["labelSelector"])),
+        ("/tuning", json!(["input", "output"])),
+        ("/tuning/properties/preset", json!(["name"])),
+    ] {
+        let object = schema.pointer_mut(&format!("/properties{path}")).expect("an object of the types");
+        object["required"] = required;
     }
     if !newest {
         for path in LATER {
@@ -259,6 +263,7 @@ mod tests {
             broken("  labelSelector:", "  selector:"),
             ".resource.labelSelector: required; .resource.selector: unknown"
         );
+        assert_eq!(broken("    name: PRESET\n", "    presetOptions: {}\n"), ".tuning.preset.name: required");
         assert_eq!(broken("method: qlora", "method: 4"), ".tuning.method: expected string");
         assert_eq!(broken("  output:\n", "  output: []\n  other:\n").split(';').count(), 2);
         let mode = broken("    name: PRESET\n", "    name: PRESET\n    accessMode: secret\n");
@@ -268,6 +273,29 @@ mod tests {
             (told(1, &partition).len(), told(0, &partition)),
             (0, vec![".resource.partition: unknown".to_owned()])
         );
+    }
+
+    /// What the API server would store of a Workspace with every field, hone reads and writes back whole.
+    #[test]
+    fn the_types_know_every_field_of_the_schema() {
+        fn filled(schema: &Value) -> Value {
+            match schema["type"].as_str().unwrap() {
+                "object" => {
+                    let named = schema["properties"].as_object().into_iter().flatten();
+                    let other = schema.get("additionalProperties").map(|any| ("a".to_owned(), filled(any)));
+                    named.map(|(name, child)| (name.clone(), filled(child))).chain(other).collect()
+                }
+                "array" => json!([filled(&schema["items"])]),
+                "integer" => json!(1),
+                _ if schema["format"] == "date-time" => json!("2026-01-01T00:00:00Z"),
+                _ => schema.get("enum").map_or(json!("a"), |choices| choices[0].clone()),
+            }
+        }
+        for version in definition()["spec"]["versions"].as_array().unwrap() {
+            let stored = filled(&version["schema"]["openAPIV3Schema"]);
+            let read: Workspace = serde_json::from_value(stored.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&read).unwrap(), stored, "{}", version["name"]);
+        }
     }
 
     /// A CRD with anything but these is refused by the API server.
