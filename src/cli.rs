@@ -486,7 +486,7 @@ struct Job {
     /// KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
     #[arg(long, value_name = "FILE", env = "HONE_CONFIG")]
     config: Option<PathBuf>,
-    /// Base model: a folder, hf://OWNER/NAME[@REVISION], oci://IMAGE or preset:NAME
+    /// Base model: a folder, hf://OWNER/NAME, hf://OWNER/NAME@REVISION, oci://IMAGE or preset:NAME
     #[arg(long, value_name = "DIR", env = "HONE_MODEL")]
     model: Option<String>,
     /// Name of the base model, for the image's annotation

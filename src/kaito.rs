@@ -171,7 +171,7 @@ mod tests {
         };
         let line = arguments.iter().map(|part| part.to_str().unwrap()).collect::<Vec<_>>().join(" ");
         let expected = "hone run --config /mnt/config/training_config.yaml --name /workspace/tfs/weights \
-                        --metrics 0.0.0.0:5000";
+                        --metrics 0.0.0.0:5000 --earlier-results move";
         assert_eq!((line.as_str(), warnings.len()), (expected, 0));
         assert_eq!(called("/usr/bin/python3 metrics_server.py").unwrap().unwrap(), Call::MetricsServer);
         assert!(called("hone run").is_none() && called("/usr/bin/hone").is_none());

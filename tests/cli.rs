@@ -28,18 +28,19 @@ fn help_tells_what_there_is() {
         Usage: hone [OPTIONS] <COMMAND>
 
         Commands:
-          run      Fine-tune a model and write the adapter; push it if asked
-          plan     Show everything `run` would do, each value with where it came from
-          model    Show what a model is understood as: facts, LoRA sites, memory, what is missing
-          push     Push an adapter's folder as an image
-          pull     Pull an adapter's image into a folder
-          example  Write a tiny model, a dataset and a configuration, and run the whole job on them, in
-                   seconds
-          bench    Measure how fast this machine trains a model or a well-known shape, beside what the
-                   machine can do
-          render   Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
-          tune     Print a Workspace that tunes a preset, for those who have none yet
-          help     Print this message or the help of the given subcommand(s)
+          run         Fine-tune a model and write the adapter; push it if asked
+          plan        Show everything `run` would do, each value with where it came from
+          model       Show what a model is understood as: facts, LoRA sites, memory, what is missing
+          push        Push an adapter's folder as an image
+          pull        Pull an adapter's image into a folder
+          example     Write a tiny model, a dataset and a configuration, and run the whole job on them, in
+                      seconds
+          bench       Measure how fast this machine trains a model or a well-known shape, beside what the
+                      machine can do
+          render      Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+          tune        Print a Workspace that tunes a preset, for those who have none yet
+          controller  Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
+          help        Print this message or the help of the given subcommand(s)
 
         Options:
               --log <LOG>
@@ -86,7 +87,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_CONFIG=]
 
               --model <DIR>
-                  Base model: a folder, hf://OWNER/NAME[@REVISION], oci://IMAGE or preset:NAME
+                  Base model: a folder, hf://OWNER/NAME, hf://OWNER/NAME@REVISION, oci://IMAGE or
+                  preset:NAME
 
                   [env: HONE_MODEL=]
 

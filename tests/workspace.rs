@@ -644,7 +644,7 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
 #[test]
 fn what_is_rendered_is_understood_as_it_was_written() {
     for file in examples() {
-        let Ok(applied) = files::apply(&[file.clone()], &Settings::default()) else { continue };
+        let Ok(applied) = files::apply(std::slice::from_ref(&file), &Settings::default()) else { continue };
         let text = yaml::write(&applied.objects);
         for (document, object) in yaml::read("f", &text).unwrap().iter().zip(&applied.objects) {
             assert_eq!(&document.value, object, "{}", file.display());
@@ -684,7 +684,7 @@ fn placeholders_are_refused_and_names_render() {
         let file = folder.path().join("workspace.yaml");
         let text = as_users_bring_them(name);
         std::fs::write(&file, &text).unwrap();
-        let fault = files::apply(&[file.clone()], &Settings::default()).unwrap_err();
+        let fault = files::apply(std::slice::from_ref(&file), &Settings::default()).unwrap_err();
         assert_eq!(fault.kind, Kind::Config);
         assert!(fault.message.contains("tuning.output.image"), "{fault}");
         let text = text.replace("ACR_REPO_HERE", "mine").replace("IMAGE_NAME_HERE", "adapter");
@@ -700,7 +700,7 @@ fn placeholders_are_refused_and_names_render() {
 #[test]
 fn jobs_are_what_hone_renders() {
     for file in examples() {
-        let Ok(applied) = files::apply(&[file.clone()], &Settings::default()) else {
+        let Ok(applied) = files::apply(std::slice::from_ref(&file), &Settings::default()) else {
             assert!(file.ends_with("serve-the-adapter.yaml"), "{}", file.display());
             continue;
         };

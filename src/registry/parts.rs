@@ -43,7 +43,7 @@ pub struct Part {
 /// Asks what a reference leads to.
 ///
 /// # Errors
-/// As [`super::pull`].
+/// As [`super::pull()`].
 pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
     let (digest, layers) = pull::resolve(&mut open(image, options, report)?, image)?;
     let part = |layer: Descriptor| {
@@ -57,7 +57,7 @@ pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
 /// Brings parts one after the other, each to a path that may hold a beginning of it. `arrived` takes a whole one.
 ///
 /// # Errors
-/// As [`super::pull`]; what came stays. Model: twice the bytes were not those of the digest.
+/// As [`super::pull()`]; what came stays. Model: twice the bytes were not those of the digest.
 pub fn download<'a>(
     image: &str,
     parts: impl Iterator<Item = (&'a Part, &'a Path)>,

@@ -117,10 +117,8 @@ fn structural(schema: &mut Value) {
     if fields.get("default").is_some_and(|default| *default != json!(1) && *default != json!("public")) {
         fields.remove("default");
     }
-    for child in ["properties"] {
-        let children = fields.get_mut(child).and_then(Value::as_object_mut);
-        children.into_iter().flatten().for_each(|(_, child)| structural(child));
-    }
+    let properties = fields.get_mut("properties").and_then(Value::as_object_mut);
+    properties.into_iter().flatten().for_each(|(_, child)| structural(child));
     for child in ["items", "additionalProperties"] {
         if let Some(child) = fields.get_mut(child) {
             structural(child);
