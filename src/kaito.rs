@@ -5,6 +5,7 @@
 //! its metrics itself.
 
 pub mod sidecars;
+pub mod watch;
 
 use std::ffi::OsString;
 use std::path::Path;

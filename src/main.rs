@@ -9,7 +9,7 @@ use std::sync::Arc;
 use hone::cli::{self, AboutModel, Command, Format, Log, ObjectFormat, RegistryArguments};
 use hone::fault::{Fault, Result};
 use hone::job::{self, Receipt};
-use hone::kaito::{self, sidecars, sidecars::Limits};
+use hone::kaito::{self, sidecars, sidecars::Limits, watch};
 use hone::metrics::{self, Latest};
 use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
@@ -37,14 +37,22 @@ fn main() -> ExitCode {
             say!("metrics are served by the job itself, on the same port");
             ExitCode::SUCCESS
         }
-        Some(Ok(kaito::Call::Train { arguments, warnings })) => start(arguments, Some(warnings)),
-        Some(Err(fault)) => {
-            let report = Report::new(report::choose(None, false));
-            report.fault(&fault);
-            release(&report);
-            ExitCode::from(fault.kind.exit_code())
+        Some(Ok(kaito::Call::Train { arguments, warnings })) if watch::is_job(&environment) => {
+            start(arguments, Some(warnings))
         }
+        Some(Ok(kaito::Call::Train { .. })) => {
+            let report = Report::new(report::choose(None, false));
+            watch::watch(limits(), &report).map_or_else(|fault| refuse(&fault, &report), ExitCode::from)
+        }
+        Some(Err(fault)) => refuse(&fault, &Report::new(report::choose(None, false))),
     }
+}
+
+/// In a pod of KAITO's, before the job began.
+fn refuse(fault: &Fault, report: &Report) -> ExitCode {
+    report.fault(fault);
+    release(report);
+    ExitCode::from(fault.kind.exit_code())
 }
 
 /// Runs a command line of hone; `pod` is there in a pod of KAITO's, with what somebody should know.

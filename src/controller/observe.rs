@@ -84,11 +84,14 @@ pub fn observe(job: Option<&Job>, pods: &[Pod]) -> Seen {
         let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
         conditions.into_iter().find(|condition| condition.type_ == name && condition.status == "True")
     };
-    let active = status.map_or(0, |status| counted(status.active) + counted(status.ready));
+    // Between a pod that failed and the next one none is active, and before the end the last one goes.
+    let begun =
+        status.map_or(0, |status| counted(status.active) + counted(status.ready) + counted(status.failed));
+    let ending = ["FailureTarget", "SuccessCriteriaMet"].into_iter().any(|name| condition(name).is_some());
     let stage = match () {
         () if condition("Complete").is_some() => Stage::Succeeded,
         () if condition("Failed").is_some() => Stage::Failed,
-        () if active > 0 => Stage::Running,
+        () if begun > 0 || ending => Stage::Running,
         () => Stage::Pending,
     };
     let suspended = || {
@@ -212,7 +215,12 @@ mod tests {
             Stage::Succeeded
         );
         assert_eq!(stage(json!({"failed": 7, "conditions": condition("Failed")})), Stage::Failed);
-        assert_eq!(stage(json!({"conditions": condition("FailureTarget")})), Stage::Pending);
+        assert_eq!(stage(json!({"failed": 1})), Stage::Running, "between two tries");
+        assert_eq!(
+            stage(json!({"conditions": condition("FailureTarget")})),
+            Stage::Running,
+            "its pod still goes"
+        );
         let seen = observe(Some(&job(json!({"conditions": condition("Suspended")}))), &[]);
         assert_eq!((seen.stage, seen.waiting.is_some()), (Stage::Pending, true));
     }

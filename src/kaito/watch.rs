@@ -1,0 +1,97 @@
+//! The job as a child of this process -> its exit code; and the end of KAITO's containers where it was killed outright.
+//!
+//! What ends a process without a word (the kernel for its memory, an abort in a driver) gives it no time to end the
+//! containers that wait for it. Whoever started it has that time.
+
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+use super::sidecars::{self, Limits};
+use crate::fault::{Fault, Kind, Result};
+use crate::interrupt;
+use crate::report::{Report, Stage, termination};
+
+/// Set in the child.
+const CHILD: &str = "HONE_KAITO_JOB";
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Whether this process is the job itself.
+pub fn is_job(environment: &dyn Fn(&str) -> Option<String>) -> bool {
+    environment(CHILD).is_some()
+}
+
+/// Runs this very command line again as the job, passes signals on, and gives its exit code: its own, or 128 and the number of the
+/// signal that killed it.
+///
+/// # Errors
+/// Internal: it cannot be started.
+pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
+    interrupt::listen()?;
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(name)
+        .args(arguments)
+        .env(CHILD, "1")
+        .spawn()
+        .map_err(|error| Fault::internal(format!("cannot start the job: {error}")))?;
+    let status = wait(&mut child)?;
+    if let Some(code) = status.code() {
+        return Ok(code as u8);
+    }
+    let signal = status.signal().unwrap_or(0);
+    let fault = killed(signal);
+    report.warn(Stage::Train, fault.message.clone());
+    if let Some(path) = termination::path() {
+        termination::write(
+            &path,
+            &termination::Outcome { fault: Some(fault), ..termination::Outcome::default() },
+        );
+    }
+    sidecars::end(limits, report);
+    Ok(128 + signal as u8)
+}
+
+/// A signal to this process is one to the job, which writes its checkpoint and ends.
+fn wait(child: &mut Child) -> Result<ExitStatus> {
+    let mut told = false;
+    loop {
+        let status =
+            child.try_wait().map_err(|error| Fault::internal(format!("cannot wait for the job: {error}")))?;
+        if let Some(status) = status {
+            return Ok(status);
+        }
+        if interrupt::requested() && !told {
+            told = true;
+            // SAFETY: takes two numbers; the child has not been waited for, so the number is still its own.
+            unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+fn killed(signal: i32) -> Fault {
+    match signal {
+        libc::SIGKILL => {
+            Fault::new(Kind::Capacity, "the job was killed (signal 9), most likely for its memory")
+                .help("give the pod more memory, or lower TrainingArguments.max_length")
+        }
+        _ => Fault::new(Kind::Device, format!("the job was killed by signal {signal}"))
+            .help("the end of its log may say why; on the same node twice, look at nvidia-smi"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_childs_end_is_told() {
+        let ended =
+            |command: &str| wait(&mut Command::new("sh").args(["-c", command]).spawn().unwrap()).unwrap();
+        assert_eq!(ended("exit 11").code(), Some(11));
+        assert_eq!(ended("kill -9 $$").signal(), Some(9));
+        assert_eq!((killed(9).kind, killed(6).kind), (Kind::Capacity, Kind::Device));
+    }
+}
