@@ -126,8 +126,9 @@ fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
 
 fn ended(state: &ContainerStateTerminated) -> Ended {
     let text = state.message.as_deref().unwrap_or_default();
-    // With FallbackToLogsOnError the message may be the end of the log.
-    let said = text.lines().rev().find_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
+    // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
+    let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
+    let said = said.into_iter().find(|said| !said.kind.is_empty());
     Ended {
         exit_code: state.exit_code,
         reason: state.reason.clone().unwrap_or_default(),
@@ -236,7 +237,8 @@ mod tests {
         let logs = format!("{{\"event\":\"note\"}}\nsome words\n{line}");
         assert_eq!(observe(None, &[ended("01", 11, &logs)]).ended.unwrap().said.kind, "data");
         assert_eq!(observe(None, &[ended("01", 20, "")]).ended.unwrap().told(), "exit code 20 (network)");
-        assert!(observe(None, &[ended("01", 137, "")]).ended.unwrap().told().contains("memory"));
+        let log = "{\"level\":\"INFO\",\"message\":\"step\",\"step\":9,\"loss\":1.0}";
+        assert!(observe(None, &[ended("01", 137, log)]).ended.unwrap().told().contains("memory"));
     }
 
     #[test]

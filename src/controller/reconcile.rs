@@ -218,8 +218,9 @@ impl<'a> Reconciler<'a> {
         };
         let stuck = refused.is_some() && job.is_none();
         let report = Report { seen, progress, nodes, refused, stuck };
-        self.annotate(status::annotations(&report, revision)).await?;
+        // The state first: with it, the annotation of a revision says that this revision is done.
         self.write(&report).await?;
+        self.annotate(status::annotations(&report, revision)).await?;
         Ok(match status::stage(&report) {
             Stage::Running => Action::requeue(RUNNING),
             _ => Action::requeue(RESTING),

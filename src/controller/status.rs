@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::observe::{Seen, Stage};
+use super::observe::{Ended, Seen, Stage};
 use super::progress::Progress;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
@@ -30,8 +30,8 @@ pub struct Report {
 /// Where it is to run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Nodes {
-    /// Names of the nodes that can be taken.
-    pub ready: Vec<String>,
+    /// How many can be taken; `None`: this controller may not look.
+    pub ready: Option<usize>,
     /// Of a node that was asked for: whether it is there, and what its provider says.
     pub claim: Option<(bool, String)>,
 }
@@ -133,11 +133,15 @@ pub fn message(report: &Report) -> String {
                 add(format!("; {step} steps, loss {loss:.4}"));
             }
         }
-        Stage::Failed => match (ended, &seen.given_up) {
-            (Some(ended), _) => add(format!(": {}", ended.told())),
-            (None, Some(why)) => add(format!(": {why}")),
-            (None, None) => {}
-        },
+        Stage::Failed => {
+            // The failure policy only repeats the exit code.
+            let given_up =
+                seen.given_up.clone().filter(|why| ended.is_none() || !why.starts_with("PodFailurePolicy"));
+            let parts: Vec<String> = ended.map(Ended::told).into_iter().chain(given_up).collect();
+            if !parts.is_empty() {
+                add(format!(": {}", parts.join("; ")));
+            }
+        }
     }
     match &report.refused {
         Some(why) if report.stuck => add(format!(": {why}")),
@@ -153,10 +157,11 @@ fn nodes(conditions: &mut Conditions, report: &Report) {
         let reason = if *there { "NodeClaimReady" } else { "NodeClaimNotReady" };
         conditions.set("NodeClaimReady", *there, reason, told.clone());
     }
-    let (there, told) = match (&report.seen.node, ready.len()) {
+    let (there, told) = match (&report.seen.node, ready) {
         (Some(node), _) => (true, format!("runs on {node}")),
-        (None, 0) => (false, "no ready node has the labels of resource.labelSelector".into()),
-        (None, count) => (true, format!("{count} nodes have the labels")),
+        (None, None) => return,
+        (None, Some(0)) => (false, "no ready node has the labels of resource.labelSelector".into()),
+        (None, Some(count)) => (true, format!("{count} nodes have the labels")),
     };
     let reason = if there { "NodesReady" } else { "NodesNotReady" };
     conditions.set("NodesReady", there, reason, told.clone());
@@ -193,7 +198,7 @@ impl Conditions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::observe::{Ended, Said};
+    use super::super::observe::Said;
     use super::*;
 
     fn seen(stage: Stage) -> Seen {
@@ -264,8 +269,15 @@ mod tests {
         let text = message(&retried);
         assert!(text.contains("step 3, loss 2.5000, 1m30s left"), "{text}");
         assert!(text.ends_with("tried again after 2 failed: exit code 20 (network): no answer"), "{text}");
-        let failed = report(Seen { ended: Some(ended), ..seen(Stage::Failed) });
-        assert_eq!(message(&failed), "workspace failed: exit code 20 (network): no answer");
+        let given_up = |why: &str| {
+            report(Seen { ended: Some(ended.clone()), given_up: Some(why.into()), ..seen(Stage::Failed) })
+        };
+        assert_eq!(
+            message(&given_up("PodFailurePolicy: x")),
+            "workspace failed: exit code 20 (network): no answer"
+        );
+        let late = message(&given_up("DeadlineExceeded: too long"));
+        assert_eq!(late, "workspace failed: exit code 20 (network): no answer; DeadlineExceeded: too long");
         let said = Said {
             image: Some("h/a:1".into()),
             digest: Some("sha256:ab".into()),
