@@ -123,6 +123,15 @@ fn annotation(workspace: &Value, name: &str) -> Option<String> {
     workspace["metadata"]["annotations"][format!("hone.sh/{name}")].as_str().map(str::to_owned)
 }
 
+/// Waits for a message in a state; a look between two changes may show one without the other.
+fn wait_message_in(server: &ApiServer, name: &str, state: &str, part: &str) {
+    server.wait(&format!("{name} {state}: {part}"), |server| {
+        let workspace = server.get("workspaces", NAMESPACE, name)?;
+        let told = condition(&workspace, "WorkspaceSucceeded").contains(part);
+        (told && workspace["status"]["state"] == state).then_some(())
+    });
+}
+
 fn wait_message(server: &ApiServer, name: &str, part: &str) -> Value {
     server.wait(&format!("{name}: {part}"), |server| {
         server
@@ -186,8 +195,8 @@ fn a_workspace_becomes_a_job_and_its_end_the_status() {
 
     job_status(&server, "w", json!({"active": 1}));
     pod(&server, "w", "a", json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}));
-    let waiting = wait_message(&server, "w", "waiting: ImagePullBackOff: no such image");
-    assert_eq!(waiting["status"]["state"], "Running", "as KAITO has it from the first pod on");
+    // Running from the first pod on, as KAITO has it.
+    wait_message_in(&server, "w", "Running", "waiting: ImagePullBackOff: no such image");
 
     server.set_log(
         NAMESPACE,
@@ -196,8 +205,11 @@ fn a_workspace_becomes_a_job_and_its_end_the_status() {
     );
     pod(&server, "w", "a", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}));
     let running = wait_message(&server, "w", "step 20 of 90, loss 1.5000, 1m15s left");
-    assert_eq!(annotation(&running, "step").as_deref(), Some("20 of 90"));
     assert_eq!(running["status"]["workerNodes"], json!(["node-1"]));
+    server.wait("the step", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "w")?;
+        (annotation(&workspace, "step").as_deref() == Some("20 of 90")).then_some(())
+    });
     assert!(condition(&running, "JobStarted").starts_with("True WorkspaceTuningJobStatusStarted"));
 
     let said = json!({"code": 0, "kind": "ok", "step": 90, "loss": 0.75, "image": "h/adapter:1", "digest": "sha256:abc"});
@@ -231,12 +243,8 @@ fn a_failure_is_told_and_a_retry_that_succeeds_is_none() {
     let network = json!({"code": 20, "kind": "network", "message": "registry.example.com does not answer"});
     pod(&server, "w", "a", ended(20, &network, 1));
     job_status(&server, "w", json!({"active": 1, "failed": 1}));
-    let retried = wait_message(
-        &server,
-        "w",
-        "tried again after 1 failed: exit code 20 (network): registry.example.com does not answer",
-    );
-    assert_eq!(retried["status"]["state"], "Running");
+    let told = "tried again after 1 failed: exit code 20 (network): registry.example.com does not answer";
+    wait_message_in(&server, "w", "Running", told);
     pod(&server, "w", "b", ended(0, &json!({"code": 0, "kind": "ok"}), 2));
     job_status(
         &server,

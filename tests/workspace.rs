@@ -568,6 +568,28 @@ fn annotations_shape_the_job() {
 }
 
 #[test]
+fn weights_are_where_they_are_said_to_be() {
+    let model = |preset: Value, address: Option<&str>| {
+        let job = job(&workspace(|value| {
+            value["tuning"]["preset"] = preset;
+            if let Some(address) = address {
+                value["metadata"]["annotations"] = json!({"hone.sh/model": address});
+            }
+        }));
+        arguments(&job).lines().find(|line| line.starts_with("--model=")).unwrap()[8..].to_owned()
+    };
+    let named = |name: &str| json!({"name": name});
+    assert_eq!(model(named("phi-4"), None), "oci://mcr.microsoft.com/aks/kaito/kaito-phi-4:0.2.0");
+    let falcon = "hf://tiiuae/falcon-7b@ec89142b67d748a1865ea4451372db8313ada0d8";
+    assert_eq!(model(named("falcon-7b"), None), falcon);
+    let own = json!({"name": "phi-4", "presetOptions": {"image": "registry.example.com/phi-4:1"}});
+    assert_eq!(model(own, None), "oci://registry.example.com/phi-4:1");
+    for address in ["/mnt/cache/phi", "hf://me/mine@main", "oci://h/m:1", "preset:phi-4"] {
+        assert_eq!(model(named("my-own"), Some(address)), address);
+    }
+}
+
+#[test]
 fn what_no_retry_helps_ends_the_job() {
     let job = job(&workspace(|_| {}));
     let rules = &job["spec"]["podFailurePolicy"]["rules"];

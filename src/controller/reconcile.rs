@@ -166,7 +166,7 @@ impl<'a> Reconciler<'a> {
                 Ok(Action::requeue(SOON))
             }
             Some(job) => self.tell(Some(&job), revision, None).await,
-            None if self.was_done(revision) => Ok(Action::requeue(RESTING)),
+            None if self.was_done(revision).await? => Ok(Action::requeue(RESTING)),
             None => {
                 self.make(rendered, revision).await?;
                 self.tell(None, revision, None).await
@@ -174,12 +174,16 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    /// A Job that ended may be gone by its time to live; it is not done again.
-    fn was_done(&self, revision: i64) -> bool {
-        let state = self.workspace.status.as_ref().and_then(|status| status.state.as_deref());
+    /// A Job that ended may be gone by its time to live; it is not done again. The server is asked, since what a watch brought
+    /// may be older than the Job's end. A Workspace that is gone wants nothing.
+    async fn was_done(&self, revision: i64) -> kube::Result<bool> {
+        let Some(workspace) = self.api::<Workspace>().get_opt(self.workspace.name()).await? else {
+            return Ok(true);
+        };
+        let state = workspace.status.as_ref().and_then(|status| status.state.as_deref());
         let over = state
             .is_some_and(|state| Stage::ALL.iter().any(|stage| stage.is_over() && stage.name() == state));
-        over && self.workspace.annotation(&format!("{PREFIX}revision")) == Some(&revision.to_string())
+        Ok(over && workspace.annotation(&format!("{PREFIX}revision")) == Some(&revision.to_string()))
     }
 
     async fn make(&self, rendered: Rendered, revision: i64) -> kube::Result<()> {

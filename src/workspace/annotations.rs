@@ -41,7 +41,7 @@ pub const TABLE: [Annotation; 31] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
-    input("model", "hf://, oci:// or a path", "The base model's weights, in place of the preset's own place: a mirror, a fork, a folder in the image."),
+    input("model", "hf://, oci:// or an absolute path", "The base model's weights, in place of the preset's own place: a mirror, a fork, a folder of the image or below /mnt/cache (`cache-claim`)."),
     input("gpus", "a whole number", "GPUs of the pod, in place of the instance type's; 0 trains on the CPU."),
     input("cpu", "a quantity", "CPU request."),
     input("memory", "a quantity", "Memory request, in place of the plan's."),
@@ -110,7 +110,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         image_pull_policy: reader
             .with("image-pull-policy", |text| word(text, &["Always", "IfNotPresent", "Never"])),
         image_pull_secrets: reader.with("image-pull-secrets", names).unwrap_or_default(),
-        model: reader.text("model"),
+        model: reader.with("model", address),
         gpus: reader.with("gpus", |text| text.parse().ok().filter(|gpus| *gpus <= GPUS_MAX)),
         cpu: reader.with("cpu", quantity),
         memory: reader.with("memory", quantity),
@@ -224,6 +224,11 @@ pub(super) fn object_name(text: &str) -> Option<String> {
     (text.len() <= 253 && text.split('.').all(label)).then(|| text.to_owned())
 }
 
+fn address(text: &str) -> Option<String> {
+    let known = ["hf://", "oci://", "preset:", "/"];
+    known.iter().any(|start| text.starts_with(start)).then(|| text.to_owned())
+}
+
 fn names(text: &str) -> Option<Vec<String>> {
     text.split(',').map(|name| object_name(name.trim())).collect()
 }
@@ -332,11 +337,13 @@ mod tests {
             ("env", "1A=x"),
             ("memory", "20 GB"),
             ("spot", "yes"),
+            ("model", "models/phi"),
         ]))
         .unwrap_err();
         expect![[r#"
-            7 mistakes in the configuration
+            8 mistakes in the configuration
               metadata.annotations: hone.sh/gpu is not known; did you mean hone.sh/gpus?
+              metadata.annotations[hone.sh/model]: expected hf://, oci:// or an absolute path, found "models/phi"
               metadata.annotations[hone.sh/gpus]: expected a whole number, found "-1"
               metadata.annotations[hone.sh/memory]: expected a quantity, found "20 GB"
               metadata.annotations[hone.sh/cache-claim]: expected a PersistentVolumeClaim, found "My_Claim"

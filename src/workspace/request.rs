@@ -17,6 +17,9 @@ pub(super) const CA_FOLDER: &str = "/mnt/ca";
 /// Folders that the output cannot be.
 const TAKEN: [&str; 5] = [CONFIG_FOLDER, DATA_FOLDER, CACHE_FOLDER, DOCKER_FOLDER, CA_FOLDER];
 
+/// In place of a folder that only the pod has.
+const ELSEWHERE: &str = "oci://pod.invalid/model:folder";
+
 /// What the container is asked.
 pub(super) struct Run {
     pub arguments: Vec<String>,
@@ -93,6 +96,10 @@ impl Given<'_> {
         let mut settings = Vec::new();
         for (key, value) in self.flags() {
             match key {
+                // A folder of the pod is not here; anything that could be fetched stands for it.
+                "model" if value.starts_with('/') => {
+                    settings.push(flag(key, Written::Text(ELSEWHERE.into())))
+                }
                 "data" => data.push(value),
                 _ => settings.push(flag(key, Written::Text(value))),
             }
