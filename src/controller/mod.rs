@@ -298,7 +298,3 @@ fn unreachable(error: kube::Error) -> Fault {
         _ => Fault::network(format!("the API server cannot be reached: {error}")),
     }
 }
-
-fn source_digest(text: &str) -> String {
-    source::digest(text.as_bytes())
-}

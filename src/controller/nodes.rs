@@ -8,8 +8,9 @@ use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
+use super::FIELD_MANAGER;
 use super::status::Nodes;
-use super::{FIELD_MANAGER, source_digest};
+use crate::source;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::{Cloud, MANAGED_BY, MANAGER, WORKSPACE_LABEL, Workspace};
 use k8s_openapi::api::core::v1::Node;
@@ -108,7 +109,7 @@ pub fn name(workspace: &Workspace, provider: Provider) -> String {
     let uid = workspace.metadata.uid.as_deref().unwrap_or_default();
     match provider {
         Provider::NodePools => format!("{namespace}-{name}"),
-        _ => format!("ws{}", &source_digest(&format!("{namespace}/{name}/{uid}"))[..9]),
+        _ => format!("ws{}", &source::digest(format!("{namespace}/{name}/{uid}").as_bytes())[..9]),
     }
 }
 
