@@ -78,7 +78,7 @@ fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     }
     if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {
         warnings.push(format!(
-            "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: training would end with exit code 14. Take \
+            "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: training would end with exit code 10. Take \
              an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4",
             card.name
         ));
