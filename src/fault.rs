@@ -154,6 +154,14 @@ impl Fault {
         self
     }
 
+    /// Message and help in one line, for a fault that is told among others.
+    pub fn in_a_line(self) -> String {
+        match self.help {
+            Some(help) => format!("{}; {help}", self.message),
+            None => self.message,
+        }
+    }
+
     pub fn usage(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Usage, message)
     }

@@ -14,7 +14,7 @@ use hone::metrics::{self, Latest};
 use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
-use hone::report::{self, Event, Report, Sink, Stage, StepMetrics, termination};
+use hone::report::{self, Report, Stage, termination};
 use hone::serve::Server;
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
@@ -74,10 +74,9 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         Log::Terminal => Some(true),
         Log::Json => Some(false),
     };
-    let progress = Arc::new(Last::new(report::choose(bars, invocation.quiet)));
-    let latest = Arc::new(Latest::new(progress.clone()));
+    let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
     let report = Report::new(latest.clone());
-    let _server = invocation.metrics.and_then(|address| serve(address, latest, &report));
+    let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
     let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
     for warning in pod.iter().flatten().chain(&mistaken) {
         report.warn(Stage::Plan, warning.as_str());
@@ -89,7 +88,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     let ended = if pod.is_some() { leave(ended, &report) } else { ended };
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
-        Err(fault) => (progress.outcome(&fault), Some(fault)),
+        Err(fault) => (failed(&fault, &latest), Some(fault)),
     };
     if matches!(invocation.command, Command::Run(_) | Command::Example { .. })
         && let Some(path) = termination::path()
@@ -385,36 +384,13 @@ fn outcome(receipt: Receipt) -> termination::Outcome {
     }
 }
 
-/// Passes everything on and remembers the last step, for the termination message of a failed run.
-struct Last {
-    sink: Arc<dyn Sink>,
-    step: std::sync::Mutex<Option<StepMetrics>>,
-}
-
-impl Last {
-    fn new(sink: Arc<dyn Sink>) -> Last {
-        Last { sink, step: std::sync::Mutex::new(None) }
-    }
-
-    fn outcome(&self, fault: &Fault) -> termination::Outcome {
-        let step = self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-        termination::Outcome {
-            fault: Some(fault.clone()),
-            step: step.as_ref().map(|step| step.step),
-            loss: step.map(|step| step.loss),
-            ..termination::Outcome::default()
-        }
-    }
-}
-
-impl Sink for Last {
-    fn event(&self, event: &Event) {
-        if let Event::Step(metrics) = event {
-            *self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(metrics.clone());
-        }
-        self.sink.event(event);
-    }
-    fn progress(&self, progress: &report::Progress) {
-        self.sink.progress(progress);
+/// Of a run that failed, with the last step it told.
+fn failed(fault: &Fault, latest: &Latest) -> termination::Outcome {
+    let step = latest.state().step;
+    termination::Outcome {
+        fault: Some(fault.clone()),
+        step: step.as_ref().map(|step| step.step),
+        loss: step.map(|step| step.loss),
+        ..termination::Outcome::default()
     }
 }

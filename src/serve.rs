@@ -37,6 +37,9 @@ pub struct Reply {
     pub body: String,
 }
 
+/// The type of Prometheus' text.
+pub const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 impl Reply {
     pub fn text(body: impl Into<String>) -> Reply {
         Reply { status: 200, content_type: "text/plain; charset=utf-8", body: body.into() }

@@ -49,7 +49,6 @@ const KAITO_WEBHOOK: &str = "validation.workspace.kaito.sh";
 const KAITO_INTERVAL: Duration = Duration::from_secs(60);
 /// Workspaces that are looked at at the same time.
 const CONCURRENCY: u16 = 8;
-const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// After an error, and how often that doubles.
 const RETRY: Duration = Duration::from_secs(2);
 const RETRIES_DOUBLED: u32 = 7;
@@ -284,7 +283,7 @@ fn endpoint(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Answe
         "/healthz" => Reply::text("ok\n"),
         "/readyz" if *ready.borrow() => Reply::text("ok\n"),
         "/readyz" => Reply { status: 503, ..Reply::text("the API server has not answered yet\n") },
-        "/metrics" => Reply { content_type: PROMETHEUS, ..Reply::text(metrics.text()) },
+        "/metrics" => Reply { content_type: serve::PROMETHEUS, ..Reply::text(metrics.text()) },
         _ => Reply::not_found(),
     })
 }

@@ -17,7 +17,6 @@ use crate::source::{self, Source};
 /// Beginnings of files, and archives until all of them are unpacked.
 const PART_PREFIX: &str = ".hone-part-";
 const UNPACKED: &str = ".hone-unpacked";
-const STAGE_PREFIX: &str = ".hone-pull-";
 /// LIMIT: a model lies a few levels down.
 const DEPTH_MAX: usize = 16;
 
@@ -101,7 +100,9 @@ pub fn data(image: &str, access: Access, report: &Report) -> Result<Source> {
 /// What a killed pull left; failing to remove it costs space only.
 fn remove_stages(home: &Path) {
     let entries = fs::read_dir(home).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(STAGE_PREFIX)) {
+    for entry in
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(registry::STAGE_PREFIX))
+    {
         let _ = fs::remove_dir_all(entry.path());
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{State, machine::Sample};
-use crate::serve::Reply;
+use crate::serve::{PROMETHEUS, Reply};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -25,7 +25,7 @@ pub fn reply(format: Format, state: &State, sample: &Sample) -> Reply {
     page.state(state);
     page.gpus(sample);
     let content_type = match format {
-        Format::Text => "text/plain; version=0.0.4; charset=utf-8",
+        Format::Text => PROMETHEUS,
         Format::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
     };
     if format == Format::OpenMetrics {

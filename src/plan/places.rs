@@ -2,7 +2,6 @@
 
 use super::reader::Reader;
 use crate::device::Choice;
-use crate::fault::Fault;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -36,7 +35,7 @@ pub(super) fn model(reader: &mut Reader, cache: &Path, kaito: bool) -> (fetch::M
     let (folder, model) = match found {
         Ok(found) => found,
         Err(fault) => {
-            reader.wrong(&origin, format!("model: {}", in_a_line(fault)));
+            reader.wrong(&origin, format!("model: {}", fault.in_a_line()));
             return nothing();
         }
     };
@@ -92,7 +91,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<fetch::Data> {
     for text in texts {
         match fetch::Data::parse(&text) {
             Ok(source) => sources.push(source),
-            Err(fault) => reader.wrong(&origin, in_a_line(fault)),
+            Err(fault) => reader.wrong(&origin, fault.in_a_line()),
         }
     }
     sources
@@ -171,17 +170,9 @@ pub(super) fn push(reader: &mut Reader) -> Option<registry::Target> {
         Ok(target) => Some(target),
         Err(fault) => {
             let origin = reader.origin(Section::Hone, "push");
-            reader.wrong(&origin, in_a_line(fault));
+            reader.wrong(&origin, fault.in_a_line());
             None
         }
-    }
-}
-
-/// All mistakes of a configuration share one fault, so each says itself what to do.
-fn in_a_line(fault: Fault) -> String {
-    match fault.help {
-        Some(help) => format!("{}; {help}", fault.message),
-        None => fault.message,
     }
 }
 

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use image::{Blob, Image, ImageFacts};
 pub use parts::{Part, Parts, download, list, pinned, unpack};
+pub use pull::STAGE_PREFIX;
 
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};

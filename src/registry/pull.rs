@@ -14,7 +14,8 @@ use crate::report::{Report, Stage};
 const INDEX_DEPTH_MAX: usize = 2;
 /// LIMIT: compressed, of one layer.
 const LAYER_BYTES_MAX: u64 = 16 << 30;
-const STAGE_PREFIX: &str = ".hone-pull-";
+/// Of folders where an image is put together; what a killed pull left has it too.
+pub const STAGE_PREFIX: &str = ".hone-pull-";
 
 /// Where an image's parts are read from. Everything returned has its digest verified.
 pub(super) trait Store {

@@ -4,6 +4,7 @@ use super::annotations::Options;
 use super::kind::Workspace;
 use super::templates::{CONFIG_FILE, config_name};
 use crate::fault::{Fault, Result};
+use crate::fetch;
 use crate::model::presets::{self, Preset, Targets};
 use crate::plan::{self, Plan};
 use crate::spec::{self, Origin, Setting, Written};
@@ -37,11 +38,13 @@ pub(super) fn run(workspace: &Workspace, options: &Options, config: &str, on_gpu
         Some(_) => presets::find(name).ok(),
         None => Some(presets::find(name).map_err(|fault| fault.at("tuning.preset.name"))?),
     };
-    let given = Given { workspace, options, preset, name };
+    let given = Given { workspace, options, name };
+    let flags = given.flags()?;
     let name = format!("ConfigMap {}", config_name(workspace));
     let environment =
         |variable: &str| target_modules(preset).filter(|_| variable == "DEFAULT_TARGET_MODULES");
-    let plan = plan::make(&spec::gather_mounted(&name, config, &given.settings(on_gpu), &environment)?)?;
+    let plan =
+        plan::make(&spec::gather_mounted(&name, config, &given.settings(&flags, on_gpu), &environment)?)?;
     if let Some(taken) = TAKEN.iter().find(|taken| plan.output.starts_with(taken)) {
         return Err(Fault::config(format!(
             "TrainingArguments.output_dir: {} lies in {taken}, which holds something else",
@@ -49,21 +52,20 @@ pub(super) fn run(workspace: &Workspace, options: &Options, config: &str, on_gpu
         ))
         .help("leave output_dir out, or name another folder below /mnt"));
     }
-    Ok(Run { arguments: given.arguments(), plan, preset })
+    Ok(Run { arguments: given.arguments(&flags), plan, preset })
 }
 
 struct Given<'a> {
     workspace: &'a Workspace,
     options: &'a Options,
-    preset: Option<&'static Preset>,
     name: &'a str,
 }
 
 impl Given<'_> {
     /// Flags and values, in the order of a command line. What a volume brings is found where KAITO mounts it.
-    fn flags(&self) -> Vec<(&'static str, String)> {
+    fn flags(&self) -> Result<Vec<(&'static str, String)>> {
         let tuning = self.workspace.tuning.as_ref().expect("looked at above");
-        let mut flags = vec![("model", self.model()), ("name", self.name.to_owned())];
+        let mut flags = vec![("model", self.model()?), ("name", self.name.to_owned())];
         if let Some(input) = &tuning.input {
             flags.extend(input.urls.iter().map(|url| ("data", url.clone())));
             flags.extend(
@@ -75,18 +77,18 @@ impl Given<'_> {
         if let Some(output) = tuning.output.as_ref().filter(|output| !output.image.is_empty()) {
             flags.push(("push", output.image.clone()));
         }
-        flags
+        Ok(flags)
     }
 
-    fn arguments(&self) -> Vec<String> {
+    fn arguments(&self, flags: &[(&str, String)]) -> Vec<String> {
         let mut arguments = vec!["run".into(), format!("--config={CONFIG_FOLDER}/{CONFIG_FILE}")];
-        arguments.extend(self.flags().into_iter().map(|(flag, value)| format!("--{flag}={value}")));
+        arguments.extend(flags.iter().map(|(flag, value)| format!("--{flag}={value}")));
         arguments.extend(self.options.config_overrides.iter().map(|text| format!("--set={text}")));
         arguments
     }
 
     /// As the pod's command line and environment give them.
-    fn settings(&self, on_gpu: bool) -> Vec<Setting> {
+    fn settings(&self, flags: &[(&str, String)], on_gpu: bool) -> Vec<Setting> {
         let flag = |key: &str, written| Setting {
             key: key.into(),
             written,
@@ -94,7 +96,7 @@ impl Given<'_> {
         };
         let mut data = Vec::new();
         let mut settings = Vec::new();
-        for (key, value) in self.flags() {
+        for (key, value) in flags.iter().map(|(key, value)| (*key, value.clone())) {
             match key {
                 // A folder of the pod is not here; anything that could be fetched stands for it.
                 "model" if value.starts_with('/') => {
@@ -118,17 +120,16 @@ impl Given<'_> {
     }
 
     /// Where the weights are: as asked, an image of the user's, KAITO's artifact, the hub.
-    fn model(&self) -> String {
+    fn model(&self) -> Result<String> {
         let tuning = self.workspace.tuning.as_ref().expect("looked at above");
         let options = tuning.preset.as_ref().and_then(|preset| preset.preset_options.as_ref());
         let image = options.map(|options| options.image.as_str()).filter(|image| !image.is_empty());
-        match (&self.options.model, image, self.preset) {
-            (Some(address), ..) => address.clone(),
-            (_, Some(image), _) => format!("oci://{image}"),
-            (.., Some(Preset { artifact: Some(artifact), .. })) => format!("oci://{artifact}"),
-            (.., Some(Preset { hub, revision: Some(revision), .. })) => format!("hf://{hub}@{revision}"),
-            (.., preset) => format!("hf://{}", preset.map_or(self.name, |preset| &preset.hub)),
-        }
+        Ok(match (&self.options.model, image) {
+            (Some(address), _) => address.clone(),
+            (None, Some(image)) => format!("oci://{image}"),
+            // Written out, so that the Job says by itself what it fetches.
+            _ => fetch::Model::parse(&format!("preset:{}", self.name))?.to_string(),
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use super::annotations::object_name;
 use super::kind::{Destination, Preset, Resource, Source, Tuning, Workspace};
 use super::pod;
 use super::templates::Method;
-use crate::fault::{Fault, Result};
+use crate::fault::Result;
 use crate::model::presets;
 use crate::registry::Target;
 use crate::spec::{Mistakes, Origin};
@@ -135,7 +135,7 @@ impl Rules {
                 }
             }
             Err(_) if own_model => {}
-            Err(fault) => self.wrong(FIELD, in_a_line(fault)),
+            Err(fault) => self.wrong(FIELD, fault.in_a_line()),
         }
         if let Some(options) = &preset.preset_options {
             if !options.image.is_empty() {
@@ -190,7 +190,7 @@ impl Rules {
 
     fn volume(&mut self, field: &str, source: &Option<serde_json::Value>) {
         if let Some(Err(fault)) = source.as_ref().map(|source| pod::from_source("volume", source, field)) {
-            self.0.add(&Origin::Default, in_a_line(fault));
+            self.0.add(&Origin::Default, fault.in_a_line());
         }
     }
 
@@ -208,7 +208,7 @@ impl Rules {
         match Target::parse(image) {
             Err(fault) => {
                 let told = match placeholder(image) {
-                    "" => in_a_line(fault),
+                    "" => fault.in_a_line(),
                     hint => fault.message + hint,
                 };
                 self.wrong(field, told);
@@ -286,13 +286,6 @@ fn placeholder(text: &str) -> &'static str {
     match text.split(['/', '.', ':']).any(word) {
         true => "; this looks like a placeholder: put your own name there",
         false => "",
-    }
-}
-
-fn in_a_line(fault: Fault) -> String {
-    match fault.help {
-        Some(help) => format!("{}; {help}", fault.message),
-        None => fault.message,
     }
 }
 
