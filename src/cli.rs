@@ -1,11 +1,15 @@
 //! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
 //! those are in the table of keys.
 
+pub mod reference;
+
 use crate::bench;
 use crate::controller;
 use crate::device::Choice;
 use crate::facts::{Keep, Precision};
+use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::spec::keys;
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
@@ -27,15 +31,50 @@ pub struct Invocation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Run(Request),
-    Model { about: AboutModel, format: Format },
-    Plan { request: Request, format: Format, gpu: Option<String> },
-    Push { folder: PathBuf, image: String, registry: RegistryArguments },
-    Pull { image: String, folder: PathBuf, registry: RegistryArguments },
-    Example { folder: PathBuf, write_only: bool },
-    Bench { options: bench::Options, json: Option<PathBuf> },
-    Render { files: Vec<PathBuf>, settings: Settings, format: ObjectFormat },
+    Model {
+        about: AboutModel,
+        format: Format,
+    },
+    Plan {
+        request: Request,
+        format: Format,
+        gpu: Option<String>,
+    },
+    Push {
+        folder: PathBuf,
+        image: String,
+        registry: RegistryArguments,
+    },
+    Pull {
+        image: String,
+        folder: PathBuf,
+        registry: RegistryArguments,
+    },
+    Example {
+        folder: PathBuf,
+        write_only: bool,
+    },
+    Bench {
+        options: bench::Options,
+        json: Option<PathBuf>,
+    },
+    Render {
+        files: Vec<PathBuf>,
+        settings: Settings,
+        format: ObjectFormat,
+    },
     Tune(tune::Options),
     Controller(controller::Options),
+    /// Print the keys whose name or description holds the word.
+    Keys {
+        word: String,
+    },
+    Completions {
+        shell: clap_complete::Shell,
+    },
+    Man {
+        folder: PathBuf,
+    },
 }
 
 /// How events are shown.
@@ -90,8 +129,22 @@ pub fn parse(
         }
         Subcommands::Controller(arguments) => Command::Controller(arguments.options()),
         Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
+        Subcommands::Keys { word } => Command::Keys { word: word.unwrap_or_default() },
+        Subcommands::Completions { shell } => Command::Completions { shell },
+        Subcommands::Man { folder } => Command::Man { folder },
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
+}
+
+/// The reference of the keys that hold `word`; an error with the nearest key if there is none.
+pub fn found_keys(word: &str) -> crate::fault::Result<String> {
+    let found = keys::search(word);
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let nearest = keys::nearest(keys::all().iter().map(|key| key.name), word);
+    let fault = Fault::usage(format!("no key's name or description holds {word:?}"));
+    Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
 }
 
 /// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
@@ -234,6 +287,27 @@ enum Subcommands {
         By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
     )]
     Controller(ControllerArguments),
+    /// Print the configuration keys: all of them, or those whose name or description holds a word
+    #[command(after_help = "Examples:\n  hone keys\n  hone keys warmup\n  hone keys LoraConfig")]
+    Keys {
+        /// A word to search for, in any letter case
+        #[arg(value_name = "WORD")]
+        word: Option<String>,
+    },
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  hone completions bash > /etc/bash_completion.d/hone")]
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages, one for each command, into a folder
+    #[command(after_help = "Example:\n  hone man /usr/local/share/man/man1")]
+    Man {
+        /// Folder for hone.1 and the pages of the commands
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -333,7 +407,7 @@ struct Tune {
     /// Label of the nodes that may be taken, key=value; may be repeated [default: apps=NAME]
     #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
     label: Vec<String>,
-    /// What README lists under annotations, without the prefix: work-claim=results; may be repeated
+    /// An annotation of docs/annotations.md, without the prefix: work-claim=results; may be repeated
     #[arg(long, value_name = "NAME=VALUE", env = "HONE_ANNOTATE")]
     annotate: Vec<String>,
 }

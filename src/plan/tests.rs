@@ -278,7 +278,7 @@ fn no_model_and_no_dataset() {
         2 mistakes in the configuration
           no model: name its folder or address with `model` (--model DIR, hf://OWNER/NAME)
           no dataset: name parquet files with `data` (--data URL_OR_PATH)
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to"#]]
     .assert_eq(&fault.to_string());
     let settings = ["model", "data"].map(|key| Setting {
         key: key.into(),
