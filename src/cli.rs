@@ -300,7 +300,7 @@ struct Tune {
     /// Base model, by its name in the catalogue (`hone model --preset`)
     #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
     preset: String,
-    /// Parquet to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
+    /// Data files to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
     #[arg(long, value_name = "URL", env = "HONE_DATA", hide_env_values = true, required = true)]
     data: Vec<String>,
     /// Image to push, or pvc://CLAIM
@@ -492,7 +492,7 @@ struct Job {
     /// Name of the base model, for the image's annotation
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
+    /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
     /// What a row holds: messages, prompt_completion or text [default: told from the columns]

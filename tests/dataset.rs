@@ -21,6 +21,7 @@ const OPTIONS: Options = Options {
     prompt_column: None,
     completion_column: None,
     text_column: None,
+    container: None,
     shuffle: false,
     seed: 0,
     train_share: 1.0,

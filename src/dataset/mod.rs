@@ -1,8 +1,7 @@
 //! Files -> conversations -> token examples. Knows no model and no training.
 
 mod problems;
-mod parquet;
-mod pages;
+mod container;
 mod format;
 mod split;
 mod template;
@@ -15,6 +14,7 @@ use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
+pub use container::{ENDINGS, names as containers};
 pub use encode::encode;
 pub use mask::show;
 pub use tokenizer::Tokenizer;
@@ -29,6 +29,8 @@ pub struct Options {
     pub prompt_column: Option<String>,
     pub completion_column: Option<String>,
     pub text_column: Option<String>,
+    /// The container of every file, by its name in `containers`; `None`: recognised file by file.
+    pub container: Option<String>,
     /// Shuffle before the split.
     pub shuffle: bool,
     pub seed: u64,
@@ -126,7 +128,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     let mut problems = problems::Problems::default();
     let mut first: Option<(&'static format::Format, &source::File)> = None;
     for file in files {
-        let table = parquet::open(file)?;
+        let table = container::open(file, options.container.as_deref())?;
         let chosen = format::choose(&table.schema, options).map_err(|fault| fault.at(&file.name))?;
         match first {
             Some((format, other)) if format.layout != chosen.format.layout => {
@@ -134,7 +136,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
             }
             _ => first = first.or(Some((chosen.format, file))),
         }
-        let task = report.task(Stage::Read, Unit::Rows, &file.name, Some(table.rows));
+        let task = report.task(Stage::Read, Unit::Rows, &file.name, table.rows);
         let name: Arc<str> = file.name.as_str().into();
         let mut row = 0;
         table.read(&chosen.columns, |arrays| {

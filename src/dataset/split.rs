@@ -58,6 +58,7 @@ mod tests {
             prompt_column: None,
             completion_column: None,
             text_column: None,
+            container: None,
             shuffle,
             seed,
             train_share,

@@ -38,7 +38,7 @@ pub enum Model {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Data {
     Source(source::Source),
-    /// An image with parquet files in `/data`, as docker normalises its reference.
+    /// An image with data files in `/data`, as docker normalises its reference.
     Image(String),
 }
 

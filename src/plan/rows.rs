@@ -39,6 +39,7 @@ pub(super) fn dataset_options(reader: &mut Reader) -> dataset::Options {
         prompt_column: reader.text(Section::DatasetConfig, "context_column"),
         completion_column: answer,
         text_column,
+        container: reader.text(Section::DatasetConfig, "dataset_extension"),
         shuffle: reader.boolean(Section::DatasetConfig, "shuffle_dataset"),
         seed: reader.integer(Section::DatasetConfig, "shuffle_seed") as u64,
         train_share,

@@ -247,8 +247,11 @@ impl<'a> Downloads<'a> {
 
     /// Refuses a web page in place of data.
     fn check_page(&self, job: &Job, partial: &mut Partial, is_html: bool) -> http::Attempted<()> {
-        let is_parquet = job.url.path().to_ascii_lowercase().ends_with(".parquet");
-        if !is_html && !is_parquet {
+        let ending = self.options.endings.iter().flat_map(|kind| kind.iter()).find(|ending| {
+            let path = job.url.path().to_ascii_lowercase();
+            path.strip_suffix(**ending).is_some_and(|stem| stem.ends_with('.'))
+        });
+        if !is_html && ending.is_none() {
             return Ok(());
         }
         let head = partial.head(HEAD_BYTES)?;
@@ -257,7 +260,7 @@ impl<'a> Downloads<'a> {
         }
         partial.discard()?;
         let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
-        let wanted = if is_parquet { "a parquet file" } else { "a data file" };
+        let wanted = ending.map_or("a data file".to_owned(), |ending| format!("a {ending} file"));
         Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
             .help("a login page or a preview link? use the raw/resolve link")
             .into())

@@ -46,6 +46,8 @@ pub struct Options {
     /// Wait before the second attempt; doubled for each further one, with jitter.
     pub backoff: Duration,
     pub file_bytes_max: u64,
+    /// Endings of data files, kind by kind in order of preference: what a folder is searched for.
+    pub endings: &'static [&'static [&'static str]],
     /// Extra root certificates (PEM).
     pub ca_file: Option<PathBuf>,
 }
@@ -92,7 +94,8 @@ pub fn held(source: &Source, cache: &Path) -> u64 {
 /// The first file that cannot be had, by who must act: data (missing, damaged, not a file), auth, capacity,
 /// config, or, when all attempts are used up, network; a failing cache disk is storage.
 pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<Vec<File>> {
-    let found = sources.iter().map(local::find).collect::<Result<Vec<_>>>()?;
+    let find = |source| local::find(source, options.endings, report);
+    let found = sources.iter().map(find).collect::<Result<Vec<_>>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

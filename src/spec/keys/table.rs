@@ -44,7 +44,7 @@ pub(super) const TABLE: &[Key] = &[
     // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
     Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
     Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the hub's, else that of the folder or image."),
-    Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
+    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
     Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
     Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
@@ -288,7 +288,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(D, "messages_column", Text, "", "Column with the conversation, if not `messages` (KAITO: ignored)."),
     Key::used(D, "context_column", Text, "", "Column with the prompt, if not `prompt` (KAITO: ignored)."),
     Key::used(D, "response_column", Text, "", "Column with the answer, if not `completion`, or with the text of the text layout (KAITO: ignored)."),
-    Key::refused(D, "dataset_extension", Text, "parquet", "parquet is what is read"),
+    Key::used(D, "dataset_extension", choice(&["parquet", "jsonl", "json", "csv", "arrow"]), "", "Container of every data file: json is an array or lines of objects, csv also TSV, arrow also feather; unset: told by each file's first bytes and name. Each may lie inside gzip or zstd."),
 ];
 
 /// Names of older releases and of neighbours, and what they are called now.
