@@ -203,11 +203,11 @@ fn places_of_what_is_wrong_are_lines_and_columns() {
           help: write each row as {"messages": [...]} or {"prompt": "...", "completion": "..."}"#]]
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n\n\"b\"\n"));
     expect![[r#"
-        rows.jsonl: line 2, column 10: not UTF-8 text (byte 10 of the row)
+        rows.jsonl: line 2, column 11: not UTF-8 text (byte 10 of the row)
           help: correct this place, or export the file again"#]]
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n"));
     expect![[r#"
-        rows.json: line 3, column 11: not valid JSON: expected `,` or `}`
+        rows.json: line 3, column 10: not valid JSON: expected `,` or `}`
           help: correct this place, or export the file again"#]]
     .assert_eq(&told("rows.json", b"[{\"text\": \"a\"},\n {\"text\":\n     \"b\" x}]"));
     expect![[r#"
