@@ -89,41 +89,62 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Every data file below of the first kind that is there, sorted by path. Datasets are often one or two levels down
-    /// (`data/data/*.parquet`). Files of other kinds are told, since they may be the same rows again.
+    /// Every data file below of the first kind that is there. Datasets are often one or two levels down
+    /// (`data/data/*.parquet`).
     fn directory(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         walk(folder, 0, &mut files)?;
-        let kind = |file: &PathBuf| self.endings.iter().position(|endings| ends_with(file, endings));
-        let Some(first) = files.iter().filter_map(kind).min() else {
-            let endings: Vec<String> =
-                self.endings.iter().flat_map(|kind| kind.iter()).map(|e| format!(".{e}")).collect();
-            return Err(Fault::data(format!(
-                "{}: no data file in it: {}",
-                folder.display(),
-                summary(&files)
-            ))
-            .help(format!(
-                "give a file, or a folder that holds data files at any depth: {}",
-                endings.join(", ")
-            )));
-        };
-        let (mut data, other): (Vec<_>, Vec<_>) =
-            files.into_iter().partition(|file| kind(file) == Some(first));
-        let left: Vec<PathBuf> = other.into_iter().filter(|file| kind(file).is_some()).collect();
-        if !left.is_empty() {
-            self.report.warn(
-                Stage::Read,
-                format!(
-                    "{}: {} data file(s) of one kind are read and {} left aside; name them to read them",
-                    folder.display(),
-                    data.len(),
-                    summary(&left)
-                ),
-            );
-        }
-        data.sort();
-        Ok(data)
+        files.sort();
+        let name = |file: &PathBuf| file.to_string_lossy().into_owned();
+        of_first_kind(files, name, &folder.display().to_string(), self.endings, self.report)
+    }
+}
+
+/// Of the files below a folder those of the first kind of data that is there, in their order. Files of other kinds are told,
+/// since they may be the same rows again.
+///
+/// # Errors
+/// Data: none is a data file.
+pub fn of_first_kind<T>(
+    files: Vec<T>,
+    name: impl Fn(&T) -> String,
+    folder: &str,
+    endings: Endings,
+    report: &Report,
+) -> Result<Vec<T>> {
+    let kind = |file: &T| endings.iter().position(|endings| ends_with(Path::new(&name(file)), endings));
+    let names = |files: &[T]| files.iter().map(|file| PathBuf::from(name(file))).collect::<Vec<_>>();
+    let Some(first) = files.iter().filter_map(kind).min() else {
+        let endings: Vec<String> =
+            endings.iter().flat_map(|kind| kind.iter()).map(|e| format!(".{e}")).collect();
+        return Err(Fault::data(format!("{folder}: no data file in it: {}", summary(&names(&files)))).help(
+            format!("give a file, or a folder that holds data files at any depth: {}", endings.join(", ")),
+        ));
+    };
+    let (data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| kind(file) == Some(first));
+    let left: Vec<T> = other.into_iter().filter(|file| kind(file).is_some()).collect();
+    if !left.is_empty() {
+        let (count, left) = (data.len(), summary(&names(&left)));
+        let text = format!(
+            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name them to read them"
+        );
+        report.warn(Stage::Read, text);
+    }
+    Ok(data)
+}
+
+/// The files whose names match a glob, in their order.
+///
+/// # Errors
+/// Config: an invalid glob. Data: no file matches.
+pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) -> Result<Vec<T>> {
+    let glob = glob::Pattern::new(pattern)
+        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let fits = |file: &T| glob.matches_with(name(file).trim_start_matches('/'), GLOB);
+    let found: Vec<T> = files.into_iter().filter(fits).collect();
+    match found.is_empty() {
+        true => Err(Fault::data(format!("{pattern}: no file matches"))),
+        false => Ok(found),
     }
 }
 
@@ -134,6 +155,7 @@ fn ends_with(file: &Path, endings: &[&str]) -> bool {
     };
     let bare = PACKINGS.iter().find_map(|packing| name.strip_suffix(packing)).unwrap_or(&name);
     !ABOUT_DATA.contains(&bare)
+        && !is_hidden(file)
         && endings.iter().any(|ending| bare.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
 }
 
