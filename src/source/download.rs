@@ -103,7 +103,9 @@ impl<'a> Downloads<'a> {
             let fixed = path.split(['*', '?', '[']).next().unwrap_or_default();
             below.set_path(fixed.rsplit_once('/').map_or("", |(folder, _)| folder));
         }
-        let objects = self.network()?.stores.list(&below).await?;
+        let mut objects = self.network()?.stores.list(&below).await?;
+        // As in a folder: `.hidden`, and Spark's `_SUCCESS` and `_temporary/`.
+        objects.retain(|object| !object.name.split('/').any(|part| part.starts_with(['.', '_'])));
         let found = match is_pattern {
             true => local::matching(objects, path.trim_start_matches('/'), |object| {
                 percent_decoded(object.url.path())

@@ -155,7 +155,6 @@ fn ends_with(file: &Path, endings: &[&str]) -> bool {
     };
     let bare = PACKINGS.iter().find_map(|packing| name.strip_suffix(packing)).unwrap_or(&name);
     !ABOUT_DATA.contains(&bare)
-        && !is_hidden(file)
         && endings.iter().any(|ending| bare.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
 }
 

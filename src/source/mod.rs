@@ -27,6 +27,7 @@ pub use cache::{free_bytes, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
 pub use hub::Hub;
+pub use local::{matching, of_first_kind};
 pub use scheme::Object;
 pub use tls::{client_builder, install_crypto};
 
