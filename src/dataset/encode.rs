@@ -106,7 +106,11 @@ struct Templates {
 }
 
 impl<'a> Encoder<'a> {
-    pub fn new(records: &[Record], tokenizer: &'a Tokenizer, options: &'a TokenOptions) -> Result<Encoder<'a>> {
+    pub fn new(
+        records: &[Record],
+        tokenizer: &'a Tokenizer,
+        options: &'a TokenOptions,
+    ) -> Result<Encoder<'a>> {
         let is_conversation = |record: &Record| {
             matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
         };
@@ -222,7 +226,12 @@ impl<'a> Encoder<'a> {
     }
 
     /// What prompt and prompt + completion have in common is not learned; tokens may merge across their border.
-    fn prompt(&self, prompt: &str, completion: &str, tally: &mut Tally) -> std::result::Result<Example, String> {
+    fn prompt(
+        &self,
+        prompt: &str,
+        completion: &str,
+        tally: &mut Tally,
+    ) -> std::result::Result<Example, String> {
         let (ids, doubled) = self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)))?;
         tally.doubled += u64::from(doubled);
         let given = match self.options.loss {
@@ -243,7 +252,8 @@ impl<'a> Encoder<'a> {
 
 /// A turn whose content is null and that says nothing else.
 fn is_null(message: &Message) -> bool {
-    message.content.is_none() && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
+    message.content.is_none()
+        && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
 }
 
 /// Calls whose arguments are JSON text that stands in the rendered text as a quoted text.
@@ -252,7 +262,8 @@ fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
     let arguments = calls.flat_map(|(_, calls)| calls.as_array().into_iter().flatten()).filter_map(|call| {
         call.get("function").unwrap_or(call).get("arguments")?.as_str().filter(|text| text.contains('"'))
     });
-    arguments.filter(|arguments| text.contains(&serde_json::Value::from(*arguments).to_string())).count() as u64
+    arguments.filter(|arguments| text.contains(&serde_json::Value::from(*arguments).to_string())).count()
+        as u64
 }
 
 /// The configuration's template, else the model's own.
@@ -267,7 +278,9 @@ fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates>
         let compiled = Template::new(source, tokenizer.specials(), tokenizer.now());
         compiled.map_err(|problem| match given {
             true => Fault::config(problem).at("ModelConfig.chat_template"),
-            false => Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template"),
+            false => {
+                Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template")
+            }
         })
     };
     let plain = compile(source)?;

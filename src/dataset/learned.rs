@@ -106,7 +106,9 @@ impl Tally {
         let Tally { rows, dropped, .. } = self;
         if *dropped > 0 {
             let tokens = options.tokens_max;
-            warnings.push(format!("{dropped} of {rows} rows teach nothing within {tokens} tokens and were dropped"));
+            warnings.push(format!(
+                "{dropped} of {rows} rows teach nothing within {tokens} tokens and were dropped"
+            ));
         }
         warnings.extend(self.cannot_stop(tokenizer));
         warnings.extend(self.around_the_text(tokenizer));
@@ -156,20 +158,30 @@ impl Tally {
             }
         };
         tell(self.tools_hidden, &|n| {
-            format!("{n} rows have tools that the chat template does not write, so that the model never sees them")
+            format!(
+                "{n} rows have tools that the chat template does not write, so that the model never sees them"
+            )
         });
         tell(self.documents_hidden, &|n| {
-            format!("{n} rows have documents that the chat template does not write, so that the model never sees them")
+            format!(
+                "{n} rows have documents that the chat template does not write, so that the model never sees them"
+            )
         });
         if self.thoughts > 0 && self.thoughts_shown == 0 {
             tell(self.thoughts, &|n| {
-                format!("{n} answers have thoughts (reasoning_content, reasoning, thinking) that the chat template never writes, so that they are not learned")
+                format!(
+                    "{n} answers have thoughts (reasoning_content, reasoning, thinking) that the chat template never writes, so that they are not learned"
+                )
             });
         }
         tell(self.quoted_arguments, &|n| {
-            format!("{n} tool calls have arguments as text, which the chat template writes as a quoted text: give them as an object to have them written as one")
+            format!(
+                "{n} tool calls have arguments as text, which the chat template writes as a quoted text: give them as an object to have them written as one"
+            )
         });
-        tell(self.nulls, &|n| format!("{n} turns have a null content, which the chat template writes as nothing"));
+        tell(self.nulls, &|n| {
+            format!("{n} turns have a null content, which the chat template writes as nothing")
+        });
         warnings
     }
 }
@@ -177,5 +189,8 @@ impl Tally {
 /// The last learned token, but for white space behind the answer.
 fn last_learned(example: &Example, tokenizer: &Tokenizer) -> Option<u32> {
     let learned = example.ids.iter().zip(&example.supervised).skip(1).filter(|(_, learned)| **learned);
-    learned.map(|(&id, _)| id).rev().find(|&id| tokenizer.is_special(id) || !tokenizer.id_to_text(id).trim().is_empty())
+    learned
+        .map(|(&id, _)| id)
+        .rev()
+        .find(|&id| tokenizer.is_special(id) || !tokenizer.id_to_text(id).trim().is_empty())
 }

@@ -72,7 +72,9 @@ fn mark(message: &Message, index: usize, ends: Ends) -> Message {
     for (name, value) in &mut message.extra {
         match value {
             Json::String(text) if THOUGHTS.contains(name) => *text = pieces.text(text, Part::Thoughts),
-            Json::Array(calls) if *name == "tool_calls" => calls.iter_mut().for_each(|call| pieces.call(call)),
+            Json::Array(calls) if *name == "tool_calls" => {
+                calls.iter_mut().for_each(|call| pieces.call(call))
+            }
             _ => {}
         }
     }

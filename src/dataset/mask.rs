@@ -162,7 +162,13 @@ impl Talk<'_> {
     }
 
     /// Whether a block is of a turn that is learned: by the places inside it, else by its number among the answers.
-    fn is_learned(&self, number: usize, block: &Range<usize>, blocks: usize, places: Option<&[Place]>) -> bool {
+    fn is_learned(
+        &self,
+        number: usize,
+        block: &Range<usize>,
+        blocks: usize,
+        places: Option<&[Place]>,
+    ) -> bool {
         let inside = |place: &&Place| block.start <= place.range.start && place.range.end <= block.end;
         if let Some(place) = places.and_then(|places| places.iter().find(inside)) {
             return self.messages[place.message].learned;

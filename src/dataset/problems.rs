@@ -65,21 +65,22 @@ impl Problems {
         let list = self.list();
         let head = format!("{bad} of {rows_total} rows cannot be used");
         match wanted {
-            BadRows::Drop { share_max } if bad as f64 <= share_max * rows_total as f64 && bad < rows_total => {
+            BadRows::Drop { share_max }
+                if bad as f64 <= share_max * rows_total as f64 && bad < rows_total =>
+            {
                 report.warn(stage, format!("{head} and are left out:{list}\n  {PLACES}"));
                 Ok(())
             }
-            BadRows::Drop { .. } if bad == rows_total => Err(Fault::data(format!(
-                "{head}, so that none would be left:{list}"
-            ))
-            .help(format!("{advice} {PLACES}"))),
+            BadRows::Drop { .. } if bad == rows_total => {
+                Err(Fault::data(format!("{head}, so that none would be left:{list}"))
+                    .help(format!("{advice} {PLACES}")))
+            }
             BadRows::Drop { share_max } => Err(Fault::data(format!(
                 "{head}, which is more than may be dropped (bad_rows_max: {share_max}):{list}"
             ))
             .help(format!("{advice}, or raise bad_rows_max {PLACES}"))),
-            BadRows::Refuse => Err(Fault::data(format!("{head}:{list}")).help(format!(
-                "{advice}, or leave them out with `bad_rows: drop` {PLACES}"
-            ))),
+            BadRows::Refuse => Err(Fault::data(format!("{head}:{list}"))
+                .help(format!("{advice}, or leave them out with `bad_rows: drop` {PLACES}"))),
         }
     }
 
@@ -137,7 +138,10 @@ mod tests {
               help: correct these rows, or raise bad_rows_max (places are file:row, counted from 0)"#]]
         .assert_eq(&settle(some(), 11, DROP).unwrap_err().to_string());
         let fault = settle(some(), 6, BadRows::Drop { share_max: 1.0 }).unwrap_err();
-        assert!(fault.message.starts_with("6 of 6 rows cannot be used, so that none would be left"), "{fault}");
+        assert!(
+            fault.message.starts_with("6 of 6 rows cannot be used, so that none would be left"),
+            "{fault}"
+        );
     }
 
     #[test]

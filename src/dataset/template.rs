@@ -373,7 +373,11 @@ mod tests {
         let messages = [Message::new("user", "é?"), Message::new("assistant", "4")];
         let now = UNIX_EPOCH + Duration::from_secs(1_721_998_984); // Fri 26 Jul 2024 13:03:04
         let specials = [("bos_token".to_string(), "<s>".to_string())];
-        Template::new(source, &specials, now)?.render(&Template::values(&messages), &Context::default(), false)
+        Template::new(source, &specials, now)?.render(
+            &Template::values(&messages),
+            &Context::default(),
+            false,
+        )
     }
 
     fn check(source: &str, expected: &str) {
@@ -447,7 +451,10 @@ mod tests {
             let source = fixture["templates"][text(&case["template"])].as_str().unwrap();
             let template = Template::new(source, &specials, UNIX_EPOCH).unwrap();
             let prompt = case["add_generation_prompt"].as_bool().unwrap();
-            match (template.render(&Template::values(&messages), &Context::default(), prompt), case["refused"].as_str()) {
+            match (
+                template.render(&Template::values(&messages), &Context::default(), prompt),
+                case["refused"].as_str(),
+            ) {
                 (Err(problem), Some(words)) => assert!(problem.ends_with(words), "{name}: {problem}"),
                 (Ok(rendered), None) => {
                     assert_eq!(rendered.text, case["text"], "{name}");

@@ -109,9 +109,8 @@ impl Tokenizer {
     pub(super) fn default_template(&self) -> Result<&str> {
         self.chat_template().ok_or_else(|| match self.template_names() {
             names if names.is_empty() => {
-                Fault::config("the dataset holds conversations but the model has no chat template").help(
-                    "set ModelConfig.chat_template, or use the instruction-tuned variant of the model",
-                )
+                Fault::config("the dataset holds conversations but the model has no chat template")
+                    .help("set ModelConfig.chat_template, or use the instruction-tuned variant of the model")
             }
             names => Fault::config(format!(
                 "the model has chat templates by name ({}), but none that is called default",
@@ -129,8 +128,10 @@ impl Tokenizer {
                 true => "no chat template".to_owned(),
                 false => format!("chat templates called {}", names.join(", ")),
             };
-            Fault::config(format!("ModelConfig.chat_template: {name:?} is no file and no template of the model, which has {has}"))
-                .help("give Jinja text, a file of it, or the name of one of the model's templates")
+            Fault::config(format!(
+                "ModelConfig.chat_template: {name:?} is no file and no template of the model, which has {has}"
+            ))
+            .help("give Jinja text, a file of it, or the name of one of the model's templates")
         })
     }
 
@@ -322,14 +323,18 @@ fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>
             Some(Value::String(text)) => vec![("default".to_owned(), text.clone())],
             Some(Value::Array(named)) => {
                 let text = |entry: &Value, key: &str| Some(entry.get(key)?.as_str()?.to_owned());
-                named.iter().filter_map(|entry| Some((text(entry, "name")?, text(entry, "template")?))).collect()
+                named
+                    .iter()
+                    .filter_map(|entry| Some((text(entry, "name")?, text(entry, "template")?)))
+                    .collect()
             }
             _ => Vec::new(),
         },
     };
     let further = folder.join("additional_chat_templates");
     let entries = std::fs::read_dir(&further).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "jinja")).collect();
+    let mut files: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|end| end == "jinja")).collect();
     files.sort();
     for file in files {
         let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();

@@ -119,7 +119,9 @@ fn chat_template(reader: &mut Reader) -> Option<String> {
             None
         }
         // Names of the model's own templates have no dot and no slash; the tokenizer knows them.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !text.contains(['.', '/']) => Some(text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !text.contains(['.', '/']) => {
+            Some(text)
+        }
         Err(error) => {
             reader.wrong(
                 &origin,

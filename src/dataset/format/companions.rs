@@ -4,7 +4,7 @@
 use super::super::{Context, Conversation, Message, Options};
 use super::{Reading, column, find, json};
 use crate::fault::Result;
-use arrow::array::{Array, ArrayRef};
+use arrow::array::ArrayRef;
 use arrow::datatypes::Schema;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -31,8 +31,22 @@ const COMPANIONS: [(Companion, &[&str]); 5] = [
 
 /// Columns that name a row and say where it is from: nothing is lost where they are not read.
 const ABOUT_THE_ROW: [&str; 16] = [
-    "__index_level_0__", "id", "idx", "index", "uuid", "row_id", "prompt_id", "conversation_id", "source", "dataset",
-    "language", "lang", "license", "url", "created_at", "timestamp",
+    "__index_level_0__",
+    "id",
+    "idx",
+    "index",
+    "uuid",
+    "row_id",
+    "prompt_id",
+    "conversation_id",
+    "source",
+    "dataset",
+    "language",
+    "lang",
+    "license",
+    "url",
+    "created_at",
+    "timestamp",
 ];
 
 /// The companions of a schema whose columns in `taken` belong to the layout: what each is, and its name.
@@ -132,9 +146,8 @@ fn text(name: &str, value: Value) -> std::result::Result<String, String> {
 /// JSON text is read.
 fn parsed(name: &str, value: Value) -> std::result::Result<Value, String> {
     match value {
-        Value::String(text) => {
-            serde_json::from_str(&text).map_err(|error| format!("`{name}` is a text that is not JSON: {error}"))
-        }
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("`{name}` is a text that is not JSON: {error}")),
         other => Ok(other),
     }
 }

@@ -48,7 +48,10 @@ const FIELDS: [(&str, Use); 27] = [
     ("audios", Use::Refused(TEXT_ONLY)),
     ("video", Use::Refused(TEXT_ONLY)),
     ("videos", Use::Refused(TEXT_ONLY)),
-    ("train_detail", Use::Refused("parts of a turn cannot be left out; use train or weight for the whole turn")),
+    (
+        "train_detail",
+        Use::Refused("parts of a turn cannot be left out; use train or weight for the whole turn"),
+    ),
 ];
 
 /// Puts the remaining fields of a message into it. `unknown` gets the names of those that are not read. Error: what is

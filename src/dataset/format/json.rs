@@ -47,7 +47,10 @@ impl Column {
             }
             Struct(_) => Values::Fields(fields(array.as_struct())?),
             Map(..) => entries(array)?,
-            List(field) | LargeList(field) | ListView(field) | LargeListView(field)
+            List(field)
+            | LargeList(field)
+            | ListView(field)
+            | LargeListView(field)
             | FixedSizeList(field, _) => {
                 let lists = cast(array, &LargeList(field.clone()))?.as_list::<i64>().clone();
                 let values = Box::new(Column::of(lists.values())?);
@@ -100,11 +103,8 @@ fn fields(array: &StructArray) -> Result<Vec<(String, Column)>> {
 fn entries(array: &ArrayRef) -> Result<Values> {
     let map = array.as_map();
     let offsets = map.offsets().iter().map(|&offset| i64::from(offset)).collect::<Vec<_>>();
-    let field = std::sync::Arc::new(arrow::datatypes::Field::new(
-        "entry",
-        map.entries().data_type().clone(),
-        true,
-    ));
+    let field =
+        std::sync::Arc::new(arrow::datatypes::Field::new("entry", map.entries().data_type().clone(), true));
     let entries: ArrayRef = std::sync::Arc::new(map.entries().clone());
     let offsets = arrow::buffer::OffsetBuffer::new(offsets.into());
     let lists = LargeListArray::new(field, offsets, entries, map.nulls().cloned());
@@ -146,8 +146,11 @@ mod tests {
         check(Float32Array::from(vec![Some(0.5), None]), json!([0.5, null]));
         check(NullArray::new(2), json!([null, null]));
         check(Date32Array::from(vec![19_723]), json!(["2024-01-01"]));
-        let lists =
-            ListArray::from_iter_primitive::<Int32Type, _, _>([Some(vec![Some(1), None]), None, Some(vec![])]);
+        let lists = ListArray::from_iter_primitive::<Int32Type, _, _>([
+            Some(vec![Some(1), None]),
+            None,
+            Some(vec![]),
+        ]);
         check(lists, json!([[1, null], null, []]));
     }
 

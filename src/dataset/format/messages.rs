@@ -13,7 +13,16 @@ pub static FORMAT: Format = Format {
     columns: &[Column {
         key: "DatasetConfig.messages_column",
         given: |options| options.messages_column.as_deref(),
-        names: &["messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "chat", "turns"],
+        names: &[
+            "messages",
+            "conversations",
+            "conversation",
+            "dialog",
+            "dialogue",
+            "dialogs",
+            "chat",
+            "turns",
+        ],
     }],
     refuses: |fields| refuses(fields[0]),
     rows,
@@ -136,7 +145,9 @@ fn part(value: &Value) -> std::result::Result<String, String> {
     let kind = value.get("type").and_then(Value::as_str).unwrap_or("text");
     match (kind, value.get("text").and_then(Value::as_str)) {
         ("text" | "input_text" | "output_text", Some(text)) => Ok(text.to_owned()),
-        ("text" | "input_text" | "output_text", None) => Err("a part of a content is of type text and has none".into()),
+        ("text" | "input_text" | "output_text", None) => {
+            Err("a part of a content is of type text and has none".into())
+        }
         (other, _) => Err(format!("a part of a content is of type {other:?}; hone trains on text only")),
     }
 }

@@ -108,20 +108,28 @@ impl<'a> Reading<'a> {
             report.note(Stage::Read, format!("columns that are not read: {about}"));
         }
         if !others.is_empty() {
-            report.warn(Stage::Read, format!("columns that are not read, so that nothing in them is learned: {others}"));
+            report.warn(
+                Stage::Read,
+                format!("columns that are not read, so that nothing in them is learned: {others}"),
+            );
         }
         if !self.fields.is_empty() {
             let list: Vec<String> =
                 self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
             report.warn(
                 Stage::Read,
-                format!("fields of messages that are not read, with the number of messages: {}", list.join(", ")),
+                format!(
+                    "fields of messages that are not read, with the number of messages: {}",
+                    list.join(", ")
+                ),
             );
         }
         for (name, rows) in &self.idle {
             report.warn(
                 Stage::Read,
-                format!("`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"),
+                format!(
+                    "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
+                ),
             );
         }
         if self.parts_joined > 0 {
@@ -222,8 +230,11 @@ fn find(schema: &Schema, name: &str) -> Option<String> {
 /// A column that the configuration names must be there.
 fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
     find(schema, name).ok_or_else(|| {
-        Fault::data(format!("there is no column `{name}`, which {key} names; columns found: {}", listed(schema)))
-            .help(format!("correct {key}"))
+        Fault::data(format!(
+            "there is no column `{name}`, which {key} names; columns found: {}",
+            listed(schema)
+        ))
+        .help(format!("correct {key}"))
     })
 }
 
@@ -241,7 +252,8 @@ fn layout_of_named_columns(options: &Options) -> Option<Layout> {
 /// Why a column is not one of text.
 fn not_a_string(field: &Field) -> Option<String> {
     let kind = field.data_type();
-    (!column::is_string(kind)).then(|| format!("`{}` is {}; text is needed", field.name(), column::kind(kind)))
+    (!column::is_string(kind))
+        .then(|| format!("`{}` is {}; text is needed", field.name(), column::kind(kind)))
 }
 
 /// The columns with their types.
@@ -267,6 +279,9 @@ fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
             .help(format!("change the column's type; if another column is meant, {rename}"));
     }
     let expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
-    Fault::data(format!("no column has a name that is known; columns found: {found}; expected {}", expected.join(", or ")))
-        .help(rename)
+    Fault::data(format!(
+        "no column has a name that is known; columns found: {found}; expected {}",
+        expected.join(", or ")
+    ))
+    .help(rename)
 }
