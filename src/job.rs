@@ -11,15 +11,18 @@ use candle_core::Device;
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
+use crate::facts::config::Config;
+use crate::facts::family;
+use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
+use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::interrupt;
 use crate::memory::{Machine, Running};
-use crate::model::checkpoint::Checkpoint;
-use crate::model::{
-    self, FourBitCode, LoraOptions, Quantization, config::Config, decoder::Decoder, facts::Facts,
-};
-use crate::model::{family, load, lora, stored};
+use crate::model;
+use crate::model::decoder::Decoder;
+use crate::model::load;
+use crate::model::weights::Checkpoint;
 use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
@@ -178,7 +181,7 @@ pub struct Described {
     /// The plan's, with rank and targets of the adapter that is continued, and the quantisation that a checkpoint
     /// already has.
     pub options: model::Options,
-    pub sites: lora::Sites,
+    pub sites: sites::Sites,
     bf16_checkpoint: bool,
     initial: Option<Adapter>,
 }
@@ -190,12 +193,12 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     let facts = family::describe(&config)?;
     let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
     let mut options = plan.model.clone();
-    options.quantization = stored::read(&config)?.unwrap_or(options.quantization);
+    options.quantization = quantization::read(&config)?.unwrap_or(options.quantization);
     if let Some(initial) = &initial {
         options.lora = initial.options(&options.lora)?;
     }
     let sites = match &initial {
-        None => lora::sites(&facts, &options.lora)?,
+        None => sites::sites(&facts, &options.lora)?,
         // Nobody wrote these targets: they are the modules of the adapter's file.
         Some(initial) => adapter_sites(&facts, &options.lora, initial)?,
     };
@@ -203,12 +206,12 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
 }
 
-fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<lora::Sites> {
+fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<sites::Sites> {
     let other = |what: String| {
         Fault::model(format!("{}: {what}", initial.file().display()))
             .help("the adapter to start from must be of the same base model")
     };
-    let sites = lora::sites(facts, lora).map_err(|fault| {
+    let sites = sites::sites(facts, lora).map_err(|fault| {
         other(format!("its modules are none of this {} model's: {}", facts.family, fault.in_a_line()))
     })?;
     match sites.unmatched.first() {
