@@ -211,8 +211,9 @@ fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result
         Fault::model(format!("{}: {what}", initial.file().display()))
             .help("the adapter to start from must be of the same base model")
     };
-    let sites = sites::sites(facts, lora).map_err(|fault| {
-        other(format!("its modules are none of this {} model's: {}", facts.family, fault.in_a_line()))
+    let sites = sites::sites(facts, lora).map_err(|_| {
+        let has: Vec<&str> = facts.projections().map(|projection| projection.path).collect();
+        other(format!("its modules are none of this {} model's, which has {}", facts.family, has.join(", ")))
     })?;
     match sites.unmatched.first() {
         None => Ok(sites),

@@ -233,8 +233,8 @@ impl Talk<'_> {
             return Ok(same);
         }
         let end = match by_marks.then(|| self.places(&prefix, index + 1)).flatten() {
-            _ if same >= content.end => Some(content.end),
             Some(places) => span(&places, index).map(|range| range.end),
+            None if same >= content.end => Some(content.end),
             None => self.searched_end(&prefix, index, &text[content.clone()]),
         };
         let tail = end.and_then(|end| prefix.get(end..));
@@ -294,3 +294,6 @@ fn common_bytes(a: &str, b: &str) -> usize {
     let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
     (0..=same).rev().find(|&at| a.is_char_boundary(at) && b.is_char_boundary(at)).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -471,6 +471,59 @@ mod tests {
         }
     }
 
+    /// Templates as publishers ship them, with tools, calls, system turns and thoughts; rendered by transformers:
+    /// `tests/scripts/chat_templates.py` says how.
+    #[test]
+    fn renders_real_templates_as_transformers_does() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/chat_templates.json")).unwrap();
+        let specials: Vec<(String, String)> =
+            serde_json::from_value::<BTreeMap<String, String>>(fixture["specials"].clone())
+                .unwrap()
+                .into_iter()
+                .collect();
+        let now = UNIX_EPOCH + Duration::from_secs(fixture["seconds"].as_u64().unwrap());
+        let mut wrong = Vec::new();
+        for case in fixture["cases"].as_array().unwrap() {
+            let name = case["template"].as_str().unwrap();
+            let talk = &fixture["talks"][case["talk"].as_u64().unwrap() as usize];
+            let values: Vec<Value> = talk["messages"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|message| Value::from(Serde(message)))
+                .collect();
+            let context = Context {
+                tools: talk.get("tools").cloned().map(Arc::new),
+                documents: None,
+                variables: talk.get("variables").and_then(|v| v.as_object()).cloned().map(Arc::new),
+            };
+            let template =
+                Template::new(fixture["templates"][name].as_str().unwrap(), &specials, now).unwrap();
+            let rendered =
+                template.render(&values, &context, case["add_generation_prompt"].as_bool().unwrap());
+            let answers = |rendered: &Rendered| {
+                rendered
+                    .answers
+                    .iter()
+                    .map(|range| &rendered.text[range.clone()])
+                    .collect::<serde_json::Value>()
+            };
+            let fits = match (&rendered, case.get("text")) {
+                (Ok(rendered), Some(text)) => {
+                    rendered.text == *text
+                        && answers(rendered) == *case.get("answers").unwrap_or(&serde_json::json!([]))
+                }
+                (Err(_), None) => true,
+                _ => false,
+            };
+            if !fits {
+                wrong.push(format!("{name}, talk {}: {rendered:?}\nexpected {case}", case["talk"]));
+            }
+        }
+        assert!(wrong.is_empty(), "{} cases\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n\n"));
+    }
+
     #[test]
     fn hostile_templates_end() {
         let sources = [
