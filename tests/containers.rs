@@ -5,7 +5,7 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow::ipc::CompressionType;
 use arrow::ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
 use expect_test::expect;
-use hone::dataset::{self, Conversation, Dataset, Options};
+use hone::dataset::{self, BadRows, Conversation, Dataset, Names, Options};
 use hone::fault::{Fault, Kind};
 use hone::report::Report;
 use hone::source;
@@ -21,6 +21,8 @@ const OPTIONS: Options = Options {
     completion_column: None,
     text_column: None,
     container: None,
+    names: Names::KNOWN,
+    bad_rows: BadRows::Refuse,
     shuffle: false,
     seed: 0,
     train_share: 1.0,
