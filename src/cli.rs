@@ -374,7 +374,7 @@ struct Tune {
     /// Base model, by its name in the catalogue (`hone model --preset`)
     #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
     preset: String,
-    /// Parquet to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
+    /// Data files to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
     #[arg(long, value_name = "URL", env = "HONE_DATA", hide_env_values = true, required = true)]
     data: Vec<String>,
     /// Image to push, or pvc://CLAIM
@@ -566,12 +566,36 @@ struct Job {
     /// Name of the base model, for the image's annotation
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
+    /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
     /// What a row holds: messages, prompt_completion or text [default: told from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
     layout: Option<String>,
+    /// Rows that cannot be used: refuse them all, or drop them and count
+    #[arg(long, value_name = "HOW", env = "HONE_BAD_ROWS")]
+    bad_rows: Option<String>,
+    /// Largest share of rows that may be dropped
+    #[arg(long, value_name = "SHARE", env = "HONE_BAD_ROWS_MAX")]
+    bad_rows_max: Option<String>,
+    /// Field of a message that says who speaks
+    #[arg(long, value_name = "NAME", env = "HONE_ROLE_FIELD")]
+    role_field: Option<String>,
+    /// Field of a message that holds what is said
+    #[arg(long, value_name = "NAME", env = "HONE_CONTENT_FIELD")]
+    content_field: Option<String>,
+    /// Further words for the user in a message's role, with commas between
+    #[arg(long, value_name = "WORDS", env = "HONE_USER_NAMES", value_delimiter = ',')]
+    user_names: Vec<String>,
+    /// Further words for the assistant in a message's role, with commas between
+    #[arg(long, value_name = "WORDS", env = "HONE_ASSISTANT_NAMES", value_delimiter = ',')]
+    assistant_names: Vec<String>,
+    /// Column whose text becomes a row's system turn
+    #[arg(long, value_name = "NAME", env = "HONE_SYSTEM_COLUMN")]
+    system_column: Option<String>,
+    /// Column with the tools that a row's chat template sees
+    #[arg(long, value_name = "NAME", env = "HONE_TOOLS_COLUMN")]
+    tools_column: Option<String>,
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
@@ -621,6 +645,12 @@ impl Job {
             ("model", self.model),
             ("name", self.name),
             ("layout", self.layout),
+            ("bad_rows", self.bad_rows),
+            ("bad_rows_max", self.bad_rows_max),
+            ("role_field", self.role_field),
+            ("content_field", self.content_field),
+            ("system_column", self.system_column),
+            ("tools_column", self.tools_column),
             ("output", self.output),
             ("earlier_results", self.earlier_results),
             ("push", self.push),
@@ -642,6 +672,14 @@ impl Job {
             settings.push(Setting {
                 key: key.into(),
                 written: Written::Text(text),
+                origin: origin(matches, key),
+            });
+        }
+        let words = [("user_names", self.user_names), ("assistant_names", self.assistant_names)];
+        for (key, words) in words.into_iter().filter(|(_, words)| !words.is_empty()) {
+            settings.push(Setting {
+                key: key.into(),
+                written: Written::Texts(words),
                 origin: origin(matches, key),
             });
         }
