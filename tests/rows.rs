@@ -261,7 +261,7 @@ fn runs_that_cannot_learn_are_refused() {
         expect![[r#"
 
         error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         exit 10
     "#]],
     );
@@ -271,7 +271,7 @@ fn runs_that_cannot_learn_are_refused() {
         expect![[r#"
 
         error (config, exit code 10): --set: TrainingArguments.learning_rate: 0 changes nothing, so that nothing would be learned
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         exit 10
     "#]],
     );
