@@ -4,6 +4,7 @@ mod problems;
 mod parquet;
 mod pages;
 mod format;
+mod footer;
 mod split;
 mod template;
 mod tokenizer;
@@ -17,7 +18,8 @@ use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
-pub use encode::{check_template, encode};
+pub use encode::{EncodedRow, check_template, encode, encode_rows};
+pub use footer::{Footers, footers};
 pub use mask::show;
 pub use tokenizer::Tokenizer;
 

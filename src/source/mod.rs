@@ -17,6 +17,7 @@ mod partial;
 mod tls;
 
 pub use hash::of as digest;
+pub use local::find;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
