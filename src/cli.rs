@@ -80,8 +80,8 @@ pub fn parse(
         Subcommands::Plan { job, format, gpu, price } => {
             Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
         }
-        Subcommands::Inspect { job, format, samples, seed, row, html } => {
-            let options = review::Options { samples, seed, rows: row };
+        Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
+            let options = review::Options { samples, seed: sample_seed, rows: row };
             Command::Inspect { request: job.request(matches)?, options, format, html }
         }
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
@@ -175,7 +175,7 @@ enum Subcommands {
         samples: usize,
         /// Seed of the draw
         #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
-        seed: u64,
+        sample_seed: u64,
         /// A row to show in place of drawn ones, as messages name it; may be repeated
         #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
         row: Vec<String>,
