@@ -32,6 +32,7 @@ use crate::source;
 use crate::train::{self, Every, Trained};
 
 pub mod room;
+pub mod estimate;
 
 use room::Lengths;
 
@@ -374,7 +375,8 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
     }
 }
 
-fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
+/// The tokenizer's ids must all have a row of the embedding.
+pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     match tokenizer.vocab_size() <= facts.vocab {
         true => Ok(()),
         false => Err(Fault::model(format!(

@@ -25,6 +25,7 @@ pub mod run_folder;
 pub mod plan;
 pub mod inspect;
 pub mod job;
+pub mod review;
 pub mod workspace;
 pub mod controller;
 pub mod kaito;
