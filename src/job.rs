@@ -102,20 +102,26 @@ fn make(
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
-    let mut decoder = load::load(described.facts, &described.options, device, report)?;
-    if let Some(initial) = &described.initial {
-        initial.apply(&decoder.trainable)?;
+    for (written, module) in &described.sites.renamed {
+        let what = format!("target {written} is part of {module} in this model: {module} is trained");
+        report.note(Stage::Load, what);
     }
-    report.note(Stage::Load, loaded(&decoder));
+    let decoder = load::load(described.facts, &described.options, device, report)?;
+    let adapter = decoder.trainable(&described.options.lora)?;
+    if let Some(initial) = &described.initial {
+        initial.apply(&adapter)?;
+    }
+    report.note(Stage::Load, loaded(&decoder, &adapter));
     let examples = train::Data { train: &training, evaluation: &evaluation };
-    let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
-    ship(plan, &described.options, &decoder, data, &trained, folder)?;
+    let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
+    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     Ok(trained)
 }
 
 fn fit(
     plan: &Plan,
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     examples: train::Data,
     memory: Running,
     folder: &RunFolder,
@@ -130,30 +136,32 @@ fn fit(
         }
         metrics.as_mut().expect("just opened").log(metric)
     };
-    train::run(decoder, examples, &plan.train, Some(memory), Some(&checkpoints), report, &mut log)
+    let mut passes = Passes::planned(memory);
+    train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
 /// Writes the PEFT folder; the sentinel last.
 fn ship(
     plan: &Plan,
     options: &model::Options,
-    decoder: &Decoder,
+    facts: &Facts,
+    adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
     folder: &mut RunFolder,
 ) -> Result<()> {
-    let sites = &decoder.trainable.sites;
-    let config = adapter::config(sites, decoder.facts.layers, &options.lora, &plan.model_name);
+    let sites = &adapter.sites;
+    let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
     let card = Card {
         base_model: &plan.model_name,
-        facts: &decoder.facts,
+        facts,
         sites,
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
         settings: settings(plan, options),
     };
-    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(&decoder.trainable)?)?;
+    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
@@ -311,15 +319,14 @@ fn image_facts(plan: &Plan) -> ImageFacts {
     }
 }
 
-fn loaded(decoder: &Decoder) -> String {
-    let sites = &decoder.trainable.sites;
+fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     format!(
         "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
         decoder.base_bytes() as f64 / 1e6,
-        decoder.trainable.params.elem_count(),
-        sites.len()
+        adapter.params.elem_count(),
+        adapter.sites.len()
     )
 }
 

@@ -14,7 +14,8 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Result};
-use crate::model::lora::{Site, Trainable};
+use crate::model::adapter::Trainable;
+use crate::model::lora::Site;
 use crate::model::{LoraInit, LoraOptions, Modules, Targets};
 use crate::ops::{cpu, flat};
 

@@ -86,17 +86,18 @@ pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let memory = Running::start(task, machine)?;
     let (device_name, plan) = (memory.machine.name.clone(), memory.plan.clone());
     let began = Instant::now();
-    let mut decoder = match &options.base {
+    let decoder = match &options.base {
         Base::Folder(_) => load::load(facts, &model, &device, report)?,
         Base::Shape(_) => load::random(facts, &model, &device, report)?,
     };
+    let adapter = decoder.trainable(&model.lora)?;
     device.synchronize()?;
     let load_seconds = began.elapsed().as_secs_f64();
-    let timed = train(options, &mut decoder, &lengths, memory, report)?;
+    let timed = train(options, &decoder, &adapter, &lengths, memory, report)?;
     Ok(Outcome {
         base,
         parameters: decoder.facts.parameters(),
-        trainable: decoder.trainable.params.elem_count(),
+        trainable: adapter.params.elem_count(),
         device: device_name,
         options: options.clone(),
         examples: lengths.len(),
@@ -156,7 +157,8 @@ struct Timed {
 /// Steps of the same lengths and other tokens each, timed from one log line to the next.
 fn train(
     options: &Options,
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     lengths: &[usize],
     memory: Running,
     report: &Report,
@@ -189,7 +191,8 @@ fn train(
         Ok(())
     };
     let data = Data { train: &examples, evaluation: &[] };
-    train::run(decoder, data, &train_options, Some(memory), None, report, &mut log)?;
+    let mut passes = Passes::planned(memory);
+    train::run(decoder, adapter, data, &train_options, &mut passes, None, report, &mut log)?;
     // A GPU's steps are logged while the next one runs, the last two together: the one too many is not counted.
     marks.truncate(steps);
     let counted = &marks[options.warmup.max(1) - 1..];

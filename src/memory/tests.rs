@@ -203,16 +203,16 @@ fn layers_keep_what_the_plan_counts() {
             precision: Precision::F32,
         };
         let silent = crate::report::Report::silent();
-        let mut decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
-        let task = Task { sites: decoder.trainable.sites.clone(), ..task(facts, 64) };
+        let decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
+        let adapter = decoder.trainable(&options.lora).unwrap();
+        let task = Task { sites: adapter.sites.clone(), ..task(facts, 64) };
         let mut batch = Batch::default();
         batch.push(&[5; 11], &[true; 11], 11, 0);
         batch.push(&[7; 6], &[true; 6], 6, 1);
         for keep in Keep::ALL {
-            decoder.keep.fill(keep);
-            let found = decoder.kept_values(&batch).unwrap();
+            let found = decoder.kept_values(&adapter, &[keep; 2], &batch).unwrap();
             let counted: Vec<usize> =
-                (0..2).map(|layer| Parts::of(&task, layer).kept(keep) * batch.rows()).collect();
+                (0..2).map(|layer| Kept::of(&task, layer).at(keep) * batch.rows()).collect();
             assert_eq!(found, counted, "{family}, {}", keep.name());
         }
     }

@@ -1,23 +1,18 @@
-//! Which layers get a LoRA pair, by PEFT's rules, and the flat buffers their parameters live in.
-//!
-//! All pairs share one flat parameter buffer and one flat gradient buffer (f32; f64 in tests), so that the
-//! optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R], site by site.
+//! Facts and LoRA options -> the linear layers that get a pair, by PEFT's rules.
 
-use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use fancy_regex::Regex;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::fault::{Fault, Result};
-use crate::ops::flat;
 
 use super::facts::{Facts, Projection};
-use super::{LoraInit, LoraOptions, Matching, Modules, Targets};
+use super::{LoraOptions, Matching, Modules, Targets};
 
 /// A linear layer that gets a pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
     pub layer: usize,
+    /// The number of the linear layer among all of the model's (`Facts::projections`).
+    pub linear: usize,
     pub projection: Projection,
     /// `model.layers.0.self_attn.q_proj`
     pub path: String,
@@ -56,20 +51,18 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
     let (mut list, mut offset) = (Vec::new(), 0);
-    for layer in 0..facts.layers {
-        for projection in facts.projections() {
-            let path = facts.path(layer, projection);
-            if !matcher.wants(layer, &path)? {
-                continue;
-            }
-            let rank = ranks.first_match(&path)?.unwrap_or(options.r);
-            let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
-            let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
-            let site =
-                Site { layer, projection: projection.clone(), path, rank, scale: alpha / divisor, offset };
-            offset += site.parameters();
-            list.push(site);
+    for (linear, (layer, projection)) in facts.projections().enumerate() {
+        let path = facts.path(layer, projection);
+        if !matcher.wants(layer, &path)? {
+            continue;
         }
+        let rank = ranks.first_match(&path)?.unwrap_or(options.r);
+        let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
+        let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
+        let (projection, scale) = (projection.clone(), alpha / divisor);
+        let site = Site { layer, linear, projection, path, rank, scale, offset };
+        offset += site.parameters();
+        list.push(site);
     }
     if list.is_empty() {
         return Err(nothing_matches(facts, options));
@@ -79,14 +72,14 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
 }
 
 fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
-    let known: Vec<&str> = facts.projections().map(|p| p.path).collect();
+    let known: Vec<&str> = facts.layers[0].projections().map(|p| p.path).collect();
     let narrowed = !options.layers.is_empty() || options.exclude != Modules::Names(Vec::new());
     let but = if narrowed { " (after layers_to_transform and exclude_modules)" } else { "" };
     Fault::config(format!(
         "LoraConfig.target_modules matches no linear layer of this {} model{but}; it has {} in layers 0 to {}",
         facts.family,
         known.join(", "),
-        facts.layers - 1
+        facts.layers.len() - 1
     ))
     .help("name some of them (the last part is enough), or \"all-linear\"")
 }
@@ -160,9 +153,8 @@ impl<'a> Matcher<'a> {
 
     /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
     fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
-        let paths: Vec<String> = (0..facts.layers)
-            .flat_map(|layer| facts.projections().map(move |projection| facts.path(layer, projection)))
-            .collect();
+        let paths: Vec<String> =
+            facts.projections().map(|(layer, projection)| facts.path(layer, projection)).collect();
         let mut list = Vec::new();
         for (key, test) in
             [("target_modules", self.targets.as_ref()), ("exclude_modules", Some(&self.exclude))]
@@ -245,87 +237,6 @@ impl<T: Copy> Patterns<T> {
         }
         Ok(None)
     }
-}
-
-/// The flat buffers of all pairs.
-#[derive(Clone, Debug)]
-pub struct Trainable {
-    pub sites: Vec<Site>,
-    /// What the optimizer updates: f32 (f64 in tests).
-    pub params: Tensor,
-    pub grads: Tensor,
-    /// What passes compute with: `params` itself, or its bf16 copy.
-    pub compute: Tensor,
-}
-
-impl Trainable {
-    /// A from the initialisation PEFT uses, B zero. Each site draws from its own stream of the seed, so that a
-    /// site's values do not depend on which others are chosen.
-    ///
-    /// `dtype` is the activations'.
-    pub fn init(
-        sites: Vec<Site>,
-        options: &LoraOptions,
-        dtype: DType,
-        device: &Device,
-    ) -> TensorResult<Trainable> {
-        let total = sites.iter().map(Site::parameters).sum::<usize>();
-        let mut values = vec![0f32; total];
-        for site in &sites {
-            let a = &mut values[site.offset..][..site.rank * site.projection.cols];
-            initialize(a, site, options);
-        }
-        let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
-        let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
-        let params = params.to_device(device)?;
-        let grads = params.zeros_like()?;
-        Ok(Trainable { sites, grads, compute: compute.unwrap_or_else(|| params.clone()), params })
-    }
-
-    /// The copy that passes compute with, where it is not the parameters themselves.
-    pub fn copy(&self) -> Option<&Tensor> {
-        (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
-    }
-
-    /// Brings the copy that passes compute with up to date with parameters that were read from a file.
-    pub fn refresh(&self) -> TensorResult<()> {
-        if self.compute.dtype() == self.params.dtype() {
-            return Ok(());
-        }
-        flat::write(&self.compute, &self.params.to_device(&Device::Cpu)?.to_dtype(self.compute.dtype())?)
-    }
-
-    /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.
-    pub fn views(&self, flat: &Tensor, site: &Site) -> TensorResult<(Tensor, Tensor)> {
-        let (rows, cols) = (site.projection.rows, site.projection.cols);
-        let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
-        let b =
-            flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
-        Ok((a, b))
-    }
-}
-
-/// Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has deviation 1/r.
-fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
-    let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-    random.set_stream(crate::ops::dropout::mix(fnv(&site.path)));
-    let mut unit = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-    let bound = (site.projection.cols as f64).sqrt().recip();
-    for value in a {
-        *value = match options.init {
-            LoraInit::Kaiming => (2.0 * unit() - 1.0) * bound,
-            LoraInit::Gaussian => {
-                let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
-                radius * (std::f64::consts::TAU * unit()).cos() / site.rank as f64
-            }
-        } as f32;
-    }
-}
-
-/// FNV-1a: a stable number for a path.
-fn fnv(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]

@@ -1,21 +1,25 @@
-//! config.json + safetensors -> one decoder: frozen 4-bit base and LoRA, with forward and backward.
+//! config.json + safetensors -> one frozen decoder, and adapters that a pass lays beside it; forward and backward.
 
 use std::path::PathBuf;
 
+pub mod adapter;
 pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod decoder;
 pub mod facts;
 pub mod family;
+pub mod feed_forward;
 pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod lora;
 pub mod norm;
+pub mod pass;
 pub mod presets;
 pub mod random;
 pub mod rope;
+pub mod self_attention;
 pub mod shapes;
 pub mod stored;
 

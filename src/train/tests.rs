@@ -9,7 +9,7 @@ use crate::model::{
 };
 use crate::ops::starve;
 
-fn decoder() -> Decoder {
+fn decoder() -> (Decoder, Trainable) {
     let config = json!({
         "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
@@ -23,7 +23,9 @@ fn decoder() -> Decoder {
         lora: LoraOptions { dropout: 0.1, ..LoraOptions::default() },
         precision: Precision::F32,
     };
-    load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap()
+    let decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
+    let adapter = decoder.trainable(&options.lora).unwrap();
+    (decoder, adapter)
 }
 
 fn examples() -> Vec<Example> {
@@ -34,10 +36,10 @@ fn examples() -> Vec<Example> {
     (0..12).map(example).collect()
 }
 
-fn running(decoder: &Decoder) -> Running {
+fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     let task = memory::Task {
         facts: decoder.facts.clone(),
-        sites: decoder.trainable.sites.clone(),
+        sites: adapter.sites.clone(),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::F32,
         dropout: true,
