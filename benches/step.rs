@@ -6,8 +6,12 @@
 
 use std::time::Instant;
 
-use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization};
-use hone::model::{batch::Batch, config::Config, family, load, random};
+use hone::facts::config::Config;
+use hone::facts::family;
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization};
+use hone::model::Options;
+use hone::model::batch::Batch;
+use hone::model::{load, random};
 use hone::ops::adamw::{self, Moments, Update};
 use hone::ops::number::Number;
 use hone::ops::{flat, gemm};
@@ -66,7 +70,11 @@ fn main() {
         flat::zero(&trainable.grads).expect("zero");
         let scale = 1.0 / batch.targets.len() as f64;
         losses.push(
-            decoder.forward_backward(&adapter, &keep, &batch, scale).and_then(|loss| loss.value()).expect("a step") * scale,
+            decoder
+                .forward_backward(&adapter, &keep, &batch, scale)
+                .and_then(|loss| loss.value())
+                .expect("a step")
+                * scale,
         );
         let squares = Number::squares(&trainable.grads).expect("norm");
         let update = Update {

@@ -14,11 +14,13 @@ use std::time::Instant;
 use candle_core::Device;
 use hone::dataset::Example;
 use hone::device::{self, Choice};
-use hone::model::config::Config;
+use hone::facts::config::Config;
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use hone::model::decoder::Decoder;
-use hone::model::{self, FourBitCode, LoraOptions, Precision, Quantization, family, load, random};
+use hone::model::lora::Trainable;
+use hone::model::{self, load, random};
 use hone::report::Report;
-use hone::train::{self, Data, Every, Schedule};
+use hone::train::{self, Data, Every, Passes, Schedule};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -179,7 +181,12 @@ fn speed(folder: &Path, workloads: &str, warm: usize, device: &Device) -> Result
     Ok(json!({ "contender": "hone", "load_seconds": load_seconds, "workloads": found }))
 }
 
-fn measure(decoder: &(Decoder, Trainable), steps: &[Vec<Example>], warm: usize, device: &Device) -> Result<Value> {
+fn measure(
+    decoder: &(Decoder, Trainable),
+    steps: &[Vec<Example>],
+    warm: usize,
+    device: &Device,
+) -> Result<Value> {
     memory::begin(device)?;
     let done = train(decoder, steps, 2e-5)?;
     // From one step's metrics to the next one's. Metrics come a step late and the last two together, so the last is left out.

@@ -1,9 +1,8 @@
 //! Facts and adapter -> bytes: what is there all the time, what each level keeps, what a layer works in.
 
-use crate::model::facts::{Facts, FeedForward, LayerFacts, Projection, Role};
+use crate::facts::sites::Site;
+use crate::facts::{Facts, FeedForward, Keep, LayerFacts, Precision, Projection, Quantization, Role};
 use crate::model::layer;
-use crate::model::lora::Site;
-use crate::model::{Keep, Precision, Quantization};
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 

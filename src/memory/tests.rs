@@ -3,8 +3,11 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::facts::config::Config;
+use crate::facts::sites;
+use crate::facts::{FourBitCode, LoraOptions, family};
 use crate::model::batch::Batch;
-use crate::model::{FourBitCode, LoraOptions, config::Config, family, load, lora, random};
+use crate::model::{load, random};
 
 fn facts(config: Value) -> Facts {
     family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap()
@@ -21,7 +24,7 @@ fn phi3_mini() -> Facts {
 fn task(facts: Facts, tokens: usize) -> Task {
     let options = LoraOptions { r: 16, ..LoraOptions::default() };
     Task {
-        sites: lora::sites(&facts, &options).unwrap().list,
+        sites: sites::sites(&facts, &options).unwrap().list,
         facts,
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::Bf16,
@@ -90,8 +93,7 @@ fn less_memory_recomputes_more_and_always_fits() {
 #[test]
 fn the_mix_is_close_to_the_best_of_all() {
     let mut small = phi3_mini();
-    small.layers = 4;
-    small.attention.truncate(4);
+    small.layers.truncate(4);
     let task = task(small, 2048);
     let machine = gpu("l4");
     let solver = Solver::new(&task, &machine);

@@ -3,23 +3,20 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
 use crate::ops::cross_entropy::{self, Head};
-use crate::ops::matmul::Precision;
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
 
-use super::adapter::{Lora, Trainable, Training};
 use super::batch::Batch;
-use super::facts::{Facts, QueryGrowth};
 use super::feed_forward::Form;
 use super::layer::{Kept, Layer};
-use super::lora::sites;
+use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
 use super::pass::Pass;
-use super::{Keep, LoraOptions};
 
 /// The frozen base.
 pub struct Decoder {
@@ -46,7 +43,7 @@ struct Turns {
 impl Decoder {
     /// A new adapter to train on this base: its sites chosen and its parameters drawn as `options` say.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
-        let sites = sites(&self.facts, options)?.list;
+        let sites = sites::sites(&self.facts, options)?.list;
         Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
     }
 
@@ -158,7 +155,7 @@ impl Decoder {
         };
         let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
         let ropes = self.facts.ropes.iter();
-        let ropes = ropes.map(|rope| rope.angles(&positions, &lengths, self.wide(), &self.device));
+        let ropes = ropes.map(|rope| Angles::of(rope, &positions, &lengths, self.wide(), &self.device));
         Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 

@@ -5,13 +5,12 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::activation::{self, Activation};
+use crate::facts::{self, Activation, Facts, Keep, Projection};
+use crate::ops::activation;
 use crate::ops::unwritten;
 
-use super::Keep;
-use super::adapter::Low;
-use super::facts::{self, Facts, Projection};
 use super::linear::{Linear, side_by_side, side_by_side_backward};
+use super::lora::Low;
 use super::norm::{self, Norm};
 use super::pass::Pass;
 

@@ -5,8 +5,8 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use super::Keep;
-use super::facts::{Facts, Projection};
+use crate::facts::{Facts, Keep, Projection};
+
 use super::feed_forward::{self, FeedForward};
 use super::norm;
 use super::pass::Pass;
@@ -59,7 +59,8 @@ pub(super) fn count(tensor: &Option<Tensor>) -> usize {
 /// one.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let x = if keep == Keep::HostInputs { 0 } else { facts.width };
-    x + self_attention::kept_values(facts, layer, &rank, keep) + feed_forward::kept_values(facts, layer, &rank, keep)
+    x + self_attention::kept_values(facts, layer, &rank, keep)
+        + feed_forward::kept_values(facts, layer, &rank, keep)
 }
 
 impl Layer {

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{bias, unwritten};
 
-use super::adapter::{Lora, Low};
+use super::lora::{Lora, Low};
 use super::pass::Pass;
 
 /// A linear layer of the base.

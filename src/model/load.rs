@@ -5,23 +5,24 @@ use std::collections::BTreeSet;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::facts::quantization::Code;
+use crate::facts::{self, Facts, NormForm, Precision, Projection, Quantization};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::ops::cross_entropy::Head;
-use crate::ops::four_bit::{Code, FourBit};
+use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
-use super::checkpoint::{Checkpoint, Values};
 use super::decoder::Decoder;
-use super::facts::{self, Facts, NormForm, Projection};
 use super::feed_forward::{Dense, FeedForward, Form};
 use super::layer::Layer;
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
 use super::random;
 use super::self_attention::SelfAttention;
-use super::{Options, Precision, Quantization, stored};
+use super::weights::{Checkpoint, Values};
+use super::{Options, stored};
 
 /// Loads and quantises the base. `facts` were read from the same folder.
 ///
@@ -120,7 +121,8 @@ impl Loader<'_> {
         let (facts, names) = (self.facts, &self.facts.names);
         let norm = |name: Option<&str>| name.map(|name| self.norm(&facts.inside(layer, name))).transpose();
         let sites = Cell::new(site);
-        let linear = |projection: &Projection| self.linear(layer, projection, 1.0, sites.replace(sites.get() + 1));
+        let linear =
+            |projection: &Projection| self.linear(layer, projection, 1.0, sites.replace(sites.get() + 1));
         let residual = |projection: &Projection| {
             self.linear(layer, projection, facts.residual_scale, sites.replace(sites.get() + 1))
         };

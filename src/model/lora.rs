@@ -1,360 +1,320 @@
-//! Facts and LoRA options -> the linear layers that get a pair, by PEFT's rules.
+//! LoRA adapters beside the frozen base: one in training with its gradients, or several finished ones with strengths.
+//!
+//! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
+//! tests), so that the optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R],
+//! site by site. Finished adapters are added exactly, without merging: the sum of strength * scale * B A.
 
-use fancy_regex::Regex;
+use std::ops::Range;
 
-use crate::fault::{Fault, Result};
+use candle_core::{DType, Device, Result, Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::facts::{Facts, Projection};
-use super::{LoraOptions, Matching, Modules, Targets};
+use crate::facts::sites::Site;
+use crate::facts::{LoraInit, LoraOptions, Precision};
+use crate::ops::matmul::{self, Weight};
+use crate::ops::{dropout, flat, unwritten};
 
-/// A linear layer that gets a pair.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Site {
-    pub layer: usize,
-    /// The number of the linear layer among all of the model's (`Facts::projections`).
-    pub linear: usize,
-    pub projection: Projection,
-    /// `model.layers.0.self_attn.q_proj`
-    pub path: String,
-    pub rank: usize,
+use super::linear::Linear;
+
+/// LoRA's `dropout(x) A^T` [T, R] of one linear layer; `None` if the layer is not adapted, or if the adapter is not in
+/// training.
+pub type Low = Option<Tensor>;
+
+/// What a pass adds to the base.
+#[derive(Clone, Copy)]
+pub enum Lora<'a> {
+    /// Nothing: the bare base.
+    None,
+    /// The adapter in training, on every row.
+    Training(Training<'a>),
+    /// Finished adapters, each on rows of its own.
+    Mixed(&'a Mixture<'a>),
+}
+
+/// The adapter in training as a pass uses it.
+#[derive(Clone, Copy)]
+pub struct Training<'a> {
+    pub adapter: &'a Trainable,
+    /// The rows' keys in a training pass with dropout; `None` in evaluation.
+    pub dropout_keys: Option<&'a Tensor>,
+}
+
+/// A finished adapter on some rows of a batch.
+#[derive(Clone, Debug)]
+pub struct Part<'a> {
+    pub adapter: &'a Pairs,
+    pub rows: Range<usize>,
+    pub strength: f64,
+}
+
+/// Finished adapters over the rows of one batch. Parts may overlap: a row gets the sum of all that cover it, in the
+/// order of the list.
+#[derive(Clone, Debug, Default)]
+pub struct Mixture<'a> {
+    pub parts: Vec<Part<'a>>,
+}
+
+/// A [R, K] and B [N, R] of one linear layer.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    pub a: Weight,
+    pub b: Weight,
     /// alpha / r, or alpha / sqrt(r).
     pub scale: f64,
-    /// Where A begins in the flat buffer; B follows.
-    pub offset: usize,
 }
 
-impl Site {
-    pub fn parameters(&self) -> usize {
-        self.rank * (self.projection.rows + self.projection.cols)
-    }
+/// The pairs of a finished adapter, by the number of their linear layer (`Facts::projections`).
+#[derive(Clone, Debug, Default)]
+pub struct Pairs {
+    list: Vec<Option<Pair>>,
 }
 
-/// The chosen sites, and which names were understood as others.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sites {
-    pub list: Vec<Site>,
-    /// (as written, module that holds it): `q_proj` -> `qkv_proj`.
-    pub renamed: Vec<(String, String)>,
-    /// Names of target_modules and exclude_modules that match nothing.
-    pub unmatched: Vec<String>,
+/// The adapter in training: the flat buffers of all pairs.
+#[derive(Clone, Debug)]
+pub struct Trainable {
+    pub sites: Vec<Site>,
+    /// What the optimizer updates: f32 (f64 in tests).
+    pub params: Tensor,
+    pub grads: Tensor,
+    /// What passes compute with: `params` itself, or its bf16 copy.
+    pub compute: Tensor,
+    /// The share of each pair's input that training passes drop.
+    pub dropout: f64,
+    /// By the number of the linear layer.
+    learners: Vec<Option<Learner>>,
 }
 
-impl Sites {
-    pub fn parameters(&self) -> usize {
-        self.list.iter().map(Site::parameters).sum()
-    }
+/// One pair in training: views into the flat buffers.
+#[derive(Clone, Debug)]
+struct Learner {
+    pair: Pair,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    /// Distinguishes this pair's dropout masks from the others'.
+    mask: u64,
 }
 
-/// Chooses the sites among the decoder's projections.
-pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
-    let matcher = Matcher::new(facts, options)?;
-    let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
-    let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
-    let (mut list, mut offset) = (Vec::new(), 0);
-    for (linear, (layer, projection)) in facts.projections().enumerate() {
-        let path = facts.path(layer, projection);
-        if !matcher.wants(layer, &path)? {
-            continue;
-        }
-        let rank = ranks.first_match(&path)?.unwrap_or(options.r);
-        let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
-        let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
-        let (projection, scale) = (projection.clone(), alpha / divisor);
-        let site = Site { layer, linear, projection, path, rank, scale, offset };
-        offset += site.parameters();
-        list.push(site);
-    }
-    if list.is_empty() {
-        return Err(nothing_matches(facts, options));
-    }
-    let unmatched = matcher.unmatched(facts)?;
-    Ok(Sites { list, renamed: matcher.renamed, unmatched })
-}
-
-fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
-    let known: Vec<&str> = facts.layers[0].projections().map(|p| p.path).collect();
-    let narrowed = !options.layers.is_empty() || options.exclude != Modules::Names(Vec::new());
-    let but = if narrowed { " (after layers_to_transform and exclude_modules)" } else { "" };
-    Fault::config(format!(
-        "LoraConfig.target_modules matches no linear layer of this {} model{but}; it has {} in layers 0 to {}",
-        facts.family,
-        known.join(", "),
-        facts.layers.len() - 1
-    ))
-    .help("name some of them (the last part is enough), or \"all-linear\"")
-}
-
-/// PEFT's matching: a list matches whole paths or suffixes after a dot, a text is a regular expression for the
-/// whole path. Source: peft 0.21, `tuners_utils.check_target_module_exists`. Where PEFT refuses
-/// `layers_to_transform` beside a text, it narrows here what the text matches.
-struct Matcher<'a> {
-    options: &'a LoraOptions,
-    /// `None`: every linear layer.
-    targets: Option<Test>,
-    exclude: Test,
-    /// `layers_pattern`, each with the layer's number as its group.
-    layers: Vec<Regex>,
-    renamed: Vec<(String, String)>,
-}
-
-enum Test {
-    Names(Vec<String>),
-    Pattern(Regex),
-}
-
-impl<'a> Matcher<'a> {
-    fn new(facts: &Facts, options: &'a LoraOptions) -> Result<Matcher<'a>> {
-        let mut renamed = Vec::new();
-        let targets = match &options.targets {
-            Targets::AllLinear => None,
-            Targets::Modules(Modules::Names(names)) if options.matching == Matching::Fused => {
-                Some(Test::Names(names.iter().map(|name| held_by(facts, name, &mut renamed)).collect()))
-            }
-            Targets::Modules(modules) => Some(Test::new("target_modules", modules)?),
-        };
-        let layer =
-            |pattern: &String| regex("layers_pattern", &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
-        Ok(Matcher {
-            options,
-            targets,
-            exclude: Test::new("exclude_modules", &options.exclude)?,
-            layers: options.layers_pattern.iter().map(layer).collect::<Result<_>>()?,
-            renamed,
-        })
-    }
-
-    fn wants(&self, layer: usize, path: &str) -> Result<bool> {
-        if self.exclude.matches(path)? {
-            return Ok(false);
-        }
-        match &self.targets {
-            // As in PEFT, a whole path means that module, whatever layers_to_transform says.
-            Some(Test::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
-            Some(targets) if !targets.matches(path)? => Ok(false),
-            _ => self.in_layers(layer, path),
-        }
-    }
-
-    fn in_layers(&self, layer: usize, path: &str) -> Result<bool> {
-        if self.options.layers.is_empty() {
-            return Ok(true);
-        }
-        if self.layers.is_empty() {
-            return Ok(self.options.layers.contains(&layer));
-        }
-        for pattern in &self.layers {
-            if let Some(found) = pattern.captures(path).map_err(|error| too_hard(pattern, &error))? {
-                let number = found.get(1).and_then(|number| number.as_str().parse().ok());
-                return Ok(number.is_some_and(|number: usize| self.options.layers.contains(&number)));
-            }
-        }
-        Ok(false)
-    }
-
-    /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
-    fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
-        let paths: Vec<String> =
-            facts.projections().map(|(layer, projection)| facts.path(layer, projection)).collect();
-        let mut list = Vec::new();
-        for (key, test) in
-            [("target_modules", self.targets.as_ref()), ("exclude_modules", Some(&self.exclude))]
-        {
-            match test {
-                None => {}
-                Some(Test::Names(names)) => {
-                    let idle = |name: &&String| !paths.iter().any(|path| is_or_ends_with(path, name));
-                    list.extend(names.iter().filter(idle).map(|name| format!("LoraConfig.{key}: {name}")));
-                }
-                Some(pattern @ Test::Pattern(regex)) => {
-                    let found = paths.iter().map(|path| pattern.matches(path)).collect::<Result<Vec<_>>>()?;
-                    if !found.contains(&true) {
-                        list.push(format!("LoraConfig.{key}: {}", regex.as_str()));
-                    }
-                }
-            }
-        }
-        Ok(list)
-    }
-}
-
-/// The module that holds what a name means; remembers names that are only a part of it.
-fn held_by(facts: &Facts, name: &str, renamed: &mut Vec<(String, String)>) -> String {
-    match facts.aliases.iter().find(|(split, _)| name == *split) {
-        None => name.to_owned(),
-        Some((_, fused)) => {
-            renamed.push((name.to_owned(), (*fused).to_owned()));
-            (*fused).to_owned()
-        }
-    }
-}
-
-impl Test {
-    fn new(key: &str, modules: &Modules) -> Result<Test> {
-        match modules {
-            Modules::Names(names) => Ok(Test::Names(names.clone())),
-            Modules::Pattern(text) => Ok(Test::Pattern(regex(key, &format!("^(?:{text})$"))?)),
-        }
-    }
-
-    fn matches(&self, path: &str) -> Result<bool> {
+impl Lora<'_> {
+    /// Adds what the adapter makes of x to y[:, at..at+N].
+    pub(super) fn forward(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        precision: Precision,
+    ) -> Result<Low> {
         match self {
-            Test::Names(names) => Ok(names.iter().any(|name| is_or_ends_with(path, name))),
-            Test::Pattern(pattern) => pattern.is_match(path).map_err(|error| too_hard(pattern, &error)),
+            Lora::None => Ok(None),
+            Lora::Training(training) => training.forward(linear, x, y, at, precision),
+            Lora::Mixed(mixture) => mixture.forward(linear, x, y, at, precision).map(|()| None),
         }
     }
 }
 
-fn is_or_ends_with(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+impl Pair {
+    /// x A^T [T, R].
+    fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
+        let low = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
+        matmul::forward(x, &self.a, 1.0, &low, 0, 0.0, precision)?;
+        Ok(low)
+    }
 }
 
-/// Python's expressions know look-around and references back, and so does this engine.
-fn regex(key: &str, pattern: &str) -> Result<Regex> {
-    Regex::new(pattern)
-        .map_err(|error| Fault::config(format!("LoraConfig.{key}: not a regular expression: {error}")))
-}
-
-/// An expression with look-around may take time without end; the engine gives up before.
-fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
-    Fault::config(format!("LoraConfig: the regular expression {} cannot be used: {error}", pattern.as_str()))
-}
-
-/// `rank_pattern` and `alpha_pattern`: the key matches a path or its end after a dot; the first one counts.
-struct Patterns<T>(Vec<(Regex, T)>);
-
-impl<T: Copy> Patterns<T> {
-    fn new(key: &str, entries: &[(String, T)]) -> Result<Patterns<T>> {
-        let compile =
-            |(pattern, value): &(String, T)| Ok((regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value));
-        entries.iter().map(compile).collect::<Result<_>>().map(Patterns)
+impl Pairs {
+    /// Pairs with the numbers of their linear layers.
+    pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
+        Pairs { list: by_number(pairs) }
     }
 
-    fn first_match(&self, path: &str) -> Result<Option<T>> {
-        for (pattern, value) in &self.0 {
-            if pattern.is_match(path).map_err(|error| too_hard(pattern, &error))? {
-                return Ok(Some(*value));
-            }
+    /// The pair of a linear layer, if this adapter has one for it.
+    pub fn get(&self, linear: usize) -> Option<&Pair> {
+        self.list.get(linear).and_then(Option::as_ref)
+    }
+
+    /// Bytes of all matrices.
+    pub fn bytes(&self) -> usize {
+        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes()).sum()
+    }
+}
+
+fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>> {
+    let mut list = Vec::new();
+    for (number, entry) in entries {
+        if list.len() <= number {
+            list.resize_with(number + 1, || None);
         }
-        Ok(None)
+        list[number] = Some(entry);
     }
+    list
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{config::Config, family};
-    use std::collections::BTreeSet;
-
-    fn facts(family: &str) -> Facts {
-        let path =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family).join("model");
-        family::describe(&Config::read(&path).unwrap()).unwrap()
-    }
-
-    fn pattern(text: &str) -> Targets {
-        Targets::Modules(Modules::Pattern(text.into()))
-    }
-
-    fn options(targets: Targets) -> LoraOptions {
-        LoraOptions { targets, ..LoraOptions::default() }
-    }
-
-    fn names(list: &[&str]) -> Targets {
-        Targets::names(list.iter().copied())
-    }
-
-    #[test]
-    fn a_list_matches_paths_and_suffixes_and_a_text_is_a_pattern() {
-        let llama = facts("llama3");
-        let count = |targets| sites(&llama, &options(targets)).unwrap().list.len();
-        assert_eq!(count(Targets::AllLinear), 14);
-        assert_eq!(count(names(&["q_proj", "v_proj"])), 4);
-        assert_eq!(count(names(&["self_attn.q_proj", "model.layers.1.mlp.down_proj"])), 3);
-        assert_eq!(count(pattern(r".*\.0\..*_proj")), 7);
-        assert_eq!(count(pattern(r"model\.layers\.(?!0\.).*(?<!up)_proj")), 6, "look-around");
-        let fault = sites(&llama, &options(names(&["proj", "qkv_proj"]))).unwrap_err();
-        assert!(fault.message.contains("self_attn.q_proj"), "{fault}");
-        let slip = LoraOptions {
-            exclude: Modules::Names(vec![".*up.*".into()]),
-            ..options(names(&["q_proj", "v_prj", "lm_head"]))
-        };
-        let unmatched = sites(&llama, &slip).unwrap().unmatched;
-        assert_eq!(
-            unmatched,
-            [
-                "LoraConfig.target_modules: v_prj",
-                "LoraConfig.target_modules: lm_head",
-                "LoraConfig.exclude_modules: .*up.*"
-            ]
-        );
-        let some = LoraOptions {
-            layers: vec![1],
-            exclude: Modules::Names(vec!["mlp.up_proj".into()]),
-            ..options(Targets::AllLinear)
-        };
-        assert_eq!(sites(&llama, &some).unwrap().list.len(), 6);
-    }
-
-    #[test]
-    fn a_text_that_excludes_is_a_pattern() {
-        let exclude = Modules::Pattern(r".*\.(up|gate)_proj".into());
-        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
-        assert_eq!((found.list.len(), found.unmatched.len()), (10, 0));
-        let exclude = Modules::Pattern("up_proj".into());
-        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
-        assert_eq!((found.list.len(), found.unmatched.len()), (14, 1), "a pattern is for whole paths");
-    }
-
-    /// As `check_target_module_exists` of peft 0.21 has it.
-    #[test]
-    fn layers_are_told_by_their_number_and_whole_paths_are_meant() {
-        let llama = facts("llama3");
-        let found = |targets: &[&str], layers: &[usize], patterns: &[&str]| {
-            let options = LoraOptions {
-                layers: layers.to_vec(),
-                layers_pattern: patterns.iter().map(|pattern| pattern.to_string()).collect(),
-                ..options(names(targets))
+impl Mixture<'_> {
+    fn forward(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        precision: Precision,
+    ) -> Result<()> {
+        for Part { adapter, rows, strength } in &self.parts {
+            let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty()) else {
+                continue;
             };
-            sites(&llama, &options)
-                .map(|sites| sites.list.into_iter().map(|site| site.path).collect::<Vec<_>>())
-        };
-        let (first, second) = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj");
-        assert_eq!(found(&["q_proj"], &[1], &[]).unwrap(), [second]);
-        assert_eq!(found(&["q_proj"], &[1], &["layers"]).unwrap(), [second]);
-        assert_eq!(found(&["q_proj"], &[0], &["h", "model.layers"]).unwrap(), [first]);
-        assert_eq!(found(&[first, "q_proj"], &[1], &[]).unwrap(), [first, second]);
-        let fault = found(&["q_proj"], &[1], &["h"]).unwrap_err();
-        assert!(fault.message.contains("after layers_to_transform"), "{fault}");
-        assert!(found(&["q_proj"], &[2], &[]).is_err(), "there are two layers");
+            let low = pair.low(&x.narrow(0, rows.start, rows.len())?, precision)?;
+            let scale = pair.scale * linear.factor * strength;
+            let y = y.narrow(0, rows.start, rows.len())?;
+            matmul::forward(&low, &pair.b, scale, &y, at, 1.0, precision)?;
+        }
+        Ok(())
+    }
+}
+
+impl Training<'_> {
+    fn forward(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        precision: Precision,
+    ) -> Result<Low> {
+        let Some(learner) = self.adapter.learner(linear.site) else { return Ok(None) };
+        let low = learner.pair.low(&self.input(learner, x)?, precision)?;
+        let scale = learner.pair.scale * linear.factor;
+        matmul::forward(&low, &learner.pair.b, scale, y, at, 1.0, precision)?;
+        Ok(Some(low))
     }
 
-    #[test]
-    fn kaito_names_for_phi3_mean_the_fused_modules() {
-        let kaito = names(&["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]);
-        let found = sites(&facts("phi3"), &options(kaito.clone())).unwrap();
-        assert_eq!(found.list.len(), 8);
-        assert_eq!(found.renamed.len(), 5);
-        let literal = LoraOptions { matching: Matching::Literal, ..options(kaito) };
-        let found = sites(&facts("phi3"), &literal).unwrap();
-        let ends: BTreeSet<&str> = found.list.iter().map(|site| site.projection.path).collect();
-        assert_eq!(ends, BTreeSet::from(["self_attn.o_proj", "mlp.down_proj"]));
-        assert_eq!((found.renamed.len(), found.unmatched.len()), (0, 5));
+    /// Adds the gradients of A and B to the flat buffer and, if wanted, that of x to `dx`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn backward(
+        &self,
+        linear: &Linear,
+        dy: &Tensor,
+        at: usize,
+        x: &Tensor,
+        low: Option<&Tensor>,
+        dx: Option<&Tensor>,
+        precision: Precision,
+    ) -> Result<()> {
+        let Some(learner) = self.adapter.learner(linear.site) else { return Ok(()) };
+        let (pair, scale) = (&learner.pair, learner.pair.scale * linear.factor);
+        let x = self.input(learner, x)?;
+        let low = match low {
+            Some(low) => low.clone(),
+            None => pair.low(&x, precision)?,
+        };
+        matmul::weight_gradient(dy, at, &low, scale, &learner.grad_b, precision)?;
+        let d_low = unwritten((x.dim(0)?, pair.a.dims().0), x.dtype(), x.device())?; // scale * dy B, [T, R]
+        matmul::input_gradient(dy, at, &pair.b, scale, &d_low, 0.0, precision)?;
+        matmul::weight_gradient(&d_low, 0, &x, 1.0, &learner.grad_a, precision)?;
+        match (dx, self.dropout_keys) {
+            (None, _) => Ok(()),
+            (Some(dx), Some(keys)) if self.adapter.dropout > 0.0 => {
+                let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
+                matmul::input_gradient(&d_low, 0, &pair.a, 1.0, &through, 0.0, precision)?;
+                let kept = dropout::apply(&through, self.adapter.dropout, keys, learner.mask)?;
+                crate::ops::rows::add(dx, &kept)
+            }
+            (Some(dx), _) => matmul::input_gradient(&d_low, 0, &pair.a, 1.0, dx, 1.0, precision),
+        }
     }
 
-    #[test]
-    fn patterns_set_rank_and_scale() {
-        let options = LoraOptions {
-            r: 4,
-            alpha: 8.0,
-            rslora: true,
-            rank_pattern: vec![("down_proj".into(), 16), (r"0\.self_attn\.q_proj".into(), 2)],
-            alpha_pattern: vec![("down_proj".into(), 32.0)],
-            ..options(Targets::AllLinear)
-        };
-        let found = sites(&facts("llama3"), &options).unwrap().list;
-        let site = |path: &str| found.iter().find(|site| site.path.ends_with(path)).unwrap();
-        assert_eq!((site("0.mlp.down_proj").rank, site("0.mlp.down_proj").scale), (16, 8.0));
-        assert_eq!((site("0.self_attn.q_proj").rank, site("1.self_attn.q_proj").rank), (2, 4));
-        assert_eq!(site("1.self_attn.q_proj").scale, 4.0);
+    /// The pair's input: x, or what dropout leaves of it.
+    fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
+        match self.dropout_keys {
+            Some(keys) if self.adapter.dropout > 0.0 => {
+                dropout::apply(x, self.adapter.dropout, keys, learner.mask)
+            }
+            _ => Ok(x.clone()),
+        }
     }
+}
+
+impl Trainable {
+    /// A from the initialisation PEFT uses, B zero. Each site draws from its own stream of the seed, so that a
+    /// site's values do not depend on which others are chosen.
+    ///
+    /// `dtype` is the activations'.
+    pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
+        let total = sites.iter().map(Site::parameters).sum::<usize>();
+        let mut values = vec![0f32; total];
+        for site in &sites {
+            let a = &mut values[site.offset..][..site.rank * site.projection.cols];
+            initialize(a, site, options);
+        }
+        let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
+        let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
+        let params = params.to_device(device)?;
+        let grads = params.zeros_like()?;
+        let compute = compute.unwrap_or_else(|| params.clone());
+        let learners = sites.iter().enumerate().map(|(mask, site)| {
+            let (a, b) = views(&compute, site)?;
+            let (grad_a, grad_b) = views(&grads, site)?;
+            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale };
+            Ok((site.linear, Learner { pair, grad_a, grad_b, mask: mask as u64 }))
+        });
+        let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
+        Ok(Trainable { sites, grads, compute, params, dropout: options.dropout, learners })
+    }
+
+    /// This adapter in a pass without dropout.
+    pub fn evaluated(&self) -> Lora<'_> {
+        Lora::Training(Training { adapter: self, dropout_keys: None })
+    }
+
+    /// The copy that passes compute with, if it is not the parameters themselves.
+    pub fn copy(&self) -> Option<&Tensor> {
+        (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
+    }
+
+    /// Brings the copy that passes compute with up to date with parameters that were read from a file.
+    pub fn refresh(&self) -> Result<()> {
+        if self.compute.dtype() == self.params.dtype() {
+            return Ok(());
+        }
+        flat::write(&self.compute, &self.params.to_device(&Device::Cpu)?.to_dtype(self.compute.dtype())?)
+    }
+
+    /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.
+    pub fn views(&self, flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
+        views(flat, site)
+    }
+
+    fn learner(&self, linear: usize) -> Option<&Learner> {
+        self.learners.get(linear).and_then(Option::as_ref)
+    }
+}
+
+fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
+    let (rows, cols) = (site.projection.rows, site.projection.cols);
+    let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
+    let b = flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
+    Ok((a, b))
+}
+
+/// Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has deviation 1/r.
+fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
+    let mut random = ChaCha8Rng::seed_from_u64(options.seed);
+    random.set_stream(dropout::mix(fnv(&site.path)));
+    let mut unit = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+    let bound = (site.projection.cols as f64).sqrt().recip();
+    for value in a {
+        *value = match options.init {
+            LoraInit::Kaiming => (2.0 * unit() - 1.0) * bound,
+            LoraInit::Gaussian => {
+                let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
+                radius * (std::f64::consts::TAU * unit()).cos() / site.rank as f64
+            }
+        } as f32;
+    }
+}
+
+/// FNV-1a: a stable number for a path.
+fn fnv(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }

@@ -3,12 +3,12 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::attention::Heads;
+use crate::facts::Heads;
 use crate::ops::head_norm::{self, Groups};
 use crate::ops::{layer_norm, rms_norm, rows, unwritten};
 
-use super::adapter::Low;
 use super::linear::Linear;
+use super::lora::Low;
 use super::pass::Pass;
 
 /// A norm over the residual stream: weight and bias `[C]`.

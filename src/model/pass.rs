@@ -1,10 +1,10 @@
 //! A batch's positions, precision and adapter -> what every layer of one pass shares.
 
+use crate::facts::Precision;
 use crate::ops::attention::Packing;
-use crate::ops::matmul::Precision;
 use crate::ops::rope::Angles;
 
-use super::adapter::Lora;
+use super::lora::Lora;
 
 /// What every layer of a pass shares.
 pub struct Pass<'a> {

@@ -3,14 +3,13 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::attention::{self, Heads};
+use crate::facts::{Facts, Heads, Keep, Projection};
+use crate::ops::attention;
 use crate::ops::rope::{self, Direction};
 use crate::ops::unwritten;
 
-use super::Keep;
-use super::adapter::Low;
-use super::facts::{Facts, Projection};
 use super::linear::{Linear, side_by_side, side_by_side_backward};
+use super::lora::Low;
 use super::norm::{self, Branch, HeadNorm, Norm};
 use super::pass::Pass;
 
@@ -75,7 +74,10 @@ impl Kept {
             kept.rotated.elem_count() + count(&kept.raw) + kept.lows.iter().map(count).sum::<usize>()
         };
         let attended = |kept: &Attended| {
-            kept.output.elem_count() + kept.log_sum.elem_count() + kept.added.sum.elem_count() + kept.added.values()
+            kept.output.elem_count()
+                + kept.log_sum.elem_count()
+                + kept.added.sum.elem_count()
+                + kept.added.values()
         };
         self.projected.as_ref().map_or(0, projected) + self.attended.as_ref().map_or(0, attended)
     }

@@ -11,13 +11,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::dataset::Example;
+use crate::facts::Keep;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::memory::Running;
-use crate::model::Keep;
-use crate::model::adapter::{Lora, Trainable};
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
+use crate::model::lora::{Lora, Trainable};
 use crate::ops::adamw::{self, Moments, Update};
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
@@ -346,8 +346,7 @@ impl<'a> Trainer<'a> {
 
     fn resume(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
         let Some(checkpoints) = checkpoints else { return Ok(None) };
-        let found =
-            checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
+        let found = checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
         let Some(state) = found else { return Ok(None) };
         self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
         self.adapter.refresh()?;

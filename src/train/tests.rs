@@ -3,10 +3,10 @@
 use serde_json::json;
 
 use super::*;
+use crate::facts::config::Config;
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use crate::memory::{self, Machine, Place, cost::Rates};
-use crate::model::{
-    FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, random,
-};
+use crate::model::{load, random};
 use crate::ops::starve;
 
 fn decoder() -> (Decoder, Trainable) {
@@ -57,8 +57,8 @@ fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
 
 /// Losses of the steps, parameters at the end, warnings. From the `fails_at`-th allocation of the run on, so many fail.
 fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
-    let mut decoder = decoder();
-    let running = running(&decoder);
+    let (decoder, adapter) = decoder();
+    let mut passes = Passes::planned(running(&decoder, &adapter));
     let data = Data { train: &examples(), evaluation: &[] };
     let options = Options {
         learning_rate: 1e-2,
@@ -78,10 +78,10 @@ fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
         Ok(())
     };
     starve::set(fails_at);
-    let ended = run(&mut decoder, data, &options, Some(running), None, &Report::silent(), &mut log);
+    let ended = run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut log);
     starve::set(None);
     ended.unwrap();
-    (losses, crate::ops::cpu::to_f64(&decoder.trainable.params).unwrap(), decoder.keep)
+    (losses, crate::ops::cpu::to_f64(&adapter.params).unwrap(), passes.keep(3))
 }
 
 #[test]
@@ -101,12 +101,13 @@ fn a_step_that_ran_out_of_memory_is_done_again_with_the_same_result() {
 
 #[test]
 fn the_smallest_plan_is_the_last() {
-    let mut decoder = decoder();
-    let running = running(&decoder);
+    let (decoder, adapter) = decoder();
+    let mut passes = Passes::planned(running(&decoder, &adapter));
     let data = Data { train: &examples(), evaluation: &[] };
     let options = Options { steps_max: Some(1), ..Options::default() };
     starve::set(Some((1, usize::MAX)));
-    let ended = run(&mut decoder, data, &options, Some(running), None, &Report::silent(), &mut |_| Ok(()));
+    let ended =
+        run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut |_| Ok(()));
     starve::set(None);
     let fault = ended.unwrap_err();
     assert_eq!(fault.kind, Kind::Capacity);

@@ -12,12 +12,11 @@ mod qwen;
 mod smollm3;
 mod split;
 
+use crate::facts::Function;
 use crate::fault::Result;
-use crate::ops::activation::Function;
 
 use super::config::Config;
-use super::facts::Facts;
-use super::stored;
+use super::{Facts, quantization};
 
 type Read = fn(&Config) -> Result<Facts>;
 
@@ -58,7 +57,7 @@ pub fn describe(config: &Config) -> Result<Facts> {
             fault.help("take a model of a supported family")
         });
     };
-    stored::read(config)?; // refuses other quantisers
+    quantization::read(config)?; // refuses other quantisers
     let mut facts = read(config)?;
     if config.wrapper().is_some() {
         facts.names.layers = IN_WRAPPER;
@@ -105,7 +104,7 @@ fn set_windows(facts: &mut Facts, window: Option<usize>, sliding: &[bool]) {
 }
 
 /// The same change to the attention of every layer.
-fn every_attention(facts: &mut Facts, change: impl Fn(&mut Attention)) {
+fn every_attention(facts: &mut Facts, change: impl Fn(&mut crate::facts::Attention)) {
     facts.layers.iter_mut().for_each(|layer| change(&mut layer.attention));
 }
 
