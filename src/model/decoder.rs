@@ -12,11 +12,12 @@ use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
 
 use super::batch::Batch;
+use super::cache::Cache;
 use super::feed_forward::Form;
 use super::layer::{Kept, Layer};
 use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
-use super::pass::Pass;
+use super::pass::{Pass, Step};
 
 /// The frozen base.
 pub struct Decoder {
@@ -60,7 +61,7 @@ impl Decoder {
         let keys = dropout::keys(&batch.keys, &self.device)?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
         let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed(batch)?;
+        let mut x = self.embed(&batch.ids)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // Nothing below the lowest adapted layer is needed again.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
@@ -86,7 +87,7 @@ impl Decoder {
     pub fn kept_values(&self, adapter: &Trainable, keep: &[Keep], batch: &Batch) -> Result<Vec<usize>> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, adapter.evaluated());
-        let mut x = self.embed(batch)?;
+        let mut x = self.embed(&batch.ids)?;
         let mut values = Vec::new();
         for (layer, keep) in self.layers.iter().zip(keep) {
             let (y, kept) = layer.forward(x, *keep, &pass)?;
@@ -109,6 +110,20 @@ impl Decoder {
         cross_entropy::logits(&hidden, &self.head, self.precision)
     }
 
+    /// One step of serving: new rows of running sequences, whose keys and values are added to the cache. Returns the
+    /// logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
+    pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
+        let (positions, lengths) = step.positions();
+        let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
+        let pass = Pass { apart: true, ..self.pass(&turns, &packing, lora) };
+        let mut x = self.embed(&step.ids)?;
+        for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.step(&x, &pass, &step.segments, store)?;
+        }
+        let hidden = self.final_norm.forward(&rows::gather(&x, &step.wanted)?)?;
+        cross_entropy::logits_apart(&hidden, &self.head, self.precision)
+    }
+
     /// Bytes of the frozen base.
     pub fn base_bytes(&self) -> usize {
         let linear = |layer: &Layer| -> usize {
@@ -127,12 +142,12 @@ impl Decoder {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, lora);
         let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &pass)?.0);
-        self.layers.iter().try_fold(self.embed(batch)?, forward)
+        self.layers.iter().try_fold(self.embed(&batch.ids)?, forward)
     }
 
-    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         let factor = self.embedding_factor();
-        embedding::forward(&self.embedding, &batch.ids, factor, self.dtype, &self.device)
+        embedding::forward(&self.embedding, ids, factor, self.dtype, &self.device)
     }
 
     /// The factor on the embeddings, rounded as the reference rounds it.
@@ -148,6 +163,10 @@ impl Decoder {
     /// The rows' angles; each row once for each of the heads' runs.
     fn turns(&self, batch: &Batch) -> Result<Turns> {
         let (positions, lengths) = batch.positions();
+        self.turns_at(positions, lengths)
+    }
+
+    fn turns_at(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<Turns> {
         let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
         let for_each_run = |numbers: Vec<u32>| -> Vec<u32> {
@@ -174,7 +193,7 @@ impl Decoder {
 
     fn pass<'a>(&self, turns: &'a Turns, packing: &'a Packing, lora: Lora<'a>) -> Pass<'a> {
         let (angles, growth) = (turns.ropes.as_slice(), turns.growth.as_ref());
-        Pass { precision: self.precision, lora, angles, growth, packing }
+        Pass { precision: self.precision, apart: false, lora, angles, growth, packing }
     }
 
     /// The loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.

@@ -6,12 +6,14 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use serde_json::{Value, json};
 
 use super::batch::Batch;
+use super::cache::Cache;
 use super::decoder::Decoder;
 use super::feed_forward::Form;
 use super::layer::Layer;
 use super::linear::Linear;
 use super::lora::{Lora, Mixture, Pair, Pairs, Part, Trainable};
 use super::norm::Norm;
+use super::pass::Step;
 use super::self_attention::SelfAttention;
 use super::{Options, load, random};
 use crate::facts::config::Config;
@@ -508,6 +510,46 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         }
         let mixed = alone(&[(&first, 0.3), (&second, -1.5)])?;
         judge::same(&mixed, &decoder.logits(&batch, adapter.evaluated())?, 1e-10)?;
+    }
+    Ok(())
+}
+
+/// Rows that arrive piece by piece, over cached keys and values, have the logits that the whole text gives them.
+#[test]
+fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
+    for case in cases() {
+        let (decoder, adapter) = decoder(&case);
+        let batch = batch(&decoder.facts);
+        let pairs = adapter.finished()?;
+        let whole = Mixture { parts: vec![part(&pairs, 0..7, 0.6)] };
+        let expected = decoder.logits(&batch, Lora::Mixed(&whole))?;
+        let mut cache = Cache::new(&decoder.facts, 128, DType::F64)?;
+        let pages = [cache.reserve(7).unwrap(), cache.reserve(5).unwrap()];
+        let (first_rows, mut done, mut found) = ([0usize, 8], [0usize; 2], vec![None; 13]);
+        for pieces in [[3, 1], [1, 1], [1, 2], [2, 1]] {
+            let mut step = Step::default();
+            let mut rows = Vec::new();
+            let mut parts = Vec::new();
+            for (sequence, length) in pieces.into_iter().enumerate() {
+                let first = first_rows[sequence] + done[sequence];
+                let ids = &batch.ids[first..first + length];
+                let from = step.push(ids, done[sequence], pages[sequence].clone(), [7, 5][sequence]);
+                rows.extend(first..first + length);
+                done[sequence] += length;
+                if sequence == 0 {
+                    parts.push(part(&pairs, from..from + length, 0.6));
+                }
+            }
+            step.wanted = (0..rows.len() as u32).collect();
+            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&Mixture { parts }))?;
+            for (i, row) in rows.into_iter().enumerate() {
+                found[row] = Some(logits.narrow(0, i, 1)?);
+            }
+        }
+        for (row, found) in found.into_iter().enumerate().filter(|(row, _)| *row != 7) {
+            println!("{}, row {row}", case.name);
+            judge::same(&found.expect("every row came"), &expected.narrow(0, row, 1)?, 1e-10)?;
+        }
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use crate::facts::{Facts, Keep, Projection};
+use crate::ops::attention::cached::{Segment, Store};
 
 use super::feed_forward::{self, FeedForward};
 use super::norm;
@@ -71,6 +72,12 @@ impl Layer {
         let (sum, feed_forward) = self.feed_forward.forward(self.fed(&x, middle), middle, pass)?;
         let kept = Kept { x, home: None, attention: attention.into(), feed_forward: feed_forward.into() };
         Ok((sum, kept.reduce(keep)?))
+    }
+
+    /// x [T, C] of new rows of running sequences -> the layer's output; nothing is kept but keys and values.
+    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
+        let middle = self.attention.step(x, pass, segments, store)?;
+        Ok(self.feed_forward.forward(self.fed(x, &middle), &middle, pass)?.0)
     }
 
     /// `d` [T, C] holds the gradient of the output and becomes that of x, in place. With `lowest`, nothing

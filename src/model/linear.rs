@@ -28,8 +28,9 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
-        matmul::forward(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
-        pass.lora.forward(self, x, y, at, pass.precision)
+        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
+        product(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
+        pass.lora.forward(self, x, y, at, pass)
     }
 
     /// Adds the pair's gradients to the flat buffer and, if wanted, x's gradient to or into `dx` [T, K].

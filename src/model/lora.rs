@@ -16,6 +16,7 @@ use crate::ops::matmul::{self, Weight};
 use crate::ops::{dropout, flat, unwritten};
 
 use super::linear::Linear;
+use super::pass::Pass;
 
 /// LoRA's `dropout(x) A^T` [T, R] of one linear layer; `None` if the layer is not adapted, or if the adapter is not in
 /// training.
@@ -103,12 +104,12 @@ impl Lora<'_> {
         x: &Tensor,
         y: &Tensor,
         at: usize,
-        precision: Precision,
+        pass: &Pass,
     ) -> Result<Low> {
         match self {
             Lora::None => Ok(None),
-            Lora::Training(training) => training.forward(linear, x, y, at, precision),
-            Lora::Mixed(mixture) => mixture.forward(linear, x, y, at, precision).map(|()| None),
+            Lora::Training(training) => training.forward(linear, x, y, at, pass.precision),
+            Lora::Mixed(mixture) => mixture.forward(linear, x, y, at, pass).map(|()| None),
         }
     }
 }
@@ -151,22 +152,17 @@ fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>>
 }
 
 impl Mixture<'_> {
-    fn forward(
-        &self,
-        linear: &Linear,
-        x: &Tensor,
-        y: &Tensor,
-        at: usize,
-        precision: Precision,
-    ) -> Result<()> {
+    fn forward(&self, linear: &Linear, x: &Tensor, y: &Tensor, at: usize, pass: &Pass) -> Result<()> {
+        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
         for Part { adapter, rows, strength } in &self.parts {
             let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty()) else {
                 continue;
             };
-            let low = pair.low(&x.narrow(0, rows.start, rows.len())?, precision)?;
+            let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
+            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
+            product(&x, &pair.a, 1.0, &low, 0, 0.0, pass.precision)?;
             let scale = pair.scale * linear.factor * strength;
-            let y = y.narrow(0, rows.start, rows.len())?;
-            matmul::forward(&low, &pair.b, scale, &y, at, 1.0, precision)?;
+            product(&low, &pair.b, scale, &y, at, 1.0, pass.precision)?;
         }
         Ok(())
     }
@@ -265,6 +261,16 @@ impl Trainable {
     /// This adapter in a pass without dropout.
     pub fn evaluated(&self) -> Lora<'_> {
         Lora::Training(Training { adapter: self, dropout_keys: None })
+    }
+
+    /// The pairs as they are now, which training no longer changes.
+    pub fn finished(&self) -> Result<Pairs> {
+        let pair = |site: &Site| {
+            let (a, b) = views(&self.compute, site)?;
+            let (a, b) = (Weight::Dense(a.copy()?), Weight::Dense(b.copy()?));
+            Ok((site.linear, Pair { a, b, scale: site.scale }))
+        };
+        Ok(Pairs::new(self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?))
     }
 
     /// The copy that passes compute with, if it is not the parameters themselves.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::facts::{LoraOptions, Precision, Quantization};
 
 pub mod batch;
+pub mod cache;
 pub mod decoder;
 pub mod feed_forward;
 pub mod layer;

@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor};
 
 use crate::facts::{Facts, Heads, Keep, Projection};
 use crate::ops::attention;
+use crate::ops::attention::cached::{self, Segment, Store};
 use crate::ops::rope::{self, Direction};
 use crate::ops::unwritten;
 
@@ -142,6 +143,14 @@ impl SelfAttention {
         let (output, log_sum) = attention::forward(rotated, &self.heads, pass.packing, pass.precision)?;
         let added = norm::join(&self.output, &self.post_norm, &output, x, pass)?;
         Ok(Attended { output, log_sum, added })
+    }
+
+    /// The residual stream after attention for new rows of running sequences, whose keys and values stay in `store`.
+    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
+        let Projected { rotated, .. } = self.project(x, pass)?;
+        store.write(&rotated, &self.heads, segments)?;
+        let output = cached::forward(&rotated, &self.heads, store, segments, pass.precision)?;
+        Ok(norm::join(&self.output, &self.post_norm, &output, x, pass)?.sum)
     }
 
     /// `d` is the gradient of the residual stream after attention. Returns that of what the query, key and value
