@@ -9,12 +9,14 @@ mod template;
 mod tokenizer;
 mod mask;
 mod encode;
+mod chat;
 
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
+pub use chat::Chat;
 pub use encode::encode;
 pub use mask::show;
 pub use tokenizer::Tokenizer;
