@@ -134,6 +134,11 @@ impl Pairs {
         self.list.get(linear).and_then(Option::as_ref)
     }
 
+    /// The largest rank of a pair.
+    pub fn rank(&self) -> usize {
+        self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
+    }
+
     /// Bytes of all matrices.
     pub fn bytes(&self) -> usize {
         self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes()).sum()
