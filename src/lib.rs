@@ -18,6 +18,7 @@ pub mod model;
 pub mod memory;
 pub mod train;
 pub mod adapter;
+pub mod generate;
 pub mod registry;
 pub mod fetch;
 pub mod spec;

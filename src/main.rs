@@ -256,7 +256,7 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
             say!(
                 "\nmodel: {}, {} layers of width {}, {} parameters\nadapter: {} linear layers, {} trainable parameters",
                 facts.family,
-                facts.layers,
+                facts.layers.len(),
                 facts.width,
                 facts.parameters(),
                 described.sites.list.len(),
@@ -268,7 +268,7 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
         Format::Json => {
             let mut json = plan.json();
             json["model"] = serde_json::json!({
-                "family": facts.family, "layers": facts.layers, "width": facts.width, "parameters": facts.parameters(),
+                "family": facts.family, "layers": facts.layers.len(), "width": facts.width, "parameters": facts.parameters(),
             });
             let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
             json["adapter"] = serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});

@@ -11,12 +11,14 @@ mod marks;
 mod mask;
 mod learned;
 mod encode;
+mod chat;
 
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
+pub use chat::Chat;
 pub use container::{ENDINGS, names as containers};
 pub use encode::{EncodedRow, check_template, encode, encode_rows};
 pub use footer::{Footers, footers};
