@@ -283,7 +283,6 @@ fn new_inputs_are_a_new_revision() {
     let first = job(&server, "w");
     let again = |wanted: &str| {
         server.wait(&format!("revision {wanted}"), |server| {
-            server.finish_deletions();
             server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == wanted)
         })
     };
@@ -407,8 +406,8 @@ fn nothing_is_done_where_kaitos_controller_is() {
 #[test]
 fn conflicts_and_expired_watches_are_gone_through() {
     let (server, _running) = controlled();
-    server.conflict_next("workspaces", 2);
-    server.conflict_next("jobs", 1);
+    server.fail_next("PATCH", "workspaces", 409, 2);
+    server.fail_next("PATCH", "jobs", 409, 1);
     server.put("workspaces", workspace("w"));
     job(&server, "w");
     state(&server, "w", "Pending");
@@ -433,7 +432,7 @@ fn a_job_that_is_gone_after_its_end_is_not_done_again() {
             .count()
     };
     let before = made();
-    server.merge("jobs", NAMESPACE, "w", &json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+    server.delete("jobs", NAMESPACE, "w", "background");
     assert!(server.get("jobs", NAMESPACE, "w").is_none());
     // A look that comes after the deletion: the annotation of another is a change.
     server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"annotations": {"other/note": "x"}}}));
@@ -441,6 +440,32 @@ fn a_job_that_is_gone_after_its_end_is_not_done_again() {
     job(&server, "v");
     assert_eq!(made(), before);
     assert_eq!(server.get("workspaces", NAMESPACE, "w").unwrap()["status"]["state"], "Succeeded");
+}
+
+/// By its time to live, which deletes in the foreground, and by a person in both ways.
+#[test]
+fn what_is_over_stays_over_however_its_job_goes() {
+    let (server, _running) = controlled();
+    for (name, ttl) in [("ttl", Some("1s")), ("foreground", None), ("background", None)] {
+        let mut wanted = workspace(name);
+        if let Some(ttl) = ttl {
+            wanted["metadata"]["annotations"] = json!({"hone.sh/ttl": ttl});
+        }
+        server.put("workspaces", wanted);
+        let uid = job(&server, name)["metadata"]["uid"].clone();
+        job_status(&server, name, json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+        state(&server, name, "Succeeded");
+        if ttl.is_none() {
+            server.delete("jobs", NAMESPACE, name, name);
+        }
+        server.wait("no Job", |server| server.get("jobs", NAMESPACE, name).is_none().then_some(()));
+        for _ in 0..30 {
+            std::thread::sleep(Duration::from_millis(100));
+            let again = server.get("jobs", NAMESPACE, name);
+            assert!(again.is_none_or(|job| job["metadata"]["uid"] == uid), "{name} is trained again");
+            assert_eq!(server.get("workspaces", NAMESPACE, name).unwrap()["status"]["state"], "Succeeded");
+        }
+    }
 }
 
 #[test]
@@ -479,12 +504,7 @@ fn a_node_is_asked_for_and_given_back() {
         let workspace = server.get("workspaces", NAMESPACE, "v")?;
         (workspace["metadata"]["finalizers"] == json!(["hone.sh/nodes"])).then_some(())
     });
-    server.merge(
-        "workspaces",
-        NAMESPACE,
-        "v",
-        &json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
-    );
+    server.delete("workspaces", NAMESPACE, "v", "background");
     server.wait("all gone", |server| {
         let gone = server.get("workspaces", NAMESPACE, "v").is_none()
             && server.get("jobs", NAMESPACE, "v").is_none();

@@ -149,6 +149,15 @@ impl<'a> Reconciler<'a> {
     async fn bring(&self, job: Option<Job>, rendered: Rendered, revision: i64) -> kube::Result<Action> {
         let made_from = |job: &Job| job.metadata.annotations.as_ref()?.get(REVISION)?.parse::<i64>().ok();
         match job {
+            // One that had ended before somebody deleted it, or its time to live did: its end stays what it was.
+            Some(job)
+                if job.metadata.deletion_timestamp.is_some()
+                    && made_from(&job) == Some(revision)
+                    && (observe::observe(Some(&job), &[]).stage.is_over()
+                        || self.was_done(revision).await?) =>
+            {
+                Ok(Action::requeue(SOON))
+            }
             Some(job) if job.metadata.deletion_timestamp.is_some() => {
                 self.tell(None, revision, None).await?;
                 Ok(Action::requeue(SOON))
