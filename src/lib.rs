@@ -6,11 +6,12 @@
 pub mod fault;
 pub mod report;
 pub mod interrupt;
-pub mod serve;
+pub mod endpoint;
 pub mod metrics;
 pub mod machine;
 pub mod source;
 pub mod dataset;
+pub mod facts;
 pub mod ops;
 pub mod device;
 pub mod model;
