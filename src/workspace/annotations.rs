@@ -117,14 +117,16 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         ephemeral_storage: reader.with("ephemeral-storage", quantity),
         cache_claim: reader.with("cache-claim", object_name),
         work_claim: reader.with("work-claim", object_name),
-        queue_name: reader.with("queue-name", object_name),
+        queue_name: reader
+            .with("queue-name", |text| object_name(text).filter(|text| text.len() <= LABEL_BYTES_MAX)),
         priority_class: reader.with("priority-class", object_name),
         service_account: reader.with("service-account", object_name),
         retries: reader.with("retries", |text| text.parse().ok().filter(|retries| *retries >= 0)),
         deadline_seconds: reader.with("deadline", seconds),
         ttl_seconds: reader.with("ttl", |text| seconds(text)?.try_into().ok()),
         grace_seconds: reader.with("grace-period", seconds),
-        run_as_user: reader.with("run-as-user", |text| text.parse().ok().filter(|user| *user > 0)),
+        run_as_user: reader
+            .with("run-as-user", |text| text.parse().ok().filter(|user| (1..=USER_MAX).contains(user))),
         ca_config_map: reader.with("ca-config-map", object_name),
         config_overrides: reader.with("config-overrides", assignments).unwrap_or_default(),
         env: reader.with("env", environment).unwrap_or_default(),
@@ -132,7 +134,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         node_class: reader.with("node-class", object_name),
         ignore: reader.with("ignore", boolean).unwrap_or(false),
     };
-    reader.mistakes.into_result().map(|()| options)
+    reader.mistakes.into_result_of("the Workspace").map(|()| options)
 }
 
 /// Our annotations that are part of what a run is, by full name; those of the controller's own are not.
@@ -161,6 +163,10 @@ pub fn markdown() -> String {
     format!("{}\nWritten by `hone controller`:\n\n{}", table(Side::Input), table(Side::Output))
 }
 
+/// LIMIT: of Kubernetes.
+const USER_MAX: i64 = i32::MAX as i64;
+/// LIMIT: of a label's value, which the queue's name becomes.
+const LABEL_BYTES_MAX: usize = 63;
 /// LIMIT: no node has more.
 const GPUS_MAX: u32 = 64;
 
@@ -279,6 +285,8 @@ fn variable(line: &str) -> Option<EnvVar> {
         None => EnvVar { name, value: Some(value.into()), ..EnvVar::default() },
         Some(place) => {
             let (secret, key) = place.split_once('/')?;
+            let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            let key = Some(key).filter(|key| !key.is_empty() && key.chars().all(allowed))?;
             secret_variable(name, object_name(secret)?, key.into())
         }
     })

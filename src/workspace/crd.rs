@@ -18,7 +18,7 @@ const LATER: [&[&str]; 5] = [
     &["status", "performance"],
 ];
 /// KAITO's default of v1alpha1.
-const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
+pub const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
 
 /// The object to apply.
 pub fn definition() -> Value {

@@ -343,6 +343,20 @@ pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -
         serde_json::from_value(written.clone().into()).map_err(|error| refuse(error.to_string()))?;
     let understood = serde_json::to_value(&volume).expect("texts and numbers");
     let kinds: Vec<&String> = written.keys().filter(|key| *key != "name").collect();
+    let claim = volume.persistent_volume_claim.as_ref();
+    if claim.is_some_and(|claim| claim.claim_name.is_empty()) {
+        return Err(refuse("persistentVolumeClaim.claimName is missing".into()));
+    }
+    /// Kubernetes' kinds of a path of the node.
+    const HOST_PATHS: [&str; 8] =
+        ["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"];
+    let path = volume.host_path.as_ref().and_then(|path| path.type_.as_deref());
+    if let Some(other) = path.filter(|kind| !HOST_PATHS.contains(kind)) {
+        return Err(refuse(format!(
+            "hostPath.type: expected one of {}, found {other:?}",
+            HOST_PATHS[1..].join(", ")
+        )));
+    }
     match kinds.as_slice() {
         [kind] if understood.get(kind.as_str()).is_some() => Ok(volume),
         [kind] => Err(refuse(format!("{kind} is not a kind of volume"))),

@@ -26,7 +26,7 @@ const HOSTS_REFUSED: [&str; 4] =
 pub fn create(workspace: &Workspace, own_model: bool) -> Result<()> {
     let mut rules = Rules::default();
     rules.workspace(workspace, own_model);
-    rules.0.into_result()
+    rules.0.into_result_of("the Workspace")
 }
 
 /// Whether a Workspace may become another. Unlike KAITO's, a new input or output is checked as on creation.
@@ -37,7 +37,7 @@ pub fn update(old: &Workspace, new: &Workspace, own_model: bool) -> Result<()> {
     let mut rules = Rules::default();
     rules.unchanged(old, new);
     rules.workspace(new, own_model);
-    rules.0.into_result()
+    rules.0.into_result_of("the Workspace")
 }
 
 #[derive(Default)]
@@ -84,6 +84,13 @@ impl Rules {
                 "missing; name labels of the nodes, such as matchLabels: {apps: tuning}",
             );
         };
+        let labels = selector.match_labels.iter().flatten().map(|(key, value)| (key, vec![value.clone()]));
+        let expressions = selector.match_expressions.iter().flatten();
+        let expressions =
+            expressions.map(|expression| (&expression.key, expression.values.clone().unwrap_or_default()));
+        for (key, values) in labels.chain(expressions) {
+            self.label(key, &values);
+        }
         for expression in selector.match_expressions.iter().flatten() {
             let (known, values) = match expression.operator.as_str() {
                 "In" | "NotIn" => (true, true),
@@ -100,6 +107,26 @@ impl Rules {
                     ),
                 );
             }
+        }
+    }
+
+    /// Kubernetes' syntax of labels.
+    fn label(&mut self, key: &str, values: &[String]) {
+        const FIELD: &str = "resource.labelSelector";
+        const ALLOWED: &str = "up to 63 of A-Z, a-z, 0-9, -, _ and ., with a letter or digit at both ends";
+        let name = |text: &str| {
+            let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+            text.len() <= 63
+                && ends(text.chars().next())
+                && ends(text.chars().next_back())
+                && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        let (prefix, last) = key.split_once('/').map_or((None, key), |(prefix, last)| (Some(prefix), last));
+        if !name(last) || prefix.is_some_and(|prefix| object_name(prefix).is_none()) {
+            self.wrong(FIELD, format!("{key:?} cannot be the name of a label: allowed are {ALLOWED}, behind a domain and a / if any"));
+        }
+        for value in values.iter().filter(|value| !value.is_empty() && !name(value)) {
+            self.wrong(FIELD, format!("{value:?} cannot be the value of a label: allowed are {ALLOWED}"));
         }
     }
 

@@ -267,20 +267,33 @@ impl ApiServer {
     /// Waits until `holds`; tells the last state of affairs when it does not.
     pub fn wait<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         /// LIMIT: everything here takes milliseconds, but a retry seconds.
-        const PATIENCE: Duration = Duration::from_secs(30);
+        const PATIENCE: Duration = Duration::from_secs(40);
+        self.wait_for(PATIENCE, what, holds)
+    }
+
+    /// For a crowd, on a machine that does other things too.
+    pub fn wait_longer<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
+        self.wait_for(Duration::from_secs(300), what, holds)
+    }
+
+    fn wait_for<T>(&self, patience: Duration, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         let start = Instant::now();
         loop {
             if let Some(found) = holds(self) {
                 return found;
             }
-            if start.elapsed() > PATIENCE {
-                let workspaces: Vec<Value> = self.list("workspaces");
+            if start.elapsed() > patience {
+                let workspaces: Vec<Value> = self.list("workspaces").into_iter().take(3).collect();
                 panic!(
-                    "{what}: not within {PATIENCE:?}\n{workspaces:#?}\n{:#?}",
+                    "{what}: not within {patience:?}\n{workspaces:#?}\n{:#?}",
                     self.requests().iter().rev().take(20).collect::<Vec<_>>()
                 );
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(if patience.as_secs() > 100 {
+                Duration::from_millis(500)
+            } else {
+                Duration::from_millis(10)
+            });
         }
     }
 }
