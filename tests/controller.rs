@@ -694,7 +694,7 @@ fn a_pod_that_cannot_be_made_or_mounted_says_why() {
     let warning = |about: &Value, kind: &str, reason: &str, message: &str| {
         server.put("events", json!({
             "metadata": {"name": format!("{reason}.1"), "namespace": NAMESPACE}, "type": "Warning", "reason": reason,
-            "note": message, "regarding": {"kind": kind, "name": about["metadata"]["name"], "uid": about["metadata"]["uid"]},
+            "lastTimestamp": jiff::Timestamp::now().to_string(), "note": message, "regarding": {"kind": kind, "name": about["metadata"]["name"], "uid": about["metadata"]["uid"]},
         }));
     };
     server.put("workspaces", workspace("quota"));

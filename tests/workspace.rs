@@ -741,6 +741,41 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/crd.yaml"), &(head.to_owned() + &yaml::write(&[crd::definition()])));
 }
 
+/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that stand empty.
+#[test]
+fn the_chart_makes_the_same_controller() {
+    let files = install::chart();
+    for (path, text) in &files {
+        same(&root("jobs/chart").join(path), text);
+    }
+    same(&root("jobs/kustomization.yaml"), &yaml::write(&[install::kustomization()]));
+    let text = |name: &str| files.iter().find(|(path, _)| *path == name).unwrap().1.clone();
+    let values = yaml::read("values.yaml", &text("values.yaml")).unwrap()[0].value.clone();
+    let value = regex::Regex::new(r"\{\{ \.Values\.(\w+)( \| quote)? \}\}").unwrap();
+    let is_set = |name: &str| values[name].as_str() != Some("");
+    let choice = regex::Regex::new(r"(?s)\s*\{\{- if \.Values\.(\w+) \}\}(.*?)\s*\{\{- end \}\}").unwrap();
+    let template = text("templates/controller.yaml");
+    let chosen =
+        choice.replace_all(
+            &template,
+            |found: &regex::Captures| {
+                if is_set(&found[1]) { found[2].to_owned() } else { String::new() }
+            },
+        );
+    let made = value.replace_all(&chosen, |found: &regex::Captures| {
+        let value = values.get(&found[1]).unwrap_or_else(|| panic!("no value {}", &found[1]));
+        let plain = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        if found.get(2).is_some() { format!("{plain:?}") } else { plain }
+    });
+    let made = made.replace("{{ .Release.Namespace }}", install::NAMESPACE);
+    assert!(!made.contains("{{"), "{made}");
+    let mut made: Vec<Value> =
+        yaml::read("chart", &made).unwrap().iter().map(|found| found.value.clone()).collect();
+    let container = &mut made.last_mut().unwrap()["spec"]["template"]["spec"]["containers"][0];
+    container.as_object_mut().unwrap().remove("imagePullPolicy");
+    assert_eq!(made, install::objects("hone:cpu")[1..]);
+}
+
 fn same(file: &Path, expected: &str) {
     if std::env::var_os("UPDATE_JOBS").is_some() {
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();

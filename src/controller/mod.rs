@@ -1,4 +1,4 @@
-//! `hone controller`: Workspaces that tune -> Jobs, and what becomes of them -> the Workspaces' status.
+//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and what becomes of them -> the Workspaces' status.
 //!
 //! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process. `watches` holds what
 //! there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are pure; `revision`, `nodes` and
@@ -15,6 +15,7 @@ mod presence;
 mod progress;
 mod reconcile;
 mod revision;
+mod serve;
 mod status;
 mod watches;
 mod words;
@@ -25,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, Stream, StreamExt};
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodTemplateSpec};
 use kube::api::{DynamicObject, ListParams, PartialObjectMeta};
@@ -91,6 +93,7 @@ struct Context {
     workspaces: Store<Workspace>,
     jobs: Cache<Job>,
     pods: Cache<Pod>,
+    sets: Cache<StatefulSet>,
     /// All of one group.
     nodes: Cache<Node>,
     /// By their own namespace and name.
@@ -108,6 +111,8 @@ struct Notes {
     uid: Option<String>,
     /// Looks in a row that failed, or were refused.
     failures: u32,
+    /// As this controller last wrote it, until the watch brings that.
+    own: Option<Arc<Workspace>>,
     /// The newest revision, once asked for.
     known: Option<Option<Known>>,
     progress: Option<Progress>,
@@ -311,6 +316,7 @@ async fn control(
         workspaces,
         jobs: Cache::default(),
         pods: Cache::default(),
+        sets: Cache::default(),
         nodes: Cache::default(),
         configs: Cache::default(),
         claims: Cache::default(),
@@ -386,7 +392,12 @@ async fn watch_all(
         let event = event.modify(|workspace| workspace.metadata.managed_fields = None);
         writer.apply_watcher_event(&event);
         match event {
-            watcher::Event::Apply(workspace) => context.triggers.look_at(&owner_of(&workspace)),
+            watcher::Event::Apply(workspace) => {
+                context.triggers.look_at(&owner_of(&workspace));
+                if workspace.tuning.is_some() {
+                    look_at_followers(&workspace, context);
+                }
+            }
             watcher::Event::Delete(workspace) => context.forget(&workspace),
             watcher::Event::InitDone => context.look_at_all(),
             _ => {}
@@ -399,6 +410,10 @@ async fn watch_all(
     let pods = |event: watcher::Event<Pod>| {
         let event = event.modify(strip_pod);
         trigger(context.pods.take(event, labelled, same_version));
+    };
+    let sets = |event: watcher::Event<StatefulSet>| {
+        let event = event.modify(strip_set);
+        trigger(context.sets.take(event, labelled, same_version));
     };
     let configs = |event: watcher::Event<PartialObjectMeta<ConfigMap>>| {
         let listed = matches!(event, watcher::Event::InitDone);
@@ -424,6 +439,7 @@ async fn watch_all(
         keep("workspaces", api(client, options), all(), workspaces, healths(), again.subscribe()),
         keep("jobs", api(client, options), ours(), jobs, healths(), again.subscribe()),
         keep("pods", api(client, options), ours(), pods, healths(), again.subscribe()),
+        keep("statefulsets", api(client, options), ours(), sets, healths(), again.subscribe()),
         keep("configmaps", api(client, options), all(), configs, healths(), again.subscribe()),
         async {
             // A controller of one namespace has no right to look at nodes.
@@ -496,6 +512,14 @@ fn strip_job(job: &mut Job) {
     }
 }
 
+/// What of a StatefulSet is looked at.
+fn strip_set(set: &mut StatefulSet) {
+    set.metadata.managed_fields = None;
+    if let Some(spec) = set.spec.as_mut() {
+        spec.template = PodTemplateSpec::default();
+    }
+}
+
 /// What of a pod is looked at.
 fn strip_pod(pod: &mut Pod) {
     pod.metadata.managed_fields = None;
@@ -521,6 +545,15 @@ fn labelled<K: ResourceExt>(object: &K) -> Option<Owner> {
 
 fn own_name<K: ResourceExt>(object: &K) -> Option<Owner> {
     Some((object.namespace()?, object.name_any()))
+}
+
+/// Looks at the Workspaces that serve what a tuning one pushes.
+fn look_at_followers(tuning: &Workspace, context: &Context) {
+    for workspace in context.workspaces.state() {
+        if workspace.namespace() == tuning.namespace() && serve::follows(&workspace, tuning.name()) {
+            context.triggers.look_at(&owner_of(&workspace));
+        }
+    }
 }
 
 /// Looks at the Workspaces that a ConfigMap configures; its labels would not tell.

@@ -147,18 +147,6 @@ fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
     state(pod)?.terminated.as_ref()
 }
 
-fn ended(state: &ContainerStateTerminated) -> Ended {
-    let text = state.message.as_deref().unwrap_or_default();
-    // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
-    let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
-    let said = said.into_iter().find(|said| !said.kind.is_empty());
-    Ended {
-        exit_code: state.exit_code,
-        reason: state.reason.clone().unwrap_or_default(),
-        said: said.unwrap_or_default(),
-    }
-}
-
 /// Why a pod does not run: not scheduled, an image or a mount that is missing.
 fn waiting(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
@@ -184,6 +172,19 @@ fn waiting(pod: &Pod) -> Option<String> {
 }
 
 impl Ended {
+    /// As the kubelet tells it.
+    pub fn of(state: &ContainerStateTerminated) -> Ended {
+        let text = state.message.as_deref().unwrap_or_default();
+        // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
+        let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
+        let said = said.into_iter().find(|said| !said.kind.is_empty());
+        Ended {
+            exit_code: state.exit_code,
+            reason: state.reason.clone().unwrap_or_default(),
+            said: said.unwrap_or_default(),
+        }
+    }
+
     /// `exit code 11 (data): row 3 ...; what to do`
     pub fn told(&self) -> String {
         let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == self.exit_code);

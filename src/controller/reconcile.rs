@@ -18,11 +18,13 @@ use super::events::{self, Weight};
 use super::observe::{self, Seen, Stage};
 use super::progress::{self, Progress};
 use super::revision::{self, HASH, Known};
+use super::serve;
 use super::status::{self, Nodes, Report};
 use super::{Context, FIELD_MANAGER, Owner, locked, no_owner, nodes, owner_of, words};
 use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
+use crate::workspace::kind::Inference;
 use crate::workspace::{
     Asked, MANAGED_BY, MANAGER, Method, REVISION, Rendered, Workspace, config_name, inputs_hash, render,
     validate,
@@ -33,13 +35,13 @@ const KAITO_FINALIZER: &str = "workspace.finalizer.kaito.sh";
 /// Ours, while a node was asked for.
 const FINALIZER: &str = "hone.sh/nodes";
 /// How often a Workspace is looked at when nothing changes. It costs no request.
-const RESTING: Duration = Duration::from_secs(600);
+pub(super) const RESTING: Duration = Duration::from_secs(600);
 /// While something is on its way out.
 const SOON: Duration = Duration::from_secs(2);
 /// When a running training's log is read for the first time, and how rarely it becomes: two reads in three minutes, ten an hour.
 const PROGRESS: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(360));
 /// The same for the Warnings of a pod that does not get going.
-const WARNINGS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(240));
+const WARNINGS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(240));
 /// After a refusal of the API server, and how often that doubles: up to six minutes.
 const REFUSED: Duration = Duration::from_secs(6);
 const REFUSALS_DOUBLED: u32 = 6;
@@ -48,6 +50,7 @@ const FAILURES_TOLD: u32 = 3;
 
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
     let timer = context.metrics.started();
+    let workspace = newest(workspace, &context);
     let reconciler = Reconciler::new(&workspace, &context);
     let result = match reconciler.run().await {
         Err(error) if words::is_terminating(&error) => Ok(Action::requeue(RESTING)),
@@ -58,12 +61,25 @@ pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube
     result
 }
 
-struct Reconciler<'a> {
+pub(super) struct Reconciler<'a> {
     /// As it is to be done: without what a version of the API filled in.
-    workspace: Cow<'a, Workspace>,
-    context: &'a Context,
+    pub workspace: Cow<'a, Workspace>,
+    pub context: &'a Context,
     client: &'a Client,
-    owner: Owner,
+    pub owner: Owner,
+}
+
+/// The Workspace as this controller last wrote it, where the watch has not brought that yet: otherwise it would be written again.
+fn newest(workspace: Arc<Workspace>, context: &Context) -> Arc<Workspace> {
+    let version = |workspace: &Workspace| workspace.metadata.resource_version.as_ref()?.parse::<u64>().ok();
+    let own = context.note(&workspace, |notes| notes.own.clone());
+    match own {
+        Some(own) if version(&own) > version(&workspace) => own,
+        _ => {
+            context.note(&workspace, |notes| notes.own = None);
+            workspace
+        }
+    }
 }
 
 /// Revision and hash of the inputs that a Job is, or is to be, made from.
@@ -108,7 +124,7 @@ impl<'a> Reconciler<'a> {
         Reconciler { workspace: Cow::Borrowed(workspace), context, client: &context.client, owner }
     }
 
-    fn api<K>(&self) -> Api<K>
+    pub fn api<K>(&self) -> Api<K>
     where
         K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
     {
@@ -123,13 +139,23 @@ impl<'a> Reconciler<'a> {
         if self.workspace.metadata.deletion_timestamp.is_some() {
             return self.end().await;
         }
-        self.tune().await
+        match self.workspace.tuning.is_some() {
+            true => self.tune().await,
+            false => serve::bring(self).await,
+        }
     }
 
     fn is_not_ours(&self) -> bool {
         let ignored = annotations::read(&self.workspace).is_ok_and(|options| options.ignore);
         let kaitos = self.finalizers().iter().any(|finalizer| finalizer == KAITO_FINALIZER);
-        self.workspace.tuning.is_none() || ignored || kaitos || self.context.presence().kaito
+        // A pod of the user's own is KAITO's to serve.
+        let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
+        let others = match (&self.workspace.tuning, &self.workspace.inference) {
+            (None, None) => true,
+            (None, Some(inference)) => template(inference),
+            _ => false,
+        };
+        others || ignored || kaitos || self.context.presence().kaito
     }
 
     fn finalizers(&self) -> &[String] {
@@ -393,12 +419,18 @@ impl<'a> Reconciler<'a> {
             return Ok(());
         }
         revision::add(&self.api(), &self.workspace, hash, *number).await?;
-        self.context.note(&self.workspace, |notes| notes.known = None);
+        let known = Known {
+            number: *number,
+            hash: hash.clone(),
+            workspace: Some(self.workspace.clone().into_owned()),
+            since: Some(Timestamp::now()),
+        };
+        self.context.note(&self.workspace, |notes| notes.known = Some(Some(known)));
         Ok(())
     }
 
     /// Where a node can be asked for, it is: at first, and again when what was asked for is gone.
-    async fn ask_for_node(&self) -> kube::Result<()> {
+    pub async fn ask_for_node(&self) -> kube::Result<()> {
         let provider = self.context.presence().provider;
         if !nodes::wanted(&self.workspace, provider) {
             return Ok(());
@@ -447,11 +479,16 @@ impl<'a> Reconciler<'a> {
         if job.is_some() && !before.contains(&words::plain(&why, 256)) {
             self.event(Weight::Warning, "Refused", &why).await;
         }
+        Ok(Action::requeue(self.pause_of_refusals()))
+    }
+
+    /// Doubles with each refusal in a row.
+    pub fn pause_of_refusals(&self) -> Duration {
         let failures = self.context.note(&self.workspace, |notes| {
             notes.failures += 1;
             notes.failures
         });
-        Ok(Action::requeue(REFUSED * 2u32.pow((failures - 1).min(REFUSALS_DOUBLED))))
+        REFUSED * 2u32.pow((failures - 1).min(REFUSALS_DOUBLED))
     }
 
     /// What the status says.
@@ -535,7 +572,7 @@ impl<'a> Reconciler<'a> {
         observe::observe(Some(job), &pods, same && state == Some(Stage::Running.name()))
     }
 
-    fn nodes(&self, seen: &Seen) -> Nodes {
+    pub fn nodes(&self, seen: &Seen) -> Nodes {
         let over = seen.stage.is_over();
         let looks = !over && seen.node.is_none();
         let mut waiting = locked(&self.context.without_node);
@@ -604,7 +641,7 @@ impl<'a> Reconciler<'a> {
         ignore(404, patched.map(|_| ()))
     }
 
-    async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
+    pub async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));
         } else {
@@ -624,7 +661,22 @@ impl<'a> Reconciler<'a> {
 
     async fn patch(&self, patch: &Value) -> kube::Result<()> {
         let api = self.api::<Workspace>();
-        api.patch(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())
+        let written = api.patch(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        self.keep(written);
+        Ok(())
+    }
+
+    /// `patch`: of the status alone.
+    pub async fn write_status(&self, patch: &Value) -> kube::Result<()> {
+        let api = self.api::<Workspace>();
+        let written =
+            api.patch_status(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        self.keep(written);
+        Ok(())
+    }
+
+    fn keep(&self, written: Workspace) {
+        self.context.note(&self.workspace, |notes| notes.own = Some(Arc::new(written)));
     }
 
     async fn write(&self, report: &Report) -> kube::Result<()> {
@@ -635,9 +687,7 @@ impl<'a> Reconciler<'a> {
         if old == Some(&status) {
             return Ok(());
         }
-        let patch = json!({"status": status});
-        let api = self.api::<Workspace>();
-        api.patch_status(self.workspace.name(), &PatchParams::default(), &Patch::Merge(&patch)).await?;
+        self.write_status(&json!({"status": status})).await?;
         let before = old.and_then(|status| status.state.as_deref());
         let told = status::message(report);
         if before != Some(stage.name()) || (stage == Stage::Failed && self.told() != told) {
@@ -676,7 +726,7 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    async fn event(&self, weight: Weight, reason: &str, note: &str) {
+    pub async fn event(&self, weight: Weight, reason: &str, note: &str) {
         self.context.events.tell(&self.workspace, weight, reason, note).await;
     }
 }
@@ -694,7 +744,7 @@ fn without_a_versions_default(workspace: &Workspace, known: Option<&Known>) -> O
     })
 }
 
-fn ignore(code: u16, result: kube::Result<()>) -> kube::Result<()> {
+pub(super) fn ignore(code: u16, result: kube::Result<()>) -> kube::Result<()> {
     match result {
         Err(kube::Error::Api(status)) if status.code == code => Ok(()),
         other => other,

@@ -68,6 +68,9 @@ pub async fn add(
         Err(kube::Error::Api(status)) if status.code == 409 => {}
         other => _ = other?,
     }
+    if number <= HISTORY_MAX as i64 {
+        return Ok(());
+    }
     let list = list(api, name).await?;
     for old in list.iter().take(list.len().saturating_sub(HISTORY_MAX)) {
         let name = old.metadata.name.as_deref().unwrap_or_default();

@@ -65,7 +65,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         Stage::Failed => (false, "workspaceFailed"),
     };
     conditions.set("WorkspaceSucceeded", succeeded, reason, message(report));
-    nodes(&mut conditions, report);
+    nodes(&mut conditions, &report.seen.node, &report.nodes, report.seen.stage.is_over());
     status.conditions = conditions.list;
     status.state = Some(stage.name().into());
     status.worker_nodes = report.seen.node.clone().into_iter().collect();
@@ -159,8 +159,8 @@ pub fn message(report: &Report) -> String {
 }
 
 /// Where it runs, or why it does not yet. What no longer holds is taken away.
-fn nodes(conditions: &mut Conditions, report: &Report) {
-    let Nodes { ready, claim } = &report.nodes;
+pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, over: bool) {
+    let Nodes { ready, claim } = nodes;
     match claim {
         Some((there, told)) => {
             let reason = if *there { "NodeClaimReady" } else { "NodeClaimNotReady" };
@@ -168,8 +168,7 @@ fn nodes(conditions: &mut Conditions, report: &Report) {
         }
         None => conditions.remove("NodeClaimReady"),
     }
-    let over = report.seen.stage.is_over();
-    let (there, told) = match (&report.seen.node, ready) {
+    let (there, told) = match (node, ready) {
         (Some(node), _) if over => (true, format!("ran on {node}")),
         (Some(node), _) => (true, format!("runs on {node}")),
         (None, Some(0)) => (false, "no ready node has the labels of resource.labelSelector".into()),
@@ -198,14 +197,19 @@ pub fn tells_an_end(status: &Status) -> bool {
     over && reason("JobStarted") != Some("WorkspaceTuningJobStatusPending")
 }
 
-struct Conditions {
-    list: Vec<Condition>,
+/// Conditions of a status on their way to the next one.
+pub struct Conditions {
+    pub list: Vec<Condition>,
     generation: Option<i64>,
     now: Timestamp,
 }
 
 impl Conditions {
-    fn remove(&mut self, type_: &str) {
+    pub fn of(list: Vec<Condition>, generation: Option<i64>, now: Timestamp) -> Conditions {
+        Conditions { list, generation, now }
+    }
+
+    pub fn remove(&mut self, type_: &str) {
         self.list.retain(|condition| condition.type_ != type_);
     }
 
@@ -214,7 +218,7 @@ impl Conditions {
     }
 
     /// The time moves with the status only, as Kubernetes' convention has it.
-    fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
+    pub fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
         let status = if holds { "True" } else { "False" };
         let old = self.list.iter().position(|condition| condition.type_ == type_);
         let since = old.map(|at| &self.list[at]).filter(|old| old.status == status);

@@ -37,7 +37,7 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
 }
 
 #[rustfmt::skip]
-pub const TABLE: [Annotation; 31] = [
+pub const TABLE: [Annotation; 32] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
@@ -67,6 +67,7 @@ pub const TABLE: [Annotation; 31] = [
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
     output("digest", "sha256:...", "Digest of the pushed image."),
+    output("adapters", "names, images and strengths", "Adapters that answer, once the servers are ready."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
 ];

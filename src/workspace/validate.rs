@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use url::{Host, Url};
 
 use super::annotations::object_name;
-use super::kind::{Destination, Preset, Resource, Source, Tuning, Workspace};
+use super::kind::{Destination, Inference, Preset, Resource, Source, Tuning, Workspace};
 use super::pod;
 use super::templates::Method;
 use crate::facts::presets;
@@ -67,7 +67,73 @@ impl Rules {
                 self.resource(&workspace.resource);
                 self.tuning(tuning, own_model);
             }
-            (Some(_), None) => {}
+            (Some(inference), None) => {
+                self.resource_that_serves(&workspace.resource);
+                self.inference(inference, own_model);
+            }
+        }
+    }
+
+    fn resource_that_serves(&mut self, resource: &Resource) {
+        const REPLICAS_MAX: i32 = 100;
+        if let Some(count) = resource.count.filter(|count| !(1..=REPLICAS_MAX).contains(count)) {
+            self.wrong("resource.count", format!("expected 1 to {REPLICAS_MAX} servers, found {count}"));
+        }
+        if resource.partition.is_some() {
+            self.wrong("resource.partition", "a part of a GPU cannot serve; remove it");
+        }
+        self.selector(resource);
+    }
+
+    /// KAITO checks strengths when they are changed only, and its servers take none or end with them.
+    fn inference(&mut self, inference: &Inference, own_model: bool) {
+        match &inference.preset {
+            None if inference.template.is_some() => {
+                self.wrong("inference.template", "a pod of one's own is KAITO's to serve; name a preset");
+            }
+            None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
+            Some(preset) => self.preset("inference.preset", preset, own_model),
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for (place, adapter) in inference.adapters.iter().enumerate() {
+            let field = format!("inference.adapters[{place}]");
+            let source = adapter.source.clone().unwrap_or_default();
+            let given = [!source.image.is_empty(), source.volume_source.is_some()];
+            if given.iter().filter(|given| **given).count() != 1 {
+                self.wrong(&format!("{field}.source"), "exactly one of image and volumeSource must be given");
+            }
+            if !source.urls.is_empty() {
+                self.wrong(&format!("{field}.source.urls"), "an adapter comes from an image or a volume");
+            }
+            if !source.name.is_empty() && (source.name.contains('.') || object_name(&source.name).is_none()) {
+                self.wrong(
+                    &format!("{field}.source.name"),
+                    format!("expected a-z, 0-9 and -, found {:?}", source.name),
+                );
+            }
+            if !source.name.is_empty() && !names.insert(source.name.clone()) {
+                self.wrong(&format!("{field}.source.name"), format!("{} stands there twice", source.name));
+            }
+            match source.image.strip_prefix(super::serve::TUNED) {
+                Some(name) => self.object(&format!("{field}.source.image"), "a Workspace", name),
+                None if !source.image.is_empty() => {
+                    self.image(&format!("{field}.source.image"), &source.image, false)
+                }
+                None => {}
+            }
+            for secret in &source.image_pull_secrets {
+                self.object(&format!("{field}.source.imagePullSecrets"), "a Secret", secret);
+            }
+            self.volume(&format!("{field}.source.volumeSource"), &source.volume_source);
+            let strength = adapter.strength.as_deref().map(|text| (text, text.trim().parse::<f64>()));
+            if let Some((text, _)) = strength
+                .filter(|(_, number)| !number.as_ref().is_ok_and(|number| (0.0..=1.0).contains(number)))
+            {
+                self.wrong(
+                    &format!("{field}.strength"),
+                    format!("expected a number from 0 to 1, found {text:?}"),
+                );
+            }
         }
     }
 
@@ -78,6 +144,10 @@ impl Rules {
         if resource.partition.is_some() {
             self.wrong("resource.partition", "a part of a GPU cannot tune; remove it");
         }
+        self.selector(resource);
+    }
+
+    fn selector(&mut self, resource: &Resource) {
         let Some(selector) = &resource.label_selector else {
             return self.wrong(
                 "resource.labelSelector",
@@ -136,7 +206,7 @@ impl Rules {
         }
         match &tuning.preset {
             None => self.wrong("tuning.preset", "missing; `hone model --preset NAME` knows the names"),
-            Some(preset) => self.preset(preset, own_model),
+            Some(preset) => self.preset("tuning.preset", preset, own_model),
         }
         if !tuning.config.is_empty() {
             self.object("tuning.config", "a ConfigMap", &tuning.config);
@@ -152,28 +222,28 @@ impl Rules {
     }
 
     /// KAITO takes any `a/b` for a preset and fails when it looks it up.
-    fn preset(&mut self, preset: &Preset, own_model: bool) {
-        const FIELD: &str = "tuning.preset.name";
+    fn preset(&mut self, field: &str, preset: &Preset, own_model: bool) {
+        let name_field = &format!("{field}.name");
         match presets::find(&preset.name) {
-            _ if preset.name.is_empty() => self.wrong(FIELD, "missing"),
+            _ if preset.name.is_empty() => self.wrong(name_field, "missing"),
             Ok(known) => {
                 if let Some(why) = &known.refused {
-                    self.wrong(FIELD, format!("{} is not trained: {why}", known.name));
+                    self.wrong(name_field, format!("{} is not trained: {why}", known.name));
                 }
             }
             Err(_) if own_model => {}
-            Err(fault) => self.wrong(FIELD, fault.in_a_line()),
+            Err(fault) => self.wrong(name_field, fault.in_a_line()),
         }
         if let Some(options) = &preset.preset_options {
             if !options.image.is_empty() {
-                self.image("tuning.preset.presetOptions.image", &options.image, false);
+                self.image(&format!("{field}.presetOptions.image"), &options.image, false);
             }
             for secret in &options.image_pull_secrets {
-                self.object("tuning.preset.presetOptions.imagePullSecrets", "a Secret", secret);
+                self.object(&format!("{field}.presetOptions.imagePullSecrets"), "a Secret", secret);
             }
             if !options.model_access_secret.is_empty() {
                 self.object(
-                    "tuning.preset.presetOptions.modelAccessSecret",
+                    &format!("{field}.presetOptions.modelAccessSecret"),
                     "a Secret",
                     &options.model_access_secret,
                 );
@@ -282,10 +352,17 @@ impl Rules {
             }
         };
         let (before, after) = (&old.resource, &new.resource);
-        fixed("resource.count", before.count.unwrap_or(1) == after.count.unwrap_or(1));
+        // Servers may become more or fewer.
+        fixed(
+            "resource.count",
+            new.inference.is_some() || before.count.unwrap_or(1) == after.count.unwrap_or(1),
+        );
         fixed("resource.instanceType", before.instance_type == after.instance_type);
         fixed("resource.labelSelector", before.label_selector == after.label_selector);
         fixed("resource.partition", before.partition == after.partition);
+        if let (Some(before), Some(after)) = (&old.inference, &new.inference) {
+            fixed("inference.preset", before.preset == after.preset);
+        }
         let (Some(before), Some(after)) = (&old.tuning, &new.tuning) else { return };
         fixed("tuning.preset", before.preset == after.preset);
         fixed("tuning.method", before.method == after.method);
@@ -501,7 +578,7 @@ mod tests {
             expect!["tuning: either inference or tuning must be specified, not neither"],
         );
         assert_eq!(
-            told(&[("tuning", Value::Null), ("inference", json!({})), ("resource", json!({}))]),
+            told(&[("tuning", Value::Null), ("inference", json!({"preset": {"name": "phi-4"}}))]),
             "valid"
         );
         for name in ["", "A", "a.b", "-a", "a_b", &"a".repeat(64)] {
