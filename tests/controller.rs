@@ -361,7 +361,7 @@ fn a_mistake_is_a_failure_until_it_is_mended() {
 fn what_belongs_to_others_is_left_alone() {
     let (server, _running) = controlled();
     let mut serves = workspace("serves");
-    serves["inference"] = json!({"preset": {"name": "phi-4"}});
+    serves["inference"] = json!({"template": {"spec": {}}});
     serves.as_object_mut().unwrap().remove("tuning");
     let mut kaitos = workspace("kaitos");
     kaitos["metadata"]["finalizers"] = json!(["workspace.finalizer.kaito.sh"]);
@@ -953,6 +953,113 @@ fn a_thousand_workspaces() {
     let running = server.requests().len() - requests;
     assert!(running <= 8 * COUNT, "{running} requests until {COUNT} ran");
     println!("{COUNT} Workspaces: {requests} requests until made, {running} until running");
+}
+
+fn serving(name: &str, adapters: Value) -> Value {
+    let mut object = workspace(name);
+    object.as_object_mut().unwrap().remove("tuning");
+    object["inference"] = json!({"preset": {"name": "phi-3-mini-128k-instruct"}, "adapters": adapters});
+    object
+}
+
+fn set_ready(server: &ApiServer, name: &str, ready: i32) {
+    let set = server.get("statefulsets", NAMESPACE, name).unwrap();
+    let status = json!({
+        "observedGeneration": set["metadata"]["generation"], "replicas": 1, "readyReplicas": ready,
+        "currentRevision": "a", "updateRevision": "a",
+    });
+    server.merge("statefulsets", NAMESPACE, name, &json!({"status": status}));
+}
+
+fn arguments(set: &Value) -> Vec<String> {
+    serde_json::from_value(set["spec"]["template"]["spec"]["containers"][0]["args"].clone()).unwrap()
+}
+
+#[test]
+fn a_workspace_that_serves_becomes_a_server_and_its_state() {
+    let (server, _running) = controlled();
+    let adapter = json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": "1.0"}]);
+    server.put("workspaces", serving("chat", adapter));
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    let said = arguments(&set);
+    assert_eq!(said[0], "serve");
+    assert!(said.contains(&"--adapter=support=oci://h.example/adapter:1".to_owned()), "{said:?}");
+    assert!(said.contains(&"--mix=chat=support:1.0".to_owned()), "{said:?}");
+    let service = server.get("services", NAMESPACE, "chat").unwrap();
+    assert_eq!(service["spec"]["ports"][0]["port"], 80);
+    assert_eq!(server.get("services", NAMESPACE, "chat-headless").unwrap()["spec"]["clusterIP"], "None");
+    let pending = state(&server, "chat", "Pending");
+    assert!(
+        condition(&pending, "InferenceReady").starts_with("False WorkspaceInferenceStatusPending"),
+        "{pending:#}"
+    );
+    set_ready(&server, "chat", 1);
+    let ready = state(&server, "chat", "Ready");
+    for (name, reason) in [
+        ("InferenceReady", "True WorkspaceInferenceStatusSuccess"),
+        ("WorkspaceSucceeded", "True workspaceSucceeded"),
+        ("WorkspaceReady", "True workspaceSucceeded"),
+    ] {
+        assert!(condition(&ready, name).starts_with(reason), "{ready:#}");
+    }
+    server.wait("its adapters", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
+        (annotation(&workspace, "adapters")? == "support of h.example/adapter:1 at 1.0").then_some(())
+    });
+    set_ready(&server, "chat", 0);
+    state(&server, "chat", "NotReady");
+
+    // Another strength changes the server; a wrong one leaves it as it is.
+    let adapters = |strength: &str| json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]}});
+    server.merge("workspaces", NAMESPACE, "chat", &adapters("0.5"));
+    server.wait("half of it", |server| {
+        let set = server.get("statefulsets", NAMESPACE, "chat")?;
+        arguments(&set).contains(&"--mix=chat=support:0.5".to_owned()).then_some(())
+    });
+    server.merge("workspaces", NAMESPACE, "chat", &adapters("2"));
+    wait_message(
+        &server,
+        "chat",
+        "inference.adapters[0].strength: expected a number from 0 to 1, found \"2\"",
+    );
+    assert!(
+        arguments(&server.get("statefulsets", NAMESPACE, "chat").unwrap())
+            .contains(&"--mix=chat=support:0.5".to_owned())
+    );
+    let quiet = server.requests().len();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
+    server.delete("workspaces", NAMESPACE, "chat", "background");
+    server.wait("all gone", |server| server.list("statefulsets").is_empty().then_some(()));
+}
+
+#[test]
+fn what_serves_follows_what_is_tuned() {
+    let (server, _running) = controlled();
+    let adapters = json!([{"source": {"name": "newest", "image": "workspace://w"}}]);
+    server.put("workspaces", serving("chat", adapters));
+    wait_message(&server, "chat", "there is no Workspace w in this namespace");
+    server.put("workspaces", workspace("w"));
+    wait_message(&server, "chat", "Workspace w has not pushed its adapter yet");
+    job(&server, "w");
+    let pushed = |digest: &str, second| {
+        let said =
+            json!({"code": 0, "kind": "ok", "image": "registry.example.com/adapter:1", "digest": digest});
+        pod(&server, "w", digest, ended(0, &said, second));
+        job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+        server.wait(digest, |server| {
+            let set = server.get("statefulsets", NAMESPACE, "chat")?;
+            let source = format!("--adapter=newest=oci://registry.example.com/adapter@sha256:{digest}");
+            arguments(&set).contains(&source.replace("sha256:sha256:", "sha256:")).then_some(())
+        });
+    };
+    pushed("sha256:aa", 1);
+    let change = json!({"tuning": {"input": {"urls": ["https://host.example/b.parquet"]}}});
+    server.merge("workspaces", NAMESPACE, "w", &change);
+    server.wait("revision 2", |server| {
+        server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2").map(|_| ())
+    });
+    pushed("sha256:bb", 2);
 }
 
 /// With KUBECONFIG: a Workspace with a mistake, mended, run suspended, and deleted, in a namespace of its own.

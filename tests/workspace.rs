@@ -648,7 +648,7 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
     let told =
         |instance: &str, preset: &str| rendered(&on(instance, preset), None).unwrap().warnings.join("\n");
     expect![[r#"4 GPUs are reserved and one is used: hone.sh/gpus: "1" leaves the others free, a smaller instanceType costs less"#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
-    expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: training would end with exit code 10. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
+    expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: hone would end with exit code 10. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
     expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"]
         .assert_eq(&told("m7i.large", "phi-4"));
     assert_eq!(told("Standard_NC24ads_A100_v4", "phi-4"), "");
@@ -890,7 +890,7 @@ fn files_that_cannot_be_rendered() {
         format!("{} {}", output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr))
     };
     expect![[r#"
-        10 error (config, exit code 10): no Workspace with `tuning` in what was given
+        10 error (config, exit code 10): no Workspace in what was given
           help: give the file of one with -f; `hone tune --help` writes one
     "#]]
     .assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));

@@ -124,7 +124,7 @@ pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
             .iter()
             .filter_map(|pod| terminated(pod))
             .max_by_key(|ended| ended.finished_at.clone())
-            .map(ended),
+            .map(Ended::of),
         failures: status.map_or(0, |status| counted(status.failed)),
         running,
         node: newest.and_then(|pod| pod.spec.as_ref()?.node_name.clone()),
