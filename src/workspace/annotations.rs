@@ -350,7 +350,7 @@ mod tests {
         ]))
         .unwrap_err();
         expect![[r#"
-            8 mistakes in the configuration
+            8 mistakes in the Workspace
               metadata.annotations: hone.sh/gpu is not known; did you mean hone.sh/gpus?
               metadata.annotations[hone.sh/model]: expected hf://, oci:// or an absolute path, found "models/phi"
               metadata.annotations[hone.sh/gpus]: expected a whole number, found "-1"

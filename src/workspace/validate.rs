@@ -537,7 +537,7 @@ mod tests {
         expect!["tuning.output.image: image `example.com/Adapter:1` has upper-case letters in its repository; allowed are a-z, 0-9 and single . _ - / between them; use `example.com/adapter:1`"]
             .assert_eq(&output(json!({"image": "example.com/Adapter:1", "imagePushSecret": "s"})));
         expect![[r#"
-            2 mistakes in the configuration
+            2 mistakes in the Workspace
               tuning.output.image: image `ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1` has upper-case letters in its repository; allowed are a-z, 0-9 and single . _ - / between them; this looks like a placeholder: put your own name there
               tuning.output.imagePushSecret: "ACR_REGISTRY_SECRET_HERE" cannot be the name of a Secret: allowed are a-z, 0-9, - and .; this looks like a placeholder: put your own name there"#]].assert_eq(&output(json!({
             "image": "ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1", "imagePushSecret": "ACR_REGISTRY_SECRET_HERE",
@@ -618,13 +618,50 @@ mod tests {
             );
         }
         assert!(
-            told(&[("tuning", Value::Null), ("inference", json!({}))])
+            told(&[("tuning", Value::Null), ("inference", json!({"preset": {"name": "phi-4"}}))])
                 .starts_with("tuning: it cannot be added or removed")
         );
         assert!(
             told(&[("tuning.input.urls", json!(["http://10.0.0.1/"]))]).contains("refused"),
             "KAITO checks it on creation only"
         );
+    }
+
+    /// KAITO's TestAdapterSpecValidateCreateorUpdate, on creation too.
+    #[test]
+    fn adapters() {
+        let told = |adapters: Value| {
+            let inference = json!({"preset": {"name": "phi-4"}, "adapters": adapters});
+            told(&[("tuning", Value::Null), ("inference", inference)])
+        };
+        let image = |strength: Value| json!([{"source": {"name": "a", "image": "h.example/a:1"}, "strength": strength}]);
+        for strength in [json!("0"), json!("0.5"), json!("1.0"), Value::Null] {
+            assert_eq!(told(image(strength)), "valid");
+        }
+        for strength in ["not a number", "1.5", "-1", "NaN", ""] {
+            let refused = told(image(json!(strength)));
+            assert!(
+                refused.starts_with("inference.adapters[0].strength: expected a number from 0 to 1"),
+                "{refused}"
+            );
+        }
+        let claim = json!({"persistentVolumeClaim": {"claimName": "c"}});
+        assert_eq!(told(json!([{"source": {"name": "a", "volumeSource": claim}}])), "valid");
+        assert_eq!(told(json!([{"source": {"name": "a", "image": "workspace://tuned"}}])), "valid");
+        for (adapter, part) in [
+            (json!([{}]), "exactly one of image and volumeSource"),
+            (json!([{"source": {"name": "a", "urls": ["https://h/a"], "image": "h/a:1"}}]), "source.urls"),
+            (json!([{"source": {"name": "A/b", "image": "h/a:1"}}]), "source.name"),
+            (json!([{"source": {"name": "a", "image": "workspace://A_B"}}]), "source.image"),
+            (
+                json!([{"source": {"name": "a", "image": "h/a:1"}}, {"source": {"name": "a", "image": "h/b:1"}}]),
+                "a stands there twice",
+            ),
+        ] {
+            assert!(told(adapter.clone()).contains(part), "{adapter}: {}", told(adapter));
+        }
+        let own = json!({"template": {"spec": {}}});
+        assert!(super::create(&changed(&[("tuning", Value::Null), ("inference", own)]), false).is_err());
     }
 
     #[test]
@@ -637,7 +674,7 @@ mod tests {
                 ("tuning.input", json!({})),
             ],
             expect![[r#"
-                4 mistakes in the configuration
+                4 mistakes in the Workspace
                   metadata.name: expected up to 63 of a-z, 0-9 and -, with a letter or digit at both ends, found "A"
                   resource.count: tuning runs on one node, found 3
                   tuning.method: expected lora or qlora, found "x"
