@@ -319,7 +319,7 @@ enum Subcommands {
         Where no controller watches Workspaces, let hone make the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
     )]
     Tune(Tune),
-    /// Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
+    /// Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
     #[command(
         after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
         By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
