@@ -32,7 +32,7 @@ fn decoder(name: &str) -> Decoder {
 }
 
 fn options() -> Options {
-    Options { sequences: 8, waiting: 64, context: None, cache_tokens: 4096, half_cache: false }
+    Options { sequences: 8, waiting: 64, context: Some(512), cache_tokens: 4096, half_cache: false }
 }
 
 fn engine(name: &str) -> Engine {
