@@ -277,7 +277,7 @@ impl Mistakes {
     /// Config: all mistakes.
     pub fn into_result(self) -> Result<()> {
         self.into_result_of("the configuration").map_err(|fault| {
-            fault.help("README.md lists every key; `hone plan` shows what a configuration resolves to")
+            fault.help("`hone keys` lists every key; `hone plan` shows what a configuration resolves to")
         })
     }
 
