@@ -659,7 +659,7 @@ mod tests {
                 "a stands there twice",
             ),
         ] {
-            assert!(told(adapter.clone()).contains(part), "{adapter}: {}", told(adapter));
+            assert!(told(adapter.clone()).contains(part), "{adapter}: {}", told(adapter.clone()));
         }
         let own = json!({"template": {"spec": {}}});
         assert!(super::create(&changed(&[("tuning", Value::Null), ("inference", own)]), false).is_err());
