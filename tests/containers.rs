@@ -20,6 +20,8 @@ const OPTIONS: Options = Options {
     prompt_column: None,
     completion_column: None,
     text_column: None,
+    question_column: None,
+    shares: Vec::new(),
     container: None,
     names: Names::KNOWN,
     bad_rows: BadRows::Refuse,
@@ -32,7 +34,7 @@ fn read_as(folder: &Path, name: &str, content: &[u8], container: Option<&str>) -
     let path = folder.join("blob"); // as the cache names downloads
     std::fs::write(&path, content).unwrap();
     let bytes = content.len() as u64;
-    let file = source::File { path, name: name.into(), bytes, sha256: String::new() };
+    let file = source::File { path, name: name.into(), bytes, sha256: String::new(), entry: 0 };
     let options = Options { container: container.map(String::from), ..OPTIONS };
     dataset::read(&[file], &options, &Report::silent())
 }

@@ -23,6 +23,8 @@ const OPTIONS: Options = Options {
     prompt_column: None,
     completion_column: None,
     text_column: None,
+    question_column: None,
+    shares: Vec::new(),
     container: None,
     names: Names::KNOWN,
     bad_rows: BadRows::Refuse,
@@ -38,7 +40,7 @@ fn golden(path: &str) -> PathBuf {
 fn file(path: &Path) -> source::File {
     let name = path.file_name().unwrap().to_str().unwrap().to_string();
     let bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-    source::File { path: path.to_path_buf(), name, bytes, sha256: String::new() }
+    source::File { path: path.to_path_buf(), name, bytes, sha256: String::new(), entry: 0 }
 }
 
 fn read(path: &Path) -> Result<Dataset, Fault> {
@@ -130,7 +132,7 @@ fn message(role: &str, content: &str) -> dataset::Message {
 
 fn of(conversation: Conversation) -> Dataset {
     let context = Context::default();
-    let record = dataset::Record { conversation, context, file: "f.parquet".into(), row: 3 };
+    let record = dataset::Record { conversation, context, file: "f.parquet".into(), row: 3, entry: 0 };
     Dataset { train: vec![record], evaluation: vec![], layout: Layout::Messages }
 }
 

@@ -162,6 +162,15 @@ impl<'a> Encoder<'a> {
                 self.messages(&messages, prompt.len(), &record.context, tally)
             }
             Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion, tally),
+            Conversation::Tokens { ids, supervised } => {
+                let size = self.tokenizer.vocab_size();
+                match ids.iter().find(|&&id| id as usize >= size) {
+                    Some(id) => Err(format!(
+                        "input_ids holds {id}, the model's tokenizer has ids below {size}: another tokenizer made them"
+                    )),
+                    None => Ok(Example { ids: ids.clone(), supervised: supervised.clone() }),
+                }
+            }
             Conversation::Text(text) => {
                 let (ids, doubled) = self.tokenizer.ids(&self.ended(text))?;
                 tally.doubled += u64::from(doubled);

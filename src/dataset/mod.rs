@@ -5,6 +5,7 @@ mod container;
 mod format;
 mod footer;
 mod split;
+mod mix;
 mod template;
 mod tokenizer;
 mod marks;
@@ -23,6 +24,7 @@ pub use container::{ENDINGS, names as containers};
 pub use encode::{EncodedRow, check_template, encode, encode_rows};
 pub use footer::{Footers, footers};
 pub use mask::show;
+pub use mix::Share;
 pub use tokenizer::Tokenizer;
 
 /// How rows are read. Filled by `plan`.
@@ -35,6 +37,10 @@ pub struct Options {
     pub prompt_column: Option<String>,
     pub completion_column: Option<String>,
     pub text_column: Option<String>,
+    /// Column with the question or instruction.
+    pub question_column: Option<String>,
+    /// What each entry of `data` says for itself; empty: nothing.
+    pub shares: Vec<Share>,
     /// The container of every file, by its name in `containers`; `None`: recognised file by file.
     pub container: Option<String>,
     /// Names that the file has for what hone calls otherwise.
@@ -91,14 +97,36 @@ pub enum BadRows {
 pub enum Layout {
     Messages,
     PromptCompletion,
+    Alpaca,
+    QuestionAnswer,
+    /// Tokenised already.
+    Tokens,
     Text,
 }
 
 impl Layout {
+    /// As the keys say it, in the order of the table.
+    pub const KEYS: [(&'static str, Layout); 6] = [
+        ("messages", Layout::Messages),
+        ("prompt_completion", Layout::PromptCompletion),
+        ("alpaca", Layout::Alpaca),
+        ("question_answer", Layout::QuestionAnswer),
+        ("tokens", Layout::Tokens),
+        ("text", Layout::Text),
+    ];
+
+    /// The layout of this key.
+    pub fn of_key(key: &str) -> Option<Layout> {
+        Layout::KEYS.iter().find(|(name, _)| *name == key).map(|(_, layout)| *layout)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Layout::Messages => "messages",
             Layout::PromptCompletion => "prompt and completion",
+            Layout::Alpaca => "instruction and output",
+            Layout::QuestionAnswer => "question and answer",
+            Layout::Tokens => "tokens",
             Layout::Text => "text",
         }
     }
@@ -150,14 +178,27 @@ pub struct Record {
     pub file: Arc<str>,
     /// Counted from 0 in its file.
     pub row: u64,
+    /// The entry of `data` that its file belongs to.
+    pub entry: usize,
 }
 
 /// What a row says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Conversation {
     Messages(Vec<Message>),
-    Prompt { prompt: Vec<Message>, completion: Vec<Message> },
-    PromptText { prompt: String, completion: String },
+    Prompt {
+        prompt: Vec<Message>,
+        completion: Vec<Message>,
+    },
+    PromptText {
+        prompt: String,
+        completion: String,
+    },
+    /// Tokenised already, padding taken out.
+    Tokens {
+        ids: Vec<u32>,
+        supervised: Vec<bool>,
+    },
     Text(String),
 }
 
@@ -206,15 +247,22 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     let mut problems = problems::Problems::default();
     let mut first: Option<(&'static format::Format, &source::File)> = None;
     let mut reading = format::Reading::new(&options.names);
-    for file in files {
+    let mut entry_from = (0, 0); // an entry, and its first record
+    for (index, file) in files.iter().enumerate() {
+        let share = options.shares.get(file.entry).cloned().unwrap_or_default();
+        if entry_from.0 != file.entry {
+            entry_from = (file.entry, records.len());
+        }
         let table = container::open(file, options.container.as_deref())?;
-        let chosen =
-            format::choose(&table.schema, options, &mut reading).map_err(|fault| fault.at(&file.name))?;
+        let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
+            .map_err(|fault| fault.at(&file.name))?;
         match first {
-            Some((format, other)) if format.layout != chosen.format.layout => {
+            // Entries of `data` may differ, the files of one may not.
+            Some((format, other)) if format.layout != chosen.format.layout && other.entry == file.entry => {
                 return Err(layouts_differ(format, &other.name, chosen.format, &file.name));
             }
-            _ => first = first.or(Some((chosen.format, file))),
+            Some((_, other)) if other.entry == file.entry => {}
+            _ => first = Some((chosen.format, file)),
         }
         let task = report.task(Stage::Read, Unit::Rows, &file.name, table.rows);
         let name: Arc<str> = file.name.as_str().into();
@@ -225,7 +273,8 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
             for found in batch {
                 match found {
                     Ok((conversation, context)) => {
-                        records.push(Record { conversation, context, file: name.clone(), row })
+                        let (file, entry) = (name.clone(), file.entry);
+                        records.push(Record { conversation, context, file, row, entry })
                     }
                     Err(problem) => problems.add(problem, &name, row),
                 }
@@ -233,6 +282,11 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
             }
             Ok(())
         })?;
+        if let Some(limit) =
+            share.limit.filter(|_| files.get(index + 1).is_none_or(|next| next.entry != file.entry))
+        {
+            mix::limit(&mut records, entry_from.1, limit, options);
+        }
     }
     let rows = records.len() as u64 + problems.rows();
     problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
@@ -248,6 +302,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     };
     let rows = records.len();
     let (train, evaluation) = split::split(records, options)?;
+    let train = mix::weigh(train, options);
     report.note(
         Stage::Read,
         format!(

@@ -55,20 +55,23 @@ pub fn revision(folder: &Path) -> Option<String> {
     folder::read(folder).map(|record| record.revision)
 }
 
-/// Brings data: an image's `/data` as files, everything else as [`source::fetch`] does.
+/// Brings data, each file with the entry of the list that it belongs to: an image's `/data` as files, everything else as [`source::fetch`] does.
 ///
 /// # Errors
 /// As [`source::fetch`] and [`registry::pull`].
 pub fn data(list: &[Data], access: Access, report: &Report) -> Result<Vec<source::File>> {
-    let mut sources = Vec::new();
-    for data in list {
+    let (mut sources, mut entries) = (Vec::new(), Vec::new());
+    for (entry, data) in list.iter().enumerate() {
         match data {
             Data::Source(source) => sources.push(source.clone()),
             Data::Image(image) => sources.push(image::data(image, access, report)?),
             Data::Hub(hub) => sources.extend(datasets::resolve(hub, access, report)?),
         }
+        entries.resize(sources.len(), entry);
     }
-    source::fetch(&sources, access.source, report)
+    let mut files = source::fetch(&sources, access.source, report)?;
+    files.iter_mut().for_each(|file| file.entry = entries[file.entry]);
+    Ok(files)
 }
 
 fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<PathBuf> {

@@ -104,17 +104,17 @@ fn parsed(prices: &[String]) -> Result<Vec<(String, f64)>> {
 
 /// Of files that are here; what must be fetched first is unknown.
 fn footers(plan: &Plan) -> Result<Option<Footers>> {
-    let mut files = Vec::new();
+    let mut entries = Vec::new();
     for data in &plan.data {
         match data {
             fetch::Data::Source(source @ Source::Path { .. }) => {
-                // The run itself warns of files that a folder holds and that are not read.
-                files.extend(source::find(source, dataset::ENDINGS, &Report::silent())?);
+                // The run itself warns of entries that a folder holds and that are not read.
+                entries.push(source::find(source, dataset::ENDINGS, &Report::silent())?);
             }
             _ => return Ok(None),
         }
     }
-    dataset::footers(&files, &plan.dataset)
+    dataset::footers(&entries, &plan.dataset)
 }
 
 fn mean_tokens(footers: Footers, tokens_max: u64) -> u64 {

@@ -11,12 +11,8 @@ pub(super) const TOKENS_UNLIMITED: usize = 1 << 20;
 /// LIMIT: the longest chat template in use has 20 KiB.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
-pub(super) fn dataset_options(reader: &mut Reader) -> dataset::Options {
-    let layout = reader.text(Section::Hone, "layout").map(|layout| match layout.as_str() {
-        "messages" => Layout::Messages,
-        "prompt_completion" => Layout::PromptCompletion,
-        _ => Layout::Text,
-    });
+pub(super) fn dataset_options(reader: &mut Reader, shares: Vec<dataset::Share>) -> dataset::Options {
+    let layout = reader.text(Section::Hone, "layout").and_then(|layout| Layout::of_key(&layout));
     let train_share = reader.number(Section::DatasetConfig, "train_test_split");
     if train_share == 0.0 {
         let origin = reader.origin(Section::DatasetConfig, "train_test_split");
@@ -39,6 +35,8 @@ pub(super) fn dataset_options(reader: &mut Reader) -> dataset::Options {
         prompt_column: reader.text(Section::DatasetConfig, "context_column"),
         completion_column: answer,
         text_column,
+        question_column: reader.text(Section::Hone, "question_column"),
+        shares,
         container: reader.text(Section::DatasetConfig, "dataset_extension"),
         names: names(reader),
         bad_rows: bad_rows(reader),

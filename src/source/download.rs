@@ -356,7 +356,7 @@ impl<'a> Downloads<'a> {
         let Blob { path, bytes, sha256 } = blob;
         let text = format!("{name}: {}, sha256 {}, {how}", describe::size(bytes), &sha256[..12]);
         self.report.note(Stage::Download, text);
-        File { path, name: name.to_owned(), bytes, sha256 }
+        File { path, name: name.to_owned(), bytes, sha256, entry: 0 }
     }
 }
 

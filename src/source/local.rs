@@ -60,7 +60,7 @@ pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<
     }
     report
         .note(Stage::Download, format!("{name}: {}, sha256 {}, local", describe::size(bytes), &sha256[..12]));
-    Ok(File { path, name, bytes, sha256 })
+    Ok(File { path, name, bytes, sha256, entry: 0 })
 }
 
 pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {

@@ -80,6 +80,8 @@ pub struct File {
     pub bytes: u64,
     /// Lower-case hex.
     pub sha256: String,
+    /// Which of the sources asked for it belongs to, counted from 0.
+    pub entry: usize,
 }
 
 /// Bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
@@ -103,8 +105,9 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
     let found = sources.iter().map(find).collect::<Result<Vec<_>>>()?;
     let work = async {
         let downloads = download::Downloads::new(options, report);
-        let mut files = Vec::new();
-        for (source, paths) in sources.iter().zip(found) {
+        let mut files: Vec<File> = Vec::new();
+        for (entry, (source, paths)) in sources.iter().zip(found).enumerate() {
+            let before = files.len();
             match source {
                 Source::Url { url, sha256 } => {
                     for (url, name) in downloads.expand(url, &source.name(), sha256.as_deref()).await? {
@@ -117,6 +120,7 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
                     }
                 }
             }
+            files[before..].iter_mut().for_each(|file| file.entry = entry);
         }
         Ok(files)
     };

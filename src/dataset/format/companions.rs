@@ -104,7 +104,9 @@ impl<'a> Columns<'a> {
             if is_nothing(&value) {
                 continue;
             }
-            if let Conversation::PromptText { .. } | Conversation::Text(_) = conversation {
+            if let Conversation::PromptText { .. } | Conversation::Text(_) | Conversation::Tokens { .. } =
+                conversation
+            {
                 reading.without_template(name);
                 continue;
             }

@@ -6,6 +6,8 @@ mod sharegpt;
 mod fields;
 mod messages;
 mod prompt_completion;
+mod instruction;
+mod tokens;
 mod text;
 mod companions;
 
@@ -18,7 +20,21 @@ use companions::Companion;
 use std::collections::BTreeMap;
 
 /// In order of preference when a file fits several.
-const FORMATS: [&Format; 3] = [&messages::FORMAT, &prompt_completion::FORMAT, &text::FORMAT];
+const FORMATS: [&Format; 13] = [
+    &messages::FORMAT,
+    &prompt_completion::FORMAT,
+    &text::FORMAT,
+    &instruction::ALPACA,
+    &instruction::ALPACA_WITHOUT_INPUT,
+    &instruction::QUESTION_ANSWER,
+    &instruction::QUESTION_ANSWER_ALONE,
+    &tokens::FORMATS[0],
+    &tokens::FORMATS[1],
+    &tokens::FORMATS[2],
+    &tokens::FORMATS[3],
+    &tokens::FORMATS[4],
+    &tokens::FORMATS[5],
+];
 
 /// How one kind of table becomes conversations.
 pub(super) struct Format {
@@ -144,8 +160,15 @@ impl<'a> Reading<'a> {
 }
 
 /// The first format of the wanted layout whose columns are there with fitting types.
-pub(super) fn choose(schema: &Schema, options: &Options, reading: &mut Reading) -> Result<Choice> {
-    let layout = options.layout.or_else(|| layout_of_named_columns(options));
+///
+/// `layout`: what the file's own entry of `data` says.
+pub(super) fn choose(
+    schema: &Schema,
+    options: &Options,
+    layout: Option<Layout>,
+    reading: &mut Reading,
+) -> Result<Choice> {
+    let layout = layout.or(options.layout).or_else(|| layout_of_named_columns(options));
     let wanted: Vec<&'static Format> =
         FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
     let mut problems = Vec::new();
@@ -242,6 +265,8 @@ fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
 fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     if options.messages_column.is_some() {
         Some(Layout::Messages)
+    } else if options.question_column.is_some() {
+        Some(Layout::QuestionAnswer)
     } else if options.prompt_column.is_some() || options.completion_column.is_some() {
         Some(Layout::PromptCompletion)
     } else {
@@ -271,14 +296,21 @@ fn listed(schema: &Schema) -> String {
 /// Columns of the right names with the wrong types are at fault themselves; otherwise no column is known.
 fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
     let found = listed(schema);
-    let keys: Vec<&str> =
-        wanted.iter().flat_map(|format| format.columns.iter().map(|column| column.key)).collect();
+    let mut keys: Vec<&str> = Vec::new();
+    for key in wanted.iter().flat_map(|format| format.columns.iter().map(|column| column.key)) {
+        if !keys.contains(&key) && key.contains('_') {
+            keys.push(key);
+        }
+    }
     let rename = format!("rename the columns, or name them with {}", keys.join(", "));
+    let mut problems = problems.to_vec();
+    problems.dedup();
     if !problems.is_empty() {
         return Fault::data(format!("{}; columns found: {found}", problems.join("; ")))
             .help(format!("change the column's type; if another column is meant, {rename}"));
     }
-    let expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
+    let mut expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
+    expected.dedup();
     Fault::data(format!(
         "no column has a name that is known; columns found: {found}; expected {}",
         expected.join(", or ")

@@ -294,7 +294,7 @@ mod tests {
         let mut url = Url::parse("s3://bucket/a").unwrap();
         for name in ["data/a b.parquet", "data/100%.parquet", "data/what?.parquet", "data/é#1.parquet"] {
             url.set_path(&format!("/{}", escaped(name)));
-            assert_eq!(key(&url).unwrap().as_ref(), Path::from(name).as_ref(), "{url}");
+            assert_eq!(key(&url).unwrap().as_ref(), name, "{url}");
         }
     }
 }

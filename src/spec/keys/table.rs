@@ -44,10 +44,11 @@ pub(super) const TABLE: &[Key] = &[
     // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
     Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
     Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the hub's, else that of the folder or image."),
-    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
-    Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
+    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `hf://datasets/OWNER/NAME`, `s3://`, `gs://`, `az://`, `oci://IMAGE` (its /data). Behind `#`, or as keys beside url or path: sha256 pins the bytes, layout, weight (how often a row trains) and limit (most rows) are this entry's own."),
+    Key::used(H, "layout", choice(&["messages", "prompt_completion", "alpaca", "question_answer", "tokens", "text"]), "", "What a row holds; unset: told from the columns."),
     Key::used(H, "bad_rows", choice(&["refuse", "drop"]), "refuse", "Rows that cannot be used: refuse: the run ends and names them; drop: they are left out and counted."),
     Key::used(H, "bad_rows_max", number(0.0, 1.0), "0.5", "Largest share of rows that `bad_rows: drop` leaves out; above it the run ends."),
+    Key::used(H, "question_column", Text, "", "Column with the question or the instruction; unset: question or instruction. DatasetConfig.context_column names what goes with it, response_column the answer."),
     Key::used(H, "role_field", Text, "", "Field of a message that says who speaks; unset: role, from, speaker and the like."),
     Key::used(H, "content_field", Text, "", "Field of a message that holds what is said; unset: content, value, text and the like."),
     Key::used(H, "user_names", Texts, "", "Further words for the user in a message's role, beside user, human and the like."),
