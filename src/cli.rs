@@ -1,11 +1,16 @@
 //! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
 //! those are in the table of keys.
 
+pub mod reference;
+
 use crate::bench;
 use crate::controller;
 use crate::device::Choice;
 use crate::facts::{Keep, Precision};
+use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::review;
+use crate::spec::keys;
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
@@ -27,15 +32,57 @@ pub struct Invocation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Run(Request),
-    Model { about: AboutModel, format: Format },
-    Plan { request: Request, format: Format, gpu: Option<String> },
-    Push { folder: PathBuf, image: String, registry: RegistryArguments },
-    Pull { image: String, folder: PathBuf, registry: RegistryArguments },
-    Example { folder: PathBuf, write_only: bool },
-    Bench { options: bench::Options, json: Option<PathBuf> },
-    Render { files: Vec<PathBuf>, settings: Settings, format: ObjectFormat },
+    Model {
+        about: AboutModel,
+        format: Format,
+    },
+    Plan {
+        request: Request,
+        format: Format,
+        gpus: Vec<String>,
+        prices: Vec<String>,
+    },
+    Inspect {
+        request: Request,
+        options: review::Options,
+        format: Format,
+        html: Option<PathBuf>,
+    },
+    Push {
+        folder: PathBuf,
+        image: String,
+        registry: RegistryArguments,
+    },
+    Pull {
+        image: String,
+        folder: PathBuf,
+        registry: RegistryArguments,
+    },
+    Example {
+        folder: PathBuf,
+        write_only: bool,
+    },
+    Bench {
+        options: bench::Options,
+        json: Option<PathBuf>,
+    },
+    Render {
+        files: Vec<PathBuf>,
+        settings: Settings,
+        format: ObjectFormat,
+    },
     Tune(tune::Options),
     Controller(controller::Options),
+    /// Print the keys whose name or description holds the word.
+    Keys {
+        word: String,
+    },
+    Completions {
+        shell: clap_complete::Shell,
+    },
+    Man {
+        folder: PathBuf,
+    },
 }
 
 /// How events are shown.
@@ -75,8 +122,12 @@ pub fn parse(
             Command::Run(job.request(matches)?)
         }
         Subcommands::Model { about, format } => Command::Model { about, format },
-        Subcommands::Plan { job, format, gpu } => {
-            Command::Plan { request: job.request(matches)?, format, gpu }
+        Subcommands::Plan { job, format, gpu, price } => {
+            Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
+        }
+        Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
+            let options = review::Options { samples, seed: sample_seed, rows: row };
+            Command::Inspect { request: job.request(matches)?, options, format, html }
         }
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
@@ -90,8 +141,22 @@ pub fn parse(
         }
         Subcommands::Controller(arguments) => Command::Controller(arguments.options()),
         Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
+        Subcommands::Keys { word } => Command::Keys { word: word.unwrap_or_default() },
+        Subcommands::Completions { shell } => Command::Completions { shell },
+        Subcommands::Man { folder } => Command::Man { folder },
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
+}
+
+/// The reference of the keys that hold `word`; an error with the nearest key if there is none.
+pub fn found_keys(word: &str) -> crate::fault::Result<String> {
+    let found = keys::search(word);
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let nearest = keys::nearest(keys::all().iter().map(|key| key.name), word);
+    let fault = Fault::usage(format!("no key's name or description holds {word:?}"));
+    Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
 }
 
 /// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
@@ -139,7 +204,7 @@ enum Subcommands {
     },
     /// Show everything `run` would do, each value with where it came from
     #[command(
-        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu a100-80"
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100"
     )]
     Plan {
         #[command(flatten)]
@@ -147,9 +212,35 @@ enum Subcommands {
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
-        /// Plan for this card or instance type in place of this machine: h200, a100-80, l4, Standard_NC24ads_A100_v4
-        #[arg(long, value_name = "NAME", env = "HONE_GPU")]
-        gpu: Option<String>,
+        /// Cards or instance types, in place of this machine, with time and cost on each: l4,a100-80,Standard_NC24ads_A100_v4
+        #[arg(long, value_name = "NAMES", env = "HONE_GPU", value_delimiter = ',')]
+        gpu: Vec<String>,
+        /// What an hour of a card costs you, in place of the clouds' list price: l4=0.70; may be repeated
+        #[arg(long, value_name = "NAME=DOLLARS", env = "HONE_PRICE", value_delimiter = ',')]
+        price: Vec<String>,
+    },
+    /// Show the data as it will be trained: what is learned of each row, counts, copies, warnings
+    #[command(after_help = "Examples:\n  hone inspect job.yaml\n  \
+        hone inspect job.yaml --samples 20 --html data.html\n  \
+        hone inspect job.yaml --row rows.parquet:17 --format json")]
+    Inspect {
+        #[command(flatten)]
+        job: Job,
+        /// Lines for people, or JSON
+        #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
+        format: Format,
+        /// Rows to show, drawn at random from those to train on
+        #[arg(long, value_name = "ROWS", default_value_t = 3, env = "HONE_SAMPLES")]
+        samples: usize,
+        /// Seed of the draw
+        #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
+        sample_seed: u64,
+        /// A row to show in place of drawn ones, as messages name it; may be repeated
+        #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
+        row: Vec<String>,
+        /// Write one self-contained page too
+        #[arg(long, value_name = "FILE", env = "HONE_HTML")]
+        html: Option<PathBuf>,
     },
     /// Show what a model is understood as: facts, LoRA sites, memory, what is missing
     #[command(after_help = "Examples:\n  hone model ./phi-3\n  \
@@ -228,12 +319,33 @@ enum Subcommands {
         Where no controller watches Workspaces, let hone make the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
     )]
     Tune(Tune),
-    /// Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
+    /// Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
     #[command(
         after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
         By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
     )]
     Controller(ControllerArguments),
+    /// Print the configuration keys: all of them, or those whose name or description holds a word
+    #[command(after_help = "Examples:\n  hone keys\n  hone keys warmup\n  hone keys LoraConfig")]
+    Keys {
+        /// A word to search for, in any letter case
+        #[arg(value_name = "WORD")]
+        word: Option<String>,
+    },
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  hone completions bash > /etc/bash_completion.d/hone")]
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages, one for each command, into a folder
+    #[command(after_help = "Example:\n  hone man /usr/local/share/man/man1")]
+    Man {
+        /// Folder for hone.1 and the pages of the commands
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -333,7 +445,7 @@ struct Tune {
     /// Label of the nodes that may be taken, key=value; may be repeated [default: apps=NAME]
     #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
     label: Vec<String>,
-    /// What README lists under annotations, without the prefix: work-claim=results; may be repeated
+    /// An annotation of docs/annotations.md, without the prefix: work-claim=results; may be repeated
     #[arg(long, value_name = "NAME=VALUE", env = "HONE_ANNOTATE")]
     annotate: Vec<String>,
 }

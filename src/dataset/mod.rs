@@ -3,6 +3,7 @@
 mod problems;
 mod container;
 mod format;
+mod footer;
 mod split;
 mod mix;
 mod template;
@@ -11,14 +12,17 @@ mod marks;
 mod mask;
 mod learned;
 mod encode;
+mod chat;
 
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
+pub use chat::Chat;
 pub use container::{ENDINGS, names as containers};
-pub use encode::{check_template, encode};
+pub use encode::{EncodedRow, check_template, encode, encode_rows};
+pub use footer::{Footers, footers};
 pub use mask::show;
 pub use mix::Share;
 pub use tokenizer::Tokenizer;

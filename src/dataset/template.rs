@@ -107,6 +107,18 @@ impl Template {
         }
         if self.marks_answers { cut_sentinels(&text) } else { Ok(Rendered { text, answers: Vec::new() }) }
     }
+
+    /// The text of a context that names everything the template sees. Error: why there is no text.
+    pub fn render_context(
+        &self,
+        context: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<String, String> {
+        let template = self.environment.get_template(NAME).expect("added in `new`");
+        let text = template
+            .render(Value::from(minijinja::value::Serde(context)))
+            .map_err(|error| explain(&error))?;
+        if self.marks_answers { cut_sentinels(&text).map(|rendered| rendered.text) } else { Ok(text) }
+    }
 }
 
 /// A message as the template sees it: role, content (none where it is null), then the further fields.

@@ -25,6 +25,8 @@ pub struct Tokenizer {
     ends: Vec<u32>,
     special_ids: std::collections::HashSet<u32>,
     vocab_size: usize,
+    /// Whether tokens are written in letters that stand for bytes, as GPT-2's.
+    byte_level: bool,
     now: SystemTime,
 }
 
@@ -43,8 +45,21 @@ impl Tokenizer {
         let ends = ends(folder, eos_id)?;
         let added = inner.get_added_tokens_decoder();
         let special_ids = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
+        let byte_level = decoder.is_some_and(|decoder| decoder.contains("\"ByteLevel\""));
         let now = SystemTime::now();
-        Ok(Tokenizer { inner, specials, chat_templates, eos, eos_id, ends, special_ids, vocab_size, now })
+        Ok(Tokenizer {
+            inner,
+            specials,
+            chat_templates,
+            eos,
+            eos_id,
+            ends,
+            special_ids,
+            vocab_size,
+            byte_level,
+            now,
+        })
     }
 
     /// Sets the time that templates see, so that a resumed run renders what the first one did.
@@ -152,6 +167,33 @@ impl Tokenizer {
         self.inner.decode(ids, false).unwrap_or_else(|_| ids.iter().map(|id| format!("<{id}>")).collect())
     }
 
+    /// Ids -> text; control tokens leave nothing if `skip_special`.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        self.inner.decode(ids, skip_special).unwrap_or_default()
+    }
+
+    /// Text -> ids; with `specials` the tokens that the tokenizer puts around a sequence. Error: why not.
+    pub fn encode(&self, text: &str, specials: bool) -> std::result::Result<Vec<u32>, String> {
+        let encoding = self.inner.encode_fast(text, specials).map_err(|error| unfit(&*error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The bytes that a token stands for, wherever it stands; parts of a character too.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
+        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+            return token.into_bytes();
+        }
+        let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+        if let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            return vec![byte];
+        }
+        match self.byte_level {
+            true => token.chars().map(byte_of).collect::<Option<_>>().unwrap_or(token.into_bytes()),
+            false => token.replace('\u{2581}', " ").into_bytes(),
+        }
+    }
+
     pub(super) fn special(&self, name: &str) -> Option<&str> {
         self.specials.iter().find(|(key, _)| key == name).map(|(_, token)| token.as_str())
     }
@@ -199,6 +241,15 @@ fn not_doubled(mut around: Vec<u32>, plain: &[u32]) -> (Vec<u32>, bool) {
         around.drain(..front);
     }
     (around, begins || ends)
+}
+
+/// GPT-2's letters of bytes: printable ones stand for themselves, the others are numbered from U+0100 on.
+fn byte_of(letter: char) -> Option<u8> {
+    let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    match u32::from(letter) {
+        code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
+        code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
+    }
 }
 
 fn unfit(error: &dyn std::error::Error) -> String {

@@ -267,9 +267,9 @@ fn contradictions() {
     check_fault(
         "training_config: {ModelConfig: {chat_template: /no/such.jinja}}\ndevice: gpu\n",
         expect![[r#"
-            2 mistakes in the configuration
-              train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text, a file of it, or a name of one of the model's templates
-              train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]],
+        2 mistakes in the configuration
+          train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text, a file of it, or a name of one of the model's templates
+          train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]],
     );
 }
 
@@ -280,7 +280,7 @@ fn no_model_and_no_dataset() {
         2 mistakes in the configuration
           no model: name its folder or address with `model` (--model DIR, hf://OWNER/NAME)
           no dataset: name its files with `data` (--data URL_OR_PATH)
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to"#]]
     .assert_eq(&fault.to_string());
     let settings = ["model", "data"].map(|key| Setting {
         key: key.into(),
