@@ -13,7 +13,7 @@ use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
 use crate::fault::{Fault, Result};
 use crate::fetch;
-use crate::interrupt;
+use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
 use crate::model::{self, FourBitCode, Quantization, config::Config, decoder::Decoder, facts::Facts};
 use crate::model::{family, load, lora, stored};
@@ -72,6 +72,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     };
     let pushed = match &plan.push {
         Some(target) => {
+            let _standing = interrupt::stands(Standing::Pushing);
             let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
             folder.pushed(&pushed)?;
             Some(pushed)
@@ -107,6 +108,8 @@ fn make(
         initial.apply(&decoder.trainable)?;
     }
     report.note(Stage::Load, loaded(&decoder));
+    // From here on there is something to lose, until the adapter is whole.
+    let _standing = interrupt::stands(Standing::Stay);
     let examples = train::Data { train: &training, evaluation: &evaluation };
     let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
     ship(plan, &described.options, &decoder, data, &trained, folder)?;
