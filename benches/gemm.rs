@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench gemm [filter]`. Each line also shows the share of the fastest line of its precision.
 
-use hone::ops::gemm::{self, FourBitView, Matrix, Precision, Rounding};
+use hone::facts::Precision;
+use hone::ops::gemm::{self, FourBitView, Matrix, Rounding};
 use std::time::{Duration, Instant};
 
 /// Rounds in turns: a disturbed one does not count, because the best is kept.

@@ -6,11 +6,14 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use hone::ops::activation::{Activation, Function};
-use hone::ops::attention::{self, Heads, Layout, Packing};
+use hone::facts::Precision;
+use hone::facts::quantization::Code;
+use hone::facts::{Activation, Function};
+use hone::facts::{Heads, Layout};
+use hone::ops::attention::{self, Packing};
 use hone::ops::cross_entropy::Head;
-use hone::ops::four_bit::{Code, FourBit};
-use hone::ops::matmul::{self, Precision, Weight};
+use hone::ops::four_bit::FourBit;
+use hone::ops::matmul::{self, Weight};
 use hone::ops::rope::{self, Angles, Direction};
 use hone::ops::{activation, adamw, cross_entropy, rms_norm};
 

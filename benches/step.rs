@@ -6,8 +6,12 @@
 
 use std::time::Instant;
 
-use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization};
-use hone::model::{batch::Batch, config::Config, family, load, random};
+use hone::facts::config::Config;
+use hone::facts::family;
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization};
+use hone::model::Options;
+use hone::model::batch::Batch;
+use hone::model::{load, random};
 use hone::ops::adamw::{self, Moments, Update};
 use hone::ops::number::Number;
 use hone::ops::{flat, gemm};

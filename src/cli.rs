@@ -4,8 +4,8 @@
 use crate::bench;
 use crate::controller;
 use crate::device::Choice;
+use crate::facts::{Keep, Precision};
 use crate::memory::Limit;
-use crate::model::{Keep, Precision};
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;

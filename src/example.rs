@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::facts::config::Config;
+use crate::facts::family;
 use crate::fault::{Fault, Result};
-use crate::model::{config::Config, family, random};
+use crate::model::random;
 
 const DATA: &[u8] = include_bytes!("../examples/quickstart/data.parquet");
 const SPECIALS: [&str; 4] = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"];

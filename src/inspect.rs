@@ -8,13 +8,15 @@ use serde_json::{Value as Json, json};
 
 use crate::adapter::serving;
 use crate::dataset::Tokenizer;
+use crate::facts::config::Config;
+use crate::facts::rope::{Rope, Scaling};
+use crate::facts::{Facts, NormForm};
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
+use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::memory::{self, Task, card};
-use crate::model::checkpoint::Checkpoint;
-use crate::model::config::Config;
-use crate::model::facts::{Facts, NormForm};
-use crate::model::rope::{Rope, Scaling};
-use crate::model::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family, load, lora, stored};
+use crate::model::load;
+use crate::model::weights::Checkpoint;
 use crate::ops::four_bit::FourBit;
 
 /// Sequence lengths of the memory estimate.
@@ -28,7 +30,7 @@ pub struct Inspection {
     stored: Option<Quantization>,
     /// The type config.json names.
     dtype: Option<String>,
-    sites: lora::Sites,
+    sites: sites::Sites,
     rank: usize,
     /// Bytes of the language model's tensors, where they can be read.
     weights: Option<usize>,
@@ -50,14 +52,14 @@ pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
         load::fits(&facts, checkpoint).unwrap_or_else(&mut keep);
     }
     let tokenizer = Tokenizer::open(folder).map_err(&mut keep).ok();
-    let sites = lora::sites(&facts, lora)?;
+    let sites = sites::sites(&facts, lora)?;
     let idle =
         sites.unmatched.iter().map(|name| format!("{name} matches no linear layer that can be adapted"));
     let warnings = idle.chain(serving::warnings(&facts, lora)).collect();
     Ok(Inspection {
         folder: folder.display().to_string(),
         wrapper: language.wrapper().map(str::to_owned),
-        stored: stored::read(&config)?,
+        stored: quantization::read(&config)?,
         dtype: config.dtype()?.or(language.dtype()?),
         weights: checkpoint.map(|checkpoint| checkpoint.bytes()),
         rank: lora.r,

@@ -11,12 +11,17 @@ use candle_core::Device;
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
+use crate::facts::config::Config;
+use crate::facts::family;
+use crate::facts::{Facts, FourBitCode, Quantization};
+use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
-use crate::model::{self, FourBitCode, Quantization, config::Config, decoder::Decoder, facts::Facts};
-use crate::model::{family, load, lora, stored};
+use crate::model;
+use crate::model::decoder::Decoder;
+use crate::model::load;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
@@ -174,7 +179,7 @@ pub struct Described {
     /// The plan's, with rank and targets of the adapter that is continued, and the quantisation that a checkpoint
     /// already has.
     pub options: model::Options,
-    pub sites: lora::Sites,
+    pub sites: sites::Sites,
     bf16_checkpoint: bool,
     initial: Option<Adapter>,
 }
@@ -186,11 +191,11 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     let facts = family::describe(&config)?;
     let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
     let mut options = plan.model.clone();
-    options.quantization = stored::read(&config)?.unwrap_or(options.quantization);
+    options.quantization = quantization::read(&config)?.unwrap_or(options.quantization);
     if let Some(initial) = &initial {
         options.lora = initial.options(&options.lora)?;
     }
-    let sites = lora::sites(&facts, &options.lora)?;
+    let sites = sites::sites(&facts, &options.lora)?;
     let bf16_checkpoint = room::bf16_checkpoint(&config)?;
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
 }

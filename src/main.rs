@@ -7,16 +7,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hone::cli::{self, AboutModel, Command, Format, Log, ObjectFormat, RegistryArguments};
+use hone::endpoint::Server;
+use hone::facts::{LoraOptions, Targets, presets};
 use hone::fault::{Fault, Result};
 use hone::interrupt::Standing;
 use hone::job::{self, Receipt};
 use hone::kaito::{self, sidecars, sidecars::Limits, watch};
 use hone::metrics::{self, Latest};
-use hone::model::{LoraOptions, Targets, presets};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
-use hone::serve::Server;
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
 use hone::{bench, controller, example, fetch, inspect, interrupt, last_word};

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::{Value, json};
 
+use crate::endpoint::{self, Asked, Reply, Server};
 use crate::fault::Result;
 use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
-use crate::serve::{self, Asked, Reply, Server};
 
 use machine::Sampler;
 
@@ -85,7 +85,7 @@ impl Sink for Latest {
 /// Config: the address cannot be listened on.
 pub fn serve(address: SocketAddr, latest: Arc<Latest>) -> Result<Server> {
     let sampler = Mutex::new(Sampler::default());
-    serve::start(address, Arc::new(move |asked| answer(asked, &latest.state(), &sampler)))
+    endpoint::start(address, Arc::new(move |asked| answer(asked, &latest.state(), &sampler)))
 }
 
 fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {

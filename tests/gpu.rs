@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use hone::dataset::Example;
 use hone::device::{self, Choice};
+use hone::facts::config::Config;
+use hone::facts::family;
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization};
+use hone::model::Options;
 use hone::model::decoder::Decoder;
-use hone::model::{FourBitCode, Keep, LoraOptions, Options, Precision, Quantization};
-use hone::model::{config::Config, family, load};
+use hone::model::load;
 use hone::report::Report;
 use hone::train::{self, Every, Metric};
 

@@ -9,12 +9,13 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{falcon, gemma2, gemma3, llama, mistral, olmo2, phi, phi3, qwen2, qwen3};
 use hone::adapter;
+use hone::facts::Facts;
+use hone::facts::Function;
+use hone::facts::config::Config;
+use hone::facts::{FourBitCode, LoraOptions, Precision, Quantization, family};
 use hone::model::batch::Batch;
-use hone::model::config::Config;
 use hone::model::decoder::Decoder;
-use hone::model::facts::Facts;
-use hone::model::{FourBitCode, LoraOptions, Options, Precision, Quantization, family, load, random};
-use hone::ops::activation::Function;
+use hone::model::{Options, load, random};
 use hone::report::Report;
 use serde_json::{Value, json};
 

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use hone::dataset::Example;
+use hone::facts::config::Config;
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use hone::fault::Fault;
 use hone::model::batch::Batch;
-use hone::model::{
-    self, FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, config::Config, family, load,
-};
+use hone::model::{self, Options, load};
 use hone::report::Report;
 use hone::train::{self, Every, Metric, Schedule, Warmup};
 use serde_json::Value;

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use hone::facts::config::Config;
+use hone::facts::family::FAMILIES;
 use hone::fault::{self, Kind};
-use hone::model::{config::Config, family::FAMILIES};
 use hone::spec::keys;
 use hone::workspace::annotations;
 use regex::Regex;

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use hone::ops::attention::{self, Heads, Layout, Packing};
+use hone::facts::{Heads, Layout};
+use hone::ops::attention::{self, Packing};
 use hone::ops::matmul::Precision;
 
 use crate::case::{Case, Gpu, Inputs};

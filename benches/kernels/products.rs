@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use hone::facts::quantization::Code;
 use hone::ops::cross_entropy::{self, Head};
-use hone::ops::four_bit::{Absmax, Code, FourBit};
+use hone::ops::four_bit::{Absmax, FourBit};
 use hone::ops::matmul::{self, Precision, Weight};
 use hone::ops::unwritten;
 

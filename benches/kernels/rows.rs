@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use hone::ops::activation::{self, Activation, Function};
+use hone::facts::{Activation, Function};
+use hone::ops::activation;
 use hone::ops::adamw::{self, Moments, Update};
 use hone::ops::head_norm::{self, Groups};
 use hone::ops::rope::{self, Angles, Direction};

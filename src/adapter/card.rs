@@ -1,7 +1,7 @@
 //! The model card: facts of a run, for whoever finds the adapter later.
 
-use crate::model::facts::Facts;
-use crate::model::lora::Site;
+use crate::facts::Facts;
+use crate::facts::sites::Site;
 use crate::train::Trained;
 
 /// What the card tells.

@@ -13,9 +13,10 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::facts::sites::Site;
+use crate::facts::{LoraInit, LoraOptions, Modules, Targets};
 use crate::fault::{Fault, Result};
-use crate::model::lora::{Site, Trainable};
-use crate::model::{LoraInit, LoraOptions, Modules, Targets};
+use crate::model::lora::Trainable;
 use crate::ops::{cpu, flat};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";

@@ -3,8 +3,8 @@
 //! Source: vLLM's `config/lora.py` (ranks), `lora/peft_helper.py` (what of adapter_config.json it heeds), and its model
 //! classes: all of hone's families take LoRA there, fused modules by their own names, but Falcon.
 
-use crate::model::LoraOptions;
-use crate::model::facts::Facts;
+use crate::facts::Facts;
+use crate::facts::LoraOptions;
 
 /// What `max_lora_rank` may be; 16 unless set.
 const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
@@ -46,7 +46,8 @@ pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{config::Config, family};
+    use crate::facts::config::Config;
+    use crate::facts::family;
 
     #[test]
     fn what_to_set_is_the_next_rank_that_vllm_knows() {

@@ -11,13 +11,14 @@ use serde_json::{Value as Json, json};
 
 use crate::dataset::Example;
 use crate::device::{self, Choice};
+use crate::facts::Facts;
+use crate::facts::config::Config;
+use crate::facts::sites;
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family, shapes};
 use crate::fault::{Fault, Result};
 use crate::memory::{self, Limit, Machine, Running, Task, show::size};
 use crate::model::decoder::Decoder;
-use crate::model::facts::Facts;
-use crate::model::{
-    self, FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, lora, shapes,
-};
+use crate::model::{self, load};
 use crate::report::Report;
 use crate::train::{self, Data, Every};
 use rates::Measured;
@@ -135,7 +136,7 @@ fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usi
     let longest = lengths.iter().copied().max().unwrap_or(1);
     Ok(Task {
         facts: facts.clone(),
-        sites: lora::sites(facts, &model.lora)?.list,
+        sites: sites::sites(facts, &model.lora)?.list,
         quantization: model.quantization,
         precision: model.precision,
         dropout: false,

@@ -5,7 +5,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::ops::matmul::{self, Precision, Weight};
+use crate::facts::Precision;
+use crate::ops::matmul::{self, Weight};
 
 /// Bytes a second, read and written; FLOP a second.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -30,10 +30,10 @@ use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
+use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
-use crate::serve::{self, Reply};
 use crate::source;
 use crate::workspace::{MANAGED_BY, MANAGER, Settings, WORKSPACE_LABEL, Workspace, config_name};
 use lease::Election;
@@ -140,7 +140,7 @@ pub async fn run_with(
 ) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
     let (answers, ready) = watch::channel(false);
-    let _endpoint = serve::start(options.address, endpoint(metrics.clone(), ready))?;
+    let _endpoint = endpoint::start(options.address, endpoint(metrics.clone(), ready))?;
     let version = client.apiserver_version().await.map_err(unreachable)?;
     report.note(Stage::Plan, format!("Kubernetes {} answers", version.git_version));
     answers.send_replace(true);
@@ -278,12 +278,12 @@ fn of_config(map: &PartialObjectMeta<ConfigMap>, known: &Store<Workspace>) -> Ve
         .collect()
 }
 
-fn endpoint(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> serve::Answer {
+fn endpoint(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> endpoint::Answer {
     Arc::new(move |asked| match asked.path {
         "/healthz" => Reply::text("ok\n"),
         "/readyz" if *ready.borrow() => Reply::text("ok\n"),
         "/readyz" => Reply { status: 503, ..Reply::text("the API server has not answered yet\n") },
-        "/metrics" => Reply { content_type: serve::PROMETHEUS, ..Reply::text(metrics.text()) },
+        "/metrics" => Reply { content_type: endpoint::PROMETHEUS, ..Reply::text(metrics.text()) },
         _ => Reply::not_found(),
     })
 }

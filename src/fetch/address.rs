@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::facts::presets;
 use crate::fault::{Fault, Result};
-use crate::model::presets;
 use crate::{registry, source};
 
 /// Of a SHA-256, in a folder's name.

@@ -2,9 +2,9 @@
 
 use crate::dataset::Example;
 use crate::device;
+use crate::facts::config::Config;
 use crate::fault::Result;
 use crate::memory::{Machine, Running, Task, card};
-use crate::model::config::Config;
 use crate::plan::Plan;
 use crate::report::Report;
 

@@ -4,8 +4,8 @@
 //! bytes it moves; a GPU's step is never shorter than launching it. Shares are those of `benches/LOG.md` where
 //! measured, and otherwise assumptions that the plan's table states.
 
-use crate::model::facts::Projection;
-use crate::model::{Keep, Quantization};
+use crate::facts::Projection;
+use crate::facts::{Keep, Quantization};
 
 use super::{Place, Task};
 

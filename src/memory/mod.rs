@@ -13,10 +13,10 @@ mod terms;
 use candle_core::Device;
 
 use crate::device;
+use crate::facts::Facts;
+use crate::facts::sites::Site;
+use crate::facts::{Keep, Precision, Quantization};
 use crate::fault::{Fault, Result};
-use crate::model::facts::Facts;
-use crate::model::lora::Site;
-use crate::model::{Keep, Precision, Quantization};
 
 use cost::{Counter, Rates, Work};
 use terms::Parts;

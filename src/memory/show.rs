@@ -2,7 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
-use crate::model::Keep;
+use crate::facts::Keep;
 
 use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
 use super::{Machine, Place, Plan, Task};

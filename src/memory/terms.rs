@@ -1,8 +1,8 @@
 //! Facts and adapter -> bytes: what is there all the time, what each level keeps, what a layer works in.
 
-use crate::model::facts::{Facts, Projection, Role};
-use crate::model::lora::Site;
-use crate::model::{Keep, Precision, Quantization};
+use crate::facts::sites::Site;
+use crate::facts::{Facts, Projection, Role};
+use crate::facts::{Keep, Precision, Quantization};
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 

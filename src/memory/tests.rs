@@ -3,8 +3,11 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::facts::config::Config;
+use crate::facts::sites;
+use crate::facts::{FourBitCode, LoraOptions, family};
 use crate::model::batch::Batch;
-use crate::model::{FourBitCode, LoraOptions, config::Config, family, load, lora, random};
+use crate::model::{load, random};
 
 fn facts(config: Value) -> Facts {
     family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap()
@@ -21,7 +24,7 @@ fn phi3_mini() -> Facts {
 fn task(facts: Facts, tokens: usize) -> Task {
     let options = LoraOptions { r: 16, ..LoraOptions::default() };
     Task {
-        sites: lora::sites(&facts, &options).unwrap().list,
+        sites: sites::sites(&facts, &options).unwrap().list,
         facts,
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::Bf16,

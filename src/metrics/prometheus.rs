@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{State, machine::Sample};
-use crate::serve::{PROMETHEUS, Reply};
+use crate::endpoint::{PROMETHEUS, Reply};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {

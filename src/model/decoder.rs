@@ -2,20 +2,20 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use crate::facts::Precision;
 use crate::ops::attention::Packing;
 use crate::ops::cross_entropy::{self, Head};
-use crate::ops::matmul::Precision;
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
 
-use super::Keep;
 use super::batch::Batch;
-use super::facts::{Facts, QueryGrowth};
 use super::layer::{Kept, Layer, Shape};
 use super::linear::Pass;
 use super::lora::Trainable;
 use super::norm::Norm;
+use crate::facts::Keep;
+use crate::facts::{Facts, QueryGrowth};
 
 /// A frozen base with its adapter.
 pub struct Decoder {
@@ -145,7 +145,7 @@ impl Decoder {
         };
         let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
         let ropes = self.facts.ropes.iter();
-        let ropes = ropes.map(|rope| rope.angles(&positions, &lengths, self.wide(), self.device()));
+        let ropes = ropes.map(|rope| Angles::of(rope, &positions, &lengths, self.wide(), self.device()));
         Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 

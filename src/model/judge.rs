@@ -6,15 +6,14 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use serde_json::{Value, json};
 
 use super::batch::Batch;
-use super::config::Config;
 use super::decoder::Decoder;
-use super::facts::Facts;
 use super::layer::Layer;
 use super::linear::{Linear, Lora};
 use super::norm::Norm;
-use super::{
-    FourBitCode, Keep, LoraOptions, Options, Precision, Quantization, Targets, family, load, random,
-};
+use super::{Options, load, random};
+use crate::facts::Facts;
+use crate::facts::config::Config;
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, Targets, family};
 use crate::ops::matmul::Weight;
 use crate::ops::{
     activation, attention, cpu, cross_entropy, dropout, head_norm, judge, layer_norm, rms_norm, rope,
@@ -228,7 +227,7 @@ impl Formula<'_> {
     fn layer(&self, index: usize, layer: &Layer, x: &Tensor) -> Result<Tensor> {
         let facts = &self.decoder.facts;
         let names =
-            |list: &[super::facts::Projection]| list.iter().map(|p| facts.path(index, p)).collect::<Vec<_>>();
+            |list: &[crate::facts::Projection]| list.iter().map(|p| facts.path(index, p)).collect::<Vec<_>>();
         let read = normed(&layer.attention_norm, x)?;
         let qkv = self.beside(&names(&facts.query_key_value), &layer.query_key_value, &read)?;
         let attended = self.attended(layer, &qkv)?;
@@ -260,7 +259,8 @@ impl Formula<'_> {
             None => qkv,
             Some(rope) => {
                 let (positions, lengths) = batch.positions();
-                let angles = facts.ropes[rope].angles(&positions, &lengths, DType::F64, &Device::Cpu)?;
+                let angles =
+                    rope::Angles::of(&facts.ropes[rope], &positions, &lengths, DType::F64, &Device::Cpu)?;
                 let parts = (0..runs * run).map(|head| {
                     let one = part(&qkv, head * heads.width, heads.width)?.unsqueeze(1)?;
                     let turned = if head % run < turning { rope::formula(&one, &angles)? } else { one };

@@ -7,14 +7,16 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::ops::activation::{self, Activation};
-use crate::ops::attention::{self, Heads, Packing};
+use crate::facts::Activation;
+use crate::facts::Heads;
+use crate::ops::activation;
+use crate::ops::attention::{self, Packing};
 use crate::ops::rope::{self, Angles, Direction};
 use crate::ops::{rows, unwritten};
 
-use super::Keep;
 use super::linear::{Linear, Pass};
 use super::norm::{self, HeadNorm, Norm};
+use crate::facts::Keep;
 
 #[derive(Clone, Debug)]
 pub struct Layer {

@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::matmul::{self, Precision, Weight};
+use crate::facts::Precision;
+use crate::ops::matmul::{self, Weight};
 use crate::ops::{bias, dropout, unwritten};
 
 /// What a pass over one batch shares.

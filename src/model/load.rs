@@ -4,22 +4,24 @@ use std::collections::BTreeSet;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::facts::quantization::Code;
+use crate::facts::sites;
+use crate::facts::{Facts, Keep, NormForm, Precision, Projection, Quantization};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::ops::cross_entropy::Head;
-use crate::ops::four_bit::{Code, FourBit};
+use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
-use super::checkpoint::{Checkpoint, Values};
 use super::decoder::Decoder;
-use super::facts::{Facts, NormForm, Projection};
 use super::layer::Layer;
 use super::linear::{Linear, Lora};
-use super::lora::{self, Trainable};
+use super::lora::Trainable;
 use super::norm::{HeadNorm, Norm};
 use super::random;
-use super::{Keep, Options, Precision, Quantization, stored};
+use super::weights::{Checkpoint, Values};
+use super::{Options, stored};
 
 /// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
 ///
@@ -30,7 +32,7 @@ pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -
 
 /// A decoder of these facts with a random base, drawn tensor by tensor in the form it is kept in: for measuring.
 pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
-    let sites = lora::sites(&facts, &options.lora)?.list;
+    let sites = sites::sites(&facts, &options.lora)?.list;
     let dtype = activation_type(device, options.precision);
     let trainable = Trainable::init(sites, &options.lora, dtype, device)?;
     let checkpoint = Checkpoint::empty();
@@ -54,7 +56,7 @@ pub(super) fn load_in(
     options: &Options,
     report: &Report,
 ) -> Result<Decoder> {
-    let sites = lora::sites(&facts, &options.lora)?;
+    let sites = sites::sites(&facts, &options.lora)?;
     for (written, module) in &sites.renamed {
         report.note(
             Stage::Load,

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::attention::Heads;
+use crate::facts::Heads;
 use crate::ops::head_norm::{self, Groups};
 use crate::ops::{layer_norm, rms_norm, rows};
 

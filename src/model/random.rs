@@ -12,9 +12,9 @@ use safetensors::{Dtype, View};
 
 use crate::fault::{Fault, Result};
 use crate::ops::dropout::mix;
-use crate::ops::four_bit::{self, Absmax, Code, FourBit};
+use crate::ops::four_bit::{self, Absmax, FourBit};
 
-use super::facts::{Facts, NormForm, Role, Stored};
+use crate::facts::{Facts, NormForm, Role, Stored, quantization::Code};
 
 /// Writes `model.safetensors` in bf16: matrices normal with deviation 1/sqrt(K), embeddings with 0.5, norms'
 /// factors and biases near 1 and 0. Same facts and seed, same bytes.

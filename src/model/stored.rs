@@ -12,50 +12,13 @@ use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use crate::facts::quantization::Code;
 use crate::fault::{Fault, Result};
-use crate::ops::four_bit::{self, Absmax, Code, FourBit};
+use crate::ops::four_bit::{self, Absmax, FourBit};
 
-use super::Quantization;
-use super::checkpoint::{Checkpoint, Raw};
-use super::config::Config;
+use super::weights::{Checkpoint, Raw};
 
 const STATE: &str = "quant_state.bitsandbytes__";
-const ORIGINAL: &str =
-    "take the model it was made from (base_model on its hub page): hone quantises by itself";
-
-/// How the checkpoint is quantised, by `quantization_config`; anything but 4 bits of bitsandbytes is refused.
-pub fn read(config: &Config) -> Result<Option<Quantization>> {
-    let config = config.language_part()?;
-    let Some(section) = config.nonempty_section("quantization_config")? else { return Ok(None) };
-    let method = section.text("quant_method")?.unwrap_or_else(|| "bitsandbytes".into());
-    let eight = section.flag("load_in_8bit")? || section.flag("_load_in_8bit")?;
-    let four = section.flag("load_in_4bit")? || section.flag("_load_in_4bit")?;
-    match (method.as_str(), eight, four) {
-        ("bitsandbytes", false, true) => {
-            let code = match section.text("bnb_4bit_quant_type")?.as_deref() {
-                Some("nf4") => Code::Nf4,
-                None | Some("fp4") => Code::Fp4,
-                Some(_) => return Err(section.refuse("bnb_4bit_quant_type", "nf4 or fp4")),
-            };
-            Ok(Some(Quantization::Stored { code, double: section.flag("bnb_4bit_use_double_quant")? }))
-        }
-        ("bitsandbytes", true, _) => Err(refused("bitsandbytes to 8 bits", ORIGINAL)),
-        ("bitsandbytes", false, false) => Err(section.refuse("load_in_4bit", "true")),
-        ("mxfp4" | "fp8" | "fbgemm_fp8", _, _) => Err(refused(
-            &method,
-            "take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself",
-        )),
-        _ => Err(refused(&method, ORIGINAL)),
-    }
-}
-
-fn refused(by: &str, help: &str) -> Fault {
-    Fault::model(format!(
-        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights or \
-         4-bit ones of bitsandbytes"
-    ))
-    .help(help)
-}
 
 /// Whether a tensor's name is that of a stored weight's companion.
 pub fn is_part(name: &str) -> bool {
@@ -176,11 +139,6 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case).join("model")
     }
 
-    fn config(section: serde_json::Value) -> Config {
-        let json = serde_json::json!({"model_type": "llama", "quantization_config": section});
-        Config::from_json(json.as_object().expect("an object").clone())
-    }
-
     #[test]
     fn a_stored_weight_is_taken_as_it_is() {
         let checkpoint = Checkpoint::open(&golden("llama_stored_nf4")).unwrap();
@@ -196,21 +154,5 @@ mod tests {
         assert!(embedding.is_none());
         let fault = super::weight(&checkpoint, name, 64, 128).unwrap_err();
         assert!(fault.message.contains("found nf4 of shape [64, 64]"), "{fault}");
-    }
-
-    #[test]
-    fn what_config_json_says_is_read_and_other_quantisers_are_refused_by_name() {
-        let nf4 = read(&Config::read(&golden("llama_stored_nf4")).unwrap()).unwrap();
-        assert_eq!(nf4, Some(Quantization::Stored { code: Code::Nf4, double: true }));
-        let fp4 = read(&Config::read(&golden("llama_stored_fp4")).unwrap()).unwrap();
-        assert_eq!(fp4, Some(Quantization::Stored { code: Code::Fp4, double: false }));
-        assert_eq!(read(&Config::read(&golden("llama3")).unwrap()).unwrap(), None);
-        for method in ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"] {
-            let fault = read(&config(serde_json::json!({"quant_method": method}))).unwrap_err();
-            assert!(fault.message.contains(&format!("quantised by {method},")), "{fault}");
-            assert!(fault.help.is_some());
-        }
-        let eight = serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
-        assert!(read(&config(eight)).unwrap_err().message.contains("to 8 bits"));
     }
 }

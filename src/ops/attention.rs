@@ -11,7 +11,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real, View};
-use super::matmul::Precision;
+use crate::facts::{Heads, Precision};
 use crate::with_real;
 
 #[cfg(feature = "cuda")]
@@ -22,87 +22,6 @@ pub use packing::Packing;
 
 /// Query rows of a block: scores of a block stay within the cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
-
-/// Facts of the heads.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Heads {
-    /// Query heads (H).
-    pub query: usize,
-    /// Key and value heads (K); H is a multiple.
-    pub key: usize,
-    /// Width of a head (D).
-    pub width: usize,
-    /// Factor on the scores.
-    pub scale: f64,
-    /// Rows that a row sees, itself included.
-    pub window: Option<usize>,
-    /// Scores become `cap * tanh(score / cap)` (Gemma 2).
-    pub softcap: Option<f64>,
-    pub layout: Layout,
-}
-
-/// Order of the heads in the columns of qkv.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// All query heads, then all key heads, then all value heads.
-    Blocked,
-    /// For each key head its query heads, itself, its value head (Falcon).
-    Grouped,
-}
-
-impl Heads {
-    /// Columns of qkv.
-    pub fn columns(&self) -> usize {
-        (self.query + 2 * self.key) * self.width
-    }
-
-    /// Query heads of a key head (G).
-    pub fn group(&self) -> usize {
-        self.query / self.key
-    }
-
-    /// Rope turns the first `heads` heads of each of the `runs` equal parts of a row: (runs, heads).
-    pub fn turning(&self) -> (usize, usize) {
-        match self.layout {
-            Layout::Blocked => (1, self.query + self.key),
-            Layout::Grouped => (self.key, self.group() + 1),
-        }
-    }
-
-    /// First column of a query head; a key head's group of them lies side by side.
-    fn query_at(&self, head: usize) -> usize {
-        let before = match self.layout {
-            Layout::Blocked => 0,
-            Layout::Grouped => 2 * (head / self.group()),
-        };
-        (before + head) * self.width
-    }
-
-    fn key_at(&self, key_head: usize) -> usize {
-        match self.layout {
-            Layout::Blocked => (self.query + key_head) * self.width,
-            Layout::Grouped => (key_head * (self.group() + 2) + self.group()) * self.width,
-        }
-    }
-
-    fn value_at(&self, key_head: usize) -> usize {
-        match self.layout {
-            Layout::Blocked => (self.query + self.key + key_head) * self.width,
-            Layout::Grouped => self.key_at(key_head) + self.width,
-        }
-    }
-
-    /// Keys that at least one row of `rows` sees.
-    fn keys(&self, rows: &Range<usize>) -> Range<usize> {
-        let from = self.window.map_or(0, |window| (rows.start + 1).saturating_sub(window));
-        from..rows.end
-    }
-
-    /// Whether row i sees row j of the same example.
-    fn sees(&self, i: usize, j: usize) -> bool {
-        j <= i && self.window.is_none_or(|window| i - j < window)
-    }
-}
 
 /// The definition for one example, qkv [T, (H + 2K) * D] -> [T, H * D], in differentiable primitives.
 pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
@@ -437,6 +356,7 @@ fn score_gradient_row<T: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::facts::Layout;
     use crate::ops::judge;
 
     const PLAIN: Heads = Heads {

@@ -9,8 +9,9 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage,
 
 use ::gemm::Parallelism;
 
-use super::gemm::{self, Matrix, Precision};
+use super::gemm::{self, Matrix};
 use super::matmul::Operand;
+use crate::facts::Precision;
 
 /// A number type the operations compute in: `f32` in training, `f64` in tests of gradients.
 pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {

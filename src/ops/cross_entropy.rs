@@ -9,8 +9,9 @@ use rayon::prelude::*;
 
 use super::bias;
 use super::cpu::{self, Real};
-use super::matmul::{self, Precision, Weight};
+use super::matmul::{self, Weight};
 use super::number::Number;
+use crate::facts::Precision;
 use crate::with_real;
 
 /// Logits held at a time: on a CPU what its caches hold, on a GPU enough rows (4,186 of 32,064 logits in bf16) that the

@@ -11,20 +11,12 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+use crate::facts::quantization::Code;
 
 /// Values that share one scale.
 pub const BLOCK: usize = 64;
 /// Scales that share one second-level scale.
 pub const NESTED_BLOCK: usize = 256;
-
-/// Which 16 values the indices stand for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// The 16 quantiles of a normal distribution, ascending.
-    Nf4,
-    /// Sign, two exponent bits, one fraction bit; in the order of the bit patterns, not ascending.
-    Fp4,
-}
 
 const NF4: [f32; 16] = [
     -1.0,
@@ -70,14 +62,6 @@ impl Code {
         match self {
             Code::Nf4 => &NF4,
             Code::Fp4 => &FP4,
-        }
-    }
-
-    /// The name in bitsandbytes' configuration.
-    pub fn name(self) -> &'static str {
-        match self {
-            Code::Nf4 => "nf4",
-            Code::Fp4 => "fp4",
         }
     }
 

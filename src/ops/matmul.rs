@@ -10,7 +10,7 @@ use super::cpu::{self, Real, View};
 use super::four_bit::FourBit;
 use crate::with_real;
 
-pub use super::gemm::Precision;
+use crate::facts::Precision;
 
 /// A weight [N, K] of a linear layer `y = x W^T`.
 #[derive(Clone, Debug)]
@@ -226,7 +226,7 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::four_bit::Code;
+    use crate::facts::quantization::Code;
     use crate::ops::judge::{self, Gpu};
     use candle_core::Device;
 

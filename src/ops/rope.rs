@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+use crate::facts::rope::Rope;
 use crate::with_real;
 
 const ROWS: usize = 16;
@@ -17,6 +18,32 @@ const ROWS: usize = 16;
 pub struct Angles {
     pub cos: Tensor,
     pub sin: Tensor,
+}
+
+impl Angles {
+    /// cos and sin [T, rotary / 2] of a model's rope for rows at `positions`, on `device`. `lengths` is the length that decides each
+    /// row's scaling: the padded length of its micro-batch, as transformers sees it.
+    pub fn of(
+        rope: &Rope,
+        positions: &[u32],
+        lengths: &[u32],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Angles> {
+        // Rows of an example lie together: a set of frequencies for each run of equal lengths.
+        let mut frequencies = Vec::new();
+        let mut sets = Vec::with_capacity(lengths.len());
+        let mut last = None;
+        for &length in lengths {
+            if last != Some(length) && (last.is_none() || rope.depends_on_length()) {
+                frequencies.extend(rope.frequencies(length as usize));
+            }
+            last = Some(length);
+            sets.push((frequencies.len() / (rope.rotary / 2) - 1) as u32);
+        }
+        let (half, attention) = (rope.rotary / 2, rope.attention_factor());
+        Turns { positions, sets: &sets, frequencies: &frequencies, half, attention }.angles(dtype, device)
+    }
 }
 
 /// What turns each row: radians a position, [sets, half], row i by set `sets[i]`, and the factor on cos and sin.

@@ -1,10 +1,10 @@
 //! How the base is stored and computed with, and what is adapted.
 
 use super::reader::Reader;
-use crate::memory;
-use crate::model::{
+use crate::facts::{
     FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, Targets,
 };
+use crate::memory;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;

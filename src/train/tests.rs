@@ -3,10 +3,10 @@
 use serde_json::json;
 
 use super::*;
+use crate::facts::config::Config;
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use crate::memory::{self, Machine, Place, cost::Rates};
-use crate::model::{
-    FourBitCode, Keep, LoraOptions, Precision, Quantization, config::Config, family, load, random,
-};
+use crate::model::{load, random};
 use crate::ops::starve;
 
 fn decoder() -> Decoder {

@@ -3,11 +3,12 @@
 use super::annotations::Options;
 use super::request::Run;
 use super::{Settings, Workspace};
+use crate::facts::Facts;
+use crate::facts::sites;
+use crate::facts::{Keep, shapes};
 use crate::fault::Result;
 use crate::memory::card::{self, Card};
 use crate::memory::{self, Machine, Place, Task};
-use crate::model::facts::Facts;
-use crate::model::{Keep, lora, shapes};
 
 const GIB: f64 = (1u64 << 30) as f64;
 /// Of the process itself: the program, the dataset's tokens, the driver's own.
@@ -94,7 +95,7 @@ fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
 /// The training of a model of these facts, with passes as short as they may be.
 fn task(run: &Run, facts: Facts) -> Result<Task> {
     let (plan, options) = (&run.plan, &run.plan.model);
-    let sites = lora::sites(&facts, &options.lora)?;
+    let sites = sites::sites(&facts, &options.lora)?;
     let tokens_max = plan.tokens.tokens_max.min(facts.positions_max);
     Ok(Task {
         sites: sites.list,

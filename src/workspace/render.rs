@@ -18,8 +18,8 @@ use super::request;
 use super::templates::{self, Method};
 use super::validate;
 use super::{MANAGED_BY, MANAGER, REVISION, Settings, WORKSPACE_LABEL};
+use crate::facts::Quantization;
 use crate::fault::{Fault, Kind, Result};
-use crate::model::Quantization;
 use crate::source;
 
 /// KAITO leaves Kubernetes' own default in force.

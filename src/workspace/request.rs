@@ -3,9 +3,9 @@
 use super::annotations::Options;
 use super::kind::Workspace;
 use super::templates::{CONFIG_FILE, config_name};
+use crate::facts::presets::{self, Preset, Targets};
 use crate::fault::{Fault, Result};
 use crate::fetch;
-use crate::model::presets::{self, Preset, Targets};
 use crate::plan::{self, Plan};
 use crate::spec::{self, Origin, Setting, Written};
 

@@ -9,8 +9,8 @@ use super::kind::{
     Destination, GROUP, KIND, Preset, PresetOptions, Resource, Source, Tuning, VERSIONS, Workspace,
 };
 use super::templates::Method;
+use crate::facts::presets;
 use crate::fault::{Fault, Result};
-use crate::model::presets;
 
 /// What `hone tune` asks.
 #[derive(Clone, Debug, Default, PartialEq)]

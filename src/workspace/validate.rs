@@ -10,8 +10,8 @@ use super::annotations::object_name;
 use super::kind::{Destination, Preset, Resource, Source, Tuning, Workspace};
 use super::pod;
 use super::templates::Method;
+use crate::facts::presets;
 use crate::fault::Result;
-use crate::model::presets;
 use crate::registry::Target;
 use crate::spec::{Mistakes, Origin};
 

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::Heads;
 use super::packing::{Order, Packing};
+use crate::facts::Heads;
 use crate::ops::cuda::{self, Launch};
 use crate::ops::unwritten;
 

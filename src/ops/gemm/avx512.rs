@@ -1,9 +1,9 @@
 //! Panels of f32, or of bf16 pairs, -> blocks of `c` with AVX-512 registers.
 
-use super::Precision;
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::pack_bf16::{self, transpose_16x16};
 use super::source::{Elements, Side, Source};
+use crate::facts::Precision;
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::*;
 use std::mem::transmute;

@@ -4,9 +4,10 @@
 //! fit L2: a task packs one run for itself and multiplies it with every panel of the smaller one, which streams by.
 //! So each operand is packed once, and a panel block of the streaming operand stays in L1 for a whole run.
 
+use super::Matrix;
 use super::buffer::with_buffer;
 use super::source::{Side, Source};
-use super::{Matrix, Precision};
+use crate::facts::Precision;
 use rayon::prelude::*;
 
 /// Lanes of a panel: rows of `a` or columns of `b` that one call of a kernel multiplies.

@@ -26,14 +26,7 @@ use std::sync::OnceLock;
 pub use four_bit::{FourBitView, Rounding, dequantize};
 use half::bf16;
 
-/// How exact the products are; sums are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// As exact as f32: products are right to 2^-23 or better, whatever units compute them.
-    F32,
-    /// Both operands are rounded to bf16 (nearest even) first.
-    Bf16,
-}
+use crate::facts::Precision;
 
 /// A matrix as it lies in memory. Strides count elements; a transpose is a view with swapped strides.
 #[derive(Clone, Copy)]

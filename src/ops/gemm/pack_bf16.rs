@@ -6,7 +6,8 @@
 
 use super::drive::{LANES, Span, TILE_BYTES};
 use super::source::{Elements, Side, Source};
-use super::{FourBitView, Precision, Rounding};
+use super::{FourBitView, Rounding};
+use crate::facts::Precision;
 use half::bf16;
 use std::arch::x86_64::*;
 

@@ -1,8 +1,9 @@
 //! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
 
+use super::Rounding;
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::source::{Side, Source};
-use super::{Precision, Rounding};
+use crate::facts::Precision;
 
 pub static KERNEL: Kernel =
     Kernel { name: "portable", step: 16, split: false, pack, begin, end, multiply, store };

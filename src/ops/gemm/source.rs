@@ -1,6 +1,7 @@
 //! An operand as the packers see it: lanes (rows of `a`, columns of `b`) by depth (`k`), read in runs.
 
-use super::{FourBitView, Matrix, Precision, Rounding};
+use super::{FourBitView, Matrix, Rounding};
+use crate::facts::Precision;
 use half::bf16;
 
 /// Which operand a panel belongs to: their layouts differ.

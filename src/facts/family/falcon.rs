@@ -2,12 +2,12 @@
 //! 7B has one key head and one norm; the new architecture (11B, 40B, 180B) lays its heads by key group and has one
 //! norm or two. The first ones are positioned by ALiBi, which is refused.
 
+use crate::facts::config::Config;
+use crate::facts::rope::{Dialect, Rope};
+use crate::facts::{Activation, Function};
+use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{Heads, Layout};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
-use crate::model::rope::{Dialect, Rope};
-use crate::ops::activation::{Activation, Function};
-use crate::ops::attention::{Heads, Layout};
 
 pub fn facts(config: &Config) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;

@@ -1,11 +1,11 @@
 //! Models of Llama's shape: split projections, gated feed-forward, RMS norms. What differs is what a family file says.
 
+use crate::facts::config::Config;
+use crate::facts::rope::{Dialect, Rope};
+use crate::facts::{Activation, Function};
+use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{Heads, Layout};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
-use crate::model::rope::{Dialect, Rope};
-use crate::ops::activation::{Activation, Function};
-use crate::ops::attention::{Heads, Layout};
 
 /// What a config of the family means where it says nothing, and the biases its classes have.
 pub struct Defaults {

@@ -1,11 +1,11 @@
 //! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, longrope with two factor sets, partial rotary, window.
 
+use crate::facts::config::Config;
+use crate::facts::rope::{Dialect, Rope};
+use crate::facts::{Activation, Function};
+use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{Heads, Layout};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
-use crate::model::rope::{Dialect, Rope};
-use crate::ops::activation::{Activation, Function};
-use crate::ops::attention::{Heads, Layout};
 
 /// The first Phi-3 checkpoints called longrope `su` or `yarn`; transformers' Phi3Config has 4096 as its default.
 const DIALECT: Dialect =

@@ -140,7 +140,8 @@ impl Preset {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{family::FAMILIES, shapes};
+    use crate::facts::family::FAMILIES;
+    use crate::facts::shapes;
     use std::collections::BTreeSet;
 
     #[test]

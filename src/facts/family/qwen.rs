@@ -1,9 +1,9 @@
 //! Qwen2 and 2.5: Llama's shape with biases on queries, keys and values. Qwen3: without, but with queries and keys
 //! normalised head by head. Both: a window on the upper layers, if `use_sliding_window`.
 
+use crate::facts::config::Config;
+use crate::facts::{Facts, HeadNorm, Over};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Facts, HeadNorm, Over};
 
 use super::split::{self, Biases, Defaults};
 

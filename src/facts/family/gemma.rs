@@ -2,11 +2,11 @@
 //! Gemma 3 (text): instead of the caps, queries and keys normalised; five of six layers within a window and with a
 //! rope of their own.
 
+use crate::facts::Function;
+use crate::facts::config::Config;
+use crate::facts::rope::{Dialect, Rope};
+use crate::facts::{EmbeddingScale, Facts, HeadNorm, Names, NormForm, Over};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{EmbeddingScale, Facts, HeadNorm, Names, NormForm, Over};
-use crate::model::rope::{Dialect, Rope};
-use crate::ops::activation::Function;
 
 use super::split::{self, Biases, Defaults};
 

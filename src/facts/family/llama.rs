@@ -1,8 +1,8 @@
 //! Llama 1, 2, 3.x and models of the same shape: split projections, optional biases, rope scaling, tied or own head.
 
+use crate::facts::Facts;
+use crate::facts::config::Config;
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::Facts;
 
 use super::split::{self, Biases, Defaults};
 

@@ -1,9 +1,9 @@
 //! OLMo 2: Llama's shape with norms behind attention and feed-forward instead of before them, and queries and keys
 //! normalised over their whole width.
 
+use crate::facts::config::Config;
+use crate::facts::{Facts, HeadNorm, Names, Over};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Facts, HeadNorm, Names, Over};
 
 use super::split::{self, Biases, Defaults};
 

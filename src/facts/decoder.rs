@@ -1,7 +1,7 @@
 //! What a decoder is, in facts: the families read them from `config.json`, the layers are built by them.
 
-use crate::ops::activation::Activation;
-use crate::ops::attention::Heads;
+use crate::facts::Activation;
+use crate::facts::Heads;
 
 use super::rope::Rope;
 

@@ -1,8 +1,8 @@
 //! Granite 3: Llama's shape with factors on the embeddings, the scores, what the blocks add, and the logits.
 
+use crate::facts::config::Config;
+use crate::facts::{EmbeddingScale, Facts};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{EmbeddingScale, Facts};
 
 use super::split::{self, Biases, Defaults};
 

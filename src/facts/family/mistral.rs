@@ -1,9 +1,9 @@
 //! Mistral 7B, Nemo and Small's text part: Llama's shape, a window on every layer where the config has one.
 //! Ministral besides: `layer_types` say which layers have it. Ministral 3: queries that grow with the position.
 
+use crate::facts::config::Config;
+use crate::facts::{Facts, QueryGrowth};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Facts, QueryGrowth};
 
 use super::split::{self, Biases, Defaults};
 

@@ -12,12 +12,11 @@ mod qwen;
 mod smollm3;
 mod split;
 
+use crate::facts::Function;
 use crate::fault::Result;
-use crate::ops::activation::Function;
 
 use super::config::Config;
-use super::facts::Facts;
-use super::stored;
+use super::{Facts, quantization};
 
 type Read = fn(&Config) -> Result<Facts>;
 
@@ -58,7 +57,7 @@ pub fn describe(config: &Config) -> Result<Facts> {
             fault.help("take a model of a supported family")
         });
     };
-    stored::read(config)?; // refuses other quantisers
+    quantization::read(config)?; // refuses other quantisers
     let mut facts = read(config)?;
     if config.wrapper().is_some() {
         facts.names.layers = IN_WRAPPER;

@@ -1,8 +1,8 @@
 //! SmolLM3: Llama's shape; some layers, every fourth by default, have no rope.
 
+use crate::facts::Facts;
+use crate::facts::config::Config;
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::Facts;
 
 use super::split::{self, Biases, Defaults};
 

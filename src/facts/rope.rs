@@ -3,10 +3,7 @@
 //! Computed in f32 in the order transformers does (`modeling_rope_utils.py`), since angles at late positions
 //! magnify every rounding.
 
-use candle_core::{DType, Device};
-
 use crate::fault::Result;
-use crate::ops::rope::{Angles, Turns};
 
 use super::config::Config;
 
@@ -115,31 +112,8 @@ impl Rope {
         Ok(Rope { theta: theta as f32, rotary, scaling })
     }
 
-    /// cos and sin [T, rotary / 2] for rows at `positions`, on `device`; `lengths` is the length that decides each row's
-    /// scaling: the padded length of its micro-batch, as transformers sees it.
-    pub fn angles(
-        &self,
-        positions: &[u32],
-        lengths: &[u32],
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Angles> {
-        // Rows of an example lie together: a set of frequencies for each run of equal lengths.
-        let mut frequencies = Vec::new();
-        let mut sets = Vec::with_capacity(lengths.len());
-        let mut last = None;
-        for &length in lengths {
-            if last != Some(length) && (last.is_none() || self.depends_on_length()) {
-                frequencies.extend(self.frequencies(length as usize));
-            }
-            last = Some(length);
-            sets.push((frequencies.len() / (self.rotary / 2) - 1) as u32);
-        }
-        let (half, attention) = (self.rotary / 2, self.attention_factor());
-        Turns { positions, sets: &sets, frequencies: &frequencies, half, attention }.angles(dtype, device)
-    }
-
-    fn depends_on_length(&self) -> bool {
+    /// Whether the frequencies change with the length of a sequence.
+    pub fn depends_on_length(&self) -> bool {
         matches!(self.scaling, Scaling::Dynamic { .. } | Scaling::Long { .. })
     }
 
@@ -176,7 +150,8 @@ impl Rope {
         }
     }
 
-    fn attention_factor(&self) -> f32 {
+    /// Factor on cos and sin.
+    pub fn attention_factor(&self) -> f32 {
         match self.scaling {
             Scaling::Long { attention, .. } | Scaling::Yarn { attention, .. } => attention,
             _ => 1.0,

@@ -1,12 +1,12 @@
 //! Phi-1, 1.5 and 2: attention and feed-forward side by side under one LayerNorm, biases everywhere, the output head
 //! included, partial rotary, ungated GELU.
 
+use crate::facts::config::Config;
+use crate::facts::rope::{Dialect, Rope};
+use crate::facts::{Activation, Function};
+use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{Heads, Layout};
 use crate::fault::Result;
-use crate::model::config::Config;
-use crate::model::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
-use crate::model::rope::{Dialect, Rope};
-use crate::ops::activation::{Activation, Function};
-use crate::ops::attention::{Heads, Layout};
 
 /// Where nothing says it, half of a head turns.
 const DIALECT: Dialect = Dialect { partial: 0.5, ..Dialect::PLAIN };

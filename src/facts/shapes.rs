@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
+use super::Facts;
 use super::config::Config;
-use super::facts::Facts;
 use super::family;
 use crate::fault::{Fault, Result};
 

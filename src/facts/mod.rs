@@ -1,0 +1,29 @@
+//! config.json -> what a model is, in plain values: no tensor, no device, no weight.
+//!
+//! `family` reads a configuration into [`Facts`]; everything that only has to know a model's shape (the memory plan, `hone model`,
+//! the controller) needs nothing below this module.
+
+pub mod activation;
+pub mod config;
+pub mod decoder;
+pub mod family;
+pub mod heads;
+pub mod keep;
+pub mod lora;
+pub mod precision;
+pub mod presets;
+pub mod quantization;
+pub mod rope;
+pub mod shapes;
+pub mod sites;
+
+pub use activation::{Activation, Function};
+pub use decoder::{
+    Attention, EmbeddingScale, Facts, HeadNorm, Names, NormForm, NormKind, Over, Projection, QueryGrowth,
+    Role, Stored,
+};
+pub use heads::{Heads, Layout};
+pub use keep::Keep;
+pub use lora::{LoraInit, LoraOptions, Matching, Modules, Targets};
+pub use precision::Precision;
+pub use quantization::{Code as FourBitCode, Quantization};

@@ -1,0 +1,361 @@
+//! Which linear layers get a LoRA pair, by PEFT's rules, and where each pair lies in the flat parameter buffer.
+
+use fancy_regex::Regex;
+
+use crate::fault::{Fault, Result};
+
+use super::{Facts, LoraOptions, Matching, Modules, Projection, Targets};
+
+/// A linear layer that gets a pair.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    pub layer: usize,
+    pub projection: Projection,
+    /// `model.layers.0.self_attn.q_proj`
+    pub path: String,
+    pub rank: usize,
+    /// alpha / r, or alpha / sqrt(r).
+    pub scale: f64,
+    /// Where A begins in the flat buffer; B follows.
+    pub offset: usize,
+}
+
+impl Site {
+    pub fn parameters(&self) -> usize {
+        self.rank * (self.projection.rows + self.projection.cols)
+    }
+}
+
+/// The chosen sites, and which names were understood as others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sites {
+    pub list: Vec<Site>,
+    /// (as written, module that holds it): `q_proj` -> `qkv_proj`.
+    pub renamed: Vec<(String, String)>,
+    /// Names of target_modules and exclude_modules that match nothing.
+    pub unmatched: Vec<String>,
+}
+
+impl Sites {
+    pub fn parameters(&self) -> usize {
+        self.list.iter().map(Site::parameters).sum()
+    }
+}
+
+/// Chooses the sites among the decoder's projections.
+pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
+    let matcher = Matcher::new(facts, options)?;
+    let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
+    let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
+    let (mut list, mut offset) = (Vec::new(), 0);
+    for layer in 0..facts.layers {
+        for projection in facts.projections() {
+            let path = facts.path(layer, projection);
+            if !matcher.wants(layer, &path)? {
+                continue;
+            }
+            let rank = ranks.first_match(&path)?.unwrap_or(options.r);
+            let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
+            let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
+            let site =
+                Site { layer, projection: projection.clone(), path, rank, scale: alpha / divisor, offset };
+            offset += site.parameters();
+            list.push(site);
+        }
+    }
+    if list.is_empty() {
+        return Err(nothing_matches(facts, options));
+    }
+    let unmatched = matcher.unmatched(facts)?;
+    Ok(Sites { list, renamed: matcher.renamed, unmatched })
+}
+
+fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
+    let known: Vec<&str> = facts.projections().map(|p| p.path).collect();
+    let narrowed = !options.layers.is_empty() || options.exclude != Modules::Names(Vec::new());
+    let but = if narrowed { " (after layers_to_transform and exclude_modules)" } else { "" };
+    Fault::config(format!(
+        "LoraConfig.target_modules matches no linear layer of this {} model{but}; it has {} in layers 0 to {}",
+        facts.family,
+        known.join(", "),
+        facts.layers - 1
+    ))
+    .help("name some of them (the last part is enough), or \"all-linear\"")
+}
+
+/// PEFT's matching: a list matches whole paths or suffixes after a dot, a text is a regular expression for the
+/// whole path. Source: peft 0.21, `tuners_utils.check_target_module_exists`. Where PEFT refuses
+/// `layers_to_transform` beside a text, it narrows here what the text matches.
+struct Matcher<'a> {
+    options: &'a LoraOptions,
+    /// `None`: every linear layer.
+    targets: Option<Test>,
+    exclude: Test,
+    /// `layers_pattern`, each with the layer's number as its group.
+    layers: Vec<Regex>,
+    renamed: Vec<(String, String)>,
+}
+
+enum Test {
+    Names(Vec<String>),
+    Pattern(Regex),
+}
+
+impl<'a> Matcher<'a> {
+    fn new(facts: &Facts, options: &'a LoraOptions) -> Result<Matcher<'a>> {
+        let mut renamed = Vec::new();
+        let targets = match &options.targets {
+            Targets::AllLinear => None,
+            Targets::Modules(Modules::Names(names)) if options.matching == Matching::Fused => {
+                Some(Test::Names(names.iter().map(|name| held_by(facts, name, &mut renamed)).collect()))
+            }
+            Targets::Modules(modules) => Some(Test::new("target_modules", modules)?),
+        };
+        let layer =
+            |pattern: &String| regex("layers_pattern", &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
+        Ok(Matcher {
+            options,
+            targets,
+            exclude: Test::new("exclude_modules", &options.exclude)?,
+            layers: options.layers_pattern.iter().map(layer).collect::<Result<_>>()?,
+            renamed,
+        })
+    }
+
+    fn wants(&self, layer: usize, path: &str) -> Result<bool> {
+        if self.exclude.matches(path)? {
+            return Ok(false);
+        }
+        match &self.targets {
+            // As in PEFT, a whole path means that module, whatever layers_to_transform says.
+            Some(Test::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
+            Some(targets) if !targets.matches(path)? => Ok(false),
+            _ => self.in_layers(layer, path),
+        }
+    }
+
+    fn in_layers(&self, layer: usize, path: &str) -> Result<bool> {
+        if self.options.layers.is_empty() {
+            return Ok(true);
+        }
+        if self.layers.is_empty() {
+            return Ok(self.options.layers.contains(&layer));
+        }
+        for pattern in &self.layers {
+            if let Some(found) = pattern.captures(path).map_err(|error| too_hard(pattern, &error))? {
+                let number = found.get(1).and_then(|number| number.as_str().parse().ok());
+                return Ok(number.is_some_and(|number: usize| self.options.layers.contains(&number)));
+            }
+        }
+        Ok(false)
+    }
+
+    /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
+    fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
+        let paths: Vec<String> = (0..facts.layers)
+            .flat_map(|layer| facts.projections().map(move |projection| facts.path(layer, projection)))
+            .collect();
+        let mut list = Vec::new();
+        for (key, test) in
+            [("target_modules", self.targets.as_ref()), ("exclude_modules", Some(&self.exclude))]
+        {
+            match test {
+                None => {}
+                Some(Test::Names(names)) => {
+                    let idle = |name: &&String| !paths.iter().any(|path| is_or_ends_with(path, name));
+                    list.extend(names.iter().filter(idle).map(|name| format!("LoraConfig.{key}: {name}")));
+                }
+                Some(pattern @ Test::Pattern(regex)) => {
+                    let found = paths.iter().map(|path| pattern.matches(path)).collect::<Result<Vec<_>>>()?;
+                    if !found.contains(&true) {
+                        list.push(format!("LoraConfig.{key}: {}", regex.as_str()));
+                    }
+                }
+            }
+        }
+        Ok(list)
+    }
+}
+
+/// The module that holds what a name means; remembers names that are only a part of it.
+fn held_by(facts: &Facts, name: &str, renamed: &mut Vec<(String, String)>) -> String {
+    match facts.aliases.iter().find(|(split, _)| name == *split) {
+        None => name.to_owned(),
+        Some((_, fused)) => {
+            renamed.push((name.to_owned(), (*fused).to_owned()));
+            (*fused).to_owned()
+        }
+    }
+}
+
+impl Test {
+    fn new(key: &str, modules: &Modules) -> Result<Test> {
+        match modules {
+            Modules::Names(names) => Ok(Test::Names(names.clone())),
+            Modules::Pattern(text) => Ok(Test::Pattern(regex(key, &format!("^(?:{text})$"))?)),
+        }
+    }
+
+    fn matches(&self, path: &str) -> Result<bool> {
+        match self {
+            Test::Names(names) => Ok(names.iter().any(|name| is_or_ends_with(path, name))),
+            Test::Pattern(pattern) => pattern.is_match(path).map_err(|error| too_hard(pattern, &error)),
+        }
+    }
+}
+
+fn is_or_ends_with(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// Python's expressions know look-around and references back, and so does this engine.
+fn regex(key: &str, pattern: &str) -> Result<Regex> {
+    Regex::new(pattern)
+        .map_err(|error| Fault::config(format!("LoraConfig.{key}: not a regular expression: {error}")))
+}
+
+/// An expression with look-around may take time without end; the engine gives up before.
+fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
+    Fault::config(format!("LoraConfig: the regular expression {} cannot be used: {error}", pattern.as_str()))
+}
+
+/// `rank_pattern` and `alpha_pattern`: the key matches a path or its end after a dot; the first one counts.
+struct Patterns<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Patterns<T> {
+    fn new(key: &str, entries: &[(String, T)]) -> Result<Patterns<T>> {
+        let compile =
+            |(pattern, value): &(String, T)| Ok((regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value));
+        entries.iter().map(compile).collect::<Result<_>>().map(Patterns)
+    }
+
+    fn first_match(&self, path: &str) -> Result<Option<T>> {
+        for (pattern, value) in &self.0 {
+            if pattern.is_match(path).map_err(|error| too_hard(pattern, &error))? {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::config::Config;
+    use crate::facts::family;
+    use std::collections::BTreeSet;
+
+    fn facts(family: &str) -> Facts {
+        let path =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family).join("model");
+        family::describe(&Config::read(&path).unwrap()).unwrap()
+    }
+
+    fn pattern(text: &str) -> Targets {
+        Targets::Modules(Modules::Pattern(text.into()))
+    }
+
+    fn options(targets: Targets) -> LoraOptions {
+        LoraOptions { targets, ..LoraOptions::default() }
+    }
+
+    fn names(list: &[&str]) -> Targets {
+        Targets::names(list.iter().copied())
+    }
+
+    #[test]
+    fn a_list_matches_paths_and_suffixes_and_a_text_is_a_pattern() {
+        let llama = facts("llama3");
+        let count = |targets| sites(&llama, &options(targets)).unwrap().list.len();
+        assert_eq!(count(Targets::AllLinear), 14);
+        assert_eq!(count(names(&["q_proj", "v_proj"])), 4);
+        assert_eq!(count(names(&["self_attn.q_proj", "model.layers.1.mlp.down_proj"])), 3);
+        assert_eq!(count(pattern(r".*\.0\..*_proj")), 7);
+        assert_eq!(count(pattern(r"model\.layers\.(?!0\.).*(?<!up)_proj")), 6, "look-around");
+        let fault = sites(&llama, &options(names(&["proj", "qkv_proj"]))).unwrap_err();
+        assert!(fault.message.contains("self_attn.q_proj"), "{fault}");
+        let slip = LoraOptions {
+            exclude: Modules::Names(vec![".*up.*".into()]),
+            ..options(names(&["q_proj", "v_prj", "lm_head"]))
+        };
+        let unmatched = sites(&llama, &slip).unwrap().unmatched;
+        assert_eq!(
+            unmatched,
+            [
+                "LoraConfig.target_modules: v_prj",
+                "LoraConfig.target_modules: lm_head",
+                "LoraConfig.exclude_modules: .*up.*"
+            ]
+        );
+        let some = LoraOptions {
+            layers: vec![1],
+            exclude: Modules::Names(vec!["mlp.up_proj".into()]),
+            ..options(Targets::AllLinear)
+        };
+        assert_eq!(sites(&llama, &some).unwrap().list.len(), 6);
+    }
+
+    #[test]
+    fn a_text_that_excludes_is_a_pattern() {
+        let exclude = Modules::Pattern(r".*\.(up|gate)_proj".into());
+        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
+        assert_eq!((found.list.len(), found.unmatched.len()), (10, 0));
+        let exclude = Modules::Pattern("up_proj".into());
+        let found = sites(&facts("llama3"), &LoraOptions { exclude, ..options(Targets::AllLinear) }).unwrap();
+        assert_eq!((found.list.len(), found.unmatched.len()), (14, 1), "a pattern is for whole paths");
+    }
+
+    /// As `check_target_module_exists` of peft 0.21 has it.
+    #[test]
+    fn layers_are_told_by_their_number_and_whole_paths_are_meant() {
+        let llama = facts("llama3");
+        let found = |targets: &[&str], layers: &[usize], patterns: &[&str]| {
+            let options = LoraOptions {
+                layers: layers.to_vec(),
+                layers_pattern: patterns.iter().map(|pattern| pattern.to_string()).collect(),
+                ..options(names(targets))
+            };
+            sites(&llama, &options)
+                .map(|sites| sites.list.into_iter().map(|site| site.path).collect::<Vec<_>>())
+        };
+        let (first, second) = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj");
+        assert_eq!(found(&["q_proj"], &[1], &[]).unwrap(), [second]);
+        assert_eq!(found(&["q_proj"], &[1], &["layers"]).unwrap(), [second]);
+        assert_eq!(found(&["q_proj"], &[0], &["h", "model.layers"]).unwrap(), [first]);
+        assert_eq!(found(&[first, "q_proj"], &[1], &[]).unwrap(), [first, second]);
+        let fault = found(&["q_proj"], &[1], &["h"]).unwrap_err();
+        assert!(fault.message.contains("after layers_to_transform"), "{fault}");
+        assert!(found(&["q_proj"], &[2], &[]).is_err(), "there are two layers");
+    }
+
+    #[test]
+    fn kaito_names_for_phi3_mean_the_fused_modules() {
+        let kaito = names(&["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]);
+        let found = sites(&facts("phi3"), &options(kaito.clone())).unwrap();
+        assert_eq!(found.list.len(), 8);
+        assert_eq!(found.renamed.len(), 5);
+        let literal = LoraOptions { matching: Matching::Literal, ..options(kaito) };
+        let found = sites(&facts("phi3"), &literal).unwrap();
+        let ends: BTreeSet<&str> = found.list.iter().map(|site| site.projection.path).collect();
+        assert_eq!(ends, BTreeSet::from(["self_attn.o_proj", "mlp.down_proj"]));
+        assert_eq!((found.renamed.len(), found.unmatched.len()), (0, 5));
+    }
+
+    #[test]
+    fn patterns_set_rank_and_scale() {
+        let options = LoraOptions {
+            r: 4,
+            alpha: 8.0,
+            rslora: true,
+            rank_pattern: vec![("down_proj".into(), 16), (r"0\.self_attn\.q_proj".into(), 2)],
+            alpha_pattern: vec![("down_proj".into(), 32.0)],
+            ..options(Targets::AllLinear)
+        };
+        let found = sites(&facts("llama3"), &options).unwrap().list;
+        let site = |path: &str| found.iter().find(|site| site.path.ends_with(path)).unwrap();
+        assert_eq!((site("0.mlp.down_proj").rank, site("0.mlp.down_proj").scale), (16, 8.0));
+        assert_eq!((site("0.self_attn.q_proj").rank, site("1.self_attn.q_proj").rank), (2, 4));
+        assert_eq!(site("1.self_attn.q_proj").scale, 4.0);
+    }
+}
