@@ -3,9 +3,12 @@
 mod problems;
 mod parquet;
 mod pages;
+mod footer;
+mod budget;
 mod format;
 mod split;
 mod template;
+mod harm;
 mod tokenizer;
 mod mask;
 mod encode;
@@ -125,6 +128,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     let mut records = Vec::new();
     let mut problems = problems::Problems::default();
     let mut first: Option<(&'static format::Format, &source::File)> = None;
+    let mut budget = budget::Budget::of(files);
     for file in files {
         let table = parquet::open(file)?;
         let chosen = format::choose(&table.schema, options).map_err(|fault| fault.at(&file.name))?;
@@ -138,6 +142,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         let name: Arc<str> = file.name.as_str().into();
         let mut row = 0;
         table.read(&chosen.columns, |arrays| {
+            budget.spend(format::text_bytes(arrays))?;
             let batch = (chosen.format.rows)(arrays)?;
             task.advance(batch.len() as u64);
             for found in batch {

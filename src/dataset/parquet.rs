@@ -4,17 +4,20 @@
 //! header declares): the footer and page headers are checked first, and all of it runs behind `catch_unwind`.
 //! What damage cannot be seen here (a flipped bit in a text) is what the SHA-256 of `source` is for.
 
-use super::pages;
-use crate::fault::{Fault, Result};
+use super::footer;
+use super::pages::{self, Codec};
+use crate::bounds::Bounds;
+use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::source;
 use ::parquet::arrow::ProjectionMask;
 use ::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use ::parquet::basic::Compression;
 use ::parquet::file::metadata::RowGroupMetaData;
 use arrow::array::ArrayRef;
-use arrow::datatypes::Schema;
+use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -26,6 +29,8 @@ const GROUP_BYTES_MAX: u64 = 16 << 30;
 const GROUP_VALUES_MAX: u64 = 100_000_000;
 const COLUMNS_MAX: usize = 10_000;
 const BATCH_ROWS: usize = 256;
+/// LIMIT: memory for the footer, or for one batch of rows beside what the reader keeps: pages and their dictionaries.
+const DECODER_BYTES_MAX: usize = 1 << 30;
 
 /// A file whose footer is sound.
 pub(super) struct Table {
@@ -34,6 +39,7 @@ pub(super) struct Table {
     file: File,
     name: String,
     metadata: ArrowReaderMetadata,
+    bounds: Bounds,
 }
 
 /// Opens the file and checks its footer. Errors: `Data`, or `Storage` when it cannot be read at all.
@@ -42,12 +48,37 @@ pub(super) fn open(source: &source::File) -> Result<Table> {
     let file = File::open(&source.path).map_err(storage)?;
     let bytes = file.metadata().map_err(storage)?.len();
     refuse_other_kinds(&file, bytes).map_err(|fault| fault.at(&source.name))?;
-    let metadata = guarded(|| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
+    footer::check(&file, bytes).map_err(|problem| damaged(&source.name, "footer", &problem))?;
+    let bounds = Bounds::new(Kind::Data, format!("{}: the parquet data", source.name), DECODER_BYTES_MAX);
+    let metadata = bounds
+        .within(|| guarded(|| load(&file)))
         .map_err(|problem| damaged(&source.name, "footer", &problem))?;
     let rows = guarded(|| Ok::<_, String>(check_footer(&metadata, bytes)))
         .and_then(|checked| checked)
         .map_err(|problem| damaged(&source.name, "footer", &problem))?;
-    Ok(Table { schema: metadata.schema().clone(), rows, file, name: source.name.clone(), metadata })
+    Ok(Table { schema: metadata.schema().clone(), rows, file, name: source.name.clone(), metadata, bounds })
+}
+
+/// The footer, with strings as views: a text that a dictionary holds once and a million rows name stays one text.
+/// The schema that Arrow's writers put beside parquet's own is not needed.
+fn load(file: &File) -> ::parquet::errors::Result<ArrowReaderMetadata> {
+    let own = ArrowReaderMetadata::load(file, ArrowReaderOptions::new().with_skip_arrow_metadata(true))?;
+    let views = Schema::new(own.schema().fields().iter().map(|field| viewed(field)).collect::<Vec<_>>());
+    ArrowReaderMetadata::try_new(
+        own.metadata().clone(),
+        ArrowReaderOptions::new().with_schema(Arc::new(views)),
+    )
+}
+
+fn viewed(field: &FieldRef) -> FieldRef {
+    let kind = match field.data_type() {
+        DataType::Utf8 => DataType::Utf8View,
+        DataType::Binary => DataType::BinaryView,
+        DataType::List(item) => DataType::List(viewed(item)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(viewed).collect()),
+        _ => return field.clone(),
+    };
+    Arc::new(Field::clone(field).with_data_type(kind))
 }
 
 impl Table {
@@ -79,7 +110,7 @@ impl Table {
         each: &mut impl FnMut(&[ArrayRef]) -> Result<()>,
     ) -> std::result::Result<Result<()>, String> {
         let file = self.file.try_clone().map_err(text)?;
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
             .with_row_groups(vec![index])
             .with_projection(mask.clone())
             .with_batch_size(BATCH_ROWS)
@@ -87,7 +118,7 @@ impl Table {
             .map_err(text)?;
         let expected = self.metadata.metadata().row_group(index).num_rows();
         let mut rows = 0;
-        for batch in reader {
+        while let Some(batch) = self.bounds.within(|| reader.next()) {
             let batch = batch.map_err(text)?;
             rows += batch.num_rows() as i64;
             let column = |name: &String| batch.column_by_name(name).cloned();
@@ -114,7 +145,12 @@ impl Table {
             }
             let (start, bytes) = column.byte_range();
             let values = column.num_values() as u64;
-            let totals = pages::check(&self.file, start, start + bytes, values)
+            let codec = match column.compression() {
+                Compression::GZIP(_) => Codec::Gzip,
+                Compression::BROTLI(_) => Codec::Brotli,
+                _ => Codec::Bounded,
+            };
+            let totals = pages::check(&self.file, start, start + bytes, values, codec)
                 .map_err(|problem| format!("column {}: {problem}", column.column_path()))?;
             unpacked += totals.unpacked_bytes;
         }

@@ -3,7 +3,7 @@
 use super::super::Message;
 use super::{EXTRA_FIELDS, ROLES};
 use crate::fault::{Fault, Result};
-use arrow::array::{Array, ArrayRef, AsArray, LargeListArray, LargeStringArray, StructArray};
+use arrow::array::{Array, ArrayRef, AsArray, LargeListArray, StringViewArray, StructArray};
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field};
 use std::sync::Arc;
@@ -33,9 +33,23 @@ pub fn is_messages(kind: &DataType, keys: &Keys) -> bool {
         .all(|key| fields.find(key).is_some_and(|(_, field)| is_string(field.data_type())))
 }
 
-/// Every string kind as one; bytes are checked to be UTF-8.
-pub fn strings(array: &ArrayRef) -> Result<LargeStringArray> {
-    Ok(cast(array, &DataType::LargeUtf8)?.as_string::<i64>().clone())
+/// Every string kind as one, without copying a text; bytes are checked to be UTF-8.
+pub fn strings(array: &ArrayRef) -> Result<StringViewArray> {
+    Ok(cast(array, &DataType::Utf8View)?.as_string_view().clone())
+}
+
+/// Bytes of all texts in an array, each counted as often as a row names it.
+pub fn text_bytes(array: &ArrayRef) -> u64 {
+    // The length is the lower half of a view's first 8 bytes.
+    let lengths = |views: &[u128]| views.iter().map(|view| u64::from(*view as u32)).sum();
+    match array.data_type() {
+        DataType::Utf8View => lengths(array.as_string_view().views()),
+        DataType::BinaryView => lengths(array.as_binary_view().views()),
+        DataType::List(_) => text_bytes(array.as_list::<i32>().values()),
+        DataType::LargeList(_) => text_bytes(array.as_list::<i64>().values()),
+        DataType::Struct(_) => array.as_struct().columns().iter().map(text_bytes).sum(),
+        _ => array.get_buffer_memory_size() as u64,
+    }
 }
 
 /// One list of messages a row, or what is wrong with it.
@@ -58,9 +72,9 @@ pub fn messages(array: &ArrayRef, keys: &Keys) -> Result<Vec<std::result::Result
 /// The columns of all messages of a batch, row after row.
 struct Turns {
     turns: StructArray,
-    role: LargeStringArray,
-    content: LargeStringArray,
-    extra: Vec<(&'static str, LargeStringArray)>,
+    role: StringViewArray,
+    content: StringViewArray,
+    extra: Vec<(&'static str, StringViewArray)>,
 }
 
 impl Turns {
@@ -109,7 +123,7 @@ impl Turns {
     }
 }
 
-pub fn value(array: &LargeStringArray, index: usize) -> Option<&str> {
+pub fn value(array: &StringViewArray, index: usize) -> Option<&str> {
     (!array.is_null(index)).then(|| array.value(index))
 }
 

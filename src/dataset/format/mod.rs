@@ -34,6 +34,11 @@ pub(super) struct Format {
     pub rows: fn(&[ArrayRef]) -> Result<Rows>,
 }
 
+/// Bytes of the texts in these arrays, before any of them is copied.
+pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
+    arrays.iter().map(column::text_bytes).sum()
+}
+
 type Rows = Vec<std::result::Result<Conversation, String>>;
 
 pub(super) struct Choice {
