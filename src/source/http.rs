@@ -147,7 +147,12 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
     if let Some(value) = ask.hub.and_then(|hub| hub.authorization(ask.url)) {
         headers.insert(header::AUTHORIZATION, value.clone());
     }
-    let sent = client.get(ask.url.clone()).headers(headers).send().await;
+    // Time-outs of the client end with each byte: one header a second would go on for hours.
+    let patience = options.connect_timeout + 2 * options.read_timeout;
+    let sent = tokio::time::timeout(patience, client.get(ask.url.clone()).headers(headers).send()).await;
+    let Ok(sent) = sent else {
+        return Err(Failure::retry(format!("no whole answer within {patience:?}")));
+    };
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
 }

@@ -12,6 +12,7 @@ mod html;
 mod http;
 mod hub;
 mod local;
+mod pace;
 mod parse;
 mod partial;
 mod tls;
@@ -24,7 +25,9 @@ use std::time::Duration;
 pub use cache::{free_bytes, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
+pub use address::{Resolver, forbidden_host};
 pub use hub::Hub;
+pub use pace::{Pace, Speed};
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};
@@ -39,6 +42,8 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// Longest silence while a body is read.
     pub read_timeout: Duration,
+    /// A body that comes more slowly is begun again, and given up like one that does not come.
+    pub speed: Speed,
     /// Longest time for one file, all attempts together.
     pub total_timeout: Duration,
     /// Attempts in a row that bring no new byte.
