@@ -505,7 +505,10 @@ mod tests {
         assert!(helper("echo credentials not found in native keychain; exit 1").unwrap().is_none());
         let began = std::time::Instant::now();
         let closed = r#"echo '{"Username":"u","Secret":"s"}'; exec sleep 5 >&-"#;
-        assert!(helper(closed).err().unwrap().contains("did not end"), "its output is closed, and it lives on");
+        assert!(
+            helper(closed).err().unwrap().contains("did not end"),
+            "its output is closed, and it lives on"
+        );
         assert!(began.elapsed() < Duration::from_secs(4));
         for script in ["echo canary; echo canary >&2; exit 3", "echo canary", "echo canary; exec sleep 5"] {
             let message = helper(script).err().expect(script);

@@ -11,16 +11,16 @@ use url::{Host, Url};
 
 /// Metadata services outside the link-local range, by address.
 const METADATA_V4: [Ipv4Addr; 3] = [
-    Ipv4Addr::new(168, 63, 129, 16),  // Azure's wire server
+    Ipv4Addr::new(168, 63, 129, 16),   // Azure's wire server
     Ipv4Addr::new(100, 100, 100, 200), // Alibaba
-    Ipv4Addr::new(192, 0, 0, 192),    // Oracle
+    Ipv4Addr::new(192, 0, 0, 192),     // Oracle
 ];
 /// And by the beginning of an IPv6 address: all that AWS serves to an instance (metadata, EKS' credentials, time).
 const METADATA_V6: [&[u16]; 4] = [
     &[0xfd00, 0xec2],
-    &[0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254],      // Google
+    &[0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254],       // Google
     &[0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe], // Oracle
-    &[0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42],       // Scaleway
+    &[0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42],        // Scaleway
 ];
 /// Names that a proxy would look up in our place.
 const METADATA_NAMES: [&str; 5] =
@@ -144,9 +144,12 @@ mod tests {
             assert!(!forbidden(address.parse().unwrap()), "{address}");
         }
         let host = |text: &str| forbidden_host(&Url::parse(text).unwrap());
-        for url in
-            ["http://Metadata.Google.Internal/x", "http://metadata.google.internal./", "http://metadata/", "http://0xa9.254.43518/"]
-        {
+        for url in [
+            "http://Metadata.Google.Internal/x",
+            "http://metadata.google.internal./",
+            "http://metadata/",
+            "http://0xa9.254.43518/",
+        ] {
             assert!(host(url), "{url}");
         }
         assert!(!host("http://metadata.example.org/") && !host("https://host/169.254.169.254"));

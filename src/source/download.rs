@@ -224,7 +224,8 @@ impl<'a> Downloads<'a> {
             partial.append(&chunk)?;
             job.task.advance(chunk.len() as u64);
             let whole = body.total == Some(partial.bytes());
-            pace.arrived(chunk.len()).or_else(|slow| if whole { Ok(()) } else { Err(Failure::retry(slow)) })?;
+            pace.arrived(chunk.len())
+                .or_else(|slow| if whole { Ok(()) } else { Err(Failure::retry(slow)) })?;
         }
         match body.total {
             Some(total) if partial.bytes() < total => {

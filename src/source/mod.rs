@@ -22,10 +22,10 @@ pub use hash::of as digest;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use cache::{free_bytes, require_space, write_whole};
+pub use address::{Resolver, forbidden_host};
+pub use cache::{free_bytes, remove_leftovers, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
-pub use address::{Resolver, forbidden_host};
 pub use hub::Hub;
 pub use pace::{Pace, Speed};
 pub use tls::{client_builder, install_crypto};

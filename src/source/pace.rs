@@ -76,7 +76,10 @@ mod tests {
             assert!(pace.arrived(19).unwrap_err().contains("only 19 bytes"));
         });
         assert!(Speed::LEAST.is_stalled(10, Duration::from_secs(60)));
-        assert!(!Speed::LEAST.is_stalled(10, Duration::from_secs(59)), "an attempt that ended early is no stall");
+        assert!(
+            !Speed::LEAST.is_stalled(10, Duration::from_secs(59)),
+            "an attempt that ended early is no stall"
+        );
         assert!(!Speed::LEAST.is_stalled(1 << 20, Duration::from_secs(60)));
     }
 }
