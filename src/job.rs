@@ -13,7 +13,7 @@ use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
-use crate::facts::{Facts, FourBitCode, Quantization};
+use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
@@ -22,14 +22,18 @@ use crate::memory::{Machine, Running};
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
+use crate::model::lora::Trainable;
+use crate::model::weights::Checkpoint;
+use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
 use crate::run_folder::{Metrics, RunFolder};
 use crate::source;
-use crate::train::{self, Every, Trained};
+use crate::train::{self, Every, Passes, Trained};
 
 pub mod room;
+pub mod estimate;
 
 use room::Lengths;
 
@@ -60,6 +64,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         report.warn(Stage::Plan, warning);
     }
     tell_what_is_trained(plan, &described, report);
+    check_small_files(plan, &described)?;
     if let Some(target) = &plan.push {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
@@ -102,28 +107,36 @@ fn make(
     let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
     let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
     drop(dataset);
+    refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
-    let mut decoder = load::load(described.facts, &described.options, device, report)?;
-    if let Some(initial) = &described.initial {
-        initial.apply(&decoder.trainable)?;
+    for (written, module) in &described.sites.renamed {
+        let what = format!("target {written} is part of {module} in this model: {module} is trained");
+        report.note(Stage::Load, what);
     }
-    report.note(Stage::Load, loaded(&decoder));
+    let decoder = load::load(described.facts, &described.options, device, report)?;
+    let adapter = decoder.trainable(&described.options.lora)?;
+    if let Some(initial) = &described.initial {
+        initial.apply(&adapter)?;
+    }
+    report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
     let examples = train::Data { train: &training, evaluation: &evaluation };
-    let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
-    ship(plan, &described.options, &decoder, data, &trained, folder)?;
+    let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
+    refuse_idle(&adapter, &trained, report)?;
+    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     Ok(trained)
 }
 
 fn fit(
     plan: &Plan,
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     examples: train::Data,
     memory: Running,
     folder: &RunFolder,
@@ -138,30 +151,32 @@ fn fit(
         }
         metrics.as_mut().expect("just opened").log(metric)
     };
-    train::run(decoder, examples, &plan.train, Some(memory), Some(&checkpoints), report, &mut log)
+    let mut passes = Passes::planned(memory);
+    train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
 /// Writes the PEFT folder; the sentinel last.
 fn ship(
     plan: &Plan,
     options: &model::Options,
-    decoder: &Decoder,
+    facts: &Facts,
+    adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
     folder: &mut RunFolder,
 ) -> Result<()> {
-    let sites = &decoder.trainable.sites;
-    let config = adapter::config(sites, decoder.facts.layers, &options.lora, &plan.model_name);
+    let sites = &adapter.sites;
+    let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
     let card = Card {
         base_model: &plan.model_name,
-        facts: &decoder.facts,
+        facts,
         sites,
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
         settings: settings(plan, options),
     };
-    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(&decoder.trainable)?)?;
+    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
@@ -195,9 +210,83 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     if let Some(initial) = &initial {
         options.lora = initial.options(&options.lora)?;
     }
-    let sites = sites::sites(&facts, &options.lora)?;
+    let sites = match &initial {
+        None => sites::sites(&facts, &options.lora)?,
+        // Nobody wrote these targets: they are the modules of the adapter's file.
+        Some(initial) => adapter_sites(&facts, &options.lora, initial)?,
+    };
     let bf16_checkpoint = room::bf16_checkpoint(&config)?;
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
+}
+
+fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<sites::Sites> {
+    let other = |what: String| {
+        Fault::model(format!("{}: {what}", initial.file().display()))
+            .help("the adapter to start from must be of the same base model")
+    };
+    let sites = sites::sites(facts, lora).map_err(|_| {
+        let has: Vec<&str> = facts.layers[0].projections().map(|projection| projection.path).collect();
+        other(format!("its modules are none of this {} model's, which has {}", facts.family, has.join(", ")))
+    })?;
+    match sites.unmatched.first() {
+        None => Ok(sites),
+        Some(name) => {
+            Err(other(format!("this {} model has no module {name} that could be adapted", facts.family)))
+        }
+    }
+}
+
+/// Faults that files of a few kilobytes show are told before any data is fetched: tokenizer, chat template, headers of
+/// weights that are here.
+pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
+    let tokenizer = Tokenizer::open(&plan.model.folder)?;
+    fits_vocabulary(&tokenizer, &described.facts)?;
+    dataset::check_template(&tokenizer, &plan.tokens)?;
+    if let fetch::Model::Folder(folder) = &plan.base {
+        load::fits(&described.facts, &Checkpoint::open(folder)?)?;
+    }
+    Ok(())
+}
+
+/// An adapter whose B is zero changes nothing, however long it was trained.
+fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Result<()> {
+    let params = adapter.params.to_device(&Device::Cpu)?;
+    let mut idle = Vec::new();
+    for site in &adapter.sites {
+        let (_, b) = adapter.views(&params, site)?;
+        if cpu::to_f64(&b)?.iter().all(|value| *value == 0.0) {
+            idle.push(site.path.as_str());
+        }
+    }
+    if idle.len() == adapter.sites.len() {
+        return Err(Fault::config(format!(
+            "the adapter learned nothing: its B matrices are all zero after {} steps",
+            trained.steps
+        ))
+        .help("raise learning_rate or the number of steps, and lower warmup_steps"));
+    }
+    if let Some(first) = idle.first() {
+        report.warn(
+            Stage::Train,
+            format!("{} linear layers learned nothing: their B is zero ({first} ...)", idle.len()),
+        );
+    }
+    Ok(())
+}
+
+/// A run that never takes a step with a learning rate above zero cannot learn.
+fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
+    let options = &plan.train;
+    let total = train::order::Steps::new(examples, options).total;
+    let warmup = options.warmup.steps(total);
+    let idle = (0..total).all(|step| options.schedule.factor(step, total, warmup) == 0.0);
+    match idle {
+        false => Ok(()),
+        true => Err(Fault::config(format!(
+            "the learning rate is zero in every one of {total} steps (warm-up takes {warmup}): nothing would be learned"
+        ))
+        .help("train more steps (num_train_epochs, max_steps), or lower warmup_steps and warmup_ratio")),
+    }
 }
 
 /// Identifies a run: whatever would change its result.
@@ -298,7 +387,8 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
     }
 }
 
-fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
+/// The tokenizer's ids must all have a row of the embedding.
+pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     match tokenizer.vocab_size() <= facts.vocab {
         true => Ok(()),
         false => Err(Fault::model(format!(
@@ -319,15 +409,14 @@ fn image_facts(plan: &Plan) -> ImageFacts {
     }
 }
 
-fn loaded(decoder: &Decoder) -> String {
-    let sites = &decoder.trainable.sites;
+fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     format!(
         "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
         decoder.base_bytes() as f64 / 1e6,
-        decoder.trainable.params.elem_count(),
-        sites.len()
+        adapter.params.elem_count(),
+        adapter.sites.len()
     )
 }
 

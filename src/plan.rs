@@ -98,8 +98,8 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
-    let data = places::data(reader, spec.kaito);
-    let dataset = rows::dataset_options(reader);
+    let (data, shares) = places::data(reader, spec.kaito);
+    let dataset = rows::dataset_options(reader, shares);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
     let precision = base::precision(reader, quantization);

@@ -39,7 +39,7 @@ fn help_tells_what_there_is() {
                       machine can do
           render      Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
           tune        Print a Workspace that tunes a preset, for those who have none yet
-          controller  Watch KAITO Workspaces that tune, make their Jobs, and tell what becomes of them
+          controller  Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
           help        Print this message or the help of the given subcommand(s)
 
         Options:

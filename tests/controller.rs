@@ -9,7 +9,7 @@ mod api_server;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_server::ApiServer;
 use hone::controller::{self, Options};
@@ -283,7 +283,6 @@ fn new_inputs_are_a_new_revision() {
     let first = job(&server, "w");
     let again = |wanted: &str| {
         server.wait(&format!("revision {wanted}"), |server| {
-            server.finish_deletions();
             server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == wanted)
         })
     };
@@ -362,7 +361,7 @@ fn a_mistake_is_a_failure_until_it_is_mended() {
 fn what_belongs_to_others_is_left_alone() {
     let (server, _running) = controlled();
     let mut serves = workspace("serves");
-    serves["inference"] = json!({"preset": {"name": "phi-4"}});
+    serves["inference"] = json!({"template": {"spec": {}}});
     serves.as_object_mut().unwrap().remove("tuning");
     let mut kaitos = workspace("kaitos");
     kaitos["metadata"]["finalizers"] = json!(["workspace.finalizer.kaito.sh"]);
@@ -407,8 +406,8 @@ fn nothing_is_done_where_kaitos_controller_is() {
 #[test]
 fn conflicts_and_expired_watches_are_gone_through() {
     let (server, _running) = controlled();
-    server.conflict_next("workspaces", 2);
-    server.conflict_next("jobs", 1);
+    server.fail_next("PATCH", "workspaces", 409, 2);
+    server.fail_next("POST", "jobs", 409, 1);
     server.put("workspaces", workspace("w"));
     job(&server, "w");
     state(&server, "w", "Pending");
@@ -429,18 +428,44 @@ fn a_job_that_is_gone_after_its_end_is_not_done_again() {
         server
             .requests()
             .iter()
-            .filter(|request| *request == "PATCH /apis/batch/v1/namespaces/team/jobs/w")
+            .filter(|request| *request == "POST /apis/batch/v1/namespaces/team/jobs")
             .count()
     };
     let before = made();
-    server.merge("jobs", NAMESPACE, "w", &json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+    server.delete("jobs", NAMESPACE, "w", "background");
     assert!(server.get("jobs", NAMESPACE, "w").is_none());
     // A look that comes after the deletion: the annotation of another is a change.
     server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"annotations": {"other/note": "x"}}}));
     server.put("workspaces", workspace("v"));
     job(&server, "v");
-    assert_eq!(made(), before);
+    assert_eq!(made(), before + 1, "the Job of v alone");
     assert_eq!(server.get("workspaces", NAMESPACE, "w").unwrap()["status"]["state"], "Succeeded");
+}
+
+/// By its time to live, which deletes in the foreground, and by a person in both ways.
+#[test]
+fn what_is_over_stays_over_however_its_job_goes() {
+    let (server, _running) = controlled();
+    for (name, ttl) in [("ttl", Some("1s")), ("foreground", None), ("background", None)] {
+        let mut wanted = workspace(name);
+        if let Some(ttl) = ttl {
+            wanted["metadata"]["annotations"] = json!({"hone.sh/ttl": ttl});
+        }
+        server.put("workspaces", wanted);
+        let uid = job(&server, name)["metadata"]["uid"].clone();
+        job_status(&server, name, json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+        state(&server, name, "Succeeded");
+        if ttl.is_none() {
+            server.delete("jobs", NAMESPACE, name, name);
+        }
+        server.wait("no Job", |server| server.get("jobs", NAMESPACE, name).is_none().then_some(()));
+        for _ in 0..30 {
+            std::thread::sleep(Duration::from_millis(100));
+            let again = server.get("jobs", NAMESPACE, name);
+            assert!(again.is_none_or(|job| job["metadata"]["uid"] == uid), "{name} is trained again");
+            assert_eq!(server.get("workspaces", NAMESPACE, name).unwrap()["status"]["state"], "Succeeded");
+        }
+    }
 }
 
 #[test]
@@ -479,12 +504,7 @@ fn a_node_is_asked_for_and_given_back() {
         let workspace = server.get("workspaces", NAMESPACE, "v")?;
         (workspace["metadata"]["finalizers"] == json!(["hone.sh/nodes"])).then_some(())
     });
-    server.merge(
-        "workspaces",
-        NAMESPACE,
-        "v",
-        &json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
-    );
+    server.delete("workspaces", NAMESPACE, "v", "background");
     server.wait("all gone", |server| {
         let gone = server.get("workspaces", NAMESPACE, "v").is_none()
             && server.get("jobs", NAMESPACE, "v").is_none();
@@ -550,6 +570,496 @@ fn one_leads_and_the_next_takes_over() {
         third.thread.take().unwrap().join().unwrap()
     };
     assert_eq!(ended.unwrap_err().kind, Kind::Interrupted);
+}
+
+/// D2: a server that was away, and one that stands still.
+#[test]
+fn seconds_after_the_server_is_back_new_workspaces_are_seen() {
+    let (server, _running) = controlled();
+    server.put("workspaces", workspace("before"));
+    job(&server, "before");
+    server.go_down();
+    std::thread::sleep(Duration::from_secs(3));
+    server.come_up();
+    server.put("workspaces", workspace("after"));
+    let begun = Instant::now();
+    job(&server, "after");
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    server.hang(true);
+    std::thread::sleep(Duration::from_secs(1));
+    server.hang(false);
+    server.put("workspaces", workspace("last"));
+    job(&server, "last");
+    server.fail_next("WATCH", "workspaces", 503, 3);
+    server.expire_watches();
+    server.put("workspaces", workspace("again"));
+    job(&server, "again");
+}
+
+/// D11, D12: the lead is given up in time, and the reason is the true one.
+#[test]
+fn a_leader_whose_server_hangs_stops_and_says_why() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let mut running = start(server.config(), |options| options.elect = true);
+    server.put("workspaces", workspace("w"));
+    job(&server, "w");
+    server.hang(true);
+    let begun = Instant::now();
+    let ended = running.thread.take().unwrap().join().unwrap().unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(15), "its Lease runs out: {:?}", begun.elapsed());
+    assert_eq!(
+        (ended.kind, ended.message.as_str()),
+        (Kind::Interrupted, "the lead could not be renewed for 10 s")
+    );
+}
+
+/// `/readyz` of a running controller.
+fn readyz(address: std::net::SocketAddr) -> String {
+    use std::io::{Read, Write};
+    let mut text = String::new();
+    let Ok(mut stream) = std::net::TcpStream::connect(address) else { return text };
+    stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").unwrap();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn readyz_knows_whether_workspaces_can_be_listed() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let _running = start(server.config(), |options| options.address = free);
+    server.wait("ready", |_| readyz(free).starts_with("HTTP/1.1 200").then_some(()));
+    server.deny("LIST", "workspaces", true);
+    server.wait("not ready", |_| readyz(free).contains("workspaces cannot be watched").then_some(()));
+    server.deny("LIST", "workspaces", false);
+    server.wait("ready again", |_| readyz(free).starts_with("HTTP/1.1 200").then_some(()));
+}
+
+/// D3: whatever the API server says against a Job is in the status and an Event, and mending it is enough.
+#[test]
+fn what_the_server_refuses_is_told_and_can_be_mended() {
+    let (server, _running) = controlled();
+    server.deny("POST", "jobs", true);
+    server.put("workspaces", workspace("w"));
+    wait_message_in(&server, "w", "Failed", "the API server refuses it: jobs is forbidden");
+    assert!(server.list("controllerrevisions").is_empty(), "nothing was made, nothing is written down");
+    server.wait("its Event", |server| {
+        let told = |event: &Value| event["note"].to_string().contains("jobs is forbidden");
+        server.list("events").iter().any(told).then_some(())
+    });
+    // The selector may be changed, since no Job was ever made from the first one.
+    let other = json!({"resource": {"labelSelector": {"matchLabels": {"apps": "others"}}}});
+    server.merge("workspaces", NAMESPACE, "w", &other);
+    server.deny("POST", "jobs", false);
+    job(&server, "w");
+    state(&server, "w", "Pending");
+
+    // A Job that runs goes on while what would come after it is refused.
+    let mut wanted = workspace("v");
+    wanted["tuning"]["output"] =
+        json!({"volumeSource": {"csi": {"driver": "d", "nodePublishSecretRef": {"name": "s"}}}});
+    server.put("workspaces", wanted);
+    let first = job(&server, "v");
+    server.fail_next("POST", "jobs", 403, u32::MAX);
+    let change = json!({"tuning": {"input": {"urls": ["https://host.example/b.parquet"]}}});
+    server.merge("workspaces", NAMESPACE, "v", &change);
+    wait_message(&server, "v", "the change is not applied: the API server refuses it: jobs is forbidden");
+    assert_eq!(job(&server, "v")["metadata"]["uid"], first["metadata"]["uid"]);
+}
+
+/// Label syntax, users and names that the API server would refuse are told before it is asked.
+#[test]
+fn mistakes_of_syntax_are_told_in_one_line() {
+    let (server, _running) = controlled();
+    let mut wanted = workspace("w");
+    wanted["resource"]["labelSelector"]["matchLabels"] = json!({"a b": "c", "d": "bad value!"});
+    wanted["metadata"]["annotations"] =
+        json!({"hone.sh/run-as-user": "99999999999", "hone.sh/queue-name": "q".repeat(80)});
+    server.put("workspaces", wanted);
+    let failed = state(&server, "w", "Failed");
+    let told = condition(&failed, "WorkspaceSucceeded");
+    assert!(told.contains("hone.sh/run-as-user") && told.contains("hone.sh/queue-name"), "{told}");
+    assert!(!told.contains('\n') && !told.contains("\\n") && !told.contains("hone plan"), "{told}");
+    server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"annotations": null}}));
+    wait_message(&server, "w", "\"bad value!\"");
+    let told = wait_message(&server, "w", "\"a b\"");
+    let said = condition(&told, "WorkspaceSucceeded");
+    assert!(said.contains("2 mistakes in the Workspace: resource.labelSelector"), "{said}");
+}
+
+/// D4: what only Events say.
+#[test]
+fn a_pod_that_cannot_be_made_or_mounted_says_why() {
+    let (server, _running) = controlled();
+    let warning = |about: &Value, kind: &str, reason: &str, message: &str| {
+        server.put("events", json!({
+            "metadata": {"name": format!("{reason}.1"), "namespace": NAMESPACE}, "type": "Warning", "reason": reason,
+            "lastTimestamp": jiff::Timestamp::now().to_string(), "note": message, "regarding": {"kind": kind, "name": about["metadata"]["name"], "uid": about["metadata"]["uid"]},
+        }));
+    };
+    server.put("workspaces", workspace("quota"));
+    warning(
+        &job(&server, "quota"),
+        "Job",
+        "FailedCreate",
+        "pods \"quota-x\" is forbidden: exceeded quota: gpus",
+    );
+    wait_message_in(
+        &server,
+        "quota",
+        "Pending",
+        "waiting: FailedCreate: pods \"quota-x\" is forbidden: exceeded quota",
+    );
+
+    server.put("workspaces", workspace("mount"));
+    job(&server, "mount");
+    job_status(&server, "mount", json!({"active": 1}));
+    pod(&server, "mount", "a", json!({"waiting": {"reason": "ContainerCreating"}}));
+    let made = server.get("pods", NAMESPACE, "mount-a").unwrap();
+    warning(&made, "Pod", "FailedMount", "MountVolume.SetUp failed: secret \"login\" not found");
+    wait_message_in(
+        &server,
+        "mount",
+        "Running",
+        "waiting: FailedMount: MountVolume.SetUp failed: secret \"login\" not found",
+    );
+    pod(&server, "mount", "a", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}));
+    server.wait("no longer", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "mount")?;
+        (!condition(&workspace, "WorkspaceSucceeded").contains("FailedMount")).then_some(())
+    });
+}
+
+/// D5, D6: claims that are gone, that leave, and that are to be others.
+#[test]
+fn a_node_that_is_gone_is_asked_for_again() {
+    let server = ApiServer::start();
+    let _running = start(server.config(), |_| {});
+    server.put("workspaces", workspace("w"));
+    let alive = |server: &ApiServer| -> Vec<Value> {
+        let claims = server.list("nodeclaims").into_iter();
+        claims.filter(|claim| claim["metadata"]["deletionTimestamp"].is_null()).collect()
+    };
+    let one = || {
+        server.wait("one claim", |server| match alive(server).as_slice() {
+            [claim] => Some(claim["metadata"]["name"].as_str().unwrap().to_owned()),
+            _ => None,
+        })
+    };
+    let first = one();
+    job(&server, "w");
+    // Karpenter deletes one that it could not launch.
+    server.delete("nodeclaims", "", &first, "background");
+    assert_eq!(one(), first, "the name is free again");
+    // One that is held by Karpenter's finalizer is no node.
+    server.merge(
+        "nodeclaims",
+        "",
+        &first,
+        &json!({"metadata": {"finalizers": ["karpenter.sh/termination"]}}),
+    );
+    server.delete("nodeclaims", "", &first, "background");
+    let second = server.wait("another", |server| {
+        let claim = alive(server).into_iter().next()?;
+        Some(claim["metadata"]["name"].as_str().unwrap().to_owned()).filter(|name| *name != first)
+    });
+    server.release("nodeclaims", "", &first, "karpenter.sh/termination");
+    // A claim's spec cannot be changed: another class is another claim.
+    server.merge(
+        "workspaces",
+        NAMESPACE,
+        "w",
+        &json!({"metadata": {"annotations": {"hone.sh/node-class": "other"}}}),
+    );
+    server.wait("the other class", |server| match alive(server).as_slice() {
+        [claim] => (claim["spec"]["nodeClassRef"]["name"] == "other"
+            && claim["metadata"]["name"] != second.as_str())
+        .then_some(()),
+        _ => None,
+    });
+    server.wait("revision 2", |server| {
+        server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2").map(|_| ())
+    });
+    job_status(&server, "w", json!({"failed": 1, "conditions": condition_of_job("Failed")}));
+    server.wait("given back", |server| alive(server).is_empty().then_some(()));
+    let failed = state(&server, "w", "Failed");
+    server.wait("nothing stale", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "w")?;
+        (condition(&workspace, "NodeClaimReady").trim().is_empty()).then_some(())
+    });
+    drop(failed);
+}
+
+/// D7, D9: Karpenter and KAITO come and go while the controller runs.
+#[test]
+fn who_else_is_there_is_noticed() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    server.put(
+        "validatingwebhookconfigurations",
+        json!({"metadata": {"name": "validation.workspace.kaito.sh"}}),
+    );
+    let _running = start(server.config(), |_| {});
+    server.put("workspaces", workspace("w"));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(server.list("jobs").is_empty());
+    server.delete("validatingwebhookconfigurations", "", "validation.workspace.kaito.sh", "background");
+    server.install("nodeclaims", true);
+    job(&server, "w");
+    server.wait("a NodeClaim", |server| server.list("nodeclaims").into_iter().next());
+    server.install("nodeclaims", false);
+    server.put("workspaces", workspace("v"));
+    job(&server, "v");
+}
+
+/// D8.
+#[test]
+fn a_foreign_job_that_goes_frees_the_name() {
+    let (server, _running) = controlled();
+    server.put(
+        "jobs",
+        json!({"metadata": {"name": "taken", "namespace": NAMESPACE}, "spec": {"template": {}}}),
+    );
+    server.put("workspaces", workspace("taken"));
+    wait_message(&server, "taken", "Job taken is not of this Workspace");
+    server.delete("jobs", NAMESPACE, "taken", "background");
+    server.wait("ours", |server| {
+        let job = server.get("jobs", NAMESPACE, "taken")?;
+        (job["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "hone").then_some(())
+    });
+    state(&server, "taken", "Pending");
+}
+
+/// D13: no flicker and no false words between two states.
+#[test]
+fn states_do_not_flicker() {
+    let (server, _running) = controlled();
+    server.put("workspaces", workspace("w"));
+    job(&server, "w");
+    job_status(&server, "w", json!({"active": 1}));
+    pod(&server, "w", "a", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}));
+    state(&server, "w", "Running");
+    // Evicted: no retry is counted, and for a moment there is no pod.
+    server.delete("pods", NAMESPACE, "w-a", "background");
+    job_status(&server, "w", json!({"active": 0, "terminating": 0}));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(server.get("workspaces", NAMESPACE, "w").unwrap()["status"]["state"], "Running");
+    // Its last pod has ended well, and the Job is not Complete yet.
+    pod(&server, "w", "b", ended(0, &json!({"code": 0, "kind": "ok"}), 2));
+    server.wait("its exit code", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "w")?;
+        (annotation(&workspace, "exit-code").as_deref() == Some("0")).then_some(())
+    });
+    let told = condition(&server.get("workspaces", NAMESPACE, "w").unwrap(), "WorkspaceSucceeded");
+    assert!(!told.contains("tried again"), "{told}");
+    let pendings = server.list("events").iter().filter(|event| event["reason"] == "Pending").count();
+    assert_eq!(pendings, 1);
+}
+
+/// D14: Events have their own notes, of bytes that the server takes; a default of v1alpha1 is no change.
+#[test]
+fn events_are_their_own_and_versions_defaults_are_no_change() {
+    let (server, _running) = controlled();
+    let mut wanted = workspace("w");
+    wanted["metadata"]["annotations"] = json!({"hone.sh/cpu": "ö".repeat(900)});
+    server.put("workspaces", wanted);
+    let event = server.wait("a long Event", |server| {
+        server
+            .list("events")
+            .into_iter()
+            .find(|event| event["note"].as_str().is_some_and(|note| note.contains("öö")))
+    });
+    assert!(event["note"].as_str().unwrap().len() <= 1024);
+
+    let mut cpu = workspace("cpu");
+    cpu["resource"].as_object_mut().unwrap().remove("instanceType");
+    cpu["metadata"]["annotations"] = json!({"hone.sh/gpus": "0"});
+    server.put("workspaces", cpu);
+    job(&server, "cpu");
+    job_status(&server, "cpu", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+    state(&server, "cpu", "Succeeded");
+    server.write_through_v1alpha1(NAMESPACE, "cpu", &json!({"metadata": {"labels": {"a": "b"}}}));
+    let change = json!({"tuning": {"input": {"urls": ["https://host.example/b.parquet"]}}});
+    server.write_through_v1alpha1(NAMESPACE, "cpu", &change);
+    server.wait("revision 2", |server| {
+        server.get("jobs", NAMESPACE, "cpu").filter(|job| revision(job) == "2").map(|_| ())
+    });
+    let told = condition(&server.get("workspaces", NAMESPACE, "cpu").unwrap(), "WorkspaceSucceeded");
+    assert!(!told.contains("not applied"), "{told}");
+    let notes: Vec<Value> = server
+        .list("events")
+        .into_iter()
+        .filter(|event| event["reason"] == "JobCreated" && event["regarding"]["name"] == "cpu")
+        .map(|event| event["note"].clone())
+        .collect();
+    assert!(notes.iter().any(|note| note.to_string().contains("revision 2")), "{notes:?}");
+}
+
+/// A controller that starts after the end: of a Job that is still there, and of one that only its Events remember.
+#[test]
+fn ends_that_nobody_saw() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let running = start(server.config(), |_| {});
+    for name in ["there", "gone"] {
+        server.put("workspaces", workspace(name));
+        job(&server, name);
+        job_status(&server, name, json!({"active": 1}));
+        state(&server, name, "Running");
+    }
+    running.stop().unwrap();
+    let uid = job(&server, "gone")["metadata"]["uid"].clone();
+    let over = json!({"active": null, "succeeded": 1, "conditions": condition_of_job("Complete")});
+    job_status(&server, "there", over.clone());
+    job_status(&server, "gone", over);
+    server.delete("jobs", NAMESPACE, "gone", "background");
+    server.put(
+        "events",
+        json!({
+            "metadata": {"name": "gone.1", "namespace": NAMESPACE}, "type": "Normal", "reason": "Completed",
+            "note": "Job completed", "regarding": {"kind": "Job", "name": "gone", "uid": uid},
+            "eventTime": "2026-02-01T00:00:00.000000Z",
+        }),
+    );
+    let _running = start(server.config(), |_| {});
+    state(&server, "there", "Succeeded");
+    state(&server, "gone", "Succeeded");
+    assert!(server.get("jobs", NAMESPACE, "gone").is_none(), "it is not trained again");
+}
+
+/// At rest a Workspace costs no request, and a thousand at once bounded ones.
+#[test]
+fn a_thousand_workspaces() {
+    const COUNT: usize = 1000;
+    let (server, _running) = controlled();
+    for number in 0..COUNT {
+        server.put("workspaces", workspace(&format!("w{number}")));
+    }
+    server.wait_longer("a thousand states", |server| {
+        let pending = |workspace: &Value| annotation(workspace, "revision").is_some();
+        (server.list("workspaces").iter().filter(|workspace| pending(workspace)).count() == COUNT)
+            .then_some(())
+    });
+    let requests = server.requests().len();
+    assert!(requests <= 12 * COUNT, "{requests} requests for {COUNT} Workspaces");
+    for number in 0..COUNT {
+        let name = format!("w{number}");
+        job_status(&server, &name, json!({"active": 1}));
+        pod(&server, &name, "a", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}));
+    }
+    server.wait_longer("a thousand running", |server| {
+        let running = |workspace: &Value| workspace["status"]["workerNodes"] == json!(["node-1"]);
+        (server.list("workspaces").iter().filter(|workspace| running(workspace)).count() == COUNT)
+            .then_some(())
+    });
+    let running = server.requests().len() - requests;
+    assert!(running <= 8 * COUNT, "{running} requests until {COUNT} ran");
+    println!("{COUNT} Workspaces: {requests} requests until made, {running} until running");
+}
+
+fn serving(name: &str, adapters: Value) -> Value {
+    let mut object = workspace(name);
+    object.as_object_mut().unwrap().remove("tuning");
+    object["inference"] = json!({"preset": {"name": "phi-3-mini-128k-instruct"}, "adapters": adapters});
+    object
+}
+
+fn set_ready(server: &ApiServer, name: &str, ready: i32) {
+    let set = server.get("statefulsets", NAMESPACE, name).unwrap();
+    let status = json!({
+        "observedGeneration": set["metadata"]["generation"], "replicas": 1, "readyReplicas": ready,
+        "currentRevision": "a", "updateRevision": "a",
+    });
+    server.merge("statefulsets", NAMESPACE, name, &json!({"status": status}));
+}
+
+fn arguments(set: &Value) -> Vec<String> {
+    serde_json::from_value(set["spec"]["template"]["spec"]["containers"][0]["args"].clone()).unwrap()
+}
+
+#[test]
+fn a_workspace_that_serves_becomes_a_server_and_its_state() {
+    let (server, _running) = controlled();
+    let adapter = json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": "1.0"}]);
+    server.put("workspaces", serving("chat", adapter));
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    let said = arguments(&set);
+    assert_eq!(said[0], "serve");
+    assert!(said.contains(&"--adapter=support=oci://h.example/adapter:1".to_owned()), "{said:?}");
+    assert!(said.contains(&"--mix=chat=support:1.0".to_owned()), "{said:?}");
+    let service = server.get("services", NAMESPACE, "chat").unwrap();
+    assert_eq!(service["spec"]["ports"][0]["port"], 80);
+    assert_eq!(server.get("services", NAMESPACE, "chat-headless").unwrap()["spec"]["clusterIP"], "None");
+    let pending = state(&server, "chat", "Pending");
+    assert!(
+        condition(&pending, "InferenceReady").starts_with("False WorkspaceInferenceStatusPending"),
+        "{pending:#}"
+    );
+    set_ready(&server, "chat", 1);
+    let ready = state(&server, "chat", "Ready");
+    for (name, reason) in [
+        ("InferenceReady", "True WorkspaceInferenceStatusSuccess"),
+        ("WorkspaceSucceeded", "True workspaceSucceeded"),
+        ("WorkspaceReady", "True workspaceSucceeded"),
+    ] {
+        assert!(condition(&ready, name).starts_with(reason), "{ready:#}");
+    }
+    server.wait("its adapters", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
+        (annotation(&workspace, "adapters")? == "support of h.example/adapter:1 at 1.0").then_some(())
+    });
+    set_ready(&server, "chat", 0);
+    state(&server, "chat", "NotReady");
+
+    // Another strength changes the server; a wrong one leaves it as it is.
+    let adapters = |strength: &str| json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]}});
+    server.merge("workspaces", NAMESPACE, "chat", &adapters("0.5"));
+    server.wait("half of it", |server| {
+        let set = server.get("statefulsets", NAMESPACE, "chat")?;
+        arguments(&set).contains(&"--mix=chat=support:0.5".to_owned()).then_some(())
+    });
+    server.merge("workspaces", NAMESPACE, "chat", &adapters("2"));
+    wait_message(
+        &server,
+        "chat",
+        "inference.adapters[0].strength: expected a number from 0 to 1, found \"2\"",
+    );
+    assert!(
+        arguments(&server.get("statefulsets", NAMESPACE, "chat").unwrap())
+            .contains(&"--mix=chat=support:0.5".to_owned())
+    );
+    let quiet = server.requests().len();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
+    server.delete("workspaces", NAMESPACE, "chat", "background");
+    server.wait("all gone", |server| server.list("statefulsets").is_empty().then_some(()));
+}
+
+#[test]
+fn what_serves_follows_what_is_tuned() {
+    let (server, _running) = controlled();
+    let adapters = json!([{"source": {"name": "newest", "image": "workspace://w"}}]);
+    server.put("workspaces", serving("chat", adapters));
+    wait_message(&server, "chat", "there is no Workspace w in this namespace");
+    server.put("workspaces", workspace("w"));
+    wait_message(&server, "chat", "Workspace w has not pushed its adapter yet");
+    job(&server, "w");
+    let pushed = |digest: &str, second| {
+        let said =
+            json!({"code": 0, "kind": "ok", "image": "registry.example.com/adapter:1", "digest": digest});
+        pod(&server, "w", digest, ended(0, &said, second));
+        job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+        server.wait(digest, |server| {
+            let set = server.get("statefulsets", NAMESPACE, "chat")?;
+            let source = format!("--adapter=newest=oci://registry.example.com/adapter@sha256:{digest}");
+            arguments(&set).contains(&source.replace("sha256:sha256:", "sha256:")).then_some(())
+        });
+    };
+    pushed("sha256:aa", 1);
+    let change = json!({"tuning": {"input": {"urls": ["https://host.example/b.parquet"]}}});
+    server.merge("workspaces", NAMESPACE, "w", &change);
+    server.wait("revision 2", |server| {
+        server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2").map(|_| ())
+    });
+    pushed("sha256:bb", 2);
 }
 
 /// With KUBECONFIG: a Workspace with a mistake, mended, run suspended, and deleted, in a namespace of its own.

@@ -23,7 +23,7 @@ const RUN: [&str; 7] = ["run", "--model", "model", "--data", "data.parquet", "--
 const KEYS: [&str; 9] = [
     "LoraConfig.lora_dropout=0.1",
     "TrainingArguments.max_steps=3",
-    "TrainingArguments.max_length=32",
+    "TrainingArguments.max_length=128",
     "TrainingArguments.logging_steps=1",
     "TrainingArguments.save_strategy=steps",
     "TrainingArguments.save_steps=1",
@@ -157,6 +157,8 @@ fn every_end_leaves_a_word() {
         }
         let mut running = work.start(&long);
         running.until("a step", || work.path("out/metrics.jsonl").exists());
+        // Well into the next step, which takes seconds.
+        std::thread::sleep(Duration::from_millis(500));
         for signal in signals {
             running.signal(*signal);
             std::thread::sleep(Duration::from_millis(20));

@@ -359,7 +359,7 @@ fn methods_versions_and_configurations() {
         Kind::Config,
         expect![[r#"
         ConfigMap mine:3:23: TrainingArguments.output_dri is not a key; did you mean output_dir?
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
     "#]],
     );
     let taken = config.replace("out}", "/mnt/config/x}");
@@ -648,7 +648,7 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
     let told =
         |instance: &str, preset: &str| rendered(&on(instance, preset), None).unwrap().warnings.join("\n");
     expect![[r#"4 GPUs are reserved and one is used: hone.sh/gpus: "1" leaves the others free, a smaller instanceType costs less"#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
-    expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: training would end with exit code 10. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
+    expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: hone would end with exit code 10. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
     expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"]
         .assert_eq(&told("m7i.large", "phi-4"));
     assert_eq!(told("Standard_NC24ads_A100_v4", "phi-4"), "");
@@ -739,6 +739,41 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/controller.yaml"), &(head.to_owned() + &controller));
     let head = "# KAITO's Workspace, for clusters where KAITO is not installed.\n";
     same(&root("jobs/crd.yaml"), &(head.to_owned() + &yaml::write(&[crd::definition()])));
+}
+
+/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that stand empty.
+#[test]
+fn the_chart_makes_the_same_controller() {
+    let files = install::chart();
+    for (path, text) in &files {
+        same(&root("jobs/chart").join(path), text);
+    }
+    same(&root("jobs/kustomization.yaml"), &yaml::write(&[install::kustomization()]));
+    let text = |name: &str| files.iter().find(|(path, _)| *path == name).unwrap().1.clone();
+    let values = yaml::read("values.yaml", &text("values.yaml")).unwrap()[0].value.clone();
+    let value = regex::Regex::new(r"\{\{ \.Values\.(\w+)( \| quote)? \}\}").unwrap();
+    let is_set = |name: &str| values[name].as_str() != Some("");
+    let choice = regex::Regex::new(r"(?s)\s*\{\{- if \.Values\.(\w+) \}\}(.*?)\s*\{\{- end \}\}").unwrap();
+    let template = text("templates/controller.yaml");
+    let chosen =
+        choice.replace_all(
+            &template,
+            |found: &regex::Captures| {
+                if is_set(&found[1]) { found[2].to_owned() } else { String::new() }
+            },
+        );
+    let made = value.replace_all(&chosen, |found: &regex::Captures| {
+        let value = values.get(&found[1]).unwrap_or_else(|| panic!("no value {}", &found[1]));
+        let plain = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        if found.get(2).is_some() { format!("{plain:?}") } else { plain }
+    });
+    let made = made.replace("{{ .Release.Namespace }}", install::NAMESPACE);
+    assert!(!made.contains("{{"), "{made}");
+    let mut made: Vec<Value> =
+        yaml::read("chart", &made).unwrap().iter().map(|found| found.value.clone()).collect();
+    let container = &mut made.last_mut().unwrap()["spec"]["template"]["spec"]["containers"][0];
+    container.as_object_mut().unwrap().remove("imagePullPolicy");
+    assert_eq!(made, install::objects("hone:cpu")[1..]);
 }
 
 fn same(file: &Path, expected: &str) {
@@ -855,7 +890,7 @@ fn files_that_cannot_be_rendered() {
         format!("{} {}", output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr))
     };
     expect![[r#"
-        10 error (config, exit code 10): no Workspace with `tuning` in what was given
+        10 error (config, exit code 10): no Workspace in what was given
           help: give the file of one with -f; `hone tune --help` writes one
     "#]]
     .assert_eq(&told("kind: Secret\nmetadata: {name: s}\n"));

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::workspace::kind::{GROUP, PLURAL};
-use crate::workspace::{MANAGED_BY, MANAGER};
+use crate::workspace::{MANAGED_BY, MANAGER, crd, yaml};
 
 pub const NAMESPACE: &str = "hone-system";
 const NAME: &str = "hone-controller";
@@ -38,12 +38,110 @@ pub fn objects(image: &str) -> Vec<Value> {
             "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": placed(NAME),
             "roleRef": role("Role"), "subjects": subject,
         }),
-        deployment(image, placed(NAME)),
     ]
+    .into_iter()
+    .chain(user_roles())
+    .chain([deployment(image, placed(NAME))])
+    .collect()
 }
 
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
+}
+
+/// Of what is made, changed and taken away.
+const MADE: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
+
+/// Who may do what with Workspaces, by the roles that a cluster has for its users: `admin` and `edit` change them, `view` looks.
+pub fn user_roles() -> Vec<Value> {
+    let status = format!("{PLURAL}/status");
+    let role = |what: &str, to: &[&str], rules: Value| {
+        let mut labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
+        for name in to {
+            labels[format!("rbac.authorization.k8s.io/aggregate-to-{name}")] = "true".into();
+        }
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+            "metadata": {"name": format!("hone-workspaces-{what}"), "labels": labels}, "rules": rules,
+        })
+    };
+    let edit = ["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
+    vec![
+        role(
+            "edit",
+            &["admin", "edit"],
+            json!([rule(GROUP, &[PLURAL], &edit), rule(GROUP, &[&status], &["get"])]),
+        ),
+        role("view", &["view"], json!([rule(GROUP, &[PLURAL, &status], &["get", "list", "watch"])])),
+    ]
+}
+
+/// The chart: its files by path. A template holds nothing but names of values, and variables that are left out without one, so
+/// that what it makes is what `objects` makes.
+pub fn chart() -> Vec<(&'static str, String)> {
+    // The namespace is the release's.
+    let mut list = objects("VALUE-image");
+    list.remove(0);
+    let spec = &mut list.last_mut().expect("the Deployment")["spec"];
+    spec["replicas"] = "VALUE-replicas".into();
+    let container = &mut spec["template"]["spec"]["containers"][0];
+    container["imagePullPolicy"] = "VALUE-imagePullPolicy".into();
+    let variables = container["env"].as_array_mut().expect("a list");
+    for (name, value) in [
+        ("HONE_IMAGE", "jobImage"),
+        ("HONE_GPUS", "gpus"),
+        ("HONE_CLOUD", "cloud"),
+        ("HONE_NAMESPACE", "namespace"),
+    ] {
+        variables.push(json!({"name": name, "value": format!("VALUE-{value}")}));
+    }
+    let named = regex::Regex::new(r"VALUE-(\w+)").expect("an expression");
+    // A variable without a value is not set: an empty one would be a value.
+    let optional =
+        regex::Regex::new(r"( +)- name: (HONE_\w+)\n +value: VALUE-(\w+)\n").expect("an expression");
+    let text = yaml::write(&list);
+    let text = optional
+        .replace_all(&text, "$1{{- if .Values.$3 }}\n$1- name: $2\n$1  value: VALUE-$3\n$1{{- end }}\n")
+        .replace(NAMESPACE, "{{ .Release.Namespace }}");
+    // Texts are quoted, since a value may be empty; the number is not.
+    let text = text.replace("VALUE-replicas", "{{ .Values.replicas }}");
+    let text = named.replace_all(&text, "{{ .Values.$1 | quote }}").into_owned();
+    let version = env!("CARGO_PKG_VERSION");
+    let about = json!({
+        "apiVersion": "v2", "name": "hone", "version": version, "appVersion": version, "type": "application",
+        "description": "The controller that tunes and serves KAITO Workspaces with hone", "kubeVersion": ">=1.31.0-0",
+    });
+    vec![
+        ("Chart.yaml", yaml::write(&[about])),
+        ("values.yaml", VALUES.into()),
+        ("crds/workspaces.yaml", yaml::write(&[crd::definition()])),
+        ("templates/controller.yaml", text),
+    ]
+}
+
+const VALUES: &str = "\
+# Image of the controller; hone:cpu as README builds it, under the name of a registry.
+image: hone:cpu
+imagePullPolicy: IfNotPresent
+# Image of tuning Jobs and of servers; empty: hone:cuda, or hone:cpu where a Workspace asks for no GPU.
+jobImage: \"\"
+# One leads, the others wait.
+replicas: 2
+# GPUs of a pod; empty: those of the instance type.
+gpus: \"\"
+# azure, aws or other; empty: told from the instance type.
+cloud: \"\"
+# Only this namespace's Workspaces; empty: all.
+namespace: \"\"
+";
+
+/// What `kubectl apply -k` reads.
+pub fn kustomization() -> Value {
+    json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": ["crd.yaml", "controller.yaml"],
+        "images": [{"name": "hone", "newName": "hone", "newTag": "cpu"}],
+    })
 }
 
 /// No Secret is read: Jobs name them, the kubelet mounts them.
@@ -63,11 +161,17 @@ fn cluster_rules() -> Vec<Value> {
         // Configurations are read; a default is made where there is none.
         rule("", &["configmaps"], &["get", "list", "watch", "create"]),
         // Whether any node has the labels.
-        rule("", &["nodes"], &["get", "list"]),
+        rule("", &["nodes"], &["get", "list", "watch"]),
         rule("apps", &["controllerrevisions"], &["get", "list", "create", "delete"]),
-        rule("events.k8s.io", &["events"], &["create", "patch"]),
+        // What serves, its addresses, and how much of it may go at once.
+        rule("apps", &["statefulsets"], &MADE),
+        rule("", &["services"], &MADE),
+        rule("policy", &["poddisruptionbudgets"], &MADE),
+        rule("events.k8s.io", &["events"], &["create"]),
+        // Why a pod cannot be made or mounted is in Events only.
+        rule("", &["events"], &["list"]),
         // Nodes are asked for and given back.
-        rule("karpenter.sh", &["nodeclaims", "nodepools"], &["get", "create", "patch", "delete"]),
+        rule("karpenter.sh", &["nodeclaims", "nodepools"], &["get", "list", "watch", "create", "delete"]),
         // Whether KAITO's own controller is there.
         json!({
             "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],

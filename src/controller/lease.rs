@@ -10,6 +10,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::Api;
 use kube::api::PostParams;
 
+use super::presence::in_time;
+
 const DURATION: Duration = Duration::from_secs(15);
 const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(2);
@@ -31,7 +33,7 @@ impl Election {
     /// Waits until this process leads.
     pub async fn won(&mut self) {
         loop {
-            match self.attempt().await {
+            match in_time(RENEW_DEADLINE, self.attempt()).await {
                 Ok(true) => return,
                 Ok(false) => {}
                 Err(error) => tracing::warn!(target: "hone", "lease {}: {error}", self.name),
@@ -40,26 +42,41 @@ impl Election {
         }
     }
 
-    /// Renews it; ends when that can no longer be done, or somebody else holds it.
-    pub async fn lost(&mut self) {
+    /// Renews it; ends when that can no longer be done, or somebody else holds it, and says which. An attempt that hangs
+    /// counts as one that fails.
+    pub async fn lost(&mut self) -> String {
         let mut renewed = Instant::now();
         while renewed.elapsed() < RENEW_DEADLINE {
-            tokio::time::sleep(RETRY).await;
-            match self.attempt().await {
-                Ok(true) => renewed = Instant::now(),
-                Ok(false) => return,
+            tokio::time::sleep(RETRY.min(RENEW_DEADLINE.saturating_sub(renewed.elapsed()))).await;
+            let begun = Instant::now();
+            let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            match in_time(left, self.attempt()).await {
+                Ok(true) => renewed = begun,
+                Ok(false) => {
+                    let holder = self.seen.as_ref().and_then(|(spec, _)| spec.holder_identity.clone());
+                    return format!("{} leads now", holder.as_deref().unwrap_or("another process"));
+                }
                 Err(error) => tracing::warn!(target: "hone", "lease {}: {error}", self.name),
             }
         }
+        format!("the lead could not be renewed for {} s", RENEW_DEADLINE.as_secs())
     }
 
     /// So that the next one need not wait.
     pub async fn release(&mut self) {
-        let Ok(Some(mut lease)) = self.api.get_opt(&self.name).await else { return };
-        let Some(spec) = lease.spec.as_mut().filter(|spec| self.is_ours(spec)) else { return };
-        spec.holder_identity = Some(String::new());
-        spec.lease_duration_seconds = Some(1);
-        let _ = self.api.replace(&self.name, &PostParams::default(), &lease).await;
+        let give = async {
+            let Some(mut lease) = self.api.get_opt(&self.name).await? else { return Ok(()) };
+            if let Some(spec) = lease.spec.as_mut().filter(|spec| self.is_ours(spec)) {
+                spec.holder_identity = Some(String::new());
+                spec.lease_duration_seconds = Some(1);
+                self.api.replace(&self.name, &PostParams::default(), &lease).await?;
+            }
+            Ok(())
+        };
+        // One that cannot be given back runs out by itself.
+        if let Err(error) = in_time(RETRY, give).await {
+            tracing::warn!(target: "hone", "lease {} is not given back: {error}", self.name);
+        }
     }
 
     /// Whether this process holds the Lease after one try. Two that try at once: one gets a conflict.

@@ -1,32 +1,38 @@
-//! `hone controller`: Workspaces that tune -> Jobs, and what becomes of them -> the Workspaces' status.
+//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and what becomes of them -> the Workspaces' status.
 //!
-//! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process. `observe` and
-//! `status` are pure; `revision`, `nodes` and `lease` each keep one kind of object; `install` is what a cluster needs to run it.
+//! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process. `watches` holds what
+//! there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are pure; `revision`, `nodes` and
+//! `lease` each keep one kind of object; `events` tells and reads Events; `presence` notices KAITO and Karpenter; `install` is
+//! what a cluster needs to run it.
 
+mod events;
 pub mod install;
 mod lease;
 mod metrics;
 mod nodes;
 mod observe;
+mod presence;
 mod progress;
 mod reconcile;
 mod revision;
+mod serve;
 mod status;
+mod watches;
+mod words;
 
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
+use futures_util::{FutureExt, Stream, StreamExt};
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
-use kube::api::PartialObjectMeta;
-use kube::runtime::controller::{Action, Config, Controller};
-use kube::runtime::events::{Recorder, Reporter};
-use kube::runtime::reflector::{ObjectRef, Store};
-use kube::runtime::watcher;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodTemplateSpec};
+use kube::api::{DynamicObject, ListParams, PartialObjectMeta};
+use kube::runtime::controller::{Action, Config};
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::{applier, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
@@ -36,22 +42,28 @@ use crate::interrupt;
 use crate::report::{Report, Stage};
 use crate::source;
 use crate::workspace::{MANAGED_BY, MANAGER, Settings, WORKSPACE_LABEL, Workspace, config_name};
+use events::Recorder;
 use lease::Election;
 use metrics::Metrics;
-use nodes::Provider;
+use presence::{Presence, in_time};
+use progress::Progress;
+use revision::Known;
+use watches::{Cache, Healths, Owner, Triggers, keep, same_version};
 
-/// Of server-side apply.
+/// Of what this controller writes.
 const FIELD_MANAGER: &str = "hone-controller";
 const LEASE: &str = "hone-controller";
-/// KAITO's admission webhook: where it is, its controller is too.
-const KAITO_WEBHOOK: &str = "validation.workspace.kaito.sh";
-/// How often KAITO's arrival is looked for.
-const KAITO_INTERVAL: Duration = Duration::from_secs(60);
 /// Workspaces that are looked at at the same time.
 const CONCURRENCY: u16 = 8;
-/// After an error, and how often that doubles.
+/// After an error, and how often that doubles: up to 4 minutes.
 const RETRY: Duration = Duration::from_secs(2);
 const RETRIES_DOUBLED: u32 = 7;
+/// One look, with all its requests.
+const LOOK_MAX: Duration = Duration::from_secs(30);
+/// How long the first looks wait for what is not needed to begin.
+const LISTS_MAX: Duration = Duration::from_secs(5);
+/// How often a process that does not lead looks whether it could.
+const STANDBY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What `hone controller` is asked.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,33 +81,127 @@ pub struct Options {
     pub address: SocketAddr,
 }
 
-/// What every look has.
+/// What every look has. Objects are those of the cluster, as the watches last brought them; notes only spare requests.
 struct Context {
     client: Client,
     settings: Settings,
-    provider: Provider,
-    recorder: Recorder,
+    events: Recorder,
     metrics: Arc<Metrics>,
-    kaito: AtomicBool,
-    failures: std::sync::Mutex<std::collections::HashMap<ObjectRef<Workspace>, u32>>,
+    presence: watch::Sender<Presence>,
+    healths: Healths,
+    triggers: Triggers,
+    workspaces: Store<Workspace>,
+    jobs: Cache<Job>,
+    pods: Cache<Pod>,
+    sets: Cache<StatefulSet>,
+    /// All of one group.
+    nodes: Cache<Node>,
+    /// By their own namespace and name.
+    configs: Cache<PartialObjectMeta<ConfigMap>>,
+    claims: Cache<DynamicObject>,
+    texts: Mutex<HashMap<Owner, Arc<ConfigMap>>>,
+    notes: Mutex<HashMap<Owner, Notes>>,
+    /// Those that no node has been found for.
+    without_node: Mutex<HashSet<Owner>>,
+}
+
+/// What is remembered of a Workspace between two looks, to ask less.
+#[derive(Clone, Debug, Default)]
+struct Notes {
+    uid: Option<String>,
+    /// Looks in a row that failed, or were refused.
+    failures: u32,
+    /// As this controller last wrote it, until the watch brings that.
+    own: Option<Arc<Workspace>>,
+    /// The newest revision, once asked for.
+    known: Option<Option<Known>>,
+    progress: Option<Progress>,
+    warning: Option<String>,
+    progress_due: Due,
+    warning_due: Due,
+    /// Whether somebody waits for a Job of that name to go.
+    foreign: bool,
+}
+
+/// When something is asked for again: ever more rarely.
+#[derive(Clone, Copy, Debug, Default)]
+struct Due {
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+impl Due {
+    /// Whether it is time; the first time after `first`, then after pauses that double up to `most`.
+    fn is_now(&mut self, first: Duration, most: Duration) -> bool {
+        let now = Instant::now();
+        match self.at {
+            None => {
+                *self = Due { at: Some(now + first), pause: first };
+                false
+            }
+            Some(at) if now < at => false,
+            Some(_) => {
+                self.pause = (self.pause * 2).min(most);
+                self.at = Some(now + self.pause);
+                true
+            }
+        }
+    }
+
+    fn left(&self) -> Option<Duration> {
+        self.at.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn owner_of(workspace: &Workspace) -> Owner {
+    (workspace.namespace().to_owned(), workspace.name().to_owned())
+}
+
+/// Nodes belong to nobody: they are one group.
+fn no_owner() -> Owner {
+    (String::new(), String::new())
 }
 
 impl Context {
-    fn kaito_is_here(&self) -> bool {
-        self.kaito.load(Ordering::Relaxed)
+    fn presence(&self) -> Presence {
+        *self.presence.borrow()
+    }
+
+    /// Reads or changes what is remembered of a Workspace; another of the same name begins anew.
+    fn note<T>(&self, workspace: &Workspace, with: impl FnOnce(&mut Notes) -> T) -> T {
+        let mut list = locked(&self.notes);
+        let notes = list.entry(owner_of(workspace)).or_default();
+        if notes.uid != workspace.metadata.uid {
+            *notes = Notes { uid: workspace.metadata.uid.clone(), ..Notes::default() };
+        }
+        with(notes)
+    }
+
+    fn forget(&self, workspace: &Workspace) {
+        let owner = owner_of(workspace);
+        locked(&self.notes).remove(&owner);
+        locked(&self.without_node).remove(&owner);
+        self.metrics.forget(workspace);
     }
 
     /// Doubles with each failure in a row.
     fn pause(&self, workspace: &Workspace) -> Duration {
-        let mut failures = self.failures.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let count = failures.entry(ObjectRef::from_obj(workspace)).or_default();
-        *count += 1;
-        RETRY * 2u32.pow((*count - 1).min(RETRIES_DOUBLED))
+        self.note(workspace, |notes| {
+            notes.failures += 1;
+            // What was remembered may be why.
+            notes.known = None;
+            RETRY * 2u32.pow((notes.failures - 1).min(RETRIES_DOUBLED))
+        })
     }
 
-    fn succeeded(&self, workspace: &Workspace) {
-        let mut failures = self.failures.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        failures.remove(&ObjectRef::from_obj(workspace));
+    fn look_at_all(&self) {
+        for workspace in self.workspaces.state() {
+            self.triggers.look_at(&owner_of(&workspace));
+        }
     }
 }
 
@@ -139,26 +245,28 @@ pub async fn run_with(
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
-    let (answers, ready) = watch::channel(false);
-    let _endpoint = endpoint::start(options.address, endpoint(metrics.clone(), ready))?;
-    let version = client.apiserver_version().await.map_err(unreachable)?;
-    report.note(Stage::Plan, format!("Kubernetes {} answers", version.git_version));
-    answers.send_replace(true);
-
+    let healths = Healths::default();
+    let standby = Arc::new(Mutex::new(Some("the API server has not answered yet".to_owned())));
+    let _endpoint =
+        endpoint::start(options.address, answers(metrics.clone(), healths.clone(), standby.clone()))?;
     let mut election =
         Election::new(Api::namespaced(client.clone(), &options.lease_namespace), LEASE, &options.identity);
     let lead = async {
+        let version = in_time(LOOK_MAX, client.apiserver_version()).await.map_err(unreachable)?;
+        report.note(Stage::Plan, format!("Kubernetes {} answers", version.git_version));
         if options.elect {
-            election.won().await;
+            tokio::select! {
+                () = election.won() => {}
+                () = stand_by(&client, options, &standby) => {}
+            }
             report.note(Stage::Plan, format!("{} leads", options.identity));
         }
+        *locked(&standby) = None;
         metrics.leads(true);
-        let context = Arc::new(context(client.clone(), options, metrics.clone()).await.map_err(unreachable)?);
         tokio::select! {
-            () = control(context.clone(), options, report) => Err(Fault::internal("the controller ended")),
-            () = look_for_kaito(&context, report) => unreachable!("it looks for ever"),
-            () = async { if options.elect { election.lost().await } else { std::future::pending().await } } => {
-                Err(Fault::new(Kind::Interrupted, "another process leads now"))
+            ended = control(client.clone(), options, report, metrics.clone(), healths.clone()) => ended,
+            why = async { if options.elect { election.lost().await } else { std::future::pending().await } } => {
+                Err(Fault::new(Kind::Interrupted, why))
             }
         }
     };
@@ -173,61 +281,82 @@ pub async fn run_with(
     ended
 }
 
-async fn context(client: Client, options: &Options, metrics: Arc<Metrics>) -> kube::Result<Context> {
-    let reporter = Reporter { controller: FIELD_MANAGER.into(), instance: Some(options.identity.clone()) };
-    Ok(Context {
-        provider: nodes::provider(&client).await?,
-        kaito: AtomicBool::new(kaito_is_there(&client).await?),
-        recorder: Recorder::new(client.clone(), reporter),
-        settings: options.settings.clone(),
-        failures: std::sync::Mutex::default(),
-        metrics,
-        client,
-    })
-}
-
-async fn kaito_is_there(client: &Client) -> kube::Result<bool> {
-    let webhooks = Api::<ValidatingWebhookConfiguration>::all(client.clone());
-    match webhooks.get_metadata_opt(KAITO_WEBHOOK).await {
-        Ok(found) => Ok(found.is_some()),
-        // A controller of one namespace may not look; the finalizer still tells KAITO's Workspaces.
-        Err(kube::Error::Api(status)) if status.code == 403 => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-async fn look_for_kaito(context: &Context, report: &Report) {
+/// One that does not lead is ready if it could: if Workspaces can be listed.
+async fn stand_by(client: &Client, options: &Options, trouble: &Mutex<Option<String>>) {
     loop {
-        if context.kaito_is_here() {
-            let told = "KAITO's controller is installed: Workspaces are left to it";
-            report.warn(Stage::Plan, told);
-        }
-        let before = context.kaito_is_here();
-        while context.kaito_is_here() == before {
-            tokio::time::sleep(KAITO_INTERVAL).await;
-            if let Ok(there) = kaito_is_there(&context.client).await {
-                context.kaito.store(there, Ordering::Relaxed);
-            }
-        }
+        let one = ListParams::default().limit(1);
+        let listed =
+            in_time(LOOK_MAX, async { api::<Workspace>(client, options).list_metadata(&one).await }).await;
+        *locked(trouble) = listed.err().map(|error| format!("workspaces cannot be listed: {error}"));
+        tokio::time::sleep(STANDBY_INTERVAL).await;
     }
 }
 
-/// Looks at each Workspace when it, its Job, one of its pods or its ConfigMap changes.
-async fn control(context: Arc<Context>, options: &Options, report: &Report) {
-    let client = &context.client;
-    let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
-    let controller = Controller::new(api::<Workspace>(client, options), watcher::Config::default())
-        .with_config(Config::default().concurrency(CONCURRENCY));
-    let known = controller.store();
-    let work = controller
-        .owns(api::<Job>(client, options), ours.clone())
-        .watches(api::<Pod>(client, options), ours, of_pod)
-        .watches(
-            api::<PartialObjectMeta<ConfigMap>>(client, options),
-            watcher::Config::default(),
-            move |map| of_config(&map, &known),
-        )
-        .run(look, after_error, context.clone());
+/// Watches, and looks at each Workspace when it or something of it changes.
+async fn control(
+    client: Client,
+    options: &Options,
+    report: &Report,
+    metrics: Arc<Metrics>,
+    healths: Healths,
+) -> Result<()> {
+    let found = presence::look(&client).await.map_err(unreachable)?;
+    if found.kaito {
+        report.warn(Stage::Plan, KAITO_IS_HERE);
+    }
+    let (triggers, queue) = Triggers::new();
+    let (workspaces, writer) = reflector::store();
+    let context = Arc::new(Context {
+        events: Recorder::new(client.clone(), &options.identity),
+        settings: options.settings.clone(),
+        presence: watch::Sender::new(found),
+        metrics,
+        healths,
+        triggers,
+        workspaces,
+        jobs: Cache::default(),
+        pods: Cache::default(),
+        sets: Cache::default(),
+        nodes: Cache::default(),
+        configs: Cache::default(),
+        claims: Cache::default(),
+        texts: Mutex::default(),
+        notes: Mutex::default(),
+        without_node: Mutex::default(),
+        client,
+    });
+    let again = watch::Sender::new(0);
+    tokio::select! {
+        () = watch_all(&context, options, writer, &again) => {}
+        () = presence::keep(&context.client, &context.presence, &again) => {}
+        () = follow_presence(&context, &again, report) => {}
+        () = look_when_asked(&context, queue, report) => {}
+    }
+    Err(Fault::internal("the controller ended"))
+}
+
+/// Runs the looks that are asked for, once enough is known to begin.
+async fn look_when_asked(
+    context: &Arc<Context>,
+    queue: impl Stream<Item = ObjectRef<Workspace>>,
+    report: &Report,
+) {
+    // Jobs and Workspaces decide; what else is missing after a while is asked for one by one, or told later.
+    let begun = Instant::now();
+    let lists = ["pods", "configmaps", "nodes", "jobs"];
+    while begun.elapsed() < LISTS_MAX && !lists.iter().all(|name| context.healths.is_fine(name)) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let queue = queue.map(Ok::<_, std::convert::Infallible>);
+    let config = Config::default().concurrency(CONCURRENCY);
+    let work = applier(
+        |workspace, context| look(workspace, context).boxed(),
+        after_error,
+        context.clone(),
+        context.workspaces.clone(),
+        queue,
+        config,
+    );
     let mut work = std::pin::pin!(work);
     while let Some(done) = work.next().await {
         // Objects that are gone between the queue and the look are nothing to tell.
@@ -240,13 +369,164 @@ async fn control(context: Arc<Context>, options: &Options, report: &Report) {
 }
 
 async fn look(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
-    let action = reconcile::reconcile(workspace.clone(), context.clone()).await?;
-    context.succeeded(&workspace);
+    let action = in_time(LOOK_MAX, reconcile::reconcile(workspace.clone(), context.clone())).await?;
     Ok(action)
 }
 
 fn after_error(workspace: Arc<Workspace>, _: &kube::Error, context: Arc<Context>) -> Action {
     Action::requeue(context.pause(&workspace))
+}
+
+/// All watches but that of claims, for ever.
+async fn watch_all(
+    context: &Arc<Context>,
+    options: &Options,
+    mut writer: reflector::store::Writer<Workspace>,
+    again: &watch::Sender<u64>,
+) {
+    let client = &context.client;
+    let all = watcher::Config::default;
+    let ours = || all().labels(&format!("{MANAGED_BY}={MANAGER}"));
+    let trigger = |owners: Vec<Owner>| owners.iter().for_each(|owner| context.triggers.look_at(owner));
+    let workspaces = |event: watcher::Event<Workspace>| {
+        let event = event.modify(|workspace| workspace.metadata.managed_fields = None);
+        writer.apply_watcher_event(&event);
+        match event {
+            watcher::Event::Apply(workspace) => {
+                context.triggers.look_at(&owner_of(&workspace));
+                if workspace.tuning.is_some() {
+                    look_at_followers(&workspace, context);
+                }
+            }
+            watcher::Event::Delete(workspace) => context.forget(&workspace),
+            watcher::Event::InitDone => context.look_at_all(),
+            _ => {}
+        }
+    };
+    let jobs = |event: watcher::Event<Job>| {
+        let event = event.modify(strip_job);
+        trigger(context.jobs.take(event, labelled, same_version));
+    };
+    let pods = |event: watcher::Event<Pod>| {
+        let event = event.modify(strip_pod);
+        trigger(context.pods.take(event, labelled, same_version));
+    };
+    let sets = |event: watcher::Event<StatefulSet>| {
+        let event = event.modify(strip_set);
+        trigger(context.sets.take(event, labelled, same_version));
+    };
+    let configs = |event: watcher::Event<PartialObjectMeta<ConfigMap>>| {
+        let listed = matches!(event, watcher::Event::InitDone);
+        let event = event.modify(|map| {
+            map.metadata.managed_fields = None;
+            map.metadata.annotations = None;
+            map.metadata.labels = None;
+        });
+        let changed = context.configs.take(event, own_name, same_version);
+        match listed {
+            true => context.look_at_all(),
+            false => changed.iter().for_each(|map| of_config(map, context)),
+        }
+    };
+    let nodes = |event: watcher::Event<Node>| {
+        let event = event.modify(nodes::strip);
+        if !context.nodes.take(event, |_| Some(no_owner()), nodes::same).is_empty() {
+            trigger(locked(&context.without_node).iter().cloned().collect());
+        }
+    };
+    let healths = || context.healths.clone();
+    tokio::join!(
+        keep("workspaces", api(client, options), all(), workspaces, healths(), again.subscribe()),
+        keep("jobs", api(client, options), ours(), jobs, healths(), again.subscribe()),
+        keep("pods", api(client, options), ours(), pods, healths(), again.subscribe()),
+        keep("statefulsets", api(client, options), ours(), sets, healths(), again.subscribe()),
+        keep("configmaps", api(client, options), all(), configs, healths(), again.subscribe()),
+        async {
+            // A controller of one namespace has no right to look at nodes.
+            let allowed =
+                Api::<Node>::all(client.clone()).list_metadata(&ListParams::default().limit(1)).await;
+            match (allowed, &options.namespace) {
+                (Err(kube::Error::Api(status)), Some(_)) if status.code == 403 => {
+                    std::future::pending().await
+                }
+                _ => {
+                    keep("nodes", Api::all(client.clone()), all(), nodes, healths(), again.subscribe()).await
+                }
+            }
+        },
+    );
+}
+
+const KAITO_IS_HERE: &str = "KAITO's controller is installed: Workspaces are left to it";
+
+/// What follows from KAITO's or Karpenter's coming and going: claims are watched where there are any, and every Workspace is looked
+/// at again.
+async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, report: &Report) {
+    let mut presence = context.presence.subscribe();
+    let mut before = *presence.borrow_and_update();
+    loop {
+        let watched = async {
+            let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
+            let sink = |event: watcher::Event<DynamicObject>| {
+                let event = event.modify(|claim| claim.metadata.managed_fields = None);
+                let owners = context.claims.take(event, nodes::owner, same_version);
+                owners.iter().for_each(|owner| context.triggers.look_at(owner));
+            };
+            match before.provider {
+                nodes::Provider::None => std::future::pending().await,
+                provider => {
+                    let api = nodes::api(&context.client, provider);
+                    keep("node claims", api, ours, sink, context.healths.clone(), again.subscribe()).await;
+                }
+            }
+        };
+        tokio::select! {
+            () = watched => {}
+            changed = presence.changed() => if changed.is_err() { return },
+        }
+        let now = *presence.borrow_and_update();
+        match (before.kaito, now.kaito) {
+            (false, true) => report.warn(Stage::Plan, KAITO_IS_HERE),
+            (true, false) => {
+                report.note(Stage::Plan, "KAITO's controller is gone: Workspaces are looked after")
+            }
+            _ => {}
+        }
+        if before.provider != now.provider {
+            context.healths.forget("node claims");
+            for event in [watcher::Event::Init, watcher::Event::InitDone] {
+                context.claims.take(event, nodes::owner, same_version);
+            }
+            report.note(Stage::Plan, format!("nodes are asked for by: {}", now.provider.name()));
+        }
+        before = now;
+        context.look_at_all();
+    }
+}
+
+/// What of a Job is looked at.
+fn strip_job(job: &mut Job) {
+    job.metadata.managed_fields = None;
+    if let Some(spec) = job.spec.as_mut() {
+        spec.template = PodTemplateSpec::default();
+    }
+}
+
+/// What of a StatefulSet is looked at.
+fn strip_set(set: &mut StatefulSet) {
+    set.metadata.managed_fields = None;
+    if let Some(spec) = set.spec.as_mut() {
+        spec.template = PodTemplateSpec::default();
+    }
+}
+
+/// What of a pod is looked at.
+fn strip_pod(pod: &mut Pod) {
+    pod.metadata.managed_fields = None;
+    if let Some(spec) = pod.spec.as_mut() {
+        *spec =
+            k8s_openapi::api::core::v1::PodSpec { node_name: spec.node_name.take(), ..Default::default() };
+    }
 }
 
 fn api<K>(client: &Client, options: &Options) -> Api<K>
@@ -259,30 +539,42 @@ where
     }
 }
 
-fn of_pod(pod: Pod) -> Option<ObjectRef<Workspace>> {
-    let name = pod.labels().get(WORKSPACE_LABEL)?;
-    Some(ObjectRef::new(name).within(pod.namespace().as_deref()?))
+fn labelled<K: ResourceExt>(object: &K) -> Option<Owner> {
+    Some((object.namespace()?, object.labels().get(WORKSPACE_LABEL)?.clone()))
 }
 
-/// The Workspaces that a ConfigMap configures; their labels would not tell.
-fn of_config(map: &PartialObjectMeta<ConfigMap>, known: &Store<Workspace>) -> Vec<ObjectRef<Workspace>> {
-    let (name, namespace) = (map.name_any(), map.namespace().unwrap_or_default());
-    let named = |workspace: &Arc<Workspace>| {
-        workspace.tuning.is_some() && workspace.namespace() == namespace && config_name(workspace) == name
-    };
-    known
-        .state()
-        .iter()
-        .filter(|workspace| named(workspace))
-        .map(|workspace| ObjectRef::from_obj(workspace.as_ref()))
-        .collect()
+fn own_name<K: ResourceExt>(object: &K) -> Option<Owner> {
+    Some((object.namespace()?, object.name_any()))
 }
 
-fn endpoint(metrics: Arc<Metrics>, ready: watch::Receiver<bool>) -> endpoint::Answer {
+/// Looks at the Workspaces that serve what a tuning one pushes.
+fn look_at_followers(tuning: &Workspace, context: &Context) {
+    for workspace in context.workspaces.state() {
+        if workspace.namespace() == tuning.namespace() && serve::follows(&workspace, tuning.name()) {
+            context.triggers.look_at(&owner_of(&workspace));
+        }
+    }
+}
+
+/// Looks at the Workspaces that a ConfigMap configures; its labels would not tell.
+fn of_config((namespace, name): &Owner, context: &Context) {
+    for workspace in context.workspaces.state() {
+        if workspace.tuning.is_some()
+            && workspace.namespace() == namespace
+            && config_name(&workspace) == *name
+        {
+            context.triggers.look_at(&owner_of(&workspace));
+        }
+    }
+}
+
+fn answers(metrics: Arc<Metrics>, healths: Healths, standby: Arc<Mutex<Option<String>>>) -> endpoint::Answer {
     Arc::new(move |asked| match asked.path {
         "/healthz" => Reply::text("ok\n"),
-        "/readyz" if *ready.borrow() => Reply::text("ok\n"),
-        "/readyz" => Reply { status: 503, ..Reply::text("the API server has not answered yet\n") },
+        "/readyz" => match locked(&standby).clone().or_else(|| healths.trouble()) {
+            None => Reply::text("ok\n"),
+            Some(why) => Reply { status: 503, ..Reply::text(why + "\n") },
+        },
         "/metrics" => Reply { content_type: endpoint::PROMETHEUS, ..Reply::text(metrics.text()) },
         _ => Reply::not_found(),
     })

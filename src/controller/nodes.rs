@@ -3,17 +3,20 @@
 //! Source: KAITO v0.12, `pkg/utils/nodeclaim` (a NodeClaim of its own, as its GPU provisioner serves it) and
 //! `pkg/nodeprovision/karpenter` (a NodePool for each Workspace).
 
-use kube::Client;
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Node, NodeCondition, NodeStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 
-use super::FIELD_MANAGER;
-use super::status::Nodes;
+use super::watches::Owner;
 use crate::source;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::{Cloud, MANAGED_BY, MANAGER, WORKSPACE_LABEL, Workspace};
-use k8s_openapi::api::core::v1::Node;
 
 const NAMESPACE_LABEL: &str = "kaito.sh/workspacenamespace";
 const NODE_POOL_LABEL: &str = "karpenter.sh/nodepool";
@@ -22,8 +25,8 @@ const NODE_POOL: &str = "kaito";
 /// Of a node that tunes, in KAITO whatever the model.
 const DISK: &str = "1024Gi";
 const NODE_CLASS: &str = "default";
-/// LIMIT: more nodes than this are not counted.
-const NODES_MAX: u32 = 500;
+/// What a claim was asked for with.
+const SPEC_HASH: &str = "hone.sh/spec-hash";
 
 /// What of Karpenter a cluster has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +34,17 @@ pub enum Provider {
     None,
     NodeClaims,
     NodePools,
+}
+
+impl Provider {
+    /// For the log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Provider::None => "nobody",
+            Provider::NodeClaims => "NodeClaims of Karpenter",
+            Provider::NodePools => "NodePools of Karpenter",
+        }
+    }
 }
 
 /// What is there decides: a NodeClaim is enough, and is given back with one call.
@@ -53,67 +67,143 @@ pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
     provider != Provider::None && !workspace.resource.instance_type.is_empty()
 }
 
-/// Asks for the Workspace's node; asking again changes nothing.
+/// Asks for the Workspace's node unless one like it is there, and gives others of the Workspace back. A claim that is on its way
+/// out is no node: another one is asked for, under a name of its own, since neither can a claim's spec be changed.
 pub async fn ask(
     client: &Client,
     workspace: &Workspace,
     provider: Provider,
     cloud: Option<Cloud>,
 ) -> kube::Result<()> {
+    if provider == Provider::None {
+        return Ok(());
+    }
     let cloud = cloud.unwrap_or_else(|| Cloud::of_instance(&workspace.resource.instance_type));
-    let object = match provider {
-        Provider::None => return Ok(()),
-        Provider::NodeClaims => claim(workspace, cloud),
+    let mut object = match provider {
         Provider::NodePools => pool(workspace, cloud),
+        _ => claim(workspace, cloud),
     };
-    let parameters = PatchParams::apply(FIELD_MANAGER).force();
-    api(client, provider)
-        .patch(&name(workspace, provider), &parameters, &Patch::Apply(&object))
-        .await
-        .map(|_| ())
+    let hash = source::digest(object["spec"].to_string().as_bytes())[..16].to_owned();
+    let known = list(client, workspace, provider).await?;
+    let mut there = false;
+    for old in known.iter().filter(|old| is_alive(old)) {
+        match old.annotations().get(SPEC_HASH) == Some(&hash) {
+            true => there = true,
+            false => delete(client, provider, &old.name_any()).await?,
+        }
+    }
+    if there {
+        return Ok(());
+    }
+    let mut names = (0..).map(|attempt| name(workspace, provider, &hash, attempt));
+    let free =
+        names.find(|name| known.iter().all(|old| old.name_any() != *name)).expect("one of endless names");
+    object["metadata"]["name"] = free.into();
+    object["metadata"]["annotations"][SPEC_HASH] = hash.into();
+    let object: DynamicObject = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+    match api(client, provider).create(&PostParams::default(), &object).await {
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        other => other.map(|_| ()),
+    }
 }
 
-/// Gives it back; one that is gone already is fine.
+/// Gives every node of the Workspace back.
 pub async fn give_back(client: &Client, workspace: &Workspace, provider: Provider) -> kube::Result<()> {
     if provider == Provider::None {
         return Ok(());
     }
-    match api(client, provider).delete(&name(workspace, provider), &DeleteParams::default()).await {
+    for old in list(client, workspace, provider).await?.iter().filter(|old| is_alive(old)) {
+        delete(client, provider, &old.name_any()).await?;
+    }
+    Ok(())
+}
+
+async fn list(
+    client: &Client,
+    workspace: &Workspace,
+    provider: Provider,
+) -> kube::Result<Vec<DynamicObject>> {
+    let (name, namespace) = (workspace.name(), workspace.namespace());
+    let ours = format!("{MANAGED_BY}={MANAGER},{WORKSPACE_LABEL}={name},{NAMESPACE_LABEL}={namespace}");
+    Ok(api(client, provider).list(&ListParams::default().labels(&ours)).await?.items)
+}
+
+async fn delete(client: &Client, provider: Provider, name: &str) -> kube::Result<()> {
+    match api(client, provider).delete(name, &DeleteParams::default()).await {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => other.map(|_| ()),
     }
 }
 
-/// What can be taken, and what has come of the asking.
-pub async fn look(client: &Client, workspace: &Workspace, provider: Provider) -> kube::Result<Nodes> {
-    let claim = match wanted(workspace, provider) {
-        true => api(client, provider)
-            .get_opt(&name(workspace, provider))
-            .await?
-            .map(|object| readiness(&object.data)),
-        false => None,
-    };
-    let selected = ListParams::default().labels(&selector(workspace)).limit(NODES_MAX);
-    let ready = match Api::<Node>::all(client.clone()).list(&selected).await {
-        Ok(nodes) => Some(nodes.items.iter().filter(|node| is_ready(node)).count()),
-        // A controller of one namespace may not look at nodes.
-        Err(kube::Error::Api(status)) if status.code == 403 => None,
-        Err(error) => return Err(error),
-    };
-    Ok(Nodes { ready, claim })
+fn is_alive(object: &DynamicObject) -> bool {
+    object.metadata.deletion_timestamp.is_none()
 }
 
-/// The same for the same Workspace, so that a controller that starts again finds what it asked for.
-pub fn name(workspace: &Workspace, provider: Provider) -> String {
-    let (namespace, name) = (workspace.namespace(), workspace.name());
-    let uid = workspace.metadata.uid.as_deref().unwrap_or_default();
-    match provider {
-        Provider::NodePools => format!("{namespace}-{name}"),
-        _ => format!("ws{}", &source::digest(format!("{namespace}/{name}/{uid}").as_bytes())[..9]),
+/// Whether none of what was asked for is still there, so that it is to be asked for again.
+pub fn is_missing(claims: &[Arc<DynamicObject>]) -> bool {
+    !claims.iter().any(|claim| is_alive(claim))
+}
+
+/// What has come of the asking: whether the node is there, and its provider's words.
+pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
+    let alive = claims.iter().find(|claim| is_alive(claim));
+    match (alive, claims.first()) {
+        (Some(claim), _) => Some(readiness(&claim.data)),
+        (None, Some(_)) => Some((false, "the node that was asked for is on its way out".into())),
+        (None, None) => None,
     }
 }
 
-fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
+/// Whose claim it is, by its labels.
+pub fn owner(object: &DynamicObject) -> Option<Owner> {
+    let labels = object.labels();
+    Some((labels.get(NAMESPACE_LABEL)?.clone(), labels.get(WORKSPACE_LABEL)?.clone()))
+}
+
+/// How many nodes with the Workspace's labels are ready.
+pub fn ready(nodes: &[Arc<Node>], selector: Option<&LabelSelector>) -> usize {
+    nodes.iter().filter(|node| is_ready(node) && selects(selector, node.labels())).count()
+}
+
+/// What of a node is looked at.
+pub fn strip(node: &mut Node) {
+    node.spec = None;
+    node.metadata.managed_fields = None;
+    node.metadata.annotations = None;
+    node.status = node.status.take().map(|status| NodeStatus {
+        conditions: status.conditions.map(|list| {
+            let ready = list.into_iter().filter(|condition| condition.type_ == "Ready");
+            ready
+                .map(|condition| NodeCondition {
+                    type_: condition.type_,
+                    status: condition.status,
+                    ..NodeCondition::default()
+                })
+                .collect()
+        }),
+        ..NodeStatus::default()
+    });
+}
+
+/// Whether two looks at a node say the same.
+pub fn same(one: &Node, two: &Node) -> bool {
+    one.metadata.labels == two.metadata.labels && is_ready(one) == is_ready(two)
+}
+
+fn name(workspace: &Workspace, provider: Provider, hash: &str, attempt: u32) -> String {
+    let (namespace, name) = (workspace.namespace(), workspace.name());
+    let uid = workspace.metadata.uid.as_deref().unwrap_or_default();
+    match provider {
+        Provider::NodePools if attempt == 0 => format!("{namespace}-{name}"),
+        Provider::NodePools => format!("{namespace}-{name}-{attempt}"),
+        _ => {
+            let text = format!("{namespace}/{name}/{uid}/{hash}/{attempt}");
+            format!("ws{}", &source::digest(text.as_bytes())[..9])
+        }
+    }
+}
+
+pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     let (kind, plural) = match provider {
         Provider::NodePools => ("NodePool", "nodepools"),
         _ => ("NodeClaim", "nodeclaims"),
@@ -174,7 +264,7 @@ fn claim(workspace: &Workspace, cloud: Cloud) -> Value {
     json!({
         "apiVersion": "karpenter.sh/v1", "kind": "NodeClaim",
         "metadata": {
-            "name": name(workspace, Provider::NodeClaims), "labels": labels,
+            "labels": labels,
             "annotations": {"karpenter.sh/do-not-disrupt": "true"},
         },
         "spec": {
@@ -189,10 +279,10 @@ fn pool(workspace: &Workspace, cloud: Cloud) -> Value {
     json!({
         "apiVersion": "karpenter.sh/v1", "kind": "NodePool",
         "metadata": {
-            "name": name(workspace, Provider::NodePools),
             "labels": {
                 MANAGED_BY: MANAGER, WORKSPACE_LABEL: workspace.name(), NAMESPACE_LABEL: workspace.namespace(),
             },
+            "annotations": {},
         },
         "spec": {
             "replicas": 1,
@@ -227,18 +317,60 @@ fn is_ready(node: &Node) -> bool {
     conditions.into_iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// As the API takes it in a query.
-fn selector(workspace: &Workspace) -> String {
-    let Some(selector) = &workspace.resource.label_selector else { return String::new() };
-    let labels = selector.match_labels.iter().flatten().map(|(key, value)| format!("{key}={value}"));
-    let expressions = selector.match_expressions.iter().flatten().map(|expression| {
-        let values = expression.values.clone().unwrap_or_default().join(",");
-        match expression.operator.as_str() {
-            "In" => format!("{} in ({values})", expression.key),
-            "NotIn" => format!("{} notin ({values})", expression.key),
-            "DoesNotExist" => format!("!{}", expression.key),
-            _ => expression.key.clone(),
-        }
-    });
-    labels.chain(expressions).collect::<Vec<_>>().join(",")
+/// As Kubernetes reads a selector; none selects every node.
+fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
+    let Some(selector) = selector else { return true };
+    let equal = selector.match_labels.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));
+    equal
+        && selector.match_expressions.iter().flatten().all(|expression| {
+            let value = labels.get(&expression.key);
+            let listed =
+                value.is_some_and(|value| expression.values.iter().flatten().any(|other| other == value));
+            match expression.operator.as_str() {
+                "In" => listed,
+                "NotIn" => !listed,
+                "DoesNotExist" => value.is_none(),
+                _ => value.is_some(),
+            }
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors_are_read_as_kubernetes_does() {
+        let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
+        let holds = |value: Value| selects(Some(&serde_json::from_value(value).unwrap()), &labels);
+        let expression = |operator: &str, key: &str, values: &[&str]| {
+            holds(json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]}))
+        };
+        assert!(selects(None, &labels) && holds(json!({})) && holds(json!({"matchLabels": {"a": "b"}})));
+        assert!(!holds(json!({"matchLabels": {"a": "c"}})));
+        assert!(expression("In", "a", &["x", "b"]) && !expression("In", "z", &["b"]));
+        assert!(
+            expression("NotIn", "a", &["x"])
+                && expression("NotIn", "z", &["x"])
+                && !expression("NotIn", "a", &["b"])
+        );
+        assert!(expression("Exists", "a", &[]) && !expression("Exists", "z", &[]));
+        assert!(expression("DoesNotExist", "z", &[]) && !expression("DoesNotExist", "a", &[]));
+    }
+
+    #[test]
+    fn what_became_of_a_claim() {
+        let claim = |value: Value| Arc::new(serde_json::from_value::<DynamicObject>(value).unwrap());
+        assert_eq!(claimed(&[]), None);
+        let failed = claim(json!({"metadata": {"name": "a"}, "status": {"conditions": [
+            {"type": "Launched", "status": "False", "reason": "InsufficientCapacity", "message": "none left"},
+        ]}}));
+        assert_eq!(
+            claimed(std::slice::from_ref(&failed)),
+            Some((false, "InsufficientCapacity: none left".into()))
+        );
+        let leaves = claim(json!({"metadata": {"name": "b", "deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+        assert!(is_missing(std::slice::from_ref(&leaves)) && !is_missing(&[leaves.clone(), failed.clone()]));
+        assert_eq!(claimed(&[leaves]).map(|(there, _)| there), Some(false));
+    }
 }

@@ -3,6 +3,8 @@
 //! Pure. The Job's conditions decide, not its counters: a pod that failed and is tried again is no failed training, which KAITO
 //! takes it for.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
 use serde::Deserialize;
@@ -51,6 +53,8 @@ pub struct Seen {
     pub node: Option<String>,
     /// Why Kubernetes gave the Job up.
     pub given_up: Option<String>,
+    /// Where nothing moves and nothing here says why: the pod or Job whose Warnings may, by uid.
+    pub mute: Option<String>,
 }
 
 /// How a container ended, in hone's words where it left some.
@@ -76,34 +80,53 @@ pub struct Said {
     pub digest: Option<String>,
 }
 
-pub fn observe(job: Option<&Job>, pods: &[Pod]) -> Seen {
-    let newest = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone());
+/// `ran`: whether the same Job was seen running before. Between a pod that goes and the next one it still is.
+pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
+    let newest = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone()).map(|pod| &**pod);
     let status = job.and_then(|job| job.status.as_ref());
     let counted = |count: Option<i32>| count.unwrap_or(0);
     let condition = |name: &str| {
         let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
         conditions.into_iter().find(|condition| condition.type_ == name && condition.status == "True")
     };
-    // Between a pod that failed and the next one none is active, and before the end the last one goes.
-    let begun =
-        status.map_or(0, |status| counted(status.active) + counted(status.ready) + counted(status.failed));
+    let suspension = condition("Suspended").is_some();
+    let begun = status.map_or(0, |status| {
+        [status.active, status.ready, status.failed, status.succeeded, status.terminating]
+            .map(counted)
+            .iter()
+            .sum()
+    });
     let ending = ["FailureTarget", "SuccessCriteriaMet"].into_iter().any(|name| condition(name).is_some());
     let stage = match () {
         () if condition("Complete").is_some() => Stage::Succeeded,
         () if condition("Failed").is_some() => Stage::Failed,
-        () if begun > 0 || ending => Stage::Running,
+        () if begun > 0 || ending || (ran && job.is_some() && !suspension) => Stage::Running,
         () => Stage::Pending,
     };
     let suspended = || {
-        condition("Suspended")?;
+        suspension.then_some(())?;
         Some("it is suspended until its queue lets it start".to_owned())
     };
+    let waiting = newest.filter(|_| !stage.is_over()).and_then(waiting).or_else(suspended);
+    let running = newest.filter(|pod| is_running(pod)).and_then(|pod| pod.metadata.name.clone());
+    let silent = !stage.is_over() && waiting.is_none() && running.is_none();
     Seen {
         stage,
-        waiting: newest.filter(|_| !stage.is_over()).and_then(waiting).or_else(suspended),
-        ended: pods.iter().filter_map(terminated).max_by_key(|ended| ended.finished_at.clone()).map(ended),
+        mute: match newest
+            .filter(|pod| terminated(pod).is_none() && pod.metadata.deletion_timestamp.is_none())
+        {
+            Some(pod) => pod.metadata.uid.clone(),
+            None => job.and_then(|job| job.metadata.uid.clone()),
+        }
+        .filter(|_| silent),
+        waiting,
+        ended: pods
+            .iter()
+            .filter_map(|pod| terminated(pod))
+            .max_by_key(|ended| ended.finished_at.clone())
+            .map(Ended::of),
         failures: status.map_or(0, |status| counted(status.failed)),
-        running: newest.filter(|pod| is_running(pod)).and_then(|pod| pod.metadata.name.clone()),
+        running,
         node: newest.and_then(|pod| pod.spec.as_ref()?.node_name.clone()),
         given_up: condition("Failed").map(|condition| {
             let text = |text: &Option<String>| text.clone().unwrap_or_default();
@@ -122,18 +145,6 @@ fn is_running(pod: &Pod) -> bool {
 
 fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
     state(pod)?.terminated.as_ref()
-}
-
-fn ended(state: &ContainerStateTerminated) -> Ended {
-    let text = state.message.as_deref().unwrap_or_default();
-    // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
-    let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
-    let said = said.into_iter().find(|said| !said.kind.is_empty());
-    Ended {
-        exit_code: state.exit_code,
-        reason: state.reason.clone().unwrap_or_default(),
-        said: said.unwrap_or_default(),
-    }
 }
 
 /// Why a pod does not run: not scheduled, an image or a mount that is missing.
@@ -161,6 +172,19 @@ fn waiting(pod: &Pod) -> Option<String> {
 }
 
 impl Ended {
+    /// As the kubelet tells it.
+    pub fn of(state: &ContainerStateTerminated) -> Ended {
+        let text = state.message.as_deref().unwrap_or_default();
+        // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
+        let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
+        let said = said.into_iter().find(|said| !said.kind.is_empty());
+        Ended {
+            exit_code: state.exit_code,
+            reason: state.reason.clone().unwrap_or_default(),
+            said: said.unwrap_or_default(),
+        }
+    }
+
     /// `exit code 11 (data): row 3 ...; what to do`
     pub fn told(&self) -> String {
         let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == self.exit_code);
@@ -170,9 +194,10 @@ impl Ended {
         let words: Vec<&str> = parts.into_iter().flatten().collect();
         match (words.is_empty(), self.exit_code) {
             (false, code) => format!("exit code {code}{name}: {}", words.join("; ")),
-            (true, 137) => {
-                format!("exit code 137{name}: killed, most likely for its memory; raise hone.sh/memory")
+            (true, 137) if self.reason == "OOMKilled" => {
+                format!("exit code 137{name}: killed for its memory; raise hone.sh/memory")
             }
+            (true, 137) => format!("exit code 137{name}: killed from outside, by a person or by its node"),
             (true, code) => format!("exit code {code}{name}"),
         }
     }
@@ -187,17 +212,17 @@ mod tests {
         serde_json::from_value(json!({"status": status})).unwrap()
     }
 
-    fn pod(created: &str, state: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({
+    fn pod(created: &str, state: serde_json::Value) -> Arc<Pod> {
+        let pod = serde_json::from_value(json!({
             "metadata": {"name": format!("pod-{created}"), "creationTimestamp": format!("2026-01-01T00:00:{created}Z")},
             "status": {"containerStatuses": [{
                 "name": "c", "image": "i", "imageID": "", "ready": false, "restartCount": 0, "state": state,
             }]},
-        }))
-        .unwrap()
+        }));
+        Arc::new(pod.unwrap())
     }
 
-    fn ended(created: &str, code: i32, message: &str) -> Pod {
+    fn ended(created: &str, code: i32, message: &str) -> Arc<Pod> {
         let finished = format!("2026-01-01T00:01:{created}Z");
         pod(created, json!({"terminated": {"exitCode": code, "message": message, "finishedAt": finished}}))
     }
@@ -205,8 +230,8 @@ mod tests {
     /// KAITO's table of a Job's status, with the Job's own conditions in place of its counter of failures.
     #[test]
     fn stages() {
-        let stage = |status| observe(Some(&job(status)), &[]).stage;
-        assert_eq!(observe(None, &[]).stage, Stage::Pending);
+        let stage = |status| observe(Some(&job(status)), &[], false).stage;
+        assert_eq!(observe(None, &[], false).stage, Stage::Pending);
         assert_eq!(stage(json!({})), Stage::Pending);
         assert_eq!(stage(json!({"active": 1})), Stage::Running);
         assert_eq!(stage(json!({"active": 1, "failed": 2})), Stage::Running, "tried again");
@@ -222,8 +247,14 @@ mod tests {
             Stage::Running,
             "its pod still goes"
         );
-        let seen = observe(Some(&job(json!({"conditions": condition("Suspended")}))), &[]);
-        assert_eq!((seen.stage, seen.waiting.is_some()), (Stage::Pending, true));
+        let seen = observe(Some(&job(json!({"conditions": condition("Suspended")}))), &[], true);
+        assert_eq!((seen.stage, seen.waiting.is_some()), (Stage::Pending, true), "a queue may stop it again");
+        assert_eq!(
+            observe(Some(&job(json!({}))), &[], true).stage,
+            Stage::Running,
+            "between a pod that goes and the next"
+        );
+        assert_eq!(stage(json!({"terminating": 1})), Stage::Running);
     }
 
     #[test]
@@ -231,19 +262,25 @@ mod tests {
         let line =
             "{\"code\":11,\"kind\":\"data\",\"message\":\"row 3 is empty\",\"help\":\"look\",\"step\":7}\n";
         let pods = [ended("02", 11, line), ended("01", 20, "")];
-        let last = observe(Some(&job(json!({"active": 1}))), &pods).ended.unwrap();
+        let last = observe(Some(&job(json!({"active": 1}))), &pods, false).ended.unwrap();
         assert_eq!(last.told(), "exit code 11 (data): row 3 is empty; look");
         assert_eq!(last.said.step, Some(7));
         let logs = format!("{{\"event\":\"note\"}}\nsome words\n{line}");
-        assert_eq!(observe(None, &[ended("01", 11, &logs)]).ended.unwrap().said.kind, "data");
-        assert_eq!(observe(None, &[ended("01", 20, "")]).ended.unwrap().told(), "exit code 20 (network)");
+        assert_eq!(observe(None, &[ended("01", 11, &logs)], false).ended.unwrap().said.kind, "data");
+        assert_eq!(
+            observe(None, &[ended("01", 20, "")], false).ended.unwrap().told(),
+            "exit code 20 (network)"
+        );
         let log = "{\"level\":\"INFO\",\"message\":\"step\",\"step\":9,\"loss\":1.0}";
-        assert!(observe(None, &[ended("01", 137, log)]).ended.unwrap().told().contains("memory"));
+        let killed = observe(None, &[ended("01", 137, log)], false).ended.unwrap();
+        assert!(killed.told().contains("by a person or by its node"), "{}", killed.told());
+        let hungry = Ended { reason: "OOMKilled".into(), ..killed };
+        assert!(hungry.told().contains("raise hone.sh/memory"), "{}", hungry.told());
     }
 
     #[test]
     fn what_a_pod_waits_for() {
-        let told = |state| observe(Some(&job(json!({"active": 1}))), &[pod("01", state)]).waiting;
+        let told = |state| observe(Some(&job(json!({"active": 1}))), &[pod("01", state)], false).waiting;
         assert_eq!(told(json!({"waiting": {"reason": "ContainerCreating"}})), None);
         assert_eq!(
             told(json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}})).as_deref(),
@@ -254,9 +291,29 @@ mod tests {
             {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"},
         ]}}))
         .unwrap();
-        let seen = observe(Some(&job(json!({"active": 1}))), &[unscheduled]);
+        let seen = observe(Some(&job(json!({"active": 1}))), &[Arc::new(unscheduled)], false);
         assert_eq!(seen.waiting.as_deref(), Some("Unschedulable: 0/3 nodes"));
-        let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))]);
+        let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))], false);
         assert_eq!(running.running.as_deref(), Some("pod-01"));
+    }
+
+    /// Its Events are asked where neither pod nor Job says why nothing moves.
+    #[test]
+    fn whose_warnings_are_read() {
+        let mut quiet: Job = job(json!({"active": 0}));
+        quiet.metadata.uid = Some("job".into());
+        let mute = |pods: &[Arc<Pod>]| observe(Some(&quiet), pods, false).mute;
+        assert_eq!(mute(&[]).as_deref(), Some("job"));
+        let with_uid = |state| {
+            let mut pod = (*pod("01", state)).clone();
+            pod.metadata.uid = Some("pod".into());
+            Arc::new(pod)
+        };
+        assert_eq!(
+            mute(&[with_uid(json!({"waiting": {"reason": "ContainerCreating"}}))]).as_deref(),
+            Some("pod")
+        );
+        assert_eq!(mute(&[with_uid(json!({"waiting": {"reason": "ErrImagePull"}}))]), None, "it says why");
+        assert_eq!(mute(&[with_uid(json!({"running": {}}))]), None);
     }
 }

@@ -1,5 +1,6 @@
-//! One Workspace, looked at from nothing: what there should be is made, what there is is told. Doing it twice changes nothing.
+//! One Workspace, looked at from what there is: what there should be is made, what there is is told. Doing it twice changes nothing.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,60 +8,123 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
-use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, LogParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::controller::Action;
-use kube::runtime::events::{Event, EventType};
+use kube::runtime::wait::{await_condition, conditions};
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 
+use super::events::{self, Weight};
 use super::observe::{self, Seen, Stage};
 use super::progress::{self, Progress};
+use super::revision::{self, HASH, Known};
+use super::serve;
 use super::status::{self, Nodes, Report};
-use super::{Context, FIELD_MANAGER, nodes, revision};
-use crate::fault::Fault;
+use super::{Context, FIELD_MANAGER, Owner, locked, no_owner, nodes, owner_of, words};
 use crate::workspace::annotations::{self, PREFIX};
+use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
+use crate::workspace::kind::Inference;
 use crate::workspace::{
-    Asked, MANAGED_BY, MANAGER, Method, REVISION, Rendered, WORKSPACE_LABEL, Workspace, config_name,
-    inputs_hash, render, validate,
+    Asked, MANAGED_BY, MANAGER, Method, REVISION, Rendered, Workspace, config_name, inputs_hash, render,
+    validate,
 };
 
 /// KAITO's finalizer: a Workspace that has it is its controller's.
 const KAITO_FINALIZER: &str = "workspace.finalizer.kaito.sh";
 /// Ours, while a node was asked for.
 const FINALIZER: &str = "hone.sh/nodes";
-/// How often a running training is looked at.
-const RUNNING: Duration = Duration::from_secs(30);
-/// How often anything else is, besides when it changes.
-const RESTING: Duration = Duration::from_secs(600);
+/// How often a Workspace is looked at when nothing changes. It costs no request.
+pub(super) const RESTING: Duration = Duration::from_secs(600);
 /// While something is on its way out.
 const SOON: Duration = Duration::from_secs(2);
+/// When a running training's log is read for the first time, and how rarely it becomes: two reads in three minutes, ten an hour.
+const PROGRESS: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(360));
+/// The same for the Warnings of a pod that does not get going.
+const WARNINGS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(240));
+/// After a refusal of the API server, and how often that doubles: up to six minutes.
+const REFUSED: Duration = Duration::from_secs(6);
+const REFUSALS_DOUBLED: u32 = 6;
+/// Looks that fail in a row before the Workspace says so.
+const FAILURES_TOLD: u32 = 3;
 
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
     let timer = context.metrics.started();
-    let result = Reconciler::new(&workspace, &context).run().await;
+    let workspace = newest(workspace, &context);
+    let reconciler = Reconciler::new(&workspace, &context);
+    let result = match reconciler.run().await {
+        Err(error) if words::is_terminating(&error) => Ok(Action::requeue(RESTING)),
+        Err(error) => Err(reconciler.tell_trouble(error).await),
+        Ok(action) => Ok(action),
+    };
     context.metrics.ended(timer, result.is_ok());
     result
 }
 
-struct Reconciler<'a> {
-    workspace: &'a Workspace,
-    context: &'a Context,
+pub(super) struct Reconciler<'a> {
+    /// As it is to be done: without what a version of the API filled in.
+    pub workspace: Cow<'a, Workspace>,
+    pub context: &'a Context,
     client: &'a Client,
+    pub owner: Owner,
 }
 
-/// What is to be done, or why it cannot.
-enum Wanted {
-    Job { rendered: Box<Rendered>, revision: i64 },
-    Refused(Fault),
+/// The Workspace as this controller last wrote it, where the watch has not brought that yet: otherwise it would be written again.
+fn newest(workspace: Arc<Workspace>, context: &Context) -> Arc<Workspace> {
+    let version = |workspace: &Workspace| workspace.metadata.resource_version.as_ref()?.parse::<u64>().ok();
+    let own = context.note(&workspace, |notes| notes.own.clone());
+    match own {
+        Some(own) if version(&own) > version(&workspace) => own,
+        _ => {
+            context.note(&workspace, |notes| notes.own = None);
+            workspace
+        }
+    }
+}
+
+/// Revision and hash of the inputs that a Job is, or is to be, made from.
+#[derive(Clone, Debug, PartialEq)]
+struct Inputs {
+    number: i64,
+    hash: String,
+}
+
+impl Inputs {
+    /// As the Job carries them. One that an older hone made carries no hash.
+    fn of(job: &Job) -> Option<Inputs> {
+        let annotations = job.metadata.annotations.as_ref()?;
+        let number = annotations.get(REVISION)?.parse().ok()?;
+        Some(Inputs { number, hash: annotations.get(HASH).cloned().unwrap_or_default() })
+    }
+
+    fn made(&self, job: &Job) -> bool {
+        Inputs::of(job)
+            .is_some_and(|of| of.number == self.number && (of.hash == self.hash || of.hash.is_empty()))
+    }
+}
+
+/// What the Job is to be like, and why it cannot be changed to that.
+struct Wanted {
+    inputs: Inputs,
+    known: Option<Known>,
+    config: Option<Arc<ConfigMap>>,
+}
+
+fn is_leaving(job: &Job) -> bool {
+    job.metadata.deletion_timestamp.is_some()
+}
+
+fn is_over(job: &Job) -> bool {
+    observe::observe(Some(job), &[], false).stage.is_over()
 }
 
 impl<'a> Reconciler<'a> {
     fn new(workspace: &'a Workspace, context: &'a Context) -> Reconciler<'a> {
-        Reconciler { workspace, context, client: &context.client }
+        let owner = owner_of(workspace);
+        Reconciler { workspace: Cow::Borrowed(workspace), context, client: &context.client, owner }
     }
 
-    fn api<K>(&self) -> Api<K>
+    pub fn api<K>(&self) -> Api<K>
     where
         K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
     {
@@ -69,26 +133,29 @@ impl<'a> Reconciler<'a> {
 
     async fn run(&self) -> kube::Result<Action> {
         if self.is_not_ours() {
-            self.context.metrics.forget(self.workspace);
+            self.context.forget(&self.workspace);
             return Ok(Action::await_change());
         }
         if self.workspace.metadata.deletion_timestamp.is_some() {
             return self.end().await;
         }
-        let job = self.api::<Job>().get_opt(self.workspace.name()).await?;
-        if job.as_ref().is_some_and(|job| !self.made(job)) {
-            return self.refuse_foreign().await;
-        }
-        match self.wanted().await? {
-            Wanted::Refused(fault) => self.tell(job.as_ref(), 0, Some(fault.to_string())).await,
-            Wanted::Job { rendered, revision } => self.bring(job, *rendered, revision).await,
+        match self.workspace.tuning.is_some() {
+            true => self.tune().await,
+            false => serve::bring(self).await,
         }
     }
 
     fn is_not_ours(&self) -> bool {
-        let ignored = annotations::read(self.workspace).is_ok_and(|options| options.ignore);
+        let ignored = annotations::read(&self.workspace).is_ok_and(|options| options.ignore);
         let kaitos = self.finalizers().iter().any(|finalizer| finalizer == KAITO_FINALIZER);
-        self.workspace.tuning.is_none() || ignored || kaitos || self.context.kaito_is_here()
+        // A pod of the user's own is KAITO's to serve.
+        let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
+        let others = match (&self.workspace.tuning, &self.workspace.inference) {
+            (None, None) => true,
+            (None, Some(inference)) => template(inference),
+            _ => false,
+        };
+        others || ignored || kaitos || self.context.presence().kaito
     }
 
     fn finalizers(&self) -> &[String] {
@@ -104,158 +171,477 @@ impl<'a> Reconciler<'a> {
         ours.is_some_and(|manager| manager == MANAGER) && same
     }
 
-    async fn refuse_foreign(&self) -> kube::Result<Action> {
-        let told = format!(
-            "Job {} is not of this Workspace: rename the Workspace, or remove the Job",
-            self.workspace.name()
-        );
-        self.tell(None, 0, Some(told)).await
+    /// Of the Workspace that had this name before; the garbage collector takes it away.
+    fn is_a_predecessors(&self, job: &Job) -> bool {
+        let ours = job.metadata.labels.as_ref().and_then(|labels| labels.get(MANAGED_BY));
+        let owners = job.metadata.owner_references.iter().flatten();
+        ours.is_some_and(|manager| manager == MANAGER)
+            && owners.into_iter().any(|owner| owner.kind == crate::workspace::kind::KIND)
     }
 
-    /// Inputs -> the Job that there should be. A new revision is written down before its Job is made.
-    async fn wanted(&self) -> kube::Result<Wanted> {
-        let name = config_name(self.workspace);
-        let map = self.api::<ConfigMap>().get_opt(&name).await?;
-        let config = match map.as_ref().map(|map| entry(map, &name)).transpose() {
-            Ok(config) => config,
-            Err(fault) => return Ok(Wanted::Refused(fault)),
+    async fn tune(&self) -> kube::Result<Action> {
+        let known = self.known().await?;
+        if let Some(effective) = without_a_versions_default(&self.workspace, known.as_ref()) {
+            let effective =
+                Reconciler { workspace: Cow::Owned(effective), owner: self.owner.clone(), ..*self };
+            return effective.bring(known).await;
+        }
+        self.bring(known).await
+    }
+
+    /// The newest revision; asked for once.
+    async fn known(&self) -> kube::Result<Option<Known>> {
+        if let Some(known) = self.context.note(&self.workspace, |notes| notes.known.clone()) {
+            return Ok(known);
+        }
+        let known = revision::newest(&self.api(), self.workspace.name()).await?;
+        self.context.note(&self.workspace, |notes| notes.known = Some(known.clone()));
+        Ok(known)
+    }
+
+    /// The ConfigMap in force; its text is asked for when its version is another one.
+    async fn config(&self) -> kube::Result<Option<Arc<ConfigMap>>> {
+        let place = (self.workspace.namespace().to_owned(), config_name(&self.workspace));
+        let version =
+            self.context.configs.find(&place, &place.1).and_then(|map| map.metadata.resource_version.clone());
+        if version.is_none() && self.context.healths.is_fine("configmaps") {
+            return Ok(None);
+        }
+        let kept = locked(&self.context.texts).get(&place).cloned();
+        if let Some(kept) = kept.filter(|kept| version.is_some() && kept.metadata.resource_version == version)
+        {
+            return Ok(Some(kept));
+        }
+        let map = self.api::<ConfigMap>().get_opt(&place.1).await?.map(Arc::new);
+        if let Some(map) = &map {
+            locked(&self.context.texts).insert(place, map.clone());
+        }
+        Ok(map)
+    }
+
+    async fn bring(&self, known: Option<Known>) -> kube::Result<Action> {
+        let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
+        let name = config_name(&self.workspace);
+        let config = self.config().await?;
+        let text = match config.as_deref().map(|map| entry(map, &name)).transpose() {
+            Ok(text) => text,
+            Err(fault) => return self.refuse(job.as_deref(), words::of_fault(fault)).await,
         };
-        let revisions = self.api();
-        let known = revision::newest(&revisions, self.workspace.name()).await?;
-        let default =
-            Method::named(&self.workspace.tuning.as_ref().expect("it tunes").method).map(Method::config);
-        let hash = inputs_hash(self.workspace, config.or(default).unwrap_or_default());
+        let method = self.workspace.tuning.as_ref().map(|tuning| tuning.method.as_str()).unwrap_or_default();
+        let default = Method::named(method).map(Method::config);
+        let hash = inputs_hash(&self.workspace, text.or(default).unwrap_or_default());
         let is_known = known.as_ref().is_some_and(|known| known.hash == hash);
         let number = known.as_ref().map_or(0, |known| known.number) + i64::from(!is_known);
-        if let Some(old) = known.as_ref().filter(|_| !is_known).and_then(|known| known.workspace.as_ref()) {
-            let own_model = annotations::read(self.workspace).is_ok_and(|options| options.model.is_some());
-            if let Err(fault) = validate::update(old, self.workspace, own_model) {
-                return Ok(Wanted::Refused(fault));
-            }
-        }
-        let asked =
-            Asked { workspace: self.workspace, config, settings: &self.context.settings, revision: number };
-        match render(&asked) {
-            Err(fault) => Ok(Wanted::Refused(fault)),
-            Ok(rendered) => {
-                if !is_known {
-                    revision::add(&revisions, self.workspace, &hash, number).await?;
-                }
-                Ok(Wanted::Job { rendered: Box::new(rendered), revision: number })
-            }
-        }
-    }
-
-    async fn bring(&self, job: Option<Job>, rendered: Rendered, revision: i64) -> kube::Result<Action> {
-        let made_from = |job: &Job| job.metadata.annotations.as_ref()?.get(REVISION)?.parse::<i64>().ok();
+        let wanted = Wanted { inputs: Inputs { number, hash }, known, config };
         match job {
-            Some(job) if job.metadata.deletion_timestamp.is_some() => {
-                self.tell(None, revision, None).await?;
-                Ok(Action::requeue(SOON))
-            }
-            Some(job) if made_from(&job) != Some(revision) => {
-                let parameters = DeleteParams::foreground();
-                ignore(404, self.api::<Job>().delete(self.workspace.name(), &parameters).await.map(|_| ()))?;
-                self.event(
-                    EventType::Normal,
-                    "Rerun",
-                    &format!("revision {revision}: the inputs have changed"),
-                )
-                .await;
-                self.tell(None, revision, None).await?;
-                Ok(Action::requeue(SOON))
-            }
-            Some(job) => self.tell(Some(&job), revision, None).await,
-            None if self.was_done(revision).await? => Ok(Action::requeue(RESTING)),
-            None => {
-                self.make(rendered, revision).await?;
-                self.tell(None, revision, None).await
-            }
+            Some(job) => self.with_job(&job, wanted).await,
+            None => self.without_job(wanted).await,
         }
     }
 
-    /// A Job that ended may be gone by its time to live; it is not done again. The server is asked, since what a watch brought
-    /// may be older than the Job's end. A Workspace that is gone wants nothing.
-    async fn was_done(&self, revision: i64) -> kube::Result<bool> {
-        let Some(workspace) = self.api::<Workspace>().get_opt(self.workspace.name()).await? else {
-            return Ok(true);
+    async fn with_job(&self, job: &Job, wanted: Wanted) -> kube::Result<Action> {
+        let of = Inputs::of(job);
+        let number = of.as_ref().map_or(0, |of| of.number);
+        if wanted.inputs.made(job) {
+            // Written down after the Job was made: that may have been missed.
+            self.write_down(&wanted).await?;
+            if is_leaving(job) && !is_over(job) {
+                // The next look finds none, and makes it again.
+                return self.tell(None, number, None).await.map(|_| Action::requeue(SOON));
+            }
+            return self.tell(Some(job), number, None).await;
+        }
+        if is_leaving(job) {
+            let shown = Some(job).filter(|job| is_over(job));
+            return self.tell(shown, number, None).await.map(|_| Action::requeue(SOON));
+        }
+        let rendered = match self.render(&wanted) {
+            Ok(rendered) => rendered,
+            Err(why) => return self.refuse(Some(job), why).await,
         };
-        let state = workspace.status.as_ref().and_then(|status| status.state.as_deref());
-        let over = state
-            .is_some_and(|state| Stage::ALL.iter().any(|stage| stage.is_over() && stage.name() == state));
-        Ok(over && workspace.annotation(&format!("{PREFIX}revision")) == Some(&revision.to_string()))
+        if let Some(why) = self.would_be_refused(&rendered.job).await? {
+            return self.refuse(Some(job), why).await;
+        }
+        let parameters = DeleteParams {
+            preconditions: Some(Preconditions { uid: job.metadata.uid.clone(), resource_version: None }),
+            ..DeleteParams::foreground()
+        };
+        let deleted = self.api::<Job>().delete(self.workspace.name(), &parameters).await.map(|_| ());
+        ignore(404, ignore(409, deleted))?;
+        let told = format!("revision {}: the inputs have changed", wanted.inputs.number);
+        self.event(Weight::Normal, "Rerun", &told).await;
+        self.tell(None, number, None).await?;
+        Ok(Action::requeue(SOON))
     }
 
-    async fn make(&self, rendered: Rendered, revision: i64) -> kube::Result<()> {
+    /// No Job is known: one that ended is done, one that is missing is made. The server is asked before, since what a watch
+    /// brought may be old.
+    async fn without_job(&self, wanted: Wanted) -> kube::Result<Action> {
+        let Some(now) = self.api::<Workspace>().get_opt(self.workspace.name()).await? else {
+            return Ok(Action::await_change());
+        };
+        let is_known = wanted.known.as_ref().is_some_and(|known| known.hash == wanted.inputs.hash);
+        let number = wanted.inputs.number;
+        let made = now.annotation(&format!("{PREFIX}revision")) == Some(&number.to_string());
+        if is_known && made && now.status.as_ref().is_some_and(status::tells_an_end) {
+            return self.stay_over(&now).await;
+        }
+        if let Some(job) = self.api::<Job>().get_opt(self.workspace.name()).await? {
+            return match () {
+                () if self.made(&job) => Box::pin(self.with_job(&job, wanted)).await,
+                () if self.is_a_predecessors(&job) => {
+                    self.tell(None, 0, None).await?;
+                    Ok(Action::requeue(SOON))
+                }
+                () => self.refuse_foreign(&job).await,
+            };
+        }
+        if is_known
+            && made
+            && let Some(action) = self.end_without_job(&wanted).await?
+        {
+            return Ok(action);
+        }
+        let rendered = match self.render(&wanted) {
+            Ok(rendered) => rendered,
+            Err(why) => return self.refuse(None, why).await,
+        };
+        match self.make(rendered, &wanted).await {
+            Ok(job) => self.tell(Some(&job), number, None).await,
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(Action::requeue(SOON)),
+            Err(error) if words::is_terminating(&error) => Err(error),
+            Err(error) => match words::refusal(&error) {
+                Some(why) => self.refuse(None, format!("the API server refuses it: {why}")).await,
+                None => Err(error),
+            },
+        }
+    }
+
+    /// Its end was written, and its Job is gone. What was asked of Karpenter is given back all the same.
+    async fn stay_over(&self, now: &Workspace) -> kube::Result<Action> {
+        let state = now.status.as_ref().and_then(|status| status.state.as_deref());
+        if let Some(stage) = Stage::ALL.into_iter().find(|stage| Some(stage.name()) == state) {
+            self.context.metrics.saw(&self.workspace, stage);
+        }
+        self.give_back().await?;
+        Ok(Action::requeue(RESTING))
+    }
+
+    /// A Job that was made, ended and went while nobody looked: its own Events still tell for an hour.
+    async fn end_without_job(&self, wanted: &Wanted) -> kube::Result<Option<Action>> {
+        let since = wanted.known.as_ref().and_then(|known| known.since);
+        let (namespace, name) = (self.workspace.namespace(), self.workspace.name());
+        let Some((well, told)) = events::end_of_job(self.client, namespace, name, since).await? else {
+            return Ok(None);
+        };
+        let mut seen = observe::observe(None, &[], false);
+        seen.stage = if well { Stage::Succeeded } else { Stage::Failed };
+        seen.given_up = Some(format!("{told} (its Job was removed before its end was seen)"));
+        let report = Report {
+            seen,
+            progress: None,
+            nodes: Nodes::default(),
+            refused: None,
+            stuck: false,
+            warning: None,
+        };
+        self.write(&report).await?;
+        self.annotate(status::annotations(&report, wanted.inputs.number)).await?;
+        self.give_back().await?;
+        Ok(Some(Action::requeue(RESTING)))
+    }
+
+    fn render(&self, wanted: &Wanted) -> Result<Rendered, String> {
+        let name = config_name(&self.workspace);
+        let is_known = wanted.known.as_ref().is_some_and(|known| known.hash == wanted.inputs.hash);
+        let old = wanted.known.as_ref().filter(|_| !is_known).and_then(|known| known.workspace.as_ref());
+        if let Some(old) = old {
+            let own_model = annotations::read(&self.workspace).is_ok_and(|options| options.model.is_some());
+            validate::update(old, &self.workspace, own_model).map_err(words::of_fault)?;
+        }
+        let config =
+            wanted.config.as_deref().map(|map| entry(map, &name)).transpose().map_err(words::of_fault)?;
+        let asked = Asked {
+            workspace: &self.workspace,
+            config,
+            settings: &self.context.settings,
+            revision: wanted.inputs.number,
+        };
+        let mut rendered = render(&asked).map_err(words::of_fault)?;
+        let annotations = rendered.job.metadata.annotations.get_or_insert_default();
+        annotations.insert(HASH.into(), wanted.inputs.hash.clone());
+        if let Some(spec) = rendered.job.spec.as_mut() {
+            // Counted from the end, and set only once the end is written: a Job never goes before somebody has seen how it ended.
+            spec.ttl_seconds_after_finished = None;
+        }
+        Ok(rendered)
+    }
+
+    /// Asks the API server whether it would take a Job, before the one that runs is given up for it.
+    async fn would_be_refused(&self, job: &Job) -> kube::Result<Option<String>> {
+        let mut job = job.clone();
+        job.metadata.generate_name = job.metadata.name.take().map(|name| name + "-");
+        let parameters = PostParams { dry_run: true, field_manager: Some(FIELD_MANAGER.into()) };
+        match self.api::<Job>().create(&parameters, &job).await {
+            Ok(_) => Ok(None),
+            // A webhook that takes no trial answers so; the Job itself will tell.
+            Err(kube::Error::Api(status)) if status.code == 400 => Ok(None),
+            Err(error) => match words::refusal(&error) {
+                Some(why) => Ok(Some(format!("the API server refuses it: {why}"))),
+                None => Err(error),
+            },
+        }
+    }
+
+    async fn make(&self, rendered: Rendered, wanted: &Wanted) -> kube::Result<Job> {
+        let revision = wanted.inputs.number;
         if let Some(map) = &rendered.config_map {
             // Somebody else may have made it in between; theirs stays.
             ignore(409, self.api::<ConfigMap>().create(&PostParams::default(), map).await.map(|_| ()))?;
         }
-        if nodes::wanted(self.workspace, self.context.provider) {
-            self.finalizer(true).await?;
-            nodes::ask(self.client, self.workspace, self.context.provider, self.context.settings.cloud)
-                .await?;
-        }
-        let parameters = PatchParams::apply(FIELD_MANAGER).force();
-        self.api::<Job>().patch(self.workspace.name(), &parameters, &Patch::Apply(&rendered.job)).await?;
+        self.ask_for_node().await?;
+        let parameters = PostParams { dry_run: false, field_manager: Some(FIELD_MANAGER.into()) };
+        let job = self.api::<Job>().create(&parameters, &rendered.job).await?;
+        self.write_down(wanted).await?;
         let mut told = format!("Job {} is made from revision {revision}", self.workspace.name());
         for warning in &rendered.warnings {
             told += &format!("; {warning}");
         }
-        let kind = if rendered.warnings.is_empty() { EventType::Normal } else { EventType::Warning };
-        self.event(kind, "JobCreated", &told).await;
+        let weight = if rendered.warnings.is_empty() { Weight::Normal } else { Weight::Warning };
+        self.event(weight, "JobCreated", &told).await;
+        Ok(job)
+    }
+
+    /// A revision is written down when its Job is there: what was refused has not been.
+    async fn write_down(&self, wanted: &Wanted) -> kube::Result<()> {
+        let Inputs { number, hash } = &wanted.inputs;
+        if wanted.known.as_ref().is_some_and(|known| known.hash == *hash && known.number == *number) {
+            return Ok(());
+        }
+        revision::add(&self.api(), &self.workspace, hash, *number).await?;
+        let known = Known {
+            number: *number,
+            hash: hash.clone(),
+            workspace: Some(self.workspace.clone().into_owned()),
+            since: Some(Timestamp::now()),
+        };
+        self.context.note(&self.workspace, |notes| notes.known = Some(Some(known)));
         Ok(())
+    }
+
+    /// Where a node can be asked for, it is: at first, and again when what was asked for is gone.
+    pub async fn ask_for_node(&self) -> kube::Result<()> {
+        let provider = self.context.presence().provider;
+        if !nodes::wanted(&self.workspace, provider) {
+            return Ok(());
+        }
+        self.finalizer(true).await?;
+        nodes::ask(self.client, &self.workspace, provider, self.context.settings.cloud).await
+    }
+
+    async fn give_back(&self) -> kube::Result<()> {
+        if !self.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
+            return Ok(());
+        }
+        nodes::give_back(self.client, &self.workspace, self.context.presence().provider).await?;
+        self.finalizer(false).await
+    }
+
+    async fn refuse_foreign(&self, job: &Job) -> kube::Result<Action> {
+        let told = format!(
+            "Job {} is not of this Workspace: rename the Workspace, or remove the Job",
+            self.workspace.name()
+        );
+        let waits = self.context.note(&self.workspace, |notes| std::mem::replace(&mut notes.foreign, true));
+        if !waits {
+            self.wait_for_end_of(job);
+        }
+        self.tell(None, 0, Some(told)).await
+    }
+
+    /// Looks again when somebody else's Job is gone: only ours are watched.
+    fn wait_for_end_of(&self, job: &Job) {
+        let uid = job.metadata.uid.clone().unwrap_or_default();
+        let (api, name) = (self.api::<Job>(), self.workspace.name().to_owned());
+        let (triggers, owner) = (self.context.triggers.clone(), self.owner.clone());
+        tokio::spawn(async move {
+            // An error ends the wait, and the look that follows begins another.
+            _ = await_condition(api, &name, conditions::is_deleted(&uid)).await;
+            triggers.look_at(&owner);
+        });
+    }
+
+    /// Why it cannot be done as it is now. Asked again ever more rarely where it lies with the cluster.
+    async fn refuse(&self, job: Option<&Job>, why: String) -> kube::Result<Action> {
+        let number = job.and_then(Inputs::of).map_or(0, |of| of.number);
+        let before = self.told();
+        self.tell(job, number, Some(why.clone())).await?;
+        if job.is_some() && !before.contains(&words::plain(&why, 256)) {
+            self.event(Weight::Warning, "Refused", &why).await;
+        }
+        Ok(Action::requeue(self.pause_of_refusals()))
+    }
+
+    /// Doubles with each refusal in a row.
+    pub fn pause_of_refusals(&self) -> Duration {
+        let failures = self.context.note(&self.workspace, |notes| {
+            notes.failures += 1;
+            notes.failures
+        });
+        REFUSED * 2u32.pow((failures - 1).min(REFUSALS_DOUBLED))
+    }
+
+    /// What the status says.
+    fn told(&self) -> String {
+        let conditions = self.workspace.status.iter().flat_map(|status| &status.conditions);
+        let mut conditions = conditions.filter(|condition| condition.type_ == "WorkspaceSucceeded");
+        conditions.next().map(|condition| condition.message.clone()).unwrap_or_default()
+    }
+
+    /// An error that comes again and again is told where its user looks.
+    async fn tell_trouble(&self, error: kube::Error) -> kube::Error {
+        let failures = self.context.note(&self.workspace, |notes| notes.failures);
+        let conflict = matches!(&error, kube::Error::Api(status) if status.code == 409);
+        if failures >= FAILURES_TOLD && !conflict && !self.is_not_ours() {
+            let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
+            if job.is_none() {
+                let report = Report {
+                    seen: observe::observe(None, &[], false),
+                    progress: None,
+                    nodes: Nodes::default(),
+                    refused: None,
+                    stuck: false,
+                    warning: Some(format!("{error}; it is tried again")),
+                };
+                _ = self.write(&report).await;
+            }
+        }
+        error
     }
 
     /// Writes what is seen, if it is new. `refused`: what keeps the Workspace as it is now from being done.
     async fn tell(&self, job: Option<&Job>, revision: i64, refused: Option<String>) -> kube::Result<Action> {
-        let seen = self.see(job).await?;
-        let progress = self.progress(&seen).await;
-        let over = seen.stage.is_over();
-        if over && nodes::wanted(self.workspace, self.context.provider) {
-            nodes::give_back(self.client, self.workspace, self.context.provider).await?;
-            self.finalizer(false).await?;
-        }
-        let nodes = match over {
-            true => Nodes::default(),
-            false => nodes::look(self.client, self.workspace, self.context.provider).await?,
-        };
         let stuck = refused.is_some() && job.is_none();
-        let report = Report { seen, progress, nodes, refused, stuck };
+        if refused.is_none() {
+            self.context.note(&self.workspace, |notes| notes.failures = 0);
+        }
+        let seen = self.see(job);
+        let over = seen.stage.is_over();
+        let progress = self.progress(&seen).await;
+        let warning = self.warning(&seen).await?;
+        let provider = self.context.presence().provider;
+        let claims = self.context.claims.of(&self.owner);
+        let waits = job.is_some_and(|job| !is_leaving(job)) && !over && seen.running.is_none();
+        if waits && nodes::wanted(&self.workspace, provider) && nodes::is_missing(&claims) {
+            self.ask_for_node().await?;
+        }
+        let report = Report { nodes: self.nodes(&seen), seen, progress, refused, stuck, warning };
         // The state first: with it, the annotation of a revision says that this revision is done.
         self.write(&report).await?;
         self.annotate(status::annotations(&report, revision)).await?;
-        Ok(match status::stage(&report) {
-            Stage::Running => Action::requeue(RUNNING),
-            _ => Action::requeue(RESTING),
-        })
+        if let Some(job) = job.filter(|_| over) {
+            self.give_back().await?;
+            self.set_ttl(job).await?;
+        }
+        Ok(Action::requeue(self.next_look(&report)))
     }
 
-    async fn see(&self, job: Option<&Job>) -> kube::Result<Seen> {
-        if job.is_none() {
-            return Ok(observe::observe(None, &[]));
-        }
-        let selected = ListParams::default()
-            .labels(&format!("{WORKSPACE_LABEL}={},{MANAGED_BY}={MANAGER}", self.workspace.name()));
-        let mut pods = self.api::<Pod>().list(&selected).await?.items;
+    /// Read from the log, or asked of Events, when that is due.
+    fn next_look(&self, report: &Report) -> Duration {
+        let due = self.context.note(&self.workspace, |notes| {
+            let progress = notes.progress_due.left().filter(|_| report.seen.running.is_some());
+            let warning = notes.warning_due.left().filter(|_| report.seen.mute.is_some());
+            progress.into_iter().chain(warning).min()
+        });
+        due.map_or(RESTING, |due| due.min(RESTING).max(Duration::from_millis(100)))
+    }
+
+    fn see(&self, job: Option<&Job>) -> Seen {
+        let Some(job) = job else { return observe::observe(None, &[], false) };
+        let mut pods: Vec<Arc<Pod>> = self.context.pods.of(&self.owner);
         // Those of an older revision may still be going.
-        let uid = job.and_then(|job| job.metadata.uid.clone());
+        let uid = job.metadata.uid.as_ref();
         pods.retain(|pod| {
             let mut owners = pod.metadata.owner_references.iter().flatten();
-            owners.any(|owner| Some(&owner.uid) == uid.as_ref())
+            owners.any(|owner| Some(&owner.uid) == uid)
         });
-        Ok(observe::observe(job, &pods))
+        let state = self.workspace.status.as_ref().and_then(|status| status.state.as_deref());
+        let revision =
+            self.workspace.annotation(&format!("{PREFIX}revision")).and_then(|text| text.parse().ok());
+        let same = Inputs::of(job).map(|of| of.number) == revision;
+        observe::observe(Some(job), &pods, same && state == Some(Stage::Running.name()))
+    }
+
+    pub fn nodes(&self, seen: &Seen) -> Nodes {
+        let over = seen.stage.is_over();
+        let looks = !over && seen.node.is_none();
+        let mut waiting = locked(&self.context.without_node);
+        _ = if looks { waiting.insert(self.owner.clone()) } else { waiting.remove(&self.owner) };
+        let known = looks && self.context.healths.is_fine("nodes");
+        let wanted = nodes::wanted(&self.workspace, self.context.presence().provider);
+        let selector = self.workspace.resource.label_selector.as_ref();
+        Nodes {
+            ready: known.then(|| nodes::ready(&self.context.nodes.of(&no_owner()), selector)),
+            claim: (!over && wanted).then(|| nodes::claimed(&self.context.claims.of(&self.owner))).flatten(),
+        }
     }
 
     /// A log that cannot be read is no reason to fail.
     async fn progress(&self, seen: &Seen) -> Option<Progress> {
-        let pod = seen.running.as_deref().filter(|_| !seen.stage.is_over())?;
-        let parameters = LogParams { tail_lines: Some(progress::LINES), ..LogParams::default() };
-        let log = self.api::<Pod>().logs(pod, &parameters).await.ok()?;
-        Progress::parse(&log)
+        let Some(pod) = seen.running.as_deref().filter(|_| !seen.stage.is_over()) else {
+            self.context.note(&self.workspace, |notes| {
+                notes.progress = None;
+                notes.progress_due = Default::default();
+            });
+            return None;
+        };
+        let due =
+            self.context.note(&self.workspace, |notes| notes.progress_due.is_now(PROGRESS.0, PROGRESS.1));
+        if due {
+            let parameters = LogParams { tail_lines: Some(progress::LINES), ..LogParams::default() };
+            let log = self.api::<Pod>().logs(pod, &parameters).await.unwrap_or_default();
+            if let Some(progress) = Progress::parse(&log) {
+                self.context.note(&self.workspace, |notes| notes.progress = Some(progress));
+            }
+        }
+        self.context.note(&self.workspace, |notes| notes.progress.clone())
     }
 
-    async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
+    /// Where nothing moves and neither pod nor Job says why, a Warning of the cluster may.
+    async fn warning(&self, seen: &Seen) -> kube::Result<Option<String>> {
+        let Some(uid) = seen.mute.as_deref() else {
+            self.context.note(&self.workspace, |notes| {
+                notes.warning = None;
+                notes.warning_due = Default::default();
+            });
+            return Ok(None);
+        };
+        let due =
+            self.context.note(&self.workspace, |notes| notes.warning_due.is_now(WARNINGS.0, WARNINGS.1));
+        if due {
+            // What a scheduler said before is over once the pod has a node; without one the pod itself tells.
+            let passed_over = ["FailedScheduling"];
+            let namespace = self.workspace.namespace();
+            let warning = events::newest_warning(self.client, namespace, uid, &passed_over).await?;
+            self.context.note(&self.workspace, |notes| notes.warning = warning);
+        }
+        Ok(self.context.note(&self.workspace, |notes| notes.warning.clone()))
+    }
+
+    /// Only now that its end is written may the Job go by itself.
+    async fn set_ttl(&self, job: &Job) -> kube::Result<()> {
+        let ttl = annotations::read(&self.workspace).ok().and_then(|options| options.ttl_seconds);
+        let has = job.spec.as_ref().and_then(|spec| spec.ttl_seconds_after_finished);
+        if ttl.is_none() || ttl == has || is_leaving(job) {
+            return Ok(());
+        }
+        let patch = json!({"spec": {"ttlSecondsAfterFinished": ttl}});
+        let api = self.api::<Job>();
+        let patched = api.patch(self.workspace.name(), &PatchParams::default(), &Patch::Merge(&patch)).await;
+        ignore(404, patched.map(|_| ()))
+    }
+
+    pub async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));
         } else {
@@ -275,35 +661,50 @@ impl<'a> Reconciler<'a> {
 
     async fn patch(&self, patch: &Value) -> kube::Result<()> {
         let api = self.api::<Workspace>();
-        api.patch(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())
+        let written = api.patch(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        self.keep(written);
+        Ok(())
+    }
+
+    /// `patch`: of the status alone.
+    pub async fn write_status(&self, patch: &Value) -> kube::Result<()> {
+        let api = self.api::<Workspace>();
+        let written =
+            api.patch_status(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        self.keep(written);
+        Ok(())
+    }
+
+    fn keep(&self, written: Workspace) {
+        self.context.note(&self.workspace, |notes| notes.own = Some(Arc::new(written)));
     }
 
     async fn write(&self, report: &Report) -> kube::Result<()> {
-        let status = status::status(self.workspace, report, Timestamp::now());
+        let status = status::status(&self.workspace, report, Timestamp::now());
         let stage = status::stage(report);
-        self.context.metrics.saw(self.workspace, stage);
+        self.context.metrics.saw(&self.workspace, stage);
         let old = self.workspace.status.as_ref();
         if old == Some(&status) {
             return Ok(());
         }
-        let patch = json!({"status": status});
-        let api = self.api::<Workspace>();
-        api.patch_status(self.workspace.name(), &PatchParams::default(), &Patch::Merge(&patch)).await?;
+        self.write_status(&json!({"status": status})).await?;
         let before = old.and_then(|status| status.state.as_deref());
-        if before != Some(stage.name()) {
-            let kind = if stage == Stage::Failed { EventType::Warning } else { EventType::Normal };
-            self.event(kind, stage.name(), &status::message(report)).await;
+        let told = status::message(report);
+        if before != Some(stage.name()) || (stage == Stage::Failed && self.told() != told) {
+            let weight = if stage == Stage::Failed { Weight::Warning } else { Weight::Normal };
+            self.event(weight, stage.name(), &told).await;
+        } else if let Some(warning) =
+            report.warning.as_ref().filter(|warning| !self.told().contains(*warning))
+        {
+            self.event(Weight::Warning, "Waiting", warning).await;
         }
         Ok(())
     }
 
     /// The last words: the node goes back, then the Workspace may go. Its Job goes by its owner.
     async fn end(&self) -> kube::Result<Action> {
-        if self.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
-            nodes::give_back(self.client, self.workspace, self.context.provider).await?;
-            self.finalizer(false).await?;
-        }
-        self.context.metrics.forget(self.workspace);
+        self.give_back().await?;
+        self.context.forget(&self.workspace);
         Ok(Action::await_change())
     }
 
@@ -317,22 +718,33 @@ impl<'a> Reconciler<'a> {
         list.retain(|finalizer| finalizer != FINALIZER);
         list.extend(there.then(|| FINALIZER.to_owned()));
         let version = &self.workspace.metadata.resource_version;
-        self.patch(&json!({"metadata": {"finalizers": list, "resourceVersion": version}})).await
+        let patched =
+            self.patch(&json!({"metadata": {"finalizers": list, "resourceVersion": version}})).await;
+        match there {
+            true => patched,
+            false => ignore(404, patched),
+        }
     }
 
-    /// An event that cannot be written is no reason to fail.
-    async fn event(&self, type_: EventType, reason: &str, note: &str) {
-        /// LIMIT: of the API.
-        const NOTE_BYTES_MAX: usize = 1000;
-        let note = Some(crate::report::clean::clean(note, NOTE_BYTES_MAX));
-        let event = Event { type_, reason: reason.into(), note, action: "Tune".into(), secondary: None };
-        if let Err(error) = self.context.recorder.publish(&event, &self.workspace.object_ref(&())).await {
-            tracing::warn!(target: "hone", "event {reason}: {error}");
-        }
+    pub async fn event(&self, weight: Weight, reason: &str, note: &str) {
+        self.context.events.tell(&self.workspace, weight, reason, note).await;
     }
 }
 
-fn ignore(code: u16, result: kube::Result<()>) -> kube::Result<()> {
+/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type where there was none, as that version's
+/// definition has it, and would change what cannot be changed.
+fn without_a_versions_default(workspace: &Workspace, known: Option<&Known>) -> Option<Workspace> {
+    let old = known?.workspace.as_ref()?;
+    let filled =
+        old.resource.instance_type.is_empty() && workspace.resource.instance_type == INSTANCE_DEFAULT;
+    filled.then(|| {
+        let mut meant = workspace.clone();
+        meant.resource.instance_type = String::new();
+        meant
+    })
+}
+
+pub(super) fn ignore(code: u16, result: kube::Result<()>) -> kube::Result<()> {
     match result {
         Err(kube::Error::Api(status)) if status.code == code => Ok(()),
         other => other,

@@ -16,7 +16,7 @@ use crate::workspace::owner;
 
 /// KAITO's label and annotation.
 const NAME_LABEL: &str = "workspace.kaito.io/name";
-const HASH: &str = "workspace.kaito.io/hash";
+pub const HASH: &str = "workspace.kaito.io/hash";
 /// As many as KAITO keeps.
 const HISTORY_MAX: usize = 10;
 
@@ -27,6 +27,8 @@ pub struct Known {
     pub hash: String,
     /// What the Workspace was, as far as it is kept.
     pub workspace: Option<Workspace>,
+    /// When it was written down.
+    pub since: Option<jiff::Timestamp>,
 }
 
 /// The newest, if there is one.
@@ -35,6 +37,7 @@ pub async fn newest(api: &Api<ControllerRevision>, name: &str) -> kube::Result<O
     Ok(list.into_iter().next_back().map(|revision| Known {
         number: revision.revision,
         hash: annotation(&revision),
+        since: revision.metadata.creation_timestamp.as_ref().map(|time| time.0),
         workspace: revision.data.and_then(|data| serde_json::from_value(data.0).ok()),
     }))
 }
@@ -64,6 +67,9 @@ pub async fn add(
     match api.create(&PostParams::default(), &revision).await {
         Err(kube::Error::Api(status)) if status.code == 409 => {}
         other => _ = other?,
+    }
+    if number <= HISTORY_MAX as i64 {
+        return Ok(());
     }
     let list = list(api, name).await?;
     for old in list.iter().take(list.len().saturating_sub(HISTORY_MAX)) {

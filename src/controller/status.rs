@@ -9,6 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::observe::{Ended, Seen, Stage};
 use super::progress::Progress;
+use super::words::plain;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
 
@@ -25,6 +26,8 @@ pub struct Report {
     pub refused: Option<String>,
     /// Nothing can go on until somebody mends that.
     pub stuck: bool,
+    /// Why nothing moves, by a Warning of the cluster about the pod or the Job.
+    pub warning: Option<String>,
 }
 
 /// Where it is to run.
@@ -46,6 +49,10 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         now,
     };
     let (started, reason, words) = match stage {
+        // No Job failed here: that is what tells an end from a Job that could not be made.
+        Stage::Failed if report.stuck => {
+            (false, "WorkspaceTuningJobStatusPending", "tuning job was not made")
+        }
         Stage::Pending => (false, "WorkspaceTuningJobStatusPending", "tuning job has not started"),
         Stage::Running => (true, "WorkspaceTuningJobStatusStarted", "tuning job has started"),
         Stage::Succeeded => (true, "WorkspaceTuningJobStatusStarted", "tuning job has completed"),
@@ -58,7 +65,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         Stage::Failed => (false, "workspaceFailed"),
     };
     conditions.set("WorkspaceSucceeded", succeeded, reason, message(report));
-    nodes(&mut conditions, report);
+    nodes(&mut conditions, &report.seen.node, &report.nodes, report.seen.stage.is_over());
     status.conditions = conditions.list;
     status.state = Some(stage.name().into());
     status.worker_nodes = report.seen.node.clone().into_iter().collect();
@@ -114,13 +121,13 @@ pub fn message(report: &Report) -> String {
     let mut add = |more: String| text += &more;
     match stage(report) {
         Stage::Pending | Stage::Running => {
-            if let Some(waiting) = &seen.waiting {
+            if let Some(waiting) = seen.waiting.as_ref().or(report.warning.as_ref()) {
                 add(format!("; waiting: {waiting}"));
             }
             if let Some(progress) = &report.progress {
                 add(format!("; {}", progress.told()));
             }
-            if let Some(ended) = ended {
+            if let Some(ended) = ended.filter(|ended| ended.exit_code != 0) {
                 add(format!("; tried again after {} failed: {}", seen.failures.max(1), ended.told()));
             }
         }
@@ -148,20 +155,30 @@ pub fn message(report: &Report) -> String {
         Some(why) => add(format!("; the change is not applied: {why}")),
         None => {}
     }
-    crate::report::clean::clean(&text, MESSAGE_BYTES_MAX)
+    plain(&text, MESSAGE_BYTES_MAX)
 }
 
-fn nodes(conditions: &mut Conditions, report: &Report) {
-    let Nodes { ready, claim } = &report.nodes;
-    if let Some((there, told)) = claim {
-        let reason = if *there { "NodeClaimReady" } else { "NodeClaimNotReady" };
-        conditions.set("NodeClaimReady", *there, reason, told.clone());
+/// Where it runs, or why it does not yet. What no longer holds is taken away.
+pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, over: bool) {
+    let Nodes { ready, claim } = nodes;
+    match claim {
+        Some((there, told)) => {
+            let reason = if *there { "NodeClaimReady" } else { "NodeClaimNotReady" };
+            conditions.set("NodeClaimReady", *there, reason, told.clone());
+        }
+        None => conditions.remove("NodeClaimReady"),
     }
-    let (there, told) = match (&report.seen.node, ready) {
+    let (there, told) = match (node, ready) {
+        (Some(node), _) if over => (true, format!("ran on {node}")),
         (Some(node), _) => (true, format!("runs on {node}")),
-        (None, None) => return,
         (None, Some(0)) => (false, "no ready node has the labels of resource.labelSelector".into()),
         (None, Some(count)) => (true, format!("{count} nodes have the labels")),
+        // Its pod is gone, so where it ran is what was said before.
+        (None, None) if over && conditions.holds("ResourceReady") => return,
+        (None, None) => {
+            conditions.remove("NodesReady");
+            return conditions.remove("ResourceReady");
+        }
     };
     let reason = if there { "NodesReady" } else { "NodesNotReady" };
     conditions.set("NodesReady", there, reason, told.clone());
@@ -169,15 +186,39 @@ fn nodes(conditions: &mut Conditions, report: &Report) {
     conditions.set("ResourceReady", there, reason, told);
 }
 
-struct Conditions {
-    list: Vec<Condition>,
+/// Whether a status says that its revision's Job ended: in success, or in a failure of the Job's own.
+pub fn tells_an_end(status: &Status) -> bool {
+    let reason = |type_: &str| {
+        let condition = status.conditions.iter().find(|condition| condition.type_ == type_);
+        condition.map(|condition| condition.reason.as_str())
+    };
+    let over =
+        Stage::ALL.into_iter().any(|stage| stage.is_over() && status.state.as_deref() == Some(stage.name()));
+    over && reason("JobStarted") != Some("WorkspaceTuningJobStatusPending")
+}
+
+/// Conditions of a status on their way to the next one.
+pub struct Conditions {
+    pub list: Vec<Condition>,
     generation: Option<i64>,
     now: Timestamp,
 }
 
 impl Conditions {
+    pub fn of(list: Vec<Condition>, generation: Option<i64>, now: Timestamp) -> Conditions {
+        Conditions { list, generation, now }
+    }
+
+    pub fn remove(&mut self, type_: &str) {
+        self.list.retain(|condition| condition.type_ != type_);
+    }
+
+    fn holds(&self, type_: &str) -> bool {
+        self.list.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+    }
+
     /// The time moves with the status only, as Kubernetes' convention has it.
-    fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
+    pub fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
         let status = if holds { "True" } else { "False" };
         let old = self.list.iter().position(|condition| condition.type_ == type_);
         let since = old.map(|at| &self.list[at]).filter(|old| old.status == status);
@@ -202,11 +243,20 @@ mod tests {
     use super::*;
 
     fn seen(stage: Stage) -> Seen {
-        Seen { stage, waiting: None, ended: None, failures: 0, running: None, node: None, given_up: None }
+        Seen {
+            stage,
+            waiting: None,
+            ended: None,
+            failures: 0,
+            running: None,
+            node: None,
+            given_up: None,
+            mute: None,
+        }
     }
 
     fn report(seen: Seen) -> Report {
-        Report { seen, progress: None, nodes: Nodes::default(), refused: None, stuck: false }
+        Report { seen, progress: None, nodes: Nodes::default(), refused: None, stuck: false, warning: None }
     }
 
     fn at(second: i64) -> Timestamp {
@@ -306,5 +356,35 @@ mod tests {
             next.conditions.iter().find(|condition| condition.type_ == type_).unwrap().last_transition_time.0
         };
         assert_eq!((time("JobStarted"), time("WorkspaceSucceeded")), (at(3), at(1)));
+    }
+
+    #[test]
+    fn what_no_longer_holds_is_taken_away() {
+        let mut workspace = Workspace::default();
+        let mut waits = report(seen(Stage::Pending));
+        waits.nodes = Nodes { ready: Some(0), claim: Some((false, "asked for".into())) };
+        workspace.status = Some(status(&workspace, &waits, at(1)));
+        let mut done = report(seen(Stage::Succeeded));
+        done.seen.node = Some("n".into());
+        let ended = status(&workspace, &done, at(2));
+        assert!(ended.conditions.iter().all(|condition| condition.type_ != "NodeClaimReady"));
+        assert!(shown(&ended, "ResourceReady").ends_with("ran on n"));
+        workspace.status = Some(ended.clone());
+        done.seen.node = None;
+        assert_eq!(status(&workspace, &done, at(3)).conditions, ended.conditions, "its pod is gone");
+        let never = status(&Workspace::default(), &report(seen(Stage::Failed)), at(1));
+        assert!(never.conditions.iter().all(|condition| condition.type_ != "ResourceReady"));
+    }
+
+    #[test]
+    fn an_end_is_not_a_refusal() {
+        let of = |report: &Report| tells_an_end(&status(&Workspace::default(), report, at(1)));
+        assert!(of(&report(seen(Stage::Failed))) && of(&report(seen(Stage::Succeeded))));
+        let refused = Report { refused: Some("quota".into()), stuck: true, ..report(seen(Stage::Pending)) };
+        assert!(!of(&refused) && !of(&report(seen(Stage::Running))));
+        let mut last = report(Seen { ended: Some(Ended::default()), ..seen(Stage::Running) });
+        assert!(!message(&last).contains("tried again"), "its last pod ended well");
+        last.warning = Some("FailedMount: no Secret".into());
+        assert!(message(&last).contains("waiting: FailedMount: no Secret"));
     }
 }

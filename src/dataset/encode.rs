@@ -1,8 +1,9 @@
 //! Records -> examples: token ids, cut to length, and which of them are learned.
 
+use super::learned::Tally;
 use super::problems::Problems;
 use super::template::{SOURCE_BYTES_MAX, STACK_BYTES_A_BYTE, Template};
-use super::{Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
+use super::{Context, Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
 use crate::bounds::{Bounds, STACK_BYTES};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
@@ -22,6 +23,9 @@ const SLOW_ROW: Duration = Duration::from_millis(250);
 const SLOW_ROWS_MAX: usize = 8;
 /// LIMIT: memory for compiling a chat template.
 const TEMPLATE_BYTES_MAX: usize = 512 << 20;
+/// A row of few tokens that took so long: its template works for nothing.
+const SLOW_SMALL_ROW: Duration = Duration::from_secs(2);
+const SMALL_ROW_TOKENS: usize = 100_000;
 
 /// Tokenizes every record, in order. Rows that teach nothing once cut to `tokens_max` are dropped and counted.
 ///
@@ -33,7 +37,27 @@ pub fn encode(
     options: &TokenOptions,
     report: &Report,
 ) -> Result<Vec<Example>> {
-    let encoder = Encoder { tokenizer, options, template: template(records, tokenizer, options)? };
+    Ok(encode_rows(records, tokenizer, options, report)?.into_iter().map(|row| row.example).collect())
+}
+
+/// An example, and the record it was made of.
+#[derive(Clone, Debug)]
+pub struct EncodedRow {
+    /// Index among the records.
+    pub record: usize,
+    pub example: Example,
+    /// Tokens before cutting.
+    pub whole: usize,
+}
+
+/// As `encode`, with what was known of each row.
+pub fn encode_rows(
+    records: &[Record],
+    tokenizer: &Tokenizer,
+    options: &TokenOptions,
+    report: &Report,
+) -> Result<Vec<EncodedRow>> {
+    let encoder = Encoder::new(records, tokenizer, options)?;
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
     let row = Row::default();
     let pool = rayon::ThreadPoolBuilder::new()
@@ -45,8 +69,7 @@ pub fn encode(
         let chunks = records.par_chunks(ROWS_AT_ONCE);
         chunks
             .flat_map_iter(|chunk| {
-                let examples: Vec<_> =
-                    chunk.iter().map(|record| row.encode(&encoder, &record.conversation)).collect();
+                let examples: Vec<_> = chunk.iter().map(|record| row.encode(&encoder, record)).collect();
                 task.advance(chunk.len() as u64);
                 examples
             })
@@ -55,23 +78,60 @@ pub fn encode(
     drop(task);
     interrupt::check()?;
     let mut examples = Vec::with_capacity(records.len());
-    let mut problems = Problems::default();
+    let mut tally = Tally::default();
     let mut refused = Vec::new();
-    for (record, example) in records.iter().zip(encoded) {
-        match example {
-            Ok(example) => examples.push(example),
+    for (index, (record, found)) in records.iter().zip(encoded).enumerate() {
+        match found {
+            Ok(found) => {
+                tally.add(&found.tally);
+                let whole = found.tally.longest;
+                examples.extend(found.example.map(|example| EncodedRow { record: index, example, whole }));
+            }
             Err(problem) => refused.push((&record.file, record.row, problem)),
         }
     }
     refused.sort(); // Records are shuffled; a reader looks from the top of a file.
+    let mut problems = Problems::default();
     for (file, row, problem) in refused {
         problems.add(problem, file, row);
     }
-    problems.into_result(
-        records.len() as u64,
-        "correct or remove these rows, or set ModelConfig.chat_template",
-    )?;
-    keep_what_teaches(examples, options, report)
+    let advice = "correct these rows, set ModelConfig.chat_template";
+    problems.settle(records.len() as u64, options.bad_rows, advice, Stage::Tokenize, report)?;
+    if tally.rows > 0 && examples.is_empty() {
+        return Err(nothing_to_learn(&tally, options));
+    }
+    if tally.rows > 0 {
+        tally.tell(options, tokenizer, report);
+    }
+    Ok(examples)
+}
+
+fn nothing_to_learn(tally: &Tally, options: &TokenOptions) -> Fault {
+    let Tally { rows, cut, longest, not_learned, .. } = tally;
+    let shown_only = match not_learned {
+        0 => String::new(),
+        turns => format!("; {turns} turns have weight 0 or train false"),
+    };
+    Fault::data(format!(
+        "nothing left to supervise: {rows} rows, {cut} of them cut to {} tokens (longest {longest}), none with an answer \
+         left{shown_only}",
+        options.tokens_max
+    ))
+    .help("raise max_length, or check that the conversations have assistant turns that are learned")
+}
+
+/// Refuses a chat template of the configuration that cannot be read, or that the model does not have.
+pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<()> {
+    match options.chat_template {
+        Some(_) => templates(tokenizer, options).map(|_| ()),
+        None => Ok(()),
+    }
+}
+
+/// One row: what is left of it once cut, if anything teaches, and what was found on the way.
+pub(super) struct Encoded {
+    pub example: Option<Example>,
+    pub tally: Tally,
 }
 
 /// One row at a time, within bounds. Rows that take too long for what they hold are counted; after a few of them the
@@ -89,7 +149,7 @@ impl Default for Row {
 }
 
 impl Row {
-    fn encode(&self, encoder: &Encoder, conversation: &Conversation) -> std::result::Result<Example, String> {
+    fn encode(&self, encoder: &Encoder, record: &Record) -> std::result::Result<Encoded, String> {
         if interrupt::requested() {
             return Err("not reached before a signal".into());
         }
@@ -97,63 +157,175 @@ impl Row {
             return Err(format!("not tried, after {SLOW_ROWS_MAX} rows that took too long"));
         }
         let began = Instant::now();
-        let done = self.bounds.hold(|| Ok(encoder.example(conversation)));
+        let done = self.bounds.hold(|| Ok(encoder.example(record)));
         let done = done.unwrap_or_else(|fault| Err(fault.message));
-        if done.is_err() && began.elapsed() >= SLOW_ROW {
+        // An honest row makes some thousand tokens a millisecond.
+        let small = done.as_ref().is_ok_and(|done| done.tally.longest < SMALL_ROW_TOKENS);
+        let limit = if done.is_err() { SLOW_ROW } else { SLOW_SMALL_ROW };
+        if (done.is_err() || small) && began.elapsed() >= limit {
             self.slow.fetch_add(1, Ordering::Relaxed);
         }
         done
     }
 }
 
-struct Encoder<'a> {
+/// Turns rows into examples; any number of threads may share it.
+pub(super) struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     options: &'a TokenOptions,
     /// `None` where no record is a conversation.
-    template: Option<Template>,
+    templates: Option<Templates>,
 }
 
-impl Encoder<'_> {
-    /// The example, not cut to length; of a very long text its beginning. Error: what is wrong with the row.
-    fn example(&self, conversation: &Conversation) -> std::result::Result<Example, String> {
-        match conversation {
-            Conversation::Messages(messages) => self.messages(messages, 0),
+/// The template of most rows, and the one for rows with tools where the model has it.
+struct Templates {
+    plain: Template,
+    with_tools: Option<Template>,
+}
+
+impl<'a> Encoder<'a> {
+    pub fn new(
+        records: &[Record],
+        tokenizer: &'a Tokenizer,
+        options: &'a TokenOptions,
+    ) -> Result<Encoder<'a>> {
+        let is_conversation = |record: &Record| {
+            matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
+        };
+        let templates = match records.iter().any(is_conversation) {
+            true => Some(templates(tokenizer, options)?),
+            false => None,
+        };
+        Ok(Encoder { tokenizer, options, templates })
+    }
+
+    /// Error: what is wrong with the row.
+    pub fn example(&self, record: &Record) -> std::result::Result<Encoded, String> {
+        let mut tally = Tally { rows: 1, ..Tally::default() };
+        let mut example = self.whole(record, &mut tally)?;
+        let whole = example.ids.len();
+        example.ids.truncate(self.options.tokens_max);
+        example.supervised.truncate(self.options.tokens_max);
+        let teaches = tally.count(&example, whole, self.tokenizer);
+        Ok(Encoded { example: teaches.then_some(example), tally })
+    }
+
+    /// The whole example, not cut.
+    pub fn whole(&self, record: &Record, tally: &mut Tally) -> std::result::Result<Example, String> {
+        match &record.conversation {
+            Conversation::Messages(messages) => self.messages(messages, 0, &record.context, tally),
             Conversation::Prompt { prompt, completion } => {
-                self.messages(&[prompt.as_slice(), completion].concat(), prompt.len())
+                let messages = [prompt.as_slice(), completion].concat();
+                self.messages(&messages, prompt.len(), &record.context, tally)
             }
-            Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion),
+            Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion, tally),
+            Conversation::Tokens { ids, supervised } => {
+                let size = self.tokenizer.vocab_size();
+                match ids.iter().find(|&&id| id as usize >= size) {
+                    Some(id) => Err(format!(
+                        "input_ids holds {id}, the model's tokenizer has ids below {size}: another tokenizer made them"
+                    )),
+                    None => Ok(Example { ids: ids.clone(), supervised: supervised.clone() }),
+                }
+            }
             Conversation::Text(text) => {
-                let ids = self.tokenizer.ids(&self.ended(text), self.options.tokens_max)?;
+                let (ids, doubled) = self.tokenizer.ids(&self.ended(text), self.options.tokens_max)?;
+                tally.doubled += u64::from(doubled);
                 Ok(Example { supervised: vec![true; ids.len()], ids })
             }
         }
     }
 
     /// Answers among `messages[from..]` are learned. The template writes every special token, so none is added.
-    fn messages(&self, messages: &[Message], from: usize) -> std::result::Result<Example, String> {
-        let template = self.template.as_ref().expect("`encode` makes one for conversations");
-        match self.options.loss {
-            LossOn::Everything => {
-                let text = template.render(&Template::values(messages), false)?.text;
-                let (ids, _) = self.tokenizer.spans(&text, self.options.tokens_max)?;
-                Ok(Example { supervised: vec![true; ids.len()], ids })
+    fn messages(
+        &self,
+        messages: &[Message],
+        from: usize,
+        context: &Context,
+        tally: &mut Tally,
+    ) -> std::result::Result<Example, String> {
+        let templates = self.templates.as_ref().expect("`new` makes them for conversations");
+        let template = match (&templates.with_tools, &context.tools) {
+            (Some(template), Some(_)) => template,
+            _ => &templates.plain,
+        };
+        let shown_only = messages[from..].iter().filter(|m| m.role == "assistant" && !m.learned).count();
+        tally.not_learned += shown_only as u64;
+        let everything = self.options.loss == LossOn::Everything;
+        if everything && shown_only == 0 {
+            let text = template.render(&Template::values(messages), context, false)?.text;
+            self.look(template, messages, context, &text, tally)?;
+            let (ids, _) = self.tokenizer.spans(&text, self.options.tokens_max)?;
+            return Ok(Example { supervised: vec![true; ids.len()], ids });
+        }
+        let found = mask::answers(template, messages, context, from)?;
+        tally.thoughts += found.thoughts;
+        tally.thoughts_shown += found.thoughts_shown;
+        self.look(template, messages, context, &found.text, tally)?;
+        let (ids, offsets) = self.tokenizer.spans(&found.text, self.options.tokens_max)?;
+        let supervised = match everything {
+            false => mask::supervised(&found.answers, &offsets),
+            true => {
+                let mut supervised = vec![true; ids.len()];
+                mask::unlearn(&found.answers, &offsets, &mut supervised);
+                supervised
             }
-            LossOn::Answers => {
-                let (text, answers) = mask::answers(template, messages, from)?;
-                let (ids, offsets) = self.tokenizer.spans(&text, self.options.tokens_max)?;
-                Ok(Example { supervised: mask::supervised(&answers, &offsets), ids })
+        };
+        Ok(Example { supervised, ids })
+    }
+
+    /// Compares the text with that of the same row without what may be hidden or written in another way.
+    fn look(
+        &self,
+        template: &Template,
+        messages: &[Message],
+        context: &Context,
+        text: &str,
+        tally: &mut Tally,
+    ) -> std::result::Result<(), String> {
+        let same_without = |messages: &[Message], context: &Context| {
+            template.render(&Template::values(messages), context, false).is_ok_and(|other| other.text == text)
+        };
+        if context.tools.is_some() {
+            tally.tools += 1;
+            let without = Context { tools: None, ..context.clone() };
+            tally.tools_hidden += u64::from(same_without(messages, &without));
+        }
+        if context.documents.is_some() {
+            let without = Context { documents: None, ..context.clone() };
+            tally.documents_hidden += u64::from(same_without(messages, &without));
+        }
+        tally.quoted_arguments += quoted_arguments(messages, text);
+        let nulls: Vec<usize> = (0..messages.len()).filter(|&index| is_null(&messages[index])).collect();
+        if nulls.is_empty() {
+            return Ok(());
+        }
+        let mut filled = messages.to_vec();
+        nulls.iter().for_each(|&index| filled[index].content = Some(String::new()));
+        tally.nulls += nulls.len() as u64;
+        match same_without(&filled, context) {
+            true => Ok(()),
+            false => {
+                let role = &messages[nulls[0]].role;
+                Err(format!("the {role}'s content is null, which the chat template writes as a word"))
             }
         }
     }
 
     /// What prompt and prompt + completion have in common is not learned; tokens may merge across their border.
-    fn prompt(&self, prompt: &str, completion: &str) -> std::result::Result<Example, String> {
-        let ids =
+    fn prompt(
+        &self,
+        prompt: &str,
+        completion: &str,
+        tally: &mut Tally,
+    ) -> std::result::Result<Example, String> {
+        let (ids, doubled) =
             self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)), self.options.tokens_max)?;
+        tally.doubled += u64::from(doubled);
         let given = match self.options.loss {
             LossOn::Everything => 0,
             LossOn::Answers => {
-                let prompt = self.tokenizer.ids(prompt, self.options.tokens_max)?;
+                let (prompt, _) = self.tokenizer.ids(prompt, self.options.tokens_max)?;
                 prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count()
             }
         };
@@ -166,74 +338,49 @@ impl Encoder<'_> {
     }
 }
 
-fn template(records: &[Record], tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Option<Template>> {
-    let is_conversation = |record: &Record| {
-        matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
-    };
-    if !records.iter().any(is_conversation) {
-        return Ok(None);
-    }
-    let Some(source) = options.chat_template.as_deref().or(tokenizer.chat_template()) else {
-        return Err(Fault::config("the dataset holds conversations but the model has no chat template")
-            .help("set ModelConfig.chat_template, or use the instruction-tuned variant of the model"));
-    };
-    let (kind, place) = match options.chat_template {
-        Some(_) => (Kind::Config, "ModelConfig.chat_template"),
-        None => (Kind::Model, "the model's chat template"),
-    };
-    let stack = STACK_BYTES + source.len().min(SOURCE_BYTES_MAX) * STACK_BYTES_A_BYTE;
-    let compiled = Bounds::new(kind, place, TEMPLATE_BYTES_MAX).hold_deep(stack, || {
-        Template::new(source, tokenizer.specials(), tokenizer.now())
-            .map_err(|problem| Fault::new(kind, problem).at(place))
-    });
-    compiled.map(Some).map_err(|fault| match kind {
-        Kind::Model => fault.help("set ModelConfig.chat_template"),
-        _ => fault,
-    })
+/// A turn whose content is null and that says nothing else.
+fn is_null(message: &Message) -> bool {
+    message.content.is_none()
+        && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
 }
 
-/// Cuts to `tokens_max`, drops what has no target left after the shift, and tells the counts.
-fn keep_what_teaches(
-    mut examples: Vec<Example>,
-    options: &TokenOptions,
-    report: &Report,
-) -> Result<Vec<Example>> {
-    let rows = examples.len();
-    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
-    let mut cut = 0;
-    for example in &mut examples {
-        cut += usize::from(example.ids.len() > options.tokens_max);
-        example.ids.truncate(options.tokens_max);
-        example.supervised.truncate(options.tokens_max);
-    }
-    examples.retain(|example| example.supervised.iter().skip(1).any(|&learned| learned));
-    let dropped = rows - examples.len();
-    if rows > 0 && examples.is_empty() {
-        return Err(Fault::data(format!(
-            "nothing left to supervise: {rows} rows, {cut} of them cut to {} tokens (longest {longest}), none with an \
-             answer left",
-            options.tokens_max
-        ))
-        .help("raise max_length, or check that the conversations have assistant turns"));
-    }
-    let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
-    let learned: usize =
-        examples.iter().flat_map(|example| example.supervised.iter().skip(1)).filter(|&&l| l).count();
-    report.note(
-        Stage::Tokenize,
-        format!(
-            "{rows} rows: {tokens} tokens, {learned} of them learned; longest {longest}, {cut} cut to {}, {dropped} dropped",
-            options.tokens_max
-        ),
-    );
-    if dropped > 0 {
-        report.warn(
-            Stage::Tokenize,
-            format!(
-                "{dropped} of {rows} rows teach nothing within {} tokens and were dropped",
-                options.tokens_max
-            ),
-        );
-    }
-    Ok(examples)
+/// Calls whose arguments are JSON text that stands in the rendered text as a quoted text.
+fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
+    let calls = messages.iter().flat_map(|message| &message.extra).filter(|(name, _)| *name == "tool_calls");
+    let arguments = calls.flat_map(|(_, calls)| calls.as_array().into_iter().flatten()).filter_map(|call| {
+        call.get("function").unwrap_or(call).get("arguments")?.as_str().filter(|text| text.contains('"'))
+    });
+    arguments.filter(|arguments| text.contains(&serde_json::Value::from(*arguments).to_string())).count()
+        as u64
+}
+
+/// The configuration's template, else the model's own.
+fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates> {
+    let (source, given) = match options.chat_template.as_deref() {
+        // A name has no tags.
+        Some(name) if !name.contains('{') => (tokenizer.named_template(name)?, true),
+        Some(source) => (source, true),
+        None => (tokenizer.default_template()?, false),
+    };
+    let compile = |source: &str| {
+        let (kind, place) = match given {
+            true => (Kind::Config, "ModelConfig.chat_template"),
+            false => (Kind::Model, "the model's chat template"),
+        };
+        let stack = STACK_BYTES + source.len().min(SOURCE_BYTES_MAX) * STACK_BYTES_A_BYTE;
+        let compiled = Bounds::new(kind, place, TEMPLATE_BYTES_MAX).hold_deep(stack, || {
+            Template::new(source, tokenizer.specials(), tokenizer.now())
+                .map_err(|problem| Fault::new(kind, problem).at(place))
+        });
+        compiled.map_err(|fault| match given {
+            true => fault,
+            false => fault.help("set ModelConfig.chat_template"),
+        })
+    };
+    let plain = compile(source)?;
+    let with_tools = match tokenizer.tool_template().filter(|_| !given) {
+        Some(source) => Some(compile(source)?),
+        None => None,
+    };
+    Ok(Templates { plain, with_tools })
 }

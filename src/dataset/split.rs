@@ -36,7 +36,7 @@ fn train_rows(rows: usize, share: f64) -> usize {
 }
 
 /// Fisher-Yates over ChaCha8: the same order for a seed on every machine and in every version.
-fn shuffle<T>(items: &mut [T], seed: u64) {
+pub(super) fn shuffle<T>(items: &mut [T], seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     for last in (1..items.len()).rev() {
         let choice = (u128::from(random.next_u64()) * (last as u128 + 1)) >> 64; // in 0..=last
@@ -46,18 +46,29 @@ fn shuffle<T>(items: &mut [T], seed: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Conversation;
+    use super::super::{BadRows, Context, Conversation, Names};
     use super::*;
     use crate::fault::Kind;
 
     fn run(rows: u64, shuffle: bool, seed: u64, train_share: f64) -> Result<(Vec<u64>, Vec<u64>)> {
-        let record = |row| Record { conversation: Conversation::Text(String::new()), file: "f".into(), row };
+        let record = |row| Record {
+            conversation: Conversation::Text(String::new()),
+            context: Context::default(),
+            file: "f".into(),
+            row,
+            entry: 0,
+        };
         let options = Options {
             layout: None,
             messages_column: None,
             prompt_column: None,
             completion_column: None,
             text_column: None,
+            question_column: None,
+            shares: Vec::new(),
+            container: None,
+            names: Names::KNOWN,
+            bad_rows: BadRows::Refuse,
             shuffle,
             seed,
             train_share,

@@ -1,6 +1,7 @@
 //! Paths, addresses and devices of a job: what they are, and that local ones exist.
 
 use super::reader::Reader;
+use crate::dataset::{self, Layout, Share};
 use crate::device::Choice;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
@@ -69,7 +70,8 @@ fn looks_like_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name) && !name.contains('/'))
 }
 
-pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<fetch::Data> {
+/// The data, and what each entry says for itself; nothing where none does.
+pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<Share>) {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
     let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
@@ -85,16 +87,60 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<fetch::Data> {
         texts = vec!["/mnt/data".into()];
     }
     if texts.is_empty() {
-        reader.wrong(&Origin::Default, "no dataset: name parquet files with `data` (--data URL_OR_PATH)");
+        reader.wrong(&Origin::Default, "no dataset: name its files with `data` (--data URL_OR_PATH)");
     }
-    let mut sources = Vec::new();
+    let (mut sources, mut shares) = (Vec::new(), Vec::new());
     for text in texts {
+        let (text, share) = match share(&text) {
+            Ok(found) => found,
+            Err(wrong) => {
+                reader.wrong(&origin, format!("data: {wrong}"));
+                continue;
+            }
+        };
+        shares.push(share);
         match fetch::Data::parse(&text) {
             Ok(source) => sources.push(source),
             Err(fault) => reader.wrong(&origin, fault.in_a_line()),
         }
     }
-    sources
+    let says_something = shares.iter().any(|share| *share != Share::default());
+    (sources, if says_something { shares } else { Vec::new() })
+}
+
+/// Takes `layout=`, `weight=` and `limit=` out of what stands behind `#`; the digest stays there. A `#` of other words is
+/// part of a path.
+fn share(text: &str) -> Result<(String, Share), String> {
+    let Some((place, words)) = text.rsplit_once('#') else { return Ok((text.to_owned(), Share::default())) };
+    let pairs: Vec<(&str, &str)> = words.split('&').filter_map(|word| word.split_once('=')).collect();
+    let known = ["sha256", "layout", "weight", "limit"];
+    if pairs.len() != words.split('&').count() || !pairs.iter().all(|(key, _)| known.contains(key)) {
+        return Ok((text.to_owned(), Share::default()));
+    }
+    let (mut share, mut text) = (Share::default(), place.to_owned());
+    for (key, value) in pairs {
+        match key {
+            "layout" => {
+                let keys = Layout::KEYS.map(|(key, _)| key).join(", ");
+                let layout = Layout::of_key(value);
+                share.layout =
+                    Some(layout.ok_or_else(|| format!("layout: expected one of {keys}, found {value:?}"))?);
+            }
+            "weight" => {
+                let weight = value.parse().ok().filter(|weight: &f64| *weight > 0.0 && *weight <= 1000.0);
+                let wrong = || format!("weight: expected a number above 0, up to 1000, found {value:?}");
+                share.weight = Some(weight.ok_or_else(wrong)?);
+            }
+            "limit" => {
+                let limit = value.replace('_', "").parse().ok().filter(|limit: &usize| *limit > 0);
+                share.limit = Some(
+                    limit.ok_or_else(|| format!("limit: expected a whole number from 1, found {value:?}"))?,
+                );
+            }
+            _ => text = format!("{text}#sha256={value}"),
+        }
+    }
+    Ok((text, share))
 }
 
 /// `output`, else `TrainingArguments.output_dir` as it stands; under KAITO's mounts as its controller resolves it.
@@ -201,6 +247,7 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
         attempts_max: 6,
         backoff: Duration::from_millis(500),
         file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
+        endings: dataset::ENDINGS,
         ca_file,
     }
 }

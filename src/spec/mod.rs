@@ -271,7 +271,21 @@ impl Mistakes {
         self.0.push(crate::report::clean::clean(&message, MESSAGE_CHARACTERS_MAX));
     }
 
+    /// Of a configuration.
+    ///
+    /// # Errors
+    /// Config: all mistakes.
     pub fn into_result(self) -> Result<()> {
+        self.into_result_of("the configuration").map_err(|fault| {
+            fault.help("`hone keys` lists every key; `hone plan` shows what a configuration resolves to")
+        })
+    }
+
+    /// Of something else, which has no keys to look up.
+    ///
+    /// # Errors
+    /// Config: all mistakes.
+    pub fn into_result_of(self, what: &str) -> Result<()> {
         const SHOWN_MAX: usize = 20;
         let count = self.0.len();
         let mut shown = self.0;
@@ -285,11 +299,10 @@ impl Mistakes {
                 } else {
                     String::new()
                 };
-                format!("{count} mistakes in the configuration\n  {}{more}", shown.join("\n  "))
+                format!("{count} mistakes in {what}\n  {}{more}", shown.join("\n  "))
             }
         };
-        Err(Fault::config(message)
-            .help("README.md lists every key; `hone plan` shows what a configuration resolves to"))
+        Err(Fault::config(message))
     }
 }
 

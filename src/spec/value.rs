@@ -116,7 +116,10 @@ fn list(kind: Type, items: &[Node]) -> Result<Value, Refusal> {
     Ok(Value::List(items.iter().map(read_item).collect::<Result<_, _>>()?))
 }
 
-/// A source or a list of them; `{url: ..., sha256: ...}` becomes `url#sha256=...`.
+/// What a source in YAML may say beside its place.
+const BESIDE: [&str; 4] = ["sha256", "layout", "weight", "limit"];
+
+/// A source or a list of them; `{url: ..., sha256: ..., weight: 2}` becomes `url#sha256=...&weight=2`.
 fn sources(node: &Node) -> Result<Value, Refusal> {
     match &node.content {
         Content::List(items) => Ok(Value::List(items.iter().map(source).collect::<Result<_, _>>()?)),
@@ -134,12 +137,11 @@ fn source(node: &Node) -> Result<Value, Refusal> {
             return Ok(Value::Text(text.clone()));
         }
         Content::Map(entries) => {
-            if let Some(entry) =
-                entries.iter().find(|entry| !["url", "path", "sha256"].contains(&entry.key.as_str()))
-            {
+            let known = ["url", "path"].into_iter().chain(BESIDE);
+            if let Some(entry) = entries.iter().find(|entry| !known.clone().any(|key| key == entry.key)) {
                 return refuse(
                     entry.key_place,
-                    format!("{} is not a key of a source: url or path, sha256", entry.key),
+                    format!("{} is not a key of a source: url or path, {}", entry.key, BESIDE.join(", ")),
                 );
             }
             node.get("url").or_else(|| node.get("path"))
@@ -149,13 +151,17 @@ fn source(node: &Node) -> Result<Value, Refusal> {
     let Some(Node { content: Content::Scalar { text, .. }, .. }) = place else {
         return wrong(node.place, node);
     };
-    match node.get("sha256") {
-        None => Ok(Value::Text(text.clone())),
-        Some(Node { content: Content::Scalar { text: digest, .. }, .. }) => {
-            Ok(Value::Text(format!("{text}#sha256={digest}")))
+    let mut words = Vec::new();
+    for key in BESIDE {
+        match node.get(key) {
+            None => {}
+            Some(Node { content: Content::Scalar { text: word, .. }, .. }) => {
+                words.push(format!("{key}={word}"))
+            }
+            Some(other) => return wrong(other.place, other),
         }
-        Some(other) => wrong(other.place, other),
     }
+    Ok(Value::Text(if words.is_empty() { text.clone() } else { format!("{text}#{}", words.join("&")) }))
 }
 
 /// The shape as written; only shown and compared, never used.
@@ -251,7 +257,11 @@ mod tests {
             "[a, {url: 'https://h/b', sha256: ff}]",
             expect![[r#"["a","https://h/b#sha256=ff"]"#]],
         );
-        check(Type::Sources, "{uri: a}", expect!["7: uri is not a key of a source: url or path, sha256"]);
+        check(
+            Type::Sources,
+            "{uri: a}",
+            expect!["7: uri is not a key of a source: url or path, sha256, layout, weight, limit"],
+        );
         check(
             Type::Sources,
             "[{sha256: ff}]",

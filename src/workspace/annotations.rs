@@ -1,4 +1,4 @@
-//! What can be said beside a Workspace: annotations -> options of its Job. One table; README holds it.
+//! What can be said beside a Workspace: annotations -> options of its Job. One table; docs/annotations.md holds it.
 
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
 }
 
 #[rustfmt::skip]
-pub const TABLE: [Annotation; 31] = [
+pub const TABLE: [Annotation; 32] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
@@ -67,6 +67,7 @@ pub const TABLE: [Annotation; 31] = [
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
     output("digest", "sha256:...", "Digest of the pushed image."),
+    output("adapters", "names, images and strengths", "Adapters that answer, once the servers are ready."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
 ];
@@ -117,14 +118,16 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         ephemeral_storage: reader.with("ephemeral-storage", quantity),
         cache_claim: reader.with("cache-claim", object_name),
         work_claim: reader.with("work-claim", object_name),
-        queue_name: reader.with("queue-name", object_name),
+        queue_name: reader
+            .with("queue-name", |text| object_name(text).filter(|text| text.len() <= LABEL_BYTES_MAX)),
         priority_class: reader.with("priority-class", object_name),
         service_account: reader.with("service-account", object_name),
         retries: reader.with("retries", |text| text.parse().ok().filter(|retries| *retries >= 0)),
         deadline_seconds: reader.with("deadline", seconds),
         ttl_seconds: reader.with("ttl", |text| seconds(text)?.try_into().ok()),
         grace_seconds: reader.with("grace-period", seconds),
-        run_as_user: reader.with("run-as-user", |text| text.parse().ok().filter(|user| *user > 0)),
+        run_as_user: reader
+            .with("run-as-user", |text| text.parse().ok().filter(|user| (1..=USER_MAX).contains(user))),
         ca_config_map: reader.with("ca-config-map", object_name),
         config_overrides: reader.with("config-overrides", assignments).unwrap_or_default(),
         env: reader.with("env", environment).unwrap_or_default(),
@@ -132,7 +135,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
         node_class: reader.with("node-class", object_name),
         ignore: reader.with("ignore", boolean).unwrap_or(false),
     };
-    reader.mistakes.into_result().map(|()| options)
+    reader.mistakes.into_result_of("the Workspace").map(|()| options)
 }
 
 /// Our annotations that are part of what a run is, by full name; those of the controller's own are not.
@@ -147,7 +150,7 @@ pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
         .collect()
 }
 
-/// The table in Markdown; README holds it.
+/// The table in Markdown; docs/annotations.md holds it.
 pub fn markdown() -> String {
     let row = |annotation: &Annotation| {
         format!("| `{PREFIX}{}` | {} | {} |\n", annotation.name, annotation.value, annotation.about)
@@ -161,6 +164,10 @@ pub fn markdown() -> String {
     format!("{}\nWritten by `hone controller`:\n\n{}", table(Side::Input), table(Side::Output))
 }
 
+/// LIMIT: of Kubernetes.
+const USER_MAX: i64 = i32::MAX as i64;
+/// LIMIT: of a label's value, which the queue's name becomes.
+const LABEL_BYTES_MAX: usize = 63;
 /// LIMIT: no node has more.
 const GPUS_MAX: u32 = 64;
 
@@ -180,7 +187,7 @@ impl Reader<'_> {
             let known = TABLE.iter().map(|annotation| annotation.name);
             let hint = match keys::nearest(known, rest) {
                 Some(near) => format!("did you mean {PREFIX}{near}?"),
-                None => "README.md lists all".into(),
+                None => "docs/annotations.md lists all".into(),
             };
             self.mistakes.add(&Origin::Default, format!("metadata.annotations: {name} is not known; {hint}"));
         }
@@ -279,6 +286,8 @@ fn variable(line: &str) -> Option<EnvVar> {
         None => EnvVar { name, value: Some(value.into()), ..EnvVar::default() },
         Some(place) => {
             let (secret, key) = place.split_once('/')?;
+            let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            let key = Some(key).filter(|key| !key.is_empty() && key.chars().all(allowed))?;
             secret_variable(name, object_name(secret)?, key.into())
         }
     })
@@ -341,7 +350,7 @@ mod tests {
         ]))
         .unwrap_err();
         expect![[r#"
-            8 mistakes in the configuration
+            8 mistakes in the Workspace
               metadata.annotations: hone.sh/gpu is not known; did you mean hone.sh/gpus?
               metadata.annotations[hone.sh/model]: expected hf://, oci:// or an absolute path, found "models/phi"
               metadata.annotations[hone.sh/gpus]: expected a whole number, found "-1"

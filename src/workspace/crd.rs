@@ -1,7 +1,7 @@
 //! The CustomResourceDefinition of Workspace, from the types of `kind.rs`, for clusters without KAITO.
 //!
-//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference`, volume sources) is kept
-//! as it is. Where KAITO is installed, its own definition stays.
+//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`, volume
+//! sources) is kept as it is. Where KAITO is installed, its own definition stays.
 
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator, json_schema};
@@ -10,15 +10,16 @@ use serde_json::{Map, Value, json};
 use super::kind::{GROUP, KIND, PLURAL, VERSIONS, Workspace};
 
 /// What v1alpha1 does not have, by the path of its properties.
-const LATER: [&[&str]; 5] = [
+const LATER: [&[&str]; 6] = [
     &["resource", "partition"],
     &["tuning", "preset", "presetOptions", "modelAccessSecret"],
+    &["inference", "preset", "presetOptions", "modelAccessSecret"],
     &["status", "state"],
     &["status", "targetNodeCount"],
     &["status", "performance"],
 ];
 /// KAITO's default of v1alpha1.
-const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
+pub const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
 
 /// The object to apply.
 pub fn definition() -> Value {
@@ -78,6 +79,7 @@ fn schema(newest: bool) -> Value {
         ("/resource", json!(["labelSelector"])),
         ("/tuning", json!(["input", "output"])),
         ("/tuning/properties/preset", json!(["name"])),
+        ("/inference/properties/preset", json!(["name"])),
     ] {
         let object = schema.pointer_mut(&format!("/properties{path}")).expect("an object of the types");
         object["required"] = required;

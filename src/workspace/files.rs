@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::kind::{GROUP, KIND, VERSIONS, Workspace};
 use super::render::{Asked, render};
+use super::serve::{self, Tuned};
 use super::yaml::{self, Document};
 use super::{CONFIG_FILE, Settings, config_name};
 use crate::fault::{Fault, Result};
@@ -23,10 +24,10 @@ pub struct Applied {
     pub warnings: Vec<String>,
 }
 
-/// Renders every Workspace that tunes; `-` is the standard input. Other objects are passed over with a word.
+/// Renders every Workspace; `-` is the standard input. Other objects are passed over with a word.
 ///
 /// # Errors
-/// As `render`, and Config: files that cannot be read, or hold no Workspace that tunes.
+/// As `render`, and Config: files that cannot be read, or hold no Workspace.
 pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
     let mut documents = Vec::new();
     for file in files {
@@ -46,26 +47,45 @@ pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
             document.name()
         ));
     }
+    let tuned = tuned(&workspaces)?;
     for document in &workspaces {
-        add(document, &configs, settings, &mut applied)?;
+        add(document, &configs, settings, &tuned, &mut applied)?;
     }
     match applied.objects.is_empty() {
-        true => Err(Fault::config("no Workspace with `tuning` in what was given")
+        true => Err(Fault::config("no Workspace in what was given")
             .help("give the file of one with -f; `hone tune --help` writes one")),
         false => Ok(applied),
     }
 }
 
-fn add(document: &Document, configs: &[ConfigMap], settings: &Settings, applied: &mut Applied) -> Result<()> {
+/// What the Workspaces of the same files push: without a cluster there is no digest, and the tag stands for it.
+fn tuned(documents: &[Document]) -> Result<Tuned> {
+    let mut tuned = Tuned::new();
+    for document in documents {
+        let workspace: Workspace = document.typed()?;
+        let output = workspace.tuning.as_ref().and_then(|tuning| tuning.output.as_ref());
+        if let Some(output) = output.filter(|output| !output.image.is_empty()) {
+            tuned.insert(workspace.name().into(), Ok(output.image.clone()));
+        }
+    }
+    Ok(tuned)
+}
+
+fn add(
+    document: &Document,
+    configs: &[ConfigMap],
+    settings: &Settings,
+    tuned: &Tuned,
+    applied: &mut Applied,
+) -> Result<()> {
     let workspace: Workspace = document.typed()?;
     let place = |fault: Fault| fault.at(format!("{}: Workspace {}", document.place, workspace.name()));
     known_version(&workspace).map_err(place)?;
     if workspace.tuning.is_none() && workspace.inference.is_some() {
-        applied.warnings.push(format!(
-            "{}: Workspace {} only serves, which KAITO does",
-            document.place,
-            workspace.name()
-        ));
+        let served = serve::serve(&workspace, settings, tuned).map_err(place)?;
+        let warnings = served.warnings.iter();
+        applied.warnings.extend(warnings.map(|warning| format!("{}: {warning}", workspace.name())));
+        applied.objects.extend(served.objects());
         return Ok(());
     }
     let name = config_name(&workspace);

@@ -18,7 +18,7 @@ pub const PLURAL: &str = "workspaces";
 /// Served versions, the stored one last.
 pub const VERSIONS: [&str; 2] = ["v1alpha1", "v1beta1"];
 
-/// A request to tune (or serve) a model. hone does what `tuning` says and leaves all else alone.
+/// A request to tune or serve a model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Workspace {
@@ -32,10 +32,9 @@ pub struct Workspace {
     /// Where it runs.
     #[serde(default)]
     pub resource: Resource,
-    /// What to serve; KAITO's controller reads it, hone does not.
+    /// What to serve.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
-    pub inference: Option<Value>,
+    pub inference: Option<Inference>,
     /// What to tune.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
@@ -86,6 +85,37 @@ pub struct Tuning {
     /// Where the adapter goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Destination>,
+}
+
+/// A model that answers, with adapters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Inference {
+    /// The base model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preset: Option<Preset>,
+    /// A pod of one's own; KAITO's controller reads it, hone does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crd::anything")]
+    pub template: Option<Value>,
+    /// Name of the ConfigMap with inference_config.yaml, for KAITO's own servers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub config: String,
+    /// What is added to the base.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<Adapter>,
+}
+
+/// An adapter, and how much of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Adapter {
+    /// Its name, and an image or a volume that holds it. An image workspace://NAME is what that tuning Workspace pushed last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// From 0 to 1; missing: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<String>,
 }
 
 /// A model of the catalogue.

@@ -1,9 +1,9 @@
-//! A Workspace that tunes -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
+//! A Workspace that tunes or serves -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
 //!
 //! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the rules.
 //! `render` makes the Job:
 //! `request` is the very `hone run` of its container, planned here already so that mistakes are told at once; `needs` what it
-//! wants of a node; `pod` its container and volumes. `hone render` prints what `hone controller` applies.
+//! wants of a node; `pod` its container and volumes; `serve` makes what answers. `hone render` prints what `hone controller` applies.
 
 pub mod annotations;
 pub mod crd;
@@ -13,6 +13,7 @@ mod needs;
 mod pod;
 mod render;
 mod request;
+pub mod serve;
 mod templates;
 pub mod tune;
 pub mod validate;

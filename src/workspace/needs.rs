@@ -68,7 +68,7 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     })
 }
 
-fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
+pub(super) fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     let mut warnings = Vec::new();
     let instance = &workspace.resource.instance_type;
     if gpus.count > 1 {
@@ -79,7 +79,7 @@ fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     }
     if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {
         warnings.push(format!(
-            "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: training would end with exit code 10. Take \
+            "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: hone would end with exit code 10. Take \
              an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4",
             card.name
         ));

@@ -1,4 +1,5 @@
-//! The pod of a tuning Job: one container that downloads, trains and pushes, and what is mounted into it.
+//! The pod of a tuning Job: one container that downloads, trains and pushes, and what is mounted into it; and the frame that a pod
+//! that serves (`serve.rs`) has in common with it.
 //!
 //! Names of volumes, tolerations and the folder of the results are KAITO's (v0.12, `pkg/workspace/tuning/preset_tuning.go`). Nothing
 //! runs as root, nothing is written outside the volumes, and no token of the cluster is mounted.
@@ -15,7 +16,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::annotations::{Options, secret_variable};
-use super::kind::Workspace;
+use super::kind::{PresetOptions, Workspace};
 use super::needs::{Gpus, Needs};
 use super::request::{
     CA_FOLDER, CACHE_FOLDER, CONFIG_FOLDER, DATA_FOLDER, DOCKER_FOLDER, Run, target_modules,
@@ -27,7 +28,7 @@ use crate::fault::{Fault, Result};
 /// The image's own user.
 const USER: i64 = 65532;
 /// Of KAITO's endpoint.
-const METRICS_PORT: i32 = 5000;
+pub(super) const PORT: i32 = 5000;
 /// Writing a checkpoint takes seconds; a pass over long examples on a small GPU, which comes first, a minute or two.
 const GRACE_SECONDS: i64 = 300;
 /// The key of a Secret of type kubernetes.io/dockerconfigjson.
@@ -36,10 +37,16 @@ const TOKEN_KEY: &str = "HF_TOKEN";
 
 /// What the parts of a pod follow from.
 pub(super) struct Parts<'a> {
+    pub frame: Frame<'a>,
+    pub run: &'a Run,
+}
+
+/// What a pod that tunes and one that serves have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Frame<'a> {
     pub workspace: &'a Workspace,
     pub options: &'a Options,
     pub settings: &'a Settings,
-    pub run: &'a Run,
     pub gpus: Gpus,
     pub needs: &'a Needs,
 }
@@ -49,18 +56,131 @@ impl Parts<'_> {
     /// Config: a volume source that is none.
     pub fn pod(&self) -> Result<PodSpec> {
         let (volumes, mounts) = self.volumes()?.into_iter().unzip();
-        let user = self.options.run_as_user.unwrap_or(USER);
         Ok(PodSpec {
             containers: vec![self.container(mounts)],
             volumes: Some(volumes),
             restart_policy: Some("Never".into()),
-            termination_grace_period_seconds: Some(self.options.grace_seconds.unwrap_or(GRACE_SECONDS)),
+            termination_grace_period_seconds: Some(self.frame.options.grace_seconds.unwrap_or(GRACE_SECONDS)),
+            image_pull_secrets: self.image_pull_secrets(),
+            ..self.frame.pod()
+        })
+    }
+
+    fn container(&self, mounts: Vec<VolumeMount>) -> Container {
+        Container {
+            args: Some(self.run.arguments.clone()),
+            env: Some(self.environment()),
+            ports: Some(vec![ContainerPort {
+                name: Some("metrics".into()),
+                container_port: PORT,
+                ..ContainerPort::default()
+            }]),
+            volume_mounts: Some(mounts),
+            ..self.frame.container()
+        }
+    }
+
+    fn environment(&self) -> Vec<EnvVar> {
+        let mut texts = vec![
+            ("HONE_OUTPUT", self.run.plan.output.display().to_string()),
+            ("HONE_EARLIER_RESULTS", "move".into()),
+            ("HONE_METRICS", format!("0.0.0.0:{PORT}")),
+        ];
+        texts.extend(target_modules(self.run.preset).map(|names| ("DEFAULT_TARGET_MODULES", names)));
+        self.frame.environment(texts, !self.docker_secrets().is_empty(), self.preset_options())
+    }
+
+    /// Each volume with its mount.
+    fn volumes(&self) -> Result<Vec<(Volume, VolumeMount)>> {
+        let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
+        let mut volumes = vec![(
+            Volume {
+                config_map: Some(ConfigMapVolumeSource {
+                    name: config_name(self.frame.workspace),
+                    ..ConfigMapVolumeSource::default()
+                }),
+                ..named("config-volume")
+            },
+            read_only("config-volume", CONFIG_FOLDER),
+        )];
+        volumes.push(self.results()?);
+        let source = tuning.input.as_ref().and_then(|input| input.volume_source.as_ref());
+        if let Some(source) = source {
+            let volume = from_source("data-volume", source, "tuning.input.volumeSource")?;
+            volumes.push((volume, mount("data-volume", DATA_FOLDER)));
+        }
+        volumes.extend(self.frame.volumes(self.docker_secrets()));
+        Ok(volumes)
+    }
+
+    /// The user's volume, the claim that keeps checkpoints, or the node's disk; mounted at the output's folder.
+    fn results(&self) -> Result<(Volume, VolumeMount)> {
+        const NAME: &str = "results-volume";
+        let folder = self.run.plan.output.display().to_string();
+        let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
+        let source = tuning.output.as_ref().and_then(|output| output.volume_source.as_ref());
+        Ok(match (source, &self.frame.options.work_claim) {
+            (Some(source), _) => {
+                (from_source(NAME, source, "tuning.output.volumeSource")?, mount(NAME, &folder))
+            }
+            (None, Some(claim)) => {
+                // Several Workspaces may share the claim.
+                let sub_path = Some(self.frame.workspace.name().to_owned());
+                (claimed(NAME, claim), VolumeMount { sub_path, ..mount(NAME, &folder) })
+            }
+            (None, None) => (empty(NAME), mount(NAME, &folder)),
+        })
+    }
+
+    /// Secrets with docker configurations: the push secret first, which is `config.json`; the others beside it.
+    fn docker_secrets(&self) -> Vec<(String, String)> {
+        let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
+        let push = tuning.output.as_ref().map(|output| output.image_push_secret.clone());
+        let pull = tuning.input.iter().flat_map(|input| &input.image_pull_secrets);
+        let model = self.preset_options().into_iter().flat_map(|options| &options.image_pull_secrets);
+        let mut secrets: Vec<(String, String)> = push
+            .filter(|secret| !secret.is_empty())
+            .map(|secret| (secret, "config.json".to_owned()))
+            .into_iter()
+            .collect();
+        for secret in pull.chain(model) {
+            if !secrets.iter().any(|(known, _)| known == secret) {
+                secrets.push((secret.clone(), format!("config.d/{secret}.json")));
+            }
+        }
+        secrets
+    }
+
+    fn preset_options(&self) -> Option<&PresetOptions> {
+        self.frame.workspace.tuning.as_ref()?.preset.as_ref()?.preset_options.as_ref()
+    }
+
+    /// The push secret, as KAITO has it, and those of our image.
+    fn image_pull_secrets(&self) -> Option<Vec<LocalObjectReference>> {
+        let tuning = self.frame.workspace.tuning.as_ref()?;
+        let push = tuning.output.iter().map(|output| &output.image_push_secret);
+        let mut names: Vec<&String> = push.filter(|name| !name.is_empty()).collect();
+        for name in &self.frame.options.image_pull_secrets {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        let secrets: Vec<LocalObjectReference> =
+            names.into_iter().map(|name| LocalObjectReference { name: name.clone() }).collect();
+        Some(secrets).filter(|secrets| !secrets.is_empty())
+    }
+}
+
+impl Frame<'_> {
+    /// A pod without containers, volumes and policy of restarts.
+    pub fn pod(&self) -> PodSpec {
+        let user = self.options.run_as_user.unwrap_or(USER);
+        PodSpec {
             // Identities of clouds are mounted by their own webhooks; hone asks the cluster nothing.
             automount_service_account_token: Some(false),
             service_account_name: self.options.service_account.clone(),
             enable_service_links: Some(false),
             priority_class_name: self.options.priority_class.clone(),
-            image_pull_secrets: self.image_pull_secrets(),
             tolerations: Some(self.tolerations()),
             affinity: self.affinity(),
             security_context: Some(PodSecurityContext {
@@ -77,23 +197,16 @@ impl Parts<'_> {
                 ..PodSecurityContext::default()
             }),
             ..PodSpec::default()
-        })
+        }
     }
 
-    fn container(&self, mounts: Vec<VolumeMount>) -> Container {
+    /// The container without arguments, environment and mounts.
+    pub fn container(&self) -> Container {
         Container {
             name: self.workspace.name().into(),
             image: Some(self.image()),
             image_pull_policy: self.options.image_pull_policy.clone(),
-            args: Some(self.run.arguments.clone()),
-            env: Some(self.environment()),
-            ports: Some(vec![ContainerPort {
-                name: Some("metrics".into()),
-                container_port: METRICS_PORT,
-                ..ContainerPort::default()
-            }]),
             resources: Some(self.resources()),
-            volume_mounts: Some(mounts),
             termination_message_policy: Some("FallbackToLogsOnError".into()),
             security_context: Some(SecurityContext {
                 allow_privilege_escalation: Some(false),
@@ -113,19 +226,21 @@ impl Parts<'_> {
         self.options.image.clone().or_else(|| self.settings.image.clone()).unwrap_or_else(|| default.into())
     }
 
-    fn environment(&self) -> Vec<EnvVar> {
+    /// Ours, then the model's token; what the user says comes last, and in place of ours.
+    pub fn environment(
+        &self,
+        own: Vec<(&str, String)>,
+        with_secrets: bool,
+        preset: Option<&PresetOptions>,
+    ) -> Vec<EnvVar> {
         let device = if self.gpus.count > 0 { "cuda" } else { "cpu" };
-        let metrics = format!("0.0.0.0:{METRICS_PORT}");
         let mut texts = vec![
             ("HONE_LOG", "json".to_owned()),
             ("HONE_DEVICE", device.into()),
             ("HONE_CACHE", CACHE_FOLDER.into()),
-            ("HONE_OUTPUT", self.run.plan.output.display().to_string()),
-            ("HONE_EARLIER_RESULTS", "move".into()),
-            ("HONE_METRICS", metrics),
         ];
-        texts.extend(target_modules(self.run.preset).map(|names| ("DEFAULT_TARGET_MODULES", names)));
-        if !self.docker_secrets().is_empty() {
+        texts.extend(own);
+        if with_secrets {
             texts.push(("HONE_DOCKER_CONFIG", DOCKER_FOLDER.into()));
         }
         if self.options.ca_config_map.is_some() {
@@ -137,13 +252,12 @@ impl Parts<'_> {
             value_from: None,
         };
         let mut variables: Vec<EnvVar> = texts.into_iter().map(text).collect();
-        let token = self.preset_options().map(|options| options.model_access_secret.clone());
+        let token = preset.map(|options| options.model_access_secret.clone());
         variables.extend(
             token
                 .filter(|secret| !secret.is_empty())
                 .map(|secret| secret_variable(TOKEN_KEY.into(), secret, TOKEN_KEY.into())),
         );
-        // What the user says comes last, and in place of ours.
         let own = |variable: &EnvVar| self.options.env.iter().any(|theirs| theirs.name == variable.name);
         variables.retain(|variable| !own(variable));
         variables.extend(self.options.env.iter().cloned());
@@ -171,33 +285,14 @@ impl Parts<'_> {
         }
     }
 
-    /// Each volume with its mount.
-    fn volumes(&self) -> Result<Vec<(Volume, VolumeMount)>> {
-        let tuning = self.workspace.tuning.as_ref().expect("planned before");
-        let read_only = |name: &str, path: &str| VolumeMount { read_only: Some(true), ..mount(name, path) };
-        let mut volumes = vec![(
-            Volume {
-                config_map: Some(ConfigMapVolumeSource {
-                    name: config_name(self.workspace),
-                    ..ConfigMapVolumeSource::default()
-                }),
-                ..named("config-volume")
-            },
-            read_only("config-volume", CONFIG_FOLDER),
-        )];
-        volumes.push(self.results()?);
-        let source = tuning.input.as_ref().and_then(|input| input.volume_source.as_ref());
-        if let Some(source) = source {
-            let volume = from_source("data-volume", source, "tuning.input.volumeSource")?;
-            volumes.push((volume, mount("data-volume", DATA_FOLDER)));
-        }
+    /// The cache, a folder for files in passing, docker configurations and certificates, each with its mount.
+    pub fn volumes(&self, secrets: Vec<(String, String)>) -> Vec<(Volume, VolumeMount)> {
         let cache = match &self.options.cache_claim {
             Some(claim) => claimed("cache-volume", claim),
             None => empty("cache-volume"),
         };
-        volumes.push((cache, mount("cache-volume", CACHE_FOLDER)));
-        volumes.push((empty("tmp"), mount("tmp", "/tmp")));
-        let secrets = self.docker_secrets();
+        let mut volumes =
+            vec![(cache, mount("cache-volume", CACHE_FOLDER)), (empty("tmp"), mount("tmp", "/tmp"))];
         if !secrets.is_empty() {
             volumes.push((docker_config(secrets), read_only("docker-config", DOCKER_FOLDER)));
         }
@@ -205,64 +300,7 @@ impl Parts<'_> {
             let source = ConfigMapVolumeSource { name: name.clone(), ..ConfigMapVolumeSource::default() };
             volumes.push((Volume { config_map: Some(source), ..named("ca") }, read_only("ca", CA_FOLDER)));
         }
-        Ok(volumes)
-    }
-
-    /// The user's volume, the claim that keeps checkpoints, or the node's disk; mounted at the output's folder.
-    fn results(&self) -> Result<(Volume, VolumeMount)> {
-        const NAME: &str = "results-volume";
-        let folder = self.run.plan.output.display().to_string();
-        let tuning = self.workspace.tuning.as_ref().expect("planned before");
-        let source = tuning.output.as_ref().and_then(|output| output.volume_source.as_ref());
-        Ok(match (source, &self.options.work_claim) {
-            (Some(source), _) => {
-                (from_source(NAME, source, "tuning.output.volumeSource")?, mount(NAME, &folder))
-            }
-            (None, Some(claim)) => {
-                // Several Workspaces may share the claim.
-                let sub_path = Some(self.workspace.name().to_owned());
-                (claimed(NAME, claim), VolumeMount { sub_path, ..mount(NAME, &folder) })
-            }
-            (None, None) => (empty(NAME), mount(NAME, &folder)),
-        })
-    }
-
-    /// Secrets with docker configurations: the push secret first, which is `config.json`; the others beside it.
-    fn docker_secrets(&self) -> Vec<(String, String)> {
-        let tuning = self.workspace.tuning.as_ref().expect("planned before");
-        let push = tuning.output.as_ref().map(|output| output.image_push_secret.clone());
-        let pull = tuning.input.iter().flat_map(|input| &input.image_pull_secrets);
-        let model = self.preset_options().into_iter().flat_map(|options| &options.image_pull_secrets);
-        let mut secrets: Vec<(String, String)> = push
-            .filter(|secret| !secret.is_empty())
-            .map(|secret| (secret, "config.json".to_owned()))
-            .into_iter()
-            .collect();
-        for secret in pull.chain(model) {
-            if !secrets.iter().any(|(known, _)| known == secret) {
-                secrets.push((secret.clone(), format!("config.d/{secret}.json")));
-            }
-        }
-        secrets
-    }
-
-    fn preset_options(&self) -> Option<&super::kind::PresetOptions> {
-        self.workspace.tuning.as_ref()?.preset.as_ref()?.preset_options.as_ref()
-    }
-
-    /// The push secret, as KAITO has it, and those of our image.
-    fn image_pull_secrets(&self) -> Option<Vec<LocalObjectReference>> {
-        let tuning = self.workspace.tuning.as_ref()?;
-        let push = tuning.output.iter().map(|output| &output.image_push_secret);
-        let mut names: Vec<&String> = push.filter(|name| !name.is_empty()).collect();
-        for name in &self.options.image_pull_secrets {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        let secrets: Vec<LocalObjectReference> =
-            names.into_iter().map(|name| LocalObjectReference { name: name.clone() }).collect();
-        Some(secrets).filter(|secrets| !secrets.is_empty())
+        volumes
     }
 
     fn tolerations(&self) -> Vec<Toleration> {
@@ -310,6 +348,10 @@ impl Parts<'_> {
     }
 }
 
+pub(super) fn read_only(name: &str, path: &str) -> VolumeMount {
+    VolumeMount { read_only: Some(true), ..mount(name, path) }
+}
+
 fn named(name: &str) -> Volume {
     Volume { name: name.into(), ..Volume::default() }
 }
@@ -343,6 +385,20 @@ pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -
         serde_json::from_value(written.clone().into()).map_err(|error| refuse(error.to_string()))?;
     let understood = serde_json::to_value(&volume).expect("texts and numbers");
     let kinds: Vec<&String> = written.keys().filter(|key| *key != "name").collect();
+    let claim = volume.persistent_volume_claim.as_ref();
+    if claim.is_some_and(|claim| claim.claim_name.is_empty()) {
+        return Err(refuse("persistentVolumeClaim.claimName is missing".into()));
+    }
+    /// Kubernetes' kinds of a path of the node.
+    const HOST_PATHS: [&str; 8] =
+        ["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"];
+    let path = volume.host_path.as_ref().and_then(|path| path.type_.as_deref());
+    if let Some(other) = path.filter(|kind| !HOST_PATHS.contains(kind)) {
+        return Err(refuse(format!(
+            "hostPath.type: expected one of {}, found {other:?}",
+            HOST_PATHS[1..].join(", ")
+        )));
+    }
     match kinds.as_slice() {
         [kind] if understood.get(kind.as_str()).is_some() => Ok(volume),
         [kind] => Err(refuse(format!("{kind} is not a kind of volume"))),

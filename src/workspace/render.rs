@@ -13,7 +13,7 @@ use serde_json::json;
 use super::annotations::{self, Options};
 use super::kind::{GROUP, KIND, VERSIONS, Workspace};
 use super::needs;
-use super::pod::Parts;
+use super::pod::{Frame, Parts};
 use super::request;
 use super::templates::{self, Method};
 use super::validate;
@@ -58,8 +58,8 @@ pub fn render(asked: &Asked) -> Result<Rendered> {
     let run = request::run(workspace, &options, config, gpus.count > 0)?;
     fits_method(method, &run.plan.model.quantization, workspace)?;
     let needs = needs::needs(workspace, &run, gpus, &options)?;
-    let parts =
-        Parts { workspace, options: &options, settings: asked.settings, run: &run, gpus, needs: &needs };
+    let frame = Frame { workspace, options: &options, settings: asked.settings, gpus, needs: &needs };
+    let parts = Parts { frame, run: &run };
     let job = Job { metadata: metadata(asked, &options), spec: Some(spec(&parts)?), status: None };
     let warnings = run.plan.warnings.iter().chain(&needs.warnings).cloned().collect();
     Ok(Rendered { config_map, job, warnings })
@@ -131,7 +131,7 @@ fn metadata(asked: &Asked, options: &Options) -> ObjectMeta {
     }
 }
 
-fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
+pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     BTreeMap::from([
         (WORKSPACE_LABEL.to_owned(), workspace.name().to_owned()),
         (MANAGED_BY.to_owned(), MANAGER.to_owned()),
@@ -151,14 +151,14 @@ pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
 }
 
 fn spec(parts: &Parts) -> Result<JobSpec> {
-    let options = parts.options;
+    let options = parts.frame.options;
     let template = PodTemplateSpec {
-        metadata: Some(ObjectMeta { labels: Some(labels(parts.workspace)), ..ObjectMeta::default() }),
+        metadata: Some(ObjectMeta { labels: Some(labels(parts.frame.workspace)), ..ObjectMeta::default() }),
         spec: Some(parts.pod()?),
     };
     Ok(JobSpec {
         backoff_limit: Some(options.retries.unwrap_or(RETRIES)),
-        pod_failure_policy: Some(failure_policy(parts.workspace.name())),
+        pod_failure_policy: Some(failure_policy(parts.frame.workspace.name())),
         active_deadline_seconds: options.deadline_seconds,
         ttl_seconds_after_finished: options.ttl_seconds,
         // Kueue lets it go when its turn comes.

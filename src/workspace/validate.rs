@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use url::{Host, Url};
 
 use super::annotations::object_name;
-use super::kind::{Destination, Preset, Resource, Source, Tuning, Workspace};
+use super::kind::{Destination, Inference, Preset, Resource, Source, Tuning, Workspace};
 use super::pod;
 use super::templates::Method;
 use crate::facts::presets;
@@ -26,7 +26,7 @@ const HOSTS_REFUSED: [&str; 4] =
 pub fn create(workspace: &Workspace, own_model: bool) -> Result<()> {
     let mut rules = Rules::default();
     rules.workspace(workspace, own_model);
-    rules.0.into_result()
+    rules.0.into_result_of("the Workspace")
 }
 
 /// Whether a Workspace may become another. Unlike KAITO's, a new input or output is checked as on creation.
@@ -37,7 +37,7 @@ pub fn update(old: &Workspace, new: &Workspace, own_model: bool) -> Result<()> {
     let mut rules = Rules::default();
     rules.unchanged(old, new);
     rules.workspace(new, own_model);
-    rules.0.into_result()
+    rules.0.into_result_of("the Workspace")
 }
 
 #[derive(Default)]
@@ -67,7 +67,73 @@ impl Rules {
                 self.resource(&workspace.resource);
                 self.tuning(tuning, own_model);
             }
-            (Some(_), None) => {}
+            (Some(inference), None) => {
+                self.resource_that_serves(&workspace.resource);
+                self.inference(inference, own_model);
+            }
+        }
+    }
+
+    fn resource_that_serves(&mut self, resource: &Resource) {
+        const REPLICAS_MAX: i32 = 100;
+        if let Some(count) = resource.count.filter(|count| !(1..=REPLICAS_MAX).contains(count)) {
+            self.wrong("resource.count", format!("expected 1 to {REPLICAS_MAX} servers, found {count}"));
+        }
+        if resource.partition.is_some() {
+            self.wrong("resource.partition", "a part of a GPU cannot serve; remove it");
+        }
+        self.selector(resource);
+    }
+
+    /// KAITO checks strengths when they are changed only, and its servers take none or end with them.
+    fn inference(&mut self, inference: &Inference, own_model: bool) {
+        match &inference.preset {
+            None if inference.template.is_some() => {
+                self.wrong("inference.template", "a pod of one's own is KAITO's to serve; name a preset");
+            }
+            None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
+            Some(preset) => self.preset("inference.preset", preset, own_model),
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for (place, adapter) in inference.adapters.iter().enumerate() {
+            let field = format!("inference.adapters[{place}]");
+            let source = adapter.source.clone().unwrap_or_default();
+            let given = [!source.image.is_empty(), source.volume_source.is_some()];
+            if given.iter().filter(|given| **given).count() != 1 {
+                self.wrong(&format!("{field}.source"), "exactly one of image and volumeSource must be given");
+            }
+            if !source.urls.is_empty() {
+                self.wrong(&format!("{field}.source.urls"), "an adapter comes from an image or a volume");
+            }
+            if !source.name.is_empty() && (source.name.contains('.') || object_name(&source.name).is_none()) {
+                self.wrong(
+                    &format!("{field}.source.name"),
+                    format!("expected a-z, 0-9 and -, found {:?}", source.name),
+                );
+            }
+            if !source.name.is_empty() && !names.insert(source.name.clone()) {
+                self.wrong(&format!("{field}.source.name"), format!("{} stands there twice", source.name));
+            }
+            match source.image.strip_prefix(super::serve::TUNED) {
+                Some(name) => self.object(&format!("{field}.source.image"), "a Workspace", name),
+                None if !source.image.is_empty() => {
+                    self.image(&format!("{field}.source.image"), &source.image, false)
+                }
+                None => {}
+            }
+            for secret in &source.image_pull_secrets {
+                self.object(&format!("{field}.source.imagePullSecrets"), "a Secret", secret);
+            }
+            self.volume(&format!("{field}.source.volumeSource"), &source.volume_source);
+            let strength = adapter.strength.as_deref().map(|text| (text, text.trim().parse::<f64>()));
+            if let Some((text, _)) = strength
+                .filter(|(_, number)| !number.as_ref().is_ok_and(|number| (0.0..=1.0).contains(number)))
+            {
+                self.wrong(
+                    &format!("{field}.strength"),
+                    format!("expected a number from 0 to 1, found {text:?}"),
+                );
+            }
         }
     }
 
@@ -78,12 +144,23 @@ impl Rules {
         if resource.partition.is_some() {
             self.wrong("resource.partition", "a part of a GPU cannot tune; remove it");
         }
+        self.selector(resource);
+    }
+
+    fn selector(&mut self, resource: &Resource) {
         let Some(selector) = &resource.label_selector else {
             return self.wrong(
                 "resource.labelSelector",
                 "missing; name labels of the nodes, such as matchLabels: {apps: tuning}",
             );
         };
+        let labels = selector.match_labels.iter().flatten().map(|(key, value)| (key, vec![value.clone()]));
+        let expressions = selector.match_expressions.iter().flatten();
+        let expressions =
+            expressions.map(|expression| (&expression.key, expression.values.clone().unwrap_or_default()));
+        for (key, values) in labels.chain(expressions) {
+            self.label(key, &values);
+        }
         for expression in selector.match_expressions.iter().flatten() {
             let (known, values) = match expression.operator.as_str() {
                 "In" | "NotIn" => (true, true),
@@ -103,13 +180,33 @@ impl Rules {
         }
     }
 
+    /// Kubernetes' syntax of labels.
+    fn label(&mut self, key: &str, values: &[String]) {
+        const FIELD: &str = "resource.labelSelector";
+        const ALLOWED: &str = "up to 63 of A-Z, a-z, 0-9, -, _ and ., with a letter or digit at both ends";
+        let name = |text: &str| {
+            let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+            text.len() <= 63
+                && ends(text.chars().next())
+                && ends(text.chars().next_back())
+                && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        let (prefix, last) = key.split_once('/').map_or((None, key), |(prefix, last)| (Some(prefix), last));
+        if !name(last) || prefix.is_some_and(|prefix| object_name(prefix).is_none()) {
+            self.wrong(FIELD, format!("{key:?} cannot be the name of a label: allowed are {ALLOWED}, behind a domain and a / if any"));
+        }
+        for value in values.iter().filter(|value| !value.is_empty() && !name(value)) {
+            self.wrong(FIELD, format!("{value:?} cannot be the value of a label: allowed are {ALLOWED}"));
+        }
+    }
+
     fn tuning(&mut self, tuning: &Tuning, own_model: bool) {
         if Method::named(&tuning.method).is_none() {
             self.wrong("tuning.method", format!("expected lora or qlora, found {:?}", tuning.method));
         }
         match &tuning.preset {
             None => self.wrong("tuning.preset", "missing; `hone model --preset NAME` knows the names"),
-            Some(preset) => self.preset(preset, own_model),
+            Some(preset) => self.preset("tuning.preset", preset, own_model),
         }
         if !tuning.config.is_empty() {
             self.object("tuning.config", "a ConfigMap", &tuning.config);
@@ -125,28 +222,28 @@ impl Rules {
     }
 
     /// KAITO takes any `a/b` for a preset and fails when it looks it up.
-    fn preset(&mut self, preset: &Preset, own_model: bool) {
-        const FIELD: &str = "tuning.preset.name";
+    fn preset(&mut self, field: &str, preset: &Preset, own_model: bool) {
+        let name_field = &format!("{field}.name");
         match presets::find(&preset.name) {
-            _ if preset.name.is_empty() => self.wrong(FIELD, "missing"),
+            _ if preset.name.is_empty() => self.wrong(name_field, "missing"),
             Ok(known) => {
                 if let Some(why) = &known.refused {
-                    self.wrong(FIELD, format!("{} is not trained: {why}", known.name));
+                    self.wrong(name_field, format!("{} is not trained: {why}", known.name));
                 }
             }
             Err(_) if own_model => {}
-            Err(fault) => self.wrong(FIELD, fault.in_a_line()),
+            Err(fault) => self.wrong(name_field, fault.in_a_line()),
         }
         if let Some(options) = &preset.preset_options {
             if !options.image.is_empty() {
-                self.image("tuning.preset.presetOptions.image", &options.image, false);
+                self.image(&format!("{field}.presetOptions.image"), &options.image, false);
             }
             for secret in &options.image_pull_secrets {
-                self.object("tuning.preset.presetOptions.imagePullSecrets", "a Secret", secret);
+                self.object(&format!("{field}.presetOptions.imagePullSecrets"), "a Secret", secret);
             }
             if !options.model_access_secret.is_empty() {
                 self.object(
-                    "tuning.preset.presetOptions.modelAccessSecret",
+                    &format!("{field}.presetOptions.modelAccessSecret"),
                     "a Secret",
                     &options.model_access_secret,
                 );
@@ -224,7 +321,8 @@ impl Rules {
     /// KAITO looks at addresses written out only; names that lead to such are refused when they are connected to.
     fn url(&mut self, field: &str, text: &str) {
         let Ok(url) = Url::parse(text) else {
-            return self.wrong(field, "not a valid URL; expected https://host/file.parquet");
+            return self
+                .wrong(field, "not a valid URL; expected https://host/file.parquet or another data file");
         };
         // What stands behind the host may be a secret.
         let name = format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default());
@@ -255,10 +353,17 @@ impl Rules {
             }
         };
         let (before, after) = (&old.resource, &new.resource);
-        fixed("resource.count", before.count.unwrap_or(1) == after.count.unwrap_or(1));
+        // Servers may become more or fewer.
+        fixed(
+            "resource.count",
+            new.inference.is_some() || before.count.unwrap_or(1) == after.count.unwrap_or(1),
+        );
         fixed("resource.instanceType", before.instance_type == after.instance_type);
         fixed("resource.labelSelector", before.label_selector == after.label_selector);
         fixed("resource.partition", before.partition == after.partition);
+        if let (Some(before), Some(after)) = (&old.inference, &new.inference) {
+            fixed("inference.preset", before.preset == after.preset);
+        }
         let (Some(before), Some(after)) = (&old.tuning, &new.tuning) else { return };
         fixed("tuning.preset", before.preset == after.preset);
         fixed("tuning.method", before.method == after.method);
@@ -433,7 +538,7 @@ mod tests {
         expect!["tuning.output.image: image `example.com/Adapter:1` has upper-case letters in its repository; allowed are a-z, 0-9 and single . _ - / between them; use `example.com/adapter:1`"]
             .assert_eq(&output(json!({"image": "example.com/Adapter:1", "imagePushSecret": "s"})));
         expect![[r#"
-            2 mistakes in the configuration
+            2 mistakes in the Workspace
               tuning.output.image: image `ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1` has upper-case letters in its repository; allowed are a-z, 0-9 and single . _ - / between them; this looks like a placeholder: put your own name there
               tuning.output.imagePushSecret: "ACR_REGISTRY_SECRET_HERE" cannot be the name of a Secret: allowed are a-z, 0-9, - and .; this looks like a placeholder: put your own name there"#]].assert_eq(&output(json!({
             "image": "ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1", "imagePushSecret": "ACR_REGISTRY_SECRET_HERE",
@@ -474,7 +579,7 @@ mod tests {
             expect!["tuning: either inference or tuning must be specified, not neither"],
         );
         assert_eq!(
-            told(&[("tuning", Value::Null), ("inference", json!({})), ("resource", json!({}))]),
+            told(&[("tuning", Value::Null), ("inference", json!({"preset": {"name": "phi-4"}}))]),
             "valid"
         );
         for name in ["", "A", "a.b", "-a", "a_b", &"a".repeat(64)] {
@@ -514,13 +619,50 @@ mod tests {
             );
         }
         assert!(
-            told(&[("tuning", Value::Null), ("inference", json!({}))])
+            told(&[("tuning", Value::Null), ("inference", json!({"preset": {"name": "phi-4"}}))])
                 .starts_with("tuning: it cannot be added or removed")
         );
         assert!(
             told(&[("tuning.input.urls", json!(["http://10.0.0.1/"]))]).contains("refused"),
             "KAITO checks it on creation only"
         );
+    }
+
+    /// KAITO's TestAdapterSpecValidateCreateorUpdate, on creation too.
+    #[test]
+    fn adapters() {
+        let told = |adapters: Value| {
+            let inference = json!({"preset": {"name": "phi-4"}, "adapters": adapters});
+            told(&[("tuning", Value::Null), ("inference", inference)])
+        };
+        let image = |strength: Value| json!([{"source": {"name": "a", "image": "h.example/a:1"}, "strength": strength}]);
+        for strength in [json!("0"), json!("0.5"), json!("1.0"), Value::Null] {
+            assert_eq!(told(image(strength)), "valid");
+        }
+        for strength in ["not a number", "1.5", "-1", "NaN", ""] {
+            let refused = told(image(json!(strength)));
+            assert!(
+                refused.starts_with("inference.adapters[0].strength: expected a number from 0 to 1"),
+                "{refused}"
+            );
+        }
+        let claim = json!({"persistentVolumeClaim": {"claimName": "c"}});
+        assert_eq!(told(json!([{"source": {"name": "a", "volumeSource": claim}}])), "valid");
+        assert_eq!(told(json!([{"source": {"name": "a", "image": "workspace://tuned"}}])), "valid");
+        for (adapter, part) in [
+            (json!([{}]), "exactly one of image and volumeSource"),
+            (json!([{"source": {"name": "a", "urls": ["https://h/a"], "image": "h/a:1"}}]), "source.urls"),
+            (json!([{"source": {"name": "A/b", "image": "h/a:1"}}]), "source.name"),
+            (json!([{"source": {"name": "a", "image": "workspace://A_B"}}]), "source.image"),
+            (
+                json!([{"source": {"name": "a", "image": "h/a:1"}}, {"source": {"name": "a", "image": "h/b:1"}}]),
+                "a stands there twice",
+            ),
+        ] {
+            assert!(told(adapter.clone()).contains(part), "{adapter}: {}", told(adapter.clone()));
+        }
+        let own = json!({"template": {"spec": {}}});
+        assert!(super::create(&changed(&[("tuning", Value::Null), ("inference", own)]), false).is_err());
     }
 
     #[test]
@@ -533,7 +675,7 @@ mod tests {
                 ("tuning.input", json!({})),
             ],
             expect![[r#"
-                4 mistakes in the configuration
+                4 mistakes in the Workspace
                   metadata.name: expected up to 63 of a-z, 0-9 and -, with a letter or digit at both ends, found "A"
                   resource.count: tuning runs on one node, found 3
                   tuning.method: expected lora or qlora, found "x"

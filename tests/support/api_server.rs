@@ -1,5 +1,6 @@
-//! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply, status, watches that expire,
-//! foreground deletion, owners, logs. As much of it as hone's controller meets.
+//! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply with owners of fields, status, watches
+//! that expire, foreground deletion and its garbage collector, the controller of Jobs' time to live, logs, answers that hang.
+//! As much of it as hone's controller meets, as strict as the real one is (`api_rules.rs`).
 
 #![allow(dead_code)]
 
@@ -18,14 +19,21 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
+#[path = "api_rules.rs"]
+mod rules;
+
 /// plural, kind, apiVersion
-const KINDS: [(&str, &str, &str); 13] = [
+const KINDS: [(&str, &str, &str); 17] = [
     ("workspaces", "Workspace", "kaito.sh/v1beta1"),
     ("jobs", "Job", "batch/v1"),
     ("pods", "Pod", "v1"),
     ("configmaps", "ConfigMap", "v1"),
     ("nodes", "Node", "v1"),
     ("namespaces", "Namespace", "v1"),
+    ("services", "Service", "v1"),
+    ("statefulsets", "StatefulSet", "apps/v1"),
+    ("poddisruptionbudgets", "PodDisruptionBudget", "policy/v1"),
+    ("persistentvolumeclaims", "PersistentVolumeClaim", "v1"),
     ("events", "Event", "events.k8s.io/v1"),
     ("leases", "Lease", "coordination.k8s.io/v1"),
     ("controllerrevisions", "ControllerRevision", "apps/v1"),
@@ -36,6 +44,10 @@ const KINDS: [(&str, &str, &str); 13] = [
 ];
 /// A watch ends by itself after this; clients begin another.
 const WATCH_MAX: Duration = Duration::from_secs(20);
+/// How long the garbage collector takes to see what is to go.
+const GARBAGE_DELAY: Duration = Duration::from_millis(150);
+/// How often the cluster's own controllers look.
+const CONTROLLERS_INTERVAL: Duration = Duration::from_millis(20);
 
 type Key = (String, String, String);
 type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -49,10 +61,20 @@ struct State {
     /// Watches from before this version are told that it is gone.
     oldest: u64,
     absent: HashSet<String>,
-    /// Writes of a resource that answer 409.
-    conflicts: HashMap<String, u32>,
+    /// Requests of a verb and a resource that answer this code, and how many of them still do.
+    failures: HashMap<(String, String), (u16, u32)>,
     logs: HashMap<(String, String), String>,
     requests: Vec<String>,
+    /// Since when an object is to go, or a Job is over.
+    since: HashMap<(Key, &'static str), Instant>,
+    /// Which fields somebody applied or wrote.
+    owners: HashMap<Key, rules::Owners>,
+    /// Nothing is answered.
+    hangs: bool,
+    /// Nobody can connect.
+    down: bool,
+    /// Objects that wait for the garbage collector stay.
+    collector_stopped: bool,
 }
 
 pub struct ApiServer {
@@ -74,15 +96,35 @@ impl ApiServer {
         runtime.spawn(async move {
             loop {
                 let Ok((stream, _)) = listener.accept().await else { return };
+                if shared.lock().unwrap().down {
+                    continue;
+                }
                 let (state, changed) = (shared.clone(), signal.clone());
                 let service = service_fn(move |request| {
                     let (state, changed) = (state.clone(), changed.clone());
-                    async move { Ok::<_, Infallible>(answer(&state, &changed, request).await) }
+                    async move {
+                        until(&state, &changed, |state| !state.hangs).await;
+                        Ok::<_, Infallible>(answer(&state, &changed, request).await)
+                    }
                 });
-                tokio::spawn(
-                    hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service),
-                );
+                let (state, changed) = (shared.clone(), signal.clone());
+                tokio::spawn(async move {
+                    let connection = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service);
+                    tokio::select! {
+                        _ = connection => {}
+                        () = until(&state, &changed, |state| state.down) => {}
+                    }
+                });
+            }
+        });
+        let (shared, signal) = (state.clone(), changed.clone());
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(CONTROLLERS_INTERVAL).await;
+                if shared.lock().unwrap().control() {
+                    signal.notify_waiters();
+                }
             }
         });
         ApiServer { state, changed, address, runtime: Some(runtime) }
@@ -98,9 +140,79 @@ impl ApiServer {
         self
     }
 
-    /// The next writes of a resource answer 409.
-    pub fn conflict_next(&self, plural: &str, times: u32) {
-        self.state.lock().unwrap().conflicts.insert(plural.into(), times);
+    /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer this code.
+    pub fn fail_next(&self, verb: &str, plural: &str, code: u16, times: u32) {
+        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times));
+    }
+
+    /// The account of the controller has the right to that, or no longer.
+    pub fn deny(&self, verb: &str, plural: &str, denied: bool) {
+        self.fail_next(verb, plural, 403, if denied { u32::MAX } else { 0 });
+        if denied {
+            self.expire_watches();
+        }
+    }
+
+    /// Requests are taken and not answered, as those of a server that is stopped.
+    pub fn hang(&self, hangs: bool) {
+        self.state.lock().unwrap().hangs = hangs;
+        self.changed.notify_waiters();
+    }
+
+    /// Every connection ends, and nobody can connect; afterwards no watch can go on from before.
+    pub fn go_down(&self) {
+        self.state.lock().unwrap().down = true;
+        self.changed.notify_waiters();
+    }
+
+    pub fn come_up(&self) {
+        self.expire_watches();
+        self.state.lock().unwrap().down = false;
+    }
+
+    /// The CRD of a resource comes or goes.
+    pub fn install(&self, plural: &str, installed: bool) {
+        let mut state = self.state.lock().unwrap();
+        match installed {
+            true => _ = state.absent.remove(plural),
+            false => {
+                state.absent.insert(plural.into());
+                let gone: Vec<Key> = state.objects.keys().filter(|key| key.0 == plural).cloned().collect();
+                gone.iter().for_each(|key| state.remove(key));
+            }
+        }
+        drop(state);
+        self.expire_watches();
+    }
+
+    /// What is deleted in the foreground stays until the collector goes on.
+    pub fn stop_collector(&self, stopped: bool) {
+        self.state.lock().unwrap().collector_stopped = stopped;
+    }
+
+    /// Deletes as `kubectl delete --cascade=POLICY` does.
+    pub fn delete(&self, plural: &str, namespace: &str, name: &str, policy: &str) {
+        let key = key(plural, namespace, name);
+        self.state.lock().unwrap().delete(&key, Some(policy));
+        self.changed.notify_waiters();
+    }
+
+    /// Takes a finalizer of somebody else away.
+    pub fn release(&self, plural: &str, namespace: &str, name: &str, finalizer: &str) {
+        let mut object = self.get(plural, namespace, name).expect("an object");
+        let list = object["metadata"]["finalizers"].as_array_mut().expect("finalizers");
+        list.retain(|other| other != finalizer);
+        self.put(plural, object);
+    }
+
+    /// Writes a Workspace through v1alpha1: what that version has a default for is filled in.
+    pub fn write_through_v1alpha1(&self, namespace: &str, name: &str, patch: &Value) {
+        let mut object = self.get("workspaces", namespace, name).expect("a Workspace");
+        merge(&mut object, patch);
+        if object["resource"]["instanceType"].is_null() {
+            object["resource"]["instanceType"] = json!("Standard_NC24ads_A100_v4");
+        }
+        self.put("workspaces", object);
     }
 
     /// Ends every watch with 410, and refuses to go on from what clients know.
@@ -152,41 +264,36 @@ impl ApiServer {
         self.put(plural, object);
     }
 
-    /// What the garbage collector does after a foreground deletion: dependents, then the object itself.
-    pub fn finish_deletions(&self) {
-        let mut state = self.state.lock().unwrap();
-        let gone: Vec<Key> = state
-            .objects
-            .iter()
-            .filter(|(_, object)| {
-                object["metadata"]["finalizers"]
-                    .as_array()
-                    .is_some_and(|list| list == &[json!("foregroundDeletion")])
-            })
-            .map(|(key, _)| key.clone())
-            .collect();
-        gone.iter().for_each(|key| state.remove(key));
-        drop(state);
-        self.changed.notify_waiters();
-    }
-
     /// Waits until `holds`; tells the last state of affairs when it does not.
     pub fn wait<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         /// LIMIT: everything here takes milliseconds, but a retry seconds.
-        const PATIENCE: Duration = Duration::from_secs(30);
+        const PATIENCE: Duration = Duration::from_secs(40);
+        self.wait_for(PATIENCE, what, holds)
+    }
+
+    /// For a crowd, on a machine that does other things too.
+    pub fn wait_longer<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
+        self.wait_for(Duration::from_secs(300), what, holds)
+    }
+
+    fn wait_for<T>(&self, patience: Duration, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         let start = Instant::now();
         loop {
             if let Some(found) = holds(self) {
                 return found;
             }
-            if start.elapsed() > PATIENCE {
-                let workspaces: Vec<Value> = self.list("workspaces");
+            if start.elapsed() > patience {
+                let workspaces: Vec<Value> = self.list("workspaces").into_iter().take(3).collect();
                 panic!(
-                    "{what}: not within {PATIENCE:?}\n{workspaces:#?}\n{:#?}",
+                    "{what}: not within {patience:?}\n{workspaces:#?}\n{:#?}",
                     self.requests().iter().rev().take(20).collect::<Vec<_>>()
                 );
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(if patience.as_secs() > 100 {
+                Duration::from_millis(500)
+            } else {
+                Duration::from_millis(10)
+            });
         }
     }
 }
@@ -210,6 +317,7 @@ impl State {
         let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == key.0).unwrap();
         object["kind"] = kind.into();
         object["apiVersion"] = version.into();
+        rules::defaults(&key.0, &mut object);
         if old.as_ref().is_some_and(|old| same(old, &object)) {
             return old.unwrap();
         }
@@ -241,15 +349,101 @@ impl State {
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
         self.history.push((self.version, key.0.clone(), key.1.clone(), "DELETED", object.clone()));
+        self.owners.remove(key);
+        self.since.retain(|(other, _), _| other != key);
+        for dependent in self.dependents(&object) {
+            self.since.insert((dependent, "orphaned"), Instant::now());
+        }
+    }
+
+    /// What the object owns.
+    fn dependents(&self, object: &Value) -> Vec<Key> {
         let uid = &object["metadata"]["uid"];
         let owned = |other: &Value| {
             other["metadata"]["ownerReferences"]
                 .as_array()
                 .is_some_and(|list| list.iter().any(|owner| &owner["uid"] == uid))
         };
-        let dependents: Vec<Key> =
-            self.objects.iter().filter(|(_, other)| owned(other)).map(|(key, _)| key.clone()).collect();
-        dependents.iter().for_each(|key| self.remove(key));
+        self.objects.iter().filter(|(_, other)| owned(other)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// As the API server deletes: at once, or with finalizers and a time of deletion. Jobs without a policy leave their pods.
+    fn delete(&mut self, key: &Key, policy: Option<&str>) -> Option<Value> {
+        let mut object = self.objects.get(key)?.clone();
+        let default = if key.0 == "jobs" { "Orphan" } else { "Background" };
+        let policy = policy.unwrap_or(default).to_lowercase();
+        let mut finalizers = object["metadata"]["finalizers"].as_array().cloned().unwrap_or_default();
+        if policy == "orphan" {
+            for dependent in self.dependents(&object) {
+                let mut other = self.objects[&dependent].clone();
+                other["metadata"].as_object_mut().unwrap().remove("ownerReferences");
+                self.store(dependent, other, true);
+            }
+        }
+        if policy == "foreground" && !finalizers.contains(&json!("foregroundDeletion")) {
+            finalizers.push(json!("foregroundDeletion"));
+            self.since.insert((key.clone(), "foreground"), Instant::now());
+        }
+        if finalizers.is_empty() {
+            self.remove(key);
+            return Some(object);
+        }
+        object["metadata"]["finalizers"] = finalizers.into();
+        if object["metadata"]["deletionTimestamp"].is_null() {
+            object["metadata"]["deletionTimestamp"] = json!(rules::now());
+        }
+        Some(self.store(key.clone(), object, true))
+    }
+
+    /// One round of the garbage collector and of the controller of Jobs' time to live; whether anything changed.
+    fn control(&mut self) -> bool {
+        let before = self.version;
+        let due = |since: &Instant| since.elapsed() >= GARBAGE_DELAY;
+        let collected: Vec<(Key, &'static str)> = match self.collector_stopped {
+            true => Vec::new(),
+            false => self.since.iter().filter(|(_, at)| due(at)).map(|(key, _)| key.clone()).collect(),
+        };
+        for (key, why) in collected.into_iter().filter(|(_, why)| *why != "over") {
+            self.since.remove(&(key.clone(), why));
+            let Some(mut object) = self.objects.get(&key).cloned() else { continue };
+            match why {
+                "foreground" => {
+                    for dependent in self.dependents(&object) {
+                        self.delete(&dependent, Some("Background"));
+                    }
+                    let list = object["metadata"]["finalizers"].as_array_mut().unwrap();
+                    list.retain(|finalizer| finalizer != "foregroundDeletion");
+                    self.store(key, object, true);
+                }
+                _ => _ = self.delete(&key, Some("Background")),
+            }
+        }
+        let over: Vec<(Key, u64)> = self
+            .objects
+            .iter()
+            .filter(|(key, job)| key.0 == "jobs" && rules::is_over(job))
+            .filter_map(|(key, job)| Some((key.clone(), job["spec"]["ttlSecondsAfterFinished"].as_u64()?)))
+            .collect();
+        for (key, ttl) in over {
+            let since = *self.since.entry((key.clone(), "over")).or_insert_with(Instant::now);
+            let leaves = self.objects[&key]["metadata"]["deletionTimestamp"].is_string();
+            if !leaves && since.elapsed() >= Duration::from_secs(ttl) {
+                self.delete(&key, Some("Foreground"));
+            }
+        }
+        self.version != before
+    }
+}
+
+async fn until(state: &Mutex<State>, changed: &Notify, holds: impl Fn(&State) -> bool) {
+    loop {
+        let wake = changed.notified();
+        tokio::pin!(wake);
+        wake.as_mut().enable();
+        if holds(&state.lock().unwrap()) {
+            return;
+        }
+        wake.await;
     }
 }
 
@@ -303,6 +497,9 @@ struct Asked {
     name: Option<String>,
     sub: Option<String>,
     query: HashMap<String, String>,
+    /// As core/v1, where events have other names for their fields.
+    core: bool,
+    metadata_only: bool,
 }
 
 fn parse(path: &str, query: &str) -> Option<Asked> {
@@ -323,6 +520,8 @@ fn parse(path: &str, query: &str) -> Option<Asked> {
         name: rest.get(1).map(|name| name.to_string()),
         sub: rest.get(2).map(|sub| sub.to_string()),
         query,
+        core: path.starts_with("/api/v1/"),
+        metadata_only: false,
     })
 }
 
@@ -335,6 +534,7 @@ async fn answer(
     let (path, query) = (parts.uri.path().to_owned(), parts.uri.query().unwrap_or_default().to_owned());
     let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     state.lock().unwrap().requests.push(format!("{} {path}", parts.method));
+    let accept = parts.headers.get("accept").and_then(|value| value.to_str().ok()).unwrap_or_default();
     if path == "/version" {
         return reply(
             200,
@@ -347,12 +547,33 @@ async fn answer(
     if path == "/apis/karpenter.sh/v1" {
         return karpenter(&state.lock().unwrap());
     }
-    let Some(asked) = parse(&path, &query) else { return refuse(404, "NotFound", "no such path") };
+    let Some(mut asked) = parse(&path, &query) else { return refuse(404, "NotFound", "no such path") };
+    asked.metadata_only = accept.contains("as=PartialObjectMetadata");
     let known = KINDS.iter().any(|(plural, ..)| *plural == asked.plural);
     if !known || state.lock().unwrap().absent.contains(&asked.plural) {
         return refuse(404, "NotFound", "the server could not find the requested resource");
     }
     let watch = asked.query.get("watch").is_some_and(|watch| watch == "true" || watch == "1");
+    let verb = match (parts.method.as_str(), &asked.name, watch) {
+        ("GET", None, true) => "WATCH",
+        ("GET", None, false) => "LIST",
+        (verb, ..) => verb,
+    };
+    if let Some((code, left)) =
+        state.lock().unwrap().failures.get_mut(&(verb.to_owned(), asked.plural.clone()))
+        && *left > 0
+    {
+        *left -= u32::from(*left != u32::MAX);
+        return match *code {
+            409 => refuse(409, "Conflict", "the object has been modified"),
+            403 => refuse(
+                403,
+                "Forbidden",
+                &format!("{} is forbidden: User \"hone\" cannot {}", asked.plural, verb.to_lowercase()),
+            ),
+            code => refuse(code, "InternalError", "the server is currently unable to handle the request"),
+        };
+    }
     let response = match (&parts.method, &asked.name, &asked.sub) {
         (&Method::GET, None, _) if watch => return stream(state.clone(), changed.clone(), asked),
         (&Method::GET, None, _) => list(&state.lock().unwrap(), &asked),
@@ -362,6 +583,9 @@ async fn answer(
             let kind =
                 parts.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
             let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+            if let Err((code, reason, message)) = rules::form(&parts.method, kind, &asked.query) {
+                return refuse(code, reason, &message);
+            }
             write(&mut state.lock().unwrap(), &parts.method, &asked, kind, body)
         }
     };
@@ -370,71 +594,87 @@ async fn answer(
 }
 
 fn write(state: &mut State, method: &Method, asked: &Asked, kind: &str, body: Value) -> Response<Body> {
-    if let Some(left) = state.conflicts.get_mut(&asked.plural).filter(|left| **left > 0) {
-        *left -= 1;
-        return refuse(409, "Conflict", "the object has been modified");
-    }
     let name = asked.name.clone().or_else(|| body["metadata"]["name"].as_str().map(str::to_owned));
-    let Some(name) = name else { return refuse(422, "Invalid", "no name") };
+    let generated = || Some(format!("{}{:05}", body["metadata"]["generateName"].as_str()?, state.version));
+    let Some(name) = name.or_else(generated) else { return refuse(422, "Invalid", "no name") };
     let key = key(&asked.plural, &asked.namespace, &name);
     let old = state.objects.get(&key).cloned();
     let stale = |body: &Value| match (&old, body["metadata"]["resourceVersion"].as_str()) {
         (Some(old), Some(version)) => old["metadata"]["resourceVersion"] != version,
         _ => false,
     };
-    let whole = asked.sub.as_deref() == Some("status");
-    match (method, old.clone()) {
-        (&Method::POST, Some(_)) => refuse(409, "AlreadyExists", "it already exists"),
-        (&Method::POST, None) => {
-            let mut object = body;
+    let manager = asked.query.get("fieldManager").cloned().unwrap_or_else(|| "unknown".into());
+    let applies = kind.contains("apply-patch");
+    let placed = |mut object: Value| {
+        object["metadata"]["name"] = name.clone().into();
+        if !asked.namespace.is_empty() {
             object["metadata"]["namespace"] = asked.namespace.clone().into();
-            if asked.namespace.is_empty() {
-                object["metadata"].as_object_mut().unwrap().remove("namespace");
-            }
+        }
+        object
+    };
+    let mut owners = state.owners.get(&key).cloned().unwrap_or_default();
+    let (code, object) = match (method, old.clone()) {
+        (&Method::POST, Some(_)) => return refuse(409, "AlreadyExists", "it already exists"),
+        (&Method::POST, None) => {
+            let mut object = placed(body);
             object.as_object_mut().unwrap().remove("status");
-            reply(201, &state.store(key, object, false))
+            (201, object)
         }
-        (&Method::PATCH, None) if kind.contains("apply-patch") => {
-            let mut object = body;
-            if !asked.namespace.is_empty() {
-                object["metadata"]["namespace"] = asked.namespace.clone().into();
-            }
-            reply(201, &state.store(key, object, false))
+        (&Method::PATCH, None) if applies => {
+            owners.apply(&manager, &body);
+            (201, placed(body))
         }
-        (_, None) => refuse(404, "NotFound", &format!("{} {name:?} not found", asked.plural)),
+        (_, None) => return refuse(404, "NotFound", &format!("{} {name:?} not found", asked.plural)),
         (&Method::PUT | &Method::PATCH, Some(_)) if stale(&body) => {
-            refuse(409, "Conflict", "the object has been modified")
+            return refuse(409, "Conflict", "the object has been modified");
         }
-        (&Method::PUT, Some(_)) => reply(200, &state.store(key, body, false)),
+        (&Method::PUT, Some(_)) => (200, body),
         (&Method::PATCH, Some(mut object)) => {
-            if whole {
+            if applies {
+                let force = asked.query.get("force").is_some_and(|force| force == "true");
+                if let Some(field) = owners.conflict(&manager, &object, &body).filter(|_| !force) {
+                    return refuse(409, "Conflict", &format!("Apply failed with 1 conflict: {field}"));
+                }
+                for path in owners.apply(&manager, &body) {
+                    rules::take_away(&mut object, &path);
+                }
+            } else {
+                owners.write(&manager, &object, &body);
+            }
+            if asked.sub.as_deref() == Some("status") {
                 merge(&mut object["status"], &body["status"]);
             } else {
                 let status = object["status"].clone();
                 merge(&mut object, &body);
                 object["status"] = status;
             }
-            reply(200, &state.store(key, object, true))
+            (200, object)
         }
-        (&Method::DELETE, Some(mut object)) => {
-            let foreground = body["propagationPolicy"] == "Foreground";
-            let mut finalizers = object["metadata"]["finalizers"].as_array().cloned().unwrap_or_default();
-            if foreground {
-                finalizers.push(json!("foregroundDeletion"));
-            }
-            if finalizers.is_empty() {
-                state.remove(&key);
-                return reply(
-                    200,
-                    &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 200}),
+        (&Method::DELETE, Some(object)) => {
+            let uid = &body["preconditions"]["uid"];
+            if !uid.is_null() && *uid != object["metadata"]["uid"] {
+                return refuse(
+                    409,
+                    "Conflict",
+                    "the UID in the precondition does not match the UID in record",
                 );
             }
-            object["metadata"]["finalizers"] = finalizers.into();
-            object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
-            reply(200, &state.store(key, object, true))
+            let gone = state.delete(&key, body["propagationPolicy"].as_str());
+            return reply(200, &gone.unwrap_or_default());
         }
-        _ => refuse(405, "MethodNotAllowed", "not that"),
+        _ => return refuse(405, "MethodNotAllowed", "not that"),
+    };
+    if let Err(message) = rules::validate(&asked.plural, old.as_ref(), &object) {
+        let (_, kind, _) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
+        return refuse(422, "Invalid", &format!("{kind} {name:?} is invalid: {message}"));
     }
+    if asked.query.get("dryRun").is_some_and(|dry| dry == "All") {
+        return reply(code, &object);
+    }
+    state.owners.insert(key.clone(), owners);
+    // A PUT of the object itself leaves the status as it is.
+    let whole = *method == Method::PATCH;
+    reply(code, &state.store(key, object, whole))
 }
 
 fn get(state: &State, asked: &Asked, name: &str) -> Response<Body> {
@@ -446,20 +686,23 @@ fn get(state: &State, asked: &Asked, name: &str) -> Response<Body> {
 
 fn list(state: &State, asked: &Asked) -> Response<Body> {
     let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
-    let items: Vec<&Value> = state
+    let number = |name: &str| asked.query.get(name).and_then(|text| text.parse::<usize>().ok());
+    let (from, limit) = (number("continue").unwrap_or(0), number("limit").unwrap_or(usize::MAX));
+    let mut found = state
         .objects
-        .iter()
-        .filter(|((plural, namespace, _), object)| {
-            *plural == asked.plural && asked.selects(namespace, object)
-        })
-        .map(|(_, object)| object)
-        .collect();
+        .range(key(&asked.plural, "", "")..)
+        .take_while(|((plural, ..), _)| *plural == asked.plural)
+        .filter(|((_, namespace, _), object)| asked.selects(namespace, object))
+        .map(|(_, object)| asked.shown(object))
+        .skip(from);
+    let items: Vec<Value> = found.by_ref().take(limit).collect();
+    let mut meta = json!({"resourceVersion": state.version.to_string()});
+    if found.next().is_some() {
+        meta["continue"] = (from + items.len()).to_string().into();
+    }
     reply(
         200,
-        &json!({
-            "kind": format!("{kind}List"), "apiVersion": version,
-            "metadata": {"resourceVersion": state.version.to_string()}, "items": items,
-        }),
+        &json!({"kind": format!("{kind}List"), "apiVersion": version, "metadata": meta, "items": items}),
     )
 }
 
@@ -472,8 +715,37 @@ impl Asked {
             Some((name, value)) => labels[name] == value.trim_start_matches('='),
             None => labels.get(part).is_some(),
         };
+        let object = self.shown(object);
+        let fields = self.query.get("fieldSelector").map_or("", String::as_str);
+        let field = |part: &str| match part.split_once('=') {
+            Some((path, value)) => {
+                let found = path.split('.').fold(&object, |at, name| &at[name]);
+                found.as_str().unwrap_or_default() == value.trim_start_matches('=')
+            }
+            None => false,
+        };
         (self.namespace.is_empty() || self.namespace == namespace)
             && wanted.split(',').filter(|part| !part.is_empty()).all(holds)
+            && fields.split(',').filter(|part| !part.is_empty()).all(field)
+    }
+
+    /// As this request sees it.
+    fn shown(&self, object: &Value) -> Value {
+        if self.metadata_only {
+            return json!({
+                "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"],
+            });
+        }
+        let mut object = object.clone();
+        if self.plural == "events" && self.core {
+            for (new, old) in [("regarding", "involvedObject"), ("note", "message")] {
+                if object[old].is_null() {
+                    object[old] = object[new].take();
+                }
+            }
+            object["apiVersion"] = "v1".into();
+        }
+        object
     }
 }
 
@@ -501,6 +773,7 @@ fn stream(state: Arc<Mutex<State>>, changed: Arc<Notify>, asked: Asked) -> Respo
                 tokio::pin!(wake);
                 wake.as_mut().enable();
                 let (lines, last, gone) = events(&state.lock().unwrap(), &asked, from);
+                until(&state, &changed, |state| !state.hangs).await;
                 if gone || !lines.is_empty() {
                     let frame: Result<Frame<Bytes>, Infallible> = Ok(Frame::data(Bytes::from(lines)));
                     return Some((frame, (last, gone)));
@@ -521,10 +794,10 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
         return (format!("{gone}\n"), from, true);
     }
     let mut text = String::new();
-    for (_, plural, namespace, change, object) in state.history.iter().filter(|(version, ..)| *version > from)
-    {
+    let begin = state.history.partition_point(|(version, ..)| *version <= from);
+    for (_, plural, namespace, change, object) in &state.history[begin..] {
         if *plural == asked.plural && asked.selects(namespace, object) {
-            text += &format!("{}\n", json!({"type": change, "object": object}));
+            text += &format!("{}\n", json!({"type": change, "object": asked.shown(object)}));
         }
     }
     (text, state.version, false)

@@ -1,0 +1,78 @@
+//! Who else is in the cluster -> whether KAITO's controller is, what Karpenter can bring, and whether the API server answers.
+//!
+//! Looked at again and again, so that coming and going is noticed while the controller runs. A server that answers again after it did
+//! not lets every watch begin anew: a connection may have died without a word.
+
+use std::time::Duration;
+
+use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
+use kube::{Api, Client};
+use tokio::sync::watch;
+
+use super::nodes::{self, Provider};
+
+/// KAITO's admission webhook: where it is, its controller is too.
+const KAITO_WEBHOOK: &str = "validation.workspace.kaito.sh";
+/// How often they are looked for.
+const INTERVAL: Duration = Duration::from_secs(15);
+/// How long an answer may take.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Presence {
+    pub kaito: bool,
+    pub provider: Provider,
+}
+
+/// # Errors
+/// Those of the API server, and one that takes too long.
+pub async fn look(client: &Client) -> kube::Result<Presence> {
+    in_time(ANSWER_MAX, async {
+        Ok(Presence { kaito: kaito(client).await?, provider: nodes::provider(client).await? })
+    })
+    .await
+}
+
+/// What a request gives, if it does so in time.
+///
+/// # Errors
+/// Its own, and that it took too long.
+pub async fn in_time<T>(most: Duration, request: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
+    match tokio::time::timeout(most, request).await {
+        Ok(answer) => answer,
+        Err(_) => Err(kube::Error::Service(format!("the API server did not answer within {most:?}").into())),
+    }
+}
+
+async fn kaito(client: &Client) -> kube::Result<bool> {
+    let webhooks = Api::<ValidatingWebhookConfiguration>::all(client.clone());
+    match webhooks.get_metadata_opt(KAITO_WEBHOOK).await {
+        Ok(found) => Ok(found.is_some()),
+        // A controller of one namespace may not look; the finalizer still tells KAITO's Workspaces.
+        Err(kube::Error::Api(status)) if status.code == 403 => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Looks for ever. `again` counts how often the server came back.
+pub async fn keep(client: &Client, found: &watch::Sender<Presence>, again: &watch::Sender<u64>) {
+    let mut answered = true;
+    loop {
+        tokio::time::sleep(if answered { INTERVAL } else { Duration::from_secs(1) }).await;
+        match look(client).await {
+            Ok(now) => {
+                if !answered {
+                    again.send_modify(|count| *count += 1);
+                }
+                answered = true;
+                found.send_if_modified(|before| std::mem::replace(before, now) != now);
+            }
+            Err(error) => {
+                if answered {
+                    tracing::warn!(target: "hone", "{error}; it is asked again");
+                }
+                answered = false;
+            }
+        }
+    }
+}

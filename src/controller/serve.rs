@@ -1,0 +1,449 @@
+//! A Workspace that serves -> its StatefulSet and Services in the cluster, and what of them answers -> its status.
+//!
+//! Conditions, states and reasons are KAITO's (v0.12, `updateInferenceStatus`). Objects are applied when they are to be others than
+//! those that are there, which a hash on the StatefulSet says; at rest nothing is asked.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::runtime::controller::Action;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::events::Weight;
+use super::observe::{self, Ended};
+use super::reconcile::{RESTING, Reconciler, ignore};
+use super::status::{self, Conditions, Nodes};
+use super::{FIELD_MANAGER, words};
+use crate::source;
+use crate::workspace::annotations::PREFIX;
+use crate::workspace::kind::{Status, Workspace};
+use crate::workspace::serve::{Served, TUNED, Tuned, serve};
+use crate::workspace::{MANAGED_BY, MANAGER};
+
+/// Of all objects together, on the StatefulSet.
+const HASH: &str = "hone.sh/spec-hash";
+/// KAITO cuts messages at this.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
+/// Whether a Workspace takes an adapter from the tuning Workspace of that name.
+pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
+    let adapters = workspace.inference.iter().flat_map(|inference| &inference.adapters);
+    let mut images = adapters.filter_map(|adapter| adapter.source.as_ref()?.image.strip_prefix(TUNED));
+    images.any(|name| name == tuning)
+}
+
+/// What serves, as far as the cluster tells.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Serving {
+    pub wanted: i32,
+    pub ready: i32,
+    /// KAITO's reason and words for why it is not.
+    pub trouble: Option<(&'static str, String)>,
+    /// Why the Workspace as it is now is not applied.
+    pub refused: Option<String>,
+}
+
+impl Serving {
+    fn is_ready(&self) -> bool {
+        self.wanted > 0 && self.ready >= self.wanted
+    }
+}
+
+/// # Errors
+/// Those of the API server.
+pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
+    let name = of.workspace.name();
+    let set = of.context.sets.find(&of.owner, name).filter(|set| is_ours(of, set.as_ref()));
+    let tuned = tuned(of);
+    let refused = match serve(&of.workspace, &of.context.settings, &tuned) {
+        Err(fault) => Some(words::of_fault(fault)),
+        Ok(served) => apply(of, set.as_deref(), &served).await?,
+    };
+    let set = match set {
+        Some(set) => Some(set),
+        None => of.api::<StatefulSet>().get_opt(name).await?.filter(|set| is_ours(of, set)).map(Arc::new),
+    };
+    let pods = of.context.pods.of(&of.owner);
+    let serving = observe(set.as_deref(), &pods, refused.clone());
+    let node = pods.iter().find_map(|pod| pod.spec.as_ref()?.node_name.clone());
+    ask_for_node(of, set.is_some() && node.is_none()).await?;
+    let mut seen = observe::observe(None, &[], false);
+    seen.node = node;
+    let nodes = of.nodes(&seen);
+    let workers = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+    let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    write(of, status, &serving).await?;
+    annotate(of, &serving, &tuned).await?;
+    Ok(Action::requeue(if refused.is_some() { of.pause_of_refusals() } else { RESTING }))
+}
+
+async fn ask_for_node(of: &Reconciler<'_>, waits: bool) -> kube::Result<()> {
+    match waits && super::nodes::is_missing(&of.context.claims.of(&of.owner)) {
+        true => of.ask_for_node().await,
+        false => Ok(()),
+    }
+}
+
+fn is_ours<K: ResourceExt>(of: &Reconciler<'_>, object: &K) -> bool {
+    let uid = of.workspace.metadata.uid.as_ref();
+    object.labels().get(MANAGED_BY).is_some_and(|manager| manager == MANAGER)
+        && object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)
+}
+
+/// What tuning Workspaces of the namespace have pushed: the image by its digest.
+fn tuned(of: &Reconciler<'_>) -> Tuned {
+    let named = |workspace: &Arc<Workspace>| {
+        let output = workspace.tuning.as_ref()?.output.as_ref()?;
+        let name = workspace.name().to_owned();
+        if workspace.namespace() != of.workspace.namespace() || !follows(&of.workspace, &name) {
+            return None;
+        }
+        let digest = workspace.annotation(&format!("{PREFIX}digest"));
+        Some((
+            name,
+            match (digest, output.image.is_empty()) {
+                (_, true) => {
+                    Err(format!("Workspace {} writes to a volume, not to an image", workspace.name()))
+                }
+                (Some(digest), _) => Ok(format!("{}@{digest}", without_tag(&output.image))),
+                (None, _) => Err(format!("Workspace {} has not pushed its adapter yet", workspace.name())),
+            },
+        ))
+    };
+    of.context.workspaces.state().iter().filter_map(named).collect()
+}
+
+fn without_tag(image: &str) -> &str {
+    let last = image.rfind('/').map_or(0, |at| at + 1);
+    image[last..].find(':').map_or(image, |at| &image[..last + at])
+}
+
+/// Applies what is not there yet, or is another; what the API server says against it.
+async fn apply(
+    of: &Reconciler<'_>,
+    set: Option<&StatefulSet>,
+    served: &Served,
+) -> kube::Result<Option<String>> {
+    let objects: Vec<String> = served.objects().iter().map(ToString::to_string).collect();
+    let hash = source::digest(objects.join("\n").as_bytes())[..16].to_owned();
+    if set.is_some_and(|set| set.annotations().get(HASH) == Some(&hash)) {
+        return Ok(None);
+    }
+    match apply_all(of, served, &hash).await {
+        Ok(None) => {}
+        Ok(Some(why)) => return Ok(Some(why)),
+        Err(error) if words::is_terminating(&error) => return Err(error),
+        Err(error) => {
+            return match words::refusal(&error) {
+                Some(why) => Ok(Some(format!("the API server refuses it: {why}"))),
+                None => Err(error),
+            };
+        }
+    }
+    let mut told =
+        format!("StatefulSet {} is {}", of.workspace.name(), if set.is_none() { "made" } else { "changed" });
+    for warning in &served.warnings {
+        told += &format!("; {warning}");
+    }
+    let weight = if served.warnings.is_empty() { Weight::Normal } else { Weight::Warning };
+    of.event(weight, "Applied", &told).await;
+    Ok(None)
+}
+
+async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Result<Option<String>> {
+    let name = of.workspace.name();
+    let mut set = served.set.clone();
+    set.metadata.annotations.get_or_insert_default().insert(HASH.into(), hash.into());
+    // Names that somebody else has are left alone.
+    let foreign = |kind: &str| {
+        Some(format!("{kind} {name} is not of this Workspace: rename the Workspace, or remove it"))
+    };
+    if of.api::<StatefulSet>().get_opt(name).await?.is_some_and(|old| !is_ours(of, &old)) {
+        return Ok(foreign("StatefulSet"));
+    }
+    for service in &served.services {
+        if of.api::<Service>().get_opt(&service.name_any()).await?.is_some_and(|old| !is_ours(of, &old)) {
+            return Ok(foreign("Service"));
+        }
+        put(of, service).await?;
+    }
+    of.ask_for_node().await?;
+    put(of, &set).await?;
+    match &served.budget {
+        Some(budget) => put(of, budget).await?,
+        None => {
+            let api = of.api::<PodDisruptionBudget>();
+            if api.get_opt(name).await?.is_some_and(|old| is_ours(of, &old)) {
+                ignore(404, api.delete(name, &DeleteParams::default()).await.map(|_| ()))?;
+            }
+        }
+    }
+    Ok(None)
+}
+
+async fn put<K>(of: &Reconciler<'_>, object: &K) -> kube::Result<()>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + Serialize
+        + DeserializeOwned,
+{
+    let api: Api<K> = of.api();
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    api.patch(&object.name_any(), &parameters, &Patch::Apply(object)).await.map(|_| ())
+}
+
+/// Pure: counts of the StatefulSet, and what its pods say.
+pub fn observe(set: Option<&StatefulSet>, pods: &[Arc<Pod>], refused: Option<String>) -> Serving {
+    let wanted = set.and_then(|set| set.spec.as_ref()?.replicas).unwrap_or(1);
+    let status = set.and_then(|set| set.status.as_ref());
+    // What is counted may be of an older template.
+    let settled = status.is_some_and(|status| {
+        status.observed_generation >= set.and_then(|set| set.metadata.generation)
+            && status.update_revision == status.current_revision
+    });
+    let ready = status.and_then(|status| status.ready_replicas).unwrap_or(0);
+    let ready = if settled { ready } else { ready.min(wanted - 1) };
+    let trouble = if ready >= wanted { None } else { pods.iter().find_map(|pod| trouble(pod)) };
+    Serving { wanted, ready, trouble, refused }
+}
+
+/// KAITO's order: the first that holds.
+fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
+    let status = pod.status.as_ref()?;
+    let containers: Vec<&ContainerStatus> = status.container_statuses.iter().flatten().collect();
+    let last = |container: &&ContainerStatus| {
+        let ended =
+            |state: &Option<k8s_openapi::api::core::v1::ContainerState>| state.as_ref()?.terminated.clone();
+        ended(&container.state).or_else(|| ended(&container.last_state))
+    };
+    let terminated = containers.iter().find_map(last);
+    let told = terminated.as_ref().map(|state| Ended::of(state).told()).unwrap_or_default();
+    if terminated.as_ref().is_some_and(|state| state.reason.as_deref() == Some("OOMKilled")) {
+        return Some(("ContainerOOMKilled", told));
+    }
+    let waiting = containers.iter().find_map(|container| container.state.as_ref()?.waiting.clone());
+    if let Some(waiting) = waiting {
+        let why = waiting.reason.unwrap_or_default();
+        let message = waiting.message.unwrap_or_default();
+        let line = if message.is_empty() { why.clone() } else { format!("{why}: {message}") };
+        match why.as_str() {
+            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
+                return Some(("ImagePullError", line));
+            }
+            "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
+                return Some(("ContainerStartError", line));
+            }
+            "CrashLoopBackOff" if !told.is_empty() => return Some(("ContainerCrashLoopBackOff", told)),
+            "CrashLoopBackOff" => return Some(("ContainerCrashLoopBackOff", line)),
+            _ => {}
+        }
+    }
+    if status.reason.as_deref() == Some("Evicted") {
+        return Some(("PodEvicted", status.message.clone().unwrap_or_default()));
+    }
+    let conditions = status.conditions.iter().flatten();
+    let unscheduled = conditions
+        .into_iter()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
+    unscheduled.map(|condition| ("Unschedulable", condition.message.clone().unwrap_or_default()))
+}
+
+/// Pure: the status of a Workspace that serves.
+pub fn tell(
+    workspace: &Workspace,
+    serving: &Serving,
+    node: &Option<String>,
+    nodes: &Nodes,
+    workers: Vec<String>,
+    now: Timestamp,
+) -> Status {
+    let mut status = workspace.status.clone().unwrap_or_default();
+    let mut conditions =
+        Conditions::of(std::mem::take(&mut status.conditions), workspace.metadata.generation, now);
+    conditions.remove("JobStarted");
+    status::nodes(&mut conditions, node, nodes, false);
+    let ready = serving.is_ready();
+    let (reason, mut words) = match (&serving.trouble, &serving.refused) {
+        _ if ready => {
+            ("WorkspaceInferenceStatusSuccess", "Inference has been deployed successfully".to_owned())
+        }
+        (Some((reason, words)), _) => (*reason, words.clone()),
+        (None, Some(_)) => ("WorkspaceInferenceStatusFailed", "Inference workload is not ready".into()),
+        (None, None) => (
+            "WorkspaceInferenceStatusPending",
+            format!("Inference workload is not ready: {} of {} servers are", serving.ready, serving.wanted),
+        ),
+    };
+    if let Some(why) = &serving.refused {
+        words += &format!("; the Workspace is not applied: {why}");
+    }
+    let words = super::words::plain(&words, MESSAGE_BYTES_MAX);
+    conditions.set("InferenceReady", ready, reason, words.clone());
+    let succeeded = if ready { "workspaceSucceeded" } else { "workspacePending" };
+    for type_ in ["WorkspaceSucceeded", "WorkspaceReady"] {
+        conditions.set(type_, ready, succeeded, words.clone());
+    }
+    status.conditions = conditions.list;
+    let before = status.state.as_deref();
+    status.state = Some(
+        match (ready, before) {
+            (true, _) => "Ready",
+            (false, Some("Ready" | "NotReady")) => "NotReady",
+            (false, _) => "Pending",
+        }
+        .into(),
+    );
+    status.worker_nodes = workers;
+    status.target_node_count = Some(serving.wanted);
+    status
+}
+
+async fn write(of: &Reconciler<'_>, status: Status, serving: &Serving) -> kube::Result<()> {
+    let old = of.workspace.status.as_ref();
+    if old == Some(&status) {
+        return Ok(());
+    }
+    let message = |status: &Status| {
+        let mut list = status.conditions.iter();
+        list.find(|condition| condition.type_ == "InferenceReady").map(|condition| condition.message.clone())
+    };
+    of.write_status(&json!({"status": status})).await?;
+    let bad = serving.trouble.is_some() || serving.refused.is_some();
+    let changed = old.and_then(|old| old.state.clone()) != status.state;
+    if changed || (bad && old.and_then(message) != message(&status)) {
+        let weight = if bad && !serving.is_ready() { Weight::Warning } else { Weight::Normal };
+        let reason = status.state.clone().unwrap_or_default();
+        of.event(weight, &reason, &message(&status).unwrap_or_default()).await;
+    }
+    Ok(())
+}
+
+/// Which adapters answer, once they do.
+async fn annotate(of: &Reconciler<'_>, serving: &Serving, tuned: &Tuned) -> kube::Result<()> {
+    if !serving.is_ready() || serving.refused.is_some() {
+        return Ok(());
+    }
+    let adapters = of.workspace.inference.iter().flat_map(|inference| &inference.adapters);
+    let told: Vec<String> = adapters
+        .map(|adapter| {
+            let source = adapter.source.clone().unwrap_or_default();
+            let image = match source.image.strip_prefix(TUNED).and_then(|name| tuned.get(name)) {
+                Some(Ok(image)) => image.clone(),
+                _ if source.image.is_empty() => "a volume".into(),
+                _ => source.image.clone(),
+            };
+            format!("{} of {image} at {}", source.name, adapter.strength.as_deref().unwrap_or("1.0"))
+        })
+        .collect();
+    let told = Some(told.join(", ")).filter(|told| !told.is_empty());
+    of.annotate([(format!("{PREFIX}adapters"), told)].into()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn pod(status: Value) -> Arc<Pod> {
+        Arc::new(serde_json::from_value(json!({"status": status})).unwrap())
+    }
+
+    fn container(state: Value, last: Value) -> Value {
+        json!({"containerStatuses": [{
+            "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 1, "state": state, "lastState": last,
+        }]})
+    }
+
+    fn set(ready: i32, settled: bool) -> StatefulSet {
+        serde_json::from_value(json!({
+            "metadata": {"generation": 2},
+            "spec": {"replicas": 2, "serviceName": "a", "selector": {}, "template": {}},
+            "status": {
+                "observedGeneration": 2, "replicas": 2, "readyReplicas": ready, "currentRevision": "a",
+                "updateRevision": if settled { "a" } else { "b" },
+            },
+        }))
+        .unwrap()
+    }
+
+    /// KAITO's table of reasons.
+    #[test]
+    fn why_it_does_not_answer() {
+        let why = |status: Value| {
+            observe(Some(&set(0, true)), &[pod(status)], None).trouble.map(|(reason, _)| reason)
+        };
+        let ended = json!({"terminated": {"exitCode": 12, "reason": "Error"}});
+        assert_eq!(
+            why(container(json!({"waiting": {"reason": "ImagePullBackOff"}}), json!({}))),
+            Some("ImagePullError")
+        );
+        assert_eq!(
+            why(container(json!({"waiting": {"reason": "CreateContainerConfigError"}}), json!({}))),
+            Some("ContainerStartError")
+        );
+        let crash = container(json!({"waiting": {"reason": "CrashLoopBackOff"}}), ended);
+        let told = observe(Some(&set(0, true)), &[pod(crash)], None).trouble.unwrap();
+        assert_eq!(told, ("ContainerCrashLoopBackOff", "exit code 12 (model)".to_owned()));
+        let oom = json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}});
+        assert_eq!(
+            why(container(json!({"waiting": {"reason": "CrashLoopBackOff"}}), oom)),
+            Some("ContainerOOMKilled")
+        );
+        assert_eq!(why(json!({"reason": "Evicted", "message": "disk"})), Some("PodEvicted"));
+        let unscheduled =
+            json!({"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes"}]});
+        assert_eq!(why(unscheduled), Some("Unschedulable"));
+        assert_eq!(why(container(json!({"running": {}}), json!({}))), None);
+    }
+
+    #[test]
+    fn states_are_kaitos() {
+        let mut workspace = Workspace::default();
+        let second = |second| Timestamp::from_second(second).unwrap();
+        let mut state = |serving: &Serving| {
+            let status = tell(&workspace, serving, &None, &Nodes::default(), Vec::new(), second(1));
+            workspace.status = Some(status.clone());
+            let shown = |type_: &str| {
+                let condition = status.conditions.iter().find(|condition| condition.type_ == type_).unwrap();
+                format!("{} {}", condition.status, condition.reason)
+            };
+            (status.state.clone().unwrap(), shown("InferenceReady"), shown("WorkspaceSucceeded"))
+        };
+        let expect = |state: &str, ready: &str, succeeded: &str| {
+            (state.to_owned(), ready.to_owned(), succeeded.to_owned())
+        };
+        let of = |ready, settled| observe(Some(&set(ready, settled)), &[], None);
+        assert_eq!(
+            state(&of(0, true)),
+            expect("Pending", "False WorkspaceInferenceStatusPending", "False workspacePending")
+        );
+        assert_eq!(
+            state(&of(2, true)),
+            expect("Ready", "True WorkspaceInferenceStatusSuccess", "True workspaceSucceeded")
+        );
+        assert_eq!(state(&of(1, true)).0, "NotReady");
+        assert_eq!(state(&of(2, false)).0, "NotReady", "they are of the older template");
+        assert_eq!(
+            state(&observe(None, &[], Some("strength".into()))),
+            expect("NotReady", "False WorkspaceInferenceStatusFailed", "False workspacePending")
+        );
+    }
+
+    #[test]
+    fn an_image_without_its_tag() {
+        for (image, bare) in
+            [("h.example:5000/a/b:1", "h.example:5000/a/b"), ("h:5000/a", "h:5000/a"), ("a:1", "a")]
+        {
+            assert_eq!(without_tag(image), bare);
+        }
+    }
+}

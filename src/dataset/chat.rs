@@ -1,0 +1,47 @@
+//! A conversation that waits for its answer -> the text that the model continues.
+
+use serde_json::{Map, Value, json};
+
+use super::Tokenizer;
+use super::template::Template;
+use crate::fault::{Fault, Result};
+
+/// A compiled chat template, for whoever asks a model.
+pub struct Chat {
+    template: Template,
+}
+
+impl Chat {
+    /// `source` replaces the model's own template. `None` if there is neither.
+    ///
+    /// # Errors
+    /// Config or Model: the template's syntax is wrong.
+    pub fn of(tokenizer: &Tokenizer, source: Option<&str>) -> Result<Option<Chat>> {
+        let Some(text) = source.or(tokenizer.chat_template()) else { return Ok(None) };
+        let compiled = Template::new(text, tokenizer.specials(), tokenizer.now());
+        compiled.map(|template| Some(Chat { template })).map_err(|problem| match source {
+            Some(_) => Fault::config(problem).at("the chat template that was given"),
+            None => Fault::model(problem).at("the model's chat template"),
+        })
+    }
+
+    /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
+    /// else the template knows. Error: why there is no text.
+    pub fn text(&self, mut context: Map<String, Value>) -> std::result::Result<String, String> {
+        for name in ["tools", "documents"] {
+            context.entry(name).or_insert(Value::Null);
+        }
+        self.template.render_context(&context)
+    }
+
+    /// The control token that the template writes behind an answer.
+    pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
+        const ANSWER: &str = "Qzx7";
+        let messages = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}]);
+        let context = json!({"messages": messages, "add_generation_prompt": false}).as_object().cloned()?;
+        let text = self.text(context).ok()?;
+        let (_, behind) = text.rsplit_once(ANSWER)?;
+        let first = *tokenizer.encode(behind.trim_start(), false).ok()?.first()?;
+        tokenizer.is_special(first).then_some(first)
+    }
+}

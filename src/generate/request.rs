@@ -1,0 +1,288 @@
+//! What is asked of an engine and what it answers: plain types, the channel between both, and the trait `Engine`.
+//!
+//! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An engine
+//! keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads any more.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::fault::{Fault, Result};
+
+/// One sequence to generate. Several choices of one prompt are several requests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Token ids of the prompt; at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate. 0 only scores the prompt.
+    pub max_tokens: usize,
+    /// No token of `stop_tokens` is drawn before so many tokens are generated.
+    pub min_tokens: usize,
+    /// Tokens that end the sequence: the model's ends and those of the caller. Whoever ignores the model's ends
+    /// leaves them out here.
+    pub stop_tokens: Vec<u32>,
+    pub sampling: Sampling,
+    /// What is added to the base: the sum of strength x scale x B A. Empty is the base alone.
+    pub adapters: Vec<Strength>,
+    /// Log-probabilities of generated tokens, with so many of the most probable alternatives.
+    pub logprobs: Option<usize>,
+    /// The same of the prompt's tokens.
+    pub prompt_logprobs: Option<usize>,
+}
+
+impl Request {
+    /// A greedy request of the base, which every field may change.
+    pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
+        Request {
+            prompt,
+            max_tokens,
+            min_tokens: 0,
+            stop_tokens: Vec::new(),
+            sampling: Sampling::greedy(),
+            adapters: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// How a token is drawn. The order is that of transformers: `generate/sampling.rs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy: the most probable token, of equal ones the lowest id.
+    pub temperature: f32,
+    /// Only the most probable so many; 0 is all.
+    pub top_k: usize,
+    /// Only the most probable that together have this probability; 1 is all.
+    pub top_p: f32,
+    /// Only those with at least this share of the most probable one's probability; 0 is all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Is subtracted once from the logit of every token that was generated.
+    pub presence_penalty: f32,
+    /// Is subtracted from a token's logit for each time it was generated.
+    pub frequency_penalty: f32,
+    /// Is added to the logits of these tokens.
+    pub bias: Vec<(u32, f32)>,
+    /// A sequence's draws depend on this and on the token's number only, not on what else runs.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// The most probable token, nothing changed.
+    pub fn greedy() -> Sampling {
+        Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// An adapter's part of a request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Strength {
+    /// Name under which the adapter was loaded.
+    pub name: String,
+    /// 1 is as trained, 0 is nothing of it.
+    pub strength: f32,
+}
+
+/// What happens to a request, in this order: `Started`, `Prompt` (if asked for), `Token`s, then `Finished` or `Failed`.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// It left the queue and has a place in the batch.
+    Started,
+    /// The prompt's tokens from the second on, which have a probability. May come in several parts.
+    Prompt(Vec<Scored>),
+    /// The next token; the one that ends the sequence included.
+    Token(Scored),
+    /// Nothing follows.
+    Finished(Finish, Usage),
+    /// It could not be finished. Nothing follows.
+    Failed(Fault),
+}
+
+/// A token with its log-probability by the model's own logits, before penalties and temperature.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scored {
+    pub token: u32,
+    /// 0 where the request asked for none.
+    pub logprob: f32,
+    /// The most probable tokens from the first on; of equal ones the lower id first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// By one of its stop tokens.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+}
+
+/// What a request took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    /// Of the prompt's tokens those whose keys and values were there already.
+    pub cached_tokens: usize,
+    /// The token that ended it included.
+    pub generated_tokens: usize,
+}
+
+/// Why a request is not taken.
+#[derive(Clone, Debug)]
+pub enum Refusal {
+    /// So many requests wait already.
+    Full { waiting: usize },
+    /// No adapter of this name is loaded.
+    UnknownAdapter(String),
+    /// The prompt and what is asked for do not fit the context.
+    TooLong { asked: usize, context: usize },
+    /// A token id that the model's embedding does not have.
+    UnknownToken { token: u32, vocabulary: usize },
+    /// The engine cannot work any more.
+    Failed(Fault),
+}
+
+/// What an engine serves.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Facts {
+    /// Most tokens of prompt and answer together.
+    pub context: usize,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Most sequences that run at once.
+    pub sequences: usize,
+    /// Tokens whose keys and values fit, over all sequences.
+    pub cache_tokens: usize,
+    /// How the base is held and where: `NF4, scales quantised too, on NVIDIA H100`.
+    pub description: String,
+}
+
+/// An adapter that is loaded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapter {
+    pub name: String,
+    /// Where its files are.
+    pub folder: PathBuf,
+    /// The largest rank of its modules.
+    pub rank: usize,
+    pub bytes: usize,
+}
+
+/// What `/metrics` shows of an engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counters {
+    pub running: usize,
+    pub waiting: usize,
+    /// Pages of the cache in use, from 0 to 1.
+    pub cache_usage: f64,
+    /// Sequences that had to give their pages back and start over.
+    pub preemptions: u64,
+    /// Prompt tokens that were looked up among those computed before, and found.
+    pub prefix_queries: u64,
+    pub prefix_hits: u64,
+    pub prompt_tokens: u64,
+    pub generated_tokens: u64,
+    /// Requests whose readers went away.
+    pub cancelled: u64,
+}
+
+/// A loaded model that generates. Calls come from many threads and return soon; the work is done elsewhere.
+pub trait Engine: Send + Sync {
+    fn facts(&self) -> &Facts;
+
+    /// Takes a request into the queue.
+    ///
+    /// # Errors
+    /// Why it cannot be answered; nothing of it stays.
+    fn submit(&self, request: Request) -> std::result::Result<Answer, Refusal>;
+
+    /// In the order in which they were loaded.
+    fn adapters(&self) -> Vec<Adapter>;
+
+    /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to come.
+    ///
+    /// # Errors
+    /// Model: it does not fit the base, or would change nothing. Capacity: no memory for it.
+    fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter>;
+
+    /// Requests that use it are finished first; new ones are refused at once.
+    ///
+    /// # Errors
+    /// Config: no adapter of this name.
+    fn unload_adapter(&self, name: &str) -> Result<()>;
+
+    fn counters(&self) -> Counters;
+
+    /// The failure after which it answers nothing any more, if there was one.
+    fn failure(&self) -> Option<Fault> {
+        None
+    }
+}
+
+/// An engine that several threads share.
+pub type Shared = Arc<dyn Engine>;
+
+/// The engine's end of a request. Sending never waits: a request has at most `max_tokens` tokens and so many events.
+#[derive(Clone, Debug)]
+pub struct Sender(mpsc::UnboundedSender<Event>);
+
+impl Sender {
+    /// Says whether somebody still reads.
+    pub fn send(&self, event: Event) -> bool {
+        self.0.send(event).is_ok()
+    }
+
+    /// Whether the reader went away: the sequence may leave the batch.
+    pub fn cancelled(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+/// The caller's end of a request; dropping it cancels the request.
+#[derive(Debug)]
+pub struct Answer(mpsc::UnboundedReceiver<Event>);
+
+impl Answer {
+    /// The next event; `None` behind the last, or if the engine is gone.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.0.recv().await
+    }
+
+    /// The same for code that is not asynchronous.
+    pub fn wait(&mut self) -> Option<Event> {
+        self.0.blocking_recv()
+    }
+}
+
+/// Both ends of a request.
+pub fn answer() -> (Sender, Answer) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    (Sender(sender), Answer(receiver))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_goes_away_is_a_cancellation() {
+        let (sender, mut answer) = answer();
+        assert!(sender.send(Event::Started) && !sender.cancelled());
+        assert!(matches!(answer.wait(), Some(Event::Started)));
+        drop(answer);
+        assert!(sender.cancelled() && !sender.send(Event::Started));
+    }
+}

@@ -1,0 +1,362 @@
+//! A Workspace that serves -> the StatefulSet of `hone serve`, its Services and its disruption budget, or why not.
+//!
+//! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods that are not ready
+//! are not published, every replica answers, and strengths count whatever the adapters are.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
+use k8s_openapi::api::core::v1::{
+    ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec, PodTemplateSpec, Probe, Service,
+    ServicePort, ServiceSpec, Volume, VolumeMount,
+};
+use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use serde_json::Value;
+
+use super::annotations::{self, Options};
+use super::kind::{Adapter, Inference, PresetOptions, Workspace};
+use super::needs::{self, Needs};
+use super::pod::{self, Frame, PORT};
+use super::render::{labels, owner};
+use super::{Settings, WORKSPACE_LABEL, validate};
+use crate::facts::presets::{self, Preset};
+use crate::facts::shapes;
+use crate::fault::{Fault, Result};
+use crate::fetch;
+use crate::memory::card::Card;
+
+/// Where adapters of volumes are mounted, as KAITO does.
+const ADAPTER_FOLDER: &str = "/mnt/adapter";
+/// KAITO's annotation for a balancer outside of the cluster.
+const BALANCER: &str = "kaito.sh/enablelb";
+/// An image that is what a tuning Workspace of this namespace pushed last.
+pub const TUNED: &str = "workspace://";
+/// LIMIT: how long weights may take to come and load, as KAITO waits: 30 minutes.
+const START_SECONDS: i32 = 30 * 60;
+const PROBE_SECONDS: i32 = 5;
+/// Requests that are being answered when the pod is to go are finished in this time.
+const GRACE_SECONDS: i64 = 60;
+
+/// What serves, in the order of application.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Served {
+    pub services: [Service; 2],
+    pub set: StatefulSet,
+    pub budget: Option<PodDisruptionBudget>,
+    pub warnings: Vec<String>,
+}
+
+/// What tuning Workspaces of the same namespace pushed, by their names: the image with its digest, or why there is none.
+pub type Tuned = BTreeMap<String, std::result::Result<String, String>>;
+
+/// # Errors
+/// Config: whatever is wrong with the Workspace, and adapters that a tuning Workspace has not pushed yet. Capacity: weights that no GPU
+/// of that type holds.
+pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Result<Served> {
+    let options = annotations::read(workspace)?;
+    validate::create(workspace, options.model.is_some())?;
+    let inference = workspace.inference.as_ref().ok_or_else(|| Fault::config("inference: missing"))?;
+    let gpus = needs::gpus(workspace, &options, settings);
+    let name = inference.preset.as_ref().map(|preset| preset.name.as_str()).unwrap_or_default();
+    let preset = presets::find(name).ok();
+    let mut warnings = needs::gpu_warnings(workspace, gpus);
+    let needs = what_it_needs(workspace, preset, &options, gpus.card)?;
+    if !inference.config.is_empty() {
+        warnings.push(format!(
+            "inference.config {}: it holds settings of KAITO's servers and is not read; `hone.sh/config-overrides` sets those of hone",
+            inference.config
+        ));
+    }
+    let frame = Frame { workspace, options: &options, settings, gpus, needs: &needs };
+    let server = Server { frame, inference, tuned };
+    let replicas = workspace.resource.count.unwrap_or(1);
+    Ok(Served {
+        services: [server.service(false), server.service(true)],
+        set: server.set(replicas)?,
+        budget: (replicas > 1).then(|| server.budget()),
+        warnings,
+    })
+}
+
+impl Served {
+    /// As objects with their kinds.
+    pub fn objects(&self) -> Vec<Value> {
+        let object = |value: serde_json::Result<Value>| value.expect("texts and numbers");
+        let mut list: Vec<Value> =
+            self.services.iter().map(|service| object(serde_json::to_value(service))).collect();
+        list.push(object(serde_json::to_value(&self.set)));
+        list.extend(self.budget.iter().map(|budget| object(serde_json::to_value(budget))));
+        list
+    }
+}
+
+/// Host memory, disk and the card's memory, by the catalogue's parameter counts; without them the server itself tells.
+fn what_it_needs(
+    workspace: &Workspace,
+    preset: Option<&Preset>,
+    options: &Options,
+    card: Option<Card>,
+) -> Result<Needs> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    /// Of the process, its caches of keys and values on a CPU, and adapters.
+    const PROCESS_BYTES: f64 = 4.0 * GIB;
+    /// Weights of a model that no table knows, in 16 bits.
+    const UNKNOWN_BYTES: f64 = 15.0 * GIB;
+    let shape = preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
+    let facts = shape.map(shapes::facts).transpose()?;
+    // Linear layers in 4 bits with their scales, embeddings in 16.
+    let held = facts.as_ref().map(|facts| {
+        let embeddings = (facts.vocab * facts.width) as f64;
+        0.6 * (facts.parameters() as f64 - embeddings) + 2.0 * 2.0 * embeddings
+    });
+    if let (Some(held), Some(card)) = (held, card)
+        && held > card.memory_gib * GIB
+    {
+        return Err(Fault::capacity(format!(
+            "resource.instanceType {}: the weights take {:.0} GiB in 4 bits, and {} has {:.0} GiB",
+            workspace.resource.instance_type,
+            held / GIB,
+            card.name,
+            card.memory_gib
+        ))
+        .help("take a larger instance type, or a smaller preset"));
+    }
+    let weights = facts.as_ref().map_or(UNKNOWN_BYTES, |facts| 2.0 * 1.05 * facts.parameters() as f64);
+    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights };
+    let on_gpu = card.is_some();
+    let host = PROCESS_BYTES + if on_gpu { 0.0 } else { held.unwrap_or(UNKNOWN_BYTES / 2.0) };
+    let gibibytes = |bytes: f64| format!("{}Gi", (bytes / GIB).ceil() as u64);
+    let text = |asked: &Option<String>, planned: String| asked.clone().unwrap_or(planned);
+    Ok(Needs {
+        cpu: text(&options.cpu, "2".into()),
+        memory: text(&options.memory, gibibytes(host)),
+        ephemeral_storage: text(&options.ephemeral_storage, gibibytes(2.0 * GIB + downloads)),
+        warnings: Vec::new(),
+    })
+}
+
+struct Server<'a> {
+    frame: Frame<'a>,
+    inference: &'a Inference,
+    tuned: &'a Tuned,
+}
+
+/// An adapter's name: its source's, else by its place in the list.
+fn adapter_name(adapter: &Adapter, place: usize) -> String {
+    let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
+    if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
+}
+
+impl Server<'_> {
+    fn name(&self) -> &str {
+        self.frame.workspace.name()
+    }
+
+    fn metadata(&self, name: String) -> ObjectMeta {
+        ObjectMeta {
+            name: Some(name),
+            namespace: self.frame.workspace.metadata.namespace.clone(),
+            labels: Some(labels(self.frame.workspace)),
+            owner_references: owner(self.frame.workspace).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        }
+    }
+
+    fn selector(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([(WORKSPACE_LABEL.to_owned(), self.name().to_owned())])
+    }
+
+    fn set(&self, replicas: i32) -> Result<StatefulSet> {
+        Ok(StatefulSet {
+            metadata: self.metadata(self.name().into()),
+            spec: Some(StatefulSetSpec {
+                replicas: Some(replicas),
+                service_name: Some(self.headless_name()),
+                pod_management_policy: Some("Parallel".into()),
+                selector: LabelSelector { match_labels: Some(self.selector()), ..LabelSelector::default() },
+                template: PodTemplateSpec {
+                    metadata: Some(ObjectMeta {
+                        labels: Some(labels(self.frame.workspace)),
+                        ..ObjectMeta::default()
+                    }),
+                    spec: Some(self.pod()?),
+                },
+                ..StatefulSetSpec::default()
+            }),
+            ..StatefulSet::default()
+        })
+    }
+
+    fn headless_name(&self) -> String {
+        format!("{}-headless", self.name())
+    }
+
+    /// Port 80 leads to the server's. Only pods that are ready are found by either.
+    fn service(&self, headless: bool) -> Service {
+        let balanced =
+            self.frame.workspace.annotation(BALANCER).is_some_and(|text| text.eq_ignore_ascii_case("true"));
+        let name = if headless { self.headless_name() } else { self.name().to_owned() };
+        Service {
+            metadata: self.metadata(name),
+            spec: Some(ServiceSpec {
+                type_: Some(if balanced && !headless { "LoadBalancer" } else { "ClusterIP" }.into()),
+                cluster_ip: headless.then(|| "None".into()),
+                selector: Some(self.selector()),
+                ports: Some(vec![ServicePort {
+                    name: Some("http".into()),
+                    protocol: Some("TCP".into()),
+                    port: 80,
+                    target_port: Some(IntOrString::String("http".into())),
+                    ..ServicePort::default()
+                }]),
+                ..ServiceSpec::default()
+            }),
+            ..Service::default()
+        }
+    }
+
+    fn budget(&self) -> PodDisruptionBudget {
+        PodDisruptionBudget {
+            metadata: self.metadata(self.name().into()),
+            spec: Some(PodDisruptionBudgetSpec {
+                max_unavailable: Some(IntOrString::Int(1)),
+                selector: Some(LabelSelector {
+                    match_labels: Some(self.selector()),
+                    ..LabelSelector::default()
+                }),
+                ..PodDisruptionBudgetSpec::default()
+            }),
+            ..PodDisruptionBudget::default()
+        }
+    }
+
+    fn pod(&self) -> Result<PodSpec> {
+        let probe = |path: &str, failures: i32| Probe {
+            http_get: Some(HTTPGetAction {
+                path: Some(path.into()),
+                port: IntOrString::String("http".into()),
+                ..HTTPGetAction::default()
+            }),
+            period_seconds: Some(PROBE_SECONDS),
+            timeout_seconds: Some(PROBE_SECONDS),
+            failure_threshold: Some(failures),
+            ..Probe::default()
+        };
+        let secrets = self.docker_secrets();
+        let mut mounts: Vec<(Volume, VolumeMount)> = self.adapter_volumes()?;
+        mounts.extend(self.frame.volumes(secrets.clone()));
+        let (volumes, volume_mounts) = mounts.into_iter().unzip();
+        let mut container = self.frame.container();
+        container.args = Some(self.arguments()?);
+        container.env = Some(self.environment(!secrets.is_empty()));
+        container.ports = Some(vec![ContainerPort {
+            name: Some("http".into()),
+            container_port: PORT,
+            ..ContainerPort::default()
+        }]);
+        container.volume_mounts = Some(volume_mounts);
+        // The start takes what the weights take; afterwards one that no longer answers is started again, and one that drains gets
+        // no more requests.
+        container.startup_probe = Some(probe("/health", START_SECONDS / PROBE_SECONDS));
+        container.liveness_probe = Some(probe("/health", 6));
+        container.readiness_probe = Some(probe("/readyz", 1));
+        let named = |name: &String| LocalObjectReference { name: name.clone() };
+        let pull: Vec<LocalObjectReference> =
+            self.frame.options.image_pull_secrets.iter().map(named).collect();
+        Ok(PodSpec {
+            containers: vec![container],
+            volumes: Some(volumes),
+            image_pull_secrets: Some(pull).filter(|list| !list.is_empty()),
+            termination_grace_period_seconds: Some(self.frame.options.grace_seconds.unwrap_or(GRACE_SECONDS)),
+            ..self.frame.pod()
+        })
+    }
+
+    /// `hone serve MODEL --adapter NAME=SOURCE ... --mix WORKSPACE=NAME:STRENGTH,...`
+    fn arguments(&self) -> Result<Vec<String>> {
+        let mut arguments = vec!["serve".to_owned(), self.model()?, format!("--listen=0.0.0.0:{PORT}")];
+        let mut mix = Vec::new();
+        for (place, adapter) in self.inference.adapters.iter().enumerate() {
+            let name = adapter_name(adapter, place);
+            arguments.push(format!("--adapter={name}={}", self.source(adapter, place)?));
+            mix.push(format!("{name}:{}", adapter.strength.as_deref().unwrap_or("1.0").trim()));
+        }
+        if !mix.is_empty() {
+            arguments.push(format!("--mix={}={}", self.name(), mix.join(",")));
+        }
+        arguments.extend(self.frame.options.config_overrides.iter().map(|text| format!("--set={text}")));
+        Ok(arguments)
+    }
+
+    /// Where an adapter is: an image, what a tuning Workspace pushed, or a folder that is mounted.
+    fn source(&self, adapter: &Adapter, place: usize) -> Result<String> {
+        let image = adapter.source.as_ref().map(|source| source.image.as_str()).unwrap_or_default();
+        if let Some(name) = image.strip_prefix(TUNED) {
+            let field = format!("inference.adapters[{place}].source.image");
+            return match self.tuned.get(name) {
+                Some(Ok(image)) => Ok(format!("oci://{image}")),
+                Some(Err(why)) => Err(Fault::config(format!("{field}: {why}"))),
+                None => {
+                    Err(Fault::config(format!("{field}: there is no Workspace {name} in this namespace")))
+                }
+            };
+        }
+        Ok(match image {
+            "" => format!("{ADAPTER_FOLDER}/{}", adapter_name(adapter, place)),
+            image => format!("oci://{image}"),
+        })
+    }
+
+    fn model(&self) -> Result<String> {
+        let preset = self.inference.preset.as_ref();
+        let image =
+            self.preset_options().map(|options| options.image.as_str()).filter(|image| !image.is_empty());
+        Ok(match (&self.frame.options.model, image) {
+            (Some(address), _) => address.clone(),
+            (None, Some(image)) => format!("oci://{image}"),
+            _ => {
+                let name = preset.map(|preset| preset.name.as_str()).unwrap_or_default();
+                fetch::Model::parse(&format!("preset:{name}"))?.to_string()
+            }
+        })
+    }
+
+    fn environment(&self, with_secrets: bool) -> Vec<EnvVar> {
+        self.frame.environment(Vec::new(), with_secrets, self.preset_options())
+    }
+
+    fn preset_options(&self) -> Option<&PresetOptions> {
+        self.inference.preset.as_ref()?.preset_options.as_ref()
+    }
+
+    /// Secrets that adapters and weights are pulled with.
+    fn docker_secrets(&self) -> Vec<(String, String)> {
+        let adapters = self.inference.adapters.iter().filter_map(|adapter| adapter.source.as_ref());
+        let adapters = adapters.flat_map(|source| &source.image_pull_secrets);
+        let model = self.preset_options().into_iter().flat_map(|options| &options.image_pull_secrets);
+        let mut secrets: Vec<(String, String)> = Vec::new();
+        for secret in adapters.chain(model) {
+            if !secrets.iter().any(|(known, _)| known == secret) {
+                secrets.push((secret.clone(), format!("config.d/{secret}.json")));
+            }
+        }
+        secrets
+    }
+
+    fn adapter_volumes(&self) -> Result<Vec<(Volume, VolumeMount)>> {
+        let adapters = self.inference.adapters.iter().enumerate();
+        let sources = adapters.filter_map(|(place, adapter)| {
+            Some((place, adapter, adapter.source.as_ref()?.volume_source.as_ref()?))
+        });
+        sources
+            .map(|(place, adapter, source)| {
+                let volume = format!("adapter-volume-{place}");
+                let field = format!("inference.adapters[{place}].source.volumeSource");
+                let folder = format!("{ADAPTER_FOLDER}/{}", adapter_name(adapter, place));
+                Ok((pod::from_source(&volume, source, &field)?, pod::read_only(&volume, &folder)))
+            })
+            .collect()
+    }
+}
