@@ -58,6 +58,11 @@ struct Column {
     names: &'static [&'static str],
 }
 
+/// Bytes of the texts in these arrays, before any of them is copied.
+pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
+    arrays.iter().map(column::text_bytes).sum()
+}
+
 type Rows = Vec<std::result::Result<Conversation, String>>;
 type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
 
