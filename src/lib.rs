@@ -19,6 +19,7 @@ pub mod memory;
 pub mod train;
 pub mod adapter;
 pub mod generate;
+pub mod server;
 pub mod registry;
 pub mod fetch;
 pub mod spec;
