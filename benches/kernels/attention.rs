@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use hone::facts::Precision;
 use hone::facts::{Heads, Layout};
 use hone::ops::attention::{self, Packing};
-use hone::ops::matmul::Precision;
 
 use crate::case::{Case, Gpu, Inputs};
 use crate::shapes::Shape;

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use hone::facts::Precision;
 use hone::facts::quantization::Code;
 use hone::ops::cross_entropy::{self, Head};
 use hone::ops::four_bit::{Absmax, FourBit};
-use hone::ops::matmul::{self, Precision, Weight};
+use hone::ops::matmul::{self, Weight};
 use hone::ops::unwritten;
 
 use crate::case::{Case, Gpu, Inputs};

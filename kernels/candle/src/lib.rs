@@ -42,6 +42,7 @@ modules! {
 
 /// Host functions that candle-core takes the addresses of, grouped by signature.
 #[allow(missing_docs, clippy::missing_safety_doc)]
+#[allow(non_snake_case)]
 pub mod ffi {
     use core::ffi::c_void;
 
