@@ -71,15 +71,49 @@ impl Ask {
 }
 
 const COMMON: [&str; 30] = [
-    "model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "min_tokens", "stop",
-    "stop_token_ids", "ignore_eos", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "logit_bias", "adapters", "logprobs", "skip_special_tokens",
-    "return_token_ids", "prompt_logprobs", "user", "best_of", "response_format", "metadata", "store",
+    "model",
+    "stream",
+    "stream_options",
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "adapters",
+    "logprobs",
+    "skip_special_tokens",
+    "return_token_ids",
+    "prompt_logprobs",
+    "user",
+    "best_of",
+    "response_format",
+    "metadata",
+    "store",
     "service_tier",
 ];
 const CHAT: [&str; 11] = [
-    "messages", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "add_generation_prompt",
-    "continue_final_message", "chat_template_kwargs", "documents", "chat_template", "reasoning_effort",
+    "messages",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "documents",
+    "chat_template",
+    "reasoning_effort",
 ];
 const COMPLETION: [&str; 4] = ["prompt", "echo", "suffix", "add_special_tokens"];
 
@@ -105,7 +139,11 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     let mut context = Map::new();
     let listed = fields.list("tools")?;
     let without = fields.get("tool_choice") == Some(&json!("none"));
-    fields.refuse("tool_choice", &[json!("none"), json!("auto")], "whether a tool is called is the model's choice")?;
+    fields.refuse(
+        "tool_choice",
+        &[json!("none"), json!("auto")],
+        "whether a tool is called is the model's choice",
+    )?;
     if let Some(tools) = listed.filter(|tools| !tools.is_empty() && !without) {
         context.insert("tools".into(), json!(tools));
     }
@@ -164,7 +202,9 @@ fn message(at: usize, message: &Value) -> Result<Value> {
         Value::String(text) => Value::String(text.clone()),
         Value::Null if role == "assistant" && map.contains_key("tool_calls") => Value::Null,
         Value::Array(parts) => {
-            let text = |part: &Value| (part["type"] == "text").then(|| part["text"].as_str().map(String::from)).flatten();
+            let text = |part: &Value| {
+                (part["type"] == "text").then(|| part["text"].as_str().map(String::from)).flatten()
+            };
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
             Value::String(texts.ok_or_else(|| wrong("only parts of type text are supported"))?.concat())
         }
@@ -174,7 +214,8 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     if let Some(Value::Array(calls)) = out.get_mut("tool_calls") {
         for call in calls {
             let arguments = &mut call["function"]["arguments"];
-            if let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok()) {
+            if let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
+            {
                 *arguments = parsed;
             }
         }
@@ -202,7 +243,12 @@ pub fn completion(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
 
 /// A text, texts, ids, or lists of ids.
 fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>> {
-    let wrong = || Error::field("prompt", "prompt: expected a string, a list of strings, token ids, or lists of token ids");
+    let wrong = || {
+        Error::field(
+            "prompt",
+            "prompt: expected a string, a list of strings, token ids, or lists of token ids",
+        )
+    };
     let text = |text: &str| Ok(Prompt { ids: model.encode(text, specials)?, text: Some(text.to_owned()) });
     let ids = |list: &Vec<Value>| {
         let ids = list.iter().map(token).collect::<Option<Vec<u32>>>().ok_or_else(wrong)?;
@@ -247,7 +293,10 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     let max_tokens = room(model, &prompts, asked, model.defaults.max_tokens.or(legacy))?;
     let min_tokens = fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0);
     if min_tokens > max_tokens {
-        return Err(Error::field("min_tokens", format!("min_tokens {min_tokens} is more than max_tokens {max_tokens}")));
+        return Err(Error::field(
+            "min_tokens",
+            format!("min_tokens {min_tokens} is more than max_tokens {max_tokens}"),
+        ));
     }
     let request = Request {
         prompt: Vec::new(),
@@ -348,7 +397,8 @@ fn bias(fields: &Fields, model: &Model) -> Result<Vec<(u32, f32)>> {
     let entry = |(id, value): (&String, &Value)| {
         let token = id.parse::<u32>().ok().filter(|id| (*id as usize) < vocabulary);
         let bias = value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        let expected = format!("logit_bias: expected token ids below {vocabulary} and numbers from -100 to 100");
+        let expected =
+            format!("logit_bias: expected token ids below {vocabulary} and numbers from -100 to 100");
         token.zip(bias).map(|(t, b)| (t, b as f32)).ok_or_else(|| Error::field("logit_bias", expected))
     };
     map.iter().map(entry).collect()
@@ -371,7 +421,11 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let empty = Map::new();
     let given = Fields::new(fields.object("generate_kwargs")?.unwrap_or(&empty), "generate_kwargs.");
     for (name, usual) in [("num_beams", 1.0), ("typical_p", 1.0)] {
-        given.refuse(name, &[json!(usual), json!(usual as i64)], "there is no beam search and no typical_p")?;
+        given.refuse(
+            name,
+            &[json!(usual), json!(usual as i64)],
+            "there is no beam search and no typical_p",
+        )?;
     }
     let prompt = fields.text("prompt")?;
     let raw = model.raw_chat || model.chat.is_none();
@@ -394,9 +448,12 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let max_new = match (given.size("max_new_tokens", 1..=i64::MAX)?, longest) {
         (Some(most), _) => Some(most),
         (None, Some(longest)) if longest <= length => {
-            return Err(Error::field("generate_kwargs.max_length", format!(
-                "max_length is {longest} tokens with the prompt's {length}: nothing is left for an answer"
-            )));
+            return Err(Error::field(
+                "generate_kwargs.max_length",
+                format!(
+                    "max_length is {longest} tokens with the prompt's {length}: nothing is left for an answer"
+                ),
+            ));
         }
         (None, longest) => longest.map(|longest| longest - length),
     };
@@ -407,8 +464,16 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
         open.insert(name.into(), given.get(name).cloned().unwrap_or(Value::Null));
     }
     if raw {
-        open.entry("top_k").and_modify(|k| if k.is_null() { *k = json!(10) });
-        open.entry("temperature").and_modify(|t| if t.is_null() { *t = json!(1.0) });
+        open.entry("top_k").and_modify(|k| {
+            if k.is_null() {
+                *k = json!(10)
+            }
+        });
+        open.entry("temperature").and_modify(|t| {
+            if t.is_null() {
+                *t = json!(1.0)
+            }
+        });
     }
     if given.flag("do_sample")? == Some(false) {
         open.insert("temperature".into(), json!(0));

@@ -21,7 +21,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::route::Service;
 use crate::fault::{Fault, Result};
-use crate::source::tls::install_crypto;
+use crate::source::install_crypto;
 
 /// LIMIT: time for a request's header, and for TLS to begin.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -95,7 +95,8 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, service: Arc<Service
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIMEOUT).max_buf_size(HEADERS_BYTES_MAX);
-    let _ended = http.serve_connection(TokioIo::new(Watched { stream, stalled: None }), respond).await.is_ok();
+    let _ended =
+        http.serve_connection(TokioIo::new(Watched { stream, stalled: None }), respond).await.is_ok();
 }
 
 /// A stream whose reader must not stall: it fails once nothing could be written for a while.

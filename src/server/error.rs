@@ -97,7 +97,10 @@ impl From<Refusal> for Error {
             Refusal::TooLong { asked, context } => too_long(asked, context),
             Refusal::UnknownToken { token, vocabulary } => Error::field(
                 "prompt",
-                format!("Token {token} is not in the vocabulary, which ends at {}", vocabulary.saturating_sub(1)),
+                format!(
+                    "Token {token} is not in the vocabulary, which ends at {}",
+                    vocabulary.saturating_sub(1)
+                ),
             ),
             Refusal::Failed(fault) => fault.into(),
         }

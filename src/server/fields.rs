@@ -49,9 +49,7 @@ impl<'a> Fields<'a> {
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>> {
         let expected =
             || self.wrong(name, &format!("a whole number from {} to {}", range.start(), range.end()));
-        let read = |value: &Value| {
-            whole(value).filter(|number| range.contains(number)).ok_or_else(expected)
-        };
+        let read = |value: &Value| whole(value).filter(|number| range.contains(number)).ok_or_else(expected);
         self.get(name).map(read).transpose()
     }
 
@@ -95,7 +93,8 @@ impl<'a> Fields<'a> {
         match self.get(name) {
             Some(value) if !usual.contains(value) => {
                 let name = format!("{}{name}", self.prefix);
-                Err(Error::field(&name, format!("{name} is not supported: {why}")).code("unsupported_parameter"))
+                Err(Error::field(&name, format!("{name} is not supported: {why}"))
+                    .code("unsupported_parameter"))
             }
             _ => Ok(()),
         }

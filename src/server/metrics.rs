@@ -12,9 +12,8 @@ use crate::generate::Usage;
 const SECONDS: [f64; 16] =
     [0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 240.0, 960.0];
 /// Borders of counts of tokens.
-const TOKENS: [f64; 14] = [
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 50000.0,
-];
+const TOKENS: [f64; 14] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 50000.0];
 
 #[derive(Clone, Debug, Default)]
 struct Histogram {
@@ -110,7 +109,12 @@ impl Metrics {
             let count = numbers.finished.get(reason).copied().unwrap_or(0);
             page.value("vllm:request_success_total", &format!(",finished_reason=\"{reason}\""), count as f64);
         }
-        page.one("hone_requests_rejected_total", "counter", "Requests refused with 429.", numbers.rejected as f64);
+        page.one(
+            "hone_requests_rejected_total",
+            "counter",
+            "Requests refused with 429.",
+            numbers.rejected as f64,
+        );
         let list = [
             ("time_to_first_token_seconds", "Time to the first token.", &SECONDS[..], &numbers.first_token),
             ("time_per_output_token_seconds", "Time of each further token.", &SECONDS, &numbers.each_token),
@@ -139,7 +143,12 @@ impl Page {
             ("num_requests_waiting", "gauge", "Requests that wait.", counters.waiting as f64),
             ("kv_cache_usage_perc", "gauge", "Pages of the cache in use; 1 is all.", counters.cache_usage),
             ("gpu_cache_usage_perc", "gauge", "The same under its older name.", counters.cache_usage),
-            ("prefix_cache_queries_total", "counter", "Prompt tokens looked up.", counters.prefix_queries as f64),
+            (
+                "prefix_cache_queries_total",
+                "counter",
+                "Prompt tokens looked up.",
+                counters.prefix_queries as f64,
+            ),
             ("prefix_cache_hits_total", "counter", "Prompt tokens found.", counters.prefix_hits as f64),
             ("prompt_tokens_total", "counter", "Prompt tokens computed.", counters.prompt_tokens as f64),
             ("generation_tokens_total", "counter", "Tokens generated.", counters.generated_tokens as f64),

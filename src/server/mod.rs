@@ -71,7 +71,8 @@ impl Server {
     pub fn start(options: &Options) -> Result<Server> {
         let address = options.listen;
         let refused = |error: std::io::Error| {
-            Fault::config(format!("cannot listen on {address}: {error}")).help("name a free port of this machine")
+            Fault::config(format!("cannot listen on {address}: {error}"))
+                .help("name a free port of this machine")
         };
         let tls = options.tls.as_ref().map(|(chain, key)| connection::acceptor(chain, key)).transpose()?;
         let listener = TcpListener::bind(address).map_err(refused)?;

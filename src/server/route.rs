@@ -181,7 +181,8 @@ impl Service {
         let reader = model.clone();
         // Tokens of a long prompt take a while: other connections go on meanwhile.
         let ask = tokio::task::spawn_blocking(move || read(&object(&bytes)?, &reader)).await;
-        let ask = ask.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "the request could not be read"))??;
+        let ask =
+            ask.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "the request could not be read"))??;
         let ignored = ask.ignored.join(",");
         let context = Arc::new(Context::new(model, ask, self.metrics.clone(), stop));
         let mut response = match context.ask.stream && context.ask.form != Form::Kaito {
@@ -202,22 +203,20 @@ impl Service {
         Ok(response)
     }
 
-    async fn with_body(
-        &self,
-        request: Request<Incoming>,
-        work: fn(&Fields, &Model) -> Answer,
-    ) -> Answer {
+    async fn with_body(&self, request: Request<Incoming>, work: fn(&Fields, &Model) -> Answer) -> Answer {
         let model = self.serving()?;
         let bytes = self.body(request).await?;
-        let done = tokio::task::spawn_blocking(move || work(&Fields::new(&object(&bytes)?, ""), &model)).await;
-        done.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "a defect of the server: see its log"))?
+        let done =
+            tokio::task::spawn_blocking(move || work(&Fields::new(&object(&bytes)?, ""), &model)).await;
+        done.map_err(|_| {
+            Error::new(StatusCode::INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
+        })?
     }
 
     async fn body(&self, request: Request<Incoming>) -> Result<Bytes> {
         let limit = self.body_bytes_max;
-        let too_large = || {
-            Error::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body has more than {limit} bytes"))
-        };
+        let too_large =
+            || Error::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body has more than {limit} bytes"));
         let told = request.body().size_hint().upper();
         if told.is_some_and(|bytes| bytes > limit as u64) {
             return Err(too_large());
@@ -238,8 +237,21 @@ impl Service {
 
 /// Every path that answers to some method.
 const ROUTES: [&str; 15] = [
-    "/", "/livez", "/health", "/healthz", "/readyz", "/metrics", "/version", "/v1/models", "/v1/chat/completions",
-    "/v1/completions", "/chat", "/tokenize", "/detokenize", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+    "/",
+    "/livez",
+    "/health",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/version",
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/chat",
+    "/tokenize",
+    "/detokenize",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
 ];
 
 fn digest(text: &str) -> [u8; 32] {
@@ -292,7 +304,8 @@ fn models(model: &Model) -> Value {
         .iter()
         .map(|adapter| entry(&adapter.name, adapter.folder.display().to_string(), Some(&model.name)));
     let mixes = model.mixes.iter().map(|(name, parts)| {
-        let parts: Vec<String> = parts.iter().map(|part| format!("{}:{}", part.name, part.strength)).collect();
+        let parts: Vec<String> =
+            parts.iter().map(|part| format!("{}:{}", part.name, part.strength)).collect();
         entry(name, parts.join(","), Some(&model.name))
     });
     let data: Vec<Value> = [base].into_iter().chain(adapters).chain(mixes).collect();
@@ -351,8 +364,13 @@ fn load(fields: &Fields, model: &Model) -> Answer {
     if !super::is_name(name) {
         return Err(Error::field("lora_name", format!("lora_name {name:?}: {}", super::NAME_RULE)));
     }
-    if model.names().into_iter().any(taken) && !(again && model.engine.adapters().iter().any(|a| a.name == name)) {
-        return Err(Error::field("lora_name", format!("`{name}` exists; unload it, or say load_inplace: true")));
+    if model.names().into_iter().any(taken)
+        && !(again && model.engine.adapters().iter().any(|a| a.name == name))
+    {
+        return Err(Error::field(
+            "lora_name",
+            format!("`{name}` exists; unload it, or say load_inplace: true"),
+        ));
     }
     let adapter = model.engine.load_adapter(name, &bring(path)?)?;
     Ok(json_answer(&json!({

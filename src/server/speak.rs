@@ -98,11 +98,8 @@ impl Speaker {
     }
 
     fn stopped(&mut self, text: String) -> Piece {
-        let usage = Usage {
-            prompt_tokens: self.prompt_tokens,
-            generated_tokens: self.generated,
-            cached_tokens: 0,
-        };
+        let usage =
+            Usage { prompt_tokens: self.prompt_tokens, generated_tokens: self.generated, cached_tokens: 0 };
         Piece::End(text, std::mem::take(&mut self.waiting), End { reason: "stop", by: None, usage })
     }
 
