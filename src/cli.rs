@@ -1,11 +1,15 @@
 //! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
 //! those are in the table of keys.
 
+pub mod reference;
+
 use crate::bench;
 use crate::controller;
 use crate::device::Choice;
 use crate::facts::{Keep, Precision};
+use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::spec::keys;
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
@@ -27,15 +31,50 @@ pub struct Invocation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Run(Request),
-    Model { about: AboutModel, format: Format },
-    Plan { request: Request, format: Format, gpu: Option<String> },
-    Push { folder: PathBuf, image: String, registry: RegistryArguments },
-    Pull { image: String, folder: PathBuf, registry: RegistryArguments },
-    Example { folder: PathBuf, write_only: bool },
-    Bench { options: bench::Options, json: Option<PathBuf> },
-    Render { files: Vec<PathBuf>, settings: Settings, format: ObjectFormat },
+    Model {
+        about: AboutModel,
+        format: Format,
+    },
+    Plan {
+        request: Request,
+        format: Format,
+        gpu: Option<String>,
+    },
+    Push {
+        folder: PathBuf,
+        image: String,
+        registry: RegistryArguments,
+    },
+    Pull {
+        image: String,
+        folder: PathBuf,
+        registry: RegistryArguments,
+    },
+    Example {
+        folder: PathBuf,
+        write_only: bool,
+    },
+    Bench {
+        options: bench::Options,
+        json: Option<PathBuf>,
+    },
+    Render {
+        files: Vec<PathBuf>,
+        settings: Settings,
+        format: ObjectFormat,
+    },
     Tune(tune::Options),
     Controller(controller::Options),
+    /// Print the keys whose name or description holds the word.
+    Keys {
+        word: String,
+    },
+    Completions {
+        shell: clap_complete::Shell,
+    },
+    Man {
+        folder: PathBuf,
+    },
 }
 
 /// How events are shown.
@@ -90,8 +129,22 @@ pub fn parse(
         }
         Subcommands::Controller(arguments) => Command::Controller(arguments.options()),
         Subcommands::Tune(arguments) => Command::Tune(arguments.options()),
+        Subcommands::Keys { word } => Command::Keys { word: word.unwrap_or_default() },
+        Subcommands::Completions { shell } => Command::Completions { shell },
+        Subcommands::Man { folder } => Command::Man { folder },
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
+}
+
+/// The reference of the keys that hold `word`; an error with the nearest key if there is none.
+pub fn found_keys(word: &str) -> crate::fault::Result<String> {
+    let found = keys::search(word);
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let nearest = keys::nearest(keys::all().iter().map(|key| key.name), word);
+    let fault = Fault::usage(format!("no key's name or description holds {word:?}"));
+    Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
 }
 
 /// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
@@ -234,6 +287,27 @@ enum Subcommands {
         By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
     )]
     Controller(ControllerArguments),
+    /// Print the configuration keys: all of them, or those whose name or description holds a word
+    #[command(after_help = "Examples:\n  hone keys\n  hone keys warmup\n  hone keys LoraConfig")]
+    Keys {
+        /// A word to search for, in any letter case
+        #[arg(value_name = "WORD")]
+        word: Option<String>,
+    },
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  hone completions bash > /etc/bash_completion.d/hone")]
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages, one for each command, into a folder
+    #[command(after_help = "Example:\n  hone man /usr/local/share/man/man1")]
+    Man {
+        /// Folder for hone.1 and the pages of the commands
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -300,7 +374,7 @@ struct Tune {
     /// Base model, by its name in the catalogue (`hone model --preset`)
     #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
     preset: String,
-    /// Parquet to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
+    /// Data files to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
     #[arg(long, value_name = "URL", env = "HONE_DATA", hide_env_values = true, required = true)]
     data: Vec<String>,
     /// Image to push, or pvc://CLAIM
@@ -333,7 +407,7 @@ struct Tune {
     /// Label of the nodes that may be taken, key=value; may be repeated [default: apps=NAME]
     #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
     label: Vec<String>,
-    /// What README lists under annotations, without the prefix: work-claim=results; may be repeated
+    /// An annotation of docs/annotations.md, without the prefix: work-claim=results; may be repeated
     #[arg(long, value_name = "NAME=VALUE", env = "HONE_ANNOTATE")]
     annotate: Vec<String>,
 }
@@ -492,12 +566,36 @@ struct Job {
     /// Name of the base model, for the image's annotation
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
+    /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
     /// What a row holds: messages, prompt_completion or text [default: told from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
     layout: Option<String>,
+    /// Rows that cannot be used: refuse them all, or drop them and count
+    #[arg(long, value_name = "HOW", env = "HONE_BAD_ROWS")]
+    bad_rows: Option<String>,
+    /// Largest share of rows that may be dropped
+    #[arg(long, value_name = "SHARE", env = "HONE_BAD_ROWS_MAX")]
+    bad_rows_max: Option<String>,
+    /// Field of a message that says who speaks
+    #[arg(long, value_name = "NAME", env = "HONE_ROLE_FIELD")]
+    role_field: Option<String>,
+    /// Field of a message that holds what is said
+    #[arg(long, value_name = "NAME", env = "HONE_CONTENT_FIELD")]
+    content_field: Option<String>,
+    /// Further words for the user in a message's role, with commas between
+    #[arg(long, value_name = "WORDS", env = "HONE_USER_NAMES", value_delimiter = ',')]
+    user_names: Vec<String>,
+    /// Further words for the assistant in a message's role, with commas between
+    #[arg(long, value_name = "WORDS", env = "HONE_ASSISTANT_NAMES", value_delimiter = ',')]
+    assistant_names: Vec<String>,
+    /// Column whose text becomes a row's system turn
+    #[arg(long, value_name = "NAME", env = "HONE_SYSTEM_COLUMN")]
+    system_column: Option<String>,
+    /// Column with the tools that a row's chat template sees
+    #[arg(long, value_name = "NAME", env = "HONE_TOOLS_COLUMN")]
+    tools_column: Option<String>,
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
@@ -547,6 +645,12 @@ impl Job {
             ("model", self.model),
             ("name", self.name),
             ("layout", self.layout),
+            ("bad_rows", self.bad_rows),
+            ("bad_rows_max", self.bad_rows_max),
+            ("role_field", self.role_field),
+            ("content_field", self.content_field),
+            ("system_column", self.system_column),
+            ("tools_column", self.tools_column),
             ("output", self.output),
             ("earlier_results", self.earlier_results),
             ("push", self.push),
@@ -568,6 +672,14 @@ impl Job {
             settings.push(Setting {
                 key: key.into(),
                 written: Written::Text(text),
+                origin: origin(matches, key),
+            });
+        }
+        let words = [("user_names", self.user_names), ("assistant_names", self.assistant_names)];
+        for (key, words) in words.into_iter().filter(|(_, words)| !words.is_empty()) {
+            settings.push(Setting {
+                key: key.into(),
+                written: Written::Texts(words),
                 origin: origin(matches, key),
             });
         }

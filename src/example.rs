@@ -105,7 +105,7 @@ fn yaml(folder: &Path) -> String {
     format!(
         "# Everything a run needs. Keys inside training_config are those of transformers, peft and trl.\n\
          model: {}          # a Hugging Face model folder\n\
-         data: {}   # parquet: URL, file, folder or glob\n\
+         data: {}   # URL, file, folder or glob\n\
          output: {}       # the adapter, for peft and vLLM\n\
          push: {}       # or registry.example.com/team/adapter:v1\n\
          name: quickstart\n\

@@ -41,7 +41,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Every kind, in order of exit code. README's table is tested against this list.
+    /// Every kind, in order of exit code. docs/exit-codes.md is tested against this list.
     pub const ALL: [Kind; 14] = [
         Kind::Usage,
         Kind::Config,
@@ -83,7 +83,7 @@ impl Kind {
         }
     }
 
-    /// What happened, in a sentence; README's table holds it.
+    /// What happened, in a sentence; docs/exit-codes.md holds it.
     pub fn meaning(self) -> &'static str {
         match self {
             Kind::Usage => "Bad command line.",
@@ -117,7 +117,7 @@ impl Kind {
     }
 }
 
-/// The table of exit codes in Markdown; README holds it.
+/// The table of exit codes in Markdown; docs/exit-codes.md holds it.
 pub fn markdown() -> String {
     let row = |kind: &Kind| {
         let retry = if kind.retry_helps() { "yes" } else { "no" };

@@ -13,7 +13,7 @@ use crate::dataset::{self, Example, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
-use crate::facts::{Facts, FourBitCode, Quantization};
+use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
@@ -22,6 +22,8 @@ use crate::memory::{Machine, Running};
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
+use crate::model::weights::Checkpoint;
+use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
@@ -60,6 +62,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         report.warn(Stage::Plan, warning);
     }
     tell_what_is_trained(plan, &described, report);
+    check_small_files(plan, &described)?;
     if let Some(target) = &plan.push {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
@@ -101,6 +104,7 @@ fn make(
     let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
     let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
     drop(dataset);
+    refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
@@ -114,6 +118,7 @@ fn make(
     report.note(Stage::Load, loaded(&decoder));
     let examples = train::Data { train: &training, evaluation: &evaluation };
     let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
+    refuse_idle(&decoder, &trained, report)?;
     ship(plan, &described.options, &decoder, data, &trained, folder)?;
     Ok(trained)
 }
@@ -192,9 +197,83 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     if let Some(initial) = &initial {
         options.lora = initial.options(&options.lora)?;
     }
-    let sites = sites::sites(&facts, &options.lora)?;
+    let sites = match &initial {
+        None => sites::sites(&facts, &options.lora)?,
+        // Nobody wrote these targets: they are the modules of the adapter's file.
+        Some(initial) => adapter_sites(&facts, &options.lora, initial)?,
+    };
     let bf16_checkpoint = room::bf16_checkpoint(&config)?;
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
+}
+
+fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<sites::Sites> {
+    let other = |what: String| {
+        Fault::model(format!("{}: {what}", initial.file().display()))
+            .help("the adapter to start from must be of the same base model")
+    };
+    let sites = sites::sites(facts, lora).map_err(|_| {
+        let has: Vec<&str> = facts.projections().map(|projection| projection.path).collect();
+        other(format!("its modules are none of this {} model's, which has {}", facts.family, has.join(", ")))
+    })?;
+    match sites.unmatched.first() {
+        None => Ok(sites),
+        Some(name) => {
+            Err(other(format!("this {} model has no module {name} that could be adapted", facts.family)))
+        }
+    }
+}
+
+/// Faults that files of a few kilobytes show are told before any data is fetched: tokenizer, chat template, headers of
+/// weights that are here.
+pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
+    let tokenizer = Tokenizer::open(&plan.model.folder)?;
+    fits_vocabulary(&tokenizer, &described.facts)?;
+    dataset::check_template(&tokenizer, &plan.tokens)?;
+    if let fetch::Model::Folder(folder) = &plan.base {
+        load::fits(&described.facts, &Checkpoint::open(folder)?)?;
+    }
+    Ok(())
+}
+
+/// An adapter whose B is zero changes nothing, however long it was trained.
+fn refuse_idle(decoder: &Decoder, trained: &Trained, report: &Report) -> Result<()> {
+    let params = decoder.trainable.params.to_device(&Device::Cpu)?;
+    let mut idle = Vec::new();
+    for site in &decoder.trainable.sites {
+        let (_, b) = decoder.trainable.views(&params, site)?;
+        if cpu::to_f64(&b)?.iter().all(|value| *value == 0.0) {
+            idle.push(site.path.as_str());
+        }
+    }
+    if idle.len() == decoder.trainable.sites.len() {
+        return Err(Fault::config(format!(
+            "the adapter learned nothing: its B matrices are all zero after {} steps",
+            trained.steps
+        ))
+        .help("raise learning_rate or the number of steps, and lower warmup_steps"));
+    }
+    if let Some(first) = idle.first() {
+        report.warn(
+            Stage::Train,
+            format!("{} linear layers learned nothing: their B is zero ({first} ...)", idle.len()),
+        );
+    }
+    Ok(())
+}
+
+/// A run that never takes a step with a learning rate above zero cannot learn.
+fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
+    let options = &plan.train;
+    let total = train::order::Steps::new(examples, options).total;
+    let warmup = options.warmup.steps(total);
+    let idle = (0..total).all(|step| options.schedule.factor(step, total, warmup) == 0.0);
+    match idle {
+        false => Ok(()),
+        true => Err(Fault::config(format!(
+            "the learning rate is zero in every one of {total} steps (warm-up takes {warmup}): nothing would be learned"
+        ))
+        .help("train more steps (num_train_epochs, max_steps), or lower warmup_steps and warmup_ratio")),
+    }
 }
 
 /// Identifies a run: whatever would change its result.

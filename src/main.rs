@@ -162,6 +162,19 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
             say!("{}", yaml::write(&[serde_json::json!(workspace)]).trim_end());
             Ok(None)
         }
+        Command::Keys { word } => {
+            say!("{}", cli::found_keys(word)?.trim_end());
+            Ok(None)
+        }
+        Command::Completions { shell } => {
+            cli::reference::completions(*shell, &mut std::io::stdout());
+            Ok(None)
+        }
+        Command::Man { folder } => {
+            let pages = cli::reference::man(folder)?;
+            say!("{pages} pages in {}", folder.display());
+            Ok(None)
+        }
         Command::Example { folder, write_only } => try_example(folder, *write_only, report),
     }
 }

@@ -5,7 +5,9 @@ use arrow::buffer::OffsetBuffer;
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Fields, Schema};
 use expect_test::{Expect, expect};
-use hone::dataset::{self, Conversation, Dataset, Layout, LossOn, Options, TokenOptions, Tokenizer};
+use hone::dataset::{
+    self, BadRows, Context, Conversation, Dataset, Layout, LossOn, Names, Options, TokenOptions, Tokenizer,
+};
 use hone::fault::{Fault, Kind};
 use hone::report::Report;
 use hone::source;
@@ -21,6 +23,9 @@ const OPTIONS: Options = Options {
     prompt_column: None,
     completion_column: None,
     text_column: None,
+    container: None,
+    names: Names::KNOWN,
+    bad_rows: BadRows::Refuse,
     shuffle: false,
     seed: 0,
     train_share: 1.0,
@@ -46,7 +51,12 @@ fn encode_with(
     loss: LossOn,
     template: Option<&str>,
 ) -> Result<Vec<dataset::Example>, Fault> {
-    let options = TokenOptions { tokens_max: 4096, loss, chat_template: template.map(String::from) };
+    let options = TokenOptions {
+        tokens_max: 4096,
+        loss,
+        chat_template: template.map(String::from),
+        bad_rows: BadRows::Refuse,
+    };
     dataset::encode(&data.train, tokenizer, &options, &Report::silent())
 }
 
@@ -115,11 +125,12 @@ fn plain_text_ends_with_the_end_token_and_is_all_learned() {
 }
 
 fn message(role: &str, content: &str) -> dataset::Message {
-    dataset::Message { role: role.into(), content: content.into(), extra: vec![] }
+    dataset::Message::new(role, content)
 }
 
 fn of(conversation: Conversation) -> Dataset {
-    let record = dataset::Record { conversation, file: "f.parquet".into(), row: 3 };
+    let context = Context::default();
+    let record = dataset::Record { conversation, context, file: "f.parquet".into(), row: 3 };
     Dataset { train: vec![record], evaluation: vec![], layout: Layout::Messages }
 }
 
@@ -411,7 +422,12 @@ fn cutting_drops_what_has_no_answer_left_and_refuses_to_learn_nothing() {
     let data = read(&golden("_data/messages.parquet")).unwrap();
     let tokenizer = Tokenizer::open(&golden("llama3/model")).unwrap();
     let encode = |tokens_max| {
-        let options = TokenOptions { tokens_max, loss: LossOn::Answers, chat_template: None };
+        let options = TokenOptions {
+            tokens_max,
+            loss: LossOn::Answers,
+            chat_template: None,
+            bad_rows: BadRows::Refuse,
+        };
         dataset::encode(&data.train, &tokenizer, &options, &Report::silent())
     };
     let some = encode(60).unwrap();
@@ -442,7 +458,7 @@ fn lists(rows: &[&[(&str, &str)]], names: [&str; 2], kind: &DataType) -> ArrayRe
     let extra: ArrayRef = Arc::new(Int32Array::from(vec![7; all.len()]));
     let fields: Fields = vec![
         Field::new(names[0], kind.clone(), true),
-        Field::new("weight", DataType::Int32, true),
+        Field::new("number", DataType::Int32, true),
         Field::new(names[1], kind.clone(), true),
     ]
     .into();
@@ -493,7 +509,7 @@ fn written(columns: Vec<(&str, ArrayRef)>) -> (tempfile::TempDir, PathBuf) {
 fn conversations(data: &Dataset) -> Vec<Vec<(String, String)>> {
     let turns = |record: &dataset::Record| match &record.conversation {
         Conversation::Messages(messages) => {
-            messages.iter().map(|m| (m.role.clone(), m.content.clone())).collect()
+            messages.iter().map(|m| (m.role.clone(), m.text().to_owned())).collect()
         }
         other => panic!("{other:?}"),
     };
@@ -582,7 +598,9 @@ fn other_layouts_are_found_by_their_columns() {
     let fault = read(Options { text_column: Some("boddy".into()), ..OPTIONS }).unwrap_err();
     assert!(
         fault.kind == Kind::Data
-            && fault.message.contains("there is no column `boddy`; columns found: `messages`"),
+            && fault.message.contains(
+                "there is no column `boddy`, which TrainingArguments.dataset_text_field names; columns found: `messages`"
+            ),
         "{fault}"
     );
 }

@@ -89,13 +89,13 @@ fn configuration_is_refused_before_anything_is_read() {
         error (config, exit code 10): 2 mistakes in the configuration
           misspelt.yaml:4:5: LoraConfig.lora_aplha is not a key; did you mean lora_alpha?
           misspelt.yaml:5:3: "TrainingArgument" is not a section; did you mean TrainingArguments?
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --set: QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): no dataset: name parquet files with `data` (--data URL_OR_PATH)
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --device: device: expected auto, cpu, cuda or cuda:N, found "tpu"
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1
           help: name some of them (the last part is enough), or "all-linear"
     "#]].assert_eq(&said);
@@ -112,11 +112,11 @@ fn a_model_that_is_not_there_is_refused() {
     said += &refused(&work, "--data data.parquet");
     expect![[r#"
         error (config, exit code 10): --model: model: there is no folder model
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --set: model: there is no folder microsoft/phi-4; if it is on the Hugging Face hub, write hf://microsoft/phi-4
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --model: model: model holds no config.json; expected a Hugging Face model folder
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
     "#]].assert_eq(&said);
 }
 
@@ -625,6 +625,6 @@ fn an_image_name_is_checked_before_training() {
     assert!(server.requests().is_empty());
     expect![[r#"
         error (config, exit code 10): --push: image `Not:An:Image` is not a valid reference: expected [registry[:port]/]repository[:tag]; write `registry.example.com/team/adapter:v1`
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
     "#]].assert_eq(&said);
 }

@@ -37,6 +37,7 @@ impl Desk {
             attempts_max: 3,
             backoff: Duration::from_millis(2),
             file_bytes_max: 10 << 20,
+            endings: hone::dataset::ENDINGS,
             ca_file: None,
         };
         Desk { folder, options, log: Arc::default() }
@@ -796,6 +797,18 @@ fn directories_give_their_parquet_files_at_any_depth() {
     assert_eq!(names(&desk, &root, "data/data/"), ["data/data/a.parquet", "data/data/b.parquet"]);
 }
 
+/// The same rows often lie there a second time in another form: one kind is read, the other told.
+#[test]
+fn a_folder_of_several_kinds_gives_one_of_them_and_tells_the_others() {
+    let (desk, root) =
+        tree(&["data/b.jsonl.gz", "data/a.jsonl", "data/c.csv", "data/state.json", "data/README.md"]);
+    assert_eq!(names(&desk, &root, "data"), ["data/a.jsonl", "data/b.jsonl.gz"]);
+    let told = desk.log.text();
+    assert!(told.contains("2 data file(s) of one kind are read and 1 files: 1 .csv left aside"), "{told}");
+    let (desk, root) = tree(&["data/c.TSV.zst", "data/state.json"]);
+    assert_eq!(names(&desk, &root, "data"), ["data/c.TSV.zst"]);
+}
+
 #[test]
 fn globs_give_what_they_match() {
     let (desk, root) =
@@ -818,9 +831,9 @@ fn a_name_that_exists_is_no_glob() {
 
 #[test]
 fn what_a_directory_holds_instead_is_told() {
-    let (desk, root) = tree(&["data/a.json", "data/b.json", "data/LICENSE"]);
+    let (desk, root) = tree(&["data/a.txt", "data/dataset_info.json", "data/LICENSE"]);
     let folder = root.join("data");
-    let told = "no .parquet file in it: 3 files: 2 .json, 1 without extension";
+    let told = "no data file in it: 3 files: 1 .json, 1 .txt, 1 without extension";
     desk.refuse(&folder.display().to_string(), Kind::Data, told);
     let empty = root.join("empty");
     fs::create_dir(&empty).unwrap();

@@ -1,8 +1,9 @@
-//! Promises about the source itself: the order of modules, judged gradients, what is never used, README's tables.
+//! Promises about the source itself: the order of modules, judged gradients, what is never used, the tables of docs/.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use hone::cli;
 use hone::facts::config::Config;
 use hone::facts::family::FAMILIES;
 use hone::fault::{self, Kind};
@@ -10,7 +11,7 @@ use hone::spec::keys;
 use hone::workspace::annotations;
 use regex::Regex;
 
-/// Which models a family of README's table is.
+/// Which models a family of the table in docs/models.md is.
 const MODELS: [(&str, &str); 14] = [
     ("falcon", "Falcon 7B, 40B, 11B: fused query_key_value in both orders, parallel layers"),
     ("gemma2", "Gemma 2: soft-caps, window on every other layer, norms before and after"),
@@ -120,22 +121,43 @@ fn what_a_kind_means_is_what_its_comment_says() {
     }
 }
 
-/// `UPDATE_README=1 cargo test --test structure` writes the tables.
+/// `UPDATE_DOCS=1 cargo test --test structure` writes the tables.
 #[test]
-fn readme_holds_the_tables() {
-    let file = root("README.md");
-    let found = text(&file);
-    let tables = [
-        ("families", families()),
-        ("annotations", annotations::markdown()),
-        ("keys", keys::markdown()),
-        ("exit codes", fault::markdown()),
+fn the_docs_hold_the_tables() {
+    let pages = [
+        ("docs/models.md", "families", families()),
+        ("docs/annotations.md", "annotations", annotations::markdown()),
+        ("docs/keys.md", "keys", keys::markdown()),
+        ("docs/exit-codes.md", "exit codes", fault::markdown()),
+        ("docs/cli.md", "commands", cli::reference::markdown()),
     ];
-    let expected = tables.iter().fold(found.clone(), |readme, (name, table)| replaced(&readme, name, table));
-    if std::env::var_os("UPDATE_README").is_some() {
-        std::fs::write(&file, &expected).unwrap();
-    } else {
-        assert!(found == expected, "README.md: run UPDATE_README=1 cargo test --test structure");
+    for (page, name, table) in pages {
+        let file = root(page);
+        let found = text(&file);
+        let expected = replaced(&found, name, &table);
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(&file, &expected).unwrap();
+        } else {
+            assert!(found == expected, "{page}: run UPDATE_DOCS=1 cargo test --test structure");
+        }
+    }
+}
+
+/// Users find things in ten kilobytes, and every link leads somewhere.
+#[test]
+fn the_readme_is_short_and_links_lead_to_files() {
+    assert!(
+        text(&root("README.md")).len() <= 10 * 1024,
+        "README.md is longer than 10 KB: move details to docs/"
+    );
+    let link = Regex::new(r"\]\(([^)#:]+)(?:#[^)]*)?\)").unwrap();
+    let docs = std::fs::read_dir(root("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = docs.chain(["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(root));
+    for page in pages.filter(|page| page.extension().is_some_and(|extension| extension == "md")) {
+        for found in link.captures_iter(&text(&page)) {
+            let target = page.parent().unwrap().join(&found[1]);
+            assert!(target.exists(), "{}: {} leads nowhere", page.display(), &found[1]);
+        }
     }
 }
 
@@ -193,7 +215,7 @@ fn family_of(case: &Path) -> String {
 fn replaced(text: &str, name: &str, table: &str) -> String {
     let markers = [format!("<!-- {name}:begin -->"), format!("<!-- {name}:end -->")];
     for marker in &markers {
-        assert_eq!(text.matches(marker).count(), 1, "README.md: {marker}");
+        assert_eq!(text.matches(marker).count(), 1, "{marker}");
     }
     let (before, rest) = text.split_once(&markers[0]).unwrap();
     let (_, after) = rest.split_once(&markers[1]).expect("begin before end");

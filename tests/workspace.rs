@@ -359,7 +359,7 @@ fn methods_versions_and_configurations() {
         Kind::Config,
         expect![[r#"
         ConfigMap mine:3:23: TrainingArguments.output_dri is not a key; did you mean output_dir?
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
     "#]],
     );
     let taken = config.replace("out}", "/mnt/config/x}");

@@ -17,6 +17,7 @@ use crate::facts::sites::Site;
 use crate::facts::{LoraInit, LoraOptions, Modules, Targets};
 use crate::fault::{Fault, Result};
 use crate::model::lora::Trainable;
+use crate::model::weights::unwrapped;
 use crate::ops::{cpu, flat};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -187,7 +188,44 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     let weights = folder.join(WEIGHTS_FILE);
     let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
         .map_err(|error| wrong(&weights, format!("cannot read: {error}")))?;
-    Ok(Adapter { config, tensors, folder: folder.to_owned() })
+    if config.lora_alpha.as_f64() == Some(0.0) {
+        return Err(wrong(&file, "lora_alpha is 0, so that the adapter does nothing".into()));
+    }
+    let mut named = std::collections::HashMap::new();
+    for (name, tensor) in tensors {
+        let plain = plain_name(&name);
+        if named.insert(plain.clone(), tensor).is_some() {
+            return Err(wrong(&weights, format!("holds {plain} twice, once as {name}")));
+        }
+    }
+    if !named.keys().any(|name| name.ends_with(".lora_A.weight")) {
+        let mut names: Vec<&str> = named.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let first =
+            names.first().map_or("no tensor at all".to_owned(), |name| format!("names such as {name}"));
+        return Err(wrong(
+            &weights,
+            format!("no LoRA matrices: {first}, expected {}", tensor_name("MODULE", "A")),
+        )
+        .help("give a PEFT folder of LoRA"));
+    }
+    Ok(Adapter { config, tensors: named, folder: folder.to_owned() })
+}
+
+/// A tensor's name as PEFT saves it: without what `torch.compile`, data-parallel wrappers and the adapter's own name put
+/// into it.
+fn plain_name(name: &str) -> String {
+    let name = unwrapped(name);
+    let name = match name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.')) {
+        Some((module, _)) if module.ends_with(".lora_A") || module.ends_with(".lora_B") => {
+            format!("{module}.weight")
+        }
+        _ => name.into_owned(),
+    };
+    match name.starts_with("base_model.model.") {
+        true => name,
+        false => format!("base_model.model.{name}"),
+    }
 }
 
 /// PiSSA, OLoRA and the like took their start out of the base weights: such an adapter belongs to that base.
@@ -213,6 +251,11 @@ fn numbers<T>(
 }
 
 impl Adapter {
+    /// The file of its matrices, to name in messages.
+    pub fn file(&self) -> std::path::PathBuf {
+        self.folder.join(WEIGHTS_FILE)
+    }
+
     /// Rank, scale and targets of this adapter; the rest stays as asked.
     pub fn options(&self, asked: &LoraOptions) -> Result<LoraOptions> {
         let paths = self.tensors.keys().filter_map(|name| {
@@ -273,6 +316,21 @@ impl Adapter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wrappers_and_adapter_names_are_no_part_of_a_tensors_name() {
+        let expected = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
+        for name in [
+            expected,
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight",
+            "_orig_mod.base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+            "module.base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+            "base_model.model._orig_mod.model.layers.0._orig_mod.mlp.up_proj.lora_A.mine.weight",
+            "model.layers.0.mlp.up_proj.lora_A.weight",
+        ] {
+            assert_eq!(plain_name(name), expected, "{name}");
+        }
+    }
 
     #[test]
     fn patterns_keep_their_order_since_the_first_match_counts() {

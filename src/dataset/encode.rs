@@ -1,8 +1,9 @@
 //! Records -> examples: token ids, cut to length, and which of them are learned.
 
+use super::learned::Tally;
 use super::problems::Problems;
 use super::template::Template;
-use super::{Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
+use super::{Context, Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Unit};
@@ -21,13 +22,13 @@ pub fn encode(
     options: &TokenOptions,
     report: &Report,
 ) -> Result<Vec<Example>> {
-    let encoder = Encoder { tokenizer, options, template: template(records, tokenizer, options)? };
+    let encoder = Encoder::new(records, tokenizer, options)?;
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
     let encoded: Vec<_> = records
         .par_chunks(ROWS_AT_ONCE)
         .take_any_while(|_| !interrupt::requested())
         .flat_map_iter(|chunk| {
-            let examples: Vec<_> = chunk.iter().map(|record| encoder.example(&record.conversation)).collect();
+            let examples: Vec<_> = chunk.iter().map(|record| encoder.example(record)).collect();
             task.advance(chunk.len() as u64);
             examples
         })
@@ -35,72 +36,208 @@ pub fn encode(
     drop(task);
     interrupt::check()?;
     let mut examples = Vec::with_capacity(records.len());
-    let mut problems = Problems::default();
+    let mut tally = Tally::default();
     let mut refused = Vec::new();
-    for (record, example) in records.iter().zip(encoded) {
-        match example {
-            Ok(example) => examples.push(example),
+    for (record, found) in records.iter().zip(encoded) {
+        match found {
+            Ok(found) => {
+                tally.add(&found.tally);
+                examples.extend(found.example);
+            }
             Err(problem) => refused.push((&record.file, record.row, problem)),
         }
     }
     refused.sort(); // Records are shuffled; a reader looks from the top of a file.
+    let mut problems = Problems::default();
     for (file, row, problem) in refused {
         problems.add(problem, file, row);
     }
-    problems.into_result(
-        records.len() as u64,
-        "correct or remove these rows, or set ModelConfig.chat_template",
-    )?;
-    keep_what_teaches(examples, options, report)
+    let advice = "correct these rows, set ModelConfig.chat_template";
+    problems.settle(records.len() as u64, options.bad_rows, advice, Stage::Tokenize, report)?;
+    if tally.rows > 0 && examples.is_empty() {
+        return Err(nothing_to_learn(&tally, options));
+    }
+    if tally.rows > 0 {
+        tally.tell(options, tokenizer, report);
+    }
+    Ok(examples)
 }
 
-struct Encoder<'a> {
+fn nothing_to_learn(tally: &Tally, options: &TokenOptions) -> Fault {
+    let Tally { rows, cut, longest, not_learned, .. } = tally;
+    let shown_only = match not_learned {
+        0 => String::new(),
+        turns => format!("; {turns} turns have weight 0 or train false"),
+    };
+    Fault::data(format!(
+        "nothing left to supervise: {rows} rows, {cut} of them cut to {} tokens (longest {longest}), none with an answer \
+         left{shown_only}",
+        options.tokens_max
+    ))
+    .help("raise max_length, or check that the conversations have assistant turns that are learned")
+}
+
+/// Refuses a chat template of the configuration that cannot be read, or that the model does not have.
+pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<()> {
+    match options.chat_template {
+        Some(_) => templates(tokenizer, options).map(|_| ()),
+        None => Ok(()),
+    }
+}
+
+/// One row: what is left of it once cut, if anything teaches, and what was found on the way.
+pub(super) struct Encoded {
+    pub example: Option<Example>,
+    pub tally: Tally,
+}
+
+/// Turns rows into examples; any number of threads may share it.
+pub(super) struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     options: &'a TokenOptions,
     /// `None` where no record is a conversation.
-    template: Option<Template>,
+    templates: Option<Templates>,
 }
 
-impl Encoder<'_> {
-    /// The whole example, not cut. Error: what is wrong with the row.
-    fn example(&self, conversation: &Conversation) -> std::result::Result<Example, String> {
-        match conversation {
-            Conversation::Messages(messages) => self.messages(messages, 0),
+/// The template of most rows, and the one for rows with tools where the model has it.
+struct Templates {
+    plain: Template,
+    with_tools: Option<Template>,
+}
+
+impl<'a> Encoder<'a> {
+    pub fn new(
+        records: &[Record],
+        tokenizer: &'a Tokenizer,
+        options: &'a TokenOptions,
+    ) -> Result<Encoder<'a>> {
+        let is_conversation = |record: &Record| {
+            matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
+        };
+        let templates = match records.iter().any(is_conversation) {
+            true => Some(templates(tokenizer, options)?),
+            false => None,
+        };
+        Ok(Encoder { tokenizer, options, templates })
+    }
+
+    /// Error: what is wrong with the row.
+    pub fn example(&self, record: &Record) -> std::result::Result<Encoded, String> {
+        let mut tally = Tally { rows: 1, ..Tally::default() };
+        let mut example = self.whole(record, &mut tally)?;
+        let whole = example.ids.len();
+        example.ids.truncate(self.options.tokens_max);
+        example.supervised.truncate(self.options.tokens_max);
+        let teaches = tally.count(&example, whole, self.tokenizer);
+        Ok(Encoded { example: teaches.then_some(example), tally })
+    }
+
+    /// The whole example, not cut.
+    pub fn whole(&self, record: &Record, tally: &mut Tally) -> std::result::Result<Example, String> {
+        match &record.conversation {
+            Conversation::Messages(messages) => self.messages(messages, 0, &record.context, tally),
             Conversation::Prompt { prompt, completion } => {
-                self.messages(&[prompt.as_slice(), completion].concat(), prompt.len())
+                let messages = [prompt.as_slice(), completion].concat();
+                self.messages(&messages, prompt.len(), &record.context, tally)
             }
-            Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion),
+            Conversation::PromptText { prompt, completion } => self.prompt(prompt, completion, tally),
             Conversation::Text(text) => {
-                let ids = self.tokenizer.ids(&self.ended(text))?;
+                let (ids, doubled) = self.tokenizer.ids(&self.ended(text))?;
+                tally.doubled += u64::from(doubled);
                 Ok(Example { supervised: vec![true; ids.len()], ids })
             }
         }
     }
 
     /// Answers among `messages[from..]` are learned. The template writes every special token, so none is added.
-    fn messages(&self, messages: &[Message], from: usize) -> std::result::Result<Example, String> {
-        let template = self.template.as_ref().expect("`encode` makes one for conversations");
-        match self.options.loss {
-            LossOn::Everything => {
-                let text = template.render(&Template::values(messages), false)?.text;
-                let (ids, _) = self.tokenizer.spans(&text)?;
-                Ok(Example { supervised: vec![true; ids.len()], ids })
+    fn messages(
+        &self,
+        messages: &[Message],
+        from: usize,
+        context: &Context,
+        tally: &mut Tally,
+    ) -> std::result::Result<Example, String> {
+        let templates = self.templates.as_ref().expect("`new` makes them for conversations");
+        let template = match (&templates.with_tools, &context.tools) {
+            (Some(template), Some(_)) => template,
+            _ => &templates.plain,
+        };
+        let shown_only = messages[from..].iter().filter(|m| m.role == "assistant" && !m.learned).count();
+        tally.not_learned += shown_only as u64;
+        let everything = self.options.loss == LossOn::Everything;
+        if everything && shown_only == 0 {
+            let text = template.render(&Template::values(messages), context, false)?.text;
+            self.look(template, messages, context, &text, tally)?;
+            let (ids, _) = self.tokenizer.spans(&text)?;
+            return Ok(Example { supervised: vec![true; ids.len()], ids });
+        }
+        let found = mask::answers(template, messages, context, from)?;
+        tally.thoughts += found.thoughts;
+        tally.thoughts_shown += found.thoughts_shown;
+        self.look(template, messages, context, &found.text, tally)?;
+        let (ids, offsets) = self.tokenizer.spans(&found.text)?;
+        let supervised = match everything {
+            false => mask::supervised(&found.answers, &offsets),
+            true => {
+                let mut supervised = vec![true; ids.len()];
+                mask::unlearn(&found.answers, &offsets, &mut supervised);
+                supervised
             }
-            LossOn::Answers => {
-                let (text, answers) = mask::answers(template, messages, from)?;
-                let (ids, offsets) = self.tokenizer.spans(&text)?;
-                Ok(Example { supervised: mask::supervised(&answers, &offsets), ids })
+        };
+        Ok(Example { supervised, ids })
+    }
+
+    /// Compares the text with that of the same row without what may be hidden or written in another way.
+    fn look(
+        &self,
+        template: &Template,
+        messages: &[Message],
+        context: &Context,
+        text: &str,
+        tally: &mut Tally,
+    ) -> std::result::Result<(), String> {
+        let same_without = |messages: &[Message], context: &Context| {
+            template.render(&Template::values(messages), context, false).is_ok_and(|other| other.text == text)
+        };
+        if context.tools.is_some() {
+            tally.tools += 1;
+            let without = Context { tools: None, ..context.clone() };
+            tally.tools_hidden += u64::from(same_without(messages, &without));
+        }
+        if context.documents.is_some() {
+            let without = Context { documents: None, ..context.clone() };
+            tally.documents_hidden += u64::from(same_without(messages, &without));
+        }
+        tally.quoted_arguments += quoted_arguments(messages, text);
+        let nulls: Vec<usize> = (0..messages.len()).filter(|&index| is_null(&messages[index])).collect();
+        if nulls.is_empty() {
+            return Ok(());
+        }
+        let mut filled = messages.to_vec();
+        nulls.iter().for_each(|&index| filled[index].content = Some(String::new()));
+        tally.nulls += nulls.len() as u64;
+        match same_without(&filled, context) {
+            true => Ok(()),
+            false => {
+                let role = &messages[nulls[0]].role;
+                Err(format!("the {role}'s content is null, which the chat template writes as a word"))
             }
         }
     }
 
     /// What prompt and prompt + completion have in common is not learned; tokens may merge across their border.
-    fn prompt(&self, prompt: &str, completion: &str) -> std::result::Result<Example, String> {
-        let ids = self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)))?;
+    fn prompt(
+        &self,
+        prompt: &str,
+        completion: &str,
+        tally: &mut Tally,
+    ) -> std::result::Result<Example, String> {
+        let (ids, doubled) = self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)))?;
+        tally.doubled += u64::from(doubled);
         let given = match self.options.loss {
             LossOn::Everything => 0,
             LossOn::Answers => {
-                let prompt = self.tokenizer.ids(prompt)?;
+                let (prompt, _) = self.tokenizer.ids(prompt)?;
                 prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count()
             }
         };
@@ -113,66 +250,43 @@ impl Encoder<'_> {
     }
 }
 
-fn template(records: &[Record], tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Option<Template>> {
-    let is_conversation = |record: &Record| {
-        matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
-    };
-    if !records.iter().any(is_conversation) {
-        return Ok(None);
-    }
-    let Some(source) = options.chat_template.as_deref().or(tokenizer.chat_template()) else {
-        return Err(Fault::config("the dataset holds conversations but the model has no chat template")
-            .help("set ModelConfig.chat_template, or use the instruction-tuned variant of the model"));
-    };
-    let compiled = Template::new(source, tokenizer.specials(), tokenizer.now());
-    compiled.map(Some).map_err(|problem| match options.chat_template {
-        Some(_) => Fault::config(problem).at("ModelConfig.chat_template"),
-        None => Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template"),
-    })
+/// A turn whose content is null and that says nothing else.
+fn is_null(message: &Message) -> bool {
+    message.content.is_none()
+        && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
 }
 
-/// Cuts to `tokens_max`, drops what has no target left after the shift, and tells the counts.
-fn keep_what_teaches(
-    mut examples: Vec<Example>,
-    options: &TokenOptions,
-    report: &Report,
-) -> Result<Vec<Example>> {
-    let rows = examples.len();
-    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
-    let mut cut = 0;
-    for example in &mut examples {
-        cut += usize::from(example.ids.len() > options.tokens_max);
-        example.ids.truncate(options.tokens_max);
-        example.supervised.truncate(options.tokens_max);
-    }
-    examples.retain(|example| example.supervised.iter().skip(1).any(|&learned| learned));
-    let dropped = rows - examples.len();
-    if rows > 0 && examples.is_empty() {
-        return Err(Fault::data(format!(
-            "nothing left to supervise: {rows} rows, {cut} of them cut to {} tokens (longest {longest}), none with an \
-             answer left",
-            options.tokens_max
-        ))
-        .help("raise max_length, or check that the conversations have assistant turns"));
-    }
-    let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
-    let learned: usize =
-        examples.iter().flat_map(|example| example.supervised.iter().skip(1)).filter(|&&l| l).count();
-    report.note(
-        Stage::Tokenize,
-        format!(
-            "{rows} rows: {tokens} tokens, {learned} of them learned; longest {longest}, {cut} cut to {}, {dropped} dropped",
-            options.tokens_max
-        ),
-    );
-    if dropped > 0 {
-        report.warn(
-            Stage::Tokenize,
-            format!(
-                "{dropped} of {rows} rows teach nothing within {} tokens and were dropped",
-                options.tokens_max
-            ),
-        );
-    }
-    Ok(examples)
+/// Calls whose arguments are JSON text that stands in the rendered text as a quoted text.
+fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
+    let calls = messages.iter().flat_map(|message| &message.extra).filter(|(name, _)| *name == "tool_calls");
+    let arguments = calls.flat_map(|(_, calls)| calls.as_array().into_iter().flatten()).filter_map(|call| {
+        call.get("function").unwrap_or(call).get("arguments")?.as_str().filter(|text| text.contains('"'))
+    });
+    arguments.filter(|arguments| text.contains(&serde_json::Value::from(*arguments).to_string())).count()
+        as u64
+}
+
+/// The configuration's template, else the model's own.
+fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates> {
+    let (source, given) = match options.chat_template.as_deref() {
+        // A name has no tags.
+        Some(name) if !name.contains('{') => (tokenizer.named_template(name)?, true),
+        Some(source) => (source, true),
+        None => (tokenizer.default_template()?, false),
+    };
+    let compile = |source: &str| {
+        let compiled = Template::new(source, tokenizer.specials(), tokenizer.now());
+        compiled.map_err(|problem| match given {
+            true => Fault::config(problem).at("ModelConfig.chat_template"),
+            false => {
+                Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template")
+            }
+        })
+    };
+    let plain = compile(source)?;
+    let with_tools = match tokenizer.tool_template().filter(|_| !given) {
+        Some(source) => Some(compile(source)?),
+        None => None,
+    };
+    Ok(Templates { plain, with_tools })
 }

@@ -1,14 +1,16 @@
 //! A rendered conversation -> which of its tokens are answers.
 //!
-//! A template that marks its answers (`{% generation %}`) is believed. For the others an answer is what the
-//! prefixes of the conversation differ by: it begins where `messages[..i]` with a generation prompt ends, and
-//! ends, end-of-turn token included, where `messages[..=i]` ends. Some templates are not stable under prefixes:
-//! Phi-3 closes a conversation with an extra token, Qwen3 drops thoughts from all but the last turn. There the
-//! answer's text is searched, and what follows it ends where the full text and the prefix stop to agree.
+//! A template that marks its answers (`{% generation %}`) is believed. For the others an answer begins where
+//! `messages[..i]` with a generation prompt ends, and ends, end-of-turn token included, where `messages[..=i]` ends. Some
+//! templates are not stable under prefixes: Phi-3 closes a conversation with an extra token, Qwen3 drops thoughts from all
+//! but the last turn. There the place of what was said is known by invisible marks (`marks.rs`), and what follows it ends
+//! where the full text and the prefix stop to agree. A template that looks into what is said cannot be marked; there the
+//! text is searched, from where the turn begins.
 //! Everything is done in bytes of one text and mapped to its tokens once, so merges across a border do not matter.
 
+use super::marks::{self, Ends, Part, Place};
 use super::template::{Rendered, Template};
-use super::{Example, Message, Tokenizer};
+use super::{Context, Example, Message, Tokenizer};
 use minijinja::value::Value;
 use std::ops::Range;
 
@@ -17,39 +19,92 @@ use std::ops::Range;
 pub(super) struct Answer {
     pub whole: Range<usize>,
     pub content: Range<usize>,
+    /// False for a turn that is shown only.
+    pub learned: bool,
+}
+
+/// A conversation's text, and what is known of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Answers {
+    pub text: String,
+    pub answers: Vec<Answer>,
+    /// Turns of the assistant with thoughts, and how many of them the template shows.
+    pub thoughts: u64,
+    pub thoughts_shown: u64,
 }
 
 /// The conversation's text and its answers among `messages[from..]`. Error: why they cannot be told.
 pub(super) fn answers(
     template: &Template,
     messages: &[Message],
+    context: &Context,
     from: usize,
-) -> Result<(String, Vec<Answer>), String> {
+) -> Result<Answers, String> {
     let values = Template::values(messages);
-    let full = template.render(&values, false)?;
-    let found = if template.marks_answers {
-        marked(template, &full, &values[..from])?
-    } else {
-        searched(template, &full.text, messages, &values, from)?
+    let full = template.render(&values, context, false)?;
+    let talk = Talk { template, messages, values: &values, context, from };
+    let places = talk.places(&full.text, messages.len());
+    if let Some(places) = &places {
+        shows_calls(messages, places)?;
+    }
+    let found = match template.marks_answers {
+        true => talk.by_blocks(&full, places.as_deref())?,
+        false => talk.by_places(&full.text, places.as_deref())?,
     };
-    if found.is_empty() && messages[from..].iter().any(|message| message.role == "assistant") {
+    let wanted = |message: &Message| message.role == "assistant";
+    if found.is_empty() && messages[from..].iter().any(wanted) {
         return Err("the chat template marks no part of it as the assistant's".into());
     }
-    Ok((full.text, found))
+    let with_thoughts = |index: &usize| {
+        let extra = &messages[*index].extra;
+        wanted(&messages[*index]) && extra.iter().any(|(name, _)| marks::THOUGHTS.contains(name))
+    };
+    let thoughts: Vec<usize> = (0..messages.len()).filter(with_thoughts).collect();
+    let shown = |index: &&usize| {
+        let places = places.as_ref().map(|places| places.iter());
+        places.is_none_or(|mut places| places.any(|p| p.message == **index && p.part == Part::Thoughts))
+    };
+    let thoughts_shown = thoughts.iter().filter(shown).count() as u64;
+    Ok(Answers { text: full.text, answers: found, thoughts: thoughts.len() as u64, thoughts_shown })
+}
+
+/// Dropping calls would teach answers out of nothing.
+fn shows_calls(messages: &[Message], places: &[Place]) -> Result<(), String> {
+    let hidden = messages.iter().enumerate().any(|(index, message)| {
+        message.role == "assistant"
+            && message.extra.iter().any(|(name, _)| *name == "tool_calls")
+            && !places.iter().any(|place| place.message == index && place.part == Part::Calls)
+    });
+    match hidden {
+        true => Err("the chat template does not show the assistant's tool_calls".into()),
+        false => Ok(()),
+    }
 }
 
 /// One flag a token; `offsets` are the tokens' byte ranges of the text.
 pub(super) fn supervised(answers: &[Answer], offsets: &[(usize, usize)]) -> Vec<bool> {
     let mut flags = vec![false; offsets.len()];
-    for Answer { whole, content } in answers {
+    for Answer { whole, content, .. } in answers.iter().filter(|answer| answer.learned) {
         for (flag, &(start, end)) in flags.iter_mut().zip(offsets) {
-            let inside = start >= whole.start && end <= whole.end && start < whole.end;
-            // A token across the border belongs to the answer if it holds some of its content.
-            let holds_content = start < content.end && end > content.start;
-            *flag |= inside || holds_content;
+            *flag |= belongs(whole, content, start, end);
         }
     }
     flags
+}
+
+/// Takes the tokens of turns that are shown only out of `flags`.
+pub(super) fn unlearn(answers: &[Answer], offsets: &[(usize, usize)], flags: &mut [bool]) {
+    for Answer { whole, content, .. } in answers.iter().filter(|answer| !answer.learned) {
+        for (flag, &(start, end)) in flags.iter_mut().zip(offsets) {
+            *flag &= !belongs(whole, content, start, end);
+        }
+    }
+}
+
+/// A token across the border belongs to the answer if it holds some of its content.
+fn belongs(whole: &Range<usize>, content: &Range<usize>, start: usize, end: usize) -> bool {
+    let inside = start >= whole.start && end <= whole.end && start < whole.end;
+    inside || (start < content.end && end > content.start)
 }
 
 /// The example as text, brackets around what is not learned: `[user: 2+2?] 4<end>`.
@@ -67,44 +122,139 @@ pub fn show(example: &Example, tokenizer: &Tokenizer) -> String {
     text
 }
 
-fn marked(template: &Template, full: &Rendered, before: &[Value]) -> Result<Vec<Answer>, String> {
-    // What earlier turns answered is given, not learned.
-    let begin = match before {
-        [] => 0,
-        before => common_bytes(&template.render(before, true)?.text, &full.text),
-    };
-    let answers = full.answers.iter().filter(|range| !range.is_empty() && range.start >= begin);
-    Ok(answers.map(|range| Answer { whole: range.clone(), content: range.clone() }).collect())
+/// A conversation and how it is rendered.
+struct Talk<'a> {
+    template: &'a Template,
+    messages: &'a [Message],
+    values: &'a [Value],
+    context: &'a Context,
+    from: usize,
 }
 
-fn searched(
-    template: &Template,
-    text: &str,
-    messages: &[Message],
-    values: &[Value],
-    from: usize,
-) -> Result<Vec<Answer>, String> {
-    let mut answers: Vec<Answer> = Vec::new();
-    let mut cursor = 0; // no later message stands before it
-    for (index, message) in messages.iter().enumerate() {
-        if message.role != "assistant" {
-            cursor = find(text, cursor, &message.content).map_or(cursor, |range| range.end);
-            continue;
-        }
-        let prompt = prompt_before(template, text, &values[..index]);
-        // Behind the generation prompt, lest the answer "a" be found in `<|assistant|>`.
-        let begin = if prompt.whole { prompt.agreed } else { cursor.max(prompt.agreed) };
-        let content = find(text, begin, &message.content)
-            .or_else(|| find(text, cursor, &message.content))
-            .ok_or("the chat template does not show what the assistant says")?;
-        let start = prompt.end_before(text, cursor, &content);
-        let end = end_of(template, text, &values[..=index], &message.content, &content)?;
-        cursor = end;
-        if index >= from {
-            answers.push(Answer { whole: start..end, content });
-        }
+impl Talk<'_> {
+    /// Where the first `count` messages stand in `text`, which the template made of them without a generation prompt;
+    /// `None` where it looks into what is said.
+    fn places(&self, text: &str, count: usize) -> Option<Vec<Place>> {
+        let with = |ends| {
+            let marked = marks::marked(&self.messages[..count], ends)?;
+            let rendered = self.template.render(&Template::values(&marked), self.context, false).ok()?;
+            let (plain, places) = marks::cut(&rendered.text)?;
+            (plain == text).then_some(places)
+        };
+        // Some templates look at how a text begins or ends; with one mark a time they see what they look for.
+        with(Ends::Both).or_else(|| marks::joined(with(Ends::First)?, with(Ends::Last)?))
     }
-    Ok(answers)
+
+    /// What the template marks. What earlier turns answered is given, not learned.
+    fn by_blocks(&self, full: &Rendered, places: Option<&[Place]>) -> Result<Vec<Answer>, String> {
+        let begin = match &self.values[..self.from] {
+            [] => 0,
+            before => common_bytes(&self.template.render(before, self.context, true)?.text, &full.text),
+        };
+        let blocks: Vec<&Range<usize>> =
+            full.answers.iter().filter(|range| !range.is_empty() && range.start >= begin).collect();
+        let answer = |(number, range): (usize, &Range<usize>)| Answer {
+            whole: range.clone(),
+            content: range.clone(),
+            learned: self.is_learned(number, range, blocks.len(), places),
+        };
+        Ok(blocks.iter().copied().enumerate().map(answer).collect())
+    }
+
+    /// Whether a block is of a turn that is learned: by the places inside it, else by its number among the answers.
+    fn is_learned(
+        &self,
+        number: usize,
+        block: &Range<usize>,
+        blocks: usize,
+        places: Option<&[Place]>,
+    ) -> bool {
+        let inside = |place: &&Place| block.start <= place.range.start && place.range.end <= block.end;
+        if let Some(place) = places.and_then(|places| places.iter().find(inside)) {
+            return self.messages[place.message].learned;
+        }
+        let mut turns = self.messages[self.from..].iter().filter(|message| message.role == "assistant");
+        let as_many = turns.clone().count() == blocks;
+        !as_many || turns.nth(number).is_none_or(|message| message.learned)
+    }
+
+    fn by_places(&self, text: &str, places: Option<&[Place]>) -> Result<Vec<Answer>, String> {
+        let mut answers: Vec<Answer> = Vec::new();
+        let mut cursor = 0; // no later message stands before it
+        for (index, message) in self.messages.iter().enumerate() {
+            if message.role != "assistant" {
+                if places.is_none() {
+                    cursor = find(text, cursor, message.text()).map_or(cursor, |range| range.end);
+                }
+                continue;
+            }
+            let prompt = self.prompt_before(text, index);
+            let content = match places {
+                Some(places) => span(places, index),
+                // Behind the generation prompt, lest the answer "a" be found in `<|assistant|>`.
+                None => find(text, prompt.behind(cursor), message.text())
+                    .or_else(|| find(text, cursor, message.text())),
+            };
+            let content = match content {
+                Some(content) => content,
+                None if !message.learned => continue,
+                None => return Err("the chat template does not show what the assistant says".into()),
+            };
+            let start = prompt.end_before(text, cursor, &content);
+            let end = self.end_of(text, index, &content, places.is_some())?;
+            cursor = end;
+            if index >= self.from {
+                answers.push(Answer { whole: start..end, content, learned: message.learned });
+            }
+        }
+        Ok(answers)
+    }
+
+    fn prompt_before(&self, text: &str, index: usize) -> Prompt {
+        // Some templates refuse to render no messages, or to end with an answer.
+        let Ok(prompt) = self.template.render(&self.values[..index], self.context, true) else {
+            return Prompt { agreed: 0, whole: false };
+        };
+        let agreed = common_bytes(&prompt.text, text);
+        Prompt { agreed, whole: agreed == prompt.text.len() }
+    }
+
+    /// Where the turn ends: what follows the content, as far as it is the same whether or not the conversation goes on.
+    fn end_of(
+        &self,
+        text: &str,
+        index: usize,
+        content: &Range<usize>,
+        by_marks: bool,
+    ) -> Result<usize, String> {
+        let prefix = self.template.render(&self.values[..=index], self.context, false)?.text;
+        let same = common_bytes(&prefix, text);
+        if same == prefix.len() && same >= content.end {
+            return Ok(same);
+        }
+        let end = match by_marks.then(|| self.places(&prefix, index + 1)).flatten() {
+            Some(places) => span(&places, index).map(|range| range.end),
+            None if same >= content.end => Some(content.end),
+            None => self.searched_end(&prefix, index, &text[content.clone()]),
+        };
+        let tail = end.and_then(|end| prefix.get(end..));
+        let tail = tail.ok_or("the chat template shows an answer in two ways")?;
+        Ok(content.end + common_bytes(tail, &text[content.end..]))
+    }
+
+    /// Where the last answer of a prefix ends: it is searched from where its turn begins.
+    fn searched_end(&self, prefix: &str, index: usize, shown: &str) -> Option<usize> {
+        let begin = self.prompt_before(prefix, index);
+        let from = begin.behind(0);
+        let found = prefix.get(from..)?.find(shown).map(|at| from + at + shown.len());
+        found.or_else(|| find(prefix, from, self.messages[index].text()).map(|range| range.end))
+    }
+}
+
+/// From the first to the last piece of a message; `None` where nothing of it is shown.
+fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
+    let ranges = || places.iter().filter(|place| place.message == message).map(|place| &place.range);
+    Some(ranges().map(|range| range.start).min()?..ranges().map(|range| range.end).max()?)
 }
 
 /// How far a conversation up to some turn, with a generation prompt, agrees with the full text.
@@ -114,14 +264,12 @@ struct Prompt {
     whole: bool,
 }
 
-fn prompt_before(template: &Template, text: &str, values: &[Value]) -> Prompt {
-    // Some templates refuse to render no messages, or to end with an answer.
-    let Ok(prompt) = template.render(values, true) else { return Prompt { agreed: 0, whole: false } };
-    let agreed = common_bytes(&prompt.text, text);
-    Prompt { agreed, whole: agreed == prompt.text.len() }
-}
-
 impl Prompt {
+    /// Where an answer may begin at the earliest.
+    fn behind(&self, floor: usize) -> usize {
+        if self.whole { self.agreed } else { floor.max(self.agreed) }
+    }
+
     /// Where it ends in the full text; the content's start where that cannot be told.
     fn end_before(&self, text: &str, floor: usize, content: &Range<usize>) -> usize {
         let between = floor..=content.start;
@@ -131,36 +279,21 @@ impl Prompt {
     }
 }
 
-/// Where the turn ends: what follows the content, as far as it is the same whether or not the conversation goes on.
-fn end_of(
-    template: &Template,
-    text: &str,
-    values: &[Value],
-    written: &str,
-    content: &Range<usize>,
-) -> Result<usize, String> {
-    let prefix = template.render(values, false)?.text;
-    if text.starts_with(&prefix) && prefix.len() >= content.end {
-        return Ok(prefix.len());
-    }
-    let shown = &text[content.clone()];
-    let last = prefix.rfind(shown).or_else(|| prefix.rfind(written.trim())).map(|at| at + shown.len());
-    let tail = last.and_then(|at| prefix.get(at..)).ok_or("the chat template shows an answer in two ways")?;
-    Ok(content.end + common_bytes(tail, &text[content.end..]))
-}
-
 /// The content as templates show it: whole, trimmed, or without the thoughts in front.
 fn find(text: &str, from: usize, content: &str) -> Option<Range<usize>> {
     let trimmed = content.trim();
     let answer = trimmed.rsplit_once("</think>").map(|(_, answer)| answer.trim());
     [Some(trimmed), answer].into_iter().flatten().filter(|wanted| !wanted.is_empty()).find_map(|wanted| {
-        let start = from + text[from..].find(wanted)?;
+        let start = from + text.get(from..)?.find(wanted)?;
         Some(start..start + wanted.len())
     })
 }
 
 /// Length of the common prefix, cut to whole characters.
 fn common_bytes(a: &str, b: &str) -> usize {
-    let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
-    same.map(|(character, _)| character.len_utf8()).sum()
+    let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    (0..=same).rev().find(|&at| a.is_char_boundary(at) && b.is_char_boundary(at)).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

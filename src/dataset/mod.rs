@@ -1,13 +1,14 @@
 //! Files -> conversations -> token examples. Knows no model and no training.
 
 mod problems;
-mod parquet;
-mod pages;
+mod container;
 mod format;
 mod split;
 mod template;
 mod tokenizer;
+mod marks;
 mod mask;
+mod learned;
 mod encode;
 mod chat;
 
@@ -17,7 +18,8 @@ use crate::source;
 use std::sync::Arc;
 
 pub use chat::Chat;
-pub use encode::encode;
+pub use container::{ENDINGS, names as containers};
+pub use encode::{check_template, encode};
 pub use mask::show;
 pub use tokenizer::Tokenizer;
 
@@ -31,11 +33,55 @@ pub struct Options {
     pub prompt_column: Option<String>,
     pub completion_column: Option<String>,
     pub text_column: Option<String>,
+    /// The container of every file, by its name in `containers`; `None`: recognised file by file.
+    pub container: Option<String>,
+    /// Names that the file has for what hone calls otherwise.
+    pub names: Names,
+    /// What happens to rows that cannot be used.
+    pub bad_rows: BadRows,
     /// Shuffle before the split.
     pub shuffle: bool,
     pub seed: u64,
     /// Share of rows that train, in (0, 1]; the rest is for evaluation.
     pub train_share: f64,
+}
+
+/// Names in a file that the user tells, beside those that are known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Names {
+    /// Field of a message that says who speaks.
+    pub role_field: Option<String>,
+    /// Field of a message that holds what is said.
+    pub content_field: Option<String>,
+    /// Column with the system turn of each row.
+    pub system_column: Option<String>,
+    /// Column with the tools of each row.
+    pub tools_column: Option<String>,
+    /// Further words for the user, in any letter case.
+    pub user: Vec<String>,
+    /// Further words for the assistant, in any letter case.
+    pub assistant: Vec<String>,
+}
+
+impl Names {
+    /// No name beside those that are known.
+    pub const KNOWN: Names = Names {
+        role_field: None,
+        content_field: None,
+        system_column: None,
+        tools_column: None,
+        user: Vec::new(),
+        assistant: Vec::new(),
+    };
+}
+
+/// What happens to rows that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum BadRows {
+    /// The run ends, with each kind of problem counted and its first places named.
+    Refuse,
+    /// They are left out and told; above this share of all rows the run ends all the same.
+    Drop { share_max: f64 },
 }
 
 /// What a row holds.
@@ -62,8 +108,10 @@ pub struct TokenOptions {
     /// Longer examples are cut on the right; counted and reported.
     pub tokens_max: usize,
     pub loss: LossOn,
-    /// Jinja text that replaces the model's own chat template.
+    /// Jinja text that replaces the model's own chat template, or the name of one of the model's.
     pub chat_template: Option<String>,
+    /// What happens to rows that the template refuses.
+    pub bad_rows: BadRows,
 }
 
 /// Which tokens carry loss.
@@ -94,6 +142,8 @@ pub struct Dataset {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     pub conversation: Conversation,
+    /// What the chat template sees beside the messages.
+    pub context: Context,
     /// The file's name as the user wrote it.
     pub file: Arc<str>,
     /// Counted from 0 in its file.
@@ -109,14 +159,40 @@ pub enum Conversation {
     Text(String),
 }
 
+/// What a chat template sees beside the messages; most rows have nothing of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Context {
+    /// Descriptions of the tools that the assistant may call.
+    pub tools: Option<Arc<serde_json::Value>>,
+    /// Documents to answer from.
+    pub documents: Option<Arc<serde_json::Value>>,
+    /// Further variables of the template (`chat_template_kwargs`), such as `enable_thinking`.
+    pub variables: Option<Arc<serde_json::Map<String, serde_json::Value>>>,
+}
+
 /// One turn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     /// One of `format::ROLES`.
     pub role: String,
-    pub content: String,
-    /// Further string fields that templates know (`format::EXTRA_FIELDS`), where not null.
-    pub extra: Vec<(&'static str, String)>,
+    /// `None`: null in the file.
+    pub content: Option<String>,
+    /// Further fields that templates know (`format::fields`), where not null.
+    pub extra: Vec<(&'static str, serde_json::Value)>,
+    /// Whether an answer is learned; false where the file says `weight: 0` or `train: false`.
+    pub learned: bool,
+}
+
+impl Message {
+    /// A turn of text, learned if it is the assistant's.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
+        Message { role: role.into(), content: Some(content.into()), extra: Vec::new(), learned: true }
+    }
+
+    /// What is said; nothing where the content is null.
+    pub fn text(&self) -> &str {
+        self.content.as_deref().unwrap_or_default()
+    }
 }
 
 /// Reads every file, checks every row, shuffles and splits.
@@ -127,24 +203,28 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     let mut records = Vec::new();
     let mut problems = problems::Problems::default();
     let mut first: Option<(&'static format::Format, &source::File)> = None;
+    let mut reading = format::Reading::new(&options.names);
     for file in files {
-        let table = parquet::open(file)?;
-        let chosen = format::choose(&table.schema, options).map_err(|fault| fault.at(&file.name))?;
+        let table = container::open(file, options.container.as_deref())?;
+        let chosen =
+            format::choose(&table.schema, options, &mut reading).map_err(|fault| fault.at(&file.name))?;
         match first {
             Some((format, other)) if format.layout != chosen.format.layout => {
                 return Err(layouts_differ(format, &other.name, chosen.format, &file.name));
             }
             _ => first = first.or(Some((chosen.format, file))),
         }
-        let task = report.task(Stage::Read, Unit::Rows, &file.name, Some(table.rows));
+        let task = report.task(Stage::Read, Unit::Rows, &file.name, table.rows);
         let name: Arc<str> = file.name.as_str().into();
         let mut row = 0;
         table.read(&chosen.columns, |arrays| {
-            let batch = (chosen.format.rows)(arrays)?;
+            let batch = chosen.rows(arrays, &mut reading)?;
             task.advance(batch.len() as u64);
             for found in batch {
                 match found {
-                    Ok(conversation) => records.push(Record { conversation, file: name.clone(), row }),
+                    Ok((conversation, context)) => {
+                        records.push(Record { conversation, context, file: name.clone(), row })
+                    }
                     Err(problem) => problems.add(problem, &name, row),
                 }
                 row += 1;
@@ -153,7 +233,8 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         })?;
     }
     let rows = records.len() as u64 + problems.rows();
-    problems.into_result(rows, "correct or remove these rows")?;
+    problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
+    reading.tell(report);
     let Some((format, _)) = first.filter(|_| rows > 0) else {
         let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
         return Err(Fault::data(format!(
@@ -163,6 +244,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         ))
         .help("check the export that wrote the files, and the path or URL they were taken from"));
     };
+    let rows = records.len();
     let (train, evaluation) = split::split(records, options)?;
     report.note(
         Stage::Read,

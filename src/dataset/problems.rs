@@ -1,6 +1,8 @@
-//! Bad rows -> one fault that counts each kind and names its first places.
+//! Bad rows -> one fault, or one warning, that counts each kind and names its first places.
 
+use super::BadRows;
 use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage};
 use std::fmt::Write;
 
 /// Enough to find the cause; the counts say the rest.
@@ -45,12 +47,46 @@ impl Problems {
         self.kinds.iter().map(|kind| kind.rows).sum::<u64>() + self.others
     }
 
-    /// A `Data` fault if any row was bad. `rows_total` counts good rows too; `help` says what to do about bad ones.
-    pub fn into_result(self, rows_total: u64, help: &str) -> Result<()> {
-        if self.rows() == 0 {
+    /// A `Data` fault if rows were bad and may not be dropped; a warning if they were. `rows_total` counts good rows
+    /// too; `advice` says what else can be done about bad ones.
+    pub fn settle(
+        self,
+        rows_total: u64,
+        wanted: BadRows,
+        advice: &str,
+        stage: Stage,
+        report: &Report,
+    ) -> Result<()> {
+        let bad = self.rows();
+        if bad == 0 {
             return Ok(());
         }
-        let mut text = format!("{} of {rows_total} rows cannot be used:", self.rows());
+        const PLACES: &str = "(places are file:row, counted from 0)";
+        let list = self.list();
+        let head = format!("{bad} of {rows_total} rows cannot be used");
+        match wanted {
+            BadRows::Drop { share_max }
+                if bad as f64 <= share_max * rows_total as f64 && bad < rows_total =>
+            {
+                report.warn(stage, format!("{head} and are left out:{list}\n  {PLACES}"));
+                Ok(())
+            }
+            BadRows::Drop { .. } if bad == rows_total => {
+                Err(Fault::data(format!("{head}, so that none would be left:{list}"))
+                    .help(format!("{advice} {PLACES}")))
+            }
+            BadRows::Drop { share_max } => Err(Fault::data(format!(
+                "{head}, which is more than may be dropped (bad_rows_max: {share_max}):{list}"
+            ))
+            .help(format!("{advice}, or raise bad_rows_max {PLACES}"))),
+            BadRows::Refuse => Err(Fault::data(format!("{head}:{list}"))
+                .help(format!("{advice}, or leave them out with `bad_rows: drop` {PLACES}"))),
+        }
+    }
+
+    /// One line for each kind, with its count and first places.
+    fn list(&self) -> String {
+        let mut text = String::new();
         for Kind { text: kind, rows, places } in &self.kinds {
             let more = if *rows > places.len() as u64 { ", ..." } else { "" };
             let _ = write!(text, "\n  {rows} x {kind} ({}{more})", places.join(", "));
@@ -58,7 +94,7 @@ impl Problems {
         if self.others > 0 {
             let _ = write!(text, "\n  {} x something else", self.others);
         }
-        Err(Fault::data(text).help(format!("{help} (places are file:row, counted from 0)")))
+        text
     }
 }
 
@@ -66,19 +102,46 @@ impl Problems {
 mod tests {
     use super::*;
 
-    #[test]
-    fn equal_problems_are_counted_and_the_first_places_named() {
+    const DROP: BadRows = BadRows::Drop { share_max: 0.5 };
+
+    fn settle(problems: Problems, rows: u64, wanted: BadRows) -> Result<()> {
+        problems.settle(rows, wanted, "correct these rows", Stage::Read, &Report::silent())
+    }
+
+    fn some() -> Problems {
         let mut problems = Problems::default();
         for row in 0..5 {
             problems.add("content is null".into(), "a.parquet", row);
         }
         problems.add("no messages".into(), "b.parquet", 7);
+        problems
+    }
+
+    #[test]
+    fn equal_problems_are_counted_and_the_first_places_named() {
         expect_test::expect![[r#"
             6 of 100 rows cannot be used:
               5 x content is null (a.parquet:0, a.parquet:1, a.parquet:2, ...)
               1 x no messages (b.parquet:7)
-              help: correct or remove these rows (places are file:row, counted from 0)"#]]
-        .assert_eq(&problems.into_result(100, "correct or remove these rows").unwrap_err().to_string());
+              help: correct these rows, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)"#]]
+        .assert_eq(&settle(some(), 100, BadRows::Refuse).unwrap_err().to_string());
+    }
+
+    #[test]
+    fn bad_rows_are_dropped_up_to_a_share_and_never_all_of_them() {
+        settle(Problems::default(), 0, BadRows::Refuse).unwrap();
+        settle(some(), 12, DROP).unwrap();
+        expect_test::expect![[r#"
+            6 of 11 rows cannot be used, which is more than may be dropped (bad_rows_max: 0.5):
+              5 x content is null (a.parquet:0, a.parquet:1, a.parquet:2, ...)
+              1 x no messages (b.parquet:7)
+              help: correct these rows, or raise bad_rows_max (places are file:row, counted from 0)"#]]
+        .assert_eq(&settle(some(), 11, DROP).unwrap_err().to_string());
+        let fault = settle(some(), 6, BadRows::Drop { share_max: 1.0 }).unwrap_err();
+        assert!(
+            fault.message.starts_with("6 of 6 rows cannot be used, so that none would be left"),
+            "{fault}"
+        );
     }
 
     #[test]
@@ -87,7 +150,7 @@ mod tests {
         for row in 0..1000 {
             problems.add(format!("role {row}"), "a", row);
         }
-        let text = problems.into_result(1000, "").unwrap_err().message;
+        let text = settle(problems, 1000, BadRows::Refuse).unwrap_err().message;
         assert!(
             text.lines().count() == KINDS_SHOWN_MAX + 2 && text.ends_with("990 x something else"),
             "{text}"

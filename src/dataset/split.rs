@@ -46,18 +46,26 @@ fn shuffle<T>(items: &mut [T], seed: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Conversation;
+    use super::super::{BadRows, Context, Conversation, Names};
     use super::*;
     use crate::fault::Kind;
 
     fn run(rows: u64, shuffle: bool, seed: u64, train_share: f64) -> Result<(Vec<u64>, Vec<u64>)> {
-        let record = |row| Record { conversation: Conversation::Text(String::new()), file: "f".into(), row };
+        let record = |row| Record {
+            conversation: Conversation::Text(String::new()),
+            context: Context::default(),
+            file: "f".into(),
+            row,
+        };
         let options = Options {
             layout: None,
             messages_column: None,
             prompt_column: None,
             completion_column: None,
             text_column: None,
+            container: None,
+            names: Names::KNOWN,
+            bad_rows: BadRows::Refuse,
             shuffle,
             seed,
             train_share,

@@ -5,13 +5,15 @@
 //! minijinja has no tag of that name, but its `{% filter %}` has the same whitespace and scope, so the tag is
 //! rewritten to a filter that wraps its body in two sentinels, which are cut out of the rendered text again.
 
-use super::Message;
+use super::{Context, Message};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Serde, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
@@ -72,21 +74,30 @@ impl Template {
 
     /// Messages as the template sees them; made once, rendered in parts.
     pub fn values(messages: &[Message]) -> Vec<Value> {
-        let value = |message: &Message| {
-            let own = [("role", message.role.as_str()), ("content", message.content.as_str())];
-            let extra = message.extra.iter().map(|(name, text)| (*name, text.as_str()));
-            Value::from_pairs(own.into_iter().chain(extra))
-        };
         messages.iter().map(value).collect()
     }
 
-    /// As `apply_chat_template(messages, tokenize=False, add_generation_prompt=...)`. Error: why there is no text.
-    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Rendered, String> {
+    /// As `apply_chat_template(messages, tokenize=False, add_generation_prompt=...)` with the context's tools, documents
+    /// and variables. Error: why there is no text.
+    pub fn render(
+        &self,
+        messages: &[Value],
+        context: &Context,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, String> {
         let template = self.environment.get_template(NAME).expect("added in `new`");
-        let context = minijinja::context! {
-            messages => messages, add_generation_prompt,
-            tools => Value::from(()), documents => Value::from(()),
+        let seen = |value: &Option<Arc<serde_json::Value>>| {
+            value.as_deref().map_or(Value::from(()), |value| Value::from(Serde(value)))
         };
+        let fixed = [
+            ("messages", Value::from(messages.to_vec())),
+            ("tools", seen(&context.tools)),
+            ("documents", seen(&context.documents)),
+            ("add_generation_prompt", Value::from(add_generation_prompt)),
+        ];
+        let variables = context.variables.iter().flat_map(|variables| variables.iter());
+        let variables = variables.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
+        let context: BTreeMap<&str, Value> = fixed.into_iter().chain(variables).collect();
         let text = template.render(context).map_err(|error| explain(&error))?;
         if text.len() > TEXT_BYTES_MAX {
             return Err(format!(
@@ -108,6 +119,20 @@ impl Template {
             .map_err(|error| explain(&error))?;
         if self.marks_answers { cut_sentinels(&text).map(|rendered| rendered.text) } else { Ok(text) }
     }
+}
+
+/// A message as the template sees it: role, content (none where it is null), then the further fields.
+fn value(message: &Message) -> Value {
+    let content = message.content.as_deref().map_or(Value::from(()), Value::from);
+    let mut fields = vec![("role", Value::from(message.role.as_str())), ("content", content)];
+    for (name, extra) in &message.extra {
+        let extra = Value::from(Serde(extra));
+        match fields.iter_mut().find(|(other, _)| other == name) {
+            Some((_, field)) => *field = extra, // an object that a tool gave stands for the content
+            None => fields.push((name, extra)),
+        }
+    }
+    Value::from_pairs(fields)
 }
 
 /// Turns `{%- generation +%}` into `{%- filter __answer +%}`, and its end likewise. Says whether there was any.
@@ -215,6 +240,9 @@ impl Json<'_> {
                 });
             }
             serde_json::Value::String(text) => self.string(text),
+            serde_json::Value::Number(number) if number.is_f64() => {
+                self.out.push_str(&python_float(number.as_f64().expect("just asked")));
+            }
             plain => self.out.push_str(&plain.to_string()),
         }
     }
@@ -252,6 +280,19 @@ impl Json<'_> {
                 }
             }
         }
+    }
+}
+
+/// A float as Python writes it: exponents from 1e16 and below 1e-4, with a sign and two digits.
+fn python_float(value: f64) -> String {
+    let text = format!("{value:e}");
+    let (digits, exponent) = text.split_once('e').expect("Rust writes an exponent");
+    match exponent.parse::<i32>() {
+        Ok(exponent) if !(-4..16).contains(&exponent) => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", exponent.abs())
+        }
+        _ => format!("{value:?}"),
     }
 }
 
@@ -341,12 +382,14 @@ mod tests {
     use std::time::Duration;
 
     fn render(source: &str) -> Result<Rendered, String> {
-        let message =
-            |role: &str, content: &str| Message { role: role.into(), content: content.into(), extra: vec![] };
-        let messages = [message("user", "é?"), message("assistant", "4")];
+        let messages = [Message::new("user", "é?"), Message::new("assistant", "4")];
         let now = UNIX_EPOCH + Duration::from_secs(1_721_998_984); // Fri 26 Jul 2024 13:03:04
         let specials = [("bos_token".to_string(), "<s>".to_string())];
-        Template::new(source, &specials, now)?.render(&Template::values(&messages), false)
+        Template::new(source, &specials, now)?.render(
+            &Template::values(&messages),
+            &Context::default(),
+            false,
+        )
     }
 
     fn check(source: &str, expected: &str) {
@@ -415,12 +458,15 @@ mod tests {
                 .as_array()
                 .unwrap()
                 .iter()
-                .map(|m| Message { role: text(&m["role"]), content: text(&m["content"]), extra: vec![] })
+                .map(|m| Message::new(text(&m["role"]), text(&m["content"])))
                 .collect();
             let source = fixture["templates"][text(&case["template"])].as_str().unwrap();
             let template = Template::new(source, &specials, UNIX_EPOCH).unwrap();
             let prompt = case["add_generation_prompt"].as_bool().unwrap();
-            match (template.render(&Template::values(&messages), prompt), case["refused"].as_str()) {
+            match (
+                template.render(&Template::values(&messages), &Context::default(), prompt),
+                case["refused"].as_str(),
+            ) {
                 (Err(problem), Some(words)) => assert!(problem.ends_with(words), "{name}: {problem}"),
                 (Ok(rendered), None) => {
                     assert_eq!(rendered.text, case["text"], "{name}");
@@ -437,6 +483,59 @@ mod tests {
         }
     }
 
+    /// Templates as publishers ship them, with tools, calls, system turns and thoughts; rendered by transformers:
+    /// `tests/scripts/chat_templates.py` says how.
+    #[test]
+    fn renders_real_templates_as_transformers_does() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/chat_templates.json")).unwrap();
+        let specials: Vec<(String, String)> =
+            serde_json::from_value::<BTreeMap<String, String>>(fixture["specials"].clone())
+                .unwrap()
+                .into_iter()
+                .collect();
+        let now = UNIX_EPOCH + Duration::from_secs(fixture["seconds"].as_u64().unwrap());
+        let mut wrong = Vec::new();
+        for case in fixture["cases"].as_array().unwrap() {
+            let name = case["template"].as_str().unwrap();
+            let talk = &fixture["talks"][case["talk"].as_u64().unwrap() as usize];
+            let values: Vec<Value> = talk["messages"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|message| Value::from(Serde(message)))
+                .collect();
+            let context = Context {
+                tools: talk.get("tools").cloned().map(Arc::new),
+                documents: None,
+                variables: talk.get("variables").and_then(|v| v.as_object()).cloned().map(Arc::new),
+            };
+            let template =
+                Template::new(fixture["templates"][name].as_str().unwrap(), &specials, now).unwrap();
+            let rendered =
+                template.render(&values, &context, case["add_generation_prompt"].as_bool().unwrap());
+            let answers = |rendered: &Rendered| {
+                rendered
+                    .answers
+                    .iter()
+                    .map(|range| &rendered.text[range.clone()])
+                    .collect::<serde_json::Value>()
+            };
+            let fits = match (&rendered, case.get("text")) {
+                (Ok(rendered), Some(text)) => {
+                    rendered.text == *text
+                        && answers(rendered) == *case.get("answers").unwrap_or(&serde_json::json!([]))
+                }
+                (Err(_), None) => true,
+                _ => false,
+            };
+            if !fits {
+                wrong.push(format!("{name}, talk {}: {rendered:?}\nexpected {case}", case["talk"]));
+            }
+        }
+        assert!(wrong.is_empty(), "{} cases\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n\n"));
+    }
+
     #[test]
     fn hostile_templates_end() {
         let sources = [
@@ -448,6 +547,24 @@ mod tests {
         for source in sources {
             assert!(render(source).is_err(), "{source}");
         }
+    }
+
+    #[test]
+    fn floats_are_written_as_python_does() {
+        let cases = [
+            (1.0, "1.0"),
+            (-2.5, "-2.5"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.5e300, "1.5e+300"),
+            (0.0001, "0.0001"),
+            (0.00001, "1e-05"),
+            (0.1, "0.1"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(python_float(value), text);
+        }
+        check("{{ [1.0, 1e20] | tojson }}", "[1.0, 1e+20]");
     }
 
     #[test]

@@ -17,9 +17,13 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// `bos_token` -> `<s>` and so on: what chat templates see.
     specials: Vec<(String, String)>,
-    chat_template: Option<String>,
+    /// Name and text; the usual one is called `default`.
+    chat_templates: Vec<(String, String)>,
     eos: String,
     eos_id: u32,
+    /// Ids at which generation stops, `eos_id` among them.
+    ends: Vec<u32>,
+    special_ids: std::collections::HashSet<u32>,
     vocab_size: usize,
     /// Whether tokens are written in letters that stand for bytes, as GPT-2's.
     byte_level: bool,
@@ -37,11 +41,25 @@ impl Tokenizer {
         let specials = specials(&config, &map);
         let (eos, eos_id) = end_of_sequence(&inner, folder, &specials)?;
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        let chat_template = chat_template(folder, &config)?;
+        let chat_templates = chat_templates(folder, &config)?;
+        let ends = ends(folder, eos_id)?;
+        let added = inner.get_added_tokens_decoder();
+        let special_ids = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
         let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
         let byte_level = decoder.is_some_and(|decoder| decoder.contains("\"ByteLevel\""));
         let now = SystemTime::now();
-        Ok(Tokenizer { inner, specials, chat_template, eos, eos_id, vocab_size, byte_level, now })
+        Ok(Tokenizer {
+            inner,
+            specials,
+            chat_templates,
+            eos,
+            eos_id,
+            ends,
+            special_ids,
+            vocab_size,
+            byte_level,
+            now,
+        })
     }
 
     /// Sets the time that templates see, so that a resumed run renders what the first one did.
@@ -62,6 +80,26 @@ impl Tokenizer {
         self.special("bos_token").and_then(|token| self.inner.token_to_id(token))
     }
 
+    /// The text of the beginning token, if there is one.
+    pub fn bos(&self) -> Option<&str> {
+        self.special("bos_token")
+    }
+
+    /// Whether generation stops at a token.
+    pub fn ends(&self, id: u32) -> bool {
+        self.ends.contains(&id)
+    }
+
+    /// The texts of the tokens at which generation stops.
+    pub fn end_tokens(&self) -> Vec<String> {
+        self.ends.iter().map(|&id| self.id_to_text(id)).collect()
+    }
+
+    /// Whether a token is special: written by templates and tokenizers, not by people.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
     /// The padding token; its absence is common and harmless, since padding is masked.
     pub fn pad_id(&self) -> Option<u32> {
         self.special("pad_token").and_then(|token| self.inner.token_to_id(token))
@@ -74,7 +112,50 @@ impl Tokenizer {
 
     /// The model's own chat template, if it has one.
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.chat_template_called("default")
+    }
+
+    /// The model's own chat template for rows with tools, where it is another.
+    pub(super) fn tool_template(&self) -> Option<&str> {
+        self.chat_template_called("tool_use").filter(|_| self.chat_template().is_some())
+    }
+
+    /// The usual chat template. Errors: `Config` where there is none.
+    pub(super) fn default_template(&self) -> Result<&str> {
+        self.chat_template().ok_or_else(|| match self.template_names() {
+            names if names.is_empty() => {
+                Fault::config("the dataset holds conversations but the model has no chat template")
+                    .help("set ModelConfig.chat_template, or use the instruction-tuned variant of the model")
+            }
+            names => Fault::config(format!(
+                "the model has chat templates by name ({}), but none that is called default",
+                names.join(", ")
+            ))
+            .help(format!("choose one, such as ModelConfig.chat_template: {}", names[0])),
+        })
+    }
+
+    /// One of the model's chat templates. Errors: `Config` where there is none of that name.
+    pub(super) fn named_template(&self, name: &str) -> Result<&str> {
+        self.chat_template_called(name).ok_or_else(|| {
+            let names = self.template_names();
+            let has = match names.is_empty() {
+                true => "no chat template".to_owned(),
+                false => format!("chat templates called {}", names.join(", ")),
+            };
+            Fault::config(format!(
+                "ModelConfig.chat_template: {name:?} is no file and no template of the model, which has {has}"
+            ))
+            .help("give Jinja text, a file of it, or the name of one of the model's templates")
+        })
+    }
+
+    fn chat_template_called(&self, name: &str) -> Option<&str> {
+        self.chat_templates.iter().find(|(other, _)| other == name).map(|(_, text)| text.as_str())
+    }
+
+    fn template_names(&self) -> Vec<&str> {
+        self.chat_templates.iter().map(|(name, _)| name.as_str()).collect()
     }
 
     pub fn id_to_text(&self, id: u32) -> String {
@@ -130,10 +211,18 @@ impl Tokenizer {
         self.now
     }
 
-    /// With the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), without offsets.
-    pub(super) fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, String> {
+    /// With the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), unless the text has them
+    /// already; whether it had.
+    pub(super) fn ids(&self, text: &str) -> std::result::Result<(Vec<u32>, bool), String> {
         let encoding = self.inner.encode_fast(text, true).map_err(|error| unfit(&*error))?;
-        Ok(encoding.get_ids().to_vec())
+        let mask = encoding.get_special_tokens_mask();
+        let around = encoding.get_ids();
+        let ids = around.to_vec();
+        if !mask.contains(&1) {
+            return Ok((ids, false));
+        }
+        let plain = self.inner.encode_fast(text, false).map_err(|error| unfit(&*error))?;
+        Ok(not_doubled(ids, plain.get_ids()))
     }
 
     /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for.
@@ -150,6 +239,22 @@ fn byte_of(letter: char) -> Option<u8> {
         code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
         code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
     }
+}
+
+/// `around` is `plain` with tokens in front and behind; what `plain` begins or ends with already is not put there again.
+fn not_doubled(mut around: Vec<u32>, plain: &[u32]) -> (Vec<u32>, bool) {
+    let added = around.len().saturating_sub(plain.len());
+    let Some(front) = (0..=added).find(|&at| around[at..].starts_with(plain)) else { return (around, false) };
+    let (before, after) = (around[..front].to_vec(), around[front + plain.len()..].to_vec());
+    let begins = !before.is_empty() && plain.starts_with(&before);
+    let ends = !after.is_empty() && plain.ends_with(&after);
+    if ends {
+        around.truncate(front + plain.len());
+    }
+    if begins {
+        around.drain(..front);
+    }
+    (around, begins || ends)
 }
 
 fn unfit(error: &dyn std::error::Error) -> String {
@@ -246,24 +351,57 @@ fn end_of_sequence(
         .help("set eos_token in tokenizer_config.json"))
 }
 
-/// In the order of transformers: its own file, the older JSON file, tokenizer_config.json (text, or a list with `default`).
-fn chat_template(folder: &Path, config: &Value) -> Result<Option<String>> {
-    if let Some(bytes) = read(folder, "chat_template.jinja")? {
-        let text = String::from_utf8(bytes).map_err(|_| {
-            Fault::model(format!("{}: not UTF-8", folder.join("chat_template.jinja").display()))
-        })?;
-        return Ok(Some(text));
-    }
-    let own = optional(folder, "chat_template.json")?;
-    let template = own.get("chat_template").or_else(|| config.get("chat_template"));
-    Ok(match template {
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(Value::Array(named)) => {
-            let default = named.iter().find(|entry| entry["name"] == "default");
-            default.and_then(|entry| entry["template"].as_str()).map(String::from)
+/// `eos_token_id` of generation_config.json and config.json, where generation stops besides the named token.
+fn ends(folder: &Path, eos_id: u32) -> Result<Vec<u32>> {
+    let mut ends = vec![eos_id];
+    for name in ["generation_config.json", "config.json"] {
+        let config = optional(folder, name)?;
+        let found = config.get("eos_token_id").map(|ids| match ids {
+            Value::Array(ids) => ids.clone(),
+            id => vec![id.clone()],
+        });
+        for id in found.into_iter().flatten().filter_map(|id| u32::try_from(id.as_u64()?).ok()) {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
         }
-        _ => None,
-    })
+    }
+    Ok(ends)
+}
+
+/// In the order of transformers: its own file, the older JSON file, tokenizer_config.json (a text, or a list of named
+/// ones); beside them, a folder of further named ones.
+fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>> {
+    let own = optional(folder, "chat_template.json")?;
+    let mut found = match read(folder, "chat_template.jinja")? {
+        Some(bytes) => vec![("default".to_owned(), utf8(bytes, &folder.join("chat_template.jinja"))?)],
+        None => match own.get("chat_template").or_else(|| config.get("chat_template")) {
+            Some(Value::String(text)) => vec![("default".to_owned(), text.clone())],
+            Some(Value::Array(named)) => {
+                let text = |entry: &Value, key: &str| Some(entry.get(key)?.as_str()?.to_owned());
+                named
+                    .iter()
+                    .filter_map(|entry| Some((text(entry, "name")?, text(entry, "template")?)))
+                    .collect()
+            }
+            _ => Vec::new(),
+        },
+    };
+    let further = folder.join("additional_chat_templates");
+    let entries = std::fs::read_dir(&further).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|end| end == "jinja")).collect();
+    files.sort();
+    for file in files {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = read(&further, &format!("{name}.jinja"))?.unwrap_or_default();
+        found.push((name, utf8(bytes, &file)?));
+    }
+    Ok(found)
+}
+
+fn utf8(bytes: Vec<u8>, file: &Path) -> Result<String> {
+    String::from_utf8(bytes).map_err(|_| Fault::model(format!("{}: not UTF-8", file.display())))
 }
 
 fn missing(folder: &Path, name: &str) -> Fault {
@@ -296,4 +434,23 @@ fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
         return Err(Fault::model(format!("{}: {bytes} bytes, limit {FILE_BYTES_MAX}", path.display())));
     }
     std::fs::read(&path).map(Some).map_err(|error| Fault::storage("read", &path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_text_has_already_is_not_put_around_it_again() {
+        let check = |around: &[u32], plain: &[u32], expected: (&[u32], bool)| {
+            let (ids, doubled) = not_doubled(around.to_vec(), plain);
+            assert_eq!((ids.as_slice(), doubled), expected, "{around:?} of {plain:?}");
+        };
+        check(&[1, 5, 6], &[5, 6], (&[1, 5, 6], false));
+        check(&[1, 1, 5], &[1, 5], (&[1, 5], true));
+        check(&[1, 5, 2, 2], &[5, 2], (&[1, 5, 2], true));
+        check(&[1, 1, 5, 2, 2], &[1, 5, 2], (&[1, 5, 2], true));
+        check(&[5, 2, 2], &[5, 2], (&[5, 2], true));
+        check(&[7, 7], &[5], (&[7, 7], false));
+    }
 }

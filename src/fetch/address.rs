@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::datasets::HubData;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
 use crate::{registry, source};
@@ -10,6 +11,7 @@ use crate::{registry, source};
 /// Of a SHA-256, in a folder's name.
 const KEY_DIGITS: usize = 12;
 const HUB: &str = "hf://";
+const HUB_DATA: &str = "hf://datasets/";
 const IMAGE: &str = "oci://";
 const PRESET: &str = "preset:";
 
@@ -25,6 +27,8 @@ pub enum Model {
         /// A branch, a tag or a commit.
         revision: String,
     },
+    /// A folder of an object store: `s3://BUCKET/FOLDER`, without the slash at its end.
+    Objects(url::Url),
     /// An OCI artifact of files, or an image that holds a model's folder.
     Image {
         /// As docker normalises it.
@@ -38,12 +42,15 @@ pub enum Model {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Data {
     Source(source::Source),
-    /// An image with parquet files in `/data`, as docker normalises its reference.
+    /// A dataset of the Hugging Face hub.
+    Hub(HubData),
+    /// An image with data files in `/data`, as docker normalises its reference.
     Image(String),
 }
 
 impl Model {
-    /// Reads `hf://OWNER/NAME[@REVISION]`, `oci://IMAGE`, `preset:NAME`; everything else is a folder.
+    /// Reads `hf://OWNER/NAME[@REVISION]`, `oci://IMAGE`, `preset:NAME`, `s3://BUCKET/FOLDER` and its like; everything else
+    /// is a folder.
     ///
     /// # Errors
     /// Config: no such form. Usage: no such preset.
@@ -56,6 +63,9 @@ impl Model {
             let reference = image(reference)?;
             let name = readable(&reference).to_owned();
             return Ok(Model::Image { reference, name });
+        }
+        if let Some(url) = object_store(text)? {
+            return Ok(Model::Objects(url));
         }
         match text.strip_prefix(PRESET) {
             Some(name) => preset(name),
@@ -74,6 +84,7 @@ impl Model {
                 let endpoint = source::Hub::from_environment()?.endpoint;
                 (repository.replace('/', "--"), format!("{} {self}", endpoint.origin().ascii_serialization()))
             }
+            Model::Objects(_) => (self.name(), self.to_string()),
             Model::Image { reference, .. } => (readable(reference).to_owned(), self.to_string()),
         };
         Ok(cache.join("models").join(format!("{name}-{}", key(&address))))
@@ -87,6 +98,7 @@ impl Model {
                 folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
             }
             Model::Hub { repository, .. } => repository.clone(),
+            Model::Objects(url) => readable(url.path().trim_matches('/')).to_owned(),
             Model::Image { name, .. } => name.clone(),
         }
     }
@@ -97,18 +109,23 @@ impl fmt::Display for Model {
         match self {
             Model::Folder(folder) => write!(f, "{}", folder.display()),
             Model::Hub { repository, revision } => write!(f, "{HUB}{repository}@{revision}"),
+            Model::Objects(url) => write!(f, "{url}"),
             Model::Image { reference, .. } => write!(f, "{IMAGE}{reference}"),
         }
     }
 }
 
 impl Data {
-    /// Reads `oci://IMAGE`, or what [`source::Source::parse`] does.
+    /// Reads `hf://datasets/OWNER/NAME`, `oci://IMAGE`, or what [`source::Source::parse`] does.
     ///
     /// # Errors
     /// Config: no such form.
     pub fn parse(text: &str) -> Result<Data> {
-        match text.trim().strip_prefix(IMAGE) {
+        let text = text.trim();
+        if let Some(rest) = text.strip_prefix(HUB_DATA) {
+            return HubData::parse(rest).map(Data::Hub);
+        }
+        match text.strip_prefix(IMAGE) {
             Some(reference) => image(reference).map(Data::Image),
             None => source::Source::parse(text).map(Data::Source),
         }
@@ -131,6 +148,26 @@ fn hub(repository: &str, revision: &str) -> Result<Model> {
             .help("write hf://OWNER/NAME, or hf://OWNER/NAME@REVISION with a branch, a tag or a commit"));
     }
     Ok(Model::Hub { repository: repository.into(), revision: revision.into() })
+}
+
+/// A folder of an object store; `None`: the text is no address of one.
+fn object_store(text: &str) -> Result<Option<url::Url>> {
+    let known = url::Url::parse(text).is_ok_and(|url| source::is_object_store(&url));
+    if !known {
+        return Ok(None);
+    }
+    let source::Source::Url { mut url, sha256: None } = source::Source::parse(text)? else {
+        return Err(Fault::config(format!("{text}: a model's folder has no digest"))
+            .help("write s3://BUCKET/FOLDER; its revision is recorded by itself"));
+    };
+    let path = url.path().trim_end_matches('/').to_owned();
+    url.set_path(&path);
+    if path.is_empty() {
+        return Err(
+            Fault::config(format!("{text}: names no folder of the bucket")).help("write s3://BUCKET/FOLDER")
+        );
+    }
+    Ok(Some(url))
 }
 
 /// A preset's own artifact, else its repository on the hub.

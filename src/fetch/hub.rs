@@ -42,7 +42,20 @@ pub fn list(
     options: &source::Options,
     report: &Report,
 ) -> Result<(String, Vec<Item>)> {
-    let mut url = at(&Hub::from_environment()?, &["api", "models"], repository, &["revision", revision]);
+    let text = ask("models", repository, revision, address, options, report)?;
+    read(&text, address)
+}
+
+/// The hub's listing of a repository at a revision; `kind` is `models` or `datasets`.
+pub fn ask(
+    kind: &str,
+    repository: &str,
+    revision: &str,
+    address: &str,
+    options: &source::Options,
+    report: &Report,
+) -> Result<Vec<u8>> {
+    let mut url = at(&Hub::from_environment()?, &["api", kind], repository, &["revision", revision]);
     url.set_query(Some("blobs=true"));
     let options = source::Options { file_bytes_max: LISTING_BYTES_MAX, ..options.clone() };
     let listing = [Source::Url { url, sha256: None }];
@@ -52,8 +65,12 @@ pub fn list(
         _ => fault.at(address),
     })?;
     let path = &file[0].path;
-    let text = std::fs::read(path).map_err(|error| Fault::storage("read", path, &error))?;
-    read(&text, address)
+    std::fs::read(path).map_err(|error| Fault::storage("read", path, &error))
+}
+
+/// Whether a listing names a commit.
+pub fn is_commit(text: &str) -> bool {
+    text.len() == COMMIT_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Brings files into the folder, in this order.
@@ -94,7 +111,7 @@ pub fn bring(
 }
 
 /// Out of the store of downloads, where several small files may be one.
-fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
+pub fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
     if names::role(name) == Some(names::Role::Weights) {
         return folder.take(file, name);
     }
@@ -103,7 +120,7 @@ fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
 }
 
 /// `{endpoint}/{before}/{repository}/{after}`, each part of the path escaped.
-fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
+pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
     let mut url = hub.endpoint.clone();
     url.path_segments_mut()
         .expect("an http address has a path")
@@ -118,7 +135,7 @@ fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
     let wrong = |what: String| Fault::model(format!("{address}: {what}"));
     let Listing { sha, siblings } = serde_json::from_slice(text)
         .map_err(|error| wrong(format!("the hub's answer is no listing of a repository: {error}")))?;
-    if sha.len() != COMMIT_DIGITS || !sha.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    if !is_commit(&sha) {
         return Err(wrong("the hub's answer names no commit".into()));
     }
     let all: Vec<String> = siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();

@@ -1,16 +1,18 @@
 //! Addresses of base models and data that are no local files -> folders of the cache, filled once.
 //!
-//! `address` reads what the user wrote; `hub` and `image` list what stands there and bring it; `folder` keeps what was
+//! `address` reads what the user wrote; `hub`, `datasets`, `objects` and `image` list what stands there and bring it; `folder` keeps what was
 //! brought, for the next start and for other processes; `names` says which files make a model.
 //!
 //! A folder that is whole is used as it is, without a question to the network, so that a restarted job trains from what it
 //! began with even where a branch or a tag has moved. An image of data is asked for by its tag each time.
 
 mod address;
+mod datasets;
 mod folder;
 mod hub;
 mod image;
 mod names;
+mod objects;
 
 use std::path::{Path, PathBuf};
 
@@ -58,11 +60,14 @@ pub fn revision(folder: &Path) -> Option<String> {
 /// # Errors
 /// As [`source::fetch`] and [`registry::pull`].
 pub fn data(list: &[Data], access: Access, report: &Report) -> Result<Vec<source::File>> {
-    let local = |data: &Data| match data {
-        Data::Source(source) => Ok(source.clone()),
-        Data::Image(image) => image::data(image, access, report),
-    };
-    let sources = list.iter().map(local).collect::<Result<Vec<_>>>()?;
+    let mut sources = Vec::new();
+    for data in list {
+        match data {
+            Data::Source(source) => sources.push(source.clone()),
+            Data::Image(image) => sources.push(image::data(image, access, report)?),
+            Data::Hub(hub) => sources.extend(datasets::resolve(hub, access, report)?),
+        }
+    }
     source::fetch(&sources, access.source, report)
 }
 
@@ -91,6 +96,7 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
         Model::Hub { repository, .. } => {
             hub::bring(repository, &record.revision, &missing, &folder, access, report)?
         }
+        Model::Objects(url) => objects::bring(url, &missing, &folder, access, report)?,
         Model::Image { reference, .. } => {
             image::bring(reference, &record, &missing, &folder, access, report)?
         }
@@ -116,6 +122,7 @@ fn list(model: &Model, folder: &Folder, access: Access, report: &Report) -> Resu
         Model::Hub { repository, revision } => {
             hub::list(repository, revision, &model.to_string(), access.source, report)?
         }
+        Model::Objects(url) => objects::list(url, access.source)?,
         Model::Image { reference, .. } => image::list(reference, access.registry, report)?,
     };
     let record = Record { address: model.to_string(), revision, items, whole: false };

@@ -20,6 +20,9 @@ use super::stored;
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
 
+const WITH_ADAPTER: &str = "the checkpoint was saved with a LoRA adapter in it: merge the adapter first (peft's merge_and_unload), \
+     or take the base model and give the adapter as `init_adapter`";
+
 /// Parts of multimodal models beside the language model, which nothing reads.
 const BESIDE_LANGUAGE: [&str; 5] =
     ["vision_tower.", "vision_model.", "multi_modal_projector.", "patch_merger.", "image_newline"];
@@ -92,6 +95,12 @@ impl Checkpoint {
 
     /// Gives every tensor the name it has in the causal language model.
     fn rename(mut self) -> Result<Checkpoint> {
+        for (name, entry) in std::mem::take(&mut self.tensors) {
+            let plain = unwrapped(&name).into_owned();
+            if self.tensors.insert(plain.clone(), entry).is_some() {
+                return Err(Fault::model(format!("the checkpoint holds {plain} twice, once as {name}")));
+            }
+        }
         let bare = |embedding: &str| self.tensors.contains_key(embedding);
         let prefix = match (bare("embed_tokens.weight"), bare("word_embeddings.weight")) {
             (true, _) => "model.",
@@ -199,9 +208,24 @@ impl Checkpoint {
         if !surplus.is_empty() {
             parts.push(format!("{} surplus: {}", surplus.len(), list(&surplus)));
         }
+        let has_adapter = surplus.iter().any(|name| name.contains(".lora_") || name.contains(".base_layer."));
+        let help = if has_adapter { WITH_ADAPTER } else { SAME_MODEL };
         Err(Fault::model(format!("the checkpoint does not fit config.json; tensors {}", parts.join("; ")))
-            .help(SAME_MODEL))
+            .help(help))
     }
+}
+
+/// Parts of names that wrappers of training put there, which say nothing of the model.
+const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// A tensor's name without what `torch.compile` and data-parallel wrappers put into it when a state was saved through them.
+pub fn unwrapped(name: &str) -> Cow<'_, str> {
+    let in_front = name.trim_start_matches("module.");
+    if !in_front.split('.').any(|part| WRAPPERS.contains(&part)) {
+        return in_front.into();
+    }
+    let parts: Vec<&str> = in_front.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    parts.join(".").trim_start_matches("module.").to_owned().into()
 }
 
 /// `language_model.model.x` and `model.language_model.x` are `model.x` of the language model inside.
@@ -368,6 +392,28 @@ mod tests {
         assert_eq!(names(&new), causal);
         let fault = opened(&["model.x", "language_model.model.x"]).unwrap_err();
         assert!(fault.message.contains("holds model.x twice"), "{fault}");
+    }
+
+    #[test]
+    fn wrappers_of_training_are_no_part_of_a_name() {
+        let names = |saved: &[&str]| opened(saved).unwrap().names().map(str::to_owned).collect::<Vec<_>>();
+        let causal = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.x"];
+        for prefix in ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."] {
+            let saved: Vec<String> = causal.iter().map(|name| format!("{prefix}{name}")).collect();
+            assert_eq!(names(&saved.iter().map(String::as_str).collect::<Vec<_>>()), causal, "{prefix}");
+        }
+        assert_eq!(names(&["_orig_mod.embed_tokens.weight", "layers.0._orig_mod.x"]), causal[1..]);
+        let fault = opened(&["model.x", "_orig_mod.model.x"]).unwrap_err();
+        assert!(fault.message.contains("holds model.x twice"), "{fault}");
+    }
+
+    #[test]
+    fn a_checkpoint_with_an_adapter_in_it_is_told_as_such() {
+        let checkpoint = opened(&["base_model.model.model.layers.0.q.lora_A.default.weight"]).unwrap();
+        let fault = checkpoint
+            .expect(&BTreeSet::from(["model.layers.0.q.weight".to_owned()]), |_| false)
+            .unwrap_err();
+        assert!(fault.help.unwrap().contains("merge the adapter first"));
     }
 
     #[test]

@@ -123,13 +123,29 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
             format!("LoraConfig.rank_pattern: {pattern}: expected a whole number from 1, found {rank}"),
         );
     }
+    let alpha = reader.number(L, "lora_alpha");
+    let alpha_pattern = reader.map(L, "alpha_pattern");
+    if alpha == 0.0 {
+        let origin = reader.origin(L, "lora_alpha");
+        reader.wrong(
+            &origin,
+            "LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r",
+        );
+    }
+    if let Some((pattern, _)) = alpha_pattern.iter().find(|(_, alpha)| *alpha == 0.0) {
+        let origin = reader.origin(L, "alpha_pattern");
+        reader.wrong(
+            &origin,
+            format!("LoraConfig.alpha_pattern: {pattern}: 0 scales these modules to nothing"),
+        );
+    }
     let init = match reader.text(L, "init_lora_weights").as_deref() {
         Some("gaussian") => LoraInit::Gaussian,
         _ => LoraInit::Kaiming,
     };
     LoraOptions {
         r: reader.integer(L, "r") as usize,
-        alpha: reader.number(L, "lora_alpha"),
+        alpha,
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
         targets: targets(reader),
@@ -138,7 +154,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         layers,
         layers_pattern,
         rank_pattern: rank_pattern.into_iter().map(|(pattern, rank)| (pattern, rank as usize)).collect(),
-        alpha_pattern: reader.map(L, "alpha_pattern"),
+        alpha_pattern,
         init,
         seed,
     }

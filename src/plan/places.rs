@@ -5,7 +5,7 @@ use crate::device::Choice;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
-use crate::{fetch, registry, source};
+use crate::{dataset, fetch, registry, source};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -85,7 +85,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> Vec<fetch::Data> {
         texts = vec!["/mnt/data".into()];
     }
     if texts.is_empty() {
-        reader.wrong(&Origin::Default, "no dataset: name parquet files with `data` (--data URL_OR_PATH)");
+        reader.wrong(&Origin::Default, "no dataset: name its files with `data` (--data URL_OR_PATH)");
     }
     let mut sources = Vec::new();
     for text in texts {
@@ -200,6 +200,7 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
         attempts_max: 6,
         backoff: Duration::from_millis(500),
         file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
+        endings: dataset::ENDINGS,
         ca_file,
     }
 }

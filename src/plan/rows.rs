@@ -1,7 +1,7 @@
 //! How rows are read and become tokens.
 
 use super::reader::Reader;
-use crate::dataset::{self, Layout, LossOn, TokenOptions};
+use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenOptions};
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;
@@ -39,6 +39,9 @@ pub(super) fn dataset_options(reader: &mut Reader) -> dataset::Options {
         prompt_column: reader.text(Section::DatasetConfig, "context_column"),
         completion_column: answer,
         text_column,
+        container: reader.text(Section::DatasetConfig, "dataset_extension"),
+        names: names(reader),
+        bad_rows: bad_rows(reader),
         shuffle: reader.boolean(Section::DatasetConfig, "shuffle_dataset"),
         seed: reader.integer(Section::DatasetConfig, "shuffle_seed") as u64,
         train_share,
@@ -52,6 +55,26 @@ pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
         tokens_max: if given == Some(Written::Null) { TOKENS_UNLIMITED } else { tokens_max },
         loss: loss(reader),
         chat_template: chat_template(reader),
+        bad_rows: bad_rows(reader),
+    }
+}
+
+fn names(reader: &mut Reader) -> Names {
+    Names {
+        role_field: reader.text(Section::Hone, "role_field"),
+        content_field: reader.text(Section::Hone, "content_field"),
+        system_column: reader.text(Section::Hone, "system_column"),
+        tools_column: reader.text(Section::Hone, "tools_column"),
+        user: reader.texts(Section::Hone, "user_names"),
+        assistant: reader.texts(Section::Hone, "assistant_names"),
+    }
+}
+
+fn bad_rows(reader: &mut Reader) -> BadRows {
+    let share_max = reader.number(Section::Hone, "bad_rows_max");
+    match reader.text(Section::Hone, "bad_rows").as_deref() {
+        Some("drop") => BadRows::Drop { share_max },
+        _ => BadRows::Refuse,
     }
 }
 
@@ -96,10 +119,14 @@ fn chat_template(reader: &mut Reader) -> Option<String> {
             reader.wrong(&origin, format!("chat template {text}: more than {TEMPLATE_BYTES_MAX} bytes"));
             None
         }
+        // Names of the model's own templates have no dot and no slash; the tokenizer knows them.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !text.contains(['.', '/']) => {
+            Some(text)
+        }
         Err(error) => {
             reader.wrong(
                 &origin,
-                format!("chat template {text}: {error}; expected Jinja text or a file of it"),
+                format!("chat template {text}: {error}; expected Jinja text, a file of it, or a name of one of the model's templates"),
             );
             None
         }

@@ -277,8 +277,8 @@ fn no_model_and_no_dataset() {
     expect![[r#"
         2 mistakes in the configuration
           no model: name its folder or address with `model` (--model DIR, hf://OWNER/NAME)
-          no dataset: name parquet files with `data` (--data URL_OR_PATH)
-          help: README.md lists every key; `hone plan` shows what a configuration resolves to"#]]
+          no dataset: name its files with `data` (--data URL_OR_PATH)
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to"#]]
     .assert_eq(&fault.to_string());
     let settings = ["model", "data"].map(|key| Setting {
         key: key.into(),

@@ -31,11 +31,19 @@ pub(super) fn train_options(
             "TrainingArguments: num_train_epochs 0 and no max_steps: nothing would be trained",
         );
     }
+    let learning_rate = reader.number(T, "learning_rate");
+    if learning_rate == 0.0 {
+        let origin = reader.origin(T, "learning_rate");
+        reader.wrong(
+            &origin,
+            "TrainingArguments.learning_rate: 0 changes nothing, so that nothing would be learned",
+        );
+    }
     let clip = reader.number(T, "max_grad_norm");
     let logging_strategy = reader.text(T, "logging_strategy");
     let save_strategy = reader.text(T, "save_strategy");
     train::Options {
-        learning_rate: reader.number(T, "learning_rate"),
+        learning_rate,
         schedule: match reader.text(T, "lr_scheduler_type").as_deref() {
             Some("cosine") => Schedule::Cosine,
             Some("constant") => Schedule::Constant,

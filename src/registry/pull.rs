@@ -58,9 +58,8 @@ pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report
     }
     let bytes = unpacker.extracted_bytes;
     if files_below(&stage.data)?.is_empty() {
-        return Err(Fault::data(format!("{name}: the image has no files under `data/`")).help(
-            "expected an image with files in /data: an adapter's two, or the parquet files of a dataset",
-        ));
+        return Err(Fault::data(format!("{name}: the image has no files under `data/`"))
+            .help("expected an image with files in /data: an adapter's two, or the files of a dataset"));
     }
     stage.publish(folder)?;
     report.note(Stage::Pull, format!("{name}: {bytes} bytes to {}, digest {digest}", folder.display()));

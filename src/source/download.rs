@@ -11,6 +11,7 @@ use super::cache::{Blob, Cache, Entry, Slot};
 use super::http::{self, Ask, Failure};
 use super::hub::Hub;
 use super::partial::Partial;
+use super::scheme::{self, Stores};
 use super::{File, Options, describe, html, local};
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
@@ -32,6 +33,9 @@ pub struct Downloads<'a> {
 /// What local files do without.
 struct Network {
     client: reqwest::Client,
+    /// For signed requests.
+    direct: reqwest::Client,
+    stores: Stores,
     hub: Hub,
 }
 
@@ -83,6 +87,44 @@ impl<'a> Downloads<'a> {
                 Ok(self.done(name, blob, "from the cache, not compared with the server"))
             }
             Err(fault) => Err(fault),
+        }
+    }
+
+    /// The files that an address names, each with its name for messages: itself, or the objects below a folder of a store
+    /// or behind a pattern.
+    pub async fn expand(&self, url: &Url, name: &str, expected: Option<&str>) -> Result<Vec<(Url, String)>> {
+        let path = percent_decoded(url.path());
+        let is_pattern = path.contains(['*', '?', '[']);
+        if scheme::of(url).is_none() || !(is_pattern || path.len() <= 1 || path.ends_with('/')) {
+            return Ok(vec![(url.clone(), name.to_owned())]);
+        }
+        let mut below = url.clone();
+        if is_pattern {
+            let fixed = path.split(['*', '?', '[']).next().unwrap_or_default();
+            below.set_path(fixed.rsplit_once('/').map_or("", |(folder, _)| folder));
+        }
+        let mut objects = self.network()?.stores.list(&below).await?;
+        // As in a folder: `.hidden`, and Spark's `_SUCCESS` and `_temporary/`.
+        objects.retain(|object| !object.name.split('/').any(|part| part.starts_with(['.', '_'])));
+        let found = match is_pattern {
+            true => local::matching(objects, path.trim_start_matches('/'), |object| {
+                percent_decoded(object.url.path())
+            })?,
+            false => local::of_first_kind(
+                objects,
+                |object| object.name.clone(),
+                name,
+                self.options.endings,
+                self.report,
+            )?,
+        };
+        match expected {
+            Some(_) if found.len() > 1 => Err(Fault::config(format!(
+                "{name}: one sha256 is given, but {} objects are found",
+                found.len()
+            ))
+            .help("name each object with its own digest")),
+            _ => Ok(found.into_iter().map(|object| (object.url.clone(), object.url.to_string())).collect()),
         }
     }
 
@@ -192,6 +234,16 @@ impl<'a> Downloads<'a> {
         partial: &mut Partial,
         cached: Option<&Entry>,
     ) -> http::Attempted<Received> {
+        let cached = cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty());
+        let signed = match scheme::of(job.url) {
+            Some(scheme) => {
+                let request = network.stores.request(job.url, partial.bytes(), partial.validators(), cached);
+                let (url, headers) = request.await?;
+                Some((url, headers, scheme.help))
+            }
+            None => None,
+        };
+        let client = if signed.is_some() { &network.direct } else { &network.client };
         let ask = Ask {
             url: job.url,
             name: job.name,
@@ -199,9 +251,10 @@ impl<'a> Downloads<'a> {
             version: partial.validators(),
             total: partial.total(),
             hub: Some(&network.hub).filter(|hub| hub.owns(job.url)),
-            cached: cached.map(|entry| &entry.validators).filter(|validators| !validators.is_empty()),
+            signed,
+            cached,
         };
-        let Some(mut body) = http::get(&network.client, &ask, self.options).await? else {
+        let Some(mut body) = http::get(client, &ask, self.options).await? else {
             return Ok(Received::Unchanged);
         };
         if body.start == 0 {
@@ -247,8 +300,11 @@ impl<'a> Downloads<'a> {
 
     /// Refuses a web page in place of data.
     fn check_page(&self, job: &Job, partial: &mut Partial, is_html: bool) -> http::Attempted<()> {
-        let is_parquet = job.url.path().to_ascii_lowercase().ends_with(".parquet");
-        if !is_html && !is_parquet {
+        let ending = self.options.endings.iter().flat_map(|kind| kind.iter()).find(|ending| {
+            let path = job.url.path().to_ascii_lowercase();
+            path.strip_suffix(**ending).is_some_and(|stem| stem.ends_with('.'))
+        });
+        if !is_html && ending.is_none() {
             return Ok(());
         }
         let head = partial.head(HEAD_BYTES)?;
@@ -257,7 +313,7 @@ impl<'a> Downloads<'a> {
         }
         partial.discard()?;
         let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
-        let wanted = if is_parquet { "a parquet file" } else { "a data file" };
+        let wanted = ending.map_or("a data file".to_owned(), |ending| format!("a {ending} file"));
         Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
             .help("a login page or a preview link? use the raw/resolve link")
             .into())
@@ -284,7 +340,12 @@ impl<'a> Downloads<'a> {
 
     fn network(&self) -> Result<&Network> {
         if self.network.get().is_none() {
-            let network = Network { client: http::client(self.options)?, hub: Hub::from_environment()? };
+            let network = Network {
+                client: http::client(self.options)?,
+                direct: http::direct_client(self.options)?,
+                stores: Stores::new(self.options)?,
+                hub: Hub::from_environment()?,
+            };
             // Empty until now, and this runs on one thread.
             let _ = self.network.set(network);
         }
@@ -297,6 +358,17 @@ impl<'a> Downloads<'a> {
         self.report.note(Stage::Download, text);
         File { path, name: name.to_owned(), bytes, sha256 }
     }
+}
+
+/// A URL's path as text.
+fn percent_decoded(path: &str) -> String {
+    object_store::path::Path::from_url_path(path).map_or_else(
+        |_| path.to_owned(),
+        |decoded| {
+            let end = if path.ends_with('/') && path.len() > 1 { "/" } else { "" };
+            format!("/{decoded}{end}")
+        },
+    )
 }
 
 fn unexpected(job: &Job, sha256: &str) -> Option<Fault> {

@@ -33,6 +33,8 @@ pub struct Ask<'a> {
     pub total: Option<u64>,
     /// The hub, if the URL is of its origin.
     pub hub: Option<&'a Hub>,
+    /// Where an object of a store is and what opens it, range and conditions included; the store's help.
+    pub signed: Option<(Url, HeaderMap, &'static str)>,
     /// The version of the cached file, to hear whether it is still the newest.
     pub cached: Option<&'a Validators>,
 }
@@ -112,11 +114,20 @@ impl Validators {
 
 /// A client with the timeouts, trust and redirect rules of downloads.
 pub fn client(options: &Options) -> Result<reqwest::Client> {
+    client_with(options, redirects())
+}
+
+/// The same for signed requests, which go where they were signed for and nowhere else.
+pub fn direct_client(options: &Options) -> Result<reqwest::Client> {
+    client_with(options, redirect::Policy::none())
+}
+
+fn client_with(options: &Options, redirects: redirect::Policy) -> Result<reqwest::Client> {
     tls::client_builder(options.ca_file.as_deref())?
         .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(options.connect_timeout)
         .read_timeout(options.read_timeout)
-        .redirect(redirects())
+        .redirect(redirects)
         // A signed URL must not reach the next host as Referer.
         .referer(false)
         .dns_resolver(address::Resolver)
@@ -147,7 +158,17 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
     if let Some(value) = ask.hub.and_then(|hub| hub.authorization(ask.url)) {
         headers.insert(header::AUTHORIZATION, value.clone());
     }
-    let sent = client.get(ask.url.clone()).headers(headers).send().await;
+    let url = match &ask.signed {
+        Some((url, signed, _)) => {
+            // Signatures may cover the range and the conditions: the store's own stand, not those above.
+            headers = signed.clone();
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            url
+        }
+        None => ask.url,
+    };
+    let resume = resume.filter(|_| ask.signed.is_none() || headers.contains_key(header::RANGE));
+    let sent = client.get(url.clone()).headers(headers).send().await;
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
 }
@@ -156,6 +177,9 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
     let status = response.status();
     if status == StatusCode::NOT_MODIFIED && ask.cached.is_some() {
         return Ok(None);
+    }
+    if status == StatusCode::PRECONDITION_FAILED && resuming {
+        return Err(Failure::from_start("the file changed on the server"));
     }
     if status == StatusCode::RANGE_NOT_SATISFIABLE && resuming {
         return Err(Failure::from_start("the server no longer has the range asked for"));
@@ -225,6 +249,7 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
             .into(),
         401 | 403 => {
             let help = match (ask.hub, resuming || ask.url.query().is_some()) {
+                _ if ask.signed.is_some() => ask.signed.as_ref().map_or("", |(_, _, help)| help),
                 (Some(hub), _) => hub.help(),
                 (None, true) => {
                     "if the URL was signed for a limited time, it may have expired: sign a new one"
@@ -232,6 +257,19 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
                 (None, false) => "the server wants credentials: give a signed URL, or one that needs none",
             };
             Fault::auth(format!("{name}: access refused (HTTP {})", status.as_u16())).help(help).into()
+        }
+        301 | 307 | 400 if ask.signed.is_some() => {
+            let region = response.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
+            let told = format!("{name}: the object store answered HTTP {}", status.as_u16());
+            match region {
+                Some(region) => Fault::config(format!(
+                    "{told}: the bucket lies in region {}",
+                    describe::printable(region)
+                ))
+                .help("set AWS_REGION to it"),
+                None => Fault::config(told).help(ask.signed.as_ref().map_or("", |(_, _, help)| help)),
+            }
+            .into()
         }
         407 => Fault::config(format!("{name}: the proxy wants credentials (HTTP 407)"))
             .help("put them into HTTPS_PROXY or HTTP_PROXY")

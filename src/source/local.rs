@@ -19,13 +19,21 @@ const GLOB: glob::MatchOptions = glob::MatchOptions {
     require_literal_leading_dot: true,
 };
 
+/// Endings of data files, kind by kind.
+type Endings = &'static [&'static [&'static str]];
+
+/// Files beside data that have a data file's ending: what `datasets` and the hub write about a dataset.
+const ABOUT_DATA: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
+/// Endings around a data file's own.
+const PACKINGS: [&str; 4] = [".gz", ".gzip", ".zst", ".zstd"];
+
 /// The files a path source names; none for a URL.
 ///
 /// # Errors
 /// Data: nothing there, or no data file in it. Config: an invalid glob, or one digest for several files.
-pub fn find(source: &Source) -> Result<Vec<PathBuf>> {
+pub fn find(source: &Source, endings: Endings, report: &Report) -> Result<Vec<PathBuf>> {
     let Source::Path { pattern, sha256 } = source else { return Ok(Vec::new()) };
-    let files = expand(pattern)?;
+    let files = expand(pattern, &Search { endings, report })?;
     match sha256 {
         Some(_) if files.len() > 1 => {
             Err(Fault::config(format!("{pattern}: one sha256 is given, but {} files are found", files.len()))
@@ -63,35 +71,94 @@ pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
 const LOOK: &str = "check the path, and in a container the mount";
 
 /// What exists under the very name is meant, so a file may have `[` in its name; else it is a glob.
-fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
+fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
     let path = Path::new(pattern);
     match fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => directory(path),
+        Ok(metadata) if metadata.is_dir() => search.directory(path),
         Ok(_) => Ok(vec![path.to_owned()]),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(unreadable(path, &error)),
-        Err(_) if pattern.contains(['*', '?', '[']) => matches(pattern),
+        Err(_) if pattern.contains(['*', '?', '[']) => matches(pattern, search),
         Err(_) => Err(Fault::data(format!("{pattern}: no such file or folder")).help(LOOK)),
     }
 }
 
-/// Every `.parquet` below, sorted by path. Datasets are often one or two levels down (`data/data/*.parquet`).
-fn directory(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    walk(folder, 0, &mut files)?;
-    let (mut data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| is_parquet(file));
-    if data.is_empty() {
-        return Err(Fault::data(format!(
-            "{}: no .parquet file in it: {}",
-            folder.display(),
-            summary(&other)
-        ))
-        .help("give a file, or a directory that holds .parquet files at any depth"));
+/// What a folder is searched for.
+struct Search<'a> {
+    endings: Endings,
+    report: &'a Report,
+}
+
+impl Search<'_> {
+    /// Every data file below of the first kind that is there. Datasets are often one or two levels down
+    /// (`data/data/*.parquet`).
+    fn directory(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        walk(folder, 0, &mut files)?;
+        files.sort();
+        let name = |file: &PathBuf| file.to_string_lossy().into_owned();
+        of_first_kind(files, name, &folder.display().to_string(), self.endings, self.report)
     }
-    data.sort();
+}
+
+/// Of the files below a folder those of the first kind of data that is there, in their order. Files of other kinds are told,
+/// since they may be the same rows again.
+///
+/// # Errors
+/// Data: none is a data file.
+pub fn of_first_kind<T>(
+    files: Vec<T>,
+    name: impl Fn(&T) -> String,
+    folder: &str,
+    endings: Endings,
+    report: &Report,
+) -> Result<Vec<T>> {
+    let kind = |file: &T| endings.iter().position(|endings| ends_with(Path::new(&name(file)), endings));
+    let names = |files: &[T]| files.iter().map(|file| PathBuf::from(name(file))).collect::<Vec<_>>();
+    let Some(first) = files.iter().filter_map(kind).min() else {
+        let endings: Vec<String> =
+            endings.iter().flat_map(|kind| kind.iter()).map(|e| format!(".{e}")).collect();
+        return Err(Fault::data(format!("{folder}: no data file in it: {}", summary(&names(&files)))).help(
+            format!("give a file, or a folder that holds data files at any depth: {}", endings.join(", ")),
+        ));
+    };
+    let (data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| kind(file) == Some(first));
+    let left: Vec<T> = other.into_iter().filter(|file| kind(file).is_some()).collect();
+    if !left.is_empty() {
+        let (count, left) = (data.len(), summary(&names(&left)));
+        let text = format!(
+            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name them to read them"
+        );
+        report.warn(Stage::Read, text);
+    }
     Ok(data)
 }
 
-fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
+/// The files whose names match a glob, in their order.
+///
+/// # Errors
+/// Config: an invalid glob. Data: no file matches.
+pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) -> Result<Vec<T>> {
+    let glob = glob::Pattern::new(pattern)
+        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let fits = |file: &T| glob.matches_with(name(file).trim_start_matches('/'), GLOB);
+    let found: Vec<T> = files.into_iter().filter(fits).collect();
+    match found.is_empty() {
+        true => Err(Fault::data(format!("{pattern}: no file matches"))),
+        false => Ok(found),
+    }
+}
+
+/// Whether the name has one of the endings, packed or not, and is not about a dataset.
+fn ends_with(file: &Path, endings: &[&str]) -> bool {
+    let Some(name) = file.file_name().and_then(OsStr::to_str).map(str::to_ascii_lowercase) else {
+        return false;
+    };
+    let bare = PACKINGS.iter().find_map(|packing| name.strip_suffix(packing)).unwrap_or(&name);
+    !ABOUT_DATA.contains(&bare)
+        && endings.iter().any(|ending| bare.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
+}
+
+fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
     let found = glob::glob_with(pattern, GLOB)
         .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
     let mut files = Vec::new();
@@ -101,7 +168,7 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
             continue;
         }
         match fs::metadata(&path).map_err(|error| unreadable(&path, &error))?.is_dir() {
-            true => walk_parquet(&path, &mut files)?,
+            true => files.extend(search.directory(&path)?),
             false => files.push(path),
         }
     }
@@ -112,13 +179,6 @@ fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
     // `**` finds a directory and again what is in it.
     files.dedup();
     Ok(files)
-}
-
-fn walk_parquet(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let mut found = Vec::new();
-    walk(folder, 0, &mut found)?;
-    files.extend(found.into_iter().filter(|file| is_parquet(file)));
-    Ok(())
 }
 
 fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -147,10 +207,6 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
 /// `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
 fn is_hidden(path: &Path) -> bool {
     path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(['.', '_']))
-}
-
-fn is_parquet(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
 }
 
 /// `12 files: 9 .json, 2 .txt, 1 without extension`, or `it is empty`.

@@ -1,7 +1,8 @@
 //! Where bytes come from: URLs and paths -> whole, verified local files. Knows no format.
 //!
 //! `parse` reads what the user wrote, `local` finds files on disk, `download` brings a URL into `cache`, one
-//! `http` attempt after the other; `partial` is the file that grows between them; `hub` is what the Hugging Face hub wants.
+//! `http` attempt after the other; `partial` is the file that grows between them; `hub` is what the Hugging Face
+//! hub wants, `scheme` what object stores do.
 
 mod address;
 mod cache;
@@ -14,6 +15,7 @@ mod hub;
 mod local;
 mod parse;
 mod partial;
+mod scheme;
 mod tls;
 
 pub use hash::of as digest;
@@ -25,6 +27,8 @@ pub use cache::{free_bytes, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
 pub use hub::Hub;
+pub use local::{matching, of_first_kind};
+pub use scheme::Object;
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};
@@ -46,6 +50,8 @@ pub struct Options {
     /// Wait before the second attempt; doubled for each further one, with jitter.
     pub backoff: Duration,
     pub file_bytes_max: u64,
+    /// Endings of data files, kind by kind in order of preference: what a folder is searched for.
+    pub endings: &'static [&'static [&'static str]],
     /// Extra root certificates (PEM).
     pub ca_file: Option<PathBuf>,
 }
@@ -92,18 +98,17 @@ pub fn held(source: &Source, cache: &Path) -> u64 {
 /// The first file that cannot be had, by who must act: data (missing, damaged, not a file), auth, capacity,
 /// config, or, when all attempts are used up, network; a failing cache disk is storage.
 pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<Vec<File>> {
-    let found = sources.iter().map(local::find).collect::<Result<Vec<_>>>()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+    let find = |source| local::find(source, options.endings, report);
+    let found = sources.iter().map(find).collect::<Result<Vec<_>>>()?;
     let work = async {
         let downloads = download::Downloads::new(options, report);
         let mut files = Vec::new();
         for (source, paths) in sources.iter().zip(found) {
             match source {
                 Source::Url { url, sha256 } => {
-                    files.push(downloads.file(url, &source.name(), sha256.as_deref()).await?);
+                    for (url, name) in downloads.expand(url, &source.name(), sha256.as_deref()).await? {
+                        files.push(downloads.file(&url, &name, sha256.as_deref()).await?);
+                    }
                 }
                 Source::Path { sha256, .. } => {
                     for path in paths {
@@ -114,8 +119,30 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
         }
         Ok(files)
     };
-    let fetched = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
+    on_network(work)
+}
+
+/// Every object below an address of an object store, sorted by name.
+///
+/// # Errors
+/// Config: another address. Auth, data and network as in [`fetch`].
+pub fn objects(url: &url::Url, options: &Options) -> Result<Vec<Object>> {
+    on_network(async { scheme::Stores::new(options)?.list(url).await })
+}
+
+/// Whether an address is an object store's.
+pub fn is_object_store(url: &url::Url) -> bool {
+    scheme::of(url).is_some()
+}
+
+/// Runs what asks the network on a runtime of its own, until it ends or a signal comes.
+fn on_network<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+    let done = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
     // A name lookup that hangs in the C library must not keep the process.
     runtime.shutdown_background();
-    fetched
+    done
 }

@@ -4,12 +4,12 @@ use std::fmt;
 
 use url::Url;
 
-use super::{Source, address};
+use super::{Source, address, scheme};
 use crate::fault::{Fault, Result};
 
 /// `oci://` is taken by `fetch` before a source is parsed.
-const SUPPORTED: &str =
-    "supported are http://, https://, file://, oci://, and paths of files, directories and globs";
+const SUPPORTED: &str = "supported are http://, https://, hf://datasets/, s3://, gs://, az://, oci://, file://, and paths of files, folders and \
+     globs";
 const DIGEST_HELP: &str = "write `#sha256=` and 64 hexadecimal digits";
 
 impl Source {
@@ -26,6 +26,7 @@ impl Source {
         match scheme.as_deref() {
             Some("http" | "https") => parse_url(text),
             Some("file") => parse_file_url(text),
+            Some(store) if scheme::is_known(store) => parse_object(text),
             Some(other) if is_scheme(other) => {
                 Err(Fault::config(format!("a source has the scheme `{other}://`, which is not supported"))
                     .help(SUPPORTED))
@@ -65,6 +66,24 @@ fn parse_url(text: &str) -> Result<Source> {
     if address::forbidden_host(&url) {
         return Err(Fault::config(format!("{name}: link-local addresses are refused"))
             .help("clouds keep machine credentials there; give the address of the file server"));
+    }
+    Ok(Source::Url { url, sha256 })
+}
+
+/// `SCHEME://BUCKET/KEY`; a key with wildcards or a `/` at its end names several objects. `?` is a wildcard, no query.
+fn parse_object(text: &str) -> Result<Source> {
+    let (address, sha256) = match text.split_once("#sha256=") {
+        Some((address, _)) => (address, Some(digest(&text[address.len() + 1..], address)?)),
+        None => (text, None),
+    };
+    let escaped = address.replace('?', "%3F").replace('#', "%23");
+    let url = Url::parse(&escaped).map_err(|error| {
+        Fault::config(format!("{}: not a valid address: {error}", without_secrets(address)))
+    })?;
+    let has_bucket = url.host_str().is_some_and(|bucket| !bucket.is_empty());
+    if !has_bucket || !url.username().is_empty() || url.password().is_some() || url.port().is_some() {
+        return Err(Fault::config(format!("{}: expected {}://BUCKET/NAME", bare(&url), url.scheme()))
+            .help("credentials and the endpoint stand in the environment, not in the address"));
     }
     Ok(Source::Url { url, sha256 })
 }
@@ -183,8 +202,8 @@ mod tests {
 
     #[test]
     fn other_schemes_name_the_supported_ones() {
-        let message = refused("s3://key:canary@bucket/a?canary");
-        assert!(message.contains("`s3://`") && message.contains("https://"), "{message}");
+        let message = refused("ftp://key:canary@bucket/a?canary");
+        assert!(message.contains("`ftp://`") && message.contains("https://"), "{message}");
         assert!(!message.contains("canary"), "{message}");
         refused("");
     }

@@ -1,5 +1,5 @@
 //! The keys of a specification: name, type, default, and what each does here. One table; the reader, the plan
-//! and the README walk it.
+//! and docs/keys.md walk it.
 
 mod table;
 
@@ -210,25 +210,84 @@ pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&
         .map(|(candidate, _)| candidate)
 }
 
-/// The whole table as Markdown, a heading and a table for each section; README holds it.
+/// The whole table as Markdown, for docs/keys.md: for each section the keys that are used, then those that have no effect and those
+/// that are refused, both grouped by the reason.
 pub fn markdown() -> String {
     let mut text = String::new();
     for section in Section::ALL {
         let title = if section == Section::Hone { "Keys of hone" } else { section.name() };
-        text += &format!("### {title}\n\n| key | value | default | what it does |\n|---|---|---|---|\n");
-        for key in table::TABLE.iter().filter(|key| key.section == section) {
-            let default = if key.default.is_empty() { String::new() } else { format!("`{}`", key.default) };
-            let about = match key.effect {
-                Effect::Used => key.about.to_string(),
-                Effect::None(why) => format!("no effect: {why}"),
-                Effect::Refused(why) => format!("any other value is refused: {why}"),
-            };
-            text +=
-                &format!("| `{}` | {} | {default} | {} |\n", key.name, key.kind, about.replace('|', "\\|"));
+        text += &format!("## {title}\n\n");
+        let keys = || table::TABLE.iter().filter(move |key| key.section == section);
+        let used: String = keys().filter(|key| key.effect == Effect::Used).map(Key::row).collect();
+        if !used.is_empty() {
+            text += &format!("| key | value | default | what it does |\n|---|---|---|---|\n{used}\n");
         }
-        text.push('\n');
+        let idle = by_reason(keys().filter_map(|key| match key.effect {
+            Effect::None(why) => Some((key, why)),
+            _ => None,
+        }));
+        if !idle.is_empty() {
+            text += &format!("Accepted without effect, and reported:\n\n| keys | why |\n|---|---|\n{idle}\n");
+        }
+        let refused = by_reason(keys().filter_map(|key| match key.effect {
+            Effect::Refused(why) => Some((key, why)),
+            _ => None,
+        }));
+        if !refused.is_empty() {
+            text += &format!(
+                "Refused with another value than the default:\n\n| keys | why |\n|---|---|\n{refused}\n"
+            );
+        }
     }
     text
+}
+
+/// One row for each reason, in the order of the first key that has it.
+fn by_reason(keys: impl Iterator<Item = (&'static Key, &'static str)>) -> String {
+    let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
+    for (key, why) in keys {
+        let name = match key.default {
+            "" => format!("`{}`", key.name),
+            default => format!("`{}` ({default})", key.name),
+        };
+        match rows.iter_mut().find(|(reason, _)| *reason == why) {
+            Some((_, names)) => names.push(name),
+            None => rows.push((why, vec![name])),
+        }
+    }
+    rows.iter().map(|(why, names)| format!("| {} | {why} |\n", names.join(", ")).replace("||", "|")).collect()
+}
+
+impl Key {
+    /// The key as a row of a Markdown table.
+    fn row(&self) -> String {
+        let default = if self.default.is_empty() { String::new() } else { format!("`{}`", self.default) };
+        format!("| `{}` | {} | {default} | {} |\n", self.name, self.kind, self.about.replace('|', "\\|"))
+    }
+
+    /// Type, default and effect in a few lines, for a terminal.
+    fn paragraph(&self) -> String {
+        let default =
+            if self.default.is_empty() { String::new() } else { format!(", default {}", self.default) };
+        let about = match self.effect {
+            Effect::Used => self.about.to_string(),
+            Effect::None(why) => format!("No effect here: {why}."),
+            Effect::Refused(why) => format!("Any other value is refused: {why}."),
+        };
+        format!("{self} ({}{default})\n    {about}\n", self.kind)
+    }
+}
+
+/// The keys whose name or description holds `word` (all if it is empty), for `hone keys`: used ones first.
+pub fn search(word: &str) -> String {
+    let word = word.to_lowercase();
+    let found = |key: &&Key| {
+        let text = format!("{key} {}", key.paragraph()).to_lowercase();
+        text.contains(&word)
+    };
+    let (used, other): (Vec<&Key>, Vec<&Key>) =
+        table::TABLE.iter().filter(found).partition(|key| key.effect == Effect::Used);
+    used.into_iter().chain(other).map(Key::paragraph).collect()
 }
 
 #[cfg(test)]
@@ -247,7 +306,8 @@ mod tests {
                 crate::spec::value::read(key.kind, &node)
                     .unwrap_or_else(|refusal| panic!("{key}: {refusal:?}"));
             }
-            assert!(markdown().contains(&format!("| `{}` |", key.name)));
+            assert!(markdown().contains(&format!("`{}`", key.name)));
+            assert!(search(key.name).contains(&key.to_string()));
         }
     }
 

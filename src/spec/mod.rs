@@ -289,7 +289,7 @@ impl Mistakes {
             }
         };
         Err(Fault::config(message)
-            .help("README.md lists every key; `hone plan` shows what a configuration resolves to"))
+            .help("`hone keys` lists every key; `hone plan` shows what a configuration resolves to"))
     }
 }
 

@@ -131,9 +131,9 @@ fn single_refusals() {
         ]],
     );
     check(
-        "training_config:\n  DatasetConfig: {dataset_extension: csv}\n",
+        "training_config:\n  DatasetConfig: {dataset_extension: webdataset}\n",
         expect![[
-            r#"train.yaml:2:38: DatasetConfig.dataset_extension: "csv" is refused: parquet is what is read"#
+            r#"train.yaml:2:38: DatasetConfig.dataset_extension: expected one of parquet, jsonl, json, csv, arrow, found "webdataset""#
         ]],
     );
     check("LoraConfig: {r: 8}\n", expect!["train.yaml:1:1: LoraConfig belongs under `training_config:`"]);

@@ -1,4 +1,4 @@
-//! What can be said beside a Workspace: annotations -> options of its Job. One table; README holds it.
+//! What can be said beside a Workspace: annotations -> options of its Job. One table; docs/annotations.md holds it.
 
 use std::collections::BTreeMap;
 
@@ -147,7 +147,7 @@ pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
         .collect()
 }
 
-/// The table in Markdown; README holds it.
+/// The table in Markdown; docs/annotations.md holds it.
 pub fn markdown() -> String {
     let row = |annotation: &Annotation| {
         format!("| `{PREFIX}{}` | {} | {} |\n", annotation.name, annotation.value, annotation.about)
@@ -180,7 +180,7 @@ impl Reader<'_> {
             let known = TABLE.iter().map(|annotation| annotation.name);
             let hint = match keys::nearest(known, rest) {
                 Some(near) => format!("did you mean {PREFIX}{near}?"),
-                None => "README.md lists all".into(),
+                None => "docs/annotations.md lists all".into(),
             };
             self.mistakes.add(&Origin::Default, format!("metadata.annotations: {name} is not known; {hint}"));
         }

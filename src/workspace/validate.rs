@@ -224,7 +224,8 @@ impl Rules {
     /// KAITO looks at addresses written out only; names that lead to such are refused when they are connected to.
     fn url(&mut self, field: &str, text: &str) {
         let Ok(url) = Url::parse(text) else {
-            return self.wrong(field, "not a valid URL; expected https://host/file.parquet");
+            return self
+                .wrong(field, "not a valid URL; expected https://host/file.parquet or another data file");
         };
         // What stands behind the host may be a secret.
         let name = format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default());

@@ -1,71 +1,241 @@
 //! Schema -> the format that reads it. A format is one file here and one line in `FORMATS`.
 
 mod column;
+mod json;
+mod sharegpt;
+mod fields;
 mod messages;
 mod prompt_completion;
-mod sharegpt;
 mod text;
+mod companions;
 
-use super::{Conversation, Layout, Options};
+use super::{Context, Conversation, Layout, Names, Options};
 use crate::fault::{Fault, Result};
+use crate::report::{Report, Stage};
 use arrow::array::ArrayRef;
 use arrow::datatypes::{Field, Schema};
+use companions::Companion;
+use std::collections::BTreeMap;
 
 /// In order of preference when a file fits several.
-const FORMATS: [&Format; 4] =
-    [&messages::FORMAT, &sharegpt::FORMAT, &prompt_completion::FORMAT, &text::FORMAT];
-
-/// Roles that chat templates know.
-pub(super) const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
-
-/// Fields of a message beside role and content that templates read.
-pub(super) const EXTRA_FIELDS: [&str; 4] = ["name", "reasoning_content", "thinking", "tool_call_id"];
+const FORMATS: [&Format; 3] = [&messages::FORMAT, &prompt_completion::FORMAT, &text::FORMAT];
 
 /// How one kind of table becomes conversations.
 pub(super) struct Format {
     pub layout: Layout,
     /// The columns it wants, for messages.
     expects: &'static str,
-    /// The columns' names: the user's, else the format's own.
-    columns: fn(&Options) -> Vec<&str>,
-    /// Whether columns of these names have types it can read.
-    accepts: fn(&[&Field]) -> bool,
+    columns: &'static [Column],
+    /// Why columns of these types cannot be read, given in the order of `columns`.
+    refuses: fn(&[&Field]) -> Option<String>,
     /// Arrays in the order of `columns` -> one conversation a row, or what is wrong with the row.
-    pub rows: fn(&[ArrayRef]) -> Result<Rows>,
+    rows: fn(&[ArrayRef], &mut Reading) -> Result<Rows>,
+}
+
+/// A column that a format wants.
+struct Column {
+    /// The configuration key that names it.
+    key: &'static str,
+    /// What that key says.
+    given: fn(&Options) -> Option<&str>,
+    /// Names that are looked for otherwise, in any letter case, the best first.
+    names: &'static [&'static str],
 }
 
 type Rows = Vec<std::result::Result<Conversation, String>>;
+type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
 
+/// A format that fits a file, and the columns to read.
 pub(super) struct Choice {
     pub format: &'static Format,
-    /// Names of the columns to read, in the order `rows` wants.
+    /// Names of the columns to read: the format's, then the companions'.
     pub columns: Vec<String>,
+    companions: Vec<(Companion, String)>,
+}
+
+impl Choice {
+    /// Arrays in the order of `columns` -> one conversation a row, or what is wrong with the row.
+    pub fn rows(&self, arrays: &[ArrayRef], reading: &mut Reading) -> Result<Attached> {
+        let (own, beside) = arrays.split_at(self.format.columns.len());
+        let beside = companions::Columns::of(&self.companions, beside)?;
+        let rows = (self.format.rows)(own, reading)?;
+        let attach = |(row, found): (usize, std::result::Result<Conversation, String>)| {
+            beside.attach(row, found?, reading)
+        };
+        Ok(rows.into_iter().enumerate().map(attach).collect())
+    }
+}
+
+/// What reading all files found that somebody should know, told once at the end.
+pub(super) struct Reading<'a> {
+    pub names: &'a Names,
+    /// Columns that nothing reads; whether they only name the row.
+    columns: BTreeMap<String, bool>,
+    /// Fields of messages that nothing reads, and how many messages have them.
+    fields: BTreeMap<String, u64>,
+    /// Columns for the chat template in rows that have none, and how many rows.
+    idle: BTreeMap<String, u64>,
+    pub parts_joined: u64,
+    pub empty_questions: u64,
+}
+
+impl<'a> Reading<'a> {
+    pub fn new(names: &'a Names) -> Reading<'a> {
+        let (columns, fields, idle) = Default::default();
+        Reading { names, columns, fields, idle, parts_joined: 0, empty_questions: 0 }
+    }
+
+    fn column_not_read(&mut self, name: &str, names_the_row: bool) {
+        self.columns.insert(name.to_owned(), names_the_row);
+    }
+
+    fn field_not_read(&mut self, name: &str) {
+        *self.fields.entry(name.to_owned()).or_insert(0) += 1;
+    }
+
+    fn without_template(&mut self, name: &str) {
+        *self.idle.entry(name.to_owned()).or_insert(0) += 1;
+    }
+
+    /// One line for each kind of thing.
+    pub fn tell(&self, report: &Report) {
+        let names = |about: bool| {
+            let list = self.columns.iter().filter(|(_, is_about)| **is_about == about);
+            list.map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        };
+        let (about, others) = (names(true), names(false));
+        if !about.is_empty() {
+            report.note(Stage::Read, format!("columns that are not read: {about}"));
+        }
+        if !others.is_empty() {
+            report.warn(
+                Stage::Read,
+                format!("columns that are not read, so that nothing in them is learned: {others}"),
+            );
+        }
+        if !self.fields.is_empty() {
+            let list: Vec<String> =
+                self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
+            report.warn(
+                Stage::Read,
+                format!(
+                    "fields of messages that are not read, with the number of messages: {}",
+                    list.join(", ")
+                ),
+            );
+        }
+        for (name, rows) in &self.idle {
+            report.warn(
+                Stage::Read,
+                format!(
+                    "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
+                ),
+            );
+        }
+        if self.parts_joined > 0 {
+            let count = self.parts_joined;
+            report.warn(Stage::Read, format!("{count} messages have a content of several parts: their texts are joined with nothing between"));
+        }
+        if self.empty_questions > 0 {
+            let count = self.empty_questions;
+            report.warn(Stage::Read, format!("{count} turns of the user are empty and are shown as such"));
+        }
+    }
 }
 
 /// The first format of the wanted layout whose columns are there with fitting types.
-pub(super) fn choose(schema: &Schema, options: &Options) -> Result<Choice> {
+pub(super) fn choose(schema: &Schema, options: &Options, reading: &mut Reading) -> Result<Choice> {
     let layout = options.layout.or_else(|| layout_of_named_columns(options));
-    let wanted: Vec<_> =
+    let wanted: Vec<&'static Format> =
         FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
-    for name in named_columns(options, layout) {
-        if schema.index_of(name).is_err() {
-            return Err(unfit(schema, &wanted, &format!("there is no column `{name}`")));
-        }
-    }
+    let mut problems = Vec::new();
     for format in &wanted {
-        let columns = (format.columns)(options);
-        let fields: Vec<&Field> =
-            columns.iter().filter_map(|name| schema.field_with_name(name).ok()).collect();
-        if fields.len() == columns.len() && (format.accepts)(&fields) {
-            for name in &columns {
-                if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
-                    return Err(Fault::data(format!("column `{name}` is there more than once")));
-                }
+        let columns = match resolve(schema, format, options, layout)? {
+            Ok(columns) => columns,
+            Err(problem) => {
+                problems.extend(problem);
+                continue;
             }
-            return Ok(Choice { format, columns: columns.into_iter().map(String::from).collect() });
+        };
+        let fields: Vec<&Field> =
+            columns.iter().map(|name| schema.field_with_name(name).expect("found there")).collect();
+        match (format.refuses)(&fields) {
+            Some(problem) => problems.push(problem),
+            None => return chosen(schema, format, options, columns, reading),
         }
     }
-    Err(unfit(schema, &wanted, "no columns to train on"))
+    Err(unfit(schema, &wanted, &problems))
+}
+
+fn chosen(
+    schema: &Schema,
+    format: &'static Format,
+    options: &Options,
+    mut columns: Vec<String>,
+    reading: &mut Reading,
+) -> Result<Choice> {
+    let companions = companions::of(schema, options, &columns)?;
+    for (companion, name) in &companions {
+        if let Some(problem) = companions::refuses(schema, *companion, name) {
+            return Err(Fault::data(problem).help("change the column's type, or rename the column"));
+        }
+    }
+    columns.extend(companions.iter().map(|(_, name)| name.clone()));
+    for name in &columns {
+        if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
+            return Err(Fault::data(format!("column `{name}` is there more than once")));
+        }
+    }
+    companions::note_others(schema, &columns, reading);
+    Ok(Choice { format, columns, companions })
+}
+
+/// The columns of a format in this schema, or, where some are missing, what to say of it if others are there. Fault: a
+/// column that the configuration names is not there.
+fn resolve(
+    schema: &Schema,
+    format: &Format,
+    options: &Options,
+    layout: Option<Layout>,
+) -> Result<std::result::Result<Vec<String>, Option<String>>> {
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
+    for column in format.columns {
+        let name = match (column.given)(options) {
+            Some(name) if layout == Some(format.layout) => Some(named(schema, name, column.key)?),
+            Some(name) => find(schema, name),
+            None => column.names.iter().find_map(|name| find(schema, name)),
+        };
+        match name {
+            Some(name) => found.push(name),
+            None => missing.push(column),
+        }
+    }
+    if missing.is_empty() {
+        return Ok(Ok(found));
+    }
+    let lacking = |column: &&Column| format!("`{}` (name it with {})", column.names[0], column.key);
+    let lacking: Vec<String> = missing.iter().map(lacking).collect();
+    let partly = (!found.is_empty())
+        .then(|| format!("there is `{}` but no {}", found.join("`, `"), lacking.join(", no ")));
+    Ok(Err(partly))
+}
+
+/// A column by a name in any letter case; the exact one first.
+fn find(schema: &Schema, name: &str) -> Option<String> {
+    let names = || schema.fields().iter().map(|field| field.name());
+    let exact = names().find(|other| *other == name);
+    exact.or_else(|| names().find(|other| other.eq_ignore_ascii_case(name))).cloned()
+}
+
+/// A column that the configuration names must be there.
+fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
+    find(schema, name).ok_or_else(|| {
+        Fault::data(format!(
+            "there is no column `{name}`, which {key} names; columns found: {}",
+            listed(schema)
+        ))
+        .help(format!("correct {key}"))
+    })
 }
 
 /// A column that the user names tells the layout too.
@@ -79,34 +249,39 @@ fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     }
 }
 
-/// The names the user gave for this layout.
-fn named_columns(options: &Options, layout: Option<Layout>) -> impl Iterator<Item = &String> {
-    let names = match layout {
-        Some(Layout::Messages) => [&options.messages_column, &None],
-        Some(Layout::PromptCompletion) => [&options.prompt_column, &options.completion_column],
-        Some(Layout::Text) => [&options.text_column, &None],
-        None => [&None, &None],
-    };
-    names.into_iter().flatten()
+/// Why a column is not one of text.
+fn not_a_string(field: &Field) -> Option<String> {
+    let kind = field.data_type();
+    (!column::is_string(kind))
+        .then(|| format!("`{}` is {}; text is needed", field.name(), column::kind(kind)))
 }
 
-fn unfit(schema: &Schema, wanted: &[&Format], what: &str) -> Fault {
+/// The columns with their types.
+fn listed(schema: &Schema) -> String {
     const COLUMNS_SHOWN_MAX: usize = 20;
-    const TYPE_CHARS_MAX: usize = 120;
-    let mut columns: Vec<String> = schema
-        .fields()
-        .iter()
-        .take(COLUMNS_SHOWN_MAX)
-        .map(|field| {
-            let kind: String = field.data_type().to_string().chars().take(TYPE_CHARS_MAX).collect();
-            format!("`{}`: {kind}", field.name())
-        })
-        .collect();
+    let shown = schema.fields().iter().take(COLUMNS_SHOWN_MAX);
+    let mut columns: Vec<String> =
+        shown.map(|field| format!("`{}`: {}", field.name(), column::kind(field.data_type()))).collect();
     if schema.fields().len() > COLUMNS_SHOWN_MAX {
         columns.push(format!("and {} more", schema.fields().len() - COLUMNS_SHOWN_MAX));
     }
+    if columns.is_empty() { "none".to_string() } else { columns.join(", ") }
+}
+
+/// Columns of the right names with the wrong types are at fault themselves; otherwise no column is known.
+fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
+    let found = listed(schema);
+    let keys: Vec<&str> =
+        wanted.iter().flat_map(|format| format.columns.iter().map(|column| column.key)).collect();
+    let rename = format!("rename the columns, or name them with {}", keys.join(", "));
+    if !problems.is_empty() {
+        return Fault::data(format!("{}; columns found: {found}", problems.join("; ")))
+            .help(format!("change the column's type; if another column is meant, {rename}"));
+    }
     let expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
-    let found = if columns.is_empty() { "none".to_string() } else { columns.join(", ") };
-    Fault::data(format!("{what}; columns found: {found}; expected {}", expected.join(", or ")))
-        .help("rename the columns, or name them in the configuration")
+    Fault::data(format!(
+        "no column has a name that is known; columns found: {found}; expected {}",
+        expected.join(", or ")
+    ))
+    .help(rename)
 }

@@ -1,30 +1,51 @@
 //! `prompt` and `completion`, both strings or both message lists.
 
 use super::super::{Conversation, Layout};
-use super::messages::KEYS;
-use super::{Format, Rows, column};
+use super::{Column, Format, Reading, Rows, column, json, messages, not_a_string};
 use crate::fault::Result;
-use arrow::array::ArrayRef;
+use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::Field;
 
 pub static FORMAT: Format = Format {
     layout: Layout::PromptCompletion,
     expects: "`prompt` and `completion`: both strings or both lists of {role, content}",
-    columns: |options| {
-        let prompt = options.prompt_column.as_deref().unwrap_or("prompt");
-        vec![prompt, options.completion_column.as_deref().unwrap_or("completion")]
-    },
-    accepts,
+    columns: &[
+        Column {
+            key: "DatasetConfig.context_column",
+            given: |options| options.prompt_column.as_deref(),
+            names: &["prompt"],
+        },
+        Column {
+            key: "DatasetConfig.response_column",
+            given: |options| options.completion_column.as_deref(),
+            names: &["completion"],
+        },
+    ],
+    refuses,
     rows,
 };
 
-fn accepts(fields: &[&Field]) -> bool {
-    fields.iter().all(|field| column::is_string(field.data_type()))
-        || fields.iter().all(|field| column::is_messages(field.data_type(), &KEYS))
+/// Both are strings, or both are lists of messages.
+fn refuses(fields: &[&Field]) -> Option<String> {
+    let is_list = |field: &&&Field| column::element(field.data_type()).is_some();
+    match fields.iter().filter(is_list).count() {
+        0 => fields.iter().find_map(|field| not_a_string(field)),
+        1 => Some(format!(
+            "`{}` is {} and `{}` is {}; both must be strings, or both lists of {{role, content}}",
+            fields[0].name(),
+            column::kind(fields[0].data_type()),
+            fields[1].name(),
+            column::kind(fields[1].data_type())
+        )),
+        _ => fields.iter().find_map(|field| messages::refuses(field)),
+    }
 }
 
-fn rows(arrays: &[ArrayRef]) -> Result<Rows> {
-    if column::is_string(arrays[0].data_type()) { texts(arrays) } else { messages(arrays) }
+fn rows(arrays: &[ArrayRef], reading: &mut Reading) -> Result<Rows> {
+    match column::is_string(arrays[0].data_type()) {
+        true => texts(arrays),
+        false => lists(arrays, reading),
+    }
 }
 
 fn texts(arrays: &[ArrayRef]) -> Result<Rows> {
@@ -43,12 +64,14 @@ fn texts(arrays: &[ArrayRef]) -> Result<Rows> {
     Ok((0..arrays[0].len()).map(row).collect())
 }
 
-fn messages(arrays: &[ArrayRef]) -> Result<Rows> {
-    let (prompts, completions) = (column::messages(&arrays[0], &KEYS)?, column::messages(&arrays[1], &KEYS)?);
-    let pair = |(prompt, completion): (std::result::Result<_, String>, std::result::Result<_, String>)| {
-        let prompt = prompt.map_err(|problem| format!("prompt: {problem}"))?;
-        let completion = completion.map_err(|problem| format!("completion: {problem}"))?;
+fn lists(arrays: &[ArrayRef], reading: &mut Reading) -> Result<Rows> {
+    let (prompts, completions) = (json::Column::of(&arrays[0])?, json::Column::of(&arrays[1])?);
+    let mut row = |row| {
+        let prompt = messages::conversation(prompts.value(row), reading)
+            .map_err(|problem| format!("prompt: {problem}"))?;
+        let completion = messages::conversation(completions.value(row), reading)
+            .map_err(|problem| format!("completion: {problem}"))?;
         Ok(Conversation::Prompt { prompt, completion })
     };
-    Ok(prompts.into_iter().zip(completions).map(pair).collect())
+    Ok((0..arrays[0].len()).map(&mut row).collect())
 }

@@ -1,29 +1,122 @@
-//! `conversations: list<struct<from, value>>`, as ShareGPT dumps write conversations.
+//! ShareGPT's words and those of its many descendants: who speaks, and turns that call a function.
 
-use super::super::{Conversation, Layout};
-use super::{Format, Rows, column};
-use crate::fault::Result;
-use arrow::array::ArrayRef;
+use super::super::Names;
+use serde_json::{Value, json};
 
-pub static FORMAT: Format = Format {
-    layout: Layout::Messages,
-    expects: "`conversations`: a list of {from, value}",
-    columns: |options| vec![options.messages_column.as_deref().unwrap_or("conversations")],
-    accepts: |fields| column::is_messages(fields[0].data_type(), &KEYS),
-    rows,
-};
+/// Words for a speaker, in lower case, and the role that templates call it.
+const SPEAKERS: [(&str, &[&str]); 7] = [
+    ("system", &["system", "system_prompt"]),
+    ("developer", &["developer"]),
+    ("user", &["user", "human", "prompter", "customer", "client", "instruction", "question"]),
+    (
+        "assistant",
+        &[
+            "assistant",
+            "gpt",
+            "chatgpt",
+            "bing",
+            "bard",
+            "claude",
+            "gemini",
+            "model",
+            "bot",
+            "chatbot",
+            "ai",
+            "llm",
+            "agent",
+            "response",
+            "answer",
+            "output",
+            CALLER,
+        ],
+    ),
+    ("tool", &["tool", "tool_response", "tool_result", "observation", "function_response"]),
+    ("function", &["function"]),
+    ("ipython", &["ipython"]),
+];
 
-const KEYS: column::Keys = column::Keys { role: "from", content: "value", rename: role };
+/// A turn of the assistant whose text is a call: `{"name": ..., "arguments": ...}`.
+const CALLER: &str = "function_call";
 
-fn role(from: &str) -> &str {
-    match from {
-        "human" => "user",
-        "gpt" => "assistant",
+/// The role of a speaker, as templates write it.
+pub fn role(speaker: &str, names: &Names) -> Option<&'static str> {
+    let word = speaker.trim().to_lowercase();
+    let is_among = |list: &[String]| list.iter().any(|name| name.to_lowercase() == word);
+    if is_among(&names.user) {
+        return Some("user");
+    }
+    if is_among(&names.assistant) {
+        return Some("assistant");
+    }
+    SPEAKERS.iter().find(|(_, words)| words.contains(&word.as_str())).map(|(role, _)| *role)
+}
+
+/// All words that are known.
+pub fn known() -> String {
+    let words: Vec<&str> = SPEAKERS.iter().flat_map(|(_, words)| words.iter().copied()).collect();
+    words.join(", ")
+}
+
+/// Whether a speaker's text is a call of a function.
+pub fn is_caller(speaker: &str) -> bool {
+    speaker.trim().eq_ignore_ascii_case(CALLER)
+}
+
+/// `{name, arguments}`, or a list of them, as `tool_calls` has it. Error: why it is no call.
+pub fn calls(call: Value) -> Result<Value, String> {
+    let call = match call {
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("a function call is not JSON text: {error}"))?,
         other => other,
+    };
+    let one = |call: Value| match call.get("name").is_some_and(Value::is_string) {
+        true => Ok(json!({"type": "function", "function": call})),
+        false => Err("a function call has no name".to_owned()),
+    };
+    match call {
+        Value::Array(calls) => calls.into_iter().map(one).collect(),
+        call => Ok(Value::Array(vec![one(call)?])),
     }
 }
 
-fn rows(arrays: &[ArrayRef]) -> Result<Rows> {
-    let messages = column::messages(&arrays[0], &KEYS)?;
-    Ok(messages.into_iter().map(|row| row.map(Conversation::Messages)).collect())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speakers_are_known_by_many_words_in_any_case() {
+        let names = Names { user: vec!["Kunde".into()], assistant: vec!["Berater".into()], ..Names::KNOWN };
+        for (speaker, expected) in [
+            ("Human", Some("user")),
+            ("GPT", Some("assistant")),
+            ("ChatGPT", Some("assistant")),
+            ("bing", Some("assistant")),
+            ("model", Some("assistant")),
+            ("KUNDE", Some("user")),
+            ("berater", Some("assistant")),
+            ("observation", Some("tool")),
+            ("ipython", Some("ipython")),
+            ("usr", None),
+        ] {
+            assert_eq!(role(speaker, &names), expected, "{speaker}");
+        }
+    }
+
+    #[test]
+    fn no_word_stands_for_two_roles() {
+        let mut words: Vec<&str> = SPEAKERS.iter().flat_map(|(_, words)| words.iter().copied()).collect();
+        let count = words.len();
+        words.sort_unstable();
+        words.dedup();
+        assert_eq!(words.len(), count);
+    }
+
+    #[test]
+    fn a_function_call_is_text_or_an_object() {
+        let expected = json!([{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]);
+        assert_eq!(calls(json!({"name": "f", "arguments": {"a": 1}})).unwrap(), expected);
+        assert_eq!(calls(json!(r#"{"name": "f", "arguments": {"a": 1}}"#)).unwrap(), expected);
+        assert!(calls(json!("f(1)")).unwrap_err().contains("not JSON text"));
+        assert!(calls(json!({"arguments": {}})).unwrap_err().contains("no name"));
+    }
 }

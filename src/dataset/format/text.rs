@@ -1,19 +1,23 @@
 //! `text`: one string a row, all of it learned.
 
 use super::super::{Conversation, Layout};
-use super::{Format, Rows, column};
+use super::{Column, Format, Reading, Rows, column};
 use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
 
 pub static FORMAT: Format = Format {
     layout: Layout::Text,
     expects: "`text`: a string",
-    columns: |options| vec![options.text_column.as_deref().unwrap_or("text")],
-    accepts: |fields| column::is_string(fields[0].data_type()),
+    columns: &[Column {
+        key: "TrainingArguments.dataset_text_field",
+        given: |options| options.text_column.as_deref(),
+        names: &["text"],
+    }],
+    refuses: |fields| fields.iter().find_map(|field| super::not_a_string(field)),
     rows,
 };
 
-fn rows(arrays: &[ArrayRef]) -> Result<Rows> {
+fn rows(arrays: &[ArrayRef], _: &mut Reading) -> Result<Rows> {
     let texts = column::strings(&arrays[0])?;
     let row = |row| match column::value(&texts, row) {
         None => Err("the text is null".to_string()),

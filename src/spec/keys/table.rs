@@ -44,8 +44,16 @@ pub(super) const TABLE: &[Key] = &[
     // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
     Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
     Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the hub's, else that of the folder or image."),
-    Key::used(H, "data", Sources, "", "Parquet files to train on: URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
+    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `oci://IMAGE` (its /data); `#sha256=...` or {url, sha256} pins the bytes."),
     Key::used(H, "layout", choice(&["messages", "prompt_completion", "text"]), "", "What a row holds; unset: told from the columns."),
+    Key::used(H, "bad_rows", choice(&["refuse", "drop"]), "refuse", "Rows that cannot be used: refuse: the run ends and names them; drop: they are left out and counted."),
+    Key::used(H, "bad_rows_max", number(0.0, 1.0), "0.5", "Largest share of rows that `bad_rows: drop` leaves out; above it the run ends."),
+    Key::used(H, "role_field", Text, "", "Field of a message that says who speaks; unset: role, from, speaker and the like."),
+    Key::used(H, "content_field", Text, "", "Field of a message that holds what is said; unset: content, value, text and the like."),
+    Key::used(H, "user_names", Texts, "", "Further words for the user in a message's role, beside user, human and the like."),
+    Key::used(H, "assistant_names", Texts, "", "Further words for the assistant in a message's role, beside assistant, gpt, model and the like."),
+    Key::used(H, "system_column", Text, "", "Column whose text becomes a row's system turn; unset: system, if there is one."),
+    Key::used(H, "tools_column", Text, "", "Column with the tools that a row's chat template sees, as a list or JSON text; unset: tools, if there is one."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
     Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
     Key::used(H, "push", Text, "", "Image to push when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
@@ -64,7 +72,7 @@ pub(super) const TABLE: &[Key] = &[
     // KAITO's cli.py
     Key::used(M, "pretrained_model_name_or_path", Path, "", "Base model, as in `model`, which comes first."),
     Key::used(M, "torch_dtype", choice(DTYPES), "", "Rounding of matrix products' inputs when nothing else sets it; sums are f32 (unset: bfloat16)."),
-    Key::used(M, "chat_template", Text, "", "Jinja text, or a path to it, in place of the tokenizer's chat template."),
+    Key::used(M, "chat_template", Text, "", "Jinja text, a path to it, or the name of one of the model's templates, in place of the tokenizer's default chat template."),
     Key::idle(M, "device_map", Any, "auto", "`device` chooses where the model lives"),
     Key::idle(M, "local_files_only", Boolean, "false", LOCAL_MODEL),
     Key::idle(M, "cache_dir", Text, "", LOCAL_MODEL),
@@ -285,10 +293,10 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(D, "shuffle_dataset", Boolean, "true", "Shuffle the rows before the split, with shuffle_seed (KAITO: without a seed)."),
     Key::used(D, "shuffle_seed", integer(0), "42", "Seed of the shuffle and the split."),
     Key::used(D, "train_test_split", number(0.0, 1.0), "0.8", "Share of the rows that train, above 0; the rest is for evaluation (KAITO's templates: 1)."),
-    Key::used(D, "messages_column", Text, "", "Column with the conversation, if not `messages` (KAITO: ignored)."),
+    Key::used(D, "messages_column", Text, "", "Column with the conversation, if not messages, conversations or the like (KAITO: ignored)."),
     Key::used(D, "context_column", Text, "", "Column with the prompt, if not `prompt` (KAITO: ignored)."),
     Key::used(D, "response_column", Text, "", "Column with the answer, if not `completion`, or with the text of the text layout (KAITO: ignored)."),
-    Key::refused(D, "dataset_extension", Text, "parquet", "parquet is what is read"),
+    Key::used(D, "dataset_extension", choice(&["parquet", "jsonl", "json", "csv", "arrow"]), "", "Container of every data file: json is an array or lines of objects, csv also TSV, arrow also feather; unset: told by each file's first bytes and name. Each may lie inside gzip or zstd."),
 ];
 
 /// Names of older releases and of neighbours, and what they are called now.

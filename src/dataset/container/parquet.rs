@@ -4,10 +4,10 @@
 //! header declares): the footer and page headers are checked first, and all of it runs behind `catch_unwind`.
 //! What damage cannot be seen here (a flipped bit in a text) is what the SHA-256 of `source` is for.
 
-use super::pages;
+use super::packing::Input;
+use super::{BATCH_ROWS, Container, OnBatch, Rows, guarded, hex, kind_of, pages, text};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
-use crate::source;
 use ::parquet::arrow::ProjectionMask;
 use ::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
@@ -17,42 +17,56 @@ use arrow::array::ArrayRef;
 use arrow::datatypes::Schema;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+
+pub static CONTAINER: Container = Container {
+    name: "parquet",
+    title: "a parquet file",
+    endings: &["parquet", "pq"],
+    is: |head| head.starts_with(MAGIC),
+    may_begin: |_| false,
+    open: |input| Ok(Box::new(open(input)?)),
+};
+
+const MAGIC: &[u8] = b"PAR1";
 
 /// LIMIT: what the chosen columns of one row group may unpack to; it is decoded in parts, so memory stays below.
 const GROUP_BYTES_MAX: u64 = 16 << 30;
 /// LIMIT: values (messages, mostly) in one column of a row group. A null costs no bytes in the file but some in memory.
 const GROUP_VALUES_MAX: u64 = 100_000_000;
 const COLUMNS_MAX: usize = 10_000;
-const BATCH_ROWS: usize = 256;
 
 /// A file whose footer is sound.
-pub(super) struct Table {
-    pub schema: Arc<Schema>,
-    pub rows: u64,
+struct Table {
+    schema: Arc<Schema>,
+    rows: u64,
     file: File,
     name: String,
     metadata: ArrowReaderMetadata,
 }
 
 /// Opens the file and checks its footer. Errors: `Data`, or `Storage` when it cannot be read at all.
-pub(super) fn open(source: &source::File) -> Result<Table> {
-    let storage = |error| Fault::storage("read", &source.path, &error);
-    let file = File::open(&source.path).map_err(storage)?;
-    let bytes = file.metadata().map_err(storage)?.len();
-    refuse_other_kinds(&file, bytes).map_err(|fault| fault.at(&source.name))?;
+fn open(input: Input) -> Result<Table> {
+    let Input { file, bytes, name, .. } = input.seekable()?;
+    refuse_other_kinds(&file, bytes).map_err(|fault| fault.at(&name))?;
     let metadata = guarded(|| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
-        .map_err(|problem| damaged(&source.name, "footer", &problem))?;
+        .map_err(|problem| damaged(&name, "footer", &problem))?;
     let rows = guarded(|| Ok::<_, String>(check_footer(&metadata, bytes)))
         .and_then(|checked| checked)
-        .map_err(|problem| damaged(&source.name, "footer", &problem))?;
-    Ok(Table { schema: metadata.schema().clone(), rows, file, name: source.name.clone(), metadata })
+        .map_err(|problem| damaged(&name, "footer", &problem))?;
+    Ok(Table { schema: metadata.schema().clone(), rows, file, name, metadata })
 }
 
-impl Table {
-    /// Hands every batch of the named columns, in the order of `names`, to `each`.
-    pub fn read(&self, names: &[String], mut each: impl FnMut(&[ArrayRef]) -> Result<()>) -> Result<()> {
+impl Rows for Table {
+    fn schema(&self) -> &Arc<Schema> {
+        &self.schema
+    }
+
+    fn count(&self) -> Option<u64> {
+        Some(self.rows)
+    }
+
+    fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()> {
         let roots = names.iter().filter_map(|name| self.schema.index_of(name).ok());
         let mask = ProjectionMask::roots(self.metadata.parquet_schema(), roots);
         for (index, group) in self.metadata.metadata().row_groups().iter().enumerate() {
@@ -61,7 +75,7 @@ impl Table {
             guarded(|| self.check_group(group, &mask))
                 .map_err(|problem| damaged(&self.name, &place, &problem))?;
             // Faults of `each` pass through the guard as values.
-            let read = guarded(|| self.read_group(index, &mask, names, &mut each));
+            let read = guarded(|| self.read_group(index, &mask, names, each));
             match read {
                 Err(problem) => return Err(damaged(&self.name, &place, &problem)),
                 Ok(Err(fault)) => return Err(fault.at(format!("{}: {place}", self.name))),
@@ -70,13 +84,15 @@ impl Table {
         }
         Ok(())
     }
+}
 
+impl Table {
     fn read_group(
         &self,
         index: usize,
         mask: &ProjectionMask,
         names: &[String],
-        each: &mut impl FnMut(&[ArrayRef]) -> Result<()>,
+        each: &mut OnBatch,
     ) -> std::result::Result<Result<()>, String> {
         let file = self.file.try_clone().map_err(text)?;
         let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
@@ -164,7 +180,6 @@ fn check_footer(metadata: &ArrowReaderMetadata, file_bytes: u64) -> std::result:
 
 /// Says what a file that is not parquet seems to be: most such files are error pages and pointers.
 fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
-    const MAGIC: &[u8] = b"PAR1";
     let mut head = vec![0; bytes.min(512) as usize];
     let mut tail = vec![0; bytes.min(4) as usize];
     file.read_exact_at(&mut head, 0)
@@ -187,92 +202,7 @@ fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn kind_of(head: &[u8]) -> String {
-    let text =
-        String::from_utf8_lossy(head).trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_lowercase();
-    let begins = |start: &[u8]| head.starts_with(start);
-    let known = if head.is_empty() {
-        "an empty file"
-    } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
-        "an HTML page"
-    } else if text.starts_with("<?xml") || text.starts_with("<error") {
-        "an XML document"
-    } else if text.starts_with("version https://git-lfs") {
-        "a Git LFS pointer"
-    } else if begins(b"\x1f\x8b") {
-        "gzip data"
-    } else if begins(b"PK\x03\x04") {
-        "a ZIP archive"
-    } else if begins(b"\x28\xb5\x2f\xfd") {
-        "zstd data"
-    } else if begins(b"ARROW1") {
-        "an Arrow IPC file"
-    } else if text.starts_with('{') || text.starts_with('[') {
-        "JSON"
-    } else if !text.contains(|c: char| c == '\u{fffd}' || (c.is_control() && !c.is_whitespace())) {
-        let first = text.lines().next().unwrap_or_default();
-        if first.contains([',', '\t']) { "text, perhaps CSV" } else { "text" }
-    } else {
-        "unknown data"
-    };
-    match head {
-        [] => known.to_string(),
-        head => format!("{known} (it begins with {})", hex(&head[..head.len().min(8)])),
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
-}
-
 fn damaged(file: &str, place: &str, problem: &str) -> Fault {
     Fault::data(format!("{file}: {place}: the parquet data is damaged or not supported: {problem}"))
         .help("check the file against its SHA-256, or export it again")
-}
-
-/// Runs decoder code, which panics on some damage. Nothing of it outlives a panic.
-fn guarded<T, E: std::fmt::Display>(
-    work: impl FnOnce() -> std::result::Result<T, E>,
-) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(done) => done.map_err(text),
-        Err(panic) => {
-            let said = panic.downcast_ref::<String>().map(String::as_str);
-            let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Err(format!("the decoder gave up: {said}"))
-        }
-    }
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_of_another_kind_is_called_by_its_name() {
-        let cases: [(&[u8], &str); 9] = [
-            (b"", "an empty file"),
-            (b"\n<!DOCTYPE html><html>", "an HTML page"),
-            (b"<html>", "an HTML page"),
-            (b"{\"messages\": []}", "JSON"),
-            (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
-            (b"\x1f\x8b\x08\x00", "gzip data"),
-            (b"prompt,completion\n1,2", "text, perhaps CSV"),
-            (b"hello", "text"),
-            (b"\x00\x01\x02\x03", "unknown data"),
-        ];
-        for (head, name) in cases {
-            assert!(kind_of(head).starts_with(name), "{head:?}: {}", kind_of(head));
-        }
-    }
-
-    #[test]
-    fn a_panic_becomes_a_message() {
-        let result = guarded(|| -> std::result::Result<(), String> { panic!("divide by {}", 0) });
-        assert_eq!(result.unwrap_err(), "the decoder gave up: divide by 0");
-    }
 }

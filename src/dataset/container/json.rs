@@ -1,0 +1,19 @@
+//! One JSON array of objects, a row each. It is read a row at a time, however large the array is.
+
+use super::packing::Input;
+use super::values::{Division, Objects};
+use super::{Container, Rows};
+use crate::fault::Result;
+
+pub static CONTAINER: Container = Container {
+    name: "json",
+    title: "a JSON file",
+    endings: &["json"],
+    is: |_| false,
+    may_begin: |text| text.starts_with('['),
+    open,
+};
+
+fn open(input: Input) -> Result<Box<dyn Rows>> {
+    Ok(Box::new(Objects::open(input, Division::Array)?))
+}

@@ -1,0 +1,346 @@
+//! A data file -> its rows as arrow batches, so that every layout works over every container. A container is one file
+//! here and one line in `CONTAINERS`.
+//!
+//! A binary container is recognised by its first bytes; text by the file's name, or by what it begins with where the name
+//! says nothing. Each may lie inside gzip or zstd (`packing`).
+
+mod arrow;
+mod columns;
+mod csv;
+mod json;
+mod jsonl;
+mod packing;
+mod pages;
+mod parquet;
+mod values;
+
+use crate::fault::{Fault, Result};
+use crate::source;
+use ::arrow::array::ArrayRef;
+use ::arrow::datatypes::Schema;
+use packing::{Input, Packing};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// In order of preference where a folder holds several kinds.
+const CONTAINERS: [&Container; 5] =
+    [&parquet::CONTAINER, &jsonl::CONTAINER, &json::CONTAINER, &csv::CONTAINER, &arrow::CONTAINER];
+
+/// How files of one kind are known and opened.
+pub(super) struct Container {
+    /// As `DatasetConfig.dataset_extension` says it.
+    name: &'static str,
+    /// For messages: `a parquet file`.
+    title: &'static str,
+    /// Endings of file names, without the dot and without that of gzip or zstd.
+    endings: &'static [&'static str],
+    /// Whether the first bytes can be nothing else.
+    is: fn(&[u8]) -> bool,
+    /// Text of the kind may begin so; the name decides where several may.
+    may_begin: fn(&str) -> bool,
+    open: fn(Input) -> Result<Box<dyn Rows>>,
+}
+
+/// The rows of one file.
+pub(super) trait Rows {
+    fn schema(&self) -> &Arc<Schema>;
+    /// `None`: known when they have been read.
+    fn count(&self) -> Option<u64>;
+    /// Hands every batch of the named columns, in the order of `names`, to `each`.
+    fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()>;
+}
+
+pub(super) type OnBatch<'a> = dyn FnMut(&[ArrayRef]) -> Result<()> + 'a;
+
+/// Rows handed on at once.
+const BATCH_ROWS: usize = 256;
+
+/// A file whose kind is known and whose head is sound.
+pub(super) struct Table {
+    pub schema: Arc<Schema>,
+    pub rows: Option<u64>,
+    inner: Box<dyn Rows>,
+    name: String,
+}
+
+impl Table {
+    /// Hands every batch of the named columns, in the order of `names`, to `each`.
+    ///
+    /// # Errors
+    /// Data: damage, or a column whose values have several types, with the place. Whatever `each` says.
+    pub fn read(&self, names: &[String], mut each: impl FnMut(&[ArrayRef]) -> Result<()>) -> Result<()> {
+        columns::refuse_mixed(&self.schema, names).map_err(|fault| fault.at(&self.name))?;
+        self.inner.read(names, &mut each)
+    }
+}
+
+/// What `DatasetConfig.dataset_extension` may say; `webdataset` is KAITO's too and holds no text.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    CONTAINERS.into_iter().map(|container| container.name)
+}
+
+/// Endings of data files for each container, in order of preference: what a folder is searched for.
+pub const ENDINGS: &[&[&str]] = &[
+    parquet::CONTAINER.endings,
+    jsonl::CONTAINER.endings,
+    json::CONTAINER.endings,
+    csv::CONTAINER.endings,
+    arrow::CONTAINER.endings,
+];
+
+/// Opens the file as the container `asked` for, else as what it is.
+///
+/// # Errors
+/// Data: another kind of file, damage. Storage: it cannot be read.
+pub(super) fn open(file: &source::File, asked: Option<&str>) -> Result<Table> {
+    let mut input = Input::open(&file.path, &file.name)?;
+    let head = input.head()?;
+    let container = choose(&file.name, &head, asked, input.packing).map_err(|fault| fault.at(&file.name))?;
+    input.title = container.title;
+    let inner = (container.open)(input)?;
+    Ok(Table { schema: inner.schema().clone(), rows: inner.count(), inner, name: file.name.clone() })
+}
+
+fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Result<&'static Container> {
+    let text = leading_text(head);
+    let named = ending_of(name).and_then(|ending| {
+        CONTAINERS.into_iter().find(|container| container.endings.contains(&ending.as_str()))
+    });
+    let wanted = asked.and_then(|asked| CONTAINERS.into_iter().find(|container| container.name == asked));
+    let by_head = CONTAINERS.into_iter().find(|container| (container.is)(head));
+    let other = |wanted: &Container| {
+        let inside =
+            if packing == Packing::None { String::new() } else { format!(" inside {}", packing.name()) };
+        Fault::data(format!("not {} but {}{inside}", wanted.title, kind_of(head)))
+            .help("check the path or URL, and whether it needs a login")
+    };
+    match (wanted, by_head, named) {
+        // `json` is what KAITO calls lines of JSON, too.
+        (Some(wanted), None, _) if wanted.name == "json" && (jsonl::CONTAINER.may_begin)(&text) => {
+            Ok(&jsonl::CONTAINER)
+        }
+        (Some(wanted), found, _) => match found {
+            Some(found) if std::ptr::eq(found, wanted) => Ok(wanted),
+            None if (wanted.may_begin)(&text) => Ok(wanted),
+            _ => Err(other(wanted)),
+        },
+        (None, Some(found), _) => Ok(found),
+        // JSON is one thing or the other by its first character, whichever ending it has.
+        (None, None, Some(named)) if ["json", "jsonl"].contains(&named.name) => {
+            let kinds = [&jsonl::CONTAINER, &json::CONTAINER];
+            kinds.into_iter().find(|kind| (kind.may_begin)(&text)).ok_or_else(|| other(named))
+        }
+        (None, None, Some(named)) if (named.may_begin)(&text) => Ok(named),
+        (None, None, Some(named)) => Err(other(named)),
+        (None, None, None) => unnamed(head, &text),
+    }
+}
+
+/// A file whose name says nothing: JSON is known by its first character, CSV is not.
+fn unnamed(head: &[u8], text: &str) -> Result<&'static Container> {
+    let json = [&jsonl::CONTAINER, &json::CONTAINER].into_iter().find(|kind| (kind.may_begin)(text));
+    json.ok_or_else(|| {
+        Fault::data(format!("not a data file but {}", kind_of(head))).help(format!(
+            "expected {}; for a file whose name does not end so, DatasetConfig.dataset_extension names the container; \
+             a page instead of data means a login",
+            list_of_endings()
+        ))
+    })
+}
+
+fn list_of_endings() -> String {
+    let endings: Vec<String> =
+        CONTAINERS.iter().map(|container| format!(".{}", container.endings.join(", ."))).collect();
+    format!("{}, each also .gz or .zst", endings.join(", "))
+}
+
+/// The last part of a name after its dot, in lower case, that of gzip or zstd taken off.
+fn ending_of(name: &str) -> Option<String> {
+    let last = name.rsplit(['/', '\\']).next()?.to_ascii_lowercase();
+    let last = packing::ENDINGS.iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(&last);
+    last.rsplit_once('.').map(|(_, ending)| ending.to_owned())
+}
+
+/// The head as text without byte order mark and blanks; damage in it is the reader's matter.
+fn leading_text(head: &[u8]) -> String {
+    let text = String::from_utf8_lossy(head);
+    text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_owned()
+}
+
+/// Whether a head is plain text that is neither a page nor a pointer.
+fn is_plain(text: &str) -> bool {
+    let lower = text.to_lowercase();
+    let foreign = ["<!doctype html", "<html", "<?xml", "<error", "version https://git-lfs"];
+    // A character may be cut off at the head's end.
+    let body = text.trim_end_matches('\u{fffd}');
+    !body.is_empty()
+        && !foreign.iter().any(|start| lower.starts_with(start))
+        && !body.contains(|c: char| c == '\0' || (c.is_control() && !c.is_whitespace()))
+}
+
+/// Says what a file that is none of the containers seems to be: most such files are error pages and pointers.
+fn kind_of(head: &[u8]) -> String {
+    let text = leading_text(head).to_lowercase();
+    let begins = |start: &[u8]| head.starts_with(start);
+    let known = if head.is_empty() {
+        "an empty file"
+    } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
+        "an HTML page"
+    } else if text.starts_with("<?xml") || text.starts_with("<error") {
+        "an XML document"
+    } else if text.starts_with("version https://git-lfs") {
+        "a Git LFS pointer"
+    } else if begins(b"PAR1") {
+        "a parquet file"
+    } else if begins(b"PK\x03\x04") {
+        "a ZIP archive"
+    } else if begins(b"\x1f\x8b") {
+        "gzip data"
+    } else if begins(b"\x28\xb5\x2f\xfd") {
+        "zstd data"
+    } else if begins(b"\xfd7zXZ") {
+        "xz data"
+    } else if begins(b"BZh") {
+        "bzip2 data"
+    } else if begins(b"ARROW1") || begins(b"\xff\xff\xff\xff") {
+        "an Arrow IPC file"
+    } else if begins(b"FEA1") {
+        "a feather file of version 1"
+    } else if begins(b"\xff\xfe") || begins(b"\xfe\xff") {
+        "text in UTF-16"
+    } else if text.starts_with('{') || text.starts_with('[') {
+        "JSON"
+    } else if !text.contains(|c: char| c == '\u{fffd}' || (c.is_control() && !c.is_whitespace())) {
+        let first = text.lines().next().unwrap_or_default();
+        if first.contains([',', '\t']) { "text, perhaps CSV" } else { "text" }
+    } else {
+        "unknown data"
+    };
+    match head {
+        [] => known.to_string(),
+        head => format!("{known} (it begins with {})", hex(&head[..head.len().min(8)])),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Runs decoder code, which panics on some damage. Nothing of it outlives a panic.
+fn guarded<T, E: std::fmt::Display>(
+    work: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(text),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(format!("the decoder gave up: {said}"))
+        }
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// The places of `names` in a schema's columns.
+fn indices(schema: &Schema, names: &[String]) -> Result<Vec<usize>> {
+    let place = |name: &String| {
+        schema.index_of(name).map_err(|_| Fault::internal(format!("there is no column `{name}` to read")))
+    };
+    names.iter().map(place).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_another_kind_is_called_by_its_name() {
+        let cases: [(&[u8], &str); 9] = [
+            (b"", "an empty file"),
+            (b"\n<!DOCTYPE html><html>", "an HTML page"),
+            (b"<html>", "an HTML page"),
+            (b"{\"messages\": []}", "JSON"),
+            (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+            (b"\x1f\x8b\x08\x00", "gzip data"),
+            (b"prompt,completion\n1,2", "text, perhaps CSV"),
+            (b"hello", "text"),
+            (b"\x00\x01\x02\x03", "unknown data"),
+        ];
+        for (head, name) in cases {
+            assert!(kind_of(head).starts_with(name), "{head:?}: {}", kind_of(head));
+        }
+    }
+
+    #[test]
+    fn a_container_is_known_by_its_head_and_else_by_its_name() {
+        let chosen =
+            |name: &str, head: &[u8], asked: Option<&str>| match choose(name, head, asked, Packing::None) {
+                Ok(container) => container.name.to_owned(),
+                Err(fault) => fault.message,
+            };
+        let cases: [(&str, &[u8], Option<&str>, &str); 20] = [
+            ("blob", b"PAR1....", None, "parquet"),
+            ("rows.csv", b"PAR1....", None, "parquet"),
+            ("rows.arrow", b"ARROW1\0\0", None, "arrow"),
+            ("data-00000-of-00001.arrow", b"\xff\xff\xff\xff\x10\x01\0\0", None, "arrow"),
+            ("rows.jsonl", b"{\"a\": 1}\n", None, "jsonl"),
+            ("rows.json", b"\xef\xbb\xbf {\"a\": 1}\n", None, "jsonl"),
+            ("rows.jsonl", b"[{\"a\": 1}]", None, "json"),
+            ("export", b"\n[{\"a\": 1}]", None, "json"),
+            ("export", b"{\"a\": 1}", None, "jsonl"),
+            ("rows.CSV.gz", b"a,b\n1,2\n", None, "csv"),
+            ("rows.tsv", b"a\tb\n", None, "csv"),
+            ("export", b"a,b\n1,2\n", Some("csv"), "csv"),
+            ("export", b"{\"a\": 1}\n", Some("json"), "jsonl"),
+            (
+                "rows.jsonl",
+                b"PAR1....",
+                Some("json"),
+                "not a JSON file but a parquet file (it begins with 50 41 52 31 2e 2e 2e 2e)",
+            ),
+            (
+                "export",
+                b"a,b\n1,2\n",
+                None,
+                "not a data file but text, perhaps CSV (it begins with 61 2c 62 0a 31 2c 32 0a)",
+            ),
+            (
+                "rows.parquet",
+                b"{\"a\": 1}",
+                None,
+                "not a parquet file but JSON (it begins with 7b 22 61 22 3a 20 31 7d)",
+            ),
+            (
+                "rows.csv",
+                b"<!doctype html>",
+                None,
+                "not a CSV file but an HTML page (it begins with 3c 21 64 6f 63 74 79 70)",
+            ),
+            (
+                "rows.csv",
+                b"{\"a\": 1}",
+                None,
+                "not a CSV file but JSON (it begins with 7b 22 61 22 3a 20 31 7d)",
+            ),
+            (
+                "rows.jsonl",
+                b"a,b",
+                None,
+                "not a file of JSON lines but text, perhaps CSV (it begins with 61 2c 62)",
+            ),
+            ("rows.jsonl", b"", None, "not a file of JSON lines but an empty file"),
+        ];
+        for (name, head, asked, expected) in cases {
+            assert_eq!(chosen(name, head, asked), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_panic_becomes_a_message() {
+        let result = guarded(|| -> std::result::Result<(), String> { panic!("divide by {}", 0) });
+        assert_eq!(result.unwrap_err(), "the decoder gave up: divide by 0");
+    }
+}

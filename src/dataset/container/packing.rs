@@ -1,0 +1,234 @@
+//! An open file -> its bytes from the start, gzip or zstd taken off; and, where a container must be able to seek, a file
+//! of them.
+
+use crate::fault::{Fault, Result};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// LIMIT: what a packed file may unpack to. Text is read in a stream, so this bounds time, not memory.
+const UNPACKED_BYTES_MAX: u64 = 1 << 40;
+/// LIMIT: of a packed file that must lie on disk to be read.
+const SPILLED_BYTES_MAX: u64 = 64 << 30;
+/// LIMIT: memory that a zstd stream may ask for (2^27 bytes), the limit of its own command line.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+const BUFFER_BYTES: usize = 1 << 20;
+/// Enough to tell every kind of file.
+const HEAD_BYTES: u64 = 512;
+
+/// Endings of packed files' names.
+pub(super) const ENDINGS: [&str; 4] = [".gz", ".gzip", ".zst", ".zstd"];
+
+/// What lies around a container.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Packing {
+    None,
+    Gzip,
+    Zstd,
+}
+
+impl Packing {
+    fn of(head: &[u8]) -> Packing {
+        if head.starts_with(b"\x1f\x8b") {
+            Packing::Gzip
+        } else if head.starts_with(b"\x28\xb5\x2f\xfd") {
+            Packing::Zstd
+        } else {
+            Packing::None
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Packing::None => "nothing",
+            Packing::Gzip => "gzip",
+            Packing::Zstd => "zstd",
+        }
+    }
+}
+
+/// A file that is about to be read.
+pub(super) struct Input {
+    pub file: File,
+    /// Of the file as it lies there.
+    pub bytes: u64,
+    /// For messages.
+    pub name: String,
+    pub packing: Packing,
+    /// What its container is called.
+    pub title: &'static str,
+}
+
+impl Input {
+    pub fn open(path: &Path, name: &str) -> Result<Input> {
+        let storage = |error| Fault::storage("read", path, &error);
+        let file = File::open(path).map_err(storage)?;
+        let bytes = file.metadata().map_err(storage)?.len();
+        let mut head = vec![0; bytes.min(4) as usize];
+        file.read_exact_at(&mut head, 0).map_err(storage)?;
+        Ok(Input { file, bytes, name: name.to_owned(), packing: Packing::of(&head), title: "a data file" })
+    }
+
+    /// The first bytes, unpacked.
+    pub fn head(&self) -> Result<Vec<u8>> {
+        let mut head = Vec::new();
+        self.reader()?.take(HEAD_BYTES).read_to_end(&mut head).map_err(|error| self.failed(&error))?;
+        Ok(head)
+    }
+
+    /// The bytes from the start, unpacked. Any number of readers may be at work.
+    pub fn reader(&self) -> Result<Box<dyn BufRead + '_>> {
+        let whole = BufReader::with_capacity(BUFFER_BYTES, At { file: &self.file, at: 0 });
+        let limited = |reader| Limited { reader, left: UNPACKED_BYTES_MAX };
+        Ok(match self.packing {
+            Packing::None => Box::new(whole),
+            Packing::Gzip => {
+                let unpacked: Box<dyn Read> = Box::new(flate2::bufread::MultiGzDecoder::new(whole));
+                Box::new(BufReader::with_capacity(BUFFER_BYTES, limited(unpacked)))
+            }
+            Packing::Zstd => {
+                let decoder = zstd::stream::read::Decoder::with_buffer(whole);
+                let mut decoder = decoder.map_err(|error| self.failed(&error))?;
+                decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(|error| self.failed(&error))?;
+                let unpacked: Box<dyn Read> = Box::new(decoder);
+                Box::new(BufReader::with_capacity(BUFFER_BYTES, limited(unpacked)))
+            }
+        })
+    }
+
+    /// The same, unpacked, so that it can be read at any place: a packed file goes to a temporary one without a name.
+    pub fn seekable(self) -> Result<Input> {
+        if self.packing == Packing::None {
+            return Ok(self);
+        }
+        let folder = std::env::temp_dir();
+        let storage = |error: io::Error| Fault::storage("unpack to", &folder, &error);
+        let mut file = tempfile::tempfile_in(&folder).map_err(storage)?;
+        let mut reader = self.reader()?;
+        let mut bytes = 0;
+        loop {
+            crate::interrupt::check()?;
+            let part = reader.fill_buf().map_err(|error| self.failed(&error))?;
+            if part.is_empty() {
+                break;
+            }
+            bytes += part.len() as u64;
+            if bytes > SPILLED_BYTES_MAX {
+                return Err(Fault::data(format!(
+                    "{}: {} that unpacks to more than {SPILLED_BYTES_MAX} bytes, the limit inside {}",
+                    self.name,
+                    self.title,
+                    self.packing.name()
+                ))
+                .help("give the file unpacked"));
+            }
+            file.write_all(part).map_err(storage)?;
+            let count = part.len();
+            reader.consume(count);
+        }
+        drop(reader);
+        Ok(Input { file, bytes, name: self.name, packing: Packing::None, title: self.title })
+    }
+
+    /// A read that failed: the packing's damage is the data's, everything else the disk's.
+    pub fn failed(&self, error: &io::Error) -> Fault {
+        match self.packing {
+            Packing::None => {
+                Fault::new(crate::fault::Kind::Storage, format!("{}: cannot read it: {error}", self.name))
+            }
+            packing => Fault::data(format!(
+                "{}: the {} data is damaged, cut off or too large: {error}",
+                self.name,
+                packing.name()
+            ))
+            .help("check the file against its SHA-256, or export it again"),
+        }
+    }
+}
+
+/// Reads a file from a place of its own, whatever others do with it.
+struct At<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(buffer, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+/// Ends with an error where more comes than anybody means.
+struct Limited<'a> {
+    reader: Box<dyn Read + 'a>,
+    left: u64,
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        self.left = self
+            .left
+            .checked_sub(count as u64)
+            .ok_or_else(|| io::Error::other(format!("it unpacks to more than {UNPACKED_BYTES_MAX} bytes")))?;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(content: &[u8]) -> (tempfile::NamedTempFile, Result<Vec<u8>>) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        let input = Input::open(file.path(), "rows").unwrap();
+        let mut all = Vec::new();
+        let read = input.reader().and_then(|mut reader| {
+            reader.read_to_end(&mut all).map_err(|error| input.failed(&error)).map(|_| ())
+        });
+        (file, read.map(|()| all))
+    }
+
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn every_packing_gives_the_same_bytes_also_in_several_members() {
+        let content = b"one\ntwo\n".repeat(1000);
+        let zstd = zstd::stream::encode_all(&content[..], 1).unwrap();
+        for bytes in [content.clone(), gzip(&content), zstd.clone()] {
+            assert!(packed(&bytes).1.unwrap() == content);
+        }
+        assert!(packed(&[gzip(b"a"), gzip(b"b")].concat()).1.unwrap() == b"ab");
+        assert!(packed(&[zstd.clone(), zstd].concat()).1.unwrap().len() == 2 * content.len());
+    }
+
+    #[test]
+    fn damage_is_the_datas_fault() {
+        let whole = gzip(&b"0123456789".repeat(100));
+        let fault = packed(&whole[..whole.len() - 9]).1.unwrap_err();
+        assert!(
+            fault.kind == crate::fault::Kind::Data && fault.message.contains("gzip data is damaged"),
+            "{fault}"
+        );
+        let zstd = zstd::stream::encode_all(&b"0123456789".repeat(100)[..], 1).unwrap();
+        assert!(packed(&zstd[..zstd.len() - 3]).1.unwrap_err().message.contains("zstd data"));
+    }
+
+    #[test]
+    fn a_packed_file_can_be_made_seekable() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&gzip(b"hello")).unwrap();
+        let input = Input::open(file.path(), "rows").unwrap().seekable().unwrap();
+        let mut bytes = [0; 5];
+        input.file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!((&bytes, input.bytes, input.packing), (b"hello", 5, Packing::None));
+    }
+}

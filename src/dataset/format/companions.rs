@@ -1,0 +1,206 @@
+//! Columns beside a layout's own -> what the chat template sees beside the messages; the closed list of columns that
+//! are known, and a warning for those that nothing reads.
+
+use super::super::{Context, Conversation, Message, Options};
+use super::{Reading, column, find, json};
+use crate::fault::Result;
+use arrow::array::ArrayRef;
+use arrow::datatypes::Schema;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// What a column beside the layout's own is for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Companion {
+    System,
+    Tools,
+    /// OpenAI's older form of tools.
+    Functions,
+    Documents,
+    Variables,
+}
+
+/// In any letter case.
+const COMPANIONS: [(Companion, &[&str]); 5] = [
+    (Companion::System, &["system", "system_prompt", "system_message"]),
+    (Companion::Tools, &["tools"]),
+    (Companion::Functions, &["functions"]),
+    (Companion::Documents, &["documents"]),
+    (Companion::Variables, &["chat_template_kwargs"]),
+];
+
+/// Columns that name a row and say where it is from: nothing is lost where they are not read.
+const ABOUT_THE_ROW: [&str; 16] = [
+    "__index_level_0__",
+    "id",
+    "idx",
+    "index",
+    "uuid",
+    "row_id",
+    "prompt_id",
+    "conversation_id",
+    "source",
+    "dataset",
+    "language",
+    "lang",
+    "license",
+    "url",
+    "created_at",
+    "timestamp",
+];
+
+/// The companions of a schema whose columns in `taken` belong to the layout: what each is, and its name.
+pub fn of(schema: &Schema, options: &Options, taken: &[String]) -> Result<Vec<(Companion, String)>> {
+    let mut found: Vec<(Companion, String)> = Vec::new();
+    for (companion, names) in COMPANIONS {
+        let (named, key) = match companion {
+            Companion::System => (options.names.system_column.as_deref(), "system_column"),
+            Companion::Tools => (options.names.tools_column.as_deref(), "tools_column"),
+            _ => (None, ""),
+        };
+        let name = match named {
+            Some(name) => Some(super::named(schema, name, key)?),
+            None => names.iter().find_map(|name| find(schema, name)),
+        };
+        if let Some(name) = name.filter(|name| !taken.contains(name)) {
+            found.push((companion, name));
+        }
+    }
+    Ok(found)
+}
+
+/// Notes the columns that nothing reads.
+pub fn note_others(schema: &Schema, read: &[String], reading: &mut Reading) {
+    let others = schema.fields().iter().filter(|field| !read.contains(field.name()));
+    for field in others {
+        let about = ABOUT_THE_ROW.iter().any(|name| name.eq_ignore_ascii_case(field.name()));
+        reading.column_not_read(field.name(), about);
+    }
+}
+
+/// The companions' arrays, ready to be read row by row.
+pub struct Columns<'a> {
+    columns: Vec<(Companion, &'a str, json::Column)>,
+}
+
+impl<'a> Columns<'a> {
+    pub fn of(companions: &'a [(Companion, String)], arrays: &[ArrayRef]) -> Result<Columns<'a>> {
+        let both = companions.iter().zip(arrays);
+        let columns =
+            both.map(|((companion, name), array)| Ok((*companion, name.as_str(), json::Column::of(array)?)));
+        Ok(Columns { columns: columns.collect::<Result<_>>()? })
+    }
+
+    /// Puts a row's companions where they belong. Error: what is wrong with the row.
+    pub fn attach(
+        &self,
+        row: usize,
+        mut conversation: Conversation,
+        reading: &mut Reading,
+    ) -> std::result::Result<(Conversation, Context), String> {
+        let mut context = Context::default();
+        for (companion, name, column) in &self.columns {
+            let value = column.value(row);
+            if is_nothing(&value) {
+                continue;
+            }
+            if let Conversation::PromptText { .. } | Conversation::Text(_) = conversation {
+                reading.without_template(name);
+                continue;
+            }
+            match companion {
+                Companion::System => add_system(&mut conversation, text(name, value)?)?,
+                Companion::Tools => context.tools = listed(name, value)?,
+                Companion::Functions if context.tools.is_none() => {
+                    context.tools = listed(name, value)?.map(|functions| Arc::new(as_tools(&functions)));
+                }
+                Companion::Functions => {}
+                Companion::Documents => context.documents = listed(name, value)?,
+                Companion::Variables => match parsed(name, value)? {
+                    Value::Object(variables) => context.variables = Some(Arc::new(variables)),
+                    other => return Err(format!("`{name}` is {other}; expected names and values")),
+                },
+            }
+        }
+        Ok((conversation, context))
+    }
+}
+
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+fn text(name: &str, value: Value) -> std::result::Result<String, String> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => Err(format!("`{name}` is {other}; expected text")),
+    }
+}
+
+/// JSON text is read.
+fn parsed(name: &str, value: Value) -> std::result::Result<Value, String> {
+    match value {
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("`{name}` is a text that is not JSON: {error}")),
+        other => Ok(other),
+    }
+}
+
+/// A list of objects; JSON text of it or of its items is read. An empty list is none.
+fn listed(name: &str, value: Value) -> std::result::Result<Option<Arc<Value>>, String> {
+    let items = match parsed(name, value)? {
+        Value::Array(items) => items,
+        item @ Value::Object(_) => vec![item],
+        Value::Null => return Ok(None),
+        other => return Err(format!("`{name}` is {other}; expected a list")),
+    };
+    let items: Vec<Value> =
+        items.into_iter().map(|item| parsed(name, item)).collect::<std::result::Result<_, _>>()?;
+    match items.iter().find(|item| !item.is_object()) {
+        Some(other) => Err(format!("`{name}` holds {other}; expected objects")),
+        None => Ok((!items.is_empty()).then(|| Arc::new(Value::Array(items)))),
+    }
+}
+
+fn as_tools(functions: &Value) -> Value {
+    let functions = functions.as_array().into_iter().flatten();
+    functions.map(|function| json!({"type": "function", "function": function})).collect()
+}
+
+/// The system turn comes first; one that is there already must say the same.
+fn add_system(conversation: &mut Conversation, text: String) -> std::result::Result<(), String> {
+    let messages = match conversation {
+        Conversation::Messages(messages) => messages,
+        Conversation::Prompt { prompt, .. } => prompt,
+        _ => unreachable!("texts have no turns"),
+    };
+    match messages.first() {
+        Some(first) if first.role == "system" && first.text() == text => {}
+        Some(first) if first.role == "system" && first.text().trim().is_empty() => {
+            messages[0] = Message::new("system", text);
+        }
+        Some(first) if first.role == "system" => {
+            return Err("the row has a system turn and a system column that says something else".into());
+        }
+        _ => messages.insert(0, Message::new("system", text)),
+    }
+    Ok(())
+}
+
+/// Why a companion's column cannot be read at all.
+pub fn refuses(schema: &Schema, companion: Companion, name: &str) -> Option<String> {
+    let field = schema.field_with_name(name).ok()?;
+    let kind = field.data_type();
+    let fits = match companion {
+        Companion::System => column::is_string(kind) || kind.is_null(),
+        _ => column::is_string(kind) || kind.is_nested() || kind.is_null(),
+    };
+    let needs = if companion == Companion::System { "text" } else { "a list or JSON text" };
+    (!fits).then(|| format!("`{name}` is {}; {needs} is needed", column::kind(kind)))
+}

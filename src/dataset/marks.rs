@@ -1,0 +1,224 @@
+//! Messages with invisible marks in them -> where each message stands in the text that a template makes of them.
+//!
+//! A mark is a few characters of Unicode's private use that no text has. They are put around everything that a message
+//! says, inside its white space and outside the tags of thoughts, so that a template which trims or splits still does the
+//! same. If the text without its marks is the text of the plain messages, the marks tell every place exactly; otherwise
+//! the template looks into what is said, and the marks say nothing.
+
+use super::Message;
+use serde_json::Value as Json;
+use std::ops::Range;
+
+/// Begins a mark; three more characters follow: message, piece, and which end it is.
+const MARK: char = '\u{10f0f0}';
+const BEGIN: char = '\u{10f0f1}';
+const END: char = '\u{10f0f2}';
+/// Numbers are characters from here on.
+const ZERO: u32 = 0xf_2000;
+/// Messages and pieces that have a character.
+const NUMBERS: usize = 0x8000;
+
+/// Tags around thoughts, which templates search for.
+const TAGS: [&str; 6] = ["<think>", "</think>", "<thought>", "</thought>", "[THINK]", "[/THINK]"];
+/// Fields of thoughts.
+pub(super) const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
+
+/// Which ends of a piece are marked: some templates look at how a text begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Ends {
+    Both,
+    Last,
+    First,
+}
+
+/// What a message says that was marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    Content,
+    Thoughts,
+    Calls,
+}
+
+/// Where a piece of a message stands in the text without marks.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Place {
+    pub message: usize,
+    pub part: Part,
+    piece: usize,
+    /// From its first mark to its last; empty where one end was marked.
+    pub range: Range<usize>,
+}
+
+/// The messages with marks; nothing is said twice by the same mark.
+pub(super) fn marked(messages: &[Message], ends: Ends) -> Option<Vec<Message>> {
+    if messages.len() > NUMBERS || messages.iter().any(holds_marks) {
+        return None;
+    }
+    Some(messages.iter().enumerate().map(|(index, message)| mark(message, index, ends)).collect())
+}
+
+fn holds_marks(message: &Message) -> bool {
+    message.text().contains(MARK) || message.extra.iter().any(|(_, value)| value.to_string().contains(MARK))
+}
+
+/// Only the assistant's turns are looked for.
+fn mark(message: &Message, index: usize, ends: Ends) -> Message {
+    let mut message = message.clone();
+    if message.role != "assistant" {
+        return message;
+    }
+    let mut pieces = Pieces { message: index, next: [0; 3], ends };
+    message.content = message.content.map(|content| pieces.text(&content, Part::Content));
+    for (name, value) in &mut message.extra {
+        match value {
+            Json::String(text) if THOUGHTS.contains(name) => *text = pieces.text(text, Part::Thoughts),
+            Json::Array(calls) if *name == "tool_calls" => {
+                calls.iter_mut().for_each(|call| pieces.call(call))
+            }
+            _ => {}
+        }
+    }
+    message
+}
+
+struct Pieces {
+    message: usize,
+    next: [usize; 3],
+    ends: Ends,
+}
+
+impl Pieces {
+    /// Marks what stands between the tags of thoughts.
+    fn text(&mut self, text: &str, part: Part) -> String {
+        let mut out = String::with_capacity(text.len() + 64);
+        let mut rest = text;
+        loop {
+            let found = TAGS.iter().filter_map(|tag| Some((rest.find(tag)?, *tag))).min_by_key(|(at, _)| *at);
+            let Some((at, tag)) = found else { break };
+            out += &self.piece(&rest[..at], part);
+            out += tag;
+            rest = &rest[at + tag.len()..];
+        }
+        out + &self.piece(rest, part)
+    }
+
+    fn piece(&mut self, text: &str, part: Part) -> String {
+        let core = text.trim();
+        if core.is_empty() || self.next[part as usize] >= NUMBERS / 4 {
+            return text.to_owned();
+        }
+        let number = part as usize * (NUMBERS / 4) + self.next[part as usize];
+        self.next[part as usize] += 1;
+        let before = &text[..text.len() - text.trim_start().len()];
+        let after = &text[text.trim_end().len()..];
+        let one = |wanted: Ends, end| match self.ends == Ends::Both || self.ends == wanted {
+            true => [MARK, character(self.message), character(number), end].iter().collect(),
+            false => String::new(),
+        };
+        format!("{before}{}{core}{}{after}", one(Ends::First, BEGIN), one(Ends::Last, END))
+    }
+
+    /// The name of a called function is always written.
+    fn call(&mut self, call: &mut Json) {
+        let function = match call.get("function") {
+            Some(Json::Object(_)) => &mut call["function"],
+            _ => call,
+        };
+        if let Some(Json::String(name)) = function.get("name") {
+            let name = self.piece(name, Part::Calls);
+            function["name"] = name.into();
+        }
+    }
+}
+
+fn character(number: usize) -> char {
+    char::from_u32(ZERO + number as u32).expect("below `NUMBERS`")
+}
+
+fn number(character: char) -> Option<usize> {
+    let number = (character as u32).checked_sub(ZERO)? as usize;
+    (number < NUMBERS).then_some(number)
+}
+
+/// Cuts the marks out: the text, and its places in order. `None` where marks were damaged.
+pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
+    let mut text = String::with_capacity(marked.len());
+    let mut places: Vec<Place> = Vec::new();
+    let mut rest = marked;
+    while let Some((before, after)) = rest.split_once(MARK) {
+        text.push_str(before);
+        let mut characters = after.chars();
+        let (message, piece) = (number(characters.next()?)?, number(characters.next()?)?);
+        let end = characters.next()?;
+        rest = characters.as_str();
+        let part = [Part::Content, Part::Thoughts, Part::Calls][(piece / (NUMBERS / 4)).min(2)];
+        let known = places.iter_mut().rev().find(|place| (place.piece, place.message) == (piece, message));
+        match (known, end) {
+            // A piece that is written twice counts where it stands first.
+            (Some(place), END) if place.range.is_empty() => place.range.end = text.len(),
+            (Some(_), _) => {}
+            (None, BEGIN | END) => {
+                places.push(Place { message, part, piece, range: text.len()..text.len() });
+            }
+            (None, _) => return None,
+        }
+    }
+    text.push_str(rest);
+    Some((text, places))
+}
+
+/// Places by their first ends and the same by their last ends; `None` where they do not fit each other.
+pub(super) fn joined(first: Vec<Place>, last: Vec<Place>) -> Option<Vec<Place>> {
+    let whole = |place: Place| {
+        let same = |other: &&Place| (other.message, other.piece) == (place.message, place.piece);
+        let end = last.iter().find(same)?.range.end;
+        (place.range.start <= end).then(|| Place { range: place.range.start..end, ..place })
+    };
+    first.into_iter().map(whole).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_stand_inside_white_space_and_outside_tags() {
+        let message = Message::new("assistant", " <think>\nhm\n</think>\n\nFour \n");
+        let user = Message::new("user", "2+2?");
+        let marked = marked(&[user, message], Ends::Both).unwrap();
+        assert_eq!(marked[0].text(), "2+2?");
+        let (text, places) = cut(marked[1].text()).unwrap();
+        assert_eq!(text, " <think>\nhm\n</think>\n\nFour \n");
+        let said: Vec<&str> = places.iter().map(|place| &text[place.range.clone()]).collect();
+        assert_eq!(said, ["hm", "Four"]);
+        assert!(places.iter().all(|place| place.message == 1 && place.part == Part::Content));
+        assert!(marked[1].text().contains("<think>\n") && marked[1].text().starts_with(" <think>"));
+    }
+
+    #[test]
+    fn thoughts_and_calls_have_marks_of_their_own() {
+        let mut message = Message::new("assistant", "x");
+        message.extra.push(("reasoning_content", "why".into()));
+        let calls = serde_json::json!([{"function": {"name": "f", "arguments": {}}}, {"name": "g"}]);
+        message.extra.push(("tool_calls", calls));
+        let marked = marked(&[message], Ends::Last).unwrap();
+        let all = format!("{}{}{}", marked[0].text(), marked[0].extra[0].1, marked[0].extra[1].1);
+        let (text, places) = cut(&all).unwrap();
+        assert!(!text.contains(MARK));
+        let parts: Vec<Part> = places.iter().map(|place| place.part).collect();
+        assert_eq!(parts, [Part::Content, Part::Thoughts, Part::Calls, Part::Calls]);
+    }
+
+    #[test]
+    fn a_text_that_holds_marks_is_not_marked() {
+        assert!(marked(&[Message::new("user", MARK.to_string())], Ends::Both).is_none());
+        assert!(cut(&format!("a{MARK}b")).is_none());
+    }
+
+    #[test]
+    fn what_is_written_twice_counts_where_it_stands_first() {
+        let marked = marked(&[Message::new("assistant", "a")], Ends::Both).unwrap();
+        let (text, places) = cut(&format!("1{0}2{0}3", marked[0].text())).unwrap();
+        assert_eq!((text.as_str(), places[0].range.clone(), places.len()), ("1a2a3", 1..2, 1));
+    }
+}

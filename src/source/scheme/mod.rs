@@ -1,0 +1,300 @@
+//! Addresses of object stores -> signed requests for objects, and lists of objects. A scheme is one file here and one line
+//! in `SCHEMES`.
+//!
+//! Credentials and signatures are the `object_store` crate's. It is asked for an object as usual, but what it would send is
+//! caught and sent by `http`, so that attempts, resuming, verification and the cache are those of every other download.
+//! Its own requests (lists, tokens) pass a client of their own: only there may an address be link-local, since clouds
+//! answer there for the identity of a pod or machine. No address that somebody writes as a source ever reaches it.
+
+mod az;
+mod gs;
+mod s3;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use object_store::client::{
+    ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
+    HttpService,
+};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore, RetryConfig};
+use reqwest::header::HeaderMap;
+use url::Url;
+
+use super::http::Validators;
+use super::{Options, describe, tls};
+use crate::fault::{Fault, Result};
+
+const SCHEMES: [&Scheme; 3] = [&s3::SCHEME, &gs::SCHEME, &az::SCHEME];
+/// LIMIT: one page of a list, or a token.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// LIMIT: objects below one address.
+const OBJECTS_MAX: usize = 100_000;
+
+/// One kind of object store.
+pub(super) struct Scheme {
+    /// Of its addresses: `s3` in `s3://BUCKET/KEY`.
+    pub name: &'static str,
+    /// What to do where access is refused.
+    pub help: &'static str,
+    /// The store of a bucket, as the environment sets it up.
+    open: fn(bucket: &str, Caught) -> object_store::Result<Arc<dyn ObjectStore>>,
+}
+
+/// The scheme of an address, if it is an object store's.
+pub(super) fn of(url: &Url) -> Option<&'static Scheme> {
+    SCHEMES.into_iter().find(|scheme| scheme.name == url.scheme())
+}
+
+/// Whether addresses `NAME://` are known here.
+pub(super) fn is_known(name: &str) -> bool {
+    SCHEMES.iter().any(|scheme| scheme.name == name)
+}
+
+/// An object as a list tells it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Object {
+    pub url: Url,
+    /// Its key behind the address that was listed.
+    pub name: String,
+    pub bytes: u64,
+    /// Names the version where the store has such.
+    pub etag: Option<String>,
+}
+
+/// The stores of one `fetch`, each opened once, so that its token serves all objects.
+pub(super) struct Stores {
+    client: reqwest::Client,
+    open: RefCell<HashMap<String, Arc<dyn ObjectStore>>>,
+}
+
+impl Stores {
+    pub fn new(options: &Options) -> Result<Stores> {
+        let client = tls::client_builder(options.ca_file.as_deref())?
+            .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(options.connect_timeout)
+            .read_timeout(options.read_timeout)
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|error| {
+                Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error)))
+            })?;
+        Ok(Stores { client, open: RefCell::default() })
+    }
+
+    /// Where an object is, and the headers that open it: of all of it, or of what is missing of a version.
+    ///
+    /// # Errors
+    /// Auth: no credentials. Config: the environment says something unusable.
+    pub async fn request(
+        &self,
+        url: &Url,
+        have: u64,
+        version: &Validators,
+        cached: Option<&Validators>,
+    ) -> Result<(Url, HeaderMap)> {
+        let caught = Catch::default();
+        let resumed = version.etag.clone().filter(|_| have > 0 && version.for_range().is_some());
+        let mut options = GetOptions {
+            range: resumed.is_some().then_some(GetRange::Offset(have)),
+            if_match: resumed,
+            if_none_match: cached.and_then(|validators| validators.etag.clone()),
+            ..GetOptions::default()
+        };
+        options.extensions.insert(caught.clone());
+        let failed = self.store(url)?.get_opts(&key(url)?, options).await.err();
+        let request = caught.0.lock().expect("nobody panics with it").take();
+        let Some(request) = request else {
+            return Err(match failed {
+                Some(error) => refused(url, &error),
+                None => Fault::internal("a request passed that should have been caught"),
+            });
+        };
+        let address = Url::parse(&request.uri().to_string())
+            .map_err(|error| Fault::config(format!("{url}: its endpoint gives no valid URL: {error}")))?;
+        let mut headers = request.headers().clone();
+        headers.remove(reqwest::header::HOST);
+        headers.remove(reqwest::header::CONTENT_LENGTH);
+        Ok((address, headers))
+    }
+
+    /// Every object below an address, sorted by its key.
+    pub async fn list(&self, url: &Url) -> Result<Vec<Object>> {
+        let prefix = key(url)?;
+        let store = self.store(url)?;
+        let mut found = store.list(Some(&prefix));
+        let mut objects = Vec::new();
+        while let Some(object) = found.try_next().await.map_err(|error| refused(url, &error))? {
+            let name = object.location.as_ref().strip_prefix(prefix.as_ref()).unwrap_or_default();
+            let mut of_object = url.clone();
+            of_object.set_path(&format!("/{}", escaped(object.location.as_ref())));
+            let name = name.trim_start_matches('/').to_owned();
+            objects.push(Object { url: of_object, name, bytes: object.size, etag: object.e_tag });
+            if objects.len() > OBJECTS_MAX {
+                return Err(Fault::data(format!("{url}: more than {OBJECTS_MAX} objects below it"))
+                    .help("name the folder that holds the data files"));
+            }
+        }
+        objects.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(objects)
+    }
+
+    fn store(&self, url: &Url) -> Result<Arc<dyn ObjectStore>> {
+        let bucket = url.host_str().unwrap_or_default();
+        let name = format!("{}://{bucket}", url.scheme());
+        if let Some(store) = self.open.borrow().get(&name) {
+            return Ok(store.clone());
+        }
+        let scheme = of(url).ok_or_else(|| Fault::internal(format!("{name} is no object store")))?;
+        let store =
+            (scheme.open)(bucket, Caught(self.client.clone())).map_err(|error| refused(url, &error))?;
+        self.open.borrow_mut().insert(name, store.clone());
+        Ok(store)
+    }
+}
+
+/// What a store's settings have in common: no retries of caught requests, few of others.
+fn retries() -> RetryConfig {
+    RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(30), ..RetryConfig::default() }
+}
+
+fn key(url: &Url) -> Result<Path> {
+    Path::from_url_path(url.path())
+        .map_err(|error| Fault::config(format!("{url}: not the name of an object: {error}")))
+}
+
+/// A key as the path of a URL; what `Url` would take for a query or a fragment is escaped.
+fn escaped(key: &str) -> String {
+    key.replace('%', "%25").replace('?', "%3F").replace('#', "%23")
+}
+
+fn refused(url: &Url, error: &object_store::Error) -> Fault {
+    use object_store::Error as E;
+    let help = of(url).map_or("", |scheme| scheme.help);
+    let told = without_queries(&innermost(error));
+    match error {
+        E::NotFound { .. } => {
+            Fault::data(format!("{url}: there is no such bucket or object: {told}")).help(help)
+        }
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+            Fault::auth(format!("{url}: access refused: {told}")).help(help)
+        }
+        _ if told.contains("onnect") || told.contains("timed out") => {
+            Fault::network(format!("{url}: no answer for a list of objects or for credentials: {told}"))
+                .help(help)
+        }
+        _ => Fault::auth(format!("{url}: no usable credentials or settings: {told}")).help(help),
+    }
+}
+
+fn innermost(error: &object_store::Error) -> String {
+    let chain = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    chain.last().map(|error| describe::printable(&error.to_string())).unwrap_or_default()
+}
+
+/// Queries may hold signatures.
+fn without_queries(text: &str) -> String {
+    let cut = |word: &str| match word.contains("://") {
+        true => word.split('?').next().unwrap_or_default().to_owned(),
+        false => word.to_owned(),
+    };
+    text.split(' ').map(cut).collect::<Vec<_>>().join(" ")
+}
+
+/// Put into a request's extensions: it is kept here and not sent.
+#[derive(Clone, Default)]
+struct Catch(Arc<Mutex<Option<HttpRequest>>>);
+
+/// The tree's HTTP client, for what is not caught.
+#[derive(Clone, Debug)]
+struct Caught(reqwest::Client);
+
+impl HttpConnector for Caught {
+    fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(self.clone()))
+    }
+}
+
+type Answered<'a> = Pin<Box<dyn Future<Output = std::result::Result<HttpResponse, HttpError>> + Send + 'a>>;
+
+impl HttpService for Caught {
+    fn call<'a, 'b>(&'a self, request: HttpRequest) -> Answered<'b>
+    where
+        'a: 'b,
+        Self: 'b,
+    {
+        Box::pin(async move {
+            if let Some(catch) = request.extensions().get::<Catch>().cloned() {
+                *catch.0.lock().expect("nobody panics with it") = Some(request);
+                return Err(HttpError::new(HttpErrorKind::Unknown, Kept));
+            }
+            self.send(request).await
+        })
+    }
+}
+
+impl Caught {
+    async fn send(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
+        let (parts, body) = request.into_parts();
+        let failed = |error: reqwest::Error| HttpError::new(kind(&error), error.without_url());
+        let mut sent = self.0.request(parts.method, parts.uri.to_string()).headers(parts.headers);
+        if let Some(bytes) = body.as_bytes().filter(|bytes| !bytes.is_empty()) {
+            sent = sent.body(bytes.clone());
+        }
+        let mut response = sent.send().await.map_err(failed)?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let mut content = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(failed)? {
+            content.extend_from_slice(&chunk);
+            if content.len() > ANSWER_BYTES_MAX {
+                return Err(HttpError::new(HttpErrorKind::Decode, TooLong));
+            }
+        }
+        let mut answer = HttpResponse::new(content.into());
+        *answer.status_mut() = status;
+        *answer.headers_mut() = headers;
+        Ok(answer)
+    }
+}
+
+fn kind(error: &reqwest::Error) -> HttpErrorKind {
+    match error {
+        error if error.is_timeout() => HttpErrorKind::Timeout,
+        error if error.is_connect() => HttpErrorKind::Connect,
+        error if error.is_request() => HttpErrorKind::Request,
+        _ => HttpErrorKind::Interrupted,
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the request is kept, not sent")]
+struct Kept;
+
+#[derive(Debug, thiserror::Error)]
+#[error("an answer of more than {ANSWER_BYTES_MAX} bytes")]
+struct TooLong;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_never_shown() {
+        assert_eq!(without_queries("GET https://h/a?sig=secret failed"), "GET https://h/a failed");
+    }
+
+    #[test]
+    fn keys_stay_what_they_are() {
+        let mut url = Url::parse("s3://bucket/a").unwrap();
+        for name in ["data/a b.parquet", "data/100%.parquet", "data/what?.parquet", "data/é#1.parquet"] {
+            url.set_path(&format!("/{}", escaped(name)));
+            assert_eq!(key(&url).unwrap().as_ref(), Path::from(name).as_ref(), "{url}");
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Datasets and adapters as people have them, run with the real binary: what is learned of them, what is warned about, and
+//! what is refused with which words. Each situation is one that users of fine-tuning tools reported.
+
+#[path = "support/job.rs"]
+mod job;
+
+use std::path::{Path, PathBuf};
+
+use expect_test::{Expect, expect};
+use job::Work;
+
+const CONFIG: &str = "training_config:
+  QuantizationConfig: {load_in_4bit: true, bnb_4bit_quant_type: nf4}
+  LoraConfig: {r: 4, lora_alpha: 8}
+  TrainingArguments: {max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1, learning_rate: 0.001, save_strategy: \"no\"}
+  DatasetConfig: {shuffle_dataset: false, train_test_split: 1}
+";
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/rows").join(name)
+}
+
+/// A folder with `model/`, `config.yaml` and a fixture as `data.parquet`.
+fn work(data: &str) -> Work {
+    let work = Work::new();
+    copy(&work, "tiny", "model");
+    work.write("config.yaml", CONFIG);
+    work.write("data.parquet", std::fs::read(fixture(data)).unwrap());
+    work
+}
+
+fn copy(work: &Work, from: &str, to: &str) {
+    for entry in std::fs::read_dir(fixture(from)).unwrap().map(|entry| entry.unwrap()) {
+        let name = format!("{to}/{}", entry.file_name().to_str().unwrap());
+        work.write(&name, std::fs::read(entry.path()).unwrap());
+    }
+}
+
+/// The line of what was learned, the warnings, and the fault, of a run with these further arguments.
+fn said(work: &Work, arguments: &str) -> String {
+    const RUN: &str =
+        "run --log terminal --model model --data data.parquet --config config.yaml --output out --device cpu";
+    let ended = work.run(&RUN.split(' ').chain(arguments.split_whitespace()).collect::<Vec<_>>());
+    let told = |line: &&str| line.contains(" learned;") || line.contains("warning");
+    let said: Vec<&str> = ended.stderr.lines().filter(told).collect();
+    let fault = ended.stderr.find("error (").map_or("", |at| &ended.stderr[at..]);
+    format!("{}\n{}exit {}\n", said.join("\n"), fault, ended.code.unwrap_or(-1))
+}
+
+fn check(data: &str, arguments: &str, expected: Expect) {
+    expected.assert_eq(&said(&work(data), arguments));
+}
+
+#[test]
+fn names_come_in_any_pairing() {
+    check(
+        "plain.parquet",
+        "",
+        expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "conversations-role-content.parquet",
+        "",
+        expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+}
+
+#[test]
+fn lists_of_any_kind_are_read_together() {
+    let work = work("lists.parquet");
+    work.write("more.parquet", std::fs::read(fixture("large-lists.parquet")).unwrap());
+    expect![[r#"
+        tokenize  8 rows: 272 tokens, 136 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(&work, "--data more.parquet"));
+}
+
+#[test]
+fn a_bad_row_is_refused_or_dropped_as_asked() {
+    check(
+        "one-empty-answer.parquet",
+        "",
+        expect![[r#"
+
+        error (data, exit code 11): 1 of 5 rows cannot be used:
+          1 x the assistant's content is empty (data.parquet:4)
+          help: correct these rows, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)
+        exit 11
+    "#]],
+    );
+    check(
+        "one-empty-answer.parquet",
+        "--bad-rows drop",
+        expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "one-empty-answer.parquet",
+        "--bad-rows drop --bad-rows-max 0.1",
+        expect![[r#"
+
+        error (data, exit code 11): 1 of 5 rows cannot be used, which is more than may be dropped (bad_rows_max: 0.1):
+          1 x the assistant's content is empty (data.parquet:4)
+          help: correct these rows, or raise bad_rows_max (places are file:row, counted from 0)
+        exit 11
+    "#]],
+    );
+}
+
+#[test]
+fn an_empty_system_turn_is_shown_as_the_template_writes_it() {
+    check(
+        "empty-system.parquet",
+        "",
+        expect![[r#"
+        tokenize  4 rows: 84 tokens, 12 of them learned; longest 21, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+}
+
+#[test]
+fn tools_and_system_columns_reach_the_template() {
+    let template = fixture("tools.jinja").display().to_string();
+    let with = format!("--set ModelConfig.chat_template={template}");
+    check(
+        "tools.parquet",
+        &with,
+        expect![[r#"
+        tokenize  3 rows: 735 tokens, 141 of them learned; longest 245, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "tools.parquet",
+        "",
+        expect![[r#"
+        tokenize  3 rows: 201 tokens, 141 of them learned; longest 67, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "system-column.parquet",
+        "",
+        expect![[r#"
+        tokenize  3 rows: 138 tokens, 9 of them learned; longest 46, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+}
+
+#[test]
+fn parts_of_a_content_are_joined_and_numbers_refused() {
+    check(
+        "parts.parquet",
+        "",
+        expect![[r#"
+        tokenize  3 rows: 57 tokens, 12 of them learned; longest 19, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "number-as-completion.parquet",
+        "",
+        expect![[r#"
+
+        error (data, exit code 11): data.parquet: `completion` is Int64; text is needed; columns found: `prompt`: Utf8, `completion`: Int64
+          help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field
+        exit 11
+    "#]],
+    );
+}
+
+#[test]
+fn an_end_that_is_not_learned_is_told() {
+    let template = fixture("no-stop.jinja").display().to_string();
+    check(
+        "plain.parquet",
+        &format!("--set ModelConfig.chat_template={template}"),
+        expect![[r#"
+        tokenize  4 rows: 136 tokens, 64 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    check(
+        "letters.parquet",
+        "",
+        expect![[r#"
+        tokenize  4 rows: 36 tokens, 16 of them learned; longest 9, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+}
+
+#[test]
+fn short_answers_are_found_where_they_stand() {
+    check(
+        "short-answers.parquet",
+        "",
+        expect![[r#"
+        tokenize  2 rows: 64 tokens, 14 of them learned; longest 35, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+    let labels = ["labels-end-first.parquet", "labels-end-last.parquet"].map(|labels| {
+        let work = work(labels);
+        work.copy("phi3/model", "model");
+        said(&work, "")
+    });
+    assert_eq!(labels[0], labels[1], "the same answers in another order");
+    expect![[r#"
+        tokenize  2 rows: 46 tokens, 16 of them learned; longest 23, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&labels[0]);
+}
+
+#[test]
+fn a_beginning_token_is_not_doubled() {
+    check(
+        "text-with-bos.parquet",
+        "",
+        expect![[r#"
+        tokenize  4 rows: 36 tokens, 32 of them learned; longest 9, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]],
+    );
+}
+
+#[test]
+fn named_templates_without_a_default_are_listed_and_can_be_chosen() {
+    let work = work("plain.parquet");
+    work.write("model/tokenizer_config.json", std::fs::read(fixture("no-default-template.json")).unwrap());
+    expect![[r#"
+
+        error (config, exit code 10): the model has chat templates by name (tool_use, rag), but none that is called default
+          help: choose one, such as ModelConfig.chat_template: tool_use
+        exit 10
+    "#]].assert_eq(&said(&work, ""));
+    expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(&work, "--set ModelConfig.chat_template=rag"));
+}
+
+#[test]
+fn runs_that_cannot_learn_are_refused() {
+    check(
+        "plain.parquet",
+        "--set LoraConfig.lora_alpha=0",
+        expect![[r#"
+
+        error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
+        exit 10
+    "#]],
+    );
+    check(
+        "plain.parquet",
+        "--set TrainingArguments.learning_rate=0",
+        expect![[r#"
+
+        error (config, exit code 10): --set: TrainingArguments.learning_rate: 0 changes nothing, so that nothing would be learned
+          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
+        exit 10
+    "#]],
+    );
+    check(
+        "plain.parquet",
+        "--set TrainingArguments.max_steps=1 --set TrainingArguments.warmup_steps=5",
+        expect![[r#"
+            tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+            error (config, exit code 10): the learning rate is zero in every one of 1 steps (warm-up takes 5): nothing would be learned
+              help: train more steps (num_train_epochs, max_steps), or lower warmup_steps and warmup_ratio
+            exit 10
+        "#]],
+    );
+}
+
+#[test]
+fn names_of_wrappers_are_understood() {
+    let compiled = work("plain.parquet");
+    compiled.write("model/model.safetensors", std::fs::read(fixture("compiled.safetensors")).unwrap());
+    expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(&compiled, ""));
+    let adapter = work("plain.parquet");
+    copy(&adapter, "adapter-compiled", "adapter");
+    expect![[r#"
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(&adapter, "--init-adapter adapter"));
+}
+
+#[test]
+fn an_adapter_of_another_model_is_told_by_its_file() {
+    let work = work("plain.parquet");
+    copy(&work, "adapter-compiled", "adapter");
+    let bytes = work.read("adapter/adapter_model.safetensors");
+    let renamed = String::from_utf8_lossy(&bytes).contains("self_attn");
+    assert!(renamed, "the fixture has attention modules");
+    let other: Vec<u8> = replaced(&bytes, b"self_attn", b"self_moon");
+    work.write("adapter/adapter_model.safetensors", other);
+    expect![[r#"
+
+        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's: LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1; name some of them (the last part is enough), or "all-linear"
+          help: the adapter to start from must be of the same base model
+        exit 12
+    "#]].assert_eq(&said(&work, "--init-adapter adapter"));
+}
+
+/// Bytes with every `from` as `to`, which is as long.
+fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for at in 0..bytes.len() - from.len() {
+        if bytes[at..].starts_with(from) {
+            bytes[at..at + from.len()].copy_from_slice(to);
+        }
+    }
+    bytes
+}
