@@ -27,6 +27,7 @@ pub mod run_folder;
 pub mod plan;
 pub mod inspect;
 pub mod job;
+pub mod serving;
 pub mod workspace;
 pub mod controller;
 pub mod kaito;

@@ -18,7 +18,7 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt};
+use hone::{bench, controller, example, fetch, inspect, interrupt, serving};
 
 /// Prints a line; a reader that went away is no reason to fail.
 macro_rules! say {
@@ -67,7 +67,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         }
     };
     // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
-    let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_));
+    let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_) | Command::Serve { .. });
     let bars = match invocation.log {
         Log::Auto if job => None,
         Log::Auto => Some(true),
@@ -146,6 +146,10 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
     match command {
         Command::Run(request) => run(request, report).map(Some),
+        Command::Serve { request, options } => {
+            let plan = plan::serving(&spec::gather(request, &environment)?)?;
+            serving::run(&plan, options, report).map(|()| None)
+        }
         Command::Model { about, format } => model(about, *format, report).map(|()| None),
         Command::Plan { request, format, gpu } => {
             show(&resolve(request)?, *format, gpu.as_deref()).map(|()| None)

@@ -106,8 +106,7 @@ fn say(request: &Request, words: &[u32], pause: Duration, broken: bool, sender: 
             break;
         }
     }
-    let usage =
-        Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, generated_tokens: said };
+    let usage = Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, generated_tokens: said };
     sender.send(Event::Finished(finish, usage))
 }
 
@@ -168,7 +167,9 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         defaults,
         mixes: vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])],
         raw_chat: setting.raw_chat,
-        bring: setting.changes.then(|| -> hone::server::model::Bring { Arc::new(|path| Ok(PathBuf::from(path))) }),
+        bring: setting
+            .changes
+            .then(|| -> hone::server::model::Bring { Arc::new(|path| Ok(PathBuf::from(path))) }),
     };
     let server = Server::start(&setting.options).unwrap();
     server.ready(Arc::new(model));
@@ -192,7 +193,10 @@ impl Reply {
         let events: Vec<&str> = self.body.split("\n\n").filter(|event| !event.is_empty()).collect();
         let (last, events) = events.split_last().unwrap();
         assert_eq!(*last, "data: [DONE]");
-        events.iter().map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap()).collect()
+        events
+            .iter()
+            .map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap())
+            .collect()
     }
 }
 
@@ -269,7 +273,10 @@ fn a_conversation_is_answered_whole_and_as_a_stream() {
     assert_eq!(reply.status, 200, "{}", reply.body);
     let whole = reply.json();
     assert_eq!(whole["choices"][0]["message"]["content"], SAID);
-    assert_eq!((&whole["choices"][0]["finish_reason"], &whole["object"]), (&json!("stop"), &json!("chat.completion")));
+    assert_eq!(
+        (&whole["choices"][0]["finish_reason"], &whole["object"]),
+        (&json!("stop"), &json!("chat.completion"))
+    );
     let words = engine.words.len();
     assert_eq!(whole["usage"]["completion_tokens"], words);
     let seen = engine.seen.lock().unwrap()[0].clone();
@@ -295,13 +302,24 @@ fn a_conversation_is_answered_whole_and_as_a_stream() {
 #[test]
 fn stops_limits_and_extensions_do_what_they_say() {
     let (server, engine) = start(Setting::default());
-    let ask = |more: Value| post(&server, "/v1/chat/completions", with(question(), more)).json()["choices"][0].clone();
+    let ask = |more: Value| {
+        post(&server, "/v1/chat/completions", with(question(), more)).json()["choices"][0].clone()
+    };
     assert_eq!(ask(json!({"stop": ["answer"]}))["message"]["content"], "Grüße 🙂, the ");
     let short = ask(json!({"max_tokens": 3}));
     assert_eq!(short["finish_reason"], "length");
     let more = ask(json!({"ignore_eos": true, "max_tokens": 60, "min_tokens": 60, "return_token_ids": true}));
     assert_eq!((more["token_ids"].as_array().unwrap().len(), &more["finish_reason"]), (60, &json!("length")));
-    assert!(!engine.seen.lock().unwrap().last().unwrap().stop_tokens.contains(&engine.words[engine.words.len() - 1]));
+    assert!(
+        !engine
+            .seen
+            .lock()
+            .unwrap()
+            .last()
+            .unwrap()
+            .stop_tokens
+            .contains(&engine.words[engine.words.len() - 1])
+    );
     let scores = ask(json!({"logprobs": true, "top_logprobs": 2, "max_tokens": 1}));
     let first = &scores["logprobs"]["content"][0];
     assert_eq!((&first["logprob"], first["top_logprobs"].as_array().unwrap().len()), (&json!(-0.5), 2));
@@ -310,7 +328,10 @@ fn stops_limits_and_extensions_do_what_they_say() {
     let seen = engine.seen.lock().unwrap().last().unwrap().clone();
     let tokenizer = Tokenizer::open(&model_folder()).unwrap();
     assert!(tokenizer.decode(&seen.prompt, false).contains("[look]"));
-    assert_eq!((seen.sampling.temperature, seen.sampling.bias, seen.sampling.top_k), (0.0, vec![(5, -100.0)], 0));
+    assert_eq!(
+        (seen.sampling.temperature, seen.sampling.bias, seen.sampling.top_k),
+        (0.0, vec![(5, -100.0)], 0)
+    );
 }
 
 #[test]
@@ -325,9 +346,13 @@ fn adapters_are_chosen_by_name_by_mix_and_by_strength() {
     assert_eq!(asked(json!({})), []);
     assert_eq!(asked(json!({"model": "a"})), [("a".into(), 1.0)]);
     assert_eq!(asked(json!({"model": "both"})), [("a".into(), 0.75), ("b".into(), 0.25)]);
-    assert_eq!(asked(json!({"adapters": [{"name": "b", "strength": 0.5}, {"name": "a"}]})), [("b".into(), 0.5), ("a".into(), 1.0)]);
+    assert_eq!(
+        asked(json!({"adapters": [{"name": "b", "strength": 0.5}, {"name": "a"}]})),
+        [("b".into(), 0.5), ("a".into(), 1.0)]
+    );
     let models = get(&server, "/v1/models").json();
-    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    let ids: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["base", "a", "b", "both"]);
     assert_eq!(get(&server, "/v1/models/a").json()["parent"], "base");
     assert_eq!(get(&server, "/v1/models/c").status, 404);
@@ -343,14 +368,18 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
         assert_eq!(reply.status, 200, "{}", reply.body);
         reply.json()
     };
-    for (prompt, choices) in [(json!("x"), 1), (json!(["x", "y"]), 2), (json!(ids), 1), (json!([ids, ids, ids]), 3)] {
+    for (prompt, choices) in
+        [(json!("x"), 1), (json!(["x", "y"]), 2), (json!(ids), 1), (json!([ids, ids, ids]), 3)]
+    {
         let answer = ask(json!({"prompt": prompt, "max_tokens": 100}));
         let list = answer["choices"].as_array().unwrap();
         assert_eq!(list.len(), choices);
         assert!(list.iter().enumerate().all(|(at, choice)| choice["index"] == at && choice["text"] == SAID));
     }
     // What lm-evaluation-harness sends.
-    let answer = ask(json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}));
+    let answer = ask(
+        json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}),
+    );
     let scores = &answer["choices"][0]["logprobs"];
     let list = scores["token_logprobs"].as_array().unwrap();
     assert_eq!(list.len(), ids.len() + 1);
@@ -362,7 +391,8 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
         assert_eq!(best, -0.5);
     }
     assert_eq!(engine.seen.lock().unwrap().last().unwrap().prompt, ids);
-    let streamed = post(&server, "/v1/completions", json!({"prompt": "x", "max_tokens": 50, "stream": true})).events();
+    let streamed =
+        post(&server, "/v1/completions", json!({"prompt": "x", "max_tokens": 50, "stream": true})).events();
     let text: String = streamed.iter().map(|event| event["choices"][0]["text"].as_str().unwrap()).collect();
     assert_eq!(text, SAID);
 }
@@ -376,7 +406,10 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
     let seen = engine.seen.lock().unwrap().last().unwrap().clone();
     assert_eq!((seen.sampling.temperature, seen.max_tokens), (0.0, 200 - seen.prompt.len()));
     let missing = post(&server, "/chat", json!({}));
-    assert_eq!((missing.status, &missing.json()["detail"]), (400, &json!("Text generation parameter prompt required")));
+    assert_eq!(
+        (missing.status, &missing.json()["detail"]),
+        (400, &json!("Text generation parameter prompt required"))
+    );
     let (raw, engine) = start(Setting { raw_chat: true, ..Setting::default() });
     assert_eq!(post(&raw, "/chat", asked).json(), json!({"Result": format!("YOUR QUESTION HERE{SAID}")}));
     post(&raw, "/chat", json!({"prompt": "x"}));
@@ -397,7 +430,12 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"messages": "hi"}), 400, "messages", "expected a list"),
         (json!({"messages": [{"role": "robot", "content": "x"}]}), 400, "messages[0]", "unknown"),
         (json!({"messages": [{"role": "user", "content": 5}]}), 400, "messages[0]", "string"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), 400, "messages[0]", "text"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            400,
+            "messages[0]",
+            "text",
+        ),
         (json!({"messages": [{"role": "user", "content": long}]}), 400, "", "context length is 300"),
         (json!({"max_tokens": 0}), 400, "max_tokens", "from 1"),
         (json!({"max_tokens": -1}), 400, "max_tokens", "from 1"),
@@ -423,7 +461,12 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"response_format": {"type": "json_object"}}), 400, "response_format", "not supported"),
         (json!({"tool_choice": "required"}), 400, "tool_choice", "not supported"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
-        (json!({"continue_final_message": true, "add_generation_prompt": true}), 400, "continue_final_message", "exclude"),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": true}),
+            400,
+            "continue_final_message",
+            "exclude",
+        ),
     ];
     for (more, status, param, word) in cases {
         let reply = post(&server, chat, with(question(), more.clone()));
@@ -450,7 +493,8 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         assert_eq!(reply.status, 400, "{body}");
         assert!(reply.json()["error"]["message"].as_str().unwrap().contains(word), "{body}: {}", reply.body);
     }
-    let broken: [&[u8]; 6] = [b"", b"{", b"[1]", b"\"x\"", b"{\"a\": \"\xff\xfe\"}", b"{\"prompt\": \"\\ud800\"}"];
+    let broken: [&[u8]; 6] =
+        [b"", b"{", b"[1]", b"\"x\"", b"{\"a\": \"\xff\xfe\"}", b"{\"prompt\": \"\\ud800\"}"];
     for body in broken {
         assert_eq!(post_bytes(&server, "/v1/completions", body).status, 400, "{body:?}");
     }
@@ -466,7 +510,10 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
 #[test]
 fn the_parser_survives_what_is_random() {
     let (server, _) = start(Setting::default());
-    let good = with(question(), json!({"stop": ["x"], "logit_bias": {"3": 1}, "adapters": [{"name": "a", "strength": 1}], "stream": false}));
+    let good = with(
+        question(),
+        json!({"stop": ["x"], "logit_bias": {"3": 1}, "adapters": [{"name": "a", "strength": 1}], "stream": false}),
+    );
     let good = good.to_string().into_bytes();
     let pieces: [&[u8]; 8] = [b"null", b"-1", b"1e999", b"\"", b"{}", b"[]", b"\\u0000", b"\xf0\x9f"];
     let mut state = 88_172_645_463_325_252u64;
@@ -499,10 +546,14 @@ fn the_parser_survives_what_is_random() {
 
 #[test]
 fn large_bodies_and_headers_are_refused() {
-    let options = Options { listen: "127.0.0.1:0".parse().unwrap(), body_bytes_max: 1 << 20, ..Options::default() };
+    let options =
+        Options { listen: "127.0.0.1:0".parse().unwrap(), body_bytes_max: 1 << 20, ..Options::default() };
     let (server, _) = start(Setting { options, ..Setting::default() });
     let big = vec![b' '; 2 << 20];
-    let told = format!("POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", big.len());
+    let told = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        big.len()
+    );
     assert_eq!(send(server.address(), told.as_bytes()).status, 413);
     let chunk = [format!("{:x}\r\n", big.len()).as_bytes(), &big, b"\r\n0\r\n\r\n"].concat();
     let head = b"POST /v1/completions HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
@@ -539,7 +590,9 @@ fn a_slow_reader_harms_nobody() {
     let body = with(question(), json!({"stream": true, "ignore_eos": true, "max_tokens": 250, "n": 64}));
     let mut slow = TcpStream::connect(server.address()).unwrap();
     slow.write_all(&request("/v1/chat/completions", body.to_string().as_bytes())).unwrap();
-    wait_for("the engine is done with it", || engine.running.load(Ordering::Acquire) == 0 && engine.seen.lock().unwrap().len() == 64);
+    wait_for("the engine is done with it", || {
+        engine.running.load(Ordering::Acquire) == 0 && engine.seen.lock().unwrap().len() == 64
+    });
     for _ in 0..20 {
         assert_eq!(post(&server, "/v1/chat/completions", question()).status, 200);
     }
@@ -550,7 +603,8 @@ fn a_slow_reader_harms_nobody() {
 
 #[test]
 fn a_full_queue_answers_429_and_a_thousand_clients_are_bounded() {
-    let (server, engine) = start(Setting { pause: Duration::from_millis(2), queue_max: 32, ..Setting::default() });
+    let (server, engine) =
+        start(Setting { pause: Duration::from_millis(2), queue_max: 32, ..Setting::default() });
     let address = server.address();
     let body = with(question(), json!({"stream": true})).to_string().into_bytes();
     let most = Arc::new(AtomicUsize::new(0));
@@ -577,7 +631,9 @@ fn a_full_queue_answers_429_and_a_thousand_clients_are_bounded() {
         clients.into_iter().map(|client| client.join().unwrap()).collect()
     });
     assert!(counts.iter().all(|(status, right)| *right && matches!(status, 0 | 200 | 429)), "{counts:?}");
-    assert!(counts.iter().any(|(status, _)| *status == 200) && counts.iter().any(|(status, _)| *status == 429));
+    assert!(
+        counts.iter().any(|(status, _)| *status == 200) && counts.iter().any(|(status, _)| *status == 429)
+    );
     assert!(most.load(Ordering::Acquire) <= 64);
     wait_for("all places are free", || engine.running.load(Ordering::Acquire) == 0 && server.running() == 0);
     let metrics = get(&server, "/metrics").body;
@@ -593,7 +649,12 @@ fn an_engines_failure_is_told_in_the_stream() {
     let whole = post(&server, "/v1/chat/completions", question());
     assert_eq!((whole.status, &whole.json()["error"]["type"]), (500, &json!("server_error")));
     let stream = post(&server, "/v1/chat/completions", with(question(), json!({"stream": true})));
-    assert!(stream.body.contains("\"error\":{\"message\":\"the device failed\"") && !stream.body.contains("[DONE]"), "{}", stream.body);
+    assert!(
+        stream.body.contains("\"error\":{\"message\":\"the device failed\"")
+            && !stream.body.contains("[DONE]"),
+        "{}",
+        stream.body
+    );
 }
 
 #[test]
@@ -602,7 +663,11 @@ fn it_listens_before_the_model_is_there_and_drains_at_the_end() {
     let loading = Server::start(&options).unwrap();
     for path in ["/health", "/healthz", "/readyz", "/v1/models"] {
         let reply = get(&loading, path);
-        assert_eq!((reply.status, &reply.json()["error"]["message"]), (503, &json!("Loading model")), "{path}");
+        assert_eq!(
+            (reply.status, &reply.json()["error"]["message"]),
+            (503, &json!("Loading model")),
+            "{path}"
+        );
     }
     assert_eq!((get(&loading, "/livez").status, get(&loading, "/metrics").status), (200, 200));
     assert_eq!(post(&loading, "/v1/chat/completions", question()).status, 503);
@@ -612,7 +677,9 @@ fn it_listens_before_the_model_is_there_and_drains_at_the_end() {
     let address = server.address();
     let slow = |tokens: usize| {
         let body = with(question(), json!({"stream": true, "ignore_eos": true, "max_tokens": tokens}));
-        std::thread::spawn(move || send(address, &request("/v1/chat/completions", body.to_string().as_bytes())))
+        std::thread::spawn(move || {
+            send(address, &request("/v1/chat/completions", body.to_string().as_bytes()))
+        })
     };
     let (short, long) = (slow(20), slow(280));
     wait_for("both run", || engine.running.load(Ordering::Acquire) == 2);
@@ -633,10 +700,13 @@ fn it_listens_before_the_model_is_there_and_drains_at_the_end() {
 
 #[test]
 fn a_key_is_asked_for_and_probes_need_none() {
-    let options = Options { listen: "127.0.0.1:0".parse().unwrap(), key: Some("secret".into()), ..Options::default() };
+    let options =
+        Options { listen: "127.0.0.1:0".parse().unwrap(), key: Some("secret".into()), ..Options::default() };
     let (server, _) = start(Setting { options, ..Setting::default() });
     let ask = |key: &str| {
-        let head = format!("GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {key}\r\nconnection: close\r\n\r\n");
+        let head = format!(
+            "GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {key}\r\nconnection: close\r\n\r\n"
+        );
         send(server.address(), head.as_bytes())
     };
     assert_eq!((ask("secret").status, ask("secrets").status, ask("").status), (200, 401, 401));
@@ -674,7 +744,9 @@ fn small_routes() {
     assert_eq!(post(&server, "/detokenize", json!({"tokens": [99_999_999]})).status, 400);
     assert!(get(&server, "/version").json()["version"].is_string());
     let page = get(&server, "/");
-    assert!(page.head.contains("text/html") && !page.body.contains("http://") && !page.body.contains("https://"));
+    assert!(
+        page.head.contains("text/html") && !page.body.contains("http://") && !page.body.contains("https://")
+    );
     post(&server, "/v1/chat/completions", question());
     let metrics = get(&server, "/metrics").body;
     for line in [
@@ -691,7 +763,17 @@ fn tls_by_files() {
     let folder = tempfile::tempdir().unwrap();
     let (chain, key) = (folder.path().join("chain.pem"), folder.path().join("key.pem"));
     let made = std::process::Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ])
         .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"])
         .arg("-keyout")
         .arg(&key)
