@@ -49,11 +49,12 @@ fn main() {
     };
     let parameters = facts.parameters();
     let began = Instant::now();
-    let mut decoder =
+    let decoder =
         load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).expect("a decoder");
-    decoder.keep.fill(keep);
+    let adapter = decoder.trainable(&options.lora).expect("an adapter");
+    let keep = vec![keep; decoder.layers.len()];
     let load_seconds = began.elapsed().as_secs_f64();
-    let moments = Moments::zeros_like(&decoder.trainable.params).expect("moments");
+    let moments = Moments::zeros_like(&adapter.params).expect("moments");
     let mut seconds = Vec::new();
     let mut losses = Vec::new();
     for step in 0..=steps {
@@ -65,11 +66,15 @@ fn main() {
             batch.push(&ids, &vec![true; tokens], tokens, (step * examples + example) as u64);
         }
         let began = Instant::now();
-        let trainable = &decoder.trainable;
+        let trainable = &adapter;
         flat::zero(&trainable.grads).expect("zero");
         let scale = 1.0 / batch.targets.len() as f64;
         losses.push(
-            decoder.forward_backward(&batch, scale).and_then(|loss| loss.value()).expect("a step") * scale,
+            decoder
+                .forward_backward(&adapter, &keep, &batch, scale)
+                .and_then(|loss| loss.value())
+                .expect("a step")
+                * scale,
         );
         let squares = Number::squares(&trainable.grads).expect("norm");
         let update = Update {

@@ -9,6 +9,7 @@ use crate::device::Choice;
 use crate::facts::{Keep, Precision};
 use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::review;
 use crate::serving;
 use crate::spec::keys;
 use crate::spec::{Origin, Request, Setting, Written};
@@ -43,7 +44,14 @@ pub enum Command {
     Plan {
         request: Request,
         format: Format,
-        gpu: Option<String>,
+        gpus: Vec<String>,
+        prices: Vec<String>,
+    },
+    Inspect {
+        request: Request,
+        options: review::Options,
+        format: Format,
+        html: Option<PathBuf>,
     },
     Push {
         folder: PathBuf,
@@ -119,8 +127,12 @@ pub fn parse(
             Command::Run(job.request(matches)?)
         }
         Subcommands::Model { about, format } => Command::Model { about, format },
-        Subcommands::Plan { job, format, gpu } => {
-            Command::Plan { request: job.request(matches)?, format, gpu }
+        Subcommands::Plan { job, format, gpu, price } => {
+            Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
+        }
+        Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
+            let options = review::Options { samples, seed: sample_seed, rows: row };
+            Command::Inspect { request: job.request(matches)?, options, format, html }
         }
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
@@ -201,7 +213,7 @@ enum Subcommands {
     },
     /// Show everything `run` would do, each value with where it came from
     #[command(
-        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu a100-80"
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100"
     )]
     Plan {
         #[command(flatten)]
@@ -209,9 +221,35 @@ enum Subcommands {
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
-        /// Plan for this card or instance type in place of this machine: h200, a100-80, l4, Standard_NC24ads_A100_v4
-        #[arg(long, value_name = "NAME", env = "HONE_GPU")]
-        gpu: Option<String>,
+        /// Cards or instance types, in place of this machine, with time and cost on each: l4,a100-80,Standard_NC24ads_A100_v4
+        #[arg(long, value_name = "NAMES", env = "HONE_GPU", value_delimiter = ',')]
+        gpu: Vec<String>,
+        /// What an hour of a card costs you, in place of the clouds' list price: l4=0.70; may be repeated
+        #[arg(long, value_name = "NAME=DOLLARS", env = "HONE_PRICE", value_delimiter = ',')]
+        price: Vec<String>,
+    },
+    /// Show the data as it will be trained: what is learned of each row, counts, copies, warnings
+    #[command(after_help = "Examples:\n  hone inspect job.yaml\n  \
+        hone inspect job.yaml --samples 20 --html data.html\n  \
+        hone inspect job.yaml --row rows.parquet:17 --format json")]
+    Inspect {
+        #[command(flatten)]
+        job: Job,
+        /// Lines for people, or JSON
+        #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
+        format: Format,
+        /// Rows to show, drawn at random from those to train on
+        #[arg(long, value_name = "ROWS", default_value_t = 3, env = "HONE_SAMPLES")]
+        samples: usize,
+        /// Seed of the draw
+        #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
+        sample_seed: u64,
+        /// A row to show in place of drawn ones, as messages name it; may be repeated
+        #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
+        row: Vec<String>,
+        /// Write one self-contained page too
+        #[arg(long, value_name = "FILE", env = "HONE_HTML")]
+        html: Option<PathBuf>,
     },
     /// Show what a model is understood as: facts, LoRA sites, memory, what is missing
     #[command(after_help = "Examples:\n  hone model ./phi-3\n  \

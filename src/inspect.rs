@@ -120,7 +120,12 @@ impl Inspection {
             ("parameters", millions(facts.parameters())),
             (
                 "layers",
-                format!("{} of width {}, feed-forward {}", facts.layers, facts.width, facts.feed_forward),
+                format!(
+                    "{} of width {}, feed-forward {}",
+                    facts.layers.len(),
+                    facts.width,
+                    facts.layers[0].feed_forward.width()
+                ),
             ),
             ("heads", format!("{} of queries, {} of keys, of width {}", heads.query, heads.key, heads.width)),
             ("window", window(facts)),
@@ -158,7 +163,7 @@ impl Inspection {
     }
 
     fn quantized(&self) -> String {
-        let sites = self.facts.layers * self.facts.projections().count();
+        let sites = self.facts.projections().count();
         let bytes = size(self.four_bit_bytes());
         match self.stored {
             Some(Quantization::Stored { code, double }) => {
@@ -200,11 +205,11 @@ impl Inspection {
             "family": facts.family,
             "wrapper": self.wrapper,
             "parameters": facts.parameters(),
-            "layers": facts.layers,
+            "layers": facts.layers.len(),
             "width": facts.width,
-            "feed_forward": facts.feed_forward,
+            "feed_forward": facts.layers[0].feed_forward.width(),
             "heads": {"query": heads.query, "key": heads.key, "width": heads.width},
-            "windows": facts.attention.iter().map(|attention| attention.heads.window).collect::<Vec<_>>(),
+            "windows": facts.layers.iter().map(|layer| layer.attention.heads.window).collect::<Vec<_>>(),
             "rope": facts.ropes.iter().map(rope).collect::<Vec<_>>(),
             "norms": norms(facts),
             "tied_head": facts.tied_head,
@@ -214,7 +219,7 @@ impl Inspection {
             "weights": {"bytes": self.weights, "dtype": self.dtype},
             "four_bit": {
                 "stored": self.stored.is_some(),
-                "linear_layers": facts.layers * facts.projections().count(),
+                "linear_layers": facts.projections().count(),
                 "bytes": self.four_bit_bytes(),
             },
             "adapter": {
@@ -231,8 +236,7 @@ impl Inspection {
     /// Codes and scales of all linear layers, as they are or as `load_in_4bit` with double quantisation makes them.
     fn four_bit_bytes(&self) -> usize {
         let double = !matches!(self.stored, Some(Quantization::Stored { double: false, .. }));
-        let layer: usize = self.facts.projections().map(|p| FourBit::bytes_of(p.rows, p.cols, double)).sum();
-        self.facts.layers * layer
+        self.facts.projections().map(|(_, p)| FourBit::bytes_of(p.rows, p.cols, double)).sum()
     }
 
     /// By the memory plan, of a 4-bit base trained in bf16; the same on every card.
@@ -267,14 +271,13 @@ pub fn table(rows: &[(&str, String)]) -> String {
 }
 
 fn window(facts: &Facts) -> String {
-    let windows: Vec<Option<usize>> =
-        facts.attention.iter().map(|attention| attention.heads.window).collect();
+    let windows: Vec<Option<usize>> = facts.layers.iter().map(|layer| layer.attention.heads.window).collect();
     let first = windows.iter().flatten().next();
     let layers = windows.iter().flatten().count();
     match first {
         None => "none".into(),
-        Some(tokens) if layers == facts.layers => format!("{tokens} tokens"),
-        Some(tokens) => format!("{tokens} tokens in {layers} of {} layers", facts.layers),
+        Some(tokens) if layers == facts.layers.len() => format!("{tokens} tokens"),
+        Some(tokens) => format!("{tokens} tokens in {layers} of {} layers", facts.layers.len()),
     }
 }
 
@@ -300,7 +303,7 @@ fn norms(facts: &Facts) -> String {
         NormForm::RmsPlusOne => "RMS, weight plus 1",
         NormForm::Layer => "LayerNorm",
     };
-    let heads = if facts.head_norm.is_some() { "; of queries and keys" } else { "" };
+    let heads = if facts.layers[0].attention.head_norm.is_some() { "; of queries and keys" } else { "" };
     let place = if facts.parallel { "; parallel layers" } else { "" };
     format!("{form}, eps {:e}{heads}{place}", facts.norm.eps)
 }

@@ -22,6 +22,7 @@ use crate::memory::{Machine, Running};
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
+use crate::model::lora::Trainable;
 use crate::model::weights::Checkpoint;
 use crate::ops::cpu;
 use crate::plan::Plan;
@@ -29,9 +30,10 @@ use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
 use crate::run_folder::{Metrics, RunFolder};
 use crate::source;
-use crate::train::{self, Every, Trained};
+use crate::train::{self, Every, Passes, Trained};
 
 pub mod room;
+pub mod estimate;
 
 use room::Lengths;
 
@@ -111,21 +113,27 @@ fn make(
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
-    let mut decoder = load::load(described.facts, &described.options, device, report)?;
-    if let Some(initial) = &described.initial {
-        initial.apply(&decoder.trainable)?;
+    for (written, module) in &described.sites.renamed {
+        let what = format!("target {written} is part of {module} in this model: {module} is trained");
+        report.note(Stage::Load, what);
     }
-    report.note(Stage::Load, loaded(&decoder));
+    let decoder = load::load(described.facts, &described.options, device, report)?;
+    let adapter = decoder.trainable(&described.options.lora)?;
+    if let Some(initial) = &described.initial {
+        initial.apply(&adapter)?;
+    }
+    report.note(Stage::Load, loaded(&decoder, &adapter));
     let examples = train::Data { train: &training, evaluation: &evaluation };
-    let trained = fit(plan, &mut decoder, examples, memory, folder, report)?;
-    refuse_idle(&decoder, &trained, report)?;
-    ship(plan, &described.options, &decoder, data, &trained, folder)?;
+    let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
+    refuse_idle(&adapter, &trained, report)?;
+    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     Ok(trained)
 }
 
 fn fit(
     plan: &Plan,
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     examples: train::Data,
     memory: Running,
     folder: &RunFolder,
@@ -140,30 +148,32 @@ fn fit(
         }
         metrics.as_mut().expect("just opened").log(metric)
     };
-    train::run(decoder, examples, &plan.train, Some(memory), Some(&checkpoints), report, &mut log)
+    let mut passes = Passes::planned(memory);
+    train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
 /// Writes the PEFT folder; the sentinel last.
 fn ship(
     plan: &Plan,
     options: &model::Options,
-    decoder: &Decoder,
+    facts: &Facts,
+    adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
     folder: &mut RunFolder,
 ) -> Result<()> {
-    let sites = &decoder.trainable.sites;
-    let config = adapter::config(sites, decoder.facts.layers, &options.lora, &plan.model_name);
+    let sites = &adapter.sites;
+    let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
     let card = Card {
         base_model: &plan.model_name,
-        facts: &decoder.facts,
+        facts,
         sites,
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
         settings: settings(plan, options),
     };
-    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(&decoder.trainable)?)?;
+    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
@@ -212,7 +222,7 @@ fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result
             .help("the adapter to start from must be of the same base model")
     };
     let sites = sites::sites(facts, lora).map_err(|_| {
-        let has: Vec<&str> = facts.projections().map(|projection| projection.path).collect();
+        let has: Vec<&str> = facts.layers[0].projections().map(|projection| projection.path).collect();
         other(format!("its modules are none of this {} model's, which has {}", facts.family, has.join(", ")))
     })?;
     match sites.unmatched.first() {
@@ -236,16 +246,16 @@ pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
 }
 
 /// An adapter whose B is zero changes nothing, however long it was trained.
-fn refuse_idle(decoder: &Decoder, trained: &Trained, report: &Report) -> Result<()> {
-    let params = decoder.trainable.params.to_device(&Device::Cpu)?;
+fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Result<()> {
+    let params = adapter.params.to_device(&Device::Cpu)?;
     let mut idle = Vec::new();
-    for site in &decoder.trainable.sites {
-        let (_, b) = decoder.trainable.views(&params, site)?;
+    for site in &adapter.sites {
+        let (_, b) = adapter.views(&params, site)?;
         if cpu::to_f64(&b)?.iter().all(|value| *value == 0.0) {
             idle.push(site.path.as_str());
         }
     }
-    if idle.len() == decoder.trainable.sites.len() {
+    if idle.len() == adapter.sites.len() {
         return Err(Fault::config(format!(
             "the adapter learned nothing: its B matrices are all zero after {} steps",
             trained.steps
@@ -374,7 +384,8 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
     }
 }
 
-fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
+/// The tokenizer's ids must all have a row of the embedding.
+pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     match tokenizer.vocab_size() <= facts.vocab {
         true => Ok(()),
         false => Err(Fault::model(format!(
@@ -395,15 +406,14 @@ fn image_facts(plan: &Plan) -> ImageFacts {
     }
 }
 
-fn loaded(decoder: &Decoder) -> String {
-    let sites = &decoder.trainable.sites;
+fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     format!(
         "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
         decoder.base_bytes() as f64 / 1e6,
-        decoder.trainable.params.elem_count(),
-        sites.len()
+        adapter.params.elem_count(),
+        adapter.sites.len()
     )
 }
 

@@ -28,6 +28,7 @@ pub mod plan;
 pub mod inspect;
 pub mod job;
 pub mod serving;
+pub mod review;
 pub mod workspace;
 pub mod controller;
 pub mod kaito;

@@ -18,7 +18,8 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, serving};
+use hone::{bench, controller, example, fetch, inspect, interrupt, review, serving};
+use std::io::IsTerminal;
 
 /// Prints a line; a reader that went away is no reason to fail.
 macro_rules! say {
@@ -151,8 +152,11 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
             serving::run(&plan, options, report).map(|()| None)
         }
         Command::Model { about, format } => model(about, *format, report).map(|()| None),
-        Command::Plan { request, format, gpu } => {
-            show(&resolve(request)?, *format, gpu.as_deref()).map(|()| None)
+        Command::Plan { request, format, gpus, prices } => {
+            show(&resolve(request)?, *format, gpus, prices).map(|()| None)
+        }
+        Command::Inspect { request, options, format, html } => {
+            look(&resolve(request)?, options, *format, html.as_deref(), report).map(|()| None)
         }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
@@ -222,34 +226,57 @@ fn summary(receipt: &Receipt) -> String {
     text
 }
 
-fn show(plan: &Plan, format: Format, gpu: Option<&str>) -> Result<()> {
+/// Shows the data as it will be trained.
+fn look(
+    plan: &Plan,
+    options: &review::Options,
+    format: Format,
+    html: Option<&std::path::Path>,
+    report: &Report,
+) -> Result<()> {
+    let review = review::read(plan, options, report)?;
+    match format {
+        Format::Text => say!("{}", review.text(std::io::stdout().is_terminal()).trim_end()),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&review.json()).expect("texts and numbers")),
+    }
+    let Some(file) = html else { return Ok(()) };
+    std::fs::write(file, review.html()).map_err(|error| Fault::storage("write", file, &error))
+}
+
+fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Result<()> {
     if !plan.model.folder.join("config.json").exists() {
         return show_without_model(plan, format);
     }
     let described = job::describe(plan)?;
     let facts = &described.facts;
-    let memory = job::room::plan(plan, &described, gpu);
+    job::check_small_files(plan, &described)?;
+    let estimate = job::estimate::estimate(plan, &described, gpus, prices)?;
+    // Several GPUs are compared; the plan of memory is that of the first which fits, or of this machine.
+    let fitting = estimate.gpus.iter().find(|gpu| gpu.speed.is_ok()).or(estimate.gpus.first());
+    let memory = job::room::plan(plan, &described, fitting.map(|gpu| gpu.name.as_str()));
     match format {
         Format::Text => {
             say!("{}", plan.table().trim_end());
             say!(
                 "\nmodel: {}, {} layers of width {}, {} parameters\nadapter: {} linear layers, {} trainable parameters",
                 facts.family,
-                facts.layers,
+                facts.layers.len(),
                 facts.width,
                 facts.parameters(),
                 described.sites.list.len(),
                 described.sites.parameters()
             );
+            say!("\n{}", estimate.table().trim_end());
             say!("\nmemory, with examples of the most tokens:\n{}", memory?.table().trim_end());
         }
         Format::Json => {
             let mut json = plan.json();
             json["model"] = serde_json::json!({
-                "family": facts.family, "layers": facts.layers, "width": facts.width, "parameters": facts.parameters(),
+                "family": facts.family, "layers": facts.layers.len(), "width": facts.width, "parameters": facts.parameters(),
             });
             let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
             json["adapter"] = serde_json::json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
+            json["estimate"] = estimate.json();
             let memory = memory?;
             json["memory"] = memory.plan.json(&memory.machine);
             say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));

@@ -9,12 +9,12 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{falcon, gemma2, gemma3, llama, mistral, olmo2, phi, phi3, qwen2, qwen3};
 use hone::adapter;
-use hone::facts::Facts;
-use hone::facts::Function;
 use hone::facts::config::Config;
+use hone::facts::{Facts, FeedForward, Function};
 use hone::facts::{FourBitCode, LoraOptions, Precision, Quantization, family};
 use hone::model::batch::Batch;
 use hone::model::decoder::Decoder;
+use hone::model::lora::Lora;
 use hone::model::{Options, load, random};
 use hone::report::Report;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ type Other = Box<dyn FnMut(&Tensor) -> Result<Tensor>>;
 fn golden_llama_equals_candle_transformers() {
     let folder = golden("llama3");
     let config = json_of(&folder.join("config.json"));
-    let decoder = decoder(&folder, facts(&config), Quantization::None, LoraOptions::default());
+    let decoder = decoder(&folder, facts(&config), Quantization::None);
     check("llama3", &decoder, llama(&config, &folder), &recorded_rows("llama3", &[3, 6, 7]));
 }
 
@@ -43,7 +43,7 @@ fn golden_llama_equals_candle_transformers() {
 fn golden_phi3_equals_candle_transformers() {
     let folder = golden("phi3");
     let config = json_of(&folder.join("config.json"));
-    let decoder = decoder(&folder, facts(&config), Quantization::None, LoraOptions::default());
+    let decoder = decoder(&folder, facts(&config), Quantization::None);
     let rows = recorded_rows("phi3", &[0, 1, 4, 7]);
     assert!(rows.iter().all(|row| row.len() <= decoder.facts.heads().window.unwrap()));
     check("phi3", &decoder, phi3(&config, &folder), &rows);
@@ -79,7 +79,7 @@ fn random_decoder_with_a_window() {
     check_random(
         "window",
         &config,
-        |facts| facts.attention.iter_mut().for_each(|a| a.heads.window = Some(9)),
+        |facts| facts.layers.iter_mut().for_each(|layer| layer.attention.heads.window = Some(9)),
         mistral,
     );
 }
@@ -88,7 +88,12 @@ fn random_decoder_with_a_window() {
 #[test]
 fn random_decoder_with_biases() {
     let config = config(json!({"attention_bias": true}));
-    check_random("biases", &config, |facts| facts.output.bias = false, qwen2);
+    check_random(
+        "biases",
+        &config,
+        |facts| facts.layers.iter_mut().for_each(|layer| layer.attention.output.bias = false),
+        qwen2,
+    );
 }
 
 #[test]
@@ -129,7 +134,14 @@ fn random_falcon() {
         "use_cache": true, "bos_token_id": 1, "eos_token_id": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "alibi": false, "new_decoder_architecture": false, "multi_query": true, "parallel_attn": true,
         "bias": true});
-    check_random("falcon", &config(more), |facts| facts.activation.function = Function::GeluTanh, falcon);
+    check_random("falcon", &config(more), gelu_tanh, falcon);
+}
+
+fn gelu_tanh(facts: &mut Facts) {
+    for layer in &mut facts.layers {
+        let FeedForward::Dense(dense) = &mut layer.feed_forward;
+        dense.activation.function = Function::GeluTanh;
+    }
 }
 
 #[test]
@@ -167,18 +179,18 @@ fn adapters_give_the_logits_they_give_in_peft() {
         let trained = adapter::read(&folder).unwrap();
         let lora = trained.options(&LoraOptions::default()).unwrap();
         let model = golden(kind);
-        let decoder =
-            decoder(&model, facts(&json_of(&model.join("config.json"))), quantization, lora.clone());
-        trained.apply(&decoder.trainable).unwrap();
-        let (sites, layers) = (&decoder.trainable.sites, decoder.facts.layers);
+        let decoder = decoder(&model, facts(&json_of(&model.join("config.json"))), quantization);
+        let ours_adapter = decoder.trainable(&lora).unwrap();
+        trained.apply(&ours_adapter).unwrap();
+        let (sites, layers) = (&ours_adapter.sites, decoder.facts.layers.len());
         let written = serde_json::to_vec_pretty(&adapter::config(sites, layers, &lora, "model")).unwrap();
         assert!(written == std::fs::read(folder.join(adapter::CONFIG_FILE)).unwrap(), "{case}: config");
-        let written = adapter::weights(&decoder.trainable).unwrap();
+        let written = adapter::weights(&ours_adapter).unwrap();
         assert!(written == std::fs::read(folder.join(adapter::WEIGHTS_FILE)).unwrap(), "{case}: weights");
         let recorded = tensors(&folder.join("logits.safetensors"));
         for row in 0..2 {
             let ids: Vec<u32> = recorded[&format!("ids_{row}")].to_vec1().unwrap();
-            let found = &ours(&decoder, std::slice::from_ref(&ids))[0];
+            let found = &ours(&decoder, ours_adapter.evaluated(), std::slice::from_ref(&ids))[0];
             for way in ["logits", "merged"] {
                 let Some(expected) = recorded.get(&format!("{way}_{row}")) else { continue };
                 let expected: Vec<Vec<f32>> = expected.to_vec2().unwrap();
@@ -210,13 +222,13 @@ fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&V
     random::write(folder.path(), &facts, 5).unwrap();
     let rows: Vec<Vec<u32>> =
         [23, 1, 40].map(|length| (0..length).map(|i| (i * i * 7 + 3 * i + length) % 157).collect()).into();
-    let decoder = decoder(folder.path(), facts, Quantization::None, LoraOptions::default());
+    let decoder = decoder(folder.path(), facts, Quantization::None);
     check(name, &decoder, other(config, folder.path()), &rows);
 }
 
 /// Our logits of the rows packed in one batch against the other's of every beginning of every row, each alone.
 fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
-    for (row, (ids, found)) in rows.iter().zip(ours(decoder, rows)).enumerate() {
+    for (row, (ids, found)) in rows.iter().zip(ours(decoder, Lora::None, rows)).enumerate() {
         let last = |length: usize| {
             let ids = Tensor::new(&ids[..length], &Device::Cpu)?.unsqueeze(0)?;
             other(&ids)?.flatten_all()?.to_vec1::<f32>()
@@ -227,12 +239,12 @@ fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
 }
 
 /// Logits by row, token and vocabulary, of all rows in one batch.
-fn ours(decoder: &Decoder, rows: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
+fn ours(decoder: &Decoder, lora: Lora, rows: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
     let mut batch = Batch::default();
     for ids in rows {
         batch.push(ids, &vec![true; ids.len()], ids.len(), 0);
     }
-    let mut logits = decoder.logits(&batch).unwrap().to_vec2::<f32>().unwrap().into_iter();
+    let mut logits = decoder.logits(&batch, lora).unwrap().to_vec2::<f32>().unwrap().into_iter();
     rows.iter().map(|ids| logits.by_ref().take(ids.len()).collect()).collect()
 }
 
@@ -250,7 +262,8 @@ fn same(place: &str, found: &[&Vec<f32>], expected: &[Vec<f32>]) {
     println!("{place}: {worst:.1e}");
 }
 
-fn decoder(folder: &Path, facts: Facts, quantization: Quantization, lora: LoraOptions) -> Decoder {
+fn decoder(folder: &Path, facts: Facts, quantization: Quantization) -> Decoder {
+    let lora = LoraOptions::default();
     let options = Options { folder: folder.into(), quantization, lora, precision: Precision::F32 };
     load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap()
 }

@@ -10,9 +10,10 @@ use hone::facts::config::Config;
 use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use hone::fault::Fault;
 use hone::model::batch::Batch;
+use hone::model::lora::Trainable;
 use hone::model::{self, Options, load};
 use hone::report::Report;
-use hone::train::{self, Every, Metric, Schedule, Warmup};
+use hone::train::{self, Every, Metric, Passes, Schedule, Warmup};
 use serde_json::Value;
 
 /// Found differences are about a tenth of these at most; a typical mistake moves step 1 by 2e-3.
@@ -101,23 +102,23 @@ impl Case {
     }
 
     /// The reference's start: its base, its initial adapter.
-    fn decoder(&self, keep: Keep) -> model::decoder::Decoder {
+    fn decoder(&self) -> (model::decoder::Decoder, Trainable) {
         let mut options = self.options();
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
         options.lora = initial.options(&options.lora).unwrap();
         let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
-        let mut decoder = load::load(facts, &options, &self.device, &Report::silent()).unwrap();
-        decoder.keep.fill(keep);
-        initial.apply(&decoder.trainable).unwrap();
-        decoder
+        let decoder = load::load(facts, &options, &self.device, &Report::silent()).unwrap();
+        let adapter = decoder.trainable(&options.lora).unwrap();
+        initial.apply(&adapter).unwrap();
+        (decoder, adapter)
     }
 
     fn train(
         &self,
         keep: Keep,
         change: impl Fn(&mut train::Options),
-    ) -> (Vec<Metric>, model::decoder::Decoder) {
-        let mut decoder = self.decoder(keep);
+    ) -> (Vec<Metric>, (model::decoder::Decoder, Trainable)) {
+        let (decoder, adapter) = self.decoder();
         let mut train_options = self.train_options();
         change(&mut train_options);
         let mut metrics = Vec::new();
@@ -126,8 +127,10 @@ impl Case {
             Ok(())
         };
         let data = train::Data { train: &self.examples(), evaluation: &[] };
-        train::run(&mut decoder, data, &train_options, None, None, &Report::silent(), &mut log).unwrap();
-        (metrics, decoder)
+        let mut passes = Passes::Fixed(keep);
+        train::run(&decoder, &adapter, data, &train_options, &mut passes, None, &Report::silent(), &mut log)
+            .unwrap();
+        (metrics, (decoder, adapter))
     }
 
     fn debug(&self) -> HashMap<String, Tensor> {
@@ -145,7 +148,8 @@ impl Case {
         let first = &self.examples()[..self.number("batch") as usize];
         let padded = first.iter().map(|example| example.ids.len()).max().expect("a row at least");
         batch.push(&ids, &vec![true; ids.len()], padded, 0);
-        let logits = self.decoder(Keep::Everything).logits(&batch).unwrap().to_device(&Device::Cpu).unwrap();
+        let (decoder, adapter) = self.decoder();
+        let logits = decoder.logits(&batch, adapter.evaluated()).unwrap().to_device(&Device::Cpu).unwrap();
         let found = logits.index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 0).unwrap();
         let difference = (found - &debug["debug.logits_row0"]).unwrap().abs().unwrap();
         difference.max_all().unwrap().to_scalar::<f32>().unwrap() as f64
@@ -155,19 +159,21 @@ impl Case {
     /// distance among the matrices. Step 3 is the first at which A has a gradient that is not zero or tiny: the
     /// warm-up's first step changes nothing, and A's gradient is a multiple of B.
     fn gradient_error(&self) -> (f64, f64) {
-        let mut decoder = self.decoder(Keep::Everything);
+        let (decoder, adapter) = self.decoder();
         let mut stop = |metric: &Metric| match metric.step() {
             3 => Err(Fault::internal("far enough: the gradients of step 3 lie in their buffer")),
             _ => Ok(()),
         };
         let options = self.train_options();
         let data = train::Data { train: &self.examples(), evaluation: &[] };
-        train::run(&mut decoder, data, &options, None, None, &Report::silent(), &mut stop).unwrap_err();
+        let mut passes = Passes::Fixed(Keep::Everything);
+        train::run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut stop)
+            .unwrap_err();
         let recorded = self.debug();
-        let grads = decoder.trainable.grads.to_device(&Device::Cpu).unwrap();
+        let grads = adapter.grads.to_device(&Device::Cpu).unwrap();
         let (mut cosine, mut distance) = (1f64, 0f64);
-        for site in &decoder.trainable.sites {
-            let (a, b) = decoder.trainable.views(&grads, site).unwrap();
+        for site in &adapter.sites {
+            let (a, b) = adapter.views(&grads, site).unwrap();
             for (letter, found) in [("A", a), ("B", b)] {
                 let name = format!("grad_step3.base_model.model.{}.lora_{letter}.weight", site.path);
                 let expected = &recorded[&name];
@@ -179,13 +185,13 @@ impl Case {
             }
         }
         let count = recorded.keys().filter(|name| name.starts_with("grad_step3.")).count();
-        assert_eq!(count, 2 * decoder.trainable.sites.len(), "recorded gradients");
+        assert_eq!(count, 2 * adapter.sites.len(), "recorded gradients");
         (cosine, distance)
     }
 
     fn check(&self, keep: Keep, packing: Option<usize>) {
         let name = self.folder.file_name().unwrap().to_str().unwrap();
-        let (metrics, decoder) = self.train(keep, |options| options.packing = packing);
+        let (metrics, (decoder, adapter)) = self.train(keep, |options| options.packing = packing);
         let recorded = std::fs::read_to_string(self.folder.join("loss.jsonl")).unwrap();
         let recorded: Vec<Value> = recorded.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(metrics.len(), recorded.len(), "{name}: steps");
@@ -208,9 +214,9 @@ impl Case {
             );
             (worst, worst_norm) = (worst.max(error), worst_norm.max(norm_error));
         }
-        let b_error = self.final_b_error(&decoder);
+        let b_error = self.final_b_error(&adapter);
         assert!(b_error <= FINAL_B, "{name}: final lora_B differs by {b_error}");
-        let eval = self.evaluation_error(&decoder);
+        let eval = self.evaluation_error(&decoder, &adapter);
         assert!(eval <= EVERY_STEP, "{name}: evaluation loss differs by {eval}");
         println!(
             "{name}: loss {worst:.1e}, norm {worst_norm:.1e}, lora_B {b_error:.1e}, evaluation {eval:.1e}"
@@ -218,13 +224,13 @@ impl Case {
     }
 
     /// Relative L2 distance of all B matrices together.
-    fn final_b_error(&self, decoder: &model::decoder::Decoder) -> f64 {
+    fn final_b_error(&self, adapter: &Trainable) -> f64 {
         let file = self.folder.join("final_adapter/adapter_model.safetensors");
         let expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
-        let params = decoder.trainable.params.to_device(&Device::Cpu).unwrap();
+        let params = adapter.params.to_device(&Device::Cpu).unwrap();
         let (mut difference, mut size) = (0.0, 0.0);
-        for site in &decoder.trainable.sites {
-            let (_, b) = decoder.trainable.views(&params, site).unwrap();
+        for site in &adapter.sites {
+            let (_, b) = adapter.views(&params, site).unwrap();
             let expected = &expected[&format!("base_model.model.{}.lora_B.weight", site.path)];
             difference += hone::ops::adamw::sum_of_squares(&(&b - expected).unwrap()).unwrap();
             size += hone::ops::adamw::sum_of_squares(expected).unwrap();
@@ -232,12 +238,13 @@ impl Case {
         (difference / size).sqrt()
     }
 
-    fn evaluation_error(&self, decoder: &model::decoder::Decoder) -> f64 {
+    fn evaluation_error(&self, decoder: &model::decoder::Decoder, adapter: &Trainable) -> f64 {
         let examples = self.examples();
         let rows = self.meta["eval_rows"].as_array().unwrap();
         let chosen: Vec<Example> =
             rows.iter().map(|row| examples[row.as_u64().unwrap() as usize].clone()).collect();
-        let loss = train::evaluate(decoder, &chosen, 4, usize::MAX, &Report::silent()).unwrap();
+        let loss =
+            train::evaluate(decoder, adapter.evaluated(), &chosen, 4, usize::MAX, &Report::silent()).unwrap();
         (loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
     }
 }

@@ -322,6 +322,44 @@ fn an_adapter_of_another_model_is_told_by_its_file() {
     "#]].assert_eq(&said(&work, "--init-adapter adapter"));
 }
 
+#[test]
+fn data_is_seen_as_it_will_be_trained() {
+    let work = work("short-answers.parquet");
+    const INSPECT: &str =
+        "inspect --model model --data data.parquet --config config.yaml --output out --device cpu";
+    let inspect = |more: &str| {
+        let words: Vec<&str> = INSPECT.split(' ').chain(more.split_whitespace()).collect();
+        let ended = work.run(&words);
+        assert_eq!((ended.code, work.path("out").exists()), (Some(0), false), "{}", ended.stderr);
+        ended.stdout
+    };
+    expect![""].assert_eq(&inspect("--row data.parquet:0 --html page.html"));
+    let page = work.text("page.html");
+    assert!(page.contains("<span class=\"l s\">&lt;|end|&gt;</span>") && !page.contains("<script"), "{page}");
+    assert!(!page.contains("http://") && !page.contains("https://"), "nothing comes from elsewhere");
+    let json: serde_json::Value = serde_json::from_str(&inspect("--format json")).unwrap();
+    assert_eq!((&json["tokens"]["learned"], &json["rows"]["train"]), (&14.into(), &2.into()));
+    assert_eq!(json["samples"].as_array().unwrap().len(), 2);
+    let ended = work.run(&INSPECT.split(' ').chain(["--row", "data.parquet:9"]).collect::<Vec<_>>());
+    assert!(ended.code == Some(10) && ended.stderr.contains("--row data.parquet:9"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_plan_tells_steps_and_what_named_gpus_take() {
+    let work = work("plain.parquet");
+    const PLAN: &str =
+        "plan --model model --data data.parquet --config config.yaml --gpu l4,h100 --price h100=2";
+    let plan =
+        |more: &str| work.done(&PLAN.split(' ').chain(more.split_whitespace()).collect::<Vec<_>>()).stdout;
+    let json: serde_json::Value = serde_json::from_str(&plan("--format json")).unwrap();
+    let estimate = &json["estimate"];
+    assert_eq!((&estimate["rows"], &estimate["steps"]), (&4.into(), &3.into()), "{estimate}");
+    let gpus = estimate["gpus"].as_array().unwrap();
+    assert!(gpus.len() == 2 && gpus.iter().all(|gpu| gpu["fits"] == true), "{estimate}");
+    assert_eq!(gpus[1]["dollars_an_hour"], 2.0);
+    assert!(plan("").contains("work: 3 optimizer steps over 4 rows"));
+}
+
 /// Bytes with every `from` as `to`, which is as long.
 fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();

@@ -15,11 +15,12 @@ use candle_core::Device;
 use hone::dataset::Example;
 use hone::device::{self, Choice};
 use hone::facts::config::Config;
-use hone::facts::{FourBitCode, LoraOptions, Precision, Quantization, family};
+use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use hone::model::decoder::Decoder;
+use hone::model::lora::Trainable;
 use hone::model::{self, load, random};
 use hone::report::Report;
-use hone::train::{self, Data, Every, Schedule};
+use hone::train::{self, Data, Every, Passes, Schedule};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -78,7 +79,7 @@ fn steps(folder: &Path, workload: &str) -> Result<Vec<Vec<Example>>> {
     Ok(steps.into_iter().map(|step| step.into_iter().map(example).collect()).collect())
 }
 
-fn decoder(folder: &Path, precision: Precision, device: &Device) -> Result<Decoder> {
+fn decoder(folder: &Path, precision: Precision, device: &Device) -> Result<(Decoder, Trainable)> {
     let facts = family::describe(&Config::read(folder)?)?;
     let adapter = folder.join("adapter");
     let adapter = adapter.exists().then(|| hone::adapter::read(&adapter)).transpose()?;
@@ -88,14 +89,19 @@ fn decoder(folder: &Path, precision: Precision, device: &Device) -> Result<Decod
     let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
     let options = model::Options { folder: folder.to_owned(), quantization, lora, precision };
     let decoder = load::load(facts, &options, device, &Report::silent())?;
+    let trainable = decoder.trainable(&options.lora)?;
     if let Some(adapter) = adapter {
-        adapter.apply(&decoder.trainable)?;
+        adapter.apply(&trainable)?;
     }
-    Ok(decoder)
+    Ok((decoder, trainable))
 }
 
 /// Trains the steps as they stand: an update for each, its examples in one pass. Seconds are when each step's metrics came.
-fn train(decoder: &mut Decoder, steps: &[Vec<Example>], learning_rate: f64) -> Result<Vec<Done>> {
+fn train(
+    (decoder, adapter): &(Decoder, Trainable),
+    steps: &[Vec<Example>],
+    learning_rate: f64,
+) -> Result<Vec<Done>> {
     let examples: Vec<Example> = steps.iter().flatten().cloned().collect();
     let tokens = steps.iter().flatten().map(|example| example.ids.len()).max().unwrap_or(0) * steps[0].len();
     let options = train::Options {
@@ -122,7 +128,8 @@ fn train(decoder: &mut Decoder, steps: &[Vec<Example>], learning_rate: f64) -> R
         Ok(())
     };
     let data = Data { train: &examples, evaluation: &[] };
-    train::run(decoder, data, &options, None, None, &Report::silent(), &mut log)?;
+    let mut passes = Passes::Fixed(Keep::Everything);
+    train::run(decoder, adapter, data, &options, &mut passes, None, &Report::silent(), &mut log)?;
     match done.len() == steps.len() {
         true => Ok(done),
         false => Err(format!("{} steps were logged, expected {}", done.len(), steps.len()).into()),
@@ -142,18 +149,17 @@ fn parity(folder: &Path, precision: &str, device: &Device) -> Result<Value> {
     let of = if precision == "f32" { Precision::F32 } else { Precision::Bf16 };
     let steps = steps(folder, "parity")?;
     // The gradients of a run that ends after its first step lie where it left them.
-    let mut first = decoder(folder, of, device)?;
-    train(&mut first, &steps[..1], 1e-4)?;
-    write_gradients(&first, &folder.join(format!("ours-{precision}.safetensors")))?;
+    let first = decoder(folder, of, device)?;
+    train(&first, &steps[..1], 1e-4)?;
+    write_gradients(&first.1, &folder.join(format!("ours-{precision}.safetensors")))?;
     drop(first);
-    let done = train(&mut decoder(folder, of, device)?, &steps, 1e-4)?;
+    let done = train(&decoder(folder, of, device)?, &steps, 1e-4)?;
     let losses: Vec<f64> = done.iter().map(|done| done.loss).collect();
     let norms: Vec<f64> = done.iter().map(|done| done.grad_norm).collect();
     Ok(json!({ "losses": losses, "gradient_norms": norms }))
 }
 
-fn write_gradients(decoder: &Decoder, file: &Path) -> Result<()> {
-    let trainable = &decoder.trainable;
+fn write_gradients(trainable: &Trainable, file: &Path) -> Result<()> {
     let mut gradients = std::collections::HashMap::new();
     for site in &trainable.sites {
         let (a, b) = trainable.views(&trainable.grads.to_device(&Device::Cpu)?, site)?;
@@ -165,17 +171,22 @@ fn write_gradients(decoder: &Decoder, file: &Path) -> Result<()> {
 
 fn speed(folder: &Path, workloads: &str, warm: usize, device: &Device) -> Result<Value> {
     let began = Instant::now();
-    let mut decoder = decoder(folder, Precision::Bf16, device)?;
+    let decoder = decoder(folder, Precision::Bf16, device)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let mut found = serde_json::Map::new();
     for workload in workloads.split(',') {
         let steps = steps(folder, workload)?;
-        found.insert(workload.into(), measure(&mut decoder, &steps, warm, device)?);
+        found.insert(workload.into(), measure(&decoder, &steps, warm, device)?);
     }
     Ok(json!({ "contender": "hone", "load_seconds": load_seconds, "workloads": found }))
 }
 
-fn measure(decoder: &mut Decoder, steps: &[Vec<Example>], warm: usize, device: &Device) -> Result<Value> {
+fn measure(
+    decoder: &(Decoder, Trainable),
+    steps: &[Vec<Example>],
+    warm: usize,
+    device: &Device,
+) -> Result<Value> {
     memory::begin(device)?;
     let done = train(decoder, steps, 2e-5)?;
     // From one step's metrics to the next one's. Metrics come a step late and the last two together, so the last is left out.

@@ -13,11 +13,12 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::facts::sites::Site;
-use crate::facts::{LoraInit, LoraOptions, Modules, Targets};
+use crate::facts::sites::{self, Site};
+use crate::facts::{Facts, LoraInit, LoraOptions, Modules, Targets};
 use crate::fault::{Fault, Result};
-use crate::model::lora::Trainable;
+use crate::model::lora::{Pair, Pairs, Trainable};
 use crate::model::weights::unwrapped;
+use crate::ops::matmul::Weight;
 use crate::ops::{cpu, flat};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -181,9 +182,7 @@ pub fn read(folder: &Path) -> Result<Adapter> {
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
     ];
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
-        return Err(
-            wrong(&file, format!("{what} cannot be continued")).help("start from a plain LoRA adapter")
-        );
+        return Err(wrong(&file, format!("{what} is not supported")).help("take a plain LoRA adapter"));
     }
     let weights = folder.join(WEIGHTS_FILE);
     let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
@@ -283,32 +282,77 @@ impl Adapter {
 
     /// Copies the values into the flat parameters. Every site must be there, in its shape, and nothing else.
     pub fn apply(&self, trainable: &Trainable) -> Result<()> {
-        let place = self.folder.join(WEIGHTS_FILE);
-        let wrong = |what: String| Fault::model(format!("{}: {what}", place.display()));
-        let mut read = 0;
         for site in &trainable.sites {
             let (a, b) = trainable.views(&trainable.params, site)?;
             for (letter, target) in [("A", a), ("B", b)] {
-                let name = tensor_name(&site.path, letter);
-                let tensor = self.tensors.get(&name).ok_or_else(|| wrong(format!("{name} is missing")))?;
-                if tensor.dims() != target.dims() {
-                    let (found, expected) = (tensor.dims(), target.dims());
-                    return Err(wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
-                        .help("the adapter must be of the same base model"));
-                }
-                if cpu::to_f64(tensor)?.iter().any(|value| !value.is_finite()) {
-                    return Err(wrong(format!("{name} holds values that are not finite")));
-                }
+                let tensor = self.matrix(site, letter)?;
                 flat::write(&target, &tensor.to_dtype(target.dtype())?)?;
-                read += 1;
             }
         }
         trainable.refresh()?;
-        match read == self.tensors.len() {
+        self.nothing_else(&trainable.sites)
+    }
+
+    /// The pairs for a base of these facts, to be served beside it. Refused if the adapter is not of such a base, or if
+    /// it would change nothing.
+    pub fn pairs(&self, facts: &Facts, dtype: DType) -> Result<Pairs> {
+        let options = self.options(&LoraOptions::default())?;
+        let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?.list;
+        self.nothing_else(&sites).map_err(|fault| fault.help(self.of_another_base(facts).message))?;
+        let (mut list, mut changes) = (Vec::with_capacity(sites.len()), false);
+        for site in &sites {
+            let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
+            changes |= site.scale != 0.0 && cpu::to_f64(b)?.iter().any(|value| *value != 0.0);
+            let weight =
+                |tensor: &Tensor| Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?));
+            list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale }));
+        }
+        match changes {
+            true => Ok(Pairs::new(list)),
+            false => Err(self
+                .wrong("every lora_B is zero: the adapter changes nothing".into())
+                .help("take an adapter that was trained for at least one step")),
+        }
+    }
+
+    fn wrong(&self, what: String) -> Fault {
+        wrong(&self.folder.join(WEIGHTS_FILE), what)
+    }
+
+    /// Both sides by name.
+    fn of_another_base(&self, facts: &Facts) -> Fault {
+        let made_for = self.config.base_model_name_or_path.as_deref().unwrap_or("a base it does not name");
+        let (family, layers, width) = (facts.family, facts.layers.len(), facts.width);
+        self.wrong(format!(
+            "the adapter was made for {made_for}; found a {family} model of {layers} layers of width {width}"
+        ))
+    }
+
+    /// One matrix of a site, in its shape and finite.
+    fn matrix(&self, site: &Site, letter: &str) -> Result<&Tensor> {
+        let name = tensor_name(&site.path, letter);
+        let tensor = self.tensors.get(&name).ok_or_else(|| self.wrong(format!("{name} is missing")))?;
+        let expected = match letter {
+            "A" => [site.rank, site.projection.cols],
+            _ => [site.projection.rows, site.rank],
+        };
+        if tensor.dims() != expected {
+            let found = tensor.dims();
+            return Err(self
+                .wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
+                .help("the adapter must be of the same base model"));
+        }
+        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
+            true => Ok(tensor),
+            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
+        }
+    }
+
+    fn nothing_else(&self, sites: &[Site]) -> Result<()> {
+        let (held, read) = (self.tensors.len(), 2 * sites.len());
+        match held == read {
             true => Ok(()),
-            false => {
-                Err(wrong(format!("holds {} tensors, of which this model has {read}", self.tensors.len())))
-            }
+            false => Err(self.wrong(format!("holds {held} tensors, of which this model has {read}"))),
         }
     }
 }

@@ -18,9 +18,10 @@ use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, fami
 use crate::fault::{Fault, Result};
 use crate::memory::{self, Limit, Machine, Running, Task, show::size};
 use crate::model::decoder::Decoder;
+use crate::model::lora::Trainable;
 use crate::model::{self, load};
 use crate::report::Report;
-use crate::train::{self, Data, Every};
+use crate::train::{self, Data, Every, Passes};
 use rates::Measured;
 
 /// What to measure.
@@ -87,17 +88,18 @@ pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let memory = Running::start(task, machine)?;
     let (device_name, plan) = (memory.machine.name.clone(), memory.plan.clone());
     let began = Instant::now();
-    let mut decoder = match &options.base {
+    let decoder = match &options.base {
         Base::Folder(_) => load::load(facts, &model, &device, report)?,
         Base::Shape(_) => load::random(facts, &model, &device, report)?,
     };
+    let adapter = decoder.trainable(&model.lora)?;
     device.synchronize()?;
     let load_seconds = began.elapsed().as_secs_f64();
-    let timed = train(options, &mut decoder, &lengths, memory, report)?;
+    let timed = train(options, &decoder, &adapter, &lengths, memory, report)?;
     Ok(Outcome {
         base,
         parameters: decoder.facts.parameters(),
-        trainable: decoder.trainable.params.elem_count(),
+        trainable: adapter.params.elem_count(),
         device: device_name,
         options: options.clone(),
         examples: lengths.len(),
@@ -157,7 +159,8 @@ struct Timed {
 /// Steps of the same lengths and other tokens each, timed from one log line to the next.
 fn train(
     options: &Options,
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     lengths: &[usize],
     memory: Running,
     report: &Report,
@@ -190,7 +193,8 @@ fn train(
         Ok(())
     };
     let data = Data { train: &examples, evaluation: &[] };
-    train::run(decoder, data, &train_options, Some(memory), None, report, &mut log)?;
+    let mut passes = Passes::planned(memory);
+    train::run(decoder, adapter, data, &train_options, &mut passes, None, report, &mut log)?;
     // A GPU's steps are logged while the next one runs, the last two together: the one too many is not counted.
     marks.truncate(steps);
     let counted = &marks[options.warmup.max(1) - 1..];

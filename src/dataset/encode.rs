@@ -22,6 +22,26 @@ pub fn encode(
     options: &TokenOptions,
     report: &Report,
 ) -> Result<Vec<Example>> {
+    Ok(encode_rows(records, tokenizer, options, report)?.into_iter().map(|row| row.example).collect())
+}
+
+/// An example, and the record it was made of.
+#[derive(Clone, Debug)]
+pub struct EncodedRow {
+    /// Index among the records.
+    pub record: usize,
+    pub example: Example,
+    /// Tokens before cutting.
+    pub whole: usize,
+}
+
+/// As `encode`, with what was known of each row.
+pub fn encode_rows(
+    records: &[Record],
+    tokenizer: &Tokenizer,
+    options: &TokenOptions,
+    report: &Report,
+) -> Result<Vec<EncodedRow>> {
     let encoder = Encoder::new(records, tokenizer, options)?;
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
     let encoded: Vec<_> = records
@@ -38,11 +58,12 @@ pub fn encode(
     let mut examples = Vec::with_capacity(records.len());
     let mut tally = Tally::default();
     let mut refused = Vec::new();
-    for (record, found) in records.iter().zip(encoded) {
+    for (index, (record, found)) in records.iter().zip(encoded).enumerate() {
         match found {
             Ok(found) => {
                 tally.add(&found.tally);
-                examples.extend(found.example);
+                let whole = found.tally.longest;
+                examples.extend(found.example.map(|example| EncodedRow { record: index, example, whole }));
             }
             Err(problem) => refused.push((&record.file, record.row, problem)),
         }

@@ -90,6 +90,7 @@ struct Pieces {
 impl Pieces {
     /// Marks what stands between the tags of thoughts.
     fn text(&mut self, text: &str, part: Part) -> String {
+        let before = self.next;
         let mut out = String::with_capacity(text.len() + 64);
         let mut rest = text;
         loop {
@@ -99,7 +100,9 @@ impl Pieces {
             out += tag;
             rest = &rest[at + tag.len()..];
         }
-        out + &self.piece(rest, part)
+        out += &self.piece(rest, part);
+        // A text of nothing but tags is marked as a whole.
+        if self.next == before { self.piece(text, part) } else { out }
     }
 
     fn piece(&mut self, text: &str, part: Part) -> String {

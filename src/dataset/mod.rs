@@ -3,6 +3,7 @@
 mod problems;
 mod container;
 mod format;
+mod footer;
 mod split;
 mod template;
 mod tokenizer;
@@ -19,7 +20,8 @@ use std::sync::Arc;
 
 pub use chat::Chat;
 pub use container::{ENDINGS, names as containers};
-pub use encode::{check_template, encode};
+pub use encode::{EncodedRow, check_template, encode, encode_rows};
+pub use footer::{Footers, footers};
 pub use mask::show;
 pub use tokenizer::Tokenizer;
 

@@ -89,12 +89,38 @@ pub enum Over {
     Projection,
 }
 
+/// One layer: its attention and its feed-forward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerFacts {
+    pub attention: Attention,
+    pub feed_forward: FeedForward,
+}
+
 /// One layer's attention.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     pub heads: Heads,
-    /// Which of `Facts::ropes` turns queries and keys; `None`: no positions.
+    /// The entry of `Facts::ropes` that rotates queries and keys; `None`: this layer has no positions.
     pub rope: Option<usize>,
+    pub head_norm: Option<HeadNorm>,
+    /// Together [T, (H + 2K) * D] in the heads' layout: one fused projection or three.
+    pub query_key_value: Vec<Projection>,
+    pub output: Projection,
+}
+
+/// One layer's feed-forward.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FeedForward {
+    Dense(Dense),
+}
+
+/// A feed-forward that every token passes through.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dense {
+    /// Together the activation's input: [T, 2F], gate then up, or [T, F].
+    pub gate_up: Vec<Projection>,
+    pub activation: Activation,
+    pub down: Projection,
 }
 
 /// Queries times `1 + beta * ln(1 + floor(position / positions))`, so that late ones stay sharp (Ministral 3).
@@ -131,21 +157,11 @@ pub struct Facts {
     pub vocab: usize,
     /// Width of the residual stream (C).
     pub width: usize,
-    pub layers: usize,
-    pub feed_forward: usize,
     pub norm: NormKind,
-    /// One for each layer, all of the same widths.
-    pub attention: Vec<Attention>,
+    /// The layers from the first to the last, at least one. All of them have heads of the same numbers and widths.
+    pub layers: Vec<LayerFacts>,
     pub ropes: Vec<Rope>,
     pub query_growth: Option<QueryGrowth>,
-    pub head_norm: Option<HeadNorm>,
-    /// Together [T, (H + 2K) * D] in the heads' layout: one fused projection or three.
-    pub query_key_value: Vec<Projection>,
-    pub output: Projection,
-    /// Together the activation's input: [T, 2F], gate then up, or [T, F].
-    pub gate_up: Vec<Projection>,
-    pub activation: Activation,
-    pub down: Projection,
     /// The feed-forward reads the layer's input, not attention's sum.
     pub parallel: bool,
     /// Factor on what attention and feed-forward add to the stream (Granite).
@@ -182,10 +198,11 @@ pub enum Role {
 }
 
 impl Facts {
-    /// The projections of one layer in the order of computation.
-    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
-        let attention = self.query_key_value.iter().chain([&self.output]);
-        attention.chain(&self.gate_up).chain([&self.down])
+    /// Every projection of the model with its layer's number, in the order of computation. Its place in this order is
+    /// the number by which adapters know a linear layer.
+    pub fn projections(&self) -> impl Iterator<Item = (usize, &Projection)> {
+        let numbered = self.layers.iter().enumerate();
+        numbered.flat_map(|(number, layer)| layer.projections().map(move |projection| (number, projection)))
     }
 
     /// `model.layers.3.self_attn.q_proj`, of a projection or a norm.
@@ -200,23 +217,14 @@ impl Facts {
 
     /// Heads of every layer; only their windows differ.
     pub fn heads(&self) -> &Heads {
-        &self.attention[0].heads
-    }
-
-    /// Widths of the query and the key norm's weights.
-    pub fn head_norm_widths(&self, norm: &HeadNorm) -> (usize, usize) {
-        let heads = self.heads();
-        match norm.over {
-            Over::Head => (heads.width, heads.width),
-            Over::Projection => (heads.query * heads.width, heads.key * heads.width),
-        }
+        &self.layers[0].attention.heads
     }
 
     /// Every tensor the decoder reads, in the order of computation; a tied head is the embedding.
     pub fn tensors(&self) -> Vec<Stored> {
         let matrix = [self.vocab, self.width];
         let mut list = vec![Stored::new(self.names.embedding, &matrix, Role::Embedding)];
-        for layer in 0..self.layers {
+        for layer in 0..self.layers.len() {
             self.layer_tensors(layer, &mut list);
         }
         self.norm_tensors(self.names.final_norm, &mut list);
@@ -238,14 +246,15 @@ impl Facts {
         for norm in self.names.layer_norms() {
             self.norm_tensors(&self.inside(layer, norm), list);
         }
-        if let Some(norm) = &self.head_norm {
-            let (query, key) = self.head_norm_widths(norm);
+        let attention = &self.layers[layer].attention;
+        if let Some(norm) = &attention.head_norm {
+            let (query, key) = attention.head_norm_widths(norm);
             for (name, width) in [(norm.query, query), (norm.key, key)] {
                 let name = format!("{}.weight", self.inside(layer, name));
                 list.push(Stored::new(name, &[width], Role::NormWeight));
             }
         }
-        for projection in self.projections() {
+        for projection in self.layers[layer].projections() {
             let path = self.path(layer, projection);
             let shape = [projection.rows, projection.cols];
             list.push(Stored::new(format!("{path}.weight"), &shape, Role::Matrix));
@@ -259,6 +268,41 @@ impl Facts {
         list.push(Stored::new(format!("{path}.weight"), &[self.width], Role::NormWeight));
         if self.norm.form == NormForm::Layer {
             list.push(Stored::new(format!("{path}.bias"), &[self.width], Role::Bias));
+        }
+    }
+}
+
+impl LayerFacts {
+    /// The layer's projections in the order of computation.
+    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
+        let attention = self.attention.query_key_value.iter().chain([&self.attention.output]);
+        attention.chain(self.feed_forward.projections())
+    }
+}
+
+impl Attention {
+    /// Widths of the query norm's and the key norm's weights.
+    pub fn head_norm_widths(&self, norm: &HeadNorm) -> (usize, usize) {
+        let heads = &self.heads;
+        match norm.over {
+            Over::Head => (heads.width, heads.width),
+            Over::Projection => (heads.query * heads.width, heads.key * heads.width),
+        }
+    }
+}
+
+impl FeedForward {
+    /// The projections in the order of computation.
+    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
+        match self {
+            FeedForward::Dense(dense) => dense.gate_up.iter().chain([&dense.down]),
+        }
+    }
+
+    /// Columns between the activation and the down projection (F).
+    pub fn width(&self) -> usize {
+        match self {
+            FeedForward::Dense(dense) => dense.down.cols,
         }
     }
 }

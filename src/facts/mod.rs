@@ -19,8 +19,8 @@ pub mod sites;
 
 pub use activation::{Activation, Function};
 pub use decoder::{
-    Attention, EmbeddingScale, Facts, HeadNorm, Names, NormForm, NormKind, Over, Projection, QueryGrowth,
-    Role, Stored,
+    Attention, Dense, EmbeddingScale, Facts, FeedForward, HeadNorm, LayerFacts, Names, NormForm, NormKind,
+    Over, Projection, QueryGrowth, Role, Stored,
 };
 pub use heads::{Heads, Layout};
 pub use keep::Keep;

@@ -10,6 +10,8 @@ use super::{Facts, LoraOptions, Matching, Modules, Projection, Targets};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
     pub layer: usize,
+    /// The number of the linear layer among all of the model's (`Facts::projections`).
+    pub linear: usize,
     pub projection: Projection,
     /// `model.layers.0.self_attn.q_proj`
     pub path: String,
@@ -48,20 +50,18 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
     let (mut list, mut offset) = (Vec::new(), 0);
-    for layer in 0..facts.layers {
-        for projection in facts.projections() {
-            let path = facts.path(layer, projection);
-            if !matcher.wants(layer, &path)? {
-                continue;
-            }
-            let rank = ranks.first_match(&path)?.unwrap_or(options.r);
-            let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
-            let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
-            let site =
-                Site { layer, projection: projection.clone(), path, rank, scale: alpha / divisor, offset };
-            offset += site.parameters();
-            list.push(site);
+    for (linear, (layer, projection)) in facts.projections().enumerate() {
+        let path = facts.path(layer, projection);
+        if !matcher.wants(layer, &path)? {
+            continue;
         }
+        let rank = ranks.first_match(&path)?.unwrap_or(options.r);
+        let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
+        let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
+        let (projection, scale) = (projection.clone(), alpha / divisor);
+        let site = Site { layer, linear, projection, path, rank, scale, offset };
+        offset += site.parameters();
+        list.push(site);
     }
     if list.is_empty() {
         return Err(nothing_matches(facts, options));
@@ -71,14 +71,14 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
 }
 
 fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
-    let known: Vec<&str> = facts.projections().map(|p| p.path).collect();
+    let known: Vec<&str> = facts.layers[0].projections().map(|p| p.path).collect();
     let narrowed = !options.layers.is_empty() || options.exclude != Modules::Names(Vec::new());
     let but = if narrowed { " (after layers_to_transform and exclude_modules)" } else { "" };
     Fault::config(format!(
         "LoraConfig.target_modules matches no linear layer of this {} model{but}; it has {} in layers 0 to {}",
         facts.family,
         known.join(", "),
-        facts.layers - 1
+        facts.layers.len() - 1
     ))
     .help("name some of them (the last part is enough), or \"all-linear\"")
 }
@@ -152,9 +152,8 @@ impl<'a> Matcher<'a> {
 
     /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
     fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
-        let paths: Vec<String> = (0..facts.layers)
-            .flat_map(|layer| facts.projections().map(move |projection| facts.path(layer, projection)))
-            .collect();
+        let paths: Vec<String> =
+            facts.projections().map(|(layer, projection)| facts.path(layer, projection)).collect();
         let mut list = Vec::new();
         for (key, test) in
             [("target_modules", self.targets.as_ref()), ("exclude_modules", Some(&self.exclude))]

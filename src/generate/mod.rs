@@ -2,6 +2,7 @@
 //! Knows no HTTP.
 
 pub mod defaults;
+pub mod engine;
 pub mod request;
 pub mod sampling;
 pub mod text;

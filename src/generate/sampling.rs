@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn penalties_and_bias_change_what_they_should() {
         let mut history = History::new(&[0, 2]);
-        [2, 5, 5].map(|token| history.push(token));
+        [2, 5, 5].into_iter().for_each(|token| history.push(token));
         let sampling = Sampling {
             repetition_penalty: 2.0,
             presence_penalty: 0.25,

@@ -4,8 +4,7 @@
 //! bytes it moves; a GPU's step is never shorter than launching it. Shares are those of `benches/LOG.md` where
 //! measured, and otherwise assumptions that the plan's table states.
 
-use crate::facts::Projection;
-use crate::facts::{Keep, Quantization};
+use crate::facts::{FeedForward, Keep, Projection, Quantization};
 
 use super::{Place, Task};
 
@@ -92,15 +91,16 @@ impl Counter<'_> {
     /// that gradients pass through it.
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
-        let forward: Work = facts.projections().map(|p| self.product(p)).sum();
+        let projections = || facts.layers[layer].projections();
+        let forward: Work = projections().map(|p| self.product(p)).sum();
         let forward = forward + self.attention(1.0);
         let pairs = self.task.sites.iter().filter(|site| site.layer == layer);
         let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
-        let backward: Work = facts.projections().map(|p| self.product(p)).sum();
+        let backward: Work = projections().map(|p| self.product(p)).sum();
         let backward = backward + self.attention(2.5) + pairs;
         // In widths: two norms, two sums and rope forward, twice that and more backward; gate and up's product.
         let tokens = self.tokens as f64 * self.element();
-        let (wide, inner) = (facts.width as f64, facts.down.cols as f64);
+        let (wide, inner) = (facts.width as f64, facts.layers[layer].feed_forward.width() as f64);
         let heads = facts.heads();
         let turned = (2 * (heads.query + heads.key) * heads.width) as f64;
         let bytes = |norms: f64, gates: f64| tokens * (norms * wide + gates * inner + turned);
@@ -110,20 +110,22 @@ impl Counter<'_> {
         if trained { forward + backward } else { forward }
     }
 
-    /// What a level makes the backward pass do once more.
-    pub fn again(&self, keep: Keep) -> Work {
+    /// What a level makes the backward pass of a layer compute once more.
+    pub fn again(&self, layer: usize, keep: Keep) -> Work {
         let facts = &self.task.facts;
+        let attention = &facts.layers[layer].attention;
+        let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
         let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
         // A norm behind the down projection needs its result.
         let fed = match facts.names.feed_forward_post_norm {
-            Some(_) => products(std::slice::from_ref(&facts.down)),
+            Some(_) => products(std::slice::from_ref(&feed_forward.down)),
             None => Work::default(),
         };
         let steps = [
             Work::default(),
-            products(&facts.gate_up),
-            products(&facts.query_key_value),
-            products(std::slice::from_ref(&facts.output)) + self.attention(1.0) + fed,
+            products(&feed_forward.gate_up),
+            products(&attention.query_key_value),
+            products(std::slice::from_ref(&attention.output)) + self.attention(1.0) + fed,
             Work {
                 linked: 2.0 * self.tokens as f64 * facts.width as f64 * self.element(),
                 ..Work::default()
@@ -179,8 +181,8 @@ impl Counter<'_> {
         let example = self.task.example_tokens.min(self.tokens).max(1) as f64;
         let seen =
             |window: Option<usize>| window.map_or(example / 2.0, |window| (example / 2.0).min(window as f64));
-        let seen = facts.attention.iter().map(|layer| seen(layer.heads.window)).sum::<f64>();
-        let seen = seen / facts.attention.len() as f64;
+        let seen = facts.layers.iter().map(|layer| seen(layer.attention.heads.window)).sum::<f64>();
+        let seen = seen / facts.layers.len() as f64;
         let flops = 4.0 * self.tokens as f64 * seen * (heads.query * heads.width) as f64;
         let columns = (heads.columns() + heads.query * heads.width) as f64;
         let bytes = times * self.tokens as f64 * columns * self.element();

@@ -19,7 +19,7 @@ use crate::facts::{Keep, Precision, Quantization};
 use crate::fault::{Fault, Result};
 
 use cost::{Counter, Rates, Work};
-use terms::Parts;
+use terms::Kept;
 pub use terms::Term;
 
 /// What was asked for. Filled by `plan`.
@@ -198,12 +198,12 @@ pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
 
 /// Bytes of passes of so many tokens with every layer at one level, whether they fit or not.
 pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
-    Solver::new(task, machine).describe(tokens, &vec![keep; task.facts.layers]).bytes()
+    Solver::new(task, machine).describe(tokens, &vec![keep; task.facts.layers.len()]).bytes()
 }
 
 /// FLOPs of a step of so many tokens when nothing is computed again: what a speed is judged by.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
-    let everything = vec![Keep::Everything; task.facts.layers];
+    let everything = vec![Keep::Everything; task.facts.layers.len()];
     Solver::new(task, machine).work(tokens, &everything).flops()
 }
 
@@ -252,18 +252,18 @@ impl Plan {
 struct Solver<'a> {
     task: &'a Task,
     machine: &'a Machine,
-    /// Of each layer.
-    parts: Vec<Parts>,
+    /// What each layer keeps.
+    kept: Vec<Kept>,
     /// The lowest adapted layer: nothing below it is needed in the backward pass.
     lowest: usize,
 }
 
 impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine) -> Solver<'a> {
-        let layers = task.facts.layers;
-        let parts = (0..layers).map(|layer| Parts::of(task, layer)).collect();
+        let layers = task.facts.layers.len();
+        let kept = (0..layers).map(|layer| Kept::of(task, layer)).collect();
         let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
-        Solver { task, machine, parts, lowest }
+        Solver { task, machine, kept, lowest }
     }
 
     /// The fastest plan in so much room, over passes of the most tokens, half as many, and so on.
@@ -291,7 +291,7 @@ impl<'a> Solver<'a> {
             None => Keep::ALL.into_iter().filter(|keep| *keep <= self.least()).collect(),
         };
         let counter = Counter { task: self.task, place: self.machine.place, tokens };
-        let seconds = |keep: Keep| counter.again(keep).seconds(&self.machine.rates);
+        let seconds = |keep: Keep| counter.again(0, keep).seconds(&self.machine.rates);
         let costs: Vec<(Keep, f64)> = choices.into_iter().map(|keep| (keep, seconds(keep))).collect();
         let mut best: Option<(f64, Vec<Keep>)> = None;
         for low in &costs {
@@ -313,7 +313,7 @@ impl<'a> Solver<'a> {
         costs: &[(Keep, f64)],
         fits: impl Fn(&Vec<Keep>) -> bool,
     ) -> Option<(f64, Vec<Keep>)> {
-        let layers = self.parts.len();
+        let layers = self.kept.len();
         let mixed = |at_low: usize| {
             (0..layers).map(|layer| if layer < at_low { low.0 } else { high.0 }).collect::<Vec<_>>()
         };
@@ -345,7 +345,7 @@ impl<'a> Solver<'a> {
 
     /// The plan with the fewest bytes.
     fn smallest(&self) -> Plan {
-        self.describe(self.task.tokens_min.max(1), &vec![self.least(); self.parts.len()])
+        self.describe(self.task.tokens_min.max(1), &vec![self.least(); self.kept.len()])
     }
 
     fn fixed(&self) -> Vec<Term> {
@@ -357,10 +357,10 @@ impl<'a> Solver<'a> {
     /// Bytes of what the layers keep, of one layer at work, and of gaps between blocks.
     fn growing(&self, tokens: usize, keep: &[Keep]) -> [u64; GROWING] {
         let (mut kept, mut missing) = (0, 0);
-        for (layer, (parts, keep)) in self.parts.iter().zip(keep).enumerate() {
-            let has = if layer >= self.lowest { parts.kept(*keep) } else { 0 };
+        for (layer, (values, keep)) in self.kept.iter().zip(keep).enumerate() {
+            let has = if layer >= self.lowest { values.at(*keep) } else { 0 };
             kept += has;
-            missing = missing.max(parts.whole() - has);
+            missing = missing.max(values.whole() - has);
         }
         let worked = missing + terms::working(self.task);
         let a_value = tokens * self.task.activation_bytes(self.machine.place);
@@ -382,7 +382,7 @@ impl<'a> Solver<'a> {
     fn work(&self, tokens: usize, keep: &[Keep]) -> Work {
         let counter = Counter { task: self.task, place: self.machine.place, tokens };
         let layers = keep.iter().enumerate().map(|(layer, keep)| match layer >= self.lowest {
-            true => counter.layer(layer, true) + counter.again(*keep),
+            true => counter.layer(layer, true) + counter.again(layer, *keep),
             false => counter.layer(layer, false),
         });
         layers.sum::<Work>() + counter.head() + counter.update()

@@ -1,8 +1,8 @@
 //! Facts and adapter -> bytes: what is there all the time, what each level keeps, what a layer works in.
 
 use crate::facts::sites::Site;
-use crate::facts::{Facts, Projection, Role};
-use crate::facts::{Keep, Precision, Quantization};
+use crate::facts::{Facts, FeedForward, Keep, LayerFacts, Precision, Projection, Quantization, Role};
+use crate::model::layer;
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 
@@ -24,7 +24,7 @@ const PANEL_BYTES: u64 = 8 << 20;
 pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
     let facts = &task.facts;
     let term = |what: &str, bytes: usize| Term { what: what.into(), bytes: bytes as u64 };
-    let linear: usize = facts.projections().map(|p| weight_bytes(task, p, place)).sum();
+    let linear: usize = facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
     let vectors = facts.tensors().into_iter().filter(|t| matches!(t.role, Role::NormWeight | Role::Bias));
     let vectors: usize = vectors.map(|tensor| tensor.shape.iter().product::<usize>()).sum();
     let table = facts.vocab * facts.width * task.stored_bytes(place);
@@ -34,7 +34,7 @@ pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
         Quantization::FourBit { .. } | Quantization::Stored { .. } => "base, 4 bits with scales",
     };
     let mut terms = vec![
-        term(base, facts.layers * linear),
+        term(base, linear),
         term("norms and biases", vectors * 4),
         term("embedding", table),
         term("output head", if facts.tied_head { 0 } else { table }),
@@ -80,7 +80,7 @@ fn adapter_bytes(task: &Task, place: Place) -> usize {
 }
 
 fn largest(facts: &Facts) -> usize {
-    facts.projections().map(|p| p.rows * p.cols).max().unwrap_or(0)
+    facts.projections().map(|(_, p)| p.rows * p.cols).max().unwrap_or(0)
 }
 
 fn expanded(task: &Task) -> usize {
@@ -101,54 +101,25 @@ fn scales(task: &Task) -> usize {
     }
 }
 
-/// Values a token that a layer holds between forward and backward, part by part.
-pub(super) struct Parts {
-    pub x: usize,
-    pub query_key_value: usize,
-    pub attended: usize,
-    pub gate_up: usize,
-    /// LoRA's `x A^T` of the down projection, and its result where a norm follows it.
-    down: usize,
-}
+/// Values a token that a layer holds on the device between forward and backward, at each level.
+pub(super) struct Kept([usize; Keep::ALL.len()]);
 
-impl Parts {
+impl Kept {
     /// Of layer `layer`: its pairs' ranks come on top of the widths.
-    pub fn of(task: &Task, layer: usize) -> Parts {
-        let facts = &task.facts;
-        let rows = |list: &[Projection]| list.iter().map(|p| p.rows).sum::<usize>();
+    pub fn of(task: &Task, layer: usize) -> Kept {
         let rank = |p: &Projection| {
             let mut sites = task.sites.iter();
             sites.find(|site| site.layer == layer && site.projection.path == p.path).map_or(0, |s| s.rank)
         };
-        let ranks = |list: &[Projection]| list.iter().map(rank).sum::<usize>();
-        let heads = facts.heads();
-        let behind = |norm: Option<&str>| if norm.is_some() { facts.width } else { 0 };
-        // Attention's output, its logsumexp for each head, and the residual stream after it.
-        let attended = facts.output.cols + heads.query + facts.width;
-        let attended = attended + behind(facts.names.attention_post_norm);
-        let raw = if facts.head_norm.is_some() { (heads.query + heads.key) * heads.width } else { 0 };
-        Parts {
-            x: facts.width,
-            query_key_value: rows(&facts.query_key_value) + raw + ranks(&facts.query_key_value),
-            attended: attended + rank(&facts.output),
-            gate_up: rows(&facts.gate_up) + ranks(&facts.gate_up),
-            down: rank(&facts.down) + behind(facts.names.feed_forward_post_norm),
-        }
+        Kept(Keep::ALL.map(|keep| layer::kept_values(&task.facts, layer, rank, keep)))
     }
 
     pub fn whole(&self) -> usize {
-        self.x + self.query_key_value + self.attended + self.gate_up + self.down
+        self.at(Keep::Everything)
     }
 
-    /// On the device.
-    pub fn kept(&self, keep: Keep) -> usize {
-        match keep {
-            Keep::Everything => self.whole(),
-            Keep::WithoutGateUp => self.whole() - self.gate_up,
-            Keep::AttentionOutput => self.whole() - self.gate_up - self.query_key_value,
-            Keep::LayerInputs => self.x,
-            Keep::HostInputs => 0,
-        }
+    pub fn at(&self, keep: Keep) -> usize {
+        self.0[keep as usize]
     }
 }
 
@@ -156,9 +127,13 @@ impl Parts {
 /// and that of their product (the widest moment of a layer's backward pass), or the rows around the output head.
 pub(super) fn working(task: &Task) -> usize {
     let facts = &task.facts;
-    let gate_up: usize = facts.gate_up.iter().map(|p| p.rows).sum();
-    let masked = if task.dropout { facts.down.cols } else { 0 };
-    let layer = facts.width + gate_up + facts.down.cols + masked;
+    let of = |layer: &LayerFacts| {
+        let FeedForward::Dense(dense) = &layer.feed_forward;
+        let gate_up: usize = dense.gate_up.iter().map(|p| p.rows).sum();
+        let masked = if task.dropout { dense.down.cols } else { 0 };
+        facts.width + gate_up + dense.down.cols + masked
+    };
+    let layer = facts.layers.iter().map(of).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 whatever the activations are.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

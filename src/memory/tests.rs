@@ -93,8 +93,7 @@ fn less_memory_recomputes_more_and_always_fits() {
 #[test]
 fn the_mix_is_close_to_the_best_of_all() {
     let mut small = phi3_mini();
-    small.layers = 4;
-    small.attention.truncate(4);
+    small.layers.truncate(4);
     let task = task(small, 2048);
     let machine = gpu("l4");
     let solver = Solver::new(&task, &machine);
@@ -206,16 +205,16 @@ fn layers_keep_what_the_plan_counts() {
             precision: Precision::F32,
         };
         let silent = crate::report::Report::silent();
-        let mut decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
-        let task = Task { sites: decoder.trainable.sites.clone(), ..task(facts, 64) };
+        let decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
+        let adapter = decoder.trainable(&options.lora).unwrap();
+        let task = Task { sites: adapter.sites.clone(), ..task(facts, 64) };
         let mut batch = Batch::default();
         batch.push(&[5; 11], &[true; 11], 11, 0);
         batch.push(&[7; 6], &[true; 6], 6, 1);
         for keep in Keep::ALL {
-            decoder.keep.fill(keep);
-            let found = decoder.kept_values(&batch).unwrap();
+            let found = decoder.kept_values(&adapter, &[keep; 2], &batch).unwrap();
             let counted: Vec<usize> =
-                (0..2).map(|layer| Parts::of(&task, layer).kept(keep) * batch.rows()).collect();
+                (0..2).map(|layer| Kept::of(&task, layer).at(keep) * batch.rows()).collect();
             assert_eq!(found, counted, "{family}, {}", keep.name());
         }
     }

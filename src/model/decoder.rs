@@ -1,8 +1,10 @@
-//! The decoder: embedding, layers, final norm, output head; one pass gives the loss and adds the LoRA gradients.
+//! The frozen decoder: embedding, layers, final norm, output head. A pass brings the adapter: none, the one in training
+//! (then it gives the loss and adds the gradients), or several finished ones.
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::facts::Precision;
+use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
+use crate::fault;
 use crate::ops::attention::Packing;
 use crate::ops::cross_entropy::{self, Head};
 use crate::ops::number::Number;
@@ -10,14 +12,14 @@ use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
 
 use super::batch::Batch;
-use super::layer::{Kept, Layer, Shape};
-use super::linear::Pass;
-use super::lora::Trainable;
+use super::cache::Cache;
+use super::feed_forward::Form;
+use super::layer::{Kept, Layer};
+use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
-use crate::facts::Keep;
-use crate::facts::{Facts, QueryGrowth};
+use super::pass::{Pass, Step};
 
-/// A frozen base with its adapter.
+/// The frozen base.
 pub struct Decoder {
     pub facts: Facts,
     /// [V, C], in the checkpoint's type.
@@ -26,12 +28,11 @@ pub struct Decoder {
     pub final_norm: Norm,
     /// Its weight is the embedding itself when tied.
     pub head: Head,
-    pub trainable: Trainable,
     pub precision: Precision,
-    /// One level a layer; the result is the same whatever they are.
-    pub keep: Vec<Keep>,
     /// What activations are computed in: f32, or f64 in tests.
     pub dtype: DType,
+    /// Where the layers compute; the embedding may lie elsewhere.
+    pub device: Device,
 }
 
 /// What turns queries and keys of a batch's rows: the angles of each rope, and the queries' growth.
@@ -41,18 +42,32 @@ struct Turns {
 }
 
 impl Decoder {
-    /// Sum of the targets' losses. Adds the gradient of `scale` times that sum to the flat gradient buffer.
-    pub fn forward_backward(&self, batch: &Batch, scale: f64) -> Result<Number> {
+    /// A new adapter to train on this base: its sites chosen and its parameters drawn as `options` say.
+    pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
+        let sites = sites::sites(&self.facts, options)?.list;
+        Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
+    }
+
+    /// Sum of the targets' losses. Adds the gradient of `scale` times that sum to the adapter's gradient buffer.
+    /// `keep` has one level a layer; the result is the same whatever they are.
+    pub fn forward_backward(
+        &self,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        scale: f64,
+    ) -> Result<Number> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
-        let keys = dropout::keys(&batch.keys, self.device())?;
-        let shape = self.shape(&turns, &packing, Some(&keys));
-        let mut x = self.embed(batch)?;
+        let keys = dropout::keys(&batch.keys, &self.device)?;
+        let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
+        let pass = self.pass(&turns, &packing, lora);
+        let mut x = self.embed(&batch.ids)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // Nothing below the lowest adapted layer is needed again.
-        let lowest = self.trainable.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
+        let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
-            let keep = if i < lowest { Keep::LayerInputs } else { self.keep[i] };
-            let (y, of_layer) = layer.forward(x, keep, &shape)?;
+            let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
+            let (y, of_layer) = layer.forward(x, keep, &pass)?;
             x = y;
             if i >= lowest {
                 kept.push(of_layer);
@@ -62,21 +77,20 @@ impl Decoder {
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let kept = kept.pop().expect("one entry a layer");
-            layer.backward(&d, kept, i == lowest, &shape)?;
+            layer.backward(&d, kept, i == lowest, &pass)?;
         }
         Ok(loss)
     }
 
     /// Values that each layer holds after the forward pass.
     #[cfg(test)]
-    pub fn kept_values(&self, batch: &Batch) -> Result<Vec<usize>> {
+    pub fn kept_values(&self, adapter: &Trainable, keep: &[Keep], batch: &Batch) -> Result<Vec<usize>> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
-        let keys = dropout::keys(&batch.keys, self.device())?;
-        let shape = self.shape(&turns, &packing, Some(&keys));
-        let mut x = self.embed(batch)?;
+        let pass = self.pass(&turns, &packing, adapter.evaluated());
+        let mut x = self.embed(&batch.ids)?;
         let mut values = Vec::new();
-        for (layer, keep) in self.layers.iter().zip(&self.keep) {
-            let (y, kept) = layer.forward(x, *keep, &shape)?;
+        for (layer, keep) in self.layers.iter().zip(keep) {
+            let (y, kept) = layer.forward(x, *keep, &pass)?;
             values.push(kept.values());
             x = y;
         }
@@ -84,23 +98,39 @@ impl Decoder {
     }
 
     /// Sum of the targets' losses, without gradients or dropout.
-    pub fn loss(&self, batch: &Batch) -> Result<Number> {
-        let hidden = rows::gather(&self.hidden(batch)?, &batch.target_rows)?;
+    pub fn loss(&self, batch: &Batch, lora: Lora) -> Result<Number> {
+        let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
     }
 
-    /// Logits of every row, [T, V]; for tests and generation.
-    pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        let hidden = self.final_norm.forward(&self.hidden(batch)?)?;
+    /// Logits of every row, [T, V].
+    pub fn logits(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
+        let hidden = self.final_norm.forward(&self.hidden(batch, lora)?)?;
         cross_entropy::logits(&hidden, &self.head, self.precision)
+    }
+
+    /// One step of serving: new rows of running sequences, whose keys and values are added to the cache. Returns the
+    /// logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
+    pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
+        let (positions, lengths) = step.positions();
+        let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
+        let pass = Pass { apart: true, ..self.pass(&turns, &packing, lora) };
+        let mut x = self.embed(&step.ids)?;
+        for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.step(&x, &pass, &step.segments, store)?;
+        }
+        let hidden = self.final_norm.forward(&rows::gather(&x, &step.wanted)?)?;
+        cross_entropy::logits_apart(&hidden, &self.head, self.precision)
     }
 
     /// Bytes of the frozen base.
     pub fn base_bytes(&self) -> usize {
         let linear = |layer: &Layer| -> usize {
-            let attention = layer.query_key_value.iter().chain([&layer.output]);
-            attention.chain(&layer.gate_up).chain([&layer.down]).map(|linear| linear.weight.bytes()).sum()
+            let (attention, Form::Dense(dense)) = (&layer.attention, &layer.feed_forward.form);
+            let attention = attention.query_key_value.iter().chain([&attention.output]);
+            let all = attention.chain(&dense.gate_up).chain([&dense.down]);
+            all.map(|linear| linear.weight.bytes()).sum()
         };
         let head = if self.facts.tied_head { 0 } else { self.head.weight.bytes() };
         let embedding = self.embedding.elem_count() * self.embedding.dtype().size_in_bytes();
@@ -108,16 +138,16 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, [T, C].
-    fn hidden(&self, batch: &Batch) -> Result<Tensor> {
+    fn hidden(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
-        let shape = self.shape(&turns, &packing, None);
-        let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &shape)?.0);
-        self.layers.iter().try_fold(self.embed(batch)?, forward)
+        let pass = self.pass(&turns, &packing, lora);
+        let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &pass)?.0);
+        self.layers.iter().try_fold(self.embed(&batch.ids)?, forward)
     }
 
-    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         let factor = self.embedding_factor();
-        embedding::forward(&self.embedding, &batch.ids, factor, self.dtype, self.device())
+        embedding::forward(&self.embedding, ids, factor, self.dtype, &self.device)
     }
 
     /// The factor on the embeddings, rounded as the reference rounds it.
@@ -130,14 +160,13 @@ impl Decoder {
         }
     }
 
-    /// Where the layers compute; the embedding may lie elsewhere.
-    fn device(&self) -> &Device {
-        self.trainable.params.device()
-    }
-
     /// The rows' angles; each row once for each of the heads' runs.
     fn turns(&self, batch: &Batch) -> Result<Turns> {
         let (positions, lengths) = batch.positions();
+        self.turns_at(positions, lengths)
+    }
+
+    fn turns_at(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<Turns> {
         let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
         let for_each_run = |numbers: Vec<u32>| -> Vec<u32> {
@@ -145,7 +174,7 @@ impl Decoder {
         };
         let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
         let ropes = self.facts.ropes.iter();
-        let ropes = ropes.map(|rope| Angles::of(rope, &positions, &lengths, self.wide(), self.device()));
+        let ropes = ropes.map(|rope| Angles::of(rope, &positions, &lengths, self.wide(), &self.device));
         Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 
@@ -158,18 +187,13 @@ impl Decoder {
         let (rows, half) = (positions.len(), self.facts.heads().width / 2);
         let lengths: Vec<f64> = positions.iter().map(|&position| growth.at(position)).collect();
         let lengths = Tensor::from_vec(lengths, (rows, 1), &Device::Cpu)?.to_dtype(self.wide())?;
-        let cos = lengths.expand((rows, half))?.contiguous()?.to_device(self.device())?;
+        let cos = lengths.expand((rows, half))?.contiguous()?.to_device(&self.device)?;
         Ok(Angles { sin: cos.zeros_like()?, cos })
     }
 
-    fn shape<'a>(
-        &self,
-        turns: &'a Turns,
-        packing: &'a Packing,
-        dropout_keys: Option<&'a Tensor>,
-    ) -> Shape<'a> {
-        let pass = Pass { precision: self.precision, dropout_keys };
-        Shape { angles: &turns.ropes, growth: turns.growth.as_ref(), packing, pass }
+    fn pass<'a>(&self, turns: &'a Turns, packing: &'a Packing, lora: Lora<'a>) -> Pass<'a> {
+        let (angles, growth) = (turns.ropes.as_slice(), turns.growth.as_ref());
+        Pass { precision: self.precision, apart: false, lora, angles, growth, packing }
     }
 
     /// The loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.

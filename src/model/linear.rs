@@ -1,71 +1,46 @@
-//! A frozen linear layer with its LoRA pair: `y = factor * x W^T + bias + scale * dropout(x) A^T B^T`.
+//! A frozen linear layer, and the pair that a pass's adapter has for it:
+//! `y = factor * (x W^T + scale * dropout(x) A^T B^T) + bias`.
 
 use candle_core::{Result, Tensor};
 
-use crate::facts::Precision;
 use crate::ops::matmul::{self, Weight};
-use crate::ops::{bias, dropout, unwritten};
+use crate::ops::{bias, unwritten};
 
-/// What a pass over one batch shares.
-pub struct Pass<'a> {
-    pub precision: Precision,
-    /// Row keys when training with dropout; `None` in evaluation.
-    pub dropout_keys: Option<&'a Tensor>,
-}
+use super::lora::{Lora, Low};
+use super::pass::Pass;
 
+/// A linear layer of the base.
 #[derive(Clone, Debug)]
 pub struct Linear {
     pub weight: Weight,
-    /// The model's own factor on the output; bias and LoRA's scale hold it already.
+    /// The model's own factor on the output; the stored bias holds it already.
     pub factor: f64,
     pub bias: Option<Tensor>,
-    pub lora: Option<Lora>,
-}
-
-/// A pair and its gradients: views into the flat buffers.
-#[derive(Clone, Debug)]
-pub struct Lora {
-    /// [R, K] and [N, R].
-    pub a: Weight,
-    pub b: Weight,
-    pub grad_a: Tensor,
-    pub grad_b: Tensor,
-    pub scale: f64,
-    pub dropout: f64,
-    /// Distinguishes this layer's dropout masks from the others'.
-    pub site: u64,
+    /// The number by which adapters know this layer (`Facts::projections`).
+    pub site: usize,
 }
 
 impl Linear {
-    /// Writes y[:, at..at+N], or adds to it. Returns `dropout(x) A^T` [T, R] for the backward pass.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        y: &Tensor,
-        at: usize,
-        add: bool,
-        pass: &Pass,
-    ) -> Result<Option<Tensor>> {
+    /// Writes y[:, at..at+N], or adds to it. Returns what the adapter in training needs for its backward pass.
+    pub fn forward(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
         let mut beta = if add { 1.0 } else { 0.0 };
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
-        matmul::forward(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
-        let Some(lora) = &self.lora else { return Ok(None) };
-        let down = lora.down(&lora.input(x, pass)?, pass)?;
-        matmul::forward(&down, &lora.b, lora.scale, y, at, 1.0, pass.precision)?;
-        Ok(Some(down))
+        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
+        product(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
+        pass.lora.forward(self, x, y, at, pass)
     }
 
-    /// Adds the pair's gradients to the flat buffer and, where wanted, x's gradient to or into `dx` [T, K].
-    /// `down` is what `forward` returned; without it, it is computed again.
+    /// Adds the pair's gradients to the flat buffer and, if wanted, x's gradient to or into `dx` [T, K].
+    /// `low` is what `forward` returned; without it, it is computed again.
     pub fn backward(
         &self,
         dy: &Tensor,
         at: usize,
         x: &Tensor,
-        down: Option<&Tensor>,
+        low: Option<&Tensor>,
         dx: Option<(&Tensor, bool)>,
         pass: &Pass,
     ) -> Result<()> {
@@ -73,53 +48,46 @@ impl Linear {
             let beta = if add { 1.0 } else { 0.0 };
             matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.precision)?;
         }
-        match &self.lora {
-            Some(lora) => lora.backward(dy, at, x, down, dx.map(|(dx, _)| dx), pass),
-            None => Ok(()),
+        match &pass.lora {
+            Lora::None => Ok(()),
+            Lora::Training(training) => {
+                training.backward(self, dy, at, x, low, dx.map(|(dx, _)| dx), pass.precision)
+            }
+            Lora::Mixed(_) => candle_core::bail!("a mixture of adapters has no gradient"),
         }
     }
 }
 
-impl Lora {
-    fn input(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        match pass.dropout_keys {
-            Some(keys) if self.dropout > 0.0 => dropout::apply(x, self.dropout, keys, self.site),
-            _ => Ok(x.clone()),
-        }
-    }
+/// The columns at which each of several layers begins whose outputs lie side by side.
+fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
+    parts.iter().scan(0, |at, part| {
+        let from = *at;
+        *at += part.weight.dims().0;
+        Some((from, part))
+    })
+}
 
-    fn down(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let down = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
-        matmul::forward(x, &self.a, 1.0, &down, 0, 0.0, pass.precision)?;
-        Ok(down)
-    }
+/// x -> the outputs of all parts in the columns of one matrix.
+pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
+    let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
+    let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
+    let lows = columns(parts).map(|(at, part)| part.forward(x, &y, at, false, pass));
+    let lows = lows.collect::<Result<_>>()?;
+    Ok((y, lows))
+}
 
-    fn backward(
-        &self,
-        dy: &Tensor,
-        at: usize,
-        x: &Tensor,
-        down: Option<&Tensor>,
-        dx: Option<&Tensor>,
-        pass: &Pass,
-    ) -> Result<()> {
-        let x = self.input(x, pass)?;
-        let down = match down {
-            Some(down) => down.clone(),
-            None => self.down(&x, pass)?,
-        };
-        matmul::weight_gradient(dy, at, &down, self.scale, &self.grad_b, pass.precision)?;
-        let up = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?; // scale * dy B, [T, R]
-        matmul::input_gradient(dy, at, &self.b, self.scale, &up, 0.0, pass.precision)?;
-        matmul::weight_gradient(&up, 0, &x, 1.0, &self.grad_a, pass.precision)?;
-        match (dx, pass.dropout_keys) {
-            (None, _) => Ok(()),
-            (Some(dx), Some(keys)) if self.dropout > 0.0 => {
-                let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
-                matmul::input_gradient(&up, 0, &self.a, 1.0, &through, 0.0, pass.precision)?;
-                crate::ops::rows::add(dx, &dropout::apply(&through, self.dropout, keys, self.site)?)
-            }
-            (Some(dx), _) => matmul::input_gradient(&up, 0, &self.a, 1.0, dx, 1.0, pass.precision),
-        }
+/// The gradient of x, unless nothing needs it (`lowest`).
+pub fn side_by_side_backward(
+    parts: &[Linear],
+    dy: &Tensor,
+    x: &Tensor,
+    lows: &[Low],
+    lowest: bool,
+    pass: &Pass,
+) -> Result<Option<Tensor>> {
+    let dx = if lowest { None } else { Some(unwritten(x.shape(), x.dtype(), x.device())?) };
+    for ((at, part), low) in columns(parts).zip(lows) {
+        part.backward(dy, at, x, low.as_ref(), dx.as_ref().map(|dx| (dx, at > 0)), pass)?;
     }
+    Ok(dx)
 }

@@ -1,12 +1,12 @@
-//! Checkpoint + facts -> decoder: each tensor read once, quantised or kept, and let go.
+//! Checkpoint + facts -> frozen decoder: each tensor read once, quantised or kept, and let go.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::facts::quantization::Code;
-use crate::facts::sites;
-use crate::facts::{Facts, Keep, NormForm, Precision, Projection, Quantization};
+use crate::facts::{self, Facts, NormForm, Precision, Projection, Quantization};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::ops::cross_entropy::Head;
@@ -15,15 +15,16 @@ use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
 use super::decoder::Decoder;
+use super::feed_forward::{Dense, FeedForward, Form};
 use super::layer::Layer;
-use super::linear::{Linear, Lora};
-use super::lora::Trainable;
+use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
 use super::random;
+use super::self_attention::SelfAttention;
 use super::weights::{Checkpoint, Values};
 use super::{Options, stored};
 
-/// Loads, quantises and joins the adapter's pairs. `facts` were read from the same folder.
+/// Loads and quantises the base. `facts` were read from the same folder.
 ///
 /// On a CPU activations are f32 whatever the precision of products; on a GPU they are stored in it.
 pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
@@ -32,12 +33,10 @@ pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -
 
 /// A decoder of these facts with a random base, drawn tensor by tensor in the form it is kept in: for measuring.
 pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
-    let sites = sites::sites(&facts, &options.lora)?.list;
     let dtype = activation_type(device, options.precision);
-    let trainable = Trainable::init(sites, &options.lora, dtype, device)?;
     let checkpoint = Checkpoint::empty();
     let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: true };
-    loader.decoder(trainable, report)
+    loader.decoder(report)
 }
 
 /// What activations are stored in.
@@ -56,18 +55,10 @@ pub(super) fn load_in(
     options: &Options,
     report: &Report,
 ) -> Result<Decoder> {
-    let sites = sites::sites(&facts, &options.lora)?;
-    for (written, module) in &sites.renamed {
-        report.note(
-            Stage::Load,
-            format!("target {written} is part of {module} in this model: {module} is trained"),
-        );
-    }
     let checkpoint = Checkpoint::open(&options.folder)?;
     fits(&facts, &checkpoint).map_err(|fault| fault.at(options.folder.display()))?;
-    let trainable = Trainable::init(sites.list, &options.lora, dtype, device)?;
     let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: false };
-    loader.decoder(trainable, report)
+    loader.decoder(report)
 }
 
 /// Whether the checkpoint holds every tensor the decoder reads, and no other.
@@ -99,12 +90,14 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn decoder(&self, trainable: Trainable, report: &Report) -> Result<Decoder> {
+    fn decoder(&self, report: &Report) -> Result<Decoder> {
         let facts = self.facts;
-        let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers as u64));
-        let mut layers = Vec::with_capacity(facts.layers);
-        for layer in 0..facts.layers {
-            layers.push(self.layer(layer, &trainable)?);
+        let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers.len() as u64));
+        let mut layers = Vec::with_capacity(facts.layers.len());
+        let mut site = 0;
+        for layer in 0..facts.layers.len() {
+            layers.push(self.layer(layer, site)?);
+            site += facts.layers[layer].projections().count();
             progress.advance(1);
             interrupt::check()?;
         }
@@ -116,35 +109,45 @@ impl Loader<'_> {
             layers,
             final_norm,
             head,
-            trainable,
             precision: self.options.precision,
-            keep: vec![Keep::Everything; facts.layers],
             dtype: self.dtype,
+            device: self.device.clone(),
             facts: facts.clone(),
         })
     }
 
-    fn layer(&self, layer: usize, trainable: &Trainable) -> Result<Layer> {
+    /// Layer `layer`, whose linear layers are numbered from `site` on.
+    fn layer(&self, layer: usize, site: usize) -> Result<Layer> {
         let (facts, names) = (self.facts, &self.facts.names);
         let norm = |name: Option<&str>| name.map(|name| self.norm(&facts.inside(layer, name))).transpose();
-        let linear = |projection: &Projection| self.linear(layer, projection, 1.0, trainable);
-        let residual =
-            |projection: &Projection| self.linear(layer, projection, facts.residual_scale, trainable);
-        Ok(Layer {
-            heads: facts.attention[layer].heads,
-            rope: facts.attention[layer].rope,
-            attention_norm: norm(names.attention_norm)?,
-            query_key_value: facts.query_key_value.iter().map(linear).collect::<Result<_>>()?,
+        let sites = Cell::new(site);
+        let linear =
+            |projection: &Projection| self.linear(layer, projection, 1.0, sites.replace(sites.get() + 1));
+        let residual = |projection: &Projection| {
+            self.linear(layer, projection, facts.residual_scale, sites.replace(sites.get() + 1))
+        };
+        let attention = &facts.layers[layer].attention;
+        let attention = SelfAttention {
+            heads: attention.heads,
+            rope: attention.rope,
+            norm: norm(names.attention_norm)?,
+            query_key_value: attention.query_key_value.iter().map(linear).collect::<Result<_>>()?,
             head_norm: self.head_norm(layer)?,
-            output: residual(&facts.output)?,
-            attention_post_norm: norm(names.attention_post_norm)?,
-            parallel: facts.parallel,
-            feed_forward_norm: norm(names.feed_forward_norm)?,
-            gate_up: facts.gate_up.iter().map(linear).collect::<Result<_>>()?,
-            activation: facts.activation,
-            down: residual(&facts.down)?,
-            feed_forward_post_norm: norm(names.feed_forward_post_norm)?,
-        })
+            output: residual(&attention.output)?,
+            post_norm: norm(names.attention_post_norm)?,
+        };
+        let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
+        let dense = Dense {
+            gate_up: dense.gate_up.iter().map(linear).collect::<Result<_>>()?,
+            activation: dense.activation,
+            down: residual(&dense.down)?,
+        };
+        let feed_forward = FeedForward {
+            norm: norm(names.feed_forward_norm)?,
+            form: Form::Dense(dense),
+            post_norm: norm(names.feed_forward_post_norm)?,
+        };
+        Ok(Layer { attention, feed_forward, parallel: facts.parallel })
     }
 
     fn norm(&self, path: &str) -> Result<Norm> {
@@ -159,8 +162,9 @@ impl Loader<'_> {
     }
 
     fn head_norm(&self, layer: usize) -> Result<Option<HeadNorm>> {
-        let Some(norm) = &self.facts.head_norm else { return Ok(None) };
-        let (query, key) = self.facts.head_norm_widths(norm);
+        let attention = &self.facts.layers[layer].attention;
+        let Some(norm) = &attention.head_norm else { return Ok(None) };
+        let (query, key) = attention.head_norm_widths(norm);
         Ok(Some(HeadNorm {
             query: self.norm_weight(&self.facts.inside(layer, norm.query), query)?,
             key: self.norm_weight(&self.facts.inside(layer, norm.key), key)?,
@@ -194,13 +198,7 @@ impl Loader<'_> {
         Ok(Head { weight: Weight::Dense(weight), bias, scale, softcap })
     }
 
-    fn linear(
-        &self,
-        layer: usize,
-        projection: &Projection,
-        factor: f64,
-        trainable: &Trainable,
-    ) -> Result<Linear> {
+    fn linear(&self, layer: usize, projection: &Projection, factor: f64, site: usize) -> Result<Linear> {
         let (path, rows, cols) = (self.facts.path(layer, projection), projection.rows, projection.cols);
         let name = format!("{path}.weight");
         let stored = stored::weight(self.checkpoint, &name, rows, cols)?;
@@ -220,8 +218,7 @@ impl Loader<'_> {
             true => Some(self.changed_vector(&format!("{path}.bias"), rows, factor, 0.0)?),
             false => None,
         };
-        let lora = pair(&path, trainable, factor, self.options.lora.dropout)?;
-        Ok(Linear { weight, factor, bias, lora })
+        Ok(Linear { weight, factor, bias, site })
     }
 
     /// On a GPU the stored bytes go there one tensor at a time, and only codes and scales stay.
@@ -310,17 +307,6 @@ impl Loader<'_> {
         let values = Tensor::from_vec(values, length, &Device::Cpu)?.to_dtype(wide)?;
         Ok(values.affine(factor, plus)?.to_device(self.device)?)
     }
-}
-
-/// The LoRA pair of a path, if it is a site; `factor` is that of the layer's whole output.
-fn pair(path: &str, trainable: &Trainable, factor: f64, dropout: f64) -> Result<Option<Lora>> {
-    let Some((index, site)) = trainable.sites.iter().enumerate().find(|(_, site)| site.path == path) else {
-        return Ok(None);
-    };
-    let (a, b) = trainable.views(&trainable.compute, site)?;
-    let (grad_a, grad_b) = trainable.views(&trainable.grads, site)?;
-    let (a, b) = (Weight::Dense(a), Weight::Dense(b));
-    Ok(Some(Lora { a, b, grad_a, grad_b, scale: site.scale * factor, dropout, site: index as u64 }))
 }
 
 /// Widened values.

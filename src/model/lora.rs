@@ -1,17 +1,77 @@
-//! The flat buffers that all LoRA parameters live in.
+//! LoRA adapters beside the frozen base: one in training with its gradients, or several finished ones with strengths.
 //!
-//! All pairs share one flat parameter buffer and one flat gradient buffer (f32; f64 in tests), so that the
-//! optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R], site by site.
+//! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
+//! tests), so that the optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R],
+//! site by site. Finished adapters are added exactly, without merging: the sum of strength * scale * B A.
 
-use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use std::ops::Range;
+
+use candle_core::{DType, Device, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::facts::sites::Site;
-use crate::facts::{LoraInit, LoraOptions};
-use crate::ops::flat;
+use crate::facts::{LoraInit, LoraOptions, Precision};
+use crate::ops::matmul::{self, Weight};
+use crate::ops::{dropout, flat, unwritten};
 
-/// The flat buffers of all pairs.
+use super::linear::Linear;
+use super::pass::Pass;
+
+/// LoRA's `dropout(x) A^T` [T, R] of one linear layer; `None` if the layer is not adapted, or if the adapter is not in
+/// training.
+pub type Low = Option<Tensor>;
+
+/// What a pass adds to the base.
+#[derive(Clone, Copy)]
+pub enum Lora<'a> {
+    /// Nothing: the bare base.
+    None,
+    /// The adapter in training, on every row.
+    Training(Training<'a>),
+    /// Finished adapters, each on rows of its own.
+    Mixed(&'a Mixture<'a>),
+}
+
+/// The adapter in training as a pass uses it.
+#[derive(Clone, Copy)]
+pub struct Training<'a> {
+    pub adapter: &'a Trainable,
+    /// The rows' keys in a training pass with dropout; `None` in evaluation.
+    pub dropout_keys: Option<&'a Tensor>,
+}
+
+/// A finished adapter on some rows of a batch.
+#[derive(Clone, Debug)]
+pub struct Part<'a> {
+    pub adapter: &'a Pairs,
+    pub rows: Range<usize>,
+    pub strength: f64,
+}
+
+/// Finished adapters over the rows of one batch. Parts may overlap: a row gets the sum of all that cover it, in the
+/// order of the list.
+#[derive(Clone, Debug, Default)]
+pub struct Mixture<'a> {
+    pub parts: Vec<Part<'a>>,
+}
+
+/// A [R, K] and B [N, R] of one linear layer.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    pub a: Weight,
+    pub b: Weight,
+    /// alpha / r, or alpha / sqrt(r).
+    pub scale: f64,
+}
+
+/// The pairs of a finished adapter, by the number of their linear layer (`Facts::projections`).
+#[derive(Clone, Debug, Default)]
+pub struct Pairs {
+    list: Vec<Option<Pair>>,
+}
+
+/// The adapter in training: the flat buffers of all pairs.
 #[derive(Clone, Debug)]
 pub struct Trainable {
     pub sites: Vec<Site>,
@@ -20,6 +80,159 @@ pub struct Trainable {
     pub grads: Tensor,
     /// What passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
+    /// The share of each pair's input that training passes drop.
+    pub dropout: f64,
+    /// By the number of the linear layer.
+    learners: Vec<Option<Learner>>,
+}
+
+/// One pair in training: views into the flat buffers.
+#[derive(Clone, Debug)]
+struct Learner {
+    pair: Pair,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    /// Distinguishes this pair's dropout masks from the others'.
+    mask: u64,
+}
+
+impl Lora<'_> {
+    /// Adds what the adapter makes of x to y[:, at..at+N].
+    pub(super) fn forward(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        pass: &Pass,
+    ) -> Result<Low> {
+        match self {
+            Lora::None => Ok(None),
+            Lora::Training(training) => training.forward(linear, x, y, at, pass.precision),
+            Lora::Mixed(mixture) => mixture.forward(linear, x, y, at, pass).map(|()| None),
+        }
+    }
+}
+
+impl Pair {
+    /// x A^T [T, R].
+    fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
+        let low = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
+        matmul::forward(x, &self.a, 1.0, &low, 0, 0.0, precision)?;
+        Ok(low)
+    }
+}
+
+impl Pairs {
+    /// Pairs with the numbers of their linear layers.
+    pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
+        Pairs { list: by_number(pairs) }
+    }
+
+    /// The pair of a linear layer, if this adapter has one for it.
+    pub fn get(&self, linear: usize) -> Option<&Pair> {
+        self.list.get(linear).and_then(Option::as_ref)
+    }
+
+    /// The largest rank of a pair.
+    pub fn rank(&self) -> usize {
+        self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
+    }
+
+    /// Bytes of all matrices.
+    pub fn bytes(&self) -> usize {
+        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes()).sum()
+    }
+}
+
+fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>> {
+    let mut list = Vec::new();
+    for (number, entry) in entries {
+        if list.len() <= number {
+            list.resize_with(number + 1, || None);
+        }
+        list[number] = Some(entry);
+    }
+    list
+}
+
+impl Mixture<'_> {
+    fn forward(&self, linear: &Linear, x: &Tensor, y: &Tensor, at: usize, pass: &Pass) -> Result<()> {
+        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
+        for Part { adapter, rows, strength } in &self.parts {
+            let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty()) else {
+                continue;
+            };
+            let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
+            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
+            product(&x, &pair.a, 1.0, &low, 0, 0.0, pass.precision)?;
+            let scale = pair.scale * linear.factor * strength;
+            product(&low, &pair.b, scale, &y, at, 1.0, pass.precision)?;
+        }
+        Ok(())
+    }
+}
+
+impl Training<'_> {
+    fn forward(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        precision: Precision,
+    ) -> Result<Low> {
+        let Some(learner) = self.adapter.learner(linear.site) else { return Ok(None) };
+        let low = learner.pair.low(&self.input(learner, x)?, precision)?;
+        let scale = learner.pair.scale * linear.factor;
+        matmul::forward(&low, &learner.pair.b, scale, y, at, 1.0, precision)?;
+        Ok(Some(low))
+    }
+
+    /// Adds the gradients of A and B to the flat buffer and, if wanted, that of x to `dx`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn backward(
+        &self,
+        linear: &Linear,
+        dy: &Tensor,
+        at: usize,
+        x: &Tensor,
+        low: Option<&Tensor>,
+        dx: Option<&Tensor>,
+        precision: Precision,
+    ) -> Result<()> {
+        let Some(learner) = self.adapter.learner(linear.site) else { return Ok(()) };
+        let (pair, scale) = (&learner.pair, learner.pair.scale * linear.factor);
+        let x = self.input(learner, x)?;
+        let low = match low {
+            Some(low) => low.clone(),
+            None => pair.low(&x, precision)?,
+        };
+        matmul::weight_gradient(dy, at, &low, scale, &learner.grad_b, precision)?;
+        let d_low = unwritten((x.dim(0)?, pair.a.dims().0), x.dtype(), x.device())?; // scale * dy B, [T, R]
+        matmul::input_gradient(dy, at, &pair.b, scale, &d_low, 0.0, precision)?;
+        matmul::weight_gradient(&d_low, 0, &x, 1.0, &learner.grad_a, precision)?;
+        match (dx, self.dropout_keys) {
+            (None, _) => Ok(()),
+            (Some(dx), Some(keys)) if self.adapter.dropout > 0.0 => {
+                let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
+                matmul::input_gradient(&d_low, 0, &pair.a, 1.0, &through, 0.0, precision)?;
+                let kept = dropout::apply(&through, self.adapter.dropout, keys, learner.mask)?;
+                crate::ops::rows::add(dx, &kept)
+            }
+            (Some(dx), _) => matmul::input_gradient(&d_low, 0, &pair.a, 1.0, dx, 1.0, precision),
+        }
+    }
+
+    /// The pair's input: x, or what dropout leaves of it.
+    fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
+        match self.dropout_keys {
+            Some(keys) if self.adapter.dropout > 0.0 => {
+                dropout::apply(x, self.adapter.dropout, keys, learner.mask)
+            }
+            _ => Ok(x.clone()),
+        }
+    }
 }
 
 impl Trainable {
@@ -27,12 +240,7 @@ impl Trainable {
     /// site's values do not depend on which others are chosen.
     ///
     /// `dtype` is the activations'.
-    pub fn init(
-        sites: Vec<Site>,
-        options: &LoraOptions,
-        dtype: DType,
-        device: &Device,
-    ) -> TensorResult<Trainable> {
+    pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
         let total = sites.iter().map(Site::parameters).sum::<usize>();
         let mut values = vec![0f32; total];
         for site in &sites {
@@ -44,16 +252,39 @@ impl Trainable {
         let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
         let params = params.to_device(device)?;
         let grads = params.zeros_like()?;
-        Ok(Trainable { sites, grads, compute: compute.unwrap_or_else(|| params.clone()), params })
+        let compute = compute.unwrap_or_else(|| params.clone());
+        let learners = sites.iter().enumerate().map(|(mask, site)| {
+            let (a, b) = views(&compute, site)?;
+            let (grad_a, grad_b) = views(&grads, site)?;
+            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale };
+            Ok((site.linear, Learner { pair, grad_a, grad_b, mask: mask as u64 }))
+        });
+        let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
+        Ok(Trainable { sites, grads, compute, params, dropout: options.dropout, learners })
     }
 
-    /// The copy that passes compute with, where it is not the parameters themselves.
+    /// This adapter in a pass without dropout.
+    pub fn evaluated(&self) -> Lora<'_> {
+        Lora::Training(Training { adapter: self, dropout_keys: None })
+    }
+
+    /// The pairs as they are now, which training no longer changes.
+    pub fn finished(&self) -> Result<Pairs> {
+        let pair = |site: &Site| {
+            let (a, b) = views(&self.compute, site)?;
+            let (a, b) = (Weight::Dense(a.copy()?), Weight::Dense(b.copy()?));
+            Ok((site.linear, Pair { a, b, scale: site.scale }))
+        };
+        Ok(Pairs::new(self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?))
+    }
+
+    /// The copy that passes compute with, if it is not the parameters themselves.
     pub fn copy(&self) -> Option<&Tensor> {
         (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
     /// Brings the copy that passes compute with up to date with parameters that were read from a file.
-    pub fn refresh(&self) -> TensorResult<()> {
+    pub fn refresh(&self) -> Result<()> {
         if self.compute.dtype() == self.params.dtype() {
             return Ok(());
         }
@@ -61,19 +292,26 @@ impl Trainable {
     }
 
     /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.
-    pub fn views(&self, flat: &Tensor, site: &Site) -> TensorResult<(Tensor, Tensor)> {
-        let (rows, cols) = (site.projection.rows, site.projection.cols);
-        let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
-        let b =
-            flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
-        Ok((a, b))
+    pub fn views(&self, flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
+        views(flat, site)
     }
+
+    fn learner(&self, linear: usize) -> Option<&Learner> {
+        self.learners.get(linear).and_then(Option::as_ref)
+    }
+}
+
+fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
+    let (rows, cols) = (site.projection.rows, site.projection.cols);
+    let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
+    let b = flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
+    Ok((a, b))
 }
 
 /// Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has deviation 1/r.
 fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-    random.set_stream(crate::ops::dropout::mix(fnv(&site.path)));
+    random.set_stream(dropout::mix(fnv(&site.path)));
     let mut unit = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
     let bound = (site.projection.cols as f64).sqrt().recip();
     for value in a {

@@ -1,10 +1,15 @@
-//! Norms as the layers use them: of the residual stream, and of queries and keys inside qkv. All frozen.
+//! Norms as the layers use them: before a branch, behind it where it joins the residual stream, and of queries and
+//! keys inside qkv. All frozen.
 
 use candle_core::{Result, Tensor};
 
 use crate::facts::Heads;
 use crate::ops::head_norm::{self, Groups};
-use crate::ops::{layer_norm, rms_norm, rows};
+use crate::ops::{layer_norm, rms_norm, rows, unwritten};
+
+use super::linear::Linear;
+use super::lora::Low;
+use super::pass::Pass;
 
 /// A norm over the residual stream: weight and bias `[C]`.
 #[derive(Clone, Debug)]
@@ -45,6 +50,51 @@ pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Re
         Some(norm) => norm.backward(dy, x, dx),
         None => rows::add(dx, dy),
     }
+}
+
+/// `residual + norm(linear(x))`, with what the backward pass needs of it.
+pub struct Branch {
+    pub sum: Tensor,
+    /// The linear layer's result if a norm follows it; otherwise it is never needed again.
+    pub branch: Option<Tensor>,
+    pub low: Low,
+}
+
+impl Branch {
+    /// Values held beside the sum.
+    #[cfg(test)]
+    pub fn values(&self) -> usize {
+        use super::layer::count;
+        count(&self.branch) + count(&self.low)
+    }
+}
+
+/// Adds what the linear layer and the norm behind it make of x to the residual stream.
+pub fn join(
+    linear: &Linear,
+    norm: &Option<Norm>,
+    x: &Tensor,
+    residual: &Tensor,
+    pass: &Pass,
+) -> Result<Branch> {
+    let Some(norm) = norm else {
+        let sum = residual.copy()?;
+        let low = linear.forward(x, &sum, 0, true, pass)?;
+        return Ok(Branch { sum, branch: None, low });
+    };
+    let branch = unwritten(residual.shape(), residual.dtype(), residual.device())?;
+    let low = linear.forward(x, &branch, 0, false, pass)?;
+    let sum = norm.forward(&branch)?;
+    rows::add(&sum, residual)?;
+    Ok(Branch { sum, branch: Some(branch), low })
+}
+
+/// The gradient of a branch from that of the sum it was added to.
+pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor) -> Result<Tensor> {
+    let (Some(norm), Some(branch)) = (norm, branch) else { return Ok(d.clone()) };
+    let d_branch = d.zeros_like()?;
+    norm.backward(d, branch, &d_branch)?;
+    Ok(d_branch)
 }
 
 /// Norms of queries and keys: weights of a head `[D]`, or of the whole projection.

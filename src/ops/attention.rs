@@ -14,6 +14,7 @@ use super::cpu::{self, Real, View};
 use crate::facts::{Heads, Precision};
 use crate::with_real;
 
+pub mod cached;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod packing;

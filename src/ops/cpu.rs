@@ -50,6 +50,18 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c_row: usize,
         precision: Precision,
     );
+    /// `product` in which an element's bits depend on its row of `a` and column of `b` alone.
+    #[allow(clippy::too_many_arguments)]
+    fn product_apart(
+        mnk: [usize; 3],
+        alpha: Self,
+        a: Operand<Self>,
+        b: Operand<Self>,
+        beta: Self,
+        c: &mut [Self],
+        c_row: usize,
+        precision: Precision,
+    );
     /// The slice of a storage, to write.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
@@ -206,6 +218,19 @@ impl Real for f32 {
         {
             return library_gemm([m, n, k], alpha, a, b, beta, c, c_row, Parallelism::Rayon(0));
         }
+        Self::product_apart([m, n, k], alpha, a, b, beta, c, c_row, precision)
+    }
+    /// hone's own kernels promise it (`ops/gemm`).
+    fn product_apart(
+        [m, n, k]: [usize; 3],
+        alpha: f32,
+        a: Operand<f32>,
+        b: Operand<f32>,
+        beta: f32,
+        c: &mut [f32],
+        c_row: usize,
+        precision: Precision,
+    ) {
         let (a, b) = (a.matrix(m, k, precision), b.matrix(k, n, precision));
         gemm::gemm(m, n, k, alpha, &a, &b, beta, c, c_row, precision);
     }
@@ -280,6 +305,24 @@ impl Real for f64 {
         let [m, n, k] = mnk;
         let (a, b) = (a.expand(m, k), b.expand(k, n));
         library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row, Parallelism::None);
+    }
+    /// A product for each row.
+    fn product_apart(
+        mnk: [usize; 3],
+        alpha: f64,
+        a: Operand<f64>,
+        b: Operand<f64>,
+        beta: f64,
+        c: &mut [f64],
+        c_row: usize,
+        _: Precision,
+    ) {
+        let [m, n, k] = mnk;
+        let (a, b) = (a.expand(m, k), b.expand(k, n));
+        let b = View::rows(&b, n);
+        for (a, c) in a.chunks(k).zip(c.chunks_mut(c_row)) {
+            library_gemm([1, n, k], alpha, View::rows(a, k), b, beta, c, n, Parallelism::None);
+        }
     }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
         match storage {

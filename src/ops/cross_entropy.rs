@@ -39,13 +39,18 @@ impl Head {
 
     /// `scale * h W^T + bias` in the first V of `columns` columns, before the cap; the others are not written.
     fn product(&self, hidden: &Tensor, columns: usize, precision: Precision) -> Result<Tensor> {
+        let (logits, beta) = self.biased(hidden, columns)?;
+        matmul::forward(hidden, &self.weight, self.scale, &logits, 0, beta, precision)?;
+        Ok(logits)
+    }
+
+    /// Logits that hold the bias, if there is one, and the factor on them.
+    fn biased(&self, hidden: &Tensor, columns: usize) -> Result<(Tensor, f64)> {
         let logits = super::unwritten((hidden.dim(0)?, columns), hidden.dtype(), hidden.device())?;
         if let Some(bias) = &self.bias {
             bias::apply(bias, &logits, 0, false)?;
         }
-        let beta = if self.bias.is_some() { 1.0 } else { 0.0 };
-        matmul::forward(hidden, &self.weight, self.scale, &logits, 0, beta, precision)?;
-        Ok(logits)
+        Ok((logits, if self.bias.is_some() { 1.0 } else { 0.0 }))
     }
 }
 
@@ -181,7 +186,17 @@ fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
 
 /// Logits [rows, V] themselves; for tests and generation.
 pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
-    let logits = head.product(hidden, head.weight.dims().0, precision)?;
+    capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
+}
+
+/// `logits` in which a row's bits depend on that row alone. CPU only.
+pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+    let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
+    matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
+    capped(logits, hidden, head)
+}
+
+fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
     let logits = match head.softcap {
         Some(cap) => ((logits / cap)?.tanh()? * cap)?,
         None => logits,

@@ -76,6 +76,34 @@ pub fn forward(
     })
 }
 
+/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences that
+/// must not influence each other. CPU only.
+pub fn forward_apart(
+    x: &Tensor,
+    weight: &Weight,
+    alpha: f64,
+    y: &Tensor,
+    at: usize,
+    beta: f64,
+    precision: Precision,
+) -> Result<()> {
+    let ((n, k), (rows, x_width), (y_rows, y_width)) = (weight.dims(), x.dims2()?, y.dims2()?);
+    assert!(
+        x_width == k && y_rows == rows && at + n <= y_width,
+        "{rows}x{x_width} by {n}x{k} into {y_width}"
+    );
+    with_real!(x, T => {
+        let x = &*cpu::read::<T>(x)?;
+        with_operand::<T, _>(weight, true, |w| {
+            let x = Operand::View(View::rows(x, k));
+            let product = |y: &mut [T]| {
+                T::product_apart([rows, n, k], T::of(alpha), x, w, T::of(beta), &mut y[at..], y_width, precision)
+            };
+            cpu::edit(y, product)
+        })?
+    })
+}
+
 /// `dx = alpha * dy[:, at..at+N] W + beta * dx`: dy [T, at+N or wider], dx [T, K].
 pub fn input_gradient(
     dy: &Tensor,

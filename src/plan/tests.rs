@@ -81,6 +81,8 @@ fn kaitos_qlora_template() {
             output folder  /mnt/results  train.yaml:22
             model  tiny  --model
             data  https://host/rows.parquet?...  --data
+            bad_rows  refuse  default
+            bad_rows_max  0.5  default
             earlier_results  refuse  default
             target_matching  fused  default
             device  auto  default
@@ -266,7 +268,7 @@ fn contradictions() {
         "training_config: {ModelConfig: {chat_template: /no/such.jinja}}\ndevice: gpu\n",
         expect![[r#"
         2 mistakes in the configuration
-          train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text or a file of it
+          train.yaml:1:33: chat template /no/such.jinja: No such file or directory (os error 2); expected Jinja text, a file of it, or a name of one of the model's templates
           train.yaml:2:1: device: expected auto, cpu, cuda or cuda:N, found "gpu""#]],
     );
 }

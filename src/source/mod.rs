@@ -19,6 +19,7 @@ mod scheme;
 mod tls;
 
 pub use hash::of as digest;
+pub use local::find;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

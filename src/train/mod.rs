@@ -11,11 +11,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::dataset::Example;
+use crate::facts::Keep;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::memory::Running;
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
+use crate::model::lora::{Lora, Trainable};
 use crate::ops::adamw::{self, Moments, Update};
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
@@ -170,19 +172,52 @@ pub struct Data<'a> {
     pub evaluation: &'a [Example],
 }
 
-/// Trains the decoder's adapter in place. `log` receives each metric as it is made, from the first step on. With a
-/// plan, passes are no larger than it says, layers keep what it says, and running out of memory takes the next
-/// smaller one; without, each pass is as large as `options` make it.
+/// How large passes are, and what the layers keep in them.
+#[derive(Clone, Debug)]
+pub enum Passes {
+    /// As the memory plan says; running out of memory takes the next smaller plan.
+    Planned(Box<Running>),
+    /// Each as large as the options make it, with every layer at one level.
+    Fixed(Keep),
+}
+
+impl Passes {
+    /// Passes by a memory plan.
+    pub fn planned(running: Running) -> Passes {
+        Passes::Planned(Box::new(running))
+    }
+
+    /// Most tokens of a pass.
+    fn tokens_max(&self) -> usize {
+        match self {
+            Passes::Planned(running) => running.plan.tokens,
+            Passes::Fixed(_) => usize::MAX,
+        }
+    }
+
+    /// The level of each layer.
+    fn keep(&self, layers: usize) -> Vec<Keep> {
+        match self {
+            Passes::Planned(running) => running.plan.keep.clone(),
+            Passes::Fixed(keep) => vec![*keep; layers],
+        }
+    }
+}
+
+/// Trains the adapter in place beside the frozen decoder. `log` receives each metric as it is made, from the first step
+/// on. `passes` holds afterwards what the run ended with.
+#[allow(clippy::too_many_arguments)]
 pub fn run(
-    decoder: &mut Decoder,
+    decoder: &Decoder,
+    adapter: &Trainable,
     data: Data,
     options: &Options,
-    memory: Option<Running>,
+    passes: &mut Passes,
     checkpoints: Option<&Checkpoints>,
     report: &Report,
     log: &mut dyn FnMut(&Metric) -> Result<()>,
 ) -> Result<Trained> {
-    let mut trainer = Trainer::new(decoder, data, options, memory, report)?;
+    let mut trainer = Trainer::new(decoder, adapter, data, options, passes, report)?;
     let resumed_at = trainer.resume(checkpoints)?;
     let began_at = trainer.state.step;
     trainer.evaluate_if_due(checkpoints, log)?;
@@ -218,9 +253,10 @@ pub fn run(
 }
 
 /// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or one
-/// example.
+/// example. `Lora::None` evaluates the bare base.
 pub fn evaluate(
     decoder: &Decoder,
+    lora: Lora,
     examples: &[Example],
     batch_examples: usize,
     rows_max: usize,
@@ -231,7 +267,7 @@ pub fn evaluate(
     let indices: Vec<usize> = (0..examples.len()).collect();
     for group in indices.chunks(batch_examples.max(1)) {
         for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
-            losses.push(decoder.loss(&batch)?);
+            losses.push(decoder.loss(&batch, lora)?);
             tokens += batch.targets.len();
         }
         progress.advance(group.len() as u64);
@@ -259,10 +295,11 @@ struct Sent {
 }
 
 struct Trainer<'a> {
-    decoder: &'a mut Decoder,
+    decoder: &'a Decoder,
+    adapter: &'a Trainable,
     data: Data<'a>,
     options: &'a Options,
-    memory: Option<Running>,
+    passes: &'a mut Passes,
     report: &'a Report,
     steps: Steps,
     moments: Moments,
@@ -279,19 +316,17 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(
-        decoder: &'a mut Decoder,
+        decoder: &'a Decoder,
+        adapter: &'a Trainable,
         data: Data<'a>,
         options: &'a Options,
-        memory: Option<Running>,
+        passes: &'a mut Passes,
         report: &'a Report,
     ) -> Result<Trainer<'a>> {
         let steps = Steps::new(data.train.len(), options);
-        if let Some(memory) = &memory {
-            decoder.keep.clone_from(&memory.plan.keep);
-        }
         let progress = report.task(Stage::Train, Unit::Steps, "training", Some(steps.total));
         Ok(Trainer {
-            moments: Moments::zeros_like(&decoder.trainable.params)?,
+            moments: Moments::zeros_like(&adapter.params)?,
             state: State::default(),
             sent: 0,
             began: Instant::now(),
@@ -299,9 +334,10 @@ impl<'a> Trainer<'a> {
             steps_here: 0,
             loss_sum: 0.0,
             decoder,
+            adapter,
             data,
             options,
-            memory,
+            passes,
             report,
             steps,
             progress,
@@ -310,11 +346,10 @@ impl<'a> Trainer<'a> {
 
     fn resume(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
         let Some(checkpoints) = checkpoints else { return Ok(None) };
-        let found =
-            checkpoint::newest(checkpoints, &self.decoder.trainable.params, &self.moments, self.report)?;
+        let found = checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
         let Some(state) = found else { return Ok(None) };
         self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
-        self.decoder.trainable.refresh()?;
+        self.adapter.refresh()?;
         self.progress.set(state.step);
         self.sent = state.step;
         self.state = state;
@@ -348,13 +383,14 @@ impl<'a> Trainer<'a> {
         let batches = self.batches();
         let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let scale = 1.0 / targets.max(1) as f64;
-        flat::zero(&self.decoder.trainable.grads)?;
+        flat::zero(&self.adapter.grads)?;
+        let keep = self.passes.keep(self.decoder.layers.len());
         let mut losses = Vec::with_capacity(batches.len());
         for batch in &batches {
             if interrupt::requested() {
                 return Ok(None);
             }
-            losses.push(self.decoder.forward_backward(batch, scale)?);
+            losses.push(self.decoder.forward_backward(self.adapter, &keep, batch, scale)?);
         }
         let tokens = batches.iter().map(Batch::rows).sum::<usize>() as u64;
         Ok(Some((losses, scale, tokens)))
@@ -393,7 +429,7 @@ impl<'a> Trainer<'a> {
     /// Goes on with the next smaller plan.
     fn shrink(&mut self, error: &candle_core::Error) -> Result<()> {
         let step = self.sent + 1;
-        let Some(memory) = self.memory.as_mut() else {
+        let Passes::Planned(memory) = &mut *self.passes else {
             return Err(Fault::capacity(format!("out of memory at step {step}: {error}")));
         };
         if !memory.shrink() {
@@ -403,7 +439,6 @@ impl<'a> Trainer<'a> {
             ))
             .help("lower TrainingArguments.max_length or LoraConfig.r, or take a machine with more memory"));
         }
-        self.decoder.keep.clone_from(&memory.plan.keep);
         let text = format!("out of memory at step {step}, which is done again: {}", memory.plan.choice());
         self.report.warn(Stage::Train, text);
         Ok(())
@@ -411,7 +446,7 @@ impl<'a> Trainer<'a> {
 
     /// Most tokens of a pass.
     fn rows_max(&self) -> usize {
-        self.memory.as_ref().map_or(usize::MAX, |memory| memory.plan.tokens)
+        self.passes.tokens_max()
     }
 
     fn batches(&self) -> Vec<Batch> {
@@ -446,7 +481,7 @@ impl<'a> Trainer<'a> {
             step: self.sent + 1,
             norm_max: self.options.grad_norm_max,
         };
-        let trainable = &self.decoder.trainable;
+        let trainable = self.adapter;
         let squares = Number::squares(&trainable.grads)?;
         let (params, grads) = (&trainable.params, &trainable.grads);
         adamw::step(params, grads, &self.moments, &update, &squares, trainable.copy())?;
@@ -518,11 +553,11 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         let batch = self.options.eval_batch_examples;
-        let eval_loss =
-            match evaluate(self.decoder, self.data.evaluation, batch, self.rows_max(), self.report) {
-                Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
-                evaluated => evaluated?,
-            };
+        let (lora, examples) = (self.adapter.evaluated(), self.data.evaluation);
+        let eval_loss = match evaluate(self.decoder, lora, examples, batch, self.rows_max(), self.report) {
+            Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
+            evaluated => evaluated?,
+        };
         (self.state.eval_loss, self.state.evaluated_step) = (Some(eval_loss), step);
         log(&Metric::Evaluation { step, epoch, eval_loss })?;
         self.report.say(Event::Evaluated { step, epoch, eval_loss });
@@ -534,7 +569,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&self, checkpoints: &Checkpoints) -> Result<()> {
-        let params = &self.decoder.trainable.params;
+        let params = &self.adapter.params;
         checkpoint::save(checkpoints, &self.state, params, &self.moments, self.options.checkpoints_max)
     }
 

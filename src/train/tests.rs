@@ -9,7 +9,7 @@ use crate::memory::{self, Machine, Place, cost::Rates};
 use crate::model::{load, random};
 use crate::ops::starve;
 
-fn decoder() -> Decoder {
+fn decoder() -> (Decoder, Trainable) {
     let config = json!({
         "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
@@ -23,7 +23,9 @@ fn decoder() -> Decoder {
         lora: LoraOptions { dropout: 0.1, ..LoraOptions::default() },
         precision: Precision::F32,
     };
-    load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap()
+    let decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
+    let adapter = decoder.trainable(&options.lora).unwrap();
+    (decoder, adapter)
 }
 
 fn examples() -> Vec<Example> {
@@ -34,10 +36,10 @@ fn examples() -> Vec<Example> {
     (0..12).map(example).collect()
 }
 
-fn running(decoder: &Decoder) -> Running {
+fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     let task = memory::Task {
         facts: decoder.facts.clone(),
-        sites: decoder.trainable.sites.clone(),
+        sites: adapter.sites.clone(),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::F32,
         dropout: true,
@@ -55,8 +57,8 @@ fn running(decoder: &Decoder) -> Running {
 
 /// Losses of the steps, parameters at the end, warnings. From the `fails_at`-th allocation of the run on, so many fail.
 fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
-    let mut decoder = decoder();
-    let running = running(&decoder);
+    let (decoder, adapter) = decoder();
+    let mut passes = Passes::planned(running(&decoder, &adapter));
     let data = Data { train: &examples(), evaluation: &[] };
     let options = Options {
         learning_rate: 1e-2,
@@ -76,10 +78,10 @@ fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
         Ok(())
     };
     starve::set(fails_at);
-    let ended = run(&mut decoder, data, &options, Some(running), None, &Report::silent(), &mut log);
+    let ended = run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut log);
     starve::set(None);
     ended.unwrap();
-    (losses, crate::ops::cpu::to_f64(&decoder.trainable.params).unwrap(), decoder.keep)
+    (losses, crate::ops::cpu::to_f64(&adapter.params).unwrap(), passes.keep(3))
 }
 
 #[test]
@@ -99,12 +101,13 @@ fn a_step_that_ran_out_of_memory_is_done_again_with_the_same_result() {
 
 #[test]
 fn the_smallest_plan_is_the_last() {
-    let mut decoder = decoder();
-    let running = running(&decoder);
+    let (decoder, adapter) = decoder();
+    let mut passes = Passes::planned(running(&decoder, &adapter));
     let data = Data { train: &examples(), evaluation: &[] };
     let options = Options { steps_max: Some(1), ..Options::default() };
     starve::set(Some((1, usize::MAX)));
-    let ended = run(&mut decoder, data, &options, Some(running), None, &Report::silent(), &mut |_| Ok(()));
+    let ended =
+        run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut |_| Ok(()));
     starve::set(None);
     let fault = ended.unwrap_err();
     assert_eq!(fault.kind, Kind::Capacity);

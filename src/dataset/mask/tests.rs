@@ -209,7 +209,8 @@ fn answers_of_random_conversations_are_those_of_the_oracle() {
             };
             let expected: Vec<Range<usize>> =
                 expected.into_iter().map(|range| carry.place(range.start)..carry.place(range.end)).collect();
-            let found = answers(&template, &truth, &context, 0).unwrap();
+            let found = answers(&template, &truth, &context, 0)
+                .unwrap_or_else(|problem| panic!("{name}: {problem}: {:?} of {truth:?}", plain.text));
             let found: Vec<Range<usize>> = found.answers.into_iter().map(|answer| answer.whole).collect();
             let show = |ranges: &[Range<usize>]| -> Vec<&str> {
                 ranges.iter().map(|range| &plain.text[range.clone()]).collect()

@@ -5,7 +5,9 @@
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{Activation, Function};
-use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{
+    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
+};
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
@@ -20,28 +22,34 @@ pub fn facts(config: &Config) -> Result<Facts> {
     let bias = config.flag("bias")?;
     let heads = heads(config, width)?;
     let projection = |path, rows, cols| Projection { path, rows, cols, bias };
+    let layer = LayerFacts {
+        attention: Attention {
+            heads,
+            rope: Some(0),
+            head_norm: None,
+            query_key_value: vec![projection("self_attention.query_key_value", heads.columns(), width)],
+            output: projection("self_attention.dense", width, width),
+        },
+        feed_forward: FeedForward::Dense(Dense {
+            gate_up: vec![projection("mlp.dense_h_to_4h", inner, width)],
+            activation: Activation {
+                function: super::function(config, "activation", Function::GeluErf)?,
+                gated: false,
+            },
+            down: projection("mlp.dense_4h_to_h", width, inner),
+        }),
+    };
     Ok(Facts {
         family: "falcon",
         vocab: config.integer("vocab_size")?,
         width,
-        layers,
-        feed_forward: inner,
         norm: NormKind {
             form: NormForm::Layer,
             eps: config.number_or_none("layer_norm_epsilon")?.unwrap_or(1e-5),
         },
-        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        layers: vec![layer; layers],
         ropes: vec![Rope::read(config, heads.width, &Dialect::PLAIN)?],
         query_growth: None,
-        head_norm: None,
-        query_key_value: vec![projection("self_attention.query_key_value", heads.columns(), width)],
-        output: projection("self_attention.dense", width, width),
-        gate_up: vec![projection("mlp.dense_h_to_4h", inner, width)],
-        activation: Activation {
-            function: super::function(config, "activation", Function::GeluErf)?,
-            gated: false,
-        },
-        down: projection("mlp.dense_4h_to_h", width, inner),
         parallel: config.flag_or("parallel_attn", true)?,
         residual_scale: 1.0,
         embedding_scale: EmbeddingScale::NONE,

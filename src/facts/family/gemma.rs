@@ -23,9 +23,9 @@ const WINDOW: Option<usize> = Some(4096);
 pub fn gemma2(config: &Config) -> Result<Facts> {
     let mut facts = shared(config, "gemma2", 10_000.0, 8192)?;
     let softcap = config.number_unless_null("attn_logit_softcapping", 50.0)?;
-    facts.attention.iter_mut().for_each(|attention| attention.heads.softcap = softcap);
+    super::every_attention(&mut facts, |attention| attention.heads.softcap = softcap);
     facts.logits_softcap = config.number_unless_null("final_logit_softcapping", 30.0)?;
-    let sliding = super::sliding_layers(config, facts.layers, |layer| layer % 2 == 0)?;
+    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| layer % 2 == 0)?;
     super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
     Ok(facts)
 }
@@ -34,13 +34,14 @@ pub fn gemma3(config: &Config) -> Result<Facts> {
     // transformers reads no cap of Gemma 3's attention, though its config has the key.
     let mut facts = shared(config, "gemma3_text", 1_000_000.0, 131_072)?;
     facts.logits_softcap = config.number_or_none("final_logit_softcapping")?;
-    facts.head_norm = Some(HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head });
+    let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head };
+    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
     let pattern = config.integer_or_none("sliding_window_pattern")?.unwrap_or(6);
-    let sliding = super::sliding_layers(config, facts.layers, |layer| (layer + 1) % pattern != 0)?;
+    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| (layer + 1) % pattern != 0)?;
     super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
     facts.ropes.push(Rope::read_sliding(config, facts.heads().width, &Dialect::PLAIN)?);
-    for (attention, &sliding) in facts.attention.iter_mut().zip(&sliding) {
-        attention.rope = Some(usize::from(sliding));
+    for (layer, &sliding) in facts.layers.iter_mut().zip(&sliding) {
+        layer.attention.rope = Some(usize::from(sliding));
     }
     Ok(facts)
 }
@@ -60,7 +61,7 @@ fn shared(config: &Config, family: &'static str, theta: f64, positions: usize) -
     };
     let mut facts = split::facts(config, &defaults)?;
     let scale = config.number_or_none("query_pre_attn_scalar")?.unwrap_or(256.0).sqrt().recip();
-    facts.attention.iter_mut().for_each(|attention| attention.heads.scale = scale);
+    super::every_attention(&mut facts, |attention| attention.heads.scale = scale);
     facts.norm.form = NormForm::RmsPlusOne;
     facts.embedding_scale = EmbeddingScale { factor: (facts.width as f64).sqrt(), rounded: true };
     facts.names = NAMES;

@@ -10,7 +10,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
     let defaults = Defaults { positions: 2048, ..Defaults::of("granite", Biases::both(config)?) };
     let mut facts = split::facts(config, &defaults)?;
     let scale = factor(config, "attention_multiplier")?;
-    facts.attention.iter_mut().for_each(|attention| attention.heads.scale = scale);
+    super::every_attention(&mut facts, |attention| attention.heads.scale = scale);
     facts.embedding_scale =
         EmbeddingScale { factor: factor(config, "embedding_multiplier")?, rounded: false };
     facts.residual_scale = factor(config, "residual_multiplier")?;

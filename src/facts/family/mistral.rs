@@ -9,14 +9,14 @@ use super::split::{self, Biases, Defaults};
 
 pub fn mistral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("mistral"))?;
-    let sliding = vec![true; facts.layers];
+    let sliding = vec![true; facts.layers.len()];
     super::set_windows(&mut facts, super::window_or(config, Some(4096))?, &sliding);
     Ok(facts)
 }
 
 pub fn ministral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("ministral"))?;
-    let sliding = super::sliding_layers(config, facts.layers, |_| true)?;
+    let sliding = super::sliding_layers(config, facts.layers.len(), |_| true)?;
     super::set_windows(&mut facts, super::window_or(config, Some(4096))?, &sliding);
     Ok(facts)
 }
@@ -26,7 +26,7 @@ pub fn ministral3(config: &Config) -> Result<Facts> {
     let section = section.ok_or_else(|| config.refuse("rope_parameters", "an object"))?;
     let defaults = Defaults { eps: 1e-5, head_dim: Some(128), positions: 262_144, ..defaults("ministral3") };
     let mut facts = split::facts(config, &defaults)?;
-    let sliding = vec![true; facts.layers];
+    let sliding = vec![true; facts.layers.len()];
     super::set_windows(&mut facts, super::window_or(config, None)?, &sliding);
     facts.query_growth = Some(QueryGrowth {
         beta: section.number("llama_4_scaling_beta")?,

@@ -98,9 +98,14 @@ fn sliding_layers(config: &Config, layers: usize, rule: impl Fn(usize) -> bool) 
 }
 
 fn set_windows(facts: &mut Facts, window: Option<usize>, sliding: &[bool]) {
-    for (attention, &sliding) in facts.attention.iter_mut().zip(sliding) {
-        attention.heads.window = window.filter(|_| sliding);
+    for (layer, &sliding) in facts.layers.iter_mut().zip(sliding) {
+        layer.attention.heads.window = window.filter(|_| sliding);
     }
+}
+
+/// The same change to the attention of every layer.
+fn every_attention(facts: &mut Facts, change: impl Fn(&mut crate::facts::Attention)) {
+    facts.layers.iter_mut().for_each(|layer| change(&mut layer.attention));
 }
 
 /// The pretrained model's dropouts are for its own pre-training; tuning the adapter leaves them off, as PEFT's

@@ -10,19 +10,15 @@ use super::split::{self, Biases, Defaults};
 pub fn facts(config: &Config) -> Result<Facts> {
     let biases = Biases::attention(config)?;
     let defaults = Defaults { eps: 1e-5, positions: 2048, ..Defaults::of("olmo2", biases) };
-    Ok(Facts {
-        head_norm: Some(HeadNorm {
-            query: "self_attn.q_norm",
-            key: "self_attn.k_norm",
-            over: Over::Projection,
-        }),
-        names: Names {
-            attention_norm: None,
-            attention_post_norm: Some("post_attention_layernorm"),
-            feed_forward_norm: None,
-            feed_forward_post_norm: Some("post_feedforward_layernorm"),
-            ..Names::LLAMA
-        },
-        ..split::facts(config, &defaults)?
-    })
+    let mut facts = split::facts(config, &defaults)?;
+    let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Projection };
+    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
+    facts.names = Names {
+        attention_norm: None,
+        attention_post_norm: Some("post_attention_layernorm"),
+        feed_forward_norm: None,
+        feed_forward_post_norm: Some("post_feedforward_layernorm"),
+        ..Names::LLAMA
+    };
+    Ok(facts)
 }

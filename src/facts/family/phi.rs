@@ -4,7 +4,9 @@
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{Activation, Function};
-use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{
+    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
+};
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
@@ -29,32 +31,38 @@ pub fn facts(config: &Config) -> Result<Facts> {
         layout: Layout::Blocked,
     };
     let projection = |path, rows, cols| Projection { path, rows, cols, bias: true };
+    let layer = LayerFacts {
+        attention: Attention {
+            heads,
+            rope: Some(0),
+            head_norm: None,
+            query_key_value: vec![
+                projection("self_attn.q_proj", query * head, width),
+                projection("self_attn.k_proj", key * head, width),
+                projection("self_attn.v_proj", key * head, width),
+            ],
+            output: projection("self_attn.dense", width, query * head),
+        },
+        feed_forward: FeedForward::Dense(Dense {
+            gate_up: vec![projection("mlp.fc1", inner, width)],
+            activation: Activation {
+                function: super::function(config, "hidden_act", Function::GeluTanh)?,
+                gated: false,
+            },
+            down: projection("mlp.fc2", width, inner),
+        }),
+    };
     Ok(Facts {
         family: "phi",
         vocab: config.integer("vocab_size")?,
         width,
-        layers,
-        feed_forward: inner,
         norm: NormKind {
             form: NormForm::Layer,
             eps: config.number_or_none("layer_norm_eps")?.unwrap_or(1e-5),
         },
-        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        layers: vec![layer; layers],
         ropes: vec![Rope::read(config, head, &DIALECT)?],
         query_growth: None,
-        head_norm: None,
-        query_key_value: vec![
-            projection("self_attn.q_proj", query * head, width),
-            projection("self_attn.k_proj", key * head, width),
-            projection("self_attn.v_proj", key * head, width),
-        ],
-        output: projection("self_attn.dense", width, query * head),
-        gate_up: vec![projection("mlp.fc1", inner, width)],
-        activation: Activation {
-            function: super::function(config, "hidden_act", Function::GeluTanh)?,
-            gated: false,
-        },
-        down: projection("mlp.fc2", width, inner),
         parallel: true,
         residual_scale: 1.0,
         embedding_scale: EmbeddingScale::NONE,

@@ -3,7 +3,9 @@
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{Activation, Function};
-use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{
+    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
+};
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
@@ -26,25 +28,31 @@ pub fn facts(config: &Config) -> Result<Facts> {
         layout: Layout::Blocked,
     };
     let projection = |path, rows, cols| Projection { path, rows, cols, bias: false };
+    let layer = LayerFacts {
+        attention: Attention {
+            heads,
+            rope: Some(0),
+            head_norm: None,
+            query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
+            output: projection("self_attn.o_proj", width, query * head),
+        },
+        feed_forward: FeedForward::Dense(Dense {
+            gate_up: vec![projection("mlp.gate_up_proj", 2 * inner, width)],
+            activation: Activation {
+                function: super::function(config, "hidden_act", Function::Silu)?,
+                gated: true,
+            },
+            down: projection("mlp.down_proj", width, inner),
+        }),
+    };
     Ok(Facts {
         family: "phi3",
         vocab: config.integer("vocab_size")?,
         width,
-        layers,
-        feed_forward: inner,
         norm: NormKind { form: NormForm::Rms, eps: config.number_or_none("rms_norm_eps")?.unwrap_or(1e-5) },
-        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        layers: vec![layer; layers],
         ropes: vec![Rope::read(config, head, &DIALECT)?],
         query_growth: None,
-        head_norm: None,
-        query_key_value: vec![projection("self_attn.qkv_proj", (query + 2 * key) * head, width)],
-        output: projection("self_attn.o_proj", width, query * head),
-        gate_up: vec![projection("mlp.gate_up_proj", 2 * inner, width)],
-        activation: Activation {
-            function: super::function(config, "hidden_act", Function::Silu)?,
-            gated: true,
-        },
-        down: projection("mlp.down_proj", width, inner),
         parallel: false,
         residual_scale: 1.0,
         embedding_scale: EmbeddingScale::NONE,

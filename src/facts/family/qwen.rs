@@ -15,7 +15,8 @@ pub fn qwen2(config: &Config) -> Result<Facts> {
 pub fn qwen3(config: &Config) -> Result<Facts> {
     let defaults = Defaults { head_dim: Some(128), ..Defaults::of("qwen3", Biases::attention(config)?) };
     let mut facts = windowed(config, split::facts(config, &defaults)?)?;
-    facts.head_norm = Some(HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head });
+    let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head };
+    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
     Ok(facts)
 }
 
@@ -25,7 +26,7 @@ fn windowed(config: &Config, mut facts: Facts) -> Result<Facts> {
         false => None,
     };
     let from = config.whole_or("max_window_layers", 28)?;
-    let sliding = super::sliding_layers(config, facts.layers, |layer| layer >= from)?;
+    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| layer >= from)?;
     super::set_windows(&mut facts, window, &sliding);
     Ok(facts)
 }

@@ -10,15 +10,15 @@ pub fn facts(config: &Config) -> Result<Facts> {
     let biases = Biases::both(config)?;
     let defaults = Defaults { theta: 2_000_000.0, tied_head: true, ..Defaults::of("smollm3", biases) };
     let mut facts = split::facts(config, &defaults)?;
-    let turned = turned_layers(config, facts.layers)?;
+    let turned = turned_layers(config, facts.layers.len())?;
     let window = match config.flag("use_sliding_window")? {
         true => config.integer_or_none("sliding_window")?,
         false => None,
     };
-    let sliding = super::sliding_layers(config, facts.layers, |layer| !turned[layer])?;
+    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| !turned[layer])?;
     super::set_windows(&mut facts, window, &sliding);
-    for (attention, turned) in facts.attention.iter_mut().zip(turned) {
-        attention.rope = turned.then_some(0);
+    for (layer, turned) in facts.layers.iter_mut().zip(turned) {
+        layer.attention.rope = turned.then_some(0);
     }
     Ok(facts)
 }

@@ -3,7 +3,9 @@
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{Activation, Function};
-use crate::facts::{Attention, EmbeddingScale, Facts, Names, NormForm, NormKind, Projection};
+use crate::facts::{
+    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
+};
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
@@ -79,32 +81,43 @@ pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
         layout: Layout::Blocked,
     };
     let dialect = Dialect { theta: defaults.theta, ..Dialect::PLAIN };
+    let layer = LayerFacts {
+        attention: Attention {
+            heads,
+            rope: Some(0),
+            head_norm: None,
+            query_key_value: vec![
+                attention("self_attn.q_proj", query * head, width),
+                attention("self_attn.k_proj", key * head, width),
+                attention("self_attn.v_proj", key * head, width),
+            ],
+            output: Projection {
+                path: "self_attn.o_proj",
+                rows: width,
+                cols: query * head,
+                bias: biases.output,
+            },
+        },
+        feed_forward: FeedForward::Dense(Dense {
+            gate_up: vec![mlp("mlp.gate_proj", inner, width), mlp("mlp.up_proj", inner, width)],
+            activation: Activation {
+                function: super::function(config, defaults.activation_key, defaults.activation)?,
+                gated: true,
+            },
+            down: mlp("mlp.down_proj", width, inner),
+        }),
+    };
     Ok(Facts {
         family: defaults.family,
         vocab: config.integer("vocab_size")?,
         width,
-        layers,
-        feed_forward: inner,
         norm: NormKind {
             form: NormForm::Rms,
             eps: config.number_or_none("rms_norm_eps")?.unwrap_or(defaults.eps),
         },
-        attention: vec![Attention { heads, rope: Some(0) }; layers],
+        layers: vec![layer; layers],
         ropes: vec![Rope::read(config, head, &dialect)?],
         query_growth: None,
-        head_norm: None,
-        query_key_value: vec![
-            attention("self_attn.q_proj", query * head, width),
-            attention("self_attn.k_proj", key * head, width),
-            attention("self_attn.v_proj", key * head, width),
-        ],
-        output: Projection { path: "self_attn.o_proj", rows: width, cols: query * head, bias: biases.output },
-        gate_up: vec![mlp("mlp.gate_proj", inner, width), mlp("mlp.up_proj", inner, width)],
-        activation: Activation {
-            function: super::function(config, defaults.activation_key, defaults.activation)?,
-            gated: true,
-        },
-        down: mlp("mlp.down_proj", width, inner),
         parallel: false,
         residual_scale: 1.0,
         embedding_scale: EmbeddingScale::NONE,

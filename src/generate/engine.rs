@@ -1,0 +1,539 @@
+//! Requests -> events: a queue, and a thread that owns the cache and runs one step after another over all running
+//! sequences.
+//!
+//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave between
+//! steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one that started is
+//! never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with the promise of
+//! `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use candle_core::{DType, Tensor};
+
+use super::request::{
+    self, Adapter, Answer, Counters, Event, Finish, Refusal, Request, Scored, Sender, Usage, answer,
+};
+use super::sampling::{self, History};
+use crate::adapter;
+use crate::facts::rope::Scaling;
+use crate::fault::{Fault, Result};
+use crate::model::cache::Cache;
+use crate::model::decoder::Decoder;
+use crate::model::lora::{Lora, Mixture, Pairs, Part};
+use crate::model::pass::Step;
+
+/// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
+pub const CHUNK: usize = 256;
+
+/// How much an engine takes at once.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Most sequences that run at once.
+    pub sequences: usize,
+    /// Most requests that wait; further ones are refused.
+    pub waiting: usize,
+    /// Most tokens of prompt and answer together; `None`: what the model was made for.
+    pub context: Option<usize>,
+    /// Tokens whose keys and values fit, over all sequences.
+    pub cache_tokens: usize,
+    /// Keys and values are kept in bf16, half of f32's memory.
+    pub half_cache: bool,
+}
+
+/// A loaded model that answers requests from a thread of its own.
+pub struct Engine {
+    facts: request::Facts,
+    waiting_max: usize,
+    decoder: Arc<Decoder>,
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+}
+
+/// What callers and the worker share.
+struct Shared {
+    state: Mutex<State>,
+    /// Signalled when a request waits or the engine is to end.
+    woken: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Waiting>,
+    adapters: Vec<Loaded>,
+    /// Adapters loaded so far: the number of the next one.
+    loaded: usize,
+    counters: Counters,
+    failure: Option<Fault>,
+    ending: bool,
+}
+
+/// An adapter that is loaded. Rows add adapters in the order of their numbers.
+#[derive(Clone)]
+struct Loaded {
+    about: Adapter,
+    number: usize,
+    pairs: Arc<Pairs>,
+}
+
+/// An adapter's part of a running request.
+#[derive(Clone)]
+struct Added {
+    number: usize,
+    pairs: Arc<Pairs>,
+    strength: f64,
+}
+
+struct Waiting {
+    request: Request,
+    mix: Vec<Added>,
+    sender: Sender,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers everything that waits with the failure, and whatever comes.
+    fn fail(&self, fault: Fault) {
+        let mut state = self.lock();
+        for waiting in state.waiting.drain(..) {
+            waiting.sender.send(Event::Failed(fault.clone()));
+        }
+        (state.counters.running, state.counters.waiting) = (0, 0);
+        state.failure = Some(fault);
+    }
+}
+
+impl Engine {
+    /// Starts the worker. `description` says how the base is held and where.
+    ///
+    /// # Errors
+    /// Config: the decoder lies on a GPU, for which serving is not built yet.
+    pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
+        if !decoder.device.is_cpu() {
+            return Err(
+                Fault::config("serving on a GPU is not built yet").help("serve on the CPU: --device cpu")
+            );
+        }
+        let dtype = if options.half_cache { DType::BF16 } else { decoder.dtype };
+        let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), dtype)?;
+        let context = options.context.unwrap_or(decoder.facts.positions_max);
+        let facts = request::Facts {
+            context: context.min(cache.tokens()),
+            vocabulary: decoder.facts.vocab,
+            sequences: options.sequences.max(1),
+            cache_tokens: cache.tokens(),
+            description,
+        };
+        let decoder = Arc::new(decoder);
+        let shared = Arc::new(Shared { state: Mutex::default(), woken: Condvar::new() });
+        let worker = Worker {
+            switch: switch(&decoder),
+            decoder: decoder.clone(),
+            cache,
+            shared: shared.clone(),
+            sequences: facts.sequences,
+            running: Vec::new(),
+        };
+        let thread = std::thread::Builder::new().name("generate".into()).spawn(move || worker.run());
+        let thread = thread.map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
+        Ok(Engine { facts, waiting_max: options.waiting, decoder, shared, worker: Some(thread) })
+    }
+
+    /// The adapters that a request names, in the order in which they were loaded.
+    fn mix(&self, state: &State, request: &Request) -> std::result::Result<Vec<Added>, Refusal> {
+        let mut mix = Vec::new();
+        for part in &request.adapters {
+            let found = state.adapters.iter().find(|loaded| loaded.about.name == part.name);
+            let loaded = found.ok_or_else(|| Refusal::UnknownAdapter(part.name.clone()))?;
+            let (number, pairs) = (loaded.number, loaded.pairs.clone());
+            mix.push(Added { number, pairs, strength: f64::from(part.strength) });
+        }
+        mix.sort_by_key(|added| added.number);
+        Ok(mix)
+    }
+}
+
+/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again, as
+/// transformers does for Phi-3.
+fn switch(decoder: &Decoder) -> Option<usize> {
+    decoder.facts.ropes.iter().find_map(|rope| match &rope.scaling {
+        Scaling::Long { positions, .. } => Some(*positions),
+        _ => None,
+    })
+}
+
+impl request::Engine for Engine {
+    fn facts(&self) -> &request::Facts {
+        &self.facts
+    }
+
+    fn submit(&self, request: Request) -> std::result::Result<Answer, Refusal> {
+        let vocabulary = self.facts.vocabulary;
+        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(Refusal::UnknownToken { token, vocabulary });
+        }
+        let asked = request.prompt.len().saturating_add(request.max_tokens);
+        if asked > self.facts.context {
+            return Err(Refusal::TooLong { asked, context: self.facts.context });
+        }
+        if request.prompt.is_empty() {
+            return Err(Refusal::Failed(Fault::data("the prompt has no token; expected at least one")));
+        }
+        let mut state = self.shared.lock();
+        if let Some(fault) = &state.failure {
+            return Err(Refusal::Failed(fault.clone()));
+        }
+        let mix = self.mix(&state, &request)?;
+        // What can start at once does not wait.
+        let idle = self.facts.sequences.saturating_sub(state.counters.running);
+        if state.waiting.len() >= self.waiting_max.max(1).saturating_add(idle) {
+            return Err(Refusal::Full { waiting: state.waiting.len() });
+        }
+        let (sender, answer) = answer();
+        state.waiting.push_back(Waiting { request, mix, sender });
+        state.counters.waiting = state.waiting.len();
+        self.shared.woken.notify_one();
+        Ok(answer)
+    }
+
+    fn adapters(&self) -> Vec<Adapter> {
+        self.shared.lock().adapters.iter().map(|loaded| loaded.about.clone()).collect()
+    }
+
+    fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter> {
+        let read = adapter::read(folder)?;
+        let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype)?;
+        let about = Adapter {
+            name: name.to_owned(),
+            folder: folder.to_owned(),
+            rank: pairs.rank(),
+            bytes: pairs.bytes(),
+        };
+        let mut state = self.shared.lock();
+        let loaded = Loaded { about: about.clone(), number: state.loaded, pairs: Arc::new(pairs) };
+        state.loaded += 1;
+        state.adapters.retain(|other| other.about.name != name);
+        state.adapters.push(loaded);
+        Ok(about)
+    }
+
+    fn unload_adapter(&self, name: &str) -> Result<()> {
+        let mut state = self.shared.lock();
+        let before = state.adapters.len();
+        state.adapters.retain(|loaded| loaded.about.name != name);
+        match state.adapters.len() < before {
+            true => Ok(()),
+            false => Err(Fault::config(format!("no adapter is loaded under the name {name}"))),
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        self.shared.lock().counters
+    }
+
+    fn failure(&self) -> Option<Fault> {
+        self.shared.lock().failure.clone()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.lock().ending = true;
+        self.shared.woken.notify_all();
+        if let Some(worker) = self.worker.take() {
+            // A worker that panicked has written its failure already.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// The thread's own.
+struct Worker {
+    decoder: Arc<Decoder>,
+    cache: Cache,
+    shared: Arc<Shared>,
+    sequences: usize,
+    running: Vec<Sequence>,
+    switch: Option<usize>,
+}
+
+/// A request that runs.
+struct Sequence {
+    request: Request,
+    mix: Vec<Added>,
+    sender: Sender,
+    pages: Vec<u32>,
+    /// The prompt and what was generated.
+    tokens: Vec<u32>,
+    /// Tokens whose keys and values are in the cache.
+    computed: usize,
+    /// The length by which rope scales the rows of the prompt, or of what is computed again.
+    rope_length: usize,
+    history: History,
+    /// Tokens of the prompt whose log-probabilities were sent; the first has none.
+    scored: usize,
+}
+
+/// Rows of a sequence in one step.
+struct Turn {
+    sequence: usize,
+    /// Positions in the sequence.
+    positions: Range<usize>,
+    /// Rows of the step's logits.
+    logits: Range<usize>,
+    /// Whether the last of the logits draws the next token.
+    draws: bool,
+}
+
+impl Sequence {
+    fn new(waiting: Waiting, pages: Vec<u32>) -> Sequence {
+        let Waiting { request, mix, sender } = waiting;
+        let tokens = request.prompt.clone();
+        let (history, rope_length) = (History::new(&tokens), tokens.len());
+        Sequence { request, mix, sender, pages, tokens, computed: 0, rope_length, history, scored: 1 }
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Whether its next row is the one that draws the next token, after a row that drew the one before.
+    fn decodes(&self) -> bool {
+        self.generated() > 0 && self.tokens.len() - self.computed == 1
+    }
+
+    /// Positions of the next chunk.
+    fn chunk(&self) -> Range<usize> {
+        self.computed..self.tokens.len().min((self.computed / CHUNK + 1) * CHUNK)
+    }
+
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.request.prompt.len(),
+            cached_tokens: 0,
+            generated_tokens: self.generated(),
+        }
+    }
+
+    /// Tells the log-probabilities of the prompt's tokens that these rows predict.
+    fn score_prompt(&mut self, positions: &Range<usize>, logits: &[&[f32]]) {
+        let Some(alternatives) = self.request.prompt_logprobs else { return };
+        let mut list = Vec::new();
+        // The logits are those of the last rows: all of them while the prompt is scored.
+        for (position, logits) in (positions.end - logits.len()..positions.end).zip(logits) {
+            let next = position + 1;
+            if next == self.scored && next < self.request.prompt.len() {
+                list.push(sampling::scored(logits, self.tokens[next], alternatives));
+                self.scored += 1;
+            }
+        }
+        if !list.is_empty() {
+            self.sender.send(Event::Prompt(list));
+        }
+    }
+
+    /// Draws the next token. The end, if this was the last.
+    fn draw(&mut self, logits: &[f32]) -> std::result::Result<Option<Finish>, Fault> {
+        let (sampling, generated) = (&self.request.sampling, self.generated());
+        let forbidden: &[u32] =
+            if generated < self.request.min_tokens { &self.request.stop_tokens } else { &[] };
+        let chosen = match sampling::is_plain(sampling) && forbidden.is_empty() {
+            true => sampling::choose(logits, sampling, generated),
+            false => {
+                let mut changed = logits.to_vec();
+                sampling::adjust(&mut changed, sampling, &self.history, forbidden);
+                sampling::choose(&changed, sampling, generated)
+            }
+        };
+        let token = chosen.ok_or_else(|| {
+            Fault::model(
+                "no token can be drawn: the model's logits are not numbers, or all tokens are forbidden",
+            )
+        })?;
+        let scored = match self.request.logprobs {
+            Some(alternatives) => sampling::scored(logits, token, alternatives),
+            None => Scored { token, ..Scored::default() },
+        };
+        self.tokens.push(token);
+        self.history.push(token);
+        self.sender.send(Event::Token(scored));
+        Ok(if self.request.stop_tokens.contains(&token) {
+            Some(Finish::Stop)
+        } else {
+            (self.generated() >= self.request.max_tokens).then_some(Finish::Length)
+        })
+    }
+}
+
+impl Worker {
+    fn run(mut self) {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let fault = match ended {
+            Ok(Ok(())) => Fault::internal("the engine was ended"),
+            Ok(Err(fault)) => fault,
+            Err(_) => Fault::internal("the engine's thread panicked"),
+        };
+        for sequence in self.running.drain(..) {
+            sequence.sender.send(Event::Failed(fault.clone()));
+        }
+        self.shared.fail(fault);
+    }
+
+    /// Steps until the engine ends.
+    fn serve(&mut self) -> Result<()> {
+        while self.admit() {
+            if !self.running.is_empty() {
+                self.step()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets sequences leave that nobody reads, and others join while there is room; waits if there is nothing to do.
+    /// False at the end.
+    fn admit(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let mut state = shared.lock();
+        loop {
+            let gone =
+                self.running.extract_if(.., |sequence| sequence.sender.cancelled()).collect::<Vec<_>>();
+            let waiting = state.waiting.len();
+            state.waiting.retain(|waiting| !waiting.sender.cancelled());
+            state.counters.cancelled += (gone.len() + waiting - state.waiting.len()) as u64;
+            gone.into_iter().for_each(|sequence| self.cache.release(sequence.pages));
+            while self.running.len() < self.sequences
+                && let Some(next) = state.waiting.front()
+                && let Some(pages) = self.cache.reserve(next.request.prompt.len() + next.request.max_tokens)
+            {
+                let waiting = state.waiting.pop_front().expect("it is in front");
+                waiting.sender.send(Event::Started);
+                self.running.push(Sequence::new(waiting, pages));
+            }
+            state.counters.running = self.running.len();
+            state.counters.waiting = state.waiting.len();
+            state.counters.cache_usage = self.cache.usage();
+            if state.ending || !self.running.is_empty() {
+                return !state.ending;
+            }
+            state = shared.woken.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (step, turns) = self.plan();
+        let parts = self.parts(&step, &turns);
+        let mixture = Mixture {
+            parts: parts
+                .iter()
+                .map(|(added, rows)| Part {
+                    adapter: &added.pairs,
+                    rows: rows.clone(),
+                    strength: added.strength,
+                })
+                .collect(),
+        };
+        let logits = self.decoder.step(&step, &mut self.cache, Lora::Mixed(&mixture))?;
+        self.answer(&turns, &logits)
+    }
+
+    /// The rows of the next step: one of every sequence that generates, and chunks of prompts.
+    fn plan(&mut self) -> (Step, Vec<Turn>) {
+        let (mut step, mut turns, mut prompts) = (Step::default(), Vec::new(), 0);
+        for (number, sequence) in self.running.iter_mut().enumerate() {
+            let length = sequence.tokens.len();
+            if sequence.computed > 0
+                && self.switch.is_some_and(|at| sequence.rope_length <= at && at < length)
+            {
+                (sequence.computed, sequence.rope_length) = (0, length);
+            }
+            let decodes = sequence.decodes();
+            if decodes {
+                sequence.rope_length = length;
+            } else if prompts >= CHUNK {
+                continue;
+            }
+            let positions = sequence.chunk();
+            prompts += if decodes { 0 } else { positions.len() };
+            let ids = &sequence.tokens[positions.clone()];
+            let from = step.push(ids, positions.start, sequence.pages.clone(), sequence.rope_length);
+            let scores =
+                sequence.request.prompt_logprobs.is_some() && sequence.scored < sequence.request.prompt.len();
+            let draws = positions.end == length && sequence.generated() < sequence.request.max_tokens;
+            let first = if scores { 0 } else { positions.len() - usize::from(draws) };
+            let wanted = (from + first) as u32..(from + positions.len()) as u32;
+            let logits = step.wanted.len()..step.wanted.len() + wanted.len();
+            step.wanted.extend(wanted);
+            turns.push(Turn { sequence: number, positions, logits, draws });
+        }
+        (step, turns)
+    }
+
+    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength together.
+    fn parts(&self, step: &Step, turns: &[Turn]) -> Vec<(Added, Range<usize>)> {
+        let mut parts: Vec<(Added, Range<usize>)> = Vec::new();
+        for (turn, segment) in turns.iter().zip(&step.segments) {
+            let mix = self.running[turn.sequence].mix.iter();
+            parts.extend(mix.map(|added| (added.clone(), segment.rows.clone())));
+        }
+        parts.sort_by_key(|(added, rows)| (added.number, rows.start));
+        parts.dedup_by(|(next, rows), (added, before)| {
+            let joins =
+                next.number == added.number && next.strength == added.strength && before.end == rows.start;
+            if joins {
+                before.end = rows.end;
+            }
+            joins
+        });
+        parts
+    }
+
+    fn answer(&mut self, turns: &[Turn], logits: &Tensor) -> Result<()> {
+        let vocabulary = logits.dim(1)?;
+        let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let rows: Vec<&[f32]> = logits.chunks(vocabulary).collect();
+        let mut ended = Vec::new();
+        let mut counted = (0, 0);
+        for turn in turns {
+            let sequence = &mut self.running[turn.sequence];
+            let rows = &rows[turn.logits.clone()];
+            sequence.computed = turn.positions.end;
+            sequence.score_prompt(&turn.positions, rows);
+            if sequence.generated() == 0 {
+                counted.0 += turn.positions.len() as u64;
+            }
+            let end = match (turn.draws, rows.last()) {
+                (true, Some(row)) => {
+                    counted.1 += 1;
+                    sequence.draw(row)
+                }
+                _ if sequence.request.max_tokens == 0 && sequence.computed == sequence.tokens.len() => {
+                    Ok(Some(Finish::Length))
+                }
+                _ => Ok(None),
+            };
+            match end {
+                Ok(None) => {}
+                Ok(Some(finish)) => ended.push((turn.sequence, Event::Finished(finish, sequence.usage()))),
+                Err(fault) => ended.push((turn.sequence, Event::Failed(fault))),
+            }
+        }
+        {
+            let mut state = self.shared.lock();
+            state.counters.prompt_tokens += counted.0;
+            state.counters.generated_tokens += counted.1;
+        }
+        for (number, event) in ended.into_iter().rev() {
+            let sequence = self.running.remove(number);
+            self.cache.release(sequence.pages);
+            sequence.sender.send(event);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,253 @@
+//! A plan and its data's footers -> optimizer steps, tokens, and for each named GPU the expected time and cost.
+//!
+//! Nothing of the data is read but footers, so that tokens are estimated from bytes of text. Speed is the memory plan's
+//! prediction (`memory/cost.rs`); prices are what the large clouds asked for one GPU an hour in the United States when the
+//! table was written, and are there to be replaced by `--price`.
+
+use serde_json::{Value as Json, json};
+
+use crate::dataset::{self, Footers};
+use crate::fault::{Fault, Result};
+use crate::fetch;
+use crate::memory::{Running, card};
+use crate::plan::Plan;
+use crate::report::Report;
+use crate::source::{self, Source};
+use crate::train::order::Steps;
+
+use super::Described;
+use super::room::{self, Lengths};
+
+/// Bytes of text in a token, for the languages and code that most data is of.
+const BYTES_A_TOKEN: f64 = 3.8;
+/// Tokens that a chat template writes around a row.
+const TEMPLATE_TOKENS: u64 = 24;
+
+/// Dollars an hour for one GPU on demand.
+const PRICES: [(&str, f64); 11] = [
+    ("t4", 0.53),
+    ("v100-16", 3.06),
+    ("l4", 0.80),
+    ("a10g", 1.01),
+    ("a10", 3.20),
+    ("l40s", 1.86),
+    ("a100-40", 3.40),
+    ("a100-80", 3.67),
+    ("h100-nvl", 6.98),
+    ("h100", 6.88),
+    ("h200", 7.91),
+];
+
+/// What a run is expected to take.
+pub struct Estimate {
+    /// `None`: the data is not here, or of another kind than parquet.
+    pub size: Option<Size>,
+    pub gpus: Vec<OnGpu>,
+    /// What to change if the run fits none of the GPUs.
+    pub advice: Option<String>,
+}
+
+/// Work of the whole run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Size {
+    /// Rows to train on.
+    pub rows: u64,
+    pub steps: u64,
+    /// Tokens that pass through the model, over all epochs.
+    pub tokens: u64,
+}
+
+/// A run on one named GPU.
+pub struct OnGpu {
+    pub name: String,
+    /// Tokens a second, or why the run does not fit.
+    pub speed: Result<f64>,
+    /// Dollars an hour.
+    pub price: Option<f64>,
+}
+
+/// Estimates the run on each of the GPUs, named as `--gpu` has them; `prices` are `NAME=DOLLARS` and come first.
+///
+/// # Errors
+/// Usage: an unknown GPU, or a price that is none. Data: files that are not there or columns that no layout can read.
+pub fn estimate(plan: &Plan, described: &Described, gpus: &[String], prices: &[String]) -> Result<Estimate> {
+    let footers = footers(plan)?;
+    let prices = parsed(prices)?;
+    let tokens_max = plan.tokens.tokens_max.min(described.facts.positions_max);
+    let mean = footers.map_or(tokens_max as u64, |footers| mean_tokens(footers, tokens_max as u64));
+    let lengths = Lengths { longest: tokens_max, mean: mean.max(1) as usize };
+    let size = footers.map(|footers| size(plan, footers, mean));
+    let on = |name: &String| {
+        let (card, _) = card::find(name)?;
+        let start = || Running::start(room::task(plan, described, lengths), card.machine(plan.memory.limit)?);
+        let own = prices.iter().find(|(other, _)| other.eq_ignore_ascii_case(name) || *other == card.name);
+        let listed = PRICES.iter().find(|(other, _)| *other == card.name).map(|(_, price)| *price);
+        let speed = start().map(|running| running.plan.tokens_per_second());
+        Ok(OnGpu { name: name.clone(), speed, price: own.map(|(_, price)| *price).or(listed) })
+    };
+    let gpus: Vec<OnGpu> = gpus.iter().map(on).collect::<Result<_>>()?;
+    let advice = (!gpus.is_empty() && gpus.iter().all(|gpu| gpu.speed.is_err()))
+        .then(|| advice(plan, described, lengths));
+    Ok(Estimate { size, gpus, advice })
+}
+
+fn parsed(prices: &[String]) -> Result<Vec<(String, f64)>> {
+    let price = |text: &String| {
+        let (name, price) = text.split_once('=')?;
+        Some((name.trim().to_owned(), price.trim().parse().ok().filter(|price: &f64| *price >= 0.0)?))
+    };
+    let wrong = |text: &String| {
+        Fault::usage(format!("--price {text}: expected NAME=DOLLARS_AN_HOUR, such as l4=0.70"))
+    };
+    prices.iter().map(|text| price(text).ok_or_else(|| wrong(text))).collect()
+}
+
+/// Of files that are here; what must be fetched first is unknown.
+fn footers(plan: &Plan) -> Result<Option<Footers>> {
+    let mut files = Vec::new();
+    for data in &plan.data {
+        match data {
+            fetch::Data::Source(source @ Source::Path { .. }) => {
+                // The run itself warns of files that a folder holds and that are not read.
+                files.extend(source::find(source, dataset::ENDINGS, &Report::silent())?);
+            }
+            _ => return Ok(None),
+        }
+    }
+    dataset::footers(&files, &plan.dataset)
+}
+
+fn mean_tokens(footers: Footers, tokens_max: u64) -> u64 {
+    let bytes = footers.text_bytes as f64 / footers.rows.max(1) as f64;
+    ((bytes / BYTES_A_TOKEN) as u64 + TEMPLATE_TOKENS).min(tokens_max)
+}
+
+fn size(plan: &Plan, footers: Footers, mean: u64) -> Size {
+    let rows = (footers.rows as f64 * plan.dataset.train_share) as u64;
+    let steps = Steps::new(rows as usize, &plan.train);
+    let epochs = steps.total as f64 / steps.per_epoch.max(1) as f64;
+    Size { rows, steps: steps.total, tokens: (epochs * (rows * mean) as f64) as u64 }
+}
+
+/// The smallest card that would do, and what makes a run smaller.
+fn advice(plan: &Plan, described: &Described, lengths: Lengths) -> String {
+    let fits = |card: &&card::Card| {
+        let machine = card.machine(plan.memory.limit);
+        machine.is_ok_and(|machine| Running::start(room::task(plan, described, lengths), machine).is_ok())
+    };
+    let larger = card::CARDS.iter().find(fits).map(|card| format!("take {}", card.name));
+    let four_bit = match described.options.quantization {
+        crate::facts::Quantization::None => Some("set QuantizationConfig.load_in_4bit: true".to_owned()),
+        _ => None,
+    };
+    let shorter = Some(format!("lower TrainingArguments.max_length below {}", lengths.longest));
+    let ways: Vec<String> = [larger, four_bit, shorter].into_iter().flatten().collect();
+    format!("the run fits none of these GPUs: {}", ways.join(", or "))
+}
+
+impl Estimate {
+    /// Lines for people.
+    pub fn table(&self) -> String {
+        let mut text = match self.size {
+            None => "work: unknown until the data is here as parquet\n".to_owned(),
+            Some(Size { rows, steps, tokens }) => {
+                format!(
+                    "work: {steps} optimizer steps over {rows} rows, about {tokens} tokens (estimated from footers)\n"
+                )
+            }
+        };
+        let wide = self.gpus.iter().map(|gpu| gpu.name.len()).max().unwrap_or(0);
+        for gpu in &self.gpus {
+            let told = match &gpu.speed {
+                Err(fault) => format!("does not fit: {}", fault.clone().in_a_line()),
+                Ok(speed) => self.told(*speed, gpu.price),
+            };
+            text += &format!("{:wide$}  {told}\n", gpu.name);
+        }
+        text + &self.advice.as_ref().map(|advice| format!("{advice}\n")).unwrap_or_default()
+    }
+
+    fn told(&self, speed: f64, price: Option<f64>) -> String {
+        let mut told = format!("about {speed:.0} tokens/s");
+        let Some(seconds) = self.seconds(speed) else { return told };
+        told += &format!(", {}", duration(seconds));
+        match price {
+            Some(price) => told + &format!(", ${:.2} at ${price:.2} an hour", seconds / 3600.0 * price),
+            None => told + ", no price known: give one with --price",
+        }
+    }
+
+    fn seconds(&self, speed: f64) -> Option<f64> {
+        self.size.map(|size| size.tokens as f64 / speed.max(1e-9))
+    }
+
+    /// The same for machines.
+    pub fn json(&self) -> Json {
+        let gpu = |gpu: &OnGpu| match &gpu.speed {
+            Err(fault) => json!({"gpu": gpu.name, "fits": false, "why": fault.clone().in_a_line()}),
+            Ok(speed) => {
+                let seconds = self.seconds(*speed);
+                json!({"gpu": gpu.name, "fits": true, "tokens_per_second": speed.round(), "seconds": seconds.map(f64::round),
+                    "dollars_an_hour": gpu.price,
+                    "dollars": seconds.zip(gpu.price).map(|(seconds, price)| (seconds / 36.0 * price).round() / 100.0)})
+            }
+        };
+        json!({
+            "rows": self.size.map(|size| size.rows),
+            "steps": self.size.map(|size| size.steps),
+            "tokens": self.size.map(|size| size.tokens),
+            "gpus": self.gpus.iter().map(gpu).collect::<Vec<_>>(),
+            "advice": self.advice,
+        })
+    }
+}
+
+/// `2 h 5 min`, `12 min`, `40 s`.
+fn duration(seconds: f64) -> String {
+    let whole = seconds.ceil() as u64;
+    match whole {
+        0..120 => format!("{whole} s"),
+        120..7200 => format!("{} min", whole.div_ceil(60)),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_price_is_of_a_card_that_is_known() {
+        for (name, price) in PRICES {
+            assert!(card::find(name).is_ok() && price > 0.0, "{name}");
+        }
+    }
+
+    #[test]
+    fn prices_are_names_and_dollars() {
+        assert_eq!(parsed(&["l4=0.7".into()]).unwrap(), [("l4".to_owned(), 0.7)]);
+        for wrong in ["l4", "l4=much", "l4=-1"] {
+            assert_eq!(parsed(&[wrong.to_owned()]).unwrap_err().kind, crate::fault::Kind::Usage);
+        }
+    }
+
+    #[test]
+    fn times_and_costs_follow_from_tokens_and_speed() {
+        let size = Some(Size { rows: 10, steps: 30, tokens: 3_600_000 });
+        let gpus = vec![OnGpu { name: "l4".into(), speed: Ok(1000.0), price: Some(0.5) }];
+        let estimate = Estimate { size, gpus, advice: None };
+        assert_eq!(
+            estimate.table(),
+            "work: 30 optimizer steps over 10 rows, about 3600000 tokens (estimated from footers)\n\
+             l4  about 1000 tokens/s, 60 min, $0.50 at $0.50 an hour\n"
+        );
+        assert_eq!(estimate.json()["gpus"][0]["dollars"], 0.5);
+        assert_eq!((duration(7.2), duration(7500.0)), ("8 s".into(), "2 h 5 min".into()));
+    }
+
+    #[test]
+    fn the_mean_row_is_never_longer_than_it_may_be() {
+        assert_eq!(mean_tokens(Footers { rows: 10, text_bytes: 3800 }, 1024), 124);
+        assert_eq!(mean_tokens(Footers { rows: 1, text_bytes: 1 << 30 }, 1024), 1024);
+    }
+}

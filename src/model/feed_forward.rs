@@ -1,0 +1,161 @@
+//! A layer's feed-forward, forward and backward by hand: `input -> norm -> gate up -> activation -> down (-> norm)`,
+//! added to the residual stream. It says itself how much it keeps at each level.
+//!
+//! The backward pass runs the down projection again only if a norm behind it needs its output.
+
+use candle_core::{Result, Tensor};
+
+use crate::facts::{self, Activation, Facts, Keep, Projection};
+use crate::ops::activation;
+use crate::ops::unwritten;
+
+use super::linear::{Linear, side_by_side, side_by_side_backward};
+use super::lora::Low;
+use super::norm::{self, Norm};
+use super::pass::Pass;
+
+/// One layer's feed-forward with the norms around it.
+#[derive(Clone, Debug)]
+pub struct FeedForward {
+    pub norm: Option<Norm>,
+    pub form: Form,
+    pub post_norm: Option<Norm>,
+}
+
+/// What lies between the norms.
+#[derive(Clone, Debug)]
+pub enum Form {
+    Dense(Dense),
+}
+
+/// A feed-forward that every token passes through.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    /// Side by side in the columns of one matrix, in order.
+    pub gate_up: Vec<Linear>,
+    pub activation: Activation,
+    pub down: Linear,
+}
+
+/// What is kept between forward and backward, as far as the level allows.
+#[derive(Default)]
+pub struct Kept {
+    gate_up: Option<GateUp>,
+    /// The down projection's result if a norm follows it; otherwise it is never needed again.
+    branch: Option<Tensor>,
+    /// `None` may also mean that the down projection's pair computes it again.
+    low: Low,
+}
+
+/// `Kept` with nothing missing.
+pub struct Whole {
+    gate_up: GateUp,
+    branch: Option<Tensor>,
+    low: Low,
+}
+
+/// The activation's input.
+struct GateUp {
+    values: Tensor,
+    lows: Vec<Low>,
+}
+
+impl Kept {
+    /// Lets go of what the level does not keep.
+    pub fn reduce(&mut self, keep: Keep) {
+        if keep >= Keep::WithoutGateUp {
+            self.gate_up = None;
+        }
+        if keep >= Keep::LayerInputs {
+            (self.branch, self.low) = (None, None);
+        }
+    }
+
+    /// Values held: what the memory plan must have counted.
+    #[cfg(test)]
+    pub fn values(&self) -> usize {
+        use super::layer::count;
+        let gate_up = |kept: &GateUp| kept.values.elem_count() + kept.lows.iter().map(count).sum::<usize>();
+        self.gate_up.as_ref().map_or(0, gate_up) + count(&self.branch) + count(&self.low)
+    }
+}
+
+impl From<Whole> for Kept {
+    fn from(whole: Whole) -> Kept {
+        Kept { gate_up: Some(whole.gate_up), branch: whole.branch, low: whole.low }
+    }
+}
+
+/// Values a token that a layer's feed-forward keeps at a level. `rank` is the rank of a projection's pair, 0 without
+/// one.
+pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
+    let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
+    let gate_up: usize = dense.gate_up.iter().map(|p| p.rows + rank(p)).sum();
+    let behind = if facts.names.feed_forward_post_norm.is_some() { facts.width } else { 0 };
+    let down = rank(&dense.down) + behind;
+    match keep {
+        Keep::Everything => gate_up + down,
+        Keep::WithoutGateUp | Keep::AttentionOutput => down,
+        Keep::LayerInputs | Keep::HostInputs => 0,
+    }
+}
+
+impl FeedForward {
+    fn dense(&self) -> &Dense {
+        let Form::Dense(dense) = &self.form;
+        dense
+    }
+
+    /// The residual stream with the feed-forward's result added, and what the backward pass needs.
+    pub fn forward(&self, input: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Whole)> {
+        let (dense, gate_up) = (self.dense(), self.gate_up(input, pass)?);
+        let activated = activation::forward(&gate_up.values, dense.activation)?;
+        let added = norm::join(&dense.down, &self.post_norm, &activated, residual, pass)?;
+        Ok((added.sum, Whole { gate_up, branch: added.branch, low: added.low }))
+    }
+
+    /// Computes what is missing of all that the backward pass needs.
+    pub fn complete(&self, kept: Kept, input: &Tensor, pass: &Pass) -> Result<Whole> {
+        let (dense, Kept { gate_up, mut branch, mut low }) = (self.dense(), kept);
+        let gate_up = match gate_up {
+            Some(gate_up) => gate_up,
+            None => self.gate_up(input, pass)?,
+        };
+        if self.post_norm.is_some() && branch.is_none() {
+            let activated = activation::forward(&gate_up.values, dense.activation)?;
+            let result = unwritten(input.shape(), input.dtype(), input.device())?;
+            low = dense.down.forward(&activated, &result, 0, false, pass)?;
+            branch = Some(result);
+        }
+        Ok(Whole { gate_up, branch, low })
+    }
+
+    fn gate_up(&self, input: &Tensor, pass: &Pass) -> Result<GateUp> {
+        let normed = norm::forward(&self.norm, input)?;
+        let (values, lows) = side_by_side(&self.dense().gate_up, &normed, pass)?;
+        Ok(GateUp { values, lows })
+    }
+
+    /// `d` is the gradient of the sum. Returns that of what the gate and up projections read, unless nothing needs it
+    /// (`lowest`). Gate and up are gone before attention's gradients are made.
+    pub fn backward(
+        &self,
+        d: &Tensor,
+        input: &Tensor,
+        whole: Whole,
+        lowest: bool,
+        pass: &Pass,
+    ) -> Result<Option<Tensor>> {
+        let (dense, Whole { gate_up: GateUp { values, lows }, branch, low }) = (self.dense(), whole);
+        let d_branch = norm::through(&self.post_norm, &branch, d)?;
+        drop(branch);
+        let activated = activation::forward(&values, dense.activation)?;
+        let d_activated = unwritten(activated.shape(), activated.dtype(), activated.device())?;
+        dense.down.backward(&d_branch, 0, &activated, low.as_ref(), Some((&d_activated, false)), pass)?;
+        drop(activated);
+        let d_gate_up = activation::backward(&d_activated, &values, dense.activation)?;
+        drop((values, d_activated));
+        let normed = norm::forward(&self.norm, input)?;
+        side_by_side_backward(&dense.gate_up, &d_gate_up, &normed, &lows, lowest, pass)
+    }
+}

@@ -1,0 +1,201 @@
+//! A layer's attention, forward and backward by hand: `x -> norm -> q k v -> (norm) -> rope -> attention -> output
+//! (-> norm) + x`. It says itself how much it keeps at each level.
+
+use candle_core::{Result, Tensor};
+
+use crate::facts::{Facts, Heads, Keep, Projection};
+use crate::ops::attention;
+use crate::ops::attention::cached::{self, Segment, Store};
+use crate::ops::rope::{self, Direction};
+use crate::ops::unwritten;
+
+use super::linear::{Linear, side_by_side, side_by_side_backward};
+use super::lora::Low;
+use super::norm::{self, Branch, HeadNorm, Norm};
+use super::pass::Pass;
+
+/// One layer's attention with the norms around it.
+#[derive(Clone, Debug)]
+pub struct SelfAttention {
+    pub heads: Heads,
+    /// The entry of the pass's angles that rotates queries and keys; `None`: no positions.
+    pub rope: Option<usize>,
+    pub norm: Option<Norm>,
+    /// Side by side in the columns of one matrix, in order.
+    pub query_key_value: Vec<Linear>,
+    pub head_norm: Option<HeadNorm>,
+    pub output: Linear,
+    pub post_norm: Option<Norm>,
+}
+
+/// What is kept between forward and backward, as far as the level allows.
+#[derive(Default)]
+pub struct Kept {
+    projected: Option<Projected>,
+    attended: Option<Attended>,
+}
+
+/// `Kept` with nothing missing.
+pub struct Whole {
+    projected: Projected,
+    attended: Attended,
+}
+
+/// Attention's three inputs, rotated.
+struct Projected {
+    rotated: Tensor,
+    /// Queries and keys before their norm, if they have one.
+    raw: Option<Tensor>,
+    lows: Vec<Low>,
+}
+
+/// Attention's output and all that follows from it and x alone.
+struct Attended {
+    output: Tensor,
+    log_sum: Tensor,
+    added: Branch,
+}
+
+impl Kept {
+    /// Lets go of what the level does not keep.
+    pub fn reduce(&mut self, keep: Keep) {
+        if keep >= Keep::AttentionOutput {
+            self.projected = None;
+        }
+        if keep >= Keep::LayerInputs {
+            self.attended = None;
+        }
+    }
+
+    /// Values held: what the memory plan must have counted.
+    #[cfg(test)]
+    pub fn values(&self) -> usize {
+        use super::layer::count;
+        let projected = |kept: &Projected| {
+            kept.rotated.elem_count() + count(&kept.raw) + kept.lows.iter().map(count).sum::<usize>()
+        };
+        let attended = |kept: &Attended| {
+            kept.output.elem_count()
+                + kept.log_sum.elem_count()
+                + kept.added.sum.elem_count()
+                + kept.added.values()
+        };
+        self.projected.as_ref().map_or(0, projected) + self.attended.as_ref().map_or(0, attended)
+    }
+}
+
+impl From<Whole> for Kept {
+    fn from(whole: Whole) -> Kept {
+        Kept { projected: Some(whole.projected), attended: Some(whole.attended) }
+    }
+}
+
+/// Values a token that a layer's attention keeps at a level, the residual stream behind it included. `rank` is the
+/// rank of a projection's pair, 0 without one.
+pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
+    let attention = &facts.layers[layer].attention;
+    let (heads, fused) = (&attention.heads, &attention.query_key_value);
+    let raw = if attention.head_norm.is_some() { (heads.query + heads.key) * heads.width } else { 0 };
+    let projected = raw + fused.iter().map(|p| p.rows + rank(p)).sum::<usize>();
+    // Attention's output, its logsumexp for each head, and the residual stream after it.
+    let attended = attention.output.cols + heads.query + facts.width + rank(&attention.output);
+    let attended = attended + if facts.names.attention_post_norm.is_some() { facts.width } else { 0 };
+    match keep {
+        Keep::Everything | Keep::WithoutGateUp => projected + attended,
+        Keep::AttentionOutput => attended,
+        Keep::LayerInputs | Keep::HostInputs => 0,
+    }
+}
+
+impl Whole {
+    /// The residual stream after attention.
+    pub fn sum(&self) -> &Tensor {
+        &self.attended.added.sum
+    }
+}
+
+impl SelfAttention {
+    /// Computes what is missing of all that the backward pass needs; without anything kept, the forward pass.
+    pub fn complete(&self, kept: Kept, x: &Tensor, pass: &Pass) -> Result<Whole> {
+        let projected = match kept.projected {
+            Some(projected) => projected,
+            None => self.project(x, pass)?,
+        };
+        let attended = match kept.attended {
+            Some(attended) => attended,
+            None => self.attend(x, &projected.rotated, pass)?,
+        };
+        Ok(Whole { projected, attended })
+    }
+
+    fn project(&self, x: &Tensor, pass: &Pass) -> Result<Projected> {
+        let normed = norm::forward(&self.norm, x)?;
+        let (rotated, lows) = side_by_side(&self.query_key_value, &normed, pass)?;
+        let raw = match &self.head_norm {
+            Some(norm) => Some(norm.forward(&rotated, &self.heads)?),
+            None => None,
+        };
+        self.rotate(&rotated, pass, Direction::Forward)?;
+        Ok(Projected { rotated, raw, lows })
+    }
+
+    fn attend(&self, x: &Tensor, rotated: &Tensor, pass: &Pass) -> Result<Attended> {
+        let (output, log_sum) = attention::forward(rotated, &self.heads, pass.packing, pass.precision)?;
+        let added = norm::join(&self.output, &self.post_norm, &output, x, pass)?;
+        Ok(Attended { output, log_sum, added })
+    }
+
+    /// The residual stream after attention for new rows of running sequences, whose keys and values stay in `store`.
+    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
+        let Projected { rotated, .. } = self.project(x, pass)?;
+        store.write(&rotated, &self.heads, segments)?;
+        let output = cached::forward(&rotated, &self.heads, store, segments, pass.precision)?;
+        Ok(norm::join(&self.output, &self.post_norm, &output, x, pass)?.sum)
+    }
+
+    /// `d` is the gradient of the residual stream after attention. Returns that of what the query, key and value
+    /// projections read, unless nothing needs it (`lowest`).
+    pub fn backward(
+        &self,
+        d: &Tensor,
+        x: &Tensor,
+        whole: Whole,
+        lowest: bool,
+        pass: &Pass,
+    ) -> Result<Option<Tensor>> {
+        let Whole { projected: Projected { rotated, raw, lows }, attended } = whole;
+        let d_branch = norm::through(&self.post_norm, &attended.added.branch, d)?;
+        let output = &attended.output;
+        let d_attended = unwritten(output.shape(), output.dtype(), output.device())?;
+        let low = attended.added.low.as_ref();
+        self.output.backward(&d_branch, 0, output, low, Some((&d_attended, false)), pass)?;
+        let d_qkv = attention::backward(
+            &d_attended,
+            &rotated,
+            output,
+            &attended.log_sum,
+            &self.heads,
+            pass.packing,
+            pass.precision,
+        )?;
+        drop((rotated, attended, d_attended, d_branch));
+        self.rotate(&d_qkv, pass, Direction::Backward)?;
+        if let (Some(norm), Some(raw)) = (&self.head_norm, &raw) {
+            norm.backward(&d_qkv, raw, &self.heads)?;
+        }
+        let normed = norm::forward(&self.norm, x)?;
+        side_by_side_backward(&self.query_key_value, &d_qkv, &normed, &lows, lowest, pass)
+    }
+
+    /// Rotates queries and keys by their positions, in place.
+    fn rotate(&self, qkv: &Tensor, pass: &Pass, direction: Direction) -> Result<()> {
+        let Some(rope) = self.rope else { return Ok(()) };
+        let ((rows, columns), (runs, heads)) = (qkv.dims2()?, self.heads.turning());
+        let runs = qkv.reshape((rows * runs, columns / runs))?;
+        rope::rotate(&runs, heads, self.heads.width, &pass.angles[rope], direction)?;
+        match pass.growth {
+            Some(growth) => rope::rotate(qkv, self.heads.query, self.heads.width, growth, direction),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! A plan's data -> what will be learned of it, seen before a GPU is paid for: `hone inspect`.
+//!
+//! Rows are read and tokenized exactly as a run does it, and every warning of a run is collected. Nothing is trained, and no
+//! weight is read.
+
+mod twins;
+mod text;
+mod html;
+
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value as Json, json};
+
+use crate::dataset::{self, EncodedRow, Record, Tokenizer};
+use crate::fault::{Fault, Result};
+use crate::fetch;
+use crate::plan::Plan;
+use crate::report::{Event, Progress, Report, Sink, Stage};
+use crate::train::order::{self, Steps};
+
+pub use html::page;
+pub use twins::Twins;
+
+/// Bars of the histogram of lengths.
+const BARS: usize = 16;
+/// LIMIT: optimizer steps that the packing is looked at; an epoch may have millions.
+const STEPS_LOOKED_AT: u64 = 64;
+
+/// Which rows are shown.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// How many, drawn at random.
+    pub samples: usize,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// Rows by FILE:ROW as messages name them, in place of drawn ones.
+    pub rows: Vec<String>,
+}
+
+/// What `hone inspect` tells.
+pub struct Review {
+    pub model: String,
+    pub rows: usize,
+    pub train: usize,
+    pub evaluation: usize,
+    /// Rows of either set that teach nothing or could not be used.
+    pub dropped: usize,
+    pub tokens: u64,
+    pub learned: u64,
+    pub longest: usize,
+    pub tokens_max: usize,
+    pub cut: usize,
+    /// Share of the passes' room that packing fills; `None` without packing.
+    pub packing: Option<f64>,
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// From, up to, and how many rows have so many tokens before cutting.
+    pub lengths: Vec<(usize, usize, usize)>,
+    pub twins: Twins,
+    pub warnings: Vec<String>,
+    pub samples: Vec<Sample>,
+}
+
+/// A row as it will be trained.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// FILE:ROW
+    pub place: String,
+    pub tokens: usize,
+    pub learned: usize,
+    pub cut: bool,
+    pub pieces: Vec<Piece>,
+}
+
+/// Tokens of one kind, one behind the other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    pub text: String,
+    pub learned: bool,
+    pub special: bool,
+}
+
+/// Reads and tokenizes the plan's data.
+///
+/// # Errors
+/// As a run: for a model, configuration or rows that cannot be used. Config: a row to show that is not there.
+pub fn read(plan: &Plan, options: &Options, report: &Report) -> Result<Review> {
+    let heard = Arc::new(Heard { inner: report.clone(), warnings: Mutex::default() });
+    let report = &Report::new(heard.clone());
+    plan.warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));
+    fetch::texts(&plan.base, plan.access(), report)?;
+    let tokenizer = Tokenizer::open(&plan.model.folder)?;
+    dataset::check_template(&tokenizer, &plan.tokens)?;
+    let data = fetch::data(&plan.data, plan.access(), report)?;
+    let dataset = dataset::read(&data, &plan.dataset, report)?;
+    let encode = |records: &[Record]| dataset::encode_rows(records, &tokenizer, &plan.tokens, report);
+    let (train, evaluation) = (encode(&dataset.train)?, encode(&dataset.evaluation)?);
+    let samples = samples(&dataset.train, &train, &tokenizer, options)?;
+    let both = || train.iter().chain(&evaluation);
+    let learned =
+        |row: &EncodedRow| row.example.supervised.iter().skip(1).filter(|&&learned| learned).count();
+    let (steps, packing) = packing(&train, plan);
+    let rows = dataset.train.len() + dataset.evaluation.len();
+    Ok(Review {
+        model: plan.model_name.clone(),
+        rows,
+        train: train.len(),
+        evaluation: evaluation.len(),
+        dropped: rows - train.len() - evaluation.len(),
+        tokens: both().map(|row| row.example.ids.len() as u64).sum(),
+        learned: both().map(|row| learned(row) as u64).sum(),
+        longest: both().map(|row| row.whole).max().unwrap_or(0),
+        tokens_max: plan.tokens.tokens_max,
+        cut: both().filter(|row| row.whole > row.example.ids.len()).count(),
+        packing,
+        steps,
+        lengths: histogram(both().map(|row| row.whole)),
+        twins: twins::find(&train, &evaluation, &tokenizer),
+        warnings: heard.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone(),
+        samples,
+    })
+}
+
+/// Passes events on and keeps the warnings.
+struct Heard {
+    inner: Report,
+    warnings: Mutex<Vec<String>>,
+}
+
+impl Sink for Heard {
+    fn event(&self, event: &Event) {
+        match event {
+            Event::Warning { text, .. } => {
+                self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(text.clone());
+            }
+            event => self.inner.say(event.clone()),
+        }
+    }
+
+    fn progress(&self, _: &Progress) {}
+}
+
+fn samples(
+    records: &[Record],
+    rows: &[EncodedRow],
+    tokenizer: &Tokenizer,
+    options: &Options,
+) -> Result<Vec<Sample>> {
+    let place = |row: &EncodedRow| format!("{}:{}", records[row.record].file, records[row.record].row);
+    let chosen: Vec<&EncodedRow> = match options.rows.is_empty() {
+        true => drawn(rows.len(), options).into_iter().map(|index| &rows[index]).collect(),
+        false => {
+            let find = |wanted: &String| {
+                let same = |row: &&EncodedRow| place(row) == *wanted;
+                rows.iter().find(same).ok_or_else(|| {
+                    Fault::config(format!(
+                        "--row {wanted}: no row of the training set that is learned from has this place"
+                    ))
+                    .help("places are FILE:ROW as messages name them, counted from 0")
+                })
+            };
+            options.rows.iter().map(find).collect::<Result<_>>()?
+        }
+    };
+    let sample = |row: &EncodedRow| Sample {
+        place: place(row),
+        tokens: row.example.ids.len(),
+        learned: row.example.supervised.iter().skip(1).filter(|&&learned| learned).count(),
+        cut: row.whole > row.example.ids.len(),
+        pieces: pieces(row, tokenizer),
+    };
+    Ok(chosen.into_iter().map(sample).collect())
+}
+
+/// Indices in their order, without repetition.
+fn drawn(rows: usize, options: &Options) -> Vec<usize> {
+    let mut state = options.seed;
+    let mut chosen = std::collections::BTreeSet::new();
+    while chosen.len() < options.samples.min(rows) {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        chosen.insert((state >> 33) as usize % rows);
+    }
+    chosen.into_iter().collect()
+}
+
+fn pieces(row: &EncodedRow, tokenizer: &Tokenizer) -> Vec<Piece> {
+    let example = &row.example;
+    let kind =
+        |index: usize| (index > 0 && example.supervised[index], tokenizer.is_special(example.ids[index]));
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for index in 1..=example.ids.len() {
+        if index == example.ids.len() || kind(index) != kind(start) {
+            let (learned, special) = kind(start);
+            pieces.push(Piece { text: tokenizer.text(&example.ids[start..index]), learned, special });
+            start = index;
+        }
+    }
+    pieces
+}
+
+/// Equal steps from 0 to the longest.
+fn histogram(lengths: impl Iterator<Item = usize> + Clone) -> Vec<(usize, usize, usize)> {
+    let longest = lengths.clone().max().unwrap_or(0);
+    let width = longest.div_ceil(BARS).max(1);
+    let mut bars: Vec<(usize, usize, usize)> =
+        (0..longest.div_ceil(width)).map(|bar| (bar * width + 1, (bar + 1) * width, 0)).collect();
+    for length in lengths.filter(|length| *length > 0) {
+        bars[(length - 1) / width].2 += 1;
+    }
+    bars
+}
+
+/// Steps of the run, and how full its passes are.
+fn packing(rows: &[EncodedRow], plan: &Plan) -> (u64, Option<f64>) {
+    let steps = Steps::new(rows.len(), &plan.train);
+    let Some(room) = plan.train.packing.filter(|_| !rows.is_empty()) else { return (steps.total, None) };
+    let examples: Vec<dataset::Example> = rows.iter().map(|row| row.example.clone()).collect();
+    let (mut tokens, mut passes) = (0, 0);
+    for step in 0..steps.per_epoch.min(STEPS_LOOKED_AT) {
+        for batch in order::batches(&examples, &steps.micro_batches(step), Some(room), usize::MAX, |_| 0) {
+            tokens += batch.ids.len();
+            passes += 1;
+        }
+    }
+    (steps.total, Some(tokens as f64 / (passes.max(1) * room) as f64))
+}
+
+impl Review {
+    /// Lines for people; with colours for a terminal.
+    pub fn text(&self, colours: bool) -> String {
+        text::write(self, colours)
+    }
+
+    /// One self-contained page.
+    pub fn html(&self) -> String {
+        html::page(self)
+    }
+
+    /// Names and values of the counts, for both forms.
+    fn facts(&self) -> Vec<(&'static str, String)> {
+        let share = |part: u64, whole: u64| format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64);
+        let rows = (self.train + self.evaluation) as u64;
+        let mut facts = vec![
+            (
+                "rows",
+                format!(
+                    "{}: {} to train on, {} to evaluate on, {} dropped",
+                    self.rows, self.train, self.evaluation, self.dropped
+                ),
+            ),
+            ("tokens", format!("{}, longest row {}", self.tokens, self.longest)),
+            ("learned", format!("{} tokens, {}", self.learned, share(self.learned, self.tokens))),
+            (
+                "cut",
+                format!("{} rows to {} tokens, {}", self.cut, self.tokens_max, share(self.cut as u64, rows)),
+            ),
+            ("steps", self.steps.to_string()),
+        ];
+        if let Some(packing) = self.packing {
+            facts.push(("packing", format!("passes are filled to {:.0} %", 100.0 * packing)));
+        }
+        let Twins { exact, near, overlap } = &self.twins;
+        facts.push((
+            "duplicates",
+            format!("{exact} rows are exact copies of an earlier one, {near} nearly so"),
+        ));
+        facts.push((
+            "overlap",
+            format!("{overlap} rows to evaluate on are also trained on, exactly or nearly"),
+        ));
+        facts
+    }
+
+    /// The same for machines.
+    pub fn json(&self) -> Json {
+        let piece =
+            |piece: &Piece| json!({"text": piece.text, "learned": piece.learned, "special": piece.special});
+        let sample = |sample: &Sample| {
+            json!({"place": sample.place, "tokens": sample.tokens, "learned": sample.learned, "cut": sample.cut,
+                "pieces": sample.pieces.iter().map(piece).collect::<Vec<_>>()})
+        };
+        json!({
+            "model": self.model,
+            "rows": {"all": self.rows, "train": self.train, "evaluation": self.evaluation, "dropped": self.dropped, "cut": self.cut},
+            "tokens": {"all": self.tokens, "learned": self.learned, "longest": self.longest, "max": self.tokens_max},
+            "steps": self.steps,
+            "packing": self.packing,
+            "lengths": self.lengths.iter().map(|(from, to, rows)| json!({"from": from, "to": to, "rows": rows})).collect::<Vec<_>>(),
+            "duplicates": {"exact": self.twins.exact, "near": self.twins.near},
+            "overlap": self.twins.overlap,
+            "warnings": self.warnings,
+            "samples": self.samples.iter().map(sample).collect::<Vec<_>>(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_length_has_a_bar() {
+        let bars = histogram([1, 2, 32, 33, 100].into_iter());
+        assert_eq!(bars.iter().map(|bar| bar.2).sum::<usize>(), 5);
+        assert!(bars.iter().all(|(from, to, _)| from <= to) && bars.last().unwrap().1 >= 100);
+        assert_eq!(histogram([].into_iter()), []);
+        assert_eq!(histogram([1, 1].into_iter()), [(1, 1, 2)]);
+    }
+
+    #[test]
+    fn a_draw_has_no_row_twice_and_repeats_with_its_seed() {
+        let options = Options { samples: 5, seed: 7, rows: Vec::new() };
+        let first = drawn(100, &options);
+        assert_eq!((first.len(), first.clone()), (5, drawn(100, &options)));
+        assert_ne!(first, drawn(100, &Options { seed: 8, ..options.clone() }));
+        assert_eq!(drawn(3, &options), [0, 1, 2]);
+    }
+}

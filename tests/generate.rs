@@ -1,0 +1,259 @@
+//! The engine against transformers' `generate` with peft's adapters, against itself alone, and against whole texts.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use hone::adapter;
+use hone::facts::config::Config;
+use hone::facts::{LoraOptions, Precision, Quantization, family};
+use hone::generate::Engine as _;
+use hone::generate::engine::{CHUNK, Engine, Options};
+use hone::generate::{self, Answer, Event, Finish, Refusal, Request, Scored, Strength, Usage};
+use hone::model::batch::Batch;
+use hone::model::decoder::Decoder;
+use hone::model::lora::Lora;
+use hone::model::{self, load};
+use hone::report::Report;
+use serde_json::Value;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn decoder(name: &str) -> Decoder {
+    let options = model::Options {
+        folder: golden(name).join("model"),
+        quantization: Quantization::None,
+        lora: LoraOptions::default(),
+        precision: Precision::F32,
+    };
+    let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
+    load::load(facts, &options, &Device::Cpu, &Report::silent()).unwrap()
+}
+
+fn options() -> Options {
+    Options { sequences: 8, waiting: 64, context: None, cache_tokens: 4096, half_cache: false }
+}
+
+fn engine(name: &str) -> Engine {
+    Engine::start(decoder(name), &options(), "a test".into()).unwrap()
+}
+
+/// The final adapter under "a"; under "b" the same with each lora_B's rows moved by one and its sign changed.
+fn load_both(engine: &Engine, name: &str) {
+    let first = golden(name).join("final_adapter");
+    engine.load_adapter("a", &first).unwrap();
+    let second = tempfile::tempdir().unwrap();
+    std::fs::copy(first.join(adapter::CONFIG_FILE), second.path().join(adapter::CONFIG_FILE)).unwrap();
+    let tensors = candle_core::safetensors::load(first.join(adapter::WEIGHTS_FILE), &Device::Cpu).unwrap();
+    let moved = |(name, tensor): (String, Tensor)| {
+        let rows = tensor.dim(0).unwrap();
+        let tensor = match name.contains("lora_B") {
+            true => {
+                let parts = [tensor.narrow(0, rows - 1, 1).unwrap(), tensor.narrow(0, 0, rows - 1).unwrap()];
+                Tensor::cat(&parts, 0).unwrap().neg().unwrap()
+            }
+            false => tensor,
+        };
+        (name, tensor)
+    };
+    let tensors = tensors.into_iter().map(moved).collect();
+    candle_core::safetensors::save(&tensors, second.path().join(adapter::WEIGHTS_FILE)).unwrap();
+    engine.load_adapter("b", second.path()).unwrap();
+}
+
+struct Done {
+    prompt: Vec<Scored>,
+    tokens: Vec<Scored>,
+    end: (Finish, Usage),
+}
+
+fn collect(mut answer: Answer) -> Done {
+    let (mut prompt, mut tokens) = (Vec::new(), Vec::new());
+    loop {
+        match answer.wait().expect("an end") {
+            Event::Started => {}
+            Event::Prompt(list) => prompt.extend(list),
+            Event::Token(token) => tokens.push(token),
+            Event::Finished(finish, usage) => return Done { prompt, tokens, end: (finish, usage) },
+            Event::Failed(fault) => panic!("{fault}"),
+        }
+    }
+}
+
+fn ids(tokens: &[Scored]) -> Vec<u32> {
+    tokens.iter().map(|token| token.token).collect()
+}
+
+fn strengths(mix: &[(&str, f32)]) -> Vec<Strength> {
+    mix.iter().map(|(name, strength)| Strength { name: (*name).into(), strength: *strength }).collect()
+}
+
+/// Every family, bare, with one adapter, with two of several strengths; prompts of unequal lengths in one batch, answers
+/// that outgrow windows and the lengths at which ropes change. All tokens are those that transformers generates in f32.
+#[test]
+fn greedy_tokens_are_those_of_transformers_and_peft() {
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");
+    let recorded: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
+    let runs = recorded["runs"].as_object().unwrap();
+    assert!(runs.len() >= 14, "found {} runs", runs.len());
+    let list = |value: &Value| -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let mut wrong = Vec::new();
+    for (name, cases) in runs {
+        let engine = engine(name);
+        load_both(&engine, name);
+        let cases = cases.as_array().unwrap();
+        let answers: Vec<Answer> = cases
+            .iter()
+            .map(|case| {
+                let expected = list(&case["tokens"]);
+                let mix = case["mix"].as_object().unwrap().iter();
+                let mix: Vec<(&str, f32)> =
+                    mix.map(|(name, strength)| (name.as_str(), strength.as_f64().unwrap() as f32)).collect();
+                let request = Request::greedy(list(&case["prompt"]), expected.len());
+                engine.submit(Request { adapters: strengths(&mix), ..request }).unwrap()
+            })
+            .collect();
+        for (case, answer) in cases.iter().zip(answers) {
+            let (found, expected) = (ids(&collect(answer).tokens), list(&case["tokens"]));
+            if found != expected {
+                let at = found.iter().zip(&expected).position(|(found, expected)| found != expected);
+                wrong.push(format!(
+                    "{name}, {}, prompt of {}: token {at:?} differs; least margin {}",
+                    case["mix"],
+                    case["prompt"].as_array().unwrap().len(),
+                    case["least_margin"]
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Tokens and log-probabilities of a request are the same bits alone and among others that come, end and go away.
+#[test]
+fn neighbours_do_not_matter() {
+    for name in ["llama3", "gemma2"] {
+        let engine = engine(name);
+        load_both(&engine, name);
+        let request = |i: usize| {
+            let prompt = (0..[5, CHUNK + 40, 1, 33, 64, 2][i])
+                .map(|at| ((at * at * 7 + at * 31 + i * 13) % 300) as u32);
+            let mixes: [&[(&str, f32)]; 3] = [&[], &[("b", 0.4), ("a", 1.0)], &[("a", 1.0)]];
+            let sampling = generate::Sampling {
+                temperature: if i.is_multiple_of(2) { 0.0 } else { 0.9 },
+                top_p: 0.95,
+                seed: i as u64,
+                ..generate::Sampling::greedy()
+            };
+            Request {
+                adapters: strengths(mixes[i % 3]),
+                sampling,
+                logprobs: Some(3),
+                prompt_logprobs: (i == 1).then_some(1),
+                ..Request::greedy(prompt.collect(), 20 + i)
+            }
+        };
+        let alone: Vec<Done> = (0..6).map(|i| collect(engine.submit(request(i)).unwrap())).collect();
+        let mut answers = Vec::new();
+        for i in 0..6 {
+            // One that goes away after its first token, and one that nobody ever reads.
+            let mut gone = engine.submit(request((i + 1) % 6)).unwrap();
+            gone.wait();
+            drop(engine.submit(request((i + 2) % 6)).unwrap());
+            answers.push(engine.submit(request(i)).unwrap());
+        }
+        for (alone, answer) in alone.iter().zip(answers) {
+            let among = collect(answer);
+            assert_eq!(among.tokens, alone.tokens, "{name}");
+            assert_eq!(among.prompt, alone.prompt, "{name}");
+            assert_eq!(among.end, alone.end, "{name}");
+        }
+        assert_eq!(alone[1].prompt.len(), CHUNK + 39);
+        let counters = engine.counters();
+        assert!(counters.cancelled >= 6, "{counters:?}");
+        assert_eq!(engine.facts().cache_tokens, 4096);
+    }
+}
+
+/// The log-probabilities of prompt and answer are those of the whole text.
+#[test]
+fn scores_are_those_of_the_whole_text() {
+    let (engine, decoder) = (engine("phi3"), decoder("phi3"));
+    let prompt: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 300).collect();
+    let request =
+        Request { logprobs: Some(2), prompt_logprobs: Some(0), ..Request::greedy(prompt.clone(), 12) };
+    let done = collect(engine.submit(request).unwrap());
+    assert_eq!((done.prompt.len(), done.tokens.len()), (39, 12));
+    let text: Vec<u32> = prompt.iter().copied().chain(ids(&done.tokens)).collect();
+    let mut batch = Batch::default();
+    batch.push(&text, &vec![true; text.len()], text.len(), 0);
+    let logits = decoder.logits(&batch, Lora::None).unwrap().to_vec2::<f32>().unwrap();
+    for (at, scored) in done.prompt.iter().chain(&done.tokens).enumerate() {
+        let row = &logits[at];
+        let largest = row.iter().copied().fold(f32::MIN, f32::max) as f64;
+        let sum: f64 = row.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum();
+        let expected = f64::from(row[text[at + 1] as usize]) - largest - sum.ln();
+        assert_eq!(scored.token, text[at + 1]);
+        assert!((f64::from(scored.logprob) - expected).abs() < 1e-4, "{at}: {scored:?}, not {expected}");
+    }
+    let usage = Usage { prompt_tokens: 40, cached_tokens: 0, generated_tokens: 12 };
+    assert_eq!(done.end, (Finish::Length, usage));
+    let scored = Request { prompt_logprobs: Some(0), ..Request::greedy(prompt, 0) };
+    let scored = collect(engine.submit(scored).unwrap());
+    assert_eq!((scored.prompt, scored.tokens.len()), (done.prompt, 0));
+}
+
+#[test]
+fn stop_tokens_end_a_sequence_but_not_before_its_minimum() {
+    let engine = engine("qwen2");
+    let free = ids(&collect(engine.submit(Request::greedy(vec![1, 2, 3], 30)).unwrap()).tokens);
+    let stop = free[4];
+    let request = Request { stop_tokens: vec![stop], ..Request::greedy(vec![1, 2, 3], 30) };
+    let done = collect(engine.submit(request.clone()).unwrap());
+    let first = free.iter().position(|token| *token == stop).unwrap();
+    assert_eq!((ids(&done.tokens), done.end.0), (free[..=first].to_vec(), Finish::Stop));
+    let done = collect(engine.submit(Request { min_tokens: 10, ..request }).unwrap());
+    assert!(done.tokens.len() > 10 && ids(&done.tokens[..10]).iter().all(|token| *token != stop));
+}
+
+#[test]
+fn what_cannot_be_answered_is_refused_by_name() {
+    let options = Options { sequences: 1, waiting: 2, cache_tokens: 96, ..options() };
+    let engine = Engine::start(decoder("llama3"), &options, "a test".into()).unwrap();
+    let refused = |request: Request| engine.submit(request).err().expect("refused");
+    assert!(matches!(refused(Request::greedy(vec![1; 90], 7)), Refusal::TooLong { asked: 97, context: 96 }));
+    let unknown = Request { adapters: strengths(&[("c", 1.0)]), ..Request::greedy(vec![1], 1) };
+    assert!(matches!(refused(unknown), Refusal::UnknownAdapter(name) if name == "c"));
+    let vocabulary = engine.facts().vocabulary;
+    let beyond = Request::greedy(vec![1, vocabulary as u32], 1);
+    assert!(matches!(refused(beyond), Refusal::UnknownToken { .. }));
+    assert!(matches!(refused(Request::greedy(Vec::new(), 1)), Refusal::Failed(_)));
+    // One runs at most, and two wait.
+    let taken: Vec<_> = (0..8).map(|_| engine.submit(Request::greedy(vec![1; 20], 60))).collect();
+    assert!(taken.iter().any(|taken| matches!(taken, Err(Refusal::Full { .. }))));
+    for answer in taken.into_iter().flatten() {
+        assert_eq!(collect(answer).tokens.len(), 60);
+    }
+    assert_eq!(engine.counters().cache_usage, 0.0);
+}
+
+#[test]
+fn adapters_that_do_not_fit_or_change_nothing_are_refused() {
+    let engine = engine("llama3");
+    let refused = |folder: PathBuf| engine.load_adapter("x", &folder).err().expect("refused");
+    let fault = refused(golden("llama3/init_adapter"));
+    assert!(fault.message.contains("the adapter changes nothing"), "{fault}");
+    let fault = refused(golden("falcon7b/final_adapter"));
+    assert!(
+        fault.message.contains("the adapter was made for") && fault.message.contains("llama model"),
+        "{fault}"
+    );
+    assert!(engine.adapters().is_empty());
+    engine.load_adapter("x", &golden("llama3/final_adapter")).unwrap();
+    assert_eq!(engine.adapters()[0].name, "x");
+    engine.unload_adapter("x").unwrap();
+    assert!(engine.unload_adapter("x").unwrap_err().message.contains("under the name x"));
+}
