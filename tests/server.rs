@@ -446,7 +446,7 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"top_p": 1.5}), 400, "top_p", "from 0 to 1"),
         (json!({"n": 0}), 400, "n", "from 1"),
         (json!({"n": 100_000}), 400, "n", "from 1 to 128"),
-        (json!({"stop": ["a"; 17]}), 400, "stop", "up to 16"),
+        (json!({"stop": vec!["a"; 17]}), 400, "stop", "up to 16"),
         (json!({"stop": [""]}), 400, "stop", "empty"),
         (json!({"stop": 3}), 400, "stop", "a string"),
         (json!({"logit_bias": {"999999999": 1}}), 400, "logit_bias", "token ids below"),
