@@ -163,12 +163,16 @@ pub fn found_keys(word: &str) -> crate::fault::Result<String> {
 /// log is kept.
 pub fn exit(error: &clap::Error) -> ! {
     let text = error.to_string();
-    if !error.use_stderr() || !text.contains("://") {
+    if !error.use_stderr() || shown(error) == text {
         error.exit();
     }
-    let url = regex::Regex::new(r#"://[^\s'"]*"#).expect("a valid expression");
-    eprint!("{}", url.replace_all(&text, "://..."));
+    eprint!("{}", shown(error));
     std::process::exit(error.exit_code())
+}
+
+/// What is wrong with a command line, without the secrets of the addresses in it.
+pub fn shown(error: &clap::Error) -> String {
+    crate::report::clean::without_secrets(&error.to_string())
 }
 
 #[derive(Parser)]

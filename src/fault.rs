@@ -22,11 +22,11 @@ pub enum Kind {
     Auth = 13,
     /// Does not fit: memory or disk, known before or after trying.
     Capacity = 14,
-    /// Training produced NaN or infinity.
+    /// Training produced NaN or infinity, or an adapter without effect.
     Diverged = 15,
     /// Download or registry unreachable after all retries.
     Network = 20,
-    /// Disk full or failing while running.
+    /// Disk full, failing, or in use by another hone.
     Storage = 21,
     /// Accelerator failed.
     Device = 22,
@@ -92,9 +92,9 @@ impl Kind {
             Kind::Model => "Model unsupported, incomplete or damaged.",
             Kind::Auth => "Credentials missing or refused (401, 403).",
             Kind::Capacity => "Does not fit: memory or disk, known before or after trying.",
-            Kind::Diverged => "Training produced NaN or infinity.",
+            Kind::Diverged => "Training produced NaN or infinity, or an adapter without effect.",
             Kind::Network => "Download or registry unreachable after all retries.",
-            Kind::Storage => "Disk full or failing while running.",
+            Kind::Storage => "Disk full, failing, or in use by another hone.",
             Kind::Device => "Accelerator failed.",
             Kind::Push => "Training is done and safe on disk, but the push failed.",
             Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
@@ -193,10 +193,12 @@ impl Fault {
         use std::io::ErrorKind as E;
         let message = format!("cannot {doing} {}: {error}", path.display());
         match error.kind() {
-            E::PermissionDenied | E::NotADirectory | E::IsADirectory | E::ReadOnlyFilesystem => {
-                Fault::config(message)
-                    .help("name a folder that this user may write, or change its permissions")
-            }
+            E::PermissionDenied
+            | E::NotADirectory
+            | E::IsADirectory
+            | E::AlreadyExists
+            | E::ReadOnlyFilesystem => Fault::config(message)
+                .help("name a folder that this user may write, or change its permissions"),
             E::StorageFull | E::QuotaExceeded => Fault::new(Kind::Storage, message)
                 .help("free some space, then start it again: what is finished is kept"),
             _ => Fault::new(Kind::Storage, message),

@@ -2,38 +2,120 @@
 //!
 //! Kubernetes sends SIGTERM, waits for the grace period and kills. The flag is looked at between batches of
 //! rows, layers and micro-batches, and while the network is waited for, so that the time to a checkpoint is one
-//! micro-batch, not one epoch.
+//! micro-batch, not one epoch. Work of other crates looks at no flag (one long text in a tokenizer, a name that is
+//! looked up): where nothing would be lost, the process ends after a moment of patience all the same.
 
-use std::sync::Arc;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::fault::{Fault, Kind, Result};
+use crate::last_word::{self, Word};
 
 /// How often a wait for the network looks at the flag.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How long after a signal the process may take to end by itself where nothing would be lost.
+const PATIENCE: Duration = Duration::from_millis(1500);
 
-fn flag() -> &'static Arc<AtomicBool> {
-    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
-    FLAG.get_or_init(Arc::default)
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+static STANDING: AtomicU8 = AtomicU8::new(Standing::Stay as u8);
+
+/// What would be lost if the process ended now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Standing {
+    /// Something: it ends by itself, as soon as that is saved.
+    Stay = 0,
+    /// Nothing: it has not begun to train.
+    BeforeTraining = 1,
+    /// Nothing: the adapter is whole on disk, and is being pushed.
+    Pushing = 2,
+    /// Nothing: it only looks at something, or fetches it.
+    Looking = 3,
+}
+
+impl Standing {
+    fn fault(self) -> Option<Fault> {
+        match self {
+            Standing::Stay => None,
+            Standing::BeforeTraining => Some(before_training()),
+            Standing::Pushing => Some(
+                Fault::new(
+                    Kind::Interrupted,
+                    "stopped by a signal while pushing; the adapter is whole on disk",
+                )
+                .help("start it again: only the push is left"),
+            ),
+            Standing::Looking => {
+                Some(Fault::new(Kind::InterruptedUnsaved, "stopped by a signal").help("start it again"))
+            }
+        }
+    }
+
+    const ALL: [Standing; 4] =
+        [Standing::Stay, Standing::BeforeTraining, Standing::Pushing, Standing::Looking];
+}
+
+/// Says what would be lost until the value is dropped; then what was said before holds again.
+#[must_use]
+#[derive(Debug)]
+pub struct Stands(u8);
+
+impl Drop for Stands {
+    fn drop(&mut self) {
+        STANDING.store(self.0, Ordering::SeqCst);
+    }
+}
+
+/// Says what would be lost from now on.
+pub fn stands(standing: Standing) -> Stands {
+    Stands(STANDING.swap(standing as u8, Ordering::SeqCst))
 }
 
 /// Starts listening. Call once, early in `main`.
 pub fn listen() -> Result<()> {
+    let failed = |error| Fault::internal(format!("cannot listen for signals: {error}"));
+    let (woken, wake) = UnixStream::pair().map_err(failed)?;
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        let code = Kind::InterruptedUnsaved.exit_code().into();
-        // Order matters: the shutdown acts only if the flag was already set by an earlier signal.
-        signal_hook::flag::register_conditional_shutdown(signal, code, flag().clone())
-            .and_then(|_| signal_hook::flag::register(signal, flag().clone()))
-            .map_err(|error| Fault::internal(format!("cannot listen for signal {signal}: {error}")))?;
+        let heard = || {
+            if REQUESTED.swap(true, Ordering::SeqCst) {
+                last_word::second_signal();
+                signal_hook::low_level::exit(Kind::InterruptedUnsaved.exit_code().into());
+            }
+        };
+        // SAFETY: the handler swaps a flag, and on a second signal makes system calls on bytes that are ready.
+        unsafe { signal_hook::low_level::register(signal, heard) }.map_err(failed)?;
+        signal_hook::low_level::pipe::register(signal, wake.try_clone().map_err(failed)?).map_err(failed)?;
     }
-    Ok(())
+    let words = Standing::ALL.map(|standing| standing.fault().map(|fault| Word::of(&fault)));
+    static WORDS: OnceLock<[Option<Word>; 4]> = OnceLock::new();
+    let words = WORDS.get_or_init(|| words);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || end_where_nothing_is_lost(woken, words))
+        .map(drop)
+        .map_err(failed)
+}
+
+/// Waits for a signal, then for the process to end by itself, and ends it where it does not and nothing is lost.
+fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
+    if woken.read_exact(&mut [0]).is_err() {
+        return;
+    }
+    std::thread::sleep(PATIENCE);
+    loop {
+        if let Some(word) = &words[usize::from(STANDING.load(Ordering::SeqCst))] {
+            word.speak();
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
 }
 
 /// Whether a signal asked the run to end.
 pub fn requested() -> bool {
-    flag().load(Ordering::Relaxed)
+    REQUESTED.load(Ordering::Relaxed)
 }
 
 /// A fault if a signal asked the run to end; for loops with nothing of their own to save.
@@ -63,5 +145,28 @@ pub async fn or_stopped<T>(
     tokio::select! {
         done = work => done,
         () = signal => Err(stopped()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_be_lost_is_said_inside_out() {
+        let now = || STANDING.load(Ordering::SeqCst);
+        let before = now();
+        {
+            let _outer = stands(Standing::BeforeTraining);
+            {
+                let _inner = stands(Standing::Stay);
+                assert_eq!(now(), Standing::Stay as u8);
+            }
+            assert_eq!(now(), Standing::BeforeTraining as u8);
+        }
+        assert_eq!(now(), before);
+        for standing in Standing::ALL {
+            assert_eq!(Standing::ALL[standing as usize], standing, "words are found by their number");
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
-use crate::interrupt;
+use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
 use crate::model;
 use crate::model::decoder::Decoder;
@@ -82,6 +82,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     };
     let pushed = match &plan.push {
         Some(target) => {
+            let _standing = interrupt::stands(Standing::Pushing);
             let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
             folder.pushed(&pushed)?;
             Some(pushed)
@@ -123,6 +124,8 @@ fn make(
         initial.apply(&adapter)?;
     }
     report.note(Stage::Load, loaded(&decoder, &adapter));
+    // From here on there is something to lose, until the adapter is whole.
+    let _standing = interrupt::stands(Standing::Stay);
     let examples = train::Data { train: &training, evaluation: &evaluation };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;

@@ -5,6 +5,8 @@
 
 pub mod fault;
 pub mod report;
+pub mod last_word;
+pub mod bounds;
 pub mod interrupt;
 pub mod endpoint;
 pub mod metrics;

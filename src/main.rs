@@ -10,6 +10,7 @@ use hone::cli::{self, AboutModel, Command, Format, Log, ObjectFormat, RegistryAr
 use hone::endpoint::Server;
 use hone::facts::{LoraOptions, Targets, presets};
 use hone::fault::{Fault, Result};
+use hone::interrupt::Standing;
 use hone::job::{self, Receipt};
 use hone::kaito::{self, sidecars, sidecars::Limits, watch};
 use hone::metrics::{self, Latest};
@@ -18,7 +19,7 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, review};
+use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review};
 use std::io::IsTerminal;
 
 /// Prints a line; a reader that went away is no reason to fail.
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
 /// In a pod of KAITO's, before the job began.
 fn refuse(fault: &Fault, report: &Report) -> ExitCode {
     report.fault(fault);
+    leave_word(fault);
     release(report);
     ExitCode::from(fault.kind.exit_code())
 }
@@ -61,6 +63,9 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(error) => {
+            if error.use_stderr() {
+                leave_word(&Fault::usage(cli::shown(&error)).help("`hone --help` shows commands and flags"));
+            }
             if pod.is_some() {
                 release(&Report::new(report::choose(None, false)));
             }
@@ -75,6 +80,11 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         Log::Terminal => Some(true),
         Log::Json => Some(false),
     };
+    let message = termination::path();
+    last_word::prepare(message.as_deref(), report::is_json(bars), pod.is_some());
+    if let (Command::Run(_) | Command::Example { .. }, Some(path)) = (&invocation.command, &message) {
+        termination::write_ahead(path);
+    }
     let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
@@ -91,9 +101,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
         Err(fault) => (failed(&fault, &latest), Some(fault)),
     };
-    if matches!(invocation.command, Command::Run(_) | Command::Example { .. })
-        && let Some(path) = termination::path()
-    {
+    if let Some(path) = message {
         termination::write(&path, &outcome);
     }
     match fault {
@@ -102,6 +110,14 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
             report.fault(&fault);
             ExitCode::from(fault.kind.exit_code())
         }
+    }
+}
+
+/// Kubernetes' message of an end before any command ran.
+fn leave_word(fault: &Fault) {
+    if let Some(path) = termination::path() {
+        let outcome = termination::Outcome { fault: Some(fault.clone()), ..Default::default() };
+        termination::write(&path, &outcome);
     }
 }
 
@@ -145,6 +161,12 @@ fn limits() -> Limits {
 
 fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
+    let _standing = interrupt::stands(match command {
+        Command::Run(_) | Command::Example { .. } => Standing::BeforeTraining,
+        Command::Push { .. } => Standing::Pushing,
+        Command::Controller(_) => Standing::Stay,
+        _ => Standing::Looking,
+    });
     match command {
         Command::Run(request) => run(request, report).map(Some),
         Command::Model { about, format } => model(about, *format, report).map(|()| None),

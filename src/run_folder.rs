@@ -1,18 +1,21 @@
 //! The output folder of a run: claimed by one process, kept from other runs, filled atomically, ended by KAITO's
 //! sentinel.
 //!
-//! `hone.json` says which run the folder belongs to: a restarted run finds itself and continues, another is
-//! refused. Files of the adapter appear whole, by rename; the sentinel is the last.
+//! `hone.json` says which run the folder belongs to: it is the first file that is written, and it alone decides. A
+//! restarted run finds itself and continues, another is refused. Files of the adapter appear whole, by rename; the
+//! sentinel is the last. Links that somebody planted under hone's own names are never followed.
 
-use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use crate::adapter;
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
+use crate::interrupt;
 use crate::registry::Pushed;
 use crate::source;
 use crate::train::{Checkpoints, Metric, Trained};
@@ -21,6 +24,9 @@ const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+/// How long a start waits for another hone to leave the folder: a pod that is deleted has some seconds left.
+const LOCK_WAIT: Duration = Duration::from_secs(20);
+const LOCK_POLL: Duration = Duration::from_millis(100);
 /// The file that KAITO's pusher waits for.
 pub const SENTINEL: &str = "fine_tuning_completed.txt";
 
@@ -82,24 +88,25 @@ pub struct RunFolder {
 
 impl RunFolder {
     /// Creates the folder, or takes the one of an earlier start of the same run.
+    ///
+    /// # Errors
+    /// Config: the folder cannot be used, or holds what is not hone's. Storage: the disk failed, or another hone
+    /// still works in the folder, which passes by itself.
     pub fn claim(path: &Path, earlier: Earlier) -> Result<RunFolder> {
+        RunFolder::claim_within(path, earlier, LOCK_WAIT)
+    }
+
+    fn claim_within(path: &Path, earlier: Earlier, wait_max: Duration) -> Result<RunFolder> {
         fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
         if earlier == Earlier::Refuse && read_record(path)?.is_none() {
             refuse_foreign(path)?;
         }
-        let lock = path.join(LOCK);
-        let file = File::create(&lock).map_err(|error| Fault::storage("write in", path, &error))?;
-        file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => {
-                Fault::config(format!("{} is in use by another hone", path.display()))
-                    .help("wait for it to end, or use another output folder")
-            }
-            TryLockError::Error(error) => Fault::storage("lock", path, &error),
-        })?;
+        let lock = lock(path, wait_max)?;
         // Again under the lock: another run may have ended in between.
         let record = read_record(path)?;
+        remove_partials(path)?;
         let started = record.as_ref().map_or_else(now, |record| record.started);
-        Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: file })
+        Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: lock })
     }
 
     pub fn path(&self) -> &Path {
@@ -126,7 +133,8 @@ impl RunFolder {
                     self.move_away()?;
                 }
                 self.started = now();
-                self.write(METRICS, b"")?;
+                // Before the record: afterwards nothing would tell these lines from the new run's.
+                self.remove(METRICS)?;
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,
@@ -141,6 +149,14 @@ impl RunFolder {
                     image: None,
                 })
             }
+        }
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        let path = self.path.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Fault::storage("remove", &path, &error)),
+            _ => Ok(()),
         }
     }
 
@@ -198,15 +214,15 @@ impl RunFolder {
             .map(|line| format!("{line}\n"))
             .collect();
         self.write(METRICS, kept.as_bytes())?;
-        let file = File::options().append(true).open(&path);
+        let file = File::options().append(true).custom_flags(libc::O_NOFOLLOW).open(&path);
         Ok(Metrics { file: file.map_err(|error| Fault::storage("write", &path, &error))?, path })
     }
 
     /// Writes a file whole: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
-        let (place, temporary) = (self.path.join(name), self.path.join(format!(".{name}.partial")));
+        let (place, temporary) = (self.path.join(name), self.path.join(partial_name(name)));
         let write = || -> std::io::Result<()> {
-            let mut file = File::create(&temporary)?;
+            let mut file = create_anew(&temporary)?;
             file.write_all(content)?;
             file.sync_all()?;
             fs::rename(&temporary, &place)?;
@@ -252,6 +268,71 @@ impl Metrics {
     }
 }
 
+fn partial_name(name: &str) -> String {
+    format!(".{name}.partial")
+}
+
+/// A new file of ours, whatever stood under its name: a leftover, or a link or pipe that somebody planted.
+fn create_anew(path: &Path) -> std::io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).open(path)
+}
+
+/// The folder's lock. A killed process holds it until the kernel has cleaned up; on another node, until that node's
+/// lease ends.
+fn lock(folder: &Path, wait_max: Duration) -> Result<File> {
+    let path = folder.join(LOCK);
+    let not_ours = |what: &str| {
+        Fault::config(format!("{} is {what}, expected a plain file of hone's", path.display()))
+            .help("remove it: nothing is lost with it")
+    };
+    if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
+        return Err(not_ours("a link, a folder or a pipe"));
+    }
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::ELOOP) => not_ours("a link"),
+            _ => Fault::storage("write in", folder, &error),
+        })?;
+    let until = Instant::now() + wait_max;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                interrupt::check()?;
+                std::thread::sleep(LOCK_POLL);
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Fault::new(
+                    Kind::Storage,
+                    format!("{} is in use by another hone, after {wait_max:?} still", folder.display()),
+                )
+                .help("start it again when the other one has ended, or use another output folder"));
+            }
+            Err(TryLockError::Error(error)) => return Err(Fault::storage("lock", folder, &error)),
+        }
+    }
+}
+
+/// What a killed process had begun to write. Called under the lock.
+fn remove_partials(folder: &Path) -> Result<()> {
+    for name in OWN {
+        let path = folder.join(partial_name(name));
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {
+            fs::remove_file(&path).map_err(|error| Fault::storage("remove", &path, &error))?;
+        }
+    }
+    Ok(())
+}
+
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
@@ -264,6 +345,11 @@ fn place_of(line: &str) -> Option<(u64, bool)> {
 
 fn read_record(path: &Path) -> Result<Option<Record>> {
     let file = path.join(RECORD);
+    // A pipe would never end, and a link leads to a file that is not the folder's.
+    if fs::symlink_metadata(&file).is_ok_and(|found| !found.is_file()) {
+        return Err(Fault::config(format!("{}: not a plain file", file.display()))
+            .help("use another output folder, or remove this one"));
+    }
     match fs::read(&file) {
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
             Fault::config(format!("{}: not a record of hone: {error}", file.display()))
@@ -274,10 +360,16 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
-/// An empty folder may hold what file systems and hone itself leave: hidden files and lost+found.
+/// An empty folder may hold what file systems and hone itself leave: hidden files, lost+found, and the empty
+/// metrics that earlier versions wrote before the record.
 fn refuse_foreign(path: &Path) -> Result<()> {
     let entries = fs::read_dir(path).map_err(|error| Fault::storage("read", path, &error))?;
-    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let is_bare = |entry: &fs::DirEntry| {
+        entry.file_name() == METRICS
+            && entry.metadata().is_ok_and(|found| found.is_file() && found.len() == 0)
+    };
+    let entries = entries.flatten().filter(|entry| !is_bare(entry));
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut foreign: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
     foreign.sort();
@@ -332,7 +424,8 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("out");
         let mut folder = RunFolder::claim(&path, Earlier::Refuse).unwrap();
-        assert!(RunFolder::claim(&path, Earlier::Refuse).unwrap_err().message.contains("in use"));
+        let second = RunFolder::claim_within(&path, Earlier::Refuse, Duration::from_millis(150)).unwrap_err();
+        assert!(second.message.contains("in use") && second.kind.retry_helps(), "{second}");
         folder.belongs_to("mistaken", &[]).unwrap();
         folder.belongs_to("a", &[]).unwrap();
         folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
@@ -381,6 +474,65 @@ mod tests {
         let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
         assert!(fault.message.contains("hone's: thesis.tex"), "{fault}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_start_that_ended_before_its_record_is_no_foreign_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(METRICS), "").unwrap();
+        fs::write(folder.path().join(partial_name(RECORD)), "{").unwrap();
+        let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        assert!(!folder.path().join(partial_name(RECORD)).exists(), "a leftover is collected");
+        run.belongs_to("a", &[]).unwrap();
+        drop(run);
+        fs::remove_file(folder.path().join(RECORD)).unwrap();
+        fs::write(folder.path().join(METRICS), "{}").unwrap();
+        let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
+        assert!(fault.message.contains("hone's: metrics.jsonl"), "somebody's measurements: {fault}");
+    }
+
+    #[test]
+    fn the_record_comes_before_anything_else_and_old_metrics_go_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        run.belongs_to("mistaken", &[]).unwrap();
+        let names = || fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.file_name());
+        assert!(names().all(|name| name == RECORD || name == LOCK), "{:?}", names().collect::<Vec<_>>());
+        fs::write(folder.path().join(METRICS), "{\"step\":1,\"loss\":9.0}\n").unwrap();
+        run.belongs_to("corrected", &[]).unwrap();
+        assert!(!folder.path().join(METRICS).exists(), "another run's lines");
+    }
+
+    #[test]
+    fn what_somebody_planted_is_never_followed() {
+        use std::os::unix::fs::symlink;
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        fs::write(outside.path(), "precious").unwrap();
+        let parent = tempfile::tempdir().unwrap();
+        let new = |name: &str| {
+            let folder = parent.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            folder
+        };
+        let locked = new("lock");
+        symlink(outside.path(), locked.join(LOCK)).unwrap();
+        assert_eq!(RunFolder::claim(&locked, Earlier::Refuse).unwrap_err().kind, Kind::Config);
+        let record = new("record");
+        symlink(outside.path(), record.join(RECORD)).unwrap();
+        assert_eq!(RunFolder::claim(&record, Earlier::Refuse).unwrap_err().kind, Kind::Config);
+        let partial = new("partial");
+        symlink(outside.path(), partial.join(partial_name(RECORD))).unwrap();
+        let mut run = RunFolder::claim(&partial, Earlier::Refuse).unwrap();
+        symlink(outside.path(), partial.join(partial_name(RECORD))).unwrap();
+        run.belongs_to("a", &[]).unwrap();
+        assert!(fs::symlink_metadata(partial.join(RECORD)).unwrap().is_file());
+        assert_eq!(fs::read_to_string(outside.path()).unwrap(), "precious");
+    }
+
+    #[test]
+    fn an_output_that_is_a_file_is_a_mistake_of_the_configuration() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(RunFolder::claim(file.path(), Earlier::Refuse).unwrap_err().kind, Kind::Config);
     }
 
     #[test]

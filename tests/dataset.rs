@@ -361,9 +361,9 @@ fn templates_that_hide_or_refuse_a_row_are_named_with_it() {
         Some(hides),
         two_turns(),
         expect![[r#"
-        ! Data 1 of 1 rows cannot be used:
-          1 x the chat template does not show what the assistant says (f.parquet:3)
-          help: correct or remove these rows, or set ModelConfig.chat_template (places are file:row, counted from 0)"#]],
+            ! Data 1 of 1 rows cannot be used:
+              1 x the chat template does not show what the assistant says (f.parquet:3)
+              help: correct these rows, set ModelConfig.chat_template, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)"#]],
     );
     let refuses = "{{ raise_exception('roles must alternate') }}";
     check_mask(
@@ -371,9 +371,9 @@ fn templates_that_hide_or_refuse_a_row_are_named_with_it() {
         Some(refuses),
         two_turns(),
         expect![[r#"
-        ! Data 1 of 1 rows cannot be used:
-          1 x the chat template refuses it: roles must alternate (f.parquet:3)
-          help: correct or remove these rows, or set ModelConfig.chat_template (places are file:row, counted from 0)"#]],
+            ! Data 1 of 1 rows cannot be used:
+              1 x the chat template refuses it: roles must alternate (f.parquet:3)
+              help: correct these rows, set ModelConfig.chat_template, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)"#]],
     );
     check_mask(
         "llama3/model",
@@ -620,24 +620,23 @@ fn rows_that_cannot_be_used_are_counted_by_kind_and_named() {
     check_fault(
         vec![("messages", lists(&rows, ["role", "content"], &DataType::Utf8))],
         expect![[r#"
-        4 of 4 rows cannot be used:
-          1 x the list of messages is empty (data.parquet:0)
-          2 x the user's content is empty (data.parquet:1, data.parquet:3)
-          1 x unknown role "usr", expected one of system, developer, user, assistant, tool, function (data.parquet:2)
-          help: correct or remove these rows (places are file:row, counted from 0)"#]],
+            2 of 4 rows cannot be used:
+              1 x the list of messages is empty (data.parquet:0)
+              1 x unknown role "usr"; known are system, system_prompt, developer, user, human, prompter, customer, client, instruction, question, assistant, gpt, chatgpt, bing, bard, claude, gemini, model, bot, chatbot, ai, llm, agent, response, answer, output, function_call, tool, tool_response, tool_result, observation, function_response, function, ipython (name yours with `user_names` or `assistant_names`) (data.parquet:2)
+              help: correct these rows, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)"#]],
     );
     check_fault(
         vec![("text", strings(&[Some("a"), None, None]))],
         expect![[r#"
-        2 of 3 rows cannot be used:
-          2 x the text is null (data.parquet:1, data.parquet:2)
-          help: correct or remove these rows (places are file:row, counted from 0)"#]],
+            2 of 3 rows cannot be used:
+              2 x the text is null (data.parquet:1, data.parquet:2)
+              help: correct these rows, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)"#]],
     );
     check_fault(
         vec![("question", strings(&[Some("a")])), ("id", Arc::new(Int32Array::from(vec![1])))],
         expect![[r#"
-            data.parquet: no columns to train on; columns found: `question`: Utf8, `id`: Int32; expected `messages`: a list of {role, content}, or `conversations`: a list of {from, value}, or `prompt` and `completion`: both strings or both lists of {role, content}, or `text`: a string
-              help: rename the columns, or name them in the configuration"#]],
+            data.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column), no `context` (name it with DatasetConfig.context_column); there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8, `id`: Int32
+              help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column"#]],
     );
     check_fault(
         vec![("text", strings(&[]))],

@@ -126,7 +126,7 @@ fn rows_of_tokens_are_taken_as_they_are() {
         (r#"{"input_ids": [5, 6], "labels": [5]}"#, "have different lengths"),
         (r#"{"input_ids": [5, 6], "loss_mask": [0, 2]}"#, "a mask holds something else than 0 and 1"),
         (r#"{"input_ids": [1.5]}"#, "a list of whole numbers is needed"),
-        (r#"{"input_ids": []}"#, "input_ids is empty"),
+        ("{\"input_ids\": [5]}\n{\"input_ids\": []}", "input_ids is empty"),
     ] {
         let fault = examples(row).unwrap_err();
         assert!(fault.kind == Kind::Data && fault.message.contains(words), "{row}: {fault}");

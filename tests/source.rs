@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use hone::fault::{Fault, Kind};
 use hone::report::{Event, Progress, Report, Sink};
-use hone::source::{self, File, Options, Source};
+use hone::source::{self, File, Options, Source, Speed};
 use sha2::{Digest, Sha256};
 
 use http::{Reply, Request, Server};
@@ -33,6 +33,7 @@ impl Desk {
             cache: folder.path().join("cache"),
             connect_timeout: Duration::from_secs(5),
             read_timeout: Duration::from_secs(5),
+            speed: Speed::LEAST,
             total_timeout: Duration::from_secs(60),
             attempts_max: 3,
             backoff: Duration::from_millis(2),

@@ -183,7 +183,8 @@ fn bucket(request: &Request, objects: &Objects) -> Reply {
     match path.strip_prefix("/bucket") {
         Some("" | "/") if query.contains("list-type=2") => list_xml(request, objects),
         Some(name) => {
-            let name = name.trim_start_matches('/').replace("%20", " ").replace("%2F", "/");
+            let decoded = url::form_urlencoded::parse(name.trim_start_matches('/').as_bytes()).next();
+            let name = decoded.map(|(name, _)| name.into_owned()).unwrap_or_default();
             objects.get(&name).map_or(Reply::status(404), |content| object(request, content))
         }
         None => Reply::status(404),
@@ -435,7 +436,8 @@ fn a_dataset_of_the_hub_is_its_conversion_at_one_commit() {
         ("default/train/0000.parquet", "messages.parquet"),
         ("other/train/0000.parquet", "text.parquet"),
     ]);
-    let own = files(&[("data/train.jsonl", "messages.jsonl"), ("data/test.jsonl", "messages.jsonl")]);
+    let mut own = files(&[("data/train.jsonl", "messages.jsonl"), ("data/test.jsonl", "messages.jsonl")]);
+    own.get_mut("data/test.jsonl").unwrap().push(b'\n'); // another digest
     let server =
         hub([("refs/convert/parquet", converted), ("main", own.clone()), ("v1", own.clone())].into());
     let taken = |data: &str| {

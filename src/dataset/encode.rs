@@ -2,15 +2,30 @@
 
 use super::learned::Tally;
 use super::problems::Problems;
-use super::template::Template;
+use super::template::{SOURCE_BYTES_MAX, STACK_BYTES_A_BYTE, Template};
 use super::{Context, Conversation, Example, LossOn, Message, Record, TokenOptions, Tokenizer, mask};
-use crate::fault::{Fault, Result};
+use crate::bounds::{Bounds, STACK_BYTES};
+use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Unit};
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Rows between two reports of progress.
 const ROWS_AT_ONCE: usize = 64;
+/// LIMIT: memory that one row may take while it is made into tokens.
+const ROW_BYTES_MAX: usize = 1 << 30;
+/// LIMIT: values that a template nests are dropped by recursion.
+const ROW_STACK_BYTES: usize = 64 << 20;
+/// A row that fails and took so long has burnt its fuel.
+const SLOW_ROW: Duration = Duration::from_millis(250);
+const SLOW_ROWS_MAX: usize = 8;
+/// LIMIT: memory for compiling a chat template.
+const TEMPLATE_BYTES_MAX: usize = 512 << 20;
+/// A row of few tokens that took so long: its template works for nothing.
+const SLOW_SMALL_ROW: Duration = Duration::from_secs(2);
+const SMALL_ROW_TOKENS: usize = 100_000;
 
 /// Tokenizes every record, in order. Rows that teach nothing once cut to `tokens_max` are dropped and counted.
 ///
@@ -44,15 +59,22 @@ pub fn encode_rows(
 ) -> Result<Vec<EncodedRow>> {
     let encoder = Encoder::new(records, tokenizer, options)?;
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
-    let encoded: Vec<_> = records
-        .par_chunks(ROWS_AT_ONCE)
-        .take_any_while(|_| !interrupt::requested())
-        .flat_map_iter(|chunk| {
-            let examples: Vec<_> = chunk.iter().map(|record| encoder.example(record)).collect();
-            task.advance(chunk.len() as u64);
-            examples
-        })
-        .collect();
+    let row = Row::default();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .stack_size(ROW_STACK_BYTES)
+        .thread_name(|index| format!("rows-{index}"))
+        .build()
+        .map_err(|error| Fault::capacity(format!("no threads to make tokens in: {error}")))?;
+    let encoded: Vec<_> = pool.install(|| {
+        let chunks = records.par_chunks(ROWS_AT_ONCE);
+        chunks
+            .flat_map_iter(|chunk| {
+                let examples: Vec<_> = chunk.iter().map(|record| row.encode(&encoder, record)).collect();
+                task.advance(chunk.len() as u64);
+                examples
+            })
+            .collect()
+    });
     drop(task);
     interrupt::check()?;
     let mut examples = Vec::with_capacity(records.len());
@@ -110,6 +132,41 @@ pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<(
 pub(super) struct Encoded {
     pub example: Option<Example>,
     pub tally: Tally,
+}
+
+/// One row at a time, within bounds. Rows that take too long for what they hold are counted; after a few of them the
+/// others are not tried, since a dataset has millions.
+struct Row {
+    bounds: Bounds,
+    slow: AtomicUsize,
+}
+
+impl Default for Row {
+    fn default() -> Row {
+        let what = "a row of the dataset, with the chat template and the tokenizer";
+        Row { bounds: Bounds::new(Kind::Data, what, ROW_BYTES_MAX), slow: AtomicUsize::new(0) }
+    }
+}
+
+impl Row {
+    fn encode(&self, encoder: &Encoder, record: &Record) -> std::result::Result<Encoded, String> {
+        if interrupt::requested() {
+            return Err("not reached before a signal".into());
+        }
+        if self.slow.load(Ordering::Relaxed) >= SLOW_ROWS_MAX {
+            return Err(format!("not tried, after {SLOW_ROWS_MAX} rows that took too long"));
+        }
+        let began = Instant::now();
+        let done = self.bounds.hold(|| Ok(encoder.example(record)));
+        let done = done.unwrap_or_else(|fault| Err(fault.message));
+        // An honest row makes some thousand tokens a millisecond.
+        let small = done.as_ref().is_ok_and(|done| done.tally.longest < SMALL_ROW_TOKENS);
+        let limit = if done.is_err() { SLOW_ROW } else { SLOW_SMALL_ROW };
+        if (done.is_err() || small) && began.elapsed() >= limit {
+            self.slow.fetch_add(1, Ordering::Relaxed);
+        }
+        done
+    }
 }
 
 /// Turns rows into examples; any number of threads may share it.
@@ -172,7 +229,7 @@ impl<'a> Encoder<'a> {
                 }
             }
             Conversation::Text(text) => {
-                let (ids, doubled) = self.tokenizer.ids(&self.ended(text))?;
+                let (ids, doubled) = self.tokenizer.ids(&self.ended(text), self.options.tokens_max)?;
                 tally.doubled += u64::from(doubled);
                 Ok(Example { supervised: vec![true; ids.len()], ids })
             }
@@ -198,14 +255,14 @@ impl<'a> Encoder<'a> {
         if everything && shown_only == 0 {
             let text = template.render(&Template::values(messages), context, false)?.text;
             self.look(template, messages, context, &text, tally)?;
-            let (ids, _) = self.tokenizer.spans(&text)?;
+            let (ids, _) = self.tokenizer.spans(&text, self.options.tokens_max)?;
             return Ok(Example { supervised: vec![true; ids.len()], ids });
         }
         let found = mask::answers(template, messages, context, from)?;
         tally.thoughts += found.thoughts;
         tally.thoughts_shown += found.thoughts_shown;
         self.look(template, messages, context, &found.text, tally)?;
-        let (ids, offsets) = self.tokenizer.spans(&found.text)?;
+        let (ids, offsets) = self.tokenizer.spans(&found.text, self.options.tokens_max)?;
         let supervised = match everything {
             false => mask::supervised(&found.answers, &offsets),
             true => {
@@ -262,12 +319,13 @@ impl<'a> Encoder<'a> {
         completion: &str,
         tally: &mut Tally,
     ) -> std::result::Result<Example, String> {
-        let (ids, doubled) = self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)))?;
+        let (ids, doubled) =
+            self.tokenizer.ids(&(prompt.to_string() + &self.ended(completion)), self.options.tokens_max)?;
         tally.doubled += u64::from(doubled);
         let given = match self.options.loss {
             LossOn::Everything => 0,
             LossOn::Answers => {
-                let (prompt, _) = self.tokenizer.ids(prompt)?;
+                let (prompt, _) = self.tokenizer.ids(prompt, self.options.tokens_max)?;
                 prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count()
             }
         };
@@ -305,12 +363,18 @@ fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates>
         None => (tokenizer.default_template()?, false),
     };
     let compile = |source: &str| {
-        let compiled = Template::new(source, tokenizer.specials(), tokenizer.now());
-        compiled.map_err(|problem| match given {
-            true => Fault::config(problem).at("ModelConfig.chat_template"),
-            false => {
-                Fault::model(problem).at("the model's chat template").help("set ModelConfig.chat_template")
-            }
+        let (kind, place) = match given {
+            true => (Kind::Config, "ModelConfig.chat_template"),
+            false => (Kind::Model, "the model's chat template"),
+        };
+        let stack = STACK_BYTES + source.len().min(SOURCE_BYTES_MAX) * STACK_BYTES_A_BYTE;
+        let compiled = Bounds::new(kind, place, TEMPLATE_BYTES_MAX).hold_deep(stack, || {
+            Template::new(source, tokenizer.specials(), tokenizer.now())
+                .map_err(|problem| Fault::new(kind, problem).at(place))
+        });
+        compiled.map_err(|fault| match given {
+            true => fault,
+            false => fault.help("set ModelConfig.chat_template"),
         })
     };
     let plain = compile(source)?;

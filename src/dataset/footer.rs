@@ -1,11 +1,9 @@
 //! Parquet files' footers -> how many rows they hold and how much text, without reading a row.
 
-use super::{Layout, Options, format};
+use super::{Layout, Options, container, format};
 use crate::fault::Result;
 use ::parquet::arrow::ProjectionMask;
-use ::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 /// What footers say of a dataset.
@@ -41,9 +39,11 @@ fn of_entry(files: &[PathBuf], layout: Option<Layout>, options: &Options) -> Res
     let mut sum = Footers::default();
     let mut reading = format::Reading::new(&options.names);
     for path in files {
-        // The decoder panics on some damage.
-        let load = || ArrowReaderMetadata::load(&File::open(path).ok()?, ArrowReaderOptions::new()).ok();
-        let Ok(Some(metadata)) = catch_unwind(AssertUnwindSafe(load)) else { return Ok(None) };
+        let Ok(file) = File::open(path) else { return Ok(None) };
+        let bytes = file.metadata().map_or(0, |found| found.len());
+        let Ok(metadata) = container::load_parquet(&file, bytes, &path.display().to_string()) else {
+            return Ok(None);
+        };
         let chosen = format::choose(metadata.schema(), options, layout, &mut reading)
             .map_err(|fault| fault.at(path.display().to_string()))?;
         let roots = chosen.columns.iter().filter_map(|name| metadata.schema().index_of(name).ok());

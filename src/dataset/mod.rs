@@ -4,9 +4,11 @@ mod problems;
 mod container;
 mod format;
 mod footer;
+mod budget;
 mod split;
 mod mix;
 mod template;
+mod harm;
 mod tokenizer;
 mod marks;
 mod mask;
@@ -247,6 +249,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     let mut problems = problems::Problems::default();
     let mut first: Option<(&'static format::Format, &source::File)> = None;
     let mut reading = format::Reading::new(&options.names);
+    let mut budget = budget::Budget::of(files);
     let mut entry_from = (0, 0); // an entry, and its first record
     for (index, file) in files.iter().enumerate() {
         let share = options.shares.get(file.entry).cloned().unwrap_or_default();
@@ -268,6 +271,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         let name: Arc<str> = file.name.as_str().into();
         let mut row = 0;
         table.read(&chosen.columns, |arrays| {
+            budget.spend(format::text_bytes(arrays))?;
             let batch = chosen.rows(arrays, &mut reading)?;
             task.advance(batch.len() as u64);
             for found in batch {

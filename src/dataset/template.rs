@@ -19,6 +19,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
 const FUEL: u64 = 10_000_000;
 const RECURSION_MAX: usize = 200;
+/// LIMIT: a template; the largest in use have about 30 kB. A parser nests at most once for each byte.
+pub(super) const SOURCE_BYTES_MAX: usize = 256 << 10;
+/// Stack that the parser needs for each byte of a template, at most.
+pub(super) const STACK_BYTES_A_BYTE: usize = 4 << 10;
+/// LIMIT: what a method may make of a text, and how wide it may be set.
+const METHOD_BYTES_MAX: usize = 64 << 20;
+const WIDTH_MAX: usize = 4096;
+/// LIMIT: JSON's indent.
+const INDENT_MAX: usize = 64;
+/// LIMIT: what `strftime_now` formats.
+const FORMAT_BYTES_MAX: usize = 4096;
 /// LIMIT: a conversation of more is no conversation.
 const TEXT_BYTES_MAX: usize = 256 << 20;
 /// Private-use characters in a row that no text has.
@@ -47,13 +58,16 @@ impl Template {
     /// `specials` are the tokenizer's named tokens (`bos_token` and the like); `now` is what `strftime_now` tells, in UTC.
     /// Error: what is wrong with the template's syntax.
     pub fn new(source: &str, specials: &[(String, String)], now: SystemTime) -> Result<Template, String> {
+        if source.len() > SOURCE_BYTES_MAX {
+            return Err(format!("the chat template has {} bytes, limit {SOURCE_BYTES_MAX}", source.len()));
+        }
         let (source, marks_answers) = rewrite_generation(&source.replace("\r\n", "\n"));
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.expect("the default delimiters are valid"));
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(RECURSION_MAX);
-        environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.add_filter("tojson", to_json);
         // To minijinja none is iterable, to Python a string is and none is not: Nemotron's `tools is iterable`.
         environment.add_test("iterable", |value: &Value| {
@@ -135,6 +149,39 @@ fn value(message: &Message) -> Value {
     Value::from_pairs(fields)
 }
 
+/// Python's methods, whose work the fuel does not count: refused where they would make too much of a little.
+fn method(
+    state: &mut minijinja::State,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        let bytes = |index: usize| arguments.get(index).and_then(Value::as_str).map_or(0, str::len);
+        let made = match name {
+            "replace" if bytes(0) == 0 => text.chars().count().saturating_add(1).saturating_mul(bytes(1)),
+            "replace" => (text.len() / bytes(0)).saturating_mul(bytes(1)),
+            "split" => text.len().saturating_mul(SPLIT_GROWTH),
+            "format" => widest_number(text).saturating_mul(METHOD_BYTES_MAX / WIDTH_MAX),
+            _ => 0,
+        };
+        if made > METHOD_BYTES_MAX {
+            let message = format!("{name} would make more than {METHOD_BYTES_MAX} bytes");
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
+    }
+    pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+/// Memory of a part beside its text: a list of single letters takes so many bytes for each.
+const SPLIT_GROWTH: usize = 32;
+
+/// The largest number in a format: `{:>80}`.
+fn widest_number(format: &str) -> usize {
+    let digits = format.split(|letter: char| !letter.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    digits.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
+}
+
 /// Turns `{%- generation +%}` into `{%- filter __answer +%}`, and its end likewise. Says whether there was any.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
@@ -196,6 +243,12 @@ fn explain(error: &Error) -> String {
 /// `json.dumps` with `ensure_ascii=False`, the default of transformers.
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if indent.is_some_and(|indent| indent > INDENT_MAX) {
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("tojson's indent is more than {INDENT_MAX}"),
+        ));
+    }
     let separators: Option<Vec<String>> = options.get("separators")?;
     let comma = if indent.is_some() { "," } else { ", " };
     let (comma, colon) = match separators.as_deref() {
@@ -313,6 +366,10 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
         "November",
         "December",
     ];
+    if format.len() > FORMAT_BYTES_MAX {
+        let message = format!("strftime_now is given {} bytes, limit {FORMAT_BYTES_MAX}", format.len());
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     let days = seconds / 86_400; // since 1970-01-01, a Thursday
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     let (year, month, day) = civil(days);
@@ -395,6 +452,25 @@ mod tests {
     fn check(source: &str, expected: &str) {
         let text = render(source).map_or_else(|error| format!("! {error}"), |rendered| rendered.text);
         assert_eq!(text, expected, "{source}");
+    }
+
+    #[test]
+    fn methods_make_no_mountain_of_a_little() {
+        for (source, refused) in [
+            ("{{ {'a': [1]} | tojson(indent=65) }}", "indent is more than 64"),
+            ("{{ {'a': [1]} | tojson(indent=18446744073709551615) }}", "indent is more than 64"),
+            ("{% set a = 'a' * 100000 %}{{ a.replace('a', a) }}", "replace would make more"),
+            ("{% set a = 'a' * 100000 %}{{ a.replace('', a) }}", "replace would make more"),
+            ("{{ '{:>2000000000}'.format('x') }}", "format would make more"),
+            ("{% set a = 'a' * 10000000 %}{{ a.split('b') | length }}", "split would make more"),
+            ("{{ strftime_now('%Y' * 100000) }}", "strftime_now is given"),
+        ] {
+            let error = render(source).expect_err(source);
+            assert!(error.contains(refused), "{source}: {error}");
+        }
+        assert!(render(&"-".repeat(SOURCE_BYTES_MAX + 1)).unwrap_err().contains("limit"));
+        check("{{ 'a b'.replace(' ', ', ') }}{{ 'x,y'.split(',')[1] }}{{ '{:>3}'.format('x') }}", "a, by  x");
+        check("{{ [1] | tojson(indent=2) }}", "[\n  1\n]");
     }
 
     #[test]

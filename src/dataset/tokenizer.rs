@@ -1,6 +1,8 @@
 //! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat template.
 
-use crate::fault::{Fault, Result};
+use super::harm;
+use crate::bounds::Bounds;
+use crate::fault::{Fault, Kind, Result};
 use serde_json::Value;
 use std::path::Path;
 use std::time::SystemTime;
@@ -8,6 +10,9 @@ use tokenizers::AddedToken;
 
 /// LIMIT: the largest tokenizer.json in use have about 35 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
+/// LIMIT: memory for reading tokenizer.json.
+const LOAD_BYTES_MAX: usize = 512 << 20;
+const LOAD_GROWTH_MAX: usize = 40;
 
 /// For each token, the bytes of the text it stands for: start and end.
 pub(super) type Offsets = Vec<(usize, usize)>;
@@ -207,8 +212,12 @@ impl Tokenizer {
     }
 
     /// With the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), unless the text has them
-    /// already; whether it had.
-    pub(super) fn ids(&self, text: &str) -> std::result::Result<(Vec<u32>, bool), String> {
+    /// already; whether it had. Of a very long text only the beginning, with more than `tokens_max` tokens.
+    pub(super) fn ids(&self, text: &str, tokens_max: usize) -> std::result::Result<(Vec<u32>, bool), String> {
+        beginning(text, tokens_max, |text| self.whole_ids(text), |(ids, _)| ids)
+    }
+
+    fn whole_ids(&self, text: &str) -> std::result::Result<(Vec<u32>, bool), String> {
         let encoding = self.inner.encode_fast(text, true).map_err(|error| unfit(&*error))?;
         let mask = encoding.get_special_tokens_mask();
         let around = encoding.get_ids();
@@ -220,10 +229,62 @@ impl Tokenizer {
         Ok(not_doubled(ids, plain.get_ids()))
     }
 
-    /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for.
-    pub(super) fn spans(&self, text: &str) -> std::result::Result<(Vec<u32>, Offsets), String> {
-        let encoding = self.inner.encode(text, false).map_err(|error| unfit(&*error))?;
-        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+    /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for. Of a
+    /// very long text only the beginning, with more than `tokens_max` tokens.
+    pub(super) fn spans(
+        &self,
+        text: &str,
+        tokens_max: usize,
+    ) -> std::result::Result<(Vec<u32>, Offsets), String> {
+        let encode = |text: &str| {
+            let encoding = self.inner.encode(text, false).map_err(|error| unfit(&*error))?;
+            Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+        };
+        beginning(text, tokens_max, encode, |(ids, _)| ids)
+    }
+}
+
+/// LIMIT: a text up to this size is tokenised whole: a fraction of a second.
+const WHOLE_BYTES: usize = 1 << 20;
+/// LIMIT: the most that is tokenised of a text at once.
+const PIECE_BYTES_MAX: usize = 8 << 20;
+/// A border within a text changes the tokens a few words before it at most.
+const TOKENS_BEYOND: usize = 256;
+
+/// The tokens of a text, or of so much of its beginning that `tokens_max` of them, and some more, are the same as
+/// those of twice as much: what comes later does not change them.
+fn beginning<T>(
+    text: &str,
+    tokens_max: usize,
+    encode: impl Fn(&str) -> std::result::Result<T, String>,
+    ids: impl Fn(&T) -> &Vec<u32>,
+) -> std::result::Result<T, String> {
+    if text.len() <= WHOLE_BYTES {
+        return encode(text);
+    }
+    let wanted = tokens_max.saturating_add(TOKENS_BEYOND);
+    let mut bytes = WHOLE_BYTES / 2;
+    let mut shorter: Option<T> = None;
+    loop {
+        if text.len() <= bytes {
+            return encode(text);
+        }
+        let longer = encode(&text[..text.floor_char_boundary(bytes)])?;
+        let settled = shorter.as_ref().is_some_and(|shorter| {
+            let (a, b) = (ids(shorter), ids(&longer));
+            a.len() > wanted && b.len() > wanted && a[..wanted] == b[..wanted]
+        });
+        if settled {
+            return Ok(longer);
+        }
+        if bytes >= PIECE_BYTES_MAX {
+            return Err(format!(
+                "its text has more than {} MB, and they make fewer than {wanted} tokens",
+                PIECE_BYTES_MAX >> 20
+            ));
+        }
+        shorter = Some(longer);
+        bytes *= 2;
     }
 }
 
@@ -267,8 +328,16 @@ fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
             fault
         }
     })?;
-    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-        .map_err(|error| Fault::model(format!("{}: {error}", folder.join("tokenizer.json").display())))?;
+    let file = folder.join("tokenizer.json").display().to_string();
+    let bounds = Bounds::new(Kind::Model, &file, LOAD_BYTES_MAX.max(bytes.len() * LOAD_GROWTH_MAX));
+    let mut inner = bounds.hold(|| {
+        harm::check(&bytes).map_err(|what| Fault::model(format!("{file}: {what}")))?;
+        tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| Fault::model(format!("{file}: {error}")))
+    })?;
+    if inner.get_vocab_size(false) == 0 {
+        return Err(Fault::model(format!("{file}: its vocabulary is empty: no text could become tokens"))
+            .help("download the whole folder of the model, tokenizer included"));
+    }
     // Some repositories ship the settings of their last use; lengths are decided here alone.
     inner.with_padding(None);
     inner.with_truncation(None).map_err(|error| Fault::internal(format!("no truncation: {error}")))?;

@@ -23,7 +23,7 @@ pub struct Config {
 impl Config {
     pub fn read(folder: &Path) -> Result<Config> {
         let file = folder.join("config.json");
-        let text = std::fs::read(&file).map_err(|error| {
+        let text = read_plain(&file).map_err(|error| {
             Fault::model(format!("cannot read {}: {error}", file.display()))
                 .help("a model folder holds config.json, tokenizer.json and *.safetensors")
         })?;
@@ -111,6 +111,24 @@ impl Config {
         Ok(self.get(key, "a whole number", whole)?.unwrap_or(absent))
     }
 
+    /// Refuses a whole number above `most`; anything else under the key is for whoever reads it.
+    pub fn at_most(&self, key: &str, most: usize) -> Result<()> {
+        match self.json.get(key).and_then(Value::as_f64) {
+            Some(found) if found > most as f64 => Err(self.refuse(key, &format!("at most {most}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a number outside `least..=most`.
+    pub fn between(&self, key: &str, least: f64, most: f64) -> Result<()> {
+        match self.json.get(key).and_then(Value::as_f64) {
+            Some(found) if !(least..=most).contains(&found) => {
+                Err(self.refuse(key, &format!("a number from {least} to {most:e}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub fn number(&self, key: &str) -> Result<f64> {
         self.number_or_none(key)?.ok_or_else(|| self.missing(key, "a number"))
     }
@@ -168,6 +186,18 @@ impl Config {
 
     fn missing(&self, key: &str, expected: &str) -> Fault {
         Fault::model(format!("{}: {key} is missing, expected {expected}", self.file.display()))
+    }
+}
+
+/// LIMIT: the largest config.json in use has some hundred kB.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// A file that ends, and is not too large.
+fn read_plain(file: &Path) -> std::io::Result<Vec<u8>> {
+    let found = std::fs::metadata(file)?;
+    match found.is_file() && found.len() <= FILE_BYTES_MAX {
+        true => std::fs::read(file),
+        false => Err(std::io::Error::other("not a plain file of at most 16 MB")),
     }
 }
 

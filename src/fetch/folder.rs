@@ -60,7 +60,10 @@ impl Folder {
         let (start, mut told) = (Instant::now(), false);
         loop {
             match lock.try_lock() {
-                Ok(()) => return Ok(Folder { path: path.to_owned(), _lock: lock }),
+                Ok(()) => {
+                    source::remove_leftovers(path);
+                    return Ok(Folder { path: path.to_owned(), _lock: lock });
+                }
                 Err(TryLockError::WouldBlock) if start.elapsed() < wait_max => {
                     if !std::mem::replace(&mut told, true) {
                         let text = format!("another process fills {}: waiting for it", path.display());

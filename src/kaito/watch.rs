@@ -3,6 +3,7 @@
 //! What ends a process without a word (the kernel for its memory, an abort in a driver) gives it no time to end the
 //! containers that wait for it. Whoever started it has that time.
 
+use std::io::{PipeReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
@@ -30,14 +31,21 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     interrupt::listen()?;
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
+    let failed = |error| Fault::internal(format!("cannot start the job: {error}"));
+    let (last_word, said_here) = std::io::pipe().map_err(failed)?;
     let mut child = Command::new("/proc/self/exe")
         .arg0(name)
         .args(arguments)
         .env(CHILD, "1")
+        // A job reads nothing from its standard input; through it, it tells that it ended without its own clean-up.
+        .stdin(said_here)
         .spawn()
-        .map_err(|error| Fault::internal(format!("cannot start the job: {error}")))?;
+        .map_err(failed)?;
     let status = wait(&mut child)?;
     if let Some(code) = status.code() {
+        if ended_at_once(last_word) {
+            sidecars::end(limits, report);
+        }
         return Ok(code as u8);
     }
     let signal = status.signal().unwrap_or(0);
@@ -51,6 +59,11 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     }
     sidecars::end(limits, report);
     Ok(128 + signal as u8)
+}
+
+/// Whether the job said a last word, which comes without ending the containers that wait for it.
+fn ended_at_once(mut last_word: PipeReader) -> bool {
+    last_word.read(&mut [0]).is_ok_and(|bytes| bytes > 0)
 }
 
 /// A signal to this process is one to the job, which writes its checkpoint and ends.

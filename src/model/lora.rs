@@ -236,6 +236,16 @@ impl Training<'_> {
 }
 
 impl Trainable {
+    /// Whether every B is zero: the adapter changes nothing, whatever A is.
+    pub fn is_without_effect(&self) -> candle_core::Result<bool> {
+        let params = self.params.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let zero = |site: &Site| {
+            let from = site.offset + site.rank * site.projection.cols;
+            params[from..][..site.rank * site.projection.rows].iter().all(|value| *value == 0.0)
+        };
+        Ok(self.sites.iter().all(zero))
+    }
+
     /// A from the initialisation PEFT uses, B zero. Each site draws from its own stream of the seed, so that a
     /// site's values do not depend on which others are chosen.
     ///

@@ -13,7 +13,8 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::fault::{Fault, Result};
+use crate::bounds::Bounds;
+use crate::fault::{Fault, Kind, Result};
 
 use super::stored;
 
@@ -26,6 +27,11 @@ const WITH_ADAPTER: &str = "the checkpoint was saved with a LoRA adapter in it: 
 /// Parts of multimodal models beside the language model, which nothing reads.
 const BESIDE_LANGUAGE: [&str; 5] =
     ["vision_tower.", "vision_model.", "multi_modal_projector.", "patch_merger.", "image_newline"];
+
+/// LIMIT: of a safetensors header. Some hundred thousand tensors fit.
+const HEADER_BYTES_MAX: u64 = 32 << 20;
+/// LIMIT: memory for reading one.
+const HEADER_MEMORY_MAX: usize = 1 << 30;
 
 /// The weights of a model folder.
 #[derive(Debug)]
@@ -122,12 +128,24 @@ impl Checkpoint {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let damaged = |what: String| Fault::model(format!("{}: {what}", path.display()));
+        // A pipe would never end; a link to a file is how caches keep their files.
+        if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+            return Err(damaged("not a plain file".into()));
+        }
         let file = File::open(&path).map_err(|error| damaged(format!("cannot open: {error}")))?;
         // SAFETY: the mapping is read-only, and a model folder is not written while it is used; a file cut short
         // meanwhile would end the process with SIGBUS, as any mapped read would.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| damaged(format!("cannot map: {error}")))?;
-        let (header_bytes, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
-            damaged(format!("not a whole safetensors file: {error}")).help("download it again")
+        let header = map.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        if header > HEADER_BYTES_MAX {
+            return Err(damaged(format!("a header of {header} bytes, limit {HEADER_BYTES_MAX}"))
+                .help("download it again"));
+        }
+        let bounds = Bounds::new(Kind::Model, path.display().to_string(), HEADER_MEMORY_MAX);
+        let (header_bytes, metadata) = bounds.hold(|| {
+            SafeTensors::read_metadata(&map).map_err(|error| {
+                damaged(format!("not a whole safetensors file: {error}")).help("download it again")
+            })
         })?;
         let data = header_bytes + 8;
         for (name, info) in metadata.tensors() {

@@ -242,6 +242,7 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
         cache: cache.into(),
         connect_timeout: Duration::from_secs(10),
         read_timeout: Duration::from_secs(60),
+        speed: source::Speed::LEAST,
         total_timeout: Duration::from_secs(6 * 60 * 60),
         attempts_max: 6,
         backoff: Duration::from_millis(500),

@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use docker_credential::DockerCredential;
 use oci_client::Reference;
@@ -18,9 +18,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::fault::{Fault, Result};
+use crate::interrupt;
 
 /// LIMIT: a credential helper that asks a cloud takes a second or two.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
+const HELPER_POLL: Duration = Duration::from_millis(20);
 /// LIMIT: of a helper's answer; tokens are a few kilobytes.
 const HELPER_ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// LIMIT: of a configuration file.
@@ -294,12 +296,31 @@ fn ask(mut program: Command, server: &str, timeout: Duration) -> std::result::Re
         // The receiver is gone after a timeout.
         let _ = sender.send(read.map(|_| answer));
     });
-    let answer = receiver.recv_timeout(timeout);
-    if answer.is_err() {
-        // It may have ended by itself just now.
-        let _ = child.kill();
-    }
-    let status = child.wait().map_err(|error| format!("was lost: {error}"))?;
+    let until = Instant::now() + timeout;
+    let answer = loop {
+        match receiver.recv_timeout(HELPER_POLL) {
+            Err(mpsc::RecvTimeoutError::Timeout) if Instant::now() < until && !interrupt::requested() => {}
+            ended => break ended,
+        }
+    };
+    // One that has answered may take a moment more to end, not for ever.
+    let status = loop {
+        match child.try_wait().map_err(|error| format!("was lost: {error}"))? {
+            Some(status) => break status,
+            None if answer.is_ok() && Instant::now() < until && !interrupt::requested() => {
+                std::thread::sleep(HELPER_POLL);
+            }
+            None => {
+                // It may have ended by itself just now.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(match answer {
+                    Ok(_) => format!("answered and did not end in {timeout:?}"),
+                    Err(_) => format!("gave no answer in {timeout:?}"),
+                });
+            }
+        }
+    };
     let answer = match answer {
         Ok(Ok(answer)) => answer,
         Ok(Err(error)) => return Err(format!("gave no answer: {error}")),
@@ -482,6 +503,13 @@ mod tests {
                 == Login::IdentityToken("t".into())
         );
         assert!(helper("echo credentials not found in native keychain; exit 1").unwrap().is_none());
+        let began = std::time::Instant::now();
+        let closed = r#"echo '{"Username":"u","Secret":"s"}'; exec sleep 5 >&-"#;
+        assert!(
+            helper(closed).err().unwrap().contains("did not end"),
+            "its output is closed, and it lives on"
+        );
+        assert!(began.elapsed() < Duration::from_secs(4));
         for script in ["echo canary; echo canary >&2; exit 3", "echo canary", "echo canary; exec sleep 5"] {
             let message = helper(script).err().expect(script);
             assert!(!message.contains("canary"), "{message}");

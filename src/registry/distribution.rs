@@ -49,11 +49,16 @@ impl Client {
         let host = reference.resolve_registry();
         let base = Url::parse(&format!("{scheme}://{host}/v2/"))
             .map_err(|error| Fault::config(format!("registry `{host}`: {error}")))?;
+        if source::forbidden_host(&base) {
+            return Err(Fault::config(format!("registry `{host}`: link-local addresses are refused"))
+                .help("clouds keep machine credentials there; give the address of the registry"));
+        }
         let builder = || -> Result<reqwest::ClientBuilder> {
             Ok(source::client_builder(options.ca_file.as_deref())?
                 .user_agent(USER_AGENT)
                 .connect_timeout(options.connect_timeout)
                 .redirect(source::redirects())
+                .dns_resolver(source::Resolver)
                 // A signed address must not reach the next host.
                 .referer(false))
         };
@@ -233,6 +238,9 @@ impl Client {
 
 fn next_url(asked: &Url, location: &str) -> Attempted<Url> {
     let url = asked.join(location).map_err(|_| Trouble::violation("the answer's Location is no address"))?;
+    if source::forbidden_host(&url) {
+        return Err(Trouble::rejected("it wants the upload sent to a link-local address, which is refused"));
+    }
     match (asked.scheme(), url.scheme()) {
         (_, "https") | ("http", "http") => Ok(url),
         _ => Err(Trouble::rejected(
@@ -263,6 +271,11 @@ mod tests {
         }
         assert!(next_url(&asked, "http://reg.io/v2/up/1").is_err());
         assert!(next_url(&asked, "file:///etc/passwd").is_err());
+        for host in ["169.254.169.254", "[fd00:ec2::23]", "100.100.100.200", "metadata.google.internal"] {
+            assert!(next_url(&asked, &format!("https://{host}/up")).is_err(), "{host}");
+            let realm = format!("https://{host}/token");
+            assert!(super::super::login::realm_url(&asked, &realm, false).is_err(), "{host}");
+        }
         let plain = Url::parse("http://reg.io/v2/").unwrap();
         assert!(
             next_url(&plain, "http://reg.io/up").is_ok() && next_url(&plain, "https://reg.io/up").is_ok()

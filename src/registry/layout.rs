@@ -11,6 +11,7 @@ use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
 use super::pull::Store;
 use crate::fault::{Fault, Result};
 use crate::report::Task;
+use crate::source;
 
 const TAG_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 const COPY_BYTES: usize = 256 << 10;
@@ -24,7 +25,12 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
     refuse_other_folders(folder)?;
     fs::create_dir_all(&blobs).map_err(|error| Fault::storage("create", &blobs, &error))?;
     // Two pushes into one layout take turns; where the file system knows no locks, they are not expected.
-    let _turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
+    let turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
+    // Without the turn another push might be at work in there.
+    if turn.is_ok() {
+        source::remove_leftovers(folder);
+        source::remove_leftovers(&blobs);
+    }
     let index = with_tag(read_index(folder)?, image, tag);
     for blob in [&image.layer, &image.config, &image.manifest] {
         write_blob(blob, &blobs, task)?;

@@ -11,6 +11,7 @@ use url::Url;
 
 use super::credentials::Login;
 use super::trouble::{Nature, Trouble};
+use crate::source;
 
 /// The name under which a registry takes a refresh token as a password (Azure's convention, honoured by others).
 const TOKEN_USER: &str = "00000000-0000-0000-0000-000000000000";
@@ -61,7 +62,8 @@ pub(super) async fn log_in(
             Ok(plain(login).into())
         }
         Challenge::Bearer { realm, service } => {
-            let url = token_url(base, &realm, service.as_deref(), reference, push)?;
+            let secret = !matches!(login, Login::Anonymous);
+            let url = token_url(realm_url(base, &realm, secret)?, service.as_deref(), reference, push);
             match login {
                 Login::Anonymous => session(http.get(url).send().await?).await,
                 Login::Password { username, password } => {
@@ -132,20 +134,27 @@ fn useful_for(expires_in: Option<u64>) -> Duration {
     expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
 }
 
-fn token_url(
-    base: &Url,
-    realm: &str,
-    service: Option<&str>,
-    reference: &Reference,
-    push: bool,
-) -> Result<Url, Trouble> {
-    let mut url = Url::parse(realm)
-        .map_err(|_| Trouble::unauthorized(format!("the registry names no valid token server: {realm}")))?;
-    if base.scheme() == "https" && url.scheme() != "https" {
+/// The token server that a registry names. It gets the credential, if there is one (`secret`): over TLS, or, where the
+/// registry itself is asked without, on the registry's own host. No metadata service is ever asked.
+pub(super) fn realm_url(base: &Url, realm: &str, secret: bool) -> Result<Url, Trouble> {
+    let url = Url::parse(realm).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+    let url = url
+        .ok_or_else(|| Trouble::unauthorized(format!("the registry names no valid token server: {realm}")))?;
+    if source::forbidden_host(&url) {
+        return Err(Trouble::unauthorized(
+            "the registry names a link-local address as its token server, which is refused",
+        ));
+    }
+    let to_another_host = secret && url.host() != base.host();
+    if url.scheme() != "https" && (base.scheme() == "https" || to_another_host) {
         return Err(Trouble::unauthorized(
             "the registry sends its password on to a token server without TLS",
         ));
     }
+    Ok(url)
+}
+
+fn token_url(mut url: Url, service: Option<&str>, reference: &Reference, push: bool) -> Url {
     let actions = if push { "pull,push" } else { "pull" };
     let mut query = url.query_pairs_mut();
     query.append_pair("scope", &format!("repository:{}:{actions}", reference.repository()));
@@ -153,7 +162,7 @@ fn token_url(
         query.append_pair("service", service);
     }
     drop(query);
-    Ok(url)
+    url
 }
 
 /// A good answer; any other becomes Trouble with the registry's words and its Retry-After.
@@ -271,9 +280,14 @@ mod tests {
     fn a_password_does_not_leave_tls() {
         let reference = Reference::try_from("reg.io/a").unwrap();
         let base = |scheme| Url::parse(&format!("{scheme}://reg.io/v2/")).unwrap();
-        assert!(token_url(&base("https"), "http://reg.io/t", None, &reference, true).is_err());
-        assert!(token_url(&base("http"), "http://reg.io/t", None, &reference, true).is_ok());
-        let url = token_url(&base("https"), "https://t.io/?x=1", Some("s"), &reference, false).unwrap();
+        let realm = |scheme, realm: &str, secret| realm_url(&base(scheme), realm, secret).is_ok();
+        assert!(!realm("https", "http://reg.io/t", true) && !realm("https", "http://reg.io/t", false));
+        assert!(realm("http", "http://reg.io/t", true) && realm("http", "http://reg.io:81/t", true));
+        assert!(!realm("http", "http://t.io/t", true), "to another host without TLS");
+        assert!(realm("http", "http://t.io/t", false) && realm("http", "https://t.io/t", true));
+        assert!(!realm("http", "file:///t", false) && !realm("http", "http://169.254.169.254/t", false));
+        let url = realm_url(&base("https"), "https://t.io/?x=1", true).unwrap();
+        let url = token_url(url, Some("s"), &reference, false);
         assert_eq!(url.query(), Some("x=1&scope=repository%3Aa%3Apull&service=s"));
     }
 }

@@ -8,7 +8,7 @@ use std::io::{Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use oci_client::Reference;
 use reqwest::StatusCode;
@@ -26,6 +26,7 @@ use super::upload::{self, Meter};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Task, Unit};
+use crate::source::{Pace, Speed};
 
 /// Waits before a repetition: 0.1 s, 0.3 s, 0.9 s ... up to this.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -231,12 +232,15 @@ impl Remote<'_> {
             let storage = |error: std::io::Error| Fault::storage("write a layer beside", scratch, &error);
             let mut file = Hashing::new(scratch_file(scratch)?);
             let (mut answer, mut bytes) = (client.blob(&descriptor.digest, 0).await?, 0);
+            let mut pace = Pace::new(Speed::LEAST);
             while let Some(piece) = answer.chunk().await? {
                 bytes += piece.len() as u64;
                 if bytes > descriptor.bytes {
                     let expected = descriptor.bytes;
-                    return Err(Trouble::rejected(format!("the layer is longer than its {expected} bytes")));
+                    let fault = Fault::data(format!("the layer is longer than its {expected} bytes"));
+                    return Err(fault.help("the registry's copy is damaged: push it again").into());
                 }
+                pace.arrived(piece.len()).map_err(Trouble::transient)?;
                 file.write_all(&piece).map_err(storage)?;
                 task.set(bytes);
             }
@@ -260,12 +264,16 @@ impl Remote<'_> {
         let (mut file, mut damaged) = (Growing::open(path)?, false);
         self.repeat("download of a layer", async |client| {
             loop {
-                let before = file.bytes();
+                let (before, began) = (file.bytes(), Instant::now());
                 let continued = resume(client, part, &mut file, &task).await;
                 match continued {
                     Ok(()) => break,
                     // An attempt that brought something earns another: a blob takes hours, a connection ends sooner.
-                    Err(trouble) if matches!(trouble.nature, Nature::Transient) && file.bytes() > before => {
+                    Err(trouble)
+                        if matches!(trouble.nature, Nature::Transient)
+                            && file.bytes() > before
+                            && !Speed::LEAST.is_stalled(file.bytes() - before, began.elapsed()) =>
+                    {
                         let (bytes, total) = (file.bytes(), part.bytes);
                         let text = clean(&trouble.text, &client.secrets());
                         report.warn(
@@ -402,11 +410,14 @@ async fn resume(
         file.empty()?;
         task.set(0);
     }
+    let mut pace = Pace::new(Speed::LEAST);
     while let Some(piece) = answer.chunk().await? {
         if file.bytes() + piece.len() as u64 > part.bytes {
             file.empty()?;
-            return Err(Trouble::rejected(format!("the layer is longer than its {} bytes", part.bytes)));
+            let fault = Fault::model(format!("the layer is longer than its {} bytes", part.bytes));
+            return Err(fault.help("the registry's copy is damaged: push it again").into());
         }
+        pace.arrived(piece.len()).map_err(Trouble::transient)?;
         file.append(&piece)?;
         task.set(file.bytes());
     }

@@ -1,8 +1,11 @@
-//! Text from datasets, registries and file names -> text that is safe on a terminal and on one line of a log.
+//! Text from datasets, registries, file names and users -> text that is safe on a terminal and in a log that is kept.
+
+use std::borrow::Cow;
 
 /// Control characters become visible escapes, and so do the marks that reorder text: neither a terminal nor a
-/// reader can be led astray by what a row or a server says. Longer texts are cut.
+/// reader can be led astray by what a row or a server says. Secrets of addresses go, and longer texts are cut.
 pub fn clean(text: &str, characters_max: usize) -> String {
+    let text = &without_secrets(text);
     let mut cleaned = String::new();
     for (index, letter) in text.chars().enumerate() {
         if index == characters_max {
@@ -22,9 +25,131 @@ fn reorders(letter: char) -> bool {
     matches!(letter, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
+/// The text with every address shown without user, password and query, also where somebody mistyped it, and without
+/// what has the form of a token. Code that knows an address shows it so itself; this stands behind all of it.
+pub fn without_secrets(text: &str) -> String {
+    let is_border = |letter: char| letter.is_whitespace() || matches!(letter, '"' | '\'' | '`' | '<' | '>');
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while !rest.is_empty() {
+        let word_end = rest.find(is_border).unwrap_or(rest.len());
+        out.push_str(&bare_word(&rest[..word_end]));
+        rest = &rest[word_end..];
+        let next_word = rest.find(|letter| !is_border(letter)).unwrap_or(rest.len());
+        out.push_str(&rest[..next_word]);
+        rest = &rest[next_word..];
+    }
+    out
+}
+
+fn bare_word(word: &str) -> Cow<'_, str> {
+    if !word.contains(['@', '?', '#', '_', '.']) {
+        return Cow::Borrowed(word);
+    }
+    let (head, body) = word.split_at(scheme_end(word));
+    let is_address = !head.is_empty();
+    let (body, had_user) = without_user(head, body);
+    let body = without_query(body, is_address || had_user);
+    match without_tokens(&body) {
+        Some(masked) => Cow::Owned(format!("{head}{masked}")),
+        None if !had_user && head.len() + body.len() == word.len() => Cow::Borrowed(word),
+        None => Cow::Owned(format!("{head}{body}")),
+    }
+}
+
+/// Behind `https://`, and its mistyped forms `https//`, `https:/` and `https:`.
+fn scheme_end(word: &str) -> usize {
+    if let Some(at) = word.find("//") {
+        return at + 2;
+    }
+    let known = ["https:/", "http:/", "https:", "http:"];
+    known.iter().find_map(|scheme| word.find(scheme).map(|at| at + scheme.len())).unwrap_or(0)
+}
+
+/// What stands before the last `@` is a user if it has a password, or if an address begins with it. A digest or a
+/// revision behind the `@` is none: `host/name@sha256:...`, `hf://owner/name@main`.
+fn without_user<'a>(head: &str, body: &'a str) -> (&'a str, bool) {
+    let Some((user, host)) = body.rsplit_once('@') else { return (body, false) };
+    let is_digest = ["sha256:", "sha512:"].iter().any(|name| host.starts_with(name));
+    let alone = !head.is_empty() && !head.ends_with("hf://") && !user.contains('/');
+    match !is_digest && (user.contains(':') || alone) {
+        true => (host, true),
+        false => (body, false),
+    }
+}
+
+/// A query goes, and so does a fragment that is no digest; punctuation of the sentence stays.
+fn without_query(body: &str, is_address: bool) -> Cow<'_, str> {
+    let is_query = |query: &str| {
+        let name = query.split_once('=').map_or("", |(name, _)| name);
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.~%".contains(&byte))
+    };
+    let query = body.split_once('?').filter(|(_, query)| is_address || is_query(query)).map(|(path, _)| path);
+    let fragment = || {
+        let (path, fragment) = body.split_once('#').filter(|_| is_address)?;
+        (!fragment.starts_with("sha256=")).then_some(path)
+    };
+    match query.or_else(fragment) {
+        None => Cow::Borrowed(body),
+        Some(path) => {
+            let sentence = body.trim_end_matches([':', ',', ';', ')']).len();
+            Cow::Owned(format!("{path}{}", &body[sentence.max(path.len())..]))
+        }
+    }
+}
+
+/// Tokens of the hub and of GitHub, and JSON web tokens, by the form that their makers gave them.
+fn without_tokens(text: &str) -> Option<String> {
+    const STARTS: [&str; 6] = ["hf_", "ghp_", "gho_", "ghs_", "github_pat_", "eyJ"];
+    const LETTERS_MIN: usize = 20;
+    let is_part = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.');
+    let (start, at) =
+        STARTS.iter().filter_map(|start| Some((start, text.find(start)?))).min_by_key(|(_, at)| *at)?;
+    let behind = &text[at + start.len()..];
+    let length = behind.find(|letter| !is_part(letter)).unwrap_or(behind.len());
+    (length >= LETTERS_MIN).then(|| format!("{}{start}***{}", &text[..at], &behind[length..]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_lose_user_and_query_however_they_are_mistyped() {
+        for (written, shown) in [
+            ("https://user:PW@host/x?sig=S", "https://host/x"),
+            ("https://PW@host/x?S", "https://host/x"),
+            ("https//user:PW@host/x?sig=S: no file matches", "https//host/x: no file matches"),
+            ("\"http:/user:PW@host/x?sig=S\"", "\"http:/host/x\""),
+            ("https:user:PW@host/x", "https:host/x"),
+            ("user:PW@host/x?sig=S", "host/x"),
+            ("user:P/W@W@host/x", "host/x"),
+            ("host/x?sig=S&b=1, then", "host/x, then"),
+            ("model=https://user:PW@host/m#PW", "model=https://host/m"),
+            ("(https://host/x?sig=S)", "(https://host/x)"),
+            ("token hf_abcdefghijklmnopqrstuvwxyz0123 in it", "token hf_*** in it"),
+            ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJjIn0.c2ln", "eyJ***"),
+        ] {
+            assert_eq!(without_secrets(written), shown, "{written}");
+        }
+    }
+
+    #[test]
+    fn what_holds_no_secret_stays_as_it_is() {
+        for text in [
+            "host:5000/team/a@sha256:ab12 is pushed",
+            "hf://owner/name@main and hf://gpt2@main",
+            "/data/a?.parquet, ./part-??.parquet",
+            "https://host/x#sha256=ab",
+            "is that so? yes=1",
+            "somebody@example.org",
+            "job.yaml:3:5: learning_rate",
+            "hf_transfer",
+            "größe @ 数据",
+        ] {
+            assert_eq!(without_secrets(text), text);
+        }
+    }
 
     #[test]
     fn nothing_moves_the_cursor() {

@@ -94,9 +94,14 @@ pub trait Sink: Send + Sync {
     fn progress(&self, progress: &Progress);
 }
 
+/// Whether `choose` takes JSON lines.
+pub fn is_json(bars: Option<bool>) -> bool {
+    !bars.unwrap_or_else(|| std::io::stderr().is_terminal())
+}
+
 /// Bars when `bars` says so, or, when it says nothing, when stderr is a terminal; JSON lines otherwise.
 pub fn choose(bars: Option<bool>, quiet: bool) -> Arc<dyn Sink> {
-    if bars.unwrap_or_else(|| std::io::stderr().is_terminal()) {
+    if !is_json(bars) {
         return Arc::new(terminal::Terminal::new(quiet));
     }
     let lines = lines::Lines::new(quiet);

@@ -34,6 +34,21 @@ pub fn path() -> Option<PathBuf> {
     }
 }
 
+/// Says beforehand what will be so if the process is killed outright, which gives it no time to say anything. Every
+/// other end replaces it.
+pub fn write_ahead(path: &Path) {
+    let line = serde_json::json!({
+        "code": 137,
+        "kind": "killed",
+        "message": "hone was killed before it could say why: for its memory, or with its pod",
+        "help": "start it again: it continues from its newest checkpoint; if it was OOMKilled, give it more memory",
+        "retry_helps": true,
+    });
+    if let Ok(mut file) = std::fs::File::create(path) {
+        let _ = file.write_all(format!("{line}\n").as_bytes());
+    }
+}
+
 /// Replaces the file's text; what cannot be written is not told, the exit code says enough.
 pub fn write(path: &Path, outcome: &Outcome) {
     if let Ok(mut file) = std::fs::File::create(path) {
@@ -41,7 +56,8 @@ pub fn write(path: &Path, outcome: &Outcome) {
     }
 }
 
-fn line(outcome: &Outcome) -> String {
+/// The line itself.
+pub fn line(outcome: &Outcome) -> String {
     let mut characters_max = LINE_BYTES_MAX;
     loop {
         let line = format!("{}\n", Value::Object(fields(outcome, characters_max)));

@@ -9,27 +9,61 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
-/// Metadata services outside the link-local range: Azure's wire server and the IPv6 one of AWS.
-const METADATA: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+/// Metadata services outside the link-local range, by address.
+const METADATA_V4: [Ipv4Addr; 3] = [
+    Ipv4Addr::new(168, 63, 129, 16),   // Azure's wire server
+    Ipv4Addr::new(100, 100, 100, 200), // Alibaba
+    Ipv4Addr::new(192, 0, 0, 192),     // Oracle
 ];
+/// And by the beginning of an IPv6 address: all that AWS serves to an instance (metadata, EKS' credentials, time).
+const METADATA_V6: [&[u16]; 4] = [
+    &[0xfd00, 0xec2],
+    &[0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254],       // Google
+    &[0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe], // Oracle
+    &[0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42],        // Scaleway
+];
+/// Names that a proxy would look up in our place.
+const METADATA_NAMES: [&str; 5] =
+    ["metadata.google.internal", "metadata.goog", "metadata", "instance-data", "instance-data.ec2.internal"];
 
 pub fn forbidden(address: IpAddr) -> bool {
-    let address = address.to_canonical();
-    METADATA.contains(&address)
-        || match address {
-            IpAddr::V4(v4) => v4.is_link_local(),
-            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    match address.to_canonical() {
+        IpAddr::V4(v4) => forbidden_v4(v4),
+        IpAddr::V6(v6) => {
+            v6.is_unicast_link_local()
+                || METADATA_V6.iter().any(|start| v6.segments().starts_with(start))
+                || embedded(v6).is_some_and(forbidden_v4)
         }
+    }
 }
 
-/// Whether the host is a forbidden address written out. `Url` has decoded decimal, octal and hex forms.
+fn forbidden_v4(address: Ipv4Addr) -> bool {
+    address.is_link_local() || METADATA_V4.contains(&address)
+}
+
+/// The IPv4 address that an IPv6 one leads to: NAT64 (`64:ff9b::/96` and `64:ff9b:1::/48`), 6to4 (`2002::/16`), and the
+/// old compatible form (`::a.b.c.d`).
+fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    let s = address.segments();
+    let v4 = |high: u16, low: u16| Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)));
+    match s {
+        [0x64, 0xff9b, 0 | 1, ..] => v4(s[6], s[7]),
+        [0x2002, high, low, ..] => v4(high, low),
+        [0, 0, 0, 0, 0, 0, high, low] if high != 0 => v4(high, low),
+        _ => None,
+    }
+}
+
+/// Whether the host is a forbidden address written out, or a name of one. `Url` has decoded decimal, octal and hex forms.
 pub fn forbidden_host(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => forbidden(IpAddr::V4(address)),
         Some(Host::Ipv6(address)) => forbidden(IpAddr::V6(address)),
-        Some(Host::Domain(_)) | None => false,
+        Some(Host::Domain(name)) => {
+            let name = name.trim_end_matches('.');
+            METADATA_NAMES.iter().any(|known| known.eq_ignore_ascii_case(name))
+        }
+        None => false,
     }
 }
 
@@ -68,12 +102,56 @@ mod tests {
 
     #[test]
     fn only_link_local_and_metadata_addresses_are_forbidden() {
-        for address in ["169.254.169.254", "::ffff:169.254.1.1", "fe80::1", "168.63.129.16", "fd00:ec2::254"]
-        {
+        for address in [
+            "169.254.169.254",
+            "169.254.170.2",
+            "169.254.170.23",
+            "::ffff:169.254.1.1",
+            "fe80::1",
+            "fe80::a9fe:a9fe",
+            "168.63.129.16",
+            "100.100.100.200",
+            "192.0.0.192",
+            "::ffff:100.100.100.200",
+            "fd00:ec2::254",
+            "fd00:ec2::23",
+            "fd20:ce::254",
+            "fd00:c1::a9fe:a9fe",
+            "fd00:42::42",
+            "64:ff9b::a9fe:a9fe",
+            "64:ff9b:1::a9fe:a9fe",
+            "64:ff9b::100.100.100.200",
+            "2002:a9fe:a9fe::1",
+            "::169.254.169.254",
+        ] {
             assert!(forbidden(address.parse().unwrap()), "{address}");
         }
-        for address in ["127.0.0.1", "10.0.0.1", "192.168.1.1", "::1", "fd00::1", "8.8.8.8"] {
+        for address in [
+            "127.0.0.1",
+            "10.0.0.1",
+            "192.168.1.1",
+            "100.100.100.201",
+            "192.0.0.191",
+            "168.63.129.17",
+            "::1",
+            "::",
+            "fd00::1",
+            "fd00:ec3::254",
+            "64:ff9b::8.8.8.8",
+            "2002:808:808::1",
+            "8.8.8.8",
+        ] {
             assert!(!forbidden(address.parse().unwrap()), "{address}");
         }
+        let host = |text: &str| forbidden_host(&Url::parse(text).unwrap());
+        for url in [
+            "http://Metadata.Google.Internal/x",
+            "http://metadata.google.internal./",
+            "http://metadata/",
+            "http://0xa9.254.43518/",
+        ] {
+            assert!(host(url), "{url}");
+        }
+        assert!(!host("http://metadata.example.org/") && !host("https://host/169.254.169.254"));
     }
 }

@@ -85,7 +85,10 @@ impl Cache {
         let lock = fs::File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
         loop {
             match lock.try_lock() {
-                Ok(()) => return Ok(Slot { folder, _lock: lock }),
+                Ok(()) => {
+                    remove_leftovers(&folder);
+                    return Ok(Slot { folder, _lock: lock });
+                }
                 Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
                     tokio::time::sleep(LOCK_POLL).await;
                 }
@@ -192,6 +195,24 @@ pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
     sync_folder(folder)
 }
 
+/// Removes the temporary files that killed processes left in a folder. Whoever calls it holds the folder's lock, so
+/// that none of them is somebody's. What cannot be removed does no harm.
+pub fn remove_leftovers(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if is_temporary(&entry.file_name().to_string_lossy())
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+        {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// `.tmp` and six letters, as the library of temporary files names them.
+fn is_temporary(name: &str) -> bool {
+    name.strip_prefix(".tmp")
+        .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
 pub fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain fields become JSON")
 }
@@ -207,5 +228,24 @@ fn sync_folder(folder: &Path) -> Result<()> {
             Err(Fault::storage("sync", folder, &error))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leftovers_go_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in [".tmpAb12Cd", ".tmp", ".tmpAb12Cde", ".tmp_b12Cd", "part", ".hone.lock"] {
+            fs::write(folder.path().join(name), "x").unwrap();
+        }
+        fs::create_dir(folder.path().join(".tmpFolder")).unwrap();
+        remove_leftovers(folder.path());
+        let mut names: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, [".hone.lock", ".tmp", ".tmpAb12Cde", ".tmpFolder", ".tmp_b12Cd", "part"]);
     }
 }

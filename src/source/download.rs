@@ -12,7 +12,7 @@ use super::http::{self, Ask, Failure};
 use super::hub::Hub;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
-use super::{File, Options, describe, html, local};
+use super::{File, Options, Pace, describe, html, local};
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
 
@@ -161,13 +161,16 @@ impl<'a> Downloads<'a> {
         let (mut attempts, mut failures, mut mismatched) = (0, 0, false);
         loop {
             attempts += 1;
+            let (before, began) = (partial.bytes(), Instant::now());
             let attempt = self.attempt(network, job, &mut partial, cached);
             let ended = match timeout_at(job.deadline, attempt).await {
                 Ok(ended) => ended,
                 Err(_) => return Err(self.out_of_time(job, &partial, attempts)),
             };
             // Progress, also of an attempt that failed in the end, earns a fresh count.
-            if partial.bytes() > farthest {
+            let stalled =
+                self.options.speed.is_stalled(partial.bytes().saturating_sub(before), began.elapsed());
+            if partial.bytes() > farthest && !stalled {
                 (farthest, failures) = (partial.bytes(), 0);
             }
             match ended {
@@ -266,12 +269,16 @@ impl<'a> Downloads<'a> {
             self.check_limit(job, partial, total)?;
             self.cache.check_space(job.name, total.saturating_sub(partial.bytes()))?;
         }
+        let mut pace = Pace::new(self.options.speed);
         while let Some(chunk) =
             body.response.chunk().await.map_err(|error| describe::failure(&error, job.name, self.options))?
         {
             self.check_limit(job, partial, partial.bytes() + chunk.len() as u64)?;
             partial.append(&chunk)?;
             job.task.advance(chunk.len() as u64);
+            let whole = body.total == Some(partial.bytes());
+            pace.arrived(chunk.len())
+                .or_else(|slow| if whole { Ok(()) } else { Err(Failure::retry(slow)) })?;
         }
         match body.total {
             Some(total) if partial.bytes() < total => {

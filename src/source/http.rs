@@ -168,7 +168,12 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
         None => ask.url,
     };
     let resume = resume.filter(|_| ask.signed.is_none() || headers.contains_key(header::RANGE));
-    let sent = client.get(url.clone()).headers(headers).send().await;
+    // Time-outs of the client end with each byte: one header a second would go on for hours.
+    let patience = options.connect_timeout + 2 * options.read_timeout;
+    let sent = tokio::time::timeout(patience, client.get(url.clone()).headers(headers).send()).await;
+    let Ok(sent) = sent else {
+        return Err(Failure::retry(format!("no whole answer within {patience:?}")));
+    };
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
 }

@@ -13,6 +13,7 @@ mod html;
 mod http;
 mod hub;
 mod local;
+mod pace;
 mod parse;
 mod partial;
 mod scheme;
@@ -24,11 +25,13 @@ pub use local::find;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use cache::{free_bytes, require_space, write_whole};
+pub use address::{Resolver, forbidden_host};
+pub use cache::{free_bytes, remove_leftovers, require_space, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
 pub use hub::Hub;
 pub use local::{matching, of_first_kind};
+pub use pace::{Pace, Speed};
 pub use scheme::Object;
 pub use tls::{client_builder, install_crypto};
 
@@ -44,6 +47,8 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// Longest silence while a body is read.
     pub read_timeout: Duration,
+    /// A body that comes more slowly is begun again, and given up like one that does not come.
+    pub speed: Speed,
     /// Longest time for one file, all attempts together.
     pub total_timeout: Duration,
     /// Attempts in a row that bring no new byte.

@@ -38,7 +38,7 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
     if node.is_null() {
         return Ok(Value::Null);
     }
-    let wrong = || refuse(node.place, format!("expected {kind}, found {}", node.describe()));
+    let wrong = || refuse(node.place, format!("expected {kind}, found {}", found(kind, node)));
     match (kind, &node.content) {
         (Type::Any, _) => Ok(any(node)),
         (Type::Sources, _) => sources(node),
@@ -54,6 +54,18 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
         }
         (_, Content::Scalar { text, .. }) => scalar(kind, text).map_or_else(wrong, Ok),
         _ => wrong(),
+    }
+}
+
+/// What stands there. Where a number or a word was expected, a long text may be a secret in the wrong place.
+fn found(kind: Type, node: &Node) -> String {
+    const SHOWN_CHARACTERS_MAX: usize = 20;
+    let short = matches!(kind, Type::Boolean | Type::Integer { .. } | Type::Number { .. } | Type::Choice(_));
+    match &node.content {
+        Content::Scalar { text, .. } if short && text.chars().count() > SHOWN_CHARACTERS_MAX => {
+            format!("a text of {} characters", text.chars().count())
+        }
+        _ => node.describe(),
     }
 }
 

@@ -1,8 +1,9 @@
 //! Checkpoints: parameters, moments and position, written whole and verified, so that a continued run ends in
 //! the same bytes (on a CPU). The data's order and dropout follow from seed and step, so they need no state.
 //!
-//! `step-N/{tensors.safetensors, state.json}`: written under a temporary name, synced, renamed. `state.json`
-//! holds the tensors' SHA-256; a checkpoint that does not match it is passed over for the one before.
+//! `step-N/{tensors.safetensors, state.json}`: written under a temporary name, synced, renamed. `state.json` holds
+//! the tensors' SHA-256 and a SHA-256 over all that it says itself. A checkpoint that does not match, or that
+//! another run wrote, is passed over for the one before.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -20,6 +21,11 @@ use super::Checkpoints;
 
 const TENSORS: &str = "tensors.safetensors";
 const STATE: &str = "state.json";
+/// LIMIT: a state has a few hundred bytes.
+const STATE_BYTES_MAX: u64 = 1 << 20;
+/// A checkpoint that is being written: `.step-N.partial`.
+const PARTIAL_START: &str = ".step-";
+const PARTIAL_END: &str = ".partial";
 
 /// Where training stands after a step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -37,11 +43,27 @@ pub struct State {
     pub evaluated_step: u64,
 }
 
+/// `state.json`.
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    /// Of the manifest as `seal` writes it.
+    sha256: String,
+    manifest: Manifest,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     fingerprint: String,
     tensors_sha256: String,
     state: State,
+}
+
+impl Manifest {
+    /// The digest of every value in it. Numbers are written so that they read back to the last bit, so a manifest that
+    /// was read has the digest of the one that was written if and only if nothing in it changed.
+    fn seal(&self) -> String {
+        crate::source::digest(&serde_json::to_vec(self).expect("numbers and texts"))
+    }
 }
 
 /// Writes `step-N` and removes the oldest beyond `keep_max`; the new one is safe before anything is removed.
@@ -55,54 +77,80 @@ pub fn save(
     let folder = &checkpoints.folder;
     let place = folder.join(format!("step-{}", state.step));
     // The same step again (a signal right after a restart): what is there is whole, and replacing it would risk it.
-    if read(&place, &checkpoints.fingerprint).is_ok_and(|found| found.is_some_and(|(of, _)| of == *state)) {
+    if read(&place, &checkpoints.fingerprint).is_ok_and(|(of, _)| of == *state) {
         return Ok(());
     }
-    let temporary = folder.join(format!(".step-{}.partial", state.step));
+    let temporary = folder.join(format!("{PARTIAL_START}{}{PARTIAL_END}", state.step));
     let storage = |doing: &'static str| move |error: std::io::Error| Fault::storage(doing, folder, &error);
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary).map_err(storage("clear an unfinished checkpoint in"))?;
+    remove(&temporary).map_err(storage("clear an unfinished checkpoint in"))?;
+    fs::create_dir(&temporary).map_err(storage("create a checkpoint in"))?;
+    write(&temporary, &checkpoints.fingerprint, state, params, moments)
+        .map_err(storage("write a checkpoint in"))?;
+    remove(&place).map_err(storage("replace a checkpoint in"))?;
+    fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(storage("sync"))?;
+    // Those of later steps were passed over when this run started: they are not its own to count or to remove.
+    let older: Vec<PathBuf> =
+        list(folder).into_iter().filter(|(step, _)| *step < state.step).map(|(_, place)| place).collect();
+    let surplus = keep_max.map_or(0, |keep| (older.len() + 1).saturating_sub(keep.max(1)));
+    for old in &older[..surplus] {
+        remove(old).map_err(storage("remove an old checkpoint in"))?;
     }
-    fs::create_dir_all(&temporary).map_err(storage("create a checkpoint in"))?;
+    Ok(())
+}
+
+/// Fills an empty folder, and waits until it is on disk.
+fn write(
+    folder: &Path,
+    fingerprint: &str,
+    state: &State,
+    params: &Tensor,
+    moments: &Moments,
+) -> std::io::Result<()> {
     let tensors = HashMap::from([
         ("params", params.clone()),
         ("first", moments.first.clone()),
         ("second", moments.second.clone()),
     ]);
-    let file = temporary.join(TENSORS);
+    let file = folder.join(TENSORS);
     candle_core::safetensors::save(&tensors, &file)
-        .map_err(|error| storage("write a checkpoint in")(std::io::Error::other(error.to_string())))?;
+        .map_err(|error| std::io::Error::other(error.to_string()))?;
     let manifest = Manifest {
-        fingerprint: checkpoints.fingerprint.clone(),
-        tensors_sha256: sha256(&file).map_err(storage("read a checkpoint in"))?,
+        fingerprint: fingerprint.to_owned(),
+        tensors_sha256: crate::source::digest(&fs::read(&file)?),
         state: state.clone(),
     };
-    let text = serde_json::to_vec_pretty(&manifest).expect("numbers and texts");
-    fs::write(temporary.join(STATE), text).map_err(storage("write a checkpoint in"))?;
-    sync(&temporary).map_err(storage("sync a checkpoint in"))?;
-    if place.exists() {
-        fs::remove_dir_all(&place).map_err(storage("replace a checkpoint in"))?;
+    let sealed = Sealed { sha256: manifest.seal(), manifest };
+    fs::write(folder.join(STATE), serde_json::to_vec_pretty(&sealed).expect("numbers and texts"))?;
+    for name in [TENSORS, STATE] {
+        File::open(folder.join(name))?.sync_all()?;
     }
-    fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(storage("sync"))?;
-    let surplus = keep_max.map_or(0, |keep| list(folder).len().saturating_sub(keep.max(1)));
-    for (_, old) in list(folder).into_iter().take(surplus) {
-        fs::remove_dir_all(old).map_err(storage("remove an old checkpoint in"))?;
-    }
-    Ok(())
+    File::open(folder)?.sync_all()
 }
 
-/// Loads the newest whole checkpoint of this run into `params` and `moments`. Damaged ones are passed over;
-/// one of another run is a fault, since continuing or overwriting it would both be wrong.
+/// Removes a folder, a file or a link, never what a link leads to.
+fn remove(path: &Path) -> std::io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Loads the newest whole checkpoint of this run into `params` and `moments`. Damaged ones, and those of another
+/// run, are passed over with a warning. What killed processes had begun to write is removed.
 pub fn newest(
     checkpoints: &Checkpoints,
     params: &Tensor,
     moments: &Moments,
     report: &Report,
 ) -> Result<Option<State>> {
-    for (step, place) in list(&checkpoints.folder).into_iter().rev() {
+    let folder = &checkpoints.folder;
+    remove_partials(folder).map_err(|error| Fault::storage("clear", folder, &error))?;
+    for (step, place) in list(folder).into_iter().rev() {
         match read(&place, &checkpoints.fingerprint) {
-            Ok(Some((state, tensors))) => {
+            Ok((state, tensors)) if fits(&tensors, params) => {
                 for (name, target) in
                     [("params", params), ("first", &moments.first), ("second", &moments.second)]
                 {
@@ -110,18 +158,34 @@ pub fn newest(
                 }
                 return Ok(Some(state));
             }
-            Ok(None) => {
-                return Err(Fault::config(format!(
-                    "{} holds a checkpoint of another run (other model, data or options)",
-                    place.display()
-                ))
-                .help("use another output folder, or remove this one to begin anew"));
-            }
-            Err(what) => report
-                .warn(Stage::Train, format!("checkpoint of step {step} is not whole ({what}); passed over")),
+            Ok(_) => pass_over(step, "its tensors have other shapes", report),
+            Err(what) => pass_over(step, &what, report),
         }
     }
     Ok(None)
+}
+
+fn pass_over(step: u64, what: &str, report: &Report) {
+    report.warn(Stage::Train, format!("checkpoint of step {step} is not whole ({what}); passed over"));
+}
+
+fn fits(tensors: &HashMap<String, Tensor>, params: &Tensor) -> bool {
+    ["params", "first", "second"].iter().all(|name| {
+        tensors
+            .get(*name)
+            .is_some_and(|found| found.elem_count() == params.elem_count() && found.dtype() == params.dtype())
+    })
+}
+
+fn remove_partials(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(PARTIAL_START) && name.ends_with(PARTIAL_END) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Checkpoints in ascending order of step.
@@ -133,32 +197,36 @@ fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
     list
 }
 
-type Read = Option<(State, HashMap<String, Tensor>)>;
-
-/// `None`: whole, but of another run.
-fn read(place: &Path, fingerprint: &str) -> std::result::Result<Read, String> {
-    let text = fs::read(place.join(STATE)).map_err(|error| error.to_string())?;
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    if manifest.fingerprint != fingerprint {
-        return Ok(None);
+/// A whole checkpoint of the run, or why it is none.
+fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<String, Tensor>), String> {
+    let sealed: Sealed = serde_json::from_slice(&plain(&place.join(STATE), STATE_BYTES_MAX)?)
+        .map_err(|error| error.to_string())?;
+    let manifest = sealed.manifest;
+    if manifest.seal() != sealed.sha256 {
+        return Err("its state changed".into());
     }
-    let file = place.join(TENSORS);
-    if sha256(&file).map_err(|error| error.to_string())? != manifest.tensors_sha256 {
+    if manifest.fingerprint != fingerprint {
+        return Err("it is of another run: other model, data or options".into());
+    }
+    if place != place.with_file_name(format!("step-{}", manifest.state.step)) {
+        return Err(format!("it is of step {}", manifest.state.step));
+    }
+    let bytes = plain(&place.join(TENSORS), u64::MAX)?;
+    if crate::source::digest(&bytes) != manifest.tensors_sha256 {
         return Err("its bytes changed".into());
     }
-    let tensors = candle_core::safetensors::load(&file, &Device::Cpu).map_err(|error| error.to_string())?;
-    Ok(Some((manifest.state, tensors)))
+    let tensors =
+        candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| error.to_string())?;
+    Ok((manifest.state, tensors))
 }
 
-fn sha256(file: &Path) -> std::io::Result<String> {
-    Ok(crate::source::digest(&fs::read(file)?))
-}
-
-fn sync(folder: &Path) -> std::io::Result<()> {
-    for name in [TENSORS, STATE] {
-        File::open(folder.join(name))?.sync_all()?;
+/// The bytes of a plain file: a pipe would never end, and a link leads out of the checkpoint.
+fn plain(file: &Path, bytes_max: u64) -> std::result::Result<Vec<u8>, String> {
+    let found = fs::symlink_metadata(file).map_err(|error| error.to_string())?;
+    match found.is_file() && found.len() <= bytes_max {
+        true => fs::read(file).map_err(|error| error.to_string()),
+        false => Err(format!("{} is no plain file of a fitting size", file.display())),
     }
-    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
@@ -170,28 +238,112 @@ mod tests {
         (tensor(value), Moments { first: tensor(value + 1.0), second: tensor(value + 2.0) })
     }
 
-    #[test]
-    fn the_newest_whole_checkpoint_is_continued_and_another_runs_is_refused() {
+    fn folder_of(steps: std::ops::RangeInclusive<u64>) -> (tempfile::TempDir, Checkpoints) {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints { folder: folder.path().into(), fingerprint: "a".into() };
-        for step in 1..=3u64 {
-            let (params, moments) = filled(step as f32);
-            let state = State { step, ..State::default() };
-            save(&checkpoints, &state, &params, &moments, Some(2)).unwrap();
+        for step in steps {
+            put(&checkpoints, step, None);
         }
-        assert_eq!(list(folder.path()).iter().map(|(step, _)| *step).collect::<Vec<_>>(), [2, 3]);
+        (folder, checkpoints)
+    }
+
+    fn put(checkpoints: &Checkpoints, step: u64, keep_max: Option<usize>) {
+        let (params, moments) = filled(step as f32);
+        let state = State { step, loss: 0.1 + step as f64 / 3.0, ..State::default() };
+        save(checkpoints, &state, &params, &moments, keep_max).unwrap();
+    }
+
+    /// The step that a start continues after.
+    fn found(checkpoints: &Checkpoints) -> Option<u64> {
         let (params, moments) = filled(0.0);
-        let load = |checkpoints: &Checkpoints| newest(checkpoints, &params, &moments, &Report::silent());
-        assert_eq!(load(&checkpoints).unwrap().unwrap().step, 3);
-        assert_eq!(params.to_vec1::<f32>().unwrap(), [3.0; 5]);
-        assert_eq!(moments.second.to_vec1::<f32>().unwrap(), [5.0; 5]);
-        // A flipped byte in the newest: the one before is taken.
+        let state = newest(checkpoints, &params, &moments, &Report::silent()).unwrap()?;
+        let step = state.step as f32;
+        assert_eq!(params.to_vec1::<f32>().unwrap(), [step; 5]);
+        assert_eq!(moments.second.to_vec1::<f32>().unwrap(), [step + 2.0; 5]);
+        Some(state.step)
+    }
+
+    fn steps(checkpoints: &Checkpoints) -> Vec<u64> {
+        list(&checkpoints.folder).into_iter().map(|(step, _)| step).collect()
+    }
+
+    #[test]
+    fn the_newest_whole_checkpoint_is_continued() {
+        let (folder, checkpoints) = folder_of(1..=3);
+        assert_eq!(found(&checkpoints), Some(3));
         let file = folder.path().join("step-3").join(TENSORS);
         let mut bytes = fs::read(&file).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&file, bytes).unwrap();
-        assert_eq!(load(&checkpoints).unwrap().unwrap().step, 2);
-        let other = Checkpoints { fingerprint: "b".into(), ..checkpoints };
-        assert!(load(&other).unwrap_err().message.contains("another run"));
+        assert_eq!(found(&checkpoints), Some(2));
+    }
+
+    /// Each bit of the state, one at a time: what is continued is either what was written, or the one before.
+    #[test]
+    fn no_flipped_bit_of_a_state_is_believed() {
+        let (folder, checkpoints) = folder_of(1..=2);
+        let file = folder.path().join("step-2").join(STATE);
+        let bytes = fs::read(&file).unwrap();
+        let whole = read(&folder.path().join("step-2"), "a").unwrap().0;
+        let mut passed_over = 0;
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&file, flipped).unwrap();
+            match read(&folder.path().join("step-2"), "a") {
+                Ok((state, _)) => assert_eq!(state, whole, "bit {bit}"),
+                Err(_) => passed_over += 1,
+            }
+        }
+        assert!(passed_over > bytes.len() * 4, "only white space may change: {passed_over}");
+        fs::write(&file, String::from_utf8(bytes).unwrap().replace("\"step\": 2", "\"step\": 16")).unwrap();
+        assert_eq!(found(&checkpoints), Some(1));
+    }
+
+    #[test]
+    fn what_another_run_or_nobody_wrote_is_passed_over() {
+        use std::os::unix::fs::symlink;
+        let (folder, checkpoints) = folder_of(1..=2);
+        let other = Checkpoints { fingerprint: "b".into(), ..checkpoints.clone() };
+        put(&other, 7, None);
+        fs::create_dir(folder.path().join("step-8")).unwrap();
+        fs::write(folder.path().join("step-9"), "").unwrap();
+        symlink(folder.path().join("step-2"), folder.path().join("step-10")).unwrap();
+        assert_eq!(found(&checkpoints), Some(2));
+        assert_eq!(found(&Checkpoints { fingerprint: "c".into(), ..checkpoints.clone() }), None);
+        // And none of them is counted or removed, unless its step comes.
+        put(&checkpoints, 3, Some(1));
+        assert_eq!(steps(&checkpoints), [3, 7, 8, 9, 10]);
+        put(&checkpoints, 10, Some(2));
+        assert_eq!(steps(&checkpoints), [9, 10]);
+        assert_eq!(found(&checkpoints), Some(10));
+    }
+
+    #[test]
+    fn the_last_good_checkpoint_is_never_removed() {
+        let (folder, checkpoints) = folder_of(1..=1);
+        for step in 2..=9 {
+            // The one before is damaged: the new one must not be the only thing that is counted on.
+            fs::write(folder.path().join(format!("step-{}", step - 1)).join(STATE), "{").unwrap();
+            put(&checkpoints, step, Some(1));
+            assert_eq!((steps(&checkpoints), found(&checkpoints)), (vec![step], Some(step)));
+        }
+    }
+
+    #[test]
+    fn leftovers_are_collected_and_planted_links_are_not_followed() {
+        use std::os::unix::fs::symlink;
+        let (folder, checkpoints) = folder_of(1..=1);
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("precious"), "x").unwrap();
+        fs::create_dir(folder.path().join(".step-5.partial")).unwrap();
+        symlink(outside.path(), folder.path().join(".step-6.partial")).unwrap();
+        assert_eq!(found(&checkpoints), Some(1));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        symlink(outside.path(), folder.path().join(".step-2.partial")).unwrap();
+        symlink(outside.path(), folder.path().join("step-2")).unwrap();
+        put(&checkpoints, 2, None);
+        assert_eq!(found(&checkpoints), Some(2));
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
     }
 }

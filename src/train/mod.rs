@@ -277,6 +277,9 @@ pub fn evaluate(
     Ok(loss / tokens.max(1) as f64)
 }
 
+/// Steps with a learning rate after which an adapter has some effect.
+const EFFECT_STEPS: u64 = 8;
+
 /// What one optimizer step gave.
 struct Step {
     loss: f64,
@@ -414,9 +417,31 @@ impl<'a> Trainer<'a> {
         if !parameters.is_finite() {
             return Err(self.diverged("the update made parameters that are not finite"));
         }
+        self.refuse_no_effect()?;
         self.state.tokens += sent.tokens;
         self.tokens_here += sent.tokens;
         self.after_step(step, checkpoints, log)
+    }
+
+    /// Finite numbers can lie: a second moment that overflowed makes every update zero, and so does a gradient of nothing.
+    /// Looked at some steps after the warm-up, when the learning rate has been more than nothing, and at the end.
+    fn refuse_no_effect(&self) -> Result<()> {
+        let done = self.state.step + 1;
+        let early = self.options.warmup.steps(self.steps.total) + EFFECT_STEPS;
+        if done != early && done != self.steps.total {
+            return Ok(());
+        }
+        match self.adapter.is_without_effect()? {
+            false => Ok(()),
+            true => Err(Fault::new(
+                Kind::Diverged,
+                format!("the adapter has no effect after {done} steps: every value of lora_B is still zero"),
+            )
+            .help(
+                "the updates are nothing: lower learning_rate or lora_alpha if they are far from the usual (a moment \
+                 overflowed), raise them from 0; no adapter was written",
+            )),
+        }
     }
 
     /// Whether something must see the parameters as they are after `done` steps.

@@ -12,6 +12,7 @@ mod jsonl;
 mod packing;
 mod pages;
 mod parquet;
+mod schema;
 mod values;
 
 use crate::fault::{Fault, Result};
@@ -49,6 +50,8 @@ pub(super) trait Rows {
     /// Hands every batch of the named columns, in the order of `names`, to `each`.
     fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()>;
 }
+
+pub(super) use parquet::load as load_parquet;
 
 pub(super) type OnBatch<'a> = dyn FnMut(&[ArrayRef]) -> Result<()> + 'a;
 

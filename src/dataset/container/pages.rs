@@ -5,6 +5,7 @@
 //! <https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>, `PageHeader`.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 /// LIMIT: what one page may unpack to. Writers aim at 1 MiB; a page holds at least one value, so this bounds a text.
@@ -22,8 +23,20 @@ pub(super) struct Totals {
     pub values: u64,
 }
 
+/// Codecs whose decoder of the parquet crate reads to the end of what is packed, whatever a header promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Codec {
+    /// It stops where the header says.
+    Bounded,
+    Gzip,
+    Brotli,
+}
+
+/// The most that gzip makes of a byte (RFC 1951: 258 bytes of two bits each).
+const GZIP_GROWTH_MAX: u64 = 1032;
+
 /// Walks the pages in `start..end` of `file`, which must lie inside the file.
-pub(super) fn check(file: &File, start: u64, end: u64, values: u64) -> Result<Totals, String> {
+pub(super) fn check(file: &File, start: u64, end: u64, values: u64, codec: Codec) -> Result<Totals, String> {
     let mut totals = Totals::default();
     let mut at = start;
     while at < end && totals.values < values {
@@ -41,6 +54,7 @@ pub(super) fn check(file: &File, start: u64, end: u64, values: u64) -> Result<To
                 page.dictionary_values, page.unpacked_bytes
             ));
         }
+        check_body(file, body, &page, codec)?;
         totals.unpacked_bytes += page.unpacked_bytes;
         totals.values += page.values;
         at = body + page.packed_bytes;
@@ -51,12 +65,60 @@ pub(super) fn check(file: &File, start: u64, end: u64, values: u64) -> Result<To
     Ok(totals)
 }
 
+/// Unpacks a page whose codec might make more of it than its header says, and only counts.
+fn check_body(file: &File, at: u64, page: &Page, codec: Codec) -> Result<(), String> {
+    let packed = page.packed_bytes.saturating_sub(page.level_bytes);
+    let harmless = match codec {
+        Codec::Bounded => true,
+        Codec::Gzip => packed <= PAGE_BYTES_MAX / GZIP_GROWTH_MAX,
+        Codec::Brotli => page.is_plain,
+    };
+    if harmless || page.is_plain {
+        return Ok(());
+    }
+    let body = Body { file, at: at + page.level_bytes, left: packed };
+    let promised = page.unpacked_bytes.saturating_sub(page.level_bytes);
+    let count = |reader: &mut dyn Read| std::io::copy(&mut reader.take(promised + 1), &mut std::io::sink());
+    let found = match codec {
+        Codec::Brotli => count(&mut brotli_decompressor::Decompressor::new(body, 64 << 10)),
+        _ => count(&mut flate2::read::MultiGzDecoder::new(std::io::BufReader::new(body))),
+    };
+    match found {
+        Ok(bytes) if bytes > promised => {
+            Err(format!("a page unpacks to more than the {} bytes its header promises", page.unpacked_bytes))
+        }
+        // What else is wrong with it, the decoder says better.
+        _ => Ok(()),
+    }
+}
+
+/// A part of a file.
+struct Body<'a> {
+    file: &'a File,
+    at: u64,
+    left: u64,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let most = into.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let bytes = self.file.read_at(&mut into[..most], self.at)?;
+        self.at += bytes as u64;
+        self.left -= bytes as u64;
+        Ok(bytes)
+    }
+}
+
 #[derive(Debug, Default, PartialEq)]
 struct Page {
     unpacked_bytes: u64,
     packed_bytes: u64,
     values: u64,
     dictionary_values: u64,
+    /// Of a page of version 2: levels that lie before the packed values, and are not packed.
+    level_bytes: u64,
+    /// Of a page of version 2: nothing in it is packed.
+    is_plain: bool,
 }
 
 fn header(file: &File, at: u64, end: u64) -> Result<(Page, usize), String> {
@@ -81,13 +143,15 @@ fn page(thrift: &mut Thrift) -> Result<Page, Bad> {
             (2, I32) => page.unpacked_bytes = thrift.size()?,
             (3, I32) => page.packed_bytes = thrift.size()?,
             (5 | 7 | 8, STRUCT) => {
-                let mut values = 0;
-                thrift.structure(1, &mut |thrift, id, kind| match (id, kind) {
-                    (1, I32) => {
-                        values = thrift.size()?;
-                        Ok(())
+                let (mut values, version_2) = (0, id == 8);
+                thrift.structure(1, &mut |thrift, id, kind| {
+                    match (id, kind) {
+                        (1, I32) => values = thrift.size()?,
+                        (5 | 6, I32) if version_2 => page.level_bytes += thrift.size()?,
+                        (7, FALSE) if version_2 => page.is_plain = true,
+                        _ => thrift.skip(kind, 2)?,
                     }
-                    _ => thrift.skip(kind, 2),
+                    Ok(())
                 })?;
                 *if id == 7 { &mut page.dictionary_values } else { &mut page.values } = values;
             }
@@ -98,25 +162,28 @@ fn page(thrift: &mut Thrift) -> Result<Page, Bad> {
     Ok(page)
 }
 
-enum Bad {
+pub(super) enum Bad {
     /// The bytes end inside the header.
     Short,
     Malformed,
 }
 
-const I32: u8 = 5;
-const STRUCT: u8 = 12;
+/// A field's boolean is its kind.
+const FALSE: u8 = 2;
+pub(super) const I32: u8 = 5;
+pub(super) const LIST: u8 = 9;
+pub(super) const STRUCT: u8 = 12;
 
 /// A reader of Thrift's compact protocol, as far as skipping and small integers need it.
-struct Thrift<'a> {
-    bytes: &'a [u8],
-    at: usize,
+pub(super) struct Thrift<'a> {
+    pub bytes: &'a [u8],
+    pub at: usize,
 }
 
-type OnField<'f> = dyn FnMut(&mut Thrift, i64, u8) -> Result<(), Bad> + 'f;
+pub(super) type OnField<'f> = dyn FnMut(&mut Thrift, i64, u8) -> Result<(), Bad> + 'f;
 
 impl Thrift<'_> {
-    fn structure(&mut self, depth: u32, field: &mut OnField) -> Result<(), Bad> {
+    pub(super) fn structure(&mut self, depth: u32, field: &mut OnField) -> Result<(), Bad> {
         if depth > DEPTH_MAX {
             return Err(Bad::Malformed);
         }
@@ -132,7 +199,7 @@ impl Thrift<'_> {
         }
     }
 
-    fn skip(&mut self, kind: u8, depth: u32) -> Result<(), Bad> {
+    pub(super) fn skip(&mut self, kind: u8, depth: u32) -> Result<(), Bad> {
         match kind {
             1 | 2 => Ok(()), // a field's boolean is its kind
             3 => self.pass(1),
@@ -152,15 +219,24 @@ impl Thrift<'_> {
         if depth > DEPTH_MAX {
             return Err(Bad::Malformed);
         }
-        let head = self.byte()?;
-        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+        let (kind, count) = self.list()?;
         for _ in 0..count {
-            match head & 15 {
+            match kind {
                 1 | 2 => self.pass(1)?, // in a list a boolean is a byte
                 kind => self.skip(kind, depth + 1)?,
             }
         }
         Ok(())
+    }
+
+    /// The kind and number of a list's items, each of which has at least a byte.
+    pub(super) fn list(&mut self) -> Result<(u8, u64), Bad> {
+        let head = self.byte()?;
+        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+        if count > (self.bytes.len() - self.at) as u64 {
+            return Err(Bad::Short);
+        }
+        Ok((head & 15, count))
     }
 
     fn byte(&mut self) -> Result<u8, Bad> {
@@ -195,7 +271,7 @@ impl Thrift<'_> {
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
     }
 
-    fn size(&mut self) -> Result<u64, Bad> {
+    pub(super) fn size(&mut self) -> Result<u64, Bad> {
         u64::try_from(self.integer()?).map_err(|_| Bad::Malformed)
     }
 }
@@ -248,7 +324,32 @@ mod tests {
     fn run(bytes: &[u8], values: u64) -> Result<Totals, String> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
-        check(&file, 0, bytes.len() as u64, values)
+        check(&file, 0, bytes.len() as u64, values, Codec::Bounded)
+    }
+
+    /// Zeros, packed, under a header that promises so many bytes.
+    fn lying_page(codec: Codec, zeros: usize, promised: u64) -> Result<Totals, String> {
+        let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
+        writer.write_all(&vec![0; zeros]).unwrap();
+        let packed = writer.finish().unwrap();
+        let mut bytes = data_page(3, promised, 0, 0);
+        // The body's length stands after the promised length.
+        let at = 3 + zigzag(promised).len() + 1;
+        bytes.splice(at..at + 1, zigzag(packed.len() as u64));
+        bytes.extend(packed);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        check(&file, 0, bytes.len() as u64, 3, codec)
+    }
+
+    #[test]
+    fn a_gzip_page_holds_no_more_than_its_header_promises() {
+        // Large enough that it might unpack to more than a page may hold.
+        let zeros = 1 << 20;
+        assert!(lying_page(Codec::Gzip, zeros, 100).unwrap_err().contains("more than the 100 bytes"));
+        assert!(lying_page(Codec::Gzip, zeros, zeros as u64 - 1).unwrap_err().contains("more than"));
+        assert_eq!(lying_page(Codec::Gzip, zeros, zeros as u64).unwrap().unpacked_bytes, zeros as u64);
+        assert!(lying_page(Codec::Gzip, 1000, 100).is_ok(), "too small to do harm: the decoder finds it");
     }
 
     #[test]

@@ -5,16 +5,19 @@
 //! What damage cannot be seen here (a flipped bit in a text) is what the SHA-256 of `source` is for.
 
 use super::packing::Input;
-use super::{BATCH_ROWS, Container, OnBatch, Rows, guarded, hex, kind_of, pages, text};
-use crate::fault::{Fault, Result};
+use super::pages::Codec;
+use super::{BATCH_ROWS, Container, OnBatch, Rows, guarded, hex, kind_of, pages, schema, text};
+use crate::bounds::Bounds;
+use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use ::parquet::arrow::ProjectionMask;
 use ::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use ::parquet::basic::Compression;
 use ::parquet::file::metadata::RowGroupMetaData;
 use arrow::array::ArrayRef;
-use arrow::datatypes::Schema;
+use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -35,6 +38,8 @@ const GROUP_BYTES_MAX: u64 = 16 << 30;
 /// LIMIT: values (messages, mostly) in one column of a row group. A null costs no bytes in the file but some in memory.
 const GROUP_VALUES_MAX: u64 = 100_000_000;
 const COLUMNS_MAX: usize = 10_000;
+/// LIMIT: memory for the footer, or for one batch of rows beside what the reader keeps: pages and their dictionaries.
+const DECODER_BYTES_MAX: usize = 1 << 30;
 
 /// A file whose footer is sound.
 struct Table {
@@ -43,18 +48,48 @@ struct Table {
     file: File,
     name: String,
     metadata: ArrowReaderMetadata,
+    bounds: Bounds,
 }
 
 /// Opens the file and checks its footer. Errors: `Data`, or `Storage` when it cannot be read at all.
 fn open(input: Input) -> Result<Table> {
     let Input { file, bytes, name, .. } = input.seekable()?;
     refuse_other_kinds(&file, bytes).map_err(|fault| fault.at(&name))?;
-    let metadata = guarded(|| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
-        .map_err(|problem| damaged(&name, "footer", &problem))?;
+    let metadata = load(&file, bytes, &name).map_err(|problem| damaged(&name, "footer", &problem))?;
     let rows = guarded(|| Ok::<_, String>(check_footer(&metadata, bytes)))
         .and_then(|checked| checked)
         .map_err(|problem| damaged(&name, "footer", &problem))?;
-    Ok(Table { schema: metadata.schema().clone(), rows, file, name, metadata })
+    let bounds = bounds(&name);
+    Ok(Table { schema: metadata.schema().clone(), rows, file, name, metadata, bounds })
+}
+
+fn bounds(name: &str) -> Bounds {
+    Bounds::new(Kind::Data, format!("{name}: the parquet data"), DECODER_BYTES_MAX)
+}
+
+/// A footer that is sound enough to be parsed, with strings as views: a text that a dictionary holds once and a million
+/// rows name stays one text. The schema that Arrow's writers put beside parquet's own is not needed. Error: what is
+/// wrong with it.
+pub fn load(file: &File, bytes: u64, name: &str) -> std::result::Result<ArrowReaderMetadata, String> {
+    schema::check(file, bytes)?;
+    let options = ArrowReaderOptions::new;
+    let parse = || {
+        let own = ArrowReaderMetadata::load(file, options().with_skip_arrow_metadata(true))?;
+        let views = Schema::new(own.schema().fields().iter().map(viewed).collect::<Vec<_>>());
+        ArrowReaderMetadata::try_new(own.metadata().clone(), options().with_schema(Arc::new(views)))
+    };
+    bounds(name).within(|| guarded(parse))
+}
+
+fn viewed(field: &FieldRef) -> FieldRef {
+    let kind = match field.data_type() {
+        DataType::Utf8 => DataType::Utf8View,
+        DataType::Binary => DataType::BinaryView,
+        DataType::List(item) => DataType::List(viewed(item)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(viewed).collect()),
+        _ => return field.clone(),
+    };
+    Arc::new(Field::clone(field).with_data_type(kind))
 }
 
 impl Rows for Table {
@@ -95,7 +130,7 @@ impl Table {
         each: &mut OnBatch,
     ) -> std::result::Result<Result<()>, String> {
         let file = self.file.try_clone().map_err(text)?;
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
             .with_row_groups(vec![index])
             .with_projection(mask.clone())
             .with_batch_size(BATCH_ROWS)
@@ -103,7 +138,7 @@ impl Table {
             .map_err(text)?;
         let expected = self.metadata.metadata().row_group(index).num_rows();
         let mut rows = 0;
-        for batch in reader {
+        while let Some(batch) = self.bounds.within(|| reader.next()) {
             let batch = batch.map_err(text)?;
             rows += batch.num_rows() as i64;
             let column = |name: &String| batch.column_by_name(name).cloned();
@@ -130,7 +165,12 @@ impl Table {
             }
             let (start, bytes) = column.byte_range();
             let values = column.num_values() as u64;
-            let totals = pages::check(&self.file, start, start + bytes, values)
+            let codec = match column.compression() {
+                Compression::GZIP(_) => Codec::Gzip,
+                Compression::BROTLI(_) => Codec::Brotli,
+                _ => Codec::Bounded,
+            };
+            let totals = pages::check(&self.file, start, start + bytes, values, codec)
                 .map_err(|problem| format!("column {}: {problem}", column.column_path()))?;
             unpacked += totals.unpacked_bytes;
         }

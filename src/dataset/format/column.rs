@@ -1,7 +1,7 @@
 //! Arrow arrays of any string kind -> strings.
 
 use crate::fault::{Fault, Result};
-use arrow::array::{Array, ArrayRef, AsArray, LargeStringArray};
+use arrow::array::{Array, ArrayRef, AsArray, StringViewArray};
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field};
 use std::sync::Arc;
@@ -15,12 +15,26 @@ pub fn is_string(kind: &DataType) -> bool {
     }
 }
 
-/// Every string kind as one; bytes are checked to be UTF-8.
-pub fn strings(array: &ArrayRef) -> Result<LargeStringArray> {
-    Ok(cast(array, &DataType::LargeUtf8)?.as_string::<i64>().clone())
+/// Every string kind as one, without copying a text; bytes are checked to be UTF-8.
+pub fn strings(array: &ArrayRef) -> Result<StringViewArray> {
+    Ok(cast(array, &DataType::Utf8View)?.as_string_view().clone())
 }
 
-pub fn value(array: &LargeStringArray, index: usize) -> Option<&str> {
+/// Bytes of all texts in an array, each counted as often as a row names it.
+pub fn text_bytes(array: &ArrayRef) -> u64 {
+    // The length is the lower half of a view's first 8 bytes.
+    let lengths = |views: &[u128]| views.iter().map(|view| u64::from(*view as u32)).sum();
+    match array.data_type() {
+        DataType::Utf8View => lengths(array.as_string_view().views()),
+        DataType::BinaryView => lengths(array.as_binary_view().views()),
+        DataType::List(_) => text_bytes(array.as_list::<i32>().values()),
+        DataType::LargeList(_) => text_bytes(array.as_list::<i64>().values()),
+        DataType::Struct(_) => array.as_struct().columns().iter().map(text_bytes).sum(),
+        _ => array.get_buffer_memory_size() as u64,
+    }
+}
+
+pub fn value(array: &StringViewArray, index: usize) -> Option<&str> {
     (!array.is_null(index)).then(|| array.value(index))
 }
 

@@ -6,7 +6,7 @@
 use super::super::{Conversation, Layout, Message, Options};
 use super::{Column, Format, Rows, column, not_a_string};
 use crate::fault::Result;
-use arrow::array::{Array, ArrayRef, LargeStringArray};
+use arrow::array::{Array, ArrayRef, StringViewArray};
 
 const INSTRUCTION: Column = Column { key: "question_column", given: question, names: &["instruction"] };
 const INPUT: Column = Column {
@@ -69,7 +69,7 @@ fn question(options: &Options) -> Option<&str> {
 fn turns(arrays: &[ArrayRef], names: [&str; 2], behind: bool) -> Result<Rows> {
     let (asked, answered) = (column::strings(&arrays[0])?, column::strings(&arrays[1])?);
     let beside = arrays.get(2).map(column::strings).transpose()?;
-    let text = |array: &LargeStringArray, row, name: &str| match column::value(array, row) {
+    let text = |array: &StringViewArray, row, name: &str| match column::value(array, row) {
         None => Err(format!("the {name} is null")),
         Some(text) if text.trim().is_empty() => Err(format!("the {name} is empty")),
         Some(text) => Ok(text.to_owned()),

@@ -6,7 +6,7 @@
 use super::column::cast;
 use crate::fault::{Fault, Result};
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, LargeListArray, LargeStringArray,
+    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, LargeListArray, StringViewArray,
     StructArray, UInt64Array,
 };
 use arrow::datatypes::DataType;
@@ -20,7 +20,7 @@ pub struct Column {
 
 enum Values {
     Nothing,
-    Text(LargeStringArray),
+    Text(StringViewArray),
     Truth(BooleanArray),
     Whole(Int64Array),
     Unsigned(UInt64Array),
@@ -61,7 +61,7 @@ impl Column {
             Union(..) => {
                 return Err(Fault::data(format!("a column of type {} is not supported", array.data_type())));
             }
-            _ => Values::Text(cast(array, &LargeUtf8)?.as_string::<i64>().clone()),
+            _ => Values::Text(cast(array, &Utf8View)?.as_string_view().clone()),
         };
         Ok(Column { nulls: array.clone(), values })
     }

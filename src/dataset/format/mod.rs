@@ -58,6 +58,11 @@ struct Column {
     names: &'static [&'static str],
 }
 
+/// Bytes of the texts in these arrays, before any of them is copied.
+pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
+    arrays.iter().map(column::text_bytes).sum()
+}
+
 type Rows = Vec<std::result::Result<Conversation, String>>;
 type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
 
@@ -176,17 +181,21 @@ pub(super) fn choose(
         let columns = match resolve(schema, format, options, layout)? {
             Ok(columns) => columns,
             Err(problem) => {
-                problems.extend(problem);
+                // Of a layout's variants the least demanding speaks, which comes last.
+                problems.retain(|(layout, _)| *layout != format.layout);
+                problems.extend(problem.map(|problem| (format.layout, problem)));
                 continue;
             }
         };
         let fields: Vec<&Field> =
             columns.iter().map(|name| schema.field_with_name(name).expect("found there")).collect();
         match (format.refuses)(&fields) {
-            Some(problem) => problems.push(problem),
+            Some(problem) => problems.push((format.layout, problem)),
             None => return chosen(schema, format, options, columns, reading),
         }
     }
+    let mut problems: Vec<String> = problems.into_iter().map(|(_, problem)| problem).collect();
+    problems.dedup();
     Err(unfit(schema, &wanted, &problems))
 }
 
@@ -303,8 +312,6 @@ fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
         }
     }
     let rename = format!("rename the columns, or name them with {}", keys.join(", "));
-    let mut problems = problems.to_vec();
-    problems.dedup();
     if !problems.is_empty() {
         return Fault::data(format!("{}; columns found: {found}", problems.join("; ")))
             .help(format!("change the column's type; if another column is meant, {rename}"));

@@ -41,9 +41,51 @@ pub const FAMILIES: [(&str, Read); 14] = [
 /// Where a multimodal wrapper keeps `model.layers`: adapters name it so, for peft and for vLLM.
 const IN_WRAPPER: &str = "model.language_model.layers";
 
+/// LIMIT: beyond these a number of config.json is a mistake or a trap; each is well above the largest model there is.
+const COUNTS_MAX: [(&str, usize); 14] = [
+    ("num_hidden_layers", 4096),
+    ("vocab_size", 1 << 24),
+    ("hidden_size", 1 << 18),
+    ("intermediate_size", 1 << 20),
+    ("ffn_hidden_size", 1 << 20),
+    ("num_attention_heads", 1 << 14),
+    ("num_key_value_heads", 1 << 14),
+    ("num_kv_heads", 1 << 14),
+    ("head_dim", 1 << 14),
+    ("max_position_embeddings", 1 << 40),
+    ("original_max_position_embeddings", 1 << 40),
+    ("sliding_window", 1 << 40),
+    ("sliding_window_pattern", 1 << 20),
+    ("max_window_layers", 1 << 40),
+];
+/// Numbers with the least and the largest that compute.
+const RANGES: [(&str, f64, f64); 6] = [
+    ("rms_norm_eps", 0.0, 0.1),
+    ("layer_norm_eps", 0.0, 0.1),
+    ("layer_norm_epsilon", 0.0, 0.1),
+    ("rope_theta", 1.0, 1e15),
+    ("rope_local_base_freq", 1.0, 1e15),
+    ("factor", 1e-3, 1e6),
+];
+
+/// Refuses absurd numbers by their names, before anything is made in such a number.
+fn refuse_absurd(config: &Config) -> Result<()> {
+    for (key, most) in COUNTS_MAX {
+        config.at_most(key, most)?;
+    }
+    let parts = ["rope_scaling", "rope_parameters"].into_iter().filter_map(|name| config.section(name));
+    for part in std::iter::once(config.clone()).chain(parts) {
+        for (key, least, most) in RANGES {
+            part.between(key, least, most)?;
+        }
+    }
+    Ok(())
+}
+
 /// Reads the facts of whatever family the config names.
 pub fn describe(config: &Config) -> Result<Facts> {
     let config = &config.language_part()?;
+    refuse_absurd(config)?;
     let names = || FAMILIES.map(|(name, _)| name).join(", ");
     let kind = config.text("model_type")?.ok_or_else(|| config.refuse("model_type", &names()))?;
     let Some((_, read)) = FAMILIES.iter().find(|(name, _)| *name == kind) else {
@@ -176,6 +218,41 @@ mod tests {
         ] {
             assert_eq!(found, published, "{name}");
         }
+    }
+
+    #[test]
+    fn absurd_numbers_are_refused_by_name_before_anything_is_made_of_them() {
+        let plain = || {
+            json!({
+                "model_type": "llama", "vocab_size": 29, "hidden_size": 32, "intermediate_size": 22,
+                "num_hidden_layers": 2, "num_attention_heads": 4,
+            })
+        };
+        describe_json(plain()).unwrap();
+        for (key, value) in [
+            ("num_hidden_layers", json!(4097)),
+            ("num_hidden_layers", json!(1_000_000_000)),
+            ("num_hidden_layers", json!(4_294_967_296u64)),
+            ("num_hidden_layers", json!(9_223_372_036_854_775_807u64)),
+            ("num_hidden_layers", json!(-1)),
+            ("vocab_size", json!(1u64 << 62)),
+            ("hidden_size", json!((1 << 18) + 1)),
+            ("head_dim", json!(1u64 << 60)),
+            ("rms_norm_eps", json!(-1)),
+            ("rms_norm_eps", json!(1e30)),
+            ("rope_theta", json!(0)),
+            ("rope_theta", json!(-1)),
+            ("rope_theta", json!(1e308)),
+        ] {
+            let mut config = plain();
+            config[key] = value.clone();
+            let fault = describe_json(config).expect_err(key);
+            assert_eq!(fault.kind, crate::fault::Kind::Model);
+            assert!(fault.message.contains(key), "{key} {value}: {fault}");
+        }
+        let mut config = plain();
+        config["rope_scaling"] = json!({"rope_type": "yarn", "factor": 1e300});
+        assert!(describe_json(config).unwrap_err().message.contains("factor"));
     }
 
     #[test]

@@ -1,0 +1,216 @@
+//! Foreign content -> what a parser makes of it, within bounds that hold: memory, stack, panics.
+//!
+//! Parsers of other crates reserve what a file promises, nest as deep as it nests, and panic on some damage. Each case
+//! known is refused by a check of its own before the parser sees it. This is what stands behind those checks: within
+//! [`Bounds`] a thread may take so much memory and no more, and whatever goes beyond (or fills the stack) ends the
+//! process with the code and the message of whoever must act, since neither can be survived.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::fault::{Fault, Kind, Result};
+use crate::last_word::{self, Word};
+
+/// No bounds: the value of `LEFT` outside of them.
+const UNBOUNDED: isize = isize::MAX;
+/// LIMIT: a thread for deep parsers; the pages are only taken as they are used.
+pub const STACK_BYTES: usize = 256 << 20;
+
+thread_local! {
+    /// Bytes that this thread may still allocate.
+    static LEFT: Cell<isize> = const { Cell::new(UNBOUNDED) };
+}
+
+/// The system's allocator, which gives a thread no more than its bounds allow.
+struct Bounded;
+
+#[global_allocator]
+static ALLOCATOR: Bounded = Bounded;
+
+/// Takes `bytes` from what is left. False: there is too little.
+fn take(bytes: usize) -> bool {
+    let left = LEFT.get();
+    if left == UNBOUNDED {
+        return true;
+    }
+    match isize::try_from(bytes).ok().and_then(|bytes| left.checked_sub(bytes)).filter(|left| *left >= 0) {
+        Some(left) => {
+            LEFT.set(left);
+            true
+        }
+        // A panic needs memory to tell where it stands, and holds locks meanwhile.
+        None => std::thread::panicking(),
+    }
+}
+
+fn give_back(bytes: usize) {
+    let left = LEFT.get();
+    if left != UNBOUNDED {
+        LEFT.set(left.saturating_add_unsigned(bytes).min(UNBOUNDED - 1));
+    }
+}
+
+/// Notes that the system gave nothing, so that the end is told as such.
+fn told(memory: *mut u8) -> *mut u8 {
+    if memory.is_null() {
+        last_word::note_full_memory();
+    }
+    memory
+}
+
+// SAFETY: every call is passed on to the system's allocator with the same layout, or answered with null, which the
+// trait allows. The count is a plain number of this thread, read and written without an allocation.
+unsafe impl GlobalAlloc for Bounded {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        if take(layout.size()) { told(unsafe { System.alloc(layout) }) } else { std::ptr::null_mut() }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        if take(layout.size()) { told(unsafe { System.alloc_zeroed(layout) }) } else { std::ptr::null_mut() }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        give_back(layout.size());
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        if !take(bytes.saturating_sub(layout.size())) {
+            return std::ptr::null_mut();
+        }
+        give_back(layout.size().saturating_sub(bytes));
+        // SAFETY: as the caller promises.
+        told(unsafe { System.realloc(memory, layout, bytes) })
+    }
+}
+
+/// How much a piece of foreign content may take, and what is said when it wants more.
+#[derive(Debug)]
+pub struct Bounds {
+    kind: Kind,
+    what: String,
+    bytes: usize,
+    word: Word,
+}
+
+impl Bounds {
+    /// `what` names the content (a file, the chat template); `kind` says who must act when it cannot be read.
+    pub fn new(kind: Kind, what: impl Into<String>, bytes: usize) -> Bounds {
+        let what = what.into();
+        let message =
+            format!("{what}: reading it takes more than {} MB of memory, or nests too deep", bytes >> 20);
+        let fault = Fault::new(kind, message)
+            .help("it is damaged or made to do harm: take it from a source that you trust");
+        Bounds { kind, word: Word::of(&fault), what, bytes }
+    }
+
+    /// Runs `work` with no more memory than allowed, on top of what was there before.
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> T {
+        /// Gives the thread its own bounds back, less what `work` keeps.
+        struct Back {
+            outer: isize,
+            inner: isize,
+        }
+        impl Drop for Back {
+            fn drop(&mut self) {
+                let kept = self.inner - LEFT.get();
+                LEFT.set(match self.outer {
+                    UNBOUNDED => UNBOUNDED,
+                    outer => outer.saturating_sub(kept),
+                });
+            }
+        }
+        let outer = LEFT.get();
+        let inner = outer.min(isize::try_from(self.bytes).unwrap_or(UNBOUNDED - 1));
+        let _back = Back { outer, inner };
+        LEFT.set(inner);
+        last_word::unless(&self.word, work)
+    }
+
+    /// The same; a panic becomes a fault of the content.
+    pub fn hold<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(|| self.within(work))).unwrap_or_else(|panic| {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(Fault::new(self.kind, format!("{}: the reader gave up: {said}", self.what))
+                .help("it is damaged, or of a kind that is not supported"))
+        })
+    }
+
+    /// The same on a thread with `stack_bytes` of stack, for parsers that nest as deep as their input.
+    pub fn hold_deep<T: Send>(
+        &self,
+        stack_bytes: usize,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("reader".into())
+                .stack_size(stack_bytes)
+                .spawn_scoped(scope, || self.hold(work));
+            match thread {
+                Ok(thread) => thread.join().expect("`hold` catches every panic"),
+                Err(error) => {
+                    Err(Fault::capacity(format!("{}: no thread to read it in: {error}", self.what)))
+                }
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bounds(bytes: usize) -> Bounds {
+        Bounds::new(Kind::Data, "a.parquet", bytes)
+    }
+
+    #[test]
+    fn a_thread_gets_what_its_bounds_allow_and_no_more() {
+        bounds(1 << 20).within(|| {
+            let mut some = Vec::<u8>::new();
+            assert!(some.try_reserve_exact(1 << 19).is_ok());
+            assert!(Vec::<u8>::new().try_reserve_exact(1 << 20).is_err(), "half is taken");
+            drop(some);
+            let mut again = Vec::<u8>::new();
+            assert!(again.try_reserve_exact((1 << 20) - 4096).is_ok(), "what is freed may be taken again");
+            let mut grown: Vec<u8> = vec![1; 1024];
+            assert!(grown.try_reserve_exact(1 << 19).is_err(), "growing counts too");
+        });
+        assert_eq!(LEFT.get(), UNBOUNDED);
+        assert!(Vec::<u8>::new().try_reserve_exact(4 << 20).is_ok());
+    }
+
+    #[test]
+    fn bounds_within_bounds_hold_both() {
+        bounds(1 << 20).within(|| {
+            let kept = bounds(1 << 30).within(|| {
+                assert!(Vec::<u8>::new().try_reserve_exact(2 << 20).is_err(), "the outer ones hold");
+                vec![0u8; 1 << 19]
+            });
+            assert!(Vec::<u8>::new().try_reserve_exact(3 << 18).is_err(), "what the inner work keeps counts");
+            assert_eq!(kept.len(), 1 << 19);
+        });
+    }
+
+    #[test]
+    fn panics_become_faults_of_the_content() {
+        let fault = bounds(1 << 20).hold(|| -> Result<()> { panic!("divide by {}", 0) }).unwrap_err();
+        assert_eq!(
+            (fault.kind, fault.message.as_str()),
+            (Kind::Data, "a.parquet: the reader gave up: divide by 0")
+        );
+        let deep = bounds(1 << 20).hold_deep(64 << 20, || {
+            fn nest(depth: u32) -> u32 {
+                if depth == 0 { 0 } else { std::hint::black_box([depth; 64])[0].min(1) + nest(depth - 1) }
+            }
+            Ok(nest(50_000))
+        });
+        assert_eq!(deep.unwrap(), 50_000);
+    }
+}

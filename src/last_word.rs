@@ -1,0 +1,184 @@
+//! An end that no code returns from (an abort, a full stack, a second signal) -> an exit code, a line in the log, and
+//! Kubernetes' termination message.
+//!
+//! Such an end leaves no time to make a text, and most of the standard library may not be called in it. So the words
+//! are made beforehand: one for each thing that can happen, and one for whatever a thread is just reading.
+
+use std::cell::Cell;
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::fault::{Fault, Kind};
+use crate::report::termination::{self, Outcome};
+
+/// What is said at such an end: ready bytes.
+#[derive(Debug)]
+pub struct Word {
+    code: i32,
+    message: Vec<u8>,
+    said: Vec<u8>,
+}
+
+/// What does not change while the process lives.
+struct Prepared {
+    /// The file of Kubernetes' message.
+    place: Option<CString>,
+    defect: Word,
+    no_memory: Word,
+    second_signal: Word,
+}
+
+static PREPARED: OnceLock<Prepared> = OnceLock::new();
+/// Whether the log is JSON lines.
+static JSON: AtomicBool = AtomicBool::new(false);
+/// Whether a parent listens on file descriptor 0 for the news that a last word was said.
+static WATCHED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    static NOW: Cell<*const Word> = const { Cell::new(std::ptr::null()) };
+    static OUT_OF_MEMORY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Gets everything ready, once, at the start of the program. `place` is the file of Kubernetes' message; `json` is
+/// whether the log is JSON lines; `watched` is whether a parent reads what comes out of file descriptor 0.
+pub fn prepare(place: Option<&Path>, json: bool, watched: bool) {
+    JSON.store(json, Ordering::Relaxed);
+    WATCHED.store(watched, Ordering::Relaxed);
+    let prepared = Prepared {
+        place: place.and_then(|place| CString::new(place.as_os_str().as_bytes()).ok()),
+        defect: Word::of(&Fault::internal("hone aborted: the lines above say where").help(
+            "please report them with the job's configuration; started again, it continues from its newest checkpoint",
+        )),
+        no_memory: Word::of(
+            &Fault::capacity("the memory is full: the system gave hone no more of it")
+                .help("give the container more memory, or lower TrainingArguments.max_length"),
+        ),
+        second_signal: Word::of(
+            &Fault::new(Kind::InterruptedUnsaved, "stopped at once by a second signal")
+                .help("start it again: it continues from its newest checkpoint"),
+        ),
+    };
+    if PREPARED.set(prepared).is_ok() {
+        hear_aborts();
+    }
+}
+
+/// Runs `work`; if it aborts the process (its stack is full, or memory it asks for is not given), `word` is said.
+pub fn unless<T>(word: &Word, work: impl FnOnce() -> T) -> T {
+    /// Puts the word of before back, also when `work` panics.
+    struct Back(*const Word);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            NOW.set(self.0);
+        }
+    }
+    let _back = Back(NOW.replace(word));
+    work()
+}
+
+/// Called by the allocator when the system gives no memory.
+pub fn note_full_memory() {
+    OUT_OF_MEMORY.set(true);
+}
+
+/// For the handler of signals.
+pub fn second_signal() {
+    if let Some(prepared) = PREPARED.get() {
+        prepared.second_signal.speak();
+    }
+}
+
+impl Word {
+    /// As the log and the termination message would have the fault.
+    pub fn of(fault: &Fault) -> Word {
+        let outcome = Outcome { fault: Some(fault.clone()), ..Outcome::default() };
+        let (code, name) = (fault.kind.exit_code(), fault.kind.name());
+        let said = match JSON.load(Ordering::Relaxed) {
+            true => format!(
+                "{}\n",
+                serde_json::json!({"level": "ERROR", "kind": name, "exit_code": code, "help": fault.help, "message": fault.message})
+            ),
+            false => format!("error ({name}, exit code {code}): {fault}\n"),
+        };
+        Word { code: code.into(), message: termination::line(&outcome).into_bytes(), said: said.into_bytes() }
+    }
+
+    /// Says it and ends the process. Calls nothing that may not be called in a signal's handler: it allocates nothing
+    /// and takes no lock.
+    pub fn speak(&self) -> ! {
+        if let Some(place) = PREPARED.get().and_then(|prepared| prepared.place.as_ref()) {
+            // SAFETY: system calls on a text that ends with zero and lives as long as the process.
+            unsafe {
+                let flags =
+                    libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC | libc::O_NONBLOCK;
+                let file = libc::open(place.as_ptr(), flags, 0o644);
+                if file >= 0 {
+                    libc::write(file, self.message.as_ptr().cast(), self.message.len());
+                }
+            }
+        }
+        // SAFETY: system calls on bytes that live until the end; the last one does not return.
+        unsafe {
+            libc::write(libc::STDERR_FILENO, self.said.as_ptr().cast(), self.said.len());
+            if WATCHED.load(Ordering::Relaxed) {
+                libc::write(libc::STDIN_FILENO, self.said.as_ptr().cast(), 1);
+            }
+            libc::_exit(self.code)
+        }
+    }
+}
+
+/// Takes SIGABRT, which the standard library raises when a stack is full, when an allocation fails and when a panic
+/// cannot go on, after it has printed what it knows.
+fn hear_aborts() {
+    // SAFETY: the action is a zeroed C structure with its handler and flags set; the handler only reads what is ready
+    // and makes system calls.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = aborted as extern "C" fn(libc::c_int) as usize;
+        action.sa_flags = libc::SA_ONSTACK;
+        libc::sigaction(libc::SIGABRT, &action, std::ptr::null_mut());
+    }
+}
+
+extern "C" fn aborted(_: libc::c_int) {
+    let now = NOW.get();
+    if !now.is_null() {
+        // SAFETY: `unless` sets it for as long as the borrowed word lives, on this very thread.
+        unsafe { &*now }.speak();
+    }
+    if let Some(prepared) = PREPARED.get() {
+        let word = if OUT_OF_MEMORY.get() { &prepared.no_memory } else { &prepared.defect };
+        word.speak();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_is_ready_in_both_forms() {
+        let word = Word::of(&Fault::data("a.parquet: too deep").help("export it again"));
+        assert_eq!(word.code, 11);
+        assert!(
+            String::from_utf8(word.said).unwrap().contains("error (data, exit code 11): a.parquet: too deep")
+        );
+        let message: serde_json::Value = serde_json::from_slice(&word.message).unwrap();
+        assert_eq!((&message["code"], &message["help"]), (&11.into(), &"export it again".into()));
+    }
+
+    #[test]
+    fn the_word_of_before_comes_back_also_after_a_panic() {
+        let words = ["outer", "inner"].map(|text| Word::of(&Fault::data(text)));
+        unless(&words[0], || {
+            let caught = std::panic::catch_unwind(|| unless(&words[1], || panic!("inside")));
+            assert!(caught.is_err());
+            assert!(std::ptr::eq(NOW.get(), &words[0]));
+        });
+        assert!(NOW.get().is_null());
+    }
+}
