@@ -524,16 +524,20 @@ impl Worker {
                 Err(fault) => ended.push((turn.sequence, Event::Failed(fault))),
             }
         }
-        {
-            let mut state = self.shared.lock();
-            state.counters.prompt_tokens += counted.0;
-            state.counters.generated_tokens += counted.1;
-        }
+        let mut events = Vec::new();
         for (number, event) in ended.into_iter().rev() {
             let sequence = self.running.remove(number);
             self.cache.release(sequence.pages);
-            sequence.sender.send(event);
+            events.push((sequence.sender, event));
         }
+        // Whoever reads the end finds the counters as they are after it.
+        let mut state = self.shared.lock();
+        state.counters.prompt_tokens += counted.0;
+        state.counters.generated_tokens += counted.1;
+        state.counters.running = self.running.len();
+        state.counters.cache_usage = self.cache.usage();
+        drop(state);
+        events.into_iter().for_each(|(sender, event)| drop(sender.send(event)));
         Ok(())
     }
 }
