@@ -28,19 +28,27 @@ fn help_tells_what_there_is() {
         Usage: hone [OPTIONS] <COMMAND>
 
         Commands:
-          run         Fine-tune a model and write the adapter; push it if asked
-          plan        Show everything `run` would do, each value with where it came from
-          model       Show what a model is understood as: facts, LoRA sites, memory, what is missing
-          push        Push an adapter's folder as an image
-          pull        Pull an adapter's image into a folder
-          example     Write a tiny model, a dataset and a configuration, and run the whole job on them, in
-                      seconds
-          bench       Measure how fast this machine trains a model or a well-known shape, beside what the
-                      machine can do
-          render      Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
-          tune        Print a Workspace that tunes a preset, for those who have none yet
-          controller  Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
-          help        Print this message or the help of the given subcommand(s)
+          run          Fine-tune a model and write the adapter; push it if asked
+          plan         Show everything `run` would do, each value with where it came from
+          inspect      Show the data as it will be trained: what is learned of each row, counts, copies,
+                       warnings
+          model        Show what a model is understood as: facts, LoRA sites, memory, what is missing
+          push         Push an adapter's folder as an image
+          pull         Pull an adapter's image into a folder
+          example      Write a tiny model, a dataset and a configuration, and run the whole job on them, in
+                       seconds
+          bench        Measure how fast this machine trains a model or a well-known shape, beside what the
+                       machine can do
+          serve        Serve a model with adapters over HTTP: OpenAI's API, KAITO's /chat, and a page to
+                       talk to it
+          render       Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+          tune         Print a Workspace that tunes a preset, for those who have none yet
+          controller   Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
+          keys         Print the configuration keys: all of them, or those whose name or description holds a
+                       word
+          completions  Print a shell's completion script
+          man          Write man pages, one for each command, into a folder
+          help         Print this message or the help of the given subcommand(s)
 
         Options:
               --log <LOG>
@@ -98,8 +106,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_NAME=]
 
               --data <URL_OR_PATH>
-                  Parquet to train on: URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=...
-                  pins the bytes
+                  Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or
+                  oci://IMAGE; may be repeated; #sha256=... pins the bytes
 
                   [env: HONE_DATA]
 
@@ -107,6 +115,46 @@ fn help_tells_what_there_is() {
                   What a row holds: messages, prompt_completion or text [default: told from the columns]
 
                   [env: HONE_LAYOUT=]
+
+              --bad-rows <HOW>
+                  Rows that cannot be used: refuse them all, or drop them and count
+
+                  [env: HONE_BAD_ROWS=]
+
+              --bad-rows-max <SHARE>
+                  Largest share of rows that may be dropped
+
+                  [env: HONE_BAD_ROWS_MAX=]
+
+              --role-field <NAME>
+                  Field of a message that says who speaks
+
+                  [env: HONE_ROLE_FIELD=]
+
+              --content-field <NAME>
+                  Field of a message that holds what is said
+
+                  [env: HONE_CONTENT_FIELD=]
+
+              --user-names <WORDS>
+                  Further words for the user in a message's role, with commas between
+
+                  [env: HONE_USER_NAMES=]
+
+              --assistant-names <WORDS>
+                  Further words for the assistant in a message's role, with commas between
+
+                  [env: HONE_ASSISTANT_NAMES=]
+
+              --system-column <NAME>
+                  Column whose text becomes a row's system turn
+
+                  [env: HONE_SYSTEM_COLUMN=]
+
+              --tools-column <NAME>
+                  Column with the tools that a row's chat template sees
+
+                  [env: HONE_TOOLS_COLUMN=]
 
               --output <DIR>
                   Folder for the adapter [default: TrainingArguments.output_dir]
@@ -269,6 +317,8 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         model                                          try/model          try/hone.yaml:2
         name                                           quickstart         try/hone.yaml:6
         data                                           try/data.parquet   try/hone.yaml:3
+        bad_rows                                       refuse             default
+        bad_rows_max                                   0.5                default
         output                                         try/adapter        try/hone.yaml:4
         earlier_results                                refuse             default
         push                                           oci:try/image      try/hone.yaml:5
@@ -318,6 +368,9 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
 
         model: llama, 2 layers of width 128, 460416 parameters
         adapter: 14 linear layers, 19456 trainable parameters
+
+        work: 60 optimizer steps over 216 rows, about 26845 tokens (estimated from footers)
+        l4  about 780488 tokens/s, 1 s, $0.00 at $0.80 an hour
 
         memory, with examples of the most tokens:
         context and kernels                       600 MiB

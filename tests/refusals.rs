@@ -92,7 +92,7 @@ fn configuration_is_refused_before_anything_is_read() {
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --set: QuantizationConfig: load_in_4bit and load_in_8bit are both true; choose load_in_4bit
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
-        error (config, exit code 10): no dataset: name parquet files with `data` (--data URL_OR_PATH)
+        error (config, exit code 10): no dataset: name its files with `data` (--data URL_OR_PATH)
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): --device: device: expected auto, cpu, cuda or cuda:N, found "tpu"
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
@@ -222,25 +222,25 @@ fn data_that_teaches_nothing_is_refused() {
     said += &refused(&work, "--data no-such/*.parquet");
     said += &refused(&work, "--data data.parquet --layout text");
     expect![[r#"
-        error (data, exit code 11): column.parquet: no columns to train on; columns found: `question`: Utf8; expected `messages`: a list of {role, content}, or `conversations`: a list of {from, value}, or `prompt` and `completion`: both strings or both lists of {role, content}, or `text`: a string
-          help: rename the columns, or name them in the configuration
+        error (data, exit code 11): column.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8View
+          help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
         error (data, exit code 11): the dataset has 0 rows in 1 file(s): empty.parquet
           help: check the export that wrote the files, and the path or URL they were taken from
         error (data, exit code 11): nothing left to supervise: 400 rows, 400 of them cut to 2 tokens (longest 489), none with an answer left
-          help: raise max_length, or check that the conversations have assistant turns
+          help: raise max_length, or check that the conversations have assistant turns that are learned
         error (data, exit code 11): 2 of 2 rows cannot be used:
           2 x the text is empty (short.parquet:0, short.parquet:1)
-          help: correct or remove these rows (places are file:row, counted from 0)
+          help: correct these rows, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)
         error (config, exit code 10): DatasetConfig.train_test_split: 0.8 splits 1 row(s) into 0 to train on and 1 to evaluate on
           help: use a share that leaves rows on both sides, or 1 for no evaluation
         error (data, exit code 11): nothing left to supervise: 1 rows, 0 of them cut to 1024 tokens (longest 35), none with an answer left
-          help: raise max_length, or check that the conversations have assistant turns
+          help: raise max_length, or check that the conversations have assistant turns that are learned
         error (data, exit code 11): no-such.parquet: no such file or folder
           help: check the path, and in a container the mount
         error (data, exit code 11): no-such/*.parquet: no file matches
           help: check the path, and in a container the mount
-        error (data, exit code 11): data.parquet: no columns to train on; columns found: `messages`: List(Struct("content": Utf8, "role": Utf8), field: 'element'); expected `text`: a string
-          help: rename the columns, or name them in the configuration
+        error (data, exit code 11): data.parquet: no column has a name that is known; columns found: `messages`: List(Struct("content": Utf8View, "role": Utf8View), field: 'element'); expected `text`: a string
+          help: rename the columns, or name them with TrainingArguments.dataset_text_field
     "#]].assert_eq(&said);
 }
 
@@ -398,9 +398,9 @@ fn weights_that_do_not_fit_their_config_are_refused() {
     cut.write("model/model.safetensors", &file[..file.len() / 2]);
     said += &refused(&cut, "--data data.parquet");
     expect![[r#"
-        error (model, exit code 12): model: the checkpoint does not fit config.json; tensors 2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight
+        error (model, exit code 12): the checkpoint does not fit config.json; tensors 2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight
           help: config.json and the safetensors files must be of the same model: download both again
-        error (model, exit code 12): model: the checkpoint does not fit config.json; tensors 1 surplus: model.layers.0.self_attn.q_proj.bias
+        error (model, exit code 12): the checkpoint does not fit config.json; tensors 1 surplus: model.layers.0.self_attn.q_proj.bias
           help: config.json and the safetensors files must be of the same model: download both again
         error (model, exit code 12): model/model.safetensors: model.layers.0.mlp.down_proj.weight: found shape [320, 128], expected [128, 320] by config.json
           help: config.json and the safetensors files must be of the same model: download both again
@@ -457,7 +457,7 @@ fn tokenizers_that_do_not_fit_are_refused() {
     expect![[r#"
         error (data, exit code 11): 400 of 400 rows cannot be used:
           400 x the chat template refuses it: roles must alternate (data.parquet:0, data.parquet:1, data.parquet:2, ...)
-          help: correct or remove these rows, or set ModelConfig.chat_template (places are file:row, counted from 0)
+          help: correct these rows, set ModelConfig.chat_template, or leave them out with `bad_rows: drop` (places are file:row, counted from 0)
         error (model, exit code 12): the model's chat template: the chat template fails at line 1: syntax error: unexpected end of block
           help: set ModelConfig.chat_template
         error (config, exit code 10): the dataset holds conversations but the model has no chat template
@@ -510,8 +510,8 @@ fn one_folder_serves_one_process() {
     first.until("record", || work.path("out/hone.json").exists());
     let said = refused(&work, "--data data.parquet");
     expect![[r#"
-        error (config, exit code 10): out is in use by another hone
-          help: wait for it to end, or use another output folder
+        error (storage, exit code 21): out is in use by another hone, after 20s still
+          help: start it again when the other one has ended, or use another output folder
     "#]]
     .assert_eq(&said);
 }

@@ -99,9 +99,10 @@ fn a_bad_row_is_refused_or_dropped_as_asked() {
         "one-empty-answer.parquet",
         "--bad-rows drop",
         expect![[r#"
-        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
-        exit 0
-    "#]],
+            read      warning: 1 of 5 rows cannot be used and are left out:\n  1 x the assistant's content is empty (data.parquet:4)\n  (places are file:row, counted from 0)
+            tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+            exit 0
+        "#]],
     );
     check(
         "one-empty-answer.parquet",
@@ -144,9 +145,10 @@ fn tools_and_system_columns_reach_the_template() {
         "tools.parquet",
         "",
         expect![[r#"
-        tokenize  3 rows: 201 tokens, 141 of them learned; longest 67, 0 cut to 1024, 0 dropped
-        exit 0
-    "#]],
+            tokenize  3 rows: 201 tokens, 141 of them learned; longest 67, 0 cut to 1024, 0 dropped
+            tokenize  warning: 3 rows have tools that the chat template does not write, so that the model never sees them
+            exit 0
+        "#]],
     );
     check(
         "system-column.parquet",
@@ -173,10 +175,10 @@ fn parts_of_a_content_are_joined_and_numbers_refused() {
         "",
         expect![[r#"
 
-        error (data, exit code 11): data.parquet: `completion` is Int64; text is needed; columns found: `prompt`: Utf8, `completion`: Int64
-          help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field
-        exit 11
-    "#]],
+            error (data, exit code 11): data.parquet: `completion` is Int64; text is needed; columns found: `prompt`: Utf8View, `completion`: Int64
+              help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
+            exit 11
+        "#]],
     );
 }
 
@@ -187,9 +189,10 @@ fn an_end_that_is_not_learned_is_told() {
         "plain.parquet",
         &format!("--set ModelConfig.chat_template={template}"),
         expect![[r#"
-        tokenize  4 rows: 136 tokens, 64 of them learned; longest 34, 0 cut to 1024, 0 dropped
-        exit 0
-    "#]],
+            tokenize  4 rows: 136 tokens, 64 of them learned; longest 34, 0 cut to 1024, 0 dropped
+            tokenize  warning: 4 of 4 rows end without a learned end token (<|end|>), so that the model may not learn to stop (0 rows were cut): the chat template must write the token inside what it marks as the answer, and max_length must leave room for it
+            exit 0
+        "#]],
     );
     check(
         "letters.parquet",
@@ -230,9 +233,10 @@ fn a_beginning_token_is_not_doubled() {
         "text-with-bos.parquet",
         "",
         expect![[r#"
-        tokenize  4 rows: 36 tokens, 32 of them learned; longest 9, 0 cut to 1024, 0 dropped
-        exit 0
-    "#]],
+            tokenize  4 rows: 36 tokens, 32 of them learned; longest 9, 0 cut to 1024, 0 dropped
+            tokenize  warning: 4 rows hold the tokens already that the tokenizer puts around a text (<s>); they are not doubled, as transformers would do
+            exit 0
+        "#]],
     );
 }
 
@@ -259,11 +263,11 @@ fn runs_that_cannot_learn_are_refused() {
         "plain.parquet",
         "--set LoraConfig.lora_alpha=0",
         expect![[r#"
-
-        error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
-          help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
-        exit 10
-    "#]],
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+              help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
+            exit 10
+        "#]],
     );
     check(
         "plain.parquet",
@@ -316,7 +320,7 @@ fn an_adapter_of_another_model_is_told_by_its_file() {
     work.write("adapter/adapter_model.safetensors", other);
     expect![[r#"
 
-        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's: LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1; name some of them (the last part is enough), or "all-linear"
+        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
           help: the adapter to start from must be of the same base model
         exit 12
     "#]].assert_eq(&said(&work, "--init-adapter adapter"));
@@ -333,7 +337,36 @@ fn data_is_seen_as_it_will_be_trained() {
         assert_eq!((ended.code, work.path("out").exists()), (Some(0), false), "{}", ended.stderr);
         ended.stdout
     };
-    expect![""].assert_eq(&inspect("--row data.parquet:0 --html page.html"));
+    expect![[r#"
+        model
+        rows        2: 2 to train on, 0 to evaluate on, 0 dropped
+        tokens      64, longest row 35
+        learned     14 tokens, 21.9 %
+        cut         0 rows to 1024 tokens, 0.0 %
+        steps       3
+        packing     passes are filled to 6 %
+        duplicates  0 rows are exact copies of an earlier one, 0 nearly so
+        overlap     0 rows to evaluate on are also trained on, exactly or nearly
+
+        tokens of a row
+              1 to 3              0  
+              4 to 6              0  
+              7 to 9              0  
+             10 to 12             0  
+             13 to 15             0  
+             16 to 18             0  
+             19 to 21             0  
+             22 to 24             0  
+             25 to 27             0  
+             28 to 30             1  ########################################
+             31 to 33             0  
+             34 to 36             1  ########################################
+
+        as it will be trained; what is not learned stands in [brackets]
+
+        --- data.parquet:0: 35 tokens, 2 learned
+        [<s><|user|>Say a or user or assistant: a<|end|><|assistant|>]a<|end|>
+    "#]].assert_eq(&inspect("--row data.parquet:0 --html page.html"));
     let page = work.text("page.html");
     assert!(page.contains("<span class=\"l s\">&lt;|end|&gt;</span>") && !page.contains("<script"), "{page}");
     assert!(!page.contains("http://") && !page.contains("https://"), "nothing comes from elsewhere");
