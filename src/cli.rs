@@ -10,6 +10,7 @@ use crate::facts::{Keep, Precision};
 use crate::fault::Fault;
 use crate::memory::Limit;
 use crate::review;
+use crate::serving;
 use crate::spec::keys;
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
@@ -32,6 +33,10 @@ pub struct Invocation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Run(Request),
+    Serve {
+        request: Request,
+        options: Box<serving::Options>,
+    },
     Model {
         about: AboutModel,
         format: Format,
@@ -135,6 +140,10 @@ pub fn parse(
         Subcommands::Bench(arguments) => {
             let json = arguments.json.clone();
             Command::Bench { options: arguments.options()?, json }
+        }
+        Subcommands::Serve(serve) => {
+            let request = serve.request(matches)?;
+            Command::Serve { request, options: Box::new(serve.options()?) }
         }
         Subcommands::Render { files, cluster, format } => {
             Command::Render { files, settings: cluster.settings(), format }
@@ -296,6 +305,11 @@ enum Subcommands {
     #[command(after_help = "Examples:\n  hone bench --shape phi3-mini --tokens 4096 --json speed.json\n  \
         hone bench --model ./phi-3 --lengths one --tokens 8192")]
     Bench(Bench),
+    /// Serve a model with adapters over HTTP: OpenAI's API, KAITO's /chat, and a page to talk to it
+    #[command(after_help = "Examples:\n  hone serve ./phi-3 --adapter support=./adapter\n  \
+        hone serve hf://microsoft/phi-4 --adapter a=./a --adapter b=oci://registry.example.com/adapters/b:1 \\\n    \
+        --mix both=a:0.7,b:0.3 --listen 0.0.0.0:5000")]
+    Serve(Serve),
     /// Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
     #[command(after_help = "Examples:\n  hone render -f workspace.yaml | kubectl apply -f -\n  \
         hone render -f workspace.yaml -f my-params.yaml --image registry.example.com/hone:cuda")]
@@ -554,6 +568,141 @@ impl Bench {
             keep,
             memory_max: self.memory_max.map(limit).transpose()?,
             pass_tokens_max: self.pass_tokens_max,
+        })
+    }
+}
+
+#[derive(Args)]
+struct Serve {
+    /// Base model: a folder, hf://OWNER/NAME, oci://IMAGE or preset:NAME
+    #[arg(value_name = "MODEL", env = "HONE_MODEL")]
+    model: String,
+    /// Id of the base for clients [default: told from MODEL]
+    #[arg(long, value_name = "NAME", env = "HONE_NAME")]
+    name: Option<String>,
+    /// Adapter and where it is, a folder or oci://IMAGE; may be repeated
+    #[arg(long, value_name = "NAME=SOURCE", env = "HONE_ADAPTER", value_delimiter = ' ')]
+    adapter: Vec<String>,
+    /// Name of a sum of adapters, each with its strength; may be repeated
+    #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
+    mix: Vec<String>,
+    /// Where to listen
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
+    listen: SocketAddr,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
+    device: Option<String>,
+    /// Folder of downloads
+    #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
+    cache: Option<String>,
+    /// What /chat does with a prompt: put it through the chat template, or continue it as it is
+    #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
+    chat: String,
+    /// Most tokens of prompt and answer together [default: the model's, at most 16384]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
+    context: Option<usize>,
+    /// Most sequences that run at once
+    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
+    sequences: usize,
+    /// Most requests that wait; further ones are answered with 429
+    #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
+    waiting: usize,
+    /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
+    cache_tokens: Option<usize>,
+    /// Let requests load and unload adapters: images, and folders below this one
+    #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
+    allow_adapter_changes: Option<PathBuf>,
+    /// Key that clients send as Authorization: Bearer KEY; the variable does not show in lists of processes
+    #[arg(long, value_name = "KEY", env = "HONE_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Certificate chain (PEM), for HTTPS
+    #[arg(long, value_name = "FILE", env = "HONE_TLS_CHAIN", requires = "tls_key")]
+    tls_chain: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, value_name = "FILE", env = "HONE_TLS_KEY", requires = "tls_chain")]
+    tls_key: Option<PathBuf>,
+    /// Seconds that running answers may take after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "25", env = "HONE_GRACE")]
+    grace: u32,
+    #[command(flatten)]
+    registry: RegistryArguments,
+    /// Any key: --set QuantizationConfig.load_in_4bit=false; may be repeated
+    #[arg(long, value_name = "SECTION.KEY=VALUE", env = "HONE_SET")]
+    set: Vec<String>,
+}
+
+impl Serve {
+    fn request(&self, matches: &ArgMatches) -> Result<Request, clap::Error> {
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
+        let texts = [
+            ("model", Some(self.model.clone())),
+            ("name", self.name.clone()),
+            ("device", self.device.clone()),
+            ("cache", self.cache.clone()),
+            ("ca_file", path(&self.registry.ca_file)),
+            ("docker_config", path(&self.registry.docker_config)),
+            ("plain_http", self.registry.plain_http.then(|| "true".to_string())),
+        ];
+        let mut settings = Vec::new();
+        for (key, text) in texts {
+            let origin = origin(matches, key);
+            settings.extend(text.map(|text| Setting {
+                key: key.into(),
+                written: Written::Text(text),
+                origin,
+            }));
+        }
+        let variable = matches.value_source("set") == Some(ValueSource::EnvVariable);
+        for given in &self.set {
+            let all = if variable { assignments(given).collect() } else { vec![given.as_str()] };
+            for assignment in all {
+                settings.push(setting(assignment, origin(matches, "set"))?);
+            }
+        }
+        Ok(Request { settings, ..Request::default() })
+    }
+
+    fn options(self) -> Result<serving::Options, clap::Error> {
+        let wrong = |flag: &str, text: &str, expected: &str| {
+            let message = format!("--{flag} {text:?}: expected {expected}");
+            Cli::command().error(clap::error::ErrorKind::ValueValidation, message)
+        };
+        let pair = |flag: &str, text: &String, expected: &str| match text.split_once('=') {
+            Some((name, rest)) if !name.is_empty() && !rest.is_empty() => {
+                Ok((name.to_owned(), rest.to_owned()))
+            }
+            _ => Err(wrong(flag, text, expected)),
+        };
+        let part = |text: &str| {
+            let (name, strength) = text.split_once(':')?;
+            let strength = strength.parse::<f32>().ok().filter(|s| (-16.0..=16.0).contains(s))?;
+            Some((name.to_owned(), strength))
+        };
+        let adapters = self.adapter.iter().map(|text| pair("adapter", text, "NAME=SOURCE"));
+        let mut mixes = Vec::new();
+        for text in &self.mix {
+            const EXPECTED: &str = "NAME=A:STRENGTH,B:STRENGTH, such as both=a:0.7,b:0.3";
+            let (name, parts) = pair("mix", text, EXPECTED)?;
+            let parts: Option<Vec<_>> = parts.split(',').map(part).collect();
+            mixes.push((name, parts.ok_or_else(|| wrong("mix", text, EXPECTED))?));
+        }
+        Ok(serving::Options {
+            adapters: adapters.collect::<Result<_, _>>()?,
+            mixes,
+            sequences: self.sequences,
+            waiting: self.waiting,
+            context: self.context,
+            cache_tokens: self.cache_tokens,
+            raw_chat: self.chat == "raw",
+            adapter_folder: self.allow_adapter_changes,
+            grace: std::time::Duration::from_secs(self.grace.into()),
+            server: crate::server::Options {
+                listen: self.listen,
+                tls: self.tls_chain.zip(self.tls_key),
+                key: self.api_key.filter(|key| !key.is_empty()),
+                ..crate::server::Options::default()
+            },
         })
     }
 }

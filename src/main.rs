@@ -19,7 +19,7 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review};
+use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, serving};
 use std::io::IsTerminal;
 
 /// Prints a line; a reader that went away is no reason to fail.
@@ -73,7 +73,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         }
     };
     // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
-    let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_));
+    let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_) | Command::Serve { .. });
     let bars = match invocation.log {
         Log::Auto if job => None,
         Log::Auto => Some(true),
@@ -164,11 +164,15 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     let _standing = interrupt::stands(match command {
         Command::Run(_) | Command::Example { .. } => Standing::BeforeTraining,
         Command::Push { .. } => Standing::Pushing,
-        Command::Controller(_) => Standing::Stay,
+        Command::Controller(_) | Command::Serve { .. } => Standing::Stay,
         _ => Standing::Looking,
     });
     match command {
         Command::Run(request) => run(request, report).map(Some),
+        Command::Serve { request, options } => {
+            let plan = plan::serving(&spec::gather(request, &environment)?)?;
+            serving::run(&plan, options, report).map(|()| None)
+        }
         Command::Model { about, format } => model(about, *format, report).map(|()| None),
         Command::Plan { request, format, gpus, prices } => {
             show(&resolve(request)?, *format, gpus, prices).map(|()| None)

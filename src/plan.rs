@@ -10,6 +10,7 @@ mod show;
 
 pub use places::{below_mnt, registry_access};
 
+use crate::facts::{FourBitCode, LoraOptions, Quantization};
 use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
@@ -82,6 +83,49 @@ pub fn access(spec: &Spec) -> Result<(source::Options, registry::Options)> {
         places::registry_options(&mut reader, ca_file),
     );
     reader.check().map(|()| options)
+}
+
+/// What serving a model needs of the keys.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    pub source: source::Options,
+    pub registry: registry::Options,
+    pub base: fetch::Model,
+    /// NF4 with quantised scales unless the keys say otherwise.
+    pub model: model::Options,
+    /// The id of the base.
+    pub model_name: String,
+    pub device: device::Choice,
+    pub chat_template: Option<String>,
+}
+
+/// Resolves what was asked of a server.
+///
+/// # Errors
+/// Config: all contradictions and missing things in one fault.
+pub fn serving(spec: &Spec) -> Result<Serving> {
+    let mut reader = Reader::new(spec);
+    let ca_file = places::existing_file(&mut reader, "ca_file");
+    let source = places::source_options(&mut reader, ca_file.clone());
+    let (base, folder) = places::model(&mut reader, &source.cache, spec.kaito);
+    let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
+    let said = reader.given(Section::QuantizationConfig, "load_in_4bit").is_some();
+    let quantization = match base::quantization(&mut reader) {
+        Quantization::None if !said => Quantization::FourBit { code: FourBitCode::Nf4, double: true },
+        said => said,
+    };
+    let precision = base::precision(&mut reader, quantization);
+    let lora = LoraOptions::default();
+    let serving = Serving {
+        base,
+        model: model::Options { folder, quantization, precision, lora },
+        model_name,
+        device: places::device(&mut reader),
+        chat_template: rows::token_options(&mut reader).chat_template,
+        registry: places::registry_options(&mut reader, ca_file),
+        source,
+    };
+    reader.check().map(|()| serving)
 }
 
 /// Resolves what was asked. All contradictions and missing things are told in one fault.

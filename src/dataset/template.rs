@@ -128,9 +128,7 @@ impl Template {
         context: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, String> {
         let template = self.environment.get_template(NAME).expect("added in `new`");
-        let text = template
-            .render(Value::from(minijinja::value::Serde(context)))
-            .map_err(|error| explain(&error))?;
+        let text = template.render(Value::from(Serde(context))).map_err(|error| explain(&error))?;
         if self.marks_answers { cut_sentinels(&text).map(|rendered| rendered.text) } else { Ok(text) }
     }
 }

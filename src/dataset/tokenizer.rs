@@ -288,6 +288,15 @@ fn beginning<T>(
     }
 }
 
+/// GPT-2's letters of bytes: printable ones stand for themselves, the others are numbered from U+0100 on.
+fn byte_of(letter: char) -> Option<u8> {
+    let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    match u32::from(letter) {
+        code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
+        code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
+    }
+}
+
 /// `around` is `plain` with tokens in front and behind; what `plain` begins or ends with already is not put there again.
 fn not_doubled(mut around: Vec<u32>, plain: &[u32]) -> (Vec<u32>, bool) {
     let added = around.len().saturating_sub(plain.len());
@@ -302,15 +311,6 @@ fn not_doubled(mut around: Vec<u32>, plain: &[u32]) -> (Vec<u32>, bool) {
         around.drain(..front);
     }
     (around, begins || ends)
-}
-
-/// GPT-2's letters of bytes: printable ones stand for themselves, the others are numbered from U+0100 on.
-fn byte_of(letter: char) -> Option<u8> {
-    let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    match u32::from(letter) {
-        code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
-        code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
-    }
 }
 
 fn unfit(error: &dyn std::error::Error) -> String {

@@ -9,5 +9,5 @@ pub mod text;
 
 pub use request::{
     Adapter, Answer, Counters, Engine, Event, Facts, Finish, Refusal, Request, Sampling, Scored, Sender,
-    Strength, Usage, answer,
+    Shared, Strength, Usage, answer,
 };

@@ -1,0 +1,347 @@
+//! Choices of a request -> one JSON answer, or a stream of server-sent events.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use hyper::body::Bytes;
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::ask::{Ask, Form};
+use super::error::{Error, Result};
+use super::metrics::Metrics;
+use super::model::Model;
+use super::speak::{End, Piece, Speaker};
+use super::state::Stop;
+use crate::generate::text::token_name;
+use crate::generate::{Scored, Usage};
+
+/// What all parts of an answer need.
+pub struct Context {
+    pub model: Arc<Model>,
+    pub ask: Ask,
+    pub metrics: Arc<Metrics>,
+    pub stop: Stop,
+    id: String,
+    created: u64,
+    begun: Instant,
+}
+
+impl Context {
+    pub fn new(model: Arc<Model>, ask: Ask, metrics: Arc<Metrics>, stop: Stop) -> Context {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let kind = if ask.form == Form::Chat { "chatcmpl" } else { "cmpl" };
+        let id = format!("{kind}-{:x}{count:06x}", now.as_micros());
+        Context { model, ask, metrics, stop, id, created: now.as_secs(), begun: Instant::now() }
+    }
+
+    /// Submits all choices, or none.
+    pub fn submit(&self) -> Result<Vec<Speaker>> {
+        let submit = |request: crate::generate::Request| {
+            let answer = self.model.engine.submit(request.clone()).map_err(Error::from)?;
+            Ok(Speaker::new(self.model.clone(), answer, &self.ask, &request))
+        };
+        self.ask.requests().into_iter().map(submit).collect()
+    }
+
+    fn prompt(&self, index: usize) -> &super::ask::Prompt {
+        &self.ask.prompts[index / self.ask.n]
+    }
+
+    fn head(&self, object: &str) -> Map<String, Value> {
+        let head = json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.ask.model,
+        });
+        head.as_object().cloned().expect("an object")
+    }
+
+    fn logprobs(&self, scored: &[Scored]) -> Value {
+        let entry = |token: u32, logprob: f32| {
+            json!({
+                "token": token_name(&self.model.tokenizer, token),
+                "logprob": logprob,
+                "bytes": self.model.tokenizer.token_bytes(token),
+            })
+        };
+        let one = |scored: &Scored| {
+            let mut one = entry(scored.token, scored.logprob);
+            one["top_logprobs"] = scored.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
+            one
+        };
+        json!({"content": scored.iter().map(one).collect::<Vec<_>>()})
+    }
+}
+
+/// Waits for the choice's next piece, but not beyond the server's end.
+async fn next(speaker: &mut Speaker, stop: &Stop) -> Piece {
+    tokio::select! {
+        piece = speaker.next() => piece,
+        () = stop.reached() => Piece::Failed(Error::unavailable("The server ends; the answer is not complete")),
+    }
+}
+
+/// The older form's four lists, which grow token by token.
+#[derive(Default)]
+struct Legacy {
+    tokens: Vec<String>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Value>,
+    text_offset: Vec<usize>,
+    offset: usize,
+}
+
+impl Legacy {
+    fn push(&mut self, model: &Model, token: u32, scored: Option<&Scored>) {
+        let name = token_name(&model.tokenizer, token);
+        let length = String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).chars().count();
+        let mut top = Map::new();
+        for (token, logprob) in scored.iter().flat_map(|scored| &scored.top) {
+            // Two tokens may have one text: the more probable comes first and stays.
+            top.entry(token_name(&model.tokenizer, *token)).or_insert(json!(logprob));
+        }
+        if let Some(scored) = scored {
+            top.entry(name.clone()).or_insert(json!(scored.logprob));
+        }
+        self.tokens.push(name);
+        self.token_logprobs.push(scored.map(|scored| scored.logprob));
+        self.top_logprobs.push(scored.map_or(Value::Null, |_| Value::Object(top)));
+        self.text_offset.push(self.offset);
+        self.offset += length;
+    }
+
+    /// What was pushed since the last time.
+    fn take(&mut self) -> Value {
+        let offset = self.offset;
+        let part = std::mem::replace(self, Legacy { offset, ..Legacy::default() });
+        json!({
+            "tokens": part.tokens, "token_logprobs": part.token_logprobs,
+            "top_logprobs": part.top_logprobs, "text_offset": part.text_offset,
+        })
+    }
+}
+
+/// A whole choice.
+struct Whole {
+    choice: Value,
+    usage: Usage,
+}
+
+async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<Whole> {
+    let ask = &context.ask;
+    let mut text = String::new();
+    let mut prompt_scores: Vec<Scored> = Vec::new();
+    let mut scores: Vec<Scored> = Vec::new();
+    let mut clock = context.metrics.clock(context.begun);
+    let end: End = loop {
+        match next(&mut speaker, &context.stop).await {
+            Piece::Prompt(more) => prompt_scores.extend(more),
+            Piece::Text(more, tokens) => {
+                clock.tokens(tokens.len());
+                text += &more;
+                scores.extend(tokens);
+            }
+            Piece::End(more, tokens, end) => {
+                clock.tokens(tokens.len());
+                text += &more;
+                scores.extend(tokens);
+                break end;
+            }
+            Piece::Failed(error) => {
+                context.metrics.ended("error", &Usage::default(), &clock);
+                return Err(error);
+            }
+        }
+    };
+    context.metrics.ended(end.reason, &end.usage, &clock);
+    let mut choice = json!({"index": index, "finish_reason": end.reason, "stop_reason": end.by});
+    let prompt = context.prompt(index);
+    if ask.form == Form::Chat {
+        choice["message"] = json!({"role": "assistant", "content": text, "refusal": null});
+        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(&scores));
+    } else {
+        let mut legacy = Legacy::default();
+        if ask.echo {
+            let decoded = || context.model.tokenizer.decode(&prompt.ids, ask.skip_special);
+            text.insert_str(0, &prompt.text.clone().unwrap_or_else(decoded));
+            legacy.push(&context.model, prompt.ids[0], None);
+            prompt_scores.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
+        }
+        scores.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
+        choice["text"] = text.into();
+        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| legacy.take());
+    }
+    if ask.token_ids {
+        choice["token_ids"] = scores.iter().map(|scored| scored.token).collect();
+        choice["prompt_token_ids"] = json!(prompt.ids);
+    }
+    if ask.request.prompt_logprobs.is_some() && !ask.echo {
+        let scored = context.logprobs(&prompt_scores);
+        choice["prompt_logprobs"] = scored["content"].clone();
+    }
+    Ok(Whole { choice, usage: end.usage })
+}
+
+fn usage(context: &Context, of_choices: &[Usage]) -> Value {
+    let prompt: usize = context.ask.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let generated: usize = of_choices.iter().map(|usage| usage.generated_tokens).sum();
+    let cached: usize = of_choices.iter().map(|usage| usage.cached_tokens).sum();
+    json!({
+        "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    })
+}
+
+/// The whole answer in one piece.
+pub async fn complete(context: Arc<Context>) -> Result<Value> {
+    let mut tasks = JoinSet::new();
+    for (index, speaker) in context.submit()?.into_iter().enumerate() {
+        let context = context.clone();
+        tasks.spawn(async move { whole(&context, index, speaker).await });
+    }
+    let mut done = Vec::new();
+    while let Some(joined) = tasks.join_next().await {
+        done.push(joined.unwrap_or_else(|_| Err(internal()))?);
+    }
+    done.sort_by_key(|whole| whole.choice["index"].as_u64());
+    let usages: Vec<Usage> = done.iter().map(|whole| whole.usage).collect();
+    let choices: Vec<Value> = done.into_iter().map(|whole| whole.choice).collect();
+    if context.ask.form == Form::Kaito {
+        return Ok(json!({"Result": choices[0]["text"]}));
+    }
+    let object = if context.ask.form == Form::Chat { "chat.completion" } else { "text_completion" };
+    let mut answer = context.head(object);
+    answer.insert("choices".into(), choices.into());
+    answer.insert("usage".into(), usage(&context, &usages));
+    Ok(answer.into())
+}
+
+fn internal() -> Error {
+    Error::new(hyper::StatusCode::INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
+}
+
+/// A reader that is slower than this many events lets its sequence's tokens wait, and harms nobody else.
+const EVENTS_WAITING: usize = 16;
+
+/// Starts the choices; what they say comes out of the receiver as server-sent events.
+pub fn stream(context: Arc<Context>) -> Result<mpsc::Receiver<Bytes>> {
+    let speakers = context.submit()?;
+    let (sender, receiver) = mpsc::channel(EVENTS_WAITING);
+    tokio::spawn(async move {
+        let mut tasks = JoinSet::new();
+        for (index, speaker) in speakers.into_iter().enumerate() {
+            let (context, sender) = (context.clone(), sender.clone());
+            tasks.spawn(async move { parts(&context, index, speaker, &sender).await });
+        }
+        let mut usages = Vec::new();
+        while let Some(joined) = tasks.join_next().await {
+            match joined.unwrap_or(None) {
+                Some(usage) => usages.push(usage),
+                None => return, // It failed and said so, or nobody reads: the other choices end too.
+            }
+        }
+        if context.ask.include_usage {
+            let mut last = context.head(object(&context));
+            last.insert("choices".into(), json!([]));
+            last.insert("usage".into(), usage(&context, &usages));
+            let _ = sender.send(event(&last.into())).await;
+        }
+        let _ = sender.send(Bytes::from_static(b"data: [DONE]\n\n")).await;
+    });
+    Ok(receiver)
+}
+
+fn object(context: &Context) -> &'static str {
+    if context.ask.form == Form::Chat { "chat.completion.chunk" } else { "text_completion" }
+}
+
+fn event(value: &Value) -> Bytes {
+    Bytes::from(format!("data: {value}\n\n"))
+}
+
+/// Sends one choice. `None`: it ended early.
+async fn parts(
+    context: &Context,
+    index: usize,
+    mut speaker: Speaker,
+    sender: &mpsc::Sender<Bytes>,
+) -> Option<Usage> {
+    let ask = &context.ask;
+    let chat = ask.form == Form::Chat;
+    let mut clock = context.metrics.clock(context.begun);
+    let mut legacy = Legacy::default();
+    let send = async |mut choice: Value, last: Option<&End>| {
+        choice["index"] = index.into();
+        choice["finish_reason"] = last.map_or(Value::Null, |end| end.reason.into());
+        if let Some(end) = last {
+            choice["stop_reason"] = end.by.clone().unwrap_or(Value::Null);
+        }
+        let mut chunk = context.head(object(context));
+        chunk.insert("choices".into(), json!([choice]));
+        if ask.include_usage {
+            chunk.insert("usage".into(), Value::Null);
+        }
+        sender.send(event(&chunk.into())).await.ok()
+    };
+    if chat {
+        send(json!({"delta": {"role": "assistant", "content": ""}, "logprobs": null}), None).await?;
+    }
+    if ask.echo {
+        let prompt = context.prompt(index);
+        let decoded = || context.model.tokenizer.decode(&prompt.ids, ask.skip_special);
+        let text = prompt.text.clone().unwrap_or_else(decoded);
+        legacy.push(&context.model, prompt.ids[0], None);
+        if ask.request.prompt_logprobs.is_none() {
+            legacy.take();
+        }
+        send(json!({"text": text, "logprobs": null}), None).await?;
+    }
+    loop {
+        let piece = tokio::select! {
+            piece = next(&mut speaker, &context.stop) => piece,
+            () = sender.closed() => {
+                context.metrics.ended("abort", &Usage::default(), &clock);
+                return None;
+            }
+        };
+        let (text, tokens, end) = match piece {
+            Piece::Prompt(scored) => {
+                scored.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
+                continue;
+            }
+            Piece::Text(text, tokens) => (text, tokens, None),
+            Piece::End(text, tokens, end) => (text, tokens, Some(end)),
+            Piece::Failed(error) => {
+                context.metrics.ended("error", &Usage::default(), &clock);
+                let _ = sender.send(event(&error.body())).await;
+                return None;
+            }
+        };
+        clock.tokens(tokens.len());
+        let mut choice = match chat {
+            true => json!({"delta": {"content": text}}),
+            false => json!({"text": text}),
+        };
+        choice["logprobs"] = match (ask.request.logprobs, chat) {
+            (None, _) => Value::Null,
+            (Some(_), true) => context.logprobs(&tokens),
+            (Some(_), false) => {
+                tokens.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
+                legacy.take()
+            }
+        };
+        if ask.token_ids {
+            choice["token_ids"] = tokens.iter().map(|scored| scored.token).collect();
+        }
+        if let Some(end) = &end {
+            context.metrics.ended(end.reason, &end.usage, &clock);
+        }
+        send(choice, end.as_ref()).await?;
+        if let Some(end) = end {
+            return Some(end.usage);
+        }
+    }
+}

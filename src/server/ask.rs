@@ -1,0 +1,489 @@
+//! The body of a request -> what the engine is asked, and how the answer is to be shown.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+
+use super::error::{Error, Result, too_long};
+use super::fields::{Fields, token};
+use super::model::Model;
+use crate::generate::{Request, Sampling, Strength};
+
+/// LIMIT: choices of one request.
+const CHOICES_MAX: i64 = 128;
+/// LIMIT: prompts of one request.
+const PROMPTS_MAX: usize = 4096;
+/// LIMIT: stop strings of one request.
+const STOPS_MAX: usize = 16;
+/// LIMIT: alternatives of one token.
+const ALTERNATIVES_MAX: i64 = 20;
+const ADAPTERS_MAX: usize = 16;
+
+/// Which form the answer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    Chat,
+    Completion,
+    /// KAITO's `{"Result": ...}`.
+    Kaito,
+}
+
+/// One prompt with its choices.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    pub ids: Vec<u32>,
+    /// As it was given, for `echo`.
+    pub text: Option<String>,
+}
+
+/// A request that was understood.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    pub form: Form,
+    /// The name that was asked for.
+    pub model: String,
+    pub prompts: Vec<Prompt>,
+    /// Choices of each prompt.
+    pub n: usize,
+    /// Without the prompt, which differs.
+    pub request: Request,
+    pub stop: Vec<String>,
+    pub stream: bool,
+    pub include_usage: bool,
+    pub echo: bool,
+    pub skip_special: bool,
+    pub token_ids: bool,
+    /// Fields that nobody here knows.
+    pub ignored: Vec<String>,
+}
+
+impl Ask {
+    /// The engine's requests in the order of the choices.
+    pub fn requests(&self) -> Vec<Request> {
+        let choice = |prompt: &Prompt, number: usize| {
+            let mut request = Request { prompt: prompt.ids.clone(), ..self.request.clone() };
+            request.sampling.seed = self.request.sampling.seed.wrapping_add(number as u64);
+            request
+        };
+        self.prompts.iter().flat_map(|prompt| (0..self.n).map(move |n| choice(prompt, n))).collect()
+    }
+}
+
+const COMMON: [&str; 30] = [
+    "model",
+    "stream",
+    "stream_options",
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "adapters",
+    "logprobs",
+    "skip_special_tokens",
+    "return_token_ids",
+    "prompt_logprobs",
+    "user",
+    "best_of",
+    "response_format",
+    "metadata",
+    "store",
+    "service_tier",
+];
+const CHAT: [&str; 11] = [
+    "messages",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "documents",
+    "chat_template",
+    "reasoning_effort",
+];
+const COMPLETION: [&str; 4] = ["prompt", "echo", "suffix", "add_special_tokens"];
+
+/// `POST /v1/chat/completions`.
+pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
+    let fields = Fields::new(body, "");
+    let text = chat_text(&fields, model)?;
+    let ids = model.encode(&text, false)?;
+    let mut ask = common(&fields, model, Form::Chat, vec![Prompt { ids, text: Some(text) }])?;
+    ask.ignored = fields.unknown(&[&COMMON[..], &CHAT].concat());
+    if fields.flag("logprobs")?.unwrap_or(false) {
+        ask.request.logprobs = Some(fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0));
+    } else if fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0) > 0 {
+        return Err(Error::field("top_logprobs", "top_logprobs needs logprobs: true"));
+    }
+    Ok(ask)
+}
+
+/// The text that the template makes of the messages.
+pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
+    let messages = fields.list("messages")?.ok_or_else(|| Error::field("messages", "messages is missing"))?;
+    fields.refuse("chat_template", &[], "the model's own template is used")?;
+    let mut context = Map::new();
+    let listed = fields.list("tools")?;
+    let without = fields.get("tool_choice") == Some(&json!("none"));
+    fields.refuse(
+        "tool_choice",
+        &[json!("none"), json!("auto")],
+        "whether a tool is called is the model's choice",
+    )?;
+    if let Some(tools) = listed.filter(|tools| !tools.is_empty() && !without) {
+        context.insert("tools".into(), json!(tools));
+    }
+    if let Some(documents) = fields.list("documents")? {
+        context.insert("documents".into(), json!(documents));
+    }
+    for (name, value) in fields.object("chat_template_kwargs")?.into_iter().flatten() {
+        context.insert(name.clone(), value.clone());
+    }
+    let goes_on = fields.flag("continue_final_message")?.unwrap_or(false);
+    let begin = fields.flag("add_generation_prompt")?.unwrap_or(!goes_on);
+    if goes_on && begin {
+        return Err(Error::field(
+            "continue_final_message",
+            "continue_final_message and add_generation_prompt exclude each other",
+        ));
+    }
+    let messages = messages.iter().enumerate().map(|(at, m)| message(at, m)).collect::<Result<Vec<_>>>()?;
+    let Some(last) = messages.last() else {
+        return Err(Error::field("messages", "messages is empty; give at least one"));
+    };
+    let last = last["content"].as_str().unwrap_or_default().trim().to_owned();
+    context.insert("messages".into(), Value::Array(messages));
+    context.insert("add_generation_prompt".into(), begin.into());
+    let chat = model.chat.as_ref().ok_or_else(|| {
+        Error::bad("The model has no chat template; ask /v1/completions, or serve it with --chat-template")
+    })?;
+    let mut text = chat.text(context).map_err(|problem| Error::field("messages", problem))?;
+    if goes_on {
+        let end = text.rfind(&last).map(|at| at + last.len()).ok_or_else(|| {
+            Error::field("continue_final_message", "the chat template changes the last message")
+        })?;
+        text.truncate(end);
+    }
+    Ok(text)
+}
+
+/// A message as templates expect it: text content, arguments of tool calls as objects.
+fn message(at: usize, message: &Value) -> Result<Value> {
+    let place = format!("messages[{at}]");
+    let wrong = |what: &str| Error::field(&place, format!("{place}: {what}"));
+    let map = message.as_object().ok_or_else(|| wrong("expected an object with role and content"))?;
+    let role = map.get("role").and_then(Value::as_str).ok_or_else(|| wrong("role is missing"))?;
+    let role = match role {
+        "developer" => "system",
+        "system" | "user" | "assistant" | "tool" => role,
+        other => {
+            return Err(wrong(&format!(
+                "role {other:?} is unknown; expected system, developer, user, assistant or tool"
+            )));
+        }
+    };
+    let mut out = map.clone();
+    out.insert("role".into(), role.into());
+    let content = match map.get("content").unwrap_or(&Value::Null) {
+        Value::String(text) => Value::String(text.clone()),
+        Value::Null if role == "assistant" && map.contains_key("tool_calls") => Value::Null,
+        Value::Array(parts) => {
+            let text = |part: &Value| {
+                (part["type"] == "text").then(|| part["text"].as_str().map(String::from)).flatten()
+            };
+            let texts: Option<Vec<String>> = parts.iter().map(text).collect();
+            Value::String(texts.ok_or_else(|| wrong("only parts of type text are supported"))?.concat())
+        }
+        _ => return Err(wrong("content must be a string or a list of text parts")),
+    };
+    out.insert("content".into(), content);
+    if let Some(Value::Array(calls)) = out.get_mut("tool_calls") {
+        for call in calls {
+            let arguments = &mut call["function"]["arguments"];
+            if let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
+            {
+                *arguments = parsed;
+            }
+        }
+    }
+    Ok(Value::Object(out))
+}
+
+/// `POST /v1/completions`.
+pub fn completion(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
+    let fields = Fields::new(body, "");
+    fields.refuse("suffix", &[json!("")], "the model only continues a text")?;
+    let specials = fields.flag("add_special_tokens")?.unwrap_or(true);
+    let mut ask = common(&fields, model, Form::Completion, prompts(&fields, model, specials)?)?;
+    ask.ignored = fields.unknown(&[&COMMON[..], &COMPLETION].concat());
+    ask.request.logprobs = fields.size("logprobs", 0..=ALTERNATIVES_MAX)?;
+    ask.echo = fields.flag("echo")?.unwrap_or(false);
+    if ask.echo {
+        ask.request.prompt_logprobs = ask.request.prompt_logprobs.or(ask.request.logprobs);
+    }
+    if ask.request.max_tokens == 0 && !ask.echo {
+        return Err(Error::field("max_tokens", "max_tokens 0 needs echo: true"));
+    }
+    Ok(ask)
+}
+
+/// A text, texts, ids, or lists of ids.
+fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>> {
+    let wrong = || {
+        Error::field(
+            "prompt",
+            "prompt: expected a string, a list of strings, token ids, or lists of token ids",
+        )
+    };
+    let text = |text: &str| Ok(Prompt { ids: model.encode(text, specials)?, text: Some(text.to_owned()) });
+    let ids = |list: &Vec<Value>| {
+        let ids = list.iter().map(token).collect::<Option<Vec<u32>>>().ok_or_else(wrong)?;
+        Ok(Prompt { ids, text: None })
+    };
+    let one = |value: &Value| match value {
+        Value::String(string) => text(string),
+        Value::Array(list) => ids(list),
+        _ => Err(wrong()),
+    };
+    match fields.get("prompt") {
+        None => Err(Error::field("prompt", "prompt is missing")),
+        Some(Value::Array(list)) if list.is_empty() => Err(Error::field("prompt", "prompt is empty")),
+        Some(Value::Array(list)) if list[0].is_number() => Ok(vec![ids(list)?]),
+        Some(Value::Array(list)) if list.len() > PROMPTS_MAX => {
+            Err(Error::field("prompt", format!("prompt: found {} prompts, limit {PROMPTS_MAX}", list.len())))
+        }
+        Some(Value::Array(list)) => list.iter().map(one).collect(),
+        Some(value) => Ok(vec![one(value)?]),
+    }
+}
+
+/// What both of OpenAI's forms have.
+fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> Result<Ask> {
+    let name = fields.text("model")?.unwrap_or(&model.name).to_owned();
+    let adapters = adapters(fields, model, &name)?;
+    let n = fields.size("n", 1..=CHOICES_MAX)?.unwrap_or(1);
+    fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
+    fields.refuse("response_format", &[json!({"type": "text"})], "answers are plain text")?;
+    let stream = fields.flag("stream")?.unwrap_or(false);
+    let options = fields.object("stream_options")?;
+    let include_usage = match options {
+        Some(options) => Fields::new(options, "stream_options.").flag("include_usage")?.unwrap_or(false),
+        None => false,
+    };
+    let ignore_ends = fields.flag("ignore_eos")?.unwrap_or(false);
+    let mut stop_tokens = if ignore_ends { Vec::new() } else { model.defaults.stop_tokens.clone() };
+    stop_tokens.extend(fields.tokens("stop_token_ids")?.unwrap_or_default());
+    let asked = fields.size("max_completion_tokens", 0..=i64::MAX)?;
+    let asked = asked.or(fields.size("max_tokens", if form == Form::Chat { 1 } else { 0 }..=i64::MAX)?);
+    let legacy = (form == Form::Completion).then_some(16); // OpenAI's default of the older form.
+    let max_tokens = room(model, &prompts, asked, model.defaults.max_tokens.or(legacy))?;
+    let min_tokens = fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0);
+    if min_tokens > max_tokens {
+        return Err(Error::field(
+            "min_tokens",
+            format!("min_tokens {min_tokens} is more than max_tokens {max_tokens}"),
+        ));
+    }
+    let request = Request {
+        prompt: Vec::new(),
+        max_tokens,
+        min_tokens,
+        stop_tokens,
+        sampling: sampling(fields, model)?,
+        adapters,
+        logprobs: None,
+        prompt_logprobs: fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)?,
+    };
+    Ok(Ask {
+        form,
+        model: name,
+        prompts,
+        n,
+        request,
+        stop: fields.texts("stop", STOPS_MAX)?,
+        stream,
+        include_usage,
+        echo: false,
+        skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
+        token_ids: fields.flag("return_token_ids")?.unwrap_or(false),
+        ignored: Vec::new(),
+    })
+}
+
+/// Tokens that may be generated: as asked for, where that fits; else up to the end of the context.
+fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<usize>) -> Result<usize> {
+    let facts = model.engine.facts();
+    let mut longest = 0;
+    for prompt in prompts {
+        if prompt.ids.is_empty() {
+            return Err(Error::field("prompt", "the prompt has no tokens"));
+        }
+        if let Some(&token) = prompt.ids.iter().find(|token| **token as usize >= facts.vocabulary) {
+            return Err(crate::generate::Refusal::UnknownToken { token, vocabulary: facts.vocabulary }.into());
+        }
+        longest = longest.max(prompt.ids.len());
+    }
+    let needed = longest.saturating_add(asked.unwrap_or(1));
+    if needed > facts.context {
+        return Err(too_long(needed, facts.context));
+    }
+    Ok(asked.unwrap_or_else(|| usual.unwrap_or(usize::MAX).min(facts.context - longest)))
+}
+
+/// What a name or a list adds to the base.
+fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>> {
+    let named = model.named(name)?;
+    let Some(list) = fields.list("adapters")? else { return Ok(named) };
+    let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
+    if !named.is_empty() {
+        return Err(wrong(format!("the model `{name}` is an adapter already; ask for `{}`", model.name)));
+    }
+    if list.len() > ADAPTERS_MAX {
+        return Err(wrong(format!("found {}, limit {ADAPTERS_MAX}", list.len())));
+    }
+    let mut found: Vec<Strength> = Vec::new();
+    for entry in list {
+        let map = entry.as_object().ok_or_else(|| wrong("expected objects with name and strength".into()))?;
+        let entry = Fields::new(map, "adapters.");
+        let name = entry.text("name")?.ok_or_else(|| wrong("name is missing".into()))?;
+        let strength = entry.number("strength", -16.0..=16.0)?.unwrap_or(1.0);
+        if found.iter().any(|other| other.name == name) {
+            return Err(wrong(format!("`{name}` stands twice")));
+        }
+        if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
+            return Err(Error::unknown_model(name, &model.names()).of("adapters"));
+        }
+        found.push(Strength { name: name.to_owned(), strength });
+    }
+    Ok(found)
+}
+
+fn sampling(fields: &Fields, model: &Model) -> Result<Sampling> {
+    let usual = &model.defaults.sampling;
+    let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.map(|k| k.max(0) as usize);
+    Ok(Sampling {
+        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(usual.temperature),
+        top_k: top_k.unwrap_or(usual.top_k),
+        top_p: fields.number("top_p", 0.0..=1.0)?.unwrap_or(usual.top_p),
+        min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(usual.min_p),
+        repetition_penalty: fields
+            .number("repetition_penalty", 0.01..=100.0)?
+            .unwrap_or(usual.repetition_penalty),
+        presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+        bias: bias(fields, model)?,
+        seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or_else(random_seed, |seed| seed as u64),
+    })
+}
+
+/// OpenAI's map from token ids, written as texts, to -100..100.
+fn bias(fields: &Fields, model: &Model) -> Result<Vec<(u32, f32)>> {
+    let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    let vocabulary = model.engine.facts().vocabulary;
+    let entry = |(id, value): (&String, &Value)| {
+        let token = id.parse::<u32>().ok().filter(|id| (*id as usize) < vocabulary);
+        let bias = value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
+        let expected =
+            format!("logit_bias: expected token ids below {vocabulary} and numbers from -100 to 100");
+        token.zip(bias).map(|(t, b)| (t, b as f32)).ok_or_else(|| Error::field("logit_bias", expected))
+    };
+    map.iter().map(entry).collect()
+}
+
+/// Another one for each request.
+fn random_seed() -> u64 {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    (now ^ count.rotate_left(40)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// `POST /chat`, as KAITO's transformers runtime takes it.
+pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
+    let fields = Fields::new(body, "");
+    for name in ["prefix", "handle_long_generation"] {
+        fields.refuse(name, &[], "it has no meaning here")?;
+    }
+    let empty = Map::new();
+    let given = Fields::new(fields.object("generate_kwargs")?.unwrap_or(&empty), "generate_kwargs.");
+    for (name, usual) in [("num_beams", 1.0), ("typical_p", 1.0)] {
+        given.refuse(
+            name,
+            &[json!(usual), json!(usual as i64)],
+            "there is no beam search and no typical_p",
+        )?;
+    }
+    let prompt = fields.text("prompt")?;
+    let raw = model.raw_chat || model.chat.is_none();
+    let text = match (prompt, fields.get("messages")) {
+        (Some(prompt), _) if raw => prompt.to_owned(),
+        (None, Some(_)) => chat_text(&fields, model)?,
+        (None, None) => return Err(Error::field("prompt", "Text generation parameter prompt required")),
+        (Some(prompt), _) => {
+            let asked = json!({"messages": [{"role": "user", "content": prompt}]});
+            chat_text(&Fields::new(asked.as_object().expect("an object"), ""), model)?
+        }
+    };
+    let raw = raw && prompt.is_some();
+    let ids = model.encode(&text, raw)?;
+    let length = ids.len();
+    let shown = if raw { prompt.map(String::from) } else { None };
+    let longest = given.size("max_length", 1..=i64::MAX)?;
+    let longest = longest.or(raw.then_some(200));
+    let mut open = Map::new();
+    let max_new = match (given.size("max_new_tokens", 1..=i64::MAX)?, longest) {
+        (Some(most), _) => Some(most),
+        (None, Some(longest)) if longest <= length => {
+            return Err(Error::field(
+                "generate_kwargs.max_length",
+                format!(
+                    "max_length is {longest} tokens with the prompt's {length}: nothing is left for an answer"
+                ),
+            ));
+        }
+        (None, longest) => longest.map(|longest| longest - length),
+    };
+    let least = given.size("min_length", 0..=i64::MAX)?.map_or(0, |least| least.saturating_sub(length));
+    open.insert("max_tokens".into(), json!(max_new));
+    open.insert("min_tokens".into(), json!(given.size("min_new_tokens", 0..=i64::MAX)?.unwrap_or(least)));
+    for name in ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"] {
+        open.insert(name.into(), given.get(name).cloned().unwrap_or(Value::Null));
+    }
+    if raw {
+        open.entry("top_k").and_modify(|k| {
+            if k.is_null() {
+                *k = json!(10)
+            }
+        });
+        open.entry("temperature").and_modify(|t| {
+            if t.is_null() {
+                *t = json!(1.0)
+            }
+        });
+    }
+    if given.flag("do_sample")? == Some(false) {
+        open.insert("temperature".into(), json!(0));
+    }
+    let ends = given.get("eos_token_id").map(|ids| if ids.is_array() { ids.clone() } else { json!([ids]) });
+    open.insert("stop_token_ids".into(), ends.clone().unwrap_or(Value::Null));
+    open.insert("ignore_eos".into(), ends.is_some().into());
+    open.insert("adapters".into(), fields.get("adapters").cloned().unwrap_or(Value::Null));
+    open.insert("model".into(), fields.get("model").cloned().unwrap_or(Value::Null));
+    let mut ask = common(&Fields::new(&open, ""), model, Form::Kaito, vec![Prompt { ids, text: shown }])?;
+    ask.echo = fields.flag("return_full_text")?.unwrap_or(raw) && raw;
+    Ok(ask)
+}

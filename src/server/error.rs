@@ -1,0 +1,130 @@
+//! What is wrong with a request -> OpenAI's error body and the status.
+
+use hyper::StatusCode;
+use serde_json::{Value, json};
+
+use crate::fault::{Fault, Kind};
+use crate::generate::Refusal;
+
+/// An answer that says why there is none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Error {
+    pub status: StatusCode,
+    pub message: String,
+    /// The field of the request.
+    pub param: Option<String>,
+    pub code: Option<&'static str>,
+    /// Seconds after which another try may succeed.
+    pub retry_after: Option<u32>,
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Error {
+        Error { status, message: message.into(), param: None, code: None, retry_after: None }
+    }
+
+    /// 400: the request must be changed.
+    pub fn bad(message: impl Into<String>) -> Error {
+        Error::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// 400, and the field it is about.
+    pub fn field(param: &str, message: impl Into<String>) -> Error {
+        Error::bad(message).of(param)
+    }
+
+    pub fn of(mut self, param: &str) -> Error {
+        self.param = Some(param.to_owned());
+        self
+    }
+
+    pub fn code(mut self, code: &'static str) -> Error {
+        self.code = Some(code);
+        self
+    }
+
+    /// No model or adapter has this name.
+    pub fn unknown_model(name: &str, known: &[String]) -> Error {
+        let message = format!("The model `{name}` does not exist; there are: {}", known.join(", "));
+        Error::new(StatusCode::NOT_FOUND, message).of("model").code("model_not_found")
+    }
+
+    /// 503: loading or ending.
+    pub fn unavailable(message: &str) -> Error {
+        Error {
+            retry_after: Some(5),
+            ..Error::new(StatusCode::SERVICE_UNAVAILABLE, message).code("unavailable")
+        }
+    }
+
+    /// OpenAI's name for the kind of error.
+    fn kind(&self) -> &'static str {
+        match self.status.as_u16() {
+            401 => "authentication_error",
+            404 => "not_found_error",
+            429 => "rate_limit_error",
+            503 => "unavailable_error",
+            400..500 => "invalid_request_error",
+            _ => "server_error",
+        }
+    }
+
+    pub fn body(&self) -> Value {
+        json!({"error": {
+            "message": self.message, "type": self.kind(), "param": self.param, "code": self.code,
+        }})
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        match refusal {
+            Refusal::Full { waiting } => Error {
+                retry_after: Some(1),
+                ..Error::new(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    format!("Too many requests: {waiting} wait already; try again later"),
+                )
+                .code("rate_limit_exceeded")
+            },
+            Refusal::UnknownAdapter(name) => {
+                Error::new(StatusCode::NOT_FOUND, format!("No adapter `{name}` is loaded"))
+                    .of("adapters")
+                    .code("model_not_found")
+            }
+            Refusal::TooLong { asked, context } => too_long(asked, context),
+            Refusal::UnknownToken { token, vocabulary } => Error::field(
+                "prompt",
+                format!(
+                    "Token {token} is not in the vocabulary, which ends at {}",
+                    vocabulary.saturating_sub(1)
+                ),
+            ),
+            Refusal::Failed(fault) => fault.into(),
+        }
+    }
+}
+
+/// The context's length and what was asked of it.
+pub fn too_long(asked: usize, context: usize) -> Error {
+    Error::bad(format!(
+        "This model's maximum context length is {context} tokens, but prompt and answer together ask for {asked}; \
+         shorten the prompt or lower max_tokens"
+    ))
+    .code("context_length_exceeded")
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Error {
+        let status = match fault.kind {
+            Kind::Usage | Kind::Config | Kind::Data | Kind::Model | Kind::Auth | Kind::Capacity => {
+                StatusCode::BAD_REQUEST
+            }
+            Kind::Network => StatusCode::BAD_GATEWAY,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Error::new(status, fault.in_a_line())
+    }
+}

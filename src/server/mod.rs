@@ -1,0 +1,124 @@
+//! Requests over HTTP -> answers of a model: OpenAI's API, KAITO's `/chat`, probes, metrics and a page to talk to it.
+
+pub mod error;
+pub mod model;
+mod answer;
+mod ask;
+mod connection;
+mod fields;
+mod metrics;
+mod route;
+mod speak;
+mod state;
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use model::Model;
+
+use crate::fault::{Fault, Result};
+use route::Service;
+use state::State;
+
+/// What an adapter may be called: it stands in labels, lists and addresses.
+pub(crate) const NAME_RULE: &str = "expected 1 to 128 letters, digits, '.', '_' or '-'";
+
+/// Whether an adapter may have this name.
+pub fn is_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    (1..=128).contains(&name.len()) && name.chars().all(fits)
+}
+
+/// How a server listens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    pub listen: SocketAddr,
+    /// Certificate chain and key in PEM.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Never shown and never logged.
+    pub key: Option<String>,
+    pub body_bytes_max: usize,
+    pub connections_max: usize,
+}
+
+impl Default for Options {
+    /// Port 8000 of this machine alone.
+    fn default() -> Options {
+        Options {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            tls: None,
+            key: None,
+            body_bytes_max: 16 << 20,
+            connections_max: 2048,
+        }
+    }
+}
+
+/// A server; it answers until it is dropped.
+pub struct Server {
+    address: SocketAddr,
+    state: State,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Server {
+    /// Listens and answers 503 until there is a model.
+    ///
+    /// # Errors
+    /// Config: the address cannot be listened on, or a file of TLS cannot be used.
+    pub fn start(options: &Options) -> Result<Server> {
+        let address = options.listen;
+        let refused = |error: std::io::Error| {
+            Fault::config(format!("cannot listen on {address}: {error}"))
+                .help("name a free port of this machine")
+        };
+        let tls = options.tls.as_ref().map(|(chain, key)| connection::acceptor(chain, key)).transpose()?;
+        let listener = TcpListener::bind(address).map_err(refused)?;
+        listener.set_nonblocking(true).map_err(refused)?;
+        let address = listener.local_addr().map_err(refused)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(8)
+            .thread_name("server")
+            .enable_all()
+            .build()
+            .map_err(|error| Fault::internal(format!("cannot start the server's threads: {error}")))?;
+        let state = State::default();
+        let service = Arc::new(Service::new(state.clone(), options.body_bytes_max, options.key.as_deref()));
+        runtime.spawn(connection::accept(listener, tls, service, options.connections_max));
+        Ok(Server { address, state, runtime: Some(runtime) })
+    }
+
+    /// Where it listens; the port that was found when 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on it answers with this model.
+    pub fn ready(&self, model: Arc<Model>) {
+        self.state.ready(model);
+    }
+
+    /// Answers being given.
+    pub fn running(&self) -> usize {
+        self.state.running()
+    }
+
+    /// Refuses new requests, lets running ones finish for so long, ends the rest with an error, and ends.
+    pub fn drain(mut self, grace: Duration) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.block_on(self.state.drain(grace));
+            runtime.shutdown_timeout(Duration::from_secs(1));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! A request over HTTP -> its answer: every route there is.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as Task, Poll};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, Response, StatusCode};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::answer::{self, Context};
+use super::ask::{self, Ask, Form};
+use super::error::{Error, Result};
+use super::fields::Fields;
+use super::metrics::Metrics;
+use super::model::Model;
+use super::state::{Phase, State};
+use crate::endpoint::PROMETHEUS;
+
+const PAGE: &str = include_str!("page.html");
+/// LIMIT: time a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// LIMIT: bodies of all connections together.
+const BODIES_BYTES_MAX: usize = 256 << 20;
+
+/// What all connections share.
+pub struct Service {
+    pub state: State,
+    pub metrics: Arc<Metrics>,
+    body_bytes_max: usize,
+    bodies: Semaphore,
+    /// Digest of the key: comparing digests takes the same time wherever they differ.
+    key: Option<[u8; 32]>,
+}
+
+/// The body of an answer: whole, or as it comes.
+pub enum Reply {
+    Whole(Full<Bytes>),
+    Stream(mpsc::Receiver<Bytes>),
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        task: &mut Task<'_>,
+    ) -> Poll<Option<std::result::Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Reply::Whole(body) => Pin::new(body).poll_frame(task),
+            Reply::Stream(parts) => parts.poll_recv(task).map(|part| part.map(|part| Ok(Frame::data(part)))),
+        }
+    }
+}
+
+type Answer = Result<Response<Reply>>;
+
+impl Service {
+    pub fn new(state: State, body_bytes_max: usize, key: Option<&str>) -> Service {
+        Service {
+            state,
+            metrics: Arc::default(),
+            body_bytes_max,
+            bodies: Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max)),
+            key: key.map(digest),
+        }
+    }
+
+    /// Every request gets an answer.
+    pub async fn respond(&self, request: Request<Incoming>) -> Response<Reply> {
+        let kaito = request.uri().path() == "/chat";
+        match self.route(request).await {
+            Ok(response) => response,
+            Err(error) => {
+                if error.status == StatusCode::TOO_MANY_REQUESTS {
+                    self.metrics.rejected();
+                }
+                failed(&error, kaito)
+            }
+        }
+    }
+
+    async fn route(&self, request: Request<Incoming>) -> Answer {
+        let path = request.uri().path().to_owned();
+        let (get, post) = match *request.method() {
+            Method::GET | Method::HEAD => (true, false),
+            Method::POST => (false, true),
+            _ => (false, false),
+        };
+        match path.as_str() {
+            "/" if get => return Ok(typed(Bytes::from_static(PAGE.as_bytes()), "text/html; charset=utf-8")),
+            "/livez" if get => return Ok(json_answer(&json!({"status": "ok"}))),
+            "/health" | "/healthz" if get => return self.health(),
+            "/readyz" if get => return self.ready(),
+            "/metrics" if get => {
+                let text = self.metrics.text(self.model().ok().as_deref());
+                return Ok(typed(Bytes::from(text), PROMETHEUS));
+            }
+            _ => self.allowed(&request)?,
+        }
+        match path.as_str() {
+            "/version" if get => Ok(json_answer(&json!({"version": env!("CARGO_PKG_VERSION")}))),
+            "/v1/models" if get => Ok(json_answer(&models(&*self.serving()?))),
+            "/v1/chat/completions" if post => self.generate(request, ask::chat).await,
+            "/v1/completions" if post => self.generate(request, ask::completion).await,
+            "/chat" if post => self.generate(request, ask::kaito).await,
+            "/tokenize" if post => self.with_body(request, tokenize).await,
+            "/detokenize" if post => self.with_body(request, detokenize).await,
+            "/v1/load_lora_adapter" if post => self.with_body(request, load).await,
+            "/v1/unload_lora_adapter" if post => self.with_body(request, unload).await,
+            known if ROUTES.contains(&known) => Err(Error::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("{known} does not take {}", request.method()),
+            )),
+            other => Err(match other.strip_prefix("/v1/models/").filter(|_| get) {
+                Some(name) => return one_model(&*self.serving()?, name),
+                None => Error::new(StatusCode::NOT_FOUND, format!("There is nothing at {other}")),
+            }),
+        }
+    }
+
+    /// The key, if one is asked for.
+    fn allowed(&self, request: &Request<Incoming>) -> Result<()> {
+        let Some(key) = self.key else { return Ok(()) };
+        let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let given = digest(given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim());
+        let differ = key.iter().zip(given).fold(0, |all, (a, b)| all | (a ^ b));
+        match std::hint::black_box(differ) {
+            0 => Ok(()),
+            _ => Err(Error::new(
+                StatusCode::UNAUTHORIZED,
+                "The API key is missing or wrong; send it as Authorization: Bearer KEY",
+            )
+            .code("invalid_api_key")),
+        }
+    }
+
+    fn model(&self) -> Result<Arc<Model>> {
+        match self.state.phase() {
+            Phase::Ready(model) | Phase::Draining(Some(model)) => Ok(model),
+            Phase::Loading => Err(Error::unavailable("Loading model")),
+            Phase::Draining(None) | Phase::Stopped => Err(Error::unavailable("The server ends")),
+        }
+    }
+
+    /// The model, for a new request.
+    fn serving(&self) -> Result<Arc<Model>> {
+        match self.state.phase() {
+            Phase::Draining(_) => Err(Error::unavailable("The server ends and takes no new requests")),
+            _ => self.model(),
+        }
+    }
+
+    fn health(&self) -> Answer {
+        match self.model()?.engine.failure() {
+            None => Ok(json_answer(&json!({"status": "Healthy"}))),
+            Some(fault) => Err(Error::new(StatusCode::INTERNAL_SERVER_ERROR, fault.message)),
+        }
+    }
+
+    fn ready(&self) -> Answer {
+        self.serving()?;
+        self.health()
+    }
+
+    async fn generate(
+        &self,
+        request: Request<Incoming>,
+        read: fn(&Map<String, Value>, &Model) -> Result<Ask>,
+    ) -> Answer {
+        let model = self.serving()?;
+        let stop = self.state.begin();
+        let bytes = self.body(request).await?;
+        let reader = model.clone();
+        // Tokens of a long prompt take a while: other connections go on meanwhile.
+        let ask = tokio::task::spawn_blocking(move || read(&object(&bytes)?, &reader)).await;
+        let ask =
+            ask.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "the request could not be read"))??;
+        let ignored = ask.ignored.join(",");
+        let context = Arc::new(Context::new(model, ask, self.metrics.clone(), stop));
+        let mut response = match context.ask.stream && context.ask.form != Form::Kaito {
+            true => {
+                let mut response = Response::new(Reply::Stream(answer::stream(context)?));
+                let headers = response.headers_mut();
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+                headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+                headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+                response
+            }
+            false => json_answer(&answer::complete(context).await?),
+        };
+        // A caller sees which of its fields changed nothing.
+        if let Some(value) = HeaderValue::from_str(&ignored).ok().filter(|value| !value.is_empty()) {
+            response.headers_mut().insert("x-ignored-fields", value);
+        }
+        Ok(response)
+    }
+
+    async fn with_body(&self, request: Request<Incoming>, work: fn(&Fields, &Model) -> Answer) -> Answer {
+        let model = self.serving()?;
+        let bytes = self.body(request).await?;
+        let done =
+            tokio::task::spawn_blocking(move || work(&Fields::new(&object(&bytes)?, ""), &model)).await;
+        done.map_err(|_| {
+            Error::new(StatusCode::INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
+        })?
+    }
+
+    async fn body(&self, request: Request<Incoming>) -> Result<Bytes> {
+        let limit = self.body_bytes_max;
+        let too_large =
+            || Error::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body has more than {limit} bytes"));
+        let told = request.body().size_hint().upper();
+        if told.is_some_and(|bytes| bytes > limit as u64) {
+            return Err(too_large());
+        }
+        let room = told.map_or(limit, |bytes| bytes as usize) as u32;
+        let read = async {
+            let _room = self.bodies.acquire_many(room).await.expect("never closed");
+            Limited::new(request.into_body(), limit).collect().await
+        };
+        match tokio::time::timeout(BODY_TIMEOUT, read).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
+            Ok(Err(_)) => Err(Error::bad("The body ended early")),
+            Err(_) => Err(Error::new(StatusCode::REQUEST_TIMEOUT, "The body did not arrive in time")),
+        }
+    }
+}
+
+/// Every path that answers to some method.
+const ROUTES: [&str; 15] = [
+    "/",
+    "/livez",
+    "/health",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/version",
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/chat",
+    "/tokenize",
+    "/detokenize",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+];
+
+fn digest(text: &str) -> [u8; 32] {
+    Sha256::digest(text.as_bytes()).into()
+}
+
+fn object(bytes: &[u8]) -> Result<Map<String, Value>> {
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(Error::bad("The body must be a JSON object")),
+        Err(error) => Err(Error::bad(format!("The body is not valid JSON: {error}"))),
+    }
+}
+
+fn typed(bytes: Bytes, content_type: &'static str) -> Response<Reply> {
+    let mut response = Response::new(Reply::Whole(Full::new(bytes)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+fn json_answer(value: &Value) -> Response<Reply> {
+    typed(Bytes::from(value.to_string()), "application/json")
+}
+
+/// KAITO's clients look for `detail`.
+fn failed(error: &Error, kaito: bool) -> Response<Reply> {
+    let mut body = error.body();
+    if kaito {
+        body["detail"] = error.message.clone().into();
+    }
+    let mut response = json_answer(&body);
+    *response.status_mut() = error.status;
+    if let Some(seconds) = error.retry_after {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+fn models(model: &Model) -> Value {
+    let context = model.engine.facts().context;
+    let entry = |id: &str, root: String, parent: Option<&str>| {
+        json!({
+            "id": id, "object": "model", "created": 0, "owned_by": "hone", "root": root, "parent": parent,
+            "max_model_len": context,
+        })
+    };
+    let base = entry(&model.name, model.name.clone(), None);
+    let adapters = model.engine.adapters();
+    let adapters = adapters
+        .iter()
+        .map(|adapter| entry(&adapter.name, adapter.folder.display().to_string(), Some(&model.name)));
+    let mixes = model.mixes.iter().map(|(name, parts)| {
+        let parts: Vec<String> =
+            parts.iter().map(|part| format!("{}:{}", part.name, part.strength)).collect();
+        entry(name, parts.join(","), Some(&model.name))
+    });
+    let data: Vec<Value> = [base].into_iter().chain(adapters).chain(mixes).collect();
+    json!({"object": "list", "data": data})
+}
+
+fn one_model(model: &Model, name: &str) -> Answer {
+    let list = models(model);
+    let found = list["data"].as_array().and_then(|list| list.iter().find(|entry| entry["id"] == name));
+    found.map(json_answer).ok_or_else(|| Error::unknown_model(name, &model.names()))
+}
+
+/// vLLM's: `{prompt}` or `{messages}` -> `{tokens, count, max_model_len}`.
+fn tokenize(fields: &Fields, model: &Model) -> Answer {
+    let specials = fields.flag("add_special_tokens")?;
+    let tokens = match (fields.text("prompt")?, fields.get("messages")) {
+        (Some(prompt), _) => model.encode(prompt, specials.unwrap_or(true))?,
+        (None, Some(_)) => model.encode(&ask::chat_text(fields, model)?, specials.unwrap_or(false))?,
+        (None, None) => return Err(Error::field("prompt", "prompt or messages is missing")),
+    };
+    let count = tokens.len();
+    let mut answer = json!({"count": count, "max_model_len": model.engine.facts().context, "tokens": tokens});
+    if fields.flag("return_token_strs")?.unwrap_or(false) {
+        let name = |token: &u32| crate::generate::text::token_name(&model.tokenizer, *token);
+        answer["token_strs"] = tokens.iter().map(name).collect();
+    }
+    Ok(json_answer(&answer))
+}
+
+fn detokenize(fields: &Fields, model: &Model) -> Answer {
+    let tokens = fields.tokens("tokens")?.ok_or_else(|| Error::field("tokens", "tokens is missing"))?;
+    let vocabulary = model.engine.facts().vocabulary;
+    if let Some(&token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+        return Err(Error::from(crate::generate::Refusal::UnknownToken { token, vocabulary }).of("tokens"));
+    }
+    Ok(json_answer(&json!({"prompt": model.tokenizer.decode(&tokens, false)})))
+}
+
+/// Adapters may only change where the server was told so.
+fn changeable(model: &Model) -> Result<&super::model::Bring> {
+    model.bring.as_ref().ok_or_else(|| {
+        Error::new(
+            StatusCode::FORBIDDEN,
+            "Adapters cannot be loaded or unloaded here; start the server with --allow-adapter-changes",
+        )
+    })
+}
+
+fn load(fields: &Fields, model: &Model) -> Answer {
+    let bring = changeable(model)?;
+    let missing = |name: &str| Error::field(name, format!("{name} is missing"));
+    let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
+    let path = fields.text("lora_path")?.ok_or_else(|| missing("lora_path"))?;
+    let again = fields.flag("load_inplace")?.unwrap_or(false);
+    let taken = |fields: String| fields == name;
+    if !super::is_name(name) {
+        return Err(Error::field("lora_name", format!("lora_name {name:?}: {}", super::NAME_RULE)));
+    }
+    if model.names().into_iter().any(taken)
+        && !(again && model.engine.adapters().iter().any(|a| a.name == name))
+    {
+        return Err(Error::field(
+            "lora_name",
+            format!("`{name}` exists; unload it, or say load_inplace: true"),
+        ));
+    }
+    let adapter = model.engine.load_adapter(name, &bring(path)?)?;
+    Ok(json_answer(&json!({
+        "status": format!("Success: LoRA adapter '{name}' added successfully."),
+        "name": adapter.name, "rank": adapter.rank, "bytes": adapter.bytes,
+    })))
+}
+
+fn unload(fields: &Fields, model: &Model) -> Answer {
+    changeable(model)?;
+    let name = fields.text("lora_name")?.ok_or_else(|| Error::field("lora_name", "lora_name is missing"))?;
+    if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
+        return Err(Error::unknown_model(name, &model.names()).of("lora_name"));
+    }
+    if let Some((mix, _)) = model.mixes.iter().find(|(_, parts)| parts.iter().any(|part| part.name == name)) {
+        return Err(Error::field("lora_name", format!("`{name}` is a part of the mix `{mix}`")));
+    }
+    model.engine.unload_adapter(name)?;
+    Ok(json_answer(&json!({"status": format!("Success: LoRA adapter '{name}' removed successfully.")})))
+}

@@ -1,0 +1,103 @@
+//! Loading, ready, ending: what a server is in, and how its answers learn of the end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::model::Model;
+
+/// What the server can do now.
+#[derive(Clone)]
+pub enum Phase {
+    Loading,
+    Ready(Arc<Model>),
+    /// No new requests; running ones go on.
+    Draining(Option<Arc<Model>>),
+    /// Running ones end now.
+    Stopped,
+}
+
+/// One for the server; every connection has a copy.
+#[derive(Clone)]
+pub struct State {
+    phase: Arc<watch::Sender<Phase>>,
+    running: Arc<AtomicUsize>,
+}
+
+impl Default for State {
+    fn default() -> State {
+        State { phase: Arc::new(watch::Sender::new(Phase::Loading)), running: Arc::default() }
+    }
+}
+
+/// Counts an answer while it is being given.
+pub struct Running(Arc<AtomicUsize>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Tells an answer that it must end.
+#[derive(Clone)]
+pub struct Stop {
+    phase: watch::Receiver<Phase>,
+    _running: Arc<Running>,
+}
+
+impl Stop {
+    /// Waits for the end.
+    pub async fn reached(&self) {
+        let mut phase = self.phase.clone();
+        let _ended = phase.wait_for(|phase| matches!(phase, Phase::Stopped)).await.is_ok();
+    }
+}
+
+impl State {
+    pub fn phase(&self) -> Phase {
+        self.phase.borrow().clone()
+    }
+
+    /// The model is there; without effect once the server ends.
+    pub fn ready(&self, model: Arc<Model>) {
+        self.phase.send_if_modified(|phase| match phase {
+            Phase::Loading => {
+                *phase = Phase::Ready(model);
+                true
+            }
+            _ => false,
+        });
+    }
+
+    /// An answer begins.
+    pub fn begin(&self) -> Stop {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        Stop { phase: self.phase.subscribe(), _running: Arc::new(Running(self.running.clone())) }
+    }
+
+    /// Answers being given.
+    pub fn running(&self) -> usize {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Takes no new requests and waits for the running ones, at most so long; then ends them.
+    pub async fn drain(&self, grace: Duration) {
+        self.phase.send_modify(|phase| {
+            let model = if let Phase::Ready(model) = phase { Some(model.clone()) } else { None };
+            *phase = Phase::Draining(model);
+        });
+        let end = tokio::time::Instant::now() + grace;
+        while self.running() > 0 && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.phase.send_replace(Phase::Stopped);
+        // They say why they end.
+        let end = tokio::time::Instant::now() + Duration::from_secs(1);
+        while self.running() > 0 && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}

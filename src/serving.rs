@@ -1,0 +1,231 @@
+//! What was asked of `hone serve` -> a server that answers with the model until a signal ends it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use candle_core::Device;
+
+use crate::dataset::{Chat, Tokenizer};
+use crate::facts::config::Config;
+use crate::facts::family;
+use crate::fault::{Fault, Result};
+use crate::fetch;
+use crate::generate::defaults::Defaults;
+use crate::generate::engine::{self, Engine};
+use crate::generate::{Engine as _, Strength};
+use crate::model::load;
+use crate::plan::Serving;
+use crate::registry::{self, Target};
+use crate::report::{Report, Stage};
+use crate::server::model::Bring;
+use crate::server::{self, Model, Server};
+use crate::{device, interrupt};
+
+/// Keys and values of so many tokens are kept unless told otherwise.
+const CACHE_TOKENS: usize = 16_384;
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How a model is served.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    pub server: server::Options,
+    /// Name and source: a folder, or `oci://IMAGE`.
+    pub adapters: Vec<(String, String)>,
+    /// Name and parts.
+    pub mixes: Vec<(String, Vec<(String, f32)>)>,
+    pub sequences: usize,
+    pub waiting: usize,
+    pub context: Option<usize>,
+    pub cache_tokens: Option<usize>,
+    pub raw_chat: bool,
+    /// Requests may load adapters from below this folder, and from images.
+    pub adapter_folder: Option<PathBuf>,
+    /// How long running answers may take after a signal.
+    pub grace: Duration,
+}
+
+/// Serves until a signal comes. Listens before it loads.
+///
+/// # Errors
+/// What keeps the model or an adapter from being served.
+pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
+    check_names(plan, options)?;
+    let server = Server::start(&options.server)?;
+    let scheme = if options.server.tls.is_some() { "https" } else { "http" };
+    let address = server.address();
+    report.note(Stage::Load, format!("listening on {scheme}://{address}; loading the model"));
+    let model = Arc::new(model(plan, options, report)?);
+    server.ready(model.clone());
+    report.note(Stage::Load, format!("ready: {} at {scheme}://{address}", model.names().join(", ")));
+    while !interrupt::requested() {
+        if let Some(fault) = model.engine.failure() {
+            return Err(fault);
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    report.note(Stage::Load, format!("ending: {} answers are still being given", server.running()));
+    server.drain(options.grace);
+    Ok(())
+}
+
+/// Names are told apart, and a mix has parts that are there.
+fn check_names(plan: &Serving, options: &Options) -> Result<()> {
+    let adapters = options.adapters.iter().map(|(name, _)| name);
+    let names: Vec<&String> =
+        [&plan.model_name].into_iter().chain(adapters).chain(options.mixes.iter().map(|(n, _)| n)).collect();
+    for (at, name) in names.iter().enumerate() {
+        if at > 0 && !server::is_name(name) {
+            return Err(Fault::usage(format!("the name {name:?}: {}", server::NAME_RULE)));
+        }
+        if names[..at].contains(name) {
+            return Err(Fault::usage(format!("the name {name:?} stands for two things"))
+                .help("give the model, each adapter and each mix a name of its own"));
+        }
+    }
+    for (mix, parts) in &options.mixes {
+        for (part, _) in parts {
+            if !options.adapters.iter().any(|(name, _)| name == part) {
+                return Err(Fault::usage(format!("--mix {mix}: there is no adapter {part:?}"))
+                    .help("name adapters that --adapter loads"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
+    let access = fetch::Access { source: &plan.source, registry: &plan.registry };
+    let folder = fetch::weights(&plan.base, access, report)?;
+    let device = device::open(plan.device, report)?;
+    let tokenizer = Tokenizer::open(&folder)?;
+    let chat = Chat::of(&tokenizer, plan.chat_template.as_deref())?;
+    if chat.is_none() {
+        let told =
+            "the model has no chat template: /v1/chat/completions is refused, /chat continues its prompt";
+        report.warn(Stage::Load, told);
+    }
+    let defaults = Defaults::read(&folder, &tokenizer, chat.as_ref())?;
+    let engine = Arc::new(engine(plan, &folder, options, &device, report)?);
+    let bring = bring(plan, report);
+    for (name, source) in &options.adapters {
+        let adapter = engine.load_adapter(name, &bring(source)?).map_err(|fault| fault.at(source))?;
+        report.note(
+            Stage::Load,
+            format!("Adapter added: {name} (rank {}, from {})", adapter.rank, adapter.folder.display()),
+        );
+    }
+    let part = |(name, strength): &(String, f32)| Strength { name: name.clone(), strength: *strength };
+    let mixes = options.mixes.iter();
+    Ok(Model {
+        name: plan.model_name.clone(),
+        engine,
+        tokenizer,
+        chat,
+        defaults,
+        mixes: mixes.map(|(name, parts)| (name.clone(), parts.iter().map(part).collect())).collect(),
+        raw_chat: options.raw_chat,
+        bring: options.adapter_folder.clone().map(|root| confined(root, bring)),
+    })
+}
+
+fn engine(
+    plan: &Serving,
+    folder: &Path,
+    options: &Options,
+    device: &Device,
+    report: &Report,
+) -> Result<Engine> {
+    let config = Config::read(folder)?;
+    let facts = family::describe(&config)?;
+    let mut model = plan.model.clone();
+    model.folder = folder.to_owned();
+    model.quantization = crate::facts::quantization::read(&config)?.unwrap_or(model.quantization);
+    let context = options.context.unwrap_or(facts.positions_max.min(CACHE_TOKENS));
+    if context > facts.positions_max {
+        return Err(Fault::config(format!(
+            "--context {context}: the model was made for {} tokens",
+            facts.positions_max
+        )));
+    }
+    if options.context.is_none() && context < facts.positions_max {
+        report.note(
+            Stage::Load,
+            format!(
+                "the context is {context} of the model's {} tokens; --context changes it",
+                facts.positions_max
+            ),
+        );
+    }
+    let description = format!("{:?} on {}", model.quantization, device::name(device));
+    let decoder = load::load(facts, &model, device, report)?;
+    let sizes = engine::Options {
+        sequences: options.sequences,
+        waiting: options.waiting,
+        context: Some(context),
+        cache_tokens: options.cache_tokens.unwrap_or(CACHE_TOKENS.max(context)),
+        half_cache: true,
+    };
+    Engine::start(decoder, &sizes, description)
+}
+
+/// A folder as it is; an image's folder in the cache, pulled where it is not there.
+fn bring(plan: &Serving, report: &Report) -> Bring {
+    let (registry, cache, report) = (plan.registry.clone(), plan.source.cache.clone(), report.clone());
+    Arc::new(move |source: &str| {
+        let Some(image) = source.strip_prefix("oci://") else {
+            return match Path::new(source).is_dir() {
+                true => Ok(PathBuf::from(source)),
+                false => Err(Fault::config(format!("adapter {source:?}: there is no such folder"))
+                    .help("name a PEFT folder, or oci://IMAGE")),
+            };
+        };
+        // A tag may move: each start asks for what it names now.
+        let digest = crate::source::digest(source.as_bytes());
+        let folder = cache.join("adapters").join(format!("{}-{}", &digest[..16], std::process::id()));
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).map_err(|error| Fault::storage("remove", &folder, &error))?;
+        }
+        registry::pull(&Target::parse(image)?, &folder, &registry, &report)?;
+        Ok(folder)
+    })
+}
+
+/// What a request may name: a folder below `root`, no link out of it, or an image.
+fn confined(root: PathBuf, bring: Bring) -> Bring {
+    Arc::new(move |source: &str| {
+        if source.starts_with("oci://") {
+            return bring(source);
+        }
+        let outside = || {
+            Fault::config(format!("adapter {source:?} is no folder below that of --allow-adapter-changes"))
+        };
+        let root = root.canonicalize().map_err(|_| outside())?;
+        let folder = root.join(source).canonicalize().map_err(|_| outside())?;
+        match folder.starts_with(&root) {
+            true => bring(&folder.to_string_lossy()),
+            false => Err(outside()),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_names_only_folders_below_the_root() {
+        let all: Bring = Arc::new(|path| Ok(PathBuf::from(path)));
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir_all(root.join("a")).unwrap();
+        std::fs::create_dir_all(folder.path().join("other")).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("other"), root.join("link")).unwrap();
+        let bring = confined(root.clone(), all);
+        assert_eq!(bring("a").unwrap(), root.canonicalize().unwrap().join("a"));
+        assert!(bring("oci://host/a:1").is_ok());
+        for path in ["../other", "link", "/etc", "none"] {
+            assert!(bring(path).is_err(), "{path}");
+        }
+    }
+}

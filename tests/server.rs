@@ -1,0 +1,801 @@
+//! The server over real sockets, in front of a scripted engine: every route, every bad input, and clients that misbehave.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hone::dataset::{Chat, Tokenizer};
+use hone::fault::{Fault, Result};
+use hone::generate::defaults::Defaults;
+use hone::generate::{
+    Adapter, Answer, Counters, Engine, Event, Facts, Finish, Refusal, Request, Scored, Sender, Strength,
+    Usage, answer,
+};
+use hone::server::{Model, Options, Server};
+use serde_json::{Value, json};
+
+/// Says the same words to everybody, a token at a time.
+struct Scripted {
+    facts: Facts,
+    words: Vec<u32>,
+    /// Between two tokens.
+    pause: Duration,
+    queue_max: usize,
+    running: Arc<AtomicUsize>,
+    cancelled: Arc<AtomicUsize>,
+    adapters: Mutex<Vec<Adapter>>,
+    seen: Mutex<Vec<Request>>,
+    broken: AtomicBool,
+}
+
+impl Engine for Scripted {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn submit(&self, request: Request) -> std::result::Result<Answer, Refusal> {
+        if self.running.load(Ordering::Acquire) >= self.queue_max {
+            return Err(Refusal::Full { waiting: self.queue_max });
+        }
+        self.seen.lock().unwrap().push(request.clone());
+        let (sender, answer) = answer();
+        self.running.fetch_add(1, Ordering::AcqRel);
+        let (words, pause) = (self.words.clone(), self.pause);
+        let (running, cancelled) = (self.running.clone(), self.cancelled.clone());
+        let broken = self.broken.load(Ordering::Acquire);
+        std::thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || {
+                if !say(&request, &words, pause, broken, &sender) {
+                    cancelled.fetch_add(1, Ordering::AcqRel);
+                }
+                running.fetch_sub(1, Ordering::AcqRel);
+            })
+            .unwrap();
+        Ok(answer)
+    }
+
+    fn adapters(&self) -> Vec<Adapter> {
+        self.adapters.lock().unwrap().clone()
+    }
+
+    fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter> {
+        if folder.ends_with("wrong") {
+            return Err(Fault::model("the adapter is of another base"));
+        }
+        let adapter = Adapter { name: name.into(), folder: folder.into(), rank: 8, bytes: 64 };
+        self.adapters.lock().unwrap().push(adapter.clone());
+        Ok(adapter)
+    }
+
+    fn unload_adapter(&self, name: &str) -> Result<()> {
+        self.adapters.lock().unwrap().retain(|adapter| adapter.name != name);
+        Ok(())
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { running: self.running.load(Ordering::Acquire), waiting: 3, ..Counters::default() }
+    }
+}
+
+/// False if the reader went away.
+fn say(request: &Request, words: &[u32], pause: Duration, broken: bool, sender: &Sender) -> bool {
+    let scored = |token: u32| Scored { token, logprob: -0.5, top: vec![(token, -0.5), (1, -2.0)] };
+    let mut heard = sender.send(Event::Started);
+    if request.prompt_logprobs.is_some() {
+        heard &= sender.send(Event::Prompt(request.prompt[1..].iter().map(|&id| scored(id)).collect()));
+    }
+    let mut said = 0;
+    let mut finish = Finish::Length;
+    for &token in words.iter().cycle().take(request.max_tokens) {
+        std::thread::sleep(pause);
+        if broken && said == 1 {
+            return sender.send(Event::Failed(Fault::internal("the device failed")));
+        }
+        heard &= sender.send(Event::Token(scored(token)));
+        if !heard {
+            return false;
+        }
+        said += 1;
+        if request.stop_tokens.contains(&token) {
+            finish = Finish::Stop;
+            break;
+        }
+    }
+    let usage = Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, generated_tokens: said };
+    sender.send(Event::Finished(finish, usage))
+}
+
+const CONTEXT: usize = 300;
+const SAID: &str = "Grüße 🙂, the answer is 42.";
+
+struct Setting {
+    pause: Duration,
+    queue_max: usize,
+    raw_chat: bool,
+    changes: bool,
+    options: Options,
+}
+
+impl Default for Setting {
+    fn default() -> Setting {
+        let options = Options { listen: "127.0.0.1:0".parse().unwrap(), ..Options::default() };
+        Setting { pause: Duration::ZERO, queue_max: 2000, raw_chat: false, changes: false, options }
+    }
+}
+
+fn model_folder() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/phi3/model"))
+}
+
+fn start(setting: Setting) -> (Server, Arc<Scripted>) {
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}";
+    let chat = Chat::of(&tokenizer, Some(template)).unwrap();
+    let mut words = tokenizer.encode(SAID, false).unwrap();
+    words.push(tokenizer.eos_id());
+    let facts = Facts {
+        context: CONTEXT,
+        vocabulary: tokenizer.vocab_size(),
+        sequences: 8,
+        cache_tokens: 8 * CONTEXT,
+        description: "a script".into(),
+    };
+    let adapter = |name: &str| Adapter { name: name.into(), folder: "/adapters".into(), rank: 8, bytes: 64 };
+    let engine = Arc::new(Scripted {
+        facts,
+        words,
+        pause: setting.pause,
+        queue_max: setting.queue_max,
+        running: Arc::default(),
+        cancelled: Arc::default(),
+        adapters: Mutex::new(vec![adapter("a"), adapter("b")]),
+        seen: Mutex::default(),
+        broken: AtomicBool::new(false),
+    });
+    let defaults = Defaults::read(&model_folder(), &tokenizer, None).unwrap();
+    let part = |name: &str, strength| Strength { name: name.into(), strength };
+    let model = Model {
+        name: "base".into(),
+        engine: engine.clone(),
+        tokenizer,
+        chat,
+        defaults,
+        mixes: vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])],
+        raw_chat: setting.raw_chat,
+        bring: setting
+            .changes
+            .then(|| -> hone::server::model::Bring { Arc::new(|path| Ok(PathBuf::from(path))) }),
+    };
+    let server = Server::start(&setting.options).unwrap();
+    server.ready(Arc::new(model));
+    (server, engine)
+}
+
+struct Reply {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Reply {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    /// The events of a stream, without the last.
+    fn events(&self) -> Vec<Value> {
+        assert!(self.head.contains("text/event-stream"), "{}", self.head);
+        let events: Vec<&str> = self.body.split("\n\n").filter(|event| !event.is_empty()).collect();
+        let (last, events) = events.split_last().unwrap();
+        assert_eq!(*last, "data: [DONE]");
+        events
+            .iter()
+            .map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap())
+            .collect()
+    }
+}
+
+fn send(address: SocketAddr, bytes: &[u8]) -> Reply {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    // A server that refuses early may close before everything is sent.
+    let _ = stream.write_all(bytes);
+    let mut all = Vec::new();
+    let _ = stream.read_to_end(&mut all);
+    let text = String::from_utf8_lossy(&all).into_owned();
+    let (head, rest) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+    let chunked = head.to_lowercase().contains("transfer-encoding: chunked");
+    let body = if chunked { unchunked(rest) } else { rest.to_owned() };
+    Reply { status, head: head.to_owned(), body }
+}
+
+fn unchunked(mut rest: &str) -> String {
+    let mut body = String::new();
+    while let Some((length, after)) = rest.split_once("\r\n") {
+        let length = usize::from_str_radix(length, 16).unwrap();
+        if length == 0 {
+            break;
+        }
+        body += &after[..length];
+        rest = &after[length + 2..];
+    }
+    body
+}
+
+fn get(server: &Server, path: &str) -> Reply {
+    send(server.address(), format!("GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").as_bytes())
+}
+
+fn post_bytes(server: &Server, path: &str, body: &[u8]) -> Reply {
+    send(server.address(), &request(path, body))
+}
+
+fn request(path: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+fn post(server: &Server, path: &str, body: Value) -> Reply {
+    post_bytes(server, path, body.to_string().as_bytes())
+}
+
+fn question() -> Value {
+    json!({"model": "base", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 100})
+}
+
+fn with(mut body: Value, more: Value) -> Value {
+    let more = more.as_object().unwrap().clone();
+    body.as_object_mut().unwrap().extend(more);
+    body
+}
+
+fn wait_for(what: &str, holds: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_conversation_is_answered_whole_and_as_a_stream() {
+    let (server, engine) = start(Setting::default());
+    let reply = post(&server, "/v1/chat/completions", question());
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let whole = reply.json();
+    assert_eq!(whole["choices"][0]["message"]["content"], SAID);
+    assert_eq!(
+        (&whole["choices"][0]["finish_reason"], &whole["object"]),
+        (&json!("stop"), &json!("chat.completion"))
+    );
+    let words = engine.words.len();
+    assert_eq!(whole["usage"]["completion_tokens"], words);
+    let seen = engine.seen.lock().unwrap()[0].clone();
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    assert_eq!(tokenizer.decode(&seen.prompt, false), "<user>What?<assistant>");
+
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}, "n": 2, "seed": 5});
+    let events = post(&server, "/v1/chat/completions", with(question(), options)).events();
+    let mut texts = BTreeMap::<u64, String>::new();
+    for event in &events[..events.len() - 1] {
+        let choice = &event["choices"][0];
+        let text = choice["delta"]["content"].as_str().unwrap();
+        assert!(!text.contains('\u{fffd}'), "{event}");
+        texts.entry(choice["index"].as_u64().unwrap()).or_default().push_str(text);
+    }
+    assert_eq!(texts.into_values().collect::<Vec<_>>(), [SAID, SAID]);
+    let last = events.last().unwrap();
+    assert_eq!((&last["choices"], &last["usage"]["completion_tokens"]), (&json!([]), &json!(2 * words)));
+    let seeds: Vec<u64> = engine.seen.lock().unwrap()[1..].iter().map(|r| r.sampling.seed).collect();
+    assert_eq!(seeds, [5, 6]);
+}
+
+#[test]
+fn stops_limits_and_extensions_do_what_they_say() {
+    let (server, engine) = start(Setting::default());
+    let ask = |more: Value| {
+        post(&server, "/v1/chat/completions", with(question(), more)).json()["choices"][0].clone()
+    };
+    assert_eq!(ask(json!({"stop": ["answer"]}))["message"]["content"], "Grüße 🙂, the ");
+    let short = ask(json!({"max_tokens": 3}));
+    assert_eq!(short["finish_reason"], "length");
+    let more = ask(json!({"ignore_eos": true, "max_tokens": 60, "min_tokens": 60, "return_token_ids": true}));
+    assert_eq!((more["token_ids"].as_array().unwrap().len(), &more["finish_reason"]), (60, &json!("length")));
+    assert!(
+        !engine
+            .seen
+            .lock()
+            .unwrap()
+            .last()
+            .unwrap()
+            .stop_tokens
+            .contains(&engine.words[engine.words.len() - 1])
+    );
+    let scores = ask(json!({"logprobs": true, "top_logprobs": 2, "max_tokens": 1}));
+    let first = &scores["logprobs"]["content"][0];
+    assert_eq!((&first["logprob"], first["top_logprobs"].as_array().unwrap().len()), (&json!(-0.5), 2));
+    let tools = json!([{"type": "function", "function": {"name": "look", "parameters": {}}}]);
+    ask(json!({"tools": tools, "temperature": 0, "logit_bias": {"5": -100}, "top_k": -1}));
+    let seen = engine.seen.lock().unwrap().last().unwrap().clone();
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    assert!(tokenizer.decode(&seen.prompt, false).contains("[look]"));
+    assert_eq!(
+        (seen.sampling.temperature, seen.sampling.bias, seen.sampling.top_k),
+        (0.0, vec![(5, -100.0)], 0)
+    );
+}
+
+#[test]
+fn adapters_are_chosen_by_name_by_mix_and_by_strength() {
+    let (server, engine) = start(Setting::default());
+    let asked = |more: Value| {
+        let reply = post(&server, "/v1/chat/completions", with(question(), more));
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        let adapters = engine.seen.lock().unwrap().last().unwrap().adapters.clone();
+        adapters.into_iter().map(|part| (part.name, part.strength)).collect::<Vec<_>>()
+    };
+    assert_eq!(asked(json!({})), []);
+    assert_eq!(asked(json!({"model": "a"})), [("a".into(), 1.0)]);
+    assert_eq!(asked(json!({"model": "both"})), [("a".into(), 0.75), ("b".into(), 0.25)]);
+    assert_eq!(
+        asked(json!({"adapters": [{"name": "b", "strength": 0.5}, {"name": "a"}]})),
+        [("b".into(), 0.5), ("a".into(), 1.0)]
+    );
+    let models = get(&server, "/v1/models").json();
+    let ids: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["base", "a", "b", "both"]);
+    assert_eq!(get(&server, "/v1/models/a").json()["parent"], "base");
+    assert_eq!(get(&server, "/v1/models/c").status, 404);
+}
+
+#[test]
+fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
+    let (server, engine) = start(Setting::default());
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    let ids = tokenizer.encode("one two three", false).unwrap();
+    let ask = |body: Value| {
+        let reply = post(&server, "/v1/completions", body);
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        reply.json()
+    };
+    for (prompt, choices) in
+        [(json!("x"), 1), (json!(["x", "y"]), 2), (json!(ids), 1), (json!([ids, ids, ids]), 3)]
+    {
+        let answer = ask(json!({"prompt": prompt, "max_tokens": 100}));
+        let list = answer["choices"].as_array().unwrap();
+        assert_eq!(list.len(), choices);
+        assert!(list.iter().enumerate().all(|(at, choice)| choice["index"] == at && choice["text"] == SAID));
+    }
+    // What lm-evaluation-harness sends.
+    let answer = ask(
+        json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}),
+    );
+    let scores = &answer["choices"][0]["logprobs"];
+    let list = scores["token_logprobs"].as_array().unwrap();
+    assert_eq!(list.len(), ids.len() + 1);
+    assert!(list[0].is_null() && list[1..].iter().all(|score| score == -0.5), "{list:?}");
+    let text = answer["choices"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with(&tokenizer.decode(&ids, false)), "{text}");
+    for top in &scores["top_logprobs"].as_array().unwrap()[1..] {
+        let best = top.as_object().unwrap().values().map(|v| v.as_f64().unwrap()).fold(f64::MIN, f64::max);
+        assert_eq!(best, -0.5);
+    }
+    assert_eq!(engine.seen.lock().unwrap().last().unwrap().prompt, ids);
+    let streamed =
+        post(&server, "/v1/completions", json!({"prompt": "x", "max_tokens": 50, "stream": true})).events();
+    let text: String = streamed.iter().map(|event| event["choices"][0]["text"].as_str().unwrap()).collect();
+    assert_eq!(text, SAID);
+}
+
+#[test]
+fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
+    let (server, engine) = start(Setting::default());
+    let asked = json!({"prompt": "YOUR QUESTION HERE", "generate_kwargs": {"max_length": 200, "do_sample": false, "top_k": 10}});
+    let reply = post(&server, "/chat", asked.clone());
+    assert_eq!(reply.json(), json!({"Result": SAID}));
+    let seen = engine.seen.lock().unwrap().last().unwrap().clone();
+    assert_eq!((seen.sampling.temperature, seen.max_tokens), (0.0, 200 - seen.prompt.len()));
+    let missing = post(&server, "/chat", json!({}));
+    assert_eq!(
+        (missing.status, &missing.json()["detail"]),
+        (400, &json!("Text generation parameter prompt required"))
+    );
+    let (raw, engine) = start(Setting { raw_chat: true, ..Setting::default() });
+    assert_eq!(post(&raw, "/chat", asked).json(), json!({"Result": format!("YOUR QUESTION HERE{SAID}")}));
+    post(&raw, "/chat", json!({"prompt": "x"}));
+    let seen = engine.seen.lock().unwrap().last().unwrap().clone();
+    assert_eq!((seen.sampling.top_k, seen.max_tokens), (10, 200 - seen.prompt.len()));
+    assert_eq!(post(&raw, "/chat", json!({"prompt": "x", "generate_kwargs": {"num_beams": 4}})).status, 400);
+}
+
+/// The status, the field and a word of the message of everything that is wrong.
+#[test]
+fn bad_input_gets_openais_error_and_the_server_lives() {
+    let (server, _) = start(Setting::default());
+    let chat = "/v1/chat/completions";
+    let long = "word ".repeat(400);
+    let cases = [
+        (json!({"model": "none"}), 404, "model", "does not exist"),
+        (json!({"messages": []}), 400, "messages", "empty"),
+        (json!({"messages": "hi"}), 400, "messages", "expected a list"),
+        (json!({"messages": [{"role": "robot", "content": "x"}]}), 400, "messages[0]", "unknown"),
+        (json!({"messages": [{"role": "user", "content": 5}]}), 400, "messages[0]", "string"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            400,
+            "messages[0]",
+            "text",
+        ),
+        (json!({"messages": [{"role": "user", "content": long}]}), 400, "", "context length is 300"),
+        (json!({"max_tokens": 0}), 400, "max_tokens", "from 1"),
+        (json!({"max_tokens": -1}), 400, "max_tokens", "from 1"),
+        (json!({"max_tokens": 1_000_000_000}), 400, "", "context length"),
+        (json!({"max_tokens": "10"}), 400, "max_tokens", "whole number"),
+        (json!({"temperature": -1}), 400, "temperature", "from 0 to 2"),
+        (json!({"temperature": "NaN"}), 400, "temperature", "a number"),
+        (json!({"top_p": 1.5}), 400, "top_p", "from 0 to 1"),
+        (json!({"n": 0}), 400, "n", "from 1"),
+        (json!({"n": 100_000}), 400, "n", "from 1 to 128"),
+        (json!({"stop": vec!["a"; 17]}), 400, "stop", "up to 16"),
+        (json!({"stop": [""]}), 400, "stop", "empty"),
+        (json!({"stop": 3}), 400, "stop", "a string"),
+        (json!({"logit_bias": {"999999999": 1}}), 400, "logit_bias", "token ids below"),
+        (json!({"logit_bias": {"1": 1e9}}), 400, "logit_bias", "-100 to 100"),
+        (json!({"top_logprobs": 3}), 400, "top_logprobs", "needs logprobs"),
+        (json!({"stream": "yes"}), 400, "stream", "true or false"),
+        (json!({"adapters": [{"name": "zzz"}]}), 404, "adapters", "does not exist"),
+        (json!({"adapters": [{"name": "a", "strength": "abc"}]}), 400, "adapters.strength", "a number"),
+        (json!({"adapters": [{"name": "a", "strength": 1e308}]}), 400, "adapters.strength", "from -16 to 16"),
+        (json!({"adapters": [{"name": "a"}, {"name": "a"}]}), 400, "adapters", "twice"),
+        (json!({"model": "a", "adapters": [{"name": "b"}]}), 400, "adapters", "already"),
+        (json!({"response_format": {"type": "json_object"}}), 400, "response_format", "not supported"),
+        (json!({"tool_choice": "required"}), 400, "tool_choice", "not supported"),
+        (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": true}),
+            400,
+            "continue_final_message",
+            "exclude",
+        ),
+    ];
+    for (more, status, param, word) in cases {
+        let reply = post(&server, chat, with(question(), more.clone()));
+        let error = reply.json()["error"].clone();
+        assert_eq!(reply.status, status, "{more}: {error}");
+        assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{more}: {error}");
+        assert!(error["message"].as_str().unwrap().contains(word), "{more}: {error}");
+        assert!(error["type"].is_string() && error.get("code").is_some());
+    }
+    let cases = [
+        (json!({}), "missing"),
+        (json!({"prompt": []}), "empty"),
+        (json!({"prompt": [1, "x"]}), "expected"),
+        (json!({"prompt": [[1], 5]}), "expected"),
+        (json!({"prompt": [4_000_000_000u32]}), "not in the vocabulary"),
+        (json!({"prompt": [-1]}), "expected"),
+        (json!({"prompt": "x", "suffix": "y"}), "not supported"),
+        (json!({"prompt": "x", "max_tokens": 0}), "echo"),
+        (json!({"prompt": "x", "logprobs": 21}), "from 0 to 20"),
+        (json!({"prompt": "x", "best_of": 3}), "not supported"),
+    ];
+    for (body, word) in cases {
+        let reply = post(&server, "/v1/completions", body.clone());
+        assert_eq!(reply.status, 400, "{body}");
+        assert!(reply.json()["error"]["message"].as_str().unwrap().contains(word), "{body}: {}", reply.body);
+    }
+    let broken: [&[u8]; 6] =
+        [b"", b"{", b"[1]", b"\"x\"", b"{\"a\": \"\xff\xfe\"}", b"{\"prompt\": \"\\ud800\"}"];
+    for body in broken {
+        assert_eq!(post_bytes(&server, "/v1/completions", body).status, 400, "{body:?}");
+    }
+    let deep = "[".repeat(100_000);
+    assert_eq!(post_bytes(&server, chat, deep.as_bytes()).status, 400);
+    for (path, status) in [("/nothing", 404), ("/v1/chat/completions", 405), ("/tokenize", 405)] {
+        assert_eq!(get(&server, path).status, status, "{path}");
+    }
+    assert_eq!(post(&server, chat, question()).status, 200);
+}
+
+/// Bytes changed at random in good requests: always an answer, never a fall.
+#[test]
+fn the_parser_survives_what_is_random() {
+    let (server, _) = start(Setting::default());
+    let good = with(
+        question(),
+        json!({"stop": ["x"], "logit_bias": {"3": 1}, "adapters": [{"name": "a", "strength": 1}], "stream": false}),
+    );
+    let good = good.to_string().into_bytes();
+    let pieces: [&[u8]; 8] = [b"null", b"-1", b"1e999", b"\"", b"{}", b"[]", b"\\u0000", b"\xf0\x9f"];
+    let mut state = 88_172_645_463_325_252u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    for _ in 0..600 {
+        let mut body = good.clone();
+        for _ in 0..1 + random(3) {
+            let at = random(body.len());
+            match random(3) {
+                0 => body[at] = random(256) as u8,
+                1 => body.truncate(at.max(1)),
+                _ => {
+                    let piece = pieces[random(pieces.len())];
+                    let end = (at + 1 + random(6)).min(body.len());
+                    body.splice(at..end, piece.iter().copied());
+                }
+            }
+        }
+        let reply = post_bytes(&server, "/v1/chat/completions", &body);
+        let shown = String::from_utf8_lossy(&body);
+        assert!(matches!(reply.status, 200 | 400 | 404), "{} for {shown}", reply.status);
+        assert!(reply.status == 200 || reply.json()["error"]["message"].is_string(), "{shown}");
+    }
+}
+
+#[test]
+fn large_bodies_and_headers_are_refused() {
+    let options =
+        Options { listen: "127.0.0.1:0".parse().unwrap(), body_bytes_max: 1 << 20, ..Options::default() };
+    let (server, _) = start(Setting { options, ..Setting::default() });
+    let big = vec![b' '; 2 << 20];
+    let told = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        big.len()
+    );
+    assert_eq!(send(server.address(), told.as_bytes()).status, 413);
+    let chunk = [format!("{:x}\r\n", big.len()).as_bytes(), &big, b"\r\n0\r\n\r\n"].concat();
+    let head = b"POST /v1/completions HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
+    let status = send(server.address(), &[head.as_slice(), &chunk].concat()).status;
+    assert!(status == 413 || status == 0, "{status}"); // 0: it closed while being written to.
+    let header = format!("GET /health HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200_000));
+    let status = send(server.address(), header.as_bytes()).status;
+    assert!(matches!(status, 431 | 0), "{status}");
+    assert_eq!(get(&server, "/health").status, 200);
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_place() {
+    let (server, engine) = start(Setting { pause: Duration::from_millis(5), ..Setting::default() });
+    let forever = |stream: bool| {
+        let body = with(question(), json!({"stream": stream, "ignore_eos": true, "max_tokens": 250}));
+        request("/v1/chat/completions", body.to_string().as_bytes())
+    };
+    for stream in [true, false] {
+        let before = engine.cancelled.load(Ordering::Acquire);
+        let mut client = TcpStream::connect(server.address()).unwrap();
+        client.write_all(&forever(stream)).unwrap();
+        wait_for("it runs", || engine.running.load(Ordering::Acquire) == 1);
+        drop(client);
+        wait_for("its place is free", || engine.running.load(Ordering::Acquire) == 0);
+        assert_eq!(engine.cancelled.load(Ordering::Acquire), before + 1, "stream: {stream}");
+    }
+    wait_for("nothing runs", || server.running() == 0);
+}
+
+#[test]
+fn a_slow_reader_harms_nobody() {
+    let (server, engine) = start(Setting::default());
+    let body = with(question(), json!({"stream": true, "ignore_eos": true, "max_tokens": 250, "n": 64}));
+    let mut slow = TcpStream::connect(server.address()).unwrap();
+    slow.write_all(&request("/v1/chat/completions", body.to_string().as_bytes())).unwrap();
+    wait_for("the engine is done with it", || {
+        engine.running.load(Ordering::Acquire) == 0 && engine.seen.lock().unwrap().len() == 64
+    });
+    for _ in 0..20 {
+        assert_eq!(post(&server, "/v1/chat/completions", question()).status, 200);
+    }
+    let mut all = String::new();
+    slow.read_to_string(&mut all).unwrap();
+    assert!(all.contains("data: [DONE]"));
+}
+
+#[test]
+fn a_full_queue_answers_429_and_a_thousand_clients_are_bounded() {
+    let (server, engine) =
+        start(Setting { pause: Duration::from_millis(2), queue_max: 32, ..Setting::default() });
+    let address = server.address();
+    let body = with(question(), json!({"stream": true})).to_string().into_bytes();
+    let most = Arc::new(AtomicUsize::new(0));
+    let counts: Vec<(u16, bool)> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..1000)
+            .map(|number| {
+                let (body, engine, most) = (&body, &engine, most.clone());
+                std::thread::Builder::new()
+                    .stack_size(128 << 10)
+                    .spawn_scoped(scope, move || {
+                        most.fetch_max(engine.running.load(Ordering::Acquire), Ordering::AcqRel);
+                        if number % 7 == 0 {
+                            let mut client = TcpStream::connect(address).unwrap();
+                            let _ = client.write_all(&request("/v1/chat/completions", body));
+                            return (0, true); // goes away
+                        }
+                        let reply = send(address, &request("/v1/chat/completions", body));
+                        let again = reply.head.to_lowercase().contains("retry-after: 1");
+                        (reply.status, reply.status != 429 || again)
+                    })
+                    .unwrap()
+            })
+            .collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    assert!(counts.iter().all(|(status, right)| *right && matches!(status, 0 | 200 | 429)), "{counts:?}");
+    assert!(
+        counts.iter().any(|(status, _)| *status == 200) && counts.iter().any(|(status, _)| *status == 429)
+    );
+    assert!(most.load(Ordering::Acquire) <= 64);
+    wait_for("all places are free", || engine.running.load(Ordering::Acquire) == 0 && server.running() == 0);
+    let metrics = get(&server, "/metrics").body;
+    let rejected = metrics.lines().find(|line| line.starts_with("hone_requests_rejected_total{")).unwrap();
+    assert!(!rejected.ends_with(" 0"), "{rejected}");
+    assert_eq!(post(&server, "/v1/chat/completions", question()).status, 200);
+}
+
+#[test]
+fn an_engines_failure_is_told_in_the_stream() {
+    let (server, engine) = start(Setting::default());
+    engine.broken.store(true, Ordering::Release);
+    let whole = post(&server, "/v1/chat/completions", question());
+    assert_eq!((whole.status, &whole.json()["error"]["type"]), (500, &json!("server_error")));
+    let stream = post(&server, "/v1/chat/completions", with(question(), json!({"stream": true})));
+    assert!(
+        stream.body.contains("\"error\":{\"message\":\"the device failed\"")
+            && !stream.body.contains("[DONE]"),
+        "{}",
+        stream.body
+    );
+}
+
+#[test]
+fn it_listens_before_the_model_is_there_and_drains_at_the_end() {
+    let options = Options { listen: "127.0.0.1:0".parse().unwrap(), ..Options::default() };
+    let loading = Server::start(&options).unwrap();
+    for path in ["/health", "/healthz", "/readyz", "/v1/models"] {
+        let reply = get(&loading, path);
+        assert_eq!(
+            (reply.status, &reply.json()["error"]["message"]),
+            (503, &json!("Loading model")),
+            "{path}"
+        );
+    }
+    assert_eq!((get(&loading, "/livez").status, get(&loading, "/metrics").status), (200, 200));
+    assert_eq!(post(&loading, "/v1/chat/completions", question()).status, 503);
+    drop(loading);
+
+    let (server, engine) = start(Setting { pause: Duration::from_millis(10), ..Setting::default() });
+    let address = server.address();
+    let slow = |tokens: usize| {
+        let body = with(question(), json!({"stream": true, "ignore_eos": true, "max_tokens": tokens}));
+        std::thread::spawn(move || {
+            send(address, &request("/v1/chat/completions", body.to_string().as_bytes()))
+        })
+    };
+    let (short, long) = (slow(20), slow(280));
+    wait_for("both run", || engine.running.load(Ordering::Acquire) == 2);
+    let drain = std::thread::spawn(move || server.drain(Duration::from_millis(1000)));
+    wait_for("it refuses", || {
+        let reply = send(address, b"GET /readyz HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        reply.status == 503
+    });
+    let health = send(address, b"GET /health HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+    assert_eq!(health.status, 200, "it lives while it drains");
+    let refused = send(address, &request("/v1/chat/completions", question().to_string().as_bytes()));
+    assert_eq!(refused.status, 503);
+    drain.join().unwrap();
+    assert!(short.join().unwrap().body.ends_with("data: [DONE]\n\n"), "what fits the grace is finished");
+    assert!(long.join().unwrap().body.contains("The server ends"), "the rest is told");
+    assert!(TcpStream::connect(address).is_err());
+}
+
+#[test]
+fn a_key_is_asked_for_and_probes_need_none() {
+    let options =
+        Options { listen: "127.0.0.1:0".parse().unwrap(), key: Some("secret".into()), ..Options::default() };
+    let (server, _) = start(Setting { options, ..Setting::default() });
+    let ask = |key: &str| {
+        let head = format!(
+            "GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {key}\r\nconnection: close\r\n\r\n"
+        );
+        send(server.address(), head.as_bytes())
+    };
+    assert_eq!((ask("secret").status, ask("secrets").status, ask("").status), (200, 401, 401));
+    assert_eq!(ask("x").json()["error"]["code"], "invalid_api_key");
+    assert_eq!(post(&server, "/chat", json!({"prompt": "x"})).status, 401);
+    for path in ["/", "/health", "/readyz", "/metrics"] {
+        assert_eq!(get(&server, path).status, 200, "{path}");
+    }
+}
+
+#[test]
+fn adapters_change_only_where_allowed() {
+    let (server, _) = start(Setting::default());
+    let new = json!({"lora_name": "c", "lora_path": "/x/c"});
+    assert_eq!(post(&server, "/v1/load_lora_adapter", new.clone()).status, 403);
+    let (server, _) = start(Setting { changes: true, ..Setting::default() });
+    let load = |body: Value| post(&server, "/v1/load_lora_adapter", body).status;
+    assert_eq!(load(new.clone()), 200);
+    assert_eq!(load(new), 400);
+    assert_eq!(load(json!({"lora_name": "c", "lora_path": "/x/c", "load_inplace": true})), 200);
+    assert_eq!(load(json!({"lora_name": "d", "lora_path": "/x/wrong"})), 400);
+    assert_eq!(load(json!({"lora_name": "a/b", "lora_path": "/x"})), 400);
+    assert_eq!(post(&server, "/v1/chat/completions", with(question(), json!({"model": "c"}))).status, 200);
+    let unload = |name: &str| post(&server, "/v1/unload_lora_adapter", json!({"lora_name": name})).status;
+    assert_eq!((unload("c"), unload("c"), unload("a")), (200, 404, 400));
+}
+
+#[test]
+fn small_routes() {
+    let (server, _) = start(Setting::default());
+    let tokens = post(&server, "/tokenize", json!({"prompt": "one two", "add_special_tokens": false})).json();
+    assert_eq!(tokens["count"], tokens["tokens"].as_array().unwrap().len());
+    let text = post(&server, "/detokenize", json!({"tokens": tokens["tokens"]})).json();
+    assert_eq!(text["prompt"], "one two");
+    assert_eq!(post(&server, "/detokenize", json!({"tokens": [99_999_999]})).status, 400);
+    assert!(get(&server, "/version").json()["version"].is_string());
+    let page = get(&server, "/");
+    assert!(
+        page.head.contains("text/html") && !page.body.contains("http://") && !page.body.contains("https://")
+    );
+    post(&server, "/v1/chat/completions", question());
+    let metrics = get(&server, "/metrics").body;
+    for line in [
+        "vllm:num_requests_waiting{engine=\"0\",model_name=\"base\"} 3",
+        "vllm:request_success_total{engine=\"0\",model_name=\"base\",finished_reason=\"stop\"} 1",
+        "vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+    ] {
+        assert!(metrics.contains(line), "{line}\n{metrics}");
+    }
+}
+
+#[test]
+fn tls_by_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let (chain, key) = (folder.path().join("chain.pem"), folder.path().join("key.pem"));
+    let made = std::process::Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ])
+        .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&chain)
+        .output()
+        .expect("openssl is there");
+    assert!(made.status.success());
+    let options = Options {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        tls: Some((chain.clone(), key.clone())),
+        ..Options::default()
+    };
+    let (server, _) = start(Setting { options: options.clone(), ..Setting::default() });
+    let got = std::process::Command::new("curl")
+        .args(["--silent", "--max-time", "20", "--noproxy", "*", "--cacert"])
+        .arg(&chain)
+        .arg(format!("https://127.0.0.1:{}/health", server.address().port()))
+        .output()
+        .expect("curl is there");
+    assert_eq!(String::from_utf8_lossy(&got.stdout), "{\"status\":\"Healthy\"}");
+    std::fs::write(&key, "nothing").unwrap();
+    let fault = Server::start(&options).err().expect("refused");
+    assert!(fault.message.contains("key.pem"), "{fault}");
+}
