@@ -537,7 +537,9 @@ impl Worker {
         state.counters.running = self.running.len();
         state.counters.cache_usage = self.cache.usage();
         drop(state);
-        events.into_iter().for_each(|(sender, event)| drop(sender.send(event)));
+        for (sender, event) in events {
+            sender.send(event);
+        }
         Ok(())
     }
 }

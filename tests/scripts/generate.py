@@ -52,6 +52,8 @@ def record(folder):
         for row, length in zip(rows, LENGTHS):
             prompt = row[:length]
             with torch.no_grad():
+                # transformers keeps the longest length that a dynamic rope has met; one short pass takes it back to none.
+                model(torch.tensor([prompt[:1]]))
                 out = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                                      generation_config=config, max_new_tokens=new, return_dict_in_generate=True, output_logits=True)
             top = torch.stack(out.logits).squeeze(1).topk(2, -1).values
