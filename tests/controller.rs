@@ -295,7 +295,7 @@ fn new_inputs_are_a_new_revision() {
     let config = "training_config: {QuantizationConfig: {load_in_4bit: true}, LoraConfig: {r: 16}}";
     server.merge("configmaps", NAMESPACE, "mine", &json!({"data": {"training_config.yaml": config}}));
     again("3");
-    assert_eq!(server.list("controllerrevisions").len(), 3);
+    server.wait("three revisions", |server| (server.list("controllerrevisions").len() == 3).then_some(()));
 
     // What cannot be done is told, and the Job goes on.
     server.merge(

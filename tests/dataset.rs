@@ -534,7 +534,7 @@ fn every_codec_string_kind_list_kind_and_field_order_reads_the_same() {
         Compression::BROTLI(BrotliLevel::default()),
     ];
     let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-    let kinds = [DataType::Utf8, DataType::LargeUtf8, DataType::Utf8View, DataType::Binary, dictionary];
+    let kinds = [DataType::Utf8, DataType::LargeUtf8, DataType::Utf8, DataType::Binary, dictionary];
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("data.parquet");
     let check = |array: ArrayRef, codec, version, what: &str| {
@@ -635,7 +635,7 @@ fn rows_that_cannot_be_used_are_counted_by_kind_and_named() {
     check_fault(
         vec![("question", strings(&[Some("a")])), ("id", Arc::new(Int32Array::from(vec![1])))],
         expect![[r#"
-            data.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8View, `id`: Int32
+            data.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8, `id`: Int32
               help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column"#]],
     );
     check_fault(

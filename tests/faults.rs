@@ -93,10 +93,16 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
         let hurt = faulty(&work, fault, at);
         assert!(codes.contains(&hurt.code), "{fault} at {at} of {calls}: {:?}\n{}", hurt.code, hurt.stderr);
         if hurt.code != Some(0) {
-            let message = work.json("termination.json");
-            let code = hurt.code.map_or(137, i64::from);
-            assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
-            assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
+            let message = std::fs::read(work.path("termination.json")).unwrap_or_default();
+            let message = serde_json::from_slice::<serde_json::Value>(&message).ok();
+            // A process that is killed before its first word or in the middle of it, and a full disk, leave none.
+            let speechless = hurt.code.is_none() || fault == "full";
+            assert!(message.is_some() || speechless, "{fault} at {at}: no last word");
+            if let Some(message) = message {
+                let code = hurt.code.map_or(137, i64::from);
+                assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
+                assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
+            }
         }
         let again = work.run(&arguments());
         assert_eq!(again.code, Some(0), "after {fault} at {at} of {calls}:\n{}", again.stderr);
@@ -133,7 +139,8 @@ fn a_failing_call_is_told_as_such_and_a_run_ends_in_the_same_bytes() {
 
 #[test]
 fn stopped_at_any_call_a_run_ends_in_the_same_bytes() {
-    sweep("term", &[Some(30), Some(31), Some(0)], 10);
+    // The first calls come before the program listens to signals.
+    sweep("term", &[Some(30), Some(31), Some(0), None], 10);
 }
 
 // ---- ends that nobody returns from ----
@@ -230,7 +237,9 @@ fn deep_parquet(groups: usize) -> Vec<u8> {
 /// One text that a dictionary holds once, in so many rows.
 fn repeated_text(bytes: usize, rows: usize) -> Vec<u8> {
     let text = "word ".repeat(bytes / 5);
-    let column: ArrayRef = Arc::new(StringArray::from_iter_values((0..64).map(|_| &text)));
+    // Offsets of a batch are 32 bits.
+    let at_once = (1 << 30) / bytes.max(1 << 24);
+    let column: ArrayRef = Arc::new(StringArray::from_iter_values((0..at_once).map(|_| &text)));
     let batch = RecordBatch::try_from_iter([("text", column)]).unwrap();
     let properties = WriterProperties::builder()
         .set_compression(parquet::basic::Compression::ZSTD(Default::default()))
@@ -238,7 +247,7 @@ fn repeated_text(bytes: usize, rows: usize) -> Vec<u8> {
         .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None)
         .build();
     let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
-    for _ in 0..rows.div_ceil(64) {
+    for _ in 0..rows.div_ceil(at_once) {
         writer.write(&batch).unwrap();
     }
     writer.into_inner().unwrap()

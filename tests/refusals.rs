@@ -222,7 +222,7 @@ fn data_that_teaches_nothing_is_refused() {
     said += &refused(&work, "--data no-such/*.parquet");
     said += &refused(&work, "--data data.parquet --layout text");
     expect![[r#"
-        error (data, exit code 11): column.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8View
+        error (data, exit code 11): column.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8
           help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
         error (data, exit code 11): the dataset has 0 rows in 1 file(s): empty.parquet
           help: check the export that wrote the files, and the path or URL they were taken from
@@ -239,7 +239,7 @@ fn data_that_teaches_nothing_is_refused() {
           help: check the path, and in a container the mount
         error (data, exit code 11): no-such/*.parquet: no file matches
           help: check the path, and in a container the mount
-        error (data, exit code 11): data.parquet: no column has a name that is known; columns found: `messages`: List(Struct("content": Utf8View, "role": Utf8View), field: 'element'); expected `text`: a string
+        error (data, exit code 11): data.parquet: no column has a name that is known; columns found: `messages`: List(Struct("content": Utf8, "role": Utf8), field: 'element'); expected `text`: a string
           help: rename the columns, or name them with TrainingArguments.dataset_text_field
     "#]].assert_eq(&said);
 }

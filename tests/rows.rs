@@ -175,7 +175,7 @@ fn parts_of_a_content_are_joined_and_numbers_refused() {
         "",
         expect![[r#"
 
-            error (data, exit code 11): data.parquet: `completion` is Int64; text is needed; columns found: `prompt`: Utf8View, `completion`: Int64
+            error (data, exit code 11): data.parquet: `completion` is Int64; text is needed; columns found: `prompt`: Utf8, `completion`: Int64
               help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
             exit 11
         "#]],
@@ -366,7 +366,8 @@ fn data_is_seen_as_it_will_be_trained() {
 
         --- data.parquet:0: 35 tokens, 2 learned
         [<s><|user|>Say a or user or assistant: a<|end|><|assistant|>]a<|end|>
-    "#]].assert_eq(&inspect("--row data.parquet:0 --html page.html"));
+    "#]]
+    .assert_eq(&inspect("--row data.parquet:0 --html page.html"));
     let page = work.text("page.html");
     assert!(page.contains("<span class=\"l s\">&lt;|end|&gt;</span>") && !page.contains("<script"), "{page}");
     assert!(!page.contains("http://") && !page.contains("https://"), "nothing comes from elsewhere");

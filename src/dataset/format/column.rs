@@ -52,7 +52,8 @@ pub fn element(kind: &DataType) -> Option<&Arc<Field>> {
 /// A type in a few words of a message.
 pub fn kind(kind: &DataType) -> String {
     const CHARS_MAX: usize = 120;
-    let text = kind.to_string();
+    // Files are read as views of their texts; people know the plain names.
+    let text = kind.to_string().replace("Utf8View", "Utf8").replace("BinaryView", "Binary");
     match text.char_indices().nth(CHARS_MAX) {
         Some((at, _)) => text[..at].to_owned() + "...",
         None => text,
