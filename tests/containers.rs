@@ -288,7 +288,7 @@ fn an_arrow_buffer_that_lies_about_its_size_is_refused() {
 /// Reading never panics or ends the process: it gives rows, or a fault that blames the data.
 #[test]
 fn damage_gives_rows_or_a_data_fault() {
-    let small: Vec<(&str, Vec<u8>)> = all().into_iter().map(|(name, content)| (name, content)).collect();
+    let small: Vec<(&str, Vec<u8>)> = all().into_iter().collect();
     let folder = tempfile::tempdir().unwrap();
     let mut random = 12345_u64;
     let mut next = move |below: usize| {

@@ -223,7 +223,7 @@ fn stop_tokens_end_a_sequence_but_not_before_its_minimum() {
 fn what_cannot_be_answered_is_refused_by_name() {
     let options = Options { sequences: 1, waiting: 2, cache_tokens: 96, ..options() };
     let engine = Engine::start(decoder("llama3"), &options, "a test".into()).unwrap();
-    let refused = |request: Request| engine.submit(request).err().expect("refused");
+    let refused = |request: Request| engine.submit(request).expect_err("refused");
     assert!(matches!(refused(Request::greedy(vec![1; 90], 7)), Refusal::TooLong { asked: 97, context: 96 }));
     let unknown = Request { adapters: strengths(&[("c", 1.0)]), ..Request::greedy(vec![1], 1) };
     assert!(matches!(refused(unknown), Refusal::UnknownAdapter(name) if name == "c"));
@@ -243,7 +243,7 @@ fn what_cannot_be_answered_is_refused_by_name() {
 #[test]
 fn adapters_that_do_not_fit_or_change_nothing_are_refused() {
     let engine = engine("llama3");
-    let refused = |folder: PathBuf| engine.load_adapter("x", &folder).err().expect("refused");
+    let refused = |folder: PathBuf| engine.load_adapter("x", &folder).expect_err("refused");
     let fault = refused(golden("llama3/init_adapter"));
     assert!(fault.message.contains("the adapter changes nothing"), "{fault}");
     let fault = refused(golden("falcon7b/final_adapter"));

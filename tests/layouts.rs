@@ -94,7 +94,10 @@ fn a_text_column_comes_before_its_own_parts_as_today() {
     assert_eq!(turns(&read(&[row], &asked).unwrap()), ["user: a | assistant: b"]);
 }
 
-fn examples(content: &str) -> Result<Vec<(Vec<u32>, Vec<bool>)>, Fault> {
+/// Ids and what is learned of each row.
+type Rows = Vec<(Vec<u32>, Vec<bool>)>;
+
+fn examples(content: &str) -> Result<Rows, Fault> {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama3/model");
     let tokenizer = Tokenizer::open(&model).unwrap();
     let options =

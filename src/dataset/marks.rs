@@ -175,7 +175,7 @@ pub(super) fn joined(first: Vec<Place>, last: Vec<Place>) -> Option<Vec<Place>> 
     let whole = |place: Place| {
         let same = |other: &&Place| (other.message, other.piece) == (place.message, place.piece);
         let end = last.iter().find(same)?.range.end;
-        (place.range.start <= end).then(|| Place { range: place.range.start..end, ..place })
+        (place.range.start <= end).then_some(Place { range: place.range.start..end, ..place })
     };
     first.into_iter().map(whole).collect()
 }

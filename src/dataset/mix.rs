@@ -43,7 +43,7 @@ pub(super) fn weigh(records: Vec<Record>, options: &Options) -> Vec<Record> {
     if !options.shares.iter().any(|share| share.weight.is_some()) {
         return records;
     }
-    let mut random = ChaCha8Rng::seed_from_u64(options.seed ^ 0x6d69_78);
+    let mut random = ChaCha8Rng::seed_from_u64(options.seed ^ 0x006d_6978);
     let mut all = Vec::with_capacity(records.len());
     for record in records {
         let weight = weight(&record).unwrap_or(1.0);

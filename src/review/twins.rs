@@ -74,8 +74,7 @@ impl<'a> Known<'a> {
             same as f64 >= ALIKE * HASHES as f64
         };
         let near = self.words.contains(&print.words)
-            || bands(print)
-                .any(|band| self.bands.get(&band).is_some_and(|list| list.iter().any(|other| alike(other))));
+            || bands(print).any(|band| self.bands.get(&band).is_some_and(|list| list.iter().any(&alike)));
         near.then_some(false)
     }
 
