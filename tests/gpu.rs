@@ -13,8 +13,9 @@ use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization};
 use hone::model::Options;
 use hone::model::decoder::Decoder;
 use hone::model::load;
+use hone::model::lora::Trainable;
 use hone::report::Report;
-use hone::train::{self, Every, Metric};
+use hone::train::{self, Every, Metric, Passes};
 
 /// `None` where tests may run without a GPU and there is none.
 fn gpu() -> Option<Device> {
@@ -30,7 +31,8 @@ fn model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join("model")
 }
 
-fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> Decoder {
+/// A decoder and the adapter that is trained over it.
+fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> (Decoder, Trainable) {
     let options = Options {
         folder: model(name),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
@@ -38,7 +40,9 @@ fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> D
         precision,
     };
     let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
-    load::load(facts, &options, device, &Report::silent()).unwrap()
+    let decoder = load::load(facts, &options, device, &Report::silent()).unwrap();
+    let adapter = decoder.trainable(&options.lora).unwrap();
+    (decoder, adapter)
 }
 
 /// Examples of odd lengths, all tokens but the first supervised.
@@ -50,7 +54,7 @@ fn examples(vocab: u32) -> Vec<Example> {
     [17, 5, 33, 64, 9, 21, 40, 2].into_iter().map(example).collect()
 }
 
-fn losses(decoder: &mut Decoder) -> Vec<f64> {
+fn losses((decoder, adapter): &(Decoder, Trainable), keep: Keep) -> Vec<f64> {
     let options = train::Options {
         learning_rate: 2e-3,
         batch_examples: 2,
@@ -69,7 +73,8 @@ fn losses(decoder: &mut Decoder) -> Vec<f64> {
         Ok(())
     };
     let data = train::Data { train: &examples, evaluation: &examples[..2] };
-    train::run(decoder, data, &options, None, None, &Report::silent(), &mut log).unwrap();
+    let mut passes = Passes::Fixed(keep);
+    train::run(decoder, adapter, data, &options, &mut passes, None, &Report::silent(), &mut log).unwrap();
     losses
 }
 
@@ -78,8 +83,8 @@ fn losses(decoder: &mut Decoder) -> Vec<f64> {
 fn training_in_f32_gives_the_losses_of_the_cpu() {
     let Some(gpu) = gpu() else { return };
     for (name, dropout) in [("llama3", 0.0), ("phi3", 0.1), ("gemma2", 0.0)] {
-        let expected = losses(&mut decoder(name, &Device::Cpu, Precision::F32, dropout));
-        let found = losses(&mut decoder(name, &gpu, Precision::F32, dropout));
+        let expected = losses(&decoder(name, &Device::Cpu, Precision::F32, dropout), Keep::Everything);
+        let found = losses(&decoder(name, &gpu, Precision::F32, dropout), Keep::Everything);
         assert_eq!(found.len(), 6);
         for (found, expected) in found.iter().zip(&expected) {
             assert!((found - expected).abs() < 2e-5, "{name}: {found}, on the CPU {expected}");
@@ -91,12 +96,10 @@ fn training_in_f32_gives_the_losses_of_the_cpu() {
 #[test]
 fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     let Some(gpu) = gpu() else { return };
-    let mut whole = decoder("llama3", &gpu, Precision::Bf16, 0.0);
-    let found = losses(&mut whole);
-    let mut less = decoder("llama3", &gpu, Precision::Bf16, 0.0);
-    less.keep.fill(Keep::LayerInputs);
-    assert_eq!(losses(&mut less), found, "what is kept changes nothing");
-    let expected = losses(&mut decoder("llama3", &Device::Cpu, Precision::F32, 0.0));
+    let bf16 = |keep| losses(&decoder("llama3", &gpu, Precision::Bf16, 0.0), keep);
+    let found = bf16(Keep::Everything);
+    assert_eq!(bf16(Keep::LayerInputs), found, "what is kept changes nothing");
+    let expected = losses(&decoder("llama3", &Device::Cpu, Precision::F32, 0.0), Keep::Everything);
     for (found, expected) in found.iter().zip(&expected) {
         assert!((found - expected).abs() < 3e-2, "{found}, in f32 {expected}");
     }
@@ -156,7 +159,7 @@ fn what_a_step_asks_of_the_device() {
     if asked().is_none() {
         return;
     }
-    let mut decoder = decoder("llama3", &gpu, Precision::Bf16, 0.0);
+    let (decoder, adapter) = decoder("llama3", &gpu, Precision::Bf16, 0.0);
     let vocab = decoder.facts.vocab as u32;
     let example = |at: u32| Example {
         ids: (0..32).map(|i| (i * 37 + at * 11) % vocab).collect(),
@@ -177,7 +180,8 @@ fn what_a_step_asks_of_the_device() {
         Ok(())
     };
     let data = train::Data { train: &examples, evaluation: &[] };
-    train::run(&mut decoder, data, &options, None, None, &Report::silent(), &mut log).unwrap();
+    let mut passes = Passes::Fixed(Keep::Everything);
+    train::run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut log).unwrap();
     // The third step's line is written when the fourth has been asked for: between two such lines lies one step.
     let (before, after) = (marks[2], marks[3]);
     let found = [
