@@ -648,7 +648,7 @@ fn rows_that_cannot_be_used_are_counted_by_kind_and_named() {
     check_fault(
         vec![("text", bytes)],
         expect![
-            "data.parquet: row group 0: cannot read it as text: Invalid argument error: Encountered non UTF-8 data: invalid utf-8 sequence of 1 bytes from index 2"
+            "data.parquet: row group 0: cannot read it as text: Invalid argument error: Encountered non-UTF-8 data at index 1: invalid utf-8 sequence of 1 bytes from index 0"
         ],
     );
 }

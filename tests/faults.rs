@@ -98,7 +98,8 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
             // A process that is killed before its first word or in the middle of it, and a full disk, leave none.
             let speechless = hurt.code.is_none() || fault == "full";
             assert!(message.is_some() || speechless, "{fault} at {at}: no last word");
-            if let Some(message) = message {
+            // On a full disk the word that was written ahead stands.
+            if let Some(message) = message.filter(|_| fault != "full") {
                 let code = hurt.code.map_or(137, i64::from);
                 assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
                 assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
@@ -238,7 +239,7 @@ fn deep_parquet(groups: usize) -> Vec<u8> {
 fn repeated_text(bytes: usize, rows: usize) -> Vec<u8> {
     let text = "word ".repeat(bytes / 5);
     // Offsets of a batch are 32 bits.
-    let at_once = (1 << 30) / bytes.max(1 << 24);
+    let at_once = rows.min((1 << 30) / bytes.max(1 << 24));
     let column: ArrayRef = Arc::new(StringArray::from_iter_values((0..at_once).map(|_| &text)));
     let batch = RecordBatch::try_from_iter([("text", column)]).unwrap();
     let properties = WriterProperties::builder()
