@@ -70,7 +70,20 @@ fn ask(running: &Running, path: &str, body: &Value) -> (u16, String) {
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let body = if chunked { unchunked(body) } else { body.to_owned() };
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
+}
+
+/// The content of a body in chunks.
+fn unchunked(mut body: &str) -> String {
+    let mut text = String::new();
+    while let Some((size, rest)) = body.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).unwrap();
+        text += &rest[..size];
+        body = rest[size..].trim_start_matches("\r\n");
+    }
+    text
 }
 
 fn completion(running: &Running, more: Value) -> Value {
