@@ -34,7 +34,7 @@ pub struct Segment {
     pub pages: Vec<u32>,
 }
 
-/// Keys and values of one layer: [page][key head][token of the page][D].
+/// Keys and values of one layer: `[page][key head][token of the page][D]`.
 pub struct Store {
     keys: Values,
     values: Values,
