@@ -179,7 +179,7 @@ pub fn exit(error: &clap::Error) -> ! {
     std::process::exit(error.exit_code())
 }
 
-/// What is wrong with a command line, without the secrets of the addresses in it.
+/// The message of a command-line error, without the secrets of the addresses in it.
 pub fn shown(error: &clap::Error) -> String {
     crate::report::clean::without_secrets(&error.to_string())
 }

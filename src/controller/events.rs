@@ -1,4 +1,4 @@
-//! What the controller tells -> Events of the Workspace; Warnings about a pod or a Job -> why it does not go on.
+//! Status changes -> Events of the Workspace; Warnings about a pod or a Job -> the reason why it does not go on.
 
 use std::time::Duration;
 
