@@ -228,7 +228,7 @@ enum Subcommands {
         /// Cards or instance types, in place of this machine, with time and cost on each: l4,a100-80,Standard_NC24ads_A100_v4
         #[arg(long, value_name = "NAMES", env = "HONE_GPU", value_delimiter = ',')]
         gpu: Vec<String>,
-        /// What an hour of a card costs you, in place of the clouds' list price: l4=0.70; may be repeated
+        /// Price of one hour of a card, in place of the clouds' list price: l4=0.70; may be repeated
         #[arg(long, value_name = "NAME=DOLLARS", env = "HONE_PRICE", value_delimiter = ',')]
         price: Vec<String>,
     },
@@ -586,7 +586,7 @@ struct Serve {
     /// Name of a sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
-    /// Where to listen
+    /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
     /// auto, cpu, cuda or cuda:N
@@ -595,7 +595,7 @@ struct Serve {
     /// Folder of downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// What /chat does with a prompt: put it through the chat template, or continue it as it is
+    /// How /chat treats a prompt: through the chat template, or continued as it is
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
     /// Most tokens of prompt and answer together [default: the model's, at most 16384]
