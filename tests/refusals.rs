@@ -97,7 +97,7 @@ fn configuration_is_refused_before_anything_is_read() {
         error (config, exit code 10): --device: device: expected auto, cpu, cuda or cuda:N, found "tpu"
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1
-          help: name some of them (the last part is enough), or "all-linear"
+          help: name some of these layers (the last part of a path is enough), or use "all-linear"
     "#]].assert_eq(&said);
 }
 
@@ -141,16 +141,16 @@ fn weights_that_are_not_read_are_refused_with_what_to_take() {
     work.write("model/model.Q4_K_M.gguf", "");
     said += &refused(&work, "--data data.parquet");
     expect![[r#"
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by gptq, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take the model it was made from (base_model on its hub page): hone quantises by itself
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by bitsandbytes to 8 bits, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take the model it was made from (base_model on its hub page): hone quantises by itself
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by gptq, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use the model it was made from (base_model on its hub page); hone quantises it itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by bitsandbytes to 8 bits, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use the model it was made from (base_model on its hub page); hone quantises it itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use a bf16 copy of the model, which its makers or others often publish; hone quantises it itself
         error (model, exit code 12): pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
           help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
         error (model, exit code 12): model.Q4_K_M.gguf is a file for inference: no model.safetensors in model
-          help: take the model it was made from (base_model on its hub page), as safetensors
+          help: use the model it was made from (base_model on its hub page), as safetensors
     "#]].assert_eq(&said);
 }
 
@@ -164,17 +164,17 @@ fn models_that_are_not_trained_are_refused_by_name() {
     }
     expect![[r#"
         error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "qwen3_moe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "phimoe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "gpt_oss", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "qwen2_5_vl", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: this multimodal model cannot be tuned; take a text model of the same makers
+          help: hone cannot train this multimodal model; use a text model from the same makers
         error (model, exit code 12): model/config.json: model_type: found "t5", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: take a model of a supported family
+          help: use a model of a supported family
     "#]].assert_eq(&said);
 }
 
@@ -426,9 +426,9 @@ fn models_of_other_families_are_refused() {
     said += &refused(&experts, "--data data.parquet");
     expect![[r#"
         error (model, exit code 12): model/config.json: model_type: found "mamba", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: take a model of a supported family
+          help: use a model of a supported family
         error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
     "#]].assert_eq(&said);
 }
 

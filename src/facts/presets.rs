@@ -83,7 +83,7 @@ pub fn find(name: &str) -> Result<&'static Preset> {
         match nearest(&wanted) {
             Some(near) => fault.help(format!("did you mean {near}?")),
             None => fault.help(format!(
-                "one of {}",
+                "use one of {}",
                 all().iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ")
             )),
         }
@@ -137,7 +137,9 @@ impl Preset {
             ("chat template", text.into())
         }));
         rows.extend(
-            self.gated.filter(|gated| *gated).map(|_| ("access", "gated: consent and a token".into())),
+            self.gated
+                .filter(|gated| *gated)
+                .map(|_| ("access", "gated: the hub asks for consent and a token".into())),
         );
         rows.extend(self.context.map(|tokens| ("context", format!("{tokens} tokens"))));
         rows

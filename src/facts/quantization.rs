@@ -5,7 +5,7 @@ use crate::fault::{Fault, Result};
 use super::config::Config;
 
 const ORIGINAL: &str =
-    "take the model it was made from (base_model on its hub page): hone quantises by itself";
+    "use the model it was made from (base_model on its hub page); hone quantises it itself";
 
 /// The storage of the base's linear layers, in bitsandbytes' formats. Weights that hone quantises have blocks of
 /// 64.
@@ -69,7 +69,7 @@ pub fn read(config: &Config) -> Result<Option<Quantization>> {
         ("bitsandbytes", false, false) => Err(section.refuse("load_in_4bit", "true")),
         ("mxfp4" | "fp8" | "fbgemm_fp8", _, _) => Err(refused(
             &method,
-            "take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself",
+            "use a bf16 copy of the model, which its makers or others often publish; hone quantises it itself",
         )),
         _ => Err(refused(&method, ORIGINAL)),
     }
@@ -77,8 +77,8 @@ pub fn read(config: &Config) -> Result<Option<Quantization>> {
 
 fn refused(by: &str, help: &str) -> Fault {
     Fault::model(format!(
-        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights or \
-         4-bit ones of bitsandbytes"
+        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights, \
+         or 4-bit weights from bitsandbytes"
     ))
     .help(help)
 }

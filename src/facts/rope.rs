@@ -291,7 +291,7 @@ fn read_long(section: &Config, config: &Config, rotary: usize, positions: usize)
     let factors = |key: &str| -> Result<Vec<f32>> {
         let factors = section.numbers(key)?;
         if factors.len() != rotary / 2 {
-            return Err(section.refuse(key, &format!("{} factors, one a rotated pair", rotary / 2)));
+            return Err(section.refuse(key, &format!("{} factors, one per rotated pair", rotary / 2)));
         }
         Ok(factors.into_iter().map(|factor| factor as f32).collect())
     };

@@ -87,7 +87,7 @@ fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
         known.join(", "),
         facts.layers.len() - 1
     ))
-    .help("name some of them (the last part is enough), or \"all-linear\"")
+    .help("name some of these layers (the last part of a path is enough), or use \"all-linear\"")
 }
 
 /// PEFT's matching: a list matches whole paths or their ends after a dot; a text is a regular expression for the

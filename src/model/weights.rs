@@ -271,7 +271,7 @@ fn no_safetensors(folder: &Path) -> Fault {
     if let Some(name) = ending_with(&[".gguf", ".ggml"]) {
         return fault
             .at(format!("{name} is a file for inference"))
-            .help("take the model it was made from (base_model on its hub page), as safetensors");
+            .help("use the model it was made from (base_model on its hub page), as safetensors");
     }
     if let Some(name) = ending_with(&["adapter_model.safetensors", "adapter_model.bin"]) {
         return fault

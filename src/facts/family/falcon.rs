@@ -15,7 +15,7 @@ use crate::fault::Result;
 pub fn facts(config: &Config) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;
     if config.flag("alibi")? {
-        return Err(config.refuse("alibi", "false: rotary positions"));
+        return Err(config.refuse("alibi", "false (rotary positions)"));
     }
     let width = config.integer("hidden_size")?;
     let layers = config.integer("num_hidden_layers")?;

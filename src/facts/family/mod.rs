@@ -95,11 +95,11 @@ pub fn describe(config: &Config) -> Result<Facts> {
         let fault = config.refuse("model_type", &format!("one of {}", names()));
         let is_one_of = |parts: &[&str]| parts.iter().any(|part| kind.contains(part));
         return Err(if is_one_of(&["mixtral", "moe", "gpt_oss", "deepseek", "llama4"]) {
-            fault.help("mixture-of-experts models cannot be tuned; take a dense model")
+            fault.help("hone cannot train mixture-of-experts models; use a dense model")
         } else if is_one_of(&["_vl", "vision", "omni", "gemma3n", "paligemma", "idefics", "mllama"]) {
-            fault.help("this multimodal model cannot be tuned; take a text model of the same makers")
+            fault.help("hone cannot train this multimodal model; use a text model from the same makers")
         } else {
-            fault.help("take a model of a supported family")
+            fault.help("use a model of a supported family")
         });
     };
     quantization::read(config)?; // refuses other quantisers
@@ -139,7 +139,7 @@ fn sliding_layers(config: &Config, layers: usize, rule: impl Fn(usize) -> bool) 
     };
     let sliding: Option<Vec<bool>> = kinds.iter().map(sliding).collect();
     sliding.filter(|list| list.len() == layers).ok_or_else(|| {
-        config.refuse("layer_types", &format!("{layers} of full_attention and sliding_attention"))
+        config.refuse("layer_types", &format!("a list of {layers}, each full_attention or sliding_attention"))
     })
 }
 

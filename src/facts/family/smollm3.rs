@@ -32,7 +32,9 @@ fn turned_layers(config: &Config, layers: usize) -> Result<Vec<bool>> {
     }
     let list = config.numbers("no_rope_layers")?;
     if list.len() < layers {
-        return Err(config.refuse("no_rope_layers", &format!("{layers} of 0 and 1")));
+        return Err(
+            config.refuse("no_rope_layers", &format!("a list of at least {layers} numbers, each 0 or 1"))
+        );
     }
     Ok(list[..layers].iter().map(|&turned| turned != 0.0).collect())
 }
