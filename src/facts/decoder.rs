@@ -14,7 +14,7 @@ pub struct Projection {
     pub rows: usize,
     /// Input width (K).
     pub cols: usize,
-    /// Whether the projection has a bias [N].
+    /// Whether the projection has a bias `[N]`.
     pub bias: bool,
 }
 
@@ -96,7 +96,7 @@ pub struct HeadNorm {
 /// The values that a head norm normalises together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Over {
-    /// Each head on its own; all heads share one weight [D].
+    /// Each head on its own; all heads share one weight `[D]`.
     Head,
     /// The whole projection, with weights [H * D] and [K * D] (OLMo 2).
     Projection,
