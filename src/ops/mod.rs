@@ -54,7 +54,7 @@ pub mod starve {
 
     thread_local!(static FAILS: Cell<Option<(usize, usize)>> = const { Cell::new(None) });
 
-    /// Makes the `at`-th allocation of this thread from now on fail, and those after it: `count` in all.
+    /// Makes the `at`-th allocation of this thread from now on fail, and the ones after it: `times` in all.
     pub fn set(at_and_times: Option<(usize, usize)>) {
         FAILS.set(at_and_times);
     }
