@@ -1,4 +1,5 @@
-//! Errors of the HTTP stack -> one sentence for a person, and whether trying again can help. Never a URL.
+//! Errors of the HTTP stack -> one sentence for a person, and whether a retry can help. The sentence never contains
+//! a URL.
 
 use std::error::Error;
 use std::io;
@@ -7,9 +8,10 @@ use super::http::{Failure, Redirect};
 use super::{Options, address};
 use crate::fault::Fault;
 
-/// Longest foreign text shown.
+/// Most characters of foreign text in a message.
 const FOREIGN_CHARS_MAX: usize = 200;
 
+/// Describes an error of a request for `name`.
 pub fn failure(error: &reqwest::Error, name: &str, options: &Options) -> Failure {
     if let Some(why) = find::<Redirect>(error) {
         return Fault::config(format!("{name}: {why}")).help("give the URL it should lead to").into();
@@ -61,17 +63,17 @@ fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
     Fault::config(format!("{name}: the server is not trusted: {why}")).help(help).into()
 }
 
-/// The innermost error's text: outer ones of reqwest and hyper only say "error sending request".
+/// The innermost error's text. The outer errors of reqwest and hyper only say "error sending request".
 pub fn innermost(error: &reqwest::Error) -> String {
     printable(&chain(error).last().expect("a chain begins with its error").to_string())
 }
 
-/// One line of bounded length without control characters.
+/// The text as one line of bounded length without control characters.
 pub fn printable(text: &str) -> String {
     text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
 }
 
-/// `1536` -> `1.5 KiB`.
+/// A number of bytes for people: `1536` -> `1.5 KiB`.
 pub fn size(bytes: u64) -> String {
     let power = [(60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     match power.into_iter().find(|(shift, _)| bytes >> shift > 0) {
@@ -89,7 +91,7 @@ fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn 
     std::iter::successors(Some(error), |&error| wrapped(error))
 }
 
-/// `io::Error::source` skips the very error it wraps, so that one is asked for.
+/// The cause of an error. `io::Error::source` skips the error it wraps, so that one is asked for first.
 fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(inner) => Some(inner),

@@ -1,4 +1,4 @@
-//! What the user wrote -> Source. Nothing that could be a secret comes back out.
+//! The user's text -> a `Source`. Nothing that could be a secret is ever printed.
 
 use std::fmt;
 
@@ -7,13 +7,14 @@ use url::Url;
 use super::{Source, address, scheme};
 use crate::fault::{Fault, Result};
 
-/// `oci://` is taken by `fetch` before a source is parsed.
+/// `fetch` handles `oci://` before a source is parsed.
 const SUPPORTED: &str = "supported are http://, https://, hf://datasets/, s3://, gs://, az://, oci://, file://, and paths of files, folders and \
      globs";
 const DIGEST_HELP: &str = "write `#sha256=` and 64 hexadecimal digits";
 
 impl Source {
-    /// Reads `http(s)://...`, `file:///...` or a path, each with an optional `#sha256=<64 hex>`.
+    /// Parses `http(s)://...`, `file:///...`, an object store's address or a path, each with an optional
+    /// `#sha256=<64 hex>`.
     ///
     /// # Errors
     /// Config: another scheme, an invalid URL or digest, a link-local address.
@@ -44,7 +45,7 @@ impl Source {
     }
 }
 
-/// Shows no secret, so that a `{:?}` of a whole plan may be logged.
+/// Prints no secret, so that a whole plan may be logged with `{:?}`.
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Source::Url { sha256, .. } | Source::Path { sha256, .. }) = self;
@@ -52,7 +53,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// Whether `text` is a SHA-256 in lower-case hex: the only thing that may become a file name of the cache.
+/// Whether `text` is a SHA-256 in lower-case hex. Nothing else may become a file name of the cache.
 pub(super) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
@@ -70,7 +71,8 @@ fn parse_url(text: &str) -> Result<Source> {
     Ok(Source::Url { url, sha256 })
 }
 
-/// `SCHEME://BUCKET/KEY`; a key with wildcards or a `/` at its end names several objects. `?` is a wildcard, no query.
+/// Parses `SCHEME://BUCKET/KEY`. A key with wildcards or a `/` at its end names several objects. `?` is a wildcard
+/// and begins no query.
 fn parse_object(text: &str) -> Result<Source> {
     let (address, sha256) = match text.split_once("#sha256=") {
         Some((address, _)) => (address, Some(digest(&text[address.len() + 1..], address)?)),
@@ -104,7 +106,7 @@ fn parse_file_url(text: &str) -> Result<Source> {
     Ok(Source::Path { pattern, sha256 })
 }
 
-/// `#` is an ordinary character of a path; only `#sha256=` ends it.
+/// Parses a path. `#` is an ordinary character of it; only `#sha256=` ends it.
 fn parse_path(text: &str) -> Result<Source> {
     let Some((pattern, _)) = text.split_once("#sha256=") else {
         return Ok(Source::Path { pattern: text.to_owned(), sha256: None });
@@ -132,13 +134,13 @@ fn bare(url: &Url) -> Url {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
-    // Both only fail on URLs that cannot have a user, which then have none.
+    // Both calls fail only on URLs that cannot have a user, and these have none.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     url
 }
 
-/// Of a text that is no URL: scheme and the part between user and query.
+/// For a text that is not a URL: its scheme, and the part between user and query.
 fn without_secrets(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     match text[..end].split_once("://") {
