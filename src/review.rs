@@ -174,9 +174,9 @@ fn samples(
                 let same = |row: &&EncodedRow| place(row) == *wanted;
                 rows.iter().find(same).ok_or_else(|| {
                     Fault::config(format!(
-                        "--row {wanted}: no row of the training set that is learned from has this place"
+                        "--row {wanted}: no training row with something to learn has this place"
                     ))
-                    .help("places are FILE:ROW as messages name them, counted from 0")
+                    .help("give FILE:ROW in the form that messages use, counted from 0")
                 })
             };
             options.rows.iter().map(find).collect::<Result<_>>()?
@@ -273,7 +273,12 @@ impl Review {
             ("learned", format!("{} tokens, {}", self.learned, share(self.learned, self.tokens))),
             (
                 "cut",
-                format!("{} rows to {} tokens, {}", self.cut, self.tokens_max, share(self.cut as u64, rows)),
+                format!(
+                    "{} rows cut to {} tokens, {}",
+                    self.cut,
+                    self.tokens_max,
+                    share(self.cut as u64, rows)
+                ),
             ),
             ("steps", self.steps.to_string()),
         ];
@@ -283,11 +288,11 @@ impl Review {
         let Twins { exact, near, overlap } = &self.twins;
         facts.push((
             "duplicates",
-            format!("{exact} rows are exact copies of an earlier one, {near} nearly so"),
+            format!("{exact} rows are exact copies of an earlier row, {near} are nearly the same"),
         ));
         facts.push((
             "overlap",
-            format!("{overlap} rows to evaluate on are also trained on, exactly or nearly"),
+            format!("{overlap} evaluation rows are also in the training data, exactly or nearly"),
         ));
         facts
     }

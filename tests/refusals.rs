@@ -236,9 +236,9 @@ fn data_that_teaches_nothing_is_refused() {
         error (data, exit code 11): nothing left to supervise: 1 rows, 0 of them cut to 1024 tokens (longest 35), none with an answer left
           help: raise max_length, or check that the conversations have assistant turns that are learned
         error (data, exit code 11): no-such.parquet: no such file or folder
-          help: check the path, and in a container the mount
+          help: check the path and, in a container, the mount
         error (data, exit code 11): no-such/*.parquet: no file matches
-          help: check the path, and in a container the mount
+          help: check the path and, in a container, the mount
         error (data, exit code 11): data.parquet: no column has a name that is known; columns found: `messages`: List(Struct("content": Utf8, "role": Utf8), field: 'element'); expected `text`: a string
           help: rename the columns, or name them with TrainingArguments.dataset_text_field
     "#]].assert_eq(&said);
@@ -290,13 +290,13 @@ fn what_a_server_gives_instead_of_data_is_refused() {
     said += &refused(&work, &format!("--data {} --file-bytes-max 1000", server.url("/data.parquet")));
     expect![[r#"
         error (data, exit code 11): http://localhost:PORT/page.parquet: URL returned an HTML page (title: Sign in), expected a parquet file
-          help: a login page or a preview link? use the raw/resolve link
+          help: this may be a login page or a preview link; use the raw/resolve link
         error (data, exit code 11): http://localhost:PORT/missing.parquet: the server has no such file (HTTP 404)
-          help: check the URL; some servers say 404 where a login is missing
+          help: check the URL; some servers answer 404 if a login is missing
         error (auth, exit code 13): http://localhost:PORT/secret.parquet: access refused (HTTP 403)
-          help: the server wants credentials: give a signed URL, or one that needs none
+          help: the server requires credentials; give a signed URL, or one that needs none
         error (auth, exit code 13): http://localhost:PORT/login.parquet: access refused (HTTP 401)
-          help: the server wants credentials: give a signed URL, or one that needs none
+          help: the server requires credentials; give a signed URL, or one that needs none
         download  warning: http://localhost:PORT/data.parquet: its sha256 is 77d3fbc64af9e19448ce45965ed14c9f77fa626891e3093befa4e98498b3dd42, not the expected one; again in a moment
         error (data, exit code 11): http://localhost:PORT/data.parquet: sha256 is 77d3fbc64af9e19448ce45965ed14c9f77fa626891e3093befa4e98498b3dd42, expected 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
           help: the file was changed or damaged, or the digest belongs to another version
@@ -317,7 +317,7 @@ fn a_data_host_that_does_not_answer_is_a_matter_of_time() {
         download  warning: http://localhost:PORT/data.parquet: localhost refused the connection; again in a moment
         download  warning: http://localhost:PORT/data.parquet: localhost refused the connection; again in a moment
         error (network, exit code 20): http://localhost:PORT/data.parquet: gave up at attempt 6: localhost refused the connection
-          help: what came so far is kept: run it again when the server answers
+          help: the bytes received so far are kept; run it again when the server answers
     "#]].assert_eq(&said);
 }
 

@@ -345,8 +345,8 @@ fn data_is_seen_as_it_will_be_trained() {
         cut         0 rows to 1024 tokens, 0.0 %
         steps       3
         packing     passes are filled to 6 %
-        duplicates  0 rows are exact copies of an earlier one, 0 nearly so
-        overlap     0 rows to evaluate on are also trained on, exactly or nearly
+        duplicates  0 rows are exact copies of an earlier row, 0 are nearly the same
+        overlap     0 evaluation rows are also in the training data, exactly or nearly
 
         tokens of a row
               1 to 3              0  
@@ -362,7 +362,7 @@ fn data_is_seen_as_it_will_be_trained() {
              31 to 33             0  
              34 to 36             1  ########################################
 
-        as it will be trained; what is not learned stands in [brackets]
+        as it will be trained; text in [brackets] is not learned
 
         --- data.parquet:0: 35 tokens, 2 learned
         [<s><|user|>Say a or user or assistant: a<|end|><|assistant|>]a<|end|>

@@ -511,7 +511,7 @@ fn the_time_for_one_file_is_bounded() {
     let (_server, url) = served(|_, request| Reply::file(request, &content(), TAG).cut(100_000).stall());
     let mut desk = Desk::new();
     desk.options.total_timeout = Duration::from_millis(150);
-    desk.refuse(&url, Kind::Network, "not whole after the 150ms allowed for one file");
+    desk.refuse(&url, Kind::Network, "not complete after the 150ms allowed for one file");
 }
 
 // The way to the server.
@@ -834,7 +834,7 @@ fn a_name_that_exists_is_no_glob() {
 fn what_a_directory_holds_instead_is_told() {
     let (desk, root) = tree(&["data/a.txt", "data/dataset_info.json", "data/LICENSE"]);
     let folder = root.join("data");
-    let told = "no data file in it: 3 files: 1 .json, 1 .txt, 1 without extension";
+    let told = "the folder contains no data file: 3 files: 1 .json, 1 .txt, 1 without extension";
     desk.refuse(&folder.display().to_string(), Kind::Data, told);
     let empty = root.join("empty");
     fs::create_dir(&empty).unwrap();

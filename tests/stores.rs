@@ -343,12 +343,13 @@ fn what_a_store_refuses_says_who_must_act() {
     assert!(code == Some(11) && text.contains("no such file (HTTP 404)"), "{text}");
     let (code, text) = told("--data s3://bucket/empty/", &|_| {});
     assert!(
-        code == Some(11) && text.contains("s3://bucket/empty/: no data file in it: it is empty"),
+        code == Some(11)
+            && text.contains("s3://bucket/empty/: the folder contains no data file: it is empty"),
         "{text}"
     );
     let (code, text) = told("--data s3://user:word@bucket/rows.parquet", &|_| {});
     assert!(
-        code == Some(10) && text.contains("credentials and the endpoint stand in the environment"),
+        code == Some(10) && text.contains("credentials and the endpoint belong in the environment"),
         "{text}"
     );
     assert!(!text.contains("word"), "{text}");
@@ -361,7 +362,7 @@ fn a_bucket_of_another_region_is_told_with_it() {
     let ended = end(&mut on_s3(&work, &server, "--model model --data s3://bucket/rows.parquet"));
     assert_eq!(ended.code, Some(10), "{}", ended.stderr);
     assert!(
-        ended.stderr.contains("the bucket lies in region ap-south-1")
+        ended.stderr.contains("the bucket is in region ap-south-1")
             && ended.stderr.contains("set AWS_REGION")
     );
 }

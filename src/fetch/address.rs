@@ -159,15 +159,14 @@ fn object_store(text: &str) -> Result<Option<url::Url>> {
         return Ok(None);
     }
     let source::Source::Url { mut url, sha256: None } = source::Source::parse(text)? else {
-        return Err(Fault::config(format!("{text}: a model's folder has no digest"))
-            .help("write s3://BUCKET/FOLDER; its revision is recorded by itself"));
+        return Err(Fault::config(format!("{text}: a model's folder cannot have a digest"))
+            .help("write s3://BUCKET/FOLDER; hone records its revision"));
     };
     let path = url.path().trim_end_matches('/').to_owned();
     url.set_path(&path);
     if path.is_empty() {
-        return Err(
-            Fault::config(format!("{text}: names no folder of the bucket")).help("write s3://BUCKET/FOLDER")
-        );
+        return Err(Fault::config(format!("{text}: the address names no folder of the bucket"))
+            .help("write s3://BUCKET/FOLDER"));
     }
     Ok(Some(url))
 }

@@ -141,19 +141,21 @@ pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<So
                 }
                 report.note(
                     Stage::Download,
-                    format!("{data}: the hub converted only a part of it to parquet: its own files are read"),
+                    format!("{data}: the hub converted only a part of it to parquet, so the repository's own files are read"),
                 );
             }
             Err(fault) if fault.kind == Kind::Config => report.note(
                 Stage::Download,
-                format!("{data}: the hub has no conversion to parquet: its own files are read"),
+                format!(
+                    "{data}: the hub has no conversion to parquet, so the repository's own files are read"
+                ),
             ),
             Err(fault) => return Err(fault),
         }
     }
     if data.config.is_some() && data.path.is_empty() {
         return Err(Fault::config(format!(
-            "{data}: without the hub's conversion nothing tells its configurations"
+            "{data}: configurations are known only from the hub's conversion, and there is none"
         ))
         .help("name the folder or files of the configuration: hf://datasets/OWNER/NAME/PATH"));
     }
@@ -165,7 +167,7 @@ pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<So
 fn list(data: &HubData, revision: &str, access: Access, report: &Report) -> Result<Listing> {
     let text = hub::ask("datasets", &data.repository, revision, &data.to_string(), access.source, report)?;
     let listing: Listing = serde_json::from_slice(&text).map_err(|error| {
-        Fault::data(format!("{data}: the hub's answer is no listing of a dataset: {error}"))
+        Fault::data(format!("{data}: the hub's answer is not a listing of a dataset: {error}"))
     })?;
     match hub::is_commit(&listing.sha) {
         true => Ok(listing),
@@ -214,7 +216,7 @@ fn chosen(
         (Some(asked), _) => {
             Err(Fault::config(format!("{data}: there is no {what} {asked:?}; there are {}", list())))
         }
-        (None, _) => Err(Fault::config(format!("{data}: it has several {what}s: {}", list()))
+        (None, _) => Err(Fault::config(format!("{data}: the dataset has several {what}s: {}", list()))
             .help(format!("choose one: hf://datasets/{}?{what}=NAME", data.repository))),
     }
 }
@@ -258,14 +260,14 @@ fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<
         None => wanted == "train",
     });
     if of_it.is_empty() {
-        return Err(Fault::config(format!("{data}: no file's name tells the split {wanted:?}"))
-            .help("name the files: hf://datasets/OWNER/NAME/PATH"));
+        return Err(Fault::config(format!("{data}: no file has the split {wanted:?} in its name"))
+            .help("give the files by path: hf://datasets/OWNER/NAME/PATH"));
     }
     if !others.is_empty() {
         let count = others.len();
         report.note(
             Stage::Download,
-            format!("{data}: {count} files of other splits than {wanted:?} are not read"),
+            format!("{data}: {count} files belong to other splits than {wanted:?} and are not read"),
         );
     }
     Ok(of_it)
@@ -273,8 +275,11 @@ fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<
 
 fn sources(data: &HubData, commit: &str, files: Vec<Sibling>) -> Result<Vec<Source>> {
     if data.sha256.is_some() && files.len() > 1 {
-        return Err(Fault::config(format!("{data}: one sha256 is given, but it has {} files", files.len()))
-            .help("name each file with its own digest"));
+        return Err(Fault::config(format!(
+            "{data}: one sha256 is given, but the dataset has {} files",
+            files.len()
+        ))
+        .help("name each file with its own digest"));
     }
     let hub = Hub::from_environment()?;
     let repository = format!("datasets/{}", data.repository);
@@ -338,7 +343,7 @@ mod tests {
         ];
         assert_eq!(chosen("o/n?config=a", &two), "a/train/0.parquet a/train/1.parquet");
         assert_eq!(chosen("o/n?config=a&split=test", &two), "a/test/0.parquet");
-        assert_eq!(chosen("o/n", &two), "hf://datasets/o/n: it has several configs: a, b");
+        assert_eq!(chosen("o/n", &two), "hf://datasets/o/n: the dataset has several configs: a, b");
         assert_eq!(
             chosen("o/n?config=c", &two),
             "hf://datasets/o/n: there is no config \"c\"; there are a, b"
@@ -361,7 +366,7 @@ mod tests {
         assert_eq!(kept("o/n?split=validation", &all), "dev/a.jsonl");
         assert_eq!(
             kept("o/n?split=other", &all),
-            "hf://datasets/o/n: no file's name tells the split \"other\""
+            "hf://datasets/o/n: no file has the split \"other\" in its name"
         );
     }
 }

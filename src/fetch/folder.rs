@@ -75,7 +75,7 @@ impl Folder {
                 }
                 Err(TryLockError::WouldBlock) if start.elapsed() < wait_max => {
                     if !std::mem::replace(&mut told, true) {
-                        let text = format!("another process fills {}: waiting for it", path.display());
+                        let text = format!("another process is filling {}; waiting for it", path.display());
                         report.note(Stage::Download, text);
                     }
                     interrupt::check()?;

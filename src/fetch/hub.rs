@@ -136,7 +136,7 @@ pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
 fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
     let wrong = |what: String| Fault::model(format!("{address}: {what}"));
     let Listing { sha, siblings } = serde_json::from_slice(text)
-        .map_err(|error| wrong(format!("the hub's answer is no listing of a repository: {error}")))?;
+        .map_err(|error| wrong(format!("the hub's answer is not a listing of a repository: {error}")))?;
     if !is_commit(&sha) {
         return Err(wrong("the hub's answer names no commit".into()));
     }
@@ -151,7 +151,7 @@ fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
             Some(large) => (Some(large.size), Some(large.sha256)),
             None => (size, None),
         };
-        let bytes = bytes.ok_or_else(|| wrong(format!("the hub does not tell the length of {name}")))?;
+        let bytes = bytes.ok_or_else(|| wrong(format!("the hub does not give the length of {name}")))?;
         items.push(Item { name, bytes, sha256, archive: false });
     }
     super::image::complete(&items, address, &all)?;

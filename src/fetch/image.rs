@@ -119,7 +119,7 @@ fn inside(title: &str, image: &str) -> Result<PathBuf> {
             "{image}: the file name `{}` leads out of the folder",
             title.escape_debug()
         ))
-        .help("this artifact was not made by oras: nothing was taken")),
+        .help("this artifact was not made by oras; nothing was extracted")),
     }
 }
 

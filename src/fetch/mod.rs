@@ -113,7 +113,7 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
     if archives || up_to == Role::Weights {
         record.whole = true;
         folder.save(&record)?;
-        report.note(Stage::Download, format!("{model}: whole, in {}", path.display()));
+        report.note(Stage::Download, format!("{model}: complete, in {}", path.display()));
     }
     Ok(path)
 }

@@ -47,7 +47,7 @@ pub fn bring(url: &Url, items: &[Item], folder: &Folder, access: Access, report:
         let file = &files[0];
         if file.bytes != item.bytes {
             return Err(Fault::model(format!(
-                "{}: {} bytes, {} when the folder was listed: it was changed meanwhile",
+                "{}: {} bytes, but {} when the folder was listed; the file changed in between",
                 file.name, file.bytes, item.bytes
             )));
         }

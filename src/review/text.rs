@@ -30,8 +30,8 @@ pub(super) fn write(review: &Review, colours: bool) -> String {
             .for_each(|warning| out += &format!("  {}\n", visible(warning).replace("↵\n", "\n  ")));
     }
     let key = match colours {
-        true => format!("{} is learned, the rest is shown", paint(GREEN, "green")),
-        false => "what is not learned stands in [brackets]".to_owned(),
+        true => format!("{} text is learned, the rest is only shown", paint(GREEN, "green")),
+        false => "text in [brackets] is not learned".to_owned(),
     };
     out += &format!("\nas it will be trained; {key}\n");
     review.samples.iter().for_each(|sample| out += &one(sample, colours));

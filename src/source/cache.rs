@@ -80,7 +80,7 @@ impl Cache {
         if hash::hex(hasher) == sha256 {
             return Ok(Some(Blob { path, bytes, sha256 }));
         }
-        let text = format!("{} was damaged on disk and is removed", path.display());
+        let text = format!("{} was damaged on disk and has been removed", path.display());
         report.warn(Stage::Download, text);
         fs::remove_file(&path).map_err(|error| Fault::storage("remove", &path, &error))?;
         Ok(None)
@@ -103,7 +103,7 @@ impl Cache {
                 }
                 Err(fs::TryLockError::WouldBlock) => {
                     return Err(Fault::network(format!(
-                        "{name}: another process has been downloading it until the time allowed was over"
+                        "{name}: another process was still downloading it when the allowed time was over"
                     )));
                 }
                 Err(fs::TryLockError::Error(error)) => {

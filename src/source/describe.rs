@@ -14,10 +14,12 @@ const FOREIGN_CHARS_MAX: usize = 200;
 /// Describes an error of a request for `name`.
 pub fn failure(error: &reqwest::Error, name: &str, options: &Options) -> Failure {
     if let Some(why) = find::<Redirect>(error) {
-        return Fault::config(format!("{name}: {why}")).help("give the URL it should lead to").into();
+        return Fault::config(format!("{name}: {why}"))
+            .help("give the final URL, to which it redirects")
+            .into();
     }
     if find::<address::Forbidden>(error).is_some() {
-        return Fault::config(format!("{name}: {}, which is refused", address::Forbidden)).into();
+        return Fault::config(format!("{name}: {}, which hone refuses", address::Forbidden)).into();
     }
     match find::<rustls::Error>(error) {
         Some(rustls::Error::InvalidCertificate(why)) => return untrusted(name, why),
@@ -56,7 +58,7 @@ fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
             "use the host name the certificate was made for"
         }
         _ => {
-            "add the authority that signed it: ca_file, or SSL_CERT_FILE (a bare image may have none at all)"
+            "give the authority that signed it in ca_file or SSL_CERT_FILE; a bare image may contain no authorities"
         }
     };
     let why = printable(&rustls::Error::InvalidCertificate(why.clone()).to_string());

@@ -215,7 +215,7 @@ impl<'a> Downloads<'a> {
         after: Option<Duration>,
     ) -> Result<()> {
         let failed = || format!("{}: gave up at attempt {attempts}: {cause}", job.name);
-        let help = "what came so far is kept: run it again when the server answers";
+        let help = "the bytes received so far are kept; run it again when the server answers";
         if failures >= self.options.attempts_max {
             return Err(Fault::network(failed()).help(help));
         }
@@ -223,7 +223,7 @@ impl<'a> Downloads<'a> {
         if wait >= job.deadline.saturating_duration_since(Instant::now()) {
             let allowed = self.options.total_timeout;
             return Err(Fault::network(format!(
-                "{}; the next may start in {wait:.1?}, later than the {allowed:?} allowed for one file",
+                "{}; the next attempt could start in {wait:.1?}, after the {allowed:?} allowed for one file",
                 failed()
             ))
             .help(help));
@@ -289,7 +289,7 @@ impl<'a> Downloads<'a> {
                 Err(Failure::retry(format!("the body ended after {} of {total} bytes", partial.bytes())))
             }
             Some(total) if partial.bytes() > total => {
-                Err(Failure::from_start(format!("the body has more than its {total} bytes")))
+                Err(Failure::from_start(format!("the body is longer than the announced {total} bytes")))
             }
             _ => self.check_page(job, partial, body.is_html).map(|()| Received::Whole),
         }
@@ -326,19 +326,19 @@ impl<'a> Downloads<'a> {
         let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
         let wanted = ending.map_or("a data file".to_owned(), |ending| format!("a {ending} file"));
         Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
-            .help("a login page or a preview link? use the raw/resolve link")
+            .help("this may be a login page or a preview link; use the raw/resolve link")
             .into())
     }
 
     fn out_of_time(&self, job: &Job, partial: &Partial, attempts: u32) -> Fault {
         let total = partial.total().map(|total| format!(" of {total}")).unwrap_or_default();
         Fault::network(format!(
-            "{}: not whole after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
+            "{}: not complete after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
             job.name,
             self.options.total_timeout,
             partial.bytes()
         ))
-        .help("what came so far is kept: run it again, or allow more time")
+        .help("the bytes received so far are kept; run it again, or allow more time")
     }
 
     /// The wait doubles from attempt to attempt. Jitter keeps many pods from returning at the same moment.

@@ -191,7 +191,7 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
     let patience = options.connect_timeout + 2 * options.read_timeout;
     let sent = tokio::time::timeout(patience, client.get(url.clone()).headers(headers).send()).await;
     let Ok(sent) = sent else {
-        return Err(Failure::retry(format!("no whole answer within {patience:?}")));
+        return Err(Failure::retry(format!("no complete response header within {patience:?}")));
     };
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
@@ -206,7 +206,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         return Err(Failure::from_start("the file changed on the server"));
     }
     if status == StatusCode::RANGE_NOT_SATISFIABLE && resuming {
-        return Err(Failure::from_start("the server no longer has the range asked for"));
+        return Err(Failure::from_start("the server no longer has the requested range"));
     }
     if status != StatusCode::OK && status != StatusCode::PARTIAL_CONTENT {
         return Err(refusal(&response, ask, resuming));
@@ -218,7 +218,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         StatusCode::OK => (0, length),
         _ if !resuming => {
             return Err(Fault::data(format!(
-                "{}: the server sent a part of the file, asked for all of it",
+                "{}: the server sent a part of the file, but all of it was requested",
                 ask.name
             ))
             .into());
@@ -228,7 +228,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         }
         _ => match range(response.headers(), ask, length) {
             Some(total) => (ask.have, total),
-            None => return Err(Failure::from_start("the server sent another range than asked for")),
+            None => return Err(Failure::from_start("the server sent another range than the requested one")),
         },
     };
     let is_html =
@@ -259,7 +259,7 @@ fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
     match text(headers, header::CONTENT_ENCODING) {
         None | Some("" | "identity") => Ok(()),
         Some(encoding) => Err(Fault::data(format!(
-            "{name}: sent with Content-Encoding `{}`, asked for none: length and digest cannot be checked",
+            "{name}: sent with Content-Encoding `{}` although none was requested, so length and digest cannot be checked",
             describe::printable(encoding)
         ))
         .help("switch compression off for this file on the server or its proxy")),
@@ -270,16 +270,16 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
     let (status, name) = (response.status(), ask.name);
     match status.as_u16() {
         404 | 410 => Fault::data(format!("{name}: the server has no such file (HTTP {})", status.as_u16()))
-            .help("check the URL; some servers say 404 where a login is missing")
+            .help("check the URL; some servers answer 404 if a login is missing")
             .into(),
         401 | 403 => {
             let help = match (ask.hub, resuming || ask.url.query().is_some()) {
                 _ if ask.signed.is_some() => ask.signed.as_ref().map_or("", |(_, _, help)| help),
                 (Some(hub), _) => hub.help(),
                 (None, true) => {
-                    "if the URL was signed for a limited time, it may have expired: sign a new one"
+                    "the URL may have been signed for a limited time and have expired; sign a new one"
                 }
-                (None, false) => "the server wants credentials: give a signed URL, or one that needs none",
+                (None, false) => "the server requires credentials; give a signed URL, or one that needs none",
             };
             Fault::auth(format!("{name}: access refused (HTTP {})", status.as_u16())).help(help).into()
         }
@@ -287,16 +287,15 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
             let region = response.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
             let told = format!("{name}: the object store answered HTTP {}", status.as_u16());
             match region {
-                Some(region) => Fault::config(format!(
-                    "{told}: the bucket lies in region {}",
-                    describe::printable(region)
-                ))
-                .help("set AWS_REGION to it"),
+                Some(region) => {
+                    Fault::config(format!("{told}: the bucket is in region {}", describe::printable(region)))
+                        .help("set AWS_REGION to that region")
+                }
                 None => Fault::config(told).help(ask.signed.as_ref().map_or("", |(_, _, help)| help)),
             }
             .into()
         }
-        407 => Fault::config(format!("{name}: the proxy wants credentials (HTTP 407)"))
+        407 => Fault::config(format!("{name}: the proxy requires credentials (HTTP 407)"))
             .help("put them into HTTPS_PROXY or HTTP_PROXY")
             .into(),
         408 | 425 | 429 | 500..=599 => Failure::Retry {

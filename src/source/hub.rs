@@ -67,8 +67,8 @@ impl Hub {
 
 fn header(token: &str, origin: &str) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
-        Fault::auth(format!("the token of {origin} holds characters that no token has"))
-            .help("it begins with hf_ and is one line")
+        Fault::auth(format!("the token of {origin} contains characters that a token cannot have"))
+            .help("a token is one line that begins with hf_")
     })?;
     value.set_sensitive(true);
     Ok(value)

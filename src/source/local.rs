@@ -69,7 +69,7 @@ pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
         .help("the file was changed or damaged, or the digest belongs to another version")
 }
 
-const LOOK: &str = "check the path, and in a container the mount";
+const LOOK: &str = "check the path and, in a container, the mount";
 
 /// Expands a path to its files. If the exact name exists, it is meant, so a file may have `[` in its name.
 /// Otherwise it is a glob.
@@ -119,16 +119,21 @@ pub fn of_first_kind<T>(
     let Some(first) = files.iter().filter_map(kind).min() else {
         let endings: Vec<String> =
             endings.iter().flat_map(|kind| kind.iter()).map(|e| format!(".{e}")).collect();
-        return Err(Fault::data(format!("{folder}: no data file in it: {}", summary(&names(&files)))).help(
-            format!("give a file, or a folder that holds data files at any depth: {}", endings.join(", ")),
-        ));
+        return Err(Fault::data(format!(
+            "{folder}: the folder contains no data file: {}",
+            summary(&names(&files))
+        ))
+        .help(format!(
+            "give a file, or a folder that contains data files at any depth: {}",
+            endings.join(", ")
+        )));
     };
     let (data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| kind(file) == Some(first));
     let left: Vec<T> = other.into_iter().filter(|file| kind(file).is_some()).collect();
     if !left.is_empty() {
         let (count, left) = (data.len(), summary(&names(&left)));
         let text = format!(
-            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name them to read them"
+            "{folder}: {count} data file(s) of one kind are read and {left} are not; name these to read them"
         );
         report.warn(Stage::Read, text);
     }
@@ -186,10 +191,10 @@ fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
 fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     if depth > DEPTH_MAX || files.len() > FILES_MAX {
         return Err(Fault::data(format!(
-            "{}: more than {DEPTH_MAX} levels or {FILES_MAX} files",
+            "{}: the folder has more than {DEPTH_MAX} levels or {FILES_MAX} files",
             folder.display()
         ))
-        .help("give the directory that holds the data files"));
+        .help("give the directory that contains the data files"));
     }
     let failed = |error: io::Error| unreadable(folder, &error);
     for entry in fs::read_dir(folder).map_err(failed)? {

@@ -52,7 +52,7 @@ impl Pace {
         }
         if self.bytes < self.speed.window_bytes() {
             return Err(format!(
-                "only {} bytes came in {:?}, less than {} a second",
+                "only {} bytes arrived in {:?}, less than {} per second",
                 self.bytes, self.speed.window, self.speed.least
             ));
         }

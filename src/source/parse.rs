@@ -21,7 +21,7 @@ impl Source {
     pub fn parse(text: &str) -> Result<Source> {
         let text = text.trim();
         if text.is_empty() || text.contains('\0') {
-            return Err(Fault::config("a source is empty or holds a zero byte").help(SUPPORTED));
+            return Err(Fault::config("a source is empty or contains a zero byte").help(SUPPORTED));
         }
         let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
         match scheme.as_deref() {
@@ -66,7 +66,7 @@ fn parse_url(text: &str) -> Result<Source> {
     url.set_fragment(None);
     if address::forbidden_host(&url) {
         return Err(Fault::config(format!("{name}: link-local addresses are refused"))
-            .help("clouds keep machine credentials there; give the address of the file server"));
+            .help("clouds serve machine credentials there; give the address of the file server"));
     }
     Ok(Source::Url { url, sha256 })
 }
@@ -85,7 +85,7 @@ fn parse_object(text: &str) -> Result<Source> {
     let has_bucket = url.host_str().is_some_and(|bucket| !bucket.is_empty());
     if !has_bucket || !url.username().is_empty() || url.password().is_some() || url.port().is_some() {
         return Err(Fault::config(format!("{}: expected {}://BUCKET/NAME", bare(&url), url.scheme()))
-            .help("credentials and the endpoint stand in the environment, not in the address"));
+            .help("credentials and the endpoint belong in the environment, not in the address"));
     }
     Ok(Source::Url { url, sha256 })
 }
@@ -96,7 +96,7 @@ fn parse_file_url(text: &str) -> Result<Source> {
     let name = bare(&url);
     let sha256 = url.fragment().map(|fragment| digest(fragment, name.as_str())).transpose()?;
     let path = url.to_file_path().map_err(|()| {
-        Fault::config(format!("{name}: a file URL names a file of this machine"))
+        Fault::config(format!("{name}: a file URL must name a file on this machine"))
             .help("write file:///absolute/path, with three slashes")
     })?;
     let pattern = path
@@ -117,7 +117,7 @@ fn parse_path(text: &str) -> Result<Source> {
 
 fn digest(fragment: &str, name: &str) -> Result<String> {
     let Some(hex) = fragment.strip_prefix("sha256=") else {
-        return Err(Fault::config(format!("{name}: what follows `#` is not a digest")).help(DIGEST_HELP));
+        return Err(Fault::config(format!("{name}: the text after `#` is not a digest")).help(DIGEST_HELP));
     };
     let hex = hex.to_ascii_lowercase();
     if !is_sha256(&hex) {

@@ -85,9 +85,9 @@ impl Partial {
 
     /// Appends bytes.
     pub fn append(&mut self, content: &[u8]) -> Result<()> {
-        self.file
-            .write_all(content)
-            .map_err(|error| Fault::storage("write", &self.path, &error).help("what came so far is kept"))?;
+        self.file.write_all(content).map_err(|error| {
+            Fault::storage("write", &self.path, &error).help("the bytes received so far are kept")
+        })?;
         self.hasher.update(content);
         self.bytes += content.len() as u64;
         Ok(())

@@ -173,7 +173,7 @@ pub fn newest(
 }
 
 fn pass_over(step: u64, what: &str, report: &Report) {
-    report.warn(Stage::Train, format!("checkpoint of step {step} is not whole ({what}); passed over"));
+    report.warn(Stage::Train, format!("the checkpoint of step {step} is not whole ({what}) and is skipped"));
 }
 
 fn fits(tensors: &HashMap<String, Tensor>, params: &Tensor) -> bool {
@@ -210,17 +210,17 @@ fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<
         .map_err(|error| error.to_string())?;
     let manifest = sealed.manifest;
     if manifest.seal() != sealed.sha256 {
-        return Err("its state changed".into());
+        return Err("its state file has changed".into());
     }
     if manifest.fingerprint != fingerprint {
-        return Err("it is of another run: other model, data or options".into());
+        return Err("it belongs to a run with another model, data or options".into());
     }
     if place != place.with_file_name(format!("step-{}", manifest.state.step)) {
-        return Err(format!("it is of step {}", manifest.state.step));
+        return Err(format!("it belongs to step {}", manifest.state.step));
     }
     let bytes = plain(&place.join(TENSORS), u64::MAX)?;
     if crate::source::digest(&bytes) != manifest.tensors_sha256 {
-        return Err("its bytes changed".into());
+        return Err("its tensors have changed".into());
     }
     let tensors =
         candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| error.to_string())?;
@@ -232,7 +232,7 @@ fn plain(file: &Path, bytes_max: u64) -> std::result::Result<Vec<u8>, String> {
     let found = fs::symlink_metadata(file).map_err(|error| error.to_string())?;
     match found.is_file() && found.len() <= bytes_max {
         true => fs::read(file).map_err(|error| error.to_string()),
-        false => Err(format!("{} is no plain file of a fitting size", file.display())),
+        false => Err(format!("{} is not a regular file of a plausible size", file.display())),
     }
 }
 

@@ -385,7 +385,8 @@ impl<'a> Trainer<'a> {
         let Some(checkpoints) = checkpoints else { return Ok(None) };
         let found = checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
         let Some(state) = found else { return Ok(None) };
-        self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
+        self.report
+            .note(Stage::Train, format!("training continues after step {} from a checkpoint", state.step));
         self.adapter.refresh()?;
         self.progress.set(state.step);
         self.sent = state.step;
@@ -498,9 +499,12 @@ impl<'a> Trainer<'a> {
                 "out of memory at step {step} with the smallest plan, {}: {error}",
                 memory.plan.choice()
             ))
-            .help("lower TrainingArguments.max_length or LoraConfig.r, or take a machine with more memory"));
+            .help("lower TrainingArguments.max_length or LoraConfig.r, or use a machine with more memory"));
         }
-        let text = format!("out of memory at step {step}, which is done again: {}", memory.plan.choice());
+        let text = format!(
+            "out of memory at step {step}; the step is repeated with a smaller plan: {}",
+            memory.plan.choice()
+        );
         self.report.warn(Stage::Train, text);
         Ok(())
     }
@@ -646,7 +650,7 @@ impl<'a> Trainer<'a> {
                 Kind::Interrupted,
                 format!("stopped by a signal after step {step}; checkpoint written"),
             )
-            .help("start it again with the same output folder: it continues from there"),
+            .help("start it again with the same output folder to continue from there"),
             Err(why) => Fault::new(
                 Kind::InterruptedUnsaved,
                 format!("stopped by a signal after step {step}, not saved: {}", why.message),

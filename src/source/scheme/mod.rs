@@ -142,7 +142,7 @@ impl Stores {
             objects.push(Object { url: of_object, name, bytes: object.size, etag: object.e_tag });
             if objects.len() > OBJECTS_MAX {
                 return Err(Fault::data(format!("{url}: more than {OBJECTS_MAX} objects below it"))
-                    .help("name the folder that holds the data files"));
+                    .help("give the folder that contains the data files"));
             }
         }
         objects.sort_by(|a, b| a.name.cmp(&b.name));
@@ -189,10 +189,10 @@ fn refused(url: &Url, error: &object_store::Error) -> Fault {
         E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
             Fault::auth(format!("{url}: access refused: {told}")).help(help)
         }
-        _ if told.contains("onnect") || told.contains("timed out") => {
-            Fault::network(format!("{url}: no answer for a list of objects or for credentials: {told}"))
-                .help(help)
-        }
+        _ if told.contains("onnect") || told.contains("timed out") => Fault::network(format!(
+            "{url}: no answer to a request for a list of objects or for credentials: {told}"
+        ))
+        .help(help),
         _ => Fault::auth(format!("{url}: no usable credentials or settings: {told}")).help(help),
     }
 }
