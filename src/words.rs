@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use jiff::Timestamp;
+use jiff::civil;
 
 /// Bytes in powers of 1024: `0 B`, `1.5 KiB`, `12.0 GiB`.
 pub fn size(bytes: u64) -> String {
@@ -39,9 +39,9 @@ pub fn hex(bytes: impl AsRef<[u8]>) -> String {
 /// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of four-digit
 /// years holds is written as 1970-01-01.
 pub fn date(time: SystemTime, format: &str) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let time = Timestamp::from_second(seconds as i64).unwrap_or(Timestamp::UNIX_EPOCH);
-    time.strftime(format).to_string()
+    let epoch = civil::date(1970, 1, 1).at(0, 0, 0, 0);
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    epoch.checked_add(since).unwrap_or(epoch).strftime(format).to_string()
 }
 
 #[cfg(test)]
@@ -72,6 +72,7 @@ mod tests {
         assert_eq!(at(0), "1970-01-01-00-00-00");
         assert_eq!(at(951_827_696), "2000-02-29-12-34-56");
         assert_eq!(at(1_767_225_599), "2025-12-31-23-59-59");
-        assert_eq!(at(u64::MAX), "1970-01-01-00-00-00");
+        assert_eq!(at(253_402_300_799), "9999-12-31-23-59-59");
+        assert_eq!(at(253_402_300_800), "1970-01-01-00-00-00");
     }
 }
