@@ -151,6 +151,17 @@ fn a_module_uses_only_modules_above_it() {
 }
 
 #[test]
+fn the_map_lists_every_module_in_its_order() {
+    let row = Regex::new(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|").unwrap();
+    let map = text(&root("ARCHITECTURE.md"));
+    let names = row
+        .captures_iter(&map)
+        .flat_map(|row| row[1].split(", ").map(|name| name.trim_matches('`').to_owned()).collect::<Vec<_>>());
+    let listed: Vec<String> = names.filter(|name| name != "main").collect();
+    assert_eq!(listed, modules(), "rows of the map in ARCHITECTURE.md, and the list in src/lib.rs");
+}
+
+#[test]
 fn every_source_file_belongs_to_the_list_and_says_what_it_is() {
     let listed: BTreeSet<PathBuf> = modules().iter().flat_map(|module| files_of(module)).collect();
     let roots = [root("src/lib.rs"), root("src/main.rs")];
