@@ -573,7 +573,6 @@ impl Bench {
 }
 
 #[derive(Args)]
-#[expect(dead_code, reason = "`settings` reads flags of keys by their names")]
 struct Serve {
     /// Base model: a folder, hf://OWNER/NAME, oci://IMAGE or preset:NAME
     #[arg(value_name = "MODEL", env = "HONE_MODEL")]
@@ -727,7 +726,6 @@ pub struct RegistryArguments {
 
 /// The job: files, then keys. Each flag below the files has the name of a key of hone.
 #[derive(Args)]
-#[expect(dead_code, reason = "`settings` reads flags of keys by their names")]
 struct Job {
     /// YAML with hone's keys and `training_config:`
     #[arg(value_name = "SPEC.yaml", env = "HONE_SPEC")]

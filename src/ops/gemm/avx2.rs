@@ -59,7 +59,7 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
             // SAFETY: the caller has the features; the run lies inside the operand.
             *row = unsafe { load(source, first + run, at, along) };
             if precision == Precision::Bf16 {
-                *row = row.map(round_to_bf16);
+                *row = [round_to_bf16(row[0]), round_to_bf16(row[1])];
             }
         }
         if !straight {
