@@ -951,6 +951,7 @@ mod tests {
         expect![[r#"
             model Text("m") --model
             name Text("n") --name
+            data Texts(["a#sha256=ff", "*.parquet"]) --data
             layout Text("text") --layout
             output Text("o") --output
             push Text("h/r:t") --push
@@ -958,11 +959,10 @@ mod tests {
             init_adapter Text("i") --init-adapter
             device Text("cuda:1") --device
             cache Text("k") --cache
-            file_bytes_max Text("9") --file-bytes-max
             ca_file Text("ca.pem") --ca-file
-            docker_config Text("d") --docker-config
             plain_http Text("true") --plain-http
-            data Texts(["a#sha256=ff", "*.parquet"]) --data
+            docker_config Text("d") --docker-config
+            file_bytes_max Text("9") --file-bytes-max
             LoraConfig.r Yaml(" 16") --set
         "#]]
         .assert_eq(&shown);
