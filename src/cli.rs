@@ -843,7 +843,7 @@ fn of_key(matches: &ArgMatches, key: &Key) -> Option<Setting> {
         return None;
     }
     let origin = origin(matches, key.name);
-    let texts = matches.get_raw(key.name)?.map(|text| text.to_string_lossy().into_owned());
+    let mut texts = matches.get_raw(key.name)?.map(|text| text.to_string_lossy().into_owned());
     let written = match (matches.try_get_one::<bool>(key.name), key.kind) {
         (Ok(Some(on)), _) => Written::Text(on.then(|| "true".to_owned())?),
         // Addresses in a variable stand apart by blanks.
@@ -852,7 +852,7 @@ fn of_key(matches: &ArgMatches, key: &Key) -> Option<Setting> {
             Written::Texts(texts.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect())
         }
         (_, Type::Texts | Type::Sources) => Written::Texts(texts.collect()),
-        _ => Written::Text(texts.last()?),
+        _ => Written::Text(texts.next_back()?),
     };
     Some(Setting { key: key.name.into(), written, origin })
 }
