@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
-use crate::source;
+use crate::whole;
 
 const RECORD: &str = ".hone-model.json";
 const LOCK: &str = ".hone.lock";
@@ -70,7 +70,7 @@ impl Folder {
         loop {
             match lock.try_lock() {
                 Ok(()) => {
-                    source::remove_leftovers(path);
+                    whole::remove_leftovers(path);
                     return Ok(Folder { path: path.to_owned(), _lock: lock });
                 }
                 Err(TryLockError::WouldBlock) if start.elapsed() < wait_max => {
@@ -103,7 +103,7 @@ impl Folder {
     /// Writes the record.
     pub fn save(&self, record: &Record) -> Result<()> {
         let text = serde_json::to_vec_pretty(record).expect("texts and numbers");
-        source::write_whole(&self.path.join(RECORD), &text)
+        whole::write(&self.path.join(RECORD), &text)
     }
 
     /// Whether a file is there with the right length. Files are moved here only whole and verified, so the length
