@@ -1,5 +1,5 @@
-//! What hone refuses, run with the real binary: the exit code, every word of the message, and that nothing stands
-//! under a final name or in a registry afterwards.
+//! What hone refuses, run with the real binary: the exit code, every word of the message, and that nothing has a
+//! final name or is in a registry afterwards.
 
 #[path = "support/http.rs"]
 mod http;
@@ -21,15 +21,15 @@ use parquet::arrow::ArrowWriter;
 use registry::{Registry, Setup};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 
-/// Enough for the message to be about what a test says: a short run over `model/`.
+/// The settings of a short run over `model/`, so that the message is about what a test changes.
 const RUN: &str = "run --quiet --log terminal --model model --output out --set TrainingArguments.max_steps=2";
 
-/// The run with these further arguments, which no blank is in.
+/// A run with these further arguments, none of which contains a blank.
 fn run(work: &Work, arguments: &str) -> Ended {
     work.run(&RUN.split(' ').chain(arguments.split_whitespace()).collect::<Vec<_>>())
 }
 
-/// What is said of a run that must not come to its end; nothing stands under a final name then.
+/// The output of a run that must fail. Nothing has a final name then.
 fn refused(work: &Work, arguments: &str) -> String {
     let ended = run(work, arguments);
     let code = ended.stderr.split("exit code ").nth(1).and_then(|rest| rest.split(')').next());
@@ -48,7 +48,7 @@ fn nothing_final(work: &Work) {
     assert!(found.is_empty(), "after a refusal there is {found:?}");
 }
 
-/// Ports and temporary folders differ from run to run, and so do waits before another attempt.
+/// Replaces ports, temporary folders and waits before another attempt, which differ from run to run.
 fn steady(text: &str) -> String {
     let text =
         regex::Regex::new(r"(localhost|127\.0\.0\.1):\d+").unwrap().replace_all(text, "$1:PORT").into_owned();
@@ -58,7 +58,7 @@ fn steady(text: &str) -> String {
 
 // ---- configuration ----
 
-/// A build with the `cuda` feature asks the driver instead: `tests/gpu` shows what it says.
+/// A build with the `cuda` feature asks the driver instead; `tests/gpu` covers its messages.
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_gpu_is_refused_by_a_build_for_the_cpu() {
@@ -186,7 +186,7 @@ fn texts(work: &Work, name: &str, column: &str, rows: &[&str]) {
     write_parquet(work, name, &RecordBatch::try_from_iter([(column, array)]).unwrap());
 }
 
-/// A conversation that nobody answers.
+/// A conversation without an answer.
 fn questions(work: &Work, name: &str) {
     let text = |text: &str| Arc::new(StringArray::from(vec![text])) as ArrayRef;
     let message = StructArray::try_from(vec![("role", text("user")), ("content", text("what?"))]).unwrap();
@@ -540,7 +540,7 @@ fn a_loss_that_is_no_number_ships_nothing() {
 
 // ---- registry ----
 
-/// What is said of a run that cannot push, and its exit code; the adapter is whole.
+/// The output of a run that cannot push, and its exit code. The adapter is whole.
 fn not_pushed(work: &Work, arguments: &str) -> (String, Option<i32>) {
     let ended = run(work, &format!("--data data.parquet {arguments}"));
     for name in FINAL {

@@ -1,5 +1,5 @@
-//! Datasets and adapters as people have them, run with the real binary: what is learned of them, what is warned about, and
-//! what is refused with which words. Each situation is one that users of fine-tuning tools reported.
+//! Datasets and adapters as people have them, run with the real binary: what is learned from them, what is warned
+//! about, and what is refused with which words. Users of fine-tuning tools reported each situation.
 
 #[path = "support/job.rs"]
 mod job;
@@ -36,7 +36,7 @@ fn copy(work: &Work, from: &str, to: &str) {
     }
 }
 
-/// The line of what was learned, the warnings, and the fault, of a run with these further arguments.
+/// The line about what was learned, the warnings, and the fault, of a run with these further arguments.
 fn said(work: &Work, arguments: &str) -> String {
     const RUN: &str =
         "run --log terminal --model model --data data.parquet --config config.yaml --output out --device cpu";
@@ -394,7 +394,7 @@ fn a_plan_tells_steps_and_what_named_gpus_take() {
     assert!(plan("").contains("work: 3 optimizer steps over 4 rows"));
 }
 
-/// Bytes with every `from` as `to`, which is as long.
+/// Bytes with every `from` replaced by `to`, which has the same length.
 fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for at in 0..bytes.len() - from.len() {
