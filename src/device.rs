@@ -62,7 +62,7 @@ pub fn check(choice: Choice) -> Result<()> {
 
 fn not_built(number: usize) -> Fault {
     Fault::config(format!("device cuda:{number}: this build of hone trains on the CPU only"))
-        .help("take the CUDA image, build with --features cuda, or leave `device` out")
+        .help("use the CUDA image, build with --features cuda, or remove `device`")
 }
 
 #[cfg(feature = "cuda")]

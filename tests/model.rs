@@ -143,7 +143,7 @@ fn what_is_missing_is_told_together() {
 
         missing:
           pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
-            help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
+            help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or use a revision of the model that has them
           model: tokenizer.json is missing
             help: download the whole folder of the model, tokenizer included
     "#]].assert_eq(&work.done(&["model", "model"]).stdout);

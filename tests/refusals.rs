@@ -65,7 +65,7 @@ fn a_gpu_is_refused_by_a_build_for_the_cpu() {
     let work = Work::with_llama();
     expect![[r#"
         error (config, exit code 10): device cuda:0: this build of hone trains on the CPU only
-          help: take the CUDA image, build with --features cuda, or leave `device` out
+          help: use the CUDA image, build with --features cuda, or remove `device`
     "#]]
     .assert_eq(&refused(&work, "--data data.parquet --device cuda:0"));
 }
@@ -148,7 +148,7 @@ fn weights_that_are_not_read_are_refused_with_what_to_take() {
         error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
           help: use a bf16 copy of the model, which its makers or others often publish; hone quantises it itself
         error (model, exit code 12): pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
-          help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
+          help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or use a revision of the model that has them
         error (model, exit code 12): model.Q4_K_M.gguf is a file for inference: no model.safetensors in model
           help: use the model it was made from (base_model on its hub page), as safetensors
     "#]].assert_eq(&said);

@@ -102,7 +102,7 @@ impl Card {
                 Kind::Capacity,
                 format!("{} cannot compute in bf16, which the CUDA engine needs", self.name),
             )
-            .help("take a card of the Ampere generation or later: l4, a10, a100-80, h100, ..."));
+            .help("use a card of the Ampere generation or later: l4, a10, a100-80, h100, ..."));
         };
         let rates =
             Rates { matrix: matrix * 1e12, copy: self.copy * 1e12, link: LINK, measured: self.measured };
@@ -121,7 +121,7 @@ pub fn find(name: &str) -> Result<(Card, usize)> {
     card.map(|card| (card, count)).ok_or_else(|| {
         let names: Vec<&str> = CARDS.iter().map(|card| card.name).collect();
         Fault::usage(format!("--gpu {name}: expected one of {}", names.join(", ")))
-            .help("or an instance type, such as Standard_NC24ads_A100_v4")
+            .help("an instance type such as Standard_NC24ads_A100_v4 works too")
     })
 }
 

@@ -435,7 +435,7 @@ fn refusal(solver: &Solver) -> Fault {
         (Place::Cpu { .. }, _) => {
             help.push(format!("give the container {} of memory", words::size(needed.bytes())))
         }
-        (_, Some(card)) => help.push(format!("take a larger card: {card} would do")),
+        (_, Some(card)) => help.push(format!("use a larger card, such as {card}")),
         (_, None) => help.push("no card in hone's table is large enough".into()),
     }
     Fault::capacity(format!(

@@ -142,7 +142,7 @@ fn what_does_not_fit_is_refused_with_numbers() {
     assert_eq!(fault.kind, crate::fault::Kind::Capacity);
     assert!(fault.message.contains("5.0 GiB may be used of h200"), "{fault}");
     let help = fault.help.unwrap();
-    assert!(help.contains("max_length") && help.contains("take a larger card: "), "{help}");
+    assert!(help.contains("max_length") && help.contains("use a larger card, such as "), "{help}");
     // The length that the help offers fits, and one more token does not.
     let fits: usize = help.split("max_length ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     task.tokens_min = fits;

@@ -247,7 +247,7 @@ impl Loader<'_> {
         let (bytes, stored) = (values.bytes(), values.dtype());
         let source = Tensor::from_slice(bytes, bytes.len(), self.device)?;
         FourBit::quantize_on_gpu(&source, stored, shape, code, double)?.map_err(|place| {
-            Fault::model(format!("{name}: a value of {}..{} is NaN or infinite", place.from, place.to))
+            Fault::model(format!("{name}: one of the values {}..{} is NaN or infinite", place.from, place.to))
                 .help("the checkpoint is damaged: download it again")
         })
     }

@@ -46,7 +46,7 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
     });
     let Some((code, raw)) = state else { return Ok(None) };
     let state: State = serde_json::from_slice(raw.bytes)
-        .map_err(|error| wrong(format!("its quantisation state is not read: {error}")))?;
+        .map_err(|error| wrong(format!("its quantisation state cannot be read: {error}")))?;
     if state.shape != [rows, cols] || state.quant_type != code.name() {
         let (kind, shape) = (&state.quant_type, &state.shape);
         return Err(wrong(format!(

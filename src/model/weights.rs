@@ -23,8 +23,8 @@ use super::stored;
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
 
-const WITH_ADAPTER: &str = "the checkpoint was saved with a LoRA adapter in it: merge the adapter first (peft's merge_and_unload), \
-     or take the base model and give the adapter as `init_adapter`";
+const WITH_ADAPTER: &str = "the checkpoint contains a LoRA adapter; merge the adapter first (peft's merge_and_unload), \
+     or use the base model and give the adapter as `init_adapter`";
 
 /// Parts of multimodal models beside the language model. They are not read.
 const BESIDE_LANGUAGE: [&str; 5] =
@@ -98,7 +98,10 @@ impl Checkpoint {
         for shard in map.values().collect::<BTreeSet<_>>() {
             // A shard's name comes from a file of the model, so it must not leave the folder.
             if Path::new(shard).components().count() != 1 || shard.contains(['/', '\\']) || shard == ".." {
-                return Err(Fault::model(format!("{}: shard {shard:?} leaves the folder", index.display())));
+                return Err(Fault::model(format!(
+                    "{}: shard {shard:?} is outside the folder",
+                    index.display()
+                )));
             }
             self.add(folder.join(shard))?;
         }
@@ -147,7 +150,7 @@ impl Checkpoint {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| damaged(format!("cannot map: {error}")))?;
         let header = map.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         if header > HEADER_BYTES_MAX {
-            return Err(damaged(format!("a header of {header} bytes, limit {HEADER_BYTES_MAX}"))
+            return Err(damaged(format!("its header has {header} bytes, the limit is {HEADER_BYTES_MAX}"))
                 .help("download it again"));
         }
         let bounds = Bounds::new(Kind::Model, path.display().to_string(), HEADER_MEMORY_MAX);
@@ -293,7 +296,7 @@ fn no_safetensors(folder: &Path) -> Fault {
     if let Some(name) = ending_with(&[".bin", ".pt", ".pth", ".ckpt"]) {
         return fault.at(format!("{name} is a pickle, which may run code and is not read")).help(
             "save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), \
-             or take a revision of the model that has them",
+             or use a revision of the model that has them",
         );
     }
     match ending_with(&[".safetensors"]) {
@@ -301,8 +304,8 @@ fn no_safetensors(folder: &Path) -> Fault {
             .at(format!("{name} is a shard without model.safetensors.index.json"))
             .help("download the whole model again"),
         Some(name) => fault
-            .at(format!("{name} is not a name that is looked for"))
-            .help("name a single file model.safetensors"),
+            .at(format!("hone does not look for the name {name}"))
+            .help("rename a single file to model.safetensors"),
         None => fault.help("a model folder holds config.json, tokenizer.json and *.safetensors"),
     }
 }
@@ -477,6 +480,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let index = r#"{"weight_map": {"a": "../model.safetensors"}}"#;
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        assert!(Checkpoint::open(folder.path()).unwrap_err().message.contains("leaves the folder"));
+        assert!(Checkpoint::open(folder.path()).unwrap_err().message.contains("is outside the folder"));
     }
 }

@@ -53,8 +53,8 @@ fn usable(number: usize) -> Result<()> {
     if let Err(error) = result::init() {
         return refuse(
             Kind::Device,
-            format!("cuda:{number}: no NVIDIA driver answers ({error})"),
-            "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or say device: cpu",
+            format!("cuda:{number}: no NVIDIA driver responds ({error})"),
+            "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or set device: cpu",
         );
     }
     let mut driver = 0;
@@ -69,7 +69,7 @@ fn usable(number: usize) -> Result<()> {
                 version(driver),
                 version(DRIVER_MIN)
             ),
-            "install NVIDIA driver 580 or later, or say device: cpu",
+            "install NVIDIA driver 580 or later, or set device: cpu",
         );
     }
     let count = count();
@@ -77,7 +77,7 @@ fn usable(number: usize) -> Result<()> {
         return refuse(
             Kind::Device,
             format!("cuda:{number}: the driver shows {count} GPUs"),
-            "choose a number below that; CUDA_VISIBLE_DEVICES hides the others",
+            "choose a lower number; CUDA_VISIBLE_DEVICES may hide other GPUs",
         );
     }
     let capability = card(number)?.capability;
@@ -88,7 +88,7 @@ fn usable(number: usize) -> Result<()> {
                 "cuda:{number}: compute capability {}.{} has no bf16, expected 8.0 or later",
                 capability.0, capability.1
             ),
-            "take an A10, A100, L4, L40S, H100, H200 or newer GPU, or say device: cpu",
+            "use an A10, A100, L4, L40S, H100, H200 or newer GPU, or set device: cpu",
         );
     }
     Ok(())
