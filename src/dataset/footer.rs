@@ -6,7 +6,7 @@ use ::parquet::arrow::ProjectionMask;
 use std::fs::File;
 use std::path::PathBuf;
 
-/// What the footers of a dataset say.
+/// Sums over the footers of a dataset.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Footers {
     /// Rows, with limits and weights applied.

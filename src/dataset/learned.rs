@@ -109,7 +109,7 @@ impl Tally {
         }
     }
 
-    /// What the user should know before training on these rows.
+    /// Findings that the user should know before training on these rows.
     pub fn warnings(&self, options: &TokenOptions, tokenizer: &Tokenizer) -> Vec<String> {
         let mut warnings = Vec::new();
         let Tally { rows, dropped, .. } = self;

@@ -50,7 +50,7 @@ pub struct Options {
     pub container: Option<String>,
     /// Names in the files that the user gave.
     pub names: Names,
-    /// What happens to rows that cannot be used.
+    /// The treatment of rows that cannot be used.
     pub bad_rows: BadRows,
     /// Whether rows are shuffled before the split.
     pub shuffle: bool,
@@ -89,7 +89,7 @@ impl Names {
     };
 }
 
-/// What happens to rows that cannot be used.
+/// The treatment of rows that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum BadRows {
     /// The run ends. The fault counts each kind of problem and names its first places.
@@ -98,7 +98,7 @@ pub enum BadRows {
     Drop { share_max: f64 },
 }
 
-/// What a row holds.
+/// The content of a row's columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// A list of messages.
@@ -153,7 +153,7 @@ pub struct TokenOptions {
     pub loss: LossOn,
     /// Jinja text that replaces the model's own chat template, or the name of one of the model's.
     pub chat_template: Option<String>,
-    /// What happens to rows that the template refuses.
+    /// The treatment of rows that the template refuses.
     pub bad_rows: BadRows,
 }
 
@@ -189,9 +189,9 @@ pub struct Dataset {
 /// A row with its place, so that later stages can name it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
-    /// What the row says.
+    /// The content of the row.
     pub conversation: Conversation,
-    /// What the chat template sees beside the messages.
+    /// The chat template's inputs beside the messages.
     pub context: Context,
     /// The file's name as the user wrote it.
     pub file: Arc<str>,
@@ -231,7 +231,7 @@ pub enum Conversation {
     Text(String),
 }
 
-/// What a chat template sees beside the messages. Most rows have none of it.
+/// The inputs of a chat template beside the messages. Most rows have none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Context {
     /// Descriptions of the tools that the assistant may call.
@@ -247,7 +247,7 @@ pub struct Context {
 pub struct Message {
     /// One of the roles that templates know.
     pub role: String,
-    /// What is said. `None`: null in the file.
+    /// The text of the turn. `None`: null in the file.
     pub content: Option<String>,
     /// Further fields that templates know (`format::fields`), if they are not null.
     pub extra: Vec<(&'static str, serde_json::Value)>,
@@ -261,7 +261,7 @@ impl Message {
         Message { role: role.into(), content: Some(content.into()), extra: Vec::new(), learned: true }
     }
 
-    /// What is said; empty if the content is null.
+    /// The text of the turn; empty if the content is null.
     pub fn text(&self) -> &str {
         self.content.as_deref().unwrap_or_default()
     }

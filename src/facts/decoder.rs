@@ -223,7 +223,7 @@ pub struct Stored {
     pub name: String,
     /// The shape that the facts imply.
     pub shape: Vec<usize>,
-    /// What the tensor is used for.
+    /// The tensor's use.
     pub role: Role,
 }
 

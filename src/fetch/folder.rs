@@ -19,7 +19,7 @@ const RECORD: &str = ".hone-model.json";
 const LOCK: &str = ".hone.lock";
 const LOCK_POLL: Duration = Duration::from_millis(100);
 
-/// What belongs into a folder of the cache.
+/// The record of a folder of the cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// The address that it was fetched from.

@@ -49,7 +49,7 @@ pub fn texts(model: &Model, access: Access, report: &Report) -> Result<PathBuf> 
 /// Downloads the rest of a model (gigabytes). The folder is whole afterwards.
 ///
 /// # Errors
-/// Those of [`texts`].
+/// The faults of [`texts`].
 pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
     bring(model, Role::Weights, access, report).map_err(of_model)
 }
@@ -64,7 +64,7 @@ pub fn revision(folder: &Path) -> Option<String> {
 /// entries are fetched as [`source::fetch`] does.
 ///
 /// # Errors
-/// Those of [`source::fetch`] and [`registry::pull`].
+/// The faults of [`source::fetch`] and [`registry::pull`].
 pub fn data(list: &[Data], access: Access, report: &Report) -> Result<Vec<source::File>> {
     let (mut sources, mut entries) = (Vec::new(), Vec::new());
     for (entry, data) in list.iter().enumerate() {

@@ -31,7 +31,7 @@ impl Plan {
         table
     }
 
-    /// What was chosen: `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`.
+    /// The chosen tokens and levels: `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`.
     pub fn choice(&self) -> String {
         let of = |level: Keep| (level, self.keep.iter().filter(|keep| **keep == level).count());
         let levels = Keep::ALL.into_iter().map(of).filter(|(_, layers)| *layers > 0);

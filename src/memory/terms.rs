@@ -11,7 +11,7 @@ use super::{Place, Task};
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Term {
-    /// What takes the memory.
+    /// The use of the memory.
     pub what: String,
     /// Bytes.
     pub bytes: u64,

@@ -22,7 +22,7 @@ pub mod weights;
 #[cfg(test)]
 mod judge;
 
-/// What to load and how to quantise it. `plan` fills it.
+/// The settings of loading: the model and its quantisation. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The model folder.

@@ -1,4 +1,4 @@
-//! What all layers of one pass share: positions, precision and adapter of a batch. A serving step has its own form,
+//! The inputs that all layers of one pass share: positions, precision and adapter of a batch. A serving step has its own form,
 //! because its rows belong to many sequences.
 
 use crate::facts::Precision;
@@ -8,7 +8,7 @@ use crate::ops::rope::Angles;
 
 use super::lora::Lora;
 
-/// What all layers of a pass share.
+/// The inputs that all layers of a pass share.
 pub struct Pass<'a> {
     /// The precision of matrix products on a CPU.
     pub precision: Precision,

@@ -433,7 +433,7 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     use candle_core::DType;
 
-    /// For the recorded vectors, and random ones of all sizes around a block in the three types of checkpoints, the
+    /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of checkpoints: the
     /// GPU's packed bytes, scales and values equal the CPU's.
     #[cfg(feature = "cuda")]
     #[test]
@@ -491,7 +491,7 @@ mod tests {
         Ok(())
     }
 
-    /// For all 256 codes of a scale, the map that the kernel computes equals the table.
+    /// The map that the kernel computes equals the table for all 256 codes of a scale.
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernels_map_is_the_table() -> Result<()> {

@@ -122,7 +122,7 @@ fn hash(value: &impl Hash) -> u64 {
 mod tests {
     use super::*;
 
-    /// What is known of the second text after the first was added.
+    /// Looks the second text up after the first was added.
     fn known(first: &str, second: &str) -> Option<bool> {
         let ids = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
         let (first, second) = (print(&ids(first), first), print(&ids(second), second));

@@ -35,7 +35,7 @@ pub struct Downloads<'a> {
 /// The parts that only downloads need.
 struct Network {
     client: reqwest::Client,
-    /// For signed requests: follows no redirect.
+    /// The client for signed requests, which follows no redirect.
     direct: reqwest::Client,
     stores: Stores,
     hub: Hub,

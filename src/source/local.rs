@@ -84,7 +84,7 @@ fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// What a folder is searched for.
+/// The endings that a folder is searched for, and the report for warnings.
 struct Search<'a> {
     endings: Endings,
     report: &'a Report,

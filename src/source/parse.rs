@@ -140,7 +140,7 @@ fn bare(url: &Url) -> Url {
     url
 }
 
-/// For a text that is not a URL: its scheme, and the part between user and query.
+/// The scheme of a text that is not a URL, and its part between user and query.
 fn without_secrets(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     match text[..end].split_once("://") {

@@ -206,9 +206,9 @@ pub struct Data<'a> {
 /// The size of passes, and what the layers keep in them.
 #[derive(Clone, Debug)]
 pub enum Passes {
-    /// By the memory plan. If memory runs out, the next smaller plan follows.
+    /// Passes by the memory plan. If memory runs out, the next smaller plan follows.
     Planned(Box<Running>),
-    /// Each as large as the options make it, with every layer at one level.
+    /// Passes as large as the options make them, with every layer at one level.
     Fixed(Keep),
 }
 

@@ -209,7 +209,7 @@ pub(super) fn read_line(
     }
 }
 
-/// What a scan expects next.
+/// The characters that a scan expects next.
 #[derive(Clone, Copy, PartialEq)]
 enum Next {
     /// The `[` of the array.

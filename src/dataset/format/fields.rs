@@ -4,7 +4,7 @@ use super::sharegpt;
 use crate::dataset::Message;
 use serde_json::{Map, Value};
 
-/// What happens with a field of a message.
+/// The treatment of a field of a message.
 enum Use {
     /// The chat template sees it unchanged.
     Template,

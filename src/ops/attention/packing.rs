@@ -1,4 +1,4 @@
-//! Where each example of a batch lies among its rows. For GPUs also the lists of tiles that blocks work on, made
+//! The rows of each example of a batch. For GPUs also the lists of tiles that blocks work on, made
 //! once per batch.
 
 use std::ops::Range;

@@ -203,7 +203,7 @@ fn product(
     drive::run(kernel, threads, [m, n, k], a, b, c, precision);
 }
 
-/// Names a kernel that benchmarks run in place of the fastest one, so that a machine also measures for older ones.
+/// Name of a kernel that benchmarks run instead of the fastest one, so that a machine also measures for older ones.
 const KERNEL_VARIABLE: &str = "HONE_BENCH_GEMM";
 
 /// The fastest kernel of this machine, chosen once.
