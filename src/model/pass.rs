@@ -1,5 +1,5 @@
-//! The inputs that all layers of one pass share: positions, precision and adapter of a batch. A serving step has its own form,
-//! because its rows belong to many sequences.
+//! The inputs that all layers of one pass share: positions, precision and adapter of a batch. A serving step has
+//! its own form, because its rows belong to many sequences.
 
 use crate::facts::Precision;
 use crate::ops::attention::Packing;
