@@ -95,7 +95,10 @@ pub enum BadRows {
     /// The run ends. The fault counts each kind of problem and names its first places.
     Refuse,
     /// They are left out with a warning. If they are more than this share of all rows, the run ends.
-    Drop { share_max: f64 },
+    Drop {
+        /// The share.
+        share_max: f64,
+    },
 }
 
 /// The content of a row's columns.

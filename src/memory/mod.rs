@@ -75,7 +75,10 @@ pub struct Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// A CPU.
-    Cpu { threads: usize },
+    Cpu {
+        /// Threads that compute.
+        threads: usize,
+    },
     /// A GPU.
     Gpu,
 }

@@ -15,9 +15,21 @@ use super::pass::Pass;
 #[derive(Clone, Debug)]
 pub enum Norm {
     /// Root mean square norm.
-    Rms { weight: Tensor, eps: f64 },
+    Rms {
+        /// The factor.
+        weight: Tensor,
+        /// Added to the mean square.
+        eps: f64,
+    },
     /// LayerNorm.
-    Layer { weight: Tensor, bias: Tensor, eps: f64 },
+    Layer {
+        /// The factor.
+        weight: Tensor,
+        /// The bias.
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
 }
 
 impl Norm {

@@ -46,8 +46,17 @@ pub enum Operand<'a, T> {
     View(View<'a, T>),
     /// Values in bf16.
     Bf16(View<'a, bf16>),
-    /// A 4-bit weight with its packed indices and its scales. `transposed`: the operand is W^T [K, N].
-    FourBit { weight: &'a FourBit, packed: &'a [u8], scales: &'a [f32], transposed: bool },
+    /// A 4-bit weight.
+    FourBit {
+        /// The weight.
+        weight: &'a FourBit,
+        /// Its indices, two per byte.
+        packed: &'a [u8],
+        /// The scale of each block.
+        scales: &'a [f32],
+        /// Whether the operand is W^T [K, N].
+        transposed: bool,
+    },
 }
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].

@@ -181,8 +181,30 @@ pub struct Trained {
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 #[serde(untagged)]
 pub enum Metric {
-    Step { step: u64, loss: f64, grad_norm: f64, learning_rate: f64, epoch: f64, num_tokens: u64 },
-    Evaluation { step: u64, epoch: f64, eval_loss: f64 },
+    /// An optimizer step.
+    Step {
+        /// The step, counted from 1.
+        step: u64,
+        /// Mean loss since the last line.
+        loss: f64,
+        /// Norm of the step's gradient before clipping.
+        grad_norm: f64,
+        /// The step's learning rate.
+        learning_rate: f64,
+        /// Epochs done.
+        epoch: f64,
+        /// Tokens trained on so far.
+        num_tokens: u64,
+    },
+    /// An evaluation.
+    Evaluation {
+        /// The step that it followed.
+        step: u64,
+        /// Epochs done.
+        epoch: f64,
+        /// Mean loss over the evaluation data.
+        eval_loss: f64,
+    },
 }
 
 impl Metric {
