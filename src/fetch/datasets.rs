@@ -155,7 +155,7 @@ pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<So
     }
     if data.config.is_some() && data.path.is_empty() {
         return Err(Fault::config(format!(
-            "{data}: configurations are known only from the hub's conversion, and there is none"
+            "{data}: configurations are known only from the hub's whole conversion to parquet, which is not available"
         ))
         .help("name the folder or files of the configuration: hf://datasets/OWNER/NAME/PATH"));
     }

@@ -24,7 +24,7 @@ const LOCK_POLL: Duration = Duration::from_millis(100);
 pub struct Record {
     /// The address that it was fetched from.
     pub address: String,
-    /// The hub's commit, or the manifest's digest.
+    /// The hub's commit, the manifest's digest, or a digest of an object store's listing.
     pub revision: String,
     /// The files, or the archives that hold them.
     pub items: Vec<Item>,

@@ -54,8 +54,8 @@ pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf
     bring(model, Role::Weights, access, report).map_err(of_model)
 }
 
-/// The revision of a fetched folder: the hub's commit, or the manifest's digest. `None` for a folder of the user's
-/// own.
+/// The revision of a fetched folder: the hub's commit, the manifest's digest, or a digest of an object store's
+/// listing. `None` for a folder of the user's own.
 pub fn revision(folder: &Path) -> Option<String> {
     folder::read(folder).map(|record| record.revision)
 }
