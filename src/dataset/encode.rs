@@ -132,7 +132,9 @@ pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<(
 
 /// The result of one row: its example after cutting, if it has anything to learn, and its counts.
 pub(super) struct Encoded {
+    /// The example; `None`: it has nothing to learn.
     pub example: Option<Example>,
+    /// The counts of this row.
     pub tally: Tally,
 }
 

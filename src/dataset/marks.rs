@@ -26,16 +26,22 @@ pub(super) const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "think
 /// Which ends of a piece are marked. Some templates look at how a text begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Ends {
+    /// Both ends.
     Both,
+    /// The last end only.
     Last,
+    /// The first end only.
     First,
 }
 
 /// The part of a message that a piece belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
+    /// Its content.
     Content,
+    /// Its thoughts.
     Thoughts,
+    /// Its calls of functions.
     Calls,
 }
 

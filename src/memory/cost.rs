@@ -86,8 +86,11 @@ impl std::iter::Sum for Work {
 
 /// Counts the work of passes of `tokens` tokens, in examples of `example_tokens` tokens.
 pub(super) struct Counter<'a> {
+    /// The training run.
     pub task: &'a Task,
+    /// The kind of device.
     pub place: Place,
+    /// Tokens per pass.
     pub tokens: usize,
 }
 

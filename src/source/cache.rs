@@ -196,6 +196,7 @@ pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
     .help("give the cache a larger volume"))
 }
 
+/// Serialises a value as JSON.
 pub fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain fields become JSON")
 }

@@ -208,9 +208,9 @@ pub enum Metric {
 }
 
 impl Metric {
+    /// The step that the line belongs to.
     pub fn step(&self) -> u64 {
         match self {
-            /// The step that the line belongs to.
             Metric::Step { step, .. } | Metric::Evaluation { step, .. } => *step,
         }
     }

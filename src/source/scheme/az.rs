@@ -11,6 +11,7 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Azure Blob Storage.
 pub static SCHEME: Scheme = Scheme {
     name: "az",
     help: "AZURE_STORAGE_ACCOUNT_NAME names the account; credentials are looked for in AZURE_STORAGE_ACCOUNT_KEY, \

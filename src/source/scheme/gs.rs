@@ -12,6 +12,7 @@ use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Google Cloud Storage.
 pub static SCHEME: Scheme = Scheme {
     name: "gs",
     help: "credentials are looked for in GOOGLE_APPLICATION_CREDENTIALS, gcloud's application default and the identity of \

@@ -78,6 +78,7 @@ pub(super) struct Stores {
 }
 
 impl Stores {
+    /// Makes the client for lists and tokens. No store is opened yet.
     pub fn new(options: &Options) -> Result<Stores> {
         let client = tls::client_builder(options.ca_file.as_deref())?
             .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))

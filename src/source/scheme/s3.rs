@@ -14,6 +14,7 @@ use object_store::aws::AmazonS3Builder;
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Amazon S3 and servers with its protocol.
 pub static SCHEME: Scheme = Scheme {
     name: "s3",
     help: "credentials are looked for in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the pod's identity, ~/.aws/credentials \
