@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use hone::fault::{Fault, Kind};
 use hone::report::{Event, Progress, Report, Sink};
 use hone::source::{self, File, Options, Source, Speed};
@@ -344,6 +346,30 @@ fn bytes_damaged_in_the_partial_file_are_found_by_the_digest() {
     fs::write(&part, damaged).unwrap();
     desk.expect(&url, &content());
     assert_eq!(ranges(&server)[4..], [Some(100_000), None]);
+}
+
+#[test]
+fn digests_that_servers_state_are_compared_without_being_asked_for() {
+    let stated = format!("sha-256=:{}:", STANDARD.encode(Sha256::digest(content())));
+    let good = stated.clone();
+    let (_server, url) = served(move |_, _| Reply::ok(content()).header("Repr-Digest", good.clone()));
+    let desk = Desk::new();
+    desk.expect(&url, &content());
+    assert!(desk.log.text().contains("checked by the server's SHA-256"), "{}", desk.log.text());
+
+    let (server, url) = served(move |index, _| {
+        let mut body = content();
+        body[7] ^= u8::from(index == 0);
+        Reply::ok(body).header("Repr-Digest", stated.clone())
+    });
+    Desk::new().expect(&url, &content());
+    assert_eq!(server.requests().len(), 2, "the damaged one is downloaded again");
+
+    let (server, url) = served(|_, _| Reply::ok(content()).header("Content-MD5", "JfnnlDI7RTiF9RgfG2JNCw=="));
+    Desk::new().refuse(&url, Kind::Network, "both times its MD5 is not the one that the server states");
+    assert_eq!(server.requests().len(), 2);
+    // Whoever gives a digest has said which bytes are meant.
+    Desk::new().expect(&format!("{url}#sha256={}", digest(&content())), &content());
 }
 
 // Answers that are no file.

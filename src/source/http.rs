@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::hub::Hub;
+use super::statement::Statement;
 use super::{Options, address, describe, tls};
 use crate::fault::{Fault, Result};
 
@@ -47,6 +48,8 @@ pub struct Body {
     /// Length of the whole file, if the server told.
     pub total: Option<u64>,
     pub validators: Validators,
+    /// The digest of the whole file, if the server states one.
+    pub statement: Option<Statement>,
     /// Whether the server calls it a web page.
     pub is_html: bool,
 }
@@ -212,9 +215,10 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
             None => return Err(Failure::from_start("the server sent another range than asked for")),
         },
     };
+    let statement = Statement::of(response.headers(), status == StatusCode::OK);
     let is_html =
         text(response.headers(), header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
-    Ok(Some(Body { response, start, total, validators, is_html }))
+    Ok(Some(Body { response, start, total, validators, statement, is_html }))
 }
 
 /// The file's length as a 206 tells it (`*`: unknown), if the part is the one asked for, of the same file.
