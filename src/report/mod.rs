@@ -70,7 +70,7 @@ pub enum Unit {
 pub struct StepMetrics {
     /// Number of the step, from 1.
     pub step: u64,
-    /// Mean loss of each target token, over the steps since the step logged before.
+    /// Mean of the steps' losses since the step logged before. A step's loss is the mean over its target tokens.
     pub loss: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
@@ -78,9 +78,9 @@ pub struct StepMetrics {
     pub learning_rate: f64,
     /// Passes over the data so far, with a fraction.
     pub epoch: f64,
-    /// Tokens trained so far.
+    /// Tokens trained so far, including earlier processes of a resumed run.
     pub num_tokens: u64,
-    /// Tokens trained in a second.
+    /// Tokens that this process trained in a second.
     pub tokens_per_second: f64,
     /// Estimated time to the end of training.
     pub eta_seconds: f64,
