@@ -1,11 +1,12 @@
-//! A spec -> typed values, each written down with its origin. Defaults come from the table of keys and nowhere
-//! else; a key read here that the table does not have, or has with another type, is a defect.
+//! A spec -> typed values, each recorded with its origin. Defaults come from the table of keys only. Reading a key
+//! that the table does not have, or has with another type, is a defect.
 
 use super::{Plan, Value};
 use crate::fault::Result;
 use crate::spec::keys::{self, Effect, Key, Section};
 use crate::spec::{self, Given, Mistakes, Origin, Spec, value::Value as Written};
 
+/// Reads keys and collects values, warnings and mistakes.
 pub(super) struct Reader<'a> {
     spec: &'a Spec,
     read: Vec<(&'static Key, Value)>,
@@ -60,7 +61,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// One text counts as a list of one.
+    /// A list of texts; a single text counts as a list of one.
     pub fn texts(&mut self, section: Section, name: &str) -> Vec<String> {
         self.list(section, name, |item| match item {
             Written::Text(text) => Some(text),
@@ -84,7 +85,7 @@ impl<'a> Reader<'a> {
         entries.into_iter().map(|(key, value)| (key, number(value))).collect()
     }
 
-    /// Where the value in force was written.
+    /// The place where the value in force was written.
     pub fn origin(&self, section: Section, name: &str) -> Origin {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
     }
@@ -93,7 +94,7 @@ impl<'a> Reader<'a> {
         self.spec.get(section, name)
     }
 
-    /// Writes down what was made of several keys.
+    /// Records a value that was derived from several keys.
     pub fn derive(&mut self, name: &str, value: impl Into<serde_json::Value>, origin: Origin) {
         self.derived.push(Value { name: name.into(), value: value.into(), origin });
     }
@@ -106,7 +107,7 @@ impl<'a> Reader<'a> {
         self.warnings.push(message);
     }
 
-    /// The plan with everything that was written down, or all mistakes.
+    /// The plan with all recorded values, or all mistakes.
     pub fn finish(self, mut plan: Plan) -> Result<Plan> {
         self.mistakes.into_result()?;
         let mut read = self.read;
@@ -116,7 +117,7 @@ impl<'a> Reader<'a> {
         Ok(plan)
     }
 
-    /// All mistakes, where no plan is made of what was read.
+    /// All mistakes, if no plan is made of the values.
     pub fn check(self) -> Result<()> {
         self.mistakes.into_result()
     }
@@ -130,7 +131,7 @@ impl<'a> Reader<'a> {
         items.into_iter().map(|value| item(value).expect("items have the type of the key")).collect()
     }
 
-    /// The value in force: given and not null, else the table's default.
+    /// The value in force: the given one if it is not null, or else the table's default.
     fn value(&mut self, section: Section, name: &str) -> Option<Written> {
         let key = keys::find(section, name).expect("only keys of the table are read");
         debug_assert_eq!(key.effect, Effect::Used, "{key} is read, so it has a use");
@@ -139,7 +140,7 @@ impl<'a> Reader<'a> {
             None | Some(Written::Null) => spec::default(key),
             Some(value) => Some(value.clone()),
         };
-        // A null that was written is shown as such, even where a default stands in for it.
+        // A null in the configuration is shown as null, even if a default is used instead.
         let shown = given.map(|given| given.value.to_json()).or_else(|| value.as_ref().map(Written::to_json));
         if let Some(shown) = shown
             && !self.read.iter().any(|(other, _)| std::ptr::eq(*other, key))

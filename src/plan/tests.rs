@@ -1,4 +1,4 @@
-//! What configurations resolve to.
+//! Tests of what configurations resolve to.
 
 use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
@@ -149,7 +149,7 @@ fn kaitos_lora_template_differs_in_the_base_only() {
     assert_eq!((lora.train, lora.tokens, lora.output), (qlora.train, qlora.tokens, qlora.output));
 }
 
-/// The configuration KAITO's own webhook tests use: a string for target_modules, a relative output folder.
+/// The configuration that KAITO's own webhook tests use: a string for target_modules, a relative output folder.
 #[test]
 fn kaitos_test_fixture() {
     let case = Case::new();
