@@ -131,8 +131,8 @@ fn kaitos_qlora_template() {
             DatasetConfig.train_test_split  1.0  train.yaml:32
 
             without effect here:
-            ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
-            ModelConfig.local_files_only (train.yaml:6): where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION
+            ModelConfig.device_map (train.yaml:7): `device` chooses the device that holds the model
+            ModelConfig.local_files_only (train.yaml:6): `model` says where the model comes from, with its revision: a folder, or hf://OWNER/NAME@REVISION
             TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
             DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
         "#]],

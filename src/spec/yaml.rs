@@ -1,60 +1,83 @@
-//! YAML text -> a tree of nodes that know their line and column. Scalars stay text: the key they belong to
-//! gives them their type (`value`), which is also how KAITO reads them, since it passes every value through
-//! a command line. The only place that knows the parser.
+//! YAML text -> a tree of nodes with line and column. Scalars stay text, and the key that they belong to gives them a
+//! type (`value`). KAITO reads them in this way too, since it passes every value through a command line. Only this
+//! module uses the parser.
 
 use serde_saphyr::granit_parser::{Event, Options, Parser, ScalarStyle, Span};
 
-/// LIMIT: KAITO's templates have 1 KiB; a ConfigMap cannot exceed 1 MiB.
+/// LIMIT: size of a file. KAITO's templates have 1 KiB; a ConfigMap cannot exceed 1 MiB.
 pub const FILE_BYTES_MAX: usize = 1 << 20;
-/// LIMIT: the format itself needs 4.
+/// LIMIT: nesting depth; the format itself needs 4.
 const DEPTH_MAX: usize = 16;
-/// LIMIT: all keys of the table together are 250 or so.
+/// LIMIT: number of values; the table has about 250 keys.
 const NODES_MAX: usize = 20_000;
 
-/// One-based, as editors count.
+/// A position in a text, counted from 1, as editors do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
+    /// Line, from 1.
     pub line: usize,
+    /// Column, from 1.
     pub column: usize,
 }
 
+/// A value with its position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
+    /// Where the value begins.
     pub place: Place,
+    /// The value.
     pub content: Content,
 }
 
+/// A value without a type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
-    Scalar { text: String, style: Style },
+    /// A text, number or word.
+    Scalar {
+        /// The text, without quotes.
+        text: String,
+        /// How it is written.
+        style: Style,
+    },
+    /// A list.
     List(Vec<Node>),
+    /// A map, in the order of its entries.
     Map(Vec<Entry>),
 }
 
+/// How a scalar is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
+    /// Without quotes.
     Plain,
+    /// In quotes, or as a folded block.
     Quoted,
-    /// A `|` block: its text has lines of its own, which start below the marker.
+    /// As a `|` block, whose text has lines of its own, which start below the marker.
     Literal,
 }
 
+/// A key of a map, with its value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
+    /// The key.
     pub key: String,
+    /// Where the key begins.
     pub key_place: Place,
+    /// The value.
     pub node: Node,
 }
 
 /// Why a text cannot be used, and where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
+    /// Where the text is wrong.
     pub place: Place,
+    /// What is wrong.
     pub message: String,
 }
 
 impl Node {
-    /// Nothing, `null`, `~`, or Python's `None`.
+    /// Whether the value is empty, `null`, `~`, or Python's `None`.
     pub fn is_null(&self) -> bool {
         match &self.content {
             Content::Scalar { text, style: Style::Plain } => {
@@ -64,6 +87,7 @@ impl Node {
         }
     }
 
+    /// The value of a map's key.
     pub fn get(&self, key: &str) -> Option<&Node> {
         match &self.content {
             Content::Map(entries) => entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node),
@@ -71,7 +95,7 @@ impl Node {
         }
     }
 
-    /// What was found, for a message: `"fast"`, `a list`, `nothing`.
+    /// The value for a message: `"fast"`, `a list`, `nothing (null)`.
     pub fn describe(&self) -> String {
         match &self.content {
             _ if self.is_null() => "nothing (null)".into(),
@@ -91,7 +115,7 @@ pub fn quote(text: &str) -> String {
     }
 }
 
-/// Reads one document; `None` when it is empty.
+/// Reads one document; `None` if it is empty.
 pub fn parse(text: &str) -> Result<Option<Node>, Refusal> {
     if text.len() > FILE_BYTES_MAX {
         let message = format!("{} bytes of YAML; at most {FILE_BYTES_MAX} are read", text.len());
@@ -126,7 +150,7 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
     fn next(&mut self) -> Result<(Event<'a>, Place), Refusal> {
         loop {
             match self.parser.next_event() {
-                // The `comments` feature belongs to whoever builds the parser; its events mean nothing here.
+                // Another crate may turn on the parser's `comments` feature; its events mean nothing here.
                 Some(Ok((event, span))) if is_content(&event) => return Ok((event, place_of(&span))),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
