@@ -320,7 +320,7 @@ fn an_adapter_of_another_model_is_told_by_its_file() {
     work.write("adapter/adapter_model.safetensors", other);
     expect![[r#"
 
-        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are not in this llama model, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
           help: the adapter to start from must be of the same base model
         exit 12
     "#]].assert_eq(&said(&work, "--init-adapter adapter"));

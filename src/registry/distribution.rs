@@ -190,9 +190,9 @@ impl Client {
         let told = told.filter(|told| told.starts_with("sha256:")).map(str::to_string);
         let bytes = read_up_to(answer, MANIFEST_BYTES_MAX).await?;
         match told {
-            Some(told) if told != digest_of(&bytes) => {
-                Err(Trouble::transient(format!("the registry says that the manifest has the digest {told}, but it has another")))
-            }
+            Some(told) if told != digest_of(&bytes) => Err(Trouble::transient(format!(
+                "the registry says that the manifest has the digest {told}, but it has another"
+            ))),
             _ => Ok(bytes),
         }
     }

@@ -61,8 +61,9 @@ fn parse_layout(text: &str) -> Result<Target> {
         );
     }
     if !is_tag(tag) {
-        return Err(Fault::config(format!("`{tag}` in `oci:{text}` is not a tag"))
-            .help("a tag has at most 128 characters of A-Z a-z 0-9 . _ - and does not start with `.` or `-`"));
+        return Err(Fault::config(format!("`{tag}` in `oci:{text}` is not a tag")).help(
+            "a tag has at most 128 characters of A-Z a-z 0-9 . _ - and does not start with `.` or `-`",
+        ));
     }
     Ok(Target::Layout { folder: folder.into(), tag: tag.into() })
 }

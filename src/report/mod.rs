@@ -90,23 +90,13 @@ pub struct StepMetrics {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A fact worth a line: a file verified, a row count, a digest.
-    Note {
-        stage: Stage,
-        text: String,
-    },
+    Note { stage: Stage, text: String },
     /// Something that a person should look at, although the run continues.
-    Warning {
-        stage: Stage,
-        text: String,
-    },
+    Warning { stage: Stage, text: String },
     /// An optimizer step whose figures are logged.
     Step(StepMetrics),
     /// An evaluation ended.
-    Evaluated {
-        step: u64,
-        epoch: f64,
-        eval_loss: f64,
-    },
+    Evaluated { step: u64, epoch: f64, eval_loss: f64 },
     /// The run failed.
     Failed(Fault),
 }
