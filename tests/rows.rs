@@ -263,8 +263,8 @@ fn runs_that_cannot_learn_are_refused() {
         "plain.parquet",
         "--set LoraConfig.lora_alpha=0",
         expect![[r#"
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
               help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
             exit 10
         "#]],

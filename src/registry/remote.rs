@@ -340,7 +340,7 @@ impl Remote<'_> {
     fn warn(&self, doing: &str, trouble: &Trouble, wait: Duration) {
         let stage = if matches!(self.purpose, Purpose::Push(_)) { Stage::Push } else { Stage::Pull };
         let text = clean(&trouble.text, &self.client.secrets());
-        self.report.warn(stage, format!("{doing}: {text}; trying again in {:.1} s", wait.as_secs_f64()));
+        self.report.warn(stage, format!("{doing}: {text}; again in {:.1} s", wait.as_secs_f64()));
     }
 
     fn fault(&self, doing: &str, trouble: Trouble, attempts: u32) -> Fault {
