@@ -35,6 +35,7 @@ pub struct AdapterConfig {
     /// lora_alpha of some modules.
     #[serde(default)]
     pub alpha_pattern: Patterns,
+    /// PEFT's record of the base model's class; hone writes null.
     pub auto_mapping: Option<serde_json::Value>,
     /// Name of the base model.
     pub base_model_name_or_path: Option<String>,

@@ -20,7 +20,9 @@ pub struct Gpu {
     pub load_percent: Option<u32>,
     /// Temperature of the GPU.
     pub temperature_celsius: Option<u32>,
+    /// Bytes of memory in use.
     pub memory_used_bytes: u64,
+    /// Bytes of memory in all.
     pub memory_bytes: u64,
 }
 
@@ -31,7 +33,9 @@ pub struct Cpu {
     pub load_percent: Option<f64>,
     /// Cores that this process may use.
     pub cores: usize,
+    /// Bytes of memory in use.
     pub memory_used_bytes: u64,
+    /// Bytes of memory in all.
     pub memory_bytes: u64,
 }
 
@@ -150,8 +154,8 @@ struct Nvml {
 impl Nvml {
     /// Opens and starts the library; `None` where there is none, or no driver.
     fn open() -> Option<Nvml> {
-        // SAFETY: the library's constructors run; it is never closed, so that its functions stay. Each symbol is cast to
-        // the type that nvml.h, whose names and versions are ABI, gives it.
+        // SAFETY: opening the library runs its constructors. It is never closed, so that its functions stay valid.
+        // Each symbol is cast to the type that nvml.h, whose names and versions are ABI, gives it.
         unsafe {
             let library = libc::dlopen(c"libnvidia-ml.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
             if library.is_null() {
@@ -206,8 +210,8 @@ impl Nvml {
         let mut name = [0 as c_char; NAME_BYTES_MAX];
         // gpu and memory; total, free and used: the fields of nvmlUtilization_t and nvmlMemory_t.
         let (mut rates, mut degrees, mut memory) = ([0; 2], 0, [0; 3]);
-        // SAFETY: as above; `device` is used only if the library gave it, the name's length goes with it, and the arrays
-        // have the layout of the library's structures.
+        // SAFETY: as above. `device` is used only if the library gave it, the name's length goes with the name, and
+        // the arrays have the layout of the library's structures.
         unsafe {
             if (self.handle)(id, &raw mut device) != 0 || (self.memory)(device, &raw mut memory) != 0 {
                 return None;

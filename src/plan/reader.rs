@@ -16,23 +16,28 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
+    /// Nothing is read yet.
     pub fn new(spec: &'a Spec) -> Reader<'a> {
         let (read, derived, warnings) = Default::default();
         Reader { spec, read, derived, mistakes: Mistakes::default(), warnings }
     }
 
+    /// A boolean that has a default.
     pub fn boolean(&mut self, section: Section, name: &str) -> bool {
         self.maybe_boolean(section, name).expect("the table gives a default")
     }
 
+    /// An integer that has a default.
     pub fn integer(&mut self, section: Section, name: &str) -> i64 {
         self.maybe_integer(section, name).expect("the table gives a default")
     }
 
+    /// A number that has a default.
     pub fn number(&mut self, section: Section, name: &str) -> f64 {
         self.maybe_number(section, name).expect("the table gives a default")
     }
 
+    /// A boolean; `None` if it is not given and has no default.
     pub fn maybe_boolean(&mut self, section: Section, name: &str) -> Option<bool> {
         match self.value(section, name)? {
             Written::Boolean(value) => Some(value),
@@ -40,6 +45,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// An integer; `None` if it is not given and has no default.
     pub fn maybe_integer(&mut self, section: Section, name: &str) -> Option<i64> {
         match self.value(section, name)? {
             Written::Integer(value) => Some(value),
@@ -47,6 +53,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A number; `None` if it is not given and has no default.
     pub fn maybe_number(&mut self, section: Section, name: &str) -> Option<f64> {
         match self.value(section, name)? {
             Written::Number(value) => Some(value),
@@ -54,6 +61,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A text; `None` if it is not given and has no default.
     pub fn text(&mut self, section: Section, name: &str) -> Option<String> {
         match self.value(section, name)? {
             Written::Text(value) => Some(value),
@@ -69,6 +77,7 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A list of integers; empty if it is not given.
     pub fn integers(&mut self, section: Section, name: &str) -> Vec<i64> {
         self.list(section, name, |item| match item {
             Written::Integer(value) => Some(value),
@@ -76,6 +85,7 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A map from texts to numbers; empty if it is not given.
     pub fn map(&mut self, section: Section, name: &str) -> Vec<(String, f64)> {
         let Some(Written::Map(entries)) = self.value(section, name) else { return Vec::new() };
         let number = |value| match value {
@@ -90,6 +100,7 @@ impl<'a> Reader<'a> {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
     }
 
+    /// What the spec gives for a key.
     pub fn given(&self, section: Section, name: &str) -> Option<&'a Given> {
         self.spec.get(section, name)
     }
@@ -99,10 +110,12 @@ impl<'a> Reader<'a> {
         self.derived.push(Value { name: name.into(), value: value.into(), origin });
     }
 
+    /// Adds a mistake in what was written at `origin`.
     pub fn wrong(&mut self, origin: &Origin, message: impl Into<String>) {
         self.mistakes.add(origin, message.into());
     }
 
+    /// Adds a warning.
     pub fn warn(&mut self, message: String) {
         self.warnings.push(message);
     }

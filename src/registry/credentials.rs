@@ -31,6 +31,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// A login and its source.
 #[derive(Clone)]
 pub(super) struct Credential {
+    /// The login.
     pub login: Login,
     /// For messages: a file, an environment variable or a helper; without a login, the places that were searched.
     pub source: String,
@@ -39,7 +40,9 @@ pub(super) struct Credential {
 /// What the registry is shown.
 #[derive(Clone, PartialEq)]
 pub(super) enum Login {
+    /// No credentials.
     Anonymous,
+    /// A user name with a password.
     Password {
         username: String,
         password: String,

@@ -42,7 +42,9 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
 
 /// A layout to read from.
 pub(super) struct Layout<'a> {
+    /// Folder of the layout.
     pub folder: &'a Path,
+    /// Tag of the image.
     pub tag: &'a str,
 }
 

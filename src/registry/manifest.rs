@@ -23,7 +23,9 @@ const LAYERS_MAX: usize = 127;
 /// A blob as a manifest describes it.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub(super) struct Descriptor {
+    /// Digest of the blob.
     pub digest: String,
+    /// Size of the blob.
     #[serde(rename = "size")]
     pub bytes: u64,
     platform: Option<Platform>,
@@ -40,6 +42,7 @@ struct Platform {
 /// What the bytes behind a tag are.
 #[derive(Debug, PartialEq)]
 pub(super) enum Document {
+    /// A manifest, with its layers.
     Layers(Vec<Descriptor>),
     /// An index, with its manifest for linux/amd64.
     Index(Descriptor),

@@ -12,6 +12,7 @@ const TEXT_CHARACTERS_MAX: usize = 600;
 /// One failed attempt.
 #[derive(Debug)]
 pub(super) struct Trouble {
+    /// Kind of the failure.
     pub nature: Nature,
     /// HTTP status, if there was an answer.
     pub status: Option<u16>,

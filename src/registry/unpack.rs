@@ -52,6 +52,7 @@ pub(super) struct Unpacker<'a> {
     limits: Limits,
     choice: Choice,
     entries: u64,
+    /// Bytes written so far.
     pub extracted_bytes: u64,
     expanded_bytes: u64,
 }

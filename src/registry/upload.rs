@@ -102,7 +102,9 @@ async fn watched<T>(
 
 /// Counts the sent bytes of the current blob, and shows them in a task.
 pub(super) struct Meter {
+    /// The task that shows them.
     pub task: Task,
+    /// Sent bytes of the current blob.
     pub sent: AtomicU64,
 }
 
