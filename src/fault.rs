@@ -1,4 +1,4 @@
-//! What went wrong, and who must act: every error of hone is a `Fault`, and its kind sets the exit code.
+//! Every error of hone is a `Fault`: what went wrong, and who must act. Its kind sets the exit code.
 //!
 //! The exit code tells Kubernetes whether a retry can help (`podFailurePolicy`), so a kind is chosen by
 //! *who must act*, not by where the error was found. Messages name the thing, the value found and the

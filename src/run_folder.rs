@@ -235,7 +235,7 @@ impl RunFolder {
         Ok(Metrics { file: file.map_err(|error| Fault::storage("write", &path, &error))?, path })
     }
 
-    /// Writes a file whole: temporary name, sync, rename.
+    /// Writes a file atomically: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let (place, temporary) = (self.path.join(name), self.path.join(partial_name(name)));
         let write = || -> std::io::Result<()> {

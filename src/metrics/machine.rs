@@ -152,7 +152,7 @@ struct Nvml {
 }
 
 impl Nvml {
-    /// Opens and starts the library; `None` where there is none, or no driver.
+    /// Opens and starts the library; `None` if there is no library or no driver.
     fn open() -> Option<Nvml> {
         // SAFETY: opening the library runs its constructors. It is never closed, so that its functions stay valid.
         // Each symbol is cast to the type that nvml.h, whose names and versions are ABI, gives it.

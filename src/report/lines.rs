@@ -162,7 +162,7 @@ mod tests {
         }
     }
 
-    /// The lines that `work` leaves, each parsed.
+    /// The lines that `work` writes, each parsed.
     fn lines(quiet: bool, interval: Duration, work: impl FnOnce(&Report)) -> Vec<Value> {
         let paper = Paper::default();
         let writer = paper.clone();
