@@ -43,10 +43,7 @@ pub(super) enum Login {
     /// No credentials.
     Anonymous,
     /// A user name with a password.
-    Password {
-        username: String,
-        password: String,
-    },
+    Password { username: String, password: String },
     /// A refresh token, to be exchanged for a registry token.
     IdentityToken(String),
 }
