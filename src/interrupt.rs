@@ -130,7 +130,7 @@ pub fn check() -> Result<()> {
 /// The fault of a signal before training; nothing is lost but time.
 pub fn before_training() -> Fault {
     Fault::new(Kind::InterruptedUnsaved, "stopped by a signal before training began")
-        .help("start it again: what was downloaded is kept")
+        .help("start it again: downloaded files are kept")
 }
 
 /// The result of `work`. If a signal comes first, `work` is dropped and the result is the fault that `stopped`

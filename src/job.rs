@@ -387,7 +387,7 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
         report.warn(
             Stage::Tokenize,
             format!(
-                "the longest example has {longest} tokens, the model was made for {}: lower TrainingArguments.max_length",
+                "the longest example has {longest} tokens, but the model was made for {}: lower TrainingArguments.max_length",
                 facts.positions_max
             ),
         );

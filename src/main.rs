@@ -406,7 +406,7 @@ fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, re
 fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
     let file = example::write(folder)?;
     say!(
-        "Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}",
+        "Wrote a tiny model, a dataset and {}.\nTo run it by hand: hone run {}",
         file.display(),
         file.display()
     );

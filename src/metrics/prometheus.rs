@@ -47,7 +47,7 @@ impl Page {
     fn state(&mut self, state: &State) {
         if let Some(stage) = state.stage {
             let label = format!("{{stage=\"{stage}\"}}");
-            self.gauge("hone_stage", "The stage that is under way.", &[(label, 1.0)]);
+            self.gauge("hone_stage", "The stage that is running.", &[(label, 1.0)]);
         }
         let step = state.step.as_ref();
         let gauges = [

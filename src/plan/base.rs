@@ -63,8 +63,9 @@ pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Prec
         _ => ("bfloat16".into(), Origin::Default),
     };
     if word == "float16" {
-        reader
-            .warn(format!("{origin}: float16 runs as bfloat16, which is as wide and needs no loss scaling"));
+        reader.warn(format!(
+            "{origin}: float16 runs as bfloat16, which has the same size and needs no loss scaling"
+        ));
     }
     let precision = if word == "float32" { Precision::F32 } else { Precision::Bf16 };
     reader.derive("precision", if precision == Precision::F32 { "f32" } else { "bf16" }, origin);

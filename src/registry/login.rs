@@ -152,7 +152,7 @@ pub(super) fn realm_url(base: &Url, realm: &str, secret: bool) -> Result<Url, Tr
     let to_another_host = secret && url.host() != base.host();
     if url.scheme() != "https" && (base.scheme() == "https" || to_another_host) {
         return Err(Trouble::unauthorized(
-            "the registry sends its password on to a token server without TLS",
+            "the registry names a token server without TLS, which would get the password",
         ));
     }
     Ok(url)

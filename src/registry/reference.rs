@@ -32,8 +32,9 @@ impl std::fmt::Display for Target {
 /// Reads an image reference and fills in registry and tag (or digest).
 pub(super) fn parse_reference(text: &str) -> Result<Reference> {
     if text.contains("://") {
-        return Err(Fault::config("an image reference has no `scheme://`")
-            .help("write `registry.example.com/team/adapter:v1`; plain HTTP is an option of its own"));
+        return Err(Fault::config("an image reference has no `scheme://`").help(
+            "write `registry.example.com/team/adapter:v1`; plain HTTP is a separate option (--plain-http)",
+        ));
     }
     if text.contains('@') && !text.contains("@sha256:") {
         // The text before the `@` may be a password, so it is not shown.

@@ -276,7 +276,7 @@ fn unknown_section(name: &str) -> String {
     let known = names().collect::<Vec<_>>().join(", ");
     match keys::nearest(names(), name) {
         Some(nearest) => format!("{} is not a section; did you mean {nearest}?", yaml::quote(name)),
-        None => format!("{} is not a section; there are {known}", yaml::quote(name)),
+        None => format!("{} is not a section; expected one of {known}", yaml::quote(name)),
     }
 }
 

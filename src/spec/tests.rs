@@ -235,7 +235,7 @@ fn settings_are_refused_like_files() {
         "Lora.r",
         "8",
         expect![[
-            r#"--set: "Lora" is not a section; there are ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
+            r#"--set: "Lora" is not a section; expected one of ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
         ]],
     );
     check("LoraConfig.r", "[8", expect!["--set: LoraConfig.r: not valid YAML: unclosed bracket '['"]);
