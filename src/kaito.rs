@@ -116,7 +116,7 @@ fn of_processes(value: &str) -> Result<Option<String>> {
     match value.parse::<u32>() {
         Ok(1) => Ok(None),
         Ok(count @ 2..) => Ok(Some(format!(
-            "--num_processes {count} asks for one process for each GPU; hone trains in one process on one GPU, and the other GPUs stay idle"
+            "accelerate launch asks for {count} processes, one for each GPU; hone trains in one process on one GPU, and the other GPUs stay idle"
         ))),
         _ => Err(Fault::usage(format!(
             "accelerate launch --num_processes: expected a whole number from 1, found {value:?}"
