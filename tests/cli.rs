@@ -1,4 +1,4 @@
-//! The command line as a person meets it: help, plan, push and pull, usage errors; and no secret in anything it says.
+//! The command line as users meet it: help, plan, push and pull, usage errors, and no secret in any output.
 
 #[path = "support/http.rs"]
 mod http;
@@ -284,7 +284,7 @@ fn a_bench_measures_a_shape() {
     for key in positive {
         assert!(json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
     }
-    // The plan's bytes are the process's but for the program itself and its buffers.
+    // The plan's bytes are those of the process, except for the program itself and its buffers.
     let (plan, peak) = (json["plan"]["bytes"].as_f64().unwrap(), json["peak_bytes"].as_f64().unwrap());
     assert!(plan < peak + 64e6, "plan {plan}, peak {peak}");
     let refused = work.run(&["bench", "--shape", "tiny", "--memory-max", "1MiB", "--device", "cpu"]);
@@ -524,7 +524,7 @@ fn secrets_are_used_and_never_shown() {
     assert!(server.requests().iter().any(|request| request.header("authorization").is_some()));
     no_canary_below(&work.path(""));
 
-    // Whatever ends a run, too.
+    // The end of any run shows none either.
     for data in [url("/other.parquet"), format!("{good}#sha256={}", "0".repeat(64)), format!("{good}#sha1=1")]
     {
         let ended = job::end(&mut command("run", &data));
