@@ -408,8 +408,8 @@ fn final_answers_are_not_asked_again() {
     for (status, kind, words) in [
         (404, Kind::Data, "no such file (HTTP 404)"),
         (410, Kind::Data, "no such file (HTTP 410)"),
-        (401, Kind::Auth, "wants credentials"),
-        (403, Kind::Auth, "wants credentials"),
+        (401, Kind::Auth, "requires credentials"),
+        (403, Kind::Auth, "requires credentials"),
         (407, Kind::Config, "proxy"),
         (400, Kind::Data, "HTTP 400"),
         (304, Kind::Data, "HTTP 304"),
