@@ -572,7 +572,7 @@ struct Bench {
     /// Rank of the adapter, which is on all linear layers
     #[arg(long, value_name = "RANK", default_value = "16", env = "HONE_RANK", value_parser = positive)]
     rank: usize,
-    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
     keep: String,
     /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory
@@ -831,10 +831,11 @@ struct Job {
     /// inside the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
-    /// Image to push when training is done
+    /// Image that the adapter is pushed as when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
-    /// What q_proj means on a fused qkv_proj: fused (that module) or literal (nothing, as in PEFT)
+    /// Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal (it matches nothing,
+    /// as in PEFT)
     #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
     target_matching: Option<String>,
     /// PEFT folder whose weights training starts from
@@ -843,7 +844,7 @@ struct Job {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
-    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
     keep: Option<String>,
     /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory

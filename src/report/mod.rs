@@ -90,13 +90,30 @@ pub struct StepMetrics {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A fact worth a line: a file verified, a row count, a digest.
-    Note { stage: Stage, text: String },
+    Note {
+        /// Stage that the fact belongs to.
+        stage: Stage,
+        /// The fact.
+        text: String,
+    },
     /// Something that a person should look at, although the run continues.
-    Warning { stage: Stage, text: String },
+    Warning {
+        /// Stage that the warning belongs to.
+        stage: Stage,
+        /// The warning.
+        text: String,
+    },
     /// An optimizer step whose figures are logged.
     Step(StepMetrics),
     /// An evaluation ended.
-    Evaluated { step: u64, epoch: f64, eval_loss: f64 },
+    Evaluated {
+        /// Number of the step after which it was made.
+        step: u64,
+        /// Passes over the data so far, with a fraction.
+        epoch: f64,
+        /// Loss on the evaluation examples.
+        eval_loss: f64,
+    },
     /// The run failed.
     Failed(Fault),
 }
