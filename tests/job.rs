@@ -125,7 +125,8 @@ fn the_example_trains_ships_and_repeats_itself() {
     }
 
     // The printed command runs again and trains nothing a second time.
-    let command = first.stdout.lines().find_map(|line| line.strip_prefix("The same by hand: hone ")).unwrap();
+    let command =
+        first.stdout.lines().find_map(|line| line.strip_prefix("To run it by hand: hone ")).unwrap();
     let before = work.text("try/adapter/metrics.jsonl");
     let again = work.done(&command.split(' ').collect::<Vec<_>>());
     assert!(

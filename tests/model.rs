@@ -63,7 +63,7 @@ fn fused_modules_windows_and_chosen_targets() {
                          782.7 MiB at 16384 tokens a pass; 743.2 MiB with gradient_checkpointing
 
         warnings:
-          rank 32: vLLM serves ranks up to 16 unless told --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
+          rank 32: vLLM serves ranks up to 16 unless it is started with --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
     "#]].assert_eq(&told("phi3", &targets));
 }
 

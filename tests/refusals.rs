@@ -510,7 +510,7 @@ fn one_folder_serves_one_process() {
     first.until("record", || work.path("out/hone.json").exists());
     let said = refused(&work, "--data data.parquet");
     expect![[r#"
-        error (storage, exit code 21): out is in use by another hone, after 20s still
+        error (storage, exit code 21): out is still in use by another hone after 20s
           help: start it again when the other one has ended, or use another output folder
     "#]]
     .assert_eq(&said);

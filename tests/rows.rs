@@ -263,8 +263,8 @@ fn runs_that_cannot_learn_are_refused() {
         "plain.parquet",
         "--set LoraConfig.lora_alpha=0",
         expect![[r#"
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
               help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
             exit 10
         "#]],
@@ -320,7 +320,7 @@ fn an_adapter_of_another_model_is_told_by_its_file() {
     work.write("adapter/adapter_model.safetensors", other);
     expect![[r#"
 
-        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are not in this llama model, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
           help: the adapter to start from must be of the same base model
         exit 12
     "#]].assert_eq(&said(&work, "--init-adapter adapter"));

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use hone::fault::{Fault, Kind};
 use hone::report::{Event, Progress, Report, Sink};
 use hone::source::{self, File, Options, Source, Speed};
@@ -346,6 +348,30 @@ fn bytes_damaged_in_the_partial_file_are_found_by_the_digest() {
     assert_eq!(ranges(&server)[4..], [Some(100_000), None]);
 }
 
+#[test]
+fn digests_that_servers_state_are_compared_without_being_asked_for() {
+    let stated = format!("sha-256=:{}:", STANDARD.encode(Sha256::digest(content())));
+    let good = stated.clone();
+    let (_server, url) = served(move |_, _| Reply::ok(content()).header("Repr-Digest", good.clone()));
+    let desk = Desk::new();
+    desk.expect(&url, &content());
+    assert!(desk.log.text().contains("checked by the server's SHA-256"), "{}", desk.log.text());
+
+    let (server, url) = served(move |index, _| {
+        let mut body = content();
+        body[7] ^= u8::from(index == 0);
+        Reply::ok(body).header("Repr-Digest", stated.clone())
+    });
+    Desk::new().expect(&url, &content());
+    assert_eq!(server.requests().len(), 2, "the damaged one is downloaded again");
+
+    let (server, url) = served(|_, _| Reply::ok(content()).header("Content-MD5", "JfnnlDI7RTiF9RgfG2JNCw=="));
+    Desk::new().refuse(&url, Kind::Network, "both times its MD5 is not the one that the server states");
+    assert_eq!(server.requests().len(), 2);
+    // Whoever gives a digest has said which bytes are meant.
+    Desk::new().expect(&format!("{url}#sha256={}", digest(&content())), &content());
+}
+
 // Responses that are not the file.
 
 #[test]
@@ -382,8 +408,8 @@ fn final_answers_are_not_asked_again() {
     for (status, kind, words) in [
         (404, Kind::Data, "no such file (HTTP 404)"),
         (410, Kind::Data, "no such file (HTTP 410)"),
-        (401, Kind::Auth, "wants credentials"),
-        (403, Kind::Auth, "wants credentials"),
+        (401, Kind::Auth, "requires credentials"),
+        (403, Kind::Auth, "requires credentials"),
         (407, Kind::Config, "proxy"),
         (400, Kind::Data, "HTTP 400"),
         (304, Kind::Data, "HTTP 304"),

@@ -2,6 +2,7 @@
 //! and verified.
 
 use std::cell::OnceCell;
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
@@ -12,6 +13,7 @@ use super::http::{self, Ask, Failure};
 use super::hub::Hub;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
+use super::statement::Algorithm;
 use super::{File, Options, Pace, describe, html, local};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
@@ -79,7 +81,7 @@ impl<'a> Downloads<'a> {
         let job = Job { url, name, expected, deadline, task };
         let cached = self.cached(&job, &slot)?;
         match self.download(&job, &slot, cached.as_ref().map(|(entry, _)| entry)).await {
-            Ok(Some(blob)) => Ok(self.done(name, blob, "downloaded")),
+            Ok(Some((blob, checked))) => Ok(self.done(name, blob, &format!("downloaded, {checked}"))),
             Ok(None) => {
                 let (_, blob) = cached.expect("only a cached file can be unchanged");
                 Ok(self.done(name, blob, "from the cache, unchanged on the server"))
@@ -140,7 +142,11 @@ impl<'a> Downloads<'a> {
     fn finish(&self, slot: &Slot, expected: Option<&str>) -> Result<()> {
         let partial = slot.partial()?;
         let sha256 = partial.sha256();
-        if partial.is_whole() && expected.is_none_or(|expected| expected == sha256) {
+        let is_right = match expected {
+            Some(expected) => expected == sha256,
+            None => partial.check()?.is_none_or(|(_, holds)| holds),
+        };
+        if partial.is_whole() && is_right {
             self.cache.keep(slot, partial, &sha256)?;
         }
         Ok(())
@@ -158,7 +164,12 @@ impl<'a> Downloads<'a> {
     }
 
     /// Makes attempts until the file is whole. `None`: the cached file is the newest.
-    async fn download(&self, job: &Job<'_>, slot: &Slot, cached: Option<&Entry>) -> Result<Option<Blob>> {
+    async fn download(
+        &self,
+        job: &Job<'_>,
+        slot: &Slot,
+        cached: Option<&Entry>,
+    ) -> Result<Option<(Blob, Checked)>> {
         let network = self.network()?;
         let mut partial = slot.partial()?;
         let mut farthest = partial.bytes();
@@ -181,8 +192,11 @@ impl<'a> Downloads<'a> {
                 Ok(Received::Unchanged) => return Ok(None),
                 Ok(Received::Whole) => {
                     let sha256 = partial.sha256();
-                    let Some(fault) = unexpected(job, &sha256) else {
-                        return self.cache.keep(slot, partial, &sha256).map(Some);
+                    let stated = if job.expected.is_none() { partial.check()? } else { None };
+                    let Some((fault, cause)) = unexpected(job, &sha256).or_else(|| contradicted(job, stated))
+                    else {
+                        let checked = Checked::of(job.expected, stated.map(|(algorithm, _)| algorithm));
+                        return Ok(Some((self.cache.keep(slot, partial, &sha256)?, checked)));
                     };
                     partial.discard()?;
                     if mismatched {
@@ -191,7 +205,6 @@ impl<'a> Downloads<'a> {
                     // Either the transfer was damaged or a wrong beginning was resumed. One full download will show
                     // which.
                     (mismatched, farthest, failures) = (true, 0, 0);
-                    let cause = format!("its sha256 is {sha256}, not the expected one");
                     self.pause(job, attempts, failures, &cause, None).await?;
                 }
                 Err(Failure::Fatal(fault)) => return Err(fault),
@@ -266,7 +279,7 @@ impl<'a> Downloads<'a> {
             return Ok(Received::Unchanged);
         };
         if body.start == 0 {
-            partial.restart(&body.validators, body.total)?;
+            partial.restart(&body.validators, body.total, body.statement.take())?;
         }
         job.task.set(partial.bytes());
         if let Some(total) = body.total {
@@ -375,7 +388,45 @@ fn percent_decoded(path: &str) -> String {
     )
 }
 
-fn unexpected(job: &Job, sha256: &str) -> Option<Fault> {
+/// The fault of a file that has not the digest that was given, and its cause in a few words.
+fn unexpected(job: &Job, sha256: &str) -> Option<(Fault, String)> {
     let expected = job.expected.filter(|&expected| expected != sha256)?;
-    Some(local::mismatch(job.name, expected, sha256))
+    let cause = format!("its sha256 is {sha256}, not the expected one");
+    Some((local::mismatch(job.name, expected, sha256), cause))
+}
+
+/// The same for the digest that the server itself stated.
+fn contradicted(job: &Job, stated: Option<(Algorithm, bool)>) -> Option<(Fault, String)> {
+    let (algorithm, _) = stated.filter(|(_, holds)| !holds)?;
+    let cause = format!("its {algorithm} is not the one that the server states");
+    let fault = Fault::network(format!("{}: downloaded twice, and both times {cause}", job.name))
+        .help("something between the server and here changes the bytes, or the server's own record is wrong");
+    Some((fault, cause))
+}
+
+/// What a downloaded file was compared with.
+enum Checked {
+    Given,
+    Stated(Algorithm),
+    Nothing,
+}
+
+impl Checked {
+    fn of(expected: Option<&str>, stated: Option<Algorithm>) -> Checked {
+        match (expected, stated) {
+            (Some(_), _) => Checked::Given,
+            (None, Some(algorithm)) => Checked::Stated(algorithm),
+            (None, None) => Checked::Nothing,
+        }
+    }
+}
+
+impl fmt::Display for Checked {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Checked::Given => f.write_str("checked by the given sha256"),
+            Checked::Stated(algorithm) => write!(f, "checked by the server's {algorithm}"),
+            Checked::Nothing => f.write_str("compared with no digest: the server states none"),
+        }
+    }
 }

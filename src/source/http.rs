@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::hub::Hub;
+use super::statement::Statement;
 use super::{Options, address, describe, tls};
 use crate::fault::{Fault, Result};
 
@@ -56,6 +57,8 @@ pub struct Body {
     pub total: Option<u64>,
     /// The version on the server.
     pub validators: Validators,
+    /// The digest of the whole file, if the server states one.
+    pub statement: Option<Statement>,
     /// Whether the server declares it as a web page.
     pub is_html: bool,
 }
@@ -231,9 +234,10 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
             None => return Err(Failure::from_start("the server sent another range than the requested one")),
         },
     };
+    let statement = Statement::of(response.headers(), status == StatusCode::OK);
     let is_html =
         text(response.headers(), header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
-    Ok(Some(Body { response, start, total, validators, is_html }))
+    Ok(Some(Body { response, start, total, validators, statement, is_html }))
 }
 
 /// Returns the file's length as given by a 206 response (`*`: unknown), if the part is the one asked for and of the

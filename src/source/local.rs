@@ -133,7 +133,7 @@ pub fn of_first_kind<T>(
     if !left.is_empty() {
         let (count, left) = (data.len(), summary(&names(&left)));
         let text = format!(
-            "{folder}: {count} data file(s) of one kind are read and {left} are not; name these to read them"
+            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name these to read them"
         );
         report.warn(Stage::Read, text);
     }

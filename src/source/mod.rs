@@ -16,6 +16,7 @@ mod local;
 mod pace;
 mod parse;
 mod partial;
+mod statement;
 mod scheme;
 mod tls;
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::http::Validators;
+use super::statement::{Algorithm, Statement};
 use super::{cache, hash};
 use crate::fault::{Fault, Result};
 use crate::whole;
@@ -30,6 +31,9 @@ pub struct Partial {
 struct Version {
     validators: Validators,
     total: Option<u64>,
+    /// The digest that the server stated when it began to send this version.
+    #[serde(default)]
+    statement: Option<Statement>,
 }
 
 impl Partial {
@@ -78,9 +82,14 @@ impl Partial {
     }
 
     /// Empties the file and begins this version.
-    pub fn restart(&mut self, validators: &Validators, total: Option<u64>) -> Result<()> {
+    pub fn restart(
+        &mut self,
+        validators: &Validators,
+        total: Option<u64>,
+        statement: Option<Statement>,
+    ) -> Result<()> {
         self.discard()?;
-        self.version = Version { validators: validators.clone(), total };
+        self.version = Version { validators: validators.clone(), total, statement };
         whole::write(&self.version_path, &cache::json(&self.version))
     }
 
@@ -120,6 +129,14 @@ impl Partial {
         hash::hex(self.hasher.clone())
     }
 
+    /// Compares the bytes with the digest that the server stated for this version: its algorithm and whether they agree.
+    pub fn check(&self) -> Result<Option<(Algorithm, bool)>> {
+        let Some(statement) = &self.version.statement else { return Ok(None) };
+        let holds = fs::File::open(&self.path).and_then(|file| statement.holds(file));
+        let holds = holds.map_err(|error| Fault::storage("read", &self.path, &error))?;
+        Ok(Some((statement.algorithm, holds)))
+    }
+
     /// Waits until the bytes are on disk.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_all().map_err(|error| Fault::storage("sync", &self.path, &error))
@@ -143,7 +160,7 @@ mod tests {
     fn reopening_continues_bytes_and_digest() {
         let folder = tempfile::tempdir().unwrap();
         let mut partial = open(folder.path()).unwrap();
-        partial.restart(&tagged("\"v1\""), Some(6)).unwrap();
+        partial.restart(&tagged("\"v1\""), Some(6), None).unwrap();
         partial.append(b"abc").unwrap();
         drop(partial);
 
