@@ -6,7 +6,8 @@
 #include "common.cuh"
 
 // Layers side by side: their numbers, where their columns begin in y, and how many they have.
-#define PARTS_PARAMETERS int site_0, int site_1, int site_2, int at_0, int at_1, int at_2, int n_0, int n_1, int n_2
+#define SITES_PARAMETERS int site_0, int site_1, int site_2
+#define PARTS_PARAMETERS SITES_PARAMETERS, int at_0, int at_1, int at_2, int n_0, int n_1, int n_2
 #define PICK(name) (blockIdx.z == 0 ? name##_0 : blockIdx.z == 1 ? name##_1 : name##_2)
 
 // One layer's pair in an adapter's table: the addresses of A [rank, k] and B [n, rank], the rank (0: no pair) and the scale.
@@ -37,7 +38,7 @@ struct Item {
 
 // blockIdx.y is the item, a warp makes one of its values: low [part, item, rank_max].
 template <typename T>
-__device__ __forceinline__ void shrink(const T* x, const uint32_t* items, float* low, int k, int rank_max, PARTS_PARAMETERS) {
+__device__ __forceinline__ void shrink(const T* x, const uint32_t* items, float* low, int k, int rank_max, SITES_PARAMETERS) {
     const int lane = threadIdx.x & 31, r = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     const Item item(items + 4 * (uint64_t)blockIdx.y);
     const Pair pair(item.table, PICK(site));
@@ -89,11 +90,12 @@ __device__ __forceinline__ void expand(const float* low, const uint32_t* items, 
     *to = narrow<T>(widen(*to) + total);
 }
 
-#define PARTS site_0, site_1, site_2, at_0, at_1, at_2, n_0, n_1, n_2
+#define SITES site_0, site_1, site_2
+#define PARTS SITES, at_0, at_1, at_2, n_0, n_1, n_2
 #define FOR(T, type)                                                                                                      \
     extern "C" __global__ void adapters_shrink_##type(const T* x, const uint32_t* items, float* low, int k, int rank_max, \
-                                                      PARTS_PARAMETERS) {                                                 \
-        shrink<T>(x, items, low, k, rank_max, PARTS);                                                                     \
+                                                      SITES_PARAMETERS) {                                                 \
+        shrink<T>(x, items, low, k, rank_max, SITES);                                                                     \
     }                                                                                                                     \
     extern "C" __global__ void adapters_expand_##type(const float* low, const uint32_t* items, const uint32_t* rows,      \
                                                       T* y, int stride, int count, int rank_max, float factor,            \

@@ -14,12 +14,14 @@ constexpr int WARPS = 8;
 constexpr int GROUP = 128;  // k of a warp at a time
 
 // A lane's part of 128 columns of two rows of a weight, 8 rows apart: 32 values of each, in four pieces of eight.
-// Of a piece: where in the group its eight k begin, and the two A fragments that they are.
+// Of a piece: where in the group its eight k begin, and the two A fragments that they are. EARLY: the next part has registers to
+// come in while this one is computed with, however many tiles there are.
 struct FourBit {
     const uint8_t* packed;
     Scales scales;
     const float* values;  // in shared memory
     int width_log2, rows, k;
+    static constexpr bool EARLY = true;
 
     struct Part {
         uint4 words[2];
@@ -57,6 +59,7 @@ struct FourBit {
 struct Dense {
     const bf16* weight;
     int rows, k;
+    static constexpr bool EARLY = false;
 
     struct Part {
         uint4 words[2][4];
@@ -87,6 +90,7 @@ template <typename Y, typename Weight, int TILES, int BANDS>
 __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, const Y* base, int m, int stride, int at,
                                     float alpha) {
     constexpr int ROWS = 16 * BANDS, COLUMNS = 8 * TILES;
+    constexpr bool EARLY = Weight::EARLY || TILES < 8;
     SHARED_ARRAY(float, sums, ROWS * COLUMNS);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int own = blockIdx.x * ROWS, groups = (weight.k + GROUP - 1) / GROUP;
@@ -97,12 +101,13 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
 #pragma unroll
         for (int band = 0; band < BANDS; ++band) weight.load(part[band], own + band * 16 + g, group, t);
     };
-    if (warp < groups) load(warp);
+    if (EARLY && warp < groups) load(warp);
     for (int group = warp; group < groups; group += WARPS) {
+        if (!EARLY) load(group);
         typename Weight::Part now[BANDS];
 #pragma unroll
         for (int band = 0; band < BANDS; ++band) now[band] = part[band];
-        if (group + WARPS < groups) load(group + WARPS);
+        if (EARLY && group + WARPS < groups) load(group + WARPS);
 #pragma unroll
         for (int piece = 0; piece < 4; ++piece) {
             const int column = group * GROUP + Weight::first(t, piece);

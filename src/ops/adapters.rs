@@ -95,7 +95,8 @@ impl Items {
         for parts in parts.chunks(PARTS) {
             let low = unwritten((parts.len(), count, self.rank_max), DType::F32, x.device())?;
             let launch = Launch::new(x, "adapters", "shrink")?.tensor(x).of(DType::U32, &self.items);
-            let launch = described(launch.of(DType::F32, &low).int(k).int(self.rank_max), parts);
+            let launch =
+                numbers(launch.of(DType::F32, &low).int(k).int(self.rank_max), parts, |part| part.site);
             launch.launch((self.rank_max.div_ceil(THREADS / 32), count, parts.len()), THREADS, 0)?;
             let launch =
                 Launch::new(x, "adapters", "expand")?.of(DType::F32, &low).of(DType::U32, &self.items);
@@ -103,17 +104,17 @@ impl Items {
                 launch.of(DType::U32, &self.rows).tensor(y).int(stride).int(count).int(self.rank_max);
             let widest = parts.iter().map(|part| part.columns).max().unwrap_or(0);
             let grid = (widest.div_ceil(THREADS), self.rows.elem_count() / 3, parts.len());
-            described(launch.float(factor), parts).launch(grid, THREADS, 0)?;
+            let launch = numbers(launch.float(factor), parts, |part| part.site);
+            let launch = numbers(numbers(launch, parts, |part| part.at), parts, |part| part.columns);
+            launch.launch(grid, THREADS, 0)?;
         }
         Ok(())
     }
 }
 
-fn described<'a>(launch: Launch<'a>, parts: &[Part]) -> Launch<'a> {
-    let numbers =
-        |of: fn(&Part) -> usize| (0..PARTS).map(move |i| parts.get(i).map_or(0, of)).collect::<Vec<_>>();
-    let all = [numbers(|part| part.site), numbers(|part| part.at), numbers(|part| part.columns)];
-    all.concat().into_iter().fold(launch, Launch::int)
+/// A number of each part, and zeros for what is missing to a launch's parts.
+fn numbers<'a>(launch: Launch<'a>, parts: &[Part], of: fn(&Part) -> usize) -> Launch<'a> {
+    (0..PARTS).fold(launch, |launch, i| launch.int(parts.get(i).map_or(0, of)))
 }
 
 #[cfg(test)]
