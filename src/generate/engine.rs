@@ -465,12 +465,12 @@ impl Worker {
     fn step(&mut self) -> Result<()> {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
-        let part = |(added, rows): &(Added, Range<usize>)| Part {
+        let parts = parts.iter().map(|(added, rows)| Part {
             adapter: &added.pairs,
             rows: rows.clone(),
             strength: added.strength,
-        };
-        let mixture = Mixture::new(parts.iter().map(part).collect());
+        });
+        let mixture = Mixture::new(parts.collect());
         let logits = self.decoder.step(&step, &mut self.cache, Lora::Mixed(&mixture))?;
         self.answer(&turns, &logits)
     }

@@ -449,12 +449,14 @@ mod tests {
             let k = 96;
             for kind in 0..4 {
                 let weight = |n: usize| {
-                    Ok::<_, candle_core::Error>(kinds(gpu, &gpu.random((n, k), n as u64)?)?.remove(kind))
+                    Ok::<_, candle_core::Error>(
+                        kinds(gpu, gpu.random((n, k), n as u64)?.as_tensor())?.remove(kind),
+                    )
                 };
                 let weights = [weight(40)?, weight(7)?, weight(64)?];
                 for rows in [1, 20] {
-                    let (x, base) =
-                        (gpu.put(&gpu.random((rows, k), 2)?)?, gpu.put(&gpu.random((rows, 116), 3)?)?);
+                    let (x, base) = (gpu.random((rows, k), 2)?, gpu.random((rows, 116), 3)?);
+                    let (x, base) = (gpu.put(&x)?, gpu.put(&base)?);
                     let (found, expected) = (base.copy()?, base.copy()?);
                     let weights: Vec<&Weight> = weights.iter().collect();
                     let taken = few_rows(&x, &weights, 0.5, &found, 3, Some(&base))?;
