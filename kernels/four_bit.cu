@@ -1,4 +1,5 @@
-// 4-bit block quantisation with bitsandbytes' bits, and back; the twin of src/ops/four_bit.rs, whose tests hold both equal.
+// 4-bit block quantisation with bitsandbytes' bits, and back. The twin of src/ops/four_bit.rs, whose tests compare
+// the two.
 //
 // Where a code or a value must come out to the last bit, products and sums are written so that nvcc cannot fuse them.
 #include "four_bit.cuh"
@@ -6,7 +7,7 @@
 // The indices of each code in ascending order of their values, lowest in the low nibble.
 __constant__ unsigned long long ASCENDING[2] = {0xfedcba9876543210ull, 0x3254761809efcdabull};
 
-// A stored value, widened: the types that checkpoints hold.
+// A stored value, widened to f32, for the types that checkpoints hold.
 struct F32 {
     typedef float Stored;
     static __device__ __forceinline__ float widen(float x) { return x; }
@@ -17,7 +18,8 @@ struct Bf16 {
 };
 struct F16 {
     typedef uint16_t Stored;
-    // The exponent moves into place by a product with 2^112, exact for subnormals too; infinity and NaN have their own.
+    // A product with 2^112 moves the exponent into place. It is exact for subnormals too; infinity and NaN are
+    // handled apart.
     static __device__ __forceinline__ float widen(uint16_t x) {
         const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = (uint32_t)(x & 0x7fffu) << 13;
         const uint32_t finite = __float_as_uint(__uint_as_float(rest) * 5.192296858534828e33f);
@@ -25,15 +27,16 @@ struct F16 {
     }
 };
 
-// A warp takes one block of `width` values: n values in all, the last block may be short, and n odd. The scale of a block
-// that holds a value that is not finite is NaN, which nothing else makes: the host sees it when it reads the scales.
+// A warp handles one block of `width` values. There are n values in all; the last block may be short, and n odd. A
+// block with a value that is not finite gets the scale NaN, which nothing else gives. The host sees it when it
+// reads the scales.
 template <typename From>
 __device__ __forceinline__ void quantize(const typename From::Stored* values, uint8_t* packed, float* absmax,
                                          unsigned long long n, int width, int code) {
     const int lane = threadIdx.x & 31;
     const unsigned long long block = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
     const unsigned long long from = block * width;
-    if (from >= n) return;  // a whole warp leaves
+    if (from >= n) return; // a whole warp leaves
     const int count = n - from < (unsigned long long)width ? (int)(n - from) : width;
     const bool full = count == width;
     values += from, packed += from / 2;
@@ -41,7 +44,7 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
     for (int i = lane; i < count; i += 32) {
         const float x = From::widen(values[i]);
         largest = fmaxf(largest, fabsf(x));
-        poison += x * 0.f;  // 0, and NaN of what is not finite
+        poison += x * 0.f; // 0, or NaN for a value that is not finite
     }
     largest = warp_max(largest), poison = warp_sum(poison);
     const float floor = fmaxf(largest, 1e-38f), reciprocal = __fdiv_rn(1.f, floor);

@@ -10,8 +10,9 @@ __constant__ float CODES[2][16] = {
     {0.f, 0.0052083335f, 0.6666667f, 1.f, 0.33333334f, 0.5f, 0.16666667f, 0.25f, 0.f, -0.0052083335f, -0.6666667f,
      -1.f, -0.33333334f, -0.5f, -0.16666667f, -0.25f}};
 
-// bitsandbytes' dynamic map of a scale's code: 127 negative values, 0, 127 positive ones, 1. Decade d of seven holds 2^d
-// values, each the middle of two neighbours among 2^d + 1 evenly spaced ones from 0.1 to 1, rounded as torch.linspace does.
+// bitsandbytes' dynamic map of a scale's code: 127 negative values, 0, 127 positive ones, 1. Decade d of seven has
+// 2^d values, each the middle of two neighbours among 2^d + 1 evenly spaced ones from 0.1 to 1, rounded as
+// torch.linspace does.
 __device__ __forceinline__ float dynamic_map(int code) {
     if (code == 127) return 0.f;
     if (code == 255) return 1.f;
@@ -29,7 +30,7 @@ __device__ __forceinline__ float dynamic_map(int code) {
     return code > 127 ? value : -value;
 }
 
-// Scales: plain f32 (`codes` is null), or map[code] * absmax of 256 + offset.
+// Scales: plain f32 (`codes` is null), or map[code] * (absmax of 256 scales) + offset.
 struct Scales {
     const uint8_t* codes;
     const float* absmax;
