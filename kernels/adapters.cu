@@ -1,8 +1,8 @@
-// What several adapters add to the rows of a step, y[row] += sum of strength * scale * (x[row] A^T) B^T, each row with adapters
-// and strengths of its own; the twin of src/ops/adapters.rs.
+// What several adapters add to the rows of a step, y[row] += sum of strength * scale * (x[row] A^T) B^T, each row
+// with adapters and strengths of its own; the twin of src/ops/adapters.rs.
 //
-// An item is an adapter on a row. `shrink` makes x A^T of all items and of up to three layers that read the same x, `expand` adds
-// what a row's items make of it, in their order, and rounds once. Nothing depends on other rows.
+// An item is an adapter on a row. `shrink` makes x A^T of all items and of up to three layers that read the same
+// x, `expand` adds what a row's items make of it, in their order, and rounds once. Nothing depends on other rows.
 #include "common.cuh"
 
 // Layers side by side: their numbers, where their columns begin in y, and how many they have.
@@ -10,8 +10,8 @@
 #define PARTS_PARAMETERS SITES_PARAMETERS, int at_0, int at_1, int at_2, int n_0, int n_1, int n_2
 #define PICK(name) (blockIdx.z == 0 ? name##_0 : blockIdx.z == 1 ? name##_1 : name##_2)
 
-// One layer's pair in an adapter's table: the addresses of A [rank, k] and B [n, rank], the rank (0: no pair) and the scale.
-// Before the first layer's entry stands the number of layers; those beyond have no pair.
+// One layer's pair in an adapter's table: the addresses of A [rank, k] and B [n, rank], the rank (0: no pair) and
+// the scale. Before the first layer's entry stands the number of layers; those beyond have no pair.
 struct Pair {
     uint64_t a, b;
     int rank;

@@ -1,11 +1,11 @@
 // Attention of new rows over keys and values in pages, as serving has it; the twin of src/ops/attention/cached.rs.
 //
-// A page holds 32 tokens of one sequence: [page][key head][token][width]. The page numbers of all sequences lie one behind the
-// other in `pages`. A row that generates is read by `decode`: a block takes one piece of the row's keys and the query heads of
-// one key head, so that a key and a value are read once for all of them. Keys of a long row are in several pieces; `combine`
-// adds their results in the order of positions. How a row is cut depends on its own position alone, and no sum spans two
-// sequences: a row's bits are the same whatever else runs. Many rows of one sequence are `gather`ed into the layout of
-// training's attention instead (attention.cu).
+// A page holds 32 tokens of one sequence: [page][key head][token][width]. The page numbers of all sequences lie
+// one behind the other in `pages`. A row that generates is read by `decode`: a block takes one piece of the row's
+// keys and the query heads of one key head, so that a key and a value are read once for all of them. Keys of a
+// long row are in several pieces; `combine` adds their results in the order of positions. How a row is cut depends
+// on its own position alone, and no sum spans two sequences: a row's bits are the same whatever else runs. Many
+// rows of one sequence are `gather`ed into the layout of training's attention instead (attention.cu).
 #include "attention_shape.cuh"
 
 constexpr int PAGE = 32;
@@ -31,9 +31,9 @@ __device__ __forceinline__ uint64_t token_at(const uint32_t* pages, int token, i
     return (((uint64_t)pages[token / PAGE] * key_heads + key_head) * PAGE + token % PAGE) * width;
 }
 
-// A block turns one row's queries and keys by its angles (cos and sin [rows * runs, half], none: `half` is 0) as rope.cu does, and
-// keeps its keys and values, rounded once to the cache's type. `slots` [rows]: page * 32 + token. Eight values a thread where heads
-// and halves are multiples of eight.
+// A block turns one row's queries and keys by its angles (cos and sin [rows * runs, half], none: `half` is 0) as
+// rope.cu does, and keeps its keys and values, rounded once to the cache's type. `slots` [rows]: page * 32 +
+// token. Eight values a thread where heads and halves are multiples of eight.
 template <typename T, typename C>
 __device__ __forceinline__ void write(T* qkv, C* keys, C* values, const uint32_t* slots, const float* cosines,
                                       const float* sines, int runs, int half, const Shape& shape) {
@@ -97,8 +97,9 @@ __device__ __forceinline__ void write(T* qkv, C* keys, C* values, const uint32_t
     }
 }
 
-// A block makes one row of `wide`, which has the columns of qkv: the token's keys and values from the cache and, of the new
-// rows that begin at position `start`, the queries. `qkv` points to the first new row, `pages` to the sequence's.
+// A block makes one row of `wide`, which has the columns of qkv: the token's keys and values from the cache and,
+// of the new rows that begin at position `start`, the queries. `qkv` points to the first new row, `pages` to the
+// sequence's.
 template <typename T, typename C>
 __device__ __forceinline__ void gather(const T* qkv, const C* keys, const C* values, T* wide, const uint32_t* pages,
                                        int start, const Shape& shape) {
@@ -128,8 +129,8 @@ struct Piece {
         : row(t[0]), position(t[1]), pages_at(t[2]), from(t[3]), to(t[4]), partial(t[5]) {}
 };
 
-// blockIdx.x: a key head and at most GROUP of its query heads; blockIdx.y: a piece. Eight columns a lane, so that LANES lanes read
-// a key or value and a warp reads 32 / LANES of them at once, AHEAD times before it computes.
+// blockIdx.x: a key head and at most GROUP of its query heads; blockIdx.y: a piece. Eight columns a lane, so that
+// LANES lanes read a key or value and a warp reads 32 / LANES of them at once, AHEAD times before it computes.
 template <typename T, typename C, int WIDTH, int GROUP>
 __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* values, T* out, float* partials,
                                        const uint32_t* pieces, const uint32_t* pages, const Shape shape) {
@@ -249,7 +250,8 @@ __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* val
     }
 }
 
-// The pieces of a row in the order of their keys: blockIdx.x is the head, `rows` holds (row, its first piece, how many).
+// The pieces of a row in the order of their keys: blockIdx.x is the head, `rows` holds (row, its first piece, how
+// many).
 template <typename T>
 __device__ __forceinline__ void combine(const float* partials, T* out, const uint32_t* rows, int heads, int width) {
     const uint32_t row = rows[3 * blockIdx.y], count = rows[3 * blockIdx.y + 2];

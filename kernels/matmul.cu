@@ -1,21 +1,22 @@
-// Products of few rows with a large weight, y[M, N] = alpha * x W^T + base; the twin of src/ops/matmul.rs, whose products of
-// many rows are a library's. Up to three weights side by side that read the same x are one launch.
+// Products of few rows with a large weight, y[M, N] = alpha * x W^T + base; the twin of src/ops/matmul.rs, whose
+// products of many rows are a library's. Up to three weights side by side that read the same x are one launch.
 //
-// Reading the weight is what such a product costs: it is read once, 16 bytes a lane, as it is stored, and a 4-bit one is never
-// expanded in memory. The weight is the left side of mma_m16n8k16, x the right one, eight rows of x a tile. The order in which k
-// goes through the tensor cores is free as long as both sides have the same: each lane takes the k that lie together in memory,
-// so that what it loads are its fragments, without shared memory. A 4-bit value is rounded to bf16 as expanding would.
+// Reading the weight is what such a product costs: it is read once, 16 bytes a lane, as it is stored, and a 4-bit
+// one is never expanded in memory. The weight is the left side of mma_m16n8k16, x the right one, eight rows of x a
+// tile. The order in which k goes through the tensor cores is free as long as both sides have the same: each lane
+// takes the k that lie together in memory, so that what it loads are its fragments, without shared memory. A 4-bit
+// value is rounded to bf16 as expanding would.
 //
-// A block owns 16 * BANDS columns of y. Its warps take groups of 128 k by turns; their sums are added in the order of the warps.
-// The order of a sum depends on k alone: a row's bits are the same whatever rows are beside it.
+// A block owns 16 * BANDS columns of y. Its warps take groups of 128 k by turns; their sums are added in the order
+// of the warps. The order of a sum depends on k alone: a row's bits are the same whatever rows are beside it.
 #include "four_bit.cuh"
 
 constexpr int WARPS = 8;
 constexpr int GROUP = 128;  // k of a warp at a time
 
 // A lane's part of 128 columns of two rows of a weight, 8 rows apart: 32 values of each, in four pieces of eight.
-// Of a piece: where in the group its eight k begin, and the two A fragments that they are. EARLY: the next part has registers to
-// come in while this one is computed with, however many tiles there are.
+// Of a piece: where in the group its eight k begin, and the two A fragments that they are. EARLY: the next part
+// has registers to come in while this one is computed with, however many tiles there are.
 struct FourBit {
     const uint8_t* packed;
     Scales scales;
@@ -85,7 +86,8 @@ struct Dense {
     }
 };
 
-// TILES tiles of eight rows of x; y's rows and those of `base`, if it is there, are `stride` apart and their columns begin at `at`.
+// TILES tiles of eight rows of x; y's rows and those of `base`, if it is there, are `stride` apart and their
+// columns begin at `at`.
 template <typename Y, typename Weight, int TILES, int BANDS>
 __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, const Y* base, int m, int stride, int at,
                                     float alpha) {
@@ -174,7 +176,8 @@ __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_
     few<Y, FourBit, TILES, BANDS>(weight, x, y, base, m, stride, at, alpha);
 }
 
-// Rows of x up to 8 * TILES. More bands read x less often, fewer make more blocks; no kernel takes more registers than there are.
+// Rows of x up to 8 * TILES. More bands read x less often, fewer make more blocks; no kernel takes more registers
+// than there are.
 #define FEW_FOUR_BIT(TILES, BANDS, BLOCKS)                                                                                \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) matmul_few_four_bit_##TILES##_bf16(                  \
         FOUR_BIT_PARAMETERS(0), FOUR_BIT_PARAMETERS(1), FOUR_BIT_PARAMETERS(2), const bf16* x, bf16* y, const bf16* base, \

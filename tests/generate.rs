@@ -173,9 +173,9 @@ fn greedy_tokens(engine: impl Fn(&str) -> Engine) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// bf16 on a GPU over 4-bit weights, keys and values in bf16 too, against f32 on the CPU over the same weights and the recorded
-/// texts: a prompt in one step, then row by row. Log-probabilities are close, and the most probable token is another one only
-/// if both are nearly as probable.
+/// bf16 on a GPU over 4-bit weights, keys and values in bf16 too, against f32 on the CPU over the same weights and
+/// the recorded texts: a prompt in one step, then row by row. Log-probabilities are close, and the most probable
+/// token is another one only if both are nearly as probable.
 #[cfg(feature = "cuda")]
 #[test]
 fn bf16_on_a_gpu_stays_near_f32() {
@@ -211,7 +211,8 @@ fn bf16_on_a_gpu_stays_near_f32() {
     }
 }
 
-/// Logits of every row of a text with the recorded adapter: all rows but the last ones in one step, those one by one.
+/// Logits of every row of a text with the recorded adapter: all rows but the last ones in one step, those one by
+/// one.
 #[cfg(feature = "cuda")]
 fn by_steps(decoder: &Decoder, name: &str, text: &[u32], alone: usize, cache: DType) -> Vec<Vec<f32>> {
     let adapter = adapter::read(&golden(name).join("final_adapter")).unwrap();

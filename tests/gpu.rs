@@ -191,8 +191,9 @@ fn what_a_step_asks_of_the_device() {
     let found = [
         // A layer: norms, rope, attention, activation, seven expanded weights, and the same backwards.
         ("launches", after.launches - before.launches, 65),
-        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base, B,
-        // A and their gradients). The head has two. The lowest layer's first three need no gradient of their input.
+        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base,
+        // B, A and their gradients). The head has two. The lowest layer's first three need no gradient of their
+        // input.
         ("products", after.products - before.products, 108),
         // The numbers of the step before.
         ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
@@ -214,8 +215,8 @@ fn what_a_step_asks_of_the_device() {
     }
 }
 
-/// A step that decodes a token of each sequence: every launch and copy is there for a reason that somebody can tell. It is a
-/// process of its own, as above.
+/// A step that decodes a token of each sequence: every launch and copy is there for a reason that somebody can
+/// tell. It is a process of its own, as above.
 #[test]
 fn what_a_decoded_token_asks_of_the_device() {
     if std::env::var_os("HONE_COUNT_A_TOKEN").is_none() {

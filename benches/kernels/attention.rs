@@ -1,5 +1,5 @@
-//! Cases of attention, forward and backward: one long example, eight packed ones; and the head widths of other models. Of
-//! serving: rows that generate, over pages.
+//! Cases of attention, forward and backward: one long example, eight packed ones; and the head widths of other
+//! models. Of serving: rows that generate, over pages.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -93,8 +93,8 @@ fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, back
     }
 }
 
-/// One new row of each of several sequences over a context whose keys and values lie in pages: the same text in all, each on
-/// pages of its own.
+/// One new row of each of several sequences over a context whose keys and values lie in pages: the same text in
+/// all, each on pages of its own.
 fn generating(gpu: &Gpu, shape: &Shape, heads: Heads, sequences: usize, context: usize) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let pages = context.div_ceil(PAGE);

@@ -154,7 +154,8 @@ fn product(
     let (device, dtype, tokens) = (gpu.device.clone(), gpu.dtype, shape.tokens);
     let element = dtype.size_in_bytes();
     let activations = (tokens * (n + k) * element) as f64;
-    // A 4-bit weight is read, written in the activations' type and read again; a LoRA gradient is f32, read and written.
+    // A 4-bit weight is read, written in the activations' type and read again; a LoRA gradient is f32, read and
+    // written.
     let weight_bytes = match (four_bits, kind) {
         (true, _) => (0.516 + 2.0 * element as f64) * (n * k) as f64,
         (false, Kind::Weight) => 8.0 * (n * k) as f64,
@@ -212,7 +213,8 @@ fn product(
     }
 }
 
-/// Few rows by the weight as it is stored, and by expanding it: where both take equally long, `matmul::FEW_ROWS` should lie.
+/// Few rows by the weight as it is stored, and by expanding it: where both take equally long, `matmul::FEW_ROWS`
+/// should lie.
 fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bool) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let product = if stored { matmul::forward_apart } else { matmul::forward };

@@ -1,10 +1,11 @@
 //! Requests -> events: a queue, and a thread that owns the cache and runs one step after another over all running
 //! sequences.
 //!
-//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave between
-//! steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one that started is
-//! never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with the promise of
-//! `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave
+//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one
+//! that started is never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together
+//! with the promise of `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours
+//! are.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -157,8 +158,8 @@ impl Engine {
     }
 }
 
-/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again, as
-/// transformers does for Phi-3.
+/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again,
+/// as transformers does for Phi-3.
 fn switch(decoder: &Decoder) -> Option<usize> {
     decoder.facts.ropes.iter().find_map(|rope| match &rope.scaling {
         Scaling::Long { positions, .. } => Some(*positions),
@@ -432,8 +433,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Lets sequences leave that nobody reads, and others join while there is room; waits if there is nothing to do.
-    /// False at the end.
+    /// Lets sequences leave that nobody reads, and others join while there is room; waits if there is nothing to
+    /// do. False at the end.
     fn admit(&mut self) -> bool {
         let shared = self.shared.clone();
         let mut state = shared.lock();
@@ -507,7 +508,8 @@ impl Worker {
         (step, turns)
     }
 
-    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength together.
+    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength
+    /// together.
     fn parts(&self, step: &Step, turns: &[Turn]) -> Vec<(Added, Range<usize>)> {
         let mut parts: Vec<(Added, Range<usize>)> = Vec::new();
         for (turn, segment) in turns.iter().zip(&step.segments) {
@@ -526,7 +528,8 @@ impl Worker {
         parts
     }
 
-    /// What the turns need of the logits, on the host: from a GPU only the token of a row whose most probable one is taken.
+    /// What the turns need of the logits, on the host: from a GPU only the token of a row whose most probable one
+    /// is taken.
     fn bring(&self, turns: &[Turn], logits: &Tensor) -> Result<Logits> {
         let (rows, vocabulary) = logits.dims2()?;
         let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_largest();

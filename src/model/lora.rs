@@ -382,8 +382,8 @@ impl Trainable {
         Ok(self.sites.iter().all(zero))
     }
 
-    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that its
-    /// values do not depend on the other chosen sites.
+    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that
+    /// its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
     pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {

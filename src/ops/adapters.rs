@@ -1,7 +1,8 @@
-//! What several adapters add to the rows of a step, on a GPU: `y[row] += sum of strength * scale * (x[row] A^T) B^T`.
+//! What several adapters add to the rows of a step, on a GPU: `y[row] += sum of strength * scale * (x[row] A^T)
+//! B^T`.
 //!
-//! Each row has adapters and strengths of its own; two launches serve all of them and up to three layers that read the same
-//! x. Sums are f32 and in the order of a row's items, whatever other rows have.
+//! Each row has adapters and strengths of its own; two launches serve all of them and up to three layers that read
+//! the same x. Sums are f32 and in the order of a row's items, whatever other rows have.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -48,7 +49,8 @@ pub struct Items {
     _tables: Vec<Tensor>,
 }
 
-/// Where an adapter's matrices lie, eight numbers a layer behind the layers' number. The matrices must live as long as the table is used.
+/// Where an adapter's matrices lie, eight numbers a layer behind the layers' number. The matrices must live as
+/// long as the table is used.
 ///
 /// # Errors
 /// A matrix does not lie on `device`.
@@ -71,8 +73,8 @@ pub fn table<'a>(layers: impl IntoIterator<Item = Option<Matrices<'a>>>, device:
 }
 
 impl Items {
-    /// Items of one row lie together, in the order in which they are added. `rank_max` is the largest rank of any of their
-    /// adapters.
+    /// Items of one row lie together, in the order in which they are added. `rank_max` is the largest rank of any
+    /// of their adapters.
     pub fn new(list: &[Item], rank_max: usize, device: &Device) -> Result<Items> {
         let (mut items, mut rows) = (Vec::new(), Vec::<[u32; 3]>::new());
         for (number, Item { row, table, strength }) in list.iter().enumerate() {
@@ -122,8 +124,8 @@ mod tests {
     use super::*;
     use crate::ops::judge;
 
-    /// Rows without, with one and with three adapters, ranks that are and are no multiple of eight, layers that an adapter
-    /// does not have; a row's bits do not depend on the others.
+    /// Rows without, with one and with three adapters, ranks that are and are no multiple of eight, layers that an
+    /// adapter does not have; a row's bits do not depend on the others.
     #[test]
     fn every_row_gets_the_sum_of_its_own_adapters() -> Result<()> {
         judge::on_gpu(|gpu| {

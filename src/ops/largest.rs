@@ -7,8 +7,8 @@ use super::unwritten;
 
 const THREADS: usize = 512;
 
-/// The token of each row's highest finite logit, of equal ones the lowest; `None` for a row without one. Logits are f32
-/// [rows, V]. Waits for the device.
+/// The token of each row's highest finite logit, of equal ones the lowest; `None` for a row without one. Logits
+/// are f32 [rows, V]. Waits for the device.
 pub fn tokens(logits: &Tensor) -> Result<Vec<Option<u32>>> {
     let (rows, vocab) = logits.dims2()?;
     if rows == 0 {

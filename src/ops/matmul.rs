@@ -1,8 +1,8 @@
 //! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
 //! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
 //! GPU, cuBLAS multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
-//! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only: products
-//! on a GPU have the activations' type, with sums in f32.
+//! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
+//! products on a GPU have the activations' type, with sums in f32.
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -15,9 +15,10 @@ use crate::facts::Precision;
 
 /// Most rows of a product that reads a 4-bit weight as it is stored, and not expanded, on a GPU.
 ///
-/// Predicted, to be confirmed: at M rows the kernel reads the weight once (0.52 bytes a value) and, from the L2 cache, all rows for
-/// every 32 columns (M/16 bytes a value at about 5.5 TB/s); expanding writes and reads 4 bytes a value more (at 2.85 TB/s). Both
-/// take equally long at about M = 128; at 64 the kernel takes half as long. The session's stage `serve` measures both sides.
+/// Predicted, to be confirmed: at M rows the kernel reads the weight once (0.52 bytes a value) and, from the L2
+/// cache, all rows for every 32 columns (M/16 bytes a value at about 5.5 TB/s); expanding writes and reads 4 bytes
+/// a value more (at 2.85 TB/s). Both take equally long at about M = 128; at 64 the kernel takes half as long. The
+/// session's stage `serve` measures both sides.
 pub const FEW_ROWS: usize = 64;
 
 /// A weight [N, K] of a linear layer `y = x W^T`.
@@ -98,9 +99,10 @@ pub fn forward(
     })
 }
 
-/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences that
-/// must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS` rows and 4-bit or
-/// bf16 weights; beyond them the library of products chooses its order of sums by the number of rows.
+/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
+/// that must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS`
+/// rows and 4-bit or bf16 weights; beyond them the library of products chooses its order of sums by the number of
+/// rows.
 pub fn forward_apart(
     x: &Tensor,
     weight: &Weight,
@@ -131,8 +133,9 @@ pub fn forward_apart(
     })
 }
 
-/// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the bits of
-/// `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then nothing was done.
+/// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
+/// bits of `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then
+/// nothing was done.
 #[cfg(feature = "cuda")]
 pub fn few_rows(
     x: &Tensor,
@@ -398,8 +401,8 @@ mod gpu {
         product([n, k, rows], alpha, dy, x, 1.0, Matrix::rows(gradient, 0, k))
     }
 
-    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in stream
-    /// order, and the next layer's weight takes its place.
+    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in
+    /// stream order, and the next layer's weight takes its place.
     fn expand(weight: &Weight, dtype: DType) -> Result<Tensor> {
         match weight {
             Weight::Dense(tensor) => rows::convert(tensor, dtype),
@@ -432,8 +435,9 @@ mod tests {
         })
     }
 
-    /// Few rows, whose number is that of no tile or of several, over widths that leave warps without work; into bf16 and f32.
-    /// A row's bits are the same alone and among others, and a row of one 1 reads the weight's own values.
+    /// Few rows, whose number is that of no tile or of several, over widths that leave warps without work; into
+    /// bf16 and f32. A row's bits are the same alone and among others, and a row of one 1 reads the weight's own
+    /// values.
     #[test]
     fn products_of_few_rows_on_a_gpu_equal_the_formula() -> Result<()> {
         judge::on_gpu(|gpu| {
@@ -455,7 +459,8 @@ mod tests {
         })
     }
 
-    /// Weights side by side in one launch, of unequal widths, onto another matrix: the bits of one after the other.
+    /// Weights side by side in one launch, of unequal widths, onto another matrix: the bits of one after the
+    /// other.
     #[cfg(feature = "cuda")]
     #[test]
     fn weights_side_by_side_on_a_gpu_are_one_launch() -> Result<()> {

@@ -1,8 +1,9 @@
 //! New rows of several sequences over the keys and values that their earlier rows left in pages.
 //!
-//! Row i of a sequence sees its rows j with `i - window < j <= i`, as in `attention::formula`; here their keys and values
-//! come from a `Store`. What a row gets depends on its own sequence alone, bit for bit: pages are taken in the order of
-//! positions, and no sum spans two sequences. Serving has no backward pass. On a GPU the pages lie there.
+//! Row i of a sequence sees its rows j with `i - window < j <= i`, as in `attention::formula`; here their keys and
+//! values come from a `Store`. What a row gets depends on its own sequence alone, bit for bit: pages are taken in
+//! the order of positions, and no sum spans two sequences. Serving has no backward pass. On a GPU the pages lie
+//! there.
 
 use std::any::Any;
 use std::ops::Range;
@@ -408,8 +409,9 @@ mod tests {
         judge::same(&attended(&qkv, DType::BF16)?, &attended(&rounded, DType::F32)?, 0.0)
     }
 
-    /// (query heads, key heads, width, window, cap, layout) of what the kernels have cases for: groups of 1, below, at and
-    /// beyond four heads, every padded width, odd widths, windows shorter than a page and longer than a piece.
+    /// (query heads, key heads, width, window, cap, layout) of what the kernels have cases for: groups of 1,
+    /// below, at and beyond four heads, every padded width, odd widths, windows shorter than a page and longer
+    /// than a piece.
     const GPU_CASES: [(usize, usize, usize, Option<usize>, Option<f64>, Layout); 8] = [
         (2, 2, 96, None, None, Layout::Blocked),
         (4, 1, 128, Some(70), None, Layout::Blocked),
@@ -421,8 +423,8 @@ mod tests {
         (3, 3, 32, None, None, Layout::Blocked),
     ];
 
-    /// Prompts in chunks beside rows that generate, over pages in disorder: all as the CPU has it, and a row's bits are the
-    /// same alone and among others.
+    /// Prompts in chunks beside rows that generate, over pages in disorder: all as the CPU has it, and a row's
+    /// bits are the same alone and among others.
     #[test]
     fn rows_over_pages_on_a_gpu_equal_the_hosts() -> Result<()> {
         judge::on_gpu(|gpu| {
@@ -507,7 +509,8 @@ mod tests {
         })
     }
 
-    /// Turning and keeping in one launch is turning, then keeping: whole and partial turns, both layouts, odd widths.
+    /// Turning and keeping in one launch is turning, then keeping: whole and partial turns, both layouts, odd
+    /// widths.
     #[cfg(feature = "cuda")]
     #[test]
     fn a_gpu_turns_what_it_keeps_as_rope_does() -> Result<()> {

@@ -1,4 +1,5 @@
-//! The launches of `kernels/cached.cu`: rows that generate piece by piece of their keys, longer ones by training's attention.
+//! The launches of `kernels/cached.cu`: rows that generate piece by piece of their keys, longer ones by training's
+//! attention.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -46,8 +47,8 @@ struct Pieces {
     partials: usize,
 }
 
-/// Keys of a piece of a row that sees so many. Small pieces give few sequences to many processors; more than 256 keys a piece
-/// keeps no block's scores.
+/// Keys of a piece of a row that sees so many. Small pieces give few sequences to many processors; more than 256
+/// keys a piece keeps no block's scores.
 fn piece_keys(keys: usize) -> usize {
     match keys {
         ..=1024 => 64,
