@@ -30,8 +30,9 @@ const MODELS: [(&str, &str); 14] = [
 ];
 
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
-const JUDGED_ELSEWHERE: [(&str, &str); 15] = [
+const JUDGED_ELSEWHERE: [(&str, &str); 17] = [
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
+    ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
     ("cpu.rs", "access to memory and exp, no operation of its own"),
@@ -42,6 +43,7 @@ const JUDGED_ELSEWHERE: [(&str, &str); 15] = [
     ("four_bit.rs", "a stored form of frozen weights; its bits equal recorded ones"),
     ("gemm", "plain products with accumulation, judged by a triple loop"),
     ("judge.rs", "the judge"),
+    ("largest.rs", "serving's choice of a token; nothing is trained through it"),
     ("matmul.rs", "linear; src/model/judge.rs judges its products as each other's gradients"),
     ("mod.rs", "the list"),
     ("number.rs", "sums without a gradient, compared on both devices"),

@@ -1,7 +1,7 @@
 //! Keys and values of running sequences, in pages that all layers share by number: a page holds so many tokens of one
 //! sequence in every layer.
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Device, Result};
 
 use crate::facts::Facts;
 use crate::ops::attention::cached::{PAGE, Store};
@@ -15,9 +15,10 @@ pub struct Cache {
 
 impl Cache {
     /// Room for at least so many tokens over all sequences, each of which begins on a page of its own.
-    pub fn new(facts: &Facts, tokens: usize, dtype: DType) -> Result<Cache> {
+    pub fn new(facts: &Facts, tokens: usize, dtype: DType, device: &Device) -> Result<Cache> {
         let pages = tokens.div_ceil(PAGE);
-        let layers = facts.layers.iter().map(|layer| Store::new(pages, &layer.attention.heads, dtype));
+        let layers = facts.layers.iter();
+        let layers = layers.map(|layer| Store::new(pages, &layer.attention.heads, dtype, device));
         let layers = layers.collect::<Result<_>>()?;
         Ok(Cache { layers, free: (0..pages as u32).rev().collect(), pages })
     }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
+use crate::ops::attention::cached::Segments;
 use crate::ops::cross_entropy::{self, Head};
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
@@ -120,11 +121,17 @@ impl Decoder {
         let (positions, lengths) = step.positions();
         let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
         let pass = Pass { apart: true, ..self.pass(&turns, &packing, lora) };
+        let segments = Segments::new(&step.segments);
         let mut x = self.embed(&step.ids)?;
         for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
-            x = layer.step(&x, &pass, &step.segments, store)?;
+            x = layer.step(&x, &pass, &segments, store)?;
         }
-        let hidden = self.final_norm.forward(&rows::gather(&x, &step.wanted)?)?;
+        if step.wanted.is_empty() {
+            return Tensor::zeros((0, self.facts.vocab), DType::F32, &Device::Cpu);
+        }
+        // They ascend: as many as there are rows are all of them.
+        let wanted = if step.wanted.len() == step.ids.len() { x } else { rows::gather(&x, &step.wanted)? };
+        let hidden = self.final_norm.forward(&wanted)?;
         cross_entropy::logits_apart(&hidden, &self.head, self.precision)
     }
 

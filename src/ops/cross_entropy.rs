@@ -193,8 +193,13 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
     capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
 }
 
-/// `logits` in which a row's bits depend on that row alone. CPU only.
+/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are f32 and
+/// never rounded to the activations' type.
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return gpu::logits(hidden, head, precision);
+    }
     let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
     matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
     capped(logits, hidden, head)
@@ -217,10 +222,31 @@ fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
 mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
+    use crate::ops::unwritten;
+
+    const CAP_THREADS: usize = 256;
 
     /// Distance between rows of logits, in elements, so that every row begins at a multiple of 16 bytes.
     pub fn columns(vocab: usize) -> usize {
         vocab.next_multiple_of(8)
+    }
+
+    /// Logits [rows, V] in f32.
+    pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+        let logits = unwritten((hidden.dim(0)?, head.weight.dims().0), DType::F32, hidden.device())?;
+        if let Some(bias) = &head.bias {
+            bias::apply(bias, &logits, 0, false)?;
+        }
+        let beta = if head.bias.is_some() { 1.0 } else { 0.0 };
+        matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
+        if let Some(cap) = head.softcap {
+            let count = logits.elem_count();
+            let launch =
+                Launch::untyped(cuda::device(&logits)?, "cross_entropy", "cap").of(DType::F32, &logits);
+            let launch = launch.long(count as u64).float(cap);
+            launch.launch((count.div_ceil(CAP_THREADS), 1, 1), CAP_THREADS, 0)?;
+        }
+        Ok(logits)
     }
 
     /// The targets of all rows, and their losses as chunk after chunk is computed.
