@@ -385,6 +385,12 @@ struct ControllerArguments {
     /// Where /healthz, /readyz and /metrics are answered
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
+    /// Review Workspaces when they are written, so that kubectl apply tells their mistakes (jobs/webhook)
+    #[arg(long, env = "HONE_WEBHOOK")]
+    webhook: bool,
+    /// Where the API server's reviews are answered
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443", env = "HONE_WEBHOOK_ADDRESS")]
+    webhook_address: SocketAddr,
 }
 
 impl ControllerArguments {
@@ -397,6 +403,7 @@ impl ControllerArguments {
             lease_namespace: self.lease_namespace,
             identity: self.identity.unwrap_or_else(|| format!("{}-{}", host(), std::process::id())),
             address: self.address,
+            webhook: self.webhook.then(|| controller::webhook::Options::at(self.webhook_address)),
         }
     }
 }

@@ -34,6 +34,7 @@ fn start(config: kube::Config, change: impl FnOnce(&mut Options)) -> Running {
         lease_namespace: "hone-system".into(),
         identity: "one".into(),
         address: "127.0.0.1:0".parse().unwrap(),
+        webhook: None,
     };
     change(&mut options);
     let stop = Arc::new(AtomicBool::new(false));
@@ -1060,6 +1061,147 @@ fn what_serves_follows_what_is_tuned() {
         server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2").map(|_| ())
     });
     pushed("sha256:bb", 2);
+}
+
+/// A port of this machine that was free just now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// What the webhook answers to an AdmissionReview over TLS, as the API server asks: by the Service's name, and trusting only the bundle
+/// of the ValidatingWebhookConfiguration. Or curl's words.
+fn reviewed(server: &ApiServer, port: u16, review: &Value) -> Result<Value, String> {
+    let configuration = server.get("validatingwebhookconfigurations", "", "validation.hone.sh").unwrap();
+    let bundle = configuration["webhooks"][0]["clientConfig"]["caBundle"].as_str().unwrap_or_default();
+    let folder = tempfile::tempdir().unwrap();
+    let (file, body) = (folder.path().join("ca.crt"), folder.path().join("review.json"));
+    std::fs::write(&file, decoded(bundle)).unwrap();
+    std::fs::write(&body, review.to_string()).unwrap();
+    let host = format!("hone-webhook.hone-system.svc:{port}");
+    let asked = std::process::Command::new("curl")
+        .args(["-sS", "--fail", "--max-time", "10", "--noproxy", "*", "--cacert"])
+        .arg(&file)
+        .args(["--connect-to", &format!("{host}:127.0.0.1:{port}"), "-H", "Content-Type: application/json"])
+        .arg("--data-binary")
+        .arg(format!("@{}", body.display()))
+        .arg(format!("https://{host}/validate"))
+        .output()
+        .unwrap();
+    match asked.status.success() {
+        true => Ok(serde_json::from_slice(&asked.stdout).unwrap()),
+        false => Err(String::from_utf8_lossy(&asked.stderr).into_owned()),
+    }
+}
+
+/// Bytes of a text in base64, as objects carry them.
+fn decoded(text: &str) -> Vec<u8> {
+    let bytes: k8s_openapi::ByteString = serde_json::from_value(json!(text)).unwrap();
+    bytes.0
+}
+
+fn review(uid: &str, operation: &str, object: &Value, old: &Value) -> Value {
+    json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+        "uid": uid, "operation": operation, "namespace": NAMESPACE, "name": "w", "object": object, "oldObject": old,
+    }})
+}
+
+#[test]
+fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let (port, health) = (free_port(), free_port());
+    let webhook = controller::webhook::Options {
+        address: format!("127.0.0.1:{port}").parse().unwrap(),
+        valid: Duration::from_secs(6),
+        pause: Duration::from_millis(200),
+    };
+    let _running = start(server.config(), |options| {
+        options.address = format!("127.0.0.1:{health}").parse().unwrap();
+        options.webhook = Some(webhook.clone());
+    });
+    let health = format!("127.0.0.1:{health}").parse().unwrap();
+    server.wait("what is missing", |_| {
+        readyz(health)
+            .contains("ValidatingWebhookConfiguration validation.hone.sh is not installed")
+            .then_some(())
+    });
+    let [configuration] = controller::install::webhook()
+        .into_iter()
+        .filter(|object| object["kind"] == "ValidatingWebhookConfiguration")
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+    server.put("validatingwebhookconfigurations", configuration);
+    server.wait("ready", |_| readyz(health).starts_with("HTTP/1.1 200").then_some(()));
+
+    let good = workspace("w");
+    let said = reviewed(&server, port, &review("u-1", "CREATE", &good, &Value::Null)).unwrap();
+    assert_eq!(
+        (said["kind"].as_str(), said["apiVersion"].as_str()),
+        (Some("AdmissionReview"), Some("admission.k8s.io/v1"))
+    );
+    assert_eq!(said["response"], json!({"uid": "u-1", "allowed": true, "warnings": []}));
+    let mut wrong = good.clone();
+    wrong["tuning"]["preset"]["name"] = json!("phi-3-mini-4k-instrct");
+    let said = reviewed(&server, port, &review("u-2", "CREATE", &wrong, &Value::Null)).unwrap();
+    assert_eq!(
+        (&said["response"]["allowed"], &said["response"]["status"]["code"]),
+        (&json!(false), &json!(422))
+    );
+    let message = said["response"]["status"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("tuning.preset.name") && message.contains("phi-3-mini-4k-instruct"),
+        "{message}"
+    );
+    // What the controller would refuse later is told now; its own writes to a wrong Workspace pass.
+    let mut annotated = wrong.clone();
+    annotated["metadata"]["finalizers"] = json!(["hone.sh/nodes"]);
+    let said = reviewed(&server, port, &review("u-3", "UPDATE", &annotated, &wrong)).unwrap();
+    assert_eq!(said["response"]["allowed"], true);
+    // A configuration that is there counts; a mistake in it is a warning.
+    let mut configured = good.clone();
+    configured["tuning"]["config"] = json!("mine");
+    server.put(
+        "configmaps",
+        json!({
+            "metadata": {"name": "mine", "namespace": NAMESPACE},
+            "data": {"training_config.yaml": "training_config: {LoraConfig: {rank: 8}}"},
+        }),
+    );
+    let said = reviewed(&server, port, &review("u-4", "CREATE", &configured, &Value::Null)).unwrap();
+    let warning = said["response"]["warnings"][0].as_str().unwrap();
+    assert!(said["response"]["allowed"] == true && warning.contains("LoraConfig.rank"), "{said}");
+
+    // Another certificate after two thirds of six seconds, and no request fails meanwhile.
+    let secret = || server.get("secrets", "hone-system", "hone-webhook").unwrap()["data"]["tls.crt"].clone();
+    let (before, begun) = (secret(), Instant::now());
+    let mut asked = 0;
+    while secret() == before {
+        assert!(begun.elapsed() < Duration::from_secs(20), "it is not renewed");
+        reviewed(&server, port, &review("u-5", "CREATE", &good, &Value::Null)).unwrap();
+        asked += 1;
+    }
+    for _ in 0..10 {
+        reviewed(&server, port, &review("u-6", "CREATE", &good, &Value::Null)).unwrap();
+        asked += 1;
+    }
+    assert!(asked > 10);
+    // A trust that somebody takes away is written again.
+    let name = "validation.hone.sh";
+    let mut stripped = server.get("validatingwebhookconfigurations", "", name).unwrap();
+    stripped["webhooks"][0]["clientConfig"].as_object_mut().unwrap().remove("caBundle");
+    server.put("validatingwebhookconfigurations", stripped);
+    server.wait("the trust", |server| {
+        let found = server.get("validatingwebhookconfigurations", "", name)?;
+        found["webhooks"][0]["clientConfig"]["caBundle"].is_string().then_some(())
+    });
+    reviewed(&server, port, &review("u-7", "CREATE", &good, &Value::Null)).unwrap();
+
+    // What is no review gets no verdict, and the server goes on.
+    let told = reviewed(&server, port, &json!({"request": {}})).unwrap_err();
+    assert!(told.contains("400"), "{told}");
+    let mut plain = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    std::io::Write::write_all(&mut plain, b"POST /validate HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
+    reviewed(&server, port, &review("u-8", "CREATE", &good, &Value::Null)).unwrap();
 }
 
 /// With KUBECONFIG: a Workspace with a mistake, mended, run suspended, and deleted, in a namespace of its own.

@@ -2,12 +2,16 @@
 
 use serde_json::{Value, json};
 
-use crate::workspace::kind::{GROUP, PLURAL};
+use super::certificates::{CONFIGURATION, SECRET, SERVICE};
+use super::webhook::PATH;
+use crate::workspace::kind::{GROUP, PLURAL, VERSIONS};
 use crate::workspace::{MANAGED_BY, MANAGER, crd, yaml};
 
 pub const NAMESPACE: &str = "hone-system";
 const NAME: &str = "hone-controller";
 const PORT: u16 = 8080;
+const WEBHOOK_PORT: u16 = 9443;
+const WEBHOOK_VARIABLE: &str = "HONE_WEBHOOK";
 
 /// In the order of application.
 pub fn objects(image: &str) -> Vec<Value> {
@@ -43,6 +47,77 @@ pub fn objects(image: &str) -> Vec<Value> {
     .chain(user_roles())
     .chain([deployment(image, placed(NAME))])
     .collect()
+}
+
+/// What lets the API server ask the controller about Workspaces that are written; the controller does so with HONE_WEBHOOK=true. Who
+/// cannot be asked holds nobody up.
+pub fn webhook() -> Vec<Value> {
+    const NAME: &str = "hone-webhook";
+    let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
+    let named = |name: &str| json!({"name": name, "labels": labels});
+    let placed = |name: &str| json!({"name": name, "namespace": NAMESPACE, "labels": labels});
+    let subject = json!([{"kind": "ServiceAccount", "name": self::NAME, "namespace": NAMESPACE}]);
+    let binding = |kind: &str, role: &str, metadata: Value| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": metadata,
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": role, "name": NAME}, "subjects": subject,
+        })
+    };
+    vec![
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": placed(SERVICE),
+            "spec": {
+                "selector": {"app.kubernetes.io/name": self::NAME},
+                "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": WEBHOOK_PORT}],
+            },
+        }),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": named(NAME),
+            "rules": [
+                // The trust in the certificates is written there.
+                {
+                    "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],
+                    "resourceNames": [CONFIGURATION], "verbs": ["get", "update"],
+                },
+            ],
+        }),
+        binding("ClusterRoleBinding", "ClusterRole", named(NAME)),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": placed(NAME),
+            "rules": [
+                // The controller's own certificates; no other Secret can be read.
+                {"apiGroups": [""], "resources": ["secrets"], "resourceNames": [SECRET], "verbs": ["get", "update"]},
+                {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
+            ],
+        }),
+        binding("RoleBinding", "Role", placed(NAME)),
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+            "metadata": named(CONFIGURATION),
+            "webhooks": [{
+                "name": format!("workspaces.{CONFIGURATION}"),
+                "clientConfig": {"service": {"name": SERVICE, "namespace": NAMESPACE, "path": PATH, "port": 443}},
+                "rules": [{
+                    "apiGroups": [GROUP], "apiVersions": VERSIONS, "resources": [PLURAL],
+                    "operations": ["CREATE", "UPDATE"], "scope": "Namespaced",
+                }],
+                "admissionReviewVersions": ["v1"], "sideEffects": "None", "failurePolicy": "Ignore",
+                "matchPolicy": "Equivalent", "timeoutSeconds": 5,
+            }],
+        }),
+    ]
+}
+
+/// The webhook as a part of a kustomization, beside the controller's: `components: [.../jobs/webhook]`.
+pub fn webhook_component() -> Value {
+    let patch = yaml::write(&[json!([{
+        "op": "add", "path": "/spec/template/spec/containers/0/env/-",
+        "value": {"name": WEBHOOK_VARIABLE, "value": "true"},
+    }])]);
+    json!({
+        "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", "resources": ["webhook.yaml"],
+        "patches": [{"target": {"kind": "Deployment", "name": NAME}, "patch": patch}],
+    })
 }
 
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
@@ -92,6 +167,7 @@ pub fn chart() -> Vec<(&'static str, String)> {
         ("HONE_GPUS", "gpus"),
         ("HONE_CLOUD", "cloud"),
         ("HONE_NAMESPACE", "namespace"),
+        (WEBHOOK_VARIABLE, "webhook"),
     ] {
         variables.push(json!({"name": name, "value": format!("VALUE-{value}")}));
     }
@@ -106,6 +182,8 @@ pub fn chart() -> Vec<(&'static str, String)> {
     // Texts are quoted, since a value may be empty; the number is not.
     let text = text.replace("VALUE-replicas", "{{ .Values.replicas }}");
     let text = named.replace_all(&text, "{{ .Values.$1 | quote }}").into_owned();
+    let webhook = yaml::write(&webhook()).replace(NAMESPACE, "{{ .Release.Namespace }}");
+    let webhook = format!("{{{{- if .Values.webhook }}}}\n{webhook}{{{{- end }}}}\n");
     let version = env!("CARGO_PKG_VERSION");
     let about = json!({
         "apiVersion": "v2", "name": "hone", "version": version, "appVersion": version, "type": "application",
@@ -116,6 +194,7 @@ pub fn chart() -> Vec<(&'static str, String)> {
         ("values.yaml", VALUES.into()),
         ("crds/workspaces.yaml", yaml::write(&[crd::definition()])),
         ("templates/controller.yaml", text),
+        ("templates/webhook.yaml", webhook),
     ]
 }
 
@@ -133,6 +212,8 @@ gpus: \"\"
 cloud: \"\"
 # Only this namespace's Workspaces; empty: all.
 namespace: \"\"
+# Review Workspaces when they are written, so that kubectl apply tells their mistakes.
+webhook: false
 ";
 
 /// What `kubectl apply -k` reads.

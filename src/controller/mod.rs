@@ -2,9 +2,10 @@
 //!
 //! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process. `watches` holds what
 //! there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are pure; `revision`, `nodes` and
-//! `lease` each keep one kind of object; `events` tells and reads Events; `presence` notices KAITO and Karpenter; `install` is
-//! what a cluster needs to run it.
+//! `lease` each keep one kind of object; `events` tells and reads Events; `presence` notices KAITO and Karpenter; `webhook` answers the
+//! API server's reviews with the `certificates` that the controller makes itself; `install` is what a cluster needs to run it.
 
+mod certificates;
 mod events;
 pub mod install;
 mod lease;
@@ -18,6 +19,7 @@ mod revision;
 mod serve;
 mod status;
 mod watches;
+pub mod webhook;
 mod words;
 
 use std::collections::{HashMap, HashSet};
@@ -49,6 +51,7 @@ use presence::{Presence, in_time};
 use progress::Progress;
 use revision::Known;
 use watches::{Cache, Healths, Owner, Triggers, keep, same_version};
+use webhook::Webhook;
 
 /// Of what this controller writes.
 const FIELD_MANAGER: &str = "hone-controller";
@@ -79,6 +82,8 @@ pub struct Options {
     pub identity: String,
     /// Of health and metrics.
     pub address: SocketAddr,
+    /// Whether Workspaces are reviewed when they are written, and how.
+    pub webhook: Option<webhook::Options>,
 }
 
 /// What every look has. Objects are those of the cluster, as the watches last brought them; notes only spare requests.
@@ -247,8 +252,13 @@ pub async fn run_with(
     let metrics = Arc::new(Metrics::default());
     let healths = Healths::default();
     let standby = Arc::new(Mutex::new(Some("the API server has not answered yet".to_owned())));
-    let _endpoint =
-        endpoint::start(options.address, answers(metrics.clone(), healths.clone(), standby.clone()))?;
+    let webhook = options.webhook.as_ref();
+    let webhook =
+        webhook.map(|how| Webhook::new(client.clone(), how, &options.lease_namespace, &options.settings));
+    let webhook = webhook.transpose()?;
+    let mut troubles = vec![standby.clone()];
+    troubles.extend(webhook.as_ref().map(|webhook| webhook.trouble.clone()));
+    let _endpoint = endpoint::start(options.address, answers(metrics.clone(), healths.clone(), troubles))?;
     let mut election =
         Election::new(Api::namespaced(client.clone(), &options.lease_namespace), LEASE, &options.identity);
     let lead = async {
@@ -270,8 +280,15 @@ pub async fn run_with(
             }
         }
     };
+    let reviews = async {
+        if let Some(webhook) = webhook {
+            webhook.run().await;
+        }
+        std::future::pending::<()>().await;
+    };
     let ended = tokio::select! {
         ended = lead => ended,
+        () = reviews => Ok(()),
         () = stop => Ok(()),
     };
     metrics.leads(false);
@@ -568,13 +585,19 @@ fn of_config((namespace, name): &Owner, context: &Context) {
     }
 }
 
-fn answers(metrics: Arc<Metrics>, healths: Healths, standby: Arc<Mutex<Option<String>>>) -> endpoint::Answer {
+fn answers(
+    metrics: Arc<Metrics>,
+    healths: Healths,
+    troubles: Vec<Arc<Mutex<Option<String>>>>,
+) -> endpoint::Answer {
     Arc::new(move |asked| match asked.path {
         "/healthz" => Reply::text("ok\n"),
-        "/readyz" => match locked(&standby).clone().or_else(|| healths.trouble()) {
-            None => Reply::text("ok\n"),
-            Some(why) => Reply { status: 503, ..Reply::text(why + "\n") },
-        },
+        "/readyz" => {
+            match troubles.iter().find_map(|trouble| locked(trouble).clone()).or_else(|| healths.trouble()) {
+                None => Reply::text("ok\n"),
+                Some(why) => Reply { status: 503, ..Reply::text(why + "\n") },
+            }
+        }
         "/metrics" => Reply { content_type: endpoint::PROMETHEUS, ..Reply::text(metrics.text()) },
         _ => Reply::not_found(),
     })

@@ -146,16 +146,7 @@ impl<'a> Reconciler<'a> {
     }
 
     fn is_not_ours(&self) -> bool {
-        let ignored = annotations::read(&self.workspace).is_ok_and(|options| options.ignore);
-        let kaitos = self.finalizers().iter().any(|finalizer| finalizer == KAITO_FINALIZER);
-        // A pod of the user's own is KAITO's to serve.
-        let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
-        let others = match (&self.workspace.tuning, &self.workspace.inference) {
-            (None, None) => true,
-            (None, Some(inference)) => template(inference),
-            _ => false,
-        };
-        others || ignored || kaitos || self.context.presence().kaito
+        self.context.presence().kaito || is_left_alone(&self.workspace)
     }
 
     fn finalizers(&self) -> &[String] {
@@ -181,7 +172,8 @@ impl<'a> Reconciler<'a> {
 
     async fn tune(&self) -> kube::Result<Action> {
         let known = self.known().await?;
-        if let Some(effective) = without_a_versions_default(&self.workspace, known.as_ref()) {
+        let old = known.as_ref().and_then(|known| known.workspace.as_ref());
+        if let Some(effective) = without_a_versions_default(&self.workspace, old) {
             let effective =
                 Reconciler { workspace: Cow::Owned(effective), owner: self.owner.clone(), ..*self };
             return effective.bring(known).await;
@@ -731,10 +723,27 @@ impl<'a> Reconciler<'a> {
     }
 }
 
-/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type where there was none, as that version's
-/// definition has it, and would change what cannot be changed.
-fn without_a_versions_default(workspace: &Workspace, known: Option<&Known>) -> Option<Workspace> {
-    let old = known?.workspace.as_ref()?;
+/// Whether a Workspace is somebody else's: its user said so, KAITO has it, or its pod is the user's own, which KAITO serves.
+pub(super) fn is_left_alone(workspace: &Workspace) -> bool {
+    let ignored = annotations::read(workspace).is_ok_and(|options| options.ignore);
+    let finalizers = workspace.metadata.finalizers.as_deref().unwrap_or_default();
+    let kaitos = finalizers.iter().any(|finalizer| finalizer == KAITO_FINALIZER);
+    let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
+    let others = match (&workspace.tuning, &workspace.inference) {
+        (None, None) => true,
+        (None, Some(inference)) => template(inference),
+        _ => false,
+    };
+    others || ignored || kaitos
+}
+
+/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type if there was none, as that version's definition
+/// has it, and would change what cannot be changed. `None`: it is as it was meant.
+pub(super) fn without_a_versions_default(
+    workspace: &Workspace,
+    old: Option<&Workspace>,
+) -> Option<Workspace> {
+    let old = old?;
     let filled =
         old.resource.instance_type.is_empty() && workspace.resource.instance_type == INSTANCE_DEFAULT;
     filled.then(|| {
