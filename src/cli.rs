@@ -587,12 +587,15 @@ struct Serve {
     /// Id of the base for clients [default: told from MODEL]
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Adapter and where it is, a folder or oci://IMAGE; may be repeated
+    /// Adapter and where it is, a folder, oci://IMAGE or hf://OWNER/NAME; may be repeated
     #[arg(long, value_name = "NAME=SOURCE", env = "HONE_ADAPTER", value_delimiter = ' ')]
     adapter: Vec<String>,
     /// Name of a sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
+    /// Id that answers requests that name no model [default: the only mix, else the base]
+    #[arg(long, value_name = "NAME", env = "HONE_DEFAULT")]
+    default: Option<String>,
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
@@ -617,7 +620,7 @@ struct Serve {
     /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
     #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
     cache_tokens: Option<usize>,
-    /// Let requests load and unload adapters: images, and folders below this one
+    /// Let requests change adapters and mixes: images, the hub's, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
     /// Key that clients send as Authorization: Bearer KEY; the variable does not show in lists of processes
@@ -697,6 +700,7 @@ impl Serve {
         Ok(serving::Options {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
+            default: self.default,
             sequences: self.sequences,
             waiting: self.waiting,
             context: self.context,

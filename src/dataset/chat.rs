@@ -6,23 +6,33 @@ use super::Tokenizer;
 use super::template::Template;
 use crate::fault::{Fault, Result};
 
-/// A compiled chat template, for whoever asks a model.
+/// Compiled chat templates, for whoever asks a model.
 pub struct Chat {
     template: Template,
+    /// The model's own template for conversations with tools, if it has another one.
+    with_tools: Option<Template>,
 }
 
 impl Chat {
-    /// `source` replaces the model's own template. `None` if there is neither.
+    /// `source` replaces the model's own template: Jinja text, or the name of one of the model's templates. `None` if there
+    /// is neither.
     ///
     /// # Errors
-    /// Config or Model: the template's syntax is wrong.
+    /// Config or Model: the template's syntax is wrong. Config: the model has no template of that name.
     pub fn of(tokenizer: &Tokenizer, source: Option<&str>) -> Result<Option<Chat>> {
-        let Some(text) = source.or(tokenizer.chat_template()) else { return Ok(None) };
-        let compiled = Template::new(text, tokenizer.specials(), tokenizer.now());
-        compiled.map(|template| Some(Chat { template })).map_err(|problem| match source {
-            Some(_) => Fault::config(problem).at("the chat template that was given"),
-            None => Fault::model(problem).at("the model's chat template"),
-        })
+        let text = match source {
+            Some(name) if !name.contains('{') => Some(tokenizer.named_template(name)?),
+            source => source.or(tokenizer.chat_template()),
+        };
+        let Some(text) = text else { return Ok(None) };
+        let compile = |text: &str| {
+            Template::new(text, tokenizer.specials(), tokenizer.now()).map_err(|problem| match source {
+                Some(_) => Fault::config(problem).at("the chat template that was given"),
+                None => Fault::model(problem).at("the model's chat template"),
+            })
+        };
+        let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
+        Ok(Some(Chat { template: compile(text)?, with_tools }))
     }
 
     /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
@@ -31,7 +41,8 @@ impl Chat {
         for name in ["tools", "documents"] {
             context.entry(name).or_insert(Value::Null);
         }
-        self.template.render_context(&context)
+        let tools = context.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
+        self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template).render_context(&context)
     }
 
     /// The control token that the template writes behind an answer.

@@ -1,11 +1,12 @@
 //! Addresses of base models and data that are no local files -> folders of the cache, filled once.
 //!
 //! `address` reads what the user wrote; `hub`, `datasets`, `objects` and `image` list what stands there and bring it; `folder` keeps what was
-//! brought, for the next start and for other processes; `names` says which files make a model.
+//! brought, for the next start and for other processes; `adapter` brings adapters; `names` says which files make a model.
 //!
 //! A folder that is whole is used as it is, without a question to the network, so that a restarted job trains from what it
 //! began with even where a branch or a tag has moved. An image of data is asked for by its tag each time.
 
+mod adapter;
 mod address;
 mod datasets;
 mod folder;
@@ -16,6 +17,7 @@ mod objects;
 
 use std::path::{Path, PathBuf};
 
+pub use adapter::{Adapter, Brought, bring as adapter};
 pub use address::{Data, Model};
 
 use crate::fault::{Fault, Kind, Result};
