@@ -596,6 +596,9 @@ struct Serve {
     /// Id that answers requests that name no model [default: the only mix, else the base]
     #[arg(long, value_name = "NAME", env = "HONE_DEFAULT")]
     default: Option<String>,
+    /// JSON file of adapters and mixes that is followed while the server runs (docs/serving.md)
+    #[arg(long, value_name = "FILE", env = "HONE_ADAPTERS_FILE")]
+    adapters_file: Option<PathBuf>,
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
@@ -701,6 +704,7 @@ impl Serve {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
             default: self.default,
+            adapters_file: self.adapters_file,
             sequences: self.sequences,
             waiting: self.waiting,
             context: self.context,

@@ -1,6 +1,7 @@
 //! What was asked of `hone serve` -> a server that answers with the model until a signal ends it.
 
 mod identity;
+pub mod live;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::report::{Report, Stage};
 use crate::server::model::{Bring, Brought, Named, Origin};
 use crate::server::{self, Model, Server};
 use crate::{device, interrupt};
+use live::Live;
 
 /// Keys and values of so many tokens are kept unless told otherwise.
 const CACHE_TOKENS: usize = 16_384;
@@ -37,6 +39,8 @@ pub struct Options {
     pub mixes: Vec<(String, Vec<(String, f32)>)>,
     /// The id that answers requests that name none; `None`: the only mix, else the base.
     pub default: Option<String>,
+    /// Adapters and mixes that are followed while the server runs.
+    pub adapters_file: Option<PathBuf>,
     pub sequences: usize,
     pub waiting: usize,
     pub context: Option<usize>,
@@ -59,7 +63,10 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     let address = server.address();
     report.note(Stage::Load, format!("listening on {scheme}://{address}; loading the model"));
     let model = Arc::new(model(plan, options, report)?);
+    let live = options.adapters_file.as_deref();
+    let live = live.map(|file| Live::start(file, model.clone(), bring(plan, report), report)).transpose()?;
     server.ready(model.clone());
+    live.map(Live::follow).transpose()?;
     report.note(Stage::Load, format!("ready: {} at {scheme}://{address}", model.names().join(", ")));
     while !interrupt::requested() {
         if let Some(fault) = model.engine.failure() {

@@ -1,8 +1,10 @@
-//! Certificates of the webhook -> a Secret of the controller's own namespace, and the trust that the API server has in them.
+//! Certificates of the webhook -> a Secret of the controller's own namespace, and the trust that the API server has in
+//! them.
 //!
-//! The controller makes them itself, for the name of its Service, and renews them after two thirds of their life. All replicas serve
-//! with the pair in the Secret. A new pair is trusted (`caBundle`) before it is used, and the one before stays trusted beside it, so
-//! that no request meets a certificate that the API server does not know. The authority's key is never stored.
+//! The controller makes them itself, for the name of its Service, and renews them after two thirds of their life. All
+//! replicas serve with the pair in the Secret. A new pair is trusted (`caBundle`) before it is used, and the one before
+//! stays trusted beside it, so that no request meets a certificate that the API server does not know. The authority's
+//! key is never stored.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

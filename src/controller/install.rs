@@ -1,4 +1,5 @@
-//! What a cluster gets to run the controller: its namespace, its rights and its Deployment.
+//! The objects that run the controller in a cluster: namespace, rights, Deployment; the webhook's; the chart and the
+//! kustomization.
 
 use serde_json::{Value, json};
 
@@ -13,7 +14,7 @@ const PORT: u16 = 8080;
 const WEBHOOK_PORT: u16 = 9443;
 const WEBHOOK_VARIABLE: &str = "HONE_WEBHOOK";
 
-/// In the order of application.
+/// The objects, in the order of application.
 pub fn objects(image: &str) -> Vec<Value> {
     let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
     let named = |name: &str| json!({"name": name, "labels": labels});
@@ -49,8 +50,8 @@ pub fn objects(image: &str) -> Vec<Value> {
     .collect()
 }
 
-/// What lets the API server ask the controller about Workspaces that are written; the controller does so with HONE_WEBHOOK=true. Who
-/// cannot be asked holds nobody up.
+/// The objects of the webhook. The controller answers it with HONE_WEBHOOK=true; without an answer Workspaces are
+/// accepted.
 pub fn webhook() -> Vec<Value> {
     const NAME: &str = "hone-webhook";
     let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
@@ -124,10 +125,10 @@ fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
 }
 
-/// Of what is made, changed and taken away.
+/// The verbs for objects that the controller creates, changes and deletes.
 const MADE: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
 
-/// Who may do what with Workspaces, by the roles that a cluster has for its users: `admin` and `edit` change them, `view` looks.
+/// The rights of users: `admin` and `edit` of a cluster may change Workspaces, `view` may read them.
 pub fn user_roles() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let role = |what: &str, to: &[&str], rules: Value| {
@@ -151,8 +152,8 @@ pub fn user_roles() -> Vec<Value> {
     ]
 }
 
-/// The chart: its files by path. A template holds nothing but names of values, and variables that are left out without one, so
-/// that what it makes is what `objects` makes.
+/// The files of the chart, by path. A template holds nothing but names of values, and variables that are left out if
+/// their value is empty, so that it renders what `objects` returns.
 pub fn chart() -> Vec<(&'static str, String)> {
     // The namespace is the release's.
     let mut list = objects("VALUE-image");
@@ -216,7 +217,7 @@ namespace: \"\"
 webhook: false
 ";
 
-/// What `kubectl apply -k` reads.
+/// The kustomization that `kubectl apply -k` reads.
 pub fn kustomization() -> Value {
     json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
@@ -225,7 +226,7 @@ pub fn kustomization() -> Value {
     })
 }
 
-/// No Secret is read: Jobs name them, the kubelet mounts them.
+/// The rights of the controller. No Secret is read: Jobs name them, the kubelet mounts them.
 fn cluster_rules() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let finalizers = format!("{PLURAL}/finalizers");
@@ -239,8 +240,9 @@ fn cluster_rules() -> Vec<Value> {
         // Why a pod waits, how its container ended, how far it is.
         rule("", &["pods"], &["get", "list", "watch"]),
         rule("", &["pods/log"], &["get"]),
-        // Configurations are read; a default is made where there is none.
-        rule("", &["configmaps"], &["get", "list", "watch", "create"]),
+        // Configurations are read, and a default is made if there is none; servers are told their adapters in one of
+        // their own.
+        rule("", &["configmaps"], &["get", "list", "watch", "create", "patch"]),
         // Whether any node has the labels.
         rule("", &["nodes"], &["get", "list", "watch"]),
         rule("apps", &["controllerrevisions"], &["get", "list", "create", "delete"]),
@@ -252,7 +254,11 @@ fn cluster_rules() -> Vec<Value> {
         // Why a pod cannot be made or mounted is in Events only.
         rule("", &["events"], &["list"]),
         // Nodes are asked for and given back.
-        rule("karpenter.sh", &["nodeclaims", "nodepools"], &["get", "list", "watch", "create", "delete"]),
+        rule(
+            "karpenter.sh",
+            &["nodeclaims", "nodepools"],
+            &["get", "list", "watch", "create", "patch", "delete"],
+        ),
         // Whether KAITO's own controller is there.
         json!({
             "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],

@@ -1,7 +1,7 @@
 //! A Job and its pods -> what has become of the training: stage, why it waits, how its last container ended.
 //!
-//! Pure. The Job's conditions decide, not its counters: a pod that failed and is tried again is no failed training, which KAITO
-//! takes it for.
+//! Pure. The Job's conditions decide, not its counters: a pod that failed and is tried again is no failed training,
+//! which KAITO takes it for.
 
 use std::sync::Arc;
 

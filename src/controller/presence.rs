@@ -1,7 +1,8 @@
-//! Who else is in the cluster -> whether KAITO's controller is, what Karpenter can bring, and whether the API server answers.
+//! Who else is in the cluster -> whether KAITO's controller is, what Karpenter can bring, and whether the API server
+//! answers.
 //!
-//! Looked at again and again, so that coming and going is noticed while the controller runs. A server that answers again after it did
-//! not lets every watch begin anew: a connection may have died without a word.
+//! Looked at again and again, so that coming and going is noticed while the controller runs. A server that answers
+//! again after it did not lets every watch begin anew: a connection may have died without a word.
 
 use std::time::Duration;
 

@@ -2,7 +2,8 @@
 
 use serde::Deserialize;
 
-/// Lines that are asked for: the newest step is among them, since a step is told every `logging_steps`, a task every 10 s.
+/// Lines that are asked for: the newest step is among them, since a step is told every `logging_steps`, a task every 10
+/// s.
 pub const LINES: i64 = 40;
 
 /// The last step that was told, and how many there will be.

@@ -1,7 +1,8 @@
 //! AdmissionReviews of the API server over TLS -> whether a Workspace is allowed, by the rules of render.
 //!
-//! Mistakes are then told by `kubectl apply`, and what somebody should look at as its warnings. What cannot be decided here is allowed:
-//! a ConfigMap that is applied later, a Workspace of somebody else's, one on its way out. Every replica answers.
+//! Mistakes are then told by `kubectl apply`, and what somebody should look at as its warnings. What cannot be decided
+//! here is allowed: a ConfigMap that is applied later, a Workspace of somebody else's, one on its way out. Every
+//! replica answers.
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
@@ -28,9 +29,11 @@ use super::reconcile::{is_left_alone, without_a_versions_default};
 use super::{locked, words};
 use crate::fault::{Fault, Result};
 use crate::workspace::annotations::{self, PREFIX};
-use crate::workspace::files::entry;
-use crate::workspace::serve::{TUNED, Tuned, serve};
-use crate::workspace::{Asked, Method as Tuning, Settings, Workspace, config_name, render, validate};
+use crate::workspace::files::{entry, entry_of};
+use crate::workspace::serve::{self, TUNED, Tuned, serve};
+use crate::workspace::{
+    Asked, Method as Tuning, Settings, Workspace, config_name, inference, render, validate,
+};
 
 /// LIMIT: an AdmissionReview holds two objects, each of 3 MiB at most.
 const BODY_BYTES_MAX: usize = 8 << 20;
@@ -235,10 +238,7 @@ impl Judge {
         if *self.kaito.borrow() {
             return Verdict::Allowed(Vec::new());
         }
-        let config = match new.tuning.is_some() {
-            true => self.config(&new).await,
-            false => None,
-        };
+        let config = self.config(&new).await;
         let settings = self.settings.clone();
         // A large model's plan takes milliseconds of one core; other reviews go on meanwhile.
         let judged =
@@ -250,8 +250,12 @@ impl Judge {
 
     /// The ConfigMap in force, if it can be had.
     async fn config(&self, workspace: &Workspace) -> Option<ConfigMap> {
+        let name = config_name(workspace);
+        if name.is_empty() {
+            return None;
+        }
         let api = Api::<ConfigMap>::namespaced(self.client.clone(), workspace.namespace());
-        in_time(CONFIG_MAX, api.get_opt(&config_name(workspace))).await.ok().flatten()
+        in_time(CONFIG_MAX, api.get_opt(&name)).await.ok().flatten()
     }
 }
 
@@ -308,7 +312,7 @@ fn rules(
     }
     match new.tuning.is_some() {
         true => tunes(new, config, settings),
-        false => serve(new, settings, &anything_tuned(new)).map(|served| served.warnings),
+        false => serves(new, config, settings),
     }
 }
 
@@ -337,6 +341,28 @@ fn tunes(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings)
             Ok(rendered) => Ok(rendered.warnings),
             Err(fault) => with(default).map(|_| vec![words::of_fault(fault)]),
         },
+    }
+}
+
+/// As `tunes`.
+fn serves(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings) -> Result<Vec<String>> {
+    let tuned = anything_tuned(workspace);
+    let name = config_name(workspace);
+    let with = |config| {
+        let asked = serve::Asked { workspace, config, settings, tuned: &tuned };
+        serve(&asked).map(|served| served.warnings)
+    };
+    let told = |why: String| {
+        let mut warnings = with(Some(""))?;
+        warnings.push(why);
+        Ok(warnings)
+    };
+    match config.map(|map| entry_of(map, &name, inference::CONFIG_FILE)).transpose() {
+        Ok(None) if !name.is_empty() => {
+            told(format!("inference.config: there is no ConfigMap {name} yet; it waits for it"))
+        }
+        Ok(written) => with(written).or_else(|fault| told(words::of_fault(fault))),
+        Err(fault) => told(words::of_fault(fault)),
     }
 }
 
@@ -478,6 +504,10 @@ mod tests {
         assert_eq!(warnings(None, &follows, None), [""; 0]);
         let strong = serves(json!([{"source": {"name": "a", "image": "h.example/a:1"}, "strength": "2"}]));
         assert!(refusal(None, &strong).contains("expected a number from 0 to 1"));
+        let configured = json!({
+            "tuning": null, "inference": {"preset": {"name": "phi-3-mini-4k-instruct"}, "config": "c"},
+        });
+        assert!(warnings(None, &configured, None)[0].contains("there is no ConfigMap c yet"));
         let running = json!({"metadata": {"annotations": {"hone.sh/revision": "1"}}});
         assert!(
             refusal(Some(&running), &serves(json!([]))).contains("tuning: it cannot be added or removed")

@@ -1,9 +1,11 @@
-//! The end of a job -> the end of the containers that KAITO puts beside it, so that the pod ends and gives its GPU back.
+//! The end of a job -> the end of the containers that KAITO puts beside it, so that the pod ends and gives its GPU
+//! back.
 //!
-//! With an image as output the pod has two more containers in one process namespace: `pusher` polls for the sentinel, packs
-//! and pushes, and then signals `pause`, which waits for nothing else. If training or the push fails, nobody signals
-//! anybody: the pod stays Running, its Job neither fails nor retries, the GPU stays taken. So whoever trains ends them.
-//! A failed push is different: KAITO keeps the pod so that the result can be fetched. It is kept here too, but not for ever.
+//! With an image as output the pod has two more containers in one process namespace: `pusher` polls for the sentinel,
+//! packs and pushes, and then signals `pause`, which waits for nothing else. If training or the push fails, nobody
+//! signals anybody: the pod stays Running, its Job neither fails nor retries, the GPU stays taken. So whoever trains
+//! ends them. A failed push is different: KAITO keeps the pod so that the result can be fetched. It is kept here too,
+//! but not for ever.
 //!
 //! A process is one of theirs by its command line, and by its session, which is not ours: a container's first process
 //! leads a session. PID 1 holds the pod together and is never signalled.
@@ -257,7 +259,8 @@ fn processes(proc: &Path) -> Vec<Process> {
         .collect()
 }
 
-/// `pid (name) state parent group session ...`; the name may hold anything, so what counts comes after its last bracket.
+/// `pid (name) state parent group session ...`; the name may hold anything, so what counts comes after its last
+/// bracket.
 fn parent_and_session(stat: &str) -> Option<(i32, i32)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace().skip(1);

@@ -1,7 +1,7 @@
 //! The job as a child of this process -> its exit code; and the end of KAITO's containers where it was killed outright.
 //!
-//! What ends a process without a word (the kernel for its memory, an abort in a driver) gives it no time to end the
-//! containers that wait for it. Whoever started it has that time.
+//! A process that is killed (by the kernel for its memory, by an abort in a driver) has no time to end the containers
+//! that wait for it. Its parent has that time.
 
 use std::io::{PipeReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,7 +13,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, termination};
 
-/// Set in the child.
+/// The variable that marks the child.
 const CHILD: &str = "HONE_KAITO_JOB";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -22,8 +22,8 @@ pub fn is_job(environment: &dyn Fn(&str) -> Option<String>) -> bool {
     environment(CHILD).is_some()
 }
 
-/// Runs this very command line again as the job, passes signals on, and gives its exit code: its own, or 128 and the number of the
-/// signal that killed it.
+/// Runs this very command line again as the job, passes signals on, and gives its exit code: its own, or 128 and the
+/// number of the signal that killed it.
 ///
 /// # Errors
 /// Internal: it cannot be started.
@@ -37,7 +37,7 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
         .arg0(name)
         .args(arguments)
         .env(CHILD, "1")
-        // A job reads nothing from its standard input; through it, it tells that it ended without its own clean-up.
+        // A job reads nothing from its standard input. The pipe there tells that it ended without its own clean-up.
         .stdin(said_here)
         .spawn()
         .map_err(failed)?;
@@ -61,12 +61,12 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     Ok(128 + signal as u8)
 }
 
-/// Whether the job said a last word, which comes without ending the containers that wait for it.
+/// Whether the job wrote its last word, after which it does not end the containers that wait for it.
 fn ended_at_once(mut last_word: PipeReader) -> bool {
     last_word.read(&mut [0]).is_ok_and(|bytes| bytes > 0)
 }
 
-/// A signal to this process is one to the job, which writes its checkpoint and ends.
+/// Waits for the job and passes a signal on to it, so that it writes its checkpoint and ends.
 fn wait(child: &mut Child) -> Result<ExitStatus> {
     let mut told = false;
     loop {

@@ -53,16 +53,26 @@ pub struct Named {
     state: Mutex<State>,
 }
 
+/// How the file of adapters stands that the server follows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FileState {
+    /// Names the text that was looked at last.
+    pub digest: String,
+    /// Why it is not served; `None`: it is.
+    pub refused: Option<String>,
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Names for sums of adapters, in the order in which they were made.
     mixes: Vec<(String, Vec<Strength>)>,
     origins: BTreeMap<String, Origin>,
+    file: Option<FileState>,
 }
 
 impl Named {
     pub fn new(default: Option<String>, mixes: Vec<(String, Vec<Strength>)>) -> Named {
-        Named { default, state: Mutex::new(State { mixes, origins: BTreeMap::new() }) }
+        Named { default, state: Mutex::new(State { mixes, ..State::default() }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -92,6 +102,15 @@ impl Named {
         let before = state.mixes.len();
         state.mixes.retain(|(other, _)| other != name);
         state.mixes.len() < before
+    }
+
+    /// `None`: no file is followed.
+    pub fn file(&self) -> Option<FileState> {
+        self.lock().file.clone()
+    }
+
+    pub fn set_file(&self, file: FileState) {
+        self.lock().file = Some(file);
     }
 
     pub fn origin(&self, adapter: &str) -> Origin {

@@ -322,7 +322,11 @@ fn models(model: &Model) -> Value {
         entry(&name, root.join(","), Some(&model.name), parts(&list))
     });
     let data: Vec<Value> = [base].into_iter().chain(adapters).chain(mixes).collect();
-    json!({"object": "list", "data": data, "default": model.default_name()})
+    let mut list = json!({"object": "list", "data": data, "default": model.default_name()});
+    if let Some(file) = model.named.file() {
+        list["adapters_file"] = json!({"digest": file.digest, "refused": file.refused});
+    }
+    list
 }
 
 fn one_model(model: &Model, name: &str) -> Answer {

@@ -67,7 +67,7 @@ pub const TABLE: [Annotation; 32] = [
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
     output("digest", "sha256:...", "Digest of the pushed image."),
-    output("adapters", "names, images and strengths", "Adapters that answer, once the servers are ready."),
+    output("adapters", "names, images, digests and strengths", "Adapters that answer, as the servers themselves say."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
 ];

@@ -1,7 +1,7 @@
 //! The CustomResourceDefinition of Workspace, from the types of `kind.rs`, for clusters without KAITO.
 //!
-//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`, volume
-//! sources) is kept as it is. Where KAITO is installed, its own definition stays.
+//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`,
+//! volume sources) is kept as it is. Where KAITO is installed, its own definition stays.
 
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator, json_schema};

@@ -1,14 +1,16 @@
-//! A Workspace that tunes or serves -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
+//! A Workspace that tunes or serves -> the objects that do it, or why that cannot be. Pure: asks no cluster and no
+//! network.
 //!
-//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the rules.
-//! `render` makes the Job:
-//! `request` is the very `hone run` of its container, planned here already so that mistakes are told at once; `needs` what it
-//! wants of a node; `pod` its container and volumes; `serve` makes what answers. `hone render` prints what `hone controller` applies.
+//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the
+//! rules. `render` makes the Job: `request` is the very `hone run` of its container, planned here already so that
+//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `serve` makes what
+//! answers, by the configuration that `inference` reads. `hone render` prints what `hone controller` applies.
 
 pub mod annotations;
 pub mod crd;
 pub mod kind;
 pub mod files;
+pub mod inference;
 mod needs;
 mod pod;
 mod render;

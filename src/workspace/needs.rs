@@ -124,7 +124,8 @@ fn fits(task: &Task, card: &Card, workspace: &Workspace, run: &Run) -> Result<Op
     }))
 }
 
-/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass through.
+/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass
+/// through.
 fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     let Some(task) = task else { return 2.0 * HOST_BYTES };
     match on_gpu {

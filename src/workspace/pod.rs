@@ -1,8 +1,9 @@
-//! The pod of a tuning Job: one container that downloads, trains and pushes, and what is mounted into it; and the frame that a pod
-//! that serves (`serve.rs`) has in common with it.
+//! The pod of a tuning Job: one container that downloads, trains and pushes, and what is mounted into it; and the frame
+//! that a pod that serves (`serve.rs`) has in common with it.
 //!
-//! Names of volumes, tolerations and the folder of the results are KAITO's (v0.12, `pkg/workspace/tuning/preset_tuning.go`). Nothing
-//! runs as root, nothing is written outside the volumes, and no token of the cluster is mounted.
+//! Names of volumes, tolerations and the folder of the results are KAITO's (v0.12,
+//! `pkg/workspace/tuning/preset_tuning.go`). Nothing runs as root, nothing is written outside the volumes, and no token
+//! of the cluster is mounted.
 
 use std::collections::BTreeMap;
 
@@ -372,7 +373,8 @@ fn claimed(name: &str, claim: &str) -> Volume {
     Volume { persistent_volume_claim: Some(source), ..named(name) }
 }
 
-/// The user's volume source under our name. The schema leaves it open, so what Kubernetes does not know is refused here.
+/// The user's volume source under our name. The schema leaves it open, so what Kubernetes does not know is refused
+/// here.
 pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -> Result<Volume> {
     let refuse = |why: String| {
         Fault::config(format!("{field}: {why}"))

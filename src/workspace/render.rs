@@ -168,8 +168,8 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
     })
 }
 
-/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but a person can
-/// mend ends the Job at once, anything else is tried again.
+/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but
+/// a person can mend ends the Job at once, anything else is tried again.
 fn failure_policy(container: &str) -> PodFailurePolicy {
     let hopeless = Kind::ALL.into_iter().filter(|kind| !kind.retry_helps());
     PodFailurePolicy {

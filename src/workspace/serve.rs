@@ -1,21 +1,25 @@
-//! A Workspace that serves -> the StatefulSet of `hone serve`, its Services and its disruption budget, or why not.
+//! A Workspace that serves -> the StatefulSet of `hone serve`, its adapters, its Services and its disruption budget, or
+//! why not.
 //!
-//! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods that are not ready
-//! are not published, every replica answers, and strengths count whatever the adapters are.
+//! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods
+//! that are not ready are not published, every replica answers, and strengths count whatever the adapters are. Adapters
+//! and strengths stand in a ConfigMap that the servers follow (`serving/live.rs`): a change of them is no change of the
+//! pod's template, so that no server starts again. Only a new Secret to pull with, or a volume, is one.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
 use k8s_openapi::api::core::v1::{
-    ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec, PodTemplateSpec, Probe, Service,
-    ServicePort, ServiceSpec, Volume, VolumeMount,
+    ConfigMap, ConfigMapVolumeSource, ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec,
+    PodTemplateSpec, Probe, Service, ServicePort, ServiceSpec, Volume, VolumeMount,
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::annotations::{self, Options};
+use super::inference;
 use super::kind::{Adapter, Inference, PresetOptions, Workspace};
 use super::needs::{self, Needs};
 use super::pod::{self, Frame, PORT};
@@ -29,6 +33,10 @@ use crate::memory::card::Card;
 
 /// Where adapters of volumes are mounted, as KAITO does.
 const ADAPTER_FOLDER: &str = "/mnt/adapter";
+/// Where servers find what they are to answer with.
+const SERVED_FOLDER: &str = "/mnt/served";
+/// The entry of the ConfigMap.
+pub const ADAPTERS_FILE: &str = "adapters.json";
 /// KAITO's annotation for a balancer outside of the cluster.
 const BALANCER: &str = "kaito.sh/enablelb";
 /// An image that is what a tuning Workspace of this namespace pushed last.
@@ -42,19 +50,32 @@ const GRACE_SECONDS: i64 = 60;
 /// What serves, in the order of application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Served {
+    pub adapters: ConfigMap,
     pub services: [Service; 2],
     pub set: StatefulSet,
     pub budget: Option<PodDisruptionBudget>,
     pub warnings: Vec<String>,
 }
 
-/// What tuning Workspaces of the same namespace pushed, by their names: the image with its digest, or why there is none.
+/// What tuning Workspaces of the same namespace pushed, by their names: the image with its digest, or why there is
+/// none.
 pub type Tuned = BTreeMap<String, std::result::Result<String, String>>;
 
+/// What is to be served.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    pub workspace: &'a Workspace,
+    /// `inference_config.yaml` of the ConfigMap that the Workspace names; `None`: there is none.
+    pub config: Option<&'a str>,
+    pub settings: &'a Settings,
+    pub tuned: &'a Tuned,
+}
+
 /// # Errors
-/// Config: whatever is wrong with the Workspace, and adapters that a tuning Workspace has not pushed yet. Capacity: weights that no GPU
-/// of that type holds.
-pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Result<Served> {
+/// Config: whatever is wrong with the Workspace or its configuration, and adapters that a tuning Workspace has not
+/// pushed yet. Capacity: weights that no GPU of that type holds.
+pub fn serve(asked: &Asked) -> Result<Served> {
+    let Asked { workspace, settings, tuned, .. } = *asked;
     let options = annotations::read(workspace)?;
     validate::create(workspace, options.model.is_some())?;
     let inference = workspace.inference.as_ref().ok_or_else(|| Fault::config("inference: missing"))?;
@@ -63,16 +84,19 @@ pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Resul
     let preset = presets::find(name).ok();
     let mut warnings = needs::gpu_warnings(workspace, gpus);
     let needs = what_it_needs(workspace, preset, &options, gpus.card)?;
-    if !inference.config.is_empty() {
+    let config = config(asked, inference)?;
+    if !config.unused.is_empty() {
         warnings.push(format!(
-            "inference.config {}: it holds settings of KAITO's servers and is not read; `hone.sh/config-overrides` sets those of hone",
-            inference.config
+            "inference.config {}: not used: {}",
+            inference.config,
+            config.unused.join("; ")
         ));
     }
     let frame = Frame { workspace, options: &options, settings, gpus, needs: &needs };
-    let server = Server { frame, inference, tuned };
+    let server = Server { frame, inference, tuned, config };
     let replicas = workspace.resource.count.unwrap_or(1);
     Ok(Served {
+        adapters: server.adapters()?,
         services: [server.service(false), server.service(true)],
         set: server.set(replicas)?,
         budget: (replicas > 1).then(|| server.budget()),
@@ -80,12 +104,31 @@ pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Resul
     })
 }
 
+fn config(asked: &Asked, inference: &Inference) -> Result<inference::Config> {
+    let name = &inference.config;
+    match asked.config {
+        _ if name.is_empty() => Ok(inference::Config::default()),
+        Some(text) => inference::read(name, text, !inference.adapters.is_empty()),
+        None => Err(Fault::config(format!(
+            "inference.config: there is no ConfigMap {name} in namespace {}",
+            asked.workspace.namespace()
+        ))
+        .help("apply it, or give its file with -f; without inference.config hone's own settings are used")),
+    }
+}
+
 impl Served {
+    /// What servers are to answer with, as their file says it.
+    pub fn adapters_file(&self) -> &str {
+        let data = self.adapters.data.as_ref();
+        data.and_then(|data| data.get(ADAPTERS_FILE)).map(String::as_str).unwrap_or_default()
+    }
+
     /// As objects with their kinds.
     pub fn objects(&self) -> Vec<Value> {
         let object = |value: serde_json::Result<Value>| value.expect("texts and numbers");
-        let mut list: Vec<Value> =
-            self.services.iter().map(|service| object(serde_json::to_value(service))).collect();
+        let mut list = vec![object(serde_json::to_value(&self.adapters))];
+        list.extend(self.services.iter().map(|service| object(serde_json::to_value(service))));
         list.push(object(serde_json::to_value(&self.set)));
         list.extend(self.budget.iter().map(|budget| object(serde_json::to_value(budget))));
         list
@@ -141,6 +184,12 @@ struct Server<'a> {
     frame: Frame<'a>,
     inference: &'a Inference,
     tuned: &'a Tuned,
+    config: inference::Config,
+}
+
+/// The ConfigMap that tells the servers of a Workspace what to answer with.
+pub fn adapters_name(workspace: &Workspace) -> String {
+    format!("{}-adapters", workspace.name())
 }
 
 /// An adapter's name: its source's, else by its place in the list.
@@ -245,7 +294,16 @@ impl Server<'_> {
             ..Probe::default()
         };
         let secrets = self.docker_secrets();
-        let mut mounts: Vec<(Volume, VolumeMount)> = self.adapter_volumes()?;
+        let served = Volume {
+            name: "served".into(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: adapters_name(self.frame.workspace),
+                ..ConfigMapVolumeSource::default()
+            }),
+            ..Volume::default()
+        };
+        let mut mounts = vec![(served, pod::read_only("served", SERVED_FOLDER))];
+        mounts.extend(self.adapter_volumes()?);
         mounts.extend(self.frame.volumes(secrets.clone()));
         let (volumes, volume_mounts) = mounts.into_iter().unzip();
         let mut container = self.frame.container();
@@ -257,8 +315,8 @@ impl Server<'_> {
             ..ContainerPort::default()
         }]);
         container.volume_mounts = Some(volume_mounts);
-        // The start takes what the weights take; afterwards one that no longer answers is started again, and one that drains gets
-        // no more requests.
+        // The start takes what the weights take; afterwards one that no longer answers is started again, and one that
+        // drains gets no more requests.
         container.startup_probe = Some(probe("/health", START_SECONDS / PROBE_SECONDS));
         container.liveness_probe = Some(probe("/health", 6));
         container.readiness_probe = Some(probe("/readyz", 1));
@@ -274,20 +332,49 @@ impl Server<'_> {
         })
     }
 
-    /// `hone serve MODEL --adapter NAME=SOURCE ... --mix WORKSPACE=NAME:STRENGTH,...`
+    /// `hone serve MODEL --name=... --listen=... --adapters-file=...`
     fn arguments(&self) -> Result<Vec<String>> {
-        let mut arguments = vec!["serve".to_owned(), self.model()?, format!("--listen=0.0.0.0:{PORT}")];
-        let mut mix = Vec::new();
-        for (place, adapter) in self.inference.adapters.iter().enumerate() {
-            let name = adapter_name(adapter, place);
-            arguments.push(format!("--adapter={name}={}", self.source(adapter, place)?));
-            mix.push(format!("{name}:{}", adapter.strength.as_deref().unwrap_or("1.0").trim()));
-        }
-        if !mix.is_empty() {
-            arguments.push(format!("--mix={}={}", self.name(), mix.join(",")));
-        }
+        let mut arguments = vec!["serve".to_owned(), self.model()?];
+        arguments.extend(self.base_name().map(|name| format!("--name={name}")));
+        arguments.push(format!("--listen=0.0.0.0:{PORT}"));
+        arguments.push(format!("--adapters-file={SERVED_FOLDER}/{ADAPTERS_FILE}"));
+        arguments.extend(self.config.context.map(|tokens| format!("--context={tokens}")));
+        arguments.extend(self.config.sequences.map(|count| format!("--sequences={count}")));
         arguments.extend(self.frame.options.config_overrides.iter().map(|text| format!("--set={text}")));
         Ok(arguments)
+    }
+
+    /// The base's id for clients: as the configuration says, else the preset's name, as KAITO's servers have it.
+    fn base_name(&self) -> Option<String> {
+        let preset = self.inference.preset.as_ref().map(|preset| preset.name.clone());
+        self.config.name.clone().or(preset).filter(|name| !name.is_empty())
+    }
+
+    /// The adapters with their sources, and their sum under the Workspace's name, which answers requests that name no
+    /// model.
+    fn adapters(&self) -> Result<ConfigMap> {
+        let mut adapters = Vec::new();
+        let mut parts = Vec::new();
+        for (place, adapter) in self.inference.adapters.iter().enumerate() {
+            let name = adapter_name(adapter, place);
+            adapters.push(json!({"name": name, "source": self.source(adapter, place)?}));
+            let strength = adapter.strength.as_deref().and_then(|text| text.trim().parse::<f64>().ok());
+            parts.push(json!({"name": name, "strength": strength.unwrap_or(1.0)}));
+        }
+        let taken = |name: &str| {
+            let adapters = self.inference.adapters.iter().enumerate();
+            self.base_name().as_deref() == Some(name)
+                || adapters.into_iter().any(|(place, adapter)| adapter_name(adapter, place) == name)
+        };
+        let mut names = ["", "-mix", "-mix-of-all"].iter().map(|end| format!("{}{end}", self.name()));
+        let sum = names.find(|name| !taken(name)).unwrap_or_else(|| "mix.of.all".to_owned());
+        let mixes = if parts.is_empty() { Vec::new() } else { vec![json!({"name": sum, "adapters": parts})] };
+        let text = serde_json::to_string_pretty(&json!({"adapters": adapters, "mixes": mixes}));
+        Ok(ConfigMap {
+            metadata: self.metadata(adapters_name(self.frame.workspace)),
+            data: Some(BTreeMap::from([(ADAPTERS_FILE.to_owned(), text.expect("texts and numbers") + "\n")])),
+            ..ConfigMap::default()
+        })
     }
 
     /// Where an adapter is: an image, what a tuning Workspace pushed, or a folder that is mounted.

@@ -52,8 +52,12 @@ impl Method {
     }
 }
 
-/// The ConfigMap in force: the one that is named, or the method's default.
+/// The ConfigMap in force: the one that is named, or the method's default. A Workspace that serves has no default: an
+/// empty name.
 pub fn config_name(workspace: &Workspace) -> String {
+    if let (None, Some(inference)) = (&workspace.tuning, &workspace.inference) {
+        return inference.config.clone();
+    }
     let tuning = workspace.tuning.as_ref();
     let named = tuning.map(|tuning| tuning.config.as_str()).filter(|name| !name.is_empty());
     let default =

@@ -1,4 +1,5 @@
-//! A Workspace -> what is wrong with it, all at once: the rules of KAITO's webhook, and what would crash or hang later there.
+//! A Workspace -> what is wrong with it, all at once: the rules of KAITO's webhook, and what would crash or hang later
+//! there.
 //!
 //! Source: KAITO v0.12, `api/v1beta1/workspace_validation.go`. Where hone is stricter the comment says why.
 
@@ -93,6 +94,9 @@ impl Rules {
             }
             None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
             Some(preset) => self.preset("inference.preset", preset, own_model),
+        }
+        if !inference.config.is_empty() {
+            self.object("inference.config", "a ConfigMap", &inference.config);
         }
         let mut names = std::collections::BTreeSet::new();
         for (place, adapter) in inference.adapters.iter().enumerate() {
