@@ -15,9 +15,9 @@ use std::path::Path;
 
 use crate::fault::{Fault, Result};
 
-/// Where KAITO mounts the configuration.
+/// The file that KAITO mounts.
 const CONFIG: &str = "/mnt/config/training_config.yaml";
-/// What KAITO's adapters call their base.
+/// The base's name in KAITO's adapters.
 const BASE: &str = "/workspace/tfs/weights";
 const METRICS: &str = "0.0.0.0:5000";
 
@@ -38,7 +38,7 @@ const WITH_VALUE: [&str; 12] = [
 ];
 const WITHOUT_VALUE: [&str; 5] = ["cpu", "debug", "multi_gpu", "quiet", "use_cpu"];
 
-/// What was called.
+/// A command of KAITO's, understood.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Call {
     /// hone's own command line for the job, and what somebody should know.

@@ -17,14 +17,14 @@ use crate::spec::keys;
 /// LIMIT: Kubernetes takes objects up to 1.5 MB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
-/// What to apply, and what somebody should look at.
+/// The objects to apply, and warnings.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Applied {
     pub objects: Vec<Value>,
     pub warnings: Vec<String>,
 }
 
-/// Renders every Workspace; `-` is the standard input. Other objects are passed over with a word.
+/// Renders every Workspace; `-` is the standard input. Other objects are skipped with a warning.
 ///
 /// # Errors
 /// As `render`, and Config: files that cannot be read, or hold no Workspace.
@@ -58,7 +58,7 @@ pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
     }
 }
 
-/// What the Workspaces of the same files push: without a cluster there is no digest, and the tag stands for it.
+/// The images that Workspaces of the same files push. Without a cluster there is no digest, so the tag stands for it.
 fn tuned(documents: &[Document]) -> Result<Tuned> {
     let mut tuned = Tuned::new();
     for document in documents {

@@ -94,7 +94,7 @@ pub struct Inference {
     /// The base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preset: Option<Preset>,
-    /// A pod of one's own; KAITO's controller reads it, hone does not.
+    /// A pod template of the user's own. KAITO's controller reads it, hone does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crd::anything")]
     pub template: Option<Value>,
@@ -102,7 +102,7 @@ pub struct Inference {
     /// vllm.served-model-name.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub config: String,
-    /// What is added to the base.
+    /// Adapters that are added to the base.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<Adapter>,
 }
@@ -189,14 +189,14 @@ pub struct Destination {
     pub image_push_secret: String,
 }
 
-/// What became of it.
+/// The observed state.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Nodes it runs on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub worker_nodes: Vec<String>,
-    /// Pending, Running, Succeeded, Failed; of serving also Ready, NotReady.
+    /// Pending, Running, Succeeded or Failed; for serving Pending, Ready or NotReady.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<String>,
     /// Latest observations.

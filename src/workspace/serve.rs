@@ -31,23 +31,23 @@ use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::memory::card::Card;
 
-/// Where adapters of volumes are mounted, as KAITO does.
+/// The folder of mounted adapters, KAITO's.
 const ADAPTER_FOLDER: &str = "/mnt/adapter";
-/// Where servers find what they are to answer with.
+/// The folder of the file that servers follow.
 const SERVED_FOLDER: &str = "/mnt/served";
 /// The entry of the ConfigMap.
 pub const ADAPTERS_FILE: &str = "adapters.json";
-/// KAITO's annotation for a balancer outside of the cluster.
+/// KAITO's annotation for a load balancer of the cloud.
 const BALANCER: &str = "kaito.sh/enablelb";
-/// An image that is what a tuning Workspace of this namespace pushed last.
+/// The prefix of an image that names a tuning Workspace of this namespace: what it pushed last.
 pub const TUNED: &str = "workspace://";
-/// LIMIT: how long weights may take to come and load, as KAITO waits: 30 minutes.
+/// LIMIT: time for the download and loading of weights; KAITO waits 30 minutes too.
 const START_SECONDS: i32 = 30 * 60;
 const PROBE_SECONDS: i32 = 5;
-/// Requests that are being answered when the pod is to go are finished in this time.
+/// Time in which running answers finish when a pod ends.
 const GRACE_SECONDS: i64 = 60;
 
-/// What serves, in the order of application.
+/// The objects of a Workspace that serves, in the order of application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Served {
     pub adapters: ConfigMap,
@@ -57,11 +57,11 @@ pub struct Served {
     pub warnings: Vec<String>,
 }
 
-/// What tuning Workspaces of the same namespace pushed, by their names: the image with its digest, or why there is
-/// none.
+/// The images that tuning Workspaces of the same namespace pushed, by the Workspace's name: with digest, or why there
+/// is none.
 pub type Tuned = BTreeMap<String, std::result::Result<String, String>>;
 
-/// What is to be served.
+/// The inputs of the objects.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     pub workspace: &'a Workspace,
@@ -118,13 +118,13 @@ fn config(asked: &Asked, inference: &Inference) -> Result<inference::Config> {
 }
 
 impl Served {
-    /// What servers are to answer with, as their file says it.
+    /// The text of the file that servers follow.
     pub fn adapters_file(&self) -> &str {
         let data = self.adapters.data.as_ref();
         data.and_then(|data| data.get(ADAPTERS_FILE)).map(String::as_str).unwrap_or_default()
     }
 
-    /// As objects with their kinds.
+    /// All objects as JSON.
     pub fn objects(&self) -> Vec<Value> {
         let object = |value: serde_json::Result<Value>| value.expect("texts and numbers");
         let mut list = vec![object(serde_json::to_value(&self.adapters))];
@@ -143,9 +143,9 @@ fn what_it_needs(
     card: Option<Card>,
 ) -> Result<Needs> {
     const GIB: f64 = (1u64 << 30) as f64;
-    /// Of the process, its caches of keys and values on a CPU, and adapters.
+    /// Memory of the process, its caches of keys and values on a CPU, and adapters.
     const PROCESS_BYTES: f64 = 4.0 * GIB;
-    /// Weights of a model that no table knows, in 16 bits.
+    /// Weights of a model without a known shape, in 16 bits.
     const UNKNOWN_BYTES: f64 = 15.0 * GIB;
     let shape = preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
     let facts = shape.map(shapes::facts).transpose()?;
@@ -192,7 +192,7 @@ pub fn adapters_name(workspace: &Workspace) -> String {
     format!("{}-adapters", workspace.name())
 }
 
-/// An adapter's name: its source's, else by its place in the list.
+/// The name of an adapter: its source's name, else one by its place in the list.
 fn adapter_name(adapter: &Adapter, place: usize) -> String {
     let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
     if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
@@ -377,7 +377,7 @@ impl Server<'_> {
         })
     }
 
-    /// Where an adapter is: an image, what a tuning Workspace pushed, or a folder that is mounted.
+    /// The source of an adapter: an image, the image of a tuning Workspace, or a mounted folder.
     fn source(&self, adapter: &Adapter, place: usize) -> Result<String> {
         let image = adapter.source.as_ref().map(|source| source.image.as_str()).unwrap_or_default();
         if let Some(name) = image.strip_prefix(TUNED) {
@@ -418,7 +418,7 @@ impl Server<'_> {
         self.inference.preset.as_ref()?.preset_options.as_ref()
     }
 
-    /// Secrets that adapters and weights are pulled with.
+    /// The Secrets for pulling adapters and weights.
     fn docker_secrets(&self) -> Vec<(String, String)> {
         let adapters = self.inference.adapters.iter().filter_map(|adapter| adapter.source.as_ref());
         let adapters = adapters.flat_map(|source| &source.image_pull_secrets);
