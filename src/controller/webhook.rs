@@ -300,10 +300,13 @@ fn rules(
     settings: &Settings,
 ) -> Result<Vec<String>> {
     let own_model = annotations::read(new)?.model.is_some();
-    // What never became a Job or a server can still become anything.
-    let begun =
-        |old: &&Workspace| old.annotation(&format!("{PREFIX}revision")).is_some() || old.inference.is_some();
-    match old.filter(begun) {
+    // A Workspace that never had a Job can still become anything. Servers may change as the controller changes them.
+    let fixed = |old: &&Workspace| {
+        let begun = old.annotation(&format!("{PREFIX}revision")).is_some();
+        let other = old.tuning.is_some() != new.tuning.is_some() && (begun || old.inference.is_some());
+        other || (begun && new.tuning.is_some())
+    };
+    match old.filter(fixed) {
         Some(old) => {
             let meant = without_a_versions_default(new, Some(old));
             validate::update(old, meant.as_ref().unwrap_or(new), own_model)?;

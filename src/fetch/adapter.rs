@@ -20,7 +20,7 @@ use crate::adapter::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::fault::{Fault, Kind, Result};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
-use crate::source;
+use crate::{source, whole};
 
 const RECORD: &str = ".hone-adapter.json";
 /// Where the files of an image lie in its folder of the cache.
@@ -180,7 +180,7 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     let files = digests(&data)?;
     let record = Record { address: source.to_string(), revision, annotations, files };
     let text = serde_json::to_vec_pretty(&record).expect("texts");
-    source::write_whole(&home.join(RECORD), &text)?;
+    whole::write(&home.join(RECORD), &text)?;
     brought(source, &home, &record)
 }
 

@@ -20,15 +20,16 @@ use crate::report::{Report, Stage};
 use crate::run_folder::SENTINEL;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-/// Between SIGTERM and SIGKILL; also what a pusher's last signal needs to arrive.
+/// The pause between SIGTERM and SIGKILL, and the time that a pusher's last signal may take.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How long to wait for what.
+/// Limits of the waits for KAITO's containers.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For the containers to start: kubelet starts them after ours, and pulls their images first (`HONE_KAITO_START`).
+    /// Time for the containers to start. The kubelet starts them after hone's, and pulls their images first
+    /// (`HONE_KAITO_START`).
     pub start: Duration,
-    /// That a pod is kept whose push failed (`HONE_KAITO_HOLD`).
+    /// Time for which a pod is kept whose push failed (`HONE_KAITO_HOLD`).
     pub hold: Duration,
 }
 
@@ -47,7 +48,7 @@ impl Limits {
     }
 }
 
-/// After a failure: ends pusher and pause, those too that have not started yet.
+/// Ends pusher and pause after a failure, also if they start later.
 pub fn end(limits: Limits, report: &Report) {
     if shared() {
         report.note(Stage::Push, "the job failed: KAITO's pusher and pause are ended, so that the pod ends");
@@ -55,7 +56,7 @@ pub fn end(limits: Limits, report: &Report) {
     }
 }
 
-/// `seen`: whether pusher and pause have been there.
+/// Ends pusher and pause. `seen`: whether each of them has been there.
 fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
     let began = Instant::now();
     let mut ending = Ending::default();
@@ -63,7 +64,7 @@ fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
         let found = Neighbours::look();
         seen = [seen[0] || !found.pusher.is_empty(), seen[1] || !found.pause.is_empty()];
         let left = ending.signal(found.pusher.iter().chain(&found.pause), report);
-        // Where a signal asked us to end, kubelet asks the others itself.
+        // If a signal ended hone, the kubelet signals the others itself.
         let complete = seen == [true; 2] || interrupt::requested();
         if !left && complete {
             return;
@@ -78,7 +79,7 @@ fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
     }
 }
 
-/// After the sentinel: waits for the pusher, and where it fails or a signal comes, ends what is left.
+/// Waits for the pusher after the sentinel. If it fails or a signal comes, the remaining containers are ended.
 ///
 /// # Errors
 /// Push: the pusher ended and did not release the pause; the pod was kept for `limits.hold`. Interrupted: a signal.
@@ -137,7 +138,7 @@ fn wait(limit: Duration, what: impl Fn(&Neighbours) -> bool) -> Result<bool> {
     }
 }
 
-/// Who was signalled when.
+/// The processes that were signalled, with the time.
 #[derive(Default)]
 struct Ending {
     asked: HashMap<i32, Instant>,
@@ -145,7 +146,7 @@ struct Ending {
 }
 
 impl Ending {
-    /// Asks each once, then makes it; whether there is anybody left for whom that may help.
+    /// Sends SIGTERM once and SIGKILL later; returns whether a process is left that may still end.
     fn signal<'a>(&mut self, pids: impl Iterator<Item = &'a i32>, report: &Report) -> bool {
         let mut left = false;
         for &pid in pids {
@@ -180,7 +181,7 @@ impl Ending {
     }
 }
 
-/// KAITO's containers in the namespace.
+/// The processes of KAITO's containers in the namespace.
 #[derive(Debug, Default, PartialEq)]
 struct Neighbours {
     pusher: Vec<i32>,
