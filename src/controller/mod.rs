@@ -41,6 +41,7 @@ use kube::runtime::{applier, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
+use crate::backoff;
 use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
@@ -62,9 +63,9 @@ const FIELD_MANAGER: &str = "hone-controller";
 const LEASE: &str = "hone-controller";
 /// Workspaces that are reconciled at the same time.
 const CONCURRENCY: u16 = 8;
-/// The pause after an error, and how often it doubles: up to 4 minutes.
+/// The first pause after an error, which doubles up to the longest.
 const RETRY: Duration = Duration::from_secs(2);
-const RETRIES_DOUBLED: u32 = 7;
+const RETRY_MAX: Duration = Duration::from_secs(240);
 /// LIMIT: time of one reconciliation with all its requests.
 const LOOK_MAX: Duration = Duration::from_secs(30);
 /// LIMIT: time that the first reconciliations wait for lists that they can do without.
@@ -213,7 +214,7 @@ impl Context {
             notes.failures += 1;
             // The remembered revision may be the cause.
             notes.known = None;
-            RETRY * 2u32.pow((notes.failures - 1).min(RETRIES_DOUBLED))
+            backoff::pause(RETRY, RETRY_MAX, notes.failures)
         })
     }
 

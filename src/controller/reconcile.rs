@@ -22,6 +22,7 @@ use super::revision::{self, HASH, Known};
 use super::serve;
 use super::status::{self, Nodes, Report};
 use super::{Context, FIELD_MANAGER, Owner, locked, no_owner, nodes, owner_of, words};
+use crate::backoff;
 use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
@@ -44,9 +45,9 @@ const SOON: Duration = Duration::from_secs(2);
 const PROGRESS: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(360));
 /// The first and the longest pause between two reads of the Warnings about a pod that does not start.
 const WARNINGS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(240));
-/// The pause after a refusal of the API server, and how often it doubles: up to six minutes.
+/// The first pause after a refusal of the API server, which doubles up to the longest.
 const REFUSED: Duration = Duration::from_secs(6);
-const REFUSALS_DOUBLED: u32 = 6;
+const REFUSED_MAX: Duration = Duration::from_secs(360);
 /// Failures in a row after which the status names the error.
 const FAILURES_TOLD: u32 = 3;
 
@@ -489,7 +490,7 @@ impl<'a> Reconciler<'a> {
             notes.failures += 1;
             notes.failures
         });
-        REFUSED * 2u32.pow((failures - 1).min(REFUSALS_DOUBLED))
+        backoff::pause(REFUSED, REFUSED_MAX, failures)
     }
 
     /// The message of the status.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+use crate::backoff;
 use crate::fault::{Fault, Result};
 use crate::generate::Strength;
 use crate::interrupt;
@@ -75,7 +76,8 @@ pub struct Live {
     served: Wanted,
     /// The text that was looked at last.
     text: Option<String>,
-    retry: Option<(Instant, Duration)>,
+    /// When something is tried again, after how many failures.
+    retry: Option<(Instant, u32)>,
 }
 
 impl Live {
@@ -120,17 +122,13 @@ impl Live {
         if self.text.as_ref() == Some(&text) && !again {
             return;
         }
-        let pause = match self.text.as_ref() == Some(&text) {
-            true => self.retry.map_or(RETRY, |(_, pause)| (pause * 2).min(RETRY_MAX)),
-            false => RETRY,
-        };
-        self.retry = None;
+        let failures = self.retry.take().filter(|_| again).map_or(0, |(_, failures)| failures) + 1;
         if let Err(fault) = self.take(&text) {
             let told = fault.clone().in_a_line();
             self.report
                 .warn(Stage::Load, format!("{}: {told}; what was served goes on", self.file.display()));
             if fault.kind.retry_helps() {
-                self.retry = Some((Instant::now() + pause, pause));
+                self.retry = Some((Instant::now() + backoff::pause(RETRY, RETRY_MAX, failures), failures));
             }
         }
     }
