@@ -20,7 +20,7 @@ use crate::adapter::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::fault::{Fault, Kind, Result};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
-use crate::{source, whole};
+use crate::whole;
 
 const RECORD: &str = ".hone-adapter.json";
 /// Where the files of an image lie in its folder of the cache.
