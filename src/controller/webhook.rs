@@ -52,6 +52,7 @@ const WARNING_BYTES_MAX: usize = 250;
 /// How the webhook is served.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The address of the API server's reviews.
     pub address: SocketAddr,
     /// Life of a certificate.
     pub valid: Duration,
@@ -85,6 +86,8 @@ enum Verdict {
 }
 
 impl Webhook {
+    /// Starts to listen; `run` answers.
+    ///
     /// # Errors
     /// Config: the address cannot be listened on.
     pub fn new(client: Client, options: &Options, namespace: &str, settings: &Settings) -> Result<Webhook> {

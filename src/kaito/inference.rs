@@ -20,7 +20,9 @@ const PORT: u16 = 5000;
 /// Whose flags they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
+    /// vLLM.
     Vllm,
+    /// transformers' `generate`.
     Transformers,
 }
 

@@ -50,10 +50,15 @@ const GRACE_SECONDS: i64 = 60;
 /// The objects of a Workspace that serves, in the order of application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Served {
+    /// The file that servers follow.
     pub adapters: ConfigMap,
+    /// The Service of clients, and the headless one.
     pub services: [Service; 2],
+    /// The servers.
     pub set: StatefulSet,
+    /// The disruption budget, if there are several servers.
     pub budget: Option<PodDisruptionBudget>,
+    /// Warnings; the servers can run all the same.
     pub warnings: Vec<String>,
 }
 
@@ -64,13 +69,18 @@ pub type Tuned = BTreeMap<String, std::result::Result<String, String>>;
 /// The inputs of the objects.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
+    /// The Workspace.
     pub workspace: &'a Workspace,
     /// `inference_config.yaml` of the ConfigMap that the Workspace names; `None`: there is none.
     pub config: Option<&'a str>,
+    /// The cluster's settings.
     pub settings: &'a Settings,
+    /// What tuning Workspaces pushed.
     pub tuned: &'a Tuned,
 }
 
+/// Renders a Workspace that serves.
+///
 /// # Errors
 /// Config: whatever is wrong with the Workspace or its configuration, and adapters that a tuning Workspace has not
 /// pushed yet. Capacity: weights that no GPU of that type holds.
