@@ -817,6 +817,9 @@ struct Job {
     /// Folder of downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
+    /// Folder in which tokens of the data are kept for later runs, or `off`: in memory
+    #[arg(long, value_name = "DIR", env = "HONE_TOKEN_CACHE")]
+    token_cache: Option<String>,
     /// Largest data file that is downloaded, in bytes
     #[arg(long, value_name = "BYTES", env = "HONE_FILE_BYTES_MAX")]
     file_bytes_max: Option<String>,
@@ -852,6 +855,7 @@ impl Job {
             ("memory_max", self.memory_max),
             ("pass_tokens_max", self.pass_tokens_max),
             ("cache", self.cache),
+            ("token_cache", self.token_cache),
             ("file_bytes_max", self.file_bytes_max),
             ("ca_file", path(self.registry.ca_file)),
             ("docker_config", path(self.registry.docker_config)),

@@ -28,6 +28,8 @@ pub struct Plan {
     pub base: fetch::Model,
     pub dataset: dataset::Options,
     pub tokens: dataset::TokenOptions,
+    /// Where tokens are kept.
+    pub token_cache: dataset::TokenCache,
     pub model: model::Options,
     pub memory: memory::Options,
     /// Name of the base model, for the image and the adapter's card.
@@ -152,6 +154,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     Plan {
+        token_cache: rows::token_cache(reader, &source.cache),
         source,
         data,
         base,

@@ -238,6 +238,10 @@ fn every_input_and_output() {
     let claim = |name: &str| json!({"persistentVolumeClaim": {"claimName": name}});
     let inputs = [
         ("urls", json!({"urls": ["https://h/a.parquet?sig=x", "http://h/b.parquet"]})),
+        (
+            "places",
+            json!({"urls": ["hf://datasets/o/n#limit=9", "s3://b/rows/*.parquet", "gs://b/a.csv", "az://c/a.json", "oci://h/d:1"], "imagePullSecrets": ["pull"]}),
+        ),
         ("image", json!({"name": "rows", "image": "h/data:1", "imagePullSecrets": ["pull", "login"]})),
         ("volume", json!({"volumeSource": claim("data")})),
     ];

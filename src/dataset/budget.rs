@@ -1,7 +1,7 @@
 //! The texts of a dataset, as they are read -> whether they may all be kept.
 //!
-//! All rows are kept in memory until they are tokens. A few bytes of a file can stand for any amount of text (a
-//! dictionary's entry that a million rows name), and a large file for more than this machine has.
+//! A few bytes of a file can stand for any amount of text: a million rows may name one entry of a dictionary. Texts may
+//! therefore be larger than their files only by a factor. If all texts are kept in memory, they must fit there too.
 
 use crate::fault::{Fault, Result};
 use crate::machine;
@@ -11,7 +11,7 @@ use crate::source;
 /// unpack to about fifty times their size.
 const GROWTH_MAX: u64 = 200;
 const GROWTH_FREE_BYTES: u64 = 512 << 20;
-/// Of the memory that is free at the start; the rest is for tokens and for the run.
+/// Share of the memory that is free at the start; the rest is for tokens and for the run.
 const FREE_SHARE: f64 = 0.8;
 
 /// What may still come.
@@ -23,10 +23,16 @@ pub(super) struct Budget {
 }
 
 impl Budget {
+    /// For texts that are all kept in memory.
     pub fn of(files: &[source::File]) -> Budget {
         let file_bytes = files.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
         let free = machine::memory_available().map_or(u64::MAX, |bytes| (bytes as f64 * FREE_SHARE) as u64);
         Budget::new(file_bytes, free)
+    }
+
+    /// For texts that become tokens a part at a time: the memory does not limit them.
+    pub fn streamed(files: &[source::File]) -> Budget {
+        Budget { by_memory: u64::MAX, ..Budget::of(files) }
     }
 
     fn new(file_bytes: u64, by_memory: u64) -> Budget {

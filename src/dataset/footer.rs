@@ -9,6 +9,7 @@ use std::path::PathBuf;
 /// What footers say of a dataset.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Footers {
+    /// Rows that train or evaluate, by limits and weights.
     pub rows: u64,
     /// Bytes of the columns that are read, unpacked.
     pub text_bytes: u64,

@@ -33,7 +33,7 @@ pub(super) fn check(tokenizer: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Of the steps so far.
+/// Counts over the steps so far.
 struct Sum {
     growth: u64,
     steps: usize,

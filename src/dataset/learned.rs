@@ -8,14 +8,17 @@ use crate::report::{Report, Stage};
 const UNENDED_SHARE: f64 = 0.25;
 
 /// Counts over rows; those of two sets add up.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub(super) struct Tally {
+    /// Rows that were encoded.
     pub rows: u64,
     /// Tokens after cutting.
     pub tokens: u64,
+    /// Tokens that are learned.
     pub learned: u64,
     /// Before cutting.
     pub longest: usize,
+    /// Rows that were cut to the longest length.
     pub cut: u64,
     /// Rows with nothing left to learn.
     pub dropped: u64,
@@ -23,15 +26,19 @@ pub(super) struct Tally {
     pub ended: u64,
     /// Kept rows whose last learned token is special, but is none at which generation stops: the last such token.
     pub ended_otherwise: u64,
+    /// The last special token at which no generation stops.
     pub other_end: Option<u32>,
     /// Rows that held the tokens already which the tokenizer puts around a text.
     pub doubled: u64,
-    /// Rows with tools, and those where the template does not write them.
+    /// Rows with tools.
     pub tools: u64,
+    /// Rows whose tools the template does not write.
     pub tools_hidden: u64,
+    /// Rows whose documents the template does not write.
     pub documents_hidden: u64,
     /// Turns with thoughts, and those that the template shows.
     pub thoughts: u64,
+    /// Turns whose thoughts the template shows.
     pub thoughts_shown: u64,
     /// Turns of the assistant that are shown only.
     pub not_learned: u64,
@@ -42,6 +49,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    /// Adds the counts of other rows.
     pub fn add(&mut self, other: &Tally) {
         self.rows += other.rows;
         self.tokens += other.tokens;

@@ -39,13 +39,15 @@ pub(super) enum Part {
     Calls,
 }
 
-/// Where a piece of a message stands in the text without marks.
+/// The place of a piece of a message in the text without marks.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Place {
+    /// Index of the message.
     pub message: usize,
+    /// What of the message it is.
     pub part: Part,
     piece: usize,
-    /// From its first mark to its last; empty where one end was marked.
+    /// From its first mark to its last; empty if only one end was marked.
     pub range: Range<usize>,
 }
 
@@ -143,7 +145,7 @@ fn number(character: char) -> Option<usize> {
     (number < NUMBERS).then_some(number)
 }
 
-/// Cuts the marks out: the text, and its places in order. `None` where marks were damaged.
+/// Cuts the marks out: the text, and its places in order. `None` if marks were damaged.
 pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
     let mut text = String::with_capacity(marked.len());
     let mut places: Vec<Place> = Vec::new();
@@ -157,7 +159,7 @@ pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
         let part = [Part::Content, Part::Thoughts, Part::Calls][(piece / (NUMBERS / 4)).min(2)];
         let known = places.iter_mut().rev().find(|place| (place.piece, place.message) == (piece, message));
         match (known, end) {
-            // A piece that is written twice counts where it stands first.
+            // A piece that is written twice counts at its first place.
             (Some(place), END) if place.range.is_empty() => place.range.end = text.len(),
             (Some(_), _) => {}
             (None, BEGIN | END) => {
@@ -170,7 +172,7 @@ pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
     Some((text, places))
 }
 
-/// Places by their first ends and the same by their last ends; `None` where they do not fit each other.
+/// Places by their first ends and the same by their last ends; `None` if they do not fit each other.
 pub(super) fn joined(first: Vec<Place>, last: Vec<Place>) -> Option<Vec<Place>> {
     let whole = |place: Place| {
         let same = |other: &&Place| (other.message, other.piece) == (place.message, place.piece);

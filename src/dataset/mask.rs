@@ -17,7 +17,9 @@ use std::ops::Range;
 /// One answer in the text: `content` lies inside `whole`, which also holds what the template puts around it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Answer {
+    /// The answer with what the template writes around it.
     pub whole: Range<usize>,
+    /// What was said.
     pub content: Range<usize>,
     /// False for a turn that is shown only.
     pub learned: bool,
@@ -26,10 +28,13 @@ pub(super) struct Answer {
 /// A conversation's text, and what is known of it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Answers {
+    /// The conversation as the template writes it.
     pub text: String,
+    /// Its answers in order.
     pub answers: Vec<Answer>,
     /// Turns of the assistant with thoughts, and how many of them the template shows.
     pub thoughts: u64,
+    /// Turns whose thoughts the template shows.
     pub thoughts_shown: u64,
 }
 
@@ -132,8 +137,8 @@ struct Talk<'a> {
 }
 
 impl Talk<'_> {
-    /// Where the first `count` messages stand in `text`, which the template made of them without a generation prompt;
-    /// `None` where it looks into what is said.
+    /// The places of the first `count` messages in `text`, which the template made of them without a generation prompt;
+    /// `None` if it looks into what is said.
     fn places(&self, text: &str, count: usize) -> Option<Vec<Place>> {
         let with = |ends| {
             let marked = marks::marked(&self.messages[..count], ends)?;
@@ -219,7 +224,7 @@ impl Talk<'_> {
         Prompt { agreed, whole: agreed == prompt.text.len() }
     }
 
-    /// Where the turn ends: what follows the content, as far as it is the same whether or not the conversation goes on.
+    /// The end of the turn: what follows the content, as far as it is the same whether or not the conversation goes on.
     fn end_of(
         &self,
         text: &str,
@@ -242,7 +247,7 @@ impl Talk<'_> {
         Ok(content.end + common_bytes(tail, &text[content.end..]))
     }
 
-    /// Where the last answer of a prefix ends: it is searched from where its turn begins.
+    /// The end of the last answer of a prefix: it is searched from where its turn begins.
     fn searched_end(&self, prefix: &str, index: usize, shown: &str) -> Option<usize> {
         let begin = self.prompt_before(prefix, index);
         let from = begin.behind(0);
@@ -251,7 +256,7 @@ impl Talk<'_> {
     }
 }
 
-/// From the first to the last piece of a message; `None` where nothing of it is shown.
+/// From the first to the last piece of a message; `None` if nothing of it is shown.
 fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
     let ranges = || places.iter().filter(|place| place.message == message).map(|place| &place.range);
     Some(ranges().map(|range| range.start).min()?..ranges().map(|range| range.end).max()?)
@@ -265,12 +270,12 @@ struct Prompt {
 }
 
 impl Prompt {
-    /// Where an answer may begin at the earliest.
+    /// The earliest place at which an answer may begin.
     fn behind(&self, floor: usize) -> usize {
         if self.whole { self.agreed } else { floor.max(self.agreed) }
     }
 
-    /// Where it ends in the full text; the content's start where that cannot be told.
+    /// Its end in the full text; the start of the content if that cannot be told.
     fn end_before(&self, text: &str, floor: usize, content: &Range<usize>) -> usize {
         let between = floor..=content.start;
         let reaches = between.contains(&self.agreed)

@@ -7,6 +7,7 @@ mod footer;
 mod budget;
 mod split;
 mod mix;
+mod stream;
 mod template;
 mod harm;
 mod tokenizer;
@@ -15,9 +16,12 @@ mod mask;
 mod learned;
 mod encode;
 mod chat;
+mod store;
+mod cache;
+mod prepare;
 
-use crate::fault::{Fault, Result};
-use crate::report::{Report, Stage, Unit};
+use crate::fault::Result;
+use crate::report::{Report, Stage};
 use crate::source;
 use std::sync::Arc;
 
@@ -27,6 +31,7 @@ pub use encode::{EncodedRow, check_template, encode, encode_rows};
 pub use footer::{Footers, footers};
 pub use mask::show;
 pub use mix::Share;
+pub use prepare::{Examples, Prepared, Set, TokenCache, prepare};
 pub use tokenizer::Tokenizer;
 
 /// How rows are read. Filled by `plan`.
@@ -36,8 +41,11 @@ pub struct Options {
     pub layout: Option<Layout>,
     /// Column names that differ from the layout's own (KAITO: `messages_column`, `context_column`, `response_column`).
     pub messages_column: Option<String>,
+    /// Column with the prompt, or the context of a question.
     pub prompt_column: Option<String>,
+    /// Column with the completion or the answer.
     pub completion_column: Option<String>,
+    /// Column of the text layout.
     pub text_column: Option<String>,
     /// Column with the question or instruction.
     pub question_column: Option<String>,
@@ -51,6 +59,7 @@ pub struct Options {
     pub bad_rows: BadRows,
     /// Shuffle before the split.
     pub shuffle: bool,
+    /// Seed of shuffle, limits and weights.
     pub seed: u64,
     /// Share of rows that train, in (0, 1]; the rest is for evaluation.
     pub train_share: f64,
@@ -122,6 +131,12 @@ impl Layout {
         Layout::KEYS.iter().find(|(name, _)| *name == key).map(|(_, layout)| *layout)
     }
 
+    /// The key of this layout.
+    pub fn key(self) -> &'static str {
+        Layout::KEYS.iter().find(|(_, layout)| *layout == self).map_or("", |(key, _)| key)
+    }
+
+    /// For messages.
     pub fn name(self) -> &'static str {
         match self {
             Layout::Messages => "messages",
@@ -139,6 +154,7 @@ impl Layout {
 pub struct TokenOptions {
     /// Longer examples are cut on the right; counted and reported.
     pub tokens_max: usize,
+    /// Which tokens are learned.
     pub loss: LossOn,
     /// Jinja text that replaces the model's own chat template, or the name of one of the model's.
     pub chat_template: Option<String>,
@@ -157,6 +173,7 @@ pub enum LossOn {
 /// One training example: token ids and, for each, whether it is a target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Example {
+    /// Token ids.
     pub ids: Vec<u32>,
     /// Same length as `ids`; the first token is never a target of a shifted loss, whatever stands here.
     pub supervised: Vec<bool>,
@@ -165,14 +182,18 @@ pub struct Example {
 /// All rows of all files, in training order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
+    /// Rows to train on.
     pub train: Vec<Record>,
+    /// Rows to evaluate on.
     pub evaluation: Vec<Record>,
+    /// What the rows of the last entry hold.
     pub layout: Layout,
 }
 
 /// A row and where it stands, so that later stages can name it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
+    /// What the row says.
     pub conversation: Conversation,
     /// What the chat template sees beside the messages.
     pub context: Context,
@@ -222,9 +243,9 @@ pub struct Message {
     pub role: String,
     /// `None`: null in the file.
     pub content: Option<String>,
-    /// Further fields that templates know (`format::fields`), where not null.
+    /// Further fields that templates know (`format::fields`), except nulls.
     pub extra: Vec<(&'static str, serde_json::Value)>,
-    /// Whether an answer is learned; false where the file says `weight: 0` or `train: false`.
+    /// Whether an answer is learned; false if the file says `weight: 0` or `train: false`.
     pub learned: bool,
 }
 
@@ -234,97 +255,37 @@ impl Message {
         Message { role: role.into(), content: Some(content.into()), extra: Vec::new(), learned: true }
     }
 
-    /// What is said; nothing where the content is null.
+    /// What is said; nothing if the content is null.
     pub fn text(&self) -> &str {
         self.content.as_deref().unwrap_or_default()
     }
 }
 
-/// Reads every file, checks every row, shuffles and splits.
+/// Reads every file into memory, checks every row, shuffles and splits. [`prepare`] does the same for data of any size.
 ///
-/// Errors: `Data` for files and rows that cannot be used (all bad rows of a file set are collected first),
-/// `Config` for a split that leaves a side empty.
+/// # Errors
+/// Data: files and rows that cannot be used; all bad rows are collected first. Config: a split that leaves a side empty.
+/// Capacity: more text than the memory holds.
 pub fn read(files: &[source::File], options: &Options, report: &Report) -> Result<Dataset> {
     let mut records = Vec::new();
-    let mut problems = problems::Problems::default();
-    let mut first: Option<(&'static format::Format, &source::File)> = None;
-    let mut reading = format::Reading::new(&options.names);
-    let mut budget = budget::Budget::of(files);
-    let mut entry_from = (0, 0); // an entry, and its first record
-    for (index, file) in files.iter().enumerate() {
-        let share = options.shares.get(file.entry).cloned().unwrap_or_default();
-        if entry_from.0 != file.entry {
-            entry_from = (file.entry, records.len());
-        }
-        let table = container::open(file, options.container.as_deref())?;
-        let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
-            .map_err(|fault| fault.at(&file.name))?;
-        match first {
-            // Entries of `data` may differ, the files of one may not.
-            Some((format, other)) if format.layout != chosen.format.layout && other.entry == file.entry => {
-                return Err(layouts_differ(format, &other.name, chosen.format, &file.name));
-            }
-            Some((_, other)) if other.entry == file.entry => {}
-            _ => first = Some((chosen.format, file)),
-        }
-        let task = report.task(Stage::Read, Unit::Rows, &file.name, table.rows);
-        let name: Arc<str> = file.name.as_str().into();
-        let mut row = 0;
-        table.read(&chosen.columns, |arrays| {
-            budget.spend(format::text_bytes(arrays))?;
-            let batch = chosen.rows(arrays, &mut reading)?;
-            task.advance(batch.len() as u64);
-            for found in batch {
-                match found {
-                    Ok((conversation, context)) => {
-                        let (file, entry) = (name.clone(), file.entry);
-                        records.push(Record { conversation, context, file, row, entry })
-                    }
-                    Err(problem) => problems.add(problem, &name, row),
-                }
-                row += 1;
-            }
-            Ok(())
-        })?;
-        if let Some(limit) =
-            share.limit.filter(|_| files.get(index + 1).is_none_or(|next| next.entry != file.entry))
-        {
-            mix::limit(&mut records, entry_from.1, limit, options);
-        }
-    }
-    let rows = records.len() as u64 + problems.rows();
-    problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
-    reading.tell(report);
-    let Some((format, _)) = first.filter(|_| rows > 0) else {
-        let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
-        return Err(Fault::data(format!(
-            "the dataset has 0 rows in {} file(s): {}",
-            files.len(),
-            names.join(", ")
-        ))
-        .help("check the export that wrote the files, and the path or URL they were taken from"));
-    };
+    let budget = budget::Budget::of(files);
+    let found = stream::stream(files, options, budget, report, &mut |part| {
+        records.extend(part.records);
+        Ok(())
+    })?;
+    let records = mix::limit(records, |record: &Record| record.entry, options);
+    let rows = records.len() as u64 + found.problems.rows();
+    found.problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
+    found.reading.tell(report);
+    let Some(format) = found.format.filter(|_| rows > 0) else { return Err(stream::no_rows(files)) };
     let rows = records.len();
     let (train, evaluation) = split::split(records, options)?;
-    let train = mix::weigh(train, options);
-    report.note(
-        Stage::Read,
-        format!(
-            "{rows} rows of {} from {} file(s): {} to train on, {} to evaluate on",
-            format.layout.name(),
-            files.len(),
-            train.len(),
-            evaluation.len()
-        ),
-    );
+    let train = mix::weigh(train, |record| record.entry, options);
+    report
+        .note(Stage::Read, rows_read(rows, format.layout.name(), files.len(), train.len(), evaluation.len()));
     Ok(Dataset { train, evaluation, layout: format.layout })
 }
 
-fn layouts_differ(a: &format::Format, a_name: &str, b: &format::Format, b_name: &str) -> Fault {
-    Fault::data(format!(
-        "the files do not have one layout: {a_name} holds {}, {b_name} holds {}",
-        a.layout.name(),
-        b.layout.name()
-    ))
-    .help("train on files of one layout, or rewrite one of them")
+fn rows_read(rows: usize, layout: &str, files: usize, train: usize, evaluation: usize) -> String {
+    format!("{rows} rows of {layout} from {files} file(s): {train} to train on, {evaluation} to evaluate on")
 }

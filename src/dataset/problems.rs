@@ -43,6 +43,7 @@ impl Problems {
         }
     }
 
+    /// Rows with a problem.
     pub fn rows(&self) -> u64 {
         self.kinds.iter().map(|kind| kind.rows).sum::<u64>() + self.others
     }

@@ -3,6 +3,7 @@
 use super::harm;
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
+use crate::source;
 use serde_json::Value;
 use std::path::Path;
 use std::time::SystemTime;
@@ -33,11 +34,13 @@ pub struct Tokenizer {
     /// Whether tokens are written in letters that stand for bytes, as GPT-2's.
     byte_level: bool,
     now: SystemTime,
+    /// Digest of all files that it was made of.
+    digest: String,
 }
 
 impl Tokenizer {
     /// Reads tokenizer.json and tokenizer_config.json, and beside them special_tokens_map.json, config.json,
-    /// generation_config.json and chat_template.{jinja,json} where they exist. Errors: `Model`.
+    /// generation_config.json and chat_template.{jinja,json} if they exist. Errors: `Model`.
     pub fn open(folder: &Path) -> Result<Tokenizer> {
         let mut inner = load(folder)?;
         let config = required(folder, "tokenizer_config.json")?;
@@ -53,6 +56,7 @@ impl Tokenizer {
         let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
         let byte_level = decoder.is_some_and(|decoder| decoder.contains("\"ByteLevel\""));
         let now = SystemTime::now();
+        let digest = digest(folder)?;
         Ok(Tokenizer {
             inner,
             specials,
@@ -64,6 +68,7 @@ impl Tokenizer {
             vocab_size,
             byte_level,
             now,
+            digest,
         })
     }
 
@@ -73,14 +78,17 @@ impl Tokenizer {
         self
     }
 
+    /// The id of the end-of-sequence token.
     pub fn eos_id(&self) -> u32 {
         self.eos_id
     }
 
+    /// The text of the end-of-sequence token.
     pub fn eos(&self) -> &str {
         &self.eos
     }
 
+    /// The id of the beginning token, if there is one.
     pub fn bos_id(&self) -> Option<u32> {
         self.special("bos_token").and_then(|token| self.inner.token_to_id(token))
     }
@@ -120,12 +128,12 @@ impl Tokenizer {
         self.chat_template_called("default")
     }
 
-    /// The model's own chat template for rows with tools, where it is another.
+    /// The model's own chat template for rows with tools, if it is another.
     pub(super) fn tool_template(&self) -> Option<&str> {
         self.chat_template_called("tool_use").filter(|_| self.chat_template().is_some())
     }
 
-    /// The usual chat template. Errors: `Config` where there is none.
+    /// The usual chat template. Errors: `Config` if there is none.
     pub(super) fn default_template(&self) -> Result<&str> {
         self.chat_template().ok_or_else(|| match self.template_names() {
             names if names.is_empty() => {
@@ -140,7 +148,7 @@ impl Tokenizer {
         })
     }
 
-    /// One of the model's chat templates. Errors: `Config` where there is none of that name.
+    /// One of the model's chat templates. Errors: `Config` if there is none of that name.
     pub(super) fn named_template(&self, name: &str) -> Result<&str> {
         self.chat_template_called(name).ok_or_else(|| {
             let names = self.template_names();
@@ -159,10 +167,21 @@ impl Tokenizer {
         self.chat_templates.iter().find(|(other, _)| other == name).map(|(_, text)| text.as_str())
     }
 
+    /// The texts of all its chat templates.
+    pub(super) fn template_texts(&self) -> impl Iterator<Item = &str> {
+        self.chat_templates.iter().map(|(_, text)| text.as_str())
+    }
+
+    /// Tells tokenizers apart: equal digests make equal tokens of equal rows at equal times.
+    pub(super) fn digest(&self) -> &str {
+        &self.digest
+    }
+
     fn template_names(&self) -> Vec<&str> {
         self.chat_templates.iter().map(|(name, _)| name.as_str()).collect()
     }
 
+    /// The text of one token.
     pub fn id_to_text(&self, id: u32) -> String {
         self.text(&[id])
     }
@@ -464,6 +483,29 @@ fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>
     Ok(found)
 }
 
+/// Files that `open` reads, beside the folder of further chat templates.
+const FILES: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+];
+
+fn digest(folder: &Path) -> Result<String> {
+    let mut parts = Vec::new();
+    for name in FILES {
+        let bytes = read(folder, name)?;
+        parts.push(format!("{name} {}", bytes.map_or("absent".into(), |bytes| source::digest(&bytes))));
+    }
+    for (name, text) in chat_templates(folder, &Value::Null)? {
+        parts.push(format!("{name:?} {}", source::digest(text.as_bytes())));
+    }
+    Ok(source::digest(parts.join("\n").as_bytes()))
+}
+
 fn utf8(bytes: Vec<u8>, file: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Fault::model(format!("{}: not UTF-8", file.display())))
 }
@@ -480,7 +522,7 @@ fn required(folder: &Path, name: &str) -> Result<Value> {
     }
 }
 
-/// `Null` where there is no such file.
+/// `Null` if there is no such file.
 fn optional(folder: &Path, name: &str) -> Result<Value> {
     let Some(bytes) = read(folder, name)? else { return Ok(Value::Null) };
     serde_json::from_slice(&bytes)

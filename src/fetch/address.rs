@@ -8,7 +8,7 @@ use crate::facts::presets;
 use crate::fault::{Fault, Result};
 use crate::{registry, source};
 
-/// Of a SHA-256, in a folder's name.
+/// Digits of a SHA-256 in a folder's name.
 const KEY_DIGITS: usize = 12;
 const HUB: &str = "hf://";
 const HUB_DATA: &str = "hf://datasets/";
@@ -20,7 +20,7 @@ const PRESET: &str = "preset:";
 pub enum Model {
     /// On this machine.
     Folder(PathBuf),
-    /// Of the Hugging Face hub.
+    /// A repository of the Hugging Face hub.
     Hub {
         /// `OWNER/NAME`
         repository: String,
@@ -73,7 +73,7 @@ impl Model {
         }
     }
 
-    /// Where it is, or will be: `CACHE/models/NAME-KEY`; the key is of the whole address.
+    /// The folder in which it is, or will be: `CACHE/models/NAME-KEY`; the key is of the whole address.
     ///
     /// # Errors
     /// Config: an unusable `HF_ENDPOINT`.

@@ -1,7 +1,7 @@
 //! A dataset of the Hugging Face hub -> its data files at one commit, with their digests.
 //!
 //! Without a path it is the hub's own conversion to parquet (`refs/convert/parquet`), which knows configurations and splits.
-//! Where there is none, or only a part of the dataset in it, the repository's own files are read: those of the first kind
+//! If there is none, or only a part of the dataset in it, the repository's own files are read: those of the first kind
 //! that is there and of the wanted split, as far as names tell it.
 
 use std::collections::BTreeSet;
@@ -15,7 +15,7 @@ use crate::report::{Report, Stage};
 use crate::source::{self, Hub, Source};
 
 const CONVERTED: &str = "refs/convert/parquet";
-/// What the hub writes before the split's name where it converted only the first gigabytes.
+/// What the hub writes before the split's name if it converted only the first gigabytes.
 const PARTIAL: &str = "partial-";
 /// Words of file names that tell another split than the one to train on, by split.
 const SPLIT_WORDS: [(&str, &[&str]); 3] = [
@@ -168,7 +168,7 @@ fn list(data: &HubData, revision: &str, access: Access, report: &Report) -> Resu
     }
 }
 
-/// Files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` where the conversion is not whole.
+/// Files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` if the conversion is not whole.
 fn converted(data: &HubData, listing: &Listing) -> Result<Option<Vec<Sibling>>> {
     let parts = |file: &Sibling| -> Option<(String, String)> {
         let mut parts = file.rfilename.split('/');

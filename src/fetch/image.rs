@@ -122,7 +122,7 @@ fn inside(title: &str, image: &str) -> Result<PathBuf> {
     }
 }
 
-/// Of all folders with a config.json the one nearest to the top.
+/// The folder with a config.json that is nearest to the top.
 fn folder_of(titled: &[(PathBuf, &Part)]) -> Option<PathBuf> {
     let configs = titled.iter().filter(|(path, _)| path.file_name().is_some_and(|name| name == CONFIG));
     let folders = configs.map(|(path, _)| path.parent().unwrap_or(Path::new("")).to_owned());

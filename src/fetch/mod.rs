@@ -4,7 +4,7 @@
 //! brought, for the next start and for other processes; `names` says which files make a model.
 //!
 //! A folder that is whole is used as it is, without a question to the network, so that a restarted job trains from what it
-//! began with even where a branch or a tag has moved. An image of data is asked for by its tag each time.
+//! began with even if a branch or a tag has moved. An image of data is asked for by its tag each time.
 
 mod address;
 mod datasets;

@@ -60,7 +60,7 @@ fn one(sample: &Sample, colours: bool) -> String {
     out + if open { "]\n" } else { "\n" }
 }
 
-/// Green where learned; special tokens bold.
+/// Learned tokens are green; special tokens are bold.
 fn painted(piece: &Piece) -> String {
     let colour = if piece.learned { GREEN } else { DIM };
     let weight = if piece.special { BOLD } else { "" };

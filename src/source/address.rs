@@ -26,6 +26,7 @@ const METADATA_V6: [&[u16]; 4] = [
 const METADATA_NAMES: [&str; 5] =
     ["metadata.google.internal", "metadata.goog", "metadata", "instance-data", "instance-data.ec2.internal"];
 
+/// Whether no source may lead to this address.
 pub fn forbidden(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => forbidden_v4(v4),

@@ -23,6 +23,7 @@ const LOCK_POLL: Duration = Duration::from_millis(100);
 /// A slot's file that grows.
 const PART: &str = "part";
 
+/// The folder of downloads.
 pub struct Cache {
     folder: PathBuf,
 }
@@ -30,7 +31,9 @@ pub struct Cache {
 /// A whole file of the cache, just read and found to have its digest.
 #[derive(Clone, Debug)]
 pub struct Blob {
+    /// The file itself.
     pub path: PathBuf,
+    /// Its length.
     pub bytes: u64,
     pub sha256: String,
 }
@@ -38,7 +41,9 @@ pub struct Blob {
 /// What a URL last gave.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Entry {
+    /// The version that was given.
     pub validators: Validators,
+    /// Its length.
     pub bytes: u64,
     pub sha256: String,
 }
@@ -50,6 +55,7 @@ pub struct Slot {
 }
 
 impl Cache {
+    /// The cache in this folder, which need not exist.
     pub fn new(folder: &Path) -> Cache {
         Cache { folder: folder.to_owned() }
     }
@@ -147,6 +153,7 @@ impl Slot {
         serde_json::from_slice(&fs::read(self.entry_path()).ok()?).ok()
     }
 
+    /// The file that grows. Error: `Storage`.
     pub fn partial(&self) -> Result<Partial> {
         Partial::open(&self.partial_path(), &self.folder.join("part.json"))
     }
@@ -160,7 +167,7 @@ impl Slot {
     }
 }
 
-/// Of the volume of a folder.
+/// Bytes that are free on the volume of a folder.
 pub fn free_bytes(folder: &Path) -> Result<u64> {
     fs4::available_space(folder).map_err(|error| Fault::storage("ask for the free space of", folder, &error))
 }
@@ -213,6 +220,7 @@ fn is_temporary(name: &str) -> bool {
         .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
 }
 
+/// A record as JSON.
 pub fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain fields become JSON")
 }
@@ -222,7 +230,7 @@ fn create_folder(folder: &Path) -> Result<()> {
 }
 
 /// Makes a rename last through a power loss. Some network file systems have no such call, nor need of it.
-fn sync_folder(folder: &Path) -> Result<()> {
+pub fn sync_folder(folder: &Path) -> Result<()> {
     match fs::File::open(folder).and_then(|folder| folder.sync_all()) {
         Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
             Err(Fault::storage("sync", folder, &error))

@@ -55,6 +55,7 @@ enum Received {
 }
 
 impl<'a> Downloads<'a> {
+    /// Nothing is asked for yet.
     pub fn new(options: &'a Options, report: &'a Report) -> Downloads<'a> {
         Downloads { options, report, cache: Cache::new(&options.cache), network: OnceCell::new() }
     }

@@ -17,23 +17,29 @@ const REDIRECTS_MAX: usize = 10;
 /// What names one version of a file on its server.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Validators {
+    /// The header `ETag`.
     pub etag: Option<String>,
+    /// The header `Last-Modified`.
     pub last_modified: Option<String>,
     /// Whether the file was a second old when it was served, so that no second version bears the same date.
     pub last_modified_is_strong: bool,
 }
 
+/// One request for a file, or for the rest of it.
 pub struct Ask<'a> {
+    /// What is asked for.
     pub url: &'a Url,
     /// For messages.
     pub name: &'a str,
     /// Bytes here already, of this version and of this length.
     pub have: u64,
+    /// The version of the bytes that are here.
     pub version: &'a Validators,
+    /// Its whole length, if it is known.
     pub total: Option<u64>,
     /// The hub, if the URL is of its origin.
     pub hub: Option<&'a Hub>,
-    /// Where an object of a store is and what opens it, range and conditions included; the store's help.
+    /// The place of a store's object and what opens it, range and conditions included; the store's help.
     pub signed: Option<(Url, HeaderMap, &'static str)>,
     /// The version of the cached file, to hear whether it is still the newest.
     pub cached: Option<&'a Validators>,
@@ -41,6 +47,7 @@ pub struct Ask<'a> {
 
 /// A file, or a part of it, about to come.
 pub struct Body {
+    /// The open response.
     pub response: Response,
     /// Offset of the first byte: 0, or what was asked for.
     pub start: u64,
@@ -62,6 +69,7 @@ pub enum Failure {
     Fatal(Fault),
 }
 
+/// What an attempt gives.
 pub type Attempted<T> = std::result::Result<T, Failure>;
 
 impl From<Fault> for Failure {
@@ -71,10 +79,12 @@ impl From<Fault> for Failure {
 }
 
 impl Failure {
+    /// Another attempt may help.
     pub fn retry(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: false }
     }
 
+    /// Another attempt may help, from the first byte.
     pub fn from_start(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: true }
     }
@@ -101,6 +111,7 @@ impl Validators {
         etag.or(self.last_modified.as_deref().filter(|_| self.last_modified_is_strong))
     }
 
+    /// Whether it names no version.
     pub fn is_empty(&self) -> bool {
         self.etag.is_none() && self.last_modified.is_none()
     }

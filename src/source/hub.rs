@@ -12,6 +12,7 @@ const ENDPOINT: &str = "https://huggingface.co";
 
 /// The hub, and what opens its gated repositories.
 pub struct Hub {
+    /// The hub's address.
     pub endpoint: Url,
     /// `Bearer ...`, marked as sensitive.
     authorization: Option<HeaderValue>,
@@ -38,6 +39,7 @@ impl Hub {
         Ok(Hub { endpoint, authorization })
     }
 
+    /// Whether the token may go to this URL.
     pub fn owns(&self, url: &Url) -> bool {
         url.origin() == self.endpoint.origin()
     }

@@ -63,6 +63,7 @@ pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<
     Ok(File { path, name, bytes, sha256, entry: 0 })
 }
 
+/// The fault of a file with another digest than expected.
 pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
     Fault::data(format!("{name}: sha256 is {found}, expected {expected}"))
         .help("the file was changed or damaged, or the digest belongs to another version")

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use address::{Resolver, forbidden_host};
-pub use cache::{free_bytes, remove_leftovers, require_space, write_whole};
+pub use cache::{free_bytes, remove_leftovers, require_space, sync_folder, write_whole};
 pub use html::looks_like_html;
 pub use http::redirects;
 pub use hub::Hub;
@@ -44,6 +44,7 @@ use crate::report::Report;
 pub struct Options {
     /// Content-addressed store of finished downloads, and of partial ones to resume.
     pub cache: PathBuf,
+    /// Longest wait for a connection.
     pub connect_timeout: Duration,
     /// Longest silence while a body is read.
     pub read_timeout: Duration,
@@ -55,6 +56,7 @@ pub struct Options {
     pub attempts_max: u32,
     /// Wait before the second attempt; doubled for each further one, with jitter.
     pub backoff: Duration,
+    /// Largest file that is downloaded.
     pub file_bytes_max: u64,
     /// Endings of data files, kind by kind in order of preference: what a folder is searched for.
     pub endings: &'static [&'static [&'static str]],
@@ -79,9 +81,11 @@ pub enum Source {
 /// A file that is here, whole and hashed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct File {
+    /// The file on disk.
     pub path: PathBuf,
     /// As the user named it, without secrets: for messages.
     pub name: String,
+    /// Its length.
     pub bytes: u64,
     /// Lower-case hex.
     pub sha256: String,

@@ -138,7 +138,7 @@ fn bare(url: &Url) -> Url {
     url
 }
 
-/// Of a text that is no URL: scheme and the part between user and query.
+/// Scheme, and the part between user and query, of a text that is no URL.
 fn without_secrets(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     match text[..end].split_once("://") {

@@ -15,6 +15,7 @@ use super::http::Validators;
 use super::{cache, hash};
 use crate::fault::{Fault, Result};
 
+/// A file that grows, with its running digest.
 pub struct Partial {
     path: PathBuf,
     version_path: PathBuf,
@@ -55,14 +56,17 @@ impl Partial {
         Ok(partial)
     }
 
+    /// Bytes so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
+    /// The whole length, if the server told it.
     pub fn total(&self) -> Option<u64> {
         self.version.total
     }
 
+    /// The version that the bytes belong to.
     pub fn validators(&self) -> &Validators {
         &self.version.validators
     }
@@ -79,6 +83,7 @@ impl Partial {
         cache::write_whole(&self.version_path, &cache::json(&self.version))
     }
 
+    /// Adds what follows. Error: `Storage`.
     pub fn append(&mut self, content: &[u8]) -> Result<()> {
         self.file
             .write_all(content)
@@ -109,10 +114,12 @@ impl Partial {
         Ok(head)
     }
 
+    /// The digest of the bytes so far.
     pub fn sha256(&self) -> String {
         hash::hex(self.hasher.clone())
     }
 
+    /// Brings everything to the disk. Error: `Storage`.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_all().map_err(|error| Fault::storage("sync", &self.path, &error))
     }

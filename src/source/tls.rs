@@ -21,7 +21,7 @@ pub fn install_crypto() {
 }
 
 /// A client builder that trusts the system's authorities (`SSL_CERT_FILE` and `SSL_CERT_DIR` replace them) and
-/// those in `ca_file`. A self-signed server certificate is trusted where the user gave that very certificate in
+/// those in `ca_file`. A self-signed server certificate is trusted if the user gave that very certificate in
 /// `ca_file` or `SSL_CERT_FILE`. On a machine without any, the client works for plain HTTP and trusts no HTTPS server.
 ///
 /// # Errors
@@ -41,7 +41,7 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let ordinary = match (Verifier::new_with_extra_roots(extra, provider.clone()), ca_file) {
         (Ok(ordinary), _) => ordinary,
-        // It fails where nobody at all is trusted.
+        // It fails if nobody at all is trusted.
         (Err(_), None) => return Ok(reqwest::Client::builder().tls_certs_only([])),
         (Err(error), Some(file)) => return Err(unusable(file, &error.to_string())),
     };

@@ -29,6 +29,7 @@ const COLUMNS_MAX: usize = 10_000;
 const FILE_MAGIC: &[u8] = b"ARROW1";
 const CONTINUATION: [u8; 4] = [0xff; 4];
 
+/// Arrow IPC files and streams, and feather of version 2.
 pub static CONTAINER: Container = Container {
     name: "arrow",
     title: "an Arrow IPC file",

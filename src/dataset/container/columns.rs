@@ -47,7 +47,7 @@ const READ: [&str; 13] = [
     "weight",
     "train",
 ];
-/// Fields where text and a list of parts mean the same kind of thing.
+/// Fields in which text and a list of parts mean the same kind of thing.
 const WITH_PARTS: [&str; 2] = ["content", "value"];
 /// Key of a field's metadata: why its values have no one type.
 const MIXED: &str = "hone.mixed";
@@ -56,7 +56,7 @@ const MIXED: &str = "hone.mixed";
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shape {
     kind: Kind,
-    /// Of the first value that is not null.
+    /// The line of the first value that is not null.
     line: u64,
     values: u64,
     nulls: u64,
@@ -217,7 +217,7 @@ impl Shape {
         Field::new(name, kind, true).with_metadata(mixed.collect::<HashMap<String, String>>())
     }
 
-    /// Of a file's rows. Error: why there is none.
+    /// The schema of a file's rows. Error: why there is none.
     pub fn schema(&self) -> std::result::Result<Schema, String> {
         match (&self.kind, &self.mixed) {
             (_, Some(why)) => Err(why.clone()),
@@ -308,7 +308,7 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Of the columns at these places of the shape's schema.
+    /// Empty columns for these places of the shape's schema.
     pub fn new(shape: &Shape, places: &[usize]) -> Columns {
         let Kind::Object(object) = &shape.kind else { return Columns { columns: Vec::new(), rows: 0 } };
         let column = |&place: &usize| {
@@ -318,6 +318,7 @@ impl Columns {
         Columns { columns: places.iter().map(column).collect(), rows: 0 }
     }
 
+    /// Rows since the last batch was taken.
     pub fn rows(&self) -> usize {
         self.rows
     }

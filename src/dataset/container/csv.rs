@@ -21,6 +21,7 @@ const RECORD_BYTES_MAX: usize = 256 << 20;
 const BATCH_BYTES: usize = 32 << 20;
 const DELIMITERS: [u8; 3] = [b',', b'\t', b';'];
 
+/// CSV and TSV.
 pub static CONTAINER: Container = Container {
     name: "csv",
     title: "a CSV file",
@@ -119,7 +120,7 @@ impl Records {
 #[derive(Default)]
 struct Record {
     bytes: Vec<u8>,
-    /// Where each value ends, and whether it stood in quotes.
+    /// The end of each value, and whether it stood in quotes.
     ends: Vec<(usize, bool)>,
     /// Its first line, counted from 1.
     line: u64,
@@ -141,7 +142,7 @@ struct Parser<'a> {
     delimiter: u8,
     line: u64,
     column: u64,
-    /// Where the quotes were opened.
+    /// The place at which the quotes were opened.
     opened: (u64, u64),
 }
 

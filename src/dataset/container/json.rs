@@ -5,6 +5,7 @@ use super::values::{Division, Objects};
 use super::{Container, Rows};
 use crate::fault::Result;
 
+/// A JSON array.
 pub static CONTAINER: Container = Container {
     name: "json",
     title: "a JSON file",

@@ -5,6 +5,7 @@ use super::values::{Division, Objects, first_line_is_whole};
 use super::{Container, Rows};
 use crate::fault::Result;
 
+/// JSON lines.
 pub static CONTAINER: Container = Container {
     name: "jsonl",
     title: "a file of JSON lines",

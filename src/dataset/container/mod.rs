@@ -1,7 +1,7 @@
 //! A data file -> its rows as arrow batches, so that every layout works over every container. A container is one file
 //! here and one line in `CONTAINERS`.
 //!
-//! A binary container is recognised by its first bytes; text by the file's name, or by what it begins with where the name
+//! A binary container is recognised by its first bytes; text by the file's name, or by its beginning if the name
 //! says nothing. Each may lie inside gzip or zstd (`packing`).
 
 mod arrow;
@@ -23,7 +23,7 @@ use packing::{Input, Packing};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// In order of preference where a folder holds several kinds.
+/// In order of preference if a folder holds several kinds.
 const CONTAINERS: [&Container; 5] =
     [&parquet::CONTAINER, &jsonl::CONTAINER, &json::CONTAINER, &csv::CONTAINER, &arrow::CONTAINER];
 
@@ -37,7 +37,7 @@ pub(super) struct Container {
     endings: &'static [&'static str],
     /// Whether the first bytes can be nothing else.
     is: fn(&[u8]) -> bool,
-    /// Text of the kind may begin so; the name decides where several may.
+    /// Text of the kind may begin so; the name decides if several may.
     may_begin: fn(&str) -> bool,
     open: fn(Input) -> Result<Box<dyn Rows>>,
 }
@@ -60,7 +60,9 @@ const BATCH_ROWS: usize = 256;
 
 /// A file whose kind is known and whose head is sound.
 pub(super) struct Table {
+    /// Columns and their types.
     pub schema: Arc<Schema>,
+    /// `None`: known when the rows have been read.
     pub rows: Option<u64>,
     inner: Box<dyn Rows>,
     name: String,
@@ -158,7 +160,7 @@ fn list_of_endings() -> String {
 }
 
 /// The last part of a name after its dot, in lower case, that of gzip or zstd taken off.
-fn ending_of(name: &str) -> Option<String> {
+pub(super) fn ending_of(name: &str) -> Option<String> {
     let last = name.rsplit(['/', '\\']).next()?.to_ascii_lowercase();
     let last = packing::ENDINGS.iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(&last);
     last.rsplit_once('.').map(|(_, ending)| ending.to_owned())

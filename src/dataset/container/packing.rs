@@ -1,4 +1,4 @@
-//! An open file -> its bytes from the start, gzip or zstd taken off; and, where a container must be able to seek, a file
+//! An open file -> its bytes from the start, gzip or zstd taken off; and, if a container must be able to seek, a file
 //! of them.
 
 use crate::fault::{Fault, Result};
@@ -39,6 +39,7 @@ impl Packing {
         }
     }
 
+    /// For messages.
     pub fn name(self) -> &'static str {
         match self {
             Packing::None => "nothing",
@@ -50,17 +51,20 @@ impl Packing {
 
 /// A file that is about to be read.
 pub(super) struct Input {
+    /// The open file.
     pub file: File,
-    /// Of the file as it lies there.
+    /// Length of the file as it lies there.
     pub bytes: u64,
     /// For messages.
     pub name: String,
+    /// What lies around the container.
     pub packing: Packing,
     /// What its container is called.
     pub title: &'static str,
 }
 
 impl Input {
+    /// Opens the file. Error: `Storage`.
     pub fn open(path: &Path, name: &str) -> Result<Input> {
         let storage = |error| Fault::storage("read", path, &error);
         let file = File::open(path).map_err(storage)?;
@@ -161,7 +165,7 @@ impl Read for At<'_> {
     }
 }
 
-/// Ends with an error where more comes than anybody means.
+/// Ends with an error if more comes than anybody means.
 struct Limited<'a> {
     reader: Box<dyn Read + 'a>,
     left: u64,

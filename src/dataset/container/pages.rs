@@ -19,7 +19,9 @@ const DEPTH_MAX: u32 = 8;
 /// What the pages of one chunk add up to.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Totals {
+    /// Bytes of all pages, unpacked.
     pub unpacked_bytes: u64,
+    /// Values of all pages.
     pub values: u64,
 }
 
@@ -115,9 +117,9 @@ struct Page {
     packed_bytes: u64,
     values: u64,
     dictionary_values: u64,
-    /// Of a page of version 2: levels that lie before the packed values, and are not packed.
+    /// Bytes of levels in a page of version 2: they lie before the packed values and are not packed.
     level_bytes: u64,
-    /// Of a page of version 2: nothing in it is packed.
+    /// Whether nothing in a page of version 2 is packed.
     is_plain: bool,
 }
 

@@ -22,6 +22,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+/// Parquet.
 pub static CONTAINER: Container = Container {
     name: "parquet",
     title: "a parquet file",

@@ -233,7 +233,7 @@ struct Scan<'a> {
     escaped: bool,
     line: u64,
     column: u64,
-    /// Where the value began.
+    /// Line and column at which the value began.
     from: (u64, u64),
 }
 

@@ -6,6 +6,7 @@ use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field};
 use std::sync::Arc;
 
+/// Whether a column of this type holds text.
 pub fn is_string(kind: &DataType) -> bool {
     use DataType::*;
     match kind {
@@ -34,6 +35,7 @@ pub fn text_bytes(array: &ArrayRef) -> u64 {
     }
 }
 
+/// The text of a row; `None` for null.
 pub fn value(array: &StringViewArray, index: usize) -> Option<&str> {
     (!array.is_null(index)).then(|| array.value(index))
 }
@@ -60,6 +62,7 @@ pub fn kind(kind: &DataType) -> String {
     }
 }
 
+/// The array in another type. Internal fault: the types do not fit.
 pub fn cast(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     let strict = CastOptions { safe: false, ..CastOptions::default() };
     cast_with_options(array, to, &strict)

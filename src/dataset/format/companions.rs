@@ -29,7 +29,7 @@ const COMPANIONS: [(Companion, &[&str]); 5] = [
     (Companion::Variables, &["chat_template_kwargs"]),
 ];
 
-/// Columns that name a row and say where it is from: nothing is lost where they are not read.
+/// Columns that name a row and say where it is from: nothing is lost if they are not read.
 const ABOUT_THE_ROW: [&str; 16] = [
     "__index_level_0__",
     "id",
@@ -84,6 +84,7 @@ pub struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
+    /// The companions of a batch. Internal fault: an array has another type than its column.
     pub fn of(companions: &'a [(Companion, String)], arrays: &[ArrayRef]) -> Result<Columns<'a>> {
         let both = companions.iter().zip(arrays);
         let columns =

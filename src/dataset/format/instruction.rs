@@ -31,6 +31,7 @@ const ANSWER: Column = Column {
     names: &["answer", "response"],
 };
 
+/// An instruction with an input.
 pub static ALPACA: Format = Format {
     layout: Layout::Alpaca,
     expects: "`instruction` and `output`, perhaps `input`: strings",
@@ -39,8 +40,10 @@ pub static ALPACA: Format = Format {
     rows: |arrays, _| turns(arrays, ["instruction", "output"], true),
 };
 
+/// An instruction alone.
 pub static ALPACA_WITHOUT_INPUT: Format = Format { columns: &[INSTRUCTION, OUTPUT], ..copy(&ALPACA) };
 
+/// A question with a context.
 pub static QUESTION_ANSWER: Format = Format {
     layout: Layout::QuestionAnswer,
     expects: "`question` and `answer`, perhaps `context`: strings",
@@ -49,6 +52,7 @@ pub static QUESTION_ANSWER: Format = Format {
     rows: |arrays, _| turns(arrays, ["question", "answer"], false),
 };
 
+/// A question alone.
 pub static QUESTION_ANSWER_ALONE: Format = Format { columns: &[QUESTION, ANSWER], ..copy(&QUESTION_ANSWER) };
 
 const fn copy(format: &Format) -> Format {

@@ -66,6 +66,7 @@ impl Column {
         Ok(Column { nulls: array.clone(), values })
     }
 
+    /// The value of a row.
     pub fn value(&self, row: usize) -> Value {
         if self.nulls.is_null(row) {
             return Value::Null;

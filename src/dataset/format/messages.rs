@@ -7,6 +7,7 @@ use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::{DataType, Field};
 use serde_json::{Map, Value};
 
+/// Conversations in one column.
 pub static FORMAT: Format = Format {
     layout: Layout::Messages,
     expects: "`messages` (or `conversations`, `conversation`, `dialog`): a list of {role, content} or {from, value}",

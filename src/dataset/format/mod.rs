@@ -38,6 +38,7 @@ const FORMATS: [&Format; 13] = [
 
 /// How one kind of table becomes conversations.
 pub(super) struct Format {
+    /// What a row of it holds.
     pub layout: Layout,
     /// The columns it wants, for messages.
     expects: &'static str,
@@ -68,6 +69,7 @@ type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
 
 /// A format that fits a file, and the columns to read.
 pub(super) struct Choice {
+    /// The format that fits.
     pub format: &'static Format,
     /// Names of the columns to read: the format's, then the companions'.
     pub columns: Vec<String>,
@@ -89,6 +91,7 @@ impl Choice {
 
 /// What reading all files found that somebody should know, told once at the end.
 pub(super) struct Reading<'a> {
+    /// Names that the user told.
     pub names: &'a Names,
     /// Columns that nothing reads; whether they only name the row.
     columns: BTreeMap<String, bool>,
@@ -96,11 +99,14 @@ pub(super) struct Reading<'a> {
     fields: BTreeMap<String, u64>,
     /// Columns for the chat template in rows that have none, and how many rows.
     idle: BTreeMap<String, u64>,
+    /// Messages whose content came in several parts.
     pub parts_joined: u64,
+    /// Turns of the user without text.
     pub empty_questions: u64,
 }
 
 impl<'a> Reading<'a> {
+    /// Nothing was found yet.
     pub fn new(names: &'a Names) -> Reading<'a> {
         let (columns, fields, idle) = Default::default();
         Reading { names, columns, fields, idle, parts_joined: 0, empty_questions: 0 }
@@ -181,7 +187,7 @@ pub(super) fn choose(
         let columns = match resolve(schema, format, options, layout)? {
             Ok(columns) => columns,
             Err(problem) => {
-                // Of a layout's variants the least demanding speaks, which comes last.
+                // The last variant of a layout is the least demanding; its problem is told.
                 problems.retain(|(layout, _)| *layout != format.layout);
                 problems.extend(problem.map(|problem| (format.layout, problem)));
                 continue;
@@ -222,7 +228,7 @@ fn chosen(
     Ok(Choice { format, columns, companions })
 }
 
-/// The columns of a format in this schema, or, where some are missing, what to say of it if others are there. Fault: a
+/// The columns of a format in this schema, or, if some are missing, what to say of it if others are there. Fault: a
 /// column that the configuration names is not there.
 fn resolve(
     schema: &Schema,

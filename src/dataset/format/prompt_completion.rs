@@ -6,6 +6,7 @@ use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::Field;
 
+/// A prompt and its completion.
 pub static FORMAT: Format = Format {
     layout: Layout::PromptCompletion,
     expects: "`prompt` and `completion`: both strings or both lists of {role, content}",

@@ -5,6 +5,7 @@ use super::{Column, Format, Reading, Rows, column};
 use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
 
+/// Plain text in one column.
 pub static FORMAT: Format = Format {
     layout: Layout::Text,
     expects: "`text`: a string",

@@ -39,9 +39,9 @@ const OBJECTS_MAX: usize = 100_000;
 
 /// One kind of object store.
 pub(super) struct Scheme {
-    /// Of its addresses: `s3` in `s3://BUCKET/KEY`.
+    /// The scheme of its addresses: `s3` in `s3://BUCKET/KEY`.
     pub name: &'static str,
-    /// What to do where access is refused.
+    /// What to do if access is refused.
     pub help: &'static str,
     /// The store of a bucket, as the environment sets it up.
     open: fn(bucket: &str, Caught) -> object_store::Result<Arc<dyn ObjectStore>>,
@@ -64,7 +64,7 @@ pub struct Object {
     /// Its key behind the address that was listed.
     pub name: String,
     pub bytes: u64,
-    /// Names the version where the store has such.
+    /// Names the version if the store has versions.
     pub etag: Option<String>,
 }
 
@@ -88,7 +88,7 @@ impl Stores {
         Ok(Stores { client, open: RefCell::default() })
     }
 
-    /// Where an object is, and the headers that open it: of all of it, or of what is missing of a version.
+    /// The place of an object, and the headers that open all of it, or what is missing of a version.
     ///
     /// # Errors
     /// Auth: no credentials. Config: the environment says something unusable.
