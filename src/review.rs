@@ -222,6 +222,16 @@ fn packing(rows: &Set, plan: &Plan) -> (u64, Option<f64>) {
     (steps.total, Some(tokens as f64 / (passes.max(1) * room) as f64))
 }
 
+/// A number with commas between its thousands.
+fn grouped(number: impl ToString) -> String {
+    let digits = number.to_string();
+    let comma = |(place, digit): (usize, char)| {
+        let comma = place > 0 && (digits.len() - place).is_multiple_of(3);
+        comma.then_some(',').into_iter().chain([digit])
+    };
+    digits.chars().enumerate().flat_map(comma).collect()
+}
+
 impl Review {
     /// Lines for people; with colours for a terminal.
     pub fn text(&self, colours: bool) -> String {
@@ -242,16 +252,24 @@ impl Review {
                 "rows",
                 format!(
                     "{}: {} to train on, {} to evaluate on, {} dropped",
-                    self.rows, self.train, self.evaluation, self.dropped
+                    grouped(self.rows),
+                    grouped(self.train),
+                    grouped(self.evaluation),
+                    grouped(self.dropped)
                 ),
             ),
-            ("tokens", format!("{}, longest row {}", self.tokens, self.longest)),
-            ("learned", format!("{} tokens, {}", self.learned, share(self.learned, self.tokens))),
+            ("tokens", format!("{}, longest row {}", grouped(self.tokens), grouped(self.longest))),
+            ("learned", format!("{} tokens, {}", grouped(self.learned), share(self.learned, self.tokens))),
             (
                 "cut",
-                format!("{} rows to {} tokens, {}", self.cut, self.tokens_max, share(self.cut as u64, rows)),
+                format!(
+                    "{} rows to {} tokens, {}",
+                    grouped(self.cut),
+                    grouped(self.tokens_max),
+                    share(self.cut as u64, rows)
+                ),
             ),
-            ("steps", self.steps.to_string()),
+            ("steps", grouped(self.steps)),
         ];
         if let Some(packing) = self.packing {
             facts.push(("packing", format!("passes are filled to {:.0} %", 100.0 * packing)));
@@ -259,11 +277,11 @@ impl Review {
         let Twins { exact, near, overlap } = &self.twins;
         facts.push((
             "duplicates",
-            format!("{exact} rows are exact copies of an earlier one, {near} nearly so"),
+            format!("exact copies of an earlier row: {}; nearly so: {}", grouped(*exact), grouped(*near)),
         ));
         facts.push((
             "overlap",
-            format!("{overlap} rows to evaluate on are also trained on, exactly or nearly"),
+            format!("rows to evaluate on that are also trained on, exactly or nearly: {}", grouped(*overlap)),
         ));
         facts
     }
@@ -294,6 +312,12 @@ impl Review {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn thousands_are_grouped() {
+        let shown = [0_u64, 7, 999, 1000, 12_345, 1_234_567].map(grouped);
+        assert_eq!(shown, ["0", "7", "999", "1,000", "12,345", "1,234,567"]);
+    }
 
     #[test]
     fn every_length_has_a_bar() {
