@@ -23,6 +23,9 @@ TEMPLATE = (
 )
 
 
+UNIQUE_ROWS = 60_000
+
+
 def words(rng, count):
     """Made of syllables, by a Zipf law, as frequent as words of a language are."""
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "on", "st")]
@@ -56,16 +59,18 @@ def make(folder, gigabytes):
     message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
     schema = pyarrow.schema([("messages", pyarrow.list_(message))])
     path = os.path.join(folder, "rows.parquet")
+    rows = []
+    for _ in range(UNIQUE_ROWS):
+        turns = [{"role": "system", "content": "You answer briefly."}] if rng.random() < 0.3 else []
+        for _ in range(rng.randint(1, 3)):
+            turns.append({"role": "user", "content": text(1, 4)})
+            turns.append({"role": "assistant", "content": text(2, 14)})
+        rows.append(turns)
+    table = pyarrow.table({"messages": pyarrow.array(rows, schema.field(0).type)}, schema)
+    # Neither side remembers rows, only words: the same rows in another order cost what new ones do.
     with pyarrow.parquet.ParquetWriter(path, schema, compression="snappy", use_dictionary=False) as writer:
-        while os.path.exists(path) is False or os.path.getsize(path) < gigabytes * 1e9:
-            rows = []
-            for _ in range(20_000):
-                turns = [{"role": "system", "content": "You answer briefly."}] if rng.random() < 0.3 else []
-                for _ in range(rng.randint(1, 3)):
-                    turns.append({"role": "user", "content": text(1, 4)})
-                    turns.append({"role": "assistant", "content": text(2, 14)})
-                rows.append(turns)
-            writer.write_table(pyarrow.table({"messages": pyarrow.array(rows, schema.field(0).type)}, schema), 20_000)
+        while os.path.getsize(path) < gigabytes * 1e9:
+            writer.write_table(table.take(pyarrow.array(rng.sample(range(UNIQUE_ROWS), UNIQUE_ROWS))), 20_000)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

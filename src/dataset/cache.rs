@@ -43,7 +43,7 @@ pub(super) struct Whole {
     pub folder: PathBuf,
     pub record: Vec<u8>,
     /// Shared: while it is held, nobody removes the folder to make room.
-    _lock: File,
+    pub lock: File,
 }
 
 /// A folder that this process fills. It goes away if it is not finished.
@@ -51,7 +51,8 @@ pub(super) struct Ours {
     folder: PathBuf,
     key: String,
     finished: bool,
-    _lock: File,
+    /// Exclusive: while it is held, nobody takes the folder for litter.
+    lock: Option<File>,
 }
 
 impl Cache {
@@ -98,26 +99,31 @@ impl Cache {
         }
         fs::create_dir(&part).map_err(|error| Fault::storage("create", &part, &error))?;
         let path = part.join(LOCK);
-        let lock = File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
+        let lock = opened_lock(&path, true).map_err(|error| Fault::storage("create", &path, &error))?;
         lock.try_lock().map_err(|error| no_lock(&path, error))?;
-        Ok(Some(Place::Ours(Ours { folder: part, key: key.to_owned(), finished: false, _lock: lock })))
+        let (key, lock) = (key.to_owned(), Some(lock));
+        Ok(Some(Place::Ours(Ours { folder: part, key, finished: false, lock })))
     }
 
-    /// Gives a filled folder its name.
+    /// Gives a filled folder its name; the folder, and a lock that keeps others from removing it.
     ///
     /// # Errors
     /// Storage: the disk fails.
-    pub fn keep(&self, mut ours: Ours, record: &[u8]) -> Result<PathBuf> {
+    pub fn keep(&self, mut ours: Ours, record: &[u8]) -> Result<(PathBuf, File)> {
         source::write_whole(&ours.folder.join(RECORD), &sealed(record))?;
         let whole = self.folder.join(&ours.key);
+        let lock = ours.lock.take().expect("taken here only");
         self.locked(|| {
             remove(&whole)?; // It was found damaged.
             fs::rename(&ours.folder, &whole)
                 .map_err(|error| Fault::storage("move a token cache to", &whole, &error))?;
             ours.finished = true;
+            // Nobody else takes it in between: that needs the folder's own lock.
+            lock.unlock().map_err(|error| Fault::storage("unlock", &whole, &error))?;
+            lock.try_lock_shared().map_err(|error| no_lock(&whole, error))?;
             source::sync_folder(&self.folder)
         })?;
-        Ok(whole)
+        Ok((whole, lock))
     }
 
     /// Removes a store that is damaged.
@@ -187,7 +193,7 @@ impl Cache {
     /// Runs `work` while no other process looks at the folders or changes them.
     fn locked<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let path = self.folder.join(LOCK);
-        let lock = File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
+        let lock = opened_lock(&path, true).map_err(|error| Fault::storage("create", &path, &error))?;
         loop {
             match lock.try_lock() {
                 Ok(()) => return work(),
@@ -230,11 +236,11 @@ fn opened(folder: &Path) -> Result<Option<Whole>> {
     };
     let Some(record) = unsealed(&content) else { return Ok(None) };
     let lock = folder.join(LOCK);
-    let Ok(file) = File::open(&lock) else { return Ok(None) };
+    let Ok(file) = opened_lock(&lock, false) else { return Ok(None) };
     file.try_lock_shared().map_err(|error| no_lock(&lock, error))?;
     // A volume that is mounted read-only keeps the older time.
     let _ = File::options().append(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
-    Ok(Some(Whole { folder: folder.to_owned(), record: record.to_vec(), _lock: file }))
+    Ok(Some(Whole { folder: folder.to_owned(), record: record.to_vec(), lock: file }))
 }
 
 fn sealed(record: &[u8]) -> Vec<u8> {
@@ -248,10 +254,17 @@ fn unsealed(content: &[u8]) -> Option<&[u8]> {
     (digest == source::digest(record).as_bytes()).then_some(record)
 }
 
-/// Whether a process holds the folder.
+/// A file to lock. Network file systems lock only files that are open for both reading and writing.
+fn opened_lock(path: &Path, create: bool) -> io::Result<File> {
+    File::options().read(true).write(true).create(create).truncate(false).open(path)
+}
+
+/// Whether a process holds the folder. If that cannot be told, one may.
 fn held(folder: &Path) -> bool {
-    let lock = File::open(folder.join(LOCK));
-    lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
+    match opened_lock(&folder.join(LOCK), false) {
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+        Ok(lock) => lock.try_lock().is_err(),
+    }
 }
 
 /// Removes a folder, if it is there.
@@ -289,7 +302,7 @@ mod tests {
     fn fill(cache: &Cache, key: &str) -> PathBuf {
         let Place::Ours(ours) = claim(cache, key) else { panic!("there is none yet") };
         fs::write(ours.path(TOKENS), "tokens").unwrap();
-        cache.keep(ours, b"record").unwrap()
+        cache.keep(ours, b"record").unwrap().0
     }
 
     fn names(cache: &Cache) -> Vec<String> {

@@ -272,7 +272,8 @@ impl Work<'_> {
                 Place::Ours(ours) => return self.fill(&cache, ours),
                 Place::Whole(whole) => {
                     if let Kept::Sound(found) = self.kept(&whole)? {
-                        return Ok(*found);
+                        let (store, told) = *found;
+                        return Ok((store.locked(whole.lock), told));
                     }
                     self.report.warn(
                         Stage::Tokenize,
@@ -364,8 +365,9 @@ impl Work<'_> {
             told,
         };
         let record = serde_json::to_vec(&contents).expect("plain fields become JSON");
-        let folder = cache.keep(ours, &record)?;
-        Ok((mapped(&folder, contents.notes)?.ok_or_else(torn)?, contents.told))
+        let (folder, lock) = cache.keep(ours, &record)?;
+        let store = mapped(&folder, contents.notes)?.ok_or_else(torn)?;
+        Ok((store.locked(lock), contents.told))
     }
 
     /// What surely does not fit is refused before the work. Only parquet's footers tell.

@@ -325,14 +325,21 @@ pub(super) struct Store {
     notes: Vec<Note>,
     /// Bytes read since pages were last given back.
     touched: AtomicUsize,
+    /// Held as long as the store is read: keeps other processes from removing its files.
+    _lock: Option<File>,
 }
 
 impl Store {
     /// `None`: the lines do not fit the tokens and the notes.
     pub fn new(tokens: Bytes, lines: Bytes, notes: Vec<Note>) -> Option<Store> {
-        let store = Store { tokens, lines, notes, touched: AtomicUsize::new(0) };
+        let store = Store { tokens, lines, notes, touched: AtomicUsize::new(0), _lock: None };
         let whole = store.lines.get().len().is_multiple_of(LINE_BYTES);
         (whole && store.fits()).then_some(store)
+    }
+
+    /// The same store; its files are locked.
+    pub fn locked(self, lock: File) -> Store {
+        Store { _lock: Some(lock), ..self }
     }
 
     fn fits(&self) -> bool {
