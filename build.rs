@@ -43,7 +43,7 @@ fn main() {
 /// Of everything that decides which tokens a row becomes: the modules that read and encode, and the crates' versions.
 fn digest_of_data_code() -> u64 {
     let mut hasher = DefaultHasher::new();
-    for path in ["src/dataset", "src/bounds.rs", "Cargo.lock"] {
+    for path in ["src/dataset", "src/bounds.rs", "src/words.rs", "Cargo.lock"] {
         println!("cargo:rerun-if-changed={path}");
         hash(Path::new(path), &mut hasher);
     }

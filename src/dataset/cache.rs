@@ -9,6 +9,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
 use crate::source;
+use crate::whole;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -110,20 +111,20 @@ impl Cache {
     /// # Errors
     /// Storage: the disk fails.
     pub fn keep(&self, mut ours: Ours, record: &[u8]) -> Result<(PathBuf, File)> {
-        source::write_whole(&ours.folder.join(RECORD), &sealed(record))?;
-        let whole = self.folder.join(&ours.key);
+        whole::write(&ours.folder.join(RECORD), &sealed(record))?;
+        let folder = self.folder.join(&ours.key);
         let lock = ours.lock.take().expect("taken here only");
         self.locked(|| {
-            remove(&whole)?; // It was found damaged.
-            fs::rename(&ours.folder, &whole)
-                .map_err(|error| Fault::storage("move a token cache to", &whole, &error))?;
+            remove(&folder)?; // It was found damaged.
+            fs::rename(&ours.folder, &folder)
+                .map_err(|error| Fault::storage("move a token cache to", &folder, &error))?;
             ours.finished = true;
-            // Nobody else takes it in between: that needs the folder's own lock.
-            lock.unlock().map_err(|error| Fault::storage("unlock", &whole, &error))?;
-            lock.try_lock_shared().map_err(|error| no_lock(&whole, error))?;
-            source::sync_folder(&self.folder)
+            // Nobody else takes it in between: that needs the lock of all folders.
+            lock.unlock().map_err(|error| Fault::storage("unlock", &folder, &error))?;
+            lock.try_lock_shared().map_err(|error| no_lock(&folder, error))?;
+            whole::sync_folder(&self.folder)
         })?;
-        Ok((whole, lock))
+        Ok((folder, lock))
     }
 
     /// Removes a store that is damaged.

@@ -1,18 +1,19 @@
-//! Rows of several datasets -> how many of each are read, and how often each trains.
+//! Rows of several datasets -> how many of each are read, and how often each is trained on.
 //!
-//! A limit chooses rows before the split. A weight works behind it, on rows that train: evaluation sees each row once, and
-//! no copy of a row that trains.
+//! A limit chooses rows before the split. A weight applies after it, to training rows only: evaluation sees each
+//! row once, and no copy of a training row.
 
 use super::{Layout, Options};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// What is said of one entry of `data`.
+/// The settings of one entry of `data`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Share {
-    /// `None`: as the run says, or detected.
+    /// The layout. `None`: the run's, or detected.
     pub layout: Option<Layout>,
-    /// How often a row trains in an epoch; the fraction of it is a share of the rows. `None`: once.
+    /// How often a row is trained on per epoch. The fractional part is the share of rows that are trained on once
+    /// more. `None`: once.
     pub weight: Option<f64>,
     /// Most rows that are read, chosen by the seed if rows are shuffled, else the first.
     pub limit: Option<usize>,

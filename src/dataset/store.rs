@@ -8,6 +8,7 @@ use super::Example;
 use super::encode::Encoded;
 use super::learned::Tally;
 use crate::fault::{Fault, Result};
+use crate::words;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -134,7 +135,7 @@ impl Digested {
     }
 
     fn end_part(&mut self) {
-        self.digests.push(hex(std::mem::take(&mut self.part)));
+        self.digests.push(words::hex(std::mem::take(&mut self.part).finalize()));
         self.in_part = 0;
     }
 
@@ -147,10 +148,6 @@ impl Digested {
         self.file.sync_all()?;
         Ok(Content { bytes: self.bytes, digests: self.digests })
     }
-}
-
-fn hex(hasher: Sha256) -> String {
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What a written file holds.
@@ -184,7 +181,7 @@ impl Content {
                 hasher.update(&buffer[..count]);
                 at += count as u64;
             }
-            Ok(hex(hasher) == *digest)
+            Ok(words::hex(hasher.finalize()) == *digest)
         };
         let parts: Vec<bool> =
             self.digests.par_iter().enumerate().map(same).collect::<io::Result<Vec<bool>>>()?;

@@ -11,12 +11,12 @@ use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
 use super::pull::Store;
 use crate::fault::{Fault, Result};
 use crate::report::Task;
-use crate::source;
+use crate::whole;
 
 const TAG_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 const COPY_BYTES: usize = 256 << 10;
 
-/// Adds the image under the tag; other tags of an existing layout stay.
+/// Adds the image under the tag. Other tags of an existing layout stay.
 ///
 /// # Errors
 /// Config: the folder holds something else. Storage: the disk failed.
@@ -24,24 +24,30 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
     let blobs = folder.join("blobs/sha256");
     refuse_other_folders(folder)?;
     fs::create_dir_all(&blobs).map_err(|error| Fault::storage("create", &blobs, &error))?;
-    // Two pushes into one layout take turns; where the file system knows no locks, they are not expected.
+    // Two pushes into one layout take turns by a lock. On a file system without locks, two pushes at once are not
+    // expected.
     let turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
-    // Without the turn another push might be at work in there.
+    // Without the lock, another push might be using these files.
     if turn.is_ok() {
-        source::remove_leftovers(folder);
-        source::remove_leftovers(&blobs);
+        whole::remove_leftovers(folder);
+        whole::remove_leftovers(&blobs);
     }
     let index = with_tag(read_index(folder)?, image, tag);
     for blob in [&image.layer, &image.config, &image.manifest] {
         write_blob(blob, &blobs, task)?;
     }
-    write_whole(folder, "oci-layout", json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes())?;
-    write_whole(folder, "index.json", index.to_string().as_bytes())
+    whole::write(
+        &folder.join("oci-layout"),
+        json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes(),
+    )?;
+    whole::write(&folder.join("index.json"), index.to_string().as_bytes())
 }
 
-/// A layout that is read from.
+/// A layout to read from.
 pub(super) struct Layout<'a> {
+    /// Folder of the layout.
     pub folder: &'a Path,
+    /// Tag of the image.
     pub tag: &'a str,
 }
 
@@ -142,7 +148,7 @@ fn read_index(folder: &Path) -> Result<Option<Value>> {
     }
 }
 
-/// The index with the tag moved to the image; entries of other tags are kept as they are.
+/// The index with the tag moved to the image. Entries of other tags stay as they are.
 fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
     let mut index = index.unwrap_or_else(|| json!({ "schemaVersion": 2, "manifests": [] }));
     let manifests = index["manifests"].as_array_mut().expect("read_index lets only lists pass");
@@ -158,7 +164,7 @@ fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
 
 fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
     let path = blobs.join(blob.digest.trim_start_matches("sha256:"));
-    // A blob that is there is trusted only by its digest: one damaged since would be shipped as whole.
+    // An existing blob is trusted only if its digest is right; otherwise a damaged blob would be shipped.
     let whole = |path: &Path| -> io::Result<bool> {
         let mut hashing = Hashing::new(File::open(path)?);
         io::copy(&mut hashing, &mut io::sink())?;
@@ -169,8 +175,7 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
         task.advance(blob.bytes);
         return Ok(());
     }
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(blobs)?;
+    whole::fill(&path, |file| {
         let mut offset = 0;
         while offset < blob.bytes {
             let chunk = blob.read(offset, COPY_BYTES)?;
@@ -178,29 +183,6 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
             offset += chunk.len() as u64;
             task.advance(chunk.len() as u64);
         }
-        persist(file, &path)
-    };
-    write().map_err(|error| Fault::storage("write", &path, &error))
-}
-
-fn write_whole(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let path = folder.join(name);
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(content)?;
-        persist(file, &path)
-    };
-    write().map_err(|error| Fault::storage("write", &path, &error))
-}
-
-/// Readable by all (a temporary file is private), on the disk before it has its name, and its name before we go on.
-fn persist(file: tempfile::NamedTempFile, path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
+        Ok(())
+    })
 }

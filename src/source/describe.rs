@@ -1,4 +1,5 @@
-//! Errors of the HTTP stack -> one sentence for a person, and whether trying again can help. Never a URL.
+//! Errors of the HTTP stack -> one sentence for a person, and whether a retry can help. The sentence never contains
+//! a URL.
 
 use std::error::Error;
 use std::io;
@@ -7,15 +8,18 @@ use super::http::{Failure, Redirect};
 use super::{Options, address};
 use crate::fault::Fault;
 
-/// Longest foreign text shown.
+/// Most characters of foreign text in a message.
 const FOREIGN_CHARS_MAX: usize = 200;
 
+/// Describes an error of a request for `name`.
 pub fn failure(error: &reqwest::Error, name: &str, options: &Options) -> Failure {
     if let Some(why) = find::<Redirect>(error) {
-        return Fault::config(format!("{name}: {why}")).help("give the URL it should lead to").into();
+        return Fault::config(format!("{name}: {why}"))
+            .help("give the final URL, to which it redirects")
+            .into();
     }
     if find::<address::Forbidden>(error).is_some() {
-        return Fault::config(format!("{name}: {}, which is refused", address::Forbidden)).into();
+        return Fault::config(format!("{name}: {}, which hone refuses", address::Forbidden)).into();
     }
     match find::<rustls::Error>(error) {
         Some(rustls::Error::InvalidCertificate(why)) => return untrusted(name, why),
@@ -54,30 +58,21 @@ fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
             "use the host name the certificate was made for"
         }
         _ => {
-            "add the authority that signed it: ca_file, or SSL_CERT_FILE (a bare image may have none at all)"
+            "give the authority that signed it in ca_file or SSL_CERT_FILE; a bare image may contain no authorities"
         }
     };
     let why = printable(&rustls::Error::InvalidCertificate(why.clone()).to_string());
     Fault::config(format!("{name}: the server is not trusted: {why}")).help(help).into()
 }
 
-/// The innermost error's text: outer ones of reqwest and hyper only say "error sending request".
+/// The innermost error's text. The outer errors of reqwest and hyper only say "error sending request".
 pub fn innermost(error: &reqwest::Error) -> String {
     printable(&chain(error).last().expect("a chain begins with its error").to_string())
 }
 
-/// One line of bounded length without control characters.
+/// The text as one line of bounded length without control characters.
 pub fn printable(text: &str) -> String {
     text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
-}
-
-/// `1536` -> `1.5 KiB`.
-pub fn size(bytes: u64) -> String {
-    let power = [(60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-    match power.into_iter().find(|(shift, _)| bytes >> shift > 0) {
-        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64),
-        None => format!("{bytes} B"),
-    }
 }
 
 fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
@@ -89,7 +84,7 @@ fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn 
     std::iter::successors(Some(error), |&error| wrapped(error))
 }
 
-/// `io::Error::source` skips the very error it wraps, so that one is asked for.
+/// The cause of an error. `io::Error::source` skips the error it wraps, so that one is asked for first.
 fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(inner) => Some(inner),
@@ -100,12 +95,6 @@ fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'sta
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_read_well() {
-        let sizes = [0, 1023, 1536, 5 << 30, u64::MAX].map(size);
-        assert_eq!(sizes, ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "16.0 EiB"]);
-    }
 
     #[test]
     fn wrapped_errors_are_found() {

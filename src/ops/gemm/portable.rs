@@ -1,24 +1,13 @@
-//! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
+//! Panels of f32 -> blocks of `c` in plain Rust that the compiler vectorises for NEON, SSE2 or any other target.
 
 use super::Rounding;
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::source::{Side, Source};
 use crate::facts::Precision;
 
+/// The kernel that runs everywhere.
 pub static KERNEL: Kernel =
     Kernel { name: "portable", step: 16, split: false, pack, begin, end, multiply, store };
-
-#[cfg(target_arch = "x86_64")]
-pub static AVX2: Kernel = Kernel {
-    name: "avx2",
-    step: 16,
-    split: false,
-    pack: pack_avx2,
-    begin,
-    end,
-    multiply: multiply_avx2,
-    store: store_avx2,
-};
 
 unsafe fn begin() {}
 unsafe fn end() {}
@@ -28,39 +17,22 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
 }
 
 unsafe fn multiply(job: Multiply) {
-    // SAFETY: as the caller promises. Without the instruction a fused product is a slow library call.
+    // SAFETY: guaranteed by the caller. Without the instruction, a fused product is a slow library call.
     unsafe { block::<{ cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>(job) }
 }
 
 unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { put(sums, rows, cols, c) }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn pack_avx2(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
-    fill(source, side, precision, span, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn multiply_avx2(job: Multiply) {
-    // SAFETY: as the caller promises.
-    unsafe { block::<true>(job) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn store_avx2(sums: *const f32, rows: usize, cols: usize, c: Target) {
-    // SAFETY: as the caller promises.
-    unsafe { put(sums, rows, cols, c) }
-}
-
-/// 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two of `b` and one of `a` fill AVX2's 16 registers.
+/// Multiplies 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two registers of `b` and one of `a` fill AVX2's 16 registers.
+///
+/// # Safety
+/// The panels and sums of `job` hold what it says; with `FUSED` the machine has fused products.
 #[inline(always)]
-unsafe fn block<const FUSED: bool>(job: Multiply) {
-    // SAFETY: as the caller promises.
+pub(super) unsafe fn block<const FUSED: bool>(job: Multiply) {
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for tile in 0..job.cols.div_ceil(16) {
             let mut row = 0;
@@ -75,7 +47,7 @@ unsafe fn block<const FUSED: bool>(job: Multiply) {
     }
 }
 
-/// `ROWS` rows times one tile of 16 columns.
+/// Multiplies `ROWS` rows with one tile of 16 columns.
 #[inline(always)]
 unsafe fn rows<const FUSED: bool, const ROWS: usize>(job: Multiply, first: usize, tile: usize) {
     let sum_at = |row: usize| ((first + row) / 16 * 2 + tile) * 256 + (first + row) % 16 * 16;
@@ -135,12 +107,16 @@ fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut
     }
 }
 
+/// Writes sums to `c`, see `drive::Kernel::store`.
+///
+/// # Safety
+/// [rows, cols] lies inside `c`, and no other thread has it.
 #[inline(always)]
-unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) {
+pub(super) unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) {
     for row in 0..rows {
         for tile in 0..cols.div_ceil(16) {
             let count = 16.min(cols - tile * 16);
-            // SAFETY: the sums are four tiles; [rows, cols] lies inside `c`, and this thread alone has it.
+            // SAFETY: the sums are four tiles; [rows, cols] lies inside `c`, and only this thread uses it.
             let (sums, to) = unsafe {
                 let sums = sums.add((row / 16 * 2 + tile) * 256 + row % 16 * 16);
                 let to = c.data.add(row * c.row_stride + tile * 16);
