@@ -142,7 +142,8 @@ impl Template {
 /// What a template may write of the time, so that texts made at other times are told apart: the dates that it asks for,
 /// or, if the format is no plain text, the second.
 pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let time = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
+    let seconds = time.as_second();
     let mut dates = Vec::new();
     for rest in source.split("strftime_now").skip(1) {
         let Some(rest) = rest.trim_start().strip_prefix('(') else {
@@ -156,7 +157,7 @@ pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
         let format = quote.and_then(|quote| rest[1..].split_once(quote));
         let plain =
             format.filter(|(format, behind)| !format.contains('\\') && behind.trim_start().starts_with(')'));
-        dates.push(match plain.map(|(format, _)| strftime(format, seconds)) {
+        dates.push(match plain.map(|(format, _)| strftime(format, time)) {
             Some(Ok(date)) => date,
             _ => seconds.to_string(),
         });
