@@ -1,5 +1,5 @@
-//! kernels/*.cu -> one fatbin each, for every architecture hone runs on, if the `cuda` feature is on; and the source that
-//! makes tokens -> its digest, so that a program does not use tokens that another one made.
+//! kernels/*.cu -> one fatbin each, for every architecture hone runs on, if the `cuda` feature is on; and the source
+//! that makes tokens -> its digest, so that a program does not use tokens that another one made.
 
 use std::env;
 use std::fmt::Write as _;

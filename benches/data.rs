@@ -1,8 +1,9 @@
-//! Data of any size through the token cache: rows, tokens/s, peak memory, and the same again from the cache, as one JSON line.
+//! Data of any size through the token cache: rows, tokens/s, peak memory, and the same again from the cache, as one
+//! JSON line.
 //!
 //! `python benches/data.py make FOLDER --gigabytes 2.5`, then
-//! `cargo bench --bench data -- FOLDER [--tokens-max 1024] [--epoch]`. `--epoch` also reads each example once in a random
-//! order, as training does. `benches/data.py reference FOLDER` is Hugging Face's side.
+//! `cargo bench --bench data -- FOLDER [--tokens-max 1024] [--epoch]`. `--epoch` also reads each example once in a
+//! random order, as training does. `benches/data.py reference FOLDER` is Hugging Face's side.
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -1,8 +1,8 @@
-//! Readers against damaged and strange data: every container and every layout, mutated by a seeded generator. Whatever comes, the
-//! reader gives rows or a fault of the data, in bounded time and memory, and never panics.
+//! Readers against damaged and strange data: every container and every layout, mutated by a seeded generator. Whatever
+//! comes, the reader gives rows or a fault of the data, in bounded time and memory, and never panics.
 //!
-//! `cargo test --test fuzz` tries a few hundred cases of each; `HONE_FUZZ_SECONDS=600` goes on for so long (for each test), and
-//! `HONE_FUZZ_SEED=N` begins elsewhere. A case that fails is named by its seed and left in a file.
+//! `cargo test --test fuzz` tries a few hundred cases of each. `HONE_FUZZ_SECONDS=600` goes on for so long (for each
+//! test), and `HONE_FUZZ_SEED=N` begins elsewhere. A case that fails is named by its seed and left in a file.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,5 @@
-//! Tokens of a dataset through the cache: the same examples and words as from memory, taken again by the next run, made anew
-//! if anything differs, never torn.
+//! Tokens of a dataset through the cache: the same examples and words as from memory, taken again by the next run, made
+//! anew if anything differs, never torn.
 
 #[path = "support/job.rs"]
 mod job;

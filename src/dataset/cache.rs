@@ -1,9 +1,9 @@
 //! A key -> the token cache's folder of it: whole, or ours to fill.
 //!
 //! `FOLDER/KEY` holds a whole store: its tokens, its lines, and `record`, which has the digests of both and of itself.
-//! `KEY.part` is a store that a process fills; the process holds the lock of the file inside it, and renames the folder at
-//! the end. A folder of parts without its process is litter. `FOLDER/lock` is held for moments only, while folders are
-//! looked at, made, renamed or removed.
+//! `KEY.part` is a store that a process fills; the process holds the lock of the file inside it, and renames the folder
+//! at the end. A folder of parts without its process is litter. `FOLDER/lock` is held for moments only, while folders
+//! are looked at, made, renamed or removed.
 
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;

@@ -284,8 +284,8 @@ impl Message {
 /// Reads every file into memory, checks every row, shuffles and splits. [`prepare`] does the same for data of any size.
 ///
 /// # Errors
-/// Data: files and rows that cannot be used; all bad rows are collected first. Config: a split that leaves a side empty.
-/// Capacity: more text than the memory holds.
+/// Data: files and rows that cannot be used; all bad rows are collected first. Config: a split that leaves a side
+/// empty. Capacity: more text than the memory holds.
 pub fn read(files: &[source::File], options: &Options, report: &Report) -> Result<Dataset> {
     let mut records = Vec::new();
     let budget = budget::Budget::of(files);

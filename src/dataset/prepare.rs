@@ -1,8 +1,8 @@
 //! Data files of any size -> examples to train on and to evaluate on, through the token cache.
 //!
-//! Rows are read in the order of their files, become tokens on all cores, and go to the store as they come; memory holds
-//! a few parts of them. Limits, shuffle, split and weights then work on the rows' numbers, by the same code as for
-//! records in memory, so that the examples and their order are the same as if all rows had been in memory.
+//! Rows are read in the order of their files, become tokens on all cores, and go to the store as they come; memory
+//! holds a few parts of them. Limits, shuffle, split and weights then work on the rows' numbers, by the same code as
+//! for records in memory, so that the examples and their order are the same as if all rows had been in memory.
 
 use super::budget::Budget;
 use super::cache::{self, Cache, Ours, Place, Whole};
@@ -37,7 +37,8 @@ const PARTS_AHEAD: usize = 1;
 const LOOK_BYTES: u64 = 64 << 20;
 /// Share of the memory that is free at the start: without a cache, tokens may take so much of it.
 const FREE_SHARE: f64 = 0.8;
-/// A token stands for fewer bytes of text than this, in all but hostile data: what surely does not fit is refused early.
+/// A token stands for fewer bytes of text than this, in all but hostile data: what surely does not fit is refused
+/// early.
 const TOKEN_TEXT_BYTES_MAX: u64 = 16;
 
 /// Where the tokens of a dataset are kept.
@@ -181,8 +182,8 @@ impl<'a> From<&'a Set> for Examples<'a> {
 /// the way, is what [`super::read`] and [`super::encode`] give.
 ///
 /// # Errors
-/// Data: files and rows that cannot be used, or nothing is left to learn. Config: a split that leaves a side empty, no chat
-/// template, a cache folder that cannot be used. Capacity: too little space or memory. Storage: the disk fails.
+/// Data: files and rows that cannot be used, or nothing is left to learn. Config: a split that leaves a side empty, no
+/// chat template, a cache folder that cannot be used. Capacity: too little space or memory. Storage: the disk fails.
 pub fn prepare(
     files: &[source::File],
     options: &Options,

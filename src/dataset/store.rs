@@ -294,8 +294,8 @@ impl Bytes {
         if file.metadata().map_err(storage)?.len() == 0 {
             return Ok(Bytes::Memory(Vec::new()));
         }
-        // SAFETY: the mapping is read-only. A finished store is never written again, only removed; a file that something
-        // else cuts short meanwhile would end the process with SIGBUS, as any mapped read would.
+        // SAFETY: the mapping is read-only. A finished store is never written again, only removed; a file that
+        // something else cuts short meanwhile would end the process with SIGBUS, as any mapped read would.
         unsafe { Mmap::map(&file) }.map(Bytes::Mapped).map_err(storage)
     }
 

@@ -1,10 +1,10 @@
 //! A byte-level BPE tokenizer -> the same tokens and places as the library's, with what words become remembered.
 //!
 //! The library keeps the place of every byte through each of its steps, which costs more than the tokens do. Most
-//! tokenizers in use need none of that: they split a text at added tokens, split the rest by one expression, and turn each
-//! piece, byte by byte, into tokens. Here the pieces' tokens come from the library's own model, once for each piece, and
-//! places are sums of lengths. A tokenizer with anything else in it (a normalizer, other splits, tokens that take the space
-//! around them) has no `Words`, and the library does all of the work.
+//! tokenizers in use need none of that: they split a text at added tokens, split the rest by one expression, and turn
+//! each piece, byte by byte, into tokens. Here the pieces' tokens come from the library's own model, once for each
+//! piece, and places are sums of lengths. A tokenizer with anything else in it (a normalizer, other splits, tokens that
+//! take the space around them) has no `Words`, and the library does all of the work.
 
 use super::tokenizer::Offsets;
 use fancy_regex::Regex;
