@@ -871,6 +871,9 @@ struct Job {
     /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
+    /// Folder in which tokens of the data are kept for later runs, or `off`: in memory
+    #[arg(long, value_name = "DIR", env = "HONE_TOKEN_CACHE")]
+    token_cache: Option<String>,
     /// Largest size of a downloaded data file, in bytes
     #[arg(long, value_name = "BYTES", env = "HONE_FILE_BYTES_MAX")]
     file_bytes_max: Option<String>,

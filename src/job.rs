@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use crate::adapter::{self, Adapter, card::Card};
-use crate::dataset::{self, Example, Tokenizer};
+use crate::dataset::{self, Set, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
@@ -105,12 +105,10 @@ fn make(
     folder: &mut RunFolder,
     report: &Report,
 ) -> Result<Trained> {
-    let dataset = dataset::read(data, &plan.dataset, report)?;
     let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(folder.started());
     fits_vocabulary(&tokenizer, &described.facts)?;
-    let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
-    let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
-    drop(dataset);
+    let dataset::Prepared { train: training, evaluation, .. } =
+        dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
@@ -130,7 +128,7 @@ fn make(
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
-    let examples = train::Data { train: &training, evaluation: &evaluation };
+    let examples = train::Sets { train: (&training).into(), evaluation: (&evaluation).into() };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
     ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
@@ -141,7 +139,7 @@ fn fit(
     plan: &Plan,
     decoder: &Decoder,
     adapter: &Trainable,
-    examples: train::Data,
+    examples: train::Sets,
     memory: Running,
     folder: &RunFolder,
     report: &Report,
@@ -381,8 +379,8 @@ fn tell_memory(memory: &Running, report: &Report) {
     }
 }
 
-fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
-    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
+    let longest = (0..examples.len()).map(|index| examples.tokens(index)).max().unwrap_or(0);
     if longest > facts.positions_max {
         report.warn(
             Stage::Tokenize,

@@ -32,6 +32,8 @@ pub struct Plan {
     pub dataset: dataset::Options,
     /// How rows become token examples.
     pub tokens: dataset::TokenOptions,
+    /// Where tokens are kept.
+    pub token_cache: dataset::TokenCache,
     /// How the base is stored and computed with, and what is adapted.
     pub model: model::Options,
     /// Limits of memory.
@@ -175,6 +177,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     Plan {
+        token_cache: rows::token_cache(reader, &source.cache),
         source,
         data,
         base,

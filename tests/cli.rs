@@ -211,6 +211,11 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_CACHE=]
 
+              --token-cache <DIR>
+                  Folder in which tokens of the data are kept for later runs, or `off`: in memory
+
+                  [env: HONE_TOKEN_CACHE=]
+
               --file-bytes-max <BYTES>
                   Largest size of a downloaded data file, in bytes
 
@@ -375,6 +380,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
 
         work: 60 optimizer steps over 216 rows, about 26845 tokens (estimated from footers)
         l4  about 780488 tokens/s, 1 s, $0.00 at $0.80 an hour
+        Costs follow list prices of one GPU on demand at large clouds in the United States, November 2026; yours may differ: give it with --price NAME=DOLLARS.
 
         memory, if all examples have the largest number of tokens:
         context and kernels                     600.0 MiB

@@ -342,11 +342,11 @@ fn data_is_seen_as_it_will_be_trained() {
         rows        2: 2 to train on, 0 to evaluate on, 0 dropped
         tokens      64, longest row 35
         learned     14 tokens, 21.9 %
-        cut         0 rows to 1024 tokens, 0.0 %
+        cut         0 rows to 1,024 tokens, 0.0 %
         steps       3
         packing     passes are filled to 6 %
-        duplicates  0 rows are exact copies of an earlier row, 0 are nearly the same
-        overlap     0 evaluation rows are also in the training data, exactly or nearly
+        duplicates  exact copies of an earlier row: 0; nearly so: 0
+        overlap     rows to evaluate on that are also trained on, exactly or nearly: 0
 
         tokens of a row
               1 to 3              0  

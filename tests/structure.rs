@@ -70,7 +70,7 @@ const HOMES: [(&str, &[&str]); 23] = [
     ("indicatif", &["report"]),
     ("k8s_openapi", &["controller", "workspace"]),
     ("kube", &["controller", "workspace"]),
-    ("memmap2", &["model"]),
+    ("memmap2", &["dataset", "model"]),
     ("minijinja", &["dataset"]),
     ("object_store", &["source"]),
     ("oci_client", &["registry"]),
@@ -88,8 +88,9 @@ const HOMES: [(&str, &[&str]); 23] = [
 ];
 
 /// Files that may hold `unsafe`, and what each needs it for.
-const UNSAFE: [(&str, &str); 23] = [
+const UNSAFE: [(&str, &str); 24] = [
     ("src/bounds.rs", "an allocator that counts"),
+    ("src/dataset/store.rs", "the memory map of tokens"),
     ("src/interrupt.rs", "a signal's handler"),
     ("src/kaito/sidecars.rs", "signals to KAITO's containers"),
     ("src/kaito/watch.rs", "a child process and its signals"),
@@ -117,7 +118,7 @@ const UNSAFE: [(&str, &str); 23] = [
 /// Lines that a function may have. Longer ones stand in `LONG` with the reason.
 const FUNCTION_LINES_MAX: usize = 60;
 /// Functions over the limit.
-const LONG: [(&str, &str, &str); 15] = [
+const LONG: [(&str, &str, &str); 14] = [
     ("src/cli.rs", "flags_become_settings_of_the_table", "one list of cases"),
     ("src/controller/mod.rs", "watch_all", "one line for each kind of object"),
     (
@@ -125,7 +126,6 @@ const LONG: [(&str, &str, &str); 15] = [
         "a_container_is_known_by_its_head_and_else_by_its_name",
         "one list of cases",
     ),
-    ("src/dataset/mod.rs", "read", "one pass over the rows, with all that is counted"),
     ("src/facts/family/phi.rs", "facts", "a table of facts"),
     ("src/facts/family/split.rs", "facts", "a table of facts"),
     ("src/facts/shapes.rs", "config", "a table of models"),

@@ -163,7 +163,7 @@ fn the_job_of_a_workspace_as_users_write_it() {
                     nvidia.com/gpu: "1"
                   requests:
                     cpu: "2"
-                    ephemeral-storage: 14Gi
+                    ephemeral-storage: 24Gi
                     memory: 6Gi
                     nvidia.com/gpu: "1"
                 securityContext:
@@ -238,6 +238,10 @@ fn every_input_and_output() {
     let claim = |name: &str| json!({"persistentVolumeClaim": {"claimName": name}});
     let inputs = [
         ("urls", json!({"urls": ["https://h/a.parquet?sig=x", "http://h/b.parquet"]})),
+        (
+            "places",
+            json!({"urls": ["hf://datasets/o/n#limit=9", "s3://b/rows/*.parquet", "gs://b/a.csv", "az://c/a.json", "oci://h/d:1"], "imagePullSecrets": ["pull"]}),
+        ),
         ("image", json!({"name": "rows", "image": "h/data:1", "imagePullSecrets": ["pull", "login"]})),
         ("volume", json!({"volumeSource": claim("data")})),
     ];
@@ -280,6 +284,37 @@ fn every_input_and_output() {
         results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
         cache-volume -> /mnt/cache: {"emptyDir":{}}
         tmp -> /tmp: {"emptyDir":{}}
+        # places to image
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=hf://datasets/o/n#limit=9
+        --data=s3://b/rows/*.parquet
+        --data=gs://b/a.csv
+        --data=az://c/a.json
+        --data=oci://h/d:1
+        --push=h/adapter:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"emptyDir":{}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.json"}],"name":"login"}},{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}}]}}
+        # places to volume
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=hf://datasets/o/n#limit=9
+        --data=s3://b/rows/*.parquet
+        --data=gs://b/a.csv
+        --data=az://c/a.json
+        --data=oci://h/d:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}}]}}
         # image to image
         run
         --config=/mnt/config/training_config.yaml
@@ -436,6 +471,7 @@ fn annotations_shape_the_job() {
             metadata:
               labels:
                 app.kubernetes.io/managed-by: hone
+                azure.workload.identity/use: "true"
                 kaito.sh/workspace: tune
             spec:
               affinity:
@@ -869,7 +905,7 @@ fn flags_write_a_workspace_that_renders() {
     ]));
     expect![[r#"
         2 error (usage, exit code 2): --data a.parquet: a cluster cannot reach it
-          help: give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)
+          help: give addresses (https://, hf://datasets/, s3://, gs://, az://, oci://), or one claim (pvc://CLAIM)
     "#]]
     .assert_eq(&refused(&[
         "tune",

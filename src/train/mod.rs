@@ -10,7 +10,7 @@ pub mod schedule;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::dataset::Example;
+use crate::dataset::{Example, Examples};
 use crate::facts::Keep;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
@@ -225,6 +225,21 @@ pub struct Data<'a> {
     pub evaluation: &'a [Example],
 }
 
+/// Examples, wherever they are.
+#[derive(Clone, Copy)]
+pub struct Sets<'a> {
+    /// Examples to train on.
+    pub train: Examples<'a>,
+    /// Examples to score.
+    pub evaluation: Examples<'a>,
+}
+
+impl<'a> From<Data<'a>> for Sets<'a> {
+    fn from(data: Data<'a>) -> Sets<'a> {
+        Sets { train: data.train.into(), evaluation: data.evaluation.into() }
+    }
+}
+
 /// The size of passes, and what the layers keep in them.
 #[derive(Clone, Debug)]
 pub enum Passes {
@@ -261,17 +276,17 @@ impl Passes {
 /// `passes` holds the plan that the run ended with. A loss or gradient that is not finite, an adapter without
 /// effect, memory that even the smallest plan exceeds, and a signal are faults.
 #[allow(clippy::too_many_arguments)]
-pub fn run(
+pub fn run<'a>(
     decoder: &Decoder,
     adapter: &Trainable,
-    data: Data,
+    data: impl Into<Sets<'a>>,
     options: &Options,
     passes: &mut Passes,
     checkpoints: Option<&Checkpoints>,
     report: &Report,
     log: &mut dyn FnMut(&Metric) -> Result<()>,
 ) -> Result<Trained> {
-    let mut trainer = Trainer::new(decoder, adapter, data, options, passes, report)?;
+    let mut trainer = Trainer::new(decoder, adapter, data.into(), options, passes, report)?;
     let resumed_at = trainer.resume(checkpoints)?;
     let began_at = trainer.state.step;
     trainer.evaluate_if_due(checkpoints, log)?;
@@ -308,14 +323,15 @@ pub fn run(
 
 /// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or
 /// one example. `Lora::None` evaluates the bare base.
-pub fn evaluate(
+pub fn evaluate<'a>(
     decoder: &Decoder,
     lora: Lora,
-    examples: &[Example],
+    examples: impl Into<Examples<'a>>,
     batch_examples: usize,
     rows_max: usize,
     report: &Report,
 ) -> Result<f64> {
+    let examples = examples.into();
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
     let (mut losses, mut tokens) = (Vec::new(), 0);
     let indices: Vec<usize> = (0..examples.len()).collect();
@@ -354,7 +370,7 @@ struct Sent {
 struct Trainer<'a> {
     decoder: &'a Decoder,
     adapter: &'a Trainable,
-    data: Data<'a>,
+    data: Sets<'a>,
     options: &'a Options,
     passes: &'a mut Passes,
     report: &'a Report,
@@ -377,7 +393,7 @@ impl<'a> Trainer<'a> {
     fn new(
         decoder: &'a Decoder,
         adapter: &'a Trainable,
-        data: Data<'a>,
+        data: Sets<'a>,
         options: &'a Options,
         passes: &'a mut Passes,
         report: &'a Report,
@@ -541,7 +557,14 @@ impl<'a> Trainer<'a> {
         let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
         let key = |example: usize| mix(epoch ^ example as u64);
         let micro_batches = self.steps.micro_batches(step);
-        order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key)
+        let batches =
+            order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key);
+        // The next step's tokens come from the disk while this step is computed.
+        if step + 1 < self.steps.total {
+            let next = self.steps.micro_batches(step + 1);
+            next.iter().flatten().for_each(|&example| self.data.train.will_need(example));
+        }
+        batches
     }
 
     fn refuse_divergence(&self, loss: f64, grad_norm: f64) -> Result<()> {

@@ -158,7 +158,7 @@ pub struct Source {
     /// A name for it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
-    /// Files to download, over http or https.
+    /// Files to download: http(s), hf://datasets/, s3://, gs://, az:// and oci:// addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
     /// A volume that holds the files.

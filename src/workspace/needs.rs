@@ -3,6 +3,7 @@
 use super::annotations::Options;
 use super::request::Run;
 use super::{Settings, Workspace};
+use crate::dataset::TokenCache;
 use crate::facts::Facts;
 use crate::facts::sites;
 use crate::facts::{Keep, shapes};
@@ -11,10 +12,12 @@ use crate::memory::card::{self, Card};
 use crate::memory::{self, Machine, Place, Task};
 
 const GIB: f64 = (1u64 << 30) as f64;
-/// Host memory of the process: the program, the dataset's tokens, the driver.
+/// Host memory of the process: the program, the driver, and the rows that are being encoded.
 const HOST_BYTES: f64 = 4.0 * GIB;
 /// Disk for data whose size is not known before the download.
 const DATA_BYTES: f64 = 5.0 * GIB;
+/// Disk for the token cache: compressed text becomes about twice its size in tokens.
+const TOKEN_BYTES: f64 = 2.0 * DATA_BYTES;
 /// A checkpoint holds the adapter and the optimizer's two moments; one is written before the older is removed.
 const ADAPTER_COPIES: f64 = 1.0 + 2.0 * 3.0;
 /// Disk for a model without a known shape: 7 billion parameters in bf16 and as much again.
@@ -139,12 +142,13 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     }
 }
 
-/// What lies on the node's disk: weights and data unless a claim keeps them, checkpoints and the adapter likewise.
+/// What lies on the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
     let adapter =
         task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
-    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES };
+    let tokens = if run.plan.token_cache == TokenCache::Off { 0.0 } else { TOKEN_BYTES };
+    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES + tokens };
     let results = match (&options.work_claim, &run.plan.push) {
         (None, Some(_)) => ADAPTER_COPIES * adapter,
         _ => 0.0,

@@ -152,8 +152,13 @@ pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
 
 fn spec(parts: &Parts) -> Result<JobSpec> {
     let options = parts.frame.options;
+    let mut pod_labels = labels(parts.frame.workspace);
+    if options.service_account.is_some() {
+        // Azure's webhook brings an identity to pods with this label only; other clouds do not look at it.
+        pod_labels.insert("azure.workload.identity/use".into(), "true".into());
+    }
     let template = PodTemplateSpec {
-        metadata: Some(ObjectMeta { labels: Some(labels(parts.frame.workspace)), ..ObjectMeta::default() }),
+        metadata: Some(ObjectMeta { labels: Some(pod_labels), ..ObjectMeta::default() }),
         spec: Some(parts.pod()?),
     };
     Ok(JobSpec {

@@ -13,8 +13,12 @@ use super::pod;
 use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::Result;
+use crate::fetch;
 use crate::registry::Target;
 use crate::spec::{Mistakes, Origin};
+
+/// Schemes of data beside http and https.
+const PLACES: [&str; 5] = ["hf", "s3", "gs", "az", "oci"];
 
 /// Names that lead to the machine itself or to a cloud's metadata.
 const HOSTS_REFUSED: [&str; 4] =
@@ -261,7 +265,7 @@ impl Rules {
             self.wrong("tuning.input", "exactly one of urls, image and volumeSource must be given");
         }
         for url in &input.urls {
-            self.url("tuning.input.urls", url);
+            self.data_address("tuning.input.urls", url);
         }
         if !input.image.is_empty() {
             self.image("tuning.input.image", &input.image, false);
@@ -322,6 +326,29 @@ impl Rules {
         }
     }
 
+    /// Every place that `hone run` takes data from, but for paths: those are of a volume.
+    fn data_address(&mut self, field: &str, text: &str) {
+        let scheme = text.trim().split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+        if let Some("http" | "https") | None = scheme.as_deref() {
+            return self.url(field, text);
+        }
+        // Digest, layout, weight and limit are the plan's matter.
+        let address = text.split_once('#').map_or(text, |(address, _)| address);
+        let known = address.split_once("://").is_some_and(|(name, _)| PLACES.contains(&name));
+        match fetch::Data::parse(address) {
+            Ok(_) if known => {}
+            Err(fault) if known => self.wrong(field, fault.in_a_line()),
+            _ => self.wrong(
+                field,
+                format!(
+                    "{}:// is no place that a pod reads; expected http, https, {}; files of a volume are given by volumeSource",
+                    scheme.unwrap_or_default(),
+                    PLACES.join(", ")
+                ),
+            ),
+        }
+    }
+
     /// KAITO looks at addresses written out only; names that lead to such are refused when they are connected to.
     fn url(&mut self, field: &str, text: &str) {
         let Ok(url) = Url::parse(text) else {
@@ -330,9 +357,6 @@ impl Rules {
         };
         // The part after the host may hold a secret.
         let name = format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default());
-        if !["http", "https"].contains(&url.scheme()) {
-            return self.wrong(field, format!("{name}: expected http or https"));
-        }
         let refused = match url.host() {
             None => true,
             Some(Host::Domain(host)) => {
@@ -504,6 +528,28 @@ mod tests {
         assert_eq!(input(json!({"urls": ["http://example.com/a", "https://203.0.113.7/b"]})), "valid");
         assert_eq!(input(json!({"volumeSource": claim})), "valid");
         assert_eq!(input(json!({"image": "data", "imagePullSecrets": ["a.b"]})), "valid");
+        for url in [
+            "hf://datasets/owner/name",
+            "hf://datasets/owner/name@main/rows/*.parquet#layout=alpaca&limit=10",
+            "s3://bucket/rows/*.parquet",
+            "gs://bucket/rows/",
+            "az://container/a.jsonl.gz#sha256=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            "oci://registry.example.com/team/rows:1",
+            "HTTPS://example.com/a.parquet",
+        ] {
+            assert_eq!(input(json!({"urls": [url]})), "valid", "{url}");
+        }
+        for (url, told) in [
+            ("hf://owner/name", "tuning.input.urls: "),
+            ("hf://datasets/owner", "tuning.input.urls: an address hf://datasets/ does not name a dataset"),
+            ("s3://key:secret@bucket/a", "tuning.input.urls: s3://bucket/a: expected s3://BUCKET/NAME"),
+            ("oci://oci:folder", "tuning.input.urls: oci://oci:folder names no image"),
+            ("file:///etc/passwd", "tuning.input.urls: file:// is no place that a pod reads"),
+            ("ftp://example.com/a", "tuning.input.urls: ftp:// is no place that a pod reads"),
+        ] {
+            let refused = input(json!({"urls": [url]}));
+            assert!(refused.starts_with(told) && !refused.contains("secret"), "{url}: {refused}");
+        }
         for url in [
             "ftp://example.com/a",
             "file:///etc/passwd",

@@ -33,7 +33,8 @@ const LOCAL_MODEL: &str =
 const TORCH: &str = "this is a switch of PyTorch or its libraries";
 const ONE_PROCESS: &str = "one process trains on one device";
 const SHARDED: &str = "one device holds the model; remove the key";
-const NO_WORKERS: &str = "examples are in memory before training starts; there are no loader workers";
+const NO_WORKERS: &str =
+    "tokens are made before training starts and read ahead of each step; there are no loader workers";
 const NO_HUB: &str = "nothing is sent to a hub; `push` sends the adapter to a registry";
 const NO_TRACKER: &str = "metrics go to metrics.jsonl and to the log";
 const NOT_MLM: &str = "causal language models predict the next token; no token is masked";
@@ -65,6 +66,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "memory_max", Text, "", "Upper limit of the memory to use: `20GiB`, bytes, or a share of the free memory; unset: 0.96 of a GPU's free memory, or 0.9 of what the machine or the container has free."),
     Key::used(H, "pass_tokens_max", integer(1), "", "Upper limit of the tokens in one pass; unset: 4096 or the longest example, and less if memory requires it. It does not change the result."),
     Key::used(H, "cache", Path, "", "Folder of finished and partial downloads, and of fetched models; unset: hone in the user's cache folder."),
+    Key::used(H, "token_cache", Text, "", "Folder in which tokens of the data are kept, for this run and later ones, or `off`: they are kept in memory. Unset: `tokens` in the folder of `cache`."),
     Key::used(H, "ca_file", Path, "", "Root certificates (PEM) trusted besides the built-in ones."),
     Key::used(H, "plain_http", Boolean, "false", "Connect to the registry without TLS."),
     Key::used(H, "docker_config", Path, "", "Docker config.json, or its folder, with registry credentials; unset: DOCKER_CONFIG, then the usual places."),
