@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use serde_json::{Value as Json, json};
 
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Example, Tokenizer};
@@ -28,12 +29,14 @@ use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
-use crate::run_folder::{Metrics, RunFolder};
+use crate::run_folder::{self, Metrics, RunFolder};
+use crate::run_report;
 use crate::source;
 use crate::train::{self, Every, Passes, Trained};
 
 pub mod room;
 pub mod estimate;
+mod told;
 
 use room::Lengths;
 
@@ -69,10 +72,18 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
     let device = device::open(plan.device, report)?;
+    report.fact("plan", plan.json());
+    report.fact("model", told::model(&described));
+    report.fact("environment", run_report::environment(&device));
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
+    if folder.is_fresh() {
+        report.fact("folder", folder_fact(&folder));
+    }
     let data = fetch::data(&plan.data, plan.access(), report)?; // data errors before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
+    report.fact("folder", folder_fact(&folder));
+    report.fact("provenance", told::provenance(plan, &data));
     let trained = match folder.trained() {
         Some(trained) => {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
@@ -85,11 +96,17 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
             let _standing = interrupt::stands(Standing::Pushing);
             let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
             folder.pushed(&pushed)?;
+            report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
             Some(pushed)
         }
         None => None,
     };
+    report.fact("ended", true);
     Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+}
+
+fn folder_fact(folder: &RunFolder) -> Json {
+    json!({"path": folder.path(), "fingerprint": folder.fingerprint()})
 }
 
 /// Data and base -> a trained adapter in the folder.
@@ -106,13 +123,17 @@ fn make(
     fits_vocabulary(&tokenizer, &described.facts)?;
     let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
     let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
+    let read = (dataset.train.len(), dataset.evaluation.len());
     drop(dataset);
+    let examples = train::Data { train: &training, evaluation: &evaluation };
+    report.fact("data rows", told::rows(read, &examples));
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
+    report.fact("memory plan", told::memory(&memory));
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
     for (written, module) in &described.sites.renamed {
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
@@ -126,10 +147,12 @@ fn make(
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
-    let examples = train::Data { train: &training, evaluation: &evaluation };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
     ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
+    report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
+    report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
 }
 
@@ -405,6 +428,7 @@ fn image_facts(plan: &Plan) -> ImageFacts {
     ImageFacts {
         model_name: plan.model_name.clone(),
         title: Some(format!("LoRA adapter for {}", plan.model_name)),
+        annotations: [("hone.report".to_owned(), run_folder::REPORT.to_owned())].into(),
         ..ImageFacts::default()
     }
 }

@@ -19,7 +19,7 @@ use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, serving};
+use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, run_report, serving};
 use std::io::IsTerminal;
 
 /// Prints a line; a reader that went away is no reason to fail.
@@ -85,7 +85,10 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     if let (Command::Run(_) | Command::Example { .. }, Some(path)) = (&invocation.command, &message) {
         termination::write_ahead(path);
     }
-    let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
+    let shown = report::choose(bars, invocation.quiet);
+    let is_run = matches!(invocation.command, Command::Run(_) | Command::Example { .. });
+    let shown = if is_run { Arc::new(run_report::Recorder::new(shown)) } else { shown };
+    let latest = Arc::new(Latest::new(shown));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
     let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
@@ -179,6 +182,10 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         }
         Command::Inspect { request, options, format, html } => {
             look(&resolve(request)?, options, *format, html.as_deref(), report).map(|()| None)
+        }
+        Command::Report { folders, to } => {
+            say!("{}", run_report::make(folders, to.as_deref())?.display());
+            Ok(None)
         }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),

@@ -14,7 +14,7 @@ use crate::endpoint::{self, Asked, Reply, Server};
 use crate::fault::Result;
 use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
 
-use machine::Sampler;
+pub use machine::Sampler;
 
 /// The newest of everything; `None` until there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -58,7 +58,7 @@ impl Sink for Latest {
             }
             Event::Step(metrics) => state.step = Some(metrics.clone()),
             Event::Evaluated { eval_loss, .. } => state.eval_loss = Some(*eval_loss),
-            Event::Failed(_) => {}
+            Event::Fact { .. } | Event::Failed(_) => {}
         }
         drop(state);
         self.sink.event(event);

@@ -6,7 +6,7 @@
 //! sentinel is the last. Links that somebody planted under hone's own names are never followed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -20,10 +20,18 @@ use crate::registry::Pushed;
 use crate::source;
 use crate::train::{Checkpoints, Metric, Trained};
 
-const RECORD: &str = "hone.json";
+pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
-const METRICS: &str = "metrics.jsonl";
+pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+/// The page that explains the run.
+pub const REPORT: &str = "report.html";
+/// How that page begins, by which hone knows its own.
+pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
+/// What that page is made of, for machines.
+pub const REPORT_FACTS: &str = "report.json";
+/// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
+pub const TIMELINE: &str = "timeline.jsonl";
 /// How long a start waits for another hone to leave the folder: a pod that is deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -35,8 +43,18 @@ const EARLIER: &str = "earlier";
 /// Names under which a finished run's work stands.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All that a run leaves.
-const OWN: [&str; 7] =
-    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
+const OWN: [&str; 10] = [
+    adapter::CONFIG_FILE,
+    adapter::WEIGHTS_FILE,
+    SENTINEL,
+    "README.md",
+    METRICS,
+    CHECKPOINTS,
+    REPORT,
+    REPORT_FACTS,
+    TIMELINE,
+    RECORD,
+];
 
 /// What happens to results of another run in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,7 +152,9 @@ impl RunFolder {
                 }
                 self.started = now();
                 // Before the record: afterwards nothing would tell these lines from the new run's.
-                self.remove(METRICS)?;
+                for name in [METRICS, TIMELINE, REPORT_FACTS, REPORT] {
+                    self.remove(name)?;
+                }
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,
@@ -220,15 +240,18 @@ impl RunFolder {
 
     /// Writes a file whole: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
-        let (place, temporary) = (self.path.join(name), self.path.join(partial_name(name)));
-        let write = || -> std::io::Result<()> {
-            let mut file = create_anew(&temporary)?;
-            file.write_all(content)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &place)?;
-            File::open(&self.path)?.sync_all()
-        };
-        write().map_err(|error| Fault::storage("write", &place, &error))
+        replace(&self.path, name, content)
+            .map_err(|error| Fault::storage("write", &self.path.join(name), &error))
+    }
+
+    /// Whether no run was here before.
+    pub fn is_fresh(&self) -> bool {
+        self.record.is_none()
+    }
+
+    /// What identifies the run that the folder belongs to.
+    pub fn fingerprint(&self) -> &str {
+        self.record.as_ref().map_or("", |record| &record.fingerprint)
     }
 
     /// Records the end of training, then writes the sentinel.
@@ -266,6 +289,16 @@ impl Metrics {
         let line = format!("{}\n", serde_json::to_string(metric).expect("numbers"));
         self.file.write_all(line.as_bytes()).map_err(|error| Fault::storage("write", &self.path, &error))
     }
+}
+
+/// Writes a file of a folder whole: temporary name, sync, rename. What stood under its name is replaced, not followed.
+pub fn replace(folder: &Path, name: &str, content: &[u8]) -> std::io::Result<()> {
+    let temporary = folder.join(partial_name(name));
+    let mut file = create_anew(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&temporary, folder.join(name))?;
+    File::open(folder)?.sync_all()
 }
 
 fn partial_name(name: &str) -> String {
@@ -360,6 +393,15 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
+/// Whether a plain file begins with this text.
+fn begins_with(file: &Path, text: &str) -> bool {
+    let mut start = vec![0; text.len()];
+    let is_plain = fs::symlink_metadata(file).is_ok_and(|found| found.is_file());
+    is_plain
+        && File::open(file).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+        && start == text.as_bytes()
+}
+
 /// An empty folder may hold what file systems and hone itself leave: hidden files, lost+found, and the empty
 /// metrics that earlier versions wrote before the record.
 fn refuse_foreign(path: &Path) -> Result<()> {
@@ -368,7 +410,12 @@ fn refuse_foreign(path: &Path) -> Result<()> {
         entry.file_name() == METRICS
             && entry.metadata().is_ok_and(|found| found.is_file() && found.len() == 0)
     };
-    let entries = entries.flatten().filter(|entry| !is_bare(entry));
+    // A start that failed before its record left its report.
+    let reported = begins_with(&path.join(REPORT), REPORT_MARK);
+    let is_report = |entry: &fs::DirEntry| {
+        reported && [REPORT, REPORT_FACTS, TIMELINE].iter().any(|name| entry.file_name() == *name)
+    };
+    let entries = entries.flatten().filter(|entry| !is_bare(entry) && !is_report(entry));
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut foreign: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();

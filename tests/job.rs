@@ -84,6 +84,9 @@ fn the_example_trains_ships_and_repeats_itself() {
         "fine_tuning_completed.txt",
         "hone.json",
         "metrics.jsonl",
+        "report.html",
+        "report.json",
+        "timeline.jsonl",
     ];
     assert_eq!(work.list("try/adapter"), written);
 

@@ -116,6 +116,7 @@ fn speak(event: &Event) {
         Event::Evaluated { step, epoch, eval_loss } => {
             tracing::info!(target: "hone", stage = "evaluate", step, epoch, eval_loss, "evaluated");
         }
+        Event::Fact { .. } => {}
         Event::Failed(fault) => tracing::error!(
             target: "hone",
             kind = fault.kind.name(),

@@ -83,6 +83,11 @@ pub enum Event {
         epoch: f64,
         eval_loss: f64,
     },
+    /// Something about the run that is kept for its report, under a name; terminals and logs pass it over.
+    Fact {
+        name: &'static str,
+        value: serde_json::Value,
+    },
     /// The end of a run that did not reach its own.
     Failed(Fault),
 }
@@ -144,6 +149,11 @@ impl Report {
 
     pub fn note(&self, stage: Stage, text: impl Into<String>) {
         self.say(Event::Note { stage, text: text.into() });
+    }
+
+    /// Keeps a fact for the run's report.
+    pub fn fact(&self, name: &'static str, value: impl Into<serde_json::Value>) {
+        self.say(Event::Fact { name, value: value.into() });
     }
 
     pub fn fault(&self, fault: &Fault) {

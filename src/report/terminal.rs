@@ -60,6 +60,7 @@ impl Sink for Terminal {
     fn event(&self, event: &Event) {
         match event {
             Event::Warning { .. } | Event::Failed(_) => self.line(&shown(event)),
+            Event::Fact { .. } => {}
             _ if self.quiet => {}
             Event::Step(metrics) => {
                 let tasks = self.tasks();
@@ -119,6 +120,7 @@ fn shown(event: &Event) -> String {
         Event::Evaluated { step, epoch, eval_loss } => {
             format!("{:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4}", Stage::Evaluate.name())
         }
+        Event::Fact { name, value } => format!("{name} {value}"),
         Event::Failed(fault) => failure(fault),
     }
 }
