@@ -392,7 +392,7 @@ fn lengths(told: &Json) -> String {
             rows(bar)
         )
     };
-    let lines: String = bars.iter().map(line).collect();
+    let lines: String = bars.iter().skip_while(|bar| rows(bar) == 0).map(line).collect();
     format!("<h3>Tokens of an example</h3>\n<table class=\"bars\">\n{lines}</table>\n")
 }
 
