@@ -30,9 +30,10 @@ use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
-use crate::run_report;
 use crate::source;
+use crate::train::best::Measure;
 use crate::train::{self, Every, Passes, Trained};
+use crate::words;
 
 pub mod room;
 pub mod estimate;
@@ -72,9 +73,10 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
     }
     let device = device::open(plan.device, report)?;
+    refuse_on_gpu(plan, &device)?;
     report.fact("plan", plan.json());
     report.fact("model", told::model(&described));
-    report.fact("environment", run_report::environment(&device));
+    report.fact("environment", told::environment(&device));
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
     if folder.is_fresh() {
         report.fact("folder", folder_fact(&folder));
@@ -94,7 +96,8 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let pushed = match &plan.push {
         Some(target) => {
             let _standing = interrupt::stands(Standing::Pushing);
-            let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
+            let facts = image_facts(plan, &trained);
+            let pushed = registry::push(folder.path(), target, &facts, &plan.registry, report)?;
             folder.pushed(&pushed)?;
             report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
             Some(pushed)
@@ -152,6 +155,7 @@ fn make(
     ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
+    report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
 }
@@ -297,6 +301,19 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
     Ok(())
 }
 
+/// What only the CPU's operations compute.
+fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
+    let judged_by = plan.train.judging.map(|judging| judging.measure);
+    let what = match () {
+        () if device.is_cpu() => return Ok(()),
+        () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
+        () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
+        () => return Ok(()),
+    };
+    Err(Fault::config(format!("{what} is computed on a CPU only, and this run trains on a GPU"))
+        .help("remove the key, or compare evaluations by eval_loss"))
+}
+
 /// A run that never takes a step with a learning rate above zero cannot learn.
 fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
     let options = &plan.train;
@@ -424,21 +441,22 @@ pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     }
 }
 
-fn image_facts(plan: &Plan) -> ImageFacts {
+fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
+    let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
     ImageFacts {
         model_name: plan.model_name.clone(),
         title: Some(format!("LoRA adapter for {}", plan.model_name)),
-        annotations: [("hone.report".to_owned(), run_folder::REPORT.to_owned())].into(),
+        annotations: annotations.map(|(name, value)| (name.to_owned(), value)).into(),
         ..ImageFacts::default()
     }
 }
 
 fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     format!(
-        "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
+        "{} with {} parameters in {}; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
-        decoder.base_bytes() as f64 / 1e6,
+        words::size(decoder.base_bytes() as u64),
         adapter.params.elem_count(),
         adapter.sites.len()
     )

@@ -5,6 +5,8 @@ mod reader;
 mod places;
 mod rows;
 mod base;
+mod schedule;
+mod judging;
 mod training;
 mod show;
 

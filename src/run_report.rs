@@ -9,7 +9,7 @@ mod html;
 mod page;
 mod story;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,15 +19,18 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value as Json, json};
 
-use crate::device;
-use crate::fault::{Fault, Kind, Result};
+use crate::fault::{Fault, Result};
 use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
-use crate::run_folder::{REPORT, REPORT_FACTS, TIMELINE, replace};
+use crate::run_folder::{REPORT, REPORT_FACTS, TIMELINE};
+use crate::{whole, words};
 
 pub use story::{Note, Start, Story};
 
 /// LIMIT: notes that are kept of one start; a run has some tens.
 const NOTES_MAX: usize = 400;
+
+/// What the report itself does, and why it failed.
+type Done = std::result::Result<(), String>;
 
 /// Passes everything on, and keeps what the page will tell.
 pub struct Recorder {
@@ -66,11 +69,11 @@ impl Recorder {
     }
 
     /// Does something of the report's own; what fails is told once and changes nothing else.
-    fn attempt(&self, doing: &str, work: impl FnOnce(&mut State) -> std::io::Result<()>) {
+    fn attempt(&self, doing: &str, work: impl FnOnce(&mut State) -> Done) {
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mut self.lock())));
         let why = match done {
             Ok(Ok(())) => return,
-            Ok(Err(error)) => error.to_string(),
+            Ok(Err(why)) => why,
             Err(_) => "see the panic message above".to_owned(),
         };
         let text = format!("the report could not be {doing}, which changes nothing else: {why}");
@@ -112,7 +115,7 @@ impl Recorder {
             if written.is_err() {
                 state.timeline = None; // told once
             }
-            written
+            written.map_err(|error| error.to_string())
         });
     }
 }
@@ -137,7 +140,7 @@ impl Sink for Recorder {
 
 impl State {
     /// The run's own folder: goes on with what an earlier start of the same run left there.
-    fn open(&mut self, told: &Json) -> std::io::Result<()> {
+    fn open(&mut self, told: &Json) -> Done {
         let Some(folder) = told["path"].as_str().map(PathBuf::from) else { return Ok(()) };
         self.story.facts.insert("fingerprint".into(), told["fingerprint"].clone());
         if let Some(earlier) = Story::read(&folder)
@@ -151,17 +154,18 @@ impl State {
         self.keep()?;
         let mut open = OpenOptions::new();
         open.append(true).create(true).custom_flags(libc::O_NOFOLLOW);
-        self.timeline = Some(open.open(timeline)?);
+        self.timeline = Some(open.open(timeline).map_err(|error| error.to_string())?);
         Ok(())
     }
 
-    fn keep(&self) -> std::io::Result<()> {
+    fn keep(&self) -> Done {
         let Some(folder) = &self.folder else { return Ok(()) };
-        replace(folder, REPORT_FACTS, &serde_json::to_vec_pretty(&self.story).expect("texts and numbers"))
+        let text = serde_json::to_vec_pretty(&self.story).expect("texts and numbers");
+        whole::write(&folder.join(REPORT_FACTS), &text).map_err(Fault::in_a_line)
     }
 
     /// The last word of this start: the facts and the page.
-    fn end(&mut self, fault: Option<&Fault>) -> std::io::Result<()> {
+    fn end(&mut self, fault: Option<&Fault>) -> Done {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         if std::mem::replace(&mut self.ended, true) {
             return Ok(());
@@ -171,33 +175,9 @@ impl State {
         }
         self.story.end(now(), fault);
         self.keep()?;
-        replace(&folder, REPORT, page::html(&page::Run::of(&folder, self.story.clone())).as_bytes())
+        let page = page::html(&page::Run::of(&folder, self.story.clone()));
+        whole::write(&folder.join(REPORT), page.as_bytes()).map_err(Fault::in_a_line)
     }
-}
-
-/// What of a machine explains a run's speed and its numbers.
-pub fn environment(device: &candle_core::Device) -> Json {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let after = |text: &str, word: &str| {
-        let line = text.lines().find_map(|line| line.trim().strip_prefix(word))?;
-        Some(line.trim_start_matches([' ', '\t', ':']).trim().to_owned())
-    };
-    let memory = after(&read("/proc/meminfo"), "MemTotal")
-        .and_then(|text| text.trim_end_matches(" kB").parse::<u64>().ok())
-        .map(|kib| kib * 1024);
-    let driver = read("/proc/driver/nvidia/version");
-    let driver = driver.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
-    json!({
-        "device": device::name(device),
-        "cpu": after(&read("/proc/cpuinfo"), "model name"),
-        "threads": rayon::current_num_threads(),
-        "machine_memory_bytes": memory,
-        "kernel": read("/proc/sys/kernel/osrelease").trim(),
-        "nvidia_driver": driver,
-        "hone": env!("CARGO_PKG_VERSION"),
-        "build": if cfg!(feature = "cuda") { "cuda" } else { "cpu" },
-        "container_image": std::env::var("HONE_IMAGE").ok(),
-    })
 }
 
 fn binary_digest() -> Option<String> {
@@ -210,7 +190,7 @@ fn binary_digest() -> Option<String> {
             count => sha2::Digest::update(&mut hash, &part[..count]),
         }
     }
-    Some(sha2::Digest::finalize(hash).iter().map(|byte| format!("{byte:02x}")).collect())
+    Some(words::hex(sha2::Digest::finalize(hash)))
 }
 
 fn now() -> u64 {
@@ -229,12 +209,7 @@ pub fn make(folders: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
         _ => (compare::html(&runs), PathBuf::from("comparison.html")),
     };
     let place = to.map_or(default, Path::to_path_buf);
-    let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = place.file_name().ok_or_else(|| {
-        Fault::new(Kind::Usage, format!("--to {}: expected the name of a file", place.display()))
-    })?;
-    replace(parent, &name.to_string_lossy(), page.as_bytes())
-        .map_err(|error| Fault::storage("write", &place, &error))?;
+    whole::write(&place, page.as_bytes())?;
     Ok(place)
 }
 

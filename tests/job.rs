@@ -27,7 +27,7 @@ fn metrics(work: &Work, folder: &str) -> (Vec<Value>, Vec<Value>) {
         assert_eq!(keys(line), "step, loss, grad_norm, learning_rate, epoch, num_tokens");
     }
     for line in &evaluations {
-        assert_eq!(keys(line), "step, epoch, eval_loss");
+        assert_eq!(keys(line), "step, epoch, eval_loss, eval_perplexity, eval_mean_token_accuracy");
     }
     (steps, evaluations)
 }

@@ -68,7 +68,7 @@ impl Case {
         train::Options {
             learning_rate: self.number("lr"),
             schedule: match self.args["schedule"].as_str().unwrap() {
-                "cosine" => Schedule::Cosine,
+                "cosine" => Schedule::COSINE,
                 "constant" => Schedule::Constant,
                 _ => Schedule::Linear,
             },
@@ -245,7 +245,7 @@ impl Case {
             rows.iter().map(|row| examples[row.as_u64().unwrap() as usize].clone()).collect();
         let loss =
             train::evaluate(decoder, adapter.evaluated(), &chosen, 4, usize::MAX, &Report::silent()).unwrap();
-        (loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
+        (loss.loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
     }
 }
 

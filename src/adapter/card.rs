@@ -47,6 +47,7 @@ pub fn markdown(card: &Card) -> String {
         format!("| loss, last step | {:.4} |", card.trained.loss),
     ];
     lines.extend(card.trained.eval_loss.map(|loss| format!("| evaluation loss | {loss:.4} |")));
+    lines.push(format!("| the adapter is of | {} |", card.trained.adapter()));
     lines.extend(["".into(), "| setting | |".into(), "|---|---|".into()]);
     lines.extend(card.settings.iter().map(|(name, value)| format!("| {} | {} |", plain(name), plain(value))));
     lines.extend(["".into(), "| data | SHA-256 |".into(), "|---|---|".into()]);

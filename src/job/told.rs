@@ -2,19 +2,46 @@
 
 use std::path::Path;
 
+use candle_core::Device;
 use serde_json::{Value as Json, json};
 
 use crate::dataset::Example;
+use crate::device;
 use crate::fetch;
 use crate::memory::Running;
 use crate::plan::Plan;
 use crate::source;
-use crate::train;
+use crate::train::{self, Trained};
 
 use super::{Described, MODEL_TEXTS};
 
 /// Bars of the histogram of lengths.
 const BARS: usize = 16;
+
+/// What of a machine explains a run's speed and its numbers.
+pub(super) fn environment(device: &Device) -> Json {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let after = |text: &str, word: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(word))?;
+        Some(line.trim_start_matches([' ', '\t', ':']).trim().to_owned())
+    };
+    let memory = after(&read("/proc/meminfo"), "MemTotal")
+        .and_then(|text| text.trim_end_matches(" kB").parse::<u64>().ok())
+        .map(|kib| kib * 1024);
+    let driver = read("/proc/driver/nvidia/version");
+    let driver = driver.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    json!({
+        "device": device::name(device),
+        "cpu": after(&read("/proc/cpuinfo"), "model name"),
+        "threads": rayon::current_num_threads(),
+        "machine_memory_bytes": memory,
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "nvidia_driver": driver,
+        "hone": env!("CARGO_PKG_VERSION"),
+        "build": if cfg!(feature = "cuda") { "cuda" } else { "cpu" },
+        "container_image": std::env::var("HONE_IMAGE").ok(),
+    })
+}
 
 /// The model and what of it is trained.
 pub(super) fn model(described: &Described) -> Json {
@@ -70,6 +97,18 @@ fn histogram(lengths: &[usize]) -> Vec<(usize, usize, usize)> {
         .map(|bar| bar * width + 1)
         .map(|from| (from, from + width - 1, count(from)))
         .collect()
+}
+
+/// What evaluations decided.
+pub(super) fn evaluation(trained: &Trained) -> Json {
+    let best = trained.best.as_ref();
+    json!({
+        "best_step": best.map(|best| best.step),
+        "metric": best.map(|best| &best.metric),
+        "best_metric": best.map(|best| best.value),
+        "adapter": trained.adapter(),
+        "stopped_early": trained.stopped_early.then(|| format!("after step {}", trained.steps)),
+    })
 }
 
 /// The memory plan in force.

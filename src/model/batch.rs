@@ -15,6 +15,8 @@ pub struct Batch {
     /// Rows whose next token is a target, ascending, and that token.
     pub target_rows: Vec<u32>,
     pub targets: Vec<u32>,
+    /// Share of each target that goes to all tokens alike.
+    pub label_smoothing: f64,
 }
 
 /// One example's rows.

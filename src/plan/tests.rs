@@ -213,6 +213,8 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("device", _) => "cuda:1".into(),
         ("memory_max", _) => "20GiB".into(),
         ("load_in_8bit" | "fp16", _) => "false".into(),
+        ("lr_scheduler_kwargs", _) => "{}".into(),
+        ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
         (_, Type::Choice(words)) => words[0].into(),
         (_, Type::Boolean) => "true".into(),

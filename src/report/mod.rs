@@ -82,6 +82,8 @@ pub enum Event {
         step: u64,
         epoch: f64,
         eval_loss: f64,
+        /// Share of the supervised tokens that are the most probable ones, if it was counted.
+        accuracy: Option<f64>,
     },
     /// Something about the run that is kept for its report, under a name; terminals and logs pass it over.
     Fact {

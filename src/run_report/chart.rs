@@ -221,7 +221,7 @@ fn ticks((low, high): (f64, f64), step: f64) -> Vec<f64> {
 /// A number in few letters.
 pub fn written(value: f64, unit: Unit) -> String {
     if unit == Unit::Bytes {
-        return crate::memory::show::size(value.max(0.0) as u64);
+        return crate::words::size(value.max(0.0) as u64);
     }
     let size = value.abs();
     let trimmed = |text: String| match text.contains('.') {

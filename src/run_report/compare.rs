@@ -58,7 +58,7 @@ fn outcomes(runs: &[Run], names: &[String]) -> String {
             escaped(&number(&trained["tokens"])),
             escaped(&number(&trained["tokens_per_second"])),
             escaped(&trained["seconds"].as_f64().map(duration).unwrap_or_default()),
-            escaped(&run.memory_peak().map(crate::memory::show::size).unwrap_or_default()),
+            escaped(&run.memory_peak().map(crate::words::size).unwrap_or_default()),
         ]
     };
     let rows: Vec<Vec<String>> = runs.iter().zip(names).map(row).collect();

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 use crate::adapter;
-use crate::memory::show::size;
 use crate::run_folder::{METRICS, RECORD, TIMELINE};
+use crate::words::size;
 
 use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, facts, folded, page, section, table};
@@ -189,9 +189,7 @@ fn subtitle(run: &Run) -> String {
 
 /// `2026-11-27 08:45`
 fn date(seconds: u64) -> String {
-    let time = jiff::Timestamp::from_second(seconds as i64).unwrap_or_default();
-    let text = time.to_string();
-    text.get(..16).unwrap_or(&text).replace('T', " ")
+    crate::words::date(std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds), "%Y-%m-%d %H:%M")
 }
 
 /// A failed run's page begins with why, and what to do.

@@ -1,7 +1,9 @@
 //! Pages of finished, failed, old and hostile results.
 
 use super::*;
+use crate::fault::Kind;
 use crate::report::Report;
+use std::fs;
 
 struct Nowhere(Mutex<Vec<String>>);
 
