@@ -29,6 +29,7 @@ pub mod registry;
 pub mod fetch;
 pub mod spec;
 pub mod run_folder;
+pub mod trackers;
 pub mod plan;
 pub mod run_report;
 pub mod inspect;

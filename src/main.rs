@@ -18,6 +18,7 @@ use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
+use hone::trackers::{End, Trackers};
 use hone::workspace::{Settings, files, tune, yaml};
 use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, run_report, serving};
 use std::io::IsTerminal;
@@ -228,9 +229,26 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
     for warning in &plan.warnings {
         report.warn(Stage::Plan, warning.as_str());
     }
-    let receipt = job::run(&plan, report)?;
+    let receipt = tracked(&plan, report)?;
     say!("{}", summary(&receipt));
     Ok(receipt)
+}
+
+/// The job, with the trackers that it was asked for.
+fn tracked(plan: &Plan, report: &Report) -> Result<Receipt> {
+    if plan.trackers.is_empty() {
+        return job::run(plan, report);
+    }
+    let options = plan.trackers.clone().with_secrets(&environment);
+    let trackers = Trackers::start(&options, plan.settings(), report)?;
+    let ended = job::run(plan, &Report::new(trackers.clone()));
+    // A failed run's page is written when its failure is told, which comes later.
+    let page = plan.output.join(hone::run_folder::REPORT);
+    trackers.finish(&End {
+        failed: ended.is_err(),
+        report: Some(page).filter(|page| ended.is_ok() && page.exists()),
+    });
+    ended
 }
 
 /// What a person wants to know at the end.

@@ -102,6 +102,11 @@ fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {
     }
 }
 
+/// The run's state as Prometheus text, for a gateway that it is pushed to.
+pub fn text(state: &State) -> String {
+    prometheus::reply(prometheus::Format::Text, state, &machine::Sample::default()).body
+}
+
 /// KAITO's metrics, and what it lacks: the run's.
 fn json(state: &State, sample: &machine::Sample) -> Value {
     let step = state.step.as_ref();

@@ -8,6 +8,7 @@ mod base;
 mod schedule;
 mod judging;
 mod training;
+mod tracking;
 mod show;
 
 pub use places::{below_mnt, registry_access};
@@ -17,7 +18,7 @@ use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, fetch, memory, model, registry, source, train};
+use crate::{dataset, device, fetch, memory, model, registry, source, trackers, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -42,6 +43,8 @@ pub struct Plan {
     pub registry: registry::Options,
     pub init_adapter: Option<PathBuf>,
     pub device: device::Choice,
+    /// Where metrics go besides the results.
+    pub trackers: trackers::Options,
     /// Every value that counts, in the table's order.
     pub values: Vec<Value>,
     /// Given keys that change nothing here.
@@ -153,7 +156,10 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
+    let output = places::output(reader, spec.kaito);
+    let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
     Plan {
+        trackers,
         source,
         data,
         base,
@@ -162,7 +168,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         memory,
         model_name,
         train,
-        output: places::output(reader, spec.kaito),
+        output,
         earlier: places::earlier(reader),
         push: places::push(reader),
         registry: places::registry_options(reader, ca_file),

@@ -29,6 +29,8 @@ pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 /// The page that explains the run.
 pub const REPORT: &str = "report.html";
+/// Folder of what trackers keep beside the results: TensorBoard's event files.
+pub const TRACKERS: &str = "runs";
 /// How that page begins, by which hone knows its own.
 pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
 /// What that page is made of, for machines.
@@ -46,7 +48,7 @@ const EARLIER: &str = "earlier";
 /// Names under which a finished run's work stands.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All that a run leaves.
-const OWN: [&str; 10] = [
+const OWN: [&str; 11] = [
     adapter::CONFIG_FILE,
     adapter::WEIGHTS_FILE,
     SENTINEL,
@@ -56,6 +58,7 @@ const OWN: [&str; 10] = [
     REPORT,
     REPORT_FACTS,
     TIMELINE,
+    TRACKERS,
     RECORD,
 ];
 
@@ -158,6 +161,8 @@ impl RunFolder {
                 for name in [METRICS, TIMELINE, REPORT_FACTS, REPORT] {
                     self.remove(name)?;
                 }
+                // A link is not followed: it fails here, and stays.
+                let _ = fs::remove_dir_all(self.path.join(TRACKERS));
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,

@@ -140,6 +140,11 @@ impl Report {
         Report { sink, next_id: Arc::default() }
     }
 
+    /// Where this report's events go, for a sink that stands in front of it.
+    pub fn sink(&self) -> Arc<dyn Sink> {
+        self.sink.clone()
+    }
+
     /// Says nothing; for tests and library use.
     pub fn silent() -> Report {
         Report::new(Arc::new(Silent))

@@ -72,7 +72,7 @@ pub fn folded(title: &str, content: &str) -> String {
 /// A whole page. Its policy allows its own style and its one script, which is named by its hash, and no load at all: what
 /// escaped by mistake could neither run nor call home.
 pub fn page(title: &str, body: &str) -> String {
-    let hash = base64(&Sha256::digest(SCRIPT.as_bytes()));
+    let hash = crate::words::base64(&Sha256::digest(SCRIPT.as_bytes()));
     format!(
         "{REPORT_MARK}\n<head>\n<meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hash}'\">\n\
@@ -82,25 +82,9 @@ pub fn page(title: &str, body: &str) -> String {
     )
 }
 
-fn base64(bytes: &[u8]) -> String {
-    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let letter = |bits: u32, place: u32| char::from(LETTERS[(bits >> (18 - 6 * place) & 63) as usize]);
-    let group = |bytes: &[u8]| -> String {
-        let bits = (0..3).fold(0, |bits, i| bits << 8 | u32::from(bytes.get(i).copied().unwrap_or(0)));
-        (0..4).map(|place| if place <= bytes.len() as u32 { letter(bits, place) } else { '=' }).collect()
-    };
-    bytes.chunks(3).map(group).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_is_that_of_rfc_4648() {
-        let list = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
-        assert_eq!(list, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
-    }
 
     #[test]
     fn text_stays_text() {
