@@ -201,6 +201,7 @@ fn ship(
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
+        datasets: plan.data.iter().filter_map(fetch::Data::hub_dataset).collect(),
         settings: settings(plan, options),
     };
     folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;

@@ -116,6 +116,14 @@ impl fmt::Display for Model {
 }
 
 impl Data {
+    /// OWNER/NAME of a dataset of the hub.
+    pub fn hub_dataset(&self) -> Option<String> {
+        match self {
+            Data::Hub(data) => Some(data.repository.clone()),
+            _ => None,
+        }
+    }
+
     /// Reads `hf://datasets/OWNER/NAME`, `oci://IMAGE`, or what [`source::Source::parse`] does.
     ///
     /// # Errors

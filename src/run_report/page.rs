@@ -13,6 +13,8 @@ use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, facts, folded, page, section, table};
 use super::story::{Failure, Story};
 
+/// Answers to held-out rows, which a run makes if it is asked.
+const ANSWERS: &str = "answers.json";
 /// LIMIT: a line of metrics has some 120 bytes; a million logged steps fit.
 const METRICS_BYTES_MAX: u64 = 256 << 20;
 /// LIMIT: `hone.json` lists data files.
@@ -27,6 +29,8 @@ pub struct Run {
     /// `hone.json`
     record: Json,
     adapter: Json,
+    /// What base and tuned model answered to held-out rows.
+    answers: Json,
     pub metrics: Vec<Json>,
     timeline: Vec<Json>,
 }
@@ -46,6 +50,7 @@ impl Run {
             story,
             record: json(RECORD),
             adapter: json(adapter::CONFIG_FILE),
+            answers: json(ANSWERS),
             metrics: lines(METRICS),
             timeline: newest_of_each_step(lines(TIMELINE)),
             folder: folder.to_owned(),
@@ -332,8 +337,11 @@ fn evaluation(run: &Run) -> String {
 
 /// Answers of the base and of the tuned model to the same held-out prompts, if the run made them.
 fn prompts(run: &Run) -> String {
-    let Some(list) = run.fact("prompts").as_array() else { return String::new() };
-    let cell = |value: &Json| format!("<pre>{}</pre>", escaped(value.as_str().unwrap_or_default()));
+    let Some(list) = run.answers["pairs"].as_array() else { return String::new() };
+    let cell = |value: &Json| {
+        let text = value.as_str().or(value["text"].as_str()).unwrap_or_default();
+        format!("<pre>{}</pre>", escaped(text))
+    };
     let row = |one: &Json| vec![cell(&one["prompt"]), cell(&one["base"]), cell(&one["tuned"])];
     let rows: Vec<Vec<String>> = list.iter().map(row).collect();
     format!("<h3>Held-out prompts</h3>\n{}", table(&["prompt", "base", "tuned"], &rows))

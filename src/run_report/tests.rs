@@ -38,7 +38,8 @@ fn tell(report: &Report, folder: &Path) {
     report.fact("provenance", json!({"base": HOSTILE, "data": [{"name": HOSTILE, "sha256": HOSTILE}]}));
     report.fact("data rows", json!({"train": 3, "lengths": [[HOSTILE, 2, 3]]}));
     report.fact("memory plan", json!({"terms": {HOSTILE: 5}, "bytes": 5, "choice": HOSTILE}));
-    report.fact("prompts", json!([{"prompt": HOSTILE, "base": HOSTILE, "tuned": HOSTILE}]));
+    let pair = json!({"prompt": HOSTILE, "base": {"text": HOSTILE}, "tuned": HOSTILE});
+    fs::write(folder.join("answers.json"), json!({"pairs": [pair]}).to_string()).unwrap();
     report.note(Stage::Read, HOSTILE);
     report.warn(Stage::Tokenize, HOSTILE);
     for step in 1..=3 {

@@ -124,7 +124,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(L, "layers_pattern", Texts, "", "Names of the list of layers that layers_to_transform counts in, such as layers; unset: any."),
     Key::used(L, "rank_pattern", Map, "", "Regular expression on the module path: rank."),
     Key::used(L, "alpha_pattern", Map, "", "Regular expression on the module path: lora_alpha."),
-    Key::used(L, "init_lora_weights", choice(&["true", "gaussian"]), "true", "true: Kaiming-uniform A, zero B; gaussian: normal A, zero B."),
+    Key::used(L, "init_lora_weights", Text, "true", "true: Kaiming-uniform A, zero B; gaussian: normal A, zero B. Others are refused with their reason."),
     Key::idle(L, "task_type", choice(&["CAUSAL_LM"]), "CAUSAL_LM", "the only task there is"),
     Key::idle(L, "peft_type", choice(&["LORA"]), "LORA", "the only kind of adapter there is"),
     Key::idle(L, "inference_mode", Boolean, "false", "set by PEFT when it writes an adapter"),
