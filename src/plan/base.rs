@@ -180,7 +180,7 @@ fn init(reader: &mut Reader) -> LoraInit {
         ("true", _) => LoraInit::Kaiming,
         (_, why) => {
             let origin = reader.origin(L, "init_lora_weights");
-            let why = why.map_or("expected true or gaussian", |(_, why)| why);
+            let why = why.map_or("expected true or gaussian", |(_, why)| *why);
             reader.wrong(&origin, format!("LoraConfig.init_lora_weights: {word}: {why}"));
             LoraInit::Kaiming
         }

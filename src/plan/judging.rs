@@ -14,10 +14,15 @@ pub(super) fn judging(reader: &mut Reader, evaluation: Every, checkpoint: Every)
     let asked = [
         ("load_best_model_at_end", restore),
         ("early_stopping_patience", stopping.is_some()),
-        ("metric_for_best_model", name.is_some()),
         ("save_strategy", checkpoint == Every::Best),
+        ("metric_for_best_model", name.is_some()),
     ];
     let (key, _) = asked.into_iter().find(|(_, asked)| *asked)?;
+    if evaluation == Every::Never && key == "metric_for_best_model" {
+        let origin = reader.origin(T, key);
+        reader.warn(format!("{origin}: TrainingArguments.{key} does nothing without an evaluation"));
+        return None;
+    }
     if evaluation == Every::Never {
         let origin = reader.origin(T, key);
         reader.wrong(

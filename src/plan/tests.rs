@@ -214,6 +214,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("memory_max", _) => "20GiB".into(),
         ("load_in_8bit" | "fp16", _) => "false".into(),
         ("lr_scheduler_kwargs", _) => "{}".into(),
+        ("eval_strategy", _) => "steps".into(),
         ("pushgateway" | "otlp" | "mlflow", _) => "http://127.0.0.1:1".into(),
         ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),

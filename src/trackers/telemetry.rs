@@ -26,7 +26,7 @@ fn request(points: &[Point], run: &str) -> Json {
     let mut names: Vec<&'static str> = Vec::new();
     for (name, _) in points.iter().flat_map(|point| &point.values) {
         if !names.contains(name) {
-            names.push(name);
+            names.push(*name);
         }
     }
     let text = |key: &str, value: &str| json!({"key": key, "value": {"stringValue": value}});

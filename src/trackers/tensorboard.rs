@@ -53,7 +53,7 @@ impl Tracker for EventFile {
     fn points(&mut self, points: &[Point]) -> Result<(), String> {
         let bytes: Vec<u8> = points.iter().flat_map(event).collect();
         let first = points.first().map_or(0, |point| point.step);
-        let write = || -> std::io::Result<()> {
+        let mut write = || -> std::io::Result<()> {
             let file = self.open(first)?;
             file.write_all(&bytes)?;
             file.sync_data()

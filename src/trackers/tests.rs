@@ -194,7 +194,7 @@ fn trackers_that_are_gone_or_wrong_are_told_once_and_cost_the_run_nothing() {
             "{warnings:?}"
         );
         assert!(warnings[1..].iter().all(|text| text.contains(why)), "{why}: {warnings:?}");
-        assert!(spent < Duration::from_millis(500), "giving three points took {spent:?}");
+        assert!(spent < Duration::from_secs(5), "giving three points waited for an answer: {spent:?}");
     }
 }
 
@@ -248,8 +248,6 @@ fn secrets_come_from_the_environment_only() {
         |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string());
     let filled = options.with_secrets(&read);
     assert_eq!(filled.mlflow.unwrap().authorization.unwrap(), "Basic dTpw");
-    assert_eq!(
-        filled.otlp.unwrap().1,
-        [("a".into(), "b".into()), ("c".into(), "d=e".into())] as [(String, String); 2]
-    );
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    assert_eq!(filled.otlp.unwrap().1, [pair("a", "b"), pair("c", "d=e")]);
 }
