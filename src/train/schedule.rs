@@ -1,4 +1,4 @@
-//! Learning rate of each step, as transformers' `get_scheduler` gives it.
+//! The learning rate of each step, as transformers' `get_scheduler` computes it.
 
 use std::f64::consts::PI;
 
@@ -89,7 +89,7 @@ impl Schedule {
     /// Cosine from the peak to zero.
     pub const COSINE: Schedule = Schedule::Cosine { cycles: 0.5 };
 
-    /// Factor on the learning rate for `step` (0 for the first) out of `total`.
+    /// Factor on the learning rate in `step` (0 for the first) out of `total`.
     pub fn factor(self, step: u64, total: u64, warmup: u64) -> f64 {
         let rise = step as f64 / warmup.max(1) as f64;
         let span = total.saturating_sub(warmup).max(1) as f64;
