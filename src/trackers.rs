@@ -36,6 +36,7 @@ const PAUSE: Duration = Duration::from_secs(30);
 pub struct Options {
     /// Folder for TensorBoard's event files.
     pub tensorboard: Option<PathBuf>,
+    /// A run in MLflow.
     pub mlflow: Option<Mlflow>,
     /// Address of a pushgateway, without `/metrics`.
     pub pushgateway: Option<String>,
@@ -43,6 +44,7 @@ pub struct Options {
     pub otlp: Option<(String, Vec<(String, String)>)>,
     /// Name of the run.
     pub name: String,
+    /// Certificates that are trusted besides the built-in ones.
     pub ca_file: Option<PathBuf>,
 }
 
@@ -51,6 +53,7 @@ pub struct Options {
 pub struct Mlflow {
     /// `http://host:5000`
     pub uri: String,
+    /// Name of the experiment.
     pub experiment: String,
     /// A run to go on with.
     pub run: Option<String>,
@@ -63,8 +66,11 @@ pub struct Mlflow {
 /// Values of one step, named as TRL names them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Point {
+    /// When it was measured.
     pub time: SystemTime,
+    /// The optimizer step.
     pub step: u64,
+    /// Names and values.
     pub values: Vec<(&'static str, f64)>,
 }
 
@@ -78,6 +84,7 @@ impl Point {
 /// How a run ended.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct End {
+    /// Whether the run ended with a fault.
     pub failed: bool,
     /// The page that explains the run, if it was written.
     pub report: Option<PathBuf>,

@@ -17,14 +17,18 @@ const BOTTOM: f64 = 30.0;
 /// How values of an axis are written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Unit {
+    /// A number.
     Plain,
+    /// A size.
     Bytes,
 }
 
 /// One line of a chart.
 #[derive(Clone, Debug)]
 pub struct Series {
+    /// Name in the legend.
     pub name: String,
+    /// Step and value.
     pub points: Vec<(f64, f64)>,
     /// Number of its colour.
     pub colour: usize,
@@ -44,8 +48,11 @@ impl Series {
 /// What is drawn.
 #[derive(Clone, Debug)]
 pub struct Chart {
+    /// Title above the chart.
     pub title: String,
+    /// Lines, the first behind the others.
     pub series: Vec<Series>,
+    /// Unit of the vertical axis.
     pub unit: Unit,
     /// The vertical axis begins at zero.
     pub from_zero: bool,

@@ -24,14 +24,18 @@ const SMOOTH_FROM: usize = 60;
 
 /// All that a folder says of its run.
 pub struct Run {
+    /// The folder.
     pub folder: PathBuf,
+    /// `report.json`
     pub story: Story,
     /// `hone.json`
     record: Json,
     adapter: Json,
     /// What base and tuned model answered to held-out rows.
     answers: Json,
+    /// Lines of `metrics.jsonl`.
     pub metrics: Vec<Json>,
+    /// Lines of `timeline.jsonl`, the newest of each step.
     timeline: Vec<Json>,
 }
 

@@ -31,8 +31,11 @@ pub struct Story {
 pub struct Note {
     /// Since the start.
     pub seconds: f64,
+    /// Name of the stage.
     pub stage: String,
+    /// Whether somebody should look at it.
     pub warning: bool,
+    /// What was said.
     pub text: String,
 }
 
@@ -44,6 +47,7 @@ pub struct Start {
     pub began: u64,
     /// `None`: it still runs, or it was killed.
     pub ended: Option<u64>,
+    /// `None`: it reached its end, or no end was recorded.
     pub fault: Option<Failure>,
 }
 
@@ -51,11 +55,17 @@ pub struct Start {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Failure {
+    /// Name of the kind of fault.
     pub kind: String,
+    /// The process's exit code.
     pub exit_code: u8,
+    /// What the kind means.
     pub meaning: String,
+    /// What happened.
     pub message: String,
+    /// What to do.
     pub help: Option<String>,
+    /// Whether the same run can succeed if it is started again.
     pub retry_helps: bool,
 }
 

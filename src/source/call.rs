@@ -27,9 +27,11 @@ pub struct Call<'a> {
     /// `GET`, `POST`, `PUT` or `PATCH`.
     pub method: &'a str,
     pub url: &'a str,
+    /// Type of the body.
     pub content_type: &'a str,
     /// Further headers; values are secrets and never shown.
     pub headers: &'a [(String, String)],
+    /// What is sent.
     pub body: Vec<u8>,
 }
 

@@ -21,8 +21,11 @@ impl Scores {
 /// What `metric_for_best_model` may name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
+    /// Mean loss.
     Loss,
+    /// Exponential of the loss.
     Perplexity,
+    /// Share of tokens that are the most probable ones.
     Accuracy,
 }
 
@@ -82,7 +85,9 @@ pub struct Stopping {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Best {
+    /// Its value; `None` before the first evaluation.
     pub metric: Option<f64>,
+    /// The step that it followed.
     pub step: u64,
     /// Evaluations in a row without an improvement.
     pub waited: u64,

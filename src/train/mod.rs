@@ -198,9 +198,11 @@ pub struct Trained {
 /// The best evaluation of a run.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct BestEvaluation {
+    /// The step that it followed.
     pub step: u64,
-    /// `eval_loss` and so on.
+    /// Name of the metric: `eval_loss` and so on.
     pub metric: String,
+    /// Value of the metric.
     pub value: f64,
 }
 

@@ -7,54 +7,79 @@ use super::Warmup;
 /// Course of the learning rate, with its arguments (`lr_scheduler_kwargs`). Rates are shares of the peak.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Schedule {
+    /// Falls linearly to zero.
     Linear,
+    /// Falls along a cosine.
     Cosine {
         /// Waves; a half goes from the peak to zero.
         cycles: f64,
     },
+    /// Stays constant, without warm-up.
     Constant,
+    /// Rises during warm-up, then stays constant.
     ConstantWithWarmup,
+    /// Falls to zero along a cosine, several times.
     CosineWithRestarts {
+        /// How often.
         cycles: f64,
     },
+    /// Falls as a power of what is left.
     Polynomial {
+        /// Rate at the end.
         end: f64,
+        /// The power.
         power: f64,
     },
+    /// Falls with the square root of the step.
     InverseSqrt {
         /// `None`: the warm-up, or 10,000 steps without one.
         timescale: Option<f64>,
     },
+    /// Falls along a cosine to a rate above zero.
     CosineWithMinLr {
+        /// Waves.
         cycles: f64,
+        /// The lowest rate.
         min: f64,
     },
+    /// The same, with a warm-up that begins above zero.
     CosineWarmupWithMinLr {
+        /// Waves.
         cycles: f64,
+        /// The lowest rate.
         min: f64,
         /// Rate of the first step; `None`: one part of the warm-up's steps.
         first: Option<f64>,
     },
+    /// Warm-up, a constant stage, decay.
     WarmupStableDecay(Stages),
 }
 
 /// Three stages: warm-up, the peak, decay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stages {
+    /// Steps of the last stage.
     pub decay_steps: u64,
     /// `None`: what warm-up and decay leave of all steps.
     pub stable_steps: Option<u64>,
+    /// Course of the warm-up.
     pub rise: Shape,
+    /// Course of the decay.
     pub fall: Shape,
+    /// The lowest rate.
     pub min: f64,
+    /// Waves of a cosine decay.
     pub cycles: f64,
 }
 
 /// How a stage goes from one rate to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
+    /// A straight line.
     Linear,
+    /// Half a cosine.
     Cosine,
+    /// One minus a square root.
     Root,
 }
 
