@@ -8,7 +8,7 @@
 //
 // A block takes its tile from a list that is made once per batch: (first row of the example, its end, first row of
 // the tile), the tiles with the most work first. blockIdx.x is the head, so that neighbouring blocks share keys in
-// L2. Scores are exponents of two.
+// L2. Scores are scaled to exponents of two.
 #include "attention_tile.cuh"
 
 #define LOG2_E 1.44269504088896341f

@@ -4,9 +4,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::datasets::HubData;
+use super::hub::is_commit;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
-use crate::{registry, source};
+use crate::registry;
+use crate::source::{self, Source};
 
 /// Digits of a SHA-256 in a folder's name.
 const KEY_DIGITS: usize = 12;
@@ -117,12 +119,39 @@ impl fmt::Display for Model {
     }
 }
 
+/// What makes sure that data has the same bytes at every start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// Files of this machine.
+    Local,
+    /// A SHA-256 in the address.
+    Sha256,
+    /// A commit of the hub.
+    Commit,
+    /// The digest of an image's manifest.
+    Digest,
+    /// Nothing: a server, a branch or a tag may give other bytes the next time.
+    Nothing,
+}
+
 impl Data {
     /// OWNER/NAME of a dataset of the hub.
     pub fn hub_dataset(&self) -> Option<String> {
         match self {
             Data::Hub(data) => Some(data.repository.clone()),
             _ => None,
+        }
+    }
+
+    /// What pins the bytes behind this address.
+    pub fn pin(&self) -> Pin {
+        match self {
+            Data::Source(Source::Url { sha256: Some(_), .. } | Source::Path { sha256: Some(_), .. })
+            | Data::Hub(HubData { sha256: Some(_), .. }) => Pin::Sha256,
+            Data::Source(Source::Path { .. }) => Pin::Local,
+            Data::Hub(hub) if hub.revision.as_deref().is_some_and(is_commit) => Pin::Commit,
+            Data::Image(reference) if reference.contains("@sha256:") => Pin::Digest,
+            Data::Source(_) | Data::Hub(_) | Data::Image(_) => Pin::Nothing,
         }
     }
 
@@ -209,6 +238,26 @@ fn key(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_pins_data_is_in_its_address() {
+        let sha = "ab".repeat(32);
+        let commit = "c".repeat(40);
+        for (text, pin) in [
+            (format!("https://host/a.parquet#sha256={sha}"), Pin::Sha256),
+            (format!("/data/a.parquet#sha256={sha}"), Pin::Sha256),
+            ("https://host/a.parquet".into(), Pin::Nothing),
+            ("/data".into(), Pin::Local),
+            (format!("hf://datasets/org/rows@{commit}/a.parquet"), Pin::Commit),
+            ("hf://datasets/org/rows@main/a.parquet".into(), Pin::Nothing),
+            ("hf://datasets/org/rows".into(), Pin::Nothing),
+            (format!("oci://host/rows@sha256:{sha}"), Pin::Digest),
+            ("oci://host/rows:v1".into(), Pin::Nothing),
+            ("s3://bucket/a.parquet".into(), Pin::Nothing),
+        ] {
+            assert_eq!(Data::parse(&text).unwrap().pin(), pin, "{text}");
+        }
+    }
 
     #[test]
     fn every_form_is_read() {

@@ -16,7 +16,7 @@ mod objects;
 
 use std::path::{Path, PathBuf};
 
-pub use address::{Data, Model};
+pub use address::{Data, Model, Pin};
 
 use crate::fault::{Fault, Kind, Result};
 use crate::registry;

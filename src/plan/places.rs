@@ -3,6 +3,7 @@
 use super::reader::Reader;
 use crate::dataset::{self, Layout, Share};
 use crate::device::Choice;
+use crate::fetch::Pin;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -105,8 +106,26 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<S
             Err(fault) => reader.wrong(&origin, fault.in_a_line()),
         }
     }
+    if let Some(text) = pins(&sources) {
+        reader.derive("data pinned", text, origin);
+    }
     let says_something = shares.iter().any(|share| *share != Share::default());
     (sources, if says_something { shares } else { Vec::new() })
+}
+
+/// What pins the bytes of the data; nothing is said of data that is all on this machine.
+fn pins(sources: &[fetch::Data]) -> Option<String> {
+    let words = [
+        (Pin::Sha256, "by sha256"),
+        (Pin::Commit, "by a commit"),
+        (Pin::Digest, "by an image's digest"),
+        (Pin::Local, "on this machine"),
+        (Pin::Nothing, "not pinned: the next start may read other bytes"),
+    ];
+    let count = |pin| sources.iter().filter(|source| source.pin() == pin).count();
+    let found = words.into_iter().filter(|(pin, _)| count(*pin) > 0);
+    let texts: Vec<String> = found.map(|(pin, words)| format!("{} {words}", count(pin))).collect();
+    (count(Pin::Local) < sources.len()).then(|| texts.join(", "))
 }
 
 /// Takes `layout=`, `weight=` and `limit=` out of the text behind `#`; the digest stays there. A `#` followed by

@@ -74,6 +74,7 @@ fn kaitos_qlora_template() {
         expect![[r#"
             model folder  tiny  --model
             model name  tiny  default
+            data pinned  1 not pinned: the next start may read other bytes  --data
             precision  bf16  train.yaml:12
             kept for the backward pass  auto  default
             loss on  answers  default

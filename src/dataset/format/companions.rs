@@ -53,7 +53,7 @@ const ABOUT_THE_ROW: [&str; 16] = [
     "timestamp",
 ];
 
-/// The companions in a schema whose columns `taken` belong to the layout: (use, column name).
+/// (use, column name) of each companion in a schema; the columns `taken` belong to the layout.
 pub fn of(schema: &Schema, options: &Options, taken: &[String]) -> Result<Vec<(Companion, String)>> {
     let mut found: Vec<(Companion, String)> = Vec::new();
     for (companion, names) in COMPANIONS {
