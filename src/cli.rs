@@ -74,6 +74,13 @@ pub enum Command {
         /// File for an HTML page.
         html: Option<PathBuf>,
     },
+    /// Make the page of a run, or one that compares several.
+    Report {
+        /// Folders of results.
+        folders: Vec<PathBuf>,
+        /// File for the page.
+        to: Option<PathBuf>,
+    },
     /// Push an adapter as an image.
     Push {
         /// Folder of the adapter.
@@ -186,6 +193,7 @@ pub fn parse(
             let options = review::Options { samples, seed: sample_seed, rows: row };
             Command::Inspect { request: job.request(matches)?, options, format, html }
         }
+        Subcommands::Report { folders, to } => Command::Report { folders, to },
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
         Subcommands::Example { folder, write_only } => Command::Example { folder, write_only },
@@ -318,6 +326,17 @@ enum Subcommands {
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
+    },
+    /// Make the page that explains a run from its folder of results, or one that compares several runs
+    #[command(after_help = "Examples:\n  hone report ./adapter\n  \
+        hone report ./rank-8 ./rank-16 ./rank-32 --to ranks.html")]
+    Report {
+        /// Output folders of `hone run`
+        #[arg(value_name = "DIR", required = true)]
+        folders: Vec<PathBuf>,
+        /// File for the page [default: report.html in the one folder, comparison.html here for several]
+        #[arg(long, value_name = "FILE", env = "HONE_TO")]
+        to: Option<PathBuf>,
     },
     /// Push an adapter's folder as an image
     #[command(after_help = "Examples:\n  hone push ./adapter registry.example.com/adapters/support:1\n  \

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use serde_json::{Value as Json, json};
 
 use crate::adapter::{self, Adapter, card::Card};
 use crate::dataset::{self, Set, Tokenizer};
@@ -28,13 +29,15 @@ use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
-use crate::run_folder::{Metrics, RunFolder};
+use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
+use crate::train::best::Measure;
 use crate::train::{self, Every, Passes, Trained};
 use crate::words;
 
 pub mod room;
 pub mod estimate;
+mod told;
 
 use room::Lengths;
 
@@ -73,10 +76,19 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         registry::check(target, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = device::open(plan.device, report)?;
+    refuse_on_gpu(plan, &device)?;
+    report.fact("plan", plan.json());
+    report.fact("model", told::model(&described));
+    report.fact("environment", told::environment(&device));
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
+    if folder.is_fresh() {
+        report.fact("folder", folder_fact(&folder));
+    }
     let data = fetch::data(&plan.data, plan.access(), report)?; // data errors come before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
+    report.fact("folder", folder_fact(&folder));
+    report.fact("provenance", told::provenance(plan, &data));
     let trained = match folder.trained() {
         Some(trained) => {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
@@ -87,13 +99,20 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let pushed = match &plan.push {
         Some(target) => {
             let _standing = interrupt::stands(Standing::Pushing);
-            let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
+            let facts = image_facts(plan, &trained);
+            let pushed = registry::push(folder.path(), target, &facts, &plan.registry, report)?;
             folder.pushed(&pushed)?;
+            report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
             Some(pushed)
         }
         None => None,
     };
+    report.fact("ended", true);
     Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+}
+
+fn folder_fact(folder: &RunFolder) -> Json {
+    json!({"path": folder.path(), "fingerprint": folder.fingerprint()})
 }
 
 /// Trains: data and base -> an adapter in the folder.
@@ -107,14 +126,17 @@ fn make(
 ) -> Result<Trained> {
     let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(folder.started());
     fits_vocabulary(&tokenizer, &described.facts)?;
-    let dataset::Prepared { train: training, evaluation, .. } =
+    let prepared =
         dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
+    report.fact("data rows", told::rows(&prepared));
+    let dataset::Prepared { train: training, evaluation, .. } = prepared;
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
+    report.fact("memory plan", told::memory(&memory));
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, fetched when everything else fits
     for (written, module) in &described.sites.renamed {
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
@@ -132,6 +154,10 @@ fn make(
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
     ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
+    report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
+    report.fact("evaluation", told::evaluation(&trained));
+    report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
 }
 
@@ -176,6 +202,7 @@ fn ship(
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
+        datasets: plan.data.iter().filter_map(fetch::Data::hub_dataset).collect(),
         settings: settings(plan, options),
     };
     folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
@@ -276,6 +303,19 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
         );
     }
     Ok(())
+}
+
+/// What only the CPU's operations compute.
+fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
+    let judged_by = plan.train.judging.map(|judging| judging.measure);
+    let what = match () {
+        () if device.is_cpu() => return Ok(()),
+        () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
+        () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
+        () => return Ok(()),
+    };
+    Err(Fault::config(format!("{what} is computed on a CPU only, and this run trains on a GPU"))
+        .help("remove the key, or compare evaluations by eval_loss"))
 }
 
 /// Refuses a run whose learning rate is zero in every step, since it cannot learn.
@@ -406,10 +446,12 @@ pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     }
 }
 
-fn image_facts(plan: &Plan) -> ImageFacts {
+fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
+    let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
     ImageFacts {
         model_name: plan.model_name.clone(),
         title: Some(format!("LoRA adapter for {}", plan.model_name)),
+        annotations: annotations.map(|(name, value)| (name.to_owned(), value)).into(),
         ..ImageFacts::default()
     }
 }

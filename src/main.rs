@@ -18,8 +18,9 @@ use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
+use hone::trackers::{End, Trackers};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, serving};
+use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, run_report, serving};
 use std::io::IsTerminal;
 
 /// Prints a line. A reader that went away is no reason to fail.
@@ -87,7 +88,10 @@ fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode
     if let (Command::Run(_) | Command::Example { .. }, Some(path)) = (&invocation.command, &message) {
         termination::write_ahead(path);
     }
-    let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
+    let shown = report::choose(bars, invocation.quiet);
+    let is_run = matches!(invocation.command, Command::Run(_) | Command::Example { .. });
+    let shown = if is_run { Arc::new(run_report::Recorder::new(shown)) } else { shown };
+    let latest = Arc::new(Latest::new(shown));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
     let mistaken = Some(()).filter(|()| pod).and_then(|()| Limits::read(&environment).err());
@@ -183,6 +187,10 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Inspect { request, options, format, html } => {
             look(&resolve(request)?, options, *format, html.as_deref(), report).map(|()| None)
         }
+        Command::Report { folders, to } => {
+            say!("{}", run_report::make(folders, to.as_deref())?.display());
+            Ok(None)
+        }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
         Command::Bench { options, json } => measure(options, json.as_deref(), report).map(|()| None),
@@ -224,9 +232,26 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
     for warning in &plan.warnings {
         report.warn(Stage::Plan, warning.as_str());
     }
-    let receipt = job::run(&plan, report)?;
+    let receipt = tracked(&plan, report)?;
     say!("{}", summary(&receipt));
     Ok(receipt)
+}
+
+/// The job, with the trackers that it was asked for.
+fn tracked(plan: &Plan, report: &Report) -> Result<Receipt> {
+    if plan.trackers.is_empty() {
+        return job::run(plan, report);
+    }
+    let options = plan.trackers.clone().with_secrets(&environment);
+    let trackers = Trackers::start(&options, plan.settings(), report)?;
+    let ended = job::run(plan, &Report::new(trackers.clone()));
+    // A failed run's page is written when its failure is told, which comes later.
+    let page = plan.output.join(hone::run_folder::REPORT);
+    trackers.finish(&End {
+        failed: ended.is_err(),
+        report: Some(page).filter(|page| ended.is_ok() && page.exists()),
+    });
+    ended
 }
 
 /// The result of a run, for people.

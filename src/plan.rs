@@ -5,7 +5,10 @@ mod reader;
 mod places;
 mod rows;
 mod base;
+mod schedule;
+mod judging;
 mod training;
+mod tracking;
 mod show;
 
 pub use places::{below_mnt, registry_access};
@@ -15,7 +18,7 @@ use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, fetch, memory, model, registry, source, train};
+use crate::{dataset, device, fetch, memory, model, registry, source, trackers, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -54,6 +57,8 @@ pub struct Plan {
     pub init_adapter: Option<PathBuf>,
     /// The device to train on.
     pub device: device::Choice,
+    /// Where metrics go besides the results.
+    pub trackers: trackers::Options,
     /// Every value in force, in the order of the table of keys.
     pub values: Vec<Value>,
     /// Keys that were given and have no effect.
@@ -176,8 +181,11 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
+    let output = places::output(reader, spec.kaito);
+    let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
     Plan {
         token_cache: rows::token_cache(reader, &source.cache),
+        trackers,
         source,
         data,
         base,
@@ -186,7 +194,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         memory,
         model_name,
         train,
-        output: places::output(reader, spec.kaito),
+        output,
         earlier: places::earlier(reader),
         push: places::push(reader),
         registry: places::registry_options(reader, ca_file),

@@ -6,7 +6,7 @@
 //! Links that somebody planted under hone's own names are never followed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,10 +23,20 @@ use crate::{whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
-const RECORD: &str = "hone.json";
+pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
-const METRICS: &str = "metrics.jsonl";
+pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+/// The page that explains the run.
+pub const REPORT: &str = "report.html";
+/// Folder of what trackers keep beside the results: TensorBoard's event files.
+pub const TRACKERS: &str = "runs";
+/// How that page begins, by which hone knows its own.
+pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
+/// What that page is made of, for machines.
+pub const REPORT_FACTS: &str = "report.json";
+/// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
+pub const TIMELINE: &str = "timeline.jsonl";
 /// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -38,8 +48,19 @@ const EARLIER: &str = "earlier";
 /// Files of a finished run.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All files that a run may write.
-const OWN: [&str; 7] =
-    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
+const OWN: [&str; 11] = [
+    adapter::CONFIG_FILE,
+    adapter::WEIGHTS_FILE,
+    SENTINEL,
+    "README.md",
+    METRICS,
+    CHECKPOINTS,
+    REPORT,
+    REPORT_FACTS,
+    TIMELINE,
+    TRACKERS,
+    RECORD,
+];
 
 /// What happens to results of another run that are in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -150,7 +171,11 @@ impl RunFolder {
                 self.started = now();
                 // This comes before the record is written: afterwards these lines could not be distinguished from the
                 // new run's.
-                self.remove(METRICS)?;
+                for name in [METRICS, TIMELINE, REPORT_FACTS, REPORT] {
+                    self.remove(name)?;
+                }
+                // A link is not followed: it fails here, and stays.
+                let _ = fs::remove_dir_all(self.path.join(TRACKERS));
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,
@@ -241,6 +266,16 @@ impl RunFolder {
     /// Writes a file atomically: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         whole::write(&self.path.join(name), content)
+    }
+
+    /// Whether no run was here before.
+    pub fn is_fresh(&self) -> bool {
+        self.record.is_none()
+    }
+
+    /// What identifies the run that the folder belongs to.
+    pub fn fingerprint(&self) -> &str {
+        self.record.as_ref().map_or("", |record| &record.fingerprint)
     }
 
     /// Records the end of training, then writes the sentinel.
@@ -353,6 +388,15 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
+/// Whether a plain file begins with this text.
+fn begins_with(file: &Path, text: &str) -> bool {
+    let mut start = vec![0; text.len()];
+    let is_plain = fs::symlink_metadata(file).is_ok_and(|found| found.is_file());
+    is_plain
+        && File::open(file).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+        && start == text.as_bytes()
+}
+
 /// Refuses a folder with other files. An empty folder may hold what file systems and hone itself leave: hidden files,
 /// lost+found, and the empty metrics file that earlier versions wrote before the record.
 fn refuse_foreign(path: &Path) -> Result<()> {
@@ -361,7 +405,12 @@ fn refuse_foreign(path: &Path) -> Result<()> {
         entry.file_name() == METRICS
             && entry.metadata().is_ok_and(|found| found.is_file() && found.len() == 0)
     };
-    let entries = entries.flatten().filter(|entry| !is_bare(entry));
+    // A start that failed before its record left its report.
+    let reported = begins_with(&path.join(REPORT), REPORT_MARK);
+    let is_report = |entry: &fs::DirEntry| {
+        reported && [REPORT, REPORT_FACTS, TIMELINE].iter().any(|name| entry.file_name() == *name)
+    };
+    let entries = entries.flatten().filter(|entry| !is_bare(entry) && !is_report(entry));
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut foreign: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
@@ -392,6 +441,9 @@ mod tests {
             seconds: 1.0,
             tokens_per_second: 10.0,
             resumed_at: None,
+            best: None,
+            restored_step: None,
+            stopped_early: false,
         }
     }
 
@@ -516,9 +568,19 @@ mod tests {
         let run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         let before = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":9.0}\n{\"step\":3";
         fs::write(folder.path().join(METRICS), before).unwrap();
-        let next = Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 };
+        let (eval_perplexity, eval_mean_token_accuracy) = (2.0, None);
+        let next = Metric::Evaluation {
+            step: 2,
+            epoch: 1.0,
+            eval_loss: 0.5,
+            eval_perplexity,
+            eval_mean_token_accuracy,
+        };
         run.metrics(&next).unwrap().log(&next).unwrap();
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
-        assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
+        assert_eq!(
+            text,
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5,\"eval_perplexity\":2.0}\n"
+        );
     }
 }

@@ -135,6 +135,14 @@ pub enum Pin {
 }
 
 impl Data {
+    /// OWNER/NAME of a dataset of the hub.
+    pub fn hub_dataset(&self) -> Option<String> {
+        match self {
+            Data::Hub(data) => Some(data.repository.clone()),
+            _ => None,
+        }
+    }
+
     /// What pins the bytes behind this address.
     pub fn pin(&self) -> Pin {
         match self {

@@ -7,7 +7,7 @@ use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
 use crate::ops::attention::cached::Segments;
-use crate::ops::cross_entropy::{self, Head};
+use crate::ops::cross_entropy::{self, Goal, Head};
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
@@ -107,6 +107,13 @@ impl Decoder {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
+    }
+
+    /// As `loss`, and the targets that are the most probable token; `None` on a GPU, which does not count them.
+    pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Option<u64>)> {
+        let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
+        let hidden = self.final_norm.forward(&hidden)?;
+        cross_entropy::forward_counting(&hidden, &self.head, &batch.targets, self.precision)
     }
 
     /// Logits of every row, [T, V].
@@ -212,8 +219,9 @@ impl Decoder {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
+        let goal = Goal { scale, smoothing: batch.label_smoothing };
         let (loss, d_hidden) =
-            cross_entropy::forward_backward(&hidden, &self.head, targets, scale, self.precision)?;
+            cross_entropy::forward_backward(&hidden, &self.head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
         Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))

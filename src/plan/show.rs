@@ -32,6 +32,11 @@ impl Plan {
         table
     }
 
+    /// Names and values, as text and without secrets.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        self.values.iter().map(|value| (value.name.clone(), text(&redacted(&value.value)))).collect()
+    }
+
     /// `{"values": {name: {"value", "origin"}}, "ignored": [...], "warnings": [...]}`
     pub fn json(&self) -> Json {
         let values: serde_json::Map<String, Json> = self

@@ -171,6 +171,21 @@ impl Spec {
         if let Some(folder) = environment("DATASET_FOLDER_PATH").filter(|folder| !folder.is_empty()) {
             set(Section::Hone, "data", "DATASET_FOLDER_PATH", Value::List(vec![Value::Text(folder)]));
         }
+        let text = |variable: &str| environment(variable).filter(|text| !text.is_empty());
+        let services = [("mlflow", "MLFLOW_TRACKING_URI"), ("otlp", "OTEL_EXPORTER_OTLP_ENDPOINT")];
+        for (key, variable) in services {
+            // These variables may say other things: a folder of MLflow's, an address without a scheme.
+            if let Some(address) = text(variable).filter(|text| text.starts_with("http")) {
+                set(Section::Hone, key, variable, Value::Text(address));
+            }
+        }
+        for (key, variable) in
+            [("mlflow_experiment", "MLFLOW_EXPERIMENT_NAME"), ("mlflow_run", "MLFLOW_RUN_ID")]
+        {
+            if let Some(name) = text(variable) {
+                set(Section::Hone, key, variable, Value::Text(name));
+            }
+        }
         let cache = [("XDG_CACHE_HOME", "hone"), ("HOME", ".cache/hone")];
         for (variable, below) in cache {
             if let Some(folder) = environment(variable).filter(|folder| Path::new(folder).is_absolute()) {
