@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use crate::adapter::{self, Adapter, card::Card};
-use crate::dataset::{self, Example, Tokenizer};
+use crate::answers;
+use crate::dataset::{self, Chat, Example, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
@@ -17,6 +18,8 @@ use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
+use crate::generate::Sampling;
+use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
 use crate::model;
@@ -28,7 +31,7 @@ use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
-use crate::run_folder::{Metrics, RunFolder};
+use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
 use crate::train::{self, Every, Passes, Trained};
 
@@ -47,6 +50,9 @@ const MODEL_TEXTS: [&str; 7] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
+
+/// LIMIT: tokens of an answer at the end of a run.
+const ANSWER_TOKENS_MAX: usize = 256;
 
 /// What a job made.
 #[derive(Clone, Debug)]
@@ -73,6 +79,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let data = fetch::data(&plan.data, plan.access(), report)?; // data errors before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
+    folder.remember(&plan.asked)?;
     let trained = match folder.trained() {
         Some(trained) => {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
@@ -106,6 +113,11 @@ fn make(
     fits_vocabulary(&tokenizer, &described.facts)?;
     let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
     let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
+    let held_out = match dataset.evaluation.is_empty() {
+        true => dataset.train.iter(),
+        false => dataset.evaluation.iter(),
+    };
+    let asked: Vec<dataset::Record> = held_out.take(plan.answers).cloned().collect();
     drop(dataset);
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
@@ -129,7 +141,17 @@ fn make(
     let examples = train::Data { train: &training, evaluation: &evaluation };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
-    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    drop(adapter);
+    if !asked.is_empty() {
+        // The adapter is whole: answers that cannot be given are no reason to fail.
+        match answer(plan, decoder, &tokenizer, &asked, folder, report) {
+            Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),
+            Err(fault) => report.warn(Stage::Evaluate, format!("no answers: {}", fault.in_a_line())),
+            Ok(()) => {}
+        }
+    }
+    finish(plan, &trained, folder)?;
     Ok(trained)
 }
 
@@ -155,15 +177,46 @@ fn fit(
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
-/// Writes the PEFT folder; the sentinel last.
-fn ship(
+/// What base and tuned model answer to rows, beside the adapter.
+fn answer(
+    plan: &Plan,
+    decoder: Decoder,
+    tokenizer: &Tokenizer,
+    records: &[dataset::Record],
+    folder: &RunFolder,
+    report: &Report,
+) -> Result<()> {
+    let options = answers::token_options(&plan.tokens);
+    let encoded = dataset::encode_rows(records, tokenizer, &options, &Report::silent())?;
+    let mut questions = answers::of_rows(&encoded, records, tokenizer, None);
+    questions
+        .iter_mut()
+        .for_each(|question| question.tokens_max = question.tokens_max.min(ANSWER_TOKENS_MAX));
+    let template = plan.tokens.chat_template.as_deref().filter(|text| text.contains('{'));
+    let chat = Chat::of(tokenizer, template)?;
+    let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
+    let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
+    let engine = answers::engine(decoder, &[folder.path()], &questions)?;
+    let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
+    let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
+    folder.write(run_folder::ANSWERS, &text)?;
+    let place = folder.path().join(run_folder::ANSWERS);
+    report.note(
+        Stage::Evaluate,
+        format!("{} answers of base and tuned model: {}", pairs.len(), place.display()),
+    );
+    Ok(())
+}
+
+/// Writes the adapter and its card.
+fn write(
     plan: &Plan,
     options: &model::Options,
     facts: &Facts,
     adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
-    folder: &mut RunFolder,
+    folder: &RunFolder,
 ) -> Result<()> {
     let sites = &adapter.sites;
     let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
@@ -179,7 +232,11 @@ fn ship(
     folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
-    folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
+    folder.write("README.md", adapter::card::markdown(&card).as_bytes())
+}
+
+/// Ends the folder; the sentinel last.
+fn finish(plan: &Plan, trained: &Trained, folder: &mut RunFolder) -> Result<()> {
     folder.finish(trained)?;
     match plan.train.checkpoint {
         // The adapter is complete: what cannot be removed is no reason to fail.

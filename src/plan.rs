@@ -7,6 +7,7 @@ mod rows;
 mod base;
 mod training;
 mod show;
+mod asked;
 
 pub use places::{below_mnt, registry_access};
 
@@ -40,6 +41,10 @@ pub struct Plan {
     pub registry: registry::Options,
     pub init_adapter: Option<PathBuf>,
     pub device: device::Choice,
+    /// Held-out rows that base and tuned model answer at the end of the run.
+    pub answers: usize,
+    /// The given keys, for the run's folder to remember.
+    pub asked: serde_json::Map<String, serde_json::Value>,
     /// Every value that counts, in the table's order.
     pub values: Vec<Value>,
     /// Given keys that change nothing here.
@@ -131,18 +136,25 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
 /// Resolves what was asked. All contradictions and missing things are told in one fault.
 pub fn make(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
-    let plan = resolve(&mut reader, spec);
+    let plan = resolve(&mut reader, spec, true);
     reader.finish(plan)
 }
 
-fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
+/// The same for commands that look at a finished adapter: they may do without data.
+pub fn look(spec: &Spec) -> Result<Plan> {
+    let mut reader = Reader::new(spec);
+    let plan = resolve(&mut reader, spec, false);
+    reader.finish(plan)
+}
+
+fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let ca_file = places::existing_file(reader, "ca_file");
     let source = places::source_options(reader, ca_file.clone());
     let (base, folder) = places::model(reader, &source.cache, spec.kaito);
     let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
-    let (data, shares) = places::data(reader, spec.kaito);
+    let (data, shares) = places::data(reader, spec.kaito, needs_data);
     let dataset = rows::dataset_options(reader, shares);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
@@ -151,6 +163,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
+    let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
     Plan {
         source,
         data,
@@ -167,6 +180,8 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         init_adapter: places::init_adapter(reader),
         device: places::device(reader),
         dataset,
+        answers: reader.integer(Section::Hone, "answers") as usize,
+        asked,
         values: Vec::new(),
         ignored: ignored(spec),
         warnings: Vec::new(),

@@ -24,6 +24,8 @@ const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+/// What base and tuned model answered to held-out rows at the end of the run, if that was asked for.
+pub const ANSWERS: &str = "answers.json";
 /// How long a start waits for another hone to leave the folder: a pod that is deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -35,8 +37,16 @@ const EARLIER: &str = "earlier";
 /// Names under which a finished run's work stands.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All that a run leaves.
-const OWN: [&str; 7] =
-    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
+const OWN: [&str; 8] = [
+    adapter::CONFIG_FILE,
+    adapter::WEIGHTS_FILE,
+    SENTINEL,
+    "README.md",
+    ANSWERS,
+    METRICS,
+    CHECKPOINTS,
+    RECORD,
+];
 
 /// What happens to results of another run in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +67,9 @@ pub struct Record {
     /// Seconds since 1970 at the first start; templates that print the date use it, so a restart renders the same.
     pub started: u64,
     pub data: Vec<DataFile>,
+    /// The keys that the run was given, for commands that look at its adapter later (`plan/asked.rs`).
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub asked: serde_json::Map<String, serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -74,6 +87,21 @@ pub struct DataFile {
 pub struct PushedImage {
     pub reference: String,
     pub digest: String,
+}
+
+impl Record {
+    /// The record of a folder that a run of hone wrote; `None` for any other folder.
+    ///
+    /// # Errors
+    /// Config: there is a hone.json that is no record.
+    pub fn of(folder: &Path) -> Result<Option<Record>> {
+        read_record(folder)
+    }
+
+    /// When the run was first started.
+    pub fn started(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.started)
+    }
 }
 
 /// A claimed output folder. The claim ends with the value.
@@ -145,10 +173,19 @@ impl RunFolder {
                     fingerprint: fingerprint.into(),
                     started: self.started,
                     data: data.iter().map(file).collect(),
+                    asked: serde_json::Map::new(),
                     trained: None,
                     image: None,
                 })
             }
+        }
+    }
+
+    /// Records the keys that the run was given.
+    pub fn remember(&mut self, asked: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        match self.record.clone() {
+            Some(record) if record.asked != *asked => self.save(Record { asked: asked.clone(), ..record }),
+            _ => Ok(()),
         }
     }
 

@@ -69,7 +69,7 @@ fn redacted(value: &Json) -> Json {
 }
 
 /// Signed URLs carry their secret in the query, others in the userinfo; the pinned digest stays.
-fn without_secrets(text: &str) -> String {
+pub(super) fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
         return text.into();
     }

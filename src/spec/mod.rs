@@ -70,6 +70,8 @@ impl Spec {
 /// What the command line asks: files, and settings in rising order of precedence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
+    /// What an earlier run was asked, as its folder records it. Everything else wins over it.
+    pub remembered: Vec<Setting>,
     pub spec: Option<PathBuf>,
     pub config: Option<PathBuf>,
     pub settings: Vec<Setting>,
@@ -100,6 +102,9 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     let mut spec = Spec::default();
     let mut mistakes = Mistakes::default();
     spec.surroundings(environment);
+    for setting in &request.remembered {
+        spec.apply(setting, &mut mistakes);
+    }
 
     let mounted = environment("YAML_FILE_PATH").map(PathBuf::from);
     let config = request.config.clone().or_else(|| mounted.filter(|_| request.spec.is_none()));

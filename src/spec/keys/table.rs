@@ -57,6 +57,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "tools_column", Text, "", "Column with the tools that a row's chat template sees, as a list or JSON text; unset: tools, if there is one."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
     Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
+    Key::used(H, "answers", integer(0), "0", "Held-out rows that the base and the tuned model answer at the end of a run, side by side, into `answers.json`; 0: none."),
     Key::used(H, "push", Text, "", "Image to push when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
     Key::used(H, "target_matching", choice(&["fused", "literal"]), "fused", "What a split name in target_modules means on a fused module: fused: q_proj trains qkv_proj; literal: it matches nothing, as in PEFT (KAITO's names then adapt only o_proj and down_proj of Phi-3)."),
     Key::used(H, "init_adapter", Path, "", "PEFT folder whose weights training starts from."),
