@@ -77,7 +77,7 @@ pub fn run(
     let rows = tuned.rows(options.split, options.rows, &tokenizer, report)?;
     let examples: Vec<Example> = rows.encoded.iter().map(|row| row.example.clone()).collect();
     let decoder = tuned.decoder(&device, report)?;
-    let sum = tuned.sum(decoder.dtype)?;
+    let sum = tuned.sum(decoder.dtype, &device)?;
     let batch = tuned.plan.train.eval_batch_examples;
     let base = measure(&decoder, None, &examples, batch, report)?;
     let with_adapter = measure(&decoder, Some(&sum), &examples, batch, report)?;

@@ -193,8 +193,7 @@ fn answer(
     questions
         .iter_mut()
         .for_each(|question| question.tokens_max = question.tokens_max.min(ANSWER_TOKENS_MAX));
-    let template = plan.tokens.chat_template.as_deref().filter(|text| text.contains('{'));
-    let chat = Chat::of(tokenizer, template)?;
+    let chat = Chat::of(tokenizer, plan.tokens.chat_template.as_deref())?;
     let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
     let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
     let engine = answers::engine(decoder, &[folder.path()], &questions)?;

@@ -129,7 +129,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     for warning in architecture.iter().flat_map(|architecture| &architecture.warnings) {
         report.warn(Stage::Load, warning.as_str());
     }
-    let sum = tuned.sum(DType::F32)?;
+    let sum = tuned.sum(DType::F32, &Device::Cpu)?;
     let folder = Folder::begin(&options.to)?;
     if options.adapter_only {
         let architecture = architecture.ok_or_else(|| Fault::usage("--adapter-only needs --format gguf"))?;
@@ -244,7 +244,7 @@ fn side_by_side(
     report: &Report,
 ) -> Result<(Measures, Measures)> {
     let decoder = tuned.decoder(device, report)?;
-    let sum = tuned.sum(decoder.dtype)?;
+    let sum = tuned.sum(decoder.dtype, device)?;
     let batch = tuned.plan.train.eval_batch_examples;
     let base = evaluate::measure(&decoder, None, examples, batch, report)?;
     Ok((base, evaluate::measure(&decoder, Some(&sum), examples, batch, report)?))
@@ -301,7 +301,6 @@ impl Writing<'_> {
             self.folder.require(model_folder::bytes(self.merged, self.options.stored))?;
             return Ok(None);
         };
-        let own = self.tuned.plan.tokens.chat_template.as_deref().filter(|text| text.contains('{'));
         let around = tokenizer.encode("a", true).map_err(Fault::model)?;
         let of_model = OfModel {
             bos: tokenizer.bos_id(),
@@ -310,7 +309,7 @@ impl Writing<'_> {
             end_of_turn: chat.and_then(|chat| chat.end_of_turn(tokenizer)),
             adds_bos: tokenizer.bos_id().is_some() && around.first().copied() == tokenizer.bos_id(),
             adds_eos: around.len() > 1 && around.last() == Some(&tokenizer.eos_id()),
-            chat_template: own.or(tokenizer.chat_template()),
+            chat_template: chat.map(Chat::source),
         };
         let folder = &self.tuned.plan.model.folder;
         let vocabulary = gguf::tokenizer(folder, self.tuned.facts.vocab, &of_model)?;
@@ -334,7 +333,8 @@ impl Writing<'_> {
         let Options { stored, shard_bytes, .. } = *self.options;
         model_folder::write_weights(self.merged, stored, shard_bytes, self.folder, report)?;
         let stop_tokens = self.tuned.defaults(tokenizer, chat)?.stop_tokens;
-        let own = self.tuned.plan.tokens.chat_template.as_deref().filter(|text| text.contains('{'));
+        // The model's own comes with its files.
+        let own = chat.filter(|_| self.tuned.plan.tokens.chat_template.is_some()).map(Chat::source);
         let card = self.card();
         let beside = model_folder::Beside {
             from: &self.tuned.plan.model.folder,

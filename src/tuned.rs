@@ -18,7 +18,8 @@ use crate::generate::defaults::Defaults;
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
-use crate::model::lora::{Mixture, Pairs, Part};
+use crate::model::lora::{Mixture, Pair, Pairs, Part};
+use crate::ops::matmul::Weight;
 use crate::plan::{self, Plan};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
@@ -197,8 +198,7 @@ impl Tuned {
 
     /// The template of the training.
     pub fn chat(&self, tokenizer: &Tokenizer) -> Result<Option<Chat>> {
-        let given = self.plan.tokens.chat_template.as_deref();
-        Chat::of(tokenizer, given.filter(|text| text.contains('{')))
+        Chat::of(tokenizer, self.plan.tokens.chat_template.as_deref())
     }
 
     /// How the model generates, and what ends it.
@@ -207,10 +207,11 @@ impl Tuned {
     }
 
     /// The adapters' pairs for this base.
-    pub fn sum(&self, dtype: DType) -> Result<Sum> {
+    pub fn sum(&self, dtype: DType, device: &Device) -> Result<Sum> {
         let pairs = self.members.iter().map(|member| {
             let pairs = member.adapter.pairs(&self.facts, dtype);
-            pairs.map_err(|fault| fault.at(&member.named.source))
+            let pairs = pairs.map_err(|fault| fault.at(&member.named.source))?;
+            if device.is_cpu() { Ok(pairs) } else { on_device(&pairs, &self.facts, device) }
         });
         let strengths = self.members.iter().map(|member| member.named.strength).collect();
         Ok(Sum { pairs: pairs.collect::<Result<_>>()?, strengths })
@@ -284,8 +285,13 @@ impl Tuned {
     fn same(&self, files: &[source::File]) -> Option<Trained> {
         let record = self.record.as_ref()?;
         let known = |file: &&source::File| record.data.iter().any(|other| other.sha256 == file.sha256);
+        // Under a name of the run's, other bytes: rows that were trained may be among them.
+        let name = |name: &str| Path::new(name).file_name().map(std::ffi::OsStr::to_owned);
+        let same_name =
+            |file: &source::File| record.data.iter().any(|other| name(&other.name) == name(&file.name));
+        let changed = files.iter().any(|file| !known(&file) && same_name(file));
         Some(match files.iter().filter(known).count() {
-            0 => Trained::No,
+            0 if !changed => Trained::No,
             count if count == files.len() && count == record.data.len() => Trained::Yes,
             _ => Trained::Partly,
         })
@@ -384,6 +390,18 @@ impl Rows {
             "trained_on": self.trained.name(),
         })
     }
+}
+
+fn on_device(pairs: &Pairs, facts: &Facts, device: &Device) -> Result<Pairs> {
+    let moved = |weight: &Weight| match weight {
+        Weight::Dense(tensor) => Ok(Weight::Dense(tensor.to_device(device)?)),
+        Weight::FourBit(weight) => Ok::<_, Fault>(Weight::FourBit(weight.to_device(device)?)),
+    };
+    let found = (0..facts.projections().count()).filter_map(|linear| Some((linear, pairs.get(linear)?)));
+    let list = found.map(|(linear, pair)| {
+        Ok((linear, Pair { a: moved(&pair.a)?, b: moved(&pair.b)?, scale: pair.scale }))
+    });
+    Ok(Pairs::new(list.collect::<Result<Vec<_>>>()?))
 }
 
 fn is_image(source: &str) -> bool {

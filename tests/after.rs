@@ -54,7 +54,16 @@ fn a_runs_folder_is_enough() {
         assert!(table.contains(word), "{word}: {table}");
     }
     let train = json_of(&work.done(&[
-        "eval", "try/adapter", "--split", "train", "--rows", "3", "--generate", "0", "--format", "json",
+        "eval",
+        "try/adapter",
+        "--split",
+        "train",
+        "--rows",
+        "3",
+        "--generate",
+        "0",
+        "--format",
+        "json",
     ]));
     assert_eq!((&train["rows"]["used"], &train["rows"]["trained_on"]), (&3.into(), &"yes".into()));
 
@@ -71,15 +80,33 @@ fn a_runs_folder_is_enough() {
 #[test]
 fn other_data_is_evaluated_whole_and_its_origin_told() {
     let work = trained();
-    let line = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}"#;
+    let line =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}"#;
     work.write("other.jsonl", format!("{line}\n{line}\n"));
     let found = json_of(&work.done(&[
-        "eval", "try/adapter", "--data", "other.jsonl", "--generate", "0", "--format", "json",
+        "eval",
+        "try/adapter",
+        "--data",
+        "other.jsonl",
+        "--generate",
+        "0",
+        "--format",
+        "json",
     ]));
     let rows = &found["rows"];
-    assert_eq!((&rows["used"], &rows["split"], &rows["trained_on"]), (&2.into(), &"all".into(), &"no".into()));
+    assert_eq!(
+        (&rows["used"], &rows["split"], &rows["trained_on"]),
+        (&2.into(), &"all".into(), &"no".into())
+    );
     let same = json_of(&work.done(&[
-        "eval", "try/adapter", "--data", "try/data.parquet", "--generate", "0", "--format", "json",
+        "eval",
+        "try/adapter",
+        "--data",
+        "try/data.parquet",
+        "--generate",
+        "0",
+        "--format",
+        "json",
     ]));
     assert_eq!((&same["rows"]["split"], &same["rows"]["trained_on"]), (&"evaluation".into(), &"no".into()));
 }
@@ -92,7 +119,10 @@ fn base_and_tuned_model_answer_side_by_side() {
     let pairs = found["pairs"].as_array().unwrap();
     assert_eq!(pairs.len(), 2);
     for pair in pairs {
-        assert!(pair["reference"].is_string() && pair["row"].as_str().unwrap().contains(".parquet:"), "{pair}");
+        assert!(
+            pair["reference"].is_string() && pair["row"].as_str().unwrap().contains(".parquet:"),
+            "{pair}"
+        );
         assert!(pair["tuned"]["tokens"].as_u64().unwrap() <= 8);
     }
     let arguments = ["try", "try/adapter", "--prompt", "What is hone?", "--max-tokens", "8"];
@@ -134,9 +164,11 @@ fn a_merged_folder_is_complete_and_measured() {
 #[test]
 fn a_merge_into_the_trainings_weights_keeps_the_loss() {
     let work = trained();
-    let told =
-        work.done(&["merge", "try/adapter", "--to", "m", "--onto", "trained", "--type", "f32"]).stdout;
-    let line = told.lines().find(|line| line.trim_start().starts_with("merged ")).unwrap_or_else(|| panic!("{told}"));
+    let told = work.done(&["merge", "try/adapter", "--to", "m", "--onto", "trained", "--type", "f32"]).stdout;
+    let line = told
+        .lines()
+        .find(|line| line.trim_start().starts_with("merged "))
+        .unwrap_or_else(|| panic!("{told}"));
     let difference: f64 =
         line.split(['(', ')']).nth(1).and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{line}"));
     // TOLERANCE: products' inputs are rounded to bf16 in both; f32 weights take another path than 4-bit ones.
@@ -154,7 +186,12 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(&work, 10, "there is no such folder", &["try", "none"]);
     refused(&work, 10, "holds no adapter_config.json", &["try", "model"]);
     refused(&work, 10, "no rows", &["eval", "adapter", "--model", "model"]);
-    refused(&work, 12, "adapter was made for", &["eval", "adapter", "--model", "other", "--data", "data.parquet"]);
+    refused(
+        &work,
+        12,
+        "adapter was made for",
+        &["eval", "adapter", "--model", "other", "--data", "data.parquet"],
+    );
     refused(&work, 2, "no number from -16 to 16", &["eval", "adapter:x"]);
     refused(&work, 2, "--adapter-only", &["merge", "adapter", "--to", "m", "--adapter-only"]);
     refused(&work, 2, "q8_0", &["merge", "adapter", "--to", "m", "--type", "q8_0"]);
@@ -169,7 +206,12 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     work.write("cut/adapter_config.json", work.read("adapter/adapter_config.json"));
     work.write("cut/adapter_model.safetensors", &work.read("adapter/adapter_model.safetensors")[..500]);
     refused(&work, 12, "cannot read", &["merge", "cut", "--model", "model", "--to", "m"]);
-    refused(&work, 10, "other/config.json", &["merge", "adapter", "--model", "model", "--to", "other/config.json"]);
+    refused(
+        &work,
+        10,
+        "other/config.json",
+        &["merge", "adapter", "--model", "model", "--to", "other/config.json"],
+    );
     work.write("rows.jsonl", "{\"text\": 3}\n");
     refused(&work, 11, "rows.jsonl", &["eval", "adapter", "--model", "model", "--data", "rows.jsonl"]);
     assert!(work.list("m").is_empty() && !work.list(".").contains(&".m.partial".into()));

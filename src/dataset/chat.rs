@@ -9,20 +9,30 @@ use crate::fault::{Fault, Result};
 /// A compiled chat template, for whoever asks a model.
 pub struct Chat {
     template: Template,
+    source: String,
 }
 
 impl Chat {
-    /// `source` replaces the model's own template. `None` if there is neither.
+    /// `source` replaces the model's own template: Jinja text, or the name of one of the model's. `None` if there is neither.
     ///
     /// # Errors
-    /// Config or Model: the template's syntax is wrong.
+    /// Config or Model: the template's syntax is wrong, or the model has none of that name.
     pub fn of(tokenizer: &Tokenizer, source: Option<&str>) -> Result<Option<Chat>> {
-        let Some(text) = source.or(tokenizer.chat_template()) else { return Ok(None) };
+        // A name has no tags.
+        let named = source.filter(|text| !text.contains('{')).map(|name| tokenizer.named_template(name));
+        let Some(text) = named.transpose()?.or(source).or(tokenizer.chat_template()) else { return Ok(None) };
         let compiled = Template::new(text, tokenizer.specials(), tokenizer.now());
-        compiled.map(|template| Some(Chat { template })).map_err(|problem| match source {
-            Some(_) => Fault::config(problem).at("the chat template that was given"),
-            None => Fault::model(problem).at("the model's chat template"),
+        compiled.map(|template| Some(Chat { template, source: text.to_owned() })).map_err(|problem| {
+            match source {
+                Some(_) => Fault::config(problem).at("the chat template that was given"),
+                None => Fault::model(problem).at("the model's chat template"),
+            }
         })
+    }
+
+    /// The template's own text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
