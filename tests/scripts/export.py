@@ -71,14 +71,14 @@ def with_llama_cpp(path, ids, count, lora=None):
         "temperature": 0,
         "top_k": 1,
         "ignore_eos": False,
-        "return_tokens": True,
+        "logprobs": 1,
         "stream": False,
         "cache_prompt": False,
     }
     answer = server.handle_completions(request)
     if isinstance(answer, str):
         answer = json.loads(answer)
-    return {"tokens": answer.get("tokens"), "answer": {k: v for k, v in answer.items() if k != "tokens"}}
+    return {"tokens": [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]}
 
 
 if __name__ == "__main__":
