@@ -254,13 +254,13 @@ fn a_multimodal_model_stays_whole() {
 
 /// Writes one GGUF file of a model with its adapter.
 fn write_gguf(name: &str, pairs: &Pairs, stored: Stored) -> Written {
-    let base = golden(name).join("model");
-    write_gguf_of(&base, pairs, stored)
+    write_gguf_at(name, pairs, 1.0, stored)
 }
 
-fn write_gguf_of(base: &Path, pairs: &Pairs, stored: Stored) -> Written {
+fn write_gguf_at(name: &str, pairs: &Pairs, strength: f64, stored: Stored) -> Written {
     let parent = tempfile::tempdir().unwrap();
     let written = Written { parent };
+    let base = &golden(name).join("model");
     let (facts, checkpoint) = (facts(base), Checkpoint::open(base).unwrap());
     let architecture = Architecture::of(&facts).unwrap();
     let tokenizer = hone::dataset::Tokenizer::open(base).unwrap();
@@ -273,7 +273,7 @@ fn write_gguf_of(base: &Path, pairs: &Pairs, stored: Stored) -> Written {
         ..OfModel::default()
     };
     let vocabulary = gguf::tokenizer(base, facts.vocab, &of_model).unwrap();
-    let merged = Merged::new(&facts, &checkpoint, None, vec![(pairs, 1.0)]);
+    let merged = Merged::new(&facts, &checkpoint, None, vec![(pairs, strength)]);
     let folder = Folder::begin(&written.folder()).unwrap();
     let planned = gguf::plan(&merged, &architecture, vocabulary.keys, stored, "test").unwrap();
     gguf::write(&merged, &planned, "model.gguf", &folder, &Report::silent()).unwrap();
@@ -469,16 +469,45 @@ fn llama_cpp_draws_the_same_tokens() {
             &write(&base, vec![(&pairs, 1.0)], Stored::F32, None, u64::MAX).folder(),
             Quantization::None,
         );
+        let draw = |file: &Path, prompt: &str, lora: Option<&Path>| {
+            let (file, lora) = (file.to_str().unwrap(), lora.map(|path| path.to_str().unwrap()));
+            let arguments = ["llama.cpp", file, prompt, "12"];
+            let found = script(&python, &arguments.into_iter().chain(lora).collect::<Vec<_>>());
+            let ids = found["tokens"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32);
+            (ids.collect::<Vec<u32>>(), found["prompt_tokens"].as_u64().unwrap() as usize)
+        };
+        let prompt: Vec<u32> = (0..12u32).map(|at| (at * 37 + 3) % 500).collect();
+        let ids = prompt.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let written = write_gguf(name, &pairs, Stored::F32);
         let file = written.folder().join("model.gguf");
-        let prompt: Vec<u32> = (0..12u32).map(|at| (at * 37 + 3) % 500).collect();
-        let text: Vec<String> = prompt.iter().map(u32::to_string).collect();
-        let found = script(&python, &["llama.cpp", file.to_str().unwrap(), &text.join(","), "12"]);
-        let tokens: Vec<u32> =
-            found["tokens"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
-        same_greedy(name, &merged, &prompt, &tokens);
+        same_greedy(name, &merged, &prompt, &draw(&file, &ids, None).0);
+
+        // The same tokens of a text.
+        let tokenizer = hone::dataset::Tokenizer::open(&base).unwrap();
+        for text in TEXTS {
+            let own = tokenizer.encode(text, true).unwrap();
+            let (tokens, count) = draw(&file, text, None);
+            assert_eq!(count, own.len(), "{name}: tokens of {text:?}, {own:?}");
+            same_greedy(name, &merged, &own, &tokens);
+        }
+
+        // The base, with the adapter alone.
+        let written = write_gguf_at(name, &pairs, 0.0, Stored::F32);
+        let to = written.parent.path().join("lora");
+        let out = Folder::begin(&to).unwrap();
+        let architecture = Architecture::of(&merged.facts).unwrap();
+        let parts = [(&pairs, 1.0)];
+        let title = ("a.gguf", "test");
+        gguf::write_adapter(&merged.facts, &architecture, &parts, 16.0, Stored::F32, title, &out).unwrap();
+        out.finish().unwrap();
+        let file = written.folder().join("model.gguf");
+        same_greedy(name, &merged, &prompt, &draw(&file, &ids, Some(&to.join("a.gguf"))).0);
     }
 }
+
+/// Words, numbers, letters beyond ASCII, blanks.
+const TEXTS: [&str; 3] =
+    ["What is a harbour, 12345?", "It's an état of mind: naïve!", "def f(x):\n    return  x + 10"];
 
 /// Each token is the most probable one, or within rounding of it: llama.cpp keeps keys and values in f16.
 fn same_greedy(name: &str, decoder: &Decoder, prompt: &[u32], tokens: &[u32]) {

@@ -2,7 +2,7 @@
 
 export.py transformers MERGED [BASE ADAPTER]   logits of MERGED, compared with BASE and ADAPTER in peft
 export.py gguf FILE                            keys, shapes and sums of magnitudes, by the gguf package
-export.py llama.cpp FILE IDS COUNT [LORA]      greedy tokens, by llama.cpp (xllamacpp)
+export.py llama.cpp FILE PROMPT COUNT [LORA]   greedy tokens, by llama.cpp (xllamacpp); PROMPT is text, or ids: 3,40,77
 
 Needs: torch, transformers, peft; gguf; xllamacpp.
 """
@@ -51,7 +51,7 @@ def with_gguf(path):
     return {"keys": keys, "tensors": tensors}
 
 
-def with_llama_cpp(path, ids, count, lora=None):
+def with_llama_cpp(path, prompt, count, lora=None):
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -65,8 +65,9 @@ def with_llama_cpp(path, ids, count, lora=None):
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 1.0)]
     server = xllamacpp.Server(params)
+    ids = prompt.split(",")
     request = {
-        "prompt": [int(id) for id in ids.split(",")],
+        "prompt": [int(id) for id in ids] if all(id.isdigit() for id in ids) else prompt,
         "n_predict": int(count),
         "temperature": 0,
         "top_k": 1,
@@ -78,7 +79,8 @@ def with_llama_cpp(path, ids, count, lora=None):
     answer = server.handle_completions(request)
     if isinstance(answer, str):
         answer = json.loads(answer)
-    return {"tokens": [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]}
+    tokens = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+    return {"tokens": tokens, "prompt_tokens": answer["usage"]["prompt_tokens"]}
 
 
 if __name__ == "__main__":
