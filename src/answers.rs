@@ -1,7 +1,7 @@
 //! Questions, a model, adapters -> what the base answers and what the base with the adapters answers, side by side.
 //!
-//! Questions are prompts as token ids: of a row exactly the tokens before the answer that training learned. Rows of plain
-//! text have no answer; their beginning is the prompt and their rest the reference.
+//! Questions are prompts as token ids: of a row exactly the tokens before the answer that training learned. Rows of
+//! plain text have no answer; their beginning is the prompt and their rest the reference.
 
 use std::path::Path;
 

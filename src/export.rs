@@ -1,7 +1,7 @@
 //! A base and adapters -> files that other programs load: a model folder of safetensors, or GGUF.
 //!
-//! Weights go through a piece at a time, so that a model of any size needs little memory. Files appear under their final
-//! name when all of them are whole.
+//! Weights go through a piece at a time, so that a model of any size needs little memory. Files appear under their
+//! final name when all of them are whole.
 
 pub mod folder;
 pub mod merged;

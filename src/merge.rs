@@ -24,6 +24,7 @@ use crate::model::weights::Checkpoint;
 use crate::report::{Report, Stage};
 use crate::spec::{Environment, Request};
 use crate::tuned::{Named, Sum, Tuned};
+use crate::words;
 
 pub use crate::export::Stored;
 
@@ -101,7 +102,7 @@ impl Done {
     pub fn text(&self) -> String {
         let mut text = format!("Written: {}\n", self.folder.display());
         for (name, bytes) in &self.files {
-            text += &format!("  {name}  {:.1} MB\n", *bytes as f64 / 1e6);
+            text += &format!("  {name}  {}\n", words::size(*bytes));
         }
         if let Some(comparison) = &self.comparison {
             let Comparison { rows, base, beside, merged } = comparison;
@@ -117,8 +118,8 @@ impl Done {
 /// Merges, writes and compares.
 ///
 /// # Errors
-/// As [`Tuned::find`]; Config: the folder is not empty. Capacity: the volume is too small. Model: a family that the format
-/// does not have, or a value that the type cannot hold.
+/// As [`Tuned::find`]; Config: the folder is not empty. Capacity: the volume is too small. Model: a family that the
+/// format does not have, or a value that the type cannot hold.
 pub fn run(request: &Request, options: &Options, environment: Environment, report: &Report) -> Result<Done> {
     let tuned = Tuned::find(&options.adapters, request, environment, report)?;
     let tokenizer = tuned.tokenizer()?;

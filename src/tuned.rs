@@ -1,7 +1,7 @@
 //! A finished adapter and what was asked -> its base, its configuration and rows to look at, as its run had them.
 //!
-//! A run's folder remembers what the run was given (`plan/asked.rs`); whatever the command line says comes before it. Images
-//! and folders of other tools remember nothing: their base and data are named on the command line.
+//! A run's folder remembers what the run was given (`plan/asked.rs`); whatever the command line says comes before
+//! it. Images and folders of other tools remember nothing: their base and data are named on the command line.
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,6 @@
-//! The merged model against base and adapter side by side, whatever it was written as: safetensors and GGUF, read back here,
-//! by transformers, by the `gguf` package and by llama.cpp (`scripts/export.py`, where these are installed).
+//! The merged model against base and adapter side by side, whatever it was written as: safetensors and GGUF, read
+//! back here, by transformers, by the `gguf` package and by llama.cpp (`scripts/export.py`, where these are
+//! installed).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,8 +24,8 @@ use hone::model::{self, load};
 use hone::report::Report;
 use serde_json::json;
 
-/// TOLERANCE: both sides compute in f32; the largest difference found is 3e-5, on logits of up to 20. A scale of rsLoRA taken
-/// for the usual one makes 0.1 and more.
+/// TOLERANCE: both sides compute in f32; the largest difference found is 3e-5, on logits of up to 20. A scale of
+/// rsLoRA taken for the usual one makes 0.1 and more.
 const ROUNDING: f32 = 1e-4;
 /// TOLERANCE: weights rounded to bf16 (8 bits), on the same logits; the largest difference found is 0.12.
 const BF16_ROUNDING: f32 = 0.25;

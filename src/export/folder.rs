@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::fault::{Fault, Kind, Result};
+use crate::{whole, words};
 
 const LOCK: &str = ".lock";
 /// LIMIT: free space that is left beside the files.
@@ -78,10 +79,10 @@ impl Folder {
         match bytes.saturating_add(SPARE_BYTES) <= free {
             true => Ok(()),
             false => Err(Fault::capacity(format!(
-                "{:.2} GB will be written to {}, whose volume has {:.2} GB free",
-                bytes as f64 / 1e9,
+                "{} will be written to {}, whose volume has {} free",
+                words::size(bytes),
                 self.to.display(),
-                free as f64 / 1e9
+                words::size(free)
             ))
             .help("name a folder on a larger volume, or write a smaller type")),
         }
@@ -105,13 +106,10 @@ impl Folder {
     pub fn finish(mut self) -> Result<PathBuf> {
         let lock = self.work.join(LOCK);
         fs::remove_file(&lock).map_err(|error| Fault::storage("remove", &lock, &error))?;
-        let sync = |path: &Path| File::open(path).and_then(|folder| folder.sync_all());
-        sync(&self.work).map_err(|error| Fault::storage("write", &self.work, &error))?;
+        whole::sync_folder(&self.work)?;
         fs::rename(&self.work, &self.to).map_err(|error| Fault::storage("rename to", &self.to, &error))?;
         self.done = true;
-        if let Some(parent) = self.to.parent() {
-            sync(parent).map_err(|error| Fault::storage("write", parent, &error))?;
-        }
+        self.to.parent().map_or(Ok(()), whole::sync_folder)?;
         Ok(self.to.clone())
     }
 }

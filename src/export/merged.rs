@@ -1,7 +1,7 @@
 //! A checkpoint and adapters -> the values of the merged model's tensors, a block of rows at a time.
 //!
-//! A merged weight is `W + sum of strength * scale * B A`, in f32. W is the checkpoint's own weight, or the one that the
-//! training computed with: quantised to 4 bits and dequantised again.
+//! A merged weight is `W + sum of strength * scale * B A`, in f32. W is the checkpoint's own weight, or the one that
+//! the training computed with: quantised to 4 bits and dequantised again.
 
 use rayon::prelude::*;
 

@@ -1,5 +1,5 @@
-//! The merged model -> a model folder as the hub has it: sharded safetensors with an index, config.json, tokenizer, chat
-//! template, generation_config.json. transformers and vLLM load it.
+//! The merged model -> a model folder as the hub has it: sharded safetensors with an index, config.json, tokenizer,
+//! chat template, generation_config.json. transformers and vLLM load it.
 
 use std::path::Path;
 
@@ -234,8 +234,8 @@ fn in_type(config: &mut Map<String, Json>, stored: Stored) {
     }
 }
 
-/// The model's own, with every token that ends an answer: training teaches the end of the turn, which some models do not
-/// name there.
+/// The model's own, with every token that ends an answer: training teaches the end of the turn, which some models do
+/// not name there.
 fn generation(beside: &Beside) -> Result<Option<Map<String, Json>>> {
     let found = object(beside.from, "generation_config.json")?;
     let config = object(beside.from, "config.json")?.unwrap_or_default();

@@ -284,7 +284,8 @@ fn from_store<'a>(store: &dyn Store, name: &str, shape: &[usize]) -> Result<Valu
 /// Parts of names that wrappers of training put there, which say nothing of the model.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// A tensor's name without what `torch.compile` and data-parallel wrappers put into it when a state was saved through them.
+/// A tensor's name without what `torch.compile` and data-parallel wrappers put into it when a state was saved
+/// through them.
 pub fn unwrapped(name: &str) -> Cow<'_, str> {
     let in_front = name.trim_start_matches("module.");
     if !in_front.split('.').any(|part| WRAPPERS.contains(&part)) {

@@ -1,5 +1,5 @@
-//! What a run was given -> what its folder remembers of it, so that commands can look at its adapter later without being
-//! told again. No secret gets into it: an address with a signature is left out.
+//! What a run was given -> what its folder remembers of it, so that commands can look at its adapter later without
+//! being told again. No secret gets into it: an address with a signature is left out.
 
 use serde_json::{Map, Value as Json};
 

@@ -1,7 +1,7 @@
 //! A family's facts -> llama.cpp's architecture: its name, its keys, the name and the order of each tensor.
 //!
-//! Source: llama.cpp's model loaders (`src/models`) and converters. A form of a family that llama.cpp computes otherwise is
-//! refused with what differs.
+//! Source: llama.cpp's model loaders (`src/models`) and converters. A form of a family that llama.cpp computes
+//! otherwise is refused with what differs.
 
 use super::file::Value;
 use crate::facts::rope::{Rope, Scaling};

@@ -1,5 +1,5 @@
-//! A GGUF file of a model -> its tensors by the names and in the order that the checkpoint had, so that what was written can
-//! be computed with.
+//! A GGUF file of a model -> its tensors by the names and in the order that the checkpoint had, so that what was
+//! written can be computed with.
 
 use std::collections::HashMap;
 use std::path::Path;

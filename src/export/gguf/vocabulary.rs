@@ -1,8 +1,9 @@
-//! A model's tokenizer.json -> the tokenizer's keys in GGUF: tokens, kinds, merges or scores, special ids, chat template.
+//! A model's tokenizer.json -> the tokenizer's keys in GGUF: tokens, kinds, merges or scores, special ids, chat
+//! template.
 //!
-//! Two kinds of tokenizers are covered: byte-level BPE ("gpt2" there) with its merges, and SentencePiece's BPE with bytes to
-//! fall back on ("llama" there) with scores. Scores follow from the merges: llama.cpp joins the pair with the best score,
-//! and SentencePiece's own scores are the merges' order.
+//! Two kinds of tokenizers are covered: byte-level BPE ("gpt2" there) with its merges, and SentencePiece's BPE with
+//! bytes to fall back on ("llama" there) with scores. Scores follow from the merges: llama.cpp joins the pair with
+//! the best score, and SentencePiece's own scores are the merges' order.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -62,39 +63,8 @@ pub fn read(folder: &Path, rows: usize, model: &OfModel) -> Result<Vocabulary> {
             .help("write safetensors, and convert them with llama.cpp's own converter"));
     }
     let pieces = bpe["byte_fallback"].as_bool() == Some(true);
-    let mut tokens: Vec<Option<(String, i32)>> = vec![None; rows];
-    let mut put = |id: u64, text: &str, kind: i32| match tokens.get_mut(id as usize) {
-        Some(place) => {
-            *place = Some((text.to_owned(), kind));
-            Ok(())
-        }
-        None => Err(wrong(format!("token {text:?} has the id {id}, the embedding has {rows} rows"))),
-    };
     let unknown = bpe["unk_token"].as_str();
-    for (text, id) in bpe["vocab"].as_object().into_iter().flatten() {
-        let is_byte = pieces && text.len() == 6 && text.starts_with("<0x") && text.ends_with('>');
-        let kind = match text {
-            text if pieces && unknown == Some(text) => kind::UNKNOWN,
-            _ if is_byte => kind::BYTE,
-            _ => kind::NORMAL,
-        };
-        put(id.as_u64().unwrap_or(u64::MAX), text, kind)?;
-    }
-    for (id, added) in added(&tokenizer, &config) {
-        let text = added["content"].as_str().unwrap_or_default();
-        let special = added["special"].as_bool().unwrap_or(false);
-        let kind = match special {
-            _ if pieces && unknown == Some(text) => kind::UNKNOWN,
-            true => kind::CONTROL,
-            false => kind::USER_DEFINED,
-        };
-        put(id, text, kind)?;
-    }
-    let (texts, kinds): (Vec<String>, Vec<i32>) = tokens
-        .into_iter()
-        .enumerate()
-        .map(|(id, token)| token.unwrap_or_else(|| (format!("[PAD{id}]"), kind::UNUSED)))
-        .unzip();
+    let (texts, kinds) = tokens(&tokenizer, &config, rows, pieces).map_err(wrong)?;
     let merges = merges(&bpe["merges"]);
     let mut warnings = Vec::new();
     let mut keys = vec![key("ggml.model", Value::Text(if pieces { "llama" } else { "gpt2" }.into()))];
@@ -123,6 +93,45 @@ pub fn read(folder: &Path, rows: usize, model: &OfModel) -> Result<Vocabulary> {
     keys.push(key("ggml.token_type", Value::I32s(kinds)));
     keys.extend(special(model, unknown.and_then(|text| bpe["vocab"][text].as_u64())));
     Ok(Vocabulary { keys, warnings })
+}
+
+/// Text and kind of every row's token. Error: what is wrong with the file.
+fn tokens(
+    tokenizer: &Json,
+    config: &Json,
+    rows: usize,
+    pieces: bool,
+) -> std::result::Result<(Vec<String>, Vec<i32>), String> {
+    let mut tokens: Vec<Option<(String, i32)>> = vec![None; rows];
+    let mut put = |id: u64, text: &str, kind: i32| match tokens.get_mut(id as usize) {
+        Some(place) => {
+            *place = Some((text.to_owned(), kind));
+            Ok(())
+        }
+        None => Err(format!("token {text:?} has the id {id}, the embedding has {rows} rows")),
+    };
+    let bpe = &tokenizer["model"];
+    let is_unknown = |text: &str| pieces && bpe["unk_token"].as_str() == Some(text);
+    let is_byte = |text: &str| pieces && text.len() == 6 && text.starts_with("<0x") && text.ends_with('>');
+    for (text, id) in bpe["vocab"].as_object().into_iter().flatten() {
+        let kind = match text.as_str() {
+            text if is_unknown(text) => kind::UNKNOWN,
+            text if is_byte(text) => kind::BYTE,
+            _ => kind::NORMAL,
+        };
+        put(id.as_u64().unwrap_or(u64::MAX), text, kind)?;
+    }
+    for (id, added) in added(tokenizer, config) {
+        let text = added["content"].as_str().unwrap_or_default();
+        let kind = match added["special"].as_bool() {
+            _ if is_unknown(text) => kind::UNKNOWN,
+            Some(true) => kind::CONTROL,
+            _ => kind::USER_DEFINED,
+        };
+        put(id, text, kind)?;
+    }
+    let padded = tokens.into_iter().enumerate();
+    Ok(padded.map(|(id, token)| token.unwrap_or_else(|| (format!("[PAD{id}]"), kind::UNUSED))).unzip())
 }
 
 fn key(name: &str, value: Value) -> (String, Value) {
