@@ -182,7 +182,9 @@ impl Tuned {
         let facts = family::describe(&config)?;
         let mut model = plan.model.clone();
         model.quantization = quantization::read(&config)?.unwrap_or(model.quantization);
-        Ok(Tuned { plan, members, record, facts, model, spec, _pulled: pulled })
+        let tuned = Tuned { plan, members, record, facts, model, spec, _pulled: pulled };
+        tuned.sum(DType::F32, &Device::Cpu)?; // an adapter of another base is refused before anything long
+        Ok(tuned)
     }
 
     /// The model's tokenizer, with the time of the run for templates that print it.

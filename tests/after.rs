@@ -189,7 +189,7 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(
         &work,
         12,
-        "adapter was made for",
+        "the same base model",
         &["eval", "adapter", "--model", "other", "--data", "data.parquet"],
     );
     refused(&work, 2, "no number from -16 to 16", &["eval", "adapter:x"]);
