@@ -2,6 +2,7 @@
 //! are in the table of keys.
 
 pub mod reference;
+mod after;
 
 use crate::bench;
 use crate::controller;
@@ -14,6 +15,7 @@ use crate::serving;
 use crate::spec::keys::{self, Key, Section, Type};
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
+use crate::{evaluate, merge, trial};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -73,6 +75,31 @@ pub enum Command {
         format: Format,
         /// File for an HTML page.
         html: Option<PathBuf>,
+    },
+    /// Measure a base without and with an adapter.
+    Eval {
+        /// Settings of the job.
+        request: Request,
+        /// What to measure.
+        options: evaluate::Options,
+        /// Form of the output.
+        format: Format,
+    },
+    /// Ask a base and its tuned model the same.
+    Try {
+        /// Settings of the job.
+        request: Request,
+        /// What to ask.
+        options: trial::Options,
+        /// Form of the output.
+        format: Format,
+    },
+    /// Write a base with adapters as one model.
+    Merge {
+        /// Settings of the job.
+        request: Request,
+        /// What to write.
+        options: merge::Options,
     },
     /// Make the page of a run, or one that compares several.
     Report {
@@ -192,6 +219,18 @@ pub fn parse(
         Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
             let options = review::Options { samples, seed: sample_seed, rows: row };
             Command::Inspect { request: job.request(matches)?, options, format, html }
+        }
+        Subcommands::Eval(eval) => {
+            let (request, options, format) = eval.read(matches)?;
+            Command::Eval { request, options, format }
+        }
+        Subcommands::Try(attempt) => {
+            let (request, options, format) = attempt.read(matches)?;
+            Command::Try { request, options, format }
+        }
+        Subcommands::Merge(merge) => {
+            let (request, options) = merge.read(matches)?;
+            Command::Merge { request, options }
         }
         Subcommands::Report { folders, to } => Command::Report { folders, to },
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
@@ -327,6 +366,22 @@ enum Subcommands {
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
     },
+    /// Ask the base and the tuned model the same, and show both answers side by side
+    #[command(after_help = "Examples:\n  hone try ./adapter\n  \
+        hone try ./adapter --prompt 'My order is late.' --max-tokens 64\n  \
+        hone try oci://registry.example.com/adapters/support:1 --model ./phi-3 --prompt 'My order is late.'")]
+    Try(after::Try),
+    /// Measure loss, perplexity, token accuracy and exact match on held-out rows, without the adapter and with it
+    #[command(after_help = "Examples:\n  hone eval ./adapter\n  \
+        hone eval ./adapter --data test.jsonl --format json\n  \
+        hone eval ./adapter:0.7 --adapter ./other:0.3 --split all")]
+    Eval(after::Eval),
+    /// Add an adapter to its base and write the whole model, as safetensors or GGUF; or the adapter alone as GGUF
+    #[command(after_help = "Examples:\n  hone merge ./adapter --to ./merged\n  \
+        hone merge ./adapter --to ./gguf --format gguf --type q8_0\n  \
+        hone merge ./adapter --to ./lora --format gguf --adapter-only\n  \
+        hone merge ./a:0.7 --adapter ./b:0.3 --model ./phi-3 --to ./merged")]
+    Merge(after::Merge),
     /// Make the page that explains a run from its folder of results, or one that compares several runs
     #[command(after_help = "Examples:\n  hone report ./adapter\n  \
         hone report ./rank-8 ./rank-16 ./rank-32 --to ranks.html")]
@@ -865,6 +920,9 @@ struct Job {
     /// inside the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
+    /// Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+    #[arg(long, value_name = "ROWS", env = "HONE_ANSWERS")]
+    answers: Option<String>,
     /// Image that the adapter is pushed as when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
@@ -918,7 +976,7 @@ impl Job {
             }
         }
         settings.sort_by_key(|setting| matches!(setting.origin, Origin::Flag(_)));
-        Ok(Request { spec: self.spec, config: self.config, settings })
+        Ok(Request { spec: self.spec, config: self.config, settings, ..Request::default() })
     }
 }
 

@@ -10,7 +10,8 @@ use candle_core::Device;
 use serde_json::{Value as Json, json};
 
 use crate::adapter::{self, Adapter, card::Card};
-use crate::dataset::{self, Set, Tokenizer};
+use crate::answers;
+use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
@@ -18,6 +19,8 @@ use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
+use crate::generate::Sampling;
+use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
 use crate::model;
@@ -51,6 +54,9 @@ const MODEL_TEXTS: [&str; 7] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
+
+/// LIMIT: tokens of an answer at the end of a run.
+const ANSWER_TOKENS_MAX: usize = 256;
 
 /// The result of a job.
 #[derive(Clone, Debug)]
@@ -89,6 +95,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
     report.fact("folder", folder_fact(&folder));
     report.fact("provenance", told::provenance(plan, &data));
+    folder.remember(&plan.asked)?;
     let trained = match folder.trained() {
         Some(trained) => {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
@@ -130,6 +137,7 @@ fn make(
         dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
     report.fact("data rows", told::rows(&prepared));
     let dataset::Prepared { train: training, evaluation, .. } = prepared;
+    let asked = held_out(plan, data)?;
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
@@ -153,7 +161,17 @@ fn make(
     let examples = train::Sets { train: (&training).into(), evaluation: (&evaluation).into() };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
-    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    drop(adapter);
+    if !asked.is_empty() {
+        // The adapter is whole: answers that cannot be given are no reason to fail.
+        match answer(plan, decoder, &tokenizer, &asked, folder, report) {
+            Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),
+            Err(fault) => report.warn(Stage::Evaluate, format!("no answers: {}", fault.in_a_line())),
+            Ok(()) => {}
+        }
+    }
+    finish(plan, &trained, folder)?;
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
     report.fact("evaluation", told::evaluation(&trained));
@@ -183,15 +201,55 @@ fn fit(
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
-/// Writes the PEFT folder, with the sentinel as the last file.
-fn ship(
+/// The rows that base and tuned model answer at the end: the first of evaluation, or else of training.
+fn held_out(plan: &Plan, data: &[source::File]) -> Result<Vec<dataset::Record>> {
+    if plan.answers == 0 {
+        return Ok(Vec::new());
+    }
+    let dataset = dataset::read(data, &plan.dataset, &Report::silent())?;
+    let rows = if dataset.evaluation.is_empty() { dataset.train } else { dataset.evaluation };
+    Ok(rows.into_iter().take(plan.answers).collect())
+}
+
+/// Writes what base and tuned model answer to rows, beside the adapter.
+fn answer(
+    plan: &Plan,
+    decoder: Decoder,
+    tokenizer: &Tokenizer,
+    records: &[dataset::Record],
+    folder: &RunFolder,
+    report: &Report,
+) -> Result<()> {
+    let options = answers::token_options(&plan.tokens);
+    let encoded = dataset::encode_rows(records, tokenizer, &options, &Report::silent())?;
+    let mut questions = answers::of_rows(&encoded, records, tokenizer, None);
+    questions
+        .iter_mut()
+        .for_each(|question| question.tokens_max = question.tokens_max.min(ANSWER_TOKENS_MAX));
+    let chat = Chat::of(tokenizer, plan.tokens.chat_template.as_deref())?;
+    let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
+    let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
+    let engine = answers::engine(decoder, &[folder.path()], &questions)?;
+    let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
+    let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
+    folder.write(run_folder::ANSWERS, &text)?;
+    let place = folder.path().join(run_folder::ANSWERS);
+    report.note(
+        Stage::Evaluate,
+        format!("{} answers of base and tuned model: {}", pairs.len(), place.display()),
+    );
+    Ok(())
+}
+
+/// Writes the adapter and its card.
+fn write(
     plan: &Plan,
     options: &model::Options,
     facts: &Facts,
     adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
-    folder: &mut RunFolder,
+    folder: &RunFolder,
 ) -> Result<()> {
     let sites = &adapter.sites;
     let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
@@ -208,7 +266,11 @@ fn ship(
     folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
-    folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
+    folder.write("README.md", adapter::card::markdown(&card).as_bytes())
+}
+
+/// Ends the folder; the sentinel last.
+fn finish(plan: &Plan, trained: &Trained, folder: &mut RunFolder) -> Result<()> {
     folder.finish(trained)?;
     match plan.train.checkpoint {
         // The adapter is complete, so a failure to remove the checkpoints does not fail the run.

@@ -20,7 +20,10 @@ use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::trackers::{End, Trackers};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, run_report, serving};
+use hone::{
+    bench, controller, evaluate, example, fetch, inspect, interrupt, last_word, merge, review, run_report,
+    serving, trial,
+};
 use std::io::IsTerminal;
 
 /// Prints a line. A reader that went away is no reason to fail.
@@ -191,6 +194,21 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
             say!("{}", run_report::make(folders, to.as_deref())?.display());
             Ok(None)
         }
+        Command::Eval { request, options, format } => {
+            let evaluation = evaluate::run(request, options, &environment, report)?;
+            tell(*format, || evaluation.text(), || evaluation.json());
+            Ok(None)
+        }
+        Command::Try { request, options, format } => {
+            let trial = trial::run(request, options, &environment, report)?;
+            tell(*format, || trial.text(columns()), || trial.json());
+            Ok(None)
+        }
+        Command::Merge { request, options } => {
+            let merged = merge::run(request, options, &environment, report)?;
+            say!("{}", merged.text().trim_end());
+            Ok(None)
+        }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
         Command::Bench { options, json } => measure(options, json.as_deref(), report).map(|()| None),
@@ -218,6 +236,19 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         }
         Command::Example { folder, write_only } => try_example(folder, *write_only, report),
     }
+}
+
+fn tell(format: Format, text: impl Fn() -> String, json: impl Fn() -> serde_json::Value) {
+    match format {
+        Format::Text => say!("{}", text().trim_end()),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&json()).expect("texts and numbers")),
+    }
+}
+
+/// Characters of a line, if a terminal shows what is printed.
+fn columns() -> Option<usize> {
+    let (width, _) = terminal_size::terminal_size_of(std::io::stdout())?;
+    Some(usize::from(width.0))
 }
 
 fn resolve(request: &Request) -> Result<Plan> {

@@ -10,6 +10,7 @@ mod judging;
 mod training;
 mod tracking;
 mod show;
+mod asked;
 
 pub use places::{below_mnt, registry_access};
 
@@ -59,6 +60,10 @@ pub struct Plan {
     pub device: device::Choice,
     /// Where metrics go besides the results.
     pub trackers: trackers::Options,
+    /// Number of held-out rows that base and tuned model answer at the end of the run.
+    pub answers: usize,
+    /// The given keys; the run's folder remembers them.
+    pub asked: serde_json::Map<String, serde_json::Value>,
     /// Every value in force, in the order of the table of keys.
     pub values: Vec<Value>,
     /// Keys that were given and have no effect.
@@ -161,18 +166,25 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
 /// Resolves the settings of a run. All contradictions and missing settings are reported in one fault.
 pub fn make(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
-    let plan = resolve(&mut reader, spec);
+    let plan = resolve(&mut reader, spec, true);
     reader.finish(plan)
 }
 
-fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
+/// The same for commands that look at a finished adapter: they may do without data.
+pub fn look(spec: &Spec) -> Result<Plan> {
+    let mut reader = Reader::new(spec);
+    let plan = resolve(&mut reader, spec, false);
+    reader.finish(plan)
+}
+
+fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let ca_file = places::existing_file(reader, "ca_file");
     let source = places::source_options(reader, ca_file.clone());
     let (base, folder) = places::model(reader, &source.cache, spec.kaito);
     let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
-    let (data, shares) = places::data(reader, spec.kaito);
+    let (data, shares) = places::data(reader, spec.kaito, needs_data);
     let dataset = rows::dataset_options(reader, shares);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
@@ -183,6 +195,7 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
     let output = places::output(reader, spec.kaito);
     let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
+    let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
     Plan {
         token_cache: rows::token_cache(reader, &source.cache),
         trackers,
@@ -201,6 +214,8 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         init_adapter: places::init_adapter(reader),
         device: places::device(reader),
         dataset,
+        answers: reader.integer(Section::Hone, "answers") as usize,
+        asked,
         values: Vec::new(),
         ignored: ignored(spec),
         warnings: Vec::new(),

@@ -37,6 +37,8 @@ pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"re
 pub const REPORT_FACTS: &str = "report.json";
 /// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
 pub const TIMELINE: &str = "timeline.jsonl";
+/// Answers of base and tuned model to held-out rows at the end of the run, if they were asked for.
+pub const ANSWERS: &str = "answers.json";
 /// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -48,11 +50,12 @@ const EARLIER: &str = "earlier";
 /// Files of a finished run.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All files that a run may write.
-const OWN: [&str; 11] = [
+const OWN: [&str; 12] = [
     adapter::CONFIG_FILE,
     adapter::WEIGHTS_FILE,
     SENTINEL,
     "README.md",
+    ANSWERS,
     METRICS,
     CHECKPOINTS,
     REPORT,
@@ -84,6 +87,9 @@ pub struct Record {
     pub started: u64,
     /// The files that the run reads its rows from.
     pub data: Vec<DataFile>,
+    /// The keys that the run was given. Commands that use its adapter later read them (`plan/asked.rs`).
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub asked: serde_json::Map<String, serde_json::Value>,
     /// The result of training, when it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained: Option<serde_json::Value>,
@@ -110,6 +116,21 @@ pub struct PushedImage {
     pub reference: String,
     /// Digest of the manifest.
     pub digest: String,
+}
+
+impl Record {
+    /// The record of a folder that a run of hone wrote; `None` for any other folder.
+    ///
+    /// # Errors
+    /// Config: there is a hone.json that is no record.
+    pub fn of(folder: &Path) -> Result<Option<Record>> {
+        read_record(folder)
+    }
+
+    /// When the run was first started.
+    pub fn started(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.started)
+    }
 }
 
 /// A claimed output folder. The claim ends when the value is dropped.
@@ -186,10 +207,19 @@ impl RunFolder {
                     fingerprint: fingerprint.into(),
                     started: self.started,
                     data: data.iter().map(file).collect(),
+                    asked: serde_json::Map::new(),
                     trained: None,
                     image: None,
                 })
             }
+        }
+    }
+
+    /// Records the keys that the run was given.
+    pub fn remember(&mut self, asked: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        match self.record.clone() {
+            Some(record) if record.asked != *asked => self.save(Record { asked: asked.clone(), ..record }),
+            _ => Ok(()),
         }
     }
 

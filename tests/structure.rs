@@ -60,8 +60,8 @@ const HOMES: [(&str, &[&str]); 23] = [
     (
         "candle_core",
         &[
-            "adapter", "bench", "device", "fault", "generate", "job", "memory", "model", "ops", "serving",
-            "train",
+            "adapter", "bench", "device", "fault", "generate", "job", "memory", "merge", "model", "ops",
+            "serving", "train", "tuned",
         ],
     ),
     ("clap", &["cli"]),

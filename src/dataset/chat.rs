@@ -9,6 +9,7 @@ use crate::fault::{Fault, Result};
 /// A compiled chat template for inference.
 pub struct Chat {
     template: Template,
+    source: String,
     /// The model's own template for conversations with tools, if it has another one.
     with_tools: Option<Template>,
 }
@@ -32,7 +33,12 @@ impl Chat {
             })
         };
         let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
-        Ok(Some(Chat { template: compile(text)?, with_tools }))
+        Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), with_tools }))
+    }
+
+    /// The template's own text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,

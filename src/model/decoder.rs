@@ -2,6 +2,7 @@
 //! training (the pass then returns the loss and adds the gradients), or several finished ones.
 
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 
 use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
@@ -122,6 +123,25 @@ impl Decoder {
         cross_entropy::logits(&hidden, &self.head, self.precision)
     }
 
+    /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal ones).
+    pub fn scores(&self, batch: &Batch, lora: Lora) -> Result<Vec<(f64, bool)>> {
+        let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
+        let hidden = self.final_norm.forward(&hidden)?;
+        let chunk = cross_entropy::chunk_rows(self.facts.vocab, 4, !self.device.is_cpu());
+        let mut scores = Vec::with_capacity(batch.targets.len());
+        for (at, targets) in batch.targets.chunks(chunk).enumerate() {
+            let logits = cross_entropy::logits(
+                &hidden.narrow(0, at * chunk, targets.len())?,
+                &self.head,
+                self.precision,
+            )?;
+            let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            let rows = logits.par_iter().zip(targets);
+            scores.par_extend(rows.map(|(row, &target)| score(row, target as usize)));
+        }
+        Ok(scores)
+    }
+
     /// One step of serving. Computes new rows of running sequences and adds their keys and values to the cache.
     /// Returns the logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
     pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
@@ -226,4 +246,16 @@ impl Decoder {
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
         Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
     }
+}
+
+/// Loss of one target in f64, and whether it is the first of the largest logits.
+fn score(logits: &[f32], target: usize) -> (f64, bool) {
+    let (mut largest, mut first) = (f32::NEG_INFINITY, 0);
+    for (at, &logit) in logits.iter().enumerate() {
+        if logit > largest {
+            (largest, first) = (logit, at);
+        }
+    }
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    (sum.ln() + f64::from(largest) - f64::from(logits[target]), first == target)
 }

@@ -75,7 +75,7 @@ fn redacted(value: &Json) -> Json {
 
 /// Removes user and query: signed URLs carry their secret in the query, others in the user part. The pinned digest
 /// stays.
-fn without_secrets(text: &str) -> String {
+pub(super) fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
         return text.into();
     }

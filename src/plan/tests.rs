@@ -36,7 +36,7 @@ impl Case {
             flag("model", self.folder.path().join("tiny").display().to_string()),
             flag("data", "https://user:word@host/rows.parquet?sig=secret".into()),
         ];
-        let request = Request { config: Some(path), spec: None, settings };
+        let request = Request { config: Some(path), settings, ..Request::default() };
         make(&spec::gather(&request, &|_| None)?)
     }
 

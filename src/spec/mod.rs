@@ -85,6 +85,8 @@ impl Spec {
 /// What the command line asks for: files, and settings in rising order of precedence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
+    /// Settings of an earlier run, as its folder records them. Everything else overrides them.
+    pub remembered: Vec<Setting>,
     /// SPEC.yaml.
     pub spec: Option<PathBuf>,
     /// A `training_config.yaml`, given with `--config`.
@@ -123,6 +125,9 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     let mut spec = Spec::default();
     let mut mistakes = Mistakes::default();
     spec.surroundings(environment);
+    for setting in &request.remembered {
+        spec.apply(setting, &mut mistakes);
+    }
 
     let mounted = environment("YAML_FILE_PATH").map(PathBuf::from);
     let config = request.config.clone().or_else(|| mounted.filter(|_| request.spec.is_none()));

@@ -199,7 +199,7 @@ fn the_later_source_wins_and_is_named() {
         origin,
     };
     let mut request =
-        Request { spec: Some(spec.clone()), config: Some(config.clone()), settings: Vec::new() };
+        Request { spec: Some(spec.clone()), config: Some(config.clone()), ..Request::default() };
     let origin = |request: &Request, name: &str| {
         let spec =
             gather(request, &|name| (name == "DEFAULT_TARGET_MODULES").then(|| "q_proj, v_proj".into()))

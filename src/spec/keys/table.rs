@@ -70,6 +70,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "tools_column", Text, "", "Column with the tools for a row's chat template, as a list or JSON text; unset: tools, if there is such a column."),
     Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, or else `output`."),
     Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "What happens to results of another run in the output folder. refuse: this run does not start; move: they are moved to `earlier/` inside the folder."),
+    Key::used(H, "answers", integer(0), "0", "Held-out rows that the base and the tuned model answer at the end of a run, side by side, into `answers.json`; 0: none."),
     Key::used(H, "push", Text, "", "Image that the adapter is pushed as when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
     Key::used(H, "target_matching", choice(&["fused", "literal"]), "fused", "Meaning of a split module's name, such as q_proj, in target_modules if the model has a fused module. fused: q_proj trains qkv_proj; literal: q_proj matches nothing, as in PEFT (KAITO's names then adapt only o_proj and down_proj of Phi-3)."),
     Key::used(H, "init_adapter", Path, "", "PEFT folder whose weights training starts from."),
