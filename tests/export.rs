@@ -90,7 +90,7 @@ fn beside(decoder: &Decoder, parts: &[(&Pairs, f64)]) -> Tensor {
     // The parts live as long as this call.
     let parts: Vec<(&'static Pairs, f64)> =
         parts.iter().map(|(pairs, strength)| (&*Box::leak(Box::new((*pairs).clone())), *strength)).collect();
-    let mixture = Mixture { parts: parts.iter().map(part).collect() };
+    let mixture = Mixture::new(parts.iter().map(part).collect());
     decoder.logits(&batch, Lora::Mixed(&mixture)).unwrap()
 }
 
