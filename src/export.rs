@@ -126,7 +126,13 @@ mod tests {
         let values: Vec<f32> = (0..64).map(|i| (i as f32 - 31.5) * 0.37).collect();
         let largest = 31.5f32 * 0.37;
         for (stored, bound) in
-            [(Stored::F32, 0.0), (Stored::F16, 2e-3), (Stored::Bf16, 2e-2), (Stored::Q8, largest / 253.0)]
+            // Half a unit in the last place of 8 to 16; for Q8 half a step, and the rounding of the scale to f16.
+            [
+                (Stored::F32, 0.0),
+                (Stored::F16, 0.00390625),
+                (Stored::Bf16, 0.03125),
+                (Stored::Q8, largest * (1.0 / 254.0 + 1.0 / 2048.0)),
+            ]
         {
             let bytes = stored.encode("x", &values).unwrap();
             assert_eq!(bytes.len(), stored.bytes(values.len()), "{stored:?}");

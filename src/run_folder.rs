@@ -35,6 +35,8 @@ pub const TRACKERS: &str = "runs";
 pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
 /// What that page is made of, for machines.
 pub const REPORT_FACTS: &str = "report.json";
+/// The beginning of that file, by which hone knows its own.
+const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
 /// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
 pub const TIMELINE: &str = "timeline.jsonl";
 /// Answers of base and tuned model to held-out rows at the end of the run, if they were asked for.
@@ -435,8 +437,9 @@ fn refuse_foreign(path: &Path) -> Result<()> {
         entry.file_name() == METRICS
             && entry.metadata().is_ok_and(|found| found.is_file() && found.len() == 0)
     };
-    // A start that failed before its record left its report.
-    let reported = begins_with(&path.join(REPORT), REPORT_MARK);
+    // A start that ended before its record left its report, or what was to become one.
+    let reported = begins_with(&path.join(REPORT), REPORT_MARK)
+        || begins_with(&path.join(REPORT_FACTS), REPORT_FACTS_MARK);
     let is_report = |entry: &fs::DirEntry| {
         reported && [REPORT, REPORT_FACTS, TIMELINE].iter().any(|name| entry.file_name() == *name)
     };
@@ -539,6 +542,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(METRICS), "").unwrap();
         fs::write(folder.path().join(".tmpAb12Cd"), "{").unwrap();
+        fs::write(folder.path().join(REPORT_FACTS), "{\n  \"hone\": \"0.1.0\",\n").unwrap();
+        fs::write(folder.path().join(TIMELINE), "").unwrap();
         let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         assert!(!folder.path().join(".tmpAb12Cd").exists(), "a leftover is collected");
         run.belongs_to("a", &[]).unwrap();

@@ -160,7 +160,8 @@ impl State {
 
     fn keep(&self) -> Done {
         let Some(folder) = &self.folder else { return Ok(()) };
-        let text = serde_json::to_vec_pretty(&self.story).expect("texts and numbers");
+        let story = Story { hone: env!("CARGO_PKG_VERSION").into(), ..self.story.clone() };
+        let text = serde_json::to_vec_pretty(&story).expect("texts and numbers");
         whole::write(&folder.join(REPORT_FACTS), &text).map_err(Fault::in_a_line)
     }
 

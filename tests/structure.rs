@@ -118,7 +118,7 @@ const UNSAFE: [(&str, &str); 24] = [
 /// Lines that a function may have. Longer ones stand in `LONG` with the reason.
 const FUNCTION_LINES_MAX: usize = 60;
 /// Functions over the limit.
-const LONG: [(&str, &str, &str); 14] = [
+const LONG: [(&str, &str, &str); 18] = [
     ("src/cli.rs", "flags_become_settings_of_the_table", "one list of cases"),
     ("src/controller/mod.rs", "watch_all", "one line for each kind of object"),
     (
@@ -129,14 +129,22 @@ const LONG: [(&str, &str, &str); 14] = [
     ("src/facts/family/phi.rs", "facts", "a table of facts"),
     ("src/facts/family/split.rs", "facts", "a table of facts"),
     ("src/facts/shapes.rs", "config", "a table of models"),
+    ("src/main.rs", "command", "one arm for each command"),
     ("src/model/judge.rs", "cases", "one list of cases"),
+    ("src/ops/adapters.rs", "every_row_gets_the_sum_of_its_own_adapters", "one case with its slow oracle"),
     ("src/ops/attention.rs", "backward_group", "one derivation, read from top to bottom"),
+    (
+        "src/ops/attention/cached.rs",
+        "a_gpu_turns_what_it_keeps_as_rope_does",
+        "one case with its slow oracle",
+    ),
     ("src/ops/gemm/amx.rs", "planes", "one loop nest of instructions"),
     ("src/plan/tests.rs", "kaitos_qlora_template", "one list of cases"),
     ("src/plan/training.rs", "train_options", "one line for each option"),
     ("src/server/answer.rs", "parts", "one arm for each form of answer"),
     ("src/server/ask.rs", "kaito", "one line for each of KAITO's arguments"),
     ("src/spec/tests.rs", "single_refusals", "one list of cases"),
+    ("src/workspace/validate.rs", "inputs_and_outputs", "one list of cases"),
 ];
 
 #[test]

@@ -17,6 +17,8 @@ const STARTS_MAX: usize = 100;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Story {
+    /// Version of hone that wrote the file. It comes first: hone knows its own file by it (`REPORT_FACTS_MARK`).
+    pub hone: String,
     /// By name: plan, model, data, memory plan and so on, as the stages told them.
     pub facts: Map<String, Json>,
     /// Of the newest start.
