@@ -274,7 +274,7 @@ impl Review {
             (
                 "cut",
                 format!(
-                    "{} rows cut to {} tokens, {}",
+                    "{} rows to {} tokens, {}",
                     self.cut,
                     self.tokens_max,
                     share(self.cut as u64, rows)
