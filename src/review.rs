@@ -280,8 +280,13 @@ impl Review {
             (
                 "cut",
                 format!(
+<<<<<<< HEAD
                     "{} rows cut to {} tokens, {}",
                     words::count(self.cut as u64),
+=======
+                    "{} rows to {} tokens, {}",
+                    self.cut,
+>>>>>>> prose
                     self.tokens_max,
                     share(self.cut as u64, rows)
                 ),
