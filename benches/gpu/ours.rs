@@ -262,7 +262,7 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
         for (name, adapters) in [("base", 0), ("one adapter", 1), ("four adapters", 4)] {
             let requests: Vec<Request> = (0..batch)
                 .map(|i| {
-                    let adapter = SERVED.get(i % 4.min(adapters.max(1))).filter(|_| adapters > 0);
+                    let adapter = SERVED.get(i % adapters.max(1)).filter(|_| adapters > 0);
                     let strength = |name: &&str| Strength { name: (*name).into(), strength: 1.0 };
                     let request = request(prompt, tokens, i as u32 + 1, vocab);
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
