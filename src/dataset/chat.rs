@@ -6,14 +6,15 @@ use super::Tokenizer;
 use super::template::Template;
 use crate::fault::{Fault, Result};
 
-/// A compiled chat template, for whoever asks a model.
+/// A compiled chat template for inference.
 pub struct Chat {
     template: Template,
     source: String,
 }
 
 impl Chat {
-    /// `source` replaces the model's own template: Jinja text, or the name of one of the model's. `None` if there is neither.
+    /// Compiles a chat template; `source` replaces the model's own: Jinja text, or the name of one of the model's templates.
+    /// Returns `None` if there is neither.
     ///
     /// # Errors
     /// Config or Model: the template's syntax is wrong, or the model has none of that name.
@@ -35,8 +36,9 @@ impl Chat {
         &self.source
     }
 
-    /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
-    /// else the template knows. Error: why there is no text.
+    /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,
+    /// `add_generation_prompt`, `tools` and any other variable of the template. The error says why there is no
+    /// text.
     pub fn text(&self, mut context: Map<String, Value>) -> std::result::Result<String, String> {
         for name in ["tools", "documents"] {
             context.entry(name).or_insert(Value::Null);
@@ -44,7 +46,7 @@ impl Chat {
         self.template.render_context(&context)
     }
 
-    /// The control token that the template writes behind an answer.
+    /// The control token that the template writes after an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
         const ANSWER: &str = "Qzx7";
         let messages = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}]);
