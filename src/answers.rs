@@ -32,6 +32,7 @@ pub struct Question {
     pub place: Option<String>,
     /// The prompt as people read it.
     pub shown: String,
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
     /// The row's own answer, without control tokens.
     pub reference: Option<String>,
@@ -44,6 +45,7 @@ pub struct Question {
 pub struct Given {
     /// Without the token that ended it.
     pub text: String,
+    /// Tokens that were generated.
     pub tokens: usize,
     /// Whether it ended by itself, not by the limit of tokens.
     pub ended: bool,
@@ -52,15 +54,20 @@ pub struct Given {
 /// A question with both answers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pair {
+    /// The question.
     pub question: Question,
+    /// The answer of the base alone.
     pub base: Given,
+    /// The answer of the base with the adapters.
     pub tuned: Given,
 }
 
 /// How tokens are drawn, and which end an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct How {
+    /// How each token is drawn.
     pub sampling: Sampling,
+    /// Tokens that end an answer.
     pub stop_tokens: Vec<u32>,
 }
 

@@ -24,7 +24,9 @@ const PASS_TOKENS_MAX: usize = 8192;
 /// What `hone eval` is asked beside the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The adapters, which are added.
     pub adapters: Vec<Named>,
+    /// Part of the rows; `None`: as the data says.
     pub split: Option<Split>,
     /// Most rows.
     pub rows: usize,
@@ -39,13 +41,16 @@ pub struct Measures {
     pub loss: f64,
     /// Share of tokens that are the most probable one.
     pub accuracy: f64,
+    /// Number of those tokens.
     pub tokens: usize,
 }
 
 /// Answers that are the rows' own, of so many that were generated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Exact {
+    /// Answers that are equal.
     pub matched: usize,
+    /// Answers that were generated.
     pub of: usize,
 }
 
@@ -53,7 +58,9 @@ pub struct Exact {
 pub struct Evaluation {
     tuned: Tuned,
     rows: Rows,
+    /// The base alone.
     pub base: Measures,
+    /// The base with the adapters.
     pub with_adapter: Measures,
     /// Of the base, and with the adapter.
     pub exact: Option<(Exact, Exact)>,

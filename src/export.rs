@@ -16,8 +16,11 @@ use crate::fault::{Fault, Result};
 /// Type of the weights in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
+    /// f32.
     F32,
+    /// f16.
     F16,
+    /// bf16.
     Bf16,
     /// Blocks of 32 with a scale each; GGUF only.
     Q8,
@@ -37,6 +40,7 @@ impl Stored {
         Stored::NAMES.iter().find(|(other, _)| *other == name).map(|(_, stored)| *stored)
     }
 
+    /// The name in flags and file names.
     pub fn name(self) -> &'static str {
         Stored::NAMES
             .iter()

@@ -194,20 +194,8 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
             say!("{}", run_report::make(folders, to.as_deref())?.display());
             Ok(None)
         }
-        Command::Eval { request, options, format } => {
-            let evaluation = evaluate::run(request, options, &environment, report)?;
-            tell(*format, || evaluation.text(), || evaluation.json());
-            Ok(None)
-        }
-        Command::Try { request, options, format } => {
-            let trial = trial::run(request, options, &environment, report)?;
-            tell(*format, || trial.text(columns()), || trial.json());
-            Ok(None)
-        }
-        Command::Merge { request, options } => {
-            let merged = merge::run(request, options, &environment, report)?;
-            say!("{}", merged.text().trim_end());
-            Ok(None)
+        Command::Eval { .. } | Command::Try { .. } | Command::Merge { .. } => {
+            after(command, report).map(|()| None)
         }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
@@ -236,6 +224,25 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         }
         Command::Example { folder, write_only } => try_example(folder, *write_only, report),
     }
+}
+
+/// The commands that look at a finished adapter.
+fn after(command: &Command, report: &Report) -> Result<()> {
+    match command {
+        Command::Eval { request, options, format } => {
+            let evaluation = evaluate::run(request, options, &environment, report)?;
+            tell(*format, || evaluation.text(), || evaluation.json());
+        }
+        Command::Try { request, options, format } => {
+            let trial = trial::run(request, options, &environment, report)?;
+            tell(*format, || trial.text(columns()), || trial.json());
+        }
+        Command::Merge { request, options } => {
+            say!("{}", merge::run(request, options, &environment, report)?.text().trim_end());
+        }
+        other => return Err(Fault::internal(format!("{other:?} looks at no adapter"))),
+    }
+    Ok(())
 }
 
 fn tell(format: Format, text: impl Fn() -> String, json: impl Fn() -> serde_json::Value) {

@@ -44,7 +44,9 @@ const DIFFERENCE_TOLD: f64 = 0.01;
 /// Kind of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileFormat {
+    /// A model folder.
     Safetensors,
+    /// One file.
     Gguf,
 }
 
@@ -60,12 +62,19 @@ pub enum Onto {
 /// What `hone merge` is asked beside the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The adapters, which are added.
     pub adapters: Vec<Named>,
+    /// The new folder.
     pub to: PathBuf,
+    /// Kind of files.
     pub format: FileFormat,
+    /// Type of the weights.
     pub stored: Stored,
+    /// Whether the adapter is written without the base.
     pub adapter_only: bool,
+    /// Largest file of safetensors.
     pub shard_bytes: u64,
+    /// Base that the adapters are added to.
     pub onto: Onto,
     /// Rows of the comparison; 0 is no comparison.
     pub check_rows: usize,
@@ -74,8 +83,11 @@ pub struct Options {
 /// What `hone merge` tells.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Done {
+    /// The new folder.
     pub folder: PathBuf,
+    /// Its files and their bytes.
     pub files: Vec<(String, u64)>,
+    /// `None` if nothing was compared.
     pub comparison: Option<Comparison>,
 }
 
@@ -84,9 +96,11 @@ pub struct Done {
 pub struct Comparison {
     /// Which rows.
     pub rows: String,
+    /// The base alone.
     pub base: Measures,
     /// Base and adapters side by side, as in the training.
     pub beside: Measures,
+    /// The files, read back.
     pub merged: Measures,
 }
 

@@ -280,13 +280,8 @@ impl Review {
             (
                 "cut",
                 format!(
-<<<<<<< HEAD
-                    "{} rows cut to {} tokens, {}",
-                    words::count(self.cut as u64),
-=======
                     "{} rows to {} tokens, {}",
-                    self.cut,
->>>>>>> prose
+                    words::count(self.cut as u64),
                     self.tokens_max,
                     share(self.cut as u64, rows)
                 ),

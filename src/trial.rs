@@ -19,17 +19,21 @@ const GAP: &str = " | ";
 /// What `hone try` is asked beside the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The adapters, which are added.
     pub adapters: Vec<Named>,
     /// Asked in place of rows.
     pub prompts: Vec<String>,
     /// The system turn of every prompt.
     pub system: Option<String>,
+    /// Part of the rows; `None`: as the data says.
     pub split: Option<Split>,
     /// Rows to ask if there is no prompt.
     pub rows: usize,
+    /// Most tokens of an answer.
     pub tokens_max: usize,
     /// 0 is greedy.
     pub temperature: f32,
+    /// Seed of both draws.
     pub seed: u64,
 }
 
@@ -37,6 +41,7 @@ pub struct Options {
 pub struct Trial {
     tuned: Tuned,
     rows: Option<Rows>,
+    /// Questions with both answers.
     pub pairs: Vec<Pair>,
 }
 

@@ -30,7 +30,9 @@ use crate::{job, source};
 /// An adapter as it was named: SOURCE or SOURCE:STRENGTH.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Named {
+    /// A folder or an image.
     pub source: String,
+    /// 1 is as trained, 0 is nothing of it.
     pub strength: f64,
 }
 
@@ -65,13 +67,16 @@ pub enum Split {
     Evaluation,
     /// Those that train.
     Train,
+    /// Every row.
     All,
 }
 
 /// Whether the adapter was trained on the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trained {
+    /// On none of them.
     No,
+    /// On all of them.
     Yes,
     /// On some of them.
     Partly,
@@ -101,17 +106,23 @@ impl Trained {
 
 /// One adapter of the sum.
 pub struct Member {
+    /// As it was named.
     pub named: Named,
+    /// Its files.
     pub folder: PathBuf,
+    /// What they hold.
     pub adapter: Adapter,
 }
 
 /// What a command looks at.
 pub struct Tuned {
+    /// Everything resolved, as in the run.
     pub plan: Plan,
+    /// The adapters; at least one.
     pub members: Vec<Member>,
     /// Of the first adapter.
     pub record: Option<Record>,
+    /// The base.
     pub facts: Facts,
     /// How the base is held, as in the run.
     pub model: model::Options,
@@ -122,19 +133,25 @@ pub struct Tuned {
 
 /// Rows with what they are.
 pub struct Rows {
+    /// The rows.
     pub records: Vec<dataset::Record>,
+    /// Their tokens; rows that teach nothing are left out.
     pub encoded: Vec<EncodedRow>,
+    /// Files of the data.
     pub files: Vec<String>,
     /// Which part of the rows.
     pub split: Split,
     /// Rows of that part in all.
     pub of: usize,
+    /// Whether the adapter was trained on the rows.
     pub trained: Trained,
 }
 
 /// Adapters loaded for a base, with their strengths.
 pub struct Sum {
+    /// Each adapter.
     pub pairs: Vec<Pairs>,
+    /// The strength of each.
     pub strengths: Vec<f64>,
 }
 

@@ -131,6 +131,7 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// Appends bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.bytes += bytes.len() as u64;
         self.file.write_all(bytes).map_err(|error| Fault::storage("write", &self.path, &error))
@@ -141,6 +142,7 @@ impl Writer {
         self.bytes
     }
 
+    /// Writes everything to the disk and closes the file.
     pub fn finish(self) -> Result<()> {
         let path = self.path;
         let file = self.file.into_inner().map_err(|error| Fault::storage("write", &path, error.error()))?;

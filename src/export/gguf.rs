@@ -36,8 +36,10 @@ fn file_type(stored: Stored) -> u32 {
 
 /// Everything of a whole model's file but its bytes.
 pub struct Planned {
+    /// Tensors of the model, each with its place in the file and its type.
     pub entries: Vec<(Entry, Item, Kind)>,
     extra: Vec<(Tensor, Vec<f32>)>,
+    /// Keys and values.
     pub metadata: Vec<(String, Value)>,
 }
 

@@ -19,7 +19,9 @@ const BLOCK_VALUES: usize = 4 << 20;
 
 /// The model with the adapters in it.
 pub struct Merged<'a> {
+    /// The model.
     pub facts: &'a Facts,
+    /// Its weights.
     pub checkpoint: &'a Checkpoint,
     /// In which the training held the base, if the merged weights are to start from that.
     pub four_bit: Option<(FourBitCode, bool)>,
@@ -31,13 +33,16 @@ pub struct Merged<'a> {
 pub struct Item {
     /// As the causal language model has it.
     pub name: String,
+    /// [rows, cols], or one length.
     pub shape: Vec<usize>,
+    /// What the tensor is for.
     pub role: Role,
     /// The number of the linear layer, of a weight that adapters may change.
     pub linear: Option<usize>,
 }
 
 impl Item {
+    /// Number of values.
     pub fn values(&self) -> usize {
         self.shape.iter().product()
     }
@@ -51,6 +56,7 @@ struct LowRank {
 }
 
 impl<'a> Merged<'a> {
+    /// The sum of a checkpoint and adapters with their strengths.
     pub fn new(
         facts: &'a Facts,
         checkpoint: &'a Checkpoint,

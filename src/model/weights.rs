@@ -45,6 +45,7 @@ pub struct Checkpoint {
 
 /// Tensors of a causal language model that lie in no safetensors file, by the names they would have there.
 pub trait Store: std::fmt::Debug + Send + Sync {
+    /// The names of all tensors.
     fn names(&self) -> Vec<String>;
 
     /// Shape and values of a tensor, widened to f32; `None` if there is none of the name.

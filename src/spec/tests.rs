@@ -64,7 +64,9 @@ fn single_refusals() {
     let arguments = |text: &str| format!("training_config:\n  TrainingArguments: {{{text}}}\n");
     check(
         &arguments("lr_scheduler_type: reduce_lr_on_plateau"),
-        expect![[r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, found "reduce_lr_on_plateau""#]],
+        expect![[
+            r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, found "reduce_lr_on_plateau""#
+        ]],
     );
     check(
         &arguments("optim: lion_8bit"),

@@ -10,6 +10,7 @@ use crate::fault::{Fault, Result};
 
 /// Names of the tensors outside the layers.
 pub const EMBEDDING: &str = "token_embd.weight";
+/// The output head.
 pub const HEAD: &str = "output.weight";
 /// Families with a file of their architecture.
 const COVERED: &str =
@@ -24,6 +25,7 @@ const SAME: f64 = 1e-4;
 /// What llama.cpp calls a family, and how it wants its tensors.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
+    /// `general.architecture`.
     pub name: &'static str,
     /// Pairs that rope turns lie side by side: rows of queries and keys change places.
     interleaved: bool,
@@ -36,7 +38,9 @@ pub struct Architecture {
 /// A tensor's name and form in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
+    /// Name in the file.
     pub name: String,
+    /// Order of the rows in the file.
     pub order: Order,
     /// Is added to every value: Gemma's norms are stored as what they add to 1.
     pub plus: f32,
@@ -45,6 +49,7 @@ pub struct Entry {
 /// Order of a tensor's rows in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
+    /// As in the checkpoint.
     Same,
     /// Row i of the file is this row of the checkpoint.
     Rows(Vec<usize>),

@@ -19,22 +19,34 @@ const HEADER_BYTES_MAX: u64 = 1 << 30;
 /// A value of the metadata.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
+    /// A count or an id.
     U32(u32),
+    /// A signed number.
     I32(i32),
+    /// A number.
     F32(f32),
+    /// Yes or no.
     Bool(bool),
+    /// UTF-8.
     Text(String),
+    /// A list of texts.
     Texts(Vec<String>),
+    /// A list of numbers.
     F32s(Vec<f32>),
+    /// A list of signed numbers.
     I32s(Vec<i32>),
 }
 
 /// ggml's type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// f32.
     F32 = 0,
+    /// f16.
     F16 = 1,
+    /// Blocks of 32 bytes with an f16 scale.
     Q8 = 8,
+    /// bf16.
     Bf16 = 30,
 }
 
@@ -48,6 +60,7 @@ impl Kind {
         }
     }
 
+    /// The type of a matrix.
     pub fn plain(stored: Stored) -> Kind {
         match stored {
             Stored::F32 => Kind::F32,
@@ -57,6 +70,7 @@ impl Kind {
         }
     }
 
+    /// The form of the values.
     pub fn stored(self) -> Stored {
         match self {
             Kind::F32 => Stored::F32,
@@ -70,6 +84,7 @@ impl Kind {
         [Kind::F32, Kind::F16, Kind::Q8, Kind::Bf16].into_iter().find(|kind| *kind as u32 == number)
     }
 
+    /// Bytes of so many values.
     pub fn bytes(self, values: usize) -> usize {
         self.stored().bytes(values)
     }
@@ -78,12 +93,16 @@ impl Kind {
 /// A tensor's description. The shape is [rows, cols], as everywhere in hone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
+    /// Name in the file.
     pub name: String,
+    /// [rows, cols], or one length.
     pub shape: Vec<usize>,
+    /// Type of the values.
     pub kind: Kind,
 }
 
 impl Tensor {
+    /// Bytes in the file.
     pub fn bytes(&self) -> usize {
         self.kind.bytes(self.shape.iter().product())
     }
@@ -178,6 +197,7 @@ fn put_value(out: &mut Vec<u8>, value: &Value) {
 pub struct Gguf {
     path: PathBuf,
     file: File,
+    /// Keys and values.
     pub metadata: Vec<(String, Value)>,
     /// With the first byte of each in the file.
     pub tensors: Vec<(Tensor, u64)>,

@@ -29,21 +29,28 @@ mod kind {
 /// What the model's other files say of its tokenizer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OfModel<'a> {
+    /// The token that begins a sequence.
     pub bos: Option<u32>,
+    /// The token that ends a sequence.
     pub eos: u32,
+    /// The padding token.
     pub pad: Option<u32>,
     /// The end of the assistant's turn.
     pub end_of_turn: Option<u32>,
-    /// Whether a sequence begins and ends with those by itself.
+    /// Whether a sequence begins with `bos` by itself.
     pub adds_bos: bool,
+    /// Whether a sequence ends with `eos` by itself.
     pub adds_eos: bool,
+    /// The template of the training.
     pub chat_template: Option<&'a str>,
 }
 
 /// The keys, and what somebody should know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Vocabulary {
+    /// Keys and values.
     pub keys: Vec<(String, Value)>,
+    /// Differences that llama.cpp may show.
     pub warnings: Vec<String>,
 }
 
