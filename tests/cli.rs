@@ -171,13 +171,13 @@ fn help_tells_what_there_is() {
                   [env: HONE_EARLIER_RESULTS=]
 
               --push <IMAGE>
-                  Image to push when training is done
+                  Image that the adapter is pushed as when training is done
 
                   [env: HONE_PUSH=]
 
               --target-matching <HOW>
-                  What q_proj means on a fused qkv_proj: fused (that module) or literal (nothing, as in
-                  PEFT)
+                  Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal
+                  (it matches nothing, as in PEFT)
 
                   [env: HONE_TARGET_MATCHING=]
 
@@ -192,7 +192,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_DEVICE=]
 
               --keep <LEVEL>
-                  What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+                  How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
 
                   [env: HONE_KEEP=]
 
