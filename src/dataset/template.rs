@@ -417,7 +417,7 @@ mod tests {
     #[test]
     fn only_the_dates_that_a_template_asks_for_tell_times_apart() {
         let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(1_721_998_984 + seconds);
-        let same = |source: &str, seconds| dates(source, at(0)) == dates(source, at(seconds));
+        let same = |source: &str, seconds: u64| dates(source, at(0)) == dates(source, at(seconds));
         let day = "{% if strftime_now is defined %}{{ strftime_now( \"%d %b %Y\" ) }}{% endif %}";
         assert_eq!(dates(day, at(0)), ["26 Jul 2024"]);
         assert!(same(day, 60) && !same(day, 86_400));

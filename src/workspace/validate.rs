@@ -520,14 +520,9 @@ mod tests {
         );
     }
 
-    /// KAITO's TestDataSourceValidateCreate and TestDataDestinationValidateCreate.
     #[test]
-    fn inputs_and_outputs() {
-        let claim = json!({"persistentVolumeClaim": {"claimName": "rows"}});
+    fn data_comes_from_every_place_that_a_run_takes() {
         let input = |value: Value| told(&[("tuning.input", value)]);
-        assert_eq!(input(json!({"urls": ["http://example.com/a", "https://203.0.113.7/b"]})), "valid");
-        assert_eq!(input(json!({"volumeSource": claim})), "valid");
-        assert_eq!(input(json!({"image": "data", "imagePullSecrets": ["a.b"]})), "valid");
         for url in [
             "hf://datasets/owner/name",
             "hf://datasets/owner/name@main/rows/*.parquet#layout=alpaca&limit=10",
@@ -550,6 +545,16 @@ mod tests {
             let refused = input(json!({"urls": [url]}));
             assert!(refused.starts_with(told) && !refused.contains("secret"), "{url}: {refused}");
         }
+    }
+
+    /// KAITO's TestDataSourceValidateCreate and TestDataDestinationValidateCreate.
+    #[test]
+    fn inputs_and_outputs() {
+        let claim = json!({"persistentVolumeClaim": {"claimName": "rows"}});
+        let input = |value: Value| told(&[("tuning.input", value)]);
+        assert_eq!(input(json!({"urls": ["http://example.com/a", "https://203.0.113.7/b"]})), "valid");
+        assert_eq!(input(json!({"volumeSource": claim})), "valid");
+        assert_eq!(input(json!({"image": "data", "imagePullSecrets": ["a.b"]})), "valid");
         for url in [
             "ftp://example.com/a",
             "file:///etc/passwd",
