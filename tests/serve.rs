@@ -25,17 +25,13 @@ impl Drop for Running {
 }
 
 fn start(more: &[&str]) -> Running {
-    let adapter = format!("tuned={}", golden("final_adapter").display());
-    let with = ["--adapter", &adapter, "--mix", "half=tuned:0.5"];
-    launch(&[&with, more].concat())
-}
-
-fn launch(more: &[&str]) -> Running {
     let cache = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_hone"))
         .arg("serve")
         .arg(golden("model"))
-        .args(["--name", "tiny", "--listen", "127.0.0.1:0", "--device", "cpu"])
+        .arg("--adapter")
+        .arg(format!("tuned={}", golden("final_adapter").display()))
+        .args(["--mix", "half=tuned:0.5", "--name", "tiny", "--listen", "127.0.0.1:0", "--device", "cpu"])
         .args(["--log", "json", "--set", "QuantizationConfig.load_in_4bit=false", "--cache"])
         .arg(cache.path())
         .args(more)
@@ -178,88 +174,4 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         assert_eq!(found, code, "{arguments:?}: {text}");
         assert!(text.contains(words), "{arguments:?}: {text}");
     }
-}
-
-/// What `/v1/models` says once the server has looked at this text of its file: ids, the default, and why the file is refused.
-fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<String>) {
-    let digest = hone::serving::live::file_digest(text);
-    let end = Instant::now() + Duration::from_secs(30);
-    loop {
-        let (status, models) = ask(running, "/v1/models", &Value::Null);
-        assert_eq!(status, 200, "{models}");
-        let models: Value = serde_json::from_str(&models).unwrap();
-        if models["adapters_file"]["digest"] == *digest {
-            let ids = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap().to_owned());
-            let refused = models["adapters_file"]["refused"].as_str().map(str::to_owned);
-            return (ids.collect(), models["default"].as_str().unwrap().to_owned(), refused);
-        }
-        assert!(Instant::now() < end, "the file is not looked at: {models}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-/// Adapters and strengths change while the server runs; a change is taken whole or not at all.
-#[test]
-fn a_file_of_adapters_is_followed() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("adapters.json");
-    let write = |text: &str| {
-        let new = folder.path().join("new");
-        std::fs::write(&new, text).unwrap();
-        std::fs::rename(&new, &file).unwrap();
-    };
-    let source = golden("final_adapter").display().to_string();
-    let with = |strength: f64| {
-        json!({
-            "adapters": [{"name": "tuned", "source": source}],
-            "mixes": [{"name": "chat", "adapters": [{"name": "tuned", "strength": strength}]}],
-        })
-        .to_string()
-    };
-    let empty = json!({"adapters": [], "mixes": []}).to_string();
-    write(&empty);
-    let running = launch(&["--adapters-file", file.to_str().unwrap()]);
-    assert_eq!(looked_at(&running, &empty), (vec!["tiny".to_owned()], "tiny".into(), None));
-    let base = scores(&completion(&running, json!({})));
-
-    write(&with(1.0));
-    let both = vec!["tiny".to_owned(), "tuned".into(), "chat".into()];
-    assert_eq!(looked_at(&running, &with(1.0)), (both.clone(), "chat".into(), None));
-    // Who names no model gets the mix.
-    let tuned = scores(&completion(&running, json!({})));
-    assert_ne!(tuned, base);
-    assert_eq!(tuned, scores(&completion(&running, json!({"model": "tuned"}))));
-    assert_eq!(base, scores(&completion(&running, json!({"model": "tiny"}))));
-
-    write(&with(0.5));
-    looked_at(&running, &with(0.5));
-    let half = scores(&completion(&running, json!({})));
-    let given = json!({"model": "tiny", "adapters": [{"name": "tuned", "strength": 0.5}]});
-    assert_eq!(half, scores(&completion(&running, given)));
-    assert_ne!(half, tuned);
-
-    // What cannot be had, does not fit or contradicts itself is refused, and everything stays.
-    let other = golden("../qwen3/final_adapter").canonicalize().unwrap();
-    let refused = [
-        (json!({"adapters": [{"name": "gone", "source": "/nowhere"}]}), "/nowhere"),
-        (json!({"adapters": [{"name": "tuned", "source": other}]}), "qwen3"),
-        (json!({"adapters": [{"name": "tiny", "source": source}]}), "stands for two things"),
-        (
-            json!({"mixes": [{"name": "a", "adapters": [{"name": "b", "strength": 1.0}]}]}),
-            "there is no adapter",
-        ),
-        (json!({"adapter": []}), "unknown field"),
-    ];
-    for (wanted, part) in refused {
-        let text = wanted.to_string();
-        write(&text);
-        let (ids, default, why) = looked_at(&running, &text);
-        assert!(why.as_ref().is_some_and(|why| why.contains(part)), "{part}: {why:?}");
-        assert_eq!((ids, default.as_str()), (both.clone(), "chat"));
-        assert_eq!(half, scores(&completion(&running, json!({}))));
-    }
-
-    write(&empty);
-    assert_eq!(looked_at(&running, &empty), (vec!["tiny".to_owned()], "tiny".into(), None));
-    assert_eq!(base, scores(&completion(&running, json!({}))));
 }
