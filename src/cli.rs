@@ -9,6 +9,7 @@ use crate::device::Choice;
 use crate::facts::{Keep, Precision};
 use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::memory::serving::CacheType;
 use crate::review;
 use crate::serving;
 use crate::spec::keys;
@@ -46,6 +47,14 @@ pub enum Command {
         format: Format,
         gpus: Vec<String>,
         prices: Vec<String>,
+    },
+    /// The memory of a server.
+    PlanServing {
+        request: Request,
+        size: serving::room::Size,
+        adapters: Vec<PathBuf>,
+        format: Format,
+        gpus: Vec<String>,
     },
     Inspect {
         request: Request,
@@ -127,7 +136,14 @@ pub fn parse(
             Command::Run(job.request(matches)?)
         }
         Subcommands::Model { about, format } => Command::Model { about, format },
-        Subcommands::Plan { job, format, gpu, price } => {
+        Subcommands::Plan { job, serve: Some(model), size, serve_adapter, format, gpu, .. } => {
+            let mut request = job.request(matches)?;
+            request.settings.retain(|setting| setting.key != "model");
+            let written = Written::Text(model);
+            request.settings.push(Setting { key: "model".into(), written, origin: origin(matches, "serve") });
+            Command::PlanServing { request, size: size.size(), adapters: serve_adapter, format, gpus: gpu }
+        }
+        Subcommands::Plan { job, format, gpu, price, .. } => {
             Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
         }
         Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
@@ -217,11 +233,20 @@ enum Subcommands {
     },
     /// Show everything `run` would do, each value with where it came from
     #[command(
-        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100"
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100\n  \
+            hone plan --serve ./phi-3 --gpu l4 --context 4096"
     )]
     Plan {
         #[command(flatten)]
         job: Job,
+        /// Plan the memory of `hone serve MODEL` in place of a training
+        #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
+        serve: Option<String>,
+        #[command(flatten)]
+        size: ServingSize,
+        /// Adapter's folder that the server holds; may be repeated
+        #[arg(long, value_name = "DIR", env = "HONE_SERVE_ADAPTER", requires = "serve")]
+        serve_adapter: Vec<PathBuf>,
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
@@ -601,18 +626,11 @@ struct Serve {
     /// How /chat treats a prompt: through the chat template, or continued as it is
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
-    /// Most tokens of prompt and answer together [default: the model's, at most 16384]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
-    context: Option<usize>,
-    /// Most sequences that run at once
-    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
-    sequences: usize,
+    #[command(flatten)]
+    size: ServingSize,
     /// Most requests that wait; further ones are answered with 429
     #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
     waiting: usize,
-    /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
-    cache_tokens: Option<usize>,
     /// Let requests change adapters and mixes: images, the hub's, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
@@ -694,10 +712,8 @@ impl Serve {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
             default: self.default,
-            sequences: self.sequences,
+            size: self.size.size(),
             waiting: self.waiting,
-            context: self.context,
-            cache_tokens: self.cache_tokens,
             raw_chat: self.chat == "raw",
             adapter_folder: self.allow_adapter_changes,
             grace: std::time::Duration::from_secs(self.grace.into()),
@@ -708,6 +724,30 @@ impl Serve {
                 ..crate::server::Options::default()
             },
         })
+    }
+}
+
+/// How large a server is to be.
+#[derive(Args)]
+struct ServingSize {
+    /// Most tokens of prompt and answer together [default: the model's, as far as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
+    context: Option<usize>,
+    /// Most sequences that run at once
+    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
+    sequences: usize,
+    /// Tokens whose keys and values are kept, over all sequences [default: as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
+    cache_tokens: Option<usize>,
+    /// How keys and values are kept: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_CACHE_TYPE", value_parser = CacheType::parse)]
+    cache_type: CacheType,
+}
+
+impl ServingSize {
+    fn size(&self) -> serving::room::Size {
+        let (context, cache_tokens) = (self.context, self.cache_tokens);
+        serving::room::Size { sequences: self.sequences, context, cache_tokens, cache: self.cache_type }
     }
 }
 

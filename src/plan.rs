@@ -97,6 +97,8 @@ pub struct Serving {
     pub model_name: String,
     pub device: device::Choice,
     pub chat_template: Option<String>,
+    /// How much of the free memory may be used.
+    pub memory_limit: Option<crate::memory::Limit>,
 }
 
 /// Resolves what was asked of a server.
@@ -121,6 +123,7 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
         model: model::Options { folder, quantization, precision, lora },
         model_name,
         device: places::device(&mut reader),
+        memory_limit: base::memory(&mut reader).limit,
         chat_template: rows::token_options(&mut reader).chat_template,
         registry: places::registry_options(&mut reader, ca_file),
         source,

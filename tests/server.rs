@@ -121,13 +121,21 @@ struct Setting {
     queue_max: usize,
     raw_chat: bool,
     changes: bool,
+    words: &'static str,
     options: Options,
 }
 
 impl Default for Setting {
     fn default() -> Setting {
         let options = Options { listen: "127.0.0.1:0".parse().unwrap(), ..Options::default() };
-        Setting { pause: Duration::ZERO, queue_max: 2000, raw_chat: false, changes: false, options }
+        Setting {
+            pause: Duration::ZERO,
+            queue_max: 2000,
+            raw_chat: false,
+            changes: false,
+            words: WORDS,
+            options,
+        }
     }
 }
 
@@ -139,7 +147,7 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
     let tokenizer = Tokenizer::open(&model_folder()).unwrap();
     let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}";
     let chat = Chat::of(&tokenizer, Some(template)).unwrap();
-    let mut words = tokenizer.encode(WORDS, false).unwrap();
+    let mut words = tokenizer.encode(setting.words, false).unwrap();
     words.push(tokenizer.eos_id());
     let facts = Facts {
         context: CONTEXT,
@@ -339,6 +347,47 @@ fn stops_limits_and_extensions_do_what_they_say() {
     );
 }
 
+/// A call that the model writes as text is OpenAI's `tool_calls`, whole and streamed; without tools it stays text.
+#[test]
+fn tool_calls_are_read_from_the_answer_if_tools_are_offered() {
+    let words =
+        "I look.\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": \"Zürich\"}}\n</tool_call>";
+    let (server, _) = start(Setting { words, ..Setting::default() });
+    let tools = json!([{"type": "function", "function": {"name": "look", "parameters": {}}}]);
+    let ask = |more: Value| post(&server, "/v1/chat/completions", with(question(), more));
+    let choice = ask(json!({"tools": tools})).json()["choices"][0].clone();
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"], &call["type"], &call["function"]),
+        (
+            &json!("tool_calls"),
+            &json!(" I look."),
+            &json!("function"),
+            &json!({"name": "look", "arguments": "{\"at\":\"Zürich\"}"})
+        )
+    );
+    assert_eq!(call["id"].as_str().unwrap().len(), 9);
+    let events = ask(json!({"tools": tools, "stream": true, "logprobs": true})).events();
+    let deltas: Vec<&Value> = events.iter().map(|event| &event["choices"][0]["delta"]).collect();
+    let text: String = deltas.iter().filter_map(|delta| delta["content"].as_str()).collect();
+    assert_eq!(text, " I look.");
+    let calls: Vec<&Value> =
+        deltas.iter().filter_map(|delta| delta["tool_calls"].as_array()).flatten().collect();
+    assert_eq!(
+        (calls.len(), &calls[0]["index"], &calls[0]["function"]["name"]),
+        (1, &json!(0), &json!("look"))
+    );
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    let scored = |event: &Value| event["choices"][0]["logprobs"]["content"].as_array().map_or(0, Vec::len);
+    let tokens = ask(json!({"tools": tools})).json()["usage"]["completion_tokens"].as_u64().unwrap();
+    assert_eq!(events.iter().map(scored).sum::<usize>() as u64, tokens, "every token has its score");
+    for more in [json!({}), json!({"tools": tools, "tool_choice": "none"})] {
+        let choice = ask(more).json()["choices"][0].clone();
+        assert_eq!(choice["message"]["content"].as_str().unwrap().trim(), words);
+        assert_eq!((&choice["finish_reason"], choice["message"].get("tool_calls")), (&json!("stop"), None));
+    }
+}
+
 #[test]
 fn adapters_are_chosen_by_name_by_mix_and_by_strength() {
     let (server, engine) = start(Setting::default());
@@ -463,8 +512,28 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"adapters": [{"name": "a", "strength": 1e308}]}), 400, "adapters.strength", "from -16 to 16"),
         (json!({"adapters": [{"name": "a"}, {"name": "a"}]}), 400, "adapters", "twice"),
         (json!({"model": "a", "adapters": [{"name": "b"}]}), 400, "adapters", "already"),
-        (json!({"response_format": {"type": "json_object"}}), 400, "response_format", "not supported"),
-        (json!({"tool_choice": "required"}), 400, "tool_choice", "not supported"),
+        (
+            json!({"response_format": {"type": "json_object"}}),
+            400,
+            "response_format",
+            "json_object is not supported",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {}}}),
+            400,
+            "response_format",
+            "grammar",
+        ),
+        (json!({"response_format": {}}), 400, "response_format", "without a type"),
+        (json!({"tool_choice": "required"}), 400, "tool_choice", "required is not supported"),
+        (
+            json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+            400,
+            "tool_choice",
+            "a named function is not supported",
+        ),
+        (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
+        (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
         (
             json!({"continue_final_message": true, "add_generation_prompt": true}),
@@ -808,6 +877,13 @@ fn small_routes() {
         "vllm:num_requests_waiting{engine=\"0\",model_name=\"base\"} 3",
         "vllm:request_success_total{engine=\"0\",model_name=\"base\",finished_reason=\"stop\"} 1",
         "vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_queue_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_prefill_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_decode_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_inference_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_params_max_tokens_sum{engine=\"0\",model_name=\"base\"} 100",
+        "vllm:request_params_n_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:lora_requests_info{engine=\"0\",model_name=\"base\",max_lora=\"2\",waiting_lora_adapters=\"\",running_lora_adapters=\"\"} 1",
     ] {
         assert!(metrics.contains(line), "{line}\n{metrics}");
     }

@@ -22,6 +22,8 @@ use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
 use crate::source;
 
+/// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
+const ATTEMPTS_WITH_COPY: u32 = 2;
 const RECORD: &str = ".hone-adapter.json";
 /// Where the files of an image lie in its folder of the cache.
 const DATA: &str = "adapter";
@@ -153,17 +155,26 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     {
         return Ok(kept);
     }
-    let (revision, annotations) = match resolve(source, access, report) {
-        Ok(found) => found,
-        Err(fault) if fault.kind == Kind::Network => {
-            let Some((home, kept)) = last(source, cache, report)? else { return Err(fault) };
+    let last = last(source, cache, report)?;
+    // Who has a copy does not wait long for a registry that does not answer.
+    let tries = if last.is_some() { ATTEMPTS_WITH_COPY } else { u32::MAX };
+    let registry = registry::Options {
+        attempts_max: access.registry.attempts_max.min(tries),
+        ..access.registry.clone()
+    };
+    let hub =
+        source::Options { attempts_max: access.source.attempts_max.min(tries), ..access.source.clone() };
+    let asked = resolve(source, Access { source: &hub, registry: &registry }, report);
+    let (revision, annotations) = match (asked, last) {
+        (Ok(found), _) => found,
+        (Err(fault), Some((home, kept))) if fault.kind == Kind::Network => {
             report.warn(
                 Stage::Pull,
                 format!("{source}: {}; the copy in {} is used", fault.message, home.display()),
             );
             return Ok(kept);
         }
-        Err(fault) => return Err(fault),
+        (Err(fault), _) => return Err(fault),
     };
     let home = source.home(cache, &revision);
     let folder = Folder::open(&home, access.source.total_timeout, report)?;

@@ -65,7 +65,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
 }
 
 /// What `config.json` says of the checkpoint's type; most are bf16.
-pub(super) fn bf16_checkpoint(config: &Config) -> Result<bool> {
+pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
     let dtype = match config.text("dtype")? {
         Some(dtype) => Some(dtype),
         None => config.text("torch_dtype")?,
