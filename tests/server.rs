@@ -866,6 +866,11 @@ fn small_routes() {
     let text = post(&server, "/detokenize", json!({"tokens": tokens["tokens"]})).json();
     assert_eq!(text["prompt"], "one two");
     assert_eq!(post(&server, "/detokenize", json!({"tokens": [99_999_999]})).status, 400);
+    let info = get(&server, "/tokenizer_info").json();
+    assert!(
+        info["eos_token"].is_string() && info["chat_template"].as_str().unwrap().contains("messages"),
+        "{info}"
+    );
     assert!(get(&server, "/version").json()["version"].is_string());
     let page = get(&server, "/");
     assert!(

@@ -9,6 +9,7 @@ use crate::fault::{Fault, Result};
 /// Compiled chat templates, for whoever asks a model.
 pub struct Chat {
     template: Template,
+    source: String,
     /// The model's own template for conversations with tools, if it has another one.
     with_tools: Option<Template>,
 }
@@ -32,7 +33,12 @@ impl Chat {
             })
         };
         let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
-        Ok(Some(Chat { template: compile(text)?, with_tools }))
+        Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), with_tools }))
+    }
+
+    /// The template's Jinja text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
