@@ -12,7 +12,7 @@ use crate::memory::Limit;
 use crate::memory::serving::CacheType;
 use crate::review;
 use crate::serving;
-use crate::spec::keys;
+use crate::spec::keys::{self, Key, Section, Type};
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
 use clap::parser::ValueSource;
@@ -655,25 +655,7 @@ struct Serve {
 
 impl Serve {
     fn request(&self, matches: &ArgMatches) -> Result<Request, clap::Error> {
-        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
-        let texts = [
-            ("model", Some(self.model.clone())),
-            ("name", self.name.clone()),
-            ("device", self.device.clone()),
-            ("cache", self.cache.clone()),
-            ("ca_file", path(&self.registry.ca_file)),
-            ("docker_config", path(&self.registry.docker_config)),
-            ("plain_http", self.registry.plain_http.then(|| "true".to_string())),
-        ];
-        let mut settings = Vec::new();
-        for (key, text) in texts {
-            let origin = origin(matches, key);
-            settings.extend(text.map(|text| Setting {
-                key: key.into(),
-                written: Written::Text(text),
-                origin,
-            }));
-        }
+        let mut settings = settings(matches);
         let variable = matches.value_source("set") == Some(ValueSource::EnvVariable);
         for given in &self.set {
             let all = if variable { assignments(given).collect() } else { vec![given.as_str()] };
@@ -786,7 +768,7 @@ pub struct RegistryArguments {
     pub plain_http: bool,
 }
 
-/// The job: files, then keys. The name of each flag below the files is that of a key of hone.
+/// The job: files, then keys. Each flag below the files has the name of a key of hone.
 #[derive(Args)]
 struct Job {
     /// YAML with hone's keys and `training_config:`
@@ -874,60 +856,7 @@ struct Job {
 impl Job {
     /// Settings from the environment first, so that flags win over them.
     fn request(self, matches: &ArgMatches) -> Result<Request, clap::Error> {
-        let path = |path: Option<PathBuf>| path.map(|path| path.to_string_lossy().into_owned());
-        let plain_http = self.registry.plain_http.then(|| "true".to_string());
-        let texts = [
-            ("model", self.model),
-            ("name", self.name),
-            ("layout", self.layout),
-            ("bad_rows", self.bad_rows),
-            ("bad_rows_max", self.bad_rows_max),
-            ("role_field", self.role_field),
-            ("content_field", self.content_field),
-            ("system_column", self.system_column),
-            ("tools_column", self.tools_column),
-            ("output", self.output),
-            ("earlier_results", self.earlier_results),
-            ("push", self.push),
-            ("target_matching", self.target_matching),
-            ("init_adapter", self.init_adapter),
-            ("device", self.device),
-            ("keep", self.keep),
-            ("memory_max", self.memory_max),
-            ("pass_tokens_max", self.pass_tokens_max),
-            ("cache", self.cache),
-            ("file_bytes_max", self.file_bytes_max),
-            ("ca_file", path(self.registry.ca_file)),
-            ("docker_config", path(self.registry.docker_config)),
-            ("plain_http", plain_http),
-        ];
-        let mut settings: Vec<Setting> = Vec::new();
-        for (key, text) in texts {
-            let Some(text) = text else { continue };
-            settings.push(Setting {
-                key: key.into(),
-                written: Written::Text(text),
-                origin: origin(matches, key),
-            });
-        }
-        let words = [("user_names", self.user_names), ("assistant_names", self.assistant_names)];
-        for (key, words) in words.into_iter().filter(|(_, words)| !words.is_empty()) {
-            settings.push(Setting {
-                key: key.into(),
-                written: Written::Texts(words),
-                origin: origin(matches, key),
-            });
-        }
-        if !self.data.is_empty() {
-            let origin = origin(matches, "data");
-            let data = match origin {
-                Origin::Environment(_) => {
-                    self.data.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect()
-                }
-                _ => self.data,
-            };
-            settings.push(Setting { key: "data".into(), written: Written::Texts(data), origin });
-        }
+        let mut settings = settings(matches);
         // clap takes the variable only when there is no flag; here both count, key by key.
         let variable = std::env::var("HONE_SET").unwrap_or_default();
         for assignment in assignments(&variable) {
@@ -941,6 +870,35 @@ impl Job {
         settings.sort_by_key(|setting| matches!(setting.origin, Origin::Flag(_)));
         Ok(Request { spec: self.spec, config: self.config, settings })
     }
+}
+
+/// The settings of all flags that are keys of hone: such a flag has the key's name. Defaults of clap are no settings.
+fn settings(matches: &ArgMatches) -> Vec<Setting> {
+    keys::all()
+        .iter()
+        .filter(|key| key.section == Section::Hone)
+        .filter_map(|key| of_key(matches, key))
+        .collect()
+}
+
+fn of_key(matches: &ArgMatches, key: &Key) -> Option<Setting> {
+    let given = matches.try_contains_id(key.name).is_ok_and(|given| given);
+    if !given || matches.value_source(key.name) == Some(ValueSource::DefaultValue) {
+        return None;
+    }
+    let origin = origin(matches, key.name);
+    let mut texts = matches.get_raw(key.name)?.map(|text| text.to_string_lossy().into_owned());
+    let written = match (matches.try_get_one::<bool>(key.name), key.kind) {
+        (Ok(Some(on)), _) => Written::Text(on.then(|| "true".to_owned())?),
+        // Addresses in a variable stand apart by blanks.
+        (_, Type::Sources) if matches!(origin, Origin::Environment(_)) => {
+            let texts: Vec<String> = texts.collect();
+            Written::Texts(texts.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect())
+        }
+        (_, Type::Texts | Type::Sources) => Written::Texts(texts.collect()),
+        _ => Written::Text(texts.next_back()?),
+    };
+    Some(Setting { key: key.name.into(), written, origin })
 }
 
 fn origin(matches: &ArgMatches, key: &str) -> Origin {
@@ -1037,6 +995,7 @@ mod tests {
         expect![[r#"
             model Text("m") --model
             name Text("n") --name
+            data Texts(["a#sha256=ff", "*.parquet"]) --data
             layout Text("text") --layout
             output Text("o") --output
             push Text("h/r:t") --push
@@ -1044,11 +1003,10 @@ mod tests {
             init_adapter Text("i") --init-adapter
             device Text("cuda:1") --device
             cache Text("k") --cache
-            file_bytes_max Text("9") --file-bytes-max
             ca_file Text("ca.pem") --ca-file
-            docker_config Text("d") --docker-config
             plain_http Text("true") --plain-http
-            data Texts(["a#sha256=ff", "*.parquet"]) --data
+            docker_config Text("d") --docker-config
+            file_bytes_max Text("9") --file-bytes-max
             LoraConfig.r Yaml(" 16") --set
         "#]]
         .assert_eq(&shown);

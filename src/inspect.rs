@@ -18,6 +18,7 @@ use crate::memory::{self, Task, card};
 use crate::model::load;
 use crate::model::weights::Checkpoint;
 use crate::ops::four_bit::FourBit;
+use crate::words::{count, size};
 
 /// Sequence lengths of the memory estimate.
 const TOKENS: [usize; 3] = [1024, 4096, 16384];
@@ -89,9 +90,9 @@ impl Inspection {
             let name = if i == 0 { "memory of a GPU" } else { "" };
             let text = format!(
                 "{} at {} tokens a pass; {} with gradient_checkpointing",
-                size(memory.everything as usize),
+                size(memory.everything),
                 memory.tokens,
-                size(memory.layer_inputs as usize)
+                size(memory.layer_inputs)
             );
             (name, text)
         }));
@@ -117,7 +118,7 @@ impl Inspection {
         let mut rows = vec![
             ("model", self.folder.clone()),
             ("family", facts.family.to_owned() + &inside.unwrap_or_default()),
-            ("parameters", millions(facts.parameters())),
+            ("parameters", count(facts.parameters() as u64)),
             (
                 "layers",
                 format!(
@@ -136,7 +137,9 @@ impl Inspection {
             ("vocabulary", self.vocabulary()),
             ("chat template", self.template().into()),
         ];
-        rows.extend(self.weights.map(|bytes| ("weights", format!("{}{}", size(bytes), self.stored_as()))));
+        rows.extend(
+            self.weights.map(|bytes| ("weights", format!("{}{}", size(bytes as u64), self.stored_as()))),
+        );
         rows.push(("in 4 bits", self.quantized()));
         rows
     }
@@ -164,7 +167,7 @@ impl Inspection {
 
     fn quantized(&self) -> String {
         let sites = self.facts.projections().count();
-        let bytes = size(self.four_bit_bytes());
+        let bytes = size(self.four_bit_bytes() as u64);
         match self.stored {
             Some(Quantization::Stored { code, double }) => {
                 let scales = if double { ", scales too" } else { "" };
@@ -185,7 +188,7 @@ impl Inspection {
             "{} of rank {}, {} parameters: {}",
             self.sites.list.len(),
             self.rank,
-            millions(self.sites.parameters()),
+            count(self.sites.parameters() as u64),
             names.join(", ")
         )
     }
@@ -306,20 +309,4 @@ fn norms(facts: &Facts) -> String {
     let heads = if facts.layers[0].attention.head_norm.is_some() { "; of queries and keys" } else { "" };
     let place = if facts.parallel { "; parallel layers" } else { "" };
     format!("{form}, eps {:e}{heads}{place}", facts.norm.eps)
-}
-
-fn millions(count: usize) -> String {
-    match count {
-        0..1_000_000 => count.to_string(),
-        1_000_000..1_000_000_000 => format!("{:.1} million", count as f64 / 1e6),
-        _ => format!("{:.2} billion", count as f64 / 1e9),
-    }
-}
-
-fn size(bytes: usize) -> String {
-    match bytes {
-        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
 }

@@ -31,6 +31,7 @@ use crate::report::{Report, Stage};
 use crate::run_folder::{Metrics, RunFolder};
 use crate::source;
 use crate::train::{self, Every, Passes, Trained};
+use crate::words;
 
 pub mod room;
 pub mod estimate;
@@ -411,10 +412,10 @@ fn image_facts(plan: &Plan) -> ImageFacts {
 
 fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     format!(
-        "{} with {} parameters in {:.1} MB; {} trainable on {} linear layers",
+        "{} with {} parameters in {}; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
-        decoder.base_bytes() as f64 / 1e6,
+        words::size(decoder.base_bytes() as u64),
         adapter.params.elem_count(),
         adapter.sites.len()
     )

@@ -3,7 +3,10 @@
 //! The list below is the table of contents, the data flow and the dependency order at once: a module uses
 //! only modules above it (a test holds this). `job` is the whole run on one page.
 
+pub mod words;
 pub mod fault;
+pub mod whole;
+pub mod backoff;
 pub mod report;
 pub mod last_word;
 pub mod bounds;

@@ -19,7 +19,10 @@ use crate::interrupt;
 use crate::registry::Pushed;
 use crate::source;
 use crate::train::{Checkpoints, Metric, Trained};
+use crate::{whole, words};
 
+/// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
+const DATE: &str = "%Y-%m-%d-%H-%M-%S";
 const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
 const METRICS: &str = "metrics.jsonl";
@@ -104,7 +107,7 @@ impl RunFolder {
         let lock = lock(path, wait_max)?;
         // Again under the lock: another run may have ended in between.
         let record = read_record(path)?;
-        remove_partials(path)?;
+        whole::remove_leftovers(path);
         let started = record.as_ref().map_or_else(now, |record| record.started);
         Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: lock })
     }
@@ -163,7 +166,7 @@ impl RunFolder {
     /// Each by a rename; cut short, the next start moves the rest beside it.
     fn move_away(&self) -> Result<()> {
         let started = self.record.as_ref().map_or_else(now, |record| record.started);
-        let to = self.path.join(EARLIER).join(date(UNIX_EPOCH + std::time::Duration::from_secs(started)));
+        let to = self.path.join(EARLIER).join(words::date(UNIX_EPOCH + Duration::from_secs(started), DATE));
         fs::create_dir_all(&to).map_err(|error| Fault::storage("create", &to, &error))?;
         for name in OWN.iter().filter(|name| self.path.join(name).exists()) {
             let place = self.path.join(name);
@@ -220,15 +223,7 @@ impl RunFolder {
 
     /// Writes a file whole: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
-        let (place, temporary) = (self.path.join(name), self.path.join(partial_name(name)));
-        let write = || -> std::io::Result<()> {
-            let mut file = create_anew(&temporary)?;
-            file.write_all(content)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &place)?;
-            File::open(&self.path)?.sync_all()
-        };
-        write().map_err(|error| Fault::storage("write", &place, &error))
+        whole::write(&self.path.join(name), content)
     }
 
     /// Records the end of training, then writes the sentinel.
@@ -237,7 +232,10 @@ impl RunFolder {
             self.record.clone().ok_or_else(|| Fault::internal("a run without a record ended"))?;
         record.trained = Some(serde_json::to_value(trained).expect("numbers"));
         self.save(record)?;
-        self.write(SENTINEL, format!("Fine-Tuning completed at {}\n", date(SystemTime::now())).as_bytes())
+        self.write(
+            SENTINEL,
+            format!("Fine-Tuning completed at {}\n", words::date(SystemTime::now(), DATE)).as_bytes(),
+        )
     }
 
     pub fn pushed(&mut self, pushed: &Pushed) -> Result<()> {
@@ -266,19 +264,6 @@ impl Metrics {
         let line = format!("{}\n", serde_json::to_string(metric).expect("numbers"));
         self.file.write_all(line.as_bytes()).map_err(|error| Fault::storage("write", &self.path, &error))
     }
-}
-
-fn partial_name(name: &str) -> String {
-    format!(".{name}.partial")
-}
-
-/// A new file of ours, whatever stood under its name: a leftover, or a link or pipe that somebody planted.
-fn create_anew(path: &Path) -> std::io::Result<File> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    OpenOptions::new().write(true).create_new(true).open(path)
 }
 
 /// The folder's lock. A killed process holds it until the kernel has cleaned up; on another node, until that node's
@@ -320,17 +305,6 @@ fn lock(folder: &Path, wait_max: Duration) -> Result<File> {
             Err(TryLockError::Error(error)) => return Err(Fault::storage("lock", folder, &error)),
         }
     }
-}
-
-/// What a killed process had begun to write. Called under the lock.
-fn remove_partials(folder: &Path) -> Result<()> {
-    for name in OWN {
-        let path = folder.join(partial_name(name));
-        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {
-            fs::remove_file(&path).map_err(|error| Fault::storage("remove", &path, &error))?;
-        }
-    }
-    Ok(())
 }
 
 fn now() -> u64 {
@@ -382,23 +356,6 @@ fn refuse_foreign(path: &Path) -> Result<()> {
         ))
         .help("use another output folder: nothing in this one is touched")),
     }
-}
-
-/// `YYYY-MM-DD-HH-MM-SS` in UTC, as KAITO writes it.
-fn date(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Days to civil date (Howard Hinnant), for years after 1970.
-    let z = days + 719_468;
-    let (era, day_of_era) = (z / 146_097, z % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
-    let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}-{hour:02}-{minute:02}-{second:02}")
 }
 
 #[cfg(test)]
@@ -454,7 +411,7 @@ mod tests {
         folder.write(crate::adapter::CONFIG_FILE, b"{}").unwrap();
         folder.write(crate::adapter::WEIGHTS_FILE, b"a").unwrap();
         folder.finish(&trained()).unwrap();
-        let started = date(folder.started());
+        let started = words::date(folder.started(), DATE);
         drop(folder);
         let mut folder = RunFolder::claim(path, Earlier::Move).unwrap();
         folder.belongs_to("a", &[]).unwrap();
@@ -480,9 +437,9 @@ mod tests {
     fn a_start_that_ended_before_its_record_is_no_foreign_folder() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(METRICS), "").unwrap();
-        fs::write(folder.path().join(partial_name(RECORD)), "{").unwrap();
+        fs::write(folder.path().join(".tmpAb12Cd"), "{").unwrap();
         let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
-        assert!(!folder.path().join(partial_name(RECORD)).exists(), "a leftover is collected");
+        assert!(!folder.path().join(".tmpAb12Cd").exists(), "a leftover is collected");
         run.belongs_to("a", &[]).unwrap();
         drop(run);
         fs::remove_file(folder.path().join(RECORD)).unwrap();
@@ -520,12 +477,11 @@ mod tests {
         let record = new("record");
         symlink(outside.path(), record.join(RECORD)).unwrap();
         assert_eq!(RunFolder::claim(&record, Earlier::Refuse).unwrap_err().kind, Kind::Config);
-        let partial = new("partial");
-        symlink(outside.path(), partial.join(partial_name(RECORD))).unwrap();
-        let mut run = RunFolder::claim(&partial, Earlier::Refuse).unwrap();
-        symlink(outside.path(), partial.join(partial_name(RECORD))).unwrap();
+        let later = new("later");
+        let mut run = RunFolder::claim(&later, Earlier::Refuse).unwrap();
+        symlink(outside.path(), later.join(RECORD)).unwrap();
         run.belongs_to("a", &[]).unwrap();
-        assert!(fs::symlink_metadata(partial.join(RECORD)).unwrap().is_file());
+        assert!(fs::symlink_metadata(later.join(RECORD)).unwrap().is_file());
         assert_eq!(fs::read_to_string(outside.path()).unwrap(), "precious");
     }
 
@@ -545,13 +501,5 @@ mod tests {
         run.metrics(&next).unwrap().log(&next).unwrap();
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
         assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
-    }
-
-    #[test]
-    fn dates_are_civil() {
-        let at = |seconds| date(UNIX_EPOCH + std::time::Duration::from_secs(seconds));
-        assert_eq!(at(0), "1970-01-01-00-00-00");
-        assert_eq!(at(951_827_696), "2000-02-29-12-34-56");
-        assert_eq!(at(1_767_225_599), "2025-12-31-23-59-59");
     }
 }

@@ -373,19 +373,19 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         l4  about 780488 tokens/s, 1 s, $0.00 at $0.80 an hour
 
         memory, with examples of the most tokens:
-        context and kernels                       600 MiB
-        base, 4 bits with scales                  198 KiB
-        norms and biases                            2 KiB
-        embedding                                  65 KiB
-        output head                                65 KiB
-        adapter, its gradient and two moments     342 KiB
-        logits of a chunk                         520 KiB
-        a weight expanded for a product            96 KiB
-        workspace of products                      32 MiB
-        kept by the layers                          6 MiB
-        one layer at work                           3 MiB
-        gaps between blocks                       264 KiB
-        in all                                    642 MiB
+        context and kernels                     600.0 MiB
+        base, 4 bits with scales                198.2 KiB
+        norms and biases                          2.5 KiB
+        embedding                                65.0 KiB
+        output head                              65.0 KiB
+        adapter, its gradient and two moments   342.0 KiB
+        logits of a chunk                       520.0 KiB
+        a weight expanded for a product          96.0 KiB
+        workspace of products                    32.0 MiB
+        kept by the layers                        5.6 MiB
+        one layer at work                         2.6 MiB
+        gaps between blocks                     264.0 KiB
+        in all                                  641.8 MiB
         may be used of l4                        21.1 GiB
         1024 tokens a pass; kept: everything in 2 layers
         predicted 780488 tokens/s with examples of 1024 tokens, 5 % of the matrix rate (assumed 62 TFLOP/s, copies 0.26 TB/s; products at 82 %, attention at 25 %, passes over memory at 85 % of them)

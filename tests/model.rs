@@ -28,12 +28,12 @@ fn a_folder_is_understood() {
         context          512 tokens
         vocabulary       1024 ids
         chat template    the tokenizer's
-        weights          1.2 MB, bfloat16 by config.json
-        in 4 bits        14 linear layers with load_in_4bit (double): 169.1 kB; the rest as stored
+        weights          1.1 MiB, bfloat16 by config.json
+        in 4 bits        14 linear layers with load_in_4bit (double): 165.2 KiB; the rest as stored
         LoRA sites       14 of rank 8, 34816 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  674.0 MB at 1024 tokens a pass; 671.5 MB with gradient_checkpointing
-                         703.6 MB at 4096 tokens a pass; 693.8 MB with gradient_checkpointing
-                         822.0 MB at 16384 tokens a pass; 783.1 MB with gradient_checkpointing
+        memory of a GPU  642.8 MiB at 1024 tokens a pass; 640.4 MiB with gradient_checkpointing
+                         671.0 MiB at 4096 tokens a pass; 661.7 MiB with gradient_checkpointing
+                         783.9 MiB at 16384 tokens a pass; 746.8 MiB with gradient_checkpointing
     "#]].assert_eq(&told("llama3", &[]));
 }
 
@@ -53,14 +53,14 @@ fn fused_modules_windows_and_chosen_targets() {
         context          4096 tokens
         vocabulary       1024 ids
         chat template    the tokenizer's
-        weights          1.2 MB, bfloat16 by config.json
-        in 4 bits        8 linear layers with load_in_4bit (double): 169.1 kB; the rest as stored
+        weights          1.1 MiB, bfloat16 by config.json
+        in 4 bits        8 linear layers with load_in_4bit (double): 165.1 KiB; the rest as stored
         LoRA sites       4 of rank 32, 49152 parameters: self_attn.qkv_proj, self_attn.o_proj
                          q_proj is part of qkv_proj
                          k_proj is part of qkv_proj
-        memory of a GPU  674.2 MB at 1024 tokens a pass; 671.6 MB with gradient_checkpointing
-                         703.5 MB at 4096 tokens a pass; 693.1 MB with gradient_checkpointing
-                         820.7 MB at 16384 tokens a pass; 779.3 MB with gradient_checkpointing
+        memory of a GPU  642.9 MiB at 1024 tokens a pass; 640.5 MiB with gradient_checkpointing
+                         670.9 MiB at 4096 tokens a pass; 661.0 MiB with gradient_checkpointing
+                         782.7 MiB at 16384 tokens a pass; 743.2 MiB with gradient_checkpointing
 
         warnings:
           rank 32: vLLM serves ranks up to 16 unless told --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
@@ -82,12 +82,12 @@ fn a_checkpoint_that_is_quantised_already() {
         context          2048 tokens
         vocabulary       512 ids
         chat template    the tokenizer's
-        weights          109.1 kB, bfloat16 by config.json
-        in 4 bits        14 linear layers already, by bitsandbytes (nf4, scales too): 25.5 kB
+        weights          106.6 KiB, bfloat16 by config.json
+        in 4 bits        14 linear layers already, by bitsandbytes (nf4, scales too): 24.9 KiB
         LoRA sites       12 of rank 8, 11776 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  667.1 MB at 1024 tokens a pass; 666.1 MB with gradient_checkpointing
-                         679.2 MB at 4096 tokens a pass; 675.5 MB with gradient_checkpointing
-                         727.6 MB at 16384 tokens a pass; 712.9 MB with gradient_checkpointing
+        memory of a GPU  636.2 MiB at 1024 tokens a pass; 635.3 MiB with gradient_checkpointing
+                         647.7 MiB at 4096 tokens a pass; 644.2 MiB with gradient_checkpointing
+                         693.9 MiB at 16384 tokens a pass; 679.9 MiB with gradient_checkpointing
     "#]].assert_eq(&told("llama_stored_nf4", &["--target-modules", r".*_proj(?<!v_proj)"]));
 }
 
@@ -106,12 +106,12 @@ fn the_language_model_inside_another() {
         context          2048 tokens
         vocabulary       512 ids
         chat template    the tokenizer's
-        weights          198.0 kB, bfloat16 by config.json
-        in 4 bits        14 linear layers with load_in_4bit (double): 33.9 kB; the rest as stored
+        weights          193.4 KiB, bfloat16 by config.json
+        in 4 bits        14 linear layers with load_in_4bit (double): 33.1 KiB; the rest as stored
         LoRA sites       14 of rank 8, 15360 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  669.1 MB at 1024 tokens a pass; 667.3 MB with gradient_checkpointing
-                         687.2 MB at 4096 tokens a pass; 680.0 MB with gradient_checkpointing
-                         759.6 MB at 16384 tokens a pass; 730.6 MB with gradient_checkpointing
+        memory of a GPU  638.1 MiB at 1024 tokens a pass; 636.4 MiB with gradient_checkpointing
+                         655.4 MiB at 4096 tokens a pass; 648.5 MiB with gradient_checkpointing
+                         724.4 MiB at 16384 tokens a pass; 696.7 MiB with gradient_checkpointing
     "#]].assert_eq(&told("gemma3_wrapper", &[]));
 }
 
@@ -135,11 +135,11 @@ fn what_is_missing_is_told_together() {
         context          2048 tokens
         vocabulary       528 rows, no tokenizer
         chat template    unknown without a tokenizer
-        in 4 bits        14 linear layers with load_in_4bit (double): 50.8 kB; the rest as stored
+        in 4 bits        14 linear layers with load_in_4bit (double): 49.6 KiB; the rest as stored
         LoRA sites       14 of rank 8, 19456 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  669.7 MB at 1024 tokens a pass; 667.6 MB with gradient_checkpointing
-                         689.1 MB at 4096 tokens a pass; 681.0 MB with gradient_checkpointing
-                         766.7 MB at 16384 tokens a pass; 734.4 MB with gradient_checkpointing
+        memory of a GPU  638.6 MiB at 1024 tokens a pass; 636.7 MiB with gradient_checkpointing
+                         657.1 MiB at 4096 tokens a pass; 649.4 MiB with gradient_checkpointing
+                         731.2 MiB at 16384 tokens a pass; 700.4 MiB with gradient_checkpointing
 
         missing:
           pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model

@@ -52,6 +52,90 @@ const JUDGED_ELSEWHERE: [(&str, &str); 15] = [
 /// gradients silently.
 const BANNED: [&str; 5] = ["todo!", "unimplemented!", "dbg!", "#[ignore", "candle_nn"];
 
+/// Crates that only some modules may use, so that each stays replaceable in one place. A file's tests are not counted.
+const HOMES: [(&str, &[&str]); 22] = [
+    ("arrow", &["dataset"]),
+    (
+        "candle_core",
+        &[
+            "adapter", "bench", "device", "fault", "generate", "job", "memory", "model", "ops", "serving",
+            "train",
+        ],
+    ),
+    ("clap", &["cli"]),
+    ("gemm", &["ops"]),
+    ("hyper", &["endpoint", "server"]),
+    ("indicatif", &["report"]),
+    ("k8s_openapi", &["controller", "workspace"]),
+    ("kube", &["controller", "workspace"]),
+    ("memmap2", &["model"]),
+    ("minijinja", &["dataset"]),
+    ("object_store", &["source"]),
+    ("oci_client", &["registry"]),
+    ("parquet", &["dataset"]),
+    ("pulp", &["ops"]),
+    ("reqwest", &["registry", "source"]),
+    ("rustls", &["server", "source"]),
+    ("serde_saphyr", &["spec", "workspace"]),
+    ("signal_hook", &["interrupt"]),
+    ("tar", &["registry"]),
+    ("tokenizers", &["dataset"]),
+    ("tokio", &["controller", "endpoint", "generate", "interrupt", "registry", "server", "source"]),
+    ("zstd", &["dataset"]),
+];
+
+/// Files that may hold `unsafe`, and what each needs it for.
+const UNSAFE: [(&str, &str); 23] = [
+    ("src/bounds.rs", "an allocator that counts"),
+    ("src/interrupt.rs", "a signal's handler"),
+    ("src/kaito/sidecars.rs", "signals to KAITO's containers"),
+    ("src/kaito/watch.rs", "a child process and its signals"),
+    ("src/last_word.rs", "handlers of signals and their stack"),
+    ("src/machine.rs", "glibc's mallopt"),
+    ("src/metrics/machine.rs", "NVML's library, opened at run time"),
+    ("src/model/weights.rs", "the memory map of weights"),
+    ("src/ops/cpu.rs", "vector instructions, and the call of the gemm crate"),
+    ("src/ops/cuda/device.rs", "the CUDA driver"),
+    ("src/ops/cuda/late.rs", "memory of the device"),
+    ("src/ops/cuda/launch.rs", "kernel launches"),
+    ("src/ops/cuda/product.rs", "cuBLAS"),
+    ("src/ops/flat.rs", "memory of the device"),
+    ("src/ops/gemm/amx.rs", "AMX instructions"),
+    ("src/ops/gemm/avx2.rs", "AVX2 instructions"),
+    ("src/ops/gemm/avx512.rs", "AVX-512 instructions"),
+    ("src/ops/gemm/buffer.rs", "aligned memory"),
+    ("src/ops/gemm/drive.rs", "blocks of one matrix on many threads"),
+    ("src/ops/gemm/four_bit.rs", "vector instructions"),
+    ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
+    ("src/ops/gemm/portable.rs", "vector instructions"),
+    ("src/ops/mod.rs", "memory of the device"),
+];
+
+/// Lines that a function may have. Longer ones stand in `LONG` with the reason.
+const FUNCTION_LINES_MAX: usize = 60;
+/// Functions over the limit.
+const LONG: [(&str, &str, &str); 15] = [
+    ("src/cli.rs", "flags_become_settings_of_the_table", "one list of cases"),
+    ("src/controller/mod.rs", "watch_all", "one line for each kind of object"),
+    (
+        "src/dataset/container/mod.rs",
+        "a_container_is_known_by_its_head_and_else_by_its_name",
+        "one list of cases",
+    ),
+    ("src/dataset/mod.rs", "read", "one pass over the rows, with all that is counted"),
+    ("src/facts/family/phi.rs", "facts", "a table of facts"),
+    ("src/facts/family/split.rs", "facts", "a table of facts"),
+    ("src/facts/shapes.rs", "config", "a table of models"),
+    ("src/model/judge.rs", "cases", "one list of cases"),
+    ("src/ops/attention.rs", "backward_group", "one derivation, read from top to bottom"),
+    ("src/ops/gemm/amx.rs", "planes", "one loop nest of instructions"),
+    ("src/plan/tests.rs", "kaitos_qlora_template", "one list of cases"),
+    ("src/plan/training.rs", "train_options", "one line for each option"),
+    ("src/server/answer.rs", "parts", "one arm for each form of answer"),
+    ("src/server/ask.rs", "kaito", "one line for each of KAITO's arguments"),
+    ("src/spec/tests.rs", "single_refusals", "one list of cases"),
+];
+
 #[test]
 fn a_module_uses_only_modules_above_it() {
     let list = modules();
@@ -64,6 +148,17 @@ fn a_module_uses_only_modules_above_it() {
             assert!(below.is_empty(), "{} uses {below:?}, listed below {module}", file.display());
         }
     }
+}
+
+#[test]
+fn the_map_lists_every_module_in_its_order() {
+    let row = Regex::new(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|").unwrap();
+    let map = text(&root("ARCHITECTURE.md"));
+    let names = row
+        .captures_iter(&map)
+        .flat_map(|row| row[1].split(", ").map(|name| name.trim_matches('`').to_owned()).collect::<Vec<_>>());
+    let listed: Vec<String> = names.filter(|name| name != "main").collect();
+    assert_eq!(listed, modules(), "rows of the map in ARCHITECTURE.md, and the list in src/lib.rs");
 }
 
 #[test]
@@ -110,6 +205,44 @@ fn nothing_banned_is_used() {
             assert!(!code.contains(word), "{} uses {word}", file.display());
         }
     }
+}
+
+#[test]
+fn a_crate_is_used_in_its_homes_only() {
+    for (name, homes) in HOMES {
+        // A module of hone's own name (`ops::gemm`) is reached by a path: only a path that begins with the crate counts.
+        let used = Regex::new(&format!(r"(?m)(?:^|[^:\w])(?:::)?{name}::|^\s*use {name};")).unwrap();
+        let mut found = BTreeSet::new();
+        for module in modules() {
+            let in_use = |file: &PathBuf| used.is_match(outside_of_tests(&code(file)));
+            found.extend(files_of(&module).iter().any(in_use).then_some(module));
+        }
+        let homes: BTreeSet<String> = homes.iter().map(|home| home.to_string()).collect();
+        assert_eq!(found, homes, "modules that use the crate {name}; HOMES lists those that may");
+    }
+}
+
+#[test]
+fn unsafe_stands_in_listed_files_only() {
+    let word = Regex::new(r"\bunsafe\b").unwrap();
+    let holds = |file: &PathBuf| word.is_match(&code(file));
+    let found: BTreeSet<String> =
+        rust_files(&root("src")).into_iter().filter(holds).map(|file| relative(&file)).collect();
+    let listed: BTreeSet<String> = UNSAFE.iter().map(|(file, _)| file.to_string()).collect();
+    assert_eq!(found, listed, "files with `unsafe`; UNSAFE lists those that may");
+}
+
+#[test]
+fn functions_are_short_or_have_a_reason() {
+    let mut long = BTreeSet::new();
+    for file in rust_files(&root("src")) {
+        for (name, lines) in functions(&text(&file)) {
+            long.extend((lines > FUNCTION_LINES_MAX).then(|| (relative(&file), name)));
+        }
+    }
+    let listed: BTreeSet<(String, String)> =
+        LONG.iter().map(|(file, name, _)| (file.to_string(), name.to_string())).collect();
+    assert_eq!(long, listed, "functions of more than {FUNCTION_LINES_MAX} lines; LONG lists those that may");
 }
 
 #[test]
@@ -285,6 +418,33 @@ fn code(file: &Path) -> String {
         r#"|'(?:\\[^']+|[^'\\])'"#
     ));
     apart.unwrap().replace_all(&text(file), "''").into_owned()
+}
+
+/// A file's path from the root of the repository.
+fn relative(file: &Path) -> String {
+    file.strip_prefix(root("")).unwrap().to_string_lossy().into_owned()
+}
+
+/// What stands before a file's module of tests.
+fn outside_of_tests(code: &str) -> &str {
+    code.split("#[cfg(test)]\nmod ").next().expect("a split has a first part")
+}
+
+/// Name and number of lines of each function, from its `fn` to the brace in the same column.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let head =
+        Regex::new(r"^(\s*)(?:pub(?:\([^)]*\))? )?(?:const |async |unsafe |extern \S+ )*fn (\w+)").unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (first, line) in lines.iter().enumerate() {
+        let Some(head) = head.captures(line) else { continue };
+        let end = format!("{}}}", &head[1]);
+        let bodiless = line.ends_with(';') || line.ends_with('}');
+        if let Some(more) = lines[first..].iter().position(|line| *line == end).filter(|_| !bodiless) {
+            found.push((head[2].to_owned(), more + 1));
+        }
+    }
+    found
 }
 
 fn text(file: &Path) -> String {

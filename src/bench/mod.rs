@@ -16,12 +16,13 @@ use crate::facts::config::Config;
 use crate::facts::sites;
 use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family, shapes};
 use crate::fault::{Fault, Result};
-use crate::memory::{self, Limit, Machine, Running, Task, show::size};
+use crate::memory::{self, Limit, Machine, Running, Task};
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
 use crate::model::{self, load};
 use crate::report::Report;
 use crate::train::{self, Data, Every, Passes};
+use crate::words::{self, size};
 use rates::Measured;
 
 /// What to measure.
@@ -235,14 +236,14 @@ impl Outcome {
     pub fn table(&self) -> String {
         let (least, most) = (self.seconds[0], self.seconds[self.seconds.len() - 1]);
         let rows = [
-            ("base", format!("{}, {:.1} M parameters", self.base, self.parameters as f64 / 1e6)),
+            ("base", format!("{}, {} parameters", self.base, words::count(self.parameters as u64))),
             ("device", self.device.clone()),
             (
                 "measured",
                 format!(
-                    "copies {:.3} TB/s, products {:.1} TFLOP/s",
-                    self.measured.copy / 1e12,
-                    self.measured.matrix / 1e12
+                    "copies {}, products {}",
+                    words::rate(self.measured.copy, "B"),
+                    words::rate(self.measured.matrix, "FLOP")
                 ),
             ),
             ("step", format!("{} tokens in {} examples", self.options.tokens, self.examples)),

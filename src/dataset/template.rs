@@ -14,7 +14,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 
 /// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
 const FUEL: u64 = 10_000_000;
@@ -77,8 +80,8 @@ impl Template {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}{message}")))
         });
-        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        environment.add_function("strftime_now", move |format: &str| strftime(format, seconds));
+        let now = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
+        environment.add_function("strftime_now", move |format: &str| strftime(format, now));
         for (name, token) in specials {
             environment.add_global(name.clone(), Value::from(token.as_str()));
         }
@@ -347,94 +350,23 @@ fn python_float(value: f64) -> String {
     }
 }
 
-/// The part of C's strftime that templates use, in UTC and English.
-fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
+/// `strftime_now` of Python in UTC and English: C's conversions, and glibc's `%-d` without leading zeros.
+fn strftime(format: &str, time: Timestamp) -> Result<String, Error> {
+    let refuse = |message: String| Error::new(ErrorKind::InvalidOperation, message);
     if format.len() > FORMAT_BYTES_MAX {
-        let message = format!("strftime_now is given {} bytes, limit {FORMAT_BYTES_MAX}", format.len());
-        return Err(Error::new(ErrorKind::InvalidOperation, message));
+        return Err(refuse(format!(
+            "strftime_now is given {} bytes, limit {FORMAT_BYTES_MAX}",
+            format.len()
+        )));
     }
-    let days = seconds / 86_400; // since 1970-01-01, a Thursday
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let (year, month, day) = civil(days);
-    let weekday = DAYS[(days % 7) as usize];
-    let month_name = MONTHS[month as usize - 1];
-    let hour_12 = (hour + 11) % 12 + 1;
-    let mut out = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            out.push(character);
-            continue;
-        }
-        let mut code = characters.next();
-        let plain = code == Some('-'); // glibc: no leading zeros
-        if plain {
-            code = characters.next();
-        }
-        let width = if plain { 1 } else { 2 };
-        let _ = match code {
-            Some('Y') => write!(out, "{year}"),
-            Some('y') => write!(out, "{:0width$}", year % 100),
-            Some('m') => write!(out, "{month:0width$}"),
-            Some('d') => write!(out, "{day:0width$}"),
-            Some('H') => write!(out, "{hour:0width$}"),
-            Some('I') => write!(out, "{hour_12:0width$}"),
-            Some('M') => write!(out, "{minute:0width$}"),
-            Some('S') => write!(out, "{second:0width$}"),
-            Some('p') => write!(out, "{}", if hour < 12 { "AM" } else { "PM" }),
-            Some('B') => write!(out, "{month_name}"),
-            Some('b') => write!(out, "{}", &month_name[..3]),
-            Some('A') => write!(out, "{weekday}"),
-            Some('a') => write!(out, "{}", &weekday[..3]),
-            Some('F') => write!(out, "{year}-{month:02}-{day:02}"),
-            Some('T') => write!(out, "{hour:02}:{minute:02}:{second:02}"),
-            Some('%') => write!(out, "%"),
-            _ => {
-                let message = format!("strftime_now does not know all of {format:?}");
-                return Err(Error::new(ErrorKind::InvalidOperation, message));
-            }
-        };
-    }
-    Ok(out)
-}
-
-/// Days since 1970-01-01 -> year, month (1..=12), day (1..=31).
-fn civil(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let mut year = 1970 + days / 146_097 * 400; // 400 years repeat
-    days %= 146_097;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
-    let mut month = 0;
-    while days >= lengths[month] {
-        days -= lengths[month];
-        month += 1;
-    }
-    (year, month as u64 + 1, days + 1)
+    jiff::fmt::strtime::format(format, &time.to_zoned(TimeZone::UTC))
+        .map_err(|error| refuse(format!("strftime_now does not know all of {format:?}: {error}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     fn render(source: &str) -> Result<Rendered, String> {
         let messages = [Message::new("user", "é?"), Message::new("assistant", "4")];
@@ -482,7 +414,7 @@ mod tests {
 
     #[test]
     fn dates_hold_at_the_ends_of_months_and_years() {
-        let date = |days: u64| strftime("%F %a", days * 86_400).unwrap();
+        let date = |days: i64| strftime("%F %a", Timestamp::from_second(days * 86_400).unwrap()).unwrap();
         assert_eq!(date(0), "1970-01-01 Thu");
         assert_eq!(date(59), "1970-03-01 Sun");
         assert_eq!(date(11_016), "2000-02-29 Tue");

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
-use crate::source;
+use crate::whole;
 
 const RECORD: &str = ".hone-model.json";
 const LOCK: &str = ".hone.lock";
@@ -61,7 +61,7 @@ impl Folder {
         loop {
             match lock.try_lock() {
                 Ok(()) => {
-                    source::remove_leftovers(path);
+                    whole::remove_leftovers(path);
                     return Ok(Folder { path: path.to_owned(), _lock: lock });
                 }
                 Err(TryLockError::WouldBlock) if start.elapsed() < wait_max => {
@@ -92,7 +92,7 @@ impl Folder {
 
     pub fn save(&self, record: &Record) -> Result<()> {
         let text = serde_json::to_vec_pretty(record).expect("texts and numbers");
-        source::write_whole(&self.path.join(RECORD), &text)
+        whole::write(&self.path.join(RECORD), &text)
     }
 
     /// A file is only ever moved here whole and verified; its length guards against other programs.

@@ -10,6 +10,7 @@ use super::{Access, names};
 use crate::fault::{Fault, Kind, Result};
 use crate::report::Report;
 use crate::source::{self, Hub, Source};
+use crate::whole;
 
 /// LIMIT: a listing has about 300 bytes a file.
 const LISTING_BYTES_MAX: u64 = 16 << 20;
@@ -116,7 +117,7 @@ pub fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
         return folder.take(file, name);
     }
     let text = std::fs::read(file).map_err(|error| Fault::storage("read", file, &error))?;
-    source::write_whole(&folder.path.join(name), &text)
+    whole::write(&folder.path.join(name), &text)
 }
 
 /// `{endpoint}/{before}/{repository}/{after}`, each part of the path escaped.

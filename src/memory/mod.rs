@@ -18,6 +18,7 @@ use crate::facts::Facts;
 use crate::facts::sites::Site;
 use crate::facts::{Keep, Precision, Quantization};
 use crate::fault::{Fault, Result};
+use crate::words;
 
 use cost::{Counter, Rates, Work};
 use terms::Kept;
@@ -409,15 +410,15 @@ fn refusal(solver: &Solver) -> Fault {
     let cards: Vec<&str> = card::at_least(needed.bytes()).map(|card| card.name).collect();
     match (machine.place, cards.first()) {
         (Place::Cpu { .. }, _) => {
-            help.push(format!("give the container {} of memory", show::size(needed.bytes())))
+            help.push(format!("give the container {} of memory", words::size(needed.bytes())))
         }
         (_, Some(card)) => help.push(format!("take a larger card: {card} would do")),
         (_, None) => help.push("no card in hone's table is large enough".into()),
     }
     Fault::capacity(format!(
         "training needs at least {}, and {} may be used of {}: {}",
-        show::size(needed.bytes()),
-        show::size(machine.memory),
+        words::size(needed.bytes()),
+        words::size(machine.memory),
         machine.name,
         show::list(&needed)
     ))

@@ -4,18 +4,10 @@ use serde_json::{Value as Json, json};
 
 use crate::facts::Keep;
 
+use crate::words::size;
+
 use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
 use super::{Machine, Place, Plan, Task};
-
-/// 12.3 GiB, 45 MiB, 678 KiB.
-pub fn size(bytes: u64) -> String {
-    let bytes = bytes as f64;
-    match bytes {
-        _ if bytes >= (1u64 << 30) as f64 => format!("{:.1} GiB", bytes / (1u64 << 30) as f64),
-        _ if bytes >= (1u64 << 20) as f64 => format!("{:.0} MiB", bytes / (1u64 << 20) as f64),
-        _ => format!("{:.0} KiB", bytes / 1024.0),
-    }
-}
 
 /// The terms in a line, largest first.
 pub(super) fn list(plan: &Plan) -> String {

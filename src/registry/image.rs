@@ -9,12 +9,14 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::manifest::{CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE};
 use crate::fault::{Fault, Result};
+use crate::words;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -134,8 +136,7 @@ pub(super) fn digest_of(bytes: &[u8]) -> String {
 }
 
 fn digest_text(hash: &[u8]) -> String {
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{}", words::hex(hash))
 }
 
 /// Hashes and counts what passes through, in either direction.
@@ -330,26 +331,7 @@ fn created_at(source_date_epoch: Option<&str>) -> Result<String> {
     let seconds = text.parse().ok().filter(|&seconds: &u64| seconds < 253_402_300_800).ok_or_else(|| {
         Fault::config(format!("SOURCE_DATE_EPOCH is `{text}`; expected whole seconds since 1970"))
     })?;
-    let (year, month, day) = date_of(seconds / 86_400);
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    Ok(format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z"))
-}
-
-/// Days since 1970 -> (year, month, day) of the Gregorian calendar.
-fn date_of(days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let (mut year, mut rest) = (1970, days);
-    while rest >= 365 + u64::from(leap(year)) {
-        rest -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
-    let mut month = 0;
-    while rest >= lengths[month] {
-        rest -= lengths[month];
-        month += 1;
-    }
-    (year, month as u64 + 1, rest + 1)
+    Ok(words::date(UNIX_EPOCH + Duration::from_secs(seconds), "%Y-%m-%dT%H:%M:%SZ"))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
 use super::pull::Store;
 use crate::fault::{Fault, Result};
 use crate::report::Task;
-use crate::source;
+use crate::whole;
 
 const TAG_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 const COPY_BYTES: usize = 256 << 10;
@@ -28,15 +28,18 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
     let turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
     // Without the turn another push might be at work in there.
     if turn.is_ok() {
-        source::remove_leftovers(folder);
-        source::remove_leftovers(&blobs);
+        whole::remove_leftovers(folder);
+        whole::remove_leftovers(&blobs);
     }
     let index = with_tag(read_index(folder)?, image, tag);
     for blob in [&image.layer, &image.config, &image.manifest] {
         write_blob(blob, &blobs, task)?;
     }
-    write_whole(folder, "oci-layout", json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes())?;
-    write_whole(folder, "index.json", index.to_string().as_bytes())
+    whole::write(
+        &folder.join("oci-layout"),
+        json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes(),
+    )?;
+    whole::write(&folder.join("index.json"), index.to_string().as_bytes())
 }
 
 /// A layout that is read from.
@@ -169,8 +172,7 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
         task.advance(blob.bytes);
         return Ok(());
     }
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(blobs)?;
+    whole::fill(&path, |file| {
         let mut offset = 0;
         while offset < blob.bytes {
             let chunk = blob.read(offset, COPY_BYTES)?;
@@ -178,29 +180,6 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
             offset += chunk.len() as u64;
             task.advance(chunk.len() as u64);
         }
-        persist(file, &path)
-    };
-    write().map_err(|error| Fault::storage("write", &path, &error))
-}
-
-fn write_whole(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let path = folder.join(name);
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(content)?;
-        persist(file, &path)
-    };
-    write().map_err(|error| Fault::storage("write", &path, &error))
-}
-
-/// Readable by all (a temporary file is private), on the disk before it has its name, and its name before we go on.
-fn persist(file: tempfile::NamedTempFile, path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
+        Ok(())
+    })
 }

@@ -23,12 +23,14 @@ use super::parts::{Growing, Part};
 use super::pull::Store;
 use super::trouble::{Nature, Trouble, clean};
 use super::upload::{self, Meter};
+use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Task, Unit};
 use crate::source::{Pace, Speed};
 
 /// Waits before a repetition: 0.1 s, 0.3 s, 0.9 s ... up to this.
+const BACKOFF_FIRST: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 /// Why we talk to the registry: decides scopes, kinds and advice.
@@ -280,7 +282,7 @@ impl Remote<'_> {
                             Stage::Pull,
                             format!("{name}: {text}; continued at byte {bytes} of {total}"),
                         );
-                        tokio::time::sleep(trouble.wait.unwrap_or_else(|| backoff(1))).await;
+                        tokio::time::sleep(trouble.wait.unwrap_or_else(|| pause(1))).await;
                     }
                     Err(trouble) => return Err(trouble),
                 }
@@ -325,7 +327,7 @@ impl Remote<'_> {
                 renewed = true;
                 self.client.log_out();
             } else if transient && attempt < self.options.attempts_max {
-                let wait = trouble.wait.unwrap_or_else(|| backoff(attempt));
+                let wait = trouble.wait.unwrap_or_else(|| pause(attempt));
                 self.warn(doing, &trouble, wait);
                 tokio::time::sleep(wait).await;
                 attempt += 1;
@@ -429,8 +431,8 @@ async fn resume(
     }
 }
 
-fn backoff(attempt: u32) -> Duration {
-    Duration::from_millis(100).saturating_mul(3u32.saturating_pow(attempt - 1)).min(BACKOFF_MAX)
+fn pause(failures: u32) -> Duration {
+    backoff::pause(BACKOFF_FIRST, BACKOFF_MAX, failures)
 }
 
 /// `sha256:` and twelve digits, for a progress line.

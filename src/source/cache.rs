@@ -4,7 +4,7 @@
 //! written down. Whoever holds the lock of a key may change its folder.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,12 +12,13 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use url::Url;
 
+use super::hash;
 use super::http::Validators;
 use super::parse::is_sha256;
 use super::partial::Partial;
-use super::{describe, hash};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
+use crate::{whole, words};
 
 const LOCK_POLL: Duration = Duration::from_millis(100);
 /// A slot's file that grows.
@@ -86,7 +87,7 @@ impl Cache {
         loop {
             match lock.try_lock() {
                 Ok(()) => {
-                    remove_leftovers(&folder);
+                    whole::remove_leftovers(&folder);
                     return Ok(Slot { folder, _lock: lock });
                 }
                 Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
@@ -113,9 +114,9 @@ impl Cache {
         partial.sync()?;
         let from = slot.partial_path();
         fs::rename(&from, &path).map_err(|error| Fault::storage("move a download to", &path, &error))?;
-        sync_folder(path.parent().expect("a blob lies in a folder"))?;
+        whole::sync_folder(path.parent().expect("a blob lies in a folder"))?;
         let entry = Entry { validators: partial.validators().clone(), bytes, sha256: sha256.to_owned() };
-        write_whole(&slot.entry_path(), &json(&entry))?;
+        whole::write(&slot.entry_path(), &json(&entry))?;
         Ok(Blob { path, bytes, sha256: entry.sha256 })
     }
 
@@ -174,43 +175,11 @@ pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
     }
     Err(Fault::capacity(format!(
         "{name}: {} more are needed, but {} has {} free",
-        describe::size(bytes),
+        words::size(bytes),
         folder.display(),
-        describe::size(free)
+        words::size(free)
     ))
     .help("give the cache a larger volume"))
-}
-
-/// Puts `content` under `path` whole or not at all.
-pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
-    let folder = path.parent().expect("files of the cache lie in folders");
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(content)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|error| Fault::storage("write", path, &error))?;
-    sync_folder(folder)
-}
-
-/// Removes the temporary files that killed processes left in a folder. Whoever calls it holds the folder's lock, so
-/// that none of them is somebody's. What cannot be removed does no harm.
-pub fn remove_leftovers(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if is_temporary(&entry.file_name().to_string_lossy())
-            && entry.file_type().is_ok_and(|kind| kind.is_file())
-        {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-}
-
-/// `.tmp` and six letters, as the library of temporary files names them.
-fn is_temporary(name: &str) -> bool {
-    name.strip_prefix(".tmp")
-        .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
 }
 
 pub fn json(value: &impl Serialize) -> Vec<u8> {
@@ -219,16 +188,6 @@ pub fn json(value: &impl Serialize) -> Vec<u8> {
 
 fn create_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|error| Fault::storage("create", folder, &error))
-}
-
-/// Makes a rename last through a power loss. Some network file systems have no such call, nor need of it.
-fn sync_folder(folder: &Path) -> Result<()> {
-    match fs::File::open(folder).and_then(|folder| folder.sync_all()) {
-        Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
-            Err(Fault::storage("sync", folder, &error))
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -242,7 +201,7 @@ mod tests {
             fs::write(folder.path().join(name), "x").unwrap();
         }
         fs::create_dir(folder.path().join(".tmpFolder")).unwrap();
-        remove_leftovers(folder.path());
+        whole::remove_leftovers(folder.path());
         let mut names: Vec<_> =
             fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();

@@ -71,15 +71,6 @@ pub fn printable(text: &str) -> String {
     text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
 }
 
-/// `1536` -> `1.5 KiB`.
-pub fn size(bytes: u64) -> String {
-    let power = [(60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-    match power.into_iter().find(|(shift, _)| bytes >> shift > 0) {
-        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64),
-        None => format!("{bytes} B"),
-    }
-}
-
 fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
     chain(error).find_map(|error| error.downcast_ref())
 }
@@ -100,12 +91,6 @@ fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'sta
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_read_well() {
-        let sizes = [0, 1023, 1536, 5 << 30, u64::MAX].map(size);
-        assert_eq!(sizes, ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "16.0 EiB"]);
-    }
 
     #[test]
     fn wrapped_errors_are_found() {

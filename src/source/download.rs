@@ -1,7 +1,6 @@
 //! One URL -> a whole file of the cache: attempts, resumed where they stopped, until it is whole and verified.
 
 use std::cell::OnceCell;
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
@@ -13,8 +12,10 @@ use super::hub::Hub;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
 use super::{File, Options, Pace, describe, html, local};
+use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
+use crate::words;
 
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// LIMIT: a month, so that no setting overflows the clock.
@@ -215,7 +216,7 @@ impl<'a> Downloads<'a> {
         if failures >= self.options.attempts_max {
             return Err(Fault::network(failed()).help(help));
         }
-        let wait = self.backoff(failures).max(after.unwrap_or_default());
+        let wait = backoff::pause(self.options.backoff, BACKOFF_MAX, failures).max(after.unwrap_or_default());
         if wait >= job.deadline.saturating_duration_since(Instant::now()) {
             let allowed = self.options.total_timeout;
             return Err(Fault::network(format!(
@@ -300,7 +301,7 @@ impl<'a> Downloads<'a> {
         Err(Fault::capacity(format!(
             "{}: at least {bytes} bytes, the limit for one file is {limit} ({})",
             job.name,
-            describe::size(limit)
+            words::size(limit)
         ))
         .help("raise file_bytes_max (--file-bytes-max) if the file is meant to be that large"))
     }
@@ -337,14 +338,6 @@ impl<'a> Downloads<'a> {
         .help("what came so far is kept: run it again, or allow more time")
     }
 
-    /// Doubles from attempt to attempt; jitter keeps many pods from coming back at the same moment.
-    fn backoff(&self, failures: u32) -> Duration {
-        let longest =
-            self.options.backoff.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF_MAX);
-        let random = RandomState::new().hash_one(failures) as f64 / u64::MAX as f64;
-        longest.mul_f64(0.5 + random / 2.0)
-    }
-
     fn network(&self) -> Result<&Network> {
         if self.network.get().is_none() {
             let network = Network {
@@ -361,7 +354,7 @@ impl<'a> Downloads<'a> {
 
     fn done(&self, name: &str, blob: Blob, how: &str) -> File {
         let Blob { path, bytes, sha256 } = blob;
-        let text = format!("{name}: {}, sha256 {}, {how}", describe::size(bytes), &sha256[..12]);
+        let text = format!("{name}: {}, sha256 {}, {how}", words::size(bytes), &sha256[..12]);
         self.report.note(Stage::Download, text);
         File { path, name: name.to_owned(), bytes, sha256, entry: 0 }
     }

@@ -4,6 +4,8 @@ use std::io::{self, Read};
 
 use sha2::{Digest, Sha256};
 
+use crate::words;
+
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Reads to the end; `each` hears how many bytes every read brought. Returns the length and the running digest.
@@ -25,7 +27,7 @@ pub fn read(mut from: impl Read, mut each: impl FnMut(u64)) -> io::Result<(u64, 
 }
 
 pub fn hex(hasher: Sha256) -> String {
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    words::hex(hasher.finalize())
 }
 
 pub fn of(bytes: &[u8]) -> String {

@@ -6,9 +6,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{File, Source, describe, hash};
+use super::{File, Source, hash};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
+use crate::words;
 
 /// LIMIT: a directory that leads to itself through a link ends here.
 const DEPTH_MAX: usize = 32;
@@ -58,8 +59,7 @@ pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<
     if expected.is_some_and(|expected| expected != sha256) {
         return Err(mismatch(&name, expected.unwrap_or_default(), &sha256));
     }
-    report
-        .note(Stage::Download, format!("{name}: {}, sha256 {}, local", describe::size(bytes), &sha256[..12]));
+    report.note(Stage::Download, format!("{name}: {}, sha256 {}, local", words::size(bytes), &sha256[..12]));
     Ok(File { path, name, bytes, sha256, entry: 0 })
 }
 

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use address::{Resolver, forbidden_host};
-pub use cache::{free_bytes, remove_leftovers, require_space, write_whole};
+pub use cache::{free_bytes, require_space};
 pub use html::looks_like_html;
 pub use http::redirects;
 pub use hub::Hub;

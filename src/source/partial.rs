@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use super::http::Validators;
 use super::{cache, hash};
 use crate::fault::{Fault, Result};
+use crate::whole;
 
 pub struct Partial {
     path: PathBuf,
@@ -76,7 +77,7 @@ impl Partial {
     pub fn restart(&mut self, validators: &Validators, total: Option<u64>) -> Result<()> {
         self.discard()?;
         self.version = Version { validators: validators.clone(), total };
-        cache::write_whole(&self.version_path, &cache::json(&self.version))
+        whole::write(&self.version_path, &cache::json(&self.version))
     }
 
     pub fn append(&mut self, content: &[u8]) -> Result<()> {

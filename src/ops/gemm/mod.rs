@@ -13,6 +13,8 @@ mod buffer;
 mod drive;
 mod portable;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod pack_bf16;
@@ -184,11 +186,18 @@ fn product(
     drive::run(kernel, threads, [m, n, k], a, b, c, precision);
 }
 
+/// Names a kernel that benchmarks run in place of the fastest one, so that a machine also measures for older ones.
+const KERNEL_VARIABLE: &str = "HONE_BENCH_GEMM";
+
 /// The fastest kernel of this machine, chosen once.
 fn kernel(precision: Precision) -> &'static drive::Kernel {
     static CHOSEN: [OnceLock<&'static drive::Kernel>; 2] = [OnceLock::new(), OnceLock::new()];
-    CHOSEN[precision as usize]
-        .get_or_init(|| kernels(precision).into_iter().next().expect("the portable kernel runs everywhere"))
+    CHOSEN[precision as usize].get_or_init(|| {
+        let kernels = kernels(precision);
+        let wanted = std::env::var(KERNEL_VARIABLE).unwrap_or_default();
+        let named = kernels.iter().find(|kernel| kernel.name == wanted);
+        named.or(kernels.first()).copied().expect("the portable kernel runs everywhere")
+    })
 }
 
 /// Every kernel this machine can run at this precision, fastest first.
@@ -210,8 +219,8 @@ fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
         if pairs && !avx512::pairs_are_fast() {
             found.push(&avx512::BF16);
         }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            found.push(&portable::AVX2);
+        if avx2::available() {
+            found.push(&avx2::KERNEL);
         }
     }
     let _ = precision;

@@ -1,4 +1,4 @@
-//! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into vectors: AVX2, NEON, whatever there is.
+//! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into the vectors that there are: NEON, SSE2.
 
 use super::Rounding;
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
@@ -7,18 +7,6 @@ use crate::facts::Precision;
 
 pub static KERNEL: Kernel =
     Kernel { name: "portable", step: 16, split: false, pack, begin, end, multiply, store };
-
-#[cfg(target_arch = "x86_64")]
-pub static AVX2: Kernel = Kernel {
-    name: "avx2",
-    step: 16,
-    split: false,
-    pack: pack_avx2,
-    begin,
-    end,
-    multiply: multiply_avx2,
-    store: store_avx2,
-};
 
 unsafe fn begin() {}
 unsafe fn end() {}
@@ -37,29 +25,12 @@ unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
     unsafe { put(sums, rows, cols, c) }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn pack_avx2(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
-    fill(source, side, precision, span, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn multiply_avx2(job: Multiply) {
-    // SAFETY: as the caller promises.
-    unsafe { block::<true>(job) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn store_avx2(sums: *const f32, rows: usize, cols: usize, c: Target) {
-    // SAFETY: as the caller promises.
-    unsafe { put(sums, rows, cols, c) }
-}
-
 /// 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two of `b` and one of `a` fill AVX2's 16 registers.
+///
+/// # Safety
+/// The panels and sums of `job` hold what it says; with `FUSED` the machine has fused products.
 #[inline(always)]
-unsafe fn block<const FUSED: bool>(job: Multiply) {
+pub(super) unsafe fn block<const FUSED: bool>(job: Multiply) {
     // SAFETY: as the caller promises.
     unsafe {
         for tile in 0..job.cols.div_ceil(16) {
@@ -135,8 +106,12 @@ fn fill(source: &Source, side: Side, precision: Precision, span: Span, out: &mut
     }
 }
 
+/// Writes sums to `c`, see `drive::Kernel::store`.
+///
+/// # Safety
+/// [rows, cols] lies inside `c`, and no other thread has it.
 #[inline(always)]
-unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) {
+pub(super) unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) {
     for row in 0..rows {
         for tile in 0..cols.div_ceil(16) {
             let count = 16.min(cols - tile * 16);
