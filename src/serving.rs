@@ -17,12 +17,12 @@ use crate::generate::defaults::Defaults;
 use crate::generate::engine::{self, Engine};
 use crate::memory::Machine;
 use crate::memory::serving::{CacheType, Plan};
-use crate::memory::show::size;
 use crate::model::load;
 use crate::plan::Serving;
 use crate::report::{Report, Stage};
 use crate::server::model::{Bring, Brought, Named, Origin};
 use crate::server::{self, Model, Server};
+use crate::words::size;
 use crate::{device, interrupt};
 use room::Size;
 
@@ -177,7 +177,8 @@ fn engine(
 /// another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
     let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
-    let served = vec![plan.base.to_string(), plan.base.name(), plan.model_name.clone()];
+    let mut served = vec![plan.base.to_string(), plan.base.name(), plan.model_name.clone()];
+    served.dedup();
     Arc::new(move |text: &str| {
         let access = fetch::Access { source: &source, registry: &registry };
         let adapter = fetch::Adapter::parse(text)?;

@@ -335,7 +335,7 @@ fn adapters_come_and_go_at_run_time_from_images_and_folders() {
     for (name, base) in [("good", "org/tiny"), ("bad", "org/other-7b")] {
         let folder = work.path().join("root").join(name);
         adapter_of(base, &folder);
-        push(&folder, &format!("{}/team/{name}:v1", fake.host));
+        push(&folder, &format!("{}/team/a:{name}", fake.host));
     }
     let root = work.path().join("root").display().to_string();
     let arguments = ["--allow-adapter-changes", &root, "--plain-http", "--name=org/tiny"];
@@ -343,11 +343,11 @@ fn adapters_come_and_go_at_run_time_from_images_and_folders() {
     let load = |name: &str, path: String| {
         ask(&running, "/v1/load_lora_adapter", &json!({"lora_name": name, "lora_path": path}))
     };
-    let (status, text) = load("a", format!("oci://{}/team/good:v1", fake.host));
+    let (status, text) = load("a", format!("oci://{}/team/a:good", fake.host));
     assert_eq!(status, 200, "{text}");
     let digest = serde_json::from_str::<Value>(&text).unwrap()["digest"].clone();
     assert_eq!(models(&running)["data"][1]["adapters"][0]["digest"], digest);
-    let (status, text) = load("b", format!("oci://{}/team/bad:v1", fake.host));
+    let (status, text) = load("b", format!("oci://{}/team/a:bad", fake.host));
     assert_eq!(status, 400);
     assert!(text.contains("org/other-7b") && text.contains("org/tiny"), "{text}");
     assert_eq!(load("b", "good".into()).0, 200);

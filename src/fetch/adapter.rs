@@ -21,6 +21,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
 use crate::source;
+use crate::{whole, words};
 
 /// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
 const ATTEMPTS_WITH_COPY: u32 = 2;
@@ -191,7 +192,7 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     let files = digests(&data)?;
     let record = Record { address: source.to_string(), revision, annotations, files };
     let text = serde_json::to_vec_pretty(&record).expect("texts");
-    source::write_whole(&home.join(RECORD), &text)?;
+    whole::write(&home.join(RECORD), &text)?;
     brought(source, &home, &record)
 }
 
@@ -298,7 +299,9 @@ fn brought(source: &Adapter, home: &Path, record: &Record) -> Result<Brought> {
         _ => content(&folder)?,
     };
     let named = BASES.iter().filter_map(|name| record.annotations.get(*name));
-    Ok(Brought { folder, digest, bases: named.filter(|base| !base.is_empty()).cloned().collect() })
+    let mut bases: Vec<String> = named.filter(|base| !base.is_empty()).cloned().collect();
+    bases.dedup();
+    Ok(Brought { folder, digest, bases })
 }
 
 /// `sha256:` of the two files; of those that are there, since the loader tells better what is missing.
@@ -335,7 +338,7 @@ fn hash(files: &[&Path]) -> Result<String> {
             }
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(words::hex(hasher.finalize()))
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@
 
 use serde_json::{Value as Json, json};
 
-use super::{Machine, Place, Task, card, show, terms};
+use super::{Machine, Place, Task, card, terms};
 use crate::facts::{Facts, FeedForward, LayerFacts, Precision, Quantization};
 use crate::fault::{Fault, Result};
 use crate::ops::attention::cached::PAGE;
+use crate::words::size;
 
 use super::terms::Term;
 
@@ -236,7 +237,7 @@ impl Solver<'_> {
         let mut list: Vec<&Term> = terms.iter().collect();
         list.sort_by_key(|term| std::cmp::Reverse(term.bytes));
         let list: Vec<String> =
-            list.iter().map(|term| format!("{} {}", term.what, show::size(term.bytes))).collect();
+            list.iter().map(|term| format!("{} {}", term.what, size(term.bytes))).collect();
         let mut help = Vec::new();
         if fits >= PAGE {
             help.push(format!("{flag} {fits} would fit"));
@@ -252,14 +253,14 @@ impl Solver<'_> {
         }
         let larger = card::at_least(needed).next();
         match (self.machine.place, larger) {
-            (Place::Cpu { .. }, _) => help.push(format!("give the process {} of memory", show::size(needed))),
+            (Place::Cpu { .. }, _) => help.push(format!("give the process {} of memory", size(needed))),
             (Place::Gpu, Some(card)) => help.push(format!("take a larger card: {} would do", card.name)),
             (Place::Gpu, None) => help.push("no card in hone's table is large enough".into()),
         }
         Fault::capacity(format!(
             "serving needs at least {}, and {} may be used of {}: {}",
-            show::size(needed),
-            show::size(self.machine.memory),
+            size(needed),
+            size(self.machine.memory),
             self.machine.name,
             list.join(", ")
         ))
@@ -278,7 +279,7 @@ impl Plan {
             "context {} tokens; the cache holds {} tokens of {} each, and {} would fit",
             self.context,
             self.cache_tokens,
-            show::size(self.token_bytes),
+            size(self.token_bytes),
             self.fits
         )
     }
@@ -286,7 +287,7 @@ impl Plan {
     /// One line a term, the sum, and what was chosen.
     pub fn table(&self, machine: &Machine) -> String {
         let wide = self.terms.iter().map(|term| term.what.len()).max().unwrap_or(0).max(8);
-        let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", show::size(bytes));
+        let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
         let mut table: String = self.terms.iter().map(|term| line(&term.what, term.bytes)).collect();
         table += &line("in all", self.bytes());
         table += &line(&format!("may be used of {}", machine.name), self.memory);

@@ -142,7 +142,6 @@ struct Whole {
 }
 
 async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<Whole> {
-    let ask = &context.ask;
     let mut said = Said::default();
     let mut prompt_scores: Vec<Scored> = Vec::new();
     let mut scores: Vec<Scored> = Vec::new();
@@ -169,6 +168,20 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
         }
     };
     context.metrics.ended(end.reason, &end.usage, &clock);
+    let choice = choice(context, index, said, &prompt_scores, &scores, &end);
+    Ok(Whole { choice, usage: end.usage })
+}
+
+/// A whole choice as OpenAI shows it.
+fn choice(
+    context: &Context,
+    index: usize,
+    said: Said,
+    prompt_scores: &[Scored],
+    scores: &[Scored],
+    end: &End,
+) -> Value {
+    let ask = &context.ask;
     let Said { mut text, calls } = said;
     let mut choice = json!({"index": index, "finish_reason": end.reason, "stop_reason": end.by});
     let prompt = context.prompt(index);
@@ -180,7 +193,7 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
                 choice["message"]["content"] = Value::Null;
             }
         }
-        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(&scores));
+        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(scores));
     } else {
         let mut legacy = Legacy::default();
         if ask.echo {
@@ -198,10 +211,10 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
         choice["prompt_token_ids"] = json!(prompt.ids);
     }
     if ask.request.prompt_logprobs.is_some() && !ask.echo {
-        let scored = context.logprobs(&prompt_scores);
+        let scored = context.logprobs(prompt_scores);
         choice["prompt_logprobs"] = scored["content"].clone();
     }
-    Ok(Whole { choice, usage: end.usage })
+    choice
 }
 
 fn usage(context: &Context, of_choices: &[Usage]) -> Value {
