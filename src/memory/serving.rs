@@ -28,6 +28,7 @@ pub enum CacheType {
 }
 
 impl CacheType {
+    /// Of one value.
     pub fn bytes(self) -> usize {
         match self {
             CacheType::Bf16 => 2,
@@ -35,6 +36,7 @@ impl CacheType {
         }
     }
 
+    /// As it is written in flags and tables.
     pub fn name(self) -> &'static str {
         match self {
             CacheType::Bf16 => "bf16",
@@ -42,8 +44,10 @@ impl CacheType {
         }
     }
 
+    /// Reads the value of `--cache-type`.
+    ///
     /// # Errors
-    /// Usage: another name.
+    /// Another name, and what is expected.
     pub fn parse(text: &str) -> std::result::Result<CacheType, String> {
         match text {
             "bf16" => Ok(CacheType::Bf16),
@@ -73,6 +77,7 @@ pub struct Served {
     pub context: Option<usize>,
     /// Tokens of the cache; `None`: as many as fit, up to all sequences of the whole context.
     pub cache_tokens: Option<usize>,
+    /// How keys and values are kept.
     pub cache: CacheType,
 }
 
@@ -87,8 +92,11 @@ pub struct Plan {
     pub fits: usize,
     /// Of one token, in all layers.
     pub token_bytes: u64,
+    /// Everything that takes memory, in the table's order.
     pub terms: Vec<Term>,
+    /// Of the machine it is for.
     pub memory: u64,
+    /// How keys and values are kept.
     pub cache: CacheType,
 }
 
@@ -269,6 +277,7 @@ impl Solver<'_> {
 }
 
 impl Plan {
+    /// All terms together.
     pub fn bytes(&self) -> u64 {
         self.terms.iter().map(|term| term.bytes).sum()
     }

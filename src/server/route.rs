@@ -7,7 +7,7 @@ use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
@@ -59,6 +59,14 @@ impl Body for Reply {
         match self.get_mut() {
             Reply::Whole(body) => Pin::new(body).poll_frame(task),
             Reply::Stream(parts) => parts.poll_recv(task).map(|part| part.map(|part| Ok(Frame::data(part)))),
+        }
+    }
+
+    /// A whole body's length stands in the answer's header.
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Reply::Whole(body) => body.size_hint(),
+            Reply::Stream(_) => SizeHint::default(),
         }
     }
 }

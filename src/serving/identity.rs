@@ -8,9 +8,11 @@ use crate::fault::{Fault, Result};
 /// What the comparison of an adapter's base with the served one says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
+    /// One name at least is the same.
     Same,
     /// A name is one of a folder, which says too little.
     Unknown,
+    /// Both are known by name, and the names differ.
     Another,
 }
 
@@ -26,6 +28,8 @@ pub fn compare(annotated: &[String], served: &[String]) -> Verdict {
     }
 }
 
+/// Refuses another base; gives a warning if the names say too little.
+///
 /// # Errors
 /// Config: the adapter's image names another base.
 pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Option<String>> {

@@ -30,6 +30,7 @@ pub struct Size {
     pub context: Option<usize>,
     /// `None`: as memory allows.
     pub cache_tokens: Option<usize>,
+    /// How keys and values are kept.
     pub cache: CacheType,
 }
 
