@@ -238,6 +238,11 @@ fn shared_beginnings_change_nothing_but_the_work() {
         }
     }
     assert_eq!(engine.counters().cache_usage, 0.0);
+    // Whoever stops reading early knows it too.
+    let mut answer = engine.submit(request(2, 290, &[])).unwrap();
+    assert!(matches!(answer.wait(), Some(Event::Started)));
+    assert_eq!(answer.cached(), CHUNK);
+    drop(answer);
     // The log-probabilities of a prompt need all its rows.
     let scored = Request { prompt_logprobs: Some(0), ..request(2, 290, &[]) };
     let done = collect(engine.submit(scored).unwrap());

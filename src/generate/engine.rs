@@ -455,6 +455,7 @@ impl Worker {
                     self.cache.reserve(next.request.prompt.len() + next.request.max_tokens, &next.keys)
             {
                 let waiting = state.waiting.pop_front().expect("it is in front");
+                waiting.sender.set_cached(held.found * CHUNK);
                 waiting.sender.send(Event::Started);
                 state.counters.prefix_queries += waiting.request.prompt.len() as u64;
                 state.counters.prefix_hits += (held.found * CHUNK) as u64;

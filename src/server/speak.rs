@@ -119,8 +119,11 @@ impl Speaker {
     }
 
     fn stopped(&mut self, text: String) -> Piece {
-        let usage =
-            Usage { prompt_tokens: self.prompt_tokens, generated_tokens: self.generated, cached_tokens: 0 };
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated,
+            cached_tokens: self.answer.cached(),
+        };
         self.end(text, End { reason: "stop", by: None, usage })
     }
 
