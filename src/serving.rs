@@ -177,8 +177,11 @@ fn engine(
 /// another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
     let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
-    let mut served = vec![plan.base.to_string(), plan.base.name(), plan.model_name.clone()];
-    served.dedup();
+    let mut served = match &plan.base {
+        fetch::Model::Folder(_) => vec![plan.base.name()],
+        base => vec![base.to_string()],
+    };
+    served.extend(Some(plan.model_name.clone()).filter(|name| *name != served[0]));
     Arc::new(move |text: &str| {
         let access = fetch::Access { source: &source, registry: &registry };
         let adapter = fetch::Adapter::parse(text)?;

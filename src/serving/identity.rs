@@ -55,8 +55,9 @@ pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Op
 /// Whether a name is one of the hub's or KAITO's, and not only that of a folder.
 fn is_known(name: &str) -> bool {
     let plain = plain(name);
-    let hub = plain.matches('/').count() >= 1 && !name.starts_with(['/', '.', '~']);
-    hub || presets::find(&plain).is_ok()
+    let scheme = name.starts_with("hf://") || name.starts_with("oci://");
+    let hub = plain.matches('/').count() == 1 && !name.starts_with(['/', '.', '~']);
+    scheme || hub || presets::find(&plain).is_ok()
 }
 
 /// Everything that the names may be called by, in lower case.
@@ -115,5 +116,6 @@ mod tests {
         assert_eq!(told(&["phi-4"], &["falcon-7b"]), Verdict::Another);
         assert_eq!(told(&["microsoft/phi-4"], &["/models/base"]), Verdict::Unknown);
         assert_eq!(told(&["base"], &["org/m"]), Verdict::Unknown);
+        assert_eq!(told(&["microsoft/phi-4"], &["models/of/mine/base"]), Verdict::Unknown);
     }
 }
