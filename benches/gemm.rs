@@ -1,4 +1,4 @@
-//! Shapes of training -> GFLOP/s of `ops::gemm` and of the `gemm` crate, best of rounds taken in turns.
+//! Shapes of training -> GFLOP/s of `ops::gemm` and of the `gemm` crate; the best of rounds taken in turn.
 //!
 //! `cargo bench --bench gemm [filter]`. Each line also shows the share of the fastest line of its precision.
 
@@ -6,7 +6,7 @@ use hone::facts::Precision;
 use hone::ops::gemm::{self, FourBitView, Matrix, Rounding};
 use std::time::{Duration, Instant};
 
-/// Rounds in turns: a disturbed one does not count, because the best is kept.
+/// Rounds taken in turn. The best is kept, so a disturbed round does not count.
 const ROUNDS: usize = 7;
 /// Time for one line of one round.
 const ROUND_TIME: Duration = Duration::from_millis(60);
@@ -78,7 +78,7 @@ fn name((what, m, n, k): (What, usize, usize, usize)) -> String {
     format!("{what} {m} x {n} x {k}")
 }
 
-/// GFLOP/s: f32, bf16, the `gemm` crate in f32 (with the same values in a dense weight).
+/// GFLOP/s in f32, in bf16, and of the `gemm` crate in f32 (with the same values in a dense weight).
 fn measure((what, m, n, k): (What, usize, usize, usize)) -> [f64; 3] {
     let numbers =
         |count: usize| (0..count).map(|i| (i * 7919 % 1021) as f32 / 1021.0 - 0.5).collect::<Vec<_>>();

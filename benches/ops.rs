@@ -1,5 +1,5 @@
-//! Time of each operation at the shape of an 88M Llama: 4 examples of 512 tokens. Milliseconds, best and median,
-//! with GFLOP/s or GB/s where they mean something.
+//! The time of each operation at the shape of an 88M Llama with 4 examples of 512 tokens: best and median in
+//! milliseconds, with GFLOP/s or GB/s if they mean something.
 //!
 //! `cargo bench --bench ops [-- NAME]`
 
@@ -74,7 +74,7 @@ fn main() -> Result<()> {
             times.push(began.elapsed().as_secs_f64() * 1e3);
         }
         times.sort_by(f64::total_cmp);
-        // Megabytes or millions of operations a millisecond: GB/s or GFLOP/s.
+        // Megabytes or millions of operations per millisecond are GB/s or GFLOP/s.
         println!("{name:>26} {:>9.2} {:>9.2} {:>7.0} {unit}", times[0], times[ROUNDS / 2], amount / times[0]);
         Ok(())
     };

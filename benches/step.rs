@@ -1,4 +1,4 @@
-//! Training speed of a random model on this machine: tokens/s, seconds a step, peak memory, as one JSON line.
+//! Training speed of a random model on this machine: tokens/s, seconds per step, peak memory, as one JSON line.
 //!
 //! `cargo bench --bench step -- --precision f32|bf16 --examples 4 --tokens 512 --steps 4 [--keep layer-inputs]`
 //! The default shape has 88M parameters; the first step is not counted. `benches/compare.py` runs it in turn

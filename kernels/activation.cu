@@ -1,4 +1,4 @@
-// Activation of the feed-forward, gated or not, one block a row; the twin of src/ops/activation.rs.
+// The activation of the feed-forward, gated or not, one block per row. The twin of src/ops/activation.rs.
 #include "common.cuh"
 
 struct Point {
@@ -22,7 +22,7 @@ struct GeluTanh {
     }
 };
 
-// x times the normal distribution
+// x times the normal distribution function
 struct GeluErf {
     static __device__ __forceinline__ Point at(float x) {
         const float half = 0.5f * (1.f + erff(x * 0.70710678f));
@@ -30,7 +30,7 @@ struct GeluErf {
     }
 };
 
-// x [rows, 2 * width] if gated, gate then up, else [rows, width] -> h [rows, width].
+// x [rows, 2 * width] if gated (gate, then up), else [rows, width] -> h [rows, width].
 template <typename T, typename Curve>
 __device__ __forceinline__ void forward(const T* x, T* h, int width, int gated) {
     x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), h += (uint64_t)blockIdx.x * width;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void forward(const T* x, T* h, int width, int gated) 
         h[i] = narrow<T>(Curve::at(widen(x[i])).value * (gated ? widen(x[width + i]) : 1.f));
 }
 
-// dh [rows, width] -> d, in x's shape.
+// dh [rows, width] -> d, the gradient of x, in x's shape.
 template <typename T, typename Curve>
 __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int gated) {
     const uint64_t row = (uint64_t)blockIdx.x * width * (gated ? 2 : 1);

@@ -1,4 +1,4 @@
-// One AdamW update of all parameters, clipped by a norm that never left the device; the twin of src/ops/adamw.rs.
+// One AdamW update of all parameters, clipped by a norm that stays on the device. The twin of src/ops/adamw.rs.
 #include "common.cuh"
 
 struct Numbers {
@@ -12,15 +12,15 @@ __device__ __forceinline__ void update(float& p, float g, float& m, float& v, co
     p = p * k.decay - k.rate * m / (sqrtf(v) / k.root2 + k.epsilon);
 }
 
-// The factor on the gradient, as torch clips; 1 without a limit (0), negative where the sum is not finite. For one
-// thread a block: f64 is slow where GPUs are for graphics.
+// The factor on the gradient, as torch clips: 1 without a limit (0), negative if the sum is not finite. One thread
+// per block computes it, because f64 is slow on graphics GPUs.
 __device__ __forceinline__ float clipping(const double* squares, float norm_max) {
     if (!(*squares < (double)INFINITY)) return -1.f;
     return norm_max > 0.f ? (float)fmin(1., (double)norm_max / (sqrt(*squares) + 1e-6)) : 1.f;
 }
 
-// A thread takes four neighbours. `copy`, where given, gets the parameters rounded to bf16: what products are computed with.
-// Where the sum of squares is not finite nothing changes, so that the host can read it later and stop.
+// A thread handles four neighbouring parameters. `copy`, if given, receives the parameters rounded to bf16, for
+// products. If the sum of squares is not finite, nothing changes, so that the host can read the sum later and stop.
 extern "C" __global__ void adamw_step(float* params, const float* grads, float* first, float* second, bf16* copy,
                                       const double* squares, float norm_max, float c1, float beta2, float c2,
                                       float decay, float rate, float root2, float epsilon, unsigned long long n) {

@@ -1,18 +1,20 @@
-// Causal attention over packed examples, forward and backward, no score matrix in memory; the twin of src/ops/attention.rs.
+// Causal attention over packed examples, forward and backward, without a score matrix in memory. The twin of
+// src/ops/attention.rs.
 //
-// Scores are made tile by tile in registers, with a running maximum and sum forward (Milakov and Gimelshein 2018) and from the
-// kept logsumexp backward (Dao 2022). The backward pass is two kernels, one whose blocks own query rows and one whose blocks
-// own key rows: they make the scores twice (7 products instead of 5), and in return every sum has one writer and one order,
-// without atomics or a second buffer for the queries' gradient.
+// Scores are computed tile by tile in registers: forward with a running maximum and sum (Milakov and Gimelshein
+// 2018), backward from the kept logsumexp (Dao 2022). The backward pass is two kernels: the blocks of one own query
+// rows, the blocks of the other own key rows. They compute the scores twice (7 products instead of 5). In return,
+// every sum has one writer and one order, without atomics and without a second buffer for the queries' gradient.
 //
-// A block's tile comes from a list made once a batch: (first row of the example, its end, first row of the tile), the longest
-// work first; blockIdx.x is the head, so that neighbours share keys in L2. Scores count in powers of two.
+// A block takes its tile from a list that is made once per batch: (first row of the example, its end, first row of
+// the tile), the tiles with the most work first. blockIdx.x is the head, so that neighbouring blocks share keys in
+// L2. Scores are scaled to exponents of two.
 #include "attention_tile.cuh"
 
 #define LOG2_E 1.44269504088896341f
 #define LN_2 0.69314718055994531f
 
-// Where heads lie in a row of qkv, and what is done with a score; as `Heads` in src/ops/attention.rs.
+// The layout of the heads in a row of qkv and the treatment of scores, as in `Heads` of src/facts/heads.rs.
 struct Shape {
     int rows, columns, heads, group, width;
     int query_at, group_stride, key_at, value_at, key_stride;
@@ -23,11 +25,12 @@ struct Shape {
     __device__ __forceinline__ int query_column(int head) const {
         return query_at + head / group * group_stride + head % group * width;
     }
-    // Whether a row sees the key that many rows before it.
+    // Whether a row sees the key that lies `distance` rows before it.
     __device__ __forceinline__ bool sees(int distance) const { return static_cast<unsigned>(distance) < static_cast<unsigned>(window); }
-    // Scores, curved where there is a cap, times this are exponents of two.
+    // Scores, curved if there is a cap, times this factor are exponents of two.
     __device__ __forceinline__ float exponent() const { return (cap > 0.f ? cap : scale) * LOG2_E; }
-    // tanh(raw * scale / cap), of scores with a cap. By its definition: the hardware's own tanh is good for three digits.
+    // tanh(raw * scale / cap) of a score with a cap. It is computed by its definition, because the hardware's tanh
+    // has only three exact digits.
     __device__ __forceinline__ float curve(float raw) const {
         return 1.f - __fdividef(2.f, exp2_approximate(raw * (2.f * LOG2_E * scale / cap)) + 1.f);
     }
@@ -49,7 +52,7 @@ struct Span {
         : from(tiles[3 * blockIdx.y]), to(tiles[3 * blockIdx.y + 1]), first(tiles[3 * blockIdx.y + 2]) {}
 };
 
-// Tiles of KEYS keys, counted from the example's beginning, that rows first..end of it see.
+// The tiles of KEYS keys, counted from the example's beginning, that rows first..end of it see.
 struct Keys {
     int lowest, highest;
     __device__ __forceinline__ Keys(const Shape& shape, const Span& span, int end, int keys) {
@@ -59,7 +62,7 @@ struct Keys {
     }
 };
 
-// Whether some, and whether all, rows of first..first+rows see some, or all, keys of key..key+keys.
+// Whether some, and whether all, of rows first..first+rows see some, or all, of keys key..key+keys.
 __device__ __forceinline__ bool some_seen(const Shape& shape, int first, int rows, int key, int keys) {
     return key < first + rows && first - (key + keys - 1) < shape.window;
 }
@@ -67,7 +70,7 @@ __device__ __forceinline__ bool all_seen(const Shape& shape, int first, int rows
     return key + keys - 1 <= first && first + rows - 1 - key < shape.window;
 }
 
-// The slope of a curved score; 0 of a hidden one.
+// The slope of a curved score; 0 for a hidden one.
 __device__ __forceinline__ float curve_slope(float curved) {
     const float c = fmaxf(curved, -1.f);
     return 1.f - c * c;
@@ -83,8 +86,8 @@ __device__ __forceinline__ void curve_scores(float (&scores)[BANDS][COLUMNS / 8]
             for (int e = 0; e < 4; ++e) scores[band][j][e] = shape.curve(scores[band][j][e]);
 }
 
-// -infinity to scores of rows (bands) and keys (columns) that do not see each other; `distance` is the first row's from the
-// first key. Tiles on the diagonal and the window's edge only: the others skip it.
+// Sets the scores of rows (bands) and keys (columns) that do not see each other to -infinity. `distance` is that of
+// the first row from the first key. Only tiles on the diagonal and at the window's edge need it.
 template <int BANDS, int COLUMNS>
 __device__ __forceinline__ void hide_keys(float (&scores)[BANDS][COLUMNS / 8][4], int distance, const Shape& shape) {
     const int lane = threadIdx.x & 31, own = distance + (lane >> 2) - (lane & 3) * 2;
@@ -97,7 +100,7 @@ __device__ __forceinline__ void hide_keys(float (&scores)[BANDS][COLUMNS / 8][4]
                 if (!shape.sees(own + band * 16 + e / 2 * 8 - j * 8 - e % 2)) scores[band][j][e] = -INFINITY;
 }
 
-// The same of keys (bands) and rows (columns), of which `left` lie before the example's end.
+// The same for keys (bands) and rows (columns), of which `left` lie before the example's end.
 template <int BANDS, int COLUMNS>
 __device__ __forceinline__ void hide_rows(float (&scores)[BANDS][COLUMNS / 8][4], int distance, int left, const Shape& shape) {
     const int lane = threadIdx.x & 31, own = distance - (lane >> 2) + (lane & 3) * 2, last = left - (lane & 3) * 2;
@@ -111,8 +114,8 @@ __device__ __forceinline__ void hide_rows(float (&scores)[BANDS][COLUMNS / 8][4]
                     scores[band][j][e] = -INFINITY;
 }
 
-// Scores become probabilities, and what a score's gradient has of them (the probability times the curve's slope) goes to the
-// lane's partner. `logs`: of the columns.
+// Turns scores into probabilities. The factor of a score's gradient (the probability times the curve's slope) goes
+// to the lane's partner. `logs` holds the logsumexps of the columns.
 template <bool CURVED, typename T, int BANDS, int COLUMNS>
 __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4], const float (&logs)[COLUMNS / 8][2],
                                           float exponent, T* to) {
@@ -160,11 +163,11 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
 #pragma unroll
     for (int band = 0; band < BANDS; ++band) largest[band][0] = largest[band][1] = -INFINITY;
 
-    const int beyond = own < span.to ? own + 16 * BANDS : 0;  // keys from here on no row of the warp sees
-    // From the diagonal down: nearly every later maximum is then no new one.
+    const int beyond = own < span.to ? own + 16 * BANDS : 0; // no row of the warp sees keys from here on
+    // Goes down from the diagonal, so that nearly no later tile has a new maximum.
     for (int key = keys.highest; key >= keys.lowest; key -= KEYS) {
         cp_async_wait<0>();
-        __syncthreads();  // these keys have come; the last values are done with
+        __syncthreads(); // these keys have arrived; the last values are no longer needed
         load(v, shape.value_at, key);
         const bool sees = key < beyond && own - (key + KEYS - 1) < shape.window;
         float scores[BANDS][KEYS / 8][4];
@@ -182,7 +185,7 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
                         top = fmaxf(top, fmaxf(scores[band][j][2 * half], scores[band][j][2 * half + 1]));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-                    // A row that has seen nothing yet keeps -infinity, against which nothing can be measured.
+                    // A row that has seen nothing yet keeps -infinity, to which no difference can be taken.
                     const float base = top == -INFINITY ? 0.f : top * exponent;
                     const float shrink = exp2_approximate(fmaf(largest[band][half], exponent, -base));
                     largest[band][half] = top;
@@ -204,7 +207,7 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
             }
         }
         cp_async_wait<0>();
-        __syncthreads();  // these values have come; the keys are done with
+        __syncthreads(); // these values have arrived; the keys are no longer needed
         if (key > keys.lowest) load(k, shape.key_at, key - KEYS);
         if (sees) add_weighted_rows<WIDTH, BANDS, KEYS>(sums, scores, v, scratch);
     }
@@ -231,8 +234,8 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
                                 shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
 }
 
-// delta[row] = sum of d_out * out over the head's columns, for the warp's own rows; eight lanes a row. It is what the
-// softmax's normalisation takes from every score's gradient of the row.
+// delta[row] = sum of d_out * out over the head's columns, for the warp's own rows; eight lanes per row. The
+// softmax's normalisation subtracts it from the gradient of every score of the row.
 template <typename T, int WIDTH, int BANDS>
 __device__ __forceinline__ void deltas(const T* out, const T* d_tile, float* delta, int rows, const Shape& shape) {
     const int lane = threadIdx.x & 31;
@@ -262,13 +265,13 @@ __device__ __forceinline__ void deltas(const T* out, const T* d_tile, float* del
     __syncwarp();
 }
 
-// The queries' gradient and `delta` [H, T], which the keys' kernel reads.
+// The gradient of the queries, and `delta` [H, T] for the kernel of the keys.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
 __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const T* d_out, const float* lse, float* delta,
                                                T* d_qkv, const uint32_t* tiles, const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
-    T *d = q + ROWS * STRIDE, *k = d + ROWS * STRIDE, *v = k + 2 * KEYS * STRIDE;  // keys twice, by turns
+    T *d = q + ROWS * STRIDE, *k = d + ROWS * STRIDE, *v = k + 2 * KEYS * STRIDE; // two buffers for keys, used in turn
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, head = blockIdx.x;
     float* scratch = reinterpret_cast<float*>(v + KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
     const Span span(tiles);
@@ -302,7 +305,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
     int stage = 0;
     for (int key = keys.lowest; key <= keys.highest; key += KEYS, stage ^= 1) {
         cp_async_wait<0>();
-        __syncthreads();  // these keys and values have come; the last keys are done with
+        __syncthreads(); // these keys and values have arrived; the last keys are no longer needed
         if (key < keys.highest) load(k + (stage ^ 1) * KEYS * STRIDE, shape.key_at, key + KEYS);
         const bool sees = key < beyond && own - (key + KEYS - 1) < shape.window;
         float scores[BANDS][KEYS / 8][4];
@@ -316,7 +319,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
             for (int band = 0; band < BANDS; ++band)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    // From L1 each time: registers are what this kernel has least of.
+                    // It is read from L1 each time, because registers are scarcest in this kernel.
                     const int row = own + band * 16 + half * 8 + g;
                     const float log = row < span.to ? lse[statistic + row] * LOG2_E : 0.f;
                     const float pull = row < span.to ? delta[statistic + row] : 0.f;
@@ -339,7 +342,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
                         }
                 }
         }
-        __syncthreads();  // the values are done with
+        __syncthreads(); // the values are no longer needed
         if (key < keys.highest) load(v, shape.value_at, key + KEYS);
         if (sees) add_weighted_rows<WIDTH, BANDS, KEYS>(sums, scores, k + stage * KEYS * STRIDE, scratch);
     }
@@ -354,16 +357,17 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
                                 shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
 }
 
-// The keys' and values' gradients. A block owns 16 * BANDS * PAIRS keys of one key head and goes over the query rows that see
-// them, for each query head of the group. Warps work in pairs over the same keys: one makes the probabilities (k q^T) and from
-// them the values' gradient (p d), the other the probabilities' gradient (v d^T) and, with its partner's probabilities, the keys'
-// gradient (ds q). So nothing is made twice and a warp holds one gradient, not two.
+// The gradients of keys and values. A block owns 16 * BANDS * PAIRS keys of one key head and goes over the query
+// rows that see them, for each query head of the group. Warps work in pairs on the same keys. One computes the
+// probabilities (k q^T) and from them the values' gradient (p d). The other computes the probabilities' gradient (v
+// d^T) and, with its partner's probabilities, the keys' gradient (ds q). So nothing is computed twice, and a warp
+// holds one gradient instead of two.
 template <typename T, int WIDTH, int PAIRS, int BANDS, int QUERIES>
 __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const float* lse, const float* delta, T* d_qkv,
                                              const uint32_t* tiles, const Shape shape) {
     constexpr int KEYS = 16 * BANDS * PAIRS, THREADS = 64 * PAIRS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, k);
-    T *v = k + KEYS * STRIDE, *stages = v + KEYS * STRIDE;  // two stages of queries and their gradients
+    T *v = k + KEYS * STRIDE, *stages = v + KEYS * STRIDE; // two stages of queries and their gradients
     T* handover = stages + 4 * QUERIES * STRIDE;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3, key_head = blockIdx.x;
     const int pair = warp % PAIRS;
@@ -372,7 +376,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
     handover += (pair * 16 * BANDS * QUERIES / 2 + lane) * 2;
     const Span span(tiles);
     const int key_end = min(span.first + KEYS, span.to), own = span.first + pair * 16 * BANDS;
-    // Rows from the first key on, to the last that the window lets see the last key.
+    // Rows from the first key to the last row whose window reaches the last key.
     const int end = shape.window <= span.to - key_end ? key_end - 1 + shape.window : span.to;
     const int stride = shape.heads * shape.width;
     const auto load = [&](T* stage, int head, int row) {
@@ -397,7 +401,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
     int row = span.first, head = key_head * shape.group;
     for (int stage = 0; head < (key_head + 1) * shape.group; stage ^= 1) {
         cp_async_wait<0>();
-        __syncthreads();  // this stage has come; the other and the handover are done with
+        __syncthreads(); // this stage has arrived; the other one and the handover are no longer needed
         const bool more = row + QUERIES < end;
         const int next_row = more ? row + QUERIES : span.first, next_head = more ? head : head + 1;
         if (next_head < (key_head + 1) * shape.group) load(stages + (stage ^ 1) * 2 * QUERIES * STRIDE, next_head, next_row);
@@ -454,10 +458,10 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
     store_rows<T, WIDTH, BANDS>(to, shape.columns, key_end - own, shape.width, shape.aligned, own_rows, sums);
 }
 
-// Tile sizes: three numbers a kernel, which src/ops/attention/gpu.rs has too, to know grids and shared memory, and the blocks
-// a processor has registers for. No thread needs memory for what its registers do not hold. Each block keeps to the 99 KiB of
-// shared memory that every card since Ampere has, but the `wide` ones, which take what A100 and H100 have beyond it: twice
-// the work for each byte read from shared memory.
+// Tile sizes: three numbers per kernel, which src/ops/attention/gpu.rs repeats to compute grids and shared memory,
+// and the number of blocks per processor that registers are reserved for. No thread spills registers to memory.
+// Each block stays within the 99 KiB of shared memory that every card since Ampere has. Only the `wide` ones use
+// more, on A100 and H100, and do twice the work per byte read from shared memory.
 #define FORWARD(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                            \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
         attention_forward_##WIDTH##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, SHAPE_PARAMETERS) { \

@@ -1,13 +1,14 @@
-// Tiles of attention: rows of a head from memory into shared memory and back, and the two products a warp makes with them.
+// Tiles of attention: copies of a head's rows from memory to shared memory and back, and the two products that a
+// warp computes with them.
 //
-// A tile is [rows][WIDTH] with 16 bytes between rows: WIDTH is a multiple of 16, so rows are an odd number of 16-byte pieces
-// apart, and the eight rows that ldmatrix (or a float4 load) names at once lie in eight different bank groups. Columns beyond
-// a head's width and rows beyond its example are zeros, which add nothing to any product.
+// A tile is [rows][WIDTH] with 16 bytes between rows. WIDTH is a multiple of 16, so rows are an odd number of
+// 16-byte pieces apart, and the eight rows that one ldmatrix (or float4 load) addresses lie in eight different bank
+// groups. Columns beyond a head's width and rows beyond its example are zeros, which add nothing to a product.
 //
-// A warp owns BANDS bands of 16 rows of the left side and of the result; what it loads of the right side serves all of them.
-// Results lie as mma_m16n8k16's D does: of column block j a lane holds [g][2t, 2t+1] and [g+8][the same], g = lane / 4,
-// t = lane % 4. bf16 goes through the tensor cores; f32 through the same layout by plain multiply-adds, so that both types
-// share every line above these functions.
+// A warp owns BANDS bands of 16 rows of the left operand and of the result. What it loads of the right operand
+// serves all of them. Results lie as the D of mma_m16n8k16: of column block j a lane holds [g][2t, 2t+1] and
+// [g+8][the same], with g = lane / 4 and t = lane % 4. bf16 uses the tensor cores; f32 uses the same layout with
+// plain multiply-adds, so that both types share every line above these functions.
 #pragma once
 #include "common.cuh"
 #include "prim.cuh"
@@ -31,8 +32,8 @@ __device__ __forceinline__ float2 load_pair(const bf16* from) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// Starts the block's copy of `rows` (at most ROWS, at least 0) rows of `width` values, `stride` apart, into a tile. `aligned`:
-// every row begins at a multiple of 16 bytes and so ends.
+// Starts the block's copy of `rows` (0 to ROWS) rows of `width` values, `stride` apart, into a tile. `aligned`:
+// every row begins and ends at a multiple of 16 bytes.
 template <typename T, int WIDTH, int ROWS, int THREADS>
 __device__ __forceinline__ void load_rows(T* tile, const T* from, int stride, int rows, int width, bool aligned) {
     typedef Tile<T, WIDTH> Tile;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void load_rows(T* tile, const T* from, int stride, in
     }
 }
 
-// Writes a warp's result to memory by way of `tile`, its own rows of one: 16 bytes a lane instead of 4 or 8.
+// Writes a warp's result to memory through its own rows of `tile`: 16 bytes per lane instead of 4 or 8.
 template <typename T, int WIDTH, int BANDS>
 __device__ __forceinline__ void store_rows(T* to, int stride, int rows, int width, bool aligned, T* tile,
                                            const float (&values)[BANDS][WIDTH / 8][4]) {
@@ -146,9 +147,9 @@ __device__ __forceinline__ void dot_rows(float (&c)[BANDS][COLUMNS / 8][4], cons
         }
 }
 
-// c[i] += sum over j of weights[i][j] * b[j], for the warp's rows of weights, which it holds as a result, and ROWS rows of `b`.
-// In bf16 a result is, rounded, the left side of the next product as it lies. f32 has no such luck and goes through
-// `scratch`, [16 * BANDS][ROWS + 4] of the warp's own; bf16 leaves it alone.
+// c[i] += sum over j of weights[i][j] * b[j], for the warp's rows of weights, which it holds as a result, and ROWS
+// rows of `b`. In bf16 a rounded result already has the layout of the next product's left operand. f32 does not,
+// and goes through `scratch`, [16 * BANDS][ROWS + 4], which the warp owns; bf16 does not touch it.
 template <int WIDTH, int BANDS, int ROWS>
 __device__ __forceinline__ void add_weighted_rows(float (&c)[BANDS][WIDTH / 8][4], const float (&weights)[BANDS][ROWS / 8][4],
                                                   const bf16* b, float*) {

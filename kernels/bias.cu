@@ -1,4 +1,5 @@
-// Bias of a linear layer into or onto a column range, one block a row; the twin of src/ops/bias.rs.
+// The bias of a linear layer, written or added to a range of columns, one block per row. The twin of
+// src/ops/bias.rs.
 #include "common.cuh"
 
 template <typename T>

@@ -1,8 +1,8 @@
-// What every kernel stands on: storage types with f32 arithmetic, sums over a warp and a block.
+// The basis of every kernel: storage types with f32 arithmetic, sums over a warp and a block.
 //
-// One source, two compilers: nvcc makes the fatbins, g++ with -DCUDA_EMU the host build that tests run
-// (kernels/emulator). A kernel is called {file}_{name}_{f32|bf16} and is launched by the operation of the same name in
-// src/ops; its parameters are pointers, int (32 bits), unsigned long long and float only.
+// One source has two compilers: nvcc makes the fatbins, and g++ with -DCUDA_EMU makes the host build that tests run
+// (kernels/emulator). A kernel is called {file}_{name}_{f32|bf16} and is launched by the operation of the same name
+// in src/ops. Its parameters are pointers, int (32 bits), unsigned long long and float only.
 #pragma once
 #ifdef CUDA_EMU
 #include "emulator/emulator.h"
@@ -25,7 +25,7 @@ template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __flo
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
 
-// Eight neighbouring values, moved by 16-byte accesses: the address must be a multiple of 16 bytes.
+// Eight neighbouring values that move in 16-byte accesses. The address must be a multiple of 16 bytes.
 template <typename T> struct Eight;
 template <> struct Eight<float> {
     float v[8];
@@ -67,7 +67,7 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Sum over the block, in a fixed order; every thread gets it. blockDim.x is a multiple of 32, at most 1024.
+// The sum over the block in a fixed order; every thread gets it. blockDim.x is a multiple of 32, at most 1024.
 __device__ __forceinline__ float block_sum(float x) {
     SHARED_ARRAY(float, parts, 32);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -1,13 +1,15 @@
-// One row of logits -> its loss and, in place, the gradient of scale * loss; the twin of src/ops/cross_entropy.rs.
+// One row of logits -> its loss and, in place, the gradient of scale * loss. The twin of src/ops/cross_entropy.rs.
 //
-// A block takes a row of `vocab` logits, `stride` apart (a multiple of eight, so that every row can be read by 16 bytes). The
-// first pass keeps a running maximum and sum (Milakov and Gimelshein 2018), the second finds the row in the L2 cache.
+// A block handles a row of `vocab` logits. Rows lie `stride` apart, a multiple of eight, so that every row can be
+// read 16 bytes at a time. The first pass keeps a running maximum and sum (Milakov and Gimelshein 2018); the second
+// finds the row in the L2 cache.
 #include "common.cuh"
 
-// The sum of exp(x - largest) over what was seen; merging two is exact up to rounding, whatever their order.
+// The sum of exp(x - largest) over the values seen so far. Two sums can be merged in any order, exactly up to
+// rounding.
 struct Running {
     float largest, sum;
-    // A sum starts at the lowest finite number: infinity minus infinity would be NaN where no logit is one.
+    // A sum starts at the lowest finite number, because infinity minus infinity would give a NaN that no logit has.
     static __device__ __forceinline__ Running none() { return {-3.402823466e38f, 0.f}; }
     __device__ __forceinline__ void rise(float to) {
         sum *= expf(largest - to);
@@ -15,7 +17,7 @@ struct Running {
     }
     __device__ __forceinline__ void add(float x) {
         if (x > largest) rise(x);
-        sum += expf(x - largest);  // NaN stays in the sum: a bad logit is never hidden
+        sum += expf(x - largest); // NaN stays in the sum, so a bad logit is never hidden
     }
     __device__ __forceinline__ void merge(Running other) {
         const float to = fmaxf(largest, other.largest);
@@ -48,7 +50,7 @@ __device__ __forceinline__ Running block_merge(Running x) {
     return warp_merge(part);
 }
 
-// cap * tanh(x / cap), and its slope 1 - tanh^2; without a cap (0), x and 1.
+// cap * tanh(x / cap) and its slope 1 - tanh^2; without a cap (0), x and 1.
 struct Cap {
     float cap;
     __device__ __forceinline__ float value(float x) const { return cap == 0.f ? x : cap * tanhf(x / cap); }
@@ -79,7 +81,7 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
         for (int j = 0; j < 8; ++j) running.sum += expf(a.v[j] - largest);
     }
     if (even + (int)threadIdx.x < vocab) running.add(cap.value(widen(row[even + threadIdx.x])));
-    // Read before anyone writes: the barrier in the merge lies between.
+    // Read before any thread writes: the barrier in the merge lies between.
     const float at_target = cap.value(widen(row[target]));
     running = block_merge(running);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(running.sum) + running.largest - at_target;

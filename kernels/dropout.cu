@@ -1,4 +1,4 @@
-// Dropout by counters, one block a row, with the host's masks; the twin of src/ops/dropout.rs.
+// Dropout by counters with the host's masks, one block per row. The twin of src/ops/dropout.rs.
 #include "common.cuh"
 
 // SplitMix64's output function.
@@ -9,7 +9,7 @@ __device__ __forceinline__ unsigned long long mix(unsigned long long value) {
     return value ^ (value >> 31);
 }
 
-// y = x * scale where the hash of (row key, site, column) reaches `threshold`, else 0.
+// y = x * scale if the hash of (row key, site, column) reaches `threshold`, else 0.
 template <typename T>
 __device__ __forceinline__ void apply(const T* x, const unsigned long long* keys, T* y, unsigned long long mixed_site,
                                       unsigned long long threshold, float scale, int width) {

@@ -1,4 +1,5 @@
-// Rows of a table, rounded to the activations' type, then times a factor, one block a row; the twin of src/ops/embedding.rs.
+// Rows of a table, rounded to the activations' type and then multiplied by a factor, one block per row. The twin of
+// src/ops/embedding.rs.
 #include "common.cuh"
 
 template <typename From, typename To>

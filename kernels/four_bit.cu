@@ -1,9 +1,11 @@
-// 4-bit block quantisation with bitsandbytes' bits, and back; the twin of src/ops/four_bit.rs, whose tests hold both equal.
+// 4-bit block quantisation with bitsandbytes' bits, and back. The twin of src/ops/four_bit.rs, whose tests compare
+// the two.
 //
-// Where a code or a value must come out to the last bit, products and sums are written so that nvcc cannot fuse them.
+// If a code or a value must be exact to the last bit, products and sums are written so that nvcc cannot fuse them.
 #include "common.cuh"
 
-// The value of each index, NF4 then FP4, and the indices in ascending order of their values, lowest in the low nibble.
+// The value of each index, NF4 then FP4, and the indices in ascending order of their values, the lowest in the low
+// nibble.
 __constant__ float CODES[2][16] = {
     {-1.f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.f, 0.0795803f,
      0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.f},
@@ -11,7 +13,7 @@ __constant__ float CODES[2][16] = {
      -1.f, -0.33333334f, -0.5f, -0.16666667f, -0.25f}};
 __constant__ unsigned long long ASCENDING[2] = {0xfedcba9876543210ull, 0x3254761809efcdabull};
 
-// A stored value, widened: the types that checkpoints hold.
+// A stored value, widened to f32, for the types that checkpoints hold.
 struct F32 {
     typedef float Stored;
     static __device__ __forceinline__ float widen(float x) { return x; }
@@ -22,7 +24,8 @@ struct Bf16 {
 };
 struct F16 {
     typedef uint16_t Stored;
-    // The exponent moves into place by a product with 2^112, exact for subnormals too; infinity and NaN have their own.
+    // A product with 2^112 moves the exponent into place. It is exact for subnormals too; infinity and NaN are
+    // handled apart.
     static __device__ __forceinline__ float widen(uint16_t x) {
         const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = (uint32_t)(x & 0x7fffu) << 13;
         const uint32_t finite = __float_as_uint(__uint_as_float(rest) * 5.192296858534828e33f);
@@ -30,15 +33,16 @@ struct F16 {
     }
 };
 
-// A warp takes one block of `width` values: n values in all, the last block may be short, and n odd. The scale of a block
-// that holds a value that is not finite is NaN, which nothing else makes: the host sees it when it reads the scales.
+// A warp handles one block of `width` values. There are n values in all; the last block may be short, and n odd. A
+// block with a value that is not finite gets the scale NaN, which nothing else gives. The host sees it when it
+// reads the scales.
 template <typename From>
 __device__ __forceinline__ void quantize(const typename From::Stored* values, uint8_t* packed, float* absmax,
                                          unsigned long long n, int width, int code) {
     const int lane = threadIdx.x & 31;
     const unsigned long long block = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
     const unsigned long long from = block * width;
-    if (from >= n) return;  // a whole warp leaves
+    if (from >= n) return; // a whole warp leaves
     const int count = n - from < (unsigned long long)width ? (int)(n - from) : width;
     const bool full = count == width;
     values += from, packed += from / 2;
@@ -46,7 +50,7 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
     for (int i = lane; i < count; i += 32) {
         const float x = From::widen(values[i]);
         largest = fmaxf(largest, fabsf(x));
-        poison += x * 0.f;  // 0, and NaN of what is not finite
+        poison += x * 0.f; // 0, or NaN for a value that is not finite
     }
     largest = warp_max(largest), poison = warp_sum(poison);
     const float floor = fmaxf(largest, 1e-38f), reciprocal = __fdiv_rn(1.f, floor);
@@ -74,8 +78,9 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
     }
 }
 
-// bitsandbytes' dynamic map of a scale's code: 127 negative values, 0, 127 positive ones, 1. Decade d of seven holds 2^d
-// values, each the middle of two neighbours among 2^d + 1 evenly spaced ones from 0.1 to 1, rounded as torch.linspace does.
+// bitsandbytes' dynamic map of a scale's code: 127 negative values, 0, 127 positive ones, 1. Decade d of seven has
+// 2^d values, each the middle of two neighbours among 2^d + 1 evenly spaced ones from 0.1 to 1, rounded as
+// torch.linspace does.
 __device__ __forceinline__ float dynamic_map(int code) {
     if (code == 127) return 0.f;
     if (code == 255) return 1.f;
@@ -93,7 +98,7 @@ __device__ __forceinline__ float dynamic_map(int code) {
     return code > 127 ? value : -value;
 }
 
-// Scales: plain f32 (`codes` is null), or map[code] * absmax of 256 + offset.
+// Scales: plain f32 (`codes` is null), or map[code] * (absmax of 256 scales) + offset.
 struct Scales {
     const uint8_t* codes;
     const float* absmax;
@@ -105,9 +110,10 @@ struct Scales {
     }
 };
 
-// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four loads in
-// flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide. Reads are let go
-// from the cache at once; what is written stays there, since the product that follows reads it.
+// A thread handles four groups of eight values that are neighbours within its warp: 4 bytes in, 16 or 32 bytes out,
+// with four loads in flight. The 16 values of the code lie in 16 banks of shared memory, so that no two threads
+// collide. What was read leaves the cache at once; what was written stays there, because the following product
+// reads it.
 constexpr int GROUPS = 4;
 
 template <typename T>

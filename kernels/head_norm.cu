@@ -1,9 +1,10 @@
-// Root-mean-square norm of groups of columns, in place, one warp a group; the twin of src/ops/head_norm.rs.
+// Root-mean-square norm of groups of columns, in place, one warp per group. The twin of src/ops/head_norm.rs.
 //
-// A group is a head (64 to 256 columns) or all of them together; group g of a row lies at column `at + g * width`.
+// A group is one head (64 to 256 columns) or all heads together. Group g of a row begins at column `at + g *
+// width`.
 #include "common.cuh"
 
-// Whether all groups of rows `stride` apart begin on 16 bytes.
+// Whether all groups in rows `stride` apart begin at a multiple of 16 bytes.
 __device__ __forceinline__ bool even(int stride, int at, int width) {
     return stride % 8 == 0 && at % 8 == 0 && width % 8 == 0;
 }

@@ -1,11 +1,11 @@
-// Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block a row; the twin of src/ops/layer_norm.rs.
+// Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block per row. The twin of src/ops/layer_norm.rs.
 #include "common.cuh"
 
 struct Moments {
     float mean, scale;
 };
 
-// Two passes, the second from the cache: a mean far from zero costs no digits.
+// Two passes, the second from the cache, so that a mean far from zero costs no digits.
 template <typename T>
 __device__ __forceinline__ Moments moments(const T* x, int width, float eps) {
     float sum = 0.f;

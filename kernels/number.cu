@@ -1,8 +1,8 @@
-// Sums that become one number and stay on the device; the twin of src/ops/number.rs. In f64 and in a fixed order: a sum
-// does not depend on the GPU's size, nor on how its blocks were scheduled.
+// Sums that become one number and stay on the device. The twin of src/ops/number.rs. They are taken in f64 and in a
+// fixed order, so a sum depends neither on the GPU's size nor on the schedule of its blocks.
 #include "common.cuh"
 
-// Sum over the block; every thread gets it. blockDim.x is a power of two, at most 1024.
+// The sum over the block; every thread gets it. blockDim.x is a power of two, at most 1024.
 __device__ __forceinline__ double block_total(double x) {
     SHARED_ARRAY(double, parts, 1024);
     parts[threadIdx.x] = x;
@@ -14,8 +14,8 @@ __device__ __forceinline__ double block_total(double x) {
     return parts[0];
 }
 
-// parts[block] = sum of squares of the values `blockIdx.x * share .. + share`; share is a multiple of 4, so that the reads
-// are of 16 bytes.
+// parts[block] = sum of squares of the values `blockIdx.x * share .. + share`. `share` is a multiple of 4, so that
+// reads take 16 bytes.
 extern "C" __global__ void number_squares(const float* x, double* parts, unsigned long long n, int share) {
     const unsigned long long from = (unsigned long long)blockIdx.x * share;
     const int count = n - from < (unsigned long long)share ? (int)(n - from) : share;

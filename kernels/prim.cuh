@@ -1,8 +1,10 @@
-// Registers of one warp in, tensor-core products and shared-memory tiles out: the few instructions CUDA C++ has no words for.
+// Tensor-core products and shared-memory tiles on the registers of one warp: the few instructions for which CUDA
+// C++ has no words.
 //
-// Every kernel reaches ldmatrix, mma and cp.async through these functions: nvcc makes PTX of them, the emulator
-// (emulator/tensor_core.h) runs the same functions on the host, lane by lane, and checks what the hardware leaves undefined.
-// All need sm_80. Those ending in nothing else than what they do must be reached by all 32 lanes of the warp together.
+// Every kernel reaches ldmatrix, mma and cp.async through these functions. nvcc makes PTX of them. The emulator
+// (emulator/tensor_core.h) runs the same functions on the host, lane by lane, and checks what the hardware leaves
+// undefined. All of them need sm_80, and all 32 lanes of the warp must reach them together unless the comment says
+// otherwise.
 //
 // A fragment is what one lane holds of a tile. With g = lane / 4 and t = lane % 4 (PTX ISA, "mma.m16n8k16"):
 //   A, 16 x 16 bf16, row major: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][same], a[2] = A[g][2t+8, 2t+9], a[3] = A[g+8][same]
@@ -17,13 +19,14 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-// The address a shared-memory instruction takes.
+// The address that a shared-memory instruction takes.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Loads one, two or four 8 x 8 matrices of 16-bit values from shared memory. Lane 8 i + j names row j of matrix i (16 bytes,
-// 16-byte aligned); of matrix i the lane gets [g][2t, 2t+1] in fragment[i]. Lanes whose rows are not asked for may name any row.
+// Loads one, two or four 8 x 8 matrices of 16-bit values from shared memory. Lane 8 i + j gives the address of row
+// j of matrix i (16 bytes, 16-byte aligned). Of matrix i the lane receives [g][2t, 2t+1] in fragment[i]. Lanes
+// whose rows are not needed may give the address of any row.
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&fragment)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                  : "=r"(fragment[0]) : "r"(shared_address(row)) : "memory");
@@ -38,7 +41,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void*
                  : "r"(shared_address(row)) : "memory");
 }
 
-// The same, each matrix transposed on the way: the lane gets [2t, 2t+1][g].
+// The same with each matrix transposed: the lane receives [2t, 2t+1][g].
 __device__ __forceinline__ void ldmatrix_x1_trans(uint32_t (&fragment)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
                  : "=r"(fragment[0]) : "r"(shared_address(row)) : "memory");
@@ -75,19 +78,19 @@ __device__ __forceinline__ uint32_t pack_bf16(float lower, float upper) {
     return pair;
 }
 
-// 2^x as the special function unit has it: 2 ulp, -infinity gives 0.
+// 2^x as the special function unit computes it: 2 ulp; -infinity gives 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
 }
 
-// Starts copying 16 bytes from global to shared memory, past L1; both 16-byte aligned. One thread, for itself. The bytes are
-// there for the thread that copied after cp_async_wait, for others after a barrier behind that.
+// Starts copying 16 bytes from global to shared memory, past L1; both are 16-byte aligned. Each thread calls it for
+// itself. The thread that copied sees the bytes after cp_async_wait, the others after a barrier that follows it.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
-// The same, or 16 zero bytes where the row is outside: `global` is then not read, but must still be aligned.
+// The same, or 16 zero bytes if the row is outside. `global` is then not read, but must still be aligned.
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool inside) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(inside ? 16 : 0)
@@ -95,7 +98,7 @@ __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* gl
 }
 // Closes the group of copies this thread has started since the last commit. A group may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `groups` of this thread's latest groups are still on their way.
+// Waits until at most `groups` of this thread's latest groups are still in flight.
 template <int groups>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");

@@ -1,5 +1,5 @@
-// Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block a row; the twin of src/ops/rms_norm.rs.
-// Neighbouring values go by 16 bytes where the width is a multiple of eight, which every real model's is.
+// Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block per row. The twin of src/ops/rms_norm.rs.
+// Neighbouring values move 16 bytes at a time if the width is a multiple of eight, as in every real model.
 #include "common.cuh"
 
 template <typename T>

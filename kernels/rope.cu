@@ -1,8 +1,8 @@
-// Rotary position embedding: angles from positions, and the rotation in place; the twin of src/ops/rope.rs.
+// Rotary position embedding: angles from positions, and the rotation in place. The twin of src/ops/rope.rs.
 #include "common.cuh"
 
-// cos and sin [rows, half] of position * frequency, times `attention`. Positions reach 10^5 radians and more, so the angle is a
-// product in f32 as in transformers, and cosf and sinf reduce it exactly.
+// cos and sin [rows, half] of position * frequency, times `attention`. Angles reach 10^5 radians and more, so the
+// angle is a product in f32 as in transformers, and cosf and sinf reduce it exactly.
 extern "C" __global__ void rope_angles(const uint32_t* positions, const uint32_t* sets, const float* frequencies,
                                        float attention, float* cosines, float* sines, int half) {
     const uint64_t row = (uint64_t)blockIdx.x * half;
@@ -15,7 +15,8 @@ extern "C" __global__ void rope_angles(const uint32_t* positions, const uint32_t
     }
 }
 
-// A block turns the first `heads` heads of a row; a thread takes eight pairs where all lie on 16 bytes, else one.
+// A block rotates the first `heads` heads of a row. A thread handles eight pairs if all lie at multiples of 16
+// bytes, else one.
 template <typename T>
 __device__ __forceinline__ void rotate(T* x, const float* cosines, const float* sines, int stride, int heads,
                                        int width, int half, float sign) {

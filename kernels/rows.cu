@@ -1,7 +1,9 @@
-// Rows out of and into a matrix, sums of matrices, and a change of storage type; the twin of src/ops/rows.rs.
+// Rows copied out of and into a matrix, sums of matrices, and a change of storage type. The twin of
+// src/ops/rows.rs.
 #include "common.cuh"
 
-// A row of one matrix of `width` columns to a row of another; `aligned` says that both begin at multiples of 16 bytes.
+// Copies a row of one matrix of `width` columns to a row of another. `aligned`: both begin at multiples of 16
+// bytes.
 template <typename T>
 __device__ __forceinline__ void move(const T* from, T* to, int width, bool aligned = true) {
     if (aligned && width % 8 == 0) {

@@ -1,9 +1,9 @@
-//! Foreign content -> what a parser makes of it, within bounds that hold: memory, stack, panics.
+//! Foreign content -> a parser's result, within limits on memory and stack; panics become errors.
 //!
-//! Parsers of other crates reserve what a file promises, nest as deep as it nests, and panic on some damage. Each case
-//! known is refused by a check of its own before the parser sees it. This is what stands behind those checks: within
-//! [`Bounds`] a thread may take so much memory and no more, and whatever goes beyond (or fills the stack) ends the
-//! process with the code and the message of whoever must act, since neither can be survived.
+//! Parsers of other crates reserve as much memory as a file declares, recurse as deep as it nests, and panic on some
+//! damage. A check refuses each known case before the parser sees it. This module catches the unknown cases. Within
+//! [`Bounds`] a thread may allocate only so much memory. If the parser asks for more (or overflows the stack), the
+//! process ends with the exit code and the message of the content, since neither can be recovered from.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -12,9 +12,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::fault::{Fault, Kind, Result};
 use crate::last_word::{self, Word};
 
-/// No bounds: the value of `LEFT` outside of them.
+/// The value of `LEFT` if the thread has no bounds.
 const UNBOUNDED: isize = isize::MAX;
-/// LIMIT: a thread for deep parsers; the pages are only taken as they are used.
+/// LIMIT: stack of a thread for parsers that recurse deeply. Its pages are only allocated when used.
 pub const STACK_BYTES: usize = 256 << 20;
 
 thread_local! {
@@ -22,13 +22,13 @@ thread_local! {
     static LEFT: Cell<isize> = const { Cell::new(UNBOUNDED) };
 }
 
-/// The system's allocator, which gives a thread no more than its bounds allow.
+/// The system's allocator, limited to what the thread's bounds allow.
 struct Bounded;
 
 #[global_allocator]
 static ALLOCATOR: Bounded = Bounded;
 
-/// Takes `bytes` from what is left. False: there is too little.
+/// Subtracts `bytes` from what is left. Returns false if too little is left.
 fn take(bytes: usize) -> bool {
     let left = LEFT.get();
     if left == UNBOUNDED {
@@ -39,7 +39,7 @@ fn take(bytes: usize) -> bool {
             LEFT.set(left);
             true
         }
-        // A panic needs memory to tell where it stands, and holds locks meanwhile.
+        // A panic needs memory for its message, and holds locks while it writes it.
         None => std::thread::panicking(),
     }
 }
@@ -51,7 +51,7 @@ fn give_back(bytes: usize) {
     }
 }
 
-/// Notes that the system gave nothing, so that the end is told as such.
+/// Notes if the system gave no memory, so that the final message says so.
 fn told(memory: *mut u8) -> *mut u8 {
     if memory.is_null() {
         last_word::note_full_memory();
@@ -88,7 +88,7 @@ unsafe impl GlobalAlloc for Bounded {
     }
 }
 
-/// How much a piece of foreign content may take, and what is said when it wants more.
+/// How much memory a piece of foreign content may take, and the message if it takes more.
 #[derive(Debug)]
 pub struct Bounds {
     kind: Kind,
@@ -98,19 +98,19 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// `what` names the content (a file, the chat template); `kind` says who must act when it cannot be read.
+    /// `what` names the content (a file, the chat template). `kind` says who must act if it cannot be read.
     pub fn new(kind: Kind, what: impl Into<String>, bytes: usize) -> Bounds {
         let what = what.into();
         let message =
             format!("{what}: reading it takes more than {} MB of memory, or nests too deep", bytes >> 20);
         let fault = Fault::new(kind, message)
-            .help("it is damaged or made to do harm: take it from a source that you trust");
+            .help("the content is damaged or malicious: take it from a source that you trust");
         Bounds { kind, word: Word::of(&fault), what, bytes }
     }
 
-    /// Runs `work` with no more memory than allowed, on top of what was there before.
+    /// Runs `work`, which may allocate at most `bytes` more than the thread already has.
     pub fn within<T>(&self, work: impl FnOnce() -> T) -> T {
-        /// Gives the thread its own bounds back, less what `work` keeps.
+        /// Restores the thread's own bounds, less the memory that `work` keeps.
         struct Back {
             outer: isize,
             inner: isize,
@@ -131,17 +131,17 @@ impl Bounds {
         last_word::unless(&self.word, work)
     }
 
-    /// The same; a panic becomes a fault of the content.
+    /// Like `within`, and a panic becomes a fault of the content.
     pub fn hold<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         catch_unwind(AssertUnwindSafe(|| self.within(work))).unwrap_or_else(|panic| {
             let said = panic.downcast_ref::<String>().map(String::as_str);
             let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
             Err(Fault::new(self.kind, format!("{}: the reader gave up: {said}", self.what))
-                .help("it is damaged, or of a kind that is not supported"))
+                .help("the content is damaged, or of a kind that is not supported"))
         })
     }
 
-    /// The same on a thread with `stack_bytes` of stack, for parsers that nest as deep as their input.
+    /// Like `hold`, on a thread with `stack_bytes` of stack, for parsers that recurse as deep as their input nests.
     pub fn hold_deep<T: Send>(
         &self,
         stack_bytes: usize,
@@ -155,7 +155,7 @@ impl Bounds {
             match thread {
                 Ok(thread) => thread.join().expect("`hold` catches every panic"),
                 Err(error) => {
-                    Err(Fault::capacity(format!("{}: no thread to read it in: {error}", self.what)))
+                    Err(Fault::capacity(format!("{}: cannot start a thread to read it: {error}", self.what)))
                 }
             }
         })

@@ -1,5 +1,5 @@
-//! The command line: flags and their environment variables -> a command. Knows no default of the job itself;
-//! those are in the table of keys.
+//! The command line: flags and their environment variables -> a command. It has no default of the job's keys; those
+//! are in the table of keys.
 
 pub mod reference;
 
@@ -21,80 +21,131 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// What to do, and how to tell about it.
+/// A command, and how to report on it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Invocation {
+    /// How events are shown.
     pub log: Log,
+    /// Whether only warnings and errors are shown.
     pub quiet: bool,
+    /// The command to run.
     pub command: Command,
-    /// Where a run's metrics are served.
+    /// Address where a run's metrics are served.
     pub metrics: Option<SocketAddr>,
 }
 
+/// A command with its arguments.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
+    /// Fine-tune a model.
     Run(Request),
+    /// Serve a model over HTTP.
     Serve {
+        /// Settings of the model.
         request: Request,
+        /// Settings of the server.
         options: Box<serving::Options>,
     },
+    /// Show what hone reads in a model.
     Model {
+        /// The model.
         about: AboutModel,
+        /// Form of the output.
         format: Format,
     },
+    /// Show what `run` would do.
     Plan {
+        /// Settings of the job.
         request: Request,
+        /// Form of the output.
         format: Format,
+        /// GPUs to plan for, in place of this machine.
         gpus: Vec<String>,
+        /// Prices of GPUs, `NAME=DOLLARS`.
         prices: Vec<String>,
     },
-    /// The memory of a server.
+    /// Show the memory plan of a server.
     PlanServing {
+        /// Settings of the model.
         request: Request,
+        /// How large the server is to be.
         size: serving::room::Size,
+        /// Folders of adapters.
         adapters: Vec<PathBuf>,
+        /// Form of the output.
         format: Format,
+        /// GPUs to plan for, in place of this machine.
         gpus: Vec<String>,
     },
+    /// Show the data as it will be trained on.
     Inspect {
+        /// Settings of the job.
         request: Request,
+        /// Which rows to show.
         options: review::Options,
+        /// Form of the output.
         format: Format,
+        /// File for an HTML page.
         html: Option<PathBuf>,
     },
+    /// Push an adapter as an image.
     Push {
+        /// Folder of the adapter.
         folder: PathBuf,
+        /// Image to push.
         image: String,
+        /// How to reach the registry.
         registry: RegistryArguments,
     },
+    /// Pull an adapter's image.
     Pull {
+        /// Image to pull.
         image: String,
+        /// Folder to write.
         folder: PathBuf,
+        /// How to reach the registry.
         registry: RegistryArguments,
     },
+    /// Write an example and run it.
     Example {
+        /// Folder to write.
         folder: PathBuf,
+        /// Whether to write without a run.
         write_only: bool,
     },
+    /// Measure the speed of training.
     Bench {
+        /// What to measure.
         options: bench::Options,
+        /// File for the result as JSON.
         json: Option<PathBuf>,
     },
+    /// Print the objects of Workspaces.
     Render {
+        /// Files with Workspaces and ConfigMaps.
         files: Vec<PathBuf>,
+        /// How the cluster runs hone.
         settings: Settings,
+        /// Form of the output.
         format: ObjectFormat,
     },
+    /// Print a Workspace.
     Tune(tune::Options),
+    /// Run Workspaces in a cluster.
     Controller(controller::Options),
-    /// Print the keys whose name or description holds the word.
+    /// Print the keys whose name or description contains a word.
     Keys {
+        /// The word; all keys contain an empty one.
         word: String,
     },
+    /// Print the completion script of a shell.
     Completions {
+        /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Write man pages.
     Man {
+        /// Folder to write.
         folder: PathBuf,
     },
 }
@@ -104,25 +155,31 @@ pub enum Command {
 pub enum Log {
     /// Bars on a terminal, JSON lines otherwise
     Auto,
-    /// For people: bars, or plain lines where stderr is no terminal
+    /// For people: bars, or plain lines if stderr is no terminal
     Terminal,
     /// For machines: one JSON line for each event
     Json,
 }
 
+/// Form of a command's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
+    /// Text for people
     Text,
+    /// JSON for programs
     Json,
 }
 
+/// Form of Kubernetes objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ObjectFormat {
+    /// YAML documents
     Yaml,
+    /// A List in JSON
     Json,
 }
 
-/// Reads the program's arguments; the error knows its exit code (2, or 0 for help) and prints itself.
+/// Reads the program's arguments. The error prints itself and knows its exit code (2, or 0 for help).
 pub fn parse(
     arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
 ) -> Result<Invocation, clap::Error> {
@@ -173,19 +230,18 @@ pub fn parse(
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
 }
 
-/// The reference of the keys that hold `word`; an error with the nearest key if there is none.
+/// The reference of the keys that contain `word`; an error with the nearest key if there is none.
 pub fn found_keys(word: &str) -> crate::fault::Result<String> {
     let found = keys::search(word);
     if !found.is_empty() {
         return Ok(found);
     }
     let nearest = keys::nearest(keys::all().iter().map(|key| key.name), word);
-    let fault = Fault::usage(format!("no key's name or description holds {word:?}"));
+    let fault = Fault::usage(format!("no key's name or description contains {word:?}"));
     Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
 }
 
-/// Ends the process as clap would, but for URLs that it quotes from a mistyped line: they may hold secrets, and a Job's
-/// log is kept.
+/// Ends the process as clap would. URLs of a mistyped line are shown without secrets, because a Job's log is stored.
 pub fn exit(error: &clap::Error) -> ! {
     let text = error.to_string();
     if !error.use_stderr() || shown(error) == text {
@@ -203,8 +259,8 @@ pub fn shown(error: &clap::Error) -> String {
 #[derive(Parser)]
 #[command(name = "hone", version, about, max_term_width = 110, arg_required_else_help = true)]
 #[command(
-    after_help = "Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.\n\
-    Every flag is also an environment variable, and every key of the job can stand in one YAML file."
+    after_help = "Exit codes: 0: done; 2, 10-15: something must be changed first; 20-23, 30, 31: a retry can help.\n\
+    Every flag is also an environment variable, and every key of the job can be written in one YAML file."
 )]
 struct Cli {
     /// How events are shown on stderr
@@ -231,7 +287,7 @@ enum Subcommands {
         #[arg(long, value_name = "ADDRESS:PORT", env = "HONE_METRICS")]
         metrics: Option<SocketAddr>,
     },
-    /// Show everything `run` would do, each value with where it came from
+    /// Show everything that `run` would do, and where each value was set
     #[command(
         after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100\n  \
             hone plan --serve ./phi-3 --gpu l4 --context 4096"
@@ -250,14 +306,15 @@ enum Subcommands {
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
-        /// Cards or instance types, in place of this machine, with time and cost on each: l4,a100-80,Standard_NC24ads_A100_v4
+        /// GPUs or instance types to plan for, in place of this machine, with time and cost on each:
+        /// l4,a100-80,Standard_NC24ads_A100_v4
         #[arg(long, value_name = "NAMES", env = "HONE_GPU", value_delimiter = ',')]
         gpu: Vec<String>,
-        /// Price of one hour of a card, in place of the clouds' list price: l4=0.70; may be repeated
+        /// Price of one hour of a GPU, in place of the clouds' list price: l4=0.70; may be repeated
         #[arg(long, value_name = "NAME=DOLLARS", env = "HONE_PRICE", value_delimiter = ',')]
         price: Vec<String>,
     },
-    /// Show the data as it will be trained: what is learned of each row, counts, copies, warnings
+    /// Show the data as it will be trained on: the learned parts of each row, counts, duplicates, warnings
     #[command(after_help = "Examples:\n  hone inspect job.yaml\n  \
         hone inspect job.yaml --samples 20 --html data.html\n  \
         hone inspect job.yaml --row rows.parquet:17 --format json")]
@@ -267,20 +324,20 @@ enum Subcommands {
         /// Lines for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
-        /// Rows to show, drawn at random from those to train on
+        /// Number of rows to show, drawn at random from the rows to train on
         #[arg(long, value_name = "ROWS", default_value_t = 3, env = "HONE_SAMPLES")]
         samples: usize,
-        /// Seed of the draw
+        /// Seed of the random draw
         #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
         sample_seed: u64,
-        /// A row to show in place of drawn ones, as messages name it; may be repeated
+        /// A row to show instead, named as in messages; may be repeated
         #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
         row: Vec<String>,
-        /// Write one self-contained page too
+        /// Also write an HTML page to this file
         #[arg(long, value_name = "FILE", env = "HONE_HTML")]
         html: Option<PathBuf>,
     },
-    /// Show what a model is understood as: facts, LoRA sites, memory, what is missing
+    /// Show what hone reads in a model: facts, LoRA sites, memory, missing files
     #[command(after_help = "Examples:\n  hone model ./phi-3\n  \
         hone model ./phi-3 --target-modules qkv_proj,o_proj --rank 16 --format json\n  \
         hone model hf://microsoft/phi-4\n  \
@@ -317,16 +374,16 @@ enum Subcommands {
         #[command(flatten)]
         registry: RegistryArguments,
     },
-    /// Write a tiny model, a dataset and a configuration, and run the whole job on them, in seconds
+    /// Write a tiny model, a dataset and a configuration, and run the whole job on them in seconds
     Example {
         /// New folder for everything: model, data, configuration, adapter, image
         #[arg(value_name = "DIR")]
         folder: PathBuf,
-        /// Write only; run nothing
+        /// Only write the files; do not run the job
         #[arg(long, env = "HONE_WRITE_ONLY")]
         write_only: bool,
     },
-    /// Measure how fast this machine trains a model or a well-known shape, beside what the machine can do
+    /// Measure how fast this machine trains a model or a well-known shape, compared with what the machine can do
     #[command(after_help = "Examples:\n  hone bench --shape phi3-mini --tokens 4096 --json speed.json\n  \
         hone bench --model ./phi-3 --lengths one --tokens 8192")]
     Bench(Bench),
@@ -355,20 +412,20 @@ enum Subcommands {
         #[arg(long, value_enum, default_value = "yaml", env = "HONE_FORMAT")]
         format: ObjectFormat,
     },
-    /// Print a Workspace that tunes a preset, for those who have none yet
+    /// Print a new Workspace that tunes a preset
     #[command(
         after_help = "Example:\n  hone tune --preset phi-3-mini-4k-instruct --data https://host/rows.parquet \\\n    \
         --push registry.example.com/adapters/support:1 --secret registry-login | kubectl apply -f -\n\
-        Where no controller watches Workspaces, let hone make the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
+        If no controller watches Workspaces, let hone print the Job:\n  hone tune ... | hone render -f - | kubectl apply -f -"
     )]
     Tune(Tune),
-    /// Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
+    /// Watch KAITO Workspaces, create their Jobs and servers, and report their state
     #[command(
         after_help = "Installed in a cluster: kubectl apply -f jobs/crd.yaml -f jobs/controller.yaml\n\
         By hand, against the current kubeconfig:\n  hone controller --namespace default --image registry.example.com/hone:cuda"
     )]
     Controller(ControllerArguments),
-    /// Print the configuration keys: all of them, or those whose name or description holds a word
+    /// Print the configuration keys: all of them, or those whose name or description contains a word
     #[command(after_help = "Examples:\n  hone keys\n  hone keys warmup\n  hone keys LoraConfig")]
     Keys {
         /// A word to search for, in any letter case
@@ -393,21 +450,21 @@ enum Subcommands {
 
 #[derive(Args)]
 struct ControllerArguments {
-    /// Only Workspaces of this namespace [default: all]
+    /// Watch only the Workspaces of this namespace [default: all]
     #[arg(short, long, value_name = "NAME", env = "HONE_NAMESPACE")]
     namespace: Option<String>,
     #[command(flatten)]
     cluster: Cluster,
-    /// Be one of several, of which one leads
+    /// Run as one of several controllers, which elect a leader
     #[arg(long, env = "HONE_ELECT")]
     elect: bool,
     /// Namespace of the leader's Lease
     #[arg(long, value_name = "NAME", default_value = "hone-system", env = "HONE_LEASE_NAMESPACE")]
     lease_namespace: String,
-    /// Name of this process among them [default: of host and process]
+    /// Name of this process in the election [default: made of host name and process number]
     #[arg(long, value_name = "NAME", env = "HONE_IDENTITY")]
     identity: Option<String>,
-    /// Where /healthz, /readyz and /metrics are answered
+    /// Address that serves /healthz, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
 }
@@ -432,10 +489,10 @@ struct Cluster {
     /// Image of hone in the cluster [default: hone:cuda, or hone:cpu with --gpus 0]
     #[arg(long, value_name = "IMAGE", env = "HONE_IMAGE")]
     image: Option<String>,
-    /// GPUs of a pod [default: those of the instance type, else 1]; 0 trains on the CPU
+    /// GPUs of a pod [default: those of the instance type, or else 1]; with 0 it trains on the CPU
     #[arg(long, value_name = "GPUS", env = "HONE_GPUS", value_parser = clap::value_parser!(u32).range(0..=64))]
     gpus: Option<u32>,
-    /// azure, aws or other [default: told from the instance type]
+    /// Cloud of the cluster: azure, aws or other [default: derived from the instance type]
     #[arg(long, value_name = "CLOUD", env = "HONE_CLOUD", value_parser = cloud)]
     cloud: Option<Cloud>,
 }
@@ -452,7 +509,7 @@ fn cloud(text: &str) -> Result<Cloud, String> {
 
 #[derive(Args)]
 struct Tune {
-    /// Base model, by its name in the catalogue (`hone model --preset`)
+    /// Base model, by its name in KAITO's catalogue (`hone model --preset`)
     #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
     preset: String,
     /// Data files to train on: URLs (may be repeated), or one oci://IMAGE or pvc://CLAIM
@@ -461,34 +518,34 @@ struct Tune {
     /// Image to push, or pvc://CLAIM
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: String,
-    /// Secret (kubernetes.io/dockerconfigjson) to push with
+    /// Secret for the push (type kubernetes.io/dockerconfigjson)
     #[arg(long, value_name = "NAME", env = "HONE_SECRET")]
     secret: Option<String>,
-    /// Secrets to pull a data image with; may be repeated
+    /// Secret for pulling a data image; may be repeated
     #[arg(long, value_name = "NAME", env = "HONE_PULL_SECRET")]
     pull_secret: Vec<String>,
-    /// Secret whose HF_TOKEN opens a gated model
+    /// Secret with a HF_TOKEN that may read a gated model
     #[arg(long, value_name = "NAME", env = "HONE_TOKEN_SECRET")]
     token_secret: Option<String>,
     /// Name of the Workspace [default: tune-PRESET]
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Namespace
+    /// Namespace of the Workspace
     #[arg(short, long, value_name = "NAME", env = "HONE_NAMESPACE")]
     namespace: Option<String>,
-    /// LoRA over the base as it is, in place of QLoRA over 4 bits
+    /// Train LoRA over the base as it is, instead of QLoRA over a 4-bit base
     #[arg(long, env = "HONE_LORA")]
     lora: bool,
-    /// ConfigMap with training_config.yaml [default: the method's own]
+    /// ConfigMap with training_config.yaml [default: the default one of LoRA or QLoRA]
     #[arg(long, value_name = "NAME", env = "HONE_CONFIG")]
     config: Option<String>,
-    /// Instance type to ask for or to size by, such as Standard_NC24ads_A100_v4
+    /// Instance type to request and to plan for, such as Standard_NC24ads_A100_v4
     #[arg(long, value_name = "TYPE", env = "HONE_INSTANCE")]
     instance: Option<String>,
-    /// Label of the nodes that may be taken, key=value; may be repeated [default: apps=NAME]
+    /// Label of the nodes that may be used, key=value; may be repeated [default: apps=NAME]
     #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
     label: Vec<String>,
-    /// An annotation of docs/annotations.md, without the prefix: work-claim=results; may be repeated
+    /// An annotation of docs/annotations.md without its prefix, such as work-claim=results; may be repeated
     #[arg(long, value_name = "NAME=VALUE", env = "HONE_ANNOTATE")]
     annotate: Vec<String>,
 }
@@ -518,43 +575,43 @@ struct Bench {
     /// Base model: a folder, hf://OWNER/NAME, oci://IMAGE or preset:NAME
     #[arg(long, value_name = "DIR", env = "HONE_MODEL", required_unless_present = "shape")]
     model: Option<PathBuf>,
-    /// In place of a model, a well-known shape with random weights: tiny, phi3-mini, llama3.1-8b, qwen2.5-7b, ...
+    /// A well-known shape with random weights, in place of a model: tiny, phi3-mini, llama3.1-8b, qwen2.5-7b, ...
     #[arg(long, value_name = "NAME", env = "HONE_SHAPE", conflicts_with = "model")]
     shape: Option<String>,
-    /// Tokens of an optimizer step
+    /// Tokens in an optimizer step
     #[arg(long, value_name = "TOKENS", default_value = "4096", env = "HONE_TOKENS", value_parser = positive)]
     tokens: usize,
-    /// Lengths of its examples: one, mixed (as instruction data), a number, or a file of numbers
+    /// Lengths of the step's examples: one, mixed (as in instruction data), a number, or a file of numbers
     #[arg(long, value_name = "LENGTHS", default_value = "mixed", env = "HONE_LENGTHS")]
     lengths: String,
-    /// Steps that count
+    /// Number of steps to measure
     #[arg(long, value_name = "STEPS", default_value = "10", env = "HONE_STEPS", value_parser = positive)]
     steps: usize,
-    /// Steps before them
+    /// Number of steps before them that are not measured
     #[arg(long, value_name = "STEPS", default_value = "3", env = "HONE_WARMUP", value_parser = positive)]
     warmup: usize,
-    /// auto, cpu, cuda or cuda:N
+    /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", env = "HONE_DEVICE")]
     device: String,
-    /// Rounding of products' inputs: bf16 or f32
+    /// Type to which the inputs of matrix products are rounded: bf16 or f32
     #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_PRECISION", value_parser = ["bf16", "f32"])]
     precision: String,
-    /// Keep the base as the checkpoint has it, in place of 4 bits
+    /// Keep the base as the checkpoint has it, instead of storing it in 4 bits
     #[arg(long, env = "HONE_UNQUANTIZED")]
     unquantized: bool,
-    /// LoRA's rank, on all linear layers
+    /// Rank of the adapter, which is on all linear layers
     #[arg(long, value_name = "RANK", default_value = "16", env = "HONE_RANK", value_parser = positive)]
     rank: usize,
-    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
     keep: String,
-    /// Most memory to use: 20GiB, bytes, or a share of what is free
+    /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory
     #[arg(long, value_name = "SIZE", env = "HONE_MEMORY_MAX")]
     memory_max: Option<String>,
-    /// Most tokens of one pass
+    /// Upper limit of the tokens in one pass
     #[arg(long, value_name = "TOKENS", env = "HONE_PASS_TOKENS_MAX", value_parser = positive)]
     pass_tokens_max: Option<usize>,
-    /// Write what was measured to this file
+    /// Also write the result as JSON to this file
     #[arg(long, value_name = "FILE", env = "HONE_JSON")]
     json: Option<PathBuf>,
 }
@@ -602,13 +659,13 @@ struct Serve {
     /// Base model: a folder, hf://OWNER/NAME, oci://IMAGE or preset:NAME
     #[arg(value_name = "MODEL", env = "HONE_MODEL")]
     model: String,
-    /// Id of the base for clients [default: told from MODEL]
+    /// Name of the base in requests [default: derived from MODEL]
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Adapter and where it is, a folder, oci://IMAGE or hf://OWNER/NAME; may be repeated
+    /// An adapter's name and address, a folder, oci://IMAGE or hf://OWNER/NAME; may be repeated
     #[arg(long, value_name = "NAME=SOURCE", env = "HONE_ADAPTER", value_delimiter = ' ')]
     adapter: Vec<String>,
-    /// Name of a sum of adapters, each with its strength; may be repeated
+    /// Name of a weighted sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
     /// Id that answers requests that name no model [default: the only mix, else the base]
@@ -617,33 +674,34 @@ struct Serve {
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
-    /// auto, cpu, cuda or cuda:N
+    /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
-    /// Folder of downloads
+    /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// How /chat treats a prompt: through the chat template, or continued as it is
+    /// How /chat uses a prompt: put into the chat template, or continued as it is
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
     #[command(flatten)]
     size: ServingSize,
-    /// Most requests that wait; further ones are answered with 429
+    /// Upper limit of the requests that wait; further requests are answered with 429
     #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
     waiting: usize,
-    /// Let requests change adapters and mixes: images, the hub's, and folders below this one
+    /// Allow requests to change adapters and mixes: images, repositories of the hub, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
-    /// Key that clients send as Authorization: Bearer KEY; the variable does not show in lists of processes
+    /// Key that clients must send as Authorization: Bearer KEY; unlike the flag, the variable is not shown in lists
+    /// of processes
     #[arg(long, value_name = "KEY", env = "HONE_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
     /// Certificate chain (PEM), for HTTPS
     #[arg(long, value_name = "FILE", env = "HONE_TLS_CHAIN", requires = "tls_key")]
     tls_chain: Option<PathBuf>,
-    /// Its private key (PEM)
+    /// Private key of the certificate (PEM)
     #[arg(long, value_name = "FILE", env = "HONE_TLS_KEY", requires = "tls_chain")]
     tls_key: Option<PathBuf>,
-    /// Seconds that running answers may take after SIGTERM
+    /// Seconds after SIGTERM in which running answers may finish
     #[arg(long, value_name = "SECONDS", default_value = "25", env = "HONE_GRACE")]
     grace: u32,
     #[command(flatten)]
@@ -737,19 +795,19 @@ fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "expected a whole number from 1".into())
 }
 
-/// What `hone model` tells about: a folder, or a preset of KAITO's by its name.
+/// The model of `hone model`: a folder or address, or a preset of KAITO's.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
 pub struct AboutModel {
     /// Folder with config.json, tokenizer.json and *.safetensors; or hf://OWNER/NAME, oci://IMAGE, preset:NAME
     #[arg(value_name = "DIR", required_unless_present = "preset", conflicts_with = "preset")]
     pub folder: Option<PathBuf>,
-    /// A preset of KAITO's, by name or hub id: where its weights are, its family and defaults
+    /// A preset of KAITO's, by name or hub id: shows where its weights are, its family and its defaults
     #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
     pub preset: Option<String>,
-    /// Names with commas between, a regular expression, or all-linear
+    /// Modules to adapt: names separated by commas, a regular expression, or all-linear
     #[arg(long, value_name = "MODULES", default_value = "all-linear", env = "HONE_TARGET_MODULES")]
     pub target_modules: String,
-    /// LoRA's rank
+    /// Rank of the adapter
     #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_RANK")]
     pub rank: u32,
 }
@@ -763,18 +821,18 @@ pub struct RegistryArguments {
     /// Root certificates (PEM) trusted besides the built-in ones
     #[arg(long, value_name = "FILE", env = "HONE_CA_FILE")]
     pub ca_file: Option<PathBuf>,
-    /// Talk to the registry without TLS
+    /// Connect to the registry without TLS
     #[arg(long, env = "HONE_PLAIN_HTTP")]
     pub plain_http: bool,
 }
 
-/// The job: files, then keys. Each flag below the files has the name of a key of hone.
+/// The job: files, then keys. Each flag after the files has the name of a key of hone.
 #[derive(Args)]
 struct Job {
     /// YAML with hone's keys and `training_config:`
     #[arg(value_name = "SPEC.yaml", env = "HONE_SPEC")]
     spec: Option<PathBuf>,
-    /// KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
+    /// KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml overrides it
     #[arg(long, value_name = "FILE", env = "HONE_CONFIG")]
     config: Option<PathBuf>,
     /// Base model: a folder, hf://OWNER/NAME, hf://OWNER/NAME@REVISION, oci://IMAGE or preset:NAME
@@ -783,81 +841,85 @@ struct Job {
     /// Name of the base model, for the image's annotation
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or oci://IMAGE; may be repeated; #sha256=... pins the bytes
+    /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): a URL, file, folder, glob or oci://IMAGE; may be
+    /// repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
-    /// What a row holds: messages, prompt_completion or text [default: told from the columns]
+    /// Layout of the rows: messages, prompt_completion, alpaca, question_answer, tokens or text [default: detected
+    /// from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
     layout: Option<String>,
-    /// Rows that cannot be used: refuse them all, or drop them and count
+    /// What happens to rows that cannot be used: refuse (the run ends) or drop (they are left out and counted)
     #[arg(long, value_name = "HOW", env = "HONE_BAD_ROWS")]
     bad_rows: Option<String>,
     /// Largest share of rows that may be dropped
     #[arg(long, value_name = "SHARE", env = "HONE_BAD_ROWS_MAX")]
     bad_rows_max: Option<String>,
-    /// Field of a message that says who speaks
+    /// Field of a message that names its speaker
     #[arg(long, value_name = "NAME", env = "HONE_ROLE_FIELD")]
     role_field: Option<String>,
-    /// Field of a message that holds what is said
+    /// Field of a message that holds its text
     #[arg(long, value_name = "NAME", env = "HONE_CONTENT_FIELD")]
     content_field: Option<String>,
-    /// Further words for the user in a message's role, with commas between
+    /// More words for the user in a message's role, separated by commas
     #[arg(long, value_name = "WORDS", env = "HONE_USER_NAMES", value_delimiter = ',')]
     user_names: Vec<String>,
-    /// Further words for the assistant in a message's role, with commas between
+    /// More words for the assistant in a message's role, separated by commas
     #[arg(long, value_name = "WORDS", env = "HONE_ASSISTANT_NAMES", value_delimiter = ',')]
     assistant_names: Vec<String>,
-    /// Column whose text becomes a row's system turn
+    /// Column whose text becomes a row's system message
     #[arg(long, value_name = "NAME", env = "HONE_SYSTEM_COLUMN")]
     system_column: Option<String>,
-    /// Column with the tools that a row's chat template sees
+    /// Column with the tools for a row's chat template
     #[arg(long, value_name = "NAME", env = "HONE_TOOLS_COLUMN")]
     tools_column: Option<String>,
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
-    /// Results of another run in that folder: refuse, or move them to earlier/ inside it
+    /// What happens to results of another run in that folder: refuse (this run does not start) or move (to earlier/
+    /// inside the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
-    /// Image to push when training is done
+    /// Image that the adapter is pushed as when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
-    /// What q_proj means on a fused qkv_proj: fused (that module) or literal (nothing, as in PEFT)
+    /// Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal (it matches nothing,
+    /// as in PEFT)
     #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
     target_matching: Option<String>,
-    /// PEFT folder to start from
+    /// PEFT folder whose weights training starts from
     #[arg(long, value_name = "DIR", env = "HONE_INIT_ADAPTER")]
     init_adapter: Option<String>,
-    /// auto, cpu, cuda or cuda:N
+    /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
-    /// What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
     keep: Option<String>,
-    /// Most memory to use: 20GiB, bytes, or a share of what is free
+    /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory
     #[arg(long, value_name = "SIZE", env = "HONE_MEMORY_MAX")]
     memory_max: Option<String>,
-    /// Most tokens of one pass
+    /// Upper limit of the tokens in one pass
     #[arg(long, value_name = "TOKENS", env = "HONE_PASS_TOKENS_MAX")]
     pass_tokens_max: Option<String>,
-    /// Folder of downloads
+    /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// Largest data file that is downloaded, in bytes
+    /// Largest size of a downloaded data file, in bytes
     #[arg(long, value_name = "BYTES", env = "HONE_FILE_BYTES_MAX")]
     file_bytes_max: Option<String>,
     #[command(flatten)]
     registry: RegistryArguments,
-    /// Any key: --set LoraConfig.r=16; may be repeated; in the environment separated by ; or line breaks
+    /// Any key: --set LoraConfig.r=16; may be repeated; in the variable, separated by ; or line breaks
     #[arg(long, value_name = "SECTION.KEY=VALUE", env = "HONE_SET")]
     set: Vec<String>,
 }
 
 impl Job {
-    /// Settings from the environment first, so that flags win over them.
+    /// The request. Settings from the environment come first, so that flags override them.
     fn request(self, matches: &ArgMatches) -> Result<Request, clap::Error> {
         let mut settings = settings(matches);
-        // clap takes the variable only when there is no flag; here both count, key by key.
+        // clap uses the variable only if there is no flag. Here both are used, key by key.
         let variable = std::env::var("HONE_SET").unwrap_or_default();
         for assignment in assignments(&variable) {
             settings.push(setting(assignment, Origin::Environment("HONE_SET".into()))?);
@@ -872,7 +934,7 @@ impl Job {
     }
 }
 
-/// The settings of all flags that are keys of hone: such a flag has the key's name. Defaults of clap are no settings.
+/// The settings of all flags that have the name of a key of hone. Defaults of clap are not settings.
 fn settings(matches: &ArgMatches) -> Vec<Setting> {
     keys::all()
         .iter()
@@ -890,7 +952,7 @@ fn of_key(matches: &ArgMatches, key: &Key) -> Option<Setting> {
     let mut texts = matches.get_raw(key.name)?.map(|text| text.to_string_lossy().into_owned());
     let written = match (matches.try_get_one::<bool>(key.name), key.kind) {
         (Ok(Some(on)), _) => Written::Text(on.then(|| "true".to_owned())?),
-        // Addresses in a variable stand apart by blanks.
+        // Addresses in a variable are separated by blanks.
         (_, Type::Sources) if matches!(origin, Origin::Environment(_)) => {
             let texts: Vec<String> = texts.collect();
             Written::Texts(texts.iter().flat_map(|text| text.split_whitespace()).map(String::from).collect())
@@ -908,12 +970,12 @@ fn origin(matches: &ArgMatches, key: &str) -> Origin {
     }
 }
 
-/// What stands in HONE_SET, which a flag would repeat.
+/// The assignments in HONE_SET, which the flag would repeat.
 fn assignments(variable: &str) -> impl Iterator<Item = &str> {
     variable.split([';', '\n']).map(str::trim).filter(|part| !part.is_empty())
 }
 
-/// `Section.key=value`.
+/// Reads `Section.key=value`.
 fn setting(assignment: &str, origin: Origin) -> Result<Setting, clap::Error> {
     match assignment.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => {

@@ -1,4 +1,4 @@
-//! Where training runs: the choice of CPU or GPU, and the opened device.
+//! The device that trains: the choice of CPU or GPU, and opening it.
 
 use candle_core::Device;
 
@@ -6,17 +6,19 @@ use crate::fault::{Fault, Result};
 use crate::machine;
 use crate::report::{Report, Stage};
 
-/// What was asked for.
+/// The device that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
     /// The first CUDA device that can train, else the CPU.
     Auto,
+    /// The CPU.
     Cpu,
+    /// The CUDA device of this number.
     Cuda(usize),
 }
 
 impl Choice {
-    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`.
     pub fn parse(text: &str) -> Option<Choice> {
         match text {
             "auto" => Some(Choice::Auto),
@@ -27,7 +29,7 @@ impl Choice {
     }
 }
 
-/// Opens the device. `Auto` says why a GPU that is there is not used.
+/// Opens the device. `Auto` warns why a GPU that is there is not used; for `Cuda`, such a GPU is a fault.
 pub fn open(choice: Choice, report: &Report) -> Result<Device> {
     match choice {
         Choice::Cpu => Ok(Device::Cpu),
@@ -50,7 +52,7 @@ pub fn open(choice: Choice, report: &Report) -> Result<Device> {
     }
 }
 
-/// Refuses what this binary can never do, without asking the driver.
+/// Refuses a device that this binary can never use, without asking the driver.
 pub fn check(choice: Choice) -> Result<()> {
     match choice {
         Choice::Cuda(number) if !cfg!(feature = "cuda") => Err(not_built(number)),
@@ -60,7 +62,7 @@ pub fn check(choice: Choice) -> Result<()> {
 
 fn not_built(number: usize) -> Fault {
     Fault::config(format!("device cuda:{number}: this build of hone trains on the CPU only"))
-        .help("take the CUDA image, build with --features cuda, or leave `device` out")
+        .help("use the CUDA image, build with --features cuda, or remove `device`")
 }
 
 #[cfg(feature = "cuda")]
@@ -102,7 +104,7 @@ fn described(number: usize) -> String {
     format!("cuda:{number}")
 }
 
-/// Bytes that are free on a GPU, or that this process may still take on a CPU; `None` where nobody says.
+/// Bytes that are free on a GPU, or that this process may still take on a CPU; `None` if the system does not say.
 pub fn memory_free(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => machine::memory_available(),
@@ -112,7 +114,7 @@ pub fn memory_free(device: &Device) -> Option<u64> {
     }
 }
 
-/// `this CPU`, or what the GPU calls itself.
+/// `this CPU`, or the name that the GPU reports.
 pub fn name(device: &Device) -> String {
     match device.location() {
         #[cfg(feature = "cuda")]
@@ -123,7 +125,8 @@ pub fn name(device: &Device) -> String {
     }
 }
 
-/// Most bytes that the process has had of a GPU's memory, or of the machine's on a CPU; `None` where nobody says.
+/// Most bytes that the process has used of a GPU's memory, or of the machine's on a CPU; `None` if the system does
+/// not say.
 pub fn memory_peak(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => machine::memory_peak(),
@@ -133,7 +136,7 @@ pub fn memory_peak(device: &Device) -> Option<u64> {
     }
 }
 
-/// Kernels and products that this process has asked a GPU for; `None` where it trains on the CPU.
+/// Kernels and products that this process has launched on a GPU; `None` if there were none.
 pub fn launches() -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let count @ 1.. = crate::ops::cuda::launches() {

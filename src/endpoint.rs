@@ -1,4 +1,5 @@
-//! Requests over HTTP -> answers of one function, from a thread of its own: what a run or a controller shows of itself.
+//! HTTP requests -> the answers of one function, from a thread of its own. Runs and controllers serve their metrics
+//! and health with it.
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
@@ -16,45 +17,52 @@ use tokio::sync::{Semaphore, oneshot};
 
 use crate::fault::{Fault, Result};
 
-/// LIMIT: a connection that sits there takes the place of another; probes and scrapers need a few.
+/// LIMIT: an idle connection takes the place of another; probes and scrapers need only a few.
 const CONNECTIONS_MAX: usize = 32;
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What was asked for with GET or HEAD; other methods are refused before.
+/// A GET or HEAD request; other methods are refused before the function is called.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
-    /// Without the query.
+    /// The path without its query.
     pub path: &'a str,
-    /// The `Accept` header; empty without one.
+    /// The `Accept` header; empty if there is none.
     pub accept: &'a str,
 }
 
+/// An answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
+    /// HTTP status code.
     pub status: u16,
+    /// Value of the `Content-Type` header.
     pub content_type: &'static str,
+    /// The body, as text.
     pub body: String,
 }
 
-/// The type of Prometheus' text.
+/// Content type of Prometheus' text format.
 pub const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 impl Reply {
+    /// Plain text with status 200.
     pub fn text(body: impl Into<String>) -> Reply {
         Reply { status: 200, content_type: "text/plain; charset=utf-8", body: body.into() }
     }
 
+    /// JSON with status 200.
     pub fn json(value: &serde_json::Value) -> Reply {
         Reply { status: 200, content_type: "application/json", body: value.to_string() }
     }
 
+    /// The answer for an unknown path.
     pub fn not_found() -> Reply {
         Reply { status: 404, ..Reply::text("not found\n") }
     }
 }
 
-/// Answers must come at once: all of them come from one thread.
+/// The function that answers. It must return at once, because one thread serves all requests.
 pub type Answer = Arc<dyn Fn(&Asked) -> Reply + Send + Sync>;
 
 /// A server that runs until it is dropped.
@@ -65,16 +73,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Where it listens; the port that was found when 0 was asked for.
+    /// The address that the server listens on. If port 0 was requested, this holds the port that was found.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// Listens and answers from a thread of its own.
+/// Starts a server that listens on `address` and answers from a thread of its own.
 ///
-/// # Errors
-/// Config: the address cannot be listened on, such as a port that is taken.
+/// Config: hone cannot listen on the address, for instance because the port is taken.
 pub fn start(address: SocketAddr, answer: Answer) -> Result<Server> {
     let refused = |error: std::io::Error| {
         Fault::config(format!("cannot listen on {address}: {error}")).help("name a free port of this machine")
@@ -107,7 +114,7 @@ async fn accept(listener: TcpListener, answer: Answer) {
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
         let Ok((stream, _)) = listener.accept().await else {
-            // Out of file descriptors, for one: the next try must not spin.
+            // File descriptors may have run out: wait before the next try.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };

@@ -1,7 +1,7 @@
-//! Everything to try hone with, made from nothing: a tiny model with its tokenizer, a dataset, a configuration.
+//! Writes everything that is needed to try hone: a tiny model with its tokenizer, a dataset, a configuration.
 //!
-//! The model is random (its weights follow from a seed) and byte-level, so that no download is needed; the
-//! adapter still learns the dataset's form within seconds.
+//! The model's weights are random (from a fixed seed) and its tokenizer is byte-level, so that nothing is downloaded.
+//! The adapter still learns the dataset's form within seconds.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ const DATA: &[u8] = include_bytes!("../examples/quickstart/data.parquet");
 const SPECIALS: [&str; 4] = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"];
 const SEED: u64 = 7;
 
-/// Writes `model/`, `data.parquet` and `hone.yaml` below `folder`; returns the path of the last.
+/// Writes `model/`, `data.parquet` and `hone.yaml` below `folder`, and returns the path of `hone.yaml`.
 pub fn write(folder: &Path) -> Result<PathBuf> {
     if folder.exists() && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(Fault::config(format!("{} is not empty", folder.display()))
@@ -54,7 +54,7 @@ fn config() -> Map<String, Value> {
     config.as_object().expect("an object").clone()
 }
 
-/// Byte-level BPE without merges: each byte is a token, written as GPT-2's alphabet writes it.
+/// A byte-level BPE tokenizer without merges: each byte is a token, written in GPT-2's alphabet.
 fn tokenizer() -> Value {
     let vocab: Map<String, Value> =
         alphabet().into_iter().enumerate().map(|(id, c)| (c.to_string(), Value::from(id))).collect();
@@ -72,7 +72,7 @@ fn tokenizer() -> Value {
     })
 }
 
-/// GPT-2's character of each byte: printable ones are themselves, the rest follow from U+0100.
+/// GPT-2's character for each byte: printable bytes stand for themselves, the others for characters from U+0100 on.
 fn alphabet() -> Vec<char> {
     let printable = |byte: u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 0x100;

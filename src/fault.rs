@@ -1,4 +1,4 @@
-//! What went wrong, and who must act: every error of hone is a `Fault`, and its kind sets the exit code.
+//! Every error of hone is a `Fault`: what went wrong, and who must act. Its kind sets the exit code.
 //!
 //! The exit code tells Kubernetes whether a retry can help (`podFailurePolicy`), so a kind is chosen by
 //! *who must act*, not by where the error was found. Messages name the thing, the value found and the
@@ -59,6 +59,7 @@ impl Kind {
         Kind::Internal,
     ];
 
+    /// The exit code of a process that ends with a fault of this kind.
     pub fn exit_code(self) -> u8 {
         self as u8
     }
@@ -103,7 +104,7 @@ impl Kind {
         }
     }
 
-    /// Whether running the same thing again can succeed without anyone changing anything.
+    /// Whether the same command can succeed if it runs again and nobody changes anything.
     pub fn retry_helps(self) -> bool {
         matches!(
             self,
@@ -130,19 +131,24 @@ pub fn markdown() -> String {
 /// An error with its kind, one sentence of what happened, and what to do about it.
 #[derive(Clone, Debug)]
 pub struct Fault {
+    /// Who must act; the kind sets the exit code.
     pub kind: Kind,
+    /// What happened: the thing, the value found and the value expected.
     pub message: String,
+    /// What to do about it.
     pub help: Option<String>,
 }
 
+/// The result of whatever can fail with a `Fault`.
 pub type Result<T> = std::result::Result<T, Fault>;
 
 impl Fault {
+    /// A fault of this kind, without help.
     pub fn new(kind: Kind, message: impl Into<String>) -> Fault {
         Fault { kind, message: message.into(), help: None }
     }
 
-    /// What the reader should do; shown on a line of its own.
+    /// Adds what the reader should do; it is shown on a line of its own.
     pub fn help(mut self, help: impl Into<String>) -> Fault {
         self.help = Some(help.into());
         self
@@ -154,7 +160,7 @@ impl Fault {
         self
     }
 
-    /// Message and help in one line, for a fault that is told among others.
+    /// Message and help in one line, for a fault that is shown in a list with others.
     pub fn in_a_line(self) -> String {
         match self.help {
             Some(help) => format!("{}; {help}", self.message),
@@ -162,33 +168,42 @@ impl Fault {
         }
     }
 
+    /// A fault of kind [`Kind::Usage`].
     pub fn usage(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Usage, message)
     }
+    /// A fault of kind [`Kind::Config`].
     pub fn config(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Config, message)
     }
+    /// A fault of kind [`Kind::Data`].
     pub fn data(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Data, message)
     }
+    /// A fault of kind [`Kind::Model`].
     pub fn model(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Model, message)
     }
+    /// A fault of kind [`Kind::Auth`].
     pub fn auth(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Auth, message)
     }
+    /// A fault of kind [`Kind::Capacity`].
     pub fn capacity(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Capacity, message)
     }
+    /// A fault of kind [`Kind::Network`].
     pub fn network(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Network, message)
     }
+    /// A fault of kind [`Kind::Internal`].
     pub fn internal(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Internal, message)
     }
 
-    /// An I/O error on a path of ours. A full or failing disk is storage, and a retry may help; a path that cannot
-    /// be used as it stands is configuration, and no retry helps.
+    /// The fault for an I/O error on a path that hone reads or writes. A full or failing disk is [`Kind::Storage`],
+    /// for which a retry may help. A path that cannot be used as it is (permissions, the wrong type) is
+    /// [`Kind::Config`], for which no retry helps.
     pub fn storage(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Fault {
         use std::io::ErrorKind as E;
         let message = format!("cannot {doing} {}: {error}", path.display());
@@ -200,7 +215,7 @@ impl Fault {
             | E::ReadOnlyFilesystem => Fault::config(message)
                 .help("name a folder that this user may write, or change its permissions"),
             E::StorageFull | E::QuotaExceeded => Fault::new(Kind::Storage, message)
-                .help("free some space, then start it again: what is finished is kept"),
+                .help("free some space, then start it again: finished files are kept"),
             _ => Fault::new(Kind::Storage, message),
         }
     }
@@ -218,13 +233,13 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// Tensor code only fails by a defect of ours, since shapes and types were checked when the model was read, or because a
-/// GPU's memory is full or the GPU itself fails, which another one may not.
+/// Tensor code fails for two reasons. Either hone has a defect, since shapes and types were checked when the model
+/// was read. Or the GPU's memory is full or the GPU itself fails, which may not happen on another GPU.
 impl From<candle_core::Error> for Fault {
     fn from(error: candle_core::Error) -> Fault {
         let text = format!("{error:?}");
         let said = |words: &[&str]| words.iter().any(|word| text.contains(word));
-        // Of the driver's answers these tell of a wrong call, not of the device.
+        // These answers of the driver mean a wrong call by hone, not a failed device.
         let ours = ["INVALID_VALUE", "INVALID_HANDLE", "NOT_FOUND", "INVALID_CONTEXT"];
         if said(&["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"]) {
             return Fault::capacity(format!("the GPU's memory is full: {error}"))
@@ -232,7 +247,7 @@ impl From<candle_core::Error> for Fault {
         }
         if said(&["CUDA_ERROR_", "CUBLAS_STATUS_"]) && !said(&ours) {
             return Fault::new(Kind::Device, format!("the GPU failed: {error}"))
-                .help("start it again: it continues from its newest checkpoint; on the same node twice, look at nvidia-smi");
+                .help("start it again: it continues from its newest checkpoint; if it fails twice on the same node, look at nvidia-smi");
         }
         Fault::internal(format!("tensor operation failed: {error}"))
     }

@@ -1,6 +1,6 @@
-//! A model folder -> what hone understands of it: family, facts, what is quantised, LoRA sites, memory, what is missing.
+//! A model folder -> what hone reads in it: family, facts, quantised layers, LoRA sites, memory, missing files.
 //!
-//! Reads config.json, the headers of the weights and the tokenizer; no weight.
+//! It reads config.json, the headers of the weights and the tokenizer, but no weight.
 
 use std::path::Path;
 
@@ -23,25 +23,27 @@ use crate::words::{count, size};
 /// Sequence lengths of the memory estimate.
 const TOKENS: [usize; 3] = [1024, 4096, 16384];
 
-/// What stands in a model folder.
+/// The content of a model folder.
 pub struct Inspection {
     folder: String,
     wrapper: Option<String>,
     facts: Facts,
     stored: Option<Quantization>,
-    /// The type config.json names.
+    /// The type of the weights according to config.json.
     dtype: Option<String>,
     sites: sites::Sites,
     rank: usize,
-    /// Bytes of the language model's tensors, where they can be read.
+    /// Bytes of the language model's tensors, if they can be read.
     weights: Option<usize>,
     tokenizer: Option<Tokenizer>,
     missing: Vec<Fault>,
     warnings: Vec<String>,
 }
 
-/// Reads the folder. What is not there or does not fit is told in the result; a config that is not understood, or
-/// targets that match nothing, are faults.
+/// Reads the folder. The result lists what is missing or does not fit.
+///
+/// # Errors
+/// Model, Config: config.json is not understood, or the LoRA targets match nothing.
 pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
     let config = Config::read(folder)?;
     let facts = family::describe(&config)?;
@@ -72,16 +74,17 @@ pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
     })
 }
 
-/// Bytes of a GPU for training with passes of so many tokens.
+/// GPU memory for training with passes of so many tokens.
 struct Memory {
     tokens: usize,
-    /// With every intermediate kept, and with layer inputs only.
+    /// Bytes if layers keep everything.
     everything: u64,
+    /// Bytes if layers keep only their inputs.
     layer_inputs: u64,
 }
 
 impl Inspection {
-    /// Lines for people.
+    /// The inspection as lines for people.
     pub fn table(&self) -> String {
         let mut rows = self.rows();
         rows.push(("LoRA sites", self.site_text()));
@@ -193,7 +196,7 @@ impl Inspection {
         )
     }
 
-    /// The same for machines.
+    /// The inspection as JSON.
     pub fn json(&self) -> Json {
         let facts = &self.facts;
         let heads = facts.heads();
@@ -236,13 +239,14 @@ impl Inspection {
         })
     }
 
-    /// Codes and scales of all linear layers, as they are or as `load_in_4bit` with double quantisation makes them.
+    /// Bytes of the codes and scales of all linear layers, as they are stored or as `load_in_4bit` with double
+    /// quantisation would store them.
     fn four_bit_bytes(&self) -> usize {
         let double = !matches!(self.stored, Some(Quantization::Stored { double: false, .. }));
         self.facts.projections().map(|(_, p)| FourBit::bytes_of(p.rows, p.cols, double)).sum()
     }
 
-    /// By the memory plan, of a 4-bit base trained in bf16; the same on every card.
+    /// The memory plan's bytes for a 4-bit base trained in bf16. They are the same on every card.
     fn memory(&self) -> Vec<Memory> {
         let (card, _) = card::find("h200").expect("it is in the table");
         let gpu = card.machine(None).expect("it computes in bf16");
@@ -267,7 +271,7 @@ impl Inspection {
     }
 }
 
-/// Names and values in two columns.
+/// Shows names and values in two columns.
 pub fn table(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()

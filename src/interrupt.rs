@@ -1,9 +1,9 @@
 //! SIGTERM and SIGINT -> one flag that every long loop looks at; a second signal ends the process at once.
 //!
-//! Kubernetes sends SIGTERM, waits for the grace period and kills. The flag is looked at between batches of
-//! rows, layers and micro-batches, and while the network is waited for, so that the time to a checkpoint is one
-//! micro-batch, not one epoch. Work of other crates looks at no flag (one long text in a tokenizer, a name that is
-//! looked up): where nothing would be lost, the process ends after a moment of patience all the same.
+//! Kubernetes sends SIGTERM, waits for the grace period and then kills. hone checks the flag between batches of rows,
+//! layers and micro-batches, and while it waits for the network, so a checkpoint is at most one micro-batch away, not
+//! one epoch. Code of other crates does not check the flag (one long text in a tokenizer, a name lookup). If nothing
+//! would be lost, the process therefore ends a moment after the signal in any case.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -14,9 +14,9 @@ use std::time::Duration;
 use crate::fault::{Fault, Kind, Result};
 use crate::last_word::{self, Word};
 
-/// How often a wait for the network looks at the flag.
+/// How often a wait for the network checks the flag.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// How long after a signal the process may take to end by itself where nothing would be lost.
+/// Time that the process has to end by itself after a signal, if nothing would be lost.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
@@ -26,13 +26,13 @@ static STANDING: AtomicU8 = AtomicU8::new(Standing::Stay as u8);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Standing {
-    /// Something: it ends by itself, as soon as that is saved.
+    /// Something would be lost. The process ends by itself as soon as that is saved.
     Stay = 0,
-    /// Nothing: it has not begun to train.
+    /// Nothing would be lost: training has not begun.
     BeforeTraining = 1,
-    /// Nothing: the adapter is whole on disk, and is being pushed.
+    /// Nothing would be lost: the adapter is whole on disk and is being pushed.
     Pushing = 2,
-    /// Nothing: it only looks at something, or fetches it.
+    /// Nothing would be lost: the process only reads or fetches something.
     Looking = 3,
 }
 
@@ -58,7 +58,7 @@ impl Standing {
         [Standing::Stay, Standing::BeforeTraining, Standing::Pushing, Standing::Looking];
 }
 
-/// Says what would be lost until the value is dropped; then what was said before holds again.
+/// Guard of a [`Standing`]: it holds until the value is dropped, then the standing before it holds again.
 #[must_use]
 #[derive(Debug)]
 pub struct Stands(u8);
@@ -69,12 +69,12 @@ impl Drop for Stands {
     }
 }
 
-/// Says what would be lost from now on.
+/// Sets what would be lost from now on, until the returned guard is dropped.
 pub fn stands(standing: Standing) -> Stands {
     Stands(STANDING.swap(standing as u8, Ordering::SeqCst))
 }
 
-/// Starts listening. Call once, early in `main`.
+/// Starts listening for signals. Call this once, early in `main`.
 pub fn listen() -> Result<()> {
     let failed = |error| Fault::internal(format!("cannot listen for signals: {error}"));
     let (woken, wake) = UnixStream::pair().map_err(failed)?;
@@ -99,7 +99,8 @@ pub fn listen() -> Result<()> {
         .map_err(failed)
 }
 
-/// Waits for a signal, then for the process to end by itself, and ends it where it does not and nothing is lost.
+/// Waits for a signal, then gives the process time to end by itself. If it does not and nothing would be lost, ends
+/// it.
 fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
     if woken.read_exact(&mut [0]).is_err() {
         return;
@@ -113,12 +114,12 @@ fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
     }
 }
 
-/// Whether a signal asked the run to end.
+/// Whether a signal asked the process to end.
 pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
-/// A fault if a signal asked the run to end; for loops with nothing of their own to save.
+/// Returns a fault if a signal asked the process to end; for loops that have nothing of their own to save.
 pub fn check() -> Result<()> {
     match requested() {
         false => Ok(()),
@@ -126,13 +127,14 @@ pub fn check() -> Result<()> {
     }
 }
 
-/// Nothing is lost but time.
+/// The fault of a signal before training; nothing is lost but time.
 pub fn before_training() -> Fault {
     Fault::new(Kind::InterruptedUnsaved, "stopped by a signal before training began")
-        .help("start it again: what was downloaded is kept")
+        .help("start it again: downloaded files are kept")
 }
 
-/// What `work` gives, unless a signal comes first: then it is dropped where it stands and `stopped` is the answer.
+/// The result of `work`. If a signal comes first, `work` is dropped and the result is the fault that `stopped`
+/// returns.
 pub async fn or_stopped<T>(
     work: impl Future<Output = Result<T>>,
     stopped: impl FnOnce() -> Fault,

@@ -1,8 +1,8 @@
 //! The whole job on one page: a plan in, a trained adapter and its image out.
 //!
-//! Cheap things that can be wrong come first: the model's small files and facts, the adapter's sites, the output folder,
-//! the data; its weights are fetched once all else fits, before they are loaded. A restarted job finds its folder, skips what is finished and continues training from its newest
-//! checkpoint.
+//! Cheap checks come first: the model's small files and facts, the adapter's sites, the output folder, the data. The
+//! weights are fetched when all of these fit, just before they are loaded. A restarted job finds its folder, skips
+//! what is finished, and continues training from its newest checkpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ pub mod estimate;
 
 use room::Lengths;
 
-/// Files of a model's folder, besides its weights, that change what is trained.
+/// Files of a model's folder, besides the weights, that affect training.
 const MODEL_TEXTS: [&str; 7] = [
     "config.json",
     "generation_config.json",
@@ -49,11 +49,14 @@ const MODEL_TEXTS: [&str; 7] = [
     "chat_template.json",
 ];
 
-/// What a job made.
+/// The result of a job.
 #[derive(Clone, Debug)]
 pub struct Receipt {
+    /// The output folder.
     pub folder: PathBuf,
+    /// Result of training.
     pub trained: Trained,
+    /// The pushed image, if the plan asks for one.
     pub pushed: Option<Pushed>,
 }
 
@@ -67,11 +70,11 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     tell_what_is_trained(plan, &described, report);
     check_small_files(plan, &described)?;
     if let Some(target) = &plan.push {
-        registry::check(target, &plan.output, &plan.registry)?; // what can be wrong without asking the network
+        registry::check(target, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = device::open(plan.device, report)?;
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
-    let data = fetch::data(&plan.data, plan.access(), report)?; // data errors before the long part
+    let data = fetch::data(&plan.data, plan.access(), report)?; // data errors come before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
     let trained = match folder.trained() {
@@ -93,7 +96,7 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     Ok(Receipt { folder: plan.output.clone(), trained, pushed })
 }
 
-/// Data and base -> a trained adapter in the folder.
+/// Trains: data and base -> an adapter in the folder.
 fn make(
     plan: &Plan,
     described: Described,
@@ -114,7 +117,7 @@ fn make(
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
-    fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, now that everything else is known to fit
+    fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, fetched when everything else fits
     for (written, module) in &described.sites.renamed {
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
         report.note(Stage::Load, what);
@@ -147,7 +150,7 @@ fn fit(
     let mut metrics: Option<Metrics> = None;
     let mut log = |metric: &train::Metric| {
         if metrics.is_none() {
-            // The first line tells where this start began: later lines of an earlier start are dropped.
+            // The first line shows where this start began; later lines of an earlier start are dropped.
             metrics = Some(folder.metrics(metric)?);
         }
         metrics.as_mut().expect("just opened").log(metric)
@@ -156,7 +159,7 @@ fn fit(
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
-/// Writes the PEFT folder; the sentinel last.
+/// Writes the PEFT folder, with the sentinel as the last file.
 fn ship(
     plan: &Plan,
     options: &model::Options,
@@ -183,18 +186,20 @@ fn ship(
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
     folder.finish(trained)?;
     match plan.train.checkpoint {
-        // The adapter is complete: what cannot be removed is no reason to fail.
+        // The adapter is complete, so a failure to remove the checkpoints does not fail the run.
         Every::Never => folder.remove_checkpoints().or(Ok(())),
         _ => Ok(()),
     }
 }
 
-/// What can be known before any weight or row is read.
+/// What is known before any weight or row is read.
 pub struct Described {
+    /// Facts of the base model.
     pub facts: Facts,
-    /// The plan's, with rank and targets of the adapter that is continued, and the quantisation that a checkpoint
-    /// already has.
+    /// The plan's options, with rank and targets of the adapter that is continued, and with the quantisation that the
+    /// checkpoint already has.
     pub options: model::Options,
+    /// The linear layers to adapt.
     pub sites: sites::Sites,
     bf16_checkpoint: bool,
     initial: Option<Adapter>,
@@ -213,7 +218,7 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     }
     let sites = match &initial {
         None => sites::sites(&facts, &options.lora)?,
-        // Nobody wrote these targets: they are the modules of the adapter's file.
+        // The user did not write these targets: they are the modules of the adapter's file.
         Some(initial) => adapter_sites(&facts, &options.lora, initial)?,
     };
     let bf16_checkpoint = room::bf16_checkpoint(&config)?;
@@ -227,7 +232,7 @@ fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result
     };
     let sites = sites::sites(facts, lora).map_err(|_| {
         let has: Vec<&str> = facts.layers[0].projections().map(|projection| projection.path).collect();
-        other(format!("its modules are none of this {} model's, which has {}", facts.family, has.join(", ")))
+        other(format!("its modules are not in this {} model, which has {}", facts.family, has.join(", ")))
     })?;
     match sites.unmatched.first() {
         None => Ok(sites),
@@ -237,8 +242,8 @@ fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result
     }
 }
 
-/// Faults that files of a few kilobytes show are told before any data is fetched: tokenizer, chat template, headers of
-/// weights that are here.
+/// Checks small files before any data is fetched: tokenizer, chat template, and headers of weights that are on this
+/// machine.
 pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
     let tokenizer = Tokenizer::open(&plan.model.folder)?;
     fits_vocabulary(&tokenizer, &described.facts)?;
@@ -249,7 +254,7 @@ pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
     Ok(())
 }
 
-/// An adapter whose B is zero changes nothing, however long it was trained.
+/// Refuses an adapter whose B matrices are all zero: it changes nothing, however long it was trained.
 fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Result<()> {
     let params = adapter.params.to_device(&Device::Cpu)?;
     let mut idle = Vec::new();
@@ -275,7 +280,7 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
     Ok(())
 }
 
-/// A run that never takes a step with a learning rate above zero cannot learn.
+/// Refuses a run whose learning rate is zero in every step, since it cannot learn.
 fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
     let options = &plan.train;
     let total = train::order::Steps::new(examples, options).total;
@@ -290,7 +295,7 @@ fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
     }
 }
 
-/// Identifies a run: whatever would change its result.
+/// Identifies a run by everything that would change its result.
 fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Result<String> {
     let mut parts = vec![
         format!("{:?}", (&described.facts, &described.options.quantization, &described.options.precision)),
@@ -303,14 +308,14 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
         parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
     }
     match fetch::revision(&plan.model.folder) {
-        Some(revision) => parts.push(revision), // its weights may still be to come
+        Some(revision) => parts.push(revision), // its weights may not be there yet
         None => parts.extend(weight_files(&plan.model.folder)),
     }
     Ok(source::digest(parts.join("\n").as_bytes()))
 }
 
-/// Names, sizes and places of the weights: gigabytes are not hashed at every start. A hub's cache links to files
-/// named by their hash, so the place tells them apart where the size does not.
+/// Names, sizes and link targets of the weights, since hashing gigabytes at every start would take too long. A hub's
+/// cache links to files that are named by their hash, so the target distinguishes files of the same size.
 fn weight_files(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let weights = entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
@@ -325,12 +330,12 @@ fn weight_files(folder: &Path) -> Vec<String> {
     files
 }
 
-/// What is easily taken for something else: a base that stays as it is, a rank that comes from another adapter.
+/// Warns about settings that are easily misread: an unquantised base, a rank that comes from another adapter.
 fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
     match described.options.quantization {
         Quantization::None => report.note(
             Stage::Plan,
-            "the base stays unquantised: QuantizationConfig.load_in_4bit true would make it QLoRA",
+            "the base is not quantised; QuantizationConfig.load_in_4bit: true would make this run QLoRA",
         ),
         Quantization::FourBit { .. } => {}
         Quantization::Stored { code, double } => {
@@ -347,7 +352,7 @@ fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
         report.warn(
             Stage::Plan,
             format!(
-                "the adapter to start from decides: r {}, lora_alpha {}, its modules; LoraConfig's r {} and lora_alpha {} \
+                "the adapter to start from decides r ({}), lora_alpha ({}) and the modules; LoraConfig's r {} and lora_alpha {} \
                  have no effect",
                 taken.r, taken.alpha, asked.r, asked.alpha
             ),
@@ -355,7 +360,8 @@ fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
     }
 }
 
-/// A checkpoint that is quantised already decides; another wish cannot be met and is told.
+/// Reports that the checkpoint is quantised already. It decides the form; a setting that asks for another form is
+/// reported as having no effect.
 fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: &Report) {
     let scales = if double { " with quantised scales" } else { "" };
     let found = format!("the checkpoint is quantised already: {}{scales}, taken as it is", code.name());
@@ -381,14 +387,14 @@ fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
         report.warn(
             Stage::Tokenize,
             format!(
-                "the longest example has {longest} tokens, the model was made for {}: lower TrainingArguments.max_length",
+                "the longest example has {longest} tokens, but the model was made for {}: lower TrainingArguments.max_length",
                 facts.positions_max
             ),
         );
     }
 }
 
-/// The tokenizer's ids must all have a row of the embedding.
+/// Checks that every id of the tokenizer has a row in the embedding.
 pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     match tokenizer.vocab_size() <= facts.vocab {
         true => Ok(()),

@@ -1,8 +1,8 @@
-//! The commands that KAITO's own controller puts into a tuning pod -> hone's.
+//! The commands that KAITO's own controller writes into a tuning pod -> hone's commands.
 //!
-//! The pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`. In the
-//! image of target `kaito` both names are hone: the second is the job, the first has nothing to do, since the job serves
-//! its metrics itself.
+//! The pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`. In
+//! the image of target `kaito`, both programs are hone. The second is the job. The first does nothing, because the
+//! job serves its metrics itself.
 
 pub mod sidecars;
 pub mod watch;
@@ -12,13 +12,13 @@ use std::path::Path;
 
 use crate::fault::{Fault, Result};
 
-/// Where KAITO mounts the configuration.
+/// The path where KAITO mounts the configuration.
 const CONFIG: &str = "/mnt/config/training_config.yaml";
-/// What KAITO's adapters call their base.
+/// The name of the base model in KAITO's adapters.
 const BASE: &str = "/workspace/tfs/weights";
 const METRICS: &str = "0.0.0.0:5000";
 
-/// Flags of `accelerate launch` that take a value. hone is one process on one GPU, so none has an effect.
+/// Flags of `accelerate launch` that take a value. They have no effect, since hone is one process on one GPU.
 const WITH_VALUE: [&str; 12] = [
     "config_file",
     "dynamo_backend",
@@ -35,21 +35,23 @@ const WITH_VALUE: [&str; 12] = [
 ];
 const WITHOUT_VALUE: [&str; 5] = ["cpu", "debug", "multi_gpu", "quiet", "use_cpu"];
 
-/// What was called.
+/// The program that was called.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Call {
-    /// hone's own command line for the job, and what somebody should know.
+    /// The job.
     Train {
+        /// hone's own command line for it.
         arguments: Vec<OsString>,
+        /// Warnings about flags without effect.
         warnings: Vec<String>,
     },
+    /// KAITO's metrics server.
     MetricsServer,
 }
 
-/// `None`: hone was called by its own name.
+/// The program that the command line calls; `None` if hone was called by its own name.
 ///
-/// # Errors
-/// Usage: a script that hone is no stand-in for.
+/// Usage: the command calls a script that hone does not replace.
 pub fn call(arguments: &[OsString], environment: &dyn Fn(&str) -> Option<String>) -> Option<Result<Call>> {
     let texts: Vec<String> =
         arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
@@ -65,7 +67,7 @@ fn python(arguments: &[String]) -> Result<Call> {
     match arguments.first().map(String::as_str) {
         Some(script) if file_name(script) == "metrics_server.py" => Ok(Call::MetricsServer),
         found => Err(Fault::usage(format!(
-            "python3 {}: this is hone, which stands in for metrics_server.py only",
+            "python3 {}: this program is hone, which replaces only metrics_server.py",
             found.unwrap_or_default()
         ))
         .help("this image holds no Python: run the script in another one")),
@@ -74,7 +76,7 @@ fn python(arguments: &[String]) -> Result<Call> {
 
 fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>) -> Result<Call> {
     let Some(("launch", rest)) = arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) else {
-        return Err(Fault::usage("accelerate: this is hone, which knows `launch` only")
+        return Err(Fault::usage("accelerate: this program is hone, which has only `launch`")
             .help("accelerate launch --num_processes=1 /workspace/tfs/fine_tuning.py"));
     };
     let mut warnings = Vec::new();
@@ -85,11 +87,11 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
             "accelerate launch: found {} as the script, expected fine_tuning.py",
             found.unwrap_or("nothing")
         ))
-        .help("this is hone, which stands in for KAITO's fine_tuning.py only")),
+        .help("this program is hone, which replaces only KAITO's fine_tuning.py")),
     }
 }
 
-/// The first argument that is no flag.
+/// The first argument that is not a flag.
 fn script<'a>(arguments: &'a [String], warnings: &mut Vec<String>) -> Result<Option<&'a str>> {
     let mut left = arguments.iter();
     while let Some(argument) = left.next() {
@@ -114,7 +116,7 @@ fn of_processes(value: &str) -> Result<Option<String>> {
     match value.parse::<u32>() {
         Ok(1) => Ok(None),
         Ok(count @ 2..) => Ok(Some(format!(
-            "{count} processes are asked for, one for each GPU: hone trains in one, on one GPU; the others stay idle"
+            "accelerate launch asks for {count} processes, one for each GPU; hone trains in one process on one GPU, and the other GPUs stay idle"
         ))),
         _ => Err(Fault::usage(format!(
             "accelerate launch --num_processes: expected a whole number from 1, found {value:?}"
@@ -122,11 +124,12 @@ fn of_processes(value: &str) -> Result<Option<String>> {
     }
 }
 
-/// `hone run` as the mounts and variables of the pod mean it. What `HONE_` variables say counts as always.
+/// The command `hone run` for the mounts and variables of the pod. Variables that begin with `HONE_` have their usual
+/// effect.
 fn job(environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     let mut arguments = vec!["hone", "run"];
     let unset = |name: &str| environment(name).is_none_or(|value| value.is_empty());
-    // A place that the pod names itself is read by `spec`.
+    // `spec` reads a place that the pod's environment names.
     if ["YAML_FILE_PATH", "HONE_CONFIG", "HONE_SPEC"].into_iter().all(unset) {
         arguments.extend(["--config", CONFIG]);
     }
@@ -136,7 +139,7 @@ fn job(environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     if unset("HONE_METRICS") {
         arguments.extend(["--metrics", METRICS]);
     }
-    // KAITO runs a changed Workspace again into the same volume.
+    // KAITO runs a changed Workspace again, with the same volume.
     if unset("HONE_EARLIER_RESULTS") {
         arguments.extend(["--earlier-results", "move"]);
     }

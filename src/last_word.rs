@@ -1,8 +1,9 @@
-//! An end that no code returns from (an abort, a full stack, a second signal) -> an exit code, a line in the log, and
+//! A sudden end of the process (an abort, a full stack, a second signal) -> an exit code, a line in the log, and
 //! Kubernetes' termination message.
 //!
-//! Such an end leaves no time to make a text, and most of the standard library may not be called in it. So the words
-//! are made beforehand: one for each thing that can happen, and one for whatever a thread is just reading.
+//! Text cannot be formatted in such an end, since most of the standard library may not be called in a signal handler.
+//! So the messages (`Word`) are made beforehand: one for each event that can end the process, and one for the content
+//! that a thread is reading.
 
 use std::cell::Cell;
 use std::ffi::CString;
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::fault::{Fault, Kind};
 use crate::report::termination::{self, Outcome};
 
-/// What is said at such an end: ready bytes.
+/// The message of a sudden end, as ready bytes.
 #[derive(Debug)]
 pub struct Word {
     code: i32,
@@ -22,7 +23,7 @@ pub struct Word {
     said: Vec<u8>,
 }
 
-/// What does not change while the process lives.
+/// What is prepared once and stays the same until the process ends.
 struct Prepared {
     /// The file of Kubernetes' message.
     place: Option<CString>,
@@ -34,7 +35,7 @@ struct Prepared {
 static PREPARED: OnceLock<Prepared> = OnceLock::new();
 /// Whether the log is JSON lines.
 static JSON: AtomicBool = AtomicBool::new(false);
-/// Whether a parent listens on file descriptor 0 for the news that a last word was said.
+/// Whether a parent process reads file descriptor 0 to learn that a last word was written.
 static WATCHED: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
@@ -42,18 +43,19 @@ thread_local! {
     static OUT_OF_MEMORY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Gets everything ready, once, at the start of the program. `place` is the file of Kubernetes' message; `json` is
-/// whether the log is JSON lines; `watched` is whether a parent reads what comes out of file descriptor 0.
+/// Prepares all messages; called once, at the start of the program. `place` is the file of Kubernetes' message.
+/// `json` is true if the log is JSON lines. `watched` is true if a parent process reads what this process writes to
+/// file descriptor 0.
 pub fn prepare(place: Option<&Path>, json: bool, watched: bool) {
     JSON.store(json, Ordering::Relaxed);
     WATCHED.store(watched, Ordering::Relaxed);
     let prepared = Prepared {
         place: place.and_then(|place| CString::new(place.as_os_str().as_bytes()).ok()),
-        defect: Word::of(&Fault::internal("hone aborted: the lines above say where").help(
+        defect: Word::of(&Fault::internal("hone aborted; the lines above say where").help(
             "please report them with the job's configuration; started again, it continues from its newest checkpoint",
         )),
         no_memory: Word::of(
-            &Fault::capacity("the memory is full: the system gave hone no more of it")
+            &Fault::capacity("memory is full: the system refused to give hone more")
                 .help("give the container more memory, or lower TrainingArguments.max_length"),
         ),
         second_signal: Word::of(
@@ -66,9 +68,10 @@ pub fn prepare(place: Option<&Path>, json: bool, watched: bool) {
     }
 }
 
-/// Runs `work`; if it aborts the process (its stack is full, or memory it asks for is not given), `word` is said.
+/// Runs `work`. If `work` aborts the process (its stack overflows, or an allocation fails), `word` is written before
+/// the process ends.
 pub fn unless<T>(word: &Word, work: impl FnOnce() -> T) -> T {
-    /// Puts the word of before back, also when `work` panics.
+    /// Restores the previous word, also if `work` panics.
     struct Back(*const Word);
     impl Drop for Back {
         fn drop(&mut self) {
@@ -84,7 +87,7 @@ pub fn note_full_memory() {
     OUT_OF_MEMORY.set(true);
 }
 
-/// For the handler of signals.
+/// Writes the message of a second signal and ends the process; called by the signal handler.
 pub fn second_signal() {
     if let Some(prepared) = PREPARED.get() {
         prepared.second_signal.speak();
@@ -92,7 +95,7 @@ pub fn second_signal() {
 }
 
 impl Word {
-    /// As the log and the termination message would have the fault.
+    /// The message as the log and the termination message would show the fault.
     pub fn of(fault: &Fault) -> Word {
         let outcome = Outcome { fault: Some(fault.clone()), ..Outcome::default() };
         let (code, name) = (fault.kind.exit_code(), fault.kind.name());
@@ -106,8 +109,8 @@ impl Word {
         Word { code: code.into(), message: termination::line(&outcome).into_bytes(), said: said.into_bytes() }
     }
 
-    /// Says it and ends the process. Calls nothing that may not be called in a signal's handler: it allocates nothing
-    /// and takes no lock.
+    /// Writes the message and ends the process. It allocates nothing and takes no lock, so that a signal handler may
+    /// call it.
     pub fn speak(&self) -> ! {
         if let Some(place) = PREPARED.get().and_then(|prepared| prepared.place.as_ref()) {
             // SAFETY: system calls on a text that ends with zero and lives as long as the process.
@@ -131,8 +134,8 @@ impl Word {
     }
 }
 
-/// Takes SIGABRT, which the standard library raises when a stack is full, when an allocation fails and when a panic
-/// cannot go on, after it has printed what it knows.
+/// Handles SIGABRT. The standard library raises it after it has printed an explanation: when a stack overflows, an
+/// allocation fails, or a panic cannot continue.
 fn hear_aborts() {
     // SAFETY: the action is a zeroed C structure with its handler and flags set; the handler only reads what is ready
     // and makes system calls.

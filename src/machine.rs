@@ -1,12 +1,12 @@
-//! What the machine is like, how much memory it has left, and how the process asks for it.
+//! Memory of the machine: how much is left, how much this process used, and how the allocator keeps it.
 
 use std::path::Path;
 
 /// Keeps freed memory in the process instead of giving it back to the kernel.
 ///
-/// A training step frees and allocates the same activations again. With glibc's defaults blocks above 32 MiB
-/// are mapped anew each time and the kernel clears every page: a sixth of a step of an 88M model
-/// (`benches/LOG.md`). Peak memory is the same, since activations of a step dominate it. Other C libraries
+/// A training step frees and allocates the same activations again. With glibc's defaults, blocks above 32 MiB are
+/// mapped anew each time and the kernel clears every page, which takes a sixth of a step of an 88M model
+/// (`benches/LOG.md`). Peak memory stays the same, because the activations of a step dominate it. Other C libraries
 /// keep their own rules.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -18,14 +18,14 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Bytes of memory that this process may still take: what the machine has available, or less where a container's
-/// limit is nearer. Page cache counts as available, since the kernel gives it up. `None` where the system does not
+/// Bytes of memory that this process may still allocate: the machine's available memory, or less if a container's
+/// limit is lower. Page cache counts as available, since the kernel frees it on demand. `None` if the system does not
 /// say.
 pub fn memory_available() -> Option<u64> {
     available_below(Path::new("/"))
 }
 
-/// The kernel's own count of the largest resident set, in bytes.
+/// The largest resident set so far, in bytes, as the kernel counted it.
 pub fn memory_peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     number_after(&status, "VmHWM:").map(|kib| kib * 1024)
@@ -47,7 +47,7 @@ fn available_below(root: &Path) -> Option<u64> {
             _ => None,
         }
     });
-    // A limit may stand at any level above the process.
+    // Any control group above the process may have a limit.
     let levels = groups.flat_map(|(mount, path, files)| {
         let path = Path::new(path.trim_start_matches('/'));
         path.ancestors().filter_map(|level| left(&mount.join(level), files)).collect::<Vec<_>>()
@@ -79,7 +79,7 @@ fn left(group: &Path, files: &Files) -> Option<u64> {
     Some(limit.saturating_sub(usage.saturating_sub(cache)))
 }
 
-/// The number in the line that begins with this word.
+/// The number in the line that begins with `word`.
 fn number_after(text: &str, word: &str) -> Option<u64> {
     let mut words = text.lines().map(str::split_ascii_whitespace);
     words.find_map(|mut line| (line.next()? == word).then(|| line.next()?.parse().ok())?)

@@ -1,4 +1,4 @@
-//! The program: arguments in, one command run, an exit code that says who must act.
+//! The program: arguments -> one command is run -> an exit code that says who must act.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -23,7 +23,7 @@ use hone::workspace::{Settings, files, tune, yaml};
 use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, serving};
 use std::io::IsTerminal;
 
-/// Prints a line; a reader that went away is no reason to fail.
+/// Prints a line. A reader that went away is no reason to fail.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write;
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     match kaito::call(&arguments, &environment) {
         None => start(arguments, None),
         Some(Ok(kaito::Call::MetricsServer)) => {
-            say!("metrics are served by the job itself, on the same port");
+            say!("the job itself serves its metrics, on the same port");
             ExitCode::SUCCESS
         }
         Some(Ok(kaito::Call::Train { arguments, warnings })) if watch::is_job(&environment) => {
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// In a pod of KAITO's, before the job began.
+/// Ends the program with a fault before the job began, in a pod of KAITO's.
 fn refuse(fault: &Fault, report: &Report) -> ExitCode {
     report.fault(fault);
     leave_word(fault);
@@ -59,7 +59,7 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
     ExitCode::from(fault.kind.exit_code())
 }
 
-/// Runs a command line of hone; `pod` is there in a pod of KAITO's, with what somebody should know.
+/// Runs a command line of hone. `pod` is set in a pod of KAITO's and holds warnings.
 fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
@@ -73,7 +73,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
             cli::exit(&error)
         }
     };
-    // A log wants JSON lines; somebody who asks for a plan or pushes by hand wants words, piped or not.
+    // The log of a job is JSON lines. The other commands are run by people, who want plain text even through a pipe.
     let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_) | Command::Serve { .. });
     let bars = match invocation.log {
         Log::Auto if job => None,
@@ -93,7 +93,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     for warning in pod.iter().flatten().chain(&mistaken) {
         report.warn(Stage::Plan, warning.as_str());
     }
-    // A defect must end with its own code and message, like any other fault.
+    // A defect ends with its own exit code and message, like any other fault.
     let ended =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
     let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
@@ -114,7 +114,7 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
     }
 }
 
-/// Kubernetes' message of an end before any command ran.
+/// Writes Kubernetes' termination message if the program ends before any command runs.
 fn leave_word(fault: &Fault) {
     if let Some(path) = termination::path() {
         let outcome = termination::Outcome { fault: Some(fault.clone()), ..Default::default() };
@@ -126,7 +126,7 @@ fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// Metrics are a help: a run does without them.
+/// Serves metrics. If that fails, the run continues without them.
 fn serve(address: SocketAddr, latest: Arc<Latest>, report: &Report) -> Option<Server> {
     match metrics::serve(address, latest) {
         Ok(server) => {
@@ -140,7 +140,7 @@ fn serve(address: SocketAddr, latest: Arc<Latest>, report: &Report) -> Option<Se
     }
 }
 
-/// In a pod of KAITO's a job ends with the containers that wait for it.
+/// Ends KAITO's other containers, which wait for the job.
 fn leave<T>(ended: Result<T>, report: &Report) -> Result<T> {
     match ended {
         Ok(done) => sidecars::pushed(limits(), report).map(|()| done),
@@ -155,7 +155,8 @@ fn release(report: &Report) {
     sidecars::end(limits(), report);
 }
 
-/// A limit that cannot be read is the default: by now the job has ended, and its pod must too.
+/// The time limits. A limit that cannot be read takes its default, because the job has ended by now and its pod must
+/// end too.
 fn limits() -> Limits {
     Limits::read(&environment).or_else(|_| Limits::read(&|_| None)).expect("defaults are numbers")
 }
@@ -230,7 +231,7 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
     Ok(receipt)
 }
 
-/// What a person wants to know at the end.
+/// The result of a run, for people.
 fn summary(receipt: &Receipt) -> String {
     let trained = &receipt.trained;
     let mut text = format!(
@@ -252,7 +253,7 @@ fn summary(receipt: &Receipt) -> String {
     text
 }
 
-/// Shows the data as it will be trained.
+/// Shows the data as it will be trained on.
 fn look(
     plan: &Plan,
     options: &review::Options,
@@ -277,7 +278,7 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
     let facts = &described.facts;
     job::check_small_files(plan, &described)?;
     let estimate = job::estimate::estimate(plan, &described, gpus, prices)?;
-    // Several GPUs are compared; the plan of memory is that of the first which fits, or of this machine.
+    // Several GPUs are compared. The memory plan shown is that of the first GPU that fits, or of this machine.
     let fitting = estimate.gpus.iter().find(|gpu| gpu.speed.is_ok()).or(estimate.gpus.first());
     let memory = job::room::plan(plan, &described, fitting.map(|gpu| gpu.name.as_str()));
     match format {
@@ -293,7 +294,10 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
                 described.sites.parameters()
             );
             say!("\n{}", estimate.table().trim_end());
-            say!("\nmemory, with examples of the most tokens:\n{}", memory?.table().trim_end());
+            say!(
+                "\nmemory, if all examples have the largest number of tokens:\n{}",
+                memory?.table().trim_end()
+            );
         }
         Format::Json => {
             let mut json = plan.json();
@@ -361,10 +365,11 @@ fn show_serving(
     Ok(())
 }
 
-/// A plan fetches nothing; what follows from the model is unknown until it is here.
+/// Shows a plan whose model is not on this machine. A plan fetches nothing, so everything that depends on the model
+/// is unknown.
 fn show_without_model(plan: &Plan, format: Format) -> Result<()> {
     let unknown = format!(
-        "not here yet: `hone model {}` fetches its small files, `hone run` all of it; then its facts and the memory are shown",
+        "not on this machine yet: `hone model {}` fetches its small files, `hone run` all of it; after that its facts and the memory plan are shown",
         plan.base
     );
     match format {
@@ -378,7 +383,7 @@ fn show_without_model(plan: &Plan, format: Format) -> Result<()> {
     Ok(())
 }
 
-/// How commands without keys reach a model: by the variables of `hone run`.
+/// How commands without keys reach a model: by the environment variables of `hone run`.
 fn reach() -> Result<(hone::source::Options, registry::Options)> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let setting = |key: &str| {
@@ -393,7 +398,7 @@ fn reach() -> Result<(hone::source::Options, registry::Options)> {
     plan::access(&spec::gather(&request, &surroundings)?)
 }
 
-/// The folder of what may be an address, with its weights or without.
+/// The folder of a model that may be given as an address. The model is fetched with or without its weights.
 fn fetched(address: &std::path::Path, weights: bool, report: &Report) -> Result<PathBuf> {
     let address = fetch::Model::parse(&address.to_string_lossy())?;
     if let fetch::Model::Folder(folder) = address {
@@ -440,7 +445,7 @@ fn access(arguments: &RegistryArguments) -> registry::Options {
     plan::registry_access(arguments.docker_config, arguments.ca_file, arguments.plain_http)
 }
 
-/// The name an adapter folder gives its base, for the image's annotation.
+/// The name that an adapter folder gives its base model, for the image's annotation.
 fn base_model(folder: &std::path::Path) -> String {
     let config = hone::adapter::read_config(folder).ok();
     config.and_then(|config| config.base_model_name_or_path).unwrap_or_default()
@@ -455,7 +460,7 @@ fn pull(image: &str, folder: &std::path::Path, arguments: &RegistryArguments, re
 fn try_example(folder: &std::path::Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
     let file = example::write(folder)?;
     say!(
-        "Wrote a tiny model, a dataset and {}.\nThe same by hand: hone run {}",
+        "Wrote a tiny model, a dataset and {}.\nTo run it by hand: hone run {}",
         file.display(),
         file.display()
     );
@@ -504,7 +509,7 @@ fn outcome(receipt: Receipt) -> termination::Outcome {
     }
 }
 
-/// Of a run that failed, with the last step it told.
+/// The outcome of a run that failed, with the last step that it logged.
 fn failed(fault: &Fault, latest: &Latest) -> termination::Outcome {
     let step = latest.state().step;
     termination::Outcome {

@@ -1,6 +1,6 @@
-//! Events of a run -> what it is doing now, served over HTTP: KAITO's JSON, Prometheus text, `/healthz`.
+//! Events of a run -> its current state, served over HTTP: KAITO's JSON, Prometheus text, `/healthz`.
 //!
-//! The run writes the newest state behind a lock that is held for a copy; nothing waits for the network.
+//! The run stores its newest state behind a lock, which is held only for a copy. The run never waits for the network.
 
 mod machine;
 mod prometheus;
@@ -16,28 +16,34 @@ use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
 
 use machine::Sampler;
 
-/// The newest of everything; `None` until there is one.
+/// The newest value of each figure; `None` until there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
+    /// Name of the stage that is running.
     pub stage: Option<&'static str>,
-    /// Steps of the whole run.
+    /// Optimizer steps of the whole run.
     pub steps: Option<u64>,
+    /// The last logged optimizer step.
     pub step: Option<StepMetrics>,
+    /// Loss of the newest evaluation.
     pub eval_loss: Option<f64>,
+    /// Warnings so far.
     pub warnings: u64,
 }
 
-/// Passes everything on and keeps the newest state.
+/// A sink that passes everything on to another one and keeps the newest state.
 pub struct Latest {
     sink: Arc<dyn Sink>,
     state: Mutex<State>,
 }
 
 impl Latest {
+    /// Nothing has happened yet; everything is passed on to `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Latest {
         Latest { sink, state: Mutex::default() }
     }
 
+    /// A copy of the newest state.
     pub fn state(&self) -> State {
         self.lock().clone()
     }
@@ -66,7 +72,7 @@ impl Sink for Latest {
 
     fn progress(&self, progress: &Progress) {
         let mut state = self.lock();
-        // An evaluation stands inside training, which goes on when it ends.
+        // An evaluation happens during training, which continues afterwards.
         state.stage = Some(match (progress.stage, progress.finished) {
             (Stage::Evaluate, true) => Stage::Train.name(),
             (stage, _) => stage.name(),
@@ -79,10 +85,9 @@ impl Sink for Latest {
     }
 }
 
-/// Serves `latest` until the value is dropped.
+/// Serves `latest` until the returned value is dropped.
 ///
-/// # Errors
-/// Config: the address cannot be listened on.
+/// Config: hone cannot listen on the address.
 pub fn serve(address: SocketAddr, latest: Arc<Latest>) -> Result<Server> {
     let sampler = Mutex::new(Sampler::default());
     endpoint::start(address, Arc::new(move |asked| answer(asked, &latest.state(), &sampler)))
@@ -102,7 +107,7 @@ fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {
     }
 }
 
-/// KAITO's metrics, and what it lacks: the run's.
+/// KAITO's metrics, and the run's own under `training`.
 fn json(state: &State, sample: &machine::Sample) -> Value {
     let step = state.step.as_ref();
     let mut value = sample.json();

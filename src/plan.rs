@@ -1,5 +1,5 @@
-//! What will be done: every default, limit and name resolved, each with its origin. Looks at which paths exist;
-//! reads nothing but a chat template, fetches nothing.
+//! The plan: every default, limit and name resolved, each value with its origin. It checks which paths exist, but
+//! reads only a chat template and downloads nothing.
 
 mod reader;
 mod places;
@@ -19,62 +19,79 @@ use crate::{dataset, device, fetch, memory, model, registry, source, train};
 use reader::Reader;
 use std::path::PathBuf;
 
-/// Everything `hone run` needs to know; stages take their own part.
+/// Everything that `hone run` needs to know. Each stage takes its own part.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// How files are downloaded and cached.
     pub source: source::Options,
+    /// Addresses of the dataset.
     pub data: Vec<fetch::Data>,
-    /// Where the base model is; `model.folder` is where its files are, or will be.
+    /// Address of the base model. `model.folder` is the folder where its files are, or will be.
     pub base: fetch::Model,
+    /// How rows are read.
     pub dataset: dataset::Options,
+    /// How rows become token examples.
     pub tokens: dataset::TokenOptions,
+    /// How the base is stored and computed with, and what is adapted.
     pub model: model::Options,
+    /// Limits of memory.
     pub memory: memory::Options,
     /// Name of the base model, for the image and the adapter's card.
     pub model_name: String,
+    /// Optimizer, schedule, batches and evaluation.
     pub train: train::Options,
+    /// The output folder.
     pub output: PathBuf,
-    /// What happens to another run's results there.
+    /// What happens to another run's results in the output folder.
     pub earlier: Earlier,
+    /// Where the adapter is pushed to.
     pub push: Option<registry::Target>,
+    /// How registries are reached.
     pub registry: registry::Options,
+    /// Folder of an adapter whose parameters training starts from.
     pub init_adapter: Option<PathBuf>,
+    /// The device to train on.
     pub device: device::Choice,
-    /// Every value that counts, in the table's order.
+    /// Every value in force, in the order of the table of keys.
     pub values: Vec<Value>,
-    /// Given keys that change nothing here.
+    /// Keys that were given and have no effect.
     pub ignored: Vec<Ignored>,
-    /// What somebody should look at although the run goes on.
+    /// Warnings; the run continues.
     pub warnings: Vec<String>,
 }
 
 /// One resolved value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Value {
-    /// `Section.key`, a key of hone, or what hone made of them (`precision`).
+    /// `Section.key`, a key of hone, or a value that hone derived from keys (`precision`).
     pub name: String,
+    /// The value in force.
     pub value: serde_json::Value,
+    /// Where the value was written.
     pub origin: Origin,
 }
 
+/// A key that was given and has no effect.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ignored {
+    /// The key, with its section.
     pub name: String,
+    /// Where the key was written.
     pub origin: Origin,
+    /// Why the key has no effect.
     pub why: &'static str,
 }
 
 impl Plan {
-    /// How the base model and the data are reached.
+    /// How to reach the base model and the data.
     pub fn access(&self) -> fetch::Access<'_> {
         fetch::Access { source: &self.source, registry: &self.registry }
     }
 }
 
-/// How models are reached outside a run, for commands that have no other keys.
+/// How to reach models outside a run, for commands that have no other keys.
 ///
-/// # Errors
-/// Config: what these few keys say cannot be used.
+/// Config: the values of these few keys cannot be used.
 pub fn access(spec: &Spec) -> Result<(source::Options, registry::Options)> {
     let mut reader = Reader::new(spec);
     let ca_file = places::existing_file(&mut reader, "ca_file");
@@ -85,26 +102,32 @@ pub fn access(spec: &Spec) -> Result<(source::Options, registry::Options)> {
     reader.check().map(|()| options)
 }
 
-/// What serving a model needs of the keys.
+/// The settings that serving a model needs.
 #[derive(Clone, Debug)]
 pub struct Serving {
+    /// How files are downloaded and cached.
     pub source: source::Options,
+    /// How registries are reached.
     pub registry: registry::Options,
+    /// Address of the base model.
     pub base: fetch::Model,
-    /// NF4 with quantised scales unless the keys say otherwise.
+    /// How the base is stored and computed with. It is stored as NF4 with quantised scales unless the keys say
+    /// otherwise.
     pub model: model::Options,
-    /// The id of the base.
+    /// The name of the base for requests.
     pub model_name: String,
+    /// The device to serve on.
     pub device: device::Choice,
+    /// The chat template: Jinja text, or the name of one of the model's templates. `None`: the model's default
+    /// template.
     pub chat_template: Option<String>,
     /// How much of the free memory may be used.
     pub memory_limit: Option<crate::memory::Limit>,
 }
 
-/// Resolves what was asked of a server.
+/// Resolves the settings of a server.
 ///
-/// # Errors
-/// Config: all contradictions and missing things in one fault.
+/// Config: all contradictions and missing settings in one fault.
 pub fn serving(spec: &Spec) -> Result<Serving> {
     let mut reader = Reader::new(spec);
     let ca_file = places::existing_file(&mut reader, "ca_file");
@@ -131,7 +154,7 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
     reader.check().map(|()| serving)
 }
 
-/// Resolves what was asked. All contradictions and missing things are told in one fault.
+/// Resolves the settings of a run. All contradictions and missing settings are reported in one fault.
 pub fn make(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
     let plan = resolve(&mut reader, spec);

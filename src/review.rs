@@ -1,7 +1,7 @@
-//! A plan's data -> what will be learned of it, seen before a GPU is paid for: `hone inspect`.
+//! A plan's data -> what will be learned from it, shown before a GPU is paid for: `hone inspect`.
 //!
-//! Rows are read and tokenized exactly as a run does it, and every warning of a run is collected. Nothing is trained, and no
-//! weight is read.
+//! Rows are read and tokenized exactly as in a run, and every warning of a run is collected. Nothing is trained,
+//! and no weight is read.
 
 mod twins;
 mod text;
@@ -21,69 +21,89 @@ use crate::train::order::{self, Steps};
 pub use html::page;
 pub use twins::Twins;
 
-/// Bars of the histogram of lengths.
+/// Bars in the histogram of lengths.
 const BARS: usize = 16;
-/// LIMIT: optimizer steps that the packing is looked at; an epoch may have millions.
+/// LIMIT: optimizer steps from which the packing is estimated; an epoch may have millions.
 const STEPS_LOOKED_AT: u64 = 64;
 
-/// Which rows are shown.
+/// The rows to show.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// How many, drawn at random.
+    /// Number of rows, drawn at random.
     pub samples: usize,
     /// Seed of the draw.
     pub seed: u64,
-    /// Rows by FILE:ROW as messages name them, in place of drawn ones.
+    /// Rows to show instead of drawn ones, as FILE:ROW in the form that messages use.
     pub rows: Vec<String>,
 }
 
-/// What `hone inspect` tells.
+/// The results of `hone inspect`.
 pub struct Review {
+    /// Name of the model.
     pub model: String,
+    /// Rows of the data.
     pub rows: usize,
+    /// Rows to train on.
     pub train: usize,
+    /// Rows to evaluate on.
     pub evaluation: usize,
-    /// Rows of either set that teach nothing or could not be used.
+    /// Rows of either set that have nothing to learn or could not be used.
     pub dropped: usize,
+    /// Tokens of all rows that are kept.
     pub tokens: u64,
+    /// Tokens that are learned.
     pub learned: u64,
+    /// Tokens of the longest row before cutting.
     pub longest: usize,
+    /// Most tokens per row.
     pub tokens_max: usize,
+    /// Rows that were cut.
     pub cut: usize,
-    /// Share of the passes' room that packing fills; `None` without packing.
+    /// Share of the passes' capacity that packing fills; `None` without packing.
     pub packing: Option<f64>,
     /// Optimizer steps of the whole run.
     pub steps: u64,
-    /// From, up to, and how many rows have so many tokens before cutting.
+    /// The histogram: (from, up to, number of rows with so many tokens before cutting).
     pub lengths: Vec<(usize, usize, usize)>,
+    /// Copies among the rows.
     pub twins: Twins,
+    /// All warnings.
     pub warnings: Vec<String>,
+    /// The rows shown.
     pub samples: Vec<Sample>,
 }
 
 /// A row as it will be trained.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// FILE:ROW
+    /// FILE:ROW.
     pub place: String,
+    /// Its tokens.
     pub tokens: usize,
+    /// Its tokens that are learned.
     pub learned: usize,
+    /// Whether it was cut.
     pub cut: bool,
+    /// Its text, divided by kind of token.
     pub pieces: Vec<Piece>,
 }
 
-/// Tokens of one kind, one behind the other.
+/// Adjacent tokens of one kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
+    /// Their text.
     pub text: String,
+    /// Whether they are learned.
     pub learned: bool,
+    /// Whether they are special tokens.
     pub special: bool,
 }
 
 /// Reads and tokenizes the plan's data.
 ///
 /// # Errors
-/// As a run: for a model, configuration or rows that cannot be used. Config: a row to show that is not there.
+/// The faults of a run for a model, a configuration or rows that cannot be used. Config: a row to show does not
+/// exist.
 pub fn read(plan: &Plan, options: &Options, report: &Report) -> Result<Review> {
     let heard = Arc::new(Heard { inner: report.clone(), warnings: Mutex::default() });
     let report = &Report::new(heard.clone());
@@ -121,7 +141,7 @@ pub fn read(plan: &Plan, options: &Options, report: &Report) -> Result<Review> {
     })
 }
 
-/// Passes events on and keeps the warnings.
+/// Passes events on and collects the warnings.
 struct Heard {
     inner: Report,
     warnings: Mutex<Vec<String>>,
@@ -154,9 +174,9 @@ fn samples(
                 let same = |row: &&EncodedRow| place(row) == *wanted;
                 rows.iter().find(same).ok_or_else(|| {
                     Fault::config(format!(
-                        "--row {wanted}: no row of the training set that is learned from has this place"
+                        "--row {wanted}: no training row with something to learn has this place"
                     ))
-                    .help("places are FILE:ROW as messages name them, counted from 0")
+                    .help("give FILE:ROW in the form that messages use, counted from 0")
                 })
             };
             options.rows.iter().map(find).collect::<Result<_>>()?
@@ -172,7 +192,7 @@ fn samples(
     Ok(chosen.into_iter().map(sample).collect())
 }
 
-/// Indices in their order, without repetition.
+/// Draws indices without repetition and returns them in ascending order.
 fn drawn(rows: usize, options: &Options) -> Vec<usize> {
     let mut state = options.seed;
     let mut chosen = std::collections::BTreeSet::new();
@@ -199,7 +219,7 @@ fn pieces(row: &EncodedRow, tokenizer: &Tokenizer) -> Vec<Piece> {
     pieces
 }
 
-/// Equal steps from 0 to the longest.
+/// Divides 0 to the longest row into equal steps.
 fn histogram(lengths: impl Iterator<Item = usize> + Clone) -> Vec<(usize, usize, usize)> {
     let longest = lengths.clone().max().unwrap_or(0);
     let width = longest.div_ceil(BARS).max(1);
@@ -211,7 +231,7 @@ fn histogram(lengths: impl Iterator<Item = usize> + Clone) -> Vec<(usize, usize,
     bars
 }
 
-/// Steps of the run, and how full its passes are.
+/// (optimizer steps of the run, share of the passes' capacity that packing fills).
 fn packing(rows: &[EncodedRow], plan: &Plan) -> (u64, Option<f64>) {
     let steps = Steps::new(rows.len(), &plan.train);
     let Some(room) = plan.train.packing.filter(|_| !rows.is_empty()) else { return (steps.total, None) };
@@ -227,17 +247,17 @@ fn packing(rows: &[EncodedRow], plan: &Plan) -> (u64, Option<f64>) {
 }
 
 impl Review {
-    /// Lines for people; with colours for a terminal.
+    /// The review as lines for people; with colours for a terminal.
     pub fn text(&self, colours: bool) -> String {
         text::write(self, colours)
     }
 
-    /// One self-contained page.
+    /// The review as one self-contained HTML page.
     pub fn html(&self) -> String {
         html::page(self)
     }
 
-    /// Names and values of the counts, for both forms.
+    /// (name, value) of each count, for text and HTML.
     fn facts(&self) -> Vec<(&'static str, String)> {
         let share = |part: u64, whole: u64| format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64);
         let rows = (self.train + self.evaluation) as u64;
@@ -253,7 +273,12 @@ impl Review {
             ("learned", format!("{} tokens, {}", self.learned, share(self.learned, self.tokens))),
             (
                 "cut",
-                format!("{} rows to {} tokens, {}", self.cut, self.tokens_max, share(self.cut as u64, rows)),
+                format!(
+                    "{} rows cut to {} tokens, {}",
+                    self.cut,
+                    self.tokens_max,
+                    share(self.cut as u64, rows)
+                ),
             ),
             ("steps", self.steps.to_string()),
         ];
@@ -263,16 +288,16 @@ impl Review {
         let Twins { exact, near, overlap } = &self.twins;
         facts.push((
             "duplicates",
-            format!("{exact} rows are exact copies of an earlier one, {near} nearly so"),
+            format!("{exact} rows are exact copies of an earlier row, {near} are nearly the same"),
         ));
         facts.push((
             "overlap",
-            format!("{overlap} rows to evaluate on are also trained on, exactly or nearly"),
+            format!("{overlap} evaluation rows are also in the training data, exactly or nearly"),
         ));
         facts
     }
 
-    /// The same for machines.
+    /// The review as JSON.
     pub fn json(&self) -> Json {
         let piece =
             |piece: &Piece| json!({"text": piece.text, "learned": piece.learned, "special": piece.special});

@@ -1,9 +1,9 @@
-//! The output folder of a run: claimed by one process, kept from other runs, filled atomically, ended by KAITO's
-//! sentinel.
+//! The output folder of a run. One process claims it, other runs are kept out, files are written atomically, and
+//! KAITO's sentinel is the last.
 //!
-//! `hone.json` says which run the folder belongs to: it is the first file that is written, and it alone decides. A
-//! restarted run finds itself and continues, another is refused. Files of the adapter appear whole, by rename; the
-//! sentinel is the last. Links that somebody planted under hone's own names are never followed.
+//! `hone.json` says which run the folder belongs to: it is the first file written, and it alone decides. A restarted
+//! run finds its own record and continues; another run is refused. Files of the adapter appear whole, by rename.
+//! Links that somebody planted under hone's own names are never followed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
@@ -27,59 +27,71 @@ const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
-/// How long a start waits for another hone to leave the folder: a pod that is deleted has some seconds left.
+/// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
 /// The file that KAITO's pusher waits for.
 pub const SENTINEL: &str = "fine_tuning_completed.txt";
 
-/// Where another run's results go, in a folder named by when that run was started.
+/// The folder for another run's results; they go into a folder there, named by the time when that run was started.
 const EARLIER: &str = "earlier";
-/// Names under which a finished run's work stands.
+/// Files of a finished run.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
-/// All that a run leaves.
+/// All files that a run may write.
 const OWN: [&str; 7] =
     [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
 
-/// What happens to results of another run in the output folder.
+/// What happens to results of another run that are in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Earlier {
     /// This run does not start.
     #[default]
     Refuse,
-    /// They move to `earlier/`, inside the folder; files that no run of hone's left stay where they are.
+    /// The results move to `earlier/` inside the folder. Files that no run of hone wrote stay where they are.
     Move,
 }
 
-/// What `hone.json` holds.
+/// The content of `hone.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
+    /// Version of hone that started the run.
     pub hone: String,
-    /// Of model, data and options together.
+    /// Hash of model, data and options together.
     pub fingerprint: String,
-    /// Seconds since 1970 at the first start; templates that print the date use it, so a restart renders the same.
+    /// Time of the first start, in seconds since 1970. Templates that print the date use it, so that a restart
+    /// renders the same text.
     pub started: u64,
+    /// The files that the run reads its rows from.
     pub data: Vec<DataFile>,
+    /// The result of training, when it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained: Option<serde_json::Value>,
+    /// The pushed image, when there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<PushedImage>,
 }
 
+/// A file of the dataset.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DataFile {
+    /// The file as the user named it, without secrets.
     pub name: String,
+    /// Size of the file.
     pub bytes: u64,
+    /// Digest of the file in hexadecimal digits.
     pub sha256: String,
 }
 
+/// The image that the adapter was pushed as.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PushedImage {
+    /// Reference with its tag.
     pub reference: String,
+    /// Digest of the manifest.
     pub digest: String,
 }
 
-/// A claimed output folder. The claim ends with the value.
+/// A claimed output folder. The claim ends when the value is dropped.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
@@ -90,11 +102,10 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// Creates the folder, or takes the one of an earlier start of the same run.
+    /// Creates the folder, or takes over the folder of an earlier start of the same run.
     ///
-    /// # Errors
-    /// Config: the folder cannot be used, or holds what is not hone's. Storage: the disk failed, or another hone
-    /// still works in the folder, which passes by itself.
+    /// Config: the folder cannot be used, or holds files that are not hone's. Storage: the disk failed, or another
+    /// hone still uses the folder, which ends by itself.
     pub fn claim(path: &Path, earlier: Earlier) -> Result<RunFolder> {
         RunFolder::claim_within(path, earlier, LOCK_WAIT)
     }
@@ -105,24 +116,25 @@ impl RunFolder {
             refuse_foreign(path)?;
         }
         let lock = lock(path, wait_max)?;
-        // Again under the lock: another run may have ended in between.
+        // The record is read again under the lock, because another run may have ended in between.
         let record = read_record(path)?;
         whole::remove_leftovers(path);
         let started = record.as_ref().map_or_else(now, |record| record.started);
         Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: lock })
     }
 
+    /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// When this run was first started.
+    /// The time when this run was first started.
     pub fn started(&self) -> SystemTime {
         UNIX_EPOCH + std::time::Duration::from_secs(self.started)
     }
 
-    /// Ties the folder to a run, or finds that it already is. Another run's folder is refused, unless that run left
-    /// nothing to lose: whoever corrects a mistake may start again in the same folder.
+    /// Ties the folder to a run, or accepts that it already belongs to it. Another run's folder is refused, unless
+    /// that run left nothing of value: a user who corrects a mistake may start again in the same folder.
     pub fn belongs_to(&mut self, fingerprint: &str, data: &[source::File]) -> Result<()> {
         match &self.record {
             Some(record) if record.fingerprint == fingerprint => Ok(()),
@@ -136,7 +148,8 @@ impl RunFolder {
                     self.move_away()?;
                 }
                 self.started = now();
-                // Before the record: afterwards nothing would tell these lines from the new run's.
+                // This comes before the record is written: afterwards these lines could not be distinguished from the
+                // new run's.
                 self.remove(METRICS)?;
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
@@ -163,7 +176,8 @@ impl RunFolder {
         }
     }
 
-    /// Each by a rename; cut short, the next start moves the rest beside it.
+    /// Moves an earlier run's files, each by a rename. If this is interrupted, the next start moves the rest to the
+    /// same place.
     fn move_away(&self) -> Result<()> {
         let started = self.record.as_ref().map_or_else(now, |record| record.started);
         let to = self.path.join(EARLIER).join(words::date(UNIX_EPOCH + Duration::from_secs(started), DATE));
@@ -175,7 +189,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// What a run left that must not be lost.
+    /// The name of what a run left, if it is of value.
     fn kept(&self) -> Option<&'static str> {
         let exists = |name: &str| self.path.join(name).exists();
         let is_whole = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
@@ -187,13 +201,14 @@ impl RunFolder {
         }
     }
 
-    /// Whether training ended in an earlier start.
+    /// The result of training, if an earlier start finished it.
     pub fn trained(&self) -> Option<Trained> {
         let record = self.record.as_ref()?;
         let whole = WHOLE.iter().all(|name| self.path.join(name).exists());
         serde_json::from_value(record.trained.clone()?).ok().filter(|_| whole)
     }
 
+    /// The place of this run's checkpoints; creates the folder.
     pub fn checkpoints(&self) -> Result<Checkpoints> {
         let folder = self.path.join(CHECKPOINTS);
         fs::create_dir_all(&folder).map_err(|error| Fault::storage("create", &folder, &error))?;
@@ -201,12 +216,14 @@ impl RunFolder {
         Ok(Checkpoints { folder, fingerprint })
     }
 
+    /// Removes all checkpoints.
     pub fn remove_checkpoints(&self) -> Result<()> {
         let folder = self.path.join(CHECKPOINTS);
         fs::remove_dir_all(&folder).map_err(|error| Fault::storage("remove", &folder, &error))
     }
 
-    /// Opens `metrics.jsonl` for `next` and what follows it; an interrupted start's lines from there on are dropped.
+    /// Opens `metrics.jsonl` to append `next` and later lines. Lines that an interrupted start wrote from there on
+    /// are dropped.
     pub fn metrics(&self, next: &Metric) -> Result<Metrics> {
         let next = (next.step(), matches!(next, Metric::Evaluation { .. }));
         let path = self.path.join(METRICS);
@@ -221,7 +238,7 @@ impl RunFolder {
         Ok(Metrics { file: file.map_err(|error| Fault::storage("write", &path, &error))?, path })
     }
 
-    /// Writes a file whole: temporary name, sync, rename.
+    /// Writes a file atomically: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         whole::write(&self.path.join(name), content)
     }
@@ -238,6 +255,7 @@ impl RunFolder {
         )
     }
 
+    /// Records the pushed image.
     pub fn pushed(&mut self, pushed: &Pushed) -> Result<()> {
         let mut record =
             self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
@@ -253,25 +271,26 @@ impl RunFolder {
     }
 }
 
-/// The run's metrics, a line at a time.
+/// Writes the run's metrics, one line at a time.
 pub struct Metrics {
     file: File,
     path: PathBuf,
 }
 
 impl Metrics {
+    /// Appends a line.
     pub fn log(&mut self, metric: &Metric) -> Result<()> {
         let line = format!("{}\n", serde_json::to_string(metric).expect("numbers"));
         self.file.write_all(line.as_bytes()).map_err(|error| Fault::storage("write", &self.path, &error))
     }
 }
 
-/// The folder's lock. A killed process holds it until the kernel has cleaned up; on another node, until that node's
-/// lease ends.
+/// Takes the folder's lock. A killed process holds it until the kernel has cleaned up; a process on another node,
+/// until that node's lease ends.
 fn lock(folder: &Path, wait_max: Duration) -> Result<File> {
     let path = folder.join(LOCK);
     let not_ours = |what: &str| {
-        Fault::config(format!("{} is {what}, expected a plain file of hone's", path.display()))
+        Fault::config(format!("{} is {what}; expected a plain file that hone wrote", path.display()))
             .help("remove it: nothing is lost with it")
     };
     if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
@@ -298,7 +317,7 @@ fn lock(folder: &Path, wait_max: Duration) -> Result<File> {
             Err(TryLockError::WouldBlock) => {
                 return Err(Fault::new(
                     Kind::Storage,
-                    format!("{} is in use by another hone, after {wait_max:?} still", folder.display()),
+                    format!("{} is still in use by another hone after {wait_max:?}", folder.display()),
                 )
                 .help("start it again when the other one has ended, or use another output folder"));
             }
@@ -311,7 +330,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// A line's step and whether it is its evaluation, which comes after the step's own line.
+/// The step of a line, and whether the line is the step's evaluation, which follows the step's own line.
 fn place_of(line: &str) -> Option<(u64, bool)> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     Some((line.get("step")?.as_u64()?, line.get("eval_loss").is_some()))
@@ -319,7 +338,7 @@ fn place_of(line: &str) -> Option<(u64, bool)> {
 
 fn read_record(path: &Path) -> Result<Option<Record>> {
     let file = path.join(RECORD);
-    // A pipe would never end, and a link leads to a file that is not the folder's.
+    // Reading a pipe would never end, and a link leads to a file outside of the folder.
     if fs::symlink_metadata(&file).is_ok_and(|found| !found.is_file()) {
         return Err(Fault::config(format!("{}: not a plain file", file.display()))
             .help("use another output folder, or remove this one"));
@@ -334,8 +353,8 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
-/// An empty folder may hold what file systems and hone itself leave: hidden files, lost+found, and the empty
-/// metrics that earlier versions wrote before the record.
+/// Refuses a folder with other files. An empty folder may hold what file systems and hone itself leave: hidden files,
+/// lost+found, and the empty metrics file that earlier versions wrote before the record.
 fn refuse_foreign(path: &Path) -> Result<()> {
     let entries = fs::read_dir(path).map_err(|error| Fault::storage("read", path, &error))?;
     let is_bare = |entry: &fs::DirEntry| {

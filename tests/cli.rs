@@ -1,4 +1,4 @@
-//! The command line as a person meets it: help, plan, push and pull, usage errors; and no secret in anything it says.
+//! The command line as users meet it: help, plan, push and pull, usage errors, and no secret in any output.
 
 #[path = "support/http.rs"]
 mod http;
@@ -29,23 +29,23 @@ fn help_tells_what_there_is() {
 
         Commands:
           run          Fine-tune a model and write the adapter; push it if asked
-          plan         Show everything `run` would do, each value with where it came from
-          inspect      Show the data as it will be trained: what is learned of each row, counts, copies,
-                       warnings
-          model        Show what a model is understood as: facts, LoRA sites, memory, what is missing
+          plan         Show everything that `run` would do, and where each value was set
+          inspect      Show the data as it will be trained on: the learned parts of each row, counts,
+                       duplicates, warnings
+          model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
           push         Push an adapter's folder as an image
           pull         Pull an adapter's image into a folder
-          example      Write a tiny model, a dataset and a configuration, and run the whole job on them, in
+          example      Write a tiny model, a dataset and a configuration, and run the whole job on them in
                        seconds
-          bench        Measure how fast this machine trains a model or a well-known shape, beside what the
-                       machine can do
+          bench        Measure how fast this machine trains a model or a well-known shape, compared with
+                       what the machine can do
           serve        Serve a model with adapters over HTTP: OpenAI's API, KAITO's /chat, and a page to
                        talk to it
           render       Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
-          tune         Print a Workspace that tunes a preset, for those who have none yet
-          controller   Watch KAITO Workspaces, make their Jobs and servers, and tell what becomes of them
-          keys         Print the configuration keys: all of them, or those whose name or description holds a
-                       word
+          tune         Print a new Workspace that tunes a preset
+          controller   Watch KAITO Workspaces, create their Jobs and servers, and report their state
+          keys         Print the configuration keys: all of them, or those whose name or description
+                       contains a word
           completions  Print a shell's completion script
           man          Write man pages, one for each command, into a folder
           help         Print this message or the help of the given subcommand(s)
@@ -56,7 +56,7 @@ fn help_tells_what_there_is() {
 
                   Possible values:
                   - auto:     Bars on a terminal, JSON lines otherwise
-                  - terminal: For people: bars, or plain lines where stderr is no terminal
+                  - terminal: For people: bars, or plain lines if stderr is no terminal
                   - json:     For machines: one JSON line for each event
 
                   [env: HONE_LOG=]
@@ -73,8 +73,9 @@ fn help_tells_what_there_is() {
           -V, --version
                   Print version
 
-        Exit codes: 0 done; 2, 10-15: somebody must change something; 20-23, 30, 31: try again.
-        Every flag is also an environment variable, and every key of the job can stand in one YAML file.
+        Exit codes: 0: done; 2, 10-15: something must be changed first; 20-23, 30, 31: a retry can help.
+        Every flag is also an environment variable, and every key of the job can be written in one YAML
+        file.
     "#]]
     .assert_eq(&help(&["--help"]));
     expect![[r#"
@@ -90,7 +91,7 @@ fn help_tells_what_there_is() {
 
         Options:
               --config <FILE>
-                  KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml comes before it
+                  KAITO's training_config.yaml, or a ConfigMap that holds it; SPEC.yaml overrides it
 
                   [env: HONE_CONFIG=]
 
@@ -106,18 +107,20 @@ fn help_tells_what_there_is() {
                   [env: HONE_NAME=]
 
               --data <URL_OR_PATH>
-                  Data to train on (parquet, JSON lines, JSON, CSV, Arrow): URL, file, folder, glob or
+                  Data to train on (parquet, JSON lines, JSON, CSV, Arrow): a URL, file, folder, glob or
                   oci://IMAGE; may be repeated; #sha256=... pins the bytes
 
                   [env: HONE_DATA]
 
               --layout <LAYOUT>
-                  What a row holds: messages, prompt_completion or text [default: told from the columns]
+                  Layout of the rows: messages, prompt_completion, alpaca, question_answer, tokens or text
+                  [default: detected from the columns]
 
                   [env: HONE_LAYOUT=]
 
               --bad-rows <HOW>
-                  Rows that cannot be used: refuse them all, or drop them and count
+                  What happens to rows that cannot be used: refuse (the run ends) or drop (they are left out
+                  and counted)
 
                   [env: HONE_BAD_ROWS=]
 
@@ -127,32 +130,32 @@ fn help_tells_what_there_is() {
                   [env: HONE_BAD_ROWS_MAX=]
 
               --role-field <NAME>
-                  Field of a message that says who speaks
+                  Field of a message that names its speaker
 
                   [env: HONE_ROLE_FIELD=]
 
               --content-field <NAME>
-                  Field of a message that holds what is said
+                  Field of a message that holds its text
 
                   [env: HONE_CONTENT_FIELD=]
 
               --user-names <WORDS>
-                  Further words for the user in a message's role, with commas between
+                  More words for the user in a message's role, separated by commas
 
                   [env: HONE_USER_NAMES=]
 
               --assistant-names <WORDS>
-                  Further words for the assistant in a message's role, with commas between
+                  More words for the assistant in a message's role, separated by commas
 
                   [env: HONE_ASSISTANT_NAMES=]
 
               --system-column <NAME>
-                  Column whose text becomes a row's system turn
+                  Column whose text becomes a row's system message
 
                   [env: HONE_SYSTEM_COLUMN=]
 
               --tools-column <NAME>
-                  Column with the tools that a row's chat template sees
+                  Column with the tools for a row's chat template
 
                   [env: HONE_TOOLS_COLUMN=]
 
@@ -162,7 +165,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_OUTPUT=]
 
               --earlier-results <HOW>
-                  Results of another run in that folder: refuse, or move them to earlier/ inside it
+                  What happens to results of another run in that folder: refuse (this run does not start) or
+                  move (to earlier/ inside the folder)
 
                   [env: HONE_EARLIER_RESULTS=]
 
@@ -178,12 +182,12 @@ fn help_tells_what_there_is() {
                   [env: HONE_TARGET_MATCHING=]
 
               --init-adapter <DIR>
-                  PEFT folder to start from
+                  PEFT folder whose weights training starts from
 
                   [env: HONE_INIT_ADAPTER=]
 
               --device <DEVICE>
-                  auto, cpu, cuda or cuda:N
+                  Device: auto, cpu, cuda or cuda:N
 
                   [env: HONE_DEVICE=]
 
@@ -193,22 +197,22 @@ fn help_tells_what_there_is() {
                   [env: HONE_KEEP=]
 
               --memory-max <SIZE>
-                  Most memory to use: 20GiB, bytes, or a share of what is free
+                  Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory
 
                   [env: HONE_MEMORY_MAX=]
 
               --pass-tokens-max <TOKENS>
-                  Most tokens of one pass
+                  Upper limit of the tokens in one pass
 
                   [env: HONE_PASS_TOKENS_MAX=]
 
               --cache <DIR>
-                  Folder of downloads
+                  Folder for downloads
 
                   [env: HONE_CACHE=]
 
               --file-bytes-max <BYTES>
-                  Largest data file that is downloaded, in bytes
+                  Largest size of a downloaded data file, in bytes
 
                   [env: HONE_FILE_BYTES_MAX=]
 
@@ -223,12 +227,12 @@ fn help_tells_what_there_is() {
                   [env: HONE_CA_FILE=]
 
               --plain-http
-                  Talk to the registry without TLS
+                  Connect to the registry without TLS
 
                   [env: HONE_PLAIN_HTTP=]
 
               --set <SECTION.KEY=VALUE>
-                  Any key: --set LoraConfig.r=16; may be repeated; in the environment separated by ; or line
+                  Any key: --set LoraConfig.r=16; may be repeated; in the variable, separated by ; or line
                   breaks
 
                   [env: HONE_SET=]
@@ -243,7 +247,7 @@ fn help_tells_what_there_is() {
 
                   Possible values:
                   - auto:     Bars on a terminal, JSON lines otherwise
-                  - terminal: For people: bars, or plain lines where stderr is no terminal
+                  - terminal: For people: bars, or plain lines if stderr is no terminal
                   - json:     For machines: one JSON line for each event
 
                   [env: HONE_LOG=]
@@ -280,7 +284,7 @@ fn a_bench_measures_a_shape() {
     for key in positive {
         assert!(json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
     }
-    // The plan's bytes are the process's but for the program itself and its buffers.
+    // The plan's bytes are those of the process, except for the program itself and its buffers.
     let (plan, peak) = (json["plan"]["bytes"].as_f64().unwrap(), json["peak_bytes"].as_f64().unwrap());
     assert!(plan < peak + 64e6, "plan {plan}, peak {peak}");
     let refused = work.run(&["bench", "--shape", "tiny", "--memory-max", "1MiB", "--device", "cpu"]);
@@ -372,7 +376,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         work: 60 optimizer steps over 216 rows, about 26845 tokens (estimated from footers)
         l4  about 780488 tokens/s, 1 s, $0.00 at $0.80 an hour
 
-        memory, with examples of the most tokens:
+        memory, if all examples have the largest number of tokens:
         context and kernels                     600.0 MiB
         base, 4 bits with scales                198.2 KiB
         norms and biases                          2.5 KiB
@@ -520,7 +524,7 @@ fn secrets_are_used_and_never_shown() {
     assert!(server.requests().iter().any(|request| request.header("authorization").is_some()));
     no_canary_below(&work.path(""));
 
-    // Whatever ends a run, too.
+    // The end of any run shows none either.
     for data in [url("/other.parquet"), format!("{good}#sha256={}", "0".repeat(64)), format!("{good}#sha1=1")]
     {
         let ended = job::end(&mut command("run", &data));

@@ -1,4 +1,4 @@
-//! The same rows in every container give the same conversations; damage in any of them is a fault of the data.
+//! The same rows in every container give the same conversations, and damage in any container is a data fault.
 
 use arrow::array::*;
 use arrow::datatypes::{DataType, Field, Schema};
@@ -31,7 +31,7 @@ const OPTIONS: Options = Options {
 };
 
 fn read_as(folder: &Path, name: &str, content: &[u8], container: Option<&str>) -> Result<Dataset, Fault> {
-    let path = folder.join("blob"); // as the cache names downloads
+    let path = folder.join("blob"); // the name that the cache gives to downloads
     std::fs::write(&path, content).unwrap();
     let bytes = content.len() as u64;
     let file = source::File { path, name: name.into(), bytes, sha256: String::new(), entry: 0 };
@@ -259,7 +259,7 @@ fn what_is_no_data_is_called_by_its_name() {
     }
 }
 
-/// A few kilobytes that would be gigabytes: one row without an end.
+/// A few kilobytes that unpack to gigabytes: one row without an end.
 #[test]
 fn a_bomb_is_refused_before_it_takes_the_memory() {
     let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
@@ -274,7 +274,7 @@ fn a_bomb_is_refused_before_it_takes_the_memory() {
     assert!(told.contains("line 1: a row of more than 268435456 bytes"), "{told}");
 }
 
-/// A record batch that claims to unpack to more than there is memory for.
+/// A record batch that claims to unpack to more bytes than there is memory for.
 #[test]
 fn an_arrow_buffer_that_lies_about_its_size_is_refused() {
     let mut bytes = ipc_file(Some(CompressionType::ZSTD));
@@ -285,7 +285,7 @@ fn an_arrow_buffer_that_lies_about_its_size_is_refused() {
     assert!(told.contains("unpacks to") && told.contains("limit 4294967296"), "{told}");
 }
 
-/// Reading never panics or ends the process: it gives rows, or a fault that blames the data.
+/// Reading never panics or ends the process: it returns rows, or a fault that blames the data.
 #[test]
 fn damage_gives_rows_or_a_data_fault() {
     let small: Vec<(&str, Vec<u8>)> = all().into_iter().collect();
@@ -305,7 +305,7 @@ fn damage_gives_rows_or_a_data_fault() {
                     let at = next(bytes.len() - 9);
                     bytes[at..at + 8].copy_from_slice(&(1_u64 << next(64)).to_le_bytes());
                 }
-                // Where headers and footers lie.
+                // The places of headers and footers.
                 2 => {
                     let end = bytes.len().min(2000);
                     let at = if next(2) == 0 { next(end) } else { bytes.len() - 1 - next(end) };

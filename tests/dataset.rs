@@ -1,4 +1,5 @@
-//! Parquet files to token examples, against token ids and masks that transformers made, and against damage.
+//! Parquet files to token examples, compared with token ids and masks from transformers, and read from damaged
+//! files.
 
 use arrow::array::*;
 use arrow::buffer::OffsetBuffer;
@@ -62,7 +63,7 @@ fn encode_with(
     dataset::encode(&data.train, tokenizer, &options, &Report::silent())
 }
 
-/// Ids of every row, and the positions that are not learned, as the reference wrote them.
+/// The ids of every row, and the positions that are not learned, as the reference wrote them.
 fn check_golden(data: &str, model: &str, tokens: &str, loss: LossOn) {
     let data = read(&golden(data)).unwrap();
     let tokenizer = Tokenizer::open(&golden(model)).unwrap();
@@ -136,7 +137,7 @@ fn of(conversation: Conversation) -> Dataset {
     Dataset { train: vec![record], evaluation: vec![], layout: Layout::Messages }
 }
 
-/// The mask of a conversation as text; `!` in front of a fault.
+/// The mask of a conversation as text; a fault begins with `!`.
 fn check_mask(model: &str, template: Option<&str>, conversation: Conversation, expected: Expect) {
     let tokenizer = Tokenizer::open(&golden(model)).unwrap();
     let shown = match encode_with(&of(conversation), &tokenizer, LossOn::Answers, template) {
@@ -300,7 +301,7 @@ fn masks_of_other_templates() {
         <|im_end|>
     "#]],
     );
-    // The same words in question and answer: the answer is found behind the question.
+    // The same words occur in question and answer. The answer is found after the question.
     let echo = Conversation::Messages(vec![
         message("user", "yes"),
         message("assistant", "yes"),
@@ -449,7 +450,7 @@ fn strings(values: &[Option<&str>]) -> ArrayRef {
     Arc::new(StringArray::from(values.to_vec()))
 }
 
-/// One list of messages a row; fields in the order given.
+/// One list of messages per row, with fields in the given order.
 fn lists(rows: &[&[(&str, &str)]], names: [&str; 2], kind: &DataType) -> ArrayRef {
     let all: Vec<_> = rows.iter().flat_map(|row| row.iter()).collect();
     let column = |role: bool| {
@@ -586,7 +587,7 @@ fn other_layouts_are_found_by_their_columns() {
         completion: vec![message("assistant", "b")],
     };
     assert_eq!(read(&path).unwrap().train[0].conversation, both);
-    // A layout or a column name that is asked for goes before what would be found first.
+    // A layout or a column name from the configuration takes precedence over detection.
     let (_keep, path) = written(vec![
         ("messages", list(&prompt)),
         ("text", strings(&[Some("t")])),
@@ -687,7 +688,7 @@ fn files_follow_in_the_order_given() {
 
 // ---- damage
 
-/// Reading never panics or ends the process: it gives rows, or a fault that blames the data.
+/// Reading never panics or ends the process: it returns rows, or a fault that blames the data.
 fn survives(path: &Path, bytes: &[u8]) -> bool {
     std::fs::write(path, bytes).unwrap();
     match read(path) {
@@ -708,7 +709,7 @@ fn truncated_files_are_data_faults_wherever_they_end() {
     for length in (0..whole.len()).step_by(7).chain(whole.len() - 12..whole.len()) {
         assert!(!survives(&path, &whole[..length]), "{length} of {} bytes", whole.len());
     }
-    // The tail of a cut file may look whole.
+    // The end of a cut file may look like that of a whole one.
     for length in (0..whole.len() - 12).step_by(31) {
         assert!(!survives(&path, &[&whole[..length], &whole[whole.len() - 8..]].concat()), "{length}");
     }

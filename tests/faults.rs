@@ -1,7 +1,7 @@
-//! hone under attack, with the real binary: a disk that fails at every call, inputs made to do harm, ends that nobody
-//! returns from, secrets in every place. `tests/faults/MATRIX.md` lists what is proven where.
+//! hone under attack, with the real binary: a disk that fails at every call, malicious inputs, ends that stop the
+//! process at once, and secrets in every place. `tests/faults/MATRIX.md` lists what is proven where.
 //!
-//! A sweep takes every so many calls; `HONE_FAULTS=all cargo test --test faults` takes each.
+//! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call.
 
 #[path = "support/job.rs"]
 mod job;
@@ -58,21 +58,21 @@ fn shim() -> &'static Path {
     path
 }
 
-/// A run whose disk fails so at this call.
+/// A run whose disk fails at this call in this way.
 fn faulty(work: &Work, fault: &str, at: u64) -> Ended {
     let mut command = work.hone(&arguments());
     command.env("LD_PRELOAD", shim()).env("FAULT", fault).env("FAULT_AT", at.to_string());
     end(&mut command)
 }
 
-/// What a run leaves that must be the same, whatever happened to it: the adapter, and the image's manifest.
+/// What a run leaves that must be the same after every interruption: the adapter, and the image's manifest.
 fn results(work: &Work) -> (Vec<u8>, String) {
     let index = work.json("image/index.json");
     (work.read("out/adapter_model.safetensors"), index["manifests"][0]["digest"].as_str().unwrap().to_owned())
 }
 
-/// Faults at every so many of the calls that an undisturbed run makes; each is followed by an undisturbed restart,
-/// which must end in the bytes of the undisturbed run.
+/// A fault at every n-th call of an undisturbed run, each followed by an undisturbed restart, which must end with
+/// the bytes of the undisturbed run.
 fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     let straight = Work::with_llama();
     let mut counting = straight.hone(&arguments());
@@ -86,7 +86,7 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     } else {
         calls.div_ceil(share)
     };
-    // The first calls, where a folder is claimed, are each a place of its own.
+    // Each of the first calls, which claim a folder, is tested.
     let places = (1..=12).chain((13..=calls).step_by(usize::try_from(every).unwrap()));
     for at in places {
         let work = Work::with_llama();
@@ -95,10 +95,10 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
         if hurt.code != Some(0) {
             let message = std::fs::read(work.path("termination.json")).unwrap_or_default();
             let message = serde_json::from_slice::<serde_json::Value>(&message).ok();
-            // A process that is killed before its first word or in the middle of it, and a full disk, leave none.
+            // A process that is killed before or during its first message, and a full disk, leave no message.
             let speechless = hurt.code.is_none() || fault == "full";
             assert!(message.is_some() || speechless, "{fault} at {at}: no last word");
-            // On a full disk the word that was written ahead stands.
+            // On a full disk, the message that was written ahead stays.
             if let Some(message) = message.filter(|_| fault != "full") {
                 let code = hurt.code.map_or(137, i64::from);
                 assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
@@ -144,7 +144,7 @@ fn stopped_at_any_call_a_run_ends_in_the_same_bytes() {
     sweep("term", &[Some(30), Some(31), Some(0), None], 10);
 }
 
-// ---- ends that nobody returns from ----
+// ---- ends that stop the process at once ----
 
 #[test]
 fn every_end_leaves_a_word() {
@@ -159,13 +159,13 @@ fn every_end_leaves_a_word() {
             "--set",
             "TrainingArguments.save_strategy=no",
         ]);
-        // One micro-batch of all rows, so that the first signal has to wait for it.
+        // One micro-batch of all rows, so that the first signal has to wait for its end.
         for key in ["per_device_train_batch_size=400", "packing=false", "logging_steps=1", "max_length=512"] {
             long.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
         }
         let mut running = work.start(&long);
         running.until("a step", || work.path("out/metrics.jsonl").exists());
-        // Well into the next step, which takes seconds.
+        // The time is well into the next step, which takes seconds.
         std::thread::sleep(Duration::from_millis(500));
         for signal in signals {
             running.signal(*signal);
@@ -192,15 +192,15 @@ fn a_folder_in_use_is_a_reason_to_try_again() {
     assert_eq!(waiting.end().0, Some(0), "it waited for the other one to end");
 }
 
-// ---- inputs made to do harm ----
+// ---- malicious inputs ----
 
-/// The run over what a test has put there: its code, and what it said, within a time and a memory.
+/// Runs hone over the files of a test, within a time and a memory. Returns its exit code and its output.
 fn attacked(work: &Work, more: &[&str]) -> Ended {
     const LIMIT: Duration = Duration::from_secs(60);
     let began = Instant::now();
     let hone = work.hone(&[]);
     let mut command = Command::new("sh");
-    // In kilobytes: a machine's threads reserve some gigabytes that they never take.
+    // In kilobytes. A machine's threads reserve some gigabytes that they never use.
     command.args(["-c", "ulimit -v 12000000; exec \"$0\" \"$@\""]).arg(hone.get_program());
     command.args(RUN).args(["--log", "terminal", "--set", "TrainingArguments.max_steps=1"]).args(more);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("RAYON_NUM_THREADS", "2");
@@ -215,7 +215,7 @@ fn attacked(work: &Work, more: &[&str]) -> Ended {
     ended
 }
 
-/// The footer's schema: a chain of groups, as Thrift writes it.
+/// The footer's schema, a chain of groups, as Thrift writes it.
 fn deep_parquet(groups: usize) -> Vec<u8> {
     let varint = |mut rest: usize| {
         let mut bytes = Vec::new();
@@ -378,7 +378,7 @@ fn absurd_models_end_with_12() {
 fn an_adapter_without_effect_is_never_shipped() {
     let work = Work::with_llama();
     let ended = attacked(&work, &["--set", "TrainingArguments.learning_rate=0.0"]);
-    // Either the plan refuses it, or the end of the run does.
+    // It is refused either by the plan or at the end of the run.
     assert!([Some(10), Some(15)].contains(&ended.code), "{:?}\n{}", ended.code, ended.stderr);
     let work = Work::with_llama();
     let ended = attacked(
@@ -444,7 +444,7 @@ fn no_way_in_shows_a_secret() {
             command.args(["--data", "none.parquet"]);
         }
         command.args(&way).env("RUST_LOG", "trace").env("RUST_BACKTRACE", "0");
-        // Nothing of it may leave the machine, even where hone fails to refuse it.
+        // No request may leave the machine, even if hone fails to refuse it.
         command.env("HTTPS_PROXY", "http://127.0.0.1:1").env("HTTP_PROXY", "http://127.0.0.1:1");
         command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_TOKEN", C).env("HONE_REGISTRY_PASSWORD", C);
         let began = Instant::now();

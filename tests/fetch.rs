@@ -1,4 +1,4 @@
-//! Base models and data by address: the real binary against a scripted hub, a scripted registry and a real one.
+//! Base models and data by address: the real binary with a scripted hub, a scripted registry and a real one.
 
 #[path = "support/fake_registry.rs"]
 mod fake_registry;
@@ -24,7 +24,7 @@ use serde_json::json;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const REPOSITORY: &str = "org/tiny";
-/// Must never appear in a message, nor reach another host.
+/// A secret that must never appear in a message or reach another host.
 const TOKEN: &str = "hf_canarySecret";
 const STEPS: &str = "--set TrainingArguments.max_steps=2 --set TrainingArguments.max_length=64 --device cpu";
 const WEIGHTS: &str = "model.safetensors";
@@ -47,7 +47,7 @@ fn listing(files: &BTreeMap<String, Vec<u8>>) -> serde_json::Value {
     json!({"id": REPOSITORY, "sha": COMMIT, "siblings": files.iter().map(sibling).collect::<Vec<_>>()})
 }
 
-/// What the hub answers, where a test has nothing else to say.
+/// The hub's answers, unless a test replaces them.
 fn answer(files: &BTreeMap<String, Vec<u8>>, request: &Request) -> Reply {
     let path = request.target.split('?').next().unwrap();
     if path.starts_with(&format!("/api/models/{REPOSITORY}/revision/")) {
@@ -103,7 +103,7 @@ fn files_asked_for(server: &Server) -> Vec<String> {
     server.requests().iter().filter_map(names).collect()
 }
 
-/// The adapter that the model gives when it is a folder.
+/// The adapter that results if the model is given as a folder.
 fn adapter_of_folder(name: &str) -> Vec<u8> {
     let work = rows();
     work.copy("llama3/model", "model");
@@ -132,7 +132,7 @@ fn a_run_from_the_hub_is_the_run_of_the_folder_and_asks_once() {
     let card = work.json("out/adapter_config.json");
     assert_eq!(card["base_model_name_or_path"], REPOSITORY);
 
-    // Another run finds the folder: nothing is asked for, not even what `main` is now.
+    // Another run finds the folder and asks for nothing, not even for the commit of `main`.
     let before = server.requests().len();
     std::fs::remove_dir_all(work.path("out")).unwrap();
     std::fs::copy(golden_path("_data/messages.parquet"), work.path("data.parquet")).unwrap();
@@ -156,7 +156,7 @@ fn a_run_belongs_to_its_commit() {
     done(&mut run(&server));
     let again = done(&mut run(&server));
     assert!(again.stderr.contains("already trained"), "{}", again.stderr);
-    // The same files, as far as names and lengths tell.
+    // The same files, as far as names and lengths show.
     let ended = end(&mut run(&moved));
     assert_eq!(ended.code, Some(10), "{}", ended.stderr);
     assert!(ended.stderr.contains("of another run"), "{}", ended.stderr);
@@ -229,7 +229,7 @@ fn the_token_reaches_the_hub_and_nobody_else() {
         assert!(!format!("{request:?}").contains(TOKEN), "{request:?}");
     }
 
-    // Data of any other server gets none.
+    // Data from any other server is requested without the token.
     let other = self::hub(model());
     let data = format!("--data {}", other.url("/rows.parquet"));
     let mut run = command(&work, &hub.url(""), "hf://org/tiny", &data);
@@ -312,7 +312,7 @@ fn a_killed_download_goes_on_with_its_commit() {
     let server = Server::start(move |_, request| {
         let later = later.load(Ordering::SeqCst);
         match (later, request.target.starts_with("/api/"), request.target.ends_with(WEIGHTS)) {
-            // `main` is another commit by now, whose listing must not be asked for.
+            // `main` is another commit by now; its listing must not be requested.
             (true, true, _) => Reply::status(404),
             (false, _, true) => answer(&files, request).cut(half).stall(),
             _ => answer(&files, request),
@@ -527,7 +527,7 @@ fn a_model_somewhere_in_an_image_is_found() {
     assert!(ended.stderr.contains("no folder in it holds config.json and *.safetensors"), "{}", ended.stderr);
 }
 
-/// Puts a folder in OCI's layout: an artifact of titled layers, or an image of one layer.
+/// Writes a folder in OCI's layout: an artifact of titled layers, or an image of one layer.
 fn layout(folder: &Path, layers: &[(Option<&str>, Vec<u8>)]) {
     let blobs = folder.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).unwrap();
@@ -598,7 +598,7 @@ fn model_and_data_come_from_a_real_registry_with_a_login_in_config_d() {
     assert_eq!(work.read("out/adapter_model.safetensors"), adapter_of_folder("model"));
     assert_eq!(work.list("cache/images").iter().filter(|name| name.starts_with("data-")).count(), 1);
 
-    // What a killed pull left is cleared away, and the same data are found by their digest.
+    // What a killed pull left is removed, and the same data is found by its digest.
     work.write("cache/images/.hone-pull-dead/data/half", "x");
     std::fs::remove_dir_all(work.path("out")).unwrap();
     let again = done(&mut run());

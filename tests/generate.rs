@@ -1,4 +1,4 @@
-//! The engine against transformers' `generate` with peft's adapters, against itself alone, and against whole texts.
+//! The engine compared with transformers' `generate` and peft's adapters, with itself alone, and with whole texts.
 
 use std::path::{Path, PathBuf};
 
@@ -43,7 +43,7 @@ fn engine(name: &str) -> Engine {
     Engine::start(decoder(name), &options(), "a test".into()).unwrap()
 }
 
-/// The final adapter under "a"; under "b" the same with each lora_B's rows moved by one and its sign changed.
+/// The final adapter as "a", and as "b" the same with the rows of each lora_B moved by one and negated.
 fn load_both(engine: &Engine, name: &str) {
     let first = golden(name).join("final_adapter");
     engine.load_adapter("a", &first).unwrap();
@@ -93,8 +93,10 @@ fn strengths(mix: &[(&str, f32)]) -> Vec<Strength> {
     mix.iter().map(|(name, strength)| Strength { name: (*name).into(), strength: *strength }).collect()
 }
 
-/// Every family, bare, with one adapter, with two of several strengths; prompts of unequal lengths in one batch, answers
-/// of 200 tokens that outgrow windows and the lengths at which ropes change. All tokens are those that transformers generates in f32.
+/// Every family, bare, with one adapter, and with two of several strengths. One batch has prompts of different
+/// lengths, and answers of 200
+/// tokens outgrow windows and the lengths at which ropes change. All tokens are those that
+/// transformers generates in f32.
 #[test]
 fn greedy_tokens_are_those_of_transformers_and_peft() {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");
@@ -261,7 +263,7 @@ fn shared_beginnings_change_nothing_but_the_work() {
     }
 }
 
-/// Tokens and log-probabilities of a request are the same bits alone and among others that come, end and go away.
+/// Tokens and log-probabilities of a request have the same bits alone and among others that come, end and leave.
 #[test]
 fn neighbours_do_not_matter() {
     for name in ["llama3", "gemma2"] {
@@ -288,7 +290,7 @@ fn neighbours_do_not_matter() {
         let alone: Vec<Done> = (0..6).map(|i| collect(engine.submit(request(i)).unwrap())).collect();
         let mut answers = Vec::new();
         for i in 0..6 {
-            // One that goes away after its first token, and one that nobody ever reads.
+            // One request leaves after its first token, and nobody ever reads another.
             let mut gone = engine.submit(request((i + 1) % 6)).unwrap();
             gone.wait();
             drop(engine.submit(request((i + 2) % 6)).unwrap());
@@ -360,7 +362,7 @@ fn what_cannot_be_answered_is_refused_by_name() {
     let beyond = Request::greedy(vec![1, vocabulary as u32], 1);
     assert!(matches!(refused(beyond), Refusal::UnknownToken { .. }));
     assert!(matches!(refused(Request::greedy(Vec::new(), 1)), Refusal::Failed(_)));
-    // One runs at most, and two wait.
+    // At most one runs, and two wait.
     let taken: Vec<_> = (0..8).map(|_| engine.submit(Request::greedy(vec![1; 20], 60))).collect();
     assert!(taken.iter().any(|taken| matches!(taken, Err(Refusal::Full { .. }))));
     for answer in taken.into_iter().flatten() {

@@ -1,5 +1,5 @@
-//! The CUDA engine as a whole, on a GPU or on `tests/gpu`'s driver without one: bf16 training beside f32, what a step
-//! asks of the device, and running out of its memory.
+//! The whole CUDA engine, on a GPU or on `tests/gpu`'s driver without one: bf16 training beside f32, what a step
+//! requests from the device, and running out of device memory.
 #![cfg(feature = "cuda")]
 
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use hone::model::lora::Trainable;
 use hone::report::Report;
 use hone::train::{self, Every, Metric, Passes};
 
-/// `None` where tests may run without a GPU and there is none.
+/// `None` if tests may run without a GPU and there is none.
 fn gpu() -> Option<Device> {
     let required = std::env::var("HONE_TEST_GPU").is_ok_and(|value| value == "require");
     match device::open(Choice::Cuda(0), &Report::silent()) {
@@ -31,7 +31,7 @@ fn model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join("model")
 }
 
-/// A decoder and the adapter that is trained over it.
+/// A decoder, and the adapter that is trained on it.
 fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> (Decoder, Trainable) {
     let options = Options {
         folder: model(name),
@@ -78,7 +78,7 @@ fn losses((decoder, adapter): &(Decoder, Trainable), keep: Keep) -> Vec<f64> {
     losses
 }
 
-/// Dropout's masks follow tokens, so that they are the same on both; f32 sums differ in their order alone.
+/// Dropout's masks follow tokens, so they are the same on both devices. Sums in f32 differ only in their order.
 #[test]
 fn training_in_f32_gives_the_losses_of_the_cpu() {
     let Some(gpu) = gpu() else { return };
@@ -92,7 +92,7 @@ fn training_in_f32_gives_the_losses_of_the_cpu() {
     }
 }
 
-/// bf16 keeps eight bits: losses of about 6 within 3e-2 of f32's, and the same bits each time.
+/// bf16 keeps eight bits: losses of about 6 are within 3e-2 of those in f32, and have the same bits each time.
 #[test]
 fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     let Some(gpu) = gpu() else { return };
@@ -106,7 +106,7 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     assert!(found.last() < found.first(), "{found:?}");
 }
 
-/// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: what was asked of the device since the program began.
+/// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: the requests to the device since the program began.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 struct Asked {
@@ -126,7 +126,7 @@ struct Asked {
     events: u64,
 }
 
-/// `None` where the driver is a real one.
+/// `None` if the driver is a real one.
 fn asked() -> Option<Asked> {
     type Read = extern "C" fn(*mut Asked, usize) -> usize;
     // SAFETY: a name is looked up among the loaded libraries; the function of that name has this type.
@@ -139,12 +139,12 @@ fn asked() -> Option<Asked> {
     Some(asked)
 }
 
-/// Steps of one shape: every launch, copy and wait of a step is there for a reason that somebody can tell. The program
-/// of this test must do nothing else meanwhile: it is a process of its own.
+/// Steps of one shape. Every launch, copy and wait of a step has a known reason. The program of this test must do
+/// nothing else at that time, so it is a process of its own.
 #[test]
 fn what_a_step_asks_of_the_device() {
     if std::env::var_os("HONE_COUNT_A_STEP").is_none() {
-        // The counts are of the whole process, and other tests run in this one.
+        // The counts are those of the whole process, and other tests run in this one.
         let itself = std::env::current_exe().unwrap();
         let counted = std::process::Command::new(itself)
             .args(["--exact", "what_a_step_asks_of_the_device", "--nocapture"])
@@ -182,13 +182,13 @@ fn what_a_step_asks_of_the_device() {
     let data = train::Data { train: &examples, evaluation: &[] };
     let mut passes = Passes::Fixed(Keep::Everything);
     train::run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut log).unwrap();
-    // The third step's line is written when the fourth has been asked for: between two such lines lies one step.
+    // The third step's line is written when the fourth has been queued, so one step lies between two such lines.
     let (before, after) = (marks[2], marks[3]);
     let found = [
-        // A layer: norms, rope, attention, activation, seven weights expanded, and the same backwards.
+        // A layer: norms, rope, attention, activation, seven expanded weights, and the same backwards.
         ("launches", after.launches - before.launches, 65),
-        // Each of a layer's seven linear layers: three forward (base, A, B), five backward (base, B, A and their gradients);
-        // the head's two. The lowest layer's first three need no gradient of their input.
+        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base, B,
+        // A and their gradients). The head has two. The lowest layer's first three need no gradient of their input.
         ("products", after.products - before.products, 108),
         // The numbers of the step before.
         ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),

@@ -1,4 +1,5 @@
-//! The whole job with the real binary: what it leaves on disk and in a real registry, and that it repeats itself.
+//! The whole job with the real binary: the files it leaves on disk and in a real registry, and that a run repeats
+//! itself.
 
 #[path = "support/http.rs"]
 mod http;
@@ -36,7 +37,7 @@ fn losses(steps: &[Value]) -> Vec<f64> {
     steps.iter().map(|line| line["loss"].as_f64().unwrap()).collect()
 }
 
-/// The paths that a PEFT file holds a pair for; every tensor is f32 and of the rank.
+/// The paths that a PEFT file has a pair for. Every tensor is f32 and has the rank.
 fn adapted(work: &Work, folder: &str, rank: usize) -> Vec<String> {
     let file = work.read(&format!("{folder}/adapter_model.safetensors"));
     let tensors = SafeTensors::deserialize(&file).unwrap();
@@ -61,7 +62,7 @@ fn adapted(work: &Work, folder: &str, rank: usize) -> Vec<String> {
     paths
 }
 
-/// The digest an image's folder says it has, by skopeo; and that of its layer.
+/// The digest that an image's folder claims to have, read by skopeo, and that of its layer.
 fn digests(work: &Work, layout: &str) -> (String, String) {
     let image = format!("oci:{}:latest", work.path(layout).display());
     let inspected = run(Command::new("skopeo").args(["inspect", &image]));
@@ -123,8 +124,9 @@ fn the_example_trains_ships_and_repeats_itself() {
         );
     }
 
-    // Again, by the command that was printed: nothing is trained a second time.
-    let command = first.stdout.lines().find_map(|line| line.strip_prefix("The same by hand: hone ")).unwrap();
+    // The printed command runs again and trains nothing a second time.
+    let command =
+        first.stdout.lines().find_map(|line| line.strip_prefix("To run it by hand: hone ")).unwrap();
     let before = work.text("try/adapter/metrics.jsonl");
     let again = work.done(&command.split(' ').collect::<Vec<_>>());
     assert!(
@@ -135,7 +137,7 @@ fn the_example_trains_ships_and_repeats_itself() {
     assert!(again.stdout.contains(&digest));
     assert_eq!(work.text("try/adapter/metrics.jsonl"), before);
 
-    // Elsewhere, and with other numbers of threads: the same bytes.
+    // Another folder and other numbers of threads give the same bytes.
     for threads in ["1", "2"] {
         let other = Work::new();
         done(other.hone(&["-q", "example", "try"]).env("RAYON_NUM_THREADS", threads));
@@ -205,7 +207,7 @@ fn kaitos_module_names_reach_phi3s_fused_projections() {
     let work = Work::new();
     work.copy("phi3/model", "model");
     work.copy("_data/messages.parquet", "data.parquet");
-    // As KAITO's controller sets it for phi-3 presets.
+    // The setting that KAITO's controller uses for phi-3 presets.
     let modules = "k_proj,q_proj,v_proj,o_proj,gate_proj,down_proj,up_proj";
     let arguments = ["run", "--model", "model", "--data", "data.parquet", "--output", "out"];
     let template = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/training_config/qlora.yaml");

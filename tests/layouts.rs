@@ -1,4 +1,4 @@
-//! Layouts beside conversations, and several datasets in one run.
+//! Layouts other than conversations, and several datasets in one run.
 
 use hone::dataset::{
     self, BadRows, Conversation, Dataset, Layout, LossOn, Names, Options, Share, TokenOptions, Tokenizer,
@@ -94,7 +94,7 @@ fn a_text_column_comes_before_its_own_parts_as_today() {
     assert_eq!(turns(&read(&[row], &asked).unwrap()), ["user: a | assistant: b"]);
 }
 
-/// Ids and what is learned of each row.
+/// The ids of each row and what is learned of it.
 type Rows = Vec<(Vec<u32>, Vec<bool>)>;
 
 fn examples(content: &str) -> Result<Rows, Fault> {
@@ -150,14 +150,15 @@ fn entries_have_their_own_layout_limit_and_weight() {
         ["text t0", "text t1", "text t2", "user: a | assistant: b", "user: a | assistant: b"]
     );
 
-    // Shuffled, the limit is a choice by the seed, the same each time.
+    // With shuffling, the limit chooses rows by the seed, the same each time.
     let shuffled = Options { shares: vec![shares[0].clone()], shuffle: true, seed: 3, ..OPTIONS };
     let chosen = turns(&read(&[&texts], &shuffled).unwrap());
     assert_eq!(chosen.len(), 3);
     assert_eq!(chosen, turns(&read(&[&texts], &shuffled).unwrap()));
     assert_ne!(turns(&read(&[&texts], &Options { seed: 4, ..shuffled }).unwrap()), chosen);
 
-    // A weight below one leaves rows out of training, never out of evaluation; copies never reach it.
+    // A weight below one leaves rows out of training but never out of evaluation, and copies never reach
+    // evaluation.
     let half = vec![Share { weight: Some(0.5), ..Share::default() }];
     let many: String = (0..1000).map(|row| format!("{{\"text\": \"t{row}\"}}\n")).collect();
     let options = Options { shares: half, train_share: 0.8, shuffle: true, ..OPTIONS };

@@ -1,5 +1,6 @@
-//! The decoder's logits against those of others: candle-transformers' models of the same weights, and peft over
-//! transformers and bitsandbytes (recorded by `scripts/peft_logits.py`) with adapters that hone trained.
+//! The decoder's logits compared with those of other implementations: candle-transformers' models with the same
+//! weights, and peft over transformers and bitsandbytes (recorded by `scripts/peft_logits.py`) with adapters that
+//! hone trained.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,14 +20,14 @@ use hone::model::{Options, load, random};
 use hone::report::Report;
 use serde_json::{Value, json};
 
-/// TOLERANCE: both sides compute in f32 and sum in their own order; the largest difference found is 1e-5, on logits
-/// of up to 20. With rope's theta or the attention's scale 1% off it is 2e-2, with a window one token off 2.6, with
-/// a norm's eps of 1e-6 for 1e-5 2e-4.
+/// TOLERANCE: both sides compute in f32 and sum in their own order. The largest difference found is 1e-5, on logits
+/// of up to 20. It is 2e-2 if rope's theta or the attention's scale is 1% off, 2.6 if a window is one token off,
+/// and 2e-4 if a norm's eps is 1e-6 instead of 1e-5.
 const ROUNDING: f32 = 1e-4;
 
 const NF4: Quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
 
-/// ids [1, T] -> logits of the last of them.
+/// ids [1, T] -> logits of the last one.
 type Other = Box<dyn FnMut(&Tensor) -> Result<Tensor>>;
 
 #[test]
@@ -37,8 +38,9 @@ fn golden_llama_equals_candle_transformers() {
     check("llama3", &decoder, llama(&config, &folder), &recorded_rows("llama3", &[3, 6, 7]));
 }
 
-/// candle's phi3 has no sliding window: the rows are no longer than the model's window of 40. (Nor is its longrope
-/// transformers': it multiplies the frequencies by the factors. The recorded runs of `parity.rs` judge ours.)
+/// candle's phi3 has no sliding window, so the rows are no longer than the model's window of 40. Its longrope is
+/// not transformers' either: it multiplies the frequencies by the factors. The recorded runs of `parity.rs` test
+/// hone's.
 #[test]
 fn golden_phi3_equals_candle_transformers() {
     let folder = golden("phi3");
@@ -65,14 +67,16 @@ fn random_llama_with_one_key_head_and_scaled_rope() {
     check_random("one key head, scaled rope", &config, |_| {}, llama);
 }
 
-/// candle's llama takes the head's width from the model's; its mistral, of the same shape, reads it.
+/// candle's llama takes the head's width from the model's width. Its mistral, which has the same shape, reads it
+/// from the config.
 #[test]
 fn random_llama_with_its_own_head_width() {
     let config = config(json!({"head_dim": 6}));
     check_random("own head width", &config, |_| {}, mistral);
 }
 
-/// candle's window of W sees the token itself and W before it; transformers' and ours sees W in all.
+/// candle's window of W covers the token itself and W before it; the window of transformers and hone covers W in
+/// all.
 #[test]
 fn random_decoder_with_a_window() {
     let config = config(json!({"sliding_window": 8}));
@@ -84,7 +88,7 @@ fn random_decoder_with_a_window() {
     );
 }
 
-/// candle's llama has no biases; its qwen2 has them on the queries, keys and values, not on the output.
+/// candle's llama has no biases. Its qwen2 has them on queries, keys and values, but not on the output.
 #[test]
 fn random_decoder_with_biases() {
     let config = config(json!({"attention_bias": true}));
@@ -109,7 +113,8 @@ fn random_qwen3() {
     check_random("qwen3", &config(more), |_| {}, qwen3);
 }
 
-/// candle's gemmas scale scores by the head's width; a window is one longer than ours, so there is none here.
+/// candle's gemmas scale scores by the head's width. Their windows are one longer than hone's, so there is none
+/// here.
 #[test]
 fn random_gemma2_with_soft_caps() {
     let more = json!({"model_type": "gemma2", "head_dim": 10, "query_pre_attn_scalar": 10, "attention_bias": false,
@@ -118,7 +123,7 @@ fn random_gemma2_with_soft_caps() {
     check_random("gemma2", &config(more), |_| {}, gemma2);
 }
 
-/// candle's cache of a window holds as many tokens as ours sees.
+/// candle's cache of a window holds as many tokens as hone's window covers.
 #[test]
 fn random_gemma3_with_two_ropes_and_windows() {
     let more = json!({"model_type": "gemma3_text", "head_dim": 10, "query_pre_attn_scalar": 10,
@@ -127,7 +132,7 @@ fn random_gemma3_with_two_ropes_and_windows() {
     check_random("gemma3", &config(more), |_| {}, gemma3);
 }
 
-/// candle's falcon is the 7B's form only, with the other GELU.
+/// candle's falcon has only the form of the 7B, with the other GELU.
 #[test]
 fn random_falcon() {
     let more = json!({"model_type": "falcon", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
@@ -163,8 +168,8 @@ fn random_smollm3_with_a_layer_without_rope() {
     check_random("smollm3", &config(more), |_| {}, smollm3);
 }
 
-/// Each folder is an adapter as hone wrote it and logits that peft gave with it: beside the base, and merged into it.
-/// What hone writes today is, byte by byte, what peft read then.
+/// Each folder holds an adapter as hone wrote it, and the logits that peft gave with it: beside the base, and
+/// merged into it. hone must write the same bytes today.
 #[test]
 fn adapters_give_the_logits_they_give_in_peft() {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft_logits");
@@ -201,20 +206,20 @@ fn adapters_give_the_logits_they_give_in_peft() {
     }
 }
 
-/// A small llama: widths that are no multiples of the kernels' blocks.
+/// A small llama whose widths are not multiples of the kernels' blocks.
 fn config(more: Value) -> Value {
     let mut config = json!({
         "model_type": "llama", "hidden_act": "silu", "vocab_size": 157, "hidden_size": 40, "intermediate_size": 72,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_position_embeddings": 64, "tie_word_embeddings": false,
-        // What candle's qwen2 wants to be told.
+        // Keys that candle's qwen2 requires.
         "sliding_window": 64, "max_window_layers": 3, "use_sliding_window": false,
     });
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     config
 }
 
-/// Random weights for the config, read by both.
+/// Random weights for the config, which both sides read.
 fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&Value, &Path) -> Other) {
     let folder = tempfile::tempdir().unwrap();
     let mut facts = facts(config);
@@ -226,7 +231,8 @@ fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&V
     check(name, &decoder, other(config, folder.path()), &rows);
 }
 
-/// Our logits of the rows packed in one batch against the other's of every beginning of every row, each alone.
+/// hone's logits of the rows packed in one batch, compared with the other's for every prefix of every row, each
+/// alone.
 fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
     for (row, (ids, found)) in rows.iter().zip(ours(decoder, Lora::None, rows)).enumerate() {
         let last = |length: usize| {
@@ -349,7 +355,7 @@ fn gemma2(config: &Value, folder: &Path) -> Other {
     })
 }
 
-/// One token after the other: candle's windowed cache takes no more at once.
+/// One token after the other, because candle's windowed cache takes no more at once.
 fn gemma3(config: &Value, folder: &Path) -> Other {
     let mut model = gemma3::Model::new(false, &read(config), weights(folder)).unwrap();
     Box::new(move |ids| {

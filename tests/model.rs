@@ -1,4 +1,4 @@
-//! `hone model` with the real binary: what it tells of folders as they come from the hub, and of KAITO's presets.
+//! `hone model` with the real binary: its output for folders as they come from the hub, and for KAITO's presets.
 
 #[path = "support/job.rs"]
 mod job;
@@ -6,7 +6,7 @@ mod job;
 use expect_test::expect;
 use job::Work;
 
-/// What is printed for the folder `model`, after changes to it.
+/// The output for the folder `model`, after changes to it.
 fn told(golden: &str, arguments: &[&str]) -> String {
     let work = Work::new();
     work.copy(&format!("{golden}/model"), "model");
@@ -63,7 +63,7 @@ fn fused_modules_windows_and_chosen_targets() {
                          782.7 MiB at 16384 tokens a pass; 743.2 MiB with gradient_checkpointing
 
         warnings:
-          rank 32: vLLM serves ranks up to 16 unless told --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
+          rank 32: vLLM serves ranks up to 16 unless it is started with --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
     "#]].assert_eq(&told("phi3", &targets));
 }
 
@@ -143,7 +143,7 @@ fn what_is_missing_is_told_together() {
 
         missing:
           pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
-            help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
+            help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or use a revision of the model that has them
           model: tokenizer.json is missing
             help: download the whole folder of the model, tokenizer included
     "#]].assert_eq(&work.done(&["model", "model"]).stdout);
@@ -192,7 +192,8 @@ fn presets_by_any_name() {
     assert_eq!(json["artifact"], "mcr.microsoft.com/aks/kaito/kaito-phi-4:0.2.0");
 }
 
-/// The checkpoint decides what its weights are; another wish is told, and the card says what the base was.
+/// The checkpoint decides what its weights are. Another setting gets a warning, and the adapter's card says what
+/// the base was.
 #[test]
 fn a_quantised_checkpoint_is_trained_as_it_is() {
     let work = Work::new();

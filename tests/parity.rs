@@ -16,7 +16,7 @@ use hone::report::Report;
 use hone::train::{self, Every, Metric, Passes, Schedule, Warmup};
 use serde_json::Value;
 
-/// Found differences are about a tenth of these at most; a typical mistake moves step 1 by 2e-3.
+/// The differences found are at most about a tenth of these. A typical mistake changes step 1 by 2e-3.
 const STEP_1: f64 = 2e-5;
 const EVERY_STEP: f64 = 1e-3;
 const GRADIENT_NORM: f64 = 1e-3;
@@ -101,7 +101,7 @@ impl Case {
         text.lines().map(example).collect()
     }
 
-    /// The reference's start: its base, its initial adapter.
+    /// The start of the reference: its base and its initial adapter.
     fn decoder(&self) -> (model::decoder::Decoder, Trainable) {
         let mut options = self.options();
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
@@ -155,8 +155,8 @@ impl Case {
         difference.max_all().unwrap().to_scalar::<f32>().unwrap() as f64
     }
 
-    /// Gradients of step 3 before clipping, against the recorded ones: the least cosine and the largest relative L2
-    /// distance among the matrices. Step 3 is the first at which A has a gradient that is not zero or tiny: the
+    /// Compares the gradients of step 3 before clipping with the recorded ones: (least cosine, largest relative L2
+    /// distance) over the matrices. In step 3 A's gradient is for the first time neither zero nor tiny: the
     /// warm-up's first step changes nothing, and A's gradient is a multiple of B.
     fn gradient_error(&self) -> (f64, f64) {
         let (decoder, adapter) = self.decoder();
@@ -253,8 +253,8 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
-/// Every folder that holds a recorded run; `HONE_GOLDEN` names a folder with more of them, `HONE_CASES` a part of the
-/// names of the only ones to run.
+/// Every folder with a recorded run. `HONE_GOLDEN` names a folder with more of them. `HONE_CASES` is a part of the
+/// names of the cases to run.
 fn cases() -> Vec<Case> {
     let only = std::env::var("HONE_CASES").unwrap_or_default();
     let more = std::env::var_os("HONE_GOLDEN").map(PathBuf::from);
@@ -278,8 +278,8 @@ fn every_recorded_run_is_reproduced() {
     }
 }
 
-/// TOLERANCE: the largest differences found are 5e-6 of a logit and 3e-6 of a gradient's length; one differing code
-/// of a nested scale moves a loss by up to 2e-4.
+/// TOLERANCE: the largest differences found are 5e-6 in a logit and 3e-6 of a gradient's length. One different code
+/// of a nested scale changes a loss by up to 2e-4.
 #[test]
 fn the_first_logits_and_the_gradients_of_step_3_are_the_recorded_ones() {
     let recorded = |case: &Case| case.folder.join("debug.safetensors").exists();
@@ -302,7 +302,8 @@ fn keeping_less_and_packing_change_nothing() {
     }
 }
 
-/// `rope_parameters` and `dtype` of transformers 5, or what was before them; layer_types, or the pattern behind them.
+/// `rope_parameters` and `dtype` of transformers 5, or the keys before them; layer_types, or the pattern that gives
+/// them.
 #[test]
 fn both_spellings_of_a_config_say_the_same() {
     let mut pairs = 0;
@@ -319,7 +320,7 @@ fn both_spellings_of_a_config_say_the_same() {
     assert!(pairs >= 20, "found {pairs} pairs");
 }
 
-/// The same numbers are asked of a GPU's f32 arithmetic; `tests/gpu` runs this on a driver without a GPU behind it.
+/// The same numbers are required of a GPU's f32 arithmetic. `tests/gpu` runs this on a driver without a GPU.
 #[cfg(feature = "cuda")]
 #[test]
 fn every_recorded_run_is_reproduced_on_a_gpu() {
@@ -327,8 +328,9 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
         return;
     }
     let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
-    // Every family once, and a base that was stored in 4 bits: an emulated GPU takes half a minute for a run. Other ropes, heads and
-    // wrappers of a family differ in what the host reads, which the CPU's runs show; HONE_CASES asks for them here too.
+    // Every family once, and a base that was stored in 4 bits, because an emulated GPU takes half a minute per run.
+    // Other ropes, heads and wrappers of a family differ in what the host reads, which the CPU's runs cover.
+    // HONE_CASES selects them here too.
     let more = std::env::var_os("HONE_CASES").is_some();
     let wanted = |case: &Case| {
         let name = case.folder.file_name().unwrap().to_string_lossy().into_owned();

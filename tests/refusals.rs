@@ -1,5 +1,5 @@
-//! What hone refuses, run with the real binary: the exit code, every word of the message, and that nothing stands
-//! under a final name or in a registry afterwards.
+//! What hone refuses, run with the real binary: the exit code, every word of the message, and that nothing has a
+//! final name or is in a registry afterwards.
 
 #[path = "support/http.rs"]
 mod http;
@@ -21,15 +21,15 @@ use parquet::arrow::ArrowWriter;
 use registry::{Registry, Setup};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 
-/// Enough for the message to be about what a test says: a short run over `model/`.
+/// The settings of a short run over `model/`, so that the message is about what a test changes.
 const RUN: &str = "run --quiet --log terminal --model model --output out --set TrainingArguments.max_steps=2";
 
-/// The run with these further arguments, which no blank is in.
+/// A run with these further arguments, none of which contains a blank.
 fn run(work: &Work, arguments: &str) -> Ended {
     work.run(&RUN.split(' ').chain(arguments.split_whitespace()).collect::<Vec<_>>())
 }
 
-/// What is said of a run that must not come to its end; nothing stands under a final name then.
+/// The output of a run that must fail. Nothing has a final name then.
 fn refused(work: &Work, arguments: &str) -> String {
     let ended = run(work, arguments);
     let code = ended.stderr.split("exit code ").nth(1).and_then(|rest| rest.split(')').next());
@@ -48,7 +48,7 @@ fn nothing_final(work: &Work) {
     assert!(found.is_empty(), "after a refusal there is {found:?}");
 }
 
-/// Ports and temporary folders differ from run to run, and so do waits before another attempt.
+/// Replaces ports, temporary folders and waits before another attempt, which differ from run to run.
 fn steady(text: &str) -> String {
     let text =
         regex::Regex::new(r"(localhost|127\.0\.0\.1):\d+").unwrap().replace_all(text, "$1:PORT").into_owned();
@@ -58,14 +58,14 @@ fn steady(text: &str) -> String {
 
 // ---- configuration ----
 
-/// A build with the `cuda` feature asks the driver instead: `tests/gpu` shows what it says.
+/// A build with the `cuda` feature asks the driver instead; `tests/gpu` covers its messages.
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_gpu_is_refused_by_a_build_for_the_cpu() {
     let work = Work::with_llama();
     expect![[r#"
         error (config, exit code 10): device cuda:0: this build of hone trains on the CPU only
-          help: take the CUDA image, build with --features cuda, or leave `device` out
+          help: use the CUDA image, build with --features cuda, or remove `device`
     "#]]
     .assert_eq(&refused(&work, "--data data.parquet --device cuda:0"));
 }
@@ -97,7 +97,7 @@ fn configuration_is_refused_before_anything_is_read() {
         error (config, exit code 10): --device: device: expected auto, cpu, cuda or cuda:N, found "tpu"
           help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
         error (config, exit code 10): LoraConfig.target_modules matches no linear layer of this llama model; it has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj in layers 0 to 1
-          help: name some of them (the last part is enough), or "all-linear"
+          help: name some of these layers (the last part of a path is enough), or use "all-linear"
     "#]].assert_eq(&said);
 }
 
@@ -141,16 +141,16 @@ fn weights_that_are_not_read_are_refused_with_what_to_take() {
     work.write("model/model.Q4_K_M.gguf", "");
     said += &refused(&work, "--data data.parquet");
     expect![[r#"
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by gptq, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take the model it was made from (base_model on its hub page): hone quantises by itself
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by bitsandbytes to 8 bits, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take the model it was made from (base_model on its hub page): hone quantises by itself
-        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights or 4-bit ones of bitsandbytes
-          help: take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by gptq, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use the model it was made from (base_model on its hub page); hone quantises it itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by bitsandbytes to 8 bits, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use the model it was made from (base_model on its hub page); hone quantises it itself
+        error (model, exit code 12): config.json: quantization_config: the checkpoint is quantised by fp8, expected f32, f16 or bf16 weights, or 4-bit weights from bitsandbytes
+          help: use a bf16 copy of the model, which its makers or others often publish; hone quantises it itself
         error (model, exit code 12): pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
-          help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or take a revision of the model that has them
+          help: save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), or use a revision of the model that has them
         error (model, exit code 12): model.Q4_K_M.gguf is a file for inference: no model.safetensors in model
-          help: take the model it was made from (base_model on its hub page), as safetensors
+          help: use the model it was made from (base_model on its hub page), as safetensors
     "#]].assert_eq(&said);
 }
 
@@ -164,17 +164,17 @@ fn models_that_are_not_trained_are_refused_by_name() {
     }
     expect![[r#"
         error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "qwen3_moe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "phimoe", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "gpt_oss", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
         error (model, exit code 12): model/config.json: model_type: found "qwen2_5_vl", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: this multimodal model cannot be tuned; take a text model of the same makers
+          help: hone cannot train this multimodal model; use a text model from the same makers
         error (model, exit code 12): model/config.json: model_type: found "t5", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: take a model of a supported family
+          help: use a model of a supported family
     "#]].assert_eq(&said);
 }
 
@@ -186,7 +186,7 @@ fn texts(work: &Work, name: &str, column: &str, rows: &[&str]) {
     write_parquet(work, name, &RecordBatch::try_from_iter([(column, array)]).unwrap());
 }
 
-/// A conversation that nobody answers.
+/// A conversation without an answer.
 fn questions(work: &Work, name: &str) {
     let text = |text: &str| Arc::new(StringArray::from(vec![text])) as ArrayRef;
     let message = StructArray::try_from(vec![("role", text("user")), ("content", text("what?"))]).unwrap();
@@ -236,9 +236,9 @@ fn data_that_teaches_nothing_is_refused() {
         error (data, exit code 11): nothing left to supervise: 1 rows, 0 of them cut to 1024 tokens (longest 35), none with an answer left
           help: raise max_length, or check that the conversations have assistant turns that are learned
         error (data, exit code 11): no-such.parquet: no such file or folder
-          help: check the path, and in a container the mount
+          help: check the path and, in a container, the mount
         error (data, exit code 11): no-such/*.parquet: no file matches
-          help: check the path, and in a container the mount
+          help: check the path and, in a container, the mount
         error (data, exit code 11): data.parquet: no column has a name that is known; columns found: `messages`: List(Struct("content": Utf8, "role": Utf8), field: 'element'); expected `text`: a string
           help: rename the columns, or name them with TrainingArguments.dataset_text_field
     "#]].assert_eq(&said);
@@ -290,13 +290,13 @@ fn what_a_server_gives_instead_of_data_is_refused() {
     said += &refused(&work, &format!("--data {} --file-bytes-max 1000", server.url("/data.parquet")));
     expect![[r#"
         error (data, exit code 11): http://localhost:PORT/page.parquet: URL returned an HTML page (title: Sign in), expected a parquet file
-          help: a login page or a preview link? use the raw/resolve link
+          help: this may be a login page or a preview link; use the raw/resolve link
         error (data, exit code 11): http://localhost:PORT/missing.parquet: the server has no such file (HTTP 404)
-          help: check the URL; some servers say 404 where a login is missing
+          help: check the URL; some servers answer 404 if a login is missing
         error (auth, exit code 13): http://localhost:PORT/secret.parquet: access refused (HTTP 403)
-          help: the server wants credentials: give a signed URL, or one that needs none
+          help: the server requires credentials; give a signed URL, or one that needs none
         error (auth, exit code 13): http://localhost:PORT/login.parquet: access refused (HTTP 401)
-          help: the server wants credentials: give a signed URL, or one that needs none
+          help: the server requires credentials; give a signed URL, or one that needs none
         download  warning: http://localhost:PORT/data.parquet: its sha256 is 77d3fbc64af9e19448ce45965ed14c9f77fa626891e3093befa4e98498b3dd42, not the expected one; again in a moment
         error (data, exit code 11): http://localhost:PORT/data.parquet: sha256 is 77d3fbc64af9e19448ce45965ed14c9f77fa626891e3093befa4e98498b3dd42, expected 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
           help: the file was changed or damaged, or the digest belongs to another version
@@ -317,7 +317,7 @@ fn a_data_host_that_does_not_answer_is_a_matter_of_time() {
         download  warning: http://localhost:PORT/data.parquet: localhost refused the connection; again in a moment
         download  warning: http://localhost:PORT/data.parquet: localhost refused the connection; again in a moment
         error (network, exit code 20): http://localhost:PORT/data.parquet: gave up at attempt 6: localhost refused the connection
-          help: what came so far is kept: run it again when the server answers
+          help: the bytes received so far are kept; run it again when the server answers
     "#]].assert_eq(&said);
 }
 
@@ -426,9 +426,9 @@ fn models_of_other_families_are_refused() {
     said += &refused(&experts, "--data data.parquet");
     expect![[r#"
         error (model, exit code 12): model/config.json: model_type: found "mamba", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: take a model of a supported family
+          help: use a model of a supported family
         error (model, exit code 12): model/config.json: model_type: found "mixtral", expected one of falcon, gemma2, gemma3_text, granite, llama, ministral, ministral3, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
-          help: mixture-of-experts models cannot be tuned; take a dense model
+          help: hone cannot train mixture-of-experts models; use a dense model
     "#]].assert_eq(&said);
 }
 
@@ -510,7 +510,7 @@ fn one_folder_serves_one_process() {
     first.until("record", || work.path("out/hone.json").exists());
     let said = refused(&work, "--data data.parquet");
     expect![[r#"
-        error (storage, exit code 21): out is in use by another hone, after 20s still
+        error (storage, exit code 21): out is still in use by another hone after 20s
           help: start it again when the other one has ended, or use another output folder
     "#]]
     .assert_eq(&said);
@@ -540,7 +540,7 @@ fn a_loss_that_is_no_number_ships_nothing() {
 
 // ---- registry ----
 
-/// What is said of a run that cannot push, and its exit code; the adapter is whole.
+/// The output of a run that cannot push, and its exit code. The adapter is whole.
 fn not_pushed(work: &Work, arguments: &str) -> (String, Option<i32>) {
     let ended = run(work, &format!("--data data.parquet {arguments}"));
     for name in FINAL {

@@ -1,4 +1,5 @@
-//! Push and pull against a real registry and independent readers (skopeo, umoci), and against a scripted one that fails.
+//! Push and pull with a real registry and independent readers (skopeo, umoci), and with a scripted registry that
+//! fails.
 
 #[path = "support/fake_registry.rs"]
 mod fake_registry;
@@ -39,7 +40,7 @@ fn assert_same_files(one: &Path, two: &Path) {
     }
 }
 
-/// A folder with `adapter/` of the given size in it.
+/// A folder with an `adapter/` of the given size.
 fn work(bytes: usize) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     adapter(&folder.path().join("adapter"), bytes);
@@ -70,7 +71,7 @@ fn tls_and_password_and_every_independent_reader() {
     assert_eq!(pulled.manifest["annotations"]["sh.kaito.model.name"], "phi-3");
     assert_same_files(&adapter, &pulled.data);
 
-    // A runtime's view.
+    // The view of a container runtime.
     let oci = work.path().join("oci");
     run(skopeo(&registry)
         .args(["copy", "-q", "--src-creds", &login, &remote])
@@ -82,7 +83,7 @@ fn tls_and_password_and_every_independent_reader() {
         .arg(&bundle));
     assert_same_files(&adapter, &bundle.join("rootfs/data"));
 
-    // And back.
+    // The way back.
     let back = work.path().join("back");
     assert_eq!(pull(&image, &back, &registry.options()).unwrap(), pushed.digest);
     assert_same_files(&adapter, &back);
@@ -153,7 +154,7 @@ fn certificates_and_schemes_that_do_not_fit_are_explained() {
     assert_eq!(push(&adapter, &format!("{}/a", tls.host), &no_certificate).unwrap_err().kind, Kind::Config);
 }
 
-/// The variable is read by the whole process, so the push runs in a second one of this same test.
+/// The whole process reads the variable, so the push runs in a second process of this same test.
 #[test]
 fn ssl_cert_file_is_honoured() {
     let work = work(1000);
@@ -172,7 +173,7 @@ fn ssl_cert_file_is_honoured() {
     pull(&format!("{}/a:v1", registry.host), &work.path().join("back"), &registry.options()).unwrap();
 }
 
-/// As `openssl req -x509` makes them: its own authority, and a server's at once.
+/// A certificate as `openssl req -x509` makes it: its own authority and a server's at once.
 #[test]
 fn a_self_signed_registry_is_trusted_where_its_very_certificate_was_given() {
     let work = work(300_000);
@@ -203,7 +204,7 @@ fn a_self_signed_registry_is_trusted_where_its_very_certificate_was_given() {
     };
     let (expired, other) = (start(Certificate::Expired), start(Certificate::SelfSigned("other.test")));
     refused(&registry, None, "certificate");
-    // Of the same subject, but not the same.
+    // Another certificate with the same subject.
     refused(&registry, Some(expired.path("ca.crt")), "certificate");
     refused(&expired, Some(expired.path("ca.crt")), "expired");
     refused(&other, Some(other.path("ca.crt")), "not valid for name");
@@ -295,7 +296,7 @@ fn an_index_leads_to_its_linux_amd64_image() {
     let target = format!("oci:{}:v1", layout.display());
     let pushed = push(&adapter, &target, &support::quick()).unwrap();
 
-    // The tag now leads to an index, as `docker buildx` writes one, over the same manifest.
+    // The tag now points to an index over the same manifest, as `docker buildx` writes one.
     let top = layout.join("index.json");
     let mut index: serde_json::Value = serde_json::from_slice(&std::fs::read(&top).unwrap()).unwrap();
     let mut entry = index["manifests"][0].clone();
@@ -317,7 +318,7 @@ fn an_index_leads_to_its_linux_amd64_image() {
     assert_same_files(&adapter, &back);
 }
 
-/// Pushes to a scripted registry; gives the result and what the registry saw.
+/// Pushes to a scripted registry. Returns the result and the requests that the registry got.
 fn push_to(manners: Manners, bytes: usize, options: Options) -> (Result<Pushed, Fault>, Fake) {
     let fake = Fake::start(manners);
     let work = work(bytes);

@@ -1,4 +1,5 @@
-//! A run that is stopped and started again ends as if nothing had happened: the same adapter, the same metrics.
+//! A run that is stopped and started again ends as if nothing had happened: with the same adapter and the same
+//! metrics.
 
 #[path = "support/http.rs"]
 mod http;
@@ -9,8 +10,8 @@ use http::{Reply, Server};
 use job::{FINAL, Work};
 use libc::{SIGKILL, SIGTERM};
 
-/// Everything that must be found again: dropout, shuffled order, micro-batches, packing, the mean since the last logged
-/// line, evaluation. 60 steps of some 30 ms, so that signals come long before the end.
+/// A run with everything that must be restored: dropout, shuffled order, micro-batches, packing, the mean since the
+/// last logged line, evaluation. It has 60 steps of some 30 ms, so that signals come long before the end.
 const KEYS: [&str; 14] = [
     "QuantizationConfig.load_in_4bit=true",
     "QuantizationConfig.bnb_4bit_quant_type=nf4",
@@ -28,7 +29,7 @@ const KEYS: [&str; 14] = [
     "DatasetConfig.train_test_split=0.95",
 ];
 
-/// The run into `output`, saving as the last arguments say.
+/// The run into `output`, with checkpoints as the last arguments say.
 fn arguments<'a>(output: &'a str, save: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", output];
     for key in KEYS.iter().chain(save) {
@@ -40,7 +41,7 @@ fn arguments<'a>(output: &'a str, save: &[&'a str]) -> Vec<&'a str> {
 const NEVER: [&str; 1] = ["TrainingArguments.save_strategy=no"];
 const EVERY_2: [&str; 2] = ["TrainingArguments.save_strategy=steps", "TrainingArguments.save_steps=2"];
 
-/// Waits for the line of a step or a later one.
+/// Waits for the line of this step or a later one.
 fn until_step(running: &mut job::Running, work: &Work, step: u64) {
     let logged = || {
         let text = std::fs::read_to_string(work.path("out/metrics.jsonl")).unwrap_or_default();
@@ -56,7 +57,7 @@ fn nothing_final(work: &Work) {
     assert!(found.is_empty(), "before the end there is {found:?}");
 }
 
-/// `out` against an undisturbed run of the same settings.
+/// Compares `out` with an undisturbed run of the same settings.
 fn assert_undisturbed(work: &Work, save: &[&str]) {
     work.done(&arguments("straight", save));
     for name in ["metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "README.md"] {
@@ -70,7 +71,7 @@ fn assert_undisturbed(work: &Work, save: &[&str]) {
     assert!(work.path("out/fine_tuning_completed.txt").exists());
 }
 
-/// The first lines that are not the same, of files that are text.
+/// The first lines that differ between two text files.
 fn difference(work: &Work, one: &str, two: &str) -> String {
     let [one, two] = [one, two].map(|name| String::from_utf8_lossy(&work.read(name)).into_owned());
     let pair = one.lines().zip(two.lines()).find(|(one, two)| one != two);
@@ -163,7 +164,7 @@ fn a_signal_during_a_download_ends_it_and_what_came_is_kept() {
 #[test]
 fn a_second_signal_ends_at_once() {
     let work = Work::with_llama();
-    // One micro-batch of all rows: the first signal has to wait for it.
+    // One micro-batch of all rows, so that the first signal has to wait for its end.
     let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", "out"];
     for key in [
         "packing=false",
@@ -176,10 +177,10 @@ fn a_second_signal_ends_at_once() {
     }
     let mut running = work.start(&arguments);
     until_step(&mut running, &work, 1);
-    // Well into the second step, which takes more than a second.
+    // The time is well into the second step, which takes more than a second.
     std::thread::sleep(std::time::Duration::from_millis(100));
     running.signal(SIGTERM);
-    // Signals of one kind that wait together are one; some time keeps them apart.
+    // Pending signals of one kind are merged, so some time separates them.
     std::thread::sleep(std::time::Duration::from_millis(20));
     running.signal(SIGTERM);
     let (code, log) = running.end();

@@ -1,5 +1,5 @@
-//! Datasets and adapters as people have them, run with the real binary: what is learned of them, what is warned about, and
-//! what is refused with which words. Each situation is one that users of fine-tuning tools reported.
+//! Datasets and adapters as people have them, run with the real binary: what is learned from them, what is warned
+//! about, and what is refused with which words. Users of fine-tuning tools reported each situation.
 
 #[path = "support/job.rs"]
 mod job;
@@ -36,7 +36,7 @@ fn copy(work: &Work, from: &str, to: &str) {
     }
 }
 
-/// The line of what was learned, the warnings, and the fault, of a run with these further arguments.
+/// The line about what was learned, the warnings, and the fault, of a run with these further arguments.
 fn said(work: &Work, arguments: &str) -> String {
     const RUN: &str =
         "run --log terminal --model model --data data.parquet --config config.yaml --output out --device cpu";
@@ -263,8 +263,8 @@ fn runs_that_cannot_learn_are_refused() {
         "plain.parquet",
         "--set LoraConfig.lora_alpha=0",
         expect![[r#"
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
-            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
+            error (config, exit code 10): --set: LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r
               help: `hone keys` lists every key; `hone plan` shows what a configuration resolves to
             exit 10
         "#]],
@@ -320,7 +320,7 @@ fn an_adapter_of_another_model_is_told_by_its_file() {
     work.write("adapter/adapter_model.safetensors", other);
     expect![[r#"
 
-        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are none of this llama model's, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        error (model, exit code 12): adapter/adapter_model.safetensors: its modules are not in this llama model, which has self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
           help: the adapter to start from must be of the same base model
         exit 12
     "#]].assert_eq(&said(&work, "--init-adapter adapter"));
@@ -345,8 +345,8 @@ fn data_is_seen_as_it_will_be_trained() {
         cut         0 rows to 1024 tokens, 0.0 %
         steps       3
         packing     passes are filled to 6 %
-        duplicates  0 rows are exact copies of an earlier one, 0 nearly so
-        overlap     0 rows to evaluate on are also trained on, exactly or nearly
+        duplicates  0 rows are exact copies of an earlier row, 0 are nearly the same
+        overlap     0 evaluation rows are also in the training data, exactly or nearly
 
         tokens of a row
               1 to 3              0  
@@ -362,7 +362,7 @@ fn data_is_seen_as_it_will_be_trained() {
              31 to 33             0  
              34 to 36             1  ########################################
 
-        as it will be trained; what is not learned stands in [brackets]
+        as it will be trained; text in [brackets] is not learned
 
         --- data.parquet:0: 35 tokens, 2 learned
         [<s><|user|>Say a or user or assistant: a<|end|><|assistant|>]a<|end|>
@@ -394,7 +394,7 @@ fn a_plan_tells_steps_and_what_named_gpus_take() {
     assert!(plan("").contains("work: 3 optimizer steps over 4 rows"));
 }
 
-/// Bytes with every `from` as `to`, which is as long.
+/// Bytes with every `from` replaced by `to`, which has the same length.
 fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for at in 0..bytes.len() - from.len() {

@@ -1,4 +1,4 @@
-//! What `source` promises: whole files or a fault that says who must act, whatever the server does.
+//! The promises of `source`: whole files, or a fault that says who must act, whatever the server does.
 
 #[path = "support/http.rs"]
 mod http;
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use hone::fault::{Fault, Kind};
 use hone::report::{Event, Progress, Report, Sink};
 use hone::source::{self, File, Options, Source, Speed};
@@ -15,11 +17,11 @@ use sha2::{Digest, Sha256};
 
 use http::{Reply, Request, Server};
 
-/// Stands in a URL's query and user part; may appear nowhere.
+/// A secret in a URL's query and user part. It must appear nowhere.
 const CANARY: &str = "canary-7f3a";
 const TAG: &str = "\"v1\"";
 
-/// A cache, a report, and options quick enough for tests.
+/// A cache, a report, and options that are fast enough for tests.
 struct Desk {
     folder: tempfile::TempDir,
     options: Options,
@@ -55,7 +57,7 @@ impl Desk {
         self.fetch_all(&[source.to_owned()]).map(|mut files| files.remove(0))
     }
 
-    /// Fetches, and expects these very bytes.
+    /// Fetches, and expects exactly these bytes.
     fn expect(&self, source: &str, content: &[u8]) -> File {
         let file = self.fetch(source).unwrap_or_else(|fault| panic!("{fault}\n{}", self.log.text()));
         assert!(fs::read(&file.path).unwrap() == content, "other bytes");
@@ -63,7 +65,7 @@ impl Desk {
         file
     }
 
-    /// Fetches, and expects a fault of this kind that says `words`.
+    /// Fetches, and expects a fault of this kind that contains `words`.
     fn refuse(&self, source: &str, kind: Kind, words: &str) -> Fault {
         let fault = self.fetch(source).expect_err("must fail");
         assert_eq!(fault.kind, kind, "{fault}");
@@ -71,7 +73,7 @@ impl Desk {
         fault
     }
 
-    /// Whatever happened: final names hold whole content, and the canary is nowhere.
+    /// In every case, final names hold whole content and the canary is nowhere.
     fn check_invariants(&self, fetched: &Result<Vec<File>, Fault>) {
         for path in files_below(&self.options.cache.join("sha256")) {
             let content = fs::read(&path).unwrap();
@@ -108,7 +110,7 @@ fn digest(content: &[u8]) -> String {
     Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// 300 kB that look like parquet from outside: more than socket buffers pass in one read.
+/// 300 kB that look like parquet from outside, which is more than socket buffers pass in one read.
 fn content() -> Vec<u8> {
     let mut state = 1u32;
     let mut next = || {
@@ -135,7 +137,7 @@ fn ranges(server: &Server) -> Vec<Option<usize>> {
     server.requests().iter().map(Request::range_start).collect()
 }
 
-// A good day.
+// Servers that behave.
 
 #[test]
 fn a_plain_download() {
@@ -183,7 +185,7 @@ fn same_basename_same_file_and_order_are_kept() {
     assert_eq!(files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>(), urls);
 }
 
-// Bodies that stop, and servers that changed their mind.
+// Bodies that stop, and servers that change their content.
 
 #[test]
 fn a_cut_body_is_resumed_where_it_stopped() {
@@ -346,7 +348,31 @@ fn bytes_damaged_in_the_partial_file_are_found_by_the_digest() {
     assert_eq!(ranges(&server)[4..], [Some(100_000), None]);
 }
 
-// Answers that are no file.
+#[test]
+fn digests_that_servers_state_are_compared_without_being_asked_for() {
+    let stated = format!("sha-256=:{}:", STANDARD.encode(Sha256::digest(content())));
+    let good = stated.clone();
+    let (_server, url) = served(move |_, _| Reply::ok(content()).header("Repr-Digest", good.clone()));
+    let desk = Desk::new();
+    desk.expect(&url, &content());
+    assert!(desk.log.text().contains("checked by the server's SHA-256"), "{}", desk.log.text());
+
+    let (server, url) = served(move |index, _| {
+        let mut body = content();
+        body[7] ^= u8::from(index == 0);
+        Reply::ok(body).header("Repr-Digest", stated.clone())
+    });
+    Desk::new().expect(&url, &content());
+    assert_eq!(server.requests().len(), 2, "the damaged one is downloaded again");
+
+    let (server, url) = served(|_, _| Reply::ok(content()).header("Content-MD5", "JfnnlDI7RTiF9RgfG2JNCw=="));
+    Desk::new().refuse(&url, Kind::Network, "both times its MD5 is not the one that the server states");
+    assert_eq!(server.requests().len(), 2);
+    // Whoever gives a digest has said which bytes are meant.
+    Desk::new().expect(&format!("{url}#sha256={}", digest(&content())), &content());
+}
+
+// Responses that are not the file.
 
 #[test]
 fn busy_servers_are_asked_again() {
@@ -382,8 +408,8 @@ fn final_answers_are_not_asked_again() {
     for (status, kind, words) in [
         (404, Kind::Data, "no such file (HTTP 404)"),
         (410, Kind::Data, "no such file (HTTP 410)"),
-        (401, Kind::Auth, "wants credentials"),
-        (403, Kind::Auth, "wants credentials"),
+        (401, Kind::Auth, "requires credentials"),
+        (403, Kind::Auth, "requires credentials"),
         (407, Kind::Config, "proxy"),
         (400, Kind::Data, "HTTP 400"),
         (304, Kind::Data, "HTTP 304"),
@@ -417,7 +443,7 @@ fn a_web_page_is_not_data() {
 
     let server = Server::start(|_, _| Reply::ok(PAGE).header("Content-Type", "text/html; charset=utf-8"));
     desk.refuse(&server.url("/download"), Kind::Data, "expected a data file");
-    // A server may call data a page, and a page may be what is wanted from elsewhere.
+    // A server may declare data as a page, and a page may be what a user wants from elsewhere.
     let server = Server::start(|_, _| Reply::ok("PAR1").header("Content-Type", "text/html"));
     desk.expect(&server.url("/download"), b"PAR1");
     let server = Server::start(|_, _| Reply::ok(PAGE));
@@ -511,10 +537,10 @@ fn the_time_for_one_file_is_bounded() {
     let (_server, url) = served(|_, request| Reply::file(request, &content(), TAG).cut(100_000).stall());
     let mut desk = Desk::new();
     desk.options.total_timeout = Duration::from_millis(150);
-    desk.refuse(&url, Kind::Network, "not whole after the 150ms allowed for one file");
+    desk.refuse(&url, Kind::Network, "not complete after the 150ms allowed for one file");
 }
 
-// The way to the server.
+// Connections to the server.
 
 #[test]
 fn redirects_are_followed_and_do_not_carry_the_query() {
@@ -620,7 +646,7 @@ fn a_refused_connection_is_a_network_fault() {
 fn an_unknown_host_is_a_network_fault() {
     let mut desk = Desk::new();
     desk.options.attempts_max = 1;
-    // A label has at most 63 bytes: the resolver refuses without asking any server.
+    // A label has at most 63 bytes, so the resolver refuses it without asking a server.
     let host = "a".repeat(64);
     desk.refuse(&format!("http://{host}/file.parquet"), Kind::Network, "cannot be resolved");
 }
@@ -759,7 +785,7 @@ fn an_unusable_cache_is_a_config_fault_since_no_retry_helps() {
 
 // Local files.
 
-/// Files of these names, each holding its name, and a function that fetches a pattern below.
+/// Files with these names, each holding its name, and a function that fetches a pattern below their folder.
 fn tree(names: &[&str]) -> (Desk, PathBuf) {
     let desk = Desk::new();
     let root = desk.folder.path().join("tree");
@@ -798,7 +824,7 @@ fn directories_give_their_parquet_files_at_any_depth() {
     assert_eq!(names(&desk, &root, "data/data/"), ["data/data/a.parquet", "data/data/b.parquet"]);
 }
 
-/// The same rows often lie there a second time in another form: one kind is read, the other told.
+/// A folder often holds the same rows a second time in another form. One kind is read, and the other is reported.
 #[test]
 fn a_folder_of_several_kinds_gives_one_of_them_and_tells_the_others() {
     let (desk, root) =
@@ -834,7 +860,7 @@ fn a_name_that_exists_is_no_glob() {
 fn what_a_directory_holds_instead_is_told() {
     let (desk, root) = tree(&["data/a.txt", "data/dataset_info.json", "data/LICENSE"]);
     let folder = root.join("data");
-    let told = "no data file in it: 3 files: 1 .json, 1 .txt, 1 without extension";
+    let told = "the folder contains no data file: 3 files: 1 .json, 1 .txt, 1 without extension";
     desk.refuse(&folder.display().to_string(), Kind::Data, told);
     let empty = root.join("empty");
     fs::create_dir(&empty).unwrap();

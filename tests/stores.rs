@@ -1,5 +1,5 @@
-//! Object stores and datasets of the hub: the real binary against servers that check every signature themselves.
-//! `tests/stores/run` does the same against moto's S3 and Azurite.
+//! Object stores and datasets of the hub: the real binary with servers that check every signature themselves.
+//! `tests/stores/run` does the same with moto's S3 and Azurite.
 
 #[path = "support/http.rs"]
 mod http;
@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 const STEPS: &str = "--set TrainingArguments.max_steps=1 --set TrainingArguments.max_length=64 --device cpu";
 const KEY: &str = "AKIDEXAMPLE";
-/// Must never appear in a message or a request.
+/// A secret that must never appear in a message or a request.
 const SECRET: &str = "canary-secret-5c1d";
 /// The same for Azure, in base64: `canary-secret-az`.
 const ACCOUNT_KEY: &str = "Y2FuYXJ5LXNlY3JldC1heg==";
@@ -39,7 +39,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether the request carries AWS's signature (version 4) of what it asks, computed here anew.
+/// Whether the request carries AWS's signature (version 4) for its content, computed here independently.
 fn is_signed_for_s3(request: &Request) -> bool {
     let Some(authorization) = request.header("authorization") else { return false };
     let field = |name: &str| {
@@ -54,7 +54,7 @@ fn is_signed_for_s3(request: &Request) -> bool {
     let scope: Vec<&str> = credential.split('/').collect();
     let [KEY, date, region, "s3", "aws4_request"] = scope[..] else { return false };
     let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
-    // A plus is a blank, which the signature writes as %20.
+    // A plus stands for a blank, which the signature writes as %20.
     let escaped = |text: &str| -> String {
         let one = |byte: u8| match byte {
             b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
@@ -138,7 +138,7 @@ fn etag(content: &[u8]) -> String {
     format!("\"{}\"", &digest(content)[..32])
 }
 
-/// An object, or the range asked for, under the conditions that stores have.
+/// Returns an object, or the requested range of it, under the conditions that stores support.
 fn object(request: &Request, content: &[u8]) -> Reply {
     let etag = etag(content);
     if request.header("if-match").is_some_and(|wanted| wanted != etag) {
@@ -219,7 +219,7 @@ fn adapter_of_local_data() -> Vec<u8> {
     work.read("out/adapter_model.safetensors")
 }
 
-/// Data from a pattern and a model from a folder of a bucket: signed, cached, the run of the local files.
+/// Data from a pattern and a model from a folder of a bucket: signed, cached, and the same run as with local files.
 #[test]
 fn a_run_from_a_bucket_is_the_run_of_the_local_files() {
     let mut objects: Objects = [
@@ -343,12 +343,13 @@ fn what_a_store_refuses_says_who_must_act() {
     assert!(code == Some(11) && text.contains("no such file (HTTP 404)"), "{text}");
     let (code, text) = told("--data s3://bucket/empty/", &|_| {});
     assert!(
-        code == Some(11) && text.contains("s3://bucket/empty/: no data file in it: it is empty"),
+        code == Some(11)
+            && text.contains("s3://bucket/empty/: the folder contains no data file: it is empty"),
         "{text}"
     );
     let (code, text) = told("--data s3://user:word@bucket/rows.parquet", &|_| {});
     assert!(
-        code == Some(10) && text.contains("credentials and the endpoint stand in the environment"),
+        code == Some(10) && text.contains("credentials and the endpoint belong in the environment"),
         "{text}"
     );
     assert!(!text.contains("word"), "{text}");
@@ -361,12 +362,12 @@ fn a_bucket_of_another_region_is_told_with_it() {
     let ended = end(&mut on_s3(&work, &server, "--model model --data s3://bucket/rows.parquet"));
     assert_eq!(ended.code, Some(10), "{}", ended.stderr);
     assert!(
-        ended.stderr.contains("the bucket lies in region ap-south-1")
+        ended.stderr.contains("the bucket is in region ap-south-1")
             && ended.stderr.contains("set AWS_REGION")
     );
 }
 
-/// A pod's identity: the token that a local address hands out signs the requests, and is used again for all of them.
+/// A pod's identity: the token from a local address signs the requests, and one token serves all of them.
 #[test]
 fn the_identity_of_a_pod_signs() {
     let content = rows("messages.parquet");

@@ -294,6 +294,23 @@ fn the_readme_is_short_and_links_lead_to_files() {
     }
 }
 
+/// Each row of the fault matrix names a test that there is.
+#[test]
+fn the_fault_matrix_names_tests_that_exist() {
+    let of_row = Regex::new(r"(?m)^\| [A-Z]\d.*\| `(\w+)` \|$").unwrap();
+    let matrix = text(&root("tests/faults/MATRIX.md"));
+    let named: Vec<String> = of_row.captures_iter(&matrix).map(|row| row[1].to_owned()).collect();
+    let rows = matrix.lines().filter(|line| line.starts_with("| ")).count() - 1;
+    assert_eq!(named.len(), rows, "rows without the name of a test at their end");
+    assert!(rows >= 60, "{rows} rows");
+    let files = ["src", "tests"].iter().flat_map(|folder| rust_files(&root(folder)));
+    let all: String = files.map(|file| text(&file)).collect();
+    let test = Regex::new(r"#\[test\]\s+fn (\w+)\(").unwrap();
+    let tests: BTreeSet<String> = test.captures_iter(&all).map(|test| test[1].to_owned()).collect();
+    let missing: Vec<&String> = named.iter().filter(|name| !tests.contains(*name)).collect();
+    assert!(missing.is_empty(), "the matrix names tests that do not exist: {missing:?}");
+}
+
 /// What is proven of each family, from what stands in `tests`.
 fn families() -> String {
     let golden = root("tests/golden");

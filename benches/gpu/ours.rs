@@ -1,10 +1,13 @@
-//! hone's side of the GPU session: the folder that `reference.py prepare` filled, trained by `train::run`, the product's loop.
+//! hone's side of the GPU session: trains on the folder that `reference.py prepare` filled, with the product's loop
+//! `train::run`.
 //!
-//! `ours parity --folder F --precision f32|bf16 --out JSON`: five steps from the folder's adapter: losses, and the first step's gradients
-//! in `F/ours-f32.safetensors` or `F/ours-bf16.safetensors`, named as PEFT names them.
-//! `ours speed --folder F --workloads packed,long,short [--warm 3] --out JSON`: seconds of each step, tokens/s, peak memory.
-//! `ours random --folder F`: random weights for the folder's config.json, where there is no reference stack to write them.
-//! `--device cpu` trains there; by default on the first GPU.
+//! `ours parity --folder F --precision f32|bf16 --out JSON`: five steps from the folder's adapter. Writes the
+//! losses, and the first step's gradients to `F/ours-f32.safetensors` or `F/ours-bf16.safetensors` under PEFT's
+//! names.
+//! `ours speed --folder F --workloads packed,long,short [--warm 3] --out JSON`: seconds of each step, tokens/s,
+//! peak memory.
+//! `ours random --folder F`: random weights for the folder's config.json, if no reference stack can write them.
+//! `--device cpu` trains on the CPU; the default is the first GPU.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -49,7 +52,7 @@ fn main() -> Result<()> {
             random::write(&folder, &facts, 1)?;
             json!({ "parameters": facts.parameters() })
         }
-        // `cargo test --all-targets` and `cargo bench` start it without a word.
+        // `cargo test --all-targets` and `cargo bench` start it without arguments.
         _ => {
             println!("ours parity|speed|random --folder F ...: see the head of benches/gpu/ours.rs");
             return Ok(());
@@ -85,7 +88,7 @@ fn decoder(folder: &Path, precision: Precision, device: &Device) -> Result<(Deco
     let adapter = adapter.exists().then(|| hone::adapter::read(&adapter)).transpose()?;
     let asked = LoraOptions::default();
     let lora = adapter.as_ref().map_or(Ok(asked.clone()), |adapter| adapter.options(&asked))?;
-    // A folder that bitsandbytes quantised is taken as it is.
+    // A folder that bitsandbytes quantised is used as it is.
     let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
     let options = model::Options { folder: folder.to_owned(), quantization, lora, precision };
     let decoder = load::load(facts, &options, device, &Report::silent())?;
@@ -96,7 +99,8 @@ fn decoder(folder: &Path, precision: Precision, device: &Device) -> Result<(Deco
     Ok((decoder, trainable))
 }
 
-/// Trains the steps as they stand: an update for each, its examples in one pass. Seconds are when each step's metrics came.
+/// Trains the steps as given: one update each, with its examples in one pass. The seconds are the times at which
+/// each step's metrics arrived.
 fn train(
     (decoder, adapter): &(Decoder, Trainable),
     steps: &[Vec<Example>],
@@ -139,16 +143,16 @@ fn train(
 struct Done {
     loss: f64,
     grad_norm: f64,
-    /// Since the first step began.
+    /// Seconds since the first step began.
     seconds: f64,
-    /// Of the process.
+    /// Peak memory of the process.
     launches: Option<u64>,
 }
 
 fn parity(folder: &Path, precision: &str, device: &Device) -> Result<Value> {
     let of = if precision == "f32" { Precision::F32 } else { Precision::Bf16 };
     let steps = steps(folder, "parity")?;
-    // The gradients of a run that ends after its first step lie where it left them.
+    // The gradients of a run that ends after its first step are still in their buffer.
     let first = decoder(folder, of, device)?;
     train(&first, &steps[..1], 1e-4)?;
     write_gradients(&first.1, &folder.join(format!("ours-{precision}.safetensors")))?;
@@ -189,7 +193,8 @@ fn measure(
 ) -> Result<Value> {
     memory::begin(device)?;
     let done = train(decoder, steps, 2e-5)?;
-    // From one step's metrics to the next one's. Metrics come a step late and the last two together, so the last is left out.
+    // From one step's metrics to the next one's. Metrics arrive one step late and the last two together, so the
+    // last is left out.
     let counted = &done[..done.len() - 1];
     let seconds: Vec<f64> = counted.windows(2).map(|pair| pair[1].seconds - pair[0].seconds).collect();
     let timed = seconds.get(warm.saturating_sub(1)..).filter(|timed| !timed.is_empty());
@@ -213,7 +218,7 @@ fn measure(
     Ok(found)
 }
 
-/// What the device's memory was used for, in the names that `reference.py` gives to the same.
+/// The use of the device's memory, under the names that `reference.py` uses.
 #[cfg(feature = "cuda")]
 mod memory {
     use candle_core::Device;

@@ -45,12 +45,13 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
     cases
 }
 
-/// qkv, and for the backward pass what comes before it: the gradient of the output, the output, the logsumexp.
+/// qkv, and the inputs that the backward pass needs before it: the gradient of the output, the output, the
+/// logsumexp.
 fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, backward: bool) -> Case {
     let tokens = examples.last().map_or(0, |example| example.end);
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let pairs: f64 = examples.iter().map(|example| pairs(example.len(), heads.window)).sum();
-    // Two products of every pair forward, five backward.
+    // Two products for every pair forward, five backward.
     let products = if backward { 5.0 } else { 2.0 };
     let out = heads.query * heads.width;
     let elements = tokens * if backward { 2 * heads.columns() + 2 * out } else { heads.columns() + out };
@@ -83,13 +84,13 @@ fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, back
     }
 }
 
-/// Pairs of a row and a row that it sees.
+/// Pairs of a row and a row that it attends to.
 fn pairs(rows: usize, window: Option<usize>) -> f64 {
     let window = window.unwrap_or(rows).min(rows) as f64;
     window * (window + 1.0) / 2.0 + (rows as f64 - window) * window
 }
 
-/// The last key head and its query heads alone, in f64: the operation on a matrix of just their columns.
+/// The last key head with its query heads, in f64: the operation on a matrix of just their columns.
 fn judge(
     heads: &Heads,
     packing: &Packing,

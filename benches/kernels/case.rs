@@ -1,4 +1,4 @@
-//! A kernel at a shape: its inputs, its run, what it must give; checked and timed.
+//! A kernel at a shape: its inputs, its run, the expected results; checked and timed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -13,15 +13,15 @@ use hone::ops::{cpu, cuda, rows};
 
 use crate::roof::Roof;
 
-/// Where cases run, and in which storage type.
+/// The device of the cases, and their storage type.
 pub struct Gpu {
     pub device: Device,
     pub dtype: DType,
-    /// Sizes for the fake driver.
+    /// Whether sizes are for the fake driver.
     pub small: bool,
 }
 
-/// What a run takes.
+/// An input of a run.
 pub struct Inputs {
     pub tensors: Vec<Tensor>,
     /// Frozen: no run changes it.
@@ -35,27 +35,27 @@ type Judge = Box<dyn Fn(&Inputs, &[Tensor]) -> Result<Vec<(Tensor, Tensor)>>>;
 
 pub struct Case {
     pub name: String,
-    /// The least that must move through the card's memory, and be computed.
+    /// The least that must move through the card's memory, and that must be computed.
     pub bytes: f64,
     pub flops: f64,
     pub exact: bool,
     /// Fresh random inputs.
     pub make: Make,
-    /// Outputs; an operation that works in place gives its inputs back.
+    /// The outputs. An operation that works in place returns its inputs.
     pub run: Run,
     pub judge: Judge,
 }
 
-/// Of the next random tensor; `main` sets it to the time.
+/// Seed of the next random tensor; `main` sets it to the time.
 pub static SEED: AtomicU64 = AtomicU64::new(0);
-/// Random numbers a task makes.
+/// Random numbers per task.
 const CHUNK: usize = 1 << 16;
 /// Bytes that inputs rotate through: several times the largest cache.
 const ROTATION_BYTES: usize = 256 << 20;
 const SAMPLES: usize = 20;
-/// A sample is a row of launches about so long, so that waiting for its end does not count.
+/// Length of a sample, which is a row of launches, so that waiting for its end does not count.
 const SAMPLE_SECONDS: f64 = 2e-3;
-/// Below this share of its roof a kernel is named.
+/// A kernel below this share of its roof is named.
 const SHARE_MIN: f64 = 0.7;
 
 impl From<Vec<Tensor>> for Inputs {
@@ -93,7 +93,7 @@ impl Gpu {
     pub fn random_f32(&self, shape: impl Into<candle_core::Shape>, deviation: f64) -> Result<Tensor> {
         let shape = shape.into();
         let tensor = mix(SEED.fetch_add(1, Ordering::Relaxed));
-        // Four of 16 bits have variance 4/12.
+        // Four numbers of 16 bits have variance 4/12.
         let scale = (deviation * 3f64.sqrt() / 65_536.0) as f32;
         let mut values = vec![0f32; shape.elem_count()];
         values.par_chunks_mut(CHUNK).enumerate().for_each(|(at, values)| {
@@ -132,7 +132,7 @@ impl Case {
         }
     }
 
-    /// The largest relative error of an output, and whether two runs give the same bits.
+    /// (largest relative error of an output, whether two runs give the same bits)
     fn compare(&self) -> Result<(f64, bool)> {
         let inputs = (self.make)()?;
         let run = || (self.run)(&inputs.copy()?);
@@ -202,7 +202,7 @@ impl Case {
     }
 }
 
-/// Without the trace that may come along.
+/// The message without the trace that may follow it.
 fn first_line(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
@@ -211,8 +211,8 @@ pub fn size(tensor: &Tensor) -> usize {
     tensor.elem_count() * tensor.dtype().size_in_bytes()
 }
 
-/// Memory as large as outputs, filled with NaN and given back: what the next run gets for them, as the pool hands out
-/// what was freed last. An element that a kernel leaves out then shows.
+/// Allocates as much memory as the outputs, fills it with NaN and frees it. The next run gets this memory, because
+/// the pool hands out what was freed last, and an element that a kernel leaves out then shows.
 fn poison(sizes: &[usize], device: &Device) -> Result<()> {
     let filled = |&size: &usize| Tensor::from_vec(vec![u8::MAX; size], size, device);
     sizes.iter().map(filled).collect::<Result<Vec<Tensor>>>().map(drop)

@@ -1,9 +1,12 @@
-//! Every kernel through its operation, at the shapes of real models, on the GPU: right or wrong, and how fast.
+//! Runs every kernel through its operation, at the shapes of real models, on the GPU: whether it is right, and how
+//! fast it is.
 //!
-//! `cargo bench --features cuda --bench kernels -- check [--small] [--only NAME] [--out JSON]`: fresh random inputs, outputs laid into memory that held NaN,
-//! against the operation's f64 form on the CPU (which the library's tests hold against its formula) for chosen rows, and each run twice.
-//! `... -- time ...`: median of 20, inputs rotating through more than the cache, beside the roof of the same minute: the rate
-//! of a copy and of a large bf16 product. `--small` is for the fake driver of `kernels/driver`: it shows that everything runs.
+//! `cargo bench --features cuda --bench kernels -- check [--small] [--only NAME] [--out JSON]`: fresh random
+//! inputs, with outputs in memory that held NaN. Chosen rows are compared with the operation's f64 form on the CPU
+//! (which the library's tests compare with its formula), and each case runs twice. `... -- time ...`: the median of
+//! 20, with inputs that rotate through more than the cache, beside the roof of the same minute: the rate of a copy
+//! and of a large bf16 product. `--small` is for the fake driver of `kernels/driver`; it shows that everything
+//! runs.
 
 #[cfg(feature = "cuda")]
 mod attention;
@@ -35,7 +38,7 @@ fn main() -> candle_core::Result<()> {
     };
     let (check, time) = (flag("check"), flag("time"));
     if check == time {
-        // `cargo test --all-targets` and `cargo bench` start it without a word.
+        // `cargo test --all-targets` and `cargo bench` start it without arguments.
         println!(
             "kernels check|time [--small] [--only NAME] [--out JSON]: see the head of benches/kernels/main.rs"
         );
@@ -52,7 +55,7 @@ fn main() -> candle_core::Result<()> {
         println!("{found}");
         results["cases"].as_array_mut().expect("a list").push(found);
         match value("--out") {
-            // After each case: what was found stays when time runs out.
+            // Written after each case, so that results stay if time runs out.
             Some(file) => std::fs::write(file, results.to_string()),
             None => Ok(()),
         }

@@ -58,7 +58,7 @@ fn four_bit(values: &Tensor, dims: (usize, usize)) -> Result<FourBit> {
     stored.map_err(|place| candle_core::Error::Msg(format!("values that are not finite: {place:?}")))
 }
 
-/// Tensors of a weight, the offset of its scales among them.
+/// The tensors of a weight; the offset of its scales is one of them.
 fn parts(weight: &FourBit) -> Result<Vec<Tensor>> {
     let Absmax::Nested { codes, absmax, offset } = &weight.absmax else {
         candle_core::bail!("expected scales in two levels")
@@ -67,7 +67,7 @@ fn parts(weight: &FourBit) -> Result<Vec<Tensor>> {
     Ok(vec![weight.packed.clone(), codes.clone(), absmax.clone(), offset])
 }
 
-/// Compared with the CPU's codes, which are bitsandbytes' own, every bit of the whole weight.
+/// Compared with the CPU's codes, which are bitsandbytes' own, in every bit of the whole weight.
 fn quantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let values = (dims.0 * dims.1) as f64;
@@ -91,7 +91,7 @@ fn quantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     }
 }
 
-/// The GPU's values against the CPU's from the same codes, rounded once: bit for bit.
+/// The GPU's values equal the CPU's from the same codes, rounded once, bit for bit.
 fn dequantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let values = (dims.0 * dims.1) as f64;
@@ -103,7 +103,7 @@ fn dequantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
         make: Box::new(move || {
             let gpu = Gpu { device: device.clone(), dtype, small: false };
             let weight = Some(Weight::FourBit(four_bit(&gpu.random(dims, 0.02)?, dims)?));
-            // The judge and the poison ask a tensor for its device.
+            // The comparison and the poison ask a tensor for its device.
             Ok(Inputs { tensors: vec![gpu.random_f32(1, 1.0)?], weight })
         }),
         run: Box::new(move |of| match &of.weight {
@@ -230,7 +230,7 @@ fn product_precision(dtype: DType) -> Precision {
     if dtype == DType::F32 { Precision::F32 } else { Precision::Bf16 }
 }
 
-/// Few rows: all of their losses are in one number.
+/// Few rows, so that all of their losses are in one number.
 fn loss(gpu: &Gpu, shape: &Shape) -> Case {
     let (rows, vocab, dtype) = (shape.tokens.min(48), shape.vocab, gpu.dtype);
     Case {
@@ -255,13 +255,13 @@ fn loss(gpu: &Gpu, shape: &Shape) -> Case {
     }
 }
 
-/// All rows of a pass, in as many chunks as it takes; the gradient of some is judged.
+/// All rows of a pass, in as many chunks as needed. The gradient of some rows is compared.
 fn loss_gradient(gpu: &Gpu, shape: &Shape) -> Case {
     let Shape { tokens, width, vocab, .. } = *shape;
     let dtype = gpu.dtype;
     Case {
         name: format!("loss and gradient of {tokens} rows, {}", shape.name),
-        // Logits are written, made into their gradient in place, and read.
+        // Logits are written, turned into their gradient in place, and read.
         bytes: (4 * tokens * vocab * dtype.size_in_bytes()) as f64,
         flops: 4.0 * (tokens * width) as f64 * vocab as f64,
         exact: false,

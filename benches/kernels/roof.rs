@@ -1,4 +1,5 @@
-//! The two ceilings of the card, as found in the same minute: bytes a second of a copy, FLOP a second of a bf16 product.
+//! The two ceilings of the card, measured in the same minute: bytes per second of a copy, FLOP per second of a bf16
+//! product.
 
 use std::time::Instant;
 
@@ -26,7 +27,7 @@ pub fn measure(gpu: &Gpu) -> Result<Roof> {
     Ok(Roof { copy: 8.0 * values as f64 / copying, matrix: 2.0 * (width as f64).powi(3) / computing })
 }
 
-/// The best of a few rounds, as a ceiling should be.
+/// The best of a few rounds, because it is a ceiling.
 fn best(gpu: &Gpu, call: impl Fn() -> Result<()>) -> Result<f64> {
     const RUNS: usize = 10;
     call()?;

@@ -1,4 +1,4 @@
-//! Cases of operations whose rows do not depend on each other, and of the optimizer: bound by the card's memory.
+//! Cases of operations with independent rows, and of the optimizer. They are bound by the card's memory.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -16,15 +16,16 @@ const EPSILON: f64 = 1e-5;
 const SILU: Activation = Activation { function: Function::Silu, gated: true };
 const GELU: Activation = Activation { function: Function::GeluTanh, gated: true };
 
-/// An operation of rows: inputs as tensors, of which those of T rows are sampled for the judge; `run` is the operation
-/// itself, on the GPU and, in f64, on the CPU.
+/// An operation on rows. The inputs are tensors; those of T rows are sampled for the comparison. `run` is the
+/// operation itself, on the GPU and, in f64, on the CPU.
 struct Rows<'a> {
     gpu: &'a Gpu,
     shape: &'a Shape,
 }
 
 impl Rows<'_> {
-    /// `elements` are read and written in all, in the storage type. `inputs` are [T, columns] each, or `[columns]` in f32.
+    /// `elements` counts what is read and written in the storage type. `inputs` are [T, columns] each, or
+    /// `[columns]` in f32.
     fn case(
         &self,
         name: &str,
@@ -65,11 +66,12 @@ impl Rows<'_> {
 enum Input {
     Matrix(usize),
     Vector(usize),
-    /// [T, columns] in f32 whatever the storage type.
+    /// [T, columns] in f32 for every storage type.
     Wide(usize),
 }
 
-/// Rows from the beginning, the middle and the end, in f64 on the CPU; what has no row for each token is taken whole.
+/// Rows from the beginning, the middle and the end, in f64 on the CPU. An input without a row per token is taken
+/// whole.
 pub fn sample(tensor: &Tensor, tokens: usize) -> Result<Tensor> {
     const ROWS: usize = 16;
     let tensor = tensor.to_device(&Device::Cpu)?;
@@ -180,7 +182,7 @@ fn rare(each: &Rows) -> Vec<Case> {
     ]
 }
 
-/// Keys name the rows, so the judge sees all of them.
+/// Keys identify the rows, so all of them are compared.
 fn dropout_case(each: &Rows) -> Case {
     let Shape { tokens, width, .. } = *each.shape;
     let keys: Vec<u64> = (0..tokens as u64).map(dropout::mix).collect();
@@ -199,7 +201,7 @@ fn dropout_case(each: &Rows) -> Case {
     }
 }
 
-/// Every row but each seventh, backwards; then back to their places; and the embedding of as many tokens.
+/// Every row but each seventh, in reverse order; then back to their places. Also the embedding of as many tokens.
 fn gather_case(gpu: &Gpu, shape: &Shape) -> Case {
     let Shape { tokens, width, vocab, .. } = *shape;
     let index: Vec<u32> = (0..tokens as u32).rev().filter(|row| row % 7 != 0).collect();
@@ -231,7 +233,8 @@ fn gather_case(gpu: &Gpu, shape: &Shape) -> Case {
     }
 }
 
-/// The whole update: the gradient's norm, clipping, parameters and moments, as many as LoRA of rank 16 has on all layers.
+/// The whole update: the gradient's norm, clipping, parameters and moments; as many as LoRA of rank 16 has on all
+/// layers.
 fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
     let parameters = if gpu.small { 5000 } else { 30_000_000 };
     let update = Update {
@@ -264,13 +267,13 @@ fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
             // Second moments are positive.
             let second: Vec<f32> = (0..parameters).map(|i| (i * 7919 % 1021) as f32 * 1e-5).collect();
             let second = Tensor::from_vec(second, parameters, &gpu.device)?;
-            // Parameters of LoRA's size: the change of larger ones would drown in their own rounding.
+            // Parameters of LoRA's size. A change of larger ones would be lost in their own rounding.
             Ok(vec![random(0.01)?, random(1.0)?, random(0.1)?, second].into())
         }),
         run: Box::new(run),
         judge: Box::new(move |inputs, outputs| {
             let inputs: Inputs = inputs.tensors.iter().map(whole).collect::<Result<Vec<_>>>()?.into();
-            // Of the parameters, what the update changes is compared, not what it leaves.
+            // Of the parameters, the change by the update is compared, not the values.
             let before = [inputs[0].copy()?, inputs[2].zeros_like()?, inputs[3].zeros_like()?];
             let expected = on_cpu(&inputs)?;
             let pairs = outputs.iter().zip(expected).zip(before);

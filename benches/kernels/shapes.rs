@@ -1,4 +1,4 @@
-//! The shapes that cases have: layers of real models, and small ones for the fake driver.
+//! The shapes of the cases: layers of real models, and small ones for the fake driver.
 
 use crate::case::{Case, Gpu};
 use crate::{attention, products, rows};
@@ -66,7 +66,7 @@ const SMALL: Shape = Shape {
     window: Some(37),
 };
 
-/// Of every operation. f32 is checked at one shape: it is not what trains.
+/// The shapes of every operation. f32 is checked at one shape, because training uses bf16.
 pub fn cases(gpu: &Gpu) -> Vec<Case> {
     let shapes: &[Shape] = match (gpu.small, gpu.dtype) {
         (true, _) => &[SMALL],

@@ -1,6 +1,7 @@
-// libcublas: products of matrices stored by columns, f32, f64 or bf16, sums in f64 and rounded once.
+// libcublas: products of matrices stored by columns, in f32, f64 or bf16, with sums in f64 that are rounded once.
 //
-// Held to what the library demands and cannot check: shapes and strides, and that every matrix lies inside one allocation.
+// It checks what the library requires and cannot check itself: shapes and strides, and that every matrix lies
+// inside one allocation.
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -15,7 +16,7 @@ using namespace fake;
 
 namespace {
 
-// cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as used.
+// cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as they are used.
 enum { blas_success = 0, blas_invalid_value = 7, blas_not_supported = 15 };
 enum Type { f32 = 0, f64 = 1, bf16 = 14 };
 enum { compute_32f_first = 68, compute_64f = 70, compute_32f_last = 77 };
@@ -69,7 +70,8 @@ struct Product {
     Matrix a, b, c;
 };
 
-// Rows [from, to) of c. The innermost loop goes along a row of b: independent sums, so that any vector width adds in one order.
+// Computes rows [from, to) of c. The innermost loop runs along a row of b: its sums are independent, so any vector
+// width adds in the same order.
 __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(const Product& p, const std::vector<double>& b, int from, int to) {
     std::vector<double> sums(static_cast<size_t>(p.n));
     for (int i = from; i < to; ++i) {
@@ -82,7 +84,7 @@ __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(
         }
         for (int j = 0; j < p.n; ++j) {
             const size_t at = p.c.at(i, j);
-            // beta 0 means: c is not read, whatever lies there.
+            // beta 0 means that c is not read, whatever it holds.
             const double kept = p.beta == 0 ? 0.0 : p.beta * load(p.c.memory, p.c.type, at);
             store(p.c.memory, p.c.type, at, p.alpha * sums[static_cast<size_t>(j)] + kept);
         }
@@ -94,7 +96,7 @@ void multiply(const Product& p) {
     for (int l = 0; l < p.k; ++l) {
         for (int j = 0; j < p.n; ++j) b[static_cast<size_t>(l) * p.n + j] = load(p.b.memory, p.b.type, p.b.at(l, j));
     }
-    // A thread costs some 30 us: for products of more than a few million terms only.
+    // Starting a thread takes some 30 us, so threads are used only for products of more than a few million terms.
     const double terms = double(p.m) * p.n * p.k;
     const int threads = terms < 4e6 ? 1 : std::min<int>(static_cast<int>(configuration().host_threads), p.m);
     std::vector<std::thread> helpers;

@@ -21,7 +21,7 @@ Pool pool;
 
 namespace {
 
-// "9.0" and "13.0": the part before and after the point.
+// "9.0" and "13.0": the numbers before and after the point.
 void read_version(const char* variable, int* major, int* minor) {
     const char* text = getenv(variable);
     if (text == nullptr) return;
@@ -55,7 +55,7 @@ Configuration read_configuration() {
     return c;
 }
 
-// An allocation is whole pages, the last bytes before a page that cannot be touched, as far as alignment allows.
+// An allocation is whole pages; its end lies before a page that cannot be accessed, as closely as alignment allows.
 struct Allocation {
     size_t bytes;
     unsigned char* mapping;
@@ -69,13 +69,14 @@ std::map<Address, Allocation>& allocations() {
 const size_t page = 4096;
 const size_t alignment = 256;
 const unsigned char poison = 0xff, canary = 0xa5;
-// Beyond this only an allocation's beginning is poisoned: touching gigabytes would take longer than any test.
+// Beyond this size only the beginning of an allocation is poisoned: writing gigabytes would take longer than any
+// test.
 const size_t poisoned_bytes_max = 64 << 20;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 #if defined(__SANITIZE_ADDRESS__)
-// The sanitizer's allocator knows each byte's end and keeps freed memory from use.
+// The sanitizer's allocator knows the end of each allocation and keeps freed memory from being used.
 Allocation take(size_t bytes) {
     void* memory = nullptr;
     if (posix_memalign(&memory, alignment, bytes) != 0) return {0, nullptr, 0};
@@ -144,7 +145,7 @@ struct Report {
         fclose(file);
     }
 
-    // Of several processes each has its own where the name holds %p.
+    // If the name holds %p, each of several processes has its own file.
     static FILE* open() {
         if (configuration().statistics_file == nullptr) return nullptr;
         std::string path = configuration().statistics_file;

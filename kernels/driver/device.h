@@ -1,6 +1,6 @@
-// The one device there is: what it claims to be, its memory, and the count of what was asked of it.
+// The only device: the properties it claims, its memory, and the counts of what was requested from it.
 //
-// Everything is carried out at once, on the calling thread, under one lock. What the environment says:
+// Everything is done at once, on the calling thread, under one lock. The environment sets:
 //   HONE_FAKE_GPU_COUNT       0: a driver without a device (1)
 //   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
 //   HONE_FAKE_GPU_CAPABILITY  compute capability, which also sets the shared memory of a block (9.0)
@@ -24,7 +24,7 @@ namespace fake {
 
 typedef uint64_t Address;
 
-// CUresult, as far as it is given out.
+// The values of CUresult that are returned.
 enum Result {
     success = 0,
     invalid_value = 1,
@@ -49,21 +49,21 @@ struct Configuration {
 const Configuration& configuration();
 size_t shared_bytes_a_block();
 
-// Held by every entry point that touches what follows.
+// Every entry point holds this lock while it uses what follows.
 extern std::mutex lock;
 
 struct Statistics : hone_fake_gpu_statistics {};
 extern Statistics statistics;
 
-// Memory. All bytes are 0xff when allocated (NaN in f32 and bf16) and gone when freed; a write past the end ends the process, at once
-// from the next page on, when the memory is freed before that.
+// Memory. All bytes are 0xff when allocated (NaN in f32 and bf16) and inaccessible when freed. A write past the end
+// ends the process: at once from the next page on, and before that when the memory is freed.
 Result allocate(Address* address, size_t bytes);
 Result release(Address address);
 uint64_t live_bytes();
 // Whether [address, address + bytes) lies inside one allocation.
 bool is_allocated(Address address, uint64_t bytes);
 
-// The pool keeps what is freed until a synchronisation finds more of it than the threshold.
+// The pool keeps freed memory until a synchronisation finds more of it than the threshold.
 struct Pool {
     uint64_t release_threshold = 0, reserved = 0, reserved_high = 0, used_high = 0;
     void grow();

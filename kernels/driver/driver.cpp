@@ -1,8 +1,8 @@
 // libcuda over host memory and the emulator: devices, contexts, memory, modules and launches.
 //
-// What is asynchronous on a device is done at once, with two exceptions that a correct program cannot tell and a wrong one can: a copy
-// to pinned host memory arrives when the host has waited for it (until then the memory holds 0xff), and pinned memory
-// that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp).
+// Work that is asynchronous on a device is done at once, with two exceptions that only a wrong program can notice.
+// A copy to pinned host memory arrives when the host has waited for it; until then the memory holds 0xff. Pinned
+// memory that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp).
 #include "device.h"
 
 #include <cstring>
@@ -14,7 +14,7 @@ using namespace fake;
 
 #define API EXPORT int
 #define LOCKED const std::lock_guard<std::mutex> hold(lock)
-// What needs a current context on the calling thread.
+// Functions that need a current context on the calling thread.
 #define IN_CONTEXT                                      \
     if (current_context == nullptr) return invalid_context; \
     LOCKED
@@ -26,7 +26,7 @@ int the_context, the_module, the_pool;
 
 bool initialized;
 
-// The launch holds the lock while a kernel asks.
+// The launch holds the lock while a kernel calls this.
 const bool prepared = (emulator::is_global = [](uint64_t address) { return is_allocated(address, 1); }) != nullptr;
 
 int attribute(int which) {
@@ -148,7 +148,7 @@ API cuMemAllocAsync(Address* address, size_t bytes, void*) {
 }
 API cuMemFree_v2(Address address) {
     IN_CONTEXT;
-    host_waits();  // as the driver's does
+    host_waits(); // as the driver's function does
     return release(address);
 }
 API cuMemFreeAsync(Address address, void*) {
@@ -176,7 +176,7 @@ API cuMemPoolSetAttribute(void*, int which, void* value) {
         case 4:
             memcpy(&pool.release_threshold, value, sizeof pool.release_threshold);
             return success;
-        case 6: case 8:  // high-water marks: may only be set to 0, that is, to what is now
+        case 6: case 8: // high-water marks: may only be set to 0, which means the current value
             memcpy(&number, value, sizeof number);
             if (number != 0) return invalid_value;
             (which == 6 ? pool.reserved_high : pool.used_high) = which == 6 ? pool.reserved : live_bytes();
@@ -258,7 +258,7 @@ API cuMemHostUnregister(void* memory) {
     return unregister_pinned(memory);
 }
 
-// Streams and events: handles, the work is done already.
+// Streams and events are handles; the work is already done.
 API cuStreamCreate(void** stream, unsigned) {
     IN_CONTEXT;
     *stream = new char;
@@ -285,7 +285,7 @@ API cuStreamIsCapturing(void*, int* status) {
     return success;
 }
 
-// Modules and launches. Any image will do: the kernels are those of this library.
+// Modules and launches. Any image will do, because the kernels are those of this library.
 API cuModuleLoadData(void** module, const void*) {
     IN_CONTEXT;
     *module = &the_module;
@@ -322,7 +322,7 @@ API cuFuncGetName(const char** name, void* function) {
 }
 API cuFuncSetAttribute(void* function, int which, int value) {
     LOCKED;
-    if (which != 8) return which == 9 ? success : invalid_value;  // 9: the share of shared memory wished for
+    if (which != 8) return which == 9 ? success : invalid_value; // 9: the wished share of shared memory
     if (value < 0 || static_cast<size_t>(value) > shared_bytes_a_block()) return invalid_value;
     static_cast<emulator::Kernel*>(function)->dynamic_bytes_max = static_cast<size_t>(value);
     return success;

@@ -1,4 +1,4 @@
-// Events: the time at which they were recorded, since all work before them is done by then.
+// Events hold the time at which they were recorded, because all work before them is done by then.
 #include <chrono>
 
 #include "device.h"

@@ -1,4 +1,4 @@
-// libcurand, as far as opening a candle device needs it: generators that candle seeds. hone draws its numbers itself.
+// libcurand as far as opening a candle device needs it: generators that candle seeds. hone draws its own numbers.
 #include <random>
 
 #include "device.h"

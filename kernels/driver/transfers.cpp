@@ -1,4 +1,4 @@
-// Copies, and the two ways a program can forget to wait for one.
+// Copies, and the detection of the two ways in which a program can forget to wait for one.
 #include "transfers.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ std::vector<Pinned> pinned;
 struct Transfer {
     unsigned char* host;
     std::vector<unsigned char> bytes;
-    bool arrives;  // or leaves
+    bool arrives; // or leaves the host
 };
 std::vector<Transfer> transfers;
 

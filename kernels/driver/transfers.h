@@ -1,4 +1,5 @@
-// Host memory in, device memory out, and back; pinned host memory, whose copies are over only when the host has waited.
+// Copies between host memory and device memory. Copies of pinned host memory are complete only when the host has
+// waited.
 #pragma once
 #include "device.h"
 
@@ -14,7 +15,8 @@ Result release_pinned(void* memory);
 Result register_pinned(void* memory, size_t bytes);
 Result unregister_pinned(void* memory);
 
-// The host has waited: what was to arrive does, what was to stay is compared.
+// Called when the host has waited: pending arrivals are written, and sources that had to stay unchanged are
+// compared.
 void finish_transfers();
 
 }  // namespace fake

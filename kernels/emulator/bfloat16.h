@@ -1,10 +1,11 @@
-// __nv_bfloat16 and pairs of them: storage of 16 bits, arithmetic in f32 rounded to nearest even after each operation.
+// __nv_bfloat16 and pairs of them: 16-bit storage, arithmetic in f32 that is rounded to nearest even after each
+// operation.
 #pragma once
 #include "language.h"
 
 inline uint16_t emulator_round_to_bfloat16(float x) {
     const uint32_t bits = emulator_bits<uint32_t>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // the one NaN the hardware makes
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff; // the only NaN that the hardware makes
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
@@ -43,7 +44,7 @@ inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) 
 inline __nv_bfloat16 __hsub(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) - float(b); }
 inline __nv_bfloat16 __hmul(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) * float(b); }
 inline __nv_bfloat16 __hdiv(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) / float(b); }
-// Rounded to f32 in between, which the device does not: one bit in some 2^16 sums.
+// Rounded to f32 in between, which the device does not do: it differs in one of some 2^16 sums, by one bit.
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) { return fmaf(a, b, c); }
 inline __nv_bfloat16 __hneg(__nv_bfloat16 a) { return -float(a); }
 inline __nv_bfloat16 __habs(__nv_bfloat16 a) { return fabsf(a); }
@@ -56,7 +57,7 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
     return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
 }
 
-// Arithmetic between two bf16 is bf16, as on the device; with a float it is float.
+// Arithmetic between two bf16 gives bf16, as on the device; with a float it gives float.
 inline __nv_bfloat16 operator+(__nv_bfloat16 a, __nv_bfloat16 b) { return __hadd(a, b); }
 inline __nv_bfloat16 operator-(__nv_bfloat16 a, __nv_bfloat16 b) { return __hsub(a, b); }
 inline __nv_bfloat16 operator*(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmul(a, b); }

@@ -1,4 +1,4 @@
-// Segmentation faults inside kernels, told by kernel, block and thread.
+// Reports segmentation faults inside kernels with kernel, block and thread.
 #include "faults.h"
 
 #include <csignal>
@@ -9,7 +9,7 @@
 namespace emulator {
 
 #if defined(__SANITIZE_ADDRESS__)
-// The sanitizer tells more.
+// The sanitizer reports more.
 FaultWatch::FaultWatch() {}
 FaultWatch::~FaultWatch() {}
 void prepare_fault_stack() {}
@@ -20,7 +20,7 @@ struct sigaction before;
 
 void on_fault(int number, siginfo_t* fault, void*) {
     sigaction(number, &before, nullptr);
-    if (block == nullptr) return;  // not a kernel's: happens again, now to whom it concerns
+    if (block == nullptr) return; // not a kernel's fault: it happens again, and the previous handler gets it
     die("access to %p, which is no memory of the device (or the thread's stack of 64 KiB is full)", fault->si_addr);
 }
 
@@ -40,7 +40,7 @@ void prepare_fault_stack() {
     sigaltstack(nullptr, &stack);
     if ((stack.ss_flags & SS_DISABLE) == 0) return;
     const size_t bytes = 64 << 10;
-    stack.ss_sp = malloc(bytes);  // for the life of the host thread
+    stack.ss_sp = malloc(bytes); // lives as long as the host thread
     stack.ss_size = bytes;
     stack.ss_flags = 0;
     if (stack.ss_sp != nullptr) sigaltstack(&stack, nullptr);

@@ -17,8 +17,8 @@ extern "C" void __sanitizer_start_switch_fiber(void** save, const void* bottom, 
 extern "C" void __sanitizer_finish_switch_fiber(void* saved, const void** bottom, size_t* size);
 #endif
 
-// switch_stacks(void** leave, void* enter): pushes what a call must keep, trades the stack pointer, pops. No floating-point
-// control word is kept: no kernel changes it.
+// switch_stacks(void** leave, void* enter) pushes what a call must keep, exchanges the stack pointer, and pops. It
+// keeps no floating-point control word, because no kernel changes it.
 asm(R"(
 .text
 .p2align 4
@@ -48,15 +48,15 @@ namespace {
 
 const size_t page = 4096;
 #if defined(__SANITIZE_ADDRESS__)
-const size_t stack_bytes = 256 << 10;  // redzones around every local array
+const size_t stack_bytes = 256 << 10; // the sanitizer adds redzones around every local array
 #else
 const size_t stack_bytes = 64 << 10;
 #endif
 
-// One emulator, one body for all its fibers.
+// There is one emulator, so all fibers have the same body.
 void (*fiber_body)();
 
-// Where a new fiber's first switch lands.
+// The entry point of a new fiber's first switch.
 void enter_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
@@ -79,7 +79,7 @@ Fiber* host_fiber() {
 }
 
 Fiber* new_fiber(unsigned number, void (*body)()) {
-    // One mapping a stack, the untouchable page below it.
+    // One mapping per stack, with an inaccessible page below it.
     void* mapping = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED || mprotect(mapping, page, PROT_NONE) != 0) {
         perror("emulator: no memory for a fiber's stack");
@@ -89,9 +89,10 @@ Fiber* new_fiber(unsigned number, void (*body)()) {
     Fiber* fiber = new Fiber();
     fiber->stack = static_cast<char*>(mapping) + page;
     fiber->stack_bytes = stack_bytes;
-    // Stacks that all start at one offset of a page fight for one set of the cache: each starts some lines lower than the last.
+    // Stacks that all start at the same offset of a page compete for one set of the cache, so each starts some
+    // lines lower than the last.
     const uintptr_t top = reinterpret_cast<uintptr_t>(fiber->stack) + stack_bytes - (number % 16) * 256;
-    void** frame = reinterpret_cast<void**>(top) - 1;  // what a call would have pushed: enter_fiber never returns to it
+    void** frame = reinterpret_cast<void**>(top) - 1; // what a call would have pushed; enter_fiber never returns to it
     *--frame = reinterpret_cast<void*>(enter_fiber);
     for (int i = 0; i < 6; ++i) *--frame = nullptr;
     fiber->stack_pointer = frame;

@@ -1,7 +1,7 @@
-// CUDA's words for a host compiler: qualifiers, vector types, and the arithmetic a kernel may call.
+// CUDA's keywords for a host compiler: qualifiers, vector types, and the arithmetic that a kernel may call.
 //
-// Functions with rounding in their names round so here too; those of the special function unit (__expf, ...) are exact here,
-// so that a kernel must leave room for their error on its own account.
+// Functions with a rounding in their names round so here too. Those of the special function unit (__expf, ...) are
+// exact here, so a kernel must allow for their error itself.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifndef __global__  // left as it is where kernels are looked for by name
+#ifndef __global__ // left unchanged if kernels are searched for by name
 #define __global__
 #endif
 #define __device__
@@ -19,7 +19,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __grid_constant__
-// Shared memory must be poisoned and private to a block: a plain variable can be neither.
+// Shared memory must be poisoned and private to a block; a plain variable can be neither.
 #define __shared__ static_assert(false, "declare shared memory by SHARED_ARRAY or SHARED_DYN of common.cuh");
 
 struct uint3 {
@@ -61,7 +61,7 @@ using std::isinf;
 using std::isnan;
 using std::signbit;
 
-// Bits.
+// Bit operations.
 template <class To, class From>
 inline To emulator_bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the width");
@@ -88,7 +88,8 @@ inline unsigned __brev(unsigned x) {
     for (int i = 0; i < 32; ++i) reversed |= ((x >> i) & 1u) << (31 - i);
     return reversed;
 }
-// Four bytes chosen of the eight in (upper, lower), one nibble of the selector each; its top bit replicates the sign.
+// Chooses four of the eight bytes in (upper, lower), by one nibble of the selector each. A nibble's top bit
+// replicates the sign.
 inline unsigned __byte_perm(unsigned lower, unsigned upper, unsigned selector) {
     const uint64_t both = (static_cast<uint64_t>(upper) << 32) | lower;
     unsigned chosen = 0;
@@ -107,7 +108,8 @@ inline unsigned __funnelshift_r(unsigned lower, unsigned upper, unsigned shift) 
     return static_cast<unsigned>(((static_cast<uint64_t>(upper) << 32) | lower) >> (shift & 31));
 }
 
-// f32, with the rounding in the name. g++ does not contract a*b+c here: a kernel that must be exact uses these on the device.
+// f32 arithmetic with the rounding in the name. g++ does not contract a*b+c here; a kernel that must be exact uses
+// these functions on the device.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -126,7 +128,7 @@ inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline float __saturatef(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 
-// The special function unit's, by macro: glibc declares some of these names itself.
+// Functions of the special function unit are macros, because glibc declares some of these names itself.
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
 #define __log2f(x) log2f(x)
@@ -145,7 +147,7 @@ template <class T>
 inline T emulator_max(T a, T b) {
     return a < b ? b : a;
 }
-// CUDA's min and max take mixed integers; of a NaN and a number they give the number.
+// CUDA's min and max take mixed integers. Of a NaN and a number they return the number.
 template <class A, class B>
 inline typename std::common_type<A, B>::type min(A a, B b) {
     typedef typename std::common_type<A, B>::type T;
@@ -159,7 +161,7 @@ inline typename std::common_type<A, B>::type max(A a, B b) {
     return emulator_max<T>(static_cast<T>(a), static_cast<T>(b));
 }
 
-// Ends the kernel, and here the process.
+// Ends the kernel, which here ends the process.
 inline void __trap() { __builtin_trap(); }
 
 // Loads and stores with cache hints.

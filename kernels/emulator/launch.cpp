@@ -1,4 +1,4 @@
-// A launch: held to the device's limits, then its blocks dealt out to the host's threads.
+// A launch: checked against the device's limits, then its blocks are distributed over the host's threads.
 #include "launch.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include "faults.h"
 #include "scheduler.h"
 
-// The kernel's own words, not needed here.
+// The kernel's own macros, not needed here.
 #undef threadIdx
 #undef blockIdx
 #undef blockDim
@@ -53,7 +53,7 @@ struct Work {
     std::atomic<size_t> shared_bytes{0};
 };
 
-// The order of blocks: a stride that is odd and has no small factor in common with most counts stands for a shuffle.
+// The order of blocks. An odd stride without a small factor in common with most counts replaces a shuffle.
 uint64_t block_in_order(uint64_t turn, uint64_t blocks, int order) {
     if (order == 1) return blocks - 1 - turn;
     if (order < 2 || blocks % 7919 == 0) return turn;
@@ -88,7 +88,7 @@ void run_blocks(Work& work) {
     }
 }
 
-// Host threads that wait for work for the life of the process.
+// Host threads that wait for work as long as the process runs.
 class Helpers {
   public:
     void run(Work& work, unsigned helpers) {
@@ -174,7 +174,7 @@ Refusal launch(Kernel& kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void*
     work.sequence = sequence_of(static_cast<unsigned>(threads), order);
 
     const FaultWatch watch;
-    // Waking a helper costs some 10 us: not for a handful of threads.
+    // Waking a helper takes some 10 us, so it is not worth it for a few threads.
     if (host_threads > 1 && !one_host_thread && work.blocks > 1 && work.blocks * threads >= 1024) {
         static Helpers* helpers = new Helpers();  // never destroyed: its threads outlive main
         helpers->run(work, host_threads - 1);

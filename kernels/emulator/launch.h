@@ -1,4 +1,4 @@
-// A kernel's name, its grid and its arguments in, the kernel run to its end out; and the table of the kernels there are.
+// Runs a kernel, given its name, its grid and its arguments; also holds the table of all kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,29 +17,29 @@ struct Kernel {
     const char* name;
     void (*call)(void** arguments);
     std::vector<Parameter> parameters;
-    size_t dynamic_bytes_max = 48 << 10;  // more must be asked for: cuFuncSetAttribute
+    size_t dynamic_bytes_max = 48 << 10; // more must be requested by cuFuncSetAttribute
 
-    // What launches of it were like, for the driver's report.
+    // Properties of its launches, for the driver's report.
     uint64_t launches = 0;
     unsigned threads_max = 0;
     size_t shared_bytes_max = 0;
 };
 
-// The device's limits, which a launch is held to.
+// The device's limits, which every launch is checked against.
 struct Limits {
     size_t shared_bytes_a_block = 227 << 10;
 };
 
 enum class Refusal { none, invalid_value, too_many_resources };
 
-// Set where host threads must not share what watches the kernels.
+// Set if host threads must not share the tool that observes the kernels.
 extern bool one_host_thread;
 
 std::vector<Kernel>& kernels();
 Kernel* find_kernel(const char* name);
 
-// Runs every block. `order` is that of blocks and of threads within one: 0 forwards, 1 backwards, from 2 on shuffled by that seed.
-// Independent blocks run on `host_threads` threads of the host.
+// Runs every block. `order` applies to blocks and to the threads within one: 0 forwards, 1 backwards, from 2 on
+// shuffled by that seed. Independent blocks run on `host_threads` threads of the host.
 Refusal launch(Kernel& kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void** arguments, const Limits& limits, int order,
                unsigned host_threads);
 
@@ -48,7 +48,7 @@ void call_with(void (*kernel)(Arguments...), void** arguments, std::index_sequen
     kernel(*static_cast<typename std::remove_const<Arguments>::type*>(arguments[i])...);
 }
 
-// Offsets as the device has them: each parameter aligned to its own alignment.
+// Offsets of the parameters as on the device: each is aligned to its own alignment.
 template <class... Arguments>
 std::vector<Parameter> parameters_of(void (*)(Arguments...)) {
     std::vector<Parameter> parameters;
@@ -64,7 +64,7 @@ struct Registration {
 
 }  // namespace emulator
 
-// Enters a kernel into the table; the driver's build script writes one line for each extern "C" function of a .cu file.
+// Adds a kernel to the table. The driver's build script writes one line for each extern "C" function of a .cu file.
 #define EMULATED_KERNEL(name)                                                                              \
     template <class... Arguments>                                                                          \
     static void name##_call(void (*kernel)(Arguments...), void** arguments) {                              \

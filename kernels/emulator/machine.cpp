@@ -1,4 +1,4 @@
-// The machine's rules: who runs next, who waits for whom, and what ends the process.
+// The rules of the machine: which thread runs next, which threads wait for each other, and what ends the process.
 #include "machine.h"
 
 #include <algorithm>
@@ -17,13 +17,13 @@ bool (*is_global)(uint64_t address);
 
 namespace {
 
-// Of one host thread, kept from block to block: fibers are dear to make.
+// State of one host thread. It is kept from block to block, because fibers are expensive to make.
 struct Scheduler {
     Fiber* host = nullptr;
     std::vector<Fiber*> idle;
     unsigned fibers = 0;
     const std::vector<unsigned>* sequence = nullptr;
-    size_t place = 0;  // in the sequence: of the thread that runs
+    size_t place = 0; // in the sequence: the place of the running thread
     unsigned live = 0, at_barrier = 0;
     void (*call)(void**) = nullptr;
     void** arguments = nullptr;
@@ -67,7 +67,7 @@ const char* name_of(State state) {
     die("a barrier or a warp collective was not reached by all it is for");
 }
 
-// The next thread in the order that can run, after the one that ran; null when all have returned.
+// The next thread in the order that can run after the one that ran; null if all have returned.
 Thread* next_thread() {
     Scheduler& s = scheduler;
     const size_t n = s.sequence->size();
@@ -83,7 +83,7 @@ Thread* next_thread() {
     die_of_deadlock();
 }
 
-// Gives the host thread to whoever can go on; returns when this thread can.
+// Gives the host thread to threads that can continue. Returns when this thread can.
 void wait_here() {
     Thread* me = thread;
     Thread* next = next_thread();
@@ -93,12 +93,12 @@ void wait_here() {
     switch_fiber(me->fiber, next->fiber);
 }
 
-// Carries out the collective `me` waits at, if all lanes it is for wait there too.
+// Carries out the collective that `me` waits at, if all of its lanes wait there too.
 bool complete_collective(const Thread* me) {
     const unsigned first = me->linear & ~31u;
     const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
     void* operands[32] = {};
-    // From the next lane on: in most orders it is the one that has not come yet.
+    // The search starts at the next lane, which in most orders is the one that has not arrived yet.
     for (unsigned n = 0, i = me->linear - first; n < lanes; ++n) {
         i = i + 1 < lanes ? i + 1 : 0;
         const Thread& t = block->threads[first + i];
@@ -113,7 +113,7 @@ bool complete_collective(const Thread* me) {
     return true;
 }
 
-// A lane that returns may be the last one others waited for.
+// A lane that returns may be the last one that others waited for.
 void leave_warp(const Thread* leaver) {
     const unsigned first = leaver->linear & ~31u;
     const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
@@ -123,7 +123,8 @@ void leave_warp(const Thread* leaver) {
     }
 }
 
-// A fiber's life: threads that have not begun, one after the other on the same stack while none of them waits.
+// The life of a fiber: it runs threads that have not begun, one after the other on the same stack, as long as none
+// of them waits.
 void run_threads() {
     Scheduler& s = scheduler;
     Fiber* self = thread->fiber;

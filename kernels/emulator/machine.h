@@ -1,9 +1,9 @@
-// One block of CUDA threads in, the same threads run on the host out: what a kernel's source sees of the emulated machine.
+// Runs one block of CUDA threads on the host: what a kernel's source sees of the emulated machine.
 //
-// Each CUDA thread is a fiber (fiber.h) of the host thread that runs its block. A fiber runs until it waits: at a barrier, or
-// at a warp collective (a shuffle, a vote, a matrix product), which the last lane to arrive carries out for all. Which thread
-// runs next is the launch's order: forwards, backwards or shuffled. What depends on an order the hardware does not promise
-// gives another result in another order.
+// Each CUDA thread is a fiber (fiber.h) of the host thread that runs its block. A fiber runs until it waits: at a
+// barrier, or at a warp collective (a shuffle, a vote, a matrix product), which the last lane to arrive carries out
+// for all. The launch's order decides which thread runs next: forwards, backwards or shuffled. A result that
+// depends on an order that the hardware does not promise changes with the order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,17 +15,17 @@ namespace emulator {
 
 struct Fiber;
 
-// Where in a kernel's source a thread waits.
+// The place in a kernel's source where a thread waits.
 struct Site {
     const char* what;
     const char* file;
     int line;
 };
 
-// A warp's operation: the operands are the lanes' own, null where a lane takes no part.
+// An operation of a warp. The operands are those of the lanes; null for a lane that takes no part.
 typedef void (*Operation)(void* const operands[32]);
 
-// One cp.async of a thread: carried out when the thread waits for its group, so that a missing wait shows.
+// One cp.async of a thread. It is carried out when the thread waits for its group, so that a missing wait shows.
 struct Copy {
     void* to;
     const void* from;
@@ -46,7 +46,8 @@ struct Thread {
     Fiber* fiber;
     std::vector<Copy> copies;
     unsigned group;        // cp.async groups committed so far
-    // What the race detector takes for time: barriers passed, and a clock that each __syncwarp sets beyond those of its lanes.
+    // The race detector's time: the number of barriers passed, and a clock that each __syncwarp sets beyond those
+    // of its lanes.
     uint32_t barriers, warp_syncs;
 };
 
@@ -56,38 +57,39 @@ struct SharedArray {
     size_t length;
 };
 
-// A block while it runs, on one host thread.
+// A running block, on one host thread.
 struct Block {
     dim3 grid, size;
     uint3 index;
     const char* kernel;
-    uint32_t launch, serial;  // of all launches, and of all blocks, both from 1 on
+    uint32_t launch, serial; // counts over all launches and over all blocks, both from 1
     size_t dynamic_bytes;
     std::vector<Thread> threads;
     std::vector<SharedArray> shared;
 };
 
-// The running thread and its block: fibers never change their host thread.
+// The running thread and its block. A fiber never changes its host thread.
 extern thread_local Thread* thread __attribute__((tls_model("initial-exec")));
 extern thread_local Block* block __attribute__((tls_model("initial-exec")));
 
-// Ends the process with the kernel, block and thread that did what the hardware leaves undefined.
+// Ends the process and names the kernel, block and thread that did what the hardware leaves undefined.
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void barrier(const Site* site);
 
-// What __syncwarp carries out: nothing but the order of memory.
+// The operation of __syncwarp, which only orders memory.
 void order_warp(void* const operands[32]);
 
 // Waits for the lanes of `mask`, then `operation` runs once over their operands.
 void collective(uint32_t mask, Operation operation, void* operand, const Site* site);
 
-// The block's array for this declaration: the same bytes for all its threads, all 0xff (NaN) when the block starts.
+// The block's array for this declaration: the same bytes for all its threads, all of them 0xff (NaN) when the block
+// starts.
 void* shared_array(const void* key, size_t bytes);
 void* shared_dynamic();
 bool is_shared(const void* address, size_t bytes);
 
-// Whether an address is global memory of the device: the driver says so, for the race detector.
+// Whether an address is global memory of the device. The driver answers it, for the race detector.
 extern bool (*is_global)(uint64_t address);
 
 inline unsigned lane() { return thread->linear & 31; }
@@ -100,7 +102,7 @@ inline unsigned lane() { return thread->linear & 31; }
 #define gridDim (emulator::block->grid)
 #define warpSize 32
 
-// A site is the statement in the source, once for each instance of a template.
+// A site is the statement in the source, one for each instance of a template.
 #define EMULATOR_SITE(what) ([]() { static const emulator::Site site = {what, __FILE__, __LINE__}; return &site; }())
 #define __syncthreads() emulator::barrier(EMULATOR_SITE("__syncthreads"))
 #define SHARED_ARRAY(T, name, n)  \

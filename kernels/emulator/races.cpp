@@ -1,11 +1,12 @@
-// Every access of a kernel in, the process ended at the first two that nothing keeps in order out.
+// Checks every access of a kernel and ends the process at the first two that are not ordered.
 //
-// The compiler's -fsanitize=thread puts a call before each access of a kernel's code; this file answers those calls instead
-// of the sanitizer's own library, since it knows what a block is. Two accesses of one byte, one of them a write, by two
-// threads are a race unless a __syncthreads lies between, or a __syncwarp if both are of one warp; of two blocks always.
-// Shuffles, votes and matrix loads order no memory, so they do not count. Atomics are left out. Exact for what one run does: no race is reported that is
-// none, and those on paths not taken or hidden behind a later access of the same byte by the same thread are not seen.
-// Built in by `kernels/driver/build DEST --races` only, which runs all blocks on one host thread.
+// The compiler's -fsanitize=thread puts a call before each access of a kernel's code. This file answers these calls
+// instead of the sanitizer's own library, because it knows what a block is. Two accesses of one byte by two
+// threads, one of them a write, are a race unless a __syncthreads lies between them, or a __syncwarp if both
+// threads are of one warp. Between two blocks they are always a race. Shuffles, votes and matrix loads order no
+// memory, so they do not count. Atomics are left out. The check is exact for one run: every reported race is one.
+// Races on paths not taken, or hidden behind a later access of the same byte by the same thread, are not seen. Only
+// `kernels/driver/build DEST --races` builds it in; it runs all blocks on one host thread.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -18,10 +19,11 @@ namespace emulator {
 
 namespace {
 
-// The table below is no place for two threads.
+// The table below must not be used by two threads.
 const bool prepared = one_host_thread = true;
 
-// When and by whom a byte was touched. `launch` and `barriers` are the times; a warp's own time is in `warp_syncs`.
+// When and by which thread a byte was accessed. `launch` and `barriers` are times; `warp_syncs` is a warp's own
+// time.
 struct Access {
     uint32_t launch, block, barriers, warp_syncs;
     uint32_t thread;
@@ -43,7 +45,7 @@ std::vector<Byte>& page_of(uint64_t address) {
     static uint64_t latest = ~uint64_t{0};
     static std::vector<Byte>* bytes;
     static uint32_t launch;
-    if (launch != block->launch) {  // launches are in order: what lies before this one is forgotten
+    if (launch != block->launch) { // launches are in order, so everything before this one is forgotten
         launch = block->launch;
         latest = ~uint64_t{0};
         pages().clear();
@@ -57,13 +59,13 @@ std::vector<Byte>& page_of(uint64_t address) {
 }
 
 bool in_order(const Access& before, const Access& now) {
-    if (before.launch != now.launch) return true;  // also what was never touched: launches count from 1
+    if (before.launch != now.launch) return true; // also for bytes never accessed, because launches count from 1
     if (before.block != now.block) return false;
     if (before.thread == now.thread || before.barriers != now.barriers) return true;
     return before.thread / 32 == now.thread / 32 && before.warp_syncs < now.warp_syncs;
 }
 
-// "x.cu:12", as far as addr2line knows it: the innermost line that is not the emulator's.
+// "x.cu:12", as far as addr2line knows it: the innermost line outside the emulator.
 void print_place(const char* what, const Access& access) {
     fprintf(stderr, "  %s by thread %u of block %u", what, access.thread, access.block);
     Dl_info found;
@@ -92,7 +94,7 @@ void touch(uint64_t address, size_t bytes, bool writes, const void* code) {
     if (block == nullptr) return;
     const bool shared = is_shared(reinterpret_cast<const void*>(address), 1);
     if (!shared && (is_global == nullptr || !is_global(address))) return;
-    // Shared memory of another block is other memory, though it has the same address here: its time begins anew.
+    // Shared memory of another block is other memory at the same address, so its time begins anew.
     const uint32_t linear = (block->index.z * block->grid.y + block->index.y) * block->grid.x + block->index.x;
     const Access now = {shared ? block->serial : block->launch, linear, thread->barriers, thread->warp_syncs, thread->linear, code};
     for (uint64_t at = address; at < address + bytes; ++at) {
@@ -112,7 +114,7 @@ void touch(uint64_t address, size_t bytes, bool writes, const void* code) {
 }  // namespace
 }  // namespace emulator
 
-// What gcc calls. The names are its own.
+// The functions that gcc calls; the names are gcc's.
 #define HOOK extern "C" __attribute__((visibility("default"))) void
 #define TOUCH(bytes, writes) emulator::touch(reinterpret_cast<uint64_t>(address), bytes, writes, __builtin_return_address(0))
 #define HOOKS(bytes)                                                                    \

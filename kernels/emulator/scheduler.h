@@ -1,4 +1,4 @@
-// One block in, all its threads run to their end out.
+// Runs all threads of one block to their end.
 #pragma once
 #include <vector>
 
@@ -6,7 +6,7 @@
 
 namespace emulator {
 
-// `sequence` is a permutation of the block's threads: the order in which they take their turns.
+// `sequence` is a permutation of the block's threads: the order in which they run.
 void run_block(Block& block, const std::vector<unsigned>& sequence, void (*call)(void**), void** arguments);
 
 }  // namespace emulator

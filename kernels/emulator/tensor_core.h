@@ -1,7 +1,8 @@
-// What prim.cuh says, for the host: the same functions, carried out for the whole warp when its last lane arrives.
+// The functions of prim.cuh for the host, carried out for the whole warp when its last lane arrives.
 //
-// Checked, since the hardware leaves it undefined or faults: all 32 lanes take part, rows and copies are 16-byte aligned, and what
-// should be shared memory is the block's. Copies happen when they are waited for, so that a missing wait reads poison.
+// They check what the hardware leaves undefined or faults on: all 32 lanes take part, rows and copies are 16-byte
+// aligned, and addresses of shared memory belong to the block. Copies happen when they are waited for, so that a
+// missing wait reads poison.
 #pragma once
 #include "emulator.h"
 

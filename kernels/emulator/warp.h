@@ -1,6 +1,7 @@
-// A lane's value in, what the warp makes of all lanes' values out: shuffles, votes, reductions; and atomics.
+// Warp operations, from the values of all lanes to a result for each: shuffles, votes, reductions; and atomics.
 //
-// Reading a lane that has returned, does not exist or is not in the mask is undefined on the hardware: here it gives 0xff bytes (NaN).
+// Reading a lane that has returned, does not exist or is not in the mask is undefined on the hardware. Here it
+// gives 0xff bytes (NaN).
 #pragma once
 #include "machine.h"
 
@@ -8,7 +9,7 @@ namespace emulator {
 
 struct Exchange {
     unsigned char value[16], result[16];
-    unsigned source;  // absolute lane
+    unsigned source; // the absolute lane
 };
 
 inline void exchange(void* const operands[32]) {
@@ -32,7 +33,7 @@ T exchanged(uint32_t mask, T value, unsigned source, const Site* site) {
     return value;
 }
 
-// The lane a shuffle reads, inside its segment of `width` lanes; its own where the segment ends.
+// The lane that a shuffle reads, inside its segment of `width` lanes; its own lane at the segment's end.
 inline unsigned lane_at(unsigned source, int width) {
     if (width <= 0 || width > 32 || (width & (width - 1)) != 0) die("a shuffle of width %d: must be a power of two up to 32", width);
     return (lane() & ~(width - 1u)) | (source & (width - 1u));
@@ -79,7 +80,7 @@ struct SyncWarp {
     void operator()(uint32_t mask = 0xffffffffu) const { collective(mask, order_warp, thread, site); }
 };
 
-// Blocks run on several host threads: an atomic must be one there too.
+// Blocks run on several host threads, so an atomic must be one there too.
 template <class T, class Change>
 T atomically(T* address, Change change) {
     typedef typename std::conditional<sizeof(T) == 8, uint64_t, typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type>::type Bits;

@@ -1,24 +1,28 @@
-//! The model card: facts of a run, for whoever finds the adapter later.
+//! Facts of a run -> the model card, for people who find the adapter later.
 
 use crate::facts::Facts;
 use crate::facts::sites::Site;
 use crate::train::Trained;
 
-/// What the card tells.
+/// The content of the card.
 pub struct Card<'a> {
+    /// Name of the base model.
     pub base_model: &'a str,
+    /// Facts of the base model.
     pub facts: &'a Facts,
+    /// The adapted linear layers.
     pub sites: &'a [Site],
+    /// Result of training.
     pub trained: &'a Trained,
-    /// Quantisation and number formats in words.
+    /// Quantisation and number formats of the base, in words.
     pub base_format: String,
     /// (name without secrets, SHA-256) of each dataset file.
     pub data: Vec<(String, String)>,
-    /// Settings worth a line: (name, value).
+    /// The main settings: (name, value).
     pub settings: Vec<(String, String)>,
 }
 
-/// `README.md` in the form that hubs read: a header, then text.
+/// The text of `README.md` in the form that model hubs read: a header, then text.
 pub fn markdown(card: &Card) -> String {
     let parameters: usize = card.sites.iter().map(Site::parameters).sum();
     let mut lines = vec![
@@ -59,7 +63,7 @@ pub fn markdown(card: &Card) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Text from outside, kept from being markup: no line breaks, bars, brackets or backticks.
+/// Text from outside, made safe for Markdown: without line breaks, bars, brackets and backticks.
 fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() || "|<>[]`".contains(c) { ' ' } else { c }).collect()
 }

@@ -1,8 +1,8 @@
-//! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and such a folder -> parameters.
+//! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and a PEFT folder -> parameters.
 //!
-//! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R]
-//! in f32; `adapter_config.json` holds the keys that PEFT has had since 0.11, since older versions refuse
-//! unknown ones.
+//! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R] in
+//! f32. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
+//! keys.
 
 pub mod card;
 pub mod serving;
@@ -21,53 +21,82 @@ use crate::model::weights::unwrapped;
 use crate::ops::matmul::Weight;
 use crate::ops::{cpu, flat};
 
+/// File of an adapter's configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+/// File of an adapter's matrices.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// Pattern -> number, in the written order: the first match counts, here and in PEFT.
+/// Pattern -> number, in the written order. The first match counts, here and in PEFT.
 type Patterns = serde_json::Map<String, serde_json::Value>;
 
-/// PEFT's `LoraConfig` as saved.
+/// PEFT's `LoraConfig` as it is saved. The fields have PEFT's names and meanings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterConfig {
+    /// lora_alpha of some modules.
     #[serde(default)]
     pub alpha_pattern: Patterns,
+    /// PEFT's record of the base model's class; hone writes null.
     pub auto_mapping: Option<serde_json::Value>,
+    /// Name of the base model.
     pub base_model_name_or_path: Option<String>,
+    /// Which biases are trained; hone has only `none`.
     #[serde(default = "none")]
     pub bias: String,
+    /// Whether weights are stored transposed.
     #[serde(default)]
     pub fan_in_fan_out: bool,
+    /// Whether the adapter is loaded for inference.
     #[serde(default)]
     pub inference_mode: bool,
+    /// How the matrices were initialised.
     pub init_lora_weights: Option<serde_json::Value>,
+    /// hone has only null.
     pub layer_replication: Option<serde_json::Value>,
+    /// Name of the list of layers.
     pub layers_pattern: Option<serde_json::Value>,
+    /// The adapted layers.
     pub layers_to_transform: Option<serde_json::Value>,
+    /// Settings of LoftQ.
     pub loftq_config: Option<serde_json::Value>,
+    /// The update is scaled by lora_alpha / r.
     pub lora_alpha: serde_json::Number,
+    /// Share of the adapter's inputs that dropout sets to zero in training.
     #[serde(default)]
     pub lora_dropout: f64,
+    /// Settings of Megatron.
     pub megatron_config: Option<serde_json::Value>,
+    /// Module of Megatron.
     pub megatron_core: Option<String>,
+    /// Modules that are trained fully; hone has none.
     pub modules_to_save: Option<Vec<String>>,
+    /// Kind of adapter; hone has only `LORA`.
     pub peft_type: String,
+    /// Rank.
     pub r: usize,
+    /// Rank of some modules.
     #[serde(default)]
     pub rank_pattern: Patterns,
+    /// Revision of the base model.
     pub revision: Option<String>,
+    /// The adapted modules.
     pub target_modules: Option<TargetModules>,
+    /// Task of the model; hone has only `CAUSAL_LM`.
     pub task_type: Option<String>,
+    /// Whether the adapter is DoRA; hone has only plain LoRA.
     #[serde(default)]
     pub use_dora: bool,
+    /// Whether the update is scaled by lora_alpha / sqrt(r) instead.
     #[serde(default)]
     pub use_rslora: bool,
 }
 
+/// PEFT's two forms of `target_modules`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TargetModules {
+    /// Names or paths of modules.
     List(Vec<String>),
+    /// A regular expression on the whole path.
     Pattern(String),
 }
 
@@ -75,7 +104,7 @@ fn none() -> String {
     "none".into()
 }
 
-/// The config of a trained adapter.
+/// The configuration of a trained adapter.
 pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: &str) -> AdapterConfig {
     AdapterConfig {
         alpha_pattern: options
@@ -109,7 +138,7 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
     }
 }
 
-/// 16 rather than 16.0: PEFT's field is an integer and vLLM checks it.
+/// Writes 16 rather than 16.0, because PEFT's field is an integer and vLLM checks it.
 fn whole(alpha: f64) -> serde_json::Number {
     match alpha.fract() == 0.0 && alpha.abs() < 1e15 {
         true => serde_json::Number::from(alpha as i64),
@@ -117,8 +146,8 @@ fn whole(alpha: f64) -> serde_json::Number {
     }
 }
 
-/// Last names where each stands for that module in every one of the model's layers, whole paths otherwise: in a
-/// multimodal wrapper last names would match the vision tower's modules as well.
+/// The adapted modules: last names if each of them is adapted in every layer, and whole paths otherwise. In a
+/// multimodal wrapper, last names would match the vision tower's modules too.
 fn target_modules(sites: &[Site], layers: usize) -> Vec<String> {
     let names: BTreeSet<&str> = sites.iter().map(|site| last(site.projection.path)).collect();
     let in_wrapper = sites.iter().any(|site| site.path.contains("language_model."));
@@ -132,7 +161,7 @@ fn last(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
-/// The tensors of `adapter_model.safetensors`, as bytes of that file. Same parameters, same bytes.
+/// The content of `adapter_model.safetensors`. The same parameters give the same bytes.
 pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
     let params = trainable.params.to_device(&Device::Cpu)?;
@@ -162,8 +191,9 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     serde_json::from_slice(&text).map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))
 }
 
-/// An adapter folder: what to start from.
+/// An adapter that was read from a folder.
 pub struct Adapter {
+    /// Its configuration.
     pub config: AdapterConfig,
     tensors: std::collections::HashMap<String, Tensor>,
     folder: std::path::PathBuf,
@@ -182,7 +212,7 @@ pub fn read(folder: &Path) -> Result<Adapter> {
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
     ];
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
-        return Err(wrong(&file, format!("{what} is not supported")).help("take a plain LoRA adapter"));
+        return Err(wrong(&file, format!("{what} is not supported")).help("use a plain LoRA adapter"));
     }
     let weights = folder.join(WEIGHTS_FILE);
     let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
@@ -211,8 +241,8 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     Ok(Adapter { config, tensors: named, folder: folder.to_owned() })
 }
 
-/// A tensor's name as PEFT saves it: without what `torch.compile`, data-parallel wrappers and the adapter's own name put
-/// into it.
+/// A tensor's name as PEFT saves it, without the parts that `torch.compile`, data-parallel wrappers and the adapter's
+/// own name add.
 fn plain_name(name: &str) -> String {
     let name = unwrapped(name);
     let name = match name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.')) {
@@ -227,7 +257,8 @@ fn plain_name(name: &str) -> String {
     }
 }
 
-/// PiSSA, OLoRA and the like took their start out of the base weights: such an adapter belongs to that base.
+/// Whether the initialisation changed the base weights, as in PiSSA, OLoRA and similar methods. Such an adapter
+/// belongs to its changed base.
 fn changes_base(config: &AdapterConfig) -> bool {
     match &config.init_lora_weights {
         Some(serde_json::Value::String(name)) => !name.eq_ignore_ascii_case("gaussian"),
@@ -235,7 +266,7 @@ fn changes_base(config: &AdapterConfig) -> bool {
     }
 }
 
-/// A pattern's numbers in their order.
+/// The patterns with their numbers, in their order.
 fn numbers<T>(
     patterns: &Patterns,
     read: impl Fn(&serde_json::Value) -> Option<T>,
@@ -250,12 +281,12 @@ fn numbers<T>(
 }
 
 impl Adapter {
-    /// The file of its matrices, to name in messages.
+    /// The file of the matrices, for messages.
     pub fn file(&self) -> std::path::PathBuf {
         self.folder.join(WEIGHTS_FILE)
     }
 
-    /// Rank, scale and targets of this adapter; the rest stays as asked.
+    /// The options `asked`, with rank, scale and targets of this adapter.
     pub fn options(&self, asked: &LoraOptions) -> Result<LoraOptions> {
         let paths = self.tensors.keys().filter_map(|name| {
             Some(name.strip_prefix("base_model.model.")?.strip_suffix(".lora_A.weight")?.to_owned())
@@ -280,7 +311,7 @@ impl Adapter {
         })
     }
 
-    /// Copies the values into the flat parameters. Every site must be there, in its shape, and nothing else.
+    /// Copies the values into the flat parameters. The adapter must hold every site in its shape, and nothing else.
     pub fn apply(&self, trainable: &Trainable) -> Result<()> {
         for site in &trainable.sites {
             let (a, b) = trainable.views(&trainable.params, site)?;
@@ -293,8 +324,10 @@ impl Adapter {
         self.nothing_else(&trainable.sites)
     }
 
-    /// The pairs for a base of these facts, to be served beside it. Refused if the adapter is not of such a base, or if
-    /// it would change nothing.
+    /// The LoRA pairs for a base of these facts, for serving.
+    ///
+    /// # Errors
+    /// Model: the adapter belongs to another base, or it would change nothing.
     pub fn pairs(&self, facts: &Facts, dtype: DType) -> Result<Pairs> {
         let options = self.options(&LoraOptions::default())?;
         let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?.list;
@@ -311,7 +344,7 @@ impl Adapter {
             true => Ok(Pairs::new(list)),
             false => Err(self
                 .wrong("every lora_B is zero: the adapter changes nothing".into())
-                .help("take an adapter that was trained for at least one step")),
+                .help("use an adapter that was trained for at least one step")),
         }
     }
 
@@ -319,7 +352,7 @@ impl Adapter {
         wrong(&self.folder.join(WEIGHTS_FILE), what)
     }
 
-    /// Both sides by name.
+    /// The fault for an adapter of another base; it names both bases.
     fn of_another_base(&self, facts: &Facts) -> Fault {
         let made_for = self.config.base_model_name_or_path.as_deref().unwrap_or("a base it does not name");
         let (family, layers, width) = (facts.family, facts.layers.len(), facts.width);
@@ -328,7 +361,7 @@ impl Adapter {
         ))
     }
 
-    /// One matrix of a site, in its shape and finite.
+    /// One matrix of a site, checked for its shape and for finite values.
     fn matrix(&self, site: &Site, letter: &str) -> Result<&Tensor> {
         let name = tensor_name(&site.path, letter);
         let tensor = self.tensors.get(&name).ok_or_else(|| self.wrong(format!("{name} is missing")))?;

@@ -1,19 +1,20 @@
-//! An adapter's options -> what would keep vLLM's defaults from serving it, and what to set.
+//! An adapter's options -> warnings if vLLM's defaults would not serve the adapter, with the settings that would.
 //!
-//! Source: vLLM's `config/lora.py` (ranks), `lora/peft_helper.py` (what of adapter_config.json it heeds), and its model
-//! classes: all of hone's families take LoRA there, fused modules by their own names, but Falcon.
+//! Source: vLLM's `config/lora.py` (ranks), `lora/peft_helper.py` (the keys of adapter_config.json that it reads),
+//! and its model classes. All of hone's families but Falcon take LoRA there; fused modules keep their own names.
 
 use crate::facts::Facts;
 use crate::facts::LoraOptions;
 
-/// What `max_lora_rank` may be; 16 unless set.
+/// Allowed values of `max_lora_rank`.
 const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
+/// vLLM's default of `max_lora_rank`.
 const RANK_MAX: usize = 16;
 
 /// Families whose class in vLLM takes no adapters.
 const WITHOUT_LORA: [&str; 1] = ["falcon"];
 
-/// One sentence each; none where the adapter loads as it is.
+/// One warning for each problem; none if the adapter loads as it is.
 pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
     let mut list = Vec::new();
     let highest =
@@ -21,10 +22,10 @@ pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
     if highest > RANK_MAX {
         list.push(match RANKS.iter().find(|rank| **rank >= highest) {
             Some(rank) => format!(
-                "rank {highest}: vLLM serves ranks up to {RANK_MAX} unless told --max-lora-rank {rank} \
+                "rank {highest}: vLLM serves ranks up to {RANK_MAX} unless it is started with --max-lora-rank {rank} \
                  (KAITO: `vllm: {{max-lora-rank: {rank}}}` in the inference ConfigMap)"
             ),
-            None => format!("rank {highest}: vLLM serves no rank above 512; merge the adapter, or lower it"),
+            None => format!("rank {highest}: vLLM serves no rank above 512; merge the adapter into its base, or lower the rank"),
         });
     }
     if !options.rank_pattern.is_empty() || !options.alpha_pattern.is_empty() {
@@ -60,8 +61,9 @@ mod tests {
         assert!(said(16, &[]).is_empty());
         assert!(said(17, &[])[0].contains("--max-lora-rank 32 "));
         assert!(
-            said(8, &[300])[0]
-                .contains("rank 300: vLLM serves ranks up to 16 unless told --max-lora-rank 320 ")
+            said(8, &[300])[0].contains(
+                "rank 300: vLLM serves ranks up to 16 unless it is started with --max-lora-rank 320 "
+            )
         );
         assert_eq!(said(8, &[300]).len(), 2);
         assert!(said(600, &[])[0].contains("no rank above 512"));

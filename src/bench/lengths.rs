@@ -1,15 +1,16 @@
-//! What was asked for -> the lengths of one optimizer step's examples, which add up to its tokens exactly.
+//! The flag `--lengths` -> the lengths of one optimizer step's examples, which add up to exactly its tokens.
 
 use std::path::Path;
 
 use crate::fault::{Fault, Result};
 
-/// Lengths at the middle of each twentieth of a log-normal distribution with median 150 and a deviation of ln 2.5: many
-/// short examples and a few long ones, as instruction data have.
+/// Lengths at the middle of each twentieth of a log-normal distribution with median 150 and deviation ln 2.5. They
+/// are many short examples and a few long ones, as in instruction data.
 const MIXED: [usize; 20] =
     [25, 40, 52, 64, 76, 87, 99, 112, 126, 141, 159, 179, 202, 228, 259, 296, 354, 430, 561, 904];
 
-/// One step of `tokens` tokens: `one` example, `mixed` lengths, all of one length, or lengths from a file in turn.
+/// The lengths of one step of `tokens` tokens: `one` example, `mixed` lengths, examples of the same length, or
+/// lengths from a file, in turn.
 pub fn of_step(wanted: &str, tokens: usize) -> Result<Vec<usize>> {
     match wanted {
         "one" => Ok(vec![tokens]),
@@ -22,7 +23,7 @@ pub fn of_step(wanted: &str, tokens: usize) -> Result<Vec<usize>> {
     }
 }
 
-/// Whole numbers, separated by anything that is none.
+/// Reads whole numbers, separated by anything else.
 fn read(file: &Path) -> Result<Vec<usize>> {
     let expected = "expected one, mixed, a number of tokens, or a file of such numbers";
     let text = std::fs::read_to_string(file)
@@ -36,13 +37,13 @@ fn read(file: &Path) -> Result<Vec<usize>> {
     }
 }
 
-/// The same lengths in an order in which any beginning is about as mixed as the whole.
+/// The same lengths in an order whose every beginning is about as mixed as the whole.
 fn spread(lengths: &[usize]) -> Vec<usize> {
-    // 7 and 20 have no common divisor: every length comes once.
+    // 7 and 20 have no common divisor, so every length comes once.
     (0..lengths.len()).map(|i| lengths[i * 7 % lengths.len()]).collect()
 }
 
-/// Lengths in turn until the tokens are used up; the last takes what is left.
+/// Takes lengths in turn until the tokens are used up. The last example takes the rest.
 fn fill(lengths: &[usize], tokens: usize) -> Vec<usize> {
     let mut left = tokens;
     let mut step = Vec::new();

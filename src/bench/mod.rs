@@ -1,5 +1,5 @@
-//! A model folder or a named shape -> training speed on this machine beside what the machine can do, as a table and
-//! JSON. It trains with the trainer itself, on random tokens.
+//! A model folder or a named shape -> training speed on this machine, compared with what the machine can do, as a
+//! table and JSON. The trainer itself runs, on random tokens.
 
 mod lengths;
 mod rates;
@@ -28,31 +28,43 @@ use rates::Measured;
 /// What to measure.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The base model.
     pub base: Base,
+    /// The device to train on.
     pub device: Choice,
+    /// Type to which the inputs of matrix products are rounded.
     pub precision: Precision,
-    /// 4-bit (NF4, scales quantised too), or as the checkpoint is.
+    /// Whether the base is stored in 4 bits (NF4, with quantised scales); otherwise it stays as the checkpoint has
+    /// it.
     pub quantized: bool,
+    /// Rank of the adapter.
     pub rank: usize,
-    /// Tokens of an optimizer step.
+    /// Tokens in an optimizer step.
     pub tokens: usize,
-    /// `one`, `mixed`, a number, or a file.
+    /// Lengths of the examples: `one`, `mixed`, a number, or a file.
     pub lengths: String,
+    /// Number of steps to measure.
     pub steps: usize,
+    /// Number of steps before them that are not measured.
     pub warmup: usize,
+    /// How much layers keep; `None`: as much as memory allows.
     pub keep: Option<Keep>,
+    /// Upper limit of the memory to use.
     pub memory_max: Option<Limit>,
+    /// Upper limit of the tokens in one pass.
     pub pass_tokens_max: Option<usize>,
 }
 
+/// A base model to measure.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Base {
+    /// A model folder.
     Folder(PathBuf),
-    /// Of `shapes`, with random weights.
+    /// A shape of `facts::shapes` by its name, with random weights.
     Shape(String),
 }
 
-/// What was found.
+/// The result of a measurement.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     base: String,
@@ -64,16 +76,16 @@ pub struct Outcome {
     measured: Measured,
     plan: memory::Plan,
     load_seconds: f64,
-    /// Of each counted step, ascending.
+    /// Seconds of each measured step, in ascending order.
     seconds: Vec<f64>,
-    /// Of a step, without what is computed again.
+    /// Operations of a step, without those that are computed again.
     flops: f64,
     loss: f64,
     launches: Option<f64>,
     peak_bytes: Option<u64>,
 }
 
-/// Measures the machine, then trains.
+/// Measures the machine, then trains and measures the steps.
 pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let (facts, base) = facts(&options.base)?;
     let lengths = lengths::of_step(&options.lengths, options.tokens)?;
@@ -157,7 +169,8 @@ struct Timed {
     launches: Option<f64>,
 }
 
-/// Steps of the same lengths and other tokens each, timed from one log line to the next.
+/// Trains steps whose examples have the same lengths and different tokens. Each is timed from one log line to the
+/// next.
 fn train(
     options: &Options,
     decoder: &Decoder,
@@ -196,7 +209,8 @@ fn train(
     let data = Data { train: &examples, evaluation: &[] };
     let mut passes = Passes::planned(memory);
     train::run(decoder, adapter, data, &train_options, &mut passes, None, report, &mut log)?;
-    // A GPU's steps are logged while the next one runs, the last two together: the one too many is not counted.
+    // A GPU's step is logged while the next one runs, and the last two are logged together. So one step more is run
+    // than is counted.
     marks.truncate(steps);
     let counted = &marks[options.warmup.max(1) - 1..];
     let mut seconds: Vec<f64> =
@@ -213,7 +227,7 @@ fn train(
     Ok(Timed { seconds, loss: last, launches })
 }
 
-/// Any numbers do; these have no period that a step would repeat.
+/// Any tokens are suitable; these have no period that a step would repeat.
 fn token(step: usize, example: usize, i: usize) -> u32 {
     let place = (step as u64) << 42 | (example as u64) << 24 | i as u64;
     crate::ops::dropout::mix(place) as u32
@@ -228,11 +242,12 @@ impl Outcome {
         self.options.tokens as f64 / seconds
     }
 
-    /// Of the measured matrix rate.
+    /// The step's share of the measured rate of matrix products.
     fn share(&self) -> f64 {
         self.flops / self.median() / self.measured.matrix
     }
 
+    /// The result as a table for people.
     pub fn table(&self) -> String {
         let (least, most) = (self.seconds[0], self.seconds[self.seconds.len() - 1]);
         let rows = [
@@ -268,6 +283,7 @@ impl Outcome {
         rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect()
     }
 
+    /// The result as JSON.
     pub fn json(&self) -> Json {
         json!({
             "hone": env!("CARGO_PKG_VERSION"),

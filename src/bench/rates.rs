@@ -1,4 +1,4 @@
-//! A device -> how fast it copies and multiplies, measured now: what a step's speed is compared with.
+//! A device -> its measured rates of copies and matrix products, which a step's speed is compared with.
 
 use std::time::Instant;
 
@@ -8,14 +8,16 @@ use rayon::prelude::*;
 use crate::facts::Precision;
 use crate::ops::matmul::{self, Weight};
 
-/// Bytes a second, read and written; FLOP a second.
+/// Measured rates of a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
+    /// Bytes that a copy reads and writes in a second.
     pub copy: f64,
+    /// Floating-point operations of matrix products in a second.
     pub matrix: f64,
 }
 
-/// Rounds of each; the best counts, as a ceiling should.
+/// Rounds of each measurement. The best round counts, since the rates are upper limits.
 const ROUNDS: usize = 5;
 
 /// Measures with tensors of the type that a run's activations have.
@@ -36,7 +38,7 @@ fn copy(device: &Device) -> Result<f64> {
     }
 }
 
-/// By all threads at once, as operations use them.
+/// Copies with all threads at once, as operations do.
 fn copy_in_host() -> f64 {
     let values = 16 << 20;
     let (from, mut to) = (vec![1f32; values], vec![0f32; values]);
@@ -51,7 +53,7 @@ fn copy_in_host() -> f64 {
     8.0 * values as f64 / seconds
 }
 
-/// A large square product: dense weights, since expanding 4-bit ones is counted as memory traffic.
+/// Multiplies large square matrices. The weights are dense, because expanding 4-bit weights counts as memory traffic.
 fn matrix(device: &Device, dtype: DType, precision: Precision) -> Result<f64> {
     let (size, repeats) = if device.is_cpu() { (1024, 2) } else { (8192, 8) };
     let random = |scale: f64| {
@@ -66,7 +68,7 @@ fn matrix(device: &Device, dtype: DType, precision: Precision) -> Result<f64> {
     Ok(2.0 * (size * size * size) as f64 / seconds)
 }
 
-/// Seconds of one of `repeats` calls asked for in a row, in the best round.
+/// Seconds of one call, when `repeats` calls are made in a row, in the best round.
 fn best(device: &Device, repeats: usize, call: impl Fn() -> Result<()>) -> Result<f64> {
     call()?;
     let mut seconds = f64::MAX;

@@ -1,4 +1,5 @@
-//! The command line as reference: docs/cli.md, shell completions, man pages. All of it comes from clap's description of the commands.
+//! clap's description of the commands -> the reference of the command line: docs/cli.md, shell completions, man
+//! pages.
 
 use std::io::Write;
 use std::path::Path;
@@ -28,7 +29,7 @@ fn names() -> Vec<String> {
     Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect()
 }
 
-/// Values of environment variables are this machine's, and clap pads lines: neither is reference.
+/// Help without this machine's values of environment variables and without clap's padding.
 fn trimmed(help: &str) -> String {
     let value = regex::Regex::new(r"\[env: (\w+)=[^\]]*\]").expect("a valid expression");
     let lines: Vec<&str> = help.lines().map(str::trim_end).collect();

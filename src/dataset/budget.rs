@@ -1,20 +1,20 @@
-//! The texts of a dataset, as they are read -> whether they may all be kept.
+//! The texts of a dataset as they are read -> whether all of them may be kept.
 //!
-//! All rows are kept in memory until they are tokens. A few bytes of a file can stand for any amount of text (a
-//! dictionary's entry that a million rows name), and a large file for more than this machine has.
+//! All rows are kept in memory until they are tokenized. A few bytes of a file can stand for any amount of text (a
+//! dictionary entry that a million rows name), and a large file can hold more than the machine's memory.
 
 use crate::fault::{Fault, Result};
 use crate::machine;
 use crate::source;
 
-/// LIMIT: what the texts may be beyond the files' own size. Packed conversations with one system prompt in every row
-/// unpack to about fifty times their size.
+/// LIMIT: size of all texts as a multiple of the files' size. Packed conversations with one system prompt in every
+/// row unpack to about fifty times their size.
 const GROWTH_MAX: u64 = 200;
 const GROWTH_FREE_BYTES: u64 = 512 << 20;
-/// Of the memory that is free at the start; the rest is for tokens and for the run.
+/// Share of the memory that is free at the start. The rest is for tokens and for the run.
 const FREE_SHARE: f64 = 0.8;
 
-/// What may still come.
+/// The amount of text that may still be read.
 pub(super) struct Budget {
     spent: u64,
     by_size: u64,
@@ -23,6 +23,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
+    /// The budget for a set of files on this machine.
     pub fn of(files: &[source::File]) -> Budget {
         let file_bytes = files.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
         let free = machine::memory_available().map_or(u64::MAX, |bytes| (bytes as f64 * FREE_SHARE) as u64);
@@ -37,7 +38,7 @@ impl Budget {
     /// Counts further texts, before they are copied.
     ///
     /// # Errors
-    /// Data: more text than such files hold. Capacity: more than this machine has memory for.
+    /// Data: more text than such files can honestly hold. Capacity: more text than this machine's memory allows.
     pub fn spend(&mut self, bytes: u64) -> Result<()> {
         self.spent = self.spent.saturating_add(bytes);
         if self.spent > self.by_size {

@@ -6,7 +6,7 @@ use super::Tokenizer;
 use super::template::Template;
 use crate::fault::{Fault, Result};
 
-/// Compiled chat templates, for whoever asks a model.
+/// Compiled chat templates for inference.
 pub struct Chat {
     template: Template,
     source: String,
@@ -15,8 +15,8 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// `source` replaces the model's own template: Jinja text, or the name of one of the model's templates. `None` if there
-    /// is neither.
+    /// Compiles a chat template; `source` replaces the model's own: Jinja text, or the name of one of the model's
+    /// templates. Returns `None` if there is neither.
     ///
     /// # Errors
     /// Config or Model: the template's syntax is wrong. Config: the model has no template of that name.
@@ -41,8 +41,9 @@ impl Chat {
         &self.source
     }
 
-    /// As `apply_chat_template(**context, tokenize=False)`: `messages`, `add_generation_prompt`, `tools` and whatever
-    /// else the template knows. Error: why there is no text.
+    /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,
+    /// `add_generation_prompt`, `tools` and any other variable of the template. The error says why there is no
+    /// text.
     pub fn text(&self, mut context: Map<String, Value>) -> std::result::Result<String, String> {
         for name in ["tools", "documents"] {
             context.entry(name).or_insert(Value::Null);
@@ -51,7 +52,7 @@ impl Chat {
         self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template).render_context(&context)
     }
 
-    /// The control token that the template writes behind an answer.
+    /// The control token that the template writes after an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
         const ANSWER: &str = "Qzx7";
         let messages = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}]);

@@ -1,4 +1,4 @@
-//! Records -> examples: token ids, cut to length, and which of them are learned.
+//! Records -> examples: token ids, cut to length, and the tokens that are learned.
 
 use super::learned::Tally;
 use super::problems::Problems;
@@ -12,25 +12,26 @@ use rayon::prelude::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Rows between two reports of progress.
+/// Rows between two progress reports.
 const ROWS_AT_ONCE: usize = 64;
-/// LIMIT: memory that one row may take while it is made into tokens.
+/// LIMIT: memory that one row may take while it is tokenized.
 const ROW_BYTES_MAX: usize = 1 << 30;
-/// LIMIT: values that a template nests are dropped by recursion.
+/// LIMIT: stack of the threads. Values that a template nests are dropped by recursion.
 const ROW_STACK_BYTES: usize = 64 << 20;
-/// A row that fails and took so long has burnt its fuel.
+/// A row that fails and took this long has used up the template's fuel.
 const SLOW_ROW: Duration = Duration::from_millis(250);
 const SLOW_ROWS_MAX: usize = 8;
 /// LIMIT: memory for compiling a chat template.
 const TEMPLATE_BYTES_MAX: usize = 512 << 20;
-/// A row of few tokens that took so long: its template works for nothing.
+/// A row of few tokens that took this long: its template computes without need.
 const SLOW_SMALL_ROW: Duration = Duration::from_secs(2);
 const SMALL_ROW_TOKENS: usize = 100_000;
 
-/// Tokenizes every record, in order. Rows that teach nothing once cut to `tokens_max` are dropped and counted.
+/// Tokenizes every record, in order. Rows that have nothing to learn after they are cut to `tokens_max` are dropped
+/// and counted.
 ///
-/// Errors: `Config` when conversations have no chat template, `Data` for rows the template refuses or whose
-/// answers it hides, and when nothing is left to learn.
+/// Errors: `Config` if conversations have no chat template. `Data` for rows that the template refuses or whose
+/// answers it hides, and if nothing is left to learn.
 pub fn encode(
     records: &[Record],
     tokenizer: &Tokenizer,
@@ -40,17 +41,18 @@ pub fn encode(
     Ok(encode_rows(records, tokenizer, options, report)?.into_iter().map(|row| row.example).collect())
 }
 
-/// An example, and the record it was made of.
+/// An example, and the record that it was made from.
 #[derive(Clone, Debug)]
 pub struct EncodedRow {
-    /// Index among the records.
+    /// Index of the record.
     pub record: usize,
+    /// The tokens, cut to length.
     pub example: Example,
-    /// Tokens before cutting.
+    /// Number of tokens before cutting.
     pub whole: usize,
 }
 
-/// As `encode`, with what was known of each row.
+/// `encode` with details of each row.
 pub fn encode_rows(
     records: &[Record],
     tokenizer: &Tokenizer,
@@ -90,7 +92,7 @@ pub fn encode_rows(
             Err(problem) => refused.push((&record.file, record.row, problem)),
         }
     }
-    refused.sort(); // Records are shuffled; a reader looks from the top of a file.
+    refused.sort(); // Records are shuffled, but a reader starts at the top of a file.
     let mut problems = Problems::default();
     for (file, row, problem) in refused {
         problems.add(problem, file, row);
@@ -120,7 +122,7 @@ fn nothing_to_learn(tally: &Tally, options: &TokenOptions) -> Fault {
     .help("raise max_length, or check that the conversations have assistant turns that are learned")
 }
 
-/// Refuses a chat template of the configuration that cannot be read, or that the model does not have.
+/// Refuses a chat template in the configuration that cannot be read, or that the model does not have.
 pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<()> {
     match options.chat_template {
         Some(_) => templates(tokenizer, options).map(|_| ()),
@@ -128,14 +130,16 @@ pub fn check_template(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<(
     }
 }
 
-/// One row: what is left of it once cut, if anything teaches, and what was found on the way.
+/// The result of one row: its example after cutting, if it has anything to learn, and its counts.
 pub(super) struct Encoded {
+    /// The example; `None`: it has nothing to learn.
     pub example: Option<Example>,
+    /// The counts of this row.
     pub tally: Tally,
 }
 
-/// One row at a time, within bounds. Rows that take too long for what they hold are counted; after a few of them the
-/// others are not tried, since a dataset has millions.
+/// Encodes rows within bounds. Rows that take too long for their size are counted; after a few of them, no others
+/// are tried, because a dataset may have millions.
 struct Row {
     bounds: Bounds,
     slow: AtomicUsize,
@@ -159,7 +163,7 @@ impl Row {
         let began = Instant::now();
         let done = self.bounds.hold(|| Ok(encoder.example(record)));
         let done = done.unwrap_or_else(|fault| Err(fault.message));
-        // An honest row makes some thousand tokens a millisecond.
+        // A normal row makes some thousand tokens per millisecond.
         let small = done.as_ref().is_ok_and(|done| done.tally.longest < SMALL_ROW_TOKENS);
         let limit = if done.is_err() { SLOW_ROW } else { SLOW_SMALL_ROW };
         if (done.is_err() || small) && began.elapsed() >= limit {
@@ -169,15 +173,15 @@ impl Row {
     }
 }
 
-/// Turns rows into examples; any number of threads may share it.
+/// Turns rows into examples. Any number of threads may share it.
 pub(super) struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     options: &'a TokenOptions,
-    /// `None` where no record is a conversation.
+    /// `None` if no record is a conversation.
     templates: Option<Templates>,
 }
 
-/// The template of most rows, and the one for rows with tools where the model has it.
+/// The template of most rows, and the one for rows with tools if the model has one.
 struct Templates {
     plain: Template,
     with_tools: Option<Template>,
@@ -199,7 +203,7 @@ impl<'a> Encoder<'a> {
         Ok(Encoder { tokenizer, options, templates })
     }
 
-    /// Error: what is wrong with the row.
+    /// Encodes one record. The error says what is wrong with the row.
     pub fn example(&self, record: &Record) -> std::result::Result<Encoded, String> {
         let mut tally = Tally { rows: 1, ..Tally::default() };
         let mut example = self.whole(record, &mut tally)?;
@@ -210,7 +214,7 @@ impl<'a> Encoder<'a> {
         Ok(Encoded { example: teaches.then_some(example), tally })
     }
 
-    /// The whole example, not cut.
+    /// The example before it is cut.
     pub fn whole(&self, record: &Record, tally: &mut Tally) -> std::result::Result<Example, String> {
         match &record.conversation {
             Conversation::Messages(messages) => self.messages(messages, 0, &record.context, tally),
@@ -236,7 +240,8 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// Answers among `messages[from..]` are learned. The template writes every special token, so none is added.
+    /// Encodes a conversation; answers among `messages[from..]` are learned. The template writes every special
+    /// token, so none is added.
     fn messages(
         &self,
         messages: &[Message],
@@ -274,7 +279,8 @@ impl<'a> Encoder<'a> {
         Ok(Example { supervised, ids })
     }
 
-    /// Compares the text with that of the same row without what may be hidden or written in another way.
+    /// Renders the row again without the things that a template may hide or write in another way, and counts those
+    /// that make no difference.
     fn look(
         &self,
         template: &Template,
@@ -312,7 +318,8 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// What prompt and prompt + completion have in common is not learned; tokens may merge across their border.
+    /// Encodes prompt and completion. The tokens that the prompt alone shares with both together are not learned;
+    /// tokens may merge across the border.
     fn prompt(
         &self,
         prompt: &str,
@@ -338,13 +345,13 @@ impl<'a> Encoder<'a> {
     }
 }
 
-/// A turn whose content is null and that says nothing else.
+/// Whether a turn has null content and nothing else to say.
 fn is_null(message: &Message) -> bool {
     message.content.is_none()
         && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
 }
 
-/// Calls whose arguments are JSON text that stands in the rendered text as a quoted text.
+/// Number of calls whose arguments are JSON text that the rendered text holds as a quoted string.
 fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
     let calls = messages.iter().flat_map(|message| &message.extra).filter(|(name, _)| *name == "tool_calls");
     let arguments = calls.flat_map(|(_, calls)| calls.as_array().into_iter().flatten()).filter_map(|call| {
@@ -357,7 +364,7 @@ fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
 /// The configuration's template, else the model's own.
 fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates> {
     let (source, given) = match options.chat_template.as_deref() {
-        // A name has no tags.
+        // A name contains no template tags.
         Some(name) if !name.contains('{') => (tokenizer.named_template(name)?, true),
         Some(source) => (source, true),
         None => (tokenizer.default_template()?, false),

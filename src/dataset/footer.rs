@@ -1,4 +1,4 @@
-//! Parquet files' footers -> how many rows they hold and how much text, without reading a row.
+//! Footers of parquet files -> the number of rows and the amount of text, without reading a row.
 
 use super::{Layout, Options, container, format};
 use crate::fault::Result;
@@ -6,19 +6,20 @@ use ::parquet::arrow::ProjectionMask;
 use std::fs::File;
 use std::path::PathBuf;
 
-/// What footers say of a dataset.
+/// Sums over the footers of a dataset.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Footers {
+    /// Rows, with limits and weights applied.
     pub rows: u64,
     /// Bytes of the columns that are read, unpacked.
     pub text_bytes: u64,
 }
 
-/// Adds up the footers of the files of each entry of `data`, with the entry's limit and weight. `None` if a file is not parquet or
-/// is damaged: a run says what is wrong with it.
+/// Adds up the footers of the files of each entry of `data`, with the entry's limit and weight. Returns `None` if a
+/// file is not parquet or is damaged; a run then says what is wrong with it.
 ///
 /// # Errors
-/// Data: columns that no layout can read.
+/// Data: no layout can read the columns.
 pub fn footers(entries: &[Vec<PathBuf>], options: &Options) -> Result<Option<Footers>> {
     let mut sum = Footers::default();
     for (entry, files) in entries.iter().enumerate() {
@@ -34,7 +35,7 @@ pub fn footers(entries: &[Vec<PathBuf>], options: &Options) -> Result<Option<Foo
     Ok(Some(sum))
 }
 
-/// The footers of one entry of `data`, without its limit and weight.
+/// Adds up the footers of one entry of `data`, without its limit and weight.
 fn of_entry(files: &[PathBuf], layout: Option<Layout>, options: &Options) -> Result<Option<Footers>> {
     let mut sum = Footers::default();
     let mut reading = format::Reading::new(&options.names);

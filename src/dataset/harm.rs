@@ -1,14 +1,15 @@
-//! tokenizer.json -> whether its steps are ones that may be run: they end, and make no mountain of a text.
+//! tokenizer.json -> whether its steps are safe to run: they end, and do not make a huge text of a small one.
 //!
-//! A normalizer is a small program over every text. A dozen replacements of `a` by `aa` make four thousand letters of
-//! one, a prefix of megabytes stands before each word, a character map that lies about its size reserves what it says.
+//! A normalizer is a small program that runs over every text. A dozen replacements of `a` by `aa` turn one letter
+//! into four thousand, a prefix of megabytes is put before each word, and a character map that lies about its size
+//! reserves that size.
 
 use serde::Deserialize;
 use serde_json::Value;
 
-/// LIMIT: what all replacements together may make of a byte. Llama's makes three of a space.
+/// LIMIT: growth of a text by all replacements together. Llama's turn one space into three bytes.
 const GROWTH_MAX: u64 = 64;
-/// LIMIT: bytes put before a text.
+/// LIMIT: bytes that are put before a text.
 const PREFIX_BYTES_MAX: usize = 1024;
 const STEPS_MAX: usize = 256;
 
@@ -20,9 +21,9 @@ struct Steps {
     decoder: Option<Value>,
 }
 
-/// Error: which step would do harm.
+/// Checks the steps. The error names the harmful step.
 pub(super) fn check(tokenizer: &[u8]) -> Result<(), String> {
-    // What is no JSON, or has other forms, the tokenizer's own parser tells better.
+    // The tokenizer's own parser gives better messages for a file that is not JSON or has another form.
     let Ok(steps) = serde_json::from_slice::<Steps>(tokenizer) else { return Ok(()) };
     for (name, step) in
         [("normalizer", steps.normalizer), ("pre_tokenizer", steps.pre_tokenizer), ("decoder", steps.decoder)]
@@ -33,7 +34,7 @@ pub(super) fn check(tokenizer: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Of the steps so far.
+/// Sums over the steps so far.
 struct Sum {
     growth: u64,
     steps: usize,
@@ -87,7 +88,7 @@ fn prefix(step: &Value, key: &str) -> Result<(), String> {
     }
 }
 
-/// In base64: the length of a table, the table, then texts.
+/// Checks a character map, which is base64 of the length of a table, the table, and texts.
 fn character_map(step: &Value) -> Result<(), String> {
     let map = step.get("precompiled_charsmap").and_then(Value::as_str).unwrap_or_default();
     if map.is_empty() {
@@ -106,7 +107,7 @@ fn character_map(step: &Value) -> Result<(), String> {
     let Some(first) = first.filter(|first| first.len() == 6) else {
         return Err("precompiled_charsmap is no base64 of a map".into());
     };
-    // 36 bits, of which the first 32 are a number with its lowest byte first.
+    // 36 bits, of which the first 32 are a little-endian number.
     let bits = first.iter().fold(0u64, |bits, sextet| bits << 6 | sextet) >> 4;
     let table = u64::from((bits as u32).swap_bytes());
     match table.checked_add(4).is_some_and(|end| end <= bytes) && table % 4 == 0 {
@@ -157,7 +158,7 @@ mod tests {
         assert_eq!((prepend(PREFIX_BYTES_MAX), prepend(PREFIX_BYTES_MAX + 1).is_err()), (Ok(()), true));
         let map = |base64: &str| normalizer(json!({"type": "Precompiled", "precompiled_charsmap": base64}));
         assert!(map("/////w==").unwrap_err().contains("4294967295 bytes"));
-        // A table of four bytes, and one byte of text.
+        // A table of four bytes and one byte of text.
         assert_eq!(map("BAAAAAEAAAAA"), Ok(()));
         assert!(map("CAAAAAEAAAAA").unwrap_err().contains("table of 8 bytes"));
         assert_eq!(map(""), Ok(()));

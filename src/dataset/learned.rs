@@ -1,47 +1,55 @@
-//! What encoding the rows found -> one line of counts, and one warning for each kind of thing that changes what a model
-//! learns.
+//! The findings of encoding -> one line of counts, and one warning for each kind of finding that changes what a
+//! model learns.
 
 use super::{Example, TokenOptions, Tokenizer};
 use crate::report::{Report, Stage};
 
-/// Rows that end without a learned end token are told from this share on.
+/// Rows without a learned end token are reported if they are at least this share.
 const UNENDED_SHARE: f64 = 0.25;
 
-/// Counts over rows; those of two sets add up.
+/// Counts over rows. The tallies of two sets can be added.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Tally {
+    /// Rows.
     pub rows: u64,
     /// Tokens after cutting.
     pub tokens: u64,
+    /// Tokens that are learned.
     pub learned: u64,
-    /// Before cutting.
+    /// Tokens of the longest row before cutting.
     pub longest: usize,
+    /// Rows that were cut.
     pub cut: u64,
     /// Rows with nothing left to learn.
     pub dropped: u64,
-    /// Kept rows that end in a learned token at which generation stops.
+    /// Kept rows whose last learned token is one at which generation stops.
     pub ended: u64,
-    /// Kept rows whose last learned token is special, but is none at which generation stops: the last such token.
+    /// Kept rows whose last learned token is special, but is not one at which generation stops.
     pub ended_otherwise: u64,
+    /// The last such token.
     pub other_end: Option<u32>,
-    /// Rows that held the tokens already which the tokenizer puts around a text.
+    /// Rows that already held the tokens that the tokenizer puts around a text.
     pub doubled: u64,
-    /// Rows with tools, and those where the template does not write them.
+    /// Rows with tools.
     pub tools: u64,
+    /// Rows with tools that the template does not write.
     pub tools_hidden: u64,
+    /// Rows with documents that the template does not write.
     pub documents_hidden: u64,
-    /// Turns with thoughts, and those that the template shows.
+    /// Turns with thoughts.
     pub thoughts: u64,
+    /// Turns with thoughts that the template shows.
     pub thoughts_shown: u64,
-    /// Turns of the assistant that are shown only.
+    /// Turns of the assistant that are shown but not learned.
     pub not_learned: u64,
     /// Turns whose null content the template writes as nothing.
     pub nulls: u64,
-    /// Calls whose arguments are a text that the template quotes once more.
+    /// Calls whose arguments are text that the template quotes once more.
     pub quoted_arguments: u64,
 }
 
 impl Tally {
+    /// Adds the counts of another tally.
     pub fn add(&mut self, other: &Tally) {
         self.rows += other.rows;
         self.tokens += other.tokens;
@@ -63,7 +71,8 @@ impl Tally {
         self.quoted_arguments += other.quoted_arguments;
     }
 
-    /// Counts an example as it will be trained; `whole` is its length before cutting. Whether anything is left to learn.
+    /// Counts an example as it will be trained; `whole` is its length before cutting. Returns whether anything is
+    /// left to learn.
     pub fn count(&mut self, example: &Example, whole: usize, tokenizer: &Tokenizer) -> bool {
         self.longest = self.longest.max(whole);
         self.cut += u64::from(whole > example.ids.len());
@@ -85,7 +94,7 @@ impl Tally {
         true
     }
 
-    /// One line of counts, then the warnings.
+    /// Reports one line of counts, then the warnings.
     pub fn tell(&self, options: &TokenOptions, tokenizer: &Tokenizer, report: &Report) {
         let Tally { rows, tokens, learned, longest, cut, dropped, .. } = self;
         report.note(
@@ -100,7 +109,7 @@ impl Tally {
         }
     }
 
-    /// What somebody should know before training on it.
+    /// Findings that the user should know before training on these rows.
     pub fn warnings(&self, options: &TokenOptions, tokenizer: &Tokenizer) -> Vec<String> {
         let mut warnings = Vec::new();
         let Tally { rows, dropped, .. } = self;
@@ -116,7 +125,8 @@ impl Tally {
         warnings
     }
 
-    /// A model learns to stop only from end tokens that are learned.
+    /// The warning if rows end without a learned end token. A model learns to stop only from end tokens that are
+    /// learned.
     fn cannot_stop(&self, tokenizer: &Tokenizer) -> Option<String> {
         let kept = self.rows - self.dropped;
         let unended = kept - self.ended;
@@ -186,7 +196,7 @@ impl Tally {
     }
 }
 
-/// The last learned token, but for white space behind the answer.
+/// The last learned token that is not white space after the answer.
 fn last_learned(example: &Example, tokenizer: &Tokenizer) -> Option<u32> {
     let learned = example.ids.iter().zip(&example.supervised).skip(1).filter(|(_, learned)| **learned);
     learned

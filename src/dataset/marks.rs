@@ -1,55 +1,64 @@
-//! Messages with invisible marks in them -> where each message stands in the text that a template makes of them.
+//! Messages with invisible marks -> the place of each message in the text that a template makes of them.
 //!
-//! A mark is a few characters of Unicode's private use that no text has. They are put around everything that a message
-//! says, inside its white space and outside the tags of thoughts, so that a template which trims or splits still does the
-//! same. If the text without its marks is the text of the plain messages, the marks tell every place exactly; otherwise
-//! the template looks into what is said, and the marks say nothing.
+//! A mark is a few characters of Unicode's private use area that no text contains. Marks surround everything that a
+//! message says, inside its white space and outside the tags of thoughts, so that templates which trim or split
+//! behave the same. If the text without its marks equals the text of the plain messages, the marks give every place
+//! exactly. If not, the template inspects the content, and the marks are not used.
 
 use super::Message;
 use serde_json::Value as Json;
 use std::ops::Range;
 
-/// Begins a mark; three more characters follow: message, piece, and which end it is.
+/// Begins a mark. Three more characters follow: message, piece, and which end it is.
 const MARK: char = '\u{10f0f0}';
 const BEGIN: char = '\u{10f0f1}';
 const END: char = '\u{10f0f2}';
-/// Numbers are characters from here on.
+/// The character for number 0.
 const ZERO: u32 = 0xf_2000;
-/// Messages and pieces that have a character.
+/// Number of messages and pieces that have a character.
 const NUMBERS: usize = 0x8000;
 
-/// Tags around thoughts, which templates search for.
+/// Tags around thoughts. Templates search for them.
 const TAGS: [&str; 6] = ["<think>", "</think>", "<thought>", "</thought>", "[THINK]", "[/THINK]"];
-/// Fields of thoughts.
+/// Fields of a message that hold thoughts.
 pub(super) const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 
-/// Which ends of a piece are marked: some templates look at how a text begins.
+/// Which ends of a piece are marked. Some templates look at how a text begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Ends {
+    /// Both ends.
     Both,
+    /// The last end only.
     Last,
+    /// The first end only.
     First,
 }
 
-/// What a message says that was marked.
+/// The part of a message that a piece belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
+    /// Its content.
     Content,
+    /// Its thoughts.
     Thoughts,
+    /// Its calls of functions.
     Calls,
 }
 
-/// Where a piece of a message stands in the text without marks.
+/// The place of a piece of a message in the text without marks.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Place {
+    /// Index of the message.
     pub message: usize,
+    /// The part of the message.
     pub part: Part,
     piece: usize,
-    /// From its first mark to its last; empty where one end was marked.
+    /// From the first mark to the last; empty if only one end was marked.
     pub range: Range<usize>,
 }
 
-/// The messages with marks; nothing is said twice by the same mark.
+/// Returns the messages with marks. Each mark is used once. `None`: there are too many messages, or one contains a
+/// mark already.
 pub(super) fn marked(messages: &[Message], ends: Ends) -> Option<Vec<Message>> {
     if messages.len() > NUMBERS || messages.iter().any(holds_marks) {
         return None;
@@ -61,7 +70,7 @@ fn holds_marks(message: &Message) -> bool {
     message.text().contains(MARK) || message.extra.iter().any(|(_, value)| value.to_string().contains(MARK))
 }
 
-/// Only the assistant's turns are looked for.
+/// Marks a message of the assistant; other roles are not searched for.
 fn mark(message: &Message, index: usize, ends: Ends) -> Message {
     let mut message = message.clone();
     if message.role != "assistant" {
@@ -88,7 +97,7 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Marks what stands between the tags of thoughts.
+    /// Marks the text between the tags of thoughts.
     fn text(&mut self, text: &str, part: Part) -> String {
         let before = self.next;
         let mut out = String::with_capacity(text.len() + 64);
@@ -101,7 +110,7 @@ impl Pieces {
             rest = &rest[at + tag.len()..];
         }
         out += &self.piece(rest, part);
-        // A text of nothing but tags is marked as a whole.
+        // A text that consists of tags only is marked as a whole.
         if self.next == before { self.piece(text, part) } else { out }
     }
 
@@ -121,7 +130,7 @@ impl Pieces {
         format!("{before}{}{core}{}{after}", one(Ends::First, BEGIN), one(Ends::Last, END))
     }
 
-    /// The name of a called function is always written.
+    /// Marks the name of a called function, which every template writes.
     fn call(&mut self, call: &mut Json) {
         let function = match call.get("function") {
             Some(Json::Object(_)) => &mut call["function"],
@@ -143,7 +152,7 @@ fn number(character: char) -> Option<usize> {
     (number < NUMBERS).then_some(number)
 }
 
-/// Cuts the marks out: the text, and its places in order. `None` where marks were damaged.
+/// Removes the marks. Returns the text and its places in order, or `None` if marks were damaged.
 pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
     let mut text = String::with_capacity(marked.len());
     let mut places: Vec<Place> = Vec::new();
@@ -157,7 +166,7 @@ pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
         let part = [Part::Content, Part::Thoughts, Part::Calls][(piece / (NUMBERS / 4)).min(2)];
         let known = places.iter_mut().rev().find(|place| (place.piece, place.message) == (piece, message));
         match (known, end) {
-            // A piece that is written twice counts where it stands first.
+            // A piece that is written twice counts at its first place.
             (Some(place), END) if place.range.is_empty() => place.range.end = text.len(),
             (Some(_), _) => {}
             (None, BEGIN | END) => {
@@ -170,7 +179,8 @@ pub(super) fn cut(marked: &str) -> Option<(String, Vec<Place>)> {
     Some((text, places))
 }
 
-/// Places by their first ends and the same by their last ends; `None` where they do not fit each other.
+/// Joins places that were found by their first ends with those found by their last ends; `None` if they do not
+/// match.
 pub(super) fn joined(first: Vec<Place>, last: Vec<Place>) -> Option<Vec<Place>> {
     let whole = |place: Place| {
         let same = |other: &&Place| (other.message, other.piece) == (place.message, place.piece);

@@ -1,12 +1,14 @@
-//! A rendered conversation -> which of its tokens are answers.
+//! A rendered conversation -> the tokens that are answers.
 //!
-//! A template that marks its answers (`{% generation %}`) is believed. For the others an answer begins where
-//! `messages[..i]` with a generation prompt ends, and ends, end-of-turn token included, where `messages[..=i]` ends. Some
-//! templates are not stable under prefixes: Phi-3 closes a conversation with an extra token, Qwen3 drops thoughts from all
-//! but the last turn. There the place of what was said is known by invisible marks (`marks.rs`), and what follows it ends
-//! where the full text and the prefix stop to agree. A template that looks into what is said cannot be marked; there the
-//! text is searched, from where the turn begins.
-//! Everything is done in bytes of one text and mapped to its tokens once, so merges across a border do not matter.
+//! If a template marks its answers (`{% generation %}`), these marks count. For other templates an answer begins
+//! where `messages[..i]` with a generation prompt ends, and ends where `messages[..=i]` ends, end-of-turn token
+//! included. Some templates are not stable under prefixes: Phi-3 closes a conversation with an extra token, and
+//! Qwen3 drops thoughts from all turns but the last. There, invisible marks (`marks.rs`) give the place of the
+//! content, and what follows it ends where the full text and the prefix begin to differ. A template that inspects
+//! the content cannot be marked; there the text is searched from the beginning of the turn.
+//!
+//! Everything is computed in bytes of one text and mapped to its tokens once, so merges across a border do not
+//! matter.
 
 use super::marks::{self, Ends, Part, Place};
 use super::template::{Rendered, Template};
@@ -14,26 +16,32 @@ use super::{Context, Example, Message, Tokenizer};
 use minijinja::value::Value;
 use std::ops::Range;
 
-/// One answer in the text: `content` lies inside `whole`, which also holds what the template puts around it.
+/// One answer in the text. `content` lies inside `whole`, which also covers what the template puts around it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Answer {
+    /// Bytes of the answer, with what the template puts around it.
     pub whole: Range<usize>,
+    /// Bytes of the content.
     pub content: Range<usize>,
-    /// False for a turn that is shown only.
+    /// Whether it is learned; false for a turn that is only shown.
     pub learned: bool,
 }
 
-/// A conversation's text, and what is known of it.
+/// The text of a conversation and what is known about it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Answers {
+    /// The text.
     pub text: String,
+    /// The answers in order.
     pub answers: Vec<Answer>,
-    /// Turns of the assistant with thoughts, and how many of them the template shows.
+    /// Turns of the assistant with thoughts.
     pub thoughts: u64,
+    /// Turns with thoughts that the template shows.
     pub thoughts_shown: u64,
 }
 
-/// The conversation's text and its answers among `messages[from..]`. Error: why they cannot be told.
+/// Returns the conversation's text and its answers among `messages[from..]`. The error says why they cannot be
+/// found.
 pub(super) fn answers(
     template: &Template,
     messages: &[Message],
@@ -68,7 +76,7 @@ pub(super) fn answers(
     Ok(Answers { text: full.text, answers: found, thoughts: thoughts.len() as u64, thoughts_shown })
 }
 
-/// Dropping calls would teach answers out of nothing.
+/// Refuses a template that hides calls, because the model would learn answers to tool results without the calls.
 fn shows_calls(messages: &[Message], places: &[Place]) -> Result<(), String> {
     let hidden = messages.iter().enumerate().any(|(index, message)| {
         message.role == "assistant"
@@ -81,7 +89,7 @@ fn shows_calls(messages: &[Message], places: &[Place]) -> Result<(), String> {
     }
 }
 
-/// One flag a token; `offsets` are the tokens' byte ranges of the text.
+/// One flag per token; `offsets` are the tokens' byte ranges in the text.
 pub(super) fn supervised(answers: &[Answer], offsets: &[(usize, usize)]) -> Vec<bool> {
     let mut flags = vec![false; offsets.len()];
     for Answer { whole, content, .. } in answers.iter().filter(|answer| answer.learned) {
@@ -92,7 +100,7 @@ pub(super) fn supervised(answers: &[Answer], offsets: &[(usize, usize)]) -> Vec<
     flags
 }
 
-/// Takes the tokens of turns that are shown only out of `flags`.
+/// Clears the flags of tokens in turns that are only shown.
 pub(super) fn unlearn(answers: &[Answer], offsets: &[(usize, usize)], flags: &mut [bool]) {
     for Answer { whole, content, .. } in answers.iter().filter(|answer| !answer.learned) {
         for (flag, &(start, end)) in flags.iter_mut().zip(offsets) {
@@ -101,13 +109,13 @@ pub(super) fn unlearn(answers: &[Answer], offsets: &[(usize, usize)], flags: &mu
     }
 }
 
-/// A token across the border belongs to the answer if it holds some of its content.
+/// Whether a token belongs to an answer. A token across the border belongs to it if it holds some of its content.
 fn belongs(whole: &Range<usize>, content: &Range<usize>, start: usize, end: usize) -> bool {
     let inside = start >= whole.start && end <= whole.end && start < whole.end;
     inside || (start < content.end && end > content.start)
 }
 
-/// The example as text, brackets around what is not learned: `[user: 2+2?] 4<end>`.
+/// The example as text, with brackets around what is not learned: `[user: 2+2?] 4<end>`.
 pub fn show(example: &Example, tokenizer: &Tokenizer) -> String {
     let learned = |index: usize| index > 0 && example.supervised[index];
     let mut text = String::new();
@@ -122,7 +130,7 @@ pub fn show(example: &Example, tokenizer: &Tokenizer) -> String {
     text
 }
 
-/// A conversation and how it is rendered.
+/// A conversation and its template.
 struct Talk<'a> {
     template: &'a Template,
     messages: &'a [Message],
@@ -132,8 +140,8 @@ struct Talk<'a> {
 }
 
 impl Talk<'_> {
-    /// Where the first `count` messages stand in `text`, which the template made of them without a generation prompt;
-    /// `None` where it looks into what is said.
+    /// The places of the first `count` messages in `text`, which the template made of them without a generation
+    /// prompt; `None` if the template inspects the content.
     fn places(&self, text: &str, count: usize) -> Option<Vec<Place>> {
         let with = |ends| {
             let marked = marks::marked(&self.messages[..count], ends)?;
@@ -141,11 +149,11 @@ impl Talk<'_> {
             let (plain, places) = marks::cut(&rendered.text)?;
             (plain == text).then_some(places)
         };
-        // Some templates look at how a text begins or ends; with one mark a time they see what they look for.
+        // Some templates look at how a text begins or ends. With one mark at a time, that end stays as it was.
         with(Ends::Both).or_else(|| marks::joined(with(Ends::First)?, with(Ends::Last)?))
     }
 
-    /// What the template marks. What earlier turns answered is given, not learned.
+    /// The answers that the template marks. Blocks of earlier turns are given, not learned.
     fn by_blocks(&self, full: &Rendered, places: Option<&[Place]>) -> Result<Vec<Answer>, String> {
         let begin = match &self.values[..self.from] {
             [] => 0,
@@ -161,7 +169,7 @@ impl Talk<'_> {
         Ok(blocks.iter().copied().enumerate().map(answer).collect())
     }
 
-    /// Whether a block is of a turn that is learned: by the places inside it, else by its number among the answers.
+    /// Whether a block belongs to a learned turn: by the places inside it, else by its number among the answers.
     fn is_learned(
         &self,
         number: usize,
@@ -180,7 +188,7 @@ impl Talk<'_> {
 
     fn by_places(&self, text: &str, places: Option<&[Place]>) -> Result<Vec<Answer>, String> {
         let mut answers: Vec<Answer> = Vec::new();
-        let mut cursor = 0; // no later message stands before it
+        let mut cursor = 0; // no later message lies before it
         for (index, message) in self.messages.iter().enumerate() {
             if message.role != "assistant" {
                 if places.is_none() {
@@ -191,7 +199,8 @@ impl Talk<'_> {
             let prompt = self.prompt_before(text, index);
             let content = match places {
                 Some(places) => span(places, index),
-                // Behind the generation prompt, lest the answer "a" be found in `<|assistant|>`.
+                // The search starts after the generation prompt, so that the answer "a" is not found in
+                // `<|assistant|>`.
                 None => find(text, prompt.behind(cursor), message.text())
                     .or_else(|| find(text, cursor, message.text())),
             };
@@ -211,7 +220,7 @@ impl Talk<'_> {
     }
 
     fn prompt_before(&self, text: &str, index: usize) -> Prompt {
-        // Some templates refuse to render no messages, or to end with an answer.
+        // Some templates refuse an empty conversation, or one that ends with an answer.
         let Ok(prompt) = self.template.render(&self.values[..index], self.context, true) else {
             return Prompt { agreed: 0, whole: false };
         };
@@ -219,7 +228,8 @@ impl Talk<'_> {
         Prompt { agreed, whole: agreed == prompt.text.len() }
     }
 
-    /// Where the turn ends: what follows the content, as far as it is the same whether or not the conversation goes on.
+    /// The end of a turn: after the content, as far as the text is the same whether or not the conversation goes
+    /// on.
     fn end_of(
         &self,
         text: &str,
@@ -242,7 +252,7 @@ impl Talk<'_> {
         Ok(content.end + common_bytes(tail, &text[content.end..]))
     }
 
-    /// Where the last answer of a prefix ends: it is searched from where its turn begins.
+    /// The end of the last answer of a prefix, searched for from the beginning of its turn.
     fn searched_end(&self, prefix: &str, index: usize, shown: &str) -> Option<usize> {
         let begin = self.prompt_before(prefix, index);
         let from = begin.behind(0);
@@ -251,7 +261,7 @@ impl Talk<'_> {
     }
 }
 
-/// From the first to the last piece of a message; `None` where nothing of it is shown.
+/// The range from the first to the last piece of a message; `None` if nothing of it is shown.
 fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
     let ranges = || places.iter().filter(|place| place.message == message).map(|place| &place.range);
     Some(ranges().map(|range| range.start).min()?..ranges().map(|range| range.end).max()?)
@@ -260,17 +270,17 @@ fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
 /// How far a conversation up to some turn, with a generation prompt, agrees with the full text.
 struct Prompt {
     agreed: usize,
-    /// All of it agrees.
+    /// Whether all of it agrees.
     whole: bool,
 }
 
 impl Prompt {
-    /// Where an answer may begin at the earliest.
+    /// The earliest place where an answer may begin.
     fn behind(&self, floor: usize) -> usize {
         if self.whole { self.agreed } else { floor.max(self.agreed) }
     }
 
-    /// Where it ends in the full text; the content's start where that cannot be told.
+    /// The place where the prompt ends in the full text; the content's start if that is not known.
     fn end_before(&self, text: &str, floor: usize, content: &Range<usize>) -> usize {
         let between = floor..=content.start;
         let reaches = between.contains(&self.agreed)
@@ -279,7 +289,7 @@ impl Prompt {
     }
 }
 
-/// The content as templates show it: whole, trimmed, or without the thoughts in front.
+/// Finds the content as templates show it: whole, trimmed, or without the thoughts before it.
 fn find(text: &str, from: usize, content: &str) -> Option<Range<usize>> {
     let trimmed = content.trim();
     let answer = trimmed.rsplit_once("</think>").map(|(_, answer)| answer.trim());

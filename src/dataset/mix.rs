@@ -1,24 +1,25 @@
-//! Rows of several datasets -> how many of each are read, and how often each trains.
+//! Rows of several datasets -> how many of each are read, and how often each is trained on.
 //!
-//! A limit chooses rows before the split. A weight works behind it, on rows that train: evaluation sees each row once, and
-//! no copy of a row that trains.
+//! A limit chooses rows before the split. A weight applies after it, to training rows only: evaluation sees each
+//! row once, and no copy of a training row.
 
 use super::{Layout, Options, Record};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// What is said of one entry of `data`.
+/// The settings of one entry of `data`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Share {
-    /// `None`: as the run says, or detected.
+    /// The layout. `None`: the run's, or detected.
     pub layout: Option<Layout>,
-    /// How often a row trains in an epoch; the fraction of it is a share of the rows. `None`: once.
+    /// How often a row is trained on per epoch. The fractional part is the share of rows that are trained on once
+    /// more. `None`: once.
     pub weight: Option<f64>,
-    /// Most rows that are read, chosen by the seed where rows are shuffled, else the first.
+    /// Most rows that are read. They are chosen by the seed if rows are shuffled; if not, the first ones are read.
     pub limit: Option<usize>,
 }
 
-/// Leaves `limit` records from `from` on, in their order.
+/// Keeps `limit` of the records from `from` on, in their order.
 pub(super) fn limit(records: &mut Vec<Record>, from: usize, limit: usize, options: &Options) {
     let count = records.len() - from;
     if count <= limit {
@@ -37,7 +38,7 @@ pub(super) fn limit(records: &mut Vec<Record>, from: usize, limit: usize, option
     records.truncate(from + limit);
 }
 
-/// Repeats or leaves out records that train, by their entries' weights. Their order is the same where no weight is given.
+/// Repeats or leaves out training records by their entries' weights. Without weights their order does not change.
 pub(super) fn weigh(records: Vec<Record>, options: &Options) -> Vec<Record> {
     let weight = |record: &Record| options.shares.get(record.entry).and_then(|share| share.weight);
     if !options.shares.iter().any(|share| share.weight.is_some()) {
@@ -47,7 +48,7 @@ pub(super) fn weigh(records: Vec<Record>, options: &Options) -> Vec<Record> {
     let mut all = Vec::with_capacity(records.len());
     for record in records {
         let weight = weight(&record).unwrap_or(1.0);
-        // A draw for every record, so that one weight does not change what another leaves out.
+        // Every record takes a draw, so that one weight does not change what another leaves out.
         let draw = (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
         let copies = weight.floor() as usize + usize::from(draw < weight.fract());
         all.extend(std::iter::repeat_n(record, copies));

@@ -1,4 +1,4 @@
-//! Files -> conversations -> token examples. Knows no model and no training.
+//! Files -> conversations -> token examples. This module knows no model and no training.
 
 mod problems;
 mod container;
@@ -29,39 +29,43 @@ pub use mask::show;
 pub use mix::Share;
 pub use tokenizer::Tokenizer;
 
-/// How rows are read. Filled by `plan`.
+/// How rows are read. `plan` fills it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// `None`: detected from the schema.
+    /// The layout of all files. `None`: detected from the schema.
     pub layout: Option<Layout>,
-    /// Column names that differ from the layout's own (KAITO: `messages_column`, `context_column`, `response_column`).
+    /// Name of the column with messages, if it is not the layout's own (KAITO: `messages_column`).
     pub messages_column: Option<String>,
+    /// Name of the column with prompts (KAITO: `context_column`).
     pub prompt_column: Option<String>,
+    /// Name of the column with completions (KAITO: `response_column`).
     pub completion_column: Option<String>,
+    /// Name of the column with plain text.
     pub text_column: Option<String>,
-    /// Column with the question or instruction.
+    /// Name of the column with the question or instruction.
     pub question_column: Option<String>,
-    /// What each entry of `data` says for itself; empty: nothing.
+    /// The settings of each entry of `data`; empty if there are none.
     pub shares: Vec<Share>,
-    /// The container of every file, by its name in `containers`; `None`: recognised file by file.
+    /// The container of every file, by its name in `containers`. `None`: each file's is recognised.
     pub container: Option<String>,
-    /// Names that the file has for what hone calls otherwise.
+    /// Names in the files that the user gave.
     pub names: Names,
-    /// What happens to rows that cannot be used.
+    /// The treatment of rows that cannot be used.
     pub bad_rows: BadRows,
-    /// Shuffle before the split.
+    /// Whether rows are shuffled before the split.
     pub shuffle: bool,
+    /// Seed of shuffling, limits and weights.
     pub seed: u64,
-    /// Share of rows that train, in (0, 1]; the rest is for evaluation.
+    /// Share of rows to train on, in (0, 1]. The rest is for evaluation.
     pub train_share: f64,
 }
 
-/// Names in a file that the user tells, beside those that are known.
+/// Names that the user gave in addition to the known ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Names {
-    /// Field of a message that says who speaks.
+    /// Field of a message that holds the role.
     pub role_field: Option<String>,
-    /// Field of a message that holds what is said.
+    /// Field of a message that holds the content.
     pub content_field: Option<String>,
     /// Column with the system turn of each row.
     pub system_column: Option<String>,
@@ -74,7 +78,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// No name beside those that are known.
+    /// The known names only.
     pub const KNOWN: Names = Names {
         role_field: None,
         content_field: None,
@@ -85,29 +89,37 @@ impl Names {
     };
 }
 
-/// What happens to rows that cannot be used.
+/// The treatment of rows that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum BadRows {
-    /// The run ends, with each kind of problem counted and its first places named.
+    /// The run ends. The fault counts each kind of problem and names its first places.
     Refuse,
-    /// They are left out and told; above this share of all rows the run ends all the same.
-    Drop { share_max: f64 },
+    /// They are left out with a warning. If they are more than this share of all rows, the run ends.
+    Drop {
+        /// The share.
+        share_max: f64,
+    },
 }
 
-/// What a row holds.
+/// The content of a row's columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
+    /// A list of messages.
     Messages,
+    /// A prompt and a completion, as texts or as lists of messages.
     PromptCompletion,
+    /// An instruction, possibly an input, and an output.
     Alpaca,
+    /// A question and an answer, possibly a context.
     QuestionAnswer,
-    /// Tokenised already.
+    /// Token ids.
     Tokens,
+    /// Plain text, all of it learned.
     Text,
 }
 
 impl Layout {
-    /// As the keys say it, in the order of the table.
+    /// The values of the key, in the order of the table.
     pub const KEYS: [(&'static str, Layout); 6] = [
         ("messages", Layout::Messages),
         ("prompt_completion", Layout::PromptCompletion),
@@ -117,11 +129,12 @@ impl Layout {
         ("text", Layout::Text),
     ];
 
-    /// The layout of this key.
+    /// The layout with this key.
     pub fn of_key(key: &str) -> Option<Layout> {
         Layout::KEYS.iter().find(|(name, _)| *name == key).map(|(_, layout)| *layout)
     }
 
+    /// The name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Layout::Messages => "messages",
@@ -134,77 +147,94 @@ impl Layout {
     }
 }
 
-/// How conversations become tokens. Filled by `plan`.
+/// How conversations become tokens. `plan` fills it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenOptions {
-    /// Longer examples are cut on the right; counted and reported.
+    /// Most tokens per example. Longer ones are cut on the right, counted and reported.
     pub tokens_max: usize,
+    /// The tokens that are learned.
     pub loss: LossOn,
     /// Jinja text that replaces the model's own chat template, or the name of one of the model's.
     pub chat_template: Option<String>,
-    /// What happens to rows that the template refuses.
+    /// The treatment of rows that the template refuses.
     pub bad_rows: BadRows,
 }
 
-/// Which tokens carry loss.
+/// The tokens that carry loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LossOn {
-    /// Assistant turns of conversations, completions of prompt/completion rows, all of plain text.
+    /// The assistant's turns of conversations, the completions of prompts, and all of plain text.
     Answers,
+    /// All tokens.
     Everything,
 }
 
 /// One training example: token ids and, for each, whether it is a target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Example {
+    /// Token ids.
     pub ids: Vec<u32>,
-    /// Same length as `ids`; the first token is never a target of a shifted loss, whatever stands here.
+    /// One flag per token. The first token is never a target of a shifted loss, whatever its flag.
     pub supervised: Vec<bool>,
 }
 
 /// All rows of all files, in training order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
+    /// Rows to train on.
     pub train: Vec<Record>,
+    /// Rows to evaluate on.
     pub evaluation: Vec<Record>,
+    /// The layout of the first file.
     pub layout: Layout,
 }
 
-/// A row and where it stands, so that later stages can name it.
+/// A row with its place, so that later stages can name it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
+    /// The content of the row.
     pub conversation: Conversation,
-    /// What the chat template sees beside the messages.
+    /// The chat template's inputs beside the messages.
     pub context: Context,
     /// The file's name as the user wrote it.
     pub file: Arc<str>,
-    /// Counted from 0 in its file.
+    /// The row in its file, counted from 0.
     pub row: u64,
-    /// The entry of `data` that its file belongs to.
+    /// Index of the entry of `data` that the file belongs to.
     pub entry: usize,
 }
 
-/// What a row says.
+/// The content of a row.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Conversation {
+    /// A conversation whose answers are learned.
     Messages(Vec<Message>),
+    /// A conversation whose last part is learned.
     Prompt {
+        /// The turns before, which are not learned.
         prompt: Vec<Message>,
+        /// The turns whose answers are learned.
         completion: Vec<Message>,
     },
+    /// Two texts; the completion is learned.
     PromptText {
+        /// The text before.
         prompt: String,
+        /// The text that is learned.
         completion: String,
     },
-    /// Tokenised already, padding taken out.
+    /// A row that was tokenized already; padding is removed.
     Tokens {
+        /// Token ids.
         ids: Vec<u32>,
+        /// Whether each token is learned.
         supervised: Vec<bool>,
     },
+    /// Plain text, all of it learned.
     Text(String),
 }
 
-/// What a chat template sees beside the messages; most rows have nothing of it.
+/// The inputs of a chat template beside the messages. Most rows have none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Context {
     /// Descriptions of the tools that the assistant may call.
@@ -218,23 +248,23 @@ pub struct Context {
 /// One turn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
-    /// One of `format::ROLES`.
+    /// One of the roles that templates know.
     pub role: String,
-    /// `None`: null in the file.
+    /// The text of the turn. `None`: null in the file.
     pub content: Option<String>,
-    /// Further fields that templates know (`format::fields`), where not null.
+    /// Further fields that templates know (`format::fields`), if they are not null.
     pub extra: Vec<(&'static str, serde_json::Value)>,
-    /// Whether an answer is learned; false where the file says `weight: 0` or `train: false`.
+    /// Whether an answer is learned; false if the file says `weight: 0` or `train: false`.
     pub learned: bool,
 }
 
 impl Message {
-    /// A turn of text, learned if it is the assistant's.
+    /// A turn of text. It is learned if it is the assistant's.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         Message { role: role.into(), content: Some(content.into()), extra: Vec::new(), learned: true }
     }
 
-    /// What is said; nothing where the content is null.
+    /// The text of the turn; empty if the content is null.
     pub fn text(&self) -> &str {
         self.content.as_deref().unwrap_or_default()
     }
@@ -242,8 +272,8 @@ impl Message {
 
 /// Reads every file, checks every row, shuffles and splits.
 ///
-/// Errors: `Data` for files and rows that cannot be used (all bad rows of a file set are collected first),
-/// `Config` for a split that leaves a side empty.
+/// Errors: `Data` for files and rows that cannot be used; the bad rows of all files are collected first. `Config`
+/// for a split that leaves one side empty.
 pub fn read(files: &[source::File], options: &Options, report: &Report) -> Result<Dataset> {
     let mut records = Vec::new();
     let mut problems = problems::Problems::default();
@@ -260,7 +290,7 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
         let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
             .map_err(|fault| fault.at(&file.name))?;
         match first {
-            // Entries of `data` may differ, the files of one may not.
+            // Different entries of `data` may have different layouts, but the files of one entry may not.
             Some((format, other)) if format.layout != chosen.format.layout && other.entry == file.entry => {
                 return Err(layouts_differ(format, &other.name, chosen.format, &file.name));
             }

@@ -1,18 +1,19 @@
-//! Bad rows -> one fault, or one warning, that counts each kind and names its first places.
+//! Bad rows -> one fault, or one warning, that counts each kind of problem and names its first places.
 
 use super::BadRows;
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 use std::fmt::Write;
 
-/// Enough to find the cause; the counts say the rest.
+/// Enough places to find the cause; the counts say the rest.
 const PLACES_SHOWN_MAX: usize = 3;
 const KINDS_SHOWN_MAX: usize = 10;
 
+/// Bad rows, by kind of problem.
 #[derive(Default)]
 pub(super) struct Problems {
     kinds: Vec<Kind>,
-    /// Rows whose kind came after `KINDS_SHOWN_MAX` others.
+    /// Rows of further kinds after the first `KINDS_SHOWN_MAX`.
     others: u64,
 }
 
@@ -23,7 +24,8 @@ struct Kind {
 }
 
 impl Problems {
-    /// `text` says what is wrong without naming the row, so that equal problems meet.
+    /// Adds a bad row. `text` says what is wrong without naming the row, so that equal problems are counted
+    /// together.
     pub fn add(&mut self, text: String, file: &str, row: u64) {
         let index = match self.kinds.iter().position(|kind| kind.text == text) {
             Some(index) => index,
@@ -43,12 +45,13 @@ impl Problems {
         }
     }
 
+    /// Number of bad rows.
     pub fn rows(&self) -> u64 {
         self.kinds.iter().map(|kind| kind.rows).sum::<u64>() + self.others
     }
 
-    /// A `Data` fault if rows were bad and may not be dropped; a warning if they were. `rows_total` counts good rows
-    /// too; `advice` says what else can be done about bad ones.
+    /// Returns a `Data` fault if there are bad rows that may not be dropped, and warns if they may. `rows_total`
+    /// includes good rows. `advice` says what else can be done about bad ones.
     pub fn settle(
         self,
         rows_total: u64,
@@ -84,7 +87,7 @@ impl Problems {
         }
     }
 
-    /// One line for each kind, with its count and first places.
+    /// One line for each kind, with its count and its first places.
     fn list(&self) -> String {
         let mut text = String::new();
         for Kind { text: kind, rows, places } in &self.kinds {

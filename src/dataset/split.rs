@@ -1,11 +1,12 @@
-//! Records -> shuffled records -> those to train on and those to evaluate on.
+//! Records -> shuffled records -> rows to train on and rows to evaluate on.
 
 use super::{Options, Record};
 use crate::fault::{Fault, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// The first floor(share * n) records train, the others evaluate: `train_test_split` of datasets rounds so.
+/// Splits the records: the first floor(share * n) are trained on, the others evaluate. `train_test_split` of
+/// `datasets` rounds in the same way.
 pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<Record>, Vec<Record>)> {
     let share = options.train_share;
     if !(share > 0.0 && share <= 1.0) {
@@ -30,12 +31,12 @@ pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<
 }
 
 fn train_rows(rows: usize, share: f64) -> usize {
-    // 0.7 * 10 is 7 and 0.29 * 100 is 28.999999999999996: the exact product is meant in both.
+    // 0.7 * 10 is 7, but 0.29 * 100 is 28.999999999999996. The exact product is meant in both cases.
     let product = share * rows as f64;
     ((product * (1.0 + 4.0 * f64::EPSILON)).floor() as usize).min(rows)
 }
 
-/// Fisher-Yates over ChaCha8: the same order for a seed on every machine and in every version.
+/// Shuffles by Fisher-Yates over ChaCha8. A seed gives the same order on every machine and in every version.
 pub(super) fn shuffle<T>(items: &mut [T], seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     for last in (1..items.len()).rev() {
@@ -107,7 +108,7 @@ mod tests {
 
     #[test]
     fn every_row_can_land_anywhere() {
-        // 6 orders of 3 rows, 600 seeds: each about 100 times; 60 is four deviations below.
+        // 3 rows have 6 orders, and 600 seeds give each about 100 times. 60 is four standard deviations below.
         let mut counts = std::collections::BTreeMap::new();
         for seed in 0..600 {
             *counts.entry(run(3, true, seed, 1.0).unwrap().0).or_insert(0) += 1;

@@ -1,9 +1,9 @@
-//! Chat template + messages -> the text transformers would render, and where its answers stand.
+//! Chat template + messages -> the text that transformers would render, and the places of its answers.
 //!
 //! transformers renders with Jinja2 in a fixed setting: trimmed blocks, loop controls, its own `tojson`,
-//! `raise_exception`, `strftime_now` and a `{% generation %}` block that marks what the assistant says.
-//! minijinja has no tag of that name, but its `{% filter %}` has the same whitespace and scope, so the tag is
-//! rewritten to a filter that wraps its body in two sentinels, which are cut out of the rendered text again.
+//! `raise_exception`, `strftime_now`, and a `{% generation %}` block that marks the assistant's text. minijinja has
+//! no such tag, but its `{% filter %}` has the same whitespace and scope. The tag is therefore rewritten to a
+//! filter that wraps its body in two sentinels, which are then cut out of the rendered text.
 
 use super::{Context, Message};
 use minijinja::syntax::SyntaxConfig;
@@ -19,27 +19,28 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-/// LIMIT: instructions and 64-byte pieces of memory a rendering may use: about 640 MB or a second.
+/// LIMIT: instructions and 64-byte pieces of memory that a rendering may use: about 640 MB or one second.
 const FUEL: u64 = 10_000_000;
 const RECURSION_MAX: usize = 200;
-/// LIMIT: a template; the largest in use have about 30 kB. A parser nests at most once for each byte.
+/// LIMIT: bytes of a template; the largest in use have about 30 kB. A parser nests at most once per byte.
 pub(super) const SOURCE_BYTES_MAX: usize = 256 << 10;
-/// Stack that the parser needs for each byte of a template, at most.
+/// Most stack that the parser needs per byte of a template.
 pub(super) const STACK_BYTES_A_BYTE: usize = 4 << 10;
-/// LIMIT: what a method may make of a text, and how wide it may be set.
+/// LIMIT: bytes that a method may make of a text.
 const METHOD_BYTES_MAX: usize = 64 << 20;
+// LIMIT: the width that a method may pad a text to.
 const WIDTH_MAX: usize = 4096;
-/// LIMIT: JSON's indent.
+/// LIMIT: the indent of JSON.
 const INDENT_MAX: usize = 64;
-/// LIMIT: what `strftime_now` formats.
+/// LIMIT: bytes of the format that `strftime_now` takes.
 const FORMAT_BYTES_MAX: usize = 4096;
-/// LIMIT: a conversation of more is no conversation.
+/// LIMIT: bytes of a rendered text. No conversation is longer.
 const TEXT_BYTES_MAX: usize = 256 << 20;
-/// Private-use characters in a row that no text has.
+/// Sequences of private-use characters that no text contains.
 const BEGIN: &str = "\u{10fffd}\u{f0f0a}\u{10fff1}";
 const END: &str = "\u{10fffd}\u{f0f0b}\u{10fff1}";
 const NAME: &str = "chat_template";
-/// Tells what the template itself refused from what failed in it.
+/// Prefix that tells the template's own refusals from failures in it.
 const REFUSED: &str = "\u{1}";
 
 /// A compiled template.
@@ -49,17 +50,18 @@ pub(super) struct Template {
     pub marks_answers: bool,
 }
 
-/// What a conversation looks like.
+/// A rendered conversation.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Rendered {
+    /// The text.
     pub text: String,
     /// Byte ranges of `text` inside `{% generation %}`, in order.
     pub answers: Vec<Range<usize>>,
 }
 
 impl Template {
-    /// `specials` are the tokenizer's named tokens (`bos_token` and the like); `now` is what `strftime_now` tells, in UTC.
-    /// Error: what is wrong with the template's syntax.
+    /// Compiles a template. `specials` are the tokenizer's named tokens (`bos_token` and the like); `now` is the
+    /// time that `strftime_now` formats, in UTC. The error says what is wrong with the template's syntax.
     pub fn new(source: &str, specials: &[(String, String)], now: SystemTime) -> Result<Template, String> {
         if source.len() > SOURCE_BYTES_MAX {
             return Err(format!("the chat template has {} bytes, limit {SOURCE_BYTES_MAX}", source.len()));
@@ -72,7 +74,8 @@ impl Template {
         environment.set_recursion_limit(RECURSION_MAX);
         environment.set_unknown_method_callback(method);
         environment.add_filter("tojson", to_json);
-        // To minijinja none is iterable, to Python a string is and none is not: Nemotron's `tools is iterable`.
+        // In minijinja none is iterable. In Python a string is iterable and none is not: Nemotron's `tools is
+        // iterable`.
         environment.add_test("iterable", |value: &Value| {
             value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
         });
@@ -89,13 +92,13 @@ impl Template {
         Ok(Template { environment, marks_answers })
     }
 
-    /// Messages as the template sees them; made once, rendered in parts.
+    /// The messages as the template sees them, made once and rendered in parts.
     pub fn values(messages: &[Message]) -> Vec<Value> {
         messages.iter().map(value).collect()
     }
 
-    /// As `apply_chat_template(messages, tokenize=False, add_generation_prompt=...)` with the context's tools, documents
-    /// and variables. Error: why there is no text.
+    /// Renders as `apply_chat_template(messages, tokenize=False, add_generation_prompt=...)` does, with the
+    /// context's tools, documents and variables. The error says why there is no text.
     pub fn render(
         &self,
         messages: &[Value],
@@ -125,7 +128,7 @@ impl Template {
         if self.marks_answers { cut_sentinels(&text) } else { Ok(Rendered { text, answers: Vec::new() }) }
     }
 
-    /// The text of a context that names everything the template sees. Error: why there is no text.
+    /// Renders a context that holds everything the template sees. The error says why there is no text.
     pub fn render_context(
         &self,
         context: &serde_json::Map<String, serde_json::Value>,
@@ -136,21 +139,22 @@ impl Template {
     }
 }
 
-/// A message as the template sees it: role, content (none where it is null), then the further fields.
+/// A message as the template sees it: role, content (none if it is null), then the further fields.
 fn value(message: &Message) -> Value {
     let content = message.content.as_deref().map_or(Value::from(()), Value::from);
     let mut fields = vec![("role", Value::from(message.role.as_str())), ("content", content)];
     for (name, extra) in &message.extra {
         let extra = Value::from(Serde(extra));
         match fields.iter_mut().find(|(other, _)| other == name) {
-            Some((_, field)) => *field = extra, // an object that a tool gave stands for the content
+            Some((_, field)) => *field = extra, // an object from a tool replaces the content
             None => fields.push((name, extra)),
         }
     }
     Value::from_pairs(fields)
 }
 
-/// Python's methods, whose work the fuel does not count: refused where they would make too much of a little.
+/// Calls one of Python's methods. The fuel does not count their work, so a call that would make too much text is
+/// refused.
 fn method(
     state: &mut minijinja::State,
     value: &Value,
@@ -174,16 +178,16 @@ fn method(
     pycompat::unknown_method_callback(state, value, name, arguments)
 }
 
-/// Memory of a part beside its text: a list of single letters takes so many bytes for each.
+/// Bytes of memory per part beside its text, for a list of single letters.
 const SPLIT_GROWTH: usize = 32;
 
-/// The largest number in a format: `{:>80}`.
+/// The largest number in a format such as `{:>80}`.
 fn widest_number(format: &str) -> usize {
     let digits = format.split(|letter: char| !letter.is_ascii_digit()).filter(|digits| !digits.is_empty());
     digits.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
 }
 
-/// Turns `{%- generation +%}` into `{%- filter __answer +%}`, and its end likewise. Says whether there was any.
+/// Rewrites `{%- generation +%}` to `{%- filter __answer +%}`, and its end likewise. Returns whether there was any.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -241,7 +245,7 @@ fn explain(error: &Error) -> String {
     format!("the chat template fails{line}: {}{detail}", error.kind())
 }
 
-/// `json.dumps` with `ensure_ascii=False`, the default of transformers.
+/// `json.dumps` with `ensure_ascii=False`, which is transformers' default.
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     if indent.is_some_and(|indent| indent > INDENT_MAX) {
@@ -337,7 +341,7 @@ impl Json<'_> {
     }
 }
 
-/// A float as Python writes it: exponents from 1e16 and below 1e-4, with a sign and two digits.
+/// A float as Python writes it: with an exponent from 1e16 and below 1e-4, with a sign and two digits.
 fn python_float(value: f64) -> String {
     let text = format!("{value:e}");
     let (digits, exponent) = text.split_once('e').expect("Rust writes an exponent");
@@ -445,7 +449,7 @@ mod tests {
         assert!(Template::new("{% if %}", &[], UNIX_EPOCH).is_err_and(|error| error.contains("line 1")));
     }
 
-    /// Rendered by transformers; `tests/scripts/templates.py` says how.
+    /// The expected texts were rendered by transformers; `tests/scripts/templates.py` says how.
     #[test]
     fn renders_what_transformers_renders() {
         let fixture: serde_json::Value =
@@ -489,8 +493,8 @@ mod tests {
         }
     }
 
-    /// Templates as publishers ship them, with tools, calls, system turns and thoughts; rendered by transformers:
-    /// `tests/scripts/chat_templates.py` says how.
+    /// Templates as publishers ship them, with tools, calls, system turns and thoughts. The expected texts were
+    /// rendered by transformers; `tests/scripts/chat_templates.py` says how.
     #[test]
     fn renders_real_templates_as_transformers_does() {
         let fixture: serde_json::Value =

@@ -1,4 +1,4 @@
-//! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat template.
+//! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat templates.
 
 use super::harm;
 use crate::bounds::Bounds;
@@ -8,36 +8,36 @@ use std::path::Path;
 use std::time::SystemTime;
 use tokenizers::AddedToken;
 
-/// LIMIT: the largest tokenizer.json in use have about 35 MB.
+/// LIMIT: bytes of a file. The largest tokenizer.json in use have about 35 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
 /// LIMIT: memory for reading tokenizer.json.
 const LOAD_BYTES_MAX: usize = 512 << 20;
 const LOAD_GROWTH_MAX: usize = 40;
 
-/// For each token, the bytes of the text it stands for: start and end.
+/// For each token, the bytes of the text that it stands for: (start, end).
 pub(super) type Offsets = Vec<(usize, usize)>;
 
-/// What transformers' AutoTokenizer knows, as far as training needs it.
+/// The parts of transformers' AutoTokenizer that training needs.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// `bos_token` -> `<s>` and so on: what chat templates see.
+    /// Named tokens that chat templates see: (`bos_token`, `<s>`) and so on.
     specials: Vec<(String, String)>,
-    /// Name and text; the usual one is called `default`.
+    /// (name, text) of each chat template. The usual one is called `default`.
     chat_templates: Vec<(String, String)>,
     eos: String,
     eos_id: u32,
-    /// Ids at which generation stops, `eos_id` among them.
+    /// Ids at which generation stops, including `eos_id`.
     ends: Vec<u32>,
     special_ids: std::collections::HashSet<u32>,
     vocab_size: usize,
-    /// Whether tokens are written in letters that stand for bytes, as GPT-2's.
+    /// Whether tokens are written in letters that stand for bytes, as in GPT-2.
     byte_level: bool,
     now: SystemTime,
 }
 
 impl Tokenizer {
-    /// Reads tokenizer.json and tokenizer_config.json, and beside them special_tokens_map.json, config.json,
-    /// generation_config.json and chat_template.{jinja,json} where they exist. Errors: `Model`.
+    /// Reads tokenizer.json and tokenizer_config.json, and, if they exist, special_tokens_map.json, config.json,
+    /// generation_config.json and chat_template.{jinja,json}. Errors: `Model`.
     pub fn open(folder: &Path) -> Result<Tokenizer> {
         let mut inner = load(folder)?;
         let config = required(folder, "tokenizer_config.json")?;
@@ -67,25 +67,28 @@ impl Tokenizer {
         })
     }
 
-    /// Sets the time that templates see, so that a resumed run renders what the first one did.
+    /// Sets the time that templates see, so that a resumed run renders the same texts.
     pub fn with_now(mut self, now: SystemTime) -> Tokenizer {
         self.now = now;
         self
     }
 
+    /// Id of the end-of-sequence token.
     pub fn eos_id(&self) -> u32 {
         self.eos_id
     }
 
+    /// Text of the end-of-sequence token.
     pub fn eos(&self) -> &str {
         &self.eos
     }
 
+    /// Id of the beginning-of-sequence token, if there is one.
     pub fn bos_id(&self) -> Option<u32> {
         self.special("bos_token").and_then(|token| self.inner.token_to_id(token))
     }
 
-    /// The text of the beginning token, if there is one.
+    /// Text of the beginning-of-sequence token, if there is one.
     pub fn bos(&self) -> Option<&str> {
         self.special("bos_token")
     }
@@ -95,22 +98,22 @@ impl Tokenizer {
         self.ends.contains(&id)
     }
 
-    /// The texts of the tokens at which generation stops.
+    /// Texts of the tokens at which generation stops.
     pub fn end_tokens(&self) -> Vec<String> {
         self.ends.iter().map(|&id| self.id_to_text(id)).collect()
     }
 
-    /// Whether a token is special: written by templates and tokenizers, not by people.
+    /// Whether a token is special: templates and tokenizers write it, people do not.
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }
 
-    /// The padding token; its absence is common and harmless, since padding is masked.
+    /// Id of the padding token. Its absence is common and harmless, because padding is masked.
     pub fn pad_id(&self) -> Option<u32> {
         self.special("pad_token").and_then(|token| self.inner.token_to_id(token))
     }
 
-    /// One more than the largest id: the rows an embedding must have.
+    /// One more than the largest id: the number of rows that an embedding needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
@@ -120,12 +123,12 @@ impl Tokenizer {
         self.chat_template_called("default")
     }
 
-    /// The model's own chat template for rows with tools, where it is another.
+    /// The model's own chat template for rows with tools, if it is a separate one.
     pub(super) fn tool_template(&self) -> Option<&str> {
         self.chat_template_called("tool_use").filter(|_| self.chat_template().is_some())
     }
 
-    /// The usual chat template. Errors: `Config` where there is none.
+    /// The usual chat template. Errors: `Config` if there is none.
     pub(super) fn default_template(&self) -> Result<&str> {
         self.chat_template().ok_or_else(|| match self.template_names() {
             names if names.is_empty() => {
@@ -140,7 +143,7 @@ impl Tokenizer {
         })
     }
 
-    /// One of the model's chat templates. Errors: `Config` where there is none of that name.
+    /// The model's chat template of that name. Errors: `Config` if there is none.
     pub(super) fn named_template(&self, name: &str) -> Result<&str> {
         self.chat_template_called(name).ok_or_else(|| {
             let names = self.template_names();
@@ -163,27 +166,29 @@ impl Tokenizer {
         self.chat_templates.iter().map(|(name, _)| name.as_str()).collect()
     }
 
+    /// The text of one token.
     pub fn id_to_text(&self, id: u32) -> String {
         self.text(&[id])
     }
 
-    /// Ids -> text, special tokens included. Parts of a character come out as U+FFFD.
+    /// Ids -> text, with special tokens. Parts of a character become U+FFFD.
     pub fn text(&self, ids: &[u32]) -> String {
         self.inner.decode(ids, false).unwrap_or_else(|_| ids.iter().map(|id| format!("<{id}>")).collect())
     }
 
-    /// Ids -> text; control tokens leave nothing if `skip_special`.
+    /// Ids -> text, without control tokens if `skip_special`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         self.inner.decode(ids, skip_special).unwrap_or_default()
     }
 
-    /// Text -> ids; with `specials` the tokens that the tokenizer puts around a sequence. Error: why not.
+    /// Text -> ids; `specials` adds the tokens that the tokenizer puts around a sequence. The error says why it
+    /// failed.
     pub fn encode(&self, text: &str, specials: bool) -> std::result::Result<Vec<u32>, String> {
         let encoding = self.inner.encode_fast(text, specials).map_err(|error| unfit(&*error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The bytes that a token stands for, wherever it stands; parts of a character too.
+    /// The bytes that a token stands for in any place, which may be a part of a character.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
         if self.inner.get_added_tokens_decoder().contains_key(&id) {
@@ -211,8 +216,9 @@ impl Tokenizer {
         self.now
     }
 
-    /// With the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), unless the text has them
-    /// already; whether it had. Of a very long text only the beginning, with more than `tokens_max` tokens.
+    /// Text -> ids with the tokens that the tokenizer puts around a sequence (`add_special_tokens=True`), unless
+    /// the text has them already; the flag says whether it had. A very long text gives only its beginning, with
+    /// more than `tokens_max` tokens.
     pub(super) fn ids(&self, text: &str, tokens_max: usize) -> std::result::Result<(Vec<u32>, bool), String> {
         beginning(text, tokens_max, |text| self.whole_ids(text), |(ids, _)| ids)
     }
@@ -229,8 +235,8 @@ impl Tokenizer {
         Ok(not_doubled(ids, plain.get_ids()))
     }
 
-    /// Nothing added (`add_special_tokens=False`); ids with the byte ranges of `text` they stand for. Of a
-    /// very long text only the beginning, with more than `tokens_max` tokens.
+    /// Text -> ids without added tokens (`add_special_tokens=False`), with the byte ranges of `text` they stand
+    /// for. A very long text gives only its beginning, with more than `tokens_max` tokens.
     pub(super) fn spans(
         &self,
         text: &str,
@@ -244,15 +250,15 @@ impl Tokenizer {
     }
 }
 
-/// LIMIT: a text up to this size is tokenised whole: a fraction of a second.
+/// LIMIT: bytes of a text that is tokenized whole: a fraction of a second.
 const WHOLE_BYTES: usize = 1 << 20;
-/// LIMIT: the most that is tokenised of a text at once.
+/// LIMIT: most bytes of a text that are tokenized at once.
 const PIECE_BYTES_MAX: usize = 8 << 20;
-/// A border within a text changes the tokens a few words before it at most.
+/// A border within a text changes at most the tokens of a few words before it.
 const TOKENS_BEYOND: usize = 256;
 
-/// The tokens of a text, or of so much of its beginning that `tokens_max` of them, and some more, are the same as
-/// those of twice as much: what comes later does not change them.
+/// The tokens of a text or of its beginning. The beginning is long enough if `tokens_max` of its tokens, and some
+/// more, are the same for twice as much text, so that later text does not change them.
 fn beginning<T>(
     text: &str,
     tokens_max: usize,
@@ -288,7 +294,8 @@ fn beginning<T>(
     }
 }
 
-/// GPT-2's letters of bytes: printable ones stand for themselves, the others are numbered from U+0100 on.
+/// The byte of one of GPT-2's letters: printable bytes stand for themselves, the others are numbered from U+0100
+/// on.
 fn byte_of(letter: char) -> Option<u8> {
     let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     match u32::from(letter) {
@@ -297,7 +304,8 @@ fn byte_of(letter: char) -> Option<u8> {
     }
 }
 
-/// `around` is `plain` with tokens in front and behind; what `plain` begins or ends with already is not put there again.
+/// `around` is `plain` with tokens before and after it. Tokens that `plain` begins or ends with already are
+/// removed.
 fn not_doubled(mut around: Vec<u32>, plain: &[u32]) -> (Vec<u32>, bool) {
     let added = around.len().saturating_sub(plain.len());
     let Some(front) = (0..=added).find(|&at| around[at..].starts_with(plain)) else { return (around, false) };
@@ -338,13 +346,14 @@ fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
         return Err(Fault::model(format!("{file}: its vocabulary is empty: no text could become tokens"))
             .help("download the whole folder of the model, tokenizer included"));
     }
-    // Some repositories ship the settings of their last use; lengths are decided here alone.
+    // Some repositories ship the settings of their last use, but lengths are decided here.
     inner.with_padding(None);
     inner.with_truncation(None).map_err(|error| Fault::internal(format!("no truncation: {error}")))?;
     Ok(inner)
 }
 
-/// transformers adds every token of `added_tokens_decoder` that tokenizer.json lacks or has with other flags.
+/// Adds every token of `added_tokens_decoder` that tokenizer.json lacks or has with other flags, as transformers
+/// does.
 fn add_declared_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Result<()> {
     let Some(declared) = config.get("added_tokens_decoder").and_then(Value::as_object) else { return Ok(()) };
     let mut tokens: Vec<(u32, AddedToken)> = declared
@@ -375,7 +384,7 @@ fn add_declared_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Res
     Ok(())
 }
 
-/// Every `..._token` with a text, from tokenizer_config.json first.
+/// Every `..._token` with a text; tokenizer_config.json comes first.
 fn specials(config: &Value, map: &Value) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     for (name, value) in [config, map].into_iter().filter_map(Value::as_object).flatten() {
@@ -415,7 +424,8 @@ fn end_of_sequence(
         .help("set eos_token in tokenizer_config.json"))
 }
 
-/// `eos_token_id` of generation_config.json and config.json, where generation stops besides the named token.
+/// The ids at which generation stops: the named token, and `eos_token_id` of generation_config.json and
+/// config.json.
 fn ends(folder: &Path, eos_id: u32) -> Result<Vec<u32>> {
     let mut ends = vec![eos_id];
     for name in ["generation_config.json", "config.json"] {
@@ -433,8 +443,8 @@ fn ends(folder: &Path, eos_id: u32) -> Result<Vec<u32>> {
     Ok(ends)
 }
 
-/// In the order of transformers: its own file, the older JSON file, tokenizer_config.json (a text, or a list of named
-/// ones); beside them, a folder of further named ones.
+/// The chat templates in the order of transformers: the file of its own, the older JSON file, tokenizer_config.json
+/// (a text, or a list of named ones). Then a folder of further named ones.
 fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>> {
     let own = optional(folder, "chat_template.json")?;
     let mut found = match read(folder, "chat_template.jinja")? {
@@ -480,7 +490,7 @@ fn required(folder: &Path, name: &str) -> Result<Value> {
     }
 }
 
-/// `Null` where there is no such file.
+/// Reads a JSON file; `Null` if there is none.
 fn optional(folder: &Path, name: &str) -> Result<Value> {
     let Some(bytes) = read(folder, name)? else { return Ok(Value::Null) };
     serde_json::from_slice(&bytes)

@@ -1,13 +1,16 @@
 //! The feed-forward's activation function.
 
-/// What a feed-forward does between its two products.
+/// The activation between the two matrix products of a feed-forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Activation {
+    /// The function that is applied to each element.
     pub function: Function,
-    /// The input is [T, 2F], gate then up; else [T, F].
+    /// Whether the input is [T, 2F] (the gate's columns, then the up columns) and the output is `function(gate) *
+    /// up`. If not, the input is [T, F].
     pub gated: bool,
 }
 
+/// A scalar activation function, as transformers defines it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Function {
     /// `x * sigmoid(x)`
@@ -19,7 +22,7 @@ pub enum Function {
 }
 
 impl Activation {
-    /// Columns of the output (F) for an input of `columns`.
+    /// Returns the number of output columns (F) for an input of `columns`.
     pub fn width(&self, columns: usize) -> usize {
         if self.gated { columns / 2 } else { columns }
     }

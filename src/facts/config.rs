@@ -6,8 +6,9 @@ use serde_json::{Map, Value};
 
 use crate::fault::{Fault, Result};
 
-/// Multimodal models whose language part is a family of its own, and whether it ties its head where neither part
-/// of the config says so (transformers' defaults; Mistral 3's says tied, its checkpoints carry a head).
+/// Multimodal models whose language part is a family of its own. The flag says whether the model ties its output
+/// head if neither part of the config states it (transformers' defaults). Mistral 3's default is tied, but its
+/// checkpoints hold a head.
 const WRAPPERS: [(&str, bool); 4] =
     [("gemma3", true), ("mistral3", false), ("llava", false), ("llava_next", false)];
 
@@ -16,11 +17,12 @@ const WRAPPERS: [(&str, bool); 4] =
 pub struct Config {
     file: PathBuf,
     json: Map<String, Value>,
-    /// `model_type` of the multimodal model that this is the language part of.
+    /// `model_type` of the multimodal model whose language part this is.
     wrapper: Option<String>,
 }
 
 impl Config {
+    /// Reads `config.json` of a model folder. A missing, oversized or malformed file is a model fault.
     pub fn read(folder: &Path) -> Result<Config> {
         let file = folder.join("config.json");
         let text = read_plain(&file).map_err(|error| {
@@ -34,13 +36,13 @@ impl Config {
         }
     }
 
-    /// A config for tests and generated models.
+    /// Makes a config from JSON, for tests and generated models.
     pub fn from_json(json: Map<String, Value>) -> Config {
         Config { file: PathBuf::from("config.json"), json, wrapper: None }
     }
 
-    /// The language model's part: a multimodal wrapper's `text_config`, with what the wrapper says for all of it;
-    /// anything else as it is.
+    /// Returns the config of the language model. For a multimodal wrapper this is its `text_config` with the keys
+    /// that the wrapper sets for all its parts; for any other model it is the config itself.
     pub fn language_part(&self) -> Result<Config> {
         let kind = self.text("model_type")?;
         let Some((wrapper, tied)) = WRAPPERS.iter().find(|(name, _)| Some(*name) == kind.as_deref()) else {
@@ -59,24 +61,25 @@ impl Config {
         Ok(part)
     }
 
-    /// The multimodal model that this is the language part of: `gemma3`, `mistral3`, `llava`.
+    /// `model_type` of the multimodal model whose language part this is: `gemma3`, `mistral3`, `llava`.
     pub fn wrapper(&self) -> Option<&str> {
         self.wrapper.as_deref()
     }
 
-    /// The type that the weights are stored in, as the config has it: `torch_dtype`, or `dtype` since
-    /// transformers 5. Informative: each tensor says its own.
+    /// The type of the stored weights as the config names it: `torch_dtype`, or `dtype` since transformers 5. It
+    /// informs only; each tensor states its own type.
     pub fn dtype(&self) -> Result<Option<String>> {
         Ok(self.text("dtype")?.or(self.text("torch_dtype")?))
     }
 
-    /// A part of this config (`rope_scaling`) with the same error messages.
+    /// Returns a part of this config (`rope_scaling`) whose errors have the same form.
     pub fn section(&self, key: &str) -> Option<Config> {
         let json = self.json.get(key)?.as_object()?.clone();
         Some(Config { file: self.file.join(key), json, wrapper: None })
     }
 
-    /// A part that says something; anything but an object, null or nothing is refused.
+    /// Returns a part that is not empty. A missing key, null and `{}` give `None`; any other value that is not an
+    /// object is refused.
     pub fn nonempty_section(&self, key: &str) -> Result<Option<Config>> {
         match self.json.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -86,32 +89,35 @@ impl Config {
         }
     }
 
+    /// Whether the key is present and not null.
     pub fn has(&self, key: &str) -> bool {
         self.json.get(key).is_some_and(|value| !value.is_null())
     }
 
-    /// Whether the key is there, be it null.
+    /// Whether the key is present, even if its value is null.
     pub fn says(&self, key: &str) -> bool {
         self.json.contains_key(key)
     }
 
+    /// A whole number above 0. A missing key is a fault.
     pub fn integer(&self, key: &str) -> Result<usize> {
         self.integer_or_none(key)?.ok_or_else(|| self.missing(key, "a whole number"))
     }
 
+    /// A whole number above 0, or `None` if the key is missing or null.
     pub fn integer_or_none(&self, key: &str) -> Result<Option<usize>> {
         self.get(key, "a whole number above 0", |value| {
             value.as_u64().filter(|&n| n > 0).and_then(|n| usize::try_from(n).ok())
         })
     }
 
-    /// A whole number that may be 0.
+    /// A whole number that may be 0; `absent` if the key is missing or null.
     pub fn whole_or(&self, key: &str, absent: usize) -> Result<usize> {
         let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
         Ok(self.get(key, "a whole number", whole)?.unwrap_or(absent))
     }
 
-    /// Refuses a whole number above `most`; anything else under the key is for whoever reads it.
+    /// Refuses a number above `most`. Values that are not numbers are left to the function that reads the key.
     pub fn at_most(&self, key: &str, most: usize) -> Result<()> {
         match self.json.get(key).and_then(Value::as_f64) {
             Some(found) if found > most as f64 => Err(self.refuse(key, &format!("at most {most}"))),
@@ -129,49 +135,55 @@ impl Config {
         }
     }
 
+    /// A number. A missing key is a fault.
     pub fn number(&self, key: &str) -> Result<f64> {
         self.number_or_none(key)?.ok_or_else(|| self.missing(key, "a number"))
     }
 
+    /// A finite number, or `None` if the key is missing or null.
     pub fn number_or_none(&self, key: &str) -> Result<Option<f64>> {
         self.get(key, "a number", |value| value.as_f64().filter(|n| n.is_finite()))
     }
 
-    /// `absent` where the key is not there, `None` where it is null.
+    /// A finite number: `absent` if the key is missing, `None` if it is null.
     pub fn number_unless_null(&self, key: &str, absent: f64) -> Result<Option<f64>> {
         if self.says(key) { self.number_or_none(key) } else { Ok(Some(absent)) }
     }
 
-    /// An absent flag is false.
+    /// A flag; a missing key is false.
     pub fn flag(&self, key: &str) -> Result<bool> {
         self.flag_or(key, false)
     }
 
+    /// A flag; `absent` if the key is missing or null.
     pub fn flag_or(&self, key: &str, absent: bool) -> Result<bool> {
         Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(absent))
     }
 
+    /// A string, or `None` if the key is missing or null.
     pub fn text(&self, key: &str) -> Result<Option<String>> {
         self.get(key, "a text", |value| value.as_str().map(str::to_owned))
     }
 
-    /// The names of an object's entries, in their order.
+    /// The names of this object's entries, in their order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.json.keys().map(String::as_str)
     }
 
+    /// A list of numbers. A missing key is a fault.
     pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
         let list = |value: &Value| value.as_array()?.iter().map(Value::as_f64).collect();
         self.get(key, "a list of numbers", list)?.ok_or_else(|| self.missing(key, "a list of numbers"))
     }
 
+    /// A list of strings, or `None` if the key is missing or null.
     pub fn texts_or_none(&self, key: &str) -> Result<Option<Vec<String>>> {
         let list =
             |value: &Value| value.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect();
         self.get(key, "a list of texts", list)
     }
 
-    /// A fault about a key's value.
+    /// Returns a model fault that names the file, the key, the value found and the value expected.
     pub fn refuse(&self, key: &str, expected: &str) -> Fault {
         let found = self.json.get(key).map_or("nothing".to_owned(), Value::to_string);
         Fault::model(format!("{}: {key}: found {found}, expected {expected}", self.file.display()))
@@ -192,7 +204,7 @@ impl Config {
 /// LIMIT: the largest config.json in use has some hundred kB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
-/// A file that ends, and is not too large.
+/// Reads a regular file of at most `FILE_BYTES_MAX`.
 fn read_plain(file: &Path) -> std::io::Result<Vec<u8>> {
     let found = std::fs::metadata(file)?;
     match found.is_file() && found.len() <= FILE_BYTES_MAX {

@@ -1,41 +1,47 @@
-//! What a decoder is, in facts: the families read them from `config.json`, the layers are built by them.
+//! The facts of a decoder: family files read them from `config.json`, and layers are built from them.
 
 use crate::facts::Activation;
 use crate::facts::Heads;
 
 use super::rope::Rope;
 
-/// One linear layer of every decoder layer.
+/// One linear projection of a decoder layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Projection {
-    /// Path inside the layer, as in the checkpoint: `self_attn.q_proj`.
+    /// Path inside the layer, as the checkpoint names it: `self_attn.q_proj`.
     pub path: &'static str,
-    /// Output width (N) and input width (K); the weight is [N, K].
+    /// Output width (N); the weight is [N, K].
     pub rows: usize,
+    /// Input width (K).
     pub cols: usize,
+    /// Whether the projection has a bias `[N]`.
     pub bias: bool,
 }
 
-/// Names of tensors outside and inside the layers. Norms are named without `.weight`; a norm without a name is
-/// not there.
+/// Names of a checkpoint's tensors outside and inside the layers. Names of norms leave out `.weight`. If a norm has
+/// no name, the model does not have it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Names {
+    /// The token embedding's weight.
     pub embedding: &'static str,
+    /// The norm after the last layer.
     pub final_norm: &'static str,
-    /// The module; its tensors are `.weight` and, with a bias, `.bias`.
+    /// The output head's module; its tensors are `.weight` and, with a bias, `.bias`.
     pub head: &'static str,
-    /// `model.layers`: layer i is `{layers}.{i}`.
+    /// The list of layers (`model.layers`): layer i is `{layers}.{i}`.
     pub layers: &'static str,
-    /// Before attention and after it.
+    /// The norm before attention.
     pub attention_norm: Option<&'static str>,
+    /// The norm after attention.
     pub attention_post_norm: Option<&'static str>,
-    /// Before the feed-forward and after it. In a parallel layer it may be the attention's.
+    /// The norm before the feed-forward. In a parallel layer it may be the one before attention.
     pub feed_forward_norm: Option<&'static str>,
+    /// The norm after the feed-forward.
     pub feed_forward_post_norm: Option<&'static str>,
 }
 
 impl Names {
-    /// What Llama's checkpoints call them, and most families after it.
+    /// The names in Llama's checkpoints; most later families use them too.
     pub const LLAMA: Names = Names {
         embedding: "model.embed_tokens.weight",
         final_norm: "model.norm",
@@ -56,171 +62,209 @@ impl Names {
     }
 }
 
-/// The norms over the residual stream.
+/// The norms of the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormKind {
+    /// How the norm is computed.
     pub form: NormForm,
+    /// The value added to the mean square or the variance.
     pub eps: f64,
 }
 
+/// The form of a norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormForm {
+    /// Root mean square norm; the stored weight is the factor.
     Rms,
-    /// The stored weight is the factor minus one (Gemma).
+    /// Root mean square norm whose stored weight is the factor minus one (Gemma).
     RmsPlusOne,
-    /// Mean removed, with a bias.
+    /// LayerNorm: the mean is removed, and there is a bias.
     Layer,
 }
 
-/// Norms of queries and keys, of the residual norms' form and eps, before rope.
+/// Norms of queries and keys before rope. Their form and eps are those of the residual norms.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadNorm {
+    /// Path of the query norm inside the layer, without `.weight`.
     pub query: &'static str,
+    /// Path of the key norm inside the layer, without `.weight`.
     pub key: &'static str,
+    /// The values that share one norm.
     pub over: Over,
 }
 
-/// What is normalised together.
+/// The values that a head norm normalises together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Over {
-    /// Each head, all with one weight `[D]`.
+    /// Each head on its own; all heads share one weight `[D]`.
     Head,
-    /// The whole projection, weights [H * D] and [K * D] (OLMo 2).
+    /// The whole projection, with weights [H * D] and [K * D] (OLMo 2).
     Projection,
 }
 
-/// One layer: its attention and its feed-forward.
+/// The facts of one layer: its attention and its feed-forward.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerFacts {
+    /// The layer's attention.
     pub attention: Attention,
+    /// The layer's feed-forward.
     pub feed_forward: FeedForward,
 }
 
-/// One layer's attention.
+/// The facts of one layer's attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
+    /// Counts, widths and order of the heads.
     pub heads: Heads,
-    /// The entry of `Facts::ropes` that rotates queries and keys; `None`: this layer has no positions.
+    /// Index in `Facts::ropes` of the rope that rotates queries and keys. `None`: this layer has no rope.
     pub rope: Option<usize>,
+    /// Norms of queries and keys, if the layer has them.
     pub head_norm: Option<HeadNorm>,
-    /// Together [T, (H + 2K) * D] in the heads' layout: one fused projection or three.
+    /// One fused projection or three. Their outputs side by side are [T, (H + 2K) * D] in the heads' layout.
     pub query_key_value: Vec<Projection>,
+    /// The projection of the heads' outputs back to the residual stream.
     pub output: Projection,
 }
 
-/// One layer's feed-forward.
+/// The facts of one layer's feed-forward.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FeedForward {
+    /// One feed-forward for all tokens.
     Dense(Dense),
 }
 
-/// A feed-forward that every token passes through.
+/// A feed-forward that computes every token in the same way.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dense {
-    /// Together the activation's input: [T, 2F], gate then up, or [T, F].
+    /// One or two projections. Their outputs side by side are the activation's input: [T, 2F] (gate, then up) or
+    /// [T, F].
     pub gate_up: Vec<Projection>,
+    /// The function between `gate_up` and `down`.
     pub activation: Activation,
+    /// The projection back to the residual stream, [C, F].
     pub down: Projection,
 }
 
-/// Queries times `1 + beta * ln(1 + floor(position / positions))`, so that late ones stay sharp (Ministral 3).
+/// A factor on queries, `1 + beta * ln(1 + floor(position / positions))`, which keeps attention sharp at late
+/// positions (Ministral 3).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QueryGrowth {
+    /// Strength of the growth; `llama_4_scaling_beta` in the config.
     pub beta: f64,
+    /// Positions after which the factor begins to grow; `original_max_position_embeddings` in the config.
     pub positions: usize,
 }
 
 /// A factor on the embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingScale {
+    /// The factor.
     pub factor: f64,
-    /// Gemma's factor is a tensor, rounded to the type the model computes in.
+    /// Whether the factor is rounded to the type the model computes in, because it is a tensor there (Gemma).
     pub rounded: bool,
 }
 
 impl QueryGrowth {
+    /// Returns the factor at a position.
     pub fn at(&self, position: u32) -> f64 {
         1.0 + self.beta * (1.0 + (position as usize / self.positions) as f64).ln()
     }
 }
 
 impl EmbeddingScale {
+    /// No scaling.
     pub const NONE: EmbeddingScale = EmbeddingScale { factor: 1.0, rounded: false };
 }
 
-/// A decoder of layers with residual attention and feed-forward.
+/// The facts of a decoder: layers with attention and feed-forward on a residual stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
     /// `model_type`.
     pub family: &'static str,
-    /// Rows of the embedding (V), which may exceed the tokenizer's.
+    /// Rows of the embedding (V). The tokenizer may have fewer tokens.
     pub vocab: usize,
     /// Width of the residual stream (C).
     pub width: usize,
+    /// Form and eps of the residual norms.
     pub norm: NormKind,
-    /// The layers from the first to the last, at least one. All of them have heads of the same numbers and widths.
+    /// The layers from first to last, at least one. Their head counts and widths are all the same.
     pub layers: Vec<LayerFacts>,
+    /// The ropes that layers choose from by index.
     pub ropes: Vec<Rope>,
+    /// A factor on queries that grows with the position, if the model has one.
     pub query_growth: Option<QueryGrowth>,
-    /// The feed-forward reads the layer's input, not attention's sum.
+    /// Whether the feed-forward reads the layer's input instead of the stream after attention.
     pub parallel: bool,
-    /// Factor on what attention and feed-forward add to the stream (Granite).
+    /// Factor on the outputs of attention and feed-forward before they are added to the stream (Granite).
     pub residual_scale: f64,
+    /// Factor on the embeddings.
     pub embedding_scale: EmbeddingScale,
-    /// The output head is the embedding.
+    /// Whether the output head is the embedding.
     pub tied_head: bool,
+    /// Whether the output head has a bias.
     pub head_bias: bool,
-    /// Factor on the logits (Granite), and their soft cap (Gemma 2).
+    /// Factor on the logits (Granite).
     pub logits_scale: f64,
+    /// Soft cap of the logits: `cap * tanh(logit / cap)` (Gemma 2).
     pub logits_softcap: Option<f64>,
-    /// Longest sequence the model was made for.
+    /// Longest sequence that the model was trained for, in tokens.
     pub positions_max: usize,
+    /// Names of the checkpoint's tensors.
     pub names: Names,
-    /// Names of split projections that people write for fused ones (KAITO's defaults for phi-3), and the
-    /// module that holds them.
+    /// (name, module): names of split projections, which users also write for models with fused ones (KAITO's
+    /// defaults for phi-3), and the fused module that holds each.
     pub aliases: &'static [(&'static str, &'static str)],
 }
 
 /// A tensor of the checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
+    /// Name in the checkpoint.
     pub name: String,
+    /// The shape that the facts imply.
     pub shape: Vec<usize>,
+    /// The tensor's use.
     pub role: Role,
 }
 
+/// The use of a checkpoint's tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
+    /// The token embedding [V, C].
     Embedding,
+    /// The weight of a linear layer [N, K].
     Matrix,
+    /// The weight of a norm.
     NormWeight,
+    /// The bias of a linear layer or a norm.
     Bias,
 }
 
 impl Facts {
-    /// Every projection of the model with its layer's number, in the order of computation. Its place in this order is
-    /// the number by which adapters know a linear layer.
+    /// Returns every projection of the model with its layer's index, in the order of computation. Adapters number
+    /// linear layers by their place in this order.
     pub fn projections(&self) -> impl Iterator<Item = (usize, &Projection)> {
         let numbered = self.layers.iter().enumerate();
         numbered.flat_map(|(number, layer)| layer.projections().map(move |projection| (number, projection)))
     }
 
-    /// `model.layers.3.self_attn.q_proj`, of a projection or a norm.
+    /// The full path of a projection: `model.layers.3.self_attn.q_proj`.
     pub fn path(&self, layer: usize, projection: &Projection) -> String {
         self.inside(layer, projection.path)
     }
 
-    /// `model.layers.3.{path}`
+    /// The full path of a module or tensor of a layer: `model.layers.3.{path}`.
     pub fn inside(&self, layer: usize, path: &str) -> String {
         format!("{}.{layer}.{path}", self.names.layers)
     }
 
-    /// Heads of every layer; only their windows differ.
+    /// The heads of the first layer. Other layers differ only in their windows.
     pub fn heads(&self) -> &Heads {
         &self.layers[0].attention.heads
     }
 
-    /// Every tensor the decoder reads, in the order of computation; a tied head is the embedding.
+    /// Lists every tensor that the decoder reads, in the order of computation. A tied head has no tensor of its
+    /// own.
     pub fn tensors(&self) -> Vec<Stored> {
         let matrix = [self.vocab, self.width];
         let mut list = vec![Stored::new(self.names.embedding, &matrix, Role::Embedding)];
@@ -237,7 +281,7 @@ impl Facts {
         list
     }
 
-    /// Parameters of the base, the shared head counted once.
+    /// Number of parameters of the base model. A tied head counts once.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum()
     }
@@ -273,7 +317,7 @@ impl Facts {
 }
 
 impl LayerFacts {
-    /// The layer's projections in the order of computation.
+    /// Returns the layer's projections in the order of computation.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
         let attention = self.attention.query_key_value.iter().chain([&self.attention.output]);
         attention.chain(self.feed_forward.projections())
@@ -281,7 +325,7 @@ impl LayerFacts {
 }
 
 impl Attention {
-    /// Widths of the query norm's and the key norm's weights.
+    /// Widths of the weights of the query norm and the key norm.
     pub fn head_norm_widths(&self, norm: &HeadNorm) -> (usize, usize) {
         let heads = &self.heads;
         match norm.over {
@@ -292,7 +336,7 @@ impl Attention {
 }
 
 impl FeedForward {
-    /// The projections in the order of computation.
+    /// Returns the projections in the order of computation.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
         match self {
             FeedForward::Dense(dense) => dense.gate_up.iter().chain([&dense.down]),

@@ -2,21 +2,22 @@
 
 use std::ops::Range;
 
-/// Facts of the heads.
+/// The heads of one layer's attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     /// Query heads (H).
     pub query: usize,
-    /// Key and value heads (K); H is a multiple.
+    /// Key heads and value heads (K); H is a multiple of it.
     pub key: usize,
     /// Width of a head (D).
     pub width: usize,
-    /// Factor on the scores.
+    /// Factor on the attention scores.
     pub scale: f64,
-    /// Rows that a row sees, itself included.
+    /// Rows that a row attends to, itself included. `None`: all rows before it.
     pub window: Option<usize>,
     /// Scores become `cap * tanh(score / cap)` (Gemma 2).
     pub softcap: Option<f64>,
+    /// Order of the heads in the columns of qkv.
     pub layout: Layout,
 }
 
@@ -25,22 +26,22 @@ pub struct Heads {
 pub enum Layout {
     /// All query heads, then all key heads, then all value heads.
     Blocked,
-    /// For each key head its query heads, itself, its value head (Falcon).
+    /// For each key head: its query heads, the key head, its value head (Falcon).
     Grouped,
 }
 
 impl Heads {
-    /// Columns of qkv.
+    /// Columns of qkv: (H + 2K) * D.
     pub fn columns(&self) -> usize {
         (self.query + 2 * self.key) * self.width
     }
 
-    /// Query heads of a key head (G).
+    /// Query heads per key head (G).
     pub fn group(&self) -> usize {
         self.query / self.key
     }
 
-    /// Rope turns the first `heads` heads of each of the `runs` equal parts of a row: (runs, heads).
+    /// (runs, heads): rope rotates the first `heads` heads of each of the `runs` equal parts of a row.
     pub fn turning(&self) -> (usize, usize) {
         match self.layout {
             Layout::Blocked => (1, self.query + self.key),
@@ -48,7 +49,7 @@ impl Heads {
         }
     }
 
-    /// First column of a query head; a key head's group of them lies side by side.
+    /// First column of a query head. The query heads of one key head lie side by side.
     pub fn query_at(&self, head: usize) -> usize {
         let before = match self.layout {
             Layout::Blocked => 0,
@@ -57,6 +58,7 @@ impl Heads {
         (before + head) * self.width
     }
 
+    /// First column of a key head.
     pub fn key_at(&self, key_head: usize) -> usize {
         match self.layout {
             Layout::Blocked => (self.query + key_head) * self.width,
@@ -64,6 +66,7 @@ impl Heads {
         }
     }
 
+    /// First column of a value head.
     pub fn value_at(&self, key_head: usize) -> usize {
         match self.layout {
             Layout::Blocked => (self.query + self.key + key_head) * self.width,
@@ -71,13 +74,13 @@ impl Heads {
         }
     }
 
-    /// Keys that at least one row of `rows` sees.
+    /// The keys that at least one of `rows` attends to.
     pub fn keys(&self, rows: &Range<usize>) -> Range<usize> {
         let from = self.window.map_or(0, |window| (rows.start + 1).saturating_sub(window));
         from..rows.end
     }
 
-    /// Whether row i sees row j of the same example.
+    /// Whether row i attends to row j of the same example.
     pub fn sees(&self, i: usize, j: usize) -> bool {
         j <= i && self.window.is_none_or(|window| i - j < window)
     }

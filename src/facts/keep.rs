@@ -1,25 +1,28 @@
-//! How much of its intermediate results a layer keeps for the backward pass.
+//! `Keep`: how much of its intermediate results a layer keeps for the backward pass.
 
-/// What a layer keeps between forward and backward, from the most memory to the least; the rest is computed again
-/// in the backward pass.
+/// The results that a layer keeps between forward and backward, from the most memory to the least. The backward
+/// pass computes the others again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Keep {
+    /// All intermediate results.
     Everything,
-    /// Not the widest: gate and up.
+    /// All but the widest, gate and up.
     WithoutGateUp,
-    /// Input, attention's output and logsumexp, the residual stream after it: attention is not run again.
+    /// The layer's input, attention's output and logsumexp, and the residual stream after attention. Attention is
+    /// not computed again.
     AttentionOutput,
-    /// Only the layer's input.
+    /// The layer's input only.
     LayerInputs,
-    /// The layer's input, in the host's memory.
+    /// The layer's input only, in host memory.
     HostInputs,
 }
 
 impl Keep {
+    /// All levels, from the most memory to the least.
     pub const ALL: [Keep; 5] =
         [Keep::Everything, Keep::WithoutGateUp, Keep::AttentionOutput, Keep::LayerInputs, Keep::HostInputs];
 
-    /// As the key `keep` and tables call it.
+    /// The name that the key `keep` and printed tables use.
     pub fn name(self) -> &'static str {
         match self {
             Keep::Everything => "everything",
@@ -30,6 +33,7 @@ impl Keep {
         }
     }
 
+    /// Returns the level of that name.
     pub fn named(name: &str) -> Option<Keep> {
         Keep::ALL.into_iter().find(|keep| keep.name() == name)
     }

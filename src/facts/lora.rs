@@ -1,26 +1,33 @@
 //! The part of PEFT's LoraConfig that hone uses.
 
-/// PEFT's LoraConfig, the part that means something here.
+/// The keys of PEFT's LoraConfig that have an effect in hone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraOptions {
+    /// `r`: the rank of each pair.
     pub r: usize,
+    /// `lora_alpha`: the numerator of the scale.
     pub alpha: f64,
+    /// `lora_dropout`: the probability that an element of a pair's input is dropped.
     pub dropout: f64,
-    /// Scale by alpha/sqrt(r) instead of alpha/r.
+    /// `use_rslora`: the scale is alpha/sqrt(r) instead of alpha/r.
     pub rslora: bool,
+    /// `target_modules`: the linear layers that get a pair.
     pub targets: Targets,
+    /// How names of split projections are understood if the model has a fused one.
     pub matching: Matching,
-    /// `exclude_modules`: never adapted.
+    /// `exclude_modules`: linear layers that never get a pair.
     pub exclude: Modules,
-    /// `layers_to_transform`: empty means all.
+    /// `layers_to_transform`: indices of the layers that get pairs; empty means all.
     pub layers: Vec<usize>,
-    /// `layers_pattern`: names of the list that the layers' numbers stand in; empty means any.
+    /// `layers_pattern`: names of the module lists that the layer indices refer to; empty means any.
     pub layers_pattern: Vec<String>,
-    /// `rank_pattern`, `alpha_pattern`: regex on the module path -> value, first match wins.
+    /// `rank_pattern`: (regular expression for the module path, rank); the first match wins.
     pub rank_pattern: Vec<(String, usize)>,
+    /// `alpha_pattern`: (regular expression for the module path, alpha); the first match wins.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// `init_lora_weights`: true = Kaiming-uniform A and zero B; "gaussian" = normal A with deviation 1/r.
+    /// `init_lora_weights`: the distribution that the pairs start from.
     pub init: LoraInit,
+    /// Seed of the initial values.
     pub seed: u64,
 }
 
@@ -45,9 +52,12 @@ impl Default for LoraOptions {
     }
 }
 
+/// How a pair is initialised. B is always zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoraInit {
+    /// `true`: A is Kaiming-uniform.
     Kaiming,
+    /// `"gaussian"`: A is normal with standard deviation 1/r.
     Gaussian,
 }
 
@@ -56,11 +66,12 @@ pub enum LoraInit {
 pub enum Targets {
     /// Every linear layer except the output head.
     AllLinear,
+    /// The modules that a list or an expression names.
     Modules(Modules),
 }
 
 impl Targets {
-    /// `all-linear`, names with commas between, or else an expression.
+    /// Parses `all-linear`, a list of names separated by commas, or else a regular expression.
     pub fn written(text: &str) -> Targets {
         let names: Vec<&str> = text.split(',').map(str::trim).collect();
         match text {
@@ -70,6 +81,7 @@ impl Targets {
         }
     }
 
+    /// Targets given by a list of names.
     pub fn names(names: impl IntoIterator<Item = impl Into<String>>) -> Targets {
         Targets::Modules(Modules::Names(names.into_iter().map(Into::into).collect()))
     }
@@ -78,25 +90,25 @@ impl Targets {
 /// PEFT's two ways to name modules.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Modules {
-    /// Equal to the path, or a suffix of it after a dot.
+    /// Names that equal the path or its end after a dot.
     Names(Vec<String>),
     /// A regular expression that the whole path must match (PEFT: a plain string).
     Pattern(String),
 }
 
 impl Modules {
-    /// Whether a text can only be a name, which as an expression would match no whole path.
+    /// Whether a text can only be a name: as a regular expression it would match no whole path.
     pub fn is_name(text: &str) -> bool {
         let part_of_a_name = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
         !text.is_empty() && text.chars().all(part_of_a_name)
     }
 }
 
-/// What a name means that is only a part of a module of this model.
+/// The meaning of a name that is only a part of a module of this model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Matching {
-    /// `q_proj` of a model with `qkv_proj` is that module.
+    /// The fused module that holds it: `q_proj` means `qkv_proj`.
     Fused,
-    /// It is nothing, as in PEFT: KAITO's names adapt only o_proj and down_proj of Phi-3.
+    /// Nothing, as in PEFT. KAITO's names then adapt only o_proj and down_proj of Phi-3.
     Literal,
 }

@@ -1,7 +1,7 @@
 //! config.json -> what a model is, in plain values: no tensor, no device, no weight.
 //!
-//! `family` reads a configuration into [`Facts`]; everything that only has to know a model's shape (the memory plan, `hone model`,
-//! the controller) needs nothing below this module.
+//! `family` reads a configuration into [`Facts`]. Modules that need only a model's shape (the memory plan, `hone
+//! model`, the controller) use nothing below this module.
 
 pub mod activation;
 pub mod config;

@@ -1,9 +1,10 @@
-//! KAITO's preset names -> what hone knows of each: hub id and revision, family, artifact, targets, template, context.
+//! KAITO's preset names -> what is known of each: hub id and revision, family, artifact, targets, template,
+//! context.
 //!
-//! `presets.json` is the catalogue, one entry a line; adding a preset is adding a line. Sources: KAITO at v0.12
-//! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names the
-//! revisions; what neither says is left out. `context`, `chat_template` and `gated` are as the models' own pages have
-//! them; nothing rests on these three but what is shown.
+//! `presets.json` is the catalogue with one entry a line; a new preset is a new line. Sources: KAITO at v0.12
+//! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names
+//! the revisions. Facts that neither source states are left out. `context`, `chat_template` and `gated` come from
+//! the models' own pages; they are only displayed.
 
 use std::sync::LazyLock;
 
@@ -11,63 +12,69 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Result};
 
+/// One entry of the catalogue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Preset {
+    /// KAITO's name.
     pub name: String,
+    /// Other names that KAITO accepts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<String>,
     /// Repository on the Hugging Face hub.
     pub hub: String,
-    /// Commit of it.
+    /// Commit of that repository.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// `model_type` of the language model, if hone trains it.
+    /// `model_type` of the language model, if hone can train it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
-    /// Name of its sizes in `shapes`.
+    /// Name of its shape in `shapes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shape: Option<String>,
-    /// Why it is not trained.
+    /// Why hone cannot train it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
-    /// Versions of KAITO that tune it; the others only serve it.
+    /// Versions of KAITO that can tune it. KAITO only serves the other presets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tuned: Option<String>,
-    /// OCI artifact of the weights, as KAITO v0.12 pulls them.
+    /// OCI artifact of the weights that KAITO v0.12 pulls.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub artifact: Option<String>,
-    /// What KAITO adapts unless told otherwise; all-linear where its own default fails.
+    /// The modules that KAITO adapts by default; all-linear if KAITO's own default fails.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<Targets>,
-    /// Whether the tokenizer brings a chat template; without one, name it in ModelConfig.chat_template.
+    /// Whether the tokenizer has a chat template. If not, conversations need ModelConfig.chat_template.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<bool>,
     /// Whether the hub asks for consent and a token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gated: Option<bool>,
-    /// Tokens.
+    /// Longest context, in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<usize>,
 }
 
+/// The `target_modules` of a preset.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Targets {
-    /// `all-linear`
+    /// The word `all-linear`.
     Word(String),
+    /// Names of modules.
     Names(Vec<String>),
 }
 
 static CATALOGUE: LazyLock<Vec<Preset>> =
     LazyLock::new(|| serde_json::from_str(include_str!("presets.json")).expect("a test reads it"));
 
-/// Every preset, in the catalogue's order.
+/// All presets, in the catalogue's order.
 pub fn all() -> &'static [Preset] {
     &CATALOGUE
 }
 
-/// The preset of a name, an alias or a hub id, in any case; KAITO also takes a hub id's last part.
+/// Finds a preset by its name, an alias, its hub id or the hub id's last part (as KAITO does), ignoring case. An
+/// unknown name is a usage fault that suggests the nearest one.
 pub fn find(name: &str) -> Result<&'static Preset> {
     let wanted = name.to_lowercase();
     let found = all().iter().find(|preset| preset.names().any(|known| known == wanted));
@@ -76,7 +83,7 @@ pub fn find(name: &str) -> Result<&'static Preset> {
         match nearest(&wanted) {
             Some(near) => fault.help(format!("did you mean {near}?")),
             None => fault.help(format!(
-                "one of {}",
+                "use one of {}",
                 all().iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ")
             )),
         }
@@ -92,14 +99,14 @@ fn nearest(wanted: &str) -> Option<&'static str> {
 }
 
 impl Preset {
-    /// Every name it goes by, in lower case.
+    /// All names of the preset in lower case.
     fn names(&self) -> impl Iterator<Item = String> {
         let last = self.hub.rsplit('/').next().unwrap_or(&self.hub);
         let names = [self.name.as_str(), self.hub.as_str(), last];
         names.into_iter().chain(self.aliases.iter().map(String::as_str)).map(str::to_lowercase)
     }
 
-    /// Lines of a name and a value, for people.
+    /// (name, value) lines for people.
     pub fn rows(&self) -> Vec<(&'static str, String)> {
         let mut rows = vec![("preset", self.name.clone())];
         if !self.aliases.is_empty() {
@@ -130,7 +137,9 @@ impl Preset {
             ("chat template", text.into())
         }));
         rows.extend(
-            self.gated.filter(|gated| *gated).map(|_| ("access", "gated: consent and a token".into())),
+            self.gated
+                .filter(|gated| *gated)
+                .map(|_| ("access", "gated: the hub asks for consent and a token".into())),
         );
         rows.extend(self.context.map(|tokens| ("context", format!("{tokens} tokens"))));
         rows

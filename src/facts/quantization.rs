@@ -1,33 +1,40 @@
-//! How the base's linear layers are held: chosen by the user, or found in a checkpoint that is quantised already.
+//! How the base's linear layers are stored: as the user chose, or as the checkpoint was quantised already.
 
 use crate::fault::{Fault, Result};
 
 use super::config::Config;
 
 const ORIGINAL: &str =
-    "take the model it was made from (base_model on its hub page): hone quantises by itself";
+    "use the model it was made from (base_model on its hub page); hone quantises it itself";
 
-/// How the base's linear layers are held (bitsandbytes' formats; block 64 where they are quantised here).
+/// The storage of the base's linear layers, in bitsandbytes' formats. Weights that hone quantises have blocks of
+/// 64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantization {
+    /// Not quantised.
     None,
+    /// hone quantises the weights to 4 bits when it loads them.
     FourBit {
+        /// The 16 values.
         code: Code,
+        /// Whether the scales are quantised too.
         double: bool,
     },
-    /// The checkpoint was quantised by bitsandbytes; its weights are taken as they are.
+    /// The checkpoint was quantised by bitsandbytes. Its weights are used as they are.
     Stored {
+        /// The 16 values.
         code: Code,
+        /// Whether the scales are quantised too.
         double: bool,
     },
 }
 
-/// Which 16 values the indices stand for.
+/// The 16 values that 4-bit indices stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
-    /// The 16 quantiles of a normal distribution, ascending.
+    /// 16 quantiles of a normal distribution, ascending.
     Nf4,
-    /// Sign, two exponent bits, one fraction bit; in the order of the bit patterns, not ascending.
+    /// Sign, two exponent bits, one fraction bit. The values follow the bit patterns and are not ascending.
     Fp4,
 }
 
@@ -41,7 +48,8 @@ impl Code {
     }
 }
 
-/// How the checkpoint is quantised, by `quantization_config`; anything but 4 bits of bitsandbytes is refused.
+/// Reads how the checkpoint is quantised from `quantization_config`. Anything but bitsandbytes with 4 bits is a
+/// model fault.
 pub fn read(config: &Config) -> Result<Option<Quantization>> {
     let config = config.language_part()?;
     let Some(section) = config.nonempty_section("quantization_config")? else { return Ok(None) };
@@ -61,7 +69,7 @@ pub fn read(config: &Config) -> Result<Option<Quantization>> {
         ("bitsandbytes", false, false) => Err(section.refuse("load_in_4bit", "true")),
         ("mxfp4" | "fp8" | "fbgemm_fp8", _, _) => Err(refused(
             &method,
-            "take a bf16 copy of the model (its makers or others often publish one): hone quantises by itself",
+            "use a bf16 copy of the model, which its makers or others often publish; hone quantises it itself",
         )),
         _ => Err(refused(&method, ORIGINAL)),
     }
@@ -69,8 +77,8 @@ pub fn read(config: &Config) -> Result<Option<Quantization>> {
 
 fn refused(by: &str, help: &str) -> Fault {
     Fault::model(format!(
-        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights or \
-         4-bit ones of bitsandbytes"
+        "config.json: quantization_config: the checkpoint is quantised by {by}, expected f32, f16 or bf16 weights, \
+         or 4-bit weights from bitsandbytes"
     ))
     .help(help)
 }

@@ -1,83 +1,109 @@
-//! Rotary frequencies from `config.json`: plain, linear, dynamic NTK, yarn, llama3, longrope; old and new spellings.
+//! Rotary frequencies from `config.json`: plain, linear, dynamic NTK, yarn, llama3, longrope; old and new
+//! spellings.
 //!
-//! Computed in f32 in the order transformers does (`modeling_rope_utils.py`), since angles at late positions
-//! magnify every rounding.
+//! Frequencies are computed in f32 and in the order of transformers (`modeling_rope_utils.py`), because late
+//! positions magnify every rounding.
 
 use crate::fault::Result;
 
 use super::config::Config;
 
-/// How a head's pairs turn with position.
+/// How the pairs of a head rotate with the position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
+    /// `rope_theta`: the base of the frequencies.
     pub theta: f32,
-    /// Elements of a head that turn (even); the rest pass.
+    /// Elements of a head that are rotated (even); the others pass unchanged.
     pub rotary: usize,
+    /// How the frequencies are changed for long sequences.
     pub scaling: Scaling,
 }
 
-/// What a family's config means by names and absences.
+/// How a family's config names scalings, and its defaults.
 pub struct Dialect {
-    /// Other names of longrope.
+    /// Other names for longrope in this family.
     pub longrope: &'static [&'static str],
-    /// `original_max_position_embeddings` where the top level does not say it; `None`: as the section says.
+    /// Default of `original_max_position_embeddings` if the top level does not set it. `None`: the section's value.
     pub original_positions: Option<usize>,
-    /// `rope_theta` and `partial_rotary_factor` where nothing says them.
+    /// Default of `rope_theta`.
     pub theta: f64,
+    /// Default of `partial_rotary_factor`.
     pub partial: f64,
 }
 
 impl Dialect {
+    /// The dialect of most families.
     pub const PLAIN: Dialect =
         Dialect { longrope: &[], original_positions: None, theta: 10_000.0, partial: 1.0 };
 }
 
-/// Kinds of layers that `rope_parameters` may tell apart.
+/// Kinds of layers for which `rope_parameters` may have separate sections.
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
+/// How frequencies change so that a model reaches longer sequences than it was pre-trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scaling {
+    /// No change.
     None,
+    /// All frequencies are divided by `factor`.
     Linear {
+        /// The divisor.
         factor: f32,
     },
-    /// NTK-aware growth of theta beyond `positions`, by each micro-batch's own length. transformers keeps the
-    /// longest length it has met instead, so beyond `positions` its result depends on history and ours does not.
+    /// NTK-aware: theta grows beyond `positions`, by the length of each micro-batch. transformers uses the longest
+    /// length it has seen so far, so beyond `positions` its result depends on earlier batches and hone's does not.
     Dynamic {
+        /// Strength of the growth.
         factor: f32,
+        /// The length up to which theta stays as it is.
         positions: usize,
     },
-    /// High frequencies kept, low ones divided by `factor`, a ramp between: pairs that turn `fast` times or more
-    /// within `positions`, and those that turn `slow` times or less. cos and sin times `attention`.
+    /// High frequencies are kept, low ones are divided by `factor`, with a ramp between them. Pairs that rotate at
+    /// least `fast` times within `positions` are high; pairs that rotate at most `slow` times are low. cos and sin
+    /// are multiplied by `attention`.
     Yarn {
+        /// Divisor of the low frequencies.
         factor: f32,
+        /// `beta_fast`: rotations within `positions` where the ramp begins.
         fast: f64,
+        /// `beta_slow`: rotations within `positions` where the ramp ends.
         slow: f64,
+        /// The length that the model was pre-trained on.
         positions: usize,
-        /// The ramp's ends are whole pairs.
+        /// Whether the ramp's ends are rounded to whole pairs.
         truncate: bool,
+        /// Factor on cos and sin.
         attention: f32,
     },
-    /// Llama 3.1: low frequencies divided, high ones kept, a smooth ramp between.
+    /// Llama 3.1: low frequencies are divided, high ones are kept, with a smooth ramp between them.
     Llama3 {
+        /// Divisor of the low frequencies.
         factor: f32,
+        /// `low_freq_factor`: a wavelength above `positions / low` counts as a low frequency.
         low: f32,
+        /// `high_freq_factor`: a wavelength below `positions / high` counts as a high frequency.
         high: f32,
+        /// The length that the model was pre-trained on.
         positions: usize,
     },
-    /// Phi-3: one list of factors up to `positions`, another beyond; cos and sin times `attention`.
+    /// Phi-3: one list of divisors for lengths up to `positions`, another beyond. cos and sin are multiplied by
+    /// `attention`.
     Long {
+        /// Divisors up to `positions`, [rotary / 2].
         short: Vec<f32>,
+        /// Divisors beyond `positions`, [rotary / 2].
         long: Vec<f32>,
+        /// The longest length that uses `short`.
         positions: usize,
+        /// Factor on cos and sin.
         attention: f32,
     },
 }
 
 impl Rope {
-    /// Reads `rope_theta`, `rope_scaling` or `rope_parameters`, `partial_rotary_factor`. Where the parameters differ
-    /// by kind of layer, those of full attention.
+    /// Reads the rope from `rope_theta`, `rope_scaling` or `rope_parameters`, and `partial_rotary_factor`. If the
+    /// parameters differ by kind of layer, those of full attention are read.
     pub fn read(config: &Config, head_width: usize, dialect: &Dialect) -> Result<Rope> {
         let section = match config.nonempty_section("rope_scaling")? {
             Some(section) => Some(section),
@@ -86,8 +112,8 @@ impl Rope {
         Rope::read_section(section, config, head_width, dialect)
     }
 
-    /// The rope of layers with a window, where they have their own (Gemma 3): the new spelling's
-    /// `sliding_attention`, or `rope_local_base_freq` without any scaling.
+    /// Reads the rope of layers with a window, if they have their own (Gemma 3): the new spelling's
+    /// `sliding_attention`, or `rope_local_base_freq` without scaling.
     pub fn read_sliding(config: &Config, head_width: usize, dialect: &Dialect) -> Result<Rope> {
         let section = parameters(config, SLIDING)?;
         let said = section.as_ref().map_or(Ok(None), |section| section.number_or_none("rope_theta"))?;
@@ -95,7 +121,7 @@ impl Rope {
         Ok(Rope { theta: theta as f32, ..Rope::read_section(section, config, head_width, dialect)? })
     }
 
-    /// `read` with the section that scales, for families with more than one.
+    /// Reads the rope with the given section of scaling parameters, for families that have more than one.
     pub fn read_section(
         section: Option<Config>,
         config: &Config,
@@ -117,7 +143,7 @@ impl Rope {
         matches!(self.scaling, Scaling::Dynamic { .. } | Scaling::Long { .. })
     }
 
-    /// Radians a position, [rotary / 2], for sequences of `length`.
+    /// Frequencies for sequences of `length`, in radians per position, [rotary / 2].
     pub fn frequencies(&self, length: usize) -> Vec<f32> {
         let exponent = |i: usize| (2 * i) as f32 / self.rotary as f32;
         let plain =
@@ -159,17 +185,17 @@ impl Rope {
     }
 }
 
-/// `rope_parameters`, or its part for one kind of layer.
+/// Reads `rope_parameters`, or its part for one kind of layer.
 fn parameters(config: &Config, layers: &str) -> Result<Option<Config>> {
     let Some(parameters) = config.nonempty_section("rope_parameters")? else { return Ok(None) };
     if parameters.keys().all(|key| [FULL, SLIDING].contains(&key)) {
         return parameters.nonempty_section(layers);
     }
-    // One set for all layers.
+    // The section is one set for all layers.
     Ok(Some(parameters).filter(|_| layers == FULL))
 }
 
-/// How many elements of a head turn.
+/// Reads how many elements of a head are rotated.
 fn rotary(config: &Config, section: Option<&Config>, head_width: usize, dialect: &Dialect) -> Result<usize> {
     const PARTIAL: &str = "partial_rotary_factor";
     let said = section.map_or(Ok(None), |section| section.number_or_none(PARTIAL))?;
@@ -198,7 +224,7 @@ fn read_scaling(section: &Config, config: &Config, rotary: usize, dialect: &Dial
     };
     let factor = || section.number("factor").map(|factor| factor as f32);
     match kind.as_deref() {
-        // Of text, the three axes of mrope are the same positions.
+        // For text, the three axes of mrope are the same positions.
         None | Some("default" | "mrope") => Ok(Scaling::None),
         Some("linear") => Ok(Scaling::Linear { factor: factor()? }),
         Some("dynamic") => {
@@ -245,7 +271,7 @@ fn read_yarn(section: &Config, config: &Config, positions: usize) -> Result<Scal
     })
 }
 
-/// The pairs between which yarn's ramp runs.
+/// Returns the pairs at which yarn's ramp begins and ends.
 fn yarn_ramp(rope: &Rope, fast: f64, slow: f64, positions: usize, truncate: bool) -> (f64, f64) {
     let width = rope.rotary as f64;
     let pair = |turns: f64| {
@@ -257,7 +283,7 @@ fn yarn_ramp(rope: &Rope, fast: f64, slow: f64, positions: usize, truncate: bool
         false => (pair(fast), pair(slow)),
     };
     let (from, to) = (from.max(0.0), to.min(width - 1.0));
-    // No ramp at all would divide 0 by 0.
+    // An empty ramp would divide 0 by 0.
     if from == to { (from, to + 0.001) } else { (from, to) }
 }
 
@@ -265,7 +291,7 @@ fn read_long(section: &Config, config: &Config, rotary: usize, positions: usize)
     let factors = |key: &str| -> Result<Vec<f32>> {
         let factors = section.numbers(key)?;
         if factors.len() != rotary / 2 {
-            return Err(section.refuse(key, &format!("{} factors, one a rotated pair", rotary / 2)));
+            return Err(section.refuse(key, &format!("{} factors, one per rotated pair", rotary / 2)));
         }
         Ok(factors.into_iter().map(|factor| factor as f32).collect())
     };
@@ -303,8 +329,9 @@ mod tests {
     use super::*;
     use serde_json::Value;
 
-    /// Each case recorded from transformers (`tests/scripts/rope_frequencies.py`): all scalings, both spellings,
-    /// parameters by kind of layer. The tolerance is a few units of the last place: `powf` differs by library.
+    /// Each case is recorded from transformers (`tests/scripts/rope_frequencies.py`): all scalings, both spellings,
+    /// parameters by kind of layer. The tolerance is a few units in the last place, because `powf` differs by
+    /// library.
     #[test]
     fn frequencies_are_those_of_transformers() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/rope.json");

@@ -1,4 +1,4 @@
-//! Names of well-known shapes -> `config.json` as their makers publish it, the part that sizes and layers come from.
+//! Names of well-known shapes -> the parts of their published `config.json` that determine sizes and layers.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::config::Config;
 use super::family;
 use crate::fault::{Fault, Result};
 
-/// In order of size.
+/// Names of the shapes, in order of size.
 pub const SHAPES: [&str; 22] = [
     "tiny",
     "smollm-135m",
@@ -33,7 +33,7 @@ pub const SHAPES: [&str; 22] = [
     "llama3.3-70b",
 ];
 
-/// The facts of a shape, read as those of a model folder are.
+/// Returns the facts of a shape, read as those of a model folder are. An unknown name is a usage fault.
 pub fn facts(name: &str) -> Result<Facts> {
     let Some(config) = config(name) else {
         return Err(Fault::usage(format!("--shape {name}: expected one of {}", SHAPES.join(", "))));
@@ -111,7 +111,7 @@ fn config(name: &str) -> Option<Value> {
             "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10, "rms_norm_eps": 1e-5,
             "rope_theta": 250000.0, "max_position_embeddings": 16384, "original_max_position_embeddings": 16384,
         }),
-        // Its long rope is left out: no size depends on it.
+        // Its longrope is left out because no size depends on it.
         "phi4-mini" => json!({
             "model_type": "phi3", "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192,
             "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,

@@ -1,4 +1,4 @@
-//! Which linear layers get a LoRA pair, by PEFT's rules, and where each pair lies in the flat parameter buffer.
+//! PEFT's rules for which linear layers get a LoRA pair, and the place of each pair in the flat parameter buffer.
 
 use fancy_regex::Regex;
 
@@ -9,42 +9,49 @@ use super::{Facts, LoraOptions, Matching, Modules, Projection, Targets};
 /// A linear layer that gets a pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
+    /// Index of the layer.
     pub layer: usize,
-    /// The number of the linear layer among all of the model's (`Facts::projections`).
+    /// Index of the linear layer among all of the model (`Facts::projections`).
     pub linear: usize,
+    /// The linear layer.
     pub projection: Projection,
-    /// `model.layers.0.self_attn.q_proj`
+    /// Full path: `model.layers.0.self_attn.q_proj`.
     pub path: String,
+    /// Rank of the pair (r).
     pub rank: usize,
-    /// alpha / r, or alpha / sqrt(r).
+    /// Factor on the pair's output: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
-    /// Where A begins in the flat buffer; B follows.
+    /// Index of A's first element in the flat buffer; B follows A.
     pub offset: usize,
 }
 
 impl Site {
+    /// Parameters of A [r, K] and B [N, r] together.
     pub fn parameters(&self) -> usize {
         self.rank * (self.projection.rows + self.projection.cols)
     }
 }
 
-/// The chosen sites, and which names were understood as others.
+/// The chosen sites, and the names that were understood as others or matched nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sites {
+    /// The sites in the order of computation.
     pub list: Vec<Site>,
-    /// (as written, module that holds it): `q_proj` -> `qkv_proj`.
+    /// (name as written, module that holds it): `q_proj` -> `qkv_proj`.
     pub renamed: Vec<(String, String)>,
-    /// Names of target_modules and exclude_modules that match nothing.
+    /// Names in target_modules and exclude_modules that match nothing.
     pub unmatched: Vec<String>,
 }
 
 impl Sites {
+    /// Parameters of all pairs.
     pub fn parameters(&self) -> usize {
         self.list.iter().map(Site::parameters).sum()
     }
 }
 
-/// Chooses the sites among the decoder's projections.
+/// Chooses the sites among the decoder's projections. Invalid expressions and targets that match nothing are config
+/// faults.
 pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let matcher = Matcher::new(facts, options)?;
     let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
@@ -80,18 +87,18 @@ fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
         known.join(", "),
         facts.layers.len() - 1
     ))
-    .help("name some of them (the last part is enough), or \"all-linear\"")
+    .help("name some of these layers (the last part of a path is enough), or use \"all-linear\"")
 }
 
-/// PEFT's matching: a list matches whole paths or suffixes after a dot, a text is a regular expression for the
-/// whole path. Source: peft 0.21, `tuners_utils.check_target_module_exists`. Where PEFT refuses
-/// `layers_to_transform` beside a text, it narrows here what the text matches.
+/// PEFT's matching: a list matches whole paths or their ends after a dot; a text is a regular expression for the
+/// whole path. Source: peft 0.21, `tuners_utils.check_target_module_exists`. PEFT refuses `layers_to_transform`
+/// together with a text; hone lets it narrow the text's matches.
 struct Matcher<'a> {
     options: &'a LoraOptions,
-    /// `None`: every linear layer.
+    /// `None` matches every linear layer.
     targets: Option<Test>,
     exclude: Test,
-    /// `layers_pattern`, each with the layer's number as its group.
+    /// `layers_pattern` as expressions whose group is the layer's index.
     layers: Vec<Regex>,
     renamed: Vec<(String, String)>,
 }
@@ -127,7 +134,7 @@ impl<'a> Matcher<'a> {
             return Ok(false);
         }
         match &self.targets {
-            // As in PEFT, a whole path means that module, whatever layers_to_transform says.
+            // As in PEFT, a whole path selects that module regardless of layers_to_transform.
             Some(Test::Names(names)) if names.iter().any(|name| name == path) => Ok(true),
             Some(targets) if !targets.matches(path)? => Ok(false),
             _ => self.in_layers(layer, path),
@@ -150,7 +157,7 @@ impl<'a> Matcher<'a> {
         Ok(false)
     }
 
-    /// Names without a layer: most often a slip of the pen, and PEFT says nothing of them.
+    /// Names that match no linear layer. Most are misspelt, and PEFT ignores them without a message.
     fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
         let paths: Vec<String> =
             facts.projections().map(|(layer, projection)| facts.path(layer, projection)).collect();
@@ -176,7 +183,7 @@ impl<'a> Matcher<'a> {
     }
 }
 
-/// The module that holds what a name means; remembers names that are only a part of it.
+/// Returns the module that holds `name`, and records names that are only a part of it.
 fn held_by(facts: &Facts, name: &str, renamed: &mut Vec<(String, String)>) -> String {
     match facts.aliases.iter().find(|(split, _)| name == *split) {
         None => name.to_owned(),
@@ -207,18 +214,18 @@ fn is_or_ends_with(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// Python's expressions know look-around and references back, and so does this engine.
+/// Compiles an expression. Like Python's, this engine has look-around and back-references.
 fn regex(key: &str, pattern: &str) -> Result<Regex> {
     Regex::new(pattern)
         .map_err(|error| Fault::config(format!("LoraConfig.{key}: not a regular expression: {error}")))
 }
 
-/// An expression with look-around may take time without end; the engine gives up before.
+/// The fault for an expression that the engine gave up on: look-around may otherwise take unlimited time.
 fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
     Fault::config(format!("LoraConfig: the regular expression {} cannot be used: {error}", pattern.as_str()))
 }
 
-/// `rank_pattern` and `alpha_pattern`: the key matches a path or its end after a dot; the first one counts.
+/// `rank_pattern` or `alpha_pattern`: a key matches a path or its end after a dot, and the first match wins.
 struct Patterns<T>(Vec<(Regex, T)>);
 
 impl<T: Copy> Patterns<T> {
@@ -305,7 +312,7 @@ mod tests {
         assert_eq!((found.list.len(), found.unmatched.len()), (14, 1), "a pattern is for whole paths");
     }
 
-    /// As `check_target_module_exists` of peft 0.21 has it.
+    /// The cases follow `check_target_module_exists` of peft 0.21.
     #[test]
     fn layers_are_told_by_their_number_and_whole_paths_are_meant() {
         let llama = facts("llama3");

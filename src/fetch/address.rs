@@ -1,59 +1,62 @@
-//! What the user wrote -> where a model or data is, and the folder of the cache it will have.
+//! The user's text -> the address of a model or of data, and its folder in the cache.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::datasets::HubData;
+use super::hub::is_commit;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
-use crate::{registry, source};
+use crate::registry;
+use crate::source::{self, Source};
 
-/// Of a SHA-256, in a folder's name.
+/// Digits of a SHA-256 in a folder's name.
 const KEY_DIGITS: usize = 12;
 const HUB: &str = "hf://";
 const HUB_DATA: &str = "hf://datasets/";
 const IMAGE: &str = "oci://";
 const PRESET: &str = "preset:";
 
-/// A base model.
+/// The address of a base model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Model {
-    /// On this machine.
+    /// A folder on this machine.
     Folder(PathBuf),
-    /// Of the Hugging Face hub.
+    /// A repository of the Hugging Face hub.
     Hub {
         /// `OWNER/NAME`
         repository: String,
         /// A branch, a tag or a commit.
         revision: String,
     },
-    /// A folder of an object store: `s3://BUCKET/FOLDER`, without the slash at its end.
+    /// A folder in an object store: `s3://BUCKET/FOLDER`, without a slash at its end.
     Objects(url::Url),
     /// An OCI artifact of files, or an image that holds a model's folder.
     Image {
-        /// As docker normalises it.
+        /// The reference as docker normalises it.
         reference: String,
-        /// What the model is called.
+        /// The name of the model.
         name: String,
     },
 }
 
-/// Rows to train on.
+/// The address of training data.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Data {
+    /// A local path or a URL.
     Source(source::Source),
     /// A dataset of the Hugging Face hub.
     Hub(HubData),
-    /// An image with data files in `/data`, as docker normalises its reference.
+    /// An image with data files in `/data`. The reference is as docker normalises it.
     Image(String),
 }
 
 impl Model {
-    /// Reads `hf://OWNER/NAME[@REVISION]`, `oci://IMAGE`, `preset:NAME`, `s3://BUCKET/FOLDER` and its like; everything else
-    /// is a folder.
+    /// Parses `hf://OWNER/NAME[@REVISION]`, `oci://IMAGE`, `preset:NAME`, and `s3://BUCKET/FOLDER` or another
+    /// object store. Any other text is a folder.
     ///
     /// # Errors
-    /// Config: no such form. Usage: no such preset.
+    /// Config: a malformed address. Usage: an unknown preset.
     pub fn parse(text: &str) -> Result<Model> {
         if let Some(rest) = text.strip_prefix(HUB) {
             let (repository, revision) = rest.split_once('@').unwrap_or((rest, "main"));
@@ -73,10 +76,11 @@ impl Model {
         }
     }
 
-    /// Where it is, or will be: `CACHE/models/NAME-KEY`; the key is of the whole address.
+    /// The folder of the model, which may not exist yet: `CACHE/models/NAME-KEY`. KEY is a digest of the whole
+    /// address.
     ///
     /// # Errors
-    /// Config: an unusable `HF_ENDPOINT`.
+    /// Config: `HF_ENDPOINT` is malformed.
     pub fn folder(&self, cache: &Path) -> Result<PathBuf> {
         let (name, address) = match self {
             Model::Folder(path) => return Ok(path.clone()),
@@ -90,7 +94,7 @@ impl Model {
         Ok(cache.join("models").join(format!("{name}-{}", key(&address))))
     }
 
-    /// What an adapter's card calls its base.
+    /// The name of the base in an adapter's card.
     pub fn name(&self) -> String {
         match self {
             Model::Folder(folder) => {
@@ -115,11 +119,38 @@ impl fmt::Display for Model {
     }
 }
 
+/// What makes sure that data has the same bytes at every start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// Files of this machine.
+    Local,
+    /// A SHA-256 in the address.
+    Sha256,
+    /// A commit of the hub.
+    Commit,
+    /// The digest of an image's manifest.
+    Digest,
+    /// Nothing: a server, a branch or a tag may give other bytes the next time.
+    Nothing,
+}
+
 impl Data {
-    /// Reads `hf://datasets/OWNER/NAME`, `oci://IMAGE`, or what [`source::Source::parse`] does.
+    /// What pins the bytes behind this address.
+    pub fn pin(&self) -> Pin {
+        match self {
+            Data::Source(Source::Url { sha256: Some(_), .. } | Source::Path { sha256: Some(_), .. })
+            | Data::Hub(HubData { sha256: Some(_), .. }) => Pin::Sha256,
+            Data::Source(Source::Path { .. }) => Pin::Local,
+            Data::Hub(hub) if hub.revision.as_deref().is_some_and(is_commit) => Pin::Commit,
+            Data::Image(reference) if reference.contains("@sha256:") => Pin::Digest,
+            Data::Source(_) | Data::Hub(_) | Data::Image(_) => Pin::Nothing,
+        }
+    }
+
+    /// Parses `hf://datasets/OWNER/NAME`, `oci://IMAGE`, or what [`source::Source::parse`] accepts.
     ///
     /// # Errors
-    /// Config: no such form.
+    /// Config: a malformed address.
     pub fn parse(text: &str) -> Result<Data> {
         let text = text.trim();
         if let Some(rest) = text.strip_prefix(HUB_DATA) {
@@ -150,27 +181,26 @@ fn hub(repository: &str, revision: &str) -> Result<Model> {
     Ok(Model::Hub { repository: repository.into(), revision: revision.into() })
 }
 
-/// A folder of an object store; `None`: the text is no address of one.
+/// A folder of an object store, or `None` if the text is no address of one.
 fn object_store(text: &str) -> Result<Option<url::Url>> {
     let known = url::Url::parse(text).is_ok_and(|url| source::is_object_store(&url));
     if !known {
         return Ok(None);
     }
     let source::Source::Url { mut url, sha256: None } = source::Source::parse(text)? else {
-        return Err(Fault::config(format!("{text}: a model's folder has no digest"))
-            .help("write s3://BUCKET/FOLDER; its revision is recorded by itself"));
+        return Err(Fault::config(format!("{text}: a model's folder cannot have a digest"))
+            .help("write s3://BUCKET/FOLDER; hone records its revision"));
     };
     let path = url.path().trim_end_matches('/').to_owned();
     url.set_path(&path);
     if path.is_empty() {
-        return Err(
-            Fault::config(format!("{text}: names no folder of the bucket")).help("write s3://BUCKET/FOLDER")
-        );
+        return Err(Fault::config(format!("{text}: the address names no folder of the bucket"))
+            .help("write s3://BUCKET/FOLDER"));
     }
     Ok(Some(url))
 }
 
-/// A preset's own artifact, else its repository on the hub.
+/// The preset's own artifact, else its repository on the hub.
 fn preset(name: &str) -> Result<Model> {
     let preset = presets::find(name)?;
     match &preset.artifact {
@@ -200,6 +230,26 @@ pub(super) fn key(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_pins_data_is_in_its_address() {
+        let sha = "ab".repeat(32);
+        let commit = "c".repeat(40);
+        for (text, pin) in [
+            (format!("https://host/a.parquet#sha256={sha}"), Pin::Sha256),
+            (format!("/data/a.parquet#sha256={sha}"), Pin::Sha256),
+            ("https://host/a.parquet".into(), Pin::Nothing),
+            ("/data".into(), Pin::Local),
+            (format!("hf://datasets/org/rows@{commit}/a.parquet"), Pin::Commit),
+            ("hf://datasets/org/rows@main/a.parquet".into(), Pin::Nothing),
+            ("hf://datasets/org/rows".into(), Pin::Nothing),
+            (format!("oci://host/rows@sha256:{sha}"), Pin::Digest),
+            ("oci://host/rows:v1".into(), Pin::Nothing),
+            ("s3://bucket/a.parquet".into(), Pin::Nothing),
+        ] {
+            assert_eq!(Data::parse(&text).unwrap().pin(), pin, "{text}");
+        }
+    }
 
     #[test]
     fn every_form_is_read() {

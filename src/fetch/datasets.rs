@@ -1,8 +1,8 @@
 //! A dataset of the Hugging Face hub -> its data files at one commit, with their digests.
 //!
-//! Without a path it is the hub's own conversion to parquet (`refs/convert/parquet`), which knows configurations and splits.
-//! Where there is none, or only a part of the dataset in it, the repository's own files are read: those of the first kind
-//! that is there and of the wanted split, as far as names tell it.
+//! Without a path, the files are those of the hub's own conversion to parquet (`refs/convert/parquet`), which knows
+//! configurations and splits. If there is no conversion, or it holds only a part of the dataset, the repository's
+//! own files are read: those of the first kind found, and of the wanted split as far as file names show it.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,25 +15,29 @@ use crate::report::{Report, Stage};
 use crate::source::{self, Hub, Source};
 
 const CONVERTED: &str = "refs/convert/parquet";
-/// What the hub writes before the split's name where it converted only the first gigabytes.
+/// The hub writes this before the name of a split of which it converted only the first gigabytes.
 const PARTIAL: &str = "partial-";
-/// Words of file names that tell another split than the one to train on, by split.
+/// Words in file names by the split that they stand for.
 const SPLIT_WORDS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
     ("validation", &["validation", "valid", "val", "dev", "eval", "evaluation"]),
     ("test", &["test", "testing"]),
 ];
 
-/// `hf://datasets/OWNER/NAME[@REVISION][/PATH][?config=...&split=...]`
+/// The address of a dataset: `hf://datasets/OWNER/NAME[@REVISION][/PATH][?config=...&split=...]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HubData {
+    /// `OWNER/NAME`.
     pub repository: String,
-    /// `None`: the main branch, or the hub's conversion of it.
+    /// A branch, a tag or a commit. `None`: the main branch, or the hub's conversion of it.
     pub revision: Option<String>,
-    /// A file, a folder or a glob; empty: all of it.
+    /// A file, a folder or a glob. Empty: the whole dataset.
     pub path: String,
+    /// The configuration asked for.
     pub config: Option<String>,
+    /// The split asked for.
     pub split: Option<String>,
+    /// SHA-256 in hex that the one file must have.
     pub sha256: Option<String>,
 }
 
@@ -46,10 +50,10 @@ impl fmt::Display for HubData {
 }
 
 impl HubData {
-    /// Reads what follows `hf://datasets/`.
+    /// Parses the text after `hf://datasets/`.
     ///
     /// # Errors
-    /// Config: no such form.
+    /// Config: a malformed address.
     pub fn parse(text: &str) -> Result<HubData> {
         let wrong = || {
             Fault::config("an address hf://datasets/ does not name a dataset").help(
@@ -123,10 +127,11 @@ struct Large {
     sha256: String,
 }
 
-/// The files of a dataset, pinned to the commit that its revision is now.
+/// Returns the files of a dataset, pinned to the commit that its revision points to now.
 ///
 /// # Errors
-/// Config: no such dataset, revision, configuration or split. Data: no data file. Others as [`source::fetch`].
+/// Config: an unknown dataset, revision, configuration or split. Data: no data file. Other faults are those of
+/// [`source::fetch`].
 pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<Source>> {
     if data.path.is_empty() && data.revision.is_none() {
         match list(data, CONVERTED, access, report) {
@@ -136,19 +141,21 @@ pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<So
                 }
                 report.note(
                     Stage::Download,
-                    format!("{data}: the hub converted only a part of it to parquet: its own files are read"),
+                    format!("{data}: the hub converted only a part of it to parquet, so the repository's own files are read"),
                 );
             }
             Err(fault) if fault.kind == Kind::Config => report.note(
                 Stage::Download,
-                format!("{data}: the hub has no conversion to parquet: its own files are read"),
+                format!(
+                    "{data}: the hub has no conversion to parquet, so the repository's own files are read"
+                ),
             ),
             Err(fault) => return Err(fault),
         }
     }
     if data.config.is_some() && data.path.is_empty() {
         return Err(Fault::config(format!(
-            "{data}: without the hub's conversion nothing tells its configurations"
+            "{data}: configurations are known only from the hub's whole conversion to parquet, which is not available"
         ))
         .help("name the folder or files of the configuration: hf://datasets/OWNER/NAME/PATH"));
     }
@@ -160,7 +167,7 @@ pub fn resolve(data: &HubData, access: Access, report: &Report) -> Result<Vec<So
 fn list(data: &HubData, revision: &str, access: Access, report: &Report) -> Result<Listing> {
     let text = hub::ask("datasets", &data.repository, revision, &data.to_string(), access.source, report)?;
     let listing: Listing = serde_json::from_slice(&text).map_err(|error| {
-        Fault::data(format!("{data}: the hub's answer is no listing of a dataset: {error}"))
+        Fault::data(format!("{data}: the hub's answer is not a listing of a dataset: {error}"))
     })?;
     match hub::is_commit(&listing.sha) {
         true => Ok(listing),
@@ -168,7 +175,8 @@ fn list(data: &HubData, revision: &str, access: Access, report: &Report) -> Resu
     }
 }
 
-/// Files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` where the conversion is not whole.
+/// The files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` if the conversion is not
+/// whole.
 fn converted(data: &HubData, listing: &Listing) -> Result<Option<Vec<Sibling>>> {
     let parts = |file: &Sibling| -> Option<(String, String)> {
         let mut parts = file.rfilename.split('/');
@@ -192,7 +200,7 @@ fn converted(data: &HubData, listing: &Listing) -> Result<Option<Vec<Sibling>>> 
     Ok((!files.is_empty()).then_some(files))
 }
 
-/// The one asked for, else the only one, else the usual one.
+/// The name asked for, else the only one, else the usual one.
 fn chosen(
     data: &HubData,
     what: &str,
@@ -208,12 +216,12 @@ fn chosen(
         (Some(asked), _) => {
             Err(Fault::config(format!("{data}: there is no {what} {asked:?}; there are {}", list())))
         }
-        (None, _) => Err(Fault::config(format!("{data}: it has several {what}s: {}", list()))
+        (None, _) => Err(Fault::config(format!("{data}: the dataset has several {what}s: {}", list()))
             .help(format!("choose one: hf://datasets/{}?{what}=NAME", data.repository))),
     }
 }
 
-/// The repository's own files that the path names; without one, those of the wanted split.
+/// The repository's own files that the path names; without a path, those of the wanted split.
 fn own_files(data: &HubData, listing: &Listing, access: Access, report: &Report) -> Result<Vec<Sibling>> {
     let mut files = listing.siblings.clone();
     files.sort_by(|a, b| a.rfilename.cmp(&b.rfilename));
@@ -234,7 +242,7 @@ fn own_files(data: &HubData, listing: &Listing, access: Access, report: &Report)
     of_split(data, files, report)
 }
 
-/// Leaves out files whose names tell another split, if any name tells one.
+/// Leaves out the files of other splits. A file whose name shows no split counts as `train`.
 fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<Sibling>> {
     let split_of = |file: &Sibling| {
         let words: Vec<String> = file
@@ -252,14 +260,14 @@ fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<
         None => wanted == "train",
     });
     if of_it.is_empty() {
-        return Err(Fault::config(format!("{data}: no file's name tells the split {wanted:?}"))
-            .help("name the files: hf://datasets/OWNER/NAME/PATH"));
+        return Err(Fault::config(format!("{data}: no file has the split {wanted:?} in its name"))
+            .help("give the files by path: hf://datasets/OWNER/NAME/PATH"));
     }
     if !others.is_empty() {
         let count = others.len();
         report.note(
             Stage::Download,
-            format!("{data}: {count} files of other splits than {wanted:?} are not read"),
+            format!("{data}: {count} files belong to other splits than {wanted:?} and are not read"),
         );
     }
     Ok(of_it)
@@ -267,8 +275,11 @@ fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<
 
 fn sources(data: &HubData, commit: &str, files: Vec<Sibling>) -> Result<Vec<Source>> {
     if data.sha256.is_some() && files.len() > 1 {
-        return Err(Fault::config(format!("{data}: one sha256 is given, but it has {} files", files.len()))
-            .help("name each file with its own digest"));
+        return Err(Fault::config(format!(
+            "{data}: one sha256 is given, but the dataset has {} files",
+            files.len()
+        ))
+        .help("name each file with its own digest"));
     }
     let hub = Hub::from_environment()?;
     let repository = format!("datasets/{}", data.repository);
@@ -332,7 +343,7 @@ mod tests {
         ];
         assert_eq!(chosen("o/n?config=a", &two), "a/train/0.parquet a/train/1.parquet");
         assert_eq!(chosen("o/n?config=a&split=test", &two), "a/test/0.parquet");
-        assert_eq!(chosen("o/n", &two), "hf://datasets/o/n: it has several configs: a, b");
+        assert_eq!(chosen("o/n", &two), "hf://datasets/o/n: the dataset has several configs: a, b");
         assert_eq!(
             chosen("o/n?config=c", &two),
             "hf://datasets/o/n: there is no config \"c\"; there are a, b"
@@ -355,7 +366,7 @@ mod tests {
         assert_eq!(kept("o/n?split=validation", &all), "dev/a.jsonl");
         assert_eq!(
             kept("o/n?split=other", &all),
-            "hf://datasets/o/n: no file's name tells the split \"other\""
+            "hf://datasets/o/n: no file has the split \"other\" in its name"
         );
     }
 }

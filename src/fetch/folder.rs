@@ -1,8 +1,8 @@
-//! One folder of the cache that is filled once: its lock, the record of what belongs into it, files that appear whole.
+//! One folder of the cache that is filled once: its lock, the record of its files, and files that appear whole.
 //!
-//! The record is written before the first file and says at the end that all are there. A process that is killed leaves
-//! whole files and beginnings; the next one goes on with the same revision. Whoever holds the lock may change the folder;
-//! whoever finds it whole needs no lock.
+//! The record is written before the first file. At the end it is marked as whole. A killed process leaves whole
+//! files and partial downloads; the next process continues with the same revision. A process needs the lock to
+//! change the folder, but not to read a whole one.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -19,40 +19,49 @@ const RECORD: &str = ".hone-model.json";
 const LOCK: &str = ".hone.lock";
 const LOCK_POLL: Duration = Duration::from_millis(100);
 
+/// The record of a folder of the cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
+    /// The address that it was fetched from.
     pub address: String,
-    /// The hub's commit, or the manifest's digest.
+    /// The hub's commit, the manifest's digest, or a digest of an object store's listing.
     pub revision: String,
+    /// The files, or the archives that hold them.
     pub items: Vec<Item>,
+    /// Whether all files are there.
     pub whole: bool,
 }
 
 /// A file that belongs into the folder, or an archive of such files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Item {
+    /// File name; for an archive, its digest.
     pub name: String,
+    /// Length in bytes.
     pub bytes: u64,
-    /// In hex; the hub tells none of small files.
+    /// SHA-256 in hex. The hub does not give it for small files.
     pub sha256: Option<String>,
+    /// Whether it is an archive.
     pub archive: bool,
 }
 
+/// A folder of the cache whose lock this process holds.
 pub struct Folder {
+    /// The path.
     pub path: PathBuf,
     _lock: File,
 }
 
-/// The record, if the folder was made here.
+/// Reads a folder's record. `None`: the folder was not made by hone.
 pub fn read(folder: &Path) -> Option<Record> {
     serde_json::from_slice(&fs::read(folder.join(RECORD)).ok()?).ok()
 }
 
 impl Folder {
-    /// Creates it, and waits until no other process fills it.
+    /// Creates the folder and takes its lock, waiting for another process that fills it.
     ///
     /// # Errors
-    /// Network: another process did not end within `wait_max`. Storage, Config: the folder cannot be written.
+    /// Network: another process did not finish within `wait_max`. Storage, Config: the folder cannot be written.
     pub fn open(path: &Path, wait_max: Duration, report: &Report) -> Result<Folder> {
         fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
         let file = path.join(LOCK);
@@ -66,7 +75,7 @@ impl Folder {
                 }
                 Err(TryLockError::WouldBlock) if start.elapsed() < wait_max => {
                     if !std::mem::replace(&mut told, true) {
-                        let text = format!("another process fills {}: waiting for it", path.display());
+                        let text = format!("another process is filling {}; waiting for it", path.display());
                         report.note(Stage::Download, text);
                     }
                     interrupt::check()?;
@@ -86,21 +95,24 @@ impl Folder {
         }
     }
 
+    /// The folder's record, if it has one.
     pub fn record(&self) -> Option<Record> {
         read(&self.path)
     }
 
+    /// Writes the record.
     pub fn save(&self, record: &Record) -> Result<()> {
         let text = serde_json::to_vec_pretty(record).expect("texts and numbers");
         whole::write(&self.path.join(RECORD), &text)
     }
 
-    /// A file is only ever moved here whole and verified; its length guards against other programs.
+    /// Whether a file is there with the right length. Files are moved here only whole and verified, so the length
+    /// only guards against other programs.
     pub fn has(&self, item: &Item) -> bool {
         !item.archive && fs::metadata(self.path.join(&item.name)).is_ok_and(|data| data.len() == item.bytes)
     }
 
-    /// Moves a whole file to its name.
+    /// Moves a whole file to its name in the folder.
     pub fn take(&self, file: &Path, name: &str) -> Result<()> {
         let target = self.path.join(name);
         fs::rename(file, &target).map_err(|error| Fault::storage("move a download to", &target, &error))

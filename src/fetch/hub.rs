@@ -1,4 +1,4 @@
-//! A repository of the Hugging Face hub -> its commit and files; and those files in a folder.
+//! A repository of the Hugging Face hub -> its commit and its files; also the download of these files to a folder.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::report::Report;
 use crate::source::{self, Hub, Source};
 use crate::whole;
 
-/// LIMIT: a listing has about 300 bytes a file.
+/// LIMIT: a listing has about 300 bytes per file.
 const LISTING_BYTES_MAX: u64 = 16 << 20;
 const COMMIT_DIGITS: usize = 40;
 
@@ -35,7 +35,7 @@ struct Large {
     size: u64,
 }
 
-/// The commit a revision is now, and the model's files at it.
+/// Returns the commit that a revision points to now, and the model's files at it.
 pub fn list(
     repository: &str,
     revision: &str,
@@ -47,7 +47,8 @@ pub fn list(
     read(&text, address)
 }
 
-/// The hub's listing of a repository at a revision; `kind` is `models` or `datasets`.
+/// Downloads the hub's listing of a repository at a revision; `kind` is `models` or `datasets`. An unknown
+/// repository is a config fault.
 pub fn ask(
     kind: &str,
     repository: &str,
@@ -69,12 +70,12 @@ pub fn ask(
     std::fs::read(path).map_err(|error| Fault::storage("read", path, &error))
 }
 
-/// Whether a listing names a commit.
+/// Whether a text is a full commit hash.
 pub fn is_commit(text: &str) -> bool {
     text.len() == COMMIT_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Brings files into the folder, in this order.
+/// Downloads files to the folder, in this order. A file of another length than listed is a model fault.
 pub fn bring(
     repository: &str,
     commit: &str,
@@ -96,7 +97,7 @@ pub fn bring(
     let held: u64 = sources.iter().map(|source| source::held(source, &access.source.cache)).sum();
     source::require_space(&folder.path, &format!("hf://{repository}"), bytes.saturating_sub(held))?;
     for (item, source) in items.iter().zip(sources) {
-        // The listing names the length: a longer body is cut off there.
+        // The listing gives the length, so a longer body is cut off there.
         let options = source::Options { file_bytes_max: item.bytes.max(1), ..access.source.clone() };
         let files = source::fetch(&[source], &options, report)?;
         let file = &files[0];
@@ -111,7 +112,8 @@ pub fn bring(
     Ok(())
 }
 
-/// Out of the store of downloads, where several small files may be one.
+/// Moves a downloaded file to the folder. Texts are copied, because the store of downloads may hold equal small
+/// files once.
 pub fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
     if names::role(name) == Some(names::Role::Weights) {
         return folder.take(file, name);
@@ -120,7 +122,7 @@ pub fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
     whole::write(&folder.path.join(name), &text)
 }
 
-/// `{endpoint}/{before}/{repository}/{after}`, each part of the path escaped.
+/// `{endpoint}/{before}/{repository}/{after}`, with each part of the path escaped.
 pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
     let mut url = hub.endpoint.clone();
     url.path_segments_mut()
@@ -149,7 +151,7 @@ pub fn adapter_files(text: &[u8], address: &str, names: &[&str]) -> Result<(Stri
 fn listing(text: &[u8], address: &str) -> Result<Listing> {
     let wrong = |what: String| Fault::model(format!("{address}: {what}"));
     let listing: Listing = serde_json::from_slice(text)
-        .map_err(|error| wrong(format!("the hub's answer is no listing of a repository: {error}")))?;
+        .map_err(|error| wrong(format!("the hub's answer is not a listing of a repository: {error}")))?;
     match is_commit(&listing.sha) {
         true => Ok(listing),
         false => Err(wrong("the hub's answer names no commit".into())),
@@ -163,7 +165,7 @@ fn item(sibling: &Sibling, address: &str) -> Result<Item> {
         None => (sibling.size, None),
     };
     let bytes = bytes
-        .ok_or_else(|| Fault::model(format!("{address}: the hub does not tell the length of {name}")))?;
+        .ok_or_else(|| Fault::model(format!("{address}: the hub does not give the length of {name}")))?;
     Ok(Item { name, bytes, sha256, archive: false })
 }
 

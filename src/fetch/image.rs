@@ -1,6 +1,7 @@
-//! An OCI artifact of files, or an image with a model's folder -> a folder; an image's `/data` -> files to train on.
+//! An OCI artifact of files, or an image with a model's folder -> a folder; an image's `/data` -> training data.
 //!
-//! oras makes a layer of each file and writes its path beside it; an image has archives, and the model somewhere in them.
+//! oras makes one layer of each file and writes the file's path beside it. An image has archives, and the model
+//! lies somewhere in them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,13 +15,13 @@ use crate::registry::{self, Part};
 use crate::report::{Report, Stage};
 use crate::source::{self, Source};
 
-/// Beginnings of files, and archives until all of them are unpacked.
+/// Prefix of partial files, and of archives until all of them are unpacked.
 const PART_PREFIX: &str = ".hone-part-";
 const UNPACKED: &str = ".hone-unpacked";
-/// LIMIT: a model lies a few levels down.
+/// LIMIT: folder levels that are searched for a model.
 const DEPTH_MAX: usize = 16;
 
-/// The manifest's digest, and the model's files or the archives that hold them.
+/// Returns the manifest's digest, and the model's files or the archives that hold them.
 pub fn list(image: &str, options: &registry::Options, report: &Report) -> Result<(String, Vec<Item>)> {
     let parts = registry::list(image, options, report)?;
     let mut titled = Vec::new();
@@ -36,7 +37,7 @@ pub fn list(image: &str, options: &registry::Options, report: &Report) -> Result
     Ok((parts.digest, items))
 }
 
-/// Brings files, or archives and what is in them.
+/// Downloads files to the folder, or downloads archives and unpacks the model's files.
 pub fn bring(
     image: &str,
     record: &Record,
@@ -51,7 +52,7 @@ pub fn bring(
     let missing = |(item, path): (&Item, &PathBuf)| item.bytes.saturating_sub(held(path));
     let to_come = items.iter().zip(&paths).map(missing).fold(0, u64::saturating_add);
     let is_archive = |item: &&Item| item.archive;
-    // Archives stay until they are unpacked, so that a stop costs no second download.
+    // Archives stay until they are unpacked, so that an interruption causes no second download.
     let to_unpack = items.iter().filter(is_archive).map(|item| item.bytes).fold(0, u64::saturating_add);
     source::require_space(&folder.path, image, to_come.saturating_add(to_unpack))?;
     let parts: Vec<Part> = items.iter().map(part).collect();
@@ -68,7 +69,7 @@ pub fn bring(
     unpack(image, &archives, folder, report)
 }
 
-/// Whether a listing holds what a model needs.
+/// Checks that a listing holds what a model needs: config.json and safetensors.
 pub fn complete(items: &[Item], address: &str, all: &[String]) -> Result<()> {
     let has = |role: Role| items.iter().any(|item| names::role(&item.name) == Some(role));
     let help = "a model is a folder with config.json, tokenizer.json and *.safetensors";
@@ -80,12 +81,12 @@ pub fn complete(items: &[Item], address: &str, all: &[String]) -> Result<()> {
     }
 }
 
-/// An image's `/data`, by the digest its tag leads to now.
+/// Returns an image's `/data`, by the digest that its tag points to now.
 pub fn data(image: &str, access: Access, report: &Report) -> Result<Source> {
     let digest = registry::list(image, access.registry, report)?.digest;
     let path = address::images(&access.source.cache, image, &digest);
     let home = path.parent().expect("below the cache").to_owned();
-    // One lock for all: what lies there unfinished is then nobody's.
+    // All images share one lock, so unfinished pulls found here belong to no running process.
     let folder = Folder::open(&home, access.source.total_timeout, report)?;
     if !path.exists() {
         remove_stages(&folder.path);
@@ -97,7 +98,7 @@ pub fn data(image: &str, access: Access, report: &Report) -> Result<Source> {
     Ok(Source::Path { pattern: pattern.to_owned(), sha256: None })
 }
 
-/// What a killed pull left; failing to remove it costs space only.
+/// Removes what killed pulls left. A failure to do so only costs space.
 fn remove_stages(home: &Path) {
     let entries = fs::read_dir(home).into_iter().flatten().flatten();
     for entry in
@@ -107,7 +108,7 @@ fn remove_stages(home: &Path) {
     }
 }
 
-/// A layer's title as a path that stays where it is put.
+/// A layer's title as a path that cannot leave the folder.
 fn inside(title: &str, image: &str) -> Result<PathBuf> {
     let path: PathBuf =
         Path::new(title).components().filter(|component| *component != Component::CurDir).collect();
@@ -118,11 +119,11 @@ fn inside(title: &str, image: &str) -> Result<PathBuf> {
             "{image}: the file name `{}` leads out of the folder",
             title.escape_debug()
         ))
-        .help("this artifact was not made by oras: nothing was taken")),
+        .help("this artifact was not made by oras; nothing was extracted")),
     }
 }
 
-/// Of all folders with a config.json the one nearest to the top.
+/// The folder with a config.json that is nearest to the top.
 fn folder_of(titled: &[(PathBuf, &Part)]) -> Option<PathBuf> {
     let configs = titled.iter().filter(|(path, _)| path.file_name().is_some_and(|name| name == CONFIG));
     let folders = configs.map(|(path, _)| path.parent().unwrap_or(Path::new("")).to_owned());
@@ -132,7 +133,7 @@ fn folder_of(titled: &[(PathBuf, &Part)]) -> Option<PathBuf> {
 /// The model's files directly in a folder of the artifact, small ones first.
 fn files(titled: &[(PathBuf, &Part)], folder: &Path, image: &str) -> Result<Vec<Item>> {
     let here = titled.iter().filter(|(path, _)| path.parent() == Some(folder));
-    // The last layer of a name counts, as it does when they are written one after the other.
+    // Of layers with the same name the last one counts, as if they were written one after the other.
     let here: BTreeMap<String, &Part> =
         here.filter_map(|(path, part)| Some((path.file_name()?.to_str()?.to_owned(), *part))).collect();
     let all: Vec<String> = here.keys().cloned().collect();
@@ -173,7 +174,7 @@ fn hex(item: &Item) -> &str {
     item.sha256.as_deref().unwrap_or_default()
 }
 
-/// Unpacks what could be the model's, finds its folder, and moves its files up.
+/// Unpacks the files that may be the model's, finds its folder, and moves its files up.
 fn unpack(image: &str, archives: &[&Path], folder: &Folder, report: &Report) -> Result<()> {
     let stage = folder.path.join(UNPACKED);
     let storage = |error: std::io::Error| Fault::storage("clear", &stage, &error);
@@ -182,7 +183,7 @@ fn unpack(image: &str, archives: &[&Path], folder: &Folder, report: &Report) -> 
     }
     fs::create_dir(&stage).map_err(storage)?;
     report.note(Stage::Pull, format!("{image}: looking for a model in {} layers", archives.len()));
-    // Archives may be compressed: the disk is the limit.
+    // Archives may be compressed, so the limit is the free disk space.
     registry::unpack(archives, &stage, names::is_taken, source::free_bytes(&stage)?, image)?;
     let found = model_in(&stage)?.ok_or_else(|| {
         Fault::model(format!("{image}: no folder in it holds {CONFIG} and *.safetensors")).help(
@@ -200,7 +201,7 @@ fn unpack(image: &str, archives: &[&Path], folder: &Folder, report: &Report) -> 
         .map_err(|error| Fault::storage("remove an archive in", &folder.path, &error))
 }
 
-/// The folder with a model that is nearest to the top, by name among equals.
+/// The folder with a model that is nearest to the top; among equals the first by name.
 fn model_in(folder: &Path) -> Result<Option<PathBuf>> {
     let mut level = vec![folder.to_owned()];
     for _ in 0..DEPTH_MAX {

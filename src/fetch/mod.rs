@@ -1,10 +1,10 @@
-//! Addresses of base models and data that are no local files -> folders of the cache, filled once.
+//! Addresses of base models and data that are not local files -> folders of the cache that are filled once.
 //!
-//! `address` reads what the user wrote; `hub`, `datasets`, `objects` and `image` list what stands there and bring it; `folder` keeps what was
-//! brought, for the next start and for other processes; `adapter` brings adapters; `names` says which files make a model.
+//! `address` parses the user's text. `hub`, `datasets`, `objects` and `image` list the files and download them.
+//! `folder` keeps them for the next start and for other processes. `adapter` brings adapters. `names` says which files make a model.
 //!
-//! A folder that is whole is used as it is, without a question to the network, so that a restarted job trains from what it
-//! began with even where a branch or a tag has moved. An image of data is asked for by its tag each time.
+//! A whole folder is used without asking the network, so a restarted job trains from the files it began with even
+//! if a branch or a tag has moved. An image with data is looked up by its tag at each start.
 
 mod adapter;
 mod address;
@@ -18,7 +18,7 @@ mod objects;
 use std::path::{Path, PathBuf};
 
 pub use adapter::{Adapter, Brought, bring as adapter};
-pub use address::{Data, Model};
+pub use address::{Data, Model, Pin};
 
 use crate::fault::{Fault, Kind, Result};
 use crate::registry;
@@ -27,40 +27,46 @@ use crate::source;
 use folder::{Folder, Item, Record};
 use names::Role;
 
-/// How to reach what is fetched. Filled by `plan`.
+/// How to reach sources and registries. `plan` fills it.
 #[derive(Clone, Copy)]
 pub struct Access<'a> {
+    /// Settings of downloads by HTTP.
     pub source: &'a source::Options,
+    /// Settings of registries.
     pub registry: &'a registry::Options,
 }
 
-/// Brings what describes a model, a few megabytes: config.json, the tokenizer, the chat template; gives its folder. Of an
-/// image whose layers are archives everything, since an archive cannot be read in part.
+/// Downloads the files that describe a model (a few megabytes): config.json, the tokenizer, the chat template.
+/// Returns the model's folder. Of an image whose layers are archives it downloads everything, because an archive
+/// cannot be read in part.
 ///
 /// # Errors
-/// Config: no such repository, revision or image. Auth: gated, or no right to it. Model: no safetensors, no config.json,
-/// hostile names, damage. Capacity: more than the cache's volume has free. Network and storage as in `source`.
+/// Config: an unknown repository, revision or image. Auth: a gated model, or missing permission. Model: no
+/// safetensors, no config.json, hostile names, damage. Capacity: the cache's volume has too little space. Network
+/// and storage as in `source`.
 pub fn texts(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
     bring(model, Role::Text, access, report).map_err(of_model)
 }
 
-/// Brings the rest of it: gigabytes. The folder is whole then.
+/// Downloads the rest of a model (gigabytes). The folder is whole afterwards.
 ///
 /// # Errors
-/// As [`texts`].
+/// The faults of [`texts`].
 pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
     bring(model, Role::Weights, access, report).map_err(of_model)
 }
 
-/// What a fetched folder was made of: the hub's commit, or the manifest's digest. `None`: a folder of the user's own.
+/// The revision of a fetched folder: the hub's commit, the manifest's digest, or a digest of an object store's
+/// listing. `None` for a folder of the user's own.
 pub fn revision(folder: &Path) -> Option<String> {
     folder::read(folder).map(|record| record.revision)
 }
 
-/// Brings data, each file with the entry of the list that it belongs to: an image's `/data` as files, everything else as [`source::fetch`] does.
+/// Downloads data. Each file carries the index of its entry in `list`. An image's `/data` becomes files; other
+/// entries are fetched as [`source::fetch`] does.
 ///
 /// # Errors
-/// As [`source::fetch`] and [`registry::pull`].
+/// The faults of [`source::fetch`] and [`registry::pull`].
 pub fn data(list: &[Data], access: Access, report: &Report) -> Result<Vec<source::File>> {
     let (mut sources, mut entries) = (Vec::new(), Vec::new());
     for (entry, data) in list.iter().enumerate() {
@@ -85,7 +91,7 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
         return Ok(path);
     }
     let folder = Folder::open(&path, access.source.total_timeout, report)?;
-    // Another process may have filled it while this one waited.
+    // Another process may have filled the folder while this one waited.
     let mut record = match folder.record() {
         Some(record) if record.whole => return Ok(path),
         Some(record) => record,
@@ -109,18 +115,18 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
     if archives || up_to == Role::Weights {
         record.whole = true;
         folder.save(&record)?;
-        report.note(Stage::Download, format!("{model}: whole, in {}", path.display()));
+        report.note(Stage::Download, format!("{model}: complete, in {}", path.display()));
     }
     Ok(path)
 }
 
-/// What is missing or damaged of a model is no matter of the dataset.
+/// Turns a data fault into a model fault: a missing or damaged file of a model has nothing to do with the dataset.
 fn of_model(fault: Fault) -> Fault {
     let kind = if fault.kind == Kind::Data { Kind::Model } else { fault.kind };
     Fault { kind, ..fault }
 }
 
-/// Asks for what there is and writes it down: from here on the model is what it is now.
+/// Lists the model's files and writes the record. From here on, this revision of the model is used.
 fn list(model: &Model, folder: &Folder, access: Access, report: &Report) -> Result<Record> {
     let (revision, items) = match model {
         Model::Folder(_) => return Err(Fault::internal("a local folder is not fetched")),

@@ -1,13 +1,15 @@
-//! File names -> which of them make a model, and whether they describe it or are its weights.
+//! File names -> which files make a model, and whether they describe it or are its weights.
 
-/// What a file is for.
+/// The use of a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Role {
-    /// Kilobytes to a few megabytes; read before anything else.
+    /// It describes the model: kilobytes to a few megabytes, read before anything else.
     Text,
+    /// It holds weights.
     Weights,
 }
 
+/// The file that makes a folder a model.
 pub const CONFIG: &str = "config.json";
 const WHOLE: &str = "model.safetensors";
 const TEXTS: [&str; 6] = [
@@ -19,8 +21,9 @@ const TEXTS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// The role of a file directly in a model's folder; `None` for what is not taken: other formats of the weights
-/// (`*.bin`, `*.gguf`, `original/`, `onnx/`), code, pictures, vocabularies that tokenizer.json holds already.
+/// The role of a file directly in a model's folder. `None`: the file is not downloaded. This applies to other
+/// formats of the weights (`*.bin`, `*.gguf`, `original/`, `onnx/`), code, pictures, and vocabularies that
+/// tokenizer.json contains already.
 pub fn role(name: &str) -> Option<Role> {
     let tokenizer = name.starts_with("tokenizer") && name.ends_with(".json");
     match name.contains(['/', '\\', '\0']) || name.starts_with('.') {
@@ -33,12 +36,14 @@ pub fn role(name: &str) -> Option<Role> {
     }
 }
 
+/// Whether a file is downloaded.
 pub fn is_taken(name: &str) -> bool {
     role(name).is_some()
 }
 
-/// Leaves out weights that the folder has a second time: beside `model.safetensors` all others, beside shards
-/// `model-*` for instance Mistral's `consolidated.safetensors`.
+/// Says for each file whether it is kept. Weights that the folder has twice are left out: if there is
+/// `model.safetensors`, all others; if there are shards `model-*`, for instance Mistral's
+/// `consolidated.safetensors`.
 pub fn without_doubles(names: &[String]) -> Vec<bool> {
     let whole = names.iter().any(|name| name == WHOLE);
     let shards = names.iter().any(|name| name.starts_with("model-") && name.ends_with(".safetensors"));

@@ -1,4 +1,4 @@
-//! A model in an object store -> its files as they are listed; and those files in a folder.
+//! A model in an object store -> the listing of its files; also the download of these files to a folder.
 
 use url::Url;
 
@@ -8,7 +8,7 @@ use crate::fault::{Fault, Result};
 use crate::report::Report;
 use crate::source::{self, Source};
 
-/// What the objects directly below the address are now, as one digest, and the model's files among them.
+/// Returns one digest of the objects directly below the address as they are now, and the model's files among them.
 pub fn list(url: &Url, options: &source::Options) -> Result<(String, Vec<Item>)> {
     let mut objects = source::objects(url, options)?;
     objects.retain(|object| !object.name.contains('/'));
@@ -31,7 +31,7 @@ pub fn list(url: &Url, options: &source::Options) -> Result<(String, Vec<Item>)>
     Ok((revision, items))
 }
 
-/// Brings files into the folder, in this order.
+/// Downloads files to the folder, in this order. A file that changed since the listing is a model fault.
 pub fn bring(url: &Url, items: &[Item], folder: &Folder, access: Access, report: &Report) -> Result<()> {
     let source = |item: &Item| {
         let mut of_item = url.clone();
@@ -47,7 +47,7 @@ pub fn bring(url: &Url, items: &[Item], folder: &Folder, access: Access, report:
         let file = &files[0];
         if file.bytes != item.bytes {
             return Err(Fault::model(format!(
-                "{}: {} bytes, {} when the folder was listed: it was changed meanwhile",
+                "{}: {} bytes, but {} when the folder was listed; the file changed in between",
                 file.name, file.bytes, item.bytes
             )));
         }

@@ -1,8 +1,8 @@
 //! A plan and its data's footers -> optimizer steps, tokens, and for each named GPU the expected time and cost.
 //!
-//! Nothing of the data is read but footers, so that tokens are estimated from bytes of text. Speed is the memory plan's
-//! prediction (`memory/cost.rs`); prices are what the large clouds asked for one GPU an hour in the United States when the
-//! table was written, and are there to be replaced by `--price`.
+//! Only the footers of the data are read, so tokens are estimated from bytes of text. Speed is the memory plan's
+//! prediction (`memory/cost.rs`). Prices are what the large clouds asked for one GPU an hour in the United States
+//! when the table was written; `--price` replaces them.
 
 use serde_json::{Value as Json, json};
 
@@ -18,12 +18,12 @@ use crate::train::order::Steps;
 use super::Described;
 use super::room::{self, Lengths};
 
-/// Bytes of text in a token, for the languages and code that most data is of.
+/// Bytes of text in a token, for the usual languages and code.
 const BYTES_A_TOKEN: f64 = 3.8;
-/// Tokens that a chat template writes around a row.
+/// Tokens that a chat template adds to a row.
 const TEMPLATE_TOKENS: u64 = 24;
 
-/// Dollars an hour for one GPU on demand.
+/// Dollars an hour for one GPU, on demand.
 const PRICES: [(&str, f64); 11] = [
     ("t4", 0.53),
     ("v100-16", 3.06),
@@ -38,20 +38,22 @@ const PRICES: [(&str, f64); 11] = [
     ("h200", 7.91),
 ];
 
-/// What a run is expected to take.
+/// The expected work, time and cost of a run.
 pub struct Estimate {
-    /// `None`: the data is not here, or of another kind than parquet.
+    /// Work of the run; `None` if the data is not on this machine, or is not parquet.
     pub size: Option<Size>,
+    /// The run on each of the named GPUs.
     pub gpus: Vec<OnGpu>,
     /// What to change if the run fits none of the GPUs.
     pub advice: Option<String>,
 }
 
-/// Work of the whole run.
+/// Work of a whole run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Size {
     /// Rows to train on.
     pub rows: u64,
+    /// Optimizer steps.
     pub steps: u64,
     /// Tokens that pass through the model, over all epochs.
     pub tokens: u64,
@@ -59,6 +61,7 @@ pub struct Size {
 
 /// A run on one named GPU.
 pub struct OnGpu {
+    /// The GPU, as the user named it.
     pub name: String,
     /// Tokens a second, or why the run does not fit.
     pub speed: Result<f64>,
@@ -66,10 +69,10 @@ pub struct OnGpu {
     pub price: Option<f64>,
 }
 
-/// Estimates the run on each of the GPUs, named as `--gpu` has them; `prices` are `NAME=DOLLARS` and come first.
+/// Estimates the run on each of the GPUs, which have the names of `--gpu`. `prices` are texts `NAME=DOLLARS` and
+/// override the listed prices.
 ///
-/// # Errors
-/// Usage: an unknown GPU, or a price that is none. Data: files that are not there or columns that no layout can read.
+/// Usage: an unknown GPU, or a price that is not a number. Data: files do not exist, or columns fit no layout.
 pub fn estimate(plan: &Plan, described: &Described, gpus: &[String], prices: &[String]) -> Result<Estimate> {
     let footers = footers(plan)?;
     let prices = parsed(prices)?;
@@ -102,13 +105,13 @@ fn parsed(prices: &[String]) -> Result<Vec<(String, f64)>> {
     prices.iter().map(|text| price(text).ok_or_else(|| wrong(text))).collect()
 }
 
-/// Of files that are here; what must be fetched first is unknown.
+/// The footers of files on this machine; `None` if data must be downloaded first.
 fn footers(plan: &Plan) -> Result<Option<Footers>> {
     let mut entries = Vec::new();
     for data in &plan.data {
         match data {
             fetch::Data::Source(source @ Source::Path { .. }) => {
-                // The run itself warns of entries that a folder holds and that are not read.
+                // The run itself warns about entries of a folder that are not read.
                 entries.push(source::find(source, dataset::ENDINGS, &Report::silent())?);
             }
             _ => return Ok(None),
@@ -129,7 +132,7 @@ fn size(plan: &Plan, footers: Footers, mean: u64) -> Size {
     Size { rows, steps: steps.total, tokens: (epochs * (rows * mean) as f64) as u64 }
 }
 
-/// The smallest card that would do, and what makes a run smaller.
+/// The smallest card that the run fits, and settings that make the run smaller.
 fn advice(plan: &Plan, described: &Described, lengths: Lengths) -> String {
     let fits = |card: &&card::Card| {
         let machine = card.machine(plan.memory.limit);
@@ -146,10 +149,10 @@ fn advice(plan: &Plan, described: &Described, lengths: Lengths) -> String {
 }
 
 impl Estimate {
-    /// Lines for people.
+    /// The estimate as lines for people.
     pub fn table(&self) -> String {
         let mut text = match self.size {
-            None => "work: unknown until the data is here as parquet\n".to_owned(),
+            None => "work: unknown until the data is on this machine as parquet\n".to_owned(),
             Some(Size { rows, steps, tokens }) => {
                 format!(
                     "work: {steps} optimizer steps over {rows} rows, about {tokens} tokens (estimated from footers)\n"
@@ -181,7 +184,7 @@ impl Estimate {
         self.size.map(|size| size.tokens as f64 / speed.max(1e-9))
     }
 
-    /// The same for machines.
+    /// The estimate as JSON.
     pub fn json(&self) -> Json {
         let gpu = |gpu: &OnGpu| match &gpu.speed {
             Err(fault) => json!({"gpu": gpu.name, "fits": false, "why": fault.clone().in_a_line()}),
@@ -202,7 +205,7 @@ impl Estimate {
     }
 }
 
-/// `2 h 5 min`, `12 min`, `40 s`.
+/// A duration such as `2 h 5 min`, `12 min` or `40 s`.
 fn duration(seconds: f64) -> String {
     let whole = seconds.ceil() as u64;
     match whole {

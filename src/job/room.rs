@@ -1,4 +1,4 @@
-//! A job's plan, the model's facts and the examples -> what the memory plan is made for.
+//! A job's plan, the model's facts and the examples -> the task that memory is planned for.
 
 use crate::dataset::Example;
 use crate::device;
@@ -13,25 +13,28 @@ use super::Described;
 /// Lengths of examples, as far as they are known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Lengths {
+    /// Tokens of the longest example.
     pub longest: usize,
+    /// Mean number of tokens.
     pub mean: usize,
 }
 
 impl Lengths {
+    /// The lengths of these examples.
     pub fn of(training: &[Example], evaluation: &[Example]) -> Lengths {
         let lengths = || training.iter().chain(evaluation).map(|example| example.ids.len());
         let mean = lengths().sum::<usize>() / lengths().count().max(1);
         Lengths { longest: lengths().max().unwrap_or(1), mean: mean.max(1) }
     }
 
-    /// Before any row is read: all examples as long as they may be.
+    /// The lengths before any row is read: all examples have the greatest length allowed.
     pub fn most(plan: &Plan, described: &Described) -> Lengths {
         let longest = plan.tokens.tokens_max.min(described.facts.positions_max);
         Lengths { longest, mean: longest }
     }
 }
 
-/// The memory plan for a GPU by its name or instance type, or for the device that the run would take.
+/// The memory plan for a GPU, by its name or instance type, or for the device that the run would use.
 pub fn plan(plan: &Plan, described: &Described, gpu: Option<&str>) -> Result<Running> {
     let lengths = Lengths::most(plan, described);
     let machine = match gpu {
@@ -64,7 +67,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
     }
 }
 
-/// What `config.json` says of the checkpoint's type; most are bf16.
+/// Whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not say.
 pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
     let dtype = match config.text("dtype")? {
         Some(dtype) => Some(dtype),

@@ -1,12 +1,13 @@
-//! The end of a job -> the end of the containers that KAITO puts beside it, so that the pod ends and gives its GPU back.
+//! The end of a job -> the end of KAITO's other containers in the pod, so that the pod ends and frees its GPU.
 //!
-//! With an image as output the pod has two more containers in one process namespace: `pusher` polls for the sentinel, packs
-//! and pushes, and then signals `pause`, which waits for nothing else. If training or the push fails, nobody signals
-//! anybody: the pod stays Running, its Job neither fails nor retries, the GPU stays taken. So whoever trains ends them.
-//! A failed push is different: KAITO keeps the pod so that the result can be fetched. It is kept here too, but not for ever.
+//! With an image as output, the pod has two more containers in the same process namespace. `pusher` polls for the
+//! sentinel, packs and pushes, and then signals `pause`, which only waits for this signal. If training or the push
+//! fails, nobody sends any signal: the pod stays Running, its Job neither fails nor retries, and the GPU stays in
+//! use. So hone, which trains, ends them. A failed push is different: KAITO keeps the pod so that the result can be
+//! fetched. hone keeps it too, but for a limited time.
 //!
-//! A process is one of theirs by its command line, and by its session, which is not ours: a container's first process
-//! leads a session. PID 1 holds the pod together and is never signalled.
+//! A process of these containers is recognised by its command line, and by its session, which is not hone's: a
+//! container's first process leads a session. PID 1 holds the pod together and is never signalled.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,21 +19,24 @@ use crate::report::{Report, Stage};
 use crate::run_folder::SENTINEL;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-/// Between SIGTERM and SIGKILL; also what a pusher's last signal needs to arrive.
+/// Time between SIGTERM and SIGKILL. It is also the time that a pusher's last signal has to arrive.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How long to wait for what.
+/// Time limits of the waits.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For the containers to start: kubelet starts them after ours, and pulls their images first (`HONE_KAITO_START`).
+    /// Time for the containers to start. kubelet starts them after hone's container, and pulls their images first
+    /// (`HONE_KAITO_START`).
     pub start: Duration,
-    /// That a pod is kept whose push failed (`HONE_KAITO_HOLD`).
+    /// Time that a pod is kept after its push failed (`HONE_KAITO_HOLD`).
     pub hold: Duration,
 }
 
 impl Limits {
+    /// Reads the limits from the environment.
+    ///
     /// # Errors
-    /// Config: a variable that is no number of seconds.
+    /// Config: a variable is not a number of seconds.
     pub fn read(environment: &dyn Fn(&str) -> Option<String>) -> Result<Limits> {
         let seconds = |name: &str, default: u64| match environment(name).filter(|text| !text.is_empty()) {
             None => Ok(Duration::from_secs(default)),
@@ -45,7 +49,7 @@ impl Limits {
     }
 }
 
-/// After a failure: ends pusher and pause, those too that have not started yet.
+/// Ends pusher and pause after a failure, including containers that have not started yet.
 pub fn end(limits: Limits, report: &Report) {
     if shared() {
         report.note(Stage::Push, "the job failed: KAITO's pusher and pause are ended, so that the pod ends");
@@ -53,7 +57,7 @@ pub fn end(limits: Limits, report: &Report) {
     }
 }
 
-/// `seen`: whether pusher and pause have been there.
+/// Ends both. `seen` is whether pusher and pause have been seen.
 fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
     let began = Instant::now();
     let mut ending = Ending::default();
@@ -61,7 +65,7 @@ fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
         let found = Neighbours::look();
         seen = [seen[0] || !found.pusher.is_empty(), seen[1] || !found.pause.is_empty()];
         let left = ending.signal(found.pusher.iter().chain(&found.pause), report);
-        // Where a signal asked us to end, kubelet asks the others itself.
+        // If a signal asked hone to end, kubelet asks the other containers itself.
         let complete = seen == [true; 2] || interrupt::requested();
         if !left && complete {
             return;
@@ -76,10 +80,11 @@ fn end_both(mut seen: [bool; 2], limits: Limits, report: &Report) {
     }
 }
 
-/// After the sentinel: waits for the pusher, and where it fails or a signal comes, ends what is left.
+/// Waits for the pusher after the sentinel is written. If the push fails or a signal arrives, ends the remaining
+/// containers.
 ///
-/// # Errors
-/// Push: the pusher ended and did not release the pause; the pod was kept for `limits.hold`. Interrupted: a signal.
+/// Push: the pusher ended without releasing the pause; the pod was kept for `limits.hold`. Interrupted: a signal
+/// arrived.
 pub fn pushed(limits: Limits, report: &Report) -> Result<()> {
     if !shared() {
         return Ok(());
@@ -105,7 +110,7 @@ fn wait_for_push(limits: Limits, report: &Report) -> Result<()> {
         Stage::Push,
         format!(
             "KAITO's pusher ended without a push. The adapter is whole in this container's output folder: fetch it within \
-             {} s (`kubectl cp`, or `kubectl exec POD -- hone push FOLDER IMAGE`); then the pod ends",
+             {} s (`kubectl cp`, or `kubectl exec POD -- hone push FOLDER IMAGE`); after that the pod ends",
             limits.hold.as_secs()
         ),
     );
@@ -114,7 +119,7 @@ fn wait_for_push(limits: Limits, report: &Report) -> Result<()> {
         .help("its container's log says why: `kubectl logs POD -c pusher`"))
 }
 
-/// Whether `what` was seen in time.
+/// Waits until `what` is true; returns false if that takes longer than `limit`.
 fn wait(limit: Duration, what: impl Fn(&Neighbours) -> bool) -> Result<bool> {
     let began = Instant::now();
     loop {
@@ -124,7 +129,7 @@ fn wait(limit: Duration, what: impl Fn(&Neighbours) -> bool) -> Result<bool> {
         if interrupt::requested() {
             return Err(Fault::new(
                 Kind::Interrupted,
-                "stopped by a signal while KAITO's pusher was waited for",
+                "stopped by a signal while waiting for KAITO's pusher",
             )
             .help("the adapter is whole in the output folder"));
         }
@@ -135,7 +140,7 @@ fn wait(limit: Duration, what: impl Fn(&Neighbours) -> bool) -> Result<bool> {
     }
 }
 
-/// Who was signalled when.
+/// The processes that were signalled, and when.
 #[derive(Default)]
 struct Ending {
     asked: HashMap<i32, Instant>,
@@ -143,7 +148,8 @@ struct Ending {
 }
 
 impl Ending {
-    /// Asks each once, then makes it; whether there is anybody left for whom that may help.
+    /// Sends SIGTERM to each process once, and SIGKILL if it has not ended in time. Returns whether a process is left
+    /// that may still end.
     fn signal<'a>(&mut self, pids: impl Iterator<Item = &'a i32>, report: &Report) -> bool {
         let mut left = false;
         for &pid in pids {
@@ -178,7 +184,7 @@ impl Ending {
     }
 }
 
-/// KAITO's containers in the namespace.
+/// Processes of KAITO's containers in the namespace.
 #[derive(Debug, Default, PartialEq)]
 struct Neighbours {
     pusher: Vec<i32>,
@@ -192,7 +198,8 @@ impl Neighbours {
         Neighbours::among(&list, own)
     }
 
-    /// The scripts of KAITO's pusher stand in its command line, the sentinel's path in them.
+    /// Finds them by their command lines. The pusher's command line holds its script, which contains the sentinel's
+    /// path.
     fn among(list: &[Process], own_session: Option<i32>) -> Neighbours {
         let mut found = Neighbours::default();
         for process in list {
@@ -210,14 +217,15 @@ impl Neighbours {
     }
 }
 
-/// Whether the namespace is the pod's: our container's first process comes from outside of it and is not PID 1.
+/// Whether the process namespace is the pod's. In that case our container's first process has a parent outside of it
+/// and is not PID 1.
 fn shared() -> bool {
     is_shared(&processes(Path::new("/proc")), std::process::id() as i32)
 }
 
 fn is_shared(list: &[Process], own: i32) -> bool {
     let mut pid = own;
-    // LIMIT: as many ancestors as there are processes.
+    // LIMIT: no more ancestors than processes.
     for _ in 0..=list.len() {
         match list.iter().find(|process| process.pid == pid) {
             Some(process) if process.parent == 0 => return pid != 1,
@@ -235,13 +243,14 @@ fn own_session(list: &[Process], own: i32) -> Option<i32> {
 #[derive(Clone, Debug, PartialEq)]
 struct Process {
     pid: i32,
-    /// 0: outside of the namespace.
+    /// The parent; 0 if it is outside of the namespace.
     parent: i32,
     session: i32,
     arguments: Vec<String>,
 }
 
-/// Everything alive; what ends while it is read is left out, and so are zombies, which have no command line.
+/// All running processes. A process that ends while it is read is left out, and so are zombies, which have no command
+/// line.
 fn processes(proc: &Path) -> Vec<Process> {
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     entries
@@ -257,7 +266,8 @@ fn processes(proc: &Path) -> Vec<Process> {
         .collect()
 }
 
-/// `pid (name) state parent group session ...`; the name may hold anything, so what counts comes after its last bracket.
+/// Reads `pid (name) state parent group session ...`. The name may hold any character, so the fields are read behind
+/// the last bracket.
 fn parent_and_session(stat: &str) -> Option<(i32, i32)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace().skip(1);

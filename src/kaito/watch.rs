@@ -1,7 +1,7 @@
-//! The job as a child of this process -> its exit code; and the end of KAITO's containers where it was killed outright.
+//! Runs the job as a child process -> its exit code. If the job was killed, KAITO's containers are ended too.
 //!
-//! What ends a process without a word (the kernel for its memory, an abort in a driver) gives it no time to end the
-//! containers that wait for it. Whoever started it has that time.
+//! A process that is killed (by the kernel for its memory, or by an abort in a driver) cannot end the containers that
+//! wait for it. Its parent process can.
 
 use std::io::{PipeReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,7 +13,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, termination};
 
-/// Set in the child.
+/// Variable that is set in the child.
 const CHILD: &str = "HONE_KAITO_JOB";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -22,11 +22,10 @@ pub fn is_job(environment: &dyn Fn(&str) -> Option<String>) -> bool {
     environment(CHILD).is_some()
 }
 
-/// Runs this very command line again as the job, passes signals on, and gives its exit code: its own, or 128 and the number of the
-/// signal that killed it.
+/// Runs the same command line again as the job, passes signals on to it, and returns its exit code: its own, or 128
+/// plus the number of the signal that killed it.
 ///
-/// # Errors
-/// Internal: it cannot be started.
+/// Internal: the job cannot be started.
 pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     interrupt::listen()?;
     let mut arguments = std::env::args_os();
@@ -37,7 +36,7 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
         .arg0(name)
         .args(arguments)
         .env(CHILD, "1")
-        // A job reads nothing from its standard input; through it, it tells that it ended without its own clean-up.
+        // A job reads nothing from its standard input. It writes to it if it ends without its own clean-up.
         .stdin(said_here)
         .spawn()
         .map_err(failed)?;
@@ -61,12 +60,12 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     Ok(128 + signal as u8)
 }
 
-/// Whether the job said a last word, which comes without ending the containers that wait for it.
+/// Whether the job wrote a last word. A job that does so has not ended the containers that wait for it.
 fn ended_at_once(mut last_word: PipeReader) -> bool {
     last_word.read(&mut [0]).is_ok_and(|bytes| bytes > 0)
 }
 
-/// A signal to this process is one to the job, which writes its checkpoint and ends.
+/// Waits for the job. A signal to this process is passed on to the job, which writes its checkpoint and ends.
 fn wait(child: &mut Child) -> Result<ExitStatus> {
     let mut told = false;
     loop {
@@ -86,12 +85,13 @@ fn wait(child: &mut Child) -> Result<ExitStatus> {
 
 fn killed(signal: i32) -> Fault {
     match signal {
-        libc::SIGKILL => {
-            Fault::new(Kind::Capacity, "the job was killed (signal 9), most likely for its memory")
-                .help("give the pod more memory, or lower TrainingArguments.max_length")
-        }
+        libc::SIGKILL => Fault::new(
+            Kind::Capacity,
+            "the job was killed (signal 9), most likely because it ran out of memory",
+        )
+        .help("give the pod more memory, or lower TrainingArguments.max_length"),
         _ => Fault::new(Kind::Device, format!("the job was killed by signal {signal}"))
-            .help("the end of its log may say why; on the same node twice, look at nvidia-smi"),
+            .help("the end of its log may say why; if it fails twice on the same node, look at nvidia-smi"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A card's or an instance type's name -> its usable memory, and how fast it is: the one table of GPUs.
+//! The name of a GPU or an instance type -> its usable memory and its speed: the one table of GPUs.
 
 use crate::fault::{Fault, Kind, Result};
 
@@ -8,19 +8,20 @@ use super::{Limit, Machine, Place};
 /// A GPU as a process finds it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Card {
+    /// The name in `--gpu`.
     pub name: &'static str,
-    /// As CUDA reports it, which is less than what is on the box: GiB.
+    /// Memory in GiB as CUDA reports it, which is less than the advertised size.
     pub memory_gib: f64,
-    /// Largest rate of dense bf16 products, TFLOP/s; none without bf16.
+    /// Highest rate of dense bf16 products, in TFLOP/s. `None`: the card has no bf16.
     pub matrix: Option<f64>,
-    /// Rate of copies inside the card, read and write counted, TB/s.
+    /// Rate of copies inside the card, in TB/s; reads and writes both count.
     pub copy: f64,
-    /// Both rates were measured on such a card; otherwise they are assumed from its data sheet (85 % of it, less
-    /// where the card's power is known to be the limit).
+    /// Whether both rates were measured on such a card. If not, they are 85 % of its data sheet, or less if the
+    /// card's power is known to be the limit.
     pub measured: bool,
 }
 
-/// In order of memory.
+/// The cards, in order of memory.
 #[rustfmt::skip]
 pub const CARDS: [Card; 17] = [
     card("t4", 14.6, None, 0.24),
@@ -42,7 +43,7 @@ pub const CARDS: [Card; 17] = [
     card("b200", 178.0, Some(1500.0), 6.80),
 ];
 
-/// Instance types (Azure's and AWS's, as KAITO lists them): card, and how many of it.
+/// Instance types of Azure and AWS, as KAITO lists them: (instance type, card, number of cards).
 #[rustfmt::skip]
 pub const INSTANCES: [(&str, &str, usize); 31] = [
     ("Standard_NC6s_v3", "v100-16", 1),
@@ -78,9 +79,9 @@ pub const INSTANCES: [(&str, &str, usize); 31] = [
     ("p5en.48xlarge", "h200", 8),
 ];
 
-/// What the driver, the context and our kernels take of a card before the first tensor.
+/// Device memory that the driver, the context and hone's kernels take before the first tensor.
 const CONTEXT_BYTES: u64 = 600 << 20;
-/// Pinned copies between a card and its host, bytes/s: PCIe 4 x16 in practice.
+/// Rate of pinned copies between a card and its host, in bytes/s: PCIe 4 x16 in practice.
 const LINK: f64 = 22e9;
 
 const fn card(name: &'static str, memory_gib: f64, matrix: Option<f64>, copy: f64) -> Card {
@@ -88,18 +89,20 @@ const fn card(name: &'static str, memory_gib: f64, matrix: Option<f64>, copy: f6
 }
 
 impl Card {
+    /// Memory in bytes.
     pub fn bytes(&self) -> u64 {
         (self.memory_gib * (1u64 << 30) as f64) as u64
     }
 
-    /// The card empty but for our own context, as much of it as may be used; refused when it cannot compute in bf16.
+    /// The card with nothing on it but hone's own context, limited to `limit`. A card without bf16 is a capacity
+    /// fault.
     pub fn machine(&self, limit: Option<Limit>) -> Result<Machine> {
         let Some(matrix) = self.matrix else {
             return Err(Fault::new(
                 Kind::Capacity,
                 format!("{} cannot compute in bf16, which the CUDA engine needs", self.name),
             )
-            .help("take a card of the Ampere generation or later: l4, a10, a100-80, h100, ..."));
+            .help("use a card of the Ampere generation or later: l4, a10, a100-80, h100, ..."));
         };
         let rates =
             Rates { matrix: matrix * 1e12, copy: self.copy * 1e12, link: LINK, measured: self.measured };
@@ -109,7 +112,7 @@ impl Card {
     }
 }
 
-/// A card by its name or by that of an instance type, and how many of it there are.
+/// (card, number of cards) of a card's name or an instance type. An unknown name is a usage fault.
 pub fn find(name: &str) -> Result<(Card, usize)> {
     let same = |other: &str| other.eq_ignore_ascii_case(name);
     let instance = INSTANCES.iter().find(|(instance, _, _)| same(instance));
@@ -118,15 +121,17 @@ pub fn find(name: &str) -> Result<(Card, usize)> {
     card.map(|card| (card, count)).ok_or_else(|| {
         let names: Vec<&str> = CARDS.iter().map(|card| card.name).collect();
         Fault::usage(format!("--gpu {name}: expected one of {}", names.join(", ")))
-            .help("or an instance type, such as Standard_NC24ads_A100_v4")
+            .help("an instance type such as Standard_NC24ads_A100_v4 works too")
     })
 }
 
-/// Rates of a device that names itself (`NVIDIA A100-SXM4-80GB`); those of a small card where it is not in the table.
+/// The rates of a device by the name that it reports (`NVIDIA A100-SXM4-80GB`). A device that is not in the table
+/// gets those of a small card.
 pub fn like(device: &str) -> Rates {
     let plain = |text: &str| text.to_lowercase().replace([' ', '-'], "");
     let wanted = plain(device);
-    // The longest name that stands in it, `l40s` before `l4`; an A100 writes its memory elsewhere.
+    // The longest name contained in the device's name wins, so `l40s` before `l4`. An A100 writes its memory
+    // elsewhere.
     let named = |card: &&Card| {
         let family = card.name.split('-').next().unwrap_or(card.name);
         wanted.contains(&plain(card.name)) || (family == "a100" && wanted.contains(family))
@@ -142,13 +147,13 @@ pub fn like(device: &str) -> Rates {
     }
 }
 
-/// Assumed of a server's core: only the comparison of levels goes by it.
+/// Assumed rates of a server's CPU. They only serve to compare levels.
 pub fn cpu_rates(threads: usize) -> Rates {
     let threads = threads as f64;
     Rates { matrix: 150e9 * threads, copy: 10e9 * threads.min(16.0), link: 10e9, measured: false }
 }
 
-/// Names of the cards that can train and have at least so much memory, smallest first.
+/// The cards that can train and have at least `bytes` of memory, smallest first.
 pub fn at_least(bytes: u64) -> impl Iterator<Item = &'static Card> {
     CARDS.iter().filter(move |card| card.matrix.is_some() && card.bytes() >= bytes)
 }

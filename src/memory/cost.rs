@@ -1,38 +1,40 @@
-//! Facts and a level -> work, and work and a machine's rates -> seconds: what choices are compared by.
+//! Facts and a level -> work; work and a machine's rates -> seconds. Plans are compared by these seconds.
 //!
-//! A roofline: products at a share of the largest matrix rate, attention at a smaller one, everything else by the
-//! bytes it moves; a GPU's step is never shorter than launching it. Shares are those of `benches/LOG.md` where
-//! measured, and otherwise assumptions that the plan's table states.
+//! The model is a roofline: products run at a share of the highest matrix rate, attention at a smaller one, and
+//! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
+//! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
 use crate::facts::{FeedForward, Keep, Projection, Quantization};
 
 use super::{Place, Task};
 
-/// What a machine can do, a second.
+/// The rates of a machine, per second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
-    /// FLOP/s of large bf16 products (f32 ones where the run computes in f32).
+    /// FLOP/s of large bf16 products (f32 products if the run computes in f32).
     pub matrix: f64,
     /// Bytes/s of copies in the machine's memory.
     pub copy: f64,
     /// Bytes/s between device and host.
     pub link: f64,
-    /// By this machine, or one of its kind; otherwise assumed.
+    /// Whether the rates were measured on this machine or one of its kind. If not, they are assumed.
     pub measured: bool,
 }
 
-/// Of the largest rate, what products of a layer's shapes reach.
+/// Share of the highest matrix rate that products of a layer's shapes reach.
 pub const MATRIX_SHARE: f64 = 0.82;
-/// Of the largest matrix rate, what attention's kernels reach.
+/// Share of the highest matrix rate that attention's kernels reach.
 pub const ATTENTION_SHARE: f64 = 0.25;
-/// Of the copy rate, what passes over memory reach.
+/// Share of the copy rate that passes over memory reach.
 pub const COPY_SHARE: f64 = 0.85;
-/// Seconds to launch a kernel, and kernels of a layer's forward and backward pass with and without pairs' own.
+/// Seconds to launch a kernel.
 const LAUNCH_SECONDS: f64 = 4e-6;
+// Kernels of a layer's forward pass; the backward pass has twice as many.
 const LAUNCHES: f64 = 30.0;
+// Further kernels per pair.
 const LAUNCHES_OF_A_PAIR: f64 = 8.0;
 
-/// Work of one kind of thing.
+/// An amount of work of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Work {
     /// FLOPs of products.
@@ -41,12 +43,14 @@ pub struct Work {
     pub attention: f64,
     /// Bytes moved.
     pub bytes: f64,
-    /// Bytes between device and host.
+    /// Bytes moved between device and host.
     pub linked: f64,
+    /// Kernel launches.
     pub launches: f64,
 }
 
 impl Work {
+    /// Predicted seconds at these rates.
     pub fn seconds(&self, rates: &Rates) -> f64 {
         let busy = self.matrix / (rates.matrix * MATRIX_SHARE)
             + self.attention / (rates.matrix * ATTENTION_SHARE)
@@ -55,6 +59,7 @@ impl Work {
         busy.max(self.launches * LAUNCH_SECONDS)
     }
 
+    /// FLOPs of products and attention.
     pub fn flops(&self) -> f64 {
         self.matrix + self.attention
     }
@@ -79,16 +84,19 @@ impl std::iter::Sum for Work {
     }
 }
 
-/// Counts the work of passes of `tokens` tokens, in examples of `example` tokens.
+/// Counts the work of passes of `tokens` tokens, in examples of `example_tokens` tokens.
 pub(super) struct Counter<'a> {
+    /// The training run.
     pub task: &'a Task,
+    /// The kind of device.
     pub place: Place,
+    /// Tokens per pass.
     pub tokens: usize,
 }
 
 impl Counter<'_> {
-    /// Forward and backward of a layer that keeps everything. `trained`: it lies above the lowest adapted layer, so
-    /// that gradients pass through it.
+    /// Forward and backward pass of a layer that keeps everything. `trained`: the layer is not below the lowest
+    /// adapted one, so that gradients pass through it.
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
         let projections = || facts.layers[layer].projections();
@@ -98,7 +106,8 @@ impl Counter<'_> {
         let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
         let backward: Work = projections().map(|p| self.product(p)).sum();
         let backward = backward + self.attention(2.5) + pairs;
-        // In widths: two norms, two sums and rope forward, twice that and more backward; gate and up's product.
+        // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
+        // twice that.
         let tokens = self.tokens as f64 * self.element();
         let (wide, inner) = (facts.width as f64, facts.layers[layer].feed_forward.width() as f64);
         let heads = facts.heads();
@@ -110,13 +119,13 @@ impl Counter<'_> {
         if trained { forward + backward } else { forward }
     }
 
-    /// What a level makes the backward pass of a layer compute once more.
+    /// The work that the backward pass of a layer repeats because of a level.
     pub fn again(&self, layer: usize, keep: Keep) -> Work {
         let facts = &self.task.facts;
         let attention = &facts.layers[layer].attention;
         let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
         let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
-        // A norm behind the down projection needs its result.
+        // A norm after the down projection needs that projection's output.
         let fed = match facts.names.feed_forward_post_norm {
             Some(_) => products(std::slice::from_ref(&feed_forward.down)),
             None => Work::default(),
@@ -135,7 +144,7 @@ impl Counter<'_> {
         steps[..=depth].iter().copied().sum()
     }
 
-    /// The output head over supervised rows (all of them, at most): loss and gradient.
+    /// The output head over all rows, which is the most that can be supervised: loss and gradient.
     pub fn head(&self) -> Work {
         let values = (self.task.facts.vocab * self.task.facts.width) as f64;
         let logits = (self.tokens * self.task.facts.vocab) as f64 * self.element();
@@ -153,7 +162,8 @@ impl Counter<'_> {
         Work { bytes: 28.0 * parameters as f64, launches: 6.0, ..Work::default() }
     }
 
-    /// One product with a frozen weight, which a GPU expands before it; the CPU does while it packs panels.
+    /// One product with a frozen weight. A GPU expands a 4-bit weight before it; a CPU does so while it packs
+    /// panels.
     fn product(&self, projection: &Projection) -> Work {
         let values = (projection.rows * projection.cols) as f64;
         let expand = match (self.place, self.task.quantization) {
@@ -163,7 +173,7 @@ impl Counter<'_> {
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
     }
 
-    /// A pair forward and backward: six skinny products, each a pass over its wide operand.
+    /// A pair's forward and backward pass: six skinny products, each a pass over its wide operand.
     fn pair(&self, rank: usize, projection: &Projection) -> Work {
         let (tokens, around) = (self.tokens as f64, (projection.rows + projection.cols) as f64);
         Work {
@@ -174,7 +184,7 @@ impl Counter<'_> {
         }
     }
 
-    /// Causal: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.
+    /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.
     fn attention(&self, times: f64) -> Work {
         let facts = &self.task.facts;
         let heads = facts.heads();

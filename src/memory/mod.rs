@@ -1,8 +1,10 @@
-//! Facts, adapter and the room there is -> what each layer keeps and how many tokens a pass takes; refused with
-//! numbers when nothing fits.
+//! Facts, adapter and available memory -> what each layer keeps and how many tokens a pass takes. If nothing fits,
+//! the fault gives the numbers.
 //!
-//! A pass needs what is always there (`terms::fixed`), what the layers keep (`model::Keep`, layer by layer), and what
-//! one layer works in. The plan takes the number of tokens and the levels with the most tokens a second (`cost`), among
+//! A pass needs memory for what is always there (`terms::fixed`), for what the layers keep (`Keep`, layer by
+//! layer), and for one layer at work. Among the combinations that fit, the plan takes the number of tokens and the
+//! levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has the same
+//! examples and the same sum of gradients.
 //! those that fit. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
 
 pub mod card;
@@ -24,105 +26,126 @@ use cost::{Counter, Rates, Work};
 use terms::Kept;
 pub use terms::Term;
 
-/// What was asked for. Filled by `plan`.
+/// The memory settings of a run. `plan` fills them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     /// The level of every layer; `None`: as memory allows.
     pub keep: Option<Keep>,
+    /// How much of the free memory may be used; `None`: the default share.
     pub limit: Option<Limit>,
-    /// Most tokens of a pass.
+    /// Most tokens per pass.
     pub tokens_max: Option<usize>,
 }
 
 /// How much of the free memory may be used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Limit {
-    /// Of what is free.
+    /// A share of the free memory, in (0, 1].
     Share(f64),
+    /// Bytes.
     Bytes(u64),
 }
 
-/// What is to be trained, as far as memory and time depend on it.
+/// The training run, as far as memory and time depend on it.
 #[derive(Clone, Debug)]
 pub struct Task {
+    /// The model.
     pub facts: Facts,
+    /// The adapter's sites.
     pub sites: Vec<Site>,
+    /// How the base's linear layers are stored.
     pub quantization: Quantization,
+    /// The precision of matrix products.
     pub precision: Precision,
-    /// Whether the adapter's inputs are dropped in training.
+    /// Whether training drops elements of the pairs' inputs.
     pub dropout: bool,
-    /// Whether what is not quantised (embedding, head, perhaps linear layers) is bf16 in the checkpoint.
+    /// Whether the weights that are not quantised (embedding, head, perhaps linear layers) are bf16 in the
+    /// checkpoint.
     pub bf16_checkpoint: bool,
-    /// Longest example: a pass takes at least so many tokens.
+    /// Tokens of the longest example. A pass takes at least as many.
     pub tokens_min: usize,
-    /// Most tokens of a pass.
+    /// Most tokens per pass.
     pub tokens_max: usize,
-    /// How long examples usually are: the work of attention follows it.
+    /// Usual tokens per example. The work of attention follows it.
     pub example_tokens: usize,
-    /// The level of every layer; `None`: whatever is fastest among those that fit.
+    /// The level of every layer; `None`: the fastest that fits.
     pub keep: Option<Keep>,
 }
 
+/// The kind of device that trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    Cpu { threads: usize },
+    /// A CPU.
+    Cpu {
+        /// Threads that compute.
+        threads: usize,
+    },
+    /// A GPU.
     Gpu,
 }
 
-/// Where it is to be trained.
+/// The device to train on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Machine {
-    /// `h200`, `this machine's CPU`
+    /// The name in messages: `h200`, `this CPU`.
     pub name: String,
+    /// The kind of device.
     pub place: Place,
     /// Bytes that may be used.
     pub memory: u64,
-    /// Bytes of them that are gone before the first tensor.
+    /// Bytes of these that are taken before the first tensor.
     pub taken: u64,
+    /// Rates of the device.
     pub rates: Rates,
 }
 
-/// What a run does with its memory.
+/// How a run uses its memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// One level a layer.
+    /// The level of each layer.
     pub keep: Vec<Keep>,
-    /// Most tokens of a pass.
+    /// Most tokens per pass.
     pub tokens: usize,
-    /// Everything that takes memory, in the table's order; the last `GROWING` lines grow with the tokens.
+    /// Everything that takes memory, in the table's order. The last `GROWING` lines grow with the tokens.
     pub terms: Vec<Term>,
-    /// Of the machine it is for.
+    /// Bytes of the machine that may be used.
     pub memory: u64,
-    /// Predicted: a pass of so many tokens, and its FLOPs.
+    /// Predicted seconds of a pass of `tokens` tokens.
     pub seconds: f64,
+    /// FLOPs of that pass.
     pub flops: f64,
 }
 
-/// Lines of the table that grow with the tokens of a pass: kept, worked in, allocator's.
+/// Lines of the table that grow with the tokens of a pass: kept by the layers, one layer at work, gaps between
+/// blocks.
 const GROWING: usize = 3;
-/// Of the free memory, what a plan takes unless told: others may need some of a machine's.
+/// Share of the free memory that a plan takes by default. Other processes may need the rest.
 const SHARE_OF_GPU: f64 = 0.96;
 const SHARE_OF_CPU: f64 = 0.9;
-/// Blocks of many sizes leave gaps: this share of what grows.
+/// Share of the growing lines that is added for gaps, because blocks have many sizes.
 const GAPS: f64 = 1.0 / 32.0;
-/// After a failure the next plan has this share of the room that grew.
+/// After a failure, the next plan may use this share of the memory of the growing lines.
 const SMALLER: f64 = 0.75;
 
-/// A plan in use, which shrinks when memory runs out all the same.
+/// A plan in use. It shrinks if memory still runs out.
 #[derive(Clone, Debug)]
 pub struct Running {
+    /// The training run.
     pub task: Task,
+    /// The device.
     pub machine: Machine,
+    /// The plan in use.
     pub plan: Plan,
 }
 
 impl Running {
+    /// Starts with the fastest plan that fits; if none does, this is a capacity fault.
     pub fn start(task: Task, machine: Machine) -> Result<Running> {
         let plan = solve(&task, &machine)?;
         Ok(Running { task, machine, plan })
     }
 
-    /// Goes on with the next smaller plan; false after the smallest.
+    /// Changes to the next smaller plan. Returns false if there is none.
     pub fn shrink(&mut self) -> bool {
         match next_smaller(&self.task, &self.machine, &self.plan) {
             Some(plan) => self.plan = plan,
@@ -131,13 +154,14 @@ impl Running {
         true
     }
 
+    /// The plan as a table for people.
     pub fn table(&self) -> String {
         self.plan.table(&self.task, &self.machine)
     }
 }
 
 impl Limit {
-    /// `20GiB`, `800MB`, `21474836480`, or a share such as `0.8`.
+    /// Parses `20GiB`, `800MB`, `21474836480`, or a share such as `0.8`.
     pub fn parse(text: &str) -> Option<Limit> {
         const UNITS: [(&str, f64); 8] = [
             ("KiB", 1024.0),
@@ -162,14 +186,14 @@ impl Limit {
 }
 
 impl Machine {
-    /// The opened device with what is free on it now.
+    /// The opened device with the memory that is free on it now.
     pub fn of(device: &Device, limit: Option<Limit>) -> Machine {
         let name = device::name(device);
         let place = match device {
             Device::Cpu => Place::Cpu { threads: rayon::current_num_threads() },
             _ => Place::Gpu,
         };
-        // Where the system does not say, nothing is refused.
+        // If the system does not say what is free, nothing is refused.
         let free = device::memory_free(device).unwrap_or(u64::MAX / 2);
         let rates = match place {
             Place::Cpu { threads } => card::cpu_rates(threads),
@@ -178,7 +202,7 @@ impl Machine {
         Machine { name, place, memory: free, taken: 0, rates }.limited(limit)
     }
 
-    /// As much of it as was asked for.
+    /// Reduces the memory to `limit`, or to the default share.
     fn limited(mut self, limit: Option<Limit>) -> Machine {
         let share = match self.place {
             Place::Cpu { .. } => SHARE_OF_CPU,
@@ -192,24 +216,25 @@ impl Machine {
     }
 }
 
-/// The fastest plan that fits.
+/// Returns the fastest plan that fits. If none fits, the capacity fault lists the largest terms and what would
+/// help.
 pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
     let solver = Solver::new(task, machine);
     solver.within(machine.memory).ok_or_else(|| refusal(&solver))
 }
 
-/// Bytes of passes of so many tokens with every layer at one level, whether they fit or not.
+/// Bytes of passes of `tokens` tokens with every layer at one level, whether they fit or not.
 pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
     Solver::new(task, machine).describe(tokens, &vec![keep; task.facts.layers.len()]).bytes()
 }
 
-/// FLOPs of a step of so many tokens when nothing is computed again: what a speed is judged by.
+/// FLOPs of a step of `tokens` tokens if nothing is computed again; utilisation is measured by it.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
     let everything = vec![Keep::Everything; task.facts.layers.len()];
     Solver::new(task, machine).work(tokens, &everything).flops()
 }
 
-/// The plan to go on with when `plan` ran out of memory all the same; `None` after the smallest.
+/// The plan to continue with if `plan` ran out of memory; `None` after the smallest.
 pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan> {
     let solver = Solver::new(task, machine);
     let (all, growing) = (plan.bytes(), plan.growing());
@@ -219,8 +244,8 @@ pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan>
 }
 
 impl Task {
-    /// Of a value that is not quantised: on a GPU it is stored as activations are; on a CPU bf16 stays bf16 and all
-    /// else becomes f32.
+    /// Bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU bf16 stays bf16
+    /// and other types become f32.
     pub fn stored_bytes(&self, place: Place) -> usize {
         match place {
             Place::Cpu { .. } if self.bf16_checkpoint => 2,
@@ -228,7 +253,7 @@ impl Task {
         }
     }
 
-    /// Of an activation: on a GPU activations are stored in the precision of products.
+    /// Bytes of an activation. On a GPU activations are stored in the precision of products.
     pub fn activation_bytes(&self, place: Place) -> usize {
         match (place, self.precision) {
             (Place::Gpu, Precision::Bf16) => 2,
@@ -238,10 +263,12 @@ impl Task {
 }
 
 impl Plan {
+    /// Bytes of all terms.
     pub fn bytes(&self) -> u64 {
         self.terms.iter().map(|term| term.bytes).sum()
     }
 
+    /// Predicted tokens per second.
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds
     }
@@ -254,9 +281,9 @@ impl Plan {
 struct Solver<'a> {
     task: &'a Task,
     machine: &'a Machine,
-    /// What each layer keeps.
+    /// Values per token that each layer keeps.
     kept: Vec<Kept>,
-    /// The lowest adapted layer: nothing below it is needed in the backward pass.
+    /// The lowest adapted layer. The backward pass needs nothing below it.
     lowest: usize,
 }
 
@@ -268,23 +295,23 @@ impl<'a> Solver<'a> {
         Solver { task, machine, kept, lowest }
     }
 
-    /// The fastest plan in so much room, over passes of the most tokens, half as many, and so on.
+    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on.
     fn within(&self, room: u64) -> Option<Plan> {
         let (least, most) =
             (self.task.tokens_min.max(1), self.task.tokens_max.max(self.task.tokens_min).max(1));
         let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
         let passes = halves.take_while(|tokens| *tokens > least).chain([least]);
         let plans = passes.filter_map(|tokens| self.levels(tokens, room));
-        // The first of equals: the most tokens.
+        // Of equal plans the first wins, which has the most tokens.
         plans.reduce(
             |best, plan| if plan.tokens_per_second() > best.tokens_per_second() { plan } else { best },
         )
     }
 
-    /// The levels that recompute least within the room, for passes of so many tokens.
+    /// The levels that recompute least within `room` bytes, for passes of `tokens` tokens.
     ///
-    /// Layers have the same shape, so the best mixture is of two levels and, in one layer between them, a third: all
-    /// of these are tried. Upper layers keep more: they are the first to let go of it in the backward pass.
+    /// Layers have the same shape, so the best mixture has two levels and, in one layer between them, a third. All
+    /// such mixtures are tried. Upper layers keep more, because the backward pass frees them first.
     fn levels(&self, tokens: usize, room: u64) -> Option<Plan> {
         let fixed: u64 = self.fixed().iter().map(|term| term.bytes).sum();
         let fits = |keep: &Vec<Keep>| fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room;
@@ -307,7 +334,7 @@ impl<'a> Solver<'a> {
         best.map(|(_, keep)| self.describe(tokens, &keep))
     }
 
-    /// As many layers at `high` as fit, the others at `low`, the highest of these at whatever fits in between.
+    /// As many layers at `high` as fit and the others at `low`; the highest of these gets the best level that fits.
     fn mixture(
         &self,
         low: (Keep, f64),
@@ -328,7 +355,7 @@ impl<'a> Solver<'a> {
                 let before = std::mem::replace(&mut keep[at_low - 1], *level);
                 if fits(&keep) {
                     seconds += cost - low.1;
-                    break; // the levels stand in order: the first that fits saves the most
+                    break; // the levels are in order, so the first that fits saves the most
                 }
                 keep[at_low - 1] = before;
             }
@@ -339,7 +366,7 @@ impl<'a> Solver<'a> {
     /// The level with the fewest bytes.
     fn least(&self) -> Keep {
         self.task.keep.unwrap_or(match self.machine.place {
-            // The host's memory is the same memory.
+            // On a CPU, host memory is the same memory.
             Place::Cpu { .. } => Keep::LayerInputs,
             Place::Gpu => Keep::HostInputs,
         })
@@ -412,7 +439,7 @@ fn refusal(solver: &Solver) -> Fault {
         (Place::Cpu { .. }, _) => {
             help.push(format!("give the container {} of memory", words::size(needed.bytes())))
         }
-        (_, Some(card)) => help.push(format!("take a larger card: {card} would do")),
+        (_, Some(card)) => help.push(format!("use a larger card, such as {card}")),
         (_, None) => help.push("no card in hone's table is large enough".into()),
     }
     Fault::capacity(format!(
@@ -425,7 +452,7 @@ fn refusal(solver: &Solver) -> Fault {
     .help(help.join("; "))
 }
 
-/// Longest example with which the smallest plan fits; 0 if none does.
+/// Longest example with which the smallest plan fits; 0 if there is none.
 fn longest_that_fits(task: &Task, machine: &Machine) -> usize {
     let fits = |tokens: usize| {
         let task = Task { tokens_min: tokens, ..task.clone() };

@@ -1,4 +1,4 @@
-//! A plan -> the table that people read, and the same as JSON.
+//! A plan -> the table for people, and the same as JSON.
 
 use serde_json::{Value as Json, json};
 
@@ -9,7 +9,7 @@ use crate::words::size;
 use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
 use super::{Machine, Place, Plan, Task};
 
-/// The terms in a line, largest first.
+/// The terms in one line, largest first.
 pub(super) fn list(plan: &Plan) -> String {
     let mut terms: Vec<_> = plan.terms.iter().filter(|term| term.bytes > 0).collect();
     terms.sort_by_key(|term| std::cmp::Reverse(term.bytes));
@@ -17,7 +17,7 @@ pub(super) fn list(plan: &Plan) -> String {
 }
 
 impl Plan {
-    /// One line a term, the sum, and what was chosen.
+    /// The table: one line per term, the sum, and what was chosen.
     pub fn table(&self, task: &Task, machine: &Machine) -> String {
         let wide = self.terms.iter().map(|term| term.what.len()).max().unwrap_or(0).max(8);
         let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
@@ -31,7 +31,7 @@ impl Plan {
         table
     }
 
-    /// `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`
+    /// The chosen tokens and levels: `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`.
     pub fn choice(&self) -> String {
         let of = |level: Keep| (level, self.keep.iter().filter(|keep| **keep == level).count());
         let levels = Keep::ALL.into_iter().map(of).filter(|(_, layers)| *layers > 0);
@@ -56,7 +56,8 @@ impl Plan {
         )
     }
 
-    /// `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second", "rates"}`
+    /// The plan as `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second",
+    /// "rates"}`.
     pub fn json(&self, machine: &Machine) -> Json {
         let terms: serde_json::Map<String, Json> =
             self.terms.iter().map(|term| (term.what.clone(), term.bytes.into())).collect();

@@ -1,4 +1,4 @@
-//! Facts and adapter -> bytes: what is there all the time, what each level keeps, what a layer works in.
+//! Facts and adapter -> bytes: of what is always there, of what each level keeps, of a layer at work.
 
 use crate::facts::sites::Site;
 use crate::facts::{Facts, FeedForward, Keep, LayerFacts, Precision, Projection, Quantization, Role};
@@ -11,13 +11,15 @@ use super::{Place, Task};
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Term {
+    /// The use of the memory.
     pub what: String,
+    /// Bytes.
     pub bytes: u64,
 }
 
-/// cuBLAS asks for this much on Hopper, less elsewhere.
+/// The workspace that cuBLAS asks for on Hopper; elsewhere it is less.
 const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
-/// Packed panels of the CPU's products, one set a thread.
+/// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
 
 /// The model's own tensors.
@@ -86,7 +88,8 @@ fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
     }
 }
 
-/// f32 weights, gradient and two moments; on a GPU with bf16 products also a bf16 copy that the products read.
+/// Bytes per parameter: f32 weights, gradient and two moments. On a GPU with bf16 products also the bf16 copy that
+/// they read.
 fn adapter_bytes(task: &Task, place: Place) -> usize {
     match (place, task.precision) {
         (Place::Gpu, Precision::Bf16) => 18,
@@ -116,11 +119,11 @@ fn scales(task: &Task) -> usize {
     }
 }
 
-/// Values a token that a layer holds on the device between forward and backward, at each level.
+/// Values per token that a layer holds on the device between forward and backward, at each level.
 pub(super) struct Kept([usize; Keep::ALL.len()]);
 
 impl Kept {
-    /// Of layer `layer`: its pairs' ranks come on top of the widths.
+    /// The values of layer `layer`; the ranks of its pairs are added to the widths.
     pub fn of(task: &Task, layer: usize) -> Kept {
         let rank = |p: &Projection| {
             let mut sites = task.sites.iter();
@@ -129,17 +132,20 @@ impl Kept {
         Kept(Keep::ALL.map(|keep| layer::kept_values(&task.facts, layer, rank, keep)))
     }
 
+    /// The values if everything is kept.
     pub fn whole(&self) -> usize {
         self.at(Keep::Everything)
     }
 
+    /// The values at a level.
     pub fn at(&self, keep: Keep) -> usize {
         self.0[keep as usize]
     }
 }
 
-/// Values a token that a pass works in beside what the layers keep: the output's gradient, gate and up's gradient
-/// and that of their product (the widest moment of a layer's backward pass), or the rows around the output head.
+/// Values per token that a pass needs in addition to what the layers keep. In the widest moment of a layer's
+/// backward pass these are the gradients of the output, of gate and up, and of their product. At the output head
+/// they are the rows around it. The larger number counts.
 pub(super) fn working(task: &Task) -> usize {
     let facts = &task.facts;
     let of = |layer: &LayerFacts| {
@@ -150,6 +156,6 @@ pub(super) fn working(task: &Task) -> usize {
     };
     let layer = facts.layers.iter().map(of).max().unwrap_or(0);
     let head = 6 * facts.width;
-    // Rope's angles are f32 whatever the activations are.
+    // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()
 }

@@ -1,4 +1,5 @@
-//! What a plan promises: bytes that real layers keep, mixes that fit and recompute least, refusals with numbers.
+//! Promises of a plan: it counts the bytes that real layers keep, mixtures fit and recompute least, refusals have
+//! numbers.
 
 use serde_json::{Value, json};
 
@@ -49,7 +50,8 @@ fn gigabytes(term: &str, plan: &Plan) -> f64 {
     plan.terms.iter().find(|found| found.what.contains(term)).map_or(0.0, |term| term.bytes as f64 / 1e9)
 }
 
-/// By hand: 3.62e9 base weights at 0.516 bytes, 25.2e6 of the pairs at 18, 70 kB a token and layer.
+/// Computed by hand: 3.62e9 base weights at 0.516 bytes, 25.2e6 parameters of pairs at 18, 70 kB per token and
+/// layer.
 #[test]
 fn bytes_are_those_of_phi3_mini() {
     let plan = solve(&task(phi3_mini(), 4096), &gpu("h200")).unwrap();
@@ -80,7 +82,7 @@ fn less_memory_recomputes_more_and_always_fits() {
     }
     let mixed = solve(&task, &with_memory(8 << 30)).unwrap();
     assert!(mixed.keep.iter().any(|keep| *keep != mixed.keep[0]), "{}", mixed.choice());
-    // It just fits: not even one layer more could keep everything.
+    // The plan just fits: if one more layer kept everything, it would not.
     let machine = gpu("h200");
     let solver = Solver::new(&task, &machine);
     let upgraded = mixed.keep.iter().position(|keep| *keep != Keep::Everything).unwrap();
@@ -89,7 +91,7 @@ fn less_memory_recomputes_more_and_always_fits() {
     assert!(solver.describe(mixed.tokens, &keep).bytes() > 8 << 30);
 }
 
-/// Against all 625 choices for four layers: at most a sixteenth of a pass slower than the best.
+/// Compared with all 625 choices for four layers, the plan is at most a sixteenth of a pass slower than the best.
 #[test]
 fn the_mix_is_close_to_the_best_of_all() {
     let mut small = phi3_mini();
@@ -140,8 +142,8 @@ fn what_does_not_fit_is_refused_with_numbers() {
     assert_eq!(fault.kind, crate::fault::Kind::Capacity);
     assert!(fault.message.contains("5.0 GiB may be used of h200"), "{fault}");
     let help = fault.help.unwrap();
-    assert!(help.contains("max_length") && help.contains("take a larger card: "), "{help}");
-    // What it says would fit does.
+    assert!(help.contains("max_length") && help.contains("use a larger card, such as "), "{help}");
+    // The length that the help offers fits, and one more token does not.
     let fits: usize = help.split("max_length ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     task.tokens_min = fits;
     solve(&task, &with_memory(5 << 30)).unwrap();
@@ -173,7 +175,8 @@ fn a_cpu_keeps_f32_and_moves_nothing_to_itself() {
     assert_eq!(tight.keep[0], Keep::LayerInputs);
 }
 
-/// Published figures are for the same shape: 32.6k tokens/s predicted on an H200 with kernels better than ours are.
+/// The published figures are for the same shape. They predict 32.6k tokens/s on an H200 with kernels that are
+/// better than hone's.
 #[test]
 fn predictions_are_of_the_right_size() {
     let rate = |card| solve(&task(phi3_mini(), 4096), &gpu(card)).unwrap().tokens_per_second();
@@ -182,7 +185,8 @@ fn predictions_are_of_the_right_size() {
     assert!((1e3..3e3).contains(&rate("l4")), "{}", rate("l4"));
 }
 
-/// The plan's bytes against the tensors that real layers hold, for plain layers and for those with more norms.
+/// Compares the plan's bytes with the tensors that real layers hold, for plain layers and for those with more
+/// norms.
 #[test]
 fn layers_keep_what_the_plan_counts() {
     let common = json!({

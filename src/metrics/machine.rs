@@ -1,7 +1,7 @@
-//! This machine's GPUs as NVIDIA's management library sees them, or its processor -> one sample.
+//! This machine's GPUs (from NVIDIA's management library), or its processor -> one sample.
 //!
-//! The library is looked for when first asked: it comes with the driver, in a container by the `utility` capability.
-//! What it does not tell is null, never a guess.
+//! The library is opened at the first request. It comes with the driver; a container gets it with the capability
+//! `utility`. A value that the library does not give is null, never a guess.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
@@ -9,34 +9,48 @@ use serde_json::{Value, json};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
+/// State of a GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gpu {
+    /// Index of the GPU.
     pub id: u32,
+    /// Name of the product.
     pub name: String,
+    /// Share of time in which a kernel ran.
     pub load_percent: Option<u32>,
+    /// Temperature of the GPU.
     pub temperature_celsius: Option<u32>,
+    /// Bytes of memory in use.
     pub memory_used_bytes: u64,
+    /// Bytes of memory in all.
     pub memory_bytes: u64,
 }
 
+/// State of the processor and of the machine's memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cpu {
-    /// Since the sample before; `None` in the first.
+    /// Load since the sample before; `None` in the first sample.
     pub load_percent: Option<f64>,
+    /// Cores that this process may use.
     pub cores: usize,
+    /// Bytes of memory in use.
     pub memory_used_bytes: u64,
+    /// Bytes of memory in all.
     pub memory_bytes: u64,
 }
 
-/// One of them: a machine with GPUs is not asked about its processor, as KAITO does.
+/// Either GPUs or the processor: as in KAITO's server, a machine with GPUs does not report its processor.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
+    /// The GPUs, if there are any.
     pub gpus: Option<Vec<Gpu>>,
+    /// The processor, if there is no GPU.
     pub cpu: Option<Cpu>,
 }
 
 impl Sample {
-    /// KAITO's form. Its own server divides mebibytes by gibibytes and always says 0.00 GB; these are right.
+    /// The sample in KAITO's form. KAITO's own server divides mebibytes by gibibytes and always says 0.00 GB; these
+    /// sizes are right.
     pub fn json(&self) -> Value {
         let memory = |used: u64, total: u64| {
             let size = |bytes: u64| format!("{:.2} GB", bytes as f64 / GIB);
@@ -64,7 +78,7 @@ impl Sample {
     }
 }
 
-/// Keeps what one sample needs of the one before.
+/// Takes samples; keeps the counters that the next sample is compared with.
 #[derive(Default)]
 pub struct Sampler {
     library: Option<Option<Nvml>>,
@@ -72,6 +86,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// The state at this moment.
     pub fn take(&mut self) -> Sample {
         let library = self.library.get_or_insert_with(Nvml::open);
         match library.as_ref().map(Nvml::gpus).filter(|gpus| !gpus.is_empty()) {
@@ -100,7 +115,8 @@ fn load(before: (u64, u64), now: (u64, u64)) -> Option<f64> {
     (all > 0).then(|| (1000.0 * busy as f64 / all as f64).round() / 10.0)
 }
 
-/// Ticks of all processors together, from the first line of /proc/stat; the 4th and 5th are idle and waiting for disks.
+/// Busy and all ticks of all processors together, from the first line of /proc/stat. The 4th and 5th numbers are idle
+/// time and waiting for disks.
 fn busy_and_all(stat: &str) -> Option<(u64, u64)> {
     let ticks: Vec<u64> = stat
         .lines()
@@ -136,10 +152,10 @@ struct Nvml {
 }
 
 impl Nvml {
-    /// Opens and starts the library; `None` where there is none, or no driver.
+    /// Opens and starts the library; `None` if there is no library or no driver.
     fn open() -> Option<Nvml> {
-        // SAFETY: the library's constructors run; it is never closed, so that its functions stay. Each symbol is cast to
-        // the type that nvml.h, whose names and versions are ABI, gives it.
+        // SAFETY: opening the library runs its constructors. It is never closed, so that its functions stay valid.
+        // Each symbol is cast to the type that nvml.h, whose names and versions are ABI, gives it.
         unsafe {
             let library = libc::dlopen(c"libnvidia-ml.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
             if library.is_null() {
@@ -194,8 +210,8 @@ impl Nvml {
         let mut name = [0 as c_char; NAME_BYTES_MAX];
         // gpu and memory; total, free and used: the fields of nvmlUtilization_t and nvmlMemory_t.
         let (mut rates, mut degrees, mut memory) = ([0; 2], 0, [0; 3]);
-        // SAFETY: as above; `device` is used only if the library gave it, the name's length goes with it, and the arrays
-        // have the layout of the library's structures.
+        // SAFETY: as above. `device` is used only if the library gave it, the name's length goes with the name, and
+        // the arrays have the layout of the library's structures.
         unsafe {
             if (self.handle)(id, &raw mut device) != 0 || (self.memory)(device, &raw mut memory) != 0 {
                 return None;

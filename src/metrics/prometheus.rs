@@ -1,17 +1,20 @@
-//! State of a run -> Prometheus text, or OpenMetrics for who asks for it.
+//! State of a run -> Prometheus text, or OpenMetrics if the request asks for it.
 
 use std::fmt::Write;
 
 use super::{State, machine::Sample};
 use crate::endpoint::{PROMETHEUS, Reply};
 
+/// Text format of the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
+    /// Prometheus' text format, version 0.0.4.
     Text,
+    /// OpenMetrics 1.0.0.
     OpenMetrics,
 }
 
-/// What an `Accept` header asks for; `None`: not for text.
+/// The format that an `Accept` header asks for; `None` if it does not ask for text.
 pub fn format(accept: &str) -> Option<Format> {
     match () {
         () if accept.contains("application/openmetrics-text") => Some(Format::OpenMetrics),
@@ -20,6 +23,7 @@ pub fn format(accept: &str) -> Option<Format> {
     }
 }
 
+/// The page of metrics in this format.
 pub fn reply(format: Format, state: &State, sample: &Sample) -> Reply {
     let mut page = Page { format, text: String::new() };
     page.state(state);
@@ -43,7 +47,7 @@ impl Page {
     fn state(&mut self, state: &State) {
         if let Some(stage) = state.stage {
             let label = format!("{{stage=\"{stage}\"}}");
-            self.gauge("hone_stage", "The stage that is under way.", &[(label, 1.0)]);
+            self.gauge("hone_stage", "The stage that is running.", &[(label, 1.0)]);
         }
         let step = state.step.as_ref();
         let gauges = [
@@ -90,7 +94,7 @@ impl Page {
         self.gauge("hone_gpu_memory_bytes", "Memory of the GPU.", &total);
     }
 
-    /// A metric without values is left out.
+    /// Writes a gauge; one without values is left out.
     fn gauge(&mut self, name: &str, help: &str, values: &[(String, f64)]) {
         if values.is_empty() {
             return;
@@ -101,7 +105,7 @@ impl Page {
         }
     }
 
-    /// OpenMetrics names the family without `_total`, the older text with it.
+    /// Writes a counter. OpenMetrics names the family without `_total`, the older format with it.
     fn counter(&mut self, name: &str, help: &str, value: u64) {
         let family = match self.format {
             Format::Text => format!("{name}_total"),

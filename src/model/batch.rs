@@ -1,4 +1,4 @@
-//! Batch: examples laid one behind the other in rows, with what the decoder needs to keep them apart.
+//! Batch: examples laid one after the other in rows, with what the decoder needs to keep them apart.
 
 use std::ops::Range;
 
@@ -7,31 +7,35 @@ use crate::ops::attention::Packing;
 /// Tokens of one or more examples, T rows in all. No row is padding.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
-    /// `[T]` token ids.
+    /// Token ids, `[T]`.
     pub ids: Vec<u32>,
+    /// The rows of each example, in order.
     pub examples: Vec<Span>,
-    /// `[T]` a number that names a row whatever batch it is in; dropout's mask follows it.
+    /// Dropout keys, `[T]`. A key identifies a token whatever batch it is in; dropout's mask follows it.
     pub keys: Vec<u64>,
-    /// Rows whose next token is a target, ascending, and that token.
+    /// Rows whose next token is a target, ascending.
     pub target_rows: Vec<u32>,
+    /// The target of each of `target_rows`.
     pub targets: Vec<u32>,
 }
 
-/// One example's rows.
+/// The rows of one example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
+    /// The rows.
     pub rows: Range<usize>,
-    /// The length that rope's scaling goes by: the longest example of the micro-batch this one belongs to, as
-    /// in a padded batch of transformers, so that packing does not change the result.
+    /// The length that decides rope's scaling: the longest example of the micro-batch that this one belongs to.
+    /// This equals the length of a padded batch in transformers, so packing does not change the result.
     pub rope_length: usize,
 }
 
 impl Batch {
+    /// Number of rows (T).
     pub fn rows(&self) -> usize {
         self.ids.len()
     }
 
-    /// Adds an example: `supervised[i]` says whether token i is a target (token 0 never is).
+    /// Adds an example. `supervised[i]` says whether token i is a target; token 0 never is.
     pub fn push(&mut self, ids: &[u32], supervised: &[bool], rope_length: usize, key: u64) {
         assert_eq!(ids.len(), supervised.len(), "one flag a token");
         let from = self.ids.len();
@@ -46,19 +50,19 @@ impl Batch {
         self.examples.push(Span { rows: from..from + ids.len(), rope_length });
     }
 
-    /// Position of each row in its example, and the rope length that goes with it.
+    /// (position in its example, rope length) of each row, as two lists.
     pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
         let rows = || self.examples.iter().flat_map(|span| span.rows.clone().map(move |row| (span, row)));
         let position = rows().map(|(span, row)| (row - span.rows.start) as u32).collect();
         (position, rows().map(|(span, _)| span.rope_length as u32).collect())
     }
 
-    /// Rows of each example.
+    /// The rows of each example.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         self.examples.iter().map(|span| span.rows.clone()).collect()
     }
 
-    /// The same, for attention; one serves all layers.
+    /// The rows of each example as a `Packing` for attention; all layers use one.
     pub fn packing(&self) -> Packing {
         Packing::new(self.ranges())
     }

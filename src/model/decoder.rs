@@ -1,5 +1,5 @@
-//! The frozen decoder: embedding, layers, final norm, output head. A pass brings the adapter: none, the one in training
-//! (then it gives the loss and adds the gradients), or several finished ones.
+//! The frozen decoder: embedding, layers, final norm, output head. Each pass takes its adapter: none, the one in
+//! training (the pass then returns the loss and adds the gradients), or several finished ones.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -19,37 +19,41 @@ use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
 use super::pass::{Pass, Step};
 
-/// The frozen base.
+/// The frozen base model.
 pub struct Decoder {
+    /// The facts that it was built from.
     pub facts: Facts,
-    /// [V, C], in the checkpoint's type.
+    /// The token embedding [V, C] in the checkpoint's type.
     pub embedding: Tensor,
+    /// The layers from first to last.
     pub layers: Vec<Layer>,
+    /// The norm after the last layer.
     pub final_norm: Norm,
-    /// Its weight is the embedding itself when tied.
+    /// The output head. Its weight is the embedding if the head is tied.
     pub head: Head,
+    /// The precision of matrix products on a CPU.
     pub precision: Precision,
-    /// What activations are computed in: f32, or f64 in tests.
+    /// The type of activations: f32, bf16 on a GPU, or f64 in tests.
     pub dtype: DType,
-    /// Where the layers compute; the embedding may lie elsewhere.
+    /// The device that the layers compute on. The embedding may lie elsewhere.
     pub device: Device,
 }
 
-/// What turns queries and keys of a batch's rows: the angles of each rope, and the queries' growth.
+/// The rotations of a batch's queries and keys: the angles of each rope, and the growth of the queries.
 struct Turns {
     ropes: Vec<Angles>,
     growth: Option<Angles>,
 }
 
 impl Decoder {
-    /// A new adapter to train on this base: its sites chosen and its parameters drawn as `options` say.
+    /// A new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
         let sites = sites::sites(&self.facts, options)?.list;
         Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
     }
 
-    /// Sum of the targets' losses. Adds the gradient of `scale` times that sum to the adapter's gradient buffer.
-    /// `keep` has one level a layer; the result is the same whatever they are.
+    /// Returns the sum of the targets' losses, and adds the gradient of `scale` times that sum to the adapter's
+    /// gradient buffer. `keep` has one level per layer; the levels do not change the result.
     pub fn forward_backward(
         &self,
         adapter: &Trainable,
@@ -63,7 +67,7 @@ impl Decoder {
         let pass = self.pass(&turns, &packing, lora);
         let mut x = self.embed(&batch.ids)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
-        // Nothing below the lowest adapted layer is needed again.
+        // The backward pass needs nothing below the lowest adapted layer.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
             let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
@@ -82,7 +86,7 @@ impl Decoder {
         Ok(loss)
     }
 
-    /// Values that each layer holds after the forward pass.
+    /// Number of values that each layer holds after the forward pass.
     #[cfg(test)]
     pub fn kept_values(&self, adapter: &Trainable, keep: &[Keep], batch: &Batch) -> Result<Vec<usize>> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
@@ -97,7 +101,7 @@ impl Decoder {
         Ok(values)
     }
 
-    /// Sum of the targets' losses, without gradients or dropout.
+    /// Returns the sum of the targets' losses, without gradients or dropout.
     pub fn loss(&self, batch: &Batch, lora: Lora) -> Result<Number> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
@@ -110,8 +114,8 @@ impl Decoder {
         cross_entropy::logits(&hidden, &self.head, self.precision)
     }
 
-    /// One step of serving: new rows of running sequences, whose keys and values are added to the cache. Returns the
-    /// logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
+    /// One step of serving. Computes new rows of running sequences and adds their keys and values to the cache.
+    /// Returns the logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
     pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
         let (positions, lengths) = step.positions();
         let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
@@ -160,7 +164,7 @@ impl Decoder {
         }
     }
 
-    /// The rows' angles; each row once for each of the heads' runs.
+    /// The rotations of a batch's rows. Each row has one row of angles for each of the heads' runs.
     fn turns(&self, batch: &Batch) -> Result<Turns> {
         let (positions, lengths) = batch.positions();
         self.turns_at(positions, lengths)
@@ -178,7 +182,7 @@ impl Decoder {
         Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 
-    /// The arithmetic's type: angles are f32 even beside bf16 activations.
+    /// The type of angles and growth: f32 even for bf16 activations.
     fn wide(&self) -> DType {
         if self.dtype == DType::F64 { DType::F64 } else { DType::F32 }
     }
@@ -196,7 +200,7 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, lora, angles, growth, packing }
     }
 
-    /// The loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
+    /// Returns the loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
     fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;

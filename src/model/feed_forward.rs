@@ -1,7 +1,7 @@
-//! A layer's feed-forward, forward and backward by hand: `input -> norm -> gate up -> activation -> down (-> norm)`,
-//! added to the residual stream. It says itself how much it keeps at each level.
+//! A layer's feed-forward with hand-written forward and backward passes: `input -> norm -> gate up -> activation ->
+//! down (-> norm)`, added to the residual stream. `kept_values` says how much it keeps at each level.
 //!
-//! The backward pass runs the down projection again only if a norm behind it needs its output.
+//! The backward pass computes the down projection again only if a norm after it needs its output.
 
 use candle_core::{Result, Tensor};
 
@@ -14,36 +14,42 @@ use super::lora::Low;
 use super::norm::{self, Norm};
 use super::pass::Pass;
 
-/// One layer's feed-forward with the norms around it.
+/// One layer's feed-forward with its norms.
 #[derive(Clone, Debug)]
 pub struct FeedForward {
+    /// The norm before it.
     pub norm: Option<Norm>,
+    /// The computation between the norms.
     pub form: Form,
+    /// The norm after it.
     pub post_norm: Option<Norm>,
 }
 
-/// What lies between the norms.
+/// The computation between the norms.
 #[derive(Clone, Debug)]
 pub enum Form {
+    /// One feed-forward for all tokens.
     Dense(Dense),
 }
 
-/// A feed-forward that every token passes through.
+/// A feed-forward that computes every token in the same way.
 #[derive(Clone, Debug)]
 pub struct Dense {
-    /// Side by side in the columns of one matrix, in order.
+    /// One or two projections whose outputs lie side by side in the columns of one matrix, in order.
     pub gate_up: Vec<Linear>,
+    /// The function between `gate_up` and `down`.
     pub activation: Activation,
+    /// The projection back to the residual stream.
     pub down: Linear,
 }
 
-/// What is kept between forward and backward, as far as the level allows.
+/// The tensors kept between forward and backward, as far as the level allows.
 #[derive(Default)]
 pub struct Kept {
     gate_up: Option<GateUp>,
-    /// The down projection's result if a norm follows it; otherwise it is never needed again.
+    /// The output of the down projection if a norm follows it. Without a norm it is never needed again.
     branch: Option<Tensor>,
-    /// `None` may also mean that the down projection's pair computes it again.
+    /// LoRA's `x A^T` of the down projection. `None`: no pair, or the backward pass computes it again.
     low: Low,
 }
 
@@ -54,14 +60,14 @@ pub struct Whole {
     low: Low,
 }
 
-/// The activation's input.
+/// The activation's input, and LoRA's `x A^T` of each projection.
 struct GateUp {
     values: Tensor,
     lows: Vec<Low>,
 }
 
 impl Kept {
-    /// Lets go of what the level does not keep.
+    /// Drops what the level does not keep.
     pub fn reduce(&mut self, keep: Keep) {
         if keep >= Keep::WithoutGateUp {
             self.gate_up = None;
@@ -71,7 +77,7 @@ impl Kept {
         }
     }
 
-    /// Values held: what the memory plan must have counted.
+    /// Number of values held. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::layer::count;
@@ -86,8 +92,8 @@ impl From<Whole> for Kept {
     }
 }
 
-/// Values a token that a layer's feed-forward keeps at a level. `rank` is the rank of a projection's pair, 0 without
-/// one.
+/// Values per token that a layer's feed-forward keeps at a level. `rank` gives the rank of a projection's pair, 0
+/// if it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
     let gate_up: usize = dense.gate_up.iter().map(|p| p.rows + rank(p)).sum();
@@ -106,7 +112,8 @@ impl FeedForward {
         dense
     }
 
-    /// The residual stream with the feed-forward's result added, and what the backward pass needs.
+    /// Returns the residual stream with the feed-forward's output added, and the tensors that the backward pass
+    /// needs.
     pub fn forward(&self, input: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Whole)> {
         let (dense, gate_up) = (self.dense(), self.gate_up(input, pass)?);
         let activated = activation::forward(&gate_up.values, dense.activation)?;
@@ -114,7 +121,7 @@ impl FeedForward {
         Ok((added.sum, Whole { gate_up, branch: added.branch, low: added.low }))
     }
 
-    /// Computes what is missing of all that the backward pass needs.
+    /// Computes those tensors of the backward pass that were not kept.
     pub fn complete(&self, kept: Kept, input: &Tensor, pass: &Pass) -> Result<Whole> {
         let (dense, Kept { gate_up, mut branch, mut low }) = (self.dense(), kept);
         let gate_up = match gate_up {
@@ -136,8 +143,8 @@ impl FeedForward {
         Ok(GateUp { values, lows })
     }
 
-    /// `d` is the gradient of the sum. Returns that of what the gate and up projections read, unless nothing needs it
-    /// (`lowest`). Gate and up are gone before attention's gradients are made.
+    /// `d` is the gradient of the sum. Returns the gradient of the input of the gate and up projections, or `None`
+    /// if nothing needs it (`lowest`). Gate and up are freed before attention's gradients are computed.
     pub fn backward(
         &self,
         d: &Tensor,

@@ -1,6 +1,6 @@
-//! The decoder's hand-written backward pass against candle's autograd of the ops' formulas, and against finite
-//! differences, in f64: every choice of what is kept, every fact of the families, packing of three examples, odd
-//! sizes, 4-bit and dense bases, dropout, a partial adapter.
+//! Compares the decoder's hand-written backward pass with candle's autograd of the ops' formulas and with finite
+//! differences, in f64: for every level of keeping, every fact of the families, a pack of three examples, odd
+//! sizes, 4-bit and dense bases, dropout, and a partial adapter.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use serde_json::{Value, json};
@@ -184,13 +184,14 @@ fn decoder(case: &Case) -> (Decoder, Trainable) {
     (case.change)(&mut options);
     let decoder = load::load_in(DType::F64, &Device::Cpu, facts, &options, &Report::silent()).unwrap();
     let adapter = decoder.trainable(&options.lora).unwrap();
-    // B is zero at first, which would hide A's gradient.
+    // B is zero at first, which would make A's gradient zero.
     let noise = judge::random(adapter.params.elem_count(), 9).unwrap();
     crate::ops::rows::add(&adapter.params, &(noise.as_tensor() * 0.1).unwrap()).unwrap();
     (decoder, adapter)
 }
 
-/// Three examples of odd lengths, the middle one partly supervised; rope lengths on both sides of longrope's edge.
+/// Three examples of odd lengths, of which the middle one has no target and the last is partly supervised; rope
+/// lengths on both sides of longrope's limit.
 fn batch(facts: &Facts) -> Batch {
     let mut batch = Batch::default();
     for (length, rope_length) in [(7usize, 7), (1, 7), (5, 5)] {
@@ -201,7 +202,7 @@ fn batch(facts: &Facts) -> Batch {
     batch
 }
 
-/// The decoder once more, from the ops' formulas, differentiable in the flat parameters.
+/// The decoder computed again from the ops' formulas, differentiable in the flat parameters.
 struct Formula<'a> {
     decoder: &'a Decoder,
     adapter: &'a Trainable,
@@ -251,7 +252,7 @@ impl Formula<'_> {
         &middle + normed(&fed.post_norm, &added)?
     }
 
-    /// Norm of queries and keys, rope, attention: head by head, from the columns that the layout gives.
+    /// Norms of queries and keys, rope and attention, head by head, from the columns that the layout gives.
     fn attended(&self, layer: &SelfAttention, qkv: &Tensor) -> Result<Tensor> {
         let (facts, batch, heads) = (&self.decoder.facts, self.batch, &layer.heads);
         let (runs, turning) = heads.turning();
@@ -365,7 +366,7 @@ fn loss_and_gradients_equal_autograd_whatever_is_kept() -> Result<()> {
             assert!((loss - expected.to_scalar::<f64>()?).abs() < 1e-10, "{}: loss", case.name);
             println!("{} {:?}", case.name, keep[0]);
             judge::same(&adapter.grads, store.get(&params).unwrap(), 1e-10)?;
-            // A second pass adds.
+            // A second pass adds its gradients.
             decoder.forward_backward(&adapter, &keep, &batch, 0.5)?;
             judge::same(&adapter.grads, &(store.get(&params).unwrap() * 2.0)?, 1e-10)?;
             let plain = Formula { dropout: false, ..formula }.loss()?.to_scalar::<f64>()?;
@@ -379,7 +380,7 @@ fn loss_and_gradients_equal_autograd_whatever_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// Each layer has its own level.
+/// Layers with different levels give the same bits.
 #[test]
 fn levels_mix() -> Result<()> {
     for case in cases() {
@@ -392,7 +393,7 @@ fn levels_mix() -> Result<()> {
             let levels = Keep::ALL.into_iter().cycle().skip(first);
             let keep: Vec<Keep> = levels.take(decoder.layers.len()).collect();
             crate::ops::flat::zero(&adapter.grads)?;
-            // The same operations in the same order: the same bits.
+            // The operations and their order are the same, so the bits are the same.
             assert_eq!(
                 decoder.forward_backward(&adapter, &keep, &batch, 1.0)?.value()?,
                 loss,
@@ -459,7 +460,8 @@ fn part(adapter: &Pairs, rows: std::ops::Range<usize>, strength: f64) -> Part<'_
     Part { adapter, rows, strength }
 }
 
-/// Every adapter's product is added, with its strength, to the rows that it is for; the bare base is none of them.
+/// Each adapter's product is added, with its strength, to the rows it is for. Without adapters the result is the
+/// bare base's.
 #[test]
 fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
     for case in cases() {
@@ -477,7 +479,7 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         };
         let (first, second) = (pairs(&flats[0])?, pairs(&flats[1])?);
         let batch = batch(&decoder.facts);
-        // The first example has both, the second (one row) none, the third the second adapter alone.
+        // The first example has both adapters, the second (one row) none, the third only the second adapter.
         let mixture = Mixture {
             parts: vec![part(&first, 0..7, 0.3), part(&second, 0..7, -1.5), part(&second, 8..13, 0.7)],
         };
@@ -495,7 +497,8 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
             0,
         )?;
         judge::same(&found, &expected, 1e-12)?;
-        // Two adapters on every row are one whose B A is the weighted sum: the same A, B's sum.
+        // Two adapters on every row equal one adapter with the weighted sum of their products: with the same A, the
+        // sum of the Bs.
         for site in &adapter.sites {
             let (a, _) = adapter.views(&flats[0], site)?;
             crate::ops::flat::write(&adapter.views(&flats[1], site)?.0, &a)?;
@@ -510,7 +513,7 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
     Ok(())
 }
 
-/// Rows that arrive piece by piece, over cached keys and values, have the logits that the whole text gives them.
+/// Rows that arrive piece by piece, over cached keys and values, get the same logits as in the whole text.
 #[test]
 fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
     for case in cases() {
@@ -550,7 +553,7 @@ fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint may repeat the tied head; a different one means that config.json is wrong.
+/// A checkpoint may repeat the tied head. If the two differ, config.json is wrong.
 #[test]
 fn a_tied_head_that_differs_is_refused() {
     let folder = tempfile::tempdir().unwrap();

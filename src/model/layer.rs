@@ -1,5 +1,5 @@
-//! One decoder layer, forward and backward by hand: attention and feed-forward around the residual stream. What is
-//! kept between the two passes is a choice.
+//! One decoder layer with hand-written forward and backward passes: attention and feed-forward around the residual
+//! stream. A level (`Keep`) chooses what is kept between the two passes.
 //!
 //! `middle = x + attention(x)`, `y = middle + feed_forward(middle)`; in a parallel layer the feed-forward reads x.
 
@@ -16,23 +16,25 @@ use super::self_attention::{self, SelfAttention};
 /// One layer of the frozen base.
 #[derive(Clone, Debug)]
 pub struct Layer {
+    /// Its attention.
     pub attention: SelfAttention,
+    /// Its feed-forward.
     pub feed_forward: FeedForward,
-    /// The feed-forward reads the layer's input, not attention's sum.
+    /// Whether the feed-forward reads the layer's input instead of the stream after attention.
     pub parallel: bool,
 }
 
-/// What a layer keeps for its backward pass: its input, and what its level allows of all that follows from it.
+/// The tensors that a layer keeps for its backward pass: its input, and as much of the rest as its level allows.
 pub struct Kept {
     x: Tensor,
-    /// The device that x came from, if it was moved to the host.
+    /// The device of x, if x was moved to the host.
     home: Option<Device>,
     attention: self_attention::Kept,
     feed_forward: feed_forward::Kept,
 }
 
 impl Kept {
-    /// Lets go of what the level does not keep.
+    /// Drops what the level does not keep.
     fn reduce(mut self, keep: Keep) -> Result<Kept> {
         self.attention.reduce(keep);
         self.feed_forward.reduce(keep);
@@ -43,7 +45,7 @@ impl Kept {
         Ok(self)
     }
 
-    /// Values held on the device: what the memory plan must have counted.
+    /// Number of values held on the device. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         let x = if self.home.is_some() { 0 } else { self.x.elem_count() };
@@ -56,8 +58,8 @@ pub(super) fn count(tensor: &Option<Tensor>) -> usize {
     tensor.as_ref().map_or(0, Tensor::elem_count)
 }
 
-/// Values a token that a layer keeps on the device at a level. `rank` is the rank of a projection's pair, 0 without
-/// one.
+/// Values per token that a layer keeps on the device at a level. `rank` gives the rank of a projection's pair, 0 if
+/// it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let x = if keep == Keep::HostInputs { 0 } else { facts.width };
     x + self_attention::kept_values(facts, layer, &rank, keep)
@@ -65,7 +67,7 @@ pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> us
 }
 
 impl Layer {
-    /// x [T, C] -> the layer's output and what its backward pass needs, as far as `keep` allows.
+    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;
         let middle = attention.sum();
@@ -74,14 +76,14 @@ impl Layer {
         Ok((sum, kept.reduce(keep)?))
     }
 
-    /// x [T, C] of new rows of running sequences -> the layer's output; nothing is kept but keys and values.
+    /// x [T, C] of new rows of running sequences -> the layer's output. Only keys and values are kept, in `store`.
     pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
         let middle = self.attention.step(x, pass, segments, store)?;
         Ok(self.feed_forward.forward(self.fed(x, &middle), &middle, pass)?.0)
     }
 
-    /// `d` [T, C] holds the gradient of the output and becomes that of x, in place. With `lowest`, nothing
-    /// below needs it, and the work that would only serve it is left out.
+    /// Turns `d` [T, C] from the gradient of the output into that of x, in place. With `lowest`, no layer below
+    /// needs the gradient, and work that only serves it is skipped.
     pub fn backward(&self, d: &Tensor, kept: Kept, lowest: bool, pass: &Pass) -> Result<()> {
         let x = match &kept.home {
             Some(device) => kept.x.to_device(device)?,
@@ -91,7 +93,8 @@ impl Layer {
         let input = self.fed(&x, attention.sum()).clone();
         let feed_forward = self.feed_forward.complete(kept.feed_forward, &input, pass)?;
         let d_fed = self.feed_forward.backward(d, &input, feed_forward, lowest && self.parallel, pass)?;
-        // In a parallel layer, attention's gradient is that of the output too: `d` must still be it.
+        // In a parallel layer, attention needs the gradient of the layer's output too, so `d` must not change
+        // before it.
         let (before, behind) = if self.parallel { (None, d_fed) } else { (d_fed, None) };
         if let Some(d_fed) = before {
             norm::backward(&self.feed_forward.norm, &d_fed, &input, d)?;
@@ -106,7 +109,7 @@ impl Layer {
         }
     }
 
-    /// What the feed-forward reads.
+    /// Returns the input of the feed-forward.
     fn fed<'a>(&self, x: &'a Tensor, middle: &'a Tensor) -> &'a Tensor {
         if self.parallel { x } else { middle }
     }

@@ -1,5 +1,5 @@
-//! A frozen linear layer, and the pair that a pass's adapter has for it:
-//! `y = factor * (x W^T + scale * dropout(x) A^T B^T) + bias`.
+//! A frozen linear layer with the pair that a pass's adapter has for it: `y = factor * (x W^T + scale * dropout(x)
+//! A^T B^T) + bias`.
 
 use candle_core::{Result, Tensor};
 
@@ -12,16 +12,19 @@ use super::pass::Pass;
 /// A linear layer of the base.
 #[derive(Clone, Debug)]
 pub struct Linear {
+    /// The weight [N, K].
     pub weight: Weight,
-    /// The model's own factor on the output; the stored bias holds it already.
+    /// The model's own factor on the output. The stored bias already includes it.
     pub factor: f64,
+    /// The bias `[N]`, if there is one.
     pub bias: Option<Tensor>,
-    /// The number by which adapters know this layer (`Facts::projections`).
+    /// The index by which adapters know this layer (`Facts::projections`).
     pub site: usize,
 }
 
 impl Linear {
-    /// Writes y[:, at..at+N], or adds to it. Returns what the adapter in training needs for its backward pass.
+    /// Writes y[:, at..at+N], or adds to it if `add` is set. Returns what the adapter in training needs for its
+    /// backward pass.
     pub fn forward(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
         let mut beta = if add { 1.0 } else { 0.0 };
         if let Some(bias) = &self.bias {
@@ -33,8 +36,8 @@ impl Linear {
         pass.lora.forward(self, x, y, at, pass)
     }
 
-    /// Adds the pair's gradients to the flat buffer and, if wanted, x's gradient to or into `dx` [T, K].
-    /// `low` is what `forward` returned; without it, it is computed again.
+    /// Adds the pair's gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K], or adds
+    /// it. `low` is the result of `forward`; without it, it is computed again.
     pub fn backward(
         &self,
         dy: &Tensor,
@@ -58,7 +61,7 @@ impl Linear {
     }
 }
 
-/// The columns at which each of several layers begins whose outputs lie side by side.
+/// Each layer with its first column in the matrix that holds the outputs of all of them side by side.
 fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     parts.iter().scan(0, |at, part| {
         let from = *at;
@@ -67,7 +70,7 @@ fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     })
 }
 
-/// x -> the outputs of all parts in the columns of one matrix.
+/// x -> the outputs of all layers in the columns of one matrix.
 pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
@@ -76,7 +79,7 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
     Ok((y, lows))
 }
 
-/// The gradient of x, unless nothing needs it (`lowest`).
+/// Returns the gradient of x, or `None` if nothing needs it (`lowest`).
 pub fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,

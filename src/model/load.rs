@@ -1,4 +1,4 @@
-//! Checkpoint + facts -> frozen decoder: each tensor read once, quantised or kept, and let go.
+//! Checkpoint and facts -> a frozen decoder. Each tensor is read once, quantised or kept, and freed.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -24,14 +24,16 @@ use super::self_attention::SelfAttention;
 use super::weights::{Checkpoint, Values};
 use super::{Options, stored};
 
-/// Loads and quantises the base. `facts` were read from the same folder.
+/// Loads and quantises the base. `facts` were read from the same folder. A checkpoint that does not fit them, and
+/// values that are not finite, are model faults.
 ///
-/// On a CPU activations are f32 whatever the precision of products; on a GPU they are stored in it.
+/// On a CPU, activations are f32 whatever the precision of products; on a GPU they are stored in that precision.
 pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
     load_in(activation_type(device, options.precision), device, facts, options, report)
 }
 
-/// A decoder of these facts with a random base, drawn tensor by tensor in the form it is kept in: for measuring.
+/// A decoder of these facts with a random base, made tensor by tensor in the form that it is kept in. For
+/// benchmarks.
 pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
     let dtype = activation_type(device, options.precision);
     let checkpoint = Checkpoint::empty();
@@ -39,7 +41,7 @@ pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report)
     loader.decoder(report)
 }
 
-/// What activations are stored in.
+/// The type that activations are stored in.
 pub fn activation_type(device: &Device, precision: Precision) -> DType {
     match (device, precision) {
         (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
@@ -47,7 +49,7 @@ pub fn activation_type(device: &Device, precision: Precision) -> DType {
     }
 }
 
-/// `load` with another type of activations: f64 for the judge of gradients.
+/// `load` with another type of activations: f64 in tests of gradients.
 pub(super) fn load_in(
     dtype: DType,
     device: &Device,
@@ -61,7 +63,7 @@ pub(super) fn load_in(
     loader.decoder(report)
 }
 
-/// Whether the checkpoint holds every tensor the decoder reads, and no other.
+/// Checks that the checkpoint holds every tensor that the decoder reads, and no other.
 pub fn fits(facts: &Facts, checkpoint: &Checkpoint) -> Result<()> {
     checkpoint.expect(&wanted(facts), |name| ignored(facts, name))
 }
@@ -70,7 +72,8 @@ fn wanted(facts: &Facts) -> BTreeSet<String> {
     facts.tensors().into_iter().map(|tensor| tensor.name).collect()
 }
 
-/// Old Llama checkpoints carry rope's frequencies, and tied ones sometimes the head they do not use.
+/// Whether a tensor may be there although the decoder does not read it: old Llama checkpoints hold rope's
+/// frequencies, and some with a tied head repeat it.
 fn ignored(facts: &Facts, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || (facts.tied_head && name == head_weight(facts))
 }
@@ -85,7 +88,7 @@ struct Loader<'a> {
     options: &'a Options,
     dtype: DType,
     device: &'a Device,
-    /// Values are drawn at random, and the checkpoint holds none.
+    /// Whether values are random because the checkpoint holds none.
     drawn: bool,
 }
 
@@ -116,7 +119,7 @@ impl Loader<'_> {
         })
     }
 
-    /// Layer `layer`, whose linear layers are numbered from `site` on.
+    /// Builds layer `layer`, whose linear layers are numbered from `site` on.
     fn layer(&self, layer: usize, site: usize) -> Result<Layer> {
         let (facts, names) = (self.facts, &self.facts.names);
         let norm = |name: Option<&str>| name.map(|name| self.norm(&facts.inside(layer, name))).transpose();
@@ -172,7 +175,7 @@ impl Loader<'_> {
         }))
     }
 
-    /// As a factor.
+    /// The weight of a norm as a factor: Gemma's stored weight plus one.
     fn norm_weight(&self, path: &str, width: usize) -> Result<Tensor> {
         let plus = match self.facts.norm.form {
             NormForm::RmsPlusOne => 1.0,
@@ -221,7 +224,8 @@ impl Loader<'_> {
         Ok(Linear { weight, factor, bias, site })
     }
 
-    /// On a GPU the stored bytes go there one tensor at a time, and only codes and scales stay.
+    /// Quantises a weight. On a GPU the stored bytes are copied there one tensor at a time, and only codes and
+    /// scales stay.
     fn quantized(&self, name: &str, rows: usize, cols: usize, code: Code, double: bool) -> Result<FourBit> {
         let values = self.checkpoint.get(name, &[rows, cols])?;
         #[cfg(feature = "cuda")]
@@ -243,12 +247,12 @@ impl Loader<'_> {
         let (bytes, stored) = (values.bytes(), values.dtype());
         let source = Tensor::from_slice(bytes, bytes.len(), self.device)?;
         FourBit::quantize_on_gpu(&source, stored, shape, code, double)?.map_err(|place| {
-            Fault::model(format!("{name}: a value of {}..{} is NaN or infinite", place.from, place.to))
+            Fault::model(format!("{name}: one of the values {}..{} is NaN or infinite", place.from, place.to))
                 .help("the checkpoint is damaged: download it again")
         })
     }
 
-    /// A checkpoint may carry the tied head once more; one that differs says that config.json is wrong.
+    /// Refuses a stored head that differs from the embedding it is tied to, because config.json is wrong then.
     fn refuse_other_head(&self) -> Result<()> {
         let (facts, head) = (self.facts, head_weight(self.facts));
         if !self.checkpoint.names().any(|name| name == head) {
@@ -267,7 +271,8 @@ impl Loader<'_> {
         }
     }
 
-    /// A matrix kept as stored: bf16 stays bf16, the rest takes the activations' type. On a GPU all take it.
+    /// Loads a matrix that is not quantised. On a CPU bf16 stays bf16, and other types become the activations'
+    /// type. On a GPU all become the activations' type.
     fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
         if self.drawn {
             let drawn = random::matrix(shape[0], shape[1])?;
@@ -292,12 +297,12 @@ impl Loader<'_> {
         }
     }
 
-    /// Norm weights and biases: as wide as the arithmetic, f32 even beside bf16 activations.
+    /// Loads a norm's weight or a bias in the arithmetic's type: f32 even for bf16 activations.
     fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
         self.changed_vector(name, length, 1.0, 0.0)
     }
 
-    /// `factor * stored + plus`, on the host.
+    /// Loads `factor * stored + plus`, computed on the host.
     fn changed_vector(&self, name: &str, length: usize, factor: f64, plus: f64) -> Result<Tensor> {
         let values = match self.drawn {
             true => vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; length],
@@ -309,14 +314,14 @@ impl Loader<'_> {
     }
 }
 
-/// Widened values.
+/// Widens the values to f32 and refuses NaN and infinity.
 fn finite(name: &str, values: Values) -> Result<Vec<f32>> {
     let values = values.to_f32();
     refuse_nan(name, values.iter().copied())?;
     Ok(values)
 }
 
-/// A NaN or infinity would surface as a diverged loss much later.
+/// Refuses a NaN or an infinity, which would show only much later as a diverged loss.
 fn refuse_nan(name: &str, values: impl Iterator<Item = f32>) -> Result<()> {
     match values.enumerate().find(|(_, value)| !value.is_finite()) {
         None => Ok(()),

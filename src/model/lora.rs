@@ -1,8 +1,9 @@
-//! LoRA adapters beside the frozen base: one in training with its gradients, or several finished ones with strengths.
+//! LoRA adapters beside the frozen base: one in training with its gradients, or several finished ones with
+//! strengths.
 //!
 //! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
-//! tests), so that the optimizer, the norm and, on a GPU, the all-reduce are each one operation. A [R, K] then B [N, R],
-//! site by site. Finished adapters are added exactly, without merging: the sum of strength * scale * B A.
+//! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R],
+//! site by site. Finished adapters are added without merging: the sum of strength * scale * B A.
 
 use std::ops::Range;
 
@@ -18,54 +19,61 @@ use crate::ops::{dropout, flat, unwritten};
 use super::linear::Linear;
 use super::pass::Pass;
 
-/// LoRA's `dropout(x) A^T` [T, R] of one linear layer; `None` if the layer is not adapted, or if the adapter is not in
+/// LoRA's `dropout(x) A^T` [T, R] of one linear layer. `None`: the layer is not adapted, or the adapter is not in
 /// training.
 pub type Low = Option<Tensor>;
 
-/// What a pass adds to the base.
+/// The adapters that a pass adds to the base.
 #[derive(Clone, Copy)]
 pub enum Lora<'a> {
-    /// Nothing: the bare base.
+    /// No adapter: the bare base.
     None,
     /// The adapter in training, on every row.
     Training(Training<'a>),
-    /// Finished adapters, each on rows of its own.
+    /// Finished adapters, each on its own rows.
     Mixed(&'a Mixture<'a>),
 }
 
-/// The adapter in training as a pass uses it.
+/// The adapter in training, for one pass.
 #[derive(Clone, Copy)]
 pub struct Training<'a> {
+    /// The adapter.
     pub adapter: &'a Trainable,
-    /// The rows' keys in a training pass with dropout; `None` in evaluation.
+    /// The dropout keys of the rows in a training pass; `None` in evaluation.
     pub dropout_keys: Option<&'a Tensor>,
 }
 
 /// A finished adapter on some rows of a batch.
 #[derive(Clone, Debug)]
 pub struct Part<'a> {
+    /// The adapter.
     pub adapter: &'a Pairs,
+    /// The rows that it is added to.
     pub rows: Range<usize>,
+    /// Factor on its output; 0 skips it.
     pub strength: f64,
 }
 
-/// Finished adapters over the rows of one batch. Parts may overlap: a row gets the sum of all that cover it, in the
-/// order of the list.
+/// Finished adapters over the rows of one batch. Parts may overlap: a row gets the sum of all parts that cover it,
+/// in the order of the list.
 #[derive(Clone, Debug, Default)]
 pub struct Mixture<'a> {
+    /// The parts.
     pub parts: Vec<Part<'a>>,
 }
 
 /// A [R, K] and B [N, R] of one linear layer.
 #[derive(Clone, Debug)]
 pub struct Pair {
+    /// A [R, K].
     pub a: Weight,
+    /// B [N, R].
     pub b: Weight,
-    /// alpha / r, or alpha / sqrt(r).
+    /// Factor on `x A^T B^T`: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
 }
 
-/// The pairs of a finished adapter, by the number of their linear layer (`Facts::projections`).
+/// The pairs of a finished adapter, by the index of their linear layer (`Facts::projections`).
 #[derive(Clone, Debug, Default)]
 pub struct Pairs {
     list: Vec<Option<Pair>>,
@@ -74,15 +82,17 @@ pub struct Pairs {
 /// The adapter in training: the flat buffers of all pairs.
 #[derive(Clone, Debug)]
 pub struct Trainable {
+    /// The linear layers with a pair, in order.
     pub sites: Vec<Site>,
-    /// What the optimizer updates: f32 (f64 in tests).
+    /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
+    /// The gradients, as long as `params`.
     pub grads: Tensor,
-    /// What passes compute with: `params` itself, or its bf16 copy.
+    /// The parameters that passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
-    /// The share of each pair's input that training passes drop.
+    /// Probability that a training pass drops an element of a pair's input.
     pub dropout: f64,
-    /// By the number of the linear layer.
+    /// The pairs by the index of their linear layer.
     learners: Vec<Option<Learner>>,
 }
 
@@ -92,12 +102,12 @@ struct Learner {
     pair: Pair,
     grad_a: Tensor,
     grad_b: Tensor,
-    /// Distinguishes this pair's dropout masks from the others'.
+    /// A number that makes this pair's dropout masks differ from the others'.
     mask: u64,
 }
 
 impl Lora<'_> {
-    /// Adds what the adapter makes of x to y[:, at..at+N].
+    /// Adds the adapter's output for x to y[:, at..at+N].
     pub(super) fn forward(
         &self,
         linear: &Linear,
@@ -124,17 +134,17 @@ impl Pair {
 }
 
 impl Pairs {
-    /// Pairs with the numbers of their linear layers.
+    /// Makes an adapter from pairs with the indices of their linear layers.
     pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
         Pairs { list: by_number(pairs) }
     }
 
-    /// The pair of a linear layer, if this adapter has one for it.
+    /// The pair of a linear layer, if this adapter has one.
     pub fn get(&self, linear: usize) -> Option<&Pair> {
         self.list.get(linear).and_then(Option::as_ref)
     }
 
-    /// The largest rank of a pair.
+    /// The largest rank of a pair; 0 without pairs.
     pub fn rank(&self) -> usize {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
     }
@@ -224,7 +234,7 @@ impl Training<'_> {
         }
     }
 
-    /// The pair's input: x, or what dropout leaves of it.
+    /// The pair's input: x, or x after dropout.
     fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
         match self.dropout_keys {
             Some(keys) if self.adapter.dropout > 0.0 => {
@@ -236,7 +246,7 @@ impl Training<'_> {
 }
 
 impl Trainable {
-    /// Whether every B is zero: the adapter changes nothing, whatever A is.
+    /// Whether every B is zero, so that the adapter changes nothing.
     pub fn is_without_effect(&self) -> candle_core::Result<bool> {
         let params = self.params.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
         let zero = |site: &Site| {
@@ -246,10 +256,10 @@ impl Trainable {
         Ok(self.sites.iter().all(zero))
     }
 
-    /// A from the initialisation PEFT uses, B zero. Each site draws from its own stream of the seed, so that a
-    /// site's values do not depend on which others are chosen.
+    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that its
+    /// values do not depend on the other chosen sites.
     ///
-    /// `dtype` is the activations'.
+    /// `dtype` is the type of activations.
     pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
         let total = sites.iter().map(Site::parameters).sum::<usize>();
         let mut values = vec![0f32; total];
@@ -278,7 +288,7 @@ impl Trainable {
         Lora::Training(Training { adapter: self, dropout_keys: None })
     }
 
-    /// The pairs as they are now, which training no longer changes.
+    /// Copies the pairs as they are now; training does not change the copy.
     pub fn finished(&self) -> Result<Pairs> {
         let pair = |site: &Site| {
             let (a, b) = views(&self.compute, site)?;
@@ -293,7 +303,7 @@ impl Trainable {
         (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
-    /// Brings the copy that passes compute with up to date with parameters that were read from a file.
+    /// Updates the copy that passes compute with after the parameters were read from a file.
     pub fn refresh(&self) -> Result<()> {
         if self.compute.dtype() == self.params.dtype() {
             return Ok(());
@@ -318,7 +328,7 @@ fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
     Ok((a, b))
 }
 
-/// Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has deviation 1/r.
+/// Draws A. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has standard deviation 1/r.
 fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
     random.set_stream(dropout::mix(fnv(&site.path)));
@@ -335,7 +345,7 @@ fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
     }
 }
 
-/// FNV-1a: a stable number for a path.
+/// FNV-1a, a stable hash of a path.
 fn fnv(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }

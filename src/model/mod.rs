@@ -1,4 +1,4 @@
-//! config.json + safetensors -> one frozen decoder, and adapters that a pass lays beside it; forward and backward.
+//! config.json + safetensors -> one frozen decoder, with adapters that a pass adds to it; forward and backward.
 
 use std::path::PathBuf;
 
@@ -23,11 +23,15 @@ pub mod weights;
 #[cfg(test)]
 mod judge;
 
-/// What to load and how to quantise it. Filled by `plan`.
+/// The settings of loading: the model and its quantisation. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// The model folder.
     pub folder: PathBuf,
+    /// How the base's linear layers are stored.
     pub quantization: Quantization,
+    /// The adapter.
     pub lora: LoraOptions,
+    /// The precision of matrix products.
     pub precision: Precision,
 }

@@ -1,5 +1,5 @@
-//! Norms as the layers use them: before a branch, behind it where it joins the residual stream, and of queries and
-//! keys inside qkv. All frozen.
+//! Norms as the layers use them: before a branch, after it where it joins the residual stream, and of queries and
+//! keys inside qkv. All of them are frozen.
 
 use candle_core::{Result, Tensor};
 
@@ -11,11 +11,25 @@ use super::linear::Linear;
 use super::lora::Low;
 use super::pass::Pass;
 
-/// A norm over the residual stream: weight and bias `[C]`.
+/// A norm of the residual stream; weight and bias are `[C]`.
 #[derive(Clone, Debug)]
 pub enum Norm {
-    Rms { weight: Tensor, eps: f64 },
-    Layer { weight: Tensor, bias: Tensor, eps: f64 },
+    /// Root mean square norm.
+    Rms {
+        /// The factor.
+        weight: Tensor,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// LayerNorm.
+    Layer {
+        /// The factor.
+        weight: Tensor,
+        /// The bias.
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
 }
 
 impl Norm {
@@ -36,7 +50,7 @@ impl Norm {
     }
 }
 
-/// x itself where there is no norm.
+/// Applies the norm; returns x itself if there is none.
 pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     match norm {
         Some(norm) => norm.forward(x),
@@ -52,16 +66,18 @@ pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Re
     }
 }
 
-/// `residual + norm(linear(x))`, with what the backward pass needs of it.
+/// `residual + norm(linear(x))`, with the tensors that the backward pass needs.
 pub struct Branch {
+    /// The sum.
     pub sum: Tensor,
-    /// The linear layer's result if a norm follows it; otherwise it is never needed again.
+    /// The linear layer's output if a norm follows it. Without a norm it is never needed again.
     pub branch: Option<Tensor>,
+    /// LoRA's `x A^T` of the linear layer.
     pub low: Low,
 }
 
 impl Branch {
-    /// Values held beside the sum.
+    /// Number of values held beside the sum.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::layer::count;
@@ -69,7 +85,7 @@ impl Branch {
     }
 }
 
-/// Adds what the linear layer and the norm behind it make of x to the residual stream.
+/// Applies the linear layer and the norm after it to x, and adds the result to the residual stream.
 pub fn join(
     linear: &Linear,
     norm: &Option<Norm>,
@@ -89,7 +105,7 @@ pub fn join(
     Ok(Branch { sum, branch: Some(branch), low })
 }
 
-/// The gradient of a branch from that of the sum it was added to.
+/// Returns the gradient of a branch, given that of the sum it was added to.
 pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor) -> Result<Tensor> {
     let (Some(norm), Some(branch)) = (norm, branch) else { return Ok(d.clone()) };
     let d_branch = d.zeros_like()?;
@@ -97,17 +113,20 @@ pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor) -> Resu
     Ok(d_branch)
 }
 
-/// Norms of queries and keys: weights of a head `[D]`, or of the whole projection.
+/// Norms of queries and keys. The weights are those of a head `[D]`, or of the whole projection.
 #[derive(Clone, Debug)]
 pub struct HeadNorm {
+    /// Weight for queries.
     pub query: Tensor,
+    /// Weight for keys.
     pub key: Tensor,
+    /// Added to the mean square.
     pub eps: f64,
 }
 
 impl HeadNorm {
-    /// Normalises queries and keys of qkv [T, (H + 2K) * D], blocked, in place; returns what they were,
-    /// [T, (H + K) * D].
+    /// Normalises queries and keys of qkv [T, (H + 2K) * D] (`Layout::Blocked`) in place. Returns their values
+    /// before the norm, [T, (H + K) * D].
     pub fn forward(&self, qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
         let raw = rows::columns(qkv, (heads.query + heads.key) * heads.width)?;
         for (groups, weight) in self.parts(heads) {
@@ -116,7 +135,7 @@ impl HeadNorm {
         Ok(raw)
     }
 
-    /// The gradient of the normalised qkv becomes that of the raw one, in place.
+    /// Turns the gradient of the normalised qkv into that of the raw one, in place.
     pub fn backward(&self, d_qkv: &Tensor, raw: &Tensor, heads: &Heads) -> Result<()> {
         for (groups, weight) in self.parts(heads) {
             head_norm::backward(d_qkv, raw, groups, weight, self.eps)?;

@@ -1,5 +1,5 @@
-//! A batch's positions, precision and adapter -> what every layer of one pass shares.
-//! The same of a serving step, whose rows belong to many sequences.
+//! The inputs that all layers of one pass share: positions, precision and adapter of a batch. A serving step has
+//! its own form, because its rows belong to many sequences.
 
 use crate::facts::Precision;
 use crate::ops::attention::Packing;
@@ -8,35 +8,37 @@ use crate::ops::rope::Angles;
 
 use super::lora::Lora;
 
-/// What every layer of a pass shares.
+/// The inputs that all layers of a pass share.
 pub struct Pass<'a> {
+    /// The precision of matrix products on a CPU.
     pub precision: Precision,
-    /// Whether a row's bits must depend on that row alone: in serving, other rows belong to other callers.
+    /// Whether a row's bits must depend on that row alone. In serving, other rows belong to other callers.
     pub apart: bool,
-    /// The adapter beside the frozen base.
+    /// The adapters added to the frozen base.
     pub lora: Lora<'a>,
-    /// The angles of each rope, with a row for each of the heads' runs (`Heads::turning`).
+    /// The angles of each rope, with one row for each of the heads' runs (`Heads::turning`).
     pub angles: &'a [Angles],
-    /// Rotations by no angle that lengthen the queries, row by row.
+    /// Factors on the queries, row by row, as rotations by angle zero that change the length.
     pub growth: Option<&'a Angles>,
+    /// The rows of each example.
     pub packing: &'a Packing,
 }
 
 /// New rows of running sequences.
 #[derive(Clone, Debug, Default)]
 pub struct Step {
-    /// `[T]` token ids.
+    /// Token ids, `[T]`.
     pub ids: Vec<u32>,
-    /// The sequences' rows, one behind the other, together all of them.
+    /// The sequences' rows, one after the other; together they cover all rows.
     pub segments: Vec<Segment>,
-    /// The length by which rope's scaling goes, one for each segment.
+    /// The length that decides rope's scaling, one per segment.
     pub rope_lengths: Vec<usize>,
     /// Rows whose logits are wanted, ascending.
     pub wanted: Vec<u32>,
 }
 
 impl Step {
-    /// Adds rows of a sequence whose first one is at position `start`. Returns the number of the first row.
+    /// Adds rows of a sequence whose first row is at position `start`. Returns the index of the first row.
     pub fn push(&mut self, ids: &[u32], start: usize, pages: Vec<u32>, rope_length: usize) -> usize {
         let from = self.ids.len();
         self.ids.extend_from_slice(ids);
@@ -45,7 +47,7 @@ impl Step {
         from
     }
 
-    /// Position of each row in its sequence, and the rope length that goes with it.
+    /// (position in its sequence, rope length) of each row, as two lists.
     pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
         let segments = || self.segments.iter().zip(&self.rope_lengths);
         let positions = segments().flat_map(|(s, _)| (s.start..s.start + s.rows.len()).map(|at| at as u32));

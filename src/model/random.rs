@@ -1,4 +1,4 @@
-//! A checkpoint of random weights for any facts: what the quickstart trains on, what tests and benches measure.
+//! A checkpoint of random weights for any facts. The quickstart trains on it; tests and benchmarks use it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,8 +16,8 @@ use crate::ops::four_bit::{self, Absmax, FourBit};
 
 use crate::facts::{Facts, NormForm, Role, Stored, quantization::Code};
 
-/// Writes `model.safetensors` in bf16: matrices normal with deviation 1/sqrt(K), embeddings with 0.5, norms'
-/// factors and biases near 1 and 0. Same facts and seed, same bytes.
+/// Writes `model.safetensors` in bf16. Matrices are normal with standard deviation 1/sqrt(K), embeddings with 0.5,
+/// norm factors near 1 and biases near 0. The same facts and seed give the same bytes.
 pub fn write(folder: &Path, facts: &Facts, seed: u64) -> Result<()> {
     let mut random = Normal { random: ChaCha8Rng::seed_from_u64(seed) };
     let mut tensors = BTreeMap::new();
@@ -38,7 +38,7 @@ pub fn write(folder: &Path, facts: &Facts, seed: u64) -> Result<()> {
         .map_err(|error| Fault::storage("write", &file, &std::io::Error::other(error.to_string())))
 }
 
-/// A matrix [rows, cols] in bf16, uniform with deviation 1/sqrt(cols); as fast as memory takes it.
+/// A matrix [rows, cols] in bf16, uniform with standard deviation 1/sqrt(cols), made as fast as memory allows.
 pub(super) fn matrix(rows: usize, cols: usize) -> Result<Tensor> {
     let bound = (3.0 / cols as f32).sqrt();
     let mut values = vec![bf16::ZERO; rows * cols];
@@ -51,10 +51,10 @@ pub(super) fn matrix(rows: usize, cols: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
 }
 
-/// A quantised weight [rows, cols]: random codes, and over and over the scales of a small weight that was quantised.
-/// Its values are never made, so that a model of any size costs no more than its 4-bit form.
+/// A quantised weight [rows, cols] with random codes; its scales repeat those of a small weight that was quantised.
+/// The values themselves are never made, so a model of any size needs only the memory of its 4-bit form.
 pub(super) fn four_bit(rows: usize, cols: usize, code: Code, double: bool) -> Result<FourBit> {
-    const SCALES: usize = 256; // as many as share one of the second level
+    const SCALES: usize = 256; // scales that share one second-level scale
     let deviation = 0.7 / (cols as f32).sqrt();
     let small: Vec<f32> = (0..SCALES * four_bit::BLOCK)
         .map(|i| deviation * 3.46 * (mix(i as u64) as u32 as f32 / 4_294_967_296.0 - 0.5))
@@ -83,7 +83,7 @@ pub(super) fn four_bit(rows: usize, cols: usize, code: Code, double: bool) -> Re
     Ok(FourBit { rows, cols, packed, absmax, ..small })
 }
 
-/// Values of one task.
+/// Values per task.
 const RUN: usize = 1 << 16;
 
 struct Normal {
@@ -91,7 +91,7 @@ struct Normal {
 }
 
 impl Normal {
-    /// Box-Muller; one of the pair is enough here.
+    /// Draws by Box-Muller; the second value of the pair is not used.
     fn draw(&mut self) -> f32 {
         let mut unit = || (self.random.next_u32() as f32 + 0.5) / 4_294_967_296.0;
         let radius = (-2.0 * unit().ln()).sqrt();
@@ -123,7 +123,7 @@ impl View for Bytes {
 mod tests {
     use super::*;
 
-    /// Odd sizes; values of the size that layers expect.
+    /// Odd sizes; values have the size that layers expect.
     #[test]
     fn drawn_weights_have_the_form_of_quantised_ones() {
         for (rows, cols) in [(5, 33), (128, 300)] {

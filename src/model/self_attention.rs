@@ -1,5 +1,5 @@
-//! A layer's attention, forward and backward by hand: `x -> norm -> q k v -> (norm) -> rope -> attention -> output
-//! (-> norm) + x`. It says itself how much it keeps at each level.
+//! A layer's attention with hand-written forward and backward passes: `x -> norm -> q k v -> (norm) -> rope ->
+//! attention -> output (-> norm) + x`. `kept_values` says how much it keeps at each level.
 
 use candle_core::{Result, Tensor};
 
@@ -14,21 +14,26 @@ use super::lora::Low;
 use super::norm::{self, Branch, HeadNorm, Norm};
 use super::pass::Pass;
 
-/// One layer's attention with the norms around it.
+/// One layer's attention with its norms.
 #[derive(Clone, Debug)]
 pub struct SelfAttention {
+    /// Counts, widths and order of the heads.
     pub heads: Heads,
-    /// The entry of the pass's angles that rotates queries and keys; `None`: no positions.
+    /// Index of the pass's angles that rotate queries and keys. `None`: no positions.
     pub rope: Option<usize>,
+    /// The norm before it.
     pub norm: Option<Norm>,
-    /// Side by side in the columns of one matrix, in order.
+    /// One projection or three, whose outputs lie side by side in the columns of one matrix, in order.
     pub query_key_value: Vec<Linear>,
+    /// Norms of queries and keys.
     pub head_norm: Option<HeadNorm>,
+    /// The projection back to the residual stream.
     pub output: Linear,
+    /// The norm after it.
     pub post_norm: Option<Norm>,
 }
 
-/// What is kept between forward and backward, as far as the level allows.
+/// The tensors kept between forward and backward, as far as the level allows.
 #[derive(Default)]
 pub struct Kept {
     projected: Option<Projected>,
@@ -41,7 +46,7 @@ pub struct Whole {
     attended: Attended,
 }
 
-/// Attention's three inputs, rotated.
+/// Rotated queries, rotated keys, and values: the inputs of attention.
 struct Projected {
     rotated: Tensor,
     /// Queries and keys before their norm, if they have one.
@@ -49,7 +54,7 @@ struct Projected {
     lows: Vec<Low>,
 }
 
-/// Attention's output and all that follows from it and x alone.
+/// Attention's output, and the residual stream after it.
 struct Attended {
     output: Tensor,
     log_sum: Tensor,
@@ -57,7 +62,7 @@ struct Attended {
 }
 
 impl Kept {
-    /// Lets go of what the level does not keep.
+    /// Drops what the level does not keep.
     pub fn reduce(&mut self, keep: Keep) {
         if keep >= Keep::AttentionOutput {
             self.projected = None;
@@ -67,7 +72,7 @@ impl Kept {
         }
     }
 
-    /// Values held: what the memory plan must have counted.
+    /// Number of values held. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::layer::count;
@@ -90,14 +95,14 @@ impl From<Whole> for Kept {
     }
 }
 
-/// Values a token that a layer's attention keeps at a level, the residual stream behind it included. `rank` is the
-/// rank of a projection's pair, 0 without one.
+/// Values per token that a layer's attention keeps at a level, including the residual stream after it. `rank` gives
+/// the rank of a projection's pair, 0 if it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let attention = &facts.layers[layer].attention;
     let (heads, fused) = (&attention.heads, &attention.query_key_value);
     let raw = if attention.head_norm.is_some() { (heads.query + heads.key) * heads.width } else { 0 };
     let projected = raw + fused.iter().map(|p| p.rows + rank(p)).sum::<usize>();
-    // Attention's output, its logsumexp for each head, and the residual stream after it.
+    // Attention's output, one logsumexp per head, and the residual stream after it.
     let attended = attention.output.cols + heads.query + facts.width + rank(&attention.output);
     let attended = attended + if facts.names.attention_post_norm.is_some() { facts.width } else { 0 };
     match keep {
@@ -115,7 +120,8 @@ impl Whole {
 }
 
 impl SelfAttention {
-    /// Computes what is missing of all that the backward pass needs; without anything kept, the forward pass.
+    /// Computes those tensors of the backward pass that were not kept. If nothing was kept, this is the forward
+    /// pass.
     pub fn complete(&self, kept: Kept, x: &Tensor, pass: &Pass) -> Result<Whole> {
         let projected = match kept.projected {
             Some(projected) => projected,
@@ -145,7 +151,8 @@ impl SelfAttention {
         Ok(Attended { output, log_sum, added })
     }
 
-    /// The residual stream after attention for new rows of running sequences, whose keys and values stay in `store`.
+    /// Returns the residual stream after attention for new rows of running sequences. Their keys and values stay in
+    /// `store`.
     pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
         let Projected { rotated, .. } = self.project(x, pass)?;
         store.write(&rotated, &self.heads, segments)?;
@@ -153,8 +160,8 @@ impl SelfAttention {
         Ok(norm::join(&self.output, &self.post_norm, &output, x, pass)?.sum)
     }
 
-    /// `d` is the gradient of the residual stream after attention. Returns that of what the query, key and value
-    /// projections read, unless nothing needs it (`lowest`).
+    /// `d` is the gradient of the residual stream after attention. Returns the gradient of the input of the query,
+    /// key and value projections, or `None` if nothing needs it (`lowest`).
     pub fn backward(
         &self,
         d: &Tensor,

@@ -1,12 +1,12 @@
 //! A checkpoint that bitsandbytes has quantised -> its 4-bit weights as they are stored, bit for bit.
 //!
-//! Beside `x.weight` (the codes) stand `x.weight.absmax`, `.quant_map`, with double quantisation `.nested_absmax` and
-//! `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: JSON in bytes. Source: bitsandbytes 0.50,
-//! `functional.QuantState`; transformers writes `quantization_config` into config.json.
+//! Next to `x.weight` (the codes) the checkpoint has `x.weight.absmax`, `.quant_map`, with double quantisation
+//! `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`, which is JSON in bytes. Source:
+//! bitsandbytes 0.50, `functional.QuantState`; transformers writes `quantization_config` into config.json.
 //!
-//! The state's `dtype`, that of the weight before, counts for nothing here: bitsandbytes' forward pass dequantises to
-//! the type of the activations. Its backward pass rounds to `dtype` first, which is no gradient of that forward; hone
-//! takes the same values in both (recorded runs: no step's loss differs by more than 1e-5).
+//! The state's `dtype`, the type of the weight before, is not used here: bitsandbytes' forward pass dequantises to
+//! the type of the activations. Its backward pass first rounds to `dtype`, which is not the gradient of that
+//! forward pass. hone uses the same values in both (in recorded runs no step's loss differs by more than 1e-5).
 
 use candle_core::{Device, Tensor};
 use safetensors::Dtype;
@@ -20,7 +20,7 @@ use super::weights::{Checkpoint, Raw};
 
 const STATE: &str = "quant_state.bitsandbytes__";
 
-/// Whether a tensor's name is that of a stored weight's companion.
+/// Whether a tensor's name is that of a companion of a stored weight.
 pub fn is_part(name: &str) -> bool {
     let Some((_, part)) = name.rsplit_once(".weight.") else { return false };
     ["absmax", "quant_map", "nested_absmax", "nested_quant_map"].contains(&part) || part.starts_with(STATE)
@@ -36,7 +36,8 @@ struct State {
     nested_offset: Option<f64>,
 }
 
-/// The weight [rows, cols] called `name`, if it is stored in 4 bits (`llm_int8_skip_modules` are not).
+/// Returns the weight [rows, cols] called `name` if it is stored in 4 bits; `llm_int8_skip_modules` are not. A
+/// state that contradicts the facts is a model fault.
 pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Option<FourBit>> {
     let wrong = |what: String| Fault::model(format!("{name}: {what}")).help("download the checkpoint again");
     let state = [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
@@ -45,7 +46,7 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
     });
     let Some((code, raw)) = state else { return Ok(None) };
     let state: State = serde_json::from_slice(raw.bytes)
-        .map_err(|error| wrong(format!("its quantisation state is not read: {error}")))?;
+        .map_err(|error| wrong(format!("its quantisation state cannot be read: {error}")))?;
     if state.shape != [rows, cols] || state.quant_type != code.name() {
         let (kind, shape) = (&state.quant_type, &state.shape);
         return Err(wrong(format!(
@@ -64,7 +65,7 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
     parts.same_map("quant_map", code.values())?;
     let count = rows * cols;
     let blocks = count.div_ceil(state.blocksize);
-    // The container of the codes may be any type (`bnb_4bit_quant_storage`).
+    // The codes may be stored as any type (`bnb_4bit_quant_storage`).
     let packed = parts.find("")?.bytes;
     if packed.len() != count.div_ceil(2) {
         return Err(wrong(format!("found {} bytes of codes, expected {}", packed.len(), count.div_ceil(2))));
@@ -101,7 +102,7 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Codes mean what the engine's table says; bitsandbytes itself compares maps to 1e-6.
+    /// Refuses codes whose meaning differs from hone's own table. bitsandbytes itself compares maps to 1e-6.
     fn same_map(&self, part: &str, expected: &[f32]) -> Result<()> {
         let found = self.floats(part, expected.len())?;
         match found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() <= 1e-6) {

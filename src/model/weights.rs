@@ -1,7 +1,9 @@
-//! Safetensors of a model folder, single or sharded: every header read and checked, bytes mapped, one tensor at a time.
+//! The safetensors of a model folder, single or sharded. Every header is read and checked, the bytes are mapped,
+//! and tensors are read one at a time.
 //!
-//! Names are the causal language model's, whatever the file was saved from: the bare base model (`layers.0...`), or a
-//! multimodal wrapper by its old names (`language_model.model...`) or its new ones (`model.language_model...`).
+//! Names are those of the causal language model, whatever the file was saved from: the bare base model
+//! (`layers.0...`), or a multimodal wrapper with its old names (`language_model.model...`) or its new ones
+//! (`model.language_model...`).
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,16 +23,16 @@ use super::stored;
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
 
-const WITH_ADAPTER: &str = "the checkpoint was saved with a LoRA adapter in it: merge the adapter first (peft's merge_and_unload), \
-     or take the base model and give the adapter as `init_adapter`";
+const WITH_ADAPTER: &str = "the checkpoint contains a LoRA adapter; merge the adapter first (peft's merge_and_unload), \
+     or use the base model and give the adapter as `init_adapter`";
 
-/// Parts of multimodal models beside the language model, which nothing reads.
+/// Parts of multimodal models beside the language model. They are not read.
 const BESIDE_LANGUAGE: [&str; 5] =
     ["vision_tower.", "vision_model.", "multi_modal_projector.", "patch_merger.", "image_newline"];
 
-/// LIMIT: of a safetensors header. Some hundred thousand tensors fit.
+/// LIMIT: bytes of a safetensors header. Some hundred thousand tensors fit.
 const HEADER_BYTES_MAX: u64 = 32 << 20;
-/// LIMIT: memory for reading one.
+/// LIMIT: memory for reading one header.
 const HEADER_MEMORY_MAX: usize = 1 << 30;
 
 /// The weights of a model folder.
@@ -49,30 +51,37 @@ struct Entry {
     to: usize,
 }
 
-/// A tensor as it lies in the file.
+/// A tensor as it is stored in the file.
 pub struct Raw<'a> {
+    /// Type of the elements.
     pub dtype: Dtype,
+    /// Shape.
     pub shape: &'a [usize],
+    /// The elements, little-endian.
     pub bytes: &'a [u8],
 }
 
-/// One tensor's values as stored.
+/// The values of one tensor as stored, little-endian.
 pub enum Values<'a> {
+    /// f32.
     F32(&'a [u8]),
+    /// f16.
     F16(&'a [u8]),
+    /// bf16.
     Bf16(&'a [u8]),
 }
 
 impl Checkpoint {
-    /// Of no file, for a base that is drawn.
+    /// A checkpoint without files, for a random base.
     pub(super) fn empty() -> Checkpoint {
         Checkpoint { files: Vec::new(), tensors: BTreeMap::new() }
     }
 
-    /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards.
+    /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards. A folder without either and a
+    /// damaged file are model faults that say what to do.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { files: Vec::new(), tensors: BTreeMap::new() };
-        // The single file first, as transformers does: an index beside it is a leftover.
+        // The single file comes first, as in transformers: an index next to it is a leftover.
         let (file, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if file.exists() {
             checkpoint.add(file)?;
@@ -87,9 +96,12 @@ impl Checkpoint {
     fn add_shards(&mut self, folder: &Path, index: &Path) -> Result<()> {
         let map = read_index(index)?;
         for shard in map.values().collect::<BTreeSet<_>>() {
-            // A shard's name comes from a file of the model: it must stay in the folder.
+            // A shard's name comes from a file of the model, so it must not leave the folder.
             if Path::new(shard).components().count() != 1 || shard.contains(['/', '\\']) || shard == ".." {
-                return Err(Fault::model(format!("{}: shard {shard:?} leaves the folder", index.display())));
+                return Err(Fault::model(format!(
+                    "{}: shard {shard:?} is outside the folder",
+                    index.display()
+                )));
             }
             self.add(folder.join(shard))?;
         }
@@ -99,7 +111,7 @@ impl Checkpoint {
         }
     }
 
-    /// Gives every tensor the name it has in the causal language model.
+    /// Gives every tensor the name that it has in the causal language model.
     fn rename(mut self) -> Result<Checkpoint> {
         for (name, entry) in std::mem::take(&mut self.tensors) {
             let plain = unwrapped(&name).into_owned();
@@ -128,17 +140,17 @@ impl Checkpoint {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let damaged = |what: String| Fault::model(format!("{}: {what}", path.display()));
-        // A pipe would never end; a link to a file is how caches keep their files.
+        // A pipe would never end. A link to a file is fine, because caches use them.
         if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
             return Err(damaged("not a plain file".into()));
         }
         let file = File::open(&path).map_err(|error| damaged(format!("cannot open: {error}")))?;
-        // SAFETY: the mapping is read-only, and a model folder is not written while it is used; a file cut short
-        // meanwhile would end the process with SIGBUS, as any mapped read would.
+        // SAFETY: the mapping is read-only, and a model folder is not written to while it is used. If the file is
+        // cut short meanwhile, a read ends the process with SIGBUS, as for any mapping.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| damaged(format!("cannot map: {error}")))?;
         let header = map.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         if header > HEADER_BYTES_MAX {
-            return Err(damaged(format!("a header of {header} bytes, limit {HEADER_BYTES_MAX}"))
+            return Err(damaged(format!("its header has {header} bytes, the limit is {HEADER_BYTES_MAX}"))
                 .help("download it again"));
         }
         let bounds = Bounds::new(Kind::Model, path.display().to_string(), HEADER_MEMORY_MAX);
@@ -165,7 +177,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor of any type as it lies in the file.
+    /// A tensor of any type as it is stored.
     pub fn raw(&self, name: &str) -> Option<Raw<'_>> {
         let entry = self.tensors.get(&*language_name(name))?;
         let bytes = &self.files[entry.file].1[entry.from..entry.to];
@@ -178,11 +190,13 @@ impl Checkpoint {
         read.map(|(_, entry)| entry.to - entry.from).sum()
     }
 
+    /// Names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Values of a tensor whose shape must be `shape`.
+    /// The values of a tensor. A missing tensor, another shape than `shape`, and a type other than F32, F16 and
+    /// BF16 are model faults.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Values<'_>> {
         let entry = self
             .tensors
@@ -203,7 +217,7 @@ impl Checkpoint {
         }
     }
 
-    /// Compares the names with what the decoder reads; names every missing and every surplus tensor at once.
+    /// Compares the names with those that the decoder reads. The fault names missing and surplus tensors together.
     pub fn expect(&self, wanted: &BTreeSet<String>, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let wanted: BTreeSet<String> = wanted.iter().map(|name| language_name(name).into_owned()).collect();
         let ignored = |name: &str| ignored(name) || beside_language(name) || stored::is_part(name);
@@ -233,10 +247,11 @@ impl Checkpoint {
     }
 }
 
-/// Parts of names that wrappers of training put there, which say nothing of the model.
+/// Parts of names that training wrappers add and that say nothing about the model.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// A tensor's name without what `torch.compile` and data-parallel wrappers put into it when a state was saved through them.
+/// A tensor's name without the parts that `torch.compile` and data-parallel wrappers add if a state is saved
+/// through them.
 pub fn unwrapped(name: &str) -> Cow<'_, str> {
     let in_front = name.trim_start_matches("module.");
     if !in_front.split('.').any(|part| WRAPPERS.contains(&part)) {
@@ -246,7 +261,7 @@ pub fn unwrapped(name: &str) -> Cow<'_, str> {
     parts.join(".").trim_start_matches("module.").to_owned().into()
 }
 
-/// `language_model.model.x` and `model.language_model.x` are `model.x` of the language model inside.
+/// Maps `language_model.model.x` and `model.language_model.x` to `model.x` of the language model inside.
 fn language_name(name: &str) -> Cow<'_, str> {
     match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
         (Some(rest), _) => rest.into(),
@@ -260,7 +275,7 @@ fn beside_language(name: &str) -> bool {
     BESIDE_LANGUAGE.iter().any(|part| name.starts_with(part))
 }
 
-/// Says what is there instead, and how to come by safetensors.
+/// The fault for a folder without safetensors: it names the file found instead and says how to get safetensors.
 fn no_safetensors(folder: &Path) -> Fault {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> =
@@ -271,7 +286,7 @@ fn no_safetensors(folder: &Path) -> Fault {
     if let Some(name) = ending_with(&[".gguf", ".ggml"]) {
         return fault
             .at(format!("{name} is a file for inference"))
-            .help("take the model it was made from (base_model on its hub page), as safetensors");
+            .help("use the model it was made from (base_model on its hub page), as safetensors");
     }
     if let Some(name) = ending_with(&["adapter_model.safetensors", "adapter_model.bin"]) {
         return fault
@@ -281,7 +296,7 @@ fn no_safetensors(folder: &Path) -> Fault {
     if let Some(name) = ending_with(&[".bin", ".pt", ".pth", ".ckpt"]) {
         return fault.at(format!("{name} is a pickle, which may run code and is not read")).help(
             "save it as safetensors: transformers' from_pretrained(DIR).save_pretrained(NEW), \
-             or take a revision of the model that has them",
+             or use a revision of the model that has them",
         );
     }
     match ending_with(&[".safetensors"]) {
@@ -289,8 +304,8 @@ fn no_safetensors(folder: &Path) -> Fault {
             .at(format!("{name} is a shard without model.safetensors.index.json"))
             .help("download the whole model again"),
         Some(name) => fault
-            .at(format!("{name} is not a name that is looked for"))
-            .help("name a single file model.safetensors"),
+            .at(format!("hone does not look for the name {name}"))
+            .help("rename a single file to model.safetensors"),
         None => fault.help("a model folder holds config.json, tokenizer.json and *.safetensors"),
     }
 }
@@ -307,13 +322,14 @@ fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 impl<'a> Values<'a> {
-    /// As stored.
+    /// The bytes as stored.
     pub fn bytes(&self) -> &'a [u8] {
         match self {
             Values::F32(bytes) | Values::F16(bytes) | Values::Bf16(bytes) => bytes,
         }
     }
 
+    /// The stored type.
     pub fn dtype(&self) -> DType {
         match self {
             Values::F32(_) => DType::F32,
@@ -322,7 +338,7 @@ impl<'a> Values<'a> {
         }
     }
 
-    /// Widened to f32, exact for every stored type.
+    /// The values widened to f32, which is exact for every stored type.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             Values::F32(bytes) => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
@@ -335,7 +351,7 @@ impl<'a> Values<'a> {
         }
     }
 
-    /// As bf16, if stored so.
+    /// The values as bf16, if they are stored so.
     pub fn bf16(&self) -> Option<Vec<bf16>> {
         match self {
             Values::Bf16(bytes) => {
@@ -464,6 +480,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let index = r#"{"weight_map": {"a": "../model.safetensors"}}"#;
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        assert!(Checkpoint::open(folder.path()).unwrap_err().message.contains("leaves the folder"));
+        assert!(Checkpoint::open(folder.path()).unwrap_err().message.contains("is outside the folder"));
     }
 }

@@ -1,4 +1,5 @@
-//! Activation of the feed-forward: `h = f(gate) * up` from one matrix [T, 2F] that holds gate, then up, or `h = f(x)`.
+//! The activation of a feed-forward: `h = f(gate) * up` from one matrix [T, 2F] that holds gate, then up, or `h =
+//! f(x)`.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
@@ -63,7 +64,7 @@ pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tenso
     })
 }
 
-/// A function of one number, and its derivative beside it.
+/// A function of one number, with its derivative.
 trait Curve {
     fn value<T: Real>(x: T) -> T;
     fn value_and_slope<T: Real>(x: T) -> (T, T);
@@ -176,7 +177,7 @@ impl Curve for GeluErf {
     fn value<T: Real>(x: T) -> T {
         T::of(0.5) * x * (T::ONE + Real::erf(x * T::of(std::f64::consts::FRAC_1_SQRT_2)))
     }
-    /// P + x p: the normal distribution and its density.
+    /// P(x) + x p(x), with the normal distribution P and its density p.
     #[inline(always)]
     fn value_and_slope<T: Real>(x: T) -> (T, T) {
         const ROOT_TAU: f64 = 2.506_628_274_631_000_5;
@@ -186,7 +187,7 @@ impl Curve for GeluErf {
     }
 }
 
-/// The launches of `kernels/activation.cu`: one block a row.
+/// The launches of `kernels/activation.cu`: one block per row.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;

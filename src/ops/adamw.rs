@@ -1,4 +1,5 @@
-//! AdamW on one flat buffer (decoupled weight decay, Loshchilov and Hutter 2019), clipped by a norm that may lie on a GPU.
+//! AdamW on one flat buffer (decoupled weight decay, Loshchilov and Hutter 2019). It clips by a norm that may lie
+//! on a GPU.
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -7,40 +8,49 @@ use super::cpu::{self, Real};
 use super::number::Number;
 use crate::with_real;
 
-/// Elements a task takes.
+/// Elements per task.
 const CHUNK: usize = 16_384;
 
-/// One update's numbers.
+/// The numbers of one update.
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
+    /// Step size.
     pub learning_rate: f64,
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub epsilon: f64,
+    /// Share of a parameter, times the learning rate, that each update subtracts.
     pub weight_decay: f64,
-    /// 1 for the first update.
+    /// Number of the update, counted from 1; it corrects the moments' bias.
     pub step: u64,
-    /// Clip to this norm as torch does: factor max / (norm + 1e-6), at most 1.
+    /// Largest norm of the gradient. A larger gradient is scaled as torch does, by max / (norm + 1e-6).
     pub norm_max: Option<f64>,
 }
 
-/// The optimizer's memory: first and second moments, as long as the parameters.
+/// The optimizer's state: first and second moments, as long as the parameters.
 #[derive(Clone, Debug)]
 pub struct Moments {
+    /// Running mean of the gradient.
     pub first: Tensor,
+    /// Running mean of the squared gradient.
     pub second: Tensor,
 }
 
 impl Moments {
+    /// Moments of zero for `params`.
     pub fn zeros_like(params: &Tensor) -> Result<Moments> {
         Ok(Moments { first: params.zeros_like()?, second: params.zeros_like()? })
     }
 }
 
-/// Updates `params` and `moments` in place; the order of operations is torch's, and the gradient stays as it is.
+/// Updates `params` and `moments` in place. The order of operations is torch's; `grads` does not change.
 ///
-/// `squares` is the gradient's sum of squares, where it lies: nothing waits for a GPU. Where it is not finite nothing
-/// changes, so that who reads it later can stop. `copy` takes a GPU's parameters in bf16, for products.
+/// `squares` is the gradient's sum of squares. It is read on its own device, so nothing waits for a GPU. If it is
+/// not finite, the update changes nothing; the caller sees the value later and stops. On a GPU, `copy` receives the
+/// parameters in bf16, for products.
 pub fn step(
     params: &Tensor,
     grads: &Tensor,
@@ -90,12 +100,12 @@ pub fn step(
     })
 }
 
-/// Sum of squares, in f64; waits for a GPU.
+/// Sum of the squares in f64. Waits for a GPU.
 pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
     Number::squares(grads)?.value()
 }
 
-/// The launch of `kernels/adamw.cu`: four parameters a thread.
+/// The launch of `kernels/adamw.cu`: four parameters per thread.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::DType;
@@ -152,7 +162,7 @@ mod tests {
         }
     }
 
-    /// Three clipped updates, by the GPU in f32 and by the host in f64.
+    /// Three clipped updates: the GPU's in f32 equal the host's in f64.
     #[test]
     fn the_kernels_equal_the_host() -> Result<()> {
         judge::on_gpu(|gpu| {

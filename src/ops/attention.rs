@@ -1,9 +1,9 @@
-//! Causal attention over packed examples, grouped-query heads, optional window and soft cap; no score matrix
-//! outlives a block.
+//! Causal attention over packed examples, with grouped query heads, an optional window and an optional soft cap.
+//! Score matrices exist for one block at a time.
 //!
-//! Row i of an example sees rows j of the same example with `i - window < j <= i`. `qkv` is one matrix
-//! [T, (H + 2K) * D], its heads in the order of the checkpoint's rows (`Layout`). The backward pass computes the
-//! probabilities again from the kept logsumexp, block by block (Dao 2022).
+//! Row i of an example attends to rows j of the same example with `i - window < j <= i`. `qkv` is one matrix [T, (H
+//! + 2K) * D] whose heads stand in the order of the checkpoint's rows (`Layout`). The backward pass computes the
+//! probabilities again from the logsumexp that forward returned, block by block (Dao 2022).
 
 use std::ops::Range;
 
@@ -21,10 +21,10 @@ mod packing;
 
 pub use packing::Packing;
 
-/// Query rows of a block: scores of a block stay within the cache for lengths up to a few thousand.
+/// Query rows per block. The scores of a block stay within the CPU's cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
 
-/// The definition for one example, qkv [T, (H + 2K) * D] -> [T, H * D], in differentiable primitives.
+/// The definition for one example in differentiable primitives: qkv [T, (H + 2K) * D] -> [T, H * D].
 pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
     let rows = qkv.dim(0)?;
     let part = |at: &dyn Fn(usize) -> usize, count: usize| {
@@ -47,8 +47,8 @@ pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
     p.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads.query * heads.width))
 }
 
-/// qkv [T, (H + 2K) * D] after rope -> output [T, H * D] and logsumexp [H, T], which is f32 on a GPU. The examples cover
-/// 0..T.
+/// qkv [T, (H + 2K) * D] after rope -> output [T, H * D] and logsumexp [H, T], which is f32 on a GPU. The examples
+/// of `packing` cover rows 0..T.
 pub fn forward(
     qkv: &Tensor,
     heads: &Heads,
@@ -79,7 +79,7 @@ pub fn forward(
     })
 }
 
-/// The gradient of qkv, given the output and its gradient [T, H * D] and the forward pass's logsumexp.
+/// Returns the gradient of qkv from the output, its gradient (both [T, H * D]) and the logsumexp of `forward`.
 pub fn backward(
     d_out: &Tensor,
     qkv: &Tensor,
@@ -98,7 +98,7 @@ pub fn backward(
         let (qkv, out) = (&*cpu::read::<T>(qkv)?, &*cpu::read::<T>(out)?);
         let (d_out, lse) = (&*cpu::read::<T>(d_out)?, &*cpu::read::<T>(lse)?);
         let (width, stride) = (heads.width, heads.query * heads.width);
-        // One task takes all query heads of a key head, so that its gradient has one writer.
+        // One task takes all query heads of a key head, so that only one task writes the key head's gradient.
         let tasks = tasks(packing.examples(), heads.key);
         let blocks: Vec<Gradients<T>> = tasks
             .par_iter()
@@ -123,14 +123,14 @@ pub fn backward(
     })
 }
 
-/// Every (example, head), longest examples first so that threads end together.
+/// Every (example, head), longest examples first so that threads finish at about the same time.
 fn tasks(examples: &[Range<usize>], heads: usize) -> Vec<(Range<usize>, usize)> {
     let mut order: Vec<&Range<usize>> = examples.iter().collect();
     order.sort_by_key(|example| std::cmp::Reverse(example.len()));
     order.into_iter().flat_map(|example| (0..heads).map(move |head| (example.clone(), head))).collect()
 }
 
-/// Copies `block` [rows, width] into columns `at..at+width` of `matrix`'s rows.
+/// Copies `block` [rows, width] into columns `at..at+width` of the given rows of `matrix`.
 fn scatter<T: Copy>(
     matrix: &mut [T],
     stride: usize,
@@ -148,7 +148,7 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(BLOCK).map(move |from| from..(from + BLOCK).min(rows))
 }
 
-/// One head of one example: output [t, D] and logsumexp `[t]`.
+/// Attention of one head in one example: output [t, D] and logsumexp `[t]`.
 fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Precision) -> (Vec<T>, Vec<T>) {
     let (columns, width) = (heads.columns(), heads.width);
     let rows = qkv.len() / columns;
@@ -177,7 +177,7 @@ fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Preci
     (out, lse)
 }
 
-/// scores = scale * q k^T for a block of rows and its keys.
+/// `scores = scale * q k^T` for a block of rows and its keys.
 #[allow(clippy::too_many_arguments)]
 fn score<T: Real>(
     scores: &mut [T],
@@ -195,13 +195,13 @@ fn score<T: Real>(
     T::gemm(mnk, T::of(heads.scale), q, k, T::ZERO, scores, keys.len(), precision);
 }
 
-/// Columns of a score row that row i sees, counted from the block's first key.
+/// Columns of a score row that row i attends to, counted from the block's first key.
 fn seen(heads: &Heads, i: usize, keys: &Range<usize>) -> Range<usize> {
     let from = heads.window.map_or(0, |window| (i + 1).saturating_sub(window));
     from - keys.start..i + 1 - keys.start
 }
 
-/// Softmax over the seen columns, zero elsewhere; returns the logsumexp.
+/// Computes the softmax over the columns `seen` and sets the others to zero. Returns the logsumexp.
 #[inline(always)]
 fn softmax_row<T: Real>(row: &mut [T], softcap: Option<T>, seen: Range<usize>) -> T {
     if let Some(cap) = softcap {
@@ -220,7 +220,7 @@ fn softmax_row<T: Real>(row: &mut [T], softcap: Option<T>, seen: Range<usize>) -
     largest + T::of(sum.wide().ln())
 }
 
-/// What the backward pass of one example reads.
+/// The tensors of one example that the backward pass reads.
 struct Saved<'a, T> {
     qkv: &'a [T],
     out: &'a [T],
@@ -228,7 +228,7 @@ struct Saved<'a, T> {
     lse: &'a dyn Fn(usize) -> &'a [T],
 }
 
-/// Gradients of a key head's group in one example: query [t, G * D], key and value [t, D].
+/// Gradients of one key head's group in one example: query [t, G * D], key and value [t, D].
 struct Gradients<T> {
     query: Vec<T>,
     key: Vec<T>,
@@ -324,8 +324,8 @@ struct Factors<T> {
     softcap: Option<T>,
 }
 
-/// scores -> probabilities, and their gradient -> the scores' gradient: p * (dp - delta) * scale, and with a soft
-/// cap times the slope of its tanh.
+/// Turns scores into probabilities, and the gradient of the probabilities into that of the scores: `p * (dp -
+/// delta) * scale`, times the slope of tanh if there is a soft cap.
 #[inline(always)]
 fn score_gradient_row<T: Real>(
     p: &mut [T],
@@ -370,7 +370,8 @@ mod tests {
         layout: Layout::Blocked,
     };
 
-    /// One example, packed examples of odd lengths around the block size, GQA 1, 2, 4, windows, caps, both layouts.
+    /// One example and packed examples of odd lengths around the block size; GQA 1, 2 and 4; windows, caps, both
+    /// layouts.
     fn cases() -> Vec<(Heads, Vec<usize>)> {
         let heads = |query, key, width, window| Heads { query, key, width, window, ..PLAIN };
         let grouped = |heads: Heads| Heads { layout: Layout::Grouped, ..heads };
@@ -401,9 +402,10 @@ mod tests {
         Packing::new(examples)
     }
 
-    /// Widths of every kernel and between them, aligned and not; lengths on both sides of tiles; examples packed.
+    /// Head widths of every kernel and between them, aligned and not; lengths on both sides of a tile; packed
+    /// examples.
     fn gpu_cases() -> Vec<(Heads, Vec<usize>)> {
-        // Scores of about unit size: probabilities are neither all equal nor all of one key.
+        // Scores of about unit size, so that probabilities are neither all equal nor all on one key.
         let heads = |query, key, width: usize, window| {
             let scale = 1.5 / (width as f64).sqrt();
             Heads { query, key, width, window, scale, ..PLAIN }
@@ -424,7 +426,7 @@ mod tests {
             (capped(grouped(heads(4, 1, 128, None))), vec![127, 9]),
             (capped(heads(2, 1, 128, Some(40))), vec![200]),
             (capped(heads(2, 1, 256, None)), vec![65, 1]),
-            // Blocks enough for wide tiles.
+            // Enough blocks for wide tiles.
             (heads(2, 2, 128, None), [vec![130, 65], vec![1; 64]].concat()),
             (heads(2, 2, 200, Some(50)), [vec![65], vec![2; 65]].concat()),
         ]
@@ -435,8 +437,8 @@ mod tests {
         Tensor::cat(&packing.examples().iter().map(part).collect::<Result<Vec<_>>>()?, 0)
     }
 
-    /// Of what backward gives, in norm: three products in a row, the probabilities and their gradient rounded
-    /// between them, at 2^-9 each.
+    /// TOLERANCE for backward's results, in norm: three products in a row; the probabilities and their gradient are
+    /// rounded between them, by 2^-9 each.
     fn tolerances(dtype: candle_core::DType) -> (f64, f64) {
         match dtype {
             candle_core::DType::BF16 => (6e-3, 1e-2),

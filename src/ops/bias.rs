@@ -1,4 +1,4 @@
-//! Bias of a linear layer, written into or added to a column range. Frozen: no gradient.
+//! The bias of a linear layer, written or added into a range of columns. It is frozen and has no gradient.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::cpu;
 use crate::with_real;
 
-/// `y[:, at..at+N] = bias` or, with `add`, `+= bias`; bias `[N]`, y [T, at+N or wider].
+/// `y[:, at..at+N] = bias`, or `+= bias` with `add`: bias `[N]`, y [T, at+N or wider].
 pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
     let (n, (_, width)) = (bias.dims1()?, y.dims2()?);
     assert!(at + n <= width, "a bias of {n} at {at} of {width}");
@@ -28,7 +28,7 @@ pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
     })
 }
 
-/// The launch of `kernels/bias.cu`: one block a row; the bias is f32.
+/// The launch of `kernels/bias.cu`: one block per row; the bias is f32.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{DType, Result, Tensor};

@@ -1,7 +1,8 @@
-//! The border between tensors and slices on a CPU: view, edit, and loops compiled for the machine's vectors.
+//! CPU tensors as slices: reading, editing, and loops compiled for the machine's vector units.
 //!
-//! candle's own elementwise CPU operations are scalar and single-threaded, so hone's operations take the
-//! slices out and loop themselves. `f32` trains; `f64` judges (finite differences need its precision).
+//! candle's own elementwise operations on the CPU are scalar and single-threaded, so hone's operations take the
+//! slices and loop themselves. Training uses `f32`; tests of gradients use `f64`, whose precision finite
+//! differences need.
 
 use std::cell::RefCell;
 
@@ -13,20 +14,29 @@ use super::gemm::{self, Matrix};
 use super::matmul::Operand;
 use crate::facts::Precision;
 
-/// A number type the operations compute in: `f32` in training, `f64` in tests of gradients.
+/// A number type that operations compute in: `f32` in training, `f64` in tests of gradients.
 pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {
+    /// Zero.
     const ZERO: Self;
+    /// One.
     const ONE: Self;
+    /// Rounds `value` to this type.
     fn of(value: f64) -> Self;
+    /// The value as f64.
     fn wide(self) -> f64;
+    /// The exponential function.
     fn exp(self) -> Self;
+    /// The square root.
     fn sqrt(self) -> Self;
+    /// The hyperbolic tangent.
     fn tanh(self) -> Self;
+    /// The error function.
     fn erf(self) -> Self;
+    /// `self * a + b` with one rounding.
     fn fma(self, a: Self, b: Self) -> Self;
-    /// The larger one; NaN in `self` wins, so that a bad value is never hidden.
+    /// The larger of the two. If `self` is NaN the result is NaN, so that a bad value is never hidden.
     fn larger(self, other: Self) -> Self;
-    /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`, on the calling thread.
+    /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`, on the calling thread. Rows of `c` lie `c_row` elements apart.
     #[allow(clippy::too_many_arguments)]
     fn gemm(
         mnk: [usize; 3],
@@ -38,7 +48,7 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c_row: usize,
         precision: Precision,
     );
-    /// The same over stored operands and on all threads; see `ops::matmul`.
+    /// The same product over operands in their stored form and on all threads; see `ops::matmul`.
     #[allow(clippy::too_many_arguments)]
     fn product(
         mnk: [usize; 3],
@@ -50,7 +60,8 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c_row: usize,
         precision: Precision,
     );
-    /// `product` in which an element's bits depend on its row of `a` and column of `b` alone.
+    /// `product` whose result has, in each element, bits that depend only on that row of `a` and that column of
+    /// `b`.
     #[allow(clippy::too_many_arguments)]
     fn product_apart(
         mnk: [usize; 3],
@@ -62,30 +73,36 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c_row: usize,
         precision: Precision,
     );
-    /// The slice of a storage, to write.
+    /// Returns a storage's elements for writing. A storage of another type is an error.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
 
 /// A matrix inside a slice: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
 pub struct View<'a, T> {
+    /// The slice.
     pub data: &'a [T],
+    /// Distance between rows, in elements.
     pub row: usize,
+    /// Distance between columns, in elements.
     pub col: usize,
 }
 
 impl<'a, T> View<'a, T> {
+    /// A matrix whose rows are contiguous and lie `row` elements apart.
     pub fn rows(data: &'a [T], row: usize) -> View<'a, T> {
         View { data, row, col: 1 }
     }
 
+    /// The transpose of this view.
     pub fn transposed(self) -> View<'a, T> {
         View { data: self.data, row: self.col, col: self.row }
     }
 }
 
-/// Dense f32 products with a side this small (LoRA's) go to the `gemm` crate: hone's own kernel, made for wide
-/// ones, splits f32 into bf16 parts and spends its time packing there (figures in `benches/LOG.md`).
+/// LIMIT: dense f32 products with a side of at most this size (LoRA's) use the `gemm` crate. hone's own kernel is
+/// made for wide products: it splits f32 into bf16 parts and would spend its time packing (figures in
+/// `benches/LOG.md`).
 const SKINNY_MAX: usize = 64;
 
 impl<'a> View<'a, f32> {
@@ -95,7 +112,7 @@ impl<'a> View<'a, f32> {
 }
 
 impl<'a> Operand<'a, f32> {
-    /// Dequantised values are rounded as the reference rounds them: not at all in f32, to bf16 in bf16.
+    /// Rounds dequantised values as the reference does: not at all in f32, to bf16 in bf16.
     fn matrix(self, rows: usize, cols: usize, precision: Precision) -> Matrix<'a> {
         match self {
             Operand::View(view) => view.matrix(rows, cols),
@@ -125,10 +142,10 @@ impl Real for f32 {
     fn wide(self) -> f64 {
         self as f64
     }
-    /// Cephes' `expf`: reduction by ln 2 in two parts and a polynomial of degree six, at most 2 ulp from the
-    /// true value between -87.3 and 88.3, constant beyond. No branch, no call and no conversion to integers
-    /// (Rust's saturates, which is scalar code), so that a loop over it becomes vector code: 0.3 ns a value
-    /// against 5 ns of the library's, which would be a third of a training step in softmax and SiLU.
+    /// Cephes' `expf`: reduction by ln 2 in two parts and a polynomial of degree six. The error is at most 2 ulp
+    /// between -87.3 and 88.3; beyond, the result is constant. It has no branch, no call and no conversion to
+    /// integers (Rust's saturates, which compiles to scalar code), so a loop over it becomes vector code: 0.3 ns a
+    /// value against 5 ns of the library's, which would take a third of a training step in softmax and SiLU.
     #[inline(always)]
     fn exp(self) -> f32 {
         // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
@@ -149,8 +166,9 @@ impl Real for f32 {
     fn sqrt(self) -> f32 {
         f32::sqrt(self)
     }
-    /// Cephes' odd polynomial below 0.625, `1 - 2 / (exp(2x) + 1)` beyond, which becomes 1 exactly: at most 1e-7 from
-    /// the true value, and relative to it below. Vector code, as `exp` is: both forms, then a choice.
+    /// Cephes' odd polynomial below 0.625, and `1 - 2 / (exp(2x) + 1)` beyond, which reaches 1 exactly. The error
+    /// is at most 1e-7, and relative to the value below 0.625. Both forms are computed and one is chosen, so that
+    /// loops become vector code.
     #[inline(always)]
     fn tanh(self) -> f32 {
         const P: [f32; 5] = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
@@ -159,8 +177,8 @@ impl Real for f32 {
         let far = (1.0 - 2.0 / (Real::exp(2.0 * size) + 1.0)).copysign(self);
         if size < 0.625 { near } else { far }
     }
-    /// Cephes' odd polynomial below 1, Abramowitz and Stegun's 7.1.26 beyond, which becomes 1 exactly: at most
-    /// 1.8e-7 from the true value, and relative to it below. Vector code, as `tanh` is.
+    /// Cephes' odd polynomial below 1, and Abramowitz and Stegun's 7.1.26 beyond, which reaches 1 exactly. The
+    /// error is at most 1.8e-7, and relative to the value below 1. Loops become vector code, as for `tanh`.
     #[inline(always)]
     fn erf(self) -> f32 {
         const NEAR: [f32; 7] = [
@@ -220,7 +238,7 @@ impl Real for f32 {
         }
         Self::product_apart([m, n, k], alpha, a, b, beta, c, c_row, precision)
     }
-    /// hone's own kernels promise it (`ops/gemm`).
+    /// hone's own kernels guarantee this (`ops/gemm`).
     fn product_apart(
         [m, n, k]: [usize; 3],
         alpha: f32,
@@ -242,7 +260,7 @@ impl Real for f32 {
     }
 }
 
-/// Coefficients from the highest power on.
+/// Evaluates a polynomial; the coefficients begin with the highest power.
 #[inline(always)]
 fn polynomial<const N: usize>(x: f32, coefficients: &[f32; N]) -> f32 {
     let mut sum = coefficients[0];
@@ -291,7 +309,7 @@ impl Real for f64 {
     ) {
         library_gemm(mnk, alpha, a, b, beta, c, c_row, Parallelism::None);
     }
-    /// Expands both operands: the judge may be slow.
+    /// Expands both operands, because tests may be slow.
     fn product(
         mnk: [usize; 3],
         alpha: f64,
@@ -306,7 +324,7 @@ impl Real for f64 {
         let (a, b) = (a.expand(m, k), b.expand(k, n));
         library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row, Parallelism::None);
     }
-    /// A product for each row.
+    /// Computes one product per row.
     fn product_apart(
         mnk: [usize; 3],
         alpha: f64,
@@ -332,7 +350,8 @@ impl Real for f64 {
     }
 }
 
-/// The `gemm` crate, with its bounds checked here: f64, attention in f32, skinny products in f32.
+/// Calls the `gemm` crate after bounds checks. It computes f64 products, attention in f32, and skinny products in
+/// f32.
 #[allow(clippy::too_many_arguments)]
 fn library_gemm<T: Real>(
     [m, n, k]: [usize; 3],
@@ -351,8 +370,8 @@ fn library_gemm<T: Real>(
     assert!(c_row >= n && c.len() >= reach(m, n, c_row, 1), "output slice too short");
     assert!(k == 0 || a.data.len() >= reach(m, k, a.row, a.col), "left slice too short");
     assert!(k == 0 || b.data.len() >= reach(k, n, b.row, b.col), "right slice too short");
-    // SAFETY: the asserts above bound every element the call touches, and `c` is borrowed mutably.
-    // The crate computes `c = alpha * c + beta * a b`: its alpha is our beta.
+    // SAFETY: the asserts above bound every element that the call touches, and `c` is borrowed mutably. The crate
+    // computes `c = alpha * c + beta * a b`, so its alpha is hone's beta.
     unsafe {
         ::gemm::gemm(
             m,
@@ -378,7 +397,7 @@ fn library_gemm<T: Real>(
     }
 }
 
-/// Sums and maxima run in this many lanes: vector code, and a smaller rounding error than one running sum.
+/// Lanes of sums and maxima. Lanes make vector code, and a smaller rounding error than one running sum.
 const LANES: usize = 16;
 
 #[inline(always)]
@@ -394,6 +413,7 @@ fn fold_lanes<T: Real>(mut lanes: [T; LANES]) -> T {
     lanes[0]
 }
 
+/// Sum of the elements.
 #[inline(always)]
 pub fn sum<T: Real>(x: &[T]) -> T {
     let (chunks, rest) = x.as_chunks::<LANES>();
@@ -410,7 +430,7 @@ pub fn sum<T: Real>(x: &[T]) -> T {
     )
 }
 
-/// sum of x * y
+/// Sum of x * y.
 #[inline(always)]
 pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
     let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -427,7 +447,7 @@ pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
     )
 }
 
-/// sum of x * y * z
+/// Sum of x * y * z.
 #[inline(always)]
 pub fn dot3<T: Real>(x: &[T], y: &[T], z: &[T]) -> T {
     let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -446,7 +466,7 @@ pub fn dot3<T: Real>(x: &[T], y: &[T], z: &[T]) -> T {
     )
 }
 
-/// The largest value; NaN if there is one.
+/// The largest value, or NaN if there is one. `x` must not be empty.
 #[inline(always)]
 pub fn largest<T: Real>(x: &[T]) -> T {
     let (chunks, rest) = x.as_chunks::<LANES>();
@@ -463,7 +483,7 @@ pub fn largest<T: Real>(x: &[T]) -> T {
     )
 }
 
-/// Runs `body` with `T` bound to the tensor's number type.
+/// Runs `body` with `T` bound to the tensor's number type. Types other than f32 and f64 are an error.
 #[macro_export]
 macro_rules! with_real {
     ($tensor:expr, $T:ident => $body:expr) => {
@@ -481,14 +501,14 @@ macro_rules! with_real {
     };
 }
 
-/// A contiguous tensor's elements, to read.
+/// The elements of a contiguous CPU tensor, for reading.
 pub struct Read<'a, T> {
     storage: candle_core::StorageRef<'a>,
     range: std::ops::Range<usize>,
     kind: std::marker::PhantomData<T>,
 }
 
-/// Opens a contiguous CPU tensor for reading; it derefs to a slice.
+/// Opens a contiguous CPU tensor for reading. The result derefs to a slice.
 pub fn read<T: WithDType>(tensor: &Tensor) -> Result<Read<'_, T>> {
     let (storage, layout) = tensor.storage_and_layout();
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
@@ -509,8 +529,8 @@ impl<T: WithDType> std::ops::Deref for Read<'_, T> {
     }
 }
 
-/// Changes a contiguous tensor's elements in place. Nothing else may view the same storage meanwhile: candle
-/// guards storages by a lock, so a `Read` of the same storage held across this call would wait for ever.
+/// Changes the elements of a contiguous tensor in place. Nothing else may view the same storage at that time:
+/// candle guards storages by a lock, so a `Read` of the same storage held during this call would deadlock.
 pub fn edit<T: Real, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<F, R>(RefCell<(Option<F>, Option<R>)>, std::marker::PhantomData<R>);
     struct Typed<T, F, R>(Edit<F, R>, std::marker::PhantomData<T>);
@@ -532,17 +552,17 @@ pub fn edit<T: Real, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> R
     Ok(op.0.0.into_inner().1.expect("the operation ran"))
 }
 
-/// A new tensor from elements.
+/// Makes a CPU tensor from elements.
 pub fn tensor<T: WithDType>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape.into(), &candle_core::Device::Cpu)
 }
 
-/// Elements of any CPU tensor as f64, for tests and small sums.
+/// Returns the elements of any CPU tensor as f64, for tests and small sums.
 pub fn to_f64(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-/// Compiles the closure once for each vector width and runs the widest this machine has.
+/// Compiles the closure once for each vector width and runs the widest version that this machine supports.
 #[inline(always)]
 pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)

@@ -1,8 +1,9 @@
-//! Cross-entropy of the next token over an output head, in chunks of rows: all logits never exist at once.
+//! Cross-entropy of the next token over an output head, in chunks of rows, so that the logits of all rows never
+//! exist at once.
 //!
-//! `loss = sum over rows of logsumexp(h W^T) - (h W^T)[target]`; the caller divides by the supervised tokens
-//! of the whole optimizer step. The logits' gradient, softmax minus one-hot, replaces them in place. On a GPU the loss
-//! stays there until someone asks for it.
+//! `loss = sum over rows of logsumexp(h W^T) - (h W^T)[target]`; the caller divides by the number of supervised
+//! tokens in the whole optimizer step. The gradient of the logits, softmax minus one-hot, replaces them in place.
+//! On a GPU the loss stays there until it is read.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -14,37 +15,39 @@ use super::number::Number;
 use crate::facts::Precision;
 use crate::with_real;
 
-/// Logits held at a time: on a CPU what its caches hold, on a GPU enough rows (4,186 of 32,064 logits in bf16) that the
-/// head is read once a step and its products fill the device.
+/// LIMIT: bytes of logits at a time. On a CPU they fit its caches. On a GPU they are enough rows (4,186 of 32,064
+/// logits in bf16) that the head is read once per step and its products fill the device.
 const CHUNK_BYTES_MAX: usize = 16 << 20;
 const GPU_CHUNK_BYTES_MAX: usize = 256 << 20;
 
-/// The output head: `logits = scale * h W^T + bias`, then `cap * tanh(logits / cap)` where there is a cap.
+/// The output head: `logits = scale * h W^T + bias`, then `cap * tanh(logits / cap)` if there is a cap.
 #[derive(Clone, Debug)]
 pub struct Head {
-    /// [V, C]
+    /// The weight [V, C].
     pub weight: Weight,
-    /// `[V]` (phi-2)
+    /// The bias `[V]` (phi-2).
     pub bias: Option<Tensor>,
-    /// 1, or less (Granite).
+    /// Factor on the products; below 1 in Granite.
     pub scale: f64,
-    /// Gemma 2.
+    /// Soft cap of the logits (Gemma 2).
     pub softcap: Option<f64>,
 }
 
 impl Head {
+    /// A head without bias, factor or cap.
     pub fn plain(weight: Weight) -> Head {
         Head { weight, bias: None, scale: 1.0, softcap: None }
     }
 
-    /// `scale * h W^T + bias` in the first V of `columns` columns, before the cap; the others are not written.
+    /// `scale * h W^T + bias` before the cap, in the first V of `columns` columns. The other columns are not
+    /// written.
     fn product(&self, hidden: &Tensor, columns: usize, precision: Precision) -> Result<Tensor> {
         let (logits, beta) = self.biased(hidden, columns)?;
         matmul::forward(hidden, &self.weight, self.scale, &logits, 0, beta, precision)?;
         Ok(logits)
     }
 
-    /// Logits that hold the bias, if there is one, and the factor on them.
+    /// Returns logits that hold the bias, if there is one, and the factor (beta) for adding to them.
     fn biased(&self, hidden: &Tensor, columns: usize) -> Result<(Tensor, f64)> {
         let logits = super::unwritten((hidden.dim(0)?, columns), hidden.dtype(), hidden.device())?;
         if let Some(bias) = &self.bias {
@@ -61,12 +64,12 @@ pub fn formula(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     (log_sum - logits.gather(&targets.unsqueeze(1)?, 1)?)?.sum_all()
 }
 
-/// hidden [rows, C], one target a row -> the sum of losses.
+/// hidden [rows, C] and one target per row -> the sum of the losses.
 pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precision) -> Result<Number> {
     each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))
 }
 
-/// As `forward`, and the gradient of `scale * loss` with respect to hidden, [rows, C].
+/// Returns the loss of `forward`, and the gradient of `scale * loss` with respect to hidden, [rows, C].
 pub fn forward_backward(
     hidden: &Tensor,
     head: &Head,
@@ -91,7 +94,8 @@ pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
     }
 }
 
-/// The loss; with `scale`, `body` takes each chunk's gradient of `scale * loss` in its logits' place, and its first row.
+/// Returns the loss. With `scale`, `body` receives each chunk's gradient of `scale * loss` (it replaces the logits)
+/// and the chunk's first row.
 fn each_chunk(
     hidden: &Tensor,
     head: &Head,
@@ -131,7 +135,7 @@ fn each_chunk(
     Ok(Number::Here(loss))
 }
 
-/// Sum of the rows' losses; with `scale`, the logits become the gradient of scale * loss.
+/// Returns the sum of the rows' losses. With `scale`, the logits become the gradient of scale * loss.
 fn rows_loss(logits: &Tensor, targets: &[u32], softcap: Option<f64>, scale: Option<f64>) -> Result<f64> {
     let vocab = logits.dim(1)?;
     with_real!(logits, T => {
@@ -156,7 +160,7 @@ fn rows_loss(logits: &Tensor, targets: &[u32], softcap: Option<f64>, scale: Opti
     })
 }
 
-/// Caps the logits and keeps the slope at each, 1 - tanh^2.
+/// Caps the logits and stores the slope of the cap at each, 1 - tanh^2.
 #[inline(always)]
 fn cap_row<T: Real>(row: &mut [T], cap: T, slopes: &mut Vec<T>) {
     slopes.resize(row.len(), T::ZERO);
@@ -167,7 +171,7 @@ fn cap_row<T: Real>(row: &mut [T], cap: T, slopes: &mut Vec<T>) {
     }
 }
 
-/// With `scale`, the logits become scale * (softmax - one-hot).
+/// Returns the loss of one row. With `scale`, the logits become scale * (softmax - one-hot).
 #[inline(always)]
 fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
     let largest = cpu::largest(row);
@@ -184,7 +188,7 @@ fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
     sum.wide().ln() + largest.wide() - at_target.wide()
 }
 
-/// Logits [rows, V] themselves; for tests and generation.
+/// Returns the logits [rows, V], for tests and generation.
 pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
     capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
 }
@@ -208,32 +212,33 @@ fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
     super::rows::convert(&logits, dtype)
 }
 
-/// The launches of `kernels/cross_entropy.cu`: one block a row.
+/// The launches of `kernels/cross_entropy.cu`: one block per row.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
-    /// Logits lie this many columns apart, so that every row begins on 16 bytes.
+    /// Distance between rows of logits, in elements, so that every row begins at a multiple of 16 bytes.
     pub fn columns(vocab: usize) -> usize {
         vocab.next_multiple_of(8)
     }
 
-    /// Targets of all rows, and their losses as the chunks come by.
+    /// The targets of all rows, and their losses as chunk after chunk is computed.
     pub struct Losses {
         targets: Tensor,
         losses: Tensor,
     }
 
     impl Losses {
+        /// Uploads the targets and clears the losses.
         pub fn new(targets: &[u32], device: &Device) -> Result<Losses> {
             let losses = Tensor::zeros(targets.len().max(1), DType::F32, device)?;
-            // Without a row there is nothing to send, and the one loss stays 0.
+            // Without rows nothing can be uploaded, and the one loss stays 0.
             let targets = cuda::upload(if targets.is_empty() { &[0] } else { targets }, device)?;
             Ok(Losses { targets, losses })
         }
 
-        /// The losses of the rows `from..` and, with `scale`, their logits' gradient in place.
+        /// Computes the losses of the rows from `from` on. With `scale`, their logits become the gradient.
         pub fn rows(
             &self,
             logits: &Tensor,
@@ -250,6 +255,7 @@ mod gpu {
             launch.launch((rows, 1, 1), 512, 0)
         }
 
+        /// The sum of all rows' losses.
         pub fn sum(&self) -> Result<Number> {
             crate::ops::number::gpu::sum(&[&self.losses])
         }
@@ -298,7 +304,7 @@ mod tests {
         judge::same(&dh, &judge::gradient(hidden, &expected, &scale)?, 1e-12)
     }
 
-    /// Odd widths, more columns than one round of a block's threads, caps, biases; and no row at all.
+    /// Odd widths, more columns than one round of a block's threads, caps, biases, and a case without rows.
     #[test]
     fn the_kernels_equal_the_formula() -> Result<()> {
         judge::on_gpu(|gpu| {
@@ -340,7 +346,7 @@ mod tests {
         let head = Head { weight: Weight::Dense(gpu.put(&weight)?), bias, scale, softcap };
         let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, 0.25, Precision::F32)?;
         let (loss, expected_loss) = (loss.value()?, expected.to_scalar::<f64>()?);
-        // TOLERANCE: bf16 logits of some units are rounded to 2^-8 of themselves.
+        // TOLERANCE: bf16 logits of a few units are rounded to 2^-8 of themselves.
         let tolerance = if gpu.dtype == DType::F32 { 1e-5 } else { 1e-2 };
         assert!((loss - expected_loss).abs() <= tolerance * expected_loss.max(1.0), "{loss} {expected_loss}");
         assert_eq!(forward(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?.value()?, loss);

@@ -1,5 +1,5 @@
-//! Dropout from counters: the mask is a function of (row key, site, column), so the backward pass makes it again
-//! instead of keeping it, and packing examples differently does not change it.
+//! Dropout from counters. The mask is a function of (row key, site, column), so the backward pass computes it again
+//! instead of keeping it, and packing examples in another way does not change it.
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
@@ -7,14 +7,15 @@ use rayon::prelude::*;
 use super::cpu::{self, Real};
 use crate::with_real;
 
-/// One number a row, an example's token in a given epoch, where the rows are: `[T]`, the bits of u64 in i64.
+/// Uploads the rows' keys, one number for each token of an example in a given epoch, to the rows' device: `[T]`, the
+/// bits of u64 in i64.
 pub fn keys(keys: &[u64], device: &Device) -> Result<Tensor> {
     let bits: Vec<i64> = keys.iter().map(|key| key.cast_signed()).collect();
     Tensor::from_vec(bits, keys.len(), device)
 }
 
-/// x [T, C] -> x * mask / (1 - p), with the rows' `keys`. The map is linear and symmetric, so the same call maps
-/// gradients back.
+/// x [T, C] -> x * mask / (1 - p), with one of `keys` per row. The map is linear and symmetric, so the same call
+/// also maps gradients back.
 pub fn apply(x: &Tensor, p: f64, keys: &Tensor, site: u64) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     assert!(
@@ -22,7 +23,7 @@ pub fn apply(x: &Tensor, p: f64, keys: &Tensor, site: u64) -> Result<Tensor> {
         "dropout of {p} on {rows} rows, {} keys",
         keys.elem_count()
     );
-    // An element falls out when the top 32 bits of its hash are below p * 2^32.
+    // An element is dropped if the top 32 bits of its hash are below p * 2^32.
     let threshold = (p * 4_294_967_296.0) as u64;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -52,7 +53,7 @@ pub fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// The launch of `kernels/dropout.cu`: one block a row.
+/// The launch of `kernels/dropout.cu`: one block per row.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{DType, Result, Tensor};
@@ -104,7 +105,7 @@ mod tests {
         assert!((y.mean_all()?.to_scalar::<f64>()? - 1.0).abs() < 0.01);
         assert_eq!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 3)?)?);
         assert_ne!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 4)?)?);
-        // A row's mask follows its key, wherever the row stands.
+        // The mask follows the key, wherever the row stands.
         let reversed = on_host((0..64).rev().collect())?;
         let moved = apply(&x, 0.1, &reversed, 3)?;
         assert_eq!(y.get(5)?.to_vec1::<f64>()?, moved.get(58)?.to_vec1::<f64>()?);

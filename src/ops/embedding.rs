@@ -1,9 +1,9 @@
-//! Embedding: rows of a table, widened to the type the layers compute in. The table is frozen.
+//! Embedding: rows of a frozen table, widened to the type that the layers compute in.
 
 use candle_core::{DType, Device, Result, Tensor};
 
-/// table [V, C] in any float type, ids below V -> [ids, C] in `dtype` on `device`, times `factor`. The table may stay on
-/// the host while the layers compute on a GPU: a batch takes few of its rows.
+/// table [V, C] in any float type, ids below V -> [ids, C] in `dtype` on `device`, times `factor`. The table may
+/// stay on the host while the layers compute on a GPU, because a batch needs few of its rows.
 pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &Device) -> Result<Tensor> {
     let vocab = table.dim(0)?;
     assert!(ids.iter().all(|&id| (id as usize) < vocab), "token ids below {vocab}");
@@ -17,7 +17,7 @@ pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &
     scaled.to_device(device)
 }
 
-/// The launch of `kernels/embedding.cu`: one block a row.
+/// The launch of `kernels/embedding.cu`: one block per row.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;

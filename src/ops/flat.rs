@@ -1,11 +1,11 @@
-//! Flat buffers of parameters, gradients and moments: filled and cleared in place, wherever they lie.
+//! Flat buffers of parameters, gradients and moments: filled and cleared in place on any device.
 
 use candle_core::{Result, Tensor, bail};
 
 use super::cpu;
 use crate::with_real;
 
-/// Fills `target` with the values of `source`, of the same size and type, on any device.
+/// Fills `target` with the values of `source`, which has the same size and type and may lie on any device.
 pub fn write(target: &Tensor, source: &Tensor) -> Result<()> {
     if (target.elem_count(), target.dtype()) != (source.elem_count(), source.dtype()) {
         bail!("{:?} {:?} into {:?} {:?}", source.dims(), source.dtype(), target.dims(), target.dtype());
@@ -43,7 +43,7 @@ mod gpu {
         let bytes = target.elem_count() * target.dtype().size_in_bytes();
         let (to, from) = (cuda::address(target, 0)?, cuda::address(source, 0)?);
         stream.context().bind_to_thread().w()?;
-        // SAFETY: both tensors have `bytes` bytes from their addresses on.
+        // SAFETY: both tensors hold `bytes` bytes from their addresses on.
         unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w()
     }
 
@@ -51,7 +51,7 @@ mod gpu {
         let stream = cuda::device(target)?.cuda_stream();
         let bytes = target.elem_count() * target.dtype().size_in_bytes();
         stream.context().bind_to_thread().w()?;
-        // SAFETY: the tensor has `bytes` bytes from its address on; zero bits are zero in every type.
+        // SAFETY: the tensor holds `bytes` bytes from its address on; zero bits are zero in every type.
         unsafe { result::memset_d8_async(cuda::address(target, 0)?, 0, bytes, stream.cu_stream()) }.w()
     }
 }

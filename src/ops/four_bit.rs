@@ -1,9 +1,9 @@
-//! 4-bit block quantisation exactly as bitsandbytes stores it: NF4 and FP4, plain or double-quantised scales.
+//! 4-bit block quantisation, bit for bit as bitsandbytes stores it: NF4 and FP4, plain or double-quantised scales.
 //!
-//! A weight [N, K] is taken as one flat row of N*K values, in blocks of 64. Each block keeps its largest
-//! absolute value (`absmax`) and for each value the 4-bit index of the nearest code of value/absmax; value
-//! 2i sits in the *high* nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits, in
-//! blocks of 256, by the signed dynamic map. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
+//! A weight [N, K] is one flat row of N*K values in blocks of 64. Each block stores its largest absolute value
+//! (`absmax`) and, for each value, the 4-bit index of the code nearest to value/absmax. Value 2i is in the *high*
+//! nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits by the signed dynamic map, in
+//! blocks of 256. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, bail};
@@ -65,7 +65,7 @@ impl Code {
         }
     }
 
-    /// Indices in ascending order of their values, ties in the order of the index.
+    /// Indices in ascending order of their values; equal values are ordered by index.
     fn ascending(self) -> [u8; 16] {
         let values = self.values();
         let mut order: [u8; 16] = std::array::from_fn(|i| i as u8);
@@ -74,16 +74,18 @@ impl Code {
     }
 }
 
-/// Scales of a weight's blocks.
+/// The scales of a weight's blocks.
 #[derive(Clone, Debug)]
 pub enum Absmax {
-    /// `[blocks]` f32.
+    /// f32 `[blocks]`.
     Plain(Tensor),
+    /// Double-quantised scales.
     Nested {
-        /// `[blocks]` u8, index into the dynamic map.
+        /// Index into the dynamic map, u8 `[blocks]`.
         codes: Tensor,
-        /// [blocks / 256] f32.
+        /// Scale of each block of 256 scales, f32 [blocks / 256].
         absmax: Tensor,
+        /// The mean that was subtracted from all scales.
         offset: f32,
     },
 }
@@ -91,12 +93,17 @@ pub enum Absmax {
 /// A quantised weight [rows, cols].
 #[derive(Clone, Debug)]
 pub struct FourBit {
+    /// The 16 values.
     pub code: Code,
+    /// Rows of the weight (N).
     pub rows: usize,
+    /// Columns of the weight (K).
     pub cols: usize,
+    /// Values that share one scale.
     pub block: usize,
-    /// [ceil(rows * cols / 2)] u8.
+    /// Two indices per byte, u8 [ceil(rows * cols / 2)].
     pub packed: Tensor,
+    /// The scale of each block.
     pub absmax: Absmax,
 }
 
@@ -120,7 +127,7 @@ impl FourBit {
         let blocks = values.len().div_ceil(block);
         let mut packed = vec![0u8; values.len().div_ceil(2)];
         let mut scales = vec![0f32; blocks];
-        // 64 blocks a task: enough work to be worth handing out.
+        // 64 blocks per task are enough work for a task.
         let group = 64;
         packed
             .par_chunks_mut(group * block / 2)
@@ -141,8 +148,9 @@ impl FourBit {
         Ok(FourBit { code, rows, cols, block, packed, absmax })
     }
 
-    /// Quantises on the GPU where `source` lies, to the same bits: row-major values in `stored` (f32, f16 or bf16), or
-    /// the bytes of such values. Waits for the scales: their second level is the host's work.
+    /// Quantises on the GPU where `source` lies, to the same bits. `source` holds row-major values of type `stored`
+    /// (f32, f16 or bf16), or the bytes of such values. Waits for the scales, because the host computes their
+    /// second level.
     #[cfg(feature = "cuda")]
     pub fn quantize_on_gpu(
         source: &Tensor,
@@ -154,13 +162,13 @@ impl FourBit {
         gpu::quantize(source, stored, (rows, cols), code, double, BLOCK)
     }
 
-    /// The weight [rows, cols] on its GPU in f32 or bf16, rounded once.
+    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once.
     #[cfg(feature = "cuda")]
     pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
         gpu::dequantize(self, dtype)
     }
 
-    /// The scale of each block, double quantisation undone: `map[code]` * absmax + offset in f32.
+    /// The scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
     pub fn scales(&self) -> Result<Vec<f32>> {
         match &self.absmax {
             Absmax::Plain(absmax) => absmax.to_vec1(),
@@ -187,7 +195,7 @@ impl FourBit {
         Ok(out)
     }
 
-    /// The same weight on another device.
+    /// Returns the same weight on another device.
     pub fn to_device(&self, device: &Device) -> Result<FourBit> {
         let absmax = match &self.absmax {
             Absmax::Plain(absmax) => Absmax::Plain(absmax.to_device(device)?),
@@ -200,14 +208,14 @@ impl FourBit {
         Ok(FourBit { packed: self.packed.to_device(device)?, absmax, ..self.clone() })
     }
 
-    /// Bytes this weight takes.
-    /// Of a weight [rows, cols] that is not there yet.
+    /// Bytes that a weight [rows, cols] would take.
     pub fn bytes_of(rows: usize, cols: usize, double: bool) -> usize {
         let blocks = (rows * cols).div_ceil(BLOCK);
         let scales = if double { blocks + blocks.div_ceil(NESTED_BLOCK) * 4 + 4 } else { blocks * 4 };
         (rows * cols).div_ceil(2) + scales
     }
 
+    /// Bytes that this weight takes.
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {
             Absmax::Plain(absmax) => absmax.elem_count() * 4,
@@ -217,14 +225,16 @@ impl FourBit {
     }
 }
 
-/// Values `from..to` of a weight hold one that is NaN or infinite.
+/// Values `from..to` of a weight contain a NaN or an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
+    /// Flat index of the first value of the range.
     pub from: usize,
+    /// Flat index behind the last value of the range.
     pub to: usize,
 }
 
-/// The nearest code of a value in [-1, 1]: 15 midpoints between the ascending codes.
+/// Finds the code nearest to a value in [-1, 1] by the 15 midpoints between the ascending codes.
 struct Nearest {
     bounds: [f32; 15],
     order: [u8; 16],
@@ -237,15 +247,15 @@ impl Nearest {
         Nearest { bounds: std::array::from_fn(|i| (value(i) + value(i + 1)) / 2.0), order }
     }
 
-    /// A value on a midpoint takes the lower code, as `torch.bucketize` does.
+    /// Returns the index of the nearest code. A value on a midpoint gets the lower code, as in `torch.bucketize`.
     #[inline(always)]
     fn index(&self, scaled: f32) -> u8 {
         let above: u8 = self.bounds.iter().map(|&bound| u8::from(scaled > bound)).sum();
         self.order[above as usize]
     }
 
-    /// Fills `packed` and returns the block's absmax. Full blocks multiply by the reciprocal and the last,
-    /// partial one divides: the reference does so, and the codes at the midpoints depend on it.
+    /// Fills `packed` and returns the block's absmax. Full blocks multiply by the reciprocal and a last, partial
+    /// block divides: the reference does so, and codes at the midpoints depend on it.
     fn quantize_block(&self, values: &[f32], packed: &mut [u8], full: bool) -> f32 {
         let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let floor = largest.max(1e-38);
@@ -262,9 +272,10 @@ impl Nearest {
 
 /// Double quantisation of block scales.
 ///
-/// The reference (bitsandbytes' `quantize_cpu`) looks codes up in a table of 65,536 cells, so a scale is first
-/// rounded to that grid and then to the nearest code; near a midpoint this decides the code (5 of 15 recorded
-/// vectors hold such a scale). On a GPU it compares exactly: there a code in some thousands differs by one.
+/// The reference (bitsandbytes' `quantize_cpu`) looks codes up in a table of 65,536 cells. A scale is therefore
+/// first rounded to that grid and then to the nearest code, which decides the code of a scale near a midpoint (5 of
+/// 15 recorded vectors have such a scale). On a GPU bitsandbytes compares exactly, so that one code in some
+/// thousands differs by one.
 fn nest(scales: &[f32]) -> Result<Absmax> {
     const CELLS: f32 = 65_535.0;
     let offset = mean(scales);
@@ -279,7 +290,7 @@ fn nest(scales: &[f32]) -> Result<Absmax> {
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
     for block in scales.chunks(NESTED_BLOCK) {
         let largest = block.iter().fold(0f32, |largest, scale| largest.max((scale - offset).abs()));
-        // A block of equal scales divides 0 by 0: NaN finds code 0, as in the reference, and times 0 is 0.
+        // A block of equal scales divides 0 by 0. NaN gets code 0, as in the reference, and times 0 it is 0.
         codes.extend(block.iter().map(|scale| nearest((scale - offset) / largest)));
         nested.push(largest);
     }
@@ -287,9 +298,9 @@ fn nest(scales: &[f32]) -> Result<Absmax> {
     Ok(Absmax::Nested { codes: cpu::tensor(codes, scales.len())?, absmax, offset })
 }
 
-/// The mean with torch's order of additions on one CPU thread: eight lanes, four rows of them side by side,
-/// partial sums cascading through four levels. The order decides the last bit of the offset, and that one
-/// moves scales between codes: a plain f64 mean gave another offset in 1 of the 15 recorded vectors.
+/// The mean in torch's order of additions on one CPU thread: eight lanes, four vectors at a time, partial sums that
+/// cascade through four levels. The order decides the last bit of the offset, and that bit moves scales between
+/// codes: a plain f64 mean gave another offset in 1 of the 15 recorded vectors.
 fn mean(values: &[f32]) -> f32 {
     const LANES: usize = 8;
     const ROWS: usize = 4;
@@ -319,14 +330,14 @@ fn mean(values: &[f32]) -> f32 {
     sum / values.len() as f32
 }
 
-/// The 8-bit signed dynamic map (bitsandbytes `create_dynamic_map`): seven decades, each split evenly, with
-/// more values in the larger ones; 0 and 1 included. In f32 step by step, since its midpoints decide codes.
+/// The 8-bit signed dynamic map (bitsandbytes' `create_dynamic_map`): seven decades, each divided evenly, with more
+/// values in the larger ones; 0 and 1 are included. Each step is in f32, because the midpoints decide codes.
 pub fn dynamic_map() -> [f32; 256] {
     const DECADES: i32 = 7;
     let mut map = vec![0f32, 1.0];
     for decade in 0..DECADES {
         let points = (1usize << decade) + 1;
-        // Evenly spaced from 0.1 to 1, from both ends with one rounding each, as torch.linspace does.
+        // Evenly spaced from 0.1 to 1, counted from both ends with one rounding each, as torch.linspace does.
         let step = (1.0f32 - 0.1) / (points - 1) as f32;
         let at = |i: usize| match i < points / 2 {
             true => step.mul_add(i as f32, 0.1),
@@ -349,9 +360,9 @@ mod gpu {
     use crate::ops::cuda::{self, Launch};
 
     const THREADS: usize = 256;
-    /// Values a thread of `dequantize` takes.
+    /// Values per thread of `dequantize`.
     const VALUES: usize = 32;
-    /// Blocks a thread block of `quantize` takes, one a warp.
+    /// Blocks per thread block of `quantize`, one per warp.
     const WARPS: usize = THREADS / 32;
 
     pub fn quantize(
@@ -381,7 +392,7 @@ mod gpu {
         let launch = launch.long(values as u64).int(block).int(code as usize);
         launch.launch((blocks.div_ceil(WARPS), 1, 1), THREADS, 0)?;
         let host = cuda::download::<f32>(&scales)?;
-        // The kernel gives a block with a value that is not finite the scale NaN.
+        // The kernel stores NaN as the scale of a block with a value that is not finite.
         if let Some(at) = host.iter().position(|scale| !scale.is_finite()) {
             return Ok(Err(NotFinite { from: at * block, to: values.min((at + 1) * block) }));
         }
@@ -422,8 +433,8 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     use candle_core::DType;
 
-    /// The recorded vectors and random ones of all sizes around a block, in the three types of checkpoints: the GPU's
-    /// packed bytes, scales and values are the CPU's.
+    /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of checkpoints: the
+    /// GPU's packed bytes, scales and values equal the CPU's.
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernels_bits_equal_the_cpus() -> Result<()> {
@@ -438,7 +449,7 @@ mod tests {
         for (i, count) in [1, 7, 63, 64, 65, 513, 4097, 20_011].into_iter().enumerate() {
             weights.push(judge::random((1, count), i as u64)?.to_dtype(stored[i % 3])?.detach());
         }
-        // f16's smallest and largest values, zeros of both signs.
+        // f16's smallest and largest values, and zeros of both signs.
         let extremes = [5.96e-8f32, -6.1e-5, 65_504.0, -0.0, 0.0, 3.05e-5, 1.0, -1.0];
         weights.push(Tensor::from_slice(&extremes, (1, 8), &Device::Cpu)?.to_dtype(DType::F16)?);
         for weight in weights {
@@ -480,7 +491,7 @@ mod tests {
         Ok(())
     }
 
-    /// All 256 codes of a scale: the map that the kernel computes is the table.
+    /// The map that the kernel computes equals the table for all 256 codes of a scale.
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernels_map_is_the_table() -> Result<()> {
@@ -491,7 +502,7 @@ mod tests {
             absmax: Tensor::ones(1, DType::F32, &Device::Cpu)?.to_device(&device)?,
             offset: 0.0,
         };
-        // Index 15 stands for 1.
+        // Index 15 is the value 1.
         let packed = Tensor::from_vec(vec![0xffu8; 256 * 32], 256 * 32, &device)?;
         let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax };
         let found = weight.dequantize_on_gpu(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
@@ -519,8 +530,8 @@ mod tests {
         Ok(())
     }
 
-    /// Vectors made with bitsandbytes 0.50.2: partial blocks, odd counts, zero blocks, outliers, values on
-    /// each decision boundary, more than 256 blocks, bf16 and f16 inputs, FP4, blocks of 128.
+    /// Vectors made with bitsandbytes 0.50.2: partial blocks, odd counts, zero blocks, outliers, values on each
+    /// decision boundary, more than 256 blocks, bf16 and f16 inputs, FP4, blocks of 128.
     #[test]
     fn bits_equal_bitsandbytes() -> Result<()> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/_nf4/nf4_vectors.safetensors");
@@ -551,7 +562,7 @@ mod tests {
             );
             assert_eq!(codes.to_vec1::<u8>()?, bytes(&format!("{case}.absmax_u8"))?, "{case}: nested codes");
             for (quantized, name) in [(&plain, "dq_plain"), (&nested, "dq_nested")] {
-                // The reference rounds once to the weight's own type.
+                // The reference rounds once, to the weight's own type.
                 let ours = Tensor::from_vec(quantized.dequantize()?, (rows, cols), &Device::Cpu)?;
                 let ours =
                     ours.to_dtype(weight.dtype())?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -561,8 +572,8 @@ mod tests {
         Ok(())
     }
 
-    /// Bits of torch 2.11's `mean` on one thread, for counts that reach every level of the cascade; the last is
-    /// the number of blocks of a 128M-element weight.
+    /// Bits of torch 2.11's `mean` on one thread, for counts that reach every level of the cascade. The last count
+    /// is the number of blocks of a 128M-element weight.
     #[test]
     fn the_mean_adds_in_torchs_order() {
         let recorded: [(u64, u32); 6] = [

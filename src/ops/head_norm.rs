@@ -1,4 +1,5 @@
-//! Root-mean-square norm of groups of columns, in place: queries and keys, head by head or all at once, before rope.
+//! Root-mean-square norm of groups of columns, in place: of queries and keys before rope, head by head or all at
+//! once.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
@@ -8,10 +9,12 @@ use crate::with_real;
 
 const ROWS: usize = 16;
 
-/// Where the groups lie in a row: `count` of them, one behind the other, the first at column `at`.
+/// The columns of the groups in a row: `count` groups, one after the other, from column `at` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Groups {
+    /// First column of the first group.
     pub at: usize,
+    /// Number of groups.
     pub count: usize,
 }
 
@@ -23,7 +26,7 @@ pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     x.broadcast_mul(&scale)?.broadcast_mul(w)?.reshape((rows, columns))
 }
 
-/// `x = w * x / rms(x)` in each group, in place: x [T, any], w `[D]` the width of a group.
+/// `x = w * x / rms(x)` in each group, in place: x [T, any], w `[D]` with D the width of a group.
 pub fn forward(x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
     let ((_, stride), width) = (x.dims2()?, w.dims1()?);
     assert!(groups.at + groups.count * width <= stride, "{groups:?} of {width} in {stride}");
@@ -48,8 +51,8 @@ pub fn forward(x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
     })
 }
 
-/// The gradient in `d` [T, any] becomes that of the norm's input, in place. `x` [T, any] holds that input in the
-/// same columns.
+/// Turns the gradient of the norm's output in `d` [T, any] into that of its input, in place. `x` [T, any] holds the
+/// input in the same columns.
 pub fn backward(d: &Tensor, x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
     let ((rows, stride), (x_rows, x_stride), width) = (d.dims2()?, x.dims2()?, w.dims1()?);
     let end = groups.at + groups.count * width;
@@ -75,7 +78,7 @@ pub fn backward(d: &Tensor, x: &Tensor, groups: Groups, w: &Tensor, eps: f64) ->
     })
 }
 
-/// d = (d*w - n * mean(d*w*n)) / rms, with n = x / rms.
+/// `d = (d*w - n * mean(d*w*n)) / rms`, with `n = x / rms`.
 #[inline(always)]
 fn backward_group<T: Real>(d: &mut [T], x: &[T], w: &[T], eps: f64) {
     let scale = reciprocal_rms(x, eps);
@@ -90,7 +93,7 @@ fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
     T::ONE / Real::sqrt(cpu::dot(x, x) / T::of(x.len() as f64) + T::of(eps))
 }
 
-/// The launches of `kernels/head_norm.cu`: one warp a group; w is f32.
+/// The launches of `kernels/head_norm.cu`: one warp per group; w is f32.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{DType, Result, Tensor};
@@ -144,7 +147,8 @@ mod tests {
                 let (found, expected) = (gpu.put(&d)?, d.copy()?);
                 backward(&found, &gpu.put(&x)?, groups, &w_gpu, 1e-5)?;
                 backward(&expected, &x, groups, &w, 1e-5)?;
-                // In a group of one column the terms cancel but for eps: what counts is their size.
+                // In a group of one column the terms cancel except for eps, so the comparison is by the terms'
+                // size.
                 let found = (found.to_device(&Device::Cpu)?.to_dtype(DType::F64)? + d.as_tensor())?;
                 gpu.same(&found, &(expected + d.as_tensor())?)?;
             }
@@ -152,7 +156,7 @@ mod tests {
         })
     }
 
-    /// (rows, columns before, groups, width, columns behind)
+    /// (rows, columns before, groups, width, columns after)
     const CASES: [(usize, usize, usize, usize, usize); 3] =
         [(1, 0, 1, 1, 0), (5, 3, 4, 6, 2), (33, 0, 2, 32, 7)];
 

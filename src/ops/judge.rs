@@ -1,8 +1,8 @@
-//! What tests judge operations by: candle's autograd of the formula, and finite differences, both in f64.
+//! Judges of operations in tests: candle's autograd of the formula, and finite differences, both in f64.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
-/// A variable filled from a fixed seed with values of about unit size.
+/// A variable with values of about unit size from a fixed seed.
 pub fn random(shape: impl Into<Shape>, seed: u64) -> Result<Var> {
     let shape = shape.into();
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1;
@@ -15,7 +15,7 @@ pub fn random(shape: impl Into<Shape>, seed: u64) -> Result<Var> {
     Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Largest difference, relative to the larger of 1 and the expected size.
+/// Asserts that all elements agree within `tolerance`, relative to the larger of 1 and the expected size.
 pub fn same(found: &Tensor, expected: &Tensor, tolerance: f64) -> Result<()> {
     assert_eq!(found.dims(), expected.dims());
     let (found, expected) = (super::cpu::to_f64(found)?, super::cpu::to_f64(expected)?);
@@ -26,7 +26,7 @@ pub fn same(found: &Tensor, expected: &Tensor, tolerance: f64) -> Result<()> {
     Ok(())
 }
 
-/// Gradient of `x` when `dy` flows into `y`, by candle's autograd.
+/// The gradient of `x` if the gradient of `y` is `dy`, by candle's autograd.
 pub fn gradient(x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let store = (y * dy)?.sum_all()?.backward()?;
     Ok(store.get(x).expect("y depends on x").clone())
@@ -56,15 +56,15 @@ pub fn finite_differences(
     Ok(())
 }
 
-/// A GPU and one storage type of its kernels.
+/// A GPU with one of its kernels' storage types.
 pub struct Gpu {
     pub device: Device,
     pub dtype: DType,
-    /// Largest error, relative to the norm of what is expected.
+    /// Largest error, relative to the norm of the expected values.
     tolerance: f64,
 }
 
-/// Runs `body` on the GPU, in f32 and in bf16. Where there is none, that is no failure, unless `HONE_TEST_GPU=require`
+/// Runs `body` on the GPU in f32 and in bf16. A machine without a GPU is no failure unless `HONE_TEST_GPU=require`
 /// (`tests/gpu` sets it, with a driver that has no GPU behind it).
 pub fn on_gpu(body: impl Fn(&Gpu) -> Result<()>) -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
@@ -92,12 +92,13 @@ pub fn gpu() -> Option<Device> {
 }
 
 impl Gpu {
-    /// As `random`, of values that the storage type holds exactly: the formula in f64 sees what the kernel sees.
+    /// As `random`, with values that the storage type holds exactly, so that the formula in f64 sees the kernel's
+    /// values.
     pub fn random(&self, shape: impl Into<Shape>, seed: u64) -> Result<Var> {
         Var::from_tensor(&random(shape, seed)?.to_dtype(self.dtype)?.to_dtype(DType::F64)?.detach())
     }
 
-    /// On the GPU, in its storage type.
+    /// Copies a tensor to the GPU in the storage type.
     pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
         self.put_as(self.dtype, tensor)
     }
@@ -106,12 +107,12 @@ impl Gpu {
         tensor.to_dtype(dtype)?.contiguous()?.to_device(&self.device)
     }
 
-    /// Compares with what f64 arithmetic on the same inputs gives.
+    /// Compares with the result of f64 arithmetic on the same inputs.
     pub fn same(&self, found: &Tensor, expected: &Tensor) -> Result<()> {
         self.within(self.tolerance, found, expected)
     }
 
-    /// `same` with a tolerance of its own, where an operation rounds more than once.
+    /// `same` with another tolerance, for an operation that rounds more than once.
     pub fn within(&self, tolerance: f64, found: &Tensor, expected: &Tensor) -> Result<()> {
         assert_eq!(found.dims(), expected.dims());
         let found = super::cpu::to_f64(&found.to_device(&Device::Cpu)?)?;

@@ -1,4 +1,4 @@
-//! Layer norm: `y = w * (x - mean) / sqrt(var + eps) + b`, rows of C.
+//! Layer norm of each row of C: `y = w * (x - mean) / sqrt(var + eps) + b`.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
@@ -6,10 +6,10 @@ use rayon::prelude::*;
 use super::cpu::{self, Real};
 use crate::with_real;
 
-/// Rows handed to one task: a few hundred kilobytes.
+/// Rows per task: a few hundred kilobytes.
 const ROWS: usize = 64;
 
-/// The definition, in differentiable primitives: the judge of the forms below.
+/// The definition, in differentiable primitives; the functions below are compared with it.
 pub fn formula(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let scale = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
@@ -65,7 +65,8 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
     })
 }
 
-/// `centred = x - mean`; returns 1 / sqrt(var + eps). Two passes: a mean far from zero costs none of the variance's digits.
+/// Sets `centred = x - mean` and returns 1 / sqrt(var + eps). It takes two passes, so that a mean far from zero
+/// costs the variance no digits.
 #[inline(always)]
 fn centre<T: Real>(centred: &mut [T], x: &[T], eps: f64) -> T {
     let count = T::of(x.len() as f64);
@@ -86,7 +87,7 @@ fn backward_row<T: Real>(dx: &mut [T], centred: &[T], scale: T, dy: &[T], w: &[T
     }
 }
 
-/// The launches of `kernels/layer_norm.cu`: one block a row; w and b are f32.
+/// The launches of `kernels/layer_norm.cu`: one block per row; w and b are f32.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{DType, Result, Tensor};
@@ -142,7 +143,8 @@ mod tests {
             judge::same(&forward(&x, &w, &b, 1e-5)?, &expected, 1e-12)?;
             let dx = x.ones_like()?;
             backward(&dy, &x, &w, 1e-5, &dx)?;
-            // A single column has no variance: 1/s is 316, and so is what rounding makes of a zero gradient.
+            // A single column has no variance: 1/s is 316, and rounding errors of a zero gradient are multiplied by
+            // it.
             judge::same(&(dx - 1.0)?, &judge::gradient(&x, &expected, &dy)?, 1e-11)?;
         }
         Ok(())
@@ -157,7 +159,8 @@ mod tests {
         judge::finite_differences(&x, &dy, &dx, 1e-7, |x| forward(x, &w, &b, 1e-5))
     }
 
-    /// TOLERANCE: a mean of 1024 rounds by up to 6e-5. The variance as a difference of squares would be off by 0.1.
+    /// TOLERANCE: a mean of 1024 rounds by up to 6e-5. A variance computed as a difference of squares would be off
+    /// by 0.1.
     #[test]
     fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
         let x = judge::random((4, 64), 1)?;

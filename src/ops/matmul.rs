@@ -1,7 +1,7 @@
-//! Matrix products of activations with weights [N, K]: dense or 4-bit, forward and both gradients.
-//! CPU: `ops/gemm`, which packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory.
-//! GPU: cuBLAS; a 4-bit weight is expanded for the length of one product. `Precision` speaks to the CPU alone: a GPU's
-//! products are of the activations' type with sums in f32.
+//! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
+//! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
+//! GPU, cuBLAS multiplies, and a 4-bit weight is expanded for the length of one product. `Precision` applies to the
+//! CPU only: products on a GPU have the activations' type, with sums in f32.
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -17,6 +17,7 @@ use crate::facts::Precision;
 pub enum Weight {
     /// f32 or bf16 (f64 in tests).
     Dense(Tensor),
+    /// 4-bit blocks with scales.
     FourBit(FourBit),
 }
 
@@ -29,6 +30,7 @@ impl Weight {
         }
     }
 
+    /// Bytes that the weight takes.
     pub fn bytes(&self) -> usize {
         match self {
             Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
@@ -37,12 +39,24 @@ impl Weight {
     }
 }
 
-/// A matrix as it lies in memory.
+/// A matrix in its stored form.
 #[derive(Clone, Copy)]
 pub enum Operand<'a, T> {
+    /// Values of the type that the product computes in.
     View(View<'a, T>),
+    /// Values in bf16.
     Bf16(View<'a, bf16>),
-    FourBit { weight: &'a FourBit, packed: &'a [u8], scales: &'a [f32], transposed: bool },
+    /// A 4-bit weight.
+    FourBit {
+        /// The weight.
+        weight: &'a FourBit,
+        /// Its indices, two per byte.
+        packed: &'a [u8],
+        /// The scale of each block.
+        scales: &'a [f32],
+        /// Whether the operand is W^T [K, N].
+        transposed: bool,
+    },
 }
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].
@@ -76,8 +90,8 @@ pub fn forward(
     })
 }
 
-/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences that
-/// must not influence each other. CPU only.
+/// `forward` in which a row's bits depend on that row alone, whatever the number of rows. It is for rows of
+/// sequences that must not influence each other. CPU only.
 pub fn forward_apart(
     x: &Tensor,
     weight: &Weight,
@@ -161,7 +175,7 @@ pub fn weight_gradient(
     })
 }
 
-/// Hands the weight to `body` as the right-hand operand: W^T [K, N] when `transposed`, else W [N, K].
+/// Passes the weight to `body` as the right-hand operand: W^T [K, N] if `transposed`, else W [N, K].
 fn with_operand<T: Real, R>(
     weight: &Weight,
     transposed: bool,
@@ -189,7 +203,7 @@ fn with_operand<T: Real, R>(
 }
 
 impl<T: Real> Operand<'_, T> {
-    /// All values, [rows, cols] of the operand as it takes part in the product. For the f64 judge.
+    /// All values of the operand, [rows, cols] as it takes part in the product. For tests in f64.
     pub fn expand(&self, rows: usize, cols: usize) -> Vec<T> {
         let fill = |at: &dyn Fn(usize, usize) -> T| {
             (0..rows * cols).map(|i| at(i / cols, i % cols)).collect::<Vec<T>>()
@@ -206,7 +220,7 @@ impl<T: Real> Operand<'_, T> {
     }
 }
 
-/// Products by cuBLAS over `ops/cuda`.
+/// Products on a GPU by cuBLAS, through `ops/cuda`.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
@@ -234,15 +248,15 @@ mod gpu {
         product([rows, k, n], alpha, dy, w, beta, Matrix::rows(dx, 0, k))
     }
 
-    /// The gradient may be f32 where x and dy are bf16: its sums then are never rounded.
+    /// The gradient may be f32 while x and dy are bf16; its sums are then never rounded to bf16.
     pub fn weight_gradient(dy: &Tensor, at: usize, x: &Tensor, alpha: f64, gradient: &Tensor) -> Result<()> {
         let ((n, k), (rows, width)) = (gradient.dims2()?, dy.dims2()?);
         let (dy, x) = (Matrix::rows(dy, at, width).transposed(), Matrix::rows(x, 0, k));
         product([n, k, rows], alpha, dy, x, 1.0, Matrix::rows(gradient, 0, k))
     }
 
-    /// All values in the activations' type. What is made here lives for one product: freed in stream order, the next
-    /// layer's weight takes its place.
+    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in stream
+    /// order, and the next layer's weight takes its place.
     fn expand(weight: &Weight, dtype: DType) -> Result<Tensor> {
         match weight {
             Weight::Dense(tensor) => rows::convert(tensor, dtype),
@@ -258,7 +272,7 @@ mod tests {
     use crate::ops::judge::{self, Gpu};
     use candle_core::Device;
 
-    /// Columns of the output before and behind the range that a product writes.
+    /// Columns of the output before and after the range that a product writes.
     const BEFORE: usize = 3;
     const BEHIND: usize = 2;
 
@@ -275,7 +289,7 @@ mod tests {
         })
     }
 
-    /// Every way a weight is stored, on the GPU.
+    /// A weight in every form of storage, on the GPU.
     fn kinds(gpu: &Gpu, values: &Tensor) -> Result<Vec<Weight>> {
         let (n, k) = values.dims2()?;
         let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

@@ -1,6 +1,8 @@
-//! Operations: each one a formula, its gradient, a fast CPU path; kernels share the stem.
+//! Operations. Each file has a formula, its gradient and a fast CPU path; the operation's GPU kernel has the same
+//! file name.
 //!
-//! Never candle_nn's fused layers here: they drop gradients silently, and hone's backward passes are its own.
+//! candle_nn's fused layers must not be used here: they drop gradients silently, and hone's backward passes are its
+//! own.
 
 pub mod gemm;
 pub mod cpu;
@@ -28,31 +30,31 @@ pub mod judge;
 
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 
-/// A tensor whose elements are written before anyone reads them: zeros on a CPU, whatever is there on a GPU.
+/// A tensor whose elements are written before they are read: zeros on a CPU, unspecified values on a GPU.
 pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     #[cfg(test)]
     starve::check()?;
     match device {
         Device::Cpu => Tensor::zeros(shape, dtype, device),
-        // SAFETY: device memory holds numbers whatever its bits are, and the caller writes all of them.
+        // SAFETY: any bits in device memory are numbers, and the caller writes all of them before it reads.
         _ => unsafe { Tensor::empty(shape, dtype, device) },
     }
 }
 
-/// Whether an operation failed for want of device memory; a smaller plan may then do.
+/// Whether an operation failed for lack of device memory, in which case a smaller plan may succeed.
 pub fn out_of_memory(error: &Error) -> bool {
     let text = format!("{error:?}");
     text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("CUBLAS_STATUS_ALLOC_FAILED")
 }
 
-/// Allocations that fail on purpose, for tests of what follows.
+/// Allocations that fail on purpose, for tests of the recovery.
 #[cfg(test)]
 pub mod starve {
     use std::cell::Cell;
 
     thread_local!(static FAILS: Cell<Option<(usize, usize)>> = const { Cell::new(None) });
 
-    /// The `at`-th allocation of this thread from now on fails, and those after it, so many in all.
+    /// Makes the `at`-th allocation of this thread from now on fail, and the ones after it: `times` in all.
     pub fn set(at_and_times: Option<(usize, usize)>) {
         FAILS.set(at_and_times);
     }

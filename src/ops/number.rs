@@ -1,4 +1,4 @@
-//! A number that an operation made: on a CPU it is here, on a GPU it stays there until somebody wants it.
+//! A number that an operation computed. On a CPU it is a value; on a GPU it stays on the device until it is read.
 
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -6,18 +6,20 @@ use rayon::prelude::*;
 use super::cpu::{self, Real};
 use crate::with_real;
 
-/// Elements a task takes; sums are per chunk, then over chunks, so the result does not depend on threads.
+/// Elements per task. Sums are taken per chunk and then over chunks, so the result does not depend on the threads.
 const CHUNK: usize = 16_384;
 
-/// One number, f64 on the host or one element, f32 or f64, on a device.
+/// One number: f64 on the host, or one element (f32 or f64) on a device.
 #[derive(Clone, Debug)]
 pub enum Number {
+    /// A value on the host.
     Here(f64),
+    /// A tensor of one element on a device.
     There(Tensor),
 }
 
 impl Number {
-    /// Waits for the device where it must.
+    /// Returns the value. Waits for the device if the number lies there.
     pub fn value(&self) -> Result<f64> {
         match self {
             Number::Here(value) => Ok(*value),
@@ -25,7 +27,7 @@ impl Number {
         }
     }
 
-    /// The sum of two numbers of one device, there in f64; nobody waits.
+    /// The sum of two numbers on the same device, in f64 there. Does not wait for the device.
     pub fn add(&self, other: &Number) -> Result<Number> {
         match (self, other) {
             (Number::Here(one), Number::Here(other)) => Ok(Number::Here(one + other)),
@@ -49,7 +51,7 @@ impl Number {
     }
 }
 
-/// Numbers of one device on their way to the host, in the order in which they were sent.
+/// Numbers of one device that are being copied to the host, in the order in which they were sent.
 pub struct Numbers(Way);
 
 enum Way {
@@ -59,7 +61,7 @@ enum Way {
 }
 
 impl Numbers {
-    /// Sends them as soon as the device has made them; nobody waits here.
+    /// Starts the copy, which happens as soon as the device has computed the numbers. Does not wait.
     pub fn send(numbers: &[Number]) -> Result<Numbers> {
         let here = |number: &Number| match number {
             Number::Here(value) => Some(*value),
@@ -71,12 +73,12 @@ impl Numbers {
         send_from_device(numbers)
     }
 
-    /// Whether asking for them takes no time.
+    /// Whether `values` returns at once.
     pub fn are_here(&self) -> bool {
         matches!(self.0, Way::Arrived(_))
     }
 
-    /// Waits until they are here.
+    /// Waits for the numbers and returns them.
     pub fn values(self) -> Result<Vec<f64>> {
         match self.0 {
             Way::Arrived(values) => Ok(values),
@@ -96,7 +98,7 @@ fn send_from_device(numbers: &[Number]) -> Result<Numbers> {
     Ok(Numbers(Way::Arrived(numbers.iter().map(Number::value).collect::<Result<_>>()?)))
 }
 
-/// A one-element tensor's type that a `Number` may have.
+/// Whether a tensor can be a `Number`: one element in f32 or f64.
 pub fn is_number(tensor: &Tensor) -> bool {
     tensor.elem_count() == 1 && matches!(tensor.dtype(), DType::F32 | DType::F64)
 }
@@ -107,7 +109,7 @@ pub(super) mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
-    /// Values a thread block squares and adds.
+    /// Values that one thread block squares and adds.
     const SHARE: usize = 16_384;
 
     pub fn squares(x: &Tensor) -> Result<Number> {
@@ -119,7 +121,7 @@ pub(super) mod gpu {
         sum(&[&parts])
     }
 
-    /// Sum of all elements of tensors on one device, f32 or f64: one block adds one tensor after the other.
+    /// Sum of all elements of tensors (f32 or f64) on one device. One block adds one tensor after the other.
     pub fn sum(list: &[&Tensor]) -> Result<Number> {
         let Some(first) = list.first() else { bail!("a sum of no tensors has no device") };
         let total = Tensor::zeros(1, DType::F64, first.device())?;

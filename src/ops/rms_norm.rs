@@ -1,4 +1,4 @@
-//! Root-mean-square norm: `y = w * x / sqrt(mean(x^2) + eps)`, rows of C.
+//! Root-mean-square norm of each row of C: `y = w * x / sqrt(mean(x^2) + eps)`.
 
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
@@ -6,10 +6,10 @@ use rayon::prelude::*;
 use super::cpu::{self, Real};
 use crate::with_real;
 
-/// Rows handed to one task: a few hundred kilobytes.
+/// Rows per task: a few hundred kilobytes.
 const ROWS: usize = 64;
 
-/// The definition, in differentiable primitives: the judge of the forms below.
+/// The definition, in differentiable primitives; the functions below are compared with it.
 pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
     x.broadcast_mul(&scale)?.broadcast_mul(w)
@@ -77,7 +77,7 @@ fn reciprocal_rms<T: Real>(x: &[T], eps: f64) -> T {
     T::ONE / Real::sqrt(cpu::dot(x, x) / T::of(x.len() as f64) + T::of(eps))
 }
 
-/// The launches of `kernels/rms_norm.cu`: one block a row; w is f32.
+/// The launches of `kernels/rms_norm.cu`: one block per row; w is f32.
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{DType, Result, Tensor};

@@ -1,8 +1,8 @@
-//! Rotary position embedding, in place: each pair (`x[i]`, `x[i + half]`) of a head turns by `position * frequency[i]`.
+//! Rotary position embedding in place: each pair (`x[i]`, `x[i + half]`) of a head is rotated by `position *
+//! frequency[i]`.
 //!
-//!
-//! The halves are split as in GPT-NeoX and HF (first half, second half), not interleaved. With a partial
-//! rotary factor only the first `2 * half` elements of a head turn.
+//! The pairs are split as in GPT-NeoX and HF (first half, second half), not interleaved. With a partial rotary
+//! factor only the first `2 * half` elements of a head are rotated.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -13,16 +13,18 @@ use crate::with_real;
 
 const ROWS: usize = 16;
 
-/// Cosine and sine of each row's angles, both [T, half], already times the attention factor.
+/// Cosine and sine of each row's angles, both [T, half], already multiplied by the attention factor.
 #[derive(Clone, Debug)]
 pub struct Angles {
+    /// Cosines, [T, half].
     pub cos: Tensor,
+    /// Sines, [T, half].
     pub sin: Tensor,
 }
 
 impl Angles {
-    /// cos and sin [T, rotary / 2] of a model's rope for rows at `positions`, on `device`. `lengths` is the length that decides each
-    /// row's scaling: the padded length of its micro-batch, as transformers sees it.
+    /// cos and sin [T, rotary / 2] of a model's rope for rows at `positions`, on `device`. `lengths` gives the
+    /// length that decides each row's scaling: the padded length of its micro-batch, which transformers uses.
     pub fn of(
         rope: &Rope,
         positions: &[u32],
@@ -30,7 +32,7 @@ impl Angles {
         dtype: DType,
         device: &Device,
     ) -> Result<Angles> {
-        // Rows of an example lie together: a set of frequencies for each run of equal lengths.
+        // Rows of an example are adjacent, so each run of equal lengths gets one set of frequencies.
         let mut frequencies = Vec::new();
         let mut sets = Vec::with_capacity(lengths.len());
         let mut last = None;
@@ -46,19 +48,24 @@ impl Angles {
     }
 }
 
-/// What turns each row: radians a position, [sets, half], row i by set `sets[i]`, and the factor on cos and sin.
+/// The inputs of the angles: row i rotates by set `sets[i]` of the frequencies.
 #[derive(Clone, Copy, Debug)]
 pub struct Turns<'a> {
+    /// Position of each row in its example.
     pub positions: &'a [u32],
+    /// Index of each row's set of frequencies.
     pub sets: &'a [u32],
+    /// Radians per position, [sets, half].
     pub frequencies: &'a [f32],
+    /// Pairs per head that are rotated.
     pub half: usize,
+    /// Factor on cos and sin.
     pub attention: f32,
 }
 
 impl Turns<'_> {
-    /// Angles of every row, on `device`: there only a few numbers a row are sent. In f32 like the reference, then in
-    /// `dtype` on a CPU; a GPU's are f32.
+    /// Computes the angles of every row on `device`; only a few numbers per row are copied to a GPU. The angles are
+    /// computed in f32 like the reference's, then converted to `dtype` on a CPU; a GPU's stay f32.
     pub fn angles(&self, dtype: DType, device: &Device) -> Result<Angles> {
         let (rows, half) = (self.positions.len(), self.half);
         let sets = self.frequencies.len() / half.max(1);
@@ -85,10 +92,12 @@ impl Turns<'_> {
     }
 }
 
+/// The direction of a rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
+    /// Rotates queries and keys.
     Forward,
-    /// The transpose of the rotation: the gradient.
+    /// Applies the transpose of the rotation, which maps gradients back.
     Backward,
 }
 
@@ -103,7 +112,7 @@ pub fn formula(x: &Tensor, angles: &Angles) -> Result<Tensor> {
     Tensor::cat(&[turned_a, turned_b, x.narrow(2, 2 * half, rest)?.contiguous()?], 2)
 }
 
-/// Turns the first `heads` heads of `width` in each row of x [T, any], in place.
+/// Rotates the first `heads` heads of `width` columns in each row of x [T, any], in place.
 pub fn rotate(x: &Tensor, heads: usize, width: usize, angles: &Angles, direction: Direction) -> Result<()> {
     let (rows, stride) = x.dims2()?;
     let (angle_rows, half) = angles.cos.dims2()?;
@@ -140,7 +149,7 @@ fn turn<T: Real>(head: &mut [T], cos: &[T], sin: &[T], sign: T) {
     }
 }
 
-/// The launches of `kernels/rope.cu`: one block a row; angles are f32.
+/// The launches of `kernels/rope.cu`: one block per row; angles are f32.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
@@ -193,7 +202,7 @@ mod tests {
                 let turns = Turns { positions, sets, frequencies, half, attention: 1.19 };
                 let expected = turns.angles(DType::F64, &Device::Cpu)?;
                 let found = turns.angles(gpu.dtype, &gpu.device)?;
-                // TOLERANCE: cos and sin in f32 on both sides, of the same f32 angles up to 130,000 radians.
+                // TOLERANCE: both sides have f32 cosines and sines of the same f32 angles, up to 130,000 radians.
                 gpu.within(1e-6, &found.cos, &expected.cos)?;
                 gpu.within(1e-6, &found.sin, &expected.sin)?;
                 for direction in [Direction::Forward, Direction::Backward] {

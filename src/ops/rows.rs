@@ -1,12 +1,12 @@
-//! Rows out of and into a matrix: the supervised rows before the output head, and their gradient after it. Sums of
-//! matrices, and a change of storage type.
+//! Rows copied out of and into a matrix: the supervised rows before the output head, and their gradient after it.
+//! Also sums of matrices and a change of storage type.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::cpu;
 use crate::with_real;
 
-/// x [T, C] -> its rows `index` [rows, C].
+/// x [T, C] -> its rows `index`, [rows, C].
 pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     assert!(index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
@@ -22,7 +22,7 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
     })
 }
 
-/// The transpose of `gather` for distinct rows: zero [T, C] with `y`'s rows at `index`.
+/// The transpose of `gather` for distinct rows: a matrix [T, C] of zeros with the rows of `y` at `index`.
 pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
     let (count, width) = y.dims2()?;
     assert!(index.len() == count && index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
@@ -40,7 +40,7 @@ pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
     })
 }
 
-/// The first `width` columns of x [T, C], [T, width], in memory of their own.
+/// Copies the first `width` columns of x [T, C] into a tensor [T, width] of its own.
 pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -49,7 +49,7 @@ pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
     x.narrow(1, 0, width)?.force_contiguous()
 }
 
-/// `x += y` in place, same shape.
+/// `x += y` in place; both have the same shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     assert_eq!(x.dims(), y.dims(), "shapes of a sum");
     #[cfg(feature = "cuda")]
@@ -62,7 +62,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     })
 }
 
-/// x in another storage type, rounded to nearest; x itself where it already is.
+/// x in another storage type, rounded to nearest; x itself if it already has that type.
 pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() && x.dtype() != dtype {
@@ -71,7 +71,7 @@ pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
     x.to_dtype(dtype)
 }
 
-/// The launches of `kernels/rows.cu`: one block a row, or eight elements a thread.
+/// The launches of `kernels/rows.cu`: one block per row, or eight elements per thread.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
@@ -147,7 +147,7 @@ mod tests {
                 add(&sum, &gpu.put(&y)?)?;
                 gpu.same(&sum, &(x.as_tensor() + y.as_tensor())?)?;
                 for dtype in [DType::F32, DType::BF16] {
-                    // The host's conversion, to the last bit.
+                    // The GPU's conversion equals the host's to the last bit.
                     let expected = x.to_dtype(gpu.dtype)?.to_dtype(dtype)?;
                     gpu.within(0.0, &convert(&gpu.put(&x)?, dtype)?, &expected)?;
                 }

@@ -1,4 +1,4 @@
-//! How the base is stored and computed with, and what is adapted.
+//! Keys -> how the base is stored and computed with, and what is adapted.
 
 use super::reader::Reader;
 use crate::facts::{
@@ -42,7 +42,7 @@ pub(super) fn quantization(reader: &mut Reader) -> Quantization {
     Quantization::None
 }
 
-/// A 4-bit base's compute type, then `bf16`/`fp16`, then the model's type, then bf16.
+/// The precision: a 4-bit base's compute type, or else `bf16`/`fp16`, or else the model's type, or else bf16.
 pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Precision {
     use Section::{ModelConfig as M, QuantizationConfig as Q, TrainingArguments as T};
     let compute = reader.text(Q, "bnb_4bit_compute_dtype").filter(|_| quantization != Quantization::None);
@@ -63,8 +63,9 @@ pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Prec
         _ => ("bfloat16".into(), Origin::Default),
     };
     if word == "float16" {
-        reader
-            .warn(format!("{origin}: float16 runs as bfloat16, which is as wide and needs no loss scaling"));
+        reader.warn(format!(
+            "{origin}: float16 runs as bfloat16, which has the same size and needs no loss scaling"
+        ));
     }
     let precision = if word == "float32" { Precision::F32 } else { Precision::Bf16 };
     reader.derive("precision", if precision == Precision::F32 { "f32" } else { "bf16" }, origin);
@@ -87,7 +88,7 @@ pub(super) fn memory(reader: &mut Reader) -> memory::Options {
     }
 }
 
-/// `keep`, then `gradient_checkpointing`; `None`: as memory allows.
+/// How much layers keep: `keep`, or else `gradient_checkpointing`. `None`: as much as memory allows.
 fn keep(reader: &mut Reader) -> Option<Keep> {
     let level = reader.text(Section::Hone, "keep").as_deref().and_then(Keep::named);
     let older = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
@@ -109,7 +110,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     if layers.is_empty() && !layers_pattern.is_empty() {
         let origin = reader.origin(L, "layers_pattern");
         reader
-            .wrong(&origin, "LoraConfig.layers_pattern: it says where layers_to_transform counts; give both");
+            .wrong(&origin, "LoraConfig.layers_pattern: it names the list of layers that layers_to_transform counts in; give both");
     }
     let matching = match reader.text(Section::Hone, "target_matching").as_deref() {
         Some("literal") => Matching::Literal,
@@ -129,7 +130,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         let origin = reader.origin(L, "lora_alpha");
         reader.wrong(
             &origin,
-            "LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual are r and 2 * r",
+            "LoraConfig.lora_alpha: 0 scales the adapter to nothing, so that nothing would be learned; usual values are r and 2 * r",
         );
     }
     if let Some((pattern, _)) = alpha_pattern.iter().find(|(_, alpha)| *alpha == 0.0) {
@@ -160,8 +161,8 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     }
 }
 
-/// A list holds names. One string is `all-linear`, a name (KAITO makes a list of it), or else PEFT's regular
-/// expression on the whole path, which a bare name could never match.
+/// The modules to adapt. A list holds names. A single string is `all-linear`, a name (KAITO makes a list of it), or
+/// else PEFT's regular expression on the whole path, which a bare name could never match.
 fn targets(reader: &mut Reader) -> Targets {
     use Section::LoraConfig as L;
     let origin = reader.origin(L, "target_modules");
@@ -182,7 +183,7 @@ fn exclude(reader: &mut Reader) -> Modules {
     modules(reader, "exclude_modules")
 }
 
-/// Names, or one string that is no name and so an expression.
+/// The modules of a key: names, or a single string that is not a name and therefore a regular expression.
 fn modules(reader: &mut Reader, key: &str) -> Modules {
     use Section::LoraConfig as L;
     let origin = reader.origin(L, key);

@@ -1,8 +1,9 @@
-//! Paths, addresses and devices of a job: what they are, and that local ones exist.
+//! Keys -> paths, addresses and devices of a job; local paths are checked for existence.
 
 use super::reader::Reader;
 use crate::dataset::{self, Layout, Share};
 use crate::device::Choice;
+use crate::fetch::Pin;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -10,7 +11,7 @@ use crate::{fetch, registry, source};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-/// The base model: where it is, and the folder that it has or will have.
+/// The base model: its address, and the folder that its files are or will be in.
 pub(super) fn model(reader: &mut Reader, cache: &Path, kaito: bool) -> (fetch::Model, PathBuf) {
     const MOUNTED: [&str; 2] = ["/workspace/tfs/weights", "/workspace/weights"];
     let mut origin = reader.origin(Section::Hone, "model");
@@ -70,12 +71,13 @@ fn looks_like_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name) && !name.contains('/'))
 }
 
-/// The data, and what each entry says for itself; nothing where none does.
+/// The addresses of the data, and the settings that entries have of their own. The second list is empty if no entry
+/// has any.
 pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<Share>) {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
     let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
-    // KAITO's environment names the folder; a path in its configuration is nearer.
+    // KAITO's environment names the folder; a path in the configuration overrides it.
     let from_environment = matches!(&origin, Origin::Environment(name) if name == "DATASET_FOLDER_PATH");
     if let Some(path) = path
         && (texts.is_empty() || from_environment)
@@ -104,12 +106,30 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<S
             Err(fault) => reader.wrong(&origin, fault.in_a_line()),
         }
     }
+    if let Some(text) = pins(&sources) {
+        reader.derive("data pinned", text, origin);
+    }
     let says_something = shares.iter().any(|share| *share != Share::default());
     (sources, if says_something { shares } else { Vec::new() })
 }
 
-/// Takes `layout=`, `weight=` and `limit=` out of what stands behind `#`; the digest stays there. A `#` of other words is
-/// part of a path.
+/// What pins the bytes of the data; nothing is said of data that is all on this machine.
+fn pins(sources: &[fetch::Data]) -> Option<String> {
+    let words = [
+        (Pin::Sha256, "by sha256"),
+        (Pin::Commit, "by a commit"),
+        (Pin::Digest, "by an image's digest"),
+        (Pin::Local, "on this machine"),
+        (Pin::Nothing, "not pinned: the next start may read other bytes"),
+    ];
+    let count = |pin| sources.iter().filter(|source| source.pin() == pin).count();
+    let found = words.into_iter().filter(|(pin, _)| count(*pin) > 0);
+    let texts: Vec<String> = found.map(|(pin, words)| format!("{} {words}", count(pin))).collect();
+    (count(Pin::Local) < sources.len()).then(|| texts.join(", "))
+}
+
+/// Takes `layout=`, `weight=` and `limit=` out of the text behind `#`; the digest stays there. A `#` followed by
+/// anything else is part of the path.
 fn share(text: &str) -> Result<(String, Share), String> {
     let Some((place, words)) = text.rsplit_once('#') else { return Ok((text.to_owned(), Share::default())) };
     let pairs: Vec<(&str, &str)> = words.split('&').filter_map(|word| word.split_once('=')).collect();
@@ -143,7 +163,8 @@ fn share(text: &str) -> Result<(String, Share), String> {
     Ok((text, share))
 }
 
-/// `output`, else `TrainingArguments.output_dir` as it stands; under KAITO's mounts as its controller resolves it.
+/// The output folder: `output`, or else `TrainingArguments.output_dir` as it is. Under KAITO's mounts, it is resolved
+/// as KAITO's controller does.
 pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
     let asked =
         reader.text(Section::Hone, "output").map(|text| (text, reader.origin(Section::Hone, "output")));
@@ -168,7 +189,7 @@ pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
     folder
 }
 
-/// The rule of KAITO's `PrepareOutputDir`: nothing is /mnt/output, anything else lies below /mnt.
+/// The rule of KAITO's `PrepareOutputDir`: an empty text means /mnt/output; any other path must lie below /mnt.
 pub fn below_mnt(text: &str) -> Option<PathBuf> {
     let text = if text.trim().is_empty() { "output" } else { text };
     let joined = if text.starts_with("/mnt") { text.to_string() } else { format!("/mnt/{text}") };
@@ -257,7 +278,7 @@ pub(super) fn registry_options(reader: &mut Reader, ca_file: Option<PathBuf>) ->
     registry_access(docker_config, ca_file, reader.boolean(Section::Hone, "plain_http"))
 }
 
-/// For `hone push` and `hone pull`, which have no keys.
+/// How to reach a registry, for `hone push` and `hone pull`, which have no keys.
 pub fn registry_access(
     docker_config: Option<PathBuf>,
     ca_file: Option<PathBuf>,

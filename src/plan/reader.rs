@@ -1,11 +1,12 @@
-//! A spec -> typed values, each written down with its origin. Defaults come from the table of keys and nowhere
-//! else; a key read here that the table does not have, or has with another type, is a defect.
+//! A spec -> typed values, each recorded with its origin. Defaults come from the table of keys only. Reading a key
+//! that the table does not have, or has with another type, is a defect.
 
 use super::{Plan, Value};
 use crate::fault::Result;
 use crate::spec::keys::{self, Effect, Key, Section};
 use crate::spec::{self, Given, Mistakes, Origin, Spec, value::Value as Written};
 
+/// Reads keys and collects values, warnings and mistakes.
 pub(super) struct Reader<'a> {
     spec: &'a Spec,
     read: Vec<(&'static Key, Value)>,
@@ -15,23 +16,28 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
+    /// Nothing is read yet.
     pub fn new(spec: &'a Spec) -> Reader<'a> {
         let (read, derived, warnings) = Default::default();
         Reader { spec, read, derived, mistakes: Mistakes::default(), warnings }
     }
 
+    /// A boolean that has a default.
     pub fn boolean(&mut self, section: Section, name: &str) -> bool {
         self.maybe_boolean(section, name).expect("the table gives a default")
     }
 
+    /// An integer that has a default.
     pub fn integer(&mut self, section: Section, name: &str) -> i64 {
         self.maybe_integer(section, name).expect("the table gives a default")
     }
 
+    /// A number that has a default.
     pub fn number(&mut self, section: Section, name: &str) -> f64 {
         self.maybe_number(section, name).expect("the table gives a default")
     }
 
+    /// A boolean; `None` if it is not given and has no default.
     pub fn maybe_boolean(&mut self, section: Section, name: &str) -> Option<bool> {
         match self.value(section, name)? {
             Written::Boolean(value) => Some(value),
@@ -39,6 +45,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// An integer; `None` if it is not given and has no default.
     pub fn maybe_integer(&mut self, section: Section, name: &str) -> Option<i64> {
         match self.value(section, name)? {
             Written::Integer(value) => Some(value),
@@ -46,6 +53,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A number; `None` if it is not given and has no default.
     pub fn maybe_number(&mut self, section: Section, name: &str) -> Option<f64> {
         match self.value(section, name)? {
             Written::Number(value) => Some(value),
@@ -53,6 +61,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A text; `None` if it is not given and has no default.
     pub fn text(&mut self, section: Section, name: &str) -> Option<String> {
         match self.value(section, name)? {
             Written::Text(value) => Some(value),
@@ -60,7 +69,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// One text counts as a list of one.
+    /// A list of texts; a single text counts as a list of one.
     pub fn texts(&mut self, section: Section, name: &str) -> Vec<String> {
         self.list(section, name, |item| match item {
             Written::Text(text) => Some(text),
@@ -68,6 +77,7 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A list of integers; empty if it is not given.
     pub fn integers(&mut self, section: Section, name: &str) -> Vec<i64> {
         self.list(section, name, |item| match item {
             Written::Integer(value) => Some(value),
@@ -75,6 +85,7 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A map from texts to numbers; empty if it is not given.
     pub fn map(&mut self, section: Section, name: &str) -> Vec<(String, f64)> {
         let Some(Written::Map(entries)) = self.value(section, name) else { return Vec::new() };
         let number = |value| match value {
@@ -84,29 +95,32 @@ impl<'a> Reader<'a> {
         entries.into_iter().map(|(key, value)| (key, number(value))).collect()
     }
 
-    /// Where the value in force was written.
+    /// The place where the value in force was written.
     pub fn origin(&self, section: Section, name: &str) -> Origin {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
     }
 
+    /// What the spec gives for a key.
     pub fn given(&self, section: Section, name: &str) -> Option<&'a Given> {
         self.spec.get(section, name)
     }
 
-    /// Writes down what was made of several keys.
+    /// Records a value that was derived from several keys.
     pub fn derive(&mut self, name: &str, value: impl Into<serde_json::Value>, origin: Origin) {
         self.derived.push(Value { name: name.into(), value: value.into(), origin });
     }
 
+    /// Adds a mistake in what was written at `origin`.
     pub fn wrong(&mut self, origin: &Origin, message: impl Into<String>) {
         self.mistakes.add(origin, message.into());
     }
 
+    /// Adds a warning.
     pub fn warn(&mut self, message: String) {
         self.warnings.push(message);
     }
 
-    /// The plan with everything that was written down, or all mistakes.
+    /// The plan with all recorded values, or all mistakes.
     pub fn finish(self, mut plan: Plan) -> Result<Plan> {
         self.mistakes.into_result()?;
         let mut read = self.read;
@@ -116,7 +130,7 @@ impl<'a> Reader<'a> {
         Ok(plan)
     }
 
-    /// All mistakes, where no plan is made of what was read.
+    /// All mistakes, if no plan is made of the values.
     pub fn check(self) -> Result<()> {
         self.mistakes.into_result()
     }
@@ -130,7 +144,7 @@ impl<'a> Reader<'a> {
         items.into_iter().map(|value| item(value).expect("items have the type of the key")).collect()
     }
 
-    /// The value in force: given and not null, else the table's default.
+    /// The value in force: the given one if it is not null, or else the table's default.
     fn value(&mut self, section: Section, name: &str) -> Option<Written> {
         let key = keys::find(section, name).expect("only keys of the table are read");
         debug_assert_eq!(key.effect, Effect::Used, "{key} is read, so it has a use");
@@ -139,7 +153,7 @@ impl<'a> Reader<'a> {
             None | Some(Written::Null) => spec::default(key),
             Some(value) => Some(value.clone()),
         };
-        // A null that was written is shown as such, even where a default stands in for it.
+        // A null in the configuration is shown as null, even if a default is used instead.
         let shown = given.map(|given| given.value.to_json()).or_else(|| value.as_ref().map(Written::to_json));
         if let Some(shown) = shown
             && !self.read.iter().any(|(other, _)| std::ptr::eq(*other, key))

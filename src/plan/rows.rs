@@ -1,4 +1,4 @@
-//! How rows are read and become tokens.
+//! Keys -> how rows are read and become tokens.
 
 use super::reader::Reader;
 use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenOptions};
@@ -6,7 +6,7 @@ use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;
 
-/// LIMIT: stands for "not cut" where examples have a length; above every supported model's context.
+/// LIMIT: the length of examples that are not cut; it is above every supported model's context.
 pub(super) const TOKENS_UNLIMITED: usize = 1 << 20;
 /// LIMIT: the longest chat template in use has 20 KiB.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
@@ -76,7 +76,7 @@ fn bad_rows(reader: &mut Reader) -> BadRows {
     }
 }
 
-/// Answers, unless a key says false and none says true.
+/// The loss is on answers, unless a key says false and none says true.
 fn loss(reader: &mut Reader) -> LossOn {
     let keys = ["completion_only_loss", "assistant_only_loss"];
     let said = keys.map(|name| {
@@ -93,7 +93,7 @@ fn loss(reader: &mut Reader) -> LossOn {
     loss
 }
 
-/// Jinja text: inline when it looks like it, else the text of the file.
+/// The chat template: the value itself if it looks like Jinja text, or else the text of the file that it names.
 fn chat_template(reader: &mut Reader) -> Option<String> {
     let older = reader.text(Section::TrainingArguments, "chat_template_path");
     let mut origin = reader.origin(Section::ModelConfig, "chat_template");
@@ -117,7 +117,8 @@ fn chat_template(reader: &mut Reader) -> Option<String> {
             reader.wrong(&origin, format!("chat template {text}: more than {TEMPLATE_BYTES_MAX} bytes"));
             None
         }
-        // Names of the model's own templates have no dot and no slash; the tokenizer knows them.
+        // This may be the name of one of the model's own templates, which has no dot and no slash. The tokenizer
+        // knows them.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !text.contains(['.', '/']) => {
             Some(text)
         }

@@ -1,10 +1,10 @@
-//! A plan as a table for people and as JSON for machines. URLs are shown without query and userinfo.
+//! A plan -> a table for people, or JSON for machines. URLs are shown without user and query.
 
 use super::Plan;
 use serde_json::{Value as Json, json};
 
 impl Plan {
-    /// One line a value with its origin, then what has no effect, then warnings.
+    /// One line for each value with its origin, then the keys without effect, then the warnings.
     pub fn table(&self) -> String {
         let rows: Vec<[String; 3]> = self
             .values
@@ -51,7 +51,7 @@ impl Plan {
     }
 }
 
-/// A bare word where JSON would quote it, on one line.
+/// The value on one line; texts are shown without JSON's quotes.
 fn text(value: &Json) -> String {
     match value {
         Json::String(text) => text.escape_debug().to_string(),
@@ -68,7 +68,8 @@ fn redacted(value: &Json) -> Json {
     }
 }
 
-/// Signed URLs carry their secret in the query, others in the userinfo; the pinned digest stays.
+/// Removes user and query: signed URLs carry their secret in the query, others in the user part. The pinned digest
+/// stays.
 fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
         return text.into();
@@ -76,7 +77,7 @@ fn without_secrets(text: &str) -> String {
     let Ok(mut url) = url::Url::parse(text) else { return "(not a URL)".into() };
     let had_query = url.query().is_some();
     url.set_query(None);
-    // Fails only for URLs that cannot have a user, which then have none.
+    // This fails only for URLs that cannot have a user.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     let fragment = url.fragment().filter(|fragment| fragment.starts_with("sha256=")).map(str::to_string);

@@ -1,4 +1,4 @@
-//! What configurations resolve to.
+//! Tests of what configurations resolve to.
 
 use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
@@ -74,6 +74,7 @@ fn kaitos_qlora_template() {
         expect![[r#"
             model folder  tiny  --model
             model name  tiny  default
+            data pinned  1 not pinned: the next start may read other bytes  --data
             precision  bf16  train.yaml:12
             kept for the backward pass  auto  default
             loss on  answers  default
@@ -131,8 +132,8 @@ fn kaitos_qlora_template() {
             DatasetConfig.train_test_split  1.0  train.yaml:32
 
             without effect here:
-            ModelConfig.device_map (train.yaml:7): `device` chooses where the model lives
-            ModelConfig.local_files_only (train.yaml:6): where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION
+            ModelConfig.device_map (train.yaml:7): `device` chooses the device that holds the model
+            ModelConfig.local_files_only (train.yaml:6): `model` says where the model comes from, with its revision: a folder, or hf://OWNER/NAME@REVISION
             TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
             DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
         "#]],
@@ -149,7 +150,7 @@ fn kaitos_lora_template_differs_in_the_base_only() {
     assert_eq!((lora.train, lora.tokens, lora.output), (qlora.train, qlora.tokens, qlora.output));
 }
 
-/// The configuration KAITO's own webhook tests use: a string for target_modules, a relative output folder.
+/// The configuration that KAITO's own webhook tests use: a string for target_modules, a relative output folder.
 #[test]
 fn kaitos_test_fixture() {
     let case = Case::new();

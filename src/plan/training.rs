@@ -1,11 +1,11 @@
-//! Optimizer, schedule, batches, and when things happen.
+//! Keys -> optimizer, schedule, batches, and when to log, evaluate and save.
 
 use super::reader::Reader;
 use crate::dataset;
 use crate::spec::keys::Section;
 use crate::train::{self, Every, Schedule, Warmup};
 
-/// Rows of one packed pass: activations grow with it, and beyond this a pass gains no speed.
+/// Tokens of one packed pass. Activations grow with it, and beyond this a pass gains no speed.
 const PACKED_TOKENS_MAX: usize = 4096;
 
 pub(super) fn train_options(
@@ -79,7 +79,7 @@ fn every(strategy: Option<&str>, steps: u64) -> Every {
     }
 }
 
-/// Unset: once an epoch, if rows were set aside for it.
+/// When to evaluate. If no key says so: once an epoch, if rows were set aside for evaluation.
 fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Every {
     let split = dataset.train_share < 1.0;
     let name = "eval_strategy";
@@ -88,7 +88,7 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Ev
     let evaluation = match strategy.as_deref() {
         None if split => Every::Epoch,
         Some("steps" | "epoch") if !split => {
-            reader.warn(format!("{origin}: TrainingArguments.eval_strategy without rows to evaluate: DatasetConfig.train_test_split is 1"));
+            reader.warn(format!("{origin}: TrainingArguments.eval_strategy has no effect: DatasetConfig.train_test_split is 1, which leaves no rows to evaluate on"));
             Every::Never
         }
         strategy => every(strategy, steps),
@@ -102,7 +102,8 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Ev
     evaluation
 }
 
-/// As transformers reads them: `warmup_ratio` overrides, and a `warmup_steps` below 1 is a share.
+/// The warm-up, as transformers reads the keys: `warmup_ratio` overrides `warmup_steps`, and a `warmup_steps` below 1
+/// is a share of all steps.
 fn warmup(reader: &mut Reader) -> Warmup {
     let steps = reader.number(Section::TrainingArguments, "warmup_steps");
     let ratio = reader.maybe_number(Section::TrainingArguments, "warmup_ratio");

@@ -1,8 +1,8 @@
-//! Registry + docker's configuration files -> how to log in, and where that came from. No secret is ever shown.
+//! Registry + docker's configuration files -> a login and its source. No secret is ever shown.
 //!
-//! Order: HONE_REGISTRY_USERNAME and HONE_REGISTRY_PASSWORD; the file given as an option (then no other); DOCKER_CONFIG;
-//! REGISTRY_AUTH_FILE; ~/.docker; KAITO's mounts below /root/.docker; podman's auth.json. A folder's `config.d` follows its
-//! `config.json`. The first file that knows the registry decides.
+//! Order: HONE_REGISTRY_USERNAME and HONE_REGISTRY_PASSWORD; the file given as an option (then no other file);
+//! DOCKER_CONFIG; REGISTRY_AUTH_FILE; ~/.docker; KAITO's mounts below /root/.docker; podman's auth.json. After a
+//! folder's `config.json` come the files of its `config.d`. The first file that knows the registry decides.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -20,35 +20,36 @@ use serde_json::{Value, json};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 
-/// LIMIT: a credential helper that asks a cloud takes a second or two.
+/// LIMIT: time of a credential helper; one that asks a cloud takes a second or two.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
 const HELPER_POLL: Duration = Duration::from_millis(20);
-/// LIMIT: of a helper's answer; tokens are a few kilobytes.
+/// LIMIT: size of a helper's answer; tokens have a few kilobytes.
 const HELPER_ANSWER_BYTES_MAX: u64 = 64 << 10;
-/// LIMIT: of a configuration file.
+/// LIMIT: size of a configuration file.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
-/// A login and its origin, for messages.
+/// A login and its source.
 #[derive(Clone)]
 pub(super) struct Credential {
+    /// The login.
     pub login: Login,
-    /// A file, an environment variable, a helper; or what was searched in vain.
+    /// For messages: a file, an environment variable or a helper; without a login, the places that were searched.
     pub source: String,
 }
 
+/// What the registry is shown.
 #[derive(Clone, PartialEq)]
 pub(super) enum Login {
+    /// No credentials.
     Anonymous,
-    Password {
-        username: String,
-        password: String,
-    },
+    /// A user name with a password.
+    Password { username: String, password: String },
     /// A refresh token, to be exchanged for a registry token.
     IdentityToken(String),
 }
 
 impl Login {
-    /// What must never appear in a message.
+    /// The texts that must never appear in a message.
     pub(super) fn secrets(&self) -> Vec<String> {
         match self {
             Login::Anonymous => Vec::new(),
@@ -58,8 +59,10 @@ impl Login {
     }
 }
 
+/// Finds the login for the registry of an image.
+///
 /// # Errors
-/// Auth: a file that was pointed to is missing, or any is malformed, or a helper failed.
+/// Auth: a file that was named is missing, a file is malformed, or a helper failed.
 pub(super) fn find(reference: &Reference, docker_config: Option<&Path>) -> Result<Credential> {
     find_in(reference, docker_config, &|name| std::env::var_os(name), Path::new("/root"))
 }
@@ -135,8 +138,8 @@ fn files(
     Ok(found)
 }
 
-/// A place's own file, then those of `config.d` beside it or one folder further down, sorted: KAITO's puller gets one for
-/// each pull secret of an input.
+/// A place's own file, then the files of `config.d` beside it or one folder further down, sorted. KAITO's puller
+/// mounts one for each pull secret of an input.
 fn with_more(place: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = in_place(place).into_iter().collect();
     for below in ["config.d/*.json", "config.d/*/*.json"] {
@@ -147,7 +150,7 @@ fn with_more(place: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The file itself, or the one a folder holds: docker's name, or the key of a Kubernetes pull secret.
+/// The file itself, or the file in this folder: docker's name, or the key of a Kubernetes pull secret.
 fn in_place(place: &Path) -> Option<PathBuf> {
     [place.to_path_buf(), place.join("config.json"), place.join(".dockerconfigjson")]
         .into_iter()
@@ -164,7 +167,7 @@ struct ConfigFile {
     creds_store: Option<String>,
 }
 
-/// The login, and `helper x of ` when one was asked.
+/// The login, and the name of the helper if one was asked.
 fn from_file(path: &Path, reference: &Reference) -> Result<Option<(Login, String)>> {
     let config = read(path)?;
     let keys = keys(reference);
@@ -197,12 +200,12 @@ fn read(path: &Path) -> Result<ConfigFile> {
     std::fs::File::open(path)
         .and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_end(&mut text))
         .map_err(|error| wrong(error.to_string()))?;
-    // The parser's own message may quote a value, which may be a password: only its place is shown.
+    // The parser's own message may quote a value, which may be a password, so only the position is shown.
     serde_json::from_slice(&text)
         .map_err(|error| wrong(format!("wrong JSON at line {}, column {}", error.line(), error.column())))
 }
 
-/// The spellings of a registry in these files, most specific first (podman adds repositories to the host).
+/// The names of a registry in these files, most specific first (podman adds repositories to the host).
 fn keys(reference: &Reference) -> Vec<String> {
     let hosts: Vec<&str> = match reference.registry() {
         "docker.io" => vec!["index.docker.io", "docker.io", "registry-1.docker.io"],
@@ -228,7 +231,7 @@ fn keys(reference: &Reference) -> Vec<String> {
     keys
 }
 
-/// What docker hands to a helper.
+/// The server name that docker passes to a helper.
 fn server_name(reference: &Reference) -> String {
     match reference.registry() {
         "docker.io" => "https://index.docker.io/v1/".into(),
@@ -236,7 +239,7 @@ fn server_name(reference: &Reference) -> String {
     }
 }
 
-/// An entry of `auths`. Empty ones only say that a store knows more.
+/// Reads an entry of `auths`. An empty entry only means that a credential store has the login.
 fn decode(key: &str, entry: &Value, path: &Path) -> Result<Option<Login>> {
     let text = |field: &str| entry[field].as_str().filter(|text| !text.is_empty());
     if ["auth", "identitytoken", "username"].iter().all(|field| text(field).is_none()) {
@@ -277,7 +280,8 @@ struct HelperAnswer {
     secret: String,
 }
 
-/// Runs a helper's `get`. What it printed may hold a secret and is not shown. `None`: it knows no such server.
+/// Runs a helper's `get`. Its output may hold a secret and is not shown. Returns `None` if the helper does not know
+/// the server.
 fn ask(mut program: Command, server: &str, timeout: Duration) -> std::result::Result<Option<Login>, String> {
     let mut child = program
         .arg("get")
@@ -286,14 +290,14 @@ fn ask(mut program: Command, server: &str, timeout: Duration) -> std::result::Re
         .stderr(Stdio::null())
         .spawn()
         .map_err(|error| format!("cannot be run: {error}"))?;
-    // A helper may answer without reading; the pipe is closed either way.
+    // A helper may answer without reading its input; the pipe is closed in any case.
     let _ = child.stdin.take().map(|mut input| input.write_all(server.as_bytes()));
     let output = child.stdout.take().expect("standard output is piped");
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut answer = Vec::new();
         let read = output.take(HELPER_ANSWER_BYTES_MAX).read_to_end(&mut answer);
-        // The receiver is gone after a timeout.
+        // After a timeout there is no receiver.
         let _ = sender.send(read.map(|_| answer));
     });
     let until = Instant::now() + timeout;
@@ -303,15 +307,15 @@ fn ask(mut program: Command, server: &str, timeout: Duration) -> std::result::Re
             ended => break ended,
         }
     };
-    // One that has answered may take a moment more to end, not for ever.
+    // A helper that has answered may take a moment to end, but not for ever.
     let status = loop {
-        match child.try_wait().map_err(|error| format!("was lost: {error}"))? {
+        match child.try_wait().map_err(|error| format!("could not be waited for: {error}"))? {
             Some(status) => break status,
             None if answer.is_ok() && Instant::now() < until && !interrupt::requested() => {
                 std::thread::sleep(HELPER_POLL);
             }
             None => {
-                // It may have ended by itself just now.
+                // The helper may have ended by itself just now.
                 let _ = child.kill();
                 let _ = child.wait();
                 return Err(match answer {

@@ -1,6 +1,6 @@
-//! One repository of a registry -> its blobs and manifests, request by request (the distribution specification).
+//! Requests to one repository of a registry (OCI distribution specification) -> its blobs and manifests.
 //!
-//! Credentials go to the registry's own origin only; nothing goes from https to http.
+//! Credentials go only to the registry's own origin. No request changes from https to http.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -25,11 +25,11 @@ type Attempted<T> = std::result::Result<T, Trouble>;
 const USER_AGENT: &str = concat!("hone/", env!("CARGO_PKG_VERSION"));
 const BYTES_TYPE: &str = "application/octet-stream";
 
-/// Logs in when told to, and again by itself when a token is about to expire.
+/// Sends requests to a registry. It logs in on request, and again by itself when a token is about to expire.
 pub(super) struct Client {
-    /// For answers: ends when the registry says nothing for the read time-out.
+    /// For short requests: fails if the registry sends nothing for the read time-out.
     quick: reqwest::Client,
-    /// For bodies: reqwest's read time-out would also run while one is being sent.
+    /// For uploads: reqwest's read time-out would also run while a body is sent.
     patient: reqwest::Client,
     /// `scheme://host/v2/`
     base: Url,
@@ -40,10 +40,9 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// `push`: whether to ask for the right to.
+    /// A client that is not logged in yet. `push`: whether to ask for the right to push.
     ///
-    /// # Errors
-    /// Config: unusable certificates, or no usable host.
+    /// Config: the certificates or the host are unusable.
     pub(super) fn new(reference: &Reference, login: &Login, push: bool, options: &Options) -> Result<Client> {
         let scheme = if options.plain_http { "http" } else { "https" };
         let host = reference.resolve_registry();
@@ -59,7 +58,7 @@ impl Client {
                 .connect_timeout(options.connect_timeout)
                 .redirect(source::redirects())
                 .dns_resolver(source::Resolver)
-                // A signed address must not reach the next host.
+                // A signed address must not be sent to the next host.
                 .referer(false))
         };
         let unusable = |error| Fault::config(format!("cannot set up HTTPS: {error}"));
@@ -74,7 +73,7 @@ impl Client {
         })
     }
 
-    /// Unless that is done already.
+    /// Logs in, unless there is a login that is still valid.
     pub(super) async fn log_in(&self) -> Attempted<()> {
         if self.session.borrow().as_ref().is_some_and(Session::is_fresh) {
             return Ok(());
@@ -93,7 +92,8 @@ impl Client {
         self.session.borrow().is_some()
     }
 
-    /// What must never appear in a message: also the header made of a password, should a registry quote it, and the token.
+    /// The texts that must never appear in a message. They include the token, and the header made of a password, in
+    /// case a registry quotes it.
     pub(super) fn secrets(&self) -> Vec<String> {
         let mut secrets = self.login.secrets();
         if let Login::Password { username, password } = &self.login {
@@ -108,7 +108,8 @@ impl Client {
         secrets
     }
 
-    /// Whether the registry has the blob. A refusal counts as no: the upload will be told why, and HEAD has no words.
+    /// Whether the registry has the blob. A refusal counts as no: the upload will get the reason, which an answer to
+    /// HEAD cannot hold.
     pub(super) async fn has_blob(&self, digest: &str) -> Attempted<bool> {
         let url = self.url("blobs", digest)?;
         match self.ask(&self.quick, Method::HEAD, url, |request| request).await {
@@ -118,8 +119,8 @@ impl Client {
         }
     }
 
-    /// By digest alone: a descriptor may also name other servers to fetch from. The caller verifies the bytes.
-    /// From its byte `start` on, if the registry knows ranges (206), else from the first.
+    /// Requests a blob by its digest alone, although a descriptor may name other servers too. The caller verifies the
+    /// bytes. The body begins at byte `start` if the registry supports ranges (206), or else at the first byte.
     pub(super) async fn blob(&self, digest: &str, start: u64) -> Attempted<Response> {
         let dress = |request: RequestBuilder| match start {
             0 => request,
@@ -128,7 +129,7 @@ impl Client {
         self.ask(&self.quick, Method::GET, self.url("blobs", digest)?, dress).await
     }
 
-    /// Where to send a blob to.
+    /// Begins an upload and returns the address for the blob.
     pub(super) async fn begin_upload(&self) -> Attempted<Url> {
         let url = self.url("blobs", "uploads/")?;
         // Some registries insist on a length.
@@ -137,7 +138,8 @@ impl Client {
         self.location(&answer)
     }
 
-    /// One chunk: where to send the next, and the last byte the registry says it has, if it does.
+    /// Sends one chunk. Returns the address for the next one, and the last byte that the registry says it has, if it
+    /// says so.
     pub(super) async fn send_chunk(
         &self,
         location: Url,
@@ -157,7 +159,7 @@ impl Client {
         Ok((self.location(&answer)?, range.and_then(last_byte)))
     }
 
-    /// Ends an upload with its last `bytes`, which may be all or none.
+    /// Ends an upload with its last `bytes`, which may be the whole blob or nothing.
     pub(super) async fn finish_upload(
         &self,
         mut location: Url,
@@ -178,7 +180,7 @@ impl Client {
         }
     }
 
-    /// `reference`: a tag or a digest. The caller verifies a digest.
+    /// Requests a manifest. `reference` is a tag or a digest; the caller verifies a digest.
     pub(super) async fn manifest(&self, reference: &str, accepted: &[&str]) -> Attempted<Vec<u8>> {
         let url = self.url("manifests", reference)?;
         let answer = self
@@ -188,14 +190,14 @@ impl Client {
         let told = told.filter(|told| told.starts_with("sha256:")).map(str::to_string);
         let bytes = read_up_to(answer, MANIFEST_BYTES_MAX).await?;
         match told {
-            Some(told) if told != digest_of(&bytes) => {
-                Err(Trouble::transient(format!("the manifest is said to be {told}, and is not")))
-            }
+            Some(told) if told != digest_of(&bytes) => Err(Trouble::transient(format!(
+                "the registry says that the manifest has the digest {told}, but it has another"
+            ))),
             _ => Ok(bytes),
         }
     }
 
-    /// Any success will do: reading it back tells.
+    /// Writes a manifest. Any success status is accepted, because the caller reads the manifest back.
     pub(super) async fn put_manifest(&self, tag: &str, bytes: Vec<u8>) -> Attempted<()> {
         let url = self.url("manifests", tag)?;
         let dress = |request: RequestBuilder| request.header(CONTENT_TYPE, MANIFEST_TYPE).body(bytes);
@@ -207,7 +209,7 @@ impl Client {
         self.base.join(&path).map_err(|error| Trouble::rejected(format!("{path}: {error}")))
     }
 
-    /// A good answer, or Trouble in the registry's words.
+    /// Sends a request. Returns a successful answer, or a Trouble with the registry's words.
     async fn ask(
         &self,
         http: &reqwest::Client,
@@ -228,7 +230,7 @@ impl Client {
         successful(request.send().await?).await
     }
 
-    /// Relative or absolute; a storage provider's, if the registry likes.
+    /// The address of an answer's `Location`, relative or absolute. It may belong to a storage provider.
     fn location(&self, answer: &Response) -> Attempted<Url> {
         let text = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
         let text = text.ok_or_else(|| Trouble::violation("the answer has no Location"))?;
@@ -249,7 +251,7 @@ fn next_url(asked: &Url, location: &str) -> Attempted<Url> {
     }
 }
 
-/// Of `0-1023`; some write `bytes=0-1023`.
+/// The last byte in `0-1023`; some registries write `bytes=0-1023`.
 fn last_byte(range: &str) -> Option<u64> {
     range.rsplit_once('-')?.1.trim().parse().ok()
 }

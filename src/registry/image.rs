@@ -1,7 +1,7 @@
 //! PEFT folder + facts -> OCI image: one gzipped tar layer, config, manifest. The same folder gives the same bytes.
 //!
 //! The layer holds `data/`, as KAITO's puller and Kubernetes image volumes expect. The config is complete (platform,
-//! `rootfs.type`), because umoci, crane and image volumes refuse the bare one that KAITO's own pusher writes.
+//! `rootfs.type`), because umoci, crane and image volumes refuse the minimal config that KAITO's own pusher writes.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,41 +21,47 @@ use crate::words;
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// LIMIT: PEFT writes about a kilobyte; long module lists make it tens.
+/// LIMIT: size of `adapter_config.json`. PEFT writes about a kilobyte; long module lists make it tens.
 const CONFIG_FILE_BYTES_MAX: u64 = 16 << 20;
-/// LIMIT: of a safetensors header, by its format.
+/// LIMIT: size of a safetensors header, by the format.
 const WEIGHTS_HEADER_BYTES_MAX: u64 = 100_000_000;
-/// LIMIT: eleven octal digits, the size field of a ustar header.
+/// LIMIT: size of the weights. The size field of a ustar header has eleven octal digits.
 const WEIGHTS_FILE_BYTES_MAX: u64 = (8 << 30) - 1;
 
-/// What the image says about itself besides its bytes.
+/// The description of an image: its annotations.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageFacts {
     /// `sh.kaito.model.name`: KAITO's preset, as the user wrote it.
     pub model_name: String,
     /// `hone.base-model`: where the frozen weights came from. `None`: `base_model_name_or_path` of the adapter.
     pub base_model: Option<String>,
+    /// `org.opencontainers.image.title`. `None`: a title made of the model's name.
     pub title: Option<String>,
+    /// `org.opencontainers.image.description`.
     pub description: Option<String>,
+    /// `org.opencontainers.image.version`.
     pub version: Option<String>,
-    /// More annotations; they win over all of the above.
+    /// More annotations. They override all of the above.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// An image ready to be copied anywhere.
+/// An image that is ready to be copied.
 pub struct Image {
+    /// The compressed layer.
     pub layer: Blob,
+    /// The image configuration.
     pub config: Blob,
+    /// The manifest.
     pub manifest: Blob,
-    /// Of the uncompressed layer.
+    /// Digest of the uncompressed layer.
     pub diff_id: String,
 }
 
 impl Image {
-    /// Packs `adapter_config.json` and `adapter_model.safetensors` of a folder; everything else in it stays out.
+    /// Packs `adapter_config.json` and `adapter_model.safetensors` of a folder; its other files are left out.
     ///
-    /// # Errors
-    /// Config: not an adapter folder, or a bad SOURCE_DATE_EPOCH. Model: a damaged file. Storage: no room for the layer.
+    /// Config: the folder holds no adapter, or SOURCE_DATE_EPOCH is wrong. Model: a file is damaged. Storage: there
+    /// is no room for the layer.
     pub fn build(folder: &Path, facts: &ImageFacts) -> Result<Image> {
         let config_text = read_adapter_config(&folder.join(CONFIG_FILE))?;
         check_weights(&folder.join(WEIGHTS_FILE))?;
@@ -84,22 +90,23 @@ impl Image {
         Ok(Image { layer, config, manifest, diff_id })
     }
 
-    /// Of the manifest: the image's name that cannot change.
+    /// Digest of the manifest, which identifies the image for good.
     pub fn digest(&self) -> &str {
         &self.manifest.digest
     }
 
-    /// Everything that is copied.
+    /// Size of everything that is copied.
     pub fn bytes(&self) -> u64 {
         self.layer.bytes + self.config.bytes + self.manifest.bytes
     }
 }
 
-/// Bytes with their digest, readable any number of times and by several at once.
+/// Bytes with their digest. They can be read any number of times, also by several readers at once.
 #[derive(Clone)]
 pub struct Blob {
     /// `sha256:` and 64 hex digits.
     pub digest: String,
+    /// Number of bytes.
     pub bytes: u64,
     content: Content,
 }
@@ -107,7 +114,7 @@ pub struct Blob {
 #[derive(Clone)]
 enum Content {
     Memory(Arc<[u8]>),
-    /// Nameless, so that nothing is left behind however the process ends.
+    /// A file without a name, so that nothing is left behind however the process ends.
     File(Arc<File>),
 }
 
@@ -117,7 +124,7 @@ impl Blob {
         Blob { digest: digest_of(&text), bytes: text.len() as u64, content: Content::Memory(text.into()) }
     }
 
-    /// Up to `length` bytes from `offset`; fewer only at the end.
+    /// Reads up to `length` bytes from `offset`; fewer only at the end.
     pub fn read(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         let length = length.min(self.bytes.saturating_sub(offset) as usize);
         match &self.content {
@@ -139,7 +146,7 @@ fn digest_text(hash: &[u8]) -> String {
     format!("sha256:{}", words::hex(hash))
 }
 
-/// Hashes and counts what passes through, in either direction.
+/// A reader or writer that hashes and counts the bytes that pass through it.
 pub(super) struct Hashing<T> {
     inner: T,
     hash: Sha256,
@@ -151,7 +158,7 @@ impl<T> Hashing<T> {
         Hashing { inner, hash: Sha256::new(), bytes: 0 }
     }
 
-    /// So far.
+    /// Bytes so far.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -219,11 +226,11 @@ fn read_adapter_config(path: &Path) -> Result<serde_json::Value> {
         serde_json::from_slice(&text).map_err(|error| wrong(format!("not JSON: {error}")))?;
     match value["peft_type"].as_str() {
         Some(_) => Ok(value),
-        None => Err(wrong("has no `peft_type`; expected PEFT's adapter configuration".into())),
+        None => Err(wrong("it has no `peft_type`; expected PEFT's adapter configuration".into())),
     }
 }
 
-/// A safetensors file is whole when its header is JSON and the last tensor ends where the file does.
+/// Checks that a safetensors file is whole: its header is JSON, and the last tensor ends where the file does.
 fn check_weights(path: &Path) -> Result<()> {
     let mut file = open(path)?;
     let wrong = |what: String| {
@@ -270,8 +277,9 @@ fn open(path: &Path) -> Result<File> {
     }
 }
 
-/// The compressed layer, and the digest of what it expands to. At the fastest level: normally distributed weights shrink
-/// to 0.930 (f32) or 0.803 (bf16) at level 1, and to 0.928 or 0.795 at level 9 for several times the work.
+/// The compressed layer, and the digest of its uncompressed bytes. The fastest level is used: normally distributed
+/// weights shrink to 0.930 (f32) or 0.803 (bf16) of their size at level 1, and to 0.928 or 0.795 at level 9 for
+/// several times the work.
 fn write_layer(folder: &Path) -> Result<(Blob, String)> {
     let failed = |error: io::Error| Fault::storage("write the image layer beside", folder, &error);
     let gzip = flate2::GzBuilder::new()
@@ -299,11 +307,12 @@ fn append_file<W: Write>(tar: &mut tar::Builder<W>, folder: &Path, name: &str) -
         .map_err(storage)?;
     match counted.bytes == bytes {
         true => Ok(()),
-        false => Err(Fault::model(format!("{} shrank while it was packed", path.display()))),
+        false => Err(Fault::model(format!("{} became shorter while it was packed", path.display()))),
     }
 }
 
-/// Owner, mode and time are constants: two folders with equal files give equal layers.
+/// The tar header of an entry. Owner, mode and time are constants, so that two folders with equal files give equal
+/// layers.
 fn header(path: &str, kind: tar::EntryType, bytes: u64) -> Result<tar::Header> {
     let mut header = tar::Header::new_ustar();
     header.set_path(path).map_err(|error| Fault::internal(format!("tar path {path}: {error}")))?;
@@ -317,14 +326,16 @@ fn header(path: &str, kind: tar::EntryType, bytes: u64) -> Result<tar::Header> {
     Ok(header)
 }
 
-/// Beside the adapter first: that volume held the adapter, whereas /tmp may be memory.
+/// A temporary file, beside the adapter if possible: that volume had room for the adapter, whereas /tmp may be
+/// memory.
 pub(super) fn scratch_file(folder: &Path) -> Result<File> {
     tempfile::tempfile_in(folder)
         .or_else(|_| tempfile::tempfile())
         .map_err(|error| Fault::storage("create a temporary file in", &std::env::temp_dir(), &error))
 }
 
-/// RFC 3339 of SOURCE_DATE_EPOCH (seconds since 1970), or of zero: the time must not change the digest.
+/// The time SOURCE_DATE_EPOCH (seconds since 1970; zero if it is not set) as RFC 3339. The current time would change
+/// the digest.
 fn created_at(source_date_epoch: Option<&str>) -> Result<String> {
     let text = source_date_epoch.unwrap_or("0");
     // LIMIT: the year 9999; RFC 3339 has four digits.

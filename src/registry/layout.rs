@@ -16,7 +16,7 @@ use crate::whole;
 const TAG_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 const COPY_BYTES: usize = 256 << 10;
 
-/// Adds the image under the tag; other tags of an existing layout stay.
+/// Adds the image under the tag. Other tags of an existing layout stay.
 ///
 /// # Errors
 /// Config: the folder holds something else. Storage: the disk failed.
@@ -24,9 +24,10 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
     let blobs = folder.join("blobs/sha256");
     refuse_other_folders(folder)?;
     fs::create_dir_all(&blobs).map_err(|error| Fault::storage("create", &blobs, &error))?;
-    // Two pushes into one layout take turns; where the file system knows no locks, they are not expected.
+    // Two pushes into one layout take turns by a lock. On a file system without locks, two pushes at once are not
+    // expected.
     let turn = File::open(folder).and_then(|handle| handle.lock().map(|()| handle));
-    // Without the turn another push might be at work in there.
+    // Without the lock, another push might be using these files.
     if turn.is_ok() {
         whole::remove_leftovers(folder);
         whole::remove_leftovers(&blobs);
@@ -42,9 +43,11 @@ pub(super) fn push(image: &Image, folder: &Path, tag: &str, task: &Task) -> Resu
     whole::write(&folder.join("index.json"), index.to_string().as_bytes())
 }
 
-/// A layout that is read from.
+/// A layout to read from.
 pub(super) struct Layout<'a> {
+    /// Folder of the layout.
     pub folder: &'a Path,
+    /// Tag of the image.
     pub tag: &'a str,
 }
 
@@ -145,7 +148,7 @@ fn read_index(folder: &Path) -> Result<Option<Value>> {
     }
 }
 
-/// The index with the tag moved to the image; entries of other tags are kept as they are.
+/// The index with the tag moved to the image. Entries of other tags stay as they are.
 fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
     let mut index = index.unwrap_or_else(|| json!({ "schemaVersion": 2, "manifests": [] }));
     let manifests = index["manifests"].as_array_mut().expect("read_index lets only lists pass");
@@ -161,7 +164,7 @@ fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
 
 fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
     let path = blobs.join(blob.digest.trim_start_matches("sha256:"));
-    // A blob that is there is trusted only by its digest: one damaged since would be shipped as whole.
+    // An existing blob is trusted only if its digest is right; otherwise a damaged blob would be shipped.
     let whole = |path: &Path| -> io::Result<bool> {
         let mut hashing = Hashing::new(File::open(path)?);
         io::copy(&mut hashing, &mut io::sink())?;

@@ -1,5 +1,6 @@
-//! Credential + the registry's challenge -> what the client sends. Tried before any transfer, so that a wrong password
-//! is told with the registry's own words, and a busy token server is not taken for a wrong password.
+//! Credential + the registry's challenge -> the authorization of later requests. The login is tried before any
+//! transfer. So a wrong password is reported in the registry's own words, and a busy token server is not mistaken for
+//! a wrong password.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,18 +16,20 @@ use crate::source;
 
 /// The name under which a registry takes a refresh token as a password (Azure's convention, honoured by others).
 const TOKEN_USER: &str = "00000000-0000-0000-0000-000000000000";
-/// LIMIT: of an answer about logging in.
+/// LIMIT: size of an answer about logging in.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
-/// LIMIT: of a wait that a registry asks for.
+/// LIMIT: longest wait that a registry may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(120);
 
-/// The lifetime of a token whose server tells none, and the least there may be (the token specification).
+/// Lifetime of a token if its server does not say, and the shortest lifetime that there may be (the token
+/// specification).
 const LIFETIME_MIN: Duration = Duration::from_secs(60);
-/// A token is renewed this long before its end: clocks, and the way to the registry.
+/// A token is renewed this long before it expires, since clocks differ and requests take time.
 const LIFETIME_MARGIN: Duration = Duration::from_secs(10);
 
-/// What the registry accepts now.
+/// The authorization that the registry accepts now.
 pub(super) struct Session {
+    /// What requests are authorized with.
     pub auth: RegistryAuth,
     renew_at: Option<Instant>,
 }
@@ -43,7 +46,7 @@ impl From<RegistryAuth> for Session {
     }
 }
 
-/// `base` is `scheme://host/v2/`.
+/// Logs in. `base` is `scheme://host/v2/`.
 pub(super) async fn log_in(
     http: &reqwest::Client,
     base: &Url,
@@ -75,7 +78,7 @@ pub(super) async fn log_in(
     }
 }
 
-/// Without an exchange.
+/// The login without a token exchange.
 fn plain(login: &Login) -> RegistryAuth {
     match login {
         Login::Anonymous => RegistryAuth::Anonymous,
@@ -92,7 +95,7 @@ struct TokenAnswer {
     expires_in: Option<u64>,
 }
 
-/// OAuth2: a refresh token for an access token. Servers that only know `GET` take it as a password.
+/// Exchanges a refresh token for an access token (OAuth2). Servers that only support `GET` take it as a password.
 async fn exchange(http: &reqwest::Client, mut url: Url, token: &str) -> Result<Session, Trouble> {
     let mut form = url::form_urlencoded::Serializer::new(String::new());
     form.extend_pairs([("grant_type", "refresh_token"), ("client_id", "hone"), ("refresh_token", token)]);
@@ -108,11 +111,11 @@ async fn exchange(http: &reqwest::Client, mut url: Url, token: &str) -> Result<S
     session(answer).await
 }
 
-/// From a token server's answer.
+/// The session of a token server's answer.
 async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     let answered = Instant::now();
     let answer = successful(answer).await.map_err(|trouble| match trouble.status {
-        // The answer to a refresh token that was revoked.
+        // Servers answer 400 if a refresh token was revoked.
         Some(400) => Trouble { nature: Nature::Unauthorized, ..trouble },
         _ => trouble,
     })?;
@@ -122,20 +125,21 @@ async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     match answer.and_then(|answer| answer.access_token.or(answer.token)) {
         Some(token) => Ok(Session {
             auth: RegistryAuth::Bearer(token),
-            // None: not within the clock's reach.
+            // `None`: the time is beyond the clock's range.
             renew_at: answered.checked_add(useful),
         }),
         None => Err(Trouble::unauthorized("the token server's answer holds no token")),
     }
 }
 
-/// From the lifetime a token server tells, in seconds.
+/// How long a token is used, from the lifetime in seconds that a token server states.
 fn useful_for(expires_in: Option<u64>) -> Duration {
     expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
 }
 
-/// The token server that a registry names. It gets the credential, if there is one (`secret`): over TLS, or, where the
-/// registry itself is asked without, on the registry's own host. No metadata service is ever asked.
+/// The address of the token server that a registry names. If there is a credential (`secret`), it is sent to this
+/// server: over TLS, or, if the registry itself is used without TLS, only on the registry's own host. Metadata
+/// services are never asked.
 pub(super) fn realm_url(base: &Url, realm: &str, secret: bool) -> Result<Url, Trouble> {
     let url = Url::parse(realm).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
     let url = url
@@ -148,7 +152,7 @@ pub(super) fn realm_url(base: &Url, realm: &str, secret: bool) -> Result<Url, Tr
     let to_another_host = secret && url.host() != base.host();
     if url.scheme() != "https" && (base.scheme() == "https" || to_another_host) {
         return Err(Trouble::unauthorized(
-            "the registry sends its password on to a token server without TLS",
+            "the registry names a token server without TLS, which would get the password",
         ));
     }
     Ok(url)
@@ -165,14 +169,14 @@ fn token_url(mut url: Url, service: Option<&str>, reference: &Reference, push: b
     url
 }
 
-/// A good answer; any other becomes Trouble with the registry's words and its Retry-After.
+/// Passes a successful answer; any other becomes a Trouble with the registry's words and its Retry-After.
 pub(super) async fn successful(answer: reqwest::Response) -> Result<reqwest::Response, Trouble> {
     let status = answer.status();
     if status.is_success() {
         return Ok(answer);
     }
     let wait = answer.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
-    // The status stands, whatever becomes of the words.
+    // The status counts, even if the words cannot be read.
     let words = read_up_to(answer, ANSWER_BYTES_MAX).await.unwrap_or_default();
     Err(Trouble { wait, ..Trouble::answer(status.as_u16(), &String::from_utf8_lossy(&words)) })
 }
@@ -188,7 +192,7 @@ pub(super) async fn read_up_to(mut answer: reqwest::Response, bytes_max: u64) ->
     Ok(body)
 }
 
-/// Seconds, or a date.
+/// The wait of a Retry-After header, which holds seconds or a date.
 fn retry_after(text: &str) -> Option<Duration> {
     let wait = match text.trim().parse() {
         Ok(seconds) => Duration::from_secs(seconds),
@@ -212,7 +216,7 @@ fn challenge(answer: &reqwest::Response) -> Challenge {
     all.into_iter().find(has_bearer).unwrap_or(if basic { Challenge::Basic } else { Challenge::None })
 }
 
-/// One header: `Bearer realm="https://...",service="..."`, or any other scheme with a password.
+/// Reads one header: `Bearer realm="https://...",service="..."`, or any other scheme with a password.
 fn read_challenge(text: &str) -> Challenge {
     let (scheme, mut rest) = text.trim().split_once(' ').unwrap_or((text, ""));
     let (mut realm, mut service) = (None, None);

@@ -1,4 +1,5 @@
-//! Manifest or index bytes -> the layers to read. Knows both spellings, OCI's and Docker's; no network, no disk.
+//! Manifest or index bytes -> the layers to read. It knows OCI's and Docker's spelling, and uses neither network nor
+//! disk.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,7 +11,7 @@ pub(super) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+js
 pub(super) const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 pub(super) const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 pub(super) const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-/// Docker's names of the manifest and the index.
+/// Docker's media types of the manifest and the index.
 pub(super) const DOCKER_MANIFEST_TYPE: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub(super) const DOCKER_INDEX_TYPE: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
@@ -19,14 +20,16 @@ pub(super) const MANIFEST_BYTES_MAX: u64 = 4 << 20;
 /// LIMIT: overlay file systems mount 127 layers.
 const LAYERS_MAX: usize = 127;
 
-/// A blob as a manifest names it.
+/// A blob as a manifest describes it.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub(super) struct Descriptor {
+    /// Digest of the blob.
     pub digest: String,
+    /// Size of the blob.
     #[serde(rename = "size")]
     pub bytes: u64,
     platform: Option<Platform>,
-    /// Of oras and others: a layer's file name, and whether it is an archive of a folder.
+    /// Annotations of oras and other tools: a layer's file name, and whether it is an archive of a folder.
     pub annotations: Option<HashMap<String, String>>,
 }
 
@@ -36,11 +39,12 @@ struct Platform {
     os: String,
 }
 
-/// What the bytes behind a tag turn out to be.
+/// What the bytes behind a tag are.
 #[derive(Debug, PartialEq)]
 pub(super) enum Document {
+    /// A manifest, with its layers.
     Layers(Vec<Descriptor>),
-    /// An index; the manifest for linux/amd64 in it.
+    /// An index, with its manifest for linux/amd64.
     Index(Descriptor),
 }
 
@@ -57,13 +61,13 @@ pub(super) fn parse(bytes: &[u8], name: &str) -> Result<Document> {
     let raw: Raw =
         serde_json::from_slice(bytes).map_err(|error| wrong(format!("not an image manifest: {error}")))?;
     if raw.schema_version != Some(2) {
-        return Err(wrong("its manifest has not schemaVersion 2".into())
+        return Err(wrong("its manifest does not have schemaVersion 2".into())
             .help("push the image again with a current tool; Docker's first format is not read"));
     }
     let document = match (raw.manifests, raw.layers) {
         (Some(manifests), None) => Document::Index(choose(manifests).ok_or_else(|| {
             wrong("the image has no manifest for linux/amd64".into())
-                .help("adapters are data: push a plain image")
+                .help("an adapter needs no platform: push the image with a single manifest")
         })?),
         (None, Some(layers)) if layers.len() <= LAYERS_MAX => Document::Layers(layers),
         (None, Some(layers)) => return Err(wrong(format!("{} layers; at most {LAYERS_MAX}", layers.len()))),
@@ -86,13 +90,14 @@ pub(super) fn annotations(bytes: &[u8]) -> BTreeMap<String, String> {
     texts.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
 }
 
-/// Digests become paths and URLs, so nothing but `sha256:` and 64 lower-case hex digits passes.
+/// Whether the text is `sha256:` and 64 lower-case hex digits. Nothing else passes, because digests become paths and
+/// URLs.
 pub(super) fn is_digest(text: &str) -> bool {
     let hex = text.strip_prefix("sha256:").unwrap_or_default();
     hex.len() == 64 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// linux/amd64, else the only one that names no platform.
+/// The manifest for linux/amd64, or else the only one that names no platform.
 fn choose(manifests: Vec<Descriptor>) -> Option<Descriptor> {
     let fits = |platform: &Platform| platform.os == "linux" && platform.architecture == "amd64";
     let exact = manifests.iter().find(|manifest| manifest.platform.as_ref().is_some_and(fits));

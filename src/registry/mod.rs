@@ -1,4 +1,5 @@
-//! PEFT folder -> OCI image -> push; and pull. The only place that knows OCI.
+//! PEFT folder -> OCI image -> push; and pull. This is the only module that knows OCI, apart from the image names
+//! that users write.
 
 mod credentials;
 mod distribution;
@@ -24,54 +25,63 @@ pub use pull::STAGE_PREFIX;
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 
-/// Where an image goes or comes from.
+/// The place that an image is pushed to or pulled from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Target {
     /// `host/repository:tag`, normalised as Docker does.
     Registry(String),
     /// `oci:DIR` or `oci:DIR:tag`: an OCI layout on disk.
-    Layout { folder: PathBuf, tag: String },
+    Layout {
+        /// Folder of the layout.
+        folder: PathBuf,
+        /// Tag in the layout.
+        tag: String,
+    },
 }
 
-/// How to talk to a registry. Filled by `plan`.
+/// How to connect to a registry. `plan` fills it.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Folder or file with docker credentials; `None`: `DOCKER_CONFIG`, then the usual places.
+    /// Folder or file with docker credentials. `None`: `DOCKER_CONFIG`, then the usual places.
     pub docker_config: Option<PathBuf>,
-    /// Extra root certificates (PEM); also a server certificate that is its own root.
+    /// Extra root certificates (PEM). A server certificate that is its own root is accepted too.
     pub ca_file: Option<PathBuf>,
-    /// Talk plain HTTP. Only when asked.
+    /// Whether to use plain HTTP; only if the user asked for it.
     pub plain_http: bool,
+    /// How often a failed request is tried in all.
     pub attempts_max: u32,
+    /// Time limit for making a connection.
     pub connect_timeout: std::time::Duration,
+    /// Longest time without an answer or a byte.
     pub read_timeout: std::time::Duration,
 }
 
-/// An image that is where it should be.
+/// An image that was pushed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pushed {
-    /// With its tag.
+    /// Reference of the image, with its tag.
     pub reference: String,
-    /// Of the manifest, `sha256:...`.
+    /// Digest of the manifest, `sha256:...`.
     pub digest: String,
-    /// Layer, config and manifest together.
+    /// Size of layer, config and manifest together.
     pub bytes: u64,
 }
 
 /// An image whose files are on disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pulled {
+    /// The place that was pulled from, with its tag or digest.
     pub reference: String,
-    /// Of the manifest that was used (of linux/amd64, if the image has several).
+    /// Digest of the manifest that was used. If the image has several, this is the one for linux/amd64.
     pub digest: String,
-    /// Of all files together.
+    /// Size of all files together.
     pub bytes: u64,
 }
 
-/// Finds, before hours of training, what would stop a push without asking the network.
+/// Checks, before hours of training, whether anything would stop a push. It asks no network.
 ///
-/// # Errors
-/// Config: the layout's folder is the adapter's own or holds something else; the credentials' file is not there.
+/// Config: the layout's folder is the adapter's own or holds something else; the file of the credentials does not
+/// exist.
 pub fn check(target: &Target, adapter: &Path, options: &Options) -> Result<()> {
     if let Target::Layout { folder, .. } = target {
         let same = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -86,7 +96,7 @@ pub fn check(target: &Target, adapter: &Path, options: &Options) -> Result<()> {
     }
     match &options.docker_config {
         Some(file) if matches!(target, Target::Registry(_)) && !file.exists() => {
-            Err(Fault::config(format!("docker_config: there is no {}", file.display()))
+            Err(Fault::config(format!("docker_config: {} does not exist", file.display()))
                 .help("give a docker config.json, or the folder that holds it"))
         }
         _ => Ok(()),
@@ -95,9 +105,9 @@ pub fn check(target: &Target, adapter: &Path, options: &Options) -> Result<()> {
 
 /// Packs the adapter in `folder` and pushes it. Pushing the same adapter again changes nothing and sends little.
 ///
-/// # Errors
-/// Config, Model: the folder is no whole adapter. Auth: 401, 403, unusable credentials. Config: the registry refused for
-/// good. Push: not reachable in `attempts_max` attempts; the adapter stays in `folder`. Storage: the disk failed.
+/// Config, Model: the folder holds no complete adapter. Auth: 401, 403, unusable credentials. Config: the registry
+/// refused the push for good. Push: the registry could not be reached in `attempts_max` attempts; the adapter stays
+/// in `folder`. Storage: the disk failed.
 pub fn push(
     folder: &Path,
     target: &Target,
@@ -105,7 +115,7 @@ pub fn push(
     options: &Options,
     report: &Report,
 ) -> Result<Pushed> {
-    // A bad reference is told before the work.
+    // A bad reference is reported before any work.
     let reference = match target {
         Target::Registry(text) => Some(reference::parse_reference(text)?),
         Target::Layout { .. } => None,
@@ -151,11 +161,12 @@ pub fn look(
     Ok((found.digest, found.annotations))
 }
 
-/// Puts the files under an image's `data/` into `folder`: new, empty, or holding (part of) the same files already.
+/// Writes the files under an image's `data/` to `folder`. The folder may be new, empty, or hold (some of) the same
+/// files already.
 ///
-/// # Errors
-/// Config: no such image, or `folder` holds something else. Auth: 401, 403. Data: damaged, hostile or too large. Network:
-/// not reachable in `attempts_max` attempts. Storage: the disk failed.
+/// Config: there is no such image, or `folder` holds something else. Auth: 401, 403. Data: the image is damaged,
+/// hostile or too large. Network: the registry could not be reached in `attempts_max` attempts. Storage: the disk
+/// failed.
 pub fn pull(target: &Target, folder: &Path, options: &Options, report: &Report) -> Result<Pulled> {
     match target {
         Target::Layout { folder: layout, tag } => {

@@ -1,6 +1,7 @@
-//! A tag or digest -> the manifest's layers as files to bring, and each of them whole on disk; archives unpacked.
+//! A tag or digest -> the manifest's layers as whole files on disk; archives unpacked.
 //!
-//! For what is too large to be pulled at once: a file that is cut off stays and is continued, also by another process.
+//! This is for content that is too large to pull in one go. A partial file stays, and this or another process
+//! continues it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -16,34 +17,35 @@ use super::{Options, Target};
 use crate::fault::{Fault, Result};
 use crate::report::Report;
 
-/// What oras writes beside a layer: the file's path, and whether it is an archive of a folder of that name.
+/// Annotations that oras adds to a layer: the file's path, and whether it is an archive of a folder of that name.
 const TITLE: &str = "org.opencontainers.image.title";
 const UNPACK: &str = "io.deis.oras.content.unpack";
 
 /// The parts of an image or artifact, first to last.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parts {
-    /// Of the manifest.
+    /// Digest of the manifest.
     pub digest: String,
+    /// The layers, first to last.
     pub list: Vec<Part>,
 }
 
 /// One layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
-    /// `sha256:...`
+    /// Digest of the layer, `sha256:...`.
     pub digest: String,
+    /// Size of the layer.
     pub bytes: u64,
-    /// The path it is to have, by whoever pushed it: not to be trusted. `None` in an image.
+    /// The path that the pusher gave the file; it must not be trusted. `None` in an image.
     pub title: Option<String>,
-    /// Of an artifact's archive; an image's layers are archives without a word.
+    /// Whether the layer of an artifact is an archive. Layers of images are always archives and do not say so.
     pub unpack: bool,
 }
 
-/// Asks what a reference leads to.
+/// Requests the parts that a reference leads to.
 ///
-/// # Errors
-/// As [`super::pull()`].
+/// The same as of [`super::pull()`].
 pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
     let pull::Resolved { digest, layers, .. } = pull::resolve(&mut open(image, options, report)?, image)?;
     let part = |layer: Descriptor| {
@@ -54,10 +56,10 @@ pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
     Ok(Parts { digest, list: layers.into_iter().map(part).collect() })
 }
 
-/// Brings parts one after the other, each to a path that may hold a beginning of it. `arrived` takes a whole one.
+/// Downloads parts one after the other, each to a path that may already hold its beginning. `arrived` is called with
+/// each whole part.
 ///
-/// # Errors
-/// As [`super::pull()`]; what came stays. Model: twice the bytes were not those of the digest.
+/// The same as of [`super::pull()`]; the bytes received stay on disk. Model: the bytes had the wrong digest twice.
 pub fn download<'a>(
     image: &str,
     parts: impl Iterator<Item = (&'a Part, &'a Path)>,
@@ -73,10 +75,10 @@ pub fn download<'a>(
     Ok(())
 }
 
-/// Puts the files of an archive that `wanted` takes by name below `folder`, over those of earlier layers; nothing else.
+/// Unpacks archives, first to last, into `folder`. Only files whose names `wanted` accepts are written, over those of
+/// earlier layers.
 ///
-/// # Errors
-/// Data: damaged, hostile, or more than `bytes_max` of such files. Storage: the disk failed.
+/// Data: an archive is damaged or hostile, or has more than `bytes_max` of such files. Storage: the disk failed.
 pub fn unpack(
     archives: &[&Path],
     folder: &Path,
@@ -94,7 +96,7 @@ pub fn unpack(
     Ok(())
 }
 
-/// The same repository by digest: a tag may move between two requests.
+/// The same repository by digest, because a tag may move between two requests.
 pub fn pinned(image: &str, digest: &str) -> Result<Target> {
     let reference = parse_reference(image)?;
     Ok(Target::Registry(format!("{}/{}@{digest}", reference.registry(), reference.repository())))
@@ -104,14 +106,14 @@ fn open<'a>(image: &str, options: &'a Options, report: &'a Report) -> Result<Reg
     Registry::source(parse_reference(image)?, options, Path::new("."), report)
 }
 
-/// A file that grows to a part, hashed as it does.
+/// A file that grows to a whole part and is hashed as it grows.
 pub(super) struct Growing<'a> {
     path: &'a Path,
     file: Hashing<File>,
 }
 
 impl<'a> Growing<'a> {
-    /// Reads what is there already.
+    /// Opens the file and hashes the bytes that it already has.
     pub(super) fn open(path: &'a Path) -> Result<Growing<'a>> {
         let file = OpenOptions::new().create(true).read(true).append(true).open(path);
         let mut file = Hashing::new(file.map_err(|error| Fault::storage("open", path, &error))?);
@@ -126,7 +128,7 @@ impl<'a> Growing<'a> {
     pub(super) fn append(&mut self, piece: &[u8]) -> Result<()> {
         self.file.write_all(piece).map_err(|error| {
             Fault::storage("write", self.path, &error)
-                .help("what came so far is kept: start it again when there is room")
+                .help("the bytes received so far are kept: free some space, then start it again")
         })
     }
 
@@ -136,7 +138,7 @@ impl<'a> Growing<'a> {
         Ok(())
     }
 
-    /// The digest of what is there, which is then on disk for good.
+    /// Syncs the file to disk and returns its digest.
     pub(super) fn digest(&mut self) -> Result<String> {
         let empty = File::open(self.path).map_err(|error| Fault::storage("open", self.path, &error))?;
         let (file, digest, _) = std::mem::replace(&mut self.file, Hashing::new(empty)).finish();

@@ -1,4 +1,4 @@
-//! Image (layout or registry) -> the files of its `data/` in a folder, whole or not at all.
+//! Image (layout or registry) -> the files of its `data/` in a folder: all of them or none.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,18 +13,18 @@ use crate::report::{Report, Stage};
 
 /// LIMIT: an index points at a manifest, or at one more index.
 const INDEX_DEPTH_MAX: usize = 2;
-/// LIMIT: compressed, of one layer.
+/// LIMIT: compressed size of one layer.
 const LAYER_BYTES_MAX: u64 = 16 << 30;
-/// Of folders where an image is put together; what a killed pull left has it too.
+/// Prefix of the folders where an image is assembled. A killed pull leaves such a folder.
 pub const STAGE_PREFIX: &str = ".hone-pull-";
 
-/// Where an image's parts are read from. Everything returned has its digest verified.
+/// A source of an image's parts. It verifies the digest of everything it returns.
 pub(super) trait Store {
-    /// The manifest or index behind the target's own tag or digest, and its digest.
+    /// The manifest or index of the target's own tag or digest, and its digest.
     fn top(&mut self) -> Result<(Vec<u8>, String)>;
-    /// A manifest by digest.
+    /// The manifest with this digest.
     fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>>;
-    /// A layer, positioned at its start.
+    /// A layer, as a file positioned at its start.
     fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
 }
 
@@ -79,14 +79,14 @@ pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report
     Ok(Pulled { reference: name, digest, bytes })
 }
 
-/// A folder on the target's volume where the image is put together; gone on drop.
+/// A temporary folder on the target's volume where the image is assembled; it is removed when dropped.
 struct Stagehouse {
     _owner: tempfile::TempDir,
     data: PathBuf,
 }
 
 impl Stagehouse {
-    /// Inside the folder when that exists (it may be the root of a volume), else beside it.
+    /// Creates it inside the folder if that exists (it may be the root of a volume), or else beside it.
     fn beside(folder: &Path) -> Result<Stagehouse> {
         let home = match folder.is_dir() {
             true => folder,
@@ -102,8 +102,8 @@ impl Stagehouse {
         Ok(Stagehouse { _owner: owner, data })
     }
 
-    /// One rename when the folder is new. An existing one may hold nothing but files of this very image: a pull that
-    /// was cut short is completed, anything else is refused.
+    /// Moves the files to the folder: by one rename if the folder is new. An existing folder may only hold files of
+    /// this very image, so that an interrupted pull is completed; any other file is refused.
     fn publish(&self, folder: &Path) -> Result<()> {
         if !folder.exists() {
             return fs::rename(&self.data, folder).map_err(|error| Fault::storage("create", folder, &error));
@@ -131,7 +131,7 @@ impl Stagehouse {
     }
 }
 
-/// Relative paths of everything that is not a folder, sorted; stages of earlier pulls are left out.
+/// Relative paths of everything that is not a folder, sorted. Temporary folders of earlier pulls are left out.
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let (mut files, mut open) = (Vec::new(), vec![PathBuf::new()]);
     while let Some(inner) = open.pop() {

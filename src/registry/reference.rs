@@ -1,4 +1,4 @@
-//! Text -> Target: an OCI layout on disk, or an image reference as Docker normalises it.
+//! Text -> `Target`: an OCI layout on disk, or an image reference, normalised as Docker does.
 
 use oci_client::{ParseError, Reference};
 
@@ -6,12 +6,12 @@ use super::Target;
 use crate::fault::{Fault, Result};
 
 const TAG_DEFAULT: &str = "latest";
-/// LIMIT: of a tag, by the OCI distribution specification.
+/// LIMIT: length of a tag, by the OCI distribution specification.
 const TAG_CHARACTERS_MAX: usize = 128;
 
 impl Target {
-    /// Reads `oci:DIR`, `oci:DIR:tag`, or an image reference (`adapter` is `docker.io/library/adapter:latest`).
-    /// A last `:part` of DIR that could be a tag is one. A reference by digest is good for pulling only.
+    /// Reads `oci:DIR`, `oci:DIR:tag`, or an image reference (`adapter` means `docker.io/library/adapter:latest`). If
+    /// the last `:part` of DIR could be a tag, it is the tag. A reference by digest can only be pulled.
     pub fn parse(text: &str) -> Result<Target> {
         match text.strip_prefix("oci:") {
             Some(layout) => parse_layout(layout),
@@ -29,16 +29,17 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// An image reference with registry and tag (or digest) filled in.
+/// Reads an image reference and fills in registry and tag (or digest).
 pub(super) fn parse_reference(text: &str) -> Result<Reference> {
     if text.contains("://") {
-        return Err(Fault::config("an image reference has no `scheme://`")
-            .help("write `registry.example.com/team/adapter:v1`; plain HTTP is an option of its own"));
+        return Err(Fault::config("an image reference has no `scheme://`").help(
+            "write `registry.example.com/team/adapter:v1`; plain HTTP is a separate option (--plain-http)",
+        ));
     }
     if text.contains('@') && !text.contains("@sha256:") {
-        // What stands before the `@` may be a password: it is not shown.
+        // The text before the `@` may be a password, so it is not shown.
         return Err(Fault::config("an image reference has an `@` only in front of a `sha256:` digest")
-            .help("user names and passwords belong into docker's config.json"));
+            .help("put user names and passwords into docker's config.json"));
     }
     Reference::try_from(text).map_err(|error| match lower_cased(text) {
         Some(suggestion) => Fault::config(format!(
@@ -61,8 +62,9 @@ fn parse_layout(text: &str) -> Result<Target> {
         );
     }
     if !is_tag(tag) {
-        return Err(Fault::config(format!("`{tag}` in `oci:{text}` is not a tag"))
-            .help("a tag is up to 128 of A-Z a-z 0-9 . _ - and starts with none of `.` and `-`"));
+        return Err(Fault::config(format!("`{tag}` in `oci:{text}` is not a tag")).help(
+            "a tag has at most 128 characters of A-Z a-z 0-9 . _ - and does not start with `.` or `-`",
+        ));
     }
     Ok(Target::Layout { folder: folder.into(), tag: tag.into() })
 }
@@ -74,7 +76,7 @@ fn is_tag(text: &str) -> bool {
         && text.len() <= TAG_CHARACTERS_MAX
 }
 
-/// The reference with a lower-case name, when that alone makes it valid. Tags keep their case.
+/// The reference with a lower-case name, if that alone makes it valid. Tags keep their case.
 fn lower_cased(text: &str) -> Option<String> {
     let name_end = text.rfind('/').unwrap_or(0);
     let tag_start = text[name_end..].find([':', '@']).map_or(text.len(), |at| name_end + at);

@@ -1,7 +1,8 @@
-//! Image -> registry, and back: the requests in their order, with repetition, fallback and re-login.
+//! Image -> registry, and back: the requests in their order, with retries, fallback and renewed login.
 //!
-//! Upload order: HEAD; one PUT; where that is refused or breaks, chunks of 4 MiB. The manifest goes last and is read
-//! back by tag. Every attempt starts the blob anew: adapters are small, and resuming an upload is where registries differ.
+//! Upload order: HEAD; then one PUT; if that is refused or breaks, chunks of 4 MiB. The manifest is written last and
+//! read back by tag. Every attempt starts the blob from the beginning, because adapters are small and registries
+//! differ in how uploads resume.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -33,16 +34,16 @@ use crate::source::{Pace, Speed};
 const BACKOFF_FIRST: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
-/// Why we talk to the registry: decides scopes, kinds and advice.
+/// The purpose of the connection. It decides scopes, kinds of faults and advice.
 #[derive(Clone, Copy)]
 enum Purpose<'a> {
-    /// The adapter's folder.
+    /// Pushing the adapter of this folder.
     Push(&'a Path),
-    /// A folder whose volume has room for a layer.
+    /// Pulling; the volume of this folder has room for a layer.
     Pull(&'a Path),
 }
 
-/// A registry, one repository of it, and a runtime to reach it. Not for use inside an asynchronous task.
+/// One repository of a registry, with a runtime for its requests. It must not be used inside an asynchronous task.
 pub(super) struct Registry<'a> {
     runtime: Runtime,
     remote: Remote<'a>,
@@ -57,10 +58,10 @@ struct Remote<'a> {
     client: Client,
 }
 
-/// Pushes under the reference's tag, and reads it back.
+/// Pushes the image under the reference's tag, and reads the tag back.
 ///
-/// # Errors
-/// Auth: 401, 403, or unusable credentials. Config: refused for good, or no trust in the certificate. Push: all attempts failed.
+/// Auth: 401, 403, or unusable credentials. Config: the registry refused for good, or its certificate is not trusted.
+/// Push: all attempts failed.
 pub(super) fn push(
     image: &Image,
     folder: &Path,
@@ -89,7 +90,7 @@ pub(super) fn push(
 }
 
 impl<'a> Registry<'a> {
-    /// To pull from; layers are kept on the volume of `scratch` meanwhile.
+    /// Connects for pulling. Layers are stored on the volume of `scratch` meanwhile.
     pub(super) fn source(
         reference: Reference,
         options: &'a Options,
@@ -118,7 +119,7 @@ impl<'a> Registry<'a> {
 }
 
 impl Registry<'_> {
-    /// Completes the file at `path`, which may hold a beginning of the part. When it fails, what came stays.
+    /// Completes the file at `path`, which may hold the beginning of the part. If it fails, the bytes received stay.
     pub(super) fn complete(&mut self, part: &Part, path: &Path) -> Result<()> {
         let work = self.remote.complete(part, path);
         self.runtime.block_on(interrupt::or_stopped(work, interrupt::before_training))
@@ -148,7 +149,7 @@ impl Store for Registry<'_> {
 }
 
 impl Remote<'_> {
-    /// Makes sure the registry has the blob. `before`: bytes of the task that earlier blobs account for.
+    /// Makes sure that the registry has the blob. `before`: bytes of the task that belong to earlier blobs.
     async fn upload(&mut self, blob: &Blob, meter: &Arc<Meter>, before: u64) -> Result<()> {
         let timeout = self.options.read_timeout;
         let mut whole = true;
@@ -162,7 +163,7 @@ impl Remote<'_> {
                 whole = false;
                 sent = upload::send(client, blob, whole, meter, before, timeout).await;
             }
-            // Proxies with a size limit hang up in the middle instead of answering 413.
+            // Proxies with a size limit close the connection in the middle instead of answering 413.
             if sent.as_ref().is_err_and(|trouble| trouble.status.is_none())
                 && meter.sent.load(Ordering::Relaxed) > 0
             {
@@ -182,7 +183,7 @@ impl Remote<'_> {
             .await
     }
 
-    /// The tag must now lead to what was pushed.
+    /// Checks that the tag now leads to the pushed manifest.
     async fn confirm(&mut self, digest: &str) -> Result<()> {
         let tag = self.tag_name();
         self.repeat("reading the manifest back", async |client| {
@@ -204,7 +205,7 @@ impl Remote<'_> {
         self.reference.tag().unwrap_or("latest").to_string()
     }
 
-    /// `name`: a tag or a digest.
+    /// Downloads a manifest and returns it with its digest. `name` is a tag or a digest.
     async fn fetch_manifest(&mut self, name: &str) -> Result<(Vec<u8>, String)> {
         self.repeat("download of the manifest", async |client| {
             let accepted = [
@@ -270,7 +271,8 @@ impl Remote<'_> {
                 let continued = resume(client, part, &mut file, &task).await;
                 match continued {
                     Ok(()) => break,
-                    // An attempt that brought something earns another: a blob takes hours, a connection ends sooner.
+                    // An attempt that brought some bytes does not count as failed: a blob can take hours, and
+                    // connections end sooner.
                     Err(trouble)
                         if matches!(trouble.nature, Nature::Transient)
                             && file.bytes() > before
@@ -298,15 +300,15 @@ impl Remote<'_> {
                     .help("the registry's copy is damaged: push it again")
                     .into());
             }
-            // Damage on the way, or in a beginning that was on disk: one download in full will tell.
+            // The bytes were damaged on the way, or the beginning on disk was. A full download shows which.
             damaged = true;
             Err(Trouble::transient(text))
         })
         .await
     }
 
-    /// Runs an operation until it succeeds, is refused, or has had its attempts; logs in first, and once more after a 401
-    /// (a token may have expired under a long upload, or by a wrong clock).
+    /// Runs an operation until it succeeds, is refused, or has used its attempts. Logs in first, and once more after
+    /// a 401, because a token may have expired during a long upload or by a wrong clock.
     async fn repeat<T>(
         &mut self,
         doing: &str,
@@ -370,7 +372,7 @@ impl Remote<'_> {
                 )
             }
             Nature::Untrusted { help } => {
-                Fault::config(format!("{image}: {doing}: no TLS: {text}")).help(help)
+                Fault::config(format!("{image}: {doing}: the TLS connection failed: {text}")).help(help)
             }
             Nature::Rejected | Nature::Violation => Fault::config(format!(
                 "{image}: {doing}: the registry refused: {text}"
@@ -387,7 +389,7 @@ impl Remote<'_> {
     }
 }
 
-/// Asks for what the file lacks, and takes what comes.
+/// Requests the bytes that the file lacks, and appends the bytes received.
 async fn resume(
     client: &Client,
     part: &Part,

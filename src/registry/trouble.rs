@@ -1,4 +1,4 @@
-//! What a registry answered, or what broke on the way -> can a repetition help, and in which words. Nobody's secret.
+//! A registry's refusal, or a broken connection -> whether a retry can help, and a message. Messages hold no secret.
 
 use std::time::Duration;
 
@@ -6,34 +6,36 @@ use oci_client::errors::OciEnvelope;
 
 use crate::fault::Fault;
 
-/// LIMIT: of a registry's own words in a message; some answer with a web page.
+/// LIMIT: length of a registry's own words in a message; some registries answer with a web page.
 const TEXT_CHARACTERS_MAX: usize = 600;
 
 /// One failed attempt.
 #[derive(Debug)]
 pub(super) struct Trouble {
+    /// Kind of the failure.
     pub nature: Nature,
-    /// HTTP status, where there was an answer.
+    /// HTTP status, if there was an answer.
     pub status: Option<u16>,
-    /// What the registry said, or what broke.
+    /// The registry's words, or the connection's error.
     pub text: String,
-    /// How long the registry asks us to wait.
+    /// The wait that the registry asks for.
     pub wait: Option<Duration>,
 }
 
+/// The kind of a failed attempt.
 #[derive(Debug)]
 pub(super) enum Nature {
-    /// Connections, time-outs, 408, 429, 5xx.
+    /// A retry may help: connections, time-outs, 408, 429, 5xx.
     Transient,
-    /// 401, 403.
+    /// The credentials were refused: 401, 403.
     Unauthorized,
-    /// The registry understood and said no.
+    /// The registry understood the request and refused it.
     Rejected,
-    /// It answered, but not as the specification says.
+    /// The registry's answer is not as the specification says.
     Violation,
-    /// The TLS handshake failed, and will again.
+    /// The TLS handshake failed, and would fail again.
     Untrusted { help: &'static str },
-    /// Nothing of the registry's.
+    /// A fault on this side, not of the registry.
     Ours(Box<Fault>),
 }
 
@@ -54,7 +56,7 @@ impl Trouble {
         Trouble { nature: Nature::Violation, ..Trouble::transient(text) }
     }
 
-    /// From an answer's status and body.
+    /// The trouble of an answer's status and body.
     pub(super) fn answer(status: u16, body: &str) -> Trouble {
         let nature = match status {
             401 | 403 => Nature::Unauthorized,
@@ -71,7 +73,7 @@ impl Trouble {
         Trouble { nature, status: Some(status), text, wait: None }
     }
 
-    /// Whether a monolithic upload was refused for being one (413 of proxies and ACR, 405 of JFrog and the like).
+    /// Whether a monolithic upload was refused because it is one (413 of proxies and ACR, 405 of JFrog and others).
     pub(super) fn refuses_monolithic(&self) -> bool {
         matches!(self.nature, Nature::Violation)
             || matches!(self.status, Some(400 | 405 | 411 | 413 | 415 | 416 | 501))
@@ -87,7 +89,7 @@ impl From<reqwest::Error> for Trouble {
         match status {
             Some(status) => Trouble::answer(status, ""),
             None if refused => Trouble::rejected(text),
-            // rustls' words for a server that answers a handshake in clear text.
+            // This is rustls' error if a server answers a handshake in clear text.
             None if text.contains("InvalidContentType") => Trouble {
                 nature: Nature::Untrusted {
                     help: "the registry seems to speak plain HTTP: ask for it explicitly (--plain-http) if it is yours",
@@ -115,7 +117,7 @@ impl From<Fault> for Trouble {
     }
 }
 
-/// A text of the registry's, fit for a message: one line, no control characters, no secret, not too long.
+/// A registry's text, made fit for a message: one line, no control characters, no secret, not too long.
 pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     let mut text = text.to_string();
     for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
@@ -129,7 +131,7 @@ pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     }
 }
 
-/// `CODE: message` of each error, and its detail where that is plain text.
+/// `CODE: message` of each error, with its detail if that is plain text.
 fn words(envelope: &OciEnvelope) -> String {
     let each = envelope.errors.iter().map(|error| {
         let code = serde_json::to_value(&error.code).unwrap_or_default();
@@ -139,7 +141,7 @@ fn words(envelope: &OciEnvelope) -> String {
     each.collect::<Vec<String>>().join("; ")
 }
 
-/// An error with its causes, each said once.
+/// An error with its causes, each of them once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,7 +1,7 @@
-//! Layer (tar, plain or gzipped) -> regular files under `data/`, or of some names, in a folder of ours. Trusts nothing in
-//! the archive.
+//! Layer (tar, plain or gzipped) -> regular files under `data/`, or files with certain names, in a folder of ours.
+//! Nothing in the archive is trusted.
 //!
-//! Only regular files and directories are ever created, so no later entry can be led out of the folder by a link.
+//! Only regular files and directories are ever created, so no link can lead a later entry out of the folder.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -16,17 +16,17 @@ const WHITEOUT: &str = ".wh.";
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// LIMIT: header blocks, long names and PAX records in front of one entry; they are held in memory.
+/// LIMIT: size of header blocks, long names and PAX records in front of one entry, which are held in memory.
 const ENTRY_HEAD_BYTES_MAX: u64 = 1 << 20;
 
-/// LIMIT: of one image, all layers together.
+/// LIMIT: sizes of one image, over all layers.
 #[derive(Clone, Copy)]
 pub(super) struct Limits {
-    /// Entries of any kind; a distribution's base image has about 10,000.
+    /// Number of entries of any kind; a distribution's base image has about 10,000.
     pub entries_max: u64,
-    /// Written to disk.
+    /// Bytes written to disk.
     pub extracted_bytes_max: u64,
-    /// Decompressed, including what is skipped.
+    /// Bytes after decompression, including skipped entries.
     pub expanded_bytes_max: u64,
 }
 
@@ -36,12 +36,13 @@ impl Default for Limits {
     }
 }
 
-/// Which entries are taken.
+/// Which entries are extracted.
 #[derive(Clone, Copy)]
 pub(super) enum Choice {
-    /// Everything below `data/`, which becomes the folder. Anything but a file or a folder is an error there.
+    /// Everything below `data/`, which becomes the folder. Anything there but a file or a folder is an error.
     Data,
-    /// Regular files of such a name, at their paths in the image. An image of a whole system has links and devices too.
+    /// Regular files whose name the function accepts, at their paths in the image. Other entries are skipped, since
+    /// an image of a whole system also has links and devices.
     Named(fn(&str) -> bool),
 }
 
@@ -51,12 +52,13 @@ pub(super) struct Unpacker<'a> {
     limits: Limits,
     choice: Choice,
     entries: u64,
+    /// Bytes written so far.
     pub extracted_bytes: u64,
     expanded_bytes: u64,
 }
 
 impl<'a> Unpacker<'a> {
-    /// `folder` exists, is empty, and nobody else writes to it; it becomes the image's `data/`.
+    /// `folder` must exist and be empty, and nobody else may write to it. It becomes the image's `data/`.
     pub(super) fn new(folder: &'a Path, limits: Limits) -> Unpacker<'a> {
         Unpacker::choosing(folder, limits, Choice::Data)
     }
@@ -65,8 +67,7 @@ impl<'a> Unpacker<'a> {
         Unpacker { folder, limits, choice, entries: 0, extracted_bytes: 0, expanded_bytes: 0 }
     }
 
-    /// # Errors
-    /// Data: damaged, hostile or too large. Storage: the disk failed.
+    /// Data: the layer is damaged, hostile or too large. Storage: the disk failed.
     pub(super) fn layer(&mut self, layer: impl Read, name: &str) -> Result<()> {
         let budget = Budget::new(self.limits.expanded_bytes_max - self.expanded_bytes);
         let reader =
@@ -75,7 +76,7 @@ impl<'a> Unpacker<'a> {
         self.expanded_bytes = self.limits.expanded_bytes_max - budget.total.get();
         result.map_err(|fault| match budget.refused.get() {
             Some(what) => {
-                Fault::data(format!("{name}: {what}")).help("this is no image of adapters; nothing was kept")
+                Fault::data(format!("{name}: {what}")).help("this is not an adapter image; nothing was kept")
             }
             None => fault.at(name),
         })
@@ -118,7 +119,7 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    /// The path below our folder, or `None` for what is not taken.
+    /// The entry's path below our folder; `None` if the entry is not extracted.
     fn chosen(&self, written: &Path, kind: tar::EntryType) -> Result<Option<PathBuf>> {
         let inside = inside(written)?;
         match self.choice {
@@ -165,7 +166,7 @@ impl<'a> Unpacker<'a> {
         })
     }
 
-    /// A whiteout of an earlier layer's file or folder; what is not there needs no hiding.
+    /// Removes an earlier layer's file or folder, which a whiteout hides. A path that does not exist is no error.
     fn remove(&self, hidden: &Path) -> Result<()> {
         let path = self.folder.join(hidden);
         let removed = match path.is_dir() {
@@ -182,7 +183,7 @@ impl<'a> Unpacker<'a> {
     }
 }
 
-/// The path in the image, if it stays there.
+/// The path inside the image. A path that leads out of it is refused.
 fn inside(written: &Path) -> Result<PathBuf> {
     let mut inside = PathBuf::new();
     for component in written.components() {
@@ -200,7 +201,8 @@ fn inside(written: &Path) -> Result<PathBuf> {
     Ok(inside)
 }
 
-/// What a whiteout hides: `.wh.name` the sibling `name`, `.wh..wh..opq` the whole folder it stands in.
+/// The path that a whiteout hides: `.wh.name` hides its sibling `name`, `.wh..wh..opq` hides the whole folder around
+/// it.
 fn whiteout(path: &Path) -> Option<PathBuf> {
     let hidden = path.file_name()?.to_str()?.strip_prefix(WHITEOUT)?;
     let folder = path.parent()?;
@@ -222,7 +224,7 @@ fn kind_name(kind: tar::EntryType) -> &'static str {
     }
 }
 
-/// Chooses by the first bytes: media types are written by hand and often wrong.
+/// Chooses the decoder by the first bytes, because media types are written by hand and often wrong.
 fn decoder<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
     let mut magic = Vec::new();
     layer
@@ -243,11 +245,11 @@ fn decoder<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
     }
 }
 
-/// How much may still be read, shared between the reader inside the archive and the loop outside.
+/// The bytes that may still be read. The reader inside the archive and the loop outside share it.
 #[derive(Clone)]
 struct Budget {
     total: Rc<Cell<u64>>,
-    /// Set while the archive reads what stands in front of an entry.
+    /// Set while the archive reads the headers in front of an entry.
     head: Rc<Cell<Option<u64>>>,
     refused: Rc<Cell<Option<&'static str>>>,
 }
@@ -292,7 +294,7 @@ mod tests {
     const LIMITS: Limits =
         Limits { entries_max: 50, extracted_bytes_max: 10_000, expanded_bytes_max: 4 << 20 };
 
-    /// An entry with any name and type: `tar::Builder` refuses to write the bad ones.
+    /// Makes an entry with any name and type, since `tar::Builder` refuses to write bad ones.
     fn entry(name: &str, kind: tar::EntryType, content: &[u8]) -> Vec<u8> {
         let mut header = tar::Header::new_ustar();
         header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
@@ -315,7 +317,7 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// Unpacks layers; gives `name=content` of every file below the folder, sorted.
+    /// Unpacks layers and returns `name=content` of every file below the folder, sorted.
     fn unpack(layers: &[Vec<u8>]) -> Result<Vec<String>> {
         let folder = tempfile::tempdir().unwrap();
         let mut unpacker = Unpacker::new(folder.path(), LIMITS);

@@ -1,4 +1,4 @@
-//! Blob -> one upload attempt, whole or in chunks, that ends when it makes no progress.
+//! Blob -> one upload attempt, whole or in chunks. An attempt without progress ends.
 
 use std::future::Future;
 use std::ops::Range;
@@ -13,14 +13,14 @@ use super::image::Blob;
 use super::trouble::{Nature, Trouble};
 use crate::report::Task;
 
-/// The piece of a blob that is read, sent and counted at once.
+/// Size of the pieces in which a blob is read, sent and counted.
 const PIECE_BYTES: u64 = 128 << 10;
-/// GHCR refuses larger ones.
+/// Size of a chunk; GHCR refuses larger ones.
 const CHUNK_BYTES: u64 = 4 << 20;
-/// A registry hashes and stores what it was sent before it answers; slower than this is taken for silence.
+/// Slowest rate at which a registry hashes and stores a blob before it answers. A slower registry counts as silent.
 const COMMIT_BYTES_PER_SECOND: u64 = 10_000_000;
 
-/// One attempt: in one PUT, or in chunks. `before`: bytes of the task that earlier blobs account for.
+/// Makes one attempt, in one PUT or in chunks. `before`: bytes of the task that belong to earlier blobs.
 pub(super) async fn send(
     client: &Client,
     blob: &Blob,
@@ -35,7 +35,8 @@ pub(super) async fn send(
         false => watched(send_chunks(client, blob, meter), meter, blob.bytes, timeout).await,
     };
     match sent {
-        // 200 or 204 for 201, or no Location: the blob may well be there.
+        // The registry answered 200 or 204 instead of 201, or gave no Location. The blob may be there in spite of
+        // that.
         Err(trouble) if matches!(trouble.nature, Nature::Violation) => {
             match client.has_blob(&blob.digest).await {
                 Ok(true) => Ok(()),
@@ -59,7 +60,7 @@ async fn send_chunks(client: &Client, blob: &Blob, meter: &Arc<Meter>) -> Result
         start = chunk.end;
         let last;
         (location, last) = client.send_chunk(location, chunk.clone(), body(blob, chunk, meter)).await?;
-        // Amazon's registry answers 201 to every chunk and drops all but the first.
+        // Amazon's registry answers 201 to every chunk, but keeps only the first.
         if kept.is_some() && last.is_some() && last <= kept {
             return Err(Trouble::transient("the registry dropped a chunk of the upload"));
         }
@@ -73,7 +74,8 @@ fn body(blob: &Blob, bytes: Range<u64>, meter: &Arc<Meter>) -> Body {
     Body::wrap_stream(futures_util::stream::iter(pieces))
 }
 
-/// Ends an upload that makes no progress for the time-out; once all is sent, the registry gets time to store it.
+/// Ends an upload that makes no progress for the time-out. When all bytes are sent, the registry gets additional time
+/// to store them.
 async fn watched<T>(
     sending: impl Future<Output = Result<T, Trouble>>,
     meter: &Meter,
@@ -98,9 +100,11 @@ async fn watched<T>(
     }
 }
 
-/// Bytes of the current blob that went out, and the task that shows them.
+/// Counts the sent bytes of the current blob, and shows them in a task.
 pub(super) struct Meter {
+    /// The task that shows them.
     pub task: Task,
+    /// Sent bytes of the current blob.
     pub sent: AtomicU64,
 }
 
@@ -116,7 +120,7 @@ impl Meter {
     }
 }
 
-/// A part of a blob, piece by piece.
+/// Reads a range of a blob piece by piece.
 struct Pieces {
     blob: Blob,
     left: Range<u64>,

@@ -2,8 +2,9 @@
 
 use std::borrow::Cow;
 
-/// Control characters become visible escapes, and so do the marks that reorder text: neither a terminal nor a
-/// reader can be led astray by what a row or a server says. Secrets of addresses go, and longer texts are cut.
+/// Replaces control characters and marks that reorder text by visible escapes, so that text from a row or a server
+/// can mislead neither a terminal nor a reader. Removes the secrets of addresses, and cuts texts that are longer than
+/// `characters_max`.
 pub fn clean(text: &str, characters_max: usize) -> String {
     let text = &without_secrets(text);
     let mut cleaned = String::new();
@@ -25,8 +26,9 @@ fn reorders(letter: char) -> bool {
     matches!(letter, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
-/// The text with every address shown without user, password and query, also where somebody mistyped it, and without
-/// what has the form of a token. Code that knows an address shows it so itself; this stands behind all of it.
+/// Removes user, password and query from every address in the text, including mistyped addresses, and masks words
+/// that look like tokens. Code that knows an address removes its secrets itself; this function catches what such code
+/// missed.
 pub fn without_secrets(text: &str) -> String {
     let is_border = |letter: char| letter.is_whitespace() || matches!(letter, '"' | '\'' | '`' | '<' | '>');
     let mut out = String::with_capacity(text.len());
@@ -57,7 +59,7 @@ fn bare_word(word: &str) -> Cow<'_, str> {
     }
 }
 
-/// Behind `https://`, and its mistyped forms `https//`, `https:/` and `https:`.
+/// The position behind `https://`, or behind one of its mistyped forms `https//`, `https:/` and `https:`.
 fn scheme_end(word: &str) -> usize {
     if let Some(at) = word.find("//") {
         return at + 2;
@@ -66,8 +68,9 @@ fn scheme_end(word: &str) -> usize {
     known.iter().find_map(|scheme| word.find(scheme).map(|at| at + scheme.len())).unwrap_or(0)
 }
 
-/// What stands before the last `@` is a user if it has a password, or if an address begins with it. A digest or a
-/// revision behind the `@` is none: `host/name@sha256:...`, `hf://owner/name@main`.
+/// Removes the user. The text before the last `@` is a user if it contains a password, or if an address begins with
+/// it. A digest or a revision behind the `@` means that there is no user: `host/name@sha256:...`,
+/// `hf://owner/name@main`.
 fn without_user<'a>(head: &str, body: &'a str) -> (&'a str, bool) {
     let Some((user, host)) = body.rsplit_once('@') else { return (body, false) };
     let is_digest = ["sha256:", "sha512:"].iter().any(|name| host.starts_with(name));
@@ -78,7 +81,7 @@ fn without_user<'a>(head: &str, body: &'a str) -> (&'a str, bool) {
     }
 }
 
-/// A query goes, and so does a fragment that is no digest; punctuation of the sentence stays.
+/// Removes a query, and a fragment that is no digest. Punctuation at the end belongs to the sentence and stays.
 fn without_query(body: &str, is_address: bool) -> Cow<'_, str> {
     let is_query = |query: &str| {
         let name = query.split_once('=').map_or("", |(name, _)| name);
@@ -98,7 +101,7 @@ fn without_query(body: &str, is_address: bool) -> Cow<'_, str> {
     }
 }
 
-/// Tokens of the hub and of GitHub, and JSON web tokens, by the form that their makers gave them.
+/// Masks tokens of the hub and of GitHub, and JSON web tokens. Their fixed first letters identify them.
 fn without_tokens(text: &str) -> Option<String> {
     const STARTS: [&str; 6] = ["hf_", "ghp_", "gho_", "ghs_", "github_pat_", "eyJ"];
     const LETTERS_MIN: usize = 20;

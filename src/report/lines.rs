@@ -1,4 +1,4 @@
-//! Events and progress -> one JSON line each, through tracing, so that warnings of libraries stand among them.
+//! Events and progress -> one JSON line each, through tracing, so that warnings of libraries appear in the same log.
 
 use super::clean::clean;
 use super::{Event, Progress, Sink, Unit};
@@ -9,27 +9,29 @@ use tracing::Dispatch;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// A log is read by machines and kept: a task speaks this often at most.
+/// Shortest time between two progress lines of a task: logs are read by machines and stored.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 const TEXT_CHARACTERS_MAX: usize = 4000;
-/// Fixed, whatever `RUST_LOG` says: below `info`, HTTP libraries print headers and addresses with secrets.
+/// The filter is fixed; `RUST_LOG` does not change it. Below `info`, HTTP libraries print headers and addresses with
+/// secrets.
 const FILTER: &str = "warn,hone=info";
 const FILTER_QUIET: &str = "warn";
 
+/// Writes events and progress as JSON lines.
 pub struct Lines {
     dispatch: Dispatch,
     interval: Duration,
-    /// When each running task last spoke.
+    /// When each running task last wrote a line.
     spoke: Mutex<HashMap<u64, Instant>>,
 }
 
 impl Lines {
-    /// On stderr. `quiet`: warnings only.
+    /// Writes to stderr. `quiet`: only warnings are written.
     pub fn new(quiet: bool) -> Lines {
         Lines::on(std::io::stderr, quiet, PROGRESS_INTERVAL)
     }
 
-    /// On another writer; a task speaks whenever it moves.
+    /// Writes to another writer, a line for each change of a task.
     #[cfg(test)]
     pub fn to<W>(writer: W) -> Lines
     where
@@ -48,7 +50,7 @@ impl Lines {
             .with_target(false)
             .with_current_span(false)
             .with_span_list(false)
-            // Its complaint about a log that cannot be written would go to the same place, and panic there.
+            // tracing would report a log that cannot be written to the same log, and panic there.
             .log_internal_errors(false)
             .with_env_filter(EnvFilter::new(if quiet { FILTER_QUIET } else { FILTER }))
             .with_writer(writer)
@@ -56,12 +58,12 @@ impl Lines {
         Lines { dispatch: Dispatch::new(subscriber), interval, spoke: Mutex::default() }
     }
 
-    /// Takes what libraries say through tracing too. Once in a process; later calls change nothing.
+    /// Also takes what libraries log through tracing. The first call in a process counts; later calls change nothing.
     pub fn install(&self) {
         let _ = tracing::dispatcher::set_global_default(self.dispatch.clone());
     }
 
-    /// Whether a task may speak now; the first word comes an interval after its start.
+    /// Whether a task may write a line now. Its first line comes one interval after its start.
     fn may_speak(&self, progress: &Progress) -> bool {
         let mut spoke = self.spoke.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if progress.finished {
@@ -160,7 +162,7 @@ mod tests {
         }
     }
 
-    /// The lines that `work` leaves, each parsed.
+    /// The lines that `work` writes, each parsed.
     fn lines(quiet: bool, interval: Duration, work: impl FnOnce(&Report)) -> Vec<Value> {
         let paper = Paper::default();
         let writer = paper.clone();

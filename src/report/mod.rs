@@ -1,6 +1,6 @@
-//! What a run tells the outside: events and progress, to a terminal or as JSON lines.
+//! Reports what a run does: events and progress, to a terminal or as JSON lines.
 //!
-//! Code that works holds a `Report` and speaks in events; only the sinks know how they look.
+//! Working code holds a `Report` and reports events; only the sinks know how events are shown.
 
 pub mod clean;
 pub mod terminal;
@@ -12,21 +12,31 @@ use std::sync::{Arc, Mutex};
 
 use crate::fault::Fault;
 
-/// The part of a job that is under way.
+/// The part of a job that is running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// Reading the settings and deciding what to do.
     Plan,
+    /// Fetching data or a model.
     Download,
+    /// Reading rows from files.
     Read,
+    /// Turning rows into token examples.
     Tokenize,
+    /// Reading a model's weights.
     Load,
+    /// Optimizer steps.
     Train,
+    /// Computing the loss on the evaluation examples.
     Evaluate,
+    /// Uploading an image to a registry.
     Push,
+    /// Downloading an image from a registry.
     Pull,
 }
 
 impl Stage {
+    /// Name of the stage in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Plan => "plan",
@@ -45,61 +55,84 @@ impl Stage {
 /// What a stage's progress counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
+    /// Bytes of a file.
     Bytes,
+    /// Rows of a dataset.
     Rows,
+    /// Tensors of a model.
     Tensors,
+    /// Optimizer steps or evaluation batches.
     Steps,
 }
 
-/// One logged optimizer step; names as TRL logs them.
+/// Figures of a logged optimizer step, under the names that TRL logs.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct StepMetrics {
+    /// Number of the step, from 1.
     pub step: u64,
+    /// Mean of the steps' losses since the step logged before. A step's loss is the mean over its target tokens.
     pub loss: f64,
+    /// Norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Learning rate of this step.
     pub learning_rate: f64,
+    /// Passes over the data so far, with a fraction.
     pub epoch: f64,
+    /// Tokens trained so far, including earlier processes of a resumed run.
     pub num_tokens: u64,
+    /// Tokens that this process trained in a second.
     pub tokens_per_second: f64,
+    /// Estimated time to the end of training.
     pub eta_seconds: f64,
 }
 
-/// Something that happened, once.
+/// Something that happened once.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A fact worth a line: a file verified, a row count, a digest.
     Note {
+        /// Stage that the fact belongs to.
         stage: Stage,
+        /// The fact.
         text: String,
     },
-    /// Something a person should look at although the run goes on.
+    /// Something that a person should look at, although the run continues.
     Warning {
+        /// Stage that the warning belongs to.
         stage: Stage,
+        /// The warning.
         text: String,
     },
+    /// An optimizer step whose figures are logged.
     Step(StepMetrics),
+    /// An evaluation ended.
     Evaluated {
+        /// Number of the step after which it was made.
         step: u64,
+        /// Passes over the data so far, with a fraction.
         epoch: f64,
+        /// Loss on the evaluation examples.
         eval_loss: f64,
     },
-    /// The end of a run that did not reach its own.
+    /// The run failed.
     Failed(Fault),
 }
 
 /// Where events and progress go.
 pub trait Sink: Send + Sync {
+    /// Takes an event.
     fn event(&self, event: &Event);
-    /// A task began, moved or (`done == total`, or `finished`) ended. `label` is a file name or the like.
+    /// Takes the state of a task that began, moved or ended (`done == total`, or `finished`).
     fn progress(&self, progress: &Progress);
 }
 
-/// Whether `choose` takes JSON lines.
+/// Whether `choose` writes JSON lines.
 pub fn is_json(bars: Option<bool>) -> bool {
     !bars.unwrap_or_else(|| std::io::stderr().is_terminal())
 }
 
-/// Bars when `bars` says so, or, when it says nothing, when stderr is a terminal; JSON lines otherwise.
+/// Returns a sink that shows bars, or one that writes JSON lines. Bars are shown if `bars` is true; if `bars` is
+/// `None`, they are shown if stderr is a terminal.
 pub fn choose(bars: Option<bool>, quiet: bool) -> Arc<dyn Sink> {
     if !is_json(bars) {
         return Arc::new(terminal::Terminal::new(quiet));
@@ -109,19 +142,26 @@ pub fn choose(bars: Option<bool>, quiet: bool) -> Arc<dyn Sink> {
     Arc::new(lines)
 }
 
+/// State of a task.
 #[derive(Clone, Debug)]
 pub struct Progress {
     /// Distinguishes tasks that run at the same time.
     pub id: u64,
+    /// Stage that the task belongs to.
     pub stage: Stage,
+    /// What `done` and `total` count.
     pub unit: Unit,
+    /// A file name or similar.
     pub label: String,
+    /// Units done so far.
     pub done: u64,
+    /// Units in all; `None` if that is not known.
     pub total: Option<u64>,
+    /// Whether the task ended.
     pub finished: bool,
 }
 
-/// A cheap handle that any thread may hold.
+/// A handle for reporting events; it is cheap to clone, and any thread may hold one.
 #[derive(Clone)]
 pub struct Report {
     sink: Arc<dyn Sink>,
@@ -129,27 +169,32 @@ pub struct Report {
 }
 
 impl Report {
+    /// A report that passes everything to `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Report {
         Report { sink, next_id: Arc::default() }
     }
 
-    /// Says nothing; for tests and library use.
+    /// A report that discards everything, for tests and library use.
     pub fn silent() -> Report {
         Report::new(Arc::new(Silent))
     }
 
+    /// Reports an event.
     pub fn say(&self, event: Event) {
         self.sink.event(&event);
     }
 
+    /// Reports a fact worth a line.
     pub fn note(&self, stage: Stage, text: impl Into<String>) {
         self.say(Event::Note { stage, text: text.into() });
     }
 
+    /// Reports that the run failed.
     pub fn fault(&self, fault: &Fault) {
         self.say(Event::Failed(fault.clone()));
     }
 
+    /// Reports a warning.
     pub fn warn(&self, stage: Stage, text: impl Into<String>) {
         self.say(Event::Warning { stage, text: text.into() });
     }
@@ -170,6 +215,7 @@ pub struct Task {
 }
 
 impl Task {
+    /// Adds to the units done.
     pub fn advance(&self, by: u64) {
         self.change(|progress| progress.done += by);
     }
@@ -179,6 +225,7 @@ impl Task {
         self.change(|progress| progress.done = done);
     }
 
+    /// Sets the number of units in all, when it becomes known.
     pub fn set_total(&self, total: u64) {
         self.change(|progress| progress.total = Some(total));
     }

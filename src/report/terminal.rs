@@ -12,6 +12,7 @@ use std::time::Duration;
 const NOTE_CHARACTERS_MAX: usize = 1000;
 const LABEL_CHARACTERS_MAX: usize = 40;
 
+/// Shows events and progress on a terminal.
 pub struct Terminal {
     bars: MultiProgress,
     tasks: Mutex<HashMap<u64, (Stage, ProgressBar)>>,
@@ -19,7 +20,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// On stderr. `quiet`: warnings only.
+    /// Writes to stderr. `quiet`: only warnings are written.
     pub fn new(quiet: bool) -> Terminal {
         Terminal::on(ProgressDrawTarget::stderr(), quiet)
     }
@@ -29,12 +30,12 @@ impl Terminal {
     }
 
     fn line(&self, text: &str) {
-        // Bars that are hidden (stderr is no terminal) would swallow the line.
+        // Hidden bars (stderr is no terminal) would swallow the line.
         if self.bars.is_hidden() {
-            // Nor is a log reader that went away.
+            // A log reader that went away does not stop a run.
             let _ = writeln!(std::io::stderr(), "{text}");
         } else {
-            // A terminal that went away is no reason to stop a run.
+            // A terminal that went away does not stop a run.
             let _ = self.bars.println(text);
         }
     }
@@ -50,7 +51,7 @@ impl Terminal {
         let label = clean(&progress.label, LABEL_CHARACTERS_MAX);
         bar.set_prefix(format!("{:<9}", progress.stage.name()));
         bar.set_message(label);
-        // Redraws while nothing moves, so that elapsed time does not look stuck.
+        // The bar is redrawn while nothing moves, so that its elapsed time does not look stuck.
         bar.enable_steady_tick(Duration::from_millis(500));
         bar
     }
@@ -123,7 +124,8 @@ fn shown(event: &Event) -> String {
     }
 }
 
-/// Line breaks of a message are hone's own (lists of mistakes); each line is cleaned by itself.
+/// An error as text. Line breaks in the message are hone's own (lists of mistakes), so each line is cleaned
+/// separately.
 fn failure(fault: &Fault) -> String {
     let lines = |text: &str| {
         let lines = text.lines().map(|line| clean(line, NOTE_CHARACTERS_MAX));
@@ -149,7 +151,7 @@ mod tests {
     use indicatif::TermLike;
     use std::sync::Arc;
 
-    /// A terminal of which only what is written is kept.
+    /// A terminal that keeps the written text and ignores everything else.
     #[derive(Clone, Debug, Default)]
     struct Paper(Arc<Mutex<String>>);
 

@@ -1,5 +1,5 @@
-//! How a run ended -> one JSON line for Kubernetes' termination message, where `kubectl describe` and
-//! controllers find it. Never fails a run.
+//! How a run ended -> one JSON line for Kubernetes' termination message, which `kubectl describe` and controllers
+//! show. A failure to write it never fails a run.
 
 use super::clean::clean;
 use crate::fault::Fault;
@@ -7,25 +7,29 @@ use serde_json::{Map, Value};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// LIMIT: kubelet cuts the messages of a pod's containers at 12 KiB together, and one at 4 KiB.
+/// LIMIT: kubelet limits one container's message to 4 KiB, and the messages of a pod's containers together to 12 KiB.
 const LINE_BYTES_MAX: usize = 2048;
 
-/// The end of a run, as far as it got.
+/// How a run ended, and what it reached.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// `None`: success.
+    /// Why the run failed; `None` if it succeeded.
     pub fault: Option<Fault>,
+    /// The last logged optimizer step.
     pub step: Option<u64>,
+    /// The loss of that step.
     pub loss: Option<f64>,
+    /// The loss of the newest evaluation.
     pub eval_loss: Option<f64>,
     /// Folder of the adapter.
     pub output: Option<PathBuf>,
-    /// Image with tag, and its digest.
+    /// Image with its tag.
     pub image: Option<String>,
+    /// Digest of the image.
     pub digest: Option<String>,
 }
 
-/// Where the message goes: `HONE_TERMINATION_LOG`, else Kubernetes' own file if it is there.
+/// The file for the message: `HONE_TERMINATION_LOG`, or else Kubernetes' own file if it exists.
 pub fn path() -> Option<PathBuf> {
     let default = Path::new("/dev/termination-log");
     match std::env::var_os("HONE_TERMINATION_LOG") {
@@ -34,14 +38,14 @@ pub fn path() -> Option<PathBuf> {
     }
 }
 
-/// Says beforehand what will be so if the process is killed outright, which gives it no time to say anything. Every
-/// other end replaces it.
+/// Writes, at the start, the message that is right if the process is killed (SIGKILL), since it cannot write then.
+/// Every other end of the run replaces this message.
 pub fn write_ahead(path: &Path) {
     let line = serde_json::json!({
         "code": 137,
         "kind": "killed",
-        "message": "hone was killed before it could say why: for its memory, or with its pod",
-        "help": "start it again: it continues from its newest checkpoint; if it was OOMKilled, give it more memory",
+        "message": "hone was killed and could not report a reason: it ran out of memory, or its pod was stopped",
+        "help": "start it again: it continues from its newest checkpoint; if the container was OOMKilled, give it more memory",
         "retry_helps": true,
     });
     if let Ok(mut file) = std::fs::File::create(path) {
@@ -49,7 +53,7 @@ pub fn write_ahead(path: &Path) {
     }
 }
 
-/// Replaces the file's text; what cannot be written is not told, the exit code says enough.
+/// Replaces the file's text. A failure to write is not reported, because the exit code is enough.
 pub fn write(path: &Path, outcome: &Outcome) {
     if let Ok(mut file) = std::fs::File::create(path) {
         let _ = file.write_all(line(outcome).as_bytes());
@@ -68,7 +72,7 @@ pub fn line(outcome: &Outcome) -> String {
     }
 }
 
-/// Texts are cut to the same length, so that the line stays whole JSON.
+/// The line's fields. All texts are cut to the same length, so that the line stays whole JSON.
 fn fields(outcome: &Outcome, characters_max: usize) -> Map<String, Value> {
     let text = |text: &str| Value::from(clean(text, characters_max));
     let mut fields = Map::new();

@@ -1,4 +1,4 @@
-//! A review -> one self-contained HTML page: no script, no link, nothing from elsewhere.
+//! A review -> one self-contained HTML page without scripts, links or anything loaded from elsewhere.
 
 use super::text::visible;
 use super::{Piece, Review, Sample};

@@ -30,8 +30,8 @@ pub(super) fn write(review: &Review, colours: bool) -> String {
             .for_each(|warning| out += &format!("  {}\n", visible(warning).replace("↵\n", "\n  ")));
     }
     let key = match colours {
-        true => format!("{} is learned, the rest is shown", paint(GREEN, "green")),
-        false => "what is not learned stands in [brackets]".to_owned(),
+        true => format!("{} text is learned, the rest is only shown", paint(GREEN, "green")),
+        false => "text in [brackets] is not learned".to_owned(),
     };
     out += &format!("\nas it will be trained; {key}\n");
     review.samples.iter().for_each(|sample| out += &one(sample, colours));
@@ -60,15 +60,15 @@ fn one(sample: &Sample, colours: bool) -> String {
     out + if open { "]\n" } else { "\n" }
 }
 
-/// Green where learned; special tokens bold.
+/// Green if learned; special tokens are bold.
 fn painted(piece: &Piece) -> String {
     let colour = if piece.learned { GREEN } else { DIM };
     let weight = if piece.special { BOLD } else { "" };
     format!("{colour}{weight}{}{PLAIN}", visible(&piece.text))
 }
 
-/// Line ends are shown and kept; other control characters, which could move the cursor or change colours, are written out,
-/// and so are those that turn the direction of writing.
+/// Makes text safe to print. Line ends are shown and kept. Other control characters, which could move the cursor or
+/// change colours, are escaped, and so are characters that change the direction of writing.
 pub(super) fn visible(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
@@ -82,7 +82,7 @@ pub(super) fn visible(text: &str) -> String {
     out
 }
 
-/// Characters that take no room or turn the text around.
+/// Characters without width, and characters that change the direction of writing.
 fn is_hidden(c: char) -> bool {
     matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }

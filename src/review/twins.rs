@@ -1,7 +1,8 @@
-//! Examples -> how many are copies of others, exactly or nearly, and how many of those to evaluate on are also trained on.
+//! Examples -> how many are copies of others, exactly or nearly, and how many evaluation rows are also trained on.
 //!
-//! Nearly: the words of two rows, without case and punctuation, are the same, or at least four in five of their runs of three
-//! words (estimated by the smallest hashes of the runs, compared where a quarter of those agree).
+//! Two rows are nearly the same if their words are the same apart from case and punctuation, or if at least four in
+//! five of their runs of three words agree. That share is estimated by the smallest hashes of the runs, for rows in
+//! which a band of these hashes agrees.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -10,24 +11,24 @@ use rayon::prelude::*;
 
 use crate::dataset::{EncodedRow, Tokenizer};
 
-/// Smallest hashes that stand for a row, in bands of which one must agree.
+/// Smallest hashes that stand for a row. They are compared in bands, of which one must agree.
 const HASHES: usize = 32;
 const BAND: usize = 4;
-/// Share of equal hashes from which rows are nearly the same.
+/// Share of equal hashes above which rows are nearly the same.
 const ALIKE: f64 = 0.8;
 /// Words in a run.
 const RUN: usize = 3;
-/// LIMIT: rows of one band that are compared with each other; a band of boilerplate may hold all rows.
+/// LIMIT: rows of one band that are compared with each other. A band of boilerplate may hold all rows.
 const COMPARED_MAX: usize = 64;
 
 /// Counts of copies.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Twins {
-    /// Training rows with the tokens of an earlier one.
+    /// Training rows with the same tokens as an earlier one.
     pub exact: usize,
-    /// Further training rows that are nearly an earlier one.
+    /// Further training rows that are nearly the same as an earlier one.
     pub near: usize,
-    /// Rows to evaluate on that are exactly or nearly among those to train on.
+    /// Evaluation rows that are exactly or nearly the same as a training row.
     pub overlap: usize,
 }
 
@@ -64,7 +65,7 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Whether a row is known exactly (true), nearly (false) or not.
+    /// Whether a row is known exactly (true), nearly (false) or not (`None`).
     fn find(&self, print: &Print) -> Option<bool> {
         if self.tokens.contains(&print.tokens) {
             return Some(true);
@@ -121,7 +122,7 @@ fn hash(value: &impl Hash) -> u64 {
 mod tests {
     use super::*;
 
-    /// What is known of the second text after the first.
+    /// Looks the second text up after the first was added.
     fn known(first: &str, second: &str) -> Option<bool> {
         let ids = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
         let (first, second) = (print(&ids(first), first), print(&ids(second), second));

@@ -1,7 +1,7 @@
-//! Addresses no URL may lead to: link-local ones, where clouds hand out the machine's credentials.
+//! Addresses that no URL may lead to: link-local ones, where clouds answer with the machine's credentials.
 //!
-//! A literal is checked in the URL and in every redirect; a name is checked by our resolver, on the very
-//! addresses that are then connected to, so that a name cannot change its mind in between.
+//! A literal address is checked in the URL and in every redirect. A name is checked by hone's resolver, on the very
+//! addresses that are then connected to, so that it cannot resolve to others in between.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -9,23 +9,25 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
-/// Metadata services outside the link-local range, by address.
+/// Addresses of metadata services outside the link-local range.
 const METADATA_V4: [Ipv4Addr; 3] = [
     Ipv4Addr::new(168, 63, 129, 16),   // Azure's wire server
     Ipv4Addr::new(100, 100, 100, 200), // Alibaba
     Ipv4Addr::new(192, 0, 0, 192),     // Oracle
 ];
-/// And by the beginning of an IPv6 address: all that AWS serves to an instance (metadata, EKS' credentials, time).
+/// Beginnings of IPv6 addresses of metadata services. The first covers all that AWS serves to an instance:
+/// metadata, EKS' credentials, time.
 const METADATA_V6: [&[u16]; 4] = [
     &[0xfd00, 0xec2],
     &[0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254],       // Google
     &[0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe], // Oracle
     &[0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42],        // Scaleway
 ];
-/// Names that a proxy would look up in our place.
+/// Names of metadata services. A proxy would look them up instead of hone.
 const METADATA_NAMES: [&str; 5] =
     ["metadata.google.internal", "metadata.goog", "metadata", "instance-data", "instance-data.ec2.internal"];
 
+/// Whether no connection may be made to this address.
 pub fn forbidden(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => forbidden_v4(v4),
@@ -41,8 +43,8 @@ fn forbidden_v4(address: Ipv4Addr) -> bool {
     address.is_link_local() || METADATA_V4.contains(&address)
 }
 
-/// The IPv4 address that an IPv6 one leads to: NAT64 (`64:ff9b::/96` and `64:ff9b:1::/48`), 6to4 (`2002::/16`), and the
-/// old compatible form (`::a.b.c.d`).
+/// The IPv4 address that an IPv6 address leads to: NAT64 (`64:ff9b::/96` and `64:ff9b:1::/48`), 6to4 (`2002::/16`),
+/// and the old compatible form (`::a.b.c.d`).
 fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let s = address.segments();
     let v4 = |high: u16, low: u16| Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)));
@@ -54,7 +56,8 @@ fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Whether the host is a forbidden address written out, or a name of one. `Url` has decoded decimal, octal and hex forms.
+/// Whether the host is a forbidden address or a name of one. `Url` has already decoded decimal, octal and
+/// hexadecimal forms.
 pub fn forbidden_host(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => forbidden(IpAddr::V4(address)),
@@ -67,7 +70,7 @@ pub fn forbidden_host(url: &Url) -> bool {
     }
 }
 
-/// The host name resolves to forbidden addresses only.
+/// The error if a host name resolves to forbidden addresses only.
 #[derive(Debug)]
 pub struct Forbidden;
 
@@ -79,7 +82,7 @@ impl fmt::Display for Forbidden {
 
 impl std::error::Error for Forbidden {}
 
-/// The system's resolver, less forbidden addresses.
+/// The system's resolver without forbidden addresses.
 pub struct Resolver;
 
 impl Resolve for Resolver {

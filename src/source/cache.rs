@@ -1,7 +1,7 @@
-//! What was downloaded before: `sha256/<hex>` holds whole files, `url/<key>/` what is known of one URL.
+//! The cache of downloads: `sha256/<hex>` holds whole files, `url/<key>/` the record of one URL.
 //!
-//! A key is the digest of the whole URL: two signatures of one object are two keys, and no query is ever
-//! written down. Whoever holds the lock of a key may change its folder.
+//! A key is the digest of the whole URL. Two signatures of one object are therefore two keys, and no query is ever
+//! written to disk. A process may change a key's folder only while it holds the key's lock.
 
 use std::fs;
 use std::io;
@@ -21,41 +21,50 @@ use crate::report::{Report, Stage};
 use crate::{whole, words};
 
 const LOCK_POLL: Duration = Duration::from_millis(100);
-/// A slot's file that grows.
+/// The partial file in a slot.
 const PART: &str = "part";
 
+/// A cache folder.
 pub struct Cache {
     folder: PathBuf,
 }
 
-/// A whole file of the cache, just read and found to have its digest.
+/// A whole file of the cache whose digest was just verified.
 #[derive(Clone, Debug)]
 pub struct Blob {
+    /// The file.
     pub path: PathBuf,
+    /// Its length.
     pub bytes: u64,
+    /// Its digest in hex.
     pub sha256: String,
 }
 
-/// What a URL last gave.
+/// The last result of a URL.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Entry {
+    /// The version on the server.
     pub validators: Validators,
+    /// The file's length.
     pub bytes: u64,
+    /// The file's digest in hex.
     pub sha256: String,
 }
 
-/// One URL's folder, locked against other processes for as long as this lives.
+/// The folder of one URL. It is locked against other processes until this value is dropped.
 pub struct Slot {
     folder: PathBuf,
     _lock: fs::File,
 }
 
 impl Cache {
+    /// The cache in `folder`, which need not exist yet.
     pub fn new(folder: &Path) -> Cache {
         Cache { folder: folder.to_owned() }
     }
 
-    /// The blob of this digest, if it is here and still has it; a damaged one is removed.
+    /// Returns the file of this digest, if it is there and has that digest. A damaged file is removed with a
+    /// warning.
     pub fn find(&self, sha256: &str, report: &Report) -> Result<Option<Blob>> {
         if !is_sha256(sha256) {
             return Ok(None);
@@ -72,13 +81,13 @@ impl Cache {
         if hash::hex(hasher) == sha256 {
             return Ok(Some(Blob { path, bytes, sha256 }));
         }
-        let text = format!("{} was damaged on disk and is removed", path.display());
+        let text = format!("{} was damaged on disk and has been removed", path.display());
         report.warn(Stage::Download, text);
         fs::remove_file(&path).map_err(|error| Fault::storage("remove", &path, &error))?;
         Ok(None)
     }
 
-    /// The URL's folder, once no other process holds it.
+    /// Returns the URL's folder when no other process holds it. A wait beyond `deadline` is a network fault.
     pub async fn slot(&self, url: &Url, name: &str, deadline: Instant) -> Result<Slot> {
         let folder = self.slot_path(url);
         create_folder(&folder)?;
@@ -95,7 +104,7 @@ impl Cache {
                 }
                 Err(fs::TryLockError::WouldBlock) => {
                     return Err(Fault::network(format!(
-                        "{name}: another process has been downloading it until the time allowed was over"
+                        "{name}: another process was still downloading it when the allowed time was over"
                     )));
                 }
                 Err(fs::TryLockError::Error(error)) => {
@@ -106,7 +115,7 @@ impl Cache {
         }
     }
 
-    /// Moves a whole download to its final name and remembers that the slot's URL gave it.
+    /// Moves a whole download to its final name and records it as the result of the slot's URL.
     pub fn keep(&self, slot: &Slot, mut partial: Partial, sha256: &str) -> Result<Blob> {
         let path = self.blob_path(sha256);
         create_folder(path.parent().expect("a blob lies in a folder"))?;
@@ -120,13 +129,15 @@ impl Cache {
         Ok(Blob { path, bytes, sha256: entry.sha256 })
     }
 
+    /// Checks that the cache's volume has `bytes` free.
+    ///
     /// # Errors
     /// Capacity: fewer than `bytes` are free.
     pub fn check_space(&self, name: &str, bytes: u64) -> Result<()> {
         require_space(&self.folder, name, bytes)
     }
 
-    /// Bytes of the URL's file that are here, whole by its digest or partial.
+    /// Bytes of the URL's file that are in the cache: the whole file if its digest is known, else the partial one.
     pub fn held(&self, url: &Url, sha256: Option<&str>) -> u64 {
         let whole = sha256.filter(|sha256| is_sha256(sha256)).map(|sha256| self.blob_path(sha256));
         let bytes = |path: PathBuf| fs::metadata(path).ok().map(|data| data.len());
@@ -143,11 +154,12 @@ impl Cache {
 }
 
 impl Slot {
-    /// What the URL gave last time; `None` too when the record is unreadable.
+    /// The URL's last result. `None`: there is none, or its record is unreadable.
     pub fn entry(&self) -> Option<Entry> {
         serde_json::from_slice(&fs::read(self.entry_path()).ok()?).ok()
     }
 
+    /// Opens the partial file.
     pub fn partial(&self) -> Result<Partial> {
         Partial::open(&self.partial_path(), &self.folder.join("part.json"))
     }
@@ -161,13 +173,15 @@ impl Slot {
     }
 }
 
-/// Of the volume of a folder.
+/// Free bytes on the volume of a folder.
 pub fn free_bytes(folder: &Path) -> Result<u64> {
     fs4::available_space(folder).map_err(|error| Fault::storage("ask for the free space of", folder, &error))
 }
 
+/// Checks that the volume of `folder` has `bytes` free.
+///
 /// # Errors
-/// Capacity: the volume of `folder` has fewer than `bytes` free.
+/// Capacity: fewer than `bytes` are free.
 pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
     let free = free_bytes(folder)?;
     if bytes <= free {
@@ -182,6 +196,7 @@ pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
     .help("give the cache a larger volume"))
 }
 
+/// Serialises a value as JSON.
 pub fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain fields become JSON")
 }

@@ -1,4 +1,5 @@
-//! Errors of the HTTP stack -> one sentence for a person, and whether trying again can help. Never a URL.
+//! Errors of the HTTP stack -> one sentence for a person, and whether a retry can help. The sentence never contains
+//! a URL.
 
 use std::error::Error;
 use std::io;
@@ -7,15 +8,18 @@ use super::http::{Failure, Redirect};
 use super::{Options, address};
 use crate::fault::Fault;
 
-/// Longest foreign text shown.
+/// Most characters of foreign text in a message.
 const FOREIGN_CHARS_MAX: usize = 200;
 
+/// Describes an error of a request for `name`.
 pub fn failure(error: &reqwest::Error, name: &str, options: &Options) -> Failure {
     if let Some(why) = find::<Redirect>(error) {
-        return Fault::config(format!("{name}: {why}")).help("give the URL it should lead to").into();
+        return Fault::config(format!("{name}: {why}"))
+            .help("give the final URL, to which it redirects")
+            .into();
     }
     if find::<address::Forbidden>(error).is_some() {
-        return Fault::config(format!("{name}: {}, which is refused", address::Forbidden)).into();
+        return Fault::config(format!("{name}: {}, which hone refuses", address::Forbidden)).into();
     }
     match find::<rustls::Error>(error) {
         Some(rustls::Error::InvalidCertificate(why)) => return untrusted(name, why),
@@ -54,19 +58,19 @@ fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
             "use the host name the certificate was made for"
         }
         _ => {
-            "add the authority that signed it: ca_file, or SSL_CERT_FILE (a bare image may have none at all)"
+            "give the authority that signed it in ca_file or SSL_CERT_FILE; a bare image may contain no authorities"
         }
     };
     let why = printable(&rustls::Error::InvalidCertificate(why.clone()).to_string());
     Fault::config(format!("{name}: the server is not trusted: {why}")).help(help).into()
 }
 
-/// The innermost error's text: outer ones of reqwest and hyper only say "error sending request".
+/// The innermost error's text. The outer errors of reqwest and hyper only say "error sending request".
 pub fn innermost(error: &reqwest::Error) -> String {
     printable(&chain(error).last().expect("a chain begins with its error").to_string())
 }
 
-/// One line of bounded length without control characters.
+/// The text as one line of bounded length without control characters.
 pub fn printable(text: &str) -> String {
     text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
 }
@@ -80,7 +84,7 @@ fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn 
     std::iter::successors(Some(error), |&error| wrapped(error))
 }
 
-/// `io::Error::source` skips the very error it wraps, so that one is asked for.
+/// The cause of an error. `io::Error::source` skips the error it wraps, so that one is asked for first.
 fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(inner) => Some(inner),

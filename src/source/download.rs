@@ -1,6 +1,8 @@
-//! One URL -> a whole file of the cache: attempts, resumed where they stopped, until it is whole and verified.
+//! One URL -> a whole file of the cache. Each attempt resumes where the last one stopped, until the file is whole
+//! and verified.
 
 use std::cell::OnceCell;
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
@@ -11,6 +13,7 @@ use super::http::{self, Ask, Failure};
 use super::hub::Hub;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
+use super::statement::Algorithm;
 use super::{File, Options, Pace, describe, html, local};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
@@ -20,10 +23,10 @@ use crate::words;
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// LIMIT: a month, so that no setting overflows the clock.
 const TOTAL_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Enough for a page's title.
+/// Bytes that suffice for a page's title.
 const HEAD_BYTES: u64 = 4096;
 
-/// All downloads of one `fetch`: they share the cache and, once they are needed, the client and the hub's token.
+/// All downloads of one `fetch`. They share the cache and, when first needed, the HTTP client and the hub's token.
 pub struct Downloads<'a> {
     options: &'a Options,
     report: &'a Report,
@@ -31,16 +34,16 @@ pub struct Downloads<'a> {
     network: OnceCell<Network>,
 }
 
-/// What local files do without.
+/// The parts that only downloads need.
 struct Network {
     client: reqwest::Client,
-    /// For signed requests.
+    /// The client for signed requests, which follows no redirect.
     direct: reqwest::Client,
     stores: Stores,
     hub: Hub,
 }
 
-/// One file under way.
+/// The download of one file.
 struct Job<'a> {
     url: &'a Url,
     name: &'a str,
@@ -49,18 +52,20 @@ struct Job<'a> {
     task: Task,
 }
 
-/// How a run of attempts ended well.
+/// The success of an attempt.
 enum Received {
     Unchanged,
     Whole,
 }
 
 impl<'a> Downloads<'a> {
+    /// Downloads with these settings.
     pub fn new(options: &'a Options, report: &'a Report) -> Downloads<'a> {
         Downloads { options, report, cache: Cache::new(&options.cache), network: OnceCell::new() }
     }
 
-    /// The file behind `url`, from the cache if it is still the newest. `name` is the URL without secrets.
+    /// Returns the file behind `url`, from the cache if that is still the newest. `name` is the URL without
+    /// secrets.
     pub async fn file(&self, url: &Url, name: &str, expected: Option<&str>) -> Result<File> {
         let deadline = Instant::now() + self.options.total_timeout.min(TOTAL_TIMEOUT_MAX);
         if let Some(blob) = self.pinned(expected)? {
@@ -68,7 +73,7 @@ impl<'a> Downloads<'a> {
         }
         let slot = self.cache.slot(url, name, deadline).await?;
         self.finish(&slot, expected)?;
-        // That, or another process while this one waited, may have brought it.
+        // `finish`, or another process while this one waited, may have completed it.
         if let Some(blob) = self.pinned(expected)? {
             return Ok(self.done(name, blob, "from the cache, by its digest"));
         }
@@ -76,12 +81,12 @@ impl<'a> Downloads<'a> {
         let job = Job { url, name, expected, deadline, task };
         let cached = self.cached(&job, &slot)?;
         match self.download(&job, &slot, cached.as_ref().map(|(entry, _)| entry)).await {
-            Ok(Some(blob)) => Ok(self.done(name, blob, "downloaded")),
+            Ok(Some((blob, checked))) => Ok(self.done(name, blob, &format!("downloaded, {checked}"))),
             Ok(None) => {
                 let (_, blob) = cached.expect("only a cached file can be unchanged");
                 Ok(self.done(name, blob, "from the cache, unchanged on the server"))
             }
-            // The job may be a restarted one whose signed URL has expired, or whose server is down for a while.
+            // The job may be a restarted one whose signed URL has expired, or its server may be down for a while.
             Err(fault) if cached.is_some() && matches!(fault.kind, Kind::Network | Kind::Auth) => {
                 self.report.warn(Stage::Download, format!("{}; the cached file is used", fault.message));
                 let (_, blob) = cached.expect("checked above");
@@ -91,8 +96,8 @@ impl<'a> Downloads<'a> {
         }
     }
 
-    /// The files that an address names, each with its name for messages: itself, or the objects below a folder of a store
-    /// or behind a pattern.
+    /// Returns the files that an address names, each with its name for messages. These are the address itself, or
+    /// the objects of a store below a folder or matching a pattern.
     pub async fn expand(&self, url: &Url, name: &str, expected: Option<&str>) -> Result<Vec<(Url, String)>> {
         let path = percent_decoded(url.path());
         let is_pattern = path.contains(['*', '?', '[']);
@@ -105,7 +110,7 @@ impl<'a> Downloads<'a> {
             below.set_path(fixed.rsplit_once('/').map_or("", |(folder, _)| folder));
         }
         let mut objects = self.network()?.stores.list(&below).await?;
-        // As in a folder: `.hidden`, and Spark's `_SUCCESS` and `_temporary/`.
+        // As in a local folder, hidden files and Spark's `_SUCCESS` and `_temporary/` are skipped.
         objects.retain(|object| !object.name.split('/').any(|part| part.starts_with(['.', '_'])));
         let found = match is_pattern {
             true => local::matching(objects, path.trim_start_matches('/'), |object| {
@@ -133,17 +138,21 @@ impl<'a> Downloads<'a> {
         expected.map_or(Ok(None), |sha256| self.cache.find(sha256, self.report))
     }
 
-    /// Keeps a download that was killed between its last byte and the rename.
+    /// Keeps a download whose process was killed between the last byte and the rename.
     fn finish(&self, slot: &Slot, expected: Option<&str>) -> Result<()> {
         let partial = slot.partial()?;
         let sha256 = partial.sha256();
-        if partial.is_whole() && expected.is_none_or(|expected| expected == sha256) {
+        let is_right = match expected {
+            Some(expected) => expected == sha256,
+            None => partial.check()?.is_none_or(|(_, holds)| holds),
+        };
+        if partial.is_whole() && is_right {
             self.cache.keep(slot, partial, &sha256)?;
         }
         Ok(())
     }
 
-    /// The whole file this URL gave before, if it is what is expected now.
+    /// The whole file that this URL gave before, if it is what is expected now.
     fn cached(&self, job: &Job, slot: &Slot) -> Result<Option<(Entry, Blob)>> {
         let Some(entry) =
             slot.entry().filter(|entry| job.expected.is_none_or(|sha256| sha256 == entry.sha256))
@@ -154,8 +163,13 @@ impl<'a> Downloads<'a> {
         Ok(blob.filter(|blob| blob.bytes == entry.bytes).map(|blob| (entry, blob)))
     }
 
-    /// Attempts until the file is whole; `None`: the cached one is the newest.
-    async fn download(&self, job: &Job<'_>, slot: &Slot, cached: Option<&Entry>) -> Result<Option<Blob>> {
+    /// Makes attempts until the file is whole. `None`: the cached file is the newest.
+    async fn download(
+        &self,
+        job: &Job<'_>,
+        slot: &Slot,
+        cached: Option<&Entry>,
+    ) -> Result<Option<(Blob, Checked)>> {
         let network = self.network()?;
         let mut partial = slot.partial()?;
         let mut farthest = partial.bytes();
@@ -168,7 +182,7 @@ impl<'a> Downloads<'a> {
                 Ok(ended) => ended,
                 Err(_) => return Err(self.out_of_time(job, &partial, attempts)),
             };
-            // Progress, also of an attempt that failed in the end, earns a fresh count.
+            // An attempt that brought new bytes resets the count, even if it failed in the end.
             let stalled =
                 self.options.speed.is_stalled(partial.bytes().saturating_sub(before), began.elapsed());
             if partial.bytes() > farthest && !stalled {
@@ -178,16 +192,19 @@ impl<'a> Downloads<'a> {
                 Ok(Received::Unchanged) => return Ok(None),
                 Ok(Received::Whole) => {
                     let sha256 = partial.sha256();
-                    let Some(fault) = unexpected(job, &sha256) else {
-                        return self.cache.keep(slot, partial, &sha256).map(Some);
+                    let stated = if job.expected.is_none() { partial.check()? } else { None };
+                    let Some((fault, cause)) = unexpected(job, &sha256).or_else(|| contradicted(job, stated))
+                    else {
+                        let checked = Checked::of(job.expected, stated.map(|(algorithm, _)| algorithm));
+                        return Ok(Some((self.cache.keep(slot, partial, &sha256)?, checked)));
                     };
                     partial.discard()?;
                     if mismatched {
                         return Err(fault);
                     }
-                    // Damage on the way, or a wrong beginning resumed: one download in full will tell.
+                    // Either the transfer was damaged or a wrong beginning was resumed. One full download will show
+                    // which.
                     (mismatched, farthest, failures) = (true, 0, 0);
-                    let cause = format!("its sha256 is {sha256}, not the expected one");
                     self.pause(job, attempts, failures, &cause, None).await?;
                 }
                 Err(Failure::Fatal(fault)) => return Err(fault),
@@ -202,7 +219,7 @@ impl<'a> Downloads<'a> {
         }
     }
 
-    /// Waits before the next attempt, if there may be one.
+    /// Waits before the next attempt, or returns the fault if there must be none.
     async fn pause(
         &self,
         job: &Job<'_>,
@@ -212,7 +229,7 @@ impl<'a> Downloads<'a> {
         after: Option<Duration>,
     ) -> Result<()> {
         let failed = || format!("{}: gave up at attempt {attempts}: {cause}", job.name);
-        let help = "what came so far is kept: run it again when the server answers";
+        let help = "the bytes received so far are kept; run it again when the server answers";
         if failures >= self.options.attempts_max {
             return Err(Fault::network(failed()).help(help));
         }
@@ -220,7 +237,7 @@ impl<'a> Downloads<'a> {
         if wait >= job.deadline.saturating_duration_since(Instant::now()) {
             let allowed = self.options.total_timeout;
             return Err(Fault::network(format!(
-                "{}; the next may start in {wait:.1?}, later than the {allowed:?} allowed for one file",
+                "{}; the next attempt could start in {wait:.1?}, after the {allowed:?} allowed for one file",
                 failed()
             ))
             .help(help));
@@ -230,7 +247,7 @@ impl<'a> Downloads<'a> {
         Ok(())
     }
 
-    /// One request, and as much of its body as comes.
+    /// Makes one request and takes as much of its body as arrives.
     async fn attempt(
         &self,
         network: &Network,
@@ -262,7 +279,7 @@ impl<'a> Downloads<'a> {
             return Ok(Received::Unchanged);
         };
         if body.start == 0 {
-            partial.restart(&body.validators, body.total)?;
+            partial.restart(&body.validators, body.total, body.statement.take())?;
         }
         job.task.set(partial.bytes());
         if let Some(total) = body.total {
@@ -286,7 +303,7 @@ impl<'a> Downloads<'a> {
                 Err(Failure::retry(format!("the body ended after {} of {total} bytes", partial.bytes())))
             }
             Some(total) if partial.bytes() > total => {
-                Err(Failure::from_start(format!("the body has more than its {total} bytes")))
+                Err(Failure::from_start(format!("the body is longer than the announced {total} bytes")))
             }
             _ => self.check_page(job, partial, body.is_html).map(|()| Received::Whole),
         }
@@ -306,7 +323,7 @@ impl<'a> Downloads<'a> {
         .help("raise file_bytes_max (--file-bytes-max) if the file is meant to be that large"))
     }
 
-    /// Refuses a web page in place of data.
+    /// Refuses a web page instead of data.
     fn check_page(&self, job: &Job, partial: &mut Partial, is_html: bool) -> http::Attempted<()> {
         let ending = self.options.endings.iter().flat_map(|kind| kind.iter()).find(|ending| {
             let path = job.url.path().to_ascii_lowercase();
@@ -323,19 +340,19 @@ impl<'a> Downloads<'a> {
         let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
         let wanted = ending.map_or("a data file".to_owned(), |ending| format!("a {ending} file"));
         Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
-            .help("a login page or a preview link? use the raw/resolve link")
+            .help("this may be a login page or a preview link; use the raw/resolve link")
             .into())
     }
 
     fn out_of_time(&self, job: &Job, partial: &Partial, attempts: u32) -> Fault {
         let total = partial.total().map(|total| format!(" of {total}")).unwrap_or_default();
         Fault::network(format!(
-            "{}: not whole after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
+            "{}: not complete after the {:?} allowed for one file: {}{total} bytes by attempt {attempts}",
             job.name,
             self.options.total_timeout,
             partial.bytes()
         ))
-        .help("what came so far is kept: run it again, or allow more time")
+        .help("the bytes received so far are kept; run it again, or allow more time")
     }
 
     fn network(&self) -> Result<&Network> {
@@ -346,7 +363,7 @@ impl<'a> Downloads<'a> {
                 stores: Stores::new(self.options)?,
                 hub: Hub::from_environment()?,
             };
-            // Empty until now, and this runs on one thread.
+            // The cell was empty until now, and this runs on one thread.
             let _ = self.network.set(network);
         }
         Ok(self.network.get().expect("just set"))
@@ -371,7 +388,45 @@ fn percent_decoded(path: &str) -> String {
     )
 }
 
-fn unexpected(job: &Job, sha256: &str) -> Option<Fault> {
+/// The fault of a file that has not the digest that was given, and its cause in a few words.
+fn unexpected(job: &Job, sha256: &str) -> Option<(Fault, String)> {
     let expected = job.expected.filter(|&expected| expected != sha256)?;
-    Some(local::mismatch(job.name, expected, sha256))
+    let cause = format!("its sha256 is {sha256}, not the expected one");
+    Some((local::mismatch(job.name, expected, sha256), cause))
+}
+
+/// The same for the digest that the server itself stated.
+fn contradicted(job: &Job, stated: Option<(Algorithm, bool)>) -> Option<(Fault, String)> {
+    let (algorithm, _) = stated.filter(|(_, holds)| !holds)?;
+    let cause = format!("its {algorithm} is not the one that the server states");
+    let fault = Fault::network(format!("{}: downloaded twice, and both times {cause}", job.name))
+        .help("something between the server and here changes the bytes, or the server's own record is wrong");
+    Some((fault, cause))
+}
+
+/// What a downloaded file was compared with.
+enum Checked {
+    Given,
+    Stated(Algorithm),
+    Nothing,
+}
+
+impl Checked {
+    fn of(expected: Option<&str>, stated: Option<Algorithm>) -> Checked {
+        match (expected, stated) {
+            (Some(_), _) => Checked::Given,
+            (None, Some(algorithm)) => Checked::Stated(algorithm),
+            (None, None) => Checked::Nothing,
+        }
+    }
+}
+
+impl fmt::Display for Checked {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Checked::Given => f.write_str("checked by the given sha256"),
+            Checked::Stated(algorithm) => write!(f, "checked by the server's {algorithm}"),
+            Checked::Nothing => f.write_str("compared with no digest: the server states none"),
+        }
+    }
 }

@@ -8,7 +8,7 @@ use crate::words;
 
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Reads to the end; `each` hears how many bytes every read brought. Returns the length and the running digest.
+/// Reads to the end and calls `each` with the number of bytes of every read. Returns the length and the digest.
 pub fn read(mut from: impl Read, mut each: impl FnMut(u64)) -> io::Result<(u64, Sha256)> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -26,10 +26,12 @@ pub fn read(mut from: impl Read, mut each: impl FnMut(u64)) -> io::Result<(u64, 
     }
 }
 
+/// The digest in lower-case hex.
 pub fn hex(hasher: Sha256) -> String {
     words::hex(hasher.finalize())
 }
 
+/// The SHA-256 of `bytes` in lower-case hex.
 pub fn of(bytes: &[u8]) -> String {
     hex(Sha256::new_with_prefix(bytes))
 }

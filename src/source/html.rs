@@ -1,10 +1,11 @@
-//! First bytes of a body -> is it a web page, and which. Login pages and previews come with status 200.
+//! The first bytes of a body -> whether it is a web page, and its title. Login pages and previews come with status
+//! 200.
 
-/// Longest title shown.
+/// Most characters of a title in a message.
 const TITLE_CHARS_MAX: usize = 80;
 
-/// Whether a body that begins with `first_bytes` is an HTML page. No data format begins with `<!doctype html`
-/// or `<html`.
+/// Whether a body that begins with `first_bytes` is an HTML page. No data format begins with `<!doctype html` or
+/// `<html`.
 pub fn looks_like_html(first_bytes: &[u8]) -> bool {
     let text = first_bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(first_bytes).trim_ascii_start();
     ["<!doctype html", "<html", "<head", "<body"]
@@ -12,10 +13,10 @@ pub fn looks_like_html(first_bytes: &[u8]) -> bool {
         .any(|tag| text.len() >= tag.len() && text[..tag.len()].eq_ignore_ascii_case(tag.as_bytes()))
 }
 
-/// The page's title, fit for a message: one line, no control characters.
+/// The page's title for a message: one line without control characters.
 pub fn title(first_bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(first_bytes);
-    // ASCII lowering keeps byte positions.
+    // Changing ASCII letters to lower case keeps byte positions.
     let lower = text.to_ascii_lowercase();
     let open = lower.find("<title")?;
     let start = open + lower[open..].find('>')? + 1;

@@ -1,4 +1,4 @@
-//! One GET: URL, validators and range -> a body worth reading, or why not.
+//! One GET request: URL, validators and range -> a body worth reading, or the reason why there is none.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,60 +8,77 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::hub::Hub;
+use super::statement::Statement;
 use super::{Options, address, describe, tls};
 use crate::fault::{Fault, Result};
 
-/// Honest chains have one to three hops.
+/// LIMIT: honest chains have one to three redirects.
 const REDIRECTS_MAX: usize = 10;
 
-/// What names one version of a file on its server.
+/// The headers that identify one version of a file on its server.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Validators {
+    /// The ETag.
     pub etag: Option<String>,
+    /// The date of the last change.
     pub last_modified: Option<String>,
-    /// Whether the file was a second old when it was served, so that no second version bears the same date.
+    /// Whether the file was at least a second old when it was served, so that no second version can have the same
+    /// date.
     pub last_modified_is_strong: bool,
 }
 
+/// One request for a file.
 pub struct Ask<'a> {
+    /// The URL.
     pub url: &'a Url,
-    /// For messages.
+    /// The URL without secrets, for messages.
     pub name: &'a str,
-    /// Bytes here already, of this version and of this length.
+    /// Bytes of the file that are already here.
     pub have: u64,
+    /// The version that these bytes belong to.
     pub version: &'a Validators,
+    /// The length of that version, if known.
     pub total: Option<u64>,
-    /// The hub, if the URL is of its origin.
+    /// The hub, if the URL has its origin.
     pub hub: Option<&'a Hub>,
-    /// Where an object of a store is and what opens it, range and conditions included; the store's help.
+    /// For an object of a store: the signed URL, its headers with range and conditions, and the store's help.
     pub signed: Option<(Url, HeaderMap, &'static str)>,
-    /// The version of the cached file, to hear whether it is still the newest.
+    /// The version of the cached file, to learn whether it is still the newest.
     pub cached: Option<&'a Validators>,
 }
 
-/// A file, or a part of it, about to come.
+/// A file, or a part of it, that is about to arrive.
 pub struct Body {
+    /// The response whose body follows.
     pub response: Response,
-    /// Offset of the first byte: 0, or what was asked for.
+    /// Offset of the first byte: 0, or the one asked for.
     pub start: u64,
-    /// Length of the whole file, if the server told.
+    /// Length of the whole file, if the server gave it.
     pub total: Option<u64>,
+    /// The version on the server.
     pub validators: Validators,
-    /// Whether the server calls it a web page.
+    /// The digest of the whole file, if the server states one.
+    pub statement: Option<Statement>,
+    /// Whether the server declares it as a web page.
     pub is_html: bool,
 }
 
-/// Why an attempt brought no (further) bytes.
+/// Why an attempt brought no more bytes.
 pub enum Failure {
-    /// Trying again can help: because of `cause`, not before `after`, from the first byte if `from_start`.
+    /// A retry can help.
     Retry {
+        /// Why the attempt failed.
         cause: String,
+        /// The earliest time for a retry, if the server named one.
         after: Option<Duration>,
+        /// Whether the retry must begin with the first byte.
         from_start: bool,
     },
+    /// A retry cannot help.
     Fatal(Fault),
 }
 
+/// The result of an attempt.
 pub type Attempted<T> = std::result::Result<T, Failure>;
 
 impl From<Fault> for Failure {
@@ -71,10 +88,12 @@ impl From<Fault> for Failure {
 }
 
 impl Failure {
+    /// A failure after which the download can be resumed.
     pub fn retry(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: false }
     }
 
+    /// A failure after which the download must begin again.
     pub fn from_start(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: true }
     }
@@ -95,29 +114,32 @@ impl Validators {
         }
     }
 
-    /// What `If-Range` may hold: a strong ETag, or else a date that cannot name two versions (RFC 9110, 13.1.5).
+    /// The value for `If-Range`: a strong ETag, or else a date that cannot belong to two versions (RFC 9110,
+    /// 13.1.5).
     pub fn for_range(&self) -> Option<&str> {
         let etag = self.etag.as_deref().filter(|etag| etag.starts_with('"'));
         etag.or(self.last_modified.as_deref().filter(|_| self.last_modified_is_strong))
     }
 
+    /// Whether the server gave no validator.
     pub fn is_empty(&self) -> bool {
         self.etag.is_none() && self.last_modified.is_none()
     }
 
-    /// Whether an answer that names a version names another one.
+    /// Whether both name a version and the versions differ.
     fn contradicts(&self, other: &Validators) -> bool {
         let differ = |a: &Option<String>, b: &Option<String>| matches!((a, b), (Some(a), Some(b)) if a != b);
         differ(&self.etag, &other.etag) || differ(&self.last_modified, &other.last_modified)
     }
 }
 
-/// A client with the timeouts, trust and redirect rules of downloads.
+/// Makes a client with the timeouts, trusted authorities and redirect rules of downloads.
 pub fn client(options: &Options) -> Result<reqwest::Client> {
     client_with(options, redirects())
 }
 
-/// The same for signed requests, which go where they were signed for and nowhere else.
+/// Makes the same client for signed requests. It follows no redirect, because a signature holds for one address
+/// only.
 pub fn direct_client(options: &Options) -> Result<reqwest::Client> {
     client_with(options, redirect::Policy::none())
 }
@@ -135,7 +157,7 @@ fn client_with(options: &Options, redirects: redirect::Policy) -> Result<reqwest
         .map_err(|error| Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error))))
 }
 
-/// Asks once. `None`: the cached file is the newest.
+/// Makes one request. `None`: the cached file is the newest.
 pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> Attempted<Option<Body>> {
     let resume = ask.version.for_range().filter(|_| ask.have > 0);
     let mut headers = HeaderMap::new();
@@ -160,7 +182,7 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
     }
     let url = match &ask.signed {
         Some((url, signed, _)) => {
-            // Signatures may cover the range and the conditions: the store's own stand, not those above.
+            // A signature may cover the range and the conditions, so the store's own headers replace those above.
             headers = signed.clone();
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
             url
@@ -168,11 +190,11 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
         None => ask.url,
     };
     let resume = resume.filter(|_| ask.signed.is_none() || headers.contains_key(header::RANGE));
-    // Time-outs of the client end with each byte: one header a second would go on for hours.
+    // The client's timeouts restart with each byte, so one header per second could go on for hours.
     let patience = options.connect_timeout + 2 * options.read_timeout;
     let sent = tokio::time::timeout(patience, client.get(url.clone()).headers(headers).send()).await;
     let Ok(sent) = sent else {
-        return Err(Failure::retry(format!("no whole answer within {patience:?}")));
+        return Err(Failure::retry(format!("no complete response header within {patience:?}")));
     };
     let response = sent.map_err(|error| describe::failure(&error, ask.name, options))?;
     judge(response, ask, resume.is_some())
@@ -187,7 +209,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         return Err(Failure::from_start("the file changed on the server"));
     }
     if status == StatusCode::RANGE_NOT_SATISFIABLE && resuming {
-        return Err(Failure::from_start("the server no longer has the range asked for"));
+        return Err(Failure::from_start("the server no longer has the requested range"));
     }
     if status != StatusCode::OK && status != StatusCode::PARTIAL_CONTENT {
         return Err(refusal(&response, ask, resuming));
@@ -199,7 +221,7 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         StatusCode::OK => (0, length),
         _ if !resuming => {
             return Err(Fault::data(format!(
-                "{}: the server sent a part of the file, asked for all of it",
+                "{}: the server sent a part of the file, but all of it was requested",
                 ask.name
             ))
             .into());
@@ -209,15 +231,17 @@ fn judge(response: Response, ask: &Ask, resuming: bool) -> Attempted<Option<Body
         }
         _ => match range(response.headers(), ask, length) {
             Some(total) => (ask.have, total),
-            None => return Err(Failure::from_start("the server sent another range than asked for")),
+            None => return Err(Failure::from_start("the server sent another range than the requested one")),
         },
     };
+    let statement = Statement::of(response.headers(), status == StatusCode::OK);
     let is_html =
         text(response.headers(), header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
-    Ok(Some(Body { response, start, total, validators, is_html }))
+    Ok(Some(Body { response, start, total, validators, statement, is_html }))
 }
 
-/// The file's length as a 206 tells it (`*`: unknown), if the part is the one asked for, of the same file.
+/// Returns the file's length as given by a 206 response (`*`: unknown), if the part is the one asked for and of the
+/// same file.
 fn range(headers: &HeaderMap, ask: &Ask, length: Option<u64>) -> Option<Option<u64>> {
     let (first, last, total) = content_range(text(headers, header::CONTENT_RANGE)?)?;
     let same_start = first == ask.have;
@@ -226,7 +250,7 @@ fn range(headers: &HeaderMap, ask: &Ask, length: Option<u64>) -> Option<Option<u
     (same_start && same_length && same_total).then_some(total.or(ask.total))
 }
 
-/// `bytes 5-9/10` or `bytes 5-9/*`.
+/// Parses `bytes 5-9/10` or `bytes 5-9/*`.
 fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
@@ -239,7 +263,7 @@ fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
     match text(headers, header::CONTENT_ENCODING) {
         None | Some("" | "identity") => Ok(()),
         Some(encoding) => Err(Fault::data(format!(
-            "{name}: sent with Content-Encoding `{}`, asked for none: length and digest cannot be checked",
+            "{name}: sent with Content-Encoding `{}` although none was requested, so length and digest cannot be checked",
             describe::printable(encoding)
         ))
         .help("switch compression off for this file on the server or its proxy")),
@@ -250,16 +274,16 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
     let (status, name) = (response.status(), ask.name);
     match status.as_u16() {
         404 | 410 => Fault::data(format!("{name}: the server has no such file (HTTP {})", status.as_u16()))
-            .help("check the URL; some servers say 404 where a login is missing")
+            .help("check the URL; some servers answer 404 if a login is missing")
             .into(),
         401 | 403 => {
             let help = match (ask.hub, resuming || ask.url.query().is_some()) {
                 _ if ask.signed.is_some() => ask.signed.as_ref().map_or("", |(_, _, help)| help),
                 (Some(hub), _) => hub.help(),
                 (None, true) => {
-                    "if the URL was signed for a limited time, it may have expired: sign a new one"
+                    "the URL may have been signed for a limited time and have expired; sign a new one"
                 }
-                (None, false) => "the server wants credentials: give a signed URL, or one that needs none",
+                (None, false) => "the server requires credentials; give a signed URL, or one that needs none",
             };
             Fault::auth(format!("{name}: access refused (HTTP {})", status.as_u16())).help(help).into()
         }
@@ -267,16 +291,15 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
             let region = response.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
             let told = format!("{name}: the object store answered HTTP {}", status.as_u16());
             match region {
-                Some(region) => Fault::config(format!(
-                    "{told}: the bucket lies in region {}",
-                    describe::printable(region)
-                ))
-                .help("set AWS_REGION to it"),
+                Some(region) => {
+                    Fault::config(format!("{told}: the bucket is in region {}", describe::printable(region)))
+                        .help("set AWS_REGION to that region")
+                }
                 None => Fault::config(told).help(ask.signed.as_ref().map_or("", |(_, _, help)| help)),
             }
             .into()
         }
-        407 => Fault::config(format!("{name}: the proxy wants credentials (HTTP 407)"))
+        407 => Fault::config(format!("{name}: the proxy requires credentials (HTTP 407)"))
             .help("put them into HTTPS_PROXY or HTTP_PROXY")
             .into(),
         408 | 425 | 429 | 500..=599 => Failure::Retry {
@@ -289,7 +312,7 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
     }
 }
 
-/// Seconds or an HTTP date; anything else is no wish.
+/// Parses seconds or an HTTP date. Anything else is ignored.
 fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     match value.trim().parse() {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
@@ -297,7 +320,7 @@ fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     }
 }
 
-/// Ten at most, never from https to http, never to a link-local address.
+/// The redirect rules: at most ten, never from https to http, never to a link-local address.
 pub fn redirects() -> redirect::Policy {
     redirect::Policy::custom(redirect)
 }
@@ -316,13 +339,16 @@ fn redirect(attempt: redirect::Attempt) -> redirect::Action {
     }
 }
 
-/// A redirect that is not followed.
+/// Why a redirect is not followed.
 #[derive(Debug, thiserror::Error)]
 pub enum Redirect {
+    /// A longer chain than `REDIRECTS_MAX`.
     #[error("it redirects more than {REDIRECTS_MAX} times")]
     TooMany,
+    /// From https to http.
     #[error("it redirects from https to http, which is refused")]
     Downgrade,
+    /// To a link-local address.
     #[error("it redirects to a link-local address, which is refused")]
     Forbidden,
 }

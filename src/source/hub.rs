@@ -1,5 +1,5 @@
-//! The environment -> where the Hugging Face hub is, and the token for it. The token goes to that origin alone and into no
-//! message.
+//! The environment -> the address of the Hugging Face hub and the token for it. The token is sent to that origin
+//! only and appears in no message.
 
 use std::path::PathBuf;
 
@@ -10,19 +10,20 @@ use crate::fault::{Fault, Result};
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// The hub, and what opens its gated repositories.
+/// The hub, and the token for its gated repositories.
 pub struct Hub {
+    /// The hub's address.
     pub endpoint: Url,
-    /// `Bearer ...`, marked as sensitive.
+    /// The header `Bearer ...`, marked as sensitive.
     authorization: Option<HeaderValue>,
 }
 
 impl Hub {
-    /// `HF_ENDPOINT`; of the token `HF_TOKEN`, then the file `HF_TOKEN_PATH`, then `token` in `HF_HOME` or
-    /// `~/.cache/huggingface`: the order of the hub's own library.
+    /// Reads `HF_ENDPOINT`, and the token from `HF_TOKEN`, else from the file `HF_TOKEN_PATH`, else from `token` in
+    /// `HF_HOME` or `~/.cache/huggingface`. The order is that of the hub's own library.
     ///
     /// # Errors
-    /// Config: an endpoint that is no HTTP address. Auth: a token that cannot stand in a header.
+    /// Config: the endpoint is not an HTTP address. Auth: the token cannot be a header's value.
     pub fn from_environment() -> Result<Hub> {
         Hub::from(&|name| std::env::var(name).ok().filter(|value| !value.trim().is_empty()))
     }
@@ -38,16 +39,18 @@ impl Hub {
         Ok(Hub { endpoint, authorization })
     }
 
+    /// Whether a URL has the hub's origin.
     pub fn owns(&self, url: &Url) -> bool {
         url.origin() == self.endpoint.origin()
     }
 
-    /// What a request for `url` may carry. The HTTP client drops it at a redirect to another host or port.
+    /// The authorization header for a request to `url`. The HTTP client drops it at a redirect to another host or
+    /// port.
     pub fn authorization(&self, url: &Url) -> Option<&HeaderValue> {
         self.authorization.as_ref().filter(|_| self.owns(url))
     }
 
-    /// What to do about a 401 or 403 of the hub's.
+    /// Help for a 401 or 403 response of the hub.
     pub fn help(&self) -> &'static str {
         match self.authorization {
             Some(_) => {
@@ -64,14 +67,14 @@ impl Hub {
 
 fn header(token: &str, origin: &str) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
-        Fault::auth(format!("the token of {origin} holds characters that no token has"))
-            .help("it begins with hf_ and is one line")
+        Fault::auth(format!("the token of {origin} contains characters that a token cannot have"))
+            .help("a token is one line that begins with hf_")
     })?;
     value.set_sensitive(true);
     Ok(value)
 }
 
-/// The first token there is, and where it was found.
+/// (token, where it was found), for the first token found.
 fn token(variable: &dyn Fn(&str) -> Option<String>) -> Option<(String, String)> {
     let home = variable("HF_HOME").map(PathBuf::from);
     let usual = || Some(PathBuf::from(variable("HOME")?).join(".cache/huggingface"));

@@ -1,4 +1,4 @@
-//! A path, directory or glob -> its data files, sorted, each read once and hashed.
+//! A path, directory or glob -> its data files, sorted; each is read once and hashed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 use crate::words;
 
-/// LIMIT: a directory that leads to itself through a link ends here.
+/// LIMIT: directory levels. A directory that leads to itself through a link ends here.
 const DEPTH_MAX: usize = 32;
 const FILES_MAX: usize = 100_000;
 const GLOB: glob::MatchOptions = glob::MatchOptions {
@@ -23,15 +23,15 @@ const GLOB: glob::MatchOptions = glob::MatchOptions {
 /// Endings of data files, kind by kind.
 type Endings = &'static [&'static [&'static str]];
 
-/// Files beside data that have a data file's ending: what `datasets` and the hub write about a dataset.
+/// Files next to data that have a data file's ending: `datasets` and the hub write them about a dataset.
 const ABOUT_DATA: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
-/// Endings around a data file's own.
+/// Endings of compression that may follow a data file's own.
 const PACKINGS: [&str; 4] = [".gz", ".gzip", ".zst", ".zstd"];
 
-/// The files a path source names; none for a URL.
+/// The files that a path source names; none for a URL.
 ///
 /// # Errors
-/// Data: nothing there, or no data file in it. Config: an invalid glob, or one digest for several files.
+/// Data: nothing is there, or it holds no data file. Config: an invalid glob, or one digest for several files.
 pub fn find(source: &Source, endings: Endings, report: &Report) -> Result<Vec<PathBuf>> {
     let Source::Path { pattern, sha256 } = source else { return Ok(Vec::new()) };
     let files = expand(pattern, &Search { endings, report })?;
@@ -44,10 +44,10 @@ pub fn find(source: &Source, endings: Endings, report: &Report) -> Result<Vec<Pa
     }
 }
 
-/// Reads a file whole: its length and digest, compared with the expected one.
+/// Reads a whole file and returns its length and digest, which is compared with the expected one.
 ///
 /// # Errors
-/// Data: it cannot be read, or has another digest.
+/// Data: the file cannot be read, or has another digest.
 pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<File> {
     let name = path.display().to_string();
     let unreadable = |error: io::Error| unreadable(&path, &error);
@@ -63,14 +63,16 @@ pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<
     Ok(File { path, name, bytes, sha256, entry: 0 })
 }
 
+/// The data fault for a file with another digest than expected.
 pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
     Fault::data(format!("{name}: sha256 is {found}, expected {expected}"))
         .help("the file was changed or damaged, or the digest belongs to another version")
 }
 
-const LOOK: &str = "check the path, and in a container the mount";
+const LOOK: &str = "check the path and, in a container, the mount";
 
-/// What exists under the very name is meant, so a file may have `[` in its name; else it is a glob.
+/// Expands a path to its files. If the exact name exists, it is meant, so a file may have `[` in its name.
+/// Otherwise it is a glob.
 fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
     let path = Path::new(pattern);
     match fs::metadata(path) {
@@ -82,14 +84,14 @@ fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// What a folder is searched for.
+/// The endings that a folder is searched for, and the report for warnings.
 struct Search<'a> {
     endings: Endings,
     report: &'a Report,
 }
 
 impl Search<'_> {
-    /// Every data file below of the first kind that is there. Datasets are often one or two levels down
+    /// All data files below a folder that are of the first kind found. Datasets are often one or two levels down
     /// (`data/data/*.parquet`).
     fn directory(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
@@ -100,11 +102,11 @@ impl Search<'_> {
     }
 }
 
-/// Of the files below a folder those of the first kind of data that is there, in their order. Files of other kinds are told,
-/// since they may be the same rows again.
+/// Returns those of the files below a folder that are of the first kind of data found, in their order. A warning
+/// names files of other kinds, which may hold the same rows again.
 ///
 /// # Errors
-/// Data: none is a data file.
+/// Data: none of them is a data file.
 pub fn of_first_kind<T>(
     files: Vec<T>,
     name: impl Fn(&T) -> String,
@@ -117,16 +119,21 @@ pub fn of_first_kind<T>(
     let Some(first) = files.iter().filter_map(kind).min() else {
         let endings: Vec<String> =
             endings.iter().flat_map(|kind| kind.iter()).map(|e| format!(".{e}")).collect();
-        return Err(Fault::data(format!("{folder}: no data file in it: {}", summary(&names(&files)))).help(
-            format!("give a file, or a folder that holds data files at any depth: {}", endings.join(", ")),
-        ));
+        return Err(Fault::data(format!(
+            "{folder}: the folder contains no data file: {}",
+            summary(&names(&files))
+        ))
+        .help(format!(
+            "give a file, or a folder that contains data files at any depth: {}",
+            endings.join(", ")
+        )));
     };
     let (data, other): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| kind(file) == Some(first));
     let left: Vec<T> = other.into_iter().filter(|file| kind(file).is_some()).collect();
     if !left.is_empty() {
         let (count, left) = (data.len(), summary(&names(&left)));
         let text = format!(
-            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name them to read them"
+            "{folder}: {count} data file(s) of one kind are read and {left} left aside; name these to read them"
         );
         report.warn(Stage::Read, text);
     }
@@ -148,7 +155,7 @@ pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) ->
     }
 }
 
-/// Whether the name has one of the endings, packed or not, and is not about a dataset.
+/// Whether the name has one of the endings, compressed or not, and is not a file about a dataset.
 fn ends_with(file: &Path, endings: &[&str]) -> bool {
     let Some(name) = file.file_name().and_then(OsStr::to_str).map(str::to_ascii_lowercase) else {
         return false;
@@ -176,7 +183,7 @@ fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
         return Err(Fault::data(format!("{pattern}: no file matches")).help(LOOK));
     }
     files.sort();
-    // `**` finds a directory and again what is in it.
+    // `**` finds a directory and then its files once more.
     files.dedup();
     Ok(files)
 }
@@ -184,10 +191,10 @@ fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
 fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     if depth > DEPTH_MAX || files.len() > FILES_MAX {
         return Err(Fault::data(format!(
-            "{}: more than {DEPTH_MAX} levels or {FILES_MAX} files",
+            "{}: the folder has more than {DEPTH_MAX} levels or {FILES_MAX} files",
             folder.display()
         ))
-        .help("give the directory that holds the data files"));
+        .help("give the directory that contains the data files"));
     }
     let failed = |error: io::Error| unreadable(folder, &error);
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -195,7 +202,7 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
         if is_hidden(&path) {
             continue;
         }
-        // Follows links: mounted volumes consist of them.
+        // Links are followed, because mounted volumes consist of them.
         match fs::metadata(&path).map_err(|error| unreadable(&path, &error))?.is_dir() {
             true => walk(&path, depth + 1, files)?,
             false => files.push(path),
@@ -204,12 +211,12 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
+/// Whether a file is hidden: `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
 fn is_hidden(path: &Path) -> bool {
     path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(['.', '_']))
 }
 
-/// `12 files: 9 .json, 2 .txt, 1 without extension`, or `it is empty`.
+/// Describes files: `12 files: 9 .json, 2 .txt, 1 without extension`, or `it is empty`.
 fn summary(files: &[PathBuf]) -> String {
     if files.is_empty() {
         return "it is empty".to_owned();

@@ -1,8 +1,8 @@
-//! Where bytes come from: URLs and paths -> whole, verified local files. Knows no format.
+//! Sources of bytes: URLs and paths -> whole, verified local files. This module knows no file format.
 //!
-//! `parse` reads what the user wrote, `local` finds files on disk, `download` brings a URL into `cache`, one
-//! `http` attempt after the other; `partial` is the file that grows between them; `hub` is what the Hugging Face
-//! hub wants, `scheme` what object stores do.
+//! `parse` parses the user's text, `local` finds files on disk, `download` fetches a URL into `cache` by one `http`
+//! attempt after another. `partial` is the file that grows between attempts. `hub` holds the rules of the Hugging
+//! Face hub, `scheme` those of object stores.
 
 mod address;
 mod cache;
@@ -16,6 +16,7 @@ mod local;
 mod pace;
 mod parse;
 mod partial;
+mod statement;
 mod scheme;
 mod tls;
 
@@ -39,53 +40,62 @@ use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::Report;
 
-/// How to fetch. Filled by `plan`.
+/// The settings of downloads. `plan` fills them.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Content-addressed store of finished downloads, and of partial ones to resume.
+    /// Folder of finished downloads by digest, and of partial ones to resume.
     pub cache: PathBuf,
+    /// Longest wait for a connection.
     pub connect_timeout: Duration,
     /// Longest silence while a body is read.
     pub read_timeout: Duration,
-    /// A body that comes more slowly is begun again, and given up like one that does not come.
+    /// Least speed. A slower body is requested again, and counts as a failed attempt.
     pub speed: Speed,
-    /// Longest time for one file, all attempts together.
+    /// Longest time for one file, over all attempts.
     pub total_timeout: Duration,
-    /// Attempts in a row that bring no new byte.
+    /// Most attempts in a row without a new byte.
     pub attempts_max: u32,
-    /// Wait before the second attempt; doubled for each further one, with jitter.
+    /// Wait before the second attempt. It doubles for each further one, with jitter.
     pub backoff: Duration,
+    /// Largest file that is downloaded, in bytes.
     pub file_bytes_max: u64,
-    /// Endings of data files, kind by kind in order of preference: what a folder is searched for.
+    /// Endings of data files by kind, in order of preference. A folder is searched for them.
     pub endings: &'static [&'static [&'static str]],
     /// Extra root certificates (PEM).
     pub ca_file: Option<PathBuf>,
 }
 
-/// One thing to fetch, parsed: what the user wrote without its secrets, and its expected digest.
+/// One thing to fetch, parsed: an address and the digest it must have.
 #[derive(Clone, PartialEq)]
 pub enum Source {
+    /// A URL.
     Url {
+        /// The URL, which may hold secrets.
         url: url::Url,
+        /// SHA-256 in hex that the file must have.
         sha256: Option<String>,
     },
     /// A file, a directory, or a glob.
     Path {
+        /// The path or glob.
         pattern: String,
+        /// SHA-256 in hex that the one file must have.
         sha256: Option<String>,
     },
 }
 
-/// A file that is here, whole and hashed.
+/// A local file, whole and hashed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct File {
+    /// The file.
     pub path: PathBuf,
-    /// As the user named it, without secrets: for messages.
+    /// The name that the user gave, without secrets, for messages.
     pub name: String,
+    /// Length.
     pub bytes: u64,
-    /// Lower-case hex.
+    /// SHA-256 in lower-case hex.
     pub sha256: String,
-    /// Which of the sources asked for it belongs to, counted from 0.
+    /// Index of the source that it belongs to, counted from 0.
     pub entry: usize,
 }
 
@@ -97,14 +107,14 @@ pub fn held(source: &Source, cache: &Path) -> u64 {
     }
 }
 
-/// Brings every source here, in the order given; a directory or glob becomes its files, sorted by name.
-/// Paths are looked at first, so that a misspelt one is known before the first long download.
+/// Fetches every source, in the order given. A directory or glob becomes its files, sorted by name. Paths are
+/// checked first, so that a misspelt one is reported before the first long download.
 ///
-/// Runs its own single-threaded runtime: call it from plain code, not from inside tokio.
+/// This function runs its own single-threaded runtime. Call it from plain code, not from inside tokio.
 ///
 /// # Errors
-/// The first file that cannot be had, by who must act: data (missing, damaged, not a file), auth, capacity,
-/// config, or, when all attempts are used up, network; a failing cache disk is storage.
+/// The first file that cannot be fetched, by who must act: data (missing, damaged, not a file), auth, capacity,
+/// config, or network if all attempts failed. A failing disk of the cache is a storage fault.
 pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<Vec<File>> {
     let find = |source| local::find(source, options.endings, report);
     let found = sources.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -132,10 +142,10 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
     on_network(work)
 }
 
-/// Every object below an address of an object store, sorted by name.
+/// Lists every object below an address of an object store, sorted by name.
 ///
 /// # Errors
-/// Config: another address. Auth, data and network as in [`fetch`].
+/// Config: not an address of an object store. Auth, data and network as in [`fetch`].
 pub fn objects(url: &url::Url, options: &Options) -> Result<Vec<Object>> {
     on_network(async { scheme::Stores::new(options)?.list(url).await })
 }
@@ -145,14 +155,14 @@ pub fn is_object_store(url: &url::Url) -> bool {
     scheme::of(url).is_some()
 }
 
-/// Runs what asks the network on a runtime of its own, until it ends or a signal comes.
+/// Runs network code on a runtime of its own, until it ends or a signal comes.
 fn on_network<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
     let done = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
-    // A name lookup that hangs in the C library must not keep the process.
+    // A name lookup that hangs in the C library must not keep the process alive.
     runtime.shutdown_background();
     done
 }

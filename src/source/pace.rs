@@ -1,7 +1,7 @@
-//! Bytes as they arrive -> whether they come fast enough to wait for them.
+//! Bytes as they arrive -> whether they come fast enough to wait for.
 //!
-//! A server that sends a byte a second keeps every time-out for silence from ending: a job would hold its GPU for
-//! hours and train on nothing.
+//! A server that sends one byte per second keeps every timeout for silence from ending. A job would hold its GPU
+//! for hours and train on nothing.
 
 use std::time::Duration;
 
@@ -10,27 +10,28 @@ use tokio::time::Instant;
 /// The least speed of a download.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Speed {
-    /// Bytes a second, on average over the window.
+    /// Bytes per second, on average over the window.
     pub least: u64,
+    /// The time over which the speed is measured.
     pub window: Duration,
 }
 
 impl Speed {
-    /// LIMIT: a thirtieth of a slow line; whatever is slower does not bring a model in a day.
+    /// LIMIT: a thirtieth of a slow line. Anything slower does not download a model in a day.
     pub const LEAST: Speed = Speed { least: 16 << 10, window: Duration::from_secs(60) };
 
-    /// Bytes that a window must bring.
+    /// Bytes that must arrive in a window.
     pub fn window_bytes(&self) -> u64 {
         (self.least as f64 * self.window.as_secs_f64()) as u64
     }
 
-    /// Whether an attempt that took so long brought too little to be called progress.
+    /// Whether an attempt of this duration brought too little to count as progress.
     pub fn is_stalled(&self, bytes: u64, time: Duration) -> bool {
         time >= self.window && bytes < self.window_bytes()
     }
 }
 
-/// One body under way.
+/// The speed of one body.
 pub struct Pace {
     speed: Speed,
     since: Instant,
@@ -38,11 +39,12 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// Starts measuring.
     pub fn new(speed: Speed) -> Pace {
         Pace { speed, since: Instant::now(), bytes: 0 }
     }
 
-    /// Counts a piece. Error: what is too slow, after a window that brought too little.
+    /// Counts a piece. After a window with too few bytes it returns the reason.
     pub fn arrived(&mut self, bytes: usize) -> Result<(), String> {
         self.bytes += bytes as u64;
         if self.since.elapsed() < self.speed.window {
@@ -50,7 +52,7 @@ impl Pace {
         }
         if self.bytes < self.speed.window_bytes() {
             return Err(format!(
-                "only {} bytes came in {:?}, less than {} a second",
+                "only {} bytes arrived in {:?}, less than {} per second",
                 self.bytes, self.speed.window, self.speed.least
             ));
         }

@@ -1,4 +1,4 @@
-//! What the user wrote -> Source. Nothing that could be a secret comes back out.
+//! The user's text -> a `Source`. Nothing that could be a secret is ever printed.
 
 use std::fmt;
 
@@ -7,20 +7,21 @@ use url::Url;
 use super::{Source, address, scheme};
 use crate::fault::{Fault, Result};
 
-/// `oci://` is taken by `fetch` before a source is parsed.
+/// `fetch` handles `oci://` before a source is parsed.
 const SUPPORTED: &str = "supported are http://, https://, hf://datasets/, s3://, gs://, az://, oci://, file://, and paths of files, folders and \
      globs";
 const DIGEST_HELP: &str = "write `#sha256=` and 64 hexadecimal digits";
 
 impl Source {
-    /// Reads `http(s)://...`, `file:///...` or a path, each with an optional `#sha256=<64 hex>`.
+    /// Parses `http(s)://...`, `file:///...`, an object store's address or a path, each with an optional
+    /// `#sha256=<64 hex>`.
     ///
     /// # Errors
     /// Config: another scheme, an invalid URL or digest, a link-local address.
     pub fn parse(text: &str) -> Result<Source> {
         let text = text.trim();
         if text.is_empty() || text.contains('\0') {
-            return Err(Fault::config("a source is empty or holds a zero byte").help(SUPPORTED));
+            return Err(Fault::config("a source is empty or contains a zero byte").help(SUPPORTED));
         }
         let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
         match scheme.as_deref() {
@@ -44,7 +45,7 @@ impl Source {
     }
 }
 
-/// Shows no secret, so that a `{:?}` of a whole plan may be logged.
+/// Prints no secret, so that a whole plan may be logged with `{:?}`.
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Source::Url { sha256, .. } | Source::Path { sha256, .. }) = self;
@@ -52,7 +53,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// Whether `text` is a SHA-256 in lower-case hex: the only thing that may become a file name of the cache.
+/// Whether `text` is a SHA-256 in lower-case hex. Nothing else may become a file name of the cache.
 pub(super) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
@@ -65,12 +66,13 @@ fn parse_url(text: &str) -> Result<Source> {
     url.set_fragment(None);
     if address::forbidden_host(&url) {
         return Err(Fault::config(format!("{name}: link-local addresses are refused"))
-            .help("clouds keep machine credentials there; give the address of the file server"));
+            .help("clouds serve machine credentials there; give the address of the file server"));
     }
     Ok(Source::Url { url, sha256 })
 }
 
-/// `SCHEME://BUCKET/KEY`; a key with wildcards or a `/` at its end names several objects. `?` is a wildcard, no query.
+/// Parses `SCHEME://BUCKET/KEY`. A key with wildcards or a `/` at its end names several objects. `?` is a wildcard
+/// and begins no query.
 fn parse_object(text: &str) -> Result<Source> {
     let (address, sha256) = match text.split_once("#sha256=") {
         Some((address, _)) => (address, Some(digest(&text[address.len() + 1..], address)?)),
@@ -83,7 +85,7 @@ fn parse_object(text: &str) -> Result<Source> {
     let has_bucket = url.host_str().is_some_and(|bucket| !bucket.is_empty());
     if !has_bucket || !url.username().is_empty() || url.password().is_some() || url.port().is_some() {
         return Err(Fault::config(format!("{}: expected {}://BUCKET/NAME", bare(&url), url.scheme()))
-            .help("credentials and the endpoint stand in the environment, not in the address"));
+            .help("credentials and the endpoint belong in the environment, not in the address"));
     }
     Ok(Source::Url { url, sha256 })
 }
@@ -94,7 +96,7 @@ fn parse_file_url(text: &str) -> Result<Source> {
     let name = bare(&url);
     let sha256 = url.fragment().map(|fragment| digest(fragment, name.as_str())).transpose()?;
     let path = url.to_file_path().map_err(|()| {
-        Fault::config(format!("{name}: a file URL names a file of this machine"))
+        Fault::config(format!("{name}: a file URL must name a file on this machine"))
             .help("write file:///absolute/path, with three slashes")
     })?;
     let pattern = path
@@ -104,7 +106,7 @@ fn parse_file_url(text: &str) -> Result<Source> {
     Ok(Source::Path { pattern, sha256 })
 }
 
-/// `#` is an ordinary character of a path; only `#sha256=` ends it.
+/// Parses a path. `#` is an ordinary character of it; only `#sha256=` ends it.
 fn parse_path(text: &str) -> Result<Source> {
     let Some((pattern, _)) = text.split_once("#sha256=") else {
         return Ok(Source::Path { pattern: text.to_owned(), sha256: None });
@@ -115,7 +117,7 @@ fn parse_path(text: &str) -> Result<Source> {
 
 fn digest(fragment: &str, name: &str) -> Result<String> {
     let Some(hex) = fragment.strip_prefix("sha256=") else {
-        return Err(Fault::config(format!("{name}: what follows `#` is not a digest")).help(DIGEST_HELP));
+        return Err(Fault::config(format!("{name}: the text after `#` is not a digest")).help(DIGEST_HELP));
     };
     let hex = hex.to_ascii_lowercase();
     if !is_sha256(&hex) {
@@ -132,13 +134,13 @@ fn bare(url: &Url) -> Url {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
-    // Both only fail on URLs that cannot have a user, which then have none.
+    // Both calls fail only on URLs that cannot have a user, and these have none.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     url
 }
 
-/// Of a text that is no URL: scheme and the part between user and query.
+/// The scheme of a text that is not a URL, and its part between user and query.
 fn without_secrets(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     match text[..end].split_once("://") {

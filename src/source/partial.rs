@@ -1,7 +1,7 @@
-//! A download that has not ended: bytes so far, their running digest, and the version they belong to.
+//! An unfinished download: its bytes so far, their running digest, and the version that they belong to.
 //!
-//! `part` only ever grows or is emptied; `part.json` names the version and is written before the first byte of
-//! it. A process that is killed leaves a prefix of that version: file systems extend a file's length only after
+//! `part` only grows, or is emptied. `part.json` names the version and is written before the first byte of it. A
+//! killed process therefore leaves a prefix of that version, because file systems extend a file's length only after
 //! its data.
 
 use std::fs;
@@ -12,10 +12,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::http::Validators;
+use super::statement::{Algorithm, Statement};
 use super::{cache, hash};
 use crate::fault::{Fault, Result};
 use crate::whole;
 
+/// An unfinished download.
 pub struct Partial {
     path: PathBuf,
     version_path: PathBuf,
@@ -29,10 +31,13 @@ pub struct Partial {
 struct Version {
     validators: Validators,
     total: Option<u64>,
+    /// The digest that the server stated when it began to send this version.
+    #[serde(default)]
+    statement: Option<Statement>,
 }
 
 impl Partial {
-    /// Opens what an earlier attempt left, or begins anew when there is nothing that could be resumed.
+    /// Opens what an earlier attempt left, or an empty file if nothing can be resumed.
     pub fn open(path: &Path, version_path: &Path) -> Result<Partial> {
         let mut file = fs::OpenOptions::new()
             .create(true)
@@ -56,40 +61,49 @@ impl Partial {
         Ok(partial)
     }
 
+    /// Bytes that are here.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
+    /// Length of the whole file, if known.
     pub fn total(&self) -> Option<u64> {
         self.version.total
     }
 
+    /// The version that the bytes belong to.
     pub fn validators(&self) -> &Validators {
         &self.version.validators
     }
 
-    /// Whether every byte of a file of known length is here.
+    /// Whether the length is known and all bytes are here.
     pub fn is_whole(&self) -> bool {
         self.bytes > 0 && self.version.total == Some(self.bytes)
     }
 
-    /// Empties it and begins a version of the file.
-    pub fn restart(&mut self, validators: &Validators, total: Option<u64>) -> Result<()> {
+    /// Empties the file and begins this version.
+    pub fn restart(
+        &mut self,
+        validators: &Validators,
+        total: Option<u64>,
+        statement: Option<Statement>,
+    ) -> Result<()> {
         self.discard()?;
-        self.version = Version { validators: validators.clone(), total };
+        self.version = Version { validators: validators.clone(), total, statement };
         whole::write(&self.version_path, &cache::json(&self.version))
     }
 
+    /// Appends bytes.
     pub fn append(&mut self, content: &[u8]) -> Result<()> {
-        self.file
-            .write_all(content)
-            .map_err(|error| Fault::storage("write", &self.path, &error).help("what came so far is kept"))?;
+        self.file.write_all(content).map_err(|error| {
+            Fault::storage("write", &self.path, &error).help("the bytes received so far are kept")
+        })?;
         self.hasher.update(content);
         self.bytes += content.len() as u64;
         Ok(())
     }
 
-    /// Empties it; nothing is left to resume.
+    /// Empties the file, so that nothing is resumed.
     pub fn discard(&mut self) -> Result<()> {
         if self.bytes > 0 {
             self.file.set_len(0).map_err(|error| Fault::storage("empty", &self.path, &error))?;
@@ -100,7 +114,7 @@ impl Partial {
         Ok(())
     }
 
-    /// The first bytes, `bytes_max` at most.
+    /// The first bytes, at most `bytes_max`.
     pub fn head(&mut self, bytes_max: u64) -> Result<Vec<u8>> {
         let mut head = Vec::new();
         self.file
@@ -110,10 +124,20 @@ impl Partial {
         Ok(head)
     }
 
+    /// The digest of the bytes so far, in hex.
     pub fn sha256(&self) -> String {
         hash::hex(self.hasher.clone())
     }
 
+    /// Compares the bytes with the digest that the server stated for this version: its algorithm and whether they agree.
+    pub fn check(&self) -> Result<Option<(Algorithm, bool)>> {
+        let Some(statement) = &self.version.statement else { return Ok(None) };
+        let holds = fs::File::open(&self.path).and_then(|file| statement.holds(file));
+        let holds = holds.map_err(|error| Fault::storage("read", &self.path, &error))?;
+        Ok(Some((statement.algorithm, holds)))
+    }
+
+    /// Waits until the bytes are on disk.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_all().map_err(|error| Fault::storage("sync", &self.path, &error))
     }
@@ -136,7 +160,7 @@ mod tests {
     fn reopening_continues_bytes_and_digest() {
         let folder = tempfile::tempdir().unwrap();
         let mut partial = open(folder.path()).unwrap();
-        partial.restart(&tagged("\"v1\""), Some(6)).unwrap();
+        partial.restart(&tagged("\"v1\""), Some(6), None).unwrap();
         partial.append(b"abc").unwrap();
         drop(partial);
 

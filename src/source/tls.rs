@@ -1,4 +1,4 @@
-//! Whom to trust: the system's certificate authorities, plus those of a file -> a client builder.
+//! The trusted certificate authorities (the system's, and those of a file) -> a client builder.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,15 +14,16 @@ use rustls_platform_verifier::Verifier;
 
 use crate::fault::{Fault, Result};
 
-/// Chooses ring for every TLS connection of the process. Call it any number of times; the first provider
-/// installed stays.
+/// Chooses ring for every TLS connection of the process. Further calls do nothing: the first provider installed
+/// stays.
 pub fn install_crypto() {
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// A client builder that trusts the system's authorities (`SSL_CERT_FILE` and `SSL_CERT_DIR` replace them) and
-/// those in `ca_file`. A self-signed server certificate is trusted where the user gave that very certificate in
-/// `ca_file` or `SSL_CERT_FILE`. On a machine without any, the client works for plain HTTP and trusts no HTTPS server.
+/// those in `ca_file`. A self-signed server certificate is trusted if the user gave that very certificate in
+/// `ca_file` or `SSL_CERT_FILE`. On a machine without authorities the client works for plain HTTP and trusts no
+/// HTTPS server.
 ///
 /// # Errors
 /// Config: `ca_file` or `SSL_CERT_FILE` cannot be read or holds no usable certificate.
@@ -30,7 +31,7 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
     install_crypto();
     let mut given = Vec::new();
     if let Some(file) = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from) {
-        // The verifier reads it by itself, but passes over a missing file and then trusts nobody.
+        // The verifier reads this file itself, but skips a missing one and then trusts no server.
         given = certificates(&file).map_err(|fault| fault.at("SSL_CERT_FILE"))?;
     }
     let extra = match ca_file {
@@ -41,7 +42,7 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let ordinary = match (Verifier::new_with_extra_roots(extra, provider.clone()), ca_file) {
         (Ok(ordinary), _) => ordinary,
-        // It fails where nobody at all is trusted.
+        // It fails if there is no authority at all.
         (Err(_), None) => return Ok(reqwest::Client::builder().tls_certs_only([])),
         (Err(error), Some(file)) => return Err(unusable(file, &error.to_string())),
     };
@@ -51,7 +52,7 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Trust { ordinary, given }))
         .with_no_client_auth();
-    // What reqwest offers by itself.
+    // The protocols that reqwest offers by default.
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(reqwest::Client::builder().tls_backend_preconfigured(config))
 }
@@ -72,12 +73,13 @@ fn unusable(file: &Path, why: &str) -> Fault {
         .help("give a PEM file of certificate authorities: -----BEGIN CERTIFICATE-----")
 }
 
-/// The ordinary verification, and one case more. `openssl req -x509`, which Docker's guide to private registries
-/// uses, makes a server certificate that is its own authority; webpki refuses an authority as a server, OpenSSL and Go do not.
+/// The ordinary verification, and one more case. `openssl req -x509`, which Docker's guide to private registries
+/// uses, makes a server certificate that is its own authority. webpki refuses an authority as a server; OpenSSL and
+/// Go accept it.
 #[derive(Debug)]
 struct Trust {
     ordinary: Verifier,
-    /// What the user gave by name, as opposed to what the system trusts.
+    /// The certificates that the user gave, as opposed to the system's.
     given: Vec<CertificateDer<'static>>,
 }
 
@@ -91,7 +93,7 @@ impl ServerCertVerifier for Trust {
         now: UnixTime,
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
         match self.ordinary.verify_server_cert(server, intermediates, name, ocsp_response, now) {
-            // webpki looks at the dates before, at the name only after this.
+            // webpki checks the dates before this, and the name only afterwards.
             Err(error) if is_authority_as_server(&error) && self.given.contains(server) => {
                 verify_server_name(&ParsedCertificate::try_from(server)?, name)?;
                 Ok(ServerCertVerified::assertion())
@@ -123,7 +125,7 @@ impl ServerCertVerifier for Trust {
     }
 }
 
-/// rustls has no name of its own for this error of webpki's.
+/// Whether the error is webpki's for an authority used as a server. rustls has no name of its own for it.
 fn is_authority_as_server(error: &rustls::Error) -> bool {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {

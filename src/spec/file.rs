@@ -7,13 +7,13 @@ use crate::fault::{Fault, Result};
 use std::io::Read;
 use std::path::Path;
 
-/// Sets what the file says; mistakes in it are added, a file that cannot be read is a fault at once.
+/// Sets the file's keys and adds its mistakes. A file that cannot be read is a fault at once.
 pub(super) fn read(path: &Path, spec: &mut Spec, mistakes: &mut Mistakes) -> Result<()> {
     read_text(&path.display().to_string(), &load(path)?, spec, mistakes);
     Ok(())
 }
 
-/// As `read`, from text that `name` stands for in messages.
+/// Like `read`, for a text that is called `name` in messages.
 pub(super) fn read_text(name: &str, text: &str, spec: &mut Spec, mistakes: &mut Mistakes) {
     let mut document = Document { name: name.into(), locate: Box::new(|place| place), spec, mistakes };
     match yaml::parse(text) {
@@ -53,7 +53,7 @@ fn is_config_map(root: &Node) -> bool {
 
 struct Document<'a> {
     name: String,
-    /// Place in what is being read -> place in the file.
+    /// Place in the text that is read -> place in the file.
     locate: Box<dyn Fn(Place) -> Place>,
     spec: &'a mut Spec,
     mistakes: &'a mut Mistakes,
@@ -101,7 +101,7 @@ impl Document<'_> {
         }
     }
 
-    /// Entries of what must be a map; nothing at all is an empty map.
+    /// The entries of a node, which must be a map. An empty node is an empty map.
     fn entries<'n>(&mut self, node: &'n Node, what: &str) -> &'n [Entry] {
         match &node.content {
             Content::Map(entries) => entries,
@@ -116,7 +116,7 @@ impl Document<'_> {
         }
     }
 
-    /// Reads `data."training_config.yaml"`, or the only entry, as a file of its own.
+    /// Reads `data."training_config.yaml"`, or the only entry of `data`, as a file of its own.
     fn config_map(&mut self, root: &Node, text: &str) {
         let data = root.get("data");
         let entries = match data.map(|data| &data.content) {
@@ -157,8 +157,8 @@ impl Document<'_> {
     }
 }
 
-/// Places inside a literal block whose key and marker stand on line `marker`: the block starts on the next line,
-/// and is indented as its first line with text is.
+/// Maps places inside a literal block to places of the file. The block's key and marker are on line `marker`; the
+/// block starts on the next line, and its indentation is that of its first line with text.
 fn below(marker: usize, text: &str) -> Box<dyn Fn(Place) -> Place> {
     let first = text.lines().skip(marker).find(|line| !line.trim().is_empty()).unwrap_or("");
     let indent = first.len() - first.trim_start_matches(' ').len();

@@ -1,5 +1,5 @@
-//! The keys of a specification: name, type, default, and what each does here. One table; the reader, the plan
-//! and docs/keys.md walk it.
+//! The keys of a specification: name, type, default and effect. They are in one table, which the reader, the plan and
+//! docs/keys.md use.
 
 mod table;
 
@@ -8,16 +8,24 @@ use std::fmt;
 /// A section of `training_config.yaml`, or hone's own keys beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Section {
+    /// hone's own keys, which have no section.
     Hone,
+    /// How the base model is loaded.
     ModelConfig,
+    /// How the base model is quantised.
     QuantizationConfig,
+    /// What is adapted, and how.
     LoraConfig,
+    /// How training runs.
     TrainingArguments,
+    /// How examples become batches.
     DataCollator,
+    /// How the dataset is read.
     DatasetConfig,
 }
 
 impl Section {
+    /// All sections, in the order of docs/keys.md.
     pub const ALL: [Section; 7] = [
         Section::Hone,
         Section::ModelConfig,
@@ -28,7 +36,7 @@ impl Section {
         Section::DatasetConfig,
     ];
 
-    /// As written in YAML; hone's own keys have no section.
+    /// The section's name in YAML; empty for hone's own keys.
     pub fn name(self) -> &'static str {
         match self {
             Section::Hone => "",
@@ -41,56 +49,72 @@ impl Section {
         }
     }
 
+    /// The section with this name in YAML.
     pub fn named(name: &str) -> Option<Section> {
         Section::ALL.into_iter().skip(1).find(|section| section.name() == name)
     }
 }
 
-/// What a value must look like.
+/// The type of a value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Type {
+    /// true or false.
     Boolean,
+    /// A whole number.
     Integer {
+        /// The least value.
         min: i64,
     },
+    /// A finite number.
     Number {
+        /// The least value.
         min: f64,
+        /// The greatest value.
         max: f64,
     },
+    /// One of these words.
     Choice(&'static [&'static str]),
+    /// Any text.
     Text,
+    /// A path or an address.
     Path,
-    /// One text or a list of them.
+    /// A text or a list of texts.
     Texts,
-    /// Texts, or maps of `url`/`path` and `sha256`.
+    /// Addresses of data: texts, or maps of `url` or `path` and settings such as `sha256`.
     Sources,
-    /// One integer from 0 or a list of them.
+    /// An integer from 0 or a list of such integers.
     Integers,
-    /// Text: number.
+    /// A map from texts to numbers.
     Map,
-    /// Whatever YAML can say; only for keys without a use.
+    /// Any YAML; only for keys without a use.
     Any,
 }
 
-/// What a key does here.
+/// What hone does with a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
+    /// hone uses it.
     Used,
-    /// Valid elsewhere and accepted, but changes nothing here; the reason why.
+    /// The key is valid elsewhere. It is accepted and has no effect here, for this reason.
     None(&'static str),
-    /// A value other than the default ends the run; the reason why, and what to do instead.
+    /// A value other than the default ends the run. The text says why, and what to do instead.
     Refused(&'static str),
 }
 
+/// A key of the table.
 #[derive(Debug, PartialEq)]
 pub struct Key {
+    /// Section of the key.
     pub section: Section,
+    /// Name of the key in its section.
     pub name: &'static str,
+    /// Type of its value.
     pub kind: Type,
-    /// As it would be written; empty: unset.
+    /// The default as it would be written; empty if there is none.
     pub default: &'static str,
+    /// What hone does with the key.
     pub effect: Effect,
-    /// What the key does; for keys without effect the reason says it.
+    /// What the key does. For a key without effect, this is the reason.
     pub about: &'static str,
 }
 
@@ -138,7 +162,7 @@ const fn choice(words: &'static [&'static str]) -> Type {
     Type::Choice(words)
 }
 
-/// `Section.key`, or `key` for hone's own.
+/// Shows `Section.key`, or `key` for hone's own keys.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.section {
@@ -171,16 +195,18 @@ impl fmt::Display for Type {
     }
 }
 
+/// All keys, in the table's order.
 pub fn all() -> &'static [Key] {
     table::TABLE
 }
 
+/// The key with this name.
 pub fn find(section: Section, name: &str) -> Option<&'static Key> {
     table::TABLE.iter().find(|key| key.section == section && key.name == name)
 }
 
-/// What somebody who wrote `name` in `section` may have meant: an older name's new one, the nearest spelling,
-/// or the same name in another section.
+/// The key that a user may have meant by `name` in `section`: the new name of an older one, the nearest spelling, or
+/// the same name in another section.
 pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
     let renamed = |place: Section, name: &str| {
         let (_, _, new) = table::RENAMED.iter().find(|(at, old, _)| *at == place && *old == name)?;
@@ -197,7 +223,7 @@ pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
     renamed(section, name).or_else(respelt).or_else(elsewhere)
 }
 
-/// The nearest of `names`, if it is near enough to be a slip of the pen.
+/// The name nearest to `name`, if it is near enough to be a typing error.
 pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&'a str> {
     const SIMILARITY_MIN: f64 = 0.72;
     let name = name.to_lowercase();
@@ -210,8 +236,8 @@ pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&
         .map(|(candidate, _)| candidate)
 }
 
-/// The whole table as Markdown, for docs/keys.md: for each section the keys that are used, then those that have no effect and those
-/// that are refused, both grouped by the reason.
+/// The whole table as Markdown, for docs/keys.md. For each section it lists the used keys, then the keys without
+/// effect and the refused ones, both grouped by reason.
 pub fn markdown() -> String {
     let mut text = String::new();
     for section in Section::ALL {
@@ -278,7 +304,8 @@ impl Key {
     }
 }
 
-/// The keys whose name or description holds `word` (all if it is empty), for `hone keys`: used ones first.
+/// The keys whose name or description contains `word` (all if `word` is empty), for `hone keys`. Used keys come
+/// first.
 pub fn search(word: &str) -> String {
     let word = word.to_lowercase();
     let found = |key: &&Key| {

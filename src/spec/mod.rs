@@ -1,5 +1,5 @@
-//! What was asked: YAML files, environment and flags -> one value for each key, with where it was written.
-//! Unknown, misspelt and mistyped keys are refused here, all at once and before anything is fetched.
+//! YAML files, environment and flags -> one value for each key, with its origin. Unknown, misspelt and mistyped keys
+//! are refused here, all at once and before anything is downloaded.
 
 pub mod keys;
 pub mod yaml;
@@ -14,13 +14,24 @@ use std::path::{Path, PathBuf};
 use value::Value;
 use yaml::{Content, Node, Place, Style};
 
-/// Where a value was written. Later ones win: default, KAITO's environment, `--config`, SPEC.yaml,
-/// environment, flags.
+/// The place where a value was written. Later places override earlier ones: default, KAITO's environment, `--config`,
+/// SPEC.yaml, environment, flags.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
+    /// The table of keys.
     Default,
-    File { name: String, line: usize, column: usize },
+    /// A YAML file.
+    File {
+        /// Path of the file.
+        name: String,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+    },
+    /// An environment variable, by its name.
     Environment(String),
+    /// A flag of the command line, as it is written there.
     Flag(String),
 }
 
@@ -35,27 +46,31 @@ impl fmt::Display for Origin {
     }
 }
 
+/// A value that was given for a key.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Given {
+    /// The value.
     pub value: Value,
+    /// Where it was written.
     pub origin: Origin,
 }
 
-/// Every key that was given, with the winning value.
+/// Every key that was given, with the value in force.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Spec {
     given: BTreeMap<(Section, &'static str), Given>,
-    /// The configuration lies where KAITO mounts it, so its other mounts count too.
+    /// Whether the configuration is where KAITO mounts it, so that KAITO's other mounts are used too.
     pub kaito: bool,
 }
 
 impl Spec {
+    /// What was given for a key, if anything was.
     pub fn get(&self, section: Section, name: &str) -> Option<&Given> {
         let key = keys::find(section, name)?;
         self.given.get(&(section, key.name))
     }
 
-    /// All given keys in order of the sections.
+    /// All given keys, in the order of the sections.
     pub fn iter(&self) -> impl Iterator<Item = (&'static Key, &Given)> {
         self.given.iter().map(|((section, name), given)| {
             (keys::find(*section, name).expect("only keys of the table are set"), given)
@@ -67,35 +82,43 @@ impl Spec {
     }
 }
 
-/// What the command line asks: files, and settings in rising order of precedence.
+/// What the command line asks for: files, and settings in rising order of precedence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
+    /// SPEC.yaml.
     pub spec: Option<PathBuf>,
+    /// A `training_config.yaml`, given with `--config`.
     pub config: Option<PathBuf>,
+    /// Values of single keys; later ones override earlier ones.
     pub settings: Vec<Setting>,
 }
 
+/// A value for a single key, from a flag or the environment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Setting {
     /// `Section.key` or a key of hone.
     pub key: String,
+    /// The value as it was written.
     pub written: Written,
+    /// Where it was written.
     pub origin: Origin,
 }
 
+/// A value that has no type yet.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Written {
-    /// Taken letter for letter.
+    /// A text, used exactly as it is.
     Text(String),
+    /// Several texts.
     Texts(Vec<String>),
-    /// A value in YAML, as after `--set Section.key=`.
+    /// A value in YAML, as behind `--set Section.key=`.
     Yaml(String),
 }
 
 /// Environment variables by name; tests pass their own.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Reads everything that was asked. All mistakes are told in one fault.
+/// Reads the files and settings of a request. All mistakes are reported in one fault.
 pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     let mut spec = Spec::default();
     let mut mistakes = Mistakes::default();
@@ -116,7 +139,8 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     mistakes.into_result().map(|()| spec)
 }
 
-/// Reads what a pod is asked: the text of its mounted `training_config.yaml`, which `name` stands for in messages, and settings.
+/// Reads the configuration of a pod: the text of its mounted `training_config.yaml`, called `name` in messages, and
+/// settings.
 pub fn gather_mounted(
     name: &str,
     text: &str,
@@ -134,7 +158,7 @@ pub fn gather_mounted(
 }
 
 impl Spec {
-    /// What the environment says by itself: KAITO's variables and the user's cache folder.
+    /// Sets what the environment says without a flag of hone: KAITO's variables and the user's cache folder.
     fn surroundings(&mut self, environment: Environment) {
         let mut set = |section, name: &str, variable: &str, value: Value| {
             let key = keys::find(section, name).expect("a key of the table");
@@ -189,7 +213,7 @@ impl Spec {
     }
 }
 
-/// The node as the key's value, or why it cannot be.
+/// Reads the node as a value of the key, or says why that is not possible.
 fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Refusal> {
     let refuse = |place, message| Err(yaml::Refusal { place, message });
     let value = match value::read(key.kind, node) {
@@ -200,7 +224,7 @@ fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Re
         && !says_nothing(&value)
         && Some(&value) != default(key).as_ref()
     {
-        // What is inside a map or list may be a token; it is not shown.
+        // A map or list may hold a token, so its content is not shown.
         let found = match value {
             Value::Map(_) | Value::List(_) => node.describe(),
             value => value.to_json().to_string(),
@@ -210,7 +234,7 @@ fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Re
     Ok(value)
 }
 
-/// Null and empty values of refused keys: how templates spell "not this".
+/// Whether the value of a refused key is null or empty. Templates use such values to say that the key is not used.
 fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -221,7 +245,7 @@ fn says_nothing(value: &Value) -> bool {
     }
 }
 
-/// The key's default as a value; `None` when it is unset.
+/// The key's default as a value; `None` if it has no default.
 pub fn default(key: &Key) -> Option<Value> {
     if key.default.is_empty() {
         return None;
@@ -252,15 +276,16 @@ fn unknown_section(name: &str) -> String {
     let known = names().collect::<Vec<_>>().join(", ");
     match keys::nearest(names(), name) {
         Some(nearest) => format!("{} is not a section; did you mean {nearest}?", yaml::quote(name)),
-        None => format!("{} is not a section; there are {known}", yaml::quote(name)),
+        None => format!("{} is not a section; expected one of {known}", yaml::quote(name)),
     }
 }
 
-/// Mistakes of one kind, told together.
+/// Collects mistakes, to report them together.
 #[derive(Debug, Default)]
 pub struct Mistakes(Vec<String>);
 
 impl Mistakes {
+    /// Adds a mistake in what was written at `origin`.
     pub fn add(&mut self, origin: &Origin, message: impl fmt::Display) {
         const MESSAGE_CHARACTERS_MAX: usize = 600;
         let message = match origin {
@@ -271,7 +296,7 @@ impl Mistakes {
         self.0.push(crate::report::clean::clean(&message, MESSAGE_CHARACTERS_MAX));
     }
 
-    /// Of a configuration.
+    /// The result for a configuration.
     ///
     /// # Errors
     /// Config: all mistakes.
@@ -281,7 +306,7 @@ impl Mistakes {
         })
     }
 
-    /// Of something else, which has no keys to look up.
+    /// The result for anything else (`what`), which has no keys to look up.
     ///
     /// # Errors
     /// Config: all mistakes.

@@ -1,4 +1,4 @@
-//! What is refused and how it reads; which of two values wins.
+//! Tests of what is refused and with which message, and of which value overrides which.
 
 use super::*;
 use expect_test::{Expect, expect};
@@ -52,7 +52,7 @@ modle: x
               train.yaml:7:23: TrainingArguments.num_train_epochs: expected a number from 0 to 1000000, found "many"
               train.yaml:8:5: TrainingArguments.lora_alpha is not a key; did you mean LoraConfig.lora_alpha?
               train.yaml:10:8: LoraConfig.r: expected a whole number from 1, found "eight"
-              train.yaml:11:15: LoraConfig.use_dora: true is refused: plain LoRA only; this changes what the adapter is
+              train.yaml:11:15: LoraConfig.use_dora: true is refused: hone trains plain LoRA; this key would change the kind of adapter
               train.yaml:12:5: LoraConfig.zebra is not a key
               train.yaml:13:3: "LoraConfg" is not a section; did you mean LoraConfig?
               train.yaml:15:1: modle is not a key; did you mean model?"#]],
@@ -235,7 +235,7 @@ fn settings_are_refused_like_files() {
         "Lora.r",
         "8",
         expect![[
-            r#"--set: "Lora" is not a section; there are ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
+            r#"--set: "Lora" is not a section; expected one of ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig"#
         ]],
     );
     check("LoraConfig.r", "[8", expect!["--set: LoraConfig.r: not valid YAML: unclosed bracket '['"]);

@@ -1,5 +1,5 @@
-//! A YAML node and the type its key wants -> a value. Reads scalars as PyYAML and a command line together do:
-//! `2e-4` is a number, `yes` and `on` are booleans, quotes do not matter.
+//! A YAML node and the type of its key -> a value. Scalars are read as PyYAML followed by a command line would read
+//! them: `2e-4` is a number, `yes` and `on` are booleans, and quotes do not matter.
 
 use super::keys::Type;
 use super::yaml::{Content, Node, Place, Refusal};
@@ -7,17 +7,24 @@ use super::yaml::{Content, Node, Place, Refusal};
 /// A value of a known type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// Written as null: the key is as good as absent, except where the plan gives null a meaning.
+    /// null. It counts as not given, unless the plan gives null a meaning.
     Null,
+    /// A boolean.
     Boolean(bool),
+    /// An integer.
     Integer(i64),
+    /// A number.
     Number(f64),
+    /// A text.
     Text(String),
+    /// A list.
     List(Vec<Value>),
+    /// A map, in the order of its entries.
     Map(Vec<(String, Value)>),
 }
 
 impl Value {
+    /// The value as JSON.
     pub fn to_json(&self) -> serde_json::Value {
         match self {
             Value::Null => serde_json::Value::Null,
@@ -33,7 +40,7 @@ impl Value {
     }
 }
 
-/// Reads `node` as `kind`; the refusal says what was expected and found, and where.
+/// Reads `node` as `kind`. A refusal says what was expected, what was found, and where.
 pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
     if node.is_null() {
         return Ok(Value::Null);
@@ -57,7 +64,8 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
     }
 }
 
-/// What stands there. Where a number or a word was expected, a long text may be a secret in the wrong place.
+/// The value that was found, for a message. If a number or a word was expected, a long text may be a secret in the
+/// wrong place and is not shown.
 fn found(kind: Type, node: &Node) -> String {
     const SHOWN_CHARACTERS_MAX: usize = 20;
     let short = matches!(kind, Type::Boolean | Type::Integer { .. } | Type::Number { .. } | Type::Choice(_));
@@ -86,7 +94,7 @@ fn scalar(kind: Type, text: &str) -> Option<Value> {
     }
 }
 
-/// YAML 1.1's words, and those of HfArgumentParser.
+/// Reads a boolean by YAML 1.1's words and those of HfArgumentParser.
 fn boolean(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "y" | "t" | "1" => Some(true),
@@ -95,7 +103,8 @@ fn boolean(text: &str) -> Option<bool> {
     }
 }
 
-/// Decimal, with YAML 1.1's underscores. A leading zero is refused: YAML 1.1 reads octal, 1.2 decimal.
+/// Reads a decimal integer, with YAML 1.1's underscores. A leading zero is refused, because YAML 1.1 reads the number
+/// as octal and 1.2 as decimal.
 fn integer(text: &str) -> Option<i64> {
     let digits = text.trim_start_matches(['+', '-']);
     let octal = digits.len() > 1 && digits.starts_with('0');
@@ -116,10 +125,10 @@ fn list(kind: Type, items: &[Node]) -> Result<Value, Refusal> {
     Ok(Value::List(items.iter().map(read_item).collect::<Result<_, _>>()?))
 }
 
-/// What a source in YAML may say beside its place.
+/// Keys that a source in YAML may have besides its address.
 const BESIDE: [&str; 4] = ["sha256", "layout", "weight", "limit"];
 
-/// A source or a list of them; `{url: ..., sha256: ..., weight: 2}` becomes `url#sha256=...&weight=2`.
+/// Reads a source or a list of sources. `{url: ..., sha256: ..., weight: 2}` becomes `url#sha256=...&weight=2`.
 fn sources(node: &Node) -> Result<Value, Refusal> {
     match &node.content {
         Content::List(items) => Ok(Value::List(items.iter().map(source).collect::<Result<_, _>>()?)),
@@ -164,7 +173,7 @@ fn source(node: &Node) -> Result<Value, Refusal> {
     Ok(Value::Text(if words.is_empty() { text.clone() } else { format!("{text}#{}", words.join("&")) }))
 }
 
-/// The shape as written; only shown and compared, never used.
+/// The value as it was written, which is only shown and compared.
 fn any(node: &Node) -> Value {
     match &node.content {
         _ if node.is_null() => Value::Null,

@@ -1,60 +1,83 @@
-//! YAML text -> a tree of nodes that know their line and column. Scalars stay text: the key they belong to
-//! gives them their type (`value`), which is also how KAITO reads them, since it passes every value through
-//! a command line. The only place that knows the parser.
+//! YAML text -> a tree of nodes with line and column. Scalars stay text, and the key that they belong to gives them a
+//! type (`value`). KAITO reads them in this way too, since it passes every value through a command line. Only this
+//! module uses the parser.
 
 use serde_saphyr::granit_parser::{Event, Options, Parser, ScalarStyle, Span};
 
-/// LIMIT: KAITO's templates have 1 KiB; a ConfigMap cannot exceed 1 MiB.
+/// LIMIT: size of a file. KAITO's templates have 1 KiB; a ConfigMap cannot exceed 1 MiB.
 pub const FILE_BYTES_MAX: usize = 1 << 20;
-/// LIMIT: the format itself needs 4.
+/// LIMIT: nesting depth; the format itself needs 4.
 const DEPTH_MAX: usize = 16;
-/// LIMIT: all keys of the table together are 250 or so.
+/// LIMIT: number of values; the table has about 250 keys.
 const NODES_MAX: usize = 20_000;
 
-/// One-based, as editors count.
+/// A position in a text, counted from 1, as editors do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
+    /// Line, from 1.
     pub line: usize,
+    /// Column, from 1.
     pub column: usize,
 }
 
+/// A value with its position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
+    /// Where the value begins.
     pub place: Place,
+    /// The value.
     pub content: Content,
 }
 
+/// A value without a type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
-    Scalar { text: String, style: Style },
+    /// A text, number or word.
+    Scalar {
+        /// The text, without quotes.
+        text: String,
+        /// How it is written.
+        style: Style,
+    },
+    /// A list.
     List(Vec<Node>),
+    /// A map, in the order of its entries.
     Map(Vec<Entry>),
 }
 
+/// How a scalar is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
+    /// Without quotes.
     Plain,
+    /// In quotes, or as a folded block.
     Quoted,
-    /// A `|` block: its text has lines of its own, which start below the marker.
+    /// As a `|` block, whose text has lines of its own, which start below the marker.
     Literal,
 }
 
+/// A key of a map, with its value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
+    /// The key.
     pub key: String,
+    /// Where the key begins.
     pub key_place: Place,
+    /// The value.
     pub node: Node,
 }
 
 /// Why a text cannot be used, and where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
+    /// Where the text is wrong.
     pub place: Place,
+    /// What is wrong.
     pub message: String,
 }
 
 impl Node {
-    /// Nothing, `null`, `~`, or Python's `None`.
+    /// Whether the value is empty, `null`, `~`, or Python's `None`.
     pub fn is_null(&self) -> bool {
         match &self.content {
             Content::Scalar { text, style: Style::Plain } => {
@@ -64,6 +87,7 @@ impl Node {
         }
     }
 
+    /// The value of a map's key.
     pub fn get(&self, key: &str) -> Option<&Node> {
         match &self.content {
             Content::Map(entries) => entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node),
@@ -71,7 +95,7 @@ impl Node {
         }
     }
 
-    /// What was found, for a message: `"fast"`, `a list`, `nothing`.
+    /// The value for a message: `"fast"`, `a list`, `nothing (null)`.
     pub fn describe(&self) -> String {
         match &self.content {
             _ if self.is_null() => "nothing (null)".into(),
@@ -91,7 +115,7 @@ pub fn quote(text: &str) -> String {
     }
 }
 
-/// Reads one document; `None` when it is empty.
+/// Reads one document; `None` if it is empty.
 pub fn parse(text: &str) -> Result<Option<Node>, Refusal> {
     if text.len() > FILE_BYTES_MAX {
         let message = format!("{} bytes of YAML; at most {FILE_BYTES_MAX} are read", text.len());
@@ -126,7 +150,7 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
     fn next(&mut self) -> Result<(Event<'a>, Place), Refusal> {
         loop {
             match self.parser.next_event() {
-                // The `comments` feature belongs to whoever builds the parser; its events mean nothing here.
+                // Another crate may turn on the parser's `comments` feature; its events mean nothing here.
                 Some(Ok((event, span))) if is_content(&event) => return Ok((event, place_of(&span))),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
@@ -166,10 +190,7 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
             Event::SequenceStart(..) => Content::List(self.list()?),
             Event::MappingStart(..) => Content::Map(self.map()?),
             Event::Alias(_) => {
-                return refuse(
-                    place,
-                    "an alias (*name); write the value out, so that the file reads by itself",
-                );
+                return refuse(place, "aliases (*name) are not supported; write the value out");
             }
             _ => return refuse(place, "a value is missing"),
         };
@@ -196,7 +217,7 @@ impl<'a, I: serde_saphyr::granit_parser::BorrowedInput<'a>> Reader<'a, I> {
                 (_, place) => return refuse(place, "a key must be a plain word"),
             };
             if key == "<<" {
-                return refuse(key_place, "a merge key (<<); write the values out");
+                return refuse(key_place, "merge keys (<<) are not supported; write the values out");
             }
             if let Some(first) = places.insert(key.clone(), key_place.line) {
                 return refuse(key_place, format!("{key} appears twice; the first is on line {first}"));
@@ -273,10 +294,7 @@ mod tests {
     #[test]
     fn what_is_refused() {
         check("a: 1\nb: 2\na: 3\n", expect!["3:1: a appears twice; the first is on line 1"]);
-        check(
-            "a: &x [1]\nb: *x\n",
-            expect!["2:4: an alias (*name); write the value out, so that the file reads by itself"],
-        );
+        check("a: &x [1]\nb: *x\n", expect!["2:4: aliases (*name) are not supported; write the value out"]);
         check(
             "a: !!python/object:os.system x\n",
             expect!["1:30: the tag !!python/object:os.system has no meaning here"],
@@ -295,10 +313,7 @@ mod tests {
         let bomb = (1..30).fold("a0: &a0 [x, x]\n".to_string(), |text, level| {
             format!("{text}a{level}: &a{level} [*a{0}, *a{0}, *a{0}]\n", level - 1)
         });
-        check(
-            &bomb,
-            expect!["2:10: an alias (*name); write the value out, so that the file reads by itself"],
-        );
+        check(&bomb, expect!["2:10: aliases (*name) are not supported; write the value out"]);
         check(&"[".repeat(100_000), expect!["1:17: not valid YAML: recursion limit exceeded"]);
         check(
             &(0..500).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect::<String>(),

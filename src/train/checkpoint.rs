@@ -1,9 +1,9 @@
-//! Checkpoints: parameters, moments and position, written whole and verified, so that a continued run ends in
-//! the same bytes (on a CPU). The data's order and dropout follow from seed and step, so they need no state.
+//! Checkpoints: parameters, moments and position, written whole and verified, so that a resumed run ends in the
+//! same bytes (on a CPU). The order of the data and dropout follow from seed and step and need no state.
 //!
-//! `step-N/{tensors.safetensors, state.json}`: written under a temporary name, synced, renamed. `state.json` holds
-//! the tensors' SHA-256 and a SHA-256 over all that it says itself. A checkpoint that does not match, or that
-//! another run wrote, is passed over for the one before.
+//! A checkpoint is `step-N/{tensors.safetensors, state.json}`, written under a temporary name, synced and renamed.
+//! `state.json` holds the SHA-256 of the tensors and a SHA-256 of its own content. A checkpoint that is damaged or
+//! belongs to another run is skipped in favour of the one before.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -21,32 +21,37 @@ use super::Checkpoints;
 
 const TENSORS: &str = "tensors.safetensors";
 const STATE: &str = "state.json";
-/// LIMIT: a state has a few hundred bytes.
+/// LIMIT: a state takes a few hundred bytes.
 const STATE_BYTES_MAX: u64 = 1 << 20;
-/// A checkpoint that is being written: `.step-N.partial`.
+/// The name of an unfinished checkpoint: `.step-N.partial`.
 const PARTIAL_START: &str = ".step-";
 const PARTIAL_END: &str = ".partial";
 
-/// Where training stands after a step.
+/// The position of training after a step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
+    /// Optimizer steps done.
     pub step: u64,
+    /// Tokens trained on.
     pub tokens: u64,
+    /// Loss of the first step.
     pub first_loss: Option<f64>,
-    /// Of the last step.
+    /// Loss of the last step.
     pub loss: f64,
-    /// Since the last logged line.
+    /// Sum of the losses since the last logged line.
     pub window_loss: f64,
+    /// Steps since the last logged line.
     pub window_steps: u64,
-    /// Of the last evaluation, and the step it followed: a signal can come between step and evaluation.
+    /// Loss of the last evaluation.
     pub eval_loss: Option<f64>,
+    /// The step that the last evaluation followed. A signal can come between a step and its evaluation.
     pub evaluated_step: u64,
 }
 
-/// `state.json`.
+/// The content of `state.json`.
 #[derive(Serialize, Deserialize)]
 struct Sealed {
-    /// Of the manifest as `seal` writes it.
+    /// Digest of the manifest by `Manifest::seal`.
     sha256: String,
     manifest: Manifest,
 }
@@ -59,14 +64,15 @@ struct Manifest {
 }
 
 impl Manifest {
-    /// The digest of every value in it. Numbers are written so that they read back to the last bit, so a manifest that
-    /// was read has the digest of the one that was written if and only if nothing in it changed.
+    /// The digest of all its values. Numbers are written so that they read back to the last bit. So a manifest that
+    /// was read has the digest of the written one if and only if nothing in it changed.
     fn seal(&self) -> String {
         crate::source::digest(&serde_json::to_vec(self).expect("numbers and texts"))
     }
 }
 
-/// Writes `step-N` and removes the oldest beyond `keep_max`; the new one is safe before anything is removed.
+/// Writes `step-N` and removes the oldest checkpoints beyond `keep_max`. The new one is on disk before any is
+/// removed.
 pub fn save(
     checkpoints: &Checkpoints,
     state: &State,
@@ -76,7 +82,8 @@ pub fn save(
 ) -> Result<()> {
     let folder = &checkpoints.folder;
     let place = folder.join(format!("step-{}", state.step));
-    // The same step again (a signal right after a restart): what is there is whole, and replacing it would risk it.
+    // The same step again, after a signal right after a restart: the existing checkpoint is whole, and replacing it
+    // would risk it.
     if read(&place, &checkpoints.fingerprint).is_ok_and(|(of, _)| of == *state) {
         return Ok(());
     }
@@ -89,7 +96,7 @@ pub fn save(
     remove(&place).map_err(storage("replace a checkpoint in"))?;
     fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(storage("sync"))?;
-    // Those of later steps were passed over when this run started: they are not its own to count or to remove.
+    // Checkpoints of later steps were skipped when this run started. It does not count or remove them.
     let older: Vec<PathBuf> =
         list(folder).into_iter().filter(|(step, _)| *step < state.step).map(|(_, place)| place).collect();
     let surplus = keep_max.map_or(0, |keep| (older.len() + 1).saturating_sub(keep.max(1)));
@@ -99,7 +106,7 @@ pub fn save(
     Ok(())
 }
 
-/// Fills an empty folder, and waits until it is on disk.
+/// Fills an empty folder, and waits until its content is on disk.
 fn write(
     folder: &Path,
     fingerprint: &str,
@@ -128,7 +135,7 @@ fn write(
     File::open(folder)?.sync_all()
 }
 
-/// Removes a folder, a file or a link, never what a link leads to.
+/// Removes a folder, a file or a link, but never the target of a link.
 fn remove(path: &Path) -> std::io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
@@ -138,8 +145,8 @@ fn remove(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Loads the newest whole checkpoint of this run into `params` and `moments`. Damaged ones, and those of another
-/// run, are passed over with a warning. What killed processes had begun to write is removed.
+/// Loads the newest whole checkpoint of this run into `params` and `moments`. Damaged ones and those of another run
+/// are skipped with a warning. Unfinished ones that killed processes left are removed.
 pub fn newest(
     checkpoints: &Checkpoints,
     params: &Tensor,
@@ -166,7 +173,7 @@ pub fn newest(
 }
 
 fn pass_over(step: u64, what: &str, report: &Report) {
-    report.warn(Stage::Train, format!("checkpoint of step {step} is not whole ({what}); passed over"));
+    report.warn(Stage::Train, format!("the checkpoint of step {step} is not whole ({what}) and is skipped"));
 }
 
 fn fits(tensors: &HashMap<String, Tensor>, params: &Tensor) -> bool {
@@ -188,7 +195,7 @@ fn remove_partials(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Checkpoints in ascending order of step.
+/// The checkpoints of a folder in ascending order of step.
 fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let step = |path: PathBuf| Some((path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?, path));
@@ -197,35 +204,35 @@ fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
     list
 }
 
-/// A whole checkpoint of the run, or why it is none.
+/// Reads a whole checkpoint of this run, or returns the reason why it is not one.
 fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<String, Tensor>), String> {
     let sealed: Sealed = serde_json::from_slice(&plain(&place.join(STATE), STATE_BYTES_MAX)?)
         .map_err(|error| error.to_string())?;
     let manifest = sealed.manifest;
     if manifest.seal() != sealed.sha256 {
-        return Err("its state changed".into());
+        return Err("its state file has changed".into());
     }
     if manifest.fingerprint != fingerprint {
-        return Err("it is of another run: other model, data or options".into());
+        return Err("it belongs to a run with another model, data or options".into());
     }
     if place != place.with_file_name(format!("step-{}", manifest.state.step)) {
-        return Err(format!("it is of step {}", manifest.state.step));
+        return Err(format!("it belongs to step {}", manifest.state.step));
     }
     let bytes = plain(&place.join(TENSORS), u64::MAX)?;
     if crate::source::digest(&bytes) != manifest.tensors_sha256 {
-        return Err("its bytes changed".into());
+        return Err("its tensors have changed".into());
     }
     let tensors =
         candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| error.to_string())?;
     Ok((manifest.state, tensors))
 }
 
-/// The bytes of a plain file: a pipe would never end, and a link leads out of the checkpoint.
+/// Reads a regular file. A pipe would never end, and a link leads out of the checkpoint.
 fn plain(file: &Path, bytes_max: u64) -> std::result::Result<Vec<u8>, String> {
     let found = fs::symlink_metadata(file).map_err(|error| error.to_string())?;
     match found.is_file() && found.len() <= bytes_max {
         true => fs::read(file).map_err(|error| error.to_string()),
-        false => Err(format!("{} is no plain file of a fitting size", file.display())),
+        false => Err(format!("{} is not a regular file of a plausible size", file.display())),
     }
 }
 
@@ -253,7 +260,7 @@ mod tests {
         save(checkpoints, &state, &params, &moments, keep_max).unwrap();
     }
 
-    /// The step that a start continues after.
+    /// The step after which a new start would continue.
     fn found(checkpoints: &Checkpoints) -> Option<u64> {
         let (params, moments) = filled(0.0);
         let state = newest(checkpoints, &params, &moments, &Report::silent()).unwrap()?;
@@ -278,7 +285,8 @@ mod tests {
         assert_eq!(found(&checkpoints), Some(2));
     }
 
-    /// Each bit of the state, one at a time: what is continued is either what was written, or the one before.
+    /// Flips each bit of the state, one at a time: the run continues from what was written or from the checkpoint
+    /// before.
     #[test]
     fn no_flipped_bit_of_a_state_is_believed() {
         let (folder, checkpoints) = folder_of(1..=2);
@@ -311,7 +319,7 @@ mod tests {
         symlink(folder.path().join("step-2"), folder.path().join("step-10")).unwrap();
         assert_eq!(found(&checkpoints), Some(2));
         assert_eq!(found(&Checkpoints { fingerprint: "c".into(), ..checkpoints.clone() }), None);
-        // And none of them is counted or removed, unless its step comes.
+        // None of them is counted or removed, unless its own step comes.
         put(&checkpoints, 3, Some(1));
         assert_eq!(steps(&checkpoints), [3, 7, 8, 9, 10]);
         put(&checkpoints, 10, Some(2));
@@ -323,7 +331,7 @@ mod tests {
     fn the_last_good_checkpoint_is_never_removed() {
         let (folder, checkpoints) = folder_of(1..=1);
         for step in 2..=9 {
-            // The one before is damaged: the new one must not be the only thing that is counted on.
+            // The checkpoint before is damaged, so the new one must not be the only one that is relied on.
             fs::write(folder.path().join(format!("step-{}", step - 1)).join(STATE), "{").unwrap();
             put(&checkpoints, step, Some(1));
             assert_eq!((steps(&checkpoints), found(&checkpoints)), (vec![step], Some(step)));

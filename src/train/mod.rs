@@ -1,7 +1,7 @@
-//! Examples -> optimizer steps: loss, gradient, clip, AdamW, schedule, evaluation, checkpoints.
+//! Examples -> optimizer steps: loss, gradient, clipping, AdamW, schedule, evaluation, checkpoints.
 //!
-//! The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches
-//! of the step: gradient accumulation and packing do not change what is minimised.
+//! The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches of the
+//! step. Gradient accumulation and packing therefore do not change what is minimised.
 
 pub mod checkpoint;
 pub mod order;
@@ -27,38 +27,49 @@ use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 use checkpoint::State;
 use order::Steps;
 
-/// HF's TrainingArguments, the part that means something here. Filled by `plan`.
+/// The keys of HF's TrainingArguments that have an effect in hone. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// Peak of the learning rate.
     pub learning_rate: f64,
+    /// How the learning rate changes after warm-up.
     pub schedule: Schedule,
+    /// Steps in which the learning rate rises from 0.
     pub warmup: Warmup,
-    /// Examples in one micro-batch (`per_device_train_batch_size`).
+    /// Examples per micro-batch (`per_device_train_batch_size`).
     pub batch_examples: usize,
-    /// `per_device_eval_batch_size`.
+    /// Examples per batch of an evaluation (`per_device_eval_batch_size`).
     pub eval_batch_examples: usize,
-    /// Micro-batches in one optimizer step (`gradient_accumulation_steps`).
+    /// Micro-batches per optimizer step (`gradient_accumulation_steps`).
     pub accumulation: usize,
+    /// Passes over the training data.
     pub epochs: f64,
-    /// Overrides `epochs` when given.
+    /// Number of optimizer steps; overrides `epochs`.
     pub steps_max: Option<u64>,
+    /// AdamW's decoupled weight decay.
     pub weight_decay: f64,
+    /// AdamW's decay of the first moment.
     pub beta1: f64,
+    /// AdamW's decay of the second moment.
     pub beta2: f64,
+    /// AdamW's epsilon.
     pub epsilon: f64,
-    /// Clip to this global norm; `None` (HF: 0) never clips.
+    /// Largest global norm of the gradient; a larger gradient is scaled down. `None` (HF: 0) never clips.
     pub grad_norm_max: Option<f64>,
-    /// Lay the examples of a whole step behind one another, up to so many tokens at a time; `None`: a
+    /// Lays the examples of a whole step one after the other, in batches of at most so many tokens. `None`: one
     /// micro-batch at a time.
     pub packing: Option<usize>,
-    /// Order of the examples in each epoch; `None` keeps the dataset's order.
+    /// Seed of the order of the examples in each epoch; `None` keeps the dataset's order.
     pub order_seed: Option<u64>,
-    /// Dropout.
+    /// Seed of dropout.
     pub seed: u64,
+    /// When a line of metrics is logged.
     pub logging: Every,
+    /// When the evaluation data is scored.
     pub evaluation: Every,
+    /// When a checkpoint is written.
     pub checkpoint: Every,
-    /// `save_total_limit`.
+    /// Most checkpoints to keep (`save_total_limit`).
     pub checkpoints_max: Option<usize>,
 }
 
@@ -93,28 +104,38 @@ impl Default for Options {
 /// When something happens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Every {
+    /// Never.
     Never,
+    /// After every so many steps.
     Steps(u64),
+    /// At the end of every epoch and after the last step.
     Epoch,
 }
 
+/// The length of warm-up.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Warmup {
+    /// A number of steps.
     Steps(u64),
-    /// Share of all steps, rounded up as HF does.
+    /// A share of all steps, rounded up as HF does.
     Ratio(f64),
 }
 
+/// How the learning rate changes after warm-up, as transformers names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
+    /// Falls linearly to 0.
     Linear,
+    /// Falls to 0 along half a cosine.
     Cosine,
+    /// Stays constant, without warm-up.
     Constant,
+    /// Rises during warm-up, then stays constant.
     ConstantWithWarmup,
 }
 
 impl Every {
-    /// Whether it is due after `done` steps.
+    /// Whether it happens after `done` steps.
     fn due(self, done: u64, steps: &Steps) -> bool {
         match self {
             Every::Never => false,
@@ -124,40 +145,70 @@ impl Every {
     }
 }
 
-/// Where checkpoints live, and what they must belong to.
+/// The folder of checkpoints, and the run that they must belong to.
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
+    /// The folder.
     pub folder: PathBuf,
-    /// Identifies model, data and options: a checkpoint of another run is not continued.
+    /// Identifies model, data and options. A checkpoint of another run is not continued.
     pub fingerprint: String,
 }
 
-/// How training went.
+/// The result of training.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Trained {
+    /// Optimizer steps done, in all processes of the run.
     pub steps: u64,
-    /// Of the first step of the run.
+    /// Loss of the first step of the run.
     pub first_loss: f64,
-    /// Of the last step.
+    /// Loss of the last step.
     pub loss: f64,
-    /// Mean over all steps of this process, as transformers' `train_loss`.
+    /// Mean loss over all steps of this process, like transformers' `train_loss`.
     pub train_loss: f64,
+    /// Loss of the last evaluation.
     pub eval_loss: Option<f64>,
+    /// Tokens trained on, in all processes of the run.
     pub tokens: u64,
+    /// Seconds that this process trained.
     pub seconds: f64,
+    /// Tokens per second of this process.
     pub tokens_per_second: f64,
+    /// The step after which this process resumed, if it did.
     pub resumed_at: Option<u64>,
 }
 
-/// A line for `metrics.jsonl`.
+/// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 #[serde(untagged)]
 pub enum Metric {
-    Step { step: u64, loss: f64, grad_norm: f64, learning_rate: f64, epoch: f64, num_tokens: u64 },
-    Evaluation { step: u64, epoch: f64, eval_loss: f64 },
+    /// An optimizer step.
+    Step {
+        /// The step, counted from 1.
+        step: u64,
+        /// Mean loss since the last line.
+        loss: f64,
+        /// Norm of the step's gradient before clipping.
+        grad_norm: f64,
+        /// The step's learning rate.
+        learning_rate: f64,
+        /// Epochs done.
+        epoch: f64,
+        /// Tokens trained on so far.
+        num_tokens: u64,
+    },
+    /// An evaluation.
+    Evaluation {
+        /// The step that it followed.
+        step: u64,
+        /// Epochs done.
+        epoch: f64,
+        /// Mean loss over the evaluation data.
+        eval_loss: f64,
+    },
 }
 
 impl Metric {
+    /// The step that the line belongs to.
     pub fn step(&self) -> u64 {
         match self {
             Metric::Step { step, .. } | Metric::Evaluation { step, .. } => *step,
@@ -165,19 +216,21 @@ impl Metric {
     }
 }
 
-/// Examples to train on, and to score.
+/// Examples to train on, and examples to evaluate on.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a> {
+    /// Examples to train on.
     pub train: &'a [Example],
+    /// Examples to evaluate on; may be empty.
     pub evaluation: &'a [Example],
 }
 
-/// How large passes are, and what the layers keep in them.
+/// The size of passes, and what the layers keep in them.
 #[derive(Clone, Debug)]
 pub enum Passes {
-    /// As the memory plan says; running out of memory takes the next smaller plan.
+    /// Passes by the memory plan. If memory runs out, the next smaller plan follows.
     Planned(Box<Running>),
-    /// Each as large as the options make it, with every layer at one level.
+    /// Passes as large as the options make them, with every layer at one level.
     Fixed(Keep),
 }
 
@@ -187,7 +240,7 @@ impl Passes {
         Passes::Planned(Box::new(running))
     }
 
-    /// Most tokens of a pass.
+    /// Most tokens per pass.
     fn tokens_max(&self) -> usize {
         match self {
             Passes::Planned(running) => running.plan.tokens,
@@ -204,8 +257,9 @@ impl Passes {
     }
 }
 
-/// Trains the adapter in place beside the frozen decoder. `log` receives each metric as it is made, from the first step
-/// on. `passes` holds afterwards what the run ended with.
+/// Trains the adapter in place beside the frozen decoder. `log` receives each metric when it is known. Afterwards
+/// `passes` holds the plan that the run ended with. A loss or gradient that is not finite, an adapter without
+/// effect, memory that even the smallest plan exceeds, and a signal are faults.
 #[allow(clippy::too_many_arguments)]
 pub fn run(
     decoder: &Decoder,
@@ -225,7 +279,7 @@ pub fn run(
     while trainer.sent < trainer.steps.total {
         let sent = if interrupt::requested() { None } else { trainer.send()? };
         let stopped = sent.is_none();
-        // A GPU works on this step while the numbers of the one before come home.
+        // A GPU works on this step while the numbers of the step before are copied to the host.
         if let Some(before) = std::mem::replace(&mut behind, sent) {
             trainer.settle(before, checkpoints, log)?;
         }
@@ -252,8 +306,8 @@ pub fn run(
     })
 }
 
-/// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or one
-/// example. `Lora::None` evaluates the bare base.
+/// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or
+/// one example. `Lora::None` evaluates the bare base.
 pub fn evaluate(
     decoder: &Decoder,
     lora: Lora,
@@ -277,21 +331,21 @@ pub fn evaluate(
     Ok(loss / tokens.max(1) as f64)
 }
 
-/// Steps with a learning rate after which an adapter has some effect.
+/// Steps after warm-up by which an adapter must have some effect.
 const EFFECT_STEPS: u64 = 8;
 
-/// What one optimizer step gave.
+/// The results of one optimizer step.
 struct Step {
     loss: f64,
     grad_norm: f64,
     learning_rate: f64,
 }
 
-/// An optimizer step that was asked for; its numbers may still be on their way.
+/// An optimizer step that was queued. Its numbers may still be on their way to the host.
 struct Sent {
     /// The loss sum of each pass, then the sums of squares of the gradient and of the updated parameters.
     numbers: Numbers,
-    /// One over the step's supervised tokens.
+    /// 1 / (supervised tokens of the step).
     scale: f64,
     tokens: u64,
     learning_rate: f64,
@@ -307,13 +361,15 @@ struct Trainer<'a> {
     steps: Steps,
     moments: Moments,
     state: State,
-    /// Steps asked for; `state` counts those whose numbers are known.
+    /// Steps queued. `state` counts those whose numbers are known.
     sent: u64,
     progress: Task,
     began: Instant,
-    /// Of this process, since a resumed run has earlier ones.
+    /// Tokens that this process handled; a resumed run's earlier tokens are not included.
     tokens_here: u64,
+    /// Steps of this process.
     steps_here: u64,
+    /// Sum of the losses of this process's steps.
     loss_sum: f64,
 }
 
@@ -351,7 +407,8 @@ impl<'a> Trainer<'a> {
         let Some(checkpoints) = checkpoints else { return Ok(None) };
         let found = checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
         let Some(state) = found else { return Ok(None) };
-        self.report.note(Stage::Train, format!("continues after step {} from a checkpoint", state.step));
+        self.report
+            .note(Stage::Train, format!("training continues after step {} from a checkpoint", state.step));
         self.adapter.refresh()?;
         self.progress.set(state.step);
         self.sent = state.step;
@@ -359,8 +416,8 @@ impl<'a> Trainer<'a> {
         Ok(Some(self.state.step))
     }
 
-    /// Asks for one optimizer step; `None` if a signal came between its passes, with nothing changed. A gradient that
-    /// is not finite changes nothing either; `settle` finds it.
+    /// Queues one optimizer step. Returns `None`, with nothing changed, if a signal came between its passes. A
+    /// gradient that is not finite changes nothing either; `settle` finds it.
     fn send(&mut self) -> Result<Option<Sent>> {
         let (losses, scale, tokens) = loop {
             match self.gradients() {
@@ -379,9 +436,9 @@ impl<'a> Trainer<'a> {
         Ok(Some(Sent { numbers: Numbers::send(&numbers)?, scale, tokens, learning_rate }))
     }
 
-    /// The loss sum of each pass, the factor on them, and the tokens of the step; the gradient is left in its buffer.
-    /// `None` after a signal. Nothing but the gradient changes, so that a step that ran out of memory can be done again
-    /// from its beginning.
+    /// Returns the loss sum of each pass, the factor on them, and the tokens of the step, and leaves the gradient
+    /// in its buffer. Returns `None` after a signal. Only the gradient changes, so a step that ran out of memory
+    /// can be repeated from its beginning.
     fn gradients(&self) -> candle_core::Result<Option<(Vec<Number>, f64, u64)>> {
         let batches = self.batches();
         let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
@@ -399,7 +456,7 @@ impl<'a> Trainer<'a> {
         Ok(Some((losses, scale, tokens)))
     }
 
-    /// Waits for a step's numbers and accounts for it.
+    /// Waits for a step's numbers and accounts for them.
     fn settle(
         &mut self,
         sent: Sent,
@@ -413,7 +470,8 @@ impl<'a> Trainer<'a> {
         let loss = losses.iter().map(|loss| loss * sent.scale).sum();
         let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
         self.refuse_divergence(step.loss, step.grad_norm)?;
-        // A finite gradient does not make a finite update: 0 / 0 with an epsilon of 0, or overflow.
+        // A finite gradient does not ensure a finite update: an epsilon of 0 can give 0 / 0, and values can
+        // overflow.
         if !parameters.is_finite() {
             return Err(self.diverged("the update made parameters that are not finite"));
         }
@@ -423,8 +481,9 @@ impl<'a> Trainer<'a> {
         self.after_step(step, checkpoints, log)
     }
 
-    /// Finite numbers can lie: a second moment that overflowed makes every update zero, and so does a gradient of nothing.
-    /// Looked at some steps after the warm-up, when the learning rate has been more than nothing, and at the end.
+    /// Refuses an adapter that has no effect although all numbers are finite: a second moment that overflowed makes
+    /// every update zero, and so does a zero gradient. It is checked some steps after warm-up, when the learning
+    /// rate was above zero, and at the end.
     fn refuse_no_effect(&self) -> Result<()> {
         let done = self.state.step + 1;
         let early = self.options.warmup.steps(self.steps.total) + EFFECT_STEPS;
@@ -444,14 +503,14 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Whether something must see the parameters as they are after `done` steps.
+    /// Whether an evaluation, a checkpoint or the end needs the parameters as they are after `done` steps.
     fn waits_after(&self, done: u64) -> bool {
         let due = |every: Every| every.due(done, &self.steps);
         let evaluates = !self.data.evaluation.is_empty() && due(self.options.evaluation);
         done == self.steps.total || evaluates || due(self.options.checkpoint)
     }
 
-    /// Goes on with the next smaller plan.
+    /// Changes to the next smaller plan. If there is none, this is a capacity fault.
     fn shrink(&mut self, error: &candle_core::Error) -> Result<()> {
         let step = self.sent + 1;
         let Passes::Planned(memory) = &mut *self.passes else {
@@ -462,14 +521,17 @@ impl<'a> Trainer<'a> {
                 "out of memory at step {step} with the smallest plan, {}: {error}",
                 memory.plan.choice()
             ))
-            .help("lower TrainingArguments.max_length or LoraConfig.r, or take a machine with more memory"));
+            .help("lower TrainingArguments.max_length or LoraConfig.r, or use a machine with more memory"));
         }
-        let text = format!("out of memory at step {step}, which is done again: {}", memory.plan.choice());
+        let text = format!(
+            "out of memory at step {step}; the step is repeated with a smaller plan: {}",
+            memory.plan.choice()
+        );
         self.report.warn(Stage::Train, text);
         Ok(())
     }
 
-    /// Most tokens of a pass.
+    /// Most tokens per pass.
     fn rows_max(&self) -> usize {
         self.passes.tokens_max()
     }
@@ -566,7 +628,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Evaluates after the step just done, or, continued, after the step that a signal cut off from its evaluation.
+    /// Evaluates after the step just done. A resumed run first makes up for an evaluation that a signal prevented.
     fn evaluate_if_due(
         &mut self,
         checkpoints: Option<&Checkpoints>,
@@ -598,7 +660,7 @@ impl<'a> Trainer<'a> {
         checkpoint::save(checkpoints, &self.state, params, &self.moments, self.options.checkpoints_max)
     }
 
-    /// The end by a signal: saves first where that is possible.
+    /// The fault for a signal. A checkpoint is written first if possible.
     fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
         let step = self.state.step;
         let saved = match checkpoints {
@@ -610,7 +672,7 @@ impl<'a> Trainer<'a> {
                 Kind::Interrupted,
                 format!("stopped by a signal after step {step}; checkpoint written"),
             )
-            .help("start it again with the same output folder: it continues from there"),
+            .help("start it again with the same output folder to continue from there"),
             Err(why) => Fault::new(
                 Kind::InterruptedUnsaved,
                 format!("stopped by a signal after step {step}, not saved: {}", why.message),

@@ -1,4 +1,4 @@
-//! Which examples make each optimizer step: epochs, order, micro-batches; and how a step's examples are packed.
+//! The examples of each optimizer step: epochs, order, micro-batches. Also how a step's examples are packed.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -9,18 +9,21 @@ use crate::ops::dropout::mix;
 
 use super::Options;
 
-/// The whole run's steps, counted as transformers' Trainer counts them.
+/// The steps of a whole run, counted as transformers' Trainer counts them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Steps {
     examples: usize,
     batch: usize,
     accumulation: usize,
     order_seed: Option<u64>,
+    /// Steps per epoch.
     pub per_epoch: u64,
+    /// Steps of the run.
     pub total: u64,
 }
 
 impl Steps {
+    /// Counts the steps of a run over so many examples.
     pub fn new(examples: usize, options: &Options) -> Steps {
         let micro_batches = examples.div_ceil(options.batch_examples);
         let per_epoch = micro_batches.div_ceil(options.accumulation).max(1) as u64;
@@ -35,19 +38,20 @@ impl Steps {
         }
     }
 
-    /// Epoch (from 0) that a step (from 0) belongs to.
+    /// The epoch (from 0) of a step (from 0).
     pub fn epoch(&self, step: u64) -> u64 {
         step / self.per_epoch
     }
 
-    /// Epochs after so many steps; the last step of an epoch may hold fewer micro-batches, as Trainer counts.
+    /// Epochs done after so many steps. The last step of an epoch may have fewer micro-batches; Trainer counts
+    /// them.
     pub fn epochs_done(&self, steps: u64) -> f64 {
         let micro_batches = self.examples.div_ceil(self.batch).max(1) as u64;
         let within = (steps % self.per_epoch).saturating_mul(self.accumulation as u64).min(micro_batches);
         (steps / self.per_epoch) as f64 + within as f64 / micro_batches as f64
     }
 
-    /// Examples of a step, as micro-batches. The last step of an epoch may hold fewer.
+    /// The examples of a step by micro-batch. The last step of an epoch may have fewer.
     pub fn micro_batches(&self, step: u64) -> Vec<Vec<usize>> {
         let order = self.order(self.epoch(step));
         let size = self.batch.saturating_mul(self.accumulation);
@@ -79,7 +83,8 @@ fn shuffle(order: &mut [usize], seed: u64) {
     }
 }
 
-/// One micro-batch of examples, with the rope length they share in a padded batch.
+/// (example, rope length) of each example. All examples of a micro-batch have the length of the longest, as in a
+/// padded batch.
 fn grouped<'a>(
     examples: &'a [Example],
     micro_batches: &'a [Vec<usize>],
@@ -90,10 +95,10 @@ fn grouped<'a>(
     })
 }
 
-/// Lays a step's examples into batches. Without packing a batch is a micro-batch; with it, examples of the
-/// whole step fill batches of up to `packing` rows, longest first, each where the least room is left. What is above
-/// `rows_max` rows is divided, never within an example. The step's examples, their rope lengths and their dropout keys
-/// are the same, so the result is too.
+/// Lays a step's examples into batches. Without packing, a batch is a micro-batch. With packing, the examples of
+/// the whole step fill batches of up to `packing` rows, the longest first, each where it leaves the least space.
+/// More than `rows_max` rows are divided, but never within an example. The step's examples, their rope lengths and
+/// their dropout keys stay the same, and so does the result.
 pub fn batches(
     examples: &[Example],
     micro_batches: &[Vec<usize>],
@@ -124,7 +129,7 @@ pub fn batches(
     }
 }
 
-/// In order, a new list where the next example would not fit.
+/// Divides the entries in order. A new list begins if the next example would exceed `rows_max`.
 fn divided(
     examples: &[Example],
     entries: impl Iterator<Item = (usize, usize)>,
@@ -146,7 +151,7 @@ fn divided(
     lists
 }
 
-/// Best-fit decreasing: each example goes where it leaves the least room.
+/// Best-fit decreasing: each example goes where it leaves the least space.
 fn best_fit(
     examples: &[Example],
     mut entries: Vec<(usize, usize)>,

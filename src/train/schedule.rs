@@ -1,4 +1,4 @@
-//! Learning rate of each step, as transformers' `get_scheduler` gives it.
+//! The learning rate of each step, as transformers' `get_scheduler` computes it.
 
 use super::{Schedule, Warmup};
 
@@ -13,7 +13,7 @@ impl Warmup {
 }
 
 impl Schedule {
-    /// Factor on the learning rate for `step` (0 for the first) out of `total`.
+    /// Factor on the learning rate in `step` (0 for the first) out of `total`.
     pub fn factor(self, step: u64, total: u64, warmup: u64) -> f64 {
         let rising = step < warmup;
         let rise = step as f64 / warmup.max(1) as f64;
@@ -42,7 +42,7 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    /// Values of transformers 5.14's schedulers for 10 steps, 3 of them warm-up.
+    /// Values of transformers 5.14's schedulers for 10 steps, of which 3 are warm-up.
     #[test]
     fn factors_equal_transformers() {
         let factors = |schedule: Schedule| (0..10).map(|i| schedule.factor(i, 10, 3)).collect::<Vec<f64>>();

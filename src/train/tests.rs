@@ -1,4 +1,4 @@
-//! Running out of memory in the middle of a step changes how the step is done, not what it gives.
+//! If memory runs out in the middle of a step, the step is done in another way with the same result.
 
 use serde_json::json;
 
@@ -55,14 +55,16 @@ fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     Running::start(task, machine).unwrap()
 }
 
-/// Losses of the steps, parameters at the end, warnings. From the `fails_at`-th allocation of the run on, so many fail.
+/// (losses of the steps, parameters at the end, levels at the end). `fails_at`: the first allocation of the run to
+/// fail, and how many fail.
 fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
     let (decoder, adapter) = decoder();
     let mut passes = Passes::planned(running(&decoder, &adapter));
     let data = Data { train: &examples(), evaluation: &[] };
     let options = Options {
         learning_rate: 1e-2,
-        // AdamW divides by a gradient's own size: without a floor, rounding in the smallest would show as large as any.
+        // AdamW divides by a gradient's own size. Without this floor, a rounding error in the smallest gradients
+        // would show as large as any.
         epsilon: 1e-3,
         batch_examples: 4,
         packing: Some(128),
@@ -88,12 +90,12 @@ fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
 fn a_step_that_ran_out_of_memory_is_done_again_with_the_same_result() {
     let (losses, params, keep) = train(None);
     assert_eq!(keep, [Keep::Everything; 3]);
-    // In the forward pass, in the backward pass, in a later step, and several times in a row.
+    // Failures in the forward pass, in the backward pass, in a later step, and several in a row.
     for (at, times) in [(1, 1), (40, 1), (150, 1), (40, 5)] {
         let (again, found, kept) = train(Some((at, times)));
         assert_ne!(kept, keep, "{times} failures at {at}: the plan did not change");
         for (found, expected) in again.iter().chain(&found).zip(losses.iter().chain(&params)) {
-            // Passes of other sizes add in another order.
+            // Passes of another size add in another order.
             assert!((found - expected).abs() < 2e-5, "{times} failures at {at}: {found}, not {expected}");
         }
     }

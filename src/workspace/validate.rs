@@ -465,7 +465,7 @@ mod tests {
         check(
             &[("tuning.preset.name", json!("someone/model"))],
             expect![[
-                r#"tuning.preset.name: "someone/model" is not a preset; one of phi-4, phi-4-mini-instruct, phi-3-mini-4k-instruct, phi-3-mini-128k-instruct, phi-3-medium-4k-instruct, phi-3-medium-128k-instruct, phi-3.5-mini-instruct, mistral-7b, qwen2.5-coder-7b-instruct, qwen2.5-coder-32b-instruct, falcon-7b, falcon-40b, phi-2, falcon-7b-instruct, falcon-40b-instruct, mistral-7b-instruct, llama-3.1-8b-instruct, llama-3.3-70b-instruct, deepseek-r1-distill-llama-8b, deepseek-r1-distill-qwen-14b, gemma-3-4b-instruct, gemma-3-27b-instruct, ministral-3-3b-instruct, ministral-3-8b-instruct, ministral-3-14b-instruct, …"#
+                r#"tuning.preset.name: "someone/model" is not a preset; use one of phi-4, phi-4-mini-instruct, phi-3-mini-4k-instruct, phi-3-mini-128k-instruct, phi-3-medium-4k-instruct, phi-3-medium-128k-instruct, phi-3.5-mini-instruct, mistral-7b, qwen2.5-coder-7b-instruct, qwen2.5-coder-32b-instruct, falcon-7b, falcon-40b, phi-2, falcon-7b-instruct, falcon-40b-instruct, mistral-7b-instruct, llama-3.1-8b-instruct, llama-3.3-70b-instruct, deepseek-r1-distill-llama-8b, deepseek-r1-distill-qwen-14b, gemma-3-4b-instruct, gemma-3-27b-instruct, ministral-3-3b-instruct, ministral-3-8b-instruct, ministral-3-14b-instru…"#
             ]],
         );
         check(

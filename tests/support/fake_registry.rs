@@ -1,4 +1,4 @@
-//! A scripted registry with bad manners on demand: what no real one does when asked.
+//! A scripted registry that misbehaves on demand in ways that no real one does when asked.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
@@ -8,13 +8,13 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-/// Stands for closing the connection.
+/// A status that closes the connection.
 const HANG_UP: u16 = 0;
 
 /// What goes wrong. The default is a registry without login that works.
 #[derive(Clone, Copy, Default)]
 pub struct Manners {
-    /// Ask for a token, and hand one out to anyone.
+    /// Requires a token, and hands one out to anyone.
     pub bearer: bool,
     /// At this authorized request, counted from 1, every token handed out so far expires.
     pub expire_at: Option<u32>,
@@ -28,17 +28,17 @@ pub struct Manners {
     pub hang_up_bytes: Option<usize>,
     /// Uploads are taken and never answered.
     pub silent_uploads: bool,
-    /// The tag leads to other bytes than were pushed.
+    /// The tag points to other bytes than were pushed.
     pub other_manifest: bool,
     /// Chunks after the first are answered 201 and dropped.
     pub first_chunk_only: bool,
-    /// Blobs are to be sent to another origin, which takes no login.
+    /// Blobs must be sent to another origin, which takes no login.
     pub upload_elsewhere: bool,
     /// The first n downloads of a blob break off after this many bytes.
     pub cut_blobs: Option<(u32, usize)>,
-    /// Blobs are of the right length, and not what they should be.
+    /// Blobs have the right length but the wrong content.
     pub damaged_blobs: bool,
-    /// Refuse every upload, quoting this.
+    /// Refuses every upload and quotes this.
     pub echo: Option<&'static str>,
 }
 
@@ -88,7 +88,7 @@ impl Fake {
         Fake { host, state }
     }
 
-    /// Puts an artifact there: layers of a title (none: an image's) and its content, as oras does.
+    /// Adds an artifact as oras does: layers with a title (none: an image's) and their content.
     pub fn artifact(&self, tag: &str, layers: &[(Option<&str>, Vec<u8>)]) {
         let mut state = self.state.lock().unwrap();
         let described: Vec<serde_json::Value> = layers

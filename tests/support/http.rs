@@ -1,4 +1,4 @@
-//! A file server that misbehaves on order: each connection is one request, and a closure says what it gets.
+//! A file server that misbehaves on demand: each connection is one request, and a closure says what it gets.
 //!
 //! Raw sockets, so that a reply can lie about its length, stop, reset or never end.
 
@@ -14,17 +14,17 @@ use std::sync::{Arc, Mutex};
 /// Upper bound of a request's head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
-/// What a client sent.
+/// The client's request.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
     /// Path and query.
     pub target: String,
-    /// Names in lower case.
+    /// Header names are in lower case.
     pub headers: BTreeMap<String, String>,
 }
 
-/// What it gets.
+/// The reply to a request.
 #[derive(Clone)]
 pub struct Reply {
     status: u16,
@@ -82,7 +82,7 @@ impl Reply {
         self.header("Content-Length", length)
     }
 
-    /// Sets a header, in place of one of this name.
+    /// Sets a header and replaces one of the same name.
     pub fn header(mut self, name: &str, value: impl Into<String>) -> Reply {
         self = self.without(name);
         self.headers.push((name.to_owned(), value.into()));
@@ -113,7 +113,7 @@ impl Reply {
         Reply { then: Then::Repeat, ..self }
     }
 
-    /// `content` as a good server gives it: whole, or the range asked for, or 304.
+    /// `content` as a good server sends it: whole, the requested range, or 304.
     pub fn file(request: &Request, content: &[u8], etag: &str) -> Reply {
         if request.header("if-none-match") == Some(etag) {
             return Reply::status(304).without("Content-Length").header("ETag", etag);
@@ -154,7 +154,7 @@ impl Server {
         Server::run("https", Some(tls_config(include_bytes!("tls/self-signed.pem"))), script)
     }
 
-    /// Likewise, and it ended in 2021.
+    /// Likewise, with a certificate that expired in 2021.
     pub fn start_expired(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
         Server::run("https", Some(tls_config(include_bytes!("tls/self-signed-expired.pem"))), script)
     }
@@ -217,7 +217,7 @@ pub fn certificate(name: &str) -> PathBuf {
     PathBuf::from(format!("{}/tests/support/tls/{name}.pem", env!("CARGO_MANIFEST_DIR")))
 }
 
-/// An address nobody listens on.
+/// An address that nobody listens on.
 pub fn unused_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
@@ -226,14 +226,14 @@ type Seen = Mutex<Vec<Request>>;
 type Script = dyn Fn(usize, &Request) -> Reply + Send + Sync;
 
 fn serve(mut stream: TcpStream, seen: &Seen, script: &Script) -> std::io::Result<()> {
-    // Looks without taking: closing a socket with unread bytes sends a reset.
+    // Looks at bytes without taking them, because closing a socket with unread bytes sends a reset.
     let mut buffer = vec![0; HEAD_BYTES_MAX];
     let head = loop {
         let count = stream.peek(&mut buffer)?;
         match end_of_head(&buffer[..count]) {
             Some(end) => break end,
             None if count == 0 => return Ok(()),
-            // The first byte of a TLS handshake: as web servers do, say so in the clear.
+            // The first byte of a TLS handshake. Like web servers, this one answers it in plain text.
             None if buffer[0] == 0x16 => return send(&mut stream, &Reply::status(400)),
             None => std::thread::sleep(std::time::Duration::from_millis(1)),
         }

@@ -1,5 +1,5 @@
-//! The real binary in a folder of its own: nothing of this machine's environment reaches it, paths are relative to
-//! the folder, so that its messages can be compared word by word.
+//! The real binary in a folder of its own. Nothing of this machine's environment reaches it, and paths are relative
+//! to the folder, so that messages can be compared word by word.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// LIMIT: the slowest wait is for a job's first step, well below a second on an idle machine.
+/// LIMIT: the slowest wait is for a job's first step, which takes well below a second on an idle machine.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Names that tell somebody that an adapter is ready.
+/// File names that mean that an adapter is ready.
 pub const FINAL: [&str; 3] =
     ["adapter_config.json", "adapter_model.safetensors", "fine_tuning_completed.txt"];
 
@@ -19,7 +19,7 @@ pub struct Work {
     folder: tempfile::TempDir,
 }
 
-/// How a command ended, and what it said.
+/// The end of a command and its output.
 #[derive(Debug)]
 pub struct Ended {
     pub code: Option<i32>,
@@ -74,7 +74,7 @@ impl Work {
         }
     }
 
-    /// Files of a folder, in order; none if it is not there.
+    /// Files of a folder, in order; none if it does not exist.
     pub fn list(&self, folder: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(folder)).into_iter().flatten();
         let mut names: Vec<String> =
@@ -96,17 +96,17 @@ impl Work {
         end(&mut self.hone(arguments))
     }
 
-    /// Runs to success.
+    /// Runs until success.
     pub fn done(&self, arguments: &[&str]) -> Ended {
         done(&mut self.hone(arguments))
     }
 
-    /// Starts it, and leaves it running.
+    /// Starts it and returns while it runs.
     pub fn start(&self, arguments: &[&str]) -> Running {
         self.start_command(&mut self.hone(arguments), "log")
     }
 
-    /// The same for a command with more to it; `log` takes what it says.
+    /// The same for a command with more settings; `log` receives its output.
     pub fn start_command(&self, command: &mut Command, log: &str) -> Running {
         let file = std::fs::File::create(self.path(log)).unwrap();
         let child = command.stdout(Stdio::null()).stderr(file).spawn().unwrap();
@@ -130,7 +130,7 @@ pub fn done(command: &mut Command) -> Ended {
     ended
 }
 
-/// A started `hone`; dropped, it is killed.
+/// A started `hone`. It is killed when this value is dropped.
 pub struct Running {
     child: Child,
     log: PathBuf,
@@ -139,11 +139,11 @@ pub struct Running {
 impl Running {
     pub fn signal(&self, signal: i32) {
         let process = i32::try_from(self.child.id()).unwrap();
-        // SAFETY: a plain system call; the child is not yet waited for, so its number is its own.
+        // SAFETY: this is a plain system call; the child has not been waited for, so its number is still its own.
         assert_eq!(unsafe { libc::kill(process, signal) }, 0);
     }
 
-    /// Waits until something is so, while the process runs.
+    /// Waits until a condition holds, while the process runs.
     pub fn until(&mut self, what: &str, is_so: impl Fn() -> bool) {
         let start = Instant::now();
         while !is_so() {
@@ -155,7 +155,7 @@ impl Running {
         }
     }
 
-    /// Its exit code, `None` after a signal, and what it logged.
+    /// Its exit code, `None` after a signal, and its log.
     pub fn end(mut self) -> (Option<i32>, String) {
         let code = self.child.wait().unwrap().code();
         (code, self.log())

@@ -1,5 +1,6 @@
 //! A real docker-registry on loopback (plain or TLS, open or with a password), and adapters to push to it.
-//! Needs Debian's docker-registry, apache2-utils and openssl; their absence is a failure, never a skip.
+//! They need Debian's docker-registry, apache2-utils and openssl; if these are missing, the test fails and is never
+//! skipped.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
@@ -34,14 +35,14 @@ pub struct Setup {
     pub read_only: bool,
 }
 
-/// What a registry with TLS shows; `ca.crt` is what to trust.
+/// The certificate of a registry with TLS; `ca.crt` is the authority to trust.
 #[derive(Clone, Copy, Default)]
 pub enum Certificate {
     #[default]
     OfAuthority,
-    /// For this host, its own authority: as Docker's guide to private registries makes them.
+    /// A certificate for this host that is its own authority, as Docker's guide to private registries makes it.
     SelfSigned(&'static str),
-    /// Likewise for localhost, until 2021.
+    /// Likewise for localhost, expired in 2021.
     Expired,
 }
 
@@ -88,7 +89,7 @@ impl Registry {
         Options { docker_config: Some(self.login(PASSWORD)), ..self.anonymous() }
     }
 
-    /// Without credentials, wherever the tests run.
+    /// Options without credentials, wherever the tests run.
     pub fn anonymous(&self) -> Options {
         let empty = self.path("no-login.json");
         std::fs::write(&empty, "{}").unwrap();
@@ -133,7 +134,7 @@ pub fn login(folder: &Path, host: &str, password: &str) -> PathBuf {
     path
 }
 
-/// Runs a tool; gives its output. Fails with all it printed.
+/// Runs a tool and returns its output. A failure shows all that it printed.
 pub fn run(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = needed(command.output());
     let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
@@ -141,7 +142,7 @@ pub fn run(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// The two files of an adapter, `bytes` of weights that do not compress.
+/// The two files of an adapter, with `bytes` of weights that do not compress.
 pub fn adapter(folder: &Path, bytes: usize) {
     std::fs::create_dir_all(folder).unwrap();
     let config = r#"{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}"#;
@@ -183,7 +184,7 @@ fn configuration(folder: &Path, port: u16, setup: Setup) -> String {
         text += &format!("  tls: {{certificate: {home}/tls.crt, key: {home}/tls.key}}\n");
     }
     if setup.password {
-        // Cost 4: every request is checked anew.
+        // The cost is 4, because every request is checked anew.
         let line = run(Command::new("htpasswd").args(["-Bbn", "-C", "4", USER, PASSWORD]));
         std::fs::write(folder.join("htpasswd"), line).unwrap();
         text += &format!("auth:\n  htpasswd: {{realm: test, path: {home}/htpasswd}}\n");
@@ -230,7 +231,7 @@ fn certificates(folder: &Path) {
     );
 }
 
-/// `user:password`, as skopeo wants it.
+/// `user:password` in skopeo's form.
 pub fn login_pair() -> String {
     format!("{USER}:{PASSWORD}")
 }
@@ -242,14 +243,14 @@ pub fn skopeo(registry: &Registry) -> Command {
     command
 }
 
-/// What KAITO's puller leaves of an image.
+/// The files that KAITO's puller leaves of an image.
 pub struct Pulled {
     pub manifest: serde_json::Value,
-    /// The folder `data` of its files.
+    /// Its folder `data`.
     pub data: PathBuf,
 }
 
-/// The steps of KAITO's puller in a new `folder`: decompress, untar every layer in order, take `data`.
+/// Performs the steps of KAITO's puller in a new `folder`: decompress, untar every layer in order, take `data`.
 pub fn pull_as_kaito(registry: &Registry, image: &str, folder: &Path) -> Pulled {
     let (layout, files) = (folder.join("layout"), folder.join("files"));
     std::fs::create_dir_all(&files).unwrap();

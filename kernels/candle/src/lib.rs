@@ -1,10 +1,11 @@
 //! The interface of candle's kernel crate, version 0.11.1, without its kernels.
 //!
-//! candle-core's `cuda` feature needs these names to compile and link. A call of one is a mistake of hone's: every operation
-//! that hone runs on a GPU launches a kernel of `kernels/*.cu` or a cuBLAS product. An operation of candle's that needs one of its
-//! own kernels ends with candle's error that the empty PTX text cannot be loaded; a direct call from candle's GGUF or expert code panics.
+//! candle-core's `cuda` feature needs these names to compile and link. A call of one is an error in hone: every
+//! operation that hone runs on a GPU launches a kernel of `kernels/*.cu` or a cuBLAS product. If one of candle's
+//! operations needs its own kernel, it ends with candle's error that the empty PTX text cannot be loaded. A direct
+//! call from candle's GGUF or expert code panics.
 
-/// One of candle's modules of kernels, by its place in [`ALL_IDS`].
+/// One of candle's modules of kernels, identified by its place in [`ALL_IDS`].
 pub struct Module {
     index: usize,
 }

@@ -1,9 +1,9 @@
-// Kernels with one fault each, and the same without: what the emulator must find, and must not.
+// Kernels with one fault each, and the same without it: what the emulator must find, and must not.
 #pragma once
 #include "common.cuh"
 #include "prim.cuh"
 
-// The sum of one block's values; `barriers` says which of the two are there.
+// The sum of one block's values. `barriers` says which of the two barriers are there.
 extern "C" __global__ void block_total(const float* x, float* y, int barriers) {
     SHARED_ARRAY(float, parts, 32);
     for (int round = 0; round < 2; ++round) {
@@ -16,7 +16,7 @@ extern "C" __global__ void block_total(const float* x, float* y, int barriers) {
     }
 }
 
-// Neighbours trade values through shared memory, inside their warp.
+// Neighbours exchange values through shared memory, inside their warp.
 extern "C" __global__ void neighbours(float* x, int synchronize) {
     SHARED_ARRAY(float, values, 128);
     values[threadIdx.x] = x[threadIdx.x];
@@ -24,7 +24,7 @@ extern "C" __global__ void neighbours(float* x, int synchronize) {
     x[threadIdx.x] = values[threadIdx.x ^ 1];
 }
 
-// Only some threads reach the barrier; or two barriers.
+// Only some threads reach the barrier, or there are two barriers.
 extern "C" __global__ void divergent(int fault) {
     if (fault == 1 && threadIdx.x < 32) return;
     if (fault == 2 && threadIdx.x >= 32) {
@@ -41,7 +41,7 @@ extern "C" __global__ void partial_shuffle(float* x, int fault) {
     x[threadIdx.x] = value;
 }
 
-// 16 x 16 by 16 x 8, through the asynchronous copy and matrix loads.
+// A product of 16 x 16 and 16 x 8, through the asynchronous copy and matrix loads.
 extern "C" __global__ void multiply(const bf16* a, const bf16* b, float* c, int fault) {
     SHARED_DYN(bf16, tile);
     bf16* other = tile + 256;
@@ -59,7 +59,7 @@ extern "C" __global__ void multiply(const bf16* a, const bf16* b, float* c, int 
     for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t + i % 2] = d[i];
 }
 
-// movmatrix and ldmatrix.trans say the same; the first row goes out of bounds by `beyond` elements.
+// movmatrix and ldmatrix.trans give the same result. The first row goes out of bounds by `beyond` elements.
 extern "C" __global__ void transpose(const bf16* x, bf16* y, int beyond) {
     SHARED_ARRAY(bf16, tile, 64);
     const int lane = threadIdx.x, g = lane / 4, t = 2 * (lane % 4);
@@ -74,7 +74,7 @@ extern "C" __global__ void transpose(const bf16* x, bf16* y, int beyond) {
     if (lane == 0) y[63 + beyond] = y[63];
 }
 
-// Every block writes the same place, or its own.
+// Every block writes to the same place, or to its own.
 extern "C" __global__ void blocks(float* x, int fault) {
     if (threadIdx.x == 0) x[fault ? 0 : blockIdx.x] = (float)blockIdx.x;
 }

@@ -1,7 +1,9 @@
-// The emulator against kernels whose faults are known: each case runs in a process of its own, in three orders of threads.
+// Tests the emulator with kernels whose faults are known. Each case runs in a process of its own, in three orders
+// of threads.
 //
-// Built three ways by `run`: plain, under the address and undefined-behaviour sanitizers, and with the race detector. A case says in
-// which of them it must be found, and by what words; where it is not found, that is said as well.
+// `run` builds it in three ways: plain, under the address and undefined-behaviour sanitizers, and with the race
+// detector. A case says in which of them the fault must be found and with which words; it also says in which it is
+// not found.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -37,7 +39,7 @@ const Build build = plain;
 
 int failures;
 
-// Memory that the race detector takes for the device's.
+// Memory that the race detector treats as the device's.
 float global[8];
 
 template <class... Arguments>
@@ -46,7 +48,7 @@ emulator::Refusal launch(const char* name, unsigned grid, unsigned threads, size
     return emulator::launch(*emulator::find_kernel(name), dim3(grid), dim3(threads), dynamic_bytes, pointers, emulator::Limits(), order, 2);
 }
 
-// Its end, and what it wrote on standard error.
+// The end of the process, and what it wrote to standard error.
 struct Outcome {
     bool passed;
     std::string text;

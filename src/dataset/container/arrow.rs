@@ -1,7 +1,7 @@
-//! Arrow IPC: files (feather) and streams (what `datasets` saves), record batch by record batch.
+//! Arrow IPC: files (feather) and streams (as `datasets` saves them), record batch by record batch.
 //!
-//! The decoder reserves what a message declares, so every message is walked first: ranges inside the file, counts and
-//! unpacked sizes below a limit. It runs behind `guarded`, as parquet's does.
+//! The decoder reserves the sizes that a message declares. Every message is therefore checked first: ranges inside
+//! the file, counts and unpacked sizes below a limit. Like parquet's decoder, it runs behind `guarded`.
 
 use super::packing::Input;
 use super::{BATCH_ROWS, Container, OnBatch, Rows, guarded, indices, text};
@@ -19,7 +19,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// LIMIT: bytes of one record batch, as it lies there and unpacked; writers aim at megabytes.
+/// LIMIT: bytes of one record batch, stored and unpacked; writers aim at megabytes.
 const BATCH_BYTES_MAX: u64 = 4 << 30;
 /// LIMIT: rows, values and list items of one batch.
 const VALUES_MAX: i64 = 100_000_000;
@@ -29,6 +29,7 @@ const COLUMNS_MAX: usize = 10_000;
 const FILE_MAGIC: &[u8] = b"ARROW1";
 const CONTINUATION: [u8; 4] = [0xff; 4];
 
+/// The container.
 pub static CONTAINER: Container = Container {
     name: "arrow",
     title: "an Arrow IPC file",
@@ -40,7 +41,7 @@ pub static CONTAINER: Container = Container {
 
 type Checked<T> = std::result::Result<T, String>;
 
-/// A file whose messages are sound.
+/// A file whose messages were checked.
 struct Batches {
     input: Input,
     schema: Arc<Schema>,
@@ -97,7 +98,7 @@ impl Rows for Batches {
 
     fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()> {
         let wanted = indices(&self.schema, names)?;
-        // The decoder gives columns in the order of the schema.
+        // The decoder returns columns in the order of the schema.
         let mut projection = wanted.clone();
         projection.sort_unstable();
         projection.dedup();
@@ -129,7 +130,7 @@ fn damaged(place: &str, problem: &str) -> Fault {
         .help("check the file against its SHA-256, or export it again")
 }
 
-/// What a walk through the messages gave.
+/// The result of checking all messages.
 struct Found {
     schema: Schema,
     version: MetadataVersion,
@@ -138,7 +139,7 @@ struct Found {
     rows: u64,
 }
 
-/// A file ends with a footer that lists its messages.
+/// Reads a file, which ends with a footer that lists its messages.
 fn from_footer(input: &Input) -> Checked<Found> {
     let tail_bytes = 4 + FILE_MAGIC.len() as u64;
     let tail_at = input.bytes.checked_sub(tail_bytes).ok_or("the file is cut off")?;
@@ -175,7 +176,7 @@ fn from_footer(input: &Input) -> Checked<Found> {
     Ok(found)
 }
 
-/// A stream is messages one after the other, the schema's first, until a message of no bytes or the file's end.
+/// Reads a stream: messages one after the other, the schema first, until an empty message or the file's end.
 fn from_stream(input: &Input) -> Checked<Found> {
     let mut found: Option<Found> = None;
     let mut at = 0;
@@ -215,7 +216,7 @@ fn from_stream(input: &Input) -> Checked<Found> {
     found.ok_or_else(|| "it holds no schema".into())
 }
 
-/// The metadata of the message at a place, its length with what stands before it; `None` at the end of the stream.
+/// The metadata of the message at a place, and its length with its prefix; `None` at the end of the stream.
 fn message_bytes(input: &Input, at: u64) -> Checked<Option<(u64, Vec<u8>)>> {
     let prefix = bytes_at(&input.file, at, 8.min(input.bytes.saturating_sub(at)))?;
     if prefix.len() < 8 || !prefix.starts_with(&CONTINUATION) {
@@ -242,7 +243,7 @@ fn body_bytes(message: &Message) -> Checked<u64> {
         .ok_or_else(|| format!("a batch of {} bytes, limit {BATCH_BYTES_MAX}", message.bodyLength()))
 }
 
-/// A block's message, walked before the decoder believes it; gives its rows.
+/// Checks a block's message before the decoder sees it. Returns its number of rows.
 fn check_block(input: &Input, block: &Block) -> Checked<u64> {
     let outside = || format!("the message at byte {} leaves the file", block.offset());
     let (at, metadata, body) = (block.offset(), i64::from(block.metaDataLength()), block.bodyLength());

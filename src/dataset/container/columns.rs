@@ -1,8 +1,9 @@
 //! JSON objects -> the types of their columns, and arrow arrays of these types.
 //!
-//! Objects become structs, a key that a row lacks is null. What JSON leaves free is kept exact: the call of a tool has
-//! other arguments in each row, so a field of such a name whose objects differ is carried as JSON text, not as a struct of
-//! everybody's keys. A field whose values have several types is refused with the two lines, if it is read at all.
+//! Objects become structs; a key that a row lacks is null. Freedom that JSON allows is kept exactly: the call of a
+//! tool has other arguments in each row, so a field of such a name whose objects differ is stored as JSON text, not
+//! as a struct with the keys of all. A field whose values have several types is refused with the two lines, if it
+//! is read at all.
 
 use crate::fault::{Fault, Result};
 use arrow::array::*;
@@ -14,12 +15,12 @@ use std::sync::Arc;
 
 /// LIMIT: columns of a file.
 const COLUMNS_MAX: usize = 10_000;
-/// LIMIT: different keys of one object's field; more mean that the keys are data.
+/// LIMIT: different keys in one field's objects. More mean that the keys are data.
 const FIELDS_MAX: usize = 1000;
 /// LIMIT: levels of structs and lists; conversations have four.
 const DEPTH_MAX: usize = 16;
 
-/// Fields that hold what a tool, a schema or a template wants, in any form.
+/// Fields whose form depends on a tool, a schema or a template.
 const FREE: [&str; 9] = [
     "tools",
     "tool_calls",
@@ -31,7 +32,7 @@ const FREE: [&str; 9] = [
     "documents",
     "chat_template_kwargs",
 ];
-/// Fields of a message that say something by their own type.
+/// Fields of a message whose own type has a meaning.
 const READ: [&str; 13] = [
     "role",
     "from",
@@ -47,22 +48,22 @@ const READ: [&str; 13] = [
     "weight",
     "train",
 ];
-/// Fields where text and a list of parts mean the same kind of thing.
+/// Fields in which text and a list of parts are equivalent.
 const WITH_PARTS: [&str; 2] = ["content", "value"];
-/// Key of a field's metadata: why its values have no one type.
+/// Key of a field's metadata that says why its values have no common type.
 const MIXED: &str = "hone.mixed";
 
 /// The type of a field, as far as it has been seen.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shape {
     kind: Kind,
-    /// Of the first value that is not null.
+    /// Line of the first value that is not null.
     line: u64,
     values: u64,
     nulls: u64,
-    /// Whole numbers and others.
+    /// Whether there are whole numbers and others.
     widened: bool,
-    /// Why there is no one type.
+    /// Why there is no common type.
     mixed: Option<String>,
 }
 
@@ -75,7 +76,7 @@ enum Kind {
     Float,
     Text,
     List(Box<Shape>),
-    /// Fields in the order of their first appearance; the count of objects.
+    /// Fields in the order of their first appearance, and the number of objects.
     Object(Object),
 }
 
@@ -86,7 +87,7 @@ struct Object {
     count: u64,
 }
 
-/// What a value is, for messages.
+/// Describes a value for messages.
 pub(super) fn describe(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -174,7 +175,7 @@ impl Shape {
         }
     }
 
-    /// Whether structs of this shape give back every value as it was written.
+    /// Whether structs of this shape return every value as it was written.
     fn is_exact(&self) -> bool {
         self.mixed.is_none()
             && !self.widened
@@ -191,13 +192,13 @@ impl Shape {
             }
     }
 
-    /// Whether the field is carried as JSON text.
+    /// Whether the field is stored as JSON text.
     fn is_json(&self, name: &str) -> bool {
         let nested = matches!(self.kind, Kind::Object(_) | Kind::List(_));
         self.mixed.is_some() || (FREE.contains(&name) && nested && !self.without_own_nulls().is_exact())
     }
 
-    /// A field that is null or absent in some rows is so as a struct, too.
+    /// The shape without its own nulls, because a field that is null or absent in some rows can still be a struct.
     fn without_own_nulls(&self) -> Shape {
         Shape { nulls: 0, ..self.clone() }
     }
@@ -217,7 +218,7 @@ impl Shape {
         Field::new(name, kind, true).with_metadata(mixed.collect::<HashMap<String, String>>())
     }
 
-    /// Of a file's rows. Error: why there is none.
+    /// The schema of a file's rows. The error says why there is none.
     pub fn schema(&self) -> std::result::Result<Schema, String> {
         match (&self.kind, &self.mixed) {
             (_, Some(why)) => Err(why.clone()),
@@ -228,7 +229,7 @@ impl Shape {
 }
 
 impl Object {
-    /// Adds an object; gives the number of different keys so far.
+    /// Adds an object and returns the number of different keys so far.
     fn merge(&mut self, map: &Map<String, Value>, line: u64, depth: usize) -> usize {
         self.count += 1;
         for (name, value) in map {
@@ -262,15 +263,15 @@ fn empty(value: &Value) -> Kind {
     }
 }
 
-/// Text as the one part of a content that is written in parts elsewhere.
+/// A text as the only part of a content that other rows write in parts.
 fn part(text: String) -> Value {
     serde_json::json!({"type": "text", "text": text})
 }
 
-/// Refuses a column that has no one type, or a field in it that rows are made of.
+/// Refuses a column without a common type, and such a field inside it if rows are made from that field.
 ///
 /// # Errors
-/// Data: with the two types and their lines.
+/// Data: the message names the two types and their lines.
 pub(super) fn refuse_mixed(schema: &Schema, names: &[String]) -> Result<()> {
     for name in names {
         let Ok(field) = schema.field_with_name(name) else { continue };
@@ -308,7 +309,7 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Of the columns at these places of the shape's schema.
+    /// Arrays for the columns at these places of the shape's schema.
     pub fn new(shape: &Shape, places: &[usize]) -> Columns {
         let Kind::Object(object) = &shape.kind else { return Columns { columns: Vec::new(), rows: 0 } };
         let column = |&place: &usize| {
@@ -318,11 +319,12 @@ impl Columns {
         Columns { columns: places.iter().map(column).collect(), rows: 0 }
     }
 
+    /// Number of rows so far.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Adds a row. Error: a value of another type than the file had when its types were read.
+    /// Adds a row. The error names a value of another type than the file had when its types were read.
     pub fn push(&mut self, row: &Value) -> std::result::Result<(), String> {
         self.rows += 1;
         for (name, column) in &mut self.columns {
@@ -335,7 +337,7 @@ impl Columns {
         Ok(())
     }
 
-    /// The rows so far.
+    /// Returns the rows so far and starts again.
     pub fn take(&mut self) -> Vec<ArrayRef> {
         self.rows = 0;
         self.columns.iter_mut().map(|(_, column)| column.take()).collect()
@@ -383,11 +385,11 @@ impl Column {
         }
     }
 
-    /// Error: what does not fit.
+    /// Adds a value. The error says what does not fit.
     fn push(&mut self, value: Option<&Value>) -> std::result::Result<(), &'static str> {
         match (self, value) {
             (Column::Text(builder), None) | (Column::Json(builder), None) => builder.append_null(),
-            // Text in such a place is JSON already.
+            // A text in such a place is JSON already.
             (Column::Text(builder) | Column::Json(builder), Some(Value::String(text))) => {
                 builder.append_value(text)
             }
@@ -458,7 +460,7 @@ mod tests {
     use super::*;
     use expect_test::{Expect, expect};
 
-    /// The types of rows and what comes out of them, as JSON again.
+    /// Prints the types of rows, and the rows converted back to JSON.
     fn check(rows: &[&str], expected: Expect) {
         let rows: Vec<Value> = rows.iter().map(|row| serde_json::from_str(row).unwrap()).collect();
         let mut shape = Shape::default();

@@ -1,7 +1,8 @@
-//! CSV and TSV: a header with the columns' names, then a record a row; every value is text.
+//! CSV and TSV: a header with the columns' names, then one record per row; every value is text.
 //!
-//! Quotes are RFC 4180's. An empty value without quotes is null, as CSV has no other way to write it. What a loose reader
-//! passes over is refused with its line: a record of another length, a quote that is never closed.
+//! Quotes are those of RFC 4180. An empty value without quotes is null, because CSV has no other way to write it.
+//! Mistakes that a loose reader skips are refused with their line: a record of another length, or a quote that is
+//! never closed.
 
 use super::packing::Input;
 use super::values::read_line;
@@ -15,12 +16,13 @@ use std::sync::Arc;
 
 /// LIMIT: columns of a file.
 const COLUMNS_MAX: usize = 10_000;
-/// LIMIT: bytes of a record; a quote that is never closed would take in the rest of the file.
+/// LIMIT: bytes of a record. A quote that is never closed would take the rest of the file.
 const RECORD_BYTES_MAX: usize = 256 << 20;
-/// A batch of long records is handed on before it holds `BATCH_ROWS`.
+/// Bytes after which a batch is passed on before it has `BATCH_ROWS` records.
 const BATCH_BYTES: usize = 32 << 20;
 const DELIMITERS: [u8; 3] = [b',', b'\t', b';'];
 
+/// The container.
 pub static CONTAINER: Container = Container {
     name: "csv",
     title: "a CSV file",
@@ -115,11 +117,11 @@ impl Records {
     }
 }
 
-/// One record: its values' bytes one behind the other, without quotes.
+/// One record: the bytes of its values one after the other, without quotes.
 #[derive(Default)]
 struct Record {
     bytes: Vec<u8>,
-    /// Where each value ends, and whether it stood in quotes.
+    /// The end of each value, and whether it was in quotes.
     ends: Vec<(usize, bool)>,
     /// Its first line, counted from 1.
     line: u64,
@@ -131,7 +133,7 @@ enum State {
     Start,
     Plain,
     Quoted,
-    /// Behind a quote inside quotes: the end, or one of two.
+    /// After a quote inside quotes: either the end, or the first of two.
     Quote,
 }
 
@@ -141,7 +143,7 @@ struct Parser<'a> {
     delimiter: u8,
     line: u64,
     column: u64,
-    /// Where the quotes were opened.
+    /// The place where the quotes were opened.
     opened: (u64, u64),
 }
 
@@ -155,7 +157,7 @@ impl<'a> Parser<'a> {
         Ok(Parser { input, reader, delimiter, line: 1, column: 0, opened: (0, 0) })
     }
 
-    /// Reads the next record that is not an empty line; false at the end.
+    /// Reads the next record that is not an empty line. Returns false at the end.
     fn next(&mut self, record: &mut Record) -> Result<bool> {
         loop {
             record.bytes.clear();
@@ -172,7 +174,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Whether the file ended; an empty record at the end has no values.
+    /// Reads one record and returns whether the file ended. An empty record at the end has no values.
     fn record(&mut self, record: &mut Record) -> Result<bool> {
         let mut state = State::Start;
         loop {
@@ -208,7 +210,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A line break outside quotes ends in `Start`.
+    /// Handles one byte. A line break outside quotes ends in `Start`.
     fn byte(&mut self, state: State, byte: u8, record: &mut Record) -> Result<State> {
         let is_quoted = state == State::Quote;
         Ok(match (state, byte) {

@@ -1,10 +1,11 @@
-//! One JSON array of objects, a row each. It is read a row at a time, however large the array is.
+//! One JSON array of objects, one per row. It is read row by row, however large the array is.
 
 use super::packing::Input;
 use super::values::{Division, Objects};
 use super::{Container, Rows};
 use crate::fault::Result;
 
+/// The container.
 pub static CONTAINER: Container = Container {
     name: "json",
     title: "a JSON file",

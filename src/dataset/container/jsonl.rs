@@ -1,10 +1,11 @@
-//! JSON lines: one object a line, or objects that take several lines each, one behind the other.
+//! JSON lines: one object per line, or objects of several lines each, one after the other.
 
 use super::packing::Input;
 use super::values::{Division, Objects, first_line_is_whole};
 use super::{Container, Rows};
 use crate::fault::Result;
 
+/// The container.
 pub static CONTAINER: Container = Container {
     name: "jsonl",
     title: "a file of JSON lines",

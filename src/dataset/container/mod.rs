@@ -1,8 +1,8 @@
-//! A data file -> its rows as arrow batches, so that every layout works over every container. A container is one file
-//! here and one line in `CONTAINERS`.
+//! A data file -> its rows as arrow batches, so that every layout works with every container. A container is one
+//! file here and one line in `CONTAINERS`.
 //!
-//! A binary container is recognised by its first bytes; text by the file's name, or by what it begins with where the name
-//! says nothing. Each may lie inside gzip or zstd (`packing`).
+//! A binary container is recognised by its first bytes. Text is recognised by the file's name, or by its beginning
+//! if the name says nothing. Each may be packed with gzip or zstd (`packing`).
 
 mod arrow;
 mod columns;
@@ -23,31 +23,32 @@ use packing::{Input, Packing};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// In order of preference where a folder holds several kinds.
+/// All containers, in order of preference if a folder holds several kinds.
 const CONTAINERS: [&Container; 5] =
     [&parquet::CONTAINER, &jsonl::CONTAINER, &json::CONTAINER, &csv::CONTAINER, &arrow::CONTAINER];
 
-/// How files of one kind are known and opened.
+/// How files of one kind are recognised and opened.
 pub(super) struct Container {
-    /// As `DatasetConfig.dataset_extension` says it.
+    /// The value of `DatasetConfig.dataset_extension`.
     name: &'static str,
-    /// For messages: `a parquet file`.
+    /// The name in messages: `a parquet file`.
     title: &'static str,
     /// Endings of file names, without the dot and without that of gzip or zstd.
     endings: &'static [&'static str],
-    /// Whether the first bytes can be nothing else.
+    /// Whether the first bytes can belong to nothing else.
     is: fn(&[u8]) -> bool,
-    /// Text of the kind may begin so; the name decides where several may.
+    /// Whether text of this kind may begin so. If several kinds may, the name decides.
     may_begin: fn(&str) -> bool,
     open: fn(Input) -> Result<Box<dyn Rows>>,
 }
 
 /// The rows of one file.
 pub(super) trait Rows {
+    /// The columns and their types.
     fn schema(&self) -> &Arc<Schema>;
-    /// `None`: known when they have been read.
+    /// Number of rows. `None`: known only after reading.
     fn count(&self) -> Option<u64>;
-    /// Hands every batch of the named columns, in the order of `names`, to `each`.
+    /// Passes every batch of the named columns, in the order of `names`, to `each`.
     fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()>;
 }
 
@@ -55,34 +56,36 @@ pub(super) use parquet::load as load_parquet;
 
 pub(super) type OnBatch<'a> = dyn FnMut(&[ArrayRef]) -> Result<()> + 'a;
 
-/// Rows handed on at once.
+/// Rows per batch.
 const BATCH_ROWS: usize = 256;
 
-/// A file whose kind is known and whose head is sound.
+/// A file whose kind is known and whose head was checked.
 pub(super) struct Table {
+    /// The columns and their types.
     pub schema: Arc<Schema>,
+    /// Number of rows, if known.
     pub rows: Option<u64>,
     inner: Box<dyn Rows>,
     name: String,
 }
 
 impl Table {
-    /// Hands every batch of the named columns, in the order of `names`, to `each`.
+    /// Passes every batch of the named columns, in the order of `names`, to `each`.
     ///
     /// # Errors
-    /// Data: damage, or a column whose values have several types, with the place. Whatever `each` says.
+    /// Data: damage, or a column whose values have several types, with the place. Also every fault of `each`.
     pub fn read(&self, names: &[String], mut each: impl FnMut(&[ArrayRef]) -> Result<()>) -> Result<()> {
         columns::refuse_mixed(&self.schema, names).map_err(|fault| fault.at(&self.name))?;
         self.inner.read(names, &mut each)
     }
 }
 
-/// What `DatasetConfig.dataset_extension` may say; `webdataset` is KAITO's too and holds no text.
+/// The values of `DatasetConfig.dataset_extension`. KAITO also has `webdataset`, which holds no text.
 pub fn names() -> impl Iterator<Item = &'static str> {
     CONTAINERS.into_iter().map(|container| container.name)
 }
 
-/// Endings of data files for each container, in order of preference: what a folder is searched for.
+/// Endings of data files for each container, in order of preference. A folder is searched for them.
 pub const ENDINGS: &[&[&str]] = &[
     parquet::CONTAINER.endings,
     jsonl::CONTAINER.endings,
@@ -91,10 +94,10 @@ pub const ENDINGS: &[&[&str]] = &[
     arrow::CONTAINER.endings,
 ];
 
-/// Opens the file as the container `asked` for, else as what it is.
+/// Opens the file as the container `asked`, or as the one that it is.
 ///
 /// # Errors
-/// Data: another kind of file, damage. Storage: it cannot be read.
+/// Data: another kind of file, or damage. Storage: it cannot be read.
 pub(super) fn open(file: &source::File, asked: Option<&str>) -> Result<Table> {
     let mut input = Input::open(&file.path, &file.name)?;
     let head = input.head()?;
@@ -118,7 +121,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
             .help("check the path or URL, and whether it needs a login")
     };
     match (wanted, by_head, named) {
-        // `json` is what KAITO calls lines of JSON, too.
+        // KAITO also uses `json` for JSON lines.
         (Some(wanted), None, _) if wanted.name == "json" && (jsonl::CONTAINER.may_begin)(&text) => {
             Ok(&jsonl::CONTAINER)
         }
@@ -128,7 +131,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
             _ => Err(other(wanted)),
         },
         (None, Some(found), _) => Ok(found),
-        // JSON is one thing or the other by its first character, whichever ending it has.
+        // The first character decides between the kinds of JSON, whatever the ending.
         (None, None, Some(named)) if ["json", "jsonl"].contains(&named.name) => {
             let kinds = [&jsonl::CONTAINER, &json::CONTAINER];
             kinds.into_iter().find(|kind| (kind.may_begin)(&text)).ok_or_else(|| other(named))
@@ -139,7 +142,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
     }
 }
 
-/// A file whose name says nothing: JSON is known by its first character, CSV is not.
+/// Chooses for a file whose name says nothing: the first character identifies JSON, but not CSV.
 fn unnamed(head: &[u8], text: &str) -> Result<&'static Container> {
     let json = [&jsonl::CONTAINER, &json::CONTAINER].into_iter().find(|kind| (kind.may_begin)(text));
     json.ok_or_else(|| {
@@ -157,31 +160,31 @@ fn list_of_endings() -> String {
     format!("{}, each also .gz or .zst", endings.join(", "))
 }
 
-/// The last part of a name after its dot, in lower case, that of gzip or zstd taken off.
+/// The ending of a file name in lower case, without that of gzip or zstd.
 fn ending_of(name: &str) -> Option<String> {
     let last = name.rsplit(['/', '\\']).next()?.to_ascii_lowercase();
     let last = packing::ENDINGS.iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(&last);
     last.rsplit_once('.').map(|(_, ending)| ending.to_owned())
 }
 
-/// The head as text without byte order mark and blanks; damage in it is the reader's matter.
+/// The head as text without byte order mark and blanks. The reader will report damage in it.
 fn leading_text(head: &[u8]) -> String {
     let text = String::from_utf8_lossy(head);
     text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_owned()
 }
 
-/// Whether a head is plain text that is neither a page nor a pointer.
+/// Whether a head is plain text that is neither a web page nor a pointer.
 fn is_plain(text: &str) -> bool {
     let lower = text.to_lowercase();
     let foreign = ["<!doctype html", "<html", "<?xml", "<error", "version https://git-lfs"];
-    // A character may be cut off at the head's end.
+    // The head may end inside a character.
     let body = text.trim_end_matches('\u{fffd}');
     !body.is_empty()
         && !foreign.iter().any(|start| lower.starts_with(start))
         && !body.contains(|c: char| c == '\0' || (c.is_control() && !c.is_whitespace()))
 }
 
-/// Says what a file that is none of the containers seems to be: most such files are error pages and pointers.
+/// Describes a file that is none of the containers. Most such files are error pages and pointers.
 fn kind_of(head: &[u8]) -> String {
     let text = leading_text(head).to_lowercase();
     let begins = |start: &[u8]| head.starts_with(start);
@@ -229,7 +232,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
 }
 
-/// Runs decoder code, which panics on some damage. Nothing of it outlives a panic.
+/// Runs decoder code, which panics on some damage. No state of it is used after a panic.
 fn guarded<T, E: std::fmt::Display>(
     work: impl FnOnce() -> std::result::Result<T, E>,
 ) -> std::result::Result<T, String> {
@@ -247,7 +250,7 @@ fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-/// The places of `names` in a schema's columns.
+/// The indices of `names` among a schema's columns.
 fn indices(schema: &Schema, names: &[String]) -> Result<Vec<usize>> {
     let place = |name: &String| {
         schema.index_of(name).map_err(|_| Fault::internal(format!("there is no column `{name}` to read")))

@@ -1,5 +1,5 @@
-//! An open file -> its bytes from the start, gzip or zstd taken off; and, where a container must be able to seek, a file
-//! of them.
+//! An open file -> its bytes from the start, without gzip or zstd. If a container must be able to seek, the bytes
+//! are written to a temporary file.
 
 use crate::fault::{Fault, Result};
 use std::fs::File;
@@ -7,24 +7,27 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// LIMIT: what a packed file may unpack to. Text is read in a stream, so this bounds time, not memory.
+/// LIMIT: bytes that a packed file may unpack to. Text is read as a stream, so this bounds time and not memory.
 const UNPACKED_BYTES_MAX: u64 = 1 << 40;
-/// LIMIT: of a packed file that must lie on disk to be read.
+/// LIMIT: unpacked bytes of a file that must be on disk to be read.
 const SPILLED_BYTES_MAX: u64 = 64 << 30;
-/// LIMIT: memory that a zstd stream may ask for (2^27 bytes), the limit of its own command line.
+/// LIMIT: memory that a zstd stream may ask for (2^27 bytes), which is the limit of its own command line.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 const BUFFER_BYTES: usize = 1 << 20;
-/// Enough to tell every kind of file.
+/// Bytes that are enough to tell every kind of file.
 const HEAD_BYTES: u64 = 512;
 
 /// Endings of packed files' names.
 pub(super) const ENDINGS: [&str; 4] = [".gz", ".gzip", ".zst", ".zstd"];
 
-/// What lies around a container.
+/// The compression around a container.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Packing {
+    /// None.
     None,
+    /// gzip.
     Gzip,
+    /// zstd.
     Zstd,
 }
 
@@ -39,6 +42,7 @@ impl Packing {
         }
     }
 
+    /// The name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Packing::None => "nothing",
@@ -50,17 +54,20 @@ impl Packing {
 
 /// A file that is about to be read.
 pub(super) struct Input {
+    /// The file.
     pub file: File,
-    /// Of the file as it lies there.
+    /// Length of the file as it is stored.
     pub bytes: u64,
-    /// For messages.
+    /// The name in messages.
     pub name: String,
+    /// Its compression.
     pub packing: Packing,
-    /// What its container is called.
+    /// The name of its container.
     pub title: &'static str,
 }
 
 impl Input {
+    /// Opens a file and recognises its compression.
     pub fn open(path: &Path, name: &str) -> Result<Input> {
         let storage = |error| Fault::storage("read", path, &error);
         let file = File::open(path).map_err(storage)?;
@@ -77,7 +84,7 @@ impl Input {
         Ok(head)
     }
 
-    /// The bytes from the start, unpacked. Any number of readers may be at work.
+    /// The bytes from the start, unpacked. Any number of readers may be in use.
     pub fn reader(&self) -> Result<Box<dyn BufRead + '_>> {
         let whole = BufReader::with_capacity(BUFFER_BYTES, At { file: &self.file, at: 0 });
         let limited = |reader| Limited { reader, left: UNPACKED_BYTES_MAX };
@@ -97,7 +104,8 @@ impl Input {
         })
     }
 
-    /// The same, unpacked, so that it can be read at any place: a packed file goes to a temporary one without a name.
+    /// The same file, unpacked and readable at any place. A packed file is written to a temporary file without a
+    /// name.
     pub fn seekable(self) -> Result<Input> {
         if self.packing == Packing::None {
             return Ok(self);
@@ -131,7 +139,7 @@ impl Input {
         Ok(Input { file, bytes, name: self.name, packing: Packing::None, title: self.title })
     }
 
-    /// A read that failed: the packing's damage is the data's, everything else the disk's.
+    /// The fault for a failed read: data if the compressed data may be damaged, otherwise storage.
     pub fn failed(&self, error: &io::Error) -> Fault {
         match self.packing {
             Packing::None => {
@@ -147,7 +155,7 @@ impl Input {
     }
 }
 
-/// Reads a file from a place of its own, whatever others do with it.
+/// Reads a file from a position of its own, independent of other readers.
 struct At<'a> {
     file: &'a File,
     at: u64,
@@ -161,7 +169,7 @@ impl Read for At<'_> {
     }
 }
 
-/// Ends with an error where more comes than anybody means.
+/// Fails if more bytes come than any honest file has.
 struct Limited<'a> {
     reader: Box<dyn Read + 'a>,
     left: u64,

@@ -1,41 +1,46 @@
-//! A column chunk's page headers -> the bytes and values they promise, checked before the decoder believes them.
+//! The page headers of a column chunk -> the bytes and values they declare, checked before the decoder uses them.
 //!
-//! The decoder reserves what a header declares, so one damaged or hostile header could end the process (an
-//! allocation that fails aborts; it does not unwind). Headers are Thrift compact structs:
+//! The decoder reserves what a header declares, so one damaged or hostile header could end the process: an
+//! allocation that fails aborts and does not unwind. Headers are Thrift compact structs:
 //! <https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>, `PageHeader`.
 
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 
-/// LIMIT: what one page may unpack to. Writers aim at 1 MiB; a page holds at least one value, so this bounds a text.
+/// LIMIT: bytes that one page may unpack to. Writers aim at 1 MiB. A page holds at least one value, so this bounds
+/// a text.
 pub(super) const PAGE_BYTES_MAX: u64 = 256 << 20;
-/// LIMIT: header bytes. They may carry a column's smallest and largest value.
+/// LIMIT: bytes of a header, which may carry a column's smallest and largest value.
 const HEADER_BYTES_MAX: usize = 16 << 20;
 const HEADER_BYTES_FIRST: usize = 4 << 10;
-/// Parquet's own headers nest three deep.
+/// LIMIT: nesting of structs. Parquet's own headers have three levels.
 const DEPTH_MAX: u32 = 8;
 
-/// What the pages of one chunk add up to.
+/// Sums over the pages of one chunk.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Totals {
+    /// Bytes after unpacking.
     pub unpacked_bytes: u64,
+    /// Values.
     pub values: u64,
 }
 
-/// Codecs whose decoder of the parquet crate reads to the end of what is packed, whatever a header promises.
+/// How a codec's decoder in the parquet crate treats the length in the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Codec {
-    /// It stops where the header says.
+    /// It stops at the length in the header.
     Bounded,
+    /// It reads to the end of the packed data.
     Gzip,
+    /// It reads to the end of the packed data.
     Brotli,
 }
 
-/// The most that gzip makes of a byte (RFC 1951: 258 bytes of two bits each).
+/// Largest growth of a byte by gzip (RFC 1951: 258 bytes from two bits each).
 const GZIP_GROWTH_MAX: u64 = 1032;
 
-/// Walks the pages in `start..end` of `file`, which must lie inside the file.
+/// Checks the pages in `start..end` of `file`, which must lie inside the file.
 pub(super) fn check(file: &File, start: u64, end: u64, values: u64, codec: Codec) -> Result<Totals, String> {
     let mut totals = Totals::default();
     let mut at = start;
@@ -65,7 +70,7 @@ pub(super) fn check(file: &File, start: u64, end: u64, values: u64, codec: Codec
     Ok(totals)
 }
 
-/// Unpacks a page whose codec might make more of it than its header says, and only counts.
+/// Unpacks a page whose codec might make more of it than its header declares, and only counts the bytes.
 fn check_body(file: &File, at: u64, page: &Page, codec: Codec) -> Result<(), String> {
     let packed = page.packed_bytes.saturating_sub(page.level_bytes);
     let harmless = match codec {
@@ -87,7 +92,7 @@ fn check_body(file: &File, at: u64, page: &Page, codec: Codec) -> Result<(), Str
         Ok(bytes) if bytes > promised => {
             Err(format!("a page unpacks to more than the {} bytes its header promises", page.unpacked_bytes))
         }
-        // What else is wrong with it, the decoder says better.
+        // The decoder describes any other damage better.
         _ => Ok(()),
     }
 }
@@ -115,9 +120,9 @@ struct Page {
     packed_bytes: u64,
     values: u64,
     dictionary_values: u64,
-    /// Of a page of version 2: levels that lie before the packed values, and are not packed.
+    /// Version 2: bytes of the levels before the packed values, which are not packed.
     level_bytes: u64,
-    /// Of a page of version 2: nothing in it is packed.
+    /// Version 2: whether nothing in the page is packed.
     is_plain: bool,
 }
 
@@ -162,13 +167,15 @@ fn page(thrift: &mut Thrift) -> Result<Page, Bad> {
     Ok(page)
 }
 
+/// Why a header cannot be read.
 pub(super) enum Bad {
     /// The bytes end inside the header.
     Short,
+    /// The bytes are not a header.
     Malformed,
 }
 
-/// A field's boolean is its kind.
+/// In a struct, the kind of a field is its boolean value.
 const FALSE: u8 = 2;
 pub(super) const I32: u8 = 5;
 pub(super) const LIST: u8 = 9;
@@ -176,7 +183,9 @@ pub(super) const STRUCT: u8 = 12;
 
 /// A reader of Thrift's compact protocol, as far as skipping and small integers need it.
 pub(super) struct Thrift<'a> {
+    /// The bytes.
     pub bytes: &'a [u8],
+    /// The position.
     pub at: usize,
 }
 
@@ -201,7 +210,7 @@ impl Thrift<'_> {
 
     pub(super) fn skip(&mut self, kind: u8, depth: u32) -> Result<(), Bad> {
         match kind {
-            1 | 2 => Ok(()), // a field's boolean is its kind
+            1 | 2 => Ok(()), // in a struct, the kind is the value
             3 => self.pass(1),
             4..=6 => self.varint().map(drop),
             7 => self.pass(8),
@@ -222,14 +231,14 @@ impl Thrift<'_> {
         let (kind, count) = self.list()?;
         for _ in 0..count {
             match kind {
-                1 | 2 => self.pass(1)?, // in a list a boolean is a byte
+                1 | 2 => self.pass(1)?, // in a list, a boolean is a byte
                 kind => self.skip(kind, depth + 1)?,
             }
         }
         Ok(())
     }
 
-    /// The kind and number of a list's items, each of which has at least a byte.
+    /// Returns the kind and number of a list's items; each item has at least one byte.
     pub(super) fn list(&mut self) -> Result<(u8, u64), Bad> {
         let head = self.byte()?;
         let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
@@ -265,7 +274,7 @@ impl Thrift<'_> {
         Err(Bad::Malformed)
     }
 
-    /// Zigzag: 0, -1, 1, -2, ...
+    /// A zigzag number: 0, -1, 1, -2, ...
     fn integer(&mut self) -> Result<i64, Bad> {
         let value = self.varint()?;
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
@@ -301,7 +310,7 @@ mod tests {
         bytes.extend([0x15, 0x7f, 0x1c, 0x15]); // crc -64; field 5: struct; its field 1
         bytes.extend(zigzag(values));
         bytes.extend([0x15, 0, 0x15, 0, 0x15, 0, 0x1c, 0x18]);
-        let length = zigzag(min as u64 / 2); // lengths are plain varints: half of the zigzag
+        let length = zigzag(min as u64 / 2); // lengths are plain varints, half of the zigzag
         assert!(min.is_multiple_of(2));
         bytes.extend(if min == 0 { vec![0] } else { varint_of(min as u64, length) });
         bytes.extend(vec![b'x'; min]);
@@ -327,13 +336,13 @@ mod tests {
         check(&file, 0, bytes.len() as u64, values, Codec::Bounded)
     }
 
-    /// Zeros, packed, under a header that promises so many bytes.
+    /// Packed zeros under a header that declares `promised` bytes.
     fn lying_page(codec: Codec, zeros: usize, promised: u64) -> Result<Totals, String> {
         let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
         writer.write_all(&vec![0; zeros]).unwrap();
         let packed = writer.finish().unwrap();
         let mut bytes = data_page(3, promised, 0, 0);
-        // The body's length stands after the promised length.
+        // The body's length follows the declared length.
         let at = 3 + zigzag(promised).len() + 1;
         bytes.splice(at..at + 1, zigzag(packed.len() as u64));
         bytes.extend(packed);
@@ -344,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_gzip_page_holds_no_more_than_its_header_promises() {
-        // Large enough that it might unpack to more than a page may hold.
+        // The page is large enough that it might unpack to more than a page may hold.
         let zeros = 1 << 20;
         assert!(lying_page(Codec::Gzip, zeros, 100).unwrap_err().contains("more than the 100 bytes"));
         assert!(lying_page(Codec::Gzip, zeros, zeros as u64 - 1).unwrap_err().contains("more than"));

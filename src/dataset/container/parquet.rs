@@ -1,8 +1,8 @@
-//! A parquet file -> its schema and columns, a batch at a time. Damage is a `Data` fault with the place.
+//! A parquet file -> its schema and columns, one batch at a time. Damage is a `Data` fault with the place.
 //!
-//! The decoder is trusted neither to return (it panics on some damage) nor to be modest (it reserves what a
-//! header declares): the footer and page headers are checked first, and all of it runs behind `catch_unwind`.
-//! What damage cannot be seen here (a flipped bit in a text) is what the SHA-256 of `source` is for.
+//! The parquet decoder can panic on damaged files, and it can allocate whatever a header declares. Therefore the
+//! footer and the page headers are checked first, and all decoding runs behind `catch_unwind`. Damage that cannot
+//! be seen here (a flipped bit in a text) is found by the SHA-256 of `source`.
 
 use super::packing::Input;
 use super::pages::Codec;
@@ -22,6 +22,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+/// The container.
 pub static CONTAINER: Container = Container {
     name: "parquet",
     title: "a parquet file",
@@ -33,15 +34,16 @@ pub static CONTAINER: Container = Container {
 
 const MAGIC: &[u8] = b"PAR1";
 
-/// LIMIT: what the chosen columns of one row group may unpack to; it is decoded in parts, so memory stays below.
+/// LIMIT: unpacked bytes of the chosen columns of one row group. It is decoded in parts, so memory stays below.
 const GROUP_BYTES_MAX: u64 = 16 << 30;
-/// LIMIT: values (messages, mostly) in one column of a row group. A null costs no bytes in the file but some in memory.
+/// LIMIT: values (mostly messages) in one column of a row group. A null takes no bytes in the file but some in
+/// memory.
 const GROUP_VALUES_MAX: u64 = 100_000_000;
 const COLUMNS_MAX: usize = 10_000;
-/// LIMIT: memory for the footer, or for one batch of rows beside what the reader keeps: pages and their dictionaries.
+/// LIMIT: memory for the footer, or for one batch of rows in addition to the reader's pages and dictionaries.
 const DECODER_BYTES_MAX: usize = 1 << 30;
 
-/// A file whose footer is sound.
+/// A file whose footer was checked.
 struct Table {
     schema: Arc<Schema>,
     rows: u64,
@@ -51,7 +53,7 @@ struct Table {
     bounds: Bounds,
 }
 
-/// Opens the file and checks its footer. Errors: `Data`, or `Storage` when it cannot be read at all.
+/// Opens the file and checks its footer. Errors: `Data`, or `Storage` if it cannot be read at all.
 fn open(input: Input) -> Result<Table> {
     let Input { file, bytes, name, .. } = input.seekable()?;
     refuse_other_kinds(&file, bytes).map_err(|fault| fault.at(&name))?;
@@ -67,9 +69,9 @@ fn bounds(name: &str) -> Bounds {
     Bounds::new(Kind::Data, format!("{name}: the parquet data"), DECODER_BYTES_MAX)
 }
 
-/// A footer that is sound enough to be parsed, with strings as views: a text that a dictionary holds once and a million
-/// rows name stays one text. The schema that Arrow's writers put beside parquet's own is not needed. Error: what is
-/// wrong with it.
+/// Reads a footer that is safe to parse. Strings become views, so that a text that a dictionary holds once and a
+/// million rows name stays one text. The schema that Arrow's writers add to parquet's own is not needed. The error
+/// says what is wrong with the footer.
 pub fn load(file: &File, bytes: u64, name: &str) -> std::result::Result<ArrowReaderMetadata, String> {
     schema::check(file, bytes)?;
     let options = ArrowReaderOptions::new;
@@ -181,7 +183,7 @@ impl Table {
     }
 }
 
-/// Ranges inside the file, counts that agree. Gives the number of rows.
+/// Checks that ranges lie inside the file and that counts agree. Returns the number of rows.
 fn check_footer(metadata: &ArrowReaderMetadata, file_bytes: u64) -> std::result::Result<u64, String> {
     let metadata = metadata.metadata();
     let columns = metadata.file_metadata().schema_descr().num_columns();
@@ -218,7 +220,7 @@ fn check_footer(metadata: &ArrowReaderMetadata, file_bytes: u64) -> std::result:
     Ok(rows as u64)
 }
 
-/// Says what a file that is not parquet seems to be: most such files are error pages and pointers.
+/// Describes a file that is not parquet. Most such files are error pages and pointers.
 fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
     let mut head = vec![0; bytes.min(512) as usize];
     let mut tail = vec![0; bytes.min(4) as usize];

@@ -1,17 +1,17 @@
-//! A parquet file's footer -> whether its schema and lists are ones that a parser may be given.
+//! The footer of a parquet file -> whether its schema and lists are safe for a parser.
 //!
-//! The parquet crate builds the schema by recursion, as deep as the file says, and reserves as many children as a
-//! group promises: 80 kB of groups within groups fill any stack, 39 bytes reserve 17 GB. Neither can be caught. So the
-//! footer (Thrift compact, `FileMetaData`) is walked here first, with a loop and a count.
+//! The parquet crate builds the schema by recursion as deep as the file declares, and reserves as many children as
+//! a group declares: 80 kB of nested groups overflow any stack, and 39 bytes reserve 17 GB. Neither can be caught.
+//! Therefore the footer (Thrift compact, `FileMetaData`) is checked here first, with a loop and a count.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::pages::{Bad, I32, LIST, STRUCT, Thrift};
 
-/// LIMIT: a footer has some hundred bytes for each column of each row group.
+/// LIMIT: bytes of a footer, which has some hundred bytes per column of each row group.
 const FOOTER_BYTES_MAX: u64 = 128 << 20;
-/// LIMIT: groups within groups. A list of structs is three deep.
+/// LIMIT: nested groups. A list of structs has three levels.
 const SCHEMA_DEPTH_MAX: usize = 64;
 /// LIMIT: columns and groups together.
 const SCHEMA_ELEMENTS_MAX: u64 = 40_000;
@@ -41,7 +41,7 @@ pub(super) fn check(file: &File, file_bytes: u64) -> Result<(), String> {
     }
 }
 
-/// `FileMetaData`: its second field is the schema, a list of elements, each with its number of children.
+/// Walks `FileMetaData`. Its second field is the schema, a list of elements, each with its number of children.
 fn metadata(thrift: &mut Thrift, schema: &mut Schema) -> Result<(), Bad> {
     thrift.structure(0, &mut |thrift, id, kind| match (id, kind) {
         (2, LIST) => {
@@ -67,11 +67,11 @@ fn metadata(thrift: &mut Thrift, schema: &mut Schema) -> Result<(), Bad> {
     })
 }
 
-/// The tree of groups, as far as it has been seen.
+/// The tree of groups, as far as it has been read.
 #[derive(Default)]
 struct Schema {
     elements_left: u64,
-    /// For each group that is open, the children it still waits for.
+    /// For each open group, the number of children still to come.
     open: Vec<u64>,
     problem: Option<String>,
 }
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    /// A file whose schema's elements have so many children each.
+    /// Checks a file whose schema's elements have so many children each.
     fn of(children: &[u32]) -> Result<(), String> {
         let varint = |value: u32| {
             let (mut rest, mut bytes) = (value, Vec::new());

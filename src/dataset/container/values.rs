@@ -1,8 +1,8 @@
-//! The bytes of a text file -> the JSON values in it, one after the other, each with its line and column; and the rows
-//! that they are.
+//! The bytes of a text file -> its JSON values one after the other, each with line and column, and the rows made
+//! from them.
 //!
-//! A file is read twice: once for the types of all rows, so that none comes as a surprise in the middle, and once for
-//! the values.
+//! A file is read twice: once for the types of all rows, so that no row in the middle has an unexpected type, and
+//! once for the values.
 
 use super::columns::{Columns, Shape};
 use super::packing::Input;
@@ -14,26 +14,26 @@ use serde_json::Value;
 use std::io::BufRead;
 use std::sync::Arc;
 
-/// LIMIT: bytes of one row's text; bounds the memory that a row without an end may take.
+/// LIMIT: bytes of one row's text. It bounds the memory for a row that does not end.
 const ROW_BYTES_MAX: usize = 256 << 20;
-/// A batch of long rows is handed on before it holds `BATCH_ROWS`.
+/// Bytes after which a batch is passed on before it has `BATCH_ROWS` rows.
 const BATCH_BYTES: usize = 32 << 20;
 
 /// How the values of a file are divided.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Division {
-    /// One value a line.
+    /// One value per line.
     Lines,
     /// Values one after the other, with any white space between and inside them.
     Sequence,
-    /// One array that holds the values.
+    /// One array that contains the values.
     Array,
 }
 
-/// One value's text.
+/// The text of one value.
 struct Piece<'a> {
     bytes: &'a [u8],
-    /// Both counted from 1.
+    /// Line and column, both counted from 1.
     line: u64,
     column: u64,
 }
@@ -107,7 +107,7 @@ pub(super) fn first_line_is_whole(input: &Input) -> Result<bool> {
     }
 }
 
-/// Hands on every row with its line and the length of its text.
+/// Passes on every row with its line and the length of its text.
 fn each_object(
     input: &Input,
     division: Division,
@@ -161,7 +161,7 @@ fn too_long(input: &Input, line: u64) -> Fault {
         .help("each row is one example; divide it, or check the file's quotes and brackets")
 }
 
-/// Lines with text on them.
+/// Passes on all lines that are not empty.
 fn lines(input: &Input, each: &mut OnPiece) -> Result<()> {
     let mut reader = input.reader()?;
     let (mut text, mut line) = (Vec::new(), 0);
@@ -184,7 +184,7 @@ fn lines(input: &Input, each: &mut OnPiece) -> Result<()> {
     }
 }
 
-/// One line without its end; whether the file ends with it.
+/// Reads one line without its end. Returns whether the file ends with it.
 pub(super) fn read_line(
     input: &Input,
     reader: &mut dyn BufRead,
@@ -209,20 +209,20 @@ pub(super) fn read_line(
     }
 }
 
-/// What a scan looks for next.
+/// The characters that a scan expects next.
 #[derive(Clone, Copy, PartialEq)]
 enum Next {
     /// The `[` of the array.
     Open,
-    /// A value; `true`: or the array's end.
+    /// A value; with `true`, the array's end is also possible.
     Value(bool),
     /// A comma or the array's end.
     Comma,
-    /// Nothing but white space.
+    /// White space only.
     End,
 }
 
-/// Divides values without reading them: strings and brackets are enough to see where one ends.
+/// Finds where values end without parsing them: strings and brackets are enough for that.
 struct Scan<'a> {
     input: &'a Input,
     next: Next,
@@ -233,7 +233,7 @@ struct Scan<'a> {
     escaped: bool,
     line: u64,
     column: u64,
-    /// Where the value began.
+    /// The place where the value began.
     from: (u64, u64),
 }
 
@@ -305,7 +305,7 @@ impl Scan<'_> {
         Ok(())
     }
 
-    /// The rest is handed on as it is, for the reader's words on what is missing.
+    /// Passes on an incomplete value at the end, so that the parser's message says what is missing.
     fn finish(&mut self, each: &mut OnPiece) -> Result<()> {
         if !self.value.is_empty() {
             let (line, column) = self.from;

@@ -6,6 +6,7 @@ use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field};
 use std::sync::Arc;
 
+/// Whether a type holds text: any kind of string, bytes, or a dictionary of them.
 pub fn is_string(kind: &DataType) -> bool {
     use DataType::*;
     match kind {
@@ -15,14 +16,14 @@ pub fn is_string(kind: &DataType) -> bool {
     }
 }
 
-/// Every string kind as one, without copying a text; bytes are checked to be UTF-8.
+/// Converts any kind of string array to one kind, without copying a text. Bytes are checked to be UTF-8.
 pub fn strings(array: &ArrayRef) -> Result<StringViewArray> {
     Ok(cast(array, &DataType::Utf8View)?.as_string_view().clone())
 }
 
-/// Bytes of all texts in an array, each counted as often as a row names it.
+/// Bytes of all texts in an array; a text counts as often as rows name it.
 pub fn text_bytes(array: &ArrayRef) -> u64 {
-    // The length is the lower half of a view's first 8 bytes.
+    // The length of a text is the lower half of its view's first 8 bytes.
     let lengths = |views: &[u128]| views.iter().map(|view| u64::from(*view as u32)).sum();
     match array.data_type() {
         DataType::Utf8View => lengths(array.as_string_view().views()),
@@ -34,11 +35,12 @@ pub fn text_bytes(array: &ArrayRef) -> u64 {
     }
 }
 
+/// The text at `index`, or `None` if it is null.
 pub fn value(array: &StringViewArray, index: usize) -> Option<&str> {
     (!array.is_null(index)).then(|| array.value(index))
 }
 
-/// What a list holds.
+/// The type of a list's items.
 pub fn element(kind: &DataType) -> Option<&Arc<Field>> {
     use DataType::*;
     match kind {
@@ -49,10 +51,10 @@ pub fn element(kind: &DataType) -> Option<&Arc<Field>> {
     }
 }
 
-/// A type in a few words of a message.
+/// Describes a type in a few words for a message.
 pub fn kind(kind: &DataType) -> String {
     const CHARS_MAX: usize = 120;
-    // Files are read as views of their texts; people know the plain names.
+    // Files are read as views of their texts, but people know the plain names.
     let text = kind.to_string().replace("Utf8View", "Utf8").replace("BinaryView", "Binary");
     match text.char_indices().nth(CHARS_MAX) {
         Some((at, _)) => text[..at].to_owned() + "...",
@@ -60,6 +62,7 @@ pub fn kind(kind: &DataType) -> String {
     }
 }
 
+/// Casts an array and refuses values that do not fit.
 pub fn cast(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     let strict = CastOptions { safe: false, ..CastOptions::default() };
     cast_with_options(array, to, &strict)

@@ -1,5 +1,5 @@
-//! Columns beside a layout's own -> what the chat template sees beside the messages; the closed list of columns that
-//! are known, and a warning for those that nothing reads.
+//! Columns beside those of the layout -> the context that the chat template sees beside the messages. The list of
+//! known columns is closed; a warning names the columns that nothing reads.
 
 use super::super::{Context, Conversation, Message, Options};
 use super::{Reading, column, find, json};
@@ -9,18 +9,22 @@ use arrow::datatypes::Schema;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// What a column beside the layout's own is for.
+/// The use of a column beside the layout's own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Companion {
+    /// A system turn.
     System,
+    /// The tools that the assistant may call.
     Tools,
     /// OpenAI's older form of tools.
     Functions,
+    /// Documents to answer from.
     Documents,
+    /// Further variables of the template.
     Variables,
 }
 
-/// In any letter case.
+/// Names of each companion, in any letter case.
 const COMPANIONS: [(Companion, &[&str]); 5] = [
     (Companion::System, &["system", "system_prompt", "system_message"]),
     (Companion::Tools, &["tools"]),
@@ -29,7 +33,7 @@ const COMPANIONS: [(Companion, &[&str]); 5] = [
     (Companion::Variables, &["chat_template_kwargs"]),
 ];
 
-/// Columns that name a row and say where it is from: nothing is lost where they are not read.
+/// Columns that identify a row or its origin. Nothing is lost if they are not read.
 const ABOUT_THE_ROW: [&str; 16] = [
     "__index_level_0__",
     "id",
@@ -49,7 +53,7 @@ const ABOUT_THE_ROW: [&str; 16] = [
     "timestamp",
 ];
 
-/// The companions of a schema whose columns in `taken` belong to the layout: what each is, and its name.
+/// (use, column name) of each companion in a schema; the columns `taken` belong to the layout.
 pub fn of(schema: &Schema, options: &Options, taken: &[String]) -> Result<Vec<(Companion, String)>> {
     let mut found: Vec<(Companion, String)> = Vec::new();
     for (companion, names) in COMPANIONS {
@@ -69,7 +73,7 @@ pub fn of(schema: &Schema, options: &Options, taken: &[String]) -> Result<Vec<(C
     Ok(found)
 }
 
-/// Notes the columns that nothing reads.
+/// Records the columns that nothing reads.
 pub fn note_others(schema: &Schema, read: &[String], reading: &mut Reading) {
     let others = schema.fields().iter().filter(|field| !read.contains(field.name()));
     for field in others {
@@ -84,6 +88,7 @@ pub struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
+    /// Prepares the arrays of the companions.
     pub fn of(companions: &'a [(Companion, String)], arrays: &[ArrayRef]) -> Result<Columns<'a>> {
         let both = companions.iter().zip(arrays);
         let columns =
@@ -91,7 +96,7 @@ impl<'a> Columns<'a> {
         Ok(Columns { columns: columns.collect::<Result<_>>()? })
     }
 
-    /// Puts a row's companions where they belong. Error: what is wrong with the row.
+    /// Adds a row's companions to its conversation and its context. The error says what is wrong with the row.
     pub fn attach(
         &self,
         row: usize,
@@ -145,7 +150,7 @@ fn text(name: &str, value: Value) -> std::result::Result<String, String> {
     }
 }
 
-/// JSON text is read.
+/// Returns the value; JSON text is parsed.
 fn parsed(name: &str, value: Value) -> std::result::Result<Value, String> {
     match value {
         Value::String(text) => serde_json::from_str(&text)
@@ -154,7 +159,7 @@ fn parsed(name: &str, value: Value) -> std::result::Result<Value, String> {
     }
 }
 
-/// A list of objects; JSON text of it or of its items is read. An empty list is none.
+/// Returns a list of objects; JSON text of it or of its items is parsed. An empty list gives `None`.
 fn listed(name: &str, value: Value) -> std::result::Result<Option<Arc<Value>>, String> {
     let items = match parsed(name, value)? {
         Value::Array(items) => items,
@@ -175,7 +180,7 @@ fn as_tools(functions: &Value) -> Value {
     functions.map(|function| json!({"type": "function", "function": function})).collect()
 }
 
-/// The system turn comes first; one that is there already must say the same.
+/// Puts the system turn first. If there is one already, it must say the same.
 fn add_system(conversation: &mut Conversation, text: String) -> std::result::Result<(), String> {
     let messages = match conversation {
         Conversation::Messages(messages) => messages,
@@ -195,7 +200,7 @@ fn add_system(conversation: &mut Conversation, text: String) -> std::result::Res
     Ok(())
 }
 
-/// Why a companion's column cannot be read at all.
+/// The reason why a companion's column cannot be read at all.
 pub fn refuses(schema: &Schema, companion: Companion, name: &str) -> Option<String> {
     let field = schema.field_with_name(name).ok()?;
     let kind = field.data_type();

@@ -1,26 +1,26 @@
-//! The closed list of a message's fields beside who speaks and what is said: each is used, refused or not read.
+//! The closed list of a message's fields beside role and content: each is used, refused or not read.
 
 use super::sharegpt;
 use crate::dataset::Message;
 use serde_json::{Map, Value};
 
-/// What a field of a message does here.
+/// The treatment of a field of a message.
 enum Use {
-    /// The chat template sees it as it stands.
+    /// The chat template sees it unchanged.
     Template,
-    /// JSON text is read first; then the chat template sees it. An empty list is none.
+    /// JSON text is parsed, then the chat template sees it. An empty list counts as absent.
     Json,
     /// OpenAI's older form of `tool_calls`.
     Call,
-    /// 0: the turn is shown and not learned; 1: learned.
+    /// 0: the turn is shown and not learned. 1: it is learned.
     Weight,
-    /// The message cannot be learned from: why.
+    /// The message cannot be used; the text says why.
     Refused(&'static str),
 }
 
 const TEXT_ONLY: &str = "hone trains on text only";
 
-/// In any letter case. What is not here is named in a warning.
+/// The known fields, in any letter case. A warning names any other field.
 const FIELDS: [(&str, Use); 27] = [
     ("tool_calls", Use::Json),
     ("function_call", Use::Call),
@@ -54,8 +54,8 @@ const FIELDS: [(&str, Use); 27] = [
     ),
 ];
 
-/// Puts the remaining fields of a message into it. `unknown` gets the names of those that are not read. Error: what is
-/// wrong with the message.
+/// Adds the remaining fields to a message. `unknown` receives the names of fields that are not read. The error says
+/// what is wrong with the message.
 pub fn take(
     message: &mut Message,
     fields: Map<String, Value>,
@@ -85,7 +85,7 @@ pub fn take(
     Ok(())
 }
 
-/// Null, and the empty values that exporters write for it.
+/// Whether a value is null, or an empty value that exporters write instead of null.
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -96,7 +96,7 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// A list of calls; one that is JSON text is read.
+/// A list of calls; JSON text of one is parsed.
 fn list(name: &str, value: Value) -> Result<Value, String> {
     let value = match value {
         Value::String(text) => serde_json::from_str(&text)

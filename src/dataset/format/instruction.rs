@@ -1,7 +1,7 @@
-//! Alpaca's `instruction`, `input` and `output`, and pairs of question and answer with or without a context -> a turn of
-//! the user and one of the assistant, for the chat template to write.
+//! Alpaca's `instruction`, `input` and `output`, and pairs of question and answer with or without a context -> a
+//! turn of the user and a turn of the assistant, which the chat template then writes.
 //!
-//! A context stands before its question, an input behind its instruction, an empty line between.
+//! A context is placed before its question and an input after its instruction, with an empty line between them.
 
 use super::super::{Conversation, Layout, Message, Options};
 use super::{Column, Format, Rows, column, not_a_string};
@@ -31,6 +31,7 @@ const ANSWER: Column = Column {
     names: &["answer", "response"],
 };
 
+/// Alpaca with an input.
 pub static ALPACA: Format = Format {
     layout: Layout::Alpaca,
     expects: "`instruction` and `output`, perhaps `input`: strings",
@@ -39,8 +40,10 @@ pub static ALPACA: Format = Format {
     rows: |arrays, _| turns(arrays, ["instruction", "output"], true),
 };
 
+/// Alpaca without an input.
 pub static ALPACA_WITHOUT_INPUT: Format = Format { columns: &[INSTRUCTION, OUTPUT], ..copy(&ALPACA) };
 
+/// Question and answer with a context.
 pub static QUESTION_ANSWER: Format = Format {
     layout: Layout::QuestionAnswer,
     expects: "`question` and `answer`, perhaps `context`: strings",
@@ -49,6 +52,7 @@ pub static QUESTION_ANSWER: Format = Format {
     rows: |arrays, _| turns(arrays, ["question", "answer"], false),
 };
 
+/// Question and answer without a context.
 pub static QUESTION_ANSWER_ALONE: Format = Format { columns: &[QUESTION, ANSWER], ..copy(&QUESTION_ANSWER) };
 
 const fn copy(format: &Format) -> Format {
@@ -65,7 +69,8 @@ fn question(options: &Options) -> Option<&str> {
     options.question_column.as_deref()
 }
 
-/// `arrays`: what is asked, what is answered, and perhaps what goes with the question.
+/// Makes the turns. `arrays` holds the questions, the answers, and possibly the text that belongs to each question;
+/// `behind` places that text after the question.
 fn turns(arrays: &[ArrayRef], names: [&str; 2], behind: bool) -> Result<Rows> {
     let (asked, answered) = (column::strings(&arrays[0])?, column::strings(&arrays[1])?);
     let beside = arrays.get(2).map(column::strings).transpose()?;

@@ -1,7 +1,8 @@
-//! Arrow arrays of any kind -> JSON values, a row at a time.
+//! Arrow arrays of any kind -> JSON values, one row at a time.
 //!
-//! Nulls inside a struct are left out: files of one schema give every struct the fields of all others, with nulls where
-//! a field was not written (a tool's arguments get those of every tool). Where a null is meant, the column is JSON text.
+//! Nulls inside a struct are left out: files with one schema give every struct the fields of all others, with nulls
+//! for fields that were not written (a tool's arguments get those of every tool). If a null is meant, the column
+//! must be JSON text.
 
 use super::column::cast;
 use crate::fault::{Fault, Result};
@@ -12,7 +13,7 @@ use arrow::array::{
 use arrow::datatypes::DataType;
 use serde_json::{Map, Value};
 
-/// An array whose parts are cast once, so that rows are read without looking at types again.
+/// An array whose parts were cast once, so that reading a row needs no look at types.
 pub struct Column {
     nulls: ArrayRef,
     values: Values,
@@ -32,7 +33,7 @@ enum Values {
 }
 
 impl Column {
-    /// Errors: `Data` for bytes that are not UTF-8 and for types that JSON has no form for.
+    /// Casts an array. Errors: `Data` for bytes that are not UTF-8, and for types without a JSON form.
     pub fn of(array: &ArrayRef) -> Result<Column> {
         use DataType::*;
         let values = match array.data_type() {
@@ -66,6 +67,7 @@ impl Column {
         Ok(Column { nulls: array.clone(), values })
     }
 
+    /// The value of a row.
     pub fn value(&self, row: usize) -> Value {
         if self.nulls.is_null(row) {
             return Value::Null;
@@ -99,7 +101,7 @@ fn fields(array: &StructArray) -> Result<Vec<(String, Column)>> {
     both.map(|(field, column)| Ok((field.name().clone(), Column::of(column)?))).collect()
 }
 
-/// A map is a list of structs of two.
+/// A map is stored as a list of structs with two fields.
 fn entries(array: &ArrayRef) -> Result<Values> {
     let map = array.as_map();
     let offsets = map.offsets().iter().map(|&offset| i64::from(offset)).collect::<Vec<_>>();

@@ -1,4 +1,5 @@
-//! A list of messages a row, by the names that OpenAI, Hugging Face, ShareGPT and others have for it, or JSON text of one.
+//! A list of messages per row, under the names of OpenAI, Hugging Face, ShareGPT and others, or JSON text of such a
+//! list.
 
 use super::super::{Conversation, Layout, Message};
 use super::{Column, Format, Reading, Rows, column, fields, json, sharegpt};
@@ -7,6 +8,7 @@ use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::{DataType, Field};
 use serde_json::{Map, Value};
 
+/// The format.
 pub static FORMAT: Format = Format {
     layout: Layout::Messages,
     expects: "`messages` (or `conversations`, `conversation`, `dialog`): a list of {role, content} or {from, value}",
@@ -28,13 +30,13 @@ pub static FORMAT: Format = Format {
     rows,
 };
 
-/// Fields that say who speaks, in any letter case.
+/// Names of the field that holds the role, in any letter case.
 const ROLE_FIELDS: [&str; 6] = ["role", "from", "speaker", "author", "sender", "user_type"];
-/// Fields that hold what is said, in any letter case.
+/// Names of the field that holds the content, in any letter case.
 const CONTENT_FIELDS: [&str; 7] = ["content", "value", "text", "message", "utterance", "body", "parts"];
 
-/// Why a column of this type holds no messages. What its messages' fields are called is told row by row, since the
-/// configuration may name them.
+/// The reason why a column of this type holds no messages. Names of the messages' fields are checked row by row,
+/// because the configuration may add some.
 pub fn refuses(field: &Field) -> Option<String> {
     let kind = field.data_type();
     if column::is_string(kind) {
@@ -64,7 +66,7 @@ fn rows(arrays: &[ArrayRef], reading: &mut Reading) -> Result<Rows> {
     Ok((0..arrays[0].len()).map(row).collect())
 }
 
-/// The messages of one row. Error: what is wrong with it.
+/// The messages of one row. The error says what is wrong with it.
 pub fn conversation(value: Value, reading: &mut Reading) -> std::result::Result<Vec<Message>, String> {
     let value = match value {
         Value::String(text) => serde_json::from_str(&text)
@@ -111,7 +113,8 @@ fn message(turn: Value, reading: &mut Reading) -> std::result::Result<Message, S
     Ok(message)
 }
 
-/// Text stays as it is, parts of text are joined, and an object (what a tool gave) is for the template to write.
+/// Sets the content. Text stays unchanged and parts of text are joined. An object (the result of a tool) is left to
+/// the template.
 fn put_content(message: &mut Message, said: Value, reading: &mut Reading) -> std::result::Result<(), String> {
     let role = &message.role;
     message.content = match said {
@@ -133,7 +136,7 @@ fn put_content(message: &mut Message, said: Value, reading: &mut Reading) -> std
     Ok(())
 }
 
-/// A part of a content: `{type: text, text}`, or a bare text.
+/// Whether a value is a part of a content: `{type: text, text}`, or a bare text.
 fn is_part(value: &Value) -> bool {
     value.is_string() || value.get("type").is_some_and(Value::is_string) || value.get("text").is_some()
 }
@@ -152,7 +155,7 @@ fn part(value: &Value) -> std::result::Result<String, String> {
     }
 }
 
-/// An answer of nothing cannot be learned; other empty turns are shown as the template writes them.
+/// Refuses an empty answer, which cannot be learned. Other empty turns are shown as the template writes them.
 fn check_content(message: &Message, reading: &mut Reading) -> std::result::Result<(), String> {
     let says_otherwise = !message.extra.is_empty();
     match (&message.content, message.role.as_str()) {
@@ -167,7 +170,7 @@ fn check_content(message: &Message, reading: &mut Reading) -> std::result::Resul
     Ok(())
 }
 
-/// Takes the field that the user named, or the first that is known by one of `names` in any letter case.
+/// Removes and returns the field that the user named, or the first field with one of `names` in any letter case.
 fn remove(turn: &mut Map<String, Value>, named: Option<&str>, names: &[&str]) -> Option<Value> {
     if let Some(name) = named {
         return turn.shift_remove(name);
@@ -193,7 +196,7 @@ fn unknown_speaker(speaker: &str) -> String {
     )
 }
 
-/// A JSON value's kind in words.
+/// The kind of a JSON value in words.
 fn what(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

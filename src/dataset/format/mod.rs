@@ -19,7 +19,7 @@ use arrow::datatypes::{Field, Schema};
 use companions::Companion;
 use std::collections::BTreeMap;
 
-/// In order of preference when a file fits several.
+/// All formats, in order of preference if a file fits several.
 const FORMATS: [&Format; 13] = [
     &messages::FORMAT,
     &prompt_completion::FORMAT,
@@ -38,23 +38,24 @@ const FORMATS: [&Format; 13] = [
 
 /// How one kind of table becomes conversations.
 pub(super) struct Format {
+    /// The layout that it reads.
     pub layout: Layout,
-    /// The columns it wants, for messages.
+    /// The columns it needs, for messages.
     expects: &'static str,
     columns: &'static [Column],
-    /// Why columns of these types cannot be read, given in the order of `columns`.
+    /// The reason why columns of these types, in the order of `columns`, cannot be read.
     refuses: fn(&[&Field]) -> Option<String>,
-    /// Arrays in the order of `columns` -> one conversation a row, or what is wrong with the row.
+    /// Arrays in the order of `columns` -> one conversation per row, or what is wrong with the row.
     rows: fn(&[ArrayRef], &mut Reading) -> Result<Rows>,
 }
 
-/// A column that a format wants.
+/// A column that a format needs.
 struct Column {
     /// The configuration key that names it.
     key: &'static str,
-    /// What that key says.
+    /// The value of that key.
     given: fn(&Options) -> Option<&str>,
-    /// Names that are looked for otherwise, in any letter case, the best first.
+    /// Names that are looked for if the key is not set, in any letter case, the best first.
     names: &'static [&'static str],
 }
 
@@ -66,8 +67,9 @@ pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
 type Rows = Vec<std::result::Result<Conversation, String>>;
 type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
 
-/// A format that fits a file, and the columns to read.
+/// A format that fits a file, with the columns to read.
 pub(super) struct Choice {
+    /// The format.
     pub format: &'static Format,
     /// Names of the columns to read: the format's, then the companions'.
     pub columns: Vec<String>,
@@ -75,7 +77,7 @@ pub(super) struct Choice {
 }
 
 impl Choice {
-    /// Arrays in the order of `columns` -> one conversation a row, or what is wrong with the row.
+    /// Arrays in the order of `columns` -> one conversation per row, or what is wrong with the row.
     pub fn rows(&self, arrays: &[ArrayRef], reading: &mut Reading) -> Result<Attached> {
         let (own, beside) = arrays.split_at(self.format.columns.len());
         let beside = companions::Columns::of(&self.companions, beside)?;
@@ -87,20 +89,24 @@ impl Choice {
     }
 }
 
-/// What reading all files found that somebody should know, told once at the end.
+/// Findings over all files that the user should know. They are reported once at the end.
 pub(super) struct Reading<'a> {
+    /// Names that the user gave.
     pub names: &'a Names,
-    /// Columns that nothing reads; whether they only name the row.
+    /// Columns that nothing reads, and whether they only identify the row.
     columns: BTreeMap<String, bool>,
-    /// Fields of messages that nothing reads, and how many messages have them.
+    /// Fields of messages that nothing reads, and the number of messages that have them.
     fields: BTreeMap<String, u64>,
-    /// Columns for the chat template in rows that have none, and how many rows.
+    /// Columns for the chat template in rows that use none, and the number of rows.
     idle: BTreeMap<String, u64>,
+    /// Messages whose content had several parts.
     pub parts_joined: u64,
+    /// Empty turns of the user.
     pub empty_questions: u64,
 }
 
 impl<'a> Reading<'a> {
+    /// Starts without findings.
     pub fn new(names: &'a Names) -> Reading<'a> {
         let (columns, fields, idle) = Default::default();
         Reading { names, columns, fields, idle, parts_joined: 0, empty_questions: 0 }
@@ -118,7 +124,7 @@ impl<'a> Reading<'a> {
         *self.idle.entry(name.to_owned()).or_insert(0) += 1;
     }
 
-    /// One line for each kind of thing.
+    /// Reports the findings, one line for each kind.
     pub fn tell(&self, report: &Report) {
         let names = |about: bool| {
             let list = self.columns.iter().filter(|(_, is_about)| **is_about == about);
@@ -164,9 +170,9 @@ impl<'a> Reading<'a> {
     }
 }
 
-/// The first format of the wanted layout whose columns are there with fitting types.
+/// Returns the first format of the wanted layout whose columns are there with fitting types.
 ///
-/// `layout`: what the file's own entry of `data` says.
+/// `layout` is the layout that the file's own entry of `data` names.
 pub(super) fn choose(
     schema: &Schema,
     options: &Options,
@@ -181,7 +187,7 @@ pub(super) fn choose(
         let columns = match resolve(schema, format, options, layout)? {
             Ok(columns) => columns,
             Err(problem) => {
-                // Of a layout's variants the least demanding speaks, which comes last.
+                // For each layout, the problem of its last, least demanding variant is reported.
                 problems.retain(|(layout, _)| *layout != format.layout);
                 problems.extend(problem.map(|problem| (format.layout, problem)));
                 continue;
@@ -222,8 +228,8 @@ fn chosen(
     Ok(Choice { format, columns, companions })
 }
 
-/// The columns of a format in this schema, or, where some are missing, what to say of it if others are there. Fault: a
-/// column that the configuration names is not there.
+/// Returns the columns of a format in this schema. If only some are missing, it returns the problem to report. A
+/// column that the configuration names and the schema lacks is a fault.
 fn resolve(
     schema: &Schema,
     format: &Format,
@@ -252,14 +258,14 @@ fn resolve(
     Ok(Err(partly))
 }
 
-/// A column by a name in any letter case; the exact one first.
+/// Finds a column by its name in any letter case; the exact name comes first.
 fn find(schema: &Schema, name: &str) -> Option<String> {
     let names = || schema.fields().iter().map(|field| field.name());
     let exact = names().find(|other| *other == name);
     exact.or_else(|| names().find(|other| other.eq_ignore_ascii_case(name))).cloned()
 }
 
-/// A column that the configuration names must be there.
+/// Finds a column that the configuration names; it must be there.
 fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
     find(schema, name).ok_or_else(|| {
         Fault::data(format!(
@@ -270,7 +276,7 @@ fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
     })
 }
 
-/// A column that the user names tells the layout too.
+/// The layout that the columns named by the user imply.
 fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     if options.messages_column.is_some() {
         Some(Layout::Messages)
@@ -283,14 +289,14 @@ fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     }
 }
 
-/// Why a column is not one of text.
+/// The reason why a column does not hold text.
 fn not_a_string(field: &Field) -> Option<String> {
     let kind = field.data_type();
     (!column::is_string(kind))
         .then(|| format!("`{}` is {}; text is needed", field.name(), column::kind(kind)))
 }
 
-/// The columns with their types.
+/// Lists the columns with their types.
 fn listed(schema: &Schema) -> String {
     const COLUMNS_SHOWN_MAX: usize = 20;
     let shown = schema.fields().iter().take(COLUMNS_SHOWN_MAX);
@@ -302,7 +308,8 @@ fn listed(schema: &Schema) -> String {
     if columns.is_empty() { "none".to_string() } else { columns.join(", ") }
 }
 
-/// Columns of the right names with the wrong types are at fault themselves; otherwise no column is known.
+/// The fault if no format fits. Columns with the right names and wrong types are named; otherwise no column is
+/// known.
 fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
     let found = listed(schema);
     let mut keys: Vec<&str> = Vec::new();

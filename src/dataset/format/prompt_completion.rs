@@ -6,6 +6,7 @@ use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::Field;
 
+/// The format.
 pub static FORMAT: Format = Format {
     layout: Layout::PromptCompletion,
     expects: "`prompt` and `completion`: both strings or both lists of {role, content}",
@@ -25,7 +26,7 @@ pub static FORMAT: Format = Format {
     rows,
 };
 
-/// Both are strings, or both are lists of messages.
+/// Refuses columns unless both are strings or both are lists of messages.
 fn refuses(fields: &[&Field]) -> Option<String> {
     let is_list = |field: &&&Field| column::element(field.data_type()).is_some();
     match fields.iter().filter(is_list).count() {

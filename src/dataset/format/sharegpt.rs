@@ -1,9 +1,9 @@
-//! ShareGPT's words and those of its many descendants: who speaks, and turns that call a function.
+//! The words of ShareGPT and its many descendants: who speaks, and turns that call a function.
 
 use super::super::Names;
 use serde_json::{Value, json};
 
-/// Words for a speaker, in lower case, and the role that templates call it.
+/// Each role of templates with its words for a speaker, in lower case.
 const SPEAKERS: [(&str, &[&str]); 7] = [
     ("system", &["system", "system_prompt"]),
     ("developer", &["developer"]),
@@ -51,7 +51,7 @@ pub fn role(speaker: &str, names: &Names) -> Option<&'static str> {
     SPEAKERS.iter().find(|(_, words)| words.contains(&word.as_str())).map(|(role, _)| *role)
 }
 
-/// All words that are known.
+/// All known words.
 pub fn known() -> String {
     let words: Vec<&str> = SPEAKERS.iter().flat_map(|(_, words)| words.iter().copied()).collect();
     words.join(", ")
@@ -62,7 +62,8 @@ pub fn is_caller(speaker: &str) -> bool {
     speaker.trim().eq_ignore_ascii_case(CALLER)
 }
 
-/// `{name, arguments}`, or a list of them, as `tool_calls` has it. Error: why it is no call.
+/// Converts `{name, arguments}`, or a list of them, to the form of `tool_calls`. The error says why it is not a
+/// call.
 pub fn calls(call: Value) -> Result<Value, String> {
     let call = match call {
         Value::String(text) => serde_json::from_str(&text)

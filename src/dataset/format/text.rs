@@ -1,10 +1,11 @@
-//! `text`: one string a row, all of it learned.
+//! `text`: one string per row, all of it learned.
 
 use super::super::{Conversation, Layout};
 use super::{Column, Format, Reading, Rows, column};
 use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
 
+/// The format.
 pub static FORMAT: Format = Format {
     layout: Layout::Text,
     expects: "`text`: a string",

@@ -1,7 +1,7 @@
-//! Rows that are tokenised already: `input_ids`, with `labels` or a mask of what is learned, and perhaps an
-//! `attention_mask` that tells padding.
+//! Rows that are tokenized already: `input_ids`, with `labels` or a mask of learned tokens, and possibly an
+//! `attention_mask` that marks padding.
 //!
-//! Labels are transformers': -100 is not learned, everything else repeats the token at its own place.
+//! Labels are those of transformers: -100 is not learned, and any other value repeats the token at its own place.
 
 use super::super::{Conversation, Layout};
 use super::{Column, Format, Reading, Rows, column, json};
@@ -20,7 +20,7 @@ const fn named(names: &'static [&'static str]) -> Column {
     Column { key: "its usual name", given: |_| None, names }
 }
 
-/// In order of preference: what says most comes first.
+/// The formats in order of preference; those with the most information come first.
 pub static FORMATS: [Format; 6] = [
     format(&[IDS, LABELS, ATTENTION], |arrays, _| rows(arrays, Some(labels), true)),
     format(&[IDS, LABELS], |arrays, _| rows(arrays, Some(labels), false)),
@@ -50,7 +50,7 @@ fn refuses(fields: &[&Field]) -> Option<String> {
     Some(format!("`{}` is {kind}; a list of whole numbers is needed", field.name()))
 }
 
-/// Whether a token is learned by its label or flag; error: why the value cannot stand there.
+/// Whether a token is learned, by its label or flag. The error says why the value is invalid there.
 type Learned = fn(token: i64, value: i64) -> std::result::Result<bool, String>;
 
 fn labels(token: i64, label: i64) -> std::result::Result<bool, String> {
@@ -101,7 +101,7 @@ fn rows(arrays: &[ArrayRef], learned: Option<Learned>, has_attention: bool) -> R
     Ok((0..arrays[0].len()).map(row).collect())
 }
 
-/// A list of whole numbers, also as JSON text.
+/// Reads a list of whole numbers, or JSON text of one.
 fn numbers(value: Value, name: &str) -> std::result::Result<Vec<i64>, String> {
     let value = match value {
         Value::String(text) => serde_json::from_str(&text)

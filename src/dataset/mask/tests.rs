@@ -1,7 +1,8 @@
-//! Masks of random conversations against a slow oracle: every answer is replaced by a word that nothing else holds, so that
-//! a plain search finds it, and what is found is carried over to the true text.
+//! Compares masks of random conversations with a slow oracle. The oracle replaces every answer by a word that
+//! occurs nowhere else, so that a plain search finds it, and carries the places over to the true text.
 //!
-//! Contents are pieces of what the templates themselves write, which is what a search would take for the wrong place.
+//! Contents are pieces of what the templates themselves write, which are the texts that a search would find in the
+//! wrong place.
 
 use super::super::template::Template;
 use super::*;
@@ -9,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 const TALKS_EACH: usize = 150;
 
-/// Numbers that repeat from run to run.
+/// Random numbers that repeat from run to run.
 struct Random(u64);
 
 impl Random {
@@ -25,7 +26,7 @@ struct Piece {
     word: String,
 }
 
-/// A turn of the assistant in parts: `before + text` one after the other.
+/// A turn of the assistant in parts: `before + text`, one after the other.
 struct Turn {
     parts: Vec<(&'static str, Piece)>,
 }
@@ -39,7 +40,7 @@ impl Turn {
     }
 }
 
-/// Roles and contents; an answer is a turn in parts.
+/// A turn: role and content, or an answer in parts.
 enum Said {
     Other(&'static str, String),
     Answer(Turn),
@@ -53,7 +54,7 @@ fn messages(talk: &[Said], words: bool) -> Vec<Message> {
     talk.iter().map(message).collect()
 }
 
-/// Texts that a template writes around and inside a small talk, and pieces of them.
+/// A piece of the text that a template writes around and inside a small conversation, or a fixed word.
 fn piece(random: &mut Random, source: &[char]) -> String {
     const WORDS: [&str; 8] = ["end", "B", "d", "a", "user", "assistant", "<|end|>", "yes"];
     loop {
@@ -94,11 +95,11 @@ fn talk(random: &mut Random, source: &[char]) -> Vec<Said> {
     said
 }
 
-/// Where a place in the text with words lies in the true text.
+/// Maps a place in the text with words to the true text.
 struct Carry(Vec<(usize, usize, usize)>);
 
 impl Carry {
-    /// The true text, made of the text with words.
+    /// Makes the true text from the text with words.
     fn over(text: &str, pieces: &[&Piece]) -> (String, Carry) {
         let found = |piece: &&Piece| {
             Some((text.find(&piece.word)?, piece.word.len(), piece.text.len(), piece.text.clone()))
@@ -121,7 +122,7 @@ impl Carry {
     }
 }
 
-/// The same rule as the mask's, where a plain search is right.
+/// Applies the mask's rule where a plain search is right.
 fn oracle(template: &Template, talk: &[Said], text: &str) -> Option<Vec<Range<usize>>> {
     let values = Template::values(&messages(talk, true));
     let context = Context::default();
@@ -176,7 +177,7 @@ fn answers_of_random_conversations_are_those_of_the_oracle() {
     let (mut compared, mut skipped) = (0, 0);
     for (name, template) in all_templates() {
         if name == "macro_json" {
-            continue; // it shows a conversation's start only, and quotes what is said
+            continue; // shows only the start of a conversation, and quotes the content
         }
         let sample = [Message::new("user", "q"), Message::new("assistant", "r"), Message::new("user", "s")];
         let source = template.render(&Template::values(&sample), &Context::default(), true);
@@ -204,7 +205,7 @@ fn answers_of_random_conversations_are_those_of_the_oracle() {
                 false => oracle(&template, &talk, &marked.text),
             };
             let Some(expected) = expected.filter(|_| carried == plain.text) else {
-                skipped += 1; // the template looks into what is said
+                skipped += 1; // the template inspects the content
                 continue;
             };
             let expected: Vec<Range<usize>> =
@@ -231,7 +232,7 @@ fn answers_of_random_conversations_are_those_of_the_oracle() {
     assert!(compared > 4000 && skipped * 5 < compared, "{compared} compared, {skipped} skipped");
 }
 
-/// A template that looks at how an answer begins sees no marks there; the mask is the same.
+/// A template that looks at how an answer begins gets no marks there. The mask is the same.
 #[test]
 fn a_template_that_looks_into_answers_is_searched_from_where_the_turn_begins() {
     let source = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% if m.content|length > 3 %}!{% endif %}{{ m.content }}<end>{% if loop.last %}<stop>{% endif %}{% else %}U:{{ m.content }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}";

@@ -1,6 +1,6 @@
-//! Falcon: attention and feed-forward side by side under LayerNorms, one fused `query_key_value`, ungated GELU.
-//! 7B has one key head and one norm; the new architecture (11B, 40B, 180B) lays its heads by key group and has one
-//! norm or two. The first ones are positioned by ALiBi, which is refused.
+//! Falcon: parallel attention and feed-forward under LayerNorms, one fused `query_key_value`, ungated GELU. 7B has
+//! one key head and one norm. The new architecture (11B, 40B, 180B) groups its heads by key head and has one norm
+//! or two. The first Falcon models use ALiBi positions, which are refused.
 
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
@@ -11,10 +11,11 @@ use crate::facts::{
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
+/// Reads the facts of a Falcon model.
 pub fn facts(config: &Config) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;
     if config.flag("alibi")? {
-        return Err(config.refuse("alibi", "false: rotary positions"));
+        return Err(config.refuse("alibi", "false (rotary positions)"));
     }
     let width = config.integer("hidden_size")?;
     let layers = config.integer("num_hidden_layers")?;
@@ -63,8 +64,8 @@ pub fn facts(config: &Config) -> Result<Facts> {
     })
 }
 
-/// One key head and the old order are the same columns in either layout; without `multi_query` each head has its
-/// own key and value behind it.
+/// The heads, always as `Layout::Grouped`: with one key head both layouts have the same columns. Without
+/// `multi_query`, each query head is followed by its own key and value.
 fn heads(config: &Config, width: usize) -> Result<Heads> {
     let query = config.integer("num_attention_heads")?;
     if !width.is_multiple_of(query) {

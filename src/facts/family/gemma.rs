@@ -1,6 +1,6 @@
-//! Gemma 2: norms before and after each block, soft caps, every other layer within a window, scaled embeddings.
-//! Gemma 3 (text): instead of the caps, queries and keys normalised; five of six layers within a window and with a
-//! rope of their own.
+//! Gemma 2: norms before and after each block, soft caps, a window on every other layer, scaled embeddings. Gemma 3
+//! (text): normalised queries and keys instead of soft caps. Five of six layers have a window and a rope of their
+//! own.
 
 use crate::facts::Function;
 use crate::facts::config::Config;
@@ -17,9 +17,10 @@ const NAMES: Names = Names {
     ..Names::LLAMA
 };
 
-/// transformers' defaults where a key is absent; null means none.
+/// transformers' default if the key is missing; null means no window.
 const WINDOW: Option<usize> = Some(4096);
 
+/// Reads the facts of a Gemma 2 model.
 pub fn gemma2(config: &Config) -> Result<Facts> {
     let mut facts = shared(config, "gemma2", 10_000.0, 8192)?;
     let softcap = config.number_unless_null("attn_logit_softcapping", 50.0)?;
@@ -30,8 +31,9 @@ pub fn gemma2(config: &Config) -> Result<Facts> {
     Ok(facts)
 }
 
+/// Reads the facts of a Gemma 3 text model.
 pub fn gemma3(config: &Config) -> Result<Facts> {
-    // transformers reads no cap of Gemma 3's attention, though its config has the key.
+    // transformers reads no soft cap for Gemma 3's attention, although its config has the key.
     let mut facts = shared(config, "gemma3_text", 1_000_000.0, 131_072)?;
     facts.logits_softcap = config.number_or_none("final_logit_softcapping")?;
     let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head };

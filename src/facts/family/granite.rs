@@ -1,4 +1,5 @@
-//! Granite 3: Llama's shape with factors on the embeddings, the scores, what the blocks add, and the logits.
+//! Granite 3: Llama's shape with factors on the embeddings, the attention scores, the blocks' outputs, and the
+//! logits.
 
 use crate::facts::config::Config;
 use crate::facts::{EmbeddingScale, Facts};
@@ -6,6 +7,7 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of a Granite model.
 pub fn facts(config: &Config) -> Result<Facts> {
     let defaults = Defaults { positions: 2048, ..Defaults::of("granite", Biases::both(config)?) };
     let mut facts = split::facts(config, &defaults)?;

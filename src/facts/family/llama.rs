@@ -1,4 +1,5 @@
-//! Llama 1, 2, 3.x and models of the same shape: split projections, optional biases, rope scaling, tied or own head.
+//! Llama 1, 2, 3.x and models of the same shape: split projections, optional biases, rope scaling, tied or separate
+//! head.
 
 use crate::facts::Facts;
 use crate::facts::config::Config;
@@ -6,6 +7,7 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of a Llama model.
 pub fn facts(config: &Config) -> Result<Facts> {
     split::facts(config, &Defaults { positions: 2048, ..Defaults::of("llama", Biases::both(config)?) })
 }

@@ -1,5 +1,5 @@
-//! Mistral 7B, Nemo and Small's text part: Llama's shape, a window on every layer where the config has one.
-//! Ministral besides: `layer_types` say which layers have it. Ministral 3: queries that grow with the position.
+//! Mistral 7B, Nemo and the text part of Small: Llama's shape, with a window on every layer if the config has one.
+//! In Ministral, `layer_types` name the layers with a window. Ministral 3: queries grow with the position.
 
 use crate::facts::config::Config;
 use crate::facts::{Facts, QueryGrowth};
@@ -7,6 +7,7 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of a Mistral model.
 pub fn mistral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("mistral"))?;
     let sliding = vec![true; facts.layers.len()];
@@ -14,6 +15,7 @@ pub fn mistral(config: &Config) -> Result<Facts> {
     Ok(facts)
 }
 
+/// Reads the facts of a Ministral model.
 pub fn ministral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("ministral"))?;
     let sliding = super::sliding_layers(config, facts.layers.len(), |_| true)?;
@@ -21,6 +23,7 @@ pub fn ministral(config: &Config) -> Result<Facts> {
     Ok(facts)
 }
 
+/// Reads the facts of a Ministral 3 model.
 pub fn ministral3(config: &Config) -> Result<Facts> {
     let section = config.nonempty_section("rope_parameters")?;
     let section = section.ok_or_else(|| config.refuse("rope_parameters", "an object"))?;

@@ -1,4 +1,5 @@
-//! Model families: one file each, `config.json` -> facts. Adding one is a file and a line in `FAMILIES`.
+//! Model families: each has a file that turns `config.json` into facts. A new family is one file and one line in
+//! `FAMILIES`.
 
 mod falcon;
 mod gemma;
@@ -20,7 +21,7 @@ use super::{Facts, quantization};
 
 type Read = fn(&Config) -> Result<Facts>;
 
-/// `model_type` and what reads it.
+/// Each supported `model_type` with the function that reads its config.
 pub const FAMILIES: [(&str, Read); 14] = [
     ("falcon", falcon::facts),
     ("gemma2", gemma::gemma2),
@@ -38,10 +39,11 @@ pub const FAMILIES: [(&str, Read); 14] = [
     ("smollm3", smollm3::facts),
 ];
 
-/// Where a multimodal wrapper keeps `model.layers`: adapters name it so, for peft and for vLLM.
+/// The path of the layers inside a multimodal wrapper. Adapters of wrappers use it, as peft and vLLM expect.
 const IN_WRAPPER: &str = "model.language_model.layers";
 
-/// LIMIT: beyond these a number of config.json is a mistake or a trap; each is well above the largest model there is.
+/// LIMIT: a larger number in config.json is a mistake or an attack. Each limit is well above the largest known
+/// model.
 const COUNTS_MAX: [(&str, usize); 14] = [
     ("num_hidden_layers", 4096),
     ("vocab_size", 1 << 24),
@@ -58,7 +60,7 @@ const COUNTS_MAX: [(&str, usize); 14] = [
     ("sliding_window_pattern", 1 << 20),
     ("max_window_layers", 1 << 40),
 ];
-/// Numbers with the least and the largest that compute.
+/// Keys with the least and the largest value that can be computed with.
 const RANGES: [(&str, f64, f64); 6] = [
     ("rms_norm_eps", 0.0, 0.1),
     ("layer_norm_eps", 0.0, 0.1),
@@ -68,7 +70,7 @@ const RANGES: [(&str, f64, f64); 6] = [
     ("factor", 1e-3, 1e6),
 ];
 
-/// Refuses absurd numbers by their names, before anything is made in such a number.
+/// Refuses absurd numbers by key before anything of that size is allocated.
 fn refuse_absurd(config: &Config) -> Result<()> {
     for (key, most) in COUNTS_MAX {
         config.at_most(key, most)?;
@@ -82,7 +84,8 @@ fn refuse_absurd(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Reads the facts of whatever family the config names.
+/// Reads the facts of the family that the config names. An unknown family and unsupported settings are model
+/// faults.
 pub fn describe(config: &Config) -> Result<Facts> {
     let config = &config.language_part()?;
     refuse_absurd(config)?;
@@ -92,11 +95,11 @@ pub fn describe(config: &Config) -> Result<Facts> {
         let fault = config.refuse("model_type", &format!("one of {}", names()));
         let is_one_of = |parts: &[&str]| parts.iter().any(|part| kind.contains(part));
         return Err(if is_one_of(&["mixtral", "moe", "gpt_oss", "deepseek", "llama4"]) {
-            fault.help("mixture-of-experts models cannot be tuned; take a dense model")
+            fault.help("hone cannot train mixture-of-experts models; use a dense model")
         } else if is_one_of(&["_vl", "vision", "omni", "gemma3n", "paligemma", "idefics", "mllama"]) {
-            fault.help("this multimodal model cannot be tuned; take a text model of the same makers")
+            fault.help("hone cannot train this multimodal model; use a text model from the same makers")
         } else {
-            fault.help("take a model of a supported family")
+            fault.help("use a model of a supported family")
         });
     };
     quantization::read(config)?; // refuses other quantisers
@@ -107,7 +110,7 @@ pub fn describe(config: &Config) -> Result<Facts> {
     Ok(facts)
 }
 
-/// The activation's function by transformers' name.
+/// Reads the activation function by transformers' name for it.
 fn function(config: &Config, key: &str, absent: Function) -> Result<Function> {
     match config.text(key)?.as_deref() {
         None => Ok(absent),
@@ -118,12 +121,13 @@ fn function(config: &Config, key: &str, absent: Function) -> Result<Function> {
     }
 }
 
-/// `sliding_window`, which null turns off.
+/// Reads `sliding_window`; null means no window.
 fn window_or(config: &Config, absent: Option<usize>) -> Result<Option<usize>> {
     Ok(if config.says("sliding_window") { config.integer_or_none("sliding_window")? } else { absent })
 }
 
-/// Which layers see a window only: by `layer_types`, or by the family's rule where there are none.
+/// Returns for each layer whether it has a window: from `layer_types` if the config has them, else by the family's
+/// rule.
 fn sliding_layers(config: &Config, layers: usize, rule: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
     let Some(kinds) = config.texts_or_none("layer_types")? else {
         return Ok((0..layers).map(rule).collect());
@@ -135,7 +139,7 @@ fn sliding_layers(config: &Config, layers: usize, rule: impl Fn(usize) -> bool) 
     };
     let sliding: Option<Vec<bool>> = kinds.iter().map(sliding).collect();
     sliding.filter(|list| list.len() == layers).ok_or_else(|| {
-        config.refuse("layer_types", &format!("{layers} of full_attention and sliding_attention"))
+        config.refuse("layer_types", &format!("a list of {layers}, each full_attention or sliding_attention"))
     })
 }
 
@@ -145,13 +149,13 @@ fn set_windows(facts: &mut Facts, window: Option<usize>, sliding: &[bool]) {
     }
 }
 
-/// The same change to the attention of every layer.
+/// Applies a change to the attention of every layer.
 fn every_attention(facts: &mut Facts, change: impl Fn(&mut crate::facts::Attention)) {
     facts.layers.iter_mut().for_each(|layer| change(&mut layer.attention));
 }
 
-/// The pretrained model's dropouts are for its own pre-training; tuning the adapter leaves them off, as PEFT's
-/// users do, but a config that sets them is not silently changed.
+/// Refuses dropout in the base model. Its dropout rates are meant for pre-training and PEFT's users leave them off,
+/// but a config that sets them must not be changed in silence.
 fn no_dropout(config: &Config, keys: &[&str]) -> Result<()> {
     for key in keys {
         if config.number_or_none(key)?.is_some_and(|p| p != 0.0) {
@@ -161,7 +165,8 @@ fn no_dropout(config: &Config, keys: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Query heads, key heads and head width that agree with each other; `head` is the width where the config has none.
+/// Reads the counts of query heads and key heads and the head width, and checks that they agree. `head` is the
+/// default width.
 fn head_counts(config: &Config, width: usize, head: Option<usize>) -> Result<(usize, usize, usize)> {
     let query = config.integer("num_attention_heads")?;
     let key = config.integer_or_none("num_key_value_heads")?.unwrap_or(query);
@@ -191,7 +196,7 @@ mod tests {
         describe(&Config::from_json(config.as_object().unwrap().clone()))
     }
 
-    /// Parameters as the makers publish them.
+    /// The counts are those that the makers publish.
     #[test]
     fn parameters_are_the_published_ones() {
         let shape = |kind: &str, [vocab, width, inner, layers, query, key]: [usize; 6], more: Value| {

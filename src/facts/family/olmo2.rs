@@ -1,4 +1,4 @@
-//! OLMo 2: Llama's shape with norms behind attention and feed-forward instead of before them, and queries and keys
+//! OLMo 2: Llama's shape with norms after attention and feed-forward instead of before them. Queries and keys are
 //! normalised over their whole width.
 
 use crate::facts::config::Config;
@@ -7,6 +7,7 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of an OLMo 2 model.
 pub fn facts(config: &Config) -> Result<Facts> {
     let biases = Biases::attention(config)?;
     let defaults = Defaults { eps: 1e-5, positions: 2048, ..Defaults::of("olmo2", biases) };

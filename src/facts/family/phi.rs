@@ -1,5 +1,5 @@
-//! Phi-1, 1.5 and 2: attention and feed-forward side by side under one LayerNorm, biases everywhere, the output head
-//! included, partial rotary, ungated GELU.
+//! Phi-1, 1.5 and 2: parallel attention and feed-forward under one LayerNorm, biases everywhere (also in the output
+//! head), partial rotary, ungated GELU.
 
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
@@ -10,9 +10,10 @@ use crate::facts::{
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
-/// Where nothing says it, half of a head turns.
+/// If the config does not say it, half of a head's elements are rotated.
 const DIALECT: Dialect = Dialect { partial: 0.5, ..Dialect::PLAIN };
 
+/// Reads the facts of a Phi model.
 pub fn facts(config: &Config) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout", "resid_pdrop", "embd_pdrop"])?;
     if config.flag("qk_layernorm")? {

@@ -1,4 +1,5 @@
-//! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, longrope with two factor sets, partial rotary, window.
+//! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, longrope with two sets of factors, partial rotary,
+//! window.
 
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
@@ -9,10 +10,11 @@ use crate::facts::{
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
-/// The first Phi-3 checkpoints called longrope `su` or `yarn`; transformers' Phi3Config has 4096 as its default.
+/// The first Phi-3 checkpoints call longrope `su` or `yarn`. 4096 is the default of transformers' Phi3Config.
 const DIALECT: Dialect =
     Dialect { longrope: &["su", "yarn"], original_positions: Some(4096), ..Dialect::PLAIN };
 
+/// Reads the facts of a Phi-3 or Phi-4 model.
 pub fn facts(config: &Config) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout", "resid_pdrop", "embd_pdrop"])?;
     let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);

@@ -1,5 +1,5 @@
-//! Qwen2 and 2.5: Llama's shape with biases on queries, keys and values. Qwen3: without, but with queries and keys
-//! normalised head by head. Both: a window on the upper layers, if `use_sliding_window`.
+//! Qwen2 and 2.5: Llama's shape with biases on queries, keys and values. Qwen3: no biases, but queries and keys are
+//! normalised head by head. Both have a window on the upper layers if `use_sliding_window` is set.
 
 use crate::facts::config::Config;
 use crate::facts::{Facts, HeadNorm, Over};
@@ -7,11 +7,13 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of a Qwen2 model.
 pub fn qwen2(config: &Config) -> Result<Facts> {
     let biases = Biases { query_key_value: true, ..Biases::NONE };
     windowed(config, split::facts(config, &Defaults::of("qwen2", biases))?)
 }
 
+/// Reads the facts of a Qwen3 model.
 pub fn qwen3(config: &Config) -> Result<Facts> {
     let defaults = Defaults { head_dim: Some(128), ..Defaults::of("qwen3", Biases::attention(config)?) };
     let mut facts = windowed(config, split::facts(config, &defaults)?)?;

@@ -1,4 +1,4 @@
-//! SmolLM3: Llama's shape; some layers, every fourth by default, have no rope.
+//! SmolLM3: Llama's shape, but some layers (by default every fourth) have no rope.
 
 use crate::facts::Facts;
 use crate::facts::config::Config;
@@ -6,6 +6,7 @@ use crate::fault::Result;
 
 use super::split::{self, Biases, Defaults};
 
+/// Reads the facts of a SmolLM3 model.
 pub fn facts(config: &Config) -> Result<Facts> {
     let biases = Biases::both(config)?;
     let defaults = Defaults { theta: 2_000_000.0, tied_head: true, ..Defaults::of("smollm3", biases) };
@@ -23,7 +24,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
     Ok(facts)
 }
 
-/// `no_rope_layers` has a 1 for a layer with rope, whatever its name says.
+/// Reads which layers have rope. `no_rope_layers` holds a 1 for a layer with rope, contrary to its name.
 fn turned_layers(config: &Config, layers: usize) -> Result<Vec<bool>> {
     if !config.has("no_rope_layers") {
         let interval = config.integer_or_none("no_rope_layer_interval")?.unwrap_or(4);
@@ -31,7 +32,9 @@ fn turned_layers(config: &Config, layers: usize) -> Result<Vec<bool>> {
     }
     let list = config.numbers("no_rope_layers")?;
     if list.len() < layers {
-        return Err(config.refuse("no_rope_layers", &format!("{layers} of 0 and 1")));
+        return Err(
+            config.refuse("no_rope_layers", &format!("a list of at least {layers} numbers, each 0 or 1"))
+        );
     }
     Ok(list[..layers].iter().map(|&turned| turned != 0.0).collect())
 }

@@ -1,4 +1,4 @@
-//! Models of Llama's shape: split projections, gated feed-forward, RMS norms. What differs is what a family file says.
+//! Models of Llama's shape: split projections, gated feed-forward, RMS norms. A family file states its differences.
 
 use crate::facts::config::Config;
 use crate::facts::rope::{Dialect, Rope};
@@ -9,44 +9,57 @@ use crate::facts::{
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
-/// What a config of the family means where it says nothing, and the biases its classes have.
+/// The values that a family's classes in transformers use if the config does not set them, and the biases they
+/// have.
 pub struct Defaults {
+    /// `model_type`.
     pub family: &'static str,
+    /// `rms_norm_eps`.
     pub eps: f64,
+    /// `rope_theta`.
     pub theta: f64,
+    /// `max_position_embeddings`.
     pub positions: usize,
-    /// `None`: hidden_size / num_attention_heads.
+    /// `head_dim`. `None`: hidden_size / num_attention_heads.
     pub head_dim: Option<usize>,
+    /// `tie_word_embeddings`.
     pub tied_head: bool,
+    /// The activation function.
     pub activation: Function,
-    /// The key that names the activation.
+    /// The key that names the activation function.
     pub activation_key: &'static str,
+    /// The projections that have biases.
     pub biases: Biases,
 }
 
+/// The projections that have biases.
 pub struct Biases {
+    /// Queries, keys and values.
     pub query_key_value: bool,
+    /// Attention's output projection.
     pub output: bool,
+    /// Gate, up and down.
     pub feed_forward: bool,
 }
 
 impl Biases {
+    /// No biases.
     pub const NONE: Biases = Biases { query_key_value: false, output: false, feed_forward: false };
 
-    /// `attention_bias` for all four projections.
+    /// Biases of all four attention projections, by `attention_bias`.
     pub fn attention(config: &Config) -> Result<Biases> {
         let bias = config.flag("attention_bias")?;
         Ok(Biases { query_key_value: bias, output: bias, feed_forward: false })
     }
 
-    /// `attention_bias` and `mlp_bias`.
+    /// Biases by `attention_bias` and `mlp_bias`.
     pub fn both(config: &Config) -> Result<Biases> {
         Ok(Biases { feed_forward: config.flag("mlp_bias")?, ..Biases::attention(config)? })
     }
 }
 
 impl Defaults {
-    /// Those of most families.
+    /// The defaults of most families.
     pub fn of(family: &'static str, biases: Biases) -> Defaults {
         Defaults {
             family,
@@ -62,7 +75,7 @@ impl Defaults {
     }
 }
 
-/// The facts, with full attention and one rope on every layer.
+/// Reads the facts of a model of Llama's shape, with full attention and one rope on every layer.
 pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
     super::no_dropout(config, &["attention_dropout"])?;
     let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);

@@ -1,4 +1,4 @@
-//! The launches of `kernels/attention.cu`: a block for each tile of rows and head.
+//! The launches of `kernels/attention.cu`: one block for each tile of rows and each head.
 
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -7,24 +7,24 @@ use crate::facts::Heads;
 use crate::ops::cuda::{self, Launch};
 use crate::ops::unwritten;
 
-/// The three numbers of a kernel at the end of `kernels/attention.cu`.
+/// The three tile sizes of a kernel, as listed at the end of `kernels/attention.cu`.
 #[derive(Clone, Copy)]
 struct Tiling {
-    /// Warps of a block; of the keys' kernel, pairs of warps.
+    /// Warps per block; in the kernel for keys, pairs of warps.
     warps: usize,
-    /// Bands of 16 rows that a warp owns.
+    /// Bands of 16 rows that one warp owns.
     bands: usize,
-    /// Rows of the other side that go through the block at a time.
+    /// Rows of the other operand that pass through the block at a time.
     step: usize,
 }
 
-/// Kernels of one padded head width.
+/// The kernels of one padded head width.
 struct Tilings {
     width: usize,
     forward: Tiling,
     query: Tiling,
     key: Tiling,
-    /// The keys' kernel where a block may have the shared memory for it.
+    /// The kernel for keys on GPUs whose blocks may have the shared memory for it.
     key_wide: Option<Tiling>,
 }
 
@@ -33,13 +33,13 @@ impl Tiling {
         Tiling { warps, bands, step }
     }
 
-    /// Rows that a block owns.
+    /// Rows that one block owns.
     fn rows(&self) -> usize {
         16 * self.bands * self.warps
     }
 }
 
-/// The narrowest kernels that hold a head.
+/// Returns the narrowest kernels that hold a head of that width.
 fn tilings(dtype: DType, head_width: usize) -> Result<Tilings> {
     let Some(width) = [32, 64, 96, 128, 256].into_iter().find(|&width| head_width <= width) else {
         bail!("attention heads of {head_width} columns: the kernels hold 256");
@@ -57,19 +57,22 @@ fn tilings(dtype: DType, head_width: usize) -> Result<Tilings> {
     Ok(Tilings { width, forward, query, key, key_wide })
 }
 
-/// Bytes of `rows` rows of tiles, 16 bytes between them; and what f32 needs to turn a product into the next one's side.
+/// Bytes of `rows` rows of tiles with 16 bytes between them. In f32, scratch space to turn one product's result
+/// into the next one's operand is added.
 fn shared_bytes(dtype: DType, width: usize, rows: usize, warps: usize, tiling: Tiling) -> usize {
     let size = dtype.size_in_bytes();
     let scratch = if dtype == DType::F32 { warps * 16 * tiling.bands * (tiling.step + 4) * 4 } else { 0 };
     rows * (width * size + 16) + scratch
 }
 
-/// Keys and values, two stages of queries and their gradients, and what one warp of a pair hands the other.
+/// Bytes for keys and values, two stages of queries and their gradients, and what one warp of a pair hands to the
+/// other.
 fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
     let handover = key.rows() * key.step * dtype.size_in_bytes();
     shared_bytes(dtype, width, 2 * key.rows() + 4 * key.step, 2 * key.warps, key) + handover
 }
 
+/// See `attention::forward`.
 pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<(Tensor, Tensor)> {
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
     let out = unwritten((rows, heads.query * heads.width), dtype, qkv.device())?;
@@ -84,6 +87,7 @@ pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<(Tensor
     Ok((out, lse))
 }
 
+/// See `attention::backward`.
 pub fn backward(
     d_out: &Tensor,
     qkv: &Tensor,
@@ -106,7 +110,7 @@ pub fn backward(
     let launch = shape(launch.of(DType::U32, &tiles), heads, rows, aligned);
     launch.launch(grid, 32 * query.warps, shared)?;
 
-    // Wide tiles make half as many blocks: only where there is a block for each processor all the same.
+    // Wide tiles make half as many blocks, so they are used only if there is still a block for each processor.
     let (shared_max, processors) = cuda::device::block_limits(cuda::device(qkv)?)?;
     let wide = key_wide.filter(|wide| {
         let blocks: usize =
@@ -124,13 +128,13 @@ pub fn backward(
     Ok(d_qkv)
 }
 
-/// The parameters that all three kernels end with.
+/// Adds the parameters that all three kernels end with.
 fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned: bool) -> Launch<'a> {
     assert!(heads.scale > 0.0, "a positive factor keeps the order of scores");
     assert!(heads.query * rows <= u32::MAX as usize, "rows of all heads are counted in 32 bits");
     let group = heads.group();
     let launch = launch.int(rows).int(heads.columns()).int(heads.query).int(group).int(heads.width);
-    // Where each kind's first head is, and how far it is to the next group's.
+    // The column of each kind's first head, and the distance to the next group's.
     let launch = launch.int(heads.query_at(0)).int(heads.query_at(group) - heads.query_at(0));
     let launch = launch.int(heads.key_at(0)).int(heads.value_at(0)).int(heads.key_at(1) - heads.key_at(0));
     let window = heads.window.unwrap_or(usize::MAX).min(i32::MAX as usize);

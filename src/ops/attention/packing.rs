@@ -1,8 +1,10 @@
-//! Where each example of a batch lies among its rows; and, once a batch, the lists of tiles that GPU blocks take.
+//! The rows of each example of a batch. For GPUs also the lists of tiles that blocks work on, made
+//! once per batch.
 
 use std::ops::Range;
 
-/// The examples of a batch, one behind the other, together all of its rows. Every layer shares one.
+/// The examples of a batch, one after the other; together they cover all of its rows. All layers share one
+/// `Packing`.
 #[derive(Debug, Default)]
 pub struct Packing {
     examples: Vec<Range<usize>>,
@@ -10,16 +12,17 @@ pub struct Packing {
     tiles: std::sync::Mutex<std::collections::HashMap<(usize, Order), candle_core::Tensor>>,
 }
 
-/// Which work is the longest, and so begins first: a late start of it would leave the other processors waiting.
+/// Which tiles have the most work. They start first, because a late start would leave the other processors waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// Tiles are of query rows: the later in its example, the more keys a row sees.
+    /// Tiles of query rows. A later row of an example attends to more keys.
     Queries,
-    /// Tiles are of key rows: the earlier in its example, the more rows see a key.
+    /// Tiles of key rows. More rows attend to an earlier key of an example.
     Keys,
 }
 
 impl Packing {
+    /// Makes a packing; the examples must follow each other without a gap.
     pub fn new(examples: Vec<Range<usize>>) -> Packing {
         Packing {
             examples,
@@ -28,12 +31,13 @@ impl Packing {
         }
     }
 
-    /// Rows of each example.
+    /// The rows of each example.
     pub fn examples(&self) -> &[Range<usize>] {
         &self.examples
     }
 
-    /// Tiles of `rows` rows counted from their example's beginning: (beginning and end of the example, first row of the tile).
+    /// Tiles of `rows` rows counted from the start of their example, those with the most work first: (start of the
+    /// example, end of the example, first row of the tile).
     pub fn tiles(&self, rows: usize, order: Order) -> Vec<[u32; 3]> {
         let tiles = |example: &Range<usize>| {
             let (from, to) = (example.start as u32, example.end as u32);
@@ -49,7 +53,7 @@ impl Packing {
         tiles
     }
 
-    /// The same on a device, `[3 n]`, copied there when first asked for.
+    /// The same tiles on a device, [3 n]; they are copied there on the first call.
     #[cfg(feature = "cuda")]
     pub fn tiles_on(
         &self,

@@ -1,4 +1,4 @@
-//! Opening a GPU for training, and why one cannot be used.
+//! Opens a GPU for training, or says why it cannot be used.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
@@ -6,20 +6,23 @@ use candle_core::{CudaDevice, Device, Result as TensorResult};
 
 use crate::fault::{Fault, Kind, Result};
 
-/// CUDA 13 kernels and libraries need the driver of CUDA 13: 580 and later.
+/// CUDA 13 kernels and libraries need a driver for CUDA 13: 580 or later.
 const DRIVER_MIN: i32 = 13_000;
-/// bf16 arithmetic and tensor cores for it begin with Ampere.
+/// bf16 arithmetic and its tensor cores begin with Ampere.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
 
-/// What a GPU is.
+/// The properties of a GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Card {
+    /// The driver's name for it.
     pub name: String,
+    /// Compute capability (major, minor).
     pub capability: (i32, i32),
+    /// Device memory in bytes.
     pub memory_bytes: usize,
 }
 
-/// How many GPUs the driver shows; 0 without a driver.
+/// Number of GPUs that the driver shows; 0 without a driver.
 pub fn count() -> usize {
     match result::init().and_then(|()| result::device::get_count()) {
         Ok(count) => count.max(0) as usize,
@@ -27,7 +30,8 @@ pub fn count() -> usize {
     }
 }
 
-/// Opens GPU `number`: one stream of its own, no events for each tensor, freed memory kept for the next tensor.
+/// Opens GPU `number` with one stream of its own, without events per tensor, and with freed memory kept for later
+/// tensors. A GPU that cannot be used is a fault that says why.
 pub fn open(number: usize) -> Result<Device> {
     usable(number)?;
     let failed = |error: candle_core::Error| {
@@ -36,25 +40,25 @@ pub fn open(number: usize) -> Result<Device> {
     };
     let device = Device::new_cuda_with_stream(number).map_err(failed)?;
     let cuda = device.as_cuda_device().map_err(failed)?;
-    // SAFETY: this process uses the one stream only, so that the order of launches is the order of uses.
+    // SAFETY: this process uses only this stream, so the order of launches is the order of uses.
     unsafe { cuda.disable_event_tracking() };
     keep_freed_memory(cuda).map_err(failed)?;
     Ok(device)
 }
 
-/// Says no where a GPU is missing, too old or its driver is.
+/// Refuses a GPU that is missing or too old, or whose driver is.
 fn usable(number: usize) -> Result<()> {
-    // A GPU that is not there may be there on another node; an old one stays old.
+    // Another node may have the GPU that is missing here; an old one stays old.
     let refuse = |kind, message: String, help: &str| Err(Fault::new(kind, message).help(help.to_owned()));
     if let Err(error) = result::init() {
         return refuse(
             Kind::Device,
-            format!("cuda:{number}: no NVIDIA driver answers ({error})"),
-            "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or say device: cpu",
+            format!("cuda:{number}: no NVIDIA driver responds ({error})"),
+            "install the driver (580 or later), give the container a GPU (nvidia.com/gpu), or set device: cpu",
         );
     }
     let mut driver = 0;
-    // SAFETY: a place to write one number.
+    // SAFETY: the pointer is to one number that may be written.
     unsafe { sys::cuDriverGetVersion(&mut driver) };
     if driver < DRIVER_MIN {
         let version = |number: i32| format!("{}.{}", number / 1000, number % 1000 / 10);
@@ -65,7 +69,7 @@ fn usable(number: usize) -> Result<()> {
                 version(driver),
                 version(DRIVER_MIN)
             ),
-            "install NVIDIA driver 580 or later, or say device: cpu",
+            "install NVIDIA driver 580 or later, or set device: cpu",
         );
     }
     let count = count();
@@ -73,7 +77,7 @@ fn usable(number: usize) -> Result<()> {
         return refuse(
             Kind::Device,
             format!("cuda:{number}: the driver shows {count} GPUs"),
-            "choose a number below that; CUDA_VISIBLE_DEVICES hides the others",
+            "choose a lower number; CUDA_VISIBLE_DEVICES may hide other GPUs",
         );
     }
     let capability = card(number)?.capability;
@@ -84,19 +88,19 @@ fn usable(number: usize) -> Result<()> {
                 "cuda:{number}: compute capability {}.{} has no bf16, expected 8.0 or later",
                 capability.0, capability.1
             ),
-            "take an A10, A100, L4, L40S, H100, H200 or newer GPU, or say device: cpu",
+            "use an A10, A100, L4, L40S, H100, H200 or newer GPU, or set device: cpu",
         );
     }
     Ok(())
 }
 
-/// Asks the driver what GPU `number` is.
+/// Asks the driver for the properties of GPU `number`.
 pub fn card(number: usize) -> Result<Card> {
     let read = || -> TensorResult<Card> {
         use sys::CUdevice_attribute_enum as Attribute;
         result::init().w()?;
         let device = result::device::get(number as i32).w()?;
-        // SAFETY: a device number the driver just gave.
+        // SAFETY: the driver just gave this device number.
         let attribute = |which| unsafe { result::device::get_attribute(device, which) }.w();
         let capability = (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -110,7 +114,7 @@ pub fn card(number: usize) -> Result<Card> {
     read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
 }
 
-/// Shared memory that a block may ask for, and how many processors run blocks.
+/// (bytes of shared memory that a block may ask for, number of processors that run blocks)
 pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUdevice_attribute_enum as Attribute;
     let context = device.cuda_stream().context().clone();
@@ -120,13 +124,13 @@ pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     Ok((shared_bytes as usize, processors as usize))
 }
 
-/// Bytes free on an opened device, and all there are.
+/// (free bytes, all bytes) of an opened device.
 pub fn memory(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     device.cuda_stream().context().bind_to_thread().w()?;
     result::mem_get_info().w()
 }
 
-/// Bytes of the pool in use now and at most since `reset_peak`.
+/// Bytes of the memory pool: (in use now, most in use since `reset_peak`).
 pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUmemPool_attribute_enum as Attribute;
     let pool = default_pool(device)?;
@@ -139,12 +143,13 @@ pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
 }
 
-/// Counts the peak anew.
+/// Restarts the peak of `pool` at the current use.
 pub fn reset_peak(device: &CudaDevice) -> TensorResult<()> {
     set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
 }
 
-/// By default the pool gives its memory back at every synchronisation and the next step maps it again, which stalls.
+/// Keeps freed memory in the pool. By default the pool releases it at every synchronisation and the next step maps
+/// it again, which stalls.
 fn keep_freed_memory(device: &CudaDevice) -> TensorResult<()> {
     set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
 }

@@ -1,4 +1,5 @@
-//! Numbers copied to the host while the device works on: the copy is queued behind what makes them, and read later.
+//! Numbers copied to the host while the device goes on working: the copy is queued behind the kernels that compute
+//! them, and read later.
 
 use std::ffi::c_void;
 
@@ -8,13 +9,14 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use crate::ops::number::{Number, is_number};
 
-/// Eight bytes a number in memory that the device writes to directly, and the event that says it has.
+/// Eight bytes per number in host memory that the device writes to directly, and the event that marks the copies as
+/// done.
 pub struct Late {
     memory: Pinned,
     kinds: Vec<Kind>,
     event: CudaEvent,
     arrived: bool,
-    /// Kept until the copies are done.
+    /// Keeps the source tensors until the copies are done.
     _tensors: Vec<Tensor>,
 }
 
@@ -25,7 +27,7 @@ enum Kind {
 }
 
 impl Late {
-    /// At least one of the numbers lies on a device; all of them on the same.
+    /// Queues the copies. At least one of the numbers lies on a device, and all of those lie on the same one.
     pub fn send(numbers: &[Number]) -> Result<Late> {
         let tensors = numbers.iter().filter_map(|number| match number {
             Number::There(tensor) => Some(tensor.clone()),
@@ -68,7 +70,7 @@ impl Late {
         Ok(Late { memory, kinds, event, arrived: false, _tensors: tensors })
     }
 
-    /// Waits for the copies.
+    /// Waits for the copies and returns the numbers in their order.
     pub fn values(mut self) -> Result<Vec<f64>> {
         self.event.synchronize().w()?;
         self.arrived = true;
@@ -83,7 +85,7 @@ impl Late {
 }
 
 impl Drop for Late {
-    /// The device may still write to the memory that is freed next.
+    /// Waits for the event, because the device may still write to the memory that is freed next.
     fn drop(&mut self) {
         if !self.arrived {
             let _ = self.event.synchronize();
@@ -91,7 +93,7 @@ impl Drop for Late {
     }
 }
 
-/// Host memory that copies reach without staging, so that queueing one does not wait.
+/// Pinned host memory. A copy to it needs no staging, so queueing the copy does not wait.
 struct Pinned(*mut c_void);
 
 impl Pinned {
@@ -100,7 +102,7 @@ impl Pinned {
         Ok(Pinned(unsafe { result::malloc_host(bytes, 0) }.w()?))
     }
 
-    /// The i-th eight bytes; they are aligned since the driver gives whole pages.
+    /// The i-th eight bytes. They are aligned, because the driver allocates whole pages.
     fn slot(&self, i: usize) -> *mut u8 {
         self.0.cast::<u8>().wrapping_add(8 * i)
     }

@@ -1,4 +1,5 @@
-//! One kernel launch: the function by its name, parameters checked against its signature, the grid.
+//! One kernel launch: finds the function by its name, checks the parameters against its signature, and starts the
+//! grid.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,7 +12,7 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
-/// A kernel and its parameters so far. The first fault is kept and comes back from `launch`.
+/// A kernel and the parameters given so far. The first fault is kept and returned by `launch`.
 pub struct Launch<'a> {
     device: &'a CudaDevice,
     name: String,
@@ -21,13 +22,13 @@ pub struct Launch<'a> {
     fault: Option<candle_core::Error>,
 }
 
-/// A parameter's bits, low bytes first, and how many bytes of them count.
+/// The bits of a parameter, low bytes first, and the number of bytes that count.
 struct Parameter {
     bits: u64,
     bytes: usize,
 }
 
-/// A loaded kernel and the sizes of its parameters, where the driver tells them (12.4 and later).
+/// A loaded kernel and the sizes of its parameters, if the driver reports them (12.4 and later).
 #[derive(Clone)]
 struct Function {
     function: CudaFunction,
@@ -35,13 +36,14 @@ struct Function {
 }
 
 impl<'a> Launch<'a> {
-    /// `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of `tensor`.
+    /// The kernel `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of
+    /// `tensor`.
     pub fn new(tensor: &'a Tensor, stem: &str, name: &str) -> Result<Launch<'a>> {
         let suffix = super::suffix(tensor.dtype())?;
         Ok(Launch::named(super::device(tensor)?, stem, format!("{stem}_{name}_{suffix}"), tensor.dtype()))
     }
 
-    /// A kernel that exists once, whatever the activations' type.
+    /// The kernel `{stem}_{name}`, which has one version for all activation types.
     pub fn untyped(device: &'a CudaDevice, stem: &str, name: &str) -> Launch<'a> {
         Launch::named(device, stem, format!("{stem}_{name}"), DType::F32)
     }
@@ -51,28 +53,28 @@ impl<'a> Launch<'a> {
         Launch { device, name, function, dtype, parameters: Vec::new(), fault: None }
     }
 
-    /// A tensor in the activations' type.
+    /// Adds a pointer to a tensor in the activations' type.
     pub fn tensor(self, tensor: &Tensor) -> Launch<'a> {
         self.tensor_at(tensor, 0)
     }
 
-    /// Its part from element `at` on.
+    /// Adds a pointer to its element `at`.
     pub fn tensor_at(self, tensor: &Tensor, at: usize) -> Launch<'a> {
         let dtype = self.dtype;
         self.pointer(tensor, at, dtype)
     }
 
-    /// A tensor of a type that does not follow the activations'.
+    /// Adds a pointer to a tensor whose type does not follow the activations'.
     pub fn of(self, dtype: DType, tensor: &Tensor) -> Launch<'a> {
         self.pointer(tensor, 0, dtype)
     }
 
-    /// Its part from element `at` on.
+    /// Adds a pointer to its element `at`.
     pub fn of_at(self, dtype: DType, tensor: &Tensor, at: usize) -> Launch<'a> {
         self.pointer(tensor, at, dtype)
     }
 
-    /// `of`, or a null pointer.
+    /// `of`, or a null pointer for `None`.
     pub fn optional(self, dtype: DType, tensor: Option<&Tensor>) -> Launch<'a> {
         match tensor {
             Some(tensor) => self.pointer(tensor, 0, dtype),
@@ -80,7 +82,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// `int`
+    /// Adds an `int`. A value beyond 32 bits is an error.
     pub fn int(mut self, value: usize) -> Launch<'a> {
         if value > i32::MAX as usize {
             let fault = candle_core::Error::Msg(format!("{}: {value} is beyond 32 bits", self.name));
@@ -89,18 +91,19 @@ impl<'a> Launch<'a> {
         self.push(value as u64, 4)
     }
 
-    /// `unsigned long long`
+    /// Adds an `unsigned long long`.
     pub fn long(self, value: u64) -> Launch<'a> {
         self.push(value, 8)
     }
 
-    /// `float`
+    /// Adds a `float`.
     pub fn float(self, value: f64) -> Launch<'a> {
         self.push((value as f32).to_bits() as u64, 4)
     }
 
     fn pointer(mut self, tensor: &Tensor, at: usize, dtype: DType) -> Launch<'a> {
-        /// Kernels read and write by 16 bytes; one that can begin elsewhere takes its offset by `tensor_at`.
+        /// Kernels read and write 16 bytes at a time. A tensor that may begin elsewhere passes its offset by
+        /// `tensor_at`.
         const ALIGNMENT: u64 = 16;
         let found = match tensor.dtype() == dtype {
             true => super::address(tensor, at).and_then(|address| match at > 0 || address % ALIGNMENT == 0 {
@@ -124,7 +127,8 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// Asks for the launch; `grid` is (x, y, z) blocks. An empty grid launches nothing.
+    /// Queues the launch; `grid` is (x, y, z) blocks. An empty grid launches nothing. Wrong parameters are an
+    /// error.
     pub fn launch(mut self, grid: (usize, usize, usize), threads: usize, shared_bytes: usize) -> Result<()> {
         if let Some(fault) = self.fault {
             return Err(fault);
@@ -143,7 +147,7 @@ impl<'a> Launch<'a> {
             bail!("{}: a grid of {grid:?}", self.name);
         }
         self.device.cuda_stream().context().bind_to_thread().w()?;
-        /// What a kernel may take without asking.
+        /// The shared memory that a kernel may use without asking.
         const SHARED_BYTES: usize = 48 << 10;
         if shared_bytes > SHARED_BYTES {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -153,9 +157,9 @@ impl<'a> Launch<'a> {
         let mut pointers: Vec<*mut c_void> =
             self.parameters.iter_mut().map(|parameter| (&raw mut parameter.bits).cast()).collect();
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
-        // SAFETY: number and sizes of the parameters were compared with the kernel's own; tensors behind addresses were
-        // alive when these were taken and are freed in stream order. That each kernel stays inside its tensors is what
-        // the tests of every operation show, on the emulator with address checks.
+        // SAFETY: the number and the sizes of the parameters were compared with the kernel's own. The tensors
+        // behind the addresses were alive when these were taken and are freed in stream order. The tests of every
+        // operation show, on the emulator with address checks, that each kernel stays inside its tensors.
         unsafe {
             result::launch_kernel(
                 function.function.cu_function(),
@@ -170,14 +174,15 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// Modules are loaded once a device, functions looked up once.
+/// Returns a kernel. Modules are loaded once per device; functions are looked up once.
 fn load(device: &CudaDevice, stem: &str, name: &str) -> Result<Function> {
     type Functions = HashMap<usize, HashMap<String, Function>>;
     static FUNCTIONS: OnceLock<Mutex<Functions>> = OnceLock::new();
     let context = device.cuda_stream().context().clone();
     let mut functions =
         FUNCTIONS.get_or_init(Default::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    // By the context and not by the device's number: a second one of the same GPU has modules of its own.
+    // The key is the context and not the device's number, because a second context on the same GPU has its own
+    // modules.
     let functions = functions.entry(context.cu_ctx() as usize).or_default();
     if let Some(function) = functions.get(name) {
         return Ok(function.clone());
@@ -198,7 +203,8 @@ fn parameter_sizes(function: &CudaFunction) -> Option<Vec<usize>> {
     let mut sizes = Vec::new();
     loop {
         let (mut offset, mut bytes) = (0usize, 0usize);
-        // SAFETY: a loaded function and two places to write to; an index beyond the last parameter is an error code.
+        // SAFETY: the function is loaded and both numbers may be written; an index beyond the last parameter gives
+        // an error code.
         let found =
             unsafe { sys::cuFuncGetParamInfo(function.cu_function(), sizes.len(), &mut offset, &mut bytes) };
         match found {

@@ -1,8 +1,8 @@
 //! The border between tensors and kernels on a GPU: the device, launches, cuBLAS products.
 //!
-//! Every operation begins with the question where its tensors lie; on a GPU it launches kernels of its own file name
-//! (`kernels/rms_norm.cu` for `ops/rms_norm.rs`). All work of a process goes to one stream of one device, in the order
-//! in which it is asked for: nothing here waits for the GPU except what says so.
+//! Every operation first asks where its tensors lie; on a GPU it launches kernels from the file of its own name
+//! (`kernels/rms_norm.cu` for `ops/rms_norm.rs`). All work of a process goes to one stream of one device, in the
+//! order of the calls. A function here waits for the GPU only if its doc says so.
 
 pub mod device;
 pub mod late;
@@ -16,7 +16,7 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The CUDA device a tensor lies on.
+/// The CUDA device that a tensor lies on. A tensor elsewhere is an error.
 pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device),
@@ -24,8 +24,8 @@ pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     }
 }
 
-/// The address of a contiguous tensor's element `at`. It stays valid as long as the tensor: memory is given back in the
-/// order of the stream, after every launch that was asked for before.
+/// The address of element `at` of a contiguous tensor. It stays valid as long as the tensor: memory is freed in the
+/// order of the stream, after every launch queued before.
 pub fn address(tensor: &Tensor, at: usize) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
@@ -39,7 +39,7 @@ pub fn address(tensor: &Tensor, at: usize) -> Result<u64> {
 
 fn base_address(storage: &CudaStorage) -> Result<u64> {
     let stream = storage.device.cuda_stream();
-    // The guard that comes with an address would record events, which are switched off.
+    // The guard that comes with an address would record events, but events are switched off.
     macro_rules! of {
         ($($kind:ident),*) => {
             match &storage.slice {
@@ -51,22 +51,23 @@ fn base_address(storage: &CudaStorage) -> Result<u64> {
     Ok(of!(U8, U32, I64, BF16, F16, F32, F64))
 }
 
-/// A host slice on the device, [its length]. Up to 64 KiB the driver copies it at once and the host goes on.
+/// Copies a host slice to the device, as a tensor of its length. Up to 64 KiB the driver takes the values at once
+/// and the host goes on.
 pub fn upload<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), device)
 }
 
-/// A tensor's elements on the host. Waits for the stream.
+/// Copies a tensor's elements to the host. Waits for the stream.
 pub fn download<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
     tensor.flatten_all()?.to_vec1()
 }
 
-/// Waits until the device has done all that was asked for.
+/// Waits until the device has finished all queued work.
 pub fn synchronize(device: &CudaDevice) -> Result<()> {
     device.cuda_stream().synchronize().w()
 }
 
-/// Launches and products asked for since the program began.
+/// Launches and products queued since the program began.
 pub fn launches() -> u64 {
     LAUNCHES.load(Ordering::Relaxed)
 }
@@ -77,7 +78,7 @@ fn count_launch() {
     LAUNCHES.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The suffix of kernels for a storage type.
+/// The suffix of a kernel's name for a storage type.
 pub fn suffix(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F32 => Ok("f32"),

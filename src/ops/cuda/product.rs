@@ -1,30 +1,36 @@
-//! Matrix products by cuBLAS: rows-first matrices inside tensors, f32 or bf16 in, f32 sums.
+//! Matrix products by cuBLAS: row-major matrices inside tensors, f32 or bf16 inputs, f32 sums.
 
 use std::ffi::c_void;
 
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::{DType, Result, Tensor, bail};
 
-/// A matrix inside a tensor: element (i, j) is at `at + i * stride + j`, or, transposed, at `at + j * stride + i`.
+/// A matrix inside a tensor: element (i, j) is at `at + i * stride + j`, or at `at + j * stride + i` if transposed.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
+    /// The tensor.
     pub tensor: &'a Tensor,
+    /// Index of the first element.
     pub at: usize,
+    /// Distance between rows in the tensor, in elements.
     pub stride: usize,
+    /// Whether the matrix is the transpose of the stored one.
     pub transposed: bool,
 }
 
 impl<'a> Matrix<'a> {
+    /// A matrix stored row by row from element `at` on.
     pub fn rows(tensor: &'a Tensor, at: usize, stride: usize) -> Matrix<'a> {
         Matrix { tensor, at, stride, transposed: false }
     }
 
+    /// The transpose of this matrix.
     pub fn transposed(self) -> Matrix<'a> {
         Matrix { transposed: !self.transposed, ..self }
     }
 }
 
-/// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`. a and b are of one type, f32 or bf16; c is of the same or f32.
+/// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`. a and b have the same type, f32 or bf16; c has that type or f32.
 pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
     assert!(!c.transposed, "the result lies row by row");
     if m == 0 || n == 0 {
@@ -48,7 +54,7 @@ pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f6
     };
     super::count_launch();
     let blas = device.cublas_handle();
-    // cuBLAS counts columns first, so it is asked for the transposed product: c^T = b^T a^T.
+    // cuBLAS stores matrices by columns, so it computes the transposed product: c^T = b^T a^T.
     // SAFETY: `reach` has bounded every element of the three matrices; the handle's stream is the device's.
     unsafe {
         result::gemm_ex(

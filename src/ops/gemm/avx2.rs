@@ -1,4 +1,4 @@
-//! Panels of f32 -> blocks of `c` with AVX2: the packing by hand, the product as `portable` writes it.
+//! Panels of f32 -> blocks of `c` with AVX2. Packing is written by hand; the product is that of `portable`.
 //!
 //! Rounding to bf16 and the table of 4-bit codes cost as much as the product does if they are done one element at a time.
 
@@ -14,7 +14,7 @@ use crate::facts::Precision;
 pub static KERNEL: Kernel =
     Kernel { name: "avx2", step: 16, split: false, pack, begin, end, multiply, store };
 
-/// Sixteen elements of a run: two registers.
+/// Sixteen elements of a run, in two registers.
 type Row = [__m256; 2];
 
 /// Whether this machine can run [`KERNEL`].
@@ -28,17 +28,17 @@ unsafe fn end() {}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn multiply(job: Multiply) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { portable::block::<true>(job) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { portable::put(sums, rows, cols, c) }
 }
 
-/// Packs panels of f32: a row of a tile of `a` is a lane, a row of a tile of `b` a depth.
+/// Packs panels of f32. A row of a tile of `a` holds a lane; a row of a tile of `b` holds a depth.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
     let steps = span.depth.div_ceil(16);
@@ -56,7 +56,7 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
         };
         let mut rows = [[_mm256_setzero_ps(); 2]; 16];
         for (run, row) in rows.iter_mut().enumerate().take(if along > 0 { runs } else { 0 }) {
-            // SAFETY: the caller has the features; the run lies inside the operand.
+            // SAFETY: the caller's machine has the features; the run lies inside the operand.
             *row = unsafe { load(source, first + run, at, along) };
             if precision == Precision::Bf16 {
                 *row = [round_to_bf16(row[0]), round_to_bf16(row[1])];
@@ -76,7 +76,7 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
     }
 }
 
-/// Up to 16 elements of a run; the rest is zero.
+/// Loads up to 16 elements of a run; the rest is zero.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> Row {
@@ -112,19 +112,20 @@ unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> Row {
     }
 }
 
-/// Eight bytes of two codes each, the high half first -> sixteen values of a table of sixteen.
+/// Maps eight bytes of two codes each, high half first, to sixteen values of a table of sixteen.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn look_up(table: Row, bytes: __m128i) -> Row {
     let bytes = _mm256_cvtepu8_epi32(bytes);
     let (high, low) = (_mm256_srli_epi32::<4>(bytes), _mm256_and_si256(bytes, _mm256_set1_epi32(15)));
-    // Elements 0-3 and 8-11, then 4-7 and 12-15: interleaving works inside halves of a register.
+    // The order is elements 0-3 and 8-11, then 4-7 and 12-15, because interleaving works inside halves of a
+    // register.
     let (outer, inner) = (_mm256_unpacklo_epi32(high, low), _mm256_unpackhi_epi32(high, low));
     [_mm256_permute2x128_si256::<0x20>(outer, inner), _mm256_permute2x128_si256::<0x31>(outer, inner)].map(
         |index| {
             let (first, second) =
                 (_mm256_permutevar8x32_ps(table[0], index), _mm256_permutevar8x32_ps(table[1], index));
-            // Bit 3 of the index says which half of the table; a blend looks at the sign.
+            // Bit 3 of the index says which half of the table holds the value; a blend selects by the sign bit.
             _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
         },
     )
@@ -141,7 +142,8 @@ fn rounded(values: __m256, rounding: Rounding) -> __m256 {
     }
 }
 
-/// Nearest bf16, ties to even. NaN stays NaN, since its payload's upper bits are kept and its quiet bit is set.
+/// Rounds to the nearest bf16, ties to even. NaN stays NaN: the upper bits of its payload are kept and its quiet
+/// bit is set.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn round_to_bf16(values: __m256) -> __m256 {
@@ -154,14 +156,14 @@ fn round_to_bf16(values: __m256) -> __m256 {
     _mm256_castsi256_ps(kept)
 }
 
-/// Eight bf16 as floats.
+/// Widens eight bf16 to floats.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen(halves: __m128i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
 }
 
-/// Transposes 16 x 16: four blocks of 8 x 8, the two off the diagonal swapped.
+/// Transposes 16 x 16 as four blocks of 8 x 8, of which the two off the diagonal are swapped.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose(rows: &[Row; 16]) -> [Row; 16] {
@@ -180,12 +182,12 @@ fn transpose(rows: &[Row; 16]) -> [Row; 16] {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose_8x8(a: [__m256; 8]) -> [__m256; 8] {
-    // Pairs of rows, then pairs of pairs, inside halves of a register; then the halves.
+    // Interleaves pairs of rows, then pairs of pairs, inside halves of a register; then exchanges the halves.
     let pairs: [__m256; 8] = std::array::from_fn(|i| {
         let (first, second) = (a[i / 2 * 2], a[i / 2 * 2 + 1]);
         if i % 2 == 0 { _mm256_unpacklo_ps(first, second) } else { _mm256_unpackhi_ps(first, second) }
     });
-    // Columns 0 and 4 of four rows are in the first, 1 and 5 in the second, and so on.
+    // The first register holds columns 0 and 4 of four rows, the second columns 1 and 5, and so on.
     let fours = |at: usize| {
         let (low, high) = (pairs[at], pairs[at + 1]);
         let (low_next, high_next) = (pairs[at + 2], pairs[at + 3]);

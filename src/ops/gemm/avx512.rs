@@ -1,4 +1,4 @@
-//! Panels of f32, or of bf16 pairs, -> blocks of `c` with AVX-512 registers.
+//! Panels of f32, or of pairs of bf16, -> blocks of `c` with AVX-512 registers.
 
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::pack_bf16::{self, transpose_16x16};
@@ -8,10 +8,11 @@ use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
+/// The kernel for f32 products.
 pub static F32: Kernel =
     Kernel { name: "avx512", step: 16, split: false, pack, begin, end, multiply: multiply_f32, store };
 
-/// Products of bf16 pairs, summed in f32.
+/// The kernel for products of bf16 pairs, summed in f32.
 pub static BF16: Kernel = Kernel {
     name: "avx512-bf16",
     step: pack_bf16::STEP,
@@ -23,15 +24,18 @@ pub static BF16: Kernel = Kernel {
     store,
 };
 
+/// Whether this machine can run `F32`.
 pub fn has_f32() -> bool {
     has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")
 }
 
+/// Whether this machine can run `BF16`.
 pub fn has_bf16() -> bool {
     has_f32() && has!("avx512bf16")
 }
 
-/// AMD multiplies pairs at twice the rate of f32; Intel (Sapphire Rapids, measured) at half of it.
+/// Whether `BF16` is faster than `F32`. AMD multiplies pairs at twice the rate of f32; Intel (Sapphire Rapids,
+/// measured) at half of it.
 pub fn pairs_are_fast() -> bool {
     let vendor = __cpuid(0);
     has_bf16()
@@ -41,7 +45,7 @@ pub fn pairs_are_fast() -> bool {
 unsafe fn begin() {}
 unsafe fn end() {}
 
-/// What happens to one 32-bit word of each lane.
+/// The operation on one 32-bit word of each lane.
 trait Product {
     /// # Safety
     /// Needs the features of the kernel.
@@ -53,7 +57,7 @@ struct Fma;
 impl Product for Fma {
     #[inline(always)]
     unsafe fn add(sum: __m512, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: as the caller promises.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm512_fmadd_ps(a, b, sum) }
     }
 }
@@ -63,7 +67,7 @@ struct Pairs;
 impl Product for Pairs {
     #[inline(always)]
     unsafe fn add(sum: __m512, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: as the caller promises; both types are 512 bits of plain data.
+        // SAFETY: guaranteed by the caller; both types are 512 bits of plain data.
         unsafe {
             let (a, b) = (transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b));
             _mm512_dpbf16_ps(sum, a, b)
@@ -73,20 +77,21 @@ impl Product for Pairs {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn multiply_f32(job: Multiply) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { multiply::<Fma>(job) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn multiply_pairs(job: Multiply) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { multiply::<Pairs>(job) }
 }
 
-/// 32 rows as 11 + 11 + 10: 22 sums, two registers of `b` and one of `a` fill the file and hide the latency.
+/// Multiplies 32 rows as 11 + 11 + 10: 22 sums, two registers of `b` and one of `a` fill the register file and hide
+/// the latency.
 #[inline(always)]
 unsafe fn multiply<P: Product>(job: Multiply) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         rows::<P, 0, 11>(job);
         if job.rows > 11 {
@@ -100,7 +105,7 @@ unsafe fn multiply<P: Product>(job: Multiply) {
 
 #[inline(always)]
 unsafe fn rows<P: Product, const FIRST: usize, const ROWS: usize>(job: Multiply) {
-    // A row of a block or of a tile of `a`: tiles of 16 rows, 64 bytes each.
+    // A row of a block, or of a tile of `a`: tiles have 16 rows of 64 bytes.
     let sum_at = |row: usize, tile: usize| (row / 16 * 2 + tile) * 256 + row % 16 * 16;
     // SAFETY: the sums are four tiles; each panel holds `steps` steps of two tiles.
     unsafe {
@@ -131,7 +136,7 @@ unsafe fn rows<P: Product, const FIRST: usize, const ROWS: usize>(job: Multiply)
     }
 }
 
-/// Packs panels of f32: tiles of `a` keep a lane in a row, tiles of `b` a depth.
+/// Packs panels of f32. A row of a tile of `a` holds a lane; a row of a tile of `b` holds a depth.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
     let steps = span.depth.div_ceil(16);
@@ -151,7 +156,7 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
             if along == 0 {
                 break;
             }
-            // SAFETY: the caller has the features; the run lies inside the operand.
+            // SAFETY: the caller's machine has the features; the run lies inside the operand.
             *row = unsafe { load(source, first + run, at, along) };
             if precision == Precision::Bf16 {
                 *row =
@@ -169,7 +174,7 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
     }
 }
 
-/// Up to 16 elements of a run; the rest is zero.
+/// Loads up to 16 elements of a run; the rest of the register is zero.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> __m512i {
@@ -189,7 +194,8 @@ unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> __m51
                 let scale = _mm512_set1_ps(weight.absmax[flat / weight.block]);
                 let table = _mm512_mul_ps(_mm512_loadu_ps(weight.code.as_ptr()), scale);
                 let table = pack_bf16::round(table, weight.rounding);
-                // Two 32-bit indices from each byte, high half first; a permutation reads their low four bits.
+                // Each byte becomes two 32-bit indices, high half first; the permutation reads only their low four
+                // bits.
                 let bytes =
                     _mm512_cvtepu8_epi64(_mm_loadl_epi64(weight.packed.as_ptr().add(flat / 2).cast()));
                 let index = _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes));
@@ -204,7 +210,7 @@ unsafe fn load(source: &Source, run: usize, start: usize, count: usize) -> __m51
     }
 }
 
-/// Puts a block of sums into `c`, see `drive::Kernel::store`.
+/// Writes a block of sums into `c`; see `drive::Kernel::store`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
     let alpha = _mm512_set1_ps(c.alpha);

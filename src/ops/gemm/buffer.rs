@@ -1,19 +1,21 @@
-//! Memory for packed panels: a thread keeps what it used, on huge pages where Linux has them.
+//! Memory for packed panels. Each thread keeps its buffers for later products; large ones lie on huge pages if
+//! Linux has them.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::ptr::NonNull;
 
 thread_local! {
-    /// Buffers not in use. A list, because a thread that waits in one product may run a task of another.
+    /// Buffers that are not in use. It is a list because a thread that waits in one product may run a task of
+    /// another.
     static FREE: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends `bytes` of memory, aligned to 64 bytes, of arbitrary content.
+/// Lends `bytes` of memory to `work`, aligned to 64 bytes, with arbitrary content.
 pub fn with_buffer<R>(bytes: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
     let mut buffer = FREE
         .with_borrow_mut(|free| {
-            // The smallest that is large enough, else the largest, which is replaced.
+            // Takes the smallest buffer that is large enough, else the largest one, which is then replaced.
             let fit = |index: &usize| {
                 let size = free[*index].layout.size();
                 (size < bytes, size.abs_diff(bytes))
@@ -37,7 +39,8 @@ struct Buffer {
 
 impl Buffer {
     fn new(bytes: usize) -> Self {
-        // From half a huge page on, whole ones: tiles of many panels would need an address translation each.
+        // From half a huge page on, whole huge pages are used: tiles of many panels would need an address
+        // translation each.
         let page = if bytes >= HUGE_PAGE / 2 { HUGE_PAGE } else { PAGE };
         let layout =
             Layout::from_size_align(bytes.max(1).next_multiple_of(page), page).expect("a valid size");
@@ -46,10 +49,11 @@ impl Buffer {
         let data = NonNull::new(data).unwrap_or_else(|| handle_alloc_error(layout));
         #[cfg(target_os = "linux")]
         if page == HUGE_PAGE {
-            // SAFETY: advice on memory that this buffer owns; a refusal changes nothing.
+            // SAFETY: this is advice about memory that the buffer owns; a refusal changes nothing.
             unsafe { libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
         }
-        // SAFETY: owned memory of this size. Touched only now, after the advice, and initialised for `slice`.
+        // SAFETY: the buffer owns this memory. It is touched only now, after the advice, and initialised for
+        // `slice`.
         unsafe { data.as_ptr().write_bytes(0, layout.size()) };
         Buffer { data, layout }
     }
@@ -62,7 +66,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
+        // SAFETY: the memory was allocated with this layout.
         unsafe { dealloc(self.data.as_ptr(), self.layout) }
     }
 }

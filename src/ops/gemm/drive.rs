@@ -1,8 +1,8 @@
-//! Operands and a kernel -> blocks of `c`: which panels are packed when, by whom, and which stay in which cache.
+//! Operands and a kernel -> blocks of `c`: when panels are packed, by which thread, and which cache they stay in.
 //!
-//! The smaller operand is packed whole, once, by all threads together. The larger one is cut into runs of panels that
-//! fit L2: a task packs one run for itself and multiplies it with every panel of the smaller one, which streams by.
-//! So each operand is packed once, and a panel block of the streaming operand stays in L1 for a whole run.
+//! All threads together pack the smaller operand as a whole, once. The larger one is divided into runs of panels
+//! that fit L2: a task packs one run for itself and multiplies it with every panel of the smaller operand in turn.
+//! So each operand is packed once, and a panel block of the streamed operand stays in L1 for a whole run.
 
 use super::Matrix;
 use super::buffer::with_buffer;
@@ -10,103 +10,132 @@ use super::source::{Side, Source};
 use crate::facts::Precision;
 use rayon::prelude::*;
 
-/// Lanes of a panel: rows of `a` or columns of `b` that one call of a kernel multiplies.
+/// Lanes of a panel: the rows of `a` or columns of `b` that one call of a kernel multiplies.
 pub const LANES: usize = 32;
-/// A tile is 16 lanes by 64 bytes of depth; one step of a panel is two tiles for each plane.
+/// Bytes of a tile, which is 16 lanes by 64 bytes of depth. One step of a panel is two tiles for each plane.
 pub const TILE_BYTES: usize = 1024;
-/// Sums of 32x32 elements of `c`: four tiles of 16x16, row by row.
+/// Elements of a block of sums, 32x32 elements of `c`: four tiles of 16x16, row by row.
 pub const BLOCK: usize = LANES * LANES;
 
-/// The functions of one instruction set. Every `unsafe fn` here demands that the kernel's instruction set exists.
+/// The functions of one instruction set. Each `unsafe fn` requires that the machine has that instruction set.
 pub struct Kernel {
+    /// The name in logs.
     pub name: &'static str,
-    /// Elements of depth in one step: 16 of f32, 32 of bf16.
+    /// Elements of depth in one step: 16 for f32, 32 for bf16.
     pub step: usize,
-    /// Splits f32 into bf16 planes: `Source::planes`. Otherwise one plane.
+    /// Whether f32 is split into bf16 planes (`Source::planes`). If not, there is one plane.
     pub split: bool,
-    /// Packs panel after panel: `lanes` from `lane`, `depth` from `start`; zeros fill the last lanes and step.
+    /// Packs panel after panel: `lanes` from `lane` on, `depth` from `start` on. Zeros fill the last lanes and the
+    /// last step.
     pub pack: unsafe fn(&Source, Side, Precision, Span, &mut [u8]),
-    /// Called by a thread before and after a series of `multiply`.
+    /// Called by a thread before a series of `multiply`.
     pub begin: unsafe fn(),
+    /// Called by a thread after a series of `multiply`.
     pub end: unsafe fn(),
+    /// Multiplies two panel blocks.
     pub multiply: unsafe fn(Multiply),
-    /// Puts sums into `c`.
+    /// Writes sums into `c`.
     pub store: unsafe fn(sums: *const f32, rows: usize, cols: usize, c: Target),
 }
 
-/// The part of an operand that becomes one panel or several.
+/// The part of an operand that becomes one or several panels.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
+    /// First lane.
     pub lane: usize,
+    /// Number of lanes.
     pub lanes: usize,
+    /// First depth.
     pub start: usize,
+    /// Number of depths.
     pub depth: usize,
 }
 
 impl Span {
+    /// Number of panels.
     pub fn panels(self) -> usize {
         self.lanes.div_ceil(LANES)
     }
 
-    /// The part that becomes the panel of this index.
+    /// The part that becomes panel `index`.
     pub fn panel(self, index: usize) -> Span {
         let lane = index * LANES;
         Span { lane: self.lane + lane, lanes: LANES.min(self.lanes - lane), ..self }
     }
 }
 
-/// One panel block of `a` times one of `b`, added to `sums` or replacing them.
+/// Multiplies one panel block of `a` with one of `b`, and adds the product to `sums` or replaces them.
 #[derive(Clone, Copy)]
 pub struct Multiply {
+    /// Steps of depth in both blocks.
     pub steps: usize,
+    /// The block of `a`.
     pub a: *const u8,
+    /// The block of `b`.
     pub b: *const u8,
+    /// Planes of `a`.
     pub a_planes: usize,
+    /// Planes of `b`.
     pub b_planes: usize,
+    /// The block of sums, `BLOCK` elements.
     pub sums: *mut f32,
+    /// Whether the product is added to `sums`.
     pub add: bool,
+    /// Rows of the block that are used.
     pub rows: usize,
+    /// Columns of the block that are used.
     pub cols: usize,
+    /// Memory to prefetch.
     pub soon: Soon,
 }
 
-/// Memory to prefetch while multiplying: lines of the next panel for each step, and the block of `c`.
+/// Memory to prefetch while multiplying: lines of the next panel in each step, and the block of `c`.
 #[derive(Clone, Copy)]
 pub struct Soon {
+    /// The next panel.
     pub panel: *const u8,
+    /// Cache lines of the panel per step.
     pub panel_lines: usize,
+    /// The first element of the block of `c`.
     pub c: *const f32,
+    /// Rows of the block of `c`; 0 if it is not needed soon.
     pub c_rows: usize,
+    /// Distance between rows of `c`, in elements.
     pub c_row_stride: usize,
 }
 
-/// Where sums go: `c = alpha * sum + beta * c`.
+/// The destination of sums: `c = alpha * sum + beta * c`.
 #[derive(Clone, Copy)]
 pub struct Target {
+    /// The first element.
     pub data: *mut f32,
+    /// Distance between rows, in elements.
     pub row_stride: usize,
+    /// Factor on the sums.
     pub alpha: f32,
+    /// Factor on the old values. With 0 they are not read.
     pub beta: f32,
 }
 
-// SAFETY: tasks get disjoint blocks of `c`, whose borrow outlives them.
+// SAFETY: tasks get disjoint blocks of `c`, and the borrow of `c` outlives them.
 unsafe impl Send for Target {}
 // SAFETY: as above.
 unsafe impl Sync for Target {}
 
-/// Depth packed at a time when both operands are one plane; longer products are added up in `c`. A long slice reads
-/// and writes `c` less often, a short one leaves more lanes in a run and streams the other operand less often; more
-/// planes make streaming dearer by the square root of their product.
+/// Depth that is packed at a time if both operands have one plane; longer products are summed up in `c`. A long
+/// slice reads and writes `c` less often. A short slice leaves more lanes in a run, so that the other operand is
+/// streamed less often. With more planes, streaming costs more by the square root of their product.
 const DEPTH_MAX: usize = 1536;
-/// A run of panels, with its share of L2 (2 MiB on server cores, 1 MiB on older ones).
+/// Bytes of a run of panels: its share of L2 (2 MiB on server cores, 1 MiB on older ones).
 const RUN_BYTES_MAX: usize = 1 << 20;
-/// Panel block of the streaming operand that stays in L1 (32 or 48 KiB) beside the sums of a group.
+/// Bytes of a panel block of the streamed operand, which stays in L1 (32 or 48 KiB) beside the sums of a group.
 const L1_BYTES: usize = 16 << 10;
-/// The same for three planes by one: two steps in 16 KiB are too short beside loading the sums (+10 %, measured).
+/// The same for three planes by one: in 16 KiB, two steps are too short beside the loading of sums (+10 %,
+/// measured).
 const L1_BYTES_THREE_BY_ONE: usize = 24 << 10;
-/// Panels of a run that share one pass over a block: 4 KiB of sums each.
+/// Panels of a run that share one pass over a block; each has 4 KiB of sums.
 const GROUP: usize = 16;
-/// The operand that is packed whole; larger ones are taken in pieces.
+/// Largest part of an operand that is packed as a whole; a larger operand is taken in pieces.
 const WHOLE_BYTES_MAX: usize = 64 << 20;
 
 /// Depth below which writing `c` costs more than reading panels.
@@ -119,6 +148,8 @@ struct Operand<'a> {
     lanes: usize,
 }
 
+/// Computes the product. The operands' shapes, the extent of `c` and the kernel's instruction set were checked
+/// before.
 pub fn run(
     kernel: &Kernel,
     threads: usize,
@@ -135,10 +166,10 @@ pub fn run(
     };
     let (a, b) = (operand(a, Side::A, m), operand(b, Side::B, n));
     let slice = slice_depth(k, a.planes * b.planes, kernel.step);
-    // A short product is all about writing `c`, which goes along rows when `b` is the one in runs.
+    // A short product spends its time writing `c`, which proceeds along rows if `b` is the operand in runs.
     let (whole, runs) = if k <= SHORT || m * a.planes <= n * b.planes { (a, b) } else { (b, a) };
     let job = Job { kernel, threads, whole, runs, precision };
-    // k = 0 still scales c.
+    // With k = 0 the loop still scales c once.
     let mut start = 0;
     loop {
         let depth = slice.min(k - start);
@@ -151,7 +182,7 @@ pub fn run(
     }
 }
 
-/// Cuts `k` into equal slices; depends on nothing that changes from run to run.
+/// Cuts `k` into equal slices. The result depends on nothing that changes between runs.
 fn slice_depth(k: usize, planes: usize, step: usize) -> usize {
     let max = match planes {
         1 => DEPTH_MAX,
@@ -218,8 +249,8 @@ impl Job<'_> {
         });
     }
 
-    /// One panel of the whole operand with every panel of a run: a group of panels at a time, block after block of
-    /// depth, so that a block of the one panel and the group's sums stay in L1.
+    /// Multiplies one panel of the whole operand with every panel of a run, one group of panels at a time and block
+    /// after block of depth, so that a block of the one panel and the group's sums stay in L1.
     fn panel(&self, whole: &[u8], whole_span: Span, run: &[u8], span: Span, sums: *mut f32, c: Target) {
         let steps = span.depth.div_ceil(self.kernel.step);
         let (whole_step, run_step) = (self.step_bytes(&self.whole), self.step_bytes(&self.runs));
@@ -282,7 +313,7 @@ impl Job<'_> {
         if bytes == 0 {
             return;
         }
-        // Neighbouring panels together: their elements may be neighbours in memory.
+        // Neighbouring panels are packed together, because their elements may be neighbours in memory.
         let panels = span.panels().div_ceil(2 * threads);
         let chunk = panels * bytes;
         let pack = |(index, out): (usize, &mut [u8])| {

@@ -1,6 +1,7 @@
-//! 4-bit weight as bitsandbytes stores it -> its exact values in the weight's own type, as f32.
+//! A 4-bit weight as bitsandbytes stores it -> its exact values, in the weight's own type, as f32.
 //!
-//! `value = round(code[nibble] * absmax[flat / block])`: one f32 product, rounded to nearest even to the type the
+//! `value = round(code[nibble] * absmax[flat / block])`: one f32 product, rounded to nearest even to the type that
+//! the
 //! weight had before it was quantised. Elements are counted over the flat tensor, so a block may straddle rows.
 
 use half::{bf16, f16};
@@ -9,25 +10,35 @@ use rayon::prelude::*;
 /// The type that dequantised values are rounded to: the weight's own (bitsandbytes' `quant_state.dtype`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rounding {
+    /// Not rounded: f32.
     None,
+    /// Rounded to bf16.
     Bf16,
+    /// Rounded to f16.
     F16,
 }
 
-/// A weight [rows, cols]: element `2 i` in the high half of byte `i`, one scale for each `block` elements.
+/// A weight [rows, cols]: element `2 i` is in the high half of byte `i`, and `block` elements share one scale.
 #[derive(Clone, Copy)]
 pub struct FourBitView<'a> {
+    /// Two indices per byte.
     pub packed: &'a [u8],
+    /// The scale of each block.
     pub absmax: &'a [f32],
+    /// The 16 values.
     pub code: &'a [f32; 16],
+    /// Rows of the weight.
     pub rows: usize,
+    /// Columns of the weight.
     pub cols: usize,
+    /// Elements that share one scale, a power of two.
     pub block: usize,
+    /// The type that products are rounded to.
     pub rounding: Rounding,
 }
 
 impl FourBitView<'_> {
-    /// Panics unless data and scales cover the shape: the kernels rely on it.
+    /// Panics unless data and scales cover the shape. The kernels rely on this check.
     pub(super) fn check(&self) {
         let count = self.rows.checked_mul(self.cols).expect("a weight's size fits usize");
         assert!(self.block >= 2 && self.block.is_power_of_two(), "block of {} elements", self.block);
@@ -35,7 +46,7 @@ impl FourBitView<'_> {
         assert!(self.absmax.len() >= count.div_ceil(self.block), "{} scales for {count}", self.absmax.len());
     }
 
-    /// The 16 values a block can hold.
+    /// The 16 values that a block can hold.
     fn table(&self, block: usize) -> [f32; 16] {
         let scale = self.absmax[block];
         self.code.map(|code| self.rounding.apply(code * scale))
@@ -88,7 +99,7 @@ impl FourBitView<'_> {
     }
 }
 
-/// `out[2 i]` and `out[2 i + 1]` from byte `i`, 32 values at a time.
+/// Computes `out[2 i]` and `out[2 i + 1]` from byte `i`, 32 values at a time.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn expand(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
@@ -98,10 +109,10 @@ fn expand(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
     let first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (bytes, out) in packed.chunks_exact(16).zip(out.chunks_exact_mut(32)) {
-        // SAFETY: 16 bytes are read, 32 values written, each of a chunk of that length.
+        // SAFETY: 16 bytes are read and 32 values written, each in a chunk of that length.
         unsafe {
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
-            // A permutation reads the low four bits of each index.
+            // The permutation reads only the low four bits of each index.
             let even = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
             let odd = _mm512_permutexvar_ps(bytes, table);
             _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutex2var_ps(even, first, odd));
@@ -120,12 +131,12 @@ impl Rounding {
     }
 }
 
-/// Writes all values of `view`, row-major. Bit-exact, on the threads of the current rayon pool.
+/// Writes all values of `view`, row-major and bit-exact, on the threads of the current rayon pool.
 pub fn dequantize(view: &FourBitView, out: &mut [f32]) {
     view.check();
     assert_eq!(out.len(), view.rows * view.cols, "values of [{}, {}]", view.rows, view.cols);
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(index, out)| view.read(index * CHUNK, out));
 }
 
-/// Elements a task expands: 256 KiB of f32, a fraction of L2.
+/// Elements that one task expands: 256 KiB of f32, a fraction of L2.
 const CHUNK: usize = 1 << 16;

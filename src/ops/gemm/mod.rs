@@ -1,11 +1,12 @@
-//! Matrix product on the CPU: two strided views, 4-bit weights included -> `c = alpha * a * b + beta * c` in f32.
+//! Matrix product on the CPU: two strided views, also of 4-bit weights -> `c = alpha * a * b + beta * c` in f32.
 //!
-//! One driver (`drive`) cuts the product into 32x32 blocks of `c`; a kernel (`amx`, `avx512`, `portable`) is a table of
-//! functions that pack operands into panels and multiply two panels. Operands are packed from the form they are
-//! stored in, so a frozen 4-bit weight is expanded one panel at a time and never as a whole.
+//! One driver (`drive`) cuts the product into 32x32 blocks of `c`. A kernel (`amx`, `avx512`, `portable`) is a
+//! table of functions that pack operands into panels and multiply two panels. Operands are packed from their stored
+//! form, so a frozen 4-bit weight is expanded one panel at a time and never as a whole.
 //!
-//! An element of `c` is always summed in the same order: its bits depend on the kernel and on `k`, not on the number
-//! of threads, the run, or the other rows. A product with NaN or infinity in a row or column is not finite there.
+//! An element of `c` is always summed in the same order: its bits depend on the kernel and on `k`, not on the
+//! number of threads, the run, or the other rows. If a row or column holds a NaN or an infinity, its products are
+//! not finite.
 
 mod four_bit;
 mod source;
@@ -30,46 +31,61 @@ use half::bf16;
 
 use crate::facts::Precision;
 
-/// A matrix as it lies in memory. Strides count elements; a transpose is a view with swapped strides.
+/// A matrix in its stored form. Strides count elements; a transpose is a view with swapped strides.
 #[derive(Clone, Copy)]
 pub enum Matrix<'a> {
+    /// Values in f32.
     F32 {
+        /// The elements; element (i, j) is `data[i * row_stride + j * col_stride]`.
         data: &'a [f32],
+        /// Rows.
         rows: usize,
+        /// Columns.
         cols: usize,
+        /// Distance between rows.
         row_stride: usize,
+        /// Distance between columns.
         col_stride: usize,
     },
+    /// Values in bf16.
     Bf16 {
+        /// The elements; element (i, j) is `data[i * row_stride + j * col_stride]`.
         data: &'a [bf16],
+        /// Rows.
         rows: usize,
+        /// Columns.
         cols: usize,
+        /// Distance between rows.
         row_stride: usize,
+        /// Distance between columns.
         col_stride: usize,
     },
-    /// A frozen weight; `transposed` views it as [cols, rows].
+    /// A frozen 4-bit weight.
     FourBit {
+        /// The weight [rows, cols].
         weight: FourBitView<'a>,
+        /// Whether the matrix is the transpose [cols, rows].
         transposed: bool,
     },
 }
 
 impl<'a> Matrix<'a> {
-    /// Dense row-major [rows, cols].
+    /// A dense row-major matrix [rows, cols] in f32.
     pub fn f32(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Matrix::F32 { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// Dense row-major [rows, cols].
+    /// A dense row-major matrix [rows, cols] in bf16.
     pub fn bf16(data: &'a [bf16], rows: usize, cols: usize) -> Self {
         Matrix::Bf16 { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
+    /// A 4-bit weight [rows, cols].
     pub fn four_bit(weight: FourBitView<'a>) -> Self {
         Matrix::FourBit { weight, transposed: false }
     }
 
-    /// The same memory seen as the transposed matrix.
+    /// The transpose of this matrix over the same memory.
     pub fn t(self) -> Self {
         match self {
             Matrix::F32 { data, rows, cols, row_stride, col_stride } => {
@@ -91,7 +107,7 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Panics unless every element the shape promises lies inside the data: the kernels rely on it.
+    /// Panics unless every element that the shape implies lies inside the data. The kernels rely on this check.
     fn check(&self) {
         let inside = |len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize| {
             let last =
@@ -114,7 +130,7 @@ impl<'a> Matrix<'a> {
 /// `c[m, n] = alpha * a[m, k] * b[k, n] + beta * c[m, n]` on the threads of the current rayon pool.
 ///
 /// `c` is row-major with `c_row_stride` elements from row to row. With `beta == 0` it is only written, never read.
-/// Panics when a shape or a length does not fit.
+/// Panics if a shape or a length does not fit.
 #[allow(clippy::too_many_arguments)]
 pub fn gemm(
     m: usize,
@@ -133,8 +149,8 @@ pub fn gemm(
     product(kernel(precision), threads, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
-/// `gemm` on the calling thread alone, for use inside tasks that are already parallel (attention heads).
-/// Same bits as `gemm`; allocates nothing once the thread's buffers have grown.
+/// `gemm` on the calling thread alone, for tasks that already run in parallel (attention heads). The bits are those
+/// of `gemm`. It allocates nothing once the thread's buffers have grown.
 #[allow(clippy::too_many_arguments)]
 pub fn gemm_serial(
     m: usize,
@@ -151,12 +167,13 @@ pub fn gemm_serial(
     product(kernel(precision), 1, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
-/// What multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2" or "portable".
+/// The name of the kernel that multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2" or
+/// "portable".
 pub fn kernel_name(precision: Precision) -> &'static str {
     kernel(precision).name
 }
 
-/// Below this many multiplications waking the second thread costs more than it saves.
+/// Number of multiplications below which waking a second thread costs more than it saves.
 const PARALLEL_PRODUCTS_MIN: usize = 1 << 22;
 
 #[allow(clippy::too_many_arguments)]
@@ -186,7 +203,7 @@ fn product(
     drive::run(kernel, threads, [m, n, k], a, b, c, precision);
 }
 
-/// Names a kernel that benchmarks run in place of the fastest one, so that a machine also measures for older ones.
+/// Name of a kernel that benchmarks run instead of the fastest one, so that a machine also measures for older ones.
 const KERNEL_VARIABLE: &str = "HONE_BENCH_GEMM";
 
 /// The fastest kernel of this machine, chosen once.
@@ -200,7 +217,7 @@ fn kernel(precision: Precision) -> &'static drive::Kernel {
     })
 }
 
-/// Every kernel this machine can run at this precision, fastest first.
+/// Every kernel that this machine can run at this precision, fastest first.
 fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
     let mut found: Vec<&'static drive::Kernel> = Vec::new();
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

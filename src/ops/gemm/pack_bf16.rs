@@ -1,8 +1,8 @@
 //! An operand -> panels of bf16 pairs with AVX-512: f32 is split into planes, 4-bit codes go straight to bf16.
 //!
-//! A step is 32 lanes by 32 depths; a register holds 32 elements. Tiles of `a` keep a lane in a row (32 depths);
-//! tiles of `b` keep a pair of depths in a row (16 lanes, the two depths of a lane side by side).
-//! f32 = hi + mid + lo in bf16, each the rest of the one before, rounded: 3 x 8 bits hold all 24.
+//! A step is 32 lanes by 32 depths; a register holds 32 elements. A row of a tile of `a` holds a lane (32 depths).
+//! A row of a tile of `b` holds a pair of depths (16 lanes, the two depths of a lane side by side). f32 = hi + mid
+//! + lo in bf16, where each is the rounded rest of the ones before: 3 x 8 bits hold all 24.
 
 use super::drive::{LANES, Span, TILE_BYTES};
 use super::source::{Elements, Side, Source};
@@ -11,17 +11,17 @@ use crate::facts::Precision;
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// Elements of depth in a step, lanes in a panel, elements in a register.
+/// Elements of depth in a step, lanes in a panel, and elements in a register.
 pub const STEP: usize = 32;
 const TILE_LANES: usize = 16;
 
-/// Packs the panels of a span, see `drive::Kernel::pack`.
+/// Packs the panels of a span; see `drive::Kernel::pack`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, out: &mut [u8]) {
     let planes = source.planes(precision);
     assert_eq!(out.len(), span.panels() * span.depth.div_ceil(STEP) * planes * 2 * TILE_BYTES);
     let layout = Layout { side, along_depth: source.along_depth, span };
-    // SAFETY: the caller has these features; `out` has the size of the panel and is aligned to 64 bytes.
+    // SAFETY: the caller's machine has these features; `out` has the size of the panels and is aligned to 64 bytes.
     unsafe {
         match (source.elements, planes) {
             (Elements::F32 { data, run_stride, stride: 1 }, 1) => {
@@ -45,10 +45,10 @@ pub unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span
 
 /// Reads 32 elements of a run as planes of bf16.
 trait Runs {
-    /// Elements after `count` are zero.
+    /// Loads `count` elements; the elements after them are zero.
     ///
     /// # Safety
-    /// Needs the features of `pack`, and `count <= 32` elements from `start` on inside the operand.
+    /// Needs the features of `pack`; `count <= 32` elements from `start` on lie inside the operand.
     unsafe fn load<const P: usize>(&self, run: usize, start: usize, count: usize) -> [__m512i; P];
 }
 
@@ -73,7 +73,7 @@ impl Layout {
         }
     }
 
-    /// A register is a row of a tile. Lane after lane, because the hardware prefetches a few long runs best.
+    /// A register is a row of a tile. Goes lane after lane, because the hardware prefetches a few long runs best.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill_lanes<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
@@ -97,7 +97,7 @@ impl Layout {
         }
     }
 
-    /// Two depths, interleaved, are a row of two tiles. Panel after panel inside, along memory.
+    /// Two interleaved depths are a row of two tiles. The inner loop goes panel after panel, along memory.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill_pairs<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
@@ -117,7 +117,7 @@ impl Layout {
         }
     }
 
-    /// The other operand's layout, tile by tile, then transposed in words of a pair of depths.
+    /// Fills the other operand's layout tile by tile, then transposes it in words of a pair of depths.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill_transposed<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
@@ -156,7 +156,7 @@ impl Layout {
         }
     }
 
-    /// Depths `2 pair` and `2 pair + 1` of a step, for the 32 lanes of a panel: a row of each of its two tiles.
+    /// Depths `2 pair` and `2 pair + 1` of a step for the 32 lanes of a panel: a row of each of its two tiles.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn pair<const P: usize>(
@@ -190,13 +190,13 @@ impl Layout {
         self.span.depth.div_ceil(STEP)
     }
 
-    /// First depth of a step, and how many there are.
+    /// (first depth of a step, number of depths in it)
     #[inline(always)]
     fn depths(&self, step: usize) -> (usize, usize) {
         (self.span.start + step * STEP, STEP.min(self.span.depth - step * STEP))
     }
 
-    /// Where a row of a tile goes.
+    /// The destination of a row of a tile.
     #[inline(always)]
     fn row<const P: usize>(
         &self,
@@ -250,7 +250,7 @@ pub fn transpose_16x16(rows: &[__m512i; 16]) -> [__m512i; 16] {
     b
 }
 
-/// 32 floats as planes of bf16.
+/// Splits 32 floats into planes of bf16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn split<const P: usize>(mut low: __m512, mut high: __m512) -> [__m512i; P] {
@@ -266,7 +266,7 @@ fn split<const P: usize>(mut low: __m512, mut high: __m512) -> [__m512i; P] {
     planes
 }
 
-/// 16 bf16 as floats.
+/// Widens 16 bf16 to floats.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn widen(halves: __m256i) -> __m512 {
@@ -286,7 +286,7 @@ impl Runs for Floats<'_> {
     #[inline(always)]
     unsafe fn load<const P: usize>(&self, run: usize, start: usize, count: usize) -> [__m512i; P] {
         let mask = mask(count);
-        // SAFETY: masked elements are not touched, the others lie inside the data.
+        // SAFETY: masked elements are not touched; the others lie inside the data.
         unsafe {
             let at = self.data.as_ptr().add(run * self.run_stride + start);
             let low = _mm512_maskz_loadu_ps(mask as u16, at);
@@ -304,7 +304,7 @@ struct Halves<'a> {
 impl Runs for Halves<'_> {
     #[inline(always)]
     unsafe fn load<const P: usize>(&self, run: usize, start: usize, count: usize) -> [__m512i; P] {
-        // SAFETY: masked elements are not touched, the others lie inside the data.
+        // SAFETY: masked elements are not touched; the others lie inside the data.
         unsafe {
             let at = self.data.as_ptr().add(run * self.run_stride + start).cast();
             [_mm512_maskz_loadu_epi16(mask(count), at); P]
@@ -323,7 +323,7 @@ impl Runs for Codes<'_> {
         let weight = &self.weight;
         let flat = run * weight.cols + start;
         if count < 32 || !flat.is_multiple_of(32) || !weight.block.is_multiple_of(32) {
-            // SAFETY: as the caller promises.
+            // SAFETY: guaranteed by the caller.
             return unsafe { Any(self.source).load(run, start, count) };
         }
         // SAFETY: 32 codes from an even element on are 16 bytes inside the data; one scale covers them.
@@ -333,8 +333,8 @@ impl Runs for Codes<'_> {
             let values = round(values, weight.rounding);
             let bytes = _mm_loadu_si128(weight.packed.as_ptr().add(flat / 2).cast());
             let bytes = _mm512_cvtepu8_epi32(bytes);
-            // Word 2 i is the high half of byte i, word 2 i + 1 the low half. The permutation reads 5 bits; the
-            // fifth is noise of the other half, and harmless because the table is there twice.
+            // Word 2 i is the high half of byte i, word 2 i + 1 the low half. The permutation reads 5 bits. The
+            // fifth belongs to the other half and does no harm, because the table holds the values twice.
             let index = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
             split::<P>(values, values).map(|table| _mm512_permutexvar_epi16(index, table))
         }
@@ -348,7 +348,7 @@ pub fn round(values: __m512, rounding: Rounding) -> __m512 {
     match rounding {
         Rounding::None => values,
         Rounding::Bf16 => {
-            // In integers, because the instruction for it would flush subnormals to zero.
+            // Computed in integers, because the instruction for it would flush subnormals to zero.
             let bits = _mm512_castps_si512(values);
             let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);

@@ -1,10 +1,11 @@
-//! Panels of f32 -> blocks of `c` in plain Rust that the compiler turns into the vectors that there are: NEON, SSE2.
+//! Panels of f32 -> blocks of `c` in plain Rust that the compiler vectorises for NEON, SSE2 or any other target.
 
 use super::Rounding;
 use super::drive::{Kernel, LANES, Multiply, Span, TILE_BYTES, Target};
 use super::source::{Side, Source};
 use crate::facts::Precision;
 
+/// The kernel that runs everywhere.
 pub static KERNEL: Kernel =
     Kernel { name: "portable", step: 16, split: false, pack, begin, end, multiply, store };
 
@@ -16,22 +17,22 @@ unsafe fn pack(source: &Source, side: Side, precision: Precision, span: Span, ou
 }
 
 unsafe fn multiply(job: Multiply) {
-    // SAFETY: as the caller promises. Without the instruction a fused product is a slow library call.
+    // SAFETY: guaranteed by the caller. Without the instruction, a fused product is a slow library call.
     unsafe { block::<{ cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>(job) }
 }
 
 unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { put(sums, rows, cols, c) }
 }
 
-/// 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two of `b` and one of `a` fill AVX2's 16 registers.
+/// Multiplies 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two registers of `b` and one of `a` fill AVX2's 16 registers.
 ///
 /// # Safety
 /// The panels and sums of `job` hold what it says; with `FUSED` the machine has fused products.
 #[inline(always)]
 pub(super) unsafe fn block<const FUSED: bool>(job: Multiply) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for tile in 0..job.cols.div_ceil(16) {
             let mut row = 0;
@@ -46,7 +47,7 @@ pub(super) unsafe fn block<const FUSED: bool>(job: Multiply) {
     }
 }
 
-/// `ROWS` rows times one tile of 16 columns.
+/// Multiplies `ROWS` rows with one tile of 16 columns.
 #[inline(always)]
 unsafe fn rows<const FUSED: bool, const ROWS: usize>(job: Multiply, first: usize, tile: usize) {
     let sum_at = |row: usize| ((first + row) / 16 * 2 + tile) * 256 + (first + row) % 16 * 16;
@@ -115,7 +116,7 @@ pub(super) unsafe fn put(sums: *const f32, rows: usize, cols: usize, c: Target) 
     for row in 0..rows {
         for tile in 0..cols.div_ceil(16) {
             let count = 16.min(cols - tile * 16);
-            // SAFETY: the sums are four tiles; [rows, cols] lies inside `c`, and this thread alone has it.
+            // SAFETY: the sums are four tiles; [rows, cols] lies inside `c`, and only this thread uses it.
             let (sums, to) = unsafe {
                 let sums = sums.add((row / 16 * 2 + tile) * 256 + row % 16 * 16);
                 let to = c.data.add(row * c.row_stride + tile * 16);

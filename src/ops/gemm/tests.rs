@@ -1,9 +1,9 @@
-//! Every kernel of this machine against a triple loop in f64, over tails, strides, scales and stored forms.
+//! Compares every kernel of this machine with a triple loop in f64, over tails, strides, scales and stored forms.
 
 use super::*;
 use half::f16;
 
-/// Numbers from a fixed seed in -1..1: 24 random bits each, so that f32 products need all of their bits.
+/// Numbers from a fixed seed in -1..1. They have 24 random bits each, so that f32 products need all of their bits.
 struct Numbers(u64);
 
 impl Numbers {
@@ -207,7 +207,7 @@ fn check(case: Case, seed: u64) {
         let expected = judge(&case, &a.values(m, k), &b.values(k, n), &old, precision);
         for kernel in kernels(precision) {
             for threads in [1, 2] {
-                // Three elements between rows of c, which must stay as they are.
+                // Three elements between rows of c, which must not change.
                 let stride = n + 3;
                 let mut c = vec![7.0; m * stride];
                 for row in 0..m {
@@ -219,8 +219,9 @@ fn check(case: Case, seed: u64) {
                 );
                 for (index, &(value, size)) in expected.iter().enumerate() {
                     let found = c[index / n * stride + index % n] as f64;
-                    // TOLERANCE: k sums and one product each round by 2^-24 of the magnitudes; errors of random
-                    // signs grow like sqrt(k). Four for luck, two roundings of alpha and beta.
+                    // TOLERANCE: k sums and one product each round by 2^-24 of the magnitudes, and errors of random
+                    // signs grow like sqrt(k). A factor of about four is reserve, and two roundings are those of
+                    // alpha and beta.
                     let bound = size * f32::EPSILON as f64 * (2.0 + 2.0 * (k as f64).sqrt()) + 1e-37;
                     assert!(
                         (found - value).abs() <= bound,
@@ -250,7 +251,7 @@ fn every_kernel_form_and_tail_equals_the_triple_loop() {
     let mut pick = |count: usize| numbers.bits() as usize % count;
     for seed in 0..300 {
         let [alpha, beta] = SCALES[pick(SCALES.len())];
-        // Every pair of forms comes up; sizes are drawn.
+        // Every pair of forms occurs; sizes are drawn at random.
         let forms = [FORMS[seed % FORMS.len()], FORMS[seed / FORMS.len() % FORMS.len()]];
         let shape = [SIZES[pick(SIZES.len())], SIZES[pick(SIZES.len())], SIZES[pick(SIZES.len())]];
         check(Case { shape, forms, alpha, beta }, seed as u64);
@@ -289,7 +290,7 @@ fn bits_do_not_depend_on_threads_or_neighbours() {
             pool.install(|| gemm(m, n, k, 1.0, &a, &b, 0.0, &mut c, n, precision));
             assert!(c == alone, "{threads} threads, {precision:?}");
         }
-        // One row alone has the bits it has among 300.
+        // A row alone has the same bits as among 300.
         let Matrix::F32 { data, .. } = a else { unreachable!() };
         let mut row = vec![0.0; n];
         gemm(1, n, k, 1.0, &Matrix::f32(&data[17 * k..][..k], 1, k), &b, 0.0, &mut row, n, precision);

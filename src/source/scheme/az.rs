@@ -1,8 +1,8 @@
 //! `az://CONTAINER/NAME`: Azure Blob Storage, in the account `AZURE_STORAGE_ACCOUNT_NAME`.
 //!
-//! Credentials: `AZURE_STORAGE_ACCOUNT_KEY`, a shared access signature (`AZURE_STORAGE_SAS_KEY`), a workload identity
-//! (`AZURE_FEDERATED_TOKEN_FILE`, as AKS sets it), a client secret, else the machine's identity.
-//! `AZURE_STORAGE_ENDPOINT` names another server, `AZURE_SKIP_SIGNATURE=true` is for public containers.
+//! Credentials come from `AZURE_STORAGE_ACCOUNT_KEY`, a shared access signature (`AZURE_STORAGE_SAS_KEY`), a
+//! workload identity (`AZURE_FEDERATED_TOKEN_FILE`, as AKS sets it), a client secret, or else the machine's
+//! identity. `AZURE_STORAGE_ENDPOINT` names another server. Public containers need `AZURE_SKIP_SIGNATURE=true`.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Azure Blob Storage.
 pub static SCHEME: Scheme = Scheme {
     name: "az",
     help: "AZURE_STORAGE_ACCOUNT_NAME names the account; credentials are looked for in AZURE_STORAGE_ACCOUNT_KEY, \

@@ -1,8 +1,9 @@
 //! `gs://BUCKET/NAME`: Google Cloud Storage.
 //!
-//! Credentials are those of Google's own libraries: the file `GOOGLE_APPLICATION_CREDENTIALS` (a service account's key or a
-//! user's), else gcloud's application default, else the identity of the pod or machine. `STORAGE_EMULATOR_HOST` names
-//! another server, which is asked without credentials; `GOOGLE_SKIP_SIGNATURE=true` is for public buckets.
+//! Credentials are those of Google's own libraries: the file `GOOGLE_APPLICATION_CREDENTIALS` (the key of a service
+//! account or of a user), else gcloud's application default, else the identity of the pod or machine.
+//! `STORAGE_EMULATOR_HOST` names another server, which is asked without credentials. Public buckets need
+//! `GOOGLE_SKIP_SIGNATURE=true`.
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Google Cloud Storage.
 pub static SCHEME: Scheme = Scheme {
     name: "gs",
     help: "credentials are looked for in GOOGLE_APPLICATION_CREDENTIALS, gcloud's application default and the identity of \

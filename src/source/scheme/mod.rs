@@ -1,10 +1,11 @@
-//! Addresses of object stores -> signed requests for objects, and lists of objects. A scheme is one file here and one line
-//! in `SCHEMES`.
+//! Addresses of object stores -> signed requests for objects, and lists of objects. A scheme is one file here and
+//! one line in `SCHEMES`.
 //!
-//! Credentials and signatures are the `object_store` crate's. It is asked for an object as usual, but what it would send is
-//! caught and sent by `http`, so that attempts, resuming, verification and the cache are those of every other download.
-//! Its own requests (lists, tokens) pass a client of their own: only there may an address be link-local, since clouds
-//! answer there for the identity of a pod or machine. No address that somebody writes as a source ever reaches it.
+//! The crate `object_store` handles credentials and signatures. It is asked for an object as usual, but the request
+//! that it would send is caught and sent by `http`, so that attempts, resuming, verification and the cache are the
+//! same as for every other download. Its own requests (lists, tokens) use a separate client. Only there may an
+//! address be link-local, because clouds answer there for the identity of a pod or machine. No address that a user
+//! writes as a source ever reaches that client.
 
 mod az;
 mod gs;
@@ -32,18 +33,18 @@ use super::{Options, describe, tls};
 use crate::fault::{Fault, Result};
 
 const SCHEMES: [&Scheme; 3] = [&s3::SCHEME, &gs::SCHEME, &az::SCHEME];
-/// LIMIT: one page of a list, or a token.
+/// LIMIT: bytes of one page of a list, or of a token.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// LIMIT: objects below one address.
 const OBJECTS_MAX: usize = 100_000;
 
 /// One kind of object store.
 pub(super) struct Scheme {
-    /// Of its addresses: `s3` in `s3://BUCKET/KEY`.
+    /// The scheme of its addresses: `s3` in `s3://BUCKET/KEY`.
     pub name: &'static str,
-    /// What to do where access is refused.
+    /// Help for refused access.
     pub help: &'static str,
-    /// The store of a bucket, as the environment sets it up.
+    /// Opens the store of a bucket with the settings of the environment.
     open: fn(bucket: &str, Caught) -> object_store::Result<Arc<dyn ObjectStore>>,
 }
 
@@ -52,29 +53,32 @@ pub(super) fn of(url: &Url) -> Option<&'static Scheme> {
     SCHEMES.into_iter().find(|scheme| scheme.name == url.scheme())
 }
 
-/// Whether addresses `NAME://` are known here.
+/// Whether `NAME://` is the scheme of an object store.
 pub(super) fn is_known(name: &str) -> bool {
     SCHEMES.iter().any(|scheme| scheme.name == name)
 }
 
-/// An object as a list tells it.
+/// An entry of a list of objects.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Object {
+    /// Its address.
     pub url: Url,
-    /// Its key behind the address that was listed.
+    /// Its key below the address that was listed.
     pub name: String,
+    /// Length.
     pub bytes: u64,
-    /// Names the version where the store has such.
+    /// Identifies the version, if the store has versions.
     pub etag: Option<String>,
 }
 
-/// The stores of one `fetch`, each opened once, so that its token serves all objects.
+/// The stores of one `fetch`. Each is opened once, so that its token serves all objects.
 pub(super) struct Stores {
     client: reqwest::Client,
     open: RefCell<HashMap<String, Arc<dyn ObjectStore>>>,
 }
 
 impl Stores {
+    /// Makes the client for lists and tokens. No store is opened yet.
     pub fn new(options: &Options) -> Result<Stores> {
         let client = tls::client_builder(options.ca_file.as_deref())?
             .user_agent(concat!("hone/", env!("CARGO_PKG_VERSION")))
@@ -88,10 +92,11 @@ impl Stores {
         Ok(Stores { client, open: RefCell::default() })
     }
 
-    /// Where an object is, and the headers that open it: of all of it, or of what is missing of a version.
+    /// Returns the signed URL of an object and the headers to send: for all of it, or for what is missing of a
+    /// version.
     ///
     /// # Errors
-    /// Auth: no credentials. Config: the environment says something unusable.
+    /// Auth: no credentials. Config: unusable settings in the environment.
     pub async fn request(
         &self,
         url: &Url,
@@ -124,7 +129,7 @@ impl Stores {
         Ok((address, headers))
     }
 
-    /// Every object below an address, sorted by its key.
+    /// Every object below an address, sorted by key.
     pub async fn list(&self, url: &Url) -> Result<Vec<Object>> {
         let prefix = key(url)?;
         let store = self.store(url)?;
@@ -138,7 +143,7 @@ impl Stores {
             objects.push(Object { url: of_object, name, bytes: object.size, etag: object.e_tag });
             if objects.len() > OBJECTS_MAX {
                 return Err(Fault::data(format!("{url}: more than {OBJECTS_MAX} objects below it"))
-                    .help("name the folder that holds the data files"));
+                    .help("give the folder that contains the data files"));
             }
         }
         objects.sort_by(|a, b| a.name.cmp(&b.name));
@@ -159,7 +164,7 @@ impl Stores {
     }
 }
 
-/// What a store's settings have in common: no retries of caught requests, few of others.
+/// Retries for all stores: few for lists and tokens. Caught requests are not retried here.
 fn retries() -> RetryConfig {
     RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(30), ..RetryConfig::default() }
 }
@@ -169,7 +174,7 @@ fn key(url: &Url) -> Result<Path> {
         .map_err(|error| Fault::config(format!("{url}: not the name of an object: {error}")))
 }
 
-/// A key as the path of a URL; what `Url` would take for a query or a fragment is escaped.
+/// A key as the path of a URL. Characters that would begin a query or a fragment are escaped.
 fn escaped(key: &str) -> String {
     key.replace('%', "%25").replace('?', "%3F").replace('#', "%23")
 }
@@ -185,10 +190,10 @@ fn refused(url: &Url, error: &object_store::Error) -> Fault {
         E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
             Fault::auth(format!("{url}: access refused: {told}")).help(help)
         }
-        _ if told.contains("onnect") || told.contains("timed out") => {
-            Fault::network(format!("{url}: no answer for a list of objects or for credentials: {told}"))
-                .help(help)
-        }
+        _ if told.contains("onnect") || told.contains("timed out") => Fault::network(format!(
+            "{url}: no answer to a request for a list of objects or for credentials: {told}"
+        ))
+        .help(help),
         _ => Fault::auth(format!("{url}: no usable credentials or settings: {told}")).help(help),
     }
 }
@@ -198,7 +203,7 @@ fn innermost(error: &object_store::Error) -> String {
     chain.last().map(|error| describe::printable(&error.to_string())).unwrap_or_default()
 }
 
-/// Queries may hold signatures.
+/// Removes queries, which may hold signatures.
 fn without_queries(text: &str) -> String {
     let cut = |word: &str| match word.contains("://") {
         true => word.split('?').next().unwrap_or_default().to_owned(),
@@ -207,11 +212,11 @@ fn without_queries(text: &str) -> String {
     text.split(' ').map(cut).collect::<Vec<_>>().join(" ")
 }
 
-/// Put into a request's extensions: it is kept here and not sent.
+/// A marker in a request's extensions: the request is kept here and not sent.
 #[derive(Clone, Default)]
 struct Catch(Arc<Mutex<Option<HttpRequest>>>);
 
-/// The tree's HTTP client, for what is not caught.
+/// hone's HTTP client, for requests that are not caught.
 #[derive(Clone, Debug)]
 struct Caught(reqwest::Client);
 

@@ -1,9 +1,10 @@
-//! `s3://BUCKET/KEY`: Amazon S3, and what speaks its protocol.
+//! `s3://BUCKET/KEY`: Amazon S3, and servers with the same protocol.
 //!
-//! The environment is that of AWS's own tools: `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` (`AWS_SESSION_TOKEN`), else a
-//! web identity (`AWS_WEB_IDENTITY_TOKEN_FILE`, `AWS_ROLE_ARN`), else a container's or pod's
-//! (`AWS_CONTAINER_CREDENTIALS_...`), else the profile `AWS_PROFILE` of `~/.aws/credentials`, else the machine's.
-//! `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names another server, `AWS_SKIP_SIGNATURE=true` is for public buckets.
+//! The environment is that of AWS's own tools. Credentials come from `AWS_ACCESS_KEY_ID` and
+//! `AWS_SECRET_ACCESS_KEY` (with `AWS_SESSION_TOKEN`), else a web identity (`AWS_WEB_IDENTITY_TOKEN_FILE`,
+//! `AWS_ROLE_ARN`), else a container or pod (`AWS_CONTAINER_CREDENTIALS_...`), else the profile `AWS_PROFILE` of
+//! `~/.aws/credentials`, else the machine. `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names another server. Public
+//! buckets need `AWS_SKIP_SIGNATURE=true`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use object_store::aws::AmazonS3Builder;
 
 use super::{Caught, Scheme, retries};
 
+/// The scheme of Amazon S3 and servers with its protocol.
 pub static SCHEME: Scheme = Scheme {
     name: "s3",
     help: "credentials are looked for in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the pod's identity, ~/.aws/credentials \
@@ -49,7 +51,7 @@ fn open(bucket: &str, client: Caught) -> object_store::Result<Arc<dyn ObjectStor
     Ok(Arc::new(builder.build()?))
 }
 
-/// The keys and values of one profile of AWS's file of credentials.
+/// The keys and values of one profile of AWS's credentials file.
 fn profile(text: &str, name: &str) -> Vec<(String, String)> {
     let mut inside = false;
     let mut found = Vec::new();

@@ -1,6 +1,6 @@
-//! Every key hone accepts or knows, in one list. Names and defaults of the KAITO sections are those of
-//! transformers 5.14, TRL 1.16 and PEFT 0.21 as KAITO's tuner leaves them in force; where hone's own default
-//! differs, the text says what theirs is.
+//! Every key that hone accepts or knows, in one list. Names and defaults of the KAITO sections are those of
+//! transformers 5.14, TRL 1.16 and PEFT 0.21, as KAITO's tuner leaves them in force. If hone's own default differs,
+//! the text says what the other default is.
 
 use super::Section::{
     DataCollator as C, DatasetConfig as D, Hone as H, LoraConfig as L, ModelConfig as M,
@@ -27,54 +27,54 @@ const OPTIMIZERS: &[&str] = &[
     "adamw_apex_fused",
 ];
 
-// Reasons that several keys share.
+// Reasons of several keys.
 const LOCAL_MODEL: &str =
-    "where the model comes from and its revision stand in `model`: a folder, or hf://OWNER/NAME@REVISION";
-const TORCH: &str = "a switch of PyTorch or its libraries";
+    "`model` says where the model comes from, with its revision: a folder, or hf://OWNER/NAME@REVISION";
+const TORCH: &str = "this is a switch of PyTorch or its libraries";
 const ONE_PROCESS: &str = "one process trains on one device";
 const SHARDED: &str = "one device holds the model; remove the key";
 const NO_WORKERS: &str = "examples are in memory before training starts; there are no loader workers";
 const NO_HUB: &str = "nothing is sent to a hub; `push` sends the adapter to a registry";
 const NO_TRACKER: &str = "metrics go to metrics.jsonl and to the log";
 const NOT_MLM: &str = "causal language models predict the next token; no token is masked";
-const OTHER_METHOD: &str = "plain LoRA only; this changes what the adapter is";
+const OTHER_METHOD: &str = "hone trains plain LoRA; this key would change the kind of adapter";
 
 #[rustfmt::skip]
 pub(super) const TABLE: &[Key] = &[
-    // What hone adds: beside `training_config:` in SPEC.yaml, or as flags.
+    // hone's own keys: beside `training_config:` in SPEC.yaml, or as flags.
     Key::used(H, "model", Path, "", "Base model: a folder with config.json, *.safetensors, tokenizer.json; `hf://OWNER/NAME@REVISION`, `oci://IMAGE` or `preset:NAME`, fetched into the cache."),
-    Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the hub's, else that of the folder or image."),
-    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `hf://datasets/OWNER/NAME`, `s3://`, `gs://`, `az://`, `oci://IMAGE` (its /data). Behind `#`, or as keys beside url or path: sha256 pins the bytes, layout, weight (how often a row trains) and limit (most rows) are this entry's own."),
-    Key::used(H, "layout", choice(&["messages", "prompt_completion", "alpaca", "question_answer", "tokens", "text"]), "", "What a row holds; unset: told from the columns."),
-    Key::used(H, "bad_rows", choice(&["refuse", "drop"]), "refuse", "Rows that cannot be used: refuse: the run ends and names them; drop: they are left out and counted."),
-    Key::used(H, "bad_rows_max", number(0.0, 1.0), "0.5", "Largest share of rows that `bad_rows: drop` leaves out; above it the run ends."),
-    Key::used(H, "question_column", Text, "", "Column with the question or the instruction; unset: question or instruction. DatasetConfig.context_column names what goes with it, response_column the answer."),
-    Key::used(H, "role_field", Text, "", "Field of a message that says who speaks; unset: role, from, speaker and the like."),
-    Key::used(H, "content_field", Text, "", "Field of a message that holds what is said; unset: content, value, text and the like."),
-    Key::used(H, "user_names", Texts, "", "Further words for the user in a message's role, beside user, human and the like."),
-    Key::used(H, "assistant_names", Texts, "", "Further words for the assistant in a message's role, beside assistant, gpt, model and the like."),
-    Key::used(H, "system_column", Text, "", "Column whose text becomes a row's system turn; unset: system, if there is one."),
-    Key::used(H, "tools_column", Text, "", "Column with the tools that a row's chat template sees, as a list or JSON text; unset: tools, if there is one."),
-    Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, else `output`."),
-    Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "Results of another run in the output folder: refuse: this run does not start; move: they go to `earlier/` inside it."),
-    Key::used(H, "push", Text, "", "Image to push when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
-    Key::used(H, "target_matching", choice(&["fused", "literal"]), "fused", "What a split name in target_modules means on a fused module: fused: q_proj trains qkv_proj; literal: it matches nothing, as in PEFT (KAITO's names then adapt only o_proj and down_proj of Phi-3)."),
+    Key::used(H, "name", Text, "", "Name of the base model, written into the image (`sh.kaito.model.name`) and the adapter; unset: the name on the hub, or else the name of the folder or image."),
+    Key::used(H, "data", Sources, "", "Data files to train on (parquet, JSON lines, JSON, CSV, TSV, Arrow; each also .gz or .zst): URLs, files, folders, globs, `hf://datasets/OWNER/NAME`, `s3://`, `gs://`, `az://`, `oci://IMAGE` (its /data). An entry may have settings of its own, behind `#` or as keys beside url or path: sha256 pins its bytes; layout is the layout of its rows; weight is how often a row trains; limit is the largest number of rows."),
+    Key::used(H, "layout", choice(&["messages", "prompt_completion", "alpaca", "question_answer", "tokens", "text"]), "", "Layout of the rows; unset: detected from the columns."),
+    Key::used(H, "bad_rows", choice(&["refuse", "drop"]), "refuse", "What happens to rows that cannot be used. refuse: the run ends and names them; drop: they are left out and counted."),
+    Key::used(H, "bad_rows_max", number(0.0, 1.0), "0.5", "Largest share of rows that `bad_rows: drop` may leave out; if more rows are bad, the run ends."),
+    Key::used(H, "question_column", Text, "", "Column with the question or the instruction; unset: question or instruction. DatasetConfig.context_column names the column with its input, response_column the column with the answer."),
+    Key::used(H, "role_field", Text, "", "Field of a message that names its speaker; unset: role, from, speaker or a similar name."),
+    Key::used(H, "content_field", Text, "", "Field of a message that holds its text; unset: content, value, text or a similar name."),
+    Key::used(H, "user_names", Texts, "", "More words for the user in a message's role, in addition to user, human and similar words."),
+    Key::used(H, "assistant_names", Texts, "", "More words for the assistant in a message's role, in addition to assistant, gpt, model and similar words."),
+    Key::used(H, "system_column", Text, "", "Column whose text becomes a row's system message; unset: system, if there is such a column."),
+    Key::used(H, "tools_column", Text, "", "Column with the tools for a row's chat template, as a list or JSON text; unset: tools, if there is such a column."),
+    Key::used(H, "output", Path, "", "Folder for the adapter; unset: TrainingArguments.output_dir, or else `output`."),
+    Key::used(H, "earlier_results", choice(&["refuse", "move"]), "refuse", "What happens to results of another run in the output folder. refuse: this run does not start; move: they are moved to `earlier/` inside the folder."),
+    Key::used(H, "push", Text, "", "Image that the adapter is pushed as when training is done: host/repository:tag, or oci:FOLDER for a layout on disk."),
+    Key::used(H, "target_matching", choice(&["fused", "literal"]), "fused", "Meaning of a split module's name, such as q_proj, in target_modules if the model has a fused module. fused: q_proj trains qkv_proj; literal: q_proj matches nothing, as in PEFT (KAITO's names then adapt only o_proj and down_proj of Phi-3)."),
     Key::used(H, "init_adapter", Path, "", "PEFT folder whose weights training starts from."),
-    Key::used(H, "device", Text, "auto", "auto, cpu, cuda or cuda:N."),
-    Key::used(H, "keep", choice(&["auto", "everything", "without-gate-up", "attention-output", "layer-inputs", "host-inputs"]), "auto", "What each layer keeps for the backward pass, from the most memory to the least; auto: as memory allows, layer by layer."),
-    Key::used(H, "memory_max", Text, "", "Most memory to use: `20GiB`, bytes, or a share of what is free; unset: 0.96 of a GPU's, 0.9 of the machine's or the container's."),
-    Key::used(H, "pass_tokens_max", integer(1), "", "Most tokens of one pass; unset: 4096 or the longest example, and less where memory asks for it. The result is the same."),
+    Key::used(H, "device", Text, "auto", "Device to train on: auto, cpu, cuda or cuda:N."),
+    Key::used(H, "keep", choice(&["auto", "everything", "without-gate-up", "attention-output", "layer-inputs", "host-inputs"]), "auto", "How much each layer keeps for the backward pass, from the most memory to the least. auto: as much as memory allows, decided layer by layer."),
+    Key::used(H, "memory_max", Text, "", "Upper limit of the memory to use: `20GiB`, bytes, or a share of the free memory; unset: 0.96 of a GPU's free memory, or 0.9 of what the machine or the container has free."),
+    Key::used(H, "pass_tokens_max", integer(1), "", "Upper limit of the tokens in one pass; unset: 4096 or the longest example, and less if memory requires it. It does not change the result."),
     Key::used(H, "cache", Path, "", "Folder of finished and partial downloads, and of fetched models; unset: hone in the user's cache folder."),
     Key::used(H, "ca_file", Path, "", "Root certificates (PEM) trusted besides the built-in ones."),
-    Key::used(H, "plain_http", Boolean, "false", "Talk to the registry without TLS."),
+    Key::used(H, "plain_http", Boolean, "false", "Connect to the registry without TLS."),
     Key::used(H, "docker_config", Path, "", "Docker config.json, or its folder, with registry credentials; unset: DOCKER_CONFIG, then the usual places."),
-    Key::used(H, "file_bytes_max", integer(1), "68719476736", "Largest data file that is downloaded."),
+    Key::used(H, "file_bytes_max", integer(1), "68719476736", "Largest size of a downloaded data file, in bytes; a larger file is refused."),
 
     // KAITO's cli.py
-    Key::used(M, "pretrained_model_name_or_path", Path, "", "Base model, as in `model`, which comes first."),
-    Key::used(M, "torch_dtype", choice(DTYPES), "", "Rounding of matrix products' inputs when nothing else sets it; sums are f32 (unset: bfloat16)."),
-    Key::used(M, "chat_template", Text, "", "Jinja text, a path to it, or the name of one of the model's templates, in place of the tokenizer's default chat template."),
-    Key::idle(M, "device_map", Any, "auto", "`device` chooses where the model lives"),
+    Key::used(M, "pretrained_model_name_or_path", Path, "", "Base model, as in `model`, which overrides it."),
+    Key::used(M, "torch_dtype", choice(DTYPES), "", "Type to which the inputs of matrix products are rounded, if no other key sets it; sums are f32. Unset: bfloat16."),
+    Key::used(M, "chat_template", Text, "", "Chat template: Jinja text, a path to it, or the name of one of the model's templates; unset: the tokenizer's default template."),
+    Key::idle(M, "device_map", Any, "auto", "`device` chooses the device that holds the model"),
     Key::idle(M, "local_files_only", Boolean, "false", LOCAL_MODEL),
     Key::idle(M, "cache_dir", Text, "", LOCAL_MODEL),
     Key::idle(M, "force_download", Boolean, "false", LOCAL_MODEL),
@@ -85,43 +85,43 @@ pub(super) const TABLE: &[Key] = &[
     Key::refused(M, "state_dict", Any, "", "weights come from the model's folder only"),
 
     // transformers.BitsAndBytesConfig
-    Key::used(Q, "load_in_4bit", Boolean, "false", "Store the base's linear layers in 4 bits (QLoRA); false: plain LoRA."),
-    Key::used(Q, "load_in_8bit", Boolean, "false", "Refused when true: there is no 8-bit base."),
+    Key::used(Q, "load_in_4bit", Boolean, "false", "true: store the base's linear layers in 4 bits (QLoRA); false: plain LoRA."),
+    Key::used(Q, "load_in_8bit", Boolean, "false", "true is refused: hone has no 8-bit base."),
     Key::used(Q, "bnb_4bit_quant_type", choice(&["nf4", "fp4"]), "fp4", "Code book of the 4-bit base."),
-    Key::used(Q, "bnb_4bit_use_double_quant", Boolean, "false", "Quantise the blocks' scales too."),
-    Key::used(Q, "bnb_4bit_compute_dtype", choice(DTYPES), "", "Rounding of matrix products' inputs with a 4-bit base (unset: TrainingArguments.bf16, ModelConfig.torch_dtype, bfloat16)."),
-    Key::idle(Q, "bnb_4bit_quant_storage", Text, "uint8", "only names the container of the same bytes"),
-    Key::idle(Q, "llm_int8_threshold", number(0.0, f64::MAX), "6.0", "there is no 8-bit base"),
-    Key::idle(Q, "llm_int8_enable_fp32_cpu_offload", Boolean, "false", "there is no 8-bit base"),
-    Key::idle(Q, "llm_int8_has_fp16_weight", Boolean, "false", "there is no 8-bit base"),
+    Key::used(Q, "bnb_4bit_use_double_quant", Boolean, "false", "true: quantise the scales of the blocks too."),
+    Key::used(Q, "bnb_4bit_compute_dtype", choice(DTYPES), "", "Type to which the inputs of matrix products are rounded with a 4-bit base; unset: as TrainingArguments.bf16, ModelConfig.torch_dtype, or else bfloat16."),
+    Key::idle(Q, "bnb_4bit_quant_storage", Text, "uint8", "it only names the storage type of the same bytes"),
+    Key::idle(Q, "llm_int8_threshold", number(0.0, f64::MAX), "6.0", "hone has no 8-bit base"),
+    Key::idle(Q, "llm_int8_enable_fp32_cpu_offload", Boolean, "false", "hone has no 8-bit base"),
+    Key::idle(Q, "llm_int8_has_fp16_weight", Boolean, "false", "hone has no 8-bit base"),
     Key::refused(Q, "llm_int8_skip_modules", Texts, "", "all linear layers but the output head are quantised; remove the key"),
 
     // peft.LoraConfig
-    Key::used(L, "r", integer(1), "8", "Rank."),
+    Key::used(L, "r", integer(1), "8", "Rank of the adapter's matrices."),
     Key::used(L, "lora_alpha", number(0.0, f64::MAX), "8", "The update is scaled by lora_alpha / r."),
-    Key::used(L, "lora_dropout", number(0.0, 0.999), "0.0", "Share of the adapter's inputs dropped in training."),
+    Key::used(L, "lora_dropout", number(0.0, 0.999), "0.0", "Share of the adapter's inputs that dropout sets to zero in training."),
     Key::used(L, "target_modules", Texts, "all-linear", "Modules to adapt: names or suffixes, a regular expression as one string, or all-linear (PEFT: by model type)."),
     Key::used(L, "exclude_modules", Texts, "", "Modules that are never adapted: names or suffixes, or a regular expression as one string."),
-    Key::used(L, "use_rslora", Boolean, "false", "Scale by lora_alpha / sqrt(r)."),
-    Key::used(L, "layers_to_transform", Integers, "", "Only these layers, counted from 0."),
+    Key::used(L, "use_rslora", Boolean, "false", "true: the update is scaled by lora_alpha / sqrt(r)."),
+    Key::used(L, "layers_to_transform", Integers, "", "Layers to adapt, counted from 0; unset: all."),
     Key::used(L, "layers_pattern", Texts, "", "Names of the list of layers that layers_to_transform counts in, such as layers; unset: any."),
-    Key::used(L, "rank_pattern", Map, "", "Regular expression on the module path: rank."),
-    Key::used(L, "alpha_pattern", Map, "", "Regular expression on the module path: lora_alpha."),
-    Key::used(L, "init_lora_weights", choice(&["true", "gaussian"]), "true", "true: Kaiming-uniform A, zero B; gaussian: normal A, zero B."),
-    Key::idle(L, "task_type", choice(&["CAUSAL_LM"]), "CAUSAL_LM", "the only task there is"),
-    Key::idle(L, "peft_type", choice(&["LORA"]), "LORA", "the only kind of adapter there is"),
-    Key::idle(L, "inference_mode", Boolean, "false", "set by PEFT when it writes an adapter"),
+    Key::used(L, "rank_pattern", Map, "", "Rank of some modules: a map from regular expressions on the module's path to ranks."),
+    Key::used(L, "alpha_pattern", Map, "", "lora_alpha of some modules: a map from regular expressions on the module's path to values."),
+    Key::used(L, "init_lora_weights", choice(&["true", "gaussian"]), "true", "First values of the matrices. true: Kaiming-uniform A, zero B; gaussian: normal A, zero B."),
+    Key::idle(L, "task_type", choice(&["CAUSAL_LM"]), "CAUSAL_LM", "hone has only this task"),
+    Key::idle(L, "peft_type", choice(&["LORA"]), "LORA", "hone has only this kind of adapter"),
+    Key::idle(L, "inference_mode", Boolean, "false", "PEFT sets it when it writes an adapter"),
     Key::idle(L, "base_model_name_or_path", Text, "", "`name` sets it"),
     Key::idle(L, "revision", Text, "", LOCAL_MODEL),
-    Key::idle(L, "auto_mapping", Any, "", "set by PEFT when it writes an adapter"),
-    Key::idle(L, "peft_version", Text, "", "set by PEFT when it writes an adapter"),
+    Key::idle(L, "auto_mapping", Any, "", "PEFT sets it when it writes an adapter"),
+    Key::idle(L, "peft_version", Text, "", "PEFT sets it when it writes an adapter"),
     Key::idle(L, "runtime_config", Any, "", TORCH),
     Key::idle(L, "megatron_core", Text, "megatron.core", TORCH),
-    Key::idle(L, "qalora_group_size", integer(1), "16", "belongs to use_qalora"),
-    Key::idle(L, "loftq_config", Any, "", "belongs to init_lora_weights: loftq"),
-    Key::idle(L, "eva_config", Any, "", "belongs to init_lora_weights: eva"),
-    Key::idle(L, "corda_config", Any, "", "belongs to init_lora_weights: corda"),
-    Key::idle(L, "lora_ga_config", Any, "", "belongs to init_lora_weights: lora_ga"),
+    Key::idle(L, "qalora_group_size", integer(1), "16", "it belongs to use_qalora"),
+    Key::idle(L, "loftq_config", Any, "", "it belongs to init_lora_weights: loftq"),
+    Key::idle(L, "eva_config", Any, "", "it belongs to init_lora_weights: eva"),
+    Key::idle(L, "corda_config", Any, "", "it belongs to init_lora_weights: corda"),
+    Key::idle(L, "lora_ga_config", Any, "", "it belongs to init_lora_weights: lora_ga"),
     Key::idle(L, "ensure_weight_tying", Boolean, "false", "tied embeddings are never adapted"),
     Key::refused(L, "bias", Text, "none", "biases are frozen; an adapter with biases is not portable to vLLM"),
     Key::refused(L, "use_dora", Boolean, "false", OTHER_METHOD),
@@ -133,54 +133,54 @@ pub(super) const TABLE: &[Key] = &[
     Key::refused(L, "alora_invocation_tokens", Any, "", OTHER_METHOD),
     Key::refused(L, "use_qalora", Boolean, "false", OTHER_METHOD),
     Key::refused(L, "monteclora_config", Any, "", OTHER_METHOD),
-    Key::refused(L, "layer_replication", Any, "", "the base keeps its layers"),
+    Key::refused(L, "layer_replication", Any, "", "the base keeps its own layers"),
     Key::refused(L, "lora_bias", Boolean, "false", OTHER_METHOD),
     Key::refused(L, "target_parameters", Texts, "", "name modules in target_modules; bare parameters are not adapted"),
     Key::refused(L, "use_bdlora", Any, "", OTHER_METHOD),
     Key::refused(L, "arrow_config", Any, "", OTHER_METHOD),
     Key::refused(L, "kasa_config", Any, "", OTHER_METHOD),
 
-    // trl.SFTConfig over transformers.TrainingArguments: what means something here
-    Key::used(T, "output_dir", Text, "", "Folder for the adapter; `output` comes first. Under KAITO's mounts it resolves below /mnt, as its controller does."),
+    // trl.SFTConfig over transformers.TrainingArguments: the used keys.
+    Key::used(T, "output_dir", Text, "", "Folder for the adapter; `output` overrides it. Under KAITO's mounts it is resolved below /mnt, as KAITO's controller does."),
     Key::used(T, "learning_rate", number(0.0, 1e3), "2e-5", "Peak learning rate."),
     Key::used(T, "lr_scheduler_type", choice(&["linear", "cosine", "constant", "constant_with_warmup"]), "linear", "Course of the learning rate after warm-up."),
-    Key::used(T, "warmup_steps", number(0.0, 1e12), "0", "Steps of linear warm-up; below 1, a share of all steps."),
-    Key::used(T, "warmup_ratio", number(0.0, 1.0), "", "Older form of warmup_steps, which it overrides: a share of all steps."),
+    Key::used(T, "warmup_steps", number(0.0, 1e12), "0", "Steps of linear warm-up; a value below 1 is a share of all steps."),
+    Key::used(T, "warmup_ratio", number(0.0, 1.0), "", "Share of all steps used for warm-up. It overrides warmup_steps."),
     Key::used(T, "num_train_epochs", number(0.0, 1e6), "3.0", "Passes over the training rows."),
-    Key::used(T, "max_steps", integer(-1), "-1", "Optimizer steps; above 0 it overrides num_train_epochs."),
+    Key::used(T, "max_steps", integer(-1), "-1", "Number of optimizer steps; a value above 0 overrides num_train_epochs."),
     Key::used(T, "per_device_train_batch_size", integer(1), "8", "Examples in a micro-batch (KAITO's templates say 1)."),
     Key::used(T, "per_device_eval_batch_size", integer(1), "8", "Examples in a batch of evaluation."),
     Key::used(T, "gradient_accumulation_steps", integer(1), "1", "Micro-batches in an optimizer step."),
-    Key::used(T, "optim", choice(OPTIMIZERS), "adamw_torch_fused", "Any AdamW; 8-bit and paged ones run as plain AdamW with 32-bit moments."),
+    Key::used(T, "optim", choice(OPTIMIZERS), "adamw_torch_fused", "Optimizer. All of these are AdamW; the 8-bit and paged ones run as plain AdamW with 32-bit moments."),
     Key::used(T, "weight_decay", number(0.0, 1e3), "0.0", "Decoupled weight decay."),
     Key::used(T, "adam_beta1", number(0.0, 0.999_999_999), "0.9", "Decay of AdamW's first moment."),
     Key::used(T, "adam_beta2", number(0.0, 0.999_999_999), "0.999", "Decay of AdamW's second moment."),
     Key::used(T, "adam_epsilon", number(0.0, 1.0), "1e-8", "AdamW's epsilon."),
-    Key::used(T, "max_grad_norm", number(0.0, f64::MAX), "1.0", "Clip the gradient to this global norm; 0: never."),
-    Key::used(T, "gradient_checkpointing", Boolean, "", "true: keep only layer inputs and compute the rest again; false: keep everything; unset: `keep`, which comes first (TRL: true)."),
-    Key::used(T, "bf16", Boolean, "", "Rounding of matrix products' inputs; a 4-bit base's compute dtype comes first (TRL: true unless fp16)."),
-    Key::used(T, "fp16", Boolean, "false", "Runs as bf16: as wide, with more range and no loss scaling."),
-    Key::used(T, "max_length", integer(1), "1024", "Tokens in an example; longer ones are cut on the right and counted. null: not cut."),
-    Key::used(T, "packing", Boolean, "true", "Put a step's examples behind one another, attention kept inside each; same result, less padding (TRL: false)."),
-    Key::used(T, "completion_only_loss", Boolean, "", "true or unset: loss on answers only; false: on every token (KAITO: every token)."),
-    Key::used(T, "assistant_only_loss", Boolean, "", "true or unset: loss on assistant turns only; false: on every token (KAITO: every token)."),
-    Key::used(T, "dataset_text_field", Text, "text", "Column of the text layout."),
-    Key::used(T, "chat_template_path", Text, "", "File with the chat template; ModelConfig.chat_template comes first."),
+    Key::used(T, "max_grad_norm", number(0.0, f64::MAX), "1.0", "Largest global norm of the gradient; a longer gradient is clipped to it. 0: no clipping."),
+    Key::used(T, "gradient_checkpointing", Boolean, "", "true: keep only the inputs of layers and compute the rest again; false: keep everything. `keep` overrides it (TRL: true)."),
+    Key::used(T, "bf16", Boolean, "", "true: round the inputs of matrix products to bf16; false: keep them f32, unless fp16 or ModelConfig.torch_dtype says otherwise. A 4-bit base's compute dtype overrides it (TRL: true unless fp16)."),
+    Key::used(T, "fp16", Boolean, "false", "true: runs as bf16, which has the same size and more range, and needs no loss scaling."),
+    Key::used(T, "max_length", integer(1), "1024", "Largest number of tokens in an example; longer examples are cut on the right and counted. null: examples are not cut."),
+    Key::used(T, "packing", Boolean, "true", "Put the examples of a step behind one another, with attention kept inside each example. The result is the same, with less padding (TRL: false)."),
+    Key::used(T, "completion_only_loss", Boolean, "", "true or unset: the loss is on answers only; false: on every token (KAITO: every token)."),
+    Key::used(T, "assistant_only_loss", Boolean, "", "true or unset: the loss is on the assistant's messages only; false: on every token (KAITO: every token)."),
+    Key::used(T, "dataset_text_field", Text, "text", "Column with the text, for the text layout."),
+    Key::used(T, "chat_template_path", Text, "", "File with the chat template; ModelConfig.chat_template overrides it."),
     Key::used(T, "logging_strategy", choice(INTERVALS), "steps", "When metrics are logged."),
     Key::used(T, "logging_steps", integer(1), "10", "Steps between logged metrics."),
-    Key::used(T, "eval_strategy", choice(INTERVALS), "", "When the evaluation split is scored; unset: each epoch, if there is a split (KAITO: never)."),
+    Key::used(T, "eval_strategy", choice(INTERVALS), "", "When the loss on the evaluation split is computed; unset: after each epoch, if there is a split (KAITO: never)."),
     Key::used(T, "eval_steps", integer(1), "", "Steps between evaluations; unset: logging_steps."),
     Key::used(T, "save_strategy", choice(INTERVALS), "steps", "When a checkpoint is written (KAITO's templates: never)."),
     Key::used(T, "save_steps", integer(1), "500", "Steps between checkpoints."),
-    Key::used(T, "save_total_limit", integer(1), "", "Checkpoints kept; unset: all."),
+    Key::used(T, "save_total_limit", integer(1), "", "Number of checkpoints to keep; unset: all."),
     Key::used(T, "seed", integer(0), "42", "Seed of LoRA's first weights, of dropout and of the order of examples."),
     Key::used(T, "data_seed", integer(0), "", "Seed of the order of examples; unset: seed."),
-    Key::used(T, "train_sampling_strategy", choice(&["random", "sequential"]), "", "Order of examples in an epoch; unset: random, or file order when DatasetConfig.shuffle_dataset is false."),
-    Key::used(T, "use_cpu", Boolean, "false", "Train on the CPU; `device` comes first."),
+    Key::used(T, "train_sampling_strategy", choice(&["random", "sequential"]), "", "Order of examples in an epoch; unset: random, or the order of the files if DatasetConfig.shuffle_dataset is false."),
+    Key::used(T, "use_cpu", Boolean, "false", "true: train on the CPU; `device` overrides it."),
 
-    // the same, without effect
-    Key::idle(T, "auto_find_batch_size", Boolean, "false", "the batch size given is the one that runs"),
-    Key::idle(T, "average_tokens_across_devices", Boolean, "true", "loss is always weighted by tokens over the whole step"),
+    // The same, without effect.
+    Key::idle(T, "auto_find_batch_size", Boolean, "false", "the given batch size is always used"),
+    Key::idle(T, "average_tokens_across_devices", Boolean, "true", "the loss is always weighted by tokens over the whole step"),
     Key::idle(T, "full_determinism", Boolean, "false", "a seed always gives the same run"),
     Key::idle(T, "logging_nan_inf_filter", Boolean, "true", "NaN and infinity end the run"),
     Key::idle(T, "logging_first_step", Boolean, "false", "logging_steps decides"),
@@ -231,7 +231,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "dataloader_prefetch_factor", integer(1), "", NO_WORKERS),
     Key::idle(T, "remove_unused_columns", Boolean, "true", "only the layout's columns are read"),
     Key::idle(T, "label_names", Texts, "", "only the layout's columns are read"),
-    Key::idle(T, "length_column_name", Text, "length", "lengths are counted"),
+    Key::idle(T, "length_column_name", Text, "length", "hone counts the lengths itself"),
     Key::idle(T, "padding_free", Boolean, "false", "padding is never computed on"),
     Key::idle(T, "pad_to_multiple_of", Any, "auto", "padding is never computed on"),
     Key::idle(T, "pad_token", Text, "", "padding is never computed on"),
@@ -260,10 +260,10 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "ddp_backend", Text, "", ONE_PROCESS),
     Key::idle(T, "ddp_timeout", integer(0), "1800", ONE_PROCESS),
 
-    // the same, refused unless they say what happens anyway
-    Key::refused(T, "lr_scheduler_kwargs", Any, "", "the schedules here take no arguments"),
+    // The same, refused unless they ask for what happens anyway.
+    Key::refused(T, "lr_scheduler_kwargs", Any, "", "hone's schedules take no arguments"),
     Key::refused(T, "optim_args", Text, "", "AdamW's settings are adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
-    Key::refused(T, "optim_target_modules", Any, "", "belongs to optimizers that are not here"),
+    Key::refused(T, "optim_target_modules", Any, "", "it belongs to optimizers that hone does not have"),
     Key::refused(T, "label_smoothing_factor", number(0.0, 1.0), "0.0", "the loss is plain cross-entropy"),
     Key::refused(T, "loss_type", Text, "nll", "the loss is plain cross-entropy"),
     Key::refused(T, "neftune_noise_alpha", number(0.0, f64::MAX), "", "embeddings get no noise"),
@@ -290,17 +290,17 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(C, "return_tensors", Text, "pt", TORCH),
 
     // KAITO's cli.py
-    Key::used(D, "dataset_path", Text, "", "Data file, under /mnt when KAITO mounts it; `data` comes first."),
-    Key::used(D, "shuffle_dataset", Boolean, "true", "Shuffle the rows before the split, with shuffle_seed (KAITO: without a seed)."),
+    Key::used(D, "dataset_path", Text, "", "Data file; under KAITO's mounts, a path below /mnt. `data` overrides it."),
+    Key::used(D, "shuffle_dataset", Boolean, "true", "true: shuffle the rows before the split, with shuffle_seed (KAITO: without a seed)."),
     Key::used(D, "shuffle_seed", integer(0), "42", "Seed of the shuffle and the split."),
-    Key::used(D, "train_test_split", number(0.0, 1.0), "0.8", "Share of the rows that train, above 0; the rest is for evaluation (KAITO's templates: 1)."),
-    Key::used(D, "messages_column", Text, "", "Column with the conversation, if not messages, conversations or the like (KAITO: ignored)."),
-    Key::used(D, "context_column", Text, "", "Column with the prompt, if not `prompt` (KAITO: ignored)."),
-    Key::used(D, "response_column", Text, "", "Column with the answer, if not `completion`, or with the text of the text layout (KAITO: ignored)."),
-    Key::used(D, "dataset_extension", choice(&["parquet", "jsonl", "json", "csv", "arrow"]), "", "Container of every data file: json is an array or lines of objects, csv also TSV, arrow also feather; unset: told by each file's first bytes and name. Each may lie inside gzip or zstd."),
+    Key::used(D, "train_test_split", number(0.0, 1.0), "0.8", "Share of the rows to train on, above 0; the rest is for evaluation (KAITO's templates: 1)."),
+    Key::used(D, "messages_column", Text, "", "Column with the conversation; unset: messages, conversations or a similar name (KAITO: ignored)."),
+    Key::used(D, "context_column", Text, "", "Column with the prompt; unset: `prompt` (KAITO: ignored)."),
+    Key::used(D, "response_column", Text, "", "Column with the answer, or with the text for the text layout; unset: `completion` (KAITO: ignored)."),
+    Key::used(D, "dataset_extension", choice(&["parquet", "jsonl", "json", "csv", "arrow"]), "", "Container of every data file: json is an array or lines of objects, csv also TSV, arrow also feather; unset: detected from each file's first bytes and name. Each file may be compressed with gzip or zstd."),
 ];
 
-/// Names of older releases and of neighbours, and what they are called now.
+/// Names of older releases and of other tools, and today's names.
 #[rustfmt::skip]
 pub(super) const RENAMED: &[(super::Section, &str, &str)] = &[
     (M, "dtype", "torch_dtype"),
