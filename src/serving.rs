@@ -31,6 +31,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// How a model is served.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// How the server listens.
     pub server: server::Options,
     /// Name and source: a folder, `oci://IMAGE` or `hf://OWNER/NAME`.
     pub adapters: Vec<(String, String)>,
@@ -38,9 +39,11 @@ pub struct Options {
     pub mixes: Vec<(String, Vec<(String, f32)>)>,
     /// The id that answers requests that name none; `None`: the only mix, else the base.
     pub default: Option<String>,
+    /// How large the server is.
     pub size: Size,
     /// Most requests that wait.
     pub waiting: usize,
+    /// Whether `/chat` continues a prompt as it is.
     pub raw_chat: bool,
     /// Requests may load adapters from below this folder, and from images.
     pub adapter_folder: Option<PathBuf>,

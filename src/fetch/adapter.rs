@@ -45,6 +45,7 @@ pub enum Adapter {
 /// An adapter that is here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Brought {
+    /// The PEFT folder.
     pub folder: PathBuf,
     /// An image's manifest digest; of everything else `sha256:` of adapter_config.json and the weights, one after the other.
     pub digest: String,

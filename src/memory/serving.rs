@@ -63,8 +63,11 @@ impl CacheType {
 /// What is to be served, as far as memory depends on it.
 #[derive(Clone, Debug)]
 pub struct Served {
+    /// The model.
     pub facts: Facts,
+    /// How linear layers are held.
     pub quantization: Quantization,
+    /// Precision of products.
     pub precision: Precision,
     pub bf16_checkpoint: bool,
     /// Bytes of the adapters as they are held.

@@ -36,6 +36,7 @@ pub struct Held {
 }
 
 impl Pool {
+    /// All pages are free.
     pub fn new(pages: usize, chunk_pages: usize) -> Pool {
         let free = (0..pages as u32).rev().collect();
         Pool { free, pages, chunk_pages: chunk_pages.max(1), chunks: HashMap::new(), clock: 0 }

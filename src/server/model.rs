@@ -16,7 +16,9 @@ pub type Bring = Arc<dyn Fn(&str) -> fault::Result<Brought> + Send + Sync>;
 /// An adapter's files, and where they came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Brought {
+    /// The PEFT folder.
     pub folder: PathBuf,
+    /// Its source and digest.
     pub origin: Origin,
 }
 

@@ -33,6 +33,7 @@ const ARGUMENTS: &str = "[ARGS]";
 pub struct Call {
     /// 9 letters and digits, which is what Mistral's templates take back.
     pub id: String,
+    /// Name of the function.
     pub name: String,
     /// JSON text.
     pub arguments: String,
@@ -41,7 +42,9 @@ pub struct Call {
 /// What is certain of an answer since the last time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Said {
+    /// Content.
     pub text: String,
+    /// Calls that are complete.
     pub calls: Vec<Call>,
 }
 
@@ -51,10 +54,12 @@ impl Said {
         Said { text, calls: Vec::new() }
     }
 
+    /// Whether nothing was said.
     pub fn is_empty(&self) -> bool {
         self.text.is_empty() && self.calls.is_empty()
     }
 
+    /// Joins what follows.
     pub fn and(mut self, more: Said) -> Said {
         self.text += &more.text;
         self.calls.extend(more.calls);
@@ -132,6 +137,7 @@ enum Look {
 }
 
 impl Calls {
+    /// Nothing was said yet.
     pub fn new(offer: Offer) -> Calls {
         Calls { offer, held: String::new(), begun: false, made: 0 }
     }
@@ -141,6 +147,7 @@ impl Calls {
         self.made > 0
     }
 
+    /// Adds text; returns what is certain with it.
     pub fn push(&mut self, text: &str) -> Said {
         self.held += text;
         self.read(false)

@@ -36,7 +36,9 @@ pub struct Size {
 
 /// A model that is described but not loaded.
 pub struct Described {
+    /// The model.
     pub facts: Facts,
+    /// How linear layers are held: as asked for, or as the checkpoint has them.
     pub quantization: Quantization,
     bf16_checkpoint: bool,
 }
