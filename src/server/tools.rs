@@ -25,6 +25,8 @@ const MARKERS: [(&str, &str); 5] = [
     (LLAMA, "<|eom_id|>"),
 ];
 const LLAMA: &str = "<|python_tag|>";
+/// Characters between two calls: Llama writes a semicolon there.
+const BETWEEN: [char; 5] = [';', ' ', '\n', '\t', '\r'];
 /// Between the name and the arguments of Mistral's newer form.
 const ARGUMENTS: &str = "[ARGS]";
 
@@ -172,7 +174,8 @@ impl Calls {
             let text: String = self.held.drain(..length).collect();
             if calls.is_empty() {
                 // Blanks around calls are no content.
-                let blank = text.trim().is_empty() && self.made > 0;
+                let between = !self.begun && text.trim_matches(BETWEEN).is_empty();
+                let blank = self.made > 0 && (between || text.trim().is_empty());
                 self.begun |= !text.trim().is_empty();
                 said.text += if blank { "" } else { &text };
             }
@@ -189,7 +192,10 @@ impl Calls {
     fn look(&self, ended: bool) -> Look {
         let mut text = self.held.trim_start();
         if self.any() && !self.begun {
-            text = text.trim_start_matches([';', ' ', '\n', '\t', '\r']);
+            text = text.trim_start_matches(BETWEEN);
+            if text.is_empty() {
+                return if ended { Look::Content(self.held.len()) } else { Look::Wait };
+            }
         }
         let blank = self.held.len() - text.len();
         if !self.begun && text.starts_with('{') {
@@ -391,6 +397,11 @@ mod tests {
                 vec![&look, &add],
             ),
             (r#"[TOOL_CALLS]look[ARGS]{"at": "x"}"#, "", vec![&look]),
+            (
+                "Well. <tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}}</tool_call> \n",
+                "Well.",
+                vec![&add],
+            ),
             (r#"[TOOL_CALLS]look{"at": "x"}[TOOL_CALLS]add{"a": 1}"#, "", vec![&look, &add]),
             (r#"<|tool_call|>[{"name": "look", "arguments": {"at": "x"}}]<|/tool_call|>"#, "", vec![&look]),
             (r#"<|python_tag|>{"name": "look", "parameters": {"at": "x"}}<|eom_id|>"#, "", vec![&look]),
