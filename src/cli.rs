@@ -10,6 +10,7 @@ use crate::device::Choice;
 use crate::facts::{Keep, Precision};
 use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::memory::serving::CacheType;
 use crate::review;
 use crate::serving;
 use crate::spec::keys::{self, Key, Section, Type};
@@ -64,6 +65,19 @@ pub enum Command {
         gpus: Vec<String>,
         /// Prices of GPUs, `NAME=DOLLARS`.
         prices: Vec<String>,
+    },
+    /// Show the memory plan of a server.
+    PlanServing {
+        /// Settings of the model.
+        request: Request,
+        /// How large the server is to be.
+        size: serving::room::Size,
+        /// Folders of adapters.
+        adapters: Vec<PathBuf>,
+        /// Form of the output.
+        format: Format,
+        /// GPUs to plan for, in place of this machine.
+        gpus: Vec<String>,
     },
     /// Show the data as it will be trained on.
     Inspect {
@@ -213,7 +227,14 @@ pub fn parse(
             Command::Run(job.request(matches)?)
         }
         Subcommands::Model { about, format } => Command::Model { about, format },
-        Subcommands::Plan { job, format, gpu, price } => {
+        Subcommands::Plan { job, serve: Some(model), size, serve_adapter, format, gpu, .. } => {
+            let mut request = job.request(matches)?;
+            request.settings.retain(|setting| setting.key != "model");
+            let written = Written::Text(model);
+            request.settings.push(Setting { key: "model".into(), written, origin: origin(matches, "serve") });
+            Command::PlanServing { request, size: size.size(), adapters: serve_adapter, format, gpus: gpu }
+        }
+        Subcommands::Plan { job, format, gpu, price, .. } => {
             Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
         }
         Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
@@ -315,11 +336,20 @@ enum Subcommands {
     },
     /// Show everything that `run` would do, and where each value was set
     #[command(
-        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100"
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100\n  \
+            hone plan --serve ./phi-3 --gpu l4 --context 4096"
     )]
     Plan {
         #[command(flatten)]
         job: Job,
+        /// Plan the memory of `hone serve MODEL` in place of a training
+        #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
+        serve: Option<String>,
+        #[command(flatten)]
+        size: ServingSize,
+        /// Adapter's folder that the server holds; may be repeated
+        #[arg(long, value_name = "DIR", env = "HONE_SERVE_ADAPTER", requires = "serve")]
+        serve_adapter: Vec<PathBuf>,
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
@@ -737,19 +767,12 @@ struct Serve {
     /// How /chat uses a prompt: put into the chat template, or continued as it is
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
-    /// Upper limit of the tokens of prompt and answer together [default: the model's limit, at most 16384]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
-    context: Option<usize>,
-    /// Upper limit of the sequences that run at once
-    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
-    sequences: usize,
+    #[command(flatten)]
+    size: ServingSize,
     /// Upper limit of the requests that wait; further requests are answered with 429
     #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
     waiting: usize,
-    /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
-    cache_tokens: Option<usize>,
-    /// Allow requests to change adapters and mixes: images, the hub's, and folders below this one
+    /// Allow requests to change adapters and mixes: images, repositories of the hub, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
     /// Key that clients must send as Authorization: Bearer KEY; unlike the flag, the variable is not shown in lists
@@ -814,10 +837,8 @@ impl Serve {
             mixes,
             default: self.default,
             adapters_file: self.adapters_file,
-            sequences: self.sequences,
+            size: self.size.size(),
             waiting: self.waiting,
-            context: self.context,
-            cache_tokens: self.cache_tokens,
             raw_chat: self.chat == "raw",
             adapter_folder: self.allow_adapter_changes,
             grace: std::time::Duration::from_secs(self.grace.into()),
@@ -828,6 +849,30 @@ impl Serve {
                 ..crate::server::Options::default()
             },
         })
+    }
+}
+
+/// How large a server is to be.
+#[derive(Args)]
+struct ServingSize {
+    /// Most tokens of prompt and answer together [default: the model's, as far as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
+    context: Option<usize>,
+    /// Most sequences that run at once
+    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
+    sequences: usize,
+    /// Tokens whose keys and values are kept, over all sequences [default: as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
+    cache_tokens: Option<usize>,
+    /// How keys and values are kept: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_CACHE_TYPE", value_parser = CacheType::parse)]
+    cache_type: CacheType,
+}
+
+impl ServingSize {
+    fn size(&self) -> serving::room::Size {
+        let (context, cache_tokens) = (self.context, self.cache_tokens);
+        serving::room::Size { sequences: self.sequences, context, cache_tokens, cache: self.cache_type }
     }
 }
 

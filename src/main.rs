@@ -13,6 +13,7 @@ use hone::fault::{Fault, Result};
 use hone::interrupt::Standing;
 use hone::job::{self, Receipt};
 use hone::kaito::{self, sidecars, sidecars::Limits, watch};
+use hone::memory::{self, Machine};
 use hone::metrics::{self, Latest};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
@@ -186,6 +187,9 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Model { about, format } => model(about, *format, report).map(|()| None),
         Command::Plan { request, format, gpus, prices } => {
             show(&resolve(request)?, *format, gpus, prices).map(|()| None)
+        }
+        Command::PlanServing { request, size, adapters, format, gpus } => {
+            show_serving(request, size, adapters, *format, gpus).map(|()| None)
         }
         Command::Inspect { request, options, format, html } => {
             look(&resolve(request)?, options, *format, html.as_deref(), report).map(|()| None)
@@ -371,6 +375,56 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
             let memory = memory?;
             json["memory"] = memory.plan.json(&memory.machine);
             say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
+        }
+    }
+    Ok(())
+}
+
+/// The memory of a server: on this machine, or on each of the cards.
+fn show_serving(
+    request: &Request,
+    size: &serving::room::Size,
+    adapters: &[PathBuf],
+    format: Format,
+    gpus: &[String],
+) -> Result<()> {
+    let plan = plan::serving(&spec::gather(request, &environment)?)?;
+    let places: Vec<Option<&str>> = match gpus {
+        [] => vec![None],
+        names => names.iter().map(|name| Some(name.as_str())).collect(),
+    };
+    let ahead = |place: &Option<&str>| serving::room::ahead(&plan, size, adapters, *place);
+    let plans = places.iter().map(ahead).collect::<Result<Vec<_>>>()?;
+    let json = |(described, machine, divided): &(
+        serving::room::Described,
+        Machine,
+        memory::serving::Plan,
+    )| {
+        let facts = &described.facts;
+        let mut json = divided.json(machine);
+        json["model"] = serde_json::json!({
+            "name": plan.model_name, "family": facts.family, "layers": facts.layers.len(), "width": facts.width,
+            "parameters": facts.parameters(),
+        });
+        json
+    };
+    match format {
+        Format::Text => {
+            let facts = &plans[0].0.facts;
+            say!(
+                "model: {}, {}, {} layers of width {}, {} parameters",
+                plan.model_name,
+                facts.family,
+                facts.layers.len(),
+                facts.width,
+                facts.parameters()
+            );
+            plans.iter().for_each(|(_, machine, divided)| say!("\n{}", divided.table(machine).trim_end()));
+        }
+        Format::Json => {
+            let list: Vec<_> = plans.iter().map(json).collect();
+            let shown = if let [only] = list.as_slice() { only.clone() } else { list.into() };
+            say!("{}", serde_json::to_string_pretty(&shown).expect("texts and numbers"));
         }
     }
     Ok(())

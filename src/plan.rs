@@ -133,6 +133,8 @@ pub struct Serving {
     /// The chat template: Jinja text, or the name of one of the model's templates. `None`: the model's default
     /// template.
     pub chat_template: Option<String>,
+    /// How much of the free memory may be used.
+    pub memory_limit: Option<crate::memory::Limit>,
 }
 
 /// Resolves the settings of a server.
@@ -156,6 +158,7 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
         model: model::Options { folder, quantization, precision, lora },
         model_name,
         device: places::device(&mut reader),
+        memory_limit: base::memory(&mut reader).limit,
         chat_template: rows::token_options(&mut reader).chat_template,
         registry: places::registry_options(&mut reader, ca_file),
         source,

@@ -2,6 +2,7 @@
 
 mod identity;
 pub mod live;
+pub mod room;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,28 +11,29 @@ use std::time::Duration;
 use candle_core::Device;
 
 use crate::dataset::{Chat, Tokenizer};
-use crate::facts::config::Config;
-use crate::facts::family;
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::generate::Strength;
 use crate::generate::defaults::Defaults;
 use crate::generate::engine::{self, Engine};
+use crate::memory::Machine;
+use crate::memory::serving::{CacheType, Plan};
 use crate::model::load;
 use crate::plan::Serving;
 use crate::report::{Report, Stage};
 use crate::server::model::{Bring, Brought, Named, Origin};
 use crate::server::{self, Model, Server};
+use crate::words::size;
 use crate::{device, interrupt};
 use live::Live;
+use room::Size;
 
-/// Keys and values of so many tokens are kept unless told otherwise.
-const CACHE_TOKENS: usize = 16_384;
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How a model is served.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// How the server listens.
     pub server: server::Options,
     /// Name and source: a folder, `oci://IMAGE` or `hf://OWNER/NAME`.
     pub adapters: Vec<(String, String)>,
@@ -41,10 +43,11 @@ pub struct Options {
     pub default: Option<String>,
     /// Adapters and mixes that are followed while the server runs.
     pub adapters_file: Option<PathBuf>,
-    pub sequences: usize,
+    /// How large the server is.
+    pub size: Size,
+    /// Most requests that wait.
     pub waiting: usize,
-    pub context: Option<usize>,
-    pub cache_tokens: Option<usize>,
+    /// Whether `/chat` continues a prompt as it is.
     pub raw_chat: bool,
     /// Requests may load adapters from below this folder, and from images.
     pub adapter_folder: Option<PathBuf>,
@@ -120,8 +123,19 @@ fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
         report.warn(Stage::Load, told);
     }
     let defaults = Defaults::read(&folder, &tokenizer, chat.as_ref())?;
-    let engine = Arc::new(engine(plan, &folder, options, &device, report)?);
     let bring = bring(plan, report);
+    // A missing adapter is told before gigabytes are loaded.
+    let adapters = options.adapters.iter().map(|(name, source)| Ok((name, source, bring(source)?)));
+    let adapters = adapters.collect::<Result<Vec<_>>>()?;
+    let machine = Machine::of(&device, plan.memory_limit);
+    let bytes = adapters.iter().map(|(_, _, brought)| room::adapter_bytes(&brought.folder, machine.place));
+    let described = room::describe(plan, &folder)?;
+    let divided = room::divide(plan, &options.size, &described, bytes.sum::<Result<u64>>()?, &machine)?;
+    report.note(
+        Stage::Load,
+        format!("{} of {}: {}", size(divided.bytes()), size(divided.memory), divided.choice()),
+    );
+    let engine = Arc::new(engine(plan, &folder, options, &described, &divided, &device, report)?);
     let part = |(name, strength): &(String, f32)| Strength { name: name.clone(), strength: *strength };
     let mixes = options.mixes.iter().map(|(name, parts)| (name.clone(), parts.iter().map(part).collect()));
     let model = Model {
@@ -134,8 +148,7 @@ fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
         raw_chat: options.raw_chat,
         bring: options.adapter_folder.clone().map(|root| confined(root, bring.clone())),
     };
-    for (name, source) in &options.adapters {
-        let brought = bring(source)?;
+    for (name, source, brought) in adapters {
         let digest = brought.origin.digest.clone();
         let adapter = model.load_adapter(name, brought).map_err(|fault| fault.at(source))?;
         report.note(
@@ -150,38 +163,22 @@ fn engine(
     plan: &Serving,
     folder: &Path,
     options: &Options,
+    described: &room::Described,
+    divided: &Plan,
     device: &Device,
     report: &Report,
 ) -> Result<Engine> {
-    let config = Config::read(folder)?;
-    let facts = family::describe(&config)?;
     let mut model = plan.model.clone();
     model.folder = folder.to_owned();
-    model.quantization = crate::facts::quantization::read(&config)?.unwrap_or(model.quantization);
-    let context = options.context.unwrap_or(facts.positions_max.min(CACHE_TOKENS));
-    if context > facts.positions_max {
-        return Err(Fault::config(format!(
-            "--context {context}: the model was made for {} tokens",
-            facts.positions_max
-        )));
-    }
-    if options.context.is_none() && context < facts.positions_max {
-        report.note(
-            Stage::Load,
-            format!(
-                "the context is {context} of the model's {} tokens; --context changes it",
-                facts.positions_max
-            ),
-        );
-    }
+    model.quantization = described.quantization;
     let description = format!("{:?} on {}", model.quantization, device::name(device));
-    let decoder = load::load(facts, &model, device, report)?;
+    let decoder = load::load(described.facts.clone(), &model, device, report)?;
     let sizes = engine::Options {
-        sequences: options.sequences,
+        sequences: options.size.sequences,
         waiting: options.waiting,
-        context: Some(context),
-        cache_tokens: options.cache_tokens.unwrap_or(CACHE_TOKENS.max(context)),
-        half_cache: true,
+        context: Some(divided.context),
+        cache_tokens: divided.cache_tokens,
+        half_cache: divided.cache == CacheType::Bf16,
     };
     Engine::start(decoder, &sizes, description)
 }
@@ -190,7 +187,11 @@ fn engine(
 /// another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
     let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
-    let served = vec![plan.base.to_string(), plan.base.name(), plan.model_name.clone()];
+    let mut served = match &plan.base {
+        fetch::Model::Folder(_) => vec![plan.base.name()],
+        base => vec![base.to_string()],
+    };
+    served.extend(Some(plan.model_name.clone()).filter(|name| *name != served[0]));
     Arc::new(move |text: &str| {
         let access = fetch::Access { source: &source, registry: &registry };
         let adapter = fetch::Adapter::parse(text)?;

@@ -29,7 +29,11 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn decoder(name: &str) -> Decoder {
-    decoder_on(name, &Device::Cpu, Precision::F32, Quantization::None)
+    decoder_in(name, Precision::F32)
+}
+
+fn decoder_in(name: &str, precision: Precision) -> Decoder {
+    decoder_on(name, &Device::Cpu, precision, Quantization::None)
 }
 
 fn decoder_on(name: &str, device: &Device, precision: Precision, quantization: Quantization) -> Decoder {
@@ -98,7 +102,8 @@ fn strengths(mix: &[(&str, f32)]) -> Vec<Strength> {
 }
 
 /// Every family, bare, with one adapter, and with two of several strengths. One batch has prompts of different
-/// lengths, and answers outgrow windows and the lengths at which ropes change. All tokens are those that
+/// lengths, and answers of 200
+/// tokens outgrow windows and the lengths at which ropes change. All tokens are those that
 /// transformers generates in f32.
 #[test]
 fn greedy_tokens_are_those_of_transformers_and_peft() {
@@ -217,8 +222,8 @@ fn bf16_on_a_gpu_stays_near_f32() {
 fn by_steps(decoder: &Decoder, name: &str, text: &[u32], alone: usize, cache: DType) -> Vec<Vec<f32>> {
     let adapter = adapter::read(&golden(name).join("final_adapter")).unwrap();
     let pairs = adapter.pairs(&decoder.facts, decoder.dtype, &decoder.device).unwrap();
-    let mut cache = Cache::new(&decoder.facts, text.len(), cache, &decoder.device).unwrap();
-    let pages = cache.reserve(text.len()).unwrap();
+    let mut cache = Cache::new(&decoder.facts, text.len(), text.len(), cache, &decoder.device).unwrap();
+    let pages = cache.reserve(text.len(), &[]).unwrap().pages;
     let first = text.len() - alone;
     let mut logits = Vec::new();
     for rows in std::iter::once(0..first).chain((first..text.len()).map(|row| row..row + 1)) {
@@ -240,7 +245,132 @@ fn log_probabilities(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|logit| f64::from(*logit) - largest - sum.ln()).collect()
 }
 
-/// Tokens and log-probabilities of a request are the same bits alone and among others that come, end and go away.
+/// In bf16 the log-probabilities of the recorded tokens are those of transformers in f32 but for 2e-2 on average, and another
+/// token is the best one only where the two best are within 0.05.
+#[test]
+fn bf16_stays_near_the_reference() {
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");
+    let recorded: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
+    let mut told = Vec::new();
+    for (name, cases) in recorded["runs"].as_object().unwrap() {
+        let options = Options { half_cache: true, ..options() };
+        let engine = Engine::start(decoder_in(name, Precision::Bf16), &options, "a test".into()).unwrap();
+        load_both(&engine, name);
+        let scored = cases.as_array().unwrap().iter().filter(|case| case.get("logprobs").is_some());
+        let scored: Vec<&Value> = scored.collect();
+        assert_eq!(scored.len(), 2, "{name}: bare and with an adapter");
+        for case in scored {
+            let ids = |value: &Value| -> Vec<u32> {
+                value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+            };
+            let (prompt, tokens) = (ids(&case["prompt"]), ids(&case["tokens"]));
+            let mix = case["mix"].as_object().unwrap().keys().map(|name| (name.as_str(), 1.0));
+            let text = [prompt.clone(), tokens.clone()].concat();
+            let request = Request {
+                adapters: strengths(&mix.collect::<Vec<_>>()),
+                prompt_logprobs: Some(1),
+                ..Request::greedy(text, 0)
+            };
+            let found = collect(engine.submit(request).unwrap()).prompt;
+            let found = &found[prompt.len() - 1..];
+            assert_eq!((found.len(), tokens.len()), (200, 200));
+            let expected = case["logprobs"].as_array().unwrap().iter().map(|score| score.as_f64().unwrap());
+            let differences = found
+                .iter()
+                .zip(expected)
+                .map(|(found, expected)| (f64::from(found.logprob) - expected).abs());
+            let mean = differences.sum::<f64>() / 200.0;
+            let close = ids(&case["close"]);
+            let parted: Vec<usize> = (0..200)
+                .filter(|&at| found[at].top[0].0 != tokens[at] && !close.contains(&(at as u32)))
+                .collect();
+            if mean > 2e-2 || !parted.is_empty() {
+                told.push(format!(
+                    "{name}, {}: mean difference {mean:.4}, parted at {parted:?}",
+                    case["mix"]
+                ));
+            }
+        }
+    }
+    assert!(told.is_empty(), "{}", told.join("\n"));
+}
+
+/// A prompt that begins as an earlier one takes that part from the cache, and its answer is the same to the bit.
+#[test]
+fn shared_beginnings_change_nothing_but_the_work() {
+    let prompt = |tail: u32, length: u32| -> Vec<u32> {
+        (0..length).map(|at| if at < CHUNK as u32 { at * 7 % 300 } else { (at * 31 + tail) % 300 }).collect()
+    };
+    let request = |tail: u32, length: u32, mix: &[(&str, f32)]| Request {
+        adapters: strengths(mix),
+        logprobs: Some(2),
+        ..Request::greedy(prompt(tail, length), 12)
+    };
+    let one = [("a", 1.0)];
+    let cases: [(u32, u32, &[(&str, f32)], usize); 8] = [
+        (1, 300, &[], 0),
+        (2, 290, &[], CHUNK),
+        (3, CHUNK as u32 + 1, &[], CHUNK),
+        // The chunk that holds the last token is computed.
+        (4, CHUNK as u32, &[], 0),
+        (5, 300, &one, 0),
+        (6, 310, &one, CHUNK),
+        (7, 310, &[("a", 0.5)], 0),
+        // Its chunk made room for others.
+        (8, 280, &[], 0),
+    ];
+    let alone = cases.map(|(tail, length, mix, _)| {
+        let engine = engine("llama3");
+        load_both(&engine, "llama3");
+        collect(engine.submit(request(tail, length, mix)).unwrap())
+    });
+    // Just room for two sequences: chunks are dropped and computed again.
+    let options = Options { cache_tokens: 704, sequences: 2, ..options() };
+    let engine = Engine::start(decoder("llama3"), &options, "a test".into()).unwrap();
+    load_both(&engine, "llama3");
+    let mut hits = 0;
+    for ((tail, length, mix, found), alone) in cases.into_iter().zip(&alone) {
+        let done = collect(engine.submit(request(tail, length, mix)).unwrap());
+        assert_eq!(done.tokens, alone.tokens, "{tail}");
+        assert_eq!(done.end.1.cached_tokens, found, "{tail}");
+        hits += found as u64;
+    }
+    let counters = engine.counters();
+    assert_eq!((counters.prefix_hits, counters.cache_usage), (hits, 0.0));
+    // Side by side, over and over, with one that goes away.
+    for _ in 0..4 {
+        let ask = |at: usize| engine.submit(request(cases[at].0, cases[at].1, cases[at].2)).unwrap();
+        let answers: Vec<(usize, Answer)> = [1, 5, 0, 7, 6, 2].map(|at| (at, ask(at))).into();
+        drop(ask(3));
+        for (at, answer) in answers {
+            assert_eq!(collect(answer).tokens, alone[at].tokens, "{at}");
+        }
+    }
+    assert_eq!(engine.counters().cache_usage, 0.0);
+    // Whoever stops reading early knows it too.
+    collect(engine.submit(request(2, 290, &[])).unwrap());
+    let mut answer = engine.submit(request(2, 290, &[])).unwrap();
+    assert!(matches!(answer.wait(), Some(Event::Started)));
+    assert_eq!(answer.cached(), CHUNK);
+    drop(answer);
+    // The log-probabilities of a prompt need all its rows.
+    let scored = Request { prompt_logprobs: Some(0), ..request(2, 290, &[]) };
+    let done = collect(engine.submit(scored).unwrap());
+    assert_eq!((done.prompt.len(), done.end.1.cached_tokens), (289, 0));
+    // Ropes that depend on a sequence's length share nothing.
+    let long = Engine::start(
+        decoder("phi3_longrope"),
+        &Options { context: None, ..options.clone() },
+        "a test".into(),
+    );
+    let long = long.unwrap();
+    for _ in 0..2 {
+        let done = collect(long.submit(Request::greedy(prompt(1, 300), 2)).unwrap());
+        assert_eq!(done.end.1.cached_tokens, 0);
+    }
+}
+
+/// Tokens and log-probabilities of a request have the same bits alone and among others that come, end and leave.
 #[test]
 fn neighbours_do_not_matter() {
     for name in ["llama3", "gemma2"] {

@@ -20,8 +20,11 @@ use crate::adapter::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::fault::{Fault, Kind, Result};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
-use crate::whole;
+use crate::source;
+use crate::{whole, words};
 
+/// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
+const ATTEMPTS_WITH_COPY: u32 = 2;
 const RECORD: &str = ".hone-adapter.json";
 /// Where the files of an image lie in its folder of the cache.
 const DATA: &str = "adapter";
@@ -42,6 +45,7 @@ pub enum Adapter {
 /// An adapter that is here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Brought {
+    /// The PEFT folder.
     pub folder: PathBuf,
     /// An image's manifest digest; of everything else `sha256:` of adapter_config.json and the weights, one after the other.
     pub digest: String,
@@ -153,17 +157,26 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     {
         return Ok(kept);
     }
-    let (revision, annotations) = match resolve(source, access, report) {
-        Ok(found) => found,
-        Err(fault) if fault.kind == Kind::Network => {
-            let Some((home, kept)) = last(source, cache, report)? else { return Err(fault) };
+    let last = last(source, cache, report)?;
+    // Who has a copy does not wait long for a registry that does not answer.
+    let tries = if last.is_some() { ATTEMPTS_WITH_COPY } else { u32::MAX };
+    let registry = registry::Options {
+        attempts_max: access.registry.attempts_max.min(tries),
+        ..access.registry.clone()
+    };
+    let hub =
+        source::Options { attempts_max: access.source.attempts_max.min(tries), ..access.source.clone() };
+    let asked = resolve(source, Access { source: &hub, registry: &registry }, report);
+    let (revision, annotations) = match (asked, last) {
+        (Ok(found), _) => found,
+        (Err(fault), Some((home, kept))) if fault.kind == Kind::Network => {
             report.warn(
                 Stage::Pull,
                 format!("{source}: {}; the copy in {} is used", fault.message, home.display()),
             );
             return Ok(kept);
         }
-        Err(fault) => return Err(fault),
+        (Err(fault), _) => return Err(fault),
     };
     let home = source.home(cache, &revision);
     let folder = Folder::open(&home, access.source.total_timeout, report)?;
@@ -287,7 +300,9 @@ fn brought(source: &Adapter, home: &Path, record: &Record) -> Result<Brought> {
         _ => content(&folder)?,
     };
     let named = BASES.iter().filter_map(|name| record.annotations.get(*name));
-    Ok(Brought { folder, digest, bases: named.filter(|base| !base.is_empty()).cloned().collect() })
+    let mut bases: Vec<String> = named.filter(|base| !base.is_empty()).cloned().collect();
+    bases.dedup();
+    Ok(Brought { folder, digest, bases })
 }
 
 /// `sha256:` of the two files; of those that are there, since the loader tells better what is missing.
@@ -324,7 +339,7 @@ fn hash(files: &[&Path]) -> Result<String> {
             }
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(words::hex(hasher.finalize()))
 }
 
 #[cfg(test)]

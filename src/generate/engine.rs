@@ -1,11 +1,11 @@
 //! Requests -> events: a queue, and a thread that owns the cache and runs one step after another over all running
 //! sequences.
 //!
-//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave
-//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one
-//! that started is never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together
-//! with the promise of `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours
-//! are.
+//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave between
+//! steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one that started is
+//! never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with the promise of
+//! `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are. Therefore a prompt may also
+//! take whole chunks at its beginning from the cache, if another prompt with the same adapters began so.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use candle_core::{DType, Tensor};
+use sha2::{Digest, Sha256};
 
 use super::request::{
     self, Adapter, Answer, Counters, Event, Finish, Refusal, Request, Scored, Sender, Usage, answer,
@@ -26,6 +27,7 @@ use crate::fault::{Fault, Result};
 use crate::model::cache::Cache;
 use crate::model::decoder::Decoder;
 use crate::model::lora::{Lora, Mixture, Pairs, Part};
+use crate::model::pages::{Held, Key};
 use crate::model::pass::Step;
 #[cfg(feature = "cuda")]
 use crate::ops::{largest, rows};
@@ -94,6 +96,8 @@ struct Added {
 struct Waiting {
     request: Request,
     mix: Vec<Added>,
+    /// Of the prompt's whole chunks, if they may be shared.
+    keys: Vec<Key>,
     sender: Sender,
 }
 
@@ -120,7 +124,7 @@ impl Engine {
     /// Device: the cache finds no memory.
     pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
         let dtype = if options.half_cache { DType::BF16 } else { decoder.dtype };
-        let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), dtype, &decoder.device)?;
+        let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), CHUNK, dtype, &decoder.device)?;
         let context = options.context.unwrap_or(decoder.facts.positions_max);
         let facts = request::Facts {
             context: context.min(cache.tokens()),
@@ -158,8 +162,32 @@ impl Engine {
     }
 }
 
-/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again,
-/// as transformers does for Phi-3.
+/// Whether the keys of a row depend on what stands before it alone, and not on the sequence's length.
+fn shares(decoder: &Decoder) -> bool {
+    let of_length = |scaling: &Scaling| matches!(scaling, Scaling::Long { .. } | Scaling::Dynamic { .. });
+    !decoder.facts.ropes.iter().any(|rope| of_length(&rope.scaling))
+}
+
+/// Keys of the prompt's whole chunks but the one that holds its last token, whose row must be computed.
+fn keys(prompt: &[u32], mix: &[Added]) -> Vec<Key> {
+    let mut before = Sha256::new();
+    for added in mix {
+        before.update(added.number.to_le_bytes());
+        before.update(added.strength.to_le_bytes());
+    }
+    let mut before: Key = before.finalize().into();
+    let chunks = prompt[..prompt.len() - 1].chunks_exact(CHUNK);
+    let next = |chunk: &[u32]| {
+        let mut hash = Sha256::new_with_prefix(before);
+        chunk.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        before = hash.finalize().into();
+        before
+    };
+    chunks.map(next).collect()
+}
+
+/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again, as
+/// transformers does for Phi-3.
 fn switch(decoder: &Decoder) -> Option<usize> {
     decoder.facts.ropes.iter().find_map(|rope| match &rope.scaling {
         Scaling::Long { positions, .. } => Some(*positions),
@@ -195,7 +223,10 @@ impl request::Engine for Engine {
             return Err(Refusal::Full { waiting: state.waiting.len() });
         }
         let (sender, answer) = answer();
-        state.waiting.push_back(Waiting { request, mix, sender });
+        // Log-probabilities of the prompt need its rows.
+        let shared = shares(&self.decoder) && request.prompt_logprobs.is_none();
+        let keys = if shared { keys(&request.prompt, &mix) } else { Vec::new() };
+        state.waiting.push_back(Waiting { request, mix, keys, sender });
         state.counters.waiting = state.waiting.len();
         self.shared.woken.notify_one();
         Ok(answer)
@@ -267,7 +298,9 @@ struct Sequence {
     request: Request,
     mix: Vec<Added>,
     sender: Sender,
-    pages: Vec<u32>,
+    held: Held,
+    /// Of the prompt's chunks that are shared once they are computed.
+    keys: Vec<Key>,
     /// The prompt and what was generated.
     tokens: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
@@ -309,11 +342,18 @@ struct Turn {
 }
 
 impl Sequence {
-    fn new(waiting: Waiting, pages: Vec<u32>) -> Sequence {
-        let Waiting { request, mix, sender } = waiting;
+    fn new(waiting: Waiting, held: Held) -> Sequence {
+        let Waiting { request, mix, keys, sender } = waiting;
         let tokens = request.prompt.clone();
         let (history, rope_length) = (History::new(&tokens), tokens.len());
-        Sequence { request, mix, sender, pages, tokens, computed: 0, rope_length, history, scored: 1 }
+        let computed = held.found * CHUNK;
+        Sequence { request, mix, sender, held, keys, tokens, computed, rope_length, history, scored: 1 }
+    }
+
+    /// The key of a chunk that was computed just now, if it may be shared.
+    fn computed_chunk(&self, positions: &Range<usize>) -> Option<Key> {
+        let whole = positions.len() == CHUNK && positions.end.is_multiple_of(CHUNK);
+        self.keys.get(positions.start / CHUNK).filter(|_| whole).copied()
     }
 
     fn generated(&self) -> usize {
@@ -333,7 +373,7 @@ impl Sequence {
     fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.request.prompt.len(),
-            cached_tokens: 0,
+            cached_tokens: self.held.found * CHUNK,
             generated_tokens: self.generated(),
         }
     }
@@ -444,14 +484,18 @@ impl Worker {
             let waiting = state.waiting.len();
             state.waiting.retain(|waiting| !waiting.sender.cancelled());
             state.counters.cancelled += (gone.len() + waiting - state.waiting.len()) as u64;
-            gone.into_iter().for_each(|sequence| self.cache.release(sequence.pages));
+            gone.into_iter().for_each(|sequence| self.cache.release(sequence.held));
             while self.running.len() < self.sequences
                 && let Some(next) = state.waiting.front()
-                && let Some(pages) = self.cache.reserve(next.request.prompt.len() + next.request.max_tokens)
+                && let Some(held) =
+                    self.cache.reserve(next.request.prompt.len() + next.request.max_tokens, &next.keys)
             {
                 let waiting = state.waiting.pop_front().expect("it is in front");
+                waiting.sender.set_cached(held.found * CHUNK);
                 waiting.sender.send(Event::Started);
-                self.running.push(Sequence::new(waiting, pages));
+                state.counters.prefix_queries += waiting.request.prompt.len() as u64;
+                state.counters.prefix_hits += (held.found * CHUNK) as u64;
+                self.running.push(Sequence::new(waiting, held));
             }
             state.counters.running = self.running.len();
             state.counters.waiting = state.waiting.len();
@@ -495,7 +539,7 @@ impl Worker {
             let positions = sequence.chunk();
             prompts += if decodes { 0 } else { positions.len() };
             let ids = &sequence.tokens[positions.clone()];
-            let from = step.push(ids, positions.start, sequence.pages.clone(), sequence.rope_length);
+            let from = step.push(ids, positions.start, sequence.held.pages.clone(), sequence.rope_length);
             let scores =
                 sequence.request.prompt_logprobs.is_some() && sequence.scored < sequence.request.prompt.len();
             let draws = positions.end == length && sequence.generated() < sequence.request.max_tokens;
@@ -557,6 +601,9 @@ impl Worker {
             let sequence = &mut self.running[turn.sequence];
             let rows = logits.rows(&turn.logits);
             sequence.computed = turn.positions.end;
+            if let Some(key) = sequence.computed_chunk(&turn.positions) {
+                self.cache.share(&mut sequence.held, key);
+            }
             sequence.score_prompt(&turn.positions, &rows);
             if sequence.generated() == 0 {
                 counted.0 += turn.positions.len() as u64;
@@ -583,7 +630,7 @@ impl Worker {
         let mut events = Vec::new();
         for (number, event) in ended.into_iter().rev() {
             let sequence = self.running.remove(number);
-            self.cache.release(sequence.pages);
+            self.cache.release(sequence.held);
             events.push((sequence.sender, event));
         }
         // Whoever reads the end finds the counters as they are after it.

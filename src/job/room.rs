@@ -70,7 +70,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
 }
 
 /// Whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not say.
-pub(super) fn bf16_checkpoint(config: &Config) -> Result<bool> {
+pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
     let dtype = match config.text("dtype")? {
         Some(dtype) => Some(dtype),
         None => config.text("torch_dtype")?,

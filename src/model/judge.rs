@@ -521,8 +521,8 @@ fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
         let pairs = adapter.finished()?;
         let whole = Mixture::new(vec![part(&pairs, 0..7, 0.6)]);
         let expected = decoder.logits(&batch, Lora::Mixed(&whole))?;
-        let mut cache = Cache::new(&decoder.facts, 128, DType::F64, &Device::Cpu)?;
-        let pages = [cache.reserve(7).unwrap(), cache.reserve(5).unwrap()];
+        let mut cache = Cache::new(&decoder.facts, 128, 128, DType::F64, &Device::Cpu)?;
+        let pages = [cache.reserve(7, &[]).unwrap().pages, cache.reserve(5, &[]).unwrap().pages];
         let (first_rows, mut done, mut found) = ([0usize, 8], [0usize; 2], vec![None; 13]);
         for pieces in [[3, 1], [1, 1], [1, 2], [2, 1]] {
             let mut step = Step::default();

@@ -11,6 +11,7 @@ mod metrics;
 mod route;
 mod speak;
 mod state;
+mod tools;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;

@@ -16,7 +16,9 @@ pub type Bring = Arc<dyn Fn(&str) -> fault::Result<Brought> + Send + Sync>;
 /// An adapter's files, and where they came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Brought {
+    /// The PEFT folder.
     pub folder: PathBuf,
+    /// Its source and digest.
     pub origin: Origin,
 }
 
@@ -33,11 +35,15 @@ pub struct Origin {
 pub struct Model {
     /// The id of the base in `/v1/models`.
     pub name: String,
+    /// What generates.
     pub engine: Shared,
+    /// Text to token ids and back.
     pub tokenizer: Tokenizer,
     /// `None`: the model has no chat template, and `/v1/chat/completions` is refused.
     pub chat: Option<Chat>,
+    /// Of requests that say nothing else.
     pub defaults: Defaults,
+    /// Mixes, and where adapters came from.
     pub named: Named,
     /// Whether `/chat` continues the prompt as it is.
     pub raw_chat: bool,
@@ -71,6 +77,7 @@ struct State {
 }
 
 impl Named {
+    /// Mixes that are there from the start.
     pub fn new(default: Option<String>, mixes: Vec<(String, Vec<Strength>)>) -> Named {
         Named { default, state: Mutex::new(State { mixes, ..State::default() }) }
     }
@@ -79,10 +86,12 @@ impl Named {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Every mix, in the order in which they were made.
     pub fn mixes(&self) -> Vec<(String, Vec<Strength>)> {
         self.lock().mixes.clone()
     }
 
+    /// The parts of a mix.
     pub fn mix(&self, name: &str) -> Option<Vec<Strength>> {
         self.lock().mixes.iter().find(|(other, _)| other == name).map(|(_, parts)| parts.clone())
     }
@@ -96,7 +105,7 @@ impl Named {
         }
     }
 
-    /// Whether there was such a mix.
+    /// Removes a mix; whether there was one of this name.
     pub fn remove_mix(&self, name: &str) -> bool {
         let mut state = self.lock();
         let before = state.mixes.len();
@@ -113,10 +122,12 @@ impl Named {
         self.lock().file = Some(file);
     }
 
+    /// Where a loaded adapter came from.
     pub fn origin(&self, adapter: &str) -> Origin {
         self.lock().origins.get(adapter).cloned().unwrap_or_default()
     }
 
+    /// Remembers where an adapter came from.
     pub fn set_origin(&self, adapter: &str, origin: Origin) {
         self.lock().origins.insert(adapter.to_owned(), origin);
     }
@@ -165,6 +176,7 @@ impl Model {
         Ok(adapter)
     }
 
+    /// Token ids of a text; `specials` adds those that the tokenizer puts around a text.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
         self.tokenizer.encode(text, specials).map_err(Error::bad)
     }

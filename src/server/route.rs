@@ -7,7 +7,7 @@ use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
@@ -22,6 +22,7 @@ use super::fields::Fields;
 use super::metrics::Metrics;
 use super::model::Model;
 use super::state::{Phase, State};
+use crate::dataset::Chat;
 use crate::endpoint::PROMETHEUS;
 use crate::generate::Strength;
 
@@ -58,6 +59,14 @@ impl Body for Reply {
         match self.get_mut() {
             Reply::Whole(body) => Pin::new(body).poll_frame(task),
             Reply::Stream(parts) => parts.poll_recv(task).map(|part| part.map(|part| Ok(Frame::data(part)))),
+        }
+    }
+
+    /// A whole body's length stands in the answer's header.
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Reply::Whole(body) => body.size_hint(),
+            Reply::Stream(_) => SizeHint::default(),
         }
     }
 }
@@ -114,6 +123,7 @@ impl Service {
             "/v1/chat/completions" if post => self.generate(request, ask::chat).await,
             "/v1/completions" if post => self.generate(request, ask::completion).await,
             "/chat" if post => self.generate(request, ask::kaito).await,
+            "/tokenizer_info" if get => Ok(json_answer(&tokenizer_info(&*self.serving()?))),
             "/tokenize" if post => self.with_body(request, tokenize).await,
             "/detokenize" if post => self.with_body(request, detokenize).await,
             "/v1/load_lora_adapter" if post => self.with_body(request, changes::load).await,
@@ -244,7 +254,7 @@ impl Service {
 }
 
 /// Every path that answers to some method.
-const ROUTES: [&str; 16] = [
+const ROUTES: [&str; 17] = [
     "/",
     "/livez",
     "/health",
@@ -257,6 +267,7 @@ const ROUTES: [&str; 16] = [
     "/v1/completions",
     "/chat",
     "/tokenize",
+    "/tokenizer_info",
     "/detokenize",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
@@ -350,6 +361,16 @@ fn tokenize(fields: &Fields, model: &Model) -> Answer {
         answer["token_strs"] = tokens.iter().map(name).collect();
     }
     Ok(json_answer(&answer))
+}
+
+/// vLLM's: what a client needs to count and join tokens as the server does. lm-evaluation-harness asks for it.
+fn tokenizer_info(model: &Model) -> Value {
+    let tokenizer = &model.tokenizer;
+    json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.bos(), "eos_token": tokenizer.eos(),
+        "vocab_size": tokenizer.vocab_size(), "model_max_length": model.engine.facts().context,
+        "chat_template": model.chat.as_ref().map(Chat::source),
+    })
 }
 
 fn detokenize(fields: &Fields, model: &Model) -> Answer {

@@ -8,9 +8,11 @@ use crate::fault::{Fault, Result};
 /// What the comparison of an adapter's base with the served one says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
+    /// One name at least is the same.
     Same,
     /// A name is one of a folder, which says too little.
     Unknown,
+    /// Both are known by name, and the names differ.
     Another,
 }
 
@@ -26,6 +28,8 @@ pub fn compare(annotated: &[String], served: &[String]) -> Verdict {
     }
 }
 
+/// Refuses another base; gives a warning if the names say too little.
+///
 /// # Errors
 /// Config: the adapter's image names another base.
 pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Option<String>> {
@@ -51,8 +55,9 @@ pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Op
 /// Whether a name is one of the hub's or KAITO's, and not only that of a folder.
 fn is_known(name: &str) -> bool {
     let plain = plain(name);
-    let hub = plain.matches('/').count() >= 1 && !name.starts_with(['/', '.', '~']);
-    hub || presets::find(&plain).is_ok()
+    let scheme = name.starts_with("hf://") || name.starts_with("oci://");
+    let hub = plain.matches('/').count() == 1 && !name.starts_with(['/', '.', '~']);
+    scheme || hub || presets::find(&plain).is_ok()
 }
 
 /// Everything that the names may be called by, in lower case.
@@ -111,5 +116,6 @@ mod tests {
         assert_eq!(told(&["phi-4"], &["falcon-7b"]), Verdict::Another);
         assert_eq!(told(&["microsoft/phi-4"], &["/models/base"]), Verdict::Unknown);
         assert_eq!(told(&["base"], &["org/m"]), Verdict::Unknown);
+        assert_eq!(told(&["microsoft/phi-4"], &["models/of/mine/base"]), Verdict::Unknown);
     }
 }

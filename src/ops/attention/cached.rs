@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
+use half::vec::HalfBitsVecExt;
 use rayon::prelude::*;
 
 use super::{scatter, softmax_row};
@@ -83,7 +84,7 @@ impl Values {
         Ok(match dtype {
             DType::F32 => Values::F32(vec![0.0; length]),
             DType::F64 => Values::F64(vec![0.0; length]),
-            DType::BF16 => Values::Bf16(vec![bf16::ZERO; length]),
+            DType::BF16 => Values::Bf16(vec![0u16; length].reinterpret_into()),
             other => bail!("a cache of {other:?}; expected f32 or bf16"),
         })
     }
