@@ -86,6 +86,7 @@ fn kaitos_qlora_template() {
             bad_rows_max  0.5  default
             earlier_results  refuse  default
             target_matching  fused  default
+            mlflow_experiment  Default  default
             device  auto  default
             keep  auto  default
             plain_http  false  default
@@ -105,6 +106,7 @@ fn kaitos_qlora_template() {
             TrainingArguments.output_dir  /mnt/results  train.yaml:22
             TrainingArguments.learning_rate  0.00002  default
             TrainingArguments.lr_scheduler_type  linear  default
+            TrainingArguments.label_smoothing_factor  0.0  default
             TrainingArguments.warmup_steps  0.0  default
             TrainingArguments.num_train_epochs  3.0  default
             TrainingArguments.max_steps  -1  default
@@ -123,6 +125,11 @@ fn kaitos_qlora_template() {
             TrainingArguments.dataset_text_field  text  default
             TrainingArguments.logging_strategy  steps  default
             TrainingArguments.logging_steps  10  default
+            TrainingArguments.report_to  none  default
+            TrainingArguments.eval_delay  0.0  default
+            TrainingArguments.eval_on_start  false  default
+            TrainingArguments.load_best_model_at_end  false  default
+            TrainingArguments.early_stopping_threshold  0.0  default
             TrainingArguments.save_strategy  no  train.yaml:24
             TrainingArguments.save_steps  500  default
             TrainingArguments.seed  42  default
