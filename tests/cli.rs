@@ -33,6 +33,8 @@ fn help_tells_what_there_is() {
           inspect      Show the data as it will be trained on: the learned parts of each row, counts,
                        duplicates, warnings
           model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
+          report       Make the page that explains a run from its folder of results, or one that compares
+                       several runs
           push         Push an adapter's folder as an image
           pull         Pull an adapter's image into a folder
           example      Write a tiny model, a dataset and a configuration, and run the whole job on them in
@@ -332,6 +334,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         earlier_results                                refuse             default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
+        mlflow_experiment                              Default            default
         device                                         auto               environment HONE_DEVICE
         keep                                           auto               default
         cache                                          cache              environment HONE_CACHE
@@ -349,6 +352,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         LoraConfig.init_lora_weights                   true               default
         TrainingArguments.learning_rate                0.005              try/hone.yaml:17
         TrainingArguments.lr_scheduler_type            linear             default
+        TrainingArguments.label_smoothing_factor       0.0                default
         TrainingArguments.warmup_steps                 0.0                default
         TrainingArguments.num_train_epochs             3.0                default
         TrainingArguments.max_steps                    60                 try/hone.yaml:18
@@ -367,6 +371,11 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         TrainingArguments.dataset_text_field           text               default
         TrainingArguments.logging_strategy             steps              default
         TrainingArguments.logging_steps                10                 try/hone.yaml:20
+        TrainingArguments.report_to                    none               default
+        TrainingArguments.eval_delay                   0.0                default
+        TrainingArguments.eval_on_start                false              default
+        TrainingArguments.load_best_model_at_end       false              default
+        TrainingArguments.early_stopping_threshold     0.0                default
         TrainingArguments.save_strategy                no                 try/hone.yaml:21
         TrainingArguments.save_steps                   500                default
         TrainingArguments.seed                         42                 default

@@ -441,7 +441,7 @@ mod tests {
             "{why}"
         );
         let large = json!({
-            "resource": {"instanceType": "Standard_NC4as_T4_v3"},
+            "resource": {"instanceType": "g6.xlarge"},
             "tuning": {"preset": {"name": "llama-3.3-70b-instruct"}},
         });
         assert!(matches!(judged(None, &large, None), Verdict::Refused(_)), "no such GPU holds it");

@@ -75,9 +75,9 @@ fn single_refusals() {
         ]],
     );
     check(
-        &arguments("save_strategy: best"),
+        &arguments("save_strategy: often"),
         expect![[
-            r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, found "best""#
+            r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, best, found "often""#
         ]],
     );
     check(
