@@ -33,6 +33,11 @@ fn help_tells_what_there_is() {
           inspect      Show the data as it will be trained on: the learned parts of each row, counts,
                        duplicates, warnings
           model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
+          try          Ask the base and the tuned model the same, and show both answers side by side
+          eval         Measure loss, perplexity, token accuracy and exact match on held-out rows, without
+                       the adapter and with it
+          merge        Add an adapter to its base and write the whole model, as safetensors or GGUF; or the
+                       adapter alone as GGUF
           report       Make the page that explains a run from its folder of results, or one that compares
                        several runs
           push         Push an adapter's folder as an image
@@ -171,6 +176,11 @@ fn help_tells_what_there_is() {
                   move (to earlier/ inside the folder)
 
                   [env: HONE_EARLIER_RESULTS=]
+
+              --answers <ROWS>
+                  Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+
+                  [env: HONE_ANSWERS=]
 
               --push <IMAGE>
                   Image that the adapter is pushed as when training is done
@@ -332,6 +342,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         bad_rows_max                                   0.5                default
         output                                         try/adapter        try/hone.yaml:4
         earlier_results                                refuse             default
+        answers                                        0                  default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
         mlflow_experiment                              Default            default

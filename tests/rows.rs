@@ -342,7 +342,7 @@ fn data_is_seen_as_it_will_be_trained() {
         rows        2: 2 to train on, 0 to evaluate on, 0 dropped
         tokens      64, longest row 35
         learned     14 tokens, 21.9 %
-        cut         0 rows cut to 1024 tokens, 0.0 %
+        cut         0 rows to 1024 tokens, 0.0 %
         steps       3
         packing     passes are filled to 6 %
         duplicates  exact copies of an earlier row: 0; nearly so: 0
