@@ -437,6 +437,12 @@ struct ControllerArguments {
     /// Address that serves /healthz, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
+    /// Review Workspaces when they are written, so that kubectl apply tells their mistakes (jobs/webhook)
+    #[arg(long, env = "HONE_WEBHOOK")]
+    webhook: bool,
+    /// Where the API server's reviews are answered
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443", env = "HONE_WEBHOOK_ADDRESS")]
+    webhook_address: SocketAddr,
 }
 
 impl ControllerArguments {
@@ -449,6 +455,7 @@ impl ControllerArguments {
             lease_namespace: self.lease_namespace,
             identity: self.identity.unwrap_or_else(|| format!("{}-{}", host(), std::process::id())),
             address: self.address,
+            webhook: self.webhook.then(|| controller::webhook::Options::at(self.webhook_address)),
         }
     }
 }
@@ -632,12 +639,18 @@ struct Serve {
     /// Name of the base in requests [default: derived from MODEL]
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// An adapter's name and address, a folder or oci://IMAGE; may be repeated
+    /// An adapter's name and address: a folder, oci://IMAGE or hf://OWNER/NAME; may be repeated
     #[arg(long, value_name = "NAME=SOURCE", env = "HONE_ADAPTER", value_delimiter = ' ')]
     adapter: Vec<String>,
     /// Name of a weighted sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
+    /// Id that answers requests that name no model [default: the only mix, else the base]
+    #[arg(long, value_name = "NAME", env = "HONE_DEFAULT")]
+    default: Option<String>,
+    /// JSON file of adapters and mixes that is followed while the server runs (docs/serving.md)
+    #[arg(long, value_name = "FILE", env = "HONE_ADAPTERS_FILE")]
+    adapters_file: Option<PathBuf>,
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
@@ -662,7 +675,7 @@ struct Serve {
     /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
     #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
     cache_tokens: Option<usize>,
-    /// Allow requests to load and unload adapters: images, and folders below this one
+    /// Allow requests to change adapters and mixes: images, the hub's, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
     /// Key that clients must send as Authorization: Bearer KEY; unlike the flag, the variable is not shown in lists
@@ -725,6 +738,8 @@ impl Serve {
         Ok(serving::Options {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
+            default: self.default,
+            adapters_file: self.adapters_file,
             sequences: self.sequences,
             waiting: self.waiting,
             context: self.context,

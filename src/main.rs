@@ -34,13 +34,15 @@ fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     match kaito::call(&arguments, &environment) {
-        None => start(arguments, None),
+        None => start(arguments, Vec::new(), false),
         Some(Ok(kaito::Call::MetricsServer)) => {
             say!("the job itself serves its metrics, on the same port");
             ExitCode::SUCCESS
         }
+        Some(Ok(kaito::Call::Probe)) => ExitCode::from(u8::from(!kaito::is_healthy())),
+        Some(Ok(kaito::Call::Serve { arguments, warnings })) => start(arguments, warnings, false),
         Some(Ok(kaito::Call::Train { arguments, warnings })) if watch::is_job(&environment) => {
-            start(arguments, Some(warnings))
+            start(arguments, warnings, true)
         }
         Some(Ok(kaito::Call::Train { .. })) => {
             let report = Report::new(report::choose(None, false));
@@ -58,15 +60,15 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
     ExitCode::from(fault.kind.exit_code())
 }
 
-/// Runs a command line of hone. `pod` is set in a pod of KAITO's and holds warnings.
-fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
+/// Runs a command line of hone with warnings to report. `pod` is set for a job in a pod of KAITO's.
+fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode {
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(error) => {
             if error.use_stderr() {
                 leave_word(&Fault::usage(cli::shown(&error)).help("`hone --help` shows commands and flags"));
             }
-            if pod.is_some() {
+            if pod {
                 release(&Report::new(report::choose(None, false)));
             }
             cli::exit(&error)
@@ -81,22 +83,22 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         Log::Json => Some(false),
     };
     let message = termination::path();
-    last_word::prepare(message.as_deref(), report::is_json(bars), pod.is_some());
+    last_word::prepare(message.as_deref(), report::is_json(bars), pod);
     if let (Command::Run(_) | Command::Example { .. }, Some(path)) = (&invocation.command, &message) {
         termination::write_ahead(path);
     }
     let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
-    let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
-    for warning in pod.iter().flatten().chain(&mistaken) {
+    let mistaken = Some(()).filter(|()| pod).and_then(|()| Limits::read(&environment).err());
+    for warning in warnings.iter().chain(mistaken.as_ref().map(|fault| &fault.message)) {
         report.warn(Stage::Plan, warning.as_str());
     }
     // A defect ends with its own exit code and message, like any other fault.
     let ended =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
     let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
-    let ended = if pod.is_some() { leave(ended, &report) } else { ended };
+    let ended = if pod { leave(ended, &report) } else { ended };
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
         Err(fault) => (failed(&fault, &latest), Some(fault)),

@@ -15,6 +15,7 @@ use hone::generate::{
     Adapter, Answer, Counters, Engine, Event, Facts, Finish, Refusal, Request, Scored, Sender, Strength,
     Usage, answer,
 };
+use hone::server::model::{Bring, Brought, Named, Origin};
 use hone::server::{Model, Options, Server};
 use serde_json::{Value, json};
 
@@ -167,11 +168,13 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         tokenizer,
         chat,
         defaults,
-        mixes: vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])],
+        named: Named::new(Some("base".into()), vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])]),
         raw_chat: setting.raw_chat,
-        bring: setting
-            .changes
-            .then(|| -> hone::server::model::Bring { Arc::new(|path| Ok(PathBuf::from(path))) }),
+        bring: setting.changes.then(|| -> Bring {
+            let origin =
+                |path: &str| Origin { source: path.into(), digest: format!("sha256:{}", path.len()) };
+            Arc::new(move |path| Ok(Brought { folder: PathBuf::from(path), origin: origin(path) }))
+        }),
     };
     let server = Server::start(&setting.options).unwrap();
     server.ready(Arc::new(model));
@@ -734,6 +737,56 @@ fn adapters_change_only_where_allowed() {
     assert_eq!(post(&server, "/v1/chat/completions", with(question(), json!({"model": "c"}))).status, 200);
     let unload = |name: &str| post(&server, "/v1/unload_lora_adapter", json!({"lora_name": name})).status;
     assert_eq!((unload("c"), unload("c"), unload("a")), (200, 404, 400));
+}
+
+/// A mix is made, changed and removed while the server runs, and `/v1/models` says what answers.
+#[test]
+fn mixes_change_only_where_allowed() {
+    let (server, _) = start(Setting::default());
+    let mix = json!({"name": "both", "adapters": [{"name": "a", "strength": 0.5}]});
+    assert_eq!(post(&server, "/v1/mixes", mix.clone()).status, 403);
+    let (server, engine) = start(Setting { changes: true, ..Setting::default() });
+    let asked = |model: &str| {
+        let reply = post(&server, "/v1/chat/completions", with(question(), json!({"model": model})));
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        let adapters = engine.seen.lock().unwrap().last().unwrap().adapters.clone();
+        adapters.into_iter().map(|part| (part.name, part.strength)).collect::<Vec<_>>()
+    };
+    assert_eq!(post(&server, "/v1/mixes", mix).json()["adapters"][0]["strength"], 0.5);
+    assert_eq!(asked("both"), [("a".into(), 0.5)]);
+    let load = json!({"lora_name": "c", "lora_path": "/x/c"});
+    assert_eq!(post(&server, "/v1/load_lora_adapter", load).json()["digest"], "sha256:4");
+    let parts = json!([{"name": "c", "strength": 0.25}, {"name": "b"}]);
+    assert_eq!(post(&server, "/v1/mixes", json!({"name": "third", "adapters": parts})).status, 200);
+    assert_eq!(asked("third"), [("c".into(), 0.25), ("b".into(), 1.0)]);
+    let entry = get(&server, "/v1/models/third").json();
+    let part = &entry["adapters"][0];
+    assert_eq!(
+        (&part["name"], &part["strength"], &part["digest"], &part["source"]),
+        (&json!("c"), &json!(0.25), &json!("sha256:4"), &json!("/x/c"))
+    );
+    assert_eq!(get(&server, "/v1/models/c").json()["adapters"][0]["strength"], 1.0);
+    assert_eq!(get(&server, "/v1/models/base").json()["adapters"], json!([]));
+    assert_eq!(get(&server, "/v1/mixes").json()["data"].as_array().unwrap().len(), 2);
+    for (body, status, param) in [
+        (json!({"adapters": []}), 400, "name"),
+        (json!({"name": "x"}), 400, "adapters"),
+        (json!({"name": "x", "adapters": []}), 400, "adapters"),
+        (json!({"name": "x y", "adapters": [{"name": "a"}]}), 400, "name"),
+        (json!({"name": "base", "adapters": [{"name": "a"}]}), 400, "name"),
+        (json!({"name": "a", "adapters": [{"name": "b"}]}), 400, "name"),
+        (json!({"name": "x", "adapters": [{"name": "z"}]}), 404, "adapters"),
+        (json!({"name": "x", "adapters": [{"name": "a", "strength": 99}]}), 400, "adapters.strength"),
+    ] {
+        let reply = post(&server, "/v1/mixes", body.clone());
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (status, &json!(param)), "{body}");
+    }
+    let delete = |name: &str| {
+        let head = format!("DELETE /v1/mixes/{name} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        send(server.address(), head.as_bytes()).status
+    };
+    assert_eq!((delete("third"), delete("third"), delete("c")), (200, 404, 404));
+    assert_eq!(post(&server, "/v1/unload_lora_adapter", json!({"lora_name": "c"})).status, 200);
 }
 
 #[test]

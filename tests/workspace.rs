@@ -739,6 +739,10 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/controller.yaml"), &(head.to_owned() + &controller));
     let head = "# KAITO's Workspace, for clusters where KAITO is not installed.\n";
     same(&root("jobs/crd.yaml"), &(head.to_owned() + &yaml::write(&[crd::definition()])));
+    let head = "# Reviews of Workspaces by the controller. It answers them if HONE_WEBHOOK is true:\n\
+        # kubectl set env -n hone-system deployment/hone-controller HONE_WEBHOOK=true\n";
+    same(&root("jobs/webhook/webhook.yaml"), &(head.to_owned() + &yaml::write(&install::webhook())));
+    same(&root("jobs/webhook/kustomization.yaml"), &yaml::write(&[install::webhook_component()]));
 }
 
 /// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that stand empty.
@@ -752,7 +756,8 @@ fn the_chart_makes_the_same_controller() {
     let text = |name: &str| files.iter().find(|(path, _)| *path == name).unwrap().1.clone();
     let values = yaml::read("values.yaml", &text("values.yaml")).unwrap()[0].value.clone();
     let value = regex::Regex::new(r"\{\{ \.Values\.(\w+)( \| quote)? \}\}").unwrap();
-    let is_set = |name: &str| values[name].as_str() != Some("");
+    let is_set =
+        |name: &str| !["", "false"].contains(&values[name].as_str().unwrap_or(&values[name].to_string()));
     let choice = regex::Regex::new(r"(?s)\s*\{\{- if \.Values\.(\w+) \}\}(.*?)\s*\{\{- end \}\}").unwrap();
     let template = text("templates/controller.yaml");
     let chosen =
@@ -774,6 +779,14 @@ fn the_chart_makes_the_same_controller() {
     let container = &mut made.last_mut().unwrap()["spec"]["template"]["spec"]["containers"][0];
     container.as_object_mut().unwrap().remove("imagePullPolicy");
     assert_eq!(made, install::objects("hone:cpu")[1..]);
+    let webhook = text("templates/webhook.yaml");
+    let inner = webhook
+        .strip_prefix("{{- if .Values.webhook }}\n")
+        .and_then(|text| text.strip_suffix("{{- end }}\n"));
+    let inner = inner.unwrap().replace("{{ .Release.Namespace }}", install::NAMESPACE);
+    let made: Vec<Value> =
+        yaml::read("webhook", &inner).unwrap().iter().map(|found| found.value.clone()).collect();
+    assert_eq!(made, install::webhook());
 }
 
 fn same(file: &Path, expected: &str) {

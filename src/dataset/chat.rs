@@ -9,20 +9,30 @@ use crate::fault::{Fault, Result};
 /// A compiled chat template for inference.
 pub struct Chat {
     template: Template,
+    /// The model's own template for conversations with tools, if it has another one.
+    with_tools: Option<Template>,
 }
 
 impl Chat {
-    /// Compiles a chat template; `source` replaces the model's own. Returns `None` if there is neither.
+    /// Compiles a chat template. `source` replaces the model's own: Jinja text, or the name of one of the model's templates.
+    /// Returns `None` if there is neither.
     ///
     /// # Errors
-    /// Config or Model: the template's syntax is wrong.
+    /// Config or Model: the template's syntax is wrong. Config: the model has no template of that name.
     pub fn of(tokenizer: &Tokenizer, source: Option<&str>) -> Result<Option<Chat>> {
-        let Some(text) = source.or(tokenizer.chat_template()) else { return Ok(None) };
-        let compiled = Template::new(text, tokenizer.specials(), tokenizer.now());
-        compiled.map(|template| Some(Chat { template })).map_err(|problem| match source {
-            Some(_) => Fault::config(problem).at("the chat template that was given"),
-            None => Fault::model(problem).at("the model's chat template"),
-        })
+        let text = match source {
+            Some(name) if !name.contains('{') => Some(tokenizer.named_template(name)?),
+            source => source.or(tokenizer.chat_template()),
+        };
+        let Some(text) = text else { return Ok(None) };
+        let compile = |text: &str| {
+            Template::new(text, tokenizer.specials(), tokenizer.now()).map_err(|problem| match source {
+                Some(_) => Fault::config(problem).at("the chat template that was given"),
+                None => Fault::model(problem).at("the model's chat template"),
+            })
+        };
+        let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
+        Ok(Some(Chat { template: compile(text)?, with_tools }))
     }
 
     /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,
@@ -32,7 +42,8 @@ impl Chat {
         for name in ["tools", "documents"] {
             context.entry(name).or_insert(Value::Null);
         }
-        self.template.render_context(&context)
+        let tools = context.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
+        self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template).render_context(&context)
     }
 
     /// The control token that the template writes after an answer.

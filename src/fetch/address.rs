@@ -218,12 +218,12 @@ fn image(text: &str) -> Result<String> {
 }
 
 /// The last part of a repository's path.
-fn readable(reference: &str) -> &str {
+pub(super) fn readable(reference: &str) -> &str {
     let last = reference.rsplit('/').next().unwrap_or(reference);
     last.split([':', '@']).next().unwrap_or(last)
 }
 
-fn key(text: &str) -> String {
+pub(super) fn key(text: &str) -> String {
     source::digest(text.as_bytes())[..KEY_DIGITS].to_owned()
 }
 

@@ -273,7 +273,10 @@ fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>
 
 /// What both of OpenAI's forms have.
 fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> Result<Ask> {
-    let name = fields.text("model")?.unwrap_or(&model.name).to_owned();
+    // A list of adapters is added to the base.
+    let given = fields.get("adapters").is_some();
+    let usual = || if given { model.name.clone() } else { model.default_name() };
+    let name = fields.text("model")?.map_or_else(usual, str::to_owned);
     let adapters = adapters(fields, model, &name)?;
     let n = fields.size("n", 1..=CHOICES_MAX)?.unwrap_or(1);
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
@@ -347,11 +350,18 @@ fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<u
 /// What a name or a list adds to the base.
 fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>> {
     let named = model.named(name)?;
-    let Some(list) = fields.list("adapters")? else { return Ok(named) };
     let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
+    let Some(found) = strengths(fields, model)? else { return Ok(named) };
     if !named.is_empty() {
         return Err(wrong(format!("the model `{name}` is an adapter already; ask for `{}`", model.name)));
     }
+    Ok(found)
+}
+
+/// The field `adapters`: names of loaded adapters, each with its strength.
+pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>> {
+    let Some(list) = fields.list("adapters")? else { return Ok(None) };
+    let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
     if list.len() > ADAPTERS_MAX {
         return Err(wrong(format!("found {}, limit {ADAPTERS_MAX}", list.len())));
     }
@@ -369,7 +379,7 @@ fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>>
         }
         found.push(Strength { name: name.to_owned(), strength });
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 fn sampling(fields: &Fields, model: &Model) -> Result<Sampling> {

@@ -4,6 +4,7 @@ pub mod error;
 pub mod model;
 mod answer;
 mod ask;
+mod changes;
 mod connection;
 mod fields;
 mod metrics;

@@ -12,13 +12,13 @@ use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
 
-/// What `hone tune` asks.
+/// The options of `hone tune`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     pub preset: String,
-    /// URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
+    /// The data: URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
     pub data: Vec<String>,
-    /// An image, or `pvc://CLAIM`.
+    /// The output: an image, or `pvc://CLAIM`.
     pub push: String,
     pub push_secret: Option<String>,
     pub pull_secrets: Vec<String>,

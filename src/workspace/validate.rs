@@ -1,4 +1,5 @@
-//! A Workspace -> what is wrong with it, all at once: the rules of KAITO's webhook, and what would crash or hang later there.
+//! A Workspace -> all its mistakes at once: by the rules of KAITO's webhook, and mistakes that would crash or hang
+//! later.
 //!
 //! Source: KAITO v0.12, `api/v1beta1/workspace_validation.go`. Where hone is stricter the comment says why.
 
@@ -19,7 +20,7 @@ use crate::spec::{Mistakes, Origin};
 const HOSTS_REFUSED: [&str; 4] =
     ["localhost", "metadata.google.internal", "metadata.google", "instance-data.ec2.internal"];
 
-/// Whether a new Workspace can be done. `own_model`: its weights are named by hand, so the catalogue need not know it.
+/// Checks a new Workspace. `own_model`: its weights are named by hand, so the catalogue need not know the preset.
 ///
 /// # Errors
 /// Config: all mistakes, each with its field.
@@ -29,7 +30,7 @@ pub fn create(workspace: &Workspace, own_model: bool) -> Result<()> {
     rules.0.into_result_of("the Workspace")
 }
 
-/// Whether a Workspace may become another. Unlike KAITO's, a new input or output is checked as on creation.
+/// Checks a change of a Workspace. Unlike KAITO's webhook, it checks a new input or output as on creation.
 ///
 /// # Errors
 /// Config: fields that cannot change, and what `create` refuses.
@@ -85,7 +86,7 @@ impl Rules {
         self.selector(resource);
     }
 
-    /// KAITO checks strengths when they are changed only, and its servers take none or end with them.
+    /// KAITO checks strengths only when they change, and its servers ignore a wrong one or end.
     fn inference(&mut self, inference: &Inference, own_model: bool) {
         match &inference.preset {
             None if inference.template.is_some() => {
@@ -93,6 +94,9 @@ impl Rules {
             }
             None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
             Some(preset) => self.preset("inference.preset", preset, own_model),
+        }
+        if !inference.config.is_empty() {
+            self.object("inference.config", "a ConfigMap", &inference.config);
         }
         let mut names = std::collections::BTreeSet::new();
         for (place, adapter) in inference.adapters.iter().enumerate() {
@@ -324,7 +328,7 @@ impl Rules {
             return self
                 .wrong(field, "not a valid URL; expected https://host/file.parquet or another data file");
         };
-        // What stands behind the host may be a secret.
+        // The part after the host may hold a secret.
         let name = format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default());
         if !["http", "https"].contains(&url.scheme()) {
             return self.wrong(field, format!("{name}: expected http or https"));
@@ -373,7 +377,7 @@ impl Rules {
     }
 }
 
-/// Addresses that only mean something on or near the machine itself.
+/// Whether an address is loopback, private or link-local.
 fn inside(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_unspecified(),
@@ -383,7 +387,7 @@ fn inside(address: IpAddr) -> bool {
     }
 }
 
-/// What documentation leaves for the reader to fill in.
+/// A hint if the text looks like a placeholder of a documentation.
 fn placeholder(text: &str) -> &'static str {
     let word = |word: &str| {
         word.len() > 5 && word.contains('_') && word.chars().all(|c| c.is_ascii_uppercase() || c == '_')

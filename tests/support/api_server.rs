@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 mod rules;
 
 /// plural, kind, apiVersion
-const KINDS: [(&str, &str, &str); 17] = [
+const KINDS: [(&str, &str, &str); 18] = [
     ("workspaces", "Workspace", "kaito.sh/v1beta1"),
     ("jobs", "Job", "batch/v1"),
     ("pods", "Pod", "v1"),
@@ -34,6 +34,7 @@ const KINDS: [(&str, &str, &str); 17] = [
     ("statefulsets", "StatefulSet", "apps/v1"),
     ("poddisruptionbudgets", "PodDisruptionBudget", "policy/v1"),
     ("persistentvolumeclaims", "PersistentVolumeClaim", "v1"),
+    ("secrets", "Secret", "v1"),
     ("events", "Event", "events.k8s.io/v1"),
     ("leases", "Lease", "coordination.k8s.io/v1"),
     ("controllerrevisions", "ControllerRevision", "apps/v1"),
