@@ -243,8 +243,8 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
     capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
 }
 
-/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are f32 and
-/// never rounded to the activations' type.
+/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
+/// f32 and never rounded to the activations' type.
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {

@@ -1,5 +1,5 @@
-//! Points -> one SVG chart, drawn as text. Numbers under the pointer are shown by `script.js`, which reads them from the
-//! chart's own attributes; without a script the chart is still a chart.
+//! Points -> one SVG chart, drawn as text. Numbers under the pointer are shown by `script.js`, which reads them
+//! from the chart's own attributes; without a script the chart is still a chart.
 
 use std::fmt::Write;
 
