@@ -376,7 +376,7 @@ mod tests {
         let wide = Served { cache: CacheType::F32, ..served.clone() };
         let (half, whole) = (solve(&wide, &machine("l4")).unwrap(), solve(&served, &machine("l4")).unwrap());
         assert!(half.fits.abs_diff(whole.fits / 2) <= PAGE, "{} {}", half.fits, whole.fits);
-        let tight = Machine { memory: 3 << 30, ..machine("l4") };
+        let tight = Machine { memory: 4 << 30, ..machine("l4") };
         let plan = solve(&served, &tight).unwrap();
         assert!(plan.context < served.facts.positions_max && plan.bytes() <= tight.memory, "{plan:?}");
         let asked = Served { context: Some(served.facts.positions_max), ..served.clone() };

@@ -51,8 +51,8 @@ struct Pieces {
 /// keys a piece keeps no block's scores.
 fn piece_keys(keys: usize) -> usize {
     match keys {
-        ..=1024 => 64,
-        ..=4096 => 128,
+        0..=1024 => 64,
+        1025..=4096 => 128,
         _ => 256,
     }
 }
