@@ -104,7 +104,8 @@ __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4]
             }
 }
 
-// The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of `lse`.
+// The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of
+// `lse`.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
 __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;

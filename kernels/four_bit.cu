@@ -72,9 +72,9 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
     }
 }
 
-// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four loads in
-// flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide. Reads are let go
-// from the cache at once; what is written stays there, since the product that follows reads it.
+// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four
+// loads in flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide.
+// Reads are let go from the cache at once; what is written stays there, since the product that follows reads it.
 constexpr int GROUPS = 4;
 
 template <typename T>

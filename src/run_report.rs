@@ -1,7 +1,8 @@
-//! What a run tells of itself -> `report.json` and `timeline.jsonl` while it runs, and `report.html`, one page that explains
-//! the run, at its end; `hone report` makes the page again, or one that compares several runs.
+//! What a run tells of itself -> `report.json` and `timeline.jsonl` while it runs, and `report.html`, one page that
+//! explains the run, at its end; `hone report` makes the page again, or one that compares several runs.
 //!
-//! The recorder is a sink among others: the run waits for nothing of it but a line's write. Its own failures are warnings.
+//! The recorder is a sink among others: the run waits for nothing of it but a line's write. Its own failures are
+//! warnings.
 
 mod chart;
 mod compare;
@@ -198,8 +199,8 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Makes the page of one folder of results, or one that compares several, and writes it: into `to`, else as `report.html`
-/// of the one folder, or as `comparison.html` here. Returns where it stands.
+/// Makes the page of one folder of results, or one that compares several, and writes it: into `to`, else as
+/// `report.html` of the one folder, or as `comparison.html` here. Returns where it stands.
 ///
 /// # Errors
 /// Usage: a folder that holds no results of a run. Storage: the page cannot be written.

@@ -183,8 +183,8 @@ fn engine(
     Engine::start(decoder, &sizes, description)
 }
 
-/// A folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An image that names
-/// another base is refused.
+/// A folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An image
+/// that names another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
     let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
     let mut served = match &plan.base {

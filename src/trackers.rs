@@ -1,7 +1,8 @@
 //! Metrics of a run -> TensorBoard, MLflow, a Prometheus pushgateway, OpenTelemetry.
 //!
-//! Each tracker has a thread and a bounded queue. The run puts a point into the queue and goes on; a point that finds the
-//! queue full is dropped and counted. What a tracker could not deliver is told once, at the end, and fails nothing.
+//! Each tracker has a thread and a bounded queue. The run puts a point into the queue and goes on; a point that
+//! finds the queue full is dropped and counted. What a tracker could not deliver is told once, at the end, and
+//! fails nothing.
 
 mod tensorboard;
 mod mlflow;
@@ -197,8 +198,8 @@ impl Trackers {
         self.running.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Tells the trackers how the run ended and waits for them, all together no longer than the grace. What was lost is a
-    /// warning.
+    /// Tells the trackers how the run ended and waits for them, all together no longer than the grace. What was
+    /// lost is a warning.
     pub fn finish(&self, end: &End) {
         self.finish_within(end, GRACE);
     }
@@ -290,8 +291,8 @@ impl Outcome {
     }
 }
 
-/// Takes points until no more can come. After a failure the same points are tried once more with the next ones; a tracker
-/// that fails again pauses, and what waits too long is lost.
+/// Takes points until no more can come. After a failure the same points are tried once more with the next ones; a
+/// tracker that fails again pauses, and what waits too long is lost.
 fn work(
     tracker: &mut dyn Tracker,
     settings: &[(String, String)],

@@ -47,8 +47,8 @@ pub fn base64(bytes: &[u8]) -> String {
     bytes.chunks(3).map(group).collect()
 }
 
-/// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of four-digit
-/// years holds is written as 1970-01-01.
+/// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of
+/// four-digit years holds is written as 1970-01-01.
 pub fn date(time: SystemTime, format: &str) -> String {
     let epoch = civil::date(1970, 1, 1).at(0, 0, 0, 0);
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -98,7 +98,8 @@ fn scores(answer: &Value) -> Vec<f64> {
     list[1..].iter().map(|score| score.as_f64().unwrap()).collect()
 }
 
-/// What `/v1/models` says once the server has looked at this text of its file: ids, the default, and why the file is refused.
+/// What `/v1/models` says once the server has looked at this text of its file: ids, the default, and why the file
+/// is refused.
 fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<String>) {
     let digest = hone::serving::live::file_digest(text);
     let end = Instant::now() + Duration::from_secs(30);

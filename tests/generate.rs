@@ -245,8 +245,8 @@ fn log_probabilities(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|logit| f64::from(*logit) - largest - sum.ln()).collect()
 }
 
-/// In bf16 the log-probabilities of the recorded tokens are those of transformers in f32 but for 2e-2 on average, and another
-/// token is the best one only where the two best are within 0.05.
+/// In bf16 the log-probabilities of the recorded tokens are those of transformers in f32 but for 2e-2 on average,
+/// and another token is the best one only where the two best are within 0.05.
 #[test]
 fn bf16_stays_near_the_reference() {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");

@@ -1,4 +1,5 @@
-//! The server over real sockets, in front of a scripted engine: every route, every bad input, and clients that misbehave.
+//! The server over real sockets, in front of a scripted engine: every route, every bad input, and clients that
+//! misbehave.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

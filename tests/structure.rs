@@ -115,6 +115,8 @@ const UNSAFE: [(&str, &str); 24] = [
     ("src/ops/mod.rs", "memory of the device"),
 ];
 
+/// Columns that a line of a comment may have.
+const COMMENT_COLUMNS_MAX: usize = 120;
 /// Lines that a function may have. Longer ones stand in `LONG` with the reason.
 const FUNCTION_LINES_MAX: usize = 60;
 /// Functions over the limit.
@@ -221,7 +223,8 @@ fn nothing_banned_is_used() {
 #[test]
 fn a_crate_is_used_in_its_homes_only() {
     for (name, homes) in HOMES {
-        // A module of hone's own name (`ops::gemm`) is reached by a path: only a path that begins with the crate counts.
+        // A module of hone's own name (`ops::gemm`) is reached by a path: only a path that begins with the crate
+        // counts.
         let used = Regex::new(&format!(r"(?m)(?:^|[^:\w])(?:::)?{name}::|^\s*use {name};")).unwrap();
         let mut found = BTreeSet::new();
         for module in modules() {
@@ -254,6 +257,27 @@ fn functions_are_short_or_have_a_reason() {
     let listed: BTreeSet<(String, String)> =
         LONG.iter().map(|(file, name, _)| (file.to_string(), name.to_string())).collect();
     assert_eq!(long, listed, "functions of more than {FUNCTION_LINES_MAX} lines; LONG lists those that may");
+}
+
+#[test]
+fn lines_of_comments_fit_a_page() {
+    let mut files: Vec<PathBuf> =
+        ["src", "tests", "benches"].iter().flat_map(|folder| rust_files(&root(folder))).collect();
+    files.extend(
+        std::fs::read_dir(root("kernels"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_file()),
+    );
+    let mut wide = Vec::new();
+    for file in files {
+        for (number, line) in text(&file).lines().enumerate() {
+            if line.trim_start().starts_with("//") && line.chars().count() > COMMENT_COLUMNS_MAX {
+                wide.push(format!("{}:{}", relative(&file), number + 1));
+            }
+        }
+    }
+    assert!(wide.is_empty(), "comments over {COMMENT_COLUMNS_MAX} columns: {wide:#?}");
 }
 
 #[test]

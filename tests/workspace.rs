@@ -781,7 +781,8 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/webhook/kustomization.yaml"), &yaml::write(&[install::webhook_component()]));
 }
 
-/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that stand empty.
+/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that
+/// stand empty.
 #[test]
 fn the_chart_makes_the_same_controller() {
     let files = install::chart();

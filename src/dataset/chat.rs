@@ -15,8 +15,8 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// Compiles a chat template. `source` replaces the model's own: Jinja text, or the name of one of the model's templates.
-    /// Returns `None` if there is neither.
+    /// Compiles a chat template. `source` replaces the model's own: Jinja text, or the name of one of the model's
+    /// templates. Returns `None` if there is neither.
     ///
     /// # Errors
     /// Config or Model: the template's syntax is wrong. Config: the model has no template of that name.

@@ -19,8 +19,8 @@ pub struct Share {
     pub limit: Option<usize>,
 }
 
-/// Leaves of each entry's items as many as its limit says, in their order. `entry` tells the entry of an item; the items
-/// of one entry stand one behind the other.
+/// Leaves of each entry's items as many as its limit says, in their order. `entry` tells the entry of an item; the
+/// items of one entry stand one behind the other.
 pub(super) fn limit<T>(items: Vec<T>, entry: impl Fn(&T) -> usize, options: &Options) -> Vec<T> {
     if options.shares.iter().all(|share| share.limit.is_none()) {
         return items;

@@ -502,7 +502,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tokens");
         let mut file = Digested::create(&path).unwrap();
-        let all: Vec<u8> = (0..PART_BYTES + 1000).map(|at| (at * 31 >> 3) as u8).collect();
+        let all: Vec<u8> = (0..PART_BYTES + 1000).map(|at| ((at * 31) >> 3) as u8).collect();
         all.chunks(999_983).for_each(|some| file.write(some).unwrap());
         let content = file.finish().unwrap();
         assert_eq!((content.bytes, content.digests.len()), (all.len() as u64, 2));

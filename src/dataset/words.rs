@@ -54,9 +54,12 @@ struct Added {
     ids: HashMap<String, u32>,
 }
 
+/// The number of a tokenizer, and what its pieces become.
+type Known = (u64, HashMap<Box<str>, Box<[Part]>>);
+
 thread_local! {
-    /// Of the tokenizer with this number: what pieces become.
-    static KNOWN: RefCell<(u64, HashMap<Box<str>, Box<[Part]>>)> = RefCell::default();
+    /// The pieces of the tokenizer that this thread used last.
+    static KNOWN: RefCell<Known> = RefCell::default();
 }
 
 impl Words {
@@ -427,7 +430,8 @@ mod tests {
             })
         };
         assert_eq!(of(&|_| {}), Some(vec![3, 2, 1, 4, 2, 0, 2, 0]), "letters without a token leave none");
-        let changes: [(&str, &dyn Fn(&mut Value)); 7] = [
+        type Change<'a> = (&'a str, &'a dyn Fn(&mut Value));
+        let changes: [Change; 7] = [
             ("normalizer", &|json| json["normalizer"] = serde_json::json!({"type": "NFC"})),
             ("prefix", &|json| json["pre_tokenizer"]["add_prefix_space"] = true.into()),
             ("no split", &|json| json["pre_tokenizer"]["use_regex"] = false.into()),

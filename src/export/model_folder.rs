@@ -273,13 +273,13 @@ fn copy(from: &Path, to: &Path, with_template: bool) -> Result<()> {
     let entries = std::fs::read_dir(from).map_err(|error| Fault::storage("read", from, &error))?;
     for entry in entries.flatten() {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let kept = !name.starts_with('.')
-            && !NOT_COPIED.contains(&name.as_str())
-            && !WEIGHTS.iter().any(|end| name.ends_with(end))
-            && !(with_template && name.starts_with("chat_template."));
+        let left_out = name.starts_with('.')
+            || NOT_COPIED.contains(&name.as_str())
+            || WEIGHTS.iter().any(|end| name.ends_with(end))
+            || (with_template && name.starts_with("chat_template."));
         let data = std::fs::metadata(&path).map_err(|error| Fault::storage("read", &path, &error))?;
         let place = to.join(&name);
-        if kept && data.is_file() && data.len() <= FILE_BYTES_MAX {
+        if !left_out && data.is_file() && data.len() <= FILE_BYTES_MAX {
             std::fs::copy(&path, &place).map_err(|error| Fault::storage("copy", &path, &error))?;
         }
         if data.is_dir() && name == "additional_chat_templates" {

@@ -1,8 +1,9 @@
 //! An adapter's source (a folder, an image, a repository of the hub) -> its PEFT folder on this machine.
 //!
-//! What is fetched is kept in the cache under its content's name: an image's manifest digest or a commit. Each start asks
-//! what a tag or branch names now, verifies the files it holds against their digests, and fetches only what is missing
-//! or damaged. If the registry or the hub cannot be reached, the copy of the last start is used, and a warning says so.
+//! What is fetched is kept in the cache under its content's name: an image's manifest digest or a commit. Each
+//! start asks what a tag or branch names now, verifies the files it holds against their digests, and fetches only
+//! what is missing or damaged. If the registry or the hub cannot be reached, the copy of the last start is used,
+//! and a warning says so.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -47,7 +48,8 @@ pub enum Adapter {
 pub struct Brought {
     /// The PEFT folder.
     pub folder: PathBuf,
-    /// An image's manifest digest; of everything else `sha256:` of adapter_config.json and the weights, one after the other.
+    /// An image's manifest digest; of everything else `sha256:` of adapter_config.json and the weights, one after
+    /// the other.
     pub digest: String,
     /// What an image's annotations call its base; empty for everything else.
     pub bases: Vec<String>,
@@ -65,8 +67,8 @@ struct Record {
 }
 
 impl Adapter {
-    /// Reads `oci://IMAGE`, `oci:LAYOUT[:TAG]`, `hf://OWNER/NAME[@REVISION]`, a folder, or `OWNER/NAME` of the hub if there
-    /// is no such folder.
+    /// Reads `oci://IMAGE`, `oci:LAYOUT[:TAG]`, `hf://OWNER/NAME[@REVISION]`, a folder, or `OWNER/NAME` of the hub
+    /// if there is no such folder.
     ///
     /// # Errors
     /// Config: no such form, and no such folder.

@@ -1,11 +1,12 @@
 //! Requests -> events: a queue, and a thread that owns the cache and runs one step after another over all running
 //! sequences.
 //!
-//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave between
-//! steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one that started is
-//! never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with the promise of
-//! `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are. Therefore a prompt may also
-//! take whole chunks at its beginning from the cache, if another prompt with the same adapters began so.
+//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave
+//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one
+//! that started is never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with
+//! the promise of `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+//! Therefore a prompt may also take whole chunks at its beginning from the cache, if another prompt with the same
+//! adapters began so.
 
 use std::collections::VecDeque;
 use std::ops::Range;

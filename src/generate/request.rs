@@ -1,7 +1,8 @@
 //! What is asked of an engine and what it answers: plain types, the channel between both, and the trait `Engine`.
 //!
-//! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An engine
-//! keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads any more.
+//! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An
+//! engine keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads
+//! any more.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -213,7 +214,8 @@ pub trait Engine: Send + Sync {
     /// In the order in which they were loaded.
     fn adapters(&self) -> Vec<Adapter>;
 
-    /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to come.
+    /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to
+    /// come.
     ///
     /// # Errors
     /// Model: it does not fit the base, or would change nothing. Capacity: no memory for it.

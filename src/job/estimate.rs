@@ -27,8 +27,8 @@ const TEMPLATE_TOKENS: u64 = 24;
 const PRICE_SOURCE: &str =
     "list prices of one GPU on demand at large clouds in the United States, November 2026";
 
-/// Dollars an hour for one GPU on demand, rounded: what a machine with the card costs at AWS, Azure or Google Cloud, divided
-/// by its number of cards.
+/// Dollars an hour for one GPU on demand, rounded: what a machine with the card costs at AWS, Azure or Google
+/// Cloud, divided by its number of cards.
 const PRICES: [(&str, f64); 11] = [
     ("t4", 0.53),
     ("v100-16", 3.06),

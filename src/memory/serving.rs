@@ -1,8 +1,8 @@
-//! Facts, adapters and the room there is -> how many tokens of keys and values a server keeps; refused with numbers if a
-//! single request does not fit.
+//! Facts, adapters and the room there is -> how many tokens of keys and values a server keeps; refused with numbers
+//! if a single request does not fit.
 //!
-//! A server needs the weights, its adapters, what a step works in, and the cache, which takes the rest. A step has one row of
-//! every sequence that generates, and at most two chunks of prompts.
+//! A server needs the weights, its adapters, what a step works in, and the cache, which takes the rest. A step has
+//! one row of every sequence that generates, and at most two chunks of prompts.
 
 use serde_json::{Value as Json, json};
 
@@ -113,8 +113,8 @@ pub fn token_bytes(facts: &Facts, cache: CacheType) -> u64 {
 /// Divides the machine's memory.
 ///
 /// # Errors
-/// Config: a context beyond the model's. Capacity: not even one request of the context fits, or the cache that was asked for
-/// does not.
+/// Config: a context beyond the model's. Capacity: not even one request of the context fits, or the cache that was
+/// asked for does not.
 pub fn solve(served: &Served, machine: &Machine) -> Result<Plan> {
     let most = served.facts.positions_max;
     if let Some(context) = served.context.filter(|context| *context > most) {
@@ -306,8 +306,8 @@ impl Plan {
         table + &format!("{}\n", self.choice())
     }
 
-    /// `{"machine", "terms": {what: bytes}, "bytes", "memory", "context", "cache_tokens", "cache_tokens_fit", "token_bytes",
-    /// "cache_type"}`
+    /// `{"machine", "terms": {what: bytes}, "bytes", "memory", "context", "cache_tokens", "cache_tokens_fit",
+    /// "token_bytes", "cache_type"}`
     pub fn json(&self, machine: &Machine) -> Json {
         let terms: serde_json::Map<String, Json> =
             self.terms.iter().map(|term| (term.what.clone(), term.bytes.into())).collect();
@@ -376,7 +376,7 @@ mod tests {
         let wide = Served { cache: CacheType::F32, ..served.clone() };
         let (half, whole) = (solve(&wide, &machine("l4")).unwrap(), solve(&served, &machine("l4")).unwrap());
         assert!(half.fits.abs_diff(whole.fits / 2) <= PAGE, "{} {}", half.fits, whole.fits);
-        let tight = Machine { memory: 3 << 30, ..machine("l4") };
+        let tight = Machine { memory: 4 << 30, ..machine("l4") };
         let plan = solve(&served, &tight).unwrap();
         assert!(plan.context < served.facts.positions_max && plan.bytes() <= tight.memory, "{plan:?}");
         let asked = Served { context: Some(served.facts.positions_max), ..served.clone() };

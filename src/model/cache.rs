@@ -14,8 +14,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Room for at least so many tokens over all sequences, each of which begins on a page of its own or shares the beginning
-    /// of its prompt in chunks of so many tokens.
+    /// Room for at least so many tokens over all sequences, each of which begins on a page of its own or shares the
+    /// beginning of its prompt in chunks of so many tokens.
     pub fn new(facts: &Facts, tokens: usize, chunk: usize, dtype: DType, device: &Device) -> Result<Cache> {
         let pages = tokens.div_ceil(PAGE);
         let layers = facts.layers.iter();

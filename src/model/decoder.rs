@@ -123,7 +123,8 @@ impl Decoder {
         cross_entropy::logits(&hidden, &self.head, self.precision)
     }
 
-    /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal ones).
+    /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal
+    /// ones).
     pub fn scores(&self, batch: &Batch, lora: Lora) -> Result<Vec<(f64, bool)>> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;

@@ -1,7 +1,8 @@
-//! Which pages of a cache are free, which a sequence holds, and which hold the beginning of a prompt that others may share.
+//! Which pages of a cache are free, which a sequence holds, and which hold the beginning of a prompt that others
+//! may share.
 //!
-//! A beginning is shared in chunks of so many pages, since rows of whole chunks are the same bits whoever computes them. A
-//! chunk that nobody uses stays until its pages are needed; the one that was used longest ago goes first.
+//! A beginning is shared in chunks of so many pages, since rows of whole chunks are the same bits whoever computes
+//! them. A chunk that nobody uses stays until its pages are needed; the one that was used longest ago goes first.
 
 use std::collections::HashMap;
 

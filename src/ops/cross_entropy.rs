@@ -209,12 +209,15 @@ fn cap_row<T: Real>(row: &mut [T], cap: T, slopes: &mut Vec<T>) {
     }
 }
 
-/// Returns the loss of one row, and whether its target has the largest logit. With a goal, the logits become scale * (softmax - target),
-/// where the smoothed target is `1 - smoothing` of the one-hot and `smoothing` of the even distribution.
+/// Returns the loss of one row and, without a goal, whether its target has the largest logit. With a goal, the logits
+/// become scale * (softmax - target); a smoothed target is `1 - smoothing` of the one-hot and `smoothing` of the even
+/// distribution.
 #[inline(always)]
 fn row_loss<T: Real>(row: &mut [T], target: usize, goal: Option<Goal>) -> (f64, bool) {
     let largest = cpu::largest(row);
     let at_target = row[target];
+    // Of equal logits the first is the most probable one, as torch's argmax has it.
+    let hit = goal.is_none() && at_target >= largest && row[..target].iter().all(|logit| *logit < largest);
     let smoothing = goal.map_or(0.0, |goal| goal.smoothing);
     let mean = if smoothing > 0.0 { cpu::sum(row).wide() / row.len() as f64 } else { 0.0 };
     for logit in row.iter_mut() {
@@ -228,11 +231,11 @@ fn row_loss<T: Real>(row: &mut [T], target: usize, goal: Option<Goal>) -> (f64, 
     }
     let log_sum = sum.wide().ln() + largest.wide();
     if smoothing == 0.0 {
-        return (log_sum - at_target.wide(), at_target >= largest);
+        return (log_sum - at_target.wide(), hit);
     }
     let even = goal.map_or(T::ZERO, |goal| T::of(goal.scale * smoothing / row.len() as f64));
     row.iter_mut().for_each(|p| *p -= even);
-    (log_sum - (1.0 - smoothing) * at_target.wide() - smoothing * mean, at_target >= largest)
+    (log_sum - (1.0 - smoothing) * at_target.wide() - smoothing * mean, hit)
 }
 
 /// Returns the logits [rows, V], for tests and generation.
@@ -240,8 +243,8 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
     capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
 }
 
-/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are f32 and
-/// never rounded to the activations' type.
+/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
+/// f32 and never rounded to the activations' type.
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
@@ -444,6 +447,14 @@ mod tests {
         assert_eq!(forward(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?.value()?, loss);
         let scale = Tensor::new(0.25f64, &Device::Cpu)?;
         gpu.within(tolerance, &dh, &judge::gradient(&hidden, &expected, &scale)?)
+    }
+
+    #[test]
+    fn of_equal_logits_the_first_is_the_most_probable_one() -> Result<()> {
+        let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+        let head = Head::plain(Weight::Dense(Tensor::ones((5, 2), DType::F32, &Device::Cpu)?));
+        assert_eq!(forward_counting(&hidden, &head, &[0, 3, 4], Precision::F32)?.1, Some(1));
+        Ok(())
     }
 
     #[test]

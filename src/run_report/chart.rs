@@ -1,5 +1,5 @@
-//! Points -> one SVG chart, drawn as text. Numbers under the pointer are shown by `script.js`, which reads them from the
-//! chart's own attributes; without a script the chart is still a chart.
+//! Points -> one SVG chart, drawn as text. Numbers under the pointer are shown by `script.js`, which reads them
+//! from the chart's own attributes; without a script the chart is still a chart.
 
 use std::fmt::Write;
 
@@ -142,10 +142,10 @@ impl Axes {
         };
         for value in ticks(self.y, step) {
             let (_, y) = self.place((self.x.0, value));
-            let _ = write!(
+            let _ = writeln!(
                 svg,
                 "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
-                 <text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
+                 <text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
                 WIDTH - RIGHT,
                 LEFT - 6.0,
                 y + 4.0,
@@ -154,9 +154,9 @@ impl Axes {
         }
         for value in ticks(self.x, nice((self.x.1 - self.x.0) / 5.0).max(1.0)) {
             let (x, _) = self.place((value, self.y.0));
-            let _ = write!(
+            let _ = writeln!(
                 svg,
-                "<text class=\"tick\" x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n",
+                "<text class=\"tick\" x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
                 HEIGHT - 12.0,
                 written(value, Unit::Plain)
             );
@@ -174,9 +174,9 @@ impl Axes {
             .collect();
         let values: Vec<String> = one.points.iter().map(|(x, y)| format!("{x},{y}")).collect();
         let faint = if one.faint { " faint" } else { "" };
-        let _ = write!(
+        let _ = writeln!(
             svg,
-            "<polyline class=\"line c{}{faint}\" data-name=\"{}\" data-values=\"{}\" points=\"{}\"/>\n",
+            "<polyline class=\"line c{}{faint}\" data-name=\"{}\" data-values=\"{}\" points=\"{}\"/>",
             one.colour % COLOURS,
             escaped(&one.name),
             values.join(" "),

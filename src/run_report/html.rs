@@ -9,7 +9,8 @@ const SCRIPT: &str = include_str!("script.js");
 /// LIMIT: letters of one value on the page. Longer ones are for `report.json`.
 const LETTERS_MAX: usize = 4000;
 
-/// Text from outside, made safe inside elements and attributes. Control characters become visible, secrets of addresses go.
+/// Text from outside, made safe inside elements and attributes. Control characters become visible, secrets of
+/// addresses go.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for (line, part) in text.split('\n').enumerate() {
@@ -69,8 +70,8 @@ pub fn folded(title: &str, content: &str) -> String {
     }
 }
 
-/// A whole page. Its policy allows its own style and its one script, which is named by its hash, and no load at all: what
-/// escaped by mistake could neither run nor call home.
+/// A whole page. Its policy allows its own style and its one script, which is named by its hash, and no load at
+/// all: what escaped by mistake could neither run nor call home.
 pub fn page(title: &str, body: &str) -> String {
     let hash = crate::words::base64(&Sha256::digest(SCRIPT.as_bytes()));
     format!(

@@ -1,4 +1,5 @@
-//! Requests that change what is served: adapters come and go, mixes get other strengths. Only if the server was told so.
+//! Requests that change what is served: adapters come and go, mixes get other strengths. Only if the server was
+//! told so.
 
 use hyper::StatusCode;
 use serde_json::{Value, json};

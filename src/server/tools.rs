@@ -1,8 +1,9 @@
 //! The text of an answer, as it grows -> its content and the tool calls in it.
 //!
 //! Models write calls as text, each family in its own way: Hermes and Qwen `<tool_call>{...}</tool_call>`, Mistral
-//! `[TOOL_CALLS][{...}]` or `[TOOL_CALLS]name[ARGS]{...}`, Granite and Phi `<|tool_call|>[{...}]`, Llama 3.1 a JSON object that is
-//! the whole answer, perhaps behind `<|python_tag|>`. Text that only looks like a call stays content: nothing is lost.
+//! `[TOOL_CALLS][{...}]` or `[TOOL_CALLS]name[ARGS]{...}`, Granite and Phi `<|tool_call|>[{...}]`, Llama 3.1 a JSON
+//! object that is the whole answer, perhaps behind `<|python_tag|>`. Text that only looks like a call stays
+//! content: nothing is lost.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,5 +1,5 @@
-//! A small request to a service of the user's -> its answer, for plain code: trackers, gateways. One attempt, with a time
-//! limit; whoever calls decides what a failure means.
+//! A small request to a service of the user's -> its answer, for plain code: trackers, gateways. One attempt, with
+//! a time limit; whoever calls decides what a failure means.
 
 use std::path::Path;
 use std::time::Duration;

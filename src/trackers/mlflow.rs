@@ -1,4 +1,5 @@
-//! Points -> a run in MLflow by its REST API 2.0: settings as parameters, metrics in batches, the report as an artifact.
+//! Points -> a run in MLflow by its REST API 2.0: settings as parameters, metrics in batches, the report as an
+//! artifact.
 
 use serde_json::{Value as Json, json};
 

@@ -1,5 +1,5 @@
-//! Points -> a TensorBoard event file: records of a length, its masked CRC-32C, the event and its masked CRC-32C, where an
-//! event is a protocol buffer (tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto).
+//! Points -> a TensorBoard event file: records of a length, its masked CRC-32C, the event and its masked CRC-32C,
+//! where an event is a protocol buffer (tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;

@@ -21,7 +21,8 @@ impl Sink for Heard {
 /// Method, path and body.
 type Asked = (String, String, String);
 
-/// A server that answers each request as `answer` says (`None`: never), until the process ends. Its address, and what it was asked.
+/// A server that answers each request as `answer` says (`None`: never), until the process ends. Its address, and
+/// what it was asked.
 fn server(
     answer: impl Fn(&str, &str) -> Option<(u16, String)> + Send + 'static,
 ) -> (String, Arc<Mutex<Vec<Asked>>>) {

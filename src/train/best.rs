@@ -154,7 +154,7 @@ mod tests {
             let (steps, end) = course(judging, &losses);
             assert_eq!(end, case["stopped_at"].as_u64(), "{case}");
             let until = end.unwrap_or(losses.len() as u64);
-            let best = steps.into_iter().filter(|step| *step <= until).next_back();
+            let best = steps.into_iter().rfind(|step| *step <= until);
             assert_eq!(best, case["best_step"].as_u64(), "{case}");
         }
     }

@@ -804,7 +804,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// `load_best_model_at_end`: the parameters of the best evaluation, and its step; `None` if they are those in force.
+    /// `load_best_model_at_end`: the parameters of the best evaluation, and its step; `None` if they are those in
+    /// force.
     fn restore_best(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
         let restores = self.options.judging.is_some_and(|judging| judging.restore);
         let step = self.state.best.step;

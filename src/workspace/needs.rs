@@ -142,7 +142,8 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     }
 }
 
-/// What lies on the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter likewise.
+/// What lies on the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter
+/// likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
     let adapter =

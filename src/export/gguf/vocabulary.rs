@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(value(&phi, "ggml.model"), &Value::Text("llama".into()));
         assert_eq!(value(&phi, "ggml.add_space_prefix"), &Value::Bool(true));
         let Value::F32s(scores) = value(&phi, "ggml.scores") else { panic!() };
-        assert!(scores.iter().any(|score| *score == 0.0) && scores.len() == 1024);
+        assert!(scores.contains(&0.0) && scores.len() == 1024);
         let gemma = read(&folder("gemma2"), 512, &OfModel::default()).unwrap();
         assert_eq!(value(&gemma, "ggml.add_space_prefix"), &Value::Bool(false));
         let fault = read(&folder("llama3"), 100, &model).unwrap_err();

@@ -410,10 +410,12 @@ mod tests {
         judge::same(&attended(&qkv, DType::BF16)?, &attended(&rounded, DType::F32)?, 0.0)
     }
 
-    /// (query heads, key heads, width, window, cap, layout) of what the kernels have cases for: groups of 1,
-    /// below, at and beyond four heads, every padded width, odd widths, windows shorter than a page and longer
-    /// than a piece.
-    const GPU_CASES: [(usize, usize, usize, Option<usize>, Option<f64>, Layout); 8] = [
+    /// Query heads, key heads, width, window, cap, layout.
+    type Case = (usize, usize, usize, Option<usize>, Option<f64>, Layout);
+
+    /// What the kernels have cases for: groups of 1, below, at and beyond four heads, every padded width, odd widths,
+    /// windows shorter than a page and longer than a piece.
+    const GPU_CASES: [Case; 8] = [
         (2, 2, 96, None, None, Layout::Blocked),
         (4, 1, 128, Some(70), None, Layout::Blocked),
         (6, 2, 64, None, Some(2.0), Layout::Blocked),

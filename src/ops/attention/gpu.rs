@@ -91,8 +91,9 @@ pub(super) fn forward_rows(dtype: DType, heads: &Heads) -> Result<usize> {
     Ok(tilings(dtype, heads.width)?.forward.rows())
 }
 
-/// The rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only: results of the
-/// next one begin at an element of a matrix [any, H * D]. Returns the logsumexp of all but the skipped rows.
+/// The rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only:
+/// results of the next one begin at an element of a matrix [any, H * D]. Returns the logsumexp of all but the
+/// skipped rows.
 pub(super) fn forward_tiles(
     qkv: &Tensor,
     heads: &Heads,

@@ -51,8 +51,8 @@ struct Pieces {
 /// keys a piece keeps no block's scores.
 fn piece_keys(keys: usize) -> usize {
     match keys {
-        ..=1024 => 64,
-        ..=4096 => 128,
+        0..=1024 => 64,
+        1025..=4096 => 128,
         _ => 256,
     }
 }
@@ -250,11 +250,12 @@ fn gather(
 
 /// The rows of short segments.
 fn decode(qkv: &Tensor, heads: &Heads, store: &Store, segments: &Segments, out: &Tensor) -> Result<()> {
-    let (rows, device, (keys, values)) = (qkv.dim(0)?, qkv.device(), tensors(store)?);
-    let pieces = segments.pieces(heads.window, device)?;
-    if pieces.list.is_empty() {
+    // Without such a row there is nothing to copy to the device, which takes no empty tensor.
+    if segments.list.iter().all(Segment::is_long) {
         return Ok(());
     }
+    let (rows, device, (keys, values)) = (qkv.dim(0)?, qkv.device(), tensors(store)?);
+    let pieces = segments.pieces(heads.window, device)?;
     let partials = pieces.partials.max(1) * heads.query * (heads.width + 2);
     let partials = unwritten(partials, DType::F32, device)?;
     let group = if heads.group() == 1 { 1 } else { GROUP };
