@@ -27,7 +27,10 @@ use serde_json::json;
 /// TOLERANCE: both sides compute in f32; the largest difference found is 3e-5, on logits of up to 20. A scale of
 /// rsLoRA taken for the usual one makes 0.1 and more.
 const ROUNDING: f32 = 1e-4;
-/// TOLERANCE: what rounding weights to bf16 or Q8 changes in logits, relative to their size.
+/// TOLERANCE: what Q8 changes in logits, relative to their size. A step is 1/127 of a block's largest value, 0.5 % of a usual
+/// value; the tiny random models make 2.6 % of it at most (`llama32_tied`, whose embedding is rounded on both ends).
+const Q8_ROUNDING: f32 = 4e-2;
+/// TOLERANCE: what rounding weights to bf16 changes in logits, relative to their size.
 const RELATIVE_ROUNDING: f32 = 2e-2;
 
 const FAMILIES: [&str; 14] = [
@@ -313,7 +316,7 @@ fn what_a_gguf_file_holds_computes_what_base_and_adapter_do() {
         let expected = beside(&decoder_of_base, &[(&pairs, 1.0)]);
         let architecture = Architecture::of(&facts).unwrap();
         for (stored, bound) in
-            [(Stored::F32, ROUNDING), (Stored::Bf16, RELATIVE_ROUNDING), (Stored::Q8, RELATIVE_ROUNDING)]
+            [(Stored::F32, ROUNDING), (Stored::Bf16, RELATIVE_ROUNDING), (Stored::Q8, Q8_ROUNDING)]
         {
             let written = write_gguf(name, &pairs, stored);
             let file = written.folder().join("model.gguf");
@@ -495,7 +498,7 @@ fn llama_cpp_draws_the_same_tokens() {
         let written = write_gguf(name, &pairs, Stored::F32);
         let file = written.folder().join("model.gguf");
         let tokenizer = hone::dataset::Tokenizer::open(&base).unwrap();
-        same_greedy(name, &merged, &tokenizer, &prompt, &draw(&file, &ids, None).0);
+        same_greedy(&format!("{name}, ids"), &merged, &tokenizer, &prompt, &draw(&file, &ids, None).0);
 
         // The same tokens of a text; beyond a window llama.cpp computes otherwise.
         let window = merged.facts.heads().window.unwrap_or(usize::MAX);
@@ -504,7 +507,7 @@ fn llama_cpp_draws_the_same_tokens() {
             let (tokens, count) = draw(&file, text, None);
             assert_eq!(count, own.len(), "{name}: tokens of {text:?}, {own:?}");
             if own.len() + DRAWN <= window {
-                same_greedy(name, &merged, &tokenizer, &own, &tokens);
+                same_greedy(&format!("{name}, {text:?}"), &merged, &tokenizer, &own, &tokens);
             }
         }
 
@@ -518,7 +521,8 @@ fn llama_cpp_draws_the_same_tokens() {
         gguf::write_adapter(&merged.facts, &architecture, &parts, 16.0, Stored::F32, title, &out).unwrap();
         out.finish().unwrap();
         let file = written.folder().join("model.gguf");
-        same_greedy(name, &merged, &tokenizer, &prompt, &draw(&file, &ids, Some(&to.join("a.gguf"))).0);
+        let drawn = draw(&file, &ids, Some(&to.join("a.gguf"))).0;
+        same_greedy(&format!("{name}, adapter apart"), &merged, &tokenizer, &prompt, &drawn);
     }
 }
 

@@ -253,6 +253,11 @@ fn bf16_stays_near_the_reference() {
     let recorded: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
     let mut told = Vec::new();
     for (name, cases) in recorded["runs"].as_object().unwrap() {
+        // The scores below are of one whole text. These ropes depend on a text's length, and the recorded text grew
+        // token by token.
+        if ["llama_dynamic", "phi3_longrope"].contains(&name.as_str()) {
+            continue;
+        }
         let options = Options { half_cache: true, ..options() };
         let engine = Engine::start(decoder_in(name, Precision::Bf16), &options, "a test".into()).unwrap();
         load_both(&engine, name);

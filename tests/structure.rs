@@ -120,8 +120,9 @@ const COMMENT_COLUMNS_MAX: usize = 120;
 /// Lines that a function may have. Longer ones stand in `LONG` with the reason.
 const FUNCTION_LINES_MAX: usize = 60;
 /// Functions over the limit.
-const LONG: [(&str, &str, &str); 18] = [
+const LONG: [(&str, &str, &str); 17] = [
     ("src/cli.rs", "flags_become_settings_of_the_table", "one list of cases"),
+    ("src/cli.rs", "parse", "one arm for each command"),
     ("src/controller/mod.rs", "watch_all", "one line for each kind of object"),
     (
         "src/dataset/container/mod.rs",
@@ -131,7 +132,6 @@ const LONG: [(&str, &str, &str); 18] = [
     ("src/facts/family/phi.rs", "facts", "a table of facts"),
     ("src/facts/family/split.rs", "facts", "a table of facts"),
     ("src/facts/shapes.rs", "config", "a table of models"),
-    ("src/main.rs", "command", "one arm for each command"),
     ("src/model/judge.rs", "cases", "one list of cases"),
     ("src/ops/adapters.rs", "every_row_gets_the_sum_of_its_own_adapters", "one case with its slow oracle"),
     ("src/ops/attention.rs", "backward_group", "one derivation, read from top to bottom"),
@@ -146,7 +146,6 @@ const LONG: [(&str, &str, &str); 18] = [
     ("src/server/answer.rs", "parts", "one arm for each form of answer"),
     ("src/server/ask.rs", "kaito", "one line for each of KAITO's arguments"),
     ("src/spec/tests.rs", "single_refusals", "one list of cases"),
-    ("src/workspace/validate.rs", "inputs_and_outputs", "one list of cases"),
 ];
 
 #[test]
