@@ -319,7 +319,8 @@ fn a_store_with_one_wrong_bit_is_made_again() {
     let rows = Rows::of(&[conversations(200, false, 0)]);
     let expected = rows.cached(&OPTIONS, &TOKENS).unwrap();
     let [store] = rows.stores().try_into().unwrap();
-    let damages: [(&str, fn(&Path)); 6] = [
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 6] = [
         ("tokens", |path| flip(path, 2)),
         ("lines", |path| flip(path, 4)),
         ("record", |path| flip(path, 2)),

@@ -156,7 +156,11 @@ impl Pair {
 impl Pairs {
     /// Makes an adapter from pairs with the indices of their linear layers.
     pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
-        Pairs { list: by_number(pairs), ..Pairs::default() }
+        Pairs {
+            list: by_number(pairs),
+            #[cfg(feature = "cuda")]
+            table: Default::default(),
+        }
     }
 
     /// The pair of a linear layer, if this adapter has one.
@@ -209,7 +213,11 @@ fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>>
 
 impl<'a> Mixture<'a> {
     pub fn new(parts: Vec<Part<'a>>) -> Mixture<'a> {
-        Mixture { parts, ..Mixture::default() }
+        Mixture {
+            parts,
+            #[cfg(feature = "cuda")]
+            items: Default::default(),
+        }
     }
 
     /// Adds what the adapters make of x, for layers that read the same x, each with the first of its columns in y.
