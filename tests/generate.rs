@@ -312,7 +312,8 @@ fn shared_beginnings_change_nothing_but_the_work() {
         ..Request::greedy(prompt(tail, length), 12)
     };
     let one = [("a", 1.0)];
-    let cases: [(u32, u32, &[(&str, f32)], usize); 8] = [
+    type Case<'a> = (u32, u32, &'a [(&'a str, f32)], usize);
+    let cases: [Case; 8] = [
         (1, 300, &[], 0),
         (2, 290, &[], CHUNK),
         (3, CHUNK as u32 + 1, &[], CHUNK),
