@@ -18,7 +18,7 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
     fill(path, |file| file.write_all(content))
 }
 
-/// Like [`write`], with content that `fill` writes piece by piece.
+/// Like [`write()`], with content that `fill` writes piece by piece.
 pub fn fill(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let write = || -> io::Result<()> {
         let mut file = NamedTempFile::new_in(folder_of(path))?;

@@ -281,7 +281,8 @@ impl Message {
     }
 }
 
-/// Reads every file into memory, checks every row, shuffles and splits. [`prepare`] does the same for data of any size.
+/// Reads every file into memory, checks every row, shuffles and splits. [`prepare()`] does the same for data of any
+/// size.
 ///
 /// # Errors
 /// Data: files and rows that cannot be used; all bad rows are collected first. Config: a split that leaves a side

@@ -179,7 +179,7 @@ impl<'a> From<&'a Set> for Examples<'a> {
 }
 
 /// Makes tokens of all files, or takes them from the cache, and puts them in order. What comes out, and what is told on
-/// the way, is what [`super::read`] and [`super::encode`] give.
+/// the way, is what [`super::read`] and [`super::encode()`] give.
 ///
 /// # Errors
 /// Data: files and rows that cannot be used, or nothing is left to learn. Config: a split that leaves a side empty, no
