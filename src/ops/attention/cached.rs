@@ -114,7 +114,9 @@ impl Values {
             Values::F64(data) => (data as &mut dyn Any).downcast_mut(),
             Values::Bf16(data) => {
                 let target = data[at..at + values.len()].iter_mut();
-                target.zip(values).for_each(|(target, value)| *target = bf16::from_f64(value.wide()));
+                // By way of f32: `from_f64` drops the lower half of a number before it rounds.
+                let round = |value: &T| bf16::from_f32(value.wide() as f32);
+                target.zip(values).for_each(|(target, value)| *target = round(value));
                 return Ok(());
             }
             #[cfg(feature = "cuda")]
