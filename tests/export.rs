@@ -27,8 +27,9 @@ use serde_json::json;
 /// TOLERANCE: both sides compute in f32; the largest difference found is 3e-5, on logits of up to 20. A scale of
 /// rsLoRA taken for the usual one makes 0.1 and more.
 const ROUNDING: f32 = 1e-4;
-/// TOLERANCE: what Q8 changes in logits, relative to their size. A step is 1/127 of a block's largest value, 0.5 % of a usual
-/// value; the tiny random models make 2.6 % of it at most (`llama32_tied`, whose embedding is rounded on both ends).
+/// TOLERANCE: what Q8 changes in logits, relative to their size. A step is 1/127 of a block's largest value, 0.5 %
+/// of a usual value; the tiny random models make 2.6 % of it at most (`llama32_tied`, whose embedding is rounded on
+/// both ends).
 const Q8_ROUNDING: f32 = 4e-2;
 /// TOLERANCE: what rounding weights to bf16 changes in logits, relative to their size.
 const RELATIVE_ROUNDING: f32 = 2e-2;

@@ -109,8 +109,8 @@ fn greedy_tokens_are_those_of_transformers_and_peft() {
     greedy_tokens(engine, usize::MAX);
 }
 
-/// The same on a GPU, with keys and values in f32 as they are computed. An emulated GPU takes minutes for all tokens, so
-/// that only the first ones are compared; `HONE_GENERATE_TOKENS=200` compares all.
+/// The same on a GPU, with keys and values in f32 as they are computed. An emulated GPU takes minutes for all
+/// tokens, so that only the first ones are compared; `HONE_GENERATE_TOKENS=200` compares all.
 #[cfg(feature = "cuda")]
 #[test]
 fn greedy_tokens_on_a_gpu_are_those_of_transformers_and_peft() {
@@ -260,7 +260,7 @@ fn bf16_stays_near_the_reference() {
     for (name, cases) in recorded["runs"].as_object().unwrap() {
         // The scores below are of one whole text. These ropes depend on a text's length, and the recorded text grew
         // token by token.
-        if ["llama_dynamic", "phi3_longrope"].contains(&name.as_str()) {
+        if ["llama_dynamic", "phi3_longrope", "phi4mini"].contains(&name.as_str()) {
             continue;
         }
         let options = Options { half_cache: true, ..options() };
