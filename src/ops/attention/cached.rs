@@ -476,7 +476,7 @@ mod tests {
             for segment in &segments {
                 let (from, rows) = (segment.rows.start, segment.rows.len());
                 let alone = [Segment { rows: 0..rows, ..segment.clone() }];
-                let (alone, qkv) = (Segments::new(&alone), there.narrow(0, from, rows)?.copy()?);
+                let (alone, qkv) = (Segments::new(&alone), there.narrow(0, from, rows)?.force_contiguous()?);
                 stores.1.write(&qkv, heads, &alone)?;
                 let alone = forward(&qkv, heads, &stores.1, &alone, Precision::F32)?;
                 gpu.within(0.0, &alone, &found.narrow(0, from, rows)?.copy()?.to_device(&Device::Cpu)?)?;
