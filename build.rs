@@ -1,7 +1,9 @@
-//! kernels/*.cu -> one fatbin each, for every architecture hone runs on. Without the `cuda` feature it does nothing.
+//! kernels/*.cu -> one fatbin each, for every architecture hone runs on, if the `cuda` feature is on; and the source
+//! that makes tokens -> its digest, so that a program does not use tokens that another one made.
 
 use std::env;
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,6 +12,7 @@ const ARCHITECTURES: &str = "80,86,89,90,100,120";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-env=HONE_DATA_CODE={:016x}", digest_of_data_code());
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
@@ -35,6 +38,28 @@ fn main() {
     }
     list.push_str("];\n");
     std::fs::write(out.join("fatbins.rs"), list).expect("cargo's output folder is writable");
+}
+
+/// Of everything that decides which tokens a row becomes: the modules that read and encode, and the crates' versions.
+fn digest_of_data_code() -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for path in ["src/dataset", "src/bounds.rs", "src/words.rs", "Cargo.lock"] {
+        println!("cargo:rerun-if-changed={path}");
+        hash(Path::new(path), &mut hasher);
+    }
+    hasher.finish()
+}
+
+fn hash(path: &Path, hasher: &mut DefaultHasher) {
+    path.hash(hasher);
+    match std::fs::read_dir(path) {
+        Err(_) => std::fs::read(path).unwrap_or_default().hash(hasher),
+        Ok(entries) => {
+            let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+            paths.sort();
+            paths.iter().for_each(|path| hash(path, hasher));
+        }
+    }
 }
 
 fn sources() -> Vec<PathBuf> {

@@ -11,7 +11,7 @@ use hone::facts::quantization::Code;
 use hone::facts::{Activation, Function};
 use hone::facts::{Heads, Layout};
 use hone::ops::attention::{self, Packing};
-use hone::ops::cross_entropy::Head;
+use hone::ops::cross_entropy::{Goal, Head};
 use hone::ops::four_bit::FourBit;
 use hone::ops::matmul::{self, Weight};
 use hone::ops::rope::{self, Angles, Direction};
@@ -132,7 +132,7 @@ fn main() -> Result<()> {
             matmul::input_gradient(&down, 0, &a, 1.0, &d, 1.0, precision)
         })?;
         run(&name("cross-entropy both"), "GFLOP/s", 4.0 * (ROWS * VOCAB * WIDTH) as f64 / 1e6, &|| {
-            cross_entropy::forward_backward(&x, &head, &targets, 1.0, precision).map(drop)
+            cross_entropy::forward_backward(&x, &head, &targets, Goal::plain(1.0), precision).map(drop)
         })?;
     }
     Ok(())

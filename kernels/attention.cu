@@ -9,41 +9,8 @@
 // A block takes its tile from a list that is made once per batch: (first row of the example, its end, first row of
 // the tile), the tiles with the most work first. blockIdx.x is the head, so that neighbouring blocks share keys in
 // L2. Scores are scaled to exponents of two.
+#include "attention_shape.cuh"
 #include "attention_tile.cuh"
-
-#define LOG2_E 1.44269504088896341f
-#define LN_2 0.69314718055994531f
-
-// The layout of the heads in a row of qkv and the treatment of scores, as in `Heads` of src/facts/heads.rs.
-struct Shape {
-    int rows, columns, heads, group, width;
-    int query_at, group_stride, key_at, value_at, key_stride;
-    int window;  // INT_MAX: none
-    float scale, cap;
-    int aligned;
-
-    __device__ __forceinline__ int query_column(int head) const {
-        return query_at + head / group * group_stride + head % group * width;
-    }
-    // Whether a row sees the key that lies `distance` rows before it.
-    __device__ __forceinline__ bool sees(int distance) const { return static_cast<unsigned>(distance) < static_cast<unsigned>(window); }
-    // Scores, curved if there is a cap, times this factor are exponents of two.
-    __device__ __forceinline__ float exponent() const { return (cap > 0.f ? cap : scale) * LOG2_E; }
-    // tanh(raw * scale / cap) of a score with a cap. It is computed by its definition, because the hardware's tanh
-    // has only three exact digits.
-    __device__ __forceinline__ float curve(float raw) const {
-        return 1.f - __fdividef(2.f, exp2_approximate(raw * (2.f * LOG2_E * scale / cap)) + 1.f);
-    }
-};
-
-#define SHAPE_PARAMETERS                                                                                              \
-    int rows, int columns, int heads, int group, int width, int query_at, int group_stride, int key_at, int value_at, \
-        int key_stride, int window, float scale, float cap, int aligned
-#define SHAPE                                                                                                         \
-    Shape {                                                                                                           \
-        rows, columns, heads, group, width, query_at, group_stride, key_at, value_at, key_stride, window, scale, cap, \
-            aligned                                                                                                   \
-    }
 
 // A tile of ROWS rows and its example.
 struct Span {
@@ -137,8 +104,10 @@ __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4]
             }
 }
 
+// The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of
+// `lse`.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
-__device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, const Shape shape) {
+__device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
     T *k = q + ROWS * STRIDE, *v = k + KEYS * STRIDE;
@@ -227,10 +196,10 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
             }
             const int row = own + band * 16 + half * 8 + g;
             if (t == 0 && row < span.to)
-                lse[(uint64_t)head * shape.rows + row] = (largest[band][half] * exponent + log2f(sum)) * LN_2;
+                lse[(uint64_t)head * (shape.rows - skipped) + row - skipped] = (largest[band][half] * exponent + log2f(sum)) * LN_2;
         }
     const int stride = shape.heads * shape.width;
-    store_rows<T, WIDTH, BANDS>(out + (uint64_t)own * stride + head * shape.width, stride, span.to - own, shape.width,
+    store_rows<T, WIDTH, BANDS>(out + (uint64_t)(own - skipped) * stride + head * shape.width, stride, span.to - own, shape.width,
                                 shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
 }
 
@@ -464,8 +433,9 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
 // more, on A100 and H100, and do twice the work per byte read from shared memory.
 #define FORWARD(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                            \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
-        attention_forward_##WIDTH##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, SHAPE_PARAMETERS) { \
-        forward<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, lse, tiles, SHAPE);                                            \
+        attention_forward_##WIDTH##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped,       \
+                                           SHAPE_PARAMETERS) {                                                         \
+        forward<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, lse, tiles, skipped, SHAPE);                                   \
     }
 #define BACKWARD_QUERY(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                     \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \

@@ -110,3 +110,9 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
     }
 FOR(float, f32)
 FOR(bf16, bf16)
+
+// The cap on logits that are sampled from, in place.
+extern "C" __global__ void cross_entropy_cap(float* logits, unsigned long long n, float cap) {
+    const unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) logits[i] = Cap{cap}.value(logits[i]);
+}

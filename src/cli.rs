@@ -2,6 +2,7 @@
 //! are in the table of keys.
 
 pub mod reference;
+mod after;
 
 use crate::bench;
 use crate::controller;
@@ -9,11 +10,13 @@ use crate::device::Choice;
 use crate::facts::{Keep, Precision};
 use crate::fault::Fault;
 use crate::memory::Limit;
+use crate::memory::serving::CacheType;
 use crate::review;
 use crate::serving;
 use crate::spec::keys::{self, Key, Section, Type};
 use crate::spec::{Origin, Request, Setting, Written};
 use crate::workspace::{Cloud, Settings, tune};
+use crate::{evaluate, merge, trial};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -63,6 +66,19 @@ pub enum Command {
         /// Prices of GPUs, `NAME=DOLLARS`.
         prices: Vec<String>,
     },
+    /// Show the memory plan of a server.
+    PlanServing {
+        /// Settings of the model.
+        request: Request,
+        /// How large the server is to be.
+        size: serving::room::Size,
+        /// Folders of adapters.
+        adapters: Vec<PathBuf>,
+        /// Form of the output.
+        format: Format,
+        /// GPUs to plan for, in place of this machine.
+        gpus: Vec<String>,
+    },
     /// Show the data as it will be trained on.
     Inspect {
         /// Settings of the job.
@@ -73,6 +89,38 @@ pub enum Command {
         format: Format,
         /// File for an HTML page.
         html: Option<PathBuf>,
+    },
+    /// Measure a base without and with an adapter.
+    Eval {
+        /// Settings of the job.
+        request: Request,
+        /// What to measure.
+        options: evaluate::Options,
+        /// Form of the output.
+        format: Format,
+    },
+    /// Ask a base and its tuned model the same.
+    Try {
+        /// Settings of the job.
+        request: Request,
+        /// What to ask.
+        options: trial::Options,
+        /// Form of the output.
+        format: Format,
+    },
+    /// Write a base with adapters as one model.
+    Merge {
+        /// Settings of the job.
+        request: Request,
+        /// What to write.
+        options: merge::Options,
+    },
+    /// Make the page of a run, or one that compares several.
+    Report {
+        /// Folders of results.
+        folders: Vec<PathBuf>,
+        /// File for the page.
+        to: Option<PathBuf>,
     },
     /// Push an adapter as an image.
     Push {
@@ -179,13 +227,33 @@ pub fn parse(
             Command::Run(job.request(matches)?)
         }
         Subcommands::Model { about, format } => Command::Model { about, format },
-        Subcommands::Plan { job, format, gpu, price } => {
+        Subcommands::Plan { job, serve: Some(model), size, serve_adapter, format, gpu, .. } => {
+            let mut request = job.request(matches)?;
+            request.settings.retain(|setting| setting.key != "model");
+            let written = Written::Text(model);
+            request.settings.push(Setting { key: "model".into(), written, origin: origin(matches, "serve") });
+            Command::PlanServing { request, size: size.size(), adapters: serve_adapter, format, gpus: gpu }
+        }
+        Subcommands::Plan { job, format, gpu, price, .. } => {
             Command::Plan { request: job.request(matches)?, format, gpus: gpu, prices: price }
         }
         Subcommands::Inspect { job, format, samples, sample_seed, row, html } => {
             let options = review::Options { samples, seed: sample_seed, rows: row };
             Command::Inspect { request: job.request(matches)?, options, format, html }
         }
+        Subcommands::Eval(eval) => {
+            let (request, options, format) = eval.read(matches)?;
+            Command::Eval { request, options, format }
+        }
+        Subcommands::Try(attempt) => {
+            let (request, options, format) = attempt.read(matches)?;
+            Command::Try { request, options, format }
+        }
+        Subcommands::Merge(merge) => {
+            let (request, options) = merge.read(matches)?;
+            Command::Merge { request, options }
+        }
+        Subcommands::Report { folders, to } => Command::Report { folders, to },
         Subcommands::Push { folder, image, registry } => Command::Push { folder, image, registry },
         Subcommands::Pull { image, folder, registry } => Command::Pull { image, folder, registry },
         Subcommands::Example { folder, write_only } => Command::Example { folder, write_only },
@@ -268,11 +336,20 @@ enum Subcommands {
     },
     /// Show everything that `run` would do, and where each value was set
     #[command(
-        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100"
+        after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100\n  \
+            hone plan --serve ./phi-3 --gpu l4 --context 4096"
     )]
     Plan {
         #[command(flatten)]
         job: Job,
+        /// Plan the memory of `hone serve MODEL` in place of a training
+        #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
+        serve: Option<String>,
+        #[command(flatten)]
+        size: ServingSize,
+        /// Adapter's folder that the server holds; may be repeated
+        #[arg(long, value_name = "DIR", env = "HONE_SERVE_ADAPTER", requires = "serve")]
+        serve_adapter: Vec<PathBuf>,
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
@@ -318,6 +395,33 @@ enum Subcommands {
         /// A table for people, or JSON
         #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
         format: Format,
+    },
+    /// Ask the base and the tuned model the same, and show both answers side by side
+    #[command(after_help = "Examples:\n  hone try ./adapter\n  \
+        hone try ./adapter --prompt 'My order is late.' --max-tokens 64\n  \
+        hone try oci://registry.example.com/adapters/support:1 --model ./phi-3 --prompt 'My order is late.'")]
+    Try(after::Try),
+    /// Measure loss, perplexity, token accuracy and exact match on held-out rows, without the adapter and with it
+    #[command(after_help = "Examples:\n  hone eval ./adapter\n  \
+        hone eval ./adapter --data test.jsonl --format json\n  \
+        hone eval ./adapter:0.7 --adapter ./other:0.3 --split all")]
+    Eval(after::Eval),
+    /// Add an adapter to its base and write the whole model, as safetensors or GGUF; or the adapter alone as GGUF
+    #[command(after_help = "Examples:\n  hone merge ./adapter --to ./merged\n  \
+        hone merge ./adapter --to ./gguf --format gguf --type q8_0\n  \
+        hone merge ./adapter --to ./lora --format gguf --adapter-only\n  \
+        hone merge ./a:0.7 --adapter ./b:0.3 --model ./phi-3 --to ./merged")]
+    Merge(after::Merge),
+    /// Make the page that explains a run from its folder of results, or one that compares several runs
+    #[command(after_help = "Examples:\n  hone report ./adapter\n  \
+        hone report ./rank-8 ./rank-16 ./rank-32 --to ranks.html")]
+    Report {
+        /// Output folders of `hone run`
+        #[arg(value_name = "DIR", required = true)]
+        folders: Vec<PathBuf>,
+        /// File for the page [default: report.html in the one folder, comparison.html here for several]
+        #[arg(long, value_name = "FILE", env = "HONE_TO")]
+        to: Option<PathBuf>,
     },
     /// Push an adapter's folder as an image
     #[command(after_help = "Examples:\n  hone push ./adapter registry.example.com/adapters/support:1\n  \
@@ -437,6 +541,12 @@ struct ControllerArguments {
     /// Address that serves /healthz, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
+    /// Review Workspaces when they are written, so that kubectl apply tells their mistakes (jobs/webhook)
+    #[arg(long, env = "HONE_WEBHOOK")]
+    webhook: bool,
+    /// Where the API server's reviews are answered
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443", env = "HONE_WEBHOOK_ADDRESS")]
+    webhook_address: SocketAddr,
 }
 
 impl ControllerArguments {
@@ -449,6 +559,7 @@ impl ControllerArguments {
             lease_namespace: self.lease_namespace,
             identity: self.identity.unwrap_or_else(|| format!("{}-{}", host(), std::process::id())),
             address: self.address,
+            webhook: self.webhook.then(|| controller::webhook::Options::at(self.webhook_address)),
         }
     }
 }
@@ -632,12 +743,18 @@ struct Serve {
     /// Name of the base in requests [default: derived from MODEL]
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
-    /// An adapter's name and address, a folder or oci://IMAGE; may be repeated
+    /// An adapter's name and address: a folder, oci://IMAGE or hf://OWNER/NAME; may be repeated
     #[arg(long, value_name = "NAME=SOURCE", env = "HONE_ADAPTER", value_delimiter = ' ')]
     adapter: Vec<String>,
     /// Name of a weighted sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
+    /// Id that answers requests that name no model [default: the only mix, else the base]
+    #[arg(long, value_name = "NAME", env = "HONE_DEFAULT")]
+    default: Option<String>,
+    /// JSON file of adapters and mixes that is followed while the server runs (docs/serving.md)
+    #[arg(long, value_name = "FILE", env = "HONE_ADAPTERS_FILE")]
+    adapters_file: Option<PathBuf>,
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
@@ -650,19 +767,12 @@ struct Serve {
     /// How /chat uses a prompt: put into the chat template, or continued as it is
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
-    /// Upper limit of the tokens of prompt and answer together [default: the model's limit, at most 16384]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
-    context: Option<usize>,
-    /// Upper limit of the sequences that run at once
-    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
-    sequences: usize,
+    #[command(flatten)]
+    size: ServingSize,
     /// Upper limit of the requests that wait; further requests are answered with 429
     #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
     waiting: usize,
-    /// Tokens whose keys and values are kept, over all sequences [default: 16384, or the context]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
-    cache_tokens: Option<usize>,
-    /// Allow requests to load and unload adapters: images, and folders below this one
+    /// Allow requests to change adapters and mixes: images, repositories of the hub, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
     /// Key that clients must send as Authorization: Bearer KEY; unlike the flag, the variable is not shown in lists
@@ -725,10 +835,10 @@ impl Serve {
         Ok(serving::Options {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
-            sequences: self.sequences,
+            default: self.default,
+            adapters_file: self.adapters_file,
+            size: self.size.size(),
             waiting: self.waiting,
-            context: self.context,
-            cache_tokens: self.cache_tokens,
             raw_chat: self.chat == "raw",
             adapter_folder: self.allow_adapter_changes,
             grace: std::time::Duration::from_secs(self.grace.into()),
@@ -739,6 +849,30 @@ impl Serve {
                 ..crate::server::Options::default()
             },
         })
+    }
+}
+
+/// How large a server is to be.
+#[derive(Args)]
+struct ServingSize {
+    /// Most tokens of prompt and answer together [default: the model's, as far as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
+    context: Option<usize>,
+    /// Most sequences that run at once
+    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
+    sequences: usize,
+    /// Tokens whose keys and values are kept, over all sequences [default: as memory allows]
+    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
+    cache_tokens: Option<usize>,
+    /// How keys and values are kept: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_CACHE_TYPE", value_parser = CacheType::parse)]
+    cache_type: CacheType,
+}
+
+impl ServingSize {
+    fn size(&self) -> serving::room::Size {
+        let (context, cache_tokens) = (self.context, self.cache_tokens);
+        serving::room::Size { sequences: self.sequences, context, cache_tokens, cache: self.cache_type }
     }
 }
 
@@ -831,6 +965,9 @@ struct Job {
     /// inside the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
+    /// Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+    #[arg(long, value_name = "ROWS", env = "HONE_ANSWERS")]
+    answers: Option<String>,
     /// Image that the adapter is pushed as when training is done
     #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
     push: Option<String>,
@@ -856,6 +993,9 @@ struct Job {
     /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
+    /// Folder in which tokens of the data are kept for later runs, or `off`: in memory
+    #[arg(long, value_name = "DIR", env = "HONE_TOKEN_CACHE")]
+    token_cache: Option<String>,
     /// Largest size of a downloaded data file, in bytes
     #[arg(long, value_name = "BYTES", env = "HONE_FILE_BYTES_MAX")]
     file_bytes_max: Option<String>,
@@ -881,7 +1021,7 @@ impl Job {
             }
         }
         settings.sort_by_key(|setting| matches!(setting.origin, Origin::Flag(_)));
-        Ok(Request { spec: self.spec, config: self.config, settings })
+        Ok(Request { spec: self.spec, config: self.config, settings, ..Request::default() })
     }
 }
 

@@ -7,9 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use serde_json::{Value as Json, json};
 
 use crate::adapter::{self, Adapter, card::Card};
-use crate::dataset::{self, Example, Tokenizer};
+use crate::answers;
+use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::family;
@@ -17,6 +19,8 @@ use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
 use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
+use crate::generate::Sampling;
+use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
 use crate::model;
@@ -28,13 +32,15 @@ use crate::ops::cpu;
 use crate::plan::Plan;
 use crate::registry::{self, ImageFacts, Pushed};
 use crate::report::{Report, Stage};
-use crate::run_folder::{Metrics, RunFolder};
+use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
+use crate::train::best::Measure;
 use crate::train::{self, Every, Passes, Trained};
 use crate::words;
 
 pub mod room;
 pub mod estimate;
+mod told;
 
 use room::Lengths;
 
@@ -48,6 +54,9 @@ const MODEL_TEXTS: [&str; 7] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
+
+/// LIMIT: tokens of an answer at the end of a run.
+const ANSWER_TOKENS_MAX: usize = 256;
 
 /// The result of a job.
 #[derive(Clone, Debug)]
@@ -73,10 +82,20 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         registry::check(target, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = device::open(plan.device, report)?;
+    refuse_on_gpu(plan, &device)?;
+    report.fact("plan", plan.json());
+    report.fact("model", told::model(&described));
+    report.fact("environment", told::environment(&device));
     let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
+    if folder.is_fresh() {
+        report.fact("folder", folder_fact(&folder));
+    }
     let data = fetch::data(&plan.data, plan.access(), report)?; // data errors come before the long part
     interrupt::check()?;
     folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
+    report.fact("folder", folder_fact(&folder));
+    report.fact("provenance", told::provenance(plan, &data));
+    folder.remember(&plan.asked)?;
     let trained = match folder.trained() {
         Some(trained) => {
             report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
@@ -87,13 +106,20 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     let pushed = match &plan.push {
         Some(target) => {
             let _standing = interrupt::stands(Standing::Pushing);
-            let pushed = registry::push(folder.path(), target, &image_facts(plan), &plan.registry, report)?;
+            let facts = image_facts(plan, &trained);
+            let pushed = registry::push(folder.path(), target, &facts, &plan.registry, report)?;
             folder.pushed(&pushed)?;
+            report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
             Some(pushed)
         }
         None => None,
     };
+    report.fact("ended", true);
     Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+}
+
+fn folder_fact(folder: &RunFolder) -> Json {
+    json!({"path": folder.path(), "fingerprint": folder.fingerprint()})
 }
 
 /// Trains: data and base -> an adapter in the folder.
@@ -105,18 +131,20 @@ fn make(
     folder: &mut RunFolder,
     report: &Report,
 ) -> Result<Trained> {
-    let dataset = dataset::read(data, &plan.dataset, report)?;
     let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(folder.started());
     fits_vocabulary(&tokenizer, &described.facts)?;
-    let training = dataset::encode(&dataset.train, &tokenizer, &plan.tokens, report)?;
-    let evaluation = dataset::encode(&dataset.evaluation, &tokenizer, &plan.tokens, report)?;
-    drop(dataset);
+    let prepared =
+        dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
+    report.fact("data rows", told::rows(&prepared));
+    let dataset::Prepared { train: training, evaluation, .. } = prepared;
+    let asked = held_out(plan, data)?;
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
     tell_memory(&memory, report);
+    report.fact("memory plan", told::memory(&memory));
     fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, fetched when everything else fits
     for (written, module) in &described.sites.renamed {
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
@@ -130,10 +158,24 @@ fn make(
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
-    let examples = train::Data { train: &training, evaluation: &evaluation };
+    let examples = train::Sets { train: (&training).into(), evaluation: (&evaluation).into() };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
-    ship(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
+    drop(adapter);
+    if !asked.is_empty() {
+        // The adapter is whole: answers that cannot be given are no reason to fail.
+        match answer(plan, decoder, &tokenizer, &asked, folder, report) {
+            Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),
+            Err(fault) => report.warn(Stage::Evaluate, format!("no answers: {}", fault.in_a_line())),
+            Ok(()) => {}
+        }
+    }
+    finish(plan, &trained, folder)?;
+    report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
+    report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
+    report.fact("evaluation", told::evaluation(&trained));
+    report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
 }
 
@@ -141,7 +183,7 @@ fn fit(
     plan: &Plan,
     decoder: &Decoder,
     adapter: &Trainable,
-    examples: train::Data,
+    examples: train::Sets,
     memory: Running,
     folder: &RunFolder,
     report: &Report,
@@ -159,15 +201,55 @@ fn fit(
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
-/// Writes the PEFT folder, with the sentinel as the last file.
-fn ship(
+/// The rows that base and tuned model answer at the end: the first of evaluation, or else of training.
+fn held_out(plan: &Plan, data: &[source::File]) -> Result<Vec<dataset::Record>> {
+    if plan.answers == 0 {
+        return Ok(Vec::new());
+    }
+    let dataset = dataset::read(data, &plan.dataset, &Report::silent())?;
+    let rows = if dataset.evaluation.is_empty() { dataset.train } else { dataset.evaluation };
+    Ok(rows.into_iter().take(plan.answers).collect())
+}
+
+/// Writes what base and tuned model answer to rows, beside the adapter.
+fn answer(
+    plan: &Plan,
+    decoder: Decoder,
+    tokenizer: &Tokenizer,
+    records: &[dataset::Record],
+    folder: &RunFolder,
+    report: &Report,
+) -> Result<()> {
+    let options = answers::token_options(&plan.tokens);
+    let encoded = dataset::encode_rows(records, tokenizer, &options, &Report::silent())?;
+    let mut questions = answers::of_rows(&encoded, records, tokenizer, None);
+    questions
+        .iter_mut()
+        .for_each(|question| question.tokens_max = question.tokens_max.min(ANSWER_TOKENS_MAX));
+    let chat = Chat::of(tokenizer, plan.tokens.chat_template.as_deref())?;
+    let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
+    let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
+    let engine = answers::engine(decoder, &[folder.path()], &questions)?;
+    let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
+    let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
+    folder.write(run_folder::ANSWERS, &text)?;
+    let place = folder.path().join(run_folder::ANSWERS);
+    report.note(
+        Stage::Evaluate,
+        format!("{} answers of base and tuned model: {}", pairs.len(), place.display()),
+    );
+    Ok(())
+}
+
+/// Writes the adapter and its card.
+fn write(
     plan: &Plan,
     options: &model::Options,
     facts: &Facts,
     adapter: &Trainable,
     data: &[source::File],
     trained: &Trained,
-    folder: &mut RunFolder,
+    folder: &RunFolder,
 ) -> Result<()> {
     let sites = &adapter.sites;
     let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
@@ -178,12 +260,17 @@ fn ship(
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
+        datasets: plan.data.iter().filter_map(fetch::Data::hub_dataset).collect(),
         settings: settings(plan, options),
     };
     folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
     let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
     folder.write(adapter::CONFIG_FILE, &config)?;
-    folder.write("README.md", adapter::card::markdown(&card).as_bytes())?;
+    folder.write("README.md", adapter::card::markdown(&card).as_bytes())
+}
+
+/// Ends the folder; the sentinel last.
+fn finish(plan: &Plan, trained: &Trained, folder: &mut RunFolder) -> Result<()> {
     folder.finish(trained)?;
     match plan.train.checkpoint {
         // The adapter is complete, so a failure to remove the checkpoints does not fail the run.
@@ -278,6 +365,19 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
         );
     }
     Ok(())
+}
+
+/// What only the CPU's operations compute.
+fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
+    let judged_by = plan.train.judging.map(|judging| judging.measure);
+    let what = match () {
+        () if device.is_cpu() => return Ok(()),
+        () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
+        () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
+        () => return Ok(()),
+    };
+    Err(Fault::config(format!("{what} is computed on a CPU only, and this run trains on a GPU"))
+        .help("remove the key, or compare evaluations by eval_loss"))
 }
 
 /// Refuses a run whose learning rate is zero in every step, since it cannot learn.
@@ -381,8 +481,8 @@ fn tell_memory(memory: &Running, report: &Report) {
     }
 }
 
-fn warn_of_length(examples: &[Example], facts: &Facts, report: &Report) {
-    let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
+    let longest = (0..examples.len()).map(|index| examples.tokens(index)).max().unwrap_or(0);
     if longest > facts.positions_max {
         report.warn(
             Stage::Tokenize,
@@ -408,10 +508,12 @@ pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     }
 }
 
-fn image_facts(plan: &Plan) -> ImageFacts {
+fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
+    let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
     ImageFacts {
         model_name: plan.model_name.clone(),
         title: Some(format!("LoRA adapter for {}", plan.model_name)),
+        annotations: annotations.map(|(name, value)| (name.to_owned(), value)).into(),
         ..ImageFacts::default()
     }
 }

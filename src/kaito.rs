@@ -1,9 +1,12 @@
-//! The commands that KAITO's own controller writes into a tuning pod -> hone's commands.
+//! The commands that KAITO's own controller writes into its pods -> hone's commands.
 //!
-//! The pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`. In
-//! the image of target `kaito`, both programs are hone. The second is the job. The first does nothing, because the
-//! job serves its metrics itself.
+//! A tuning pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`.
+//! In the image of target `kaito`, both programs are hone. The second is the job. The first does nothing, because the
+//! job serves its metrics itself. A serving pod runs `python3 /workspace/vllm/inference_api.py` or `accelerate launch
+//! /workspace/tfs/inference_api.py` with the flags of its runtime (`inference`). Its startup probe asks whether the
+//! server answers.
 
+pub mod inference;
 pub mod sidecars;
 pub mod watch;
 
@@ -45,8 +48,17 @@ pub enum Call {
         /// Warnings about flags without effect.
         warnings: Vec<String>,
     },
+    /// The server.
+    Serve {
+        /// hone's own command line for it.
+        arguments: Vec<OsString>,
+        /// Warnings about flags without effect.
+        warnings: Vec<String>,
+    },
     /// KAITO's metrics server.
     MetricsServer,
+    /// Whether the server of this pod answers: KAITO measures its speed here, which hone does not.
+    Probe,
 }
 
 /// The program that the command line calls; `None` if hone was called by its own name.
@@ -58,20 +70,45 @@ pub fn call(arguments: &[OsString], environment: &dyn Fn(&str) -> Option<String>
     let (program, rest) = texts.split_first()?;
     match Path::new(program).file_name()?.to_str()? {
         "accelerate" => Some(accelerate(rest, environment)),
-        "python3" => Some(python(rest)),
+        "python3" => Some(python(rest, environment)),
         _ => None,
     }
 }
 
-fn python(arguments: &[String]) -> Result<Call> {
-    match arguments.first().map(String::as_str) {
-        Some(script) if file_name(script) == "metrics_server.py" => Ok(Call::MetricsServer),
-        found => Err(Fault::usage(format!(
-            "python3 {}: this program is hone, which replaces only metrics_server.py",
-            found.unwrap_or_default()
+fn python(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>) -> Result<Call> {
+    let (script, rest) =
+        arguments.split_first().map_or(("", arguments), |(first, rest)| (first.as_str(), rest));
+    match file_name(script) {
+        "metrics_server.py" => Ok(Call::MetricsServer),
+        "benchmark_entrypoint.py" => Ok(Call::Probe),
+        "inference_api.py" => served(inference::Runtime::Vllm, rest, environment),
+        _ => Err(Fault::usage(format!(
+            "python3 {script}: this program is hone, which replaces only KAITO's metrics_server.py and inference_api.py"
         ))
         .help("this image holds no Python: run the script in another one")),
     }
+}
+
+fn served(
+    runtime: inference::Runtime,
+    flags: &[String],
+    environment: &dyn Fn(&str) -> Option<String>,
+) -> Result<Call> {
+    inference::serve(runtime, flags, environment)
+        .map(|(arguments, warnings)| Call::Serve { arguments, warnings })
+}
+
+/// Whether the server of this pod is healthy, asked over its port.
+pub fn is_healthy() -> bool {
+    use std::io::{Read, Write};
+    const ANSWER_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], 5000));
+    let Ok(mut stream) = std::net::TcpStream::connect_timeout(&address, ANSWER_MAX) else { return false };
+    let mut head = [0; 12];
+    stream.set_read_timeout(Some(ANSWER_MAX)).is_ok()
+        && stream.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").is_ok()
+        && stream.read_exact(&mut head).is_ok()
+        && head.ends_with(b" 200")
 }
 
 fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>) -> Result<Call> {
@@ -80,22 +117,32 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
             .help("accelerate launch --num_processes=1 /workspace/tfs/fine_tuning.py"));
     };
     let mut warnings = Vec::new();
-    let script = script(rest, &mut warnings)?;
+    let (script, flags) = script(rest, &mut warnings)?;
     match script.map(file_name) {
+        Some("inference_api.py") => {
+            let mut call = served(inference::Runtime::Transformers, flags, environment)?;
+            if let Call::Serve { warnings: told, .. } = &mut call {
+                told.extend(warnings);
+            }
+            Ok(call)
+        }
         Some("fine_tuning.py") => Ok(Call::Train { arguments: job(environment), warnings }),
         found => Err(Fault::usage(format!(
-            "accelerate launch: found {} as the script, expected fine_tuning.py",
+            "accelerate launch: found {} as the script, expected fine_tuning.py or inference_api.py",
             found.unwrap_or("nothing")
         ))
-        .help("this program is hone, which replaces only KAITO's fine_tuning.py")),
+        .help("this program is hone, which replaces only these two scripts of KAITO's")),
     }
 }
 
-/// The first argument that is not a flag.
-fn script<'a>(arguments: &'a [String], warnings: &mut Vec<String>) -> Result<Option<&'a str>> {
+/// The first argument that is not a flag, and the arguments after it.
+fn script<'a>(
+    arguments: &'a [String],
+    warnings: &mut Vec<String>,
+) -> Result<(Option<&'a str>, &'a [String])> {
     let mut left = arguments.iter();
     while let Some(argument) = left.next() {
-        let Some(flag) = argument.strip_prefix("--") else { return Ok(Some(argument)) };
+        let Some(flag) = argument.strip_prefix("--") else { return Ok((Some(argument), left.as_slice())) };
         let (name, mut value) = match flag.split_once('=') {
             Some((name, value)) => (name.replace('-', "_"), Some(value)),
             None => (flag.replace('-', "_"), None),
@@ -109,7 +156,7 @@ fn script<'a>(arguments: &'a [String], warnings: &mut Vec<String>) -> Result<Opt
             warnings.extend(of_processes(value.unwrap_or_default())?);
         }
     }
-    Ok(None)
+    Ok((None, &[]))
 }
 
 fn of_processes(value: &str) -> Result<Option<String>> {
@@ -178,6 +225,18 @@ mod tests {
                         --metrics 0.0.0.0:5000 --earlier-results move";
         assert_eq!((line.as_str(), warnings.len()), (expected, 0));
         assert_eq!(called("/usr/bin/python3 metrics_server.py").unwrap().unwrap(), Call::MetricsServer);
+        let Call::Serve { arguments, .. } =
+            called("/usr/bin/python3 /workspace/vllm/inference_api.py --model=a/b --served-model-name=b")
+                .unwrap()
+                .unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(arguments[..3], ["hone", "serve", "hf://a/b"]);
+        let line = "accelerate launch --num_processes=1 --gpu_ids=all /workspace/tfs/inference_api.py --revision=x --model c/d";
+        let Call::Serve { arguments, warnings } = called(line).unwrap().unwrap() else { panic!() };
+        assert_eq!((&arguments[2], warnings.len()), (&OsString::from("hf://c/d@x"), 0));
+        assert_eq!(called("python3 /workspace/vllm/benchmark_entrypoint.py").unwrap().unwrap(), Call::Probe);
         assert!(called("hone run").is_none() && called("/usr/bin/hone").is_none());
     }
 

@@ -31,6 +31,12 @@ pub fn memory_peak() -> Option<u64> {
     number_after(&status, "VmHWM:").map(|kib| kib * 1024)
 }
 
+/// Bytes of this process that are in memory now.
+pub fn memory_resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    number_after(&status, "VmRSS:").map(|kib| kib * 1024)
+}
+
 fn available_below(root: &Path) -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
     let machine =

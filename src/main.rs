@@ -13,13 +13,18 @@ use hone::fault::{Fault, Result};
 use hone::interrupt::Standing;
 use hone::job::{self, Receipt};
 use hone::kaito::{self, sidecars, sidecars::Limits, watch};
+use hone::memory::{self, Machine};
 use hone::metrics::{self, Latest};
 use hone::plan::{self, Plan};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
+use hone::trackers::{End, Trackers};
 use hone::workspace::{Settings, files, tune, yaml};
-use hone::{bench, controller, example, fetch, inspect, interrupt, last_word, review, serving};
+use hone::{
+    bench, controller, evaluate, example, fetch, inspect, interrupt, last_word, merge, review, run_report,
+    serving, trial,
+};
 use std::io::IsTerminal;
 
 /// Prints a line. A reader that went away is no reason to fail.
@@ -34,13 +39,15 @@ fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     match kaito::call(&arguments, &environment) {
-        None => start(arguments, None),
+        None => start(arguments, Vec::new(), false),
         Some(Ok(kaito::Call::MetricsServer)) => {
             say!("the job itself serves its metrics, on the same port");
             ExitCode::SUCCESS
         }
+        Some(Ok(kaito::Call::Probe)) => ExitCode::from(u8::from(!kaito::is_healthy())),
+        Some(Ok(kaito::Call::Serve { arguments, warnings })) => start(arguments, warnings, false),
         Some(Ok(kaito::Call::Train { arguments, warnings })) if watch::is_job(&environment) => {
-            start(arguments, Some(warnings))
+            start(arguments, warnings, true)
         }
         Some(Ok(kaito::Call::Train { .. })) => {
             let report = Report::new(report::choose(None, false));
@@ -58,15 +65,15 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
     ExitCode::from(fault.kind.exit_code())
 }
 
-/// Runs a command line of hone. `pod` is set in a pod of KAITO's and holds warnings.
-fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
+/// Runs a command line of hone with warnings to report. `pod` is set for a job in a pod of KAITO's.
+fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode {
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(error) => {
             if error.use_stderr() {
                 leave_word(&Fault::usage(cli::shown(&error)).help("`hone --help` shows commands and flags"));
             }
-            if pod.is_some() {
+            if pod {
                 release(&Report::new(report::choose(None, false)));
             }
             cli::exit(&error)
@@ -81,22 +88,25 @@ fn start(arguments: Vec<OsString>, pod: Option<Vec<String>>) -> ExitCode {
         Log::Json => Some(false),
     };
     let message = termination::path();
-    last_word::prepare(message.as_deref(), report::is_json(bars), pod.is_some());
+    last_word::prepare(message.as_deref(), report::is_json(bars), pod);
     if let (Command::Run(_) | Command::Example { .. }, Some(path)) = (&invocation.command, &message) {
         termination::write_ahead(path);
     }
-    let latest = Arc::new(Latest::new(report::choose(bars, invocation.quiet)));
+    let shown = report::choose(bars, invocation.quiet);
+    let is_run = matches!(invocation.command, Command::Run(_) | Command::Example { .. });
+    let shown = if is_run { Arc::new(run_report::Recorder::new(shown)) } else { shown };
+    let latest = Arc::new(Latest::new(shown));
     let report = Report::new(latest.clone());
     let _server = invocation.metrics.and_then(|address| serve(address, latest.clone(), &report));
-    let mistaken = pod.as_ref().and_then(|_| Limits::read(&environment).err()).map(|fault| fault.message);
-    for warning in pod.iter().flatten().chain(&mistaken) {
+    let mistaken = Some(()).filter(|()| pod).and_then(|()| Limits::read(&environment).err());
+    for warning in warnings.iter().chain(mistaken.as_ref().map(|fault| &fault.message)) {
         report.warn(Stage::Plan, warning.as_str());
     }
     // A defect ends with its own exit code and message, like any other fault.
     let ended =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| command(&invocation.command, &report)));
     let ended = ended.unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")));
-    let ended = if pod.is_some() { leave(ended, &report) } else { ended };
+    let ended = if pod { leave(ended, &report) } else { ended };
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(outcome).unwrap_or_default(), None),
         Err(fault) => (failed(&fault, &latest), Some(fault)),
@@ -178,8 +188,18 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Plan { request, format, gpus, prices } => {
             show(&resolve(request)?, *format, gpus, prices).map(|()| None)
         }
+        Command::PlanServing { request, size, adapters, format, gpus } => {
+            show_serving(request, size, adapters, *format, gpus).map(|()| None)
+        }
         Command::Inspect { request, options, format, html } => {
             look(&resolve(request)?, options, *format, html.as_deref(), report).map(|()| None)
+        }
+        Command::Report { folders, to } => {
+            say!("{}", run_report::make(folders, to.as_deref())?.display());
+            Ok(None)
+        }
+        Command::Eval { .. } | Command::Try { .. } | Command::Merge { .. } => {
+            after(command, report).map(|()| None)
         }
         Command::Push { folder, image, registry } => push(folder, image, registry, report).map(|()| None),
         Command::Pull { image, folder, registry } => pull(image, folder, registry, report).map(|()| None),
@@ -210,6 +230,38 @@ fn command(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     }
 }
 
+/// The commands that look at a finished adapter.
+fn after(command: &Command, report: &Report) -> Result<()> {
+    match command {
+        Command::Eval { request, options, format } => {
+            let evaluation = evaluate::run(request, options, &environment, report)?;
+            tell(*format, || evaluation.text(), || evaluation.json());
+        }
+        Command::Try { request, options, format } => {
+            let trial = trial::run(request, options, &environment, report)?;
+            tell(*format, || trial.text(columns()), || trial.json());
+        }
+        Command::Merge { request, options } => {
+            say!("{}", merge::run(request, options, &environment, report)?.text().trim_end());
+        }
+        other => return Err(Fault::internal(format!("{other:?} looks at no adapter"))),
+    }
+    Ok(())
+}
+
+fn tell(format: Format, text: impl Fn() -> String, json: impl Fn() -> serde_json::Value) {
+    match format {
+        Format::Text => say!("{}", text().trim_end()),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&json()).expect("texts and numbers")),
+    }
+}
+
+/// Characters of a line, if a terminal shows what is printed.
+fn columns() -> Option<usize> {
+    let (width, _) = terminal_size::terminal_size_of(std::io::stdout())?;
+    Some(usize::from(width.0))
+}
+
 fn resolve(request: &Request) -> Result<Plan> {
     plan::make(&spec::gather(request, &environment)?)
 }
@@ -222,9 +274,26 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
     for warning in &plan.warnings {
         report.warn(Stage::Plan, warning.as_str());
     }
-    let receipt = job::run(&plan, report)?;
+    let receipt = tracked(&plan, report)?;
     say!("{}", summary(&receipt));
     Ok(receipt)
+}
+
+/// The job, with the trackers that it was asked for.
+fn tracked(plan: &Plan, report: &Report) -> Result<Receipt> {
+    if plan.trackers.is_empty() {
+        return job::run(plan, report);
+    }
+    let options = plan.trackers.clone().with_secrets(&environment);
+    let trackers = Trackers::start(&options, plan.settings(), report)?;
+    let ended = job::run(plan, &Report::new(trackers.clone()));
+    // A failed run's page is written when its failure is told, which comes later.
+    let page = plan.output.join(hone::run_folder::REPORT);
+    trackers.finish(&End {
+        failed: ended.is_err(),
+        report: Some(page).filter(|page| ended.is_ok() && page.exists()),
+    });
+    ended
 }
 
 /// The result of a run, for people.
@@ -306,6 +375,56 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
             let memory = memory?;
             json["memory"] = memory.plan.json(&memory.machine);
             say!("{}", serde_json::to_string_pretty(&json).expect("texts and numbers"));
+        }
+    }
+    Ok(())
+}
+
+/// The memory of a server: on this machine, or on each of the cards.
+fn show_serving(
+    request: &Request,
+    size: &serving::room::Size,
+    adapters: &[PathBuf],
+    format: Format,
+    gpus: &[String],
+) -> Result<()> {
+    let plan = plan::serving(&spec::gather(request, &environment)?)?;
+    let places: Vec<Option<&str>> = match gpus {
+        [] => vec![None],
+        names => names.iter().map(|name| Some(name.as_str())).collect(),
+    };
+    let ahead = |place: &Option<&str>| serving::room::ahead(&plan, size, adapters, *place);
+    let plans = places.iter().map(ahead).collect::<Result<Vec<_>>>()?;
+    let json = |(described, machine, divided): &(
+        serving::room::Described,
+        Machine,
+        memory::serving::Plan,
+    )| {
+        let facts = &described.facts;
+        let mut json = divided.json(machine);
+        json["model"] = serde_json::json!({
+            "name": plan.model_name, "family": facts.family, "layers": facts.layers.len(), "width": facts.width,
+            "parameters": facts.parameters(),
+        });
+        json
+    };
+    match format {
+        Format::Text => {
+            let facts = &plans[0].0.facts;
+            say!(
+                "model: {}, {}, {} layers of width {}, {} parameters",
+                plan.model_name,
+                facts.family,
+                facts.layers.len(),
+                facts.width,
+                facts.parameters()
+            );
+            plans.iter().for_each(|(_, machine, divided)| say!("\n{}", divided.table(machine).trim_end()));
+        }
+        Format::Json => {
+            let list: Vec<_> = plans.iter().map(json).collect();
+            let shown = if let [only] = list.as_slice() { only.clone() } else { list.into() };
+            say!("{}", serde_json::to_string_pretty(&shown).expect("texts and numbers"));
         }
     }
     Ok(())

@@ -14,7 +14,7 @@ use crate::endpoint::{self, Asked, Reply, Server};
 use crate::fault::Result;
 use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
 
-use machine::Sampler;
+pub use machine::Sampler;
 
 /// The newest value of each figure; `None` until there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,7 +64,7 @@ impl Sink for Latest {
             }
             Event::Step(metrics) => state.step = Some(metrics.clone()),
             Event::Evaluated { eval_loss, .. } => state.eval_loss = Some(*eval_loss),
-            Event::Failed(_) => {}
+            Event::Fact { .. } | Event::Failed(_) => {}
         }
         drop(state);
         self.sink.event(event);
@@ -105,6 +105,11 @@ fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {
         }
         _ => Reply::not_found(),
     }
+}
+
+/// The run's state as Prometheus text, for a gateway that it is pushed to.
+pub fn text(state: &State) -> String {
+    prometheus::reply(prometheus::Format::Text, state, &machine::Sample::default()).body
 }
 
 /// KAITO's metrics, and the run's own under `training`.
@@ -151,7 +156,7 @@ mod tests {
             eta_seconds: 30.0,
         }));
         drop(report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(4)));
-        report.say(Event::Evaluated { step: 10, epoch: 0.25, eval_loss: 2.5 });
+        report.say(Event::Evaluated { step: 10, epoch: 0.25, eval_loss: 2.5, accuracy: None });
         report.warn(Stage::Train, "careful");
         drop(task);
         latest

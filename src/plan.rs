@@ -5,8 +5,12 @@ mod reader;
 mod places;
 mod rows;
 mod base;
+mod schedule;
+mod judging;
 mod training;
+mod tracking;
 mod show;
+mod asked;
 
 pub use places::{below_mnt, registry_access};
 
@@ -15,7 +19,7 @@ use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, fetch, memory, model, registry, source, train};
+use crate::{dataset, device, fetch, memory, model, registry, source, trackers, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -32,6 +36,8 @@ pub struct Plan {
     pub dataset: dataset::Options,
     /// How rows become token examples.
     pub tokens: dataset::TokenOptions,
+    /// Where tokens are kept.
+    pub token_cache: dataset::TokenCache,
     /// How the base is stored and computed with, and what is adapted.
     pub model: model::Options,
     /// Limits of memory.
@@ -52,6 +58,12 @@ pub struct Plan {
     pub init_adapter: Option<PathBuf>,
     /// The device to train on.
     pub device: device::Choice,
+    /// Where metrics go besides the results.
+    pub trackers: trackers::Options,
+    /// Number of held-out rows that base and tuned model answer at the end of the run.
+    pub answers: usize,
+    /// The given keys; the run's folder remembers them.
+    pub asked: serde_json::Map<String, serde_json::Value>,
     /// Every value in force, in the order of the table of keys.
     pub values: Vec<Value>,
     /// Keys that were given and have no effect.
@@ -121,6 +133,8 @@ pub struct Serving {
     /// The chat template: Jinja text, or the name of one of the model's templates. `None`: the model's default
     /// template.
     pub chat_template: Option<String>,
+    /// How much of the free memory may be used.
+    pub memory_limit: Option<crate::memory::Limit>,
 }
 
 /// Resolves the settings of a server.
@@ -144,6 +158,7 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
         model: model::Options { folder, quantization, precision, lora },
         model_name,
         device: places::device(&mut reader),
+        memory_limit: base::memory(&mut reader).limit,
         chat_template: rows::token_options(&mut reader).chat_template,
         registry: places::registry_options(&mut reader, ca_file),
         source,
@@ -154,18 +169,25 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
 /// Resolves the settings of a run. All contradictions and missing settings are reported in one fault.
 pub fn make(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
-    let plan = resolve(&mut reader, spec);
+    let plan = resolve(&mut reader, spec, true);
     reader.finish(plan)
 }
 
-fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
+/// The same for commands that look at a finished adapter: they may do without data.
+pub fn look(spec: &Spec) -> Result<Plan> {
+    let mut reader = Reader::new(spec);
+    let plan = resolve(&mut reader, spec, false);
+    reader.finish(plan)
+}
+
+fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let ca_file = places::existing_file(reader, "ca_file");
     let source = places::source_options(reader, ca_file.clone());
     let (base, folder) = places::model(reader, &source.cache, spec.kaito);
     let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
-    let (data, shares) = places::data(reader, spec.kaito);
+    let (data, shares) = places::data(reader, spec.kaito, needs_data);
     let dataset = rows::dataset_options(reader, shares);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
@@ -174,7 +196,12 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
     let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
+    let output = places::output(reader, spec.kaito);
+    let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
+    let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
     Plan {
+        token_cache: rows::token_cache(reader, &source.cache),
+        trackers,
         source,
         data,
         base,
@@ -183,13 +210,15 @@ fn resolve(reader: &mut Reader, spec: &Spec) -> Plan {
         memory,
         model_name,
         train,
-        output: places::output(reader, spec.kaito),
+        output,
         earlier: places::earlier(reader),
         push: places::push(reader),
         registry: places::registry_options(reader, ca_file),
         init_adapter: places::init_adapter(reader),
         device: places::device(reader),
         dataset,
+        answers: reader.integer(Section::Hone, "answers") as usize,
+        asked,
         values: Vec::new(),
         ignored: ignored(spec),
         warnings: Vec::new(),

@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value as Json, json};
 
-use crate::dataset::{self, EncodedRow, Record, Tokenizer};
+use crate::dataset::{self, Example, Prepared, Set, Tokenizer};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::plan::Plan;
 use crate::report::{Event, Progress, Report, Sink, Stage};
 use crate::train::order::{self, Steps};
+use crate::words;
 
 pub use html::page;
 pub use twins::Twins;
@@ -112,30 +113,35 @@ pub fn read(plan: &Plan, options: &Options, report: &Report) -> Result<Review> {
     let tokenizer = Tokenizer::open(&plan.model.folder)?;
     dataset::check_template(&tokenizer, &plan.tokens)?;
     let data = fetch::data(&plan.data, plan.access(), report)?;
-    let dataset = dataset::read(&data, &plan.dataset, report)?;
-    let encode = |records: &[Record]| dataset::encode_rows(records, &tokenizer, &plan.tokens, report);
-    let (train, evaluation) = (encode(&dataset.train)?, encode(&dataset.evaluation)?);
-    let samples = samples(&dataset.train, &train, &tokenizer, options)?;
-    let both = || train.iter().chain(&evaluation);
-    let learned =
-        |row: &EncodedRow| row.example.supervised.iter().skip(1).filter(|&&learned| learned).count();
+    let Prepared { train, evaluation, rows, .. } =
+        dataset::prepare(&data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
+    let samples = samples(&train, &tokenizer, options)?;
+    let sets = [&train, &evaluation];
+    let sum = |of: &dyn Fn(&Set, usize) -> u64| -> u64 {
+        sets.iter().map(|set| (0..set.len()).map(|index| of(set, index)).sum::<u64>()).sum()
+    };
+    let lengths: Vec<usize> =
+        sets.iter().flat_map(|set| (0..set.len()).map(|index| set.whole(index))).collect();
     let (steps, packing) = packing(&train, plan);
-    let rows = dataset.train.len() + dataset.evaluation.len();
+    let (twins, compared) = twins::find(&train, &evaluation, &tokenizer);
+    if compared < train.len() + evaluation.len() {
+        report.warn(Stage::Read, format!("copies are looked for among {compared} rows only"));
+    }
     Ok(Review {
         model: plan.model_name.clone(),
         rows,
         train: train.len(),
         evaluation: evaluation.len(),
         dropped: rows - train.len() - evaluation.len(),
-        tokens: both().map(|row| row.example.ids.len() as u64).sum(),
-        learned: both().map(|row| learned(row) as u64).sum(),
-        longest: both().map(|row| row.whole).max().unwrap_or(0),
+        tokens: sum(&|set, index| set.tokens(index) as u64),
+        learned: sum(&Set::learned),
+        longest: lengths.iter().copied().max().unwrap_or(0),
         tokens_max: plan.tokens.tokens_max,
-        cut: both().filter(|row| row.whole > row.example.ids.len()).count(),
+        cut: sum(&|set, index| u64::from(set.whole(index) > set.tokens(index))) as usize,
         packing,
         steps,
-        lengths: histogram(both().map(|row| row.whole)),
-        twins: twins::find(&train, &evaluation, &tokenizer),
+        lengths: histogram(lengths.into_iter()),
+        twins,
         warnings: heard.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone(),
         samples,
     })
@@ -160,19 +166,12 @@ impl Sink for Heard {
     fn progress(&self, _: &Progress) {}
 }
 
-fn samples(
-    records: &[Record],
-    rows: &[EncodedRow],
-    tokenizer: &Tokenizer,
-    options: &Options,
-) -> Result<Vec<Sample>> {
-    let place = |row: &EncodedRow| format!("{}:{}", records[row.record].file, records[row.record].row);
-    let chosen: Vec<&EncodedRow> = match options.rows.is_empty() {
-        true => drawn(rows.len(), options).into_iter().map(|index| &rows[index]).collect(),
+fn samples(rows: &Set, tokenizer: &Tokenizer, options: &Options) -> Result<Vec<Sample>> {
+    let chosen: Vec<usize> = match options.rows.is_empty() {
+        true => drawn(rows.len(), options),
         false => {
             let find = |wanted: &String| {
-                let same = |row: &&EncodedRow| place(row) == *wanted;
-                rows.iter().find(same).ok_or_else(|| {
+                (0..rows.len()).find(|&index| rows.place(index) == *wanted).ok_or_else(|| {
                     Fault::config(format!(
                         "--row {wanted}: no training row with something to learn has this place"
                     ))
@@ -182,12 +181,12 @@ fn samples(
             options.rows.iter().map(find).collect::<Result<_>>()?
         }
     };
-    let sample = |row: &EncodedRow| Sample {
-        place: place(row),
-        tokens: row.example.ids.len(),
-        learned: row.example.supervised.iter().skip(1).filter(|&&learned| learned).count(),
-        cut: row.whole > row.example.ids.len(),
-        pieces: pieces(row, tokenizer),
+    let sample = |index: usize| Sample {
+        place: rows.place(index),
+        tokens: rows.tokens(index),
+        learned: rows.learned(index) as usize,
+        cut: rows.whole(index) > rows.tokens(index),
+        pieces: pieces(&rows.example(index), tokenizer),
     };
     Ok(chosen.into_iter().map(sample).collect())
 }
@@ -203,8 +202,7 @@ fn drawn(rows: usize, options: &Options) -> Vec<usize> {
     chosen.into_iter().collect()
 }
 
-fn pieces(row: &EncodedRow, tokenizer: &Tokenizer) -> Vec<Piece> {
-    let example = &row.example;
+fn pieces(example: &Example, tokenizer: &Tokenizer) -> Vec<Piece> {
     let kind =
         |index: usize| (index > 0 && example.supervised[index], tokenizer.is_special(example.ids[index]));
     let mut pieces = Vec::new();
@@ -232,13 +230,12 @@ fn histogram(lengths: impl Iterator<Item = usize> + Clone) -> Vec<(usize, usize,
 }
 
 /// (optimizer steps of the run, share of the passes' capacity that packing fills).
-fn packing(rows: &[EncodedRow], plan: &Plan) -> (u64, Option<f64>) {
+fn packing(rows: &Set, plan: &Plan) -> (u64, Option<f64>) {
     let steps = Steps::new(rows.len(), &plan.train);
     let Some(room) = plan.train.packing.filter(|_| !rows.is_empty()) else { return (steps.total, None) };
-    let examples: Vec<dataset::Example> = rows.iter().map(|row| row.example.clone()).collect();
     let (mut tokens, mut passes) = (0, 0);
     for step in 0..steps.per_epoch.min(STEPS_LOOKED_AT) {
-        for batch in order::batches(&examples, &steps.micro_batches(step), Some(room), usize::MAX, |_| 0) {
+        for batch in order::batches(rows, &steps.micro_batches(step), Some(room), usize::MAX, |_| 0) {
             tokens += batch.ids.len();
             passes += 1;
         }
@@ -266,21 +263,30 @@ impl Review {
                 "rows",
                 format!(
                     "{}: {} to train on, {} to evaluate on, {} dropped",
-                    self.rows, self.train, self.evaluation, self.dropped
+                    words::count(self.rows as u64),
+                    words::count(self.train as u64),
+                    words::count(self.evaluation as u64),
+                    words::count(self.dropped as u64)
                 ),
             ),
-            ("tokens", format!("{}, longest row {}", self.tokens, self.longest)),
-            ("learned", format!("{} tokens, {}", self.learned, share(self.learned, self.tokens))),
+            (
+                "tokens",
+                format!("{}, longest row {}", words::count(self.tokens), words::count(self.longest as u64)),
+            ),
+            (
+                "learned",
+                format!("{} tokens, {}", words::count(self.learned), share(self.learned, self.tokens)),
+            ),
             (
                 "cut",
                 format!(
-                    "{} rows cut to {} tokens, {}",
-                    self.cut,
+                    "{} rows to {} tokens, {}",
+                    words::count(self.cut as u64),
                     self.tokens_max,
                     share(self.cut as u64, rows)
                 ),
             ),
-            ("steps", self.steps.to_string()),
+            ("steps", words::count(self.steps)),
         ];
         if let Some(packing) = self.packing {
             facts.push(("packing", format!("passes are filled to {:.0} %", 100.0 * packing)));
@@ -288,11 +294,18 @@ impl Review {
         let Twins { exact, near, overlap } = &self.twins;
         facts.push((
             "duplicates",
-            format!("{exact} rows are exact copies of an earlier row, {near} are nearly the same"),
+            format!(
+                "exact copies of an earlier row: {}; nearly so: {}",
+                words::count(*exact as u64),
+                words::count(*near as u64)
+            ),
         ));
         facts.push((
             "overlap",
-            format!("{overlap} evaluation rows are also in the training data, exactly or nearly"),
+            format!(
+                "rows to evaluate on that are also trained on, exactly or nearly: {}",
+                words::count(*overlap as u64)
+            ),
         ));
         facts
     }

@@ -6,7 +6,7 @@
 //! Links that somebody planted under hone's own names are never followed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,10 +23,24 @@ use crate::{whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
-const RECORD: &str = "hone.json";
+pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
-const METRICS: &str = "metrics.jsonl";
+pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+/// The page that explains the run.
+pub const REPORT: &str = "report.html";
+/// Folder of what trackers keep beside the results: TensorBoard's event files.
+pub const TRACKERS: &str = "runs";
+/// How that page begins, by which hone knows its own.
+pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
+/// What that page is made of, for machines.
+pub const REPORT_FACTS: &str = "report.json";
+/// The beginning of that file, by which hone knows its own.
+const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
+/// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
+pub const TIMELINE: &str = "timeline.jsonl";
+/// Answers of base and tuned model to held-out rows at the end of the run, if they were asked for.
+pub const ANSWERS: &str = "answers.json";
 /// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -38,8 +52,20 @@ const EARLIER: &str = "earlier";
 /// Files of a finished run.
 const WHOLE: [&str; 3] = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL];
 /// All files that a run may write.
-const OWN: [&str; 7] =
-    [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE, SENTINEL, "README.md", METRICS, CHECKPOINTS, RECORD];
+const OWN: [&str; 12] = [
+    adapter::CONFIG_FILE,
+    adapter::WEIGHTS_FILE,
+    SENTINEL,
+    "README.md",
+    ANSWERS,
+    METRICS,
+    CHECKPOINTS,
+    REPORT,
+    REPORT_FACTS,
+    TIMELINE,
+    TRACKERS,
+    RECORD,
+];
 
 /// What happens to results of another run that are in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +89,9 @@ pub struct Record {
     pub started: u64,
     /// The files that the run reads its rows from.
     pub data: Vec<DataFile>,
+    /// The keys that the run was given. Commands that use its adapter later read them (`plan/asked.rs`).
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub asked: serde_json::Map<String, serde_json::Value>,
     /// The result of training, when it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained: Option<serde_json::Value>,
@@ -89,6 +118,21 @@ pub struct PushedImage {
     pub reference: String,
     /// Digest of the manifest.
     pub digest: String,
+}
+
+impl Record {
+    /// The record of a folder that a run of hone wrote; `None` for any other folder.
+    ///
+    /// # Errors
+    /// Config: there is a hone.json that is no record.
+    pub fn of(folder: &Path) -> Result<Option<Record>> {
+        read_record(folder)
+    }
+
+    /// When the run was first started.
+    pub fn started(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.started)
+    }
 }
 
 /// A claimed output folder. The claim ends when the value is dropped.
@@ -150,7 +194,11 @@ impl RunFolder {
                 self.started = now();
                 // This comes before the record is written: afterwards these lines could not be distinguished from the
                 // new run's.
-                self.remove(METRICS)?;
+                for name in [METRICS, TIMELINE, REPORT_FACTS, REPORT] {
+                    self.remove(name)?;
+                }
+                // A link is not followed: it fails here, and stays.
+                let _ = fs::remove_dir_all(self.path.join(TRACKERS));
                 let file = |file: &source::File| DataFile {
                     name: file.name.clone(),
                     bytes: file.bytes,
@@ -161,10 +209,19 @@ impl RunFolder {
                     fingerprint: fingerprint.into(),
                     started: self.started,
                     data: data.iter().map(file).collect(),
+                    asked: serde_json::Map::new(),
                     trained: None,
                     image: None,
                 })
             }
+        }
+    }
+
+    /// Records the keys that the run was given.
+    pub fn remember(&mut self, asked: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        match self.record.clone() {
+            Some(record) if record.asked != *asked => self.save(Record { asked: asked.clone(), ..record }),
+            _ => Ok(()),
         }
     }
 
@@ -241,6 +298,16 @@ impl RunFolder {
     /// Writes a file atomically: temporary name, sync, rename.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         whole::write(&self.path.join(name), content)
+    }
+
+    /// Whether no run was here before.
+    pub fn is_fresh(&self) -> bool {
+        self.record.is_none()
+    }
+
+    /// What identifies the run that the folder belongs to.
+    pub fn fingerprint(&self) -> &str {
+        self.record.as_ref().map_or("", |record| &record.fingerprint)
     }
 
     /// Records the end of training, then writes the sentinel.
@@ -353,6 +420,15 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
+/// Whether a plain file begins with this text.
+fn begins_with(file: &Path, text: &str) -> bool {
+    let mut start = vec![0; text.len()];
+    let is_plain = fs::symlink_metadata(file).is_ok_and(|found| found.is_file());
+    is_plain
+        && File::open(file).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+        && start == text.as_bytes()
+}
+
 /// Refuses a folder with other files. An empty folder may hold what file systems and hone itself leave: hidden files,
 /// lost+found, and the empty metrics file that earlier versions wrote before the record.
 fn refuse_foreign(path: &Path) -> Result<()> {
@@ -361,7 +437,13 @@ fn refuse_foreign(path: &Path) -> Result<()> {
         entry.file_name() == METRICS
             && entry.metadata().is_ok_and(|found| found.is_file() && found.len() == 0)
     };
-    let entries = entries.flatten().filter(|entry| !is_bare(entry));
+    // A start that ended before its record left its report, or what was to become one.
+    let reported = begins_with(&path.join(REPORT), REPORT_MARK)
+        || begins_with(&path.join(REPORT_FACTS), REPORT_FACTS_MARK);
+    let is_report = |entry: &fs::DirEntry| {
+        reported && [REPORT, REPORT_FACTS, TIMELINE].iter().any(|name| entry.file_name() == *name)
+    };
+    let entries = entries.flatten().filter(|entry| !is_bare(entry) && !is_report(entry));
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut foreign: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "lost+found").collect();
@@ -392,6 +474,9 @@ mod tests {
             seconds: 1.0,
             tokens_per_second: 10.0,
             resumed_at: None,
+            best: None,
+            restored_step: None,
+            stopped_early: false,
         }
     }
 
@@ -457,6 +542,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(METRICS), "").unwrap();
         fs::write(folder.path().join(".tmpAb12Cd"), "{").unwrap();
+        fs::write(folder.path().join(REPORT_FACTS), "{\n  \"hone\": \"0.1.0\",\n").unwrap();
+        fs::write(folder.path().join(TIMELINE), "").unwrap();
         let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         assert!(!folder.path().join(".tmpAb12Cd").exists(), "a leftover is collected");
         run.belongs_to("a", &[]).unwrap();
@@ -516,9 +603,19 @@ mod tests {
         let run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         let before = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":9.0}\n{\"step\":3";
         fs::write(folder.path().join(METRICS), before).unwrap();
-        let next = Metric::Evaluation { step: 2, epoch: 1.0, eval_loss: 0.5 };
+        let (eval_perplexity, eval_mean_token_accuracy) = (2.0, None);
+        let next = Metric::Evaluation {
+            step: 2,
+            epoch: 1.0,
+            eval_loss: 0.5,
+            eval_perplexity,
+            eval_mean_token_accuracy,
+        };
         run.metrics(&next).unwrap().log(&next).unwrap();
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
-        assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5}\n");
+        assert_eq!(
+            text,
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5,\"eval_perplexity\":2.0}\n"
+        );
     }
 }

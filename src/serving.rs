@@ -1,5 +1,9 @@
 //! What was asked of `hone serve` -> a server that answers with the model until a signal ends it.
 
+mod identity;
+pub mod live;
+pub mod room;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,37 +11,43 @@ use std::time::Duration;
 use candle_core::Device;
 
 use crate::dataset::{Chat, Tokenizer};
-use crate::facts::config::Config;
-use crate::facts::family;
 use crate::fault::{Fault, Result};
 use crate::fetch;
+use crate::generate::Strength;
 use crate::generate::defaults::Defaults;
 use crate::generate::engine::{self, Engine};
-use crate::generate::{Engine as _, Strength};
+use crate::memory::Machine;
+use crate::memory::serving::{CacheType, Plan};
 use crate::model::load;
 use crate::plan::Serving;
-use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
-use crate::server::model::Bring;
+use crate::server::model::{Bring, Brought, Named, Origin};
 use crate::server::{self, Model, Server};
+use crate::words::size;
 use crate::{device, interrupt};
+use live::Live;
+use room::Size;
 
-/// Keys and values of so many tokens are kept unless told otherwise.
-const CACHE_TOKENS: usize = 16_384;
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How a model is served.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// How the server listens.
     pub server: server::Options,
-    /// Name and source: a folder, or `oci://IMAGE`.
+    /// Name and source: a folder, `oci://IMAGE` or `hf://OWNER/NAME`.
     pub adapters: Vec<(String, String)>,
     /// Name and parts.
     pub mixes: Vec<(String, Vec<(String, f32)>)>,
-    pub sequences: usize,
+    /// The id that answers requests that name none; `None`: the only mix, else the base.
+    pub default: Option<String>,
+    /// Adapters and mixes that are followed while the server runs.
+    pub adapters_file: Option<PathBuf>,
+    /// How large the server is.
+    pub size: Size,
+    /// Most requests that wait.
     pub waiting: usize,
-    pub context: Option<usize>,
-    pub cache_tokens: Option<usize>,
+    /// Whether `/chat` continues a prompt as it is.
     pub raw_chat: bool,
     /// Requests may load adapters from below this folder, and from images.
     pub adapter_folder: Option<PathBuf>,
@@ -56,7 +66,10 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     let address = server.address();
     report.note(Stage::Load, format!("listening on {scheme}://{address}; loading the model"));
     let model = Arc::new(model(plan, options, report)?);
+    let live = options.adapters_file.as_deref();
+    let live = live.map(|file| Live::start(file, model.clone(), bring(plan, report), report)).transpose()?;
     server.ready(model.clone());
+    live.map(Live::follow).transpose()?;
     report.note(Stage::Load, format!("ready: {} at {scheme}://{address}", model.names().join(", ")));
     while !interrupt::requested() {
         if let Some(fault) = model.engine.failure() {
@@ -91,6 +104,10 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
             }
         }
     }
+    if let Some(default) = options.default.as_ref().filter(|default| !names.contains(default)) {
+        return Err(Fault::usage(format!("--default {default}: there is no model of this name"))
+            .help(format!("one of {}", names.into_iter().cloned().collect::<Vec<_>>().join(", "))));
+    }
     Ok(())
 }
 
@@ -106,95 +123,92 @@ fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
         report.warn(Stage::Load, told);
     }
     let defaults = Defaults::read(&folder, &tokenizer, chat.as_ref())?;
-    let engine = Arc::new(engine(plan, &folder, options, &device, report)?);
     let bring = bring(plan, report);
-    for (name, source) in &options.adapters {
-        let adapter = engine.load_adapter(name, &bring(source)?).map_err(|fault| fault.at(source))?;
-        report.note(
-            Stage::Load,
-            format!("Adapter added: {name} (rank {}, from {})", adapter.rank, adapter.folder.display()),
-        );
-    }
+    // A missing adapter is told before gigabytes are loaded.
+    let adapters = options.adapters.iter().map(|(name, source)| Ok((name, source, bring(source)?)));
+    let adapters = adapters.collect::<Result<Vec<_>>>()?;
+    let machine = Machine::of(&device, plan.memory_limit);
+    let bytes = adapters.iter().map(|(_, _, brought)| room::adapter_bytes(&brought.folder, machine.place));
+    let described = room::describe(plan, &folder)?;
+    let divided = room::divide(plan, &options.size, &described, bytes.sum::<Result<u64>>()?, &machine)?;
+    report.note(
+        Stage::Load,
+        format!("{} of {}: {}", size(divided.bytes()), size(divided.memory), divided.choice()),
+    );
+    let engine = Arc::new(engine(plan, &folder, options, &described, &divided, &device, report)?);
     let part = |(name, strength): &(String, f32)| Strength { name: name.clone(), strength: *strength };
-    let mixes = options.mixes.iter();
-    Ok(Model {
+    let mixes = options.mixes.iter().map(|(name, parts)| (name.clone(), parts.iter().map(part).collect()));
+    let model = Model {
         name: plan.model_name.clone(),
         engine,
         tokenizer,
         chat,
         defaults,
-        mixes: mixes.map(|(name, parts)| (name.clone(), parts.iter().map(part).collect())).collect(),
+        named: Named::new(options.default.clone(), mixes.collect()),
         raw_chat: options.raw_chat,
-        bring: options.adapter_folder.clone().map(|root| confined(root, bring)),
-    })
+        bring: options.adapter_folder.clone().map(|root| confined(root, bring.clone())),
+    };
+    for (name, source, brought) in adapters {
+        let digest = brought.origin.digest.clone();
+        let adapter = model.load_adapter(name, brought).map_err(|fault| fault.at(source))?;
+        report.note(
+            Stage::Load,
+            format!("Adapter added: {name} (rank {}, from {source}, {digest})", adapter.rank),
+        );
+    }
+    Ok(model)
 }
 
 fn engine(
     plan: &Serving,
     folder: &Path,
     options: &Options,
+    described: &room::Described,
+    divided: &Plan,
     device: &Device,
     report: &Report,
 ) -> Result<Engine> {
-    let config = Config::read(folder)?;
-    let facts = family::describe(&config)?;
     let mut model = plan.model.clone();
     model.folder = folder.to_owned();
-    model.quantization = crate::facts::quantization::read(&config)?.unwrap_or(model.quantization);
-    let context = options.context.unwrap_or(facts.positions_max.min(CACHE_TOKENS));
-    if context > facts.positions_max {
-        return Err(Fault::config(format!(
-            "--context {context}: the model was made for {} tokens",
-            facts.positions_max
-        )));
-    }
-    if options.context.is_none() && context < facts.positions_max {
-        report.note(
-            Stage::Load,
-            format!(
-                "the context is {context} of the model's {} tokens; --context changes it",
-                facts.positions_max
-            ),
-        );
-    }
+    model.quantization = described.quantization;
     let description = format!("{:?} on {}", model.quantization, device::name(device));
-    let decoder = load::load(facts, &model, device, report)?;
+    let decoder = load::load(described.facts.clone(), &model, device, report)?;
     let sizes = engine::Options {
-        sequences: options.sequences,
+        sequences: options.size.sequences,
         waiting: options.waiting,
-        context: Some(context),
-        cache_tokens: options.cache_tokens.unwrap_or(CACHE_TOKENS.max(context)),
-        half_cache: true,
+        context: Some(divided.context),
+        cache_tokens: divided.cache_tokens,
+        half_cache: divided.cache == CacheType::Bf16,
     };
     Engine::start(decoder, &sizes, description)
 }
 
-/// A folder as it is; an image's folder in the cache, pulled where it is not there.
+/// A folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An image
+/// that names another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
-    let (registry, cache, report) = (plan.registry.clone(), plan.source.cache.clone(), report.clone());
-    Arc::new(move |source: &str| {
-        let Some(image) = source.strip_prefix("oci://") else {
-            return match Path::new(source).is_dir() {
-                true => Ok(PathBuf::from(source)),
-                false => Err(Fault::config(format!("adapter {source:?}: there is no such folder"))
-                    .help("name a PEFT folder, or oci://IMAGE")),
-            };
-        };
-        // A tag may move: each start asks for what it names now.
-        let digest = crate::source::digest(source.as_bytes());
-        let folder = cache.join("adapters").join(format!("{}-{}", &digest[..16], std::process::id()));
-        if folder.exists() {
-            std::fs::remove_dir_all(&folder).map_err(|error| Fault::storage("remove", &folder, &error))?;
+    let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
+    let mut served = match &plan.base {
+        fetch::Model::Folder(_) => vec![plan.base.name()],
+        base => vec![base.to_string()],
+    };
+    served.extend(Some(plan.model_name.clone()).filter(|name| *name != served[0]));
+    Arc::new(move |text: &str| {
+        let access = fetch::Access { source: &source, registry: &registry };
+        let adapter = fetch::Adapter::parse(text)?;
+        let brought = fetch::adapter(&adapter, access, &report)?;
+        if let Some(warning) = identity::check(&adapter.to_string(), &brought.bases, &served)? {
+            report.warn(Stage::Load, warning);
         }
-        registry::pull(&Target::parse(image)?, &folder, &registry, &report)?;
-        Ok(folder)
+        let origin = Origin { source: adapter.to_string(), digest: brought.digest };
+        Ok(Brought { folder: brought.folder, origin })
     })
 }
 
-/// What a request may name: a folder below `root`, no link out of it, or an image.
+/// What a request may name: a folder below `root`, no link out of it; an image of a registry; or hf://OWNER/NAME.
 fn confined(root: PathBuf, bring: Bring) -> Bring {
     Arc::new(move |source: &str| {
-        if source.starts_with("oci://") {
+        let remote = source.starts_with("hf://") || source.starts_with("oci://");
+        if remote && fetch::Adapter::parse(source)?.is_remote() {
             return bring(source);
         }
         let outside = || {
@@ -202,7 +216,7 @@ fn confined(root: PathBuf, bring: Bring) -> Bring {
         };
         let root = root.canonicalize().map_err(|_| outside())?;
         let folder = root.join(source).canonicalize().map_err(|_| outside())?;
-        match folder.starts_with(&root) {
+        match folder.starts_with(&root) && folder.is_dir() {
             true => bring(&folder.to_string_lossy()),
             false => Err(outside()),
         }
@@ -215,16 +229,18 @@ mod tests {
 
     #[test]
     fn a_request_names_only_folders_below_the_root() {
-        let all: Bring = Arc::new(|path| Ok(PathBuf::from(path)));
+        let all: Bring =
+            Arc::new(|path| Ok(Brought { folder: PathBuf::from(path), origin: Origin::default() }));
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("root");
         std::fs::create_dir_all(root.join("a")).unwrap();
         std::fs::create_dir_all(folder.path().join("other")).unwrap();
         std::os::unix::fs::symlink(folder.path().join("other"), root.join("link")).unwrap();
         let bring = confined(root.clone(), all);
-        assert_eq!(bring("a").unwrap(), root.canonicalize().unwrap().join("a"));
+        assert_eq!(bring("a").unwrap().folder, root.canonicalize().unwrap().join("a"));
         assert!(bring("oci://host/a:1").is_ok());
-        for path in ["../other", "link", "/etc", "none"] {
+        assert!(bring("hf://org/lora").is_ok());
+        for path in ["../other", "link", "/etc", "none", "oci:../other", "oci://oci:/etc", "org/lora"] {
             assert!(bring(path).is_err(), "{path}");
         }
     }

@@ -12,13 +12,13 @@ use crate::fault::{Fault, Result};
 /// A file's mode: a temporary file is private, results are for everybody to read.
 const MODE: u32 = 0o644;
 
-/// Writes `content` to `path`: under a temporary name beside it, synced, then renamed. A link or pipe that somebody planted under
-/// either name is replaced and never followed.
+/// Writes `content` to `path`: under a temporary name beside it, synced, then renamed. A link or pipe that somebody
+/// planted under either name is replaced and never followed.
 pub fn write(path: &Path, content: &[u8]) -> Result<()> {
     fill(path, |file| file.write_all(content))
 }
 
-/// Like [`write`], with content that `fill` writes piece by piece.
+/// Like [`write()`], with content that `fill` writes piece by piece.
 pub fn fill(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let write = || -> io::Result<()> {
         let mut file = NamedTempFile::new_in(folder_of(path))?;

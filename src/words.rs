@@ -36,8 +36,19 @@ pub fn hex(bytes: impl AsRef<[u8]>) -> String {
     bytes.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of four-digit
-/// years holds is written as 1970-01-01.
+/// Bytes -> base64 with padding (RFC 4648).
+pub fn base64(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let letter = |bits: u32, place: u32| char::from(LETTERS[(bits >> (18 - 6 * place) & 63) as usize]);
+    let group = |bytes: &[u8]| -> String {
+        let bits = (0..3).fold(0, |bits, i| bits << 8 | u32::from(bytes.get(i).copied().unwrap_or(0)));
+        (0..4).map(|place| if place <= bytes.len() as u32 { letter(bits, place) } else { '=' }).collect()
+    };
+    bytes.chunks(3).map(group).collect()
+}
+
+/// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of
+/// four-digit years holds is written as 1970-01-01.
 pub fn date(time: SystemTime, format: &str) -> String {
     let epoch = civil::date(1970, 1, 1).at(0, 0, 0, 0);
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -48,6 +59,12 @@ pub fn date(time: SystemTime, format: &str) -> String {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    #[test]
+    fn base64_is_that_of_rfc_4648() {
+        let list = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
+        assert_eq!(list, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+    }
 
     #[test]
     fn sizes_read_well() {

@@ -33,6 +33,13 @@ fn help_tells_what_there_is() {
           inspect      Show the data as it will be trained on: the learned parts of each row, counts,
                        duplicates, warnings
           model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
+          try          Ask the base and the tuned model the same, and show both answers side by side
+          eval         Measure loss, perplexity, token accuracy and exact match on held-out rows, without
+                       the adapter and with it
+          merge        Add an adapter to its base and write the whole model, as safetensors or GGUF; or the
+                       adapter alone as GGUF
+          report       Make the page that explains a run from its folder of results, or one that compares
+                       several runs
           push         Push an adapter's folder as an image
           pull         Pull an adapter's image into a folder
           example      Write a tiny model, a dataset and a configuration, and run the whole job on them in
@@ -170,14 +177,19 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_EARLIER_RESULTS=]
 
+              --answers <ROWS>
+                  Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+
+                  [env: HONE_ANSWERS=]
+
               --push <IMAGE>
-                  Image to push when training is done
+                  Image that the adapter is pushed as when training is done
 
                   [env: HONE_PUSH=]
 
               --target-matching <HOW>
-                  What q_proj means on a fused qkv_proj: fused (that module) or literal (nothing, as in
-                  PEFT)
+                  Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal
+                  (it matches nothing, as in PEFT)
 
                   [env: HONE_TARGET_MATCHING=]
 
@@ -192,7 +204,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_DEVICE=]
 
               --keep <LEVEL>
-                  What each layer keeps for the backward pass: auto, everything, ..., host-inputs
+                  How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
 
                   [env: HONE_KEEP=]
 
@@ -210,6 +222,11 @@ fn help_tells_what_there_is() {
                   Folder for downloads
 
                   [env: HONE_CACHE=]
+
+              --token-cache <DIR>
+                  Folder in which tokens of the data are kept for later runs, or `off`: in memory
+
+                  [env: HONE_TOKEN_CACHE=]
 
               --file-bytes-max <BYTES>
                   Largest size of a downloaded data file, in bytes
@@ -325,8 +342,10 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         bad_rows_max                                   0.5                default
         output                                         try/adapter        try/hone.yaml:4
         earlier_results                                refuse             default
+        answers                                        0                  default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
+        mlflow_experiment                              Default            default
         device                                         auto               environment HONE_DEVICE
         keep                                           auto               default
         cache                                          cache              environment HONE_CACHE
@@ -344,6 +363,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         LoraConfig.init_lora_weights                   true               default
         TrainingArguments.learning_rate                0.005              try/hone.yaml:17
         TrainingArguments.lr_scheduler_type            linear             default
+        TrainingArguments.label_smoothing_factor       0.0                default
         TrainingArguments.warmup_steps                 0.0                default
         TrainingArguments.num_train_epochs             3.0                default
         TrainingArguments.max_steps                    60                 try/hone.yaml:18
@@ -362,6 +382,11 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         TrainingArguments.dataset_text_field           text               default
         TrainingArguments.logging_strategy             steps              default
         TrainingArguments.logging_steps                10                 try/hone.yaml:20
+        TrainingArguments.report_to                    none               default
+        TrainingArguments.eval_delay                   0.0                default
+        TrainingArguments.eval_on_start                false              default
+        TrainingArguments.load_best_model_at_end       false              default
+        TrainingArguments.early_stopping_threshold     0.0                default
         TrainingArguments.save_strategy                no                 try/hone.yaml:21
         TrainingArguments.save_steps                   500                default
         TrainingArguments.seed                         42                 default
@@ -375,6 +400,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
 
         work: 60 optimizer steps over 216 rows, about 26845 tokens (estimated from footers)
         l4  about 780488 tokens/s, 1 s, $0.00 at $0.80 an hour
+        Costs follow list prices of one GPU on demand at large clouds in the United States, November 2026; yours may differ: give it with --price NAME=DOLLARS.
 
         memory, if all examples have the largest number of tokens:
         context and kernels                     600.0 MiB

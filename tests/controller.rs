@@ -1,7 +1,7 @@
 //! `hone controller` against an API server: what it makes, what it tells, what it leaves alone.
 //!
-//! The server is tests/support/api_server.rs; the tests play Job controller and kubelet on it. Where KUBECONFIG names a real
-//! cluster, `a_real_cluster_gives_the_same` does there what needs no part played.
+//! The server is tests/support/api_server.rs; the tests play Job controller and kubelet on it. Where KUBECONFIG names a
+//! real cluster, `a_real_cluster_gives_the_same` does there what needs no part played.
 
 #[path = "support/api_server.rs"]
 mod api_server;
@@ -34,6 +34,7 @@ fn start(config: kube::Config, change: impl FnOnce(&mut Options)) -> Running {
         lease_namespace: "hone-system".into(),
         identity: "one".into(),
         address: "127.0.0.1:0".parse().unwrap(),
+        webhook: None,
     };
     change(&mut options);
     let stop = Arc::new(AtomicBool::new(false));
@@ -925,11 +926,55 @@ fn ends_that_nobody_saw() {
     assert!(server.get("jobs", NAMESPACE, "gone").is_none(), "it is not trained again");
 }
 
-/// At rest a Workspace costs no request, and a thousand at once bounded ones.
+/// The real program as a process of its own, with a kubeconfig; it ends with the value.
+struct Process {
+    child: std::process::Child,
+    _folder: tempfile::TempDir,
+}
+
+impl Process {
+    fn start(server: &ApiServer) -> Process {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kubeconfig");
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": server.config().cluster_url.to_string()}}],
+            "users": [{"name": "test", "user": {}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        std::fs::write(&file, config.to_string()).unwrap();
+        let child = std::process::Command::new(env!("CARGO_BIN_EXE_hone"))
+            .args(["-q", "controller", "--address", "127.0.0.1:0"])
+            .env("KUBECONFIG", &file)
+            .spawn()
+            .unwrap();
+        Process { child, _folder: folder }
+    }
+
+    /// Megabytes that the process had at most, by the kernel's count.
+    fn peak(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() / 1024
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// At rest a Workspace costs no request, and a thousand at once bounded ones, in bounded memory.
 #[test]
 fn a_thousand_workspaces() {
     const COUNT: usize = 1000;
-    let (server, _running) = controlled();
+    /// LIMIT: of the container in jobs/controller.yaml, in megabytes.
+    const MEMORY_MAX: usize = 256;
+    const REST: Duration = Duration::from_secs(20);
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let process = Process::start(&server);
     for number in 0..COUNT {
         server.put("workspaces", workspace(&format!("w{number}")));
     }
@@ -952,7 +997,30 @@ fn a_thousand_workspaces() {
     });
     let running = server.requests().len() - requests;
     assert!(running <= 8 * COUNT, "{running} requests until {COUNT} ran");
-    println!("{COUNT} Workspaces: {requests} requests until made, {running} until running");
+    for number in 0..COUNT {
+        let name = format!("w{number}");
+        let said = json!({"code": 0, "kind": "ok", "image": "h/adapter:1", "digest": "sha256:abc"});
+        pod(&server, &name, "a", ended(0, &said, 1));
+        job_status(
+            &server,
+            &name,
+            json!({"active": null, "succeeded": 1, "conditions": condition_of_job("Complete")}),
+        );
+    }
+    server.wait_longer("a thousand ends", |server| {
+        let over = |workspace: &Value| annotation(workspace, "digest").is_some();
+        (server.list("workspaces").iter().filter(|workspace| over(workspace)).count() == COUNT).then_some(())
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    let before = server.requests().len();
+    std::thread::sleep(REST);
+    let rest = (server.requests().len() - before) as f64 * 60.0 / REST.as_secs_f64();
+    let peak = process.peak();
+    println!(
+        "{COUNT} Workspaces: {requests} requests until made, {running} until running, {rest:.0} a minute at rest; {peak} MB at most"
+    );
+    assert!(rest <= 0.5 * COUNT as f64, "{rest} requests a minute at rest");
+    assert!(peak <= MEMORY_MAX, "{peak} MB");
 }
 
 fn serving(name: &str, adapters: Value) -> Value {
@@ -971,6 +1039,12 @@ fn set_ready(server: &ApiServer, name: &str, ready: i32) {
     server.merge("statefulsets", NAMESPACE, name, &json!({"status": status}));
 }
 
+/// What the servers of a Workspace are told to answer with.
+fn told(server: &ApiServer, name: &str) -> Value {
+    let map = server.get("configmaps", NAMESPACE, &format!("{name}-adapters")).unwrap();
+    serde_json::from_str(map["data"]["adapters.json"].as_str().unwrap()).unwrap()
+}
+
 fn arguments(set: &Value) -> Vec<String> {
     serde_json::from_value(set["spec"]["template"]["spec"]["containers"][0]["args"].clone()).unwrap()
 }
@@ -983,8 +1057,14 @@ fn a_workspace_that_serves_becomes_a_server_and_its_state() {
     let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
     let said = arguments(&set);
     assert_eq!(said[0], "serve");
-    assert!(said.contains(&"--adapter=support=oci://h.example/adapter:1".to_owned()), "{said:?}");
-    assert!(said.contains(&"--mix=chat=support:1.0".to_owned()), "{said:?}");
+    assert!(said.contains(&"--adapters-file=/mnt/served/adapters.json".to_owned()), "{said:?}");
+    assert_eq!(
+        told(&server, "chat"),
+        json!({
+            "adapters": [{"name": "support", "source": "oci://h.example/adapter:1"}],
+            "mixes": [{"name": "chat", "adapters": [{"name": "support", "strength": 1.0}]}],
+        })
+    );
     let service = server.get("services", NAMESPACE, "chat").unwrap();
     assert_eq!(service["spec"]["ports"][0]["port"], 80);
     assert_eq!(server.get("services", NAMESPACE, "chat-headless").unwrap()["spec"]["clusterIP"], "None");
@@ -1002,30 +1082,28 @@ fn a_workspace_that_serves_becomes_a_server_and_its_state() {
     ] {
         assert!(condition(&ready, name).starts_with(reason), "{ready:#}");
     }
-    server.wait("its adapters", |server| {
-        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
-        (annotation(&workspace, "adapters")? == "support of h.example/adapter:1 at 1.0").then_some(())
-    });
     set_ready(&server, "chat", 0);
     state(&server, "chat", "NotReady");
 
-    // Another strength changes the server; a wrong one leaves it as it is.
+    // Another strength changes what the servers are told, and no pod; a wrong one changes nothing.
+    let before = server.get("statefulsets", NAMESPACE, "chat").unwrap();
     let adapters = |strength: &str| json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]}});
     server.merge("workspaces", NAMESPACE, "chat", &adapters("0.5"));
-    server.wait("half of it", |server| {
+    let half = |server: &ApiServer| told(server, "chat")["mixes"][0]["adapters"][0]["strength"] == 0.5;
+    server.wait("half of it", |server| half(server).then_some(()));
+    let after = server.wait("its hash", |server| {
         let set = server.get("statefulsets", NAMESPACE, "chat")?;
-        arguments(&set).contains(&"--mix=chat=support:0.5".to_owned()).then_some(())
+        (set["metadata"]["annotations"] != before["metadata"]["annotations"]).then_some(set)
     });
+    assert_eq!(after["spec"], before["spec"], "the pods stay as they are");
+    assert_eq!(after["metadata"]["generation"], before["metadata"]["generation"]);
     server.merge("workspaces", NAMESPACE, "chat", &adapters("2"));
     wait_message(
         &server,
         "chat",
         "inference.adapters[0].strength: expected a number from 0 to 1, found \"2\"",
     );
-    assert!(
-        arguments(&server.get("statefulsets", NAMESPACE, "chat").unwrap())
-            .contains(&"--mix=chat=support:0.5".to_owned())
-    );
+    assert!(half(&server));
     let quiet = server.requests().len();
     std::thread::sleep(Duration::from_secs(3));
     assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
@@ -1048,9 +1126,9 @@ fn what_serves_follows_what_is_tuned() {
         pod(&server, "w", digest, ended(0, &said, second));
         job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
         server.wait(digest, |server| {
-            let set = server.get("statefulsets", NAMESPACE, "chat")?;
-            let source = format!("--adapter=newest=oci://registry.example.com/adapter@sha256:{digest}");
-            arguments(&set).contains(&source.replace("sha256:sha256:", "sha256:")).then_some(())
+            server.get("configmaps", NAMESPACE, "chat-adapters")?;
+            let source = format!("oci://registry.example.com/adapter@{digest}");
+            (told(server, "chat")["adapters"] == json!([{"name": "newest", "source": source}])).then_some(())
         });
     };
     pushed("sha256:aa", 1);
@@ -1060,6 +1138,429 @@ fn what_serves_follows_what_is_tuned() {
         server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2").map(|_| ())
     });
     pushed("sha256:bb", 2);
+}
+
+/// A server as far as the controller asks one: `/v1/models` on port 5000 of a loopback address of its own, answering
+/// what is in the cell. It stops with the value.
+struct Asked {
+    address: std::net::Ipv4Addr,
+    says: Arc<std::sync::Mutex<Value>>,
+    count: Arc<std::sync::atomic::AtomicUsize>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Asked {
+    fn start(last: u8) -> Asked {
+        use std::io::{Read, Write};
+        let address = std::net::Ipv4Addr::new(127, 77, 5, last);
+        let listener = std::net::TcpListener::bind((address, 5000)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let asked = Asked { address, says: Arc::default(), count: Arc::default(), stop: Arc::default() };
+        let (says, count, stop) = (asked.says.clone(), asked.count.clone(), asked.stop.clone());
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let Ok((mut stream, _)) = listener.accept() else {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                };
+                stream.set_nonblocking(false).unwrap();
+                let mut head = [0; 2048];
+                let bytes = stream.read(&mut head).unwrap_or(0);
+                assert!(head[..bytes].starts_with(b"GET /v1/models "));
+                count.fetch_add(1, Ordering::Relaxed);
+                let body = says.lock().unwrap().to_string();
+                let length = body.len();
+                _ = write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+                );
+            }
+        });
+        asked
+    }
+
+    /// As the server answers that has taken what the ConfigMap says, or not.
+    fn take(&self, server: &ApiServer, name: &str, refused: Option<&str>, digest: &str) {
+        let map = server.get("configmaps", NAMESPACE, &format!("{name}-adapters")).unwrap();
+        let file = hone::serving::live::file_digest(map["data"]["adapters.json"].as_str().unwrap());
+        let mix = &told(server, name)["mixes"][0];
+        let parts: Vec<Value> = mix["adapters"].as_array().unwrap().iter().map(|part| {
+            json!({"name": part["name"], "strength": part["strength"], "digest": digest, "source": "oci://h.example/adapter:1"})
+        }).collect();
+        *self.says.lock().unwrap() = json!({
+            "data": [{"id": "base", "adapters": []}, {"id": mix["name"], "adapters": parts}], "default": mix["name"],
+            "adapters_file": {"digest": file, "refused": refused},
+        });
+    }
+
+    fn pod(&self, server: &ApiServer, name: &str, number: u32) {
+        let set = server.get("statefulsets", NAMESPACE, name).unwrap();
+        server.put(
+            "pods",
+            json!({
+                "metadata": {
+                    "name": format!("{name}-{number}"), "namespace": NAMESPACE,
+                    "labels": set["spec"]["template"]["metadata"]["labels"],
+                },
+                "spec": {"nodeName": format!("node-{number}"), "containers": []},
+                "status": {
+                    "podIP": self.address.to_string(), "conditions": [{"type": "Ready", "status": "True"}],
+                },
+            }),
+        );
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn wait_adapters(server: &ApiServer, name: &str, part: &str) -> Value {
+    server.wait(&format!("{name}: {part}"), |server| {
+        server
+            .get("workspaces", NAMESPACE, name)
+            .filter(|found| condition(found, "AdaptersReady").contains(part))
+    })
+}
+
+/// B2: adapters change in servers that go on, and the status says which answer, by digest.
+#[test]
+fn adapters_change_while_servers_go_on() {
+    let (server, _running) = controlled();
+    let adapters = |strength: &str| json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]);
+    let mut wanted = serving("chat", adapters("1.0"));
+    wanted["resource"]["count"] = json!(2);
+    server.put("workspaces", wanted);
+    server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    let asked = [Asked::start(1), Asked::start(2)];
+    for (number, one) in asked.iter().enumerate() {
+        one.take(&server, "chat", None, "sha256:aa");
+        one.pod(&server, "chat", number as u32);
+    }
+    let ready =
+        wait_adapters(&server, "chat", "True AdaptersAnswer support of h.example/adapter:1 (sha256:aa) at 1");
+    server.wait("the annotation", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
+        (annotation(&workspace, "adapters")? == "support of h.example/adapter:1 (sha256:aa) at 1.0")
+            .then_some(())
+    });
+    assert_eq!(ready["status"]["workerNodes"], json!(["node-0", "node-1"]));
+
+    // One server takes the change, the other does not yet.
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"inference": {"adapters": adapters("0.5")}}));
+    server.wait("the change", |server| {
+        (told(server, "chat")["mixes"][0]["adapters"][0]["strength"] == 0.5).then_some(())
+    });
+    asked[0].take(&server, "chat", None, "sha256:aa");
+    wait_adapters(&server, "chat", "False AdaptersPending 1 of 2 servers have taken them");
+    asked[1].take(&server, "chat", None, "sha256:aa");
+    wait_adapters(&server, "chat", "True AdaptersAnswer support of h.example/adapter:1 (sha256:aa) at 0.5");
+
+    // An adapter of another base: the server says so, and what was there before goes on.
+    let other =
+        json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/other:1"}}]}});
+    server.merge("workspaces", NAMESPACE, "chat", &other);
+    server.wait("the change", |server| {
+        (told(server, "chat")["adapters"][0]["source"] == "oci://h.example/other:1").then_some(())
+    });
+    for one in &asked {
+        one.take(
+            &server,
+            "chat",
+            Some("the adapter oci://h.example/other:1 was trained over phi-4"),
+            "sha256:aa",
+        );
+    }
+    let refused = wait_adapters(
+        &server,
+        "chat",
+        "False AdaptersRefused the adapter oci://h.example/other:1 was trained over phi-4",
+    );
+    assert_eq!(
+        annotation(&refused, "adapters").as_deref(),
+        Some("support of h.example/adapter:1 (sha256:aa) at 0.5")
+    );
+    server.wait("its Event", |server| {
+        let told = |event: &Value| {
+            event["reason"] == "AdaptersRefused" && event["note"].to_string().contains("phi-4")
+        };
+        server.list("events").iter().any(told).then_some(())
+    });
+
+    // Mended, everybody is left in peace.
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"inference": {"adapters": adapters("1.0")}}));
+    server.wait("the change", |server| {
+        (told(server, "chat")["adapters"][0]["source"] == "oci://h.example/adapter:1").then_some(())
+    });
+    asked.iter().for_each(|one| one.take(&server, "chat", None, "sha256:aa"));
+    wait_adapters(&server, "chat", "True AdaptersAnswer support of h.example/adapter:1 (sha256:aa) at 1");
+    std::thread::sleep(Duration::from_millis(500));
+    let (quiet, count) = (server.requests().len(), asked[0].count.load(Ordering::Relaxed));
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
+    assert_eq!(asked[0].count.load(Ordering::Relaxed), count, "servers at rest are not asked");
+
+    // What somebody else changes or removes of it is put right.
+    let strong = json!({"data": {"adapters.json": "{}"}});
+    server.merge("configmaps", NAMESPACE, "chat-adapters", &strong);
+    let right = |server: &ApiServer| {
+        server.get("configmaps", NAMESPACE, "chat-adapters")?;
+        (told(server, "chat")["adapters"][0]["name"] == "support").then_some(())
+    };
+    server.wait("it is put right", right);
+    server.delete("configmaps", NAMESPACE, "chat-adapters", "background");
+    server.wait("it is there again", right);
+
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"inference": {"adapters": null}}));
+    server.wait("no adapters", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
+        (annotation(&workspace, "adapters").is_none()
+            && condition(&workspace, "AdaptersReady").trim().is_empty())
+        .then_some(())
+    });
+    assert_eq!(told(&server, "chat"), json!({"adapters": [], "mixes": []}));
+}
+
+/// The configuration of KAITO's servers: what has a meaning here is a flag, the rest is told once.
+#[test]
+fn a_server_follows_its_configuration() {
+    let (server, _running) = controlled();
+    let mut wanted = serving("chat", json!([]));
+    wanted["inference"]["config"] = json!("servers");
+    server.put("workspaces", wanted);
+    wait_message(&server, "chat", "there is no ConfigMap servers in namespace team");
+    let config = |text: &str| {
+        json!({
+            "metadata": {"name": "servers", "namespace": NAMESPACE}, "data": {"inference_config.yaml": text},
+        })
+    };
+    server.put(
+        "configmaps",
+        config("vllm:\n  max-model-len: 2048\n  served-model-name: phi\n  swap-space: 4\n"),
+    );
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    let said = arguments(&set);
+    assert!(
+        said.contains(&"--context=2048".to_owned()) && said.contains(&"--name=phi".to_owned()),
+        "{said:?}"
+    );
+    let noted = |server: &ApiServer| {
+        let told = |event: &&Value| {
+            event["note"].to_string().contains("vllm.swap-space: hone serve has no such setting")
+        };
+        server.list("events").iter().filter(told).count()
+    };
+    server.wait("its Event", |server| (noted(server) == 1).then_some(()));
+    server.put("configmaps", config("vllm:\n  max-model-len: 1024\n"));
+    server.wait("another context", |server| {
+        arguments(&server.get("statefulsets", NAMESPACE, "chat")?)
+            .contains(&"--context=1024".to_owned())
+            .then_some(())
+    });
+    server.put("configmaps", config("vllm:\n  max-model-len: many\n"));
+    wait_message(
+        &server,
+        "chat",
+        "ConfigMap servers:2:18: vllm.max-model-len: expected a whole number from 1",
+    );
+    assert!(
+        arguments(&server.get("statefulsets", NAMESPACE, "chat").unwrap())
+            .contains(&"--context=1024".to_owned())
+    );
+    assert_eq!(noted(&server), 1, "once");
+}
+
+/// One node for each server; of more than are wanted, an idle one goes.
+#[test]
+fn servers_get_a_node_each() {
+    let server = ApiServer::start();
+    let _running = start(server.config(), |_| {});
+    let mut wanted = serving("chat", json!([]));
+    wanted["resource"]["count"] = json!(3);
+    server.put("workspaces", wanted);
+    let claims = |server: &ApiServer| {
+        let alive = |claim: &Value| claim["metadata"]["deletionTimestamp"].is_null();
+        server.list("nodeclaims").into_iter().filter(alive).collect::<Vec<_>>()
+    };
+    let three = server.wait("three claims", |server| Some(claims(server)).filter(|claims| claims.len() == 3));
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    for (number, claim) in three.iter().enumerate() {
+        let node = json!({"status": {"nodeName": format!("node-{number}"), "conditions": [{"type": "Ready", "status": "True"}]}});
+        server.merge("nodeclaims", "", claim["metadata"]["name"].as_str().unwrap(), &node);
+        // The second node's server is the one that goes.
+        if number != 1 {
+            server.put(
+                "pods",
+                json!({
+                    "metadata": {
+                        "name": format!("chat-{number}"), "namespace": NAMESPACE,
+                        "labels": set["spec"]["template"]["metadata"]["labels"],
+                    },
+                    "spec": {"nodeName": format!("node-{number}"), "containers": []}, "status": {},
+                }),
+            );
+        }
+    }
+    server.wait("all there", |server| {
+        let workspace = server.get("workspaces", NAMESPACE, "chat")?;
+        condition(&workspace, "NodeClaimReady").starts_with("True").then_some(())
+    });
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"resource": {"count": 2}}));
+    let two = server.wait("two claims", |server| Some(claims(server)).filter(|claims| claims.len() == 2));
+    let nodes: Vec<&str> = two.iter().map(|claim| claim["status"]["nodeName"].as_str().unwrap()).collect();
+    assert!(!nodes.contains(&"node-1"), "{nodes:?}");
+    // One that is lost is asked for again.
+    let lost = two[0]["metadata"]["name"].as_str().unwrap().to_owned();
+    server.delete("nodeclaims", "", &lost, "background");
+    server.wait("two again", |server| {
+        let names = claims(server);
+        (names.len() == 2 && names.iter().all(|claim| claim["metadata"]["name"] != *lost)).then_some(())
+    });
+    server.delete("workspaces", NAMESPACE, "chat", "background");
+    server.wait("none", |server| claims(server).is_empty().then_some(()));
+}
+
+/// A port of this machine that was free just now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// What the webhook answers to an AdmissionReview over TLS, as the API server asks: by the Service's name, and trusting
+/// only the bundle of the ValidatingWebhookConfiguration. Or curl's words.
+fn reviewed(server: &ApiServer, port: u16, review: &Value) -> Result<Value, String> {
+    let configuration = server.get("validatingwebhookconfigurations", "", "validation.hone.sh").unwrap();
+    let bundle = configuration["webhooks"][0]["clientConfig"]["caBundle"].as_str().unwrap_or_default();
+    let folder = tempfile::tempdir().unwrap();
+    let (file, body) = (folder.path().join("ca.crt"), folder.path().join("review.json"));
+    std::fs::write(&file, decoded(bundle)).unwrap();
+    std::fs::write(&body, review.to_string()).unwrap();
+    let host = format!("hone-webhook.hone-system.svc:{port}");
+    let asked = std::process::Command::new("curl")
+        .args(["-sS", "--fail", "--max-time", "10", "--noproxy", "*", "--cacert"])
+        .arg(&file)
+        .args(["--connect-to", &format!("{host}:127.0.0.1:{port}"), "-H", "Content-Type: application/json"])
+        .arg("--data-binary")
+        .arg(format!("@{}", body.display()))
+        .arg(format!("https://{host}/validate"))
+        .output()
+        .unwrap();
+    match asked.status.success() {
+        true => Ok(serde_json::from_slice(&asked.stdout).unwrap()),
+        false => Err(String::from_utf8_lossy(&asked.stderr).into_owned()),
+    }
+}
+
+/// Bytes of a text in base64, as objects carry them.
+fn decoded(text: &str) -> Vec<u8> {
+    let bytes: k8s_openapi::ByteString = serde_json::from_value(json!(text)).unwrap();
+    bytes.0
+}
+
+fn review(uid: &str, operation: &str, object: &Value, old: &Value) -> Value {
+    json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+        "uid": uid, "operation": operation, "namespace": NAMESPACE, "name": "w", "object": object, "oldObject": old,
+    }})
+}
+
+#[test]
+fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let (port, health) = (free_port(), free_port());
+    let webhook = controller::webhook::Options {
+        address: format!("127.0.0.1:{port}").parse().unwrap(),
+        valid: Duration::from_secs(6),
+        pause: Duration::from_millis(200),
+    };
+    let _running = start(server.config(), |options| {
+        options.address = format!("127.0.0.1:{health}").parse().unwrap();
+        options.webhook = Some(webhook.clone());
+    });
+    let health = format!("127.0.0.1:{health}").parse().unwrap();
+    server.wait("what is missing", |_| {
+        readyz(health)
+            .contains("ValidatingWebhookConfiguration validation.hone.sh is not installed")
+            .then_some(())
+    });
+    let [configuration] = controller::install::webhook()
+        .into_iter()
+        .filter(|object| object["kind"] == "ValidatingWebhookConfiguration")
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+    server.put("validatingwebhookconfigurations", configuration);
+    server.wait("ready", |_| readyz(health).starts_with("HTTP/1.1 200").then_some(()));
+
+    let good = workspace("w");
+    let said = reviewed(&server, port, &review("u-1", "CREATE", &good, &Value::Null)).unwrap();
+    assert_eq!(
+        (said["kind"].as_str(), said["apiVersion"].as_str()),
+        (Some("AdmissionReview"), Some("admission.k8s.io/v1"))
+    );
+    assert_eq!(said["response"], json!({"uid": "u-1", "allowed": true, "warnings": []}));
+    let mut wrong = good.clone();
+    wrong["tuning"]["preset"]["name"] = json!("phi-3-mini-4k-instrct");
+    let said = reviewed(&server, port, &review("u-2", "CREATE", &wrong, &Value::Null)).unwrap();
+    assert_eq!(
+        (&said["response"]["allowed"], &said["response"]["status"]["code"]),
+        (&json!(false), &json!(422))
+    );
+    let message = said["response"]["status"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("tuning.preset.name") && message.contains("phi-3-mini-4k-instruct"),
+        "{message}"
+    );
+    // What the controller would refuse later is told now; its own writes to a wrong Workspace pass.
+    let mut annotated = wrong.clone();
+    annotated["metadata"]["finalizers"] = json!(["hone.sh/nodes"]);
+    let said = reviewed(&server, port, &review("u-3", "UPDATE", &annotated, &wrong)).unwrap();
+    assert_eq!(said["response"]["allowed"], true);
+    // A configuration that is there counts; a mistake in it is a warning.
+    let mut configured = good.clone();
+    configured["tuning"]["config"] = json!("mine");
+    server.put(
+        "configmaps",
+        json!({
+            "metadata": {"name": "mine", "namespace": NAMESPACE},
+            "data": {"training_config.yaml": "training_config: {LoraConfig: {rank: 8}}"},
+        }),
+    );
+    let said = reviewed(&server, port, &review("u-4", "CREATE", &configured, &Value::Null)).unwrap();
+    let warning = said["response"]["warnings"][0].as_str().unwrap();
+    assert!(said["response"]["allowed"] == true && warning.contains("LoraConfig.rank"), "{said}");
+
+    // Another certificate after two thirds of six seconds, and no request fails meanwhile.
+    let secret = || server.get("secrets", "hone-system", "hone-webhook").unwrap()["data"]["tls.crt"].clone();
+    let (before, begun) = (secret(), Instant::now());
+    let mut asked = 0;
+    while secret() == before {
+        assert!(begun.elapsed() < Duration::from_secs(20), "it is not renewed");
+        reviewed(&server, port, &review("u-5", "CREATE", &good, &Value::Null)).unwrap();
+        asked += 1;
+    }
+    for _ in 0..10 {
+        reviewed(&server, port, &review("u-6", "CREATE", &good, &Value::Null)).unwrap();
+        asked += 1;
+    }
+    assert!(asked > 10);
+    // A trust that somebody takes away is written again.
+    let name = "validation.hone.sh";
+    let mut stripped = server.get("validatingwebhookconfigurations", "", name).unwrap();
+    stripped["webhooks"][0]["clientConfig"].as_object_mut().unwrap().remove("caBundle");
+    server.put("validatingwebhookconfigurations", stripped);
+    server.wait("the trust", |server| {
+        let found = server.get("validatingwebhookconfigurations", "", name)?;
+        found["webhooks"][0]["clientConfig"]["caBundle"].is_string().then_some(())
+    });
+    reviewed(&server, port, &review("u-7", "CREATE", &good, &Value::Null)).unwrap();
+
+    // What is no review gets no verdict, and the server goes on.
+    let told = reviewed(&server, port, &json!({"request": {}})).unwrap_err();
+    assert!(told.contains("400"), "{told}");
+    let mut plain = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    std::io::Write::write_all(&mut plain, b"POST /validate HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
+    reviewed(&server, port, &review("u-8", "CREATE", &good, &Value::Null)).unwrap();
 }
 
 /// With KUBECONFIG: a Workspace with a mistake, mended, run suspended, and deleted, in a namespace of its own.

@@ -105,6 +105,52 @@ fn only_answers_and_their_end_of_turn_are_learned() {
     );
 }
 
+/// `tests/scripts/generation_marks.py` wrote what transformers learns of templates with `{% generation %}`.
+#[test]
+fn answers_that_a_template_marks_are_those_that_transformers_learns() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generation_marks.json");
+    let fixture: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
+    let tokenizer = Tokenizer::open(&golden("llama3/model")).unwrap();
+    let mut refused = 0;
+    for case in fixture["cases"].as_array().unwrap() {
+        let (name, messages) = (case["template"].as_str().unwrap(), case["messages"].as_array().unwrap());
+        let message = |message: &serde_json::Value| {
+            dataset::Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap())
+        };
+        let record = dataset::Record {
+            conversation: Conversation::Messages(messages.iter().map(message).collect()),
+            context: Context::default(),
+            file: "talks".into(),
+            row: 0,
+            entry: 0,
+        };
+        let data = Dataset { train: vec![record], evaluation: Vec::new(), layout: Layout::Messages };
+        let template = fixture["templates"][name].as_str().unwrap();
+        let examples = encode_with(&data, &tokenizer, LossOn::Answers, Some(template));
+        if case["refused"].is_string() {
+            assert!(examples.is_err(), "{name}: {messages:?}");
+            refused += 1;
+            continue;
+        }
+        let example = &examples.unwrap_or_else(|fault| panic!("{name}: {fault}: {messages:?}"))[0];
+        assert_eq!(example.ids.len(), case["tokens"].as_u64().unwrap() as usize, "{name}: {messages:?}");
+        let mut runs: Vec<[usize; 2]> = Vec::new();
+        for index in (0..example.ids.len()).filter(|&index| example.supervised[index]) {
+            match runs.last_mut().filter(|run| run[1] + 1 == index) {
+                Some(run) => run[1] = index,
+                None => runs.push([index, index]),
+            }
+        }
+        assert_eq!(
+            serde_json::json!(runs),
+            case["learned"],
+            "{name}: {}",
+            dataset::show(example, &tokenizer)
+        );
+    }
+    assert!(fixture["cases"].as_array().unwrap().len() - refused > 200);
+}
+
 #[test]
 fn only_completions_are_learned() {
     check_golden(

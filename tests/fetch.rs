@@ -178,8 +178,8 @@ fn a_plan_fetches_nothing_and_a_look_fetches_small_files() {
     assert!(
         line("model folder").contains("cache/models/org--tiny-") && line("model folder").ends_with("--model")
     );
-    assert!(shown.contains("model: not here yet"), "{shown}");
-    assert!(hone(&format!("{plan} --format json")).contains("not here yet"));
+    assert!(shown.contains("model: not on this machine yet"), "{shown}");
+    assert!(hone(&format!("{plan} --format json")).contains("not on this machine yet"));
     assert!(server.requests().is_empty() && !work.path("cache").exists());
 
     let seen = hone("model hf://org/tiny");

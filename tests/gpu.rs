@@ -5,15 +5,19 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use hone::adapter;
 use hone::dataset::Example;
 use hone::device::{self, Choice};
 use hone::facts::config::Config;
 use hone::facts::family;
 use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization};
 use hone::model::Options;
+use hone::model::cache::Cache;
 use hone::model::decoder::Decoder;
 use hone::model::load;
-use hone::model::lora::Trainable;
+use hone::model::lora::{Lora, Mixture, Part, Trainable};
+use hone::model::pass::Step;
+use hone::ops::largest;
 use hone::report::Report;
 use hone::train::{self, Every, Metric, Passes};
 
@@ -187,8 +191,9 @@ fn what_a_step_asks_of_the_device() {
     let found = [
         // A layer: norms, rope, attention, activation, seven expanded weights, and the same backwards.
         ("launches", after.launches - before.launches, 65),
-        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base, B,
-        // A and their gradients). The head has two. The lowest layer's first three need no gradient of their input.
+        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base,
+        // B, A and their gradients). The head has two. The lowest layer's first three need no gradient of their
+        // input.
         ("products", after.products - before.products, 108),
         // The numbers of the step before.
         ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
@@ -208,4 +213,78 @@ fn what_a_step_asks_of_the_device() {
     for (what, found, expected) in found {
         assert_eq!(found, expected, "{what}");
     }
+}
+
+/// A step that decodes a token of each sequence: every launch and copy is there for a reason that somebody can
+/// tell. It is a process of its own, as above.
+#[test]
+fn what_a_decoded_token_asks_of_the_device() {
+    if std::env::var_os("HONE_COUNT_A_TOKEN").is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let counted = std::process::Command::new(itself)
+            .args(["--exact", "what_a_decoded_token_asks_of_the_device", "--nocapture"])
+            .env("HONE_COUNT_A_TOKEN", "1")
+            .output()
+            .unwrap();
+        print!("{}", String::from_utf8_lossy(&counted.stdout));
+        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+        return;
+    }
+    let Some(gpu) = gpu() else { return };
+    if asked().is_none() {
+        return;
+    }
+    // (model, sequences, adapters): launches, products, waits, copies and bytes to the host, copies to the device. A
+    // layer of nine launches: norm, q k v, rope with keeping, attention, output, norm, gate and up, activation, down;
+    // eight more for adapters, two for each input that layers read. Around the layers: embedding, angles, norm,
+    // head, the largest logit. Four bytes a token go to the host.
+    let expected = [
+        (("llama3", 1, false), [23, 0, 0, 1, 4, 7]),
+        (("llama3", 3, true), [39, 0, 0, 1, 12, 9]),
+        (("phi3", 1, false), [23, 0, 0, 1, 4, 7]),
+        (("phi3", 3, true), [39, 0, 0, 1, 12, 9]),
+    ];
+    let mut wrong = Vec::new();
+    for ((name, sequences, adapted), expected) in expected {
+        let (decoder, _) = decoder(name, &gpu, Precision::Bf16, 0.0);
+        assert_eq!(decoder.layers.len(), 2);
+        let adapter = adapter::read(&model(name).parent().unwrap().join("final_adapter")).unwrap();
+        let pairs = adapter.pairs(&decoder.facts, decoder.dtype, &gpu).unwrap();
+        let mut cache =
+            Cache::new(&decoder.facts, 64 * sequences, 64, candle_core::DType::BF16, &gpu).unwrap();
+        let pages: Vec<Vec<u32>> = (0..sequences).map(|_| cache.reserve(64, &[]).unwrap().pages).collect();
+        let mut token = |position: usize| {
+            let before = asked().unwrap();
+            let mut step = Step::default();
+            for (row, pages) in pages.iter().enumerate() {
+                step.push(&[7 + row as u32], position, pages.clone(), 64);
+                step.wanted.push(row as u32);
+            }
+            let part = |row| Part { adapter: &pairs, rows: row..row + 1, strength: 0.5 };
+            let parts = (0..sequences).filter(|_| adapted).map(part).collect();
+            let mixture = Mixture::new(parts);
+            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture)).unwrap();
+            assert_eq!(largest::tokens(&logits).unwrap().len(), sequences);
+            drop(logits);
+            let after = asked().unwrap();
+            [
+                after.launches - before.launches,
+                after.products - before.products,
+                after.host_synchronizations - before.host_synchronizations,
+                after.device_to_host_copies - before.device_to_host_copies,
+                after.device_to_host_bytes - before.device_to_host_bytes,
+                after.host_to_device_copies - before.host_to_device_copies,
+            ]
+        };
+        // The first step loads kernels and makes the adapter's table.
+        let found = [0, 1, 2].map(&mut token);
+        assert_eq!(found[1], found[2], "{name}: two steps ask for the same");
+        if found[2] != expected {
+            wrong.push(format!(
+                "{name}, {sequences} sequences, adapted: {adapted}: {:?}, not {expected:?}",
+                found[2]
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -28,7 +28,7 @@ fn metrics(work: &Work, folder: &str) -> (Vec<Value>, Vec<Value>) {
         assert_eq!(keys(line), "step, loss, grad_norm, learning_rate, epoch, num_tokens");
     }
     for line in &evaluations {
-        assert_eq!(keys(line), "step, epoch, eval_loss");
+        assert_eq!(keys(line), "step, epoch, eval_loss, eval_perplexity, eval_mean_token_accuracy");
     }
     (steps, evaluations)
 }
@@ -85,6 +85,9 @@ fn the_example_trains_ships_and_repeats_itself() {
         "fine_tuning_completed.txt",
         "hone.json",
         "metrics.jsonl",
+        "report.html",
+        "report.json",
+        "timeline.jsonl",
     ];
     assert_eq!(work.list("try/adapter"), written);
 

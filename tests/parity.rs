@@ -13,6 +13,7 @@ use hone::model::batch::Batch;
 use hone::model::lora::Trainable;
 use hone::model::{self, Options, load};
 use hone::report::Report;
+use hone::train::schedule::{Shape, Stages};
 use hone::train::{self, Every, Metric, Passes, Schedule, Warmup};
 use serde_json::Value;
 
@@ -67,11 +68,9 @@ impl Case {
         let integer = |key| self.number(key) as usize;
         train::Options {
             learning_rate: self.number("lr"),
-            schedule: match self.args["schedule"].as_str().unwrap() {
-                "cosine" => Schedule::Cosine,
-                "constant" => Schedule::Constant,
-                _ => Schedule::Linear,
-            },
+            schedule: self.schedule(),
+            loraplus_ratio: self.args["loraplus"].as_f64(),
+            label_smoothing: self.args["label_smoothing"].as_f64().unwrap_or(0.0),
             warmup: Warmup::Steps(integer("warmup") as u64),
             batch_examples: integer("batch"),
             accumulation: integer("accum"),
@@ -81,6 +80,27 @@ impl Case {
             packing: None,
             logging: Every::Steps(1),
             ..train::Options::default()
+        }
+    }
+
+    fn schedule(&self) -> Schedule {
+        let argument = |key: &str| self.args["schedule_kwargs"][key].as_f64();
+        match self.args["schedule"].as_str().unwrap() {
+            "cosine" => Schedule::COSINE,
+            "constant" => Schedule::Constant,
+            "polynomial" => Schedule::Polynomial {
+                end: argument("lr_end").unwrap() / self.number("lr"),
+                power: argument("power").unwrap(),
+            },
+            "warmup_stable_decay" => Schedule::WarmupStableDecay(Stages {
+                decay_steps: argument("num_decay_steps").unwrap() as u64,
+                stable_steps: None,
+                rise: Shape::Linear,
+                fall: Shape::Cosine,
+                min: argument("min_lr_ratio").unwrap(),
+                cycles: 0.5,
+            }),
+            _ => Schedule::Linear,
         }
     }
 
@@ -245,7 +265,7 @@ impl Case {
             rows.iter().map(|row| examples[row.as_u64().unwrap() as usize].clone()).collect();
         let loss =
             train::evaluate(decoder, adapter.evaluated(), &chosen, 4, usize::MAX, &Report::silent()).unwrap();
-        (loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
+        (loss.loss - self.meta["eval_loss_after"].as_f64().unwrap()).abs()
     }
 }
 

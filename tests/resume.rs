@@ -98,6 +98,42 @@ fn after_sigterm_a_run_continues_to_the_same_bytes() {
     assert!(!work.path("out/checkpoints").exists(), "an adapter without save_strategy needs no checkpoints");
 }
 
+/// Evaluations get worse after some steps at this rate, so that training stops early and the best adapter is restored.
+#[test]
+fn best_adapter_and_early_end_are_the_same_after_kills() {
+    const BEST: [&str; 7] = [
+        "TrainingArguments.load_best_model_at_end=true",
+        "TrainingArguments.early_stopping_patience=2",
+        "TrainingArguments.learning_rate=3e-2",
+        "TrainingArguments.lr_scheduler_type=constant",
+        "TrainingArguments.eval_steps=4",
+        "TrainingArguments.save_strategy=steps",
+        "TrainingArguments.save_steps=3",
+    ];
+    let work = Work::with_llama();
+    for (step, signal) in [(6, SIGKILL), (9, SIGTERM)] {
+        let mut running = work.start(&arguments("out", &BEST));
+        until_step(&mut running, &work, step);
+        running.signal(signal);
+        running.end();
+        nothing_final(&work);
+    }
+    let last = work.done(&arguments("out", &BEST));
+    assert!(last.stderr.contains("stops early"), "{}", last.stderr);
+    assert_undisturbed(&work, &BEST);
+    let trained = work.json("out/hone.json")["trained"].clone();
+    let (best, steps) = (trained["best"]["step"].as_u64().unwrap(), trained["steps"].as_u64().unwrap());
+    assert!(best < steps && steps < 60, "{trained}");
+    assert_eq!((&trained["restored_step"], &trained["stopped_early"]), (&best.into(), &true.into()));
+    assert!(work.text("out/README.md").contains(&format!("step {best}, the best by eval_loss")));
+    // The last adapter is another one.
+    let mut last_one = BEST.to_vec();
+    last_one[0] = "TrainingArguments.load_best_model_at_end=false";
+    work.done(&arguments("last", &last_one));
+    assert!(work.read("last/adapter_model.safetensors") != work.read("out/adapter_model.safetensors"));
+    assert_eq!(work.json("last/hone.json")["trained"]["best"]["step"], best);
+}
+
 #[test]
 fn after_sigkill_a_run_continues_from_its_newest_whole_checkpoint() {
     let work = Work::with_llama();

@@ -345,8 +345,8 @@ fn data_is_seen_as_it_will_be_trained() {
         cut         0 rows to 1024 tokens, 0.0 %
         steps       3
         packing     passes are filled to 6 %
-        duplicates  0 rows are exact copies of an earlier row, 0 are nearly the same
-        overlap     0 evaluation rows are also in the training data, exactly or nearly
+        duplicates  exact copies of an earlier row: 0; nearly so: 0
+        overlap     rows to evaluate on that are also trained on, exactly or nearly: 0
 
         tokens of a row
               1 to 3              0  

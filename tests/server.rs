@@ -1,4 +1,5 @@
-//! The server over real sockets, in front of a scripted engine: every route, every bad input, and clients that misbehave.
+//! The server over real sockets, in front of a scripted engine: every route, every bad input, and clients that
+//! misbehave.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -15,6 +16,7 @@ use hone::generate::{
     Adapter, Answer, Counters, Engine, Event, Facts, Finish, Refusal, Request, Scored, Sender, Strength,
     Usage, answer,
 };
+use hone::server::model::{Bring, Brought, Named, Origin};
 use hone::server::{Model, Options, Server};
 use serde_json::{Value, json};
 
@@ -120,13 +122,21 @@ struct Setting {
     queue_max: usize,
     raw_chat: bool,
     changes: bool,
+    words: &'static str,
     options: Options,
 }
 
 impl Default for Setting {
     fn default() -> Setting {
         let options = Options { listen: "127.0.0.1:0".parse().unwrap(), ..Options::default() };
-        Setting { pause: Duration::ZERO, queue_max: 2000, raw_chat: false, changes: false, options }
+        Setting {
+            pause: Duration::ZERO,
+            queue_max: 2000,
+            raw_chat: false,
+            changes: false,
+            words: WORDS,
+            options,
+        }
     }
 }
 
@@ -138,7 +148,7 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
     let tokenizer = Tokenizer::open(&model_folder()).unwrap();
     let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}";
     let chat = Chat::of(&tokenizer, Some(template)).unwrap();
-    let mut words = tokenizer.encode(WORDS, false).unwrap();
+    let mut words = tokenizer.encode(setting.words, false).unwrap();
     words.push(tokenizer.eos_id());
     let facts = Facts {
         context: CONTEXT,
@@ -167,11 +177,13 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         tokenizer,
         chat,
         defaults,
-        mixes: vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])],
+        named: Named::new(Some("base".into()), vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])]),
         raw_chat: setting.raw_chat,
-        bring: setting
-            .changes
-            .then(|| -> hone::server::model::Bring { Arc::new(|path| Ok(PathBuf::from(path))) }),
+        bring: setting.changes.then(|| -> Bring {
+            let origin =
+                |path: &str| Origin { source: path.into(), digest: format!("sha256:{}", path.len()) };
+            Arc::new(move |path| Ok(Brought { folder: PathBuf::from(path), origin: origin(path) }))
+        }),
     };
     let server = Server::start(&setting.options).unwrap();
     server.ready(Arc::new(model));
@@ -273,6 +285,7 @@ fn a_conversation_is_answered_whole_and_as_a_stream() {
     let (server, engine) = start(Setting::default());
     let reply = post(&server, "/v1/chat/completions", question());
     assert_eq!(reply.status, 200, "{}", reply.body);
+    assert!(reply.head.to_lowercase().contains("content-length: "), "{}", reply.head);
     let whole = reply.json();
     assert_eq!(whole["choices"][0]["message"]["content"], SAID);
     assert_eq!(
@@ -334,6 +347,47 @@ fn stops_limits_and_extensions_do_what_they_say() {
         (seen.sampling.temperature, seen.sampling.bias, seen.sampling.top_k),
         (0.0, vec![(5, -100.0)], 0)
     );
+}
+
+/// A call that the model writes as text is OpenAI's `tool_calls`, whole and streamed; without tools it stays text.
+#[test]
+fn tool_calls_are_read_from_the_answer_if_tools_are_offered() {
+    let words =
+        "I look.\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": \"Zürich\"}}\n</tool_call>";
+    let (server, _) = start(Setting { words, ..Setting::default() });
+    let tools = json!([{"type": "function", "function": {"name": "look", "parameters": {}}}]);
+    let ask = |more: Value| post(&server, "/v1/chat/completions", with(question(), more));
+    let choice = ask(json!({"tools": tools})).json()["choices"][0].clone();
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"], &call["type"], &call["function"]),
+        (
+            &json!("tool_calls"),
+            &json!(" I look."),
+            &json!("function"),
+            &json!({"name": "look", "arguments": "{\"at\":\"Zürich\"}"})
+        )
+    );
+    assert_eq!(call["id"].as_str().unwrap().len(), 9);
+    let events = ask(json!({"tools": tools, "stream": true, "logprobs": true})).events();
+    let deltas: Vec<&Value> = events.iter().map(|event| &event["choices"][0]["delta"]).collect();
+    let text: String = deltas.iter().filter_map(|delta| delta["content"].as_str()).collect();
+    assert_eq!(text, " I look.");
+    let calls: Vec<&Value> =
+        deltas.iter().filter_map(|delta| delta["tool_calls"].as_array()).flatten().collect();
+    assert_eq!(
+        (calls.len(), &calls[0]["index"], &calls[0]["function"]["name"]),
+        (1, &json!(0), &json!("look"))
+    );
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    let scored = |event: &Value| event["choices"][0]["logprobs"]["content"].as_array().map_or(0, Vec::len);
+    let tokens = ask(json!({"tools": tools})).json()["usage"]["completion_tokens"].as_u64().unwrap();
+    assert_eq!(events.iter().map(scored).sum::<usize>() as u64, tokens, "every token has its score");
+    for more in [json!({}), json!({"tools": tools, "tool_choice": "none"})] {
+        let choice = ask(more).json()["choices"][0].clone();
+        assert_eq!(choice["message"]["content"].as_str().unwrap().trim(), words);
+        assert_eq!((&choice["finish_reason"], choice["message"].get("tool_calls")), (&json!("stop"), None));
+    }
 }
 
 #[test]
@@ -460,8 +514,28 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"adapters": [{"name": "a", "strength": 1e308}]}), 400, "adapters.strength", "from -16 to 16"),
         (json!({"adapters": [{"name": "a"}, {"name": "a"}]}), 400, "adapters", "twice"),
         (json!({"model": "a", "adapters": [{"name": "b"}]}), 400, "adapters", "already"),
-        (json!({"response_format": {"type": "json_object"}}), 400, "response_format", "not supported"),
-        (json!({"tool_choice": "required"}), 400, "tool_choice", "not supported"),
+        (
+            json!({"response_format": {"type": "json_object"}}),
+            400,
+            "response_format",
+            "json_object is not supported",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {}}}),
+            400,
+            "response_format",
+            "grammar",
+        ),
+        (json!({"response_format": {}}), 400, "response_format", "without a type"),
+        (json!({"tool_choice": "required"}), 400, "tool_choice", "required is not supported"),
+        (
+            json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+            400,
+            "tool_choice",
+            "a named function is not supported",
+        ),
+        (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
+        (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
         (
             json!({"continue_final_message": true, "add_generation_prompt": true}),
@@ -508,15 +582,32 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     assert_eq!(post(&server, chat, question()).status, 200);
 }
 
-/// Bytes changed at random in good requests: always an answer, never a fall.
+/// Bytes changed at random in good requests of every route that takes one: always an answer, never a fall.
 #[test]
 fn the_parser_survives_what_is_random() {
-    let (server, _) = start(Setting::default());
-    let good = with(
+    let (server, _) = start(Setting { changes: true, ..Setting::default() });
+    let tools = json!([{"type": "function", "function": {"name": "look", "parameters": {}}}]);
+    let chat = with(
         question(),
-        json!({"stop": ["x"], "logit_bias": {"3": 1}, "adapters": [{"name": "a", "strength": 1}], "stream": false}),
+        json!({"stop": ["x"], "logit_bias": {"3": 1}, "adapters": [{"name": "a", "strength": 1}], "stream": false,
+               "tools": tools, "tool_choice": "auto", "response_format": {"type": "text"}}),
     );
-    let good = good.to_string().into_bytes();
+    let routes = [
+        ("/v1/chat/completions", chat),
+        (
+            "/v1/completions",
+            json!({"prompt": [[1, 2], [3]], "max_tokens": 3, "echo": true, "logprobs": 1, "n": 2, "seed": 5}),
+        ),
+        (
+            "/chat",
+            json!({"prompt": "x", "generate_kwargs": {"max_length": 40, "top_k": 10, "eos_token_id": [2]}}),
+        ),
+        ("/tokenize", json!({"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": true})),
+        ("/detokenize", json!({"tokens": [1, 2, 3]})),
+        ("/v1/mixes", json!({"name": "m", "adapters": [{"name": "a", "strength": 0.5}]})),
+        ("/v1/load_lora_adapter", json!({"lora_name": "a", "lora_path": "/x", "load_inplace": true})),
+        ("/v1/unload_lora_adapter", json!({"lora_name": "zz"})),
+    ];
     let pieces: [&[u8]; 8] = [b"null", b"-1", b"1e999", b"\"", b"{}", b"[]", b"\\u0000", b"\xf0\x9f"];
     let mut state = 88_172_645_463_325_252u64;
     let mut random = |below: usize| {
@@ -525,25 +616,29 @@ fn the_parser_survives_what_is_random() {
         state ^= state << 17;
         (state % below as u64) as usize
     };
-    for _ in 0..600 {
-        let mut body = good.clone();
-        for _ in 0..1 + random(3) {
-            let at = random(body.len());
-            match random(3) {
-                0 => body[at] = random(256) as u8,
-                1 => body.truncate(at.max(1)),
-                _ => {
-                    let piece = pieces[random(pieces.len())];
-                    let end = (at + 1 + random(6)).min(body.len());
-                    body.splice(at..end, piece.iter().copied());
+    for (path, good) in routes {
+        let good = good.to_string().into_bytes();
+        for _ in 0..250 {
+            let mut body = good.clone();
+            for _ in 0..1 + random(3) {
+                let at = random(body.len());
+                match random(3) {
+                    0 => body[at] = random(256) as u8,
+                    1 => body.truncate(at.max(1)),
+                    _ => {
+                        let piece = pieces[random(pieces.len())];
+                        let end = (at + 1 + random(6)).min(body.len());
+                        body.splice(at..end, piece.iter().copied());
+                    }
                 }
             }
+            let reply = post_bytes(&server, path, &body);
+            let shown = String::from_utf8_lossy(&body);
+            assert!(matches!(reply.status, 200 | 400 | 404), "{path}: {} for {shown}", reply.status);
+            assert!(reply.status == 200 || reply.json()["error"]["message"].is_string(), "{path}: {shown}");
         }
-        let reply = post_bytes(&server, "/v1/chat/completions", &body);
-        let shown = String::from_utf8_lossy(&body);
-        assert!(matches!(reply.status, 200 | 400 | 404), "{} for {shown}", reply.status);
-        assert!(reply.status == 200 || reply.json()["error"]["message"].is_string(), "{shown}");
     }
+    assert_eq!(get(&server, "/health").status, 200);
 }
 
 #[test]
@@ -736,6 +831,56 @@ fn adapters_change_only_where_allowed() {
     assert_eq!((unload("c"), unload("c"), unload("a")), (200, 404, 400));
 }
 
+/// A mix is made, changed and removed while the server runs, and `/v1/models` says what answers.
+#[test]
+fn mixes_change_only_where_allowed() {
+    let (server, _) = start(Setting::default());
+    let mix = json!({"name": "both", "adapters": [{"name": "a", "strength": 0.5}]});
+    assert_eq!(post(&server, "/v1/mixes", mix.clone()).status, 403);
+    let (server, engine) = start(Setting { changes: true, ..Setting::default() });
+    let asked = |model: &str| {
+        let reply = post(&server, "/v1/chat/completions", with(question(), json!({"model": model})));
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        let adapters = engine.seen.lock().unwrap().last().unwrap().adapters.clone();
+        adapters.into_iter().map(|part| (part.name, part.strength)).collect::<Vec<_>>()
+    };
+    assert_eq!(post(&server, "/v1/mixes", mix).json()["adapters"][0]["strength"], 0.5);
+    assert_eq!(asked("both"), [("a".into(), 0.5)]);
+    let load = json!({"lora_name": "c", "lora_path": "/x/c"});
+    assert_eq!(post(&server, "/v1/load_lora_adapter", load).json()["digest"], "sha256:4");
+    let parts = json!([{"name": "c", "strength": 0.25}, {"name": "b"}]);
+    assert_eq!(post(&server, "/v1/mixes", json!({"name": "third", "adapters": parts})).status, 200);
+    assert_eq!(asked("third"), [("c".into(), 0.25), ("b".into(), 1.0)]);
+    let entry = get(&server, "/v1/models/third").json();
+    let part = &entry["adapters"][0];
+    assert_eq!(
+        (&part["name"], &part["strength"], &part["digest"], &part["source"]),
+        (&json!("c"), &json!(0.25), &json!("sha256:4"), &json!("/x/c"))
+    );
+    assert_eq!(get(&server, "/v1/models/c").json()["adapters"][0]["strength"], 1.0);
+    assert_eq!(get(&server, "/v1/models/base").json()["adapters"], json!([]));
+    assert_eq!(get(&server, "/v1/mixes").json()["data"].as_array().unwrap().len(), 2);
+    for (body, status, param) in [
+        (json!({"adapters": []}), 400, "name"),
+        (json!({"name": "x"}), 400, "adapters"),
+        (json!({"name": "x", "adapters": []}), 400, "adapters"),
+        (json!({"name": "x y", "adapters": [{"name": "a"}]}), 400, "name"),
+        (json!({"name": "base", "adapters": [{"name": "a"}]}), 400, "name"),
+        (json!({"name": "a", "adapters": [{"name": "b"}]}), 400, "name"),
+        (json!({"name": "x", "adapters": [{"name": "z"}]}), 404, "adapters"),
+        (json!({"name": "x", "adapters": [{"name": "a", "strength": 99}]}), 400, "adapters.strength"),
+    ] {
+        let reply = post(&server, "/v1/mixes", body.clone());
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (status, &json!(param)), "{body}");
+    }
+    let delete = |name: &str| {
+        let head = format!("DELETE /v1/mixes/{name} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        send(server.address(), head.as_bytes()).status
+    };
+    assert_eq!((delete("third"), delete("third"), delete("c")), (200, 404, 404));
+    assert_eq!(post(&server, "/v1/unload_lora_adapter", json!({"lora_name": "c"})).status, 200);
+}
+
 #[test]
 fn small_routes() {
     let (server, _) = start(Setting::default());
@@ -744,6 +889,11 @@ fn small_routes() {
     let text = post(&server, "/detokenize", json!({"tokens": tokens["tokens"]})).json();
     assert_eq!(text["prompt"], "one two");
     assert_eq!(post(&server, "/detokenize", json!({"tokens": [99_999_999]})).status, 400);
+    let info = get(&server, "/tokenizer_info").json();
+    assert!(
+        info["eos_token"].is_string() && info["chat_template"].as_str().unwrap().contains("messages"),
+        "{info}"
+    );
     assert!(get(&server, "/version").json()["version"].is_string());
     let page = get(&server, "/");
     assert!(
@@ -755,6 +905,13 @@ fn small_routes() {
         "vllm:num_requests_waiting{engine=\"0\",model_name=\"base\"} 3",
         "vllm:request_success_total{engine=\"0\",model_name=\"base\",finished_reason=\"stop\"} 1",
         "vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_queue_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_prefill_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_decode_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_inference_time_seconds_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:request_params_max_tokens_sum{engine=\"0\",model_name=\"base\"} 100",
+        "vllm:request_params_n_count{engine=\"0\",model_name=\"base\"} 1",
+        "vllm:lora_requests_info{engine=\"0\",model_name=\"base\",max_lora=\"2\",waiting_lora_adapters=\"\",running_lora_adapters=\"\"} 1",
     ] {
         assert!(metrics.contains(line), "{line}\n{metrics}");
     }

@@ -163,7 +163,7 @@ fn the_job_of_a_workspace_as_users_write_it() {
                     nvidia.com/gpu: "1"
                   requests:
                     cpu: "2"
-                    ephemeral-storage: 14Gi
+                    ephemeral-storage: 24Gi
                     memory: 6Gi
                     nvidia.com/gpu: "1"
                 securityContext:
@@ -238,6 +238,10 @@ fn every_input_and_output() {
     let claim = |name: &str| json!({"persistentVolumeClaim": {"claimName": name}});
     let inputs = [
         ("urls", json!({"urls": ["https://h/a.parquet?sig=x", "http://h/b.parquet"]})),
+        (
+            "places",
+            json!({"urls": ["hf://datasets/o/n#limit=9", "s3://b/rows/*.parquet", "gs://b/a.csv", "az://c/a.json", "oci://h/d:1"], "imagePullSecrets": ["pull"]}),
+        ),
         ("image", json!({"name": "rows", "image": "h/data:1", "imagePullSecrets": ["pull", "login"]})),
         ("volume", json!({"volumeSource": claim("data")})),
     ];
@@ -280,6 +284,37 @@ fn every_input_and_output() {
         results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
         cache-volume -> /mnt/cache: {"emptyDir":{}}
         tmp -> /tmp: {"emptyDir":{}}
+        # places to image
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=hf://datasets/o/n#limit=9
+        --data=s3://b/rows/*.parquet
+        --data=gs://b/a.csv
+        --data=az://c/a.json
+        --data=oci://h/d:1
+        --push=h/adapter:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"emptyDir":{}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.json"}],"name":"login"}},{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}}]}}
+        # places to volume
+        run
+        --config=/mnt/config/training_config.yaml
+        --model=oci://mcr.microsoft.com/aks/kaito/kaito-phi-3-mini-4k-instruct:0.2.0
+        --name=phi-3-mini-4k-instruct
+        --data=hf://datasets/o/n#limit=9
+        --data=s3://b/rows/*.parquet
+        --data=gs://b/a.csv
+        --data=az://c/a.json
+        --data=oci://h/d:1
+        config-volume -> /mnt/config ro: {"configMap":{"name":"qlora-params-template"}}
+        results-volume -> /mnt/results: {"persistentVolumeClaim":{"claimName":"adapters"}}
+        cache-volume -> /mnt/cache: {"emptyDir":{}}
+        tmp -> /tmp: {"emptyDir":{}}
+        docker-config -> /mnt/docker ro: {"projected":{"defaultMode":288,"sources":[{"secret":{"items":[{"key":".dockerconfigjson","path":"config.d/pull.json"}],"name":"pull"}}]}}
         # image to image
         run
         --config=/mnt/config/training_config.yaml
@@ -436,6 +471,7 @@ fn annotations_shape_the_job() {
             metadata:
               labels:
                 app.kubernetes.io/managed-by: hone
+                azure.workload.identity/use: "true"
                 kaito.sh/workspace: tune
             spec:
               affinity:
@@ -739,9 +775,14 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/controller.yaml"), &(head.to_owned() + &controller));
     let head = "# KAITO's Workspace, for clusters where KAITO is not installed.\n";
     same(&root("jobs/crd.yaml"), &(head.to_owned() + &yaml::write(&[crd::definition()])));
+    let head = "# Reviews of Workspaces by the controller. It answers them if HONE_WEBHOOK is true:\n\
+        # kubectl set env -n hone-system deployment/hone-controller HONE_WEBHOOK=true\n";
+    same(&root("jobs/webhook/webhook.yaml"), &(head.to_owned() + &yaml::write(&install::webhook())));
+    same(&root("jobs/webhook/kustomization.yaml"), &yaml::write(&[install::webhook_component()]));
 }
 
-/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that stand empty.
+/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that
+/// stand empty.
 #[test]
 fn the_chart_makes_the_same_controller() {
     let files = install::chart();
@@ -752,7 +793,8 @@ fn the_chart_makes_the_same_controller() {
     let text = |name: &str| files.iter().find(|(path, _)| *path == name).unwrap().1.clone();
     let values = yaml::read("values.yaml", &text("values.yaml")).unwrap()[0].value.clone();
     let value = regex::Regex::new(r"\{\{ \.Values\.(\w+)( \| quote)? \}\}").unwrap();
-    let is_set = |name: &str| values[name].as_str() != Some("");
+    let is_set =
+        |name: &str| !["", "false"].contains(&values[name].as_str().unwrap_or(&values[name].to_string()));
     let choice = regex::Regex::new(r"(?s)\s*\{\{- if \.Values\.(\w+) \}\}(.*?)\s*\{\{- end \}\}").unwrap();
     let template = text("templates/controller.yaml");
     let chosen =
@@ -774,6 +816,14 @@ fn the_chart_makes_the_same_controller() {
     let container = &mut made.last_mut().unwrap()["spec"]["template"]["spec"]["containers"][0];
     container.as_object_mut().unwrap().remove("imagePullPolicy");
     assert_eq!(made, install::objects("hone:cpu")[1..]);
+    let webhook = text("templates/webhook.yaml");
+    let inner = webhook
+        .strip_prefix("{{- if .Values.webhook }}\n")
+        .and_then(|text| text.strip_suffix("{{- end }}\n"));
+    let inner = inner.unwrap().replace("{{ .Release.Namespace }}", install::NAMESPACE);
+    let made: Vec<Value> =
+        yaml::read("webhook", &inner).unwrap().iter().map(|found| found.value.clone()).collect();
+    assert_eq!(made, install::webhook());
 }
 
 fn same(file: &Path, expected: &str) {
@@ -856,7 +906,7 @@ fn flags_write_a_workspace_that_renders() {
     ]));
     expect![[r#"
         2 error (usage, exit code 2): --data a.parquet: a cluster cannot reach it
-          help: give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)
+          help: give addresses (https://, hf://datasets/, s3://, gs://, az://, oci://), or one claim (pvc://CLAIM)
     "#]]
     .assert_eq(&refused(&[
         "tune",

@@ -6,6 +6,8 @@
 //! names.
 //! `ours speed --folder F --workloads packed,long,short [--warm 3] --out JSON`: seconds of each step, tokens/s,
 //! peak memory.
+//! `ours serve --folder F [--batches 1,32] [--prompt 128] [--tokens 128] --out JSON`: tokens/s that are decoded,
+//! alone, with one adapter and with four, launches a step, seconds from the start to the first token.
 //! `ours random --folder F`: random weights for the folder's config.json, if no reference stack can write them.
 //! `--device cpu` trains on the CPU; the default is the first GPU.
 
@@ -14,11 +16,13 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use hone::dataset::Example;
 use hone::device::{self, Choice};
 use hone::facts::config::Config;
 use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
+use hone::generate::engine::{self, Engine};
+use hone::generate::{Engine as _, Event, Request, Strength};
 use hone::model::decoder::Decoder;
 use hone::model::lora::Trainable;
 use hone::model::{self, load, random};
@@ -46,6 +50,14 @@ fn main() -> Result<()> {
                 warm,
                 &open(&flag("--device", "cuda:0"))?,
             )?
+        }
+        Some("serve") => {
+            let numbers = |name, default| -> Result<Vec<usize>> {
+                Ok(flag(name, default).split(',').map(str::parse).collect::<std::result::Result<_, _>>()?)
+            };
+            let (batches, prompt, tokens) =
+                (numbers("--batches", "1,32")?, numbers("--prompt", "128")?, numbers("--tokens", "128")?);
+            serve(&folder, &batches, prompt[0], tokens[0], &open(&flag("--device", "cuda:0"))?)?
         }
         Some("random") => {
             let facts = family::describe(&Config::read(&folder)?)?;
@@ -216,6 +228,132 @@ fn measure(
         found.extend(memory);
     }
     Ok(found)
+}
+
+/// Rank of the adapters that are served.
+const SERVED_RANK: usize = 16;
+const SERVED: [&str; 4] = ["a", "b", "c", "d"];
+
+fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device: &Device) -> Result<Value> {
+    let began = Instant::now();
+    let (decoder, _) = decoder(folder, Precision::Bf16, device)?;
+    let load_seconds = began.elapsed().as_secs_f64();
+    let adapters =
+        (1..).zip(SERVED).map(|(seed, _)| drawn_adapter(&decoder, seed)).collect::<Result<Vec<_>>>()?;
+    let most = batches.iter().copied().max().unwrap_or(1);
+    let options = engine::Options {
+        sequences: most,
+        waiting: most,
+        context: Some(prompt + tokens),
+        cache_tokens: most * (prompt + tokens).next_multiple_of(32),
+        half_cache: true,
+    };
+    let vocab = decoder.facts.vocab as u32;
+    memory::begin(device)?;
+    let engine = Engine::start(decoder, &options, "a bench".into())?;
+    let began = Instant::now();
+    let first = generated(&engine, &[request(prompt, 1, 0, vocab)])?;
+    let first_seconds = began.elapsed().as_secs_f64();
+    for (name, adapter) in SERVED.into_iter().zip(&adapters) {
+        engine.load_adapter(name, adapter.path())?;
+    }
+    let mut found = Vec::new();
+    for &batch in batches {
+        for (name, adapters) in [("base", 0), ("one adapter", 1), ("four adapters", 4)] {
+            let requests: Vec<Request> = (0..batch)
+                .map(|i| {
+                    let adapter = SERVED.get(i % adapters.max(1)).filter(|_| adapters > 0);
+                    let strength = |name: &&str| Strength { name: (*name).into(), strength: 1.0 };
+                    let request = request(prompt, tokens, i as u32 + 1, vocab);
+                    Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
+                })
+                .collect();
+            let runs = (0..SERVE_RUNS).map(|_| generated(&engine, &requests)).collect::<Result<Vec<_>>>()?;
+            let mut rates: Vec<f64> = runs.iter().map(|run| run.tokens as f64 / run.seconds).collect();
+            rates.sort_by(f64::total_cmp);
+            found.push(json!({
+                "batch": batch, "adapters": name, "tokens_per_second": rates[SERVE_RUNS / 2], "rates": rates,
+                "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds, "launches_a_step": runs[0].launches_a_step,
+            }));
+        }
+    }
+    let mut found = json!({
+        "contender": "hone", "load_seconds": load_seconds, "first_token_seconds": first_seconds,
+        "first_token_after_start_seconds": load_seconds + first_seconds, "prompt": prompt, "tokens": tokens,
+        "first_tokens": first.tokens, "serving": found,
+    });
+    if let (Some(found), Value::Object(memory)) = (found.as_object_mut(), memory::used(device)?) {
+        found.extend(memory);
+    }
+    Ok(found)
+}
+
+/// Runs of each case; the median counts.
+const SERVE_RUNS: usize = 3;
+
+/// A prompt of its own for each number, so that nothing is shared.
+fn request(prompt: usize, tokens: usize, number: u32, vocab: u32) -> Request {
+    let prompt = (0..prompt as u32).map(|i| 3 + (i * 7919 + number * 104_729) % (vocab - 3));
+    Request::greedy(prompt.collect(), tokens)
+}
+
+/// What requests that were asked at once took from the moment in which all had their first token.
+struct Generated {
+    tokens: usize,
+    seconds: f64,
+    first_seconds: f64,
+    launches_a_step: Option<f64>,
+}
+
+fn generated(engine: &Engine, requests: &[Request]) -> Result<Generated> {
+    let began = Instant::now();
+    let submitted = requests.iter().map(|request| engine.submit(request.clone()));
+    let mut answers =
+        submitted.collect::<std::result::Result<Vec<_>, _>>().map_err(|refusal| format!("{refusal:?}"))?;
+    let mut left = 0;
+    for (answer, request) in answers.iter_mut().zip(requests) {
+        left += request.max_tokens - 1;
+        while !matches!(answer.wait(), Some(Event::Token(_))) {}
+    }
+    // Those that came first have generated meanwhile what does not count.
+    let (first, launches) = (Instant::now(), device::launches());
+    let before = engine.counters().generated_tokens;
+    for answer in &mut answers {
+        loop {
+            match answer.wait() {
+                Some(Event::Finished(..)) => break,
+                Some(Event::Failed(fault)) => return Err(fault.into()),
+                Some(_) => {}
+                None => return Err("an answer without an end".into()),
+            }
+        }
+    }
+    let seconds = first.elapsed().as_secs_f64();
+    let tokens = (engine.counters().generated_tokens - before) as usize;
+    let steps = tokens as f64 / requests.len() as f64;
+    let launches = device::launches().zip(launches).map(|(after, before)| (after - before) as f64 / steps);
+    Ok(Generated {
+        tokens: tokens.min(left),
+        seconds,
+        first_seconds: (first - began).as_secs_f64(),
+        launches_a_step: launches,
+    })
+}
+
+/// A PEFT folder with random matrices.
+fn drawn_adapter(decoder: &Decoder, seed: u64) -> Result<tempfile::TempDir> {
+    let options = LoraOptions { r: SERVED_RANK, alpha: SERVED_RANK as f64, seed, ..LoraOptions::default() };
+    let trainable = decoder.trainable(&options)?;
+    let count = trainable.params.elem_count();
+    let value = |i: u64| (hone::ops::dropout::mix(seed ^ i) >> 40) as f32 / (1 << 24) as f32 - 0.5;
+    let values: Vec<f32> = (0..count as u64).map(|i| 0.02 * value(i)).collect();
+    let params = Tensor::from_vec(values, count, &Device::Cpu)?;
+    hone::ops::flat::write(&trainable.params, &params)?;
+    let folder = tempfile::tempdir()?;
+    let config = hone::adapter::config(&trainable.sites, decoder.facts.layers.len(), &options, "a bench");
+    std::fs::write(folder.path().join(hone::adapter::CONFIG_FILE), serde_json::to_vec(&config)?)?;
+    std::fs::write(folder.path().join(hone::adapter::WEIGHTS_FILE), hone::adapter::weights(&trainable)?)?;
+    Ok(folder)
 }
 
 /// The use of the device's memory, under the names that `reference.py` uses.

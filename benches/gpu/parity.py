@@ -2,7 +2,8 @@
 
     parity.py --ours BINARY --folder F --out JSON     after `reference.py prepare --folder F`
 
-f32 differs by the order of sums alone; in bf16 both sides round at different places.
+f32 differs by the order of sums alone. In bf16 both sides round at different places: each is compared with the reference's f32
+gradients, and hone's may be no farther from them, site by site, than the reference's own bf16.
 """
 import argparse
 import json
@@ -12,8 +13,11 @@ import subprocess
 import numpy
 from safetensors.numpy import load_file
 
-# Largest relative difference of a step's loss, smallest cosine of a site's gradient.
-BOUNDS = {"f32": ("float32", 1e-4, 0.99999), "bf16": ("bfloat16", 5e-3, 0.999)}
+# Largest relative difference of a step's loss, smallest cosine of a site's gradient in f32.
+BOUNDS = {"f32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-3)}
+COSINE_MIN = 0.99999
+# How many times the reference's distance (1 - cosine) from f32 hone's bf16 may have at a site: on an H100 its worst site had 0.94 times.
+DISTANCE_MAX = 1.1
 
 
 def cosine(a, b):
@@ -22,18 +26,23 @@ def cosine(a, b):
 
 
 def compare(folder, precision, ours, reference):
-    name, loss_bound, cosine_bound = BOUNDS[precision]
+    name, loss_bound = BOUNDS[precision]
     differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], reference[name]["losses"], strict=True)]
     found = load_file(os.path.join(folder, f"ours-{precision}.safetensors"))
-    expected = load_file(os.path.join(folder, f"gradients-{name}.safetensors"))
+    expected = load_file(os.path.join(folder, "gradients-float32.safetensors"))
     assert found.keys() == expected.keys(), f"names differ: {sorted(found.keys() ^ expected.keys())[:4]}"
     cosines = {key: cosine(found[key], expected[key]) for key in sorted(found)}
     norms = {key: float(numpy.linalg.norm(found[key]) / max(numpy.linalg.norm(expected[key]), 1e-300)) for key in cosines}
-    worst = min(cosines, key=cosines.get)
+    # The lowest cosine that each site may have.
+    bounds = dict.fromkeys(cosines, COSINE_MIN)
+    if precision == "bf16":
+        own = load_file(os.path.join(folder, f"gradients-{name}.safetensors"))
+        bounds = {key: 1 - DISTANCE_MAX * (1 - cosine(own[key], expected[key])) for key in cosines}
+    worst = min(cosines, key=lambda key: cosines[key] - bounds[key])
     return {"losses": ours["losses"], "reference_losses": reference[name]["losses"], "loss_differences": differences,
             "loss_difference_max": max(differences), "loss_bound": loss_bound, "cosine_min": cosines[worst], "cosine_of": worst,
-            "cosine_bound": cosine_bound, "norm_ratio_min": min(norms.values()), "norm_ratio_max": max(norms.values()),
-            "good": max(differences) <= loss_bound and cosines[worst] >= cosine_bound}
+            "cosine_bound": bounds[worst], "norm_ratio_min": min(norms.values()), "norm_ratio_max": max(norms.values()),
+            "good": max(differences) <= loss_bound and cosines[worst] >= bounds[worst]}
 
 
 parser = argparse.ArgumentParser()

@@ -4,6 +4,8 @@
                                                                    adapter to start from, examples.json; then five steps of
                                                                    parity, in f32 and bf16, with the first step's gradients
     reference.py speed --folder F --contender NAME --out JSON      tokens/s and peak memory of one way to run it
+    reference.py serve --folder F [--batches 1,32] --out JSON      tokens/s that `generate` decodes, greedy, without and with
+                                                                   the adapter
 
 Contenders: best (bf16, no checkpointing, packed, SDPA), liger (best with Liger's kernels), kaito (one example at a time,
 prepare_model_for_kbit_training, checkpointing, LoRA in bf16, empty_cache after every step), unsloth. Without a GPU they
@@ -260,6 +262,42 @@ def measure(model, optimizer, parameters, steps, in_one_row, kaito):
     return found
 
 
+def serve(options):
+    """`generate` of as many prompts at once as a batch has; its time for one token is taken off, so that decoding counts."""
+    began = time.monotonic()
+    model = load(options.folder, torch.bfloat16).eval()
+    result = {"contender": "transformers + bitsandbytes", "versions": versions(), "load_seconds": time.monotonic() - began,
+              "serving": []}
+    cases = ["base"] + ["one adapter"] * os.path.exists(os.path.join(options.folder, "adapter"))
+    for adapters in cases:
+        if adapters != "base":
+            model = peft.PeftModel.from_pretrained(model, os.path.join(options.folder, "adapter")).eval()
+        for batch in map(int, options.batches.split(",")):
+            generated(model, batch, options.prompt, 2)
+            short = min(generated(model, batch, options.prompt, 1) for _ in range(2))
+            long = min(generated(model, batch, options.prompt, options.tokens) for _ in range(2))
+            tokens = batch * (options.tokens - 1)
+            result["serving"].append({"batch": batch, "adapters": adapters, "tokens_per_second": tokens / (long - short),
+                                      "seconds_to_first": short})
+            save(options.out, result)
+    return result
+
+
+def generated(model, batch, prompt, tokens):
+    """Seconds."""
+    ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch)).to(DEVICE)
+    if GPU:
+        torch.cuda.synchronize()
+    began = time.monotonic()
+    with torch.inference_mode():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
+                               do_sample=False, use_cache=True, pad_token_id=0)
+    if GPU:
+        torch.cuda.synchronize()
+    assert found.shape[1] == prompt + tokens
+    return time.monotonic() - began
+
+
 def versions():
     import bitsandbytes
     modules = (torch, transformers, peft, bitsandbytes)
@@ -274,12 +312,15 @@ def save(path, result):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["prepare", "speed"])
+    parser.add_argument("what", choices=["prepare", "speed", "serve"])
     parser.add_argument("--shape", default="phi3-mini", choices=sorted(work.SHAPES))
     parser.add_argument("--folder", required=True)
     parser.add_argument("--contender", choices=["best", "liger", "kaito", "unsloth"])
     parser.add_argument("--workloads", default="packed,long,short")
+    parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    save(options.out, {"prepare": prepare, "speed": speed}[options.what](options))
+    save(options.out, {"prepare": prepare, "speed": speed, "serve": serve}[options.what](options))

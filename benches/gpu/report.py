@@ -3,7 +3,8 @@
 
 def text(whole):
     found = {record["stage"]: record.get("result") or {} for record in whole["stages"]}
-    parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found), benches(found),
+    parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found), serving(found),
+             benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
              kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -40,6 +41,24 @@ def speeds(found):
                          of.get("error", "").strip().split("\n")[-1][:60]])
     rows.sort(key=lambda row: row[1])
     return rows and table(["training", "workload", "tokens/s", "times kaito", "s median", "min", "max", "GB peak", "GB device", ""], rows)
+
+
+def serving(found):
+    """Tokens/s decoded by each side, what adapters cost, and how many times the reference's."""
+    rows = []
+    reference = {of["batch"]: of["tokens_per_second"] for of in found.get("serve-reference", {}).get("serving", [])}
+    for name in ("serve", "serve-reference"):
+        result = found.get(name, {})
+        base = {}
+        for of in result.get("serving", []):
+            rate = of["tokens_per_second"]
+            base.setdefault(of["batch"], rate)
+            beside = reference.get(of["batch"])
+            rows.append([result.get("contender"), of["batch"], of["adapters"], rate, rate / beside if beside else None,
+                         1 - rate / base[of["batch"]], of.get("launches_a_step"), of.get("seconds_to_first"),
+                         result.get("first_token_after_start_seconds")])
+    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "launches a step",
+                           "s to first", "s from start to first"], rows)
 
 
 def benches(found):

@@ -1,12 +1,16 @@
-//! Cases of attention, forward and backward: one long example, eight packed ones; and the head widths of other models.
+//! Cases of attention, forward and backward: one long example, eight packed ones; and the head widths of other
+//! models. Of serving: rows that generate, over pages.
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use hone::facts::Precision;
 use hone::facts::{Heads, Layout};
+use hone::ops::attention::cached::{self, PAGE, Segment, Segments, Store};
 use hone::ops::attention::{self, Packing};
+use hone::ops::rows;
 
 use crate::case::{Case, Gpu, Inputs};
 use crate::shapes::Shape;
@@ -31,6 +35,11 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
             cases.push(case(gpu, format!("{name}, {}", shape.name), heads, examples.clone(), backward));
         }
     }
+    let contexts: &[(usize, usize)] =
+        if gpu.small { &[(2, 69)] } else { &[(1, 256), (1, 4096), (32, 256), (32, 1024)] };
+    cases.extend(
+        contexts.iter().map(|&(sequences, context)| generating(gpu, shape, heads, sequences, context)),
+    );
     // Llama-3.2-1B's heads, and a window at a width that has none above.
     if shape.name == "llama3.1-8b" {
         for (name, heads) in [
@@ -84,6 +93,66 @@ fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, back
     }
 }
 
+/// One new row of each of several sequences over a context whose keys and values lie in pages: the same text in
+/// all, each on pages of its own.
+fn generating(gpu: &Gpu, shape: &Shape, heads: Heads, sequences: usize, context: usize) -> Case {
+    let (device, dtype) = (gpu.device.clone(), gpu.dtype);
+    let pages = context.div_ceil(PAGE);
+    let segment = move |sequence: usize, rows: Range<usize>, start: usize| {
+        let first = (sequence * pages) as u32;
+        Segment { rows, start, pages: (first..first + pages as u32).collect() }
+    };
+    let store: Arc<Mutex<Option<Store>>> = Arc::default();
+    let filled = store.clone();
+    let seen = heads.window.unwrap_or(context).min(context);
+    Case {
+        name: format!("generating attention, {sequences} of {context}, {}", shape.name),
+        bytes: (sequences * seen * Store::token_bytes(&heads, dtype)) as f64,
+        flops: 0.0,
+        exact: false,
+        make: Box::new(move || {
+            let gpu = Gpu { device: device.clone(), dtype, small: false };
+            let text = gpu.random((context, heads.columns()), 1.0)?;
+            let mut store = Store::new(sequences * pages, &heads, dtype, &device)?;
+            for sequence in 0..sequences {
+                store.write(&text, &heads, &Segments::new(&[segment(sequence, 0..context, 0)]))?;
+            }
+            *filled.lock().expect("one thread") = Some(store);
+            let last = vec![(context - 1) as u32; sequences];
+            Ok(vec![rows::gather(&text, &last)?, text].into())
+        }),
+        run: Box::new(move |of| {
+            let store = store.lock().expect("one thread");
+            let segments: Vec<Segment> = (0..sequences).map(|i| segment(i, i..i + 1, context - 1)).collect();
+            let store = store.as_ref().expect("`make` came before");
+            Ok(vec![cached::forward(&of[0], &heads, store, &Segments::new(&segments), Precision::Bf16)?])
+        }),
+        judge: Box::new(move |inputs, outputs| {
+            let whole: Vec<Range<usize>> = std::iter::once(0..context).collect();
+            let (group, width, last) = (heads.group(), heads.width, heads.key - 1);
+            let one = Heads { query: group, key: 1, ..heads };
+            let text = of_group(&heads, &wide(&inputs[1])?)?;
+            let (expected, _) = attention::forward(&text, &one, &Packing::new(whole), Precision::F32)?;
+            let expected = expected.narrow(0, context - 1, 1)?.broadcast_as((sequences, group * width))?;
+            let found = wide(&outputs[0])?.narrow(1, last * group * width, group * width)?;
+            Ok(vec![(found.contiguous()?, expected.contiguous()?)])
+        }),
+    }
+}
+
+fn wide(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+}
+
+/// The columns of the last key head, its query heads and its values.
+fn of_group(heads: &Heads, tensor: &Tensor) -> Result<Tensor> {
+    let (group, width, last) = (heads.group(), heads.width, heads.key - 1);
+    let query = tensor.narrow(1, last * group * width, group * width)?;
+    let key = tensor.narrow(1, (heads.query + last) * width, width)?;
+    let value = tensor.narrow(1, (heads.query + heads.key + last) * width, width)?;
+    Tensor::cat(&[query, key, value], 1)?.contiguous()
+}
+
 /// Pairs of a row and a row that it attends to.
 fn pairs(rows: usize, window: Option<usize>) -> f64 {
     let window = window.unwrap_or(rows).min(rows) as f64;
@@ -99,14 +168,8 @@ fn judge(
 ) -> Result<Vec<(Tensor, Tensor)>> {
     let (group, width, last) = (heads.group(), heads.width, heads.key - 1);
     let one = Heads { query: group, key: 1, ..*heads };
-    let wide = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let of_queries = |tensor: &Tensor| tensor.narrow(1, last * group * width, group * width)?.contiguous();
-    let of_group = |tensor: &Tensor| {
-        let key = tensor.narrow(1, (heads.query + last) * width, width)?;
-        let value = tensor.narrow(1, (heads.query + heads.key + last) * width, width)?;
-        Tensor::cat(&[of_queries(tensor)?, key, value], 1)
-    };
-    let qkv = of_group(&wide(&inputs[0])?)?;
+    let qkv = of_group(heads, &wide(&inputs[0])?)?;
     let (out, lse) = attention::forward(&qkv, &one, packing, Precision::F32)?;
     let Some(d_out) = inputs.tensors.get(1) else {
         let found = wide(&outputs[1])?.narrow(0, last * group, group)?;
@@ -114,5 +177,5 @@ fn judge(
     };
     let d_out = of_queries(&wide(d_out)?)?;
     let expected = attention::backward(&d_out, &qkv, &out, &lse, &one, packing, Precision::F32)?;
-    Ok(vec![(of_group(&wide(&outputs[0])?)?, expected)])
+    Ok(vec![(of_group(heads, &wide(&outputs[0])?)?, expected)])
 }

@@ -37,6 +37,10 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
             true,
         ));
     }
+    for rows in [1, 8, 16, 32, 64, 128] {
+        cases.push(few(gpu, shape, rows, gate_up, true));
+        cases.push(few(gpu, shape, rows, gate_up, false));
+    }
     cases.push(product(gpu, shape, "bf16 product, gate_up", gate_up, Kind::Forward, false));
     cases.push(product(gpu, shape, "LoRA A, gate_up", (RANK, width), Kind::Forward, false));
     cases.push(product(gpu, shape, "LoRA A's gradient, gate_up", (RANK, width), Kind::Weight, false));
@@ -150,7 +154,8 @@ fn product(
     let (device, dtype, tokens) = (gpu.device.clone(), gpu.dtype, shape.tokens);
     let element = dtype.size_in_bytes();
     let activations = (tokens * (n + k) * element) as f64;
-    // A 4-bit weight is read, written in the activations' type and read again; a LoRA gradient is f32, read and written.
+    // A 4-bit weight is read, written in the activations' type and read again; a LoRA gradient is f32, read and
+    // written.
     let weight_bytes = match (four_bits, kind) {
         (true, _) => (0.516 + 2.0 * element as f64) * (n * k) as f64,
         (false, Kind::Weight) => 8.0 * (n * k) as f64,
@@ -205,6 +210,37 @@ fn product(
         make: Box::new(make),
         run: Box::new(run),
         judge: Box::new(judge),
+    }
+}
+
+/// Few rows by the weight as it is stored, and by expanding it: where both take equally long, `matmul::FEW_ROWS`
+/// should lie.
+fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bool) -> Case {
+    let (device, dtype) = (gpu.device.clone(), gpu.dtype);
+    let product = if stored { matmul::forward_apart } else { matmul::forward };
+    let how = if stored { "as stored" } else { "expanded" };
+    Case {
+        name: format!("4-bit product of {rows} rows, {how}, {}", shape.name),
+        bytes: 0.516 * (n * k) as f64 + (rows * (n + k) * dtype.size_in_bytes()) as f64,
+        flops: 2.0 * (rows * n) as f64 * k as f64,
+        exact: false,
+        make: Box::new(move || {
+            let gpu = Gpu { device: device.clone(), dtype, small: false };
+            let weight = Some(Weight::FourBit(four_bit(&gpu.random((n, k), 0.02)?, (n, k))?));
+            Ok(Inputs { tensors: vec![gpu.random((rows, k), 1.0)?], weight })
+        }),
+        run: Box::new(move |of| {
+            let y = unwritten((rows, n), dtype, of[0].device())?;
+            let weight = of.weight.as_ref().expect("as `make` made it");
+            product(&of[0], weight, 1.0, &y, 0, 0.0, product_precision(dtype))?;
+            Ok(vec![y])
+        }),
+        judge: Box::new(move |inputs, outputs| {
+            let weight = on_cpu(inputs.weight.as_ref(), dtype)?.to_dtype(DType::F64)?;
+            let x = inputs[0].to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+            let found = outputs[0].to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+            Ok(vec![(found, x.matmul(&weight.t()?)?)])
+        }),
     }
 }
 

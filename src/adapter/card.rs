@@ -18,6 +18,8 @@ pub struct Card<'a> {
     pub base_format: String,
     /// (name without secrets, SHA-256) of each dataset file.
     pub data: Vec<(String, String)>,
+    /// Datasets of the hub: OWNER/NAME.
+    pub datasets: Vec<String>,
     /// The main settings: (name, value).
     pub settings: Vec<(String, String)>,
 }
@@ -31,6 +33,12 @@ pub fn markdown(card: &Card) -> String {
         "library_name: peft".to_owned(),
         "pipeline_tag: text-generation".to_owned(),
         "tags: [lora, qlora, hone]".to_owned(),
+    ];
+    if !card.datasets.is_empty() {
+        lines.push(format!("datasets: {}", serde_json::Value::from(card.datasets.clone())));
+    }
+    lines.extend(results(card));
+    lines.extend([
         "---".to_owned(),
         String::new(),
         format!("# LoRA adapter for {}", plain(card.base_model)),
@@ -49,8 +57,9 @@ pub fn markdown(card: &Card) -> String {
         format!("| tokens | {} |", card.trained.tokens),
         format!("| loss, first step | {:.4} |", card.trained.first_loss),
         format!("| loss, last step | {:.4} |", card.trained.loss),
-    ];
+    ]);
     lines.extend(card.trained.eval_loss.map(|loss| format!("| evaluation loss | {loss:.4} |")));
+    lines.push(format!("| the adapter is of | {} |", card.trained.adapter()));
     lines.extend(["".into(), "| setting | |".into(), "|---|---|".into()]);
     lines.extend(card.settings.iter().map(|(name, value)| format!("| {} | {} |", plain(name), plain(value))));
     lines.extend(["".into(), "| data | SHA-256 |".into(), "|---|---|".into()]);
@@ -63,7 +72,73 @@ pub fn markdown(card: &Card) -> String {
     lines.join("\n") + "\n"
 }
 
+/// The hub's `model-index`: what the evaluation gave, of the best or the last adapter, whichever the folder holds.
+fn results(card: &Card) -> Vec<String> {
+    let trained = card.trained;
+    let best = trained.best.as_ref().filter(|_| trained.restored_step.is_some());
+    let (name, value) = match (best, trained.eval_loss) {
+        (Some(best), _) => (best.metric.clone(), best.value),
+        (None, Some(loss)) => ("eval_loss".to_owned(), loss),
+        (None, None) => return Vec::new(),
+    };
+    let text = |text: &str| serde_json::Value::from(text).to_string();
+    let dataset = card.datasets.first().map_or("held-out rows", String::as_str);
+    vec![
+        "model-index:".into(),
+        format!("- name: {}", text(&format!("LoRA adapter for {}", card.base_model))),
+        "  results:".into(),
+        "  - task: {type: text-generation, name: Text Generation}".into(),
+        format!("    dataset: {{name: {}, type: {}}}", text(dataset), text(dataset)),
+        "    metrics:".into(),
+        format!("    - {{type: {name}, name: {name}, value: {value}}}"),
+    ]
+}
+
 /// Text from outside, made safe for Markdown: without line breaks, bars, brackets and backticks.
 fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() || "|<>[]`".contains(c) { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// tests/scripts/model_card.py gives this header to huggingface_hub's own reader and validator.
+    #[test]
+    fn results_of_the_folders_adapter_are_in_the_header() {
+        let text = include_str!("../../tests/fixtures/model_card.md");
+        let facts = crate::facts::shapes::facts("phi3-mini").unwrap();
+        let best = crate::train::BestEvaluation { step: 40, metric: "eval_loss".into(), value: 0.625 };
+        let trained = Trained {
+            steps: 60,
+            first_loss: 2.0,
+            loss: 1.0,
+            train_loss: 1.5,
+            eval_loss: Some(0.75),
+            tokens: 10,
+            seconds: 1.0,
+            tokens_per_second: 10.0,
+            resumed_at: None,
+            best: Some(best),
+            restored_step: Some(40),
+            stopped_early: false,
+        };
+        let card = Card {
+            base_model: "owner/base: \"7b\"",
+            facts: &facts,
+            sites: &[],
+            trained: &trained,
+            base_format: "an unquantised base".into(),
+            data: vec![("rows.parquet".into(), "ab".into())],
+            datasets: vec!["owner/rows".into()],
+            settings: vec![("rank".into(), "8".into())],
+        };
+        let found = markdown(&card);
+        if std::env::var_os("UPDATE_EXPECT").is_some() {
+            std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/model_card.md"), &found)
+                .unwrap();
+            return;
+        }
+        assert_eq!(found, text);
+    }
 }

@@ -324,11 +324,11 @@ impl Adapter {
         self.nothing_else(&trainable.sites)
     }
 
-    /// The LoRA pairs for a base of these facts, for serving.
+    /// The LoRA pairs for a base of these facts, on the device that serves it.
     ///
     /// # Errors
     /// Model: the adapter belongs to another base, or it would change nothing.
-    pub fn pairs(&self, facts: &Facts, dtype: DType) -> Result<Pairs> {
+    pub fn pairs(&self, facts: &Facts, dtype: DType, device: &Device) -> Result<Pairs> {
         let options = self.options(&LoraOptions::default())?;
         let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?.list;
         self.nothing_else(&sites).map_err(|fault| fault.help(self.of_another_base(facts).message))?;
@@ -336,8 +336,9 @@ impl Adapter {
         for site in &sites {
             let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
             changes |= site.scale != 0.0 && cpu::to_f64(b)?.iter().any(|value| *value != 0.0);
-            let weight =
-                |tensor: &Tensor| Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?));
+            let weight = |tensor: &Tensor| {
+                Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?.to_device(device)?))
+            };
             list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale }));
         }
         match changes {

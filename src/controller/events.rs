@@ -19,7 +19,7 @@ const NOTE_BYTES_MAX: usize = 1024;
 const INSTANCE_BYTES_MAX: usize = 128;
 /// LIMIT: Warnings of one object that are read.
 const WARNINGS_MAX: u32 = 50;
-/// A Warning that was not repeated for so long no longer says how things stand; the kubelet repeats its own every two minutes.
+/// The age after which a Warning is out of date; the kubelet repeats its own every two minutes.
 const WARNING_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// How serious an Event is.
@@ -40,7 +40,8 @@ impl Recorder {
         Recorder { client, identity: plain(identity, INSTANCE_BYTES_MAX) }
     }
 
-    /// An Event that cannot be written is no reason to fail. Each has a name of its own, so that none shows an older note.
+    /// An Event that cannot be written is no reason to fail. Each has a name of its own, so that none shows an older
+    /// note.
     pub async fn tell(&self, workspace: &Workspace, weight: Weight, reason: &str, note: &str) {
         let now = Timestamp::now();
         let event = Event {
@@ -97,7 +98,7 @@ pub async fn newest_warning(
     }))
 }
 
-/// How a Job ended that is gone, if its Events still tell: its own controller leaves one for either end.
+/// The end of a Job that is gone, from the Events that its controller left.
 ///
 /// # Errors
 /// Those of the API server.
@@ -115,7 +116,7 @@ pub async fn end_of_job(
         Err(kube::Error::Api(status)) if status.code == 403 => return Ok(None),
         other => other?.items,
     };
-    /// Reasons with which Kubernetes gives a Job up.
+    /// The reasons of Kubernetes for a failed Job.
     const GIVEN_UP: [&str; 4] =
         ["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy", "FailedIndexes"];
     let ends = list.into_iter().filter(|event| time(event).is_some_and(|time| Some(time) >= since));
@@ -131,7 +132,7 @@ pub async fn end_of_job(
     }))
 }
 
-/// When it was last seen.
+/// The time of the last occurrence.
 fn time(event: &CoreEvent) -> Option<Timestamp> {
     let series =
         event.series.as_ref().and_then(|series| series.last_observed_time.as_ref()).map(|time| time.0);

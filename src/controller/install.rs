@@ -1,15 +1,20 @@
-//! What a cluster gets to run the controller: its namespace, its rights and its Deployment.
+//! The objects that run the controller in a cluster: namespace, rights, Deployment; the webhook's; the chart and the
+//! kustomization.
 
 use serde_json::{Value, json};
 
-use crate::workspace::kind::{GROUP, PLURAL};
+use super::certificates::{CONFIGURATION, SECRET, SERVICE};
+use super::webhook::PATH;
+use crate::workspace::kind::{GROUP, PLURAL, VERSIONS};
 use crate::workspace::{MANAGED_BY, MANAGER, crd, yaml};
 
 pub const NAMESPACE: &str = "hone-system";
 const NAME: &str = "hone-controller";
 const PORT: u16 = 8080;
+const WEBHOOK_PORT: u16 = 9443;
+const WEBHOOK_VARIABLE: &str = "HONE_WEBHOOK";
 
-/// In the order of application.
+/// The objects, in the order of application.
 pub fn objects(image: &str) -> Vec<Value> {
     let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
     let named = |name: &str| json!({"name": name, "labels": labels});
@@ -45,14 +50,85 @@ pub fn objects(image: &str) -> Vec<Value> {
     .collect()
 }
 
+/// The objects of the webhook. The controller answers it with HONE_WEBHOOK=true; without an answer Workspaces are
+/// accepted.
+pub fn webhook() -> Vec<Value> {
+    const NAME: &str = "hone-webhook";
+    let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
+    let named = |name: &str| json!({"name": name, "labels": labels});
+    let placed = |name: &str| json!({"name": name, "namespace": NAMESPACE, "labels": labels});
+    let subject = json!([{"kind": "ServiceAccount", "name": self::NAME, "namespace": NAMESPACE}]);
+    let binding = |kind: &str, role: &str, metadata: Value| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": metadata,
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": role, "name": NAME}, "subjects": subject,
+        })
+    };
+    vec![
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": placed(SERVICE),
+            "spec": {
+                "selector": {"app.kubernetes.io/name": self::NAME},
+                "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": WEBHOOK_PORT}],
+            },
+        }),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": named(NAME),
+            "rules": [
+                // The trust in the certificates is written there.
+                {
+                    "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],
+                    "resourceNames": [CONFIGURATION], "verbs": ["get", "update"],
+                },
+            ],
+        }),
+        binding("ClusterRoleBinding", "ClusterRole", named(NAME)),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": placed(NAME),
+            "rules": [
+                // The controller's own certificates; no other Secret can be read.
+                {"apiGroups": [""], "resources": ["secrets"], "resourceNames": [SECRET], "verbs": ["get", "update"]},
+                {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
+            ],
+        }),
+        binding("RoleBinding", "Role", placed(NAME)),
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+            "metadata": named(CONFIGURATION),
+            "webhooks": [{
+                "name": format!("workspaces.{CONFIGURATION}"),
+                "clientConfig": {"service": {"name": SERVICE, "namespace": NAMESPACE, "path": PATH, "port": 443}},
+                "rules": [{
+                    "apiGroups": [GROUP], "apiVersions": VERSIONS, "resources": [PLURAL],
+                    "operations": ["CREATE", "UPDATE"], "scope": "Namespaced",
+                }],
+                "admissionReviewVersions": ["v1"], "sideEffects": "None", "failurePolicy": "Ignore",
+                "matchPolicy": "Equivalent", "timeoutSeconds": 5,
+            }],
+        }),
+    ]
+}
+
+/// The webhook as a part of a kustomization, beside the controller's: `components: [.../jobs/webhook]`.
+pub fn webhook_component() -> Value {
+    let patch = yaml::write(&[json!([{
+        "op": "add", "path": "/spec/template/spec/containers/0/env/-",
+        "value": {"name": WEBHOOK_VARIABLE, "value": "true"},
+    }])]);
+    json!({
+        "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", "resources": ["webhook.yaml"],
+        "patches": [{"target": {"kind": "Deployment", "name": NAME}, "patch": patch}],
+    })
+}
+
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
 }
 
-/// Of what is made, changed and taken away.
+/// The verbs for objects that the controller creates, changes and deletes.
 const MADE: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
 
-/// Who may do what with Workspaces, by the roles that a cluster has for its users: `admin` and `edit` change them, `view` looks.
+/// The rights of users: `admin` and `edit` of a cluster may change Workspaces, `view` may read them.
 pub fn user_roles() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let role = |what: &str, to: &[&str], rules: Value| {
@@ -76,8 +152,8 @@ pub fn user_roles() -> Vec<Value> {
     ]
 }
 
-/// The chart: its files by path. A template holds nothing but names of values, and variables that are left out without one, so
-/// that what it makes is what `objects` makes.
+/// The files of the chart, by path. A template holds nothing but names of values, and variables that are left out if
+/// their value is empty, so that it renders what `objects` returns.
 pub fn chart() -> Vec<(&'static str, String)> {
     // The namespace is the release's.
     let mut list = objects("VALUE-image");
@@ -92,6 +168,7 @@ pub fn chart() -> Vec<(&'static str, String)> {
         ("HONE_GPUS", "gpus"),
         ("HONE_CLOUD", "cloud"),
         ("HONE_NAMESPACE", "namespace"),
+        (WEBHOOK_VARIABLE, "webhook"),
     ] {
         variables.push(json!({"name": name, "value": format!("VALUE-{value}")}));
     }
@@ -106,6 +183,8 @@ pub fn chart() -> Vec<(&'static str, String)> {
     // Texts are quoted, since a value may be empty; the number is not.
     let text = text.replace("VALUE-replicas", "{{ .Values.replicas }}");
     let text = named.replace_all(&text, "{{ .Values.$1 | quote }}").into_owned();
+    let webhook = yaml::write(&webhook()).replace(NAMESPACE, "{{ .Release.Namespace }}");
+    let webhook = format!("{{{{- if .Values.webhook }}}}\n{webhook}{{{{- end }}}}\n");
     let version = env!("CARGO_PKG_VERSION");
     let about = json!({
         "apiVersion": "v2", "name": "hone", "version": version, "appVersion": version, "type": "application",
@@ -116,6 +195,7 @@ pub fn chart() -> Vec<(&'static str, String)> {
         ("values.yaml", VALUES.into()),
         ("crds/workspaces.yaml", yaml::write(&[crd::definition()])),
         ("templates/controller.yaml", text),
+        ("templates/webhook.yaml", webhook),
     ]
 }
 
@@ -133,9 +213,11 @@ gpus: \"\"
 cloud: \"\"
 # Only this namespace's Workspaces; empty: all.
 namespace: \"\"
+# Review Workspaces when they are written, so that kubectl apply tells their mistakes.
+webhook: false
 ";
 
-/// What `kubectl apply -k` reads.
+/// The kustomization that `kubectl apply -k` reads.
 pub fn kustomization() -> Value {
     json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
@@ -144,7 +226,7 @@ pub fn kustomization() -> Value {
     })
 }
 
-/// No Secret is read: Jobs name them, the kubelet mounts them.
+/// The rights of the controller. No Secret is read: Jobs name them, the kubelet mounts them.
 fn cluster_rules() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let finalizers = format!("{PLURAL}/finalizers");
@@ -158,8 +240,9 @@ fn cluster_rules() -> Vec<Value> {
         // Why a pod waits, how its container ended, how far it is.
         rule("", &["pods"], &["get", "list", "watch"]),
         rule("", &["pods/log"], &["get"]),
-        // Configurations are read; a default is made where there is none.
-        rule("", &["configmaps"], &["get", "list", "watch", "create"]),
+        // Configurations are read, and a default is made if there is none; servers are told their adapters in one of
+        // their own.
+        rule("", &["configmaps"], &["get", "list", "watch", "create", "patch"]),
         // Whether any node has the labels.
         rule("", &["nodes"], &["get", "list", "watch"]),
         rule("apps", &["controllerrevisions"], &["get", "list", "create", "delete"]),
@@ -171,7 +254,11 @@ fn cluster_rules() -> Vec<Value> {
         // Why a pod cannot be made or mounted is in Events only.
         rule("", &["events"], &["list"]),
         // Nodes are asked for and given back.
-        rule("karpenter.sh", &["nodeclaims", "nodepools"], &["get", "list", "watch", "create", "delete"]),
+        rule(
+            "karpenter.sh",
+            &["nodeclaims", "nodepools"],
+            &["get", "list", "watch", "create", "patch", "delete"],
+        ),
         // Whether KAITO's own controller is there.
         json!({
             "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],

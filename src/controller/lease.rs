@@ -1,4 +1,4 @@
-//! One leader among the controller's pods: a Lease that is held, renewed, and given back at the end.
+//! The controller's pods -> one leader: a Lease that is held, renewed, and released at the end.
 //!
 //! Times are client-go's: a Lease counts for 15 s, its holder renews it every 2 s and stops when that failed for 10 s.
 
@@ -21,7 +21,7 @@ pub struct Election {
     api: Api<Lease>,
     name: String,
     identity: String,
-    /// Who was seen holding it, and since when on our clock: clocks of machines differ.
+    /// The last holder and when it was seen on this machine's clock; clocks of machines differ.
     seen: Option<(LeaseSpec, Instant)>,
 }
 
@@ -42,8 +42,7 @@ impl Election {
         }
     }
 
-    /// Renews it; ends when that can no longer be done, or somebody else holds it, and says which. An attempt that hangs
-    /// counts as one that fails.
+    /// Renews the Lease; returns why the lead was lost. An attempt that hangs counts as one that fails.
     pub async fn lost(&mut self) -> String {
         let mut renewed = Instant::now();
         while renewed.elapsed() < RENEW_DEADLINE {
@@ -62,7 +61,7 @@ impl Election {
         format!("the lead could not be renewed for {} s", RENEW_DEADLINE.as_secs())
     }
 
-    /// So that the next one need not wait.
+    /// Releases the Lease, so that the next leader need not wait.
     pub async fn release(&mut self) {
         let give = async {
             let Some(mut lease) = self.api.get_opt(&self.name).await? else { return Ok(()) };
@@ -73,13 +72,13 @@ impl Election {
             }
             Ok(())
         };
-        // One that cannot be given back runs out by itself.
+        // A Lease that cannot be released expires.
         if let Err(error) = in_time(RETRY, give).await {
             tracing::warn!(target: "hone", "lease {} is not given back: {error}", self.name);
         }
     }
 
-    /// Whether this process holds the Lease after one try. Two that try at once: one gets a conflict.
+    /// Whether this process holds the Lease after one try. If two try at once, one gets a conflict.
     async fn attempt(&mut self) -> kube::Result<bool> {
         let written = match self.api.get_opt(&self.name).await? {
             None => {

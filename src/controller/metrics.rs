@@ -1,4 +1,4 @@
-//! What the controller did -> Prometheus' text.
+//! The controller's counts -> Prometheus' text.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -13,7 +13,7 @@ use crate::workspace::Workspace;
 pub struct Metrics {
     reconciles: AtomicU64,
     errors: AtomicU64,
-    /// Of all reconciles together.
+    /// Seconds of all reconciliations together.
     microseconds: AtomicU64,
     leads: AtomicBool,
     stages: Mutex<HashMap<(String, String), Stage>>,

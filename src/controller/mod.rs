@@ -1,10 +1,14 @@
-//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and what becomes of them -> the Workspaces' status.
+//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and what becomes of them -> the
+//! Workspaces' status.
 //!
-//! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process. `watches` holds what
-//! there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are pure; `revision`, `nodes` and
-//! `lease` each keep one kind of object; `events` tells and reads Events; `presence` notices KAITO and Karpenter; `install` is
-//! what a cluster needs to run it.
+//! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process.
+//! `watches` holds what there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are
+//! pure; `revision`, `nodes` and `lease` each keep one kind of object; `ask` asks servers; `events` tells and reads
+//! Events; `presence` notices KAITO and Karpenter; `webhook` answers the API server's reviews with the `certificates`
+//! that the controller makes itself; `install` is what a cluster needs to run it.
 
+mod ask;
+mod certificates;
 mod events;
 pub mod install;
 mod lease;
@@ -18,6 +22,7 @@ mod revision;
 mod serve;
 mod status;
 mod watches;
+pub mod webhook;
 mod words;
 
 use std::collections::{HashMap, HashSet};
@@ -36,11 +41,13 @@ use kube::runtime::{applier, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::watch;
 
+use crate::backoff;
 use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
 use crate::source;
+use crate::workspace::serve::adapters_name;
 use crate::workspace::{MANAGED_BY, MANAGER, Settings, WORKSPACE_LABEL, Workspace, config_name};
 use events::Recorder;
 use lease::Election;
@@ -49,41 +56,47 @@ use presence::{Presence, in_time};
 use progress::Progress;
 use revision::Known;
 use watches::{Cache, Healths, Owner, Triggers, keep, same_version};
+use webhook::Webhook;
 
-/// Of what this controller writes.
+/// The field manager of everything that this controller writes.
 const FIELD_MANAGER: &str = "hone-controller";
 const LEASE: &str = "hone-controller";
-/// Workspaces that are looked at at the same time.
+/// Workspaces that are reconciled at the same time.
 const CONCURRENCY: u16 = 8;
-/// After an error, and how often that doubles: up to 4 minutes.
+/// The first pause after an error, which doubles up to the longest.
 const RETRY: Duration = Duration::from_secs(2);
-const RETRIES_DOUBLED: u32 = 7;
-/// One look, with all its requests.
+const RETRY_MAX: Duration = Duration::from_secs(240);
+/// LIMIT: time of one reconciliation with all its requests.
 const LOOK_MAX: Duration = Duration::from_secs(30);
-/// How long the first looks wait for what is not needed to begin.
+/// LIMIT: time that the first reconciliations wait for lists that they can do without.
 const LISTS_MAX: Duration = Duration::from_secs(5);
-/// How often a process that does not lead looks whether it could.
+/// How often a process that does not lead checks whether it could.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What `hone controller` is asked.
+/// The options of `hone controller`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// Only this one's Workspaces.
+    /// Only Workspaces of this namespace are reconciled; `None`: all.
     pub namespace: Option<String>,
     pub settings: Settings,
-    /// Whether one of several leads; otherwise this one does what it does at once.
+    /// Whether this process is one of several of which one leads.
     pub elect: bool,
-    /// Of the Lease.
+    /// The namespace of the Lease.
     pub lease_namespace: String,
-    /// Of this process.
+    /// The name of this process in the Lease and in Events.
     pub identity: String,
-    /// Of health and metrics.
+    /// The address of `/healthz`, `/readyz` and `/metrics`.
     pub address: SocketAddr,
+    /// Whether Workspaces are reviewed when they are written, and how.
+    pub webhook: Option<webhook::Options>,
 }
 
-/// What every look has. Objects are those of the cluster, as the watches last brought them; notes only spare requests.
+/// The state that all reconciliations share. Objects are copies of the cluster's, as the watches last brought them;
+/// notes only save requests.
 struct Context {
     client: Client,
+    /// The client for the servers of Workspaces.
+    http: reqwest::Client,
     settings: Settings,
     events: Recorder,
     metrics: Arc<Metrics>,
@@ -94,36 +107,43 @@ struct Context {
     jobs: Cache<Job>,
     pods: Cache<Pod>,
     sets: Cache<StatefulSet>,
-    /// All of one group.
+    /// All nodes are in one group.
     nodes: Cache<Node>,
-    /// By their own namespace and name.
+    /// ConfigMaps by their own namespace and name.
     configs: Cache<PartialObjectMeta<ConfigMap>>,
     claims: Cache<DynamicObject>,
     texts: Mutex<HashMap<Owner, Arc<ConfigMap>>>,
     notes: Mutex<HashMap<Owner, Notes>>,
-    /// Those that no node has been found for.
+    /// Workspaces that no node has been found for.
     without_node: Mutex<HashSet<Owner>>,
 }
 
-/// What is remembered of a Workspace between two looks, to ask less.
+/// Notes about a Workspace between two reconciliations. They save requests and decide nothing.
 #[derive(Clone, Debug, Default)]
 struct Notes {
     uid: Option<String>,
-    /// Looks in a row that failed, or were refused.
+    /// Reconciliations in a row that failed or were refused.
     failures: u32,
-    /// As this controller last wrote it, until the watch brings that.
+    /// The Workspace as this controller last wrote it, until the watch brings that version.
     own: Option<Arc<Workspace>>,
-    /// The newest revision, once asked for.
+    /// The newest revision; `None` until it was read.
     known: Option<Option<Known>>,
     progress: Option<Progress>,
     warning: Option<String>,
+    /// Version of the ConfigMap that servers follow, as this controller last wrote it.
+    told_version: Option<String>,
+    /// The servers' last answers about their adapters.
+    answers: ask::Answers,
+    answers_due: Due,
+    /// The digest of the file that the servers were asked about.
+    asked_of: String,
     progress_due: Due,
     warning_due: Due,
-    /// Whether somebody waits for a Job of that name to go.
+    /// Whether a task already waits for a foreign Job of this name to go.
     foreign: bool,
 }
 
-/// When something is asked for again: ever more rarely.
+/// The time of the next request for something; pauses grow.
 #[derive(Clone, Copy, Debug, Default)]
 struct Due {
     at: Option<Instant>,
@@ -131,7 +151,7 @@ struct Due {
 }
 
 impl Due {
-    /// Whether it is time; the first time after `first`, then after pauses that double up to `most`.
+    /// Whether the request is due: the first time after `first`, then after pauses that double up to `most`.
     fn is_now(&mut self, first: Duration, most: Duration) -> bool {
         let now = Instant::now();
         match self.at {
@@ -161,7 +181,7 @@ fn owner_of(workspace: &Workspace) -> Owner {
     (workspace.namespace().to_owned(), workspace.name().to_owned())
 }
 
-/// Nodes belong to nobody: they are one group.
+/// The owner of nodes, which belong to no Workspace.
 fn no_owner() -> Owner {
     (String::new(), String::new())
 }
@@ -171,7 +191,7 @@ impl Context {
         *self.presence.borrow()
     }
 
-    /// Reads or changes what is remembered of a Workspace; another of the same name begins anew.
+    /// Reads or changes the notes about a Workspace. A new Workspace of the same name starts with empty notes.
     fn note<T>(&self, workspace: &Workspace, with: impl FnOnce(&mut Notes) -> T) -> T {
         let mut list = locked(&self.notes);
         let notes = list.entry(owner_of(workspace)).or_default();
@@ -188,13 +208,13 @@ impl Context {
         self.metrics.forget(workspace);
     }
 
-    /// Doubles with each failure in a row.
+    /// The pause before the next try; it doubles with each failure in a row.
     fn pause(&self, workspace: &Workspace) -> Duration {
         self.note(workspace, |notes| {
             notes.failures += 1;
-            // What was remembered may be why.
+            // The remembered revision may be the cause.
             notes.known = None;
-            RETRY * 2u32.pow((notes.failures - 1).min(RETRIES_DOUBLED))
+            backoff::pause(RETRY, RETRY_MAX, notes.failures)
         })
     }
 
@@ -205,11 +225,11 @@ impl Context {
     }
 }
 
-/// Runs until a signal, or until another leads.
+/// Runs the controller until a signal comes or another process leads.
 ///
 /// # Errors
-/// Config: no cluster to talk to, or no right to. Network: it does not answer. Interrupted: the lead was lost, so that whoever
-/// started this process starts it again.
+/// Config: no cluster to talk to, or no right to. Network: it does not answer. Interrupted: the lead was lost, so that
+/// whoever started this process starts it again.
 pub fn run(options: &Options, report: &Report) -> Result<()> {
     source::install_crypto();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -234,7 +254,7 @@ async fn signal() {
     }
 }
 
-/// As `run`, with a client and until `stop`.
+/// Runs the controller with the given client until `stop`.
 ///
 /// # Errors
 /// As `run`.
@@ -247,8 +267,13 @@ pub async fn run_with(
     let metrics = Arc::new(Metrics::default());
     let healths = Healths::default();
     let standby = Arc::new(Mutex::new(Some("the API server has not answered yet".to_owned())));
-    let _endpoint =
-        endpoint::start(options.address, answers(metrics.clone(), healths.clone(), standby.clone()))?;
+    let webhook = options.webhook.as_ref();
+    let webhook =
+        webhook.map(|how| Webhook::new(client.clone(), how, &options.lease_namespace, &options.settings));
+    let webhook = webhook.transpose()?;
+    let mut troubles = vec![standby.clone()];
+    troubles.extend(webhook.as_ref().map(|webhook| webhook.trouble.clone()));
+    let _endpoint = endpoint::start(options.address, answers(metrics.clone(), healths.clone(), troubles))?;
     let mut election =
         Election::new(Api::namespaced(client.clone(), &options.lease_namespace), LEASE, &options.identity);
     let lead = async {
@@ -270,8 +295,15 @@ pub async fn run_with(
             }
         }
     };
+    let reviews = async {
+        if let Some(webhook) = webhook {
+            webhook.run().await;
+        }
+        std::future::pending::<()>().await;
+    };
     let ended = tokio::select! {
         ended = lead => ended,
+        () = reviews => Ok(()),
         () = stop => Ok(()),
     };
     metrics.leads(false);
@@ -281,7 +313,7 @@ pub async fn run_with(
     ended
 }
 
-/// One that does not lead is ready if it could: if Workspaces can be listed.
+/// A process that does not lead is ready if it could lead, that is if it can list Workspaces.
 async fn stand_by(client: &Client, options: &Options, trouble: &Mutex<Option<String>>) {
     loop {
         let one = ListParams::default().limit(1);
@@ -292,7 +324,7 @@ async fn stand_by(client: &Client, options: &Options, trouble: &Mutex<Option<Str
     }
 }
 
-/// Watches, and looks at each Workspace when it or something of it changes.
+/// Watches the cluster and reconciles each Workspace when it or one of its objects changes.
 async fn control(
     client: Client,
     options: &Options,
@@ -308,6 +340,7 @@ async fn control(
     let (workspaces, writer) = reflector::store();
     let context = Arc::new(Context {
         events: Recorder::new(client.clone(), &options.identity),
+        http: ask::client(),
         settings: options.settings.clone(),
         presence: watch::Sender::new(found),
         metrics,
@@ -335,13 +368,14 @@ async fn control(
     Err(Fault::internal("the controller ended"))
 }
 
-/// Runs the looks that are asked for, once enough is known to begin.
+/// Runs the reconciliations that were asked for, once the lists that they need have come.
 async fn look_when_asked(
     context: &Arc<Context>,
     queue: impl Stream<Item = ObjectRef<Workspace>>,
     report: &Report,
 ) {
-    // Jobs and Workspaces decide; what else is missing after a while is asked for one by one, or told later.
+    // Jobs and Workspaces decide. Other lists that have not come after a while are read one object at a time, or
+    // reported later.
     let begun = Instant::now();
     let lists = ["pods", "configmaps", "nodes", "jobs"];
     while begun.elapsed() < LISTS_MAX && !lists.iter().all(|name| context.healths.is_fine(name)) {
@@ -359,7 +393,7 @@ async fn look_when_asked(
     );
     let mut work = std::pin::pin!(work);
     while let Some(done) = work.next().await {
-        // Objects that are gone between the queue and the look are nothing to tell.
+        // A Workspace that went between the queue and the reconciliation is no error.
         if let Err(error) = done
             && !matches!(error, kube::runtime::controller::Error::ObjectNotFound(_))
         {
@@ -377,7 +411,7 @@ fn after_error(workspace: Arc<Workspace>, _: &kube::Error, context: Arc<Context>
     Action::requeue(context.pause(&workspace))
 }
 
-/// All watches but that of claims, for ever.
+/// Runs all watches except the one of node claims, without end.
 async fn watch_all(
     context: &Arc<Context>,
     options: &Options,
@@ -442,7 +476,7 @@ async fn watch_all(
         keep("statefulsets", api(client, options), ours(), sets, healths(), again.subscribe()),
         keep("configmaps", api(client, options), all(), configs, healths(), again.subscribe()),
         async {
-            // A controller of one namespace has no right to look at nodes.
+            // A controller of one namespace has no right to list nodes.
             let allowed =
                 Api::<Node>::all(client.clone()).list_metadata(&ListParams::default().limit(1)).await;
             match (allowed, &options.namespace) {
@@ -459,8 +493,8 @@ async fn watch_all(
 
 const KAITO_IS_HERE: &str = "KAITO's controller is installed: Workspaces are left to it";
 
-/// What follows from KAITO's or Karpenter's coming and going: claims are watched where there are any, and every Workspace is looked
-/// at again.
+/// Reacts when KAITO or Karpenter is installed or removed: node claims are watched if there can be any, and every
+/// Workspace is reconciled again.
 async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, report: &Report) {
     let mut presence = context.presence.subscribe();
     let mut before = *presence.borrow_and_update();
@@ -504,7 +538,7 @@ async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, rep
     }
 }
 
-/// What of a Job is looked at.
+/// Removes the parts of a Job that the controller does not read.
 fn strip_job(job: &mut Job) {
     job.metadata.managed_fields = None;
     if let Some(spec) = job.spec.as_mut() {
@@ -512,7 +546,7 @@ fn strip_job(job: &mut Job) {
     }
 }
 
-/// What of a StatefulSet is looked at.
+/// Removes the parts of a StatefulSet that the controller does not read.
 fn strip_set(set: &mut StatefulSet) {
     set.metadata.managed_fields = None;
     if let Some(spec) = set.spec.as_mut() {
@@ -520,7 +554,7 @@ fn strip_set(set: &mut StatefulSet) {
     }
 }
 
-/// What of a pod is looked at.
+/// Removes the parts of a pod that the controller does not read.
 fn strip_pod(pod: &mut Pod) {
     pod.metadata.managed_fields = None;
     if let Some(spec) = pod.spec.as_mut() {
@@ -547,7 +581,7 @@ fn own_name<K: ResourceExt>(object: &K) -> Option<Owner> {
     Some((object.namespace()?, object.name_any()))
 }
 
-/// Looks at the Workspaces that serve what a tuning one pushes.
+/// Reconciles the Workspaces that serve the image of a tuning Workspace.
 fn look_at_followers(tuning: &Workspace, context: &Context) {
     for workspace in context.workspaces.state() {
         if workspace.namespace() == tuning.namespace() && serve::follows(&workspace, tuning.name()) {
@@ -556,25 +590,30 @@ fn look_at_followers(tuning: &Workspace, context: &Context) {
     }
 }
 
-/// Looks at the Workspaces that a ConfigMap configures; its labels would not tell.
+/// Reconciles the Workspaces that a ConfigMap configures. The ConfigMap's labels do not name them.
 fn of_config((namespace, name): &Owner, context: &Context) {
     for workspace in context.workspaces.state() {
-        if workspace.tuning.is_some()
-            && workspace.namespace() == namespace
-            && config_name(&workspace) == *name
-        {
+        // A change of the servers' own ConfigMap is reverted.
+        let own = workspace.inference.is_some() && *name == adapters_name(&workspace);
+        if workspace.namespace() == namespace && (own || config_name(&workspace) == *name) {
             context.triggers.look_at(&owner_of(&workspace));
         }
     }
 }
 
-fn answers(metrics: Arc<Metrics>, healths: Healths, standby: Arc<Mutex<Option<String>>>) -> endpoint::Answer {
+fn answers(
+    metrics: Arc<Metrics>,
+    healths: Healths,
+    troubles: Vec<Arc<Mutex<Option<String>>>>,
+) -> endpoint::Answer {
     Arc::new(move |asked| match asked.path {
         "/healthz" => Reply::text("ok\n"),
-        "/readyz" => match locked(&standby).clone().or_else(|| healths.trouble()) {
-            None => Reply::text("ok\n"),
-            Some(why) => Reply { status: 503, ..Reply::text(why + "\n") },
-        },
+        "/readyz" => {
+            match troubles.iter().find_map(|trouble| locked(trouble).clone()).or_else(|| healths.trouble()) {
+                None => Reply::text("ok\n"),
+                Some(why) => Reply { status: 503, ..Reply::text(why + "\n") },
+            }
+        }
         "/metrics" => Reply { content_type: endpoint::PROMETHEUS, ..Reply::text(metrics.text()) },
         _ => Reply::not_found(),
     })

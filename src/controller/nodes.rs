@@ -1,14 +1,14 @@
-//! Nodes of a Workspace: those that its labels select, or one that Karpenter is asked for and given back to.
+//! A Workspace -> its nodes: those that its labels select, and the claims that Karpenter provides nodes for.
 //!
 //! Source: KAITO v0.12, `pkg/utils/nodeclaim` (a NodeClaim of its own, as its GPU provisioner serves it) and
 //! `pkg/nodeprovision/karpenter` (a NodePool for each Workspace).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, NodeCondition, NodeStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams, PostParams};
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
@@ -20,15 +20,15 @@ use crate::workspace::{Cloud, MANAGED_BY, MANAGER, WORKSPACE_LABEL, Workspace};
 
 const NAMESPACE_LABEL: &str = "kaito.sh/workspacenamespace";
 const NODE_POOL_LABEL: &str = "karpenter.sh/nodepool";
-/// The pool that KAITO's claims say they are of, so that Karpenter leaves them alone.
+/// The pool that KAITO's claims name, so that Karpenter leaves them alone.
 const NODE_POOL: &str = "kaito";
-/// Of a node that tunes, in KAITO whatever the model.
+/// The disk of a node; KAITO asks for the same with every model.
 const DISK: &str = "1024Gi";
 const NODE_CLASS: &str = "default";
-/// What a claim was asked for with.
+/// The annotation with the hash of a claim's spec.
 const SPEC_HASH: &str = "hone.sh/spec-hash";
 
-/// What of Karpenter a cluster has.
+/// The kinds of Karpenter that a cluster has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provider {
     None,
@@ -37,7 +37,7 @@ pub enum Provider {
 }
 
 impl Provider {
-    /// For the log.
+    /// The name in the log.
     pub fn name(self) -> &'static str {
         match self {
             Provider::None => "nobody",
@@ -47,7 +47,7 @@ impl Provider {
     }
 }
 
-/// What is there decides: a NodeClaim is enough, and is given back with one call.
+/// Reads which kinds are installed. NodeClaims are preferred, because one call deletes a node.
 pub async fn provider(client: &Client) -> kube::Result<Provider> {
     let resources = match client.list_api_group_resources("karpenter.sh/v1").await {
         Ok(list) => list.resources,
@@ -62,18 +62,26 @@ pub async fn provider(client: &Client) -> kube::Result<Provider> {
     })
 }
 
-/// Whether a node is asked for: by its type, where somebody can bring one.
+/// Whether the Workspace gets node claims: it names an instance type and Karpenter is there.
 pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
     provider != Provider::None && !workspace.resource.instance_type.is_empty()
 }
 
-/// Asks for the Workspace's node unless one like it is there, and gives others of the Workspace back. A claim that is on its way
-/// out is no node: another one is asked for, under a name of its own, since neither can a claim's spec be changed.
+/// The number of nodes of a Workspace: one to tune, one for each server.
+pub fn count(workspace: &Workspace) -> usize {
+    let servers = workspace.resource.count.filter(|_| workspace.tuning.is_none()).unwrap_or(1);
+    usize::try_from(servers).unwrap_or(1)
+}
+
+/// Creates the Workspace's missing node claims and deletes those with another spec. A claim that is being deleted does
+/// not count, and the new claim has a name of its own. If there are more claims than wanted, those whose nodes are not
+/// in `used` are deleted.
 pub async fn ask(
     client: &Client,
     workspace: &Workspace,
     provider: Provider,
     cloud: Option<Cloud>,
+    used: &BTreeSet<String>,
 ) -> kube::Result<()> {
     if provider == Provider::None {
         return Ok(());
@@ -85,29 +93,52 @@ pub async fn ask(
     };
     let hash = source::digest(object["spec"].to_string().as_bytes())[..16].to_owned();
     let known = list(client, workspace, provider).await?;
-    let mut there = false;
+    let mut there = Vec::new();
     for old in known.iter().filter(|old| is_alive(old)) {
         match old.annotations().get(SPEC_HASH) == Some(&hash) {
-            true => there = true,
+            true => there.push(old),
             false => delete(client, provider, &old.name_any()).await?,
         }
     }
-    if there {
-        return Ok(());
+    if provider == Provider::NodePools {
+        // One pool has all the nodes. Their number is no part of its hash, because it can be changed.
+        let replicas = json!({"spec": {"replicas": count(workspace)}});
+        object["spec"]["replicas"] = count(workspace).into();
+        if let Some(pool) = there.first() {
+            return scale(client, pool, &replicas).await;
+        }
     }
-    let mut names = (0..).map(|attempt| name(workspace, provider, &hash, attempt));
-    let free =
-        names.find(|name| known.iter().all(|old| old.name_any() != *name)).expect("one of endless names");
-    object["metadata"]["name"] = free.into();
-    object["metadata"]["annotations"][SPEC_HASH] = hash.into();
-    let object: DynamicObject = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
-    match api(client, provider).create(&PostParams::default(), &object).await {
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-        other => other.map(|_| ()),
+    let wanted = if provider == Provider::NodePools { 1 } else { count(workspace) };
+    let surplus = there.len().saturating_sub(wanted);
+    let idle = |claim: &&&DynamicObject| {
+        claim.data["status"]["nodeName"].as_str().is_none_or(|node| !used.contains(node))
+    };
+    for claim in there.iter().filter(idle).take(surplus) {
+        delete(client, provider, &claim.name_any()).await?;
     }
+    object["metadata"]["annotations"][SPEC_HASH] = hash.clone().into();
+    let names = (0..).map(|attempt| name(workspace, provider, &hash, attempt));
+    let free = names.filter(|name| known.iter().all(|old| old.name_any() != *name));
+    for name in free.take(wanted.saturating_sub(there.len())) {
+        object["metadata"]["name"] = name.into();
+        let object = serde_json::from_value(object.clone()).map_err(kube::Error::SerdeError)?;
+        match api(client, provider).create(&PostParams::default(), &object).await {
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            other => _ = other?,
+        }
+    }
+    Ok(())
 }
 
-/// Gives every node of the Workspace back.
+async fn scale(client: &Client, pool: &DynamicObject, replicas: &Value) -> kube::Result<()> {
+    if pool.data["spec"]["replicas"] == replicas["spec"]["replicas"] {
+        return Ok(());
+    }
+    let api = api(client, Provider::NodePools);
+    api.patch(&pool.name_any(), &PatchParams::default(), &Patch::Merge(replicas)).await.map(|_| ())
+}
+
+/// Deletes every node claim of the Workspace.
 pub async fn give_back(client: &Client, workspace: &Workspace, provider: Provider) -> kube::Result<()> {
     if provider == Provider::None {
         return Ok(());
@@ -139,33 +170,45 @@ fn is_alive(object: &DynamicObject) -> bool {
     object.metadata.deletion_timestamp.is_none()
 }
 
-/// Whether none of what was asked for is still there, so that it is to be asked for again.
-pub fn is_missing(claims: &[Arc<DynamicObject>]) -> bool {
-    !claims.iter().any(|claim| is_alive(claim))
+/// The number of claims that are not being deleted.
+pub fn alive(claims: &[Arc<DynamicObject>]) -> usize {
+    claims.iter().filter(|claim| is_alive(claim)).count()
 }
 
-/// What has come of the asking: whether the node is there, and its provider's words.
-pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
-    let alive = claims.iter().find(|claim| is_alive(claim));
-    match (alive, claims.first()) {
-        (Some(claim), _) => Some(readiness(&claim.data)),
-        (None, Some(_)) => Some((false, "the node that was asked for is on its way out".into())),
-        (None, None) => None,
+/// Whether claims are missing or too many.
+pub fn differs(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicObject>]) -> bool {
+    match provider {
+        Provider::None => false,
+        Provider::NodeClaims => alive(claims) != count(workspace),
+        Provider::NodePools => {
+            let pool = claims.iter().find(|claim| is_alive(claim));
+            pool.is_none_or(|pool| pool.data["spec"]["replicas"] != count(workspace))
+        }
     }
 }
 
-/// Whose claim it is, by its labels.
+/// Whether all nodes of the claims are there, and the provider's message about the first that is not.
+pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
+    let mut alive = claims.iter().filter(|claim| is_alive(claim)).map(|claim| readiness(&claim.data));
+    let Some(first) = alive.next() else {
+        return claims.first().map(|_| (false, "the node that was asked for is on its way out".into()));
+    };
+    let missing = |told: &(bool, String)| !told.0;
+    Some(if missing(&first) { first } else { alive.find(missing).unwrap_or(first) })
+}
+
+/// The Workspace that the labels of a claim name.
 pub fn owner(object: &DynamicObject) -> Option<Owner> {
     let labels = object.labels();
     Some((labels.get(NAMESPACE_LABEL)?.clone(), labels.get(WORKSPACE_LABEL)?.clone()))
 }
 
-/// How many nodes with the Workspace's labels are ready.
+/// The number of ready nodes with the Workspace's labels.
 pub fn ready(nodes: &[Arc<Node>], selector: Option<&LabelSelector>) -> usize {
     nodes.iter().filter(|node| is_ready(node) && selects(selector, node.labels())).count()
 }
 
-/// What of a node is looked at.
+/// Removes the parts of a node that the controller does not read.
 pub fn strip(node: &mut Node) {
     node.spec = None;
     node.metadata.managed_fields = None;
@@ -185,7 +228,7 @@ pub fn strip(node: &mut Node) {
     });
 }
 
-/// Whether two looks at a node say the same.
+/// Whether two versions of a node are the same for the controller.
 pub fn same(one: &Node, two: &Node) -> bool {
     one.metadata.labels == two.metadata.labels && is_ready(one) == is_ready(two)
 }
@@ -213,7 +256,7 @@ pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     Api::all_with(client.clone(), &resource)
 }
 
-/// `spec.nodeClassRef`: how the cloud's machines are set up.
+/// `spec.nodeClassRef`: the class that describes the cloud's machines.
 fn class(workspace: &Workspace, cloud: Cloud) -> Value {
     let name = workspace.annotation(&format!("{PREFIX}node-class")).unwrap_or(NODE_CLASS);
     let (group, kind) = match cloud {
@@ -223,7 +266,7 @@ fn class(workspace: &Workspace, cloud: Cloud) -> Value {
     json!({"group": group, "kind": kind, "name": name})
 }
 
-/// What identifies it, and what the pod's affinity looks for.
+/// The labels that identify the Workspace and that the pod's affinity selects.
 fn labels(workspace: &Workspace) -> Value {
     let selector = workspace.resource.label_selector.as_ref();
     let mut labels: serde_json::Map<String, Value> = selector
@@ -285,7 +328,6 @@ fn pool(workspace: &Workspace, cloud: Cloud) -> Value {
             "annotations": {},
         },
         "spec": {
-            "replicas": 1,
             "template": {
                 "metadata": {"labels": labels(workspace)},
                 "spec": {
@@ -296,7 +338,7 @@ fn pool(workspace: &Workspace, cloud: Cloud) -> Value {
     })
 }
 
-/// Its `Ready` condition, with the words of whichever condition says why not.
+/// The `Ready` condition, with the message of the condition that says why not.
 fn readiness(object: &Value) -> (bool, String) {
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let ready =
@@ -317,7 +359,7 @@ fn is_ready(node: &Node) -> bool {
     conditions.into_iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// As Kubernetes reads a selector; none selects every node.
+/// Whether a selector selects the labels, by Kubernetes' rules. No selector selects every node.
 fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
     let Some(selector) = selector else { return true };
     let equal = selector.match_labels.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));
@@ -370,7 +412,12 @@ mod tests {
             Some((false, "InsufficientCapacity: none left".into()))
         );
         let leaves = claim(json!({"metadata": {"name": "b", "deletionTimestamp": "2026-01-01T00:00:00Z"}}));
-        assert!(is_missing(std::slice::from_ref(&leaves)) && !is_missing(&[leaves.clone(), failed.clone()]));
+        assert_eq!((alive(std::slice::from_ref(&leaves)), alive(&[leaves.clone(), failed.clone()])), (0, 1));
         assert_eq!(claimed(&[leaves]).map(|(there, _)| there), Some(false));
+        let ready = claim(
+            json!({"metadata": {"name": "c"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}),
+        );
+        assert_eq!(claimed(&[ready.clone(), ready.clone()]), Some((true, "the node is there".into())));
+        assert_eq!(claimed(&[ready, failed]), Some((false, "InsufficientCapacity: none left".into())));
     }
 }

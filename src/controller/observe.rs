@@ -1,7 +1,7 @@
-//! A Job and its pods -> what has become of the training: stage, why it waits, how its last container ended.
+//! A Job and its pods -> the state of the training: its stage, why it waits, how its last container ended.
 //!
-//! Pure. The Job's conditions decide, not its counters: a pod that failed and is tried again is no failed training, which KAITO
-//! takes it for.
+//! Pure. The Job's conditions decide, not its counters. KAITO takes a pod that failed and is tried again for a failed
+//! training.
 
 use std::sync::Arc;
 
@@ -37,31 +37,31 @@ impl Stage {
     }
 }
 
-/// What is seen of a training.
+/// The observed state of a training.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
     pub stage: Stage,
-    /// What the pod, or the Job itself, waits for.
+    /// The reason why the pod or the Job waits.
     pub waiting: Option<String>,
-    /// How the container that ended last did.
+    /// The end of the container that ended last.
     pub ended: Option<Ended>,
-    /// Pods that failed so far.
+    /// The number of pods that failed so far.
     pub failures: i32,
-    /// A pod whose container runs.
+    /// The name of a pod whose container runs.
     pub running: Option<String>,
-    /// Where the newest pod is.
+    /// The node of the newest pod.
     pub node: Option<String>,
-    /// Why Kubernetes gave the Job up.
+    /// The reason why Kubernetes gave the Job up.
     pub given_up: Option<String>,
-    /// Where nothing moves and nothing here says why: the pod or Job whose Warnings may, by uid.
+    /// The uid of a pod or Job that does not go on and does not say why; its Warnings may.
     pub mute: Option<String>,
 }
 
-/// How a container ended, in hone's words where it left some.
+/// The end of a container, with hone's termination message if there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ended {
     pub exit_code: i32,
-    /// `OOMKilled` and the like.
+    /// The kubelet's reason, such as `OOMKilled`.
     pub reason: String,
     pub said: Said,
 }
@@ -80,7 +80,7 @@ pub struct Said {
     pub digest: Option<String>,
 }
 
-/// `ran`: whether the same Job was seen running before. Between a pod that goes and the next one it still is.
+/// Observes a Job. `ran`: whether the same Job was running before; it still is between one pod and the next.
 pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
     let newest = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone()).map(|pod| &**pod);
     let status = job.and_then(|job| job.status.as_ref());
@@ -147,7 +147,7 @@ fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
     state(pod)?.terminated.as_ref()
 }
 
-/// Why a pod does not run: not scheduled, an image or a mount that is missing.
+/// The reason why a pod does not run: it is not scheduled, or an image or a mount is missing.
 fn waiting(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let told = |reason: &Option<String>, message: &Option<String>| {
@@ -159,7 +159,7 @@ fn waiting(pod: &Pod) -> Option<String> {
     };
     let container = state(pod).and_then(|state| state.waiting.as_ref());
     if let Some(waiting) = container {
-        // Normal on the way to running.
+        // These reasons are normal before a container runs.
         let usual = ["ContainerCreating", "PodInitializing"];
         return told(&waiting.reason, &waiting.message).filter(|text| !usual.contains(&text.as_str()));
     }
@@ -172,7 +172,7 @@ fn waiting(pod: &Pod) -> Option<String> {
 }
 
 impl Ended {
-    /// As the kubelet tells it.
+    /// The end as the kubelet reports it.
     pub fn of(state: &ContainerStateTerminated) -> Ended {
         let text = state.message.as_deref().unwrap_or_default();
         // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.

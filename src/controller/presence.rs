@@ -1,7 +1,8 @@
-//! Who else is in the cluster -> whether KAITO's controller is, what Karpenter can bring, and whether the API server answers.
+//! The cluster -> whether KAITO's controller is installed, which kinds of Karpenter are, and whether the API server
+//! answers.
 //!
-//! Looked at again and again, so that coming and going is noticed while the controller runs. A server that answers again after it did
-//! not lets every watch begin anew: a connection may have died without a word.
+//! This is checked at intervals, so that a change is noticed while the controller runs. If a server answers again after
+//! it did not, every watch restarts, because a connection may have died silently.
 
 use std::time::Duration;
 
@@ -11,11 +12,11 @@ use tokio::sync::watch;
 
 use super::nodes::{self, Provider};
 
-/// KAITO's admission webhook: where it is, its controller is too.
+/// KAITO's admission webhook, which is installed with its controller.
 const KAITO_WEBHOOK: &str = "validation.workspace.kaito.sh";
-/// How often they are looked for.
+/// The pause between two checks.
 const INTERVAL: Duration = Duration::from_secs(15);
-/// How long an answer may take.
+/// LIMIT: time for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub async fn look(client: &Client) -> kube::Result<Presence> {
     .await
 }
 
-/// What a request gives, if it does so in time.
+/// The answer of a request, if it comes in time.
 ///
 /// # Errors
 /// Its own, and that it took too long.
@@ -48,13 +49,13 @@ async fn kaito(client: &Client) -> kube::Result<bool> {
     let webhooks = Api::<ValidatingWebhookConfiguration>::all(client.clone());
     match webhooks.get_metadata_opt(KAITO_WEBHOOK).await {
         Ok(found) => Ok(found.is_some()),
-        // A controller of one namespace may not look; the finalizer still tells KAITO's Workspaces.
+        // A controller of one namespace has no right to read it. KAITO's finalizer still marks its Workspaces.
         Err(kube::Error::Api(status)) if status.code == 403 => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Looks for ever. `again` counts how often the server came back.
+/// Checks without end. `again` counts how often the server came back.
 pub async fn keep(client: &Client, found: &watch::Sender<Presence>, again: &watch::Sender<u64>) {
     let mut answered = true;
     loop {

@@ -1,11 +1,11 @@
-//! The end of a pod's log -> how far its training is. The log is hone's own JSON lines (`report::lines`).
+//! The end of a pod's log -> the progress of its training. The log consists of hone's JSON lines (`report::lines`).
 
 use serde::Deserialize;
 
-/// Lines that are asked for: the newest step is among them, since a step is told every `logging_steps`, a task every 10 s.
+/// Lines that are read. The newest step is among them: a step is logged every `logging_steps`, a task every 10 s.
 pub const LINES: i64 = 40;
 
-/// The last step that was told, and how many there will be.
+/// The last logged step and the number of steps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
     pub step: u64,

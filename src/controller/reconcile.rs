@@ -1,4 +1,5 @@
-//! One Workspace, looked at from what there is: what there should be is made, what there is is told. Doing it twice changes nothing.
+//! One Workspace and the state of the cluster -> the missing objects are created and the status is written. Doing it
+//! twice changes nothing.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use super::revision::{self, HASH, Known};
 use super::serve;
 use super::status::{self, Nodes, Report};
 use super::{Context, FIELD_MANAGER, Owner, locked, no_owner, nodes, owner_of, words};
+use crate::backoff;
 use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
@@ -32,20 +34,21 @@ use crate::workspace::{
 
 /// KAITO's finalizer: a Workspace that has it is its controller's.
 const KAITO_FINALIZER: &str = "workspace.finalizer.kaito.sh";
-/// Ours, while a node was asked for.
+/// hone's finalizer while a node claim exists.
 const FINALIZER: &str = "hone.sh/nodes";
-/// How often a Workspace is looked at when nothing changes. It costs no request.
+/// How often a Workspace is reconciled if nothing changes. It costs no request.
 pub(super) const RESTING: Duration = Duration::from_secs(600);
-/// While something is on its way out.
+/// The pause while an object is being deleted.
 const SOON: Duration = Duration::from_secs(2);
-/// When a running training's log is read for the first time, and how rarely it becomes: two reads in three minutes, ten an hour.
+/// The first and the longest pause between two reads of a running pod's log: two reads in three minutes, later ten an
+/// hour.
 const PROGRESS: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(360));
-/// The same for the Warnings of a pod that does not get going.
+/// The first and the longest pause between two reads of the Warnings about a pod that does not start.
 const WARNINGS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(240));
-/// After a refusal of the API server, and how often that doubles: up to six minutes.
+/// The first pause after a refusal of the API server, which doubles up to the longest.
 const REFUSED: Duration = Duration::from_secs(6);
-const REFUSALS_DOUBLED: u32 = 6;
-/// Looks that fail in a row before the Workspace says so.
+const REFUSED_MAX: Duration = Duration::from_secs(360);
+/// Failures in a row after which the status names the error.
 const FAILURES_TOLD: u32 = 3;
 
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
@@ -62,14 +65,14 @@ pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube
 }
 
 pub(super) struct Reconciler<'a> {
-    /// As it is to be done: without what a version of the API filled in.
+    /// The Workspace as it was meant, without the default of an older version.
     pub workspace: Cow<'a, Workspace>,
     pub context: &'a Context,
     client: &'a Client,
     pub owner: Owner,
 }
 
-/// The Workspace as this controller last wrote it, where the watch has not brought that yet: otherwise it would be written again.
+/// The newer of the watch's copy and the version that this controller last wrote. An older copy would be written again.
 fn newest(workspace: Arc<Workspace>, context: &Context) -> Arc<Workspace> {
     let version = |workspace: &Workspace| workspace.metadata.resource_version.as_ref()?.parse::<u64>().ok();
     let own = context.note(&workspace, |notes| notes.own.clone());
@@ -82,7 +85,7 @@ fn newest(workspace: Arc<Workspace>, context: &Context) -> Arc<Workspace> {
     }
 }
 
-/// Revision and hash of the inputs that a Job is, or is to be, made from.
+/// Revision and hash of the inputs of a Job.
 #[derive(Clone, Debug, PartialEq)]
 struct Inputs {
     number: i64,
@@ -90,7 +93,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// As the Job carries them. One that an older hone made carries no hash.
+    /// The inputs that the Job's annotations name. A Job of an older hone has no hash.
     fn of(job: &Job) -> Option<Inputs> {
         let annotations = job.metadata.annotations.as_ref()?;
         let number = annotations.get(REVISION)?.parse().ok()?;
@@ -103,7 +106,7 @@ impl Inputs {
     }
 }
 
-/// What the Job is to be like, and why it cannot be changed to that.
+/// The inputs that the Job should have, and what is known of the newest revision.
 struct Wanted {
     inputs: Inputs,
     known: Option<Known>,
@@ -146,23 +149,14 @@ impl<'a> Reconciler<'a> {
     }
 
     fn is_not_ours(&self) -> bool {
-        let ignored = annotations::read(&self.workspace).is_ok_and(|options| options.ignore);
-        let kaitos = self.finalizers().iter().any(|finalizer| finalizer == KAITO_FINALIZER);
-        // A pod of the user's own is KAITO's to serve.
-        let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
-        let others = match (&self.workspace.tuning, &self.workspace.inference) {
-            (None, None) => true,
-            (None, Some(inference)) => template(inference),
-            _ => false,
-        };
-        others || ignored || kaitos || self.context.presence().kaito
+        self.context.presence().kaito || is_left_alone(&self.workspace)
     }
 
     fn finalizers(&self) -> &[String] {
         self.workspace.metadata.finalizers.as_deref().unwrap_or_default()
     }
 
-    /// Whether the Job is one that this controller made of this very Workspace.
+    /// Whether this controller created the Job for this very Workspace.
     fn made(&self, job: &Job) -> bool {
         let ours = job.metadata.labels.as_ref().and_then(|labels| labels.get(MANAGED_BY));
         let owners = job.metadata.owner_references.iter().flatten();
@@ -171,7 +165,7 @@ impl<'a> Reconciler<'a> {
         ours.is_some_and(|manager| manager == MANAGER) && same
     }
 
-    /// Of the Workspace that had this name before; the garbage collector takes it away.
+    /// Whether the Job belongs to an earlier Workspace of this name. The garbage collector deletes it.
     fn is_a_predecessors(&self, job: &Job) -> bool {
         let ours = job.metadata.labels.as_ref().and_then(|labels| labels.get(MANAGED_BY));
         let owners = job.metadata.owner_references.iter().flatten();
@@ -181,7 +175,8 @@ impl<'a> Reconciler<'a> {
 
     async fn tune(&self) -> kube::Result<Action> {
         let known = self.known().await?;
-        if let Some(effective) = without_a_versions_default(&self.workspace, known.as_ref()) {
+        let old = known.as_ref().and_then(|known| known.workspace.as_ref());
+        if let Some(effective) = without_a_versions_default(&self.workspace, old) {
             let effective =
                 Reconciler { workspace: Cow::Owned(effective), owner: self.owner.clone(), ..*self };
             return effective.bring(known).await;
@@ -189,7 +184,7 @@ impl<'a> Reconciler<'a> {
         self.bring(known).await
     }
 
-    /// The newest revision; asked for once.
+    /// The newest revision; it is read once.
     async fn known(&self) -> kube::Result<Option<Known>> {
         if let Some(known) = self.context.note(&self.workspace, |notes| notes.known.clone()) {
             return Ok(known);
@@ -199,9 +194,12 @@ impl<'a> Reconciler<'a> {
         Ok(known)
     }
 
-    /// The ConfigMap in force; its text is asked for when its version is another one.
-    async fn config(&self) -> kube::Result<Option<Arc<ConfigMap>>> {
+    /// The ConfigMap in force. Its text is read again only if its version changed.
+    pub async fn config(&self) -> kube::Result<Option<Arc<ConfigMap>>> {
         let place = (self.workspace.namespace().to_owned(), config_name(&self.workspace));
+        if place.1.is_empty() {
+            return Ok(None);
+        }
         let version =
             self.context.configs.find(&place, &place.1).and_then(|map| map.metadata.resource_version.clone());
         if version.is_none() && self.context.healths.is_fine("configmaps") {
@@ -243,10 +241,10 @@ impl<'a> Reconciler<'a> {
         let of = Inputs::of(job);
         let number = of.as_ref().map_or(0, |of| of.number);
         if wanted.inputs.made(job) {
-            // Written down after the Job was made: that may have been missed.
+            // The revision is recorded after the Job was created, which an earlier process may have missed.
             self.write_down(&wanted).await?;
             if is_leaving(job) && !is_over(job) {
-                // The next look finds none, and makes it again.
+                // The next reconciliation finds no Job and creates it again.
                 return self.tell(None, number, None).await.map(|_| Action::requeue(SOON));
             }
             return self.tell(Some(job), number, None).await;
@@ -274,8 +272,8 @@ impl<'a> Reconciler<'a> {
         Ok(Action::requeue(SOON))
     }
 
-    /// No Job is known: one that ended is done, one that is missing is made. The server is asked before, since what a watch
-    /// brought may be old.
+    /// Handles a Workspace without a known Job: a finished one stays finished, a missing Job is created. The server is
+    /// asked first, because the watch's copy may be old.
     async fn without_job(&self, wanted: Wanted) -> kube::Result<Action> {
         let Some(now) = self.api::<Workspace>().get_opt(self.workspace.name()).await? else {
             return Ok(Action::await_change());
@@ -317,7 +315,8 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    /// Its end was written, and its Job is gone. What was asked of Karpenter is given back all the same.
+    /// Keeps the status of a Workspace whose end was written and whose Job is gone. Its node claims are deleted all the
+    /// same.
     async fn stay_over(&self, now: &Workspace) -> kube::Result<Action> {
         let state = now.status.as_ref().and_then(|status| status.state.as_deref());
         if let Some(stage) = Stage::ALL.into_iter().find(|stage| Some(stage.name()) == state) {
@@ -327,7 +326,8 @@ impl<'a> Reconciler<'a> {
         Ok(Action::requeue(RESTING))
     }
 
-    /// A Job that was made, ended and went while nobody looked: its own Events still tell for an hour.
+    /// Writes the end of a Job that ended and was deleted while no controller ran. Its Events still name the end for an
+    /// hour.
     async fn end_without_job(&self, wanted: &Wanted) -> kube::Result<Option<Action>> {
         let since = wanted.known.as_ref().and_then(|known| known.since);
         let (namespace, name) = (self.workspace.namespace(), self.workspace.name());
@@ -371,20 +371,20 @@ impl<'a> Reconciler<'a> {
         let annotations = rendered.job.metadata.annotations.get_or_insert_default();
         annotations.insert(HASH.into(), wanted.inputs.hash.clone());
         if let Some(spec) = rendered.job.spec.as_mut() {
-            // Counted from the end, and set only once the end is written: a Job never goes before somebody has seen how it ended.
+            // The time to live is set once the end is written, so that no Job goes before its end was seen.
             spec.ttl_seconds_after_finished = None;
         }
         Ok(rendered)
     }
 
-    /// Asks the API server whether it would take a Job, before the one that runs is given up for it.
+    /// Asks the API server whether it would accept a Job, before the running Job is deleted for it.
     async fn would_be_refused(&self, job: &Job) -> kube::Result<Option<String>> {
         let mut job = job.clone();
         job.metadata.generate_name = job.metadata.name.take().map(|name| name + "-");
         let parameters = PostParams { dry_run: true, field_manager: Some(FIELD_MANAGER.into()) };
         match self.api::<Job>().create(&parameters, &job).await {
             Ok(_) => Ok(None),
-            // A webhook that takes no trial answers so; the Job itself will tell.
+            // A webhook that supports no dry run answers so. The creation of the Job will tell.
             Err(kube::Error::Api(status)) if status.code == 400 => Ok(None),
             Err(error) => match words::refusal(&error) {
                 Some(why) => Ok(Some(format!("the API server refuses it: {why}"))),
@@ -396,7 +396,7 @@ impl<'a> Reconciler<'a> {
     async fn make(&self, rendered: Rendered, wanted: &Wanted) -> kube::Result<Job> {
         let revision = wanted.inputs.number;
         if let Some(map) = &rendered.config_map {
-            // Somebody else may have made it in between; theirs stays.
+            // Somebody else may have created it in between; then theirs stays.
             ignore(409, self.api::<ConfigMap>().create(&PostParams::default(), map).await.map(|_| ()))?;
         }
         self.ask_for_node().await?;
@@ -412,7 +412,7 @@ impl<'a> Reconciler<'a> {
         Ok(job)
     }
 
-    /// A revision is written down when its Job is there: what was refused has not been.
+    /// Records a revision once its Job exists, so that a refused revision leaves no trace.
     async fn write_down(&self, wanted: &Wanted) -> kube::Result<()> {
         let Inputs { number, hash } = &wanted.inputs;
         if wanted.known.as_ref().is_some_and(|known| known.hash == *hash && known.number == *number) {
@@ -429,14 +429,16 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// Where a node can be asked for, it is: at first, and again when what was asked for is gone.
+    /// Creates the node claims of the Workspace if Karpenter is there, also if earlier claims are gone.
     pub async fn ask_for_node(&self) -> kube::Result<()> {
         let provider = self.context.presence().provider;
         if !nodes::wanted(&self.workspace, provider) {
             return Ok(());
         }
         self.finalizer(true).await?;
-        nodes::ask(self.client, &self.workspace, provider, self.context.settings.cloud).await
+        let pods = self.context.pods.of(&self.owner);
+        let used = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+        nodes::ask(self.client, &self.workspace, provider, self.context.settings.cloud, &used).await
     }
 
     async fn give_back(&self) -> kube::Result<()> {
@@ -459,19 +461,19 @@ impl<'a> Reconciler<'a> {
         self.tell(None, 0, Some(told)).await
     }
 
-    /// Looks again when somebody else's Job is gone: only ours are watched.
+    /// Reconciles again when a foreign Job is gone, because only hone's own Jobs are watched.
     fn wait_for_end_of(&self, job: &Job) {
         let uid = job.metadata.uid.clone().unwrap_or_default();
         let (api, name) = (self.api::<Job>(), self.workspace.name().to_owned());
         let (triggers, owner) = (self.context.triggers.clone(), self.owner.clone());
         tokio::spawn(async move {
-            // An error ends the wait, and the look that follows begins another.
+            // An error ends the wait, and the next reconciliation starts another.
             _ = await_condition(api, &name, conditions::is_deleted(&uid)).await;
             triggers.look_at(&owner);
         });
     }
 
-    /// Why it cannot be done as it is now. Asked again ever more rarely where it lies with the cluster.
+    /// Writes why the Workspace cannot be carried out, and tries again after growing pauses.
     async fn refuse(&self, job: Option<&Job>, why: String) -> kube::Result<Action> {
         let number = job.and_then(Inputs::of).map_or(0, |of| of.number);
         let before = self.told();
@@ -482,23 +484,23 @@ impl<'a> Reconciler<'a> {
         Ok(Action::requeue(self.pause_of_refusals()))
     }
 
-    /// Doubles with each refusal in a row.
+    /// The pause before the next try; it doubles with each refusal in a row.
     pub fn pause_of_refusals(&self) -> Duration {
         let failures = self.context.note(&self.workspace, |notes| {
             notes.failures += 1;
             notes.failures
         });
-        REFUSED * 2u32.pow((failures - 1).min(REFUSALS_DOUBLED))
+        backoff::pause(REFUSED, REFUSED_MAX, failures)
     }
 
-    /// What the status says.
+    /// The message of the status.
     fn told(&self) -> String {
         let conditions = self.workspace.status.iter().flat_map(|status| &status.conditions);
         let mut conditions = conditions.filter(|condition| condition.type_ == "WorkspaceSucceeded");
         conditions.next().map(|condition| condition.message.clone()).unwrap_or_default()
     }
 
-    /// An error that comes again and again is told where its user looks.
+    /// Writes an error that repeats into the status, where the user looks.
     async fn tell_trouble(&self, error: kube::Error) -> kube::Error {
         let failures = self.context.note(&self.workspace, |notes| notes.failures);
         let conflict = matches!(&error, kube::Error::Api(status) if status.code == 409);
@@ -519,7 +521,7 @@ impl<'a> Reconciler<'a> {
         error
     }
 
-    /// Writes what is seen, if it is new. `refused`: what keeps the Workspace as it is now from being done.
+    /// Writes the status if it changed. `refused`: why the Workspace as it is now cannot be carried out.
     async fn tell(&self, job: Option<&Job>, revision: i64, refused: Option<String>) -> kube::Result<Action> {
         let stuck = refused.is_some() && job.is_none();
         if refused.is_none() {
@@ -532,11 +534,12 @@ impl<'a> Reconciler<'a> {
         let provider = self.context.presence().provider;
         let claims = self.context.claims.of(&self.owner);
         let waits = job.is_some_and(|job| !is_leaving(job)) && !over && seen.running.is_none();
-        if waits && nodes::wanted(&self.workspace, provider) && nodes::is_missing(&claims) {
+        if waits && nodes::wanted(&self.workspace, provider) && nodes::alive(&claims) == 0 {
             self.ask_for_node().await?;
         }
         let report = Report { nodes: self.nodes(&seen), seen, progress, refused, stuck, warning };
-        // The state first: with it, the annotation of a revision says that this revision is done.
+        // The state is written first: an annotation of a revision beside a final state means that this revision is
+        // done.
         self.write(&report).await?;
         self.annotate(status::annotations(&report, revision)).await?;
         if let Some(job) = job.filter(|_| over) {
@@ -546,7 +549,7 @@ impl<'a> Reconciler<'a> {
         Ok(Action::requeue(self.next_look(&report)))
     }
 
-    /// Read from the log, or asked of Events, when that is due.
+    /// The pause until the next read of the log or of Events.
     fn next_look(&self, report: &Report) -> Duration {
         let due = self.context.note(&self.workspace, |notes| {
             let progress = notes.progress_due.left().filter(|_| report.seen.running.is_some());
@@ -559,7 +562,7 @@ impl<'a> Reconciler<'a> {
     fn see(&self, job: Option<&Job>) -> Seen {
         let Some(job) = job else { return observe::observe(None, &[], false) };
         let mut pods: Vec<Arc<Pod>> = self.context.pods.of(&self.owner);
-        // Those of an older revision may still be going.
+        // Pods of an older revision may still be terminating.
         let uid = job.metadata.uid.as_ref();
         pods.retain(|pod| {
             let mut owners = pod.metadata.owner_references.iter().flatten();
@@ -586,7 +589,7 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    /// A log that cannot be read is no reason to fail.
+    /// The progress from the end of the pod's log. A log that cannot be read is no error.
     async fn progress(&self, seen: &Seen) -> Option<Progress> {
         let Some(pod) = seen.running.as_deref().filter(|_| !seen.stage.is_over()) else {
             self.context.note(&self.workspace, |notes| {
@@ -607,7 +610,7 @@ impl<'a> Reconciler<'a> {
         self.context.note(&self.workspace, |notes| notes.progress.clone())
     }
 
-    /// Where nothing moves and neither pod nor Job says why, a Warning of the cluster may.
+    /// The newest Warning about a pod or Job that does not go on and does not say why.
     async fn warning(&self, seen: &Seen) -> kube::Result<Option<String>> {
         let Some(uid) = seen.mute.as_deref() else {
             self.context.note(&self.workspace, |notes| {
@@ -619,7 +622,7 @@ impl<'a> Reconciler<'a> {
         let due =
             self.context.note(&self.workspace, |notes| notes.warning_due.is_now(WARNINGS.0, WARNINGS.1));
         if due {
-            // What a scheduler said before is over once the pod has a node; without one the pod itself tells.
+            // A scheduler's Warning is over once the pod has a node; without a node the pod's conditions tell.
             let passed_over = ["FailedScheduling"];
             let namespace = self.workspace.namespace();
             let warning = events::newest_warning(self.client, namespace, uid, &passed_over).await?;
@@ -628,7 +631,7 @@ impl<'a> Reconciler<'a> {
         Ok(self.context.note(&self.workspace, |notes| notes.warning.clone()))
     }
 
-    /// Only now that its end is written may the Job go by itself.
+    /// Sets the Job's time to live after its end was written.
     async fn set_ttl(&self, job: &Job) -> kube::Result<()> {
         let ttl = annotations::read(&self.workspace).ok().and_then(|options| options.ttl_seconds);
         let has = job.spec.as_ref().and_then(|spec| spec.ttl_seconds_after_finished);
@@ -645,7 +648,7 @@ impl<'a> Reconciler<'a> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));
         } else {
-            // Of the Job that goes on.
+            // The annotation keeps the revision of the running Job.
             wanted.remove(&format!("{PREFIX}revision"));
         }
         let changed: BTreeMap<&String, &Option<String>> = wanted
@@ -666,7 +669,7 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// `patch`: of the status alone.
+    /// Patches the status. `patch` holds nothing but the status.
     pub async fn write_status(&self, patch: &Value) -> kube::Result<()> {
         let api = self.api::<Workspace>();
         let written =
@@ -701,14 +704,14 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// The last words: the node goes back, then the Workspace may go. Its Job goes by its owner.
+    /// Deletes the node claims of a Workspace that is being deleted. The garbage collector deletes its Job.
     async fn end(&self) -> kube::Result<Action> {
         self.give_back().await?;
         self.context.forget(&self.workspace);
         Ok(Action::await_change())
     }
 
-    /// With the version that was read: a list is replaced whole, and others may have theirs in it.
+    /// Adds or removes hone's finalizer. The patch names the version that was read, because it replaces the whole list.
     async fn finalizer(&self, there: bool) -> kube::Result<()> {
         let mut list = self.finalizers().to_vec();
         let had = list.iter().any(|finalizer| finalizer == FINALIZER);
@@ -731,10 +734,28 @@ impl<'a> Reconciler<'a> {
     }
 }
 
-/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type where there was none, as that version's
-/// definition has it, and would change what cannot be changed.
-fn without_a_versions_default(workspace: &Workspace, known: Option<&Known>) -> Option<Workspace> {
-    let old = known?.workspace.as_ref()?;
+/// Whether a Workspace is somebody else's: its user said so, KAITO has it, or its pod is the user's own, which KAITO
+/// serves.
+pub(super) fn is_left_alone(workspace: &Workspace) -> bool {
+    let ignored = annotations::read(workspace).is_ok_and(|options| options.ignore);
+    let finalizers = workspace.metadata.finalizers.as_deref().unwrap_or_default();
+    let kaitos = finalizers.iter().any(|finalizer| finalizer == KAITO_FINALIZER);
+    let template = |inference: &Inference| inference.preset.is_none() && inference.template.is_some();
+    let others = match (&workspace.tuning, &workspace.inference) {
+        (None, None) => true,
+        (None, Some(inference)) => template(inference),
+        _ => false,
+    };
+    others || ignored || kaitos
+}
+
+/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type if there was none, as that
+/// version's definition has it, and would change what cannot be changed. `None`: it is as it was meant.
+pub(super) fn without_a_versions_default(
+    workspace: &Workspace,
+    old: Option<&Workspace>,
+) -> Option<Workspace> {
+    let old = old?;
     let filled =
         old.resource.instance_type.is_empty() && workspace.resource.instance_type == INSTANCE_DEFAULT;
     filled.then(|| {

@@ -17,21 +17,21 @@ use crate::workspace::owner;
 /// KAITO's label and annotation.
 const NAME_LABEL: &str = "workspace.kaito.io/name";
 pub const HASH: &str = "workspace.kaito.io/hash";
-/// As many as KAITO keeps.
+/// The number of revisions that are kept, as KAITO does.
 const HISTORY_MAX: usize = 10;
 
-/// The newest revision that is known.
+/// A recorded revision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
     pub number: i64,
     pub hash: String,
-    /// What the Workspace was, as far as it is kept.
+    /// The Workspace of this revision, as far as it was recorded.
     pub workspace: Option<Workspace>,
-    /// When it was written down.
+    /// The time of the record.
     pub since: Option<jiff::Timestamp>,
 }
 
-/// The newest, if there is one.
+/// The newest revision, if there is one.
 pub async fn newest(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Option<Known>> {
     let list = list(api, name).await?;
     Ok(list.into_iter().next_back().map(|revision| Known {
@@ -42,7 +42,8 @@ pub async fn newest(api: &Api<ControllerRevision>, name: &str) -> kube::Result<O
     }))
 }
 
-/// Writes down the next one, and forgets the oldest beyond ten. Its name follows from the hash, so that writing it twice is no harm.
+/// Records the next revision and deletes the oldest beyond ten. The name follows from the hash, so recording twice does
+/// no harm.
 pub async fn add(
     api: &Api<ControllerRevision>,
     workspace: &Workspace,
@@ -50,7 +51,7 @@ pub async fn add(
     number: i64,
 ) -> kube::Result<()> {
     let name = workspace.name();
-    // A hash may come back: what it was made for then is not what it is for now.
+    // A hash may come back with another number.
     let revision = ControllerRevision {
         metadata: ObjectMeta {
             name: Some(format!("{name}-{}-{number}", &hash[..5])),
@@ -82,7 +83,7 @@ pub async fn add(
     Ok(())
 }
 
-/// Oldest first.
+/// All revisions, the oldest first.
 async fn list(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Vec<ControllerRevision>> {
     let selected = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
     let mut list = api.list(&selected).await?.items;

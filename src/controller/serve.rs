@@ -1,13 +1,14 @@
-//! A Workspace that serves -> its StatefulSet and Services in the cluster, and what of them answers -> its status.
+//! A Workspace that serves -> its StatefulSet, Services and adapters in the cluster; their state -> its status.
 //!
-//! Conditions, states and reasons are KAITO's (v0.12, `updateInferenceStatus`). Objects are applied when they are to be others than
-//! those that are there, which a hash on the StatefulSet says; at rest nothing is asked.
+//! Conditions, states and reasons are KAITO's (v0.12, `updateInferenceStatus`); `AdaptersReady` is hone's own. Objects
+//! are applied if the hash on the StatefulSet differs from theirs; at rest no request is sent.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
@@ -16,21 +17,28 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
+use super::ask::{self, Adapters};
 use super::events::Weight;
 use super::observe::{self, Ended};
 use super::reconcile::{RESTING, Reconciler, ignore};
 use super::status::{self, Conditions, Nodes};
-use super::{FIELD_MANAGER, words};
+use super::{FIELD_MANAGER, nodes as claims, words};
+use crate::serving::live::file_digest;
 use crate::source;
 use crate::workspace::annotations::PREFIX;
+use crate::workspace::files::entry_of;
 use crate::workspace::kind::{Status, Workspace};
-use crate::workspace::serve::{Served, TUNED, Tuned, serve};
-use crate::workspace::{MANAGED_BY, MANAGER};
+use crate::workspace::serve::{Asked, Served, TUNED, Tuned, serve};
+use crate::workspace::{MANAGED_BY, MANAGER, config_name, inference};
 
-/// Of all objects together, on the StatefulSet.
+const ADAPTERS_READY: &str = "AdaptersReady";
+/// The annotation of the StatefulSet with the hash of all objects.
 const HASH: &str = "hone.sh/spec-hash";
-/// KAITO cuts messages at this.
+/// LIMIT: bytes of a condition's message.
 const MESSAGE_BYTES_MAX: usize = 1024;
+/// The first and the longest pause between two questions to servers that have not taken a change. A kubelet brings a
+/// changed ConfigMap into a pod within a minute or two.
+const ANSWERS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Whether a Workspace takes an adapter from the tuning Workspace of that name.
 pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
@@ -39,14 +47,14 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
     images.any(|name| name == tuning)
 }
 
-/// What serves, as far as the cluster tells.
+/// The state of the servers, as the cluster reports it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Serving {
     pub wanted: i32,
     pub ready: i32,
-    /// KAITO's reason and words for why it is not.
+    /// KAITO's reason and message if a server is not ready.
     pub trouble: Option<(&'static str, String)>,
-    /// Why the Workspace as it is now is not applied.
+    /// Why the current Workspace is not applied.
     pub refused: Option<String>,
 }
 
@@ -61,10 +69,10 @@ impl Serving {
 pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
     let name = of.workspace.name();
     let set = of.context.sets.find(&of.owner, name).filter(|set| is_ours(of, set.as_ref()));
-    let tuned = tuned(of);
-    let refused = match serve(&of.workspace, &of.context.settings, &tuned) {
-        Err(fault) => Some(words::of_fault(fault)),
-        Ok(served) => apply(of, set.as_deref(), &served).await?,
+    let served = render(of).await?;
+    let refused = match &served {
+        Err(why) => Some(why.clone()),
+        Ok(served) => apply(of, set.as_deref(), served).await?,
     };
     let set = match set {
         Some(set) => Some(set),
@@ -73,22 +81,83 @@ pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
     let pods = of.context.pods.of(&of.owner);
     let serving = observe(set.as_deref(), &pods, refused.clone());
     let node = pods.iter().find_map(|pod| pod.spec.as_ref()?.node_name.clone());
-    ask_for_node(of, set.is_some() && node.is_none()).await?;
+    if set.is_some()
+        && claims::differs(&of.workspace, of.context.presence().provider, &of.context.claims.of(&of.owner))
+    {
+        of.ask_for_node().await?;
+    }
+    let adapters = match served.as_ref().ok().filter(|_| refused.is_none()) {
+        Some(served) => adapters(of, served, &pods).await,
+        None => None,
+    };
     let mut seen = observe::observe(None, &[], false);
     seen.node = node;
     let nodes = of.nodes(&seen);
     let workers = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
     let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    let status = with_adapters(&of.workspace, status, adapters.as_ref(), Timestamp::now());
     write(of, status, &serving).await?;
-    annotate(of, &serving, &tuned).await?;
-    Ok(Action::requeue(if refused.is_some() { of.pause_of_refusals() } else { RESTING }))
+    annotate(of, adapters.as_ref()).await?;
+    if refused.is_some() {
+        return Ok(Action::requeue(of.pause_of_refusals()));
+    }
+    let due = of.context.note(&of.workspace, |notes| notes.answers_due.left());
+    Ok(Action::requeue(due.map_or(RESTING, |due| due.min(RESTING).max(Duration::from_millis(100)))))
 }
 
-async fn ask_for_node(of: &Reconciler<'_>, waits: bool) -> kube::Result<()> {
-    match waits && super::nodes::is_missing(&of.context.claims.of(&of.owner)) {
-        true => of.ask_for_node().await,
-        false => Ok(()),
+/// The objects of the Workspace, or why there are none.
+async fn render(of: &Reconciler<'_>) -> kube::Result<Result<Served, String>> {
+    let map = of.config().await?;
+    let config = map.as_deref().map(|map| entry_of(map, &config_name(&of.workspace), inference::CONFIG_FILE));
+    Ok(config
+        .transpose()
+        .and_then(|config| {
+            let tuned = tuned(of);
+            serve(&Asked { workspace: &of.workspace, config, settings: &of.context.settings, tuned: &tuned })
+        })
+        .map_err(words::of_fault))
+}
+
+/// The state of the adapters. Servers are asked after growing pauses, until all of them have taken the change. `None`:
+/// no server was asked yet, and the condition stays as it is.
+async fn adapters(of: &Reconciler<'_>, served: &Served, pods: &[Arc<Pod>]) -> Option<Adapters> {
+    let any = of.workspace.inference.as_ref().is_some_and(|inference| !inference.adapters.is_empty());
+    let idle = || of.context.note(&of.workspace, |notes| notes.answers_due = Default::default());
+    if !any {
+        idle();
+        return Some(Adapters::None);
     }
+    let file = file_digest(served.adapters_file());
+    let answers = of.context.note(&of.workspace, |notes| {
+        if notes.asked_of != file {
+            notes.asked_of = file.clone();
+            notes.answers_due = Default::default();
+        }
+        notes.answers.clone()
+    });
+    let stands = ask::stand(&answers, pods, &file);
+    if matches!(stands, Adapters::Answer(_)) {
+        idle();
+        return Some(stands);
+    }
+    // Without a ready server there is nobody to ask. The next pod that becomes ready starts another reconciliation.
+    if !ask::any_ready(pods) {
+        idle();
+        return Some(stands);
+    }
+    let due = of.context.note(&of.workspace, |notes| notes.answers_due.is_now(ANSWERS.0, ANSWERS.1));
+    if !due {
+        return if answers.is_empty() { None } else { Some(stands) };
+    }
+    let answers = ask::all(&of.context.http, pods).await;
+    let stands = ask::stand(&answers, pods, &file);
+    of.context.note(&of.workspace, |notes| {
+        notes.answers = answers;
+        if matches!(stands, Adapters::Answer(_)) {
+            notes.answers_due = Default::default();
+        }
+    });
+    Some(stands)
 }
 
 fn is_ours<K: ResourceExt>(of: &Reconciler<'_>, object: &K) -> bool {
@@ -97,7 +166,7 @@ fn is_ours<K: ResourceExt>(of: &Reconciler<'_>, object: &K) -> bool {
         && object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)
 }
 
-/// What tuning Workspaces of the namespace have pushed: the image by its digest.
+/// The images that tuning Workspaces of the namespace pushed, by digest.
 fn tuned(of: &Reconciler<'_>) -> Tuned {
     let named = |workspace: &Arc<Workspace>| {
         let output = workspace.tuning.as_ref()?.output.as_ref()?;
@@ -125,7 +194,7 @@ fn without_tag(image: &str) -> &str {
     image[last..].find(':').map_or(image, |at| &image[..last + at])
 }
 
-/// Applies what is not there yet, or is another; what the API server says against it.
+/// Applies the objects if they changed; returns why the API server refuses them.
 async fn apply(
     of: &Reconciler<'_>,
     set: Option<&StatefulSet>,
@@ -133,7 +202,7 @@ async fn apply(
 ) -> kube::Result<Option<String>> {
     let objects: Vec<String> = served.objects().iter().map(ToString::to_string).collect();
     let hash = source::digest(objects.join("\n").as_bytes())[..16].to_owned();
-    if set.is_some_and(|set| set.annotations().get(HASH) == Some(&hash)) {
+    if is_intact(of, served) && set.is_some_and(|set| set.annotations().get(HASH) == Some(&hash)) {
         return Ok(None);
     }
     match apply_all(of, served, &hash).await {
@@ -157,17 +226,63 @@ async fn apply(
     Ok(None)
 }
 
+/// Whether the ConfigMap that servers follow is the version that this controller last wrote. After a restart any
+/// version counts.
+fn is_intact(of: &Reconciler<'_>, served: &Served) -> bool {
+    let name = served.adapters.name_any();
+    let found = of.context.configs.find(&(of.workspace.namespace().to_owned(), name.clone()), &name);
+    let known = of.context.note(&of.workspace, |notes| notes.told_version.clone());
+    match (found, known) {
+        _ if !of.context.healths.is_fine("configmaps") => true,
+        (None, _) => false,
+        (Some(map), Some(version)) => map.metadata.resource_version == Some(version),
+        (Some(_), None) => true,
+    }
+}
+
+/// The status with the condition of the adapters. Pure.
+fn with_adapters(
+    workspace: &Workspace,
+    mut status: Status,
+    adapters: Option<&Adapters>,
+    now: Timestamp,
+) -> Status {
+    let mut conditions = Conditions::of(status.conditions, workspace.metadata.generation, now);
+    let mut set = |ready, reason: &str, words: &str| {
+        conditions.set(ADAPTERS_READY, ready, reason, words::plain(words, MESSAGE_BYTES_MAX));
+    };
+    match adapters {
+        None => {}
+        Some(Adapters::None) => conditions.remove(ADAPTERS_READY),
+        Some(Adapters::Answer(parts)) => set(true, "AdaptersAnswer", &parts.join(", ")),
+        Some(Adapters::Pending(why)) => set(false, "AdaptersPending", why),
+        Some(Adapters::Refused(why)) => {
+            set(false, "AdaptersRefused", &format!("{why}; the adapters before go on"))
+        }
+    }
+    status.conditions = conditions.list;
+    status
+}
+
 async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Result<Option<String>> {
     let name = of.workspace.name();
     let mut set = served.set.clone();
     set.metadata.annotations.get_or_insert_default().insert(HASH.into(), hash.into());
-    // Names that somebody else has are left alone.
+    // Objects of somebody else are left alone.
     let foreign = |kind: &str| {
         Some(format!("{kind} {name} is not of this Workspace: rename the Workspace, or remove it"))
     };
     if of.api::<StatefulSet>().get_opt(name).await?.is_some_and(|old| !is_ours(of, &old)) {
         return Ok(foreign("StatefulSet"));
     }
+    let adapters = served.adapters.name_any();
+    if of.api::<ConfigMap>().get_opt(&adapters).await?.is_some_and(|old| !is_ours(of, &old)) {
+        return Ok(Some(format!(
+            "ConfigMap {adapters} is not of this Workspace: rename the Workspace, or remove it"
+        )));
+    }
+    let told = put(of, &served.adapters).await?;
+    of.context.note(&of.workspace, |notes| notes.told_version = told.metadata.resource_version);
     for service in &served.services {
         if of.api::<Service>().get_opt(&service.name_any()).await?.is_some_and(|old| !is_ours(of, &old)) {
             return Ok(foreign("Service"));
@@ -177,7 +292,7 @@ async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Re
     of.ask_for_node().await?;
     put(of, &set).await?;
     match &served.budget {
-        Some(budget) => put(of, budget).await?,
+        Some(budget) => _ = put(of, budget).await?,
         None => {
             let api = of.api::<PodDisruptionBudget>();
             if api.get_opt(name).await?.is_some_and(|old| is_ours(of, &old)) {
@@ -188,7 +303,7 @@ async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Re
     Ok(None)
 }
 
-async fn put<K>(of: &Reconciler<'_>, object: &K) -> kube::Result<()>
+async fn put<K>(of: &Reconciler<'_>, object: &K) -> kube::Result<K>
 where
     K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -198,14 +313,14 @@ where
 {
     let api: Api<K> = of.api();
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
-    api.patch(&object.name_any(), &parameters, &Patch::Apply(object)).await.map(|_| ())
+    api.patch(&object.name_any(), &parameters, &Patch::Apply(object)).await
 }
 
-/// Pure: counts of the StatefulSet, and what its pods say.
+/// The state of the servers from the StatefulSet's counts and the pods. Pure.
 pub fn observe(set: Option<&StatefulSet>, pods: &[Arc<Pod>], refused: Option<String>) -> Serving {
     let wanted = set.and_then(|set| set.spec.as_ref()?.replicas).unwrap_or(1);
     let status = set.and_then(|set| set.status.as_ref());
-    // What is counted may be of an older template.
+    // The counts may include pods of an older template.
     let settled = status.is_some_and(|status| {
         status.observed_generation >= set.and_then(|set| set.metadata.generation)
             && status.update_revision == status.current_revision
@@ -216,7 +331,7 @@ pub fn observe(set: Option<&StatefulSet>, pods: &[Arc<Pod>], refused: Option<Str
     Serving { wanted, ready, trouble, refused }
 }
 
-/// KAITO's order: the first that holds.
+/// The first of KAITO's reasons that holds.
 fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
     let status = pod.status.as_ref()?;
     let containers: Vec<&ContainerStatus> = status.container_statuses.iter().flatten().collect();
@@ -257,7 +372,7 @@ fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
     unscheduled.map(|condition| ("Unschedulable", condition.message.clone().unwrap_or_default()))
 }
 
-/// Pure: the status of a Workspace that serves.
+/// The status of a Workspace that serves. Pure.
 pub fn tell(
     workspace: &Workspace,
     serving: &Serving,
@@ -312,10 +427,16 @@ async fn write(of: &Reconciler<'_>, status: Status, serving: &Serving) -> kube::
     if old == Some(&status) {
         return Ok(());
     }
-    let message = |status: &Status| {
+    let told = |status: &Status, type_: &str| {
         let mut list = status.conditions.iter();
-        list.find(|condition| condition.type_ == "InferenceReady").map(|condition| condition.message.clone())
+        list.find(|condition| condition.type_ == type_)
+            .map(|condition| (condition.reason.clone(), condition.message.clone()))
     };
+    let message = |status: &Status| told(status, "InferenceReady").map(|(_, message)| message);
+    let adapters = told(&status, ADAPTERS_READY).filter(|told_now| {
+        told_now.0 != "AdaptersPending"
+            && old.and_then(|old| told(old, ADAPTERS_READY)).as_ref() != Some(told_now)
+    });
     of.write_status(&json!({"status": status})).await?;
     let bad = serving.trouble.is_some() || serving.refused.is_some();
     let changed = old.and_then(|old| old.state.clone()) != status.state;
@@ -324,27 +445,21 @@ async fn write(of: &Reconciler<'_>, status: Status, serving: &Serving) -> kube::
         let reason = status.state.clone().unwrap_or_default();
         of.event(weight, &reason, &message(&status).unwrap_or_default()).await;
     }
+    if let Some((reason, message)) = adapters {
+        let weight = if reason == "AdaptersRefused" { Weight::Warning } else { Weight::Normal };
+        of.event(weight, &reason, &message).await;
+    }
     Ok(())
 }
 
-/// Which adapters answer, once they do.
-async fn annotate(of: &Reconciler<'_>, serving: &Serving, tuned: &Tuned) -> kube::Result<()> {
-    if !serving.is_ready() || serving.refused.is_some() {
-        return Ok(());
-    }
-    let adapters = of.workspace.inference.iter().flat_map(|inference| &inference.adapters);
-    let told: Vec<String> = adapters
-        .map(|adapter| {
-            let source = adapter.source.clone().unwrap_or_default();
-            let image = match source.image.strip_prefix(TUNED).and_then(|name| tuned.get(name)) {
-                Some(Ok(image)) => image.clone(),
-                _ if source.image.is_empty() => "a volume".into(),
-                _ => source.image.clone(),
-            };
-            format!("{} of {image} at {}", source.name, adapter.strength.as_deref().unwrap_or("1.0"))
-        })
-        .collect();
-    let told = Some(told.join(", ")).filter(|told| !told.is_empty());
+/// Writes the annotation with the adapters that answer.
+async fn annotate(of: &Reconciler<'_>, adapters: Option<&Adapters>) -> kube::Result<()> {
+    let told = match adapters {
+        Some(Adapters::Answer(parts)) => Some(parts.join(", ")),
+        Some(Adapters::None) => None,
+        // The adapters before still answer.
+        _ => return Ok(()),
+    };
     of.annotate([(format!("{PREFIX}adapters"), told)].into()).await
 }
 

@@ -1,4 +1,5 @@
-//! What is seen of a training -> the Workspace's conditions, state and annotations, with KAITO's names and reasons.
+//! The observed state of a training -> the Workspace's conditions, state and annotations, with KAITO's names and
+//! reasons.
 //!
 //! Pure. Source: KAITO v0.12, `api/v1beta1/condition_types.go` and `applyTuningWorkspaceStatus`.
 
@@ -13,33 +14,33 @@ use super::words::plain;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
 
-/// LIMIT: of a condition's message in the CRD is 32,768; this much is read by people.
+/// LIMIT: bytes of a condition's message. The CRD allows 32,768; people read this much.
 const MESSAGE_BYTES_MAX: usize = 4096;
 
-/// What the Job has become, and everything beside it.
+/// The inputs of a status.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     pub seen: Seen,
     pub progress: Option<Progress>,
     pub nodes: Nodes,
-    /// What is wrong with the Workspace as it is now; an older Job goes on.
+    /// Why the current Workspace cannot be carried out; an older Job goes on.
     pub refused: Option<String>,
-    /// Nothing can go on until somebody mends that.
+    /// Whether nothing goes on until somebody corrects that.
     pub stuck: bool,
-    /// Why nothing moves, by a Warning of the cluster about the pod or the Job.
+    /// A Warning of the cluster about a pod or Job that does not go on.
     pub warning: Option<String>,
 }
 
-/// Where it is to run.
+/// The state of the nodes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Nodes {
-    /// How many can be taken; `None`: this controller may not look.
+    /// The number of ready nodes; `None`: this controller may not list nodes.
     pub ready: Option<usize>,
-    /// Of a node that was asked for: whether it is there, and what its provider says.
+    /// Whether the claimed nodes are there, and the provider's message.
     pub claim: Option<(bool, String)>,
 }
 
-/// The new status; equal to the old one where nothing has changed.
+/// The new status; it equals the old one if nothing changed.
 pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status {
     let mut status = workspace.status.clone().unwrap_or_default();
     let stage = stage(report);
@@ -49,7 +50,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         now,
     };
     let (started, reason, words) = match stage {
-        // No Job failed here: that is what tells an end from a Job that could not be made.
+        // No Job failed here. This tells an end from a Job that could not be created.
         Stage::Failed if report.stuck => {
             (false, "WorkspaceTuningJobStatusPending", "tuning job was not made")
         }
@@ -73,7 +74,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
     status
 }
 
-/// A Workspace that was refused before it had a Job has failed: somebody must act.
+/// The stage of the Workspace. One that was refused before it had a Job has failed, because somebody must act.
 pub fn stage(report: &Report) -> Stage {
     match report.stuck {
         true => Stage::Failed,
@@ -81,7 +82,7 @@ pub fn stage(report: &Report) -> Stage {
     }
 }
 
-/// Annotations that the controller writes; `None` takes one away.
+/// The annotations that the controller writes; `None` removes one.
 pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<String>> {
     let said = report.seen.ended.as_ref().map(|ended| &ended.said);
     let over = report.seen.stage.is_over();
@@ -108,7 +109,7 @@ pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<St
     values.into_iter().map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
 }
 
-/// One sentence for people: KAITO's words, then what is known.
+/// The message for people: KAITO's words, then the details.
 pub fn message(report: &Report) -> String {
     let seen = &report.seen;
     let ended = seen.ended.as_ref();
@@ -158,7 +159,7 @@ pub fn message(report: &Report) -> String {
     plain(&text, MESSAGE_BYTES_MAX)
 }
 
-/// Where it runs, or why it does not yet. What no longer holds is taken away.
+/// The conditions of the nodes. Conditions that no longer hold are removed.
 pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, over: bool) {
     let Nodes { ready, claim } = nodes;
     match claim {
@@ -173,7 +174,7 @@ pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, 
         (Some(node), _) => (true, format!("runs on {node}")),
         (None, Some(0)) => (false, "no ready node has the labels of resource.labelSelector".into()),
         (None, Some(count)) => (true, format!("{count} nodes have the labels")),
-        // Its pod is gone, so where it ran is what was said before.
+        // The pod is gone, so the node that was written before stays.
         (None, None) if over && conditions.holds("ResourceReady") => return,
         (None, None) => {
             conditions.remove("NodesReady");

@@ -1,7 +1,7 @@
-//! Watches of the cluster -> what there is, in memory and by Workspace, and which Workspaces are to be looked at.
+//! Watches of the cluster -> copies of its objects by Workspace, and the Workspaces to reconcile.
 //!
-//! Each watch has its own retries, of two seconds at most, and tells how it stands: one that fails blinds nothing else, and
-//! `/readyz` knows it.
+//! Each watch has its own retries, with pauses of two seconds at most, and its own health. A watch that fails stops no
+//! other, and `/readyz` reports it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
@@ -26,12 +26,12 @@ const LIST_MAX: Duration = Duration::from_secs(30);
 /// Namespace and name of the Workspace that an object belongs to.
 pub type Owner = (String, String);
 
-/// Workspaces to be looked at.
+/// The queue of Workspaces to reconcile.
 #[derive(Clone)]
 pub struct Triggers(mpsc::UnboundedSender<ObjectRef<Workspace>>);
 
 impl Triggers {
-    /// With the stream that a controller reads.
+    /// A queue and the stream that the controller reads.
     pub fn new() -> (Triggers, impl Stream<Item = ObjectRef<Workspace>>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
@@ -41,12 +41,12 @@ impl Triggers {
     }
 
     pub fn look_at(&self, (namespace, name): &Owner) {
-        // Nobody listens only at the end of the process.
+        // The receiver is gone only at the end of the process.
         _ = self.0.send(ObjectRef::new(name).within(namespace));
     }
 }
 
-/// How a watch stands.
+/// The health of a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     Starting,
@@ -63,7 +63,7 @@ impl Healths {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Tells the change in the log, once.
+    /// Logs a change of health once.
     fn set(&self, name: &'static str, health: Health) {
         let before = self.list().insert(name, health.clone());
         match (&before, &health) {
@@ -96,7 +96,7 @@ impl Healths {
     }
 }
 
-/// What a watch does with what it sees.
+/// The receiver of a watch's events.
 pub trait Sink<K>: Send {
     fn take(&mut self, event: Event<K>);
 }
@@ -107,7 +107,7 @@ impl<K, F: FnMut(Event<K>) + Send> Sink<K> for F {
     }
 }
 
-/// Watches for ever; `restart` begins anew, for connections that died without a word.
+/// Runs a watch without end. `restart` starts it anew, for connections that died silently.
 pub async fn keep<K>(
     name: &'static str,
     api: kube::Api<K>,
@@ -157,7 +157,7 @@ pub async fn keep<K>(
     }
 }
 
-/// Objects of the cluster in groups, one a Workspace.
+/// Objects of the cluster, one group for each Workspace.
 #[derive(Debug)]
 pub struct Cache<K> {
     groups: RwLock<Groups<K>>,
@@ -166,7 +166,7 @@ pub struct Cache<K> {
 #[derive(Debug)]
 struct Groups<K> {
     known: HashMap<Owner, BTreeMap<String, Arc<K>>>,
-    /// While a list comes in.
+    /// The objects of a list that is still arriving.
     fresh: Option<HashMap<Owner, BTreeMap<String, Arc<K>>>>,
 }
 
@@ -177,7 +177,7 @@ impl<K> Default for Cache<K> {
 }
 
 impl<K: Resource + Clone> Cache<K> {
-    /// Those of a Workspace, in the order of their names.
+    /// The objects of a Workspace, in the order of their names.
     pub fn of(&self, owner: &Owner) -> Vec<Arc<K>> {
         let groups = self.groups.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         groups.known.get(owner).map(|group| group.values().cloned().collect()).unwrap_or_default()
@@ -188,7 +188,7 @@ impl<K: Resource + Clone> Cache<K> {
         groups.known.get(owner)?.get(name).cloned()
     }
 
-    /// Puts an event in; the Workspaces whose objects are no longer the same. `of`: whose an object is.
+    /// Takes an event; returns the Workspaces whose objects changed. `of` gives the owner of an object.
     pub fn take(
         &self,
         event: Event<K>,
@@ -236,7 +236,7 @@ impl<K: Resource + Clone> Cache<K> {
     }
 }
 
-/// Owners whose groups differ.
+/// The owners whose groups differ.
 fn changed<K>(
     old: &HashMap<Owner, BTreeMap<String, Arc<K>>>,
     new: &HashMap<Owner, BTreeMap<String, Arc<K>>>,
@@ -257,7 +257,7 @@ fn changed<K>(
     new.keys().chain(gone).filter(differs).cloned().collect()
 }
 
-/// By the version that the API server gives.
+/// Whether two copies have the same version of the API server.
 pub fn same_version<K: Resource>(one: &K, two: &K) -> bool {
     one.meta().uid == two.meta().uid && one.meta().resource_version == two.meta().resource_version
 }

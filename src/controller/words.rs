@@ -30,8 +30,7 @@ pub fn of_fault(fault: Fault) -> String {
     }
 }
 
-/// Why the API server does not take something, where asking again changes nothing until somebody acts; `None`: it may
-/// take it the next time.
+/// Why the API server refuses something for good; `None`: it may accept it the next time.
 pub fn refusal(error: &kube::Error) -> Option<String> {
     match error {
         kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
@@ -41,7 +40,7 @@ pub fn refusal(error: &kube::Error) -> Option<String> {
     }
 }
 
-/// Nothing can be made in a namespace that is on its way out.
+/// Whether the error says that the namespace is being deleted.
 pub fn is_terminating(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 403 && status.message.contains("is being terminated"))
 }

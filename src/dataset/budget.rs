@@ -30,6 +30,11 @@ impl Budget {
         Budget::new(file_bytes, free)
     }
 
+    /// For texts that become tokens a part at a time: the memory does not limit them.
+    pub fn streamed(files: &[source::File]) -> Budget {
+        Budget { by_memory: u64::MAX, ..Budget::of(files) }
+    }
+
     fn new(file_bytes: u64, by_memory: u64) -> Budget {
         let by_size = file_bytes.saturating_mul(GROWTH_MAX).saturating_add(GROWTH_FREE_BYTES);
         Budget { spent: 0, by_size, by_memory, file_bytes }

@@ -6,23 +6,39 @@ use super::Tokenizer;
 use super::template::Template;
 use crate::fault::{Fault, Result};
 
-/// A compiled chat template for inference.
+/// Compiled chat templates for inference.
 pub struct Chat {
     template: Template,
+    source: String,
+    /// The model's own template for conversations with tools, if it has another one.
+    with_tools: Option<Template>,
 }
 
 impl Chat {
-    /// Compiles a chat template; `source` replaces the model's own. Returns `None` if there is neither.
+    /// Compiles a chat template. `source` replaces the model's own: Jinja text, or the name of one of the model's
+    /// templates. Returns `None` if there is neither.
     ///
     /// # Errors
-    /// Config or Model: the template's syntax is wrong.
+    /// Config or Model: the template's syntax is wrong. Config: the model has no template of that name.
     pub fn of(tokenizer: &Tokenizer, source: Option<&str>) -> Result<Option<Chat>> {
-        let Some(text) = source.or(tokenizer.chat_template()) else { return Ok(None) };
-        let compiled = Template::new(text, tokenizer.specials(), tokenizer.now());
-        compiled.map(|template| Some(Chat { template })).map_err(|problem| match source {
-            Some(_) => Fault::config(problem).at("the chat template that was given"),
-            None => Fault::model(problem).at("the model's chat template"),
-        })
+        let text = match source {
+            Some(name) if !name.contains('{') => Some(tokenizer.named_template(name)?),
+            source => source.or(tokenizer.chat_template()),
+        };
+        let Some(text) = text else { return Ok(None) };
+        let compile = |text: &str| {
+            Template::new(text, tokenizer.specials(), tokenizer.now()).map_err(|problem| match source {
+                Some(_) => Fault::config(problem).at("the chat template that was given"),
+                None => Fault::model(problem).at("the model's chat template"),
+            })
+        };
+        let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
+        Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), with_tools }))
+    }
+
+    /// The template's Jinja text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,
@@ -32,7 +48,8 @@ impl Chat {
         for name in ["tools", "documents"] {
             context.entry(name).or_insert(Value::Null);
         }
-        self.template.render_context(&context)
+        let tools = context.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
+        self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template).render_context(&context)
     }
 
     /// The control token that the template writes after an answer.
@@ -44,5 +61,45 @@ impl Chat {
         let (_, behind) = text.rsplit_once(ANSWER)?;
         let first = *tokenizer.encode(behind.trim_start(), false).ok()?.first()?;
         tokenizer.is_special(first).then_some(first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// A name chooses one of the model's templates; without one, conversations with tools get the template for tools.
+    #[test]
+    fn a_template_is_chosen_by_name_and_by_tools() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama3/model");
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(&golden).unwrap().flatten() {
+            let name = entry.file_name().into_string().unwrap();
+            if name.ends_with(".json") && !name.starts_with("chat_template") {
+                std::fs::copy(entry.path(), folder.path().join(name)).unwrap();
+            }
+        }
+        let config = std::fs::read(golden.join("tokenizer_config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&config).unwrap();
+        config["chat_template"] = json!([
+            {"name": "default", "template": "D{{ messages[0].content }}"},
+            {"name": "tool_use", "template": "T{{ tools[0] }}"},
+            {"name": "rag", "template": "R{{ messages[0].content }}"},
+        ]);
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let text = |source: Option<&str>, tools: Value| {
+            let context = json!({"messages": [{"role": "user", "content": "x"}], "tools": tools});
+            let chat = Chat::of(&tokenizer, source).unwrap().expect("there is a template");
+            chat.text(context.as_object().cloned().unwrap()).unwrap()
+        };
+        assert_eq!(text(None, Value::Null), "Dx");
+        assert_eq!(text(None, json!(["t"])), "Tt");
+        assert_eq!(text(None, json!([])), "Dx");
+        assert_eq!(text(Some("rag"), json!(["t"])), "Rx");
+        assert_eq!(text(Some("{{ messages[0].role }}"), Value::Null), "user");
+        let fault = Chat::of(&tokenizer, Some("none")).err().expect("refused");
+        assert!(fault.to_string().contains("rag"), "{fault}");
     }
 }

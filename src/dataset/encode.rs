@@ -9,6 +9,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage, Unit};
 use rayon::prelude::*;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -59,53 +60,113 @@ pub fn encode_rows(
     options: &TokenOptions,
     report: &Report,
 ) -> Result<Vec<EncodedRow>> {
-    let encoder = Encoder::new(records, tokenizer, options)?;
+    let mut workers = Workers::new(tokenizer, options)?;
     let task = report.task(Stage::Tokenize, Unit::Rows, "rows", Some(records.len() as u64));
-    let row = Row::default();
-    let pool = rayon::ThreadPoolBuilder::new()
-        .stack_size(ROW_STACK_BYTES)
-        .thread_name(|index| format!("rows-{index}"))
-        .build()
-        .map_err(|error| Fault::capacity(format!("no threads to make tokens in: {error}")))?;
-    let encoded: Vec<_> = pool.install(|| {
-        let chunks = records.par_chunks(ROWS_AT_ONCE);
-        chunks
-            .flat_map_iter(|chunk| {
-                let examples: Vec<_> = chunk.iter().map(|record| row.encode(&encoder, record)).collect();
-                task.advance(chunk.len() as u64);
-                examples
-            })
-            .collect()
-    });
+    let encoded = workers.encode(records, &|rows| task.advance(rows))?;
     drop(task);
     interrupt::check()?;
     let mut examples = Vec::with_capacity(records.len());
-    let mut tally = Tally::default();
-    let mut refused = Vec::new();
+    let mut outcome = Outcome::default();
     for (index, (record, found)) in records.iter().zip(encoded).enumerate() {
         match found {
             Ok(found) => {
-                tally.add(&found.tally);
+                outcome.add(&found.tally);
                 let whole = found.tally.longest;
                 examples.extend(found.example.map(|example| EncodedRow { record: index, example, whole }));
             }
-            Err(problem) => refused.push((&record.file, record.row, problem)),
+            Err(problem) => outcome.refuse(&record.file, record.row, problem),
         }
     }
-    refused.sort(); // Records are shuffled, but a reader starts at the top of a file.
-    let mut problems = Problems::default();
-    for (file, row, problem) in refused {
-        problems.add(problem, file, row);
-    }
-    let advice = "correct these rows, set ModelConfig.chat_template";
-    problems.settle(records.len() as u64, options.bad_rows, advice, Stage::Tokenize, report)?;
-    if tally.rows > 0 && examples.is_empty() {
-        return Err(nothing_to_learn(&tally, options));
-    }
-    if tally.rows > 0 {
-        tally.tell(options, tokenizer, report);
-    }
+    outcome.settle(options, tokenizer, report)?;
     Ok(examples)
+}
+
+/// All cores, ready to make tokens of rows.
+pub(super) struct Workers<'a> {
+    encoder: Encoder<'a>,
+    row: Row,
+    pool: rayon::ThreadPool,
+}
+
+impl<'a> Workers<'a> {
+    /// # Errors
+    /// Capacity: threads cannot be started.
+    pub fn new(tokenizer: &'a Tokenizer, options: &'a TokenOptions) -> Result<Workers<'a>> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .stack_size(ROW_STACK_BYTES)
+            .thread_name(|index| format!("rows-{index}"))
+            .build()
+            .map_err(|error| Fault::capacity(format!("no threads to make tokens in: {error}")))?;
+        let encoder = Encoder { tokenizer, options, templates: None };
+        Ok(Workers { encoder, row: Row::default(), pool })
+    }
+
+    /// One outcome a record, in their order; the error of an outcome says what is wrong with the row. `done` hears how
+    /// many more rows are done.
+    ///
+    /// # Errors
+    /// Config, Model: there are conversations, and the chat template is missing or cannot be read.
+    pub fn encode(
+        &mut self,
+        records: &[Record],
+        done: &(dyn Fn(u64) + Sync),
+    ) -> Result<Vec<std::result::Result<Encoded, String>>> {
+        self.encoder.compile_for(records)?;
+        let (row, encoder) = (&self.row, &self.encoder);
+        Ok(self.pool.install(|| {
+            let chunks = records.par_chunks(ROWS_AT_ONCE);
+            chunks
+                .flat_map_iter(|chunk| {
+                    let examples: Vec<_> = chunk.iter().map(|record| row.encode(encoder, record)).collect();
+                    done(chunk.len() as u64);
+                    examples
+                })
+                .collect()
+        }))
+    }
+}
+
+/// What became of the rows of a set, for its counts, its warnings and its refusal.
+#[derive(Default)]
+pub(super) struct Outcome {
+    tally: Tally,
+    /// File, row, problem.
+    refused: Vec<(Arc<str>, u64, String)>,
+}
+
+impl Outcome {
+    /// A row that became tokens, or has nothing to learn.
+    pub fn add(&mut self, tally: &Tally) {
+        self.tally.add(tally);
+    }
+
+    /// A row that cannot be used.
+    pub fn refuse(&mut self, file: &Arc<str>, row: u64, problem: String) {
+        self.refused.push((file.clone(), row, problem));
+    }
+
+    /// Tells counts and warnings.
+    ///
+    /// # Errors
+    /// Data: rows that cannot be used, or nothing is left to learn.
+    pub fn settle(mut self, options: &TokenOptions, tokenizer: &Tokenizer, report: &Report) -> Result<()> {
+        let rows = self.tally.rows + self.refused.len() as u64;
+        self.refused.sort(); // Rows are shuffled; a reader looks from the top of a file.
+        let mut problems = Problems::default();
+        for (file, row, problem) in self.refused {
+            problems.add(problem, &file, row);
+        }
+        let advice = "correct these rows, set ModelConfig.chat_template";
+        problems.settle(rows, options.bad_rows, advice, Stage::Tokenize, report)?;
+        if self.tally.rows == 0 {
+            return Ok(());
+        }
+        if self.tally.rows == self.tally.dropped {
+            return Err(nothing_to_learn(&self.tally, options));
+        }
+        self.tally.tell(options, tokenizer, report);
+        Ok(())
+    }
 }
 
 fn nothing_to_learn(tally: &Tally, options: &TokenOptions) -> Fault {
@@ -187,20 +248,16 @@ struct Templates {
     with_tools: Option<Template>,
 }
 
-impl<'a> Encoder<'a> {
-    pub fn new(
-        records: &[Record],
-        tokenizer: &'a Tokenizer,
-        options: &'a TokenOptions,
-    ) -> Result<Encoder<'a>> {
+impl Encoder<'_> {
+    /// Compiles the chat template, once, if there are conversations among the records.
+    fn compile_for(&mut self, records: &[Record]) -> Result<()> {
         let is_conversation = |record: &Record| {
             matches!(record.conversation, Conversation::Messages(_) | Conversation::Prompt { .. })
         };
-        let templates = match records.iter().any(is_conversation) {
-            true => Some(templates(tokenizer, options)?),
-            false => None,
-        };
-        Ok(Encoder { tokenizer, options, templates })
+        if self.templates.is_none() && records.iter().any(is_conversation) {
+            self.templates = Some(templates(self.tokenizer, self.options)?);
+        }
+        Ok(())
     }
 
     /// Encodes one record. The error says what is wrong with the row.
@@ -249,7 +306,7 @@ impl<'a> Encoder<'a> {
         context: &Context,
         tally: &mut Tally,
     ) -> std::result::Result<Example, String> {
-        let templates = self.templates.as_ref().expect("`new` makes them for conversations");
+        let templates = self.templates.as_ref().expect("compiled for conversations");
         let template = match (&templates.with_tools, &context.tools) {
             (Some(template), Some(_)) => template,
             _ => &templates.plain,

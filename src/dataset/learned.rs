@@ -8,7 +8,7 @@ use crate::report::{Report, Stage};
 const UNENDED_SHARE: f64 = 0.25;
 
 /// Counts over rows. The tallies of two sets can be added.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub(super) struct Tally {
     /// Rows.
     pub rows: u64,

@@ -3,7 +3,7 @@
 //! A limit chooses rows before the split. A weight applies after it, to training rows only: evaluation sees each
 //! row once, and no copy of a training row.
 
-use super::{Layout, Options, Record};
+use super::{Layout, Options};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -15,13 +15,34 @@ pub struct Share {
     /// How often a row is trained on per epoch. The fractional part is the share of rows that are trained on once
     /// more. `None`: once.
     pub weight: Option<f64>,
-    /// Most rows that are read. They are chosen by the seed if rows are shuffled; if not, the first ones are read.
+    /// Most rows that are read, chosen by the seed if rows are shuffled, else the first.
     pub limit: Option<usize>,
 }
 
-/// Keeps `limit` of the records from `from` on, in their order.
-pub(super) fn limit(records: &mut Vec<Record>, from: usize, limit: usize, options: &Options) {
-    let count = records.len() - from;
+/// Leaves of each entry's items as many as its limit says, in their order. `entry` tells the entry of an item; the
+/// items of one entry stand one behind the other.
+pub(super) fn limit<T>(items: Vec<T>, entry: impl Fn(&T) -> usize, options: &Options) -> Vec<T> {
+    if options.shares.iter().all(|share| share.limit.is_none()) {
+        return items;
+    }
+    let mut kept: Vec<T> = Vec::new();
+    let mut rest = items.into_iter().peekable();
+    while let Some(first) = rest.next() {
+        let (number, from) = (entry(&first), kept.len());
+        kept.push(first);
+        while let Some(next) = rest.next_if(|item| entry(item) == number) {
+            kept.push(next);
+        }
+        if let Some(limit) = options.shares.get(number).and_then(|share| share.limit) {
+            limit_tail(&mut kept, from, limit, options);
+        }
+    }
+    kept
+}
+
+/// Leaves `limit` items from `from` on, in their order.
+fn limit_tail<T>(items: &mut Vec<T>, from: usize, limit: usize, options: &Options) {
+    let count = items.len() - from;
     if count <= limit {
         return;
     }
@@ -30,28 +51,28 @@ pub(super) fn limit(records: &mut Vec<Record>, from: usize, limit: usize, option
         super::split::shuffle(&mut order, options.seed ^ from as u64);
         order.truncate(limit);
         order.sort_unstable();
-        let tail = records.split_off(from);
+        let tail = items.split_off(from);
         let mut wanted = order.into_iter().peekable();
         let kept = tail.into_iter().enumerate().filter(|(place, _)| wanted.next_if_eq(place).is_some());
-        records.extend(kept.map(|(_, record)| record));
+        items.extend(kept.map(|(_, item)| item));
     }
-    records.truncate(from + limit);
+    items.truncate(from + limit);
 }
 
-/// Repeats or leaves out training records by their entries' weights. Without weights their order does not change.
-pub(super) fn weigh(records: Vec<Record>, options: &Options) -> Vec<Record> {
-    let weight = |record: &Record| options.shares.get(record.entry).and_then(|share| share.weight);
+/// Repeats or leaves out items that train, by the weights of their entries. Without weights the items stay as they are.
+pub(super) fn weigh<T: Clone>(items: Vec<T>, entry: impl Fn(&T) -> usize, options: &Options) -> Vec<T> {
+    let weight = |item: &T| options.shares.get(entry(item)).and_then(|share| share.weight);
     if !options.shares.iter().any(|share| share.weight.is_some()) {
-        return records;
+        return items;
     }
     let mut random = ChaCha8Rng::seed_from_u64(options.seed ^ 0x006d_6978);
-    let mut all = Vec::with_capacity(records.len());
-    for record in records {
-        let weight = weight(&record).unwrap_or(1.0);
-        // Every record takes a draw, so that one weight does not change what another leaves out.
+    let mut all = Vec::with_capacity(items.len());
+    for item in items {
+        let weight = weight(&item).unwrap_or(1.0);
+        // One draw for every item: the weight of one entry does not change what another leaves out.
         let draw = (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
         let copies = weight.floor() as usize + usize::from(draw < weight.fract());
-        all.extend(std::iter::repeat_n(record, copies));
+        all.extend(std::iter::repeat_n(item, copies));
     }
     if options.shuffle {
         super::split::shuffle(&mut all, options.seed.wrapping_add(1));

@@ -7,17 +7,22 @@ mod footer;
 mod budget;
 mod split;
 mod mix;
+mod stream;
 mod template;
 mod harm;
+mod words;
 mod tokenizer;
 mod marks;
 mod mask;
 mod learned;
 mod encode;
 mod chat;
+mod store;
+mod cache;
+mod prepare;
 
-use crate::fault::{Fault, Result};
-use crate::report::{Report, Stage, Unit};
+use crate::fault::Result;
+use crate::report::{Report, Stage};
 use crate::source;
 use std::sync::Arc;
 
@@ -27,6 +32,7 @@ pub use encode::{EncodedRow, check_template, encode, encode_rows};
 pub use footer::{Footers, footers};
 pub use mask::show;
 pub use mix::Share;
+pub use prepare::{Examples, Prepared, Set, TokenCache, prepare};
 pub use tokenizer::Tokenizer;
 
 /// How rows are read. `plan` fills it.
@@ -132,6 +138,11 @@ impl Layout {
     /// The layout with this key.
     pub fn of_key(key: &str) -> Option<Layout> {
         Layout::KEYS.iter().find(|(name, _)| *name == key).map(|(_, layout)| *layout)
+    }
+
+    /// The key of this layout.
+    pub fn key(self) -> &'static str {
+        Layout::KEYS.iter().find(|(_, layout)| *layout == self).map_or("", |(key, _)| key)
     }
 
     /// The name in messages.
@@ -270,91 +281,32 @@ impl Message {
     }
 }
 
-/// Reads every file, checks every row, shuffles and splits.
+/// Reads every file into memory, checks every row, shuffles and splits. [`prepare()`] does the same for data of any
+/// size.
 ///
-/// Errors: `Data` for files and rows that cannot be used; the bad rows of all files are collected first. `Config`
-/// for a split that leaves one side empty.
+/// # Errors
+/// Data: files and rows that cannot be used; all bad rows are collected first. Config: a split that leaves a side
+/// empty. Capacity: more text than the memory holds.
 pub fn read(files: &[source::File], options: &Options, report: &Report) -> Result<Dataset> {
     let mut records = Vec::new();
-    let mut problems = problems::Problems::default();
-    let mut first: Option<(&'static format::Format, &source::File)> = None;
-    let mut reading = format::Reading::new(&options.names);
-    let mut budget = budget::Budget::of(files);
-    let mut entry_from = (0, 0); // an entry, and its first record
-    for (index, file) in files.iter().enumerate() {
-        let share = options.shares.get(file.entry).cloned().unwrap_or_default();
-        if entry_from.0 != file.entry {
-            entry_from = (file.entry, records.len());
-        }
-        let table = container::open(file, options.container.as_deref())?;
-        let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
-            .map_err(|fault| fault.at(&file.name))?;
-        match first {
-            // Different entries of `data` may have different layouts, but the files of one entry may not.
-            Some((format, other)) if format.layout != chosen.format.layout && other.entry == file.entry => {
-                return Err(layouts_differ(format, &other.name, chosen.format, &file.name));
-            }
-            Some((_, other)) if other.entry == file.entry => {}
-            _ => first = Some((chosen.format, file)),
-        }
-        let task = report.task(Stage::Read, Unit::Rows, &file.name, table.rows);
-        let name: Arc<str> = file.name.as_str().into();
-        let mut row = 0;
-        table.read(&chosen.columns, |arrays| {
-            budget.spend(format::text_bytes(arrays))?;
-            let batch = chosen.rows(arrays, &mut reading)?;
-            task.advance(batch.len() as u64);
-            for found in batch {
-                match found {
-                    Ok((conversation, context)) => {
-                        let (file, entry) = (name.clone(), file.entry);
-                        records.push(Record { conversation, context, file, row, entry })
-                    }
-                    Err(problem) => problems.add(problem, &name, row),
-                }
-                row += 1;
-            }
-            Ok(())
-        })?;
-        if let Some(limit) =
-            share.limit.filter(|_| files.get(index + 1).is_none_or(|next| next.entry != file.entry))
-        {
-            mix::limit(&mut records, entry_from.1, limit, options);
-        }
-    }
-    let rows = records.len() as u64 + problems.rows();
-    problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
-    reading.tell(report);
-    let Some((format, _)) = first.filter(|_| rows > 0) else {
-        let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
-        return Err(Fault::data(format!(
-            "the dataset has 0 rows in {} file(s): {}",
-            files.len(),
-            names.join(", ")
-        ))
-        .help("check the export that wrote the files, and the path or URL they were taken from"));
-    };
+    let budget = budget::Budget::of(files);
+    let found = stream::stream(files, options, budget, report, &mut |part| {
+        records.extend(part.records);
+        Ok(())
+    })?;
+    let records = mix::limit(records, |record: &Record| record.entry, options);
+    let rows = records.len() as u64 + found.problems.rows();
+    found.problems.settle(rows, options.bad_rows, "correct these rows", Stage::Read, report)?;
+    found.reading.tell(report);
+    let Some(format) = found.format.filter(|_| rows > 0) else { return Err(stream::no_rows(files)) };
     let rows = records.len();
     let (train, evaluation) = split::split(records, options)?;
-    let train = mix::weigh(train, options);
-    report.note(
-        Stage::Read,
-        format!(
-            "{rows} rows of {} from {} file(s): {} to train on, {} to evaluate on",
-            format.layout.name(),
-            files.len(),
-            train.len(),
-            evaluation.len()
-        ),
-    );
+    let train = mix::weigh(train, |record| record.entry, options);
+    report
+        .note(Stage::Read, rows_read(rows, format.layout.name(), files.len(), train.len(), evaluation.len()));
     Ok(Dataset { train, evaluation, layout: format.layout })
 }
 
-fn layouts_differ(a: &format::Format, a_name: &str, b: &format::Format, b_name: &str) -> Fault {
-    Fault::data(format!(
-        "the files do not have one layout: {a_name} holds {}, {b_name} holds {}",
-        a.layout.name(),
-        b.layout.name()
-    ))
-    .help("train on files of one layout, or rewrite one of them")
+fn rows_read(rows: usize, layout: &str, files: usize, train: usize, evaluation: usize) -> String {
+    format!("{rows} rows of {layout} from {files} file(s): {train} to train on, {evaluation} to evaluate on")
 }

@@ -1,13 +1,13 @@
 //! Records -> shuffled records -> rows to train on and rows to evaluate on.
 
-use super::{Options, Record};
+use super::Options;
 use crate::fault::{Fault, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// Splits the records: the first floor(share * n) are trained on, the others evaluate. `train_test_split` of
 /// `datasets` rounds in the same way.
-pub(super) fn split(mut records: Vec<Record>, options: &Options) -> Result<(Vec<Record>, Vec<Record>)> {
+pub(super) fn split<T>(mut records: Vec<T>, options: &Options) -> Result<(Vec<T>, Vec<T>)> {
     let share = options.train_share;
     if !(share > 0.0 && share <= 1.0) {
         return Err(Fault::config(format!(
@@ -47,7 +47,7 @@ pub(super) fn shuffle<T>(items: &mut [T], seed: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BadRows, Context, Conversation, Names};
+    use super::super::{BadRows, Context, Conversation, Names, Record};
     use super::*;
     use crate::fault::Kind;
 

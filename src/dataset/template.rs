@@ -139,6 +139,32 @@ impl Template {
     }
 }
 
+/// What a template may write of the time, so that texts made at other times are told apart: the dates that it asks for,
+/// or, if the format is no plain text, the second.
+pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
+    let time = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
+    let seconds = time.as_second();
+    let mut dates = Vec::new();
+    for rest in source.split("strftime_now").skip(1) {
+        let Some(rest) = rest.trim_start().strip_prefix('(') else {
+            // Asked whether it is defined, or given another name.
+            let asked = rest.trim_start().starts_with("is ");
+            dates.extend((!asked).then(|| seconds.to_string()));
+            continue;
+        };
+        let rest = rest.trim_start();
+        let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''));
+        let format = quote.and_then(|quote| rest[1..].split_once(quote));
+        let plain =
+            format.filter(|(format, behind)| !format.contains('\\') && behind.trim_start().starts_with(')'));
+        dates.push(match plain.map(|(format, _)| strftime(format, time)) {
+            Some(Ok(date)) => date,
+            _ => seconds.to_string(),
+        });
+    }
+    dates
+}
+
 /// A message as the template sees it: role, content (none if it is null), then the further fields.
 fn value(message: &Message) -> Value {
     let content = message.content.as_deref().map_or(Value::from(()), Value::from);
@@ -386,6 +412,22 @@ mod tests {
     fn check(source: &str, expected: &str) {
         let text = render(source).map_or_else(|error| format!("! {error}"), |rendered| rendered.text);
         assert_eq!(text, expected, "{source}");
+    }
+
+    #[test]
+    fn only_the_dates_that_a_template_asks_for_tell_times_apart() {
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(1_721_998_984 + seconds);
+        let same = |source: &str, seconds: u64| dates(source, at(0)) == dates(source, at(seconds));
+        let day = "{% if strftime_now is defined %}{{ strftime_now( \"%d %b %Y\" ) }}{% endif %}";
+        assert_eq!(dates(day, at(0)), ["26 Jul 2024"]);
+        assert!(same(day, 60) && !same(day, 86_400));
+        assert!(!same("{{ strftime_now('%H:%M:%S') }}", 1));
+        for computed in
+            ["{{ strftime_now(f) }}", "{{ strftime_now('%d' ~ f) }}", "{% set g = strftime_now %}"]
+        {
+            assert!(!same(computed, 1), "{computed}");
+        }
+        assert!(same("{{ messages }}", 1_000_000));
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat templates.
 
 use super::harm;
+use super::words::Words;
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
+use crate::source;
 use serde_json::Value;
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::SystemTime;
 use tokenizers::AddedToken;
 
@@ -33,6 +36,12 @@ pub struct Tokenizer {
     /// Whether tokens are written in letters that stand for bytes, as in GPT-2.
     byte_level: bool,
     now: SystemTime,
+    /// Digest of all files that it was made of.
+    digest: String,
+    /// A quicker way to the same tokens, if the tokenizer is of the common kind.
+    words: Option<Words>,
+    /// Tokens that are put before and behind a text; `None` if they depend on it.
+    around: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 impl Tokenizer {
@@ -53,6 +62,8 @@ impl Tokenizer {
         let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
         let byte_level = decoder.is_some_and(|decoder| decoder.contains("\"ByteLevel\""));
         let now = SystemTime::now();
+        let digest = digest(folder)?;
+        let (words, around) = (Words::of(&inner), around(&inner));
         Ok(Tokenizer {
             inner,
             specials,
@@ -64,6 +75,9 @@ impl Tokenizer {
             vocab_size,
             byte_level,
             now,
+            digest,
+            words,
+            around,
         })
     }
 
@@ -162,6 +176,16 @@ impl Tokenizer {
         self.chat_templates.iter().find(|(other, _)| other == name).map(|(_, text)| text.as_str())
     }
 
+    /// The texts of all its chat templates.
+    pub(super) fn template_texts(&self) -> impl Iterator<Item = &str> {
+        self.chat_templates.iter().map(|(_, text)| text.as_str())
+    }
+
+    /// Tells tokenizers apart: equal digests make equal tokens of equal rows at equal times.
+    pub(super) fn digest(&self) -> &str {
+        &self.digest
+    }
+
     fn template_names(&self) -> Vec<&str> {
         self.chat_templates.iter().map(|(name, _)| name.as_str()).collect()
     }
@@ -224,6 +248,13 @@ impl Tokenizer {
     }
 
     fn whole_ids(&self, text: &str) -> std::result::Result<(Vec<u32>, bool), String> {
+        let plain = self.words.as_ref().and_then(|words| words.ids(&self.inner, text));
+        if let (Some(plain), Some((front, back))) = (plain, &self.around) {
+            if front.is_empty() && back.is_empty() {
+                return Ok((plain, false));
+            }
+            return Ok(not_doubled([front.as_slice(), &plain, back].concat(), &plain));
+        }
         let encoding = self.inner.encode_fast(text, true).map_err(|error| unfit(&*error))?;
         let mask = encoding.get_special_tokens_mask();
         let around = encoding.get_ids();
@@ -243,6 +274,9 @@ impl Tokenizer {
         tokens_max: usize,
     ) -> std::result::Result<(Vec<u32>, Offsets), String> {
         let encode = |text: &str| {
+            if let Some(found) = self.words.as_ref().and_then(|words| words.spans(&self.inner, text)) {
+                return Ok(found);
+            }
             let encoding = self.inner.encode(text, false).map_err(|error| unfit(&*error))?;
             Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
         };
@@ -302,6 +336,31 @@ fn byte_of(letter: char) -> Option<u8> {
         code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
         code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
     }
+}
+
+/// The letter that stands for a byte in tokens: the inverse of `byte_of`.
+pub(super) fn letter_of(byte: u8) -> char {
+    static LETTERS: LazyLock<[char; 256]> = LazyLock::new(|| {
+        let mut letters = ['\0'; 256];
+        for letter in ('\u{0}'..='\u{200}').filter(|letter| byte_of(*letter).is_some()) {
+            letters[usize::from(byte_of(letter).unwrap_or_default())] = letter;
+        }
+        letters
+    });
+    LETTERS[usize::from(byte)]
+}
+
+/// What stands around the tokens of two plain texts, if it is the same.
+fn around(inner: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    let of = |text: &str| {
+        let ids = |specials| inner.encode_fast(text, specials).map(|found| found.get_ids().to_vec()).ok();
+        let (plain, around) = (ids(false)?, ids(true)?);
+        let added = around.len().checked_sub(plain.len())?;
+        let front = (0..=added).find(|&at| around[at..].starts_with(&plain))?;
+        Some((around[..front].to_vec(), around[front + plain.len()..].to_vec()))
+    };
+    let found = of("a plain text")?;
+    (of("Another one: 2!")? == found).then_some(found)
 }
 
 /// `around` is `plain` with tokens before and after it. Tokens that `plain` begins or ends with already are
@@ -474,6 +533,29 @@ fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>
     Ok(found)
 }
 
+/// Files that `open` reads, beside the folder of further chat templates.
+const FILES: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+];
+
+fn digest(folder: &Path) -> Result<String> {
+    let mut parts = Vec::new();
+    for name in FILES {
+        let bytes = read(folder, name)?;
+        parts.push(format!("{name} {}", bytes.map_or("absent".into(), |bytes| source::digest(&bytes))));
+    }
+    for (name, text) in chat_templates(folder, &Value::Null)? {
+        parts.push(format!("{name:?} {}", source::digest(text.as_bytes())));
+    }
+    Ok(source::digest(parts.join("\n").as_bytes()))
+}
+
 fn utf8(bytes: Vec<u8>, file: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Fault::model(format!("{}: not UTF-8", file.display())))
 }
@@ -513,6 +595,14 @@ fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_byte_has_its_letter() {
+        for byte in 0..=255 {
+            assert_eq!(byte_of(letter_of(byte)), Some(byte));
+        }
+        assert_eq!((letter_of(b' '), letter_of(b'a'), letter_of(b'\n')), ('Ġ', 'a', 'Ċ'));
+    }
 
     #[test]
     fn what_a_text_has_already_is_not_put_around_it_again() {

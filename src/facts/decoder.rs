@@ -343,6 +343,13 @@ impl FeedForward {
         }
     }
 
+    /// The activation's function.
+    pub fn activation(&self) -> crate::facts::Function {
+        match self {
+            FeedForward::Dense(dense) => dense.activation.function,
+        }
+    }
+
     /// Columns between the activation and the down projection (F).
     pub fn width(&self) -> usize {
         match self {

@@ -135,6 +135,14 @@ pub enum Pin {
 }
 
 impl Data {
+    /// OWNER/NAME of a dataset of the hub.
+    pub fn hub_dataset(&self) -> Option<String> {
+        match self {
+            Data::Hub(data) => Some(data.repository.clone()),
+            _ => None,
+        }
+    }
+
     /// What pins the bytes behind this address.
     pub fn pin(&self) -> Pin {
         match self {
@@ -218,12 +226,12 @@ fn image(text: &str) -> Result<String> {
 }
 
 /// The last part of a repository's path.
-fn readable(reference: &str) -> &str {
+pub(super) fn readable(reference: &str) -> &str {
     let last = reference.rsplit('/').next().unwrap_or(reference);
     last.split([':', '@']).next().unwrap_or(last)
 }
 
-fn key(text: &str) -> String {
+pub(super) fn key(text: &str) -> String {
     source::digest(text.as_bytes())[..KEY_DIGITS].to_owned()
 }
 

@@ -134,26 +134,49 @@ pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
     url
 }
 
-fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
-    let wrong = |what: String| Fault::model(format!("{address}: {what}"));
-    let Listing { sha, siblings } = serde_json::from_slice(text)
-        .map_err(|error| wrong(format!("the hub's answer is not a listing of a repository: {error}")))?;
-    if !is_commit(&sha) {
-        return Err(wrong("the hub's answer names no commit".into()));
+/// The commit of a listing, and the files of these names in it.
+pub fn adapter_files(text: &[u8], address: &str, names: &[&str]) -> Result<(String, Vec<Item>)> {
+    let Listing { sha, siblings } = listing(text, address)?;
+    let mut items = Vec::new();
+    for name in names {
+        let found = siblings.iter().find(|sibling| sibling.rfilename == *name).ok_or_else(|| {
+            Fault::model(format!("{address}: the repository has no {name}"))
+                .help("name a LoRA adapter as PEFT saves it")
+        })?;
+        items.push(item(found, address)?);
     }
+    Ok((sha, items))
+}
+
+fn listing(text: &[u8], address: &str) -> Result<Listing> {
+    let wrong = |what: String| Fault::model(format!("{address}: {what}"));
+    let listing: Listing = serde_json::from_slice(text)
+        .map_err(|error| wrong(format!("the hub's answer is not a listing of a repository: {error}")))?;
+    match is_commit(&listing.sha) {
+        true => Ok(listing),
+        false => Err(wrong("the hub's answer names no commit".into())),
+    }
+}
+
+fn item(sibling: &Sibling, address: &str) -> Result<Item> {
+    let name = sibling.rfilename.clone();
+    let (bytes, sha256) = match &sibling.lfs {
+        Some(large) => (Some(large.size), Some(large.sha256.clone())),
+        None => (sibling.size, None),
+    };
+    let bytes = bytes
+        .ok_or_else(|| Fault::model(format!("{address}: the hub does not give the length of {name}")))?;
+    Ok(Item { name, bytes, sha256, archive: false })
+}
+
+fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
+    let Listing { sha, siblings } = listing(text, address)?;
     let all: Vec<String> = siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();
     let mut items = Vec::new();
-    for (sibling, kept) in siblings.into_iter().zip(names::without_doubles(&all)) {
-        let Sibling { rfilename: name, size, lfs } = sibling;
-        if !kept {
-            continue;
+    for (sibling, kept) in siblings.iter().zip(names::without_doubles(&all)) {
+        if kept {
+            items.push(item(sibling, address)?);
         }
-        let (bytes, sha256) = match lfs {
-            Some(large) => (Some(large.size), Some(large.sha256)),
-            None => (size, None),
-        };
-        let bytes = bytes.ok_or_else(|| wrong(format!("the hub does not give the length of {name}")))?;
-        items.push(Item { name, bytes, sha256, archive: false });
     }
     super::image::complete(&items, address, &all)?;
     items.sort_by_key(|item| item.bytes);

@@ -1,11 +1,13 @@
 //! Addresses of base models and data that are not local files -> folders of the cache that are filled once.
 //!
 //! `address` parses the user's text. `hub`, `datasets`, `objects` and `image` list the files and download them.
-//! `folder` keeps them for the next start and for other processes. `names` says which files make a model.
+//! `folder` keeps them for the next start and for other processes. `adapter` brings adapters. `names` says which files
+//! make a model.
 //!
 //! A whole folder is used without asking the network, so a restarted job trains from the files it began with even
 //! if a branch or a tag has moved. An image with data is looked up by its tag at each start.
 
+mod adapter;
 mod address;
 mod datasets;
 mod folder;
@@ -16,6 +18,7 @@ mod objects;
 
 use std::path::{Path, PathBuf};
 
+pub use adapter::{Adapter, Brought, bring as adapter};
 pub use address::{Data, Model, Pin};
 
 use crate::fault::{Fault, Kind, Result};

@@ -1,4 +1,5 @@
-//! generation_config.json, config.json and the chat template -> how a model generates unless told otherwise, and what ends it.
+//! generation_config.json, config.json and the chat template -> how a model generates unless told otherwise, and
+//! what ends it.
 
 use std::path::Path;
 

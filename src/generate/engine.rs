@@ -1,10 +1,12 @@
 //! Requests -> events: a queue, and a thread that owns the cache and runs one step after another over all running
 //! sequences.
 //!
-//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave between
-//! steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one that started is
-//! never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with the promise of
-//! `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+//! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave
+//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one
+//! that started is never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with
+//! the promise of `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+//! Therefore a prompt may also take whole chunks at its beginning from the cache, if another prompt with the same
+//! adapters began so.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use candle_core::{DType, Tensor};
+use sha2::{Digest, Sha256};
 
 use super::request::{
     self, Adapter, Answer, Counters, Event, Finish, Refusal, Request, Scored, Sender, Usage, answer,
@@ -25,7 +28,10 @@ use crate::fault::{Fault, Result};
 use crate::model::cache::Cache;
 use crate::model::decoder::Decoder;
 use crate::model::lora::{Lora, Mixture, Pairs, Part};
+use crate::model::pages::{Held, Key};
 use crate::model::pass::Step;
+#[cfg(feature = "cuda")]
+use crate::ops::{largest, rows};
 
 /// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
 pub const CHUNK: usize = 256;
@@ -91,6 +97,8 @@ struct Added {
 struct Waiting {
     request: Request,
     mix: Vec<Added>,
+    /// Of the prompt's whole chunks, if they may be shared.
+    keys: Vec<Key>,
     sender: Sender,
 }
 
@@ -114,15 +122,10 @@ impl Engine {
     /// Starts the worker. `description` says how the base is held and where.
     ///
     /// # Errors
-    /// Config: the decoder lies on a GPU, for which serving is not built yet.
+    /// Device: the cache finds no memory.
     pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
-        if !decoder.device.is_cpu() {
-            return Err(
-                Fault::config("serving on a GPU is not built yet").help("serve on the CPU: --device cpu")
-            );
-        }
         let dtype = if options.half_cache { DType::BF16 } else { decoder.dtype };
-        let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), dtype)?;
+        let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), CHUNK, dtype, &decoder.device)?;
         let context = options.context.unwrap_or(decoder.facts.positions_max);
         let facts = request::Facts {
             context: context.min(cache.tokens()),
@@ -158,6 +161,30 @@ impl Engine {
         mix.sort_by_key(|added| added.number);
         Ok(mix)
     }
+}
+
+/// Whether the keys of a row depend on what stands before it alone, and not on the sequence's length.
+fn shares(decoder: &Decoder) -> bool {
+    let of_length = |scaling: &Scaling| matches!(scaling, Scaling::Long { .. } | Scaling::Dynamic { .. });
+    !decoder.facts.ropes.iter().any(|rope| of_length(&rope.scaling))
+}
+
+/// Keys of the prompt's whole chunks but the one that holds its last token, whose row must be computed.
+fn keys(prompt: &[u32], mix: &[Added]) -> Vec<Key> {
+    let mut before = Sha256::new();
+    for added in mix {
+        before.update(added.number.to_le_bytes());
+        before.update(added.strength.to_le_bytes());
+    }
+    let mut before: Key = before.finalize().into();
+    let chunks = prompt[..prompt.len() - 1].chunks_exact(CHUNK);
+    let next = |chunk: &[u32]| {
+        let mut hash = Sha256::new_with_prefix(before);
+        chunk.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        before = hash.finalize().into();
+        before
+    };
+    chunks.map(next).collect()
 }
 
 /// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again, as
@@ -197,7 +224,10 @@ impl request::Engine for Engine {
             return Err(Refusal::Full { waiting: state.waiting.len() });
         }
         let (sender, answer) = answer();
-        state.waiting.push_back(Waiting { request, mix, sender });
+        // Log-probabilities of the prompt need its rows.
+        let shared = shares(&self.decoder) && request.prompt_logprobs.is_none();
+        let keys = if shared { keys(&request.prompt, &mix) } else { Vec::new() };
+        state.waiting.push_back(Waiting { request, mix, keys, sender });
         state.counters.waiting = state.waiting.len();
         self.shared.woken.notify_one();
         Ok(answer)
@@ -209,7 +239,7 @@ impl request::Engine for Engine {
 
     fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter> {
         let read = adapter::read(folder)?;
-        let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype)?;
+        let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype, &self.decoder.device)?;
         let about = Adapter {
             name: name.to_owned(),
             folder: folder.to_owned(),
@@ -269,7 +299,9 @@ struct Sequence {
     request: Request,
     mix: Vec<Added>,
     sender: Sender,
-    pages: Vec<u32>,
+    held: Held,
+    /// Of the prompt's chunks that are shared once they are computed.
+    keys: Vec<Key>,
     /// The prompt and what was generated.
     tokens: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
@@ -279,6 +311,24 @@ struct Sequence {
     history: History,
     /// Tokens of the prompt whose log-probabilities were sent; the first has none.
     scored: usize,
+}
+
+/// What was brought to the host of a step's logits.
+struct Logits {
+    /// Rows that were, ascending, one behind the other in `values`.
+    wanted: Vec<u32>,
+    values: Vec<f32>,
+    vocabulary: usize,
+    /// Of every row its most probable token, unless all rows were brought.
+    largest: Vec<Option<u32>>,
+}
+
+impl Logits {
+    /// Those of some rows; none if only the most probable token was brought.
+    fn rows(&self, rows: &Range<usize>) -> Vec<&[f32]> {
+        let Ok(from) = self.wanted.binary_search(&(rows.start as u32)) else { return Vec::new() };
+        self.values[from * self.vocabulary..].chunks(self.vocabulary).take(rows.len()).collect()
+    }
 }
 
 /// Rows of a sequence in one step.
@@ -293,11 +343,18 @@ struct Turn {
 }
 
 impl Sequence {
-    fn new(waiting: Waiting, pages: Vec<u32>) -> Sequence {
-        let Waiting { request, mix, sender } = waiting;
+    fn new(waiting: Waiting, held: Held) -> Sequence {
+        let Waiting { request, mix, keys, sender } = waiting;
         let tokens = request.prompt.clone();
         let (history, rope_length) = (History::new(&tokens), tokens.len());
-        Sequence { request, mix, sender, pages, tokens, computed: 0, rope_length, history, scored: 1 }
+        let computed = held.found * CHUNK;
+        Sequence { request, mix, sender, held, keys, tokens, computed, rope_length, history, scored: 1 }
+    }
+
+    /// The key of a chunk that was computed just now, if it may be shared.
+    fn computed_chunk(&self, positions: &Range<usize>) -> Option<Key> {
+        let whole = positions.len() == CHUNK && positions.end.is_multiple_of(CHUNK);
+        self.keys.get(positions.start / CHUNK).filter(|_| whole).copied()
     }
 
     fn generated(&self) -> usize {
@@ -317,7 +374,7 @@ impl Sequence {
     fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.request.prompt.len(),
-            cached_tokens: 0,
+            cached_tokens: self.held.found * CHUNK,
             generated_tokens: self.generated(),
         }
     }
@@ -339,11 +396,22 @@ impl Sequence {
         }
     }
 
+    /// Tokens that must not come now.
+    fn forbidden(&self) -> &[u32] {
+        if self.generated() < self.request.min_tokens { &self.request.stop_tokens } else { &[] }
+    }
+
+    /// Whether the most probable token is all that a turn asks of its logits.
+    fn takes_largest(&self) -> bool {
+        let Request { sampling, logprobs, prompt_logprobs, .. } = &self.request;
+        let scores = prompt_logprobs.is_some() && self.scored < self.request.prompt.len();
+        let greedy = sampling.temperature <= 0.0 && sampling::is_plain(sampling);
+        greedy && logprobs.is_none() && !scores && self.forbidden().is_empty()
+    }
+
     /// Draws the next token. The end, if this was the last.
     fn draw(&mut self, logits: &[f32]) -> std::result::Result<Option<Finish>, Fault> {
-        let (sampling, generated) = (&self.request.sampling, self.generated());
-        let forbidden: &[u32] =
-            if generated < self.request.min_tokens { &self.request.stop_tokens } else { &[] };
+        let (sampling, generated, forbidden) = (&self.request.sampling, self.generated(), self.forbidden());
         let chosen = match sampling::is_plain(sampling) && forbidden.is_empty() {
             true => sampling::choose(logits, sampling, generated),
             false => {
@@ -352,15 +420,25 @@ impl Sequence {
                 sampling::choose(&changed, sampling, generated)
             }
         };
-        let token = chosen.ok_or_else(|| {
+        let scored = match (self.request.logprobs, chosen) {
+            (Some(alternatives), Some(token)) => Some(sampling::scored(logits, token, alternatives)),
+            (_, chosen) => chosen.map(|token| Scored { token, ..Scored::default() }),
+        };
+        self.push(scored)
+    }
+
+    /// Takes the token that the device has chosen, as `draw`.
+    fn take(&mut self, token: Option<u32>) -> std::result::Result<Option<Finish>, Fault> {
+        self.push(token.map(|token| Scored { token, ..Scored::default() }))
+    }
+
+    fn push(&mut self, scored: Option<Scored>) -> std::result::Result<Option<Finish>, Fault> {
+        let scored = scored.ok_or_else(|| {
             Fault::model(
                 "no token can be drawn: the model's logits are not numbers, or all tokens are forbidden",
             )
         })?;
-        let scored = match self.request.logprobs {
-            Some(alternatives) => sampling::scored(logits, token, alternatives),
-            None => Scored { token, ..Scored::default() },
-        };
+        let token = scored.token;
         self.tokens.push(token);
         self.history.push(token);
         self.sender.send(Event::Token(scored));
@@ -396,8 +474,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Lets sequences leave that nobody reads, and others join while there is room; waits if there is nothing to do.
-    /// False at the end.
+    /// Lets sequences leave that nobody reads, and others join while there is room; waits if there is nothing to
+    /// do. False at the end.
     fn admit(&mut self) -> bool {
         let shared = self.shared.clone();
         let mut state = shared.lock();
@@ -407,14 +485,18 @@ impl Worker {
             let waiting = state.waiting.len();
             state.waiting.retain(|waiting| !waiting.sender.cancelled());
             state.counters.cancelled += (gone.len() + waiting - state.waiting.len()) as u64;
-            gone.into_iter().for_each(|sequence| self.cache.release(sequence.pages));
+            gone.into_iter().for_each(|sequence| self.cache.release(sequence.held));
             while self.running.len() < self.sequences
                 && let Some(next) = state.waiting.front()
-                && let Some(pages) = self.cache.reserve(next.request.prompt.len() + next.request.max_tokens)
+                && let Some(held) =
+                    self.cache.reserve(next.request.prompt.len() + next.request.max_tokens, &next.keys)
             {
                 let waiting = state.waiting.pop_front().expect("it is in front");
+                waiting.sender.set_cached(held.found * CHUNK);
                 waiting.sender.send(Event::Started);
-                self.running.push(Sequence::new(waiting, pages));
+                state.counters.prefix_queries += waiting.request.prompt.len() as u64;
+                state.counters.prefix_hits += (held.found * CHUNK) as u64;
+                self.running.push(Sequence::new(waiting, held));
             }
             state.counters.running = self.running.len();
             state.counters.waiting = state.waiting.len();
@@ -429,16 +511,12 @@ impl Worker {
     fn step(&mut self) -> Result<()> {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
-        let mixture = Mixture {
-            parts: parts
-                .iter()
-                .map(|(added, rows)| Part {
-                    adapter: &added.pairs,
-                    rows: rows.clone(),
-                    strength: added.strength,
-                })
-                .collect(),
-        };
+        let parts = parts.iter().map(|(added, rows)| Part {
+            adapter: &added.pairs,
+            rows: rows.clone(),
+            strength: added.strength,
+        });
+        let mixture = Mixture::new(parts.collect());
         let logits = self.decoder.step(&step, &mut self.cache, Lora::Mixed(&mixture))?;
         self.answer(&turns, &logits)
     }
@@ -462,7 +540,7 @@ impl Worker {
             let positions = sequence.chunk();
             prompts += if decodes { 0 } else { positions.len() };
             let ids = &sequence.tokens[positions.clone()];
-            let from = step.push(ids, positions.start, sequence.pages.clone(), sequence.rope_length);
+            let from = step.push(ids, positions.start, sequence.held.pages.clone(), sequence.rope_length);
             let scores =
                 sequence.request.prompt_logprobs.is_some() && sequence.scored < sequence.request.prompt.len();
             let draws = positions.end == length && sequence.generated() < sequence.request.max_tokens;
@@ -475,7 +553,8 @@ impl Worker {
         (step, turns)
     }
 
-    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength together.
+    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength
+    /// together.
     fn parts(&self, step: &Step, turns: &[Turn]) -> Vec<(Added, Range<usize>)> {
         let mut parts: Vec<(Added, Range<usize>)> = Vec::new();
         for (turn, segment) in turns.iter().zip(&step.segments) {
@@ -494,24 +573,49 @@ impl Worker {
         parts
     }
 
+    /// What the turns need of the logits, on the host: from a GPU only the token of a row whose most probable one
+    /// is taken.
+    fn bring(&self, turns: &[Turn], logits: &Tensor) -> Result<Logits> {
+        let (rows, vocabulary) = logits.dims2()?;
+        let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_largest();
+        let wanted = turns.iter().filter(whole).flat_map(|turn| turn.logits.clone());
+        let wanted: Vec<u32> = wanted.map(|row| row as u32).collect();
+        #[cfg(feature = "cuda")]
+        if wanted.len() < rows {
+            let largest = largest::tokens(logits)?;
+            let values = match wanted.is_empty() {
+                true => Vec::new(),
+                false => rows::gather(logits, &wanted)?.flatten_all()?.to_vec1::<f32>()?,
+            };
+            return Ok(Logits { wanted, values, vocabulary, largest });
+        }
+        assert_eq!(wanted.len(), rows, "every row of logits is some turn's");
+        let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Logits { wanted, values, vocabulary, largest: Vec::new() })
+    }
+
     fn answer(&mut self, turns: &[Turn], logits: &Tensor) -> Result<()> {
-        let vocabulary = logits.dim(1)?;
-        let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let rows: Vec<&[f32]> = logits.chunks(vocabulary).collect();
+        let logits = self.bring(turns, logits)?;
         let mut ended = Vec::new();
         let mut counted = (0, 0);
         for turn in turns {
             let sequence = &mut self.running[turn.sequence];
-            let rows = &rows[turn.logits.clone()];
+            let rows = logits.rows(&turn.logits);
             sequence.computed = turn.positions.end;
-            sequence.score_prompt(&turn.positions, rows);
+            if let Some(key) = sequence.computed_chunk(&turn.positions) {
+                self.cache.share(&mut sequence.held, key);
+            }
+            sequence.score_prompt(&turn.positions, &rows);
             if sequence.generated() == 0 {
                 counted.0 += turn.positions.len() as u64;
             }
-            let end = match (turn.draws, rows.last()) {
-                (true, Some(row)) => {
+            let end = match turn.draws {
+                true => {
                     counted.1 += 1;
-                    sequence.draw(row)
+                    match rows.last() {
+                        Some(row) => sequence.draw(row),
+                        None => sequence.take(logits.largest[turn.logits.end - 1]),
+                    }
                 }
                 _ if sequence.request.max_tokens == 0 && sequence.computed == sequence.tokens.len() => {
                     Ok(Some(Finish::Length))
@@ -527,7 +631,7 @@ impl Worker {
         let mut events = Vec::new();
         for (number, event) in ended.into_iter().rev() {
             let sequence = self.running.remove(number);
-            self.cache.release(sequence.pages);
+            self.cache.release(sequence.held);
             events.push((sequence.sender, event));
         }
         // Whoever reads the end finds the counters as they are after it.

@@ -1,10 +1,12 @@
 //! What is asked of an engine and what it answers: plain types, the channel between both, and the trait `Engine`.
 //!
-//! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An engine
-//! keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads any more.
+//! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An
+//! engine keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads
+//! any more.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::mpsc;
 
@@ -212,7 +214,8 @@ pub trait Engine: Send + Sync {
     /// In the order in which they were loaded.
     fn adapters(&self) -> Vec<Adapter>;
 
-    /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to come.
+    /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to
+    /// come.
     ///
     /// # Errors
     /// Model: it does not fit the base, or would change nothing. Capacity: no memory for it.
@@ -237,40 +240,57 @@ pub type Shared = Arc<dyn Engine>;
 
 /// The engine's end of a request. Sending never waits: a request has at most `max_tokens` tokens and so many events.
 #[derive(Clone, Debug)]
-pub struct Sender(mpsc::UnboundedSender<Event>);
+pub struct Sender {
+    events: mpsc::UnboundedSender<Event>,
+    cached: Arc<AtomicUsize>,
+}
 
 impl Sender {
     /// Says whether somebody still reads.
     pub fn send(&self, event: Event) -> bool {
-        self.0.send(event).is_ok()
+        self.events.send(event).is_ok()
     }
 
     /// Whether the reader went away: the sequence may leave the batch.
     pub fn cancelled(&self) -> bool {
-        self.0.is_closed()
+        self.events.is_closed()
+    }
+
+    /// So many tokens of the prompt were in the cache already.
+    pub fn set_cached(&self, tokens: usize) {
+        self.cached.store(tokens, Ordering::Release);
     }
 }
 
 /// The caller's end of a request; dropping it cancels the request.
 #[derive(Debug)]
-pub struct Answer(mpsc::UnboundedReceiver<Event>);
+pub struct Answer {
+    events: mpsc::UnboundedReceiver<Event>,
+    cached: Arc<AtomicUsize>,
+}
 
 impl Answer {
     /// The next event; `None` behind the last, or if the engine is gone.
     pub async fn next(&mut self) -> Option<Event> {
-        self.0.recv().await
+        self.events.recv().await
     }
 
     /// The same for code that is not asynchronous.
     pub fn wait(&mut self) -> Option<Event> {
-        self.0.blocking_recv()
+        self.events.blocking_recv()
+    }
+
+    /// Tokens of the prompt that were in the cache already; known once it started.
+    pub fn cached(&self) -> usize {
+        self.cached.load(Ordering::Acquire)
     }
 }
 
 /// Both ends of a request.
 pub fn answer() -> (Sender, Answer) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    (Sender(sender), Answer(receiver))
+    let cached = Arc::new(AtomicUsize::new(0));
+    (Sender { events: sender, cached: cached.clone() }, Answer { events: receiver, cached })
 }
 
 #[cfg(test)]

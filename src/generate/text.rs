@@ -51,6 +51,14 @@ impl Detokenizer {
         }
     }
 
+    /// Adds a token whose text is this, whatever the tokenizer would make of it.
+    pub fn whole(&mut self, text: &str, id: u32) -> String {
+        self.ids.push(id);
+        (self.start, self.written) = (self.ids.len(), self.ids.len());
+        self.known.clear();
+        text.to_owned()
+    }
+
     /// What still waits, as it is.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
         let text = tokenizer.decode(&self.ids[self.start..], self.skip_special);

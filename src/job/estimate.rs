@@ -23,7 +23,12 @@ const BYTES_A_TOKEN: f64 = 3.8;
 /// Tokens that a chat template adds to a row.
 const TEMPLATE_TOKENS: u64 = 24;
 
-/// Dollars an hour for one GPU, on demand.
+/// What the prices are, for every output that has one.
+const PRICE_SOURCE: &str =
+    "list prices of one GPU on demand at large clouds in the United States, November 2026";
+
+/// Dollars an hour for one GPU on demand, rounded: what a machine with the card costs at AWS, Azure or Google
+/// Cloud, divided by its number of cards.
 const PRICES: [(&str, f64); 11] = [
     ("t4", 0.53),
     ("v100-16", 3.06),
@@ -66,7 +71,16 @@ pub struct OnGpu {
     /// Tokens a second, or why the run does not fit.
     pub speed: Result<f64>,
     /// Dollars an hour.
-    pub price: Option<f64>,
+    pub price: Option<Price>,
+}
+
+/// Dollars an hour for one GPU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Price {
+    /// Dollars.
+    pub dollars: f64,
+    /// Whether the user gave it with `--price`; otherwise it is a list price.
+    pub given: bool,
 }
 
 /// Estimates the run on each of the GPUs, which have the names of `--gpu`. `prices` are texts `NAME=DOLLARS` and
@@ -84,9 +98,11 @@ pub fn estimate(plan: &Plan, described: &Described, gpus: &[String], prices: &[S
         let (card, _) = card::find(name)?;
         let start = || Running::start(room::task(plan, described, lengths), card.machine(plan.memory.limit)?);
         let own = prices.iter().find(|(other, _)| other.eq_ignore_ascii_case(name) || *other == card.name);
-        let listed = PRICES.iter().find(|(other, _)| *other == card.name).map(|(_, price)| *price);
+        let own = own.map(|(_, dollars)| Price { dollars: *dollars, given: true });
+        let listed = PRICES.iter().find(|(other, _)| *other == card.name);
+        let listed = listed.map(|(_, dollars)| Price { dollars: *dollars, given: false });
         let speed = start().map(|running| running.plan.tokens_per_second());
-        Ok(OnGpu { name: name.clone(), speed, price: own.map(|(_, price)| *price).or(listed) })
+        Ok(OnGpu { name: name.clone(), speed, price: own.or(listed) })
     };
     let gpus: Vec<OnGpu> = gpus.iter().map(on).collect::<Result<_>>()?;
     let advice = (!gpus.is_empty() && gpus.iter().all(|gpu| gpu.speed.is_err()))
@@ -167,15 +183,27 @@ impl Estimate {
             };
             text += &format!("{:wide$}  {told}\n", gpu.name);
         }
+        if self.shows_list_prices() {
+            text += &format!(
+                "Costs follow {PRICE_SOURCE}; yours may differ: give it with --price NAME=DOLLARS.\n"
+            );
+        }
         text + &self.advice.as_ref().map(|advice| format!("{advice}\n")).unwrap_or_default()
     }
 
-    fn told(&self, speed: f64, price: Option<f64>) -> String {
+    fn shows_list_prices(&self) -> bool {
+        let listed = |gpu: &OnGpu| gpu.speed.is_ok() && gpu.price.is_some_and(|price| !price.given);
+        self.size.is_some() && self.gpus.iter().any(listed)
+    }
+
+    fn told(&self, speed: f64, price: Option<Price>) -> String {
         let mut told = format!("about {speed:.0} tokens/s");
         let Some(seconds) = self.seconds(speed) else { return told };
         told += &format!(", {}", duration(seconds));
         match price {
-            Some(price) => told + &format!(", ${:.2} at ${price:.2} an hour", seconds / 3600.0 * price),
+            Some(Price { dollars, .. }) => {
+                told + &format!(", ${:.2} at ${dollars:.2} an hour", seconds / 3600.0 * dollars)
+            }
             None => told + ", no price known: give one with --price",
         }
     }
@@ -191,8 +219,9 @@ impl Estimate {
             Ok(speed) => {
                 let seconds = self.seconds(*speed);
                 json!({"gpu": gpu.name, "fits": true, "tokens_per_second": speed.round(), "seconds": seconds.map(f64::round),
-                    "dollars_an_hour": gpu.price,
-                    "dollars": seconds.zip(gpu.price).map(|(seconds, price)| (seconds / 36.0 * price).round() / 100.0)})
+                    "dollars_an_hour": gpu.price.map(|price| price.dollars),
+                    "price": gpu.price.map(|price| if price.given { "given" } else { PRICE_SOURCE }),
+                    "dollars": seconds.zip(gpu.price).map(|(seconds, price)| (seconds / 36.0 * price.dollars).round() / 100.0)})
             }
         };
         json!({
@@ -237,8 +266,18 @@ mod tests {
     #[test]
     fn times_and_costs_follow_from_tokens_and_speed() {
         let size = Some(Size { rows: 10, steps: 30, tokens: 3_600_000 });
-        let gpus = vec![OnGpu { name: "l4".into(), speed: Ok(1000.0), price: Some(0.5) }];
-        let estimate = Estimate { size, gpus, advice: None };
+        let on = |given| {
+            let price = Some(Price { dollars: 0.5, given });
+            vec![OnGpu { name: "l4".into(), speed: Ok(1000.0), price }]
+        };
+        let listed = Estimate { size, gpus: on(false), advice: None };
+        assert!(listed.table().ends_with(
+            "Costs follow list prices of one GPU on demand at large clouds in the United States, November 2026; yours may \
+             differ: give it with --price NAME=DOLLARS.\n"
+        ));
+        assert_eq!(listed.json()["gpus"][0]["price"], PRICE_SOURCE);
+        let estimate = Estimate { size, gpus: on(true), advice: None };
+        assert_eq!(estimate.json()["gpus"][0]["price"], "given");
         assert_eq!(
             estimate.table(),
             "work: 30 optimizer steps over 10 rows, about 3600000 tokens (estimated from footers)\n\

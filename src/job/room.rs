@@ -1,6 +1,6 @@
 //! A job's plan, the model's facts and the examples -> the task that memory is planned for.
 
-use crate::dataset::Example;
+use crate::dataset::Set;
 use crate::device;
 use crate::facts::config::Config;
 use crate::fault::Result;
@@ -20,9 +20,11 @@ pub struct Lengths {
 }
 
 impl Lengths {
-    /// The lengths of these examples.
-    pub fn of(training: &[Example], evaluation: &[Example]) -> Lengths {
-        let lengths = || training.iter().chain(evaluation).map(|example| example.ids.len());
+    /// The lengths of the examples of both sets.
+    pub fn of(training: &Set, evaluation: &Set) -> Lengths {
+        let of = |set: &Set| (0..set.len()).map(|index| set.tokens(index)).collect::<Vec<_>>();
+        let (training, evaluation) = (of(training), of(evaluation));
+        let lengths = || training.iter().chain(&evaluation).copied();
         let mean = lengths().sum::<usize>() / lengths().count().max(1);
         Lengths { longest: lengths().max().unwrap_or(1), mean: mean.max(1) }
     }
@@ -68,7 +70,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
 }
 
 /// Whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not say.
-pub(super) fn bf16_checkpoint(config: &Config) -> Result<bool> {
+pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
     let dtype = match config.text("dtype")? {
         Some(dtype) => Some(dtype),
         None => config.text("torch_dtype")?,

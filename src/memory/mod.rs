@@ -9,6 +9,7 @@
 
 pub mod card;
 pub mod cost;
+pub mod serving;
 pub mod show;
 mod terms;
 

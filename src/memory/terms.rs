@@ -22,24 +22,49 @@ const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
 
-/// The terms that do not grow with the tokens of a pass.
-pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
+/// The model's own tensors.
+pub(super) fn weights(task: &Task, place: Place) -> Vec<Term> {
     let facts = &task.facts;
-    let term = |what: &str, bytes: usize| Term { what: what.into(), bytes: bytes as u64 };
     let linear: usize = facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
     let vectors = facts.tensors().into_iter().filter(|t| matches!(t.role, Role::NormWeight | Role::Bias));
     let vectors: usize = vectors.map(|tensor| tensor.shape.iter().product::<usize>()).sum();
     let table = facts.vocab * facts.width * task.stored_bytes(place);
-    let adapter: usize = task.sites.iter().map(Site::parameters).sum();
     let base = match task.quantization {
         Quantization::None => "base, not quantised",
         Quantization::FourBit { .. } | Quantization::Stored { .. } => "base, 4 bits with scales",
     };
-    let mut terms = vec![
+    vec![
         term(base, linear),
         term("norms and biases", vectors * 4),
         term("embedding", table),
         term("output head", if facts.tied_head { 0 } else { table }),
+    ]
+}
+
+fn term(what: &str, bytes: usize) -> Term {
+    Term { what: what.into(), bytes: bytes as u64 }
+}
+
+/// What products work in, whatever they multiply.
+pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
+    match place {
+        Place::Gpu => vec![
+            term("a weight expanded for a product", expanded(task)),
+            Term { what: "workspace of products".into(), bytes: BLAS_WORKSPACE_BYTES },
+        ],
+        Place::Cpu { threads } => {
+            let what = format!("panels of products, {threads} threads");
+            vec![term("scales of a weight", scales(task)), Term { what, bytes: threads as u64 * PANEL_BYTES }]
+        }
+    }
+}
+
+/// What does not grow with the tokens of a pass.
+pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
+    let facts = &task.facts;
+    let adapter: usize = task.sites.iter().map(Site::parameters).sum();
+    let mut terms = weights(task, place);
+    terms.extend([
         term("adapter, its gradient and two moments", adapter * adapter_bytes(task, place)),
         term(
             "logits of a chunk",
@@ -48,18 +73,8 @@ pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
                 * facts.vocab
                 * task.activation_bytes(place),
         ),
-    ];
-    match place {
-        Place::Gpu => {
-            terms.push(term("a weight expanded for a product", expanded(task)));
-            terms.push(Term { what: "workspace of products".into(), bytes: BLAS_WORKSPACE_BYTES });
-        }
-        Place::Cpu { threads } => {
-            terms.push(term("scales of a weight", scales(task)));
-            let what = format!("panels of products, {threads} threads");
-            terms.push(Term { what, bytes: threads as u64 * PANEL_BYTES });
-        }
-    }
+    ]);
+    terms.extend(workspace(task, place));
     terms.retain(|term| term.bytes > 0);
     terms
 }

@@ -95,6 +95,15 @@ impl Sampler {
         }
     }
 
+    /// Bytes of the first GPU's memory in use, or of this process on a machine without one; `None` if nobody says.
+    pub fn memory_used(&mut self) -> Option<u64> {
+        let library = self.library.get_or_insert_with(Nvml::open);
+        match library.as_ref().and_then(|nvml| nvml.gpu(0)) {
+            Some(gpu) => Some(gpu.memory_used_bytes),
+            None => crate::machine::memory_resident(),
+        }
+    }
+
     fn cpu(&mut self) -> Option<Cpu> {
         let now = busy_and_all(&std::fs::read_to_string("/proc/stat").ok()?)?;
         let before = self.before.replace(now);

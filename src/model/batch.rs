@@ -17,6 +17,8 @@ pub struct Batch {
     pub target_rows: Vec<u32>,
     /// The target of each of `target_rows`.
     pub targets: Vec<u32>,
+    /// Share of each target that goes to all tokens alike.
+    pub label_smoothing: f64,
 }
 
 /// The rows of one example.

@@ -1,25 +1,27 @@
 //! Keys and values of running sequences, in pages that all layers share by number: a page holds so many tokens of one
 //! sequence in every layer.
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Device, Result};
 
+use super::pages::{Held, Key, Pool};
 use crate::facts::Facts;
 use crate::ops::attention::cached::{PAGE, Store};
 
-/// The pages of all layers, and which of them are free.
+/// The pages of all layers, and who holds them.
 pub struct Cache {
     pub(super) layers: Vec<Store>,
-    free: Vec<u32>,
-    pages: usize,
+    pool: Pool,
 }
 
 impl Cache {
-    /// Room for at least so many tokens over all sequences, each of which begins on a page of its own.
-    pub fn new(facts: &Facts, tokens: usize, dtype: DType) -> Result<Cache> {
+    /// Room for at least so many tokens over all sequences, each of which begins on a page of its own or shares the
+    /// beginning of its prompt in chunks of so many tokens.
+    pub fn new(facts: &Facts, tokens: usize, chunk: usize, dtype: DType, device: &Device) -> Result<Cache> {
         let pages = tokens.div_ceil(PAGE);
-        let layers = facts.layers.iter().map(|layer| Store::new(pages, &layer.attention.heads, dtype));
+        let layers = facts.layers.iter();
+        let layers = layers.map(|layer| Store::new(pages, &layer.attention.heads, dtype, device));
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Cache { layers, free: (0..pages as u32).rev().collect(), pages })
+        Ok(Cache { layers, pool: Pool::new(pages, chunk / PAGE) })
     }
 
     /// Bytes of one token in all layers.
@@ -27,24 +29,28 @@ impl Cache {
         facts.layers.iter().map(|layer| Store::token_bytes(&layer.attention.heads, dtype)).sum()
     }
 
-    /// Pages for a sequence of so many tokens; `None` if too few are free.
-    pub fn reserve(&mut self, tokens: usize) -> Option<Vec<u32>> {
-        let left = self.free.len().checked_sub(tokens.div_ceil(PAGE))?;
-        Some(self.free.split_off(left))
+    /// Pages for a sequence of so many tokens that begins with chunks of these keys; `None` if too few are free.
+    pub fn reserve(&mut self, tokens: usize, keys: &[Key]) -> Option<Held> {
+        self.pool.reserve(tokens.div_ceil(PAGE), keys)
+    }
+
+    /// The next chunk of a sequence is computed: others may use it.
+    pub fn share(&mut self, held: &mut Held, key: Key) {
+        self.pool.share(held, key);
     }
 
     /// Gives a sequence's pages back.
-    pub fn release(&mut self, pages: Vec<u32>) {
-        self.free.extend(pages);
+    pub fn release(&mut self, held: Held) {
+        self.pool.release(held);
     }
 
     /// Tokens that fit over all sequences.
     pub fn tokens(&self) -> usize {
-        self.pages * PAGE
+        self.pool.pages() * PAGE
     }
 
-    /// Pages in use, from 0 to 1.
+    /// Pages that sequences use, from 0 to 1.
     pub fn usage(&self) -> f64 {
-        1.0 - self.free.len() as f64 / self.pages.max(1) as f64
+        self.pool.usage()
     }
 }

@@ -2,11 +2,13 @@
 //! training (the pass then returns the loss and adds the gradients), or several finished ones.
 
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 
 use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
-use crate::ops::cross_entropy::{self, Head};
+use crate::ops::attention::cached::Segments;
+use crate::ops::cross_entropy::{self, Goal, Head};
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
 use crate::ops::{dropout, embedding, rows};
@@ -108,10 +110,37 @@ impl Decoder {
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
     }
 
+    /// As `loss`, and the targets that are the most probable token; `None` on a GPU, which does not count them.
+    pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Option<u64>)> {
+        let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
+        let hidden = self.final_norm.forward(&hidden)?;
+        cross_entropy::forward_counting(&hidden, &self.head, &batch.targets, self.precision)
+    }
+
     /// Logits of every row, [T, V].
     pub fn logits(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let hidden = self.final_norm.forward(&self.hidden(batch, lora)?)?;
         cross_entropy::logits(&hidden, &self.head, self.precision)
+    }
+
+    /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal
+    /// ones).
+    pub fn scores(&self, batch: &Batch, lora: Lora) -> Result<Vec<(f64, bool)>> {
+        let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
+        let hidden = self.final_norm.forward(&hidden)?;
+        let chunk = cross_entropy::chunk_rows(self.facts.vocab, 4, !self.device.is_cpu());
+        let mut scores = Vec::with_capacity(batch.targets.len());
+        for (at, targets) in batch.targets.chunks(chunk).enumerate() {
+            let logits = cross_entropy::logits(
+                &hidden.narrow(0, at * chunk, targets.len())?,
+                &self.head,
+                self.precision,
+            )?;
+            let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            let rows = logits.par_iter().zip(targets);
+            scores.par_extend(rows.map(|(row, &target)| score(row, target as usize)));
+        }
+        Ok(scores)
     }
 
     /// One step of serving. Computes new rows of running sequences and adds their keys and values to the cache.
@@ -120,11 +149,17 @@ impl Decoder {
         let (positions, lengths) = step.positions();
         let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
         let pass = Pass { apart: true, ..self.pass(&turns, &packing, lora) };
+        let segments = Segments::new(&step.segments);
         let mut x = self.embed(&step.ids)?;
         for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
-            x = layer.step(&x, &pass, &step.segments, store)?;
+            x = layer.step(&x, &pass, &segments, store)?;
         }
-        let hidden = self.final_norm.forward(&rows::gather(&x, &step.wanted)?)?;
+        if step.wanted.is_empty() {
+            return Tensor::zeros((0, self.facts.vocab), DType::F32, &Device::Cpu);
+        }
+        // They ascend: as many as there are rows are all of them.
+        let wanted = if step.wanted.len() == step.ids.len() { x } else { rows::gather(&x, &step.wanted)? };
+        let hidden = self.final_norm.forward(&wanted)?;
         cross_entropy::logits_apart(&hidden, &self.head, self.precision)
     }
 
@@ -205,10 +240,23 @@ impl Decoder {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
+        let goal = Goal { scale, smoothing: batch.label_smoothing };
         let (loss, d_hidden) =
-            cross_entropy::forward_backward(&hidden, &self.head, targets, scale, self.precision)?;
+            cross_entropy::forward_backward(&hidden, &self.head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
         Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
     }
+}
+
+/// Loss of one target in f64, and whether it is the first of the largest logits.
+fn score(logits: &[f32], target: usize) -> (f64, bool) {
+    let (mut largest, mut first) = (f32::NEG_INFINITY, 0);
+    for (at, &logit) in logits.iter().enumerate() {
+        if logit > largest {
+            (largest, first) = (logit, at);
+        }
+    }
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    (sum.ln() + f64::from(largest) - f64::from(logits[target]), first == target)
 }

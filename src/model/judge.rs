@@ -480,13 +480,12 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         let (first, second) = (pairs(&flats[0])?, pairs(&flats[1])?);
         let batch = batch(&decoder.facts);
         // The first example has both adapters, the second (one row) none, the third only the second adapter.
-        let mixture = Mixture {
-            parts: vec![part(&first, 0..7, 0.3), part(&second, 0..7, -1.5), part(&second, 8..13, 0.7)],
-        };
+        let parts = vec![part(&first, 0..7, 0.3), part(&second, 0..7, -1.5), part(&second, 8..13, 0.7)];
+        let mixture = Mixture::new(parts);
         let found = decoder.logits(&batch, Lora::Mixed(&mixture))?;
         let alone = |parts: &[(&Pairs, f64)]| {
             let parts = parts.iter().map(|(pairs, strength)| part(pairs, 0..13, *strength)).collect();
-            decoder.logits(&batch, Lora::Mixed(&Mixture { parts }))
+            decoder.logits(&batch, Lora::Mixed(&Mixture::new(parts)))
         };
         let expected = Tensor::cat(
             &[
@@ -520,10 +519,10 @@ fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
         let (decoder, adapter) = decoder(&case);
         let batch = batch(&decoder.facts);
         let pairs = adapter.finished()?;
-        let whole = Mixture { parts: vec![part(&pairs, 0..7, 0.6)] };
+        let whole = Mixture::new(vec![part(&pairs, 0..7, 0.6)]);
         let expected = decoder.logits(&batch, Lora::Mixed(&whole))?;
-        let mut cache = Cache::new(&decoder.facts, 128, DType::F64)?;
-        let pages = [cache.reserve(7).unwrap(), cache.reserve(5).unwrap()];
+        let mut cache = Cache::new(&decoder.facts, 128, 128, DType::F64, &Device::Cpu)?;
+        let pages = [cache.reserve(7, &[]).unwrap().pages, cache.reserve(5, &[]).unwrap().pages];
         let (first_rows, mut done, mut found) = ([0usize, 8], [0usize; 2], vec![None; 13]);
         for pieces in [[3, 1], [1, 1], [1, 2], [2, 1]] {
             let mut step = Step::default();
@@ -540,7 +539,7 @@ fn steps_over_a_cache_equal_the_whole_text() -> Result<()> {
                 }
             }
             step.wanted = (0..rows.len() as u32).collect();
-            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&Mixture { parts }))?;
+            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&Mixture::new(parts)))?;
             for (i, row) in rows.into_iter().enumerate() {
                 found[row] = Some(logits.narrow(0, i, 1)?);
             }

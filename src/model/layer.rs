@@ -6,7 +6,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use crate::facts::{Facts, Keep, Projection};
-use crate::ops::attention::cached::{Segment, Store};
+use crate::ops::attention::cached::{Segments, Store};
 
 use super::feed_forward::{self, FeedForward};
 use super::norm;
@@ -77,7 +77,7 @@ impl Layer {
     }
 
     /// x [T, C] of new rows of running sequences -> the layer's output. Only keys and values are kept, in `store`.
-    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
+    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &Segments, store: &mut Store) -> Result<Tensor> {
         let middle = self.attention.step(x, pass, segments, store)?;
         Ok(self.feed_forward.forward(self.fed(x, &middle), &middle, pass)?.0)
     }

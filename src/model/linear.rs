@@ -26,14 +26,34 @@ impl Linear {
     /// Writes y[:, at..at+N], or adds to it if `add` is set. Returns what the adapter in training needs for its
     /// backward pass.
     pub fn forward(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
+        self.base(x, y, at, add, pass)?;
+        pass.lora.forward(self, x, y, at, pass)
+    }
+
+    /// `residual + forward(x)`, in memory of its own.
+    pub fn onto(&self, x: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Low)> {
+        #[cfg(feature = "cuda")]
+        if pass.apart && x.device().is_cuda() && self.bias.is_none() {
+            let sum = unwritten(residual.shape(), residual.dtype(), residual.device())?;
+            if matmul::few_rows(x, &[&self.weight], self.factor, &sum, 0, Some(residual))? {
+                let low = pass.lora.forward(self, x, &sum, 0, pass)?;
+                return Ok((sum, low));
+            }
+        }
+        let sum = residual.copy()?;
+        let low = self.forward(x, &sum, 0, true, pass)?;
+        Ok((sum, low))
+    }
+
+    /// `forward` without an adapter.
+    fn base(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<()> {
         let mut beta = if add { 1.0 } else { 0.0 };
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
         let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
-        product(x, &self.weight, self.factor, y, at, beta, pass.precision)?;
-        pass.lora.forward(self, x, y, at, pass)
+        product(x, &self.weight, self.factor, y, at, beta, pass.precision)
     }
 
     /// Adds the pair's gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K], or adds
@@ -74,9 +94,34 @@ fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
 pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
+    if let Lora::Mixed(mixture) = &pass.lora {
+        base_side_by_side(parts, x, &y, pass)?;
+        mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
+        return Ok((y, vec![None; parts.len()]));
+    }
     let lows = columns(parts).map(|(at, part)| part.forward(x, &y, at, false, pass));
     let lows = lows.collect::<Result<_>>()?;
     Ok((y, lows))
+}
+
+/// The parts without adapters.
+fn base_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if pass.apart && x.device().is_cuda() {
+        let biased = parts.iter().filter(|part| part.bias.is_some()).count();
+        let alike =
+            parts.iter().all(|part| part.factor == parts[0].factor) && (biased == 0 || biased == parts.len());
+        let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
+        if alike {
+            for (at, part) in columns(parts) {
+                part.bias.as_ref().map_or(Ok(()), |bias| bias::apply(bias, y, at, false))?;
+            }
+            if matmul::few_rows(x, &weights, parts[0].factor, y, 0, (biased > 0).then_some(y))? {
+                return Ok(());
+            }
+        }
+    }
+    columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass))
 }
 
 /// Returns the gradient of x, or `None` if nothing needs it (`lowest`).

@@ -63,6 +63,23 @@ pub(super) fn load_in(
     loader.decoder(report)
 }
 
+/// Like `load`, from tensors that are already open.
+///
+/// # Errors
+/// Model: the tensors are not those of the facts.
+pub fn load_from(
+    checkpoint: &Checkpoint,
+    facts: Facts,
+    options: &Options,
+    device: &Device,
+    report: &Report,
+) -> Result<Decoder> {
+    fits(&facts, checkpoint)?;
+    let dtype = activation_type(device, options.precision);
+    let loader = Loader { facts: &facts, checkpoint, options, dtype, device, drawn: false };
+    loader.decoder(report)
+}
+
 /// Checks that the checkpoint holds every tensor that the decoder reads, and no other.
 pub fn fits(facts: &Facts, checkpoint: &Checkpoint) -> Result<()> {
     checkpoint.expect(&wanted(facts), |name| ignored(facts, name))

@@ -13,6 +13,8 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::facts::sites::Site;
 use crate::facts::{LoraInit, LoraOptions, Precision};
+#[cfg(feature = "cuda")]
+use crate::ops::adapters;
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{dropout, flat, unwritten};
 
@@ -56,10 +58,12 @@ pub struct Part<'a> {
 
 /// Finished adapters over the rows of one batch. Parts may overlap: a row gets the sum of all parts that cover it,
 /// in the order of the list.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Mixture<'a> {
-    /// The parts.
-    pub parts: Vec<Part<'a>>,
+    parts: Vec<Part<'a>>,
+    /// The adapters of short parts, row by row, on a GPU; made once a step.
+    #[cfg(feature = "cuda")]
+    items: std::cell::OnceCell<Option<adapters::Items>>,
 }
 
 /// A [R, K] and B [N, R] of one linear layer.
@@ -77,6 +81,9 @@ pub struct Pair {
 #[derive(Clone, Debug, Default)]
 pub struct Pairs {
     list: Vec<Option<Pair>>,
+    /// Where the matrices lie on a GPU; made once.
+    #[cfg(feature = "cuda")]
+    table: std::sync::OnceLock<Tensor>,
 }
 
 /// The adapter in training: the flat buffers of all pairs.
@@ -119,8 +126,21 @@ impl Lora<'_> {
         match self {
             Lora::None => Ok(None),
             Lora::Training(training) => training.forward(linear, x, y, at, pass.precision),
-            Lora::Mixed(mixture) => mixture.forward(linear, x, y, at, pass).map(|()| None),
+            Lora::Mixed(mixture) => mixture.forward(&[(at, linear)], x, y, pass).map(|()| None),
         }
+    }
+}
+
+/// `matmul::forward` or its kin.
+type Product = fn(&Tensor, &Weight, f64, &Tensor, usize, f64, Precision) -> Result<()>;
+
+#[cfg(feature = "cuda")]
+impl Part<'_> {
+    /// Rows from which on two products are quicker than each row for itself.
+    const LONG_ROWS: usize = 64;
+
+    fn is_long(&self) -> bool {
+        self.rows.len() >= Self::LONG_ROWS
     }
 }
 
@@ -136,7 +156,11 @@ impl Pair {
 impl Pairs {
     /// Makes an adapter from pairs with the indices of their linear layers.
     pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
-        Pairs { list: by_number(pairs) }
+        Pairs {
+            list: by_number(pairs),
+            #[cfg(feature = "cuda")]
+            table: Default::default(),
+        }
     }
 
     /// The pair of a linear layer, if this adapter has one.
@@ -147,6 +171,27 @@ impl Pairs {
     /// The largest rank of a pair; 0 without pairs.
     pub fn rank(&self) -> usize {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
+    }
+
+    /// Where the matrices lie, for the launches that serve many adapters.
+    #[cfg(feature = "cuda")]
+    fn table(&self, device: &Device) -> Result<&Tensor> {
+        if self.table.get().is_none() {
+            let layer = |pair: &Option<Pair>| match pair {
+                Some(Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale }) => {
+                    Ok(Some((a.clone(), b.clone(), *scale)))
+                }
+                Some(_) => candle_core::bail!("an adapter in 4 bits"),
+                None => Ok(None),
+            };
+            let layers = self.list.iter().map(layer).collect::<Result<Vec<_>>>()?;
+            let layers = layers
+                .iter()
+                .map(|layer| layer.as_ref().map(|(a, b, scale)| adapters::Matrices { a, b, scale: *scale }));
+            // Two threads may make it at once: either is right.
+            let _ = self.table.set(adapters::table(layers, device)?);
+        }
+        Ok(self.table.get().expect("just made"))
     }
 
     /// Bytes of all matrices.
@@ -166,10 +211,99 @@ fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>>
     list
 }
 
-impl Mixture<'_> {
-    fn forward(&self, linear: &Linear, x: &Tensor, y: &Tensor, at: usize, pass: &Pass) -> Result<()> {
+impl<'a> Mixture<'a> {
+    pub fn new(parts: Vec<Part<'a>>) -> Mixture<'a> {
+        Mixture {
+            parts,
+            #[cfg(feature = "cuda")]
+            items: Default::default(),
+        }
+    }
+
+    /// Adds what the adapters make of x, for layers that read the same x, each with the first of its columns in y.
+    pub(super) fn forward(
+        &self,
+        linears: &[(usize, &Linear)],
+        x: &Tensor,
+        y: &Tensor,
+        pass: &Pass,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return self.forward_on_gpu(linears, x, y, pass);
+        }
         let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
-        for Part { adapter, rows, strength } in &self.parts {
+        linears
+            .iter()
+            .try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, product, &self.parts))
+    }
+
+    /// Long parts by products; all others row by row, which leaves a row's bits to its own adapters.
+    #[cfg(feature = "cuda")]
+    fn forward_on_gpu(
+        &self,
+        linears: &[(usize, &Linear)],
+        x: &Tensor,
+        y: &Tensor,
+        pass: &Pass,
+    ) -> Result<()> {
+        let long: Vec<Part> = self.parts.iter().filter(|part| part.is_long()).cloned().collect();
+        for (at, linear) in linears {
+            self.products(linear, x, y, *at, pass, matmul::forward, &long)?;
+        }
+        if self.items.get().is_none() {
+            // The cell is not shared between threads.
+            let _ = self.items.set(self.short_items(x.device())?);
+        }
+        let Some(Some(items)) = self.items.get() else { return Ok(()) };
+        // Layers side by side have one factor; if not, they are no layers of one launch.
+        for group in linears.chunk_by(|(_, left), (_, right)| left.factor == right.factor) {
+            let part = |(at, linear): &(usize, &Linear)| adapters::Part {
+                site: linear.site,
+                at: *at,
+                columns: linear.weight.dims().0,
+            };
+            items.add(x, y, &group.iter().map(part).collect::<Vec<_>>(), group[0].1.factor)?;
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn short_items(&self, device: &Device) -> Result<Option<adapters::Items>> {
+        let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
+        let mut rank_max = 0;
+        for part in self.parts.iter().filter(|part| !part.is_long() && part.strength != 0.0) {
+            part.rows.clone().for_each(|row| rows.entry(row).or_default().push(part));
+            rank_max = rank_max.max(part.adapter.rank());
+        }
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let mut list = Vec::new();
+        for (row, parts) in rows {
+            for part in parts {
+                list.push(adapters::Item {
+                    row,
+                    table: part.adapter.table(device)?,
+                    strength: part.strength,
+                });
+            }
+        }
+        adapters::Items::new(&list, rank_max, device).map(Some)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn products(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        y: &Tensor,
+        at: usize,
+        pass: &Pass,
+        product: Product,
+        parts: &[Part],
+    ) -> Result<()> {
+        for Part { adapter, rows, strength } in parts {
             let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty()) else {
                 continue;
             };
@@ -256,8 +390,8 @@ impl Trainable {
         Ok(self.sites.iter().all(zero))
     }
 
-    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that its
-    /// values do not depend on the other chosen sites.
+    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that
+    /// its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
     pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {

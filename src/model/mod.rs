@@ -13,6 +13,7 @@ pub mod linear;
 pub mod load;
 pub mod lora;
 pub mod norm;
+pub mod pages;
 pub mod pass;
 pub mod random;
 pub mod self_attention;

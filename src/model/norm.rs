@@ -94,8 +94,7 @@ pub fn join(
     pass: &Pass,
 ) -> Result<Branch> {
     let Some(norm) = norm else {
-        let sum = residual.copy()?;
-        let low = linear.forward(x, &sum, 0, true, pass)?;
+        let (sum, low) = linear.onto(x, residual, pass)?;
         return Ok(Branch { sum, branch: None, low });
     };
     let branch = unwritten(residual.shape(), residual.dtype(), residual.device())?;

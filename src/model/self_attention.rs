@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 use crate::facts::{Facts, Heads, Keep, Projection};
 use crate::ops::attention;
-use crate::ops::attention::cached::{self, Segment, Store};
+use crate::ops::attention::cached::{self, Segments, Store};
 use crate::ops::rope::{self, Direction};
 use crate::ops::unwritten;
 
@@ -135,13 +135,19 @@ impl SelfAttention {
     }
 
     fn project(&self, x: &Tensor, pass: &Pass) -> Result<Projected> {
+        let projected = self.project_unturned(x, pass)?;
+        self.rotate(&projected.rotated, pass, Direction::Forward)?;
+        Ok(projected)
+    }
+
+    /// `project` before rope.
+    fn project_unturned(&self, x: &Tensor, pass: &Pass) -> Result<Projected> {
         let normed = norm::forward(&self.norm, x)?;
         let (rotated, lows) = side_by_side(&self.query_key_value, &normed, pass)?;
         let raw = match &self.head_norm {
             Some(norm) => Some(norm.forward(&rotated, &self.heads)?),
             None => None,
         };
-        self.rotate(&rotated, pass, Direction::Forward)?;
         Ok(Projected { rotated, raw, lows })
     }
 
@@ -153,9 +159,18 @@ impl SelfAttention {
 
     /// Returns the residual stream after attention for new rows of running sequences. Their keys and values stay in
     /// `store`.
-    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &[Segment], store: &mut Store) -> Result<Tensor> {
-        let Projected { rotated, .. } = self.project(x, pass)?;
-        store.write(&rotated, &self.heads, segments)?;
+    pub fn step(&self, x: &Tensor, pass: &Pass, segments: &Segments, store: &mut Store) -> Result<Tensor> {
+        let Projected { rotated, .. } = self.project_unturned(x, pass)?;
+        match pass.growth.filter(|_| self.rope.is_some()) {
+            None => {
+                let angles = self.rope.map(|rope| &pass.angles[rope]);
+                store.turn_and_write(&rotated, &self.heads, segments, angles)?;
+            }
+            Some(_) => {
+                self.rotate(&rotated, pass, Direction::Forward)?;
+                store.write(&rotated, &self.heads, segments)?;
+            }
+        }
         let output = cached::forward(&rotated, &self.heads, store, segments, pass.precision)?;
         Ok(norm::join(&self.output, &self.post_norm, &output, x, pass)?.sum)
     }

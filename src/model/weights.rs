@@ -35,15 +35,30 @@ const HEADER_BYTES_MAX: u64 = 32 << 20;
 /// LIMIT: memory for reading one header.
 const HEADER_MEMORY_MAX: usize = 1 << 30;
 
-/// The weights of a model folder.
+/// The weights of a model folder, or of another store of the same tensors.
 #[derive(Debug)]
 pub struct Checkpoint {
     files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Entry>,
+    store: Option<Box<dyn Store>>,
+}
+
+/// Tensors of a causal language model that lie in no safetensors file, by the names they would have there.
+pub trait Store: std::fmt::Debug + Send + Sync {
+    /// The names of all tensors.
+    fn names(&self) -> Vec<String>;
+
+    /// Shape and values of a tensor, widened to f32; `None` if there is none of the name.
+    ///
+    /// # Errors
+    /// Model: its bytes are damaged.
+    fn tensor(&self, name: &str) -> Result<Option<(Vec<usize>, Vec<f32>)>>;
 }
 
 #[derive(Clone, Debug)]
 struct Entry {
+    /// The tensor's name in the file, without what wrappers of training put into it.
+    stored: String,
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -64,7 +79,7 @@ pub struct Raw<'a> {
 /// The values of one tensor as stored, little-endian.
 pub enum Values<'a> {
     /// f32.
-    F32(&'a [u8]),
+    F32(Cow<'a, [u8]>),
     /// f16.
     F16(&'a [u8]),
     /// bf16.
@@ -74,13 +89,18 @@ pub enum Values<'a> {
 impl Checkpoint {
     /// A checkpoint without files, for a random base.
     pub(super) fn empty() -> Checkpoint {
-        Checkpoint { files: Vec::new(), tensors: BTreeMap::new() }
+        Checkpoint { files: Vec::new(), tensors: BTreeMap::new(), store: None }
+    }
+
+    /// Tensors of another store.
+    pub fn of_store(store: Box<dyn Store>) -> Checkpoint {
+        Checkpoint { store: Some(store), ..Checkpoint::empty() }
     }
 
     /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards. A folder without either and a
     /// damaged file are model faults that say what to do.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
-        let mut checkpoint = Checkpoint { files: Vec::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Checkpoint::empty();
         // The single file comes first, as in transformers: an index next to it is a leftover.
         let (file, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if file.exists() {
@@ -115,6 +135,7 @@ impl Checkpoint {
     fn rename(mut self) -> Result<Checkpoint> {
         for (name, entry) in std::mem::take(&mut self.tensors) {
             let plain = unwrapped(&name).into_owned();
+            let entry = Entry { stored: plain.clone(), ..entry };
             if self.tensors.insert(plain.clone(), entry).is_some() {
                 return Err(Fault::model(format!("the checkpoint holds {plain} twice, once as {name}")));
             }
@@ -162,8 +183,8 @@ impl Checkpoint {
         let data = header_bytes + 8;
         for (name, info) in metadata.tensors() {
             let (from, to) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            let entry =
-                Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), from, to };
+            let (file, dtype, shape) = (self.files.len(), info.dtype, info.shape.clone());
+            let entry = Entry { stored: name.clone(), file, dtype, shape, from, to };
             if to > map.len() {
                 let message = format!("{name} ends at byte {to}, the file at {}", map.len());
                 return Err(damaged(message).help("the file was cut short: download it again"));
@@ -195,9 +216,23 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The name under which a file holds a tensor. For a base model that was saved alone, this is the causal language
+    /// model's name, which every loader understands.
+    pub fn stored_name(&self, name: &str) -> String {
+        let in_wrapper =
+            |entry: &&Entry| *language_name(&entry.stored) != *entry.stored || beside_language(&entry.stored);
+        match self.tensors.get(&*language_name(name)).filter(in_wrapper) {
+            Some(entry) => entry.stored.clone(),
+            None => name.to_owned(),
+        }
+    }
+
     /// The values of a tensor. A missing tensor, another shape than `shape`, and a type other than F32, F16 and
     /// BF16 are model faults.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Values<'_>> {
+        if let Some(store) = &self.store {
+            return from_store(&**store, name, shape);
+        }
         let entry = self
             .tensors
             .get(&*language_name(name))
@@ -210,7 +245,7 @@ impl Checkpoint {
         }
         let bytes = &map[entry.from..entry.to];
         match entry.dtype {
-            Dtype::F32 => Ok(Values::F32(bytes)),
+            Dtype::F32 => Ok(Values::F32(bytes.into())),
             Dtype::F16 => Ok(Values::F16(bytes)),
             Dtype::BF16 => Ok(Values::Bf16(bytes)),
             other => Err(wrong(format!("found type {other:?}, expected F32, F16 or BF16"))),
@@ -221,7 +256,8 @@ impl Checkpoint {
     pub fn expect(&self, wanted: &BTreeSet<String>, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let wanted: BTreeSet<String> = wanted.iter().map(|name| language_name(name).into_owned()).collect();
         let ignored = |name: &str| ignored(name) || beside_language(name) || stored::is_part(name);
-        let found: BTreeSet<&str> = self.names().collect();
+        let of_store = self.store.iter().flat_map(|store| store.names()).collect::<Vec<_>>();
+        let found: BTreeSet<&str> = self.names().chain(of_store.iter().map(String::as_str)).collect();
         let missing: Vec<&str> =
             wanted.iter().map(String::as_str).filter(|name| !found.contains(name)).collect();
         let surplus: Vec<&str> =
@@ -244,6 +280,19 @@ impl Checkpoint {
         let help = if has_adapter { WITH_ADAPTER } else { SAME_MODEL };
         Err(Fault::model(format!("the checkpoint does not fit config.json; tensors {}", parts.join("; ")))
             .help(help))
+    }
+}
+
+fn from_store<'a>(store: &dyn Store, name: &str, shape: &[usize]) -> Result<Values<'a>> {
+    let missing = || Fault::model(format!("the checkpoint has no {name}"));
+    let (found, values) = store.tensor(&language_name(name))?.ok_or_else(missing)?;
+    match found == shape {
+        true => {
+            Ok(Values::F32(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()))
+        }
+        false => {
+            Err(Fault::model(format!("{name}: found shape {found:?}, expected {shape:?} by config.json")))
+        }
     }
 }
 
@@ -270,7 +319,8 @@ fn language_name(name: &str) -> Cow<'_, str> {
     }
 }
 
-fn beside_language(name: &str) -> bool {
+/// Whether a tensor belongs to the parts of a multimodal model beside its language model.
+pub fn beside_language(name: &str) -> bool {
     let name = name.strip_prefix("model.").unwrap_or(name);
     BESIDE_LANGUAGE.iter().any(|part| name.starts_with(part))
 }
@@ -321,11 +371,22 @@ fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index.weight_map)
 }
 
-impl<'a> Values<'a> {
+impl Values<'_> {
     /// The bytes as stored.
-    pub fn bytes(&self) -> &'a [u8] {
+    pub fn bytes(&self) -> &[u8] {
         match self {
-            Values::F32(bytes) | Values::F16(bytes) | Values::Bf16(bytes) => bytes,
+            Values::F32(bytes) => bytes,
+            Values::F16(bytes) | Values::Bf16(bytes) => bytes,
+        }
+    }
+
+    /// Some of the values.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Values<'_> {
+        let bytes = |bytes: usize| range.start * bytes..range.end * bytes;
+        match self {
+            Values::F32(all) => Values::F32(Cow::Borrowed(&all[bytes(4)])),
+            Values::F16(all) => Values::F16(&all[bytes(2)]),
+            Values::Bf16(all) => Values::Bf16(&all[bytes(2)]),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Causal attention over packed examples, with grouped query heads, an optional window and an optional soft cap.
 //! Score matrices exist for one block at a time.
 //!
-//! Row i of an example attends to rows j of the same example with `i - window < j <= i`. `qkv` is one matrix [T, (H
-//! + 2K) * D] whose heads stand in the order of the checkpoint's rows (`Layout`). The backward pass computes the
+//! Row i of an example attends to rows j of the same example with `i - window < j <= i`. `qkv` is one matrix
+//! [T, (H + 2K) * D] whose heads stand in the order of the checkpoint's rows (`Layout`). The backward pass computes the
 //! probabilities again from the logsumexp that forward returned, block by block (Dao 2022).
 
 use std::ops::Range;

@@ -20,6 +20,22 @@ use crate::with_real;
 const CHUNK_BYTES_MAX: usize = 16 << 20;
 const GPU_CHUNK_BYTES_MAX: usize = 256 << 20;
 
+/// What a training pass minimises.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Goal {
+    /// Factor on the sum of losses.
+    pub scale: f64,
+    /// Share of each target that goes to all tokens alike, as transformers' LabelSmoother takes it. CPU only.
+    pub smoothing: f64,
+}
+
+impl Goal {
+    /// Plain cross-entropy.
+    pub fn plain(scale: f64) -> Goal {
+        Goal { scale, smoothing: 0.0 }
+    }
+}
+
 /// The output head: `logits = scale * h W^T + bias`, then `cap * tanh(logits / cap)` if there is a cap.
 #[derive(Clone, Debug)]
 pub struct Head {
@@ -66,19 +82,29 @@ pub fn formula(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 
 /// hidden [rows, C] and one target per row -> the sum of the losses.
 pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precision) -> Result<Number> {
+    Ok(each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))?.0)
+}
+
+/// As `forward`, and how many targets have the largest logit of their row; `None` on a GPU, which does not count them.
+pub fn forward_counting(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &[u32],
+    precision: Precision,
+) -> Result<(Number, Option<u64>)> {
     each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))
 }
 
-/// Returns the loss of `forward`, and the gradient of `scale * loss` with respect to hidden, [rows, C].
+/// Returns the loss, smoothed as the goal says, and the gradient of `scale * loss` with respect to hidden, [rows, C].
 pub fn forward_backward(
     hidden: &Tensor,
     head: &Head,
     targets: &[u32],
-    scale: f64,
+    goal: Goal,
     precision: Precision,
 ) -> Result<(Number, Tensor)> {
     let dh = super::unwritten(hidden.shape(), hidden.dtype(), hidden.device())?;
-    let loss = each_chunk(hidden, head, targets, Some(scale), precision, |d_logits, from| {
+    let (loss, _) = each_chunk(hidden, head, targets, Some(goal), precision, |d_logits, from| {
         let dh = dh.narrow(0, from, d_logits.dim(0)?)?;
         matmul::input_gradient(d_logits, 0, &head.weight, head.scale, &dh, 0.0, precision)
     })?;
@@ -94,16 +120,16 @@ pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
     }
 }
 
-/// Returns the loss. With `scale`, `body` receives each chunk's gradient of `scale * loss` (it replaces the logits)
-/// and the chunk's first row.
+/// Returns the loss and the targets with the largest logit. With a goal, `body` receives each chunk's gradient of
+/// `scale * loss` (it replaces the logits) and the chunk's first row.
 fn each_chunk(
     hidden: &Tensor,
     head: &Head,
     targets: &[u32],
-    scale: Option<f64>,
+    goal: Option<Goal>,
     precision: Precision,
     mut body: impl FnMut(&Tensor, usize) -> Result<()>,
-) -> Result<Number> {
+) -> Result<(Number, Option<u64>)> {
     let ((rows, _), (vocab, _)) = (hidden.dims2()?, head.weight.dims());
     assert!(
         rows == targets.len() && targets.iter().all(|&target| (target as usize) < vocab),
@@ -113,6 +139,10 @@ fn each_chunk(
     let chunk = chunk_rows(vocab, hidden.dtype().size_in_bytes(), on_gpu);
     #[cfg(feature = "cuda")]
     if on_gpu {
+        if goal.is_some_and(|goal| goal.smoothing > 0.0) {
+            candle_core::bail!("label smoothing has no kernel");
+        }
+        let scale = goal.map(|goal| goal.scale);
         let losses = gpu::Losses::new(targets, hidden.device())?;
         for from in (0..rows).step_by(chunk) {
             let hidden = hidden.narrow(0, from, chunk.min(rows - from))?;
@@ -122,41 +152,49 @@ fn each_chunk(
                 body(&logits, from)?;
             }
         }
-        return losses.sum();
+        return Ok((losses.sum()?, None));
     }
-    let mut loss = 0.0;
+    let (mut loss, mut hits) = (0.0, 0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
         let logits = head.product(&hidden.narrow(0, i * chunk, targets.len())?, vocab, precision)?;
-        loss += rows_loss(&logits, targets, head.softcap, scale)?;
-        if scale.is_some() {
+        let (of_chunk, found) = rows_loss(&logits, targets, head.softcap, goal)?;
+        (loss, hits) = (loss + of_chunk, hits + found);
+        if goal.is_some() {
             body(&logits, i * chunk)?;
         }
     }
-    Ok(Number::Here(loss))
+    Ok((Number::Here(loss), Some(hits)))
 }
 
-/// Returns the sum of the rows' losses. With `scale`, the logits become the gradient of scale * loss.
-fn rows_loss(logits: &Tensor, targets: &[u32], softcap: Option<f64>, scale: Option<f64>) -> Result<f64> {
+/// Returns the sum of the rows' losses, and how many targets have the largest logit. With a goal, the logits become the
+/// gradient of scale * loss.
+fn rows_loss(
+    logits: &Tensor,
+    targets: &[u32],
+    softcap: Option<f64>,
+    goal: Option<Goal>,
+) -> Result<(f64, u64)> {
     let vocab = logits.dim(1)?;
     with_real!(logits, T => {
-        let losses: Vec<f64> = cpu::edit(logits, |logits: &mut [T]| {
+        let found: Vec<(f64, bool)> = cpu::edit(logits, |logits: &mut [T]| {
             logits
                 .par_chunks_mut(vocab)
                 .zip(targets)
                 .map_init(Vec::new, |slopes, (row, &target)| {
                     cpu::vectorized(#[inline(always)] || match softcap {
-                        None => row_loss(row, target as usize, scale),
+                        None => row_loss(row, target as usize, goal),
                         Some(cap) => {
                             cap_row(row, T::of(cap), slopes);
-                            let loss = row_loss(row, target as usize, scale);
+                            let found = row_loss(row, target as usize, goal);
                             row.iter_mut().zip(slopes.iter()).for_each(|(d, &slope)| *d *= slope);
-                            loss
+                            found
                         }
                     })
                 })
                 .collect()
         })?;
-        Ok(losses.into_iter().sum())
+        let hits = found.iter().filter(|(_, hit)| *hit).count() as u64;
+        Ok((found.into_iter().map(|(loss, _)| loss).sum(), hits))
     })
 }
 
@@ -171,21 +209,33 @@ fn cap_row<T: Real>(row: &mut [T], cap: T, slopes: &mut Vec<T>) {
     }
 }
 
-/// Returns the loss of one row. With `scale`, the logits become scale * (softmax - one-hot).
+/// Returns the loss of one row and, without a goal, whether its target has the largest logit. With a goal, the logits
+/// become scale * (softmax - target); a smoothed target is `1 - smoothing` of the one-hot and `smoothing` of the even
+/// distribution.
 #[inline(always)]
-fn row_loss<T: Real>(row: &mut [T], target: usize, scale: Option<f64>) -> f64 {
+fn row_loss<T: Real>(row: &mut [T], target: usize, goal: Option<Goal>) -> (f64, bool) {
     let largest = cpu::largest(row);
     let at_target = row[target];
+    // Of equal logits the first is the most probable one, as torch's argmax has it.
+    let hit = goal.is_none() && at_target >= largest && row[..target].iter().all(|logit| *logit < largest);
+    let smoothing = goal.map_or(0.0, |goal| goal.smoothing);
+    let mean = if smoothing > 0.0 { cpu::sum(row).wide() / row.len() as f64 } else { 0.0 };
     for logit in row.iter_mut() {
         *logit = Real::exp(*logit - largest);
     }
     let sum = cpu::sum(row);
-    if let Some(scale) = scale {
+    if let Some(Goal { scale, .. }) = goal {
         let factor = T::of(scale) / sum;
         row.iter_mut().for_each(|p| *p *= factor);
-        row[target] -= T::of(scale);
+        row[target] -= T::of(scale * (1.0 - smoothing));
     }
-    sum.wide().ln() + largest.wide() - at_target.wide()
+    let log_sum = sum.wide().ln() + largest.wide();
+    if smoothing == 0.0 {
+        return (log_sum - at_target.wide(), hit);
+    }
+    let even = goal.map_or(T::ZERO, |goal| T::of(goal.scale * smoothing / row.len() as f64));
+    row.iter_mut().for_each(|p| *p -= even);
+    (log_sum - (1.0 - smoothing) * at_target.wide() - smoothing * mean, hit)
 }
 
 /// Returns the logits [rows, V], for tests and generation.
@@ -193,8 +243,13 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
     capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
 }
 
-/// `logits` in which a row's bits depend on that row alone. CPU only.
+/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
+/// f32 and never rounded to the activations' type.
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return gpu::logits(hidden, head, precision);
+    }
     let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
     matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
     capped(logits, hidden, head)
@@ -217,10 +272,31 @@ fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
 mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
+    use crate::ops::unwritten;
+
+    const CAP_THREADS: usize = 256;
 
     /// Distance between rows of logits, in elements, so that every row begins at a multiple of 16 bytes.
     pub fn columns(vocab: usize) -> usize {
         vocab.next_multiple_of(8)
+    }
+
+    /// Logits [rows, V] in f32.
+    pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+        let logits = unwritten((hidden.dim(0)?, head.weight.dims().0), DType::F32, hidden.device())?;
+        if let Some(bias) = &head.bias {
+            bias::apply(bias, &logits, 0, false)?;
+        }
+        let beta = if head.bias.is_some() { 1.0 } else { 0.0 };
+        matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
+        if let Some(cap) = head.softcap {
+            let count = logits.elem_count();
+            let launch =
+                Launch::untyped(cuda::device(&logits)?, "cross_entropy", "cap").of(DType::F32, &logits);
+            let launch = launch.long(count as u64).float(cap);
+            launch.launch((count.div_ceil(CAP_THREADS), 1, 1), CAP_THREADS, 0)?;
+        }
+        Ok(logits)
     }
 
     /// The targets of all rows, and their losses as chunk after chunk is computed.
@@ -296,12 +372,30 @@ mod tests {
         let (rows, vocab) = product.dims2()?;
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7 % vocab) as u32).collect();
         let expected = formula(product, &Tensor::new(targets.as_slice(), &Device::Cpu)?)?;
-        let (loss, dh) = forward_backward(hidden, head, &targets, 0.25, Precision::F32)?;
+        let goal = Goal::plain(0.25);
+        let (loss, dh) = forward_backward(hidden, head, &targets, goal, Precision::F32)?;
         let loss = loss.value()?;
         assert!((loss - expected.to_scalar::<f64>()?).abs() < 1e-10);
         assert!((forward(hidden, head, &targets, Precision::F32)?.value()? - loss).abs() < 1e-12);
         let scale = Tensor::new(0.25f64, &Device::Cpu)?;
-        judge::same(&dh, &judge::gradient(hidden, &expected, &scale)?, 1e-12)
+        judge::same(&dh, &judge::gradient(hidden, &expected, &scale)?, 1e-12)?;
+        let smoothed = smoothed_formula(product, &Tensor::new(targets.as_slice(), &Device::Cpu)?, 0.2)?;
+        let goal = Goal { scale: 0.25, smoothing: 0.2 };
+        let (loss, dh) = forward_backward(hidden, head, &targets, goal, Precision::F32)?;
+        assert!((loss.value()? - smoothed.to_scalar::<f64>()?).abs() < 1e-10);
+        judge::same(&dh, &judge::gradient(hidden, &smoothed, &scale)?, 1e-12)?;
+        let (_, hits) = forward_counting(hidden, head, &targets, Precision::F32)?;
+        let largest = product.argmax(1)?.to_vec1::<u32>()?;
+        assert_eq!(hits.unwrap(), largest.iter().zip(&targets).filter(|(a, b)| a == b).count() as u64);
+        Ok(())
+    }
+
+    /// transformers' LabelSmoother before it divides: the loss of a target of which a share is spread over all tokens.
+    fn smoothed_formula(logits: &Tensor, targets: &Tensor, smoothing: f64) -> Result<Tensor> {
+        let largest = logits.max_keepdim(1)?.detach();
+        let log_sum = (logits.broadcast_sub(&largest)?.exp()?.sum_keepdim(1)?.log()? + largest)?;
+        let even = (log_sum - logits.mean_keepdim(1)?)?.sum_all()?;
+        (formula(logits, targets)? * (1.0 - smoothing))? + (even * smoothing)?
     }
 
     /// Odd widths, more columns than one round of a block's threads, caps, biases, and a case without rows.
@@ -344,7 +438,8 @@ mod tests {
         let expected = formula(&logits, &Tensor::new(targets.as_slice(), &Device::Cpu)?)?;
         let bias = if biased { Some(gpu.put_as(DType::F32, &bias)?) } else { None };
         let head = Head { weight: Weight::Dense(gpu.put(&weight)?), bias, scale, softcap };
-        let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, 0.25, Precision::F32)?;
+        let goal = Goal::plain(0.25);
+        let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, goal, Precision::F32)?;
         let (loss, expected_loss) = (loss.value()?, expected.to_scalar::<f64>()?);
         // TOLERANCE: bf16 logits of a few units are rounded to 2^-8 of themselves.
         let tolerance = if gpu.dtype == DType::F32 { 1e-5 } else { 1e-2 };
@@ -352,6 +447,14 @@ mod tests {
         assert_eq!(forward(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?.value()?, loss);
         let scale = Tensor::new(0.25f64, &Device::Cpu)?;
         gpu.within(tolerance, &dh, &judge::gradient(&hidden, &expected, &scale)?)
+    }
+
+    #[test]
+    fn of_equal_logits_the_first_is_the_most_probable_one() -> Result<()> {
+        let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+        let head = Head::plain(Weight::Dense(Tensor::ones((5, 2), DType::F32, &Device::Cpu)?));
+        assert_eq!(forward_counting(&hidden, &head, &[0, 3, 4], Precision::F32)?.1, Some(1));
+        Ok(())
     }
 
     #[test]

@@ -433,8 +433,8 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     use candle_core::DType;
 
-    /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of checkpoints: the
-    /// GPU's packed bytes, scales and values equal the CPU's.
+    /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of
+    /// checkpoints: the GPU's packed bytes, scales and values equal the CPU's.
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernels_bits_equal_the_cpus() -> Result<()> {

@@ -1,7 +1,8 @@
 //! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
 //! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
-//! GPU, cuBLAS multiplies, and a 4-bit weight is expanded for the length of one product. `Precision` applies to the
-//! CPU only: products on a GPU have the activations' type, with sums in f32.
+//! GPU, cuBLAS multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
+//! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
+//! products on a GPU have the activations' type, with sums in f32.
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -11,6 +12,14 @@ use super::four_bit::FourBit;
 use crate::with_real;
 
 use crate::facts::Precision;
+
+/// Most rows of a product that reads a 4-bit weight as it is stored, and not expanded, on a GPU.
+///
+/// Predicted, to be confirmed: at M rows the kernel reads the weight once (0.52 bytes a value) and, from the L2
+/// cache, all rows for every 32 columns (M/16 bytes a value at about 5.5 TB/s); expanding writes and reads 4 bytes
+/// a value more (at 2.85 TB/s). Both take equally long at about M = 128; at 64 the kernel takes half as long. The
+/// session's stage `serve` measures both sides.
+pub const FEW_ROWS: usize = 64;
 
 /// A weight [N, K] of a linear layer `y = x W^T`.
 #[derive(Clone, Debug)]
@@ -90,8 +99,10 @@ pub fn forward(
     })
 }
 
-/// `forward` in which a row's bits depend on that row alone, whatever the number of rows. It is for rows of
-/// sequences that must not influence each other. CPU only.
+/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
+/// that must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS`
+/// rows and 4-bit or bf16 weights; beyond them the library of products chooses its order of sums by the number of
+/// rows.
 pub fn forward_apart(
     x: &Tensor,
     weight: &Weight,
@@ -106,6 +117,10 @@ pub fn forward_apart(
         x_width == k && y_rows == rows && at + n <= y_width,
         "{rows}x{x_width} by {n}x{k} into {y_width}"
     );
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward_apart(x, weight, alpha, y, at, beta);
+    }
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         with_operand::<T, _>(weight, true, |w| {
@@ -116,6 +131,28 @@ pub fn forward_apart(
             cpu::edit(y, product)
         })?
     })
+}
+
+/// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
+/// bits of `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then
+/// nothing was done.
+#[cfg(feature = "cuda")]
+pub fn few_rows(
+    x: &Tensor,
+    weights: &[&Weight],
+    alpha: f64,
+    y: &Tensor,
+    at: usize,
+    base: Option<&Tensor>,
+) -> Result<bool> {
+    let ((rows, x_width), (y_rows, y_width)) = (x.dims2()?, y.dims2()?);
+    let n: usize = weights.iter().map(|weight| weight.dims().0).sum();
+    assert!(
+        weights.iter().all(|weight| weight.dims().1 == x_width) && y_rows == rows && at + n <= y_width,
+        "{rows}x{x_width} by {n} columns into {y_width}"
+    );
+    assert!(base.is_none_or(|base| base.dims() == y.dims()), "what is added to is as large");
+    gpu::few(x, weights, alpha, y, at, base)
 }
 
 /// `dx = alpha * dy[:, at..at+N] W + beta * dx`: dy [T, at+N or wider], dx [T, K].
@@ -225,13 +262,122 @@ impl<T: Real> Operand<'_, T> {
 mod gpu {
     use super::*;
     use crate::ops::cuda::product::{Matrix, product};
+    use crate::ops::cuda::{self, Launch};
+    use crate::ops::four_bit::Absmax;
     use crate::ops::rows;
+
+    /// Rows of a tile of x, and threads of a block.
+    const TILE: usize = 8;
+    const THREADS: usize = 256;
+    /// Weights of a launch.
+    const SIDE_BY_SIDE: usize = 3;
+    /// k that a lane reads of a 4-bit and of a bf16 weight at a time.
+    const FOUR_BIT_K: usize = 32;
+    const DENSE_K: usize = 8;
 
     pub fn forward(x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64) -> Result<()> {
         let ((n, k), (rows, _), (_, width)) = (weight.dims(), x.dims2()?, y.dims2()?);
         let w = expand(weight, x.dtype())?;
         let (x, w) = (Matrix::rows(x, 0, k), Matrix::rows(&w, 0, k).transposed());
         product([rows, n, k], alpha, x, w, beta, Matrix::rows(y, at, width))
+    }
+
+    /// By the kernels of `kernels/matmul.cu` if they have this form, else as `forward`.
+    pub fn forward_apart(
+        x: &Tensor,
+        weight: &Weight,
+        alpha: f64,
+        y: &Tensor,
+        at: usize,
+        beta: f64,
+    ) -> Result<()> {
+        let base = (beta != 0.0).then_some(y);
+        match (beta == 0.0 || beta == 1.0) && few(x, &[weight], alpha, y, at, base)? {
+            true => Ok(()),
+            false => forward(x, weight, alpha, y, at, beta),
+        }
+    }
+
+    /// See `few_rows`.
+    pub fn few(
+        x: &Tensor,
+        weights: &[&Weight],
+        alpha: f64,
+        y: &Tensor,
+        at: usize,
+        base: Option<&Tensor>,
+    ) -> Result<bool> {
+        let ((rows, k), (_, width)) = (x.dims2()?, y.dims2()?);
+        let fits =
+            x.dtype() == DType::BF16 && rows <= FEW_ROWS && (1..=SIDE_BY_SIDE).contains(&weights.len());
+        if !fits
+            || !cuda::address(x, 0)?.is_multiple_of(16)
+            || base.is_some_and(|base| base.dtype() != y.dtype())
+        {
+            return Ok(false);
+        }
+        let tiles = rows.div_ceil(TILE).next_power_of_two();
+        let (launch, columns) = match weights[0] {
+            _ if rows == 0 => return Ok(true),
+            Weight::FourBit(first) if y.dtype() == DType::BF16 => {
+                let parts = weights.iter().map(|weight| four_bit(weight, first)).collect::<Option<Vec<_>>>();
+                let Some(parts) = parts else { return Ok(false) };
+                let launch = Launch::new(y, "matmul", &format!("few_four_bit_{tiles}"))?;
+                (sides(&parts).fold(launch, four_bit_side), if tiles == 1 { 16 } else { 32 })
+            }
+            Weight::Dense(_) if k.is_multiple_of(DENSE_K) => {
+                let part = |weight: &&Weight| match weight {
+                    Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Some(tensor.clone()),
+                    _ => None,
+                };
+                let Some(parts) = weights.iter().map(part).collect::<Option<Vec<_>>>() else {
+                    return Ok(false);
+                };
+                let launch = Launch::new(y, "matmul", &format!("few_dense_{tiles}"))?;
+                let launch = sides(&parts).fold(launch, |launch, part| {
+                    launch.optional(DType::BF16, part).int(part.map_or(0, |part| part.dims()[0]))
+                });
+                (launch, if tiles == 2 { 32 } else { 16 })
+            }
+            _ => return Ok(false),
+        };
+        let launch = launch.of(DType::BF16, x).tensor_at(y, 0);
+        let launch = launch.optional(y.dtype(), base).int(rows).int(k).int(width).int(at);
+        let launch = match weights[0] {
+            Weight::FourBit(weight) => launch.int(weight.block.ilog2() as usize).int(weight.code as usize),
+            Weight::Dense(_) => launch,
+        };
+        let widest = weights.iter().map(|weight| weight.dims().0).max().unwrap_or(0);
+        let grid = (widest.div_ceil(columns), 1, weights.len());
+        launch.float(alpha).launch(grid, THREADS, 0).map(|()| true)
+    }
+
+    /// The parts, and none for what is missing to a launch's number of them.
+    fn sides<T>(parts: &[T]) -> impl Iterator<Item = Option<&T>> {
+        (0..SIDE_BY_SIDE).map(|i| parts.get(i))
+    }
+
+    /// A weight that the kernels take beside `first`: what a lane reads lies in one block and one row.
+    fn four_bit(weight: &Weight, first: &FourBit) -> Option<FourBit> {
+        let Weight::FourBit(weight) = weight else { return None };
+        let whole = weight.block.is_power_of_two()
+            && weight.block >= FOUR_BIT_K
+            && weight.cols.is_multiple_of(FOUR_BIT_K);
+        let nested = |weight: &FourBit| matches!(weight.absmax, Absmax::Nested { .. });
+        let alike = (weight.block, weight.code, nested(weight)) == (first.block, first.code, nested(first));
+        (whole && alike).then(|| weight.clone())
+    }
+
+    fn four_bit_side<'a>(launch: Launch<'a>, part: Option<&FourBit>) -> Launch<'a> {
+        let launch = launch.optional(DType::U8, part.map(|part| &part.packed));
+        let launch = match part.map(|part| &part.absmax) {
+            Some(Absmax::Nested { codes, absmax, offset }) => {
+                launch.of(DType::U8, codes).of(DType::F32, absmax).float(f64::from(*offset))
+            }
+            Some(Absmax::Plain(absmax)) => launch.optional(DType::U8, None).of(DType::F32, absmax).float(0.0),
+            None => launch.optional(DType::U8, None).optional(DType::F32, None).float(0.0),
+        };
+        launch.int(part.map_or(0, |part| part.rows))
     }
 
     pub fn input_gradient(
@@ -255,8 +401,8 @@ mod gpu {
         product([n, k, rows], alpha, dy, x, 1.0, Matrix::rows(gradient, 0, k))
     }
 
-    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in stream
-    /// order, and the next layer's weight takes its place.
+    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in
+    /// stream order, and the next layer's weight takes its place.
     fn expand(weight: &Weight, dtype: DType) -> Result<Tensor> {
         match weight {
             Weight::Dense(tensor) => rows::convert(tensor, dtype),
@@ -287,6 +433,94 @@ mod tests {
             }
             Ok(())
         })
+    }
+
+    /// Few rows, whose number is that of no tile or of several, over widths that leave warps without work; into
+    /// bf16 and f32. A row's bits are the same alone and among others, and a row of one 1 reads the weight's own
+    /// values.
+    #[test]
+    fn products_of_few_rows_on_a_gpu_equal_the_formula() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, n, k) in [
+                (1, 5, 32),
+                (3, 40, 96),
+                (8, 16, 1184),
+                (9, 33, 64),
+                (17, 48, 160),
+                (64, 7, 288),
+                (65, 3, 32),
+            ] {
+                let values = gpu.random((n, k), 1)?;
+                for weight in kinds(gpu, &values)? {
+                    few(gpu, rows, &weight)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Weights side by side in one launch, of unequal widths, onto another matrix: the bits of one after the
+    /// other.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn weights_side_by_side_on_a_gpu_are_one_launch() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            let k = 96;
+            for kind in 0..4 {
+                let weight = |n: usize| {
+                    Ok::<_, candle_core::Error>(
+                        kinds(gpu, gpu.random((n, k), n as u64)?.as_tensor())?.remove(kind),
+                    )
+                };
+                let weights = [weight(40)?, weight(7)?, weight(64)?];
+                for rows in [1, 20] {
+                    let (x, base) = (gpu.random((rows, k), 2)?, gpu.random((rows, 116), 3)?);
+                    let (x, base) = (gpu.put(&x)?, gpu.put(&base)?);
+                    let (found, expected) = (base.copy()?, base.copy()?);
+                    let weights: Vec<&Weight> = weights.iter().collect();
+                    let taken = few_rows(&x, &weights, 0.5, &found, 3, Some(&base))?;
+                    assert_eq!(taken, gpu.dtype == DType::BF16 && kind > 0, "{:?}, kind {kind}", gpu.dtype);
+                    if !taken {
+                        continue;
+                    }
+                    for (weight, at) in weights.iter().zip([3, 43, 50]) {
+                        forward_apart(&x, weight, 0.5, &expected, at, 1.0, Precision::F32)?;
+                    }
+                    gpu.within(0.0, &found, &expected.to_device(&Device::Cpu)?)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn few(gpu: &Gpu, rows: usize, weight: &Weight) -> Result<()> {
+        let ((n, k), w) = (weight.dims(), values(gpu, weight)?);
+        let width = BEFORE + n + BEHIND;
+        let (x, y) = (gpu.random((rows, k), 2)?, gpu.random((rows, width), 3)?);
+        let columns = |y: &Tensor| y.narrow(1, BEFORE, n)?.contiguous();
+        let apart = |x: &Tensor, y: &Tensor, alpha, beta| {
+            forward_apart(x, weight, alpha, y, BEFORE, beta, Precision::F32)
+        };
+        for dtype in [gpu.dtype, DType::F32] {
+            for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0)] {
+                let found = gpu.put_as(dtype, &y)?;
+                apart(&gpu.put(&x)?, &found, alpha, beta)?;
+                let part = ((x.matmul(&w.t()?)? * alpha)? + (columns(&y)? * beta)?)?;
+                let around = (y.narrow(1, 0, BEFORE)?, y.narrow(1, BEFORE + n, BEHIND)?);
+                gpu.same(&found, &Tensor::cat(&[&around.0, &part, &around.1], 1)?)?;
+                let few = gpu.dtype == DType::BF16 && rows <= FEW_ROWS;
+                for row in (0..rows).step_by(5).filter(|_| few) {
+                    let alone = gpu.put_as(dtype, &y.narrow(0, row, 1)?)?;
+                    apart(&gpu.put(&x.narrow(0, row, 1)?)?, &alone, alpha, beta)?;
+                    gpu.within(0.0, &alone, &found.narrow(0, row, 1)?.copy()?.to_device(&Device::Cpu)?)?;
+                }
+            }
+        }
+        let unit: Vec<f64> = (0..rows * k).map(|i| f64::from(i % k == (i / k * 7 + 1) % k)).collect();
+        let unit = Tensor::from_vec(unit, (rows, k), &Device::Cpu)?;
+        let found = gpu.put(&y)?;
+        apart(&gpu.put(&unit)?, &found, 1.0, 0.0)?;
+        gpu.within(0.0, &columns(&found.to_device(&Device::Cpu)?)?, &unit.matmul(&w.t()?)?)
     }
 
     /// A weight in every form of storage, on the GPU.

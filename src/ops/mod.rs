@@ -10,6 +10,8 @@ pub mod cpu;
 pub mod cuda;
 pub mod activation;
 pub mod adamw;
+#[cfg(feature = "cuda")]
+pub mod adapters;
 pub mod attention;
 pub mod bias;
 pub mod cross_entropy;
@@ -18,6 +20,8 @@ pub mod embedding;
 pub mod flat;
 pub mod four_bit;
 pub mod head_norm;
+#[cfg(feature = "cuda")]
+pub mod largest;
 pub mod layer_norm;
 pub mod matmul;
 pub mod number;

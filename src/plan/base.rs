@@ -140,10 +140,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
             format!("LoraConfig.alpha_pattern: {pattern}: 0 scales these modules to nothing"),
         );
     }
-    let init = match reader.text(L, "init_lora_weights").as_deref() {
-        Some("gaussian") => LoraInit::Gaussian,
-        _ => LoraInit::Kaiming,
-    };
+    let init = init(reader);
     LoraOptions {
         r: reader.integer(L, "r") as usize,
         alpha,
@@ -158,6 +155,36 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         alpha_pattern,
         init,
         seed,
+    }
+}
+
+/// Ways of PEFT to begin that are not here, and why.
+const OTHER_BEGINNINGS: [(&[&str], &str); 4] = [
+    (
+        &["pissa", "pissa_niter", "olora"],
+        "it changes the base, so that the adapter would fit no other copy of it; use true or gaussian",
+    ),
+    (&["eva", "corda", "lora_ga"], "it needs a pass over the data before training; use true or gaussian"),
+    (&["loftq"], "it needs the unquantised base beside the quantised one; use true or gaussian"),
+    (
+        &["orthogonal", "false"],
+        "it begins with a B that is not zero, for tests of PEFT; use true or gaussian",
+    ),
+];
+
+fn init(reader: &mut Reader) -> LoraInit {
+    use Section::LoraConfig as L;
+    let word = reader.text(L, "init_lora_weights").unwrap_or_default().to_lowercase();
+    let why = OTHER_BEGINNINGS.iter().find(|(words, _)| words.iter().any(|other| word.starts_with(other)));
+    match (word.as_str(), why) {
+        ("gaussian", _) => LoraInit::Gaussian,
+        ("true", _) => LoraInit::Kaiming,
+        (_, why) => {
+            let origin = reader.origin(L, "init_lora_weights");
+            let why = why.map_or("expected true or gaussian", |(_, why)| *why);
+            reader.wrong(&origin, format!("LoraConfig.init_lora_weights: {word}: {why}"));
+            LoraInit::Kaiming
+        }
     }
 }
 

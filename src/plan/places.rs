@@ -73,7 +73,7 @@ fn looks_like_hub_id(text: &str) -> bool {
 
 /// The addresses of the data, and the settings that entries have of their own. The second list is empty if no entry
 /// has any.
-pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<Share>) {
+pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> (Vec<fetch::Data>, Vec<Share>) {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
     let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
@@ -88,7 +88,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool) -> (Vec<fetch::Data>, Vec<S
     if texts.is_empty() && kaito {
         texts = vec!["/mnt/data".into()];
     }
-    if texts.is_empty() {
+    if texts.is_empty() && needed {
         reader.wrong(&Origin::Default, "no dataset: name its files with `data` (--data URL_OR_PATH)");
     }
     let (mut sources, mut shares) = (Vec::new(), Vec::new());

@@ -95,6 +95,11 @@ impl<'a> Reader<'a> {
         entries.into_iter().map(|(key, value)| (key, number(value))).collect()
     }
 
+    /// The value as it was written, of whatever shape.
+    pub fn any(&mut self, section: Section, name: &str) -> Option<Written> {
+        self.value(section, name)
+    }
+
     /// The place where the value in force was written.
     pub fn origin(&self, section: Section, name: &str) -> Origin {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())

@@ -1,10 +1,11 @@
 //! Keys -> how rows are read and become tokens.
 
 use super::reader::Reader;
-use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenOptions};
+use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenCache, TokenOptions};
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;
+use std::path::Path;
 
 /// LIMIT: the length of examples that are not cut; it is above every supported model's context.
 pub(super) const TOKENS_UNLIMITED: usize = 1 << 20;
@@ -54,6 +55,15 @@ pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
         loss: loss(reader),
         chat_template: chat_template(reader),
         bad_rows: bad_rows(reader),
+    }
+}
+
+/// Beside the downloads, unless a folder is named or `off` is said.
+pub(super) fn token_cache(reader: &mut Reader, cache: &Path) -> TokenCache {
+    match reader.text(Section::Hone, "token_cache").as_deref() {
+        Some("off") => TokenCache::Off,
+        Some(folder) => TokenCache::Folder { path: folder.into(), named: true },
+        None => TokenCache::Folder { path: cache.join("tokens"), named: false },
     }
 }
 

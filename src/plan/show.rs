@@ -32,6 +32,11 @@ impl Plan {
         table
     }
 
+    /// Names and values, as text and without secrets.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        self.values.iter().map(|value| (value.name.clone(), text(&redacted(&value.value)))).collect()
+    }
+
     /// `{"values": {name: {"value", "origin"}}, "ignored": [...], "warnings": [...]}`
     pub fn json(&self) -> Json {
         let values: serde_json::Map<String, Json> = self
@@ -70,7 +75,7 @@ fn redacted(value: &Json) -> Json {
 
 /// Removes user and query: signed URLs carry their secret in the query, others in the user part. The pinned digest
 /// stays.
-fn without_secrets(text: &str) -> String {
+pub(super) fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
         return text.into();
     }

@@ -36,7 +36,7 @@ impl Case {
             flag("model", self.folder.path().join("tiny").display().to_string()),
             flag("data", "https://user:word@host/rows.parquet?sig=secret".into()),
         ];
-        let request = Request { config: Some(path), spec: None, settings };
+        let request = Request { config: Some(path), settings, ..Request::default() };
         make(&spec::gather(&request, &|_| None)?)
     }
 
@@ -85,7 +85,9 @@ fn kaitos_qlora_template() {
             bad_rows  refuse  default
             bad_rows_max  0.5  default
             earlier_results  refuse  default
+            answers  0  default
             target_matching  fused  default
+            mlflow_experiment  Default  default
             device  auto  default
             keep  auto  default
             plain_http  false  default
@@ -105,6 +107,7 @@ fn kaitos_qlora_template() {
             TrainingArguments.output_dir  /mnt/results  train.yaml:22
             TrainingArguments.learning_rate  0.00002  default
             TrainingArguments.lr_scheduler_type  linear  default
+            TrainingArguments.label_smoothing_factor  0.0  default
             TrainingArguments.warmup_steps  0.0  default
             TrainingArguments.num_train_epochs  3.0  default
             TrainingArguments.max_steps  -1  default
@@ -123,6 +126,11 @@ fn kaitos_qlora_template() {
             TrainingArguments.dataset_text_field  text  default
             TrainingArguments.logging_strategy  steps  default
             TrainingArguments.logging_steps  10  default
+            TrainingArguments.report_to  none  default
+            TrainingArguments.eval_delay  0.0  default
+            TrainingArguments.eval_on_start  false  default
+            TrainingArguments.load_best_model_at_end  false  default
+            TrainingArguments.early_stopping_threshold  0.0  default
             TrainingArguments.save_strategy  no  train.yaml:24
             TrainingArguments.save_steps  500  default
             TrainingArguments.seed  42  default
@@ -214,6 +222,10 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("device", _) => "cuda:1".into(),
         ("memory_max", _) => "20GiB".into(),
         ("load_in_8bit" | "fp16", _) => "false".into(),
+        ("lr_scheduler_kwargs", _) => "{}".into(),
+        ("eval_strategy", _) => "steps".into(),
+        ("pushgateway" | "otlp" | "mlflow", _) => "http://127.0.0.1:1".into(),
+        ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
         (_, Type::Choice(words)) => words[0].into(),
         (_, Type::Boolean) => "true".into(),
@@ -410,4 +422,98 @@ fn secrets_of_urls_are_not_shown() {
     let shown = format!("{}{}", plan.table(), plan.json());
     assert!(shown.contains("https://host/rows.parquet?..."), "{shown}");
     assert!(!shown.contains("secret") && !shown.contains("word"), "{shown}");
+}
+
+#[test]
+fn evaluations_are_compared_as_transformers_compares_them() {
+    use crate::train::best::{Judging, Measure, Stopping};
+    let case = Case::new();
+    let judging = |text: &str| case.plan(&arguments(text)).unwrap().train.judging;
+    let loss = Judging { measure: Measure::Loss, greater: false, restore: true, stopping: None };
+    assert_eq!(judging(""), None);
+    assert_eq!(judging("load_best_model_at_end: true"), Some(loss));
+    let accuracy = Judging { measure: Measure::Accuracy, greater: true, ..loss };
+    let named = "load_best_model_at_end: true, metric_for_best_model: eval_mean_token_accuracy";
+    assert_eq!(judging(named), Some(accuracy));
+    assert_eq!(
+        judging(&format!("{named}, greater_is_better: false")).map(|judging| judging.greater),
+        Some(false)
+    );
+    let stopping = Some(Stopping { patience: 3, threshold: 0.01 });
+    let early = judging("early_stopping_patience: 3, early_stopping_threshold: 0.01");
+    assert_eq!(early, Some(Judging { restore: false, stopping, ..loss }));
+    let wrong = |text: &str, part: &str| {
+        let fault = case.plan(&arguments(text)).unwrap_err();
+        assert!(fault.message.contains(part), "{fault}");
+    };
+    wrong("load_best_model_at_end: true, eval_strategy: no", "there is no evaluation to go by");
+    wrong("metric_for_best_model: rouge", "evaluations give loss, perplexity, mean_token_accuracy");
+    let warned = case.plan(&arguments("metric_for_best_model: loss, eval_strategy: no")).unwrap().warnings;
+    assert!(warned[0].contains("does nothing without an evaluation"), "{warned:?}");
+}
+
+#[test]
+fn schedules_take_their_arguments_and_no_others() {
+    use crate::train::Schedule;
+    let case = Case::new();
+    let schedule = |text: &str| case.plan(&arguments(text)).map(|plan| plan.train.schedule);
+    let cosine = schedule("lr_scheduler_type: cosine_with_restarts, lr_scheduler_kwargs: {num_cycles: 3}");
+    assert_eq!(cosine.unwrap(), Schedule::CosineWithRestarts { cycles: 3.0 });
+    let min =
+        "learning_rate: 1e-3, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-4}";
+    assert_eq!(schedule(min).unwrap(), Schedule::CosineWithMinLr { cycles: 0.5, min: 0.1 });
+    for (text, part) in [
+        ("lr_scheduler_kwargs: {num_cycles: 3}", "num_cycles is no argument of linear, which takes none"),
+        ("lr_scheduler_type: cosine_with_min_lr", "needs min_lr or min_lr_rate"),
+        ("lr_scheduler_type: warmup_stable_decay", "needs num_decay_steps"),
+        ("lr_scheduler_type: polynomial, lr_scheduler_kwargs: {power: much}", "power: expected a number"),
+        ("lr_scheduler_type: polynomial, learning_rate: 1e-8", "must be smaller than learning_rate"),
+        ("lr_scheduler_kwargs: 3", "expected a map"),
+    ] {
+        let fault = schedule(text).unwrap_err();
+        assert!(fault.message.contains(part), "{text}: {fault}");
+    }
+}
+
+#[test]
+fn trackers_are_named_or_refused_with_what_to_use() {
+    let case = Case::new();
+    let trackers = |text: &str| case.plan(&arguments(text)).map(|plan| plan.trackers);
+    assert!(trackers("report_to: none").unwrap().is_empty());
+    assert_eq!(
+        trackers("report_to: [tensorboard]").unwrap().tensorboard,
+        Some(Path::new("output/runs").into())
+    );
+    let elsewhere = trackers("report_to: all, logging_dir: logs").unwrap().tensorboard;
+    assert_eq!(elsewhere, Some(Path::new("logs").into()));
+    for (text, part) in [
+        ("report_to: wandb", "hone does not send to wandb; use tensorboard: `wandb sync`"),
+        ("report_to: mlflow", "mlflow needs the address of its server"),
+        ("report_to: graphite", "expected tensorboard, mlflow, all or none, found \"graphite\""),
+    ] {
+        let fault = trackers(text).unwrap_err();
+        assert!(fault.message.contains(part), "{text}: {fault}");
+    }
+    let plan = case.plan("mlflow: http://user:secret@host:5000/\ntraining_config: {TrainingArguments: {report_to: mlflow}}\n").unwrap();
+    assert_eq!(plan.trackers.mlflow.as_ref().unwrap().experiment, "Default");
+    assert!(
+        !plan.json().to_string().contains("secret") && !format!("{:?}", plan.settings()).contains("secret")
+    );
+    assert!(case.plan("otlp: collector:4317\n").unwrap_err().message.contains("expected http://HOST:PORT"));
+}
+
+#[test]
+fn beginnings_of_peft_that_are_not_here_say_why() {
+    let case = Case::new();
+    let lora =
+        |word: &str| case.plan(&format!("training_config: {{LoraConfig: {{init_lora_weights: {word}}}}}\n"));
+    assert!(lora("true").is_ok() && lora("True").is_ok() && lora("gaussian").is_ok());
+    for (word, why) in [
+        ("pissa_niter_4", "it changes the base"),
+        ("eva", "a pass over the data"),
+        ("x", "expected true or gaussian"),
+    ] {
+        let fault = lora(word).unwrap_err();
+        assert!(fault.message.contains(why), "{fault}");
+    }
 }

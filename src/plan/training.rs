@@ -1,9 +1,10 @@
 //! Keys -> optimizer, schedule, batches, and when to log, evaluate and save.
 
 use super::reader::Reader;
+use super::{judging, schedule};
 use crate::dataset;
 use crate::spec::keys::Section;
-use crate::train::{self, Every, Schedule, Warmup};
+use crate::train::{self, Every, Warmup};
 
 /// Tokens of one packed pass. Activations grow with it, and beyond this a pass gains no speed.
 const PACKED_TOKENS_MAX: usize = 4096;
@@ -42,14 +43,11 @@ pub(super) fn train_options(
     let clip = reader.number(T, "max_grad_norm");
     let logging_strategy = reader.text(T, "logging_strategy");
     let save_strategy = reader.text(T, "save_strategy");
+    let evaluation = evaluation(reader, dataset, eval_steps);
+    let checkpoint = every(save_strategy.as_deref(), save_steps);
     train::Options {
         learning_rate,
-        schedule: match reader.text(T, "lr_scheduler_type").as_deref() {
-            Some("cosine") => Schedule::Cosine,
-            Some("constant") => Schedule::Constant,
-            Some("constant_with_warmup") => Schedule::ConstantWithWarmup,
-            _ => Schedule::Linear,
-        },
+        schedule: schedule::schedule(reader, learning_rate),
         warmup: warmup(reader),
         batch_examples: reader.integer(T, "per_device_train_batch_size") as usize,
         eval_batch_examples: reader.integer(T, "per_device_eval_batch_size") as usize,
@@ -65,9 +63,14 @@ pub(super) fn train_options(
         order_seed: order_seed(reader, dataset, seed),
         seed,
         logging: every(logging_strategy.as_deref(), logging_steps),
-        evaluation: evaluation(reader, dataset, eval_steps),
-        checkpoint: every(save_strategy.as_deref(), save_steps),
+        evaluation,
+        checkpoint,
         checkpoints_max: reader.maybe_integer(T, "save_total_limit").map(|count| count as usize),
+        eval_on_start: reader.boolean(T, "eval_on_start"),
+        eval_delay: reader.number(T, "eval_delay"),
+        judging: judging::judging(reader, evaluation, checkpoint),
+        loraplus_ratio: reader.maybe_number(T, "loraplus_lr_ratio"),
+        label_smoothing: reader.number(T, "label_smoothing_factor"),
     }
 }
 
@@ -75,6 +78,7 @@ fn every(strategy: Option<&str>, steps: u64) -> Every {
     match strategy {
         Some("steps") => Every::Steps(steps),
         Some("epoch") => Every::Epoch,
+        Some("best") => Every::Best,
         _ => Every::Never,
     }
 }
@@ -94,7 +98,7 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Ev
         strategy => every(strategy, steps),
     };
     let shown = match evaluation {
-        Every::Never => "never".to_string(),
+        Every::Never | Every::Best => "never".to_string(),
         Every::Steps(steps) => format!("every {steps} steps"),
         Every::Epoch => "every epoch".to_string(),
     };

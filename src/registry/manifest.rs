@@ -1,7 +1,7 @@
 //! Manifest or index bytes -> the layers to read. It knows OCI's and Docker's spelling, and uses neither network nor
 //! disk.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 
@@ -81,6 +81,13 @@ pub(super) fn parse(bytes: &[u8], name: &str) -> Result<Document> {
         Some(bad) => Err(wrong(format!("`{}` is not a sha256 digest", bad.digest.escape_debug()))),
         None => Ok(document),
     }
+}
+
+/// The annotations of a manifest. Values that are not text are left out.
+pub(super) fn annotations(bytes: &[u8]) -> BTreeMap<String, String> {
+    let manifest: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+    let texts = manifest["annotations"].as_object().into_iter().flatten();
+    texts.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
 }
 
 /// Whether the text is `sha256:` and 64 lower-case hex digits. Nothing else passes, because digests become paths and

@@ -15,6 +15,7 @@ mod trouble;
 mod unpack;
 mod upload;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use image::{Blob, Image, ImageFacts};
@@ -137,6 +138,27 @@ pub fn push(
     report
         .note(Stage::Push, format!("{}: {} bytes, digest {}", pushed.reference, pushed.bytes, pushed.digest));
     Ok(pushed)
+}
+
+/// Asks what a target names now: the digest of its manifest, and the manifest's annotations.
+///
+/// # Errors
+/// As [`pull()`].
+pub fn look(
+    target: &Target,
+    options: &Options,
+    report: &Report,
+) -> Result<(String, BTreeMap<String, String>)> {
+    let name = target.to_string();
+    let found = match target {
+        Target::Layout { folder, tag } => pull::resolve(&mut layout::Layout { folder, tag }, &name)?,
+        Target::Registry(text) => {
+            let reference = reference::parse_reference(text)?;
+            let mut registry = remote::Registry::source(reference, options, Path::new("."), report)?;
+            pull::resolve(&mut registry, &name)?
+        }
+    };
+    Ok((found.digest, found.annotations))
 }
 
 /// Writes the files under an image's `data/` to `folder`. The folder may be new, empty, or hold (some of) the same

@@ -47,7 +47,7 @@ pub struct Part {
 ///
 /// The same as of [`super::pull()`].
 pub fn list(image: &str, options: &Options, report: &Report) -> Result<Parts> {
-    let (digest, layers) = pull::resolve(&mut open(image, options, report)?, image)?;
+    let pull::Resolved { digest, layers, .. } = pull::resolve(&mut open(image, options, report)?, image)?;
     let part = |layer: Descriptor| {
         let told = layer.annotations.unwrap_or_default();
         let unpack = told.get(UNPACK).is_some_and(|value| value == "true");

@@ -1,5 +1,6 @@
 //! Image (layout or registry) -> the files of its `data/` in a folder: all of them or none.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,12 +28,24 @@ pub(super) trait Store {
     fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
 }
 
-/// Digest of the image's manifest, and its layers, first to last.
-pub(super) fn resolve(store: &mut dyn Store, name: &str) -> Result<(String, Vec<Descriptor>)> {
+/// What a tag or digest leads to.
+pub(super) struct Resolved {
+    /// Of the image's manifest.
+    pub digest: String,
+    /// First to last.
+    pub layers: Vec<Descriptor>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Follows a tag, and an index, to the image's manifest.
+pub(super) fn resolve(store: &mut dyn Store, name: &str) -> Result<Resolved> {
     let (mut bytes, mut digest) = store.top()?;
     for _ in 0..=INDEX_DEPTH_MAX {
         match manifest::parse(&bytes, name)? {
-            Document::Layers(layers) => return Ok((digest, layers)),
+            Document::Layers(layers) => {
+                let annotations = manifest::annotations(&bytes);
+                return Ok(Resolved { digest, layers, annotations });
+            }
             Document::Index(chosen) => {
                 bytes = store.manifest(&chosen)?;
                 digest = chosen.digest;
@@ -44,7 +57,7 @@ pub(super) fn resolve(store: &mut dyn Store, name: &str) -> Result<(String, Vec<
 
 pub(super) fn pull(store: &mut dyn Store, target: &Target, folder: &Path, report: &Report) -> Result<Pulled> {
     let name = target.to_string();
-    let (digest, layers) = resolve(store, &name)?;
+    let Resolved { digest, layers, .. } = resolve(store, &name)?;
     let stage = Stagehouse::beside(folder)?;
     let mut unpacker = Unpacker::new(&stage.data, Limits::default());
     for layer in &layers {

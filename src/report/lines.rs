@@ -115,9 +115,12 @@ fn speak(event: &Event) {
             eta_seconds = metrics.eta_seconds,
             "step"
         ),
-        Event::Evaluated { step, epoch, eval_loss } => {
-            tracing::info!(target: "hone", stage = "evaluate", step, epoch, eval_loss, "evaluated");
+        Event::Evaluated { step, epoch, eval_loss, accuracy } => {
+            tracing::info!(
+                target: "hone", stage = "evaluate", step, epoch, eval_loss, eval_mean_token_accuracy = accuracy, "evaluated"
+            );
         }
+        Event::Fact { .. } => {}
         Event::Failed(fault) => tracing::error!(
             target: "hone",
             kind = fault.kind.name(),
@@ -186,7 +189,7 @@ mod tests {
                 tokens_per_second: 10.0,
                 eta_seconds: 3.0,
             }));
-            report.say(Event::Evaluated { step: 7, epoch: 0.5, eval_loss: 2.5 });
+            report.say(Event::Evaluated { step: 7, epoch: 0.5, eval_loss: 2.5, accuracy: Some(0.5) });
         });
         assert_eq!(lines.len(), 4);
         assert!(lines.iter().all(|line| line["timestamp"].as_str().unwrap().contains('T')));

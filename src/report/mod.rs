@@ -113,7 +113,11 @@ pub enum Event {
         epoch: f64,
         /// Loss on the evaluation examples.
         eval_loss: f64,
+        /// Share of the supervised tokens that are the most probable ones, if it was counted.
+        accuracy: Option<f64>,
     },
+    /// Something about the run that is kept for its report, under a name; terminals and logs pass it over.
+    Fact { name: &'static str, value: serde_json::Value },
     /// The run failed.
     Failed(Fault),
 }
@@ -174,6 +178,11 @@ impl Report {
         Report { sink, next_id: Arc::default() }
     }
 
+    /// Where this report's events go, for a sink that stands in front of it.
+    pub fn sink(&self) -> Arc<dyn Sink> {
+        self.sink.clone()
+    }
+
     /// A report that discards everything, for tests and library use.
     pub fn silent() -> Report {
         Report::new(Arc::new(Silent))
@@ -187,6 +196,11 @@ impl Report {
     /// Reports a fact worth a line.
     pub fn note(&self, stage: Stage, text: impl Into<String>) {
         self.say(Event::Note { stage, text: text.into() });
+    }
+
+    /// Keeps a fact for the run's report.
+    pub fn fact(&self, name: &'static str, value: impl Into<serde_json::Value>) {
+        self.say(Event::Fact { name, value: value.into() });
     }
 
     /// Reports that the run failed.

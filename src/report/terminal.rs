@@ -61,6 +61,7 @@ impl Sink for Terminal {
     fn event(&self, event: &Event) {
         match event {
             Event::Warning { .. } | Event::Failed(_) => self.line(&shown(event)),
+            Event::Fact { .. } => {}
             _ if self.quiet => {}
             Event::Step(metrics) => {
                 let tasks = self.tasks();
@@ -117,9 +118,13 @@ fn shown(event: &Event) -> String {
             format!("{:<9} warning: {}", stage.name(), clean(text, NOTE_CHARACTERS_MAX))
         }
         Event::Step(metrics) => format!("{:<9} step {} {}", Stage::Train.name(), metrics.step, step(metrics)),
-        Event::Evaluated { step, epoch, eval_loss } => {
-            format!("{:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4}", Stage::Evaluate.name())
+        Event::Evaluated { step, epoch, eval_loss, accuracy } => {
+            let accuracy =
+                accuracy.map_or(String::new(), |share| format!(" accuracy {:.1} %", 100.0 * share));
+            let stage = Stage::Evaluate.name();
+            format!("{stage:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4}{accuracy}")
         }
+        Event::Fact { name, value } => format!("{name} {value}"),
         Event::Failed(fault) => failure(fault),
     }
 }

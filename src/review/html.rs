@@ -12,7 +12,7 @@ body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; background: var(--b
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } td:first-child { color: var(--soft); }
-.bars td { padding: 0 .8rem 0 0; font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
+.bars td { padding: 0 .8rem 0 0; vertical-align: middle; font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
 .bars td:last-child { width: 100%; } .bar { height: .85rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
 .warning { background: var(--warn-back); color: var(--warn); border-radius: 6px; padding: .5rem .8rem; margin: .5rem 0; white-space: pre-wrap; }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; }

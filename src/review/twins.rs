@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use rayon::prelude::*;
 
-use crate::dataset::{EncodedRow, Tokenizer};
+use crate::dataset::{Set, Tokenizer};
 
 /// Smallest hashes that stand for a row. They are compared in bands, of which one must agree.
 const HASHES: usize = 32;
@@ -20,6 +20,9 @@ const ALIKE: f64 = 0.8;
 const RUN: usize = 3;
 /// LIMIT: rows of one band that are compared with each other. A band of boilerplate may hold all rows.
 const COMPARED_MAX: usize = 64;
+
+/// LIMIT: rows of a set that are compared. What is remembered of a row takes about a kilobyte.
+const ROWS_MAX: usize = 500_000;
 
 /// Counts of copies.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -38,11 +41,16 @@ struct Print {
     hashes: [u64; HASHES],
 }
 
-/// Compares all rows.
-pub(super) fn find(train: &[EncodedRow], evaluation: &[EncodedRow], tokenizer: &Tokenizer) -> Twins {
-    let print = |row: &EncodedRow| print(&row.example.ids, &tokenizer.text(&row.example.ids));
-    let train: Vec<Print> = train.par_iter().map(print).collect();
-    let evaluation: Vec<Print> = evaluation.par_iter().map(print).collect();
+/// Compares the rows of both sets, up to `ROWS_MAX`; the number of rows that were compared.
+pub(super) fn find(train: &Set, evaluation: &Set, tokenizer: &Tokenizer) -> (Twins, usize) {
+    let print = |set: &Set, index: usize| {
+        let ids = set.example(index).ids;
+        print(&ids, &tokenizer.text(&ids))
+    };
+    let count = train.len().min(ROWS_MAX);
+    let others = evaluation.len().min(ROWS_MAX);
+    let train: Vec<Print> = (0..count).into_par_iter().map(|index| print(train, index)).collect();
+    let evaluation: Vec<Print> = (0..others).into_par_iter().map(|index| print(evaluation, index)).collect();
     let mut known = Known::default();
     let mut twins = Twins::default();
     for print in &train {
@@ -54,7 +62,7 @@ pub(super) fn find(train: &[EncodedRow], evaluation: &[EncodedRow], tokenizer: &
         known.add(print);
     }
     twins.overlap = evaluation.iter().filter(|print| known.find(print).is_some()).count();
-    twins
+    (twins, count + others)
 }
 
 #[derive(Default)]

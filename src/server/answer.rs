@@ -11,10 +11,11 @@ use tokio::task::JoinSet;
 
 use super::ask::{Ask, Form};
 use super::error::{Error, Result};
-use super::metrics::Metrics;
+use super::metrics::{InUse, Metrics};
 use super::model::Model;
 use super::speak::{End, Piece, Speaker};
 use super::state::Stop;
+use super::tools::{Call, Said};
 use crate::generate::text::token_name;
 use crate::generate::{Scored, Usage};
 
@@ -27,6 +28,7 @@ pub struct Context {
     id: String,
     created: u64,
     begun: Instant,
+    _adapters: InUse,
 }
 
 impl Context {
@@ -36,7 +38,8 @@ impl Context {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let kind = if ask.form == Form::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{kind}-{:x}{count:06x}", now.as_micros());
-        Context { model, ask, metrics, stop, id, created: now.as_secs(), begun: Instant::now() }
+        let _adapters = metrics.uses(&ask);
+        Context { model, ask, metrics, stop, id, created: now.as_secs(), begun: Instant::now(), _adapters }
     }
 
     /// Submits all choices, or none.
@@ -57,6 +60,14 @@ impl Context {
             "id": self.id, "object": object, "created": self.created, "model": self.ask.model,
         });
         head.as_object().cloned().expect("an object")
+    }
+
+    /// A call as OpenAI shows it.
+    fn call(call: &Call) -> Value {
+        json!({
+            "id": call.id, "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        })
     }
 
     fn logprobs(&self, scored: &[Scored]) -> Value {
@@ -131,22 +142,22 @@ struct Whole {
 }
 
 async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<Whole> {
-    let ask = &context.ask;
-    let mut text = String::new();
+    let mut said = Said::default();
     let mut prompt_scores: Vec<Scored> = Vec::new();
     let mut scores: Vec<Scored> = Vec::new();
     let mut clock = context.metrics.clock(context.begun);
     let end: End = loop {
         match next(&mut speaker, &context.stop).await {
+            Piece::Started => clock.started(),
             Piece::Prompt(more) => prompt_scores.extend(more),
-            Piece::Text(more, tokens) => {
+            Piece::Said(more, tokens) => {
                 clock.tokens(tokens.len());
-                text += &more;
+                said = said.and(more);
                 scores.extend(tokens);
             }
             Piece::End(more, tokens, end) => {
                 clock.tokens(tokens.len());
-                text += &more;
+                said = said.and(more);
                 scores.extend(tokens);
                 break end;
             }
@@ -157,11 +168,32 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
         }
     };
     context.metrics.ended(end.reason, &end.usage, &clock);
+    let choice = choice(context, index, said, &prompt_scores, &scores, &end);
+    Ok(Whole { choice, usage: end.usage })
+}
+
+/// A whole choice as OpenAI shows it.
+fn choice(
+    context: &Context,
+    index: usize,
+    said: Said,
+    prompt_scores: &[Scored],
+    scores: &[Scored],
+    end: &End,
+) -> Value {
+    let ask = &context.ask;
+    let Said { mut text, calls } = said;
     let mut choice = json!({"index": index, "finish_reason": end.reason, "stop_reason": end.by});
     let prompt = context.prompt(index);
     if ask.form == Form::Chat {
         choice["message"] = json!({"role": "assistant", "content": text, "refusal": null});
-        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(&scores));
+        if !calls.is_empty() {
+            choice["message"]["tool_calls"] = calls.iter().map(Context::call).collect();
+            if text.trim().is_empty() {
+                choice["message"]["content"] = Value::Null;
+            }
+        }
+        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(scores));
     } else {
         let mut legacy = Legacy::default();
         if ask.echo {
@@ -179,10 +211,10 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
         choice["prompt_token_ids"] = json!(prompt.ids);
     }
     if ask.request.prompt_logprobs.is_some() && !ask.echo {
-        let scored = context.logprobs(&prompt_scores);
+        let scored = context.logprobs(prompt_scores);
         choice["prompt_logprobs"] = scored["content"].clone();
     }
-    Ok(Whole { choice, usage: end.usage })
+    choice
 }
 
 fn usage(context: &Context, of_choices: &[Usage]) -> Value {
@@ -273,6 +305,7 @@ async fn parts(
     let chat = ask.form == Form::Chat;
     let mut clock = context.metrics.clock(context.begun);
     let mut legacy = Legacy::default();
+    let mut called = 0;
     let send = async |mut choice: Value, last: Option<&End>| {
         choice["index"] = index.into();
         choice["finish_reason"] = last.map_or(Value::Null, |end| end.reason.into());
@@ -307,13 +340,17 @@ async fn parts(
                 return None;
             }
         };
-        let (text, tokens, end) = match piece {
+        let (said, tokens, end) = match piece {
+            Piece::Started => {
+                clock.started();
+                continue;
+            }
             Piece::Prompt(scored) => {
                 scored.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
                 continue;
             }
-            Piece::Text(text, tokens) => (text, tokens, None),
-            Piece::End(text, tokens, end) => (text, tokens, Some(end)),
+            Piece::Said(said, tokens) => (said, tokens, None),
+            Piece::End(said, tokens, end) => (said, tokens, Some(end)),
             Piece::Failed(error) => {
                 context.metrics.ended("error", &Usage::default(), &clock);
                 let _ = sender.send(event(&error.body())).await;
@@ -322,9 +359,21 @@ async fn parts(
         };
         clock.tokens(tokens.len());
         let mut choice = match chat {
-            true => json!({"delta": {"content": text}}),
-            false => json!({"text": text}),
+            true => json!({"delta": {"content": said.text}}),
+            false => json!({"text": said.text}),
         };
+        if !said.calls.is_empty() {
+            let list = said.calls.iter().map(Context::call).zip(called..);
+            let list = list.map(|(mut call, index)| {
+                call["index"] = index.into();
+                call
+            });
+            choice["delta"]["tool_calls"] = list.collect();
+            called += said.calls.len();
+            if said.text.is_empty() {
+                choice["delta"]["content"] = Value::Null;
+            }
+        }
         choice["logprobs"] = match (ask.request.logprobs, chat) {
             (None, _) => Value::Null,
             (Some(_), true) => context.logprobs(&tokens),

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::error::{Error, Result, too_long};
 use super::fields::{Fields, token};
 use super::model::Model;
+use super::tools::{self, Offer};
 use crate::generate::{Request, Sampling, Strength};
 
 /// LIMIT: choices of one request.
@@ -54,6 +55,8 @@ pub struct Ask {
     pub echo: bool,
     pub skip_special: bool,
     pub token_ids: bool,
+    /// The tools that the model may call.
+    pub offer: Option<Offer>,
     /// Fields that nobody here knows.
     pub ignored: Vec<String>,
 }
@@ -124,6 +127,7 @@ pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let ids = model.encode(&text, false)?;
     let mut ask = common(&fields, model, Form::Chat, vec![Prompt { ids, text: Some(text) }])?;
     ask.ignored = fields.unknown(&[&COMMON[..], &CHAT].concat());
+    ask.offer = tools::offer(&fields)?;
     if fields.flag("logprobs")?.unwrap_or(false) {
         ask.request.logprobs = Some(fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0));
     } else if fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0) > 0 {
@@ -139,11 +143,7 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     let mut context = Map::new();
     let listed = fields.list("tools")?;
     let without = fields.get("tool_choice") == Some(&json!("none"));
-    fields.refuse(
-        "tool_choice",
-        &[json!("none"), json!("auto")],
-        "whether a tool is called is the model's choice",
-    )?;
+    tools::offer(fields)?;
     if let Some(tools) = listed.filter(|tools| !tools.is_empty() && !without) {
         context.insert("tools".into(), json!(tools));
     }
@@ -273,11 +273,14 @@ fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>
 
 /// What both of OpenAI's forms have.
 fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> Result<Ask> {
-    let name = fields.text("model")?.unwrap_or(&model.name).to_owned();
+    // A list of adapters is added to the base.
+    let given = fields.get("adapters").is_some();
+    let usual = || if given { model.name.clone() } else { model.default_name() };
+    let name = fields.text("model")?.map_or_else(usual, str::to_owned);
     let adapters = adapters(fields, model, &name)?;
     let n = fields.size("n", 1..=CHOICES_MAX)?.unwrap_or(1);
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
-    fields.refuse("response_format", &[json!({"type": "text"})], "answers are plain text")?;
+    response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let options = fields.object("stream_options")?;
     let include_usage = match options {
@@ -320,8 +323,25 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         echo: false,
         skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
         token_ids: fields.flag("return_token_ids")?.unwrap_or(false),
+        offer: None,
         ignored: Vec::new(),
     })
+}
+
+/// Only plain text: an answer is not held to a grammar.
+fn response_format(fields: &Fields) -> Result<()> {
+    let Some(format) = fields.object("response_format")? else { return Ok(()) };
+    match format.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(()),
+        kind => {
+            let kind = kind.unwrap_or("without a type");
+            let message = format!(
+                "response_format {kind} is not supported: answers are not held to a grammar; \
+                 ask for JSON in a message, leave response_format out, and check the answer"
+            );
+            Err(Error::field("response_format", message).code("unsupported_parameter"))
+        }
+    }
 }
 
 /// Tokens that may be generated: as asked for, where that fits; else up to the end of the context.
@@ -347,11 +367,18 @@ fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<u
 /// What a name or a list adds to the base.
 fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>> {
     let named = model.named(name)?;
-    let Some(list) = fields.list("adapters")? else { return Ok(named) };
     let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
+    let Some(found) = strengths(fields, model)? else { return Ok(named) };
     if !named.is_empty() {
         return Err(wrong(format!("the model `{name}` is an adapter already; ask for `{}`", model.name)));
     }
+    Ok(found)
+}
+
+/// The field `adapters`: names of loaded adapters, each with its strength.
+pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>> {
+    let Some(list) = fields.list("adapters")? else { return Ok(None) };
+    let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
     if list.len() > ADAPTERS_MAX {
         return Err(wrong(format!("found {}, limit {ADAPTERS_MAX}", list.len())));
     }
@@ -369,7 +396,7 @@ fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>>
         }
         found.push(Strength { name: name.to_owned(), strength });
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 fn sampling(fields: &Fields, model: &Model) -> Result<Sampling> {

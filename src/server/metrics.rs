@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::ask::Ask;
 use super::model::Model;
 use crate::generate::Usage;
+use crate::ops::attention::cached::PAGE;
 
 /// Borders of times in seconds.
 const SECONDS: [f64; 16] =
@@ -35,12 +37,25 @@ impl Histogram {
 struct Numbers {
     finished: BTreeMap<&'static str, u64>,
     rejected: u64,
+    /// Requests being answered, by adapter.
+    in_use: BTreeMap<String, usize>,
+    queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    inference: Histogram,
+    asked: Histogram,
+    choices: Histogram,
     first_token: Histogram,
     each_token: Histogram,
     whole: Histogram,
     prompt: Histogram,
     generated: Histogram,
 }
+
+/// Whether prompts share pages.
+const PREFIXES: bool = true;
+/// Borders of counts of choices.
+const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
 /// What requests took; written when they end.
 #[derive(Debug, Default)]
@@ -50,12 +65,36 @@ pub struct Metrics(Mutex<Numbers>);
 #[derive(Clone, Debug)]
 pub struct Clock {
     begun: Instant,
+    started: Option<Instant>,
     first: Option<Instant>,
     last: Option<Instant>,
     tokens: usize,
 }
 
+/// The adapters of a request while it is answered.
+pub struct InUse {
+    names: Vec<String>,
+    metrics: Arc<Metrics>,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut numbers = self.metrics.lock();
+        for name in &self.names {
+            if let Some(count) = numbers.in_use.get_mut(name) {
+                *count -= 1;
+            }
+        }
+        numbers.in_use.retain(|_, count| *count > 0);
+    }
+}
+
 impl Clock {
+    /// It left the queue.
+    pub fn started(&mut self) {
+        self.started = Some(Instant::now());
+    }
+
     /// So many tokens came now.
     pub fn tokens(&mut self, count: usize) {
         if count > 0 {
@@ -69,20 +108,46 @@ impl Clock {
 
 impl Metrics {
     pub fn clock(&self, begun: Instant) -> Clock {
-        Clock { begun, first: None, last: None, tokens: 0 }
+        Clock { begun, started: None, first: None, last: None, tokens: 0 }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Numbers> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request begins: its adapters are in use until the result is dropped.
+    pub fn uses(self: &Arc<Metrics>, ask: &Ask) -> InUse {
+        let names: Vec<String> = ask.request.adapters.iter().map(|part| part.name.clone()).collect();
+        let mut numbers = self.lock();
+        for name in &names {
+            *numbers.in_use.entry(name.clone()).or_default() += 1;
+        }
+        numbers.asked.add(&TOKENS, ask.request.max_tokens as f64);
+        numbers.choices.add(&CHOICES, ask.n as f64);
+        drop(numbers);
+        InUse { names, metrics: self.clone() }
     }
 
     /// A request was refused since too many wait.
     pub fn rejected(&self) {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).rejected += 1;
+        self.lock().rejected += 1;
     }
 
     /// A choice ended.
     pub fn ended(&self, reason: &'static str, usage: &Usage, clock: &Clock) {
-        let mut numbers = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut numbers = self.lock();
         *numbers.finished.entry(reason).or_default() += 1;
         if let Some(first) = clock.first {
             numbers.first_token.add(&SECONDS, (first - clock.begun).as_secs_f64());
+        }
+        let end = Instant::now();
+        if let Some(started) = clock.started {
+            numbers.queue.add(&SECONDS, (started - clock.begun).as_secs_f64());
+            numbers.inference.add(&SECONDS, (end - started).as_secs_f64());
+            if let Some(first) = clock.first {
+                numbers.prefill.add(&SECONDS, first.saturating_duration_since(started).as_secs_f64());
+                numbers.decode.add(&SECONDS, (end - first).as_secs_f64());
+            }
         }
         if let (Some(first), Some(last), 2..) = (clock.first, clock.last, clock.tokens) {
             let each = (last - first).as_secs_f64() / (clock.tokens - 1) as f64;
@@ -103,9 +168,10 @@ impl Metrics {
         if let Some(model) = model {
             page.engine(model);
         }
-        let numbers = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let numbers = self.lock();
+        page.adapters(&numbers.in_use, model);
         page.head("vllm:request_success_total", "counter", "Requests that were finished.");
-        for reason in ["stop", "length", "abort", "error"] {
+        for reason in ["stop", "length", "tool_calls", "abort", "error"] {
             let count = numbers.finished.get(reason).copied().unwrap_or(0);
             page.value("vllm:request_success_total", &format!(",finished_reason=\"{reason}\""), count as f64);
         }
@@ -120,6 +186,22 @@ impl Metrics {
             ("time_per_output_token_seconds", "Time of each further token.", &SECONDS, &numbers.each_token),
             ("inter_token_latency_seconds", "Time of each further token.", &SECONDS, &numbers.each_token),
             ("e2e_request_latency_seconds", "Time of a whole request.", &SECONDS, &numbers.whole),
+            ("request_queue_time_seconds", "Time in the queue.", &SECONDS, &numbers.queue),
+            ("request_inference_time_seconds", "Time behind the queue.", &SECONDS, &numbers.inference),
+            (
+                "request_prefill_time_seconds",
+                "Time from the queue to the first token.",
+                &SECONDS,
+                &numbers.prefill,
+            ),
+            (
+                "request_decode_time_seconds",
+                "Time from the first token to the end.",
+                &SECONDS,
+                &numbers.decode,
+            ),
+            ("request_params_max_tokens", "Tokens asked for.", &TOKENS, &numbers.asked),
+            ("request_params_n", "Choices asked for.", &CHOICES, &numbers.choices),
             ("request_prompt_tokens", "Tokens of a prompt.", &TOKENS, &numbers.prompt),
             ("request_generation_tokens", "Tokens of an answer.", &TOKENS, &numbers.generated),
         ];
@@ -162,11 +244,20 @@ impl Page {
         let adapters = model.engine.adapters();
         let bytes: usize = adapters.iter().map(|adapter| adapter.bytes).sum();
         self.one("hone_adapter_bytes", "gauge", "Memory of the loaded adapters.", bytes as f64);
-        let names: Vec<String> = adapters.iter().map(|adapter| escaped(&adapter.name)).collect();
-        self.head("vllm:lora_requests_info", "gauge", "Adapters that are loaded.");
+        self.head("vllm:cache_config_info", "gauge", "How the cache is laid out.");
+        let pages = model.engine.facts().cache_tokens / PAGE;
+        let label =
+            format!(",block_size=\"{PAGE}\",num_gpu_blocks=\"{pages}\",enable_prefix_caching=\"{PREFIXES}\"");
+        self.value("vllm:cache_config_info", &label, 1.0);
+    }
+
+    /// As vLLM has it: adapters of requests that are answered, and how many are loaded.
+    fn adapters(&mut self, in_use: &BTreeMap<String, usize>, model: Option<&Model>) {
+        let names: Vec<String> = in_use.keys().map(|name| escaped(name)).collect();
+        let loaded = model.map_or(0, |model| model.engine.adapters().len());
+        self.head("vllm:lora_requests_info", "gauge", "Adapters of requests that are being answered.");
         let label = format!(
-            ",max_lora=\"{}\",waiting_lora_adapters=\"\",running_lora_adapters=\"{}\"",
-            names.len(),
+            ",max_lora=\"{loaded}\",waiting_lora_adapters=\"\",running_lora_adapters=\"{}\"",
             names.join(",")
         );
         self.value("vllm:lora_requests_info", &label, 1.0);

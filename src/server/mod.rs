@@ -4,12 +4,14 @@ pub mod error;
 pub mod model;
 mod answer;
 mod ask;
+mod changes;
 mod connection;
 mod fields;
 mod metrics;
 mod route;
 mod speak;
 mod state;
+mod tools;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;

@@ -1,46 +1,161 @@
 //! What is served: an engine with its tokenizer, its template and the names it answers to.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::{Error, Result};
 use crate::dataset::{Chat, Tokenizer};
 use crate::fault;
 use crate::generate::defaults::Defaults;
-use crate::generate::{Shared, Strength};
+use crate::generate::{Adapter, Shared, Strength};
 
 /// An adapter's source, as a request names it -> its folder.
-pub type Bring = Arc<dyn Fn(&str) -> fault::Result<PathBuf> + Send + Sync>;
+pub type Bring = Arc<dyn Fn(&str) -> fault::Result<Brought> + Send + Sync>;
+
+/// An adapter's files, and where they came from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Brought {
+    /// The PEFT folder.
+    pub folder: PathBuf,
+    /// Its source and digest.
+    pub origin: Origin,
+}
+
+/// Where an adapter came from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Origin {
+    /// As it was named.
+    pub source: String,
+    /// `sha256:...`: an image's manifest digest, or that of the adapter's two files.
+    pub digest: String,
+}
 
 /// A model that answers.
 pub struct Model {
     /// The id of the base in `/v1/models`.
     pub name: String,
+    /// What generates.
     pub engine: Shared,
+    /// Text to token ids and back.
     pub tokenizer: Tokenizer,
     /// `None`: the model has no chat template, and `/v1/chat/completions` is refused.
     pub chat: Option<Chat>,
+    /// Of requests that say nothing else.
     pub defaults: Defaults,
-    /// Names for sums of adapters.
-    pub mixes: Vec<(String, Vec<Strength>)>,
+    /// Mixes, and where adapters came from.
+    pub named: Named,
     /// Whether `/chat` continues the prompt as it is.
     pub raw_chat: bool,
-    /// Adapters may be loaded and unloaded by requests.
+    /// Adapters and mixes may be changed by requests.
     pub bring: Option<Bring>,
+}
+
+/// Names besides that of the base: mixes, and the origins of adapters. Requests may change them.
+#[derive(Debug, Default)]
+pub struct Named {
+    /// The id that answers requests that name none; `None`: the only mix, else the base.
+    default: Option<String>,
+    state: Mutex<State>,
+}
+
+/// How the file of adapters stands that the server follows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FileState {
+    /// Names the text that was looked at last.
+    pub digest: String,
+    /// Why it is not served; `None`: it is.
+    pub refused: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Names for sums of adapters, in the order in which they were made.
+    mixes: Vec<(String, Vec<Strength>)>,
+    origins: BTreeMap<String, Origin>,
+    file: Option<FileState>,
+}
+
+impl Named {
+    /// Mixes that are there from the start.
+    pub fn new(default: Option<String>, mixes: Vec<(String, Vec<Strength>)>) -> Named {
+        Named { default, state: Mutex::new(State { mixes, ..State::default() }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every mix, in the order in which they were made.
+    pub fn mixes(&self) -> Vec<(String, Vec<Strength>)> {
+        self.lock().mixes.clone()
+    }
+
+    /// The parts of a mix.
+    pub fn mix(&self, name: &str) -> Option<Vec<Strength>> {
+        self.lock().mixes.iter().find(|(other, _)| other == name).map(|(_, parts)| parts.clone())
+    }
+
+    /// Makes a mix, or changes one for requests to come.
+    pub fn set_mix(&self, name: &str, parts: Vec<Strength>) {
+        let mut state = self.lock();
+        match state.mixes.iter_mut().find(|(other, _)| other == name) {
+            Some((_, known)) => *known = parts,
+            None => state.mixes.push((name.to_owned(), parts)),
+        }
+    }
+
+    /// Removes a mix; whether there was one of this name.
+    pub fn remove_mix(&self, name: &str) -> bool {
+        let mut state = self.lock();
+        let before = state.mixes.len();
+        state.mixes.retain(|(other, _)| other != name);
+        state.mixes.len() < before
+    }
+
+    /// `None`: no file is followed.
+    pub fn file(&self) -> Option<FileState> {
+        self.lock().file.clone()
+    }
+
+    pub fn set_file(&self, file: FileState) {
+        self.lock().file = Some(file);
+    }
+
+    /// Where a loaded adapter came from.
+    pub fn origin(&self, adapter: &str) -> Origin {
+        self.lock().origins.get(adapter).cloned().unwrap_or_default()
+    }
+
+    /// Remembers where an adapter came from.
+    pub fn set_origin(&self, adapter: &str, origin: Origin) {
+        self.lock().origins.insert(adapter.to_owned(), origin);
+    }
 }
 
 impl Model {
     /// Every id a request may name.
     pub fn names(&self) -> Vec<String> {
         let adapters = self.engine.adapters().into_iter().map(|adapter| adapter.name);
-        let mixes = self.mixes.iter().map(|(name, _)| name.clone());
+        let mixes = self.named.mixes().into_iter().map(|(name, _)| name);
         [self.name.clone()].into_iter().chain(adapters).chain(mixes).collect()
+    }
+
+    /// The id that answers a request that names none.
+    pub fn default_name(&self) -> String {
+        if let Some(name) = &self.named.default {
+            return name.clone();
+        }
+        match self.named.mixes().as_slice() {
+            [(only, _)] => only.clone(),
+            _ => self.name.clone(),
+        }
     }
 
     /// What a name adds to the base.
     pub fn named(&self, name: &str) -> Result<Vec<Strength>> {
-        if let Some((_, mix)) = self.mixes.iter().find(|(other, _)| other == name) {
-            return Ok(mix.clone());
+        if let Some(mix) = self.named.mix(name) {
+            return Ok(mix);
         }
         if name == self.name {
             return Ok(Vec::new());
@@ -51,6 +166,17 @@ impl Model {
         }
     }
 
+    /// Loads an adapter under a name.
+    ///
+    /// # Errors
+    /// It cannot be had, or it does not fit the base.
+    pub fn load_adapter(&self, name: &str, brought: Brought) -> fault::Result<Adapter> {
+        let adapter = self.engine.load_adapter(name, &brought.folder)?;
+        self.named.set_origin(name, brought.origin);
+        Ok(adapter)
+    }
+
+    /// Token ids of a text; `specials` adds those that the tokenizer puts around a text.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
         self.tokenizer.encode(text, specials).map_err(Error::bad)
     }

@@ -7,7 +7,7 @@ use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
@@ -16,12 +16,15 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::answer::{self, Context};
 use super::ask::{self, Ask, Form};
+use super::changes;
 use super::error::{Error, Result};
 use super::fields::Fields;
 use super::metrics::Metrics;
 use super::model::Model;
 use super::state::{Phase, State};
+use crate::dataset::Chat;
 use crate::endpoint::PROMETHEUS;
+use crate::generate::Strength;
 
 const PAGE: &str = include_str!("page.html");
 /// LIMIT: time a body may take to arrive.
@@ -58,9 +61,17 @@ impl Body for Reply {
             Reply::Stream(parts) => parts.poll_recv(task).map(|part| part.map(|part| Ok(Frame::data(part)))),
         }
     }
+
+    /// A whole body's length stands in the answer's header.
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Reply::Whole(body) => body.size_hint(),
+            Reply::Stream(_) => SizeHint::default(),
+        }
+    }
 }
 
-type Answer = Result<Response<Reply>>;
+pub(super) type Answer = Result<Response<Reply>>;
 
 impl Service {
     pub fn new(state: State, body_bytes_max: usize, key: Option<&str>) -> Service {
@@ -89,10 +100,11 @@ impl Service {
 
     async fn route(&self, request: Request<Incoming>) -> Answer {
         let path = request.uri().path().to_owned();
-        let (get, post) = match *request.method() {
-            Method::GET | Method::HEAD => (true, false),
-            Method::POST => (false, true),
-            _ => (false, false),
+        let (get, post, delete) = match *request.method() {
+            Method::GET | Method::HEAD => (true, false, false),
+            Method::POST => (false, true, false),
+            Method::DELETE => (false, false, true),
+            _ => (false, false, false),
         };
         match path.as_str() {
             "/" if get => return Ok(typed(Bytes::from_static(PAGE.as_bytes()), "text/html; charset=utf-8")),
@@ -111,14 +123,20 @@ impl Service {
             "/v1/chat/completions" if post => self.generate(request, ask::chat).await,
             "/v1/completions" if post => self.generate(request, ask::completion).await,
             "/chat" if post => self.generate(request, ask::kaito).await,
+            "/tokenizer_info" if get => Ok(json_answer(&tokenizer_info(&*self.serving()?))),
             "/tokenize" if post => self.with_body(request, tokenize).await,
             "/detokenize" if post => self.with_body(request, detokenize).await,
-            "/v1/load_lora_adapter" if post => self.with_body(request, load).await,
-            "/v1/unload_lora_adapter" if post => self.with_body(request, unload).await,
+            "/v1/load_lora_adapter" if post => self.with_body(request, changes::load).await,
+            "/v1/unload_lora_adapter" if post => self.with_body(request, changes::unload).await,
+            "/v1/mixes" if post => self.with_body(request, changes::mix).await,
+            "/v1/mixes" if get => Ok(json_answer(&changes::mixes(&*self.serving()?))),
             known if ROUTES.contains(&known) => Err(Error::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 format!("{known} does not take {}", request.method()),
             )),
+            other if delete && other.starts_with(MIX) => {
+                changes::remove_mix(&*self.serving()?, &other[MIX.len()..])
+            }
             other => Err(match other.strip_prefix("/v1/models/").filter(|_| get) {
                 Some(name) => return one_model(&*self.serving()?, name),
                 None => Error::new(StatusCode::NOT_FOUND, format!("There is nothing at {other}")),
@@ -236,7 +254,7 @@ impl Service {
 }
 
 /// Every path that answers to some method.
-const ROUTES: [&str; 15] = [
+const ROUTES: [&str; 17] = [
     "/",
     "/livez",
     "/health",
@@ -249,10 +267,14 @@ const ROUTES: [&str; 15] = [
     "/v1/completions",
     "/chat",
     "/tokenize",
+    "/tokenizer_info",
     "/detokenize",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/v1/mixes",
 ];
+/// `DELETE /v1/mixes/NAME`.
+const MIX: &str = "/v1/mixes/";
 
 fn digest(text: &str) -> [u8; 32] {
     Sha256::digest(text.as_bytes()).into()
@@ -272,7 +294,7 @@ fn typed(bytes: Bytes, content_type: &'static str) -> Response<Reply> {
     response
 }
 
-fn json_answer(value: &Value) -> Response<Reply> {
+pub(super) fn json_answer(value: &Value) -> Response<Reply> {
     typed(Bytes::from(value.to_string()), "application/json")
 }
 
@@ -292,24 +314,30 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
 
 fn models(model: &Model) -> Value {
     let context = model.engine.facts().context;
-    let entry = |id: &str, root: String, parent: Option<&str>| {
+    let loaded = model.engine.adapters();
+    let parts =
+        |parts: &[Strength]| -> Value { parts.iter().map(|part| changes::part(model, part)).collect() };
+    let entry = |id: &str, root: String, parent: Option<&str>, adapters: Value| {
         json!({
             "id": id, "object": "model", "created": 0, "owned_by": "hone", "root": root, "parent": parent,
-            "max_model_len": context,
+            "max_model_len": context, "adapters": adapters,
         })
     };
-    let base = entry(&model.name, model.name.clone(), None);
-    let adapters = model.engine.adapters();
-    let adapters = adapters
-        .iter()
-        .map(|adapter| entry(&adapter.name, adapter.folder.display().to_string(), Some(&model.name)));
-    let mixes = model.mixes.iter().map(|(name, parts)| {
-        let parts: Vec<String> =
-            parts.iter().map(|part| format!("{}:{}", part.name, part.strength)).collect();
-        entry(name, parts.join(","), Some(&model.name))
+    let base = entry(&model.name, model.name.clone(), None, json!([]));
+    let adapters = loaded.iter().map(|adapter| {
+        let alone = [Strength { name: adapter.name.clone(), strength: 1.0 }];
+        entry(&adapter.name, adapter.folder.display().to_string(), Some(&model.name), parts(&alone))
+    });
+    let mixes = model.named.mixes().into_iter().map(|(name, list)| {
+        let root: Vec<String> = list.iter().map(|part| format!("{}:{}", part.name, part.strength)).collect();
+        entry(&name, root.join(","), Some(&model.name), parts(&list))
     });
     let data: Vec<Value> = [base].into_iter().chain(adapters).chain(mixes).collect();
-    json!({"object": "list", "data": data})
+    let mut list = json!({"object": "list", "data": data, "default": model.default_name()});
+    if let Some(file) = model.named.file() {
+        list["adapters_file"] = json!({"digest": file.digest, "refused": file.refused});
+    }
+    list
 }
 
 fn one_model(model: &Model, name: &str) -> Answer {
@@ -335,6 +363,16 @@ fn tokenize(fields: &Fields, model: &Model) -> Answer {
     Ok(json_answer(&answer))
 }
 
+/// vLLM's: what a client needs to count and join tokens as the server does. lm-evaluation-harness asks for it.
+fn tokenizer_info(model: &Model) -> Value {
+    let tokenizer = &model.tokenizer;
+    json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.bos(), "eos_token": tokenizer.eos(),
+        "vocab_size": tokenizer.vocab_size(), "model_max_length": model.engine.facts().context,
+        "chat_template": model.chat.as_ref().map(Chat::source),
+    })
+}
+
 fn detokenize(fields: &Fields, model: &Model) -> Answer {
     let tokens = fields.tokens("tokens")?.ok_or_else(|| Error::field("tokens", "tokens is missing"))?;
     let vocabulary = model.engine.facts().vocabulary;
@@ -342,52 +380,4 @@ fn detokenize(fields: &Fields, model: &Model) -> Answer {
         return Err(Error::from(crate::generate::Refusal::UnknownToken { token, vocabulary }).of("tokens"));
     }
     Ok(json_answer(&json!({"prompt": model.tokenizer.decode(&tokens, false)})))
-}
-
-/// Adapters may only change where the server was told so.
-fn changeable(model: &Model) -> Result<&super::model::Bring> {
-    model.bring.as_ref().ok_or_else(|| {
-        Error::new(
-            StatusCode::FORBIDDEN,
-            "Adapters cannot be loaded or unloaded here; start the server with --allow-adapter-changes",
-        )
-    })
-}
-
-fn load(fields: &Fields, model: &Model) -> Answer {
-    let bring = changeable(model)?;
-    let missing = |name: &str| Error::field(name, format!("{name} is missing"));
-    let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
-    let path = fields.text("lora_path")?.ok_or_else(|| missing("lora_path"))?;
-    let again = fields.flag("load_inplace")?.unwrap_or(false);
-    let taken = |fields: String| fields == name;
-    if !super::is_name(name) {
-        return Err(Error::field("lora_name", format!("lora_name {name:?}: {}", super::NAME_RULE)));
-    }
-    if model.names().into_iter().any(taken)
-        && !(again && model.engine.adapters().iter().any(|a| a.name == name))
-    {
-        return Err(Error::field(
-            "lora_name",
-            format!("`{name}` exists; unload it, or say load_inplace: true"),
-        ));
-    }
-    let adapter = model.engine.load_adapter(name, &bring(path)?)?;
-    Ok(json_answer(&json!({
-        "status": format!("Success: LoRA adapter '{name}' added successfully."),
-        "name": adapter.name, "rank": adapter.rank, "bytes": adapter.bytes,
-    })))
-}
-
-fn unload(fields: &Fields, model: &Model) -> Answer {
-    changeable(model)?;
-    let name = fields.text("lora_name")?.ok_or_else(|| Error::field("lora_name", "lora_name is missing"))?;
-    if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
-        return Err(Error::unknown_model(name, &model.names()).of("lora_name"));
-    }
-    if let Some((mix, _)) = model.mixes.iter().find(|(_, parts)| parts.iter().any(|part| part.name == name)) {
-        return Err(Error::field("lora_name", format!("`{name}` is a part of the mix `{mix}`")));
-    }
-    model.engine.unload_adapter(name)?;
-    Ok(json_answer(&json!({"status": format!("Success: LoRA adapter '{name}' removed successfully.")})))
 }

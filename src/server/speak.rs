@@ -5,17 +5,20 @@ use std::sync::Arc;
 use super::ask::Ask;
 use super::error::Error;
 use super::model::Model;
-use crate::generate::text::{Detokenizer, Stops};
+use super::tools::{self, Calls, Said};
+use crate::generate::text::{Detokenizer, Stops, token_name};
 use crate::generate::{Answer, Event, Finish, Request, Scored, Usage};
 
 /// What a choice says next.
 #[derive(Debug)]
 pub enum Piece {
+    /// The request left the queue.
+    Started,
     Prompt(Vec<Scored>),
-    /// Text that is certain, and the tokens since the last piece.
-    Text(String, Vec<Scored>),
-    /// The rest of the text and its tokens.
-    End(String, Vec<Scored>, End),
+    /// What is certain, and the tokens since the last piece.
+    Said(Said, Vec<Scored>),
+    /// The rest, and its tokens.
+    End(Said, Vec<Scored>, End),
     Failed(Error),
 }
 
@@ -34,6 +37,8 @@ pub struct Speaker {
     answer: Answer,
     detokenizer: Detokenizer,
     stops: Stops,
+    /// Looks for tool calls, if tools are offered.
+    calls: Option<Calls>,
     stop_strings: bool,
     stop_tokens: Vec<u32>,
     waiting: Vec<Scored>,
@@ -50,6 +55,7 @@ impl Speaker {
             answer,
             detokenizer,
             stops: Stops::new(ask.stop.clone()),
+            calls: ask.offer.clone().map(Calls::new),
             stop_strings: !ask.stop.is_empty(),
             stop_tokens: request.stop_tokens.clone(),
             waiting: Vec::new(),
@@ -63,7 +69,7 @@ impl Speaker {
     pub async fn next(&mut self) -> Piece {
         loop {
             match self.answer.next().await {
-                Some(Event::Started) => {}
+                Some(Event::Started) => return Piece::Started,
                 Some(Event::Prompt(scored)) => return Piece::Prompt(scored),
                 Some(Event::Token(scored)) => {
                     if let Some(piece) = self.token(scored) {
@@ -88,19 +94,51 @@ impl Speaker {
             self.ended_by = Some(id);
             return None;
         }
-        let text = self.detokenizer.push(&self.model.tokenizer, id);
+        let text = self.text(id);
         let shown = self.stops.push(&text);
         if shown.stopped {
             return Some(self.stopped(shown.text));
         }
-        let nothing = shown.text.is_empty();
-        (!nothing).then(|| Piece::Text(shown.text, std::mem::take(&mut self.waiting)))
+        let said = match &mut self.calls {
+            Some(calls) => calls.push(&shown.text),
+            None => Said::text(shown.text),
+        };
+        (!said.is_empty()).then(|| Piece::Said(said, std::mem::take(&mut self.waiting)))
+    }
+
+    /// The text that is certain with this token. A control token that marks a call is text if tools are offered.
+    fn text(&mut self, id: u32) -> String {
+        let tokenizer = &self.model.tokenizer;
+        if self.calls.is_some() && tokenizer.is_special(id) {
+            let name = token_name(tokenizer, id);
+            if tools::is_marker(&name) {
+                return self.detokenizer.finish(tokenizer) + &self.detokenizer.whole(&name, id);
+            }
+        }
+        self.detokenizer.push(tokenizer, id)
     }
 
     fn stopped(&mut self, text: String) -> Piece {
-        let usage =
-            Usage { prompt_tokens: self.prompt_tokens, generated_tokens: self.generated, cached_tokens: 0 };
-        Piece::End(text, std::mem::take(&mut self.waiting), End { reason: "stop", by: None, usage })
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated,
+            cached_tokens: self.answer.cached(),
+        };
+        self.end(text, End { reason: "stop", by: None, usage })
+    }
+
+    fn end(&mut self, text: String, mut end: End) -> Piece {
+        let said = match &mut self.calls {
+            Some(calls) => {
+                let said = calls.push(&text).and(calls.finish());
+                if calls.any() && end.reason == "stop" {
+                    end.reason = "tool_calls";
+                }
+                said
+            }
+            None => Said::text(text),
+        };
+        Piece::End(said, std::mem::take(&mut self.waiting), end)
     }
 
     fn finished(&mut self, finish: Finish, usage: Usage) -> Piece {
@@ -116,6 +154,6 @@ impl Speaker {
         };
         let models_own = |id: &u32| self.model.defaults.stop_tokens.contains(id);
         let by = self.ended_by.filter(|id| !models_own(id)).map(serde_json::Value::from);
-        Piece::End(shown.text, std::mem::take(&mut self.waiting), End { reason, by, usage })
+        self.end(shown.text, End { reason, by, usage })
     }
 }

@@ -6,6 +6,7 @@
 
 mod address;
 mod cache;
+pub mod call;
 mod describe;
 mod download;
 mod hash;

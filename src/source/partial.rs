@@ -129,7 +129,8 @@ impl Partial {
         hash::hex(self.hasher.clone())
     }
 
-    /// Compares the bytes with the digest that the server stated for this version: its algorithm and whether they agree.
+    /// Compares the bytes with the digest that the server stated for this version: its algorithm and whether they
+    /// agree.
     pub fn check(&self) -> Result<Option<(Algorithm, bool)>> {
         let Some(statement) = &self.version.statement else { return Ok(None) };
         let holds = fs::File::open(&self.path).and_then(|file| statement.holds(file));

@@ -1,7 +1,8 @@
 //! Headers of an answer -> the digest that the server itself states for the whole file, and whether a file has it.
 //!
-//! Servers state digests in many headers: `Repr-Digest` and `Content-Digest` (RFC 9530), `Digest` (RFC 3230), `Content-MD5`, the hub's
-//! `X-Linked-ETag`, and those of the clouds' object stores. Of several the strongest is taken.
+//! Servers state digests in many headers: `Repr-Digest` and `Content-Digest` (RFC 9530), `Digest` (RFC 3230),
+//! `Content-MD5`, the hub's `X-Linked-ETag`, and those of the clouds' object stores. Of several the strongest is
+//! taken.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -53,8 +54,8 @@ impl fmt::Display for Algorithm {
 }
 
 impl Statement {
-    /// The strongest digest of the whole file in an answer's headers. `is_whole`: the answer's body is the whole file, so that
-    /// digests of the body count too.
+    /// The strongest digest of the whole file in an answer's headers. `is_whole`: the answer's body is the whole
+    /// file, so that digests of the body count too.
     pub fn of(headers: &HeaderMap, is_whole: bool) -> Option<Statement> {
         let mut found = Vec::new();
         for (name, is_of_body) in FIELDS {

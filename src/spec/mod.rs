@@ -85,6 +85,8 @@ impl Spec {
 /// What the command line asks for: files, and settings in rising order of precedence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
+    /// Settings of an earlier run, as its folder records them. Everything else overrides them.
+    pub remembered: Vec<Setting>,
     /// SPEC.yaml.
     pub spec: Option<PathBuf>,
     /// A `training_config.yaml`, given with `--config`.
@@ -123,6 +125,9 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     let mut spec = Spec::default();
     let mut mistakes = Mistakes::default();
     spec.surroundings(environment);
+    for setting in &request.remembered {
+        spec.apply(setting, &mut mistakes);
+    }
 
     let mounted = environment("YAML_FILE_PATH").map(PathBuf::from);
     let config = request.config.clone().or_else(|| mounted.filter(|_| request.spec.is_none()));
@@ -170,6 +175,21 @@ impl Spec {
         }
         if let Some(folder) = environment("DATASET_FOLDER_PATH").filter(|folder| !folder.is_empty()) {
             set(Section::Hone, "data", "DATASET_FOLDER_PATH", Value::List(vec![Value::Text(folder)]));
+        }
+        let text = |variable: &str| environment(variable).filter(|text| !text.is_empty());
+        let services = [("mlflow", "MLFLOW_TRACKING_URI"), ("otlp", "OTEL_EXPORTER_OTLP_ENDPOINT")];
+        for (key, variable) in services {
+            // These variables may say other things: a folder of MLflow's, an address without a scheme.
+            if let Some(address) = text(variable).filter(|text| text.starts_with("http")) {
+                set(Section::Hone, key, variable, Value::Text(address));
+            }
+        }
+        for (key, variable) in
+            [("mlflow_experiment", "MLFLOW_EXPERIMENT_NAME"), ("mlflow_run", "MLFLOW_RUN_ID")]
+        {
+            if let Some(name) = text(variable) {
+                set(Section::Hone, key, variable, Value::Text(name));
+            }
         }
         let cache = [("XDG_CACHE_HOME", "hone"), ("HOME", ".cache/hone")];
         for (variable, below) in cache {

@@ -63,9 +63,9 @@ modle: x
 fn single_refusals() {
     let arguments = |text: &str| format!("training_config:\n  TrainingArguments: {{{text}}}\n");
     check(
-        &arguments("lr_scheduler_type: polynomial"),
+        &arguments("lr_scheduler_type: reduce_lr_on_plateau"),
         expect![[
-            r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, found "polynomial""#
+            r#"train.yaml:2:42: TrainingArguments.lr_scheduler_type: expected one of linear, cosine, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, found "reduce_lr_on_plateau""#
         ]],
     );
     check(
@@ -75,9 +75,9 @@ fn single_refusals() {
         ]],
     );
     check(
-        &arguments("save_strategy: best"),
+        &arguments("save_strategy: often"),
         expect![[
-            r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, found "best""#
+            r#"train.yaml:2:38: TrainingArguments.save_strategy: expected one of no, steps, epoch, best, found "often""#
         ]],
     );
     check(
@@ -199,7 +199,7 @@ fn the_later_source_wins_and_is_named() {
         origin,
     };
     let mut request =
-        Request { spec: Some(spec.clone()), config: Some(config.clone()), settings: Vec::new() };
+        Request { spec: Some(spec.clone()), config: Some(config.clone()), ..Request::default() };
     let origin = |request: &Request, name: &str| {
         let spec =
             gather(request, &|name| (name == "DEFAULT_TARGET_MODULES").then(|| "q_proj, v_proj".into()))

@@ -16,11 +16,14 @@ use crate::fault::{Fault, Result};
 use crate::ops::adamw::Moments;
 use crate::ops::flat;
 use crate::report::{Report, Stage};
+use crate::whole;
 
 use super::Checkpoints;
 
 const TENSORS: &str = "tensors.safetensors";
 const STATE: &str = "state.json";
+/// The parameters of the best evaluation, beside the checkpoints that training continues from.
+const BEST: &str = "best";
 /// LIMIT: a state takes a few hundred bytes.
 const STATE_BYTES_MAX: u64 = 1 << 20;
 /// The name of an unfinished checkpoint: `.step-N.partial`.
@@ -46,6 +49,9 @@ pub struct State {
     pub eval_loss: Option<f64>,
     /// The step that the last evaluation followed. A signal can come between a step and its evaluation.
     pub evaluated_step: u64,
+    /// Of the evaluations so far.
+    #[serde(default)]
+    pub best: super::best::Best,
 }
 
 /// The content of `state.json`.
@@ -91,8 +97,8 @@ pub fn save(
     let storage = |doing: &'static str| move |error: std::io::Error| Fault::storage(doing, folder, &error);
     remove(&temporary).map_err(storage("clear an unfinished checkpoint in"))?;
     fs::create_dir(&temporary).map_err(storage("create a checkpoint in"))?;
-    write(&temporary, &checkpoints.fingerprint, state, params, moments)
-        .map_err(storage("write a checkpoint in"))?;
+    let tensors = [("params", params), ("first", &moments.first), ("second", &moments.second)];
+    write(&temporary, &checkpoints.fingerprint, state, &tensors).map_err(storage("write a checkpoint in"))?;
     remove(&place).map_err(storage("replace a checkpoint in"))?;
     fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(storage("sync"))?;
@@ -106,19 +112,34 @@ pub fn save(
     Ok(())
 }
 
+/// Writes the parameters of the best evaluation so far in place of those before.
+pub fn save_best(checkpoints: &Checkpoints, state: &State, params: &Tensor) -> Result<()> {
+    let folder = &checkpoints.folder;
+    let (place, temporary) = (folder.join(BEST), folder.join(format!("{PARTIAL_START}{BEST}{PARTIAL_END}")));
+    let storage = |error: std::io::Error| Fault::storage("keep the best adapter in", folder, &error);
+    remove(&temporary).map_err(storage)?;
+    fs::create_dir(&temporary).map_err(storage)?;
+    write(&temporary, &checkpoints.fingerprint, state, &[("params", params)]).map_err(storage)?;
+    remove(&place).map_err(storage)?;
+    fs::rename(&temporary, &place).map_err(storage)?;
+    whole::sync_folder(folder)
+}
+
+/// The parameters of the best evaluation, if they are those of this run's `step`.
+pub fn best(checkpoints: &Checkpoints, step: u64) -> Option<Tensor> {
+    let (state, mut tensors) = read(&checkpoints.folder.join(BEST), &checkpoints.fingerprint).ok()?;
+    tensors.remove("params").filter(|_| state.step == step)
+}
+
 /// Fills an empty folder, and waits until its content is on disk.
 fn write(
     folder: &Path,
     fingerprint: &str,
     state: &State,
-    params: &Tensor,
-    moments: &Moments,
+    tensors: &[(&str, &Tensor)],
 ) -> std::io::Result<()> {
-    let tensors = HashMap::from([
-        ("params", params.clone()),
-        ("first", moments.first.clone()),
-        ("second", moments.second.clone()),
-    ]);
+    let tensors: HashMap<&str, Tensor> =
+        tensors.iter().map(|(name, tensor)| (*name, (*tensor).clone())).collect();
     let file = folder.join(TENSORS);
     candle_core::safetensors::save(&tensors, &file)
         .map_err(|error| std::io::Error::other(error.to_string()))?;
@@ -215,7 +236,8 @@ fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<
     if manifest.fingerprint != fingerprint {
         return Err("it belongs to a run with another model, data or options".into());
     }
-    if place != place.with_file_name(format!("step-{}", manifest.state.step)) {
+    let is_best = place.file_name().is_some_and(|name| name == BEST);
+    if !is_best && place != place.with_file_name(format!("step-{}", manifest.state.step)) {
         return Err(format!("it belongs to step {}", manifest.state.step));
     }
     let bytes = plain(&place.join(TENSORS), u64::MAX)?;
@@ -272,6 +294,23 @@ mod tests {
 
     fn steps(checkpoints: &Checkpoints) -> Vec<u64> {
         list(&checkpoints.folder).into_iter().map(|(step, _)| step).collect()
+    }
+
+    #[test]
+    fn the_best_parameters_are_those_of_their_step_and_no_checkpoint() {
+        let (folder, checkpoints) = folder_of(1..=3);
+        for step in [1, 2] {
+            save_best(&checkpoints, &State { step, ..State::default() }, &filled(step as f32).0).unwrap();
+        }
+        put(&checkpoints, 4, Some(1));
+        assert_eq!((steps(&checkpoints), found(&checkpoints)), (vec![4], Some(4)), "the best is not counted");
+        let kept = best(&checkpoints, 2).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(kept, [2.0; 5]);
+        assert!(best(&checkpoints, 1).is_none(), "it is of another step");
+        let other = Checkpoints { fingerprint: "b".into(), ..checkpoints.clone() };
+        assert!(best(&other, 2).is_none(), "it is of another run");
+        fs::write(folder.path().join(BEST).join(STATE), "{").unwrap();
+        assert!(best(&checkpoints, 2).is_none());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches of the
 //! step. Gradient accumulation and packing therefore do not change what is minimised.
 
+pub mod best;
 pub mod checkpoint;
 pub mod order;
 pub mod schedule;
@@ -10,7 +11,9 @@ pub mod schedule;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::dataset::Example;
+use candle_core::Tensor;
+
+use crate::dataset::{Example, Examples};
 use crate::facts::Keep;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
@@ -24,8 +27,10 @@ use crate::ops::number::{Number, Numbers};
 use crate::ops::{flat, out_of_memory};
 use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
+use best::{Best, Judging, Scores};
 use checkpoint::State;
 use order::Steps;
+pub use schedule::Schedule;
 
 /// The keys of HF's TrainingArguments that have an effect in hone. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,6 +76,16 @@ pub struct Options {
     pub checkpoint: Every,
     /// Most checkpoints to keep (`save_total_limit`).
     pub checkpoints_max: Option<usize>,
+    /// The base is evaluated before the first step (`eval_on_start`).
+    pub eval_on_start: bool,
+    /// No evaluation before so many steps, or epochs if it is due each epoch (`eval_delay`).
+    pub eval_delay: f64,
+    /// Which evaluation is the best, and what follows from it.
+    pub judging: Option<Judging>,
+    /// B learns at so many times the rate of A (LoRA+).
+    pub loraplus_ratio: Option<f64>,
+    /// Share of the target that goes to all tokens alike (`label_smoothing_factor`).
+    pub label_smoothing: f64,
 }
 
 impl Default for Options {
@@ -97,6 +112,11 @@ impl Default for Options {
             evaluation: Every::Never,
             checkpoint: Every::Never,
             checkpoints_max: None,
+            eval_on_start: false,
+            eval_delay: 0.0,
+            judging: None,
+            loraplus_ratio: None,
+            label_smoothing: 0.0,
         }
     }
 }
@@ -110,6 +130,8 @@ pub enum Every {
     Steps(u64),
     /// At the end of every epoch and after the last step.
     Epoch,
+    /// At each evaluation that is better than all before it; for checkpoints.
+    Best,
 }
 
 /// The length of warm-up.
@@ -121,24 +143,11 @@ pub enum Warmup {
     Ratio(f64),
 }
 
-/// How the learning rate changes after warm-up, as transformers names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Schedule {
-    /// Falls linearly to 0.
-    Linear,
-    /// Falls to 0 along half a cosine.
-    Cosine,
-    /// Stays constant, without warm-up.
-    Constant,
-    /// Rises during warm-up, then stays constant.
-    ConstantWithWarmup,
-}
-
 impl Every {
     /// Whether it happens after `done` steps.
     fn due(self, done: u64, steps: &Steps) -> bool {
         match self {
-            Every::Never => false,
+            Every::Never | Every::Best => false,
             Every::Steps(every) => done.is_multiple_of(every.max(1)),
             Every::Epoch => done.is_multiple_of(steps.per_epoch) || done == steps.total,
         }
@@ -175,6 +184,41 @@ pub struct Trained {
     pub tokens_per_second: f64,
     /// The step after which this process resumed, if it did.
     pub resumed_at: Option<u64>,
+    /// The best evaluation, if evaluations are compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestEvaluation>,
+    /// The step that the adapter is of; `None`: the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_step: Option<u64>,
+    /// Training ended before its end, since evaluations did not improve.
+    #[serde(default)]
+    pub stopped_early: bool,
+}
+
+/// The best evaluation of a run.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct BestEvaluation {
+    /// The step that it followed.
+    pub step: u64,
+    /// Name of the metric: `eval_loss` and so on.
+    pub metric: String,
+    /// Value of the metric.
+    pub value: f64,
+}
+
+impl Trained {
+    /// Which state of the training the adapter is, in words.
+    pub fn adapter(&self) -> String {
+        match (&self.best, self.restored_step) {
+            (Some(best), Some(step)) => {
+                format!("step {step}, the best by {} ({:.4})", best.metric, best.value)
+            }
+            (Some(best), None) if best.step == self.steps => {
+                format!("step {}, the last and the best by {} ({:.4})", self.steps, best.metric, best.value)
+            }
+            _ => format!("step {}, the last", self.steps),
+        }
+    }
 }
 
 /// A line of `metrics.jsonl`.
@@ -204,6 +248,11 @@ pub enum Metric {
         epoch: f64,
         /// Mean loss over the evaluation data.
         eval_loss: f64,
+        /// Exponential of the loss.
+        eval_perplexity: f64,
+        /// Share of the supervised tokens that are the most probable ones; `None` on a GPU.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        eval_mean_token_accuracy: Option<f64>,
     },
 }
 
@@ -223,6 +272,21 @@ pub struct Data<'a> {
     pub train: &'a [Example],
     /// Examples to evaluate on; may be empty.
     pub evaluation: &'a [Example],
+}
+
+/// Examples, wherever they are.
+#[derive(Clone, Copy)]
+pub struct Sets<'a> {
+    /// Examples to train on.
+    pub train: Examples<'a>,
+    /// Examples to score.
+    pub evaluation: Examples<'a>,
+}
+
+impl<'a> From<Data<'a>> for Sets<'a> {
+    fn from(data: Data<'a>) -> Sets<'a> {
+        Sets { train: data.train.into(), evaluation: data.evaluation.into() }
+    }
 }
 
 /// The size of passes, and what the layers keep in them.
@@ -261,22 +325,22 @@ impl Passes {
 /// `passes` holds the plan that the run ended with. A loss or gradient that is not finite, an adapter without
 /// effect, memory that even the smallest plan exceeds, and a signal are faults.
 #[allow(clippy::too_many_arguments)]
-pub fn run(
+pub fn run<'a>(
     decoder: &Decoder,
     adapter: &Trainable,
-    data: Data,
+    data: impl Into<Sets<'a>>,
     options: &Options,
     passes: &mut Passes,
     checkpoints: Option<&Checkpoints>,
     report: &Report,
     log: &mut dyn FnMut(&Metric) -> Result<()>,
 ) -> Result<Trained> {
-    let mut trainer = Trainer::new(decoder, adapter, data, options, passes, report)?;
+    let mut trainer = Trainer::new(decoder, adapter, data.into(), options, passes, report)?;
     let resumed_at = trainer.resume(checkpoints)?;
     let began_at = trainer.state.step;
     trainer.evaluate_if_due(checkpoints, log)?;
     let mut behind: Option<Sent> = None;
-    while trainer.sent < trainer.steps.total {
+    while trainer.sent < trainer.steps.total && !trainer.state.best.stop {
         let sent = if interrupt::requested() { None } else { trainer.send()? };
         let stopped = sent.is_none();
         // A GPU works on this step while the numbers of the step before are copied to the host.
@@ -293,7 +357,11 @@ pub fn run(
         }
     }
     let seconds = trainer.began.elapsed().as_secs_f64();
+    let restored_step = trainer.restore_best(checkpoints)?;
     Ok(Trained {
+        best: trainer.best(),
+        restored_step,
+        stopped_early: trainer.state.step < trainer.steps.total,
         steps: trainer.state.step,
         first_loss: trainer.state.first_loss.unwrap_or(trainer.state.loss),
         loss: trainer.state.loss,
@@ -306,29 +374,33 @@ pub fn run(
     })
 }
 
-/// Mean loss over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max` tokens or
-/// one example. `Lora::None` evaluates the bare base.
-pub fn evaluate(
+/// Loss and token accuracy over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max`
+/// tokens or one example. `Lora::None` evaluates the bare base.
+pub fn evaluate<'a>(
     decoder: &Decoder,
     lora: Lora,
-    examples: &[Example],
+    examples: impl Into<Examples<'a>>,
     batch_examples: usize,
     rows_max: usize,
     report: &Report,
-) -> Result<f64> {
+) -> Result<Scores> {
+    let examples = examples.into();
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
-    let (mut losses, mut tokens) = (Vec::new(), 0);
+    let (mut losses, mut tokens, mut hits) = (Vec::new(), 0, Some(0));
     let indices: Vec<usize> = (0..examples.len()).collect();
     for group in indices.chunks(batch_examples.max(1)) {
         for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
-            losses.push(decoder.loss(&batch, lora)?);
+            let (loss, found) = decoder.loss_and_hits(&batch, lora)?;
+            losses.push(loss);
+            hits = hits.zip(found).map(|(hits, found)| hits + found);
             tokens += batch.targets.len();
         }
         progress.advance(group.len() as u64);
         interrupt::check()?;
     }
     let loss: f64 = Numbers::send(&losses)?.values()?.into_iter().sum();
-    Ok(loss / tokens.max(1) as f64)
+    let tokens = tokens.max(1) as f64;
+    Ok(Scores { loss: loss / tokens, accuracy: hits.map(|hits| hits as f64 / tokens) })
 }
 
 /// Steps after warm-up by which an adapter must have some effect.
@@ -354,7 +426,7 @@ struct Sent {
 struct Trainer<'a> {
     decoder: &'a Decoder,
     adapter: &'a Trainable,
-    data: Data<'a>,
+    data: Sets<'a>,
     options: &'a Options,
     passes: &'a mut Passes,
     report: &'a Report,
@@ -371,13 +443,15 @@ struct Trainer<'a> {
     steps_here: u64,
     /// Sum of the losses of this process's steps.
     loss_sum: f64,
+    /// Parameters of the best evaluation of this process.
+    best_params: Option<Tensor>,
 }
 
 impl<'a> Trainer<'a> {
     fn new(
         decoder: &'a Decoder,
         adapter: &'a Trainable,
-        data: Data<'a>,
+        data: Sets<'a>,
         options: &'a Options,
         passes: &'a mut Passes,
         report: &'a Report,
@@ -392,6 +466,7 @@ impl<'a> Trainer<'a> {
             tokens_here: 0,
             steps_here: 0,
             loss_sum: 0.0,
+            best_params: None,
             decoder,
             adapter,
             data,
@@ -506,7 +581,7 @@ impl<'a> Trainer<'a> {
     /// Whether an evaluation, a checkpoint or the end needs the parameters as they are after `done` steps.
     fn waits_after(&self, done: u64) -> bool {
         let due = |every: Every| every.due(done, &self.steps);
-        let evaluates = !self.data.evaluation.is_empty() && due(self.options.evaluation);
+        let evaluates = self.evaluates_after(done);
         done == self.steps.total || evaluates || due(self.options.checkpoint)
     }
 
@@ -541,7 +616,15 @@ impl<'a> Trainer<'a> {
         let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
         let key = |example: usize| mix(epoch ^ example as u64);
         let micro_batches = self.steps.micro_batches(step);
-        order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key)
+        let mut batches =
+            order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key);
+        batches.iter_mut().for_each(|batch| batch.label_smoothing = self.options.label_smoothing);
+        // The next step's tokens come from the disk while this step is computed.
+        if step + 1 < self.steps.total {
+            let next = self.steps.micro_batches(step + 1);
+            next.iter().flatten().for_each(|&example| self.data.train.will_need(example));
+        }
+        batches
     }
 
     fn refuse_divergence(&self, loss: f64, grad_norm: f64) -> Result<()> {
@@ -570,10 +653,34 @@ impl<'a> Trainer<'a> {
         };
         let trainable = self.adapter;
         let squares = Number::squares(&trainable.grads)?;
-        let (params, grads) = (&trainable.params, &trainable.grads);
-        adamw::step(params, grads, &self.moments, &update, &squares, trainable.copy())?;
+        match self.options.loraplus_ratio {
+            None => {
+                let (params, grads) = (&trainable.params, &trainable.grads);
+                adamw::step(params, grads, &self.moments, &update, &squares, trainable.copy())?;
+            }
+            Some(ratio) => self.update_by_matrix(&update, ratio, &squares)?,
+        }
         let parameters = Number::squares(&trainable.params)?;
         Ok([squares, parameters])
+    }
+
+    /// LoRA+ (Hayou and others 2024): each A at the learning rate, each B at `ratio` times it.
+    fn update_by_matrix(&self, update: &Update, ratio: f64, squares: &Number) -> Result<()> {
+        let trainable = self.adapter;
+        let faster = Update { learning_rate: update.learning_rate * ratio, ..*update };
+        for site in &trainable.sites {
+            let a = site.rank * site.projection.cols;
+            let b = site.rank * site.projection.rows;
+            for (from, count, update) in [(site.offset, a, update), (site.offset + a, b, &faster)] {
+                let part = |flat: &Tensor| flat.narrow(0, from, count);
+                let moments =
+                    Moments { first: part(&self.moments.first)?, second: part(&self.moments.second)? };
+                let (params, grads) = (part(&trainable.params)?, part(&trainable.grads)?);
+                let copy = trainable.copy().map(part).transpose()?;
+                adamw::step(&params, &grads, &moments, update, squares, copy.as_ref())?;
+            }
+        }
+        Ok(())
     }
 
     fn after_step(
@@ -635,20 +742,96 @@ impl<'a> Trainer<'a> {
         log: &mut dyn FnMut(&Metric) -> Result<()>,
     ) -> Result<()> {
         let (step, epoch) = (self.state.step, self.epoch());
-        let due = !self.data.evaluation.is_empty() && self.options.evaluation.due(step, &self.steps);
-        if !due || step == self.state.evaluated_step {
+        let done = step == self.state.evaluated_step && (step > 0 || self.state.eval_loss.is_some());
+        if done || !self.evaluates_after(step) {
             return Ok(());
         }
         let batch = self.options.eval_batch_examples;
         let (lora, examples) = (self.adapter.evaluated(), self.data.evaluation);
-        let eval_loss = match evaluate(self.decoder, lora, examples, batch, self.rows_max(), self.report) {
+        let scores = match evaluate(self.decoder, lora, examples, batch, self.rows_max(), self.report) {
             Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
             evaluated => evaluated?,
         };
-        (self.state.eval_loss, self.state.evaluated_step) = (Some(eval_loss), step);
-        log(&Metric::Evaluation { step, epoch, eval_loss })?;
-        self.report.say(Event::Evaluated { step, epoch, eval_loss });
-        Ok(())
+        (self.state.eval_loss, self.state.evaluated_step) = (Some(scores.loss), step);
+        let (eval_loss, eval_mean_token_accuracy) = (scores.loss, scores.accuracy);
+        let eval_perplexity = scores.perplexity();
+        log(&Metric::Evaluation { step, epoch, eval_loss, eval_perplexity, eval_mean_token_accuracy })?;
+        self.report.say(Event::Evaluated { step, epoch, eval_loss, accuracy: scores.accuracy });
+        // The untrained adapter is no candidate, as in transformers.
+        if step > 0 { self.judge(&scores, checkpoints) } else { Ok(()) }
+    }
+
+    /// Whether an evaluation is due after `done` steps.
+    fn evaluates_after(&self, done: u64) -> bool {
+        if self.data.evaluation.is_empty() {
+            return false;
+        }
+        if done == 0 {
+            return self.options.eval_on_start;
+        }
+        let (every, last) = (self.options.evaluation, done == self.steps.total);
+        match every {
+            Every::Steps(_) => {
+                (last || every.due(done, &self.steps)) && self.options.eval_delay <= done as f64
+            }
+            _ => every.due(done, &self.steps) && self.options.eval_delay <= self.steps.epochs_done(done),
+        }
+    }
+
+    /// Compares an evaluation with those before it, and keeps the parameters of the best.
+    fn judge(&mut self, scores: &Scores, checkpoints: Option<&Checkpoints>) -> Result<()> {
+        let Some(judging) = &self.options.judging else { return Ok(()) };
+        let step = self.state.step;
+        let is_best = self.state.best.judge(judging, scores, step);
+        if self.state.best.stop {
+            let Best { waited, step: best, .. } = self.state.best;
+            let text =
+                format!("stops early: {waited} evaluations without an improvement on that of step {best}");
+            self.report.note(Stage::Train, text);
+        }
+        if !is_best {
+            return Ok(());
+        }
+        if judging.restore {
+            self.best_params = Some(self.adapter.params.to_device(&candle_core::Device::Cpu)?.copy()?);
+            if let Some(checkpoints) = checkpoints {
+                checkpoint::save_best(checkpoints, &self.state, &self.adapter.params)?;
+            }
+        }
+        match checkpoints.filter(|_| self.options.checkpoint == Every::Best) {
+            Some(checkpoints) => self.save(checkpoints),
+            None => Ok(()),
+        }
+    }
+
+    /// `load_best_model_at_end`: the parameters of the best evaluation, and its step; `None` if they are those in
+    /// force.
+    fn restore_best(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
+        let restores = self.options.judging.is_some_and(|judging| judging.restore);
+        let step = self.state.best.step;
+        if !restores || self.state.best.metric.is_none() || step == self.state.step {
+            return Ok(None);
+        }
+        let kept = match self.best_params.take() {
+            Some(params) => Some(params),
+            None => checkpoints.and_then(|checkpoints| checkpoint::best(checkpoints, step)),
+        };
+        let Some(params) = kept else {
+            let text = format!(
+                "the adapter of step {step}, the best, is no longer there: the last one is the result"
+            );
+            self.report.warn(Stage::Train, text);
+            return Ok(None);
+        };
+        flat::write(&self.adapter.params, &params)?;
+        self.adapter.refresh()?;
+        self.report.note(Stage::Train, format!("the adapter of step {step}, the best, is the result"));
+        Ok(Some(step))
+    }
+
+    fn best(&self) -> Option<BestEvaluation> {
+        let (judging, value) = (self.options.judging?, self.state.best.metric?);
+        Some(BestEvaluation { step: self.state.best.step, metric: judging.measure.name(), value })
     }
 
     fn epoch(&self) -> f64 {

@@ -1,9 +1,12 @@
 //! The examples of each optimizer step: epochs, order, micro-batches. Also how a step's examples are packed.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::dataset::Example;
+use crate::dataset::Examples;
 use crate::model::batch::Batch;
 use crate::ops::dropout::mix;
 
@@ -20,6 +23,26 @@ pub struct Steps {
     pub per_epoch: u64,
     /// Steps of the run.
     pub total: u64,
+    last_order: LastOrder,
+}
+
+/// The order of the epoch that was last asked for: shuffling millions of examples takes longer than a step.
+#[derive(Clone, Debug, Default)]
+struct LastOrder(RefCell<Option<Epoch>>);
+
+/// An epoch by its seed and number, and its order.
+#[derive(Clone, Debug)]
+struct Epoch {
+    seed: Option<u64>,
+    number: u64,
+    order: Rc<[u32]>,
+}
+
+/// What is remembered changes no result.
+impl PartialEq for LastOrder {
+    fn eq(&self, _: &LastOrder) -> bool {
+        true
+    }
 }
 
 impl Steps {
@@ -35,6 +58,7 @@ impl Steps {
             order_seed: options.order_seed,
             per_epoch,
             total,
+            last_order: LastOrder::default(),
         }
     }
 
@@ -58,21 +82,29 @@ impl Steps {
         let from = ((step % self.per_epoch) as usize).saturating_mul(size).min(order.len());
         order[from..from.saturating_add(size).min(order.len())]
             .chunks(self.batch)
-            .map(<[usize]>::to_vec)
+            .map(|chunk| chunk.iter().map(|&example| example as usize).collect())
             .collect()
     }
 
-    fn order(&self, epoch: u64) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.examples).collect();
+    fn order(&self, epoch: u64) -> Rc<[u32]> {
+        let mut last = self.last_order.0.borrow_mut();
+        if let Some(last) = last.as_ref().filter(|last| (last.seed, last.number) == (self.order_seed, epoch))
+        {
+            return last.order.clone();
+        }
+        let count = u32::try_from(self.examples).expect("a dataset has fewer rows");
+        let mut order: Vec<u32> = (0..count).collect();
         if let Some(seed) = self.order_seed {
             shuffle(&mut order, mix(seed ^ mix(epoch)));
         }
+        let order: Rc<[u32]> = order.into();
+        *last = Some(Epoch { seed: self.order_seed, number: epoch, order: order.clone() });
         order
     }
 }
 
 /// Fisher-Yates with an unbiased draw.
-fn shuffle(order: &mut [usize], seed: u64) {
+fn shuffle(order: &mut [u32], seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     for i in (1..order.len()).rev() {
         let bound = i as u64 + 1;
@@ -86,11 +118,11 @@ fn shuffle(order: &mut [usize], seed: u64) {
 /// (example, rope length) of each example. All examples of a micro-batch have the length of the longest, as in a
 /// padded batch.
 fn grouped<'a>(
-    examples: &'a [Example],
+    examples: Examples<'a>,
     micro_batches: &'a [Vec<usize>],
 ) -> impl Iterator<Item = (usize, usize)> + 'a {
-    micro_batches.iter().flat_map(|group| {
-        let longest = group.iter().map(|&i| examples[i].ids.len()).max().unwrap_or(0);
+    micro_batches.iter().flat_map(move |group| {
+        let longest = group.iter().map(|&i| examples.tokens(i)).max().unwrap_or(0);
         group.iter().map(move |&i| (i, longest))
     })
 }
@@ -99,15 +131,17 @@ fn grouped<'a>(
 /// the whole step fill batches of up to `packing` rows, the longest first, each where it leaves the least space.
 /// More than `rows_max` rows are divided, but never within an example. The step's examples, their rope lengths and
 /// their dropout keys stay the same, and so does the result.
-pub fn batches(
-    examples: &[Example],
+pub fn batches<'a>(
+    examples: impl Into<Examples<'a>>,
     micro_batches: &[Vec<usize>],
     packing: Option<usize>,
     rows_max: usize,
     key: impl Fn(usize) -> u64,
 ) -> Vec<Batch> {
+    let examples = examples.into();
     let push = |batch: &mut Batch, (i, length): (usize, usize)| {
-        batch.push(&examples[i].ids, &examples[i].supervised, length, key(i));
+        let example = examples.get(i);
+        batch.push(&example.ids, &example.supervised, length, key(i));
     };
     let fill = |list: &[(usize, usize)]| {
         let mut batch = Batch::default();
@@ -131,14 +165,14 @@ pub fn batches(
 
 /// Divides the entries in order. A new list begins if the next example would exceed `rows_max`.
 fn divided(
-    examples: &[Example],
+    examples: Examples,
     entries: impl Iterator<Item = (usize, usize)>,
     rows_max: usize,
 ) -> Vec<Vec<(usize, usize)>> {
     let mut lists: Vec<Vec<(usize, usize)>> = Vec::new();
     let mut rows = 0;
     for entry in entries {
-        let tokens = examples[entry.0].ids.len();
+        let tokens = examples.tokens(entry.0);
         match lists.last_mut().filter(|_| rows + tokens <= rows_max) {
             Some(list) => list.push(entry),
             None => {
@@ -153,11 +187,11 @@ fn divided(
 
 /// Best-fit decreasing: each example goes where it leaves the least space.
 fn best_fit(
-    examples: &[Example],
+    examples: Examples,
     mut entries: Vec<(usize, usize)>,
     tokens_max: usize,
 ) -> Vec<Vec<(usize, usize)>> {
-    let length = |&(i, _): &(usize, usize)| examples[i].ids.len();
+    let length = |&(i, _): &(usize, usize)| examples.tokens(i);
     entries.sort_by_key(|entry| std::cmp::Reverse(length(entry)));
     let mut bins: Vec<(usize, Vec<(usize, usize)>)> = Vec::new();
     for entry in entries {
@@ -177,6 +211,7 @@ fn best_fit(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataset::Example;
 
     fn options(batch: usize, accumulation: usize) -> Options {
         Options { batch_examples: batch, accumulation, order_seed: None, ..Options::default() }

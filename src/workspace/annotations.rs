@@ -1,4 +1,4 @@
-//! What can be said beside a Workspace: annotations -> options of its Job. One table; docs/annotations.md holds it.
+//! A Workspace's annotations -> options of its Job or servers. One table; docs/annotations.md holds it.
 
 use std::collections::BTreeMap;
 
@@ -10,18 +10,18 @@ use crate::spec::{Mistakes, Origin, keys};
 
 pub const PREFIX: &str = "hone.sh/";
 
-/// Who writes it.
+/// The writer of an annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The user; part of what a run is.
+    /// The user writes it, and it is an input of the run.
     Input,
-    /// The controller.
+    /// The controller writes it.
     Output,
 }
 
 #[derive(Debug)]
 pub struct Annotation {
-    /// Behind the prefix.
+    /// The name without the prefix.
     pub name: &'static str,
     pub value: &'static str,
     pub side: Side,
@@ -67,12 +67,12 @@ pub const TABLE: [Annotation; 32] = [
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
     output("digest", "sha256:...", "Digest of the pushed image."),
-    output("adapters", "names, images and strengths", "Adapters that answer, once the servers are ready."),
+    output("adapters", "names, images, digests and strengths", "Adapters that answer, as the servers themselves say."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
 ];
 
-/// What a Workspace's annotations say.
+/// The options that the annotations set.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     pub image: Option<String>,
@@ -138,7 +138,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
     reader.mistakes.into_result_of("the Workspace").map(|()| options)
 }
 
-/// Our annotations that are part of what a run is, by full name; those of the controller's own are not.
+/// The annotations that are inputs of the run, by full name; the controller's own are not.
 pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
     let annotations = workspace.metadata.annotations.iter().flatten();
     annotations
@@ -164,9 +164,9 @@ pub fn markdown() -> String {
     format!("{}\nWritten by `hone controller`:\n\n{}", table(Side::Input), table(Side::Output))
 }
 
-/// LIMIT: of Kubernetes.
+/// LIMIT: the largest user id that Kubernetes accepts.
 const USER_MAX: i64 = i32::MAX as i64;
-/// LIMIT: of a label's value, which the queue's name becomes.
+/// LIMIT: bytes of a label's value, which the queue's name becomes.
 const LABEL_BYTES_MAX: usize = 63;
 /// LIMIT: no node has more.
 const GPUS_MAX: u32 = 64;
@@ -197,7 +197,7 @@ impl Reader<'_> {
         self.with(name, |text| Some(text.to_owned()))
     }
 
-    /// The value as `read` understands it. An empty one is as none.
+    /// The value as `read` understands it. An empty value counts as none.
     fn with<T>(&mut self, name: &str, read: impl Fn(&str) -> Option<T>) -> Option<T> {
         let text = self.workspace.annotation(&format!("{PREFIX}{name}"))?.trim();
         if text.is_empty() {

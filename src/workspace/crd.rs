@@ -1,7 +1,7 @@
 //! The CustomResourceDefinition of Workspace, from the types of `kind.rs`, for clusters without KAITO.
 //!
-//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`, volume
-//! sources) is kept as it is. Where KAITO is installed, its own definition stays.
+//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`,
+//! volume sources) is kept as it is. Where KAITO is installed, its own definition stays.
 
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator, json_schema};
@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::kind::{GROUP, KIND, PLURAL, VERSIONS, Workspace};
 
-/// What v1alpha1 does not have, by the path of its properties.
+/// Properties that v1alpha1 does not have, by path.
 const LATER: [&[&str]; 6] = [
     &["resource", "partition"],
     &["tuning", "preset", "presetOptions", "modelAccessSecret"],
@@ -21,7 +21,7 @@ const LATER: [&[&str]; 6] = [
 /// KAITO's default of v1alpha1.
 pub const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
 
-/// The object to apply.
+/// The CustomResourceDefinition to apply.
 pub fn definition() -> Value {
     let stored = VERSIONS[VERSIONS.len() - 1];
     let version = |name: &str| {
@@ -45,7 +45,7 @@ pub fn definition() -> Value {
     })
 }
 
-/// KAITO's.
+/// KAITO's print columns.
 fn columns(newest: bool) -> Value {
     let condition = |name: &str, type_: &str| {
         let path = format!(".status.conditions[?(@.type==\"{type_}\")].status");
@@ -128,7 +128,7 @@ fn structural(schema: &mut Value) {
     }
 }
 
-/// Fields nobody here names: kept, whatever they are.
+/// A schema that keeps unknown fields.
 pub(super) fn anything(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }

@@ -10,21 +10,21 @@ use super::kind::{GROUP, KIND, VERSIONS, Workspace};
 use super::render::{Asked, render};
 use super::serve::{self, Tuned};
 use super::yaml::{self, Document};
-use super::{CONFIG_FILE, Settings, config_name};
+use super::{CONFIG_FILE, Settings, config_name, inference};
 use crate::fault::{Fault, Result};
 use crate::spec::keys;
 
 /// LIMIT: Kubernetes takes objects up to 1.5 MB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
-/// What to apply, and what somebody should look at.
+/// The objects to apply, and warnings.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Applied {
     pub objects: Vec<Value>,
     pub warnings: Vec<String>,
 }
 
-/// Renders every Workspace; `-` is the standard input. Other objects are passed over with a word.
+/// Renders every Workspace; `-` is the standard input. Other objects are skipped with a warning.
 ///
 /// # Errors
 /// As `render`, and Config: files that cannot be read, or hold no Workspace.
@@ -58,7 +58,7 @@ pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
     }
 }
 
-/// What the Workspaces of the same files push: without a cluster there is no digest, and the tag stands for it.
+/// The images that Workspaces of the same files push. Without a cluster there is no digest, so the tag stands for it.
 fn tuned(documents: &[Document]) -> Result<Tuned> {
     let mut tuned = Tuned::new();
     for document in documents {
@@ -81,19 +81,26 @@ fn add(
     let workspace: Workspace = document.typed()?;
     let place = |fault: Fault| fault.at(format!("{}: Workspace {}", document.place, workspace.name()));
     known_version(&workspace).map_err(place)?;
-    if workspace.tuning.is_none() && workspace.inference.is_some() {
-        let served = serve::serve(&workspace, settings, tuned).map_err(place)?;
+    let named = |name: &str| {
+        configs.iter().find(|map| {
+            map.metadata.name.as_deref() == Some(name)
+                && map.metadata.namespace.as_deref().unwrap_or(workspace.namespace()) == workspace.namespace()
+        })
+    };
+    if let (None, Some(inference)) = (&workspace.tuning, &workspace.inference) {
+        let name = inference.config.as_str();
+        let config = named(name).filter(|_| !name.is_empty());
+        let config =
+            config.map(|map| entry_of(map, name, inference::CONFIG_FILE)).transpose().map_err(place)?;
+        let asked = serve::Asked { workspace: &workspace, config, settings, tuned };
+        let served = serve::serve(&asked).map_err(place)?;
         let warnings = served.warnings.iter();
         applied.warnings.extend(warnings.map(|warning| format!("{}: {warning}", workspace.name())));
         applied.objects.extend(served.objects());
         return Ok(());
     }
     let name = config_name(&workspace);
-    let config = configs.iter().find(|map| {
-        map.metadata.name.as_deref() == Some(name.as_str())
-            && map.metadata.namespace.as_deref().unwrap_or(workspace.namespace()) == workspace.namespace()
-    });
-    let config = config.map(|map| entry(map, &name)).transpose().map_err(place)?;
+    let config = named(&name).map(|map| entry(map, &name)).transpose().map_err(place)?;
     let rendered = render(&Asked { workspace: &workspace, config, settings, revision: 1 }).map_err(place)?;
     applied
         .warnings
@@ -118,12 +125,19 @@ fn known_version(workspace: &Workspace) -> Result<()> {
 
 /// `data."training_config.yaml"`.
 pub fn entry<'a>(map: &'a ConfigMap, name: &str) -> Result<&'a str> {
+    entry_of(map, name, CONFIG_FILE)
+}
+
+/// The entry `file` of a ConfigMap's data.
+///
+/// # Errors
+/// Config: there is none.
+pub fn entry_of<'a>(map: &'a ConfigMap, name: &str, file: &str) -> Result<&'a str> {
     let data = map.data.as_ref();
-    data.and_then(|data| data.get(CONFIG_FILE)).map(String::as_str).ok_or_else(|| {
+    data.and_then(|data| data.get(file)).map(String::as_str).ok_or_else(|| {
         let keys = || data.iter().flat_map(|data| data.keys()).map(String::as_str);
-        let near =
-            keys::nearest(keys(), CONFIG_FILE).map_or(String::new(), |near| format!("; it has {near}"));
-        Fault::config(format!("ConfigMap {name} has no data.\"{CONFIG_FILE}\"{near}"))
+        let near = keys::nearest(keys(), file).map_or(String::new(), |near| format!("; it has {near}"));
+        Fault::config(format!("ConfigMap {name} has no data.\"{file}\"{near}"))
     })
 }
 

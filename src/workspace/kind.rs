@@ -1,7 +1,7 @@
 //! KAITO's Workspace, as its API writes it: the fields hone uses are typed, the others kept as they are.
 //!
-//! Source: KAITO v0.12, `api/v1beta1/workspace_types.go`; v1alpha1 has the same fields but for `partition`, `modelAccessSecret` and
-//! three of the status. Comments of fields become descriptions of the CRD (`crd.rs`).
+//! Source: KAITO v0.12, `api/v1beta1/workspace_types.go`; v1alpha1 has the same fields but for `partition`,
+//! `modelAccessSecret` and three of the status. Comments of fields become descriptions of the CRD (`crd.rs`).
 
 use std::borrow::Cow;
 
@@ -94,14 +94,15 @@ pub struct Inference {
     /// The base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preset: Option<Preset>,
-    /// A pod of one's own; KAITO's controller reads it, hone does not.
+    /// A pod template of the user's own. KAITO's controller reads it, hone does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crd::anything")]
     pub template: Option<Value>,
-    /// Name of the ConfigMap with inference_config.yaml, for KAITO's own servers.
+    /// Name of the ConfigMap with inference_config.yaml, in the same namespace: vllm.max-model-len, vllm.max-num-seqs,
+    /// vllm.served-model-name.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub config: String,
-    /// What is added to the base.
+    /// Adapters that are added to the base.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<Adapter>,
 }
@@ -110,7 +111,8 @@ pub struct Inference {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Adapter {
-    /// Its name, and an image or a volume that holds it. An image workspace://NAME is what that tuning Workspace pushed last.
+    /// Its name, and an image or a volume that holds it. An image workspace://NAME is what that tuning Workspace pushed
+    /// last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
     /// From 0 to 1; missing: 1.
@@ -156,7 +158,7 @@ pub struct Source {
     /// A name for it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
-    /// Files to download, over http or https.
+    /// Files to download: http(s), hf://datasets/, s3://, gs://, az:// and oci:// addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
     /// A volume that holds the files.
@@ -187,14 +189,14 @@ pub struct Destination {
     pub image_push_secret: String,
 }
 
-/// What became of it.
+/// The observed state.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Nodes it runs on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub worker_nodes: Vec<String>,
-    /// Pending, Running, Succeeded, Failed; of serving also Ready, NotReady.
+    /// Pending, Running, Succeeded or Failed; for serving Pending, Ready or NotReady.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<String>,
     /// Latest observations.

@@ -1,14 +1,15 @@
-//! A Workspace that tunes or serves -> the objects that do it, or why that cannot be. Pure: asks no cluster and no network.
+//! A Workspace that tunes or serves -> its objects, or why there are none. Pure: no cluster and no network is asked.
 //!
-//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the rules.
-//! `render` makes the Job:
-//! `request` is the very `hone run` of its container, planned here already so that mistakes are told at once; `needs` what it
-//! wants of a node; `pod` its container and volumes; `serve` makes what answers. `hone render` prints what `hone controller` applies.
+//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the
+//! rules. `render` makes the Job: `request` is the very `hone run` of its container, planned here already so that
+//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `serve` makes what
+//! answers, by the configuration that `inference` reads. `hone render` prints what `hone controller` applies.
 
 pub mod annotations;
 pub mod crd;
 pub mod kind;
 pub mod files;
+pub mod inference;
 mod needs;
 mod pod;
 mod render;
@@ -26,7 +27,7 @@ pub use templates::{CONFIG_FILE, Method, config_map, config_name};
 /// Label of every object that hone makes.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 pub const MANAGER: &str = "hone";
-/// KAITO's label of what belongs to a Workspace.
+/// KAITO's label of every object that belongs to a Workspace.
 pub const WORKSPACE_LABEL: &str = "kaito.sh/workspace";
 /// KAITO's annotation of a Job, and of a Workspace.
 pub const REVISION: &str = "workspace.kaito.io/revision";
@@ -34,15 +35,15 @@ pub const REVISION: &str = "workspace.kaito.io/revision";
 /// How a cluster runs hone. Filled by the command line.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settings {
-    /// The program's image; unset: `hone:cuda`, or `hone:cpu` without GPUs, as README builds them.
+    /// The image of hone; unset: `hone:cuda`, or `hone:cpu` without GPUs, as README builds them.
     pub image: Option<String>,
     /// GPUs of a pod in place of its instance type's.
     pub gpus: Option<u32>,
-    /// Unset: told from the instance type.
+    /// The cloud; unset: derived from the instance type.
     pub cloud: Option<Cloud>,
 }
 
-/// Whose nodes they are; decides about tolerations, and how a node is asked for.
+/// The cloud of the nodes. It decides about tolerations and node claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cloud {
     Azure,

@@ -1,8 +1,9 @@
-//! A Job's plan and its GPU -> what it asks of a node: GPUs, memory, disk; refused when the GPU cannot hold it.
+//! A Job's plan and its GPU -> the requests for a node (GPUs, memory, disk), or a refusal if the GPU cannot hold it.
 
 use super::annotations::Options;
 use super::request::Run;
 use super::{Settings, Workspace};
+use crate::dataset::TokenCache;
 use crate::facts::Facts;
 use crate::facts::sites;
 use crate::facts::{Keep, shapes};
@@ -11,18 +12,20 @@ use crate::memory::card::{self, Card};
 use crate::memory::{self, Machine, Place, Task};
 
 const GIB: f64 = (1u64 << 30) as f64;
-/// Of the process itself: the program, the dataset's tokens, the driver's own.
+/// Host memory of the process: the program, the driver, and the rows that are being encoded.
 const HOST_BYTES: f64 = 4.0 * GIB;
-/// For data whose size nobody knows before it is there.
+/// Disk for data whose size is not known before the download.
 const DATA_BYTES: f64 = 5.0 * GIB;
+/// Disk for the token cache: compressed text becomes about twice its size in tokens.
+const TOKEN_BYTES: f64 = 2.0 * DATA_BYTES;
 /// A checkpoint holds the adapter and the optimizer's two moments; one is written before the older is removed.
 const ADAPTER_COPIES: f64 = 1.0 + 2.0 * 3.0;
-/// Of a model that no table knows: 7 billion parameters of bf16 and as much again.
+/// Disk for a model without a known shape: 7 billion parameters in bf16 and as much again.
 const UNKNOWN_WEIGHTS_BYTES: f64 = 30.0 * GIB;
 /// The shortest pass worth a check: an example is rarely shorter.
 const TOKENS_MIN: usize = 256;
 
-/// GPUs, and whose; none of a CPU's.
+/// The number of GPUs and their card.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Gpus {
     pub count: u32,
@@ -38,7 +41,7 @@ pub(super) struct Needs {
     pub warnings: Vec<String>,
 }
 
-/// As asked, else as many as the instance type has, else one.
+/// The number that was asked for, else the instance type's, else one.
 pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings) -> Gpus {
     let instance = &workspace.resource.instance_type;
     let known = card::find(instance).ok();
@@ -124,7 +127,8 @@ fn fits(task: &Task, card: &Card, workspace: &Workspace, run: &Run) -> Result<Op
     }))
 }
 
-/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass through.
+/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass
+/// through.
 fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     let Some(task) = task else { return 2.0 * HOST_BYTES };
     match on_gpu {
@@ -138,12 +142,14 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     }
 }
 
-/// What lies on the node's disk: weights and data unless a claim keeps them, checkpoints and the adapter likewise.
+/// What lies on the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter
+/// likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
     let adapter =
         task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
-    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES };
+    let tokens = if run.plan.token_cache == TokenCache::Off { 0.0 } else { TOKEN_BYTES };
+    let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES + tokens };
     let results = match (&options.work_claim, &run.plan.push) {
         (None, Some(_)) => ADAPTER_COPIES * adapter,
         _ => 0.0,

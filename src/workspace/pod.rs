@@ -1,8 +1,9 @@
-//! The pod of a tuning Job: one container that downloads, trains and pushes, and what is mounted into it; and the frame that a pod
-//! that serves (`serve.rs`) has in common with it.
+//! A planned run -> the pod of a tuning Job: one container that downloads, trains and pushes, with its volumes; and the
+//! frame that it shares with a pod that serves (`serve.rs`).
 //!
-//! Names of volumes, tolerations and the folder of the results are KAITO's (v0.12, `pkg/workspace/tuning/preset_tuning.go`). Nothing
-//! runs as root, nothing is written outside the volumes, and no token of the cluster is mounted.
+//! Names of volumes, tolerations and the folder of the results are KAITO's (v0.12,
+//! `pkg/workspace/tuning/preset_tuning.go`). Nothing runs as root, nothing is written outside the volumes, and no token
+//! of the cluster is mounted.
 
 use std::collections::BTreeMap;
 
@@ -25,23 +26,23 @@ use super::templates::config_name;
 use super::{Cloud, Settings};
 use crate::fault::{Fault, Result};
 
-/// The image's own user.
+/// The user of hone's image.
 const USER: i64 = 65532;
-/// Of KAITO's endpoint.
+/// The port of KAITO's endpoint.
 pub(super) const PORT: i32 = 5000;
-/// Writing a checkpoint takes seconds; a pass over long examples on a small GPU, which comes first, a minute or two.
+/// Time to end a training. A checkpoint takes seconds; the pass that runs before it a minute or two on a small GPU.
 const GRACE_SECONDS: i64 = 300;
 /// The key of a Secret of type kubernetes.io/dockerconfigjson.
 const DOCKER_KEY: &str = ".dockerconfigjson";
 const TOKEN_KEY: &str = "HF_TOKEN";
 
-/// What the parts of a pod follow from.
+/// The inputs of a tuning pod.
 pub(super) struct Parts<'a> {
     pub frame: Frame<'a>,
     pub run: &'a Run,
 }
 
-/// What a pod that tunes and one that serves have in common.
+/// The inputs that a tuning pod and a serving pod share.
 #[derive(Clone, Copy)]
 pub(super) struct Frame<'a> {
     pub workspace: &'a Workspace,
@@ -90,7 +91,7 @@ impl Parts<'_> {
         self.frame.environment(texts, !self.docker_secrets().is_empty(), self.preset_options())
     }
 
-    /// Each volume with its mount.
+    /// The volumes, each with its mount.
     fn volumes(&self) -> Result<Vec<(Volume, VolumeMount)>> {
         let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
         let mut volumes = vec![(
@@ -155,7 +156,7 @@ impl Parts<'_> {
         self.frame.workspace.tuning.as_ref()?.preset.as_ref()?.preset_options.as_ref()
     }
 
-    /// The push secret, as KAITO has it, and those of our image.
+    /// The push Secret, as KAITO has it, and the Secrets of hone's image.
     fn image_pull_secrets(&self) -> Option<Vec<LocalObjectReference>> {
         let tuning = self.frame.workspace.tuning.as_ref()?;
         let push = tuning.output.iter().map(|output| &output.image_push_secret);
@@ -226,7 +227,7 @@ impl Frame<'_> {
         self.options.image.clone().or_else(|| self.settings.image.clone()).unwrap_or_else(|| default.into())
     }
 
-    /// Ours, then the model's token; what the user says comes last, and in place of ours.
+    /// hone's variables, then the model's token. The user's variables come last and replace hone's.
     pub fn environment(
         &self,
         own: Vec<(&str, String)>,
@@ -372,7 +373,7 @@ fn claimed(name: &str, claim: &str) -> Volume {
     Volume { persistent_volume_claim: Some(source), ..named(name) }
 }
 
-/// The user's volume source under our name. The schema leaves it open, so what Kubernetes does not know is refused here.
+/// The user's volume source under hone's name. The schema accepts any field, so unknown kinds are refused here.
 pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -> Result<Volume> {
     let refuse = |why: String| {
         Fault::config(format!("{field}: {why}"))

@@ -1,4 +1,4 @@
-//! A Workspace and its configuration -> the Job, and the ConfigMap where none is named.
+//! A Workspace and its configuration -> the Job, and a default ConfigMap if none is named.
 
 use std::collections::BTreeMap;
 
@@ -22,27 +22,27 @@ use crate::facts::Quantization;
 use crate::fault::{Fault, Kind, Result};
 use crate::source;
 
-/// KAITO leaves Kubernetes' own default in force.
+/// Kubernetes' own default, which KAITO keeps.
 const RETRIES: i32 = 6;
 const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 
-/// What is to be rendered.
+/// The inputs of a Job.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     pub workspace: &'a Workspace,
     /// `training_config.yaml` of the ConfigMap in force; `None`: there is none, and the method's default is made.
     pub config: Option<&'a str>,
     pub settings: &'a Settings,
-    /// Of the Workspace's inputs, from 1.
+    /// The revision of the Workspace's inputs, from 1.
     pub revision: i64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rendered {
-    /// The default configuration, where the Workspace names none and none was given.
+    /// The default configuration if the Workspace names none and none was given.
     pub config_map: Option<ConfigMap>,
     pub job: Job,
-    /// What somebody should look at although the Job can run.
+    /// Warnings; the Job can run all the same.
     pub warnings: Vec<String>,
 }
 
@@ -65,7 +65,7 @@ pub fn render(asked: &Asked) -> Result<Rendered> {
     Ok(Rendered { config_map, job, warnings })
 }
 
-/// Identifies what a Job is made from: other inputs want another Job.
+/// The hash of a Job's inputs: other inputs need another Job.
 pub fn inputs_hash(workspace: &Workspace, config: &str) -> String {
     let inputs = json!({
         "resource": workspace.resource,
@@ -99,7 +99,7 @@ fn fits_method(method: Method, quantization: &Quantization, workspace: &Workspac
     }
 }
 
-/// The configuration in force, and the object that brings it if nobody else does.
+/// The configuration in force, and the ConfigMap with it if it is the default.
 fn config<'a>(asked: &Asked<'a>, method: Method) -> Result<(&'a str, Option<ConfigMap>)> {
     let named = asked.workspace.tuning.as_ref().is_some_and(|tuning| !tuning.config.is_empty());
     match asked.config {
@@ -138,7 +138,7 @@ pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     ])
 }
 
-/// Of what belongs to a Workspace: it goes when the Workspace goes. One that no cluster has given a uid owns nothing.
+/// The owner reference of the Workspace's objects, which are deleted with it. A Workspace without a uid owns nothing.
 pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
     Some(OwnerReference {
         api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
@@ -152,8 +152,13 @@ pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
 
 fn spec(parts: &Parts) -> Result<JobSpec> {
     let options = parts.frame.options;
+    let mut pod_labels = labels(parts.frame.workspace);
+    if options.service_account.is_some() {
+        // Azure's webhook brings an identity to pods with this label only; other clouds do not look at it.
+        pod_labels.insert("azure.workload.identity/use".into(), "true".into());
+    }
     let template = PodTemplateSpec {
-        metadata: Some(ObjectMeta { labels: Some(labels(parts.frame.workspace)), ..ObjectMeta::default() }),
+        metadata: Some(ObjectMeta { labels: Some(pod_labels), ..ObjectMeta::default() }),
         spec: Some(parts.pod()?),
     };
     Ok(JobSpec {
@@ -168,8 +173,8 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
     })
 }
 
-/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but a person can
-/// mend ends the Job at once, anything else is tried again.
+/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but
+/// a person can mend ends the Job at once, anything else is tried again.
 fn failure_policy(container: &str) -> PodFailurePolicy {
     let hopeless = Kind::ALL.into_iter().filter(|kind| !kind.retry_helps());
     PodFailurePolicy {

@@ -9,7 +9,7 @@ use crate::fetch;
 use crate::plan::{self, Plan};
 use crate::spec::{self, Origin, Setting, Written};
 
-/// Where the pod finds what is mounted.
+/// Folders of the pod's mounts.
 pub(super) const CONFIG_FOLDER: &str = "/mnt/config";
 pub(super) const DATA_FOLDER: &str = "/mnt/data";
 pub(super) const CACHE_FOLDER: &str = "/mnt/cache";
@@ -21,7 +21,7 @@ const TAKEN: [&str; 5] = [CONFIG_FOLDER, DATA_FOLDER, CACHE_FOLDER, DOCKER_FOLDE
 /// In place of a folder that only the pod has.
 const ELSEWHERE: &str = "oci://pod.invalid/model:folder";
 
-/// What the container is asked.
+/// The arguments of the container, and what they mean.
 pub(super) struct Run {
     pub arguments: Vec<String>,
     pub plan: Plan,
@@ -119,7 +119,7 @@ impl Given<'_> {
         settings
     }
 
-    /// Where the weights are: as asked, an image of the user's, KAITO's artifact, the hub.
+    /// The address of the weights: the annotation's, the user's image, KAITO's artifact, or the hub.
     fn model(&self) -> Result<String> {
         let tuning = self.workspace.tuning.as_ref().expect("looked at above");
         let options = tuning.preset.as_ref().and_then(|preset| preset.preset_options.as_ref());
@@ -133,7 +133,7 @@ impl Given<'_> {
     }
 }
 
-/// What of the Workspace becomes a flag, for messages.
+/// The field of the Workspace that becomes a flag, for messages.
 fn field(flag: &str) -> &str {
     match flag {
         "model" => "tuning.preset",

@@ -1,21 +1,25 @@
-//! A Workspace that serves -> the StatefulSet of `hone serve`, its Services and its disruption budget, or why not.
+//! A Workspace that serves -> the StatefulSet of `hone serve`, its adapters, its Services and its disruption budget, or
+//! why not.
 //!
-//! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods that are not ready
-//! are not published, every replica answers, and strengths count whatever the adapters are.
+//! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods
+//! that are not ready are not published, every replica answers, and strengths count whatever the adapters are. Adapters
+//! and strengths stand in a ConfigMap that the servers follow (`serving/live.rs`): a change of them is no change of the
+//! pod's template, so that no server starts again. Only a new Secret to pull with, or a volume, is one.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
 use k8s_openapi::api::core::v1::{
-    ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec, PodTemplateSpec, Probe, Service,
-    ServicePort, ServiceSpec, Volume, VolumeMount,
+    ConfigMap, ConfigMapVolumeSource, ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec,
+    PodTemplateSpec, Probe, Service, ServicePort, ServiceSpec, Volume, VolumeMount,
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::annotations::{self, Options};
+use super::inference;
 use super::kind::{Adapter, Inference, PresetOptions, Workspace};
 use super::needs::{self, Needs};
 use super::pod::{self, Frame, PORT};
@@ -27,34 +31,61 @@ use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::memory::card::Card;
 
-/// Where adapters of volumes are mounted, as KAITO does.
+/// The folder of mounted adapters, KAITO's.
 const ADAPTER_FOLDER: &str = "/mnt/adapter";
-/// KAITO's annotation for a balancer outside of the cluster.
+/// The folder of the file that servers follow.
+const SERVED_FOLDER: &str = "/mnt/served";
+/// The entry of the ConfigMap.
+pub const ADAPTERS_FILE: &str = "adapters.json";
+/// KAITO's annotation for a load balancer of the cloud.
 const BALANCER: &str = "kaito.sh/enablelb";
-/// An image that is what a tuning Workspace of this namespace pushed last.
+/// The prefix of an image that names a tuning Workspace of this namespace: what it pushed last.
 pub const TUNED: &str = "workspace://";
-/// LIMIT: how long weights may take to come and load, as KAITO waits: 30 minutes.
+/// LIMIT: time for the download and loading of weights; KAITO waits 30 minutes too.
 const START_SECONDS: i32 = 30 * 60;
 const PROBE_SECONDS: i32 = 5;
-/// Requests that are being answered when the pod is to go are finished in this time.
+/// Time in which running answers finish when a pod ends.
 const GRACE_SECONDS: i64 = 60;
 
-/// What serves, in the order of application.
+/// The objects of a Workspace that serves, in the order of application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Served {
+    /// The file that servers follow.
+    pub adapters: ConfigMap,
+    /// The Service of clients, and the headless one.
     pub services: [Service; 2],
+    /// The servers.
     pub set: StatefulSet,
+    /// The disruption budget, if there are several servers.
     pub budget: Option<PodDisruptionBudget>,
+    /// Warnings; the servers can run all the same.
     pub warnings: Vec<String>,
 }
 
-/// What tuning Workspaces of the same namespace pushed, by their names: the image with its digest, or why there is none.
+/// The images that tuning Workspaces of the same namespace pushed, by the Workspace's name: with digest, or why there
+/// is none.
 pub type Tuned = BTreeMap<String, std::result::Result<String, String>>;
 
+/// The inputs of the objects.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// The Workspace.
+    pub workspace: &'a Workspace,
+    /// `inference_config.yaml` of the ConfigMap that the Workspace names; `None`: there is none.
+    pub config: Option<&'a str>,
+    /// The cluster's settings.
+    pub settings: &'a Settings,
+    /// What tuning Workspaces pushed.
+    pub tuned: &'a Tuned,
+}
+
+/// Renders a Workspace that serves.
+///
 /// # Errors
-/// Config: whatever is wrong with the Workspace, and adapters that a tuning Workspace has not pushed yet. Capacity: weights that no GPU
-/// of that type holds.
-pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Result<Served> {
+/// Config: whatever is wrong with the Workspace or its configuration, and adapters that a tuning Workspace has not
+/// pushed yet. Capacity: weights that no GPU of that type holds.
+pub fn serve(asked: &Asked) -> Result<Served> {
+    let Asked { workspace, settings, tuned, .. } = *asked;
     let options = annotations::read(workspace)?;
     validate::create(workspace, options.model.is_some())?;
     let inference = workspace.inference.as_ref().ok_or_else(|| Fault::config("inference: missing"))?;
@@ -63,16 +94,19 @@ pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Resul
     let preset = presets::find(name).ok();
     let mut warnings = needs::gpu_warnings(workspace, gpus);
     let needs = what_it_needs(workspace, preset, &options, gpus.card)?;
-    if !inference.config.is_empty() {
+    let config = config(asked, inference)?;
+    if !config.unused.is_empty() {
         warnings.push(format!(
-            "inference.config {}: it holds settings of KAITO's servers and is not read; `hone.sh/config-overrides` sets those of hone",
-            inference.config
+            "inference.config {}: not used: {}",
+            inference.config,
+            config.unused.join("; ")
         ));
     }
     let frame = Frame { workspace, options: &options, settings, gpus, needs: &needs };
-    let server = Server { frame, inference, tuned };
+    let server = Server { frame, inference, tuned, config };
     let replicas = workspace.resource.count.unwrap_or(1);
     Ok(Served {
+        adapters: server.adapters()?,
         services: [server.service(false), server.service(true)],
         set: server.set(replicas)?,
         budget: (replicas > 1).then(|| server.budget()),
@@ -80,12 +114,31 @@ pub fn serve(workspace: &Workspace, settings: &Settings, tuned: &Tuned) -> Resul
     })
 }
 
+fn config(asked: &Asked, inference: &Inference) -> Result<inference::Config> {
+    let name = &inference.config;
+    match asked.config {
+        _ if name.is_empty() => Ok(inference::Config::default()),
+        Some(text) => inference::read(name, text, !inference.adapters.is_empty()),
+        None => Err(Fault::config(format!(
+            "inference.config: there is no ConfigMap {name} in namespace {}",
+            asked.workspace.namespace()
+        ))
+        .help("apply it, or give its file with -f; without inference.config hone's own settings are used")),
+    }
+}
+
 impl Served {
-    /// As objects with their kinds.
+    /// The text of the file that servers follow.
+    pub fn adapters_file(&self) -> &str {
+        let data = self.adapters.data.as_ref();
+        data.and_then(|data| data.get(ADAPTERS_FILE)).map(String::as_str).unwrap_or_default()
+    }
+
+    /// All objects as JSON.
     pub fn objects(&self) -> Vec<Value> {
         let object = |value: serde_json::Result<Value>| value.expect("texts and numbers");
-        let mut list: Vec<Value> =
-            self.services.iter().map(|service| object(serde_json::to_value(service))).collect();
+        let mut list = vec![object(serde_json::to_value(&self.adapters))];
+        list.extend(self.services.iter().map(|service| object(serde_json::to_value(service))));
         list.push(object(serde_json::to_value(&self.set)));
         list.extend(self.budget.iter().map(|budget| object(serde_json::to_value(budget))));
         list
@@ -100,9 +153,9 @@ fn what_it_needs(
     card: Option<Card>,
 ) -> Result<Needs> {
     const GIB: f64 = (1u64 << 30) as f64;
-    /// Of the process, its caches of keys and values on a CPU, and adapters.
+    /// Memory of the process, its caches of keys and values on a CPU, and adapters.
     const PROCESS_BYTES: f64 = 4.0 * GIB;
-    /// Weights of a model that no table knows, in 16 bits.
+    /// Weights of a model without a known shape, in 16 bits.
     const UNKNOWN_BYTES: f64 = 15.0 * GIB;
     let shape = preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
     let facts = shape.map(shapes::facts).transpose()?;
@@ -141,9 +194,15 @@ struct Server<'a> {
     frame: Frame<'a>,
     inference: &'a Inference,
     tuned: &'a Tuned,
+    config: inference::Config,
 }
 
-/// An adapter's name: its source's, else by its place in the list.
+/// The ConfigMap that tells the servers of a Workspace what to answer with.
+pub fn adapters_name(workspace: &Workspace) -> String {
+    format!("{}-adapters", workspace.name())
+}
+
+/// The name of an adapter: its source's name, else one by its place in the list.
 fn adapter_name(adapter: &Adapter, place: usize) -> String {
     let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
     if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
@@ -245,7 +304,16 @@ impl Server<'_> {
             ..Probe::default()
         };
         let secrets = self.docker_secrets();
-        let mut mounts: Vec<(Volume, VolumeMount)> = self.adapter_volumes()?;
+        let served = Volume {
+            name: "served".into(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: adapters_name(self.frame.workspace),
+                ..ConfigMapVolumeSource::default()
+            }),
+            ..Volume::default()
+        };
+        let mut mounts = vec![(served, pod::read_only("served", SERVED_FOLDER))];
+        mounts.extend(self.adapter_volumes()?);
         mounts.extend(self.frame.volumes(secrets.clone()));
         let (volumes, volume_mounts) = mounts.into_iter().unzip();
         let mut container = self.frame.container();
@@ -257,8 +325,8 @@ impl Server<'_> {
             ..ContainerPort::default()
         }]);
         container.volume_mounts = Some(volume_mounts);
-        // The start takes what the weights take; afterwards one that no longer answers is started again, and one that drains gets
-        // no more requests.
+        // The start takes what the weights take; afterwards one that no longer answers is started again, and one that
+        // drains gets no more requests.
         container.startup_probe = Some(probe("/health", START_SECONDS / PROBE_SECONDS));
         container.liveness_probe = Some(probe("/health", 6));
         container.readiness_probe = Some(probe("/readyz", 1));
@@ -274,23 +342,52 @@ impl Server<'_> {
         })
     }
 
-    /// `hone serve MODEL --adapter NAME=SOURCE ... --mix WORKSPACE=NAME:STRENGTH,...`
+    /// `hone serve MODEL --name=... --listen=... --adapters-file=...`
     fn arguments(&self) -> Result<Vec<String>> {
-        let mut arguments = vec!["serve".to_owned(), self.model()?, format!("--listen=0.0.0.0:{PORT}")];
-        let mut mix = Vec::new();
-        for (place, adapter) in self.inference.adapters.iter().enumerate() {
-            let name = adapter_name(adapter, place);
-            arguments.push(format!("--adapter={name}={}", self.source(adapter, place)?));
-            mix.push(format!("{name}:{}", adapter.strength.as_deref().unwrap_or("1.0").trim()));
-        }
-        if !mix.is_empty() {
-            arguments.push(format!("--mix={}={}", self.name(), mix.join(",")));
-        }
+        let mut arguments = vec!["serve".to_owned(), self.model()?];
+        arguments.extend(self.base_name().map(|name| format!("--name={name}")));
+        arguments.push(format!("--listen=0.0.0.0:{PORT}"));
+        arguments.push(format!("--adapters-file={SERVED_FOLDER}/{ADAPTERS_FILE}"));
+        arguments.extend(self.config.context.map(|tokens| format!("--context={tokens}")));
+        arguments.extend(self.config.sequences.map(|count| format!("--sequences={count}")));
         arguments.extend(self.frame.options.config_overrides.iter().map(|text| format!("--set={text}")));
         Ok(arguments)
     }
 
-    /// Where an adapter is: an image, what a tuning Workspace pushed, or a folder that is mounted.
+    /// The base's id for clients: as the configuration says, else the preset's name, as KAITO's servers have it.
+    fn base_name(&self) -> Option<String> {
+        let preset = self.inference.preset.as_ref().map(|preset| preset.name.clone());
+        self.config.name.clone().or(preset).filter(|name| !name.is_empty())
+    }
+
+    /// The adapters with their sources, and their sum under the Workspace's name, which answers requests that name no
+    /// model.
+    fn adapters(&self) -> Result<ConfigMap> {
+        let mut adapters = Vec::new();
+        let mut parts = Vec::new();
+        for (place, adapter) in self.inference.adapters.iter().enumerate() {
+            let name = adapter_name(adapter, place);
+            adapters.push(json!({"name": name, "source": self.source(adapter, place)?}));
+            let strength = adapter.strength.as_deref().and_then(|text| text.trim().parse::<f64>().ok());
+            parts.push(json!({"name": name, "strength": strength.unwrap_or(1.0)}));
+        }
+        let taken = |name: &str| {
+            let adapters = self.inference.adapters.iter().enumerate();
+            self.base_name().as_deref() == Some(name)
+                || adapters.into_iter().any(|(place, adapter)| adapter_name(adapter, place) == name)
+        };
+        let mut names = ["", "-mix", "-mix-of-all"].iter().map(|end| format!("{}{end}", self.name()));
+        let sum = names.find(|name| !taken(name)).unwrap_or_else(|| "mix.of.all".to_owned());
+        let mixes = if parts.is_empty() { Vec::new() } else { vec![json!({"name": sum, "adapters": parts})] };
+        let text = serde_json::to_string_pretty(&json!({"adapters": adapters, "mixes": mixes}));
+        Ok(ConfigMap {
+            metadata: self.metadata(adapters_name(self.frame.workspace)),
+            data: Some(BTreeMap::from([(ADAPTERS_FILE.to_owned(), text.expect("texts and numbers") + "\n")])),
+            ..ConfigMap::default()
+        })
+    }
+
+    /// The source of an adapter: an image, the image of a tuning Workspace, or a mounted folder.
     fn source(&self, adapter: &Adapter, place: usize) -> Result<String> {
         let image = adapter.source.as_ref().map(|source| source.image.as_str()).unwrap_or_default();
         if let Some(name) = image.strip_prefix(TUNED) {
@@ -331,7 +428,7 @@ impl Server<'_> {
         self.inference.preset.as_ref()?.preset_options.as_ref()
     }
 
-    /// Secrets that adapters and weights are pulled with.
+    /// The Secrets for pulling adapters and weights.
     fn docker_secrets(&self) -> Vec<(String, String)> {
         let adapters = self.inference.adapters.iter().filter_map(|adapter| adapter.source.as_ref());
         let adapters = adapters.flat_map(|source| &source.image_pull_secrets);

@@ -1,4 +1,4 @@
-//! The configuration a Workspace has that names none: KAITO's ConfigMaps, as examples/training_config has them.
+//! A Workspace that names no configuration -> KAITO's default ConfigMap, as examples/training_config has it.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::{MANAGED_BY, MANAGER};
 /// The entry of a ConfigMap that is read, and the file it becomes.
 pub const CONFIG_FILE: &str = "training_config.yaml";
 
-/// How the base is held while it is tuned.
+/// The method of a tuning: how the base is held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     Lora,
@@ -19,7 +19,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// In any case, as KAITO's webhook takes it.
+    /// The method of that name, in any letter case, as KAITO's webhook takes it.
     pub fn named(name: &str) -> Option<Method> {
         match name.to_lowercase().as_str() {
             "lora" => Some(Method::Lora),
@@ -52,8 +52,12 @@ impl Method {
     }
 }
 
-/// The ConfigMap in force: the one that is named, or the method's default.
+/// The ConfigMap in force: the one that is named, or the method's default. A Workspace that serves has no default: an
+/// empty name.
 pub fn config_name(workspace: &Workspace) -> String {
+    if let (None, Some(inference)) = (&workspace.tuning, &workspace.inference) {
+        return inference.config.clone();
+    }
     let tuning = workspace.tuning.as_ref();
     let named = tuning.map(|tuning| tuning.config.as_str()).filter(|name| !name.is_empty());
     let default =
@@ -61,7 +65,7 @@ pub fn config_name(workspace: &Workspace) -> String {
     named.unwrap_or(default).to_owned()
 }
 
-/// The default as an object of a namespace; several Workspaces share it, so none owns it.
+/// The default ConfigMap. Several Workspaces share it, so none owns it.
 pub fn config_map(method: Method, namespace: Option<String>) -> ConfigMap {
     ConfigMap {
         metadata: ObjectMeta {

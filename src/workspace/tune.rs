@@ -12,13 +12,13 @@ use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
 
-/// What `hone tune` asks.
+/// The options of `hone tune`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     pub preset: String,
-    /// URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
+    /// The data: URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
     pub data: Vec<String>,
-    /// An image, or `pvc://CLAIM`.
+    /// The output: an image, or `pvc://CLAIM`.
     pub push: String,
     pub push_secret: Option<String>,
     pub pull_secrets: Vec<String>,
@@ -83,19 +83,21 @@ pub fn workspace(options: &Options) -> Result<Workspace> {
 
 fn input(options: &Options) -> Result<Source> {
     let image_pull_secrets = options.pull_secrets.clone();
-    let urls = |text: &&String| text.starts_with("http://") || text.starts_with("https://");
+    const ADDRESSES: [&str; 7] = ["http://", "https://", "hf://", "s3://", "gs://", "az://", "oci://"];
+    let reached = |text: &String| ADDRESSES.iter().any(|address| text.starts_with(address));
     match options.data.as_slice() {
-        all if all.iter().all(|text| urls(&text)) && !all.is_empty() => {
-            Ok(Source { urls: all.to_vec(), image_pull_secrets, ..Source::default() })
-        }
         [one] if let Some(image) = one.strip_prefix("oci://") => {
             Ok(Source { image: image.into(), image_pull_secrets, ..Source::default() })
         }
         [one] if let Some(claim) = one.strip_prefix("pvc://") => {
             Ok(Source { volume_source: Some(claim_source(claim)), ..Source::default() })
         }
-        _ => Err(Fault::usage(format!("--data {}: a cluster cannot reach it", options.data.join(" ")))
-            .help("give URLs (https://...), or one image (oci://IMAGE), or one claim (pvc://CLAIM)")),
+        all if all.iter().all(reached) && !all.is_empty() => {
+            Ok(Source { urls: all.to_vec(), image_pull_secrets, ..Source::default() })
+        }
+        _ => Err(Fault::usage(format!("--data {}: a cluster cannot reach it", options.data.join(" "))).help(
+            "give addresses (https://, hf://datasets/, s3://, gs://, az://, oci://), or one claim (pvc://CLAIM)",
+        )),
     }
 }
 

@@ -1,4 +1,5 @@
-//! A Workspace -> what is wrong with it, all at once: the rules of KAITO's webhook, and what would crash or hang later there.
+//! A Workspace -> all its mistakes at once: by the rules of KAITO's webhook, and mistakes that would crash or hang
+//! later.
 //!
 //! Source: KAITO v0.12, `api/v1beta1/workspace_validation.go`. Where hone is stricter the comment says why.
 
@@ -12,14 +13,18 @@ use super::pod;
 use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::Result;
+use crate::fetch;
 use crate::registry::Target;
 use crate::spec::{Mistakes, Origin};
+
+/// Schemes of data beside http and https.
+const PLACES: [&str; 5] = ["hf", "s3", "gs", "az", "oci"];
 
 /// Names that lead to the machine itself or to a cloud's metadata.
 const HOSTS_REFUSED: [&str; 4] =
     ["localhost", "metadata.google.internal", "metadata.google", "instance-data.ec2.internal"];
 
-/// Whether a new Workspace can be done. `own_model`: its weights are named by hand, so the catalogue need not know it.
+/// Checks a new Workspace. `own_model`: its weights are named by hand, so the catalogue need not know the preset.
 ///
 /// # Errors
 /// Config: all mistakes, each with its field.
@@ -29,7 +34,7 @@ pub fn create(workspace: &Workspace, own_model: bool) -> Result<()> {
     rules.0.into_result_of("the Workspace")
 }
 
-/// Whether a Workspace may become another. Unlike KAITO's, a new input or output is checked as on creation.
+/// Checks a change of a Workspace. Unlike KAITO's webhook, it checks a new input or output as on creation.
 ///
 /// # Errors
 /// Config: fields that cannot change, and what `create` refuses.
@@ -85,7 +90,7 @@ impl Rules {
         self.selector(resource);
     }
 
-    /// KAITO checks strengths when they are changed only, and its servers take none or end with them.
+    /// KAITO checks strengths only when they change, and its servers ignore a wrong one or end.
     fn inference(&mut self, inference: &Inference, own_model: bool) {
         match &inference.preset {
             None if inference.template.is_some() => {
@@ -93,6 +98,9 @@ impl Rules {
             }
             None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
             Some(preset) => self.preset("inference.preset", preset, own_model),
+        }
+        if !inference.config.is_empty() {
+            self.object("inference.config", "a ConfigMap", &inference.config);
         }
         let mut names = std::collections::BTreeSet::new();
         for (place, adapter) in inference.adapters.iter().enumerate() {
@@ -257,7 +265,7 @@ impl Rules {
             self.wrong("tuning.input", "exactly one of urls, image and volumeSource must be given");
         }
         for url in &input.urls {
-            self.url("tuning.input.urls", url);
+            self.data_address("tuning.input.urls", url);
         }
         if !input.image.is_empty() {
             self.image("tuning.input.image", &input.image, false);
@@ -318,17 +326,37 @@ impl Rules {
         }
     }
 
+    /// Every place that `hone run` takes data from, but for paths: those are of a volume.
+    fn data_address(&mut self, field: &str, text: &str) {
+        let scheme = text.trim().split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+        if let Some("http" | "https") | None = scheme.as_deref() {
+            return self.url(field, text);
+        }
+        // Digest, layout, weight and limit are the plan's matter.
+        let address = text.split_once('#').map_or(text, |(address, _)| address);
+        let known = address.split_once("://").is_some_and(|(name, _)| PLACES.contains(&name));
+        match fetch::Data::parse(address) {
+            Ok(_) if known => {}
+            Err(fault) if known => self.wrong(field, fault.in_a_line()),
+            _ => self.wrong(
+                field,
+                format!(
+                    "{}:// is no place that a pod reads; expected http, https, {}; files of a volume are given by volumeSource",
+                    scheme.unwrap_or_default(),
+                    PLACES.join(", ")
+                ),
+            ),
+        }
+    }
+
     /// KAITO looks at addresses written out only; names that lead to such are refused when they are connected to.
     fn url(&mut self, field: &str, text: &str) {
         let Ok(url) = Url::parse(text) else {
             return self
                 .wrong(field, "not a valid URL; expected https://host/file.parquet or another data file");
         };
-        // What stands behind the host may be a secret.
+        // The part after the host may hold a secret.
         let name = format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default());
-        if !["http", "https"].contains(&url.scheme()) {
-            return self.wrong(field, format!("{name}: expected http or https"));
-        }
         let refused = match url.host() {
             None => true,
             Some(Host::Domain(host)) => {
@@ -373,7 +401,7 @@ impl Rules {
     }
 }
 
-/// Addresses that only mean something on or near the machine itself.
+/// Whether an address is loopback, private or link-local.
 fn inside(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_unspecified(),
@@ -383,7 +411,7 @@ fn inside(address: IpAddr) -> bool {
     }
 }
 
-/// What documentation leaves for the reader to fill in.
+/// A hint if the text looks like a placeholder of a documentation.
 fn placeholder(text: &str) -> &'static str {
     let word = |word: &str| {
         word.len() > 5 && word.contains('_') && word.chars().all(|c| c.is_ascii_uppercase() || c == '_')
@@ -490,6 +518,33 @@ mod tests {
             create(&changed(&[("tuning.preset.name", json!("my-own"))]), true).is_ok(),
             "its weights are named by hand"
         );
+    }
+
+    #[test]
+    fn data_comes_from_every_place_that_a_run_takes() {
+        let input = |value: Value| told(&[("tuning.input", value)]);
+        for url in [
+            "hf://datasets/owner/name",
+            "hf://datasets/owner/name@main/rows/*.parquet#layout=alpaca&limit=10",
+            "s3://bucket/rows/*.parquet",
+            "gs://bucket/rows/",
+            "az://container/a.jsonl.gz#sha256=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            "oci://registry.example.com/team/rows:1",
+            "HTTPS://example.com/a.parquet",
+        ] {
+            assert_eq!(input(json!({"urls": [url]})), "valid", "{url}");
+        }
+        for (url, told) in [
+            ("hf://owner/name", "tuning.input.urls: "),
+            ("hf://datasets/owner", "tuning.input.urls: an address hf://datasets/ does not name a dataset"),
+            ("s3://key:secret@bucket/a", "tuning.input.urls: s3://bucket/a: expected s3://BUCKET/NAME"),
+            ("oci://oci:folder", "tuning.input.urls: oci://oci:folder names no image"),
+            ("file:///etc/passwd", "tuning.input.urls: file:// is no place that a pod reads"),
+            ("ftp://example.com/a", "tuning.input.urls: ftp:// is no place that a pod reads"),
+        ] {
+            let refused = input(json!({"urls": [url]}));
+            assert!(refused.starts_with(told) && !refused.contains("secret"), "{url}: {refused}");
+        }
     }
 
     /// KAITO's TestDataSourceValidateCreate and TestDataDestinationValidateCreate.

@@ -1,4 +1,4 @@
-//! YAML files -> Kubernetes objects, and back. Fields that nobody knows are told with their line, as `kubectl` would.
+//! YAML files -> Kubernetes objects, and back. Unknown fields are reported with their line, as `kubectl` does.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -62,7 +62,7 @@ impl Document {
         self.value["metadata"]["name"].as_str().unwrap_or_default()
     }
 
-    /// As a type of Kubernetes.
+    /// The object as a type of Kubernetes.
     ///
     /// # Errors
     /// Config: a field of another type, or one that the type does not have.

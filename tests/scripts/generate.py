@@ -16,8 +16,11 @@ import transformers
 NAMES = ["llama3", "llama32_tied", "llama_dynamic", "llama_yarn", "phi2", "phi3", "phi3_longrope", "phi4mini", "qwen2", "qwen3", "gemma2",
          "gemma3", "falcon7b", "falcon11b", "falcon40b", "granite", "ministral", "ministral3", "mistral", "olmo2", "smollm3"]
 MIXES = [{}, {"a": 1.0}, {"a": 0.3, "b": 1.0}, {"a": 0.0, "b": -0.7}]
-NEW = [200, 64, 64, 64]
+NEW = 200
 LENGTHS = [3, 20, 61]
+# Of prompts of this length the log-probabilities of the tokens are kept too, and where the two best are this close.
+SCORED = 20
+CLOSE = 0.05
 
 
 def second(model):
@@ -47,7 +50,7 @@ def record(folder):
     config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None)
     model.generation_config = base.generation_config = config
     cases = []
-    for mix, new in zip(MIXES, NEW):
+    for mix in MIXES:
         mixed(model, scales, mix)
         for row, length in zip(rows, LENGTHS):
             prompt = row[:length]
@@ -55,10 +58,16 @@ def record(folder):
                 # transformers keeps the longest length that a dynamic rope has met; one short pass takes it back to none.
                 model(torch.tensor([prompt[:1]]))
                 out = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                     generation_config=config, max_new_tokens=new, return_dict_in_generate=True, output_logits=True)
-            top = torch.stack(out.logits).squeeze(1).topk(2, -1).values
-            cases.append({"mix": mix, "prompt": prompt, "tokens": out.sequences[0, len(prompt):].tolist(),
-                          "least_margin": float((top[:, 0] - top[:, 1]).min())})
+                                     generation_config=config, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True)
+            scores = torch.stack(out.logits).squeeze(1).log_softmax(-1)
+            top = scores.topk(2, -1).values
+            margins = top[:, 0] - top[:, 1]
+            case = {"mix": mix, "prompt": prompt, "tokens": out.sequences[0, len(prompt):].tolist(),
+                    "least_margin": float(margins.min())}
+            if length == SCORED and mix in MIXES[:2]:
+                case["logprobs"] = [round(float(score), 4) for score in top[:, 0]]
+                case["close"] = (margins <= CLOSE).nonzero().flatten().tolist()
+            cases.append(case)
     return cases
 
 

@@ -1,4 +1,5 @@
-//! What the API server refuses, fills in and remembers: validation by kind, fields that cannot change, owners of fields.
+//! What the API server refuses, fills in and remembers: validation by kind, fields that cannot change, owners of
+//! fields.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

@@ -1,6 +1,7 @@
-//! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply with owners of fields, status, watches
-//! that expire, foreground deletion and its garbage collector, the controller of Jobs' time to live, logs, answers that hang.
-//! As much of it as hone's controller meets, as strict as the real one is (`api_rules.rs`).
+//! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply with owners of fields,
+//! status, watches that expire, foreground deletion and its garbage collector, the controller of Jobs' time to
+//! live, logs, answers that hang. As much of it as hone's controller meets, as strict as the real one is
+//! (`api_rules.rs`).
 
 #![allow(dead_code)]
 
@@ -23,7 +24,7 @@ use tokio::sync::Notify;
 mod rules;
 
 /// plural, kind, apiVersion
-const KINDS: [(&str, &str, &str); 17] = [
+const KINDS: [(&str, &str, &str); 18] = [
     ("workspaces", "Workspace", "kaito.sh/v1beta1"),
     ("jobs", "Job", "batch/v1"),
     ("pods", "Pod", "v1"),
@@ -34,6 +35,7 @@ const KINDS: [(&str, &str, &str); 17] = [
     ("statefulsets", "StatefulSet", "apps/v1"),
     ("poddisruptionbudgets", "PodDisruptionBudget", "policy/v1"),
     ("persistentvolumeclaims", "PersistentVolumeClaim", "v1"),
+    ("secrets", "Secret", "v1"),
     ("events", "Event", "events.k8s.io/v1"),
     ("leases", "Lease", "coordination.k8s.io/v1"),
     ("controllerrevisions", "ControllerRevision", "apps/v1"),
@@ -140,7 +142,8 @@ impl ApiServer {
         self
     }
 
-    /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer this code.
+    /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer
+    /// this code.
     pub fn fail_next(&self, verb: &str, plural: &str, code: u16, times: u32) {
         self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times));
     }
@@ -367,7 +370,8 @@ impl State {
         self.objects.iter().filter(|(_, other)| owned(other)).map(|(key, _)| key.clone()).collect()
     }
 
-    /// As the API server deletes: at once, or with finalizers and a time of deletion. Jobs without a policy leave their pods.
+    /// As the API server deletes: at once, or with finalizers and a time of deletion. Jobs without a policy leave
+    /// their pods.
     fn delete(&mut self, key: &Key, policy: Option<&str>) -> Option<Value> {
         let mut object = self.objects.get(key)?.clone();
         let default = if key.0 == "jobs" { "Orphan" } else { "Background" };

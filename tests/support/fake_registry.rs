@@ -259,6 +259,8 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
             Some(Answer(201, upload(), Vec::new()))
         }
         ("PUT", _, true) => {
+            let digest = format!("sha256:{}", hone::source::digest(&request.body));
+            state.manifests.insert(digest, request.body.clone());
             state.manifests.insert(name, request.body.clone());
             Some(Answer(201, upload(), Vec::new()))
         }

@@ -161,7 +161,7 @@ fn list_of_endings() -> String {
 }
 
 /// The ending of a file name in lower case, without that of gzip or zstd.
-fn ending_of(name: &str) -> Option<String> {
+pub(super) fn ending_of(name: &str) -> Option<String> {
     let last = name.rsplit(['/', '\\']).next()?.to_ascii_lowercase();
     let last = packing::ENDINGS.iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(&last);
     last.rsplit_once('.').map(|(_, ending)| ending.to_owned())

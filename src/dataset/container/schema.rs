@@ -18,12 +18,19 @@ const SCHEMA_ELEMENTS_MAX: u64 = 40_000;
 /// Length and magic at the end of the file.
 const TAIL_BYTES: u64 = 8;
 
-/// Checks the footer of a file that ends with the magic.
+/// Checks the footer of a parquet file. Error: what is wrong with it, or that it is no parquet file.
 pub(super) fn check(file: &File, file_bytes: u64) -> Result<(), String> {
-    let mut tail = [0; 4];
+    let mut tail = [0; TAIL_BYTES as usize];
     let unreadable = |error: std::io::Error| format!("cannot read it: {error}");
-    file.read_exact_at(&mut tail, file_bytes - TAIL_BYTES).map_err(unreadable)?;
-    let bytes = u64::from(u32::from_le_bytes(tail));
+    let Some(from) = file_bytes.checked_sub(TAIL_BYTES) else {
+        return Err(format!("the file has {file_bytes} bytes"));
+    };
+    file.read_exact_at(&mut tail, from).map_err(unreadable)?;
+    let [a, b, c, d, magic @ ..] = tail;
+    if magic != *b"PAR1" {
+        return Err("the file does not end with PAR1".into());
+    }
+    let bytes = u64::from(u32::from_le_bytes([a, b, c, d]));
     if bytes > file_bytes - TAIL_BYTES {
         return Err(format!("it promises {bytes} bytes, the file has {file_bytes}"));
     }

@@ -1,20 +1,26 @@
 //! New rows of several sequences over the keys and values that their earlier rows left in pages.
 //!
-//! Row i of a sequence sees its rows j with `i - window < j <= i`, as in `attention::formula`; here their keys and values
-//! come from a `Store`. What a row gets depends on its own sequence alone, bit for bit: pages are taken in the order of
-//! positions, and no sum spans two sequences. CPU only; serving has no backward pass.
+//! Row i of a sequence sees its rows j with `i - window < j <= i`, as in `attention::formula`; here their keys and
+//! values come from a `Store`. What a row gets depends on its own sequence alone, bit for bit: pages are taken in
+//! the order of positions, and no sum spans two sequences. Serving has no backward pass. On a GPU the pages lie
+//! there.
 
 use std::any::Any;
 use std::ops::Range;
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
+use half::vec::HalfBitsVecExt;
 use rayon::prelude::*;
 
 use super::{scatter, softmax_row};
 use crate::facts::{Heads, Precision};
 use crate::ops::cpu::{self, Real, View};
+use crate::ops::rope::{self, Angles, Direction};
 use crate::with_real;
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 /// Tokens of a page.
 pub const PAGE: usize = 32;
@@ -34,6 +40,23 @@ pub struct Segment {
     pub pages: Vec<u32>,
 }
 
+/// The segments of a step, which all layers share.
+pub struct Segments<'a> {
+    list: &'a [Segment],
+    #[cfg(feature = "cuda")]
+    tables: gpu::Tables,
+}
+
+impl<'a> Segments<'a> {
+    pub fn new(list: &'a [Segment]) -> Segments<'a> {
+        Segments {
+            list,
+            #[cfg(feature = "cuda")]
+            tables: gpu::Tables::default(),
+        }
+    }
+}
+
 /// Keys and values of one layer: `[page][key head][token of the page][D]`.
 pub struct Store {
     keys: Values,
@@ -43,17 +66,25 @@ pub struct Store {
 }
 
 enum Values {
+    /// On a GPU, f32 or bf16.
+    #[cfg(feature = "cuda")]
+    There(Tensor),
     F32(Vec<f32>),
     F64(Vec<f64>),
     Bf16(Vec<bf16>),
 }
 
 impl Values {
-    fn new(length: usize, dtype: DType) -> Result<Values> {
+    fn new(length: usize, dtype: DType, device: &Device) -> Result<Values> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Ok(Values::There(crate::ops::unwritten(length, dtype, device)?));
+        }
+        assert!(device.is_cpu(), "a cache on a device without kernels");
         Ok(match dtype {
             DType::F32 => Values::F32(vec![0.0; length]),
             DType::F64 => Values::F64(vec![0.0; length]),
-            DType::BF16 => Values::Bf16(vec![bf16::ZERO; length]),
+            DType::BF16 => Values::Bf16(vec![0u16; length].reinterpret_into()),
             other => bail!("a cache of {other:?}; expected f32 or bf16"),
         })
     }
@@ -68,6 +99,8 @@ impl Values {
                 scratch.extend(data[range].iter().map(|value| T::of(value.to_f64())));
                 return Ok(scratch);
             }
+            #[cfg(feature = "cuda")]
+            Values::There(_) => bail!("the cache lies on a GPU, the activations do not"),
         };
         match same {
             Some(data) => Ok(&data[range]),
@@ -81,9 +114,13 @@ impl Values {
             Values::F64(data) => (data as &mut dyn Any).downcast_mut(),
             Values::Bf16(data) => {
                 let target = data[at..at + values.len()].iter_mut();
-                target.zip(values).for_each(|(target, value)| *target = bf16::from_f64(value.wide()));
+                // By way of f32: `from_f64` drops the lower half of a number before it rounds.
+                let round = |value: &T| bf16::from_f32(value.wide() as f32);
+                target.zip(values).for_each(|(target, value)| *target = round(value));
                 return Ok(());
             }
+            #[cfg(feature = "cuda")]
+            Values::There(_) => bail!("the cache lies on a GPU, the activations do not"),
         };
         match same {
             Some(data) => data[at..at + values.len()].copy_from_slice(values),
@@ -94,10 +131,10 @@ impl Values {
 }
 
 impl Store {
-    /// Empty pages.
-    pub fn new(pages: usize, heads: &Heads, dtype: DType) -> Result<Store> {
+    /// Empty pages on the device where the layer computes.
+    pub fn new(pages: usize, heads: &Heads, dtype: DType, device: &Device) -> Result<Store> {
         let length = pages * PAGE * heads.key * heads.width;
-        let (keys, values) = (Values::new(length, dtype)?, Values::new(length, dtype)?);
+        let (keys, values) = (Values::new(length, dtype, device)?, Values::new(length, dtype, device)?);
         Ok(Store { keys, values, key_heads: heads.key, width: heads.width })
     }
 
@@ -111,11 +148,35 @@ impl Store {
         ((page as usize * self.key_heads + key_head) * PAGE + token) * self.width
     }
 
+    /// Turns queries and keys of qkv's rows by their angles, in place, and keeps keys and values.
+    pub fn turn_and_write(
+        &mut self,
+        qkv: &Tensor,
+        heads: &Heads,
+        segments: &Segments,
+        angles: Option<&Angles>,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if qkv.device().is_cuda() {
+            return gpu::write(qkv, heads, self, segments, angles);
+        }
+        if let Some(angles) = angles {
+            let ((rows, columns), (runs, turning)) = (qkv.dims2()?, heads.turning());
+            let runs = qkv.reshape((rows * runs, columns / runs))?;
+            rope::rotate(&runs, turning, heads.width, angles, Direction::Forward)?;
+        }
+        self.write(qkv, heads, segments)
+    }
+
     /// Keeps keys and values of qkv's rows, after rope.
-    pub fn write(&mut self, qkv: &Tensor, heads: &Heads, segments: &[Segment]) -> Result<()> {
+    pub fn write(&mut self, qkv: &Tensor, heads: &Heads, segments: &Segments) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if qkv.device().is_cuda() {
+            return gpu::write(qkv, heads, self, segments, None);
+        }
         with_real!(qkv, T => {
             let qkv = &*cpu::read::<T>(qkv)?;
-            for segment in segments {
+            for segment in segments.list {
                 for (i, row) in segment.rows.clone().enumerate() {
                     let position = segment.start + i;
                     let (page, token) = (segment.pages[position / PAGE], position % PAGE);
@@ -137,14 +198,18 @@ pub fn forward(
     qkv: &Tensor,
     heads: &Heads,
     store: &Store,
-    segments: &[Segment],
+    segments: &Segments,
     precision: Precision,
 ) -> Result<Tensor> {
     let (rows, columns) = qkv.dims2()?;
     assert_eq!(columns, heads.columns(), "columns of qkv");
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return gpu::forward(qkv, heads, store, segments);
+    }
     with_real!(qkv, T => {
         let qkv = &*cpu::read::<T>(qkv)?;
-        let blocks = segments.iter().flat_map(|segment| {
+        let blocks = segments.list.iter().flat_map(|segment| {
             let blocks = (0..segment.rows.len()).step_by(BLOCK);
             blocks.map(move |from| from..(from + BLOCK).min(segment.rows.len())).map(move |block| (segment, block))
         });
@@ -300,7 +365,7 @@ mod tests {
             let expected =
                 texts.iter().map(|text| super::super::formula(text, &heads)).collect::<Result<Vec<_>>>()?;
             let pages = [vec![6u32, 0, 3, 9, 1], vec![2, 8, 4]];
-            let mut store = Store::new(10, &heads, DType::F64)?;
+            let mut store = Store::new(10, &heads, DType::F64, &Device::Cpu)?;
             let mut found = [Vec::new(), Vec::new()];
             let mut done = [0usize; 2];
             for pieces in [[100, 1], [1, 33], [33, 1], [15, 31], [1, 5]] {
@@ -314,8 +379,9 @@ mod tests {
                     done[sequence] += length;
                 }
                 let qkv = Tensor::cat(&rows, 0)?;
-                store.write(&qkv, &heads, &segments)?;
-                let out = forward(&qkv, &heads, &store, &segments, Precision::F32)?;
+                let shared = Segments::new(&segments);
+                store.write(&qkv, &heads, &shared)?;
+                let out = forward(&qkv, &heads, &store, &shared, Precision::F32)?;
                 for (found, segment) in found.iter_mut().zip(&segments) {
                     found.push(out.narrow(0, segment.rows.start, segment.rows.len())?);
                 }
@@ -335,7 +401,8 @@ mod tests {
         let qkv = judge::random((40, heads.columns()), 3)?.to_dtype(DType::F32)?;
         let segments = [Segment { rows: 0..40, start: 0, pages: vec![1, 0] }];
         let attended = |qkv: &Tensor, dtype| {
-            let mut store = Store::new(2, &heads, dtype)?;
+            let mut store = Store::new(2, &heads, dtype, &Device::Cpu)?;
+            let segments = Segments::new(&segments);
             store.write(qkv, &heads, &segments)?;
             forward(qkv, &heads, &store, &segments, Precision::F32)
         };
@@ -343,5 +410,177 @@ mod tests {
         let rounded = rest.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
         let rounded = Tensor::cat(&[query, rounded], 1)?.contiguous()?;
         judge::same(&attended(&qkv, DType::BF16)?, &attended(&rounded, DType::F32)?, 0.0)
+    }
+
+    /// Query heads, key heads, width, window, cap, layout.
+    type Case = (usize, usize, usize, Option<usize>, Option<f64>, Layout);
+
+    /// What the kernels have cases for: groups of 1, below, at and beyond four heads, every padded width, odd widths,
+    /// windows shorter than a page and longer than a piece.
+    const GPU_CASES: [Case; 8] = [
+        (2, 2, 96, None, None, Layout::Blocked),
+        (4, 1, 128, Some(70), None, Layout::Blocked),
+        (6, 2, 64, None, Some(2.0), Layout::Blocked),
+        (5, 1, 20, Some(5), None, Layout::Blocked),
+        (9, 1, 64, None, None, Layout::Grouped),
+        (2, 2, 6, Some(40), Some(0.7), Layout::Blocked),
+        (2, 1, 256, Some(100), None, Layout::Blocked),
+        (3, 3, 32, None, None, Layout::Blocked),
+    ];
+
+    /// Prompts in chunks beside rows that generate, over pages in disorder: all as the CPU has it, and a row's
+    /// bits are the same alone and among others.
+    #[test]
+    fn rows_over_pages_on_a_gpu_equal_the_hosts() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (query, key, width, window, softcap, layout) in GPU_CASES {
+                let scale = (width as f64).powf(-0.5);
+                let heads = Heads { query, key, width, scale, window, softcap, layout };
+                for cache in [gpu.dtype, DType::BF16] {
+                    check(gpu, &heads, cache)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn check(gpu: &judge::Gpu, heads: &Heads, cache: DType) -> Result<()> {
+        let pages = [vec![6u32, 0, 3, 9, 1, 11], vec![2, 8, 4], vec![5], vec![12, 10, 7]];
+        let host = if cache == DType::BF16 { DType::BF16 } else { DType::F64 };
+        let mut stores = (
+            Store::new(13, heads, cache, &gpu.device)?,
+            Store::new(13, heads, cache, &gpu.device)?,
+            Store::new(13, heads, host, &Device::Cpu)?,
+        );
+        let mut done = [0usize; 4];
+        // The third sequence waits, then comes with so few rows that each is read by itself.
+        for (step, pieces) in
+            [[100, 17, 0, 40], [1, 1, 0, 1], [33, 1, 5, 20], [1, 30, 1, 1], [1, 1, 1, 15]].iter().enumerate()
+        {
+            let mut segments = Vec::new();
+            let mut from = 0;
+            for (sequence, &length) in pieces.iter().enumerate().filter(|(_, length)| **length > 0) {
+                let (start, pages) = (done[sequence], pages[sequence].clone());
+                segments.push(Segment { rows: from..from + length, start, pages });
+                done[sequence] += length;
+                from += length;
+            }
+            let qkv = gpu.random((from, heads.columns()), step as u64)?;
+            let shared = Segments::new(&segments);
+            stores.2.write(&qkv, heads, &shared)?;
+            let expected = forward(&qkv, heads, &stores.2, &shared, Precision::F32)?;
+            let there = gpu.put(&qkv)?;
+            stores.0.write(&there, heads, &shared)?;
+            let found = forward(&there, heads, &stores.0, &shared, Precision::F32)?;
+            gpu.same(&found, &expected)?;
+            for segment in &segments {
+                let (from, rows) = (segment.rows.start, segment.rows.len());
+                let alone = [Segment { rows: 0..rows, ..segment.clone() }];
+                let (alone, qkv) = (Segments::new(&alone), there.narrow(0, from, rows)?.force_contiguous()?);
+                stores.1.write(&qkv, heads, &alone)?;
+                let alone = forward(&qkv, heads, &stores.1, &alone, Precision::F32)?;
+                gpu.within(0.0, &alone, &found.narrow(0, from, rows)?.copy()?.to_device(&Device::Cpu)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Contexts of more pieces than one, of every size of piece.
+    #[test]
+    fn long_contexts_on_a_gpu_are_combined_in_order() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (tokens, window) in [(1000usize, None), (1100, Some(600)), (1100, None), (4200, None)] {
+                let heads = Heads { window, ..heads(4, 1, None, None, Layout::Blocked) };
+                let pages: Vec<u32> = (0..tokens.div_ceil(PAGE) as u32).rev().collect();
+                let mut found = Vec::new();
+                for device in [&gpu.device, &Device::Cpu] {
+                    let on_host = device.is_cpu();
+                    let kind = if on_host { DType::F64 } else { gpu.dtype };
+                    let mut store = Store::new(pages.len(), &heads, kind, device)?;
+                    for (start, rows) in [(0, tokens - 3), (tokens - 3, 3)] {
+                        let segments = [Segment { rows: 0..rows, start, pages: pages.clone() }];
+                        let segments = Segments::new(&segments);
+                        let qkv = gpu.random((rows, heads.columns()), start as u64)?;
+                        let qkv = if on_host { qkv.as_tensor().clone() } else { gpu.put(&qkv)? };
+                        store.write(&qkv, &heads, &segments)?;
+                        if start > 0 {
+                            found.push(forward(&qkv, &heads, &store, &segments, Precision::F32)?);
+                        }
+                    }
+                }
+                gpu.same(&found[0], &found[1])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Turning and keeping in one launch is turning, then keeping: whole and partial turns, both layouts, odd
+    /// widths.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_turns_what_it_keeps_as_rope_does() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (query, key, width, half, layout) in [
+                (4, 2, 96, 48, Layout::Blocked),
+                (6, 2, 64, 16, Layout::Grouped),
+                (3, 1, 20, 5, Layout::Blocked),
+                (2, 2, 32, 8, Layout::Blocked),
+            ] {
+                let heads = Heads { width, ..heads(query, key, None, None, layout) };
+                let (rows, (runs, _)) = (5, heads.turning());
+                let segments = [Segment { rows: 0..rows, start: 30, pages: vec![1, 0] }];
+                let segments = Segments::new(&segments);
+                let theta = judge::random((rows, half), 2)?;
+                let run = |part: Tensor| -> Result<Tensor> {
+                    let rows =
+                        (0..rows).map(|row| part.narrow(0, row, 1)?.broadcast_as((runs, half))?.contiguous());
+                    Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
+                };
+                let on = |device: &Device, dtype: DType| -> Result<Angles> {
+                    let put = |part: Tensor| run(part)?.to_dtype(dtype)?.to_device(device);
+                    Ok(Angles { cos: put(theta.cos()?)?, sin: put(theta.sin()?)? })
+                };
+                for cache in [gpu.dtype, DType::BF16] {
+                    let qkv = gpu.random((rows, heads.columns()), 1)?;
+                    let (there, here) = (gpu.put(&qkv)?, qkv.copy()?);
+                    let mut stores = (
+                        Store::new(2, &heads, cache, &gpu.device)?,
+                        Store::new(2, &heads, DType::F64, &Device::Cpu)?,
+                    );
+                    stores.0.turn_and_write(
+                        &there,
+                        &heads,
+                        &segments,
+                        Some(&on(&gpu.device, DType::F32)?),
+                    )?;
+                    stores.1.turn_and_write(
+                        &here,
+                        &heads,
+                        &segments,
+                        Some(&on(&Device::Cpu, DType::F64)?),
+                    )?;
+                    gpu.same(&there, &here)?;
+                    let Values::There(keys) = &stores.0.keys else { unreachable!() };
+                    let Values::There(values) = &stores.0.values else { unreachable!() };
+                    let (Values::F64(own_keys), Values::F64(own_values)) = (&stores.1.keys, &stores.1.values)
+                    else {
+                        unreachable!()
+                    };
+                    for (found, expected) in [(keys, own_keys), (values, own_values)] {
+                        for key_head in 0..heads.key {
+                            for position in 30..35 {
+                                let at = stores.1.at([1, 0][position / PAGE], key_head, position % PAGE);
+                                let expected = Tensor::new(&expected[at..at + width], &Device::Cpu)?;
+                                let found = found.narrow(0, at, width)?.copy()?;
+                                // TOLERANCE: rounded to bf16 by the activations, the cache or both.
+                                let bound = if cache == DType::F32 { 2e-6 } else { 8e-3 };
+                                gpu.within(bound, &found, &expected)?;
+                            }
+                        }
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 }

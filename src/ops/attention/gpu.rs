@@ -76,15 +76,40 @@ fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
 pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<(Tensor, Tensor)> {
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
     let out = unwritten((rows, heads.query * heads.width), dtype, qkv.device())?;
-    let lse = unwritten((heads.query, rows), DType::F32, qkv.device())?;
+    let tiles = packing.tiles_on(qkv.device(), forward_rows(dtype, heads)?, Order::Queries)?;
+    let lse = forward_tiles(qkv, heads, &tiles, 0, (&out, 0))?;
+    Ok((out, lse))
+}
+
+/// Columns that the kernels make of a head's.
+pub(super) fn padded_width(head_width: usize) -> Result<usize> {
+    Ok(tilings(DType::F32, head_width)?.width)
+}
+
+/// Rows of a tile of the forward pass.
+pub(super) fn forward_rows(dtype: DType, heads: &Heads) -> Result<usize> {
+    Ok(tilings(dtype, heads.width)?.forward.rows())
+}
+
+/// The rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only:
+/// results of the next one begin at an element of a matrix [any, H * D]. Returns the logsumexp of all but the
+/// skipped rows.
+pub(super) fn forward_tiles(
+    qkv: &Tensor,
+    heads: &Heads,
+    tiles: &Tensor,
+    skipped: usize,
+    (out, at): (&Tensor, usize),
+) -> Result<Tensor> {
+    let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
+    let lse = unwritten((heads.query, rows - skipped), DType::F32, qkv.device())?;
     let Tilings { width, forward: tiling, .. } = tilings(dtype, heads.width)?;
-    let tiles = packing.tiles_on(qkv.device(), tiling.rows(), Order::Queries)?;
-    let launch = Launch::new(qkv, "attention", &format!("forward_{width}"))?.tensor(qkv).tensor(&out);
-    let launch = launch.of(DType::F32, &lse).of(DType::U32, &tiles);
+    let launch = Launch::new(qkv, "attention", &format!("forward_{width}"))?.tensor(qkv).tensor_at(out, at);
+    let launch = launch.of(DType::F32, &lse).of(DType::U32, tiles).int(skipped);
     let shared = shared_bytes(dtype, width, tiling.rows() + 2 * tiling.step, tiling.warps, tiling);
     let grid = (heads.query, tiles.elem_count() / 3, 1);
-    shape(launch, heads, rows, aligned(heads, &[qkv, &out])?).launch(grid, 32 * tiling.warps, shared)?;
-    Ok((out, lse))
+    shape(launch, heads, rows, aligned(heads, &[qkv, out])?).launch(grid, 32 * tiling.warps, shared)?;
+    Ok(lse)
 }
 
 /// See `attention::backward`.
@@ -128,8 +153,8 @@ pub fn backward(
     Ok(d_qkv)
 }
 
-/// Adds the parameters that all three kernels end with.
-fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned: bool) -> Launch<'a> {
+/// The parameters that all kernels of attention end with.
+pub(super) fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned: bool) -> Launch<'a> {
     assert!(heads.scale > 0.0, "a positive factor keeps the order of scores");
     assert!(heads.query * rows <= u32::MAX as usize, "rows of all heads are counted in 32 bits");
     let group = heads.group();

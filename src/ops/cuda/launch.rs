@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, result, sys};
@@ -16,7 +17,7 @@ include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 pub struct Launch<'a> {
     device: &'a CudaDevice,
     name: String,
-    function: Result<Function>,
+    function: Result<Arc<Function>>,
     dtype: DType,
     parameters: Vec<Parameter>,
     fault: Option<candle_core::Error>,
@@ -29,11 +30,15 @@ struct Parameter {
 }
 
 /// A loaded kernel and the sizes of its parameters, if the driver reports them (12.4 and later).
-#[derive(Clone)]
 struct Function {
     function: CudaFunction,
     sizes: Option<Vec<usize>>,
+    /// Bytes of shared memory that a block may take.
+    shared_bytes: AtomicUsize,
 }
+
+/// The shared memory that a kernel may use without asking.
+const SHARED_BYTES: usize = 48 << 10;
 
 impl<'a> Launch<'a> {
     /// The kernel `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of
@@ -147,11 +152,10 @@ impl<'a> Launch<'a> {
             bail!("{}: a grid of {grid:?}", self.name);
         }
         self.device.cuda_stream().context().bind_to_thread().w()?;
-        /// The shared memory that a kernel may use without asking.
-        const SHARED_BYTES: usize = 48 << 10;
-        if shared_bytes > SHARED_BYTES {
+        if shared_bytes > function.shared_bytes.load(Ordering::Relaxed) {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.function.set_attribute(attribute, shared_bytes as i32).w()?;
+            function.shared_bytes.store(shared_bytes, Ordering::Relaxed);
         }
         super::count_launch();
         let mut pointers: Vec<*mut c_void> =
@@ -175,8 +179,8 @@ impl<'a> Launch<'a> {
 }
 
 /// Returns a kernel. Modules are loaded once per device; functions are looked up once.
-fn load(device: &CudaDevice, stem: &str, name: &str) -> Result<Function> {
-    type Functions = HashMap<usize, HashMap<String, Function>>;
+fn load(device: &CudaDevice, stem: &str, name: &str) -> Result<Arc<Function>> {
+    type Functions = HashMap<usize, HashMap<String, Arc<Function>>>;
     static FUNCTIONS: OnceLock<Mutex<Functions>> = OnceLock::new();
     let context = device.cuda_stream().context().clone();
     let mut functions =
@@ -194,7 +198,8 @@ fn load(device: &CudaDevice, stem: &str, name: &str) -> Result<Function> {
     let function = module
         .load_function(name)
         .map_err(|error| candle_core::Error::Msg(format!("kernels/{stem}.cu: {name}: {error}")))?;
-    let function = Function { sizes: parameter_sizes(&function), function };
+    let shared_bytes = AtomicUsize::new(SHARED_BYTES);
+    let function = Arc::new(Function { sizes: parameter_sizes(&function), function, shared_bytes });
     functions.insert(name.to_owned(), function.clone());
     Ok(function)
 }

@@ -1,6 +1,7 @@
 //! Panels of f32 -> blocks of `c` with AVX2. Packing is written by hand; the product is that of `portable`.
 //!
-//! Rounding to bf16 and the table of 4-bit codes cost as much as the product does if they are done one element at a time.
+//! Rounding to bf16 and the table of 4-bit codes cost as much as the product does if they are done one element at a
+//! time.
 
 use std::arch::x86_64::*;
 

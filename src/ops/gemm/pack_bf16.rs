@@ -1,8 +1,8 @@
 //! An operand -> panels of bf16 pairs with AVX-512: f32 is split into planes, 4-bit codes go straight to bf16.
 //!
 //! A step is 32 lanes by 32 depths; a register holds 32 elements. A row of a tile of `a` holds a lane (32 depths).
-//! A row of a tile of `b` holds a pair of depths (16 lanes, the two depths of a lane side by side). f32 = hi + mid
-//! + lo in bf16, where each is the rounded rest of the ones before: 3 x 8 bits hold all 24.
+//! A row of a tile of `b` holds a pair of depths (16 lanes, the two depths of a lane side by side).
+//! f32 = hi + mid + lo in bf16, where each is the rounded rest of the ones before: 3 x 8 bits hold all 24.
 
 use super::drive::{LANES, Span, TILE_BYTES};
 use super::source::{Elements, Side, Source};

@@ -184,8 +184,19 @@ FIXTURES = {
     ),
 }
 
+"""A run of one training option: as short as it can be."""
+OPTION_RUN = dict(quant="none", steps=12, batch=2, max_length=96, lr=2e-3, r=4, alpha=8, tokens_rows=44, weight_decay=0.0, no_debug=True)
+
 VARIANTS = {
     "gemma2_unquantised": ("gemma2", dict(LONG_RUN, quant="none", no_debug=True)),
     "falcon7b_unquantised": ("falcon7b", dict(LONG_RUN, quant="none", no_debug=True)),
+    "loraplus": (
+        "qwen2_tied",
+        dict(OPTION_RUN, loraplus=8, schedule="polynomial", schedule_kwargs='{"power": 2.0, "lr_end": 0.0001}', warmup=2, weight_decay=0.01),
+    ),
+    "label_smoothing": (
+        "qwen2_tied",
+        dict(OPTION_RUN, label_smoothing=0.1, schedule="warmup_stable_decay", schedule_kwargs='{"num_decay_steps": 5, "min_lr_ratio": 0.1}', warmup=3),
+    ),
 }
 """More recorded runs of a fixture's checkpoint, in tests/golden/_variants: (fixture, arguments of run_ref.py)."""

@@ -1,0 +1,202 @@
+//! Files that belong together -> a folder that is there whole or not at all.
+//!
+//! They are written into a hidden folder beside the final one, which one rename puts in its place.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::fault::{Fault, Kind, Result};
+use crate::{whole, words};
+
+const LOCK: &str = ".lock";
+/// LIMIT: free space that is left beside the files.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// A folder that is being filled. Dropped before its end it leaves nothing.
+#[derive(Debug)]
+pub struct Folder {
+    to: PathBuf,
+    work: PathBuf,
+    done: bool,
+    _lock: File,
+}
+
+impl Folder {
+    /// Begins a folder that will be `to`.
+    ///
+    /// # Errors
+    /// Config: `to` holds something already or cannot be written. Storage: another hone fills it, or the disk failed.
+    pub fn begin(to: &Path) -> Result<Folder> {
+        let entries = match fs::read_dir(to) {
+            Ok(entries) => entries.flatten().count(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(Fault::storage("read", to, &error)),
+        };
+        if entries > 0 {
+            return Err(Fault::config(format!("{} holds {entries} files or folders already", to.display()))
+                .help("name a new folder: nothing is overwritten"));
+        }
+        let to = std::path::absolute(to).map_err(|error| Fault::storage("find", to, &error))?;
+        let (Some(parent), Some(name)) = (to.parent(), to.file_name()) else {
+            return Err(Fault::config(format!("{} is no place for a new folder", to.display())));
+        };
+        fs::create_dir_all(parent).map_err(|error| Fault::storage("create", parent, &error))?;
+        let work = parent.join(format!(".{}.partial", name.to_string_lossy()));
+        fs::create_dir_all(&work).map_err(|error| Fault::storage("create", &work, &error))?;
+        let lock =
+            File::create(work.join(LOCK)).map_err(|error| Fault::storage("write in", &work, &error))?;
+        if lock.try_lock().is_err() {
+            return Err(Fault::new(Kind::Storage, format!("another hone is filling {}", to.display()))
+                .help("wait for it, or name another folder"));
+        }
+        let folder = Folder { to, work, done: false, _lock: lock };
+        folder.clear()?;
+        Ok(folder)
+    }
+
+    /// What a killed process left.
+    fn clear(&self) -> Result<()> {
+        let wrong = |error: std::io::Error| Fault::storage("clear", &self.work, &error);
+        for entry in fs::read_dir(&self.work).map_err(wrong)?.flatten().filter(|e| e.file_name() != LOCK) {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let path = entry.path();
+            if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(wrong)?;
+        }
+        Ok(())
+    }
+
+    /// Where files are until the end.
+    pub fn work(&self) -> &Path {
+        &self.work
+    }
+
+    /// # Errors
+    /// Capacity: the volume has fewer bytes free than the files will take.
+    pub fn require(&self, bytes: u64) -> Result<()> {
+        let free = fs4::available_space(&self.work)
+            .map_err(|error| Fault::storage("ask for the free space of", &self.work, &error))?;
+        match bytes.saturating_add(SPARE_BYTES) <= free {
+            true => Ok(()),
+            false => Err(Fault::capacity(format!(
+                "{} will be written to {}, whose volume has {} free",
+                words::size(bytes),
+                self.to.display(),
+                words::size(free)
+            ))
+            .help("name a folder on a larger volume, or write a smaller type")),
+        }
+    }
+
+    /// Opens a new file for writing.
+    pub fn create(&self, name: &str) -> Result<Writer> {
+        let path = self.work.join(name);
+        let file = File::create(&path).map_err(|error| Fault::storage("write", &path, &error))?;
+        Ok(Writer { file: std::io::BufWriter::with_capacity(1 << 20, file), path, bytes: 0 })
+    }
+
+    /// Writes a small file.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let mut writer = self.create(name)?;
+        writer.write(content)?;
+        writer.finish()
+    }
+
+    /// Puts the folder under its name.
+    pub fn finish(mut self) -> Result<PathBuf> {
+        let lock = self.work.join(LOCK);
+        fs::remove_file(&lock).map_err(|error| Fault::storage("remove", &lock, &error))?;
+        whole::sync_folder(&self.work)?;
+        fs::rename(&self.work, &self.to).map_err(|error| Fault::storage("rename to", &self.to, &error))?;
+        self.done = true;
+        self.to.parent().map_or(Ok(()), whole::sync_folder)?;
+        Ok(self.to.clone())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.done {
+            // What cannot be removed is removed by the next start.
+            let _ = fs::remove_dir_all(&self.work);
+        }
+    }
+}
+
+/// A file that is being written.
+pub struct Writer {
+    file: std::io::BufWriter<File>,
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Writer {
+    /// Appends bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(|error| Fault::storage("write", &self.path, &error))
+    }
+
+    /// Bytes so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes everything to the disk and closes the file.
+    pub fn finish(self) -> Result<()> {
+        let path = self.path;
+        let file = self.file.into_inner().map_err(|error| Fault::storage("write", &path, error.error()))?;
+        file.sync_all().map_err(|error| Fault::storage("write", &path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap().flatten();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_folder_is_there_whole_or_not_at_all() {
+        let parent = tempfile::tempdir().unwrap();
+        let to = parent.path().join("new");
+        let folder = Folder::begin(&to).unwrap();
+        folder.write("a", b"1").unwrap();
+        assert!(!to.exists());
+        drop(folder);
+        assert_eq!(names(parent.path()), Vec::<String>::new());
+        let folder = Folder::begin(&to).unwrap();
+        folder.write("a", b"1").unwrap();
+        assert_eq!(Folder::begin(&to).unwrap_err().kind, Kind::Storage, "one at a time");
+        folder.finish().unwrap();
+        assert_eq!((names(parent.path()), names(&to)), (vec!["new".into()], vec!["a".into()]));
+        assert!(Folder::begin(&to).unwrap_err().message.contains("holds 1 files"));
+    }
+
+    #[test]
+    fn what_a_killed_process_left_does_not_get_into_the_folder() {
+        let parent = tempfile::tempdir().unwrap();
+        fs::create_dir(parent.path().join(".new.partial")).unwrap();
+        fs::write(parent.path().join(".new.partial/old"), "x").unwrap();
+        let to = parent.path().join("new");
+        fs::create_dir(&to).unwrap();
+        let folder = Folder::begin(&to).unwrap();
+        folder.write("a", b"1").unwrap();
+        folder.finish().unwrap();
+        assert_eq!(names(&to), ["a"]);
+    }
+
+    #[test]
+    fn a_volume_that_is_too_small_is_told_before_anything_is_written() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder::begin(&parent.path().join("new")).unwrap();
+        assert_eq!(folder.require(u64::MAX / 2).unwrap_err().kind, Kind::Capacity);
+        folder.require(1000).unwrap();
+    }
+}

@@ -1,0 +1,178 @@
+//! A checkpoint and adapters -> the values of the merged model's tensors, a block of rows at a time.
+//!
+//! A merged weight is `W + sum of strength * scale * B A`, in f32. W is the checkpoint's own weight, or the one that
+//! the training computed with: quantised to 4 bits and dequantised again.
+
+use rayon::prelude::*;
+
+use crate::facts::{Facts, FourBitCode, Role};
+use crate::fault::{Fault, Result};
+use crate::model::lora::Pairs;
+use crate::model::stored;
+use crate::model::weights::{Checkpoint, beside_language};
+use crate::ops::cpu;
+use crate::ops::four_bit::FourBit;
+use crate::ops::matmul::Weight;
+
+/// LIMIT: values of a block.
+const BLOCK_VALUES: usize = 4 << 20;
+
+/// The model with the adapters in it.
+pub struct Merged<'a> {
+    /// The model.
+    pub facts: &'a Facts,
+    /// Its weights.
+    pub checkpoint: &'a Checkpoint,
+    /// In which the training held the base, if the merged weights are to start from that.
+    pub four_bit: Option<(FourBitCode, bool)>,
+    pairs: Vec<(&'a Pairs, f64)>,
+}
+
+/// A tensor of the merged model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Item {
+    /// As the causal language model has it.
+    pub name: String,
+    /// [rows, cols], or one length.
+    pub shape: Vec<usize>,
+    /// What the tensor is for.
+    pub role: Role,
+    /// The number of the linear layer, of a weight that adapters may change.
+    pub linear: Option<usize>,
+}
+
+impl Item {
+    /// Number of values.
+    pub fn values(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A and B of one adapter, B with its factor.
+struct LowRank {
+    rank: usize,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
+
+impl<'a> Merged<'a> {
+    /// The sum of a checkpoint and adapters with their strengths.
+    pub fn new(
+        facts: &'a Facts,
+        checkpoint: &'a Checkpoint,
+        four_bit: Option<(FourBitCode, bool)>,
+        pairs: Vec<(&'a Pairs, f64)>,
+    ) -> Merged<'a> {
+        Merged { facts, checkpoint, four_bit, pairs }
+    }
+
+    /// The language model's tensors in the order of computation.
+    pub fn items(&self) -> Vec<Item> {
+        let linears: std::collections::HashMap<String, usize> = self
+            .facts
+            .projections()
+            .enumerate()
+            .map(|(number, (layer, projection))| {
+                (format!("{}.weight", self.facts.path(layer, projection)), number)
+            })
+            .collect();
+        let item = |tensor: crate::facts::Stored| Item {
+            linear: linears.get(&tensor.name).copied(),
+            name: tensor.name,
+            shape: tensor.shape,
+            role: tensor.role,
+        };
+        self.facts.tensors().into_iter().map(item).collect()
+    }
+
+    /// Tensors of other parts of a multimodal model, which stay as they are.
+    pub fn beside(&self) -> Vec<String> {
+        let names = self.checkpoint.names().filter(|name| beside_language(name));
+        names.map(str::to_owned).collect()
+    }
+
+    /// Whether an adapter changes the item.
+    pub fn is_changed(&self, item: &Item) -> bool {
+        item.linear.is_some_and(|linear| {
+            self.pairs.iter().any(|(pairs, s)| *s != 0.0 && pairs.get(linear).is_some())
+        })
+    }
+
+    /// Gives the item's values to `take`, one block of whole rows after another.
+    ///
+    /// # Errors
+    /// Model: the checkpoint is damaged, or its values are not finite. Whatever `take` fails with.
+    pub fn each_block(&self, item: &Item, mut take: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        let cols = item.shape.last().copied().unwrap_or(1);
+        let rows = item.values() / cols.max(1);
+        let low = self.low_rank(item)?;
+        let block = (BLOCK_VALUES / cols.max(1)).max(1);
+        let whole = self.dequantised(item)?;
+        let stored = match &whole {
+            Some(_) => None,
+            None => Some(self.checkpoint.get(&item.name, &item.shape)?),
+        };
+        for from in (0..rows).step_by(block) {
+            let to = rows.min(from + block);
+            let mut values = match (&whole, &stored) {
+                (Some(values), _) => values[from * cols..to * cols].to_vec(),
+                (None, Some(stored)) => stored.part(from * cols..to * cols).to_f32(),
+                (None, None) => unreachable!("one of them is there"),
+            };
+            for low in &low {
+                low.add(&mut values, from, cols);
+            }
+            if let Some(at) = values.par_iter().position_any(|value| !value.is_finite()) {
+                let (name, value) = (&item.name, values[at]);
+                return Err(Fault::model(format!("{name}: value {} is {value}", from * cols + at))
+                    .help("the checkpoint or the adapter is damaged: download it again"));
+            }
+            take(&values)?;
+        }
+        Ok(())
+    }
+
+    /// A weight that is or was held in 4 bits.
+    fn dequantised(&self, item: &Item) -> Result<Option<Vec<f32>>> {
+        let (Some(_), [rows, cols]) = (item.linear, item.shape.as_slice()) else { return Ok(None) };
+        if let Some(weight) = stored::weight(self.checkpoint, &item.name, *rows, *cols)? {
+            return Ok(Some(weight.dequantize()?));
+        }
+        let Some((code, double)) = self.four_bit else { return Ok(None) };
+        let values = self.checkpoint.get(&item.name, &item.shape)?.to_f32();
+        Ok(Some(FourBit::quantize(&values, *rows, *cols, code, double)?.dequantize()?))
+    }
+
+    fn low_rank(&self, item: &Item) -> Result<Vec<LowRank>> {
+        let Some(linear) = item.linear else { return Ok(Vec::new()) };
+        let used = self.pairs.iter().filter(|(_, strength)| *strength != 0.0);
+        let found = used.filter_map(|(pairs, strength)| Some((pairs.get(linear)?, strength)));
+        let read = |weight: &Weight| match weight {
+            Weight::Dense(tensor) => Ok(cpu::to_f64(tensor)?),
+            Weight::FourBit(_) => Err(Fault::internal("an adapter's matrix in 4 bits")),
+        };
+        let low = found.map(|(pair, strength)| {
+            let factor = pair.scale * strength;
+            Ok(LowRank {
+                rank: pair.a.dims().0,
+                a: read(&pair.a)?.into_iter().map(|value| value as f32).collect(),
+                b: read(&pair.b)?.into_iter().map(|value| (value * factor) as f32).collect(),
+            })
+        });
+        low.collect()
+    }
+}
+
+impl LowRank {
+    /// Adds rows `from..` of B A.
+    fn add(&self, values: &mut [f32], from: usize, cols: usize) {
+        values.par_chunks_mut(cols).enumerate().for_each(|(row, values)| {
+            let b = &self.b[(from + row) * self.rank..][..self.rank];
+            let mut sum = vec![0f32; cols];
+            for (b, a) in b.iter().zip(self.a.chunks(cols)) {
+                sum.iter_mut().zip(a).for_each(|(sum, a)| *sum += b * a);
+            }
+            values.iter_mut().zip(&sum).for_each(|(value, sum)| *value += sum);
+        });
+    }
+}

@@ -1,0 +1,67 @@
+//! Which evaluation is the best, and what follows: `metric_for_best_model`, `load_best_model_at_end`, early stopping.
+
+use super::reader::Reader;
+use crate::spec::keys::Section::TrainingArguments as T;
+use crate::train::Every;
+use crate::train::best::{Judging, Measure, Stopping};
+
+/// How evaluations are compared; `None` if nothing asks for it.
+pub(super) fn judging(reader: &mut Reader, evaluation: Every, checkpoint: Every) -> Option<Judging> {
+    let restore = reader.boolean(T, "load_best_model_at_end");
+    let name = reader.text(T, "metric_for_best_model");
+    let greater = reader.maybe_boolean(T, "greater_is_better");
+    let stopping = stopping(reader);
+    let asked = [
+        ("load_best_model_at_end", restore),
+        ("early_stopping_patience", stopping.is_some()),
+        ("save_strategy", checkpoint == Every::Best),
+        ("metric_for_best_model", name.is_some()),
+    ];
+    let (key, _) = asked.into_iter().find(|(_, asked)| *asked)?;
+    if evaluation == Every::Never && key == "metric_for_best_model" {
+        let origin = reader.origin(T, key);
+        reader.warn(format!("{origin}: TrainingArguments.{key} does nothing without an evaluation"));
+        return None;
+    }
+    if evaluation == Every::Never {
+        let origin = reader.origin(T, key);
+        reader.wrong(
+            &origin,
+            format!(
+                "TrainingArguments.{key}: there is no evaluation to go by; set DatasetConfig.train_test_split below 1, and \
+                 eval_strategy to steps or epoch"
+            ),
+        );
+    }
+    let measure = match name.as_deref().map(Measure::named) {
+        None => Measure::Loss,
+        Some(Some(measure)) => measure,
+        Some(None) => {
+            let origin = reader.origin(T, "metric_for_best_model");
+            let names = Measure::NAMES.map(|(name, _)| name).join(", ");
+            let found = name.unwrap_or_default();
+            reader.wrong(
+                &origin,
+                format!("TrainingArguments.metric_for_best_model: evaluations give {names}; found {found:?}"),
+            );
+            Measure::Loss
+        }
+    };
+    // transformers: greater, unless the name ends in "loss". Of perplexity that would keep the worst.
+    let greater = greater.unwrap_or(measure == Measure::Accuracy);
+    reader.derive("best evaluation by", measure.name(), reader.origin(T, "metric_for_best_model"));
+    Some(Judging { measure, greater, restore, stopping })
+}
+
+fn stopping(reader: &mut Reader) -> Option<Stopping> {
+    let threshold = reader.number(T, "early_stopping_threshold");
+    let patience = reader.maybe_integer(T, "early_stopping_patience");
+    if let (None, true) = (patience, threshold > 0.0) {
+        let origin = reader.origin(T, "early_stopping_threshold");
+        let text = format!(
+            "{origin}: TrainingArguments.early_stopping_threshold does nothing without early_stopping_patience"
+        );
+        reader.warn(text);
+    }
+    patience.map(|patience| Stopping { patience: patience as u64, threshold })
+}

@@ -1,0 +1,116 @@
+//! `report.json`: the facts of a run, what was noted, and how each of its starts ended.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+
+use crate::fault::Fault;
+use crate::run_folder::REPORT_FACTS;
+
+/// LIMIT: facts and notes of a run are tens of kilobytes.
+const STORY_BYTES_MAX: u64 = 64 << 20;
+/// LIMIT: starts that are remembered; a job that is evicted often has some tens.
+const STARTS_MAX: usize = 100;
+
+/// Everything that is told of a run beside its metrics.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Story {
+    /// Version of hone that wrote the file. It comes first: hone knows its own file by it (`REPORT_FACTS_MARK`).
+    pub hone: String,
+    /// By name: plan, model, data, memory plan and so on, as the stages told them.
+    pub facts: Map<String, Json>,
+    /// Of the newest start.
+    pub notes: Vec<Note>,
+    /// Oldest first; the last is the newest.
+    pub starts: Vec<Start>,
+}
+
+/// A note or a warning.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Note {
+    /// Since the start.
+    pub seconds: f64,
+    /// Name of the stage.
+    pub stage: String,
+    /// Whether somebody should look at it.
+    pub warning: bool,
+    /// What was said.
+    pub text: String,
+}
+
+/// One start of the process.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Start {
+    /// Seconds since 1970.
+    pub began: u64,
+    /// `None`: it still runs, or it was killed.
+    pub ended: Option<u64>,
+    /// `None`: it reached its end, or no end was recorded.
+    pub fault: Option<Failure>,
+}
+
+/// Why a start failed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Failure {
+    /// Name of the kind of fault.
+    pub kind: String,
+    /// The process's exit code.
+    pub exit_code: u8,
+    /// What the kind means.
+    pub meaning: String,
+    /// What happened.
+    pub message: String,
+    /// What to do.
+    pub help: Option<String>,
+    /// Whether the same run can succeed if it is started again.
+    pub retry_helps: bool,
+}
+
+impl Story {
+    /// Of a process that began then.
+    pub fn begin(began: u64) -> Story {
+        Story { starts: vec![Start { began, ..Start::default() }], ..Story::default() }
+    }
+
+    /// What a folder holds; `None` if it is none, or none of hone's.
+    pub fn read(folder: &Path) -> Option<Story> {
+        let text = super::page::plain_text(&folder.join(REPORT_FACTS), STORY_BYTES_MAX)?;
+        serde_json::from_str(&text).ok()
+    }
+
+    /// Adds the newest start to those of an earlier story. What this start told counts.
+    pub fn continues(&mut self, earlier: Story) {
+        let mut facts = earlier.facts;
+        facts.extend(std::mem::take(&mut self.facts));
+        self.facts = facts;
+        let mut starts = earlier.starts;
+        starts.append(&mut self.starts);
+        let surplus = starts.len().saturating_sub(STARTS_MAX);
+        self.starts = starts.split_off(surplus);
+    }
+
+    /// How the newest start ended.
+    pub fn end(&mut self, now: u64, fault: Option<&Fault>) {
+        let Some(start) = self.starts.last_mut() else { return };
+        start.ended = Some(now);
+        let clean = |text: &str| crate::report::clean::without_secrets(text);
+        start.fault = fault.map(|fault| Failure {
+            kind: fault.kind.name().into(),
+            exit_code: fault.kind.exit_code(),
+            meaning: fault.kind.meaning().into(),
+            message: clean(&fault.message),
+            help: fault.help.as_deref().map(clean),
+            retry_helps: fault.kind.retry_helps(),
+        });
+    }
+
+    /// The newest start.
+    pub fn last(&self) -> Option<&Start> {
+        self.starts.last()
+    }
+}

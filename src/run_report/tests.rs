@@ -1,0 +1,192 @@
+//! Pages of finished, failed, old and hostile results.
+
+use super::*;
+use crate::fault::Kind;
+use crate::report::Report;
+use std::fs;
+
+struct Nowhere(Mutex<Vec<String>>);
+
+impl Sink for Nowhere {
+    fn event(&self, event: &Event) {
+        if let Event::Warning { text, .. } = event {
+            self.0.lock().unwrap().push(text.clone());
+        }
+    }
+    fn progress(&self, _: &Progress) {}
+}
+
+fn recorder() -> (Arc<Nowhere>, Report) {
+    let nowhere = Arc::new(Nowhere(Mutex::default()));
+    (nowhere.clone(), Report::new(Arc::new(Recorder::new(nowhere))))
+}
+
+const HOSTILE: &str =
+    "</title></script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>'\"`${x}";
+
+/// A run's whole story in `folder`, every text of it hostile.
+fn tell(report: &Report, folder: &Path) {
+    let value = |value: &str| json!({"value": value, "origin": HOSTILE});
+    let values =
+        json!({"model name": value(HOSTILE), "output folder": value(HOSTILE), HOSTILE: value(HOSTILE)});
+    report.fact(
+        "plan",
+        json!({"values": values, "ignored": [{"name": HOSTILE, "why": HOSTILE}], "warnings": []}),
+    );
+    report.fact("folder", json!({"path": folder, "fingerprint": HOSTILE}));
+    report.fact("environment", json!({"device": HOSTILE, "cpu": null, HOSTILE: HOSTILE}));
+    report.fact("provenance", json!({"base": HOSTILE, "data": [{"name": HOSTILE, "sha256": HOSTILE}]}));
+    report.fact("data rows", json!({"train": 3, "lengths": [[HOSTILE, 2, 3]]}));
+    report.fact("memory plan", json!({"terms": {HOSTILE: 5}, "bytes": 5, "choice": HOSTILE}));
+    let pair = json!({"prompt": HOSTILE, "base": {"text": HOSTILE}, "tuned": HOSTILE});
+    fs::write(folder.join("answers.json"), json!({"pairs": [pair]}).to_string()).unwrap();
+    report.note(Stage::Read, HOSTILE);
+    report.warn(Stage::Tokenize, HOSTILE);
+    for step in 1..=3 {
+        report.say(Event::Step(StepMetrics {
+            step,
+            loss: 1.0,
+            grad_norm: 1.0,
+            learning_rate: 1e-4,
+            epoch: 0.5,
+            num_tokens: 9,
+            tokens_per_second: 10.0,
+            eta_seconds: 0.0,
+        }));
+    }
+    let lines =
+        "{\"step\":1,\"loss\":2.0,\"grad_norm\":1.0,\"learning_rate\":1e-4}\n{\"step\":2,\"loss\":1.5}\n";
+    let evaluation = json!({"step": 2, "eval_loss": 1.25, format!("eval_{HOSTILE}_loss"): 1.0});
+    fs::write(folder.join("metrics.jsonl"), format!("{lines}{evaluation}\nno json\n")).unwrap();
+}
+
+/// Nothing of the page is loaded from anywhere, and its one script is hone's.
+fn assert_alone(page: &str) {
+    assert_eq!(page.matches("<script").count(), 1, "one script");
+    for load in
+        ["src=", "href=", "url(", "@import", "<link", "<img", "<iframe", "<object", "fetch(", "import("]
+    {
+        let outside = page.replace("src=https://evil.example", "");
+        assert!(!outside.contains(load), "{load} stands in the page");
+    }
+    assert!(!page.contains("<img") && !page.contains("alert(1)</script>"), "hostile text is text");
+}
+
+#[test]
+fn a_finished_run_has_a_page_of_its_own_that_loads_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nowhere, report) = recorder();
+    tell(&report, folder.path());
+    report
+        .fact("trained", json!({"steps": 2, "loss": 1.5, "first_loss": 2.0, "tokens": 99, "seconds": 61.0}));
+    report.fact("image", json!({"reference": "host/team/support:1", "digest": "sha256:ab"}));
+    report.fact("ended", true);
+    let page = fs::read_to_string(folder.path().join(REPORT)).unwrap();
+    assert_alone(&page);
+    for text in [
+        "Finished",
+        "2 → 1.5",
+        "1 min 1 s",
+        "hone pull host/team/support:1 ./support",
+        "support=oci://host/team/support:1",
+    ] {
+        assert!(page.contains(text), "{text} is missing");
+    }
+    assert!(page.contains("<svg") && page.contains("Tokens a second") && page.contains("Memory in use"));
+    assert_eq!(*nowhere.0.lock().unwrap(), [HOSTILE], "no warning of its own");
+    let story = Story::read(folder.path()).unwrap();
+    assert_eq!(story.facts["binary_sha256"].as_str().unwrap().len(), 64);
+    // The page can be made again of what is there, and is the same.
+    let again = make(&[folder.path().to_owned()], None).unwrap();
+    assert_eq!(fs::read_to_string(again).unwrap(), page);
+}
+
+#[test]
+fn a_failed_run_begins_with_why_and_a_restart_remembers_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, report) = recorder();
+    tell(&report, folder.path());
+    let fault = Fault::new(Kind::Capacity, format!("out of memory {HOSTILE}")).help("lower max_length");
+    report.fault(&fault);
+    let page = fs::read_to_string(folder.path().join(REPORT)).unwrap();
+    assert_alone(&page);
+    let place = |text: &str| page.find(text).unwrap_or_else(|| panic!("{text} is missing"));
+    assert!(place("Exit code 14") < place("<svg") && place("lower max_length") < place("<svg"));
+    assert!(page.contains("Failed: capacity, exit code 14"));
+    let (_, report) = recorder();
+    tell(&report, folder.path());
+    report.fact("ended", true);
+    let page = fs::read_to_string(folder.path().join(REPORT)).unwrap();
+    assert!(
+        page.contains("2 starts") && page.contains("exit code 14: out of memory"),
+        "the earlier start is told"
+    );
+    assert!(!page.contains("class=\"box bad\""), "and is not the run's own end");
+}
+
+#[test]
+fn another_runs_story_is_not_continued() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, report) = recorder();
+    tell(&report, folder.path());
+    let (_, report) = recorder();
+    report.fact("folder", json!({"path": folder.path(), "fingerprint": "other"}));
+    report.fact("ended", true);
+    let story = Story::read(folder.path()).unwrap();
+    assert_eq!(story.starts.len(), 1);
+    assert!(!story.facts.contains_key("plan"));
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nowhere, report) = recorder();
+    report.fact("folder", json!({"path": folder.path().join("gone"), "fingerprint": "a"}));
+    report.fact("ended", true);
+    let warnings = nowhere.0.lock().unwrap().clone();
+    assert!(
+        warnings.iter().all(|text| text.contains("changes nothing else")) && !warnings.is_empty(),
+        "{warnings:?}"
+    );
+}
+
+#[test]
+fn results_of_older_versions_have_a_page_that_says_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = json!({"hone": "0.0.9", "fingerprint": "f", "started": 1_767_225_599, "data": [{"name": "rows.parquet",
+        "bytes": 1, "sha256": "ab"}], "trained": {"steps": 3, "loss": 1.0, "first_loss": 2.0, "tokens": 5}});
+    fs::write(folder.path().join("hone.json"), record.to_string()).unwrap();
+    fs::write(folder.path().join("metrics.jsonl"), "{\"step\":1,\"loss\":2.0}\n").unwrap();
+    let page = fs::read_to_string(make(&[folder.path().to_owned()], None).unwrap()).unwrap();
+    for text in ["Finished", "2025-12-31 23:59", "rows.parquet", "The plan was not recorded", "hone 0.0.9"] {
+        assert!(page.contains(text), "{text} is missing");
+    }
+    let empty = tempfile::tempdir().unwrap();
+    let fault = make(&[empty.path().to_owned()], None).unwrap_err();
+    assert_eq!(fault.kind, Kind::Usage);
+}
+
+#[test]
+fn runs_are_compared_on_one_page() {
+    let parent = tempfile::tempdir().unwrap();
+    let mut folders = Vec::new();
+    for (name, rate) in [("a", "1e-4"), ("b", "2e-4")] {
+        let folder = parent.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        let (_, report) = recorder();
+        tell(&report, &folder);
+        report.fact("plan", json!({"values": {"learning_rate": {"value": rate, "origin": "flag"}, "seed": {"value": 1, "origin": "default"}}}));
+        report.fact("ended", true);
+        folders.push(folder);
+    }
+    let place = make(&folders, Some(&parent.path().join("both.html"))).unwrap();
+    let page = fs::read_to_string(place).unwrap();
+    assert_alone(&page);
+    let differing =
+        &page[page.find("Settings that differ").unwrap()..page.find("Settings that are the same").unwrap()];
+    assert!(
+        differing.contains("1e-4") && differing.contains("2e-4") && !differing.contains("seed"),
+        "{differing}"
+    );
+    assert!(page.contains("data-name=\"a\"") && page.contains("data-name=\"b\""));
+}

@@ -1,0 +1,520 @@
+//! A finished adapter and what was asked -> its base, its configuration and rows to look at, as its run had them.
+//!
+//! A run's folder remembers what the run was given (`plan/asked.rs`); whatever the command line says comes before
+//! it. Images and folders of other tools remember nothing: their base and data are named on the command line.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use serde_json::{Value as Json, json};
+
+use crate::adapter::{self, Adapter};
+use crate::dataset::{self, Chat, EncodedRow, Tokenizer};
+use crate::facts::config::Config;
+use crate::facts::{Facts, Quantization, family, quantization};
+use crate::fault::{Fault, Kind, Result};
+use crate::fetch;
+use crate::generate::defaults::Defaults;
+use crate::model;
+use crate::model::decoder::Decoder;
+use crate::model::load;
+use crate::model::lora::{Mixture, Pairs, Part};
+use crate::plan::{self, Plan};
+use crate::registry::{self, Target};
+use crate::report::{Report, Stage};
+use crate::run_folder::Record;
+use crate::spec::keys::Section;
+use crate::spec::{self, Environment, Origin, Request, Setting, Spec, Written};
+use crate::{job, source};
+
+/// An adapter as it was named: SOURCE or SOURCE:STRENGTH.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Named {
+    /// A folder or an image.
+    pub source: String,
+    /// 1 is as trained, 0 is nothing of it.
+    pub strength: f64,
+}
+
+impl Named {
+    /// A folder, or `oci://IMAGE`, each with or without `:STRENGTH` behind it. A folder that is there is taken as it is
+    /// written; the tag of an image is no strength.
+    ///
+    /// # Errors
+    /// Usage: the strength is no number from -16 to 16.
+    pub fn parse(text: &str) -> Result<Named> {
+        let whole = || Named { source: text.to_owned(), strength: 1.0 };
+        let Some((source, strength)) = text.rsplit_once(':') else { return Ok(whole()) };
+        let image = text.starts_with("oci:");
+        let name = source.rsplit('/').next().unwrap_or(source);
+        let tagged = name.contains(':') && !name.starts_with("oci:");
+        if source.is_empty() || (image && !tagged) || (!image && Path::new(text).is_dir()) {
+            return Ok(whole());
+        }
+        let number = strength.parse::<f64>().ok().filter(|number| (-16.0..=16.0).contains(number));
+        let wrong = || {
+            Fault::usage(format!("adapter {text:?}: the strength {strength:?} is no number from -16 to 16"))
+                .help("write SOURCE or SOURCE:STRENGTH, such as ./adapter:0.7")
+        };
+        Ok(Named { source: source.to_owned(), strength: number.ok_or_else(wrong)? })
+    }
+}
+
+/// Which rows are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Those that the configuration holds out.
+    Evaluation,
+    /// Those that train.
+    Train,
+    /// Every row.
+    All,
+}
+
+/// Whether the adapter was trained on the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trained {
+    /// On none of them.
+    No,
+    /// On all of them.
+    Yes,
+    /// On some of them.
+    Partly,
+    /// Nothing says.
+    Unknown,
+}
+
+impl Trained {
+    fn told(self) -> &'static str {
+        match self {
+            Trained::No => "the adapter was not trained on them",
+            Trained::Yes => "the adapter was trained on them",
+            Trained::Partly => "the adapter was trained on some of them",
+            Trained::Unknown => "whether the adapter was trained on them is not recorded",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Trained::No => "no",
+            Trained::Yes => "yes",
+            Trained::Partly => "partly",
+            Trained::Unknown => "unknown",
+        }
+    }
+}
+
+/// One adapter of the sum.
+pub struct Member {
+    /// As it was named.
+    pub named: Named,
+    /// Its files.
+    pub folder: PathBuf,
+    /// What they hold.
+    pub adapter: Adapter,
+}
+
+/// What a command looks at.
+pub struct Tuned {
+    /// Everything resolved, as in the run.
+    pub plan: Plan,
+    /// The adapters; at least one.
+    pub members: Vec<Member>,
+    /// Of the first adapter.
+    pub record: Option<Record>,
+    /// The base.
+    pub facts: Facts,
+    /// How the base is held, as in the run.
+    pub model: model::Options,
+    spec: Spec,
+    /// Adapters that were pulled lie here.
+    _pulled: Option<tempfile::TempDir>,
+}
+
+/// Rows with what they are.
+pub struct Rows {
+    /// The rows.
+    pub records: Vec<dataset::Record>,
+    /// Their tokens; rows that teach nothing are left out.
+    pub encoded: Vec<EncodedRow>,
+    /// Files of the data.
+    pub files: Vec<String>,
+    /// Which part of the rows.
+    pub split: Split,
+    /// Rows of that part in all.
+    pub of: usize,
+    /// Whether the adapter was trained on the rows.
+    pub trained: Trained,
+}
+
+/// Adapters loaded for a base, with their strengths.
+pub struct Sum {
+    /// Each adapter.
+    pub pairs: Vec<Pairs>,
+    /// The strength of each.
+    pub strengths: Vec<f64>,
+}
+
+impl Sum {
+    /// All adapters on all rows of a batch.
+    pub fn on(&self, rows: usize) -> Mixture<'_> {
+        let parts = self.pairs.iter().zip(&self.strengths);
+        Mixture::new(parts.map(|(adapter, &strength)| Part { adapter, rows: 0..rows, strength }).collect())
+    }
+}
+
+impl Tuned {
+    /// Brings the adapters, reads what the first one's run was given, and resolves it with what is asked now.
+    ///
+    /// # Errors
+    /// Config: an adapter or the base is not named or not there. Model: an adapter that is none of the base.
+    pub fn find(
+        adapters: &[Named],
+        request: &Request,
+        environment: Environment,
+        report: &Report,
+    ) -> Result<Tuned> {
+        let first = adapters.first().ok_or_else(|| Fault::usage("no adapter is named"))?;
+        let record = match is_image(&first.source) {
+            true => None,
+            false => Record::of(&there(&first.source)?)?,
+        };
+        let remembered = record.iter().flat_map(|record| settings(record, &first.source)).collect();
+        let request = Request { remembered, ..request.clone() };
+        let spec = spec::gather(&request, environment)?;
+        let plan =
+            plan::look(&spec).map_err(|fault| without_base(fault, &spec, record.is_some(), &first.source))?;
+        plan.warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));
+        let (folders, pulled) = bring(adapters, &plan.registry, report)?;
+        let members = adapters.iter().zip(folders).map(|(named, folder)| {
+            let adapter = adapter::read(&folder)?;
+            Ok(Member { named: named.clone(), folder, adapter })
+        });
+        let members = members.collect::<Result<Vec<_>>>()?;
+        let folder = fetch::texts(&plan.base, plan.access(), report)?;
+        let config = Config::read(&folder)?;
+        let facts = family::describe(&config)?;
+        let mut model = plan.model.clone();
+        model.quantization = quantization::read(&config)?.unwrap_or(model.quantization);
+        let tuned = Tuned { plan, members, record, facts, model, spec, _pulled: pulled };
+        tuned.sum(DType::F32, &Device::Cpu)?; // an adapter of another base is refused before anything long
+        Ok(tuned)
+    }
+
+    /// The model's tokenizer, with the time of the run for templates that print it.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::open(&self.plan.model.folder)?;
+        job::fits_vocabulary(&tokenizer, &self.facts)?;
+        dataset::check_template(&tokenizer, &self.plan.tokens)?;
+        Ok(match &self.record {
+            Some(record) => tokenizer.with_now(record.started()),
+            None => tokenizer,
+        })
+    }
+
+    /// The template of the training.
+    pub fn chat(&self, tokenizer: &Tokenizer) -> Result<Option<Chat>> {
+        Chat::of(tokenizer, self.plan.tokens.chat_template.as_deref())
+    }
+
+    /// How the model generates, and what ends it.
+    pub fn defaults(&self, tokenizer: &Tokenizer, chat: Option<&Chat>) -> Result<Defaults> {
+        Defaults::read(&self.plan.model.folder, tokenizer, chat)
+    }
+
+    /// The adapters' pairs for this base.
+    pub fn sum(&self, dtype: DType, device: &Device) -> Result<Sum> {
+        let pairs = self.members.iter().map(|member| {
+            let pairs = member.adapter.pairs(&self.facts, dtype, device);
+            pairs.map_err(|fault| fault.at(&member.named.source))
+        });
+        let strengths = self.members.iter().map(|member| member.named.strength).collect();
+        Ok(Sum { pairs: pairs.collect::<Result<_>>()?, strengths })
+    }
+
+    /// The base, held as in the run.
+    pub fn decoder(&self, device: &Device, report: &Report) -> Result<Decoder> {
+        fetch::weights(&self.plan.base, self.plan.access(), report)?;
+        load::load(self.facts.clone(), &self.model, device, report)
+    }
+
+    /// Whether the command line names data, so that it is not the run's own.
+    pub fn names_data(&self) -> bool {
+        [(Section::Hone, "data"), (Section::DatasetConfig, "dataset_path")].iter().any(|(section, name)| {
+            self.spec.get(*section, name).is_some_and(|given| !remembered(&given.origin))
+        })
+    }
+
+    /// Rows of the data, at most `limit`, encoded as the training encodes them.
+    ///
+    /// # Errors
+    /// Config: no data is named or recorded, or the wanted part of it is empty.
+    pub fn rows(
+        &self,
+        split: Option<Split>,
+        limit: usize,
+        tokenizer: &Tokenizer,
+        report: &Report,
+    ) -> Result<Rows> {
+        if self.plan.data.is_empty() {
+            return Err(self.no_data());
+        }
+        let files = fetch::data(&self.plan.data, self.plan.access(), report)?;
+        let same = self.same(&files);
+        let mut options = self.plan.dataset.clone();
+        let whole = split == Some(Split::All) || (split.is_none() && !self.holds_out(same));
+        if whole {
+            options.train_share = 1.0;
+        }
+        let dataset = dataset::read(&files, &options, report)?;
+        let (split, mut records) = match split {
+            _ if whole => (Split::All, dataset.train),
+            Some(Split::Train) => (Split::Train, dataset.train),
+            None if dataset.evaluation.is_empty() => (Split::Train, dataset.train),
+            _ => (Split::Evaluation, dataset.evaluation),
+        };
+        if records.is_empty() {
+            return Err(Fault::config("the configuration holds no rows out for evaluation")
+                .help("take --split train or all, or other data with --data"));
+        }
+        let of = records.len();
+        records.truncate(limit);
+        let trained = self.trained(split, same);
+        let encoded = dataset::encode_rows(&records, tokenizer, &self.plan.tokens, report)?;
+        let files = files.into_iter().map(|file| file.name).collect();
+        Ok(Rows { records, encoded, files, split, of, trained })
+    }
+
+    fn no_data(&self) -> Fault {
+        let name = &self.members[0].named.source;
+        let why = match &self.record {
+            Some(_) => {
+                "its run's data is not recorded, since its address held a secret or an older hone made it"
+            }
+            None => "it does not record what it was trained on",
+        };
+        Fault::config(format!("no rows: {name}: {why}")).help("name data with --data FILE")
+    }
+
+    /// Of the files those that the run trained from: all, some or none; `None` if nothing is recorded.
+    fn same(&self, files: &[source::File]) -> Option<Trained> {
+        let record = self.record.as_ref()?;
+        let known = |file: &&source::File| record.data.iter().any(|other| other.sha256 == file.sha256);
+        // Under a name of the run's, other bytes: rows that were trained may be among them.
+        let name = |name: &str| Path::new(name).file_name().map(std::ffi::OsStr::to_owned);
+        let same_name =
+            |file: &source::File| record.data.iter().any(|other| name(&other.name) == name(&file.name));
+        let changed = files.iter().any(|file| !known(&file) && same_name(file));
+        Some(match files.iter().filter(known).count() {
+            0 if !changed => Trained::No,
+            count if count == files.len() && count == record.data.len() => Trained::Yes,
+            _ => Trained::Partly,
+        })
+    }
+
+    /// Whether the held-out part is what is looked at unless something else is asked for.
+    fn holds_out(&self, same: Option<Trained>) -> bool {
+        match same {
+            Some(Trained::Yes) => true,
+            Some(_) => !self.names_data(),
+            None => self.spec.get(Section::DatasetConfig, "train_test_split").is_some(),
+        }
+    }
+
+    fn trained(&self, split: Split, same: Option<Trained>) -> Trained {
+        let keys = ["shuffle_dataset", "shuffle_seed", "train_test_split"];
+        let other_split = keys.iter().any(|name| {
+            self.spec.get(Section::DatasetConfig, name).is_some_and(|given| !remembered(&given.origin))
+        });
+        match (same, split) {
+            (None, _) => Trained::Unknown,
+            (Some(Trained::No), _) => Trained::No,
+            (Some(Trained::Yes), Split::All) => match self.plan.dataset.train_share < 1.0 {
+                true => Trained::Partly,
+                false => Trained::Yes,
+            },
+            (Some(Trained::Yes), Split::Evaluation) if !other_split => Trained::No,
+            (Some(Trained::Yes), Split::Train) if !other_split => Trained::Yes,
+            (Some(_), _) => Trained::Partly,
+        }
+    }
+
+    /// `NF4, scales quantised too`
+    pub fn base_format(&self) -> String {
+        match self.model.quantization {
+            Quantization::None => "as the checkpoint has it".into(),
+            Quantization::FourBit { code, double } | Quantization::Stored { code, double } => {
+                let scales = if double { ", scales quantised too" } else { "" };
+                format!("{} in 4 bits{scales}", code.name())
+            }
+        }
+    }
+
+    /// What is looked at, for machines.
+    pub fn json(&self) -> Json {
+        let member =
+            |member: &Member| json!({"source": member.named.source, "strength": member.named.strength});
+        json!({
+            "base": self.plan.model_name,
+            "base_format": self.base_format(),
+            "adapters": self.members.iter().map(member).collect::<Vec<_>>(),
+        })
+    }
+
+    /// The same in two lines.
+    pub fn text(&self) -> String {
+        let member = |member: &Member| match member.named.strength == 1.0 {
+            true => member.named.source.clone(),
+            false => format!("{} x {}", member.named.strength, member.named.source),
+        };
+        let adapters: Vec<String> = self.members.iter().map(member).collect();
+        format!(
+            "base:    {} ({})\nadapter: {}\n",
+            self.plan.model_name,
+            self.base_format(),
+            adapters.join(" + ")
+        )
+    }
+}
+
+impl Rows {
+    /// `12 of 20 held-out rows of rows.parquet; the adapter was not trained on them`
+    pub fn told(&self) -> String {
+        let part = match self.split {
+            Split::Evaluation => "held-out rows",
+            Split::Train => "training rows",
+            Split::All => "rows",
+        };
+        let files = match self.files.as_slice() {
+            [only] => only.clone(),
+            [first, ..] => format!("{first} and {} more files", self.files.len() - 1),
+            [] => String::new(),
+        };
+        format!("{} of {} {part} of {files}; {}", self.records.len(), self.of, self.trained.told())
+    }
+
+    /// For machines.
+    pub fn json(&self) -> Json {
+        let split = match self.split {
+            Split::Evaluation => "evaluation",
+            Split::Train => "train",
+            Split::All => "all",
+        };
+        json!({
+            "used": self.records.len(), "of": self.of, "split": split, "files": self.files,
+            "trained_on": self.trained.name(),
+        })
+    }
+}
+
+fn is_image(source: &str) -> bool {
+    source.starts_with("oci:")
+}
+
+/// An adapter's folder, if it is there.
+fn there(source: &str) -> Result<PathBuf> {
+    let folder = PathBuf::from(source);
+    if folder.join(adapter::CONFIG_FILE).is_file() {
+        return Ok(folder);
+    }
+    let what = match folder.is_dir() {
+        true => format!("holds no {}", adapter::CONFIG_FILE),
+        false => "there is no such folder".into(),
+    };
+    Err(Fault::config(format!("adapter {source:?}: {what}"))
+        .help("name the folder of an adapter (a run's output, or any PEFT folder), or oci://IMAGE"))
+}
+
+/// Folders as they are; images pulled into a folder that goes with the command.
+fn bring(
+    adapters: &[Named],
+    registry: &registry::Options,
+    report: &Report,
+) -> Result<(Vec<PathBuf>, Option<tempfile::TempDir>)> {
+    let mut pulled = None;
+    let mut folders = Vec::new();
+    for (number, named) in adapters.iter().enumerate() {
+        if !is_image(&named.source) {
+            folders.push(there(&named.source)?);
+            continue;
+        }
+        let image = named.source.strip_prefix("oci://").unwrap_or(&named.source);
+        if pulled.is_none() {
+            let made = tempfile::tempdir();
+            pulled = Some(made.map_err(|error| Fault::storage("create", &std::env::temp_dir(), &error))?);
+        }
+        let folder = pulled.as_ref().expect("just made").path().join(number.to_string());
+        registry::pull(&Target::parse(image)?, &folder, registry, report)?;
+        folders.push(folder);
+    }
+    Ok((folders, pulled))
+}
+
+/// The record's keys as settings, which everything else wins over.
+fn settings(record: &Record, source: &str) -> Vec<Setting> {
+    let name = Path::new(source).join("hone.json").to_string_lossy().into_owned();
+    let setting = |(key, value): (&String, &Json)| Setting {
+        key: key.clone(),
+        written: match value {
+            Json::String(text) => Written::Text(text.clone()),
+            Json::Array(items) if items.iter().all(Json::is_string) => {
+                Written::Texts(items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect())
+            }
+            other => Written::Yaml(other.to_string()),
+        },
+        origin: Origin::File { name: name.clone(), line: 1, column: 1 },
+    };
+    record.asked.iter().map(setting).collect()
+}
+
+fn remembered(origin: &Origin) -> bool {
+    matches!(origin, Origin::File { name, .. } if Path::new(name).file_name().is_some_and(|name| name == "hone.json"))
+}
+
+/// A base that is not named: says what the adapter knows of it.
+fn without_base(fault: Fault, spec: &Spec, recorded: bool, source: &str) -> Fault {
+    let named = spec.get(Section::Hone, "model").is_some()
+        || spec.get(Section::ModelConfig, "pretrained_model_name_or_path").is_some();
+    if named || fault.kind != Kind::Config || !fault.message.contains("no model:") {
+        return fault;
+    }
+    let base = adapter::read_config(Path::new(source)).ok().and_then(|config| config.base_model_name_or_path);
+    let of = base.map_or(String::new(), |base| format!("; its {} names {base:?}", adapter::CONFIG_FILE));
+    let why = match recorded {
+        true => "its hone.json was written by a version that does not record the base",
+        false => "no run of hone left a record in it",
+    };
+    Fault::config(format!("adapter {source:?} does not say where its base model is: {why}{of}")).help(
+        "name the base with --model DIR or hf://OWNER/NAME, and the run's configuration with --config FILE",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strength_stands_behind_the_last_colon() {
+        let parse = |text: &str| Named::parse(text).map(|named| (named.source, named.strength)).unwrap();
+        assert_eq!(parse("./a"), ("./a".into(), 1.0));
+        assert_eq!(parse("./a:0.7"), ("./a".into(), 0.7));
+        assert_eq!(parse("oci://host:5000/a"), ("oci://host:5000/a".into(), 1.0));
+        assert_eq!(parse("oci://host:5000/a:1"), ("oci://host:5000/a:1".into(), 1.0));
+        assert_eq!(parse("oci://host:5000/a:1:0.5"), ("oci://host:5000/a:1".into(), 0.5));
+        assert_eq!(parse("oci://host/a@sha256:00"), ("oci://host/a@sha256:00".into(), 1.0));
+        assert_eq!(parse("oci://host/a@sha256:00:-1"), ("oci://host/a@sha256:00".into(), -1.0));
+        assert_eq!(parse("oci:image"), ("oci:image".into(), 1.0));
+        for wrong in ["./a:much", "./a:99", "./a:nan", "./a:"] {
+            assert_eq!(Named::parse(wrong).unwrap_err().kind, Kind::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_there_is_taken_as_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let odd = folder.path().join("run:1");
+        std::fs::create_dir(&odd).unwrap();
+        let named = Named::parse(odd.to_str().unwrap()).unwrap();
+        assert_eq!((Path::new(&named.source), named.strength), (odd.as_path(), 1.0));
+    }
+}
