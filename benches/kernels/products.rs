@@ -304,7 +304,16 @@ fn loss_gradient(gpu: &Gpu, shape: &Shape) -> Case {
         make: Box::new(head_inputs(gpu, shape, tokens)),
         run: Box::new(move |of| {
             let (targets, precision) = (targets(tokens, vocab), product_precision(dtype));
-            Ok(vec![cross_entropy::forward_backward(&of[0], &head_of(of), &targets, 1.0, precision)?.1])
+            Ok(vec![
+                cross_entropy::forward_backward(
+                    &of[0],
+                    &head_of(of),
+                    &targets,
+                    cross_entropy::Goal::plain(1.0),
+                    precision,
+                )?
+                .1,
+            ])
         }),
         judge: Box::new(move |inputs, outputs| {
             let all: Vec<f64> = targets(tokens, vocab).into_iter().map(f64::from).collect();

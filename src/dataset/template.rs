@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use jiff::Timestamp;
@@ -21,6 +22,8 @@ use jiff::tz::TimeZone;
 
 /// LIMIT: instructions and 64-byte pieces of memory that a rendering may use: about 640 MB or one second.
 const FUEL: u64 = 10_000_000;
+/// LIMIT: rows that run out of fuel before any row was rendered. A template that ends for none of them ends for no row.
+const HOPELESS: u32 = 32;
 const RECURSION_MAX: usize = 200;
 /// LIMIT: bytes of a template; the largest in use have about 30 kB. A parser nests at most once per byte.
 pub(super) const SOURCE_BYTES_MAX: usize = 256 << 10;
@@ -48,6 +51,10 @@ pub(super) struct Template {
     environment: Environment<'static>,
     /// Whether it marks answers with `{% generation %}`.
     pub marks_answers: bool,
+    /// Rows that ran out of fuel.
+    hopeless: AtomicU32,
+    /// Whether any row was rendered.
+    works: AtomicBool,
 }
 
 /// A rendered conversation.
@@ -89,7 +96,12 @@ impl Template {
             environment.add_global(name.clone(), Value::from(token.as_str()));
         }
         environment.add_template_owned(NAME, source).map_err(|error| explain(&error))?;
-        Ok(Template { environment, marks_answers })
+        Ok(Template {
+            environment,
+            marks_answers,
+            hopeless: AtomicU32::new(0),
+            works: AtomicBool::new(false),
+        })
     }
 
     /// The messages as the template sees them, made once and rendered in parts.
@@ -118,7 +130,16 @@ impl Template {
         let variables = context.variables.iter().flat_map(|variables| variables.iter());
         let variables = variables.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
         let context: BTreeMap<&str, Value> = fixed.into_iter().chain(variables).collect();
-        let text = template.render(context).map_err(|error| explain(&error))?;
+        if self.hopeless.load(Relaxed) >= HOPELESS && !self.works.load(Relaxed) {
+            return Err(format!(
+                "the chat template ran out of fuel for each of the first {HOPELESS} rows; no other is tried"
+            ));
+        }
+        let text = template.render(context).map_err(|error| {
+            self.hopeless.fetch_add(u32::from(error.kind() == ErrorKind::OutOfFuel), Relaxed);
+            explain(&error)
+        })?;
+        self.works.store(true, Relaxed);
         if text.len() > TEXT_BYTES_MAX {
             return Err(format!(
                 "the chat template makes {} bytes of a row, limit {TEXT_BYTES_MAX}",
