@@ -40,7 +40,7 @@ fn main() {
     std::fs::write(out.join("fatbins.rs"), list).expect("cargo's output folder is writable");
 }
 
-/// Of everything that decides which tokens a row becomes: the modules that read and encode, and the crates' versions.
+/// Digest of everything that decides which tokens a row becomes: the modules that read and encode, and crate versions.
 fn digest_of_data_code() -> u64 {
     let mut hasher = DefaultHasher::new();
     for path in ["src/dataset", "src/bounds.rs", "src/words.rs", "Cargo.lock"] {

@@ -1,4 +1,4 @@
-// What several adapters add to the rows of a step, y[row] += sum of strength * scale * (x[row] A^T) B^T, each row
+// Adds several adapters to the rows of a step: y[row] += sum of strength * scale * (x[row] A^T) B^T, each row
 // with adapters and strengths of its own; the twin of src/ops/adapters.rs.
 //
 // An item is an adapter on a row. `shrink` makes x A^T of all items and of up to three layers that read the same

@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_eight(float (&to)[8], const T* row, int col
     for (int e = 0; e < 8; ++e) to[e] = column + e < width ? widen(row[column + e]) : 0.f;
 }
 
-// Where a token's keys or values of one head begin.
+// Offset of the keys or values of one token and head.
 __device__ __forceinline__ uint64_t token_at(const uint32_t* pages, int token, int key_heads, int key_head, int width) {
     return (((uint64_t)pages[token / PAGE] * key_heads + key_head) * PAGE + token % PAGE) * width;
 }

@@ -297,7 +297,7 @@ fn request(prompt: usize, tokens: usize, number: u32, vocab: u32) -> Request {
     Request::greedy(prompt.collect(), tokens)
 }
 
-/// What requests that were asked at once took from the moment in which all had their first token.
+/// Time of requests that started together, from the moment when all of them had their first token.
 struct Generated {
     tokens: usize,
     seconds: f64,

@@ -273,7 +273,7 @@ fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
         run: Box::new(run),
         judge: Box::new(move |inputs, outputs| {
             let inputs: Inputs = inputs.tensors.iter().map(whole).collect::<Result<Vec<_>>>()?.into();
-            // Of the parameters, the change by the update is compared, not the values.
+            // The test compares how the update changes the parameters, not their values.
             let before = [inputs[0].copy()?, inputs[2].zeros_like()?, inputs[3].zeros_like()?];
             let expected = on_cpu(&inputs)?;
             let pairs = outputs.iter().zip(expected).zip(before);

@@ -1,4 +1,4 @@
-//! What several adapters add to the rows of a step, on a GPU: `y[row] += sum of strength * scale * (x[row] A^T)
+//! Adds several adapters to the rows of a step, on a GPU: `y[row] += sum of strength * scale * (x[row] A^T)
 //! B^T`.
 //!
 //! Each row has adapters and strengths of its own; two launches serve all of them and up to three layers that read
