@@ -16,9 +16,7 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
-use crate::fault::Fault;
 use crate::spec::Request;
-use crate::spec::keys;
 use crate::workspace::{Settings, tune};
 use crate::{controller, evaluate, merge, review, serving, trial};
 
@@ -248,17 +246,6 @@ pub fn parse(
         Subcommands::Man(man) => man.command(),
     };
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
-}
-
-/// The reference of the keys that contain `word`; an error with the nearest key if there is none.
-pub fn found_keys(word: &str) -> crate::fault::Result<String> {
-    let found = keys::search(word);
-    if !found.is_empty() {
-        return Ok(found);
-    }
-    let nearest = keys::nearest(keys::all().iter().map(|key| key.name), word);
-    let fault = Fault::usage(format!("no key's name or description contains {word:?}"));
-    Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
 }
 
 /// Ends the process as clap would. URLs of a mistyped line are shown without secrets, because a Job's log is stored.
