@@ -1,5 +1,7 @@
 //! The program: arguments -> one command is run -> an exit code that says who must act.
 
+#![warn(missing_docs)]
+
 use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -101,8 +103,8 @@ fn leave_usage(error: &clap::Error, pod: bool) -> ! {
     cli::exit(error)
 }
 
-/// Whether events are shown for people or as JSON lines; `None` if the terminal decides. The log of a job is JSON lines.
-/// The other commands are run by people, who want plain text even through a pipe.
+/// Whether events are shown for people (true) or as JSON lines (false); `None` if the terminal decides. The log of a
+/// job is JSON lines. The other commands are run by people, who want plain text even through a pipe.
 fn bars(invocation: &Invocation) -> Option<bool> {
     let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_) | Command::Serve { .. });
     match invocation.log {
