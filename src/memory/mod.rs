@@ -5,7 +5,6 @@
 //! layer), and for one layer at work. Among the combinations that fit, the plan takes the number of tokens and the
 //! levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has the same
 //! examples and the same sum of gradients.
-//! those that fit. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
 
 pub mod card;
 pub mod cost;
