@@ -40,7 +40,7 @@ impl SentencePiece {
             return None;
         }
         let vocabulary = inner.get_model().get_vocab();
-        // A token behind which no word could be divided from the next one.
+        // A token after which no word could be divided from the next one.
         let joins = |token: &String, left: fn(char) -> bool, right: fn(char) -> bool| {
             token.chars().zip(token.chars().skip(1)).any(|(a, b)| left(a) && right(b))
         };
