@@ -84,6 +84,7 @@ const HOMES: [(&str, &[&str]); 23] = [
     ("tar", &["registry"]),
     ("tokenizers", &["dataset"]),
     ("tokio", &["controller", "endpoint", "generate", "interrupt", "registry", "server", "source"]),
+    ("unicode_normalization", &["dataset"]),
     ("zstd", &["dataset"]),
 ];
 
