@@ -6,7 +6,9 @@
 
 use serde_json::{Value as Json, json};
 
-use super::{Machine, Place, Task, card, terms};
+use super::machine::{Machine, Place};
+use super::task::Task;
+use super::{card, terms};
 use crate::facts::{Facts, LayerFacts, Precision, Quantization};
 use crate::fault::{Fault, Result};
 use crate::model::layer;

@@ -6,7 +6,8 @@ use crate::model::{layer, lora};
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 
-use super::{Place, Task};
+use super::machine::Place;
+use super::task::Task;
 
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
