@@ -129,6 +129,7 @@ const LONG: &[(&str, &str, &str)] = &[
         "a_container_is_known_by_its_head_and_else_by_its_name",
         "one list of cases",
     ),
+    ("src/dataset/words/mod.rs", "sentence_piece_in_each_of_its_forms", "one list of cases"),
     ("src/facts/shapes.rs", "config", "a table of models"),
     ("src/model/judge.rs", "cases", "one list of cases"),
     ("src/ops/adapters.rs", "every_row_gets_the_sum_of_its_own_adapters", "one case with its slow oracle"),
