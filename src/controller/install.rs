@@ -214,7 +214,7 @@ gpus: \"\"
 cloud: \"\"
 # Only this namespace's Workspaces; empty: all.
 namespace: \"\"
-# Review Workspaces when they are written, so that kubectl apply tells their mistakes.
+# Review Workspaces when they are applied, so that kubectl apply shows their mistakes.
 webhook: false
 ";
 
