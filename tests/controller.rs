@@ -1140,7 +1140,7 @@ fn what_serves_follows_what_is_tuned() {
     pushed("sha256:bb", 2);
 }
 
-/// A server as far as the controller asks one: `/v1/models` on port 5000 of a loopback address of its own, answering
+/// A server as far as the controller asks one: `/v1/models` on port 5001 of a loopback address of its own, answering
 /// what is in the cell. It stops with the value.
 struct Asked {
     address: std::net::Ipv4Addr,
@@ -1153,7 +1153,7 @@ impl Asked {
     fn start(last: u8) -> Asked {
         use std::io::{Read, Write};
         let address = std::net::Ipv4Addr::new(127, 77, 5, last);
-        let listener = std::net::TcpListener::bind((address, 5000)).unwrap();
+        let listener = std::net::TcpListener::bind((address, 5001)).unwrap();
         listener.set_nonblocking(true).unwrap();
         let asked = Asked { address, says: Arc::default(), count: Arc::default(), stop: Arc::default() };
         let (says, count, stop) = (asked.says.clone(), asked.count.clone(), asked.stop.clone());
@@ -1323,6 +1323,442 @@ fn adapters_change_while_servers_go_on() {
     assert_eq!(told(&server, "chat"), json!({"adapters": [], "mixes": []}));
 }
 
+fn warn(server: &ApiServer, about: &Value, reason: &str, message: &str) {
+    let meta = &about["metadata"];
+    server.put(
+        "events",
+        json!({
+            "metadata": {"name": format!("{}.{reason}", meta["name"].as_str().unwrap()), "namespace": NAMESPACE},
+            "type": "Warning", "reason": reason, "note": message,
+            "lastTimestamp": jiff::Timestamp::now().to_string(),
+            "regarding": {"kind": about["kind"], "name": meta["name"], "uid": meta["uid"]},
+        }),
+    );
+}
+
+/// A server's pod, as the kubelet and the scheduler tell it.
+fn server_pod(server: &ApiServer, name: &str, status: Value) -> Value {
+    let set = server.get("statefulsets", NAMESPACE, name).unwrap();
+    let pod = format!("{name}-0");
+    let labels = set["spec"]["template"]["metadata"]["labels"].clone();
+    server.put(
+        "pods",
+        json!({
+            "metadata": {"name": pod, "namespace": NAMESPACE, "labels": labels}, "spec": {"containers": []},
+            "status": status,
+        }),
+    );
+    server.get("pods", NAMESPACE, &pod).unwrap()
+}
+
+fn container_state(name: &str, state: Value, last: Value) -> Value {
+    json!({"containerStatuses": [{
+        "name": name, "image": "", "imageID": "", "ready": false, "restartCount": 1, "state": state, "lastState": last,
+    }]})
+}
+
+fn wait_inference(server: &ApiServer, name: &str, part: &str) -> Value {
+    server.wait(&format!("{name}: {part}"), |server| {
+        let found = server.get("workspaces", NAMESPACE, name)?;
+        condition(&found, "InferenceReady").contains(part).then_some(found)
+    })
+}
+
+/// D4 for servers: pods that cannot be made, mounted, pulled, scheduled or started say why, in KAITO's reasons.
+#[test]
+fn a_server_that_does_not_begin_says_why() {
+    let (server, _running) = controlled();
+    server.put("workspaces", serving("chat", json!([])));
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    let quota = "create Pod chat-0 in StatefulSet chat failed error: pods \"chat-0\" is forbidden: exceeded quota: gpus";
+    warn(&server, &set, "FailedCreate", quota);
+    wait_inference(
+        &server,
+        "chat",
+        "False WorkspaceInferenceStatusPending Inference workload is not ready: FailedCreate: create Pod chat-0",
+    );
+    let waits = container_state("chat", json!({"waiting": {"reason": "ContainerCreating"}}), json!({}));
+    let pod = server_pod(&server, "chat", waits);
+    warn(
+        &server,
+        &pod,
+        "FailedMount",
+        "MountVolume.SetUp failed for volume \"docker-config\": secret \"pull\" not found",
+    );
+    wait_inference(&server, "chat", "FailedMount: MountVolume.SetUp failed for volume");
+    server.wait("its Event", |server| {
+        let told =
+            |event: &Value| event["note"].to_string().contains("FailedMount") && event["type"] == "Warning";
+        server
+            .list("events")
+            .iter()
+            .any(|event| told(event) && event["regarding"]["name"] == "chat")
+            .then_some(())
+    });
+    let said = json!({"code": 12, "kind": "model", "message": "config.json: no such family"});
+    let ended = |code: i32, reason: &str, message: String| json!({"terminated": {"exitCode": code, "reason": reason, "message": message}});
+    let waiting = |reason: &str, message: &str| json!({"waiting": {"reason": reason, "message": message}});
+    let unscheduled = json!({"conditions": [{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+        "message": "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims",
+    }]});
+    let back_off = || waiting("CrashLoopBackOff", "back-off 10s restarting failed container");
+    let cases = [
+        (
+            unscheduled,
+            "Unschedulable 0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims",
+        ),
+        (
+            container_state("chat", waiting("ImagePullBackOff", "no such image"), json!({})),
+            "ImagePullError ImagePullBackOff: no such image",
+        ),
+        (
+            container_state(
+                "chat",
+                waiting("CreateContainerConfigError", "secret \"keys\" not found"),
+                json!({}),
+            ),
+            "ContainerStartError CreateContainerConfigError: secret \"keys\" not found",
+        ),
+        (
+            container_state("chat", back_off(), ended(12, "Error", said.to_string())),
+            "ContainerCrashLoopBackOff exit code 12 (model): config.json: no such family",
+        ),
+        (
+            container_state("chat", back_off(), ended(137, "OOMKilled", String::new())),
+            "ContainerOOMKilled exit code 137 (OOMKilled): killed for its memory; raise hone.sh/memory",
+        ),
+        (
+            json!({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage"}),
+            "PodEvicted The node was low on resource",
+        ),
+    ];
+    for (status, told) in cases {
+        server_pod(&server, "chat", status);
+        wait_inference(&server, "chat", told);
+    }
+    // It loads: nothing of before is told any more, and the node that it has is not kept when it goes.
+    server_pod(&server, "chat", container_state("chat", json!({"running": {}}), json!({})));
+    wait_inference(
+        &server,
+        "chat",
+        "WorkspaceInferenceStatusPending Inference workload is not ready: 0 of 1 servers are",
+    );
+    server.merge("pods", NAMESPACE, "chat-0", &json!({"spec": {"nodeName": "node-1"}}));
+    let nodes = |wanted: Value| {
+        server.wait("worker nodes", |server| {
+            (server.get("workspaces", NAMESPACE, "chat")?["status"]["workerNodes"] == wanted).then_some(())
+        })
+    };
+    nodes(json!(["node-1"]));
+    server.delete("pods", NAMESPACE, "chat-0", "background");
+    nodes(Value::Null);
+}
+
+/// Whatever somebody deletes or changes of a server's objects is as it was a moment later, and then all is at rest.
+#[test]
+fn what_is_changed_of_a_server_is_put_right() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let running = start(server.config(), |_| {});
+    let mut wanted = serving("chat", json!([]));
+    wanted["resource"]["count"] = json!(2);
+    server.put("workspaces", wanted);
+    server.wait("a budget", |server| server.get("poddisruptionbudgets", NAMESPACE, "chat"));
+    for (plural, name) in [
+        ("services", "chat"),
+        ("services", "chat-headless"),
+        ("configmaps", "chat-adapters"),
+        ("poddisruptionbudgets", "chat"),
+        ("statefulsets", "chat"),
+    ] {
+        let uid = server.wait(name, |server| server.get(plural, NAMESPACE, name))["metadata"]["uid"].clone();
+        server.delete(plural, NAMESPACE, name, "background");
+        server.wait(&format!("{plural} {name} again"), |server| {
+            server.get(plural, NAMESPACE, name).filter(|found| found["metadata"]["uid"] != uid)
+        });
+    }
+    let replicas = |server: &ApiServer| {
+        server.get("statefulsets", NAMESPACE, "chat").filter(|set| set["spec"]["replicas"] == 2).map(|_| ())
+    };
+    server.merge("statefulsets", NAMESPACE, "chat", &json!({"spec": {"replicas": 5}}));
+    server.wait("kubectl scale is overruled", replicas);
+    let ports = json!({"spec": {"ports": [{"name": "http", "port": 81, "protocol": "TCP"}]}});
+    server.merge("services", NAMESPACE, "chat", &ports);
+    server.wait("the port", |server| {
+        (server.get("services", NAMESPACE, "chat")?["spec"]["ports"][0]["port"] == 80).then_some(())
+    });
+    server.merge("services", NAMESPACE, "chat", &json!({"metadata": {"labels": null}}));
+    server.wait("the labels", |server| {
+        server.get("services", NAMESPACE, "chat")?["metadata"]["labels"]["kaito.sh/workspace"]
+            .is_string()
+            .then_some(())
+    });
+    // What others own stays, and what changes by itself is no change.
+    server.merge("services", NAMESPACE, "chat", &json!({"metadata": {"annotations": {"cloud/id": "7"}}, "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}}}));
+    set_ready(&server, "chat", 1);
+    std::thread::sleep(Duration::from_millis(700));
+    let quiet = server.requests().len();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
+    assert_eq!(
+        server.get("services", NAMESPACE, "chat").unwrap()["metadata"]["annotations"]["cloud/id"],
+        "7"
+    );
+
+    // While no controller runs; and a field that an earlier one wrote, which cannot be changed.
+    running.stop().unwrap();
+    server.delete("services", NAMESPACE, "chat", "background");
+    let old = json!({"metadata": {"annotations": {"hone.sh/spec-hash": "earlier"}}, "spec": {"serviceName": "earlier"}});
+    server.merge("statefulsets", NAMESPACE, "chat", &old);
+    let pod = server_pod(&server, "chat", json!({}));
+    let _running = start(server.config(), |_| {});
+    server.wait("the Service", |server| server.get("services", NAMESPACE, "chat"));
+    server.wait("a new set", |server| {
+        (server.get("statefulsets", NAMESPACE, "chat")?["spec"]["serviceName"] == "chat-headless")
+            .then_some(())
+    });
+    assert_eq!(server.get("pods", NAMESPACE, "chat-0"), Some(pod), "its pods go on");
+    let text = server.list("events").iter().map(ToString::to_string).collect::<String>();
+    assert!(text.contains("is put right"), "{text}");
+}
+
+/// D8 for servers: objects of somebody else are not touched, nothing is made beside them, and their end is noticed.
+#[test]
+fn names_that_are_taken_are_told_and_waited_for() {
+    let (server, _running) = controlled();
+    let object = |name: &str| json!({"metadata": {"name": name, "namespace": NAMESPACE}, "spec": {"ports": [{"port": 1}]}});
+    for (plural, name, kind) in [
+        ("services", "one", "Service one"),
+        ("statefulsets", "two", "StatefulSet two"),
+        ("configmaps", "three-adapters", "ConfigMap three-adapters"),
+        ("services", "four-headless", "Service four-headless"),
+    ] {
+        server.put(plural, object(name));
+        let workspace = name.split('-').next().unwrap();
+        server.put("workspaces", serving(workspace, json!([])));
+        wait_message(
+            &server,
+            workspace,
+            &format!("{kind} is not of this Workspace: rename the Workspace, or remove the"),
+        );
+        assert!(server.get(plural, NAMESPACE, name).unwrap()["metadata"]["labels"].is_null(), "{kind}");
+        let made = server.list("statefulsets").len() + server.list("services").len();
+        assert_eq!(made, usize::from(plural != "configmaps"), "nothing is made beside {kind}");
+        server.delete(plural, NAMESPACE, name, "background");
+        server.wait(&format!("{workspace} is made"), |server| {
+            server.get("statefulsets", NAMESPACE, workspace)?["metadata"]["ownerReferences"]
+                .is_array()
+                .then_some(())
+        });
+        server.delete("workspaces", NAMESPACE, workspace, "background");
+        server.wait("all gone", |server| {
+            (server.list("statefulsets").is_empty() && server.list("services").is_empty()).then_some(())
+        });
+    }
+}
+
+/// Names that Kubernetes cannot give to a Service or to the pods of a StatefulSet.
+#[test]
+fn a_server_needs_a_name_that_all_its_objects_can_have() {
+    let (server, _running) = controlled();
+    let long = "a".repeat(53);
+    for name in ["7b-chat", &long] {
+        server.put("workspaces", serving(name, json!([])));
+        wait_message(
+            &server,
+            name,
+            "metadata.name: a Workspace that serves needs a letter first and at most 52 characters",
+        );
+    }
+    server.put("workspaces", serving(&long[1..], json!([])));
+    server.wait("a Service", |server| server.get("services", NAMESPACE, &long[1..]));
+    assert_eq!(server.list("statefulsets").len(), 1);
+    // One that tunes may have more, as its Job may.
+    server.put("workspaces", workspace(&"b".repeat(63)));
+    job(&server, &"b".repeat(63));
+}
+
+/// KAITO's webhook refuses it; without one, what was there goes on, and turning back is enough.
+#[test]
+fn what_tunes_cannot_become_what_serves() {
+    let (server, _running) = controlled();
+    const WHY: &str = "tuning: it cannot be added or removed; make another Workspace";
+    server.put("workspaces", workspace("w"));
+    let first = job(&server, "w");
+    let tuning = workspace("w")["tuning"].clone();
+    let inference = serving("w", json!([]))["inference"].clone();
+    let serve = json!({"tuning": null, "inference": inference});
+    let tune = json!({"tuning": tuning, "inference": null});
+    server.merge("workspaces", NAMESPACE, "w", &serve);
+    wait_message(&server, "w", WHY);
+    assert_eq!(job(&server, "w")["metadata"]["uid"], first["metadata"]["uid"]);
+    server.merge("workspaces", NAMESPACE, "w", &tune);
+    let silent = |server: &ApiServer| {
+        let found = server.get("workspaces", NAMESPACE, "w")?;
+        (!condition(&found, "WorkspaceSucceeded").contains("not applied")).then_some(found)
+    };
+    server.wait("the message gone", silent);
+    // The same after its end, when no Job is left.
+    job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+    state(&server, "w", "Succeeded");
+    server.delete("jobs", NAMESPACE, "w", "background");
+    server.merge("workspaces", NAMESPACE, "w", &serve);
+    wait_message_in(&server, "w", "Succeeded", &format!("; the change is not applied: {WHY}"));
+    server.merge("workspaces", NAMESPACE, "w", &tune);
+    assert_eq!(server.wait("the message gone", silent)["status"]["state"], "Succeeded");
+    assert!(server.list("jobs").is_empty() && server.list("statefulsets").is_empty());
+
+    server.put("workspaces", serving("v", json!([])));
+    let set = server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "v"));
+    server.merge("workspaces", NAMESPACE, "v", &tune);
+    wait_message(&server, "v", WHY);
+    assert_eq!(
+        server.get("statefulsets", NAMESPACE, "v").unwrap()["metadata"]["uid"],
+        set["metadata"]["uid"]
+    );
+    assert!(server.list("jobs").is_empty());
+}
+
+/// D1 by kind: neither a replaced Workspace, nor a mistake that is taken back, nor another of the same name is taken
+/// for what it is not.
+#[test]
+fn what_is_over_stays_over_whatever_is_written() {
+    let (server, _running) = controlled();
+    server.put("workspaces", workspace("w"));
+    job(&server, "w");
+    job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+    state(&server, "w", "Succeeded");
+    server.wait("its revision", |server| annotation(&server.get("workspaces", NAMESPACE, "w")?, "revision"));
+    server.delete("jobs", NAMESPACE, "w", "background");
+    let made = || {
+        server
+            .requests()
+            .iter()
+            .filter(|request| *request == "POST /apis/batch/v1/namespaces/team/jobs")
+            .count()
+    };
+    let before = made();
+    server.replace("workspaces", NAMESPACE, "w", workspace("w"));
+    server.wait("its revision again", |server| {
+        (annotation(&server.get("workspaces", NAMESPACE, "w")?, "revision")? == "1").then_some(())
+    });
+    for _ in 0..2 {
+        server.merge(
+            "workspaces",
+            NAMESPACE,
+            "w",
+            &json!({"tuning": {"input": {"urls": ["ftp://host.example/a"]}}}),
+        );
+        wait_message_in(&server, "w", "Succeeded", "; the change is not applied: ");
+        server.merge("workspaces", NAMESPACE, "w", &json!({"tuning": workspace("w")["tuning"]}));
+        server.wait("the message gone", |server| {
+            let found = server.get("workspaces", NAMESPACE, "w")?;
+            (!condition(&found, "WorkspaceSucceeded").contains("not applied")).then_some(())
+        });
+    }
+    assert_eq!(made(), before, "it is not trained again");
+    assert_eq!(server.get("workspaces", NAMESPACE, "w").unwrap()["status"]["state"], "Succeeded");
+
+    // Deleted and applied again from what `kubectl get -o yaml` printed, before the collector has seen it.
+    let mut printed = server.get("workspaces", NAMESPACE, "w").unwrap();
+    for field in ["uid", "creationTimestamp", "resourceVersion", "generation"] {
+        printed["metadata"].as_object_mut().unwrap().remove(field);
+    }
+    printed.as_object_mut().unwrap().remove("status");
+    let old = server.list("controllerrevisions")[0]["metadata"]["uid"].clone();
+    server.stop_collector(true);
+    server.delete("workspaces", NAMESPACE, "w", "background");
+    server.put("workspaces", printed);
+    assert_eq!(revision(&job(&server, "w")), "1", "another Workspace is trained");
+    server.stop_collector(false);
+    server.wait("its own record", |server| {
+        server.list("controllerrevisions").iter().any(|found| found["metadata"]["uid"] != old).then_some(())
+    });
+}
+
+/// A node costs money: it is given back even where somebody took the finalizer away.
+#[test]
+fn a_finalizer_that_is_removed_by_hand_leaves_no_node() {
+    let server = ApiServer::start();
+    let _running = start(server.config(), |_| {});
+    server.put("workspaces", workspace("w"));
+    let there = |server: &ApiServer| {
+        let found = server.get("workspaces", NAMESPACE, "w")?;
+        (found["metadata"]["finalizers"] == json!(["hone.sh/nodes"])).then_some(())
+    };
+    job(&server, "w");
+    server.wait("its finalizer", there);
+    server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"finalizers": []}}));
+    server.wait("it is back", there);
+    // Both at once: without the finalizer the Workspace is gone before the controller sees it.
+    let mut gone = server.get("workspaces", NAMESPACE, "w").unwrap();
+    gone["metadata"]["finalizers"] = json!([]);
+    gone["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    server.put("workspaces", gone);
+    server.wait("no claim", |server| server.list("nodeclaims").is_empty().then_some(()));
+}
+
+/// Refusals of a server's objects are told, and what is mended in the cluster goes on by itself.
+#[test]
+fn a_quota_against_a_server_is_told() {
+    let (server, _running) = controlled();
+    let quota = "services \"chat\" is forbidden: exceeded quota: few, requested: services=1, used: services=3, limited: services=3";
+    server.refuse("PATCH", "services", Some(quota));
+    server.put("workspaces", serving("chat", json!([])));
+    let told = wait_message(
+        &server,
+        "chat",
+        &format!("the Workspace is not applied: the API server refuses it: {quota}"),
+    );
+    assert!(
+        condition(&told, "InferenceReady").starts_with("False WorkspaceInferenceStatusFailed"),
+        "{told:#}"
+    );
+    server.refuse("PATCH", "services", None);
+    server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    wait_inference(&server, "chat", "0 of 1 servers are");
+}
+
+/// What a tuning Workspace pushed is served while it tunes again, and after it is gone.
+#[test]
+fn what_was_pushed_is_served_on() {
+    let (server, _running) = controlled();
+    server.put("workspaces", workspace("w"));
+    job(&server, "w");
+    let said =
+        json!({"code": 0, "kind": "ok", "image": "registry.example.com/adapter:1", "digest": "sha256:aa"});
+    pod(&server, "w", "a", ended(0, &said, 1));
+    job_status(&server, "w", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+    server.put(
+        "workspaces",
+        serving("chat", json!([{"source": {"name": "newest", "image": "workspace://w"}}])),
+    );
+    let serves = |server: &ApiServer, source: &str| {
+        server.get("configmaps", NAMESPACE, "chat-adapters")?;
+        (told(server, "chat")["adapters"][0]["source"] == source).then_some(())
+    };
+    let first = "oci://registry.example.com/adapter@sha256:aa";
+    server.wait("the first", |server| serves(server, first));
+    // The second try goes to another repository, and fails.
+    let output = json!({"image": "registry.example.com/other:1", "imagePushSecret": "login"});
+    server.merge("workspaces", NAMESPACE, "w", &json!({"tuning": {"output": output}}));
+    server.wait("revision 2", |server| server.get("jobs", NAMESPACE, "w").filter(|job| revision(job) == "2"));
+    job_status(&server, "w", json!({"failed": 1, "conditions": condition_of_job("Failed")}));
+    state(&server, "w", "Failed");
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"resource": {"count": 2}}));
+    server.wait("two servers", |server| {
+        (server.get("statefulsets", NAMESPACE, "chat")?["spec"]["replicas"] == 2).then_some(())
+    });
+    assert!(serves(&server, first).is_some());
+    server.delete("workspaces", NAMESPACE, "w", "background");
+    wait_message(
+        &server,
+        "chat",
+        "the Workspace is not applied: inference.adapters[0].source.image: there is no Workspace w",
+    );
+    assert!(serves(&server, first).is_some(), "servers go on with it");
+}
+
 /// The configuration of KAITO's servers: what has a meaning here is a flag, the rest is told once.
 #[test]
 fn a_server_follows_its_configuration() {
@@ -1477,6 +1913,14 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
         options.address = format!("127.0.0.1:{health}").parse().unwrap();
         options.webhook = Some(webhook.clone());
     });
+    // Another replica, which shares the Secret and may be the one that renews.
+    let other = free_port();
+    let _other = start(server.config(), |options| {
+        options.elect = true;
+        options.identity = "two".into();
+        let address = format!("127.0.0.1:{other}").parse().unwrap();
+        options.webhook = Some(controller::webhook::Options { address, ..webhook.clone() });
+    });
     let health = format!("127.0.0.1:{health}").parse().unwrap();
     server.wait("what is missing", |_| {
         readyz(health)
@@ -1536,11 +1980,15 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
     let mut asked = 0;
     while secret() == before {
         assert!(begun.elapsed() < Duration::from_secs(20), "it is not renewed");
-        reviewed(&server, port, &review("u-5", "CREATE", &good, &Value::Null)).unwrap();
+        for port in [port, other] {
+            reviewed(&server, port, &review("u-5", "CREATE", &good, &Value::Null)).unwrap();
+        }
         asked += 1;
     }
     for _ in 0..10 {
-        reviewed(&server, port, &review("u-6", "CREATE", &good, &Value::Null)).unwrap();
+        for port in [port, other] {
+            reviewed(&server, port, &review("u-6", "CREATE", &good, &Value::Null)).unwrap();
+        }
         asked += 1;
     }
     assert!(asked > 10);
@@ -1554,6 +2002,18 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
         found["webhooks"][0]["clientConfig"]["caBundle"].is_string().then_some(())
     });
     reviewed(&server, port, &review("u-7", "CREATE", &good, &Value::Null)).unwrap();
+
+    // A Secret that somebody spoils is made again.
+    let spoiled = json!({"data": {"tls.key": "bm9uc2Vuc2U="}});
+    server.merge("secrets", "hone-system", "hone-webhook", &spoiled);
+    server.wait("another key", |server| {
+        let secret = server.get("secrets", "hone-system", "hone-webhook")?;
+        (secret["data"]["tls.key"] != spoiled["data"]["tls.key"]).then_some(())
+    });
+    server.wait("both answer", |server| {
+        let ask = |port| reviewed(server, port, &review("u-9", "CREATE", &good, &Value::Null)).ok();
+        ask(port).and(ask(other)).map(|_| ())
+    });
 
     // What is no review gets no verdict, and the server goes on.
     let told = reviewed(&server, port, &json!({"request": {}})).unwrap_err();

@@ -137,17 +137,18 @@ impl Webhook {
                 (Some(_), None) => tracing::info!(target: "hone", "the webhook answers"),
                 _ => {}
             }
-            if let Ok(config) = looked {
-                certificate.send_replace(Some(config));
+            if let Ok(config) = &looked {
+                certificate.send_replace(Some(config.clone()));
             }
             if let Ok(found) = presence::look(&self.keeper.client).await {
                 kaito.send_replace(found.kaito);
             }
-            // Trouble is mended by somebody, who waits for it.
-            let pause = if why.is_some() {
-                self.options.pause.min(Duration::from_secs(5))
-            } else {
-                self.options.pause
+            // Trouble is mended by somebody, who waits for it. A conflict is another replica that was faster.
+            let conflict = matches!(&looked, Err(kube::Error::Api(status)) if status.code == 409);
+            let pause = match (conflict, &why) {
+                (true, _) => Duration::from_millis(500).min(self.options.pause),
+                (false, Some(_)) => Duration::from_secs(5).min(self.options.pause),
+                (false, None) => self.options.pause,
             };
             tokio::time::sleep(pause).await;
         }

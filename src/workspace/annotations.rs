@@ -37,7 +37,7 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
 }
 
 #[rustfmt::skip]
-pub const TABLE: [Annotation; 32] = [
+pub const TABLE: [Annotation; 33] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
@@ -66,7 +66,8 @@ pub const TABLE: [Annotation; 32] = [
     output("step", "of steps", "Step that training has reached."),
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
-    output("digest", "sha256:...", "Digest of the pushed image."),
+    output("digest", "sha256:...", "Digest of the image that was pushed last."),
+    output("pushed", "an image with its digest", "Image that was pushed last; servers that name this Workspace follow it."),
     output("adapters", "names, images, digests and strengths", "Adapters that answer, as the servers themselves say."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),

@@ -73,9 +73,22 @@ impl Rules {
                 self.tuning(tuning, own_model);
             }
             (Some(inference), None) => {
+                self.name_that_serves(name);
                 self.resource_that_serves(&workspace.resource);
                 self.inference(inference, own_model);
             }
+        }
+    }
+
+    /// The name is that of a Service and of a StatefulSet too. Kubernetes refuses Services that begin with a digit, and
+    /// cannot make the pods of a set with a longer name.
+    fn name_that_serves(&mut self, name: &str) {
+        const LENGTH_MAX: usize = 52;
+        if name.len() > LENGTH_MAX || name.starts_with(|c: char| c.is_ascii_digit()) {
+            self.wrong(
+                "metadata.name",
+                format!("a Workspace that serves needs a letter first and at most {LENGTH_MAX} characters, found {name:?}"),
+            );
         }
     }
 

@@ -19,6 +19,39 @@ pub fn is_over(job: &Value) -> bool {
     })
 }
 
+/// Kinds whose specification's changes are not counted.
+pub const WITHOUT_GENERATION: [&str; 6] =
+    ["configmaps", "services", "secrets", "events", "leases", "controllerrevisions"];
+
+/// Whether the roles that `hone controller` is installed with, and those of its webhook, allow a request.
+pub fn is_allowed(namespace: &str, group: &str, resource: &str, name: &str, verb: &str) -> bool {
+    static ROLES: std::sync::OnceLock<Vec<Value>> = std::sync::OnceLock::new();
+    let roles = ROLES.get_or_init(|| {
+        let objects = hone::controller::install::objects("i").into_iter();
+        let objects = objects.chain(hone::controller::install::webhook());
+        let bound = |object: &Value| {
+            let kind = object["kind"].as_str().unwrap_or_default();
+            let users =
+                object["metadata"]["name"].as_str().is_some_and(|name| name.starts_with("hone-workspaces-"));
+            ["Role", "ClusterRole"].contains(&kind) && !users
+        };
+        objects.filter(bound).collect()
+    });
+    let has = |rule: &Value, field: &str, wanted: &str| {
+        rule[field].as_array().is_some_and(|list| list.iter().any(|one| one == wanted))
+    };
+    let rules = roles
+        .iter()
+        .filter(|role| role["kind"] == "ClusterRole" || role["metadata"]["namespace"] == namespace)
+        .flat_map(|role| role["rules"].as_array().cloned().unwrap_or_default());
+    rules.into_iter().any(|rule| {
+        has(&rule, "apiGroups", group)
+            && has(&rule, "resources", resource)
+            && has(&rule, "verbs", verb)
+            && (rule["resourceNames"].is_null() || has(&rule, "resourceNames", name))
+    })
+}
+
 /// The defaults of the stored version.
 pub fn defaults(plural: &str, object: &mut Value) {
     let mut fill = |path: &[&str], value: Value| {
@@ -82,7 +115,7 @@ pub fn validate(plural: &str, old: Option<&Value>, new: &Value) -> Result<(), St
         "statefulsets" => stateful_set(old, new),
         "nodeclaims" => same(old, new, &[&["spec"]], "spec is immutable"),
         "controllerrevisions" => same(old, new, &[&["data"]], "field is immutable"),
-        "services" => same(old, new, &[&["spec", "clusterIP"]], "field is immutable"),
+        "services" => service(old, new),
         "events" => event(old, new),
         _ => Ok(()),
     }
@@ -143,6 +176,19 @@ fn stateful_set(old: Option<&Value>, new: &Value) -> Result<(), String> {
         &fixed,
         "updates to statefulset spec for fields other than 'replicas', 'template', ... are forbidden",
     )
+}
+
+/// Names of Services are DNS-1035 labels: a letter first, and no dots.
+fn service(old: Option<&Value>, new: &Value) -> Result<(), String> {
+    let name = new["metadata"]["name"].as_str().unwrap_or_default();
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let begins = name.starts_with(|c: char| c.is_ascii_lowercase());
+    if !begins || name.ends_with('-') || name.len() > 63 || !name.chars().all(allowed) {
+        return Err(format!(
+            "metadata.name: Invalid value: {name:?}: a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character"
+        ));
+    }
+    same(old, new, &[&["spec", "clusterIP"]], "field is immutable")
 }
 
 fn pod(path: &str, template: &Value) -> Result<(), String> {

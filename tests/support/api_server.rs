@@ -1,7 +1,7 @@
 //! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply with owners of fields,
-//! status, watches that expire, foreground deletion and its garbage collector, the controller of Jobs' time to
-//! live, logs, answers that hang. As much of it as hone's controller meets, as strict as the real one is
-//! (`api_rules.rs`).
+//! status, watches with bookmarks that expire, lists in pages, foreground deletion and its garbage collector, the
+//! controller of Jobs' time to live, logs, answers that hang. As much of it as hone's controller meets, as strict as
+//! the real one is (`api_rules.rs`). Requests need the rights that `hone controller` is installed with.
 
 #![allow(dead_code)]
 
@@ -46,6 +46,8 @@ const KINDS: [(&str, &str, &str); 18] = [
 ];
 /// A watch ends by itself after this; clients begin another.
 const WATCH_MAX: Duration = Duration::from_secs(20);
+/// LIMIT: objects of one page, where a client asks for pages.
+const PAGE_MAX: usize = 250;
 /// How long the garbage collector takes to see what is to go.
 const GARBAGE_DELAY: Duration = Duration::from_millis(150);
 /// How often the cluster's own controllers look.
@@ -64,7 +66,7 @@ struct State {
     oldest: u64,
     absent: HashSet<String>,
     /// Requests of a verb and a resource that answer this code, and how many of them still do.
-    failures: HashMap<(String, String), (u16, u32)>,
+    failures: HashMap<(String, String), (u16, u32, Option<String>)>,
     logs: HashMap<(String, String), String>,
     requests: Vec<String>,
     /// Since when an object is to go, or a Job is over.
@@ -145,7 +147,24 @@ impl ApiServer {
     /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer
     /// this code.
     pub fn fail_next(&self, verb: &str, plural: &str, code: u16, times: u32) {
-        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times));
+        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times, None));
+    }
+
+    /// Requests of a verb for a resource are refused in these words, as admission does; `None`: no longer.
+    pub fn refuse(&self, verb: &str, plural: &str, why: Option<&str>) {
+        let times = if why.is_some() { u32::MAX } else { 0 };
+        let failure = (403, times, why.map(str::to_owned));
+        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), failure);
+    }
+
+    /// Replaces an object as `kubectl replace` does: annotations, labels and finalizers that are not written go.
+    pub fn replace(&self, plural: &str, namespace: &str, name: &str, mut object: Value) {
+        let old = self.get(plural, namespace, name).expect("an object");
+        for field in ["uid", "creationTimestamp"] {
+            object["metadata"][field] = old["metadata"][field].clone();
+        }
+        object["status"] = old["status"].clone();
+        self.put(plural, object);
     }
 
     /// The account of the controller has the right to that, or no longer.
@@ -332,7 +351,9 @@ impl State {
         });
         let generation = old.as_ref().map_or(0, |old| old["metadata"]["generation"].as_i64().unwrap_or(0));
         let changed = old.as_ref().is_none_or(|old| !same(&inner(old), &inner(&object)));
-        object["metadata"]["generation"] = (generation + i64::from(changed)).into();
+        if !rules::WITHOUT_GENERATION.contains(&key.0.as_str()) {
+            object["metadata"]["generation"] = (generation + i64::from(changed)).into();
+        }
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
         let leaving = object["metadata"]["deletionTimestamp"].is_string();
         if leaving && object["metadata"]["finalizers"].as_array().is_none_or(Vec::is_empty) {
@@ -563,12 +584,20 @@ async fn answer(
         ("GET", None, false) => "LIST",
         (verb, ..) => verb,
     };
-    if let Some((code, left)) =
+    let applies = parts
+        .headers
+        .get("content-type")
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/apply-patch"));
+    if let Err(why) = asked.is_allowed(&path, verb, applies, &state.lock().unwrap()) {
+        return refuse(403, "Forbidden", &why);
+    }
+    if let Some((code, left, why)) =
         state.lock().unwrap().failures.get_mut(&(verb.to_owned(), asked.plural.clone()))
         && *left > 0
     {
         *left -= u32::from(*left != u32::MAX);
         return match *code {
+            code if why.is_some() => refuse(code, "Forbidden", why.as_deref().unwrap_or_default()),
             409 => refuse(409, "Conflict", "the object has been modified"),
             403 => refuse(
                 403,
@@ -692,6 +721,8 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
     let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
     let number = |name: &str| asked.query.get(name).and_then(|text| text.parse::<usize>().ok());
     let (from, limit) = (number("continue").unwrap_or(0), number("limit").unwrap_or(usize::MAX));
+    // Pages are short, so that every list has several.
+    let limit = if limit > 100 { limit.min(PAGE_MAX) } else { limit };
     let mut found = state
         .objects
         .range(key(&asked.plural, "", "")..)
@@ -711,6 +742,36 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
 }
 
 impl Asked {
+    /// Whether the controller's own roles allow the request; an apply that creates needs both rights.
+    fn is_allowed(&self, path: &str, verb: &str, applies: bool, state: &State) -> Result<(), String> {
+        let group = match path.split('/').collect::<Vec<_>>().as_slice() {
+            ["", "apis", group, ..] => *group,
+            _ => "",
+        };
+        let verb = match verb {
+            "POST" => "create".to_owned(),
+            "PUT" => "update".into(),
+            other => other.to_lowercase(),
+        };
+        let resource = match &self.sub {
+            Some(sub) => format!("{}/{sub}", self.plural),
+            None => self.plural.clone(),
+        };
+        let name = self.name.as_deref().unwrap_or_default();
+        let there = state.objects.contains_key(&key(&self.plural, &self.namespace, name));
+        let verbs = if applies && !there { vec![verb, "create".to_owned()] } else { vec![verb] };
+        for verb in verbs {
+            if !rules::is_allowed(&self.namespace, group, &resource, name, &verb) {
+                return Err(format!(
+                    "{resource} is forbidden: User \"system:serviceaccount:hone-system:hone-controller\" cannot {verb} \
+                     resource \"{resource}\" in API group \"{group}\" in the namespace {:?}",
+                    self.namespace
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// By namespace and labels: `a=b,c`.
     fn selects(&self, namespace: &str, object: &Value) -> bool {
         let labels = &object["metadata"]["labels"];
@@ -803,6 +864,12 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
         if *plural == asked.plural && asked.selects(namespace, object) {
             text += &format!("{}\n", json!({"type": change, "object": asked.shown(object)}));
         }
+    }
+    if !text.is_empty() && asked.query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true") {
+        let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
+        let metadata = json!({"resourceVersion": state.version.to_string(), "creationTimestamp": null});
+        let object = json!({"kind": kind, "apiVersion": version, "metadata": metadata});
+        text += &format!("{}\n", json!({"type": "BOOKMARK", "object": object}));
     }
     (text, state.version, false)
 }
