@@ -1719,6 +1719,38 @@ fn a_quota_against_a_server_is_told() {
     wait_inference(&server, "chat", "0 of 1 servers are");
 }
 
+/// An API server that fails again and again is told, in a server's own words, and no end is forgotten for it.
+#[test]
+fn errors_that_repeat_are_told_and_undo_no_end() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    let running = start(server.config(), |_| {});
+    server.put("workspaces", workspace("done"));
+    job(&server, "done");
+    job_status(&server, "done", json!({"succeeded": 1, "conditions": condition_of_job("Complete")}));
+    state(&server, "done", "Succeeded");
+    running.stop().unwrap();
+    server.delete("jobs", NAMESPACE, "done", "background");
+    server.wait("no Job", |server| server.list("jobs").is_empty().then_some(()));
+    server.fail_next("LIST", "controllerrevisions", 500, u32::MAX);
+    server.fail_next("PATCH", "services", 500, u32::MAX);
+    server.put("workspaces", serving("chat", json!([])));
+    server.put("workspaces", workspace("new"));
+    let _running = start(server.config(), |_| {});
+    let found = wait_inference(
+        &server,
+        "chat",
+        "Inference workload is not ready: the API server answers 500: the server is currently unable",
+    );
+    assert!(condition(&found, "JobStarted").trim().is_empty(), "{found:#}");
+    wait_message_in(&server, "new", "Pending", "unable to handle the request");
+    assert_eq!(server.get("workspaces", NAMESPACE, "done").unwrap()["status"]["state"], "Succeeded");
+    server.fail_next("LIST", "controllerrevisions", 500, 0);
+    server.fail_next("PATCH", "services", 500, 0);
+    job(&server, "new");
+    server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    assert_eq!(server.list("jobs").len(), 1, "what is done is not done again");
+}
+
 /// What a tuning Workspace pushed is served while it tunes again, and after it is gone.
 #[test]
 fn what_was_pushed_is_served_on() {
@@ -2023,14 +2055,17 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
     reviewed(&server, port, &review("u-8", "CREATE", &good, &Value::Null)).unwrap();
 }
 
-/// With KUBECONFIG: a Workspace with a mistake, mended, run suspended, and deleted, in a namespace of its own.
+/// With KUBECONFIG: Workspaces that tune and serve, with a mistake, mended, changed and deleted, in a namespace of their
+/// own. The same story runs against the server in memory, so that it is known to hold.
 #[test]
 fn a_real_cluster_gives_the_same() {
+    let server = ApiServer::start().without("nodeclaims").without("nodepools");
+    real::run(|| Some((server.config_of_admin(), server.config())));
     if std::env::var_os("KUBECONFIG").is_none() {
         eprintln!("KUBECONFIG is not set: no real cluster to ask");
         return;
     }
-    real::run();
+    real::run(|| None);
 }
 
 mod real {
@@ -2038,12 +2073,19 @@ mod real {
     use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
     use kube::core::{ApiResource, GroupVersionKind};
 
-    pub fn run() {
+    /// The user's configuration and the controller's; `None`: both are what KUBECONFIG names.
+    pub fn run(configs: impl FnOnce() -> Option<(kube::Config, kube::Config)>) {
         hone::source::install_crypto();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let config = kube::Config::infer().await.unwrap();
-            let client = kube::Client::try_from(config.clone()).unwrap();
+            let (user, config) = match configs() {
+                Some(both) => both,
+                None => {
+                    let config = kube::Config::infer().await.unwrap();
+                    (config.clone(), config)
+                }
+            };
+            let client = kube::Client::try_from(user).unwrap();
             let namespace = format!("hone-test-{}", std::process::id());
             apply(
                 &client,
@@ -2053,19 +2095,57 @@ mod real {
                 hone::workspace::crd::definition(),
             )
             .await;
+            let definitions = resource("apiextensions.k8s.io", "v1", "CustomResourceDefinition");
+            let definitions = Api::<DynamicObject>::all_with(client.clone(), &definitions);
+            until(&definitions, "workspaces.kaito.sh", |found| {
+                let conditions = found.data["status"]["conditions"].as_array().cloned().unwrap_or_default();
+                conditions.iter().any(|one| one["type"] == "Established" && one["status"] == "True")
+            })
+            .await;
             let space = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
             apply(&client, "", "v1", "Namespace", space).await;
             let only = namespace.clone();
             let running = start(config, |options| options.namespace = Some(only));
-            let outcome = tokio::time::timeout(Duration::from_secs(120), story(&client, &namespace)).await;
+            let story = async {
+                serves(&client, &namespace).await;
+                tunes(&client, &namespace).await;
+            };
+            let outcome = tokio::time::timeout(Duration::from_secs(300), story).await;
             let namespaces = Api::<DynamicObject>::all_with(client, &resource("", "v1", "Namespace"));
             namespaces.delete(&namespace, &DeleteParams::default()).await.unwrap();
-            outcome.expect("within two minutes");
+            outcome.expect("within five minutes");
             drop(running);
         });
     }
 
-    async fn story(client: &kube::Client, namespace: &str) {
+    /// A server's objects, changed by its Workspace and by hand.
+    async fn serves(client: &kube::Client, namespace: &str) {
+        let workspaces = api(client, namespace, "kaito.sh", "v1beta1", "Workspace");
+        let [sets, services, maps] = [("apps", "StatefulSet"), ("", "Service"), ("", "ConfigMap")]
+            .map(|(g, k)| api(client, namespace, g, "v1", k));
+        let adapters = |strength: &str| json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]);
+        let mut wanted = serving("chat", adapters("1.0"));
+        wanted["metadata"] = json!({"name": "chat"});
+        let wanted: DynamicObject = serde_json::from_value(wanted).unwrap();
+        workspaces.create(&PostParams::default(), &wanted).await.unwrap();
+        until(&workspaces, "chat", |found| found.data["status"]["state"] == "Pending").await;
+        until(&services, "chat", |found| found.data["spec"]["ports"][0]["port"] == 80).await;
+        let before = sets.get("chat").await.unwrap();
+        let change = json!({"inference": {"adapters": adapters("0.5")}});
+        workspaces.patch("chat", &PatchParams::default(), &Patch::Merge(&change)).await.unwrap();
+        until(&maps, "chat-adapters", |map| map.data["data"]["adapters.json"].to_string().contains("0.5"))
+            .await;
+        services.delete("chat", &DeleteParams::default()).await.unwrap();
+        until(&services, "chat", |_| true).await;
+        let scaled = json!({"spec": {"replicas": 3}});
+        sets.patch("chat", &PatchParams::default(), &Patch::Merge(&scaled)).await.unwrap();
+        until(&sets, "chat", |set| set.data["spec"]["replicas"] == 1).await;
+        let after = sets.get("chat").await.unwrap();
+        assert_eq!(after.data["spec"]["template"], before.data["spec"]["template"], "no pod starts again");
+        workspaces.delete("chat", &DeleteParams::default()).await.unwrap();
+    }
+
+    async fn tunes(client: &kube::Client, namespace: &str) {
         let workspaces = api(client, namespace, "kaito.sh", "v1beta1", "Workspace");
         let jobs = api(client, namespace, "batch", "v1", "Job");
         let mut wanted = workspace("w");
@@ -2078,9 +2158,24 @@ mod real {
         workspaces.patch("w", &PatchParams::default(), &Patch::Merge(&mended)).await.unwrap();
         until(&jobs, "w", |job| job.data["spec"]["suspend"] == true).await;
         until(&workspaces, "w", |found| found.data["status"]["state"] == "Pending").await;
+        // An API server alone collects no garbage; then this object of nobody stays too.
+        let maps = api(client, namespace, "", "v1", "ConfigMap");
+        let owner = json!([{"apiVersion": "v1", "kind": "ConfigMap", "name": "nobody", "uid": "0a0a0a0a-0000-4000-8000-000000000000"}]);
+        let nobodys = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "of-nobody", "ownerReferences": owner},
+        });
+        maps.create(&PostParams::default(), &serde_json::from_value(nobodys).unwrap()).await.unwrap();
         workspaces.delete("w", &DeleteParams::default()).await.unwrap();
+        let begun = Instant::now();
         while jobs.get_opt("w").await.unwrap().is_some() {
             tokio::time::sleep(Duration::from_millis(200)).await;
+            if begun.elapsed() > Duration::from_secs(60) && maps.get_opt("of-nobody").await.unwrap().is_some()
+            {
+                eprintln!(
+                    "this cluster collects no garbage: the Job of a deleted Workspace is not looked for"
+                );
+                return;
+            }
         }
     }
 

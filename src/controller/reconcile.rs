@@ -563,23 +563,31 @@ impl<'a> Reconciler<'a> {
         conditions.next().map(|condition| condition.message.clone()).unwrap_or_default()
     }
 
-    /// Writes an error that repeats into the status, where the user looks.
+    /// Writes an error that repeats into the status, where the user looks. An end that was written stays.
     async fn tell_trouble(&self, error: kube::Error) -> kube::Error {
         let failures = self.context.note(&self.workspace, |notes| notes.failures);
         let conflict = matches!(&error, kube::Error::Api(status) if status.code == 409);
-        if failures >= FAILURES_TOLD && !conflict && !self.is_not_ours() {
-            let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
-            if job.is_none() {
-                let report = Report {
-                    seen: observe::observe(None, &[], false),
-                    progress: None,
-                    nodes: Nodes::default(),
-                    refused: None,
-                    stuck: false,
-                    warning: Some(format!("{error}; it is tried again")),
-                };
-                _ = self.write(&report).await;
-            }
+        let leaves = self.workspace.metadata.deletion_timestamp.is_some();
+        if failures < FAILURES_TOLD || conflict || leaves || self.is_not_ours() {
+            return error;
+        }
+        let told = format!("{}; it is tried again", words::of_error(&error));
+        if self.workspace.tuning.is_none() {
+            _ = serve::tell_trouble(self, told).await;
+            return error;
+        }
+        let ended = self.workspace.status.as_ref().is_some_and(status::tells_an_end);
+        let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
+        if job.is_none() && !ended {
+            let report = Report {
+                seen: observe::observe(None, &[], false),
+                progress: None,
+                nodes: Nodes::default(),
+                refused: None,
+                stuck: false,
+                warning: Some(told),
+            };
+            _ = self.write(&report).await;
         }
         error
     }

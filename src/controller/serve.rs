@@ -121,6 +121,24 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
     Ok(Action::requeue(due.map_or(RESTING, |due| due.min(RESTING).max(Duration::from_millis(100)))))
 }
 
+/// Writes an error that repeats into the status. Servers that answer are not in trouble.
+///
+/// # Errors
+/// Those of the API server.
+pub async fn tell_trouble(of: &Reconciler<'_>, why: String) -> kube::Result<()> {
+    let set = of.context.sets.find(&of.owner, of.workspace.name()).filter(|set| of.owns(set.as_ref()));
+    let pods = of.context.pods.of(&of.owner);
+    let mut serving = observe(set.as_deref(), &pods, None);
+    let why = format!("Inference workload is not ready: {why}");
+    serving.trouble = serving.trouble.or(Some(("WorkspaceInferenceStatusPending", why)));
+    let workers: Vec<String> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+    let mut seen = observe::observe(None, &[], false);
+    seen.node = workers.first().cloned();
+    let nodes = of.nodes(&seen);
+    let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    write(of, status, &serving).await
+}
+
 /// The objects of the Workspace, or why there are none.
 async fn render(of: &Reconciler<'_>) -> kube::Result<Result<Served, String>> {
     let map = of.config().await?;

@@ -77,6 +77,9 @@ pub fn defaults(plural: &str, object: &mut Value) {
             fill(&["spec", "suspend"], json!(false));
         }
         "services" => fill(&["spec", "clusterIP"], json!("10.0.0.7")),
+        "customresourcedefinitions" => {
+            object["status"] = json!({"conditions": [{"type": "Established", "status": "True"}]});
+        }
         _ => {}
     }
 }
