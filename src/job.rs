@@ -30,7 +30,7 @@ use crate::model::lora::Trainable;
 use crate::model::weights::Checkpoint;
 use crate::ops::cpu;
 use crate::plan::Plan;
-use crate::registry::{self, ImageFacts, Pushed};
+use crate::registry::{self, ImageFacts};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -40,7 +40,14 @@ use crate::words;
 
 pub mod room;
 pub mod estimate;
+mod preview;
+mod receipt;
+mod start;
 mod told;
+
+pub use preview::{Preview, preview};
+pub use receipt::Receipt;
+pub use start::start;
 
 use room::Lengths;
 
@@ -57,17 +64,6 @@ const MODEL_TEXTS: [&str; 7] = [
 
 /// LIMIT: tokens of an answer at the end of a run.
 const ANSWER_TOKENS_MAX: usize = 256;
-
-/// The result of a job.
-#[derive(Clone, Debug)]
-pub struct Receipt {
-    /// The output folder.
-    pub folder: PathBuf,
-    /// Result of training.
-    pub trained: Trained,
-    /// The pushed image, if the plan asks for one.
-    pub pushed: Option<Pushed>,
-}
 
 /// Runs the plan to its end.
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
