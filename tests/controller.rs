@@ -616,10 +616,15 @@ fn a_leader_whose_server_hangs_stops_and_says_why() {
 
 /// `/readyz` of a running controller.
 fn readyz(address: std::net::SocketAddr) -> String {
+    read(address, "/readyz")
+}
+
+/// What a running controller answers to GET.
+fn read(address: std::net::SocketAddr, path: &str) -> String {
     use std::io::{Read, Write};
     let mut text = String::new();
     let Ok(mut stream) = std::net::TcpStream::connect(address) else { return text };
-    stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").unwrap();
     stream.read_to_string(&mut text).unwrap();
     text
 }
@@ -791,6 +796,30 @@ fn a_node_that_is_gone_is_asked_for_again() {
     drop(failed);
 }
 
+/// A node is asked for once the Job or the servers are there, and given back when nothing can go on.
+#[test]
+fn what_is_refused_costs_no_node() {
+    let server = ApiServer::start();
+    let _running = start(server.config(), |_| {});
+    server.deny("POST", "jobs", true);
+    server.deny("PATCH", "statefulsets", true);
+    server.put("workspaces", workspace("w"));
+    server.put("workspaces", serving("chat", json!([])));
+    wait_message_in(&server, "w", "Failed", "jobs is forbidden");
+    wait_message(&server, "chat", "statefulsets is forbidden");
+    assert!(!server.requests().contains(&"POST /apis/karpenter.sh/v1/nodeclaims".into()));
+    server.deny("POST", "jobs", false);
+    server.deny("PATCH", "statefulsets", false);
+    server.wait("two claims", |server| (server.list("nodeclaims").len() == 2).then_some(()));
+    // Nobody can make the Job again: its node goes.
+    server.deny("POST", "jobs", true);
+    server.delete("jobs", NAMESPACE, "w", "background");
+    server.wait("one claim", |server| {
+        let claims = server.list("nodeclaims");
+        (claims.len() == 1 && claims[0]["metadata"]["labels"]["kaito.sh/workspace"] == "chat").then_some(())
+    });
+}
+
 /// D7, D9: Karpenter and KAITO come and go while the controller runs.
 #[test]
 fn who_else_is_there_is_noticed() {
@@ -920,10 +949,43 @@ fn ends_that_nobody_saw() {
             "eventTime": "2026-02-01T00:00:00.000000Z",
         }),
     );
-    let _running = start(server.config(), |_| {});
+    let free = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+    let running = start(server.config(), |_| {});
     state(&server, "there", "Succeeded");
     state(&server, "gone", "Succeeded");
     assert!(server.get("jobs", NAMESPACE, "gone").is_none(), "it is not trained again");
+    // D15: the next controller counts what is over without a Job too, and what serves.
+    running.stop().unwrap();
+    server.put("workspaces", serving("chat", json!([])));
+    let _running = start(server.config(), |options| options.address = free);
+    server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, "chat"));
+    set_ready(&server, "chat", 1);
+    server.wait("counts", |_| {
+        let text = read(free, "/metrics");
+        let has = |line: &str| text.contains(&format!("hone_workspaces{{state=\"{line}\n"));
+        (has("Succeeded\"} 2") && has("Ready\"} 1") && has("Pending\"} 0")).then_some(())
+    });
+}
+
+/// A namespace that ends takes no new objects: nobody is told, and it is not asked again and again.
+#[test]
+fn a_namespace_that_ends_is_left_in_peace() {
+    let (server, _running) = controlled();
+    let why = "jobs.batch \"w\" is forbidden: unable to create new content in namespace team because it is being terminated";
+    server.refuse("POST", "jobs", Some(why));
+    server.put("workspaces", workspace("w"));
+    let asked =
+        || server.requests().iter().filter(|request| request.ends_with("namespaces/team/jobs")).count();
+    server.wait("a try", |_| (asked() > 0).then_some(()));
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(asked(), 1);
+    assert!(
+        server.get("workspaces", NAMESPACE, "w").unwrap()["status"].is_null()
+            && server.list("events").is_empty()
+    );
+    server.refuse("POST", "jobs", None);
+    server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"annotations": {"other/note": "x"}}}));
+    job(&server, "w");
 }
 
 /// The real program as a process of its own, with a kubeconfig; it ends with the value.
@@ -1505,6 +1567,10 @@ fn what_is_changed_of_a_server_is_put_right() {
         "7"
     );
 
+    // One server needs no budget: nothing could be let go.
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"resource": {"count": 1}}));
+    server.wait("no budget", |server| server.list("poddisruptionbudgets").is_empty().then_some(()));
+
     // While no controller runs; and a field that an earlier one wrote, which cannot be changed.
     running.stop().unwrap();
     server.delete("services", NAMESPACE, "chat", "background");
@@ -1838,6 +1904,25 @@ fn a_server_follows_its_configuration() {
             .contains(&"--context=1024".to_owned())
     );
     assert_eq!(noted(&server), 1, "once");
+
+    // A grace period leaves time for requests on their way, and after the last answer.
+    server.put("configmaps", config(""));
+    for (grace, drains, sleeps) in
+        [("2m", "--grace=110", json!(5)), ("5s", "--grace=1", json!(4)), ("1", "--grace=1", Value::Null)]
+    {
+        server.merge(
+            "workspaces",
+            NAMESPACE,
+            "chat",
+            &json!({"metadata": {"annotations": {"hone.sh/grace-period": grace}}}),
+        );
+        server.wait(grace, |server| {
+            let set = server.get("statefulsets", NAMESPACE, "chat")?;
+            let container = &set["spec"]["template"]["spec"]["containers"][0];
+            let fits = container["lifecycle"]["preStop"]["sleep"]["seconds"] == sleeps;
+            (arguments(&set).contains(&drains.to_owned()) && fits).then_some(())
+        });
+    }
 }
 
 /// One node for each server; of more than are wanted, an idle one goes.

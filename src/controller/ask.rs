@@ -16,8 +16,8 @@ use crate::workspace::serve::STATUS_PORT;
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: bytes of an answer; a server names at most some hundred adapters.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-/// Servers of one Workspace that are asked at the same time.
-const CONCURRENCY: usize = 8;
+/// Servers of one Workspace that are asked at the same time; a hundred that do not answer take 20 s together.
+const CONCURRENCY: usize = 32;
 
 /// What a server says of its adapters.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -442,10 +442,11 @@ impl<'a> Reconciler<'a> {
             // Somebody else may have created it in between; then theirs stays.
             ignore(409, self.api::<ConfigMap>().create(&PostParams::default(), map).await.map(|_| ()))?;
         }
-        self.ask_for_node().await?;
         let parameters = PostParams { dry_run: false, field_manager: Some(FIELD_MANAGER.into()) };
         let job = self.api::<Job>().create(&parameters, &rendered.job).await?;
         self.write_down(wanted).await?;
+        // A Job that is refused must not cost a node.
+        self.ask_for_node().await?;
         let mut told = format!("Job {} is made from revision {revision}", self.workspace.name());
         for warning in &rendered.warnings {
             told += &format!("; {warning}");
@@ -608,7 +609,7 @@ impl<'a> Reconciler<'a> {
         if waits && nodes::wanted(&self.workspace, provider) && nodes::alive(&claims) == 0 {
             self.ask_for_node().await?;
         }
-        if !over && nodes::alive(&claims) > 0 {
+        if !over && !stuck && nodes::alive(&claims) > 0 {
             // Somebody may have removed the finalizer, without which a claim could stay behind.
             self.finalizer(true).await?;
         }
@@ -617,8 +618,10 @@ impl<'a> Reconciler<'a> {
         // done.
         self.write(&report).await?;
         self.annotate(status::annotations(&report, revision)).await?;
-        if let Some(job) = job.filter(|_| over) {
+        if over || report.stuck {
             self.give_back().await?;
+        }
+        if let Some(job) = job.filter(|_| over) {
             self.set_ttl(job).await?;
         }
         Ok(Action::requeue(self.next_look(&report)))

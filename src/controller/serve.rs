@@ -115,6 +115,7 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
         return Ok(Action::requeue(of.pause_of_refusals()));
     }
     let due = of.context.note(&of.workspace, |notes| {
+        notes.failures = 0;
         let warning = notes.warning_due.left().filter(|_| seen.mute.is_some());
         notes.answers_due.left().into_iter().chain(warning).min()
     });
@@ -391,8 +392,9 @@ async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Re
     for service in &served.services {
         put(of, service, &mut marks).await?;
     }
-    of.ask_for_node().await?;
     put_set(of, &set, &mut marks).await?;
+    // A set that is refused must not cost a node.
+    of.ask_for_node().await?;
     match &served.budget {
         Some(budget) => put(of, budget, &mut marks).await?,
         None => {

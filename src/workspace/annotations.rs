@@ -54,7 +54,7 @@ pub const TABLE: [Annotation; 33] = [
     input("retries", "a whole number", "Failures that are tried again (`backoffLimit`); unset: 6. Those that no retry helps end the Job at once."),
     input("deadline", "a duration", "The Job is ended after it (`activeDeadlineSeconds`)."),
     input("ttl", "a duration", "The Job is removed so long after its end (`ttlSecondsAfterFinished`)."),
-    input("grace-period", "a duration", "Time to write a checkpoint when the pod is stopped; unset: 5m."),
+    input("grace-period", "a duration", "Time that a stopped pod has to write a checkpoint, or to finish its answers; unset: 5m, and 1m for servers."),
     input("run-as-user", "a whole number from 1", "User and group of the pod, for volumes that belong to one; unset: 65532."),
     input("ca-config-map", "a ConfigMap", "Its key ca.crt holds root certificates that are trusted besides the built-in ones."),
     input("config-overrides", "lines of Section.key=value", "Keys set over training_config.yaml, as `--set` does."),

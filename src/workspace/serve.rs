@@ -346,13 +346,13 @@ impl Server<'_> {
         container.liveness_probe = Some(probe("/health", 6));
         container.readiness_probe = Some(probe("/readyz", 1));
         // Requests that are on their way when the pod begins to end are still answered.
-        container.lifecycle = Some(Lifecycle {
-            pre_stop: Some(LifecycleHandler {
-                sleep: Some(SleepAction { seconds: FAREWELL_SECONDS }),
-                ..LifecycleHandler::default()
-            }),
-            ..Lifecycle::default()
-        });
+        let sleep = |seconds| LifecycleHandler {
+            sleep: Some(SleepAction { seconds }),
+            ..LifecycleHandler::default()
+        };
+        container.lifecycle = Some(self.farewell())
+            .filter(|seconds| *seconds > 0)
+            .map(|seconds| Lifecycle { pre_stop: Some(sleep(seconds)), ..Lifecycle::default() });
         let named = |name: &String| LocalObjectReference { name: name.clone() };
         let pull: Vec<LocalObjectReference> =
             self.frame.options.image_pull_secrets.iter().map(named).collect();
@@ -369,6 +369,11 @@ impl Server<'_> {
         self.frame.options.grace_seconds.unwrap_or(GRACE_SECONDS)
     }
 
+    /// Kubernetes wants it shorter than the grace period.
+    fn farewell(&self) -> i64 {
+        FAREWELL_SECONDS.min(self.grace() - 1)
+    }
+
     /// `hone serve MODEL --name=... --listen=... --adapters-file=...`
     fn arguments(&self) -> Result<Vec<String>> {
         let mut arguments = vec!["serve".to_owned(), self.model()?];
@@ -376,7 +381,7 @@ impl Server<'_> {
         arguments.push(format!("--listen=0.0.0.0:{PORT}"));
         arguments.push(format!("--status=0.0.0.0:{STATUS_PORT}"));
         arguments.push(format!("--adapters-file={SERVED_FOLDER}/{ADAPTERS_FILE}"));
-        arguments.push(format!("--grace={}", (self.grace() - FAREWELL_SECONDS - REST_SECONDS).max(1)));
+        arguments.push(format!("--grace={}", (self.grace() - self.farewell() - REST_SECONDS).max(1)));
         arguments.extend(self.config.context.map(|tokens| format!("--context={tokens}")));
         arguments.extend(self.config.sequences.map(|count| format!("--sequences={count}")));
         arguments.extend(self.config.gpu_memory.map(|share| format!("--set=memory_max={share}")));

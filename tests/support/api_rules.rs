@@ -219,6 +219,13 @@ fn pod(path: &str, template: &Value) -> Result<(), String> {
         }
     }
     for container in spec["containers"].as_array().into_iter().flatten() {
+        let grace = spec["terminationGracePeriodSeconds"].as_i64().unwrap_or(30);
+        let sleep = at(container, &["lifecycle", "preStop", "sleep", "seconds"]).as_i64();
+        if sleep.is_some_and(|seconds| seconds <= 0 || seconds >= grace) {
+            return Err(format!(
+                "{path}.spec.containers[0].lifecycle.preStop: Invalid value: must be greater than 0 and less than terminationGracePeriodSeconds ({grace})"
+            ));
+        }
         for variable in container["env"].as_array().into_iter().flatten() {
             let key = &variable["valueFrom"]["secretKeyRef"]["key"];
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
