@@ -1159,6 +1159,20 @@ fn a_workspace_that_serves_becomes_a_server_and_its_state() {
     });
     assert_eq!(after["spec"], before["spec"], "the pods stay as they are");
     assert_eq!(after["metadata"]["generation"], before["metadata"]["generation"]);
+    let twice = json!([
+        {"source": {"name": "adapter-1", "image": "h.example/adapter:1"}}, {"source": {"image": "h.example/adapter:1"}},
+    ]);
+    let base = json!([{"source": {"name": "phi-3-mini-128k-instruct", "image": "h.example/adapter:1"}}]);
+    for (list, told) in [
+        (twice, "inference.adapters[1].source.name: adapter-1 stands there twice"),
+        (
+            base,
+            "inference.adapters[0].source.name: phi-3-mini-128k-instruct is the name of the base for clients",
+        ),
+    ] {
+        server.merge("workspaces", NAMESPACE, "chat", &json!({"inference": {"adapters": list}}));
+        wait_message(&server, "chat", told);
+    }
     server.merge("workspaces", NAMESPACE, "chat", &adapters("2"));
     wait_message(
         &server,
@@ -2210,7 +2224,9 @@ mod real {
             .map(|(g, k)| api(client, namespace, g, "v1", k));
         let adapters = |strength: &str| json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]);
         let mut wanted = serving("chat", adapters("1.0"));
-        wanted["metadata"] = json!({"name": "chat"});
+        // Where hone's own Deployment runs too, both make the same of it.
+        let image = "registry.example.com/hone:1";
+        wanted["metadata"] = json!({"name": "chat", "annotations": {"hone.sh/image": image}});
         let wanted: DynamicObject = serde_json::from_value(wanted).unwrap();
         workspaces.create(&PostParams::default(), &wanted).await.unwrap();
         until(&workspaces, "chat", |found| found.data["status"]["state"] == "Pending").await;
@@ -2220,8 +2236,9 @@ mod real {
         workspaces.patch("chat", &PatchParams::default(), &Patch::Merge(&change)).await.unwrap();
         until(&maps, "chat-adapters", |map| map.data["data"]["adapters.json"].to_string().contains("0.5"))
             .await;
+        let uid = services.get("chat").await.unwrap().metadata.uid;
         services.delete("chat", &DeleteParams::default()).await.unwrap();
-        until(&services, "chat", |_| true).await;
+        until(&services, "chat", |found| found.metadata.uid != uid).await;
         let scaled = json!({"spec": {"replicas": 3}});
         sets.patch("chat", &PatchParams::default(), &Patch::Merge(&scaled)).await.unwrap();
         until(&sets, "chat", |set| set.data["spec"]["replicas"] == 1).await;

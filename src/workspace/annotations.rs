@@ -237,8 +237,16 @@ fn address(text: &str) -> Option<String> {
     known.iter().any(|start| text.starts_with(start)).then(|| text.to_owned())
 }
 
+/// Names, each once: Kubernetes refuses a list that has one twice.
 fn names(text: &str) -> Option<Vec<String>> {
-    text.split(',').map(|name| object_name(name.trim())).collect()
+    let mut names = Vec::new();
+    for name in text.split(',') {
+        let name = object_name(name.trim())?;
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Some(names)
 }
 
 /// `500m`, `1.5`, `20Gi`, `1e3`: Kubernetes' quantities, as far as anybody writes them.
@@ -271,8 +279,15 @@ fn assignments(text: &str) -> Option<Vec<String>> {
     lines(text).map(|line| whole(line).then(|| line.to_owned())).collect()
 }
 
+/// Variables, each once: of two lines with the same name the last counts, as in a shell.
 fn environment(text: &str) -> Option<Vec<EnvVar>> {
-    lines(text).map(variable).collect()
+    let mut list: Vec<EnvVar> = Vec::new();
+    for line in lines(text) {
+        let variable = variable(line)?;
+        list.retain(|other| other.name != variable.name);
+        list.push(variable);
+    }
+    Some(list)
 }
 
 fn variable(line: &str) -> Option<EnvVar> {
@@ -320,8 +335,8 @@ mod tests {
             ("ttl", "7d"),
             ("grace-period", "90"),
             ("memory", "20Gi"),
-            ("image-pull-secrets", "a, b.c"),
-            ("env", "A=1\n# why\nTOKEN=secret:keys/token\nEMPTY=\n"),
+            ("image-pull-secrets", "a, b.c, a"),
+            ("env", "A=0\nA=1\n# why\nTOKEN=secret:keys/token\nEMPTY=\n"),
             ("config-overrides", "LoraConfig.r=16"),
             ("priority-class", " "),
         ]))

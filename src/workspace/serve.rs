@@ -215,7 +215,7 @@ pub fn adapters_name(workspace: &Workspace) -> String {
 }
 
 /// The name of an adapter: its source's name, else one by its place in the list.
-fn adapter_name(adapter: &Adapter, place: usize) -> String {
+pub(super) fn adapter_name(adapter: &Adapter, place: usize) -> String {
     let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
     if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
 }
@@ -402,6 +402,12 @@ impl Server<'_> {
         let mut parts = Vec::new();
         for (place, adapter) in self.inference.adapters.iter().enumerate() {
             let name = adapter_name(adapter, place);
+            if self.base_name().as_deref() == Some(name.as_str()) {
+                return Err(Fault::config(format!(
+                    "inference.adapters[{place}].source.name: {name} is the name of the base for clients"
+                ))
+                .help("give the adapter another name"));
+            }
             adapters.push(json!({"name": name, "source": self.source(adapter, place)?}));
             let strength = adapter.strength.as_deref().and_then(|text| text.trim().parse::<f64>().ok());
             parts.push(json!({"name": name, "strength": strength.unwrap_or(1.0)}));

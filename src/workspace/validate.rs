@@ -132,8 +132,10 @@ impl Rules {
                     format!("expected a-z, 0-9 and -, found {:?}", source.name),
                 );
             }
-            if !source.name.is_empty() && !names.insert(source.name.clone()) {
-                self.wrong(&format!("{field}.source.name"), format!("{} stands there twice", source.name));
+            // An adapter without a name has one by its place.
+            let name = super::serve::adapter_name(adapter, place);
+            if !names.insert(name.clone()) {
+                self.wrong(&format!("{field}.source.name"), format!("{name} stands there twice"));
             }
             match source.image.strip_prefix(super::serve::TUNED) {
                 Some(name) => self.object(&format!("{field}.source.image"), "a Workspace", name),
