@@ -30,8 +30,10 @@ const LINE_BYTES: usize = 2 * 8 + 5 * 4;
 pub(super) const PART_BYTES: usize = 32 << 20;
 /// Bytes that are written at once.
 const BUFFER_BYTES: usize = 1 << 20;
-/// Bytes read through the map after which its pages are given back.
+/// Bytes mapped by reads after which pages are given back.
 const TOUCHED_BYTES_MAX: usize = 128 << 20;
+/// Bytes that Linux maps around a page that is read, if the file is in its cache (`fault_around_bytes`).
+const AROUND_BYTES: usize = 64 << 10;
 /// LIMIT: rows of a store; their numbers have four bytes.
 const ROWS_MAX: u64 = u32::MAX as u64;
 
@@ -320,7 +322,7 @@ pub(super) struct Store {
     tokens: Bytes,
     lines: Bytes,
     notes: Vec<Note>,
-    /// Bytes read since pages were last given back.
+    /// Bytes mapped since pages were last given back, at most.
     touched: AtomicUsize,
     /// Held as long as the store is read: keeps other processes from removing its files.
     _lock: Option<File>,
@@ -388,7 +390,9 @@ impl Store {
             example.ids.push(token & !LEARNED);
             example.supervised.push(token & LEARNED != 0);
         }
-        if self.touched.fetch_add(bytes.len() + LINE_BYTES, Ordering::Relaxed) > TOUCHED_BYTES_MAX {
+        // At most this becomes resident for the tokens, and as much as one read for the line.
+        let mapped = bytes.len() / AROUND_BYTES * AROUND_BYTES + 3 * AROUND_BYTES;
+        if self.touched.fetch_add(mapped, Ordering::Relaxed) > TOUCHED_BYTES_MAX {
             self.give_back();
         }
         example
