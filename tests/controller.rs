@@ -971,11 +971,11 @@ fn ends_that_nobody_saw() {
 #[test]
 fn a_namespace_that_ends_is_left_in_peace() {
     let (server, _running) = controlled();
-    let why = "jobs.batch \"w\" is forbidden: unable to create new content in namespace team because it is being terminated";
-    server.refuse("POST", "jobs", Some(why));
+    let why = "configmaps \"qlora-params-template\" is forbidden: unable to create new content in namespace team because it is being terminated";
+    server.refuse("POST", "configmaps", Some(why));
     server.put("workspaces", workspace("w"));
     let asked =
-        || server.requests().iter().filter(|request| request.ends_with("namespaces/team/jobs")).count();
+        || server.requests().iter().filter(|request| request.ends_with("namespaces/team/configmaps")).count();
     server.wait("a try", |_| (asked() > 0).then_some(()));
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(asked(), 1);
@@ -983,7 +983,7 @@ fn a_namespace_that_ends_is_left_in_peace() {
         server.get("workspaces", NAMESPACE, "w").unwrap()["status"].is_null()
             && server.list("events").is_empty()
     );
-    server.refuse("POST", "jobs", None);
+    server.refuse("POST", "configmaps", None);
     server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"annotations": {"other/note": "x"}}}));
     job(&server, "w");
 }

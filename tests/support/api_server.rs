@@ -878,14 +878,18 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
         }
         let selected = asked.selects(namespace, object);
         let was = asked.selects(namespace, &json!({"metadata": {"labels": before}}));
-        // An object that a selector no longer selects is gone for its watch.
+        let mut object = asked.shown(object);
+        // An object that a selector no longer selects is gone for its watch, which is told what it was.
         let change = match (selected, was, *change) {
             (true, false, "MODIFIED") => "ADDED",
-            (false, true, "MODIFIED") => "DELETED",
+            (false, true, "MODIFIED") => {
+                object["metadata"]["labels"] = before.clone();
+                "DELETED"
+            }
             (true, _, change) => change,
             _ => continue,
         };
-        text += &format!("{}\n", json!({"type": change, "object": asked.shown(object)}));
+        text += &format!("{}\n", json!({"type": change, "object": object}));
     }
     if !text.is_empty() && asked.query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true") {
         let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
