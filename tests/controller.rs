@@ -2154,8 +2154,8 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
     reviewed(&server, port, &review("u-8", "CREATE", &good, &Value::Null)).unwrap();
 }
 
-/// With KUBECONFIG: Workspaces that tune and serve, with a mistake, mended, changed and deleted, in a namespace of their
-/// own. The same story runs against the server in memory, so that it is known to hold.
+/// With KUBECONFIG: Workspaces that tune and serve, with a mistake, mended, changed and deleted, in a namespace of
+/// their own. The same story runs against the server in memory, so that it is known to hold.
 #[test]
 fn a_real_cluster_gives_the_same() {
     let server = ApiServer::start().without("nodeclaims").without("nodepools");

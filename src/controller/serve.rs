@@ -38,6 +38,9 @@ const ADAPTERS_READY: &str = "AdaptersReady";
 const HASH: &str = "hone.sh/spec-hash";
 /// LIMIT: bytes of a condition's message.
 const MESSAGE_BYTES_MAX: usize = 1024;
+/// How often it is looked whether a StatefulSet that is made anew is gone, and the pause between two looks.
+const ORPHAN_LOOKS: u32 = 20;
+const ORPHAN_PAUSE: Duration = Duration::from_millis(500);
 /// The first and the longest pause between two questions to servers that have not taken a change. A kubelet brings a
 /// changed ConfigMap into a pod within a minute or two.
 const ANSWERS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
@@ -438,10 +441,18 @@ async fn put_set(of: &Reconciler<'_>, set: &StatefulSet, marks: &mut Marks) -> k
             let Some(old) = api.get_opt(&name).await? else { return Err(error) };
             let parameters = DeleteParams {
                 propagation_policy: Some(PropagationPolicy::Orphan),
-                preconditions: Some(Preconditions { uid: old.metadata.uid, resource_version: None }),
+                preconditions: Some(Preconditions { uid: old.metadata.uid.clone(), resource_version: None }),
                 ..DeleteParams::default()
             };
+            let uid = old.metadata.uid.clone();
             ignore(404, api.delete(&name, &parameters).await.map(|_| ()))?;
+            // The garbage collector lets the pods go first.
+            for _ in 0..ORPHAN_LOOKS {
+                if api.get_opt(&name).await?.is_none_or(|found| found.metadata.uid != uid) {
+                    break;
+                }
+                tokio::time::sleep(ORPHAN_PAUSE).await;
+            }
             put(of, set, marks).await
         }
         other => other,

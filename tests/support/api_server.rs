@@ -409,12 +409,9 @@ impl State {
         let default = if key.0 == "jobs" { "Orphan" } else { "Background" };
         let policy = policy.unwrap_or(default).to_lowercase();
         let mut finalizers = object["metadata"]["finalizers"].as_array().cloned().unwrap_or_default();
-        if policy == "orphan" {
-            for dependent in self.dependents(&object) {
-                let mut other = self.objects[&dependent].clone();
-                other["metadata"].as_object_mut().unwrap().remove("ownerReferences");
-                self.store(dependent, other, true);
-            }
+        if policy == "orphan" && !finalizers.contains(&json!("orphan")) {
+            finalizers.push(json!("orphan"));
+            self.since.insert((key.clone(), "orphan"), Instant::now());
         }
         if policy == "foreground" && !finalizers.contains(&json!("foregroundDeletion")) {
             finalizers.push(json!("foregroundDeletion"));
@@ -449,6 +446,16 @@ impl State {
                     }
                     let list = object["metadata"]["finalizers"].as_array_mut().unwrap();
                     list.retain(|finalizer| finalizer != "foregroundDeletion");
+                    self.store(key, object, true);
+                }
+                "orphan" => {
+                    for dependent in self.dependents(&object) {
+                        let mut other = self.objects[&dependent].clone();
+                        other["metadata"].as_object_mut().unwrap().remove("ownerReferences");
+                        self.store(dependent, other, true);
+                    }
+                    let list = object["metadata"]["finalizers"].as_array_mut().unwrap();
+                    list.retain(|finalizer| finalizer != "orphan");
                     self.store(key, object, true);
                 }
                 _ => _ = self.delete(&key, Some("Background")),
