@@ -1770,6 +1770,17 @@ fn a_finalizer_that_is_removed_by_hand_leaves_no_node() {
     server.wait("its finalizer", there);
     server.merge("workspaces", NAMESPACE, "w", &json!({"metadata": {"finalizers": []}}));
     server.wait("it is back", there);
+    server.put("workspaces", serving("chat", json!([])));
+    let chats = |server: &ApiServer| {
+        let found = server.get("workspaces", NAMESPACE, "chat")?;
+        (found["metadata"]["finalizers"] == json!(["hone.sh/nodes"]) && server.list("nodeclaims").len() == 2)
+            .then_some(())
+    };
+    server.wait("a server's finalizer", chats);
+    server.merge("workspaces", NAMESPACE, "chat", &json!({"metadata": {"finalizers": []}}));
+    server.wait("it is back", chats);
+    server.delete("workspaces", NAMESPACE, "chat", "background");
+    server.wait("one claim", |server| (server.list("nodeclaims").len() == 1).then_some(()));
     // Both at once: without the finalizer the Workspace is gone before the controller sees it.
     let mut gone = server.get("workspaces", NAMESPACE, "w").unwrap();
     gone["metadata"]["finalizers"] = json!([]);

@@ -485,7 +485,8 @@ impl<'a> Reconciler<'a> {
         nodes::ask(self.client, &self.workspace, provider, self.context.settings.cloud, &used).await
     }
 
-    async fn give_back(&self) -> kube::Result<()> {
+    /// Deletes the Workspace's node claims and removes the finalizer.
+    pub async fn give_back(&self) -> kube::Result<()> {
         let noted = self.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
         if !noted && nodes::alive(&self.context.claims.of(&self.owner)) == 0 {
             return Ok(());
@@ -794,7 +795,7 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Adds or removes hone's finalizer. The patch names the version that was read, because it replaces the whole list.
-    async fn finalizer(&self, there: bool) -> kube::Result<()> {
+    pub async fn finalizer(&self, there: bool) -> kube::Result<()> {
         let mut list = self.finalizers().to_vec();
         let had = list.iter().any(|finalizer| finalizer == FINALIZER);
         if had == there {

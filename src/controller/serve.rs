@@ -77,6 +77,7 @@ impl Serving {
 pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<Action> {
     let name = of.workspace.name();
     let set = of.context.sets.find(&of.owner, name).filter(|set| of.owns(set.as_ref()));
+    let turned = other.is_some();
     let served = match other {
         Some(why) => Err(why),
         None => render(of).await?,
@@ -92,10 +93,10 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
     let pods = of.context.pods.of(&of.owner);
     let mut serving = observe(set.as_deref(), &pods, refused.clone());
     let node = pods.iter().find_map(|pod| pod.spec.as_ref()?.node_name.clone());
-    if set.is_some()
-        && claims::differs(&of.workspace, of.context.presence().provider, &of.context.claims.of(&of.owner))
-    {
-        of.ask_for_node().await?;
+    match (&set, &refused) {
+        (None, Some(_)) => of.give_back().await?,
+        _ if !turned => nodes_of(of, set.is_some()).await?,
+        _ => {}
     }
     let adapters = match served.as_ref().ok().filter(|_| refused.is_none()) {
         Some(served) => adapters(of, served, &pods).await,
@@ -123,6 +124,19 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
         notes.answers_due.left().into_iter().chain(warning).min()
     });
     Ok(Action::requeue(due.map_or(RESTING, |due| due.min(RESTING).max(Duration::from_millis(100)))))
+}
+
+/// Asks for the nodes of servers that are missing. Somebody may have removed the finalizer, without which a claim could
+/// stay behind.
+async fn nodes_of(of: &Reconciler<'_>, there: bool) -> kube::Result<()> {
+    let known = of.context.claims.of(&of.owner);
+    if there && claims::differs(&of.workspace, of.context.presence().provider, &known) {
+        return of.ask_for_node().await;
+    }
+    match claims::alive(&known) {
+        0 => Ok(()),
+        _ => of.finalizer(true).await,
+    }
 }
 
 /// Writes an error that repeats into the status. Servers that answer are not in trouble.
