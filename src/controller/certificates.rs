@@ -148,6 +148,7 @@ fn joined(pem: &str, more: &str) -> String {
 
 /// Keeps the Secret and the trust as they should be.
 pub struct Keeper {
+    /// Client of the API server.
     pub client: Client,
     /// The controller's own namespace.
     pub namespace: String,

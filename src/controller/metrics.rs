@@ -11,6 +11,7 @@ use crate::workspace::Workspace;
 /// The states of Workspaces that tune, then those that only serving ones have.
 const STATES: [&str; 6] = ["Pending", "Running", "Succeeded", "Failed", "Ready", "NotReady"];
 
+/// Counts of one controller process, updated by all reconciliations.
 #[derive(Debug, Default)]
 pub struct Metrics {
     reconciles: AtomicU64,
@@ -22,16 +23,19 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// The beginning of a reconciliation, for [`Metrics::ended`].
     pub fn started(&self) -> Instant {
         Instant::now()
     }
 
+    /// Counts a reconciliation and its time. `well`: whether it ended without an error.
     pub fn ended(&self, started: Instant, well: bool) {
         self.reconciles.fetch_add(1, Ordering::Relaxed);
         self.errors.fetch_add(u64::from(!well), Ordering::Relaxed);
         self.microseconds.fetch_add(started.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
 
+    /// Sets whether this process leads.
     pub fn leads(&self, leads: bool) {
         self.leads.store(leads, Ordering::Relaxed);
     }
@@ -44,6 +48,7 @@ impl Metrics {
         }
     }
 
+    /// Leaves out a Workspace that no longer exists.
     pub fn forget(&self, workspace: &Workspace) {
         self.states().remove(&key(workspace));
     }
@@ -52,6 +57,7 @@ impl Metrics {
         self.states.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// All metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {

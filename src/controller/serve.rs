@@ -55,7 +55,9 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
 /// The state of the servers, as the cluster reports it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Serving {
+    /// Number of servers that the Workspace asks for.
     pub wanted: i32,
+    /// Number of servers that are ready.
     pub ready: i32,
     /// KAITO's reason and message if a server is not ready.
     pub trouble: Option<(&'static str, String)>,
@@ -69,8 +71,8 @@ impl Serving {
     }
 }
 
-/// Brings the servers of a Workspace about and writes its status. `other`: why it cannot be what it says now; its
-/// servers go on as they are.
+/// Brings the servers of a Workspace to what it asks for, and says when to look again. `other`: why it cannot be what
+/// it says now; its servers go on as they are.
 ///
 /// # Errors
 /// Those of the API server.

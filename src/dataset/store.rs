@@ -91,6 +91,7 @@ impl Line {
 
 /// Bytes that go to a file, or stay in memory.
 pub(super) enum Drain {
+    /// The bytes, in memory.
     Memory(Vec<u8>),
     File(Digested),
 }
@@ -106,6 +107,7 @@ pub(super) struct Digested {
 }
 
 impl Digested {
+    /// Creates the file; it must not exist yet.
     pub fn create(path: &Path) -> io::Result<Digested> {
         let file = File::create_new(path)?;
         let buffer = Vec::with_capacity(2 * BUFFER_BYTES);
@@ -155,6 +157,7 @@ impl Digested {
 /// What a written file holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Content {
+    /// Length of the file.
     pub bytes: u64,
     /// SHA-256 of each part of `PART_BYTES` bytes.
     pub digests: Vec<String>,
@@ -202,18 +205,23 @@ pub(super) struct Writer {
 
 /// A store that was filled.
 pub(super) struct Written {
+    /// Tokens of all rows, one after another.
     pub tokens: Drained,
+    /// One line of fixed length for each row.
     pub lines: Drained,
+    /// Notes that lines refer to by number.
     pub notes: Vec<Note>,
 }
 
 /// The place that bytes went to.
 pub(super) enum Drained {
     Memory(Vec<u8>),
+    /// A file, with its length and digests.
     File(Content),
 }
 
 impl Writer {
+    /// An empty store that writes to these two places.
     pub fn new(tokens: Drain, lines: Drain) -> Writer {
         Writer { tokens, lines, notes: HashMap::new(), rows: 0, at: 0 }
     }
@@ -354,10 +362,12 @@ impl Store {
         follows && at == tokens
     }
 
+    /// Number of rows.
     pub fn rows(&self) -> u32 {
         (self.lines.get().len() / LINE_BYTES) as u32
     }
 
+    /// The line of a row.
     pub fn line(&self, row: u32) -> Line {
         let at = row as usize * LINE_BYTES;
         let bytes = self.lines.get()[at..].first_chunk().expect("rows are counted from the lines");
@@ -379,6 +389,7 @@ impl Store {
         }
     }
 
+    /// The tokens of a row, and which of them carry loss.
     pub fn example(&self, row: u32) -> Example {
         let bytes = self.packed(&self.line(row));
         let mut example = Example {

@@ -29,7 +29,8 @@ use reqwest::header::HeaderMap;
 use url::Url;
 
 use super::http::Validators;
-use super::{Options, describe, tls};
+use super::options::Options;
+use super::{describe, tls};
 use crate::fault::{Fault, Result};
 
 const SCHEMES: [&Scheme; 3] = [&s3::SCHEME, &gs::SCHEME, &az::SCHEME];
