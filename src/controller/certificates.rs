@@ -154,6 +154,8 @@ pub struct Keeper {
     pub namespace: String,
     /// Life of a certificate.
     pub valid: Duration,
+    /// Time in which API servers learn of a new trust.
+    pub spread: Duration,
 }
 
 impl Keeper {
@@ -180,6 +182,10 @@ impl Keeper {
                 // Trusted first: from the next line on, other replicas serve with it. Another replica may have been
                 // faster, so what is trusted now stays trusted until the Secret says which pair counts.
                 self.trust(&pair.trust, true).await?;
+                if known.is_some() {
+                    // Until every API server has read it, the pair before is served with.
+                    tokio::time::sleep(self.spread).await;
+                }
                 let secret = pair.secret(&self.namespace, old.as_ref());
                 match &old {
                     None => secrets.create(&PostParams::default(), &secret).await?,

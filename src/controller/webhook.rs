@@ -45,6 +45,8 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(5);
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
 /// How long a ConfigMap may take. The API server waits 5 s for the whole answer.
 const CONFIG_MAX: Duration = Duration::from_secs(2);
+/// Time in which API servers learn of a new trust, which they watch.
+const SPREAD: Duration = Duration::from_secs(5);
 const LOOK_MAX: Duration = Duration::from_secs(20);
 /// LIMIT: Kubernetes shortens longer warnings.
 const WARNING_BYTES_MAX: usize = 250;
@@ -100,7 +102,12 @@ impl Webhook {
         Ok(Webhook {
             listener,
             options: options.clone(),
-            keeper: Keeper { client, namespace: namespace.into(), valid: options.valid },
+            keeper: Keeper {
+                client,
+                namespace: namespace.into(),
+                valid: options.valid,
+                spread: SPREAD.min(options.pause),
+            },
             settings: settings.clone(),
             trouble: Arc::new(Mutex::new(Some("the webhook has no certificate yet".into()))),
         })
