@@ -40,6 +40,9 @@ pub(super) struct Serve {
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
+    /// Second address, which answers GET /v1/models without the key; for the network of the one who runs the server
+    #[arg(long, value_name = "ADDRESS:PORT", env = "HONE_STATUS")]
+    status: Option<SocketAddr>,
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
@@ -119,6 +122,7 @@ impl Serve {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
             default: self.default,
+            status: self.status,
             adapters_file: self.adapters_file,
             size: self.size.size(),
             waiting: self.waiting,

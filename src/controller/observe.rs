@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
 use serde::Deserialize;
 
 use crate::fault::Kind;
+use crate::workspace::WORKSPACE_LABEL;
 
 /// The state of a training as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -153,8 +154,12 @@ pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
     }
 }
 
+/// The state of hone's container, which has the Workspace's name; others may have been put beside it.
 fn state(pod: &Pod) -> Option<&ContainerState> {
-    pod.status.as_ref()?.container_statuses.as_ref()?.first()?.state.as_ref()
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let name = pod.metadata.labels.as_ref().and_then(|labels| labels.get(WORKSPACE_LABEL));
+    let own = containers.iter().find(|container| Some(&container.name) == name);
+    own.or(containers.first())?.state.as_ref()
 }
 
 fn is_running(pod: &Pod) -> bool {
@@ -313,6 +318,20 @@ mod tests {
         assert_eq!(seen.waiting.as_deref(), Some("Unschedulable: 0/3 nodes"));
         let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))], false);
         assert_eq!(running.running.as_deref(), Some("pod-01"));
+    }
+
+    #[test]
+    fn a_container_beside_it_tells_nothing() {
+        let status = |name: &str, state| json!({"name": name, "image": "", "imageID": "", "ready": true, "restartCount": 0, "state": state});
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "p", "labels": {WORKSPACE_LABEL: "w"}},
+            "status": {"containerStatuses": [
+                status("proxy", json!({"running": {}})), status("w", json!({"terminated": {"exitCode": 11}})),
+            ]},
+        }))
+        .unwrap();
+        let seen = observe(Some(&job(json!({"active": 1}))), &[Arc::new(pod)], false);
+        assert_eq!((seen.running, seen.ended.map(|ended| ended.exit_code)), (None, Some(11)));
     }
 
     /// Its Events are asked where neither pod nor Job says why nothing moves.

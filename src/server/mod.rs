@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use model::Model;
+pub use route::models;
 
 use crate::fault::{Fault, Result};
 use route::Service;

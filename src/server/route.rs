@@ -317,7 +317,8 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     response
 }
 
-fn models(model: &Model) -> Value {
+/// What `GET /v1/models` answers.
+pub fn models(model: &Model) -> Value {
     let context = model.engine.facts().context;
     let loaded = model.engine.adapters();
     let parts =
