@@ -29,6 +29,7 @@ pub mod export;
 pub mod server;
 pub mod registry;
 pub mod fetch;
+pub mod publish;
 pub mod spec;
 pub mod run_folder;
 pub mod trackers;

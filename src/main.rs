@@ -16,6 +16,7 @@ use hone::kaito::{self, sidecars, sidecars::Limits, watch};
 use hone::memory::{self, Machine};
 use hone::metrics::{self, Latest};
 use hone::plan::{self, Plan};
+use hone::publish::{self, Destination};
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::{self, Report, Stage, termination};
 use hone::spec::{self, Origin, Request, Setting, Written};
@@ -281,10 +282,10 @@ fn run(request: &Request, report: &Report) -> Result<Receipt> {
 
 /// The job, with the trackers that it was asked for.
 fn tracked(plan: &Plan, report: &Report) -> Result<Receipt> {
-    if plan.trackers.is_empty() {
+    let options = plan.trackers.clone().with_secrets(&environment);
+    if options.is_empty() {
         return job::run(plan, report);
     }
-    let options = plan.trackers.clone().with_secrets(&environment);
     let trackers = Trackers::start(&options, plan.settings(), report)?;
     let ended = job::run(plan, &Report::new(trackers.clone()));
     // A failed run's page is written when its failure is told, which comes later.
@@ -312,8 +313,10 @@ fn summary(receipt: &Receipt) -> String {
         text += &format!(", evaluation {eval_loss:.4}");
     }
     text += &format!("\nAdapter: {}", receipt.folder.display());
-    if let Some(pushed) = &receipt.pushed {
-        text += &format!("\nImage:   {}\n         {}", pushed.reference, pushed.digest);
+    for sent in &receipt.published {
+        let kind = if sent.image { "Image:" } else { "Sent to:" };
+        text += &format!("\n{kind:<8} {}", sent.destination);
+        text += &sent.revision.as_ref().map(|revision| format!("\n         {revision}")).unwrap_or_default();
     }
     text
 }
@@ -500,8 +503,16 @@ fn model(about: &AboutModel, format: Format, report: &Report) -> Result<()> {
 
 fn push(folder: &std::path::Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: base_model(folder), ..ImageFacts::default() };
-    let pushed = registry::push(folder, &Target::parse(image)?, &facts, &access(arguments), report)?;
-    say!("{}\n{}", pushed.reference, pushed.digest);
+    let place = Destination::parse(image)?;
+    let (registry, source) = (access(arguments), plan::upload_access(arguments.ca_file.clone()));
+    let message = "Upload of a LoRA adapter";
+    let options = publish::Options { registry: &registry, source: &source, facts: &facts, message };
+    publish::check(&place, folder, &registry)?;
+    let sent = publish::publish(folder, &place, &options, report)?;
+    say!("{}", sent.destination);
+    if let Some(revision) = sent.revision {
+        say!("{revision}");
+    }
     Ok(())
 }
 
@@ -563,14 +574,15 @@ fn measure(options: &bench::Options, json: Option<&std::path::Path>, report: &Re
 }
 
 fn outcome(receipt: Receipt) -> termination::Outcome {
+    let image = receipt.published.iter().find(|sent| sent.image);
     termination::Outcome {
         fault: None,
         step: Some(receipt.trained.steps),
         loss: Some(receipt.trained.loss),
         eval_loss: receipt.trained.eval_loss,
         output: Some(receipt.folder),
-        image: receipt.pushed.as_ref().map(|pushed| pushed.reference.clone()),
-        digest: receipt.pushed.map(|pushed| pushed.digest),
+        image: image.map(|image| image.destination.clone()),
+        digest: image.and_then(|image| image.revision.clone()),
     }
 }
 
