@@ -331,10 +331,12 @@ impl RunFolder {
         let mut record =
             self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
         let image = published.iter().find(|place| place.image);
-        record.image = image.map(|image| PushedImage {
-            reference: image.destination.clone(),
-            digest: image.revision.clone().unwrap_or_default(),
-        });
+        if let Some(image) = image {
+            record.image = Some(PushedImage {
+                reference: image.destination.clone(),
+                digest: image.revision.clone().unwrap_or_default(),
+            });
+        }
         record.published = published.to_vec();
         self.save(record)
     }

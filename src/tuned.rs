@@ -179,12 +179,16 @@ impl Tuned {
             true => None,
             false => Record::of(&there(&first.source)?)?,
         };
-        let remembered = record.iter().flat_map(|record| settings(record, &first.source)).collect();
-        let mut request = Request { remembered, ..request.clone() };
-        if request.settings.iter().any(|setting| setting.key == "data") {
-            request.remembered.retain(|setting| setting.key != "evaluation_data"); // It belongs to the run's own data.
+        let recorded = record.iter().flat_map(|record| settings(record, &first.source)).collect();
+        let mut request = Request { remembered: recorded, ..request.clone() };
+        let mut spec = spec::gather(&request, environment)?;
+        let is_remembered =
+            |name| spec.get(Section::Hone, name).is_none_or(|given: &spec::Given| remembered(&given.origin));
+        // Rows to evaluate on that the run recorded belong to its own data.
+        if !is_remembered("data") && is_remembered("evaluation_data") {
+            request.remembered.retain(|setting| setting.key != "evaluation_data");
+            spec = spec::gather(&request, environment)?;
         }
-        let spec = spec::gather(&request, environment)?;
         let plan =
             plan::look(&spec).map_err(|fault| without_base(fault, &spec, record.is_some(), &first.source))?;
         plan.warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));

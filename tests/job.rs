@@ -286,7 +286,12 @@ fn given_rows_are_evaluated_and_never_trained() {
     }
     // Rows that were given are what `hone eval` looks at later.
     let told = work.done(&["eval", "judged", "--format", "json", "--device", "cpu", "--generate", "0"]);
-    assert!(told.stdout.contains("\"rows\": 8") || told.stdout.contains("\"rows\":8"), "{}", told.stdout);
+    let told: Value = serde_json::from_str(&told.stdout).unwrap();
+    let rows = &told["rows"];
+    assert_eq!(
+        (&rows["used"], &rows["split"], &rows["trained_on"]),
+        (&8.into(), &"evaluation".into(), &"no".into())
+    );
 
     let best = "--set TrainingArguments.load_best_model_at_end=true \
                 --set TrainingArguments.metric_for_best_model=eval_questions_loss";

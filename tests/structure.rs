@@ -30,7 +30,7 @@ const MODELS: [(&str, &str); 14] = [
 ];
 
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
-const JUDGED_ELSEWHERE: [(&str, &str); 17] = [
+const JUDGED_ELSEWHERE: [(&str, &str); 18] = [
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
     ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),

@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::cpu;
+use super::cpu::{self, Real};
 use super::dropout::mix;
 use crate::with_real;
 

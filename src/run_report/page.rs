@@ -61,6 +61,11 @@ impl Run {
         }
     }
 
+    /// The places that the adapter was sent to.
+    fn published(&self) -> impl Iterator<Item = &Json> {
+        self.fact("published").as_array().into_iter().flatten()
+    }
+
     /// Whether nothing in the folder is of a run.
     pub fn is_empty(&self) -> bool {
         self.story.starts.is_empty() && self.record.is_null() && self.metrics.is_empty()
@@ -499,6 +504,10 @@ fn provenance(run: &Run) -> String {
     rows.extend(fingerprint);
     rows.extend(run.fact("adapter_sha256").as_str().map(|value| ("adapter, SHA-256", code(value))));
     rows.extend(run.fact("image")["digest"].as_str().map(|value| ("image", code(value))));
+    for place in run.published().filter(|place| place["image"] != true) {
+        let revision = place["revision"].as_str().map_or(String::new(), |revision| format!(", {revision}"));
+        rows.push(("sent to", code(&format!("{}{revision}", text(&place["destination"])))));
+    }
     let mut html = facts(&rows);
     let list = |value: &Json, name: &str, digest: &str| -> Vec<Vec<String>> {
         let files = value.as_array().into_iter().flatten();
@@ -548,7 +557,13 @@ fn next(run: &Run) -> String {
         html +=
             &command("Push the adapter", &format!("hone push {} REGISTRY/REPOSITORY:TAG", quoted(&folder)));
     }
-    let source = remote.map_or(folder.clone(), |image| format!("oci://{image}"));
+    let on_hub =
+        run.published().find_map(|place| place["destination"].as_str().filter(|at| at.starts_with("hf://")));
+    let source = match (remote, on_hub) {
+        (Some(image), _) => format!("oci://{image}"),
+        (None, Some(address)) => address.to_owned(),
+        (None, None) => folder.clone(),
+    };
     html += &command(
         "Serve the base with it",
         &format!("hone serve {} --adapter {}", quoted(&base), quoted(&format!("{name}={source}"))),
