@@ -1,10 +1,10 @@
 """A parquet file of conversations of any size with a tokenizer, and Hugging Face's side of the comparison.
 
-    python benches/data.py make FOLDER --gigabytes 2.5
+    python benches/data.py make FOLDER --gigabytes 2.5 [--tokenizer sentence-piece]
     python benches/data.py reference FOLDER [--rows N]
 
 `make` writes rows.parquet and a model's small files (a byte-level BPE of 32,000 tokens, trained on the same text, ChatML with
-generation marks). `reference` does what TRL's SFTTrainer does to such data: `datasets` reads the file, `apply_chat_template` makes
+generation marks; or SentencePiece's form of BPE, as Llama 2 and Phi-3 have it). `reference` does what TRL's SFTTrainer does to such data: `datasets` reads the file, `apply_chat_template` makes
 ids and the mask of the assistant's tokens, in one process a core, and the result goes to `datasets`' own cache. Its last line is JSON.
 """
 import argparse
@@ -47,10 +47,40 @@ def sentences(rng, count):
     return out
 
 
-def make(folder, gigabytes):
+def byte_level(texts, specials, path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(path)
+
+
+def sentence_piece(texts, specials, path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    octets = [f"<0x{octet:02X}>" for octet in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=["<unk>", *octets, *specials], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # Words were for the training; what is saved sees a text as a whole, as the converted tokenizers of the hub do.
+    made = json.loads(tokenizer.to_str())
+    mark = "\u2581"
+    made["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": mark}, {"type": "Replace", "pattern": {"String": " "}, "content": mark}]}
+    made["pre_tokenizer"] = None
+    made["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in octets]
+    json.dump(made, open(path, "w"), ensure_ascii=False)
+
+
+def make(folder, gigabytes, kind):
     import pyarrow
     import pyarrow.parquet
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     os.makedirs(folder, exist_ok=True)
     rng = random.Random(7)
@@ -71,14 +101,9 @@ def make(folder, gigabytes):
     with pyarrow.parquet.ParquetWriter(path, schema, compression="snappy", use_dictionary=False) as writer:
         while os.path.getsize(path) < gigabytes * 1e9:
             writer.write_table(table.take(pyarrow.array(rng.sample(range(UNIQUE_ROWS), UNIQUE_ROWS))), 20_000)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(pool[:100_000], trainer)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    write = sentence_piece if kind == "sentence-piece" else byte_level
+    write(pool[:100_000], specials, os.path.join(folder, "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
               "chat_template": TEMPLATE, "model_max_length": 4096}
     json.dump(config, open(os.path.join(folder, "tokenizer_config.json"), "w"))
@@ -117,11 +142,12 @@ parser = argparse.ArgumentParser()
 parser.add_argument("what", choices=["make", "reference"])
 parser.add_argument("folder")
 parser.add_argument("--gigabytes", type=float, default=2.5)
+parser.add_argument("--tokenizer", choices=["byte-level", "sentence-piece"], default="byte-level")
 parser.add_argument("--rows", type=int, default=0)
 parser.add_argument("--tokens-max", type=int, default=1024)
 if __name__ == "__main__":
     options = parser.parse_args()
     if options.what == "make":
-        make(options.folder, options.gigabytes)
+        make(options.folder, options.gigabytes, options.tokenizer)
     else:
         reference(options.folder, options.rows, options.tokens_max)

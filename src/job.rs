@@ -41,7 +41,14 @@ use crate::words;
 
 pub mod room;
 pub mod estimate;
+mod preview;
+mod receipt;
+mod start;
 mod told;
+
+pub use preview::{Preview, preview};
+pub use receipt::Receipt;
+pub use start::start;
 
 use room::Lengths;
 
@@ -58,17 +65,6 @@ const MODEL_TEXTS: [&str; 7] = [
 
 /// LIMIT: tokens of an answer at the end of a run.
 const ANSWER_TOKENS_MAX: usize = 256;
-
-/// The result of a job.
-#[derive(Clone, Debug)]
-pub struct Receipt {
-    /// The output folder.
-    pub folder: PathBuf,
-    /// Result of training.
-    pub trained: Trained,
-    /// The places that the adapter was sent to, if the plan names any.
-    pub published: Vec<Published>,
-}
 
 /// Runs the plan to its end.
 pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {

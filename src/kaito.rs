@@ -7,6 +7,7 @@
 //! server answers.
 
 pub mod inference;
+pub mod pod;
 pub mod sidecars;
 pub mod watch;
 

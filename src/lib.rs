@@ -49,3 +49,4 @@ pub mod kaito;
 pub mod example;
 pub mod bench;
 pub mod cli;
+pub mod commands;

@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde_json::{Value, json};
 
 use crate::endpoint::{self, Asked, Reply, Server};
-use crate::fault::Result;
-use crate::report::{Event, Progress, Sink, Stage, StepMetrics};
+use crate::fault::{Fault, Result};
+use crate::report::termination::Outcome;
+use crate::report::{Event, Progress, Report, Sink, Stage, StepMetrics};
 
 pub use machine::Sampler;
 
@@ -46,6 +47,17 @@ impl Latest {
     /// A copy of the newest state.
     pub fn state(&self) -> State {
         self.lock().clone()
+    }
+
+    /// The outcome of a run that failed, with the last step that it logged.
+    pub fn outcome(&self, fault: &Fault) -> Outcome {
+        let step = self.state().step;
+        Outcome {
+            fault: Some(fault.clone()),
+            step: step.as_ref().map(|step| step.step),
+            loss: step.map(|step| step.loss),
+            ..Outcome::default()
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -91,6 +103,20 @@ impl Sink for Latest {
 pub fn serve(address: SocketAddr, latest: Arc<Latest>) -> Result<Server> {
     let sampler = Mutex::new(Sampler::default());
     endpoint::start(address, Arc::new(move |asked| answer(asked, &latest.state(), &sampler)))
+}
+
+/// Serves as [`serve`] does. If that fails, the run continues without metrics, and a warning says so.
+pub fn offer(address: SocketAddr, latest: Arc<Latest>, report: &Report) -> Option<Server> {
+    match serve(address, latest) {
+        Ok(server) => {
+            report.note(Stage::Plan, format!("metrics: http://{}/metrics", server.address()));
+            Some(server)
+        }
+        Err(fault) => {
+            report.warn(Stage::Plan, format!("no metrics: {}", fault.message));
+            None
+        }
+    }
 }
 
 fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {

@@ -11,8 +11,10 @@ mod training;
 mod tracking;
 mod show;
 mod asked;
+mod reach;
 
-pub use places::{below_mnt, registry_access, upload_access};
+pub use places::{below_mnt, registry_access};
+pub use reach::reach;
 
 use crate::facts::{FourBitCode, LoraOptions, Quantization};
 use crate::fault::Result;
@@ -101,19 +103,6 @@ impl Plan {
     pub fn access(&self) -> fetch::Access<'_> {
         fetch::Access { source: &self.source, registry: &self.registry }
     }
-}
-
-/// How to reach models outside a run, for commands that have no other keys.
-///
-/// Config: the values of these few keys cannot be used.
-pub fn access(spec: &Spec) -> Result<(source::Options, registry::Options)> {
-    let mut reader = Reader::new(spec);
-    let ca_file = places::existing_file(&mut reader, "ca_file");
-    let options = (
-        places::source_options(&mut reader, ca_file.clone()),
-        places::registry_options(&mut reader, ca_file),
-    );
-    reader.check().map(|()| options)
 }
 
 /// The settings that serving a model needs.

@@ -7,6 +7,7 @@ mod twins;
 mod text;
 mod html;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value as Json, json};
@@ -252,6 +253,14 @@ impl Review {
     /// The review as one self-contained HTML page.
     pub fn html(&self) -> String {
         html::page(self)
+    }
+
+    /// Writes the HTML page.
+    ///
+    /// # Errors
+    /// Storage: the file cannot be written.
+    pub fn save(&self, file: &Path) -> Result<()> {
+        std::fs::write(file, self.html()).map_err(|error| Fault::storage("write", file, &error))
     }
 
     /// (name, value) of each count, for text and HTML.

@@ -3,6 +3,9 @@
 mod identity;
 pub mod live;
 pub mod room;
+mod preview;
+
+pub use preview::{Preview, preview};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

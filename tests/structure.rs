@@ -85,6 +85,7 @@ const HOMES: [(&str, &[&str]); 23] = [
     ("tar", &["registry"]),
     ("tokenizers", &["dataset"]),
     ("tokio", &["controller", "endpoint", "generate", "interrupt", "registry", "server", "source"]),
+    ("unicode_normalization", &["dataset"]),
     ("zstd", &["dataset"]),
 ];
 
@@ -121,9 +122,8 @@ const COMMENT_COLUMNS_MAX: usize = 120;
 /// Lines that a function may have. Longer ones stand in `LONG` with the reason.
 const FUNCTION_LINES_MAX: usize = 60;
 /// Functions over the limit.
-const LONG: [(&str, &str, &str); 17] = [
-    ("src/cli.rs", "flags_become_settings_of_the_table", "one list of cases"),
-    ("src/cli.rs", "parse", "one arm for each command"),
+const LONG: [(&str, &str, &str); 16] = [
+    ("src/cli/job.rs", "flags_become_settings_of_the_table", "one list of cases"),
     ("src/controller/mod.rs", "watch_all", "one line for each kind of object"),
     (
         "src/dataset/container/mod.rs",

@@ -191,6 +191,12 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     serde_json::from_slice(&text).map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))
 }
 
+/// The name that an adapter's folder gives its base model; empty if it gives none.
+pub fn base_model(folder: &Path) -> String {
+    let config = read_config(folder).ok();
+    config.and_then(|config| config.base_model_name_or_path).unwrap_or_default()
+}
+
 /// An adapter that was read from a folder.
 pub struct Adapter {
     /// Its configuration.

@@ -4,7 +4,7 @@
 mod lengths;
 mod rates;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Value as Json, json};
@@ -281,6 +281,15 @@ impl Outcome {
             ("loss", format!("{:.4}", self.loss)),
         ];
         rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect()
+    }
+
+    /// Writes the result as JSON.
+    ///
+    /// # Errors
+    /// Storage: the file cannot be written.
+    pub fn save(&self, file: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(&self.json()).expect("texts and numbers");
+        std::fs::write(file, text + "\n").map_err(|error| Fault::storage("write", file, &error))
     }
 
     /// The result as JSON.

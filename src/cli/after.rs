@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgMatches, Args, CommandFactory, ValueEnum};
+use clap::{ArgMatches, Args, ValueEnum};
 
-use super::{Cli, Format, Job};
+use super::job::Job;
+use super::{Command, Format, invalid, positive};
 use crate::merge::{self, FileFormat, Onto, Stored};
-use crate::spec::Request;
 use crate::tuned::{Named, Split};
 use crate::{evaluate, trial};
 
@@ -30,12 +30,8 @@ pub(super) struct Adapters {
 impl Adapters {
     fn named(&self) -> Result<Vec<Named>, clap::Error> {
         let all = [&self.tuned].into_iter().chain(&self.more);
-        all.map(|text| Named::parse(text).map_err(|fault| invalid(&fault.in_a_line()))).collect()
+        all.map(|text| Named::parse(text).map_err(|fault| invalid(fault.in_a_line()))).collect()
     }
-}
-
-fn invalid(message: &str) -> clap::Error {
-    Cli::command().error(clap::error::ErrorKind::ValueValidation, message)
 }
 
 /// Part of the rows.
@@ -59,7 +55,11 @@ impl From<Part> for Split {
     }
 }
 
+/// Measure loss, perplexity, token accuracy and exact match on held-out rows, without the adapter and with it
 #[derive(Args)]
+#[command(after_help = "Examples:\n  hone eval ./adapter\n  \
+    hone eval ./adapter --data test.jsonl --format json\n  \
+    hone eval ./adapter:0.7 --adapter ./other:0.3 --split all")]
 pub(super) struct Eval {
     #[command(flatten)]
     adapters: Adapters,
@@ -69,7 +69,7 @@ pub(super) struct Eval {
     #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT")]
     split: Option<Part>,
     /// Most rows
-    #[arg(long, value_name = "ROWS", default_value = "200", env = "HONE_ROWS", value_parser = super::positive)]
+    #[arg(long, value_name = "ROWS", default_value = "200", env = "HONE_ROWS", value_parser = positive)]
     rows: usize,
     /// Most rows that are generated for, to compare the answers with the rows' own; 0: none
     #[arg(long, value_name = "ROWS", default_value_t = 20, env = "HONE_GENERATE")]
@@ -80,21 +80,22 @@ pub(super) struct Eval {
 }
 
 impl Eval {
-    pub(super) fn read(
-        self,
-        matches: &ArgMatches,
-    ) -> Result<(Request, evaluate::Options, Format), clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
         let options = evaluate::Options {
             adapters: self.adapters.named()?,
             split: self.split.map(Split::from),
             rows: self.rows,
             generate: self.generate,
         };
-        Ok((self.job.request(matches)?, options, self.format))
+        Ok(Command::Eval { request: self.job.request(matches)?, options, format: self.format })
     }
 }
 
+/// Ask the base and the tuned model the same, and show both answers side by side
 #[derive(Args)]
+#[command(after_help = "Examples:\n  hone try ./adapter\n  \
+    hone try ./adapter --prompt 'My order is late.' --max-tokens 64\n  \
+    hone try oci://registry.example.com/adapters/support:1 --model ./phi-3 --prompt 'My order is late.'")]
 pub(super) struct Try {
     #[command(flatten)]
     adapters: Adapters,
@@ -110,10 +111,10 @@ pub(super) struct Try {
     #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT")]
     split: Option<Part>,
     /// Rows to ask if there is no prompt
-    #[arg(long, value_name = "ROWS", default_value = "3", env = "HONE_ROWS", value_parser = super::positive)]
+    #[arg(long, value_name = "ROWS", default_value = "3", env = "HONE_ROWS", value_parser = positive)]
     rows: usize,
     /// Most tokens of an answer
-    #[arg(long, value_name = "TOKENS", default_value = "128", env = "HONE_MAX_TOKENS", value_parser = super::positive)]
+    #[arg(long, value_name = "TOKENS", default_value = "128", env = "HONE_MAX_TOKENS", value_parser = positive)]
     max_tokens: usize,
     /// Temperature of the draw; 0 takes the most probable token
     #[arg(long, value_name = "NUMBER", default_value = "0", env = "HONE_TEMPERATURE", value_parser = temperature)]
@@ -132,7 +133,7 @@ fn temperature(text: &str) -> Result<f32, String> {
 }
 
 impl Try {
-    pub(super) fn read(self, matches: &ArgMatches) -> Result<(Request, trial::Options, Format), clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
         let options = trial::Options {
             adapters: self.adapters.named()?,
             prompts: self.prompt,
@@ -143,7 +144,7 @@ impl Try {
             temperature: self.temperature,
             seed: self.seed,
         };
-        Ok((self.job.request(matches)?, options, self.format))
+        Ok(Command::Try { request: self.job.request(matches)?, options, format: self.format })
     }
 }
 
@@ -165,7 +166,12 @@ pub(super) enum Base {
     Trained,
 }
 
+/// Add an adapter to its base and write the whole model, as safetensors or GGUF; or the adapter alone as GGUF
 #[derive(Args)]
+#[command(after_help = "Examples:\n  hone merge ./adapter --to ./merged\n  \
+    hone merge ./adapter --to ./gguf --format gguf --type q8_0\n  \
+    hone merge ./adapter --to ./lora --format gguf --adapter-only\n  \
+    hone merge ./a:0.7 --adapter ./b:0.3 --model ./phi-3 --to ./merged")]
 pub(super) struct Merge {
     #[command(flatten)]
     adapters: Adapters,
@@ -217,7 +223,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 impl Merge {
-    pub(super) fn read(self, matches: &ArgMatches) -> Result<(Request, merge::Options), clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
         let format = match self.file_format {
             Written::Safetensors => FileFormat::Safetensors,
             Written::Gguf => FileFormat::Gguf,
@@ -245,6 +251,6 @@ impl Merge {
             },
             check_rows: self.check_rows,
         };
-        Ok((self.job.request(matches)?, options))
+        Ok(Command::Merge { request: self.job.request(matches)?, options })
     }
 }

@@ -385,22 +385,13 @@ pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> s
     let cache = reader.text(Section::Hone, "cache").unwrap_or_else(|| ".hone-cache".into());
     source::Options {
         cache: cache.into(),
-        file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
-        ..upload_access(ca_file)
-    }
-}
-
-/// How to reach the hub and object stores, for `hone push`, which has no keys. It downloads nothing.
-pub fn upload_access(ca_file: Option<PathBuf>) -> source::Options {
-    source::Options {
-        cache: PathBuf::new(),
         connect_timeout: Duration::from_secs(10),
         read_timeout: Duration::from_secs(60),
         speed: source::Speed::LEAST,
         total_timeout: Duration::from_secs(6 * 60 * 60),
         attempts_max: 6,
         backoff: Duration::from_millis(500),
-        file_bytes_max: 0,
+        file_bytes_max: reader.integer(Section::Hone, "file_bytes_max") as u64,
         endings: dataset::ENDINGS,
         ca_file,
     }

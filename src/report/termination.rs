@@ -53,6 +53,13 @@ pub fn write_ahead(path: &Path) {
     }
 }
 
+/// Writes the message of a program that ends before any command runs.
+pub fn leave(fault: &Fault) {
+    if let Some(path) = path() {
+        write(&path, &Outcome { fault: Some(fault.clone()), ..Outcome::default() });
+    }
+}
+
 /// Replaces the file's text. A failure to write is not reported, because the exit code is enough.
 pub fn write(path: &Path, outcome: &Outcome) {
     if let Ok(mut file) = std::fs::File::create(path) {

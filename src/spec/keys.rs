@@ -5,6 +5,8 @@ mod table;
 
 use std::fmt;
 
+use crate::fault::{Fault, Result};
+
 /// A section of `training_config.yaml`, or hone's own keys beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Section {
@@ -304,9 +306,21 @@ impl Key {
     }
 }
 
-/// The keys whose name or description contains `word` (all if `word` is empty), for `hone keys`. Used keys come
-/// first.
-pub fn search(word: &str) -> String {
+/// The reference of the keys whose name or description contains `word` (all if `word` is empty). Used keys come first.
+///
+/// # Errors
+/// Usage: no key contains it; the help names the nearest key.
+pub fn reference(word: &str) -> Result<String> {
+    let found = search(word);
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let nearest = nearest(all().iter().map(|key| key.name), word);
+    let fault = Fault::usage(format!("no key's name or description contains {word:?}"));
+    Err(fault.help(nearest.map_or("`hone keys` prints all".into(), |name| format!("did you mean {name}?"))))
+}
+
+fn search(word: &str) -> String {
     let word = word.to_lowercase();
     let found = |key: &&Key| {
         let text = format!("{key} {}", key.paragraph()).to_lowercase();

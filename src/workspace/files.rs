@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::ConfigMap;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::kind::{GROUP, KIND, VERSIONS, Workspace};
 use super::render::{Asked, render};
@@ -20,8 +20,22 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 /// The objects to apply, and warnings.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Applied {
+    /// Objects in the order in which they are applied.
     pub objects: Vec<Value>,
+    /// Warnings, each with the name of its Workspace.
     pub warnings: Vec<String>,
+}
+
+impl Applied {
+    /// The objects as YAML documents.
+    pub fn yaml(&self) -> String {
+        yaml::write(&self.objects)
+    }
+
+    /// The objects as one List.
+    pub fn json(&self) -> Value {
+        json!({"apiVersion": "v1", "kind": "List", "items": self.objects})
+    }
 }
 
 /// Renders every Workspace; `-` is the standard input. Other objects are skipped with a warning.

@@ -1,0 +1,126 @@
+//! Flags of the commands that look at a model, a run or this program: `hone model`, `hone report`, `hone example`,
+//! `hone keys`, `hone completions`, `hone man`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Command, Format};
+
+/// Show what hone reads in a model: facts, LoRA sites, memory, missing files
+#[derive(Args)]
+#[command(after_help = "Examples:\n  hone model ./phi-3\n  \
+    hone model ./phi-3 --target-modules qkv_proj,o_proj --rank 16 --format json\n  \
+    hone model hf://microsoft/phi-4\n  \
+    hone model --preset phi-4-mini-instruct")]
+pub(super) struct Model {
+    #[command(flatten)]
+    about: AboutModel,
+    /// A table for people, or JSON
+    #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
+    format: Format,
+}
+
+impl Model {
+    pub(super) fn command(self) -> Command {
+        Command::Model { about: self.about, format: self.format }
+    }
+}
+
+/// The model of `hone model`: a folder or address, or a preset of KAITO's.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+pub struct AboutModel {
+    /// Folder with config.json, tokenizer.json and *.safetensors; or hf://OWNER/NAME, oci://IMAGE, preset:NAME
+    #[arg(value_name = "DIR", required_unless_present = "preset", conflicts_with = "preset")]
+    pub folder: Option<PathBuf>,
+    /// A preset of KAITO's, by name or hub id: shows where its weights are, its family and its defaults
+    #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
+    pub preset: Option<String>,
+    /// Modules to adapt: names separated by commas, a regular expression, or all-linear
+    #[arg(long, value_name = "MODULES", default_value = "all-linear", env = "HONE_TARGET_MODULES")]
+    pub target_modules: String,
+    /// Rank of the adapter
+    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_RANK")]
+    pub rank: u32,
+}
+
+/// Make the page that explains a run from its folder of results, or one that compares several runs
+#[derive(Args)]
+#[command(after_help = "Examples:\n  hone report ./adapter\n  \
+    hone report ./rank-8 ./rank-16 ./rank-32 --to ranks.html")]
+pub(super) struct Report {
+    /// Output folders of `hone run`
+    #[arg(value_name = "DIR", required = true)]
+    folders: Vec<PathBuf>,
+    /// File for the page [default: report.html in the one folder, comparison.html here for several]
+    #[arg(long, value_name = "FILE", env = "HONE_TO")]
+    to: Option<PathBuf>,
+}
+
+impl Report {
+    pub(super) fn command(self) -> Command {
+        Command::Report { folders: self.folders, to: self.to }
+    }
+}
+
+/// Write a tiny model, a dataset and a configuration, and run the whole job on them in seconds
+#[derive(Args)]
+pub(super) struct Example {
+    /// New folder for everything: model, data, configuration, adapter, image
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Only write the files; do not run the job
+    #[arg(long, env = "HONE_WRITE_ONLY")]
+    write_only: bool,
+}
+
+impl Example {
+    pub(super) fn command(self) -> Command {
+        Command::Example { folder: self.folder, write_only: self.write_only }
+    }
+}
+
+/// Print the configuration keys: all of them, or those whose name or description contains a word
+#[derive(Args)]
+#[command(after_help = "Examples:\n  hone keys\n  hone keys warmup\n  hone keys LoraConfig")]
+pub(super) struct Keys {
+    /// A word to search for, in any letter case
+    #[arg(value_name = "WORD")]
+    word: Option<String>,
+}
+
+impl Keys {
+    pub(super) fn command(self) -> Command {
+        Command::Keys { word: self.word.unwrap_or_default() }
+    }
+}
+
+/// Print a shell's completion script
+#[derive(Args)]
+#[command(after_help = "Example:\n  hone completions bash > /etc/bash_completion.d/hone")]
+pub(super) struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL", value_enum)]
+    shell: clap_complete::Shell,
+}
+
+impl Completions {
+    pub(super) fn command(self) -> Command {
+        Command::Completions { shell: self.shell }
+    }
+}
+
+/// Write man pages, one for each command, into a folder
+#[derive(Args)]
+#[command(after_help = "Example:\n  hone man /usr/local/share/man/man1")]
+pub(super) struct Man {
+    /// Folder for hone.1 and the pages of the commands
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+}
+
+impl Man {
+    pub(super) fn command(self) -> Command {
+        Command::Man { folder: self.folder }
+    }
+}

@@ -1,0 +1,147 @@
+//! SentencePiece's BPE, as Llama 2's, Phi-3's, Mistral's and Gemma's: spaces are written `▁`, and the merges see a text
+//! as a whole. They never join a letter with a `▁` behind it, so each word of a text becomes tokens on its own.
+
+use super::Part;
+use serde_json::Value;
+use tokenizers::{Model, ModelWrapper};
+
+/// What a space is written as.
+const MARK: char = '\u{2581}';
+
+/// A tokenizer of this kind.
+pub(super) struct SentencePiece {
+    prefix: Prefix,
+    /// Whether no token joins a line break with another character.
+    breaks_alone: bool,
+}
+
+/// Which parts of a text get a mark before them. Parts lie between added tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Prefix {
+    Never,
+    /// The normalizer's, before any part.
+    Each,
+    /// Before a part that does not begin with one.
+    EachWithout,
+    /// The same, but only at the beginning of the text.
+    FirstWithout,
+}
+
+impl SentencePiece {
+    /// `None`: the tokenizer is of another kind.
+    pub fn of(inner: &tokenizers::Tokenizer) -> Option<SentencePiece> {
+        let json = |value: serde_json::Result<Value>| value.ok();
+        let normalizer = json(serde_json::to_value(inner.get_normalizer()))?;
+        let splits = json(serde_json::to_value(inner.get_pre_tokenizer()))?;
+        let prefix = prefix(&normalizer, &splits)?;
+        let processor = json(serde_json::to_value(inner.get_post_processor()))?;
+        let keeps_places = processor.is_null() || processor["type"] == "TemplateProcessing";
+        if !keeps_places || !whole_bpe(inner.get_model()) {
+            return None;
+        }
+        let vocabulary = inner.get_model().get_vocab();
+        // A token after which no word could be divided from the next one.
+        let joins = |token: &String, left: fn(char) -> bool, right: fn(char) -> bool| {
+            token.chars().zip(token.chars().skip(1)).any(|(a, b)| left(a) && right(b))
+        };
+        if vocabulary.keys().any(|token| joins(token, |a| a != MARK, |b| b == MARK)) {
+            return None;
+        }
+        let breaks_alone = !vocabulary.keys().any(|token| {
+            joins(token, |a| a == '\n', |b| b != '\n') || joins(token, |a| a != '\n', |b| b == '\n')
+        });
+        Some(SentencePiece { prefix, breaks_alone })
+    }
+
+    /// Whether a part of a text gets a mark before it.
+    pub fn is_prefixed(&self, part: &str, is_at_start: bool) -> bool {
+        match self.prefix {
+            Prefix::Never => false,
+            Prefix::Each => true,
+            Prefix::EachWithout => !part.starts_with([' ', MARK]),
+            Prefix::FirstWithout => is_at_start && !part.starts_with([' ', MARK]),
+        }
+    }
+
+    /// Divides into words, each with the spaces before it, and line breaks.
+    pub fn pieces(&self, text: &str, each: &mut dyn FnMut(usize, usize) -> Option<()>) -> Option<()> {
+        let mut at = 0;
+        let mut last = None;
+        for (place, c) in text.char_indices() {
+            let is_border = last.is_some_and(|last| {
+                (is_blank(c) && !is_blank(last)) || (self.breaks_alone && (c == '\n') != (last == '\n'))
+            });
+            if is_border {
+                each(at, place)?;
+                at = place;
+            }
+            last = Some(c);
+        }
+        if at < text.len() { each(at, text.len()) } else { Some(()) }
+    }
+}
+
+fn is_blank(c: char) -> bool {
+    c == ' ' || c == MARK
+}
+
+/// The tokens of one piece, by the library's model. The mark before a part has the place of its first character.
+pub(super) fn parts(model: &ModelWrapper, piece: &str, is_prefixed: bool) -> Option<Box<[Part]>> {
+    let mut marked = String::with_capacity(piece.len() + 8);
+    // For each byte of the marked text, the place of its character in the piece.
+    let mut places = Vec::with_capacity(piece.len() + 8);
+    let first = piece.chars().next().filter(|_| is_prefixed);
+    let mark = first.map(|first| (0, MARK, first.len_utf8()));
+    let characters = piece.char_indices().map(|(at, c)| (at, if c == ' ' { MARK } else { c }, c.len_utf8()));
+    for (at, c, bytes) in mark.into_iter().chain(characters) {
+        places.extend(std::iter::repeat_n((at as u32, (at + bytes) as u32), c.len_utf8()));
+        marked.push(c);
+    }
+    let part = |token: tokenizers::Token| {
+        let from = places.get(token.offsets.0)?.0;
+        let to = places.get(token.offsets.1.checked_sub(1)?)?.1;
+        Some(Part { id: token.id, from, to, before: 0, after: 0 })
+    };
+    model.tokenize(&marked).ok()?.into_iter().map(part).collect()
+}
+
+/// Whether the model is BPE that has a token for each byte, so that no character is unknown.
+fn whole_bpe(model: &ModelWrapper) -> bool {
+    let ModelWrapper::BPE(bpe) = model else { return false };
+    let is_empty = |text: &Option<String>| text.as_deref().unwrap_or_default().is_empty();
+    bpe.dropout.is_none_or(|dropout| dropout == 0.0)
+        && is_empty(&bpe.continuing_subword_prefix)
+        && is_empty(&bpe.end_of_word_suffix)
+        && bpe.byte_fallback
+        && !bpe.ignore_merges
+        && (0..=255).all(|byte: u8| bpe.token_to_id(&format!("<{byte:#04X}>")).is_some())
+}
+
+/// Where marks are put before a text, if that and marks for spaces are all that is done to it.
+fn prefix(normalizer: &Value, splits: &Value) -> Option<Prefix> {
+    let marks = |value: &Value| {
+        value["type"] == "Replace"
+            && value["pattern"]["String"] == " "
+            && value["content"] == MARK.to_string()
+    };
+    let prepends = |value: &Value| value["type"] == "Prepend" && value["prepend"] == MARK.to_string();
+    // Gemma splits at spaces, of which its normalizer has left none.
+    let nothing = splits.is_null()
+        || (splits["type"] == "Split" && splits["pattern"]["String"] == " " && splits["invert"] == false);
+    if normalizer["type"] == "Sequence" {
+        let [a, b] = normalizer["normalizers"].as_array()?.as_slice() else { return None };
+        return (nothing && prepends(a) && marks(b)).then_some(Prefix::Each);
+    }
+    if normalizer.is_null() {
+        let is_metaspace = splits["type"] == "Metaspace"
+            && splits["replacement"] == MARK.to_string()
+            && splits["split"] == false;
+        return match splits["prepend_scheme"].as_str().filter(|_| is_metaspace)? {
+            "never" => Some(Prefix::Never),
+            "always" => Some(Prefix::EachWithout),
+            "first" => Some(Prefix::FirstWithout),
+            _ => None,
+        };
+    }
+    (nothing && marks(normalizer)).then_some(Prefix::Never)
+}

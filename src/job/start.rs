@@ -1,0 +1,37 @@
+//! A plan -> a run as `hone run` starts it: the plan's warnings first, then the job, followed by its trackers.
+
+use crate::fault::Result;
+use crate::plan::Plan;
+use crate::report::{Report, Stage};
+use crate::run_folder;
+use crate::spec::Environment;
+use crate::trackers::{End, Trackers};
+
+use super::{Receipt, run};
+
+/// Reports what of the plan has no effect or is doubtful, and runs it with its trackers. The environment holds the
+/// trackers' secrets.
+///
+/// # Errors
+/// The faults of [`run`], and Config: a tracker's address or secret cannot be used.
+pub fn start(plan: &Plan, environment: Environment, report: &Report) -> Result<Receipt> {
+    for ignored in &plan.ignored {
+        report.note(Stage::Plan, format!("{} has no effect: {}", ignored.name, ignored.why));
+    }
+    for warning in &plan.warnings {
+        report.warn(Stage::Plan, warning.as_str());
+    }
+    let options = plan.trackers.clone().with_secrets(environment);
+    if options.is_empty() {
+        return run(plan, report);
+    }
+    let trackers = Trackers::start(&options, plan.settings(), report)?;
+    let ended = run(plan, &Report::new(trackers.clone()));
+    // The page of a failed run is written when its failure is reported, which is later.
+    let page = plan.output.join(run_folder::REPORT);
+    trackers.finish(&End {
+        failed: ended.is_err(),
+        report: Some(page).filter(|page| ended.is_ok() && page.exists()),
+    });
+    ended
+}
