@@ -780,7 +780,7 @@ fn an_adapter_goes_to_the_hub_an_image_and_a_folder_in_one_run() {
         record["published"][0],
         json!({"destination": "hf://org/tuned", "revision": COMMIT, "image": false})
     );
-    assert_eq!(record["published"][1]["destination"], "oci:image");
+    assert_eq!(record["published"][1]["destination"], "oci:image:latest");
     assert_eq!(record["image"]["digest"], record["published"][1]["revision"]);
     assert!(ended.stdout.contains(COMMIT) && ended.stdout.contains("file:kept"), "{}", ended.stdout);
 

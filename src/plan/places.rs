@@ -200,8 +200,8 @@ fn pins(sources: &[fetch::Data]) -> Option<String> {
     (count(Pin::Local) < sources.len()).then(|| texts.join(", "))
 }
 
-/// Takes `layout=`, `weight=`, `limit=` and `name=` out of the text behind `#`; the digest stays there. A `#` followed by
-/// anything else is part of the path.
+/// Takes `layout=`, `weight=`, `limit=` and `name=` out of the text behind `#`; the digest stays there. A `#` that is
+/// followed by anything else is part of the path.
 fn share(text: &str) -> Result<(String, Share), String> {
     let Some((place, words)) = text.rsplit_once('#') else { return Ok((text.to_owned(), Share::default())) };
     let pairs: Vec<(&str, &str)> = words.split('&').filter_map(|word| word.split_once('=')).collect();

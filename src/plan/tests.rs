@@ -125,15 +125,18 @@ fn kaitos_qlora_template() {
             TrainingArguments.packing  true  default
             TrainingArguments.dataset_text_field  text  default
             TrainingArguments.logging_strategy  steps  default
-            TrainingArguments.logging_steps  10  default
+            TrainingArguments.logging_steps  10.0  default
             TrainingArguments.report_to  none  default
             TrainingArguments.eval_delay  0.0  default
             TrainingArguments.eval_on_start  false  default
             TrainingArguments.load_best_model_at_end  false  default
             TrainingArguments.early_stopping_threshold  0.0  default
             TrainingArguments.save_strategy  no  train.yaml:24
-            TrainingArguments.save_steps  500  default
+            TrainingArguments.save_steps  500.0  default
             TrainingArguments.seed  42  default
+            TrainingArguments.push_to_hub  false  default
+            TrainingArguments.hub_revision  main  default
+            TrainingArguments.hub_strategy  end  default
             TrainingArguments.use_cpu  false  default
             DatasetConfig.shuffle_dataset  true  train.yaml:31
             DatasetConfig.shuffle_seed  42  default
@@ -224,6 +227,8 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("load_in_8bit" | "fp16", _) => "false".into(),
         ("lr_scheduler_kwargs", _) => "{}".into(),
         ("eval_strategy", _) => "steps".into(),
+        ("eval_minutes", _) => "0".into(),
+        ("train_test_split", _) => "1".into(),
         ("pushgateway" | "otlp" | "mlflow", _) => "http://127.0.0.1:1".into(),
         ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
@@ -519,7 +524,10 @@ fn places_to_push_to_are_listed_once() {
     let places = |config: &str| -> Vec<String> {
         case.plan(config).unwrap().push.iter().map(ToString::to_string).collect()
     };
-    assert_eq!(places("push: [host/a:1, 'oci:image', host/a:1]\n"), ["host/a:1", "oci:image"]);
+    assert_eq!(
+        places("push: [host/a:1, 'oci:image', host/a:1]\n"),
+        ["docker.io/host/a:1", "oci:image:latest"]
+    );
     let hub = |text: &str| format!("output: results/support\n{}", arguments(text));
     assert_eq!(places(&hub("push_to_hub: true")), ["hf://support"]);
     assert_eq!(places(&hub("push_to_hub: false, hub_model_id: org/a")), [""; 0]);
