@@ -110,6 +110,12 @@ def make(folder, gigabytes, kind):
     print(json.dumps({"bytes": os.path.getsize(path)}))
 
 
+def cpu_seconds():
+    """Of this process and of those that it has waited for."""
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(time.ru_utime + time.ru_stime for time in times)
+
+
 def reference(folder, rows, tokens_max):
     import datasets
     import transformers
@@ -117,7 +123,7 @@ def reference(folder, rows, tokens_max):
     # Everything anew: nothing of an earlier run is taken from its cache.
     cache = os.path.join(folder, "hf-cache")
     shutil.rmtree(cache, ignore_errors=True)
-    began = time.monotonic()
+    began, cpu_before = time.monotonic(), cpu_seconds()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     split = f"train[:{rows}]" if rows else "train"
     data = datasets.load_dataset("parquet", data_files=os.path.join(folder, "rows.parquet"), split=split, cache_dir=cache)
@@ -128,10 +134,11 @@ def reference(folder, rows, tokens_max):
         return {"input_ids": made["input_ids"][:tokens_max], "assistant_masks": made["assistant_masks"][:tokens_max]}
 
     done = data.map(tokens, remove_columns=data.column_names, num_proc=os.cpu_count())
-    seconds = time.monotonic() - began
+    seconds, cpu = time.monotonic() - began, cpu_seconds() - cpu_before
     count = sum(len(ids) for batch in done.iter(1000) for ids in batch["input_ids"])
     own, children = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"rows": len(done), "tokens": count, "seconds": round(seconds, 2), "load_seconds": round(loaded - began, 2),
+    print(json.dumps({"rows": len(done), "tokens": count, "seconds": round(seconds, 2),
+                      "cpu_seconds": round(cpu, 2), "tokens_per_cpu_s": round(count / cpu), "load_seconds": round(loaded - began, 2),
                       "tokens_per_s": round(count / seconds), "tokens_per_s_without_load": round(count / (seconds - loaded + began)),
                       "peak_mb_of_one_process": round(max(own, children)),
                       "datasets": datasets.__version__, "transformers": transformers.__version__}))

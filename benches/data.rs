@@ -32,7 +32,7 @@ fn main() {
     let prepared = prepared(&file, &tokenizer, tokens_max, &cache);
     let seconds = began.elapsed().as_secs_f64();
     let tokens: u64 = (0..prepared.train.len()).map(|index| prepared.train.tokens(index) as u64).sum();
-    let peak = machine::memory_peak().unwrap_or(0);
+    let (peak, cpu_seconds) = (machine::memory_peak().unwrap_or(0), cpu_seconds());
     let again = Instant::now();
     drop(self::prepared(&file, &tokenizer, tokens_max, &cache));
     let cached_seconds = again.elapsed().as_secs_f64();
@@ -41,11 +41,19 @@ fn main() {
         "{}",
         serde_json::json!({
             "file_bytes": bytes, "rows": prepared.train.len(), "tokens": tokens, "seconds": seconds,
+            "cpu_seconds": cpu_seconds, "tokens_per_cpu_s": (tokens as f64 / cpu_seconds).round(),
             "tokens_per_s": (tokens as f64 / seconds).round(), "peak_mb": peak >> 20, "peak_mb_before": before >> 20,
             "from_cache_seconds": cached_seconds, "epoch_seconds": epoch_seconds,
             "peak_mb_at_the_end": machine::memory_peak().unwrap_or(0) >> 20,
         })
     );
+}
+
+/// CPU time of this process and its threads, to a hundredth of a second.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("Linux");
+    let fields: Vec<&str> = stat.rsplit(')').next().expect("a name in brackets").split_whitespace().collect();
+    [11, 12].iter().map(|&field: &usize| fields[field].parse::<f64>().expect("ticks")).sum::<f64>() / 100.0
 }
 
 fn prepared(file: &source::File, tokenizer: &Tokenizer, tokens_max: usize, cache: &TokenCache) -> Prepared {

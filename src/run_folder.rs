@@ -23,8 +23,10 @@ use crate::{whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
+/// Name of the file that records the run: what it was given and how far it came.
 pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
+/// Name of the file with one JSON line for each logged step and each evaluation.
 pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 /// The page that explains the run.

@@ -9,9 +9,8 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
-use super::image::RegistryArguments;
-use super::serve::ServingSize;
-use super::{Command, Format, invalid};
+use super::command::{Command, Format, RegistryArguments};
+use super::size::ServingSize;
 use crate::review;
 use crate::spec::keys::{self, Key, Section, Type};
 use crate::spec::{Origin, Request, Setting, Written};
@@ -31,7 +30,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         Ok(Command::Run(self.job.request(matches)?))
     }
 }
@@ -45,12 +44,12 @@ impl Run {
 pub(super) struct Plan {
     #[command(flatten)]
     job: Job,
-    /// Plan the memory of `hone serve MODEL` in place of a training
+    /// Plan the memory of `hone serve MODEL` instead of a training
     #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
     serve: Option<String>,
     #[command(flatten)]
     size: ServingSize,
-    /// Adapter's folder that the server holds; may be repeated
+    /// Folder of an adapter that the server will hold; may be repeated
     #[arg(long, value_name = "DIR", env = "HONE_SERVE_ADAPTER", requires = "serve")]
     serve_adapter: Vec<PathBuf>,
     /// A table for people, or JSON
@@ -66,7 +65,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let Plan { job, serve, size, serve_adapter, format, gpu, price } = self;
         let mut request = job.request(matches)?;
         let Some(model) = serve else {
@@ -96,7 +95,7 @@ pub(super) struct Inspect {
     /// Seed of the random draw
     #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
     sample_seed: u64,
-    /// A row to show instead, named as in messages; may be repeated
+    /// Row to show instead of random ones, named as in messages; may be repeated
     #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
     row: Vec<String>,
     /// Also write an HTML page to this file
@@ -105,7 +104,7 @@ pub(super) struct Inspect {
 }
 
 impl Inspect {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let Inspect { job, format, samples, sample_seed, row, html } = self;
         let options = review::Options { samples, seed: sample_seed, rows: row };
         Ok(Command::Inspect { request: job.request(matches)?, options, format, html })
@@ -141,7 +140,7 @@ pub(super) struct Job {
     /// from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
     layout: Option<String>,
-    /// What happens to rows that cannot be used: refuse (the run ends) or drop (they are left out and counted)
+    /// Treatment of rows that cannot be used: refuse (the run ends) or drop (they are left out and counted)
     #[arg(long, value_name = "HOW", env = "HONE_BAD_ROWS")]
     bad_rows: Option<String>,
     /// Largest share of rows that may be dropped
@@ -168,11 +167,11 @@ pub(super) struct Job {
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
-    /// What happens to results of another run in that folder: refuse (this run does not start) or move (to earlier/
-    /// inside the folder)
+    /// Treatment of another run's results in that folder: refuse (this run does not start) or move (to earlier/ inside
+    /// the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
-    /// Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+    /// Number of held-out rows that base and tuned model answer at the end, written to answers.json [default: 0]
     #[arg(long, value_name = "ROWS", env = "HONE_ANSWERS")]
     answers: Option<String>,
     /// Place that the adapter is sent to when training is done: an image, hf://OWNER/NAME, s3://BUCKET/FOLDER,
@@ -183,7 +182,7 @@ pub(super) struct Job {
     /// as in PEFT)
     #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
     target_matching: Option<String>,
-    /// PEFT folder whose weights training starts from
+    /// PEFT folder with the adapter that training starts from
     #[arg(long, value_name = "DIR", env = "HONE_INIT_ADAPTER")]
     init_adapter: Option<String>,
     /// Device: auto, cpu, cuda or cuda:N
@@ -201,7 +200,7 @@ pub(super) struct Job {
     /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// Folder in which tokens of the data are kept for later runs, or `off`: in memory
+    /// Folder that keeps the tokens of the data for later runs, or `off` to hold them in memory
     #[arg(long, value_name = "DIR", env = "HONE_TOKEN_CACHE")]
     token_cache: Option<String>,
     /// Largest size of a downloaded data file, in bytes
@@ -209,14 +208,14 @@ pub(super) struct Job {
     file_bytes_max: Option<String>,
     #[command(flatten)]
     registry: RegistryArguments,
-    /// Any key: --set LoraConfig.r=16; may be repeated; in the variable, separated by ; or line breaks
+    /// Set any key: --set LoraConfig.r=16; may be repeated; the variable separates assignments by ; or line breaks
     #[arg(long, value_name = "SECTION.KEY=VALUE", env = "HONE_SET")]
     set: Vec<String>,
 }
 
 impl Job {
     /// The request. Settings from the environment come first, so that flags override them.
-    pub(super) fn request(self, matches: &ArgMatches) -> Result<Request, clap::Error> {
+    pub(super) fn request(self, matches: &ArgMatches) -> Result<Request, String> {
         let mut settings = settings(matches);
         // clap uses the variable only if there is no flag. Here both are used, key by key.
         let variable = std::env::var("HONE_SET").unwrap_or_default();
@@ -275,14 +274,12 @@ pub(super) fn assignments(variable: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Reads `Section.key=value`.
-pub(super) fn setting(assignment: &str, origin: Origin) -> Result<Setting, clap::Error> {
+pub(super) fn setting(assignment: &str, origin: Origin) -> Result<Setting, String> {
     match assignment.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => {
             Ok(Setting { key: key.trim().into(), written: Written::Yaml(value.into()), origin })
         }
-        _ => {
-            Err(invalid(format!("--set {assignment:?}: expected Section.key=value, such as LoraConfig.r=16")))
-        }
+        _ => Err(format!("--set {assignment:?}: expected Section.key=value, such as LoraConfig.r=16")),
     }
 }
 

@@ -47,6 +47,7 @@ pub enum Adapters {
 /// Answers of servers, by the uid of their pods.
 pub type Answers = BTreeMap<String, Result<Said, String>>;
 
+/// A client for requests to servers of the cluster: without proxy, without redirects, with a time limit.
 pub fn client() -> reqwest::Client {
     let builder = reqwest::Client::builder().no_proxy().timeout(ANSWER_MAX);
     builder.redirect(reqwest::redirect::Policy::none()).build().unwrap_or_default()

@@ -131,6 +131,7 @@ fn first(pem: &str) -> Option<&str> {
 
 /// Keeps the Secret and the trust as they should be.
 pub struct Keeper {
+    /// Client of the API server.
     pub client: Client,
     /// The controller's own namespace.
     pub namespace: String,

@@ -8,6 +8,7 @@ use super::webhook::PATH;
 use crate::workspace::kind::{GROUP, PLURAL, VERSIONS};
 use crate::workspace::{MANAGED_BY, MANAGER, crd, yaml};
 
+/// Namespace of the controller and of all objects that belong to it.
 pub const NAMESPACE: &str = "hone-system";
 const NAME: &str = "hone-controller";
 const PORT: u16 = 8080;

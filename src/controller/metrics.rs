@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::observe::Stage;
 use crate::workspace::Workspace;
 
+/// Counts of one controller process, updated by all reconciliations.
 #[derive(Debug, Default)]
 pub struct Metrics {
     reconciles: AtomicU64,
@@ -20,24 +21,29 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// The beginning of a reconciliation, for [`Metrics::ended`].
     pub fn started(&self) -> Instant {
         Instant::now()
     }
 
+    /// Counts a reconciliation and its time. `well`: whether it ended without an error.
     pub fn ended(&self, started: Instant, well: bool) {
         self.reconciles.fetch_add(1, Ordering::Relaxed);
         self.errors.fetch_add(u64::from(!well), Ordering::Relaxed);
         self.microseconds.fetch_add(started.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
 
+    /// Sets whether this process leads.
     pub fn leads(&self, leads: bool) {
         self.leads.store(leads, Ordering::Relaxed);
     }
 
+    /// Sets the newest stage of a Workspace.
     pub fn saw(&self, workspace: &Workspace, stage: Stage) {
         self.stages().insert(key(workspace), stage);
     }
 
+    /// Leaves out a Workspace that no longer exists.
     pub fn forget(&self, workspace: &Workspace) {
         self.stages().remove(&key(workspace));
     }
@@ -46,6 +52,7 @@ impl Metrics {
         self.stages.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// All metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {

@@ -78,6 +78,7 @@ const STANDBY_INTERVAL: Duration = Duration::from_secs(30);
 pub struct Options {
     /// Only Workspaces of this namespace are reconciled; `None`: all.
     pub namespace: Option<String>,
+    /// Image, GPUs and cloud of the pods.
     pub settings: Settings,
     /// Whether this process is one of several of which one leads.
     pub elect: bool,

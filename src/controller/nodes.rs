@@ -31,8 +31,11 @@ const SPEC_HASH: &str = "hone.sh/spec-hash";
 /// The kinds of Karpenter that a cluster has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provider {
+    /// The cluster has none: nodes are somebody else's work.
     None,
+    /// NodeClaims are created one for each node.
     NodeClaims,
+    /// NodePools are created, and Karpenter creates their NodeClaims.
     NodePools,
 }
 
@@ -246,6 +249,7 @@ fn name(workspace: &Workspace, provider: Provider, hash: &str, attempt: u32) -> 
     }
 }
 
+/// The API of the objects that ask for nodes.
 pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     let (kind, plural) = match provider {
         Provider::NodePools => ("NodePool", "nodepools"),

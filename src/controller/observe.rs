@@ -11,15 +11,21 @@ use serde::Deserialize;
 
 use crate::fault::Kind;
 
+/// The state of a training as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// No container has started yet.
     Pending,
+    /// The training runs, or waits for its next pod after a failure.
     Running,
+    /// The Job is complete.
     Succeeded,
+    /// The Job has failed for good.
     Failed,
 }
 
 impl Stage {
+    /// All stages.
     pub const ALL: [Stage; 4] = [Stage::Pending, Stage::Running, Stage::Succeeded, Stage::Failed];
 
     /// KAITO's `status.state`.
@@ -32,6 +38,7 @@ impl Stage {
         }
     }
 
+    /// Whether nothing more happens: the Job succeeded or failed.
     pub fn is_over(self) -> bool {
         matches!(self, Stage::Succeeded | Stage::Failed)
     }
@@ -40,6 +47,7 @@ impl Stage {
 /// The observed state of a training.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
+    /// The state of the Job as a whole.
     pub stage: Stage,
     /// The reason why the pod or the Job waits.
     pub waiting: Option<String>,
@@ -60,9 +68,11 @@ pub struct Seen {
 /// The end of a container, with hone's termination message if there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ended {
+    /// Exit code of the process; 128 and the signal's number if a signal ended it.
     pub exit_code: i32,
     /// The kubelet's reason, such as `OOMKilled`.
     pub reason: String,
+    /// The termination message; empty if there is none.
     pub said: Said,
 }
 
@@ -70,13 +80,21 @@ pub struct Ended {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Said {
+    /// Name of the fault's kind; `ok` after success.
     pub kind: String,
+    /// The error message.
     pub message: Option<String>,
+    /// What to do about it.
     pub help: Option<String>,
+    /// The last logged optimizer step.
     pub step: Option<u64>,
+    /// Loss of that step.
     pub loss: Option<f64>,
+    /// Loss of the newest evaluation.
     pub eval_loss: Option<f64>,
+    /// The pushed image with its tag.
     pub image: Option<String>,
+    /// Digest of the pushed image.
     pub digest: Option<String>,
 }
 

@@ -51,6 +51,10 @@ const REFUSED_MAX: Duration = Duration::from_secs(360);
 /// Failures in a row after which the status names the error.
 const FAILURES_TOLD: u32 = 3;
 
+/// Brings one Workspace to what it asks for, as far as this is possible now, and says when to look again.
+///
+/// # Errors
+/// Those of the API server; the status names one that repeats.
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
     let timer = context.metrics.started();
     let workspace = newest(workspace, &context);
@@ -67,8 +71,10 @@ pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube
 pub(super) struct Reconciler<'a> {
     /// The Workspace as it was meant, without the default of an older version.
     pub workspace: Cow<'a, Workspace>,
+    /// What all reconciliations share.
     pub context: &'a Context,
     client: &'a Client,
+    /// Namespace and name of the Workspace.
     pub owner: Owner,
 }
 
@@ -127,6 +133,7 @@ impl<'a> Reconciler<'a> {
         Reconciler { workspace: Cow::Borrowed(workspace), context, client: &context.client, owner }
     }
 
+    /// The API of a kind of object in the Workspace's namespace.
     pub fn api<K>(&self) -> Api<K>
     where
         K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
@@ -575,6 +582,7 @@ impl<'a> Reconciler<'a> {
         observe::observe(Some(job), &pods, same && state == Some(Stage::Running.name()))
     }
 
+    /// The state of the requested nodes, for the status.
     pub fn nodes(&self, seen: &Seen) -> Nodes {
         let over = seen.stage.is_over();
         let looks = !over && seen.node.is_none();
@@ -644,6 +652,10 @@ impl<'a> Reconciler<'a> {
         ignore(404, patched.map(|_| ()))
     }
 
+    /// Writes annotations to the Workspace if they differ from what it has; `None` removes one.
+    ///
+    /// # Errors
+    /// Those of the API server.
     pub async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));
@@ -729,6 +741,7 @@ impl<'a> Reconciler<'a> {
         }
     }
 
+    /// Writes an Event about the Workspace.
     pub async fn event(&self, weight: Weight, reason: &str, note: &str) {
         self.context.events.tell(&self.workspace, weight, reason, note).await;
     }

@@ -16,6 +16,7 @@ use crate::workspace::owner;
 
 /// KAITO's label and annotation.
 const NAME_LABEL: &str = "workspace.kaito.io/name";
+/// KAITO's annotation with the hash of a revision's inputs.
 pub const HASH: &str = "workspace.kaito.io/hash";
 /// The number of revisions that are kept, as KAITO does.
 const HISTORY_MAX: usize = 10;
@@ -23,7 +24,9 @@ const HISTORY_MAX: usize = 10;
 /// A recorded revision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
+    /// Number of the revision, from 1.
     pub number: i64,
+    /// Hash of its inputs.
     pub hash: String,
     /// The Workspace of this revision, as far as it was recorded.
     pub workspace: Option<Workspace>,

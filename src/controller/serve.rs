@@ -50,7 +50,9 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
 /// The state of the servers, as the cluster reports it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Serving {
+    /// Number of servers that the Workspace asks for.
     pub wanted: i32,
+    /// Number of servers that are ready.
     pub ready: i32,
     /// KAITO's reason and message if a server is not ready.
     pub trouble: Option<(&'static str, String)>,
@@ -64,6 +66,8 @@ impl Serving {
     }
 }
 
+/// Brings the servers of a Workspace to what it asks for, and says when to look again.
+///
 /// # Errors
 /// Those of the API server.
 pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {

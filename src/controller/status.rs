@@ -20,8 +20,11 @@ const MESSAGE_BYTES_MAX: usize = 4096;
 /// The inputs of a status.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
+    /// State of Job and pods.
     pub seen: Seen,
+    /// Progress of a running training, if its log shows it.
     pub progress: Option<Progress>,
+    /// State of the requested nodes.
     pub nodes: Nodes,
     /// Why the current Workspace cannot be carried out; an older Job goes on.
     pub refused: Option<String>,
@@ -200,16 +203,19 @@ pub fn tells_an_end(status: &Status) -> bool {
 
 /// Conditions of a status on their way to the next one.
 pub struct Conditions {
+    /// The conditions as they are now.
     pub list: Vec<Condition>,
     generation: Option<i64>,
     now: Timestamp,
 }
 
 impl Conditions {
+    /// Conditions that change at `now` and belong to that generation of the Workspace.
     pub fn of(list: Vec<Condition>, generation: Option<i64>, now: Timestamp) -> Conditions {
         Conditions { list, generation, now }
     }
 
+    /// Removes the condition of that type.
     pub fn remove(&mut self, type_: &str) {
         self.list.retain(|condition| condition.type_ != type_);
     }

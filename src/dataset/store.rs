@@ -30,8 +30,10 @@ const LINE_BYTES: usize = 3 * 8 + 5 * 4;
 pub(super) const PART_BYTES: usize = 32 << 20;
 /// Bytes that are written at once.
 const BUFFER_BYTES: usize = 1 << 20;
-/// Bytes read through the map after which its pages are given back.
+/// Bytes mapped by reads after which pages are given back.
 const TOUCHED_BYTES_MAX: usize = 128 << 20;
+/// Bytes that Linux maps around a page that is read, if the file is in its cache (`fault_around_bytes`).
+const AROUND_BYTES: usize = 64 << 10;
 /// LIMIT: rows of a store; their numbers have four bytes.
 const ROWS_MAX: u64 = u32::MAX as u64;
 
@@ -98,6 +100,7 @@ impl Line {
 
 /// Bytes that go to a file, or stay in memory.
 pub(super) enum Drain {
+    /// The bytes, in memory.
     Memory(Vec<u8>),
     File(Digested),
 }
@@ -113,6 +116,7 @@ pub(super) struct Digested {
 }
 
 impl Digested {
+    /// Creates the file; it must not exist yet.
     pub fn create(path: &Path) -> io::Result<Digested> {
         let file = File::create_new(path)?;
         let buffer = Vec::with_capacity(2 * BUFFER_BYTES);
@@ -162,6 +166,7 @@ impl Digested {
 /// What a written file holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Content {
+    /// Length of the file.
     pub bytes: u64,
     /// SHA-256 of each part of `PART_BYTES` bytes.
     pub digests: Vec<String>,
@@ -209,18 +214,23 @@ pub(super) struct Writer {
 
 /// A store that was filled.
 pub(super) struct Written {
+    /// Tokens of all rows, one after another.
     pub tokens: Drained,
+    /// One line of fixed length for each row.
     pub lines: Drained,
+    /// Notes that lines refer to by number.
     pub notes: Vec<Note>,
 }
 
 /// The place that bytes went to.
 pub(super) enum Drained {
     Memory(Vec<u8>),
+    /// A file, with its length and digests.
     File(Content),
 }
 
 impl Writer {
+    /// An empty store that writes to these two places.
     pub fn new(tokens: Drain, lines: Drain) -> Writer {
         Writer { tokens, lines, notes: HashMap::new(), rows: 0, at: 0 }
     }
@@ -331,7 +341,7 @@ pub(super) struct Store {
     tokens: Bytes,
     lines: Bytes,
     notes: Vec<Note>,
-    /// Bytes read since pages were last given back.
+    /// Bytes mapped since pages were last given back, at most.
     touched: AtomicUsize,
     /// Held as long as the store is read: keeps other processes from removing its files.
     _lock: Option<File>,
@@ -363,10 +373,12 @@ impl Store {
         follows && at == tokens
     }
 
+    /// Number of rows.
     pub fn rows(&self) -> u32 {
         (self.lines.get().len() / LINE_BYTES) as u32
     }
 
+    /// The line of a row.
     pub fn line(&self, row: u32) -> Line {
         let at = row as usize * LINE_BYTES;
         let bytes = self.lines.get()[at..].first_chunk().expect("rows are counted from the lines");
@@ -388,6 +400,7 @@ impl Store {
         }
     }
 
+    /// The tokens of a row, and which of them carry loss.
     pub fn example(&self, row: u32) -> Example {
         let bytes = self.packed(&self.line(row));
         let mut example = Example {
@@ -399,7 +412,9 @@ impl Store {
             example.ids.push(token & !LEARNED);
             example.supervised.push(token & LEARNED != 0);
         }
-        if self.touched.fetch_add(bytes.len() + LINE_BYTES, Ordering::Relaxed) > TOUCHED_BYTES_MAX {
+        // At most this becomes resident for the tokens, and as much as one read for the line.
+        let mapped = bytes.len() / AROUND_BYTES * AROUND_BYTES + 3 * AROUND_BYTES;
+        if self.touched.fetch_add(mapped, Ordering::Relaxed) > TOUCHED_BYTES_MAX {
             self.give_back();
         }
         example

@@ -15,7 +15,7 @@ use crate::report::Report;
 use crate::source::{self, Source};
 use crate::train::order::Steps;
 
-use super::Described;
+use super::described::Described;
 use super::room::{self, Lengths};
 
 /// Bytes of text in a token, for the usual languages and code.

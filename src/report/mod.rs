@@ -119,7 +119,12 @@ pub enum Event {
         sources: Vec<(String, f64)>,
     },
     /// Something about the run that is kept for its report, under a name; terminals and logs pass it over.
-    Fact { name: &'static str, value: serde_json::Value },
+    Fact {
+        /// Name in `report.json`.
+        name: &'static str,
+        /// What is known.
+        value: serde_json::Value,
+    },
     /// The run failed.
     Failed(Fault),
 }

@@ -1,6 +1,5 @@
 //! A folder of results -> the page of one run. What was not recorded is said to be missing, never guessed.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
@@ -11,7 +10,7 @@ use crate::words::size;
 
 use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, facts, folded, page, section, table};
-use super::story::{Failure, Story};
+use super::story::{Failure, Story, plain_text};
 
 /// Answers to held-out rows, which a run makes if it is asked.
 const ANSWERS: &str = "answers.json";
@@ -158,12 +157,6 @@ fn newest_of_each_step(lines: Vec<Json>) -> Vec<Json> {
 
 fn points(lines: &[Json], name: &str) -> Vec<(f64, f64)> {
     lines.iter().filter_map(|line| Some((line["step"].as_f64()?, line.get(name)?.as_f64()?))).collect()
-}
-
-/// The text of a plain file that is not too large.
-pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
-    let found = fs::metadata(file).ok()?;
-    (found.is_file() && found.len() <= bytes_max).then(|| fs::read_to_string(file).ok())?
 }
 
 /// The page of one run.

@@ -11,7 +11,8 @@ use reqwest::{Body, Method, redirect};
 use tokio::runtime::Runtime;
 use url::Url;
 
-use super::{Options, address, describe, tls};
+use super::options::Options;
+use super::{address, describe, tls};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;

@@ -8,6 +8,7 @@ use super::kind::Workspace;
 use crate::fault::Result;
 use crate::spec::{Mistakes, Origin, keys};
 
+/// Prefix of all annotations of hone.
 pub const PREFIX: &str = "hone.sh/";
 
 /// The writer of an annotation.
@@ -19,12 +20,16 @@ pub enum Side {
     Output,
 }
 
+/// One annotation that Workspaces may have.
 #[derive(Debug)]
 pub struct Annotation {
     /// The name without the prefix.
     pub name: &'static str,
+    /// Form of its value, for people.
     pub value: &'static str,
+    /// Whether the user or the controller writes it.
     pub side: Side,
+    /// Its meaning, in a sentence.
     pub about: &'static str,
 }
 
@@ -36,6 +41,7 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
     Annotation { name, value, side: Side::Output, about }
 }
 
+/// All annotations, those of the user first.
 #[rustfmt::skip]
 pub const TABLE: [Annotation; 32] = [
     input("image", "an image", "The program's image, in place of `--image`."),
@@ -75,32 +81,58 @@ pub const TABLE: [Annotation; 32] = [
 /// The options that the annotations set.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
+    /// Image of hone.
     pub image: Option<String>,
+    /// `Always`, `IfNotPresent` or `Never`.
     pub image_pull_policy: Option<String>,
+    /// Secrets that the image is pulled with.
     pub image_pull_secrets: Vec<String>,
+    /// Address of the weights in place of the preset's.
     pub model: Option<String>,
+    /// GPUs of the pod.
     pub gpus: Option<u32>,
+    /// CPU request, as a quantity of Kubernetes.
     pub cpu: Option<String>,
+    /// Memory request, as a quantity of Kubernetes.
     pub memory: Option<String>,
+    /// Request for the node's disk, as a quantity of Kubernetes.
     pub ephemeral_storage: Option<String>,
+    /// PersistentVolumeClaim for downloads.
     pub cache_claim: Option<String>,
+    /// PersistentVolumeClaim for checkpoints and results.
     pub work_claim: Option<String>,
+    /// LocalQueue of Kueue.
     pub queue_name: Option<String>,
+    /// PriorityClass of the pod.
     pub priority_class: Option<String>,
+    /// ServiceAccount of the pod.
     pub service_account: Option<String>,
+    /// Failures that are tried again.
     pub retries: Option<i32>,
+    /// Seconds after which the Job is ended.
     pub deadline_seconds: Option<i64>,
+    /// Seconds after its end when the Job is removed.
     pub ttl_seconds: Option<i32>,
+    /// Seconds to write a checkpoint when the pod is stopped.
     pub grace_seconds: Option<i64>,
+    /// User and group of the pod.
     pub run_as_user: Option<i64>,
+    /// ConfigMap whose ca.crt is trusted too.
     pub ca_config_map: Option<String>,
+    /// Assignments `Section.key=value` over the configuration.
     pub config_overrides: Vec<String>,
+    /// Environment of the container.
     pub env: Vec<EnvVar>,
+    /// Whether spot nodes are tolerated.
     pub spot: Option<bool>,
+    /// Node class of requested nodes.
     pub node_class: Option<String>,
+    /// Whether the controller leaves the Workspace alone.
     pub ignore: bool,
 }
 
+/// Reads all annotations of hone.
+///
 /// # Errors
 /// Config: unknown annotations with our prefix, and values that are not what they must be; all of them.
 pub fn read(workspace: &Workspace) -> Result<Options> {

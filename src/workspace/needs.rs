@@ -28,16 +28,22 @@ const TOKENS_MIN: usize = 256;
 /// The number of GPUs and their card.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Gpus {
+    /// GPUs of the pod; 0 trains on the CPU.
     pub count: u32,
+    /// The card, if the instance type names one.
     pub card: Option<Card>,
 }
 
 /// Requests of the container, as Kubernetes writes quantities.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Needs {
+    /// Requested CPUs.
     pub cpu: String,
+    /// Requested memory.
     pub memory: String,
+    /// Requested disk of the node.
     pub ephemeral_storage: String,
+    /// Doubts about what was requested.
     pub warnings: Vec<String>,
 }
 
@@ -50,6 +56,8 @@ pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings
     Gpus { count, card: known.map(|(card, _)| card).filter(|_| count > 0) }
 }
 
+/// Requests for a training, from its memory plan and the sizes of model and data.
+///
 /// # Errors
 /// Capacity: no plan fits into the card's memory. Config: modules that match nothing.
 pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Options) -> Result<Needs> {

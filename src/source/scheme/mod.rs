@@ -29,7 +29,8 @@ use reqwest::header::HeaderMap;
 use url::Url;
 
 use super::http::Validators;
-use super::{Options, describe, tls};
+use super::options::Options;
+use super::{describe, tls};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage};
