@@ -9,7 +9,7 @@ use super::html::escaped;
 const POINTS_MAX: usize = 400;
 const WIDTH: f64 = 440.0;
 const HEIGHT: f64 = 220.0;
-const LEFT: f64 = 52.0;
+const LEFT: f64 = 58.0;
 const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 30.0;
@@ -149,7 +149,7 @@ impl Axes {
                 WIDTH - RIGHT,
                 LEFT - 6.0,
                 y + 4.0,
-                written(value, unit)
+                written(value, unit).replace(".0 ", " ")
             );
         }
         for value in ticks(self.x, nice((self.x.1 - self.x.0) / 5.0).max(1.0)) {

@@ -314,8 +314,11 @@ fn evaluation(run: &Run) -> String {
     }
     let mut html = facts(&rows);
     if lines.is_empty() {
-        return html
-            + "<p class=\"soft\">No evaluation was made: no rows were set aside, or eval_strategy was no.</p>\n";
+        let why = match run.failure() {
+            Some(_) => "before the run ended",
+            None => "because no rows were set aside, or eval_strategy was no",
+        };
+        return html + &format!("<p class=\"soft\">No evaluation was made {why}.</p>\n");
     }
     let mut names: Vec<String> = Vec::new();
     for key in lines.iter().flat_map(|line| line.as_object().into_iter().flat_map(serde_json::Map::keys)) {
@@ -592,6 +595,7 @@ fn workspace(run: &Run, name: &str, image: &str) -> String {
 
 /// A name of letters, digits and dashes: the last part of an address or path.
 fn short_name(text: &str) -> String {
+    let text = text.strip_prefix("oci:").unwrap_or(text); // a layout on disk
     let last = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
     let last = last.split(['@', ':']).find(|part| !part.is_empty()).unwrap_or("adapter");
     let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter.to_ascii_lowercase() } else { '-' };

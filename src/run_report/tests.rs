@@ -117,6 +117,7 @@ fn a_failed_run_begins_with_why_and_a_restart_remembers_it() {
     let place = |text: &str| page.find(text).unwrap_or_else(|| panic!("{text} is missing"));
     assert!(place("Exit code 14") < place("<svg") && place("lower max_length") < place("<svg"));
     assert!(page.contains("Failed: capacity, exit code 14"));
+    assert!(!page.contains("because no rows were set aside"), "the run ended before it could know");
     let (_, report) = recorder();
     tell(&report, folder.path());
     report.fact("ended", true);
