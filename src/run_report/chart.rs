@@ -325,6 +325,18 @@ mod tests {
     }
 
     #[test]
+    fn labels_of_bytes_fit_beside_the_chart() {
+        for most in [65.3, 900.0, 70_000.0] {
+            let points = vec![(1.0, 0.0), (2.0, most * f64::from(1 << 20))];
+            let series = vec![Series::line("memory", points, 0)];
+            let html = Chart { title: "Memory".into(), series, unit: Unit::Bytes, from_zero: true }.html();
+            let labels = html.split("text-anchor=\"end\">").skip(1).filter_map(|part| part.split('<').next());
+            let labels: Vec<&str> = labels.collect();
+            assert!(labels.len() > 1 && labels.iter().all(|label| label.len() <= 7), "{labels:?}");
+        }
+    }
+
+    #[test]
     fn a_mean_follows_its_points() {
         let flat: Vec<(f64, f64)> = (0..50).map(|i| (f64::from(i), 3.0)).collect();
         assert_eq!(smoothed(&flat), flat);
