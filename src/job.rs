@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use crate::adapter;
 use crate::answers;
-use crate::dataset::{self, Chat, Tokenizer};
+use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
 use crate::fault::{Fault, Result};
 use crate::fetch;
