@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use crate::adapter;
 use crate::answers;
-use crate::dataset::{self, Chat, Tokenizer};
+use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
 use crate::fault::{Fault, Result};
 use crate::fetch;
@@ -24,7 +24,7 @@ use crate::model::load;
 use crate::model::lora::Trainable;
 use crate::ops::cpu;
 use crate::plan::Plan;
-use crate::registry;
+use crate::publish::{self, Published};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -63,8 +63,8 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     }
     tell_what_is_trained(plan, &described, report);
     check_small_files(plan, &described)?;
-    if let Some(target) = &plan.push {
-        registry::check(target, &plan.output, &plan.registry)?; // checks what is possible without the network
+    for place in &plan.push {
+        publish::check(place, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = device::open(plan.device, report)?;
     refuse_on_gpu(plan, &device)?;
@@ -88,19 +88,42 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         }
         None => make(plan, described, &device, &data, &mut folder, report)?,
     };
-    let pushed = match &plan.push {
-        Some(target) => {
-            let _standing = interrupt::stands(Standing::Pushing);
-            let facts = image_facts(plan, &trained);
-            let pushed = registry::push(folder.path(), target, &facts, &plan.registry, report)?;
-            folder.pushed(&pushed)?;
-            report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
-            Some(pushed)
-        }
-        None => None,
-    };
+    let published = send(plan, &trained, &mut folder, report)?;
     report.fact("ended", true);
-    Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+    Ok(Receipt { folder: plan.output.clone(), trained, published })
+}
+
+/// Sends the adapter to every place. One that fails keeps none of the others from getting it; the first failure is the
+/// result.
+fn send(plan: &Plan, trained: &Trained, folder: &mut RunFolder, report: &Report) -> Result<Vec<Published>> {
+    let (mut published, mut failed) = (Vec::new(), None);
+    if plan.push.is_empty() {
+        return Ok(published);
+    }
+    let _standing = interrupt::stands(Standing::Pushing);
+    let (facts, message) = (image_facts(plan, trained), format!("End of training: {}", trained.adapter()));
+    let options =
+        publish::Options { registry: &plan.registry, source: &plan.source, facts: &facts, message: &message };
+    for place in &plan.push {
+        match publish::publish(folder.path(), place, &options, report) {
+            Ok(sent) => {
+                if sent.image {
+                    report.fact("image", json!({"reference": sent.destination, "digest": sent.revision}));
+                }
+                published.push(sent);
+                folder.published(&published)?;
+            }
+            Err(fault) if interrupt::requested() => return Err(fault),
+            Err(fault) => {
+                if plan.push.len() > 1 {
+                    report.warn(Stage::Push, format!("{place}: {}", fault.clone().in_a_line()));
+                }
+                failed.get_or_insert(fault);
+            }
+        }
+    }
+    report.fact("published", serde_json::to_value(&published).expect("texts"));
+    failed.map_or(Ok(published), Err)
 }
 
 fn folder_fact(folder: &RunFolder) -> Json {
@@ -143,7 +166,8 @@ fn make(
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
-    let examples = train::Sets { train: (&training).into(), evaluation: (&evaluation).into() };
+    let sources = evaluation_sources(plan, &evaluation)?;
+    let examples = train::Sets { train: (&training).into(), evaluation: scored(&sources) };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
@@ -184,6 +208,35 @@ fn fit(
     };
     let mut passes = Passes::planned(memory);
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
+}
+
+/// The examples to evaluate on, by entry and name. A split may leave an entry without any.
+fn evaluation_sources(plan: &Plan, evaluation: &Set) -> Result<Vec<(usize, String, Set)>> {
+    let sources: Vec<(usize, String, Set)> = plan
+        .sources
+        .iter()
+        .enumerate()
+        .map(|(entry, name)| (entry, name.clone(), evaluation.of_entry(entry)))
+        .filter(|(_, _, set)| !set.is_empty())
+        .collect();
+    let judged_by = plan.train.judging.as_ref().and_then(|judging| judging.source.as_ref());
+    match judged_by.filter(|(entry, _)| sources.len() < 2 || sources.iter().all(|source| source.0 != *entry)) {
+        None => Ok(sources),
+        Some((_, name)) => Err(Fault::config(format!(
+            "TrainingArguments.metric_for_best_model goes by the evaluation of {name}, but there is none beside others: \
+             {} of {} entries have rows to evaluate on",
+            sources.len(),
+            plan.sources.len()
+        ))
+        .help("set more rows aside, or compare evaluations by eval_loss")),
+    }
+}
+
+fn scored(sources: &[(usize, String, Set)]) -> Vec<train::Source<'_>> {
+    sources
+        .iter()
+        .map(|(entry, name, set)| train::Source { entry: *entry, name: name.clone(), examples: set.into() })
+        .collect()
 }
 
 /// The rows that base and tuned model answer at the end: the first of evaluation, or else of training.
@@ -264,10 +317,11 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
 
 /// What only the CPU's operations compute.
 fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
-    let judged_by = plan.train.judging.map(|judging| judging.measure);
+    let judged_by = plan.train.judging.as_ref().map(|judging| judging.measure);
     let what = match () {
         () if device.is_cpu() => return Ok(()),
         () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
+        () if plan.train.neftune_alpha > 0.0 => "TrainingArguments.neftune_noise_alpha",
         () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
         () => return Ok(()),
     };

@@ -31,6 +31,7 @@ pub mod export;
 pub mod server;
 pub mod registry;
 pub mod fetch;
+pub mod publish;
 pub mod spec;
 pub mod run_folder;
 pub mod trackers;

@@ -46,6 +46,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("largest.rs", "serving's choice of a token; nothing is trained through it"),
     ("matmul.rs", "linear; src/model/judge.rs judges its products as each other's gradients"),
     ("mod.rs", "the list"),
+    ("noise.rs", "adds what depends on no parameter: the gradient passes unchanged"),
     ("number.rs", "sums without a gradient, compared on both devices"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
 ];
@@ -77,7 +78,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("parquet", &["dataset"]),
     ("pulp", &["ops"]),
     ("rcgen", &["controller"]),
-    ("reqwest", &["controller", "registry", "source"]),
+    ("reqwest", &["controller", "publish", "registry", "source"]),
     ("rustls", &["controller", "server", "source"]),
     ("serde_saphyr", &["spec", "workspace"]),
     ("signal_hook", &["interrupt"]),

@@ -6,16 +6,16 @@ use clap::Args;
 
 use super::command::{Command, RegistryArguments};
 
-/// Push an adapter's folder as an image
+/// Push an adapter's folder: as an image, to the hub, to an object store or to a folder
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone push ./adapter registry.example.com/adapters/support:1\n  \
-    hone push ./adapter oci:./image")]
+    hone push ./adapter oci:./image\n  hone push ./adapter hf://team/support")]
 pub(super) struct Push {
     /// Folder with adapter_config.json and adapter_model.safetensors
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// host/repository:tag, or oci:DIR for a layout on disk
-    #[arg(value_name = "IMAGE")]
+    /// host/repository:tag, oci:DIR for a layout on disk, hf://OWNER/NAME, s3://BUCKET/FOLDER or file:DIR
+    #[arg(value_name = "PLACE")]
     image: String,
     #[command(flatten)]
     registry: RegistryArguments,

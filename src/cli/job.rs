@@ -130,6 +130,12 @@ pub(super) struct Job {
     /// repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
+    /// Data to evaluate on, in the same forms; no row of it trains; may be repeated
+    #[arg(long, value_name = "URL_OR_PATH", env = "HONE_EVALUATION_DATA", hide_env_values = true)]
+    evaluation_data: Vec<String>,
+    /// Column whose equal values stay on one side of the split into rows to train on and rows to evaluate on
+    #[arg(long, value_name = "NAME", env = "HONE_GROUP_COLUMN")]
+    group_column: Option<String>,
     /// Layout of the rows: messages, prompt_completion, alpaca, question_answer, tokens or text [default: detected
     /// from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
@@ -168,9 +174,10 @@ pub(super) struct Job {
     /// Number of held-out rows that base and tuned model answer at the end, written to answers.json [default: 0]
     #[arg(long, value_name = "ROWS", env = "HONE_ANSWERS")]
     answers: Option<String>,
-    /// Image that the adapter is pushed as when training is done
-    #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
-    push: Option<String>,
+    /// Place that the adapter is sent to when training is done: an image, hf://OWNER/NAME, s3://BUCKET/FOLDER,
+    /// file:DIR; may be repeated
+    #[arg(long, value_name = "PLACE", env = "HONE_PUSH", value_delimiter = ',')]
+    push: Vec<String>,
     /// Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal (it matches nothing,
     /// as in PEFT)
     #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
@@ -340,7 +347,7 @@ mod tests {
             data Texts(["a#sha256=ff", "*.parquet"]) --data
             layout Text("text") --layout
             output Text("o") --output
-            push Text("h/r:t") --push
+            push Texts(["h/r:t"]) --push
             target_matching Text("literal") --target-matching
             init_adapter Text("i") --init-adapter
             device Text("cuda:1") --device

@@ -23,9 +23,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Set in a token that is learned.
 const LEARNED: u32 = 1 << 31;
 const TOKEN_BYTES: usize = 4;
-/// Bytes of a row's line: where its tokens begin and its row (8 each); tokens, tokens before cutting, learned, note,
-/// file (4 each).
-const LINE_BYTES: usize = 2 * 8 + 5 * 4;
+/// Bytes of a row's line: where its tokens begin, its row and its group (8 each); tokens, tokens before cutting,
+/// learned, note, file (4 each).
+const LINE_BYTES: usize = 3 * 8 + 5 * 4;
 /// Bytes that one digest stands for. Digests of parts are checked on all cores.
 pub(super) const PART_BYTES: usize = 32 << 20;
 /// Bytes that are written at once.
@@ -60,6 +60,8 @@ pub(super) struct Line {
     note: u32,
     /// Its number among the files.
     pub file: u32,
+    /// Digest of its group; 0: it has none.
+    group: u64,
 }
 
 impl Line {
@@ -67,8 +69,9 @@ impl Line {
         let mut bytes = [0; LINE_BYTES];
         bytes[..8].copy_from_slice(&self.at.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.row.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.group.to_le_bytes());
         let numbers = [self.tokens, self.whole, self.learned, self.note, self.file];
-        for (place, number) in bytes[16..].chunks_exact_mut(4).zip(numbers) {
+        for (place, number) in bytes[24..].chunks_exact_mut(4).zip(numbers) {
             place.copy_from_slice(&number.to_le_bytes());
         }
         bytes
@@ -80,12 +83,18 @@ impl Line {
         Line {
             at: long(0),
             row: long(8),
-            tokens: short(16),
-            whole: short(20),
-            learned: short(24),
-            note: short(28),
-            file: short(32),
+            group: long(16),
+            tokens: short(24),
+            whole: short(28),
+            learned: short(32),
+            note: short(36),
+            file: short(40),
         }
+    }
+
+    /// Digest of the row's group, if it has one.
+    pub fn group(&self) -> Option<u64> {
+        Some(self.group).filter(|group| *group != 0)
     }
 }
 
@@ -236,12 +245,14 @@ impl Writer {
         &mut self,
         file: u32,
         row: u64,
+        group: Option<u64>,
         found: &std::result::Result<Encoded, String>,
     ) -> io::Result<()> {
         if self.rows >= ROWS_MAX {
             return Err(io::Error::other(format!("more than {ROWS_MAX} rows")));
         }
-        let mut line = Line { at: self.at, row, tokens: 0, whole: 0, learned: 0, note: 0, file };
+        let group = group.unwrap_or(0);
+        let mut line = Line { at: self.at, row, group, tokens: 0, whole: 0, learned: 0, note: 0, file };
         let note = match found {
             Err(problem) => Note::Refused(problem.clone()),
             Ok(found) => {
@@ -463,7 +474,7 @@ mod tests {
     fn filled(tokens: Drain, lines: Drain) -> Written {
         let mut writer = Writer::new(tokens, lines);
         for (row, found) in rows().iter().enumerate() {
-            writer.push(7, row as u64 + 10, found).unwrap();
+            writer.push(7, row as u64 + 10, Some(row as u64).filter(|&group| group > 0), found).unwrap();
         }
         assert_eq!(writer.bytes(), 5 * 4 + 4 * LINE_BYTES as u64);
         writer.finish().unwrap()
@@ -475,6 +486,7 @@ mod tests {
             let row = row as u32;
             let line = store.line(row);
             assert_eq!((line.file, line.row), (7, u64::from(row) + 10));
+            assert_eq!(line.group(), Some(u64::from(row)).filter(|&group| group > 0));
             match found {
                 Err(problem) => assert_eq!(store.tally(row), Err(problem.as_str())),
                 Ok(found) => {

@@ -71,9 +71,9 @@ pub(super) fn stream<'a>(
             let mut records = Vec::with_capacity(batch.len());
             for found in batch {
                 match found {
-                    Ok((conversation, context)) => {
+                    Ok((conversation, context, group)) => {
                         let (file, entry) = (name.clone(), file.entry);
-                        records.push(Record { conversation, context, file, row, entry })
+                        records.push(Record { conversation, context, file, row, entry, group })
                     }
                     Err(problem) => problems.add(problem, &name, row),
                 }

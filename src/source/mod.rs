@@ -7,6 +7,7 @@
 mod address;
 mod cache;
 pub mod call;
+pub mod send;
 mod describe;
 mod download;
 mod failure;
@@ -93,6 +94,20 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
 /// Config: not an address of an object store. Auth, data and network as in [`fetch`].
 pub fn objects(url: &url::Url, options: &Options) -> Result<Vec<Object>> {
     on_network(async { scheme::Stores::new(options)?.list(url).await })
+}
+
+/// Writes files of this machine to an object store, below `url`, one after the other: (its name there, the file).
+/// An object appears whole. Returns the version of the last, if the store has versions.
+///
+/// # Errors
+/// Auth, Config: as [`fetch`] for object stores. Push: the store did not take a file in `attempts_max` attempts.
+pub fn upload(
+    url: &url::Url,
+    files: &[(&str, &Path)],
+    options: &Options,
+    report: &Report,
+) -> Result<Option<String>> {
+    on_network(scheme::upload(url, files, options, report))
 }
 
 /// Whether an address is an object store's.

@@ -158,8 +158,8 @@ fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
         task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
     let tokens = if run.plan.token_cache == TokenCache::Off { 0.0 } else { TOKEN_BYTES };
     let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES + tokens };
-    let results = match (&options.work_claim, &run.plan.push) {
-        (None, Some(_)) => ADAPTER_COPIES * adapter,
+    let results = match (&options.work_claim, run.plan.push.is_empty()) {
+        (None, false) => ADAPTER_COPIES * adapter,
         _ => 0.0,
     };
     GIB + downloads + results
