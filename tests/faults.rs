@@ -217,7 +217,13 @@ fn every_end_leaves_a_word() {
             "TrainingArguments.save_strategy=no",
         ]);
         // One micro-batch of all rows, so that the first signal has to wait for its end.
-        for key in ["per_device_train_batch_size=400", "packing=false", "logging_steps=1", "max_length=512"] {
+        for key in [
+            "per_device_train_batch_size=400",
+            "packing=false",
+            "logging_steps=1",
+            "max_length=512",
+            "eval_strategy=no",
+        ] {
             long.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
         }
         let mut running = work.start(&long);

@@ -37,6 +37,9 @@ impl Lengths {
     }
 }
 
+/// LIMIT: tokens of a pass that a plan computes bytes of. No machine holds so many, and no product overflows.
+const PASS_TOKENS_MAX: usize = 1 << 32;
+
 /// The memory plan for a GPU, by its name or instance type, or for the device that the run would use.
 pub fn plan(plan: &Plan, described: &Described, gpu: Option<&str>) -> Result<Running> {
     let lengths = Lengths::most(plan, described);
@@ -53,7 +56,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
     let micro_batch = train.batch_examples.saturating_mul(longest);
     let step = micro_batch.saturating_mul(train.accumulation);
     let wanted = match train.packing {
-        None => micro_batch,
+        None => micro_batch.min(PASS_TOKENS_MAX),
         Some(packing) => plan.memory.tokens_max.unwrap_or(packing).min(step),
     };
     Task {

@@ -9,12 +9,15 @@ use crate::spec::Spec;
 use crate::spec::keys::{Effect, Section};
 use std::path::Path;
 
-/// Keys of one start: where its results go, how it reaches a registry, what it computes on.
-const OF_ONE_START: [&str; 12] = [
+/// Keys of one start: where its results and metrics go, how it reaches a registry, what it computes on.
+const OF_ONE_START: [&str; 15] = [
     "output",
     "earlier_results",
     "answers",
     "push",
+    "mlflow",
+    "pushgateway",
+    "otlp",
     "docker_config",
     "ca_file",
     "plain_http",
@@ -48,7 +51,7 @@ pub(super) fn asked(spec: &Spec, base: &fetch::Model, chat_template: Option<&str
     };
     asked.extend(model.map(|model| ("model".into(), model.into())));
     if let Some(cache) = spec.get(Section::Hone, "cache").and_then(|given| text(&given.value.to_json())) {
-        asked.extend(absolute(&cache).map(|cache| ("cache".into(), cache.into())));
+        asked.extend(place(&cache).map(|cache| ("cache".into(), cache.into())));
     }
     let data: Option<Vec<Json>> = data(spec).iter().map(|text| Some(place(text)?.into())).collect();
     if let Some(data) = data.filter(|data| !data.is_empty()) {
@@ -97,7 +100,7 @@ fn place(text: &str) -> Option<String> {
             let address = text.split('#').next().unwrap_or(text);
             Some(text.to_owned()).filter(|_| without_secrets(address) == *address)
         }
-        false => absolute(text),
+        false => absolute(text).filter(|_| without_secrets(text) == text),
     }
 }
 

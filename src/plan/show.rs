@@ -1,6 +1,7 @@
 //! A plan -> a table for people, or JSON for machines. URLs are shown without user and query.
 
 use super::Plan;
+use crate::report::clean;
 use serde_json::{Value as Json, json};
 
 impl Plan {
@@ -77,9 +78,13 @@ fn redacted(value: &Json) -> Json {
 /// stays.
 pub(super) fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
-        return text.into();
+        return clean::without_secrets(text);
     }
     let Ok(mut url) = url::Url::parse(text) else { return "(not a URL)".into() };
+    // `oci:https://...`: an address inside of one.
+    if url.cannot_be_a_base() {
+        return clean::without_secrets(text);
+    }
     let had_query = url.query().is_some();
     url.set_query(None);
     // This fails only for URLs that cannot have a user.

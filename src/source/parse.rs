@@ -85,7 +85,8 @@ fn parse_object(text: &str) -> Result<Source> {
     })?;
     let has_bucket = url.host_str().is_some_and(|bucket| !bucket.is_empty());
     if !has_bucket || !url.username().is_empty() || url.password().is_some() || url.port().is_some() {
-        return Err(Fault::config(format!("{}: expected {}://BUCKET/NAME", bare(&url), url.scheme()))
+        let shown = without_secrets(address);
+        return Err(Fault::config(format!("{shown}: expected {}://BUCKET/NAME", url.scheme()))
             .help("credentials and the endpoint belong in the environment, not in the address"));
     }
     Ok(Source::Url { url, sha256 })
