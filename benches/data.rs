@@ -71,6 +71,8 @@ fn prepared(file: &source::File, tokenizer: &Tokenizer, tokens_max: usize, cache
         shuffle: true,
         seed: 42,
         train_share: 1.0,
+        evaluation_from: None,
+        group_column: None,
     };
     let tokens = TokenOptions {
         tokens_max,

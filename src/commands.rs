@@ -11,13 +11,14 @@ use crate::fault::Result;
 use crate::interrupt::Standing;
 use crate::job::Receipt;
 use crate::plan::Plan;
+use crate::publish::{self, Destination};
 use crate::registry::{ImageFacts, Target};
 use crate::report::{Report, Stage};
 use crate::spec::{self, Request, keys};
 use crate::workspace::{files, tune, yaml};
 use crate::{
     adapter, bench, controller, evaluate, example, fetch, inspect, interrupt, job, merge, plan, registry,
-    review, run_report, serving, trial,
+    review, run_report, serving, source, trial,
 };
 
 /// Prints a line. A reader that went away is no reason to fail.
@@ -191,8 +192,18 @@ fn fetched(address: &Path, weights: bool, report: &Report) -> Result<PathBuf> {
 
 fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: adapter::base_model(folder), ..ImageFacts::default() };
-    let pushed = registry::push(folder, &Target::parse(image)?, &facts, &access(arguments), report)?;
-    say!("{}\n{}", pushed.reference, pushed.digest);
+    let place = Destination::parse(image)?;
+    let (reached, _) = plan::reach(&environment)?;
+    let (registry, source) =
+        (access(arguments), source::Options { ca_file: arguments.ca_file.clone(), ..reached });
+    let message = "Upload of a LoRA adapter";
+    let options = publish::Options { registry: &registry, source: &source, facts: &facts, message };
+    publish::check(&place, folder, &registry)?;
+    let sent = publish::publish(folder, &place, &options, report)?;
+    say!("{}", sent.destination);
+    if let Some(revision) = sent.revision {
+        say!("{revision}");
+    }
     Ok(())
 }
 

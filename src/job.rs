@@ -9,58 +9,47 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use serde_json::{Value as Json, json};
 
-use crate::adapter::{self, Adapter, card::Card};
+use crate::adapter;
 use crate::answers;
 use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
-use crate::facts::config::Config;
-use crate::facts::family;
-use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization};
-use crate::facts::{quantization, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::generate::Sampling;
 use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
 use crate::memory::{Machine, Running};
-use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
-use crate::model::weights::Checkpoint;
 use crate::ops::cpu;
 use crate::plan::Plan;
-use crate::registry::{self, ImageFacts};
+use crate::publish::{self, Published};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
 use crate::train::best::Measure;
 use crate::train::{self, Every, Passes, Trained};
-use crate::words;
 
 pub mod room;
 pub mod estimate;
+mod described;
+mod notices;
 mod preview;
 mod receipt;
 mod start;
 mod told;
+mod written;
 
+pub use described::{Described, check_small_files, describe, fits_vocabulary};
 pub use preview::{Preview, preview};
 pub use receipt::Receipt;
 pub use start::start;
 
+use described::MODEL_TEXTS;
+use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_length};
 use room::Lengths;
-
-/// Files of a model's folder, besides the weights, that affect training.
-const MODEL_TEXTS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-];
+use written::{image_facts, write};
 
 /// LIMIT: tokens of an answer at the end of a run.
 const ANSWER_TOKENS_MAX: usize = 256;
@@ -74,8 +63,8 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
     }
     tell_what_is_trained(plan, &described, report);
     check_small_files(plan, &described)?;
-    if let Some(target) = &plan.push {
-        registry::check(target, &plan.output, &plan.registry)?; // checks what is possible without the network
+    for place in &plan.push {
+        publish::check(place, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = device::open(plan.device, report)?;
     refuse_on_gpu(plan, &device)?;
@@ -99,19 +88,42 @@ pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
         }
         None => make(plan, described, &device, &data, &mut folder, report)?,
     };
-    let pushed = match &plan.push {
-        Some(target) => {
-            let _standing = interrupt::stands(Standing::Pushing);
-            let facts = image_facts(plan, &trained);
-            let pushed = registry::push(folder.path(), target, &facts, &plan.registry, report)?;
-            folder.pushed(&pushed)?;
-            report.fact("image", json!({"reference": pushed.reference, "digest": pushed.digest}));
-            Some(pushed)
-        }
-        None => None,
-    };
+    let published = send(plan, &trained, &mut folder, report)?;
     report.fact("ended", true);
-    Ok(Receipt { folder: plan.output.clone(), trained, pushed })
+    Ok(Receipt { folder: plan.output.clone(), trained, published })
+}
+
+/// Sends the adapter to every place. One that fails keeps none of the others from getting it; the first failure is the
+/// result.
+fn send(plan: &Plan, trained: &Trained, folder: &mut RunFolder, report: &Report) -> Result<Vec<Published>> {
+    let (mut published, mut failed) = (Vec::new(), None);
+    if plan.push.is_empty() {
+        return Ok(published);
+    }
+    let _standing = interrupt::stands(Standing::Pushing);
+    let (facts, message) = (image_facts(plan, trained), format!("End of training: {}", trained.adapter()));
+    let options =
+        publish::Options { registry: &plan.registry, source: &plan.source, facts: &facts, message: &message };
+    for place in &plan.push {
+        match publish::publish(folder.path(), place, &options, report) {
+            Ok(sent) => {
+                if sent.image {
+                    report.fact("image", json!({"reference": sent.destination, "digest": sent.revision}));
+                }
+                published.push(sent);
+                folder.published(&published)?;
+            }
+            Err(fault) if interrupt::requested() => return Err(fault),
+            Err(fault) => {
+                if plan.push.len() > 1 {
+                    report.warn(Stage::Push, format!("{place}: {}", fault.clone().in_a_line()));
+                }
+                failed.get_or_insert(fault);
+            }
+        }
+    }
+    report.fact("published", serde_json::to_value(&published).expect("texts"));
+    failed.map_or(Ok(published), Err)
 }
 
 fn folder_fact(folder: &RunFolder) -> Json {
@@ -154,7 +166,8 @@ fn make(
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
     let _standing = interrupt::stands(Standing::Stay);
-    let examples = train::Sets { train: (&training).into(), evaluation: (&evaluation).into() };
+    let sources = evaluation_sources(plan, &evaluation)?;
+    let examples = train::Sets { train: (&training).into(), evaluation: scored(&sources) };
     let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
@@ -197,6 +210,35 @@ fn fit(
     train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
 }
 
+/// The examples to evaluate on, by entry and name. A split may leave an entry without any.
+fn evaluation_sources(plan: &Plan, evaluation: &Set) -> Result<Vec<(usize, String, Set)>> {
+    let sources: Vec<(usize, String, Set)> = plan
+        .sources
+        .iter()
+        .enumerate()
+        .map(|(entry, name)| (entry, name.clone(), evaluation.of_entry(entry)))
+        .filter(|(_, _, set)| !set.is_empty())
+        .collect();
+    let judged_by = plan.train.judging.as_ref().and_then(|judging| judging.source.as_ref());
+    match judged_by.filter(|(entry, _)| sources.len() < 2 || sources.iter().all(|source| source.0 != *entry)) {
+        None => Ok(sources),
+        Some((_, name)) => Err(Fault::config(format!(
+            "TrainingArguments.metric_for_best_model goes by the evaluation of {name}, but there is none beside others: \
+             {} of {} entries have rows to evaluate on",
+            sources.len(),
+            plan.sources.len()
+        ))
+        .help("set more rows aside, or compare evaluations by eval_loss")),
+    }
+}
+
+fn scored(sources: &[(usize, String, Set)]) -> Vec<train::Source<'_>> {
+    sources
+        .iter()
+        .map(|(entry, name, set)| train::Source { entry: *entry, name: name.clone(), examples: set.into() })
+        .collect()
+}
+
 /// The rows that base and tuned model answer at the end: the first of evaluation, or else of training.
 fn held_out(plan: &Plan, data: &[source::File]) -> Result<Vec<dataset::Record>> {
     if plan.answers == 0 {
@@ -237,34 +279,6 @@ fn answer(
     Ok(())
 }
 
-/// Writes the adapter and its card.
-fn write(
-    plan: &Plan,
-    options: &model::Options,
-    facts: &Facts,
-    adapter: &Trainable,
-    data: &[source::File],
-    trained: &Trained,
-    folder: &RunFolder,
-) -> Result<()> {
-    let sites = &adapter.sites;
-    let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
-    let card = Card {
-        base_model: &plan.model_name,
-        facts,
-        sites,
-        trained,
-        base_format: base_format(options),
-        data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
-        datasets: plan.data.iter().filter_map(fetch::Data::hub_dataset).collect(),
-        settings: settings(plan, options),
-    };
-    folder.write(adapter::WEIGHTS_FILE, &adapter::weights(adapter)?)?;
-    let config = serde_json::to_vec_pretty(&config).expect("texts and numbers");
-    folder.write(adapter::CONFIG_FILE, &config)?;
-    folder.write("README.md", adapter::card::markdown(&card).as_bytes())
-}
-
 /// Ends the folder; the sentinel last.
 fn finish(plan: &Plan, trained: &Trained, folder: &mut RunFolder) -> Result<()> {
     folder.finish(trained)?;
@@ -273,68 +287,6 @@ fn finish(plan: &Plan, trained: &Trained, folder: &mut RunFolder) -> Result<()> 
         Every::Never => folder.remove_checkpoints().or(Ok(())),
         _ => Ok(()),
     }
-}
-
-/// What is known before any weight or row is read.
-pub struct Described {
-    /// Facts of the base model.
-    pub facts: Facts,
-    /// The plan's options, with rank and targets of the adapter that is continued, and with the quantisation that the
-    /// checkpoint already has.
-    pub options: model::Options,
-    /// The linear layers to adapt.
-    pub sites: sites::Sites,
-    bf16_checkpoint: bool,
-    initial: Option<Adapter>,
-}
-
-/// Reads the model's config and the adapter to start from, and chooses the sites.
-pub fn describe(plan: &Plan) -> Result<Described> {
-    device::check(plan.device)?;
-    let config = Config::read(&plan.model.folder)?;
-    let facts = family::describe(&config)?;
-    let initial = plan.init_adapter.as_deref().map(adapter::read).transpose()?;
-    let mut options = plan.model.clone();
-    options.quantization = quantization::read(&config)?.unwrap_or(options.quantization);
-    if let Some(initial) = &initial {
-        options.lora = initial.options(&options.lora)?;
-    }
-    let sites = match &initial {
-        None => sites::sites(&facts, &options.lora)?,
-        // The user did not write these targets: they are the modules of the adapter's file.
-        Some(initial) => adapter_sites(&facts, &options.lora, initial)?,
-    };
-    let bf16_checkpoint = room::bf16_checkpoint(&config)?;
-    Ok(Described { facts, options, sites, bf16_checkpoint, initial })
-}
-
-fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<sites::Sites> {
-    let other = |what: String| {
-        Fault::model(format!("{}: {what}", initial.file().display()))
-            .help("the adapter to start from must be of the same base model")
-    };
-    let sites = sites::sites(facts, lora).map_err(|_| {
-        let has: Vec<&str> = facts.layers[0].projections().map(|projection| projection.path).collect();
-        other(format!("its modules are not in this {} model, which has {}", facts.family, has.join(", ")))
-    })?;
-    match sites.unmatched.first() {
-        None => Ok(sites),
-        Some(name) => {
-            Err(other(format!("this {} model has no module {name} that could be adapted", facts.family)))
-        }
-    }
-}
-
-/// Checks small files before any data is fetched: tokenizer, chat template, and headers of weights that are on this
-/// machine.
-pub fn check_small_files(plan: &Plan, described: &Described) -> Result<()> {
-    let tokenizer = Tokenizer::open(&plan.model.folder)?;
-    fits_vocabulary(&tokenizer, &described.facts)?;
-    dataset::check_template(&tokenizer, &plan.tokens)?;
-    if let fetch::Model::Folder(folder) = &plan.base {
-        load::fits(&described.facts, &Checkpoint::open(folder)?)?;
-    }
-    Ok(())
 }
 
 /// Refuses an adapter whose B matrices are all zero: it changes nothing, however long it was trained.
@@ -365,10 +317,11 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
 
 /// What only the CPU's operations compute.
 fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
-    let judged_by = plan.train.judging.map(|judging| judging.measure);
+    let judged_by = plan.train.judging.as_ref().map(|judging| judging.measure);
     let what = match () {
         () if device.is_cpu() => return Ok(()),
         () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
+        () if plan.train.neftune_alpha > 0.0 => "TrainingArguments.neftune_noise_alpha",
         () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
         () => return Ok(()),
     };
@@ -424,131 +377,4 @@ fn weight_files(folder: &Path) -> Vec<String> {
     let mut files: Vec<String> = weights.map(describe).collect();
     files.sort();
     files
-}
-
-/// Warns about settings that are easily misread: an unquantised base, a rank that comes from another adapter.
-fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
-    match described.options.quantization {
-        Quantization::None => report.note(
-            Stage::Plan,
-            "the base is not quantised; QuantizationConfig.load_in_4bit: true would make this run QLoRA",
-        ),
-        Quantization::FourBit { .. } => {}
-        Quantization::Stored { code, double } => {
-            tell_of_stored(plan.model.quantization, code, double, report)
-        }
-    }
-    for name in &described.sites.unmatched {
-        report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
-    }
-    let (asked, taken) = (&plan.model.lora, &described.options.lora);
-    if described.initial.is_some()
-        && (asked.r, asked.alpha, asked.rslora) != (taken.r, taken.alpha, taken.rslora)
-    {
-        report.warn(
-            Stage::Plan,
-            format!(
-                "the adapter to start from decides r ({}), lora_alpha ({}) and the modules; LoraConfig's r {} and lora_alpha {} \
-                 have no effect",
-                taken.r, taken.alpha, asked.r, asked.alpha
-            ),
-        );
-    }
-}
-
-/// Reports that the checkpoint is quantised already. It decides the form; a setting that asks for another form is
-/// reported as having no effect.
-fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: &Report) {
-    let scales = if double { " with quantised scales" } else { "" };
-    let found = format!("the checkpoint is quantised already: {}{scales}, taken as it is", code.name());
-    let other = matches!(asked, Quantization::FourBit { code: a, double: b } if (a, b) != (code, double));
-    match other {
-        false => report.note(Stage::Plan, found),
-        true => report.warn(
-            Stage::Plan,
-            format!("{found}; QuantizationConfig asks for another form, which would need the original model"),
-        ),
-    }
-}
-
-fn tell_memory(memory: &Running, report: &Report) {
-    for line in memory.table().lines() {
-        report.note(Stage::Plan, format!("memory: {line}"));
-    }
-}
-
-fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
-    let longest = (0..examples.len()).map(|index| examples.tokens(index)).max().unwrap_or(0);
-    if longest > facts.positions_max {
-        report.warn(
-            Stage::Tokenize,
-            format!(
-                "the longest example has {longest} tokens, but the model was made for {}: lower TrainingArguments.max_length",
-                facts.positions_max
-            ),
-        );
-    }
-}
-
-/// Checks that every id of the tokenizer has a row in the embedding.
-pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
-    match tokenizer.vocab_size() <= facts.vocab {
-        true => Ok(()),
-        false => Err(Fault::model(format!(
-            "tokenizer.json has ids up to {}, the model's embedding only up to {} (vocab_size {})",
-            tokenizer.vocab_size() - 1,
-            facts.vocab - 1,
-            facts.vocab
-        ))
-        .help("tokenizer.json and config.json must be of the same model; added tokens need a resized model")),
-    }
-}
-
-fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
-    let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
-    ImageFacts {
-        model_name: plan.model_name.clone(),
-        title: Some(format!("LoRA adapter for {}", plan.model_name)),
-        annotations: annotations.map(|(name, value)| (name.to_owned(), value)).into(),
-        ..ImageFacts::default()
-    }
-}
-
-fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
-    format!(
-        "{} with {} parameters in {}; {} trainable on {} linear layers",
-        decoder.facts.family,
-        decoder.facts.parameters(),
-        words::size(decoder.base_bytes() as u64),
-        adapter.params.elem_count(),
-        adapter.sites.len()
-    )
-}
-
-fn base_format(options: &model::Options) -> String {
-    match options.quantization {
-        Quantization::None => "an unquantised base".into(),
-        Quantization::FourBit { code, double } => {
-            let scales = if double { ", scales quantised too" } else { "" };
-            format!("a 4-bit base ({}, blocks of 64{scales})", code.name())
-        }
-        Quantization::Stored { code, .. } => {
-            format!("a 4-bit base ({}, as bitsandbytes stored it in the checkpoint)", code.name())
-        }
-    }
-}
-
-fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
-    let (lora, train) = (&options.lora, &plan.train);
-    let list = [
-        ("rank", lora.r.to_string()),
-        ("alpha", lora.alpha.to_string()),
-        ("dropout", lora.dropout.to_string()),
-        ("learning rate", train.learning_rate.to_string()),
-        ("schedule", train.schedule.name().to_owned()),
-        ("examples a step", train.batch_examples.saturating_mul(train.accumulation).to_string()),
-        ("longest example", format!("{} tokens", plan.tokens.tokens_max)),
-        ("seed", train.seed.to_string()),
-    ];
-    list.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }

@@ -3,6 +3,8 @@
 //! The list below is the table of contents, the data flow and the dependency order at once: a module uses
 //! only modules above it (a test holds this). `job` is the whole run on one page.
 
+#![warn(missing_docs)]
+
 pub mod words;
 pub mod fault;
 pub mod whole;
@@ -29,6 +31,7 @@ pub mod export;
 pub mod server;
 pub mod registry;
 pub mod fetch;
+pub mod publish;
 pub mod spec;
 pub mod run_folder;
 pub mod trackers;

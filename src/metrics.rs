@@ -182,7 +182,13 @@ mod tests {
             eta_seconds: 30.0,
         }));
         drop(report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(4)));
-        report.say(Event::Evaluated { step: 10, epoch: 0.25, eval_loss: 2.5, accuracy: None });
+        report.say(Event::Evaluated {
+            step: 10,
+            epoch: 0.25,
+            eval_loss: 2.5,
+            accuracy: None,
+            sources: Vec::new(),
+        });
         report.warn(Stage::Train, "careful");
         drop(task);
         latest

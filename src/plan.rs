@@ -21,7 +21,7 @@ use crate::fault::Result;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
-use crate::{dataset, device, fetch, memory, model, registry, source, trackers, train};
+use crate::{dataset, device, fetch, memory, model, publish, registry, source, trackers, train};
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -30,8 +30,10 @@ use std::path::PathBuf;
 pub struct Plan {
     /// How files are downloaded and cached.
     pub source: source::Options,
-    /// Addresses of the dataset.
+    /// Addresses of the dataset: the entries to train on, then those to evaluate on (`dataset.evaluation_from`).
     pub data: Vec<fetch::Data>,
+    /// The name of each entry of `data` in metrics.
+    pub sources: Vec<String>,
     /// Address of the base model. `model.folder` is the folder where its files are, or will be.
     pub base: fetch::Model,
     /// How rows are read.
@@ -52,8 +54,8 @@ pub struct Plan {
     pub output: PathBuf,
     /// What happens to another run's results in the output folder.
     pub earlier: Earlier,
-    /// Where the adapter is pushed to.
-    pub push: Option<registry::Target>,
+    /// Where the adapter is sent to.
+    pub push: Vec<publish::Destination>,
     /// How registries are reached.
     pub registry: registry::Options,
     /// Folder of an adapter whose parameters training starts from.
@@ -176,15 +178,15 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let model_name = reader.text(Section::Hone, "name").unwrap_or_else(|| base.name());
     let origin = reader.origin(Section::Hone, "name");
     reader.derive("model name", model_name.as_str(), origin);
-    let (data, shares) = places::data(reader, spec.kaito, needs_data);
-    let dataset = rows::dataset_options(reader, shares);
+    let entries = places::data(reader, spec.kaito, needs_data);
+    let dataset = rows::dataset_options(reader, &entries);
     let seed = reader.integer(Section::TrainingArguments, "seed") as u64;
     let quantization = base::quantization(reader);
     let precision = base::precision(reader, quantization);
     let memory = base::memory(reader);
     let model = model::Options { folder, quantization, precision, lora: base::lora(reader, seed) };
     let tokens = rows::token_options(reader);
-    let train = training::train_options(reader, &dataset, tokens.tokens_max, seed);
+    let train = training::train_options(reader, &dataset, &entries, tokens.tokens_max, seed);
     let output = places::output(reader, spec.kaito);
     let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
     let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
@@ -192,16 +194,17 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
         token_cache: rows::token_cache(reader, &source.cache),
         trackers,
         source,
-        data,
+        data: entries.data,
+        sources: entries.names,
         base,
         tokens,
         model,
         memory,
         model_name,
         train,
-        output,
         earlier: places::earlier(reader),
-        push: places::push(reader),
+        push: places::push(reader, &output),
+        output,
         registry: places::registry_options(reader, ca_file),
         init_adapter: places::init_adapter(reader),
         device: places::device(reader),

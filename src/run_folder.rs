@@ -16,15 +16,17 @@ use serde::{Deserialize, Serialize};
 use crate::adapter;
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
-use crate::registry::Pushed;
+use crate::publish::Published;
 use crate::source;
 use crate::train::{Checkpoints, Metric, Trained};
 use crate::{whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
+/// Name of the file that records the run: what it was given and how far it came.
 pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
+/// Name of the file with one JSON line for each logged step and each evaluation.
 pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 /// The page that explains the run.
@@ -98,6 +100,9 @@ pub struct Record {
     /// The pushed image, when there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<PushedImage>,
+    /// The places that the adapter was sent to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<Published>,
 }
 
 /// A file of the dataset.
@@ -212,6 +217,7 @@ impl RunFolder {
                     asked: serde_json::Map::new(),
                     trained: None,
                     image: None,
+                    published: Vec::new(),
                 })
             }
         }
@@ -322,12 +328,18 @@ impl RunFolder {
         )
     }
 
-    /// Records the pushed image.
-    pub fn pushed(&mut self, pushed: &Pushed) -> Result<()> {
+    /// Records the places that the adapter was sent to.
+    pub fn published(&mut self, published: &[Published]) -> Result<()> {
         let mut record =
             self.record.clone().ok_or_else(|| Fault::internal("a run without a record was pushed"))?;
-        record.image =
-            Some(PushedImage { reference: pushed.reference.clone(), digest: pushed.digest.clone() });
+        let image = published.iter().find(|place| place.image);
+        if let Some(image) = image {
+            record.image = Some(PushedImage {
+                reference: image.destination.clone(),
+                digest: image.revision.clone().unwrap_or_default(),
+            });
+        }
+        record.published = published.to_vec();
         self.save(record)
     }
 
@@ -610,6 +622,7 @@ mod tests {
             eval_loss: 0.5,
             eval_perplexity,
             eval_mean_token_accuracy,
+            sources: Default::default(),
         };
         run.metrics(&next).unwrap().log(&next).unwrap();
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();

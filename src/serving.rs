@@ -7,6 +7,7 @@ mod preview;
 
 pub use preview::{Preview, preview};
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use candle_core::Device;
 
 use crate::dataset::{Chat, Tokenizer};
+use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::generate::Strength;
@@ -44,6 +46,8 @@ pub struct Options {
     pub mixes: Vec<(String, Vec<(String, f32)>)>,
     /// The id that answers requests that name none; `None`: the only mix, else the base.
     pub default: Option<String>,
+    /// Address that answers `GET /v1/models` without a key; `None`: there is none.
+    pub status: Option<SocketAddr>,
     /// Adapters and mixes that are followed while the server runs.
     pub adapters_file: Option<PathBuf>,
     /// How large the server is.
@@ -73,6 +77,7 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     let live = live.map(|file| Live::start(file, model.clone(), bring(plan, report), report)).transpose()?;
     server.ready(model.clone());
     live.map(Live::follow).transpose()?;
+    let _status = options.status.map(|address| status(address, model.clone(), report)).transpose()?;
     report.note(Stage::Load, format!("ready: {} at {scheme}://{address}", model.names().join(", ")));
     while !interrupt::requested() {
         if let Some(fault) = model.engine.failure() {
@@ -83,6 +88,17 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     report.note(Stage::Load, format!("ending: {} answers are still being given", server.running()));
     server.drain(options.grace);
     Ok(())
+}
+
+/// Answers `GET /v1/models` for whoever runs the server. Only its own network should reach the address.
+fn status(address: SocketAddr, model: Arc<Model>, report: &Report) -> Result<endpoint::Server> {
+    let answer: endpoint::Answer = Arc::new(move |asked| match asked.path {
+        "/v1/models" => Reply::json(&server::models(&model)),
+        _ => Reply::not_found(),
+    });
+    let server = endpoint::start(address, answer)?;
+    report.note(Stage::Load, format!("status: http://{}/v1/models, without a key", server.address()));
+    Ok(server)
 }
 
 /// Names are told apart, and a mix has parts that are there.

@@ -1,4 +1,4 @@
-//! Metrics of a run -> TensorBoard, MLflow, a Prometheus pushgateway, OpenTelemetry.
+//! Metrics of a run -> TensorBoard, MLflow, a Prometheus pushgateway, OpenTelemetry, a Kubeflow TrainJob.
 //!
 //! Each tracker has a thread and a bounded queue. The run puts a point into the queue and goes on; a point that
 //! finds the queue full is dropped and counted. What a tracker could not deliver is told once, at the end, and
@@ -8,7 +8,9 @@ mod tensorboard;
 mod mlflow;
 mod gateway;
 mod telemetry;
+mod kubeflow;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -20,6 +22,7 @@ use serde_json::Value as Json;
 
 use crate::fault::{Fault, Result};
 use crate::report::{Event, Progress, Report, Sink, Stage};
+pub use kubeflow::Kubeflow;
 
 /// LIMIT: points that wait for a tracker. A service that is slower for longer than this loses some.
 const QUEUE_POINTS: usize = 4096;
@@ -43,6 +46,8 @@ pub struct Options {
     pub pushgateway: Option<String>,
     /// Address of an OTLP/HTTP receiver, without `/v1/metrics`, and its headers.
     pub otlp: Option<(String, Vec<(String, String)>)>,
+    /// The TrainJob that this pod belongs to.
+    pub kubeflow: Option<Kubeflow>,
     /// Name of the run.
     pub name: String,
     /// Certificates that are trusted besides the built-in ones.
@@ -72,10 +77,19 @@ pub struct Point {
     /// The optimizer step.
     pub step: u64,
     /// Names and values.
-    pub values: Vec<(&'static str, f64)>,
+    pub values: Vec<(Cow<'static, str>, f64)>,
+    /// Steps of the whole run, and how long the rest may take; of optimizer steps only.
+    pub steps: Option<u64>,
+    /// Seconds to the end of training.
+    pub seconds_left: Option<f64>,
 }
 
 impl Point {
+    /// A moment without values.
+    fn now() -> Point {
+        Point { time: SystemTime::now(), step: 0, values: Vec::new(), steps: None, seconds_left: None }
+    }
+
     /// Milliseconds since 1970.
     fn milliseconds(&self) -> u64 {
         self.time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
@@ -108,6 +122,8 @@ trait Tracker: Send {
 pub struct Trackers {
     sink: Arc<dyn Sink>,
     running: Mutex<Vec<Running>>,
+    /// Steps of the whole run, once it trains.
+    steps: AtomicU64,
 }
 
 /// A tracker's thread, seen from the run.
@@ -134,10 +150,11 @@ impl Options {
             && self.mlflow.is_none()
             && self.pushgateway.is_none()
             && self.otlp.is_none()
+            && self.kubeflow.is_none()
     }
 
-    /// Adds what only the environment says, since it is secret: MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and
-    /// MLFLOW_TRACKING_PASSWORD, and OTEL_EXPORTER_OTLP_HEADERS.
+    /// Adds what only the environment says: secrets (MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and
+    /// MLFLOW_TRACKING_PASSWORD, and OTEL_EXPORTER_OTLP_HEADERS), and what Kubeflow's controller gives a pod.
     pub fn with_secrets(mut self, environment: &dyn Fn(&str) -> Option<String>) -> Options {
         let text = |name: &str| environment(name).filter(|text| !text.is_empty());
         if let Some(mlflow) = &mut self.mlflow {
@@ -152,6 +169,7 @@ impl Options {
             let pairs = given.split(',').filter_map(|pair| pair.split_once('='));
             *headers = pairs.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned())).collect();
         }
+        self.kubeflow = Kubeflow::of(environment);
         self
     }
 }
@@ -181,14 +199,18 @@ impl Trackers {
             let telemetry = telemetry::Receiver::new(url, headers.clone(), &options.name, caller()?);
             trackers.push(Box::new(telemetry));
         }
+        if let Some(kubeflow) = &options.kubeflow {
+            trackers.push(Box::new(kubeflow::Controller::new(kubeflow.clone())));
+        }
         let settings = Arc::new(settings);
         let started = trackers.into_iter().map(|tracker| Running::start(tracker, settings.clone()));
         let running = started.collect::<Result<Vec<_>>>()?;
-        Ok(Arc::new(Trackers { sink: report.sink(), running: Mutex::new(running) }))
+        Ok(Arc::new(Trackers { sink: report.sink(), running: Mutex::new(running), steps: AtomicU64::new(0) }))
     }
 
-    fn give(&self, step: u64, values: Vec<(&'static str, f64)>) {
-        let point = Point { time: SystemTime::now(), step, values };
+    fn give(&self, step: u64, values: Vec<(Cow<'static, str>, f64)>, seconds_left: Option<f64>) {
+        let steps = seconds_left.map(|_| self.steps.load(Ordering::Relaxed)).filter(|steps| *steps > 0);
+        let point = Point { step, values, steps, seconds_left, ..Point::now() };
         for running in self.lock().iter_mut() {
             running.dropped += u64::from(running.queue.try_send(point.clone()).is_err());
         }
@@ -241,19 +263,24 @@ impl Sink for Trackers {
             Event::Step(metrics) => self.give(
                 metrics.step,
                 vec![
-                    ("loss", metrics.loss),
-                    ("grad_norm", metrics.grad_norm),
-                    ("learning_rate", metrics.learning_rate),
-                    ("epoch", metrics.epoch),
-                    ("num_tokens", metrics.num_tokens as f64),
-                    ("tokens_per_second", metrics.tokens_per_second),
+                    ("loss".into(), metrics.loss),
+                    ("grad_norm".into(), metrics.grad_norm),
+                    ("learning_rate".into(), metrics.learning_rate),
+                    ("epoch".into(), metrics.epoch),
+                    ("num_tokens".into(), metrics.num_tokens as f64),
+                    ("tokens_per_second".into(), metrics.tokens_per_second),
                 ],
+                Some(metrics.eta_seconds),
             ),
-            Event::Evaluated { step, epoch, eval_loss, accuracy } => {
-                let mut values =
-                    vec![("eval_loss", *eval_loss), ("eval_perplexity", eval_loss.exp()), ("epoch", *epoch)];
-                values.extend(accuracy.map(|share| ("eval_mean_token_accuracy", share)));
-                self.give(*step, values);
+            Event::Evaluated { step, epoch, eval_loss, accuracy, sources } => {
+                let mut values: Vec<(Cow<'static, str>, f64)> = vec![
+                    ("eval_loss".into(), *eval_loss),
+                    ("eval_perplexity".into(), eval_loss.exp()),
+                    ("epoch".into(), *epoch),
+                ];
+                values.extend(accuracy.map(|share| ("eval_mean_token_accuracy".into(), share)));
+                values.extend(sources.iter().map(|(name, value)| (name.clone().into(), *value)));
+                self.give(*step, values, None);
             }
             _ => {}
         }
@@ -261,6 +288,11 @@ impl Sink for Trackers {
     }
 
     fn progress(&self, progress: &Progress) {
+        if progress.stage == Stage::Train
+            && let Some(steps) = progress.total
+        {
+            self.steps.store(steps, Ordering::Relaxed);
+        }
         self.sink.progress(progress);
     }
 }

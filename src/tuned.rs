@@ -179,9 +179,16 @@ impl Tuned {
             true => None,
             false => Record::of(&there(&first.source)?)?,
         };
-        let remembered = record.iter().flat_map(|record| settings(record, &first.source)).collect();
-        let request = Request { remembered, ..request.clone() };
-        let spec = spec::gather(&request, environment)?;
+        let recorded = record.iter().flat_map(|record| settings(record, &first.source)).collect();
+        let mut request = Request { remembered: recorded, ..request.clone() };
+        let mut spec = spec::gather(&request, environment)?;
+        let is_remembered =
+            |name| spec.get(Section::Hone, name).is_none_or(|given: &spec::Given| remembered(&given.origin));
+        // Rows to evaluate on that the run recorded belong to its own data.
+        if !is_remembered("data") && is_remembered("evaluation_data") {
+            request.remembered.retain(|setting| setting.key != "evaluation_data");
+            spec = spec::gather(&request, environment)?;
+        }
         let plan =
             plan::look(&spec).map_err(|fault| without_base(fault, &spec, record.is_some(), &first.source))?;
         plan.warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));
@@ -264,7 +271,7 @@ impl Tuned {
         let mut options = self.plan.dataset.clone();
         let whole = split == Some(Split::All) || (split.is_none() && !self.holds_out(same));
         if whole {
-            options.train_share = 1.0;
+            (options.train_share, options.evaluation_from) = (1.0, None);
         }
         let dataset = dataset::read(&files, &options, report)?;
         let (split, mut records) = match split {
@@ -321,6 +328,11 @@ impl Tuned {
         }
     }
 
+    /// Whether the configuration sets rows aside for evaluation.
+    fn holds_rows_out(&self) -> bool {
+        self.plan.dataset.train_share < 1.0 || self.plan.dataset.evaluation_from.is_some()
+    }
+
     fn trained(&self, split: Split, same: Option<Trained>) -> Trained {
         let keys = ["shuffle_dataset", "shuffle_seed", "train_test_split"];
         let other_split = keys.iter().any(|name| {
@@ -329,7 +341,7 @@ impl Tuned {
         match (same, split) {
             (None, _) => Trained::Unknown,
             (Some(Trained::No), _) => Trained::No,
-            (Some(Trained::Yes), Split::All) => match self.plan.dataset.train_share < 1.0 {
+            (Some(Trained::Yes), Split::All) => match self.holds_rows_out() {
                 true => Trained::Partly,
                 false => Trained::Yes,
             },

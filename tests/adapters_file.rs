@@ -117,6 +117,27 @@ fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<Stri
     }
 }
 
+/// The status address tells what is served without the key that everything else asks for, and nothing more.
+#[test]
+fn the_status_address_asks_for_no_key() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let source = format!("tuned={}", golden("final_adapter").display());
+    let mut running =
+        launch(&["--api-key", "secret", "--status", &free, "--adapter", &source, "--mix", "chat=tuned:0.5"]);
+    let (status, body) = ask(&running, "/v1/models", &Value::Null);
+    assert_eq!(status, 401, "{body}");
+    running.address = free;
+    let (status, body) = ask(&running, "/v1/models", &Value::Null);
+    let models: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((status, &models["default"]), (200, &json!("chat")));
+    let part = &models["data"][2]["adapters"][0];
+    assert_eq!((&part["name"], &part["strength"]), (&json!("tuned"), &json!(0.5)), "{models}");
+    assert!(part["digest"].as_str().unwrap().starts_with("sha256:"), "{models}");
+    for (path, body, code) in [("/chat", json!({"prompt": "a"}), 405), ("/metrics", Value::Null, 404)] {
+        assert_eq!(ask(&running, path, &body).0, code, "{path}");
+    }
+}
+
 /// Adapters and strengths change while the server runs; a change is taken whole or not at all.
 #[test]
 fn a_file_of_adapters_is_followed() {
@@ -181,4 +202,20 @@ fn a_file_of_adapters_is_followed() {
     write(&empty);
     assert_eq!(looked_at(&running, &empty), (vec!["tiny".to_owned()], "tiny".into(), None));
     assert_eq!(base, scores(&completion(&running, json!({}))));
+
+    // What comes later, such as an image or a Secret, is found without another change of the file.
+    let later = folder.path().join("later");
+    let text = json!({"adapters": [{"name": "late", "source": later}]}).to_string();
+    write(&text);
+    assert!(looked_at(&running, &text).2.is_some());
+    std::fs::create_dir(&later).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(golden("final_adapter").join(file), later.join(file)).unwrap();
+    }
+    let end = Instant::now() + Duration::from_secs(30);
+    while looked_at(&running, &text).2.is_some() {
+        assert!(Instant::now() < end, "it is not tried again");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(looked_at(&running, &text).0.contains(&"late".to_owned()));
 }

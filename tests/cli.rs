@@ -33,7 +33,8 @@ fn help_tells_what_there_is() {
           inspect      Show the data as it will be trained on: the learned parts of each row, counts,
                        duplicates, warnings
           model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
-          try          Ask the base and the tuned model the same, and show both answers side by side
+          try          Ask the base and the tuned model the same questions, and show both answers side by
+                       side
           eval         Measure loss, perplexity, token accuracy and exact match on held-out rows, without
                        the adapter and with it
           merge        Add an adapter to its base and write the whole model, as safetensors or GGUF; or the
@@ -126,7 +127,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_LAYOUT=]
 
               --bad-rows <HOW>
-                  What happens to rows that cannot be used: refuse (the run ends) or drop (they are left out
+                  Treatment of rows that cannot be used: refuse (the run ends) or drop (they are left out
                   and counted)
 
                   [env: HONE_BAD_ROWS=]
@@ -172,13 +173,14 @@ fn help_tells_what_there_is() {
                   [env: HONE_OUTPUT=]
 
               --earlier-results <HOW>
-                  What happens to results of another run in that folder: refuse (this run does not start) or
+                  Treatment of another run's results in that folder: refuse (this run does not start) or
                   move (to earlier/ inside the folder)
 
                   [env: HONE_EARLIER_RESULTS=]
 
               --answers <ROWS>
-                  Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+                  Number of held-out rows that base and tuned model answer at the end, written to
+                  answers.json [default: 0]
 
                   [env: HONE_ANSWERS=]
 
@@ -194,7 +196,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_TARGET_MATCHING=]
 
               --init-adapter <DIR>
-                  PEFT folder whose weights training starts from
+                  PEFT folder with the adapter that training starts from
 
                   [env: HONE_INIT_ADAPTER=]
 
@@ -224,7 +226,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_CACHE=]
 
               --token-cache <DIR>
-                  Folder in which tokens of the data are kept for later runs, or `off`: in memory
+                  Folder that keeps the tokens of the data for later runs, or `off` to hold them in memory
 
                   [env: HONE_TOKEN_CACHE=]
 
@@ -249,8 +251,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_PLAIN_HTTP=]
 
               --set <SECTION.KEY=VALUE>
-                  Any key: --set LoraConfig.r=16; may be repeated; in the variable, separated by ; or line
-                  breaks
+                  Set any key: --set LoraConfig.r=16; may be repeated; the variable separates assignments by
+                  ; or line breaks
 
                   [env: HONE_SET=]
 

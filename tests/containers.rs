@@ -28,6 +28,8 @@ const OPTIONS: Options = Options {
     shuffle: false,
     seed: 0,
     train_share: 1.0,
+    evaluation_from: None,
+    group_column: None,
 };
 
 fn read_as(folder: &Path, name: &str, content: &[u8], container: Option<&str>) -> Result<Dataset, Fault> {

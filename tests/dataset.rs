@@ -32,6 +32,8 @@ const OPTIONS: Options = Options {
     shuffle: false,
     seed: 0,
     train_share: 1.0,
+    evaluation_from: None,
+    group_column: None,
 };
 
 fn golden(path: &str) -> PathBuf {
@@ -123,6 +125,7 @@ fn answers_that_a_template_marks_are_those_that_transformers_learns() {
             file: "talks".into(),
             row: 0,
             entry: 0,
+            group: None,
         };
         let data = Dataset { train: vec![record], evaluation: Vec::new(), layout: Layout::Messages };
         let template = fixture["templates"][name].as_str().unwrap();
@@ -179,7 +182,8 @@ fn message(role: &str, content: &str) -> dataset::Message {
 
 fn of(conversation: Conversation) -> Dataset {
     let context = Context::default();
-    let record = dataset::Record { conversation, context, file: "f.parquet".into(), row: 3, entry: 0 };
+    let record =
+        dataset::Record { conversation, context, file: "f.parquet".into(), row: 3, entry: 0, group: None };
     Dataset { train: vec![record], evaluation: vec![], layout: Layout::Messages }
 }
 

@@ -12,8 +12,8 @@ mod registry;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use fake_registry::{Fake, Manners};
 use hone::source::digest;
@@ -627,4 +627,220 @@ fn two_processes_share_a_cache() {
     let asked = files_asked_for(&server);
     assert_eq!(asked.iter().filter(|name| *name == WEIGHTS).count(), 1, "{asked:?}");
     assert_eq!(work.read("one/adapter_model.safetensors"), work.read("two/adapter_model.safetensors"));
+}
+
+/// What a hub to push to has: repositories and whether they are private, large files, commits.
+#[derive(Default)]
+struct Shelf {
+    repositories: BTreeMap<String, bool>,
+    large: BTreeMap<String, Vec<u8>>,
+    parts: BTreeMap<usize, Vec<u8>>,
+    /// Path of the request and its lines.
+    commits: Vec<(String, Vec<serde_json::Value>)>,
+    branches: Vec<String>,
+}
+
+/// Bytes of a part of a large file.
+const PART_BYTES: usize = 40_000;
+
+/// A hub that takes commits, and its store of large files, on another host. The store fails at its first request.
+fn shelf() -> (Arc<Mutex<Shelf>>, Server, Server) {
+    let shelf = Arc::new(Mutex::new(Shelf::default()));
+    let parts = shelf.clone();
+    let store = Server::start(move |index, request| {
+        if index == 0 {
+            return Reply::status(503);
+        }
+        let number: usize =
+            request.target.trim_start_matches("/part/").split('?').next().unwrap().parse().unwrap();
+        parts.lock().unwrap().parts.insert(number, request.body.clone());
+        Reply::status(200).header("ETag", format!("\"part-{number}\""))
+    });
+    let (on_hub, store_url) = (shelf.clone(), store.url(""));
+    let hub = Server::start(move |_, request| {
+        if request.header("authorization") != Some(&format!("Bearer {TOKEN}")) {
+            return Reply::status(401).body("{\"error\": \"Invalid username or password.\"}");
+        }
+        let own = format!("http://{}", request.header("host").unwrap());
+        shelve(&mut on_hub.lock().unwrap(), request, &own, &store_url)
+    });
+    (shelf, hub, store)
+}
+
+fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply {
+    let reply = |json: serde_json::Value| Reply::ok(json.to_string());
+    let path = request.target.as_str();
+    match (request.method.as_str(), path) {
+        ("GET", "/api/whoami-v2") => reply(json!({"type": "user", "name": "me"})),
+        ("POST", "/api/repos/create") => {
+            let asked = request.json();
+            let name =
+                format!("{}/{}", asked["organization"].as_str().unwrap(), asked["name"].as_str().unwrap());
+            shelf.repositories.insert(name.clone(), asked["private"] == true);
+            reply(json!({"url": format!("{own}/{name}")}))
+        }
+        ("GET", _) => match shelf.repositories.get(path.trim_start_matches("/api/models/")) {
+            Some(private) => reply(json!({"id": "x", "private": private})),
+            None => Reply::status(404).body("{\"error\": \"Repository not found\"}"),
+        },
+        (_, path) if path.contains("/branch/") => {
+            shelf.branches.push(path.rsplit('/').next().unwrap().to_owned());
+            Reply::status(200)
+        }
+        (_, path) if path.contains("/preupload/") => {
+            let mode = |file: &serde_json::Value| {
+                let name = file["path"].as_str().unwrap();
+                let large = name.ends_with(".safetensors");
+                json!({"path": name, "uploadMode": if large { "lfs" } else { "regular" }, "shouldIgnore": false})
+            };
+            let asked = request.json();
+            reply(json!({"files": asked["files"].as_array().unwrap().iter().map(mode).collect::<Vec<_>>()}))
+        }
+        (_, path) if path.ends_with(".git/info/lfs/objects/batch") => {
+            let object = |object: &serde_json::Value| {
+                let (oid, bytes) =
+                    (object["oid"].as_str().unwrap(), object["size"].as_u64().unwrap() as usize);
+                if shelf.large.contains_key(oid) {
+                    return json!({"oid": oid, "size": bytes});
+                }
+                let mut header = json!({"chunk_size": PART_BYTES.to_string()});
+                for number in 1..=bytes.div_ceil(PART_BYTES) {
+                    header[format!("{number:05}")] = format!("{store}/part/{number}?sig=canary").into();
+                }
+                json!({"oid": oid, "size": bytes, "actions": {
+                    "upload": {"href": format!("{own}/complete"), "header": header},
+                    "verify": {"href": format!("{own}/verify")}}})
+            };
+            let asked = request.json();
+            assert_eq!((&asked["operation"], &asked["hash_algo"]), (&"upload".into(), &"sha256".into()));
+            reply(json!({"transfer": "multipart",
+                "objects": asked["objects"].as_array().unwrap().iter().map(object).collect::<Vec<_>>()}))
+        }
+        (_, "/complete") => {
+            let asked = request.json();
+            let whole: Vec<u8> = std::mem::take(&mut shelf.parts).into_values().flatten().collect();
+            let parts: Vec<_> =
+                asked["parts"].as_array().unwrap().iter().map(|part| part["etag"].clone()).collect();
+            assert!(parts.len() > 1 && parts[1] == "\"part-2\"", "{parts:?}");
+            assert_eq!(digest(&whole), asked["oid"].as_str().unwrap());
+            shelf.large.insert(digest(&whole), whole);
+            Reply::status(200)
+        }
+        (_, "/verify") => Reply::status(200),
+        (_, path) if path.contains("/commit/") => {
+            let text = String::from_utf8(request.body.clone()).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            shelf.commits.push((path.to_owned(), lines));
+            reply(
+                json!({"success": true, "commitOid": COMMIT, "commitUrl": format!("{own}/commit/{COMMIT}")}),
+            )
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// `hone run` on the golden Llama that pushes.
+fn pushing(endpoint: &str, work: &Work, more: &str) -> Command {
+    let mut run = command(work, endpoint, "model", &format!("--data data.parquet {more}"));
+    run.env("HF_TOKEN", TOKEN);
+    run
+}
+
+#[test]
+fn an_adapter_goes_to_the_hub_an_image_and_a_folder_in_one_run() {
+    let (shelf, hub, store) = shelf();
+    let work = Work::with_llama();
+    let private = "--set TrainingArguments.hub_private_repo=true";
+    let more = format!("--push hf://org/tuned --push oci:image --push file:kept {private}");
+    let ended = done(&mut pushing(&hub.url(""), &work, &more));
+    let weights = work.read("out/adapter_model.safetensors");
+    {
+        let shelf = shelf.lock().unwrap();
+        assert_eq!(shelf.repositories, BTreeMap::from([("org/tuned".to_owned(), true)]));
+        assert_eq!(shelf.large.values().collect::<Vec<_>>(), [&weights], "the parts make the file");
+        let [(path, lines)] = shelf.commits.as_slice() else { panic!("{} commits", shelf.commits.len()) };
+        assert_eq!(path, "/api/models/org/tuned/commit/main");
+        assert!(lines[0]["value"]["summary"].as_str().unwrap().starts_with("End of training: step 2"));
+        let place = |line: &serde_json::Value| line["value"]["path"].as_str().unwrap().to_owned();
+        let names: Vec<String> = lines[1..].iter().map(place).collect();
+        assert_eq!(names, ["README.md", "adapter_model.safetensors", "adapter_config.json"]);
+        let config = lines[3]["value"]["content"].as_str().unwrap();
+        use base64::Engine;
+        let config = base64::prelude::BASE64_STANDARD.decode(config).unwrap();
+        assert_eq!(config, work.read("out/adapter_config.json"));
+        assert_eq!(
+            (&lines[2]["key"], &lines[2]["value"]["oid"]),
+            (&"lfsFile".into(), &digest(&weights).into())
+        );
+    }
+    assert_eq!(work.list("kept"), ["README.md", "adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(work.read("kept/adapter_model.safetensors"), weights);
+    let record = work.json("out/hone.json");
+    assert_eq!(
+        record["published"][0],
+        json!({"destination": "hf://org/tuned", "revision": COMMIT, "image": false})
+    );
+    assert_eq!(record["published"][1]["destination"], "oci:image:latest");
+    assert_eq!(record["image"]["digest"], record["published"][1]["revision"]);
+    assert!(ended.stdout.contains(COMMIT) && ended.stdout.contains("file:kept"), "{}", ended.stdout);
+
+    // The token reaches the hub alone; signatures of the store are in no message and no result.
+    assert!(!store.requests().is_empty() && !format!("{:?}", store.requests()).contains(TOKEN));
+    let told = format!("{ended:?}{record}{}", work.text("out/report.html"));
+    assert!(!told.contains(TOKEN) && !told.contains("sig=canary"), "{told}");
+
+    // Pushed again, nothing large is sent again.
+    let before = store.requests().len();
+    done(&mut pushing(&hub.url(""), &work, &more));
+    assert_eq!(store.requests().len(), before);
+    assert_eq!(shelf.lock().unwrap().commits.len(), 2);
+}
+
+#[test]
+fn push_to_hub_means_what_transformers_means() {
+    let (shelf, hub, _store) = shelf();
+    let work = Work::with_llama();
+    let keys = "--set TrainingArguments.push_to_hub=true --set TrainingArguments.hub_model_id=tuned \
+                --set TrainingArguments.hub_revision=v2";
+    done(&mut pushing(&hub.url(""), &work, keys));
+    let shelf = shelf.lock().unwrap();
+    assert_eq!(shelf.repositories, BTreeMap::from([("me/tuned".to_owned(), false)]), "the token's owner");
+    assert_eq!(shelf.branches, ["v2"]);
+    assert_eq!(shelf.commits[0].0, "/api/models/me/tuned/commit/v2");
+}
+
+#[test]
+fn what_the_hub_does_not_take_keeps_nothing_else_from_being_sent() {
+    let work = Work::with_llama();
+    let push = "--push hf://org/tuned --push file:kept";
+    let mut without = pushing("http://localhost:1", &work, push);
+    let ended = end(without.env_remove("HF_TOKEN"));
+    assert_eq!(ended.code, Some(13), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("there is no token to push with") && work.list("out").is_empty(),
+        "{}",
+        ended.stderr
+    );
+
+    let refusing = Server::start(|_, request| match request.method.as_str() {
+        "GET" => Reply::status(404),
+        _ => Reply::status(403).body("{\"error\": \"You don't have the rights\"}"),
+    });
+    let ended = end(&mut pushing(&refusing.url(""), &work, push));
+    assert_eq!(ended.code, Some(13), "{}", ended.stderr);
+    assert!(ended.stderr.contains("You don't have the rights"), "{}", ended.stderr);
+    assert_eq!(work.read("kept/adapter_model.safetensors"), work.read("out/adapter_model.safetensors"));
+
+    // A public repository does not get what was to be private; the finished adapter is pushed by hand.
+    let (shelf, hub, store) = shelf();
+    shelf.lock().unwrap().repositories.insert("org/tuned".into(), false);
+    let private = format!("{push} --set TrainingArguments.hub_private_repo=true");
+    let ended = end(&mut pushing(&hub.url(""), &work, &private));
+    assert_eq!(ended.code, Some(10), "{}", ended.stderr);
+    assert!(ended.stderr.contains("hf://org/tuned is public"), "{}", ended.stderr);
+    assert!(store.requests().is_empty());
+    let mut by_hand = work.hone(&["push", "out", "hf://org/tuned"]);
+    let pushed = done(by_hand.env("HF_ENDPOINT", hub.url("")).env("HF_TOKEN", TOKEN));
+    assert_eq!(pushed.stdout, format!("hf://org/tuned\n{COMMIT}\n"));
+    assert_eq!(shelf.lock().unwrap().large.len(), 1);
 }

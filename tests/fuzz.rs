@@ -39,6 +39,8 @@ const OPTIONS: Options = Options {
     shuffle: false,
     seed: 0,
     train_share: 1.0,
+    evaluation_from: None,
+    group_column: None,
 };
 /// Cases of a test without `HONE_FUZZ_SECONDS`.
 const CASES: u64 = 400;

@@ -22,6 +22,8 @@ const OPTIONS: Options = Options {
     shuffle: false,
     seed: 0,
     train_share: 1.0,
+    evaluation_from: None,
+    group_column: None,
 };
 
 /// Files of JSON lines, each an entry of its own.

@@ -71,6 +71,7 @@ impl Case {
             schedule: self.schedule(),
             loraplus_ratio: self.args["loraplus"].as_f64(),
             label_smoothing: self.args["label_smoothing"].as_f64().unwrap_or(0.0),
+            neftune_alpha: self.args["neftune"].as_f64().unwrap_or(0.0),
             warmup: Warmup::Steps(integer("warmup") as u64),
             batch_examples: integer("batch"),
             accumulation: integer("accum"),

@@ -466,3 +466,42 @@ fn a_dataset_of_the_hub_is_its_conversion_at_one_commit() {
     assert!(code == Some(0) && asked == ["data/train.jsonl"], "{text}");
     assert!(text.contains("the hub converted only a part"), "{text}");
 }
+
+/// An adapter is written below a folder of a bucket, with a signature over what is sent.
+#[test]
+fn an_adapter_is_pushed_to_a_bucket() {
+    let taken = Arc::new(std::sync::Mutex::new(Objects::new()));
+    let written = taken.clone();
+    let server = Server::start(move |index, request| {
+        if !is_signed_for_s3(request)
+            || request.header("x-amz-content-sha256") != Some(&digest(&request.body))
+        {
+            return Reply::status(403);
+        }
+        assert_eq!(request.method, "PUT");
+        if index == 1 {
+            return Reply::status(500);
+        }
+        let name = request.target.strip_prefix("/bucket/").unwrap().to_owned();
+        let reply = Reply::status(200).header("ETag", etag(&request.body));
+        written.lock().unwrap().insert(name, request.body.clone());
+        reply
+    });
+    let work = Work::with_llama();
+    let ended =
+        done(&mut on_s3(&work, &server, "--model model --data data.parquet --push s3://bucket/runs/a"));
+    let names = ["README.md", "adapter_config.json", "adapter_model.safetensors"];
+    let taken = taken.lock().unwrap();
+    assert_eq!(taken.keys().cloned().collect::<Vec<_>>(), names.map(|name| format!("runs/a/{name}")));
+    for name in names {
+        assert!(taken[&format!("runs/a/{name}")] == work.read(&format!("out/{name}")), "{name}");
+    }
+    let last = server.requests().last().unwrap().target.clone();
+    assert_eq!(last, "/bucket/runs/a/adapter_config.json", "where it is, the adapter is whole");
+    assert!(!format!("{ended:?}").contains(SECRET));
+    assert_eq!(work.json("out/hone.json")["published"][0]["destination"], "s3://bucket/runs/a");
+
+    let mut wrong = on_s3(&work, &server, "--model model --data data.parquet --push s3://bucket/runs/a");
+    let ended = end(wrong.env("AWS_SECRET_ACCESS_KEY", "another"));
+    assert_eq!(ended.code, Some(13), "{}", ended.stderr);
+}

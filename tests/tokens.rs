@@ -32,6 +32,8 @@ const OPTIONS: Options = Options {
     shuffle: true,
     seed: 7,
     train_share: 0.8,
+    evaluation_from: None,
+    group_column: None,
 };
 const TOKENS: TokenOptions =
     TokenOptions { tokens_max: 64, loss: LossOn::Answers, chat_template: None, bad_rows: BadRows::Refuse };
@@ -175,13 +177,22 @@ fn texts(rows: usize) -> String {
     (0..rows).map(|number| format!("{{\"text\": \"row {number} of many\"}}\n")).collect()
 }
 
+/// Texts in groups of seven rows, and some without a group.
+fn in_groups(rows: usize) -> String {
+    let group = |number: usize| if number % 11 == 0 { "null".into() } else { (number / 7).to_string() };
+    (0..rows)
+        .map(|number| format!("{{\"text\": \"row {number}\", \"group\": {}}}\n", group(number)))
+        .collect()
+}
+
 #[test]
 fn examples_their_order_and_what_is_said_are_the_same_as_in_memory() {
     let two = || vec![conversations(400, false, 0), conversations(300, false, 9000)];
-    let share = |weight, limit| Share { layout: None, weight, limit };
+    let share = |weight, limit| Share { weight, limit, ..Share::default() };
     let dropped = Options { bad_rows: DROP, ..OPTIONS };
     let refusing = TokenOptions { chat_template: Some(TEMPLATE.into()), bad_rows: DROP, ..TOKENS };
-    let cases: [(&str, Vec<String>, Options, TokenOptions); 9] = [
+    let grouped = Options { group_column: Some("group".into()), train_share: 0.7, ..OPTIONS };
+    let cases: [(&str, Vec<String>, Options, TokenOptions); 11] = [
         ("plain", vec![conversations(300, false, 0)], OPTIONS, TOKENS),
         ("in order", vec![conversations(300, false, 0)], Options { shuffle: false, ..OPTIONS }, TOKENS),
         ("all train", two(), Options { train_share: 1.0, ..OPTIONS }, TOKENS),
@@ -199,6 +210,13 @@ fn examples_their_order_and_what_is_said_are_the_same_as_in_memory() {
             vec![conversations(400, true, 0), conversations(300, true, 9000)],
             Options { shares: vec![share(Some(2.5), Some(90)), share(Some(0.5), Some(70))], ..dropped },
             refusing,
+        ),
+        ("grouped", vec![in_groups(300)], grouped, TOKENS),
+        (
+            "one entry evaluates",
+            two(),
+            Options { evaluation_from: Some(1), train_share: 1.0, ..OPTIONS },
+            TOKENS,
         ),
         // More rows than one part takes.
         ("many", vec![texts(20_000)], OPTIONS, TOKENS),

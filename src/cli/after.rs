@@ -4,16 +4,18 @@ use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, ValueEnum};
 
+use super::command::{Command, Format};
 use super::job::Job;
-use super::{Command, Format, invalid, positive};
+use super::values::positive;
 use crate::merge::{self, FileFormat, Onto, Stored};
 use crate::tuned::{Named, Split};
 use crate::{evaluate, trial};
 
-/// The adapter, and what its run was given where nothing records it.
+/// The adapters that a command looks at.
 #[derive(Args)]
 pub(super) struct Adapters {
-    /// Adapter: a run's results, a PEFT folder or oci://IMAGE; `:0.7` behind it is its strength
+    /// Adapter: the output folder of a run, a PEFT folder or oci://IMAGE; a number after a colon (`:0.7`) is its
+    /// strength
     #[arg(value_name = "ADAPTER", env = "HONE_TUNED")]
     tuned: String,
     /// A further adapter, added with its strength; may be repeated
@@ -28,9 +30,9 @@ pub(super) struct Adapters {
 }
 
 impl Adapters {
-    fn named(&self) -> Result<Vec<Named>, clap::Error> {
+    fn named(&self) -> Result<Vec<Named>, String> {
         let all = [&self.tuned].into_iter().chain(&self.more);
-        all.map(|text| Named::parse(text).map_err(|fault| invalid(fault.in_a_line()))).collect()
+        all.map(|text| Named::parse(text).map_err(|fault| fault.in_a_line())).collect()
     }
 }
 
@@ -65,13 +67,13 @@ pub(super) struct Eval {
     adapters: Adapters,
     #[command(flatten)]
     job: Job,
-    /// Part of the rows [default: the held-out ones of the run's own data, every row of other data]
+    /// Part of the rows to use [default: the held-out rows of the run's own data, or all rows of other data]
     #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT")]
     split: Option<Part>,
-    /// Most rows
+    /// Largest number of rows to use
     #[arg(long, value_name = "ROWS", default_value = "200", env = "HONE_ROWS", value_parser = positive)]
     rows: usize,
-    /// Most rows that are generated for, to compare the answers with the rows' own; 0: none
+    /// Number of rows for which answers are generated and compared with the rows' own answers; 0: none
     #[arg(long, value_name = "ROWS", default_value_t = 20, env = "HONE_GENERATE")]
     generate: usize,
     /// A table for people, or JSON
@@ -80,7 +82,7 @@ pub(super) struct Eval {
 }
 
 impl Eval {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let options = evaluate::Options {
             adapters: self.adapters.named()?,
             split: self.split.map(Split::from),
@@ -91,7 +93,7 @@ impl Eval {
     }
 }
 
-/// Ask the base and the tuned model the same, and show both answers side by side
+/// Ask the base and the tuned model the same questions, and show both answers side by side
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone try ./adapter\n  \
     hone try ./adapter --prompt 'My order is late.' --max-tokens 64\n  \
@@ -101,25 +103,25 @@ pub(super) struct Try {
     adapters: Adapters,
     #[command(flatten)]
     job: Job,
-    /// What is asked, in place of rows; may be repeated
+    /// Prompt to ask, in place of rows; may be repeated
     #[arg(long, value_name = "TEXT", env = "HONE_PROMPT")]
     prompt: Vec<String>,
-    /// System turn of every prompt
+    /// System message before every prompt
     #[arg(long, value_name = "TEXT", env = "HONE_SYSTEM", requires = "prompt")]
     system: Option<String>,
-    /// Part of the rows [default: the held-out ones of the run's own data, every row of other data]
+    /// Part of the rows to use [default: the held-out rows of the run's own data, or all rows of other data]
     #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT")]
     split: Option<Part>,
-    /// Rows to ask if there is no prompt
+    /// Number of rows to ask if there is no prompt
     #[arg(long, value_name = "ROWS", default_value = "3", env = "HONE_ROWS", value_parser = positive)]
     rows: usize,
-    /// Most tokens of an answer
+    /// Largest number of tokens in an answer
     #[arg(long, value_name = "TOKENS", default_value = "128", env = "HONE_MAX_TOKENS", value_parser = positive)]
     max_tokens: usize,
-    /// Temperature of the draw; 0 takes the most probable token
+    /// Sampling temperature; 0 always takes the most probable token
     #[arg(long, value_name = "NUMBER", default_value = "0", env = "HONE_TEMPERATURE", value_parser = temperature)]
     temperature: f32,
-    /// Seed of the draw, the same for both answers
+    /// Seed of the sampling, the same for both answers
     #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SEED")]
     seed: u64,
     /// Text for people, or JSON
@@ -133,7 +135,7 @@ fn temperature(text: &str) -> Result<f32, String> {
 }
 
 impl Try {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let options = trial::Options {
             adapters: self.adapters.named()?,
             prompts: self.prompt,
@@ -162,7 +164,7 @@ pub(super) enum Written {
 pub(super) enum Base {
     /// The checkpoint's own weights
     Original,
-    /// What the training computed with: 4-bit weights, dequantised
+    /// The weights that training computed with: 4-bit weights, dequantised
     Trained,
 }
 
@@ -196,7 +198,7 @@ pub(super) struct Merge {
     /// Write the adapter alone, as a GGUF LoRA for llama.cpp's --lora
     #[arg(long, env = "HONE_ADAPTER_ONLY")]
     adapter_only: bool,
-    /// Largest file of weights: 5GB, 500MB
+    /// Largest size of one file of weights: 5GB, 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", env = "HONE_SHARD_SIZE", value_parser = bytes)]
     shard_size: u64,
     /// Base that the adapter is added to
@@ -223,7 +225,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 impl Merge {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let format = match self.file_format {
             Written::Safetensors => FileFormat::Safetensors,
             Written::Gguf => FileFormat::Gguf,
@@ -233,10 +235,10 @@ impl Merge {
             FileFormat::Gguf => Stored::F16,
         });
         if format == FileFormat::Safetensors && self.adapter_only {
-            return Err(invalid("--adapter-only: the adapter is a PEFT folder already; add --format gguf"));
+            return Err("--adapter-only: the adapter is a PEFT folder already; add --format gguf".into());
         }
         if stored == Stored::Q8 && (format == FileFormat::Safetensors || self.adapter_only) {
-            return Err(invalid("--type q8_0: only a whole model in GGUF has it; expected bf16, f16 or f32"));
+            return Err("--type q8_0: only a whole model in GGUF has it; expected bf16, f16 or f32".into());
         }
         let options = merge::Options {
             adapters: self.adapters.named()?,

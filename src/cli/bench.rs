@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Command, positive, wrong};
+use super::command::Command;
+use super::values::{positive, wrong};
 use crate::bench;
 use crate::device::Choice;
 use crate::facts::{Keep, Precision};
@@ -30,7 +31,7 @@ pub(super) struct Bench {
     /// Number of steps to measure
     #[arg(long, value_name = "STEPS", default_value = "10", env = "HONE_STEPS", value_parser = positive)]
     steps: usize,
-    /// Number of steps before them that are not measured
+    /// Number of steps to run before measuring
     #[arg(long, value_name = "STEPS", default_value = "3", env = "HONE_WARMUP", value_parser = positive)]
     warmup: usize,
     /// Device: auto, cpu, cuda or cuda:N
@@ -42,7 +43,7 @@ pub(super) struct Bench {
     /// Keep the base as the checkpoint has it, instead of storing it in 4 bits
     #[arg(long, env = "HONE_UNQUANTIZED")]
     unquantized: bool,
-    /// Rank of the adapter, which is on all linear layers
+    /// Rank of the adapter on all linear layers
     #[arg(long, value_name = "RANK", default_value = "16", env = "HONE_RANK", value_parser = positive)]
     rank: usize,
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
@@ -60,12 +61,12 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    pub(super) fn command(self) -> Result<Command, clap::Error> {
+    pub(super) fn command(self) -> Result<Command, String> {
         let json = self.json.clone();
         Ok(Command::Bench { options: self.options()?, json })
     }
 
-    fn options(self) -> Result<bench::Options, clap::Error> {
+    fn options(self) -> Result<bench::Options, String> {
         let keep = match self.keep.as_str() {
             "auto" => None,
             name => Some(Keep::named(name).ok_or_else(|| {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Command, ObjectFormat};
+use super::command::{Command, ObjectFormat};
 use crate::controller;
 use crate::workspace::{Cloud, Settings, tune};
 
@@ -69,7 +69,7 @@ pub(super) struct Tune {
     /// Namespace of the Workspace
     #[arg(short, long, value_name = "NAME", env = "HONE_NAMESPACE")]
     namespace: Option<String>,
-    /// Train LoRA over the base as it is, instead of QLoRA over a 4-bit base
+    /// Train LoRA on the base as it is, instead of QLoRA on a 4-bit base
     #[arg(long, env = "HONE_LORA")]
     lora: bool,
     /// ConfigMap with training_config.yaml [default: the default one of LoRA or QLoRA]
@@ -120,22 +120,22 @@ pub(super) struct Controller {
     namespace: Option<String>,
     #[command(flatten)]
     cluster: Cluster,
-    /// Run as one of several controllers, which elect a leader
+    /// Run as one of several controllers that elect a leader
     #[arg(long, env = "HONE_ELECT")]
     elect: bool,
     /// Namespace of the leader's Lease
     #[arg(long, value_name = "NAME", default_value = "hone-system", env = "HONE_LEASE_NAMESPACE")]
     lease_namespace: String,
-    /// Name of this process in the election [default: made of host name and process number]
+    /// Name of this process in the election [default: host name and process number]
     #[arg(long, value_name = "NAME", env = "HONE_IDENTITY")]
     identity: Option<String>,
     /// Address that serves /healthz, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
-    /// Review Workspaces when they are written, so that kubectl apply tells their mistakes (jobs/webhook)
+    /// Review Workspaces when they are applied, so that kubectl apply shows their mistakes (jobs/webhook)
     #[arg(long, env = "HONE_WEBHOOK")]
     webhook: bool,
-    /// Where the API server's reviews are answered
+    /// Address that answers the API server's reviews
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443", env = "HONE_WEBHOOK_ADDRESS")]
     webhook_address: SocketAddr,
 }

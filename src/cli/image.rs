@@ -4,18 +4,18 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Command;
+use super::command::{Command, RegistryArguments};
 
-/// Push an adapter's folder as an image
+/// Push an adapter's folder: as an image, to the hub, to an object store or to a folder
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone push ./adapter registry.example.com/adapters/support:1\n  \
-    hone push ./adapter oci:./image")]
+    hone push ./adapter oci:./image\n  hone push ./adapter hf://team/support")]
 pub(super) struct Push {
     /// Folder with adapter_config.json and adapter_model.safetensors
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// host/repository:tag, or oci:DIR for a layout on disk
-    #[arg(value_name = "IMAGE")]
+    /// host/repository:tag, oci:DIR for a layout on disk, hf://OWNER/NAME, s3://BUCKET/FOLDER or file:DIR
+    #[arg(value_name = "PLACE")]
     image: String,
     #[command(flatten)]
     registry: RegistryArguments,
@@ -45,18 +45,4 @@ impl Pull {
     pub(super) fn command(self) -> Command {
         Command::Pull { image: self.image, folder: self.folder, registry: self.registry }
     }
-}
-
-/// How `push` and `pull` reach a registry.
-#[derive(Args, Clone, Debug, Default, PartialEq)]
-pub struct RegistryArguments {
-    /// Docker config.json, or its folder, with the registry's credentials
-    #[arg(long, value_name = "PATH", env = "HONE_DOCKER_CONFIG")]
-    pub docker_config: Option<PathBuf>,
-    /// Root certificates (PEM) trusted besides the built-in ones
-    #[arg(long, value_name = "FILE", env = "HONE_CA_FILE")]
-    pub ca_file: Option<PathBuf>,
-    /// Connect to the registry without TLS
-    #[arg(long, env = "HONE_PLAIN_HTTP")]
-    pub plain_http: bool,
 }

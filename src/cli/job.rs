@@ -9,9 +9,8 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
-use super::image::RegistryArguments;
-use super::serve::ServingSize;
-use super::{Command, Format, invalid};
+use super::command::{Command, Format, RegistryArguments};
+use super::size::ServingSize;
 use crate::review;
 use crate::spec::keys::{self, Key, Section, Type};
 use crate::spec::{Origin, Request, Setting, Written};
@@ -31,7 +30,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         Ok(Command::Run(self.job.request(matches)?))
     }
 }
@@ -45,12 +44,12 @@ impl Run {
 pub(super) struct Plan {
     #[command(flatten)]
     job: Job,
-    /// Plan the memory of `hone serve MODEL` in place of a training
+    /// Plan the memory of `hone serve MODEL` instead of a training
     #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
     serve: Option<String>,
     #[command(flatten)]
     size: ServingSize,
-    /// Adapter's folder that the server holds; may be repeated
+    /// Folder of an adapter that the server will hold; may be repeated
     #[arg(long, value_name = "DIR", env = "HONE_SERVE_ADAPTER", requires = "serve")]
     serve_adapter: Vec<PathBuf>,
     /// A table for people, or JSON
@@ -66,7 +65,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let Plan { job, serve, size, serve_adapter, format, gpu, price } = self;
         let mut request = job.request(matches)?;
         let Some(model) = serve else {
@@ -96,7 +95,7 @@ pub(super) struct Inspect {
     /// Seed of the random draw
     #[arg(long, value_name = "SEED", default_value_t = 0, env = "HONE_SAMPLE_SEED")]
     sample_seed: u64,
-    /// A row to show instead, named as in messages; may be repeated
+    /// Row to show instead of random ones, named as in messages; may be repeated
     #[arg(long, value_name = "FILE:ROW", env = "HONE_ROW")]
     row: Vec<String>,
     /// Also write an HTML page to this file
@@ -105,7 +104,7 @@ pub(super) struct Inspect {
 }
 
 impl Inspect {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let Inspect { job, format, samples, sample_seed, row, html } = self;
         let options = review::Options { samples, seed: sample_seed, rows: row };
         Ok(Command::Inspect { request: job.request(matches)?, options, format, html })
@@ -131,11 +130,17 @@ pub(super) struct Job {
     /// repeated; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
+    /// Data to evaluate on, in the same forms; no row of it trains; may be repeated
+    #[arg(long, value_name = "URL_OR_PATH", env = "HONE_EVALUATION_DATA", hide_env_values = true)]
+    evaluation_data: Vec<String>,
+    /// Column whose equal values stay on one side of the split into rows to train on and rows to evaluate on
+    #[arg(long, value_name = "NAME", env = "HONE_GROUP_COLUMN")]
+    group_column: Option<String>,
     /// Layout of the rows: messages, prompt_completion, alpaca, question_answer, tokens or text [default: detected
     /// from the columns]
     #[arg(long, value_name = "LAYOUT", env = "HONE_LAYOUT")]
     layout: Option<String>,
-    /// What happens to rows that cannot be used: refuse (the run ends) or drop (they are left out and counted)
+    /// Treatment of rows that cannot be used: refuse (the run ends) or drop (they are left out and counted)
     #[arg(long, value_name = "HOW", env = "HONE_BAD_ROWS")]
     bad_rows: Option<String>,
     /// Largest share of rows that may be dropped
@@ -162,21 +167,22 @@ pub(super) struct Job {
     /// Folder for the adapter [default: TrainingArguments.output_dir]
     #[arg(long, value_name = "DIR", env = "HONE_OUTPUT")]
     output: Option<String>,
-    /// What happens to results of another run in that folder: refuse (this run does not start) or move (to earlier/
-    /// inside the folder)
+    /// Treatment of another run's results in that folder: refuse (this run does not start) or move (to earlier/ inside
+    /// the folder)
     #[arg(long, value_name = "HOW", env = "HONE_EARLIER_RESULTS")]
     earlier_results: Option<String>,
-    /// Held-out rows that base and tuned model answer at the end, into answers.json [default: 0]
+    /// Number of held-out rows that base and tuned model answer at the end, written to answers.json [default: 0]
     #[arg(long, value_name = "ROWS", env = "HONE_ANSWERS")]
     answers: Option<String>,
-    /// Image that the adapter is pushed as when training is done
-    #[arg(long, value_name = "IMAGE", env = "HONE_PUSH")]
-    push: Option<String>,
+    /// Place that the adapter is sent to when training is done: an image, hf://OWNER/NAME, s3://BUCKET/FOLDER,
+    /// file:DIR; may be repeated
+    #[arg(long, value_name = "PLACE", env = "HONE_PUSH", value_delimiter = ',')]
+    push: Vec<String>,
     /// Meaning of q_proj in a model with a fused qkv_proj: fused (it adapts qkv_proj) or literal (it matches nothing,
     /// as in PEFT)
     #[arg(long, value_name = "HOW", env = "HONE_TARGET_MATCHING")]
     target_matching: Option<String>,
-    /// PEFT folder whose weights training starts from
+    /// PEFT folder with the adapter that training starts from
     #[arg(long, value_name = "DIR", env = "HONE_INIT_ADAPTER")]
     init_adapter: Option<String>,
     /// Device: auto, cpu, cuda or cuda:N
@@ -194,7 +200,7 @@ pub(super) struct Job {
     /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// Folder in which tokens of the data are kept for later runs, or `off`: in memory
+    /// Folder that keeps the tokens of the data for later runs, or `off` to hold them in memory
     #[arg(long, value_name = "DIR", env = "HONE_TOKEN_CACHE")]
     token_cache: Option<String>,
     /// Largest size of a downloaded data file, in bytes
@@ -202,14 +208,14 @@ pub(super) struct Job {
     file_bytes_max: Option<String>,
     #[command(flatten)]
     registry: RegistryArguments,
-    /// Any key: --set LoraConfig.r=16; may be repeated; in the variable, separated by ; or line breaks
+    /// Set any key: --set LoraConfig.r=16; may be repeated; the variable separates assignments by ; or line breaks
     #[arg(long, value_name = "SECTION.KEY=VALUE", env = "HONE_SET")]
     set: Vec<String>,
 }
 
 impl Job {
     /// The request. Settings from the environment come first, so that flags override them.
-    pub(super) fn request(self, matches: &ArgMatches) -> Result<Request, clap::Error> {
+    pub(super) fn request(self, matches: &ArgMatches) -> Result<Request, String> {
         let mut settings = settings(matches);
         // clap uses the variable only if there is no flag. Here both are used, key by key.
         let variable = std::env::var("HONE_SET").unwrap_or_default();
@@ -268,14 +274,12 @@ pub(super) fn assignments(variable: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Reads `Section.key=value`.
-pub(super) fn setting(assignment: &str, origin: Origin) -> Result<Setting, clap::Error> {
+pub(super) fn setting(assignment: &str, origin: Origin) -> Result<Setting, String> {
     match assignment.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => {
             Ok(Setting { key: key.trim().into(), written: Written::Yaml(value.into()), origin })
         }
-        _ => {
-            Err(invalid(format!("--set {assignment:?}: expected Section.key=value, such as LoraConfig.r=16")))
-        }
+        _ => Err(format!("--set {assignment:?}: expected Section.key=value, such as LoraConfig.r=16")),
     }
 }
 
@@ -343,7 +347,7 @@ mod tests {
             data Texts(["a#sha256=ff", "*.parquet"]) --data
             layout Text("text") --layout
             output Text("o") --output
-            push Text("h/r:t") --push
+            push Texts(["h/r:t"]) --push
             target_matching Text("literal") --target-matching
             init_adapter Text("i") --init-adapter
             device Text("cuda:1") --device

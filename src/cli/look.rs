@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Command, Format};
+use super::command::{AboutModel, Command, Format};
 
 /// Show what hone reads in a model: facts, LoRA sites, memory, missing files
 #[derive(Args)]
@@ -25,23 +25,6 @@ impl Model {
     pub(super) fn command(self) -> Command {
         Command::Model { about: self.about, format: self.format }
     }
-}
-
-/// The model of `hone model`: a folder or address, or a preset of KAITO's.
-#[derive(Args, Clone, Debug, Default, PartialEq)]
-pub struct AboutModel {
-    /// Folder with config.json, tokenizer.json and *.safetensors; or hf://OWNER/NAME, oci://IMAGE, preset:NAME
-    #[arg(value_name = "DIR", required_unless_present = "preset", conflicts_with = "preset")]
-    pub folder: Option<PathBuf>,
-    /// A preset of KAITO's, by name or hub id: shows where its weights are, its family and its defaults
-    #[arg(long, value_name = "NAME", env = "HONE_PRESET")]
-    pub preset: Option<String>,
-    /// Modules to adapt: names separated by commas, a regular expression, or all-linear
-    #[arg(long, value_name = "MODULES", default_value = "all-linear", env = "HONE_TARGET_MODULES")]
-    pub target_modules: String,
-    /// Rank of the adapter
-    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_RANK")]
-    pub rank: u32,
 }
 
 /// Make the page that explains a run from its folder of results, or one that compares several runs

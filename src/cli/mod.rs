@@ -2,216 +2,23 @@
 //! are in the table of keys.
 
 pub mod reference;
+mod command;
+mod values;
 mod job;
 mod look;
 mod after;
 mod image;
 mod bench;
 mod serve;
+mod size;
 mod cluster;
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::spec::Request;
-use crate::workspace::{Settings, tune};
-use crate::{controller, evaluate, merge, review, serving, trial};
-
-pub use image::RegistryArguments;
-pub use look::AboutModel;
-
-/// A command, and how to report on it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Invocation {
-    /// How events are shown.
-    pub log: Log,
-    /// Whether only warnings and errors are shown.
-    pub quiet: bool,
-    /// The command to run.
-    pub command: Command,
-    /// Address where a run's metrics are served.
-    pub metrics: Option<SocketAddr>,
-}
-
-/// A command with its arguments.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    /// Fine-tune a model.
-    Run(Request),
-    /// Serve a model over HTTP.
-    Serve {
-        /// Settings of the model.
-        request: Request,
-        /// Settings of the server.
-        options: Box<serving::Options>,
-    },
-    /// Show what hone reads in a model.
-    Model {
-        /// The model.
-        about: AboutModel,
-        /// Form of the output.
-        format: Format,
-    },
-    /// Show what `run` would do.
-    Plan {
-        /// Settings of the job.
-        request: Request,
-        /// Form of the output.
-        format: Format,
-        /// GPUs to plan for, in place of this machine.
-        gpus: Vec<String>,
-        /// Prices of GPUs, `NAME=DOLLARS`.
-        prices: Vec<String>,
-    },
-    /// Show the memory plan of a server.
-    PlanServing {
-        /// Settings of the model.
-        request: Request,
-        /// How large the server is to be.
-        size: serving::room::Size,
-        /// Folders of adapters.
-        adapters: Vec<PathBuf>,
-        /// Form of the output.
-        format: Format,
-        /// GPUs to plan for, in place of this machine.
-        gpus: Vec<String>,
-    },
-    /// Show the data as it will be trained on.
-    Inspect {
-        /// Settings of the job.
-        request: Request,
-        /// Which rows to show.
-        options: review::Options,
-        /// Form of the output.
-        format: Format,
-        /// File for an HTML page.
-        html: Option<PathBuf>,
-    },
-    /// Measure a base without and with an adapter.
-    Eval {
-        /// Settings of the job.
-        request: Request,
-        /// What to measure.
-        options: evaluate::Options,
-        /// Form of the output.
-        format: Format,
-    },
-    /// Ask a base and its tuned model the same.
-    Try {
-        /// Settings of the job.
-        request: Request,
-        /// What to ask.
-        options: trial::Options,
-        /// Form of the output.
-        format: Format,
-    },
-    /// Write a base with adapters as one model.
-    Merge {
-        /// Settings of the job.
-        request: Request,
-        /// What to write.
-        options: merge::Options,
-    },
-    /// Make the page of a run, or one that compares several.
-    Report {
-        /// Folders of results.
-        folders: Vec<PathBuf>,
-        /// File for the page.
-        to: Option<PathBuf>,
-    },
-    /// Push an adapter as an image.
-    Push {
-        /// Folder of the adapter.
-        folder: PathBuf,
-        /// Image to push.
-        image: String,
-        /// How to reach the registry.
-        registry: RegistryArguments,
-    },
-    /// Pull an adapter's image.
-    Pull {
-        /// Image to pull.
-        image: String,
-        /// Folder to write.
-        folder: PathBuf,
-        /// How to reach the registry.
-        registry: RegistryArguments,
-    },
-    /// Write an example and run it.
-    Example {
-        /// Folder to write.
-        folder: PathBuf,
-        /// Whether to write without a run.
-        write_only: bool,
-    },
-    /// Measure the speed of training.
-    Bench {
-        /// What to measure.
-        options: crate::bench::Options,
-        /// File for the result as JSON.
-        json: Option<PathBuf>,
-    },
-    /// Print the objects of Workspaces.
-    Render {
-        /// Files with Workspaces and ConfigMaps.
-        files: Vec<PathBuf>,
-        /// How the cluster runs hone.
-        settings: Settings,
-        /// Form of the output.
-        format: ObjectFormat,
-    },
-    /// Print a Workspace.
-    Tune(tune::Options),
-    /// Run Workspaces in a cluster.
-    Controller(controller::Options),
-    /// Print the keys whose name or description contains a word.
-    Keys {
-        /// The word; all keys contain an empty one.
-        word: String,
-    },
-    /// Print the completion script of a shell.
-    Completions {
-        /// The shell.
-        shell: clap_complete::Shell,
-    },
-    /// Write man pages.
-    Man {
-        /// Folder to write.
-        folder: PathBuf,
-    },
-}
-
-/// How events are shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Log {
-    /// Bars on a terminal, JSON lines otherwise
-    Auto,
-    /// For people: bars, or plain lines if stderr is no terminal
-    Terminal,
-    /// For machines: one JSON line for each event
-    Json,
-}
-
-/// Form of a command's output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// Text for people
-    Text,
-    /// JSON for programs
-    Json,
-}
-
-/// Form of Kubernetes objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ObjectFormat {
-    /// YAML documents
-    Yaml,
-    /// A List in JSON
-    Json,
-}
+pub use command::{AboutModel, Command, Format, Invocation, Log, ObjectFormat, RegistryArguments};
 
 /// Reads the program's arguments. The error prints itself and knows its exit code (2, or 0 for help).
 pub fn parse(
@@ -224,28 +31,35 @@ pub fn parse(
         Subcommands::Run(run) => run.metrics,
         _ => None,
     };
-    let command = match cli.command {
-        Subcommands::Run(run) => run.command(matches)?,
-        Subcommands::Plan(plan) => plan.command(matches)?,
-        Subcommands::Inspect(inspect) => inspect.command(matches)?,
-        Subcommands::Model(model) => model.command(),
-        Subcommands::Try(attempt) => attempt.command(matches)?,
-        Subcommands::Eval(eval) => eval.command(matches)?,
-        Subcommands::Merge(merge) => merge.command(matches)?,
-        Subcommands::Report(report) => report.command(),
-        Subcommands::Push(push) => push.command(),
-        Subcommands::Pull(pull) => pull.command(),
-        Subcommands::Example(example) => example.command(),
-        Subcommands::Bench(bench) => bench.command()?,
-        Subcommands::Serve(serve) => serve.command(matches)?,
-        Subcommands::Render(render) => render.command(),
-        Subcommands::Tune(tune) => tune.command(),
-        Subcommands::Controller(controller) => controller.command(),
-        Subcommands::Keys(keys) => keys.command(),
-        Subcommands::Completions(completions) => completions.command(),
-        Subcommands::Man(man) => man.command(),
-    };
+    // What clap accepts and hone refuses.
+    let refused = |message: String| Cli::command().error(ErrorKind::ValueValidation, message);
+    let command = command(cli.command, matches).map_err(refused)?;
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
+}
+
+/// The command that flags ask for; the error says which flag is wrong.
+fn command(subcommand: Subcommands, matches: &ArgMatches) -> Result<Command, String> {
+    match subcommand {
+        Subcommands::Run(run) => run.command(matches),
+        Subcommands::Plan(plan) => plan.command(matches),
+        Subcommands::Inspect(inspect) => inspect.command(matches),
+        Subcommands::Model(model) => Ok(model.command()),
+        Subcommands::Try(attempt) => attempt.command(matches),
+        Subcommands::Eval(eval) => eval.command(matches),
+        Subcommands::Merge(merge) => merge.command(matches),
+        Subcommands::Report(report) => Ok(report.command()),
+        Subcommands::Push(push) => Ok(push.command()),
+        Subcommands::Pull(pull) => Ok(pull.command()),
+        Subcommands::Example(example) => Ok(example.command()),
+        Subcommands::Bench(bench) => bench.command(),
+        Subcommands::Serve(serve) => serve.command(matches),
+        Subcommands::Render(render) => Ok(render.command()),
+        Subcommands::Tune(tune) => Ok(tune.command()),
+        Subcommands::Controller(controller) => Ok(controller.command()),
+        Subcommands::Keys(keys) => Ok(keys.command()),
+        Subcommands::Completions(completions) => Ok(completions.command()),
+        Subcommands::Man(man) => Ok(man.command()),
+    }
 }
 
 /// Ends the process as clap would. URLs of a mistyped line are shown without secrets, because a Job's log is stored.
@@ -302,20 +116,6 @@ enum Subcommands {
     Keys(look::Keys),
     Completions(look::Completions),
     Man(look::Man),
-}
-
-/// A command line that clap reads but hone refuses.
-fn invalid(message: impl std::fmt::Display) -> clap::Error {
-    Cli::command().error(clap::error::ErrorKind::ValueValidation, message)
-}
-
-/// A flag with a value that it does not take.
-fn wrong(flag: &str, found: &str, expected: &str) -> clap::Error {
-    invalid(format!("--{flag} {found:?}: expected {expected}"))
-}
-
-fn positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "expected a whole number from 1".into())
 }
 
 #[cfg(test)]

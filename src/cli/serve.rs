@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
-use super::image::RegistryArguments;
+use super::command::{Command, RegistryArguments};
 use super::job::{assignments, origin, setting, settings};
-use super::{Command, positive, wrong};
-use crate::memory::serving::CacheType;
+use super::size::ServingSize;
+use super::values::{positive, wrong};
 use crate::serving;
 use crate::spec::Request;
 
@@ -31,34 +31,37 @@ pub(super) struct Serve {
     /// Name of a weighted sum of adapters, each with its strength; may be repeated
     #[arg(long, value_name = "NAME=A:0.7,B:0.3", env = "HONE_MIX", value_delimiter = ' ')]
     mix: Vec<String>,
-    /// Id that answers requests that name no model [default: the only mix, else the base]
+    /// Name of the model, adapter or mix that answers requests without a model [default: the only mix, or the base]
     #[arg(long, value_name = "NAME", env = "HONE_DEFAULT")]
     default: Option<String>,
-    /// JSON file of adapters and mixes that is followed while the server runs (docs/serving.md)
+    /// JSON file with adapters and mixes; the server follows its changes (docs/serving.md)
     #[arg(long, value_name = "FILE", env = "HONE_ADAPTERS_FILE")]
     adapters_file: Option<PathBuf>,
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
+    /// Second address, which answers GET /v1/models without the key; for the network of the one who runs the server
+    #[arg(long, value_name = "ADDRESS:PORT", env = "HONE_STATUS")]
+    status: Option<SocketAddr>,
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
     /// Folder for downloads
     #[arg(long, value_name = "DIR", env = "HONE_CACHE")]
     cache: Option<String>,
-    /// How /chat uses a prompt: put into the chat template, or continued as it is
+    /// Use of a prompt by /chat: template (as a message of the chat template) or raw (continued as it is)
     #[arg(long, value_name = "HOW", default_value = "template", env = "HONE_CHAT", value_parser = ["template", "raw"])]
     chat: String,
     #[command(flatten)]
     size: ServingSize,
-    /// Upper limit of the requests that wait; further requests are answered with 429
+    /// Largest number of requests that wait; further requests are answered with 429
     #[arg(long, value_name = "COUNT", default_value = "1024", env = "HONE_WAITING", value_parser = positive)]
     waiting: usize,
     /// Allow requests to change adapters and mixes: images, repositories of the hub, and folders below this one
     #[arg(long, value_name = "DIR", env = "HONE_ALLOW_ADAPTER_CHANGES")]
     allow_adapter_changes: Option<PathBuf>,
-    /// Key that clients must send as Authorization: Bearer KEY; unlike the flag, the variable is not shown in lists
-    /// of processes
+    /// Key that clients must send as Authorization: Bearer KEY; prefer the variable, because lists of processes show
+    /// flags
     #[arg(long, value_name = "KEY", env = "HONE_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
     /// Certificate chain (PEM), for HTTPS
@@ -67,7 +70,7 @@ pub(super) struct Serve {
     /// Private key of the certificate (PEM)
     #[arg(long, value_name = "FILE", env = "HONE_TLS_KEY", requires = "tls_chain")]
     tls_key: Option<PathBuf>,
-    /// Seconds after SIGTERM in which running answers may finish
+    /// Seconds that running answers have to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "25", env = "HONE_GRACE")]
     grace: u32,
     #[command(flatten)]
@@ -78,12 +81,12 @@ pub(super) struct Serve {
 }
 
 impl Serve {
-    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, clap::Error> {
+    pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let request = self.request(matches)?;
         Ok(Command::Serve { request, options: Box::new(self.options()?) })
     }
 
-    fn request(&self, matches: &ArgMatches) -> Result<Request, clap::Error> {
+    fn request(&self, matches: &ArgMatches) -> Result<Request, String> {
         let mut settings = settings(matches);
         let variable = matches.value_source("set") == Some(ValueSource::EnvVariable);
         for given in &self.set {
@@ -95,7 +98,7 @@ impl Serve {
         Ok(Request { settings, ..Request::default() })
     }
 
-    fn options(self) -> Result<serving::Options, clap::Error> {
+    fn options(self) -> Result<serving::Options, String> {
         let pair = |flag: &str, text: &String, expected: &str| match text.split_once('=') {
             Some((name, rest)) if !name.is_empty() && !rest.is_empty() => {
                 Ok((name.to_owned(), rest.to_owned()))
@@ -119,6 +122,7 @@ impl Serve {
             adapters: adapters.collect::<Result<_, _>>()?,
             mixes,
             default: self.default,
+            status: self.status,
             adapters_file: self.adapters_file,
             size: self.size.size(),
             waiting: self.waiting,
@@ -132,29 +136,5 @@ impl Serve {
                 ..crate::server::Options::default()
             },
         })
-    }
-}
-
-/// How large a server is to be.
-#[derive(Args)]
-pub(super) struct ServingSize {
-    /// Most tokens of prompt and answer together [default: the model's, as far as memory allows]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CONTEXT", value_parser = positive)]
-    context: Option<usize>,
-    /// Most sequences that run at once
-    #[arg(long, value_name = "COUNT", default_value = "16", env = "HONE_SEQUENCES", value_parser = positive)]
-    sequences: usize,
-    /// Tokens whose keys and values are kept, over all sequences [default: as memory allows]
-    #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
-    cache_tokens: Option<usize>,
-    /// How keys and values are kept: bf16 or f32
-    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_CACHE_TYPE", value_parser = CacheType::parse)]
-    cache_type: CacheType,
-}
-
-impl ServingSize {
-    pub(super) fn size(&self) -> serving::room::Size {
-        let (context, cache_tokens) = (self.context, self.cache_tokens);
-        serving::room::Size { sequences: self.sequences, context, cache_tokens, cache: self.cache_type }
     }
 }

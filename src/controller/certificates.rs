@@ -123,19 +123,39 @@ impl Pair {
     }
 }
 
+/// The last line of a certificate in PEM.
+const END: &str = "-----END CERTIFICATE-----";
+
 /// The first certificate of a text in PEM.
 fn first(pem: &str) -> Option<&str> {
-    const END: &str = "-----END CERTIFICATE-----";
     pem.find(END).map(|at| pem[..at + END.len()].trim_start())
+}
+
+/// LIMIT: authorities of a bundle; replicas that begin at the same time add one each.
+const AUTHORITIES_MAX: usize = 8;
+
+/// The certificates of both texts, each once, the first text's first.
+fn joined(pem: &str, more: &str) -> String {
+    let mut list: Vec<&str> = Vec::new();
+    for found in [pem, more].iter().flat_map(|text| text.split_inclusive(END)).map(str::trim) {
+        let whole = found.starts_with("-----BEGIN CERTIFICATE-----") && found.ends_with(END);
+        if whole && !list.contains(&found) && list.len() < AUTHORITIES_MAX {
+            list.push(found);
+        }
+    }
+    list.iter().map(|pem| format!("{pem}\n")).collect()
 }
 
 /// Keeps the Secret and the trust as they should be.
 pub struct Keeper {
+    /// Client of the API server.
     pub client: Client,
     /// The controller's own namespace.
     pub namespace: String,
     /// Life of a certificate.
     pub valid: Duration,
+    /// Time in which API servers learn of a new trust.
+    pub spread: Duration,
 }
 
 impl Keeper {
@@ -159,8 +179,13 @@ impl Keeper {
                 let trusted = known.as_ref().and_then(|pair| first(&pair.trust));
                 let pair = Pair::make(&self.host(), self.valid, now, trusted)
                     .map_err(|error| kube::Error::Service(format!("no certificate: {error}").into()))?;
-                // Trusted first: from the next line on, other replicas serve with it.
-                self.trust(&pair.trust).await?;
+                // Trusted first: from the next line on, other replicas serve with it. Another replica may have been
+                // faster, so what is trusted now stays trusted until the Secret says which pair counts.
+                self.trust(&pair.trust, true).await?;
+                if known.is_some() {
+                    // Until every API server has read it, the pair before is served with.
+                    tokio::time::sleep(self.spread).await;
+                }
                 let secret = pair.secret(&self.namespace, old.as_ref());
                 match &old {
                     None => secrets.create(&PostParams::default(), &secret).await?,
@@ -170,13 +195,14 @@ impl Keeper {
                 pair
             }
         };
-        self.trust(&pair.trust).await?;
+        self.trust(&pair.trust, false).await?;
         let broken = || kube::Error::Service("the webhook's certificate cannot be served with".into());
         pair.config().ok_or_else(broken)
     }
 
-    /// Writes the authorities into the ValidatingWebhookConfiguration, unless they are there.
-    async fn trust(&self, pem: &str) -> kube::Result<()> {
+    /// Writes the authorities into the ValidatingWebhookConfiguration, unless they are there. `beside`: those that are
+    /// there stay too.
+    async fn trust(&self, pem: &str, beside: bool) -> kube::Result<()> {
         let api = Api::<ValidatingWebhookConfiguration>::all(self.client.clone());
         let Some(mut configuration) = api.get_opt(CONFIGURATION).await? else {
             let missing = format!(
@@ -184,12 +210,14 @@ impl Keeper {
             );
             return Err(kube::Error::Service(missing.into()));
         };
-        let wanted = ByteString(pem.as_bytes().to_vec());
         let mut changed = false;
         for webhook in configuration.webhooks.iter_mut().flatten() {
             let bundle = &mut webhook.client_config.ca_bundle;
+            let now = bundle.as_ref().map(|bundle| String::from_utf8_lossy(&bundle.0)).unwrap_or_default();
+            let wanted = if beside { joined(pem, &now) } else { pem.to_owned() };
+            let wanted = ByteString(wanted.into_bytes());
             changed |= bundle.as_ref() != Some(&wanted);
-            *bundle = Some(wanted.clone());
+            *bundle = Some(wanted);
         }
         if changed {
             api.replace(CONFIGURATION, &PostParams::default(), &configuration).await?;
@@ -215,6 +243,14 @@ mod tests {
         assert!(two.trust.ends_with(one.trust.trim_end()), "both are trusted");
         let three = Pair::make("hone-webhook.a.svc", month, now, first(&two.trust)).unwrap();
         assert!(!three.trust.contains(one.trust.trim()), "the one before the last is not");
+
+        // Two replicas that renew at the same time take no trust from each other.
+        let both = joined(&two.trust, &one.trust);
+        assert_eq!(both.matches("BEGIN").count(), 2, "each once");
+        let other = Pair::make("hone-webhook.a.svc", month, now, first(&one.trust)).unwrap();
+        let all = joined(&other.trust, &both);
+        assert_eq!(all.matches("BEGIN").count(), 3);
+        assert!(all.contains(first(&two.trust).unwrap()) && joined("", "nonsense").is_empty());
 
         let mut broken = secret;
         broken.data.as_mut().unwrap().insert("tls.key".into(), ByteString(two.key.into_bytes()));

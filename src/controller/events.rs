@@ -25,7 +25,9 @@ const WARNING_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 /// How serious an Event is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
+    /// Progress.
     Normal,
+    /// Trouble that somebody may have to look at.
     Warning,
 }
 
@@ -36,6 +38,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
+    /// Events are written through `client` and name `identity` as the reporting instance.
     pub fn new(client: Client, identity: &str) -> Recorder {
         Recorder { client, identity: plain(identity, INSTANCE_BYTES_MAX) }
     }

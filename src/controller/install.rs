@@ -8,6 +8,7 @@ use super::webhook::PATH;
 use crate::workspace::kind::{GROUP, PLURAL, VERSIONS};
 use crate::workspace::{MANAGED_BY, MANAGER, crd, yaml};
 
+/// Namespace of the controller and of all objects that belong to it.
 pub const NAMESPACE: &str = "hone-system";
 const NAME: &str = "hone-controller";
 const PORT: u16 = 8080;
@@ -213,7 +214,7 @@ gpus: \"\"
 cloud: \"\"
 # Only this namespace's Workspaces; empty: all.
 namespace: \"\"
-# Review Workspaces when they are written, so that kubectl apply tells their mistakes.
+# Review Workspaces when they are applied, so that kubectl apply shows their mistakes.
 webhook: false
 ";
 

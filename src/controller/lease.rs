@@ -26,6 +26,7 @@ pub struct Election {
 }
 
 impl Election {
+    /// An election by the Lease of that name, in which this process takes part as `identity`.
     pub fn new(api: Api<Lease>, name: &str, identity: &str) -> Election {
         Election { api, name: name.into(), identity: identity.into(), seen: None }
     }

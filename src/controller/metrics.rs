@@ -6,9 +6,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::observe::Stage;
 use crate::workspace::Workspace;
 
+/// The states of Workspaces that tune, then those that only serving ones have.
+const STATES: [&str; 6] = ["Pending", "Running", "Succeeded", "Failed", "Ready", "NotReady"];
+
+/// Counts of one controller process, updated by all reconciliations.
 #[derive(Debug, Default)]
 pub struct Metrics {
     reconciles: AtomicU64,
@@ -16,36 +19,45 @@ pub struct Metrics {
     /// Seconds of all reconciliations together.
     microseconds: AtomicU64,
     leads: AtomicBool,
-    stages: Mutex<HashMap<(String, String), Stage>>,
+    states: Mutex<HashMap<(String, String), &'static str>>,
 }
 
 impl Metrics {
+    /// The beginning of a reconciliation, for [`Metrics::ended`].
     pub fn started(&self) -> Instant {
         Instant::now()
     }
 
+    /// Counts a reconciliation and its time. `well`: whether it ended without an error.
     pub fn ended(&self, started: Instant, well: bool) {
         self.reconciles.fetch_add(1, Ordering::Relaxed);
         self.errors.fetch_add(u64::from(!well), Ordering::Relaxed);
         self.microseconds.fetch_add(started.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
 
+    /// Sets whether this process leads.
     pub fn leads(&self, leads: bool) {
         self.leads.store(leads, Ordering::Relaxed);
     }
 
-    pub fn saw(&self, workspace: &Workspace, stage: Stage) {
-        self.stages().insert(key(workspace), stage);
+    /// Counts a Workspace under a state of [`STATES`]; another state counts as none.
+    pub fn saw(&self, workspace: &Workspace, state: &str) {
+        match STATES.into_iter().find(|known| *known == state) {
+            Some(known) => _ = self.states().insert(key(workspace), known),
+            None => self.forget(workspace),
+        }
     }
 
+    /// Leaves out a Workspace that no longer exists.
     pub fn forget(&self, workspace: &Workspace) {
-        self.stages().remove(&key(workspace));
+        self.states().remove(&key(workspace));
     }
 
-    fn stages(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Stage>> {
-        self.stages.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn states(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), &'static str>> {
+        self.states.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// All metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {
@@ -67,10 +79,10 @@ impl Metrics {
         family("hone_reconcile_seconds_total", "counter", "Time that looking took.", &one(seconds));
         let leads = if self.leads.load(Ordering::Relaxed) { 1.0 } else { 0.0 };
         family("hone_leader", "gauge", "Whether this process leads.", &one(leads));
-        let stages = self.stages();
-        let count = |stage| stages.values().filter(|other| **other == stage).count() as f64;
-        let samples = Stage::ALL.map(|stage| (format!("{{state=\"{}\"}}", stage.name()), count(stage)));
-        family("hone_workspaces", "gauge", "Workspaces that tune, by state.", &samples);
+        let states = self.states();
+        let count = |state| states.values().filter(|other| **other == state).count() as f64;
+        let samples = STATES.map(|state| (format!("{{state=\"{state}\"}}"), count(state)));
+        family("hone_workspaces", "gauge", "Workspaces by state.", &samples);
         text
     }
 }
@@ -87,8 +99,8 @@ mod tests {
     #[test]
     fn text() {
         let metrics = Metrics::default();
-        metrics.saw(&Workspace::default(), Stage::Pending);
-        metrics.saw(&Workspace::default(), Stage::Running);
+        metrics.saw(&Workspace::default(), "Pending");
+        metrics.saw(&Workspace::default(), "Running");
         metrics.leads(true);
         expect![[r#"
             # HELP hone_reconciles_total Workspaces looked at.
@@ -103,12 +115,14 @@ mod tests {
             # HELP hone_leader Whether this process leads.
             # TYPE hone_leader gauge
             hone_leader 1
-            # HELP hone_workspaces Workspaces that tune, by state.
+            # HELP hone_workspaces Workspaces by state.
             # TYPE hone_workspaces gauge
             hone_workspaces{state="Pending"} 0
             hone_workspaces{state="Running"} 1
             hone_workspaces{state="Succeeded"} 0
             hone_workspaces{state="Failed"} 0
+            hone_workspaces{state="Ready"} 0
+            hone_workspaces{state="NotReady"} 0
         "#]]
         .assert_eq(&metrics.text());
     }

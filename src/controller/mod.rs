@@ -25,15 +25,17 @@ mod watches;
 pub mod webhook;
 mod words;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, Stream, StreamExt};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodTemplateSpec};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodTemplateSpec, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DynamicObject, ListParams, PartialObjectMeta};
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::reflector::{self, ObjectRef, Store};
@@ -78,6 +80,7 @@ const STANDBY_INTERVAL: Duration = Duration::from_secs(30);
 pub struct Options {
     /// Only Workspaces of this namespace are reconciled; `None`: all.
     pub namespace: Option<String>,
+    /// Image, GPUs and cloud of the pods.
     pub settings: Settings,
     /// Whether this process is one of several of which one leads.
     pub elect: bool,
@@ -98,6 +101,8 @@ struct Context {
     /// The client for the servers of Workspaces.
     http: reqwest::Client,
     settings: Settings,
+    /// The only namespace that this controller looks after; `None`: all.
+    namespace: Option<String>,
     events: Recorder,
     metrics: Arc<Metrics>,
     presence: watch::Sender<Presence>,
@@ -107,6 +112,8 @@ struct Context {
     jobs: Cache<Job>,
     pods: Cache<Pod>,
     sets: Cache<StatefulSet>,
+    services: Cache<Service>,
+    budgets: Cache<PodDisruptionBudget>,
     /// All nodes are in one group.
     nodes: Cache<Node>,
     /// ConfigMaps by their own namespace and name.
@@ -130,8 +137,8 @@ struct Notes {
     known: Option<Option<Known>>,
     progress: Option<Progress>,
     warning: Option<String>,
-    /// Version of the ConfigMap that servers follow, as this controller last wrote it.
-    told_version: Option<String>,
+    /// Versions of a server's objects, as this controller last wrote them, by kind and name.
+    applied: BTreeMap<String, String>,
     /// The servers' last answers about their adapters.
     answers: ask::Answers,
     answers_due: Due,
@@ -139,8 +146,8 @@ struct Notes {
     asked_of: String,
     progress_due: Due,
     warning_due: Due,
-    /// Whether a task already waits for a foreign Job of this name to go.
-    foreign: bool,
+    /// Whether a task already waits for somebody else's object of this name to go.
+    foreign: Arc<AtomicBool>,
 }
 
 /// The time of the next request for something; pauses grow.
@@ -342,6 +349,7 @@ async fn control(
         events: Recorder::new(client.clone(), &options.identity),
         http: ask::client(),
         settings: options.settings.clone(),
+        namespace: options.namespace.clone(),
         presence: watch::Sender::new(found),
         metrics,
         healths,
@@ -350,6 +358,8 @@ async fn control(
         jobs: Cache::default(),
         pods: Cache::default(),
         sets: Cache::default(),
+        services: Cache::default(),
+        budgets: Cache::default(),
         nodes: Cache::default(),
         configs: Cache::default(),
         claims: Cache::default(),
@@ -377,7 +387,7 @@ async fn look_when_asked(
     // Jobs and Workspaces decide. Other lists that have not come after a while are read one object at a time, or
     // reported later.
     let begun = Instant::now();
-    let lists = ["pods", "configmaps", "nodes", "jobs"];
+    let lists = ["pods", "configmaps", "nodes", "jobs", "statefulsets", "services", "poddisruptionbudgets"];
     while begun.elapsed() < LISTS_MAX && !lists.iter().all(|name| context.healths.is_fine(name)) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -393,11 +403,16 @@ async fn look_when_asked(
     );
     let mut work = std::pin::pin!(work);
     while let Some(done) = work.next().await {
-        // A Workspace that went between the queue and the reconciliation is no error.
-        if let Err(error) = done
-            && !matches!(error, kube::runtime::controller::Error::ObjectNotFound(_))
-        {
-            report.warn(Stage::Plan, format!("{error}; it is tried again"));
+        match done {
+            Ok(_) => {}
+            // A Workspace that went between the queue and the reconciliation is no error.
+            Err(kube::runtime::controller::Error::ObjectNotFound(gone)) => {
+                let owner = (gone.namespace.unwrap_or_default(), gone.name);
+                if let Err(error) = in_time(LOOK_MAX, reconcile::give_back_of(&owner, context)).await {
+                    report.warn(Stage::Plan, format!("node claims of a Workspace that is gone: {error}"));
+                }
+            }
+            Err(error) => report.warn(Stage::Plan, format!("{error}; it is tried again")),
         }
     }
 }
@@ -432,7 +447,12 @@ async fn watch_all(
                     look_at_followers(&workspace, context);
                 }
             }
-            watcher::Event::Delete(workspace) => context.forget(&workspace),
+            watcher::Event::Delete(workspace) => {
+                context.forget(&workspace);
+                look_at_followers(&workspace, context);
+                // Its node claims are deleted even if somebody removed the finalizer.
+                context.triggers.look_at(&owner_of(&workspace));
+            }
             watcher::Event::InitDone => context.look_at_all(),
             _ => {}
         }
@@ -448,6 +468,14 @@ async fn watch_all(
     let sets = |event: watcher::Event<StatefulSet>| {
         let event = event.modify(strip_set);
         trigger(context.sets.take(event, labelled, same_version));
+    };
+    let services = |event: watcher::Event<Service>| {
+        let event = event.modify(|service| service.metadata.managed_fields = None);
+        trigger(context.services.take(event, labelled, serve::same_mark));
+    };
+    let budgets = |event: watcher::Event<PodDisruptionBudget>| {
+        let event = event.modify(|budget| budget.metadata.managed_fields = None);
+        trigger(context.budgets.take(event, labelled, serve::same_mark));
     };
     let configs = |event: watcher::Event<PartialObjectMeta<ConfigMap>>| {
         let listed = matches!(event, watcher::Event::InitDone);
@@ -474,11 +502,14 @@ async fn watch_all(
         keep("jobs", api(client, options), ours(), jobs, healths(), again.subscribe()),
         keep("pods", api(client, options), ours(), pods, healths(), again.subscribe()),
         keep("statefulsets", api(client, options), ours(), sets, healths(), again.subscribe()),
+        keep("services", api(client, options), ours(), services, healths(), again.subscribe()),
+        keep("poddisruptionbudgets", api(client, options), ours(), budgets, healths(), again.subscribe()),
         keep("configmaps", api(client, options), all(), configs, healths(), again.subscribe()),
         async {
             // A controller of one namespace has no right to list nodes.
-            let allowed =
-                Api::<Node>::all(client.clone()).list_metadata(&ListParams::default().limit(1)).await;
+            let one = ListParams::default().limit(1);
+            let all_nodes = Api::<Node>::all(client.clone());
+            let allowed = in_time(LOOK_MAX, async { all_nodes.list_metadata(&one).await }).await;
             match (allowed, &options.namespace) {
                 (Err(kube::Error::Api(status)), Some(_)) if status.code == 403 => {
                     std::future::pending().await

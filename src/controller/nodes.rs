@@ -31,8 +31,11 @@ const SPEC_HASH: &str = "hone.sh/spec-hash";
 /// The kinds of Karpenter that a cluster has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provider {
+    /// The cluster has none: nodes are somebody else's work.
     None,
+    /// NodeClaims are created one for each node.
     NodeClaims,
+    /// NodePools are created, and Karpenter creates their NodeClaims.
     NodePools,
 }
 
@@ -92,7 +95,8 @@ pub async fn ask(
         _ => claim(workspace, cloud),
     };
     let hash = source::digest(object["spec"].to_string().as_bytes())[..16].to_owned();
-    let known = list(client, workspace, provider).await?;
+    let owner = (workspace.namespace().to_owned(), workspace.name().to_owned());
+    let known = list(client, &owner, provider).await?;
     let mut there = Vec::new();
     for old in known.iter().filter(|old| is_alive(old)) {
         match old.annotations().get(SPEC_HASH) == Some(&hash) {
@@ -139,11 +143,11 @@ async fn scale(client: &Client, pool: &DynamicObject, replicas: &Value) -> kube:
 }
 
 /// Deletes every node claim of the Workspace.
-pub async fn give_back(client: &Client, workspace: &Workspace, provider: Provider) -> kube::Result<()> {
+pub async fn give_back(client: &Client, owner: &Owner, provider: Provider) -> kube::Result<()> {
     if provider == Provider::None {
         return Ok(());
     }
-    for old in list(client, workspace, provider).await?.iter().filter(|old| is_alive(old)) {
+    for old in list(client, owner, provider).await?.iter().filter(|old| is_alive(old)) {
         delete(client, provider, &old.name_any()).await?;
     }
     Ok(())
@@ -151,10 +155,9 @@ pub async fn give_back(client: &Client, workspace: &Workspace, provider: Provide
 
 async fn list(
     client: &Client,
-    workspace: &Workspace,
+    (namespace, name): &Owner,
     provider: Provider,
 ) -> kube::Result<Vec<DynamicObject>> {
-    let (name, namespace) = (workspace.name(), workspace.namespace());
     let ours = format!("{MANAGED_BY}={MANAGER},{WORKSPACE_LABEL}={name},{NAMESPACE_LABEL}={namespace}");
     Ok(api(client, provider).list(&ListParams::default().labels(&ours)).await?.items)
 }
@@ -246,6 +249,7 @@ fn name(workspace: &Workspace, provider: Provider, hash: &str, attempt: u32) -> 
     }
 }
 
+/// The API of the objects that ask for nodes.
 pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     let (kind, plural) = match provider {
         Provider::NodePools => ("NodePool", "nodepools"),

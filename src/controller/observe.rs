@@ -10,16 +10,23 @@ use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
 use serde::Deserialize;
 
 use crate::fault::Kind;
+use crate::workspace::WORKSPACE_LABEL;
 
+/// The state of a training as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// No container has started yet.
     Pending,
+    /// The training runs, or waits for its next pod after a failure.
     Running,
+    /// The Job is complete.
     Succeeded,
+    /// The Job has failed for good.
     Failed,
 }
 
 impl Stage {
+    /// All stages.
     pub const ALL: [Stage; 4] = [Stage::Pending, Stage::Running, Stage::Succeeded, Stage::Failed];
 
     /// KAITO's `status.state`.
@@ -32,6 +39,7 @@ impl Stage {
         }
     }
 
+    /// Whether nothing more happens: the Job succeeded or failed.
     pub fn is_over(self) -> bool {
         matches!(self, Stage::Succeeded | Stage::Failed)
     }
@@ -40,6 +48,7 @@ impl Stage {
 /// The observed state of a training.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
+    /// The state of the Job as a whole.
     pub stage: Stage,
     /// The reason why the pod or the Job waits.
     pub waiting: Option<String>,
@@ -60,9 +69,11 @@ pub struct Seen {
 /// The end of a container, with hone's termination message if there is one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ended {
+    /// Exit code of the process; 128 and the signal's number if a signal ended it.
     pub exit_code: i32,
     /// The kubelet's reason, such as `OOMKilled`.
     pub reason: String,
+    /// The termination message; empty if there is none.
     pub said: Said,
 }
 
@@ -70,13 +81,21 @@ pub struct Ended {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Said {
+    /// Name of the fault's kind; `ok` after success.
     pub kind: String,
+    /// The error message.
     pub message: Option<String>,
+    /// What to do about it.
     pub help: Option<String>,
+    /// The last logged optimizer step.
     pub step: Option<u64>,
+    /// Loss of that step.
     pub loss: Option<f64>,
+    /// Loss of the newest evaluation.
     pub eval_loss: Option<f64>,
+    /// The pushed image with its tag.
     pub image: Option<String>,
+    /// Digest of the pushed image.
     pub digest: Option<String>,
 }
 
@@ -135,8 +154,12 @@ pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
     }
 }
 
+/// The state of hone's container, which has the Workspace's name; others may have been put beside it.
 fn state(pod: &Pod) -> Option<&ContainerState> {
-    pod.status.as_ref()?.container_statuses.as_ref()?.first()?.state.as_ref()
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let name = pod.metadata.labels.as_ref().and_then(|labels| labels.get(WORKSPACE_LABEL));
+    let own = containers.iter().find(|container| Some(&container.name) == name);
+    own.or(containers.first())?.state.as_ref()
 }
 
 fn is_running(pod: &Pod) -> bool {
@@ -295,6 +318,20 @@ mod tests {
         assert_eq!(seen.waiting.as_deref(), Some("Unschedulable: 0/3 nodes"));
         let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))], false);
         assert_eq!(running.running.as_deref(), Some("pod-01"));
+    }
+
+    #[test]
+    fn a_container_beside_it_tells_nothing() {
+        let status = |name: &str, state| json!({"name": name, "image": "", "imageID": "", "ready": true, "restartCount": 0, "state": state});
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "p", "labels": {WORKSPACE_LABEL: "w"}},
+            "status": {"containerStatuses": [
+                status("proxy", json!({"running": {}})), status("w", json!({"terminated": {"exitCode": 11}})),
+            ]},
+        }))
+        .unwrap();
+        let seen = observe(Some(&job(json!({"active": 1}))), &[Arc::new(pod)], false);
+        assert_eq!((seen.running, seen.ended.map(|ended| ended.exit_code)), (None, Some(11)));
     }
 
     /// Its Events are asked where neither pod nor Job says why nothing moves.

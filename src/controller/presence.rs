@@ -19,12 +19,17 @@ const INTERVAL: Duration = Duration::from_secs(15);
 /// LIMIT: time for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
+/// Software of the cluster that hone works beside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Presence {
+    /// Whether KAITO's admission webhook is installed.
     pub kaito: bool,
+    /// The kind of object by which nodes are requested.
     pub provider: Provider,
 }
 
+/// Asks the API server which of this software is installed.
+///
 /// # Errors
 /// Those of the API server, and one that takes too long.
 pub async fn look(client: &Client) -> kube::Result<Presence> {

@@ -8,9 +8,13 @@ pub const LINES: i64 = 40;
 /// The last logged step and the number of steps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
+    /// Optimizer step that was logged last.
     pub step: u64,
+    /// Steps of the whole run, if the log shows them.
     pub total: Option<u64>,
+    /// Loss of the last logged step.
     pub loss: f64,
+    /// Expected seconds to the end of training.
     pub eta_seconds: f64,
 }
 
@@ -24,6 +28,7 @@ struct Line {
 }
 
 impl Progress {
+    /// Reads the end of a log. `None`: no line in it reports a step.
     pub fn parse(log: &str) -> Option<Progress> {
         let lines: Vec<Line> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let last = |line: &Line| Some((line.step?, line.loss?, line.eta_seconds?));
@@ -50,6 +55,7 @@ impl Progress {
         }
     }
 
+    /// The progress as part of a sentence: step, loss and remaining time.
     pub fn told(&self) -> String {
         format!("step {}, loss {:.4}, {} left", self.steps(), self.loss, self.eta())
     }

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -26,7 +27,7 @@ use crate::backoff;
 use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
-use crate::workspace::kind::Inference;
+use crate::workspace::kind::{Inference, Status};
 use crate::workspace::{
     Asked, MANAGED_BY, MANAGER, Method, REVISION, Rendered, Workspace, config_name, inputs_hash, render,
     validate,
@@ -51,6 +52,10 @@ const REFUSED_MAX: Duration = Duration::from_secs(360);
 /// Failures in a row after which the status names the error.
 const FAILURES_TOLD: u32 = 3;
 
+/// Brings one Workspace to what it asks for, as far as this is possible now, and says when to look again.
+///
+/// # Errors
+/// Those of the API server; the status names one that repeats.
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
     let timer = context.metrics.started();
     let workspace = newest(workspace, &context);
@@ -67,8 +72,10 @@ pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube
 pub(super) struct Reconciler<'a> {
     /// The Workspace as it was meant, without the default of an older version.
     pub workspace: Cow<'a, Workspace>,
+    /// What all reconciliations share.
     pub context: &'a Context,
     client: &'a Client,
+    /// Namespace and name of the Workspace.
     pub owner: Owner,
 }
 
@@ -127,6 +134,7 @@ impl<'a> Reconciler<'a> {
         Reconciler { workspace: Cow::Borrowed(workspace), context, client: &context.client, owner }
     }
 
+    /// The API of a kind of object in the Workspace's namespace.
     pub fn api<K>(&self) -> Api<K>
     where
         K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
@@ -142,10 +150,33 @@ impl<'a> Reconciler<'a> {
         if self.workspace.metadata.deletion_timestamp.is_some() {
             return self.end().await;
         }
-        match self.workspace.tuning.is_some() {
-            true => self.tune().await,
-            false => serve::bring(self).await,
+        match (self.workspace.tuning.is_some(), self.other_kind().await?) {
+            (true, None) => self.tune().await,
+            (true, Some(why)) => serve::bring(self, Some(why)).await,
+            (false, None) => serve::bring(self, None).await,
+            (false, Some(why)) => {
+                let job = self.context.jobs.find(&self.owner, self.workspace.name());
+                self.refuse(job.filter(|job| self.made(job)).as_deref(), why).await
+            }
         }
+    }
+
+    /// Why the Workspace cannot be what it says now: it tuned before and is to serve, or the other way round. KAITO's
+    /// webhook refuses that; without one, what it was goes on.
+    async fn other_kind(&self) -> kube::Result<Option<String>> {
+        let was_other = match self.workspace.tuning.is_some() {
+            true => {
+                let set = self.context.sets.find(&self.owner, self.workspace.name());
+                set.is_some_and(|set| self.owns(set.as_ref()))
+            }
+            false => {
+                let begun = self.workspace.annotation(&format!("{PREFIX}revision")).is_some();
+                let job = self.context.jobs.find(&self.owner, self.workspace.name());
+                job.is_some_and(|job| self.made(&job)) || (begun && self.known().await?.is_some())
+            }
+        };
+        const WHY: &str = "tuning: it cannot be added or removed; make another Workspace";
+        Ok(was_other.then(|| WHY.to_owned()))
     }
 
     fn is_not_ours(&self) -> bool {
@@ -154,6 +185,12 @@ impl<'a> Reconciler<'a> {
 
     fn finalizers(&self) -> &[String] {
         self.workspace.metadata.finalizers.as_deref().unwrap_or_default()
+    }
+
+    /// Whether an object belongs to this very Workspace.
+    pub fn owns<K: kube::ResourceExt>(&self, object: &K) -> bool {
+        let uid = self.workspace.metadata.uid.as_ref();
+        object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)
     }
 
     /// Whether this controller created the Job for this very Workspace.
@@ -189,7 +226,7 @@ impl<'a> Reconciler<'a> {
         if let Some(known) = self.context.note(&self.workspace, |notes| notes.known.clone()) {
             return Ok(known);
         }
-        let known = revision::newest(&self.api(), self.workspace.name()).await?;
+        let known = revision::newest(&self.api(), &self.workspace).await?;
         self.context.note(&self.workspace, |notes| notes.known = Some(known.clone()));
         Ok(known)
     }
@@ -280,9 +317,12 @@ impl<'a> Reconciler<'a> {
         };
         let is_known = wanted.known.as_ref().is_some_and(|known| known.hash == wanted.inputs.hash);
         let number = wanted.inputs.number;
-        let made = now.annotation(&format!("{PREFIX}revision")) == Some(&number.to_string());
-        if is_known && made && now.status.as_ref().is_some_and(status::tells_an_end) {
-            return self.stay_over(&now).await;
+        let noted = now.annotation(&format!("{PREFIX}revision"));
+        let made = noted == Some(&number.to_string());
+        // `kubectl replace` drops the annotation; the status and the recorded revision stay.
+        let over = now.status.as_ref().is_some_and(status::tells_an_end);
+        if is_known && over && (made || noted.is_none()) {
+            return self.stay_over(&now, number).await;
         }
         if let Some(job) = self.api::<Job>().get_opt(self.workspace.name()).await? {
             return match () {
@@ -317,13 +357,23 @@ impl<'a> Reconciler<'a> {
 
     /// Keeps the status of a Workspace whose end was written and whose Job is gone. Its node claims are deleted all the
     /// same.
-    async fn stay_over(&self, now: &Workspace) -> kube::Result<Action> {
-        let state = now.status.as_ref().and_then(|status| status.state.as_deref());
-        if let Some(stage) = Stage::ALL.into_iter().find(|stage| Some(stage.name()) == state) {
-            self.context.metrics.saw(&self.workspace, stage);
-        }
+    async fn stay_over(&self, now: &Workspace, revision: i64) -> kube::Result<Action> {
+        self.tell_after_end(now, None).await?;
+        self.annotate([(format!("{PREFIX}revision"), Some(revision.to_string()))].into()).await?;
         self.give_back().await?;
         Ok(Action::requeue(RESTING))
+    }
+
+    /// Writes the status of a Workspace that is over and whose Job is gone. `refused`: why a later change cannot be
+    /// carried out, which does not undo the end.
+    async fn tell_after_end(&self, now: &Workspace, refused: Option<&str>) -> kube::Result<()> {
+        let Some(old) = &now.status else { return Ok(()) };
+        self.context.metrics.saw(&self.workspace, old.state.as_deref().unwrap_or_default());
+        let status = status::after_end(old, refused);
+        if status != *old {
+            self.write_status(&status).await?;
+        }
+        Ok(())
     }
 
     /// Writes the end of a Job that ended and was deleted while no controller ran. Its Events still name the end for an
@@ -399,10 +449,11 @@ impl<'a> Reconciler<'a> {
             // Somebody else may have created it in between; then theirs stays.
             ignore(409, self.api::<ConfigMap>().create(&PostParams::default(), map).await.map(|_| ()))?;
         }
-        self.ask_for_node().await?;
         let parameters = PostParams { dry_run: false, field_manager: Some(FIELD_MANAGER.into()) };
         let job = self.api::<Job>().create(&parameters, &rendered.job).await?;
         self.write_down(wanted).await?;
+        // A Job that is refused must not cost a node.
+        self.ask_for_node().await?;
         let mut told = format!("Job {} is made from revision {revision}", self.workspace.name());
         for warning in &rendered.warnings {
             told += &format!("; {warning}");
@@ -441,11 +492,13 @@ impl<'a> Reconciler<'a> {
         nodes::ask(self.client, &self.workspace, provider, self.context.settings.cloud, &used).await
     }
 
-    async fn give_back(&self) -> kube::Result<()> {
-        if !self.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
+    /// Deletes the Workspace's node claims and removes the finalizer.
+    pub async fn give_back(&self) -> kube::Result<()> {
+        let noted = self.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
+        if !noted && nodes::alive(&self.context.claims.of(&self.owner)) == 0 {
             return Ok(());
         }
-        nodes::give_back(self.client, &self.workspace, self.context.presence().provider).await?;
+        nodes::give_back(self.client, &self.owner, self.context.presence().provider).await?;
         self.finalizer(false).await
     }
 
@@ -454,21 +507,32 @@ impl<'a> Reconciler<'a> {
             "Job {} is not of this Workspace: rename the Workspace, or remove the Job",
             self.workspace.name()
         );
-        let waits = self.context.note(&self.workspace, |notes| std::mem::replace(&mut notes.foreign, true));
-        if !waits {
-            self.wait_for_end_of(job);
-        }
-        self.tell(None, 0, Some(told)).await
+        self.wait_for_end_of(job);
+        self.refuse(None, told).await
     }
 
-    /// Reconciles again when a foreign Job is gone, because only hone's own Jobs are watched.
-    fn wait_for_end_of(&self, job: &Job) {
-        let uid = job.metadata.uid.clone().unwrap_or_default();
-        let (api, name) = (self.api::<Job>(), self.workspace.name().to_owned());
+    /// Reconciles again when somebody else's object is gone, because only hone's own objects are watched.
+    pub fn wait_for_end_of<K>(&self, object: &K)
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + std::fmt::Debug
+            + serde::de::DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let waits = self.context.note(&self.workspace, |notes| notes.foreign.clone());
+        if waits.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let uid = object.meta().uid.clone().unwrap_or_default();
+        let (api, name) = (self.api::<K>(), object.meta().name.clone().unwrap_or_default());
         let (triggers, owner) = (self.context.triggers.clone(), self.owner.clone());
         tokio::spawn(async move {
             // An error ends the wait, and the next reconciliation starts another.
             _ = await_condition(api, &name, conditions::is_deleted(&uid)).await;
+            waits.store(false, Ordering::Relaxed);
             triggers.look_at(&owner);
         });
     }
@@ -477,6 +541,14 @@ impl<'a> Reconciler<'a> {
     async fn refuse(&self, job: Option<&Job>, why: String) -> kube::Result<Action> {
         let number = job.and_then(Inputs::of).map_or(0, |of| of.number);
         let before = self.told();
+        let ended = self.workspace.status.as_ref().is_some_and(status::tells_an_end);
+        if job.is_none() && ended {
+            self.tell_after_end(&self.workspace, Some(&why)).await?;
+            if !before.contains(&words::plain(&why, 256)) {
+                self.event(Weight::Warning, "Refused", &why).await;
+            }
+            return Ok(Action::requeue(self.pause_of_refusals()));
+        }
         self.tell(job, number, Some(why.clone())).await?;
         if job.is_some() && !before.contains(&words::plain(&why, 256)) {
             self.event(Weight::Warning, "Refused", &why).await;
@@ -500,23 +572,31 @@ impl<'a> Reconciler<'a> {
         conditions.next().map(|condition| condition.message.clone()).unwrap_or_default()
     }
 
-    /// Writes an error that repeats into the status, where the user looks.
+    /// Writes an error that repeats into the status, where the user looks. An end that was written stays.
     async fn tell_trouble(&self, error: kube::Error) -> kube::Error {
         let failures = self.context.note(&self.workspace, |notes| notes.failures);
         let conflict = matches!(&error, kube::Error::Api(status) if status.code == 409);
-        if failures >= FAILURES_TOLD && !conflict && !self.is_not_ours() {
-            let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
-            if job.is_none() {
-                let report = Report {
-                    seen: observe::observe(None, &[], false),
-                    progress: None,
-                    nodes: Nodes::default(),
-                    refused: None,
-                    stuck: false,
-                    warning: Some(format!("{error}; it is tried again")),
-                };
-                _ = self.write(&report).await;
-            }
+        let leaves = self.workspace.metadata.deletion_timestamp.is_some();
+        if failures < FAILURES_TOLD || conflict || leaves || self.is_not_ours() {
+            return error;
+        }
+        let told = format!("{}; it is tried again", words::of_error(&error));
+        if self.workspace.tuning.is_none() {
+            _ = serve::tell_trouble(self, told).await;
+            return error;
+        }
+        let ended = self.workspace.status.as_ref().is_some_and(status::tells_an_end);
+        let job = self.context.jobs.find(&self.owner, self.workspace.name()).filter(|job| self.made(job));
+        if job.is_none() && !ended {
+            let report = Report {
+                seen: observe::observe(None, &[], false),
+                progress: None,
+                nodes: Nodes::default(),
+                refused: None,
+                stuck: false,
+                warning: Some(told),
+            };
+            _ = self.write(&report).await;
         }
         error
     }
@@ -537,13 +617,19 @@ impl<'a> Reconciler<'a> {
         if waits && nodes::wanted(&self.workspace, provider) && nodes::alive(&claims) == 0 {
             self.ask_for_node().await?;
         }
+        if !over && !stuck && nodes::alive(&claims) > 0 {
+            // Somebody may have removed the finalizer, without which a claim could stay behind.
+            self.finalizer(true).await?;
+        }
         let report = Report { nodes: self.nodes(&seen), seen, progress, refused, stuck, warning };
         // The state is written first: an annotation of a revision beside a final state means that this revision is
         // done.
         self.write(&report).await?;
         self.annotate(status::annotations(&report, revision)).await?;
-        if let Some(job) = job.filter(|_| over) {
+        if over || report.stuck {
             self.give_back().await?;
+        }
+        if let Some(job) = job.filter(|_| over) {
             self.set_ttl(job).await?;
         }
         Ok(Action::requeue(self.next_look(&report)))
@@ -575,6 +661,7 @@ impl<'a> Reconciler<'a> {
         observe::observe(Some(job), &pods, same && state == Some(Stage::Running.name()))
     }
 
+    /// The state of the requested nodes, for the status.
     pub fn nodes(&self, seen: &Seen) -> Nodes {
         let over = seen.stage.is_over();
         let looks = !over && seen.node.is_none();
@@ -611,7 +698,7 @@ impl<'a> Reconciler<'a> {
     }
 
     /// The newest Warning about a pod or Job that does not go on and does not say why.
-    async fn warning(&self, seen: &Seen) -> kube::Result<Option<String>> {
+    pub async fn warning(&self, seen: &Seen) -> kube::Result<Option<String>> {
         let Some(uid) = seen.mute.as_deref() else {
             self.context.note(&self.workspace, |notes| {
                 notes.warning = None;
@@ -644,6 +731,10 @@ impl<'a> Reconciler<'a> {
         ignore(404, patched.map(|_| ()))
     }
 
+    /// Writes annotations to the Workspace if they differ from what it has; `None` removes one.
+    ///
+    /// # Errors
+    /// Those of the API server.
     pub async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));
@@ -669,11 +760,15 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// Patches the status. `patch` holds nothing but the status.
-    pub async fn write_status(&self, patch: &Value) -> kube::Result<()> {
+    /// Writes the status. Fields that it no longer has are removed.
+    pub async fn write_status(&self, status: &Status) -> kube::Result<()> {
+        let mut fields = json!(status);
+        for name in ["workerNodes", "state", "conditions", "targetNodeCount"] {
+            fields.as_object_mut().expect("a status").entry(name).or_insert(Value::Null);
+        }
         let api = self.api::<Workspace>();
-        let written =
-            api.patch_status(self.workspace.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        let patch = Patch::Merge(json!({"status": fields}));
+        let written = api.patch_status(self.workspace.name(), &PatchParams::default(), &patch).await?;
         self.keep(written);
         Ok(())
     }
@@ -685,12 +780,12 @@ impl<'a> Reconciler<'a> {
     async fn write(&self, report: &Report) -> kube::Result<()> {
         let status = status::status(&self.workspace, report, Timestamp::now());
         let stage = status::stage(report);
-        self.context.metrics.saw(&self.workspace, stage);
+        self.context.metrics.saw(&self.workspace, stage.name());
         let old = self.workspace.status.as_ref();
         if old == Some(&status) {
             return Ok(());
         }
-        self.write_status(&json!({"status": status})).await?;
+        self.write_status(&status).await?;
         let before = old.and_then(|status| status.state.as_deref());
         let told = status::message(report);
         if before != Some(stage.name()) || (stage == Stage::Failed && self.told() != told) {
@@ -712,7 +807,7 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Adds or removes hone's finalizer. The patch names the version that was read, because it replaces the whole list.
-    async fn finalizer(&self, there: bool) -> kube::Result<()> {
+    pub async fn finalizer(&self, there: bool) -> kube::Result<()> {
         let mut list = self.finalizers().to_vec();
         let had = list.iter().any(|finalizer| finalizer == FINALIZER);
         if had == there {
@@ -729,8 +824,23 @@ impl<'a> Reconciler<'a> {
         }
     }
 
+    /// Writes an Event about the Workspace.
     pub async fn event(&self, weight: Weight, reason: &str, note: &str) {
         self.context.events.tell(&self.workspace, weight, reason, note).await;
+    }
+}
+
+/// Deletes the node claims of a Workspace that is gone, whose finalizer somebody removed.
+pub(super) async fn give_back_of(owner: &Owner, context: &Context) -> kube::Result<()> {
+    let (namespace, name) = owner;
+    let elsewhere = context.namespace.as_ref().is_some_and(|only| only != namespace);
+    if elsewhere || context.presence().kaito || nodes::alive(&context.claims.of(owner)) == 0 {
+        return Ok(());
+    }
+    let api = Api::<Workspace>::namespaced(context.client.clone(), namespace);
+    match api.get_opt(name).await? {
+        Some(_) => Ok(()),
+        None => nodes::give_back(&context.client, owner, context.presence().provider).await,
     }
 }
 

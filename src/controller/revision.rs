@@ -16,6 +16,7 @@ use crate::workspace::owner;
 
 /// KAITO's label and annotation.
 const NAME_LABEL: &str = "workspace.kaito.io/name";
+/// KAITO's annotation with the hash of a revision's inputs.
 pub const HASH: &str = "workspace.kaito.io/hash";
 /// The number of revisions that are kept, as KAITO does.
 const HISTORY_MAX: usize = 10;
@@ -23,7 +24,9 @@ const HISTORY_MAX: usize = 10;
 /// A recorded revision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
+    /// Number of the revision, from 1.
     pub number: i64,
+    /// Hash of its inputs.
     pub hash: String,
     /// The Workspace of this revision, as far as it was recorded.
     pub workspace: Option<Workspace>,
@@ -32,8 +35,8 @@ pub struct Known {
 }
 
 /// The newest revision, if there is one.
-pub async fn newest(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Option<Known>> {
-    let list = list(api, name).await?;
+pub async fn newest(api: &Api<ControllerRevision>, workspace: &Workspace) -> kube::Result<Option<Known>> {
+    let list = list(api, workspace).await?;
     Ok(list.into_iter().next_back().map(|revision| Known {
         number: revision.revision,
         hash: annotation(&revision),
@@ -66,13 +69,20 @@ pub async fn add(
         revision: number,
     };
     match api.create(&PostParams::default(), &revision).await {
-        Err(kube::Error::Api(status)) if status.code == 409 => {}
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            let name = revision.metadata.name.as_deref().unwrap_or_default();
+            let old = api.get_opt(name).await?;
+            // A record of an earlier Workspace of this name is about to be collected; it does not count.
+            if old.is_none_or(|old| !is_of(&old, workspace)) {
+                return Err(kube::Error::Api(status));
+            }
+        }
         other => _ = other?,
     }
     if number <= HISTORY_MAX as i64 {
         return Ok(());
     }
-    let list = list(api, name).await?;
+    let list = list(api, workspace).await?;
     for old in list.iter().take(list.len().saturating_sub(HISTORY_MAX)) {
         let name = old.metadata.name.as_deref().unwrap_or_default();
         match api.delete(name, &DeleteParams::default()).await {
@@ -83,10 +93,17 @@ pub async fn add(
     Ok(())
 }
 
+/// Whether a revision belongs to this very Workspace, and not to an earlier one of its name.
+fn is_of(revision: &ControllerRevision, workspace: &Workspace) -> bool {
+    let mut owners = revision.metadata.owner_references.iter().flatten();
+    owners.any(|owner| Some(&owner.uid) == workspace.metadata.uid.as_ref())
+}
+
 /// All revisions, the oldest first.
-async fn list(api: &Api<ControllerRevision>, name: &str) -> kube::Result<Vec<ControllerRevision>> {
-    let selected = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
+async fn list(api: &Api<ControllerRevision>, workspace: &Workspace) -> kube::Result<Vec<ControllerRevision>> {
+    let selected = ListParams::default().labels(&format!("{NAME_LABEL}={}", workspace.name()));
     let mut list = api.list(&selected).await?.items;
+    list.retain(|revision| is_of(revision, workspace));
     list.sort_by_key(|revision| revision.revision);
     Ok(list)
 }

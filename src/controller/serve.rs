@@ -1,27 +1,29 @@
 //! A Workspace that serves -> its StatefulSet, Services and adapters in the cluster; their state -> its status.
 //!
 //! Conditions, states and reasons are KAITO's (v0.12, `updateInferenceStatus`); `AdaptersReady` is hone's own. Objects
-//! are applied if the hash on the StatefulSet differs from theirs; at rest no request is sent.
+//! are applied if one of them is not as this controller last wrote it, or should be another; at rest no request is
+//! sent.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::ResourceExt;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions, PropagationPolicy};
 use kube::runtime::controller::Action;
+use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
 
 use super::ask::{self, Adapters};
 use super::events::Weight;
 use super::observe::{self, Ended};
 use super::reconcile::{RESTING, Reconciler, ignore};
-use super::status::{self, Conditions, Nodes};
+use super::status::{self, Conditions, Nodes, without_tag};
 use super::{FIELD_MANAGER, nodes as claims, words};
 use crate::serving::live::file_digest;
 use crate::source;
@@ -29,13 +31,16 @@ use crate::workspace::annotations::PREFIX;
 use crate::workspace::files::entry_of;
 use crate::workspace::kind::{Status, Workspace};
 use crate::workspace::serve::{Asked, Served, TUNED, Tuned, serve};
-use crate::workspace::{MANAGED_BY, MANAGER, config_name, inference};
+use crate::workspace::{config_name, inference};
 
 const ADAPTERS_READY: &str = "AdaptersReady";
 /// The annotation of the StatefulSet with the hash of all objects.
 const HASH: &str = "hone.sh/spec-hash";
 /// LIMIT: bytes of a condition's message.
 const MESSAGE_BYTES_MAX: usize = 1024;
+/// How often it is looked whether a StatefulSet that is made anew is gone, and the pause between two looks.
+const ORPHAN_LOOKS: u32 = 20;
+const ORPHAN_PAUSE: Duration = Duration::from_millis(500);
 /// The first and the longest pause between two questions to servers that have not taken a change. A kubelet brings a
 /// changed ConfigMap into a pod within a minute or two.
 const ANSWERS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
@@ -50,7 +55,9 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
 /// The state of the servers, as the cluster reports it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Serving {
+    /// Number of servers that the Workspace asks for.
     pub wanted: i32,
+    /// Number of servers that are ready.
     pub ready: i32,
     /// KAITO's reason and message if a server is not ready.
     pub trouble: Option<(&'static str, String)>,
@@ -64,27 +71,34 @@ impl Serving {
     }
 }
 
+/// Brings the servers of a Workspace to what it asks for, and says when to look again. `other`: why it cannot be what
+/// it says now; its servers go on as they are.
+///
 /// # Errors
 /// Those of the API server.
-pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
+pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<Action> {
     let name = of.workspace.name();
-    let set = of.context.sets.find(&of.owner, name).filter(|set| is_ours(of, set.as_ref()));
-    let served = render(of).await?;
+    let set = of.context.sets.find(&of.owner, name).filter(|set| of.owns(set.as_ref()));
+    let turned = other.is_some();
+    let served = match other {
+        Some(why) => Err(why),
+        None => render(of).await?,
+    };
     let refused = match &served {
         Err(why) => Some(why.clone()),
         Ok(served) => apply(of, set.as_deref(), served).await?,
     };
     let set = match set {
         Some(set) => Some(set),
-        None => of.api::<StatefulSet>().get_opt(name).await?.filter(|set| is_ours(of, set)).map(Arc::new),
+        None => of.api::<StatefulSet>().get_opt(name).await?.filter(|set| of.owns(set)).map(Arc::new),
     };
     let pods = of.context.pods.of(&of.owner);
-    let serving = observe(set.as_deref(), &pods, refused.clone());
+    let mut serving = observe(set.as_deref(), &pods, refused.clone());
     let node = pods.iter().find_map(|pod| pod.spec.as_ref()?.node_name.clone());
-    if set.is_some()
-        && claims::differs(&of.workspace, of.context.presence().provider, &of.context.claims.of(&of.owner))
-    {
-        of.ask_for_node().await?;
+    match (&set, &refused) {
+        (None, Some(_)) => of.give_back().await?,
+        _ if !turned => nodes_of(of, set.is_some()).await?,
+        _ => {}
     }
     let adapters = match served.as_ref().ok().filter(|_| refused.is_none()) {
         Some(served) => adapters(of, served, &pods).await,
@@ -92,6 +106,11 @@ pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
     };
     let mut seen = observe::observe(None, &[], false);
     seen.node = node;
+    seen.mute = mute(&serving, set.as_deref(), &pods);
+    if let Some(warning) = of.warning(&seen).await? {
+        serving.trouble =
+            Some(("WorkspaceInferenceStatusPending", format!("Inference workload is not ready: {warning}")));
+    }
     let nodes = of.nodes(&seen);
     let workers = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
     let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
@@ -101,8 +120,43 @@ pub async fn bring(of: &Reconciler<'_>) -> kube::Result<Action> {
     if refused.is_some() {
         return Ok(Action::requeue(of.pause_of_refusals()));
     }
-    let due = of.context.note(&of.workspace, |notes| notes.answers_due.left());
+    let due = of.context.note(&of.workspace, |notes| {
+        notes.failures = 0;
+        let warning = notes.warning_due.left().filter(|_| seen.mute.is_some());
+        notes.answers_due.left().into_iter().chain(warning).min()
+    });
     Ok(Action::requeue(due.map_or(RESTING, |due| due.min(RESTING).max(Duration::from_millis(100)))))
+}
+
+/// Asks for the nodes of servers that are missing. Somebody may have removed the finalizer, without which a claim could
+/// stay behind.
+async fn nodes_of(of: &Reconciler<'_>, there: bool) -> kube::Result<()> {
+    let known = of.context.claims.of(&of.owner);
+    if there && claims::differs(&of.workspace, of.context.presence().provider, &known) {
+        return of.ask_for_node().await;
+    }
+    match claims::alive(&known) {
+        0 => Ok(()),
+        _ => of.finalizer(true).await,
+    }
+}
+
+/// Writes an error that repeats into the status. Servers that answer are not in trouble.
+///
+/// # Errors
+/// Those of the API server.
+pub async fn tell_trouble(of: &Reconciler<'_>, why: String) -> kube::Result<()> {
+    let set = of.context.sets.find(&of.owner, of.workspace.name()).filter(|set| of.owns(set.as_ref()));
+    let pods = of.context.pods.of(&of.owner);
+    let mut serving = observe(set.as_deref(), &pods, None);
+    let why = format!("Inference workload is not ready: {why}");
+    serving.trouble = serving.trouble.or(Some(("WorkspaceInferenceStatusPending", why)));
+    let workers: Vec<String> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+    let mut seen = observe::observe(None, &[], false);
+    seen.node = workers.first().cloned();
+    let nodes = of.nodes(&seen);
+    let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    write(of, status, &serving).await
 }
 
 /// The objects of the Workspace, or why there are none.
@@ -160,10 +214,26 @@ async fn adapters(of: &Reconciler<'_>, served: &Served, pods: &[Arc<Pod>]) -> Op
     Some(stands)
 }
 
-fn is_ours<K: ResourceExt>(of: &Reconciler<'_>, object: &K) -> bool {
-    let uid = of.workspace.metadata.uid.as_ref();
-    object.labels().get(MANAGED_BY).is_some_and(|manager| manager == MANAGER)
-        && object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)
+/// The uid of the pod or StatefulSet whose Warnings may say why servers are missing: a pod that has not begun, or the
+/// set that cannot make one.
+fn mute(serving: &Serving, set: Option<&StatefulSet>, pods: &[Arc<Pod>]) -> Option<String> {
+    if serving.is_ready() || serving.trouble.is_some() {
+        return None;
+    }
+    let mut alive: Vec<&Arc<Pod>> =
+        pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()).collect();
+    alive.sort_by_key(|pod| pod.name_any());
+    let has_begun = |pod: &Pod| {
+        let states = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+        states
+            .into_iter()
+            .any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+    };
+    if let Some(pod) = alive.iter().find(|pod| !has_begun(pod)) {
+        return pod.metadata.uid.clone();
+    }
+    let missing = alive.len() < usize::try_from(serving.wanted).unwrap_or(0);
+    set.filter(|_| missing)?.metadata.uid.clone()
 }
 
 /// The images that tuning Workspaces of the namespace pushed, by digest.
@@ -174,27 +244,27 @@ fn tuned(of: &Reconciler<'_>) -> Tuned {
         if workspace.namespace() != of.workspace.namespace() || !follows(&of.workspace, &name) {
             return None;
         }
+        let pushed = workspace.annotation(&format!("{PREFIX}pushed"));
+        // Earlier controllers wrote the digest alone.
         let digest = workspace.annotation(&format!("{PREFIX}digest"));
         Some((
             name,
-            match (digest, output.image.is_empty()) {
-                (_, true) => {
+            match (pushed, digest, output.image.is_empty()) {
+                (Some(image), ..) => Ok(image.to_owned()),
+                (None, _, true) => {
                     Err(format!("Workspace {} writes to a volume, not to an image", workspace.name()))
                 }
-                (Some(digest), _) => Ok(format!("{}@{digest}", without_tag(&output.image))),
-                (None, _) => Err(format!("Workspace {} has not pushed its adapter yet", workspace.name())),
+                (None, Some(digest), _) => Ok(format!("{}@{digest}", without_tag(&output.image))),
+                (None, None, _) => {
+                    Err(format!("Workspace {} has not pushed its adapter yet", workspace.name()))
+                }
             },
         ))
     };
     of.context.workspaces.state().iter().filter_map(named).collect()
 }
 
-fn without_tag(image: &str) -> &str {
-    let last = image.rfind('/').map_or(0, |at| at + 1);
-    image[last..].find(':').map_or(image, |at| &image[..last + at])
-}
-
-/// Applies the objects if they changed; returns why the API server refuses them.
+/// Applies the objects if they are not as they should be; returns why the API server refuses them.
 async fn apply(
     of: &Reconciler<'_>,
     set: Option<&StatefulSet>,
@@ -202,12 +272,22 @@ async fn apply(
 ) -> kube::Result<Option<String>> {
     let objects: Vec<String> = served.objects().iter().map(ToString::to_string).collect();
     let hash = source::digest(objects.join("\n").as_bytes())[..16].to_owned();
-    if is_intact(of, served) && set.is_some_and(|set| set.annotations().get(HASH) == Some(&hash)) {
+    let same = set.is_some_and(|set| set.annotations().get(HASH) == Some(&hash));
+    let seen = marks(of, served);
+    let known = of.context.note(&of.workspace, |notes| notes.applied.clone());
+    if same && seen == known {
         return Ok(None);
     }
     match apply_all(of, served, &hash).await {
-        Ok(None) => {}
-        Ok(Some(why)) => return Ok(Some(why)),
+        Ok(Ok(applied)) => {
+            let changed = applied != seen;
+            of.context.note(&of.workspace, |notes| notes.applied = applied);
+            // A controller that begins applies everything once; usually nothing changes.
+            if same && !changed {
+                return Ok(None);
+            }
+        }
+        Ok(Err(why)) => return Ok(Some(why)),
         Err(error) if words::is_terminating(&error) => return Err(error),
         Err(error) => {
             return match words::refusal(&error) {
@@ -216,8 +296,12 @@ async fn apply(
             };
         }
     }
-    let mut told =
-        format!("StatefulSet {} is {}", of.workspace.name(), if set.is_none() { "made" } else { "changed" });
+    let what = match (set, same) {
+        (None, _) => "made",
+        (Some(_), false) => "changed",
+        (Some(_), true) => "put right, because one of its objects was changed or removed",
+    };
+    let mut told = format!("StatefulSet {} is {what}", of.workspace.name());
     for warning in &served.warnings {
         told += &format!("; {warning}");
     }
@@ -226,18 +310,59 @@ async fn apply(
     Ok(None)
 }
 
-/// Whether the ConfigMap that servers follow is the version that this controller last wrote. After a restart any
-/// version counts.
-fn is_intact(of: &Reconciler<'_>, served: &Served) -> bool {
-    let name = served.adapters.name_any();
-    let found = of.context.configs.find(&(of.workspace.namespace().to_owned(), name.clone()), &name);
-    let known = of.context.note(&of.workspace, |notes| notes.told_version.clone());
-    match (found, known) {
-        _ if !of.context.healths.is_fine("configmaps") => true,
-        (None, _) => false,
-        (Some(map), Some(version)) => map.metadata.resource_version == Some(version),
-        (Some(_), None) => true,
+/// Versions of a Workspace's objects, by kind and name.
+type Marks = BTreeMap<String, String>;
+
+/// The version of an object as far as hone writes it: the generation, which the status does not move; a Service has
+/// none.
+fn mark<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> String {
+    match object.meta().generation {
+        Some(generation) if K::kind(&()) != "ConfigMap" => generation.to_string(),
+        _ if K::kind(&()) == "Service" => {
+            let object = serde_json::to_value(object).unwrap_or_default();
+            let own =
+                [&object["spec"], &object["metadata"]["labels"], &object["metadata"]["ownerReferences"]];
+            source::digest(format!("{own:?}").as_bytes())
+        }
+        _ => object.meta().resource_version.clone().unwrap_or_default(),
     }
+}
+
+/// Whether two copies of an object are the same, but for what its own controllers write.
+pub fn same_mark<K: Resource<DynamicType = ()> + Serialize>(one: &K, two: &K) -> bool {
+    one.meta().uid == two.meta().uid && mark(one) == mark(two)
+}
+
+fn place<K: Resource<DynamicType = ()>>(name: &str) -> String {
+    format!("{}/{name}", K::kind(&()))
+}
+
+/// The marks of the objects as the watches brought them. What a watch cannot tell now counts as it was applied.
+fn marks(of: &Reconciler<'_>, served: &Served) -> Marks {
+    let known = of.context.note(&of.workspace, |notes| notes.applied.clone());
+    let mut marks = Marks::new();
+    let mut add = |list: &str, place: String, mark: Option<String>| {
+        let mark = if of.context.healths.is_fine(list) { mark } else { known.get(&place).cloned() };
+        marks.extend(mark.map(|mark| (place, mark)));
+    };
+    let adapters = served.adapters.name_any();
+    let map = of.context.configs.find(&(of.workspace.namespace().to_owned(), adapters.clone()), &adapters);
+    let version = map.and_then(|map| map.metadata.resource_version.clone());
+    add("configmaps", place::<ConfigMap>(&adapters), version);
+    for service in &served.services {
+        let name = service.name_any();
+        let found = of.context.services.find(&of.owner, &name);
+        add("services", place::<Service>(&name), found.map(|found| mark(found.as_ref())));
+    }
+    let set = served.set.name_any();
+    let found = of.context.sets.find(&of.owner, &set);
+    add("statefulsets", place::<StatefulSet>(&set), found.map(|found| mark(found.as_ref())));
+    if served.budget.is_some() {
+        let found = of.context.budgets.find(&of.owner, &set);
+        let found = found.map(|found| mark(found.as_ref()));
+        add("poddisruptionbudgets", place::<PodDisruptionBudget>(&set), found);
+    }
+    marks
 }
 
 /// The status with the condition of the adapters. Pure.
@@ -264,48 +389,95 @@ fn with_adapters(
     status
 }
 
-async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Result<Option<String>> {
+/// Applies every object; returns their marks, or which object is somebody else's.
+async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Result<Result<Marks, String>> {
     let name = of.workspace.name();
     let mut set = served.set.clone();
     set.metadata.annotations.get_or_insert_default().insert(HASH.into(), hash.into());
-    // Objects of somebody else are left alone.
-    let foreign = |kind: &str| {
-        Some(format!("{kind} {name} is not of this Workspace: rename the Workspace, or remove it"))
-    };
-    if of.api::<StatefulSet>().get_opt(name).await?.is_some_and(|old| !is_ours(of, &old)) {
-        return Ok(foreign("StatefulSet"));
-    }
-    let adapters = served.adapters.name_any();
-    if of.api::<ConfigMap>().get_opt(&adapters).await?.is_some_and(|old| !is_ours(of, &old)) {
-        return Ok(Some(format!(
-            "ConfigMap {adapters} is not of this Workspace: rename the Workspace, or remove it"
-        )));
-    }
-    let told = put(of, &served.adapters).await?;
-    of.context.note(&of.workspace, |notes| notes.told_version = told.metadata.resource_version);
+    // Objects of somebody else are left alone, and nothing is written beside them.
+    let mut foreign = foreign::<StatefulSet>(of, name).await?;
+    foreign = foreign.or(self::foreign::<ConfigMap>(of, &served.adapters.name_any()).await?);
     for service in &served.services {
-        if of.api::<Service>().get_opt(&service.name_any()).await?.is_some_and(|old| !is_ours(of, &old)) {
-            return Ok(foreign("Service"));
-        }
-        put(of, service).await?;
+        foreign = foreign.or(self::foreign::<Service>(of, &service.name_any()).await?);
     }
+    if served.budget.is_some() {
+        foreign = foreign.or(self::foreign::<PodDisruptionBudget>(of, name).await?);
+    }
+    if let Some(why) = foreign {
+        return Ok(Err(why));
+    }
+    let mut marks = Marks::new();
+    put(of, &served.adapters, &mut marks).await?;
+    for service in &served.services {
+        put(of, service, &mut marks).await?;
+    }
+    put_set(of, &set, &mut marks).await?;
+    // A set that is refused must not cost a node.
     of.ask_for_node().await?;
-    put(of, &set).await?;
     match &served.budget {
-        Some(budget) => _ = put(of, budget).await?,
+        Some(budget) => put(of, budget, &mut marks).await?,
         None => {
             let api = of.api::<PodDisruptionBudget>();
-            if api.get_opt(name).await?.is_some_and(|old| is_ours(of, &old)) {
+            if api.get_opt(name).await?.is_some_and(|old| of.owns(&old)) {
                 ignore(404, api.delete(name, &DeleteParams::default()).await.map(|_| ()))?;
             }
         }
     }
-    Ok(None)
+    Ok(Ok(marks))
 }
 
-async fn put<K>(of: &Reconciler<'_>, object: &K) -> kube::Result<K>
+/// Why an object of this name cannot be written: it is somebody else's. The Workspace is reconciled when it is gone.
+async fn foreign<K>(of: &Reconciler<'_>, name: &str) -> kube::Result<Option<String>>
 where
-    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned
+        + Send
+        + Sync
+        + 'static,
+{
+    let Some(old) = of.api::<K>().get_opt(name).await?.filter(|old| !of.owns(old)) else { return Ok(None) };
+    of.wait_for_end_of(&old);
+    let kind = K::kind(&());
+    Ok(Some(format!("{kind} {name} is not of this Workspace: rename the Workspace, or remove the {kind}")))
+}
+
+/// Applies a StatefulSet. If an earlier hone wrote a field that cannot be changed, the set is made anew, and its pods
+/// go on meanwhile.
+async fn put_set(of: &Reconciler<'_>, set: &StatefulSet, marks: &mut Marks) -> kube::Result<()> {
+    let fixed = |error: &kube::Error| {
+        matches!(error, kube::Error::Api(status) if status.code == 422
+            && status.message.contains("updates to statefulset spec for fields other than"))
+    };
+    match put(of, set, marks).await {
+        Err(error) if fixed(&error) => {
+            let name = set.name_any();
+            let api = of.api::<StatefulSet>();
+            let Some(old) = api.get_opt(&name).await? else { return Err(error) };
+            let parameters = DeleteParams {
+                propagation_policy: Some(PropagationPolicy::Orphan),
+                preconditions: Some(Preconditions { uid: old.metadata.uid.clone(), resource_version: None }),
+                ..DeleteParams::default()
+            };
+            let uid = old.metadata.uid.clone();
+            ignore(404, api.delete(&name, &parameters).await.map(|_| ()))?;
+            // The garbage collector lets the pods go first.
+            for _ in 0..ORPHAN_LOOKS {
+                if api.get_opt(&name).await?.is_none_or(|found| found.metadata.uid != uid) {
+                    break;
+                }
+                tokio::time::sleep(ORPHAN_PAUSE).await;
+            }
+            put(of, set, marks).await
+        }
+        other => other,
+    }
+}
+
+async fn put<K>(of: &Reconciler<'_>, object: &K, marks: &mut Marks) -> kube::Result<()>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
         + std::fmt::Debug
         + Serialize
@@ -313,7 +485,9 @@ where
 {
     let api: Api<K> = of.api();
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
-    api.patch(&object.name_any(), &parameters, &Patch::Apply(object)).await
+    let written = api.patch(&object.name_any(), &parameters, &Patch::Apply(object)).await?;
+    marks.insert(place::<K>(&written.name_any()), mark(&written));
+    Ok(())
 }
 
 /// The state of the servers from the StatefulSet's counts and the pods. Pure.
@@ -423,6 +597,7 @@ pub fn tell(
 }
 
 async fn write(of: &Reconciler<'_>, status: Status, serving: &Serving) -> kube::Result<()> {
+    of.context.metrics.saw(&of.workspace, status.state.as_deref().unwrap_or_default());
     let old = of.workspace.status.as_ref();
     if old == Some(&status) {
         return Ok(());
@@ -437,7 +612,7 @@ async fn write(of: &Reconciler<'_>, status: Status, serving: &Serving) -> kube::
         told_now.0 != "AdaptersPending"
             && old.and_then(|old| told(old, ADAPTERS_READY)).as_ref() != Some(told_now)
     });
-    of.write_status(&json!({"status": status})).await?;
+    of.write_status(&status).await?;
     let bad = serving.trouble.is_some() || serving.refused.is_some();
     let changed = old.and_then(|old| old.state.clone()) != status.state;
     if changed || (bad && old.and_then(message) != message(&status)) {
@@ -466,7 +641,7 @@ async fn annotate(of: &Reconciler<'_>, adapters: Option<&Adapters>) -> kube::Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     fn pod(status: Value) -> Arc<Pod> {
         Arc::new(serde_json::from_value(json!({"status": status})).unwrap())
@@ -553,12 +728,26 @@ mod tests {
         );
     }
 
+    /// Events are read about a pod that has not begun, and about a set that cannot make one.
     #[test]
-    fn an_image_without_its_tag() {
-        for (image, bare) in
-            [("h.example:5000/a/b:1", "h.example:5000/a/b"), ("h:5000/a", "h:5000/a"), ("a:1", "a")]
-        {
-            assert_eq!(without_tag(image), bare);
-        }
+    fn whose_warnings_are_read() {
+        let with_uid = |uid: &str, status: Value| -> Arc<Pod> {
+            let object = json!({"metadata": {"name": uid, "uid": uid}, "status": status});
+            Arc::new(serde_json::from_value(object).unwrap())
+        };
+        let mut two = set(0, true);
+        two.metadata.uid = Some("set".into());
+        let mute_of = |pods: &[Arc<Pod>]| mute(&observe(Some(&two), pods, None), Some(&two), pods);
+        let waits = |uid: &str| {
+            with_uid(uid, container(json!({"waiting": {"reason": "ContainerCreating"}}), json!({})))
+        };
+        let runs = |uid: &str| with_uid(uid, container(json!({"running": {}}), json!({})));
+        assert_eq!(mute_of(&[]).as_deref(), Some("set"));
+        assert_eq!(mute_of(&[runs("a")]).as_deref(), Some("set"), "the second cannot be made");
+        assert_eq!(mute_of(&[runs("a"), waits("b")]).as_deref(), Some("b"));
+        assert_eq!(mute_of(&[runs("a"), runs("b")]), None, "they load");
+        let fails = with_uid("c", container(json!({"waiting": {"reason": "ImagePullBackOff"}}), json!({})));
+        assert_eq!(mute_of(&[fails]), None, "it says why");
+        assert_eq!(mute(&observe(Some(&set(2, true)), &[], None), Some(&two), &[]), None, "they are ready");
     }
 }

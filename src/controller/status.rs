@@ -14,14 +14,19 @@ use super::words::plain;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
 
+/// What stands before the reason why a change is not carried out.
+const NOT_APPLIED: &str = "; the change is not applied: ";
 /// LIMIT: bytes of a condition's message. The CRD allows 32,768; people read this much.
 const MESSAGE_BYTES_MAX: usize = 4096;
 
 /// The inputs of a status.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
+    /// State of Job and pods.
     pub seen: Seen,
+    /// Progress of a running training, if its log shows it.
     pub progress: Option<Progress>,
+    /// State of the requested nodes.
     pub nodes: Nodes,
     /// Why the current Workspace cannot be carried out; an older Job goes on.
     pub refused: Option<String>,
@@ -95,18 +100,26 @@ pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<St
         (false, Some(progress)) => Some(progress.loss),
         _ => said.and_then(|said| said.loss),
     };
+    let pushed = said.filter(|_| report.seen.stage == Stage::Succeeded);
+    let digest = pushed.and_then(|said| said.digest.clone());
+    let image = pushed.and_then(|said| said.image.clone()).zip(digest.clone());
+    let image = image.map(|(image, digest)| format!("{}@{digest}", without_tag(&image)));
     let values = [
         ("revision", (revision > 0).then(|| revision.to_string())),
         ("step", step),
         ("loss", loss.map(|loss| format!("{loss:.4}"))),
         ("eta", progress.filter(|_| !over).map(Progress::eta)),
-        (
-            "digest",
-            said.filter(|_| report.seen.stage == Stage::Succeeded).and_then(|said| said.digest.clone()),
-        ),
         ("exit-code", report.seen.ended.as_ref().map(|ended| ended.exit_code.to_string())),
     ];
-    values.into_iter().map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
+    // What was pushed last stays known while the next revision runs, because servers may follow it.
+    let kept = [("digest", digest), ("pushed", image)].into_iter().filter(|(_, value)| value.is_some());
+    values.into_iter().chain(kept).map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
+}
+
+/// An image's name without its tag.
+pub fn without_tag(image: &str) -> &str {
+    let last = image.rfind('/').map_or(0, |at| at + 1);
+    image[last..].find(':').map_or(image, |at| &image[..last + at])
 }
 
 /// The message for people: KAITO's words, then the details.
@@ -153,7 +166,7 @@ pub fn message(report: &Report) -> String {
     }
     match &report.refused {
         Some(why) if report.stuck => add(format!(": {why}")),
-        Some(why) => add(format!("; the change is not applied: {why}")),
+        Some(why) => add(format!("{NOT_APPLIED}{why}")),
         None => {}
     }
     plain(&text, MESSAGE_BYTES_MAX)
@@ -187,6 +200,18 @@ pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, 
     conditions.set("ResourceReady", there, reason, told);
 }
 
+/// The status of a Workspace that is over, with the reason why a later change is not carried out, or without one.
+pub fn after_end(old: &Status, refused: Option<&str>) -> Status {
+    let mut status = old.clone();
+    for condition in status.conditions.iter_mut().filter(|condition| condition.type_ == "WorkspaceSucceeded")
+    {
+        let told = condition.message.split(NOT_APPLIED).next().unwrap_or_default();
+        let told = refused.map_or(told.to_owned(), |why| format!("{told}{NOT_APPLIED}{why}"));
+        condition.message = plain(&told, MESSAGE_BYTES_MAX);
+    }
+    status
+}
+
 /// Whether a status says that its revision's Job ended: in success, or in a failure of the Job's own.
 pub fn tells_an_end(status: &Status) -> bool {
     let reason = |type_: &str| {
@@ -200,16 +225,19 @@ pub fn tells_an_end(status: &Status) -> bool {
 
 /// Conditions of a status on their way to the next one.
 pub struct Conditions {
+    /// The conditions as they are now.
     pub list: Vec<Condition>,
     generation: Option<i64>,
     now: Timestamp,
 }
 
 impl Conditions {
+    /// Conditions that change at `now` and belong to that generation of the Workspace.
     pub fn of(list: Vec<Condition>, generation: Option<i64>, now: Timestamp) -> Conditions {
         Conditions { list, generation, now }
     }
 
+    /// Removes the condition of that type.
     pub fn remove(&mut self, type_: &str) {
         self.list.retain(|condition| condition.type_ != type_);
     }
@@ -339,11 +367,36 @@ mod tests {
         let done = report(Seen { ended: Some(Ended { said, ..Ended::default() }), ..seen(Stage::Succeeded) });
         assert_eq!(message(&done), "workspace succeeds: pushed h/a:1 (sha256:ab); 9 steps, loss 1.0000");
         assert_eq!(annotations(&done, 2)["hone.sh/digest"].as_deref(), Some("sha256:ab"));
+        assert_eq!(annotations(&done, 2)["hone.sh/pushed"].as_deref(), Some("h/a@sha256:ab"));
         assert_eq!(annotations(&done, 2)["hone.sh/eta"], None);
+        let next = annotations(&report(seen(Stage::Running)), 3);
+        assert!(!next.contains_key("hone.sh/digest") && !next.contains_key("hone.sh/pushed"), "they stay");
         let refused = Report { refused: Some("bad".into()), ..report(seen(Stage::Running)) };
         assert!(message(&refused).ends_with("; the change is not applied: bad"));
         let stuck = Report { refused: Some("bad".into()), stuck: true, ..report(seen(Stage::Pending)) };
         assert_eq!((stage(&stuck), message(&stuck).as_str()), (Stage::Failed, "workspace failed: bad"));
+    }
+
+    #[test]
+    fn an_image_without_its_tag() {
+        for (image, bare) in
+            [("h.example:5000/a/b:1", "h.example:5000/a/b"), ("h:5000/a", "h:5000/a"), ("a:1", "a")]
+        {
+            assert_eq!(without_tag(image), bare);
+        }
+    }
+
+    #[test]
+    fn a_change_after_the_end_does_not_undo_it() {
+        let over = status(&Workspace::default(), &report(seen(Stage::Succeeded)), at(1));
+        let told = after_end(&over, Some("bad"));
+        assert!(tells_an_end(&told) && told.state == over.state);
+        assert!(
+            shown(&told, "WorkspaceSucceeded")
+                .ends_with("workspace succeeds; the change is not applied: bad")
+        );
+        assert_eq!(after_end(&told, Some("worse")), after_end(&over, Some("worse")));
+        assert_eq!(after_end(&told, None), over);
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl Triggers {
         (Triggers(sender), stream)
     }
 
+    /// Adds a Workspace to the queue of reconciliations.
     pub fn look_at(&self, (namespace, name): &Owner) {
         // The receiver is gone only at the end of the process.
         _ = self.0.send(ObjectRef::new(name).within(namespace));
@@ -49,8 +50,11 @@ impl Triggers {
 /// The health of a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
+    /// The first list has not arrived yet.
     Starting,
+    /// Events arrive.
     Fine,
+    /// The watch fails and is tried again; the reason.
     Broken(String),
 }
 
@@ -78,10 +82,12 @@ impl Healths {
         }
     }
 
+    /// Leaves out a watch that was ended on purpose.
     pub fn forget(&self, name: &str) {
         self.list().remove(name);
     }
 
+    /// Whether events of this watch arrive.
     pub fn is_fine(&self, name: &str) -> bool {
         self.list().get(name) == Some(&Health::Fine)
     }
@@ -98,6 +104,7 @@ impl Healths {
 
 /// The receiver of a watch's events.
 pub trait Sink<K>: Send {
+    /// Receives the next event.
     fn take(&mut self, event: Event<K>);
 }
 
@@ -183,6 +190,7 @@ impl<K: Resource + Clone> Cache<K> {
         groups.known.get(owner).map(|group| group.values().cloned().collect()).unwrap_or_default()
     }
 
+    /// The object of that name that belongs to a Workspace.
     pub fn find(&self, owner: &Owner, name: &str) -> Option<Arc<K>> {
         let groups = self.groups.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         groups.known.get(owner)?.get(name).cloned()

@@ -45,6 +45,8 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(5);
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
 /// How long a ConfigMap may take. The API server waits 5 s for the whole answer.
 const CONFIG_MAX: Duration = Duration::from_secs(2);
+/// Time in which API servers learn of a new trust, which they watch.
+const SPREAD: Duration = Duration::from_secs(5);
 const LOOK_MAX: Duration = Duration::from_secs(20);
 /// LIMIT: Kubernetes shortens longer warnings.
 const WARNING_BYTES_MAX: usize = 250;
@@ -100,7 +102,12 @@ impl Webhook {
         Ok(Webhook {
             listener,
             options: options.clone(),
-            keeper: Keeper { client, namespace: namespace.into(), valid: options.valid },
+            keeper: Keeper {
+                client,
+                namespace: namespace.into(),
+                valid: options.valid,
+                spread: SPREAD.min(options.pause),
+            },
             settings: settings.clone(),
             trouble: Arc::new(Mutex::new(Some("the webhook has no certificate yet".into()))),
         })
@@ -137,17 +144,18 @@ impl Webhook {
                 (Some(_), None) => tracing::info!(target: "hone", "the webhook answers"),
                 _ => {}
             }
-            if let Ok(config) = looked {
-                certificate.send_replace(Some(config));
+            if let Ok(config) = &looked {
+                certificate.send_replace(Some(config.clone()));
             }
             if let Ok(found) = presence::look(&self.keeper.client).await {
                 kaito.send_replace(found.kaito);
             }
-            // Trouble is mended by somebody, who waits for it.
-            let pause = if why.is_some() {
-                self.options.pause.min(Duration::from_secs(5))
-            } else {
-                self.options.pause
+            // Trouble is mended by somebody, who waits for it. A conflict is another replica that was faster.
+            let conflict = matches!(&looked, Err(kube::Error::Api(status)) if status.code == 409);
+            let pause = match (conflict, &why) {
+                (true, _) => Duration::from_millis(500).min(self.options.pause),
+                (false, Some(_)) => Duration::from_secs(5).min(self.options.pause),
+                (false, None) => self.options.pause,
             };
             tokio::time::sleep(pause).await;
         }

@@ -30,6 +30,16 @@ pub fn of_fault(fault: Fault) -> String {
     }
 }
 
+/// An error of a request in plain words.
+pub fn of_error(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => {
+            format!("the API server answers {}: {}", status.code, status.message)
+        }
+        other => other.to_string(),
+    }
+}
+
 /// Why the API server refuses something for good; `None`: it may accept it the next time.
 pub fn refusal(error: &kube::Error) -> Option<String> {
     match error {

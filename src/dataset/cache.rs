@@ -41,7 +41,9 @@ pub(super) enum Place {
 
 /// A folder that was finished. What is in it is to be verified.
 pub(super) struct Whole {
+    /// Folder of the store.
     pub folder: PathBuf,
+    /// Contents of its record, as they are on the disk.
     pub record: Vec<u8>,
     /// Shared: while it is held, nobody removes the folder to make room.
     pub lock: File,
@@ -57,6 +59,8 @@ pub(super) struct Ours {
 }
 
 impl Cache {
+    /// Opens the cache, and creates its folder if it is missing.
+    ///
     /// # Errors
     /// Config: the folder cannot be made or written. Storage: the disk fails.
     pub fn open(folder: &Path) -> Result<Cache> {

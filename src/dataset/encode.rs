@@ -89,6 +89,8 @@ pub(super) struct Workers<'a> {
 }
 
 impl<'a> Workers<'a> {
+    /// One worker for each core.
+    ///
     /// # Errors
     /// Capacity: threads cannot be started.
     pub fn new(tokenizer: &'a Tokenizer, options: &'a TokenOptions) -> Result<Workers<'a>> {

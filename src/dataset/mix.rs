@@ -17,6 +17,8 @@ pub struct Share {
     pub weight: Option<f64>,
     /// Most rows that are read, chosen by the seed if rows are shuffled, else the first.
     pub limit: Option<usize>,
+    /// The name of the entry in metrics. `None`: made from its address.
+    pub name: Option<String>,
 }
 
 /// Leaves of each entry's items as many as its limit says, in their order. `entry` tells the entry of an item; the

@@ -64,6 +64,11 @@ pub struct Options {
     pub seed: u64,
     /// Share of rows to train on, in (0, 1]. The rest is for evaluation.
     pub train_share: f64,
+    /// Entries from this index on are evaluated on and never trained on; all rows of the others are trained on.
+    /// `None`: `train_share` splits the rows.
+    pub evaluation_from: Option<usize>,
+    /// Column whose equal values stay on one side of the split.
+    pub group_column: Option<String>,
 }
 
 /// Names that the user gave in addition to the known ones.
@@ -213,6 +218,8 @@ pub struct Record {
     pub row: u64,
     /// Index of the entry of `data` that the file belongs to.
     pub entry: usize,
+    /// Digest of the value in `group_column`; `None` if there is no such column or the value is null.
+    pub group: Option<u64>,
 }
 
 /// The content of a row.
@@ -300,7 +307,8 @@ pub fn read(files: &[source::File], options: &Options, report: &Report) -> Resul
     found.reading.tell(report);
     let Some(format) = found.format.filter(|_| rows > 0) else { return Err(stream::no_rows(files)) };
     let rows = records.len();
-    let (train, evaluation) = split::split(records, options)?;
+    let of = |record: &Record| (record.entry, record.group);
+    let (train, evaluation) = split::split(records, of, options)?;
     let train = mix::weigh(train, |record| record.entry, options);
     report
         .note(Stage::Read, rows_read(rows, format.layout.name(), files.len(), train.len(), evaluation.len()));

@@ -25,7 +25,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 /// Format of the store and of its record.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Digest of the source that makes tokens (`build.rs`): another program does not use this one's tokens.
 const CODE: &str = env!("HONE_DATA_CODE");
 /// Text that becomes tokens at once, and the rows of it at most.
@@ -72,6 +72,8 @@ pub struct Prepared {
 pub struct Set {
     store: Arc<Store>,
     files: Arc<[Arc<str>]>,
+    /// The entry of `data` that each file belongs to.
+    entries: Arc<[usize]>,
     rows: Vec<u32>,
 }
 
@@ -104,6 +106,12 @@ impl Set {
     /// An example's tokens.
     pub fn example(&self, index: usize) -> Example {
         self.store.example(self.rows[index])
+    }
+
+    /// The examples of one entry of `data`.
+    pub fn of_entry(&self, entry: usize) -> Set {
+        let of = |row: &&u32| self.entries[self.store.line(**row).file as usize] == entry;
+        Set { rows: self.rows.iter().filter(of).copied().collect(), ..self.clone() }
     }
 
     /// The place of an example as messages name it: FILE:ROW, counted from 0.
@@ -201,7 +209,8 @@ pub fn prepare(
     let rows: Vec<u32> = (0..store.rows()).collect();
     let entry = |row: &u32| files[store.line(*row).file as usize].entry;
     let all = rows.len();
-    let (train, evaluation) = split::split(rows, options)?;
+    let of = |row: &u32| (entry(row), store.line(*row).group());
+    let (train, evaluation) = split::split(rows, of, options)?;
     let train = mix::weigh(train, entry, options);
     let layout = Layout::of_key(&told.layout)
         .ok_or_else(|| Fault::internal(format!("the token cache names a layout {:?}", told.layout)))?;
@@ -291,8 +300,11 @@ impl Work<'_> {
 
     /// Equal keys make equal stores.
     fn key(&self) -> String {
-        let mut options = Options { train_share: 1.0, ..self.options.clone() };
-        options.shares.iter_mut().for_each(|share| share.weight = None);
+        let mut options = Options { train_share: 1.0, evaluation_from: None, ..self.options.clone() };
+        options.shares.iter_mut().for_each(|share| (share.weight, share.name) = (None, None));
+        if self.options.evaluation_from.is_some() {
+            options.group_column = None; // It is not read.
+        }
         if options.shares.iter().all(|share| *share == Share::default()) {
             options.shares.clear();
         }
@@ -541,7 +553,7 @@ impl Work<'_> {
         // Files are few, and rows of one file stand together.
         let same = |file: &source::File| file.entry == record.entry && *file.name == *record.file;
         let file = self.files.iter().position(same).expect("the record was read from one of them");
-        writer.push(file as u32, record.row, found).map_err(|error| unwritten(&error))
+        writer.push(file as u32, record.row, record.group, found).map_err(|error| unwritten(&error))
     }
 
     /// Settles the rows that could not be read; what is said meanwhile is kept. `left`: the rows that limits leave.
@@ -573,7 +585,8 @@ impl Work<'_> {
         }
         outcome.settle(self.tokens, self.tokenizer, self.report)?;
         rows.retain(|&row| store.line(row).tokens > 0);
-        Ok(Set { store: store.clone(), files, rows })
+        let entries = self.files.iter().map(|file| file.entry).collect();
+        Ok(Set { store: store.clone(), files, entries, rows })
     }
 }
 

@@ -4,10 +4,21 @@ use super::Options;
 use crate::fault::{Fault, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::collections::HashMap;
 
-/// Splits the records: the first floor(share * n) are trained on, the others evaluate. `train_test_split` of
-/// `datasets` rounds in the same way.
-pub(super) fn split<T>(mut records: Vec<T>, options: &Options) -> Result<(Vec<T>, Vec<T>)> {
+/// Splits the records. `of` tells the entry of a record and its group.
+///
+/// Entries that are given for evaluation decide if there are any. Otherwise the first floor(share * n) records are
+/// trained on and the others evaluate, as `train_test_split` of `datasets` rounds; with a group column, records of one
+/// group stay together.
+pub(super) fn split<T>(
+    mut records: Vec<T>,
+    of: impl Fn(&T) -> (usize, Option<u64>),
+    options: &Options,
+) -> Result<(Vec<T>, Vec<T>)> {
+    if let Some(from) = options.evaluation_from {
+        return given(records, |record| of(record).0 >= from, options);
+    }
     let share = options.train_share;
     if !(share > 0.0 && share <= 1.0) {
         return Err(Fault::config(format!(
@@ -18,16 +29,66 @@ pub(super) fn split<T>(mut records: Vec<T>, options: &Options) -> Result<(Vec<T>
         shuffle(&mut records, options.seed);
     }
     let rows = records.len();
-    let train_rows = train_rows(rows, share);
-    if share < 1.0 && (train_rows == 0 || train_rows == rows) {
-        return Err(Fault::config(format!(
-            "DatasetConfig.train_test_split: {share} splits {rows} row(s) into {train_rows} to train on and {} to evaluate on",
-            rows - train_rows
-        ))
-        .help("use a share that leaves rows on both sides, or 1 for no evaluation"));
+    let wanted = train_rows(rows, share);
+    let (train, evaluation) = match options.group_column.is_some() && share < 1.0 {
+        true => grouped(records, |record| of(record).1, wanted),
+        false => {
+            let evaluation = records.split_off(wanted);
+            (records, evaluation)
+        }
+    };
+    if share < 1.0 && (train.is_empty() || evaluation.is_empty()) {
+        return Err(empty_side(share, train.len(), evaluation.len(), options));
     }
-    let evaluation = records.split_off(train_rows);
-    Ok((records, evaluation))
+    Ok((train, evaluation))
+}
+
+/// Rows of the entries that are given for evaluation, in their order, and all others, shuffled.
+fn given<T>(records: Vec<T>, evaluates: impl Fn(&T) -> bool, options: &Options) -> Result<(Vec<T>, Vec<T>)> {
+    let (evaluation, mut train): (Vec<T>, Vec<T>) = records.into_iter().partition(evaluates);
+    let empty = |what| Err(Fault::data(format!("the files of `{what}` have 0 rows")));
+    match () {
+        () if train.is_empty() => return empty("data"),
+        () if evaluation.is_empty() => return empty("evaluation_data"),
+        () => {}
+    }
+    if options.shuffle {
+        shuffle(&mut train, options.seed);
+    }
+    Ok((train, evaluation))
+}
+
+/// Takes whole groups, in the order of their first records, as long as they fit into `wanted` records to train on. A
+/// record without a group is a group of its own. The records keep their order on both sides.
+fn grouped<T>(records: Vec<T>, group: impl Fn(&T) -> Option<u64>, wanted: usize) -> (Vec<T>, Vec<T>) {
+    let mut sizes: HashMap<u64, usize> = HashMap::new();
+    records.iter().filter_map(&group).for_each(|group| *sizes.entry(group).or_default() += 1);
+    let (mut sides, mut taken): (HashMap<u64, bool>, usize) = (HashMap::new(), 0);
+    let mut fits = |size: usize| {
+        let fits = taken + size <= wanted;
+        taken += if fits { size } else { 0 };
+        fits
+    };
+    records.into_iter().partition(|record| match group(record) {
+        None => fits(1),
+        Some(group) => *sides.entry(group).or_insert_with(|| fits(sizes[&group])),
+    })
+}
+
+fn empty_side(share: f64, train: usize, evaluation: usize, options: &Options) -> Fault {
+    let by = match &options.group_column {
+        Some(column) => format!(", by whole groups of `{column}`,"),
+        None => String::new(),
+    };
+    let rows = train + evaluation;
+    let fault = Fault::config(format!(
+        "DatasetConfig.train_test_split: {share} splits {rows} row(s){by} into {train} to train on and {evaluation} to \
+         evaluate on"
+    ));
+    match options.group_column {
+        Some(_) => fault.help("use a column with more, smaller groups, or another share, or evaluation_data"),
+        None => fault.help("use a share that leaves rows on both sides, or 1 for no evaluation"),
+    }
 }
 
 fn train_rows(rows: usize, share: f64) -> usize {
@@ -52,14 +113,25 @@ mod tests {
     use crate::fault::Kind;
 
     fn run(rows: u64, shuffle: bool, seed: u64, train_share: f64) -> Result<(Vec<u64>, Vec<u64>)> {
-        let record = |row| Record {
+        let options = options(shuffle, seed, train_share);
+        let (train, evaluation) = split((0..rows).map(record).collect(), |_: &Record| (0, None), &options)?;
+        let rows = |records: Vec<Record>| records.iter().map(|record| record.row).collect();
+        Ok((rows(train), rows(evaluation)))
+    }
+
+    fn record(row: u64) -> Record {
+        Record {
             conversation: Conversation::Text(String::new()),
             context: Context::default(),
             file: "f".into(),
             row,
             entry: 0,
-        };
-        let options = Options {
+            group: None,
+        }
+    }
+
+    fn options(shuffle: bool, seed: u64, train_share: f64) -> Options {
+        Options {
             layout: None,
             messages_column: None,
             prompt_column: None,
@@ -73,10 +145,60 @@ mod tests {
             shuffle,
             seed,
             train_share,
-        };
-        let (train, evaluation) = split((0..rows).map(record).collect(), &options)?;
-        let rows = |records: Vec<Record>| records.iter().map(|record| record.row).collect();
-        Ok((rows(train), rows(evaluation)))
+            evaluation_from: None,
+            group_column: None,
+        }
+    }
+
+    /// Splits numbers; the group of a number is what `group` says.
+    fn groups(
+        rows: u64,
+        share: f64,
+        seed: u64,
+        group: impl Fn(u64) -> Option<u64>,
+    ) -> Result<(Vec<u64>, Vec<u64>)> {
+        let options = Options { group_column: Some("g".into()), ..options(true, seed, share) };
+        split((0..rows).collect(), |&row| (0, group(row)), &options)
+    }
+
+    #[test]
+    fn a_group_is_on_one_side() {
+        for seed in 0..50 {
+            let (train, evaluation) = groups(100, 0.8, seed, |row| Some(row % 13)).unwrap();
+            assert!(train.iter().all(|a| evaluation.iter().all(|b| a % 13 != b % 13)), "seed {seed}");
+            // A group has 7 or 8 rows; the side that trains lacks less than one to the 80 asked for.
+            assert!((73..=80).contains(&train.len()) && train.len() + evaluation.len() == 100);
+            let (again, _) = groups(100, 0.8, seed, |row| Some(row % 13)).unwrap();
+            assert_eq!(train, again);
+        }
+    }
+
+    #[test]
+    fn groups_of_one_row_split_as_rows_do() {
+        for seed in 0..5 {
+            let plain = run(41, true, seed, 0.7).unwrap();
+            assert_eq!(groups(41, 0.7, seed, Some).unwrap(), plain);
+            assert_eq!(groups(41, 0.7, seed, |_| None).unwrap(), plain, "a null is no group");
+        }
+    }
+
+    #[test]
+    fn one_group_cannot_be_split() {
+        let fault = groups(10, 0.5, 1, |_| Some(7)).unwrap_err();
+        assert_eq!(fault.kind, Kind::Config);
+        assert!(fault.message.contains("10 row(s), by whole groups of `g`, into 0"), "{}", fault.message);
+    }
+
+    #[test]
+    fn given_entries_evaluate_and_all_others_train() {
+        let options = Options { evaluation_from: Some(1), ..options(true, 3, 0.1) };
+        let of = |row: &u64| (usize::from(*row >= 6), None);
+        let (mut train, evaluation) = split((0..9).collect(), of, &options).unwrap();
+        assert_ne!(train, [0, 1, 2, 3, 4, 5], "rows that train are shuffled");
+        train.sort();
+        assert_eq!((train, evaluation), (vec![0, 1, 2, 3, 4, 5], vec![6, 7, 8]));
+        let fault = split((0..5).collect(), of, &options).unwrap_err();
+        assert_eq!((fault.kind, fault.message.contains("`evaluation_data`")), (Kind::Data, true));
     }
 
     #[test]

@@ -23,9 +23,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Set in a token that is learned.
 const LEARNED: u32 = 1 << 31;
 const TOKEN_BYTES: usize = 4;
-/// Bytes of a row's line: where its tokens begin and its row (8 each); tokens, tokens before cutting, learned, note,
-/// file (4 each).
-const LINE_BYTES: usize = 2 * 8 + 5 * 4;
+/// Bytes of a row's line: where its tokens begin, its row and its group (8 each); tokens, tokens before cutting,
+/// learned, note, file (4 each).
+const LINE_BYTES: usize = 3 * 8 + 5 * 4;
 /// Bytes that one digest stands for. Digests of parts are checked on all cores.
 pub(super) const PART_BYTES: usize = 32 << 20;
 /// Bytes that are written at once.
@@ -60,6 +60,8 @@ pub(super) struct Line {
     note: u32,
     /// Its number among the files.
     pub file: u32,
+    /// Digest of its group; 0: it has none.
+    group: u64,
 }
 
 impl Line {
@@ -67,8 +69,9 @@ impl Line {
         let mut bytes = [0; LINE_BYTES];
         bytes[..8].copy_from_slice(&self.at.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.row.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.group.to_le_bytes());
         let numbers = [self.tokens, self.whole, self.learned, self.note, self.file];
-        for (place, number) in bytes[16..].chunks_exact_mut(4).zip(numbers) {
+        for (place, number) in bytes[24..].chunks_exact_mut(4).zip(numbers) {
             place.copy_from_slice(&number.to_le_bytes());
         }
         bytes
@@ -80,17 +83,24 @@ impl Line {
         Line {
             at: long(0),
             row: long(8),
-            tokens: short(16),
-            whole: short(20),
-            learned: short(24),
-            note: short(28),
-            file: short(32),
+            group: long(16),
+            tokens: short(24),
+            whole: short(28),
+            learned: short(32),
+            note: short(36),
+            file: short(40),
         }
+    }
+
+    /// Digest of the row's group, if it has one.
+    pub fn group(&self) -> Option<u64> {
+        Some(self.group).filter(|group| *group != 0)
     }
 }
 
 /// Bytes that go to a file, or stay in memory.
 pub(super) enum Drain {
+    /// The bytes, in memory.
     Memory(Vec<u8>),
     File(Digested),
 }
@@ -106,6 +116,7 @@ pub(super) struct Digested {
 }
 
 impl Digested {
+    /// Creates the file; it must not exist yet.
     pub fn create(path: &Path) -> io::Result<Digested> {
         let file = File::create_new(path)?;
         let buffer = Vec::with_capacity(2 * BUFFER_BYTES);
@@ -155,6 +166,7 @@ impl Digested {
 /// What a written file holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Content {
+    /// Length of the file.
     pub bytes: u64,
     /// SHA-256 of each part of `PART_BYTES` bytes.
     pub digests: Vec<String>,
@@ -202,18 +214,23 @@ pub(super) struct Writer {
 
 /// A store that was filled.
 pub(super) struct Written {
+    /// Tokens of all rows, one after another.
     pub tokens: Drained,
+    /// One line of fixed length for each row.
     pub lines: Drained,
+    /// Notes that lines refer to by number.
     pub notes: Vec<Note>,
 }
 
 /// The place that bytes went to.
 pub(super) enum Drained {
     Memory(Vec<u8>),
+    /// A file, with its length and digests.
     File(Content),
 }
 
 impl Writer {
+    /// An empty store that writes to these two places.
     pub fn new(tokens: Drain, lines: Drain) -> Writer {
         Writer { tokens, lines, notes: HashMap::new(), rows: 0, at: 0 }
     }
@@ -228,12 +245,14 @@ impl Writer {
         &mut self,
         file: u32,
         row: u64,
+        group: Option<u64>,
         found: &std::result::Result<Encoded, String>,
     ) -> io::Result<()> {
         if self.rows >= ROWS_MAX {
             return Err(io::Error::other(format!("more than {ROWS_MAX} rows")));
         }
-        let mut line = Line { at: self.at, row, tokens: 0, whole: 0, learned: 0, note: 0, file };
+        let group = group.unwrap_or(0);
+        let mut line = Line { at: self.at, row, group, tokens: 0, whole: 0, learned: 0, note: 0, file };
         let note = match found {
             Err(problem) => Note::Refused(problem.clone()),
             Ok(found) => {
@@ -354,10 +373,12 @@ impl Store {
         follows && at == tokens
     }
 
+    /// Number of rows.
     pub fn rows(&self) -> u32 {
         (self.lines.get().len() / LINE_BYTES) as u32
     }
 
+    /// The line of a row.
     pub fn line(&self, row: u32) -> Line {
         let at = row as usize * LINE_BYTES;
         let bytes = self.lines.get()[at..].first_chunk().expect("rows are counted from the lines");
@@ -379,6 +400,7 @@ impl Store {
         }
     }
 
+    /// The tokens of a row, and which of them carry loss.
     pub fn example(&self, row: u32) -> Example {
         let bytes = self.packed(&self.line(row));
         let mut example = Example {
@@ -452,7 +474,7 @@ mod tests {
     fn filled(tokens: Drain, lines: Drain) -> Written {
         let mut writer = Writer::new(tokens, lines);
         for (row, found) in rows().iter().enumerate() {
-            writer.push(7, row as u64 + 10, found).unwrap();
+            writer.push(7, row as u64 + 10, Some(row as u64).filter(|&group| group > 0), found).unwrap();
         }
         assert_eq!(writer.bytes(), 5 * 4 + 4 * LINE_BYTES as u64);
         writer.finish().unwrap()
@@ -464,6 +486,7 @@ mod tests {
             let row = row as u32;
             let line = store.line(row);
             assert_eq!((line.file, line.row), (7, u64::from(row) + 10));
+            assert_eq!(line.group(), Some(u64::from(row)).filter(|&group| group > 0));
             match found {
                 Err(problem) => assert_eq!(store.tally(row), Err(problem.as_str())),
                 Ok(found) => {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 /// Records of neighbouring rows, and what was read up to here.
 pub(super) struct Part {
+    /// Records of rows that can be used.
     pub records: Vec<Record>,
     /// Bytes of their texts.
     pub bytes: u64,
@@ -20,7 +21,9 @@ pub(super) struct Part {
 
 /// What reading all files found beside the records.
 pub(super) struct Found<'a> {
+    /// Rows that cannot be used.
     pub problems: Problems,
+    /// How columns and fields were read.
     pub reading: Reading<'a>,
     /// The format of the last entry's first file; `None` if there is no file.
     pub format: Option<&'static Format>,
@@ -68,9 +71,9 @@ pub(super) fn stream<'a>(
             let mut records = Vec::with_capacity(batch.len());
             for found in batch {
                 match found {
-                    Ok((conversation, context)) => {
+                    Ok((conversation, context, group)) => {
                         let (file, entry) = (name.clone(), file.entry);
-                        records.push(Record { conversation, context, file, row, entry })
+                        records.push(Record { conversation, context, file, row, entry, group })
                     }
                     Err(problem) => problems.add(problem, &name, row),
                 }

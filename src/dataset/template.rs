@@ -5,20 +5,20 @@
 //! no such tag, but its `{% filter %}` has the same whitespace and scope. The tag is therefore rewritten to a
 //! filter that wraps its body in two sentinels, which are then cut out of the rendered text.
 
+mod python;
+
 use super::{Context, Message};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
+use minijinja::value::{Serde, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
-use minijinja_contrib::pycompat;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use jiff::Timestamp;
-use jiff::tz::TimeZone;
+use python::{method, strftime, to_json};
 
 /// LIMIT: instructions and 64-byte pieces of memory that a rendering may use: about 640 MB or one second.
 const FUEL: u64 = 10_000_000;
@@ -29,14 +29,6 @@ const RECURSION_MAX: usize = 200;
 pub(super) const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// Most stack that the parser needs per byte of a template.
 pub(super) const STACK_BYTES_A_BYTE: usize = 4 << 10;
-/// LIMIT: bytes that a method may make of a text.
-const METHOD_BYTES_MAX: usize = 64 << 20;
-// LIMIT: the width that a method may pad a text to.
-const WIDTH_MAX: usize = 4096;
-/// LIMIT: the indent of JSON.
-const INDENT_MAX: usize = 64;
-/// LIMIT: bytes of the format that `strftime_now` takes.
-const FORMAT_BYTES_MAX: usize = 4096;
 /// LIMIT: bytes of a rendered text. No conversation is longer.
 const TEXT_BYTES_MAX: usize = 256 << 20;
 /// Sequences of private-use characters that no text contains.
@@ -200,40 +192,6 @@ fn value(message: &Message) -> Value {
     Value::from_pairs(fields)
 }
 
-/// Calls one of Python's methods. The fuel does not count their work, so a call that would make too much text is
-/// refused.
-fn method(
-    state: &mut minijinja::State,
-    value: &Value,
-    name: &str,
-    arguments: &[Value],
-) -> Result<Value, Error> {
-    if let Some(text) = value.as_str() {
-        let bytes = |index: usize| arguments.get(index).and_then(Value::as_str).map_or(0, str::len);
-        let made = match name {
-            "replace" if bytes(0) == 0 => text.chars().count().saturating_add(1).saturating_mul(bytes(1)),
-            "replace" => (text.len() / bytes(0)).saturating_mul(bytes(1)),
-            "split" => text.len().saturating_mul(SPLIT_GROWTH),
-            "format" => widest_number(text).saturating_mul(METHOD_BYTES_MAX / WIDTH_MAX),
-            _ => 0,
-        };
-        if made > METHOD_BYTES_MAX {
-            let message = format!("{name} would make more than {METHOD_BYTES_MAX} bytes");
-            return Err(Error::new(ErrorKind::InvalidOperation, message));
-        }
-    }
-    pycompat::unknown_method_callback(state, value, name, arguments)
-}
-
-/// Bytes of memory per part beside its text, for a list of single letters.
-const SPLIT_GROWTH: usize = 32;
-
-/// The largest number in a format such as `{:>80}`.
-fn widest_number(format: &str) -> usize {
-    let digits = format.split(|letter: char| !letter.is_ascii_digit()).filter(|digits| !digits.is_empty());
-    digits.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
-}
-
 /// Rewrites `{%- generation +%}` to `{%- filter __answer +%}`, and its end likewise. Returns whether there was any.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
@@ -290,128 +248,6 @@ fn explain(error: &Error) -> String {
     let line = error.line().map(|line| format!(" at line {line}")).unwrap_or_default();
     let detail = error.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
     format!("the chat template fails{line}: {}{detail}", error.kind())
-}
-
-/// `json.dumps` with `ensure_ascii=False`, which is transformers' default.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    if indent.is_some_and(|indent| indent > INDENT_MAX) {
-        return Err(Error::new(
-            ErrorKind::InvalidOperation,
-            format!("tojson's indent is more than {INDENT_MAX}"),
-        ));
-    }
-    let separators: Option<Vec<String>> = options.get("separators")?;
-    let comma = if indent.is_some() { "," } else { ", " };
-    let (comma, colon) = match separators.as_deref() {
-        Some([comma, colon]) => (comma.as_str(), colon.as_str()),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson wants two separators")),
-        None => (comma, ": "),
-    };
-    let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
-    let sort = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    options.assert_all_used()?;
-    let value = serde_json::to_value(value)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    let mut json = Json { out: String::new(), indent, comma, colon, ascii, sort };
-    json.value(&value, 0);
-    Ok(json.out)
-}
-
-struct Json<'a> {
-    out: String,
-    indent: Option<usize>,
-    comma: &'a str,
-    colon: &'a str,
-    ascii: bool,
-    sort: bool,
-}
-
-impl Json<'_> {
-    fn value(&mut self, value: &serde_json::Value, depth: usize) {
-        match value {
-            serde_json::Value::Array(items) => {
-                self.items('[', ']', depth, items, |json, item| json.value(item, depth + 1))
-            }
-            serde_json::Value::Object(map) => {
-                let mut entries: Vec<_> = map.iter().collect();
-                if self.sort {
-                    entries.sort_by_key(|(key, _)| *key);
-                }
-                self.items('{', '}', depth, &entries, |json, (key, value)| {
-                    json.string(key);
-                    json.out.push_str(json.colon);
-                    json.value(value, depth + 1);
-                });
-            }
-            serde_json::Value::String(text) => self.string(text),
-            serde_json::Value::Number(number) if number.is_f64() => {
-                self.out.push_str(&python_float(number.as_f64().expect("just asked")));
-            }
-            plain => self.out.push_str(&plain.to_string()),
-        }
-    }
-
-    fn items<T>(&mut self, open: char, close: char, depth: usize, items: &[T], each: impl Fn(&mut Self, &T)) {
-        self.out.push(open);
-        for (index, item) in items.iter().enumerate() {
-            if index > 0 {
-                self.out.push_str(self.comma);
-            }
-            self.line(depth + 1);
-            each(self, item);
-        }
-        if !items.is_empty() {
-            self.line(depth);
-        }
-        self.out.push(close);
-    }
-
-    fn line(&mut self, depth: usize) {
-        if let Some(indent) = self.indent {
-            self.out.push('\n');
-            self.out.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    }
-
-    fn string(&mut self, text: &str) {
-        let quoted = serde_json::Value::from(text).to_string();
-        for character in quoted.chars() {
-            if character.is_ascii() || !self.ascii {
-                self.out.push(character);
-            } else {
-                for unit in character.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(self.out, "\\u{unit:04x}");
-                }
-            }
-        }
-    }
-}
-
-/// A float as Python writes it: with an exponent from 1e16 and below 1e-4, with a sign and two digits.
-fn python_float(value: f64) -> String {
-    let text = format!("{value:e}");
-    let (digits, exponent) = text.split_once('e').expect("Rust writes an exponent");
-    match exponent.parse::<i32>() {
-        Ok(exponent) if !(-4..16).contains(&exponent) => {
-            let sign = if exponent < 0 { '-' } else { '+' };
-            format!("{digits}e{sign}{:02}", exponent.abs())
-        }
-        _ => format!("{value:?}"),
-    }
-}
-
-/// `strftime_now` of Python in UTC and English: C's conversions, and glibc's `%-d` without leading zeros.
-fn strftime(format: &str, time: Timestamp) -> Result<String, Error> {
-    let refuse = |message: String| Error::new(ErrorKind::InvalidOperation, message);
-    if format.len() > FORMAT_BYTES_MAX {
-        return Err(refuse(format!(
-            "strftime_now is given {} bytes, limit {FORMAT_BYTES_MAX}",
-            format.len()
-        )));
-    }
-    jiff::fmt::strtime::format(format, &time.to_zoned(TimeZone::UTC))
-        .map_err(|error| refuse(format!("strftime_now does not know all of {format:?}: {error}")))
 }
 
 #[cfg(test)]
@@ -635,7 +471,7 @@ mod tests {
             (0.1, "0.1"),
         ];
         for (value, text) in cases {
-            assert_eq!(python_float(value), text);
+            assert_eq!(python::float(value), text);
         }
         check("{{ [1.0, 1e20] | tojson }}", "[1.0, 1e+20]");
     }

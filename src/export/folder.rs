@@ -71,6 +71,8 @@ impl Folder {
         &self.work
     }
 
+    /// Checks that the disk has room for so many bytes.
+    ///
     /// # Errors
     /// Capacity: the volume has fewer bytes free than the files will take.
     pub fn require(&self, bytes: u64) -> Result<()> {

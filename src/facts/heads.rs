@@ -31,6 +31,12 @@ pub enum Layout {
 }
 
 impl Heads {
+    /// Heads with the usual scale, 1 / sqrt(width), that see all rows before them.
+    pub fn plain(query: usize, key: usize, width: usize) -> Heads {
+        let scale = (width as f64).sqrt().recip();
+        Heads { query, key, width, scale, window: None, softcap: None, layout: Layout::Blocked }
+    }
+
     /// Columns of qkv: (H + 2K) * D.
     pub fn columns(&self) -> usize {
         (self.query + 2 * self.key) * self.width

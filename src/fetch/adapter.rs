@@ -40,7 +40,12 @@ pub enum Adapter {
     /// An image as `hone push` and KAITO's pusher make it, in a registry or in a layout on disk.
     Image(Target),
     /// A repository of the Hugging Face hub.
-    Hub { repository: String, revision: String },
+    Hub {
+        /// `OWNER/NAME`.
+        repository: String,
+        /// Branch, tag or commit.
+        revision: String,
+    },
 }
 
 /// An adapter that is here.

@@ -143,6 +143,21 @@ impl Data {
         }
     }
 
+    /// A short name for metrics: the file's name without its endings, the dataset's, or the image's.
+    pub fn short_name(&self) -> String {
+        let text = match self {
+            Data::Source(source) => source.name(),
+            Data::Hub(hub) => hub.repository.clone(),
+            Data::Image(reference) => readable(reference).to_owned(),
+        };
+        let text = text.split(['?', '#']).next().unwrap_or_default().trim_end_matches(['/', '*']);
+        let last = text.rsplit('/').find(|part| !part.is_empty()).unwrap_or_default();
+        let stem = last.split('.').find(|part| !part.is_empty()).unwrap_or_default();
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' };
+        let name: String = stem.chars().map(plain).take(64).collect();
+        if name.is_empty() { "data".into() } else { name }
+    }
+
     /// What pins the bytes behind this address.
     pub fn pin(&self) -> Pin {
         match self {

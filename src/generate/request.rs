@@ -24,6 +24,7 @@ pub struct Request {
     /// Tokens that end the sequence: the model's ends and those of the caller. Whoever ignores the model's ends
     /// leaves them out here.
     pub stop_tokens: Vec<u32>,
+    /// How the next token is chosen.
     pub sampling: Sampling,
     /// What is added to the base: the sum of strength x scale x B A. Empty is the base alone.
     pub adapters: Vec<Strength>,
@@ -116,6 +117,7 @@ pub enum Event {
 /// A token with its log-probability by the model's own logits, before penalties and temperature.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scored {
+    /// The token's id.
     pub token: u32,
     /// 0 where the request asked for none.
     pub logprob: f32,
@@ -135,6 +137,7 @@ pub enum Finish {
 /// What a request took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
+    /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// Of the prompt's tokens those whose keys and values were there already.
     pub cached_tokens: usize,
@@ -146,13 +149,26 @@ pub struct Usage {
 #[derive(Clone, Debug)]
 pub enum Refusal {
     /// So many requests wait already.
-    Full { waiting: usize },
+    Full {
+        /// Requests that wait already.
+        waiting: usize,
+    },
     /// No adapter of this name is loaded.
     UnknownAdapter(String),
     /// The prompt and what is asked for do not fit the context.
-    TooLong { asked: usize, context: usize },
+    TooLong {
+        /// Tokens of prompt and answer together.
+        asked: usize,
+        /// Tokens that the context holds.
+        context: usize,
+    },
     /// A token id that the model's embedding does not have.
-    UnknownToken { token: u32, vocabulary: usize },
+    UnknownToken {
+        /// The token's id.
+        token: u32,
+        /// Number of ids of the model.
+        vocabulary: usize,
+    },
     /// The engine cannot work any more.
     Failed(Fault),
 }
@@ -175,18 +191,22 @@ pub struct Facts {
 /// An adapter that is loaded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
+    /// Name by which requests choose it.
     pub name: String,
     /// Where its files are.
     pub folder: PathBuf,
     /// The largest rank of its modules.
     pub rank: usize,
+    /// Memory of its matrices.
     pub bytes: usize,
 }
 
 /// What `/metrics` shows of an engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counters {
+    /// Sequences that generate now.
     pub running: usize,
+    /// Requests in the queue.
     pub waiting: usize,
     /// Pages of the cache in use, from 0 to 1.
     pub cache_usage: f64,
@@ -194,8 +214,11 @@ pub struct Counters {
     pub preemptions: u64,
     /// Prompt tokens that were looked up among those computed before, and found.
     pub prefix_queries: u64,
+    /// Prompt tokens whose keys and values were found in the cache.
     pub prefix_hits: u64,
+    /// Prompt tokens of all requests so far.
     pub prompt_tokens: u64,
+    /// Tokens that were generated so far.
     pub generated_tokens: u64,
     /// Requests whose readers went away.
     pub cancelled: u64,
@@ -203,6 +226,7 @@ pub struct Counters {
 
 /// A loaded model that generates. Calls come from many threads and return soon; the work is done elsewhere.
 pub trait Engine: Send + Sync {
+    /// The loaded model and its limits.
     fn facts(&self) -> &Facts;
 
     /// Takes a request into the queue.
@@ -227,6 +251,7 @@ pub trait Engine: Send + Sync {
     /// Config: no adapter of this name.
     fn unload_adapter(&self, name: &str) -> Result<()>;
 
+    /// The current counts.
     fn counters(&self) -> Counters;
 
     /// The failure after which it answers nothing any more, if there was one.

@@ -20,6 +20,7 @@ pub struct History {
 }
 
 impl History {
+    /// The history at the end of a prompt: nothing is generated yet.
     pub fn new(prompt: &[u32]) -> History {
         History { prompt: prompt.iter().copied().collect(), ..History::default() }
     }

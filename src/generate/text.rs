@@ -82,11 +82,14 @@ pub struct Stops {
 /// What may be shown, and whether a stop string ended the text.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Shown {
+    /// Text that may be shown now.
     pub text: String,
+    /// Whether a stop string ended the text.
     pub stopped: bool,
 }
 
 impl Stops {
+    /// Looks for these strings.
     pub fn new(strings: Vec<String>) -> Stops {
         Stops { strings, held: String::new() }
     }

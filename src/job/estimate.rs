@@ -15,7 +15,7 @@ use crate::report::Report;
 use crate::source::{self, Source};
 use crate::train::order::Steps;
 
-use super::Described;
+use super::described::Described;
 use super::room::{self, Lengths};
 
 /// Bytes of text in a token, for the usual languages and code.
@@ -124,7 +124,8 @@ fn parsed(prices: &[String]) -> Result<Vec<(String, f64)>> {
 /// The footers of files on this machine; `None` if data must be downloaded first.
 fn footers(plan: &Plan) -> Result<Option<Footers>> {
     let mut entries = Vec::new();
-    for data in &plan.data {
+    let to_train_on = plan.dataset.evaluation_from.unwrap_or(plan.data.len());
+    for data in &plan.data[..to_train_on] {
         match data {
             fetch::Data::Source(source @ Source::Path { .. }) => {
                 // The run itself warns about entries of a folder that are not read.

@@ -2,8 +2,9 @@
 
 use serde_json::{Value as Json, json};
 
+use super::described::{Described, check_small_files, describe};
 use super::estimate::{self, Estimate};
-use super::{Described, check_small_files, describe, room};
+use super::room;
 use crate::fault::{Fault, Result};
 use crate::memory::Running;
 use crate::plan::Plan;

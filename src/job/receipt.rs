@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::registry::Pushed;
+use crate::publish::Published;
 use crate::report::termination::Outcome;
 use crate::train::Trained;
 
@@ -13,8 +13,8 @@ pub struct Receipt {
     pub folder: PathBuf,
     /// Result of training.
     pub trained: Trained,
-    /// The pushed image, if the plan asks for one.
-    pub pushed: Option<Pushed>,
+    /// The places that the adapter was sent to.
+    pub published: Vec<Published>,
 }
 
 impl Receipt {
@@ -34,22 +34,26 @@ impl Receipt {
             text += &format!(", evaluation {eval_loss:.4}");
         }
         text += &format!("\nAdapter: {}", self.folder.display());
-        if let Some(pushed) = &self.pushed {
-            text += &format!("\nImage:   {}\n         {}", pushed.reference, pushed.digest);
+        for sent in &self.published {
+            let kind = if sent.image { "Image:" } else { "Sent to:" };
+            text += &format!("\n{kind:<8} {}", sent.destination);
+            text +=
+                &sent.revision.as_ref().map(|revision| format!("\n         {revision}")).unwrap_or_default();
         }
         text
     }
 
     /// The result for the termination message.
     pub fn outcome(self) -> Outcome {
+        let image = self.published.into_iter().find(|sent| sent.image);
         Outcome {
             fault: None,
             step: Some(self.trained.steps),
             loss: Some(self.trained.loss),
             eval_loss: self.trained.eval_loss,
             output: Some(self.folder),
-            image: self.pushed.as_ref().map(|pushed| pushed.reference.clone()),
-            digest: self.pushed.map(|pushed| pushed.digest),
+            image: image.as_ref().map(|image| image.destination.clone()),
+            digest: image.and_then(|image| image.revision),
         }
     }
 }

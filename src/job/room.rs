@@ -2,13 +2,14 @@
 
 use crate::dataset::Set;
 use crate::device;
-use crate::facts::config::Config;
 use crate::fault::Result;
 use crate::memory::{Machine, Running, Task, card};
 use crate::plan::Plan;
 use crate::report::Report;
 
-use super::Described;
+use super::described::Described;
+
+pub use super::described::bf16_checkpoint;
 
 /// Lengths of examples, as far as they are known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,13 +68,4 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
         example_tokens: mean,
         keep: plan.memory.keep,
     }
-}
-
-/// Whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not say.
-pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
-    let dtype = match config.text("dtype")? {
-        Some(dtype) => Some(dtype),
-        None => config.text("torch_dtype")?,
-    };
-    Ok(dtype.is_none_or(|dtype| dtype == "bfloat16"))
 }

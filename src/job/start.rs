@@ -21,10 +21,10 @@ pub fn start(plan: &Plan, environment: Environment, report: &Report) -> Result<R
     for warning in &plan.warnings {
         report.warn(Stage::Plan, warning.as_str());
     }
-    if plan.trackers.is_empty() {
+    let options = plan.trackers.clone().with_secrets(environment);
+    if options.is_empty() {
         return run(plan, report);
     }
-    let options = plan.trackers.clone().with_secrets(environment);
     let trackers = Trackers::start(&options, plan.settings(), report)?;
     let ended = run(plan, &Report::new(trackers.clone()));
     // The page of a failed run is written when its failure is reported, which is later.

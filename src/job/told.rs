@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::source;
 use crate::train::Trained;
 
-use super::{Described, MODEL_TEXTS};
+use super::described::{Described, MODEL_TEXTS};
 
 /// Bars of the histogram of lengths.
 const BARS: usize = 16;

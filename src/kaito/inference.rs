@@ -59,6 +59,7 @@ struct Asked {
     port: Option<String>,
     context: Option<String>,
     sequences: Option<String>,
+    gpu_memory: Option<f64>,
     config: Option<String>,
     adapters: Option<String>,
     warnings: Vec<String>,
@@ -88,6 +89,9 @@ pub fn serve(
     }
     if let Some(count) = config.sequences.map(|count| count.to_string()).or(asked.sequences) {
         flag("sequences", count);
+    }
+    if let Some(share) = config.gpu_memory.or(asked.gpu_memory) {
+        flag("set", format!("memory_max={share}"));
     }
     for (name, path) in &adapters {
         flag("adapter", format!("{name}={}", path.display()));
@@ -144,6 +148,15 @@ fn take(asked: &mut Asked, name: &str, key: &str, value: Option<String>) -> Resu
             asked.context = Some(needed()?).filter(|tokens| tokens != "auto" && tokens != "-1")
         }
         "max-num-seqs" => asked.sequences = Some(needed()?),
+        "gpu-memory-utilization" => {
+            let text = needed()?;
+            let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+            asked.gpu_memory = Some(share.ok_or_else(|| {
+                Fault::usage(format!(
+                    "inference_api.py --{name}={text}: expected a number above 0, at most 1"
+                ))
+            })?);
+        }
         "kaito-config-file" => asked.config = Some(needed()?),
         "kaito-adapters-dir" => asked.adapters = Some(needed()?),
         "pipeline-parallel-size" if !is_one(&value) => {
@@ -274,19 +287,14 @@ mod tests {
             said,
             format!(
                 "hone serve hf://microsoft/phi-4@abc --listen=0.0.0.0:5000 --cache=/workspace/weights --sequences=4 \
-                 --adapter=support={root}/support --adapter=tone={root}/tone --name=phi-4"
+                 --set=memory_max=0.84 --adapter=support={root}/support --adapter=tone={root}/tone --name=phi-4"
             )
         );
         let told = warnings.join("\n");
-        for part in [
-            "lost+found holds no adapter",
-            "vllm.cpu-offload-gb",
-            "--gpu-memory-utilization has no effect",
-            "fuse_allreduce",
-        ] {
+        for part in ["lost+found holds no adapter", "vllm.cpu-offload-gb", "fuse_allreduce"] {
             assert!(told.contains(part), "{part}: {told}");
         }
-        assert_eq!(warnings.len(), 4, "{told}");
+        assert_eq!(warnings.len(), 3, "{told}");
     }
 
     #[test]
@@ -324,6 +332,7 @@ mod tests {
             ("--model", "the value is missing"),
             ("phi-4", "is no flag"),
             ("--port=http", "expected a port"),
+            ("--gpu-memory-utilization=90", "expected a number above 0, at most 1"),
             ("--kaito-config-file=/nowhere/x.yaml", "cannot be read"),
         ] {
             let fault = line(Runtime::Vllm, flags, &[]).unwrap_err();

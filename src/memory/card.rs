@@ -2,8 +2,7 @@
 
 use crate::fault::{Fault, Kind, Result};
 
-use super::cost::Rates;
-use super::{Limit, Machine, Place};
+use super::machine::{Limit, Machine, Place, Rates};
 
 /// A GPU as a process finds it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -6,20 +6,10 @@
 
 use crate::facts::{FeedForward, Keep, Projection, Quantization};
 
-use super::{Place, Task};
+use super::machine::Place;
+use super::task::Task;
 
-/// The rates of a machine, per second.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rates {
-    /// FLOP/s of large bf16 products (f32 products if the run computes in f32).
-    pub matrix: f64,
-    /// Bytes/s of copies in the machine's memory.
-    pub copy: f64,
-    /// Bytes/s between device and host.
-    pub link: f64,
-    /// Whether the rates were measured on this machine or one of its kind. If not, they are assumed.
-    pub measured: bool,
-}
+pub use super::machine::Rates;
 
 /// Share of the highest matrix rate that products of a layer's shapes reach.
 pub const MATRIX_SHARE: f64 = 0.82;

@@ -5,123 +5,32 @@
 //! layer), and for one layer at work. Among the combinations that fit, the plan takes the number of tokens and the
 //! levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has the same
 //! examples and the same sum of gradients.
-//! those that fit. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
 
 pub mod card;
 pub mod cost;
+mod machine;
+mod plan;
 pub mod serving;
 pub mod show;
+mod task;
 mod terms;
 
 use candle_core::Device;
 
 use crate::device;
-use crate::facts::Facts;
-use crate::facts::sites::Site;
-use crate::facts::{Keep, Precision, Quantization};
+use crate::facts::{Keep, Quantization};
 use crate::fault::{Fault, Result};
 use crate::words;
 
-use cost::{Counter, Rates, Work};
+use cost::{Counter, Work};
+use plan::GROWING;
 use terms::Kept;
+
+pub use machine::{Limit, Machine, Place};
+pub use plan::Plan;
+pub use task::{Options, Task};
 pub use terms::Term;
 
-/// The memory settings of a run. `plan` fills them.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Options {
-    /// The level of every layer; `None`: as memory allows.
-    pub keep: Option<Keep>,
-    /// How much of the free memory may be used; `None`: the default share.
-    pub limit: Option<Limit>,
-    /// Most tokens per pass.
-    pub tokens_max: Option<usize>,
-}
-
-/// How much of the free memory may be used.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Limit {
-    /// A share of the free memory, in (0, 1].
-    Share(f64),
-    /// Bytes.
-    Bytes(u64),
-}
-
-/// The training run, as far as memory and time depend on it.
-#[derive(Clone, Debug)]
-pub struct Task {
-    /// The model.
-    pub facts: Facts,
-    /// The adapter's sites.
-    pub sites: Vec<Site>,
-    /// How the base's linear layers are stored.
-    pub quantization: Quantization,
-    /// The precision of matrix products.
-    pub precision: Precision,
-    /// Whether training drops elements of the pairs' inputs.
-    pub dropout: bool,
-    /// Whether the weights that are not quantised (embedding, head, perhaps linear layers) are bf16 in the
-    /// checkpoint.
-    pub bf16_checkpoint: bool,
-    /// Tokens of the longest example. A pass takes at least as many.
-    pub tokens_min: usize,
-    /// Most tokens per pass.
-    pub tokens_max: usize,
-    /// Usual tokens per example. The work of attention follows it.
-    pub example_tokens: usize,
-    /// The level of every layer; `None`: the fastest that fits.
-    pub keep: Option<Keep>,
-}
-
-/// The kind of device that trains.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// A CPU.
-    Cpu {
-        /// Threads that compute.
-        threads: usize,
-    },
-    /// A GPU.
-    Gpu,
-}
-
-/// The device to train on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Machine {
-    /// The name in messages: `h200`, `this CPU`.
-    pub name: String,
-    /// The kind of device.
-    pub place: Place,
-    /// Bytes that may be used.
-    pub memory: u64,
-    /// Bytes of these that are taken before the first tensor.
-    pub taken: u64,
-    /// Rates of the device.
-    pub rates: Rates,
-}
-
-/// How a run uses its memory.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
-    /// The level of each layer.
-    pub keep: Vec<Keep>,
-    /// Most tokens per pass.
-    pub tokens: usize,
-    /// Everything that takes memory, in the table's order. The last `GROWING` lines grow with the tokens.
-    pub terms: Vec<Term>,
-    /// Bytes of the machine that may be used.
-    pub memory: u64,
-    /// Predicted seconds of a pass of `tokens` tokens.
-    pub seconds: f64,
-    /// FLOPs of that pass.
-    pub flops: f64,
-}
-
-/// Lines of the table that grow with the tokens of a pass: kept by the layers, one layer at work, gaps between
-/// blocks.
-const GROWING: usize = 3;
-/// Share of the free memory that a plan takes by default. Other processes may need the rest.
-const SHARE_OF_GPU: f64 = 0.96;
-const SHARE_OF_CPU: f64 = 0.9;
 /// Share of the growing lines that is added for gaps, because blocks have many sizes.
 const GAPS: f64 = 1.0 / 32.0;
 /// After a failure, the next plan may use this share of the memory of the growing lines.
@@ -160,31 +69,6 @@ impl Running {
     }
 }
 
-impl Limit {
-    /// Parses `20GiB`, `800MB`, `21474836480`, or a share such as `0.8`.
-    pub fn parse(text: &str) -> Option<Limit> {
-        const UNITS: [(&str, f64); 8] = [
-            ("KiB", 1024.0),
-            ("MiB", 1_048_576.0),
-            ("GiB", 1_073_741_824.0),
-            ("kB", 1e3),
-            ("MB", 1e6),
-            ("GB", 1e9),
-            ("Mi", 1_048_576.0),
-            ("Gi", 1_073_741_824.0),
-        ];
-        let text = text.trim();
-        let unit = UNITS.into_iter().find(|(name, _)| text.ends_with(name));
-        let number = text.strip_suffix(unit.map_or("", |(name, _)| name))?.trim().parse::<f64>().ok()?;
-        match unit {
-            _ if !(number > 0.0 && number.is_finite()) => None,
-            Some((_, factor)) => Some(Limit::Bytes((number * factor) as u64)),
-            None if number <= 1.0 => Some(Limit::Share(number)),
-            None => Some(Limit::Bytes(number as u64)),
-        }
-    }
-}
-
 impl Machine {
     /// The opened device with the memory that is free on it now.
     pub fn of(device: &Device, limit: Option<Limit>) -> Machine {
@@ -200,19 +84,6 @@ impl Machine {
             Place::Gpu => card::like(&name),
         };
         Machine { name, place, memory: free, taken: 0, rates }.limited(limit)
-    }
-
-    /// Reduces the memory to `limit`, or to the default share.
-    fn limited(mut self, limit: Option<Limit>) -> Machine {
-        let share = match self.place {
-            Place::Cpu { .. } => SHARE_OF_CPU,
-            Place::Gpu => SHARE_OF_GPU,
-        };
-        self.memory = match limit.unwrap_or(Limit::Share(share)) {
-            Limit::Share(share) => (self.memory as f64 * share) as u64,
-            Limit::Bytes(bytes) => bytes.min(self.memory),
-        };
-        self
     }
 }
 
@@ -241,41 +112,6 @@ pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan>
     let room = all - growing + (growing as f64 * SMALLER) as u64;
     let smallest = || Some(solver.smallest()).filter(|smallest| smallest.bytes() < all);
     solver.within(room).or_else(smallest)
-}
-
-impl Task {
-    /// Bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU bf16 stays bf16
-    /// and other types become f32.
-    pub fn stored_bytes(&self, place: Place) -> usize {
-        match place {
-            Place::Cpu { .. } if self.bf16_checkpoint => 2,
-            _ => self.activation_bytes(place),
-        }
-    }
-
-    /// Bytes of an activation. On a GPU activations are stored in the precision of products.
-    pub fn activation_bytes(&self, place: Place) -> usize {
-        match (place, self.precision) {
-            (Place::Gpu, Precision::Bf16) => 2,
-            _ => 4,
-        }
-    }
-}
-
-impl Plan {
-    /// Bytes of all terms.
-    pub fn bytes(&self) -> u64 {
-        self.terms.iter().map(|term| term.bytes).sum()
-    }
-
-    /// Predicted tokens per second.
-    pub fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.seconds
-    }
-
-    fn growing(&self) -> u64 {
-        self.terms.iter().rev().take(GROWING).map(|term| term.bytes).sum()
-    }
 }
 
 struct Solver<'a> {

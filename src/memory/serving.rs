@@ -6,9 +6,12 @@
 
 use serde_json::{Value as Json, json};
 
-use super::{Machine, Place, Task, card, terms};
-use crate::facts::{Facts, FeedForward, LayerFacts, Precision, Quantization};
+use super::machine::{Machine, Place};
+use super::task::Task;
+use super::{card, terms};
+use crate::facts::{Facts, LayerFacts, Precision, Quantization};
 use crate::fault::{Fault, Result};
+use crate::model::layer;
 use crate::ops::attention::cached::PAGE;
 use crate::words::size;
 
@@ -22,8 +25,10 @@ const ATTENTION_ROWS: usize = 64;
 /// How keys and values are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheType {
+    /// Two bytes for each value.
     #[default]
     Bf16,
+    /// Four bytes for each value.
     F32,
 }
 
@@ -69,6 +74,7 @@ pub struct Served {
     pub quantization: Quantization,
     /// Precision of products.
     pub precision: Precision,
+    /// Whether the checkpoint's weights are bf16.
     pub bf16_checkpoint: bool,
     /// Bytes of the adapters as they are held.
     pub adapters: u64,
@@ -226,14 +232,8 @@ impl Solver<'_> {
     /// The widest moment of a layer's forward pass.
     fn activations(&self, task: &Task) -> u64 {
         let facts = &self.served.facts;
-        let of = |layer: &LayerFacts| {
-            let heads = &layer.attention.heads;
-            let FeedForward::Dense(dense) = &layer.feed_forward;
-            let gate_up: usize = dense.gate_up.iter().map(|projection| projection.rows).sum();
-            let attention = heads.columns() + heads.query * heads.width;
-            3 * facts.width + attention.max(gate_up + dense.down.cols)
-        };
-        let widest = facts.layers.iter().map(of).max().unwrap_or(0);
+        let layers = 0..facts.layers.len();
+        let widest = layers.map(|layer| layer::step_values(facts, layer)).max().unwrap_or(0);
         (self.rows() * widest * task.activation_bytes(self.machine.place)) as u64
     }
 

@@ -7,7 +7,9 @@ use crate::facts::Keep;
 use crate::words::size;
 
 use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
-use super::{Machine, Place, Plan, Task};
+use super::machine::{Machine, Place};
+use super::plan::Plan;
+use super::task::Task;
 
 /// The terms in one line, largest first.
 pub(super) fn list(plan: &Plan) -> String {

@@ -1,12 +1,13 @@
 //! Facts and adapter -> bytes: of what is always there, of what each level keeps, of a layer at work.
 
 use crate::facts::sites::Site;
-use crate::facts::{Facts, FeedForward, Keep, LayerFacts, Precision, Projection, Quantization, Role};
-use crate::model::layer;
+use crate::facts::{Facts, Keep, Precision, Projection, Quantization, Role};
+use crate::model::{layer, lora};
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 
-use super::{Place, Task};
+use super::machine::Place;
+use super::task::Task;
 
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,9 +64,10 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
 pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
     let facts = &task.facts;
     let adapter: usize = task.sites.iter().map(Site::parameters).sum();
+    let copied = place == Place::Gpu && task.precision == Precision::Bf16;
     let mut terms = weights(task, place);
     terms.extend([
-        term("adapter, its gradient and two moments", adapter * adapter_bytes(task, place)),
+        term("adapter, its gradient and two moments", adapter * lora::parameter_bytes(copied)),
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
@@ -85,15 +87,6 @@ fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
         Quantization::FourBit { double, .. } | Quantization::Stored { double, .. } => {
             FourBit::bytes_of(projection.rows, projection.cols, double)
         }
-    }
-}
-
-/// Bytes per parameter: f32 weights, gradient and two moments. On a GPU with bf16 products also the bf16 copy that
-/// they read.
-fn adapter_bytes(task: &Task, place: Place) -> usize {
-    match (place, task.precision) {
-        (Place::Gpu, Precision::Bf16) => 18,
-        _ => 16,
     }
 }
 
@@ -143,18 +136,12 @@ impl Kept {
     }
 }
 
-/// Values per token that a pass needs in addition to what the layers keep. In the widest moment of a layer's
-/// backward pass these are the gradients of the output, of gate and up, and of their product. At the output head
-/// they are the rows around it. The larger number counts.
+/// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
+/// widest moment, or the rows around the output head. The larger number counts.
 pub(super) fn working(task: &Task) -> usize {
     let facts = &task.facts;
-    let of = |layer: &LayerFacts| {
-        let FeedForward::Dense(dense) = &layer.feed_forward;
-        let gate_up: usize = dense.gate_up.iter().map(|p| p.rows).sum();
-        let masked = if task.dropout { dense.down.cols } else { 0 };
-        facts.width + gate_up + dense.down.cols + masked
-    };
-    let layer = facts.layers.iter().map(of).max().unwrap_or(0);
+    let layers = 0..facts.layers.len();
+    let layer = layers.map(|layer| layer::working_values(facts, layer, task.dropout)).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

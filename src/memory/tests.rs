@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::facts::config::Config;
 use crate::facts::sites;
-use crate::facts::{FourBitCode, LoraOptions, family};
+use crate::facts::{Facts, FourBitCode, LoraOptions, Precision, Quantization, family};
 use crate::model::batch::Batch;
 use crate::model::{load, random};
 

@@ -19,6 +19,8 @@ pub struct Batch {
     pub targets: Vec<u32>,
     /// Share of each target that goes to all tokens alike.
     pub label_smoothing: f64,
+    /// NEFTune's alpha: the size of the noise on embeddings; 0: none.
+    pub noise: f64,
 }
 
 /// The rows of one example.

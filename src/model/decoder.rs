@@ -11,7 +11,7 @@ use crate::ops::attention::cached::Segments;
 use crate::ops::cross_entropy::{self, Goal, Head};
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
-use crate::ops::{dropout, embedding, rows};
+use crate::ops::{dropout, embedding, noise, rows};
 
 use super::batch::Batch;
 use super::cache::Cache;
@@ -67,7 +67,7 @@ impl Decoder {
         let keys = dropout::keys(&batch.keys, &self.device)?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
         let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed(&batch.ids)?;
+        let mut x = self.embed_with_noise(batch)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // The backward pass needs nothing below the lowest adapted layer.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
@@ -189,6 +189,18 @@ impl Decoder {
     fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         let factor = self.embedding_factor();
         embedding::forward(&self.embedding, ids, factor, self.dtype, &self.device)
+    }
+
+    /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
+    /// itself applies, and before one that the model applies afterwards.
+    fn embed_with_noise(&self, batch: &Batch) -> Result<Tensor> {
+        let x = self.embed(&batch.ids)?;
+        if batch.noise == 0.0 {
+            return Ok(x);
+        }
+        let factor = if self.facts.embedding_scale.rounded { 1.0 } else { self.embedding_factor() };
+        let (_, lengths) = batch.positions();
+        noise::add(&x, batch.noise, factor, &batch.keys, &lengths)
     }
 
     /// The factor on the embeddings, rounded as the reference rounds it.

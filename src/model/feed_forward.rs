@@ -80,7 +80,7 @@ impl Kept {
     /// Number of values held. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
-        use super::layer::count;
+        use super::norm::count;
         let gate_up = |kept: &GateUp| kept.values.elem_count() + kept.lows.iter().map(count).sum::<usize>();
         self.gate_up.as_ref().map_or(0, gate_up) + count(&self.branch) + count(&self.low)
     }
@@ -104,6 +104,19 @@ pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> us
         Keep::WithoutGateUp | Keep::AttentionOutput => down,
         Keep::LayerInputs | Keep::HostInputs => 0,
     }
+}
+
+/// Values per token of the backward pass in its widest moment: the gradients of gate and up and of their product, and
+/// the masked product if its pair has dropout.
+pub fn working_values(facts: &Facts, layer: usize, dropout: bool) -> usize {
+    let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
+    step_values(facts, layer) + if dropout { dense.down.cols } else { 0 }
+}
+
+/// Values per token of the forward pass in its widest moment: gate, up and their product.
+pub fn step_values(facts: &Facts, layer: usize) -> usize {
+    let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
+    dense.gate_up.iter().map(|p| p.rows).sum::<usize>() + dense.down.cols
 }
 
 impl FeedForward {

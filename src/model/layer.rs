@@ -53,17 +53,23 @@ impl Kept {
     }
 }
 
-#[cfg(test)]
-pub(super) fn count(tensor: &Option<Tensor>) -> usize {
-    tensor.as_ref().map_or(0, Tensor::elem_count)
-}
-
 /// Values per token that a layer keeps on the device at a level. `rank` gives the rank of a projection's pair, 0 if
 /// it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let x = if keep == Keep::HostInputs { 0 } else { facts.width };
     x + self_attention::kept_values(facts, layer, &rank, keep)
         + feed_forward::kept_values(facts, layer, &rank, keep)
+}
+
+/// Values per token that a layer's backward pass holds beside what was kept, in its widest moment: the gradient of its
+/// output, and the feed-forward's own.
+pub fn working_values(facts: &Facts, layer: usize, dropout: bool) -> usize {
+    facts.width + feed_forward::working_values(facts, layer, dropout)
+}
+
+/// Values per token that a step of running sequences holds in a layer's widest moment.
+pub fn step_values(facts: &Facts, layer: usize) -> usize {
+    3 * facts.width + self_attention::step_values(facts, layer).max(feed_forward::step_values(facts, layer))
 }
 
 impl Layer {

@@ -103,6 +103,11 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
+/// Bytes of a parameter in training: f32 value, gradient and two moments. `copied`: passes compute with a bf16 copy.
+pub fn parameter_bytes(copied: bool) -> usize {
+    16 + if copied { 2 } else { 0 }
+}
+
 /// One pair in training: views into the flat buffers.
 #[derive(Clone, Debug)]
 struct Learner {
@@ -209,6 +214,7 @@ fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>>
 }
 
 impl<'a> Mixture<'a> {
+    /// The sum of these adapters, each on its rows and with its strength.
     pub fn new(parts: Vec<Part<'a>>) -> Mixture<'a> {
         Mixture {
             parts,

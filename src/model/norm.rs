@@ -80,9 +80,14 @@ impl Branch {
     /// Number of values held beside the sum.
     #[cfg(test)]
     pub fn values(&self) -> usize {
-        use super::layer::count;
         count(&self.branch) + count(&self.low)
     }
+}
+
+/// Number of values of a tensor that may not be kept.
+#[cfg(test)]
+pub(super) fn count(tensor: &Option<Tensor>) -> usize {
+    tensor.as_ref().map_or(0, Tensor::elem_count)
 }
 
 /// Applies the linear layer and the norm after it to x, and adds the result to the residual stream.

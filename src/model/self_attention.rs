@@ -75,7 +75,7 @@ impl Kept {
     /// Number of values held. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
-        use super::layer::count;
+        use super::norm::count;
         let projected = |kept: &Projected| {
             kept.rotated.elem_count() + count(&kept.raw) + kept.lows.iter().map(count).sum::<usize>()
         };
@@ -110,6 +110,12 @@ pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> us
         Keep::AttentionOutput => attended,
         Keep::LayerInputs | Keep::HostInputs => 0,
     }
+}
+
+/// Values per token of a step of running sequences in its widest moment: queries, keys, values, and what is attended.
+pub fn step_values(facts: &Facts, layer: usize) -> usize {
+    let heads = &facts.layers[layer].attention.heads;
+    heads.columns() + heads.query * heads.width
 }
 
 impl Whole {

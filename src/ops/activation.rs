@@ -203,6 +203,7 @@ mod gpu {
         }
     }
 
+    /// The activation of `x` [rows, columns] -> [rows, width], on the GPU.
     pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
         let (rows, columns) = x.dims2()?;
         let width = activation.width(columns);
@@ -213,6 +214,7 @@ mod gpu {
         Ok(h)
     }
 
+    /// The gradient of `x`, in its shape, from that of the result.
     pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let (rows, width) = dh.dims2()?;
         let d = crate::ops::unwritten(x.shape(), x.dtype(), x.device())?;

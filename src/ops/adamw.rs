@@ -116,6 +116,8 @@ mod gpu {
     const THREADS: usize = 256;
     const FOUR: usize = 4;
 
+    /// One update on the GPU. `squares`: the gradient's sum of squares, which decides clipping. `copy`: the bf16 copy
+    /// of the parameters that is written too.
     pub fn step(
         params: &Tensor,
         grads: &Tensor,

@@ -17,23 +17,32 @@ const GRID_MAX: usize = 65_535;
 
 /// One layer's matrices: A [rank, K], B [N, rank], contiguous and in the activations' type.
 pub struct Matrices<'a> {
+    /// A [rank, K].
     pub a: &'a Tensor,
+    /// B [N, rank].
     pub b: &'a Tensor,
+    /// LoRA's scale, alpha / rank in the usual case.
     pub scale: f64,
 }
 
 /// A layer that reads x: its number in the adapters' tables, the first of its columns in y, and their number.
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
+    /// Number of the layer in the adapters' tables.
     pub site: usize,
+    /// Its first column in y.
     pub at: usize,
+    /// Number of its columns.
     pub columns: usize,
 }
 
 /// An adapter on a row.
 pub struct Item<'a> {
+    /// Row of x.
     pub row: usize,
+    /// The adapter's table of addresses.
     pub table: &'a Tensor,
+    /// Factor on what the adapter adds.
     pub strength: f64,
 }
 

@@ -35,6 +35,7 @@ mod gpu {
 
     use crate::ops::cuda::Launch;
 
+    /// Writes or adds the bias to each row of `y`, from column `at` on.
     pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
         let (n, (rows, width)) = (bias.dims1()?, y.dims2()?);
         let launch = Launch::new(y, "bias", "apply")?.of(DType::F32, bias).tensor(y);

@@ -60,6 +60,7 @@ mod gpu {
 
     use crate::ops::cuda::Launch;
 
+    /// `x` with dropped values set to zero and the others multiplied by `scale`. `keys`: one for each row.
     pub fn apply(x: &Tensor, scale: f64, threshold: u64, keys: &Tensor, mixed_site: u64) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;

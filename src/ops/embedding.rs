@@ -23,6 +23,7 @@ mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
+    /// Rows of the table by ids, times `factor`, on the GPU.
     pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType) -> Result<Tensor> {
         let (_, width) = table.dims2()?;
         let y = crate::ops::unwritten((ids.len(), width), dtype, table.device())?;

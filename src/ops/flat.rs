@@ -38,6 +38,7 @@ mod gpu {
 
     use crate::ops::cuda;
 
+    /// Copies one buffer of the device to another of the same length.
     pub fn copy(target: &Tensor, source: &Tensor) -> Result<()> {
         let stream = cuda::device(target)?.cuda_stream();
         let bytes = target.elem_count() * target.dtype().size_in_bytes();
@@ -47,6 +48,7 @@ mod gpu {
         unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w()
     }
 
+    /// Sets all bytes of a buffer of the device to zero.
     pub fn zero(target: &Tensor) -> Result<()> {
         let stream = cuda::device(target)?.cuda_stream();
         let bytes = target.elem_count() * target.dtype().size_in_bytes();

@@ -370,6 +370,7 @@ mod gpu {
     /// Blocks per thread block of `quantize`, one per warp.
     const WARPS: usize = THREADS / 32;
 
+    /// Quantises one tensor on the GPU: its codes and the scales of its blocks.
     pub fn quantize(
         source: &Tensor,
         stored: DType,
@@ -409,6 +410,7 @@ mod gpu {
         Ok(Ok(weight.to_device(device)?))
     }
 
+    /// The weight in full, in its shape, on the GPU.
     pub fn dequantize(weight: &FourBit, dtype: DType) -> Result<Tensor> {
         let FourBit { code, rows, cols, block, packed, absmax } = weight;
         if !block.is_power_of_two() || *block < 8 {

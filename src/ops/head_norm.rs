@@ -107,6 +107,7 @@ mod gpu {
         (rows, groups.count.div_ceil(WARPS), 1)
     }
 
+    /// Normalises the groups of `x` in place.
     pub fn forward(x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
         let ((rows, stride), width) = (x.dims2()?, w.dims1()?);
         let launch = Launch::new(x, "head_norm", "forward")?.tensor(x).of(DType::F32, w).int(stride);
@@ -114,6 +115,7 @@ mod gpu {
         launch.launch(grid(rows, groups), WARPS * 32, 0)
     }
 
+    /// Turns the gradient `d` of the result into that of `x`, in place.
     pub fn backward(d: &Tensor, x: &Tensor, groups: Groups, w: &Tensor, eps: f64) -> Result<()> {
         let ((rows, stride), (_, x_stride), width) = (d.dims2()?, x.dims2()?, w.dims1()?);
         let launch = Launch::new(d, "head_norm", "backward")?.tensor(d).tensor(x).of(DType::F32, w);

@@ -58,7 +58,9 @@ pub fn finite_differences(
 
 /// A GPU with one of its kernels' storage types.
 pub struct Gpu {
+    /// The GPU.
     pub device: Device,
+    /// The kernels' storage type.
     pub dtype: DType,
     /// Largest error, relative to the norm of the expected values.
     tolerance: f64,
@@ -79,6 +81,7 @@ fn gpu() -> Option<Device> {
     None
 }
 
+/// The GPU of the tests. `None`: there is none, and the environment does not require one.
 #[cfg(feature = "cuda")]
 pub fn gpu() -> Option<Device> {
     static DEVICE: std::sync::OnceLock<Option<Device>> = std::sync::OnceLock::new();
@@ -103,6 +106,7 @@ impl Gpu {
         self.put_as(self.dtype, tensor)
     }
 
+    /// Copies a tensor to the GPU in the given type.
     pub fn put_as(&self, dtype: DType, tensor: &Tensor) -> Result<Tensor> {
         tensor.to_dtype(dtype)?.contiguous()?.to_device(&self.device)
     }

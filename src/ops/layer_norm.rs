@@ -96,6 +96,7 @@ mod gpu {
 
     const THREADS: usize = 256;
 
+    /// The norm of each row of `x`, on the GPU.
     pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
@@ -104,6 +105,7 @@ mod gpu {
         Ok(y)
     }
 
+    /// Adds the gradient of `x` to `dx`.
     pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
         let (rows, width) = x.dims2()?;
         let launch = Launch::new(x, "layer_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w);

@@ -357,6 +357,7 @@ mod gpu {
     const FOUR_BIT_K: usize = 32;
     const DENSE_K: usize = 8;
 
+    /// `y[:, at..] = alpha x W^T + beta y[:, at..]`, on the GPU.
     pub fn forward(x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64) -> Result<()> {
         let ((n, k), (rows, _), (_, width)) = (weight.dims(), x.dims2()?, y.dims2()?);
         let w = expand(weight, x.dtype())?;
@@ -462,6 +463,7 @@ mod gpu {
         launch.int(part.map_or(0, |part| part.rows))
     }
 
+    /// The gradient of `x` from columns of that of `y`, on the GPU.
     pub fn input_gradient(
         dy: &Tensor,
         at: usize,

@@ -16,6 +16,7 @@ pub mod attention;
 pub mod bias;
 pub mod cross_entropy;
 pub mod dropout;
+pub mod noise;
 pub mod embedding;
 pub mod flat;
 pub mod four_bit;

@@ -112,6 +112,7 @@ pub(super) mod gpu {
     /// Values that one thread block squares and adds.
     const SHARE: usize = 16_384;
 
+    /// The sum of squares of an f32 tensor; it stays on the GPU.
     pub fn squares(x: &Tensor) -> Result<Number> {
         let blocks = x.elem_count().div_ceil(SHARE);
         let parts = crate::ops::unwritten(blocks, DType::F64, x.device())?;

@@ -86,6 +86,7 @@ mod gpu {
 
     const THREADS: usize = 256;
 
+    /// The norm of each row of `x`, on the GPU.
     pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
@@ -94,6 +95,7 @@ mod gpu {
         Ok(y)
     }
 
+    /// Adds the gradient of `x` to `dx`.
     pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
         let (rows, width) = x.dims2()?;
         let launch =

@@ -155,6 +155,7 @@ mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
+    /// Cosines and sines of all rotations, computed on the GPU.
     pub fn angles(turns: &Turns, device: &Device) -> Result<Angles> {
         let (rows, half) = (turns.positions.len(), turns.half);
         let positions = cuda::upload(turns.positions, device)?;
@@ -169,6 +170,7 @@ mod gpu {
         Ok(Angles { cos, sin })
     }
 
+    /// Rotates the first heads of each row, in place.
     pub fn rotate(
         x: &Tensor,
         heads: usize,

@@ -80,6 +80,7 @@ mod gpu {
     const THREADS: usize = 256;
     const EIGHT: usize = 8;
 
+    /// Rows of `x` by index.
     pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
         let (_, width) = x.dims2()?;
         let y = crate::ops::unwritten((index.len(), width), x.dtype(), x.device())?;
@@ -87,6 +88,7 @@ mod gpu {
         Ok(y)
     }
 
+    /// Rows of `y` at their index among `rows` rows; the others are zero.
     pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
         let (_, width) = y.dims2()?;
         let x = Tensor::zeros((rows, width), y.dtype(), y.device())?;
@@ -103,6 +105,7 @@ mod gpu {
         launch.int(width).launch((index.elem_count(), 1, 1), 128, 0)
     }
 
+    /// The first `width` columns of `x`.
     pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
         let (rows, stride) = x.dims2()?;
         assert!(width <= stride, "{width} columns of {stride}");
@@ -112,12 +115,14 @@ mod gpu {
         Ok(y)
     }
 
+    /// Adds `y` to `x`, in place.
     pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
         let count = x.elem_count();
         let launch = Launch::new(x, "rows", "add")?.tensor(x).tensor(y).long(count as u64);
         launch.launch((count.div_ceil(THREADS * EIGHT), 1, 1), THREADS, 0)
     }
 
+    /// `x` in another type.
     pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
         let (y, count) = (crate::ops::unwritten(x.shape(), dtype, x.device())?, x.elem_count());
         let name = format!("convert_{}", cuda::suffix(x.dtype())?);

@@ -37,7 +37,7 @@ pub(super) fn asked(spec: &Spec, base: &fetch::Model, chat_template: Option<&str
             Section::DatasetConfig => key.name != "dataset_path",
             _ => true,
         };
-        if own && !["data", "model", "cache"].contains(&key.name) {
+        if own && !["data", "evaluation_data", "model", "cache"].contains(&key.name) {
             asked.insert(key.to_string(), given.value.to_json());
         }
     }
@@ -54,16 +54,18 @@ pub(super) fn asked(spec: &Spec, base: &fetch::Model, chat_template: Option<&str
     if let Some(data) = data.filter(|data| !data.is_empty()) {
         asked.insert("data".into(), Json::Array(data));
     }
+    let evaluation = spec.get(Section::Hone, "evaluation_data").map(|given| texts(&given.value.to_json()));
+    let evaluation: Option<Vec<Json>> =
+        evaluation.unwrap_or_default().iter().map(|text| Some(place(text)?.into())).collect();
+    if let Some(list) = evaluation.filter(|list| !list.is_empty() && asked.contains_key("data")) {
+        asked.insert("evaluation_data".into(), Json::Array(list));
+    }
     asked.extend(chat_template.map(|text| ("ModelConfig.chat_template".into(), text.into())));
     asked
 }
 
 /// The entries of `data` as they were written, or where KAITO puts them.
 fn data(spec: &Spec) -> Vec<String> {
-    let texts = |given: &Json| match given {
-        Json::Array(items) => items.iter().filter_map(text).collect(),
-        one => text(one).into_iter().collect::<Vec<String>>(),
-    };
     let given = |section, name: &str| spec.get(section, name).map(|given| texts(&given.value.to_json()));
     let path =
         given(Section::DatasetConfig, "dataset_path").filter(|list| list.iter().any(|t| !t.is_empty()));
@@ -73,6 +75,14 @@ fn data(spec: &Spec) -> Vec<String> {
         (_, Some(list)) => list,
         _ if spec.kaito => vec!["/mnt/data".into()],
         _ => Vec::new(),
+    }
+}
+
+/// A text or a list of texts.
+fn texts(given: &Json) -> Vec<String> {
+    match given {
+        Json::Array(items) => items.iter().filter_map(text).collect(),
+        one => text(one).into_iter().collect(),
     }
 }
 

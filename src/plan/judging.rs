@@ -1,12 +1,19 @@
 //! Which evaluation is the best, and what follows: `metric_for_best_model`, `load_best_model_at_end`, early stopping.
 
+use super::places::Entries;
 use super::reader::Reader;
+use crate::spec::Origin;
 use crate::spec::keys::Section::TrainingArguments as T;
 use crate::train::Every;
 use crate::train::best::{Judging, Measure, Stopping};
 
 /// How evaluations are compared; `None` if nothing asks for it.
-pub(super) fn judging(reader: &mut Reader, evaluation: Every, checkpoint: Every) -> Option<Judging> {
+pub(super) fn judging(
+    reader: &mut Reader,
+    entries: &Entries,
+    evaluation: Every,
+    checkpoint: Every,
+) -> Option<Judging> {
     let restore = reader.boolean(T, "load_best_model_at_end");
     let name = reader.text(T, "metric_for_best_model");
     let greater = reader.maybe_boolean(T, "greater_is_better");
@@ -28,29 +35,54 @@ pub(super) fn judging(reader: &mut Reader, evaluation: Every, checkpoint: Every)
         reader.wrong(
             &origin,
             format!(
-                "TrainingArguments.{key}: there is no evaluation to go by; set DatasetConfig.train_test_split below 1, and \
-                 eval_strategy to steps or epoch"
+                "TrainingArguments.{key}: there is no evaluation to go by; set DatasetConfig.train_test_split below 1 or name \
+                 evaluation_data, and set eval_strategy to steps or epoch"
             ),
         );
     }
-    let measure = match name.as_deref().map(Measure::named) {
-        None => Measure::Loss,
-        Some(Some(measure)) => measure,
-        Some(None) => {
-            let origin = reader.origin(T, "metric_for_best_model");
-            let names = Measure::NAMES.map(|(name, _)| name).join(", ");
-            let found = name.unwrap_or_default();
-            reader.wrong(
-                &origin,
-                format!("TrainingArguments.metric_for_best_model: evaluations give {names}; found {found:?}"),
-            );
-            Measure::Loss
-        }
+    let origin = reader.origin(T, "metric_for_best_model");
+    let (measure, source) = match name {
+        None => (Measure::Loss, None),
+        Some(name) => metric(reader, entries, &name, &origin),
     };
     // transformers: greater, unless the name ends in "loss". Of perplexity that would keep the worst.
     let greater = greater.unwrap_or(measure == Measure::Accuracy);
-    reader.derive("best evaluation by", measure.name(), reader.origin(T, "metric_for_best_model"));
-    Some(Judging { measure, greater, restore, stopping })
+    let judging = Judging { source, measure, greater, restore, stopping };
+    reader.derive("best evaluation by", judging.metric(), origin);
+    Some(judging)
+}
+
+/// The measure of a metric's name, and the source if it is `eval_NAME_loss` and so on.
+fn metric(
+    reader: &mut Reader,
+    entries: &Entries,
+    name: &str,
+    origin: &Origin,
+) -> (Measure, Option<(usize, String)>) {
+    if let Some(measure) = Measure::named(name) {
+        return (measure, None);
+    }
+    let sources: Vec<(usize, &str)> = entries.evaluated().collect();
+    let bare = name.strip_prefix("eval_").unwrap_or(name);
+    let of = |(entry, source): &(usize, &str)| {
+        let measure = bare.strip_prefix(source)?.strip_prefix('_').and_then(Measure::named)?;
+        Some((measure, Some((*entry, source.to_string()))))
+    };
+    if sources.len() > 1
+        && let Some(found) = sources.iter().find_map(of)
+    {
+        return found;
+    }
+    let mut names = Measure::NAMES.map(|(name, _)| name).join(", ");
+    if sources.len() > 1 {
+        let of = |(_, source): &(usize, &str)| format!(", eval_{source}_loss");
+        names += &sources.iter().map(of).collect::<String>();
+    }
+    reader.wrong(
+        origin,
+        format!("TrainingArguments.metric_for_best_model: evaluations give {names}; found {name:?}"),
+    );
+    (Measure::Loss, None)
 }
 
 fn stopping(reader: &mut Reader) -> Option<Stopping> {

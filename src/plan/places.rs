@@ -4,6 +4,7 @@ use super::reader::Reader;
 use crate::dataset::{self, Layout, Share};
 use crate::device::Choice;
 use crate::fetch::Pin;
+use crate::publish::Destination;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -71,9 +72,28 @@ fn looks_like_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name) && !name.contains('/'))
 }
 
-/// The addresses of the data, and the settings that entries have of their own. The second list is empty if no entry
-/// has any.
-pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> (Vec<fetch::Data>, Vec<Share>) {
+/// The entries of the data.
+pub(super) struct Entries {
+    /// Addresses: those to train on, then those to evaluate on.
+    pub data: Vec<fetch::Data>,
+    /// The settings that entries have of their own; empty if none has any.
+    pub shares: Vec<Share>,
+    /// The name of each entry in metrics.
+    pub names: Vec<String>,
+    /// Index of the first entry to evaluate on, if there is one.
+    pub evaluation_from: Option<usize>,
+}
+
+impl Entries {
+    /// The entries that are evaluated, by index and name.
+    pub fn evaluated(&self) -> impl Iterator<Item = (usize, &str)> {
+        let from = self.evaluation_from.unwrap_or(0);
+        self.names.iter().map(String::as_str).enumerate().skip(from)
+    }
+}
+
+/// The addresses of the data, to train on and to evaluate on.
+pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> Entries {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
     let path = reader.text(Section::DatasetConfig, "dataset_path").filter(|path| !path.is_empty());
@@ -91,26 +111,78 @@ pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> (Vec<fetch
     if texts.is_empty() && needed {
         reader.wrong(&Origin::Default, "no dataset: name its files with `data` (--data URL_OR_PATH)");
     }
-    let (mut sources, mut shares) = (Vec::new(), Vec::new());
+    let mut entries = parsed(reader, "data", texts, &origin);
+    if let Some(text) = pins(&entries.data) {
+        reader.derive("data pinned", text, origin);
+    }
+    let origin = reader.origin(Section::Hone, "evaluation_data");
+    let texts = reader.texts(Section::Hone, "evaluation_data");
+    if !texts.is_empty() {
+        let evaluation = parsed(reader, "evaluation_data", texts, &origin);
+        if evaluation.shares.iter().any(|share| share.weight.is_some()) {
+            reader.wrong(
+                &origin,
+                "evaluation_data: a weight says how often a row trains; rows of evaluation_data do not",
+            );
+        }
+        if let Some(text) = pins(&evaluation.data) {
+            reader.derive("evaluation data pinned", text, origin);
+        }
+        entries.evaluation_from = Some(entries.data.len());
+        entries.data.extend(evaluation.data);
+        entries.shares.extend(evaluation.shares);
+    }
+    entries.names = names(reader, &entries.data, &entries.shares);
+    if entries.shares.iter().all(|share| *share == Share::default()) {
+        entries.shares.clear();
+    }
+    entries
+}
+
+/// The entries of one key; they have no names yet.
+fn parsed(reader: &mut Reader, key: &str, texts: Vec<String>, origin: &Origin) -> Entries {
+    let mut entries =
+        Entries { data: Vec::new(), shares: Vec::new(), names: Vec::new(), evaluation_from: None };
     for text in texts {
         let (text, share) = match share(&text) {
             Ok(found) => found,
             Err(wrong) => {
-                reader.wrong(&origin, format!("data: {wrong}"));
+                reader.wrong(origin, format!("{key}: {wrong}"));
                 continue;
             }
         };
-        shares.push(share);
         match fetch::Data::parse(&text) {
-            Ok(source) => sources.push(source),
-            Err(fault) => reader.wrong(&origin, fault.in_a_line()),
+            Ok(source) => {
+                entries.data.push(source);
+                entries.shares.push(share);
+            }
+            Err(fault) => reader.wrong(origin, fault.in_a_line()),
         }
     }
-    if let Some(text) = pins(&sources) {
-        reader.derive("data pinned", text, origin);
+    entries
+}
+
+/// A name for each entry: its own, or one made from its address. Names that were made get a number if they are not
+/// distinct; names that were given must be distinct among those that are evaluated together.
+fn names(reader: &mut Reader, data: &[fetch::Data], shares: &[Share]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for (data, share) in data.iter().zip(shares) {
+        let name = share.name.clone().unwrap_or_else(|| data.short_name());
+        let taken =
+            names.iter().filter(|other| **other == name || other.starts_with(&format!("{name}_"))).count();
+        let unique = match taken {
+            0 => name,
+            _ if share.name.is_some() && names.contains(&name) => {
+                let origin = reader.origin(Section::Hone, "data");
+                reader.wrong(&origin, format!("name: two entries are called {name:?}"));
+                name
+            }
+            count if names.contains(&name) => format!("{name}_{}", count + 1),
+            _ => name,
+        };
+        names.push(unique);
     }
-    let says_something = shares.iter().any(|share| *share != Share::default());
-    (sources, if says_something { shares } else { Vec::new() })
+    names
 }
 
 /// What pins the bytes of the data; nothing is said of data that is all on this machine.
@@ -128,12 +200,12 @@ fn pins(sources: &[fetch::Data]) -> Option<String> {
     (count(Pin::Local) < sources.len()).then(|| texts.join(", "))
 }
 
-/// Takes `layout=`, `weight=` and `limit=` out of the text behind `#`; the digest stays there. A `#` followed by
-/// anything else is part of the path.
+/// Takes `layout=`, `weight=`, `limit=` and `name=` out of the text behind `#`; the digest stays there. A `#` that is
+/// followed by anything else is part of the path.
 fn share(text: &str) -> Result<(String, Share), String> {
     let Some((place, words)) = text.rsplit_once('#') else { return Ok((text.to_owned(), Share::default())) };
     let pairs: Vec<(&str, &str)> = words.split('&').filter_map(|word| word.split_once('=')).collect();
-    let known = ["sha256", "layout", "weight", "limit"];
+    let known = ["sha256", "layout", "weight", "limit", "name"];
     if pairs.len() != words.split('&').count() || !pairs.iter().all(|(key, _)| known.contains(key)) {
         return Ok((text.to_owned(), Share::default()));
     }
@@ -156,6 +228,14 @@ fn share(text: &str) -> Result<(String, Share), String> {
                 share.limit = Some(
                     limit.ok_or_else(|| format!("limit: expected a whole number from 1, found {value:?}"))?,
                 );
+            }
+            "name" => {
+                let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+                let fits = (1..=64).contains(&value.len()) && value.chars().all(plain);
+                let wrong = || {
+                    format!("name: expected letters, digits, `-`, `_` and `.`, at most 64, found {value:?}")
+                };
+                share.name = Some(fits.then(|| value.to_owned()).ok_or_else(wrong)?);
             }
             _ => text = format!("{text}#sha256={value}"),
         }
@@ -231,13 +311,57 @@ pub(super) fn init_adapter(reader: &mut Reader) -> Option<PathBuf> {
     Some(path)
 }
 
-pub(super) fn push(reader: &mut Reader) -> Option<registry::Target> {
-    let text = reader.text(Section::Hone, "push")?;
-    match registry::Target::parse(&text) {
-        Ok(target) => Some(target),
+/// The places that the adapter is sent to: `push`, and the hub's repository if `push_to_hub` is true.
+pub(super) fn push(reader: &mut Reader, output: &Path) -> Vec<Destination> {
+    let origin = reader.origin(Section::Hone, "push");
+    let mut places: Vec<Destination> = Vec::new();
+    for text in reader.texts(Section::Hone, "push").iter().filter(|text| !text.is_empty()) {
+        match Destination::parse(text) {
+            Ok(place) if places.contains(&place) => {}
+            Ok(place) => places.push(place),
+            Err(fault) => reader.wrong(&origin, format!("push: {}", fault.in_a_line())),
+        }
+    }
+    places.extend(push_to_hub(reader, output).filter(|place| !places.contains(place)));
+    let private = reader.maybe_boolean(Section::TrainingArguments, "hub_private_repo");
+    for place in &mut places {
+        if let Destination::Hub(repository) = place {
+            repository.private = private;
+        }
+    }
+    places
+}
+
+/// transformers' `push_to_hub`, as a place.
+fn push_to_hub(reader: &mut Reader, output: &Path) -> Option<Destination> {
+    use Section::TrainingArguments as T;
+    let wanted = reader.boolean(T, "push_to_hub");
+    let name = reader.text(T, "hub_model_id").filter(|name| !name.is_empty());
+    let revision = reader.text(T, "hub_revision").unwrap_or_default();
+    let strategy = reader.text(T, "hub_strategy").unwrap_or_default();
+    if !wanted {
+        return None;
+    }
+    if strategy != "end" {
+        let origin = reader.origin(T, "hub_strategy");
+        reader.wrong(
+            &origin,
+            format!(
+                "TrainingArguments.hub_strategy: {strategy} would send checkpoints; hone sends the adapter once, at the end: \
+                 set it to end"
+            ),
+        );
+    }
+    let own = || output.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = name.or_else(own).unwrap_or_default();
+    match Destination::parse(&format!("hf://{name}@{revision}")) {
+        Ok(place) => {
+            reader.derive("hub repository", place.to_string(), reader.origin(T, "hub_model_id"));
+            Some(place)
+        }
         Err(fault) => {
-            let origin = reader.origin(Section::Hone, "push");
-            reader.wrong(&origin, fault.in_a_line());
+            let origin = reader.origin(T, "hub_model_id");
+            reader.wrong(&origin, format!("TrainingArguments.hub_model_id: {}", fault.in_a_line()));
             None
         }
     }

@@ -1,5 +1,6 @@
 //! Keys -> how rows are read and become tokens.
 
+use super::places::Entries;
 use super::reader::Reader;
 use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenCache, TokenOptions};
 use crate::spec::Origin;
@@ -12,16 +13,9 @@ pub(super) const TOKENS_UNLIMITED: usize = 1 << 20;
 /// LIMIT: the longest chat template in use has 20 KiB.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
-pub(super) fn dataset_options(reader: &mut Reader, shares: Vec<dataset::Share>) -> dataset::Options {
+pub(super) fn dataset_options(reader: &mut Reader, entries: &Entries) -> dataset::Options {
     let layout = reader.text(Section::Hone, "layout").and_then(|layout| Layout::of_key(&layout));
-    let train_share = reader.number(Section::DatasetConfig, "train_test_split");
-    if train_share == 0.0 {
-        let origin = reader.origin(Section::DatasetConfig, "train_test_split");
-        reader.wrong(
-            &origin,
-            "DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them",
-        );
-    }
+    let train_share = train_share(reader, entries);
     let answer = reader.text(Section::DatasetConfig, "response_column");
     let text_field_is_given = reader.given(Section::TrainingArguments, "dataset_text_field").is_some();
     let text_field = reader.text(Section::TrainingArguments, "dataset_text_field");
@@ -37,14 +31,56 @@ pub(super) fn dataset_options(reader: &mut Reader, shares: Vec<dataset::Share>) 
         completion_column: answer,
         text_column,
         question_column: reader.text(Section::Hone, "question_column"),
-        shares,
+        shares: entries.shares.clone(),
         container: reader.text(Section::DatasetConfig, "dataset_extension"),
         names: names(reader),
         bad_rows: bad_rows(reader),
         shuffle: reader.boolean(Section::DatasetConfig, "shuffle_dataset"),
         seed: reader.integer(Section::DatasetConfig, "shuffle_seed") as u64,
         train_share,
+        evaluation_from: entries.evaluation_from,
+        group_column: group_column(reader, train_share),
     }
+}
+
+/// The share of rows that train: all, if evaluation has data of its own.
+fn train_share(reader: &mut Reader, entries: &Entries) -> f64 {
+    let given = reader.given(Section::DatasetConfig, "train_test_split").is_some();
+    let share = reader.number(Section::DatasetConfig, "train_test_split");
+    let origin = reader.origin(Section::DatasetConfig, "train_test_split");
+    if share == 0.0 {
+        reader.wrong(
+            &origin,
+            "DatasetConfig.train_test_split: 0 leaves no rows to train on; 1 trains on all of them",
+        );
+    }
+    if entries.evaluation_from.is_none() {
+        return share;
+    }
+    if given && share < 1.0 {
+        reader.wrong(
+            &origin,
+            format!(
+                "DatasetConfig.train_test_split: {share} would set rows of `data` aside, but evaluation_data names the rows \
+                 to evaluate on; set it to 1 or remove one of the two"
+            ),
+        );
+    }
+    let origin = reader.origin(Section::Hone, "evaluation_data");
+    reader.derive("rows to evaluate on", "all of evaluation_data, none of data", origin);
+    1.0
+}
+
+fn group_column(reader: &mut Reader, train_share: f64) -> Option<String> {
+    let column = reader.text(Section::Hone, "group_column").filter(|column| !column.is_empty())?;
+    if train_share < 1.0 {
+        return Some(column);
+    }
+    let origin = reader.origin(Section::Hone, "group_column");
+    reader.warn(format!(
+        "{origin}: group_column has no effect: no rows of `data` are set aside for evaluation"
+    ));
+    None
 }
 
 pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {

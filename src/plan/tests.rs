@@ -125,15 +125,18 @@ fn kaitos_qlora_template() {
             TrainingArguments.packing  true  default
             TrainingArguments.dataset_text_field  text  default
             TrainingArguments.logging_strategy  steps  default
-            TrainingArguments.logging_steps  10  default
+            TrainingArguments.logging_steps  10.0  default
             TrainingArguments.report_to  none  default
             TrainingArguments.eval_delay  0.0  default
             TrainingArguments.eval_on_start  false  default
             TrainingArguments.load_best_model_at_end  false  default
             TrainingArguments.early_stopping_threshold  0.0  default
             TrainingArguments.save_strategy  no  train.yaml:24
-            TrainingArguments.save_steps  500  default
+            TrainingArguments.save_steps  500.0  default
             TrainingArguments.seed  42  default
+            TrainingArguments.push_to_hub  false  default
+            TrainingArguments.hub_revision  main  default
+            TrainingArguments.hub_strategy  end  default
             TrainingArguments.use_cpu  false  default
             DatasetConfig.shuffle_dataset  true  train.yaml:31
             DatasetConfig.shuffle_seed  42  default
@@ -224,6 +227,8 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("load_in_8bit" | "fp16", _) => "false".into(),
         ("lr_scheduler_kwargs", _) => "{}".into(),
         ("eval_strategy", _) => "steps".into(),
+        ("eval_minutes", _) => "0".into(),
+        ("train_test_split", _) => "1".into(),
         ("pushgateway" | "otlp" | "mlflow", _) => "http://127.0.0.1:1".into(),
         ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
@@ -429,10 +434,11 @@ fn evaluations_are_compared_as_transformers_compares_them() {
     use crate::train::best::{Judging, Measure, Stopping};
     let case = Case::new();
     let judging = |text: &str| case.plan(&arguments(text)).unwrap().train.judging;
-    let loss = Judging { measure: Measure::Loss, greater: false, restore: true, stopping: None };
+    let loss =
+        Judging { source: None, measure: Measure::Loss, greater: false, restore: true, stopping: None };
     assert_eq!(judging(""), None);
-    assert_eq!(judging("load_best_model_at_end: true"), Some(loss));
-    let accuracy = Judging { measure: Measure::Accuracy, greater: true, ..loss };
+    assert_eq!(judging("load_best_model_at_end: true"), Some(loss.clone()));
+    let accuracy = Judging { measure: Measure::Accuracy, greater: true, ..loss.clone() };
     let named = "load_best_model_at_end: true, metric_for_best_model: eval_mean_token_accuracy";
     assert_eq!(judging(named), Some(accuracy));
     assert_eq!(
@@ -450,6 +456,93 @@ fn evaluations_are_compared_as_transformers_compares_them() {
     wrong("metric_for_best_model: rouge", "evaluations give loss, perplexity, mean_token_accuracy");
     let warned = case.plan(&arguments("metric_for_best_model: loss, eval_strategy: no")).unwrap().warnings;
     assert!(warned[0].contains("does nothing without an evaluation"), "{warned:?}");
+}
+
+#[test]
+fn rows_to_evaluate_on_are_given_or_set_aside() {
+    use crate::train::best::Measure;
+    let case = Case::new();
+    let given = case
+        .plan("evaluation_data: [held.jsonl, {path: 'b/held.csv', name: faq, limit: 9}, 'c/held.parquet']\n");
+    let plan = given.unwrap();
+    assert_eq!((plan.dataset.evaluation_from, plan.dataset.train_share, plan.data.len()), (Some(1), 1.0, 4));
+    assert_eq!(plan.sources, ["rows", "held", "faq", "held_2"]);
+    assert_eq!(plan.dataset.shares[2].limit, Some(9));
+    assert_eq!(plan.train.evaluation, Every::Epoch, "rows to evaluate on are there");
+    let wrong = |config: &str, part: &str| {
+        let fault = case.plan(config).unwrap_err();
+        assert!(fault.message.contains(part), "{fault}");
+    };
+    let both = "evaluation_data: held.jsonl\ntraining_config: {DatasetConfig: {train_test_split: 0.9}}\n";
+    wrong(both, "train_test_split: 0.9 would set rows of `data` aside, but evaluation_data names the rows");
+    wrong("evaluation_data: 'a#weight=2'\n", "a weight says how often a row trains");
+    wrong("evaluation_data: ['a#name=x', 'b#name=x']\n", "two entries are called \"x\"");
+    wrong("evaluation_data: 'a#name=x/y'\n", "name: expected letters, digits");
+
+    let by = |metric: &str, data: &str| {
+        let arguments = format!("{{load_best_model_at_end: true, metric_for_best_model: {metric}}}");
+        case.plan(&format!("evaluation_data: {data}\ntraining_config: {{TrainingArguments: {arguments}}}\n"))
+    };
+    let judging = by("eval_faq_loss", "[a, 'b#name=faq']").unwrap().train.judging.unwrap();
+    assert_eq!((judging.source.clone(), judging.measure), (Some((2, "faq".into())), Measure::Loss));
+    assert_eq!(judging.metric(), "eval_faq_loss");
+    assert!(by("eval_faq_loss", "['b#name=faq']").unwrap_err().message.contains("evaluations give loss"));
+    let fault = by("eval_none_loss", "[a, 'b#name=faq']").unwrap_err();
+    assert!(fault.message.contains("eval_a_loss, eval_faq_loss; found \"eval_none_loss\""), "{fault}");
+
+    let grouped = case.plan("group_column: doc\n").unwrap();
+    assert_eq!(grouped.dataset.group_column.as_deref(), Some("doc"));
+    let idle = case.plan("group_column: doc\nevaluation_data: a\n").unwrap();
+    assert_eq!(idle.dataset.group_column, None);
+    assert!(
+        idle.warnings.iter().any(|text| text.contains("group_column has no effect")),
+        "{:?}",
+        idle.warnings
+    );
+}
+
+#[test]
+fn evaluations_by_share_and_by_time() {
+    let case = Case::new();
+    let train = |text: &str| case.plan(&arguments(text)).unwrap().train;
+    assert_eq!(train("eval_strategy: steps, eval_steps: 0.1").evaluation, Every::Share(0.1));
+    assert_eq!(train("eval_strategy: steps, logging_steps: 0.5").evaluation, Every::Share(0.5));
+    assert_eq!(train("save_strategy: steps, save_steps: 0.25").checkpoint, Every::Share(0.25));
+    let fault = case.plan(&arguments("logging_steps: 1.5")).unwrap_err();
+    assert!(fault.message.contains("logging_steps: expected a whole number of steps"), "{fault}");
+    assert_eq!(case.plan("eval_minutes: 30\n").unwrap().train.evaluation, Every::Minutes(30.0));
+    let best = format!("eval_minutes: 30\n{}", arguments("load_best_model_at_end: true"));
+    let warned = case.plan(&best).unwrap().warnings;
+    assert!(warned.iter().any(|text| text.contains("depends on the machine's speed")), "{warned:?}");
+    let both = format!("eval_minutes: 30\n{}", arguments("eval_strategy: steps"));
+    assert!(case.plan(&both).unwrap_err().message.contains("both say when to evaluate"));
+}
+
+#[test]
+fn places_to_push_to_are_listed_once() {
+    let case = Case::new();
+    let places = |config: &str| -> Vec<String> {
+        case.plan(config).unwrap().push.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(
+        places("push: [host/a:1, 'oci:image', host/a:1]\n"),
+        ["docker.io/host/a:1", "oci:image:latest"]
+    );
+    let hub = |text: &str| format!("output: results/support\n{}", arguments(text));
+    assert_eq!(places(&hub("push_to_hub: true")), ["hf://support"]);
+    assert_eq!(places(&hub("push_to_hub: false, hub_model_id: org/a")), [""; 0]);
+    let named = hub("push_to_hub: true, hub_model_id: org/a, hub_revision: v2, hub_private_repo: true");
+    assert_eq!(places(&named), ["hf://org/a@v2"]);
+    match &case.plan(&named).unwrap().push[0] {
+        crate::publish::Destination::Hub(repository) => assert_eq!(repository.private, Some(true)),
+        other => panic!("{other}"),
+    }
+    let wrong = |text: &str, part: &str| {
+        let fault = case.plan(&hub(text)).unwrap_err();
+        assert!(fault.message.contains(part), "{fault}");
+    };
+    wrong("push_to_hub: true, hub_strategy: every_save", "would send checkpoints");
+    wrong("push_to_hub: true, hub_model_id: a/b/c", "hub_model_id");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Keys -> optimizer, schedule, batches, and when to log, evaluate and save.
 
+use super::places::Entries;
 use super::reader::Reader;
 use super::{judging, schedule};
 use crate::dataset;
@@ -12,6 +13,7 @@ const PACKED_TOKENS_MAX: usize = 4096;
 pub(super) fn train_options(
     reader: &mut Reader,
     dataset: &dataset::Options,
+    entries: &Entries,
     tokens_max: usize,
     seed: u64,
 ) -> train::Options {
@@ -20,9 +22,9 @@ pub(super) fn train_options(
     if !["adamw_torch", "adamw_torch_fused"].contains(&optimizer.as_str()) {
         reader.warn(format!("TrainingArguments.optim: {optimizer} runs as plain AdamW with 32-bit moments"));
     }
-    let logging_steps = reader.integer(T, "logging_steps") as u64;
-    let eval_steps = reader.maybe_integer(T, "eval_steps").map_or(logging_steps, |steps| steps as u64);
-    let save_steps = reader.integer(T, "save_steps") as u64;
+    let logging_steps = steps(reader, "logging_steps").unwrap_or(Every::Steps(1));
+    let eval_steps = steps(reader, "eval_steps").unwrap_or(logging_steps);
+    let save_steps = steps(reader, "save_steps").unwrap_or(Every::Steps(1));
     let max_steps = reader.integer(T, "max_steps");
     let epochs = reader.number(T, "num_train_epochs");
     if max_steps <= 0 && epochs == 0.0 {
@@ -45,6 +47,13 @@ pub(super) fn train_options(
     let save_strategy = reader.text(T, "save_strategy");
     let evaluation = evaluation(reader, dataset, eval_steps);
     let checkpoint = every(save_strategy.as_deref(), save_steps);
+    let judging = judging::judging(reader, entries, evaluation, checkpoint);
+    if let (Every::Minutes(_), Some(_)) = (evaluation, &judging) {
+        let origin = reader.origin(Section::Hone, "eval_minutes");
+        reader.warn(format!(
+            "{origin}: eval_minutes: which evaluation is the best, and when training stops early, depends on the machine's speed"
+        ));
+    }
     train::Options {
         learning_rate,
         schedule: schedule::schedule(reader, learning_rate),
@@ -68,28 +77,62 @@ pub(super) fn train_options(
         checkpoints_max: reader.maybe_integer(T, "save_total_limit").map(|count| count as usize),
         eval_on_start: reader.boolean(T, "eval_on_start"),
         eval_delay: reader.number(T, "eval_delay"),
-        judging: judging::judging(reader, evaluation, checkpoint),
+        judging,
         loraplus_ratio: reader.maybe_number(T, "loraplus_lr_ratio"),
         label_smoothing: reader.number(T, "label_smoothing_factor"),
+        neftune_alpha: reader.maybe_number(T, "neftune_noise_alpha").unwrap_or(0.0),
     }
 }
 
-fn every(strategy: Option<&str>, steps: u64) -> Every {
+/// A number of steps; below 1, a share of all steps, as in transformers.
+fn steps(reader: &mut Reader, key: &str) -> Option<Every> {
+    let value = reader.maybe_number(Section::TrainingArguments, key)?;
+    if value > 0.0 && value < 1.0 {
+        return Some(Every::Share(value));
+    }
+    if value.fract() != 0.0 || value == 0.0 {
+        let origin = reader.origin(Section::TrainingArguments, key);
+        reader.wrong(
+            &origin,
+            format!(
+                "TrainingArguments.{key}: expected a whole number of steps, or a share of all steps below 1, found {value}"
+            ),
+        );
+    }
+    Some(Every::Steps(value as u64))
+}
+
+fn every(strategy: Option<&str>, steps: Every) -> Every {
     match strategy {
-        Some("steps") => Every::Steps(steps),
+        Some("steps") => steps,
         Some("epoch") => Every::Epoch,
         Some("best") => Every::Best,
         _ => Every::Never,
     }
 }
 
-/// When to evaluate. If no key says so: once an epoch, if rows were set aside for evaluation.
-fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Every {
-    let split = dataset.train_share < 1.0;
+/// When to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
+fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> Every {
+    let split = dataset.train_share < 1.0 || dataset.evaluation_from.is_some();
     let name = "eval_strategy";
     let strategy = reader.text(Section::TrainingArguments, name);
-    let origin = reader.origin(Section::TrainingArguments, name);
+    let minutes = reader.maybe_number(Section::Hone, "eval_minutes").filter(|minutes| *minutes > 0.0);
+    let origin = match minutes {
+        None => reader.origin(Section::TrainingArguments, name),
+        Some(_) => reader.origin(Section::Hone, "eval_minutes"),
+    };
+    if let (Some(_), Some("steps" | "epoch")) = (minutes, strategy.as_deref()) {
+        reader.wrong(
+            &origin,
+            "eval_minutes and TrainingArguments.eval_strategy both say when to evaluate; remove one",
+        );
+    }
     let evaluation = match strategy.as_deref() {
+        _ if minutes.is_some() && split => Every::Minutes(minutes.unwrap_or_default()),
+        None if minutes.is_some() => {
+            reader.warn(format!("{origin}: eval_minutes has no effect: there are no rows to evaluate on"));
+            Every::Never
+        }
         None if split => Every::Epoch,
         Some("steps" | "epoch") if !split => {
             reader.warn(format!("{origin}: TrainingArguments.eval_strategy has no effect: DatasetConfig.train_test_split is 1, which leaves no rows to evaluate on"));
@@ -99,6 +142,8 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: u64) -> Ev
     };
     let shown = match evaluation {
         Every::Never | Every::Best => "never".to_string(),
+        Every::Share(share) => format!("every {share} of all steps"),
+        Every::Minutes(minutes) => format!("every {minutes} minutes"),
         Every::Steps(steps) => format!("every {steps} steps"),
         Every::Epoch => "every epoch".to_string(),
     };

@@ -11,11 +11,11 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONT
 use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
 use url::Url;
 
-use super::Options;
 use super::credentials::Login;
 use super::image::digest_of;
 use super::login::{Session, log_in, read_up_to, successful};
 use super::manifest::{MANIFEST_BYTES_MAX, MANIFEST_TYPE};
+use super::options::Options;
 use super::trouble::Trouble;
 use crate::fault::{Fault, Result};
 use crate::source;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::image::{Blob, Hashing, Image};
 use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
-use super::pull::Store;
+use super::store::Store;
 use crate::fault::{Fault, Result};
 use crate::report::Task;
 use crate::whole;

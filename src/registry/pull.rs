@@ -6,8 +6,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{self, Descriptor, Document};
+use super::options::{Pulled, Target};
+use super::store::Store;
 use super::unpack::{Limits, Unpacker};
-use super::{Pulled, Target};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 
@@ -18,22 +19,13 @@ const LAYER_BYTES_MAX: u64 = 16 << 30;
 /// Prefix of the folders where an image is assembled. A killed pull leaves such a folder.
 pub const STAGE_PREFIX: &str = ".hone-pull-";
 
-/// A source of an image's parts. It verifies the digest of everything it returns.
-pub(super) trait Store {
-    /// The manifest or index of the target's own tag or digest, and its digest.
-    fn top(&mut self) -> Result<(Vec<u8>, String)>;
-    /// The manifest with this digest.
-    fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>>;
-    /// A layer, as a file positioned at its start.
-    fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
-}
-
 /// What a tag or digest leads to.
 pub(super) struct Resolved {
     /// Of the image's manifest.
     pub digest: String,
     /// First to last.
     pub layers: Vec<Descriptor>,
+    /// Annotations of the manifest.
     pub annotations: BTreeMap<String, String>,
 }
 

@@ -2,7 +2,7 @@
 
 use oci_client::{ParseError, Reference};
 
-use super::Target;
+use super::options::Target;
 use crate::fault::{Fault, Result};
 
 const TAG_DEFAULT: &str = "latest";

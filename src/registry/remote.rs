@@ -15,13 +15,13 @@ use oci_client::Reference;
 use reqwest::StatusCode;
 use tokio::runtime::Runtime;
 
-use super::Options;
 use super::credentials::{self, Credential, Login};
 use super::distribution::Client;
+use super::growing::{Growing, Part};
 use super::image::{Blob, Hashing, Image, digest_of, scratch_file};
 use super::manifest::{self, Descriptor, MANIFEST_TYPE};
-use super::parts::{Growing, Part};
-use super::pull::Store;
+use super::options::Options;
+use super::store::Store;
 use super::trouble::{Nature, Trouble, clean};
 use super::upload::{self, Meter};
 use crate::backoff;

@@ -67,6 +67,7 @@ impl<'a> Unpacker<'a> {
         Unpacker { folder, limits, choice, entries: 0, extracted_bytes: 0, expanded_bytes: 0 }
     }
 
+    /// Unpacks one layer over the layers before it. `name` stands in messages.
     /// Data: the layer is damaged, hostile or too large. Storage: the disk failed.
     pub(super) fn layer(&mut self, layer: impl Read, name: &str) -> Result<()> {
         let budget = Budget::new(self.limits.expanded_bytes_max - self.expanded_bytes);

@@ -115,10 +115,13 @@ fn speak(event: &Event) {
             eta_seconds = metrics.eta_seconds,
             "step"
         ),
-        Event::Evaluated { step, epoch, eval_loss, accuracy } => {
+        Event::Evaluated { step, epoch, eval_loss, accuracy, sources } => {
             tracing::info!(
                 target: "hone", stage = "evaluate", step, epoch, eval_loss, eval_mean_token_accuracy = accuracy, "evaluated"
             );
+            for (metric, value) in sources {
+                tracing::info!(target: "hone", stage = "evaluate", step, metric = metric.as_str(), value, "evaluated a source");
+            }
         }
         Event::Fact { .. } => {}
         Event::Failed(fault) => tracing::error!(
@@ -189,7 +192,13 @@ mod tests {
                 tokens_per_second: 10.0,
                 eta_seconds: 3.0,
             }));
-            report.say(Event::Evaluated { step: 7, epoch: 0.5, eval_loss: 2.5, accuracy: Some(0.5) });
+            report.say(Event::Evaluated {
+                step: 7,
+                epoch: 0.5,
+                eval_loss: 2.5,
+                accuracy: Some(0.5),
+                sources: Vec::new(),
+            });
         });
         assert_eq!(lines.len(), 4);
         assert!(lines.iter().all(|line| line["timestamp"].as_str().unwrap().contains('T')));

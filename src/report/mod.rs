@@ -115,9 +115,16 @@ pub enum Event {
         eval_loss: f64,
         /// Share of the supervised tokens that are the most probable ones, if it was counted.
         accuracy: Option<f64>,
+        /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source, if there are several.
+        sources: Vec<(String, f64)>,
     },
     /// Something about the run that is kept for its report, under a name; terminals and logs pass it over.
-    Fact { name: &'static str, value: serde_json::Value },
+    Fact {
+        /// Name in `report.json`.
+        name: &'static str,
+        /// What is known.
+        value: serde_json::Value,
+    },
     /// The run failed.
     Failed(Fault),
 }

@@ -9,7 +9,7 @@ use super::html::escaped;
 const POINTS_MAX: usize = 400;
 const WIDTH: f64 = 440.0;
 const HEIGHT: f64 = 220.0;
-const LEFT: f64 = 52.0;
+const LEFT: f64 = 58.0;
 const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 30.0;
@@ -149,7 +149,7 @@ impl Axes {
                 WIDTH - RIGHT,
                 LEFT - 6.0,
                 y + 4.0,
-                written(value, unit)
+                written(value, unit).replace(".0 ", " ")
             );
         }
         for value in ticks(self.x, nice((self.x.1 - self.x.0) / 5.0).max(1.0)) {
@@ -322,6 +322,18 @@ mod tests {
         assert!(!html.contains("<script") && !html.contains("<b>") && !html.contains("NaN"), "{html}");
         assert!(html.contains("data-values=\"1,2 2,1\""), "{html}");
         assert!(chart(vec![(1.0, 1.0)]).html().contains("<circle"), "one point is a dot");
+    }
+
+    #[test]
+    fn labels_of_bytes_fit_beside_the_chart() {
+        for most in [65.3, 900.0, 70_000.0] {
+            let points = vec![(1.0, 0.0), (2.0, most * f64::from(1 << 20))];
+            let series = vec![Series::line("memory", points, 0)];
+            let html = Chart { title: "Memory".into(), series, unit: Unit::Bytes, from_zero: true }.html();
+            let labels = html.split("text-anchor=\"end\">").skip(1).filter_map(|part| part.split('<').next());
+            let labels: Vec<&str> = labels.collect();
+            assert!(labels.len() > 1 && labels.iter().all(|label| label.len() <= 7), "{labels:?}");
+        }
     }
 
     #[test]

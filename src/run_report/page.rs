@@ -1,6 +1,5 @@
 //! A folder of results -> the page of one run. What was not recorded is said to be missing, never guessed.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
@@ -11,7 +10,7 @@ use crate::words::size;
 
 use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, facts, folded, page, section, table};
-use super::story::{Failure, Story};
+use super::story::{Failure, Story, plain_text};
 
 /// Answers to held-out rows, which a run makes if it is asked.
 const ANSWERS: &str = "answers.json";
@@ -59,6 +58,11 @@ impl Run {
             timeline: newest_of_each_step(lines(TIMELINE)),
             folder: folder.to_owned(),
         }
+    }
+
+    /// The places that the adapter was sent to.
+    fn published(&self) -> impl Iterator<Item = &Json> {
+        self.fact("published").as_array().into_iter().flatten()
     }
 
     /// Whether nothing in the folder is of a run.
@@ -153,12 +157,6 @@ fn newest_of_each_step(lines: Vec<Json>) -> Vec<Json> {
 
 fn points(lines: &[Json], name: &str) -> Vec<(f64, f64)> {
     lines.iter().filter_map(|line| Some((line["step"].as_f64()?, line.get(name)?.as_f64()?))).collect()
-}
-
-/// The text of a plain file that is not too large.
-pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
-    let found = fs::metadata(file).ok()?;
-    (found.is_file() && found.len() <= bytes_max).then(|| fs::read_to_string(file).ok())?
 }
 
 /// The page of one run.
@@ -316,8 +314,11 @@ fn evaluation(run: &Run) -> String {
     }
     let mut html = facts(&rows);
     if lines.is_empty() {
-        return html
-            + "<p class=\"soft\">No evaluation was made: no rows were set aside, or eval_strategy was no.</p>\n";
+        let why = match run.failure() {
+            Some(_) => "before the run ended",
+            None => "because no rows were set aside, or eval_strategy was no",
+        };
+        return html + &format!("<p class=\"soft\">No evaluation was made {why}.</p>\n");
     }
     let mut names: Vec<String> = Vec::new();
     for key in lines.iter().flat_map(|line| line.as_object().into_iter().flat_map(serde_json::Map::keys)) {
@@ -499,6 +500,10 @@ fn provenance(run: &Run) -> String {
     rows.extend(fingerprint);
     rows.extend(run.fact("adapter_sha256").as_str().map(|value| ("adapter, SHA-256", code(value))));
     rows.extend(run.fact("image")["digest"].as_str().map(|value| ("image", code(value))));
+    for place in run.published().filter(|place| place["image"] != true) {
+        let revision = place["revision"].as_str().map_or(String::new(), |revision| format!(", {revision}"));
+        rows.push(("sent to", code(&format!("{}{revision}", text(&place["destination"])))));
+    }
     let mut html = facts(&rows);
     let list = |value: &Json, name: &str, digest: &str| -> Vec<Vec<String>> {
         let files = value.as_array().into_iter().flatten();
@@ -548,7 +553,13 @@ fn next(run: &Run) -> String {
         html +=
             &command("Push the adapter", &format!("hone push {} REGISTRY/REPOSITORY:TAG", quoted(&folder)));
     }
-    let source = remote.map_or(folder.clone(), |image| format!("oci://{image}"));
+    let on_hub =
+        run.published().find_map(|place| place["destination"].as_str().filter(|at| at.starts_with("hf://")));
+    let source = match (remote, on_hub) {
+        (Some(image), _) => format!("oci://{image}"),
+        (None, Some(address)) => address.to_owned(),
+        (None, None) => folder.clone(),
+    };
     html += &command(
         "Serve the base with it",
         &format!("hone serve {} --adapter {}", quoted(&base), quoted(&format!("{name}={source}"))),
@@ -584,6 +595,7 @@ fn workspace(run: &Run, name: &str, image: &str) -> String {
 
 /// A name of letters, digits and dashes: the last part of an address or path.
 fn short_name(text: &str) -> String {
+    let text = text.strip_prefix("oci:").unwrap_or(text); // a layout on disk
     let last = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
     let last = last.split(['@', ':']).find(|part| !part.is_empty()).unwrap_or("adapter");
     let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter.to_ascii_lowercase() } else { '-' };

@@ -1,5 +1,6 @@
 //! `report.json`: the facts of a run, what was noted, and how each of its starts ended.
 
+use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -71,6 +72,12 @@ pub struct Failure {
     pub retry_helps: bool,
 }
 
+/// The text of a plain file that is not too large.
+pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
+    let found = fs::metadata(file).ok()?;
+    (found.is_file() && found.len() <= bytes_max).then(|| fs::read_to_string(file).ok())?
+}
+
 impl Story {
     /// Of a process that began then.
     pub fn begin(began: u64) -> Story {
@@ -79,7 +86,7 @@ impl Story {
 
     /// What a folder holds; `None` if it is none, or none of hone's.
     pub fn read(folder: &Path) -> Option<Story> {
-        let text = super::page::plain_text(&folder.join(REPORT_FACTS), STORY_BYTES_MAX)?;
+        let text = plain_text(&folder.join(REPORT_FACTS), STORY_BYTES_MAX)?;
         serde_json::from_str(&text).ok()
     }
 

@@ -80,11 +80,15 @@ fn a_finished_run_has_a_page_of_its_own_that_loads_nothing() {
     report
         .fact("trained", json!({"steps": 2, "loss": 1.5, "first_loss": 2.0, "tokens": 99, "seconds": 61.0}));
     report.fact("image", json!({"reference": "host/team/support:1", "digest": "sha256:ab"}));
+    let hub = json!({"destination": format!("hf://org/{HOSTILE}"), "revision": "0123abcd", "image": false});
+    report.fact("published", json!([hub]));
     report.fact("ended", true);
     let page = fs::read_to_string(folder.path().join(REPORT)).unwrap();
     assert_alone(&page);
     for text in [
         "Finished",
+        "sent to",
+        "0123abcd",
         "2 → 1.5",
         "1 min 1 s",
         "hone pull host/team/support:1 ./support",
@@ -113,6 +117,7 @@ fn a_failed_run_begins_with_why_and_a_restart_remembers_it() {
     let place = |text: &str| page.find(text).unwrap_or_else(|| panic!("{text} is missing"));
     assert!(place("Exit code 14") < place("<svg") && place("lower max_length") < place("<svg"));
     assert!(page.contains("Failed: capacity, exit code 14"));
+    assert!(!page.contains("because no rows were set aside"), "the run ended before it could know");
     let (_, report) = recorder();
     tell(&report, folder.path());
     report.fact("ended", true);

@@ -21,9 +21,13 @@ use crate::generate::{Scored, Usage};
 
 /// What all parts of an answer need.
 pub struct Context {
+    /// The model that answers.
     pub model: Arc<Model>,
+    /// The request.
     pub ask: Ask,
+    /// Counts of the server.
     pub metrics: Arc<Metrics>,
+    /// Ends the answer if the server ends.
     pub stop: Stop,
     id: String,
     created: u64,
@@ -32,6 +36,7 @@ pub struct Context {
 }
 
 impl Context {
+    /// The context of one request, with a new id and the present time.
     pub fn new(model: Arc<Model>, ask: Ask, metrics: Arc<Metrics>, stop: Stop) -> Context {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

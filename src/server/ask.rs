@@ -24,7 +24,9 @@ const ADAPTERS_MAX: usize = 16;
 /// Which form the answer has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
+    /// `chat.completion` of OpenAI's API.
     Chat,
+    /// `text_completion` of OpenAI's API.
     Completion,
     /// KAITO's `{"Result": ...}`.
     Kaito,
@@ -33,6 +35,7 @@ pub enum Form {
 /// One prompt with its choices.
 #[derive(Clone, Debug)]
 pub struct Prompt {
+    /// Token ids; at least one.
     pub ids: Vec<u32>,
     /// As it was given, for `echo`.
     pub text: Option<String>,
@@ -41,19 +44,27 @@ pub struct Prompt {
 /// A request that was understood.
 #[derive(Clone, Debug)]
 pub struct Ask {
+    /// Form of the answer.
     pub form: Form,
     /// The name that was asked for.
     pub model: String,
+    /// The prompts; each gets `n` choices.
     pub prompts: Vec<Prompt>,
     /// Choices of each prompt.
     pub n: usize,
     /// Without the prompt, which differs.
     pub request: Request,
+    /// Strings that end a choice and are not shown.
     pub stop: Vec<String>,
+    /// Whether the answer is sent as it is generated.
     pub stream: bool,
+    /// Whether the last part of a stream has the numbers of tokens.
     pub include_usage: bool,
+    /// Whether the prompt is part of the answer.
     pub echo: bool,
+    /// Whether special tokens are left out of the text.
     pub skip_special: bool,
+    /// Whether token ids stand beside the text.
     pub token_ids: bool,
     /// The tools that the model may call.
     pub offer: Option<Offer>,

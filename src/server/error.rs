@@ -9,18 +9,23 @@ use crate::generate::Refusal;
 /// An answer that says why there is none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Error {
+    /// Status of the HTTP answer.
     pub status: StatusCode,
+    /// What was found, and what was expected.
     pub message: String,
     /// The field of the request.
     pub param: Option<String>,
+    /// OpenAI's code, for programs.
     pub code: Option<&'static str>,
     /// Seconds after which another try may succeed.
     pub retry_after: Option<u32>,
 }
 
+/// A result whose error is an answer to the client.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// An error about no field, without a code.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Error {
         Error { status, message: message.into(), param: None, code: None, retry_after: None }
     }
@@ -35,11 +40,13 @@ impl Error {
         Error::bad(message).of(param)
     }
 
+    /// Names the field that the error is about.
     pub fn of(mut self, param: &str) -> Error {
         self.param = Some(param.to_owned());
         self
     }
 
+    /// Sets OpenAI's code.
     pub fn code(mut self, code: &'static str) -> Error {
         self.code = Some(code);
         self
@@ -71,6 +78,7 @@ impl Error {
         }
     }
 
+    /// The body of the answer, as OpenAI's API writes errors.
     pub fn body(&self) -> Value {
         json!({"error": {
             "message": self.message, "type": self.kind(), "param": self.param, "code": self.code,

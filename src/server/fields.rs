@@ -14,10 +14,12 @@ pub struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    /// Fields of an object. `prefix` stands before their names in messages.
     pub fn new(map: &'a Map<String, Value>, prefix: &'static str) -> Fields<'a> {
         Fields { map, prefix }
     }
 
+    /// The field, unless it is missing or null.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
@@ -28,16 +30,19 @@ impl<'a> Fields<'a> {
         Error::field(&name, format!("{name}: found {found}, expected {expected}"))
     }
 
+    /// The field as a string.
     pub fn text(&self, name: &str) -> Result<Option<&'a str>> {
         let read = |value: &'a Value| value.as_str().ok_or_else(|| self.wrong(name, "a string"));
         self.get(name).map(read).transpose()
     }
 
+    /// The field as true or false.
     pub fn flag(&self, name: &str) -> Result<Option<bool>> {
         let read = |value: &Value| value.as_bool().ok_or_else(|| self.wrong(name, "true or false"));
         self.get(name).map(read).transpose()
     }
 
+    /// The field as a number in the range.
     pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>> {
         let expected = || self.wrong(name, &format!("a number from {} to {}", range.start(), range.end()));
         let read = |value: &Value| {
@@ -46,6 +51,7 @@ impl<'a> Fields<'a> {
         self.get(name).map(read).transpose()
     }
 
+    /// The field as a whole number in the range.
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>> {
         let expected =
             || self.wrong(name, &format!("a whole number from {} to {}", range.start(), range.end()));
@@ -53,15 +59,18 @@ impl<'a> Fields<'a> {
         self.get(name).map(read).transpose()
     }
 
+    /// The field as a whole number in the range, which must not be negative.
     pub fn size(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<usize>> {
         Ok(self.integer(name, range)?.map(|number| number as usize))
     }
 
+    /// The field as an object.
     pub fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>> {
         let read = |value: &'a Value| value.as_object().ok_or_else(|| self.wrong(name, "an object"));
         self.get(name).map(read).transpose()
     }
 
+    /// The field as a list.
     pub fn list(&self, name: &str) -> Result<Option<&'a Vec<Value>>> {
         let read = |value: &'a Value| value.as_array().ok_or_else(|| self.wrong(name, "a list"));
         self.get(name).map(read).transpose()

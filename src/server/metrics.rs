@@ -107,6 +107,7 @@ impl Clock {
 }
 
 impl Metrics {
+    /// The clock of a choice whose request came at `begun`.
     pub fn clock(&self, begun: Instant) -> Clock {
         Clock { begun, started: None, first: None, last: None, tokens: 0 }
     }

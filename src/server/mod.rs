@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use model::Model;
+pub use route::models;
 
 use crate::fault::{Fault, Result};
 use route::Service;
@@ -36,12 +37,15 @@ pub fn is_name(name: &str) -> bool {
 /// How a server listens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// Address and port to listen on.
     pub listen: SocketAddr,
     /// Certificate chain and key in PEM.
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Never shown and never logged.
     pub key: Option<String>,
+    /// LIMIT: bytes of a request's body.
     pub body_bytes_max: usize,
+    /// LIMIT: connections that are open at once.
     pub connections_max: usize,
 }
 

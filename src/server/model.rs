@@ -118,6 +118,7 @@ impl Named {
         self.lock().file.clone()
     }
 
+    /// Sets the state of the followed file.
     pub fn set_file(&self, file: FileState) {
         self.lock().file = Some(file);
     }

@@ -34,7 +34,9 @@ const BODIES_BYTES_MAX: usize = 256 << 20;
 
 /// What all connections share.
 pub struct Service {
+    /// Loading, ready or ending.
     pub state: State,
+    /// Counts of all connections.
     pub metrics: Arc<Metrics>,
     body_bytes_max: usize,
     bodies: Semaphore,
@@ -44,7 +46,9 @@ pub struct Service {
 
 /// The body of an answer: whole, or as it comes.
 pub enum Reply {
+    /// The whole body.
     Whole(Full<Bytes>),
+    /// Parts as they are generated.
     Stream(mpsc::Receiver<Bytes>),
 }
 
@@ -74,6 +78,7 @@ impl Body for Reply {
 pub(super) type Answer = Result<Response<Reply>>;
 
 impl Service {
+    /// Answers clients that send `key`, if there is one; larger bodies are refused.
     pub fn new(state: State, body_bytes_max: usize, key: Option<&str>) -> Service {
         Service {
             state,
@@ -313,7 +318,8 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     response
 }
 
-fn models(model: &Model) -> Value {
+/// What `GET /v1/models` answers.
+pub fn models(model: &Model) -> Value {
     let context = model.engine.facts().context;
     let loaded = model.engine.adapters();
     let parts =

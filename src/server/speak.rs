@@ -14,20 +14,24 @@ use crate::generate::{Answer, Event, Finish, Request, Scored, Usage};
 pub enum Piece {
     /// The request left the queue.
     Started,
+    /// Log-probabilities of the prompt's tokens.
     Prompt(Vec<Scored>),
     /// What is certain, and the tokens since the last piece.
     Said(Said, Vec<Scored>),
     /// The rest, and its tokens.
     End(Said, Vec<Scored>, End),
+    /// The choice cannot be finished.
     Failed(Error),
 }
 
 /// How a choice ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct End {
+    /// `stop`, `length` or `tool_calls`.
     pub reason: &'static str,
     /// The stop string or token of the caller that ended it.
     pub by: Option<serde_json::Value>,
+    /// Numbers of tokens.
     pub usage: Usage,
 }
 
@@ -48,6 +52,7 @@ pub struct Speaker {
 }
 
 impl Speaker {
+    /// Reads `answer` as the choice of `request`.
     pub fn new(model: Arc<Model>, answer: Answer, ask: &Ask, request: &Request) -> Speaker {
         let detokenizer = Detokenizer::new(ask.skip_special).after(&model.tokenizer, &request.prompt);
         Speaker {

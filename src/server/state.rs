@@ -11,7 +11,9 @@ use super::model::Model;
 /// What the server can do now.
 #[derive(Clone)]
 pub enum Phase {
+    /// The model is not there yet.
     Loading,
+    /// Requests are answered.
     Ready(Arc<Model>),
     /// No new requests; running ones go on.
     Draining(Option<Arc<Model>>),
@@ -57,6 +59,7 @@ impl Stop {
 }
 
 impl State {
+    /// The present phase.
     pub fn phase(&self) -> Phase {
         self.phase.borrow().clone()
     }

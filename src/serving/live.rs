@@ -25,8 +25,9 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const STRENGTH: std::ops::RangeInclusive<f32> = -16.0..=16.0;
 /// How often the file is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
-/// The first pause before something is tried again that may work later; it doubles up to the longest.
-const RETRY: Duration = Duration::from_secs(10);
+/// The first pause before what was refused is tried again; it doubles up to the longest. A Secret may have been mended
+/// since, or an image pushed.
+const RETRY: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
 
 /// What the file says.
@@ -123,13 +124,14 @@ impl Live {
             return;
         }
         let failures = self.retry.take().filter(|_| again).map_or(0, |(_, failures)| failures) + 1;
+        let before = self.model.named.file().and_then(|file| file.refused);
         if let Err(fault) = self.take(&text) {
-            let told = fault.clone().in_a_line();
-            self.report
-                .warn(Stage::Load, format!("{}: {told}; what was served goes on", self.file.display()));
-            if fault.kind.retry_helps() {
-                self.retry = Some((Instant::now() + backoff::pause(RETRY, RETRY_MAX, failures), failures));
+            let told = fault.in_a_line();
+            if before.as_ref() != Some(&told) {
+                let told = format!("{}: {told}; what was served goes on", self.file.display());
+                self.report.warn(Stage::Load, told);
             }
+            self.retry = Some((Instant::now() + backoff::pause(RETRY, RETRY_MAX, failures), failures));
         }
     }
 

@@ -15,7 +15,7 @@ use url::Url;
 use super::hash;
 use super::http::Validators;
 use super::parse::is_sha256;
-use super::partial::Partial;
+use super::partial::{Partial, json};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 use crate::{whole, words};
@@ -194,11 +194,6 @@ pub fn require_space(folder: &Path, name: &str, bytes: u64) -> Result<()> {
         words::size(free)
     ))
     .help("give the cache a larger volume"))
-}
-
-/// Serialises a value as JSON.
-pub fn json(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("plain fields become JSON")
 }
 
 fn create_folder(folder: &Path) -> Result<()> {

@@ -26,6 +26,7 @@ pub struct Caller {
 pub struct Call<'a> {
     /// `GET`, `POST`, `PUT` or `PATCH`.
     pub method: &'a str,
+    /// Address; it may hold secrets.
     pub url: &'a str,
     /// Type of the body.
     pub content_type: &'a str,
@@ -36,6 +37,8 @@ pub struct Call<'a> {
 }
 
 impl Caller {
+    /// A client that also trusts the root certificates of `ca_file` (PEM).
+    ///
     /// # Errors
     /// Config: `ca_file` cannot be used. Internal: no runtime can be started.
     pub fn new(ca_file: Option<&Path>) -> Result<Caller> {

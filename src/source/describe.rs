@@ -4,8 +4,10 @@
 use std::error::Error;
 use std::io;
 
-use super::http::{Failure, Redirect};
-use super::{Options, address};
+use super::address;
+use super::failure::Failure;
+use super::options::Options;
+use super::redirect::Redirect;
 use crate::fault::Fault;
 
 /// Most characters of foreign text in a message.

@@ -9,12 +9,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 use url::Url;
 
 use super::cache::{Blob, Cache, Entry, Slot};
-use super::http::{self, Ask, Failure};
+use super::failure::Failure;
+use super::http::{self, Ask};
 use super::hub::Hub;
+use super::options::{File, Options};
+use super::pace::Pace;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
 use super::statement::Algorithm;
-use super::{File, Options, Pace, describe, html, local};
+use super::{describe, html, local};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};

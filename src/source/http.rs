@@ -7,13 +7,13 @@ use reqwest::{Response, StatusCode, redirect};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::failure::Failure;
 use super::hub::Hub;
+use super::options::Options;
+use super::redirect::redirects;
 use super::statement::Statement;
-use super::{Options, address, describe, tls};
+use super::{address, describe, tls};
 use crate::fault::{Fault, Result};
-
-/// LIMIT: honest chains have one to three redirects.
-const REDIRECTS_MAX: usize = 10;
 
 /// The headers that identify one version of a file on its server.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -63,41 +63,8 @@ pub struct Body {
     pub is_html: bool,
 }
 
-/// Why an attempt brought no more bytes.
-pub enum Failure {
-    /// A retry can help.
-    Retry {
-        /// Why the attempt failed.
-        cause: String,
-        /// The earliest time for a retry, if the server named one.
-        after: Option<Duration>,
-        /// Whether the retry must begin with the first byte.
-        from_start: bool,
-    },
-    /// A retry cannot help.
-    Fatal(Fault),
-}
-
 /// The result of an attempt.
 pub type Attempted<T> = std::result::Result<T, Failure>;
-
-impl From<Fault> for Failure {
-    fn from(fault: Fault) -> Failure {
-        Failure::Fatal(fault)
-    }
-}
-
-impl Failure {
-    /// A failure after which the download can be resumed.
-    pub fn retry(cause: impl Into<String>) -> Failure {
-        Failure::Retry { cause: cause.into(), after: None, from_start: false }
-    }
-
-    /// A failure after which the download must begin again.
-    pub fn from_start(cause: impl Into<String>) -> Failure {
-        Failure::Retry { cause: cause.into(), after: None, from_start: true }
-    }
-}
 
 impl Validators {
     fn of(headers: &HeaderMap) -> Validators {
@@ -318,39 +285,6 @@ fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
         Err(_) => Some(httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()),
     }
-}
-
-/// The redirect rules: at most ten, never from https to http, never to a link-local address.
-pub fn redirects() -> redirect::Policy {
-    redirect::Policy::custom(redirect)
-}
-
-fn redirect(attempt: redirect::Attempt) -> redirect::Action {
-    let downgrade = attempt.previous().last().is_some_and(|from| from.scheme() == "https")
-        && attempt.url().scheme() != "https";
-    if attempt.previous().len() > REDIRECTS_MAX {
-        attempt.error(Redirect::TooMany)
-    } else if downgrade {
-        attempt.error(Redirect::Downgrade)
-    } else if address::forbidden_host(attempt.url()) {
-        attempt.error(Redirect::Forbidden)
-    } else {
-        attempt.follow()
-    }
-}
-
-/// Why a redirect is not followed.
-#[derive(Debug, thiserror::Error)]
-pub enum Redirect {
-    /// A longer chain than `REDIRECTS_MAX`.
-    #[error("it redirects more than {REDIRECTS_MAX} times")]
-    TooMany,
-    /// From https to http.
-    #[error("it redirects from https to http, which is refused")]
-    Downgrade,
-    /// To a link-local address.
-    #[error("it redirects to a link-local address, which is refused")]
-    Forbidden,
 }
 
 fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {

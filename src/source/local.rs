@@ -6,7 +6,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{File, Source, hash};
+use super::hash;
+use super::options::{File, Source};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage, Unit};
 use crate::words;

@@ -7,16 +7,20 @@
 mod address;
 mod cache;
 pub mod call;
+pub mod send;
 mod describe;
 mod download;
+mod failure;
 mod hash;
 mod html;
 mod http;
 mod hub;
 mod local;
+mod options;
 mod pace;
 mod parse;
 mod partial;
+mod redirect;
 mod statement;
 mod scheme;
 mod tls;
@@ -24,81 +28,22 @@ mod tls;
 pub use hash::of as digest;
 pub use local::find;
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 pub use address::{Resolver, forbidden_host};
 pub use cache::{free_bytes, require_space};
 pub use html::looks_like_html;
-pub use http::redirects;
 pub use hub::Hub;
 pub use local::{matching, of_first_kind};
+pub use options::{File, Options, Source};
 pub use pace::{Pace, Speed};
+pub use redirect::redirects;
 pub use scheme::Object;
 pub use tls::{client_builder, install_crypto};
 
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::Report;
-
-/// The settings of downloads. `plan` fills them.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Folder of finished downloads by digest, and of partial ones to resume.
-    pub cache: PathBuf,
-    /// Longest wait for a connection.
-    pub connect_timeout: Duration,
-    /// Longest silence while a body is read.
-    pub read_timeout: Duration,
-    /// Least speed. A slower body is requested again, and counts as a failed attempt.
-    pub speed: Speed,
-    /// Longest time for one file, over all attempts.
-    pub total_timeout: Duration,
-    /// Most attempts in a row without a new byte.
-    pub attempts_max: u32,
-    /// Wait before the second attempt. It doubles for each further one, with jitter.
-    pub backoff: Duration,
-    /// Largest file that is downloaded, in bytes.
-    pub file_bytes_max: u64,
-    /// Endings of data files by kind, in order of preference. A folder is searched for them.
-    pub endings: &'static [&'static [&'static str]],
-    /// Extra root certificates (PEM).
-    pub ca_file: Option<PathBuf>,
-}
-
-/// One thing to fetch, parsed: an address and the digest it must have.
-#[derive(Clone, PartialEq)]
-pub enum Source {
-    /// A URL.
-    Url {
-        /// The URL, which may hold secrets.
-        url: url::Url,
-        /// SHA-256 in hex that the file must have.
-        sha256: Option<String>,
-    },
-    /// A file, a directory, or a glob.
-    Path {
-        /// The path or glob.
-        pattern: String,
-        /// SHA-256 in hex that the one file must have.
-        sha256: Option<String>,
-    },
-}
-
-/// A local file, whole and hashed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct File {
-    /// The file.
-    pub path: PathBuf,
-    /// The name that the user gave, without secrets, for messages.
-    pub name: String,
-    /// Length.
-    pub bytes: u64,
-    /// SHA-256 in lower-case hex.
-    pub sha256: String,
-    /// Index of the source that it belongs to, counted from 0.
-    pub entry: usize,
-}
 
 /// Bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
 pub fn held(source: &Source, cache: &Path) -> u64 {
@@ -149,6 +94,20 @@ pub fn fetch(sources: &[Source], options: &Options, report: &Report) -> Result<V
 /// Config: not an address of an object store. Auth, data and network as in [`fetch`].
 pub fn objects(url: &url::Url, options: &Options) -> Result<Vec<Object>> {
     on_network(async { scheme::Stores::new(options)?.list(url).await })
+}
+
+/// Writes files of this machine to an object store, below `url`, one after the other: (its name there, the file).
+/// An object appears whole. Returns the version of the last, if the store has versions.
+///
+/// # Errors
+/// Auth, Config: as [`fetch`] for object stores. Push: the store did not take a file in `attempts_max` attempts.
+pub fn upload(
+    url: &url::Url,
+    files: &[(&str, &Path)],
+    options: &Options,
+    report: &Report,
+) -> Result<Option<String>> {
+    on_network(scheme::upload(url, files, options, report))
 }
 
 /// Whether an address is an object store's.

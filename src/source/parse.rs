@@ -4,7 +4,8 @@ use std::fmt;
 
 use url::Url;
 
-use super::{Source, address, scheme};
+use super::options::Source;
+use super::{address, scheme};
 use crate::fault::{Fault, Result};
 
 /// `fetch` handles `oci://` before a source is parsed.

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::hash;
 use super::http::Validators;
 use super::statement::{Algorithm, Statement};
-use super::{cache, hash};
 use crate::fault::{Fault, Result};
 use crate::whole;
 
@@ -90,7 +90,7 @@ impl Partial {
     ) -> Result<()> {
         self.discard()?;
         self.version = Version { validators: validators.clone(), total, statement };
-        whole::write(&self.version_path, &cache::json(&self.version))
+        whole::write(&self.version_path, &json(&self.version))
     }
 
     /// Appends bytes.
@@ -142,6 +142,11 @@ impl Partial {
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_all().map_err(|error| Fault::storage("sync", &self.path, &error))
     }
+}
+
+/// Serialises a value as JSON.
+pub fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain fields become JSON")
 }
 
 #[cfg(test)]

@@ -81,21 +81,15 @@ fn single_refusals() {
         ]],
     );
     check(
-        &arguments("neftune_noise_alpha: 5"),
-        expect![
-            "train.yaml:2:44: TrainingArguments.neftune_noise_alpha: 5.0 is refused: embeddings get no noise"
-        ],
-    );
-    check(
         &arguments("deepspeed: {stage: 2}"),
         expect![
             "train.yaml:2:34: TrainingArguments.deepspeed: a map is refused: one device holds the model; remove the key"
         ],
     );
     check(
-        &arguments("push_to_hub: yes"),
+        "training_config:\n  LoraConfig: {use_dora: yes}\n",
         expect![
-            "train.yaml:2:36: TrainingArguments.push_to_hub: true is refused: use `push: IMAGE`, which sends the adapter to a registry"
+            "train.yaml:2:26: LoraConfig.use_dora: true is refused: hone trains plain LoRA; this key would change the kind of adapter"
         ],
     );
     check(

@@ -126,7 +126,7 @@ fn list(kind: Type, items: &[Node]) -> Result<Value, Refusal> {
 }
 
 /// Keys that a source in YAML may have besides its address.
-const BESIDE: [&str; 4] = ["sha256", "layout", "weight", "limit"];
+const BESIDE: [&str; 5] = ["sha256", "layout", "weight", "limit", "name"];
 
 /// Reads a source or a list of sources. `{url: ..., sha256: ..., weight: 2}` becomes `url#sha256=...&weight=2`.
 fn sources(node: &Node) -> Result<Value, Refusal> {
@@ -269,7 +269,7 @@ mod tests {
         check(
             Type::Sources,
             "{uri: a}",
-            expect!["7: uri is not a key of a source: url or path, sha256, layout, weight, limit"],
+            expect!["7: uri is not a key of a source: url or path, sha256, layout, weight, limit, name"],
         );
         check(
             Type::Sources,

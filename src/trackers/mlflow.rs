@@ -77,7 +77,7 @@ impl Service {
             }
         }
         let now = std::time::SystemTime::now();
-        let point = Point { time: now, step: 0, values: Vec::new() };
+        let point = Point { time: now, ..Point::now() };
         let body = json!({
             "experiment_id": self.experiment()?, "run_name": self.name, "start_time": point.milliseconds(),
             "tags": [{"key": "mlflow.source.name", "value": "hone"}, {"key": "mlflow.source.type", "value": "JOB"}],
@@ -142,7 +142,7 @@ impl Tracker for Service {
     }
 
     fn points(&mut self, points: &[Point]) -> Result<(), String> {
-        let metric = |point: &Point, (name, value): &(&'static str, f64)| json!({"key": name, "value": value, "timestamp": point.milliseconds(), "step": point.step});
+        let metric = |point: &Point, (name, value): &(std::borrow::Cow<'static, str>, f64)| json!({"key": name, "value": value, "timestamp": point.milliseconds(), "step": point.step});
         let metrics = points.iter().flat_map(|point| {
             let finite = point.values.iter().filter(|(_, value)| value.is_finite());
             finite.map(|value| metric(point, value)).collect::<Vec<_>>()
@@ -159,7 +159,7 @@ impl Tracker for Service {
             return Ok(());
         }
         let kept = end.report.as_deref().map_or(Ok(()), |file| self.artifact(file));
-        let now = Point { time: std::time::SystemTime::now(), step: 0, values: Vec::new() }.milliseconds();
+        let now = Point::now().milliseconds();
         let status = if end.failed { "FAILED" } else { "FINISHED" };
         self.ask("runs/update", &json!({"run_id": self.run_id(), "status": status, "end_time": now}))?;
         kept

@@ -23,10 +23,10 @@ impl Receiver {
 
 /// One gauge for each name, with a data point for each step.
 fn request(points: &[Point], run: &str) -> Json {
-    let mut names: Vec<&'static str> = Vec::new();
+    let mut names: Vec<&str> = Vec::new();
     for (name, _) in points.iter().flat_map(|point| &point.values) {
-        if !names.contains(name) {
-            names.push(*name);
+        if !names.contains(&name.as_ref()) {
+            names.push(name);
         }
     }
     let text = |key: &str, value: &str| json!({"key": key, "value": {"stringValue": value}});
@@ -36,7 +36,7 @@ fn request(points: &[Point], run: &str) -> Json {
             "attributes": [{"key": "step", "value": {"intValue": point.step.to_string()}}],
         })
     };
-    let gauge = |name: &&'static str| {
+    let gauge = |name: &&str| {
         let values = points.iter().flat_map(|point| {
             let of_name = point.values.iter().filter(|(key, value)| key == name && value.is_finite());
             of_name.map(|(_, value)| data_point(point, *value)).collect::<Vec<_>>()

@@ -139,7 +139,12 @@ mod tests {
     #[test]
     fn an_event_has_the_bytes_that_tensorboard_writes() {
         let time = UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_500);
-        let point = Point { time, step: 300, values: vec![("loss", 1.5), ("eval_loss", 0.25)] };
+        let point = Point {
+            time,
+            step: 300,
+            values: vec![("loss".into(), 1.5), ("eval_loss".into(), 0.25)],
+            ..Point::now()
+        };
         let expected = include_bytes!("../../tests/fixtures/tensorboard_event.bin");
         assert_eq!(event(&point), expected);
     }

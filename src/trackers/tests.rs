@@ -1,7 +1,7 @@
 //! Trackers that answer, that are gone, slow or wrong: what they get, and that the run does not notice them.
 
 use super::*;
-use crate::report::StepMetrics;
+use crate::report::{StepMetrics, Unit};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 
@@ -87,10 +87,17 @@ fn run(options: &Options, grace: Duration) -> (Vec<String>, Duration) {
     let settings = vec![("learning rate".to_owned(), "1e-4".to_owned())];
     let trackers = Trackers::start(options, settings, &Report::new(heard.clone())).unwrap();
     let report = Report::new(trackers.clone());
+    let _task = report.task(Stage::Train, Unit::Steps, "training", Some(40));
     let began = Instant::now();
     report.say(step(10));
     report.say(step(20));
-    report.say(Event::Evaluated { step: 20, epoch: 0.5, eval_loss: 2.0, accuracy: Some(0.5) });
+    report.say(Event::Evaluated {
+        step: 20,
+        epoch: 0.5,
+        eval_loss: 2.0,
+        accuracy: Some(0.5),
+        sources: vec![("eval_support_loss".into(), 2.25)],
+    });
     let spent = began.elapsed();
     trackers.finish_within(&End { failed: false, report: None }, grace);
     (heard.0.lock().unwrap().clone(), spent)
@@ -231,6 +238,7 @@ fn event_files_begin_with_their_version_and_hold_every_point() {
     assert_eq!(records.len(), 5, "version, session, three points");
     assert!(holds(&records[0], "brain.Event:2"));
     assert!(holds(&records[2], "train/loss") && holds(&records[4], "eval/mean_token_accuracy"));
+    assert!(holds(&records[4], "eval/support_loss"));
 }
 
 #[test]
@@ -251,4 +259,35 @@ fn secrets_come_from_the_environment_only() {
     assert_eq!(filled.mlflow.unwrap().authorization.unwrap(), "Basic dTpw");
     let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     assert_eq!(filled.otlp.unwrap().1, [pair("a", "b"), pair("c", "d=e")]);
+}
+
+#[test]
+fn a_train_job_is_told_its_progress_and_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("token"), "canary\n").unwrap();
+    let (url, asked) = server(|_, _| Some((200, "{}".into())));
+    let variables = [
+        ("KUBEFLOW_TRAINER_SERVER_URL", format!("{url}/status")),
+        ("KUBEFLOW_TRAINER_SERVER_TOKEN", folder.path().join("token").display().to_string()),
+    ];
+    let read =
+        |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone());
+    let options = Options::default().with_secrets(&read);
+    assert!(!options.is_empty() && Options::default().with_secrets(&|_| None).is_empty());
+    let off = |name: &str| if name.starts_with("DISABLE") { Some("TRUE".into()) } else { read(name) };
+    assert!(Options::default().with_secrets(&off).is_empty());
+    assert_eq!(run(&options, GENEROUS).0, [""; 0]);
+    let list = asked.lock().unwrap().clone();
+    let status =
+        |at: usize| -> Json { serde_json::from_str::<Json>(&list[at].2).unwrap()["trainerStatus"].clone() };
+    assert_eq!(list.len(), 2, "points that come at once, and the end");
+    let (first, last) = (status(0), status(1));
+    assert_eq!((&first["progressPercentage"], &first["estimatedRemainingSeconds"]), (&50.into(), &1.into()));
+    assert_eq!((&last["progressPercentage"], &last["estimatedRemainingSeconds"]), (&100.into(), &0.into()));
+    let metric = |name: &str| {
+        let list = last["metrics"].as_array().unwrap();
+        list.iter().find(|metric| metric["name"] == name).map(|metric| metric["value"].clone())
+    };
+    assert_eq!(metric("eval_loss"), Some("2".into()));
+    assert_eq!((metric("current_step"), metric("total_steps")), (Some("20".into()), Some("40".into())));
 }

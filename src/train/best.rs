@@ -9,6 +9,55 @@ pub struct Scores {
     pub loss: f64,
     /// Share of the supervised tokens that are the most probable ones; `None` if the device does not count them.
     pub accuracy: Option<f64>,
+    /// Number of the supervised tokens.
+    pub tokens: u64,
+}
+
+/// The scores of one source of an evaluation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceScores {
+    /// The entry that it stands for.
+    pub entry: usize,
+    /// Its name in metrics.
+    pub name: String,
+    /// Its scores.
+    pub scores: Scores,
+}
+
+/// An evaluation: over all tokens, and over those of each source if there are several.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Evaluation {
+    /// Over all sources.
+    pub all: Scores,
+    /// Of each source; empty if there is one.
+    pub sources: Vec<SourceScores>,
+}
+
+impl Evaluation {
+    /// Sums up the scores of several sources; each token counts the same.
+    pub fn of(mut sources: Vec<SourceScores>) -> Evaluation {
+        if sources.len() < 2 {
+            let all = sources.pop().map_or(Scores::default(), |source| source.scores);
+            return Evaluation { all, sources };
+        }
+        let tokens: u64 = sources.iter().map(|source| source.scores.tokens).sum();
+        let mean = |value: &dyn Fn(&Scores) -> Option<f64>| {
+            let parts =
+                sources.iter().map(|source| Some(value(&source.scores)? * source.scores.tokens as f64));
+            Some(parts.sum::<Option<f64>>()? / tokens.max(1) as f64)
+        };
+        let loss = mean(&|scores| Some(scores.loss)).expect("every source has a loss");
+        Evaluation { all: Scores { loss, accuracy: mean(&|scores| scores.accuracy), tokens }, sources }
+    }
+
+    /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source.
+    pub fn by_source(&self) -> Vec<(String, f64)> {
+        let metrics = self.sources.iter().flat_map(|SourceScores { name, scores, .. }| {
+            let accuracy = scores.accuracy.map(|share| (format!("eval_{name}_mean_token_accuracy"), share));
+            std::iter::once((format!("eval_{name}_loss"), scores.loss)).chain(accuracy)
+        });
+        metrics.collect()
+    }
 }
 
 impl Scores {
@@ -60,8 +109,10 @@ impl Measure {
 }
 
 /// How evaluations are compared.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Judging {
+    /// The source whose scores decide, by its entry and its name; `None`: all together.
+    pub source: Option<(usize, String)>,
     /// `metric_for_best_model`
     pub measure: Measure,
     /// `greater_is_better`
@@ -70,6 +121,17 @@ pub struct Judging {
     pub restore: bool,
     /// `None`: training goes to its end.
     pub stopping: Option<Stopping>,
+}
+
+impl Judging {
+    /// `eval_loss`, `eval_NAME_loss` and so on.
+    pub fn metric(&self) -> String {
+        let name = self.measure.name();
+        match &self.source {
+            None => name,
+            Some((_, source)) => name.replacen("eval_", &format!("eval_{source}_"), 1),
+        }
+    }
 }
 
 /// When training ends before its end.
@@ -97,8 +159,15 @@ pub struct Best {
 
 impl Best {
     /// Takes an evaluation into account; true if it is the best so far.
-    pub fn judge(&mut self, judging: &Judging, scores: &Scores, step: u64) -> bool {
-        let Some(value) = judging.measure.of(scores) else { return false };
+    pub fn judge(&mut self, judging: &Judging, evaluation: &Evaluation, step: u64) -> bool {
+        let scores = match &judging.source {
+            None => Some(&evaluation.all),
+            Some((entry, _)) => {
+                let source = evaluation.sources.iter().find(|source| source.entry == *entry);
+                source.map(|source| &source.scores)
+            }
+        };
+        let Some(value) = scores.and_then(|scores| judging.measure.of(scores)) else { return false };
         let better = |than: f64| if judging.greater { value > than } else { value < than };
         // The callback compares with the best before this evaluation.
         if let Some(stopping) = judging.stopping {
@@ -123,7 +192,8 @@ mod tests {
     fn course(judging: Judging, losses: &[f64]) -> (Vec<u64>, Option<u64>) {
         let (mut best, mut steps, mut end) = (Best::default(), Vec::new(), None);
         for (place, loss) in (1..).zip(losses) {
-            if best.judge(&judging, &Scores { loss: *loss, ..Scores::default() }, place) {
+            let all = Scores { loss: *loss, ..Scores::default() };
+            if best.judge(&judging, &Evaluation { all, sources: Vec::new() }, place) {
                 steps.push(place);
             }
             if best.stop && end.is_none() {
@@ -134,7 +204,7 @@ mod tests {
     }
 
     fn judging(stopping: Option<Stopping>) -> Judging {
-        Judging { measure: Measure::Loss, greater: false, restore: true, stopping }
+        Judging { source: None, measure: Measure::Loss, greater: false, restore: true, stopping }
     }
 
     /// Recorded with transformers 5.24: TrainerState and EarlyStoppingCallback driven with these losses

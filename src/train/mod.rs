@@ -27,7 +27,7 @@ use crate::ops::number::{Number, Numbers};
 use crate::ops::{flat, out_of_memory};
 use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
-use best::{Best, Judging, Scores};
+use best::{Best, Evaluation, Judging, Scores, SourceScores};
 use checkpoint::State;
 use order::Steps;
 pub use schedule::Schedule;
@@ -86,6 +86,8 @@ pub struct Options {
     pub loraplus_ratio: Option<f64>,
     /// Share of the target that goes to all tokens alike (`label_smoothing_factor`).
     pub label_smoothing: f64,
+    /// Size of the noise on embeddings in training (`neftune_noise_alpha`); 0: none.
+    pub neftune_alpha: f64,
 }
 
 impl Default for Options {
@@ -117,6 +119,7 @@ impl Default for Options {
             judging: None,
             loraplus_ratio: None,
             label_smoothing: 0.0,
+            neftune_alpha: 0.0,
         }
     }
 }
@@ -128,6 +131,10 @@ pub enum Every {
     Never,
     /// After every so many steps.
     Steps(u64),
+    /// After every so many steps, as a share of all steps of the run, rounded up.
+    Share(f64),
+    /// After so many minutes since the last time, at the end of a step, and after the last step; for evaluations.
+    Minutes(f64),
     /// At the end of every epoch and after the last step.
     Epoch,
     /// At each evaluation that is better than all before it; for checkpoints.
@@ -149,6 +156,8 @@ impl Every {
         match self {
             Every::Never | Every::Best => false,
             Every::Steps(every) => done.is_multiple_of(every.max(1)),
+            Every::Share(share) => done.is_multiple_of(((steps.total as f64 * share).ceil() as u64).max(1)),
+            Every::Minutes(_) => false, // The trainer looks at the clock.
             Every::Epoch => done.is_multiple_of(steps.per_epoch) || done == steps.total,
         }
     }
@@ -253,7 +262,20 @@ pub enum Metric {
         /// Share of the supervised tokens that are the most probable ones; `None` on a GPU.
         #[serde(skip_serializing_if = "Option::is_none")]
         eval_mean_token_accuracy: Option<f64>,
+        /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source, if there are several.
+        #[serde(flatten)]
+        sources: Named,
     },
+}
+
+/// Values by name, in an order of their own.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Named(pub Vec<(String, f64)>);
+
+impl serde::Serialize for Named {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
 }
 
 impl Metric {
@@ -275,17 +297,29 @@ pub struct Data<'a> {
 }
 
 /// Examples, wherever they are.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Sets<'a> {
     /// Examples to train on.
     pub train: Examples<'a>,
-    /// Examples to score.
-    pub evaluation: Examples<'a>,
+    /// Examples to score, by source.
+    pub evaluation: Vec<Source<'a>>,
+}
+
+/// Examples to score that come from one entry of the data.
+#[derive(Clone)]
+pub struct Source<'a> {
+    /// The entry.
+    pub entry: usize,
+    /// Its name in metrics.
+    pub name: String,
+    /// Its examples.
+    pub examples: Examples<'a>,
 }
 
 impl<'a> From<Data<'a>> for Sets<'a> {
     fn from(data: Data<'a>) -> Sets<'a> {
-        Sets { train: data.train.into(), evaluation: data.evaluation.into() }
+        let source = Source { entry: 0, name: String::new(), examples: data.evaluation.into() };
+        Sets { train: data.train.into(), evaluation: vec![source] }
     }
 }
 
@@ -343,6 +377,7 @@ pub fn run<'a>(
     while trainer.sent < trainer.steps.total && !trainer.state.best.stop {
         let sent = if interrupt::requested() { None } else { trainer.send()? };
         let stopped = sent.is_none();
+        trainer.look_at_the_clock();
         // A GPU works on this step while the numbers of the step before are copied to the host.
         if let Some(before) = std::mem::replace(&mut behind, sent) {
             trainer.settle(before, checkpoints, log)?;
@@ -386,7 +421,7 @@ pub fn evaluate<'a>(
 ) -> Result<Scores> {
     let examples = examples.into();
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
-    let (mut losses, mut tokens, mut hits) = (Vec::new(), 0, Some(0));
+    let (mut losses, mut tokens, mut hits) = (Vec::new(), 0_usize, Some(0));
     let indices: Vec<usize> = (0..examples.len()).collect();
     for group in indices.chunks(batch_examples.max(1)) {
         for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
@@ -399,8 +434,9 @@ pub fn evaluate<'a>(
         interrupt::check()?;
     }
     let loss: f64 = Numbers::send(&losses)?.values()?.into_iter().sum();
-    let tokens = tokens.max(1) as f64;
-    Ok(Scores { loss: loss / tokens, accuracy: hits.map(|hits| hits as f64 / tokens) })
+    let count = tokens.max(1) as f64;
+    let accuracy = hits.map(|hits| hits as f64 / count);
+    Ok(Scores { loss: loss / count, accuracy, tokens: tokens as u64 })
 }
 
 /// Steps after warm-up by which an adapter must have some effect.
@@ -445,6 +481,11 @@ struct Trainer<'a> {
     loss_sum: f64,
     /// Parameters of the best evaluation of this process.
     best_params: Option<Tensor>,
+    /// When the last evaluation ended, or training began.
+    evaluated_at: Instant,
+    /// The queued step after which an evaluation is due by the clock. It is decided when the step is queued, so that
+    /// the evaluation sees the parameters of that step.
+    due_by_clock: Option<u64>,
 }
 
 impl<'a> Trainer<'a> {
@@ -467,6 +508,8 @@ impl<'a> Trainer<'a> {
             steps_here: 0,
             loss_sum: 0.0,
             best_params: None,
+            evaluated_at: Instant::now(),
+            due_by_clock: None,
             decoder,
             adapter,
             data,
@@ -618,7 +661,8 @@ impl<'a> Trainer<'a> {
         let micro_batches = self.steps.micro_batches(step);
         let mut batches =
             order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key);
-        batches.iter_mut().for_each(|batch| batch.label_smoothing = self.options.label_smoothing);
+        let (smoothing, noise) = (self.options.label_smoothing, self.options.neftune_alpha);
+        batches.iter_mut().for_each(|batch| (batch.label_smoothing, batch.noise) = (smoothing, noise));
         // The next step's tokens come from the disk while this step is computed.
         if step + 1 < self.steps.total {
             let next = self.steps.micro_batches(step + 1);
@@ -746,24 +790,52 @@ impl<'a> Trainer<'a> {
         if done || !self.evaluates_after(step) {
             return Ok(());
         }
-        let batch = self.options.eval_batch_examples;
-        let (lora, examples) = (self.adapter.evaluated(), self.data.evaluation);
-        let scores = match evaluate(self.decoder, lora, examples, batch, self.rows_max(), self.report) {
+        let evaluation = match self.evaluation() {
             Err(_) if interrupt::requested() => return Err(self.stop(checkpoints)),
             evaluated => evaluated?,
         };
+        self.evaluated_at = Instant::now();
+        let scores = &evaluation.all;
         (self.state.eval_loss, self.state.evaluated_step) = (Some(scores.loss), step);
-        let (eval_loss, eval_mean_token_accuracy) = (scores.loss, scores.accuracy);
-        let eval_perplexity = scores.perplexity();
-        log(&Metric::Evaluation { step, epoch, eval_loss, eval_perplexity, eval_mean_token_accuracy })?;
-        self.report.say(Event::Evaluated { step, epoch, eval_loss, accuracy: scores.accuracy });
+        let sources = evaluation.by_source();
+        log(&Metric::Evaluation {
+            step,
+            epoch,
+            eval_loss: scores.loss,
+            eval_perplexity: scores.perplexity(),
+            eval_mean_token_accuracy: scores.accuracy,
+            sources: Named(sources.clone()),
+        })?;
+        let (eval_loss, accuracy) = (scores.loss, scores.accuracy);
+        self.report.say(Event::Evaluated { step, epoch, eval_loss, accuracy, sources });
         // The untrained adapter is no candidate, as in transformers.
-        if step > 0 { self.judge(&scores, checkpoints) } else { Ok(()) }
+        if step > 0 { self.judge(&evaluation, checkpoints) } else { Ok(()) }
+    }
+
+    /// Scores every source.
+    fn evaluation(&self) -> Result<Evaluation> {
+        let (batch, lora) = (self.options.eval_batch_examples, self.adapter.evaluated());
+        let score = |source: &Source| {
+            let Source { entry, name, examples } = source.clone();
+            let scores = evaluate(self.decoder, lora, examples, batch, self.rows_max(), self.report)?;
+            Ok(SourceScores { entry, name, scores })
+        };
+        let there = self.data.evaluation.iter().filter(|source| !source.examples.is_empty());
+        Ok(Evaluation::of(there.map(score).collect::<Result<_>>()?))
+    }
+
+    /// Decides whether an evaluation is due by the clock after the step that was queued last.
+    fn look_at_the_clock(&mut self) {
+        if let Every::Minutes(minutes) = self.options.evaluation
+            && self.evaluated_at.elapsed().as_secs_f64() >= minutes * 60.0
+        {
+            self.due_by_clock = Some(self.sent);
+        }
     }
 
     /// Whether an evaluation is due after `done` steps.
     fn evaluates_after(&self, done: u64) -> bool {
-        if self.data.evaluation.is_empty() {
+        if self.data.evaluation.iter().all(|source| source.examples.is_empty()) {
             return false;
         }
         if done == 0 {
@@ -771,18 +843,21 @@ impl<'a> Trainer<'a> {
         }
         let (every, last) = (self.options.evaluation, done == self.steps.total);
         match every {
-            Every::Steps(_) => {
+            Every::Steps(_) | Every::Share(_) => {
                 (last || every.due(done, &self.steps)) && self.options.eval_delay <= done as f64
+            }
+            Every::Minutes(_) => {
+                (last || self.due_by_clock == Some(done)) && self.options.eval_delay <= done as f64
             }
             _ => every.due(done, &self.steps) && self.options.eval_delay <= self.steps.epochs_done(done),
         }
     }
 
     /// Compares an evaluation with those before it, and keeps the parameters of the best.
-    fn judge(&mut self, scores: &Scores, checkpoints: Option<&Checkpoints>) -> Result<()> {
+    fn judge(&mut self, evaluation: &Evaluation, checkpoints: Option<&Checkpoints>) -> Result<()> {
         let Some(judging) = &self.options.judging else { return Ok(()) };
         let step = self.state.step;
-        let is_best = self.state.best.judge(judging, scores, step);
+        let is_best = self.state.best.judge(judging, evaluation, step);
         if self.state.best.stop {
             let Best { waited, step: best, .. } = self.state.best;
             let text =
@@ -807,7 +882,7 @@ impl<'a> Trainer<'a> {
     /// `load_best_model_at_end`: the parameters of the best evaluation, and its step; `None` if they are those in
     /// force.
     fn restore_best(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
-        let restores = self.options.judging.is_some_and(|judging| judging.restore);
+        let restores = self.options.judging.as_ref().is_some_and(|judging| judging.restore);
         let step = self.state.best.step;
         if !restores || self.state.best.metric.is_none() || step == self.state.step {
             return Ok(None);
@@ -830,8 +905,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn best(&self) -> Option<BestEvaluation> {
-        let (judging, value) = (self.options.judging?, self.state.best.metric?);
-        Some(BestEvaluation { step: self.state.best.step, metric: judging.measure.name(), value })
+        let (judging, value) = (self.options.judging.as_ref()?, self.state.best.metric?);
+        Some(BestEvaluation { step: self.state.best.step, metric: judging.metric(), value })
     }
 
     fn epoch(&self) -> f64 {

@@ -115,3 +115,85 @@ fn the_smallest_plan_is_the_last() {
     assert_eq!(fault.kind, Kind::Capacity);
     assert!(fault.message.contains("out of memory at step 1 with the smallest plan"), "{fault}");
 }
+
+/// The evaluations of a run of six steps with two sources, and the best by `judging`.
+fn evaluated(options: Options) -> (Vec<Metric>, Trained) {
+    let (decoder, adapter) = decoder();
+    let all = examples();
+    let source = |entry, name: &str, from: usize, to: usize| Source {
+        entry,
+        name: name.into(),
+        examples: (&all[from..to]).into(),
+    };
+    // The sources have 7 and 2 examples, and other numbers of tokens.
+    let sets =
+        Sets { train: (&all).into(), evaluation: vec![source(1, "talks", 0, 7), source(4, "faq", 7, 9)] };
+    let options = Options { learning_rate: 1e-2, batch_examples: 4, steps_max: Some(6), ..options };
+    let mut found = Vec::new();
+    let mut log = |metric: &Metric| {
+        if matches!(metric, Metric::Evaluation { .. }) {
+            found.push(metric.clone());
+        }
+        Ok(())
+    };
+    let mut passes = Passes::Fixed(Keep::Everything);
+    let trained = run(&decoder, &adapter, sets, &options, &mut passes, None, &Report::silent(), &mut log);
+    (found, trained.unwrap())
+}
+
+#[test]
+fn each_source_has_its_loss_and_all_tokens_count_alike() {
+    let (found, _) = evaluated(Options { evaluation: Every::Steps(3), ..Options::default() });
+    assert_eq!(found.iter().map(Metric::step).collect::<Vec<_>>(), [3, 6]);
+    let all = examples();
+    let learned = |from: usize, to: usize| -> f64 {
+        let count = |example: &Example| example.supervised[1..].iter().filter(|&&learned| learned).count();
+        all[from..to].iter().map(count).sum::<usize>() as f64
+    };
+    let (talks, faq) = (learned(0, 7), learned(7, 9));
+    for metric in found {
+        let line = serde_json::to_value(&metric).unwrap();
+        let value = |name: &str| line[name].as_f64().unwrap_or_else(|| panic!("{name} in {line}"));
+        for name in ["loss", "mean_token_accuracy"] {
+            let (a, b) = (value(&format!("eval_talks_{name}")), value(&format!("eval_faq_{name}")));
+            assert!((a - b).abs() > 1e-4, "{name}: the sources differ");
+            let mean = (a * talks + b * faq) / (talks + faq);
+            assert!((value(&format!("eval_{name}")) - mean).abs() < 1e-12, "{name} in {line}");
+        }
+        assert_eq!(value("eval_perplexity"), value("eval_loss").exp());
+    }
+}
+
+#[test]
+fn the_best_may_be_that_of_one_source() {
+    let by = |source| {
+        let judging = Judging {
+            source,
+            measure: best::Measure::Loss,
+            greater: true, // The first evaluation is the worst.
+            restore: true,
+            stopping: None,
+        };
+        let options = Options { evaluation: Every::Steps(2), judging: Some(judging), ..Options::default() };
+        let (found, trained) = evaluated(options);
+        (serde_json::to_value(&found[0]).unwrap(), trained.best.unwrap())
+    };
+    let (first, best) = by(Some((4, "faq".into())));
+    assert_eq!((best.step, best.metric.as_str()), (2, "eval_faq_loss"));
+    assert_eq!(Some(best.value), first["eval_faq_loss"].as_f64());
+    let (first, best) = by(None);
+    assert_eq!((best.metric.as_str(), Some(best.value)), ("eval_loss", first["eval_loss"].as_f64()));
+}
+
+#[test]
+fn evaluations_come_when_the_keys_say() {
+    let steps = |options| evaluated(options).0.iter().map(Metric::step).collect::<Vec<_>>();
+    let every = |evaluation| Options { evaluation, ..Options::default() };
+    assert_eq!(steps(Options { eval_on_start: true, ..every(Every::Steps(4)) }), [0, 4, 6]);
+    assert_eq!(steps(Options { eval_delay: 4.0, ..every(Every::Steps(2)) }), [4, 6]);
+    assert_eq!(steps(every(Every::Share(0.34))), [3, 6], "a share of the steps is rounded up");
+    // Three steps an epoch: a delay of epochs.
+    assert_eq!(steps(Options { eval_delay: 1.5, ..every(Every::Epoch) }), [6]);
+    assert_eq!(steps(every(Every::Minutes(1e-9))), [1, 2, 3, 4, 5, 6], "time has always passed");
+    assert_eq!(steps(every(Every::Minutes(1e6))), [6], "the last step is always evaluated");
+}

@@ -8,6 +8,7 @@ use super::kind::Workspace;
 use crate::fault::Result;
 use crate::spec::{Mistakes, Origin, keys};
 
+/// Prefix of all annotations of hone.
 pub const PREFIX: &str = "hone.sh/";
 
 /// The writer of an annotation.
@@ -19,12 +20,16 @@ pub enum Side {
     Output,
 }
 
+/// One annotation that Workspaces may have.
 #[derive(Debug)]
 pub struct Annotation {
     /// The name without the prefix.
     pub name: &'static str,
+    /// Form of its value, for people.
     pub value: &'static str,
+    /// Whether the user or the controller writes it.
     pub side: Side,
+    /// Its meaning, in a sentence.
     pub about: &'static str,
 }
 
@@ -36,8 +41,9 @@ const fn output(name: &'static str, value: &'static str, about: &'static str) ->
     Annotation { name, value, side: Side::Output, about }
 }
 
+/// All annotations, those of the user first.
 #[rustfmt::skip]
-pub const TABLE: [Annotation; 32] = [
+pub const TABLE: [Annotation; 33] = [
     input("image", "an image", "The program's image, in place of `--image`."),
     input("image-pull-policy", "Always, IfNotPresent or Never", "When that image is pulled; unset: Kubernetes' own rule."),
     input("image-pull-secrets", "names, commas between", "Secrets that image is pulled with."),
@@ -54,7 +60,7 @@ pub const TABLE: [Annotation; 32] = [
     input("retries", "a whole number", "Failures that are tried again (`backoffLimit`); unset: 6. Those that no retry helps end the Job at once."),
     input("deadline", "a duration", "The Job is ended after it (`activeDeadlineSeconds`)."),
     input("ttl", "a duration", "The Job is removed so long after its end (`ttlSecondsAfterFinished`)."),
-    input("grace-period", "a duration", "Time to write a checkpoint when the pod is stopped; unset: 5m."),
+    input("grace-period", "a duration", "Time that a stopped pod has to write a checkpoint, or to finish its answers; unset: 5m, and 1m for servers."),
     input("run-as-user", "a whole number from 1", "User and group of the pod, for volumes that belong to one; unset: 65532."),
     input("ca-config-map", "a ConfigMap", "Its key ca.crt holds root certificates that are trusted besides the built-in ones."),
     input("config-overrides", "lines of Section.key=value", "Keys set over training_config.yaml, as `--set` does."),
@@ -66,7 +72,8 @@ pub const TABLE: [Annotation; 32] = [
     output("step", "of steps", "Step that training has reached."),
     output("loss", "a number", "Loss of the last logged step."),
     output("eta", "a duration", "Time that the rest of the training takes."),
-    output("digest", "sha256:...", "Digest of the pushed image."),
+    output("digest", "sha256:...", "Digest of the image that was pushed last."),
+    output("pushed", "an image with its digest", "Image that was pushed last; servers that name this Workspace follow it."),
     output("adapters", "names, images, digests and strengths", "Adapters that answer, as the servers themselves say."),
     output("exit-code", "a number", "Exit code of the last container that ended."),
     output("node-claim", "a name", "NodeClaim or NodePool made for this Workspace."),
@@ -75,32 +82,58 @@ pub const TABLE: [Annotation; 32] = [
 /// The options that the annotations set.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
+    /// Image of hone.
     pub image: Option<String>,
+    /// `Always`, `IfNotPresent` or `Never`.
     pub image_pull_policy: Option<String>,
+    /// Secrets that the image is pulled with.
     pub image_pull_secrets: Vec<String>,
+    /// Address of the weights in place of the preset's.
     pub model: Option<String>,
+    /// GPUs of the pod.
     pub gpus: Option<u32>,
+    /// CPU request, as a quantity of Kubernetes.
     pub cpu: Option<String>,
+    /// Memory request, as a quantity of Kubernetes.
     pub memory: Option<String>,
+    /// Request for the node's disk, as a quantity of Kubernetes.
     pub ephemeral_storage: Option<String>,
+    /// PersistentVolumeClaim for downloads.
     pub cache_claim: Option<String>,
+    /// PersistentVolumeClaim for checkpoints and results.
     pub work_claim: Option<String>,
+    /// LocalQueue of Kueue.
     pub queue_name: Option<String>,
+    /// PriorityClass of the pod.
     pub priority_class: Option<String>,
+    /// ServiceAccount of the pod.
     pub service_account: Option<String>,
+    /// Failures that are tried again.
     pub retries: Option<i32>,
+    /// Seconds after which the Job is ended.
     pub deadline_seconds: Option<i64>,
+    /// Seconds after its end when the Job is removed.
     pub ttl_seconds: Option<i32>,
+    /// Seconds to write a checkpoint when the pod is stopped.
     pub grace_seconds: Option<i64>,
+    /// User and group of the pod.
     pub run_as_user: Option<i64>,
+    /// ConfigMap whose ca.crt is trusted too.
     pub ca_config_map: Option<String>,
+    /// Assignments `Section.key=value` over the configuration.
     pub config_overrides: Vec<String>,
+    /// Environment of the container.
     pub env: Vec<EnvVar>,
+    /// Whether spot nodes are tolerated.
     pub spot: Option<bool>,
+    /// Node class of requested nodes.
     pub node_class: Option<String>,
+    /// Whether the controller leaves the Workspace alone.
     pub ignore: bool,
 }
 
+/// Reads all annotations of hone.
+///
 /// # Errors
 /// Config: unknown annotations with our prefix, and values that are not what they must be; all of them.
 pub fn read(workspace: &Workspace) -> Result<Options> {
@@ -236,8 +269,16 @@ fn address(text: &str) -> Option<String> {
     known.iter().any(|start| text.starts_with(start)).then(|| text.to_owned())
 }
 
+/// Names, each once: Kubernetes refuses a list that has one twice.
 fn names(text: &str) -> Option<Vec<String>> {
-    text.split(',').map(|name| object_name(name.trim())).collect()
+    let mut names = Vec::new();
+    for name in text.split(',') {
+        let name = object_name(name.trim())?;
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Some(names)
 }
 
 /// `500m`, `1.5`, `20Gi`, `1e3`: Kubernetes' quantities, as far as anybody writes them.
@@ -270,8 +311,15 @@ fn assignments(text: &str) -> Option<Vec<String>> {
     lines(text).map(|line| whole(line).then(|| line.to_owned())).collect()
 }
 
+/// Variables, each once: of two lines with the same name the last counts, as in a shell.
 fn environment(text: &str) -> Option<Vec<EnvVar>> {
-    lines(text).map(variable).collect()
+    let mut list: Vec<EnvVar> = Vec::new();
+    for line in lines(text) {
+        let variable = variable(line)?;
+        list.retain(|other| other.name != variable.name);
+        list.push(variable);
+    }
+    Some(list)
 }
 
 fn variable(line: &str) -> Option<EnvVar> {
@@ -319,8 +367,8 @@ mod tests {
             ("ttl", "7d"),
             ("grace-period", "90"),
             ("memory", "20Gi"),
-            ("image-pull-secrets", "a, b.c"),
-            ("env", "A=1\n# why\nTOKEN=secret:keys/token\nEMPTY=\n"),
+            ("image-pull-secrets", "a, b.c, a"),
+            ("env", "A=0\nA=1\n# why\nTOKEN=secret:keys/token\nEMPTY=\n"),
             ("config-overrides", "LoraConfig.r=16"),
             ("priority-class", " "),
         ]))

@@ -74,6 +74,10 @@ fn schema(newest: bool) -> Value {
     settings.meta_schema = None;
     let mut schema = Value::from(settings.into_generator().into_root_schema_for::<Workspace>());
     structural(&mut schema);
+    // Kubernetes describes these itself, and refuses a description of metadata.
+    for field in ["apiVersion", "kind", "metadata"] {
+        schema["properties"][field].as_object_mut().expect("a field of every object").remove("description");
+    }
     // In the types they are optional, so that what is missing is told by `validate` with everything else.
     for (path, required) in [
         ("/resource", json!(["labelSelector"])),

@@ -20,6 +20,8 @@ pub struct Config {
     pub sequences: Option<u64>,
     /// Id of the base for clients.
     pub name: Option<String>,
+    /// Share of a GPU's memory that a server may use: weights, adapters, keys and values.
+    pub gpu_memory: Option<f64>,
     /// Keys that change nothing here, each with the reason.
     pub unused: Vec<String>,
 }
@@ -27,8 +29,7 @@ pub struct Config {
 /// Keys of vLLM that limit adapters; hone has no such limits.
 const LIMITS_OF_ADAPTERS: [&str; 4] = ["max-lora-rank", "max-loras", "max-cpu-loras", "lora-dtype"];
 /// Keys whose meaning hone has another place for.
-const ELSEWHERE: [(&str, &str); 6] = [
-    ("gpu-memory-utilization", "hone serve keeps as many keys and values as --cache-tokens says"),
+const ELSEWHERE: [(&str, &str); 5] = [
     ("quantization", "hone serves the base in 4 bits unless hone.sh/config-overrides say otherwise"),
     ("dtype", "hone serves the base in 4 bits unless hone.sh/config-overrides say otherwise"),
     ("lora-modules", "adapters are those of inference.adapters"),
@@ -100,6 +101,7 @@ impl Reader<'_> {
             },
             "max-num-seqs" => self.config.sequences = self.count(written, node),
             "served-model-name" => self.name(written, node),
+            "gpu-memory-utilization" => self.share(written, node),
             "enable-lora" => match text(node).as_deref() {
                 Some("true" | "True") => {}
                 Some("false" | "False") if !self.adapters => {}
@@ -143,6 +145,18 @@ impl Reader<'_> {
             self.unused(&format!("vllm.{written}"), &format!("of its names only {first} is used"));
         }
         self.config.name = Some(first.clone());
+    }
+
+    /// vLLM takes the share of the whole card, hone of what is free on it; in a pod the card is empty.
+    fn share(&mut self, written: &str, node: &Node) {
+        let found = text(node).and_then(|text| text.parse::<f64>().ok());
+        self.config.gpu_memory = found.filter(|share| *share > 0.0 && *share <= 1.0);
+        if self.config.gpu_memory.is_none() {
+            self.wrong(
+                node.place,
+                format!("vllm.{written}: expected a number above 0, at most 1, found {}", node.describe()),
+            );
+        }
     }
 
     /// As vLLM writes counts: `4096`, `4k` (thousands), `4K` (1,024s).
@@ -194,8 +208,8 @@ mod tests {
                     tensor-parallel-size: 1\n  swap-space: 4\n";
         let config = read("c", text, true).unwrap();
         assert_eq!(
-            (config.context, config.sequences, config.name.as_deref()),
-            (Some(32 << 10), Some(8), Some("phi"))
+            (config.context, config.sequences, config.name.as_deref(), config.gpu_memory),
+            (Some(32 << 10), Some(8), Some("phi"), Some(0.9))
         );
         let keys: Vec<&str> = config.unused.iter().map(|told| told.split(": ").next().unwrap()).collect();
         assert_eq!(
@@ -204,7 +218,6 @@ mod tests {
                 "kv_cache_cpu_memory_utilization",
                 "max_probe_steps",
                 "vllm.served-model-name",
-                "vllm.gpu-memory-utilization",
                 "vllm.swap-space"
             ]
         );
@@ -216,10 +229,11 @@ mod tests {
 
     #[test]
     fn what_is_wrong_has_its_line() {
-        let told = read("c", "vllm:\n  max-model-len: many\n  max-num-seqs: 0\n  enable-lora: false\n", true)
-            .unwrap_err();
+        let text = "vllm:\n  max-model-len: many\n  max-num-seqs: 0\n  enable-lora: false\n  gpu_memory_utilization: 1.5\n";
+        let told = read("c", text, true).unwrap_err();
         for part in [
-            "3 mistakes",
+            "4 mistakes",
+            "ConfigMap c:5:27: vllm.gpu_memory_utilization: expected a number above 0, at most 1",
             "ConfigMap c:2:18: vllm.max-model-len: expected a whole number from 1, found \"many\"",
             "ConfigMap c:3:17: vllm.max-num-seqs",
             "ConfigMap c:4:16: vllm.enable-lora: false, and inference.adapters names adapters",

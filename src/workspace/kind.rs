@@ -12,8 +12,11 @@ use serde_json::Value;
 
 use super::crd;
 
+/// API group of Workspaces.
 pub const GROUP: &str = "kaito.sh";
+/// Kind of the objects.
 pub const KIND: &str = "Workspace";
+/// Plural in addresses of the API server.
 pub const PLURAL: &str = "workspaces";
 /// Served versions, the stored one last.
 pub const VERSIONS: [&str; 2] = ["v1alpha1", "v1beta1"];
@@ -22,10 +25,13 @@ pub const VERSIONS: [&str; 2] = ["v1alpha1", "v1beta1"];
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Workspace {
+    /// Group and version, such as `kaito.sh/v1beta1`.
     #[serde(default)]
     pub api_version: String,
+    /// `Workspace`.
     #[serde(default)]
     pub kind: String,
+    /// Name, namespace, annotations.
     #[serde(default)]
     #[schemars(schema_with = "crd::object")]
     pub metadata: ObjectMeta,
@@ -38,6 +44,7 @@ pub struct Workspace {
     /// What to tune.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
+    /// The observed state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
 }
@@ -218,10 +225,12 @@ impl Workspace {
         self.metadata.namespace.as_deref().unwrap_or("default")
     }
 
+    /// The name; empty if there is none.
     pub fn name(&self) -> &str {
         self.metadata.name.as_deref().unwrap_or_default()
     }
 
+    /// The value of an annotation, by its full name.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         Some(self.metadata.annotations.as_ref()?.get(name)?.as_str())
     }

@@ -26,6 +26,7 @@ pub use templates::{CONFIG_FILE, Method, config_map, config_name};
 
 /// Label of every object that hone makes.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Value of that label.
 pub const MANAGER: &str = "hone";
 /// KAITO's label of every object that belongs to a Workspace.
 pub const WORKSPACE_LABEL: &str = "kaito.sh/workspace";
@@ -46,14 +47,19 @@ pub struct Settings {
 /// The cloud of the nodes. It decides about tolerations and node claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cloud {
+    /// Azure, with its GPU provisioner.
     Azure,
+    /// AWS, with Karpenter.
     Aws,
+    /// Any other cloud, and machines of one's own.
     Other,
 }
 
 impl Cloud {
+    /// All clouds.
     pub const ALL: [Cloud; 3] = [Cloud::Azure, Cloud::Aws, Cloud::Other];
 
+    /// The value of `--cloud`.
     pub fn name(self) -> &'static str {
         match self {
             Cloud::Azure => "azure",
@@ -62,6 +68,7 @@ impl Cloud {
         }
     }
 
+    /// Reads the value of `--cloud`.
     pub fn named(name: &str) -> Option<Cloud> {
         Cloud::ALL.into_iter().find(|cloud| cloud.name() == name)
     }

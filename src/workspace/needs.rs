@@ -28,16 +28,22 @@ const TOKENS_MIN: usize = 256;
 /// The number of GPUs and their card.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Gpus {
+    /// GPUs of the pod; 0 trains on the CPU.
     pub count: u32,
+    /// The card, if the instance type names one.
     pub card: Option<Card>,
 }
 
 /// Requests of the container, as Kubernetes writes quantities.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Needs {
+    /// Requested CPUs.
     pub cpu: String,
+    /// Requested memory.
     pub memory: String,
+    /// Requested disk of the node.
     pub ephemeral_storage: String,
+    /// Doubts about what was requested.
     pub warnings: Vec<String>,
 }
 
@@ -50,6 +56,8 @@ pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings
     Gpus { count, card: known.map(|(card, _)| card).filter(|_| count > 0) }
 }
 
+/// Requests for a training, from its memory plan and the sizes of model and data.
+///
 /// # Errors
 /// Capacity: no plan fits into the card's memory. Config: modules that match nothing.
 pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Options) -> Result<Needs> {
@@ -150,8 +158,8 @@ fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
         task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
     let tokens = if run.plan.token_cache == TokenCache::Off { 0.0 } else { TOKEN_BYTES };
     let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES + tokens };
-    let results = match (&options.work_claim, &run.plan.push) {
-        (None, Some(_)) => ADAPTER_COPIES * adapter,
+    let results = match (&options.work_claim, run.plan.push.is_empty()) {
+        (None, false) => ADAPTER_COPIES * adapter,
         _ => 0.0,
     };
     GIB + downloads + results

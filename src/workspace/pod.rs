@@ -38,21 +38,30 @@ const TOKEN_KEY: &str = "HF_TOKEN";
 
 /// The inputs of a tuning pod.
 pub(super) struct Parts<'a> {
+    /// The inputs that every pod has.
     pub frame: Frame<'a>,
+    /// The command of the container, and its plan.
     pub run: &'a Run,
 }
 
 /// The inputs that a tuning pod and a serving pod share.
 #[derive(Clone, Copy)]
 pub(super) struct Frame<'a> {
+    /// The Workspace.
     pub workspace: &'a Workspace,
+    /// Options from its annotations.
     pub options: &'a Options,
+    /// How the cluster runs hone.
     pub settings: &'a Settings,
+    /// Number of GPUs, and their card.
     pub gpus: Gpus,
+    /// Requests of the container.
     pub needs: &'a Needs,
 }
 
 impl Parts<'_> {
+    /// The pod of a tuning.
+    ///
     /// # Errors
     /// Config: a volume source that is none.
     pub fn pod(&self) -> Result<PodSpec> {

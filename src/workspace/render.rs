@@ -29,23 +29,29 @@ const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// The inputs of a Job.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
+    /// The Workspace.
     pub workspace: &'a Workspace,
     /// `training_config.yaml` of the ConfigMap in force; `None`: there is none, and the method's default is made.
     pub config: Option<&'a str>,
+    /// How the cluster runs hone.
     pub settings: &'a Settings,
     /// The revision of the Workspace's inputs, from 1.
     pub revision: i64,
 }
 
+/// The objects that carry out a tuning.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rendered {
     /// The default configuration if the Workspace names none and none was given.
     pub config_map: Option<ConfigMap>,
+    /// The Job to apply.
     pub job: Job,
     /// Warnings; the Job can run all the same.
     pub warnings: Vec<String>,
 }
 
+/// The Job of a Workspace that tunes, and its default configuration.
+///
 /// # Errors
 /// Config, Usage: what the pod would refuse. Capacity: the model cannot be trained on that GPU.
 pub fn render(asked: &Asked) -> Result<Rendered> {

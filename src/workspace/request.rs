@@ -23,11 +23,16 @@ const ELSEWHERE: &str = "oci://pod.invalid/model:folder";
 
 /// The arguments of the container, and what they mean.
 pub(super) struct Run {
+    /// Arguments of the container, from `run` on.
     pub arguments: Vec<String>,
+    /// The plan that they lead to.
     pub plan: Plan,
+    /// The preset that the Workspace names.
     pub preset: Option<&'static Preset>,
 }
 
+/// The command of a Workspace's container, planned as the container will plan it.
+///
 /// # Errors
 /// Config, Usage: whatever the pod would refuse: unknown model, keys of the configuration, paths, references.
 pub(super) fn run(workspace: &Workspace, options: &Options, config: &str, on_gpu: bool) -> Result<Run> {

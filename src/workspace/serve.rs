@@ -10,8 +10,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, ConfigMapVolumeSource, ContainerPort, EnvVar, HTTPGetAction, LocalObjectReference, PodSpec,
-    PodTemplateSpec, Probe, Service, ServicePort, ServiceSpec, Volume, VolumeMount,
+    ConfigMap, ConfigMapVolumeSource, ContainerPort, EnvVar, HTTPGetAction, Lifecycle, LifecycleHandler,
+    LocalObjectReference, PodSpec, PodTemplateSpec, Probe, Service, ServicePort, ServiceSpec, SleepAction,
+    Volume, VolumeMount,
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -44,8 +45,14 @@ pub const TUNED: &str = "workspace://";
 /// LIMIT: time for the download and loading of weights; KAITO waits 30 minutes too.
 const START_SECONDS: i32 = 30 * 60;
 const PROBE_SECONDS: i32 = 5;
-/// Time in which running answers finish when a pod ends.
+/// Time from the order to end until a pod is killed.
 const GRACE_SECONDS: i64 = 60;
+/// Time in which every node learns that a pod ends and sends it no more requests.
+const FAREWELL_SECONDS: i64 = 5;
+/// The part of the grace period that is left when the last answers are cut off.
+const REST_SECONDS: i64 = 5;
+/// The port on which a server tells which adapters answer. No Service leads there, and it asks for no key.
+pub const STATUS_PORT: i32 = 5001;
 
 /// The objects of a Workspace that serves, in the order of application.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +102,11 @@ pub fn serve(asked: &Asked) -> Result<Served> {
     let mut warnings = needs::gpu_warnings(workspace, gpus);
     let needs = what_it_needs(workspace, preset, &options, gpus.card)?;
     let config = config(asked, inference)?;
+    let mut config = config;
+    if config.gpu_memory.is_some() && gpus.count == 0 {
+        config.gpu_memory = None;
+        config.unused.push("vllm.gpu-memory-utilization: the servers have no GPU".into());
+    }
     if !config.unused.is_empty() {
         warnings.push(format!(
             "inference.config {}: not used: {}",
@@ -203,7 +215,7 @@ pub fn adapters_name(workspace: &Workspace) -> String {
 }
 
 /// The name of an adapter: its source's name, else one by its place in the list.
-fn adapter_name(adapter: &Adapter, place: usize) -> String {
+pub(super) fn adapter_name(adapter: &Adapter, place: usize) -> String {
     let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
     if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
 }
@@ -281,6 +293,8 @@ impl Server<'_> {
             metadata: self.metadata(self.name().into()),
             spec: Some(PodDisruptionBudgetSpec {
                 max_unavailable: Some(IntOrString::Int(1)),
+                // A server that is not ready serves nobody, and must not keep a node from being emptied.
+                unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
                 selector: Some(LabelSelector {
                     match_labels: Some(self.selector()),
                     ..LabelSelector::default()
@@ -319,17 +333,26 @@ impl Server<'_> {
         let mut container = self.frame.container();
         container.args = Some(self.arguments()?);
         container.env = Some(self.environment(!secrets.is_empty()));
-        container.ports = Some(vec![ContainerPort {
-            name: Some("http".into()),
-            container_port: PORT,
+        let port = |name: &str, container_port: i32| ContainerPort {
+            name: Some(name.into()),
+            container_port,
             ..ContainerPort::default()
-        }]);
+        };
+        container.ports = Some(vec![port("http", PORT), port("status", STATUS_PORT)]);
         container.volume_mounts = Some(volume_mounts);
         // The start takes what the weights take; afterwards one that no longer answers is started again, and one that
         // drains gets no more requests.
         container.startup_probe = Some(probe("/health", START_SECONDS / PROBE_SECONDS));
         container.liveness_probe = Some(probe("/health", 6));
         container.readiness_probe = Some(probe("/readyz", 1));
+        // Requests that are on their way when the pod begins to end are still answered.
+        let sleep = |seconds| LifecycleHandler {
+            sleep: Some(SleepAction { seconds }),
+            ..LifecycleHandler::default()
+        };
+        container.lifecycle = Some(self.farewell())
+            .filter(|seconds| *seconds > 0)
+            .map(|seconds| Lifecycle { pre_stop: Some(sleep(seconds)), ..Lifecycle::default() });
         let named = |name: &String| LocalObjectReference { name: name.clone() };
         let pull: Vec<LocalObjectReference> =
             self.frame.options.image_pull_secrets.iter().map(named).collect();
@@ -337,9 +360,18 @@ impl Server<'_> {
             containers: vec![container],
             volumes: Some(volumes),
             image_pull_secrets: Some(pull).filter(|list| !list.is_empty()),
-            termination_grace_period_seconds: Some(self.frame.options.grace_seconds.unwrap_or(GRACE_SECONDS)),
+            termination_grace_period_seconds: Some(self.grace()),
             ..self.frame.pod()
         })
+    }
+
+    fn grace(&self) -> i64 {
+        self.frame.options.grace_seconds.unwrap_or(GRACE_SECONDS)
+    }
+
+    /// Kubernetes wants it shorter than the grace period.
+    fn farewell(&self) -> i64 {
+        FAREWELL_SECONDS.min(self.grace() - 1)
     }
 
     /// `hone serve MODEL --name=... --listen=... --adapters-file=...`
@@ -347,9 +379,12 @@ impl Server<'_> {
         let mut arguments = vec!["serve".to_owned(), self.model()?];
         arguments.extend(self.base_name().map(|name| format!("--name={name}")));
         arguments.push(format!("--listen=0.0.0.0:{PORT}"));
+        arguments.push(format!("--status=0.0.0.0:{STATUS_PORT}"));
         arguments.push(format!("--adapters-file={SERVED_FOLDER}/{ADAPTERS_FILE}"));
+        arguments.push(format!("--grace={}", (self.grace() - self.farewell() - REST_SECONDS).max(1)));
         arguments.extend(self.config.context.map(|tokens| format!("--context={tokens}")));
         arguments.extend(self.config.sequences.map(|count| format!("--sequences={count}")));
+        arguments.extend(self.config.gpu_memory.map(|share| format!("--set=memory_max={share}")));
         arguments.extend(self.frame.options.config_overrides.iter().map(|text| format!("--set={text}")));
         Ok(arguments)
     }
@@ -367,6 +402,12 @@ impl Server<'_> {
         let mut parts = Vec::new();
         for (place, adapter) in self.inference.adapters.iter().enumerate() {
             let name = adapter_name(adapter, place);
+            if self.base_name().as_deref() == Some(name.as_str()) {
+                return Err(Fault::config(format!(
+                    "inference.adapters[{place}].source.name: {name} is the name of the base for clients"
+                ))
+                .help("give the adapter another name"));
+            }
             adapters.push(json!({"name": name, "source": self.source(adapter, place)?}));
             let strength = adapter.strength.as_deref().and_then(|text| text.trim().parse::<f64>().ok());
             parts.push(json!({"name": name, "strength": strength.unwrap_or(1.0)}));

@@ -14,7 +14,9 @@ pub const CONFIG_FILE: &str = "training_config.yaml";
 /// The method of a tuning: how the base is held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
+    /// The base is held as the checkpoint has it.
     Lora,
+    /// The base is held in 4 bits.
     Qlora,
 }
 
@@ -28,6 +30,7 @@ impl Method {
         }
     }
 
+    /// The name in a Workspace.
     pub fn name(self) -> &'static str {
         match self {
             Method::Lora => "lora",

@@ -15,18 +15,27 @@ use crate::fault::{Fault, Result};
 /// The options of `hone tune`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
+    /// Name of the base in KAITO's catalogue.
     pub preset: String,
     /// The data: URLs, or one `oci://IMAGE` or `pvc://CLAIM`.
     pub data: Vec<String>,
     /// The output: an image, or `pvc://CLAIM`.
     pub push: String,
+    /// Secret for the push.
     pub push_secret: Option<String>,
+    /// Secrets for pulling data images.
     pub pull_secrets: Vec<String>,
+    /// Secret with the hub's token.
     pub token_secret: Option<String>,
+    /// Name of the Workspace; unset: `tune-PRESET`.
     pub name: Option<String>,
+    /// Namespace of the Workspace.
     pub namespace: Option<String>,
+    /// Whether the base stays unquantised.
     pub lora: bool,
+    /// ConfigMap with the configuration; unset: the method's default.
     pub config: Option<String>,
+    /// Instance type of the node.
     pub instance: Option<String>,
     /// `key=value`.
     pub labels: Vec<String>,
@@ -34,6 +43,8 @@ pub struct Options {
     pub annotations: Vec<String>,
 }
 
+/// A Workspace that tunes as the options say.
+///
 /// # Errors
 /// Usage: flags that do not go together, or an unknown preset.
 pub fn workspace(options: &Options) -> Result<Workspace> {

@@ -73,9 +73,22 @@ impl Rules {
                 self.tuning(tuning, own_model);
             }
             (Some(inference), None) => {
+                self.name_that_serves(name);
                 self.resource_that_serves(&workspace.resource);
                 self.inference(inference, own_model);
             }
+        }
+    }
+
+    /// The name is that of a Service and of a StatefulSet too. Kubernetes refuses Services that begin with a digit, and
+    /// cannot make the pods of a set with a longer name.
+    fn name_that_serves(&mut self, name: &str) {
+        const LENGTH_MAX: usize = 52;
+        if name.len() > LENGTH_MAX || name.starts_with(|c: char| c.is_ascii_digit()) {
+            self.wrong(
+                "metadata.name",
+                format!("a Workspace that serves needs a letter first and at most {LENGTH_MAX} characters, found {name:?}"),
+            );
         }
     }
 
@@ -119,8 +132,10 @@ impl Rules {
                     format!("expected a-z, 0-9 and -, found {:?}", source.name),
                 );
             }
-            if !source.name.is_empty() && !names.insert(source.name.clone()) {
-                self.wrong(&format!("{field}.source.name"), format!("{} stands there twice", source.name));
+            // An adapter without a name has one by its place.
+            let name = super::serve::adapter_name(adapter, place);
+            if !names.insert(name.clone()) {
+                self.wrong(&format!("{field}.source.name"), format!("{name} stands there twice"));
             }
             match source.image.strip_prefix(super::serve::TUNED) {
                 Some(name) => self.object(&format!("{field}.source.image"), "a Workspace", name),

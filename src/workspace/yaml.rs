@@ -13,6 +13,7 @@ use crate::spec::yaml::{self, Content, Node, Style};
 pub struct Document {
     /// `FILE:LINE`, for messages.
     pub place: String,
+    /// The object.
     pub value: Value,
     node: Node,
     /// Lines of the file above it.
@@ -54,10 +55,12 @@ pub fn read(file: &str, text: &str) -> Result<Vec<Document>> {
 }
 
 impl Document {
+    /// Its `kind`; empty if there is none.
     pub fn kind(&self) -> &str {
         self.value["kind"].as_str().unwrap_or_default()
     }
 
+    /// Its `metadata.name`; empty if there is none.
     pub fn name(&self) -> &str {
         self.value["metadata"]["name"].as_str().unwrap_or_default()
     }

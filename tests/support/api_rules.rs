@@ -19,6 +19,39 @@ pub fn is_over(job: &Value) -> bool {
     })
 }
 
+/// Kinds whose specification's changes are not counted.
+pub const WITHOUT_GENERATION: [&str; 6] =
+    ["configmaps", "services", "secrets", "events", "leases", "controllerrevisions"];
+
+/// Whether the roles that `hone controller` is installed with, and those of its webhook, allow a request.
+pub fn is_allowed(namespace: &str, group: &str, resource: &str, name: &str, verb: &str) -> bool {
+    static ROLES: std::sync::OnceLock<Vec<Value>> = std::sync::OnceLock::new();
+    let roles = ROLES.get_or_init(|| {
+        let objects = hone::controller::install::objects("i").into_iter();
+        let objects = objects.chain(hone::controller::install::webhook());
+        let bound = |object: &Value| {
+            let kind = object["kind"].as_str().unwrap_or_default();
+            let users =
+                object["metadata"]["name"].as_str().is_some_and(|name| name.starts_with("hone-workspaces-"));
+            ["Role", "ClusterRole"].contains(&kind) && !users
+        };
+        objects.filter(bound).collect()
+    });
+    let has = |rule: &Value, field: &str, wanted: &str| {
+        rule[field].as_array().is_some_and(|list| list.iter().any(|one| one == wanted))
+    };
+    let rules = roles
+        .iter()
+        .filter(|role| role["kind"] == "ClusterRole" || role["metadata"]["namespace"] == namespace)
+        .flat_map(|role| role["rules"].as_array().cloned().unwrap_or_default());
+    rules.into_iter().any(|rule| {
+        has(&rule, "apiGroups", group)
+            && has(&rule, "resources", resource)
+            && has(&rule, "verbs", verb)
+            && (rule["resourceNames"].is_null() || has(&rule, "resourceNames", name))
+    })
+}
+
 /// The defaults of the stored version.
 pub fn defaults(plural: &str, object: &mut Value) {
     let mut fill = |path: &[&str], value: Value| {
@@ -44,6 +77,9 @@ pub fn defaults(plural: &str, object: &mut Value) {
             fill(&["spec", "suspend"], json!(false));
         }
         "services" => fill(&["spec", "clusterIP"], json!("10.0.0.7")),
+        "customresourcedefinitions" => {
+            object["status"] = json!({"conditions": [{"type": "Established", "status": "True"}]});
+        }
         _ => {}
     }
 }
@@ -82,7 +118,7 @@ pub fn validate(plural: &str, old: Option<&Value>, new: &Value) -> Result<(), St
         "statefulsets" => stateful_set(old, new),
         "nodeclaims" => same(old, new, &[&["spec"]], "spec is immutable"),
         "controllerrevisions" => same(old, new, &[&["data"]], "field is immutable"),
-        "services" => same(old, new, &[&["spec", "clusterIP"]], "field is immutable"),
+        "services" => service(old, new),
         "events" => event(old, new),
         _ => Ok(()),
     }
@@ -145,6 +181,19 @@ fn stateful_set(old: Option<&Value>, new: &Value) -> Result<(), String> {
     )
 }
 
+/// Names of Services are DNS-1035 labels: a letter first, and no dots.
+fn service(old: Option<&Value>, new: &Value) -> Result<(), String> {
+    let name = new["metadata"]["name"].as_str().unwrap_or_default();
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let begins = name.starts_with(|c: char| c.is_ascii_lowercase());
+    if !begins || name.ends_with('-') || name.len() > 63 || !name.chars().all(allowed) {
+        return Err(format!(
+            "metadata.name: Invalid value: {name:?}: a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character"
+        ));
+    }
+    same(old, new, &[&["spec", "clusterIP"]], "field is immutable")
+}
+
 fn pod(path: &str, template: &Value) -> Result<(), String> {
     labels(&format!("{path}.labels"), &template["metadata"]["labels"])?;
     let spec = &template["spec"];
@@ -170,6 +219,13 @@ fn pod(path: &str, template: &Value) -> Result<(), String> {
         }
     }
     for container in spec["containers"].as_array().into_iter().flatten() {
+        let grace = spec["terminationGracePeriodSeconds"].as_i64().unwrap_or(30);
+        let sleep = at(container, &["lifecycle", "preStop", "sleep", "seconds"]).as_i64();
+        if sleep.is_some_and(|seconds| seconds <= 0 || seconds >= grace) {
+            return Err(format!(
+                "{path}.spec.containers[0].lifecycle.preStop: Invalid value: must be greater than 0 and less than terminationGracePeriodSeconds ({grace})"
+            ));
+        }
         for variable in container["env"].as_array().into_iter().flatten() {
             let key = &variable["valueFrom"]["secretKeyRef"]["key"];
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);

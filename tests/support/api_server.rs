@@ -1,7 +1,7 @@
 //! A Kubernetes API server in memory, over real HTTP: versions, conflicts, server-side apply with owners of fields,
-//! status, watches that expire, foreground deletion and its garbage collector, the controller of Jobs' time to
-//! live, logs, answers that hang. As much of it as hone's controller meets, as strict as the real one is
-//! (`api_rules.rs`).
+//! status, watches with bookmarks that expire, lists in pages, foreground deletion and its garbage collector, the
+//! controller of Jobs' time to live, logs, answers that hang. As much of it as hone's controller meets, as strict as
+//! the real one is (`api_rules.rs`). Requests need the rights that `hone controller` is installed with.
 
 #![allow(dead_code)]
 
@@ -46,6 +46,10 @@ const KINDS: [(&str, &str, &str); 18] = [
 ];
 /// A watch ends by itself after this; clients begin another.
 const WATCH_MAX: Duration = Duration::from_secs(20);
+/// The token of a user with every right; requests without it are the controller's.
+const ADMIN: &str = "admin";
+/// LIMIT: objects of one page, where a client asks for pages.
+const PAGE_MAX: usize = 250;
 /// How long the garbage collector takes to see what is to go.
 const GARBAGE_DELAY: Duration = Duration::from_millis(150);
 /// How often the cluster's own controllers look.
@@ -58,13 +62,13 @@ type Body = UnsyncBoxBody<Bytes, Infallible>;
 struct State {
     version: u64,
     objects: BTreeMap<Key, Value>,
-    /// Version, plural, namespace, kind of change, object.
-    history: Vec<(u64, String, String, &'static str, Value)>,
+    /// Version, plural, namespace, kind of change, object, its labels before.
+    history: Vec<(u64, String, String, &'static str, Value, Value)>,
     /// Watches from before this version are told that it is gone.
     oldest: u64,
     absent: HashSet<String>,
     /// Requests of a verb and a resource that answer this code, and how many of them still do.
-    failures: HashMap<(String, String), (u16, u32)>,
+    failures: HashMap<(String, String), (u16, u32, Option<String>)>,
     logs: HashMap<(String, String), String>,
     requests: Vec<String>,
     /// Since when an object is to go, or a Job is over.
@@ -136,6 +140,13 @@ impl ApiServer {
         kube::Config::new(format!("http://{}", self.address).parse().unwrap())
     }
 
+    /// For a user who may do everything.
+    pub fn config_of_admin(&self) -> kube::Config {
+        let mut config = self.config();
+        config.auth_info.token = Some(ADMIN.to_owned().into());
+        config
+    }
+
     /// As if a CRD were not installed.
     pub fn without(self, plural: &str) -> ApiServer {
         self.state.lock().unwrap().absent.insert(plural.into());
@@ -145,7 +156,24 @@ impl ApiServer {
     /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer
     /// this code.
     pub fn fail_next(&self, verb: &str, plural: &str, code: u16, times: u32) {
-        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times));
+        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times, None));
+    }
+
+    /// Requests of a verb for a resource are refused in these words, as admission does; `None`: no longer.
+    pub fn refuse(&self, verb: &str, plural: &str, why: Option<&str>) {
+        let times = if why.is_some() { u32::MAX } else { 0 };
+        let failure = (403, times, why.map(str::to_owned));
+        self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), failure);
+    }
+
+    /// Replaces an object as `kubectl replace` does: annotations, labels and finalizers that are not written go.
+    pub fn replace(&self, plural: &str, namespace: &str, name: &str, mut object: Value) {
+        let old = self.get(plural, namespace, name).expect("an object");
+        for field in ["uid", "creationTimestamp"] {
+            object["metadata"][field] = old["metadata"][field].clone();
+        }
+        object["status"] = old["status"].clone();
+        self.put(plural, object);
     }
 
     /// The account of the controller has the right to that, or no longer.
@@ -332,7 +360,9 @@ impl State {
         });
         let generation = old.as_ref().map_or(0, |old| old["metadata"]["generation"].as_i64().unwrap_or(0));
         let changed = old.as_ref().is_none_or(|old| !same(&inner(old), &inner(&object)));
-        object["metadata"]["generation"] = (generation + i64::from(changed)).into();
+        if !rules::WITHOUT_GENERATION.contains(&key.0.as_str()) {
+            object["metadata"]["generation"] = (generation + i64::from(changed)).into();
+        }
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
         let leaving = object["metadata"]["deletionTimestamp"].is_string();
         if leaving && object["metadata"]["finalizers"].as_array().is_none_or(Vec::is_empty) {
@@ -341,7 +371,8 @@ impl State {
             return object;
         }
         let change = if old.is_some() { "MODIFIED" } else { "ADDED" };
-        self.history.push((self.version, key.0.clone(), key.1.clone(), change, object.clone()));
+        let before = old.map(|old| old["metadata"]["labels"].clone()).unwrap_or_default();
+        self.history.push((self.version, key.0.clone(), key.1.clone(), change, object.clone(), before));
         self.objects.insert(key, object.clone());
         object
     }
@@ -351,7 +382,8 @@ impl State {
         let Some(mut object) = self.objects.remove(key) else { return };
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        self.history.push((self.version, key.0.clone(), key.1.clone(), "DELETED", object.clone()));
+        let before = object["metadata"]["labels"].clone();
+        self.history.push((self.version, key.0.clone(), key.1.clone(), "DELETED", object.clone(), before));
         self.owners.remove(key);
         self.since.retain(|(other, _), _| other != key);
         for dependent in self.dependents(&object) {
@@ -377,12 +409,9 @@ impl State {
         let default = if key.0 == "jobs" { "Orphan" } else { "Background" };
         let policy = policy.unwrap_or(default).to_lowercase();
         let mut finalizers = object["metadata"]["finalizers"].as_array().cloned().unwrap_or_default();
-        if policy == "orphan" {
-            for dependent in self.dependents(&object) {
-                let mut other = self.objects[&dependent].clone();
-                other["metadata"].as_object_mut().unwrap().remove("ownerReferences");
-                self.store(dependent, other, true);
-            }
+        if policy == "orphan" && !finalizers.contains(&json!("orphan")) {
+            finalizers.push(json!("orphan"));
+            self.since.insert((key.clone(), "orphan"), Instant::now());
         }
         if policy == "foreground" && !finalizers.contains(&json!("foregroundDeletion")) {
             finalizers.push(json!("foregroundDeletion"));
@@ -417,6 +446,16 @@ impl State {
                     }
                     let list = object["metadata"]["finalizers"].as_array_mut().unwrap();
                     list.retain(|finalizer| finalizer != "foregroundDeletion");
+                    self.store(key, object, true);
+                }
+                "orphan" => {
+                    for dependent in self.dependents(&object) {
+                        let mut other = self.objects[&dependent].clone();
+                        other["metadata"].as_object_mut().unwrap().remove("ownerReferences");
+                        self.store(dependent, other, true);
+                    }
+                    let list = object["metadata"]["finalizers"].as_array_mut().unwrap();
+                    list.retain(|finalizer| finalizer != "orphan");
                     self.store(key, object, true);
                 }
                 _ => _ = self.delete(&key, Some("Background")),
@@ -563,12 +602,21 @@ async fn answer(
         ("GET", None, false) => "LIST",
         (verb, ..) => verb,
     };
-    if let Some((code, left)) =
+    let applies = parts
+        .headers
+        .get("content-type")
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/apply-patch"));
+    let admin = parts.headers.get("authorization").is_some_and(|value| value == &format!("Bearer {ADMIN}"));
+    if !admin && let Err(why) = asked.is_allowed(&path, verb, applies, &state.lock().unwrap()) {
+        return refuse(403, "Forbidden", &why);
+    }
+    if let Some((code, left, why)) =
         state.lock().unwrap().failures.get_mut(&(verb.to_owned(), asked.plural.clone()))
         && *left > 0
     {
         *left -= u32::from(*left != u32::MAX);
         return match *code {
+            code if why.is_some() => refuse(code, "Forbidden", why.as_deref().unwrap_or_default()),
             409 => refuse(409, "Conflict", "the object has been modified"),
             403 => refuse(
                 403,
@@ -692,6 +740,8 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
     let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
     let number = |name: &str| asked.query.get(name).and_then(|text| text.parse::<usize>().ok());
     let (from, limit) = (number("continue").unwrap_or(0), number("limit").unwrap_or(usize::MAX));
+    // Pages are short, so that every list has several.
+    let limit = if limit > 100 { limit.min(PAGE_MAX) } else { limit };
     let mut found = state
         .objects
         .range(key(&asked.plural, "", "")..)
@@ -711,6 +761,36 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
 }
 
 impl Asked {
+    /// Whether the controller's own roles allow the request; an apply that creates needs both rights.
+    fn is_allowed(&self, path: &str, verb: &str, applies: bool, state: &State) -> Result<(), String> {
+        let group = match path.split('/').collect::<Vec<_>>().as_slice() {
+            ["", "apis", group, ..] => *group,
+            _ => "",
+        };
+        let verb = match verb {
+            "POST" => "create".to_owned(),
+            "PUT" => "update".into(),
+            other => other.to_lowercase(),
+        };
+        let resource = match &self.sub {
+            Some(sub) => format!("{}/{sub}", self.plural),
+            None => self.plural.clone(),
+        };
+        let name = self.name.as_deref().unwrap_or_default();
+        let there = state.objects.contains_key(&key(&self.plural, &self.namespace, name));
+        let verbs = if applies && !there { vec![verb, "create".to_owned()] } else { vec![verb] };
+        for verb in verbs {
+            if !rules::is_allowed(&self.namespace, group, &resource, name, &verb) {
+                return Err(format!(
+                    "{resource} is forbidden: User \"system:serviceaccount:hone-system:hone-controller\" cannot {verb} \
+                     resource \"{resource}\" in API group \"{group}\" in the namespace {:?}",
+                    self.namespace
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// By namespace and labels: `a=b,c`.
     fn selects(&self, namespace: &str, object: &Value) -> bool {
         let labels = &object["metadata"]["labels"];
@@ -799,10 +879,30 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
     }
     let mut text = String::new();
     let begin = state.history.partition_point(|(version, ..)| *version <= from);
-    for (_, plural, namespace, change, object) in &state.history[begin..] {
-        if *plural == asked.plural && asked.selects(namespace, object) {
-            text += &format!("{}\n", json!({"type": change, "object": asked.shown(object)}));
+    for (_, plural, namespace, change, object, before) in &state.history[begin..] {
+        if *plural != asked.plural {
+            continue;
         }
+        let selected = asked.selects(namespace, object);
+        let was = asked.selects(namespace, &json!({"metadata": {"labels": before}}));
+        let mut object = asked.shown(object);
+        // An object that a selector no longer selects is gone for its watch, which is told what it was.
+        let change = match (selected, was, *change) {
+            (true, false, "MODIFIED") => "ADDED",
+            (false, true, "MODIFIED") => {
+                object["metadata"]["labels"] = before.clone();
+                "DELETED"
+            }
+            (true, _, change) => change,
+            _ => continue,
+        };
+        text += &format!("{}\n", json!({"type": change, "object": object}));
+    }
+    if !text.is_empty() && asked.query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true") {
+        let (_, kind, version) = KINDS.into_iter().find(|(plural, ..)| *plural == asked.plural).unwrap();
+        let metadata = json!({"resourceVersion": state.version.to_string(), "creationTimestamp": null});
+        let object = json!({"kind": kind, "apiVersion": version, "metadata": metadata});
+        text += &format!("{}\n", json!({"type": "BOOKMARK", "object": object}));
     }
     (text, state.version, false)
 }

@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex};
 
 /// Upper bound of a request's head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Upper bound of a request's body.
+const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// The client's request.
 #[derive(Clone, Debug)]
@@ -22,6 +24,8 @@ pub struct Request {
     pub target: String,
     /// Header names are in lower case.
     pub headers: BTreeMap<String, String>,
+    /// The body, if its length was given.
+    pub body: Vec<u8>,
 }
 
 /// The reply to a request.
@@ -53,6 +57,17 @@ pub struct Server {
 impl Request {
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
+    }
+
+    fn body_bytes(&self) -> usize {
+        let length = self.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        assert!(length <= BODY_BYTES_MAX, "a body of {length} bytes");
+        length
+    }
+
+    /// The body as JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap()
     }
 
     /// First byte of `Range: bytes=N-`.
@@ -238,7 +253,14 @@ fn serve(mut stream: TcpStream, seen: &Seen, script: &Script) -> std::io::Result
             None => std::thread::sleep(std::time::Duration::from_millis(1)),
         }
     };
-    let reply = answer(&buffer[..head], seen, script);
+    let mut request = parse(&String::from_utf8_lossy(&buffer[..head]));
+    if request.body_bytes() > 0 {
+        stream.read_exact(&mut buffer[..head])?;
+        request.body = vec![0; request.body_bytes()];
+        stream.read_exact(&mut request.body)?;
+        return send(&mut stream, &answer(request, seen, script));
+    }
+    let reply = answer(request, seen, script);
     if reply.then != Then::Reset {
         stream.read_exact(&mut buffer[..head])?;
     }
@@ -252,12 +274,14 @@ fn serve_tls(mut stream: impl Read + Write, seen: &Seen, script: &Script) -> std
         stream.read_exact(&mut byte)?;
         head.push(byte[0]);
     }
-    let reply = answer(&head, seen, script);
+    let mut request = parse(&String::from_utf8_lossy(&head));
+    request.body = vec![0; request.body_bytes()];
+    stream.read_exact(&mut request.body)?;
+    let reply = answer(request, seen, script);
     send(&mut stream, &reply)
 }
 
-fn answer(head: &[u8], seen: &Seen, script: &Script) -> Reply {
-    let request = parse(&String::from_utf8_lossy(head));
+fn answer(request: Request, seen: &Seen, script: &Script) -> Reply {
     let mut seen = seen.lock().unwrap();
     seen.push(request.clone());
     let index = seen.len() - 1;
@@ -292,6 +316,7 @@ fn parse(head: &str) -> Request {
             .filter_map(|line| line.split_once(": "))
             .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
             .collect(),
+        body: Vec::new(),
     }
 }
 

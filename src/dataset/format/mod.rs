@@ -65,15 +65,18 @@ pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
 }
 
 type Rows = Vec<std::result::Result<Conversation, String>>;
-type Attached = Vec<std::result::Result<(Conversation, Context), String>>;
+/// A row's conversation, its context, and the digest of its group.
+type Attached = Vec<std::result::Result<(Conversation, Context, Option<u64>), String>>;
 
 /// A format that fits a file, with the columns to read.
 pub(super) struct Choice {
     /// The format.
     pub format: &'static Format,
-    /// Names of the columns to read: the format's, then the companions'.
+    /// Names of the columns to read: the format's, then the companions', then the group's if it is none of them.
     pub columns: Vec<String>,
     companions: Vec<(Companion, String)>,
+    /// Index of the group's column.
+    group: Option<usize>,
 }
 
 impl Choice {
@@ -81,12 +84,22 @@ impl Choice {
     pub fn rows(&self, arrays: &[ArrayRef], reading: &mut Reading) -> Result<Attached> {
         let (own, beside) = arrays.split_at(self.format.columns.len());
         let beside = companions::Columns::of(&self.companions, beside)?;
+        let groups = self.group.map(|index| json::Column::of(&arrays[index])).transpose()?;
         let rows = (self.format.rows)(own, reading)?;
         let attach = |(row, found): (usize, std::result::Result<Conversation, String>)| {
-            beside.attach(row, found?, reading)
+            let (conversation, context) = beside.attach(row, found?, reading)?;
+            let group = groups.as_ref().and_then(|column| group(&column.value(row)));
+            Ok((conversation, context, group))
         };
         Ok(rows.into_iter().enumerate().map(attach).collect())
     }
+}
+
+/// The digest of a group's value; `None` for null.
+fn group(value: &serde_json::Value) -> Option<u64> {
+    let digest = <sha2::Sha256 as sha2::Digest>::digest(value.to_string().as_bytes());
+    let first = digest.first_chunk().expect("a digest has 32 bytes");
+    (!value.is_null()).then(|| u64::from_le_bytes(*first).max(1))
 }
 
 /// Findings over all files that the user should know. They are reported once at the end.
@@ -219,13 +232,22 @@ fn chosen(
         }
     }
     columns.extend(companions.iter().map(|(_, name)| name.clone()));
+    let group = options.group_column.as_deref().filter(|_| options.evaluation_from.is_none());
+    let group = group.map(|name| named(schema, name, "group_column")).transpose()?;
+    let group = group.map(|name| match columns.iter().position(|other| *other == name) {
+        Some(index) => index,
+        None => {
+            columns.push(name);
+            columns.len() - 1
+        }
+    });
     for name in &columns {
         if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
             return Err(Fault::data(format!("column `{name}` is there more than once")));
         }
     }
     companions::note_others(schema, &columns, reading);
-    Ok(Choice { format, columns, companions })
+    Ok(Choice { format, columns, companions, group })
 }
 
 /// Returns the columns of a format in this schema. If only some are missing, it returns the problem to report. A

@@ -141,11 +141,17 @@ fn put_text(out: &mut Vec<u8>, text: &str) {
 
 /// Numbers of the format's types of values.
 mod number {
+    /// A 32-bit unsigned integer.
     pub const U32: u32 = 4;
+    /// A 32-bit signed integer.
     pub const I32: u32 = 5;
+    /// A 32-bit float.
     pub const F32: u32 = 6;
+    /// One byte, 0 or 1.
     pub const BOOL: u32 = 7;
+    /// A length and UTF-8 bytes.
     pub const TEXT: u32 = 8;
+    /// A type, a count, and as many values.
     pub const LIST: u32 = 9;
 }
 

@@ -19,11 +19,17 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 
 /// llama.cpp's kinds of tokens.
 mod kind {
+    /// A token of text.
     pub const NORMAL: i32 = 1;
+    /// The token for text that the vocabulary lacks.
     pub const UNKNOWN: i32 = 2;
+    /// A special token, which is not printed.
     pub const CONTROL: i32 = 3;
+    /// An added token that is printed.
     pub const USER_DEFINED: i32 = 4;
+    /// An id without a token.
     pub const UNUSED: i32 = 5;
+    /// One byte of text that no other token has.
     pub const BYTE: i32 = 6;
 }
 

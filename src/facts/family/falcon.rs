@@ -2,23 +2,21 @@
 //! one key head and one norm. The new architecture (11B, 40B, 180B) groups its heads by key head and has one norm
 //! or two. The first Falcon models use ALiBi positions, which are refused.
 
+use super::reading::{self, Plain};
 use crate::facts::config::Config;
-use crate::facts::rope::{Dialect, Rope};
+use crate::facts::rope::Dialect;
 use crate::facts::{Activation, Function};
-use crate::facts::{
-    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
-};
+use crate::facts::{Attention, Dense, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection};
 use crate::facts::{Heads, Layout};
 use crate::fault::Result;
 
 /// Reads the facts of a Falcon model.
 pub fn facts(config: &Config) -> Result<Facts> {
-    super::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;
+    reading::no_dropout(config, &["attention_dropout", "hidden_dropout"])?;
     if config.flag("alibi")? {
         return Err(config.refuse("alibi", "false (rotary positions)"));
     }
     let width = config.integer("hidden_size")?;
-    let layers = config.integer("num_hidden_layers")?;
     let inner = config.integer_or_none("ffn_hidden_size")?.unwrap_or(4 * width);
     let bias = config.flag("bias")?;
     let heads = heads(config, width)?;
@@ -34,33 +32,20 @@ pub fn facts(config: &Config) -> Result<Facts> {
         feed_forward: FeedForward::Dense(Dense {
             gate_up: vec![projection("mlp.dense_h_to_4h", inner, width)],
             activation: Activation {
-                function: super::function(config, "activation", Function::GeluErf)?,
+                function: reading::function(config, "activation", Function::GeluErf)?,
                 gated: false,
             },
             down: projection("mlp.dense_4h_to_h", width, inner),
         }),
     };
+    let norm =
+        NormKind { form: NormForm::Layer, eps: config.number_or_none("layer_norm_epsilon")?.unwrap_or(1e-5) };
+    let dialect = &Dialect::PLAIN;
+    let plain = Plain { family: "falcon", norm, layer, dialect, positions: 2048, tied_head: true };
     Ok(Facts {
-        family: "falcon",
-        vocab: config.integer("vocab_size")?,
-        width,
-        norm: NormKind {
-            form: NormForm::Layer,
-            eps: config.number_or_none("layer_norm_epsilon")?.unwrap_or(1e-5),
-        },
-        layers: vec![layer; layers],
-        ropes: vec![Rope::read(config, heads.width, &Dialect::PLAIN)?],
-        query_growth: None,
         parallel: config.flag_or("parallel_attn", true)?,
-        residual_scale: 1.0,
-        embedding_scale: EmbeddingScale::NONE,
-        tied_head: config.flag_or("tie_word_embeddings", true)?,
-        head_bias: false,
-        logits_scale: 1.0,
-        logits_softcap: None,
-        positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(2048),
         names: names(config)?,
-        aliases: &[],
+        ..reading::plain(config, plain)?
     })
 }
 
@@ -79,9 +64,7 @@ fn heads(config: &Config, width: usize) -> Result<Heads> {
     if !query.is_multiple_of(key) {
         return Err(config.refuse("num_kv_heads", &format!("a divisor of num_attention_heads {query}")));
     }
-    let head = width / query;
-    let scale = (head as f64).sqrt().recip();
-    Ok(Heads { query, key, width: head, scale, window: None, softcap: None, layout: Layout::Grouped })
+    Ok(Heads { layout: Layout::Grouped, ..Heads::plain(query, key, width / query) })
 }
 
 fn names(config: &Config) -> Result<Names> {

@@ -8,6 +8,7 @@ use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{EmbeddingScale, Facts, HeadNorm, Names, NormForm, Over};
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 const NAMES: Names = Names {
@@ -24,10 +25,10 @@ const WINDOW: Option<usize> = Some(4096);
 pub fn gemma2(config: &Config) -> Result<Facts> {
     let mut facts = shared(config, "gemma2", 10_000.0, 8192)?;
     let softcap = config.number_unless_null("attn_logit_softcapping", 50.0)?;
-    super::every_attention(&mut facts, |attention| attention.heads.softcap = softcap);
+    reading::every_attention(&mut facts, |attention| attention.heads.softcap = softcap);
     facts.logits_softcap = config.number_unless_null("final_logit_softcapping", 30.0)?;
-    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| layer % 2 == 0)?;
-    super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
+    let sliding = reading::sliding_layers(config, facts.layers.len(), |layer| layer % 2 == 0)?;
+    reading::set_windows(&mut facts, reading::window_or(config, WINDOW)?, &sliding);
     Ok(facts)
 }
 
@@ -37,10 +38,10 @@ pub fn gemma3(config: &Config) -> Result<Facts> {
     let mut facts = shared(config, "gemma3_text", 1_000_000.0, 131_072)?;
     facts.logits_softcap = config.number_or_none("final_logit_softcapping")?;
     let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head };
-    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
+    reading::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
     let pattern = config.integer_or_none("sliding_window_pattern")?.unwrap_or(6);
-    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| (layer + 1) % pattern != 0)?;
-    super::set_windows(&mut facts, super::window_or(config, WINDOW)?, &sliding);
+    let sliding = reading::sliding_layers(config, facts.layers.len(), |layer| (layer + 1) % pattern != 0)?;
+    reading::set_windows(&mut facts, reading::window_or(config, WINDOW)?, &sliding);
     facts.ropes.push(Rope::read_sliding(config, facts.heads().width, &Dialect::PLAIN)?);
     for (layer, &sliding) in facts.layers.iter_mut().zip(&sliding) {
         layer.attention.rope = Some(usize::from(sliding));
@@ -63,7 +64,7 @@ fn shared(config: &Config, family: &'static str, theta: f64, positions: usize) -
     };
     let mut facts = split::facts(config, &defaults)?;
     let scale = config.number_or_none("query_pre_attn_scalar")?.unwrap_or(256.0).sqrt().recip();
-    super::every_attention(&mut facts, |attention| attention.heads.scale = scale);
+    reading::every_attention(&mut facts, |attention| attention.heads.scale = scale);
     facts.norm.form = NormForm::RmsPlusOne;
     facts.embedding_scale = EmbeddingScale { factor: (facts.width as f64).sqrt(), rounded: true };
     facts.names = NAMES;

@@ -5,6 +5,7 @@ use crate::facts::config::Config;
 use crate::facts::{EmbeddingScale, Facts};
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 /// Reads the facts of a Granite model.
@@ -12,7 +13,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
     let defaults = Defaults { positions: 2048, ..Defaults::of("granite", Biases::both(config)?) };
     let mut facts = split::facts(config, &defaults)?;
     let scale = factor(config, "attention_multiplier")?;
-    super::every_attention(&mut facts, |attention| attention.heads.scale = scale);
+    reading::every_attention(&mut facts, |attention| attention.heads.scale = scale);
     facts.embedding_scale =
         EmbeddingScale { factor: factor(config, "embedding_multiplier")?, rounded: false };
     facts.residual_scale = factor(config, "residual_multiplier")?;

@@ -5,21 +5,22 @@ use crate::facts::config::Config;
 use crate::facts::{Facts, QueryGrowth};
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 /// Reads the facts of a Mistral model.
 pub fn mistral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("mistral"))?;
     let sliding = vec![true; facts.layers.len()];
-    super::set_windows(&mut facts, super::window_or(config, Some(4096))?, &sliding);
+    reading::set_windows(&mut facts, reading::window_or(config, Some(4096))?, &sliding);
     Ok(facts)
 }
 
 /// Reads the facts of a Ministral model.
 pub fn ministral(config: &Config) -> Result<Facts> {
     let mut facts = split::facts(config, &defaults("ministral"))?;
-    let sliding = super::sliding_layers(config, facts.layers.len(), |_| true)?;
-    super::set_windows(&mut facts, super::window_or(config, Some(4096))?, &sliding);
+    let sliding = reading::sliding_layers(config, facts.layers.len(), |_| true)?;
+    reading::set_windows(&mut facts, reading::window_or(config, Some(4096))?, &sliding);
     Ok(facts)
 }
 
@@ -30,7 +31,7 @@ pub fn ministral3(config: &Config) -> Result<Facts> {
     let defaults = Defaults { eps: 1e-5, head_dim: Some(128), positions: 262_144, ..defaults("ministral3") };
     let mut facts = split::facts(config, &defaults)?;
     let sliding = vec![true; facts.layers.len()];
-    super::set_windows(&mut facts, super::window_or(config, None)?, &sliding);
+    reading::set_windows(&mut facts, reading::window_or(config, None)?, &sliding);
     facts.query_growth = Some(QueryGrowth {
         beta: section.number("llama_4_scaling_beta")?,
         positions: section.integer("original_max_position_embeddings")?,

@@ -10,10 +10,10 @@ mod olmo2;
 mod phi;
 mod phi3;
 mod qwen;
+mod reading;
 mod smollm3;
 mod split;
 
-use crate::facts::Function;
 use crate::fault::Result;
 
 use super::config::Config;
@@ -108,81 +108,6 @@ pub fn describe(config: &Config) -> Result<Facts> {
         facts.names.layers = IN_WRAPPER;
     }
     Ok(facts)
-}
-
-/// Reads the activation function by transformers' name for it.
-fn function(config: &Config, key: &str, absent: Function) -> Result<Function> {
-    match config.text(key)?.as_deref() {
-        None => Ok(absent),
-        Some("silu" | "swish") => Ok(Function::Silu),
-        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Function::GeluTanh),
-        Some("gelu") => Ok(Function::GeluErf),
-        Some(_) => Err(config.refuse(key, "one of silu, gelu_pytorch_tanh, gelu_new, gelu")),
-    }
-}
-
-/// Reads `sliding_window`; null means no window.
-fn window_or(config: &Config, absent: Option<usize>) -> Result<Option<usize>> {
-    Ok(if config.says("sliding_window") { config.integer_or_none("sliding_window")? } else { absent })
-}
-
-/// Returns for each layer whether it has a window: from `layer_types` if the config has them, else by the family's
-/// rule.
-fn sliding_layers(config: &Config, layers: usize, rule: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-    let Some(kinds) = config.texts_or_none("layer_types")? else {
-        return Ok((0..layers).map(rule).collect());
-    };
-    let sliding = |kind: &String| match kind.as_str() {
-        "sliding_attention" => Some(true),
-        "full_attention" => Some(false),
-        _ => None,
-    };
-    let sliding: Option<Vec<bool>> = kinds.iter().map(sliding).collect();
-    sliding.filter(|list| list.len() == layers).ok_or_else(|| {
-        config.refuse("layer_types", &format!("a list of {layers}, each full_attention or sliding_attention"))
-    })
-}
-
-fn set_windows(facts: &mut Facts, window: Option<usize>, sliding: &[bool]) {
-    for (layer, &sliding) in facts.layers.iter_mut().zip(sliding) {
-        layer.attention.heads.window = window.filter(|_| sliding);
-    }
-}
-
-/// Applies a change to the attention of every layer.
-fn every_attention(facts: &mut Facts, change: impl Fn(&mut crate::facts::Attention)) {
-    facts.layers.iter_mut().for_each(|layer| change(&mut layer.attention));
-}
-
-/// Refuses dropout in the base model. Its dropout rates are meant for pre-training and PEFT's users leave them off,
-/// but a config that sets them must not be changed in silence.
-fn no_dropout(config: &Config, keys: &[&str]) -> Result<()> {
-    for key in keys {
-        if config.number_or_none(key)?.is_some_and(|p| p != 0.0) {
-            return Err(config.refuse(key, "0").help("set it to 0 in config.json; use lora_dropout instead"));
-        }
-    }
-    Ok(())
-}
-
-/// Reads the counts of query heads and key heads and the head width, and checks that they agree. `head` is the
-/// default width.
-fn head_counts(config: &Config, width: usize, head: Option<usize>) -> Result<(usize, usize, usize)> {
-    let query = config.integer("num_attention_heads")?;
-    let key = config.integer_or_none("num_key_value_heads")?.unwrap_or(query);
-    let head = match config.integer_or_none("head_dim")?.or(head) {
-        Some(head) => head,
-        None if width.is_multiple_of(query) => width / query,
-        None => {
-            return Err(config.refuse("num_attention_heads", &format!("a divisor of hidden_size {width}")));
-        }
-    };
-    if !query.is_multiple_of(key) {
-        return Err(
-            config.refuse("num_key_value_heads", &format!("a divisor of num_attention_heads {query}"))
-        );
-    }
-    Ok((query, key, head))
 }
 
 #[cfg(test)]

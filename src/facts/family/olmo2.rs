@@ -5,6 +5,7 @@ use crate::facts::config::Config;
 use crate::facts::{Facts, HeadNorm, Names, Over};
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 /// Reads the facts of an OLMo 2 model.
@@ -13,7 +14,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
     let defaults = Defaults { eps: 1e-5, positions: 2048, ..Defaults::of("olmo2", biases) };
     let mut facts = split::facts(config, &defaults)?;
     let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Projection };
-    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
+    reading::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
     facts.names = Names {
         attention_norm: None,
         attention_post_norm: Some("post_attention_layernorm"),

@@ -5,6 +5,7 @@ use crate::facts::config::Config;
 use crate::facts::{Facts, HeadNorm, Over};
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 /// Reads the facts of a Qwen2 model.
@@ -18,17 +19,17 @@ pub fn qwen3(config: &Config) -> Result<Facts> {
     let defaults = Defaults { head_dim: Some(128), ..Defaults::of("qwen3", Biases::attention(config)?) };
     let mut facts = windowed(config, split::facts(config, &defaults)?)?;
     let norm = HeadNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", over: Over::Head };
-    super::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
+    reading::every_attention(&mut facts, |attention| attention.head_norm = Some(norm));
     Ok(facts)
 }
 
 fn windowed(config: &Config, mut facts: Facts) -> Result<Facts> {
     let window = match config.flag("use_sliding_window")? {
-        true => super::window_or(config, Some(4096))?,
+        true => reading::window_or(config, Some(4096))?,
         false => None,
     };
     let from = config.whole_or("max_window_layers", 28)?;
-    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| layer >= from)?;
-    super::set_windows(&mut facts, window, &sliding);
+    let sliding = reading::sliding_layers(config, facts.layers.len(), |layer| layer >= from)?;
+    reading::set_windows(&mut facts, window, &sliding);
     Ok(facts)
 }

@@ -4,6 +4,7 @@ use crate::facts::Facts;
 use crate::facts::config::Config;
 use crate::fault::Result;
 
+use super::reading;
 use super::split::{self, Biases, Defaults};
 
 /// Reads the facts of a SmolLM3 model.
@@ -16,8 +17,8 @@ pub fn facts(config: &Config) -> Result<Facts> {
         true => config.integer_or_none("sliding_window")?,
         false => None,
     };
-    let sliding = super::sliding_layers(config, facts.layers.len(), |layer| !turned[layer])?;
-    super::set_windows(&mut facts, window, &sliding);
+    let sliding = reading::sliding_layers(config, facts.layers.len(), |layer| !turned[layer])?;
+    reading::set_windows(&mut facts, window, &sliding);
     for (layer, turned) in facts.layers.iter_mut().zip(turned) {
         layer.attention.rope = turned.then_some(0);
     }

@@ -1,12 +1,10 @@
 //! Models of Llama's shape: split projections, gated feed-forward, RMS norms. A family file states its differences.
 
+use super::reading::{self, Plain};
 use crate::facts::config::Config;
-use crate::facts::rope::{Dialect, Rope};
+use crate::facts::rope::Dialect;
 use crate::facts::{Activation, Function};
-use crate::facts::{
-    Attention, Dense, EmbeddingScale, Facts, FeedForward, LayerFacts, Names, NormForm, NormKind, Projection,
-};
-use crate::facts::{Heads, Layout};
+use crate::facts::{Attention, Dense, Facts, FeedForward, Heads, LayerFacts, NormForm, NormKind, Projection};
 use crate::fault::Result;
 
 /// The values that a family's classes in transformers use if the config does not set them, and the biases they
@@ -77,22 +75,13 @@ impl Defaults {
 
 /// Reads the facts of a model of Llama's shape, with full attention and one rope on every layer.
 pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
-    super::no_dropout(config, &["attention_dropout"])?;
+    reading::no_dropout(config, &["attention_dropout"])?;
     let (width, inner) = (config.integer("hidden_size")?, config.integer("intermediate_size")?);
-    let layers = config.integer("num_hidden_layers")?;
-    let (query, key, head) = super::head_counts(config, width, defaults.head_dim)?;
+    let (query, key, head) = reading::head_counts(config, width, defaults.head_dim)?;
     let biases = &defaults.biases;
     let attention = |path, rows, cols| Projection { path, rows, cols, bias: biases.query_key_value };
     let mlp = |path, rows, cols| Projection { path, rows, cols, bias: biases.feed_forward };
-    let heads = Heads {
-        query,
-        key,
-        width: head,
-        scale: (head as f64).sqrt().recip(),
-        window: None,
-        softcap: None,
-        layout: Layout::Blocked,
-    };
+    let heads = Heads::plain(query, key, head);
     let dialect = Dialect { theta: defaults.theta, ..Dialect::PLAIN };
     let layer = LayerFacts {
         attention: Attention {
@@ -114,32 +103,14 @@ pub fn facts(config: &Config, defaults: &Defaults) -> Result<Facts> {
         feed_forward: FeedForward::Dense(Dense {
             gate_up: vec![mlp("mlp.gate_proj", inner, width), mlp("mlp.up_proj", inner, width)],
             activation: Activation {
-                function: super::function(config, defaults.activation_key, defaults.activation)?,
+                function: reading::function(config, defaults.activation_key, defaults.activation)?,
                 gated: true,
             },
             down: mlp("mlp.down_proj", width, inner),
         }),
     };
-    Ok(Facts {
-        family: defaults.family,
-        vocab: config.integer("vocab_size")?,
-        width,
-        norm: NormKind {
-            form: NormForm::Rms,
-            eps: config.number_or_none("rms_norm_eps")?.unwrap_or(defaults.eps),
-        },
-        layers: vec![layer; layers],
-        ropes: vec![Rope::read(config, head, &dialect)?],
-        query_growth: None,
-        parallel: false,
-        residual_scale: 1.0,
-        embedding_scale: EmbeddingScale::NONE,
-        tied_head: config.flag_or("tie_word_embeddings", defaults.tied_head)?,
-        head_bias: false,
-        logits_scale: 1.0,
-        logits_softcap: None,
-        positions_max: config.integer_or_none("max_position_embeddings")?.unwrap_or(defaults.positions),
-        names: Names::LLAMA,
-        aliases: &[],
-    })
+    let norm =
+        NormKind { form: NormForm::Rms, eps: config.number_or_none("rms_norm_eps")?.unwrap_or(defaults.eps) };
+    let Defaults { family, positions, tied_head, .. } = *defaults;
+    reading::plain(config, Plain { family, norm, layer, dialect: &dialect, positions, tied_head })
 }

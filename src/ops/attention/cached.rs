@@ -51,6 +51,7 @@ pub struct Segments<'a> {
 }
 
 impl<'a> Segments<'a> {
+    /// The segments of one step, in the order of their rows.
     pub fn new(list: &'a [Segment]) -> Segments<'a> {
         Segments {
             list,

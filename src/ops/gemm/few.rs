@@ -448,6 +448,7 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
 }
 
 /// `tile` of a 4-bit weight that `fits`.
+#[allow(clippy::needless_range_loop)] // Iterators are functions without the instruction set.
 #[inline(always)]
 unsafe fn four_bit<L: Lanes, const R: usize, const C: usize>(
     weight: &FourBitView,
@@ -530,6 +531,7 @@ impl<L: Lanes> Stored<L> for bf16 {
 }
 
 /// Adds a unit of `C` rows of a weight, the first of which begins at `weight`.
+#[allow(clippy::needless_range_loop)] // Iterators are functions without the instruction set.
 #[inline(always)]
 unsafe fn unit<L: Lanes, T: Stored<L>, const R: usize, const C: usize>(
     sums: &mut [[[L::Sum; 2]; C]; R],

@@ -24,17 +24,22 @@ use object_store::client::{
     HttpService,
 };
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, ObjectStore, RetryConfig};
+use object_store::{GetOptions, GetRange, ObjectStore, PutMultipartOptions, PutOptions, RetryConfig};
 use reqwest::header::HeaderMap;
 use url::Url;
 
 use super::http::Validators;
-use super::{Options, describe, tls};
-use crate::fault::{Fault, Result};
+use super::options::Options;
+use super::{describe, tls};
+use crate::backoff;
+use crate::fault::{Fault, Kind, Result};
+use crate::report::{Report, Stage};
 
 const SCHEMES: [&Scheme; 3] = [&s3::SCHEME, &gs::SCHEME, &az::SCHEME];
 /// LIMIT: bytes of one page of a list, or of a token.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// Bytes of a part of a large object; stores want at least 5 MiB.
+const PART_BYTES: usize = 16 << 20;
 /// LIMIT: objects below one address.
 const OBJECTS_MAX: usize = 100_000;
 
@@ -150,6 +155,31 @@ impl Stores {
         Ok(objects)
     }
 
+    /// Writes a file to an object: in one request if it is small, else in parts that become one object at the end.
+    /// Returns its version, if the store has versions.
+    async fn put(&self, url: &Url, path: &std::path::Path) -> std::result::Result<Option<String>, Refused> {
+        let store = self.store(url).map_err(Refused::Ours)?;
+        let key = key(url).map_err(Refused::Ours)?;
+        let theirs = |error| Refused::Theirs(error);
+        let unread = |error: std::io::Error| Refused::Ours(Fault::storage("read", path, &error));
+        let mut file = std::fs::File::open(path).map_err(unread)?;
+        let mut part = read_part(&mut file).map_err(unread)?;
+        if part.len() < PART_BYTES {
+            return Ok(store.put_opts(&key, part.into(), PutOptions::default()).await.map_err(theirs)?.e_tag);
+        }
+        let mut upload =
+            store.put_multipart_opts(&key, PutMultipartOptions::default()).await.map_err(theirs)?;
+        while !part.is_empty() {
+            if let Err(error) = upload.put_part(part.into()).await {
+                // What is left of it costs only room; buckets have rules that remove it.
+                let _ = upload.abort().await;
+                return Err(Refused::Theirs(error));
+            }
+            part = read_part(&mut file).map_err(unread)?;
+        }
+        Ok(upload.complete().await.map_err(theirs)?.e_tag)
+    }
+
     fn store(&self, url: &Url) -> Result<Arc<dyn ObjectStore>> {
         let bucket = url.host_str().unwrap_or_default();
         let name = format!("{}://{bucket}", url.scheme());
@@ -162,6 +192,56 @@ impl Stores {
         self.open.borrow_mut().insert(name, store.clone());
         Ok(store)
     }
+}
+
+/// Why an object was not written.
+enum Refused {
+    Ours(Fault),
+    Theirs(object_store::Error),
+}
+
+fn read_part(file: &mut std::fs::File) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut part = Vec::new();
+    file.take(PART_BYTES as u64).read_to_end(&mut part)?;
+    Ok(part)
+}
+
+/// Writes files below an address, each with some attempts.
+pub(super) async fn upload(
+    url: &Url,
+    files: &[(&str, &std::path::Path)],
+    options: &Options,
+    report: &Report,
+) -> Result<Option<String>> {
+    let stores = Stores::new(options)?;
+    let mut version = None;
+    for (name, path) in files {
+        let mut object = url.clone();
+        object.set_path(&format!("{}/{name}", url.path().trim_end_matches('/')));
+        let mut failures = 0;
+        version = loop {
+            let error = match stores.put(&object, path).await {
+                Ok(version) => break version,
+                Err(Refused::Ours(fault)) => return Err(fault),
+                Err(Refused::Theirs(error)) => error,
+            };
+            failures += 1;
+            let told = without_queries(&innermost(&error));
+            let again = matches!(error, object_store::Error::Generic { .. }) && !told.contains("redential");
+            if !again || failures >= options.attempts_max {
+                let fault = refused(&object, &error);
+                return Err(match fault.kind {
+                    Kind::Auth if again => Fault::new(Kind::Push, format!("{object}: {told}")),
+                    Kind::Data => Fault::config(fault.message),
+                    _ => fault,
+                });
+            }
+            report.note(Stage::Push, format!("{object}: {told}; it is tried again"));
+            tokio::time::sleep(backoff::pause(options.backoff, Duration::from_secs(30), failures)).await;
+        };
+    }
+    Ok(version)
 }
 
 /// Retries for all stores: few for lists and tokens. Caught requests are not retried here.
@@ -249,8 +329,12 @@ impl Caught {
         let (parts, body) = request.into_parts();
         let failed = |error: reqwest::Error| HttpError::new(kind(&error), error.without_url());
         let mut sent = self.0.request(parts.method, parts.uri.to_string()).headers(parts.headers);
-        if let Some(bytes) = body.as_bytes().filter(|bytes| !bytes.is_empty()) {
-            sent = sent.body(bytes.clone());
+        let bytes = match body.as_bytes() {
+            Some(bytes) => bytes.clone(),
+            None => http_body_util::BodyExt::collect(body).await?.to_bytes(), // the parts of an object
+        };
+        if !bytes.is_empty() {
+            sent = sent.body(bytes);
         }
         let mut response = sent.send().await.map_err(failed)?;
         let (status, headers) = (response.status(), response.headers().clone());

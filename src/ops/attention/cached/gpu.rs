@@ -168,6 +168,7 @@ fn aligned(heads: &Heads) -> bool {
     heads.width.is_multiple_of(8)
 }
 
+/// Writes keys and values of all rows to their pages, rotated by `angles` if there are any.
 pub fn write(
     qkv: &Tensor,
     heads: &Heads,
@@ -189,6 +190,7 @@ pub fn write(
     training::shape(launch, heads, rows, aligned(heads)).launch((rows, 1, 1), THREADS, 0)
 }
 
+/// Attention of all rows over the pages of their sequences: [rows, query heads x width].
 pub fn forward(qkv: &Tensor, heads: &Heads, store: &Store, segments: &Segments) -> Result<Tensor> {
     let rows = qkv.dim(0)?;
     let out = unwritten((rows, heads.query * heads.width), qkv.dtype(), qkv.device())?;

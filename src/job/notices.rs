@@ -1,0 +1,87 @@
+//! Settings and sizes that a user should hear of -> notes and warnings of the run.
+
+use super::described::Described;
+use crate::dataset::Set;
+use crate::facts::{Facts, FourBitCode, Quantization};
+use crate::memory::Running;
+use crate::model::decoder::Decoder;
+use crate::model::lora::Trainable;
+use crate::plan::Plan;
+use crate::report::{Report, Stage};
+use crate::words;
+
+/// Warns about settings that are easily misread: an unquantised base, a rank that comes from another adapter.
+pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &Report) {
+    match described.options.quantization {
+        Quantization::None => report.note(
+            Stage::Plan,
+            "the base is not quantised; QuantizationConfig.load_in_4bit: true would make this run QLoRA",
+        ),
+        Quantization::FourBit { .. } => {}
+        Quantization::Stored { code, double } => {
+            tell_of_stored(plan.model.quantization, code, double, report)
+        }
+    }
+    for name in &described.sites.unmatched {
+        report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
+    }
+    let (asked, taken) = (&plan.model.lora, &described.options.lora);
+    if described.initial.is_some()
+        && (asked.r, asked.alpha, asked.rslora) != (taken.r, taken.alpha, taken.rslora)
+    {
+        report.warn(
+            Stage::Plan,
+            format!(
+                "the adapter to start from decides r ({}), lora_alpha ({}) and the modules; LoraConfig's r {} and lora_alpha {} \
+                 have no effect",
+                taken.r, taken.alpha, asked.r, asked.alpha
+            ),
+        );
+    }
+}
+
+/// Reports that the checkpoint is quantised already. It decides the form; a setting that asks for another form is
+/// reported as having no effect.
+fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: &Report) {
+    let scales = if double { " with quantised scales" } else { "" };
+    let found = format!("the checkpoint is quantised already: {}{scales}, taken as it is", code.name());
+    let other = matches!(asked, Quantization::FourBit { code: a, double: b } if (a, b) != (code, double));
+    match other {
+        false => report.note(Stage::Plan, found),
+        true => report.warn(
+            Stage::Plan,
+            format!("{found}; QuantizationConfig asks for another form, which would need the original model"),
+        ),
+    }
+}
+
+pub(super) fn tell_memory(memory: &Running, report: &Report) {
+    for line in memory.table().lines() {
+        report.note(Stage::Plan, format!("memory: {line}"));
+    }
+}
+
+pub(super) fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
+    let longest = (0..examples.len()).map(|index| examples.tokens(index)).max().unwrap_or(0);
+    if longest > facts.positions_max {
+        report.warn(
+            Stage::Tokenize,
+            format!(
+                "the longest example has {longest} tokens, but the model was made for {}: lower TrainingArguments.max_length",
+                facts.positions_max
+            ),
+        );
+    }
+}
+
+/// The loaded base and the adapter, in a sentence.
+pub(super) fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
+    format!(
+        "{} with {} parameters in {}; {} trainable on {} linear layers",
+        decoder.facts.family,
+        decoder.facts.parameters(),
+        words::size(decoder.base_bytes() as u64),
+        adapter.params.elem_count(),
+        adapter.sites.len()
+    )
+}

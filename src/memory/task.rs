@@ -1,0 +1,61 @@
+//! A training run as far as memory and time depend on it.
+
+use super::machine::{Limit, Place};
+use crate::facts::sites::Site;
+use crate::facts::{Facts, Keep, Precision, Quantization};
+
+/// The memory settings of a run. `plan` fills them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Options {
+    /// The level of every layer; `None`: as memory allows.
+    pub keep: Option<Keep>,
+    /// How much of the free memory may be used; `None`: the default share.
+    pub limit: Option<Limit>,
+    /// Most tokens per pass.
+    pub tokens_max: Option<usize>,
+}
+
+/// The training run, as far as memory and time depend on it.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// The model.
+    pub facts: Facts,
+    /// The adapter's sites.
+    pub sites: Vec<Site>,
+    /// How the base's linear layers are stored.
+    pub quantization: Quantization,
+    /// The precision of matrix products.
+    pub precision: Precision,
+    /// Whether training drops elements of the pairs' inputs.
+    pub dropout: bool,
+    /// Whether the weights that are not quantised (embedding, head, perhaps linear layers) are bf16 in the
+    /// checkpoint.
+    pub bf16_checkpoint: bool,
+    /// Tokens of the longest example. A pass takes at least as many.
+    pub tokens_min: usize,
+    /// Most tokens per pass.
+    pub tokens_max: usize,
+    /// Usual tokens per example. The work of attention follows it.
+    pub example_tokens: usize,
+    /// The level of every layer; `None`: the fastest that fits.
+    pub keep: Option<Keep>,
+}
+
+impl Task {
+    /// Bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU bf16 stays bf16
+    /// and other types become f32.
+    pub fn stored_bytes(&self, place: Place) -> usize {
+        match place {
+            Place::Cpu { .. } if self.bf16_checkpoint => 2,
+            _ => self.activation_bytes(place),
+        }
+    }
+
+    /// Bytes of an activation. On a GPU activations are stored in the precision of products.
+    pub fn activation_bytes(&self, place: Place) -> usize {
+        match (place, self.precision) {
+            (Place::Gpu, Precision::Bf16) => 2,
+            _ => 4,
+        }
+    }
+}

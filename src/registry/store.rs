@@ -1,0 +1,16 @@
+//! A place that holds an image -> its manifests and layers, whatever the place is.
+
+use std::fs::File;
+
+use super::manifest::Descriptor;
+use crate::fault::Result;
+
+/// A source of an image's parts. It verifies the digest of everything it returns.
+pub(super) trait Store {
+    /// The manifest or index of the target's own tag or digest, and its digest.
+    fn top(&mut self) -> Result<(Vec<u8>, String)>;
+    /// The manifest with this digest.
+    fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>>;
+    /// A layer, as a file positioned at its start.
+    fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
+}
