@@ -22,7 +22,7 @@ pub enum Kind {
     Auth = 13,
     /// Does not fit: memory or disk, known before or after trying.
     Capacity = 14,
-    /// Training produced NaN or infinity, or an adapter without effect.
+    /// Training produced NaN or infinity, a spike, or an adapter without effect.
     Diverged = 15,
     /// Download or registry unreachable after all retries.
     Network = 20,
@@ -93,7 +93,7 @@ impl Kind {
             Kind::Model => "Model unsupported, incomplete or damaged.",
             Kind::Auth => "Credentials missing or refused (401, 403).",
             Kind::Capacity => "Does not fit: memory or disk, known before or after trying.",
-            Kind::Diverged => "Training produced NaN or infinity, or an adapter without effect.",
+            Kind::Diverged => "Training produced NaN or infinity, a spike, or an adapter without effect.",
             Kind::Network => "Download or registry unreachable after all retries.",
             Kind::Storage => "Disk full, failing, or in use by another hone.",
             Kind::Device => "Accelerator failed.",
@@ -201,6 +201,21 @@ impl Fault {
         Fault::new(Kind::Internal, message)
     }
 
+    /// The fault for an I/O error on a file that somebody gave: of `kind` if the file is missing or may not be
+    /// read; [`Kind::Storage`] if the machine failed to read it, for which a retry may help.
+    pub fn unread(kind: Kind, message: impl Into<String>, error: &std::io::Error) -> Fault {
+        Fault::new(if is_machines(error) { Kind::Storage } else { kind }, message)
+    }
+
+    /// This fault, or one of [`Kind::Storage`] if its message says that the operating system could not read a file.
+    /// Parsers of other crates return the system's errors as text.
+    pub fn or_machines(mut self) -> Fault {
+        if ends_with_os_error(&self.message) {
+            (self.kind, self.help) = (Kind::Storage, None);
+        }
+        self
+    }
+
     /// The fault for an I/O error on a path that hone reads or writes. A full or failing disk is [`Kind::Storage`],
     /// for which a retry may help. A path that cannot be used as it is (permissions, the wrong type) is
     /// [`Kind::Config`], for which no retry helps.
@@ -214,11 +229,39 @@ impl Fault {
             | E::AlreadyExists
             | E::ReadOnlyFilesystem => Fault::config(message)
                 .help("name a folder that this user may write, or change its permissions"),
+            E::InvalidInput if error.raw_os_error().is_none() => {
+                Fault::config(message).help("give a plain file, or a link to one")
+            }
             E::StorageFull | E::QuotaExceeded => Fault::new(Kind::Storage, message)
                 .help("free some space, then start it again: finished files are kept"),
             _ => Fault::new(Kind::Storage, message),
         }
     }
+}
+
+/// Whether an I/O error is the machine's: a failing disk, a lost network file system, no more open files. It passes by
+/// itself. A missing file, a file that may not be read and a file that ends too early are somebody's to mend.
+fn is_machines(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind as E;
+    let somebodys = [
+        E::NotFound,
+        E::PermissionDenied,
+        E::NotADirectory,
+        E::IsADirectory,
+        E::InvalidInput,
+        E::InvalidFilename,
+        E::UnexpectedEof,
+    ];
+    // A link that leads to itself has no kind of its own.
+    let is_loop = error.raw_os_error() == Some(libc::ELOOP);
+    error.raw_os_error().is_some() && !is_loop && !somebodys.contains(&error.kind())
+}
+
+/// Whether a parser's message ends with an error of the operating system, as `io::Error` writes it.
+fn ends_with_os_error(message: &str) -> bool {
+    let end = message.trim_end().strip_suffix(')').and_then(|rest| rest.rsplit_once("(os error "));
+    let number = end.and_then(|(_, number)| number.parse().ok());
+    number.is_some_and(|number| is_machines(&std::io::Error::from_raw_os_error(number)))
 }
 
 impl fmt::Display for Fault {
@@ -265,6 +308,29 @@ mod tests {
         assert_eq!(kind("product 2 x 3: CUBLAS_STATUS_EXECUTION_FAILED"), Kind::Device);
         assert_eq!(kind("DriverError(CUDA_ERROR_NOT_FOUND, ..)"), Kind::Internal);
         assert_eq!(kind("shape mismatch"), Kind::Internal);
+    }
+
+    #[test]
+    fn a_machine_that_cannot_read_is_no_fault_of_the_file() {
+        let kind = |number| {
+            let error = std::io::Error::from_raw_os_error(number);
+            let told = Fault::data(format!("a.parquet: External: {error}")).or_machines().kind;
+            assert_eq!(told, Fault::unread(Kind::Data, "a", &error).kind, "{error}");
+            told
+        };
+        for passing in [libc::EIO, libc::ESTALE, libc::ETIMEDOUT, libc::EMFILE, libc::ENOMEM] {
+            assert_eq!(kind(passing), Kind::Storage);
+        }
+        for lasting in
+            [libc::ENOENT, libc::EACCES, libc::EISDIR, libc::ENOTDIR, libc::ELOOP, libc::ENAMETOOLONG]
+        {
+            assert_eq!(kind(lasting), Kind::Data);
+        }
+        let made_up = std::io::Error::other("not a plain file");
+        assert_eq!(Fault::unread(Kind::Model, "a", &made_up).kind, Kind::Model);
+        for text in ["", ")", "(os error )", "(os error x)", "a column `(os error 5)` is missing"] {
+            assert_eq!(Fault::data(text).or_machines().kind, Kind::Data, "{text}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::adapter;
 use crate::answers;
 use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::Sampling;
 use crate::generate::defaults::Defaults;
@@ -23,6 +23,7 @@ use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
 use crate::ops::cpu;
+use crate::plain;
 use crate::plan::Plan;
 use crate::publish::{self, Published};
 use crate::report::{Report, Stage};
@@ -51,6 +52,8 @@ use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_length};
 use room::Lengths;
 use written::{image_facts, write};
 
+/// LIMIT: bytes of a file that identifies a run, the weights of an adapter to start from among them.
+const TEXT_BYTES_MAX: u64 = 16 << 30;
 /// LIMIT: tokens of an answer at the end of a run.
 const ANSWER_TOKENS_MAX: usize = 256;
 
@@ -300,11 +303,10 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
         }
     }
     if idle.len() == adapter.sites.len() {
-        return Err(Fault::config(format!(
-            "the adapter learned nothing: its B matrices are all zero after {} steps",
-            trained.steps
-        ))
-        .help("raise learning_rate or the number of steps, and lower warmup_steps"));
+        let message =
+            format!("the adapter learned nothing: its B matrices are all zero after {} steps", trained.steps);
+        return Err(Fault::new(Kind::Diverged, message)
+            .help("raise learning_rate or the number of steps, and lower warmup_steps"));
     }
     if let Some(first) = idle.first() {
         report.warn(
@@ -354,27 +356,49 @@ fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Res
     let files = MODEL_TEXTS.iter().map(|name| plan.model.folder.join(name));
     let initial = plan.init_adapter.iter().map(|folder| folder.join(adapter::WEIGHTS_FILE));
     for file in files.chain(initial) {
-        parts.push(source::digest(&std::fs::read(&file).unwrap_or_default()));
+        parts.push(source::digest(&read_or_nothing(&file)?));
     }
-    match fetch::revision(&plan.model.folder) {
+    match fetch::revision(&plan.model.folder)? {
         Some(revision) => parts.push(revision), // its weights may not be there yet
-        None => parts.extend(weight_files(&plan.model.folder)),
+        None => parts.extend(weight_files(&plan.model.folder)?),
     }
     Ok(source::digest(parts.join("\n").as_bytes()))
 }
 
 /// Names, sizes and link targets of the weights, since hashing gigabytes at every start would take too long. A hub's
 /// cache links to files that are named by their hash, so the target distinguishes files of the same size.
-fn weight_files(folder: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let weights = entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
-    let describe = |path: PathBuf| {
-        let bytes = std::fs::metadata(&path).map_or(0, |data| data.len());
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let target = std::fs::read_link(&path).unwrap_or_default();
-        format!("{name} {bytes} {}", target.file_name().unwrap_or_default().to_string_lossy())
+fn weight_files(folder: &Path) -> Result<Vec<String>> {
+    let unread = |error: std::io::Error| {
+        Fault::unread(Kind::Model, format!("cannot read {}: {error}", folder.display()), &error)
     };
-    let mut files: Vec<String> = weights.map(describe).collect();
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(unread)? {
+        let path = entry.map_err(unread)?.path();
+        if path.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let bytes = std::fs::metadata(&path).map_err(unread)?.len();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = match std::fs::read_link(&path) {
+            Ok(target) => target,
+            // It is no link.
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => PathBuf::new(),
+            Err(error) => return Err(unread(error)),
+        };
+        files.push(format!("{name} {bytes} {}", target.file_name().unwrap_or_default().to_string_lossy()));
+    }
     files.sort();
-    files
+    Ok(files)
+}
+
+/// The content of a file; nothing if there is none. A file that cannot be read is a fault, since it would give the run
+/// another identity.
+fn read_or_nothing(file: &Path) -> Result<Vec<u8>> {
+    match plain::read(file, TEXT_BYTES_MAX) {
+        Ok(content) => Ok(content),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => {
+            Err(Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error))
+        }
+    }
 }

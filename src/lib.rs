@@ -8,6 +8,7 @@
 pub mod words;
 pub mod fault;
 pub mod whole;
+pub mod plain;
 pub mod backoff;
 pub mod report;
 pub mod last_word;

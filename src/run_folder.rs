@@ -19,7 +19,7 @@ use crate::interrupt;
 use crate::publish::Published;
 use crate::source;
 use crate::train::{Checkpoints, Metric, Trained};
-use crate::{whole, words};
+use crate::{plain, whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
@@ -43,6 +43,8 @@ const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
 pub const TIMELINE: &str = "timeline.jsonl";
 /// Answers of base and tuned model to held-out rows at the end of the run, if they were asked for.
 pub const ANSWERS: &str = "answers.json";
+/// LIMIT: a line has some hundred bytes, so that this is tens of millions of steps.
+const METRICS_BYTES_MAX: u64 = 4 << 30;
 /// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
@@ -290,8 +292,13 @@ impl RunFolder {
     pub fn metrics(&self, next: &Metric) -> Result<Metrics> {
         let next = (next.step(), matches!(next, Metric::Evaluation { .. }));
         let path = self.path.join(METRICS);
-        let kept: String = fs::read_to_string(&path)
-            .unwrap_or_default()
+        let earlier = match plain::read(&path, METRICS_BYTES_MAX) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Fault::storage("read", &path, &error));
+            }
+            read => read.unwrap_or_default(),
+        };
+        let kept: String = String::from_utf8_lossy(&earlier)
             .lines()
             .filter(|line| place_of(line).is_some_and(|place| place < next))
             .map(|line| format!("{line}\n"))
@@ -489,6 +496,7 @@ mod tests {
             best: None,
             restored_step: None,
             stopped_early: false,
+            skipped_steps: 0,
         }
     }
 

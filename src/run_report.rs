@@ -154,7 +154,8 @@ impl State {
         self.folder = Some(folder);
         self.keep()?;
         let mut open = OpenOptions::new();
-        open.append(true).create(true).custom_flags(libc::O_NOFOLLOW);
+        // A pipe that somebody planted has no reader, so that it is refused at once.
+        open.append(true).create(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
         self.timeline = Some(open.open(timeline).map_err(|error| error.to_string())?);
         Ok(())
     }

@@ -345,6 +345,9 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         output                                         try/adapter        try/hone.yaml:4
         earlier_results                                refuse             default
         answers                                        0                  default
+        spike_policy                                   none               default
+        spike_factor                                   10.0               default
+        spike_window                                   32                 default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
         mlflow_experiment                              Default            default

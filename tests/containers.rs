@@ -1,44 +1,25 @@
 //! The same rows in every container give the same conversations, and damage in any container is a data fault.
 
+#[path = "support/data.rs"]
+mod data;
+
 use arrow::array::*;
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::ipc::CompressionType;
 use arrow::ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
+use data::{OPTIONS, written};
 use expect_test::expect;
-use hone::dataset::{self, BadRows, Conversation, Dataset, Names, Options};
+use hone::dataset::{self, Conversation, Dataset, Options};
 use hone::fault::{Fault, Kind};
 use hone::report::Report;
-use hone::source;
 use parquet::arrow::ArrowWriter;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: false,
-    seed: 0,
-    train_share: 1.0,
-    evaluation_from: None,
-    group_column: None,
-};
-
 fn read_as(folder: &Path, name: &str, content: &[u8], container: Option<&str>) -> Result<Dataset, Fault> {
-    let path = folder.join("blob"); // the name that the cache gives to downloads
-    std::fs::write(&path, content).unwrap();
-    let bytes = content.len() as u64;
-    let file = source::File { path, name: name.into(), bytes, sha256: String::new(), entry: 0 };
     let options = Options { container: container.map(String::from), ..OPTIONS };
-    dataset::read(&[file], &options, &Report::silent())
+    dataset::read(&[written(folder, name, content)], &options, &Report::silent())
 }
 
 fn read(name: &str, content: &[u8]) -> Result<Dataset, Fault> {

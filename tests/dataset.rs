@@ -1,13 +1,17 @@
 //! Parquet files to token examples, compared with token ids and masks from transformers, and read from damaged
 //! files.
 
+#[path = "support/data.rs"]
+mod data;
+
 use arrow::array::*;
 use arrow::buffer::OffsetBuffer;
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Fields, Schema};
+use data::OPTIONS;
 use expect_test::{Expect, expect};
 use hone::dataset::{
-    self, BadRows, Context, Conversation, Dataset, Layout, LossOn, Names, Options, TokenOptions, Tokenizer,
+    self, BadRows, Context, Conversation, Dataset, Layout, LossOn, Options, TokenOptions, Tokenizer,
 };
 use hone::fault::{Fault, Kind};
 use hone::report::Report;
@@ -17,24 +21,6 @@ use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
 use parquet::file::properties::{WriterProperties, WriterVersion};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: false,
-    seed: 0,
-    train_share: 1.0,
-    evaluation_from: None,
-    group_column: None,
-};
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)

@@ -3,10 +3,19 @@
 //!
 //! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call.
 
+#[path = "support/fake_registry.rs"]
+mod fake_registry;
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/job.rs"]
 mod job;
+#[path = "support/random.rs"]
+mod random;
+#[path = "support/shim.rs"]
+mod shim;
+#[path = "faults/simulator.rs"]
+mod simulator;
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -20,7 +29,7 @@ use parquet::file::properties::WriterProperties;
 
 /// A short run over `model/`, with everything that writes: checkpoints, evaluation, export, a push to a layout.
 const RUN: [&str; 7] = ["run", "--model", "model", "--data", "data.parquet", "--output", "out"];
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "LoraConfig.lora_dropout=0.1",
     "TrainingArguments.max_steps=3",
     "TrainingArguments.max_length=128",
@@ -28,12 +37,15 @@ const KEYS: [&str; 9] = [
     "TrainingArguments.save_strategy=steps",
     "TrainingArguments.save_steps=1",
     "TrainingArguments.save_total_limit=1",
-    "TrainingArguments.eval_strategy=no",
+    "TrainingArguments.packing=false",
+    "DatasetConfig.train_test_split=0.75",
     "DatasetConfig.shuffle_dataset=true",
 ];
 
+/// The arguments of a run that is disturbed: over a few rows.
 fn arguments() -> Vec<&'static str> {
     let mut arguments = RUN.to_vec();
+    arguments[4] = "data.jsonl";
     for key in KEYS {
         arguments.extend(["--set", key]);
     }
@@ -43,25 +55,17 @@ fn arguments() -> Vec<&'static str> {
 
 // ---- a disk that fails ----
 
-/// The shim, compiled once.
-fn shim() -> &'static Path {
-    static SHIM: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = SHIM.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("shim.so");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/shim.c");
-        let mut compiler = Command::new("cc");
-        compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&path).arg(source).arg("-ldl");
-        assert!(compiler.status().unwrap().success(), "cc compiles the shim");
-        (folder, path)
-    });
-    path
+/// A run under the shim, whose disk works.
+fn plain(work: &Work) -> Command {
+    let mut command = work.hone(&arguments());
+    command.env("LD_PRELOAD", shim::shim()).env("FAULT_QUICK", "1");
+    command
 }
 
 /// A run whose disk fails at this call in this way.
 fn faulty(work: &Work, fault: &str, at: u64) -> Ended {
-    let mut command = work.hone(&arguments());
-    command.env("LD_PRELOAD", shim()).env("FAULT", fault).env("FAULT_AT", at.to_string());
+    let mut command = plain(work);
+    command.env("FAULT", fault).env("FAULT_AT", at.to_string());
     end(&mut command)
 }
 
@@ -71,16 +75,42 @@ fn results(work: &Work) -> (Vec<u8>, String) {
     (work.read("out/adapter_model.safetensors"), index["manifests"][0]["digest"].as_str().unwrap().to_owned())
 }
 
+/// The golden Llama and some rows.
+fn small() -> Work {
+    let work = Work::new();
+    work.copy("llama3/model", "model");
+    let row = |n: usize| format!("{{\"prompt\":\"{n} + {n} =\",\"completion\":\" {}\"}}\n", 2 * n);
+    work.write("data.jsonl", (0..24).map(row).collect::<String>());
+    work
+}
+
+/// What an undisturbed run gives, and how many calls it makes.
+struct Undisturbed {
+    results: (Vec<u8>, String),
+    /// Calls that change files.
+    changes: u64,
+    /// Calls that open and read files.
+    reads: u64,
+}
+
+fn undisturbed() -> &'static Undisturbed {
+    static RUN: OnceLock<Undisturbed> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let work = small();
+        let mut counting = plain(&work);
+        counting.env("FAULT_COUNT", work.path("calls"));
+        assert_eq!(end(&mut counting).code, Some(0));
+        let calls: Vec<u64> = work.text("calls").split(' ').map(|count| count.parse().unwrap()).collect();
+        assert!(calls[0] > 60 && calls[1] > 60, "the shim sees {calls:?} calls");
+        Undisturbed { results: results(&work), changes: calls[0], reads: calls[1] }
+    })
+}
+
 /// A fault at every n-th call of an undisturbed run, each followed by an undisturbed restart, which must end with
 /// the bytes of the undisturbed run.
 fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
-    let straight = Work::with_llama();
-    let mut counting = straight.hone(&arguments());
-    counting.env("LD_PRELOAD", shim()).env("FAULT_COUNT", straight.path("calls"));
-    assert_eq!(end(&mut counting).code, Some(0));
-    let calls: u64 = straight.text("calls").parse().unwrap();
-    assert!(calls > 60, "the shim sees {calls} calls");
-    let expected = results(&straight);
+    let Undisturbed { results: expected, changes, reads } = undisturbed();
+    let calls = if fault == "read" { *reads } else { *changes };
     let every = if std::env::var("HONE_FAULTS").is_ok_and(|value| value == "all") {
         1
     } else {
@@ -89,25 +119,26 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     // Each of the first calls, which claim a folder, is tested.
     let places = (1..=12).chain((13..=calls).step_by(usize::try_from(every).unwrap()));
     for at in places {
-        let work = Work::with_llama();
+        let work = small();
         let hurt = faulty(&work, fault, at);
         assert!(codes.contains(&hurt.code), "{fault} at {at} of {calls}: {:?}\n{}", hurt.code, hurt.stderr);
         if hurt.code != Some(0) {
             let message = std::fs::read(work.path("termination.json")).unwrap_or_default();
             let message = serde_json::from_slice::<serde_json::Value>(&message).ok();
             // A process that is killed before or during its first message, and a full disk, leave no message.
-            let speechless = hurt.code.is_none() || fault == "full";
+            let fails_for_good = ["full", "bad"].contains(&fault);
+            let speechless = hurt.code.is_none() || fails_for_good;
             assert!(message.is_some() || speechless, "{fault} at {at}: no last word");
-            // On a full disk, the message that was written ahead stays.
-            if let Some(message) = message.filter(|_| fault != "full") {
+            // On such a disk, the message that was written ahead stays.
+            if let Some(message) = message.filter(|_| !fails_for_good) {
                 let code = hurt.code.map_or(137, i64::from);
                 assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
                 assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
             }
         }
-        let again = work.run(&arguments());
+        let again = end(&mut plain(&work));
         assert_eq!(again.code, Some(0), "after {fault} at {at} of {calls}:\n{}", again.stderr);
-        assert!(results(&work) == expected, "after {fault} at {at} of {calls}: other bytes");
+        assert!(results(&work) == *expected, "after {fault} at {at} of {calls}: other bytes");
         for folder in ["out", "out/checkpoints", "image", "image/blobs/sha256"] {
             let left = work
                 .list(folder)
@@ -139,6 +170,31 @@ fn a_failing_call_is_told_as_such_and_a_run_ends_in_the_same_bytes() {
 }
 
 #[test]
+fn a_call_that_cannot_read_is_told_as_such_and_a_run_ends_in_the_same_bytes() {
+    sweep("read", &[Some(21), Some(23), Some(0)], 40);
+}
+
+#[test]
+fn killed_after_any_call_a_run_ends_in_the_same_bytes() {
+    sweep("after", &[None, Some(0)], 10);
+}
+
+#[test]
+fn a_disk_that_fails_for_good_is_told_as_such_and_a_run_ends_in_the_same_bytes() {
+    sweep("bad", &[Some(21), Some(23), Some(0)], 6);
+}
+
+#[test]
+fn a_short_write_changes_nothing() {
+    sweep("short", &[Some(0)], 6);
+}
+
+#[test]
+fn two_signals_at_any_call_leave_a_run_that_ends_in_the_same_bytes() {
+    sweep("twice", &[Some(30), Some(31), Some(0), None], 6);
+}
+
+#[test]
 fn stopped_at_any_call_a_run_ends_in_the_same_bytes() {
     // The first calls come before the program listens to signals.
     sweep("term", &[Some(30), Some(31), Some(0), None], 10);
@@ -153,6 +209,7 @@ fn every_end_leaves_a_word() {
     assert_eq!((ended.code, work.json("termination.json")["code"].as_i64()), (Some(2), Some(2)));
     for (signals, code) in [(&[SIGKILL][..], 137), (&[SIGABRT], 70), (&[SIGTERM, SIGTERM], 31)] {
         let mut long = arguments();
+        long[4] = "data.parquet";
         long.extend([
             "--set",
             "TrainingArguments.max_steps=5000",
@@ -181,7 +238,7 @@ fn every_end_leaves_a_word() {
 
 #[test]
 fn a_folder_in_use_is_a_reason_to_try_again() {
-    let work = Work::with_llama();
+    let work = small();
     std::fs::create_dir(work.path("out")).unwrap();
     let lock = std::fs::File::create(work.path("out/.hone.lock")).unwrap();
     lock.lock().unwrap();
@@ -375,6 +432,100 @@ fn absurd_models_end_with_12() {
 }
 
 #[test]
+fn absurd_numbers_of_keys_are_refused_or_used() {
+    const MOST: &str = "9223372036854775807";
+    for (key, value, codes) in [
+        ("LoraConfig.r", MOST, &[10][..]),
+        ("LoraConfig.r", "1000000", &[14, 0]),
+        ("LoraConfig.rank_pattern", "{q_proj: 1e300}", &[10]),
+        ("TrainingArguments.per_device_train_batch_size", MOST, &[0]),
+        ("TrainingArguments.gradient_accumulation_steps", MOST, &[0]),
+        ("TrainingArguments.max_length", MOST, &[0]),
+        ("TrainingArguments.learning_rate", "5e-324", &[15]),
+        ("TrainingArguments.max_grad_norm", "1e-320", &[15]),
+        ("TrainingArguments.adam_epsilon", "0", &[15]),
+        ("LoraConfig.lora_alpha", "1e308", &[15]),
+        ("TrainingArguments.num_train_epochs", "1e300", &[10]),
+        ("answers", MOST, &[0]),
+        ("spike_window", MOST, &[10]),
+    ] {
+        let work = small();
+        let mut command = plain(&work);
+        command.args(["--set", &format!("{key}={value}"), "--set", "spike_policy=stop"]);
+        let ended = end(&mut command);
+        assert!(
+            codes.contains(&ended.code.unwrap_or(-1)),
+            "{key}={value}: {:?}\n{}",
+            ended.code,
+            ended.stderr
+        );
+    }
+}
+
+/// Puts a pipe without a writer in place of a file.
+fn pipe(work: &Work, name: &str) {
+    let _ = std::fs::remove_file(work.path(name));
+    assert!(Command::new("mkfifo").arg(work.path(name)).status().unwrap().success());
+}
+
+#[test]
+fn pipes_and_endless_files_are_refused_at_once() {
+    let texts = ["tokenizer_config", "special_tokens_map", "generation_config", "chat_template"];
+    let texts = texts.map(|name| format!("model/{name}.json"));
+    let weights =
+        ["model/model.safetensors", "model/tokenizer.json", "model/chat_template.jinja"].map(String::from);
+    for name in texts.iter().chain(&weights) {
+        let work = Work::with_llama();
+        pipe(&work, name);
+        let ended = attacked(&work, &[]);
+        assert!(
+            ended.code == Some(12) && ended.stderr.contains("not a plain file"),
+            "{name}: {}",
+            ended.stderr
+        );
+    }
+    let work = Work::with_llama();
+    pipe(&work, "data.parquet");
+    assert_eq!(attacked(&work, &[]).code, Some(11));
+    for (flag, code) in [("--ca-file", 10), ("--docker-config", 13), ("--config", 10), ("--init-adapter", 10)]
+    {
+        let more = ["--data", "https://127.0.0.1:1/x", "--push", "127.0.0.1:1/a:1"];
+        let work = Work::with_llama();
+        pipe(&work, "pipe");
+        for place in ["pipe", "/dev/zero"] {
+            // No writer ever comes to the pipe of a configuration; a shell's own has one, so that it is waited for.
+            if (flag, place) == ("--config", "pipe") {
+                continue;
+            }
+            let ended = attacked(&work, &[&[flag, place][..], &more].concat());
+            let codes = [Some(code), Some(12), Some(20), Some(10)];
+            assert!(codes.contains(&ended.code), "{flag} {place}: {:?}\n{}", ended.code, ended.stderr);
+        }
+    }
+}
+
+#[test]
+fn pipes_in_the_output_folder_hang_nothing() {
+    let work = small();
+    assert_eq!(end(&mut plain(&work)).code, Some(0));
+    for name in ["timeline.jsonl", "metrics.jsonl", "report.json", "report.html", "README.md"] {
+        std::fs::remove_file(work.path("out/fine_tuning_completed.txt")).unwrap();
+        pipe(&work, &format!("out/{name}"));
+        let mut running = work.start_command(&mut plain(&work), "log");
+        running.until("the end", || work.path("out/fine_tuning_completed.txt").exists());
+        assert_eq!(running.end().0, Some(0), "{name}");
+        let _ = std::fs::remove_file(work.path(&format!("out/{name}")));
+    }
+    pipe(&work, "termination.json");
+    let mut running = work.start_command(&mut plain(&work), "log");
+    let began = Instant::now();
+    running.until("the end", || {
+        began.elapsed() > Duration::from_millis(200) || work.text("log").contains("image")
+    });
+    assert_eq!(running.end().0, Some(0), "a last word into a pipe");
+}
+
+#[test]
 fn an_adapter_without_effect_is_never_shipped() {
     let work = Work::with_llama();
     let ended = attacked(&work, &["--set", "TrainingArguments.learning_rate=0.0"]);
@@ -390,79 +541,173 @@ fn an_adapter_without_effect_is_never_shipped() {
 
 // ---- secrets ----
 
+/// What no output may hold.
+const CANARY: &str = "CANARYcanaryCANARY0123456789";
+
+/// Arguments of `hone run`, by `|`; § is the secret.
+const ARGUMENTS: [&str; 51] = [
+    "--data|https://user:§@127.0.0.1:1/x?sig=§#§",
+    "--data|https//user:§@host/x?sig=§",
+    "--data|http:/user:§@host/x?sig=§",
+    "--data|http:user:§@host/x",
+    "--data|user:§@host/x?sig=§",
+    "--data|host/x.parquet?sig=§",
+    "--data|ftp://user:§@host/x",
+    "--data|file://user:§@host/x?sig=§",
+    "--data|oci://user:§@host/x",
+    "--data|http://127.0.0.1:99999/x?sig=§",
+    "--data|http://user:§@169.254.169.254/x?sig=§",
+    "--data|hf://user:§@host/x",
+    "--data|HTTPS://USER:§@127.0.0.1:1/x?X-Amz-Signature=§",
+    "--data|//user:§@host/x?sig=§",
+    "--data|https:\\\\user:§@host\\x?sig=§",
+    "--data|https://127.0.0.1:1/x#sha256=§",
+    "--data|https://127.0.0.1:1/x?a=1&token=§#layout=text",
+    "--data|s3://key:§@bucket/x?sig=§",
+    "--data|gs://user:§@bucket/x?sig=§",
+    "--data|az://user:§@container/x?sig=§",
+    "--model|https://user:§@host/m?sig=§",
+    "--model|https//user:§@host/m?sig=§",
+    "--model|user:§@host/m?sig=§",
+    "--model|hf://user:§@host/m?sig=§",
+    "--model|oci://user:§@host/m?sig=§",
+    "--model|s3://user:§@bucket/m?sig=§",
+    "--push|https://user:§@host/a:1",
+    "--push|user:§@host/a:1",
+    "--push|oci:https://user:§@host/a:1",
+    "--output|https://user:§@host/o?sig=§",
+    "--ca-file|https://user:§@host/o?sig=§",
+    "--docker-config|https://user:§@host/o?sig=§",
+    "--cache|https://user:§@host/o?sig=§",
+    "--set|https://user:§@host/k?sig=§=1",
+    "--set|TrainingArguments.https://user:§@host/k=1",
+    "--set|TrainingArguments.learning_rate=https://user:§@host/k?sig=§",
+    "--set|TrainingArguments.output_dir=https://user:§@host/o?sig=§",
+    "--set|TrainingArguments.learning_rate=§",
+    "--set|TrainingArguments.max_steps=§",
+    "--set|TrainingArguments.save_strategy=§",
+    "--set|TrainingArguments.packing=§",
+    "--set|data=https://user:§@127.0.0.1:1/x?sig=§",
+    "--set|mlflow=http://user:§@127.0.0.1:1/x?token=§|--set|TrainingArguments.report_to=[mlflow]",
+    "--set|pushgateway=http://user:§@127.0.0.1:1/x?token=§",
+    "--set|otlp=http://user:§@127.0.0.1:1/x?token=§",
+    "--config|https://user:§@host/c.yaml?sig=§",
+    "--init-adapter|https://user:§@host/a?sig=§",
+    "--token|https://user:§@host/a?sig=§",
+    "--metrics|https://user:§@host:1/a?sig=§",
+    "https://user:§@host/job.yaml?sig=§",
+    "user:§@host/job.yaml?sig=§",
+];
+
+/// A variable of the environment, its value, and the arguments that make use of it.
+const VARIABLES: [(&str, &str, &str); 14] = [
+    ("HTTPS_PROXY", "http://user:§@127.0.0.1:1", "--data|https://127.0.0.2:1/x"),
+    ("HTTP_PROXY", "http//user:§@127.0.0.1", "--data|http://127.0.0.2:1/x"),
+    ("HF_TOKEN", "§\u{e9}", "--model|hf://org/tiny"),
+    ("HF_ENDPOINT", "https://user:§@127.0.0.1:1?t=§", "--model|hf://org/tiny"),
+    ("HONE_REGISTRY_PASSWORD", "§", "--push|127.0.0.1:1/a:1"),
+    ("AWS_SECRET_ACCESS_KEY", "§", "--data|s3://bucket/x.parquet"),
+    ("AWS_ENDPOINT_URL", "http://user:§@127.0.0.1:1", "--data|s3://bucket/x.parquet"),
+    ("AZURE_STORAGE_ACCOUNT_KEY", "§", "--data|az://container/x.parquet"),
+    ("GOOGLE_SERVICE_ACCOUNT_KEY", "{\"private_key\": \"§", "--data|gs://bucket/x.parquet"),
+    ("MLFLOW_TRACKING_URI", "http://user:§@127.0.0.1:1?t=§", "--set|TrainingArguments.report_to=[mlflow]"),
+    (
+        "MLFLOW_TRACKING_TOKEN",
+        "§",
+        "--set|mlflow=http://127.0.0.1:1|--set|TrainingArguments.report_to=[mlflow]",
+    ),
+    ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=§", "--set|otlp=http://127.0.0.1:1"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:§@127.0.0.1:1", ""),
+    ("YAML_FILE_PATH", "https://user:§@host/c.yaml?sig=§", ""),
+];
+
+/// The content of a file, and the arguments that read it.
+const FILES: [(&str, &str); 9] = [
+    ("training_config:\n  TrainingArguments: {learning_rate: §}\n", "--config|file"),
+    ("training_config:\n  TrainingArguments: {https://user:§@h/x: 1}\n", "--config|file"),
+    ("training_config:\n  TrainingArguments: {report_to: \"https://user:§@h\n", "--config|file"),
+    ("data: [{url: \"https://user:§@127.0.0.1:1/x?sig=§\", weight: many}]\n", "file"),
+    ("push: https://user:§@host/a:1\n§\n", "file"),
+    ("{\"auths\": {\"127.0.0.1:1\": {\"auth\": \"§\"}}}", "--docker-config|file|--push|127.0.0.1:1/a:1"),
+    (
+        "{\"auths\": {\"127.0.0.1:1\": {\"password\": \"§\", \"username\": 5}}}",
+        "--docker-config|file|--push|127.0.0.1:1/a:1",
+    ),
+    ("{\"auths\": {\"127.0.0.1:1\": \"§", "--docker-config|file|--push|127.0.0.1:1/a:1"),
+    ("-----BEGIN PRIVATE KEY-----\nC\n", "--ca-file|file|--data|https://127.0.0.1:1/x"),
+];
+
+/// The first 56 are the ways in of the attack that this test comes from; each has its case here.
 #[test]
 fn no_way_in_shows_a_secret() {
-    const C: &str = "CANARYcanaryCANARY0123456789";
-    let ways: Vec<Vec<String>> = [
-        "--data|https://user:C@127.0.0.1:1/x?sig=C#C",
-        "--data|https//user:C@host/x?sig=C",
-        "--data|http:/user:C@host/x?sig=C",
-        "--data|http:user:C@host/x",
-        "--data|user:C@host/x?sig=C",
-        "--data|host/x.parquet?sig=C",
-        "--data|ftp://user:C@host/x",
-        "--data|file://user:C@host/x?sig=C",
-        "--data|oci://user:C@host/x",
-        "--data|http://127.0.0.1:99999/x?sig=C",
-        "--data|http://user:C@169.254.169.254/x?sig=C",
-        "--data|hf://user:C@host/x",
-        "--model|https://user:C@host/m?sig=C",
-        "--model|https//user:C@host/m?sig=C",
-        "--model|user:C@host/m?sig=C",
-        "--model|hf://user:C@host/m?sig=C",
-        "--model|oci://user:C@host/m?sig=C",
-        "--push|https://user:C@host/a:1",
-        "--push|user:C@host/a:1",
-        "--push|oci:https://user:C@host/a:1",
-        "--output|https://user:C@host/o?sig=C",
-        "--ca-file|https://user:C@host/o?sig=C",
-        "--docker-config|https://user:C@host/o?sig=C",
-        "--set|https://user:C@host/k?sig=C=1",
-        "--set|TrainingArguments.https://user:C@host/k=1",
-        "--set|TrainingArguments.learning_rate=https://user:C@host/k?sig=C",
-        "--set|TrainingArguments.learning_rate=C",
-        "--set|TrainingArguments.max_steps=C",
-        "--set|TrainingArguments.save_strategy=C",
-        "--set|TrainingArguments.packing=C",
-        "--set|data=https://user:C@127.0.0.1:1/x?sig=C",
-        "--config|https://user:C@host/c.yaml?sig=C",
-        "--init-adapter|https://user:C@host/a?sig=C",
-        "--token|https://user:C@host/a?sig=C",
-        "https://user:C@host/job.yaml?sig=C",
-        "user:C@host/job.yaml?sig=C",
-    ]
-    .iter()
-    .map(|way| way.split('|').map(|part| part.replace('C', C)).collect())
-    .collect();
-    for way in ways {
+    assert!(ARGUMENTS.len() + VARIABLES.len() + FILES.len() >= 56);
+    let filled = |text: &str| text.replace('§', CANARY);
+    let split =
+        |text: &str| -> Vec<String> { text.split('|').filter(|part| !part.is_empty()).map(filled).collect() };
+    for arguments in ARGUMENTS {
+        let arguments = split(arguments);
+        for command in ["run", "plan"] {
+            shows_nothing(&Work::with_llama(), command, &arguments, None);
+        }
+    }
+    for (name, value, arguments) in VARIABLES {
         let work = Work::with_llama();
-        let mut command = work.hone(&["run", "--log", "terminal"]);
-        if !way.iter().any(|part| part == "--model") {
-            command.args(["--model", "model"]);
-        }
-        if !way.iter().any(|part| part == "--data") {
-            command.args(["--data", "none.parquet"]);
-        }
-        command.args(&way).env("RUST_LOG", "trace").env("RUST_BACKTRACE", "0");
-        // No request may leave the machine, even if hone fails to refuse it.
-        command.env("HTTPS_PROXY", "http://127.0.0.1:1").env("HTTP_PROXY", "http://127.0.0.1:1");
-        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_TOKEN", C).env("HONE_REGISTRY_PASSWORD", C);
-        let began = Instant::now();
-        let mut child = command
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        while child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(4) {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let _ = child.kill();
-        let output = child.wait_with_output().unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        let message = std::fs::read(work.path("termination.json")).unwrap_or_default();
-        for text in [said, message] {
-            let text = String::from_utf8_lossy(&text);
-            assert!(!text.contains(C), "{way:?} shows its secret:\n{text}");
-        }
+        shows_nothing(&work, "run", &split(arguments), Some((name, &filled(value))));
+    }
+    for (content, arguments) in FILES {
+        let work = Work::with_llama();
+        work.write("file", filled(content));
+        shows_nothing(&work, "run", &split(arguments), None);
+    }
+}
+
+/// Runs a command whose secret must be in none of its outputs, in a network namespace of its own, so that no request
+/// leaves the machine even if hone fails to refuse it. Its waits are short: they pass on its own clock.
+fn shows_nothing(work: &Work, command: &str, arguments: &[String], variable: Option<(&str, &str)>) {
+    let plain = work.hone(&[]);
+    let mut hone = Command::new("unshare");
+    hone.args(["--map-root-user", "--net"]).arg(plain.get_program()).args([command, "--log", "terminal"]);
+    hone.env_clear().envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    hone.current_dir(work.path("")).stdin(std::process::Stdio::null());
+    if !arguments.iter().any(|part| part == "--model") {
+        hone.args(["--model", "model"]);
+    }
+    if !arguments.iter().any(|part| part == "--data") {
+        hone.args(["--data", "data.parquet"]);
+    }
+    if !arguments.iter().any(|part| part == "--output") && command == "run" {
+        hone.args(["--output", "out"]);
+    }
+    hone.args(["--set", "TrainingArguments.max_steps=1", "--set", "TrainingArguments.max_length=32"]);
+    hone.args(arguments).env("RUST_LOG", "trace").env("RUST_BACKTRACE", "0");
+    hone.env("HTTPS_PROXY", "http://127.0.0.1:1").env("HTTP_PROXY", "http://127.0.0.1:1");
+    hone.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_TOKEN", CANARY);
+    hone.env("HONE_REGISTRY_USERNAME", "user").env("HONE_REGISTRY_PASSWORD", CANARY);
+    hone.env("AWS_ACCESS_KEY_ID", "key").env("AWS_REGION", "r").env("AZURE_STORAGE_ACCOUNT_NAME", "a");
+    hone.env("LD_PRELOAD", shim::shim()).env("FAULT_CLOCK", "0").env("FAULT_QUICK", "1");
+    if arguments.iter().any(|part| part == "--docker-config") {
+        hone.env_remove("HONE_REGISTRY_USERNAME").env_remove("HONE_REGISTRY_PASSWORD");
+    }
+    if let Some((name, value)) = variable {
+        hone.env(name, value);
+    }
+    let log = std::fs::File::create(work.path("log")).unwrap();
+    let mut child = hone.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+    let began = Instant::now();
+    while child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(6) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // What it has said by now is judged.
+    let _ = child.kill();
+    let _ = child.wait();
+    let kept =
+        ["out/hone.json", "out/report.json", "out/report.html", "out/README.md", "out/adapter_config.json"];
+    for name in ["log", "termination.json"].iter().chain(&kept) {
+        let text = std::fs::read(work.path(name)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        assert!(
+            !text.contains(CANARY),
+            "{command} {arguments:?} {variable:?} shows its secret in {name}:\n{text}"
+        );
     }
 }

@@ -8,6 +8,8 @@ mod http;
 mod job;
 #[path = "support/registry.rs"]
 mod registry;
+#[path = "support/random.rs"]
+mod random;
 
 use std::collections::BTreeMap;
 use std::path::Path;

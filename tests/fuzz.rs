@@ -1,12 +1,24 @@
 //! Readers against damaged and strange data: every container and every layout, mutated by a seeded generator. Whatever
-//! comes, the reader gives rows or a fault of the data, in bounded time and memory, and never panics.
+//! comes, the reader gives rows or a fault of the data, in bounded time and memory, and never panics. `fuzz/inputs.rs`
+//! does the same to everything else that a job is given.
 //!
 //! `cargo test --test fuzz` tries a few hundred cases of each. `HONE_FUZZ_SECONDS=600` goes on for so long (for each
 //! test), and `HONE_FUZZ_SEED=N` begins elsewhere. A case that fails is named by its seed and left in a file.
 
+#[path = "support/data.rs"]
+mod data;
+#[path = "support/http.rs"]
+mod http;
+#[path = "fuzz/inputs.rs"]
+mod inputs;
+#[path = "support/mutate.rs"]
+mod mutate;
+#[path = "support/random.rs"]
+mod random;
+
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,82 +28,24 @@ use arrow::array::{
 use arrow::datatypes::{DataType, Field, Fields, Schema};
 use arrow::ipc::CompressionType;
 use arrow::ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
-use hone::dataset::{self, BadRows, LossOn, Names, Options, TokenOptions, Tokenizer};
+use data::{OPTIONS, written};
+use hone::dataset::{self, BadRows, LossOn, Options, TokenOptions, Tokenizer};
 use hone::fault::Kind;
 use hone::report::Report;
-use hone::source;
+use mutate::{change, each_case, keep, mutated};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, GzipLevel, ZstdLevel};
 use parquet::file::properties::WriterProperties;
+use random::Random;
 use serde_json::{Value, json};
 
-const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: false,
-    seed: 0,
-    train_share: 1.0,
-    evaluation_from: None,
-    group_column: None,
-};
-/// Cases of a test without `HONE_FUZZ_SECONDS`.
-const CASES: u64 = 400;
 /// LIMIT: the longest case; a reader's own limits are in seconds.
 const CASE_MAX: Duration = Duration::from_secs(20);
-
-/// Numbers that repeat from run to run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
-    }
-
-    fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
-        &list[self.below(list.len())]
-    }
-}
-
-/// Runs `case` with one seed after the other, for as many or as long as the environment says.
-fn each_case(case: impl Fn(u64)) {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let first = number("HONE_FUZZ_SEED").unwrap_or(1);
-    let end = number("HONE_FUZZ_SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let mut tried = 0;
-    for seed in first.. {
-        if end.map_or(tried >= CASES, |end| Instant::now() >= end) {
-            break;
-        }
-        case(seed);
-        tried += 1;
-    }
-    println!("{tried} cases from seed {first}");
-    assert!(tried > 0);
-}
 
 /// Reads the file; `None`: it was refused. Panics, slow cases and faults of another kind are failures.
 fn read(seed: u64, name: &str, content: &[u8], options: &Options) -> Option<dataset::Dataset> {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("blob");
-    std::fs::write(&path, content).unwrap();
-    let bytes = content.len() as u64;
-    let file = source::File { path, name: name.into(), bytes, sha256: String::new(), entry: 0 };
+    let file = written(folder.path(), name, content);
     let began = Instant::now();
     let read = catch_unwind(AssertUnwindSafe(|| dataset::read(&[file], options, &Report::silent())));
     let failed = match &read {
@@ -106,12 +60,6 @@ fn read(seed: u64, name: &str, content: &[u8], options: &Options) -> Option<data
         panic!("seed {seed}, {name}: {what}; kept in {}", kept.display());
     }
     read.unwrap().ok()
-}
-
-fn keep(seed: u64, name: &str, content: &[u8]) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("hone-fuzz-{seed}-{}", name.replace('/', "-")));
-    std::fs::write(&path, content).unwrap();
-    path
 }
 
 /// Rows of every layout, as JSON.
@@ -267,74 +215,6 @@ fn files() -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// One to a dozen changes of bytes, or of a whole part of the file.
-fn mutated(random: &mut Random, content: &[u8], others: &[(String, Vec<u8>)]) -> Vec<u8> {
-    let mut bytes = content.to_vec();
-    let most = if random.below(3) == 0 { 12 } else { 2 };
-    for _ in 0..1 + random.below(most) {
-        if bytes.is_empty() {
-            break;
-        }
-        // The ends of binary files are their heads.
-        let near_end = random.below(3) == 0;
-        let at = match near_end {
-            true => bytes.len() - 1 - random.below(bytes.len().min(400)),
-            false => random.below(bytes.len()),
-        };
-        let length = (1 + random.below(64)).min(bytes.len() - at);
-        match random.below(9) {
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = random.next() as u8,
-            2 => bytes.truncate(at),
-            3 => drop(bytes.drain(at..at + length)),
-            4 => {
-                let part = bytes[at..at + length].to_vec();
-                let to = random.below(bytes.len());
-                bytes.splice(to..to, part);
-            }
-            5 => {
-                // Numbers that lengths and counts are made of.
-                let numbers: [i64; 8] =
-                    [0, -1, i64::MAX, i64::MIN, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 1 << 40];
-                let number = random.pick(&numbers).to_le_bytes();
-                let width = *random.pick(&[2, 4, 8]);
-                let width = width.min(bytes.len() - at);
-                bytes[at..at + width].copy_from_slice(&number[..width]);
-            }
-            6 => {
-                let (_, other) = random.pick(others);
-                let from = random.below(other.len());
-                let part = other[from..(from + length * 8).min(other.len())].to_vec();
-                bytes.splice(at..at + length, part);
-            }
-            7 => {
-                // Varints of thrift and flatbuffers.
-                let part: Vec<u8> = (0..random.below(10)).map(|_| 0x80 | random.next() as u8).collect();
-                bytes.splice(at..at + part.len().min(length), part);
-            }
-            _ => {
-                let texts: [&[u8]; 12] = [
-                    b"\"",
-                    b"\\",
-                    b"{",
-                    b"[",
-                    b"]}",
-                    b"\n",
-                    b"\r\n",
-                    b"\0",
-                    b"\xff",
-                    b"null",
-                    b"\xef\xbb\xbf",
-                    b"\\ud800",
-                ];
-                let text = random.pick(&texts).to_vec();
-                bytes.splice(at..at, text);
-            }
-        }
-    }
-    bytes
-}
-
 #[test]
 fn whole_files_are_read() {
     let mut sum = 0;
@@ -351,7 +231,7 @@ fn whole_files_are_read() {
 #[test]
 fn no_damage_of_a_file_breaks_its_reader() {
     let files = files();
-    each_case(|seed| {
+    each_case(400, |seed| {
         let mut random = Random(seed);
         let (name, content) = random.pick(&files).clone();
         let bytes = mutated(&mut random, &content, &files);
@@ -359,36 +239,6 @@ fn no_damage_of_a_file_breaks_its_reader() {
         let name = if random.below(8) == 0 { random.pick(&files).0.clone() } else { name };
         read(seed, &name, &bytes, &OPTIONS);
     });
-}
-
-/// Values that stand where another kind is expected.
-fn strange(random: &mut Random) -> Value {
-    let list = [
-        json!(null),
-        json!(true),
-        json!(0),
-        json!(-1),
-        json!(18446744073709551615_u64),
-        json!(1e308),
-        json!(0.1),
-        json!(""),
-        json!(" \n"),
-        json!("\u{10f0f0}\u{10fffd}\u{f0f0a}"),
-        json!("{% endfor %}{{ x }}"),
-        json!("[1, 2]"),
-        json!("{\"a\": [null]}"),
-        json!("<think></think>"),
-        json!("<|eot_id|>"),
-        json!([]),
-        json!([[]]),
-        json!({}),
-        json!([null]),
-        json!([{"role": "user"}]),
-        json!({"role": "assistant", "content": "x"}),
-        json!({"type": "image_url"}),
-        json!("w ".repeat(3000)),
-    ];
-    random.pick(&list).clone()
 }
 
 /// Names that readers look for.
@@ -423,41 +273,6 @@ const NAMES: [&str; 28] = [
     "id",
 ];
 
-/// Changes one place of a row: a value, a name, or what a list holds.
-fn change(random: &mut Random, value: &mut Value) {
-    let stop = random.below(4) == 0;
-    match value {
-        Value::Object(fields) if !fields.is_empty() && !stop => {
-            let keys: Vec<String> = fields.keys().cloned().collect();
-            let key = random.pick(&keys).clone();
-            match random.below(6) {
-                0 => {
-                    let moved = fields.remove(&key).unwrap();
-                    let name = *random.pick(&NAMES);
-                    let name = if random.below(5) == 0 { name.to_uppercase() } else { name.to_owned() };
-                    fields.insert(name, moved);
-                }
-                1 => drop(fields.remove(&key)),
-                2 => {
-                    let (name, added) = (*random.pick(&NAMES), strange(random));
-                    fields.insert(name.to_owned(), added);
-                }
-                _ => change(random, fields.get_mut(&key).unwrap()),
-            }
-        }
-        Value::Array(items) if !items.is_empty() && !stop => {
-            let at = random.below(items.len());
-            match random.below(6) {
-                0 => drop(items.remove(at)),
-                1 => items.insert(at, items[at].clone()),
-                2 => items.insert(at, strange(random)),
-                _ => change(random, &mut items[at]),
-            }
-        }
-        value => *value = strange(random),
-    }
-}
-
 #[test]
 fn no_strange_row_breaks_its_layout_or_its_template() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama3/model");
@@ -471,7 +286,7 @@ fn no_strange_row_breaks_its_layout_or_its_template() {
         .map(|text| text.as_str().unwrap().into())
         .collect();
     let layouts = layouts();
-    each_case(|seed| {
+    each_case(400, |seed| {
         let mut random = Random(seed);
         let mut rows: Vec<Value> =
             (0..1 + random.below(4)).flat_map(|_| random.pick(&layouts).clone()).collect();
@@ -480,7 +295,7 @@ fn no_strange_row_breaks_its_layout_or_its_template() {
         }
         for _ in 0..1 + random.below(4) {
             let at = random.below(rows.len());
-            change(&mut random, &mut rows[at]);
+            change(&mut random, &NAMES, &mut rows[at]);
         }
         let bad_rows = BadRows::Drop { share_max: 1.0 };
         let options = Options { bad_rows, ..OPTIONS };

@@ -1,30 +1,16 @@
 //! Layouts other than conversations, and several datasets in one run.
 
+#[path = "support/data.rs"]
+mod data;
+
+use data::OPTIONS;
 use hone::dataset::{
-    self, BadRows, Conversation, Dataset, Layout, LossOn, Names, Options, Share, TokenOptions, Tokenizer,
+    self, BadRows, Conversation, Dataset, Layout, LossOn, Options, Share, TokenOptions, Tokenizer,
 };
 use hone::fault::{Fault, Kind};
 use hone::report::Report;
 use hone::source;
 use std::path::Path;
-
-const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: false,
-    seed: 0,
-    train_share: 1.0,
-    evaluation_from: None,
-    group_column: None,
-};
 
 /// Files of JSON lines, each an entry of its own.
 fn read(entries: &[&str], options: &Options) -> Result<Dataset, Fault> {

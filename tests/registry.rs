@@ -5,6 +5,8 @@
 mod fake_registry;
 #[path = "support/registry.rs"]
 mod support;
+#[path = "support/random.rs"]
+mod random;
 
 use std::path::Path;
 use std::process::Command;
@@ -370,6 +372,19 @@ fn passing_failures_are_repeated() {
         push_to(Manners { fail_first: Some((99, 502)), ..Default::default() }, 1000, support::quick());
     let fault = result.unwrap_err();
     assert!(fault.kind == Kind::Push && fault.message.contains("502"), "{fault}");
+}
+
+/// Without an answer to the question for the kind of login, a registry must not be taken for one without any.
+#[test]
+fn a_registry_that_fails_when_it_is_asked_for_its_login_is_asked_again() {
+    for fail in [429, 503] {
+        let manners = Manners { bearer: true, fail_probe: Some((2, fail)), ..Default::default() };
+        let (result, fake) = push_to(manners, 1000, support::quick());
+        result.unwrap_or_else(|fault| panic!("{fail}: {fault}\n{:?}", fake.log()));
+    }
+    let manners = Manners { bearer: true, fail_probe: Some((99, 503)), ..Default::default() };
+    let (result, _) = push_to(manners, 1000, support::quick());
+    assert_eq!(result.unwrap_err().kind, Kind::Push);
 }
 
 #[test]

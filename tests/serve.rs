@@ -4,6 +4,8 @@
 mod fake_registry;
 #[path = "support/http.rs"]
 mod http;
+#[path = "support/random.rs"]
+mod random;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

@@ -122,6 +122,7 @@ mod tests {
             best: Some(best),
             restored_step: Some(40),
             stopped_early: false,
+            skipped_steps: 0,
         };
         let card = Card {
             base_model: "owner/base: \"7b\"",

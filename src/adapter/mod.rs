@@ -14,12 +14,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::facts::sites::{self, Site};
-use crate::facts::{Facts, LoraInit, LoraOptions, Modules, Targets};
+use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets};
 use crate::fault::{Fault, Result};
 use crate::model::lora::{Pair, Pairs, Trainable};
 use crate::model::weights::unwrapped;
 use crate::ops::matmul::Weight;
 use crate::ops::{cpu, flat};
+use crate::plain;
 
 /// File of an adapter's configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -187,7 +188,7 @@ fn wrong(file: &Path, what: String) -> Fault {
 /// Reads `adapter_config.json` alone.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let file = folder.join(CONFIG_FILE);
-    let text = std::fs::read(&file).map_err(|error| wrong(&file, error.to_string()))?;
+    let text = plain::small(&file).map_err(|error| wrong(&file, error.to_string()).or_machines())?;
     serde_json::from_slice(&text).map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))
 }
 
@@ -220,9 +221,14 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
         return Err(wrong(&file, format!("{what} is not supported")).help("use a plain LoRA adapter"));
     }
+    let ranks = config.rank_pattern.values().filter_map(serde_json::Value::as_u64);
+    if let Some(rank) = ranks.chain([config.r as u64]).find(|rank| !(1..=RANK_MAX as u64).contains(rank)) {
+        return Err(wrong(&file, format!("a rank of {rank}, expected 1 to {RANK_MAX}")));
+    }
     let weights = folder.join(WEIGHTS_FILE);
+    plain::open(&weights).map_err(|error| wrong(&weights, format!("cannot read: {error}")).or_machines())?;
     let tensors = candle_core::safetensors::load(&weights, &Device::Cpu)
-        .map_err(|error| wrong(&weights, format!("cannot read: {error}")))?;
+        .map_err(|error| wrong(&weights, format!("cannot read: {error}")).or_machines())?;
     if config.lora_alpha.as_f64() == Some(0.0) {
         return Err(wrong(&file, "lora_alpha is 0, so that the adapter does nothing".into()));
     }

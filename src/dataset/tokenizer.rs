@@ -4,6 +4,7 @@ use super::harm;
 use super::words::Words;
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
+use crate::plain;
 use crate::source;
 use serde_json::Value;
 use std::path::Path;
@@ -581,15 +582,13 @@ fn optional(folder: &Path, name: &str) -> Result<Value> {
 
 fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let path = folder.join(name);
-    let bytes = match std::fs::metadata(&path) {
-        Ok(metadata) => metadata.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Fault::storage("read", &path, &error)),
-    };
-    if bytes > FILE_BYTES_MAX {
-        return Err(Fault::model(format!("{}: {bytes} bytes, limit {FILE_BYTES_MAX}", path.display())));
+    match plain::read(&path, FILE_BYTES_MAX) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            Err(Fault::unread(Kind::Model, format!("cannot read {}: {error}", path.display()), &error))
+        }
     }
-    std::fs::read(&path).map(Some).map_err(|error| Fault::storage("read", &path, &error))
 }
 
 #[cfg(test)]

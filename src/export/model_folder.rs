@@ -11,6 +11,7 @@ use super::folder::{Folder, Writer};
 use super::merged::{Item, Merged};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
+use crate::plain;
 use crate::report::{Report, Stage, Unit};
 
 /// LIMIT: a file of a model's folder beside its weights.
@@ -259,7 +260,7 @@ fn generation(beside: &Beside) -> Result<Option<Map<String, Json>>> {
 
 fn object(folder: &Path, name: &str) -> Result<Option<Map<String, Json>>> {
     let file = folder.join(name);
-    match std::fs::read(&file) {
+    match plain::small(&file) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map(Some)
             .map_err(|error| Fault::model(format!("{}: not a JSON object: {error}", file.display()))),

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
+use crate::plain;
 
 /// Multimodal models whose language part is a family of its own. The flag says whether the model ties its output
 /// head if neither part of the config states it (transformers' defaults). Mistral 3's default is tied, but its
@@ -25,8 +26,8 @@ impl Config {
     /// Reads `config.json` of a model folder. A missing, oversized or malformed file is a model fault.
     pub fn read(folder: &Path) -> Result<Config> {
         let file = folder.join("config.json");
-        let text = read_plain(&file).map_err(|error| {
-            Fault::model(format!("cannot read {}: {error}", file.display()))
+        let text = plain::read(&file, FILE_BYTES_MAX).map_err(|error| {
+            Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error)
                 .help("a model folder holds config.json, tokenizer.json and *.safetensors")
         })?;
         match serde_json::from_slice(&text) {
@@ -203,15 +204,6 @@ impl Config {
 
 /// LIMIT: the largest config.json in use has some hundred kB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
-
-/// Reads a regular file of at most `FILE_BYTES_MAX`.
-fn read_plain(file: &Path) -> std::io::Result<Vec<u8>> {
-    let found = std::fs::metadata(file)?;
-    match found.is_file() && found.len() <= FILE_BYTES_MAX {
-        true => std::fs::read(file),
-        false => Err(std::io::Error::other("not a plain file of at most 16 MB")),
-    }
-}
 
 #[cfg(test)]
 mod tests {

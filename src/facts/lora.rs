@@ -1,5 +1,8 @@
 //! The part of PEFT's LoraConfig that hone uses.
 
+/// LIMIT: the largest rank. Beyond the width of the widest layer it only takes memory; sizes must not overflow.
+pub const RANK_MAX: usize = 1 << 20;
+
 /// The keys of PEFT's LoraConfig that have an effect in hone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraOptions {

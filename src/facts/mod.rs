@@ -24,6 +24,6 @@ pub use decoder::{
 };
 pub use heads::{Heads, Layout};
 pub use keep::Keep;
-pub use lora::{LoraInit, LoraOptions, Matching, Modules, Targets};
+pub use lora::{LoraInit, LoraOptions, Matching, Modules, RANK_MAX, Targets};
 pub use precision::Precision;
 pub use quantization::{Code as FourBitCode, Quantization};

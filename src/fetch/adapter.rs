@@ -22,7 +22,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
 use crate::source;
-use crate::{whole, words};
+use crate::{plain, whole, words};
 
 /// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
 const ATTEMPTS_WITH_COPY: u32 = 2;
@@ -299,7 +299,7 @@ fn last(source: &Adapter, cache: &Path, report: &Report) -> Result<Option<(PathB
 }
 
 fn read(home: &Path) -> Option<Record> {
-    serde_json::from_slice(&fs::read(home.join(RECORD)).ok()?).ok()
+    serde_json::from_slice(&plain::small(&home.join(RECORD)).ok()?).ok()
 }
 
 fn data_folder(source: &Adapter, home: &Path) -> PathBuf {

@@ -5,6 +5,7 @@
 //! change the folder, but not to read a whole one.
 
 use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::{Report, Stage};
-use crate::whole;
+use crate::{plain, whole};
 
 const RECORD: &str = ".hone-model.json";
 const LOCK: &str = ".hone.lock";
@@ -53,8 +54,16 @@ pub struct Folder {
 }
 
 /// Reads a folder's record. `None`: the folder was not made by hone.
-pub fn read(folder: &Path) -> Option<Record> {
-    serde_json::from_slice(&fs::read(folder.join(RECORD)).ok()?).ok()
+///
+/// # Errors
+/// Storage: there is a record, and it cannot be read. The folder must not be taken for another one then.
+pub fn read(folder: &Path) -> Result<Option<Record>> {
+    let file = folder.join(RECORD);
+    match plain::small(&file) {
+        Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(Fault::storage("read", &file, &error)),
+    }
 }
 
 impl Folder {
@@ -96,7 +105,7 @@ impl Folder {
     }
 
     /// The folder's record, if it has one.
-    pub fn record(&self) -> Option<Record> {
+    pub fn record(&self) -> Result<Option<Record>> {
         read(&self.path)
     }
 

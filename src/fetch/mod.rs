@@ -46,6 +46,7 @@ pub struct Access<'a> {
 /// safetensors, no config.json, hostile names, damage. Capacity: the cache's volume has too little space. Network
 /// and storage as in `source`.
 pub fn texts(model: &Model, access: Access, report: &Report) -> Result<PathBuf> {
+    source::collect(&access.source.cache);
     bring(model, Role::Text, access, report).map_err(of_model)
 }
 
@@ -59,8 +60,8 @@ pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf
 
 /// The revision of a fetched folder: the hub's commit, the manifest's digest, or a digest of an object store's
 /// listing. `None` for a folder of the user's own.
-pub fn revision(folder: &Path) -> Option<String> {
-    folder::read(folder).map(|record| record.revision)
+pub fn revision(folder: &Path) -> Result<Option<String>> {
+    Ok(folder::read(folder)?.map(|record| record.revision))
 }
 
 /// Downloads data. Each file carries the index of its entry in `list`. An image's `/data` becomes files; other
@@ -88,12 +89,12 @@ fn bring(model: &Model, up_to: Role, access: Access, report: &Report) -> Result<
     if let Model::Folder(_) = model {
         return Ok(path);
     }
-    if folder::read(&path).is_some_and(|record| record.whole) {
+    if folder::read(&path)?.is_some_and(|record| record.whole) {
         return Ok(path);
     }
     let folder = Folder::open(&path, access.source.total_timeout, report)?;
     // Another process may have filled the folder while this one waited.
-    let mut record = match folder.record() {
+    let mut record = match folder.record()? {
         Some(record) if record.whole => return Ok(path),
         Some(record) => record,
         None => list(model, &folder, access, report)?,

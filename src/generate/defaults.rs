@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::request::Sampling;
 use crate::dataset::{Chat, Tokenizer};
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
+use crate::plain;
 
 /// How a model generates where a request says nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,11 +74,13 @@ fn sampling(generation: &Value) -> Result<Sampling> {
 /// `Null` where there is no such file.
 fn json(folder: &Path, name: &str) -> Result<Value> {
     let file = folder.join(name);
-    match std::fs::read(&file) {
+    match plain::small(&file) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|error| Fault::model(format!("{}: not JSON: {error}", file.display()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(error) => Err(Fault::storage("read", &file, &error)),
+        Err(error) => {
+            Err(Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error))
+        }
     }
 }
 

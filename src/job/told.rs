@@ -62,7 +62,7 @@ pub(super) fn provenance(plan: &Plan, data: &[source::File]) -> Json {
     let data = data.iter().map(|file| json!({"name": file.name, "bytes": file.bytes, "sha256": file.sha256}));
     json!({
         "base": plan.base.to_string(),
-        "revision": fetch::revision(folder),
+        "revision": fetch::revision(folder).ok().flatten(),
         "model_files": MODEL_TEXTS.iter().filter_map(file).collect::<Vec<_>>(),
         "data": data.collect::<Vec<_>>(),
         "configuration_sha256": source::digest(plan.json().to_string().as_bytes()),

@@ -7,7 +7,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -17,6 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
+use crate::plain;
 
 use super::stored;
 
@@ -161,14 +161,16 @@ impl Checkpoint {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let damaged = |what: String| Fault::model(format!("{}: {what}", path.display()));
-        // A pipe would never end. A link to a file is fine, because caches use them.
-        if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
-            return Err(damaged("not a plain file".into()));
-        }
-        let file = File::open(&path).map_err(|error| damaged(format!("cannot open: {error}")))?;
+        let unread = |doing: &'static str| {
+            let path = &path;
+            move |error: std::io::Error| {
+                Fault::unread(Kind::Model, format!("{}: cannot {doing}: {error}", path.display()), &error)
+            }
+        };
+        let file = plain::open(&path).map_err(unread("open"))?;
         // SAFETY: the mapping is read-only, and a model folder is not written to while it is used. If the file is
         // cut short meanwhile, a read ends the process with SIGBUS, as for any mapping.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| damaged(format!("cannot map: {error}")))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(unread("map"))?;
         let header = map.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         if header > HEADER_BYTES_MAX {
             return Err(damaged(format!("its header has {header} bytes, the limit is {HEADER_BYTES_MAX}"))
@@ -366,7 +368,7 @@ fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
         weight_map: BTreeMap<String, String>,
     }
     let wrong = |error: String| Fault::model(format!("{}: {error}", file.display()));
-    let text = std::fs::read(file).map_err(|error| wrong(error.to_string()))?;
+    let text = plain::small(file).map_err(|error| wrong(error.to_string()).or_machines())?;
     let index: Index = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
     Ok(index.weight_map)
 }

@@ -2,7 +2,7 @@
 
 use super::reader::Reader;
 use crate::facts::{
-    FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, Targets,
+    FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, RANK_MAX, Targets,
 };
 use crate::memory;
 use crate::spec::Origin;
@@ -116,14 +116,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         Some("literal") => Matching::Literal,
         _ => Matching::Fused,
     };
-    let rank_pattern = reader.map(L, "rank_pattern");
-    if let Some((pattern, rank)) = rank_pattern.iter().find(|(_, rank)| rank.fract() != 0.0 || *rank < 1.0) {
-        let origin = reader.origin(L, "rank_pattern");
-        reader.wrong(
-            &origin,
-            format!("LoraConfig.rank_pattern: {pattern}: expected a whole number from 1, found {rank}"),
-        );
-    }
+    let rank_pattern = rank_pattern(reader);
     let alpha = reader.number(L, "lora_alpha");
     let alpha_pattern = reader.map(L, "alpha_pattern");
     if alpha == 0.0 {
@@ -142,7 +135,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     }
     let init = init(reader);
     LoraOptions {
-        r: reader.integer(L, "r") as usize,
+        r: rank(reader),
         alpha,
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
@@ -151,11 +144,35 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         exclude: exclude(reader),
         layers,
         layers_pattern,
-        rank_pattern: rank_pattern.into_iter().map(|(pattern, rank)| (pattern, rank as usize)).collect(),
+        rank_pattern,
         alpha_pattern,
         init,
         seed,
     }
+}
+
+fn rank(reader: &mut Reader) -> usize {
+    let rank = reader.integer(Section::LoraConfig, "r") as usize;
+    if rank > RANK_MAX {
+        let origin = reader.origin(Section::LoraConfig, "r");
+        reader.wrong(&origin, format!("LoraConfig.r: expected at most {RANK_MAX}, found {rank}"));
+    }
+    rank
+}
+
+fn rank_pattern(reader: &mut Reader) -> Vec<(String, usize)> {
+    let pattern = reader.map(Section::LoraConfig, "rank_pattern");
+    let is_rank = |rank: f64| rank.fract() == 0.0 && (1.0..=RANK_MAX as f64).contains(&rank);
+    if let Some((name, rank)) = pattern.iter().find(|(_, rank)| !is_rank(*rank)) {
+        let origin = reader.origin(Section::LoraConfig, "rank_pattern");
+        reader.wrong(
+            &origin,
+            format!(
+                "LoraConfig.rank_pattern: {name}: expected a whole number from 1 to {RANK_MAX}, found {rank}"
+            ),
+        );
+    }
+    pattern.into_iter().map(|(name, rank)| (name, rank as usize)).collect()
 }
 
 /// Ways of PEFT to begin that are not here, and why.

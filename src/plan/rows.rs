@@ -3,6 +3,7 @@
 use super::places::Entries;
 use super::reader::Reader;
 use crate::dataset::{self, BadRows, Layout, LossOn, Names, TokenCache, TokenOptions};
+use crate::plain;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
 use crate::spec::value::Value as Written;
@@ -154,7 +155,7 @@ fn chat_template(reader: &mut Reader) -> Option<String> {
     let read = || {
         use std::io::Read;
         let mut template = String::new();
-        std::fs::File::open(&text)?.take(TEMPLATE_BYTES_MAX + 1).read_to_string(&mut template)?;
+        plain::open(text.as_ref())?.take(TEMPLATE_BYTES_MAX + 1).read_to_string(&mut template)?;
         Ok::<_, std::io::Error>(template)
     };
     match read() {

@@ -86,6 +86,9 @@ fn kaitos_qlora_template() {
             bad_rows_max  0.5  default
             earlier_results  refuse  default
             answers  0  default
+            spike_policy  none  default
+            spike_factor  10.0  default
+            spike_window  32  default
             target_matching  fused  default
             mlflow_experiment  Default  default
             device  auto  default

@@ -5,10 +5,13 @@ use super::reader::Reader;
 use super::{judging, schedule};
 use crate::dataset;
 use crate::spec::keys::Section;
+use crate::train::spike::{Policy, Spikes};
 use crate::train::{self, Every, Warmup};
 
 /// Tokens of one packed pass. Activations grow with it, and beyond this a pass gains no speed.
 const PACKED_TOKENS_MAX: usize = 4096;
+/// LIMIT: a checkpoint holds two numbers of each step of the window.
+const SPIKE_WINDOW_MAX: i64 = 10_000;
 
 pub(super) fn train_options(
     reader: &mut Reader,
@@ -81,7 +84,32 @@ pub(super) fn train_options(
         loraplus_ratio: reader.maybe_number(T, "loraplus_lr_ratio"),
         label_smoothing: reader.number(T, "label_smoothing_factor"),
         neftune_alpha: reader.maybe_number(T, "neftune_noise_alpha").unwrap_or(0.0),
+        spikes: spikes(reader),
     }
+}
+
+/// `spike_policy` and what it goes by.
+fn spikes(reader: &mut Reader) -> Option<Spikes> {
+    use Section::Hone as H;
+    let (factor, window) = (reader.number(H, "spike_factor"), reader.integer(H, "spike_window"));
+    let policy = match reader.text(H, "spike_policy").as_deref() {
+        Some("stop") => Policy::Stop,
+        Some("skip") => Policy::Skip,
+        _ => {
+            for name in ["spike_factor", "spike_window"] {
+                if reader.given(H, name).is_some() {
+                    let origin = reader.origin(H, name);
+                    reader.warn(format!("{origin}: {name} does nothing without spike_policy: stop or skip"));
+                }
+            }
+            return None;
+        }
+    };
+    if window > SPIKE_WINDOW_MAX {
+        let origin = reader.origin(H, "spike_window");
+        reader.wrong(&origin, format!("spike_window: {window} steps; at most {SPIKE_WINDOW_MAX} are kept"));
+    }
+    Some(Spikes { policy, factor, window: window as usize })
 }
 
 /// A number of steps; below 1, a share of all steps, as in transformers.

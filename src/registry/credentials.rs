@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::fault::{Fault, Result};
 use crate::interrupt;
+use crate::plain;
 
 /// LIMIT: time of a credential helper; one that asks a cloud takes a second or two.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -197,7 +198,7 @@ fn read(path: &Path) -> Result<ConfigFile> {
             .help("expected docker's config.json: {\"auths\": {...}}")
     };
     let mut text = Vec::new();
-    std::fs::File::open(path)
+    plain::open(path)
         .and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_end(&mut text))
         .map_err(|error| wrong(error.to_string()))?;
     // The parser's own message may quote a value, which may be a password, so only the position is shown.

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::{CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE};
 use crate::fault::{Fault, Result};
+use crate::plain;
 use crate::words;
 
 const CONFIG_FILE: &str = "adapter_config.json";
@@ -243,7 +244,10 @@ fn check_weights(path: &Path) -> Result<()> {
         return Err(Fault::capacity(format!("{}: {bytes} bytes; a layer holds 8 GiB", path.display())));
     }
     let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|_| wrong(format!("{bytes} bytes are too few for safetensors")))?;
+    if bytes < length.len() as u64 {
+        return Err(wrong(format!("{bytes} bytes are too few for safetensors")));
+    }
+    file.read_exact(&mut length).map_err(storage)?;
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > WEIGHTS_HEADER_BYTES_MAX || header_bytes + 8 > bytes {
         return Err(wrong(format!("its header would have {header_bytes} bytes; the file has {bytes}")));
@@ -264,17 +268,13 @@ fn check_weights(path: &Path) -> Result<()> {
 }
 
 fn open(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|error| match error.kind() {
+    plain::open(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
             Fault::config(format!("{} does not exist", path.display()))
                 .help(format!("give a PEFT adapter folder: it holds {CONFIG_FILE} and {WEIGHTS_FILE}"))
         }
         _ => Fault::storage("open", path, &error),
-    })?;
-    match file.metadata() {
-        Ok(metadata) if metadata.is_file() => Ok(file),
-        _ => Err(Fault::config(format!("{} is not a file", path.display()))),
-    }
+    })
 }
 
 /// The compressed layer, and the digest of its uncompressed bytes. The fastest level is used: normally distributed

@@ -10,6 +10,7 @@ use super::image::{Blob, Hashing, Image};
 use super::manifest::{Descriptor, MANIFEST_BYTES_MAX, MANIFEST_TYPE, is_digest};
 use super::store::Store;
 use crate::fault::{Fault, Result};
+use crate::plain;
 use crate::report::Task;
 use crate::whole;
 
@@ -136,7 +137,7 @@ pub(super) fn refuse_other_folders(folder: &Path) -> Result<()> {
 
 fn read_index(folder: &Path) -> Result<Option<Value>> {
     let path = folder.join("index.json");
-    let text = match fs::read(&path) {
+    let text = match plain::small(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Fault::storage("read", &path, &error)),

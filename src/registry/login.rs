@@ -55,6 +55,10 @@ pub(super) async fn log_in(
     push: bool,
 ) -> Result<Session, Trouble> {
     let answer = http.get(base.clone()).send().await?;
+    // A registry that fails has not said whether it wants a login.
+    if matches!(answer.status().as_u16(), 408 | 425 | 429 | 500..=599) {
+        return Err(successful(answer).await.expect_err("the status says that it failed"));
+    }
     match challenge(&answer) {
         Challenge::None => Ok(RegistryAuth::Anonymous.into()),
         Challenge::Basic => {

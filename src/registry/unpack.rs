@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 
 const ROOT: &str = "data";
 const WHITEOUT: &str = ".wh.";
@@ -232,7 +232,7 @@ fn decoder<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
         .by_ref()
         .take(ZSTD_MAGIC.len() as u64)
         .read_to_end(&mut magic)
-        .map_err(|error| Fault::data(format!("cannot be read: {error}")))?;
+        .map_err(|error| Fault::unread(Kind::Data, format!("cannot be read: {error}"), &error))?;
     let (gzip, zstd) = (magic.starts_with(&GZIP_MAGIC), magic == ZSTD_MAGIC);
     let whole = io::Cursor::new(magic).chain(layer);
     match (gzip, zstd) {
@@ -289,7 +289,6 @@ impl<R: Read> Read for Budgeted<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fault::Kind;
     use std::io::Write;
 
     const LIMITS: Limits =

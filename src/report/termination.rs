@@ -5,6 +5,7 @@ use super::clean::clean;
 use crate::fault::Fault;
 use serde_json::{Map, Value};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// LIMIT: kubelet limits one container's message to 4 KiB, and the messages of a pod's containers together to 12 KiB.
@@ -48,8 +49,15 @@ pub fn write_ahead(path: &Path) {
         "help": "start it again: it continues from its newest checkpoint; if the container was OOMKilled, give it more memory",
         "retry_helps": true,
     });
-    if let Ok(mut file) = std::fs::File::create(path) {
-        let _ = file.write_all(format!("{line}\n").as_bytes());
+    put(path, &format!("{line}\n"));
+}
+
+/// Opens the file and replaces its text. A pipe without a reader is not waited for.
+fn put(path: &Path, text: &str) {
+    let mut open = std::fs::OpenOptions::new();
+    open.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+    if let Ok(mut file) = open.open(path) {
+        let _ = file.write_all(text.as_bytes());
     }
 }
 
@@ -62,9 +70,7 @@ pub fn leave(fault: &Fault) {
 
 /// Replaces the file's text. A failure to write is not reported, because the exit code is enough.
 pub fn write(path: &Path, outcome: &Outcome) {
-    if let Ok(mut file) = std::fs::File::create(path) {
-        let _ = file.write_all(line(outcome).as_bytes());
-    }
+    put(path, &line(outcome));
 }
 
 /// The line itself.

@@ -15,6 +15,7 @@ use crate::backoff;
 use crate::fault::{Fault, Result};
 use crate::generate::Strength;
 use crate::interrupt;
+use crate::plain;
 use crate::report::{Report, Stage};
 use crate::server::model::{Bring, Brought, FileState};
 use crate::server::{self, Model};
@@ -141,7 +142,7 @@ impl Live {
             Fault::config(format!("--adapters-file {}: cannot be read: {error}", self.file.display()))
         };
         let mut text = String::new();
-        let file = std::fs::File::open(&self.file).map_err(cannot)?;
+        let file = plain::open(&self.file).map_err(cannot)?;
         file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(cannot)?;
         match text.len() as u64 > FILE_BYTES_MAX {
             true => Err(Fault::config(format!(

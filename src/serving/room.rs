@@ -15,6 +15,7 @@ use crate::generate::engine::CHUNK;
 use crate::job;
 use crate::memory::serving::{self, CacheType, Plan, Served};
 use crate::memory::{Machine, Place, card};
+use crate::plain;
 use crate::plan::Serving;
 use crate::report::Report;
 
@@ -89,15 +90,16 @@ pub fn divide(
 pub fn adapter_bytes(folder: &Path, place: Place) -> Result<u64> {
     let file = folder.join(WEIGHTS_FILE);
     let wrong = |what: String| Fault::model(format!("{}: {what}", file.display()));
-    let mut reader = std::fs::File::open(&file).map_err(|error| wrong(format!("cannot read: {error}")))?;
+    let mut reader =
+        plain::open(&file).map_err(|error| wrong(format!("cannot read: {error}")).or_machines())?;
     let mut length = [0; 8];
-    reader.read_exact(&mut length).map_err(|error| wrong(format!("cannot read: {error}")))?;
+    reader.read_exact(&mut length).map_err(|error| wrong(format!("cannot read: {error}")).or_machines())?;
     let length = u64::from_le_bytes(length);
     if length > HEADER_BYTES_MAX {
         return Err(wrong("not a safetensors file".into()));
     }
     let mut header = vec![0; length as usize];
-    reader.read_exact(&mut header).map_err(|error| wrong(format!("cannot read: {error}")))?;
+    reader.read_exact(&mut header).map_err(|error| wrong(format!("cannot read: {error}")).or_machines())?;
     let header: Value =
         serde_json::from_slice(&header).map_err(|error| wrong(format!("not a safetensors file: {error}")))?;
     let values = |tensor: &Value| -> u64 {

@@ -18,7 +18,7 @@ use super::parse::is_sha256;
 use super::partial::{Partial, json};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
-use crate::{whole, words};
+use crate::{plain, whole, words};
 
 const LOCK_POLL: Duration = Duration::from_millis(100);
 /// The partial file in a slot.
@@ -115,6 +115,17 @@ impl Cache {
         }
     }
 
+    /// Removes the temporary files that killed processes left in the folders of URLs. A folder that is in use stays as
+    /// it is. A URL whose file is no longer asked for would keep them for good otherwise.
+    pub fn collect(&self) {
+        for entry in fs::read_dir(self.folder.join("url")).into_iter().flatten().flatten() {
+            let lock = plain::open(&entry.path().join("lock"));
+            if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+                whole::remove_leftovers(&entry.path());
+            }
+        }
+    }
+
     /// Moves a whole download to its final name and records it as the result of the slot's URL.
     pub fn keep(&self, slot: &Slot, mut partial: Partial, sha256: &str) -> Result<Blob> {
         let path = self.blob_path(sha256);
@@ -156,7 +167,7 @@ impl Cache {
 impl Slot {
     /// The URL's last result. `None`: there is none, or its record is unreadable.
     pub fn entry(&self) -> Option<Entry> {
-        serde_json::from_slice(&fs::read(self.entry_path()).ok()?).ok()
+        serde_json::from_slice(&plain::small(&self.entry_path()).ok()?).ok()
     }
 
     /// Opens the partial file.

@@ -7,6 +7,7 @@ use reqwest::header::HeaderValue;
 use url::Url;
 
 use crate::fault::{Fault, Result};
+use crate::plain;
 
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -82,7 +83,7 @@ fn token(variable: &dyn Fn(&str) -> Option<String>) -> Option<(String, String)> 
     let file = file.or_else(|| home.or_else(usual).map(|home| home.join("token")));
     let from_file = || {
         let file = file?;
-        Some((std::fs::read_to_string(&file).ok()?, file.display().to_string()))
+        Some((plain::text(&file).ok()?, file.display().to_string()))
     };
     let found = variable("HF_TOKEN").map(|token| (token, "HF_TOKEN".to_owned())).or_else(from_file);
     found.map(|(token, origin)| (token.trim().to_owned(), origin)).filter(|(token, _)| !token.is_empty())

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use super::hash;
 use super::options::{File, Source};
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
+use crate::plain;
 use crate::report::{Report, Stage, Unit};
 use crate::words;
 
@@ -52,7 +53,7 @@ pub fn find(source: &Source, endings: Endings, report: &Report) -> Result<Vec<Pa
 pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<File> {
     let name = path.display().to_string();
     let unreadable = |error: io::Error| unreadable(&path, &error);
-    let file = fs::File::open(&path).map_err(unreadable)?;
+    let file = plain::open(&path).map_err(unreadable)?;
     let total = file.metadata().map_err(unreadable)?.len();
     let task = report.task(Stage::Download, Unit::Bytes, &name, Some(total));
     let (bytes, hasher) = hash::read(file, |bytes| task.advance(bytes)).map_err(unreadable)?;
@@ -235,5 +236,5 @@ fn summary(files: &[PathBuf]) -> String {
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Fault {
-    Fault::data(format!("{}: cannot be read: {error}", path.display()))
+    Fault::unread(Kind::Data, format!("{}: cannot be read: {error}", path.display()), error)
 }

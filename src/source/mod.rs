@@ -45,6 +45,12 @@ use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::Report;
 
+/// Removes what killed processes left in a cache folder, except where a process is at work. What cannot be removed does
+/// no harm.
+pub fn collect(cache: &std::path::Path) {
+    cache::Cache::new(cache).collect();
+}
+
 /// Bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
 pub fn held(source: &Source, cache: &Path) -> u64 {
     match source {

@@ -15,7 +15,7 @@ use super::hash;
 use super::http::Validators;
 use super::statement::{Algorithm, Statement};
 use crate::fault::{Fault, Result};
-use crate::whole;
+use crate::{plain, whole};
 
 /// An unfinished download.
 pub struct Partial {
@@ -47,7 +47,7 @@ impl Partial {
             .map_err(|error| Fault::storage("open", path, &error))?;
         let (bytes, hasher) =
             hash::read(&mut file, |_| ()).map_err(|error| Fault::storage("read", path, &error))?;
-        let version: Version = fs::read(version_path)
+        let version: Version = plain::small(version_path)
             .ok()
             .and_then(|content| serde_json::from_slice(&content).ok())
             .unwrap_or_default();

@@ -13,6 +13,7 @@ use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 use rustls_platform_verifier::Verifier;
 
 use crate::fault::{Fault, Result};
+use crate::plain;
 
 /// Chooses ring for every TLS connection of the process. Further calls do nothing: the first provider installed
 /// stays.
@@ -58,7 +59,8 @@ pub fn client_builder(ca_file: Option<&Path>) -> Result<ClientBuilder> {
 }
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let pem = std::fs::read(file).map_err(|error| unusable(file, &format!("cannot be read: {error}")))?;
+    let pem = plain::small(file)
+        .map_err(|error| unusable(file, &format!("cannot be read: {error}")).or_machines())?;
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<std::result::Result<_, _>>()
         .map_err(|_| unusable(file, "is not valid PEM"))?;

@@ -3,7 +3,7 @@
 use super::keys::{self, Section};
 use super::yaml::{self, Content, Entry, FILE_BYTES_MAX, Node, Place, Style};
 use super::{Mistakes, Origin, Spec, accept, unknown_key, unknown_section};
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use std::io::Read;
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub(super) fn read_text(name: &str, text: &str, spec: &mut Spec, mistakes: &mut 
 fn load(path: &Path) -> Result<String> {
     let name = path.display();
     let cannot = |error: std::io::Error| {
-        Fault::config(format!("cannot read the configuration {name}: {error}"))
+        Fault::unread(Kind::Config, format!("cannot read the configuration {name}: {error}"), &error)
             .help("give the path of a training_config.yaml or a SPEC.yaml")
     };
     let mut bytes = Vec::new();

@@ -4,6 +4,7 @@
 use serde_json::{Value as Json, json};
 
 use super::{End, Mlflow, Point, Tracker, post};
+use crate::plain;
 use crate::source::call::{Call, Caller};
 
 /// LIMIT: metrics of a request, by MLflow.
@@ -63,7 +64,7 @@ impl Service {
 
     /// The run that was named or begun by an earlier start, else a new one.
     fn start(&self) -> Result<Json, String> {
-        let remembered = std::fs::read_to_string(&self.options.remembered).ok();
+        let remembered = plain::text(&self.options.remembered).ok();
         let earlier = self.options.run.clone().or(remembered.map(|text| text.trim().to_owned()));
         if let Some(id) = earlier {
             let plain: String = id.chars().filter(char::is_ascii_alphanumeric).collect();

@@ -52,6 +52,12 @@ pub struct State {
     /// Of the evaluations so far.
     #[serde(default)]
     pub best: super::best::Best,
+    /// Whether a loss differed from the first.
+    #[serde(default)]
+    pub changed: bool,
+    /// What later steps are compared with to find spikes.
+    #[serde(default)]
+    pub spikes: super::spike::History,
 }
 
 /// The content of `state.json`.

@@ -7,6 +7,7 @@ pub mod best;
 pub mod checkpoint;
 pub mod order;
 pub mod schedule;
+pub mod spike;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -31,6 +32,7 @@ use best::{Best, Evaluation, Judging, Scores, SourceScores};
 use checkpoint::State;
 use order::Steps;
 pub use schedule::Schedule;
+use spike::{Policy, Spikes};
 
 /// The keys of HF's TrainingArguments that have an effect in hone. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +90,8 @@ pub struct Options {
     pub label_smoothing: f64,
     /// Size of the noise on embeddings in training (`neftune_noise_alpha`); 0: none.
     pub neftune_alpha: f64,
+    /// What is a spike, and what follows from it; `None`: no step is judged.
+    pub spikes: Option<Spikes>,
 }
 
 impl Default for Options {
@@ -120,6 +124,7 @@ impl Default for Options {
             loraplus_ratio: None,
             label_smoothing: 0.0,
             neftune_alpha: 0.0,
+            spikes: None,
         }
     }
 }
@@ -202,6 +207,13 @@ pub struct Trained {
     /// Training ended before its end, since evaluations did not improve.
     #[serde(default)]
     pub stopped_early: bool,
+    /// Steps that changed nothing, since they were spikes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped_steps: u64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// The best evaluation of a run.
@@ -397,6 +409,7 @@ pub fn run<'a>(
         best: trainer.best(),
         restored_step,
         stopped_early: trainer.state.step < trainer.steps.total,
+        skipped_steps: trainer.state.spikes.skipped,
         steps: trainer.state.step,
         first_loss: trainer.state.first_loss.unwrap_or(trainer.state.loss),
         loss: trainer.state.loss,
@@ -441,6 +454,10 @@ pub fn evaluate<'a>(
 
 /// Steps after warm-up by which an adapter must have some effect.
 const EFFECT_STEPS: u64 = 8;
+/// Steps after warm-up by which some loss must differ from the first.
+const CONSTANT_STEPS: u64 = 32;
+/// The gradient norm from which a square may exceed f32: the root of its largest number.
+const MOMENT_NORM_MAX: f64 = 1.8e19;
 
 /// The results of one optimizer step.
 struct Step {
@@ -457,6 +474,8 @@ struct Sent {
     scale: f64,
     tokens: u64,
     learning_rate: f64,
+    /// Why the step was skipped, if it was.
+    spike: Option<String>,
 }
 
 struct Trainer<'a> {
@@ -535,7 +554,8 @@ impl<'a> Trainer<'a> {
     }
 
     /// Queues one optimizer step. Returns `None`, with nothing changed, if a signal came between its passes. A
-    /// gradient that is not finite changes nothing either; `settle` finds it.
+    /// gradient that is not finite changes nothing either; `settle` finds it. If spikes are skipped, the step's numbers
+    /// are awaited before the update.
     fn send(&mut self) -> Result<Option<Sent>> {
         let (losses, scale, tokens) = loop {
             match self.gradients() {
@@ -548,10 +568,25 @@ impl<'a> Trainer<'a> {
         let warmup = self.options.warmup.steps(self.steps.total);
         let factor = self.options.schedule.factor(self.sent, self.steps.total, warmup);
         let learning_rate = self.options.learning_rate * factor;
+        let squares = Number::squares(&self.adapter.grads)?;
+        let spike = self.spike_to_skip(&losses, scale, &squares)?;
+        if spike.is_none() {
+            self.update(learning_rate, &squares)?;
+        }
         let mut numbers = losses;
-        numbers.extend(self.update(learning_rate)?);
+        numbers.extend([squares, Number::squares(&self.adapter.params)?]);
         self.sent += 1;
-        Ok(Some(Sent { numbers: Numbers::send(&numbers)?, scale, tokens, learning_rate }))
+        Ok(Some(Sent { numbers: Numbers::send(&numbers)?, scale, tokens, learning_rate, spike }))
+    }
+
+    /// Why this step must be skipped, if it must. All steps before it are settled.
+    fn spike_to_skip(&self, losses: &[Number], scale: f64, squares: &Number) -> Result<Option<String>> {
+        let Some(rule) = self.options.spikes.filter(|rule| rule.policy == Policy::Skip) else {
+            return Ok(None);
+        };
+        let values = Numbers::send(losses)?.values()?;
+        let loss = values.iter().map(|loss| loss * scale).sum();
+        Ok(self.state.spikes.spike(&rule, loss, squares.value()?.sqrt()))
     }
 
     /// Returns the loss sum of each pass, the factor on them, and the tokens of the step, and leaves the gradient
@@ -587,25 +622,76 @@ impl<'a> Trainer<'a> {
         };
         let loss = losses.iter().map(|loss| loss * sent.scale).sum();
         let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
-        self.refuse_divergence(step.loss, step.grad_norm)?;
+        match &sent.spike {
+            None => self.judge_step(&step)?,
+            Some(why) => self.skip(why)?,
+        }
         // A finite gradient does not ensure a finite update: an epsilon of 0 can give 0 / 0, and values can
         // overflow.
         if !parameters.is_finite() {
             return Err(self.diverged("the update made parameters that are not finite"));
         }
+        self.state.changed |= self.state.first_loss.is_some_and(|first| first != step.loss);
         self.refuse_no_effect()?;
         self.state.tokens += sent.tokens;
         self.tokens_here += sent.tokens;
         self.after_step(step, checkpoints, log)
     }
 
-    /// Refuses an adapter that has no effect although all numbers are finite: a second moment that overflowed makes
-    /// every update zero, and so does a zero gradient. It is checked some steps after warm-up, when the learning
+    /// Judges the numbers of a step that was done, and keeps them for later steps.
+    fn judge_step(&mut self, step: &Step) -> Result<()> {
+        self.refuse_divergence(step.loss, step.grad_norm)?;
+        self.refuse_overflow(step.grad_norm)?;
+        let Some(rule) = self.options.spikes else { return Ok(()) };
+        if let Some(why) = self.state.spikes.spike(&rule, step.loss, step.grad_norm) {
+            return Err(self.diverged(&format!("{why} (spike_policy: stop)")));
+        }
+        self.state.spikes.add(&rule, step.loss, step.grad_norm);
+        Ok(())
+    }
+
+    /// Accounts for a step that was skipped.
+    fn skip(&mut self, why: &str) -> Result<()> {
+        self.state.spikes.skip();
+        if self.state.spikes.in_a_row > spike::IN_A_ROW_MAX {
+            let most = spike::IN_A_ROW_MAX;
+            return Err(self.diverged(&format!("{why}, and the {most} steps before it were spikes too")));
+        }
+        let (step, count) = (self.state.step + 1, self.state.spikes.skipped);
+        let text = format!("step {step} is a spike and changes nothing: {why}; skipped so far: {count}");
+        self.report.warn(Stage::Train, text);
+        Ok(())
+    }
+
+    /// Refuses a gradient whose squares are beyond f32, since the second moment becomes infinite there, and an infinite
+    /// moment makes every later update zero.
+    fn refuse_overflow(&self, grad_norm: f64) -> Result<()> {
+        let clipped = self.options.grad_norm_max.map_or(grad_norm, |most| grad_norm.min(most));
+        match clipped < MOMENT_NORM_MAX {
+            true => Ok(()),
+            false => {
+                Err(self.diverged(&format!("a gradient norm of {grad_norm:.3e} overflows AdamW's moments")))
+            }
+        }
+    }
+
+    /// Refuses an adapter that has no effect although all numbers are finite: a zero gradient makes every update zero,
+    /// and an update may be too small to change any result. It is checked some steps after warm-up, when the learning
     /// rate was above zero, and at the end.
     fn refuse_no_effect(&self) -> Result<()> {
         let done = self.state.step + 1;
-        let early = self.options.warmup.steps(self.steps.total) + EFFECT_STEPS;
-        if done != early && done != self.steps.total {
+        let warmup = self.options.warmup.steps(self.steps.total);
+        let (early, last) = (warmup + EFFECT_STEPS, done == self.steps.total);
+        let compares = done == warmup + CONSTANT_STEPS || (last && done >= early);
+        // A loss of exactly 0 has nothing left to learn.
+        if compares && !self.state.changed && self.state.first_loss.is_some_and(|loss| loss != 0.0) {
+            return Err(Fault::new(
+                Kind::Diverged,
+                format!("the training changes nothing: the loss is exactly the same in all of {done} steps"),
+            )
+            .help("raise learning_rate or lora_alpha: the updates are too small to count; no adapter was written"));
+        }
+        if done != early && !last {
             return Ok(());
         }
         match self.adapter.is_without_effect()? {
@@ -625,7 +711,9 @@ impl<'a> Trainer<'a> {
     fn waits_after(&self, done: u64) -> bool {
         let due = |every: Every| every.due(done, &self.steps);
         let evaluates = self.evaluates_after(done);
-        done == self.steps.total || evaluates || due(self.options.checkpoint)
+        // The next step is compared with all steps before it.
+        let compares = self.options.spikes.is_some_and(|rule| rule.policy == Policy::Skip);
+        done == self.steps.total || evaluates || compares || due(self.options.checkpoint)
     }
 
     /// Changes to the next smaller plan. If there is none, this is a capacity fault.
@@ -683,29 +771,28 @@ impl<'a> Trainer<'a> {
             .help("lower TrainingArguments.learning_rate or add warmup_steps; no adapter was written")
     }
 
-    /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates. Returns the sums of
-    /// squares of the gradient and of the new parameters.
-    fn update(&mut self, learning_rate: f64) -> Result<[Number; 2]> {
+    /// Clips by the global norm as torch does (`max / (norm + 1e-6)`, at most 1) and updates. `squares` is the sum of
+    /// squares of the gradient.
+    fn update(&mut self, learning_rate: f64, squares: &Number) -> Result<()> {
         let update = Update {
             learning_rate,
             beta1: self.options.beta1,
             beta2: self.options.beta2,
             epsilon: self.options.epsilon,
             weight_decay: self.options.weight_decay,
-            step: self.sent + 1,
+            // Skipped steps left the moments as they were.
+            step: self.sent + 1 - self.state.spikes.skipped,
             norm_max: self.options.grad_norm_max,
         };
         let trainable = self.adapter;
-        let squares = Number::squares(&trainable.grads)?;
         match self.options.loraplus_ratio {
             None => {
                 let (params, grads) = (&trainable.params, &trainable.grads);
-                adamw::step(params, grads, &self.moments, &update, &squares, trainable.copy())?;
+                adamw::step(params, grads, &self.moments, &update, squares, trainable.copy())?;
             }
-            Some(ratio) => self.update_by_matrix(&update, ratio, &squares)?,
+            Some(ratio) => self.update_by_matrix(&update, ratio, squares)?,
         }
-        let parameters = Number::squares(&trainable.params)?;
-        Ok([squares, parameters])
+        Ok(())
     }
 
     /// LoRA+ (Hayou and others 2024): each A at the learning rate, each B at `ratio` times it.
@@ -734,17 +821,20 @@ impl<'a> Trainer<'a> {
         log: &mut dyn FnMut(&Metric) -> Result<()>,
     ) -> Result<()> {
         self.state.step += 1;
-        self.state.first_loss.get_or_insert(step.loss);
-        self.state.loss = step.loss;
-        self.state.window_loss += step.loss;
-        self.state.window_steps += 1;
         self.steps_here += 1;
-        self.loss_sum += step.loss;
         self.progress.advance(1);
         let done = self.state.step;
         let last = done == self.steps.total;
-        if self.options.logging.due(done, &self.steps) || (last && self.options.logging != Every::Never) {
-            self.log_step(&step, log)?;
+        // A skipped step's loss may be no number; then it is no part of any mean, and the next line tells of the rest.
+        if step.loss.is_finite() && step.grad_norm.is_finite() {
+            self.state.first_loss.get_or_insert(step.loss);
+            self.state.loss = step.loss;
+            self.state.window_loss += step.loss;
+            self.state.window_steps += 1;
+            self.loss_sum += step.loss;
+            if self.options.logging.due(done, &self.steps) || (last && self.options.logging != Every::Never) {
+                self.log_step(&step, log)?;
+            }
         }
         self.evaluate_if_due(checkpoints, log)?;
         if let Some(checkpoints) = checkpoints.filter(|_| self.options.checkpoint.due(done, &self.steps)) {

@@ -1,4 +1,4 @@
-//! If memory runs out in the middle of a step, the step is done in another way with the same result.
+//! What comes in the way of a step: memory that runs out, spikes, updates without effect.
 
 use serde_json::json;
 
@@ -196,4 +196,127 @@ fn evaluations_come_when_the_keys_say() {
     assert_eq!(steps(Options { eval_delay: 1.5, ..every(Every::Epoch) }), [6]);
     assert_eq!(steps(every(Every::Minutes(1e-9))), [1, 2, 3, 4, 5, 6], "time has always passed");
     assert_eq!(steps(every(Every::Minutes(1e6))), [6], "the last step is always evaluated");
+}
+
+/// The options of a run whose steps differ: one example each, in the dataset's order.
+fn uneven(steps: u64, spikes: Option<Spikes>) -> Options {
+    Options {
+        learning_rate: 1e-2,
+        schedule: Schedule::Constant,
+        batch_examples: 1,
+        packing: None,
+        order_seed: None,
+        steps_max: Some(steps),
+        logging: Every::Steps(1),
+        checkpoint: Every::Steps(1),
+        spikes,
+        ..Options::default()
+    }
+}
+
+fn rule(policy: Policy, factor: f64) -> Option<Spikes> {
+    Some(Spikes { policy, factor, window: 3 })
+}
+
+/// The result, the parameters at the end, and the lines of metrics. `folder` keeps checkpoints.
+fn outcome(options: &Options, folder: Option<&std::path::Path>) -> (Result<Trained>, Vec<f64>, Vec<Metric>) {
+    let (decoder, adapter) = decoder();
+    let data = Data { train: &examples(), evaluation: &[] };
+    let checkpoints = folder.map(|folder| Checkpoints { folder: folder.to_owned(), fingerprint: "a".into() });
+    let mut lines = Vec::new();
+    let mut log = |metric: &Metric| {
+        lines.push(metric.clone());
+        Ok(())
+    };
+    let mut passes = Passes::Fixed(Keep::Everything);
+    let (report, checkpoints) = (Report::silent(), checkpoints.as_ref());
+    let ended = run(&decoder, &adapter, data, options, &mut passes, checkpoints, &report, &mut log);
+    (ended, crate::ops::cpu::to_f64(&adapter.params).unwrap(), lines)
+}
+
+#[test]
+fn skipped_spikes_change_nothing_and_a_continued_run_skips_the_same() {
+    let (plain, unjudged, _) = outcome(&uneven(12, None), None);
+    let (calm, judged, _) = outcome(&uneven(12, rule(Policy::Skip, 1e9)), None);
+    assert!(unjudged == judged, "a run without spikes is the same run");
+    assert_eq!((plain.unwrap().skipped_steps, calm.unwrap().skipped_steps), (0, 0));
+    let options = |steps| uneven(steps, rule(Policy::Skip, 1.1));
+    let (trained, expected, lines) = outcome(&options(12), None);
+    let trained = trained.unwrap();
+    assert!((1..9).contains(&trained.skipped_steps), "{trained:?}");
+    assert!(expected != unjudged);
+    assert_eq!((trained.steps, lines.len()), (12, 12), "a skipped step counts, and its line is written");
+    for steps in 1..12 {
+        let folder = tempfile::tempdir().unwrap();
+        outcome(&options(steps), Some(folder.path())).0.unwrap();
+        let (again, params, rest) = outcome(&options(12), Some(folder.path()));
+        let again = again.unwrap();
+        assert_eq!((again.resumed_at, again.skipped_steps), (Some(steps), trained.skipped_steps));
+        assert!(params == expected && rest[..] == lines[steps as usize..], "continued after step {steps}");
+    }
+}
+
+#[test]
+fn a_skipped_step_leaves_parameters_and_moments_as_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = uneven(12, rule(Policy::Skip, 1.1));
+    outcome(&options, Some(folder.path())).0.unwrap();
+    let tensors = |step: u64| {
+        let file = folder.path().join(format!("step-{step}/tensors.safetensors"));
+        candle_core::safetensors::load(file, &candle_core::Device::Cpu).unwrap()
+    };
+    let skipped = |step: u64| {
+        let state = std::fs::read(folder.path().join(format!("step-{step}/state.json"))).unwrap();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
+        state["manifest"]["state"]["spikes"]["skipped"].as_u64().unwrap()
+    };
+    let mut same = 0;
+    for step in 2..=12 {
+        let (before, after) = (tensors(step - 1), tensors(step));
+        let is_same = before.iter().all(|(name, tensor)| {
+            crate::ops::cpu::to_f64(tensor).unwrap() == crate::ops::cpu::to_f64(&after[name]).unwrap()
+        });
+        assert_eq!(is_same, skipped(step) > skipped(step - 1), "step {step}");
+        same += u64::from(is_same);
+    }
+    assert_eq!(same, skipped(12));
+}
+
+#[test]
+fn a_spike_stops_the_run_if_that_is_asked() {
+    let (ended, _, lines) = outcome(&uneven(12, rule(Policy::Stop, 1.1)), None);
+    let fault = ended.unwrap_err();
+    assert_eq!(fault.kind, Kind::Diverged);
+    assert!(fault.message.contains("is more than 1.1 times"), "{fault}");
+    assert!(fault.message.starts_with(&format!("training diverged at step {}", lines.len() + 1)), "{fault}");
+    assert!(lines.len() >= 3, "no step is judged before the window is full");
+}
+
+#[test]
+fn spikes_without_end_stop_the_run_too() {
+    // Every step exceeds nothing.
+    let options = uneven(40, rule(Policy::Skip, 0.0));
+    let (ended, ..) = outcome(&options, None);
+    let fault = ended.unwrap_err();
+    assert!(fault.kind == Kind::Diverged && fault.message.contains("and the 10 steps before it"), "{fault}");
+}
+
+#[test]
+fn updates_without_effect_are_no_training() {
+    let same = Options { grad_norm_max: None, ..uneven(40, None) };
+    let only: Vec<Example> = examples().into_iter().take(1).collect();
+    let train = |options: &Options| {
+        let (decoder, adapter) = decoder();
+        let data = Data { train: &only, evaluation: &[] };
+        let mut passes = Passes::Fixed(Keep::Everything);
+        run(&decoder, &adapter, data, options, &mut passes, None, &Report::silent(), &mut |_| Ok(()))
+    };
+    for (learning_rate, steps) in [(1e-38, 40), (1e-38, 8), (1e-38, 100)] {
+        let options = Options { learning_rate, steps_max: Some(steps), epsilon: 1e-8, ..same.clone() };
+        let fault = train(&options).unwrap_err();
+        assert_eq!(fault.kind, Kind::Diverged);
+        let told = ["exactly the same in all of", "has no effect after"];
+        assert!(told.iter().any(|told| fault.message.contains(told)), "{fault}");
+    }
+    assert!(train(&same).is_ok());
 }

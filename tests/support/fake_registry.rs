@@ -8,6 +8,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+use crate::random::Random;
+
 /// A status that closes the connection.
 const HANG_UP: u16 = 0;
 
@@ -22,6 +24,8 @@ pub struct Manners {
     pub deny: bool,
     /// The first n requests below a repository get this status.
     pub fail_first: Option<(u32, u16)>,
+    /// The first n requests of `/v2/`, which ask for the kind of login, get this status.
+    pub fail_probe: Option<(u32, u16)>,
     /// Larger PUTs get 413.
     pub monolithic_bytes_max: Option<usize>,
     /// At larger PUTs the connection is closed, as some proxies do instead of answering 413.
@@ -40,6 +44,8 @@ pub struct Manners {
     pub damaged_blobs: bool,
     /// Refuses every upload and quotes this.
     pub echo: Option<&'static str>,
+    /// Seed of the failures that `Fake::disturb` asks for.
+    pub random: Option<u64>,
 }
 
 pub struct Fake {
@@ -58,7 +64,11 @@ struct State {
     uses: u32,
     expired: u32,
     failures: u32,
+    probes: u32,
     cuts: u32,
+    requests: u64,
+    /// Of how many requests one fails at random; 0: none.
+    disturbed: u64,
 }
 
 struct Request {
@@ -115,6 +125,24 @@ impl Fake {
         let manifest = manifest.into_bytes();
         state.manifests.insert(format!("sha256:{}", hone::source::digest(&manifest)), manifest.clone());
         state.manifests.insert(tag.to_owned(), manifest);
+    }
+
+    /// From now on, one of so many requests fails at random; 0: none.
+    pub fn disturb(&self, one_of: u64) {
+        self.state.lock().unwrap().disturbed = one_of;
+    }
+
+    /// The digest of the image of a tag, if there is one. All its parts must be there.
+    pub fn image(&self, tag: &str) -> Option<String> {
+        let state = self.state.lock().unwrap();
+        let bytes = state.manifests.get(tag)?;
+        let manifest: serde_json::Value = serde_json::from_slice(bytes).unwrap();
+        for part in manifest["layers"].as_array().unwrap().iter().chain([&manifest["config"]]) {
+            let hex = part["digest"].as_str().unwrap().trim_start_matches("sha256:");
+            let blob = state.blobs.get(hex).unwrap_or_else(|| panic!("{tag} lacks its part {hex}"));
+            assert_eq!(hone::source::digest(blob), hex, "a part of {tag}");
+        }
+        Some(format!("sha256:{}", hone::source::digest(bytes)))
     }
 
     pub fn log(&self) -> Vec<String> {
@@ -185,6 +213,24 @@ fn answer(request: &Request, host: &str, manners: Manners, state: &mut State) ->
     let range = if request.start > 0 { format!(" from {}", request.start) } else { String::new() };
     state.log.push(format!("{} {}{login}{range}", request.method, request.path));
     let plain = |status| Some(Answer(status, Vec::new(), Vec::new()));
+    state.requests += 1;
+    if let Some(seed) = manners.random.filter(|_| state.disturbed > 0) {
+        let mut random = Random(seed ^ (state.requests << 32));
+        if random.next().is_multiple_of(state.disturbed) {
+            return match random.below(24) {
+                0 => None,
+                1..=5 => plain(HANG_UP),
+                6..=8 => plain(429),
+                9..=11 => Some(Answer(503, vec![("retry-after", "2".into())], b"<html>busy</html>".to_vec())),
+                _ => plain(*random.pick(&[500, 502, 503, 504])),
+            };
+        }
+    }
+    let fails = |&(count, _): &(u32, u16)| request.path == "/v2/" && state.probes < count;
+    if let Some((_, status)) = manners.fail_probe.filter(fails) {
+        state.probes += 1;
+        return plain(status);
+    }
     if request.path.starts_with("/token") {
         state.tokens += 1;
         return Some(Answer(

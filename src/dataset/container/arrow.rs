@@ -128,6 +128,7 @@ impl Rows for Batches {
 fn damaged(place: &str, problem: &str) -> Fault {
     Fault::data(format!("{place}: the Arrow data is damaged or not supported: {problem}"))
         .help("check the file against its SHA-256, or export it again")
+        .or_machines()
 }
 
 /// The result of checking all messages.

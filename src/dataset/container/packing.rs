@@ -150,7 +150,8 @@ impl Input {
                 self.name,
                 packing.name()
             ))
-            .help("check the file against its SHA-256, or export it again"),
+            .help("check the file against its SHA-256, or export it again")
+            .or_machines(),
         }
     }
 }

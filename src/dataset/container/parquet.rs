@@ -247,4 +247,5 @@ fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
 fn damaged(file: &str, place: &str, problem: &str) -> Fault {
     Fault::data(format!("{file}: {place}: the parquet data is damaged or not supported: {problem}"))
         .help("check the file against its SHA-256, or export it again")
+        .or_machines()
 }

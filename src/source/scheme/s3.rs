@@ -38,7 +38,7 @@ fn open(bucket: &str, client: Caught) -> object_store::Result<Arc<dyn ObjectStor
     if !others.into_iter().any(|name| variable(name).is_some()) {
         let file = variable("AWS_SHARED_CREDENTIALS_FILE").map(PathBuf::from);
         let file = file.or_else(|| Some(Path::new(&variable("HOME")?).join(".aws/credentials")));
-        let text = file.and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
+        let text = file.and_then(|file| crate::plain::text(&file).ok()).unwrap_or_default();
         let profile = profile(&text, &variable("AWS_PROFILE").unwrap_or_else(|| "default".into()));
         let value = |name: &str| profile.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
         if let (Some(id), Some(secret)) = (value("aws_access_key_id"), value("aws_secret_access_key")) {
