@@ -51,7 +51,13 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
         (Type::Sources, _) => sources(node),
         (Type::Map, Content::Map(entries)) => {
             let number = Type::Number { min: 0.0, max: f64::MAX };
-            let read_entry = |entry: &super::yaml::Entry| Ok((entry.key.clone(), read(number, &entry.node)?));
+            let read_entry = |entry: &super::yaml::Entry| match read(number, &entry.node)? {
+                Value::Null => {
+                    let found = entry.node.describe();
+                    refuse(entry.node.place, format!("{}: expected {number}, found {found}", entry.key))
+                }
+                value => Ok((entry.key.clone(), value)),
+            };
             Ok(Value::Map(entries.iter().map(read_entry).collect::<Result<_, Refusal>>()?))
         }
         (Type::Texts, Content::List(items)) => list(Type::Text, items),
@@ -260,6 +266,11 @@ mod tests {
         check(Type::Integers, "3", expect!["[3]"]);
         check(Type::Integers, "[0, x]", expect![[r#"10: expected a whole number from 0, found "x""#]]);
         check(Type::Map, "{q_proj: 4}", expect![[r#"{"q_proj":4.0}"#]]);
+        check(
+            Type::Map,
+            "{q_proj: ~}",
+            expect!["15: q_proj: expected a number from 0, found nothing (null)"],
+        );
         check(Type::Sources, "a.parquet", expect![[r#"["a.parquet"]"#]]);
         check(
             Type::Sources,
