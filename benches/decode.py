@@ -3,7 +3,8 @@
 Usage: python benches/decode.py HONE [SHAPE [ROUNDS]]      SHAPE: 135m or 1b
 
 A round asks each side for a short and a long greedy answer to the same prompt; tokens/s are those of the difference, so that
-neither the prompt nor the request counts. hone runs with its default base (NF4, scales quantised too) and with bf16. The start is
+neither the prompt nor the request counts. With LLAMA_CPP_PYTHON, a Python that has xllamacpp and gguf, llama.cpp takes part with the
+same weights in q4_0 (decode_llama_cpp.py). HONE_ONLY=1 leaves the others out. hone runs with its default base (NF4, scales quantised too) and with bf16. The start is
 measured from the program's first instruction to the end of a first answer of one token, with the files in the page cache.
 """
 import json
@@ -17,8 +18,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy
 import torch
 import transformers
+from safetensors.torch import load_file
 
 SHAPES = {
     "135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -27,6 +30,8 @@ SHAPES = {
                num_key_value_heads=8, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True),
 }
 TOKENS = {"135m": (16, 144), "1b": (4, 36)}
+if few := os.environ.get("HONE_TOKENS"):  # A busy machine: short answers, more rounds.
+    TOKENS = dict.fromkeys(TOKENS, tuple(int(part) for part in few.split(",")))
 PROMPT = [(7 * at) % 400 + 3 for at in range(64)]
 GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden/llama3/model"
 
@@ -81,6 +86,29 @@ class Transformers:
         assert out.shape[1] == len(PROMPT) + tokens
 
 
+class LlamaCpp:
+    def __init__(self, python, shape, folder, threads):
+        weights = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            weights[name] = tensor.to(torch.float32).numpy()
+        numpy.savez(folder / "weights.npz", **weights)
+        (folder / "shape.json").write_text(json.dumps(SHAPES[shape]))
+        script = Path(__file__).with_name("decode_llama_cpp.py")
+        self.process = subprocess.Popen([python, script, folder / "weights.npz", folder / "shape.json", str(threads)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.start = self.told("READY")
+
+    def told(self, word):
+        while line := self.process.stdout.readline():
+            if line.startswith(word):
+                return float(line.split()[1])
+        raise SystemExit("llama.cpp ended")
+
+    def answer(self, tokens):
+        print(tokens, file=self.process.stdin, flush=True)
+        self.told("TOOK")
+
+
 def main():
     program, shape = Path(sys.argv[1]).resolve(), sys.argv[2] if len(sys.argv) > 2 else "135m"
     rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 5
@@ -93,8 +121,11 @@ def main():
         sides = {
             "hone, NF4": Hone(program, folder),
             "hone, bf16": Hone(program, folder, "--set", "QuantizationConfig.load_in_4bit=false"),
-            "transformers, bf16": Transformers(folder),
         }
+        if not os.environ.get("HONE_ONLY"):
+            sides["transformers, bf16"] = Transformers(folder)
+        if python := os.environ.get("LLAMA_CPP_PYTHON"):
+            sides["llama.cpp, q4_0"] = LlamaCpp(python, shape, folder, threads)
         speeds = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
@@ -104,15 +135,16 @@ def main():
                     side.answer(tokens)
                     times.append(time.perf_counter() - begun)
                 speeds[name].append((many - few) / (times[1] - times[0]))
-        print(f"{shape}, batch 1, {threads} cores, torch {torch.__version__}, transformers {transformers.__version__}, {rounds} rounds")
+        load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
+        print(f"{shape}, batch 1, {threads} cores, torch {torch.__version__}, transformers {transformers.__version__}, {rounds} rounds, load {load}")
         for name, side in sides.items():
             found = speeds[name]
             print(f"{name:20} {statistics.median(found):7.1f} tokens/s ({min(found):.1f} to {max(found):.1f}), "
                   f"start to first token {side.start:.2f} s")
         for side in sides.values():
-            if isinstance(side, Hone):
-                side.process.terminate()
-                side.process.wait()
+            if process := getattr(side, "process", None):
+                process.terminate()
+                process.wait()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     let device = device::open(tuned.plan.device, report)?;
     let rows = match options.check_rows {
         0 => None,
+        _ if !room_to_compare(&tuned, options, &device, report) => None,
         count => Some(examples(&tuned, count, &tokenizer, report)?),
     };
     let before = match &rows {
@@ -179,6 +180,22 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     };
     warn(&tuned, options, comparison.as_ref(), report);
     done(folder, comparison)
+}
+
+/// Whether the merged model, which the comparison loads as a whole, has room in memory. If not, that is told; the
+/// model itself is written piece by piece.
+fn room_to_compare(tuned: &Tuned, options: &Options, device: &Device, report: &Report) -> bool {
+    let bytes = if options.stored == Stored::F32 { 4 } else { 2 };
+    let needed = (tuned.facts.parameters() * bytes) as u64;
+    let free = device::memory_free(device).unwrap_or(u64::MAX);
+    if needed > free {
+        let (needed, free) = (words::size(needed), words::size(free));
+        report.warn(
+            Stage::Evaluate,
+            format!("the merged model is not compared with base and adapter: that needs {needed} of memory, {free} are free"),
+        );
+    }
+    needed <= free
 }
 
 fn done(folder: Folder, comparison: Option<Comparison>) -> Result<Done> {
@@ -275,7 +292,7 @@ fn warn(tuned: &Tuned, options: &Options, comparison: Option<&Comparison>, repor
             comparison.beside.loss,
             comparison.difference()
         ),
-        None => "how much that changes was not measured (--check-rows 0)".into(),
+        None => "how much that changes was not measured".into(),
     };
     if over_four_bit && options.onto == Onto::Original {
         report.warn(

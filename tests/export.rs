@@ -527,6 +527,60 @@ fn llama_cpp_draws_the_same_tokens() {
     }
 }
 
+/// Every kind of text that tokenizers divide in their own ways. The last has an accent apart from its letter: it is
+/// compared where the tokenizer does not compose letters, since llama.cpp never does.
+const DIVIDED: [&str; 30] = [
+    "def f(x):\n    return  x + 10",
+    "a  b   c    d",
+    "  lead",
+    "trail   ",
+    " ",
+    "\n\n\n",
+    "a\n\n b \n\t c",
+    "tabs\t\tand\t text",
+    "\r\nwin\r\n\r\nline",
+    "1234567 12 3",
+    "x=1;y=22;z=333;w=4444",
+    "3.14e-10 A1B2C3",
+    "\u{663}\u{664}\u{665} \u{bd} \u{b2} \u{2167}",
+    "I'M YOU'LL we'd THEY'RE he's 'tis",
+    "don't can't I've 'S 'T 'LL",
+    "\u{4e2d}\u{6587}\u{5b57}\u{7b26}\u{ff0c}\u{4f60}\u{597d}",
+    "\u{65e5}\u{672c}\u{8a9e}\u{306e}\u{30c6}\u{30ad}\u{30b9}\u{30c8}",
+    "\u{d55c}\u{ad6d}\u{c5b4}",
+    "\u{1f600} \u{1f468}\u{200d}\u{1f469}\u{200d}\u{1f467} emoji \u{1f389}\u{1f389}",
+    "for (int i=0;i<10;++i) { a[i]+=i; }",
+    "if __name__ == '__main__':\n\tprint(\"hi\")",
+    "<html><b>x</b></html>",
+    "... --- !!!???",
+    "a_b-c.d/e\\f http://example.com/a?b=c&d=1",
+    "\u{a0}nbsp\u{2003}em\u{2028}line",
+    "CamelCaseWord HTTPServer \u{dc}n\u{ef} \u{c7}\u{d6}D\u{c9}",
+    "\u{939}\u{93f}\u{928}\u{94d}\u{926}\u{940} \u{e44}\u{e17}\u{e22} \u{639}\u{631}\u{628}\u{649}",
+    "don\u{2019}t \u{201c}quote\u{201d} \u{20ac}100.50",
+    "end.\n\nNew   \n   x",
+    "e\u{301}",
+];
+
+/// llama.cpp reads every kind of text as the tokens that hone trains on.
+#[test]
+fn llama_cpp_divides_text_alike() {
+    let Some(python) = python("xllamacpp") else { return };
+    for name in ["llama3", "qwen2", "phi2", "phi3", "falcon40b", "mistral"] {
+        let base = golden(name).join("model");
+        let pairs = pairs(&golden(name).join("final_adapter"), &facts(&base));
+        let file = write_gguf(name, &pairs, Stored::F16);
+        let file = file.folder().join("model.gguf");
+        let composes = std::fs::read_to_string(base.join("tokenizer.json")).unwrap().contains("NFC");
+        let texts = &DIVIDED[..DIVIDED.len() - usize::from(composes)];
+        let found = script(&python, &["tokens", file.to_str().unwrap(), &json!(texts).to_string()]);
+        let tokenizer = hone::dataset::Tokenizer::open(&base).unwrap();
+        for (text, found) in texts.iter().zip(found.as_array().unwrap()) {
+            assert_eq!(*found, json!(tokenizer.encode(text, false).unwrap()), "{name}: {text:?}");
+        }
+    }
+}
+
 /// Tokens that llama.cpp draws.
 const DRAWN: usize = 12;
 /// Words, numbers, letters beyond ASCII, blanks.
@@ -557,7 +611,9 @@ fn same_greedy(
         assert!(largest - found <= MARGIN, "{name}: {token} has {found}, the largest is {largest}");
         ids.push(token);
     }
-    if tokens.len() < DRAWN && !tokens.last().is_some_and(|id| tokenizer.ends(*id)) {
+    // llama.cpp also ends at special tokens whose text it knows as an end, such as <|endoftext|>.
+    let ended = |id: &u32| tokenizer.ends(*id) || tokenizer.is_special(*id);
+    if tokens.len() < DRAWN && !tokens.last().is_some_and(ended) {
         // It ended early: by a token that ends a text.
         let logits = next(&ids);
         let first = logits.iter().position(|logit| *logit == largest(&logits)).unwrap() as u32;

@@ -537,6 +537,9 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
         (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
+        (json!({"guided_json": {}}), 400, "guided_json", "not supported"),
+        (json!({"no_repeat_ngram_size": 3}), 400, "no_repeat_ngram_size", "not supported"),
+        (json!({"functions": [{"name": "f"}]}), 400, "functions", "not supported"),
         (
             json!({"continue_final_message": true, "add_generation_prompt": true}),
             400,
@@ -579,6 +582,20 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     for (path, status) in [("/nothing", 404), ("/v1/chat/completions", 405), ("/tokenize", 405)] {
         assert_eq!(get(&server, path).status, status, "{path}");
     }
+    // What changes nothing is taken, and what nobody knows is told.
+    let usual = json!({"use_beam_search": false, "length_penalty": 1.0, "typical_p": 1, "sparkle": 3, "gl\u{fc}ck": 1, "none": null});
+    let reply = post(&server, chat, with(question(), usual));
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let ignored = reply.head.lines().find_map(|line| line.strip_prefix("x-ignored-fields: ")).unwrap();
+    assert!(
+        ignored.contains("sparkle") && ignored.contains("gl?ck") && !ignored.contains("none"),
+        "{ignored}"
+    );
+    let asked = json!({"prompt": "x", "generate_kwargs": {"max_new_tokens": 2, "sparkle": 1}, "glow": 1});
+    let reply = post(&server, "/chat", asked);
+    assert!(reply.head.contains("x-ignored-fields: glow,generate_kwargs.sparkle"), "{}", reply.head);
+    let asked = json!({"prompt": "x", "generate_kwargs": {"penalty_alpha": 0.6}});
+    assert_eq!(post(&server, "/chat", asked).status, 400);
     assert_eq!(post(&server, chat, question()).status, 200);
 }
 

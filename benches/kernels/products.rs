@@ -217,7 +217,6 @@ fn product(
 /// should lie.
 fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bool) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
-    let product = if stored { matmul::forward_apart } else { matmul::forward };
     let how = if stored { "as stored" } else { "expanded" };
     Case {
         name: format!("4-bit product of {rows} rows, {how}, {}", shape.name),
@@ -232,7 +231,11 @@ fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bo
         run: Box::new(move |of| {
             let y = unwritten((rows, n), dtype, of[0].device())?;
             let weight = of.weight.as_ref().expect("as `make` made it");
-            product(&of[0], weight, 1.0, &y, 0, 0.0, product_precision(dtype))?;
+            let (x, precision) = (&of[0], product_precision(dtype));
+            match stored {
+                true => matmul::forward_apart(x, weight, 1.0, &y, 0, 0.0, precision, 0)?,
+                false => matmul::forward(x, weight, 1.0, &y, 0, 0.0, precision)?,
+            }
             Ok(vec![y])
         }),
         judge: Box::new(move |inputs, outputs| {

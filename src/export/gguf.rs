@@ -6,6 +6,7 @@
 
 pub mod file;
 pub mod architecture;
+mod dividing;
 pub mod vocabulary;
 pub mod store;
 

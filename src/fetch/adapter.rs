@@ -91,9 +91,18 @@ impl Adapter {
             return Ok(Adapter::Folder(text.into()));
         }
         let repository = !text.starts_with(['/', '.', '~']) && text.matches('/').count() == 1;
-        match repository {
-            true => of_hub(&format!("hf://{text}")),
-            false => Err(Fault::config(format!("adapter {text:?}: there is no such folder"))
+        if let Some((folder, strength)) = text.rsplit_once(':')
+            && strength.parse::<f64>().is_ok()
+            && Path::new(folder).is_dir()
+        {
+            return Err(Fault::config(format!("adapter {text:?}: found a strength behind the folder")).help(
+                format!("name the folder alone, {folder}; --mix NAME=ADAPTER:{strength} gives it a strength"),
+            ));
+        }
+        let hub = format!("hf://{text}");
+        match of_hub(&hub) {
+            Ok(adapter) if repository => Ok(adapter),
+            _ => Err(Fault::config(format!("adapter {text:?}: there is no such folder"))
                 .help("name a PEFT folder, oci://IMAGE, or hf://OWNER/NAME")),
         }
     }
@@ -364,6 +373,8 @@ mod tests {
         assert_eq!(shown("hf://org/lora@v2"), "hf://org/lora@v2");
         assert_eq!(shown("org/lora"), "hf://org/lora@main");
         assert_eq!(shown("src/fetch"), "src/fetch");
+        assert_eq!(shown("src/fetch:0.5"), "adapter \"src/fetch:0.5\": found a strength behind the folder");
+        assert_eq!(shown("no/such:0.5"), "adapter \"no/such:0.5\": there is no such folder");
         assert_eq!(shown("/no/such"), "adapter \"/no/such\": there is no such folder");
         assert_eq!(shown("./no/such"), "adapter \"./no/such\": there is no such folder");
     }

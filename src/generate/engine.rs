@@ -29,7 +29,7 @@ use crate::model::cache::Cache;
 use crate::model::decoder::Decoder;
 use crate::model::lora::{Lora, Mixture, Pairs, Part};
 use crate::model::pages::{Held, Key};
-use crate::model::pass::Step;
+use crate::model::pass::{SHORT_ROWS, Step};
 #[cfg(feature = "cuda")]
 use crate::ops::{largest, rows};
 
@@ -511,19 +511,50 @@ impl Worker {
     fn step(&mut self) -> Result<()> {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
-        let parts = parts.iter().map(|(added, rows)| Part {
-            adapter: &added.pairs,
-            rows: rows.clone(),
-            strength: added.strength,
-        });
-        let mixture = Mixture::new(parts.collect());
-        let logits = self.decoder.step(&step, &mut self.cache, Lora::Mixed(&mixture))?;
+        let (decoder, cache) = (&*self.decoder, &mut self.cache);
+        let mut compute = || {
+            let parts = parts.iter().map(|(added, rows)| Part {
+                adapter: &added.pairs,
+                rows: rows.clone(),
+                strength: added.strength,
+            });
+            let mixture = Mixture::new(parts.collect());
+            decoder.step(&step, cache, Lora::Mixed(&mixture))
+        };
+        // On a thread of the pool, small operations are plain calls. From outside, each of them would wait for a
+        // thread of the pool to wake.
+        let logits = match decoder.device.is_cpu() {
+            true => rayon::scope(|_| compute()),
+            false => compute(),
+        }?;
         self.answer(&turns, &logits)
     }
 
     /// The rows of the next step: one of every sequence that generates, and chunks of prompts.
     fn plan(&mut self) -> (Step, Vec<Turn>) {
-        let (mut step, mut turns, mut prompts) = (Step::default(), Vec::new(), 0);
+        let (mut step, mut turns) = (Step::default(), Vec::new());
+        let mut chosen = self.chosen();
+        chosen.sort_by_key(|(_, positions)| positions.len() > SHORT_ROWS);
+        for (number, positions) in chosen {
+            let sequence = &self.running[number];
+            let length = sequence.tokens.len();
+            let ids = &sequence.tokens[positions.clone()];
+            let from = step.push(ids, positions.start, sequence.held.pages.clone(), sequence.rope_length);
+            let scores =
+                sequence.request.prompt_logprobs.is_some() && sequence.scored < sequence.request.prompt.len();
+            let draws = positions.end == length && sequence.generated() < sequence.request.max_tokens;
+            let first = if scores { 0 } else { positions.len() - usize::from(draws) };
+            let wanted = (from + first) as u32..(from + positions.len()) as u32;
+            let logits = step.wanted.len()..step.wanted.len() + wanted.len();
+            step.wanted.extend(wanted);
+            turns.push(Turn { sequence: number, positions, logits, draws });
+        }
+        (step, turns)
+    }
+
+    /// The sequences that have rows in the next step, with the positions of these.
+    fn chosen(&mut self) -> Vec<(usize, Range<usize>)> {
+        let (mut chosen, mut prompts) = (Vec::new(), 0);
         for (number, sequence) in self.running.iter_mut().enumerate() {
             let length = sequence.tokens.len();
             if sequence.computed > 0
@@ -539,18 +570,9 @@ impl Worker {
             }
             let positions = sequence.chunk();
             prompts += if decodes { 0 } else { positions.len() };
-            let ids = &sequence.tokens[positions.clone()];
-            let from = step.push(ids, positions.start, sequence.held.pages.clone(), sequence.rope_length);
-            let scores =
-                sequence.request.prompt_logprobs.is_some() && sequence.scored < sequence.request.prompt.len();
-            let draws = positions.end == length && sequence.generated() < sequence.request.max_tokens;
-            let first = if scores { 0 } else { positions.len() - usize::from(draws) };
-            let wanted = (from + first) as u32..(from + positions.len()) as u32;
-            let logits = step.wanted.len()..step.wanted.len() + wanted.len();
-            step.wanted.extend(wanted);
-            turns.push(Turn { sequence: number, positions, logits, draws });
+            chosen.push((number, positions));
         }
-        (step, turns)
+        chosen
     }
 
     /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength
@@ -629,7 +651,8 @@ impl Worker {
             }
         }
         let mut events = Vec::new();
-        for (number, event) in ended.into_iter().rev() {
+        ended.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
+        for (number, event) in ended {
             let sequence = self.running.remove(number);
             self.cache.release(sequence.held);
             events.push((sequence.sender, event));

@@ -148,7 +148,8 @@ impl Decoder {
     pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
         let (positions, lengths) = step.positions();
         let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
-        let pass = Pass { apart: true, ..self.pass(&turns, &packing, lora) };
+        let short = step.short();
+        let pass = Pass { apart: true, short, ..self.pass(&turns, &packing, lora) };
         let segments = Segments::new(&step.segments);
         let mut x = self.embed(&step.ids)?;
         for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
@@ -160,7 +161,8 @@ impl Decoder {
         // They ascend: as many as there are rows are all of them.
         let wanted = if step.wanted.len() == step.ids.len() { x } else { rows::gather(&x, &step.wanted)? };
         let hidden = self.final_norm.forward(&wanted)?;
-        cross_entropy::logits_apart(&hidden, &self.head, self.precision)
+        let short = step.wanted.partition_point(|row| (*row as usize) < short);
+        cross_entropy::logits_apart(&hidden, &self.head, self.precision, short)
     }
 
     /// Bytes of the frozen base.
@@ -244,7 +246,7 @@ impl Decoder {
 
     fn pass<'a>(&self, turns: &'a Turns, packing: &'a Packing, lora: Lora<'a>) -> Pass<'a> {
         let (angles, growth) = (turns.ropes.as_slice(), turns.growth.as_ref());
-        Pass { precision: self.precision, apart: false, lora, angles, growth, packing }
+        Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
     /// Returns the loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.

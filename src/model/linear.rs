@@ -52,8 +52,11 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
-        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
-        product(x, &self.weight, self.factor, y, at, beta, pass.precision)
+        let (weight, factor, precision) = (&self.weight, self.factor, pass.precision);
+        match pass.apart {
+            true => matmul::forward_apart(x, weight, factor, y, at, beta, precision, pass.short),
+            false => matmul::forward(x, weight, factor, y, at, beta, precision),
+        }
     }
 
     /// Adds the pair's gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K], or adds
@@ -121,7 +124,20 @@ fn base_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> R
             }
         }
     }
+    if pass.apart && x.device().is_cpu() && short_side_by_side(parts, x, y, pass)? {
+        return Ok(());
+    }
     columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass))
+}
+
+/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. False if not.
+fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
+    let factor = parts[0].factor;
+    if x.dim(0)? != pass.short || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
+        return Ok(false);
+    }
+    let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
+    matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
 }
 
 /// Returns the gradient of x, or `None` if nothing needs it (`lowest`).

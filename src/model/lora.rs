@@ -136,9 +136,6 @@ impl Lora<'_> {
     }
 }
 
-/// `matmul::forward` or its kin.
-type Product = fn(&Tensor, &Weight, f64, &Tensor, usize, f64, Precision) -> Result<()>;
-
 #[cfg(feature = "cuda")]
 impl Part<'_> {
     /// Rows from which on two products are quicker than each row for itself.
@@ -238,10 +235,9 @@ impl<'a> Mixture<'a> {
         if x.device().is_cuda() {
             return self.forward_on_gpu(linears, x, y, pass);
         }
-        let product = if pass.apart { matmul::forward_apart } else { matmul::forward };
         linears
             .iter()
-            .try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, product, &self.parts))
+            .try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, pass.apart, &self.parts))
     }
 
     /// Long parts by products; all others row by row, which leaves a row's bits to its own adapters.
@@ -255,7 +251,7 @@ impl<'a> Mixture<'a> {
     ) -> Result<()> {
         let long: Vec<Part> = self.parts.iter().filter(|part| part.is_long()).cloned().collect();
         for (at, linear) in linears {
-            self.products(linear, x, y, *at, pass, matmul::forward, &long)?;
+            self.products(linear, x, y, *at, pass, false, &long)?;
         }
         if self.items.get().is_none() {
             // The cell is not shared between threads.
@@ -306,7 +302,7 @@ impl<'a> Mixture<'a> {
         y: &Tensor,
         at: usize,
         pass: &Pass,
-        product: Product,
+        apart: bool,
         parts: &[Part],
     ) -> Result<()> {
         for Part { adapter, rows, strength } in parts {
@@ -315,9 +311,15 @@ impl<'a> Mixture<'a> {
             };
             let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
             let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
-            product(&x, &pair.a, 1.0, &low, 0, 0.0, pass.precision)?;
+            let short = pass.short.saturating_sub(rows.start);
+            let product =
+                |x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64| match apart {
+                    true => matmul::forward_apart(x, weight, alpha, y, at, beta, pass.precision, short),
+                    false => matmul::forward(x, weight, alpha, y, at, beta, pass.precision),
+                };
+            product(&x, &pair.a, 1.0, &low, 0, 0.0)?;
             let scale = pair.scale * linear.factor * strength;
-            product(&low, &pair.b, scale, &y, at, 1.0, pass.precision)?;
+            product(&low, &pair.b, scale, &y, at, 1.0)?;
         }
         Ok(())
     }

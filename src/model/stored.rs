@@ -116,7 +116,7 @@ impl<'a> Parts<'a> {
             let found = state.nested_blocksize.map_or("none".into(), |block| block.to_string());
             return Err(self.wrong("absmax", &format!("found blocks of {found} scales, expected 256")));
         }
-        self.same_map("nested_quant_map", &four_bit::dynamic_map())?;
+        self.same_map("nested_quant_map", four_bit::dynamic_map())?;
         let codes = self.find("absmax")?;
         if codes.dtype != Dtype::U8 || codes.shape != [blocks] {
             let found = format!("found {:?} {:?}, expected U8 {:?}", codes.dtype, codes.shape, [blocks]);

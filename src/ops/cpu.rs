@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage,
 use ::gemm::Parallelism;
 
 use super::gemm::{self, Matrix};
-use super::matmul::Operand;
+use super::matmul::{Operand, Scales};
 use crate::facts::Precision;
 
 /// A number type that operations compute in: `f32` in training, `f64` in tests of gradients.
@@ -73,6 +73,24 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
         c_row: usize,
         precision: Precision,
     );
+    /// Few rows of `x` by weights side by side, each [n, depth] and read once: `c = alpha * sum + beta * c`. An
+    /// element's bits depend only on its row of `x` and of the weight; the order of a sum is not that of
+    /// `product_apart`. False if there is no such kernel; then nothing was done.
+    #[allow(clippy::too_many_arguments)]
+    fn few(
+        _x: &[Self],
+        _rows_depth: [usize; 2],
+        _weights: &[Operand<Self>],
+        _alpha: Self,
+        _beta: Self,
+        _c: &mut [Self],
+        _c_row: usize,
+        _precision: Precision,
+    ) -> bool {
+        false
+    }
+    /// A bf16 value in this type.
+    fn widen(value: half::bf16) -> Self;
     /// Returns a storage's elements for writing. A storage of another type is an error.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
@@ -112,6 +130,20 @@ impl<'a> View<'a, f32> {
 }
 
 impl<'a> Operand<'a, f32> {
+    /// A weight with rows of `depth` values, for a product of few rows.
+    fn of_few(&self, depth: usize, precision: Precision) -> gemm::Weight<'a> {
+        let rows = match self {
+            Operand::View(view) => view.data.len() / view.row.max(1),
+            Operand::Bf16(view) => view.data.len() / view.row.max(1),
+            Operand::FourBit { weight, .. } => weight.rows,
+        };
+        let nested = match *self {
+            Operand::FourBit { scales: Scales::Nested(nested), .. } => Some(nested),
+            _ => None,
+        };
+        gemm::Weight { matrix: self.matrix(rows, depth, precision), nested }
+    }
+
     /// Rounds dequantised values as the reference does: not at all in f32, to bf16 in bf16.
     fn matrix(self, rows: usize, cols: usize, precision: Precision) -> Matrix<'a> {
         match self {
@@ -126,7 +158,8 @@ impl<'a> Operand<'a, f32> {
                 };
                 let (rows, cols, block) = (weight.rows, weight.cols, weight.block);
                 let code = weight.code.values();
-                let weight = gemm::FourBitView { packed, absmax: scales, code, rows, cols, block, rounding };
+                let absmax = scales.plain();
+                let weight = gemm::FourBitView { packed, absmax, code, rows, cols, block, rounding };
                 Matrix::FourBit { weight, transposed }
             }
         }
@@ -252,6 +285,25 @@ impl Real for f32 {
         let (a, b) = (a.matrix(m, k, precision), b.matrix(k, n, precision));
         gemm::gemm(m, n, k, alpha, &a, &b, beta, c, c_row, precision);
     }
+    fn few(
+        x: &[f32],
+        [rows, depth]: [usize; 2],
+        weights: &[Operand<f32>],
+        alpha: f32,
+        beta: f32,
+        c: &mut [f32],
+        c_row: usize,
+        precision: Precision,
+    ) -> bool {
+        let weights: Vec<gemm::Weight> =
+            weights.iter().map(|operand| operand.of_few(depth, precision)).collect();
+        gemm::few(x, depth, rows, &weights, alpha, beta, c, c_row, precision);
+        true
+    }
+    #[inline(always)]
+    fn widen(value: half::bf16) -> f32 {
+        f32::from_bits(u32::from(value.to_bits()) << 16)
+    }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f32]> {
         match storage {
             CpuStorage::F32(data) => Ok(data),
@@ -341,6 +393,9 @@ impl Real for f64 {
         for (a, c) in a.chunks(k).zip(c.chunks_mut(c_row)) {
             library_gemm([1, n, k], alpha, View::rows(a, k), b, beta, c, n, Parallelism::None);
         }
+    }
+    fn widen(value: half::bf16) -> f64 {
+        f64::from(value)
     }
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
         match storage {

@@ -244,14 +244,14 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
 }
 
 /// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
-/// f32 and never rounded to the activations' type.
-pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
+/// f32 and never rounded to the activations' type. The first `short` rows belong to short segments.
+pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         return gpu::logits(hidden, head, precision);
     }
     let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
-    matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
+    matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, short)?;
     capped(logits, hidden, head)
 }
 
@@ -288,7 +288,7 @@ mod gpu {
             bias::apply(bias, &logits, 0, false)?;
         }
         let beta = if head.bias.is_some() { 1.0 } else { 0.0 };
-        matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision)?;
+        matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, 0)?;
         if let Some(cap) = head.softcap {
             let count = logits.elem_count();
             let launch =

@@ -332,7 +332,12 @@ fn mean(values: &[f32]) -> f32 {
 
 /// The 8-bit signed dynamic map (bitsandbytes' `create_dynamic_map`): seven decades, each divided evenly, with more
 /// values in the larger ones; 0 and 1 are included. Each step is in f32, because the midpoints decide codes.
-pub fn dynamic_map() -> [f32; 256] {
+pub fn dynamic_map() -> &'static [f32; 256] {
+    static MAP: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
+    MAP.get_or_init(make_dynamic_map)
+}
+
+fn make_dynamic_map() -> [f32; 256] {
     const DECADES: i32 = 7;
     let mut map = vec![0f32, 1.0];
     for decade in 0..DECADES {
@@ -508,7 +513,7 @@ mod tests {
         let packed = Tensor::from_vec(vec![0xffu8; 256 * 32], 256 * 32, &device)?;
         let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax };
         let found = weight.dequantize_on_gpu(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-        for (row, expected) in found.iter().zip(dynamic_map()) {
+        for (row, &expected) in found.iter().zip(dynamic_map()) {
             assert!(row.iter().all(|value| value.to_bits() == expected.to_bits()), "{row:?}, {expected}");
         }
         Ok(())

@@ -8,7 +8,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::{self, Real, View};
-use super::four_bit::FourBit;
+use super::four_bit::{Absmax, FourBit, NESTED_BLOCK, dynamic_map};
+use super::gemm;
 use crate::with_real;
 
 use crate::facts::Precision;
@@ -62,10 +63,29 @@ pub enum Operand<'a, T> {
         /// Its indices, two per byte.
         packed: &'a [u8],
         /// The scale of each block.
-        scales: &'a [f32],
+        scales: Scales<'a>,
         /// Whether the operand is W^T [K, N].
         transposed: bool,
     },
+}
+
+/// Scales of a 4-bit weight's blocks.
+#[derive(Clone, Copy)]
+pub enum Scales<'a> {
+    /// As they are.
+    Plain(&'a [f32]),
+    /// Quantised; only products of few rows take them so.
+    Nested(gemm::Nested<'a>),
+}
+
+impl<'a> Scales<'a> {
+    /// Those that are not quantised.
+    pub fn plain(self) -> &'a [f32] {
+        match self {
+            Scales::Plain(scales) => scales,
+            Scales::Nested(_) => &[],
+        }
+    }
 }
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].
@@ -102,7 +122,8 @@ pub fn forward(
 /// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
 /// that must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS`
 /// rows and 4-bit or bf16 weights; beyond them the library of products chooses its order of sums by the number of
-/// rows.
+/// rows. On a CPU the first `short` rows are multiplied as few rows are, which is another order of sums.
+#[allow(clippy::too_many_arguments)]
 pub fn forward_apart(
     x: &Tensor,
     weight: &Weight,
@@ -111,6 +132,7 @@ pub fn forward_apart(
     at: usize,
     beta: f64,
     precision: Precision,
+    short: usize,
 ) -> Result<()> {
     let ((n, k), (rows, x_width), (y_rows, y_width)) = (weight.dims(), x.dims2()?, y.dims2()?);
     assert!(
@@ -123,14 +145,74 @@ pub fn forward_apart(
     }
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
+        let mut short = short.min(rows);
+        if short > 0 {
+            let done = with_few::<T, _>(&[weight], &[], &mut |weights| {
+                let (alpha, beta) = (T::of(alpha), T::of(beta));
+                cpu::edit(y, |y: &mut [T]| T::few(x, [short, k], weights, alpha, beta, &mut y[at..], y_width, precision))
+            })?;
+            short = if done { short } else { 0 };
+        }
+        if short == rows {
+            return Ok(());
+        }
         with_operand::<T, _>(weight, true, |w| {
-            let x = Operand::View(View::rows(x, k));
+            let x = Operand::View(View::rows(&x[short * k..], k));
             let product = |y: &mut [T]| {
-                T::product_apart([rows, n, k], T::of(alpha), x, w, T::of(beta), &mut y[at..], y_width, precision)
+                let y = &mut y[short * y_width + at..];
+                T::product_apart([rows - short, n, k], T::of(alpha), x, w, T::of(beta), y, y_width, precision)
             };
             cpu::edit(y, product)
         })?
     })
+}
+
+/// `forward_apart` of short rows alone, for weights side by side whose columns begin at `at`: x is read once. False
+/// if there is no kernel for this; then nothing was done.
+pub fn short_rows(
+    x: &Tensor,
+    weights: &[&Weight],
+    alpha: f64,
+    y: &Tensor,
+    at: usize,
+    beta: f64,
+    precision: Precision,
+) -> Result<bool> {
+    let ((rows, k), (_, y_width)) = (x.dims2()?, y.dims2()?);
+    with_real!(x, T => {
+        let x = &*cpu::read::<T>(x)?;
+        with_few::<T, _>(weights, &[], &mut |weights| {
+            let (alpha, beta) = (T::of(alpha), T::of(beta));
+            cpu::edit(y, |y: &mut [T]| T::few(x, [rows, k], weights, alpha, beta, &mut y[at..], y_width, precision))
+        })
+    })
+}
+
+/// Passes weights [N, K] to `body` as they are stored.
+fn with_few<T: Real, R>(
+    weights: &[&Weight],
+    before: &[Operand<T>],
+    body: &mut dyn FnMut(&[Operand<T>]) -> Result<R>,
+) -> Result<R> {
+    let Some((weight, rest)) = weights.split_first() else { return body(before) };
+    let mut with = |weight: Operand<T>| {
+        let mut list = before.to_vec();
+        list.push(weight);
+        with_few(rest, &list, body)
+    };
+    match weight {
+        Weight::FourBit(weight) => {
+            let Absmax::Nested { codes, absmax, offset } = &weight.absmax else {
+                return with_operand(&Weight::FourBit(weight.clone()), false, with)?;
+            };
+            let (codes, absmax) = (&*cpu::read::<u8>(codes)?, &*cpu::read::<f32>(absmax)?);
+            let (block, map, offset) = (NESTED_BLOCK, dynamic_map(), *offset);
+            let scales = Scales::Nested(gemm::Nested { codes, absmax, block, map, offset });
+            let packed = &*cpu::read::<u8>(&weight.packed)?;
+            with(Operand::FourBit { weight, packed, scales, transposed: false })
+        }
+        dense => with_operand(dense, false, with)?,
+    }
 }
 
 /// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
@@ -223,7 +305,8 @@ fn with_operand<T: Real, R>(
         Weight::FourBit(weight) => {
             let scales = weight.scales()?;
             let packed = &*cpu::read::<u8>(&weight.packed)?;
-            Ok(body(Operand::FourBit { weight, packed, scales: &scales, transposed }))
+            let scales = Scales::Plain(&scales);
+            Ok(body(Operand::FourBit { weight, packed, scales, transposed }))
         }
         Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => {
             let data = &*cpu::read::<bf16>(tensor)?;
@@ -251,7 +334,7 @@ impl<T: Real> Operand<'_, T> {
             Operand::FourBit { weight, packed, scales, transposed } => fill(&|i, j| {
                 let flat = if *transposed { j * weight.cols + i } else { i * weight.cols + j };
                 let index = if flat % 2 == 0 { packed[flat / 2] >> 4 } else { packed[flat / 2] & 15 };
-                T::of((weight.code.values()[index as usize] * scales[flat / weight.block]) as f64)
+                T::of((weight.code.values()[index as usize] * scales.plain()[flat / weight.block]) as f64)
             }),
         }
     }
@@ -263,7 +346,6 @@ mod gpu {
     use super::*;
     use crate::ops::cuda::product::{Matrix, product};
     use crate::ops::cuda::{self, Launch};
-    use crate::ops::four_bit::Absmax;
     use crate::ops::rows;
 
     /// Rows of a tile of x, and threads of a block.
@@ -486,7 +568,7 @@ mod tests {
                         continue;
                     }
                     for (weight, at) in weights.iter().zip([3, 43, 50]) {
-                        forward_apart(&x, weight, 0.5, &expected, at, 1.0, Precision::F32)?;
+                        forward_apart(&x, weight, 0.5, &expected, at, 1.0, Precision::F32, 0)?;
                     }
                     gpu.within(0.0, &found, &expected.to_device(&Device::Cpu)?)?;
                 }
@@ -501,7 +583,7 @@ mod tests {
         let (x, y) = (gpu.random((rows, k), 2)?, gpu.random((rows, width), 3)?);
         let columns = |y: &Tensor| y.narrow(1, BEFORE, n)?.contiguous();
         let apart = |x: &Tensor, y: &Tensor, alpha, beta| {
-            forward_apart(x, weight, alpha, y, BEFORE, beta, Precision::F32)
+            forward_apart(x, weight, alpha, y, BEFORE, beta, Precision::F32, 0)
         };
         for dtype in [gpu.dtype, DType::F32] {
             for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0)] {

@@ -131,6 +131,94 @@ const CHAT: [&str; 11] = [
 ];
 const COMPLETION: [&str; 4] = ["prompt", "echo", "suffix", "add_special_tokens"];
 
+const KAITO: [&str; 9] = [
+    "prompt",
+    "messages",
+    "model",
+    "adapters",
+    "generate_kwargs",
+    "return_full_text",
+    "clean_up_tokenization_spaces",
+    "prefix",
+    "handle_long_generation",
+];
+/// Of `generate_kwargs`; `pad_token_id` has no effect on one text.
+const GENERATE: [&str; 17] = [
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "eos_token_id",
+    "pad_token_id",
+    "num_beams",
+    "typical_p",
+    "early_stopping",
+    "use_cache",
+];
+
+/// Fields of other servers, and of `generate` in transformers, that would change the answer: refused, unless they
+/// hold the value that changes nothing.
+const WITHOUT: [(&str, &str); 40] = [
+    ("functions", "null"),
+    ("function_call", "\"none\""),
+    ("modalities", "[\"text\"]"),
+    ("audio", "null"),
+    ("prediction", "null"),
+    ("web_search_options", "null"),
+    ("verbosity", "\"medium\""),
+    ("guided_json", "null"),
+    ("guided_regex", "null"),
+    ("guided_choice", "null"),
+    ("guided_grammar", "null"),
+    ("structured_outputs", "null"),
+    ("grammar", "\"\""),
+    ("json_schema", "null"),
+    ("regex", "null"),
+    ("ebnf", "null"),
+    ("use_beam_search", "false"),
+    ("length_penalty", "1"),
+    ("early_stopping", "false"),
+    ("num_beams", "1"),
+    ("num_beam_groups", "1"),
+    ("diversity_penalty", "0"),
+    ("penalty_alpha", "0"),
+    ("typical_p", "1"),
+    ("epsilon_cutoff", "0"),
+    ("eta_cutoff", "0"),
+    ("top_a", "0"),
+    ("mirostat", "0"),
+    ("dry_multiplier", "0"),
+    ("xtc_probability", "0"),
+    ("no_repeat_ngram_size", "0"),
+    ("encoder_repetition_penalty", "1"),
+    ("bad_words", "[]"),
+    ("bad_words_ids", "[]"),
+    ("allowed_token_ids", "null"),
+    ("suppress_tokens", "[]"),
+    ("forced_eos_token_id", "null"),
+    ("truncate_prompt_tokens", "null"),
+    ("prompt_embeds", "null"),
+    ("mm_processor_kwargs", "null"),
+];
+
+/// Refuses what would change the answer and is not done here.
+fn without(fields: &Fields) -> Result<()> {
+    for (name, usual) in WITHOUT {
+        let usual: Value = serde_json::from_str(usual).expect("a constant");
+        let number = usual.as_f64().map(|number| json!(number));
+        let usual: Vec<Value> = [usual].into_iter().chain(number).collect();
+        fields.refuse(name, &usual, "the answer would be another one; leave it out")?;
+    }
+    Ok(())
+}
+
 /// `POST /v1/chat/completions`.
 pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let fields = Fields::new(body, "");
@@ -289,6 +377,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     let usual = || if given { model.name.clone() } else { model.default_name() };
     let name = fields.text("model")?.map_or_else(usual, str::to_owned);
     let adapters = adapters(fields, model, &name)?;
+    without(fields)?;
     let n = fields.size("n", 1..=CHOICES_MAX)?.unwrap_or(1);
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
     response_format(fields)?;
@@ -458,13 +547,8 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     }
     let empty = Map::new();
     let given = Fields::new(fields.object("generate_kwargs")?.unwrap_or(&empty), "generate_kwargs.");
-    for (name, usual) in [("num_beams", 1.0), ("typical_p", 1.0)] {
-        given.refuse(
-            name,
-            &[json!(usual), json!(usual as i64)],
-            "there is no beam search and no typical_p",
-        )?;
-    }
+    without(&given)?;
+    without(&fields)?;
     let prompt = fields.text("prompt")?;
     let raw = model.raw_chat || model.chat.is_none();
     let text = match (prompt, fields.get("messages")) {
@@ -523,5 +607,7 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     open.insert("model".into(), fields.get("model").cloned().unwrap_or(Value::Null));
     let mut ask = common(&Fields::new(&open, ""), model, Form::Kaito, vec![Prompt { ids, text: shown }])?;
     ask.echo = fields.flag("return_full_text")?.unwrap_or(raw) && raw;
+    ask.ignored = fields.unknown(&KAITO);
+    ask.ignored.extend(given.unknown(&GENERATE).into_iter().map(|name| format!("generate_kwargs.{name}")));
     Ok(ask)
 }

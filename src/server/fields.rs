@@ -109,9 +109,10 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Names that are in no list.
+    /// Names that are in no list and say something.
     pub fn unknown(&self, known: &[&str]) -> Vec<String> {
-        self.map.keys().filter(|name| !known.contains(&name.as_str())).cloned().collect()
+        let said = self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name);
+        said.filter(|name| !known.contains(&name.as_str())).cloned().collect()
     }
 }
 

@@ -206,7 +206,8 @@ impl Service {
         let ask = tokio::task::spawn_blocking(move || read(&object(&bytes)?, &reader)).await;
         let ask =
             ask.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "the request could not be read"))??;
-        let ignored = ask.ignored.join(",");
+        // A header holds visible letters alone.
+        let ignored = ask.ignored.join(",").replace(|c: char| !c.is_ascii_graphic(), "?");
         let context = Arc::new(Context::new(model, ask, self.metrics.clone(), stop));
         let mut response = match context.ask.stream && context.ask.form != Form::Kaito {
             true => {

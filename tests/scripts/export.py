@@ -3,6 +3,7 @@
 export.py transformers MERGED [BASE ADAPTER]   logits of MERGED, compared with BASE and ADAPTER in peft
 export.py gguf FILE                            keys, shapes and sums of magnitudes, by the gguf package
 export.py llama.cpp FILE PROMPT COUNT [LORA]   greedy tokens, by llama.cpp (xllamacpp); PROMPT is text, or ids: 3,40,77
+export.py tokens FILE TEXTS                    ids of a JSON list of texts, by llama.cpp
 
 Needs: torch, transformers, peft; gguf; xllamacpp.
 """
@@ -51,7 +52,11 @@ def with_gguf(path):
     return {"keys": keys, "tensors": tensors}
 
 
-def with_llama_cpp(path, prompt, count, lora=None):
+def llama_cpp(path, lora=None):
+    """A server on a free port, and a function that asks it."""
+    import socket
+    import urllib.request
+
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -62,9 +67,24 @@ def with_llama_cpp(path, prompt, count, lora=None):
     params.cpuparams.n_threads = 2
     params.n_parallel = 1
     params.fit_params = False
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        params.port = free.getsockname()[1]
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 1.0)]
     server = xllamacpp.Server(params)
+
+    def ask(route, body):
+        url = f"{server.listening_address}{route}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            return json.load(answer)
+
+    return server, ask
+
+
+def with_llama_cpp(path, prompt, count, lora=None):
+    server, ask = llama_cpp(path, lora)
     ids = prompt.split(",")
     request = {
         "prompt": [int(id) for id in ids] if all(id.isdigit() for id in ids) else prompt,
@@ -72,17 +92,20 @@ def with_llama_cpp(path, prompt, count, lora=None):
         "temperature": 0,
         "top_k": 1,
         "ignore_eos": False,
-        "logprobs": 1,
-        "stream": False,
+        # The list of log-probabilities leaves out tokens whose text is no whole letter; this list is complete.
+        "return_tokens": True,
         "cache_prompt": False,
     }
-    answer = server.handle_completions(request)
-    if isinstance(answer, str):
-        answer = json.loads(answer)
-    tokens = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
-    return {"tokens": tokens, "prompt_tokens": answer["usage"]["prompt_tokens"]}
+    answer = ask("/completion", request)
+    return {"tokens": answer["tokens"], "prompt_tokens": answer["tokens_evaluated"]}
+
+
+def tokens_of_llama_cpp(path, texts):
+    server, ask = llama_cpp(path)
+    asked = lambda text: ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})
+    return [asked(text)["tokens"] for text in json.loads(texts)]
 
 
 if __name__ == "__main__":
-    kinds = {"transformers": with_transformers, "gguf": with_gguf, "llama.cpp": with_llama_cpp}
+    kinds = {"transformers": with_transformers, "gguf": with_gguf, "llama.cpp": with_llama_cpp, "tokens": tokens_of_llama_cpp}
     print(json.dumps(kinds[sys.argv[1]](*sys.argv[2:]), default=str))

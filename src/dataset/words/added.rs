@@ -10,6 +10,9 @@ pub(super) struct Added {
     tokens: HashMap<String, AddedPart>,
 }
 
+/// Takes a part of a text: from, to, and the token if the part is an added one. `None` ends the division.
+pub(super) type Each<'a> = dyn FnMut(usize, usize, Option<&Part>) -> Option<()> + 'a;
+
 /// A token, and whether it takes the spaces around it.
 #[derive(Clone, Copy)]
 struct AddedPart {
@@ -61,11 +64,7 @@ impl Added {
     }
 
     /// Hands on the parts of a text in their order: from, to, and the token if the part is an added one.
-    pub fn divide(
-        &self,
-        text: &str,
-        each: &mut dyn FnMut(usize, usize, Option<&Part>) -> Option<()>,
-    ) -> Option<()> {
+    pub fn divide(&self, text: &str, each: &mut Each) -> Option<()> {
         let mut at = 0;
         for found in self.pattern.find_iter(text) {
             let token = self.tokens.get(found.as_str())?;

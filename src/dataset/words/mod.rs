@@ -175,11 +175,7 @@ impl Words {
     }
 
     /// Divides at added tokens: those of the first kind, then, in what is left, those of the second.
-    fn between(
-        &self,
-        text: &str,
-        each: &mut dyn FnMut(usize, usize, Option<&Part>) -> Option<()>,
-    ) -> Option<()> {
+    fn between(&self, text: &str, each: &mut added::Each) -> Option<()> {
         let mut rest = |from: usize, to: usize, token: Option<&Part>| match (&self.added[1], token) {
             (Some(added), None) => {
                 added.divide(&text[from..to], &mut |a, b, token| each(from + a, from + b, token))

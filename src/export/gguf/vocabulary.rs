@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde_json::Value as Json;
 
+use super::dividing;
 use super::file::Value;
 use crate::fault::{Fault, Result};
 
@@ -79,22 +80,22 @@ pub fn read(folder: &Path, rows: usize, model: &OfModel) -> Result<Vocabulary> {
     let unknown = bpe["unk_token"].as_str();
     let (texts, kinds) = tokens(&tokenizer, &config, rows, pieces).map_err(wrong)?;
     let merges = merges(&bpe["merges"]);
-    let mut warnings = Vec::new();
+    let refused = |what: String| {
+        wrong(format!("GGUF: {what}")).help(
+            "write safetensors: llama.cpp would read a text as other tokens than this model was trained on",
+        )
+    };
+    let warnings = dividing::normalizer(&tokenizer, pieces).map_err(refused)?.into_iter().collect();
     let mut keys = vec![key("ggml.model", Value::Text(if pieces { "llama" } else { "gpt2" }.into()))];
     match pieces {
         true => {
+            dividing::pieces(&tokenizer).map_err(refused)?;
             keys.push(key("ggml.pre", Value::Text("default".into())));
             keys.push(key("ggml.scores", Value::F32s(scores(&texts, &merges))));
             keys.push(key("ggml.add_space_prefix", Value::Bool(prefixed(&tokenizer))));
         }
         false => {
-            let pre = pre_tokenizer(&tokenizer).unwrap_or_else(|| {
-                warnings.push(
-                    "llama.cpp has no name for this tokenizer's way of dividing text: its tokens may differ"
-                        .into(),
-                );
-                "default"
-            });
+            let pre = dividing::name(&tokenizer).map_err(refused)?;
             keys.push(key("ggml.pre", Value::Text(pre.into())));
             keys.push(key(
                 "ggml.merges",
@@ -205,37 +206,7 @@ fn prefixed(tokenizer: &Json) -> bool {
     })
 }
 
-/// llama.cpp's name for how a tokenizer divides text before merging.
-fn pre_tokenizer(tokenizer: &Json) -> Option<&'static str> {
-    let pre = &tokenizer["pre_tokenizer"];
-    let parts: Vec<&Json> = match pre["pretokenizers"].as_array() {
-        Some(parts) => parts.iter().collect(),
-        None => vec![pre],
-    };
-    let patterns: Vec<&str> = parts.iter().filter_map(|part| part["pattern"]["Regex"].as_str()).collect();
-    let is = |kind: &str| parts.iter().any(|part| part["type"] == kind);
-    let ignores_merges = tokenizer["model"]["ignore_merges"].as_bool() == Some(true);
-    let has = |text: &str| patterns.iter().any(|pattern| pattern.contains(text));
-    if has(r"\p{Lu}") {
-        return Some(if has("(?i:'s") { "gpt-4o" } else { "tekken" });
-    }
-    if has(r"[^\r\n\p{L}\p{N}]?\p{L}+") {
-        return Some(match (has(r"\p{N}{1,3}"), ignores_merges) {
-            (true, true) => "llama-bpe",
-            (true, false) => "dbrx",
-            (false, _) => "qwen2",
-        });
-    }
-    let splits = parts.iter().any(|part| part["type"] == "ByteLevel" && part["use_regex"] != false);
-    match splits {
-        true if is("Punctuation") => Some("falcon"),
-        true if is("Digits") => Some("refact"),
-        true if patterns.is_empty() => Some("gpt-2"),
-        _ => None,
-    }
-}
-
-/// `Null` where there is no such file.
+/// Returns `Null` if there is no such file.
 fn json(file: &Path) -> Result<Json> {
     let bytes = match std::fs::metadata(file) {
         Ok(data) if data.len() <= FILE_BYTES_MAX => {
@@ -252,8 +223,6 @@ fn json(file: &Path) -> Result<Json> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
     fn folder(name: &str) -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join("model")
     }
@@ -282,22 +251,6 @@ mod tests {
         assert_eq!(value(&gemma, "ggml.add_space_prefix"), &Value::Bool(false));
         let fault = read(&folder("llama3"), 100, &model).unwrap_err();
         assert!(fault.message.contains("the embedding has 100 rows"), "{fault}");
-    }
-
-    #[test]
-    fn ways_of_dividing_text_have_llama_cpps_names() {
-        let pre = |value: Json| pre_tokenizer(&json!({"model": {}, "pre_tokenizer": value}));
-        let byte_level = json!({"type": "ByteLevel", "use_regex": true});
-        assert_eq!(pre(byte_level.clone()), Some("gpt-2"));
-        let with = |part: Json| json!({"type": "Sequence", "pretokenizers": [part, byte_level.clone()]});
-        assert_eq!(pre(with(json!({"type": "Digits"}))), Some("refact"));
-        assert_eq!(pre(with(json!({"type": "Punctuation"}))), Some("falcon"));
-        let regex = |text: &str| json!({"type": "Split", "pattern": {"Regex": text}});
-        assert_eq!(pre(regex(r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}")), Some("dbrx"));
-        assert_eq!(pre(regex(r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}")), Some("qwen2"));
-        assert_eq!(pre(regex(r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*(?i:'s)?")), Some("gpt-4o"));
-        assert_eq!(pre(regex(r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*")), Some("tekken"));
-        assert_eq!(pre(regex(r"\w+")), None);
     }
 
     #[test]

@@ -29,6 +29,9 @@ const BLOCK: usize = 64;
 /// From so many rows on (rows of the block times heads of the group) a page is a matrix product.
 const PRODUCT_ROWS_MIN: usize = 8;
 
+/// Products of queries with keys below which waking a second thread costs more than it saves.
+const PARALLEL_PRODUCTS_MIN: usize = 1 << 16;
+
 /// The new rows of one sequence in a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Segment {
@@ -97,7 +100,7 @@ impl Values {
             Values::F64(data) => (data as &dyn Any).downcast_ref(),
             Values::Bf16(data) => {
                 scratch.clear();
-                scratch.extend(data[range].iter().map(|value| T::of(value.to_f64())));
+                scratch.extend(data[range].iter().map(|value| T::widen(*value)));
                 return Ok(scratch);
             }
             #[cfg(feature = "cuda")]
@@ -215,10 +218,14 @@ pub fn forward(
             blocks.map(move |from| from..(from + BLOCK).min(segment.rows.len())).map(move |block| (segment, block))
         });
         let tasks: Vec<_> = blocks.flat_map(|(segment, block)| (0..heads.key).map(move |head| (segment, block.clone(), head))).collect();
-        let done: Vec<Result<Vec<T>>> = tasks
-            .par_iter()
-            .map(|(segment, block, key_head)| Block { qkv, heads, store, segment, block: block.clone(), key_head: *key_head, precision }.attend())
-            .collect();
+        let attend = |(segment, block, key_head): &(&Segment, Range<usize>, usize)| {
+            Block { qkv, heads, store, segment, block: block.clone(), key_head: *key_head, precision }.attend()
+        };
+        let products: usize = segments.list.iter().map(|segment| segment.rows.len() * (segment.start + segment.rows.len())).sum();
+        let done: Vec<Result<Vec<T>>> = match products * heads.query * heads.width < PARALLEL_PRODUCTS_MIN {
+            true => tasks.iter().map(attend).collect(),
+            false => tasks.par_iter().map(attend).collect(),
+        };
         let (group, stride) = (heads.group() * heads.width, heads.query * heads.width);
         let mut out = vec![T::ZERO; rows * stride];
         for ((segment, block, key_head), found) in tasks.iter().zip(done) {

@@ -135,7 +135,7 @@ fn look_up(table: Row, bytes: __m128i) -> Row {
 /// `Rounding::apply` on eight values.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn rounded(values: __m256, rounding: Rounding) -> __m256 {
+pub(super) fn rounded(values: __m256, rounding: Rounding) -> __m256 {
     match rounding {
         Rounding::None => values,
         Rounding::Bf16 => round_to_bf16(values),

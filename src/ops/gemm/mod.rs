@@ -13,6 +13,11 @@ mod source;
 mod buffer;
 mod drive;
 mod portable;
+mod few;
+#[cfg(target_arch = "x86_64")]
+mod few_avx2;
+#[cfg(target_arch = "x86_64")]
+mod few_avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +31,7 @@ mod tests;
 
 use std::sync::OnceLock;
 
+pub use few::{Nested, Weight, few};
 pub use four_bit::{FourBitView, Rounding, dequantize};
 use half::bf16;
 

@@ -363,3 +363,99 @@ fn a_view_past_its_data_is_refused() {
         Precision::F32,
     );
 }
+
+/// Weights of every stored form, with depths that fill registers and that do not.
+fn few_weights(depth: usize, numbers: &mut Numbers) -> Vec<(Stored, usize)> {
+    let forms = [
+        (Form::Rows, 40),
+        (Form::Bf16(false), 35),
+        (Form::FourBit(Rounding::None, false), 33),
+        (Form::FourBit(Rounding::Bf16, false), 67),
+        (Form::FourBit(Rounding::F16, false), 3),
+    ];
+    forms.map(|(form, rows)| (Stored::new(form, rows, depth, numbers), rows)).into()
+}
+
+/// `c[i, j]` in f64, activations and weights rounded as the precision has it.
+fn few_expected(x: &[f32], rows: usize, depth: usize, weight: &[f32], precision: Precision) -> Vec<f64> {
+    let round = |value: f32| match precision {
+        Precision::F32 => f64::from(value),
+        Precision::Bf16 => bf16::from_f32(value).to_f64(),
+    };
+    let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| round(*x) * round(*w)).sum::<f64>();
+    let weight = weight.chunks(depth);
+    (0..rows).flat_map(|i| weight.clone().map(move |w| dot(&x[i * depth..][..depth], w))).collect()
+}
+
+#[test]
+fn few_rows_equal_a_triple_loop_and_depend_on_nothing_else() {
+    use super::few::{Level, few_at, level};
+    for at in
+        [Level::Portable, Level::Avx2, Level::Avx512, Level::Pairs].into_iter().filter(|at| *at <= level())
+    {
+        let mut numbers = Numbers(11);
+        for depth in [1, 7, 16, 64, 96, 128, 200, 576] {
+            let stored = few_weights(depth, &mut numbers);
+            let x = numbers.vec(6 * depth);
+            for precision in [Precision::F32, Precision::Bf16] {
+                for (stored, n) in &stored {
+                    // 4-bit values become bf16 where products are made of bf16.
+                    let matrix = stored.matrix(*n, depth);
+                    if let (Matrix::FourBit { weight, .. }, Precision::Bf16) = (&matrix, precision)
+                        && weight.rounding != Rounding::Bf16
+                    {
+                        continue;
+                    }
+                    let weight = [super::Weight { matrix, nested: None }];
+                    let product = |rows: usize, from: usize| {
+                        let mut c = vec![0.25; rows * (n + 3)];
+                        let x = &x[from * depth..];
+                        few_at(at, x, depth, rows, &weight, 0.5, 2.0, &mut c, n + 3, precision);
+                        c
+                    };
+                    let (all, values) = (product(6, 0), stored.values(*n, depth));
+                    let expected = few_expected(&x, 6, depth, &values, precision);
+                    for i in 0..6 {
+                        for j in 0..*n {
+                            let found = f64::from(all[i * (n + 3) + j]);
+                            let wanted = 0.5 * expected[i * n + j] + 0.5;
+                            // TOLERANCE: rounding of sums of `depth` products of numbers below one.
+                            let bound = 1e-6 * (depth as f64).sqrt().max(4.0);
+                            assert!(
+                                (found - wanted).abs() <= bound,
+                                "{at:?} {depth} {precision:?}: {found} {wanted}"
+                            );
+                        }
+                        // A row alone has the bits that it has among others.
+                        assert_eq!(product(1, i)[..*n], all[i * (n + 3)..][..*n], "{at:?}, row {i}");
+                    }
+                    // What lies beside the columns stays.
+                    assert_eq!(all[*n..n + 3], [0.25; 3]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nested_scales_are_those_that_were_written_out() {
+    let mut numbers = Numbers(5);
+    let (rows, depth) = (50, 192);
+    let weight = Weight::new(rows, depth, Rounding::Bf16, &mut numbers);
+    let blocks = rows * depth / 64;
+    let codes: Vec<u8> = (0..blocks).map(|_| numbers.bits() as u8).collect();
+    let absmax = numbers.vec(blocks.div_ceil(256));
+    let map: [f32; 256] = std::array::from_fn(|_| numbers.next());
+    let nested = Nested { codes: &codes, absmax: &absmax, block: 256, map: &map, offset: 0.125 };
+    let written = (0..blocks).map(|i| map[usize::from(codes[i])] * absmax[i / 256] + 0.125).collect();
+    let plain = Weight { absmax: written, ..weight };
+    let (x, shared) = (numbers.vec(2 * depth), FourBitView { absmax: &[], ..plain.view() });
+    let of = |matrix, nested| {
+        let (weights, mut c) = ([super::Weight { matrix, nested }; 2], vec![0f32; 4 * rows]);
+        few(&x, depth, 2, &weights, 1.0, 0.0, &mut c, 2 * rows, Precision::Bf16);
+        c
+    };
+    let found = of(Matrix::four_bit(shared), Some(nested));
+    assert_eq!(found, of(Matrix::four_bit(plain.view()), None));
+    assert_eq!(found[..rows], found[rows..2 * rows], "weights side by side");
+}
