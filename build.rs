@@ -31,7 +31,9 @@ fn main() {
             }
         });
     }
-    let mut list = String::from("/// Name and machine code of each file of kernels.\npub static FATBINS: &[(&str, &[u8])] = &[\n");
+    let mut list = String::from(
+        "/// Name and machine code of each file of kernels.\npub static FATBINS: &[(&str, &[u8])] = &[\n",
+    );
     for stem in sources.iter().map(|source| stem(source)) {
         let path = out.join(format!("{stem}.fatbin"));
         writeln!(list, "    ({stem:?}, include_bytes!({path:?})),").expect("writing to a text");

@@ -41,7 +41,7 @@ fn help_tells_what_there_is() {
                        adapter alone as GGUF
           report       Make the page that explains a run from its folder of results, or one that compares
                        several runs
-          push         Push an adapter's folder as an image
+          push         Push an adapter's folder: as an image, to the hub, to an object store or to a folder
           pull         Pull an adapter's image into a folder
           example      Write a tiny model, a dataset and a configuration, and run the whole job on them in
                        seconds
@@ -120,6 +120,17 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_DATA]
 
+              --evaluation-data <URL_OR_PATH>
+                  Data to evaluate on, in the same forms; no row of it trains; may be repeated
+
+                  [env: HONE_EVALUATION_DATA]
+
+              --group-column <NAME>
+                  Column whose equal values stay on one side of the split into rows to train on and rows to
+                  evaluate on
+
+                  [env: HONE_GROUP_COLUMN=]
+
               --layout <LAYOUT>
                   Layout of the rows: messages, prompt_completion, alpaca, question_answer, tokens or text
                   [default: detected from the columns]
@@ -184,8 +195,9 @@ fn help_tells_what_there_is() {
 
                   [env: HONE_ANSWERS=]
 
-              --push <IMAGE>
-                  Image that the adapter is pushed as when training is done
+              --push <PLACE>
+                  Place that the adapter is sent to when training is done: an image, hf://OWNER/NAME,
+                  s3://BUCKET/FOLDER, file:DIR; may be repeated
 
                   [env: HONE_PUSH=]
 
@@ -386,15 +398,18 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         TrainingArguments.packing                      true               default
         TrainingArguments.dataset_text_field           text               default
         TrainingArguments.logging_strategy             steps              default
-        TrainingArguments.logging_steps                10                 try/hone.yaml:20
+        TrainingArguments.logging_steps                10.0               try/hone.yaml:20
         TrainingArguments.report_to                    none               default
         TrainingArguments.eval_delay                   0.0                default
         TrainingArguments.eval_on_start                false              default
         TrainingArguments.load_best_model_at_end       false              default
         TrainingArguments.early_stopping_threshold     0.0                default
         TrainingArguments.save_strategy                no                 try/hone.yaml:21
-        TrainingArguments.save_steps                   500                default
+        TrainingArguments.save_steps                   500.0              default
         TrainingArguments.seed                         42                 default
+        TrainingArguments.push_to_hub                  false              default
+        TrainingArguments.hub_revision                 main               default
+        TrainingArguments.hub_strategy                 end                default
         TrainingArguments.use_cpu                      false              default
         DatasetConfig.shuffle_dataset                  true               default
         DatasetConfig.shuffle_seed                     42                 default

@@ -179,7 +179,8 @@ fn texts(rows: usize) -> String {
 
 /// Texts in groups of seven rows, and some without a group.
 fn in_groups(rows: usize) -> String {
-    let group = |number: usize| if number.is_multiple_of(11) { "null".into() } else { (number / 7).to_string() };
+    let group =
+        |number: usize| if number.is_multiple_of(11) { "null".into() } else { (number / 7).to_string() };
     (0..rows)
         .map(|number| format!("{{\"text\": \"row {number}\", \"group\": {}}}\n", group(number)))
         .collect()

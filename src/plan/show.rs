@@ -57,11 +57,17 @@ impl Plan {
     }
 }
 
-/// The value on one line; texts are shown without JSON's quotes.
+/// The value on one line; texts are shown without JSON's quotes, and whole numbers without a fraction.
 fn text(value: &Json) -> String {
     match value {
         Json::String(text) => text.escape_debug().to_string(),
         Json::Array(items) => items.iter().map(text).collect::<Vec<_>>().join(", "),
+        Json::Number(number) => match number.as_f64() {
+            Some(value) if number.is_f64() && value.fract() == 0.0 && value.abs() < 1e12 => {
+                format!("{value:.0}")
+            }
+            _ => number.to_string(),
+        },
         other => other.to_string(),
     }
 }
