@@ -358,7 +358,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         earlier_results                                refuse             default
         answers                                        0                  default
         spike_policy                                   none               default
-        spike_factor                                   10.0               default
+        spike_factor                                   10                 default
         spike_window                                   32                 default
         push                                           oci:try/image      try/hone.yaml:5
         target_matching                                fused              default
@@ -373,39 +373,39 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         QuantizationConfig.bnb_4bit_quant_type         nf4                try/hone.yaml:11
         QuantizationConfig.bnb_4bit_use_double_quant   true               try/hone.yaml:12
         LoraConfig.r                                   4                  --set
-        LoraConfig.lora_alpha                          32.0               try/hone.yaml:15
-        LoraConfig.lora_dropout                        0.0                default
+        LoraConfig.lora_alpha                          32                 try/hone.yaml:15
+        LoraConfig.lora_dropout                        0                  default
         LoraConfig.target_modules                      all-linear         default
         LoraConfig.use_rslora                          false              default
         LoraConfig.init_lora_weights                   true               default
         TrainingArguments.learning_rate                0.005              try/hone.yaml:17
         TrainingArguments.lr_scheduler_type            linear             default
-        TrainingArguments.label_smoothing_factor       0.0                default
-        TrainingArguments.warmup_steps                 0.0                default
-        TrainingArguments.num_train_epochs             3.0                default
+        TrainingArguments.label_smoothing_factor       0                  default
+        TrainingArguments.warmup_steps                 0                  default
+        TrainingArguments.num_train_epochs             3                  default
         TrainingArguments.max_steps                    60                 try/hone.yaml:18
         TrainingArguments.per_device_train_batch_size  16                 try/hone.yaml:19
         TrainingArguments.per_device_eval_batch_size   8                  default
         TrainingArguments.gradient_accumulation_steps  1                  default
         TrainingArguments.optim                        adamw_torch_fused  default
-        TrainingArguments.weight_decay                 0.0                default
+        TrainingArguments.weight_decay                 0                  default
         TrainingArguments.adam_beta1                   0.9                default
         TrainingArguments.adam_beta2                   0.999              default
         TrainingArguments.adam_epsilon                 1e-8               default
-        TrainingArguments.max_grad_norm                1.0                default
+        TrainingArguments.max_grad_norm                1                  default
         TrainingArguments.fp16                         false              default
         TrainingArguments.max_length                   1024               default
         TrainingArguments.packing                      true               default
         TrainingArguments.dataset_text_field           text               default
         TrainingArguments.logging_strategy             steps              default
-        TrainingArguments.logging_steps                10.0               try/hone.yaml:20
+        TrainingArguments.logging_steps                10                 try/hone.yaml:20
         TrainingArguments.report_to                    none               default
-        TrainingArguments.eval_delay                   0.0                default
+        TrainingArguments.eval_delay                   0                  default
         TrainingArguments.eval_on_start                false              default
         TrainingArguments.load_best_model_at_end       false              default
-        TrainingArguments.early_stopping_threshold     0.0                default
+        TrainingArguments.early_stopping_threshold     0                  default
         TrainingArguments.save_strategy                no                 try/hone.yaml:21
-        TrainingArguments.save_steps                   500.0              default
+        TrainingArguments.save_steps                   500                default
         TrainingArguments.seed                         42                 default
         TrainingArguments.push_to_hub                  false              default
         TrainingArguments.hub_revision                 main               default
