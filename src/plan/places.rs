@@ -319,7 +319,7 @@ pub(super) fn push(reader: &mut Reader, output: &Path) -> Vec<Destination> {
         match Destination::parse(text) {
             Ok(place) if places.contains(&place) => {}
             Ok(place) => places.push(place),
-            Err(fault) => reader.wrong(&origin, format!("push: {}", fault.in_a_line())),
+            Err(fault) => reader.wrong(&origin, fault.in_a_line()),
         }
     }
     places.extend(push_to_hub(reader, output).filter(|place| !places.contains(place)));
