@@ -532,7 +532,9 @@ fn soak() {
                 break status;
             }
             let step = steps_done(&world.work.path("out"));
-            if let Some(memory) = resident(child.id()).filter(|_| step > before + 50) {
+            // After the last step the report is made of all lines of metrics, which takes memory of its own.
+            let trains = step > before + 50 && step < steps;
+            if let Some(memory) = resident(child.id()).filter(|_| trains) {
                 samples.push((step, memory));
             }
             if starts % 3 != 0 && step >= until && !disturbed.swap(true, Ordering::Relaxed) {
