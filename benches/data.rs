@@ -8,9 +8,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use hone::dataset::{
-    self, BadRows, LossOn, Names, Options, Prepared, TokenCache, TokenOptions, Tokenizer, prepare,
-};
+use hone::dataset::{self, LossOn, Options, Prepared, TokenCache, TokenOptions, Tokenizer, prepare};
 use hone::report::Report;
 use hone::train::order::{self, Steps};
 use hone::{machine, source, train};
@@ -57,23 +55,7 @@ fn cpu_seconds() -> f64 {
 }
 
 fn prepared(file: &source::File, tokenizer: &Tokenizer, tokens_max: usize, cache: &TokenCache) -> Prepared {
-    let options = Options {
-        layout: None,
-        messages_column: None,
-        prompt_column: None,
-        completion_column: None,
-        text_column: None,
-        question_column: None,
-        shares: Vec::new(),
-        container: None,
-        names: Names::KNOWN,
-        bad_rows: BadRows::Refuse,
-        shuffle: true,
-        seed: 42,
-        train_share: 1.0,
-        evaluation_from: None,
-        group_column: None,
-    };
+    let options = Options { shuffle: true, seed: 42, ..Options::RECOGNISED };
     let tokens = TokenOptions {
         tokens_max,
         loss: LossOn::Answers,

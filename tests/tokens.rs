@@ -18,29 +18,17 @@ use hone::source;
 use job::Work;
 use libc::{SIGKILL, SIGTERM};
 
-const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: true,
-    seed: 7,
-    train_share: 0.8,
-    evaluation_from: None,
-    group_column: None,
-};
 const TOKENS: TokenOptions =
     TokenOptions { tokens_max: 64, loss: LossOn::Answers, chat_template: None, bad_rows: BadRows::Refuse };
 const DROP: BadRows = BadRows::Drop { share_max: 0.9 };
 /// Refuses some rows, hides tools, and writes no end token.
 const TEMPLATE: &str = "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no such turn') }}{% endif %}\
     {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+
+/// Options of rows that are shuffled and split.
+fn options() -> Options {
+    Options { shuffle: true, seed: 7, train_share: 0.8, ..Options::RECOGNISED }
+}
 
 /// What is said.
 #[derive(Default)]
@@ -190,20 +178,20 @@ fn in_groups(rows: usize) -> String {
 fn examples_their_order_and_what_is_said_are_the_same_as_in_memory() {
     let two = || vec![conversations(400, false, 0), conversations(300, false, 9000)];
     let share = |weight, limit| Share { weight, limit, ..Share::default() };
-    let dropped = Options { bad_rows: DROP, ..OPTIONS };
+    let dropped = Options { bad_rows: DROP, ..options() };
     let refusing = TokenOptions { chat_template: Some(TEMPLATE.into()), bad_rows: DROP, ..TOKENS };
-    let grouped = Options { group_column: Some("group".into()), train_share: 0.7, ..OPTIONS };
+    let grouped = Options { group_column: Some("group".into()), train_share: 0.7, ..options() };
     let cases: [(&str, Vec<String>, Options, TokenOptions); 11] = [
-        ("plain", vec![conversations(300, false, 0)], OPTIONS, TOKENS),
-        ("in order", vec![conversations(300, false, 0)], Options { shuffle: false, ..OPTIONS }, TOKENS),
-        ("all train", two(), Options { train_share: 1.0, ..OPTIONS }, TOKENS),
-        ("cut", two(), OPTIONS, TokenOptions { tokens_max: 48, ..TOKENS }),
-        ("every token", two(), OPTIONS, TokenOptions { loss: LossOn::Everything, ..TOKENS }),
+        ("plain", vec![conversations(300, false, 0)], options(), TOKENS),
+        ("in order", vec![conversations(300, false, 0)], Options { shuffle: false, ..options() }, TOKENS),
+        ("all train", two(), Options { train_share: 1.0, ..options() }, TOKENS),
+        ("cut", two(), options(), TokenOptions { tokens_max: 48, ..TOKENS }),
+        ("every token", two(), options(), TokenOptions { loss: LossOn::Everything, ..TOKENS }),
         ("dropped", vec![conversations(300, true, 0)], dropped.clone(), refusing.clone()),
         (
             "limits",
             two(),
-            Options { shares: vec![share(None, Some(50)), share(None, None)], ..OPTIONS },
+            Options { shares: vec![share(None, Some(50)), share(None, None)], ..options() },
             TOKENS,
         ),
         (
@@ -216,11 +204,11 @@ fn examples_their_order_and_what_is_said_are_the_same_as_in_memory() {
         (
             "one entry evaluates",
             two(),
-            Options { evaluation_from: Some(1), train_share: 1.0, ..OPTIONS },
+            Options { evaluation_from: Some(1), train_share: 1.0, ..options() },
             TOKENS,
         ),
         // More rows than one part takes.
-        ("many", vec![texts(20_000)], OPTIONS, TOKENS),
+        ("many", vec![texts(20_000)], options(), TOKENS),
     ];
     for (name, contents, options, tokens) in cases {
         let rows = Rows::of(&contents);
@@ -239,21 +227,21 @@ fn examples_their_order_and_what_is_said_are_the_same_as_in_memory() {
 fn what_is_refused_in_memory_is_refused_with_the_same_words_and_leaves_no_store() {
     let refusing = TokenOptions { chat_template: Some(TEMPLATE.into()), ..TOKENS };
     let nothing = TokenOptions { tokens_max: 4, ..TOKENS };
-    let few = Options { bad_rows: BadRows::Drop { share_max: 0.01 }, ..OPTIONS };
+    let few = Options { bad_rows: BadRows::Drop { share_max: 0.01 }, ..options() };
     let cases: [(&str, Vec<String>, Options, TokenOptions); 8] = [
-        ("bad rows", vec![conversations(300, true, 0)], OPTIONS, TOKENS),
+        ("bad rows", vec![conversations(300, true, 0)], options(), TOKENS),
         ("too many bad rows", vec![conversations(300, true, 0)], few, TOKENS),
         (
             "the template refuses",
             vec![conversations(300, false, 0) + &conversations(50, true, 0).replace("null", "\"x\"")],
-            OPTIONS,
+            options(),
             refusing,
         ),
-        ("nothing to learn", vec![conversations(300, false, 0)], OPTIONS, nothing),
-        ("an empty side", vec![conversations(1, false, 0)], OPTIONS, TOKENS),
-        ("no rows", vec!["\n".into()], OPTIONS, TOKENS),
-        ("no columns", vec!["{\"a\": 1}\n".into()], OPTIONS, TOKENS),
-        ("damage", vec![conversations(9000, false, 0) + "{\"messages\": "], OPTIONS, TOKENS),
+        ("nothing to learn", vec![conversations(300, false, 0)], options(), nothing),
+        ("an empty side", vec![conversations(1, false, 0)], options(), TOKENS),
+        ("no rows", vec!["\n".into()], options(), TOKENS),
+        ("no columns", vec!["{\"a\": 1}\n".into()], options(), TOKENS),
+        ("damage", vec![conversations(9000, false, 0) + "{\"messages\": "], options(), TOKENS),
     ];
     for (name, contents, options, tokens) in cases {
         let rows = Rows::of(&contents);
@@ -277,10 +265,10 @@ fn a_later_run_takes_the_tokens_without_opening_a_file() {
         seed: 1,
         train_share: 0.5,
         shares: vec![Share { weight: Some(2.0), ..Share::default() }, Share::default()],
-        ..OPTIONS
+        ..options()
     };
     let expected = rows.in_memory(&weighed, &TOKENS).unwrap();
-    rows.cached(&OPTIONS, &TOKENS).unwrap();
+    rows.cached(&options(), &TOKENS).unwrap();
     rows.files.iter().for_each(|file| std::fs::remove_file(&file.path).unwrap());
     let mut found = rows.cached(&weighed, &TOKENS).unwrap();
     found.said.retain(|line| !line.contains("are taken from"));
@@ -291,7 +279,7 @@ fn a_later_run_takes_the_tokens_without_opening_a_file() {
 #[test]
 fn whatever_changes_tokens_changes_the_store() {
     let mut rows = Rows::of(&[conversations(100, false, 0)]);
-    rows.cached(&OPTIONS, &TOKENS).unwrap();
+    rows.cached(&options(), &TOKENS).unwrap();
     let mut stores = 1;
     let mut another = |rows: &Rows, what: &str, options: &Options, tokens: &TokenOptions| {
         let made = rows.cached(options, tokens).unwrap();
@@ -300,29 +288,30 @@ fn whatever_changes_tokens_changes_the_store() {
         assert_eq!(rows.stores().len(), stores, "{what}");
         assert!(rows.cached(options, tokens).unwrap().says("are taken from"), "{what}: again");
     };
-    another(&rows, "length", &OPTIONS, &TokenOptions { tokens_max: 65, ..TOKENS });
-    another(&rows, "loss", &OPTIONS, &TokenOptions { loss: LossOn::Everything, ..TOKENS });
+    another(&rows, "length", &options(), &TokenOptions { tokens_max: 65, ..TOKENS });
+    another(&rows, "loss", &options(), &TokenOptions { loss: LossOn::Everything, ..TOKENS });
     let template = TokenOptions { chat_template: Some(TEMPLATE.into()), ..TOKENS };
-    another(&rows, "template", &OPTIONS, &template);
+    another(&rows, "template", &options(), &template);
     let user = Names { user: vec!["mood".into()], ..Names::KNOWN };
-    another(&rows, "names", &Options { names: user, ..OPTIONS }, &TOKENS);
-    let limit = |limit| Options { shares: vec![Share { limit: Some(limit), ..Share::default() }], ..OPTIONS };
+    another(&rows, "names", &Options { names: user, ..options() }, &TOKENS);
+    let limit =
+        |limit| Options { shares: vec![Share { limit: Some(limit), ..Share::default() }], ..options() };
     another(&rows, "limit", &limit(50), &TOKENS);
     another(&rows, "the seed that chooses", &Options { seed: 8, ..limit(50) }, &TOKENS);
     let config = rows.folder.path().join("model/tokenizer_config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text + "\n").unwrap();
-    another(&rows, "tokenizer", &OPTIONS, &TOKENS);
+    another(&rows, "tokenizer", &options(), &TOKENS);
     let other = conversations(100, false, 1);
     std::fs::write(&rows.files[0].path, &other).unwrap();
     rows.files[0].sha256 = source::digest(other.as_bytes());
-    another(&rows, "data", &OPTIONS, &TOKENS);
+    another(&rows, "data", &options(), &TOKENS);
 }
 
 #[test]
 fn a_file_that_moved_is_known_and_called_by_its_new_name() {
     let mut rows = Rows::of(&[conversations(300, true, 0).replace("refuse", "refused")]);
-    let options = Options { bad_rows: DROP, ..OPTIONS };
+    let options = Options { bad_rows: DROP, ..options() };
     let tokens = TokenOptions { chat_template: Some(TEMPLATE.into()), bad_rows: DROP, ..TOKENS };
     assert!(rows.cached(&options, &tokens).unwrap().says("0.jsonl:17"));
     rows.files[0].name = "elsewhere/rows.jsonl".into();
@@ -336,7 +325,7 @@ fn a_file_that_moved_is_known_and_called_by_its_new_name() {
 #[test]
 fn a_store_with_one_wrong_bit_is_made_again() {
     let rows = Rows::of(&[conversations(200, false, 0)]);
-    let expected = rows.cached(&OPTIONS, &TOKENS).unwrap();
+    let expected = rows.cached(&options(), &TOKENS).unwrap();
     let [store] = rows.stores().try_into().unwrap();
     type Damage = (&'static str, fn(&Path));
     let damages: [Damage; 6] = [
@@ -349,13 +338,13 @@ fn a_store_with_one_wrong_bit_is_made_again() {
     ];
     for (name, damage) in damages {
         damage(&store.join(name));
-        let mut found = rows.cached(&OPTIONS, &TOKENS).unwrap();
+        let mut found = rows.cached(&options(), &TOKENS).unwrap();
         assert!(!found.says("are taken from"), "{name}");
         // A record that is no record at all is an unfinished store, not a damaged one.
         assert_eq!(found.says("is damaged"), name != "record", "{name}");
         found.said.retain(|line| !line.contains("is damaged"));
         assert_eq!(found, expected, "{name}");
-        assert!(rows.cached(&OPTIONS, &TOKENS).unwrap().says("are taken from"), "{name}: whole again");
+        assert!(rows.cached(&options(), &TOKENS).unwrap().says("are taken from"), "{name}: whole again");
     }
 }
 
@@ -371,11 +360,11 @@ fn flip(path: &Path, share: usize) {
 fn a_folder_that_cannot_be_used_is_a_fault_if_it_was_named() {
     let rows = Rows::of(&[conversations(200, false, 0)]);
     let path = rows.files[0].path.join("tokens"); // below a file
-    let expected = rows.in_memory(&OPTIONS, &TOKENS).unwrap();
+    let expected = rows.in_memory(&options(), &TOKENS).unwrap();
     let cache = |named| TokenCache::Folder { path: path.clone(), named };
-    let fault = rows.prepared(&OPTIONS, &TOKENS, &cache(true)).unwrap_err();
+    let fault = rows.prepared(&options(), &TOKENS, &cache(true)).unwrap_err();
     assert_eq!(fault.kind, Kind::Config, "{fault}");
-    let mut found = rows.prepared(&OPTIONS, &TOKENS, &cache(false)).unwrap();
+    let mut found = rows.prepared(&options(), &TOKENS, &cache(false)).unwrap();
     assert!(found.said[0].starts_with("warning the token cache cannot be used"), "{:?}", found.said);
     found.said.remove(0);
     assert_eq!(found, expected);

@@ -25,7 +25,7 @@ use crate::train::{self, Data, Every, Passes};
 use crate::words::{self, size};
 use rates::Measured;
 
-/// What to measure.
+/// The model and the steps that are timed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The base model.

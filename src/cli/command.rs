@@ -69,7 +69,7 @@ pub enum Command {
     Inspect {
         /// Settings of the job.
         request: Request,
-        /// Which rows to show.
+        /// The data, and the rows of it that are shown.
         options: review::Options,
         /// Form of the output.
         format: Format,
@@ -80,7 +80,7 @@ pub enum Command {
     Eval {
         /// Settings of the job.
         request: Request,
-        /// What to measure.
+        /// The adapter and the rows that it is measured on.
         options: evaluate::Options,
         /// Form of the output.
         format: Format,
@@ -89,7 +89,7 @@ pub enum Command {
     Try {
         /// Settings of the job.
         request: Request,
-        /// What to ask.
+        /// The adapter and the prompts that are answered.
         options: trial::Options,
         /// Form of the output.
         format: Format,
@@ -98,7 +98,7 @@ pub enum Command {
     Merge {
         /// Settings of the job.
         request: Request,
-        /// What to write.
+        /// The base, the adapters, and the model that is written.
         options: merge::Options,
     },
     /// Make the page of a run, or one that compares several.
@@ -135,7 +135,7 @@ pub enum Command {
     },
     /// Measure the speed of training.
     Bench {
-        /// What to measure.
+        /// The model and the steps that are timed.
         options: bench::Options,
         /// File for the result as JSON.
         json: Option<PathBuf>,

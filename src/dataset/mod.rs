@@ -71,6 +71,28 @@ pub struct Options {
     pub group_column: Option<String>,
 }
 
+impl Options {
+    /// Options that name nothing: layouts and containers are recognised, and all rows train, in the order of their
+    /// files. A row that cannot be used ends the reading.
+    pub const RECOGNISED: Options = Options {
+        layout: None,
+        messages_column: None,
+        prompt_column: None,
+        completion_column: None,
+        text_column: None,
+        question_column: None,
+        shares: Vec::new(),
+        container: None,
+        names: Names::KNOWN,
+        bad_rows: BadRows::Refuse,
+        shuffle: false,
+        seed: 0,
+        train_share: 1.0,
+        evaluation_from: None,
+        group_column: None,
+    };
+}
+
 /// Names that the user gave in addition to the known ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Names {

@@ -108,7 +108,7 @@ pub(super) fn shuffle<T>(items: &mut [T], seed: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BadRows, Context, Conversation, Names, Record};
+    use super::super::{Context, Conversation, Record};
     use super::*;
     use crate::fault::Kind;
 
@@ -131,23 +131,7 @@ mod tests {
     }
 
     fn options(shuffle: bool, seed: u64, train_share: f64) -> Options {
-        Options {
-            layout: None,
-            messages_column: None,
-            prompt_column: None,
-            completion_column: None,
-            text_column: None,
-            question_column: None,
-            shares: Vec::new(),
-            container: None,
-            names: Names::KNOWN,
-            bad_rows: BadRows::Refuse,
-            shuffle,
-            seed,
-            train_share,
-            evaluation_from: None,
-            group_column: None,
-        }
+        Options { shuffle, seed, train_share, ..Options::RECOGNISED }
     }
 
     /// Splits numbers; the group of a number is what `group` says.

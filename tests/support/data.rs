@@ -5,27 +5,11 @@
 
 use std::path::Path;
 
-use hone::dataset::{BadRows, Names, Options};
+use hone::dataset::Options;
 use hone::source;
 
 /// Options that name nothing: everything is recognised.
-pub const OPTIONS: Options = Options {
-    layout: None,
-    messages_column: None,
-    prompt_column: None,
-    completion_column: None,
-    text_column: None,
-    question_column: None,
-    shares: Vec::new(),
-    container: None,
-    names: Names::KNOWN,
-    bad_rows: BadRows::Refuse,
-    shuffle: false,
-    seed: 0,
-    train_share: 1.0,
-    evaluation_from: None,
-    group_column: None,
-};
+pub const OPTIONS: Options = Options::RECOGNISED;
 
 /// Writes a file of this name in messages, under the name that the cache gives to downloads.
 pub fn written(folder: &Path, name: &str, content: &[u8]) -> source::File {

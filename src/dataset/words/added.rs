@@ -23,7 +23,7 @@ struct AddedPart {
 
 impl Added {
     /// Both kinds: those that are looked for first, and those that are looked for in what is left, after the
-    /// normalizer. `None`: a token wants more than this file does.
+    /// normalizer. `None`: a token has a rule that this file does not follow, such as `single_word`.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<[Option<Added>; 2]> {
         let mut kinds: [Vec<(u32, AddedToken)>; 2] = Default::default();
         for (id, token) in inner.get_added_tokens_decoder() {
@@ -33,6 +33,7 @@ impl Added {
         Some([Added::one(first)?, Added::one(second)?])
     }
 
+    /// The tokens of one kind, if it has any.
     fn one(mut tokens: Vec<(u32, AddedToken)>) -> Option<Option<Added>> {
         if tokens.is_empty() {
             return Some(None);

@@ -10,7 +10,7 @@ use tokenizers::{Model, ModelWrapper};
 /// GPT-2's expression, which `ByteLevel` splits by.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// A tokenizer of this kind.
+/// A byte-level BPE tokenizer.
 pub(super) struct ByteLevel {
     pieces: Regex,
     /// Whether what the expression does not match becomes tokens, too.

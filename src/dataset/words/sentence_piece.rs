@@ -8,42 +8,41 @@ use tokenizers::{Model, ModelWrapper};
 /// What a space is written as.
 const MARK: char = '\u{2581}';
 
-/// A tokenizer of this kind.
+/// A SentencePiece tokenizer.
 pub(super) struct SentencePiece {
     prefix: Prefix,
     /// Whether no token joins a line break with another character.
     breaks_alone: bool,
 }
 
-/// Which parts of a text get a mark before them. Parts lie between added tokens.
+/// The rule by which a mark is put before a part of a text. Added tokens divide a text into parts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Prefix {
     Never,
-    /// The normalizer's, before any part.
+    /// Each part gets a mark, also one that begins with a space.
     Each,
-    /// Before a part that does not begin with one.
+    /// A part gets a mark unless it begins with a space or a mark.
     EachWithout,
-    /// The same, but only at the beginning of the text.
+    /// Only the part at the beginning of the text gets one, by the same condition.
     FirstWithout,
 }
 
 impl SentencePiece {
     /// `None`: the tokenizer is of another kind.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<SentencePiece> {
-        let json = |value: serde_json::Result<Value>| value.ok();
-        let normalizer = json(serde_json::to_value(inner.get_normalizer()))?;
-        let splits = json(serde_json::to_value(inner.get_pre_tokenizer()))?;
+        let normalizer = serde_json::to_value(inner.get_normalizer()).ok()?;
+        let splits = serde_json::to_value(inner.get_pre_tokenizer()).ok()?;
         let prefix = prefix(&normalizer, &splits)?;
-        let processor = json(serde_json::to_value(inner.get_post_processor()))?;
+        let processor = serde_json::to_value(inner.get_post_processor()).ok()?;
         let keeps_places = processor.is_null() || processor["type"] == "TemplateProcessing";
         if !keeps_places || !whole_bpe(inner.get_model()) {
             return None;
         }
         let vocabulary = inner.get_model().get_vocab();
-        // A token after which no word could be divided from the next one.
         let joins = |token: &String, left: fn(char) -> bool, right: fn(char) -> bool| {
             token.chars().zip(token.chars().skip(1)).any(|(a, b)| left(a) && right(b))
         };
+        // Such a token joins two words, so that they could not become tokens one by one.
         if vocabulary.keys().any(|token| joins(token, |a| a != MARK, |b| b == MARK)) {
             return None;
         }
@@ -117,7 +116,7 @@ fn whole_bpe(model: &ModelWrapper) -> bool {
         && (0..=255).all(|byte: u8| bpe.token_to_id(&format!("<{byte:#04X}>")).is_some())
 }
 
-/// Where marks are put before a text, if that and marks for spaces are all that is done to it.
+/// The rule for marks before parts. `None`: the normalizer or the pre-tokenizer does more than write marks.
 fn prefix(normalizer: &Value, splits: &Value) -> Option<Prefix> {
     let marks = |value: &Value| {
         value["type"] == "Replace"
