@@ -87,7 +87,7 @@ fn kaitos_qlora_template() {
             earlier_results  refuse  default
             answers  0  default
             spike_policy  none  default
-            spike_factor  10.0  default
+            spike_factor  10  default
             spike_window  32  default
             target_matching  fused  default
             mlflow_experiment  Default  default
@@ -102,40 +102,40 @@ fn kaitos_qlora_template() {
             QuantizationConfig.bnb_4bit_use_double_quant  true  train.yaml:13
             QuantizationConfig.bnb_4bit_compute_dtype  bfloat16  train.yaml:12
             LoraConfig.r  8  train.yaml:16
-            LoraConfig.lora_alpha  8.0  train.yaml:17
-            LoraConfig.lora_dropout  0.0  train.yaml:18
+            LoraConfig.lora_alpha  8  train.yaml:17
+            LoraConfig.lora_dropout  0  train.yaml:18
             LoraConfig.target_modules  all-linear  default
             LoraConfig.use_rslora  false  default
             LoraConfig.init_lora_weights  true  default
             TrainingArguments.output_dir  /mnt/results  train.yaml:22
             TrainingArguments.learning_rate  0.00002  default
             TrainingArguments.lr_scheduler_type  linear  default
-            TrainingArguments.label_smoothing_factor  0.0  default
-            TrainingArguments.warmup_steps  0.0  default
-            TrainingArguments.num_train_epochs  3.0  default
+            TrainingArguments.label_smoothing_factor  0  default
+            TrainingArguments.warmup_steps  0  default
+            TrainingArguments.num_train_epochs  3  default
             TrainingArguments.max_steps  -1  default
             TrainingArguments.per_device_train_batch_size  1  train.yaml:25
             TrainingArguments.per_device_eval_batch_size  8  default
             TrainingArguments.gradient_accumulation_steps  1  default
             TrainingArguments.optim  adamw_torch_fused  default
-            TrainingArguments.weight_decay  0.0  default
+            TrainingArguments.weight_decay  0  default
             TrainingArguments.adam_beta1  0.9  default
             TrainingArguments.adam_beta2  0.999  default
             TrainingArguments.adam_epsilon  1e-8  default
-            TrainingArguments.max_grad_norm  1.0  default
+            TrainingArguments.max_grad_norm  1  default
             TrainingArguments.fp16  false  default
             TrainingArguments.max_length  1024  default
             TrainingArguments.packing  true  default
             TrainingArguments.dataset_text_field  text  default
             TrainingArguments.logging_strategy  steps  default
-            TrainingArguments.logging_steps  10.0  default
+            TrainingArguments.logging_steps  10  default
             TrainingArguments.report_to  none  default
-            TrainingArguments.eval_delay  0.0  default
+            TrainingArguments.eval_delay  0  default
             TrainingArguments.eval_on_start  false  default
             TrainingArguments.load_best_model_at_end  false  default
-            TrainingArguments.early_stopping_threshold  0.0  default
+            TrainingArguments.early_stopping_threshold  0  default
             TrainingArguments.save_strategy  no  train.yaml:24
-            TrainingArguments.save_steps  500.0  default
+            TrainingArguments.save_steps  500  default
             TrainingArguments.seed  42  default
             TrainingArguments.push_to_hub  false  default
             TrainingArguments.hub_revision  main  default
@@ -143,7 +143,7 @@ fn kaitos_qlora_template() {
             TrainingArguments.use_cpu  false  default
             DatasetConfig.shuffle_dataset  true  train.yaml:31
             DatasetConfig.shuffle_seed  42  default
-            DatasetConfig.train_test_split  1.0  train.yaml:32
+            DatasetConfig.train_test_split  1  train.yaml:32
 
             without effect here:
             ModelConfig.device_map (train.yaml:7): `device` chooses the device that holds the model
