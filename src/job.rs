@@ -13,6 +13,7 @@ use crate::adapter;
 use crate::answers;
 use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
+use crate::facts::Residency;
 use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::Sampling;
@@ -22,6 +23,7 @@ use crate::memory::{Machine, Running};
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
+use crate::model::residency::Home;
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
@@ -161,7 +163,8 @@ fn make(
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
         report.note(Stage::Load, what);
     }
-    let decoder = load::load(described.facts, &described.options, device, report)?;
+    let home = home(&memory);
+    let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
         initial.apply(&adapter)?;
@@ -189,6 +192,14 @@ fn make(
     report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
+}
+
+/// Where the memory plan has the weights of the layers.
+fn home(memory: &Running) -> Home {
+    match memory.plan.residency {
+        Residency::Streamed => Home::Host,
+        Residency::Resident | Residency::Shared => Home::Device,
+    }
 }
 
 fn fit(

@@ -19,6 +19,7 @@ use crate::fault::{Fault, Result};
 use crate::memory::{self, Limit, Machine, Running, Task};
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
+use crate::model::residency::Home;
 use crate::model::{self, load};
 use crate::report::Report;
 use crate::train::{self, Data, Every, Passes};
@@ -103,7 +104,7 @@ pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let began = Instant::now();
     let decoder = match &options.base {
         Base::Folder(_) => load::load(facts, &model, &device, report)?,
-        Base::Shape(_) => load::random(facts, &model, &device, report)?,
+        Base::Shape(_) => load::random(&Home::Device, facts, &model, &device, report)?,
     };
     let adapter = decoder.trainable(&model.lora)?;
     device.synchronize()?;
@@ -160,6 +161,7 @@ fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usi
         tokens_max: options.pass_tokens_max.unwrap_or(options.tokens).clamp(longest, options.tokens),
         example_tokens: options.tokens / lengths.len().max(1),
         keep: options.keep,
+        residency: None,
     })
 }
 

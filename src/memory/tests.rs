@@ -35,6 +35,7 @@ fn task(facts: Facts, tokens: usize) -> Task {
         tokens_max: tokens,
         example_tokens: 512,
         keep: None,
+        residency: None,
     }
 }
 
@@ -84,7 +85,7 @@ fn less_memory_recomputes_more_and_always_fits() {
     assert!(mixed.keep.iter().any(|keep| *keep != mixed.keep[0]), "{}", mixed.choice());
     // The plan just fits: if one more layer kept everything, it would not.
     let machine = gpu("h200");
-    let solver = Solver::new(&task, &machine);
+    let solver = Solver::new(&task, &machine, Residency::Resident);
     let upgraded = mixed.keep.iter().position(|keep| *keep != Keep::Everything).unwrap();
     let mut keep = mixed.keep.clone();
     keep[upgraded] = Keep::Everything;
@@ -98,7 +99,7 @@ fn the_mix_is_close_to_the_best_of_all() {
     small.layers.truncate(4);
     let task = task(small, 2048);
     let machine = gpu("l4");
-    let solver = Solver::new(&task, &machine);
+    let solver = Solver::new(&task, &machine, Residency::Resident);
     let (most, least) = (
         solver.describe(2048, &[Keep::Everything; 4]).bytes(),
         solver.describe(2048, &[Keep::HostInputs; 4]).bytes(),
@@ -171,7 +172,7 @@ fn a_cpu_keeps_f32_and_moves_nothing_to_itself() {
     let on_gpu = solve(&task, &gpu("h200")).unwrap();
     assert!((gigabytes("kept", &plan) / gigabytes("kept", &on_gpu) - 2.0).abs() < 0.01);
     assert_eq!(gigabytes("expanded", &plan), 0.0);
-    let tight = Solver::new(&task, &machine).smallest();
+    let tight = Solver::new(&task, &machine, Residency::Resident).smallest();
     assert_eq!(tight.keep[0], Keep::LayerInputs);
 }
 

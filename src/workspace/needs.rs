@@ -118,6 +118,7 @@ fn task(run: &Run, facts: Facts) -> Result<Task> {
         tokens_max,
         example_tokens: tokens_max,
         keep: plan.memory.keep,
+        residency: plan.memory.residency,
         facts,
     })
 }
@@ -144,7 +145,15 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
         false => {
             let place = Place::Cpu { threads: 2 };
             let rates = card::cpu_rates(2);
-            let machine = Machine { name: "CPU".into(), place, memory: u64::MAX, taken: 0, rates };
+            let machine = Machine {
+                name: "CPU".into(),
+                place,
+                memory: u64::MAX,
+                taken: 0,
+                rates,
+                ranks: 1,
+                host: None,
+            };
             HOST_BYTES + memory::needed(task, &machine, task.tokens_max, Keep::LayerInputs) as f64
         }
     }

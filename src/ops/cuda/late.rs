@@ -1,13 +1,15 @@
 //! Numbers copied to the host while the device goes on working: the copy is queued behind the kernels that compute
 //! them, and read later.
 
-use std::ffi::c_void;
-
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaEvent, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, sys};
 use candle_core::{DType, Result, Tensor, bail};
 
+use super::pinned::Pinned;
 use crate::ops::number::{Number, is_number};
+
+/// Bytes for a number.
+const SLOT: usize = 8;
 
 /// Eight bytes per number in host memory that the device writes to directly, and the event that marks the copies as
 /// done.
@@ -37,7 +39,7 @@ impl Late {
         let Some(first) = tensors.first() else { bail!("no number lies on a device") };
         let stream = super::device(first)?.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        let memory = Pinned::new(8 * numbers.len())?;
+        let memory = Pinned::new(SLOT * numbers.len())?;
         let mut kinds = Vec::with_capacity(numbers.len());
         for (i, number) in numbers.iter().enumerate() {
             let tensor = match number {
@@ -57,7 +59,7 @@ impl Late {
             // event before it reads or frees it; the source is one element of a live tensor.
             unsafe {
                 sys::cuMemcpyDtoHAsync_v2(
-                    memory.slot(i).cast(),
+                    memory.at(SLOT * i).cast(),
                     super::address(tensor, 0)?,
                     bytes,
                     stream.cu_stream(),
@@ -77,8 +79,8 @@ impl Late {
         let value = |(i, kind): (usize, &Kind)| match kind {
             Kind::Host(value) => *value,
             // SAFETY: the event has passed, so the slot holds the number.
-            Kind::Single => unsafe { self.memory.slot(i).cast::<f32>().read() as f64 },
-            Kind::Double => unsafe { self.memory.slot(i).cast::<f64>().read() },
+            Kind::Single => unsafe { self.memory.at(SLOT * i).cast::<f32>().read() as f64 },
+            Kind::Double => unsafe { self.memory.at(SLOT * i).cast::<f64>().read() },
         };
         Ok(self.kinds.iter().enumerate().map(value).collect())
     }
@@ -90,27 +92,5 @@ impl Drop for Late {
         if !self.arrived {
             let _ = self.event.synchronize();
         }
-    }
-}
-
-/// Pinned host memory. A copy to it needs no staging, so queueing the copy does not wait.
-struct Pinned(*mut c_void);
-
-impl Pinned {
-    fn new(bytes: usize) -> Result<Pinned> {
-        // SAFETY: freed once, by `drop`.
-        Ok(Pinned(unsafe { result::malloc_host(bytes, 0) }.w()?))
-    }
-
-    /// The i-th eight bytes. They are aligned, because the driver allocates whole pages.
-    fn slot(&self, i: usize) -> *mut u8 {
-        self.0.cast::<u8>().wrapping_add(8 * i)
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // SAFETY: it came from `malloc_host` and nothing refers to it any more.
-        let _ = unsafe { result::free_host(self.0) };
     }
 }

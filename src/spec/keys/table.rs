@@ -87,6 +87,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "otlp", Text, "", "Address of an OpenTelemetry receiver that gets metrics by OTLP over HTTP, in JSON: http://HOST:4318; unset: OTEL_EXPORTER_OTLP_ENDPOINT."),
     Key::used(H, "device", Text, "auto", "Device to train on: auto, cpu, cuda or cuda:N."),
     Key::used(H, "keep", choice(&["auto", "everything", "without-gate-up", "attention-output", "layer-inputs", "host-inputs"]), "auto", "How much each layer keeps for the backward pass, from the most memory to the least. auto: as much as memory allows, decided layer by layer."),
+    Key::used(H, "residency", choice(&["auto", "resident", "shared", "streamed"]), "auto", "Where the 4-bit weights of the layers lie in training. resident: on the GPU. shared: each rank holds an equal piece of each layer, and the ranks gather a layer before it computes. streamed: in page-locked host memory, copied to the GPU layer by layer. auto: the first of these that fits. Results have the same bits in every case."),
     Key::used(H, "memory_max", Text, "", "Upper limit of the memory to use: `20GiB`, bytes, or a share of the free memory; unset: 0.96 of a GPU's free memory, or 0.9 of what the machine or the container has free."),
     Key::used(H, "pass_tokens_max", integer(1), "", "Upper limit of the tokens in one pass; unset: 4096 or the longest example, and less if memory requires it. It does not change the result."),
     Key::used(H, "cache", Path, "", "Folder of finished and partial downloads, and of fetched models; unset: hone in the user's cache folder."),
