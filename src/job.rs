@@ -23,7 +23,7 @@ use crate::memory::{Machine, Running};
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
-use crate::model::residency::Home;
+use crate::model::residency::{Home, Ring};
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
@@ -178,7 +178,12 @@ fn make(
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() {
+    if !asked.is_empty() && decoder.ring.as_ref().is_some_and(Ring::is_shared) {
+        report.warn(
+            Stage::Evaluate,
+            "no answers: the ranks share the base, so that none of them can answer by itself",
+        );
+    } else if !asked.is_empty() {
         // The adapter is whole: answers that cannot be given are no reason to fail.
         match answer(plan, decoder, &tokenizer, &asked, folder, report) {
             Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),

@@ -211,6 +211,11 @@ impl Ring {
         2 * self.buffers[0].elem_count() + self.layers.iter().map(piece).sum::<usize>()
     }
 
+    /// Whether ranks hold pieces of the layers, so that no rank computes by itself.
+    pub fn is_shared(&self) -> bool {
+        self.ranks.is_some()
+    }
+
     /// Bytes that lie in host memory.
     pub fn host_bytes(&self) -> usize {
         let host = |layer: &&Away| matches!(layer.source, Source::Host(_));
@@ -296,7 +301,7 @@ impl<'a> Tour<'a> {
 
 impl Drop for Tour<'_> {
     fn drop(&mut self) {
-        let shared = self.ring.is_some_and(|ring| ring.ranks.is_some());
+        let shared = self.ring.is_some_and(Ring::is_shared);
         while shared && self.at < self.order.len() {
             let _ = self.enter(self.order[self.at]);
         }
