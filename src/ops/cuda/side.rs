@@ -1,4 +1,4 @@
-//! A second stream that fills two buffers from page-locked memory while the device computes.
+//! A second stream that fills two buffers while the device computes: from page-locked memory, or from other ranks.
 //!
 //! Two events order it with the device's own stream. A copy begins when all work queued before it is done, since that
 //! work may still read the buffer. Work that reads a buffer is queued behind `wait`.
@@ -37,18 +37,29 @@ impl Side {
         if from.bytes() > bytes {
             bail!("{} bytes into a buffer of {bytes}", from.bytes());
         }
-        if !omitted(Omitted::Free) {
-            self.free.record(&self.compute).w()?;
-            self.copies.wait(&self.free).w()?;
-        }
+        let stream = self.begin()?;
         // SAFETY: both ranges hold so many bytes. Buffers and pinned memory outlive the copy, because whoever owns them
         // owns this value too and drops it first, and `drop` waits for the copies.
         unsafe {
             let (to, from, bytes) = (super::address(buffer, 0)?, from.at(0), from.bytes());
-            sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.copies.cu_stream())
+            sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream)
         }
         .result()
         .w()?;
+        self.end(number)
+    }
+
+    /// The stream, for work on a buffer that begins behind all work queued so far. `end` says which buffer it fills.
+    pub fn begin(&self) -> Result<sys::CUstream> {
+        if !omitted(Omitted::Free) {
+            self.free.record(&self.compute).w()?;
+            self.copies.wait(&self.free).w()?;
+        }
+        Ok(self.copies.cu_stream())
+    }
+
+    /// The work that was queued since `begin` fills buffer `number`.
+    pub fn end(&self, number: usize) -> Result<()> {
         self.filled[number].record(&self.copies).w()
     }
 
