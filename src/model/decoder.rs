@@ -19,7 +19,7 @@ use super::layer::{Kept, Layer};
 use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
 use super::pass::{Pass, Step};
-use super::residency::{Ring, Tour};
+use super::residency::{Ring, Together, Tour};
 
 /// The frozen base model.
 pub struct Decoder {
@@ -197,11 +197,15 @@ impl Decoder {
         Tour::new(self.ring.as_ref(), self.layers.len(), lowest)
     }
 
-    /// Gathers what one pass of the other ranks needs, if the base is shared: forward and backward for an adapter in
-    /// training, forward without one. A rank that has no pass while others have one calls it.
-    pub fn accompany(&self, adapter: Option<&Trainable>) {
+    /// Announces so many passes of this rank: forward and backward for an adapter in training, forward without one. All
+    /// ranks announce theirs at the same time. If they share the base, those with fewer passes gather for the others.
+    ///
+    /// # Errors
+    /// Those of the ranks.
+    pub fn together(&self, passes: usize, adapter: Option<&Trainable>) -> fault::Result<Together<'_>> {
         let lowest = adapter.and_then(|adapter| adapter.sites.iter().map(|site| site.layer).min());
-        drop(self.tour(lowest.unwrap_or(self.layers.len())));
+        let layers = self.layers.len();
+        Together::new(self.ring.as_ref(), layers, lowest.unwrap_or(layers), passes)
     }
 
     fn embed(&self, ids: &[u32]) -> Result<Tensor> {

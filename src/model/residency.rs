@@ -308,6 +308,46 @@ impl Drop for Tour<'_> {
     }
 }
 
+/// The passes of a rank until all ranks are done with theirs. When it is dropped, the rank gathers for the passes that
+/// others have and it has not, because it has fewer or because it failed.
+pub struct Together<'a> {
+    ring: Option<&'a Ring>,
+    layers: usize,
+    lowest: usize,
+    left: usize,
+}
+
+impl<'a> Together<'a> {
+    pub(super) fn new(
+        ring: Option<&'a Ring>,
+        layers: usize,
+        lowest: usize,
+        passes: usize,
+    ) -> fault::Result<Together<'a>> {
+        let ring = ring.filter(|ring| ring.is_shared());
+        let mut left = 0;
+        if let Some(ranks) = ring.and_then(|ring| ring.ranks.as_ref()) {
+            let counts = ranks.exchange(&(passes as u64).to_le_bytes())?;
+            let count = |bytes: Vec<u8>| bytes.try_into().map(u64::from_le_bytes).unwrap_or(0);
+            left = counts.into_iter().map(count).max().unwrap_or(0) as usize;
+        }
+        Ok(Together { ring, layers, lowest, left })
+    }
+
+    /// The next of the passes is about to begin.
+    pub fn pass(&mut self) {
+        self.left = self.left.saturating_sub(1);
+    }
+}
+
+impl Drop for Together<'_> {
+    fn drop(&mut self) {
+        for _ in 0..self.left {
+            drop(Tour::new(self.ring, self.layers, self.lowest));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Barrier;
@@ -332,6 +372,7 @@ mod tests {
     struct Threads {
         place: Place,
         pieces: Arc<Mutex<Vec<Tensor>>>,
+        said: Arc<Mutex<Vec<Vec<u8>>>>,
         barrier: Arc<Barrier>,
         gathers: Mutex<usize>,
     }
@@ -341,10 +382,12 @@ mod tests {
             let nothing = Tensor::zeros(0, DType::U8, &Device::Cpu).unwrap();
             let (pieces, barrier) =
                 (Arc::new(Mutex::new(vec![nothing; world])), Arc::new(Barrier::new(world)));
+            let said = Arc::new(Mutex::new(vec![Vec::new(); world]));
             let place = |rank| Place { rank, world, local_rank: rank, local_world: world };
             let one = |rank| Threads {
                 place: place(rank),
                 pieces: pieces.clone(),
+                said: said.clone(),
                 barrier: barrier.clone(),
                 gathers: Mutex::default(),
             };
@@ -373,8 +416,12 @@ mod tests {
             Ok(())
         }
 
-        fn exchange(&self, _: &[u8]) -> fault::Result<Vec<Vec<u8>>> {
-            unreachable!("a base is gathered only")
+        fn exchange(&self, bytes: &[u8]) -> fault::Result<Vec<Vec<u8>>> {
+            lock(&self.said)[self.place.rank] = bytes.to_vec();
+            self.barrier.wait();
+            let all = lock(&self.said).clone();
+            self.barrier.wait();
+            Ok(all)
         }
 
         fn broadcast(&self, _: &[u8]) -> fault::Result<Vec<u8>> {
@@ -490,8 +537,8 @@ mod tests {
         }
     }
 
-    /// One rank computes two passes and an evaluation. The other has nothing to compute, or fails in the middle of a
-    /// pass, and gathers what the first needs all the same.
+    /// One rank computes two passes and evaluates. The other fails in the middle of its only pass and evaluates nothing,
+    /// and gathers what the first needs all the same.
     #[test]
     fn a_rank_without_a_pass_gathers_for_the_others() {
         let case = case("llama", 3, 1, FourBitCode::Nf4, true);
@@ -503,19 +550,24 @@ mod tests {
                     let decoder = case.load(&Home::Ranks(rank.clone()), &Device::Cpu);
                     let adapter = decoder.trainable(&case.options.lora).unwrap();
                     let keep = [Keep::Everything; 3];
-                    let mut batch = batch(1);
+                    let batch = batch(1);
+                    let mut passes = decoder.together(if computes { 2 } else { 1 }, Some(&adapter)).unwrap();
+                    passes.pass();
+                    crate::ops::starve::set((!computes).then_some((20, 1)));
+                    let done = decoder.forward_backward(&adapter, &keep, &batch, 1.0);
+                    assert_eq!(done.is_ok(), computes, "the other ran out of memory");
+                    crate::ops::starve::set(None);
                     if computes {
+                        passes.pass();
                         decoder.forward_backward(&adapter, &keep, &batch, 1.0).unwrap();
-                        decoder.loss(&batch, adapter.evaluated()).unwrap();
-                        decoder.forward_backward(&adapter, &keep, &batch, 1.0).unwrap();
-                    } else {
-                        decoder.accompany(Some(&adapter));
-                        decoder.accompany(None);
-                        crate::ops::starve::set(Some((20, 1)));
-                        batch.keys.truncate(17);
-                        decoder.forward_backward(&adapter, &keep, &batch, 1.0).unwrap_err();
-                        crate::ops::starve::set(None);
                     }
+                    drop(passes);
+                    let mut passes = decoder.together(usize::from(computes), None).unwrap();
+                    if computes {
+                        passes.pass();
+                        decoder.loss(&batch, adapter.evaluated()).unwrap();
+                    }
+                    drop(passes);
                     *lock(&rank.gathers)
                 })
             };
