@@ -5,6 +5,7 @@
 //! what is finished, and continues training from its newest checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 use serde_json::{Value as Json, json};
@@ -13,7 +14,6 @@ use crate::adapter;
 use crate::answers;
 use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
-use crate::facts::Residency;
 use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::Sampling;
@@ -23,11 +23,12 @@ use crate::memory::{Machine, Running};
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
-use crate::model::residency::{Home, Ring};
+use crate::model::residency::Ring;
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
 use crate::publish::{self, Published};
+use crate::ranks::Alone;
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -163,7 +164,7 @@ fn make(
         let what = format!("target {written} is part of {module} in this model: {module} is trained");
         report.note(Stage::Load, what);
     }
-    let home = home(&memory);
+    let home = memory.home(Arc::new(Alone));
     let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
@@ -197,14 +198,6 @@ fn make(
     report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(trained)
-}
-
-/// Where the memory plan has the weights of the layers.
-fn home(memory: &Running) -> Home {
-    match memory.plan.residency {
-        Residency::Streamed => Home::Host,
-        Residency::Resident | Residency::Shared => Home::Device,
-    }
 }
 
 fn fit(

@@ -112,9 +112,13 @@ const fn card(
 /// Usage: an unknown name. Capacity: a card without bf16.
 pub fn machine(name: &str, limit: Option<Limit>) -> Result<Machine> {
     let (card, ranks) = find(name)?;
-    let instance = INSTANCES.iter().find(|instance| instance.0.eq_ignore_ascii_case(name));
-    let host = instance.map(|(_, _, _, gib)| (gib * SHARE_OF_HOST * (1u64 << 30) as f64) as u64);
-    Ok(Machine { ranks, host, ..card.machine(limit)? })
+    Ok(Machine { ranks, host: host_bytes(name), ..card.machine(limit)? })
+}
+
+/// Bytes of an instance type's host memory that a run may use; `None` if it is not in the table.
+pub fn host_bytes(instance: &str) -> Option<u64> {
+    let found = INSTANCES.iter().find(|(name, ..)| name.eq_ignore_ascii_case(instance));
+    found.map(|(_, _, _, gib)| (gib * SHARE_OF_HOST * (1u64 << 30) as f64) as u64)
 }
 
 impl Card {

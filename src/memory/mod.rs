@@ -16,11 +16,15 @@ pub mod show;
 mod task;
 mod terms;
 
+use std::sync::Arc;
+
 use candle_core::Device;
 
 use crate::device;
 use crate::facts::{Keep, Quantization, Residency};
 use crate::fault::{Fault, Result};
+use crate::model::residency::Home;
+use crate::ranks::Collective;
 use crate::words;
 
 use cost::{Counter, Work, efficiency};
@@ -64,6 +68,15 @@ impl Running {
             None => return false,
         }
         true
+    }
+
+    /// Where a decoder for this plan has the weights of its layers. `ranks` train together.
+    pub fn home(&self, ranks: Arc<dyn Collective>) -> Home {
+        match self.plan.residency {
+            Residency::Resident => Home::Device,
+            Residency::Shared => Home::Ranks(ranks),
+            Residency::Streamed => Home::Host,
+        }
     }
 
     /// The plan as a table for people.
