@@ -9,8 +9,9 @@ use crate::fault::{Fault, Result};
 use crate::memory::cost::Rates;
 use crate::memory::{Limit, Machine, Place as Kind};
 use crate::plan::Plan;
+use crate::ranks::link::Link;
 use crate::ranks::place::{self, Found};
-use crate::ranks::{Alone, Collective, Link, Place};
+use crate::ranks::{Alone, Collective, Place};
 use crate::source;
 use crate::spec::Environment;
 

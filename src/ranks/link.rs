@@ -95,6 +95,8 @@ struct Peer {
 struct State {
     /// The fault that all ranks end with, and when it was known.
     end: Option<(Fault, Instant)>,
+    /// Rank 0 said why all ranks end, or was told by this one.
+    told: bool,
     /// This rank's work has ended.
     left: bool,
     /// Training is over: rank 0 needs the others no longer.
@@ -187,6 +189,7 @@ impl Link {
             false => self.shared.leave_other(fault),
         };
         self.shared.lock().left = true;
+        self.shared.peers.iter().for_each(|peer| drop(peer.stream.shutdown(Shutdown::Both)));
         match agreed {
             Some(fault) => Err(fault),
             None => ended,
@@ -392,6 +395,7 @@ impl Shared {
                 What::Failed => state.peers[index].failed = Some((frame.fault(), Instant::now())),
                 What::End => {
                     TOLD.store(true, Ordering::SeqCst);
+                    state.told = true;
                     state.end.get_or_insert((frame.fault(), Instant::now()));
                 }
                 What::Done => state.done = true,
@@ -425,6 +429,9 @@ impl Shared {
                 self.end(fault);
             }
             self.end_process_if_late();
+            if self.lock().left {
+                return;
+            }
         }
     }
 
@@ -555,7 +562,7 @@ impl Shared {
         let state = self.lock();
         let late = state.end.as_ref().filter(|(_, at)| !state.left && at.elapsed() >= LEAVE_MAX);
         let Some((fault, _)) = late else { return };
-        match self.place.leads() || !is_told() {
+        match self.place.leads() || !state.told {
             true => Word::of(fault).speak(),
             false => last_word::leave(fault.kind.exit_code()),
         }
@@ -593,8 +600,8 @@ impl Shared {
         self.wait(STOP_MAX + REASON_MAX + FAREWELL_MAX, |state| {
             ended(state) || state.peers[0].lost.is_some()
         });
-        let agreed = end(&self.lock()).filter(|_| is_told());
-        Some(agreed.unwrap_or(fault))
+        let state = self.lock();
+        Some(end(&state).filter(|_| state.told).unwrap_or(fault))
     }
 
     /// Waits until something is so, for at most so long.
@@ -629,5 +636,202 @@ impl Read for Heard<'_> {
         let bytes = self.stream.read(buffer)?;
         self.at.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interrupt;
+    use crate::ranks::place::Meeting;
+
+    const LIMITS: Limits = Limits {
+        wait: Duration::from_secs(30),
+        silence: Duration::from_secs(30),
+        hang: Duration::from_secs(30),
+    };
+
+    fn seat(rank: usize, world: usize, token: &str) -> Seat {
+        let place = Place { rank, world, local_rank: rank, local_world: world };
+        // Tests run beside each other: the token tells their ranks apart, and one of the ports is free.
+        let meeting =
+            Meeting { host: "127.0.0.1".into(), ports: (42_110..42_174).collect(), token: token.into() };
+        Seat { place, meeting }
+    }
+
+    fn meets(rank: usize, world: usize, token: &str, limits: Limits) -> Met {
+        meet::meet(&seat(rank, world, token), &limits, &|_| None).unwrap()
+    }
+
+    /// Runs the same work on every rank, each in a thread; the results by rank.
+    fn ranks<T: Send>(world: usize, token: &str, limits: Limits, work: impl Fn(&Link) -> T + Sync) -> Vec<T> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let rank = |rank| {
+                scope.spawn(move || {
+                    let place = seat(rank, world, token).place;
+                    work(&Link::over(place, limits, meets(rank, world, token, limits)).unwrap())
+                })
+            };
+            let all: Vec<_> = (0..world).map(rank).collect();
+            all.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    fn rank(link: &Link) -> usize {
+        link.place().rank
+    }
+
+    #[test]
+    fn every_rank_gets_the_same_bits() {
+        let all = ranks(3, "same bits", LIMITS, |link| {
+            let own = rank(link) as f32;
+            let values = Tensor::new(vec![1.0f32 + own, 1e8, 0.1 * own], &Device::Cpu).unwrap();
+            link.sum(&values).unwrap();
+            let whole = Tensor::new(vec![0u8; 6], &Device::Cpu).unwrap();
+            let piece = Tensor::new(vec![rank(link) as u8, 9], &Device::Cpu).unwrap();
+            link.gather_into(&whole, &piece).unwrap();
+            let texts = link.exchange(&vec![b'a'; rank(link)]).unwrap();
+            let first = link.broadcast(format!("rank {own}").as_bytes()).unwrap();
+            link.leave(Ok(())).unwrap();
+            (values.to_vec1::<f32>().unwrap(), whole.to_vec1::<u8>().unwrap(), texts, first)
+        });
+        let third = (f64::from(0.1f32) + f64::from(0.2f32)) as f32;
+        let texts = vec![Vec::new(), b"a".to_vec(), b"aa".to_vec()];
+        let expected = (vec![6.0, 3e8, third], vec![0, 9, 1, 9, 2, 9], texts, b"rank 0".to_vec());
+        assert!(all.iter().all(|found| *found == expected), "{all:?}");
+    }
+
+    #[test]
+    fn a_failing_rank_ends_all_with_its_reason() {
+        let all = ranks(3, "failing", LIMITS, |link| {
+            let ended = match rank(link) {
+                1 => Err(Fault::data("row 7").help("look")),
+                _ => link.exchange(b"x").map(drop),
+            };
+            link.leave(ended).unwrap_err()
+        });
+        for fault in &all {
+            assert_eq!((fault.kind, fault.help.as_deref()), (Kind::Data, Some("look")));
+            let message = &fault.message;
+            assert!(message.starts_with("rank 1 of 3 (") && message.ends_with("): row 7"), "{message}");
+        }
+    }
+
+    /// What all ranks find at the same time, each by itself, is rank 0's to say.
+    #[test]
+    fn ranks_that_stop_together_say_what_rank_0_says() {
+        let all = ranks(2, "together", LIMITS, |link| {
+            link.exchange(b"stop").unwrap();
+            if rank(link) == 0 {
+                std::thread::sleep(REASON_MAX * 2); // writes a checkpoint
+            }
+            let (kind, message) = match rank(link) {
+                0 => (Kind::Interrupted, "checkpoint written"),
+                _ => (Kind::InterruptedUnsaved, "not saved here"),
+            };
+            link.leave::<()>(Err(Fault::new(kind, message))).unwrap_err()
+        });
+        assert!(all.iter().all(|fault| fault.message == "checkpoint written"), "{all:?}");
+    }
+
+    #[test]
+    fn a_signal_to_one_rank_ends_those_that_wait_for_it() {
+        let all = ranks(2, "signal", LIMITS, |link| {
+            let ended = match rank(link) {
+                0 => link.exchange(b"x").map(drop),
+                _ => Err(interrupt::before_training()),
+            };
+            link.leave(ended).unwrap_err()
+        });
+        assert!(all.iter().all(|fault| fault.kind == Kind::InterruptedUnsaved), "{all:?}");
+    }
+
+    #[test]
+    fn a_lost_rank_is_named_with_the_reason_that_its_parent_knows() {
+        for (token, parent_knows) in [("lost", false), ("lost, known", true)] {
+            let all = ranks(3, token, LIMITS, |link| {
+                if rank(link) != 2 {
+                    return link.leave(link.exchange(b"x").map(drop)).unwrap_err().message;
+                }
+                link.shared.peers[0].stream.shutdown(Shutdown::Both).unwrap();
+                if parent_knows {
+                    let killed = Fault::new(Kind::Device, "killed by signal 9");
+                    meet::tell_end(&seat(0, 3, token).meeting, 2, &killed);
+                }
+                String::new()
+            });
+            let reason = if parent_knows { "): killed by signal 9" } else { "ended without a word" };
+            for message in &all[..2] {
+                assert!(message.starts_with("rank 2 of 3 (") && message.contains(reason), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_silent_rank_is_named() {
+        let limits = Limits { silence: Duration::from_secs(3), ..LIMITS };
+        std::thread::scope(|scope| {
+            // It meets the other and then stands still, as a stopped process does.
+            let silent = scope.spawn(move || meets(1, 2, "silent", limits));
+            let first = Link::over(seat(0, 2, "").place, limits, meets(0, 2, "silent", limits)).unwrap();
+            let still = silent.join().unwrap();
+            let fault = first.leave(first.exchange(b"x").map(drop)).unwrap_err();
+            assert!(fault.message.ends_with("has been silent for 3 s"), "{fault}");
+            assert_eq!(fault.kind, Kind::Device);
+            drop(still);
+        });
+    }
+
+    #[test]
+    fn a_rank_that_does_not_come_to_a_call_of_training_is_named() {
+        let limits = Limits { hang: Duration::from_secs(1), ..LIMITS };
+        let all = ranks(3, "hang", limits, |link| {
+            link.begins_training();
+            link.exchange(b"all come").unwrap();
+            let ended = match rank(link) {
+                1 => {
+                    link.shared.wait(Duration::from_secs(20), |state| state.end.is_some());
+                    Err(link.ended().expect("rank 0 ended it"))
+                }
+                _ => link.exchange(b"one is missing").map(drop),
+            };
+            link.leave(ended).unwrap_err().message
+        });
+        assert!(
+            all.iter().all(|message| message.starts_with("rank 1 of 3") && message.contains("hangs")),
+            "{all:?}"
+        );
+    }
+
+    #[test]
+    fn ranks_that_make_other_calls_are_named_with_both() {
+        let all = ranks(2, "calls", LIMITS, |link| {
+            let ended = match rank(link) {
+                0 => link.exchange(b"abc").map(drop),
+                _ => link.broadcast(b"").map(drop),
+            };
+            link.leave(ended).unwrap_err().message
+        });
+        let [first, second] = &all[..] else { unreachable!() };
+        assert!(
+            first.contains("made call 1 (Broadcast) of 0 bytes while rank 0 made call 1 (Exchange) of 3"),
+            "{first}"
+        );
+        assert_eq!(first, second);
+    }
+
+    #[test]
+    fn after_training_rank_0_goes_on_alone() {
+        let all = ranks(2, "alone", LIMITS, |link| {
+            link.ends_training().unwrap();
+            if rank(link) == 1 {
+                link.shared.peers[0].stream.shutdown(Shutdown::Both).unwrap();
+                return link.leave(Ok(())).is_err();
+            }
+            std::thread::sleep(REASON_MAX * 2);
+            link.leave(Ok(())).is_ok()
+        });
+        assert_eq!(all, [true, true]);
     }
 }

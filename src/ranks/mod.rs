@@ -3,7 +3,7 @@
 //! One process drives one device and is one rank. All ranks compute the same plan from the same seeds, and make the
 //! same calls of a `Collective` in the same order. A rank that fails or is silent makes every later call an error.
 
-mod follower;
+pub mod follower;
 mod frame;
 pub mod launch;
 pub mod link;
@@ -11,9 +11,6 @@ mod meet;
 pub mod place;
 
 use candle_core::{DType, Tensor};
-
-pub use follower::Follower;
-pub use link::Link;
 
 use crate::fault::{Fault, Result};
 
