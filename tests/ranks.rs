@@ -39,7 +39,8 @@ const KEYS: [&str; 12] = [
 ];
 
 fn arguments(output: &str, steps: u32, more: &[&str]) -> Vec<String> {
-    let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--device", "cpu", "--output", output];
+    let mut arguments =
+        vec!["run", "--model", "model", "--data", "data.parquet", "--device", "cpu", "--output", output];
     for key in KEYS {
         arguments.extend(["--set", key]);
     }
@@ -97,7 +98,12 @@ fn steps(work: &Work, output: &str) -> u64 {
 }
 
 /// Starts ranks and waits until they have done so many steps; the process that started them, and the ranks.
-fn started(work: &Work, ranks: usize, after: u64, variables: &[(&str, &str)]) -> (Running, HashMap<usize, i32>) {
+fn started(
+    work: &Work,
+    ranks: usize,
+    after: u64,
+    variables: &[(&str, &str)],
+) -> (Running, HashMap<usize, i32>) {
     let count = ranks.to_string();
     let mut command = hone(work, &arguments("out", 100_000, &["--ranks", &count]));
     command.envs(variables.iter().copied());
@@ -145,7 +151,10 @@ fn any_number_of_ranks_trains_the_same_adapter() {
     let ended = job::done(&mut hone(&work, &arguments("told", 8, &["--ranks", "3"])));
     assert!(ended.stderr.contains("3 ranks train together"), "{}", ended.stderr);
     assert_eq!(ended.stderr.matches("num_tokens").count(), 8, "{}", ended.stderr);
-    assert_eq!(ended.stdout.matches("told").count(), job::done(&mut hone(&work, &arguments("told", 8, &[]))).stdout.matches("told").count());
+    assert_eq!(
+        ended.stdout.matches("told").count(),
+        job::done(&mut hone(&work, &arguments("told", 8, &[]))).stdout.matches("told").count()
+    );
     assert_eq!(work.json("termination.json")["code"], 0);
 }
 
@@ -156,7 +165,9 @@ fn under_torchrun(work: &Work, rank: usize, world: usize, port: u16, arguments: 
     command.env("RANK", number(rank)).env("WORLD_SIZE", number(world));
     command.env("LOCAL_RANK", number(rank)).env("LOCAL_WORLD_SIZE", number(world));
     command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-    command.env("TORCHELASTIC_USE_AGENT_STORE", "True").env("TORCHELASTIC_RUN_ID", work.path("").display().to_string());
+    command
+        .env("TORCHELASTIC_USE_AGENT_STORE", "True")
+        .env("TORCHELASTIC_RUN_ID", work.path("").display().to_string());
     command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{rank}.json")));
     command
 }
@@ -199,7 +210,10 @@ fn ranks_with_other_settings_are_refused_with_both_values() {
     // Half an environment is no rank.
     let mut half = hone(&work, &lines[0]);
     let ended = job::end(half.env("RANK", "0").env("WORLD_SIZE", "2"));
-    assert!(ended.code == Some(10) && ended.stderr.contains("MASTER_ADDR is missing beside RANK"), "{ended:?}");
+    assert!(
+        ended.code == Some(10) && ended.stderr.contains("MASTER_ADDR is missing beside RANK"),
+        "{ended:?}"
+    );
 }
 
 #[test]
@@ -267,7 +281,10 @@ fn chaos(seed: u64, expected: &[u8], work: &Work, sends: u64) -> Result<(), Stri
     for _ in 0..1 + random.below(2) {
         let (rank, at) = (random.below(3), 1 + random.next() % sends);
         let mut command = hone(work, &lines);
-        command.env("LD_PRELOAD", shim::shim()).env("FAULT_SEND", at.to_string()).env("FAULT_RANK", rank.to_string());
+        command
+            .env("LD_PRELOAD", shim::shim())
+            .env("FAULT_SEND", at.to_string())
+            .env("FAULT_RANK", rank.to_string());
         command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{seed}.json")));
         let began = Instant::now();
         let ended = job::end(&mut command);

@@ -35,7 +35,10 @@ impl Together {
 
     /// The ranks, for whatever all of them compute.
     pub fn ranks(&self) -> &dyn Collective {
-        self.0.as_ref().map_or(&Alone, |link| link)
+        match &self.0 {
+            Some(link) => link,
+            None => &Alone,
+        }
     }
 
     pub fn place(&self) -> Place {

@@ -239,8 +239,8 @@ impl Collective for Link {
         check_sum(values)?;
         let part = bytes_of(values)?;
         let total = self.call(Call::Sum, &part, |parts| Ok(summed(parts)))?;
-        let total: Vec<f32> = floats(&total).collect();
-        Ok(flat::write(values, &Tensor::new(total, &Device::Cpu)?)?)
+        let total = Tensor::from_vec(floats(&total).collect(), values.elem_count(), &Device::Cpu)?;
+        Ok(flat::write(values, &total)?)
     }
 
     fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()> {
@@ -286,7 +286,7 @@ fn summed(parts: &[&[u8]]) -> Vec<u8> {
 
 /// Texts one after the other, each behind its length.
 fn packed(parts: &[&[u8]]) -> Vec<u8> {
-    parts.iter().flat_map(|part| [&(part.len() as u64).to_le_bytes(), *part].concat()).collect()
+    parts.iter().flat_map(|part| [(part.len() as u64).to_le_bytes().as_slice(), part].concat()).collect()
 }
 
 fn unpacked(mut bytes: &[u8]) -> Vec<Vec<u8>> {
@@ -686,10 +686,10 @@ mod tests {
     fn every_rank_gets_the_same_bits() {
         let all = ranks(3, "same bits", LIMITS, |link| {
             let own = rank(link) as f32;
-            let values = Tensor::new(vec![1.0f32 + own, 1e8, 0.1 * own], &Device::Cpu).unwrap();
+            let values = Tensor::from_vec(vec![1.0f32 + own, 1e8, 0.1 * own], 3, &Device::Cpu).unwrap();
             link.sum(&values).unwrap();
-            let whole = Tensor::new(vec![0u8; 6], &Device::Cpu).unwrap();
-            let piece = Tensor::new(vec![rank(link) as u8, 9], &Device::Cpu).unwrap();
+            let whole = Tensor::from_vec(vec![0u8; 6], 6, &Device::Cpu).unwrap();
+            let piece = Tensor::from_vec(vec![rank(link) as u8, 9], 2, &Device::Cpu).unwrap();
             link.gather_into(&whole, &piece).unwrap();
             let texts = link.exchange(&vec![b'a'; rank(link)]).unwrap();
             let first = link.broadcast(format!("rank {own}").as_bytes()).unwrap();

@@ -134,8 +134,8 @@ fn seat(names: &Names, environment: Environment) -> Result<Found> {
 
 /// A TrainJob of Kubeflow Trainer gives its pods what torchrun would read, and hone stands in torchrun's place.
 fn of_train_job(environment: Environment) -> Result<Found> {
+    let nodes = Reader { environment, reason: "PET_NODE_RANK" }.number("PET_NNODES")?;
     let reader = Reader { environment, reason: "PET_NNODES" };
-    let nodes = reader.number("PET_NNODES")?;
     if nodes == 1 {
         return Ok(match ranks_on_node(environment)? {
             None => Found::Alone,
