@@ -202,10 +202,7 @@ fn make(
     report.fact("memory plan", told::memory(&memory));
     // Gigabytes, fetched when everything else fits.
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
-    for (written, module) in &described.sites.renamed {
-        let what = format!("target {written} is part of {module} in this model: {module} is trained");
-        report.note(Stage::Load, what);
-    }
+    tell_renamed(&described, report);
     let decoder = load::load(described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
@@ -236,6 +233,13 @@ fn make(
     report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(Some(trained))
+}
+
+fn tell_renamed(described: &Described, report: &Report) {
+    for (written, module) in &described.sites.renamed {
+        let what = format!("target {written} is part of {module} in this model: {module} is trained");
+        report.note(Stage::Load, what);
+    }
 }
 
 /// A time as seconds since 1970, and back.
