@@ -19,13 +19,11 @@ use crate::ranks::frame::{self, kind_of};
 use crate::ranks::meet;
 use crate::ranks::place::{Environment, Found, Meeting, Node, Seat};
 
-/// Variable with the number of the process that started a rank.
-const PARENT: &str = "HONE_RANKS_PARENT";
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// Time that the other ranks have to end by themselves after one has failed; then they get a signal.
-const LEAVE_MAX: Duration = Duration::from_secs(25);
-/// Time from that signal to the one that nothing survives.
-const KILL_AFTER: Duration = Duration::from_secs(10);
+/// Time that the other ranks have to end by themselves after one has failed; then they are killed.
+const LEAVE_MAX: Duration = Duration::from_secs(20);
+/// The same after a signal, when rank 0 writes a checkpoint.
+const STOP_MAX: Duration = Duration::from_secs(120);
 
 /// What was asked about the processes of this machine.
 #[derive(Clone, Debug, PartialEq)]
@@ -176,7 +174,7 @@ fn command(
     let mut command = Command::new("/proc/self/exe");
     let mut arguments = arguments.iter();
     command.arg0(arguments.next().map_or_else(|| "hone".into(), OsString::clone)).args(arguments);
-    command.envs(seat.variables()).env(PARENT, std::process::id().to_string());
+    command.envs(seat.variables()).env(meet::PARENT, std::process::id().to_string());
     // A signal from a terminal goes to this process alone, which passes it on once.
     command.process_group(0);
     match socket {
@@ -196,7 +194,9 @@ fn command(
 /// # Errors
 /// Interrupted: that process has ended already.
 pub fn end_with_parent(environment: Environment) -> Result<()> {
-    let Some(parent) = environment(PARENT).and_then(|text| text.parse::<u32>().ok()) else { return Ok(()) };
+    let Some(parent) = environment(meet::PARENT).and_then(|text| text.parse::<u32>().ok()) else {
+        return Ok(());
+    };
     // SAFETY: sets a number in the kernel's record of this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     match std::os::unix::process::parent_id() == parent {
@@ -219,7 +219,7 @@ struct Team {
 impl Team {
     fn wait(&mut self) -> Result<Ended> {
         let mut first: Option<(usize, Instant)> = None;
-        let (mut stopped, mut signalled) = (false, false);
+        let mut stopped = false;
         while self.members.iter().any(|member| member.status.is_none()) {
             if let (Some(failed), None) = (self.look()?, first) {
                 first = Some((failed, Instant::now()));
@@ -228,12 +228,8 @@ impl Team {
                 stopped = true;
                 self.signal(libc::SIGTERM);
             }
-            let since = first.map_or(Duration::ZERO, |(_, at)| at.elapsed());
-            if since >= LEAVE_MAX && !signalled {
-                signalled = true;
-                self.signal(libc::SIGTERM);
-            }
-            if since >= LEAVE_MAX + KILL_AFTER {
+            let longest = if stopped { STOP_MAX } else { LEAVE_MAX };
+            if first.is_some_and(|(_, at)| at.elapsed() >= longest) {
                 self.signal(libc::SIGKILL);
             }
             std::thread::sleep(LOOK_INTERVAL);
@@ -272,8 +268,8 @@ impl Team {
         let Some(first) = first else { return Ended { fault: None, told: true } };
         let leader = self.members.iter().find(|member| member.place.leads());
         let leaders = leader.and_then(|leader| leader.status).filter(|status| status.code().is_some());
-        if let Some(fault) = leaders.and_then(fault_of) {
-            return Ended { fault: Some(fault), told: true };
+        if let Some(status) = leaders {
+            return Ended { fault: fault_of(status), told: true };
         }
         let Member { place, status, .. } = &self.members[first];
         let fault = status.and_then(fault_of).expect("it failed");

@@ -37,6 +37,9 @@ const FAREWELL_MAX: Duration = Duration::from_secs(5);
 /// Whether rank 0 knows why this rank ends, so that this one need not say it.
 static TOLD: AtomicBool = AtomicBool::new(false);
 
+/// Whether the process that started this rank also started rank 0, and so reports its end.
+static PARENT_TELLS: AtomicBool = AtomicBool::new(false);
+
 /// Whether rank 0 knows, and so reports, why this rank ends.
 pub fn is_told() -> bool {
     TOLD.load(Ordering::SeqCst)
@@ -139,6 +142,9 @@ impl Link {
     pub fn join(seat: &Seat, environment: Environment) -> Result<Link> {
         let limits = Limits::read(environment)?;
         let met = meet::meet(seat, &limits, environment)?;
+        // The process that started rank 0 on this machine tells how it was killed.
+        let has_parent = environment(meet::PARENT).is_some();
+        PARENT_TELLS.store(has_parent && seat.place.rank == seat.place.local_rank, Ordering::SeqCst);
         Link::over(seat.place, limits, met)
     }
 
@@ -485,6 +491,9 @@ impl Shared {
             return Some(of_rank(&peer.name, fault.clone()));
         }
         let waits = self.place.leads() && lost.elapsed() < REASON_MAX;
+        if !self.place.leads() && PARENT_TELLS.load(Ordering::SeqCst) {
+            TOLD.store(true, Ordering::SeqCst);
+        }
         (!waits).then(|| {
             Fault::new(
                 Kind::Device,

@@ -19,6 +19,8 @@ use crate::ranks::place::{Environment, Meeting, Seat};
 
 /// Variable by which a launcher says that standard input is the socket that rank 0 listens on.
 pub const LISTENER: &str = "HONE_RANKS_LISTENER";
+/// Variable with the number of the process that started a rank.
+pub const PARENT: &str = "HONE_RANKS_PARENT";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time between two attempts to reach rank 0, which may not be there yet.
 const CALL_INTERVAL: Duration = Duration::from_millis(200);
