@@ -15,6 +15,7 @@ use hone::metrics::{self, Latest};
 use hone::ranks::Place;
 use hone::ranks::follower::Follower;
 use hone::ranks::launch::{self, Crew};
+use hone::ranks::link;
 use hone::ranks::place::{self, Found};
 use hone::report::{self, Report, Stage, termination};
 use hone::run_report::Recorder;
@@ -116,7 +117,7 @@ fn follow(place: Place, invocation: &Invocation) -> ExitCode {
     let bars = bars(invocation);
     last_word::prepare(None, report::is_json(bars), false);
     let shown = report::choose(bars, invocation.quiet);
-    let report = Report::new(Arc::new(Follower::new(shown, place.rank)));
+    let report = Report::new(Arc::new(Follower::new(shown, place.rank, link::is_told)));
     let ended = launch::end_with_parent(&environment).and_then(|()| run(&invocation.command, &report));
     match ended {
         Ok(_) => ExitCode::SUCCESS,

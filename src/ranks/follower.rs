@@ -6,19 +6,21 @@
 use std::sync::Arc;
 
 use crate::fault::Fault;
-use crate::ranks::link;
 use crate::report::{Event, Progress, Sink, Stage};
 
 /// The sink of a rank that is not the first.
 pub struct Follower {
     inner: Arc<dyn Sink>,
     rank: usize,
+    /// Whether rank 0 knows why this rank ends.
+    is_told: fn() -> bool,
 }
 
 impl Follower {
-    /// A sink that passes what only this rank knows to `inner`, with the rank's number.
-    pub fn new(inner: Arc<dyn Sink>, rank: usize) -> Follower {
-        Follower { inner, rank }
+    /// A sink that passes what only this rank knows to `inner`, with the rank's number. `is_told` says whether rank 0
+    /// knows why this rank ends (`link::is_told`).
+    pub fn new(inner: Arc<dyn Sink>, rank: usize, is_told: fn() -> bool) -> Follower {
+        Follower { inner, rank, is_told }
     }
 
     fn named(&self, text: &str) -> String {
@@ -32,7 +34,7 @@ impl Sink for Follower {
             Event::Warning { stage: stage @ (Stage::Download | Stage::Load), text } => {
                 Event::Warning { stage: *stage, text: self.named(text) }
             }
-            Event::Failed(fault) if !link::is_told() => {
+            Event::Failed(fault) if !(self.is_told)() => {
                 Event::Failed(Fault { message: self.named(&fault.message), ..fault.clone() })
             }
             _ => return,
@@ -64,12 +66,13 @@ mod tests {
     #[test]
     fn only_what_this_rank_knows_is_shown() {
         let heard = Arc::new(Heard::default());
-        let report = Report::new(Arc::new(Follower::new(heard.clone(), 2)));
+        let report = Report::new(Arc::new(Follower::new(heard.clone(), 2, || false)));
         report.note(Stage::Train, "a note");
         report.warn(Stage::Plan, "of the keys");
         drop(report.task(Stage::Load, crate::report::Unit::Tensors, "tensors", None));
         report.warn(Stage::Download, "a slow mirror");
         report.fault(&Fault::data("no rows"));
+        Report::new(Arc::new(Follower::new(heard.clone(), 1, || true))).fault(&Fault::data("rank 0 says it"));
         let heard = heard.0.lock().unwrap();
         assert_eq!(heard.len(), 2, "{heard:?}");
         assert!(
