@@ -51,7 +51,7 @@ pub use receipt::Receipt;
 pub use start::start;
 
 use described::MODEL_TEXTS;
-use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_length};
+use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_idle_ranks, warn_of_length};
 use room::Lengths;
 use together::Together;
 use written::{image_facts, write};
@@ -195,6 +195,7 @@ fn make(
     let asked = if folder.is_some() { held_out(plan, data)? } else { Vec::new() };
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
+    warn_of_idle_ranks(plan, together.place().world, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
     let memory = Running::start(task, together.machine(device, plan.memory.limit)?)?;

@@ -207,6 +207,21 @@ fn ranks_with_other_settings_are_refused_with_both_values() {
     let expected = "rank 1 was started with another run than rank 0: options: weight_decay: 0.25 there, weight_decay: 0.5 here";
     assert_eq!(message, expected);
     assert_eq!(ended[1].stderr, "", "rank 0 speaks for both");
+    // Two ranks have one example each step between them.
+    let small = arguments(
+        "small",
+        1,
+        &[
+            "--ranks",
+            "2",
+            "--set",
+            "TrainingArguments.per_device_train_batch_size=1",
+            "--set",
+            "TrainingArguments.gradient_accumulation_steps=1",
+        ],
+    );
+    let ended = job::done(&mut hone(&work, &small));
+    assert!(ended.stderr.contains("a step has 1 examples for 2 ranks"), "{}", ended.stderr);
     // Half an environment is no rank.
     let mut half = hone(&work, &lines[0]);
     let ended = job::end(half.env("RANK", "0").env("WORLD_SIZE", "2"));
