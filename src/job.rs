@@ -23,6 +23,7 @@ use crate::memory::Running;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
+use crate::model::residency::Ring;
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
@@ -204,7 +205,9 @@ fn make(
     // Gigabytes, fetched when everything else fits.
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
     tell_renamed(&described, report);
-    let decoder = load::load(described.facts, &described.options, device, report)?;
+    let ranks = together.computing(device)?;
+    let home = memory.home(ranks.clone());
+    let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
         initial.apply(&adapter)?;
@@ -220,7 +223,12 @@ fn make(
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() {
+    if !asked.is_empty() && decoder.ring.as_ref().is_some_and(Ring::is_shared) {
+        report.warn(
+            Stage::Evaluate,
+            "no answers: the ranks share the base, so that none of them can answer by itself",
+        );
+    } else if !asked.is_empty() {
         // The adapter is whole: answers that cannot be given are no reason to fail.
         match answer(plan, decoder, &tokenizer, &asked, folder, report) {
             Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),

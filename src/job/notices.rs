@@ -89,8 +89,16 @@ pub(super) fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
 
 /// The loaded base and the adapter, in a sentence.
 pub(super) fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
+    let away = decoder.ring.as_ref().map_or(String::new(), |ring| {
+        let (device, host) = (ring.device_bytes() as u64, ring.host_bytes() as u64);
+        format!(
+            ", of whose layers {} lie on the device and {} in host memory",
+            words::size(device),
+            words::size(host)
+        )
+    });
     format!(
-        "{} with {} parameters in {}; {} trainable on {} linear layers",
+        "{} with {} parameters in {}{away}; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
         words::size(decoder.base_bytes() as u64),

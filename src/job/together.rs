@@ -2,6 +2,8 @@
 //!
 //! A process that trains alone goes through the same steps, which then do nothing.
 
+use std::sync::Arc;
+
 use candle_core::Device;
 use serde_json::{Value as Json, json};
 
@@ -22,13 +24,13 @@ const PIECE_BYTES: u64 = 1 << 20;
 const SHOWN_CHARACTERS_MAX: usize = 200;
 
 /// The ranks of this run, or this process alone.
-pub(super) struct Together(Option<Link>);
+pub(super) struct Together(Option<Arc<Link>>);
 
 impl Together {
     /// Takes this process's place, which the environment gives.
     pub fn join(environment: Environment) -> Result<Together> {
         match place::find(environment)? {
-            Found::Rank(seat) => Link::join(&seat, environment).map(|link| Together(Some(link))),
+            Found::Rank(seat) => Link::join(&seat, environment).map(|link| Together(Some(Arc::new(link)))),
             _ => Ok(Together(None)),
         }
     }
@@ -36,9 +38,17 @@ impl Together {
     /// The ranks, for whatever all of them compute.
     pub fn ranks(&self) -> &dyn Collective {
         match &self.0 {
-            Some(link) => link,
+            Some(link) => &**link,
             None => &Alone,
         }
+    }
+
+    /// The ranks for tensors of this device.
+    pub fn computing(&self, _device: &Device) -> Result<Arc<dyn Collective>> {
+        Ok(match &self.0 {
+            Some(link) => link.clone(),
+            None => Arc::new(Alone),
+        })
     }
 
     pub fn place(&self) -> Place {
@@ -120,32 +130,41 @@ impl Together {
                 _ => machine.memory / place.local_world as u64,
             };
         }
-        let all = self.ranks().exchange(&machine.memory.to_le_bytes())?;
-        let memory =
-            |bytes: &Vec<u8>| bytes.as_slice().try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
-        machine.memory = all.iter().map(memory).min().expect("rank 0 is there");
+        machine.ranks = place.world;
+        machine.memory = self.least(machine.memory)?;
+        let host = self.least(machine.host.unwrap_or(u64::MAX))?;
+        machine.host = (host < u64::MAX).then_some(host);
         let (first, _) = self.first(|| Ok(machine.clone()), rates)?;
         Ok(like(machine, &first))
+    }
+
+    /// The smallest of all ranks' numbers.
+    fn least(&self, own: u64) -> Result<u64> {
+        let all = self.ranks().exchange(&own.to_le_bytes())?;
+        let number =
+            |bytes: &Vec<u8>| bytes.as_slice().try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        Ok(all.iter().map(number).min().expect("rank 0 is there"))
     }
 }
 
 /// What of a machine decides between two plans that both fit.
 fn rates(machine: &Machine) -> Json {
-    let Rates { matrix, copy, link, measured } = machine.rates;
+    let Rates { matrix, copy, link, peer, measured } = machine.rates;
     let threads = match machine.place {
         Kind::Cpu { threads } => Some(threads),
         Kind::Gpu => None,
     };
-    json!({"threads": threads, "matrix": matrix, "copy": copy, "link": link, "measured": measured})
+    json!({"threads": threads, "matrix": matrix, "copy": copy, "link": link, "peer": peer, "measured": measured})
 }
 
 fn like(mut machine: Machine, first: &Json) -> Machine {
     let number = |name: &str, own: f64| first[name].as_f64().unwrap_or(own);
-    let Rates { matrix, copy, link, measured } = machine.rates;
+    let Rates { matrix, copy, link, peer, measured } = machine.rates;
     machine.rates = Rates {
         matrix: number("matrix", matrix),
         copy: number("copy", copy),
         link: number("link", link),
+        peer: number("peer", peer),
         measured: first["measured"].as_bool().unwrap_or(measured),
     };
     if let (Kind::Cpu { threads }, Some(firsts)) = (&mut machine.place, first["threads"].as_u64()) {

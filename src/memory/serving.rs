@@ -15,7 +15,7 @@ use crate::model::layer;
 use crate::ops::attention::cached::PAGE;
 use crate::words::size;
 
-use super::terms::Term;
+use super::terms::{Layers, Term};
 
 /// Buffers of connections, bodies of requests, tokenizer, and what the allocator keeps.
 const PROCESS_BYTES: u64 = 256 << 20;
@@ -189,7 +189,7 @@ impl Solver<'_> {
         let place = self.machine.place;
         let task = self.task();
         let term = |what: String, bytes: u64| Term { what, bytes };
-        let mut terms = terms::weights(&task, place);
+        let mut terms = terms::weights(&task, place, Layers::RESIDENT);
         if self.machine.taken > 0 {
             terms.insert(0, term("context and kernels".into(), self.machine.taken));
         }
@@ -221,6 +221,7 @@ impl Solver<'_> {
             tokens_max: self.rows(),
             example_tokens: 1,
             keep: None,
+            residency: None,
         }
     }
 
