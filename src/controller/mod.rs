@@ -15,6 +15,7 @@ mod lease;
 mod metrics;
 mod nodes;
 mod observe;
+mod pods;
 mod presence;
 mod progress;
 mod reconcile;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use kube::api::{Api, DeleteParams, LogParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::controller::Action;
 use kube::runtime::wait::{await_condition, conditions};
@@ -28,6 +28,7 @@ use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::crd::INSTANCE_DEFAULT;
 use crate::workspace::files::entry;
 use crate::workspace::kind::{Inference, Status};
+use crate::workspace::several;
 use crate::workspace::{
     Asked, MANAGED_BY, MANAGER, Method, REVISION, Rendered, Workspace, config_name, inputs_hash, render,
     validate,
@@ -278,6 +279,14 @@ impl<'a> Reconciler<'a> {
         let of = Inputs::of(job);
         let number = of.as_ref().map_or(0, |of| of.number);
         if wanted.inputs.made(job) {
+            if several::is_set(&self.workspace)
+                && !is_leaving(job)
+                && !is_over(job)
+                && self.context.healths.is_fine("services")
+                && let Some(why) = self.bring_service(&several::service(&self.workspace)).await?
+            {
+                return self.refuse(Some(job), why).await;
+            }
             // The revision is recorded after the Job was created, which an earlier process may have missed.
             self.write_down(&wanted).await?;
             if is_leaving(job) && !is_over(job) {
@@ -344,6 +353,11 @@ impl<'a> Reconciler<'a> {
             Ok(rendered) => rendered,
             Err(why) => return self.refuse(None, why).await,
         };
+        if let Some(service) = &rendered.service
+            && let Some(why) = self.bring_service(service).await?
+        {
+            return self.refuse(None, why).await;
+        }
         match self.make(rendered, &wanted).await {
             Ok(job) => self.tell(Some(&job), number, None).await,
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(Action::requeue(SOON)),
@@ -461,6 +475,36 @@ impl<'a> Reconciler<'a> {
         let weight = if rendered.warnings.is_empty() { Weight::Normal } else { Weight::Warning };
         self.event(weight, "JobCreated", &told).await;
         Ok(job)
+    }
+
+    /// Creates the Service of a set unless it is there; returns why it cannot be there.
+    async fn bring_service(&self, service: &Service) -> kube::Result<Option<String>> {
+        let name = several::service_name(&self.workspace);
+        let known = self.context.services.find(&self.owner, &name);
+        if known.is_some_and(|service| self.owns(&*service)) {
+            return Ok(None);
+        }
+        let parameters = PostParams { dry_run: false, field_manager: Some(FIELD_MANAGER.into()) };
+        let api = self.api::<Service>();
+        match api.create(&parameters, service).await {
+            Ok(_) => return Ok(None),
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(error) => {
+                return match words::refusal(&error) {
+                    Some(why) if !words::is_terminating(&error) => {
+                        Ok(Some(format!("the API server refuses its Service: {why}")))
+                    }
+                    _ => Err(error),
+                };
+            }
+        }
+        let Some(there) = api.get_opt(&name).await?.filter(|there| !self.owns(there)) else {
+            return Ok(None);
+        };
+        self.wait_for_end_of(&there);
+        Ok(Some(format!(
+            "Service {name} is not of this Workspace: rename the Workspace, or remove the Service"
+        )))
     }
 
     /// Records a revision once its Job exists, so that a refused revision leaves no trace.
@@ -613,8 +657,11 @@ impl<'a> Reconciler<'a> {
         let warning = self.warning(&seen).await?;
         let provider = self.context.presence().provider;
         let claims = self.context.claims.of(&self.owner);
-        let waits = job.is_some_and(|job| !is_leaving(job)) && !over && seen.running.is_none();
-        if waits && nodes::wanted(&self.workspace, provider) && nodes::alive(&claims) == 0 {
+        let waits = job.is_some_and(|job| !is_leaving(job)) && !over && seen.running < seen.wanted;
+        if waits
+            && nodes::wanted(&self.workspace, provider)
+            && nodes::lacks(&self.workspace, provider, &claims)
+        {
             self.ask_for_node().await?;
         }
         if !over && !stuck && nodes::alive(&claims) > 0 {
@@ -638,7 +685,7 @@ impl<'a> Reconciler<'a> {
     /// The pause until the next read of the log or of Events.
     fn next_look(&self, report: &Report) -> Duration {
         let due = self.context.note(&self.workspace, |notes| {
-            let progress = notes.progress_due.left().filter(|_| report.seen.running.is_some());
+            let progress = notes.progress_due.left().filter(|_| report.seen.speaker.is_some());
             let warning = notes.warning_due.left().filter(|_| report.seen.mute.is_some());
             progress.into_iter().chain(warning).min()
         });
@@ -664,7 +711,7 @@ impl<'a> Reconciler<'a> {
     /// The state of the requested nodes, for the status.
     pub fn nodes(&self, seen: &Seen) -> Nodes {
         let over = seen.stage.is_over();
-        let looks = !over && seen.node.is_none();
+        let looks = !over && seen.unplaced > 0;
         let mut waiting = locked(&self.context.without_node);
         _ = if looks { waiting.insert(self.owner.clone()) } else { waiting.remove(&self.owner) };
         let known = looks && self.context.healths.is_fine("nodes");
@@ -678,7 +725,7 @@ impl<'a> Reconciler<'a> {
 
     /// The progress from the end of the pod's log. A log that cannot be read is no error.
     async fn progress(&self, seen: &Seen) -> Option<Progress> {
-        let Some(pod) = seen.running.as_deref().filter(|_| !seen.stage.is_over()) else {
+        let Some(pod) = seen.speaker.as_deref().filter(|_| !seen.stage.is_over()) else {
             self.context.note(&self.workspace, |notes| {
                 notes.progress = None;
                 notes.progress_due = Default::default();

@@ -88,11 +88,8 @@ impl Parts<'_> {
     }
 
     fn ports(&self) -> Vec<ContainerPort> {
-        let metrics = ContainerPort {
-            name: Some("metrics".into()),
-            container_port: PORT,
-            ..ContainerPort::default()
-        };
+        let metrics =
+            ContainerPort { name: Some("metrics".into()), container_port: PORT, ..ContainerPort::default() };
         let ranks = several::is_set(self.frame.workspace).then(several::port);
         [metrics].into_iter().chain(ranks).collect()
     }
@@ -250,6 +247,15 @@ impl Frame<'_> {
         self.options.image.clone().or_else(|| self.settings.image.clone()).unwrap_or_else(|| default.into())
     }
 
+    /// The device. Training has one process for each GPU, and ends if a GPU is missing; a server has one GPU.
+    fn device(&self) -> (&'static str, String) {
+        match self.gpus.count {
+            0 => ("HONE_DEVICE", "cpu".into()),
+            count if count > 1 && self.workspace.tuning.is_some() => ("HONE_GPUS", count.to_string()),
+            _ => ("HONE_DEVICE", "cuda".into()),
+        }
+    }
+
     /// hone's variables, then the model's token. The user's variables come last and replace hone's.
     pub fn environment(
         &self,
@@ -257,12 +263,7 @@ impl Frame<'_> {
         with_secrets: bool,
         preset: Option<&PresetOptions>,
     ) -> Vec<EnvVar> {
-        let device = if self.gpus.count > 0 { "cuda" } else { "cpu" };
-        let first = [
-            ("HONE_LOG", "json".to_owned()),
-            ("HONE_DEVICE", device.into()),
-            ("HONE_CACHE", CACHE_FOLDER.into()),
-        ];
+        let first = [("HONE_LOG", "json".to_owned()), self.device(), ("HONE_CACHE", CACHE_FOLDER.into())];
         let mut variables: Vec<EnvVar> = first.into_iter().map(variable).chain(own).collect();
         if with_secrets {
             variables.push(variable(("HONE_DOCKER_CONFIG", DOCKER_FOLDER.into())));
@@ -276,7 +277,8 @@ impl Frame<'_> {
                 .filter(|secret| !secret.is_empty())
                 .map(|secret| secret_variable(TOKEN_KEY.into(), secret, TOKEN_KEY.into())),
         );
-        let is_theirs = |variable: &EnvVar| self.options.env.iter().any(|theirs| theirs.name == variable.name);
+        let is_theirs =
+            |variable: &EnvVar| self.options.env.iter().any(|theirs| theirs.name == variable.name);
         variables.retain(|variable| !is_theirs(variable));
         variables.extend(self.options.env.iter().cloned());
         variables

@@ -2,7 +2,7 @@
 //! the pods names, rules for a set that ends as one, and the variables by which the pods find each other.
 //!
 //! One pod is one node, and hone starts one rank for each GPU of it. If a rank fails, the ranks of all pods end within
-//! a minute and every pod fails. Kubernetes then creates the pod of each index anew, and the set resumes from the
+//! about a minute and every pod fails. Kubernetes then creates the pod of each index anew, and the set resumes from the
 //! checkpoint of pod 0. Failures are counted for each index, because one failure of the set is one of each pod: a limit
 //! for the whole Job would be used up by one failure of a large set, and its growing pause (10 s, doubled with each pod
 //! that failed) would reach ten minutes after the first. A pod that only stopped because another one was stopped
@@ -31,6 +31,8 @@ const JOB_LABEL: &str = "batch.kubernetes.io/job-name";
 /// Kubernetes' label of a Job's pods with the Job's uid: random, the same for all pods of one Job, and another for the
 /// next Job of the same name.
 const JOB_UID_LABEL: &str = "batch.kubernetes.io/controller-uid";
+/// Time that pods wait for each other: nodes may still have to come, and images to be pulled.
+const WAIT_SECONDS: u32 = 1800;
 /// The secret that the ranks of a run share.
 pub(super) const TOKEN_VARIABLE: &str = "HONE_RANKS_TOKEN";
 /// Memory that processes of one node share. The container runtime's own has 64 MiB, which NCCL exceeds.
@@ -134,6 +136,7 @@ pub(super) fn environment(workspace: &Workspace) -> Vec<EnvVar> {
         text("HONE_NODES", nodes(workspace).to_string()),
         text("HONE_MASTER_ADDR", format!("{}-0.{}", workspace.name(), service_name(workspace))),
         text("HONE_MASTER_PORT", PORT.to_string()),
+        text("HONE_RANKS_WAIT", WAIT_SECONDS.to_string()),
         EnvVar { name: TOKEN_VARIABLE.into(), value: None, value_from: Some(token) },
     ]
 }

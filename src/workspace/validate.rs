@@ -628,7 +628,14 @@ mod tests {
     #[test]
     fn resources_and_names() {
         assert_eq!(told(&[("resource.count", json!(1))]), "valid");
-        check(&[("resource.count", json!(2))], expect!["resource.count: tuning runs on one node, found 2"]);
+        assert_eq!(told(&[("resource.count", json!(8))]), "valid");
+        check(&[("resource.count", json!(0))], expect!["resource.count: expected 1 to 100 nodes, found 0"]);
+        let long = format!("a{}", "b".repeat(52));
+        assert_eq!(told(&[("metadata.name", json!(long))]), "valid");
+        for name in [long.as_str(), "1a"] {
+            let refused = told(&[("resource.count", json!(2)), ("metadata.name", json!(name))]);
+            assert!(refused.contains("trains on several nodes needs a letter first"), "{refused}");
+        }
         check(
             &[("resource.partition", json!({"mode": "mig"}))],
             expect!["resource.partition: a part of a GPU cannot tune; remove it"],
@@ -746,14 +753,14 @@ mod tests {
         check(
             &[
                 ("metadata.name", json!("A")),
-                ("resource.count", json!(3)),
+                ("resource.count", json!(101)),
                 ("tuning.method", json!("x")),
                 ("tuning.input", json!({})),
             ],
             expect![[r#"
                 4 mistakes in the Workspace
                   metadata.name: expected up to 63 of a-z, 0-9 and -, with a letter or digit at both ends, found "A"
-                  resource.count: tuning runs on one node, found 3
+                  resource.count: expected 1 to 100 nodes, found 101
                   tuning.method: expected lora or qlora, found "x"
                   tuning.input: exactly one of urls, image and volumeSource must be given"#]],
         );
