@@ -819,6 +819,64 @@ fn placeholders_are_refused_and_names_render() {
     }
 }
 
+/// The runtime for Kubeflow Trainer has what a rendered Job has, as far as Trainer leaves it to the runtime.
+#[test]
+fn the_runtime_for_kubeflow_is_a_job_of_hone() {
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(root("examples/kubeflow").join(name)).unwrap();
+        yaml::read(name, &text).unwrap().remove(0).value
+    };
+    let runtime = read("runtime.yaml");
+    let set = &runtime["spec"]["template"]["spec"];
+    let node = &set["replicatedJobs"][0];
+    assert_eq!(
+        node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"],
+        "trainer"
+    );
+    let spec: k8s_openapi::api::batch::v1::JobSpec =
+        serde_json::from_value(node["template"]["spec"].clone()).unwrap();
+    assert_eq!(json!(spec), node["template"]["spec"], "no field is unknown");
+    let rendered = job(&workspace(|value| value["resource"]["count"] = json!(2)));
+    let codes = |rules: &Value| {
+        let rules = rules["rules"].as_array().unwrap().iter();
+        let fail = rules.clone().find(|rule| rule["action"] == "FailJob").unwrap();
+        fail["onExitCodes"]["values"].clone()
+    };
+    let ours = &node["template"]["spec"];
+    assert_eq!(codes(&ours["podFailurePolicy"]), codes(&rendered["spec"]["podFailurePolicy"]));
+    assert_eq!(
+        (&ours["backoffLimit"], &set["failurePolicy"]["rules"][0]["action"]),
+        (&json!(0), &json!("FailJobSet"))
+    );
+    let theirs = &ours["template"]["spec"];
+    let field = |pod: &Value, name: &str| pod[name].clone();
+    for name in
+        ["automountServiceAccountToken", "restartPolicy", "securityContext", "terminationGracePeriodSeconds"]
+    {
+        assert_eq!(field(theirs, name), field(pod(&rendered), name), "{name}");
+    }
+    let container = &theirs["containers"][0];
+    for name in ["securityContext", "terminationMessagePolicy"] {
+        assert_eq!(field(container, name), field(self::container(&rendered), name), "{name}");
+    }
+    let own = self::container(&rendered)["env"].as_array().unwrap();
+    for variable in
+        container["env"].as_array().unwrap().iter().filter(|variable| variable["name"] != "TRAIN_JOB")
+    {
+        let known = own.iter().find(|other| other["name"] == variable["name"]);
+        let token = variable["name"] == "HONE_RANKS_TOKEN";
+        let path = |variable: &Value| variable["valueFrom"]["fieldRef"]["fieldPath"].clone();
+        let same = known.is_some_and(|known| match token {
+            true => path(known) == path(variable),
+            false => known["value"] == variable["value"],
+        });
+        assert!(same, "{variable}: {known:?}");
+    }
+    let job = read("train-job.yaml");
+    assert_eq!(job["spec"]["runtimeRef"]["name"], runtime["metadata"]["name"]);
+    assert_eq!(job["spec"]["trainer"]["args"][0], "run");
+}
+
 /// `UPDATE_JOBS=1 cargo test --test workspace` writes them.
 #[test]
 fn jobs_are_what_hone_renders() {
