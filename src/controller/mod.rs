@@ -9,6 +9,7 @@
 
 mod ask;
 mod certificates;
+mod ended;
 mod events;
 pub mod install;
 mod lease;

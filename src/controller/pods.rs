@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
 
-use super::observe::Ended;
+use super::ended::Ended;
 use crate::fault::Kind;
 use crate::workspace::WORKSPACE_LABEL;
 

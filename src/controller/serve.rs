@@ -20,8 +20,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::ask::{self, Adapters};
+use super::ended::Ended;
 use super::events::Weight;
-use super::observe::{self, Ended};
+use super::observe;
 use super::reconcile::{RESTING, Reconciler, ignore};
 use super::status::{self, Conditions, Nodes, without_tag};
 use super::{FIELD_MANAGER, nodes as claims, words};

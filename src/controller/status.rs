@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::observe::{Ended, Seen, Stage};
+use super::ended::Ended;
+use super::observe::{Seen, Stage};
 use super::progress::Progress;
 use super::words::plain;
 use crate::workspace::annotations::PREFIX;
@@ -279,7 +280,7 @@ impl Conditions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::observe::Said;
+    use super::super::ended::Said;
     use super::*;
 
     fn seen(stage: Stage) -> Seen {

@@ -11,6 +11,7 @@ pub mod kind;
 mod schemas;
 pub mod files;
 pub mod inference;
+mod marks;
 mod needs;
 mod pod;
 mod render;
@@ -23,7 +24,8 @@ pub mod validate;
 pub mod yaml;
 
 pub use kind::Workspace;
-pub use render::{Asked, Rendered, inputs_hash, owner, render};
+pub use marks::owner;
+pub use render::{Asked, Rendered, inputs_hash, render};
 pub use templates::{CONFIG_FILE, Method, config_map, config_name};
 
 /// Label of every object that hone makes.

@@ -8,18 +8,19 @@ use k8s_openapi::api::batch::v1::{
     PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
 };
 use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec, Service};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::json;
 
 use super::annotations::{self, Options};
-use super::kind::{GROUP, KIND, VERSIONS, Workspace};
+use super::kind::Workspace;
+use super::marks::{labels, owner};
 use super::needs;
 use super::pod::{Frame, Parts};
 use super::request;
 use super::several;
 use super::templates::{self, Method};
 use super::validate;
-use super::{MANAGED_BY, MANAGER, REVISION, Settings, WORKSPACE_LABEL};
+use super::{REVISION, Settings};
 use crate::facts::Quantization;
 use crate::fault::{Fault, Kind, Result};
 use crate::source;
@@ -141,25 +142,6 @@ fn metadata(asked: &Asked, options: &Options) -> ObjectMeta {
         owner_references: owner(workspace).map(|owner| vec![owner]),
         ..ObjectMeta::default()
     }
-}
-
-pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
-    BTreeMap::from([
-        (WORKSPACE_LABEL.to_owned(), workspace.name().to_owned()),
-        (MANAGED_BY.to_owned(), MANAGER.to_owned()),
-    ])
-}
-
-/// The owner reference of the Workspace's objects, which are deleted with it. A Workspace without a uid owns nothing.
-pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
-    Some(OwnerReference {
-        api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
-        kind: KIND.into(),
-        name: workspace.name().into(),
-        uid: workspace.metadata.uid.clone()?,
-        controller: Some(true),
-        block_owner_deletion: Some(true),
-    })
 }
 
 fn spec(parts: &Parts) -> Result<JobSpec> {

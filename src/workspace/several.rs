@@ -20,7 +20,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::Workspace;
 use super::annotations::Options;
-use super::render::{labels, owner};
+use super::marks::{labels, owner};
 use crate::fault::Kind;
 
 /// The port on which rank 0 waits for the others. NCCL takes ports of its own.
