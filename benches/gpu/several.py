@@ -70,7 +70,8 @@ def run(options, scratch, model, vocabulary, ranks):
     rows(data, lengths, STEPS * ranks * len(lengths), vocabulary)
     settings = {"TrainingArguments.per_device_train_batch_size": ranks * len(lengths), "TrainingArguments.max_steps": STEPS,
                 "TrainingArguments.gradient_accumulation_steps": 1, "TrainingArguments.logging_steps": 1,
-                "TrainingArguments.save_strategy": "no", "LoraConfig.r": work.RANK, "LoraConfig.target_modules": "all-linear",
+                "TrainingArguments.save_strategy": "no", "DatasetConfig.train_test_split": 1,
+                "DatasetConfig.shuffle_dataset": "false", "LoraConfig.r": work.RANK, "LoraConfig.target_modules": "all-linear",
                 "QuantizationConfig.load_in_4bit": "true", "ModelConfig.torch_dtype": "float32" if options.cpu else "bfloat16"}
     place = ["--device", "cpu", "--ranks", str(ranks)] if options.cpu else ["--gpus", str(ranks)]
     command = [options.hone, "run", "--model", model, "--data", data, "--output", out, *place]

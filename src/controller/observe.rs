@@ -127,6 +127,16 @@ fn begun(status: Option<&JobStatus>) -> bool {
     })
 }
 
+/// Whether the Job is being deleted.
+pub fn is_leaving(job: &Job) -> bool {
+    job.metadata.deletion_timestamp.is_some()
+}
+
+/// Whether the Job succeeded, or failed for good.
+pub fn is_over(job: &Job) -> bool {
+    observe(Some(job), &[], false).stage.is_over()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -23,7 +23,7 @@ use super::ask::{self, Adapters};
 use super::ended::Ended;
 use super::events::Weight;
 use super::observe;
-use super::reconcile::{RESTING, Reconciler, ignore};
+use super::reconciler::{RESTING, Reconciler, ignore};
 use super::status::{self, Conditions, Nodes, without_tag};
 use super::{FIELD_MANAGER, nodes as claims, words};
 use crate::serving::live::file_digest;
