@@ -22,6 +22,7 @@ pub mod dataset;
 pub mod facts;
 pub mod ops;
 pub mod device;
+pub mod ranks;
 pub mod model;
 pub mod memory;
 pub mod train;

@@ -62,7 +62,7 @@ const HOMES: &[(&str, &[&str])] = &[
         "candle_core",
         &[
             "adapter", "bench", "device", "fault", "generate", "job", "memory", "merge", "model", "ops",
-            "serving", "train", "tuned",
+            "ranks", "serving", "train", "tuned",
         ],
     ),
     ("clap", &["cli"]),

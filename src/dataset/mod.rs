@@ -10,6 +10,7 @@ mod mix;
 mod stream;
 mod template;
 mod harm;
+mod letters;
 mod words;
 mod tokenizer;
 mod marks;

@@ -1,14 +1,14 @@
 //! A model folder -> its tokenizer: text to ids with offsets, named special tokens, chat templates.
 
 use super::harm;
-use super::words::Words;
+use super::letters::byte_of;
+use super::words::{Offsets, Words};
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
 use crate::source;
 use serde_json::Value;
 use std::path::Path;
-use std::sync::LazyLock;
 use std::time::SystemTime;
 use tokenizers::AddedToken;
 
@@ -17,9 +17,6 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 /// LIMIT: memory for reading tokenizer.json.
 const LOAD_BYTES_MAX: usize = 512 << 20;
 const LOAD_GROWTH_MAX: usize = 40;
-
-/// For each token, the bytes of the text that it stands for: (start, end).
-pub(super) type Offsets = Vec<(usize, usize)>;
 
 /// The parts of transformers' AutoTokenizer that training needs.
 pub struct Tokenizer {
@@ -329,28 +326,6 @@ fn beginning<T>(
     }
 }
 
-/// The byte of one of GPT-2's letters: printable bytes stand for themselves, the others are numbered from U+0100
-/// on.
-fn byte_of(letter: char) -> Option<u8> {
-    let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    match u32::from(letter) {
-        code @ 0..=0xff => u8::try_from(code).ok().filter(|byte| itself(*byte)),
-        code => (0..=255).filter(|byte| !itself(*byte)).nth(code.checked_sub(0x100)? as usize),
-    }
-}
-
-/// The letter that stands for a byte in tokens: the inverse of `byte_of`.
-pub(super) fn letter_of(byte: u8) -> char {
-    static LETTERS: LazyLock<[char; 256]> = LazyLock::new(|| {
-        let mut letters = ['\0'; 256];
-        for letter in ('\u{0}'..='\u{200}').filter(|letter| byte_of(*letter).is_some()) {
-            letters[usize::from(byte_of(letter).unwrap_or_default())] = letter;
-        }
-        letters
-    });
-    LETTERS[usize::from(byte)]
-}
-
 /// What stands around the tokens of two plain texts, if it is the same.
 fn around(inner: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
     let of = |text: &str| {
@@ -594,14 +569,6 @@ fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_byte_has_its_letter() {
-        for byte in 0..=255 {
-            assert_eq!(byte_of(letter_of(byte)), Some(byte));
-        }
-        assert_eq!((letter_of(b' '), letter_of(b'a'), letter_of(b'\n')), ('Ġ', 'a', 'Ċ'));
-    }
 
     #[test]
     fn what_a_text_has_already_is_not_put_around_it_again() {

@@ -178,7 +178,7 @@ fn read(text: &[u8], address: &str) -> Result<(String, Vec<Item>)> {
             items.push(item(sibling, address)?);
         }
     }
-    super::image::complete(&items, address, &all)?;
+    names::complete(items.iter().map(|item| item.name.as_str()), address, &all)?;
     items.sort_by_key(|item| item.bytes);
     Ok((sha, items))
 }

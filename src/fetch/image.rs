@@ -69,18 +69,6 @@ pub fn bring(
     unpack(image, &archives, folder, report)
 }
 
-/// Checks that a listing holds what a model needs: config.json and safetensors.
-pub fn complete(items: &[Item], address: &str, all: &[String]) -> Result<()> {
-    let has = |role: Role| items.iter().any(|item| names::role(&item.name) == Some(role));
-    let help = "a model is a folder with config.json, tokenizer.json and *.safetensors";
-    let found = all.iter().take(8).map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ");
-    match (items.iter().any(|item| item.name == CONFIG), has(Role::Weights)) {
-        (true, true) => Ok(()),
-        (true, false) => Err(Fault::model(format!("{address}: no *.safetensors among {found}")).help(help)),
-        (false, _) => Err(Fault::model(format!("{address}: no {CONFIG} among {found}")).help(help)),
-    }
-}
-
 /// Returns an image's `/data`, by the digest that its tag points to now.
 pub fn data(image: &str, access: Access, report: &Report) -> Result<Source> {
     let digest = registry::list(image, access.registry, report)?.digest;
@@ -141,7 +129,7 @@ fn files(titled: &[(PathBuf, &Part)], folder: &Path, image: &str) -> Result<Vec<
     let item = |(name, part): (String, &Part)| item(name, part, false);
     let mut items: Vec<Item> =
         here.into_iter().zip(kept).filter(|(_, kept)| *kept).map(|(pair, _)| item(pair)).collect();
-    complete(&items, image, &all)?;
+    names::complete(items.iter().map(|item| item.name.as_str()), image, &all)?;
     items.sort_by_key(|item| item.bytes);
     Ok(items)
 }
@@ -155,7 +143,7 @@ fn archives(parts: &[Part], image: &str) -> Result<Vec<Item>> {
         false => Ok(chosen.into_iter().map(|part| item(part.digest.clone(), part, true)).collect()),
         true => {
             let all: Vec<String> = parts.iter().filter_map(|part| part.title.clone()).collect();
-            complete(&[], image, &all).map(|()| Vec::new())
+            names::complete(std::iter::empty(), image, &all).map(|()| Vec::new())
         }
     }
 }

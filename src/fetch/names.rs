@@ -1,5 +1,7 @@
 //! File names -> which files make a model, and whether they describe it or are its weights.
 
+use crate::fault::{Fault, Result};
+
 /// The use of a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Role {
@@ -33,6 +35,23 @@ pub fn role(name: &str) -> Option<Role> {
             Some(Role::Text)
         }
         false => None,
+    }
+}
+
+/// Checks that the names of a listing that are downloaded hold what a model needs: config.json and safetensors. `all`
+/// is the whole listing, for the message.
+pub fn complete<'a>(
+    taken: impl Iterator<Item = &'a str> + Clone,
+    address: &str,
+    all: &[String],
+) -> Result<()> {
+    let has = |wanted: Role| taken.clone().any(|name| role(name) == Some(wanted));
+    let help = "a model is a folder with config.json, tokenizer.json and *.safetensors";
+    let found = all.iter().take(8).map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ");
+    match (taken.clone().any(|name| name == CONFIG), has(Role::Weights)) {
+        (true, true) => Ok(()),
+        (true, false) => Err(Fault::model(format!("{address}: no *.safetensors among {found}")).help(help)),
+        (false, _) => Err(Fault::model(format!("{address}: no {CONFIG} among {found}")).help(help)),
     }
 }
 

@@ -26,7 +26,7 @@ pub fn list(url: &Url, options: &source::Options) -> Result<(String, Vec<Item>)>
         archive: false,
     };
     let mut items: Vec<Item> = objects.iter().map(item).collect();
-    super::image::complete(&items, url.as_str(), &all)?;
+    names::complete(items.iter().map(|item| item.name.as_str()), url.as_str(), &all)?;
     items.sort_by_key(|item| item.bytes);
     Ok((revision, items))
 }

@@ -18,8 +18,6 @@ use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
 
-use super::stored;
-
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
 
@@ -254,10 +252,10 @@ impl Checkpoint {
         }
     }
 
-    /// Compares the names with those that the decoder reads. The fault names missing and surplus tensors together.
+    /// Compares the names with those that the decoder reads, apart from those that `ignored` names. The fault names missing and surplus tensors together.
     pub fn expect(&self, wanted: &BTreeSet<String>, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let wanted: BTreeSet<String> = wanted.iter().map(|name| language_name(name).into_owned()).collect();
-        let ignored = |name: &str| ignored(name) || beside_language(name) || stored::is_part(name);
+        let ignored = |name: &str| ignored(name) || beside_language(name);
         let of_store = self.store.iter().flat_map(|store| store.names()).collect::<Vec<_>>();
         let found: BTreeSet<&str> = self.names().chain(of_store.iter().map(String::as_str)).collect();
         let missing: Vec<&str> =

@@ -1,6 +1,6 @@
 //! A number that an operation computed. On a CPU it is a value; on a GPU it stays on the device until it is read.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
@@ -56,8 +56,9 @@ pub struct Numbers(Way);
 
 enum Way {
     Arrived(Vec<f64>),
+    /// Copies under way, and in the place of each its value if the host had it already.
     #[cfg(feature = "cuda")]
-    Sent(super::cuda::late::Late),
+    Sent(super::cuda::late::Late, Vec<Option<f64>>),
 }
 
 impl Numbers {
@@ -83,14 +84,28 @@ impl Numbers {
         match self.0 {
             Way::Arrived(values) => Ok(values),
             #[cfg(feature = "cuda")]
-            Way::Sent(late) => late.values(),
+            Way::Sent(late, known) => {
+                let mut late = late.values()?.into_iter();
+                let value = |known: Option<f64>| known.or_else(|| late.next());
+                Ok(known.into_iter().map(value).map(|value| value.expect("one copy for each")).collect())
+            }
         }
     }
 }
 
 #[cfg(feature = "cuda")]
 fn send_from_device(numbers: &[Number]) -> Result<Numbers> {
-    Ok(Numbers(Way::Sent(super::cuda::late::Late::send(numbers)?)))
+    let (mut known, mut tensors) = (Vec::with_capacity(numbers.len()), Vec::new());
+    for number in numbers {
+        match number {
+            Number::Here(value) => known.push(Some(*value)),
+            Number::There(tensor) => {
+                known.push(None);
+                tensors.push(tensor.clone());
+            }
+        }
+    }
+    Ok(Numbers(Way::Sent(super::cuda::late::Late::send(tensors)?, known)))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -98,16 +113,12 @@ fn send_from_device(numbers: &[Number]) -> Result<Numbers> {
     Ok(Numbers(Way::Arrived(numbers.iter().map(Number::value).collect::<Result<_>>()?)))
 }
 
-/// Whether a tensor can be a `Number`: one element in f32 or f64.
-pub fn is_number(tensor: &Tensor) -> bool {
-    tensor.elem_count() == 1 && matches!(tensor.dtype(), DType::F32 | DType::F64)
-}
-
 /// The launches of `kernels/number.cu`.
 #[cfg(feature = "cuda")]
 pub(super) mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
+    use candle_core::DType;
 
     /// Values that one thread block squares and adds.
     const SHARE: usize = 16_384;
@@ -142,6 +153,7 @@ pub(super) mod gpu {
 mod tests {
     use super::*;
     use crate::ops::judge;
+    use candle_core::DType;
 
     #[test]
     fn numbers_arrive_in_their_order() -> Result<()> {

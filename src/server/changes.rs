@@ -8,7 +8,7 @@ use super::ask;
 use super::error::{Error, Result};
 use super::fields::Fields;
 use super::model::{Bring, Model};
-use super::route::{Answer, json_answer};
+use super::reply::{Answer, json_answer};
 use crate::generate::Strength;
 
 fn changeable(model: &Model) -> Result<&Bring> {

@@ -8,6 +8,7 @@ mod changes;
 mod connection;
 mod fields;
 mod metrics;
+mod reply;
 mod route;
 mod speak;
 mod state;

@@ -1,18 +1,15 @@
 //! A request over HTTP -> its answer: every route there is.
 
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 
 use super::answer::{self, Context};
 use super::ask::{self, Ask, Form};
@@ -21,6 +18,7 @@ use super::error::{Error, Result};
 use super::fields::Fields;
 use super::metrics::Metrics;
 use super::model::Model;
+use super::reply::{Answer, Reply, json_answer, typed};
 use super::state::{Phase, State};
 use crate::dataset::Chat;
 use crate::endpoint::PROMETHEUS;
@@ -43,39 +41,6 @@ pub struct Service {
     /// Digest of the key: comparing digests takes the same time wherever they differ.
     key: Option<[u8; 32]>,
 }
-
-/// The body of an answer: whole, or as it comes.
-pub enum Reply {
-    /// The whole body.
-    Whole(Full<Bytes>),
-    /// Parts as they are generated.
-    Stream(mpsc::Receiver<Bytes>),
-}
-
-impl Body for Reply {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        task: &mut Task<'_>,
-    ) -> Poll<Option<std::result::Result<Frame<Bytes>, Infallible>>> {
-        match self.get_mut() {
-            Reply::Whole(body) => Pin::new(body).poll_frame(task),
-            Reply::Stream(parts) => parts.poll_recv(task).map(|part| part.map(|part| Ok(Frame::data(part)))),
-        }
-    }
-
-    /// A whole body's length stands in the answer's header.
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Reply::Whole(body) => body.size_hint(),
-            Reply::Stream(_) => SizeHint::default(),
-        }
-    }
-}
-
-pub(super) type Answer = Result<Response<Reply>>;
 
 impl Service {
     /// Answers clients that send `key`, if there is one; larger bodies are refused.
@@ -292,16 +257,6 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>> {
         Ok(_) => Err(Error::bad("The body must be a JSON object")),
         Err(error) => Err(Error::bad(format!("The body is not valid JSON: {error}"))),
     }
-}
-
-fn typed(bytes: Bytes, content_type: &'static str) -> Response<Reply> {
-    let mut response = Response::new(Reply::Whole(Full::new(bytes)));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
-}
-
-pub(super) fn json_answer(value: &Value) -> Response<Reply> {
-    typed(Bytes::from(value.to_string()), "application/json")
 }
 
 /// KAITO's clients look for `detail`.

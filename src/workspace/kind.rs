@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::crd;
+use super::schemas;
 
 /// API group of Workspaces.
 pub const GROUP: &str = "kaito.sh";
@@ -33,7 +33,7 @@ pub struct Workspace {
     pub kind: String,
     /// Name, namespace, annotations.
     #[serde(default)]
-    #[schemars(schema_with = "crd::object")]
+    #[schemars(schema_with = "schemas::object")]
     pub metadata: ObjectMeta,
     /// Where it runs.
     #[serde(default)]
@@ -55,21 +55,21 @@ pub struct Workspace {
 pub struct Resource {
     /// Number of nodes; tuning takes one. Deprecated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(default = "crd::one", schema_with = "crd::count")]
+    #[schemars(default = "schemas::one", schema_with = "schemas::count")]
     pub count: Option<i32>,
     /// Type of machine, by the cloud's name, such as Standard_NC24ads_A100_v4.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub instance_type: String,
     /// Labels of the nodes that may be taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::label_selector")]
+    #[schemars(schema_with = "schemas::label_selector")]
     pub label_selector: Option<LabelSelector>,
     /// Nodes to prefer. Deprecated; not read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preferred_nodes: Vec<String>,
     /// A part of a GPU; not for tuning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
+    #[schemars(schema_with = "schemas::anything")]
     pub partition: Option<Value>,
 }
 
@@ -103,7 +103,7 @@ pub struct Inference {
     pub preset: Option<Preset>,
     /// A pod template of the user's own. KAITO's controller reads it, hone does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
+    #[schemars(schema_with = "schemas::anything")]
     pub template: Option<Value>,
     /// Name of the ConfigMap with inference_config.yaml, in the same namespace: vllm.max-model-len, vllm.max-num-seqs,
     /// vllm.served-model-name.
@@ -136,7 +136,7 @@ pub struct Preset {
     pub name: String,
     /// public or private. Deprecated; not read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::access_mode")]
+    #[schemars(schema_with = "schemas::access_mode")]
     pub access_mode: Option<String>,
     /// How it is reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,7 +170,7 @@ pub struct Source {
     pub urls: Vec<String>,
     /// A volume that holds the files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
+    #[schemars(schema_with = "schemas::anything")]
     pub volume_source: Option<Value>,
     /// An image that holds the files under /data.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -186,7 +186,7 @@ pub struct Source {
 pub struct Destination {
     /// A volume to write to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
+    #[schemars(schema_with = "schemas::anything")]
     pub volume_source: Option<Value>,
     /// The image to push.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -208,14 +208,14 @@ pub struct Status {
     pub state: Option<String>,
     /// Latest observations.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(schema_with = "crd::conditions")]
+    #[schemars(schema_with = "schemas::conditions")]
     pub conditions: Vec<Condition>,
     /// Number of nodes wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_node_count: Option<i32>,
     /// Measurements of serving.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "crd::anything")]
+    #[schemars(schema_with = "schemas::anything")]
     pub performance: Option<Value>,
 }
 

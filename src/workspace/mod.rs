@@ -8,6 +8,7 @@
 pub mod annotations;
 pub mod crd;
 pub mod kind;
+mod schemas;
 pub mod files;
 pub mod inference;
 mod needs;

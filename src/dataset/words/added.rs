@@ -1,6 +1,7 @@
 //! Added tokens of a tokenizer -> a text divided at them, as the library divides it.
 
-use super::{Part, byte_level};
+use super::byte_level;
+use super::part::Part;
 use std::collections::HashMap;
 use tokenizers::AddedToken;
 

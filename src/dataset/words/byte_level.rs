@@ -1,8 +1,8 @@
 //! Byte-level BPE, as GPT-2's, Llama 3's and Qwen's: one expression divides a text into pieces, and the bytes of a
 //! piece become tokens.
 
-use super::Part;
-use crate::dataset::tokenizer::letter_of;
+use super::part::Part;
+use crate::dataset::letters::letter_of;
 use fancy_regex::Regex;
 use serde_json::Value;
 use tokenizers::{Model, ModelWrapper};

@@ -8,12 +8,13 @@
 
 mod added;
 mod byte_level;
+mod part;
 mod sentence_piece;
 
 use self::added::Added;
 use self::byte_level::ByteLevel;
+use self::part::Part;
 use self::sentence_piece::SentencePiece;
-use super::tokenizer::Offsets;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,16 +25,8 @@ use unicode_normalization::{IsNormalized, is_nfc_quick};
 const PIECES_MAX: usize = 100_000;
 const PIECE_BYTES_MAX: usize = 64;
 
-/// A token of a piece, with the bytes of the piece that it stands for.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Part {
-    id: u32,
-    from: u32,
-    to: u32,
-    /// Spaces that its text begins and ends with.
-    before: u16,
-    after: u16,
-}
+/// For each token, the bytes of the text that it stands for: (start, end).
+pub(super) type Offsets = Vec<(usize, usize)>;
 
 /// A tokenizer of a known kind.
 pub(super) struct Words {

@@ -1,7 +1,7 @@
 //! SentencePiece's BPE, as Llama 2's, Phi-3's, Mistral's and Gemma's: spaces are written `▁`, and the merges see a text
 //! as a whole. They never join a letter with a `▁` behind it, so each word of a text becomes tokens on its own.
 
-use super::Part;
+use super::part::Part;
 use serde_json::Value;
 use tokenizers::{Model, ModelWrapper};
 

@@ -1,5 +1,5 @@
-//! Numbers copied to the host while the device goes on working: the copy is queued behind the kernels that compute
-//! them, and read later.
+//! One-element tensors of a device -> numbers on the host, while the device goes on working: the copies are queued
+//! behind the kernels that compute the numbers, and are read later.
 
 use std::ffi::c_void;
 
@@ -7,52 +7,29 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, result, sys};
 use candle_core::{DType, Result, Tensor, bail};
 
-use crate::ops::number::{Number, is_number};
-
 /// Eight bytes per number in host memory that the device writes to directly, and the event that marks the copies as
 /// done.
 pub struct Late {
     memory: Pinned,
-    kinds: Vec<Kind>,
     event: CudaEvent,
     arrived: bool,
-    /// Keeps the source tensors until the copies are done.
-    _tensors: Vec<Tensor>,
-}
-
-enum Kind {
-    Host(f64),
-    Single,
-    Double,
+    /// The source tensors, in order. They live until the copies are done.
+    tensors: Vec<Tensor>,
 }
 
 impl Late {
-    /// Queues the copies. At least one of the numbers lies on a device, and all of those lie on the same one.
-    pub fn send(numbers: &[Number]) -> Result<Late> {
-        let tensors = numbers.iter().filter_map(|number| match number {
-            Number::There(tensor) => Some(tensor.clone()),
-            Number::Here(_) => None,
-        });
-        let tensors: Vec<Tensor> = tensors.collect();
+    /// Queues the copies of tensors of one element each, in f32 or f64, that lie on the same device.
+    pub fn send(tensors: Vec<Tensor>) -> Result<Late> {
         let Some(first) = tensors.first() else { bail!("no number lies on a device") };
         let stream = super::device(first)?.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        let memory = Pinned::new(8 * numbers.len())?;
-        let mut kinds = Vec::with_capacity(numbers.len());
-        for (i, number) in numbers.iter().enumerate() {
-            let tensor = match number {
-                Number::Here(value) => {
-                    kinds.push(Kind::Host(*value));
-                    continue;
-                }
-                Number::There(tensor) => tensor,
+        let memory = Pinned::new(8 * tensors.len())?;
+        for (i, tensor) in tensors.iter().enumerate() {
+            let bytes = match (tensor.elem_count(), tensor.dtype()) {
+                (1, DType::F64) => 8,
+                (1, DType::F32) => 4,
+                (_, dtype) => bail!("a number of shape {:?}, {dtype:?}", tensor.dims()),
             };
-            if !is_number(tensor) {
-                bail!("a number of shape {:?}, {:?}", tensor.dims(), tensor.dtype());
-            }
-            let double = tensor.dtype() == DType::F64;
-            kinds.push(if double { Kind::Double } else { Kind::Single });
-            let bytes = if double { 8 } else { 4 };
             // SAFETY: the slot is eight bytes of pinned memory that lives as long as `self`, and `self` waits for the
             // event before it reads or frees it; the source is one element of a live tensor.
             unsafe {
@@ -67,20 +44,20 @@ impl Late {
             .w()?;
         }
         let event = stream.record_event(None).w()?;
-        Ok(Late { memory, kinds, event, arrived: false, _tensors: tensors })
+        Ok(Late { memory, event, arrived: false, tensors })
     }
 
     /// Waits for the copies and returns the numbers in their order.
     pub fn values(mut self) -> Result<Vec<f64>> {
         self.event.synchronize().w()?;
         self.arrived = true;
-        let value = |(i, kind): (usize, &Kind)| match kind {
-            Kind::Host(value) => *value,
+        let value = |(i, tensor): (usize, &Tensor)| match tensor.dtype() {
             // SAFETY: the event has passed, so the slot holds the number.
-            Kind::Single => unsafe { self.memory.slot(i).cast::<f32>().read() as f64 },
-            Kind::Double => unsafe { self.memory.slot(i).cast::<f64>().read() },
+            DType::F64 => unsafe { self.memory.slot(i).cast::<f64>().read() },
+            // SAFETY: as above.
+            _ => unsafe { f64::from(self.memory.slot(i).cast::<f32>().read()) },
         };
-        Ok(self.kinds.iter().enumerate().map(value).collect())
+        Ok(self.tensors.iter().enumerate().map(value).collect())
     }
 }
 
