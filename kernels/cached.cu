@@ -7,6 +7,7 @@
 // on its own position alone, and no sum spans two sequences: a row's bits are the same whatever else runs. Many
 // rows of one sequence are `gather`ed into the layout of training's attention instead (attention.cu).
 #include "attention_shape.cuh"
+#include "eight_bits.cuh"
 
 constexpr int PAGE = 32;
 constexpr int WARPS = 4;
@@ -303,6 +304,8 @@ __device__ __forceinline__ void combine(const float* partials, T* out, const uin
 FOR(float, f32, float, f32)
 FOR(float, f32, bf16, bf16)
 FOR(bf16, bf16, bf16, bf16)
+FOR(float, f32, fp8, fp8)
+FOR(bf16, bf16, fp8, fp8)
 
 extern "C" __global__ void cached_combine_f32(const float* partials, float* out, const uint32_t* rows, int heads, int width) {
     combine<float>(partials, out, rows, heads, width);
