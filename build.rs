@@ -7,8 +7,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Machine code for Ampere (80, 86), Ada (89), Hopper (90) and Blackwell (100, 120); PTX of the first for what comes.
-const ARCHITECTURES: &str = "80,86,89,90,100,120";
+/// Machine code for Ampere (80), Hopper (90) and Blackwell (100, 120), and PTX of the first for what comes. Code for
+/// 8.0 runs on 8.6 and 8.9 (Ampere's other cards and Ada) too: CUDA promises that within a major version, and no kernel
+/// asks which architecture it is compiled for.
+const ARCHITECTURES: &str = "80,90,100,120";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
