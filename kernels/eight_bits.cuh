@@ -9,11 +9,10 @@ struct fp8 {
 };
 
 __device__ __forceinline__ float widen(fp8 x) {
-    const uint32_t size = x.bits & 0x7fu;
+    const uint32_t bits = x.bits;
     // As an f32 the exponent is 120 too small; numbers without a leading one become such by the product.
-    const float wide = __uint_as_float(size << 20) * 1.329227995784916e36f;
-    const float number = size == 0x7fu ? __uint_as_float(0x7fc00000u) : wide;
-    return __uint_as_float(__float_as_uint(number) | (uint32_t)(x.bits & 0x80u) << 24);
+    const float scale = (bits & 0x7fu) == 0x7fu ? __uint_as_float(0x7fc00000u) : 1.329227995784916e36f;
+    return __uint_as_float((bits & 0x80u) << 24 | (bits & 0x7fu) << 20) * scale;
 }
 
 // The nearest number, of two the one with the even fraction; beyond 448 it is 448, and a NaN stays one.
