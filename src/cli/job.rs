@@ -188,6 +188,12 @@ pub(super) struct Job {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
+    /// GPUs to train on, one process for each: all, a number of GPUs, or their numbers, such as 0,2
+    #[arg(long, value_name = "GPUS", env = "HONE_GPUS")]
+    gpus: Option<String>,
+    /// Number of processes that train together on this machine [default: one for each GPU, or one]
+    #[arg(long, value_name = "NUMBER", env = "HONE_RANKS")]
+    ranks: Option<String>,
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
     keep: Option<String>,

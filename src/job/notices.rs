@@ -55,6 +55,19 @@ fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: 
     }
 }
 
+/// Warns if a step has fewer examples than there are ranks to share them.
+pub(super) fn warn_of_idle_ranks(plan: &Plan, world: usize, report: &Report) {
+    let step = plan.train.batch_examples.saturating_mul(plan.train.accumulation);
+    if step < world {
+        let text = format!(
+            "a step has {step} examples for {world} ranks, so that {} of them have nothing to do; raise \
+             per_device_train_batch_size or gradient_accumulation_steps, or use fewer GPUs",
+            world - step
+        );
+        report.warn(Stage::Plan, text);
+    }
+}
+
 pub(super) fn tell_memory(memory: &Running, report: &Report) {
     for line in memory.table().lines() {
         report.note(Stage::Plan, format!("memory: {line}"));

@@ -3,6 +3,13 @@
 //! One process drives one device and is one rank. All ranks compute the same plan from the same seeds, and make the
 //! same calls of a `Collective` in the same order. A rank that fails or is silent makes every later call an error.
 
+pub mod follower;
+mod frame;
+pub mod launch;
+pub mod link;
+mod meet;
+pub mod place;
+
 use candle_core::{DType, Tensor};
 
 use crate::fault::{Fault, Result};
