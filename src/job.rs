@@ -205,7 +205,8 @@ fn make(
     // Gigabytes, fetched when everything else fits.
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
     tell_renamed(&described, report);
-    let home = memory.home(together.shared());
+    let ranks = together.computing(device)?;
+    let home = memory.home(ranks.clone());
     let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {

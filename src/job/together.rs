@@ -38,17 +38,17 @@ impl Together {
     /// The ranks, for whatever all of them compute.
     pub fn ranks(&self) -> &dyn Collective {
         match &self.0 {
-            Some(link) => link.as_ref(),
+            Some(link) => &**link,
             None => &Alone,
         }
     }
 
-    /// The same, for what keeps them: a base that they share.
-    pub fn shared(&self) -> Arc<dyn Collective> {
-        match &self.0 {
+    /// The ranks for tensors of this device.
+    pub fn computing(&self, _device: &Device) -> Result<Arc<dyn Collective>> {
+        Ok(match &self.0 {
             Some(link) => link.clone(),
             None => Arc::new(Alone),
-        }
+        })
     }
 
     pub fn place(&self) -> Place {
@@ -130,15 +130,22 @@ impl Together {
                 _ => machine.memory / place.local_world as u64,
             };
         }
-        let all = self.ranks().exchange(&machine.memory.to_le_bytes())?;
-        let memory =
-            |bytes: &Vec<u8>| bytes.as_slice().try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
-        machine.memory = all.iter().map(memory).min().expect("rank 0 is there");
+        machine.ranks = place.world;
+        machine.memory = self.least(machine.memory)?;
+        let host = self.least(machine.host.unwrap_or(u64::MAX))?;
         // A machine's host memory is for its own ranks; the plan counts all of them.
-        let machines = |bytes: u64| bytes.saturating_mul(place.world as u64) / place.local_world as u64;
-        (machine.ranks, machine.host) = (place.world, machine.host.map(machines));
+        let of_all = host.saturating_mul(place.world as u64) / place.local_world as u64;
+        machine.host = (host < u64::MAX).then_some(of_all);
         let (first, _) = self.first(|| Ok(machine.clone()), rates)?;
         Ok(like(machine, &first))
+    }
+
+    /// The smallest of all ranks' numbers.
+    fn least(&self, own: u64) -> Result<u64> {
+        let all = self.ranks().exchange(&own.to_le_bytes())?;
+        let number =
+            |bytes: &Vec<u8>| bytes.as_slice().try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        Ok(all.iter().map(number).min().expect("rank 0 is there"))
     }
 }
 
@@ -149,16 +156,12 @@ fn rates(machine: &Machine) -> Json {
         Kind::Cpu { threads } => Some(threads),
         Kind::Gpu => None,
     };
-    let host = machine.host;
-    json!({
-        "threads": threads, "matrix": matrix, "copy": copy, "link": link, "peer": peer, "measured": measured, "host": host,
-    })
+    json!({"threads": threads, "matrix": matrix, "copy": copy, "link": link, "peer": peer, "measured": measured})
 }
 
 fn like(mut machine: Machine, first: &Json) -> Machine {
     let number = |name: &str, own: f64| first[name].as_f64().unwrap_or(own);
     let Rates { matrix, copy, link, peer, measured } = machine.rates;
-    machine.host = machine.host.zip(first["host"].as_u64()).map(|(_, firsts)| firsts);
     machine.rates = Rates {
         matrix: number("matrix", matrix),
         copy: number("copy", copy),

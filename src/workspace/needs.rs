@@ -12,6 +12,8 @@ use crate::memory::card::{self, Card};
 use crate::memory::{self, Machine, Place, Task};
 
 const GIB: f64 = (1u64 << 30) as f64;
+/// CPUs of the process.
+const CPUS: u32 = 2;
 /// Host memory of the process: the program, the driver, and the rows that are being encoded.
 const HOST_BYTES: f64 = 4.0 * GIB;
 /// Disk for data whose size is not known before the download.
@@ -70,10 +72,15 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
         locked = plan.map_or(0, |plan| plan.host_bytes * plan.ranks as u64);
         warnings.extend(warning);
     }
+    // One process for each GPU.
+    let ranks = gpus.count.max(1);
     let text = |asked: &Option<String>, planned: String| asked.clone().unwrap_or(planned);
     Ok(Needs {
-        cpu: text(&options.cpu, "2".into()),
-        memory: text(&options.memory, gibibytes(locked as f64 + host_bytes(known.as_ref(), gpus.count > 0))),
+        cpu: text(&options.cpu, (CPUS * ranks).to_string()),
+        memory: text(
+            &options.memory,
+            gibibytes(locked as f64 + f64::from(ranks) * host_bytes(known.as_ref(), gpus.count > 0)),
+        ),
         ephemeral_storage: text(
             &options.ephemeral_storage,
             gibibytes(disk_bytes(known.as_ref(), run, options)),
@@ -82,15 +89,10 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     })
 }
 
+/// Doubts about the instance type's GPUs.
 pub(super) fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     let mut warnings = Vec::new();
     let instance = &workspace.resource.instance_type;
-    if gpus.count > 1 {
-        warnings.push(format!(
-            "{} GPUs are reserved and one is used: hone.sh/gpus: \"1\" leaves the others free, a smaller instanceType costs less",
-            gpus.count
-        ));
-    }
     if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {
         warnings.push(format!(
             "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: hone would end with exit code 10. Take \
