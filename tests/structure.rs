@@ -118,6 +118,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
     ("src/ops/mod.rs", "memory of the device"),
+    ("src/ranks/nccl.rs", "NCCL's library, opened at run time"),
 ];
 
 /// Columns that a line of a comment may have.

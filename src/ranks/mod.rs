@@ -3,6 +3,10 @@
 //! One process drives one device and is one rank. All ranks compute the same plan from the same seeds, and make the
 //! same calls of a `Collective` in the same order. A rank that fails or is silent makes every later call an error.
 
+#[cfg(feature = "cuda")]
+pub mod nccl;
+pub mod threads;
+
 use candle_core::{DType, Tensor};
 
 use crate::fault::{Fault, Result};
@@ -47,6 +51,11 @@ pub trait Collective: Send + Sync {
 
     /// The bytes of rank 0; the others' argument is ignored.
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>>;
+
+    /// The fault that ended the ranks, if one did. What a device computed with them since then counts for nothing.
+    fn ended(&self) -> Option<Fault> {
+        None
+    }
 }
 
 /// One process that trains by itself: sums and exchanges give back what they got.
