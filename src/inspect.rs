@@ -262,6 +262,7 @@ impl Inspection {
             tokens_max: tokens,
             example_tokens: tokens,
             keep: None,
+            residency: None,
         };
         let needed = |tokens: usize| {
             let bytes = |keep| memory::needed(&task(tokens), &gpu, tokens, keep);

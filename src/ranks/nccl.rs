@@ -15,6 +15,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::fault::{Fault, Kind, Result};
 use crate::ops::cuda;
+use crate::ops::cuda::side::Side;
 
 use super::{Collective, Place, check_gather, check_sum};
 
@@ -167,6 +168,8 @@ fn missing(what: &str) -> Fault {
 pub struct Nccl {
     host: Arc<dyn Collective>,
     device: Device,
+    /// The stream of gatherings.
+    side: Side,
     shared: Arc<Shared>,
 }
 
@@ -225,7 +228,8 @@ impl Nccl {
                 }
             })
             .map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
-        let ranks = Nccl { host, device: device.clone(), shared };
+        let side = Side::new(device.as_cuda_device()?)?;
+        let ranks = Nccl { host, device: device.clone(), side, shared };
         // NCCL takes the device's memory for its buffers in the first calls, and the memory plan must see what is left.
         for values in [1, 1 << 20] {
             ranks.sum(&Tensor::zeros(values, DType::F32, device)?)?;
@@ -233,10 +237,13 @@ impl Nccl {
         Ok(ranks)
     }
 
-    /// Queues a call on the stream of the device. It is queued when NCCL says so, which in the first call takes until all
+    /// Queues a call on a stream of the device. It is queued when NCCL says so, which in the first call takes until all
     /// ranks have made it.
-    fn queue(&self, call: impl FnOnce(&Library, Communicator, Stream) -> c_int) -> Result<()> {
-        let stream = bind(&self.device)?;
+    fn queue(
+        &self,
+        stream: Stream,
+        call: impl FnOnce(&Library, Communicator, Stream) -> c_int,
+    ) -> Result<()> {
         let mut code = {
             let state = self.shared.lock();
             let communicator = state.communicator()?;
@@ -379,7 +386,7 @@ impl Collective for Nccl {
     fn sum(&self, flat: &Tensor) -> Result<()> {
         check_sum(flat)?;
         let at = cuda::address(flat, 0)? as *mut c_void;
-        self.queue(|library, communicator, stream| {
+        self.queue(bind(&self.device)?, |library, communicator, stream| {
             // SAFETY: the tensor holds this many f32 values from its address on, and its memory is freed in the order of
             // the stream.
             unsafe { (library.all_reduce)(at, at, flat.elem_count(), FLOAT32, SUM, communicator, stream) }
@@ -389,11 +396,17 @@ impl Collective for Nccl {
     fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()> {
         check_gather(whole, piece, self.place().world)?;
         let (to, from) = (cuda::address(whole, 0)? as *mut c_void, cuda::address(piece, 0)? as *const c_void);
-        self.queue(|library, communicator, stream| {
-            // SAFETY: `piece` holds this many bytes, `whole` as many for each rank, and both are freed in the order of the
-            // stream.
+        bind(&self.device)?;
+        self.queue(self.side.begin()?.cast(), |library, communicator, stream| {
+            // SAFETY: `piece` holds this many bytes, and `whole` as many for each rank. Both live until `arrived`, behind
+            // which the device's own stream frees them.
             unsafe { (library.all_gather)(from, to, piece.elem_count(), UINT8, communicator, stream) }
-        })
+        })?;
+        Ok(self.side.end(0)?)
+    }
+
+    fn arrived(&self) -> Result<()> {
+        Ok(self.side.wait(0)?)
     }
 
     fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -431,6 +444,7 @@ mod tests {
                 let piece = Tensor::new(&[rank as u8, 9], &gpu.device).unwrap();
                 let whole = Tensor::zeros(2 * world, DType::U8, &gpu.device).unwrap();
                 ranks.gather_into(&whole, &piece).unwrap();
+                ranks.arrived().unwrap();
                 assert!(ranks.ended().is_none());
                 assert_eq!(ranks.exchange(&[rank as u8]).unwrap().concat().len(), world);
                 assert_eq!(ranks.broadcast(&[rank as u8]).unwrap(), [0]);

@@ -9,6 +9,7 @@ use crate::fault::Result;
 use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Lora;
+use crate::model::residency::Ring;
 use crate::ops::flat;
 use crate::ops::number::Numbers;
 use crate::ranks::{Alone, Collective};
@@ -59,8 +60,8 @@ pub fn evaluate_together<'a>(
     let own = deal::deal(&costs, place.world).swap_remove(place.rank);
     let count: usize = own.iter().map(|&number| groups[number].len()).sum();
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(count as u64));
-    let own = own.into_iter().map(|number| (number, groups[number]));
-    let scored = score(decoder, lora, examples, own, rows_max, &progress);
+    let own: Vec<(usize, &[usize])> = own.into_iter().map(|number| (number, groups[number])).collect();
+    let scored = score(decoder, lora, examples, &own, rows_max, &progress);
     let (said, scored) = match scored {
         Ok(Some(scored)) => (Said::Done, scored),
         Ok(None) => (Said::Stopped, Scored::default()),
@@ -82,17 +83,23 @@ struct Scored {
 }
 
 /// Scores groups of examples, given with their numbers; `None` after a signal.
-fn score<'b>(
+fn score(
     decoder: &Decoder,
     lora: Lora,
     examples: Examples,
-    groups: impl Iterator<Item = (usize, &'b [usize])>,
+    groups: &[(usize, &[usize])],
     rows_max: usize,
     progress: &Task,
 ) -> Result<Option<Scored>> {
     let (mut numbers, mut losses, mut tokens, mut hits) = (Vec::new(), Vec::new(), 0, Some(0));
-    for (number, group) in groups {
-        for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
+    let batches = |group: &[usize]| order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0);
+    // Ranks that share the base gather its layers for each other.
+    let shares = decoder.ring.as_ref().is_some_and(Ring::is_shared);
+    let passes = if shares { groups.iter().map(|(_, group)| batches(group).len()).sum() } else { 0 };
+    let mut together = decoder.together(passes, None)?;
+    for &(number, group) in groups {
+        for batch in batches(group) {
+            together.pass();
             let (loss, found) = decoder.loss_and_hits(&batch, lora)?;
             numbers.push(number);
             losses.push(loss);

@@ -12,6 +12,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
+use crate::model::residency::{Ring, Together};
 use crate::ops::adamw::Moments;
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
@@ -262,7 +263,6 @@ impl<'a> Trainer<'a> {
         };
         let mut told = agree(self.ranks, Said::of(&found), start)?.told;
         refuse_another_run(&told)?;
-        self.warn_of_idle_ranks();
         self.rows_max = told.iter().map(|start| start.rows_max).min().unwrap_or(self.rows_max);
         let state = told.swap_remove(0).state;
         self.share(&self.adapter.params)?;
@@ -280,20 +280,6 @@ impl<'a> Trainer<'a> {
         self.sent = state.step;
         self.state = state;
         Ok(Some(self.state.step))
-    }
-
-    /// Warns if a step has too few examples for all ranks.
-    fn warn_of_idle_ranks(&self) {
-        let (world, options) = (self.ranks.place().world, self.options);
-        let examples = options.batch_examples.saturating_mul(options.accumulation).min(self.data.train.len());
-        if examples < world {
-            let (idle, least) = (world - examples, world.div_ceil(options.batch_examples));
-            let text = format!(
-                "a step has {examples} examples for {world} ranks, so {idle} of them have nothing to do; \
-                 gradient_accumulation_steps of {least} or more gives each rank work"
-            );
-            self.report.warn(Stage::Train, text);
-        }
     }
 
     /// Fills a flat tensor of every rank with the values of rank 0.
@@ -338,12 +324,7 @@ impl<'a> Trainer<'a> {
         loop {
             let share = self.share_of_step();
             let scale = 1.0 / share.targets.max(1) as f64;
-            let (said, losses) = match self.passes_of(&share, scale) {
-                Ok(Some(losses)) => (Said::Done, losses),
-                Ok(None) => (Said::Stopped, Vec::new()),
-                Err(error) if out_of_memory(&error) => (Said::OutOfMemory(error.to_string()), Vec::new()),
-                Err(error) => (Said::from(&Fault::from(error)), Vec::new()),
-            };
+            let (said, losses) = self.passes_of(&share, scale);
             let heard = agree(self.ranks, said, self.beat())?;
             refuse_other_numbers(&heard.told)?;
             match heard.outcome {
@@ -357,8 +338,33 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// This rank's passes of a step: the loss sum of each; `None` after a signal.
-    fn passes_of(&self, share: &Share, scale: f64) -> candle_core::Result<Option<Vec<Number>>> {
+    /// This rank's passes of a step: how they ended, and the loss sum of each.
+    fn passes_of(&self, share: &Share, scale: f64) -> (Said, Vec<Number>) {
+        let mut together = match self.decoder.together(share.batches.len(), Some(self.adapter)) {
+            Ok(together) => together,
+            Err(fault) => return (Said::from(&fault), Vec::new()),
+        };
+        let done = self.passes(share, scale, &mut together);
+        drop(together);
+        let said = match done {
+            Ok(Some(losses)) => return (Said::Done, losses),
+            Ok(None) => Said::Stopped,
+            Err(error) if out_of_memory(&error) => Said::OutOfMemory(error.to_string()),
+            Err(error) => {
+                let gathering = self.decoder.ring.as_ref().and_then(Ring::fault);
+                Said::from(&gathering.unwrap_or_else(|| error.into()))
+            }
+        };
+        (said, Vec::new())
+    }
+
+    /// The loss sum of each pass; `None` after a signal.
+    fn passes(
+        &self,
+        share: &Share,
+        scale: f64,
+        together: &mut Together,
+    ) -> candle_core::Result<Option<Vec<Number>>> {
         let alone = self.ranks.place().world == 1;
         flat::zero(if alone { &self.adapter.grads } else { &self.adapter.sums })?;
         let keep = self.passes.keep(self.decoder.layers.len());
@@ -367,6 +373,7 @@ impl<'a> Trainer<'a> {
             if interrupt::requested() {
                 return Ok(None);
             }
+            together.pass();
             losses.push(self.decoder.forward_backward(self.adapter, &keep, batch, scale)?);
         }
         Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
