@@ -365,6 +365,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         mlflow_experiment                              Default            default
         device                                         auto               environment HONE_DEVICE
         keep                                           auto               default
+        residency                                      auto               default
         cache                                          cache              environment HONE_CACHE
         plain_http                                     false              default
         file_bytes_max                                 68719476736        default

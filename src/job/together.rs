@@ -139,7 +139,9 @@ impl Together {
         machine.ranks = place.world;
         machine.memory = self.least(machine.memory)?;
         let host = self.least(machine.host.unwrap_or(u64::MAX))?;
-        machine.host = (host < u64::MAX).then_some(host);
+        // A machine's host memory is for its own ranks; the plan counts all of them.
+        let of_all = host.saturating_mul(place.world as u64) / place.local_world as u64;
+        machine.host = (host < u64::MAX).then_some(of_all);
         let (first, _) = self.first(|| Ok(machine.clone()), rates)?;
         Ok(like(machine, &first))
     }
