@@ -43,12 +43,18 @@ impl Together {
         }
     }
 
-    /// The ranks for tensors of this device.
-    pub fn computing(&self, _device: &Device) -> Result<Arc<dyn Collective>> {
-        Ok(match &self.0 {
-            Some(link) => link.clone(),
-            None => Arc::new(Alone),
-        })
+    /// The ranks for tensors of this device. GPUs are joined by NCCL, which takes some of their memory.
+    ///
+    /// # Errors
+    /// Config: there is no NCCL. Device: the GPUs cannot be joined.
+    pub fn computing(&self, device: &Device) -> Result<Arc<dyn Collective>> {
+        let Some(link) = &self.0 else { return Ok(Arc::new(Alone)) };
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() && self.place().world > 1 {
+            return Ok(Arc::new(crate::ranks::nccl::Nccl::over(link.clone(), device)?));
+        }
+        debug_assert!(device.is_cpu() || self.place().world == 1, "GPUs need a build with CUDA");
+        Ok(link.clone())
     }
 
     pub fn place(&self) -> Place {
