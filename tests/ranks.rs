@@ -155,9 +155,12 @@ fn any_number_of_ranks_trains_the_same_adapter() {
     for adapter in [whole(&work, "two", 2), four] {
         let (one, many) = (values(&one), values(&adapter));
         assert_eq!(one.len(), many.len());
-        let largest = one.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-        let apart = one.iter().zip(&many).fold(0.0f32, |apart, (one, many)| apart.max((one - many).abs()));
-        assert!(apart <= 1e-4 * largest, "{apart} of {largest}");
+        let norm = |values: &mut dyn Iterator<Item = f32>| {
+            values.map(|value| f64::from(value).powi(2)).sum::<f64>().sqrt()
+        };
+        let apart = norm(&mut one.iter().zip(&many).map(|(one, many)| one - many));
+        let size = norm(&mut one.iter().copied());
+        assert!(apart <= 1e-4 * size, "{apart} of {size}");
     }
     // One of them reports: every step once, and one result.
     let ended = job::done(&mut hone(&work, &arguments("told", 8, &["--ranks", "3"])));
