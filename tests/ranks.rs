@@ -281,11 +281,11 @@ fn a_signal_to_any_process_writes_a_checkpoint_and_ends_all() {
 #[test]
 fn a_silent_rank_ends_all_in_the_stated_time() {
     let work = Work::with_llama();
-    let (running, ranks) = started(&work, 2, 2, &[("HONE_RANKS_SILENCE", "3")]);
+    let (running, ranks) = started(&work, 2, 2, &[("HONE_RANKS_SILENCE", "6")]);
     signal(ranks[&1], SIGSTOP);
     let (code, log) = running.end();
     assert_eq!(code, Some(22), "{log}");
-    assert!(work.json("termination.json")["message"].as_str().unwrap().ends_with("has been silent for 3 s"));
+    assert!(work.json("termination.json")["message"].as_str().unwrap().ends_with("has been silent for 6 s"));
     signal(ranks[&1], SIGCONT);
     all_gone(ranks.into_values());
 }

@@ -421,7 +421,7 @@ impl Shared {
         let mut beat_at = Instant::now();
         loop {
             std::thread::sleep(LOOK_INTERVAL);
-            if beat_at.elapsed() >= BEAT_INTERVAL {
+            if beat_at.elapsed() >= BEAT_INTERVAL.min(self.limits.silence / 10) {
                 beat_at = Instant::now();
                 self.beat();
             }
@@ -601,18 +601,19 @@ impl Shared {
             self.wait(Duration::MAX, ended);
             return end(&self.lock());
         };
-        if let Some(end) = end(&self.lock()) {
+        let told = |state: &State| end(state).filter(|_| state.told);
+        if let Some(end) = told(&self.lock()) {
             return Some(end);
         }
         let frame = Frame::of(What::Failed, 0, &fault);
         if let Ok(mut writer) = first.writer.lock() {
             let _ = frame.write(&mut *writer);
         }
-        self.wait(STOP_MAX + REASON_MAX + FAREWELL_MAX, |state| {
-            ended(state) || state.peers[0].lost.is_some()
-        });
-        let state = self.lock();
-        Some(end(&state).filter(|_| state.told).unwrap_or(fault))
+        // What this rank found by itself, rank 0 now hears too, if it lives.
+        let found = self.lock().end.is_some();
+        let longest = if found { FAREWELL_MAX } else { STOP_MAX + REASON_MAX + FAREWELL_MAX };
+        self.wait(longest, |state| state.told || state.done || state.peers[0].lost.is_some());
+        Some(told(&self.lock()).unwrap_or(fault))
     }
 
     /// Waits until something is so, for at most so long.
