@@ -23,10 +23,12 @@ const SEEDS: u64 = 10;
 /// LIMIT: a disturbed run takes a few seconds; the machine may be busy.
 const RUN_MAX: Duration = Duration::from_secs(120);
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "QuantizationConfig.load_in_4bit=true",
     "LoraConfig.lora_dropout=0.1",
     "TrainingArguments.learning_rate=1e-3",
+    // AdamW divides by a gradient's own size: without this floor, the rounding of the smallest gradients counts fully.
+    "TrainingArguments.adam_epsilon=1e-3",
     "TrainingArguments.per_device_train_batch_size=4",
     "TrainingArguments.gradient_accumulation_steps=2",
     "TrainingArguments.logging_steps=1",
@@ -157,7 +159,7 @@ fn any_number_of_ranks_trains_the_same_adapter() {
         assert_eq!(one.len(), many.len());
         let largest = one.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
         let apart = one.iter().zip(&many).fold(0.0f32, |apart, (one, many)| apart.max((one - many).abs()));
-        assert!(apart <= 1e-4 * largest, "{apart} of {largest}");
+        assert!(apart <= 1e-5 * largest, "{apart} of {largest}");
     }
     // One of them reports: every step once, and one result.
     let ended = job::done(&mut hone(&work, &arguments("told", 8, &["--ranks", "3"])));

@@ -382,7 +382,8 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
     }
 }
 
-pub(super) fn ranks(reader: &mut Reader) -> Wish {
+/// Which processes train together. `choice` is what `device` says.
+pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
     let origin = reader.origin(Section::Hone, "gpus");
     let text = reader.text(Section::Hone, "gpus");
     let gpus = text.as_deref().and_then(Gpus::parse);
@@ -395,7 +396,7 @@ pub(super) fn ranks(reader: &mut Reader) -> Wish {
         reader.warn(format!("gpus has no effect, since device names the one device: {device}"));
     }
     let ranks = reader.maybe_integer(Section::Hone, "ranks").map(|ranks| ranks as usize);
-    Wish { device: self::device(reader), gpus, ranks }
+    Wish { device: choice, gpus, ranks }
 }
 
 pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> source::Options {
