@@ -192,6 +192,7 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let train = training::train_options(reader, &dataset, &entries, tokens.tokens_max, seed);
     let output = places::output(reader, spec.kaito);
     let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
+    let device = places::device(reader);
     let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
     let device = places::device(reader);
     Plan {

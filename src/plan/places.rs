@@ -391,9 +391,8 @@ pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
         let expected = "expected all, a number of GPUs, or the numbers of several such as 0,2";
         reader.wrong(&origin, format!("gpus: {expected}, found {text:?}"));
     }
-    let device = reader.text(Section::Hone, "device").unwrap_or_default();
-    if gpus.is_some() && device != "auto" {
-        reader.warn(format!("gpus has no effect, since device names the one device: {device}"));
+    if gpus.is_some() && device != Choice::Auto {
+        reader.warn("gpus has no effect, since device or use_cpu names the one device".into());
     }
     let ranks = reader.maybe_integer(Section::Hone, "ranks").map(|ranks| ranks as usize);
     Wish { device: choice, gpus, ranks }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 
 use crate::fault::{Fault, Kind, Result};
+use crate::interrupt::{self, Standing};
 use crate::last_word::{self, Word};
 use crate::ops::{cpu, flat};
 use crate::ranks::frame::{self, Frame, What};
@@ -190,6 +191,8 @@ impl Link {
 
     /// Ends this rank's part: all ranks end with the same result. The others wait for rank 0.
     pub fn leave<T>(&self, ended: Result<T>) -> Result<T> {
+        // A signal changes nothing here: the ranks end together, and soon.
+        interrupt::stands(Standing::Stay).to_the_end();
         let fault = ended.as_ref().err().cloned();
         let agreed = match self.shared.place.leads() {
             true => self.shared.leave_first(fault),
@@ -651,7 +654,6 @@ impl Read for Heard<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt;
     use crate::ranks::place::Meeting;
 
     const LIMITS: Limits = Limits {
