@@ -194,7 +194,6 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
     let device = places::device(reader);
     let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
-    let device = places::device(reader);
     Plan {
         token_cache: rows::token_cache(reader, &source.cache),
         trackers,

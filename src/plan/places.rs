@@ -391,7 +391,7 @@ pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
         let expected = "expected all, a number of GPUs, or the numbers of several such as 0,2";
         reader.wrong(&origin, format!("gpus: {expected}, found {text:?}"));
     }
-    if gpus.is_some() && device != Choice::Auto {
+    if gpus.is_some() && choice != Choice::Auto {
         reader.warn("gpus has no effect, since device or use_cpu names the one device".into());
     }
     let ranks = reader.maybe_integer(Section::Hone, "ranks").map(|ranks| ranks as usize);
