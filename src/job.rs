@@ -228,9 +228,7 @@ fn make(
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() {
-        try_to_answer(plan, decoder, &tokenizer, &asked, folder, report);
-    }
+    answer_if_asked(plan, decoder, &tokenizer, &asked, folder, report);
     finish(plan, &trained, folder)?;
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
@@ -352,26 +350,6 @@ fn held_out(plan: &Plan, data: &[source::File]) -> Result<Vec<dataset::Record>> 
     let dataset = dataset::read(data, &plan.dataset, &Report::silent())?;
     let rows = if dataset.evaluation.is_empty() { dataset.train } else { dataset.evaluation };
     Ok(rows.into_iter().take(plan.answers).collect())
-}
-
-/// Lets base and tuned model answer rows. The adapter is whole: answers that cannot be given are no reason to fail.
-fn try_to_answer(
-    plan: &Plan,
-    decoder: Decoder,
-    tokenizer: &Tokenizer,
-    records: &[dataset::Record],
-    folder: &RunFolder,
-    report: &Report,
-) {
-    let why = match decoder.ring.as_ref().is_some_and(Ring::is_shared) {
-        true => "no answers: the ranks share the base, so that none of them can answer by itself".into(),
-        false => match answer(plan, decoder, tokenizer, records, folder, report) {
-            Ok(()) => return,
-            Err(_) if interrupt::requested() => "a signal came: no answers".into(),
-            Err(fault) => format!("no answers: {}", fault.in_a_line()),
-        },
-    };
-    report.warn(Stage::Evaluate, why);
 }
 
 /// Writes what base and tuned model answer to rows, beside the adapter.
