@@ -23,8 +23,10 @@ const SEEDS: u64 = 10;
 /// LIMIT: a disturbed run takes a few seconds; the machine may be busy.
 const RUN_MAX: Duration = Duration::from_secs(120);
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "QuantizationConfig.load_in_4bit=true",
+    // Inputs rounded to bf16 would turn the rounding of sums into steps of 1/256.
+    "QuantizationConfig.bnb_4bit_compute_dtype=float32",
     "LoraConfig.lora_dropout=0.1",
     "TrainingArguments.learning_rate=1e-3",
     // AdamW divides by a gradient's own size: without this floor, the rounding of the smallest gradients counts fully.
