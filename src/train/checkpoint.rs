@@ -18,8 +18,6 @@ use crate::ops::flat;
 use crate::report::{Report, Stage};
 use crate::whole;
 
-use super::Checkpoints;
-
 const TENSORS: &str = "tensors.safetensors";
 const STATE: &str = "state.json";
 /// The parameters of the best evaluation, beside the checkpoints that training continues from.
@@ -29,6 +27,15 @@ const STATE_BYTES_MAX: u64 = 1 << 20;
 /// The name of an unfinished checkpoint: `.step-N.partial`.
 const PARTIAL_START: &str = ".step-";
 const PARTIAL_END: &str = ".partial";
+
+/// The folder of checkpoints, and the run that they must belong to.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    /// The folder.
+    pub folder: PathBuf,
+    /// Identifies model, data and options. A checkpoint of another run is not continued.
+    pub fingerprint: String,
+}
 
 /// The position of training after a step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use crate::dataset::Examples;
 use crate::model::batch::Batch;
 use crate::ops::dropout::mix;
 
-use super::Options;
+use super::options::{Every, Options};
 
 /// The steps of a whole run, counted as transformers' Trainer counts them.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,6 +84,16 @@ impl Steps {
             .chunks(self.batch)
             .map(|chunk| chunk.iter().map(|&example| example as usize).collect())
             .collect()
+    }
+
+    /// Whether something that happens `every` so often happens after `done` steps. The clock is the trainer's.
+    pub fn due(&self, every: Every, done: u64) -> bool {
+        match every {
+            Every::Never | Every::Best | Every::Minutes(_) => false,
+            Every::Steps(every) => done.is_multiple_of(every.max(1)),
+            Every::Share(share) => done.is_multiple_of(((self.total as f64 * share).ceil() as u64).max(1)),
+            Every::Epoch => done.is_multiple_of(self.per_epoch) || done == self.total,
+        }
     }
 
     fn order(&self, epoch: u64) -> Rc<[u32]> {

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use super::Warmup;
+use super::options::Warmup;
 
 /// Course of the learning rate, with its arguments (`lr_scheduler_kwargs`). Rates are shares of the peak.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -2,12 +2,20 @@
 
 use serde_json::json;
 
+use super::best::{self, Judging};
+use super::spike::{Policy, Spikes};
 use super::*;
+use crate::dataset::Example;
 use crate::facts::config::Config;
 use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
+use crate::fault::{Kind, Result};
+use crate::memory::Running;
 use crate::memory::{self, Machine, Place, cost::Rates};
+use crate::model::decoder::Decoder;
+use crate::model::lora::Trainable;
 use crate::model::{load, random};
 use crate::ops::starve;
+use crate::report::Report;
 
 fn decoder() -> (Decoder, Trainable) {
     let config = json!({
