@@ -8,7 +8,7 @@ use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Lora;
 use crate::ops::flat;
-use crate::ops::number::Numbers;
+use crate::ops::number::{Number, Numbers};
 use crate::report::{Event, Report, Stage, Unit};
 
 use super::best::{Best, Evaluation, Scores, SourceScores};
@@ -32,22 +32,22 @@ pub fn evaluate<'a>(
 ) -> Result<Scores> {
     let examples = examples.into();
     let progress = report.task(Stage::Evaluate, Unit::Rows, "evaluation", Some(examples.len() as u64));
-    let (mut losses, mut tokens, mut hits) = (Vec::new(), 0_usize, Some(0));
+    let (mut losses, mut hits, mut tokens) = (Vec::new(), Vec::new(), 0_usize);
     let indices: Vec<usize> = (0..examples.len()).collect();
     for group in indices.chunks(batch_examples.max(1)) {
         for batch in order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0) {
             let (loss, found) = decoder.loss_and_hits(&batch, lora)?;
             losses.push(loss);
-            hits = hits.zip(found).map(|(hits, found)| hits + found);
+            hits.push(found);
             tokens += batch.targets.len();
         }
         progress.advance(group.len() as u64);
         interrupt::check()?;
     }
-    let loss: f64 = Numbers::send(&losses)?.values()?.into_iter().sum();
-    let count = tokens.max(1) as f64;
-    let accuracy = hits.map(|hits| hits as f64 / count);
-    Ok(Scores { loss: loss / count, accuracy, tokens: tokens as u64 })
+    let mean = |numbers: &[Number]| -> Result<f64> {
+        Ok(Numbers::send(numbers)?.values()?.into_iter().sum::<f64>() / tokens.max(1) as f64)
+    };
+    Ok(Scores { loss: mean(&losses)?, accuracy: mean(&hits)?, tokens: tokens as u64 })
 }
 
 impl Trainer<'_> {

@@ -5,6 +5,7 @@ pub mod checkpoint;
 mod evaluation;
 mod health;
 mod metric;
+pub mod moments;
 mod options;
 pub mod order;
 mod passes;

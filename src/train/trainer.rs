@@ -12,7 +12,6 @@ use crate::interrupt;
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
-use crate::ops::adamw::Moments;
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
 use crate::ops::{flat, out_of_memory};
@@ -20,6 +19,7 @@ use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
 use super::checkpoint::{self, Checkpoints, State};
 use super::metric::Metric;
+use super::moments::Moments;
 use super::options::{Every, Options};
 use super::order::{self, Steps};
 use super::passes::Passes;
@@ -141,8 +141,10 @@ impl<'a> Trainer<'a> {
     ) -> Result<Trainer<'a>> {
         let steps = Steps::new(data.train.len(), options);
         let progress = report.task(Stage::Train, Unit::Steps, "training", Some(steps.total));
+        let moments = Moments::zeros(adapter, options.eight_bit_moments)?;
+        moments.note().into_iter().for_each(|note| report.note(Stage::Train, note));
         Ok(Trainer {
-            moments: Moments::zeros_like(&adapter.params)?,
+            moments,
             state: State::default(),
             sent: 0,
             began: Instant::now(),
