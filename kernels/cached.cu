@@ -7,6 +7,7 @@
 // on its own position alone, and no sum spans two sequences: a row's bits are the same whatever else runs. Many
 // rows of one sequence are `gather`ed into the layout of training's attention instead (attention.cu).
 #include "attention_shape.cuh"
+#include "eight_bits.cuh"
 
 constexpr int PAGE = 32;
 constexpr int WARPS = 4;
@@ -272,14 +273,14 @@ __device__ __forceinline__ void combine(const float* partials, T* out, const uin
 }
 
 // Names: activations' type last, the cache's type before it.
-#define DECODE(T, type, C, cache, WIDTH, GROUP)                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 5)                                                     \
+#define DECODE(T, type, C, cache, BLOCKS, WIDTH, GROUP)                                                             \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                \
         cached_decode_##WIDTH##_##GROUP##_##cache##_##type(const T* qkv, const C* keys, const C* values, T* out,    \
                                                            float* partials, const uint32_t* pieces,                 \
                                                            const uint32_t* pages, SHAPE_PARAMETERS) {               \
         decode<T, C, WIDTH, GROUP>(qkv, keys, values, out, partials, pieces, pages, SHAPE);                         \
     }
-#define FOR(T, type, C, cache)                                                                                      \
+#define FOR(T, type, C, cache, BLOCKS)                                                                              \
     extern "C" __global__ void cached_write_##cache##_##type(T* qkv, C* keys, C* values, const uint32_t* slots,     \
                                                              const float* cosines, const float* sines, int runs,    \
                                                              int half, SHAPE_PARAMETERS) {                          \
@@ -289,20 +290,23 @@ __device__ __forceinline__ void combine(const float* partials, T* out, const uin
                                                               const uint32_t* pages, int start, SHAPE_PARAMETERS) { \
         gather<T, C>(qkv, keys, values, wide, pages, start, SHAPE);                                                 \
     }                                                                                                               \
-    DECODE(T, type, C, cache, 32, 1)                                                                                \
-    DECODE(T, type, C, cache, 64, 1)                                                                                \
-    DECODE(T, type, C, cache, 96, 1)                                                                                \
-    DECODE(T, type, C, cache, 128, 1)                                                                               \
-    DECODE(T, type, C, cache, 256, 1)                                                                               \
-    DECODE(T, type, C, cache, 32, 4)                                                                                \
-    DECODE(T, type, C, cache, 64, 4)                                                                                \
-    DECODE(T, type, C, cache, 96, 4)                                                                                \
-    DECODE(T, type, C, cache, 128, 4)                                                                               \
-    DECODE(T, type, C, cache, 256, 4)
+    DECODE(T, type, C, cache, BLOCKS, 32, 1)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 64, 1)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 96, 1)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 128, 1)                                                                       \
+    DECODE(T, type, C, cache, BLOCKS, 256, 1)                                                                       \
+    DECODE(T, type, C, cache, BLOCKS, 32, 4)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 64, 4)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 96, 4)                                                                        \
+    DECODE(T, type, C, cache, BLOCKS, 128, 4)                                                                       \
+    DECODE(T, type, C, cache, BLOCKS, 256, 4)
 
-FOR(float, f32, float, f32)
-FOR(float, f32, bf16, bf16)
-FOR(bf16, bf16, bf16, bf16)
+FOR(float, f32, float, f32, 5)
+FOR(float, f32, bf16, bf16, 5)
+FOR(bf16, bf16, bf16, bf16, 5)
+// What widens 8 bits needs some registers more.
+FOR(float, f32, fp8, fp8, 4)
+FOR(bf16, bf16, fp8, fp8, 4)
 
 extern "C" __global__ void cached_combine_f32(const float* partials, float* out, const uint32_t* rows, int heads, int width) {
     combine<float>(partials, out, rows, heads, width);

@@ -55,17 +55,27 @@ template <> struct Eight<bf16> {
     }
 };
 
-__device__ __forceinline__ float warp_sum(float x) {
+// A warp's values become one by Merge, whose `of` takes two of them, between lanes whose numbers differ by 16, 8, 4, 2 and
+// 1; every lane gets the result. All lanes take part.
+template <typename Merge>
+__device__ __forceinline__ float warp_merged(float x) {
+#ifdef CUDA_EMU
+    return emulator::merged_warp<Merge>(x, EMULATOR_SITE("a warp's sum"));
+#else
 #pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    for (int offset = 16; offset > 0; offset >>= 1) x = Merge::of(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
+#endif
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-    return x;
-}
+struct Sum {
+    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+struct Largest {
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+__device__ __forceinline__ float warp_sum(float x) { return warp_merged<Sum>(x); }
+__device__ __forceinline__ float warp_max(float x) { return warp_merged<Largest>(x); }
 
 // The sum over the block in a fixed order; every thread gets it. blockDim.x is a multiple of 32, at most 1024.
 __device__ __forceinline__ float block_sum(float x) {

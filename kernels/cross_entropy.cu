@@ -27,6 +27,16 @@ struct Running {
 };
 
 __device__ __forceinline__ Running warp_merge(Running x) {
+#ifdef CUDA_EMU
+    // The same merges, in one step (emulator/warp.h).
+    struct Merge {
+        static Running of(Running a, Running b) {
+            a.merge(b);
+            return a;
+        }
+    };
+    return emulator::merged_warp<Merge>(x, EMULATOR_SITE("a warp's merge"));
+#else
 #pragma unroll
     for (int offset = 16; offset > 0; offset >>= 1) {
         Running other;
@@ -35,6 +45,7 @@ __device__ __forceinline__ Running warp_merge(Running x) {
         x.merge(other);
     }
     return x;
+#endif
 }
 
 __device__ __forceinline__ Running block_merge(Running x) {

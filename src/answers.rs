@@ -13,6 +13,7 @@ use crate::fault::{Fault, Result};
 use crate::generate::engine::{Engine, Options};
 use crate::generate::{Engine as _, Event, Finish, Refusal, Request, Sampling, Strength};
 use crate::interrupt;
+use crate::memory::serving::CacheType;
 use crate::model::decoder::Decoder;
 use crate::report::{Report, Stage, Unit};
 
@@ -159,7 +160,7 @@ pub fn engine(decoder: Decoder, adapters: &[&Path], questions: &[Question]) -> R
         waiting: usize::MAX,
         context: Some(context),
         cache_tokens: (SEQUENCES * context).min(CACHE_TOKENS.max(context)),
-        half_cache: true,
+        cache: CacheType::Bf16,
     };
     let engine = Engine::start(decoder, &options, String::new())?;
     for (number, folder) in adapters.iter().enumerate() {

@@ -12,6 +12,8 @@ use crate::interrupt::Standing;
 use crate::job::Receipt;
 use crate::plan::Plan;
 use crate::publish::{self, Destination};
+use crate::ranks::launch::Crew;
+use crate::ranks::place;
 use crate::registry::{ImageFacts, Target};
 use crate::report::{Report, Stage};
 use crate::spec::{self, Request, keys};
@@ -37,7 +39,7 @@ pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
     let _standing = interrupt::stands(standing(command));
     match command {
-        Command::Run(request) => return train(request, report).map(Some),
+        Command::Run(request) => return train(request, report),
         Command::Example { folder, write_only } => return try_example(folder, *write_only, report),
         Command::Serve { request, options } => serving::run(&served(request)?, options, report)?,
         Command::Plan { request, format, gpus, prices } => show(&resolve(request)?, *format, gpus, prices)?,
@@ -120,10 +122,24 @@ fn served(request: &Request) -> Result<plan::Serving> {
     plan::serving(&spec::gather(request, &environment)?)
 }
 
-fn train(request: &Request, report: &Report) -> Result<Receipt> {
-    let receipt = job::start(&resolve(request)?, &environment, report)?;
-    say!("{}", receipt.text());
+/// Runs the job. A rank that is not the first has no receipt.
+fn train(request: &Request, report: &Report) -> Result<Option<Receipt>> {
+    let plan = resolve(request)?;
+    // Ranks that cannot be had are refused here. Those that can were started by the program itself.
+    Crew::of(&place::find(&environment)?, &plan.ranks)?;
+    let receipt = job::start(&plan, &environment, report)?;
+    if let Some(receipt) = &receipt {
+        say!("{}", receipt.text());
+    }
     Ok(receipt)
+}
+
+/// The ranks that this process has to start for a job; `None` if it runs the command itself. Whatever is wrong with the
+/// job is found again, and reported, when the command runs.
+pub fn crew(command: &Command) -> Option<Crew> {
+    let Command::Run(request) = command else { return None };
+    let found = place::find(&environment).ok()?;
+    Crew::of(&found, &resolve(request).ok()?.ranks).ok()?
 }
 
 fn try_example(folder: &Path, write_only: bool, report: &Report) -> Result<Option<Receipt>> {
@@ -135,7 +151,7 @@ fn try_example(folder: &Path, write_only: bool, report: &Report) -> Result<Optio
     );
     match write_only {
         true => Ok(None),
-        false => train(&Request { spec: Some(file), ..Request::default() }, report).map(Some),
+        false => train(&Request { spec: Some(file), ..Request::default() }, report),
     }
 }
 

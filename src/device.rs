@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::machine;
 use crate::report::{Report, Stage};
 
@@ -26,6 +26,94 @@ impl Choice {
             "cuda" => Some(Choice::Cuda(0)),
             _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()).map(Choice::Cuda),
         }
+    }
+}
+
+/// The GPUs that ranks train on, one each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gpus {
+    /// All that the driver shows.
+    All,
+    /// The first so many.
+    First(usize),
+    /// Those of these numbers.
+    List(Vec<usize>),
+}
+
+impl Gpus {
+    /// Parses `all`, a number of GPUs, or a list of their numbers such as `0,2`.
+    pub fn parse(text: &str) -> Option<Gpus> {
+        let parts: Vec<&str> = text.split(',').map(str::trim).collect();
+        match parts[..] {
+            ["all"] => Some(Gpus::All),
+            [count] => count.parse().ok().filter(|count| *count > 0).map(Gpus::First),
+            _ => {
+                let numbers = parts.iter().map(|part| part.parse().ok()).collect::<Option<Vec<usize>>>()?;
+                let is_unique =
+                    numbers.iter().enumerate().all(|(at, number)| !numbers[..at].contains(number));
+                is_unique.then_some(Gpus::List(numbers))
+            }
+        }
+    }
+
+    /// Their numbers, among so many that can be used.
+    ///
+    /// # Errors
+    /// Device: some of them are not there. Another machine may have them.
+    pub fn numbers(&self, there: usize) -> Result<Vec<usize>> {
+        let missing = match self {
+            Gpus::All if there > 0 => return Ok((0..there).collect()),
+            Gpus::All => "all GPUs were asked for".to_owned(),
+            Gpus::First(count) if *count <= there => return Ok((0..*count).collect()),
+            Gpus::First(count) => format!("{count} GPUs were asked for"),
+            Gpus::List(list) => match list.iter().find(|number| **number >= there) {
+                None => return Ok(list.clone()),
+                Some(number) => format!("GPU {number} was asked for; numbers begin at 0"),
+            },
+        };
+        Err(Fault::new(Kind::Device, format!("gpus: {missing}, and {there} can be used")).help(
+            "ask for fewer; CUDA_VISIBLE_DEVICES may hide some, and `nvidia-smi` lists those of this machine",
+        ))
+    }
+}
+
+/// Number of GPUs that training can use: those that the driver shows, or none if the first cannot be used.
+#[cfg(feature = "cuda")]
+pub fn usable_gpus() -> usize {
+    match crate::ops::cuda::device::usable(0) {
+        Ok(()) => crate::ops::cuda::device::count(),
+        Err(_) => 0,
+    }
+}
+
+/// Number of GPUs that training can use: none in this build.
+#[cfg(not(feature = "cuda"))]
+pub fn usable_gpus() -> usize {
+    0
+}
+
+/// The device of a rank: the GPU that its number on this machine chooses, or what `choice` names.
+///
+/// # Errors
+/// The faults of [`Gpus::numbers`].
+pub fn of_rank(choice: Choice, gpus: Option<&Gpus>, local_rank: usize) -> Result<Choice> {
+    of_rank_among(choice, gpus, local_rank, usable_gpus())
+}
+
+fn of_rank_among(choice: Choice, gpus: Option<&Gpus>, local_rank: usize, there: usize) -> Result<Choice> {
+    if choice != Choice::Auto || (there == 0 && gpus.is_none()) {
+        return Ok(choice);
+    }
+    let numbers = gpus.unwrap_or(&Gpus::All).numbers(there)?;
+    match numbers.get(local_rank) {
+        Some(number) => Ok(Choice::Cuda(*number)),
+        // Some launchers show each process a GPU of its own, as the only one.
+        None if there == 1 => Ok(Choice::Cuda(0)),
+        None => Err(Fault::config(format!(
+            "process {local_rank} of this machine has no GPU: there are {} for its processes",
+            numbers.len()
+        ))
+        .help("start one process for each GPU")),
     }
 }
 
@@ -143,4 +231,32 @@ pub fn launches() -> Option<u64> {
         return Some(count);
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_all_a_number_or_a_list() {
+        assert_eq!(Gpus::parse("all"), Some(Gpus::All));
+        assert_eq!(Gpus::parse("2"), Some(Gpus::First(2)));
+        assert_eq!(Gpus::parse("3, 1"), Some(Gpus::List(vec![3, 1])));
+        for text in ["", "0", "none", "1,1", "1,", "-1", "1,x"] {
+            assert_eq!(Gpus::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_ranks_number_chooses_its_gpu() {
+        let list = Gpus::List(vec![3, 1]);
+        let of = |gpus: Option<&Gpus>, rank, there| of_rank_among(Choice::Auto, gpus, rank, there);
+        assert_eq!(of(Some(&list), 1, 4).unwrap(), Choice::Cuda(1));
+        assert_eq!(of(None, 2, 4).unwrap(), Choice::Cuda(2));
+        assert_eq!(of(None, 2, 1).unwrap(), Choice::Cuda(0), "the launcher shows each process one GPU");
+        assert_eq!(of(None, 2, 0).unwrap(), Choice::Auto);
+        assert_eq!(of_rank_among(Choice::Cpu, None, 1, 4).unwrap(), Choice::Cpu);
+        assert_eq!(of(None, 4, 4).unwrap_err().kind, Kind::Config);
+        assert_eq!(of(Some(&list), 0, 2).unwrap_err().kind, Kind::Device);
+    }
 }

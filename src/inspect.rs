@@ -263,6 +263,7 @@ impl Inspection {
             example_tokens: tokens,
             eight_bit_moments: false,
             keep: None,
+            residency: None,
         };
         let needed = |tokens: usize| {
             let bytes = |keep| memory::needed(&task(tokens), &gpu, tokens, keep);

@@ -5,6 +5,7 @@
 //! what is finished, and continues training from its newest checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use candle_core::Device;
 use serde_json::{Value as Json, json};
@@ -18,14 +19,16 @@ use crate::fetch;
 use crate::generate::Sampling;
 use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
-use crate::memory::{Machine, Running};
+use crate::memory::Running;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
+use crate::model::residency::Ring;
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
 use crate::publish::{self, Published};
+use crate::ranks::Place;
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -38,6 +41,7 @@ mod notices;
 mod preview;
 mod receipt;
 mod start;
+mod together;
 mod told;
 mod written;
 
@@ -47,8 +51,9 @@ pub use receipt::Receipt;
 pub use start::start;
 
 use described::MODEL_TEXTS;
-use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_length};
+use notices::{loaded, tell_memory, tell_what_is_trained, warn_of_idle_ranks, warn_of_length};
 use room::Lengths;
+use together::Together;
 use written::{image_facts, write};
 
 /// LIMIT: bytes of a file that identifies a run, the weights of an adapter to start from among them.
@@ -56,42 +61,79 @@ const TEXT_BYTES_MAX: u64 = 16 << 30;
 /// LIMIT: tokens of an answer at the end of a run.
 const ANSWER_TOKENS_MAX: usize = 256;
 
-/// Runs the plan to its end.
-pub fn run(plan: &Plan, report: &Report) -> Result<Receipt> {
-    fetch::texts(&plan.base, plan.access(), report)?;
+/// Runs the plan to its end. Rank 0 owns the folder and has the receipt; the others only train with it.
+fn run(plan: &Plan, together: &Together, report: &Report) -> Result<Option<Receipt>> {
+    let place = together.place();
+    together.by_node(|| fetch::texts(&plan.base, plan.access(), report))?;
     let described = describe(plan)?; // a few kilobytes: refuse early
     for warning in adapter::serving::warnings(&described.facts, &described.options.lora) {
         report.warn(Stage::Plan, warning);
     }
     tell_what_is_trained(plan, &described, report);
     check_small_files(plan, &described)?;
-    for place in &plan.push {
-        publish::check(place, &plan.output, &plan.registry)?; // checks what is possible without the network
+    for to in plan.push.iter().filter(|_| place.leads()) {
+        publish::check(to, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
-    let device = device::open(plan.device, report)?;
+    let device = open_device(plan, place, report)?;
     report.fact("plan", plan.json());
     report.fact("model", told::model(&described));
     report.fact("environment", told::environment(&device));
-    let mut folder = RunFolder::claim(&plan.output, plan.earlier)?;
+    let mut folder = place.leads().then(|| claim(plan, report)).transpose()?;
+    // Data errors come before the long part.
+    let data = together.by_node(|| fetch::data(&plan.data, plan.access(), report))?;
+    interrupt::check()?;
+    let mut parts = parts(plan, &described, &data)?;
+    let fingerprint = fingerprint(&parts);
+    parts.extend(together::of_process(plan, &device));
+    together.agree(&parts)?;
+    let begin = || begin(plan, folder.as_mut().expect("rank 0 claimed it"), &fingerprint, &data, report);
+    let (begun, trained) = together.first(begin, |trained| json!({"trained": trained.is_some()}))?;
+    let trained = match trained.flatten() {
+        Some(trained) => Some(trained),
+        None if begun["trained"] == true => None, // rank 0 has only to push
+        None => make(plan, described, &device, &data, folder.as_mut(), together, report)?,
+    };
+    let (Some(mut folder), Some(trained)) = (folder, trained) else { return Ok(None) };
+    let published = send(plan, &trained, &mut folder, report)?;
+    report.fact("ended", true);
+    Ok(Some(Receipt { folder: plan.output.clone(), trained, published }))
+}
+
+/// Opens the device of this process.
+fn open_device(plan: &Plan, place: Place, report: &Report) -> Result<Device> {
+    let wish = &plan.ranks;
+    let choice = match place.world == 1 && wish.gpus.is_none() {
+        true => plan.device,
+        false => device::of_rank(plan.device, wish.gpus.as_ref(), place.local_rank)?,
+    };
+    device::open(choice, report)
+}
+
+fn claim(plan: &Plan, report: &Report) -> Result<RunFolder> {
+    let folder = RunFolder::claim(&plan.output, plan.earlier)?;
     if folder.is_fresh() {
         report.fact("folder", folder_fact(&folder));
     }
-    let data = fetch::data(&plan.data, plan.access(), report)?; // data errors come before the long part
-    interrupt::check()?;
-    folder.belongs_to(&fingerprint(plan, &described, &data)?, &data)?;
-    report.fact("folder", folder_fact(&folder));
-    report.fact("provenance", told::provenance(plan, &data));
+    Ok(folder)
+}
+
+/// Ties the folder to this run. Returns the result of training if an earlier start finished it.
+fn begin(
+    plan: &Plan,
+    folder: &mut RunFolder,
+    fingerprint: &str,
+    data: &[source::File],
+    report: &Report,
+) -> Result<Option<Trained>> {
+    folder.belongs_to(fingerprint, data)?;
+    report.fact("folder", folder_fact(folder));
+    report.fact("provenance", told::provenance(plan, data));
     folder.remember(&plan.asked)?;
-    let trained = match folder.trained() {
-        Some(trained) => {
-            report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
-            trained
-        }
-        None => make(plan, described, &device, &data, &mut folder, report)?,
-    };
-    let published = send(plan, &trained, &mut folder, report)?;
-    report.fact("ended", true);
-    Ok(Receipt { folder: plan.output.clone(), trained, published })
+    let trained = folder.trained();
+    if trained.is_some() {
+        report.note(Stage::Train, format!("already trained: {}", folder.path().display()));
+    }
+    Ok(trained)
 }
 
 /// Sends the adapter to every place. One that fails keeps none of the others from getting it; the first failure is the
@@ -131,35 +173,39 @@ fn folder_fact(folder: &RunFolder) -> Json {
     json!({"path": folder.path(), "fingerprint": folder.fingerprint()})
 }
 
-/// Trains: data and base -> an adapter in the folder.
+/// Trains: data and base -> an adapter in the folder. The folder and the result are rank 0's.
 fn make(
     plan: &Plan,
     described: Described,
     device: &Device,
     data: &[source::File],
-    folder: &mut RunFolder,
+    folder: Option<&mut RunFolder>,
+    together: &Together,
     report: &Report,
-) -> Result<Trained> {
-    let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(folder.started());
+) -> Result<Option<Trained>> {
+    let started = together.first(|| Ok(folder.as_ref().expect("rank 0 claimed it").started()), seconds)?.0;
+    let tokenizer = Tokenizer::open(&plan.model.folder)?.with_now(time(&started));
     fits_vocabulary(&tokenizer, &described.facts)?;
-    let prepared =
-        dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)?;
+    let prepared = together.by_node(|| {
+        dataset::prepare(data, &plan.dataset, &plan.tokens, &tokenizer, &plan.token_cache, report)
+    })?;
     report.fact("data rows", told::rows(&prepared));
     let dataset::Prepared { train: training, evaluation, .. } = prepared;
-    let asked = held_out(plan, data)?;
+    let asked = if folder.is_some() { held_out(plan, data)? } else { Vec::new() };
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
+    warn_of_idle_ranks(plan, together.place().world, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
-    let memory = Running::start(task, Machine::of(device, plan.memory.limit))?;
+    let memory = Running::start(task, together.machine(device, plan.memory.limit)?)?;
     tell_memory(&memory, report);
     report.fact("memory plan", told::memory(&memory));
-    fetch::weights(&plan.base, plan.access(), report)?; // gigabytes, fetched when everything else fits
-    for (written, module) in &described.sites.renamed {
-        let what = format!("target {written} is part of {module} in this model: {module} is trained");
-        report.note(Stage::Load, what);
-    }
-    let decoder = load::load(described.facts, &described.options, device, report)?;
+    // Gigabytes, fetched when everything else fits.
+    together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
+    tell_renamed(&described, report);
+    let ranks = together.computing(device)?;
+    let home = memory.home(ranks.clone());
+    let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
         initial.apply(&adapter)?;
@@ -169,11 +215,18 @@ fn make(
     let _standing = interrupt::stands(Standing::Stay);
     let sources = evaluation_sources(plan, &evaluation)?;
     let examples = train::Sets { train: (&training).into(), evaluation: scored(&sources) };
-    let trained = fit(plan, &decoder, &adapter, examples, memory, folder, report)?;
+    let trained = together
+        .while_training(|| fit(plan, &decoder, &adapter, examples, memory, folder.as_deref(), report))?;
+    let Some(folder) = folder else { return Ok(None) };
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() {
+    if !asked.is_empty() && decoder.ring.as_ref().is_some_and(Ring::is_shared) {
+        report.warn(
+            Stage::Evaluate,
+            "no answers: the ranks share the base, so that none of them can answer by itself",
+        );
+    } else if !asked.is_empty() {
         // The adapter is whole: answers that cannot be given are no reason to fail.
         match answer(plan, decoder, &tokenizer, &asked, folder, report) {
             Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),
@@ -186,7 +239,23 @@ fn make(
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
     report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
-    Ok(trained)
+    Ok(Some(trained))
+}
+
+fn tell_renamed(described: &Described, report: &Report) {
+    for (written, module) in &described.sites.renamed {
+        let what = format!("target {written} is part of {module} in this model: {module} is trained");
+        report.note(Stage::Load, what);
+    }
+}
+
+/// A time as seconds since 1970, and back.
+fn seconds(time: &SystemTime) -> Json {
+    json!(time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+}
+
+fn time(seconds: &Json) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.as_u64().unwrap_or(0))
 }
 
 fn fit(
@@ -195,12 +264,13 @@ fn fit(
     adapter: &Trainable,
     examples: train::Sets,
     memory: Running,
-    folder: &RunFolder,
+    folder: Option<&RunFolder>,
     report: &Report,
 ) -> Result<Trained> {
-    let checkpoints = folder.checkpoints()?;
+    let checkpoints = folder.map(RunFolder::checkpoints).transpose()?;
     let mut metrics: Option<Metrics> = None;
     let mut log = |metric: &train::Metric| {
+        let Some(folder) = folder else { return Ok(()) }; // rank 0 writes them
         if metrics.is_none() {
             // The first line shows where this start began; later lines of an earlier start are dropped.
             metrics = Some(folder.metrics(metric)?);
@@ -208,7 +278,7 @@ fn fit(
         metrics.as_mut().expect("just opened").log(metric)
     };
     let mut passes = Passes::planned(memory);
-    train::run(decoder, adapter, examples, &plan.train, &mut passes, Some(&checkpoints), report, &mut log)
+    train::run(decoder, adapter, examples, &plan.train, &mut passes, checkpoints.as_ref(), report, &mut log)
 }
 
 /// The examples to evaluate on, by entry and name. A split may leave an entry without any.
@@ -331,22 +401,29 @@ fn refuse_idle_schedule(plan: &Plan, examples: usize) -> Result<()> {
 }
 
 /// Identifies a run by everything that would change its result.
-fn fingerprint(plan: &Plan, described: &Described, data: &[source::File]) -> Result<String> {
-    let mut parts = vec![
-        format!("{:?}", (&described.facts, &described.options.quantization, &described.options.precision)),
-        format!("{:?}", (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens)),
-    ];
-    parts.extend(data.iter().map(|file| file.sha256.clone()));
+fn fingerprint(parts: &[(String, String)]) -> String {
+    let texts: Vec<&str> = parts.iter().map(|(_, text)| text.as_str()).collect();
+    source::digest(texts.join("\n").as_bytes())
+}
+
+/// Everything that would change a run's result, by name.
+fn parts(plan: &Plan, described: &Described, data: &[source::File]) -> Result<Vec<(String, String)>> {
+    let part = |name: &str, text: String| (name.to_owned(), text);
+    let options = (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens);
+    let model = (&described.facts, &described.options.quantization, &described.options.precision);
+    let mut parts = vec![part("model", format!("{model:?}")), part("options", format!("{options:?}"))];
+    parts.extend(data.iter().map(|file| part(&file.name, file.sha256.clone())));
     let files = MODEL_TEXTS.iter().map(|name| plan.model.folder.join(name));
     let initial = plan.init_adapter.iter().map(|folder| folder.join(adapter::WEIGHTS_FILE));
     for file in files.chain(initial) {
-        parts.push(source::digest(&read_or_nothing(&file)?));
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        parts.push(part(&name, source::digest(&read_or_nothing(&file)?)));
     }
     match fetch::revision(&plan.model.folder)? {
-        Some(revision) => parts.push(revision), // its weights may not be there yet
-        None => parts.extend(weight_files(&plan.model.folder)?),
+        Some(revision) => parts.push(part("revision", revision)), // its weights may not be there yet
+        None => parts.extend(weight_files(&plan.model.folder)?.into_iter().map(|file| part("weights", file))),
     }
-    Ok(source::digest(parts.join("\n").as_bytes()))
+    Ok(parts)
 }
 
 /// Names, sizes and link targets of the weights, since hashing gigabytes at every start would take too long. A hub's

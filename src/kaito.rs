@@ -1,8 +1,8 @@
 //! The commands that KAITO's own controller writes into its pods -> hone's commands.
 //!
 //! A tuning pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`.
-//! In the image of target `kaito`, both programs are hone. The second is the job. The first does nothing, because the
-//! job serves its metrics itself. A serving pod runs `python3 /workspace/vllm/inference_api.py` or `accelerate launch
+//! In the image of target `kaito`, both programs are hone. The second is the job, which starts the N processes itself.
+//! The first does nothing, because the job serves its metrics itself. A serving pod runs `python3 /workspace/vllm/inference_api.py` or `accelerate launch
 //! /workspace/tfs/inference_api.py` with the flags of its runtime (`inference`). Its startup probe asks whether the
 //! server answers.
 
@@ -22,7 +22,7 @@ const CONFIG: &str = "/mnt/config/training_config.yaml";
 const BASE: &str = "/workspace/tfs/weights";
 const METRICS: &str = "0.0.0.0:5000";
 
-/// Flags of `accelerate launch` that take a value. They have no effect, since hone is one process on one GPU.
+/// Flags of `accelerate launch` that take a value. Only the number of processes has an effect.
 const WITH_VALUE: [&str; 12] = [
     "config_file",
     "dynamo_backend",
@@ -117,8 +117,9 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
         return Err(Fault::usage("accelerate: this program is hone, which has only `launch`")
             .help("accelerate launch --num_processes=1 /workspace/tfs/fine_tuning.py"));
     };
-    let mut warnings = Vec::new();
-    let (script, flags) = script(rest, &mut warnings)?;
+    let mut asked = Asked::default();
+    let (script, flags) = script(rest, &mut asked)?;
+    let Asked { processes, warnings } = asked;
     match script.map(file_name) {
         Some("inference_api.py") => {
             let mut call = served(inference::Runtime::Transformers, flags, environment)?;
@@ -127,7 +128,7 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
             }
             Ok(call)
         }
-        Some("fine_tuning.py") => Ok(Call::Train { arguments: job(environment), warnings }),
+        Some("fine_tuning.py") => Ok(Call::Train { arguments: job(processes, environment), warnings }),
         found => Err(Fault::usage(format!(
             "accelerate launch: found {} as the script, expected fine_tuning.py or inference_api.py",
             found.unwrap_or("nothing")
@@ -136,11 +137,15 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
     }
 }
 
+/// What the flags of `accelerate launch` ask for.
+#[derive(Default)]
+struct Asked {
+    processes: Option<u32>,
+    warnings: Vec<String>,
+}
+
 /// The first argument that is not a flag, and the arguments after it.
-fn script<'a>(
-    arguments: &'a [String],
-    warnings: &mut Vec<String>,
-) -> Result<(Option<&'a str>, &'a [String])> {
+fn script<'a>(arguments: &'a [String], asked: &mut Asked) -> Result<(Option<&'a str>, &'a [String])> {
     let mut left = arguments.iter();
     while let Some(argument) = left.next() {
         let Some(flag) = argument.strip_prefix("--") else { return Ok((Some(argument), left.as_slice())) };
@@ -151,30 +156,34 @@ fn script<'a>(
         if WITH_VALUE.contains(&name.as_str()) {
             value = value.or_else(|| left.next().map(String::as_str));
         } else if !WITHOUT_VALUE.contains(&name.as_str()) {
-            warnings.push(format!("accelerate launch --{name} is not known and has no effect"));
+            asked.warnings.push(format!("accelerate launch --{name} is not known and has no effect"));
         }
-        if name == "num_processes" {
-            warnings.extend(of_processes(value.unwrap_or_default())?);
+        match name.as_str() {
+            "num_processes" => asked.processes = Some(count(&name, value.unwrap_or_default())?),
+            "num_machines" => one_machine(count(&name, value.unwrap_or_default())?)?,
+            _ => {}
         }
     }
     Ok((None, &[]))
 }
 
-fn of_processes(value: &str) -> Result<Option<String>> {
-    match value.parse::<u32>() {
-        Ok(1) => Ok(None),
-        Ok(count @ 2..) => Ok(Some(format!(
-            "accelerate launch asks for {count} processes, one for each GPU; hone trains in one process on one GPU, and the other GPUs stay idle"
-        ))),
-        _ => Err(Fault::usage(format!(
-            "accelerate launch --num_processes: expected a whole number from 1, found {value:?}"
-        ))),
+fn count(name: &str, value: &str) -> Result<u32> {
+    value.parse().ok().filter(|count| *count > 0).ok_or_else(|| {
+        Fault::usage(format!("accelerate launch --{name}: expected a whole number from 1, found {value:?}"))
+    })
+}
+
+fn one_machine(machines: u32) -> Result<()> {
+    match machines {
+        1 => Ok(()),
+        _ => Err(Fault::usage(format!("accelerate launch --num_machines={machines}: hone starts the processes of one machine"))
+            .help("start hone on every machine with HONE_NODES, JOB_COMPLETION_INDEX and HONE_MASTER_ADDR, or under torchrun")),
     }
 }
 
 /// The command `hone run` for the mounts and variables of the pod. Variables that begin with `HONE_` have their usual
 /// effect.
-fn job(environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
+fn job(processes: Option<u32>, environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     let mut arguments = vec!["hone", "run"];
     let unset = |name: &str| environment(name).is_none_or(|value| value.is_empty());
     // `spec` reads a place that the pod's environment names.
@@ -190,6 +199,10 @@ fn job(environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     // KAITO runs a changed Workspace again, with the same volume.
     if unset("HONE_EARLIER_RESULTS") {
         arguments.extend(["--earlier-results", "move"]);
+    }
+    let ranks = processes.map(|processes| processes.to_string());
+    if let Some(ranks) = ranks.as_deref().filter(|_| unset("HONE_RANKS") && unset("HONE_GPUS")) {
+        arguments.extend(["--ranks", ranks]);
     }
     arguments.into_iter().map(OsString::from).collect()
 }
@@ -223,7 +236,7 @@ mod tests {
         };
         let line = arguments.iter().map(|part| part.to_str().unwrap()).collect::<Vec<_>>().join(" ");
         let expected = "hone run --config /mnt/config/training_config.yaml --name /workspace/tfs/weights \
-                        --metrics 0.0.0.0:5000 --earlier-results move";
+                        --metrics 0.0.0.0:5000 --earlier-results move --ranks 1";
         assert_eq!((line.as_str(), warnings.len()), (expected, 0));
         assert_eq!(called("/usr/bin/python3 metrics_server.py").unwrap().unwrap(), Call::MetricsServer);
         let Call::Serve { arguments, .. } =
@@ -244,7 +257,7 @@ mod tests {
     #[test]
     fn variables_of_the_pod_come_first() {
         let set = |name: &str| (name.starts_with("HONE_") || name == "YAML_FILE_PATH").then(|| "x".into());
-        assert_eq!(job(&set), ["hone", "run"]);
+        assert_eq!(job(Some(2), &set), ["hone", "run"]);
     }
 
     #[test]
@@ -252,7 +265,13 @@ mod tests {
         let known = "--num_machines 1 --mixed_precision=bf16 --gpu-ids all --multi_gpu";
         assert!(warnings(&format!("accelerate launch {known} /x/fine_tuning.py a b")).is_empty());
         let told = warnings("accelerate launch --num_processes 4 --new=1 fine_tuning.py");
-        assert!(told[0].contains("4 processes") && told[1].contains("--new is not known"), "{told:?}");
+        assert!(told.len() == 1 && told[0].contains("--new is not known"), "{told:?}");
+        let Call::Train { arguments, .. } =
+            called("accelerate launch --num_processes 4 fine_tuning.py").unwrap().unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(arguments[arguments.len() - 2..], ["--ranks", "4"]);
     }
 
     #[test]
@@ -262,6 +281,7 @@ mod tests {
             "accelerate",
             "accelerate launch",
             "accelerate launch --num_processes=0 fine_tuning.py",
+            "accelerate launch --num_machines=2 fine_tuning.py",
             "accelerate launch other.py",
             "python3 -m http.server",
             "python3",

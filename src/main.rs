@@ -12,6 +12,11 @@ use hone::fault::{Fault, Result};
 use hone::job::Receipt;
 use hone::kaito::{self, pod, watch};
 use hone::metrics::{self, Latest};
+use hone::ranks::Place;
+use hone::ranks::follower::Follower;
+use hone::ranks::launch::{self, Crew};
+use hone::ranks::link;
+use hone::ranks::place::{self, Found};
 use hone::report::{self, Report, Stage, termination};
 use hone::run_report::Recorder;
 use hone::{commands, last_word};
@@ -57,7 +62,14 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
 
 /// Runs a command line of hone with warnings to report. `pod` is set for a job in a pod of KAITO's.
 fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode {
-    let invocation = cli::parse(arguments).unwrap_or_else(|error| leave_usage(&error, pod));
+    let invocation = cli::parse(&arguments).unwrap_or_else(|error| leave_usage(&error, pod));
+    if let Some(crew) = commands::crew(&invocation.command) {
+        return lead(&crew, &arguments, &warnings, &invocation, pod);
+    }
+    let place = seat(&invocation.command);
+    if !place.leads() {
+        return follow(place, &invocation);
+    }
     let bars = bars(&invocation);
     let is_run = matches!(invocation.command, Command::Run(_) | Command::Example { .. });
     let message = termination::path();
@@ -74,7 +86,7 @@ fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode
     if pod {
         pod::warn_of_limits(&environment, &report);
     }
-    let ended = run(&invocation.command, &report);
+    let ended = launch::end_with_parent(&environment).and_then(|()| run(&invocation.command, &report));
     let ended = if pod { pod::leave(ended, &environment, &report) } else { ended };
     let (outcome, fault) = match ended {
         Ok(receipt) => (receipt.map(Receipt::outcome).unwrap_or_default(), None),
@@ -90,6 +102,62 @@ fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode
             ExitCode::from(fault.kind.exit_code())
         }
     }
+}
+
+/// The place of this process. Whatever is wrong with it is found again, and reported, when the command runs.
+fn seat(command: &Command) -> Place {
+    match (command, place::find(&environment)) {
+        (Command::Run(_), Ok(Found::Rank(seat))) => seat.place,
+        _ => Place::ALONE,
+    }
+}
+
+/// Runs a rank that is not the first. Rank 0 reports the run, serves its metrics and writes the termination message.
+fn follow(place: Place, invocation: &Invocation) -> ExitCode {
+    let bars = bars(invocation);
+    last_word::prepare(None, report::is_json(bars), false);
+    let shown = report::choose(bars, invocation.quiet);
+    let report = Report::new(Arc::new(Follower::new(shown, place.rank, link::is_told)));
+    let ended = launch::end_with_parent(&environment).and_then(|()| run(&invocation.command, &report));
+    match ended {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(fault) => {
+            report.fault(&fault);
+            ExitCode::from(fault.kind.exit_code())
+        }
+    }
+}
+
+/// Starts the ranks of this machine and ends as they do. They report the run; this process reports only the end of a
+/// rank that could not.
+fn lead(
+    crew: &Crew,
+    arguments: &[OsString],
+    warnings: &[String],
+    invocation: &Invocation,
+    pod: bool,
+) -> ExitCode {
+    let bars = bars(invocation);
+    let message = termination::path();
+    last_word::prepare(message.as_deref(), report::is_json(bars), pod);
+    let report = Report::new(report::choose(bars, invocation.quiet));
+    warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));
+    if pod {
+        pod::warn_of_limits(&environment, &report);
+    }
+    report.note(Stage::Plan, crew.shown());
+    let ended = launch::run(crew, arguments, &environment);
+    let told = ended.as_ref().is_ok_and(|ended| ended.told);
+    let ended = ended.and_then(|ended| ended.fault.map_or(Ok(()), Err));
+    let (failed, ended) =
+        (ended.is_err(), if pod { pod::leave(ended, &environment, &report) } else { ended });
+    let Err(fault) = ended else { return ExitCode::SUCCESS };
+    // A fault of the push came after the ranks.
+    if !(told && failed) {
+        report.fault(&fault);
+        termination::leave(&fault);
+    }
+    ExitCode::from(fault.kind.exit_code())
 }
 
 /// Ends the process after a command line that cannot be read, or after `--help`.

@@ -18,6 +18,7 @@ pub use reach::reach;
 
 use crate::facts::{FourBitCode, LoraOptions, Quantization};
 use crate::fault::Result;
+use crate::ranks::launch::Wish;
 use crate::run_folder::Earlier;
 use crate::spec::keys::{Effect, Section};
 use crate::spec::{Origin, Spec};
@@ -62,6 +63,8 @@ pub struct Plan {
     pub init_adapter: Option<PathBuf>,
     /// The device to train on.
     pub device: device::Choice,
+    /// The processes that train together on this machine.
+    pub ranks: Wish,
     /// Where metrics go besides the results.
     pub trackers: trackers::Options,
     /// Number of held-out rows that base and tuned model answer at the end of the run.
@@ -208,6 +211,7 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
         registry: places::registry_options(reader, ca_file),
         init_adapter: places::init_adapter(reader),
         device: places::device(reader),
+        ranks: places::ranks(reader),
         dataset,
         answers: reader.integer(Section::Hone, "answers") as usize,
         asked,

@@ -611,6 +611,42 @@ mod tests {
         assert_eq!(fs::read_to_string(outside.path()).unwrap(), "precious");
     }
 
+    /// A whole checkpoint is of value; an unfinished one is not.
+    #[test]
+    fn checkpoints_of_another_run_are_kept_and_unfinished_ones_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        run.belongs_to("a", &[]).unwrap();
+        let place = run.checkpoints().unwrap().folder;
+        fs::create_dir(place.join(".step-1.partial")).unwrap();
+        run.belongs_to("b", &[]).unwrap();
+        fs::create_dir(place.join("step-1")).unwrap();
+        let fault = run.belongs_to("c", &[]).unwrap_err();
+        assert!(fault.message.contains("holds a checkpoint of another run"), "{fault}");
+        assert_eq!((run.fingerprint(), run.checkpoints().unwrap().fingerprint.as_str()), ("b", "b"));
+        run.remove_checkpoints().unwrap();
+        assert!(!place.exists());
+        run.belongs_to("c", &[]).unwrap();
+    }
+
+    /// Only hone's own names may be empty files or hidden in a folder that is no run's.
+    #[test]
+    fn an_empty_file_of_another_name_and_a_folder_of_hones_are_foreign() {
+        for (name, is_folder) in [("thesis.tex", false), (METRICS, true), (REPORT, false)] {
+            let folder = tempfile::tempdir().unwrap();
+            match is_folder {
+                true => fs::create_dir(folder.path().join(name)).unwrap(),
+                false => fs::write(folder.path().join(name), "").unwrap(),
+            }
+            let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
+            assert!(fault.message.contains(&format!("hone's: {name}")), "{name}: {fault}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("lost+found")).unwrap();
+        fs::write(folder.path().join(REPORT), format!("{REPORT_MARK}...")).unwrap();
+        RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+    }
+
     #[test]
     fn an_output_that_is_a_file_is_a_mistake_of_the_configuration() {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -22,7 +22,7 @@ use crate::generate::Strength;
 use crate::generate::defaults::Defaults;
 use crate::generate::engine::{self, Engine};
 use crate::memory::Machine;
-use crate::memory::serving::{CacheType, Plan};
+use crate::memory::serving::Plan;
 use crate::model::load;
 use crate::plan::Serving;
 use crate::report::{Report, Stage};
@@ -197,7 +197,7 @@ fn engine(
         waiting: options.waiting,
         context: Some(divided.context),
         cache_tokens: divided.cache_tokens,
-        half_cache: divided.cache == CacheType::Bf16,
+        cache: divided.cache,
     };
     Engine::start(decoder, &sizes, description)
 }

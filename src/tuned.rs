@@ -11,14 +11,16 @@ use serde_json::{Value as Json, json};
 use crate::adapter::{self, Adapter};
 use crate::dataset::{self, Chat, EncodedRow, Tokenizer};
 use crate::facts::config::Config;
-use crate::facts::{Facts, Quantization, family, quantization};
+use crate::facts::{Facts, Quantization, Residency, family, quantization};
 use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::defaults::Defaults;
+use crate::memory::{self, Machine, Task};
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::{Mixture, Pairs, Part};
+use crate::model::residency::Home;
 use crate::plan::{self, Plan};
 use crate::registry::{self, Target};
 use crate::report::{Report, Stage};
@@ -26,6 +28,9 @@ use crate::run_folder::Record;
 use crate::spec::keys::Section;
 use crate::spec::{self, Environment, Origin, Request, Setting, Spec, Written};
 use crate::{job, source};
+
+/// Tokens of a pass for which a base must fit on a GPU.
+const PASS_TOKENS: usize = 512;
 
 /// An adapter as it was named: SOURCE or SOURCE:STRENGTH.
 #[derive(Clone, Debug, PartialEq)]
@@ -242,7 +247,39 @@ impl Tuned {
     /// The base, held as in the run.
     pub fn decoder(&self, device: &Device, report: &Report) -> Result<Decoder> {
         fetch::weights(&self.plan.base, self.plan.access(), report)?;
-        load::load(self.facts.clone(), &self.model, device, report)
+        let home = self.home(device);
+        if let Home::Host = home {
+            report.warn(
+                Stage::Load,
+                "the base does not fit on the GPU: its layers are streamed from host memory in every pass, so that each \
+                 generated token takes as long as a copy of the base",
+            );
+        }
+        load::load_at(&home, self.facts.clone(), &self.model, device, report)
+    }
+
+    /// Host memory if the base does not fit on a GPU.
+    fn home(&self, device: &Device) -> Home {
+        let task = Task {
+            facts: self.facts.clone(),
+            sites: Vec::new(),
+            quantization: self.model.quantization,
+            precision: self.model.precision,
+            dropout: false,
+            bf16_checkpoint: true,
+            tokens_min: PASS_TOKENS,
+            tokens_max: PASS_TOKENS,
+            example_tokens: PASS_TOKENS,
+            eight_bit_moments: false,
+            keep: None,
+            residency: self.plan.memory.residency,
+        };
+        let plan = memory::solve(&task, &Machine::of(device, self.plan.memory.limit));
+        match plan.map(|plan| plan.residency) {
+            Ok(Residency::Streamed) => Home::Host,
+            // If nothing fits, loading says what is missing.
+            _ => Home::Device,
+        }
     }
 
     /// Whether the command line names data, so that it is not the run's own.

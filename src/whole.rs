@@ -102,6 +102,14 @@ mod tests {
     }
 
     #[test]
+    fn a_bare_name_lies_in_the_current_folder() {
+        assert_eq!(
+            ["a.json", "b/a.json"].map(|path| folder_of(Path::new(path))),
+            [Path::new("."), Path::new("b")]
+        );
+    }
+
+    #[test]
     fn only_temporary_names_are_leftovers() {
         let folder = tempfile::tempdir().unwrap();
         for name in [".tmpAb12Cd", ".tmpAb12C", "x.tmpAb12Cd", ".tmp-12345", "kept"] {

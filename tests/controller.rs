@@ -5,6 +5,8 @@
 
 #[path = "support/api_server.rs"]
 mod api_server;
+#[path = "controller/several.rs"]
+mod several;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,8 @@
 //! hone under attack, with the real binary: a disk that fails at every call, malicious inputs, ends that stop the
 //! process at once, and secrets in every place. `tests/faults/MATRIX.md` lists what is proven where.
 //!
-//! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call.
+//! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call, `HONE_FAULTS=20-39` those.
+//! `tests/faults/long` makes all long runs, piece by piece.
 
 #[path = "support/fake_registry.rs"]
 mod fake_registry;
@@ -111,14 +112,7 @@ fn undisturbed() -> &'static Undisturbed {
 fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     let Undisturbed { results: expected, changes, reads } = undisturbed();
     let calls = if fault == "read" { *reads } else { *changes };
-    let every = if std::env::var("HONE_FAULTS").is_ok_and(|value| value == "all") {
-        1
-    } else {
-        calls.div_ceil(share)
-    };
-    // Each of the first calls, which claim a folder, is tested.
-    let places = (1..=12).chain((13..=calls).step_by(usize::try_from(every).unwrap()));
-    for at in places {
+    for at in places(calls, share) {
         let work = small();
         let hurt = faulty(&work, fault, at);
         assert!(codes.contains(&hurt.code), "{fault} at {at} of {calls}: {:?}\n{}", hurt.code, hurt.stderr);
@@ -147,6 +141,26 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
             assert_eq!(left, None, "after {fault} at {at}: litter in {folder}");
         }
     }
+}
+
+/// The calls that a fault comes at: each of the first, which claim a folder, and a share of the others; or what
+/// HONE_FAULTS says.
+fn places(calls: u64, share: u64) -> Vec<u64> {
+    let first = 12.min(calls);
+    let chosen = match std::env::var("HONE_FAULTS") {
+        Err(_) => {
+            let every = usize::try_from(calls.div_ceil(share)).unwrap();
+            return (1..=first).chain((first + 1..=calls).step_by(every)).collect();
+        }
+        Ok(all) if all == "all" => 1..=calls,
+        Ok(range) => {
+            let ends = range.split_once('-').map(|(from, to)| (from.parse().ok(), to.parse().ok()));
+            let Some((Some(from), Some(to))) = ends else { panic!("HONE_FAULTS={range}: all or 1-20") };
+            from..=calls.min(to)
+        }
+    };
+    println!("calls {} to {} of {calls}", chosen.start(), chosen.end());
+    chosen.collect()
 }
 
 #[test]
@@ -331,8 +345,9 @@ fn hostile_parquet_ends_with_11() {
             },
             "promises 2147483647 children",
         ),
-        ("a text in many rows", repeated_text(1 << 20, 2048), "made to fill the memory"),
-        ("a large text in many rows", repeated_text(8 << 20, 256), "made to fill the memory"),
+        // 768 MB each, half as much again as so small a file may hold.
+        ("a text in many rows", repeated_text(1 << 20, 768), "made to fill the memory"),
+        ("a large text in many rows", repeated_text(8 << 20, 96), "made to fill the memory"),
     ];
     for (name, bytes, expected) in cases {
         let work = Work::with_llama();

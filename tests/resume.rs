@@ -98,6 +98,24 @@ fn after_sigterm_a_run_continues_to_the_same_bytes() {
     assert!(!work.path("out/checkpoints").exists(), "an adapter without save_strategy needs no checkpoints");
 }
 
+/// The weights of the layers are streamed from host memory until the signal, and lie on the device afterwards.
+#[test]
+fn where_the_weights_lie_changes_no_byte() {
+    const STREAMED: [&str; 2] = ["TrainingArguments.save_strategy=no", "residency=streamed"];
+    let work = Work::with_llama();
+    let mut running = work.start(&arguments("out", &STREAMED));
+    until_step(&mut running, &work, 20);
+    running.signal(SIGTERM);
+    let (code, log) = running.end();
+    assert_eq!(code, Some(30), "{log}");
+    assert!(log.contains("weights of the layers are streamed"), "{log}");
+    work.done(&arguments("out", &NEVER));
+    assert_undisturbed(&work, &STREAMED);
+    let refused = work.run(&arguments("none", &[NEVER[0], "residency=shared"]));
+    assert_eq!(refused.code, Some(10), "{}", refused.stderr);
+    assert!(refused.stderr.contains("residency: shared: one process trains"), "{}", refused.stderr);
+}
+
 /// Evaluations get worse after some steps at this rate, so that training stops early and the best adapter is restored.
 #[test]
 fn best_adapter_and_early_end_are_the_same_after_kills() {

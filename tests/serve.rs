@@ -425,6 +425,10 @@ fn the_memory_of_a_server_is_planned_ahead() {
     let other: Value = serde_json::from_str(&plan(&more).1).unwrap();
     assert_eq!(number(&other, "token_bytes"), 2 * number(&small, "token_bytes"));
     assert_eq!(number(&other, "cache_tokens"), 4 * 2048);
+    let eight: Value =
+        serde_json::from_str(&plan(&[&card[..], &["--cache-type", "fp8"]].concat()).1).unwrap();
+    assert_eq!(2 * number(&eight, "token_bytes"), number(&small, "token_bytes"));
+    assert_eq!(eight["cache_type"], "fp8");
     assert!(number(&other["terms"], "adapters") > 0);
     let (code, text, _) = plan(&["--serve", "preset:falcon-7b", "--gpu", "l4,h100", "--format", "json"]);
     assert_eq!((code, serde_json::from_str::<Value>(&text).unwrap().as_array().unwrap().len()), (0, 2));

@@ -52,6 +52,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("mod.rs", "the list"),
     ("noise.rs", "adds what depends on no parameter: the gradient passes unchanged"),
     ("number.rs", "sums without a gradient, compared on both devices"),
+    ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
 ];
 
@@ -108,7 +109,9 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/cuda/device.rs", "the CUDA driver"),
     ("src/ops/cuda/late.rs", "memory of the device"),
     ("src/ops/cuda/launch.rs", "kernel launches"),
+    ("src/ops/cuda/pinned.rs", "page-locked memory"),
     ("src/ops/cuda/product.rs", "cuBLAS"),
+    ("src/ops/cuda/side.rs", "copies on a second stream"),
     ("src/ops/flat.rs", "memory of the device"),
     ("src/ops/gemm/amx.rs", "AMX instructions"),
     ("src/ops/gemm/avx2.rs", "AVX2 instructions"),
@@ -122,6 +125,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
     ("src/ops/mod.rs", "memory of the device"),
+    ("src/ranks/launch.rs", "child processes and their signals"),
 ];
 
 /// Columns that a line of a comment may have.

@@ -683,7 +683,7 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
     assert_eq!(gpus(&on("", "phi-4")), "1");
     let told =
         |instance: &str, preset: &str| rendered(&on(instance, preset), None).unwrap().warnings.join("\n");
-    expect![[r#"4 GPUs are reserved and one is used: hone.sh/gpus: "1" leaves the others free, a smaller instanceType costs less"#]].assert_eq(&told("Standard_NC96ads_A100_v4", "phi-4"));
+    assert_eq!(told("Standard_NC96ads_A100_v4", "phi-4"), "", "all four are used");
     expect!["resource.instanceType Standard_NC6s_v3 has v100-16 GPUs, which cannot compute in bf16: hone would end with exit code 10. Take an instance with an A10, A100, H100 or newer, such as Standard_NC24ads_A100_v4"].assert_eq(&told("Standard_NC6s_v3", "phi-3-mini-4k-instruct"));
     expect!["resource.instanceType m7i.large is not in the table of GPUs: its memory is not checked"]
         .assert_eq(&told("m7i.large", "phi-4"));
@@ -696,6 +696,71 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
         resource.instanceType g6.xlarge: training needs at least 39.9 GiB, and 21.1 GiB may be used of l4: base, 4 bits with scales 32.9 GiB, embedding 2.0 GiB, output head 2.0 GiB, adapter, its gradient and two moments 1.7 GiB, context and kernels 600.0 MiB, a weight expanded for a product 448.0 MiB, logits of a chunk 250.5 MiB, one layer at work 91.2 MiB, workspace of products 32.0 MiB, norms and biases 5.0 MiB, gaps between blocks 2.8 MiB
           help: lower LoraConfig.r; use a larger card, such as l40s
     "#]],
+    );
+}
+
+/// One process for each GPU: memory and CPUs for all of them, and memory that they share.
+#[test]
+fn all_gpus_of_an_instance_type_are_used() {
+    let on = |instance: &str| {
+        let job = job(&workspace(|value| value["resource"]["instanceType"] = json!(instance)));
+        let requests = &container(&job)["resources"]["requests"];
+        let text = |name: &str| requests[name].as_str().unwrap().to_owned();
+        let mounted = mounts(&job);
+        let shared = mounted.lines().find(|line| line.contains("/dev/shm")).map(str::to_owned);
+        (text("nvidia.com/gpu"), text("cpu"), text("memory"), shared)
+    };
+    let text = |part: &str| part.to_owned();
+    assert_eq!(on("Standard_NC24ads_A100_v4"), (text("1"), text("2"), text("6Gi"), None));
+    let shared = r#"dshm -> /dev/shm: {"emptyDir":{"medium":"Memory"}}"#;
+    assert_eq!(on("Standard_NC96ads_A100_v4"), (text("4"), text("8"), text("21Gi"), Some(text(shared))));
+}
+
+/// What a Job on several nodes has besides that of one node.
+#[test]
+fn a_job_on_several_nodes() {
+    let several = |change: &dyn Fn(&mut Value)| {
+        workspace(|value| {
+            value["resource"]["count"] = json!(2);
+            change(value);
+        })
+    };
+    let rendered = rendered(&several(&|_| {}), None).unwrap();
+    let job = json!(rendered.job);
+    let mut spec = job["spec"].clone();
+    spec["podFailurePolicy"]["rules"].as_array_mut().unwrap().drain(..2);
+    for field in ["affinity", "containers", "securityContext", "tolerations", "volumes", "imagePullSecrets"] {
+        spec["template"]["spec"].as_object_mut().unwrap().remove(field);
+    }
+    let environment = container(&job)["env"].as_array().unwrap().iter().filter(|variable| {
+        let name = variable["name"].as_str().unwrap();
+        ["HONE_NODES", "HONE_MASTER", "HONE_RANKS"].iter().any(|start| name.starts_with(start))
+    });
+    let environment: Vec<Value> = environment.cloned().collect();
+    let parts = [json!(rendered.service), spec, json!(environment), container(&job)["ports"].clone()];
+    expect![[r#"
+    "#]]
+    .assert_eq(&yaml::write(&parts));
+    expect![[r#""#]].assert_eq(&rendered.warnings.join("\n"));
+    let shared = several(&|value| {
+        value["metadata"]["annotations"] = json!({
+            "hone.sh/work-claim": "work", "hone.sh/cache-claim": "work", "hone.sh/gpus": "0",
+            "hone.sh/env": "HONE_RANKS_TOKEN=secret:ranks/token", "hone.sh/queue-name": "team", "hone.sh/retries": "2",
+        });
+        value["tuning"]["input"] = json!({"volumeSource": {"persistentVolumeClaim": {"claimName": "rows"}}});
+    });
+    let rendered = self::rendered(&shared, None).unwrap();
+    expect![[r#""#]].assert_eq(&rendered.warnings.join("\n"));
+    let job = json!(rendered.job);
+    assert_eq!((&job["spec"]["backoffLimitPerIndex"], &job["spec"]["suspend"]), (&json!(2), &json!(true)));
+    assert!(!mounts(&job).contains("/dev/shm"), "ranks on CPUs share no memory");
+    let tokens =
+        container(&job)["env"].as_array().unwrap().iter().filter(|one| one["name"] == "HONE_RANKS_TOKEN");
+    let tokens: Vec<&Value> = tokens.collect();
+    assert_eq!(tokens.len(), 1);
+    assert_eq!(
+        tokens[0]["valueFrom"]["secretKeyRef"]["name"], "ranks",
+        "the user's Secret replaces the Job's uid"
     );
 }
 
@@ -752,6 +817,64 @@ fn placeholders_are_refused_and_names_render() {
         assert_eq!(kinds, ["ConfigMap", "Job"]);
         assert_eq!(applied.warnings.len(), 1, "a V100 is told: {:?}", applied.warnings);
     }
+}
+
+/// The runtime for Kubeflow Trainer has what a rendered Job has, as far as Trainer leaves it to the runtime.
+#[test]
+fn the_runtime_for_kubeflow_is_a_job_of_hone() {
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(root("examples/kubeflow").join(name)).unwrap();
+        yaml::read(name, &text).unwrap().remove(0).value
+    };
+    let runtime = read("runtime.yaml");
+    let set = &runtime["spec"]["template"]["spec"];
+    let node = &set["replicatedJobs"][0];
+    assert_eq!(
+        node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"],
+        "trainer"
+    );
+    let spec: k8s_openapi::api::batch::v1::JobSpec =
+        serde_json::from_value(node["template"]["spec"].clone()).unwrap();
+    assert_eq!(json!(spec), node["template"]["spec"], "no field is unknown");
+    let rendered = job(&workspace(|value| value["resource"]["count"] = json!(2)));
+    let codes = |rules: &Value| {
+        let rules = rules["rules"].as_array().unwrap().iter();
+        let fail = rules.clone().find(|rule| rule["action"] == "FailJob").unwrap();
+        fail["onExitCodes"]["values"].clone()
+    };
+    let ours = &node["template"]["spec"];
+    assert_eq!(codes(&ours["podFailurePolicy"]), codes(&rendered["spec"]["podFailurePolicy"]));
+    assert_eq!(
+        (&ours["backoffLimit"], &set["failurePolicy"]["rules"][0]["action"]),
+        (&json!(0), &json!("FailJobSet"))
+    );
+    let theirs = &ours["template"]["spec"];
+    let field = |pod: &Value, name: &str| pod[name].clone();
+    for name in
+        ["automountServiceAccountToken", "restartPolicy", "securityContext", "terminationGracePeriodSeconds"]
+    {
+        assert_eq!(field(theirs, name), field(pod(&rendered), name), "{name}");
+    }
+    let container = &theirs["containers"][0];
+    for name in ["securityContext", "terminationMessagePolicy"] {
+        assert_eq!(field(container, name), field(self::container(&rendered), name), "{name}");
+    }
+    let own = self::container(&rendered)["env"].as_array().unwrap();
+    for variable in
+        container["env"].as_array().unwrap().iter().filter(|variable| variable["name"] != "TRAIN_JOB")
+    {
+        let known = own.iter().find(|other| other["name"] == variable["name"]);
+        let token = variable["name"] == "HONE_RANKS_TOKEN";
+        let path = |variable: &Value| variable["valueFrom"]["fieldRef"]["fieldPath"].clone();
+        let same = known.is_some_and(|known| match token {
+            true => path(known) == path(variable),
+            false => known["value"] == variable["value"],
+        });
+        assert!(same, "{variable}: {known:?}");
+    }
+    let job = read("train-job.yaml");
+    assert_eq!(job["spec"]["runtimeRef"]["name"], runtime["metadata"]["name"]);
+    assert_eq!(job["spec"]["trainer"]["args"][0], "run");
 }
 
 /// `UPDATE_JOBS=1 cargo test --test workspace` writes them.

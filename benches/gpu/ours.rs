@@ -246,7 +246,7 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
         waiting: most,
         context: Some(prompt + tokens),
         cache_tokens: most * (prompt + tokens).next_multiple_of(32),
-        half_cache: true,
+        cache: hone::memory::serving::CacheType::Bf16,
     };
     let vocab = decoder.facts.vocab as u32;
     memory::begin(device)?;

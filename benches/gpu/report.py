@@ -3,7 +3,8 @@
 
 def text(whole):
     found = {record["stage"]: record.get("result") or {} for record in whole["stages"]}
-    parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found), serving(found),
+    parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found),
+             several(found.get("several")), serving(found),
              benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
              kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
@@ -41,6 +42,17 @@ def speeds(found):
                          of.get("error", "").strip().split("\n")[-1][:60]])
     rows.sort(key=lambda row: row[1])
     return rows and table(["training", "workload", "tokens/s", "times kaito", "s median", "min", "max", "GB peak", "GB device", ""], rows)
+
+
+def several(result):
+    """What each number of GPUs makes of the same work for each, and the share of the ideal speed."""
+    if not result:
+        return ""
+    if "skipped" in result:
+        return f"several GPUs: {result['skipped']}"
+    keys = ("tokens_per_second", "efficiency", "step_seconds_median", "loss")
+    rows = [[of["ranks"], *(of.get(key) for key in keys)] for of in result["several"]]
+    return table(["several GPUs", "tokens/s", "efficiency", "s median", "loss"], rows) + "\n" + result.get("error", "")
 
 
 def serving(found):

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../emulator/bfloat16.h"
-#include "device.h"
+#include "streams.h"
 
 using namespace fake;
 
@@ -115,13 +115,21 @@ bool is_supported(int a, int b, int c, int compute) {
     return a == f32 ? c == f32 : a == bf16 && (c == bf16 || c == f32);
 }
 
-int multiply_batch(int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride, const void* beta,
+// A handle is the stream of its products.
+struct Handle {
+    void* stream = nullptr;
+};
+
+int multiply_batch(void* handle, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride, const void* beta,
                    Matrix c, long long c_stride, int batch, int compute) {
     const std::lock_guard<std::mutex> hold(lock);
     if (m < 0 || n < 0 || k < 0 || batch < 0) return blas_invalid_value;
     if (!is_shaped(a, m, k) || !is_shaped(b, k, n) || !is_shaped(c, m, n)) return blas_invalid_value;
     if (!is_supported(a.type, b.type, c.type, compute)) return blas_not_supported;
     ++statistics.products;
+    void* stream = static_cast<Handle*>(handle)->stream;
+    begin(stream);
+    for (const Matrix& matrix : {a, b, c}) touch(stream, reinterpret_cast<Address>(matrix.memory));
     if (configuration().trace) fprintf(stderr, "fake GPU: product %d x %d x %d, %d times\n", m, n, k, batch);
     const auto scalar = [&](const void* value) { return load(value, compute == compute_64f ? f64 : f32, 0); };
     for (int i = 0; i < batch && m > 0 && n > 0; ++i) {
@@ -147,14 +155,17 @@ Matrix operand(const void* memory, int type, int leading, int operation) {
 }  // namespace
 
 API cublasCreate_v2(void** handle) {
-    *handle = new char;
+    *handle = new Handle;
     return blas_success;
 }
 API cublasDestroy_v2(void* handle) {
-    delete static_cast<char*>(handle);
+    delete static_cast<Handle*>(handle);
     return blas_success;
 }
-API cublasSetStream_v2(void*, void*) { return blas_success; }
+API cublasSetStream_v2(void* handle, void* stream) {
+    static_cast<Handle*>(handle)->stream = stream;
+    return blas_success;
+}
 API cublasSetWorkspace_v2(void*, void*, size_t) { return blas_success; }
 API cublasSetMathMode(void*, int) { return blas_success; }
 API cublasGetVersion_v2(void*, int* version) {
@@ -162,26 +173,26 @@ API cublasGetVersion_v2(void*, int* version) {
     return blas_success;
 }
 
-API cublasGemmStridedBatchedEx(void*, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type,
+API cublasGemmStridedBatchedEx(void* handle, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type,
                                int a_leading, long long a_stride, const void* b, int b_type, int b_leading, long long b_stride,
                                const void* beta, void* c, int c_type, int c_leading, long long c_stride, int batch, int compute, int) {
-    return multiply_batch(m, n, k, alpha, operand(a, a_type, a_leading, a_operation), a_stride,
+    return multiply_batch(handle, m, n, k, alpha, operand(a, a_type, a_leading, a_operation), a_stride,
                           operand(b, b_type, b_leading, b_operation), b_stride, beta, operand(c, c_type, c_leading, 0), c_stride, batch,
                           compute);
 }
-API cublasGemmEx(void*, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type, int a_leading,
+API cublasGemmEx(void* handle, int a_operation, int b_operation, int m, int n, int k, const void* alpha, const void* a, int a_type, int a_leading,
                  const void* b, int b_type, int b_leading, const void* beta, void* c, int c_type, int c_leading, int compute, int) {
-    return multiply_batch(m, n, k, alpha, operand(a, a_type, a_leading, a_operation), 0, operand(b, b_type, b_leading, b_operation), 0,
+    return multiply_batch(handle, m, n, k, alpha, operand(a, a_type, a_leading, a_operation), 0, operand(b, b_type, b_leading, b_operation), 0,
                           beta, operand(c, c_type, c_leading, 0), 0, 1, compute);
 }
-API cublasSgemm_v2(void*, int a_operation, int b_operation, int m, int n, int k, const float* alpha, const float* a, int a_leading,
+API cublasSgemm_v2(void* handle, int a_operation, int b_operation, int m, int n, int k, const float* alpha, const float* a, int a_leading,
                    const float* b, int b_leading, const float* beta, float* c, int c_leading) {
-    return multiply_batch(m, n, k, alpha, operand(a, f32, a_leading, a_operation), 0, operand(b, f32, b_leading, b_operation), 0, beta,
+    return multiply_batch(handle, m, n, k, alpha, operand(a, f32, a_leading, a_operation), 0, operand(b, f32, b_leading, b_operation), 0, beta,
                           operand(c, f32, c_leading, 0), 0, 1, compute_32f_first);
 }
-API cublasDgemmStridedBatched(void*, int a_operation, int b_operation, int m, int n, int k, const double* alpha, const double* a,
+API cublasDgemmStridedBatched(void* handle, int a_operation, int b_operation, int m, int n, int k, const double* alpha, const double* a,
                               int a_leading, long long a_stride, const double* b, int b_leading, long long b_stride, const double* beta,
                               double* c, int c_leading, long long c_stride, int batch) {
-    return multiply_batch(m, n, k, alpha, operand(a, f64, a_leading, a_operation), a_stride, operand(b, f64, b_leading, b_operation),
+    return multiply_batch(handle, m, n, k, alpha, operand(a, f64, a_leading, a_operation), a_stride, operand(b, f64, b_leading, b_operation),
                           b_stride, beta, operand(c, f64, c_leading, 0), c_stride, batch, compute_64f);
 }

@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "../emulator/launch.h"
+#include "streams.h"
 
 namespace fake {
 
@@ -192,6 +193,7 @@ Result release(Address address) {
     if (address == 0) return success;
     const auto found = allocations().find(address);
     if (found == allocations().end()) return invalid_value;
+    forget(address, found->second.bytes);
     ++statistics.frees;
     statistics.live_bytes -= found->second.bytes;
     give_back(found->second);
@@ -206,6 +208,13 @@ bool is_allocated(Address address, uint64_t bytes) {
     if (found == allocations().begin()) return false;
     --found;
     return address + bytes <= found->first + found->second.bytes;
+}
+
+Address allocation_of(Address address) {
+    auto found = allocations().upper_bound(address);
+    if (found == allocations().begin()) return 0;
+    --found;
+    return address < found->first + found->second.bytes ? found->first : 0;
 }
 
 void Pool::grow() {

@@ -1,6 +1,7 @@
 // The only device: the properties it claims, its memory, and the counts of what was requested from it.
 //
-// Everything is done at once, on the calling thread, under one lock. The environment sets:
+// Everything is done at once, on the calling thread, under one lock; only copies of pinned memory wait in their stream (streams.h).
+// The environment sets:
 //   HONE_FAKE_GPU_COUNT       0: a driver without a device (1)
 //   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
 //   HONE_FAKE_GPU_CAPABILITY  compute capability, which also sets the shared memory of a block (9.0)
@@ -62,6 +63,8 @@ Result release(Address address);
 uint64_t live_bytes();
 // Whether [address, address + bytes) lies inside one allocation.
 bool is_allocated(Address address, uint64_t bytes);
+// The beginning of the allocation that an address lies in; 0 if there is none.
+Address allocation_of(Address address);
 
 // The pool keeps freed memory until a synchronisation finds more of it than the threshold.
 struct Pool {

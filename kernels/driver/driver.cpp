@@ -1,18 +1,22 @@
 // libcuda over host memory and the emulator: devices, contexts, memory, modules and launches.
 //
-// Work that is asynchronous on a device is done at once, with two exceptions that only a wrong program can notice.
+// Work that is asynchronous on a device is done at once, with exceptions that only a wrong program can notice.
 // A copy to pinned host memory arrives when the host has waited for it; until then the memory holds 0xff. Pinned
-// memory that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp).
+// memory that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp). The copy itself waits in its
+// stream until something waits for it (streams.cpp).
 #include "device.h"
 
 #include <cstring>
 
 #include "../emulator/launch.h"
+#include "streams.h"
 #include "transfers.h"
 
 using namespace fake;
 
 #define API EXPORT int
+// The next work on a stream, and two addresses that it uses.
+#define USES(stream, a, b) (begin(stream), touch(stream, a), touch(stream, b))
 #define LOCKED const std::lock_guard<std::mutex> hold(lock)
 // Functions that need a current context on the calling thread.
 #define IN_CONTEXT                                      \
@@ -57,10 +61,25 @@ int attribute(int which) {
     }
 }
 
-void host_waits() {
+void host_waited() {
     ++statistics.host_synchronizations;
     finish_transfers();
     pool.trim(pool.release_threshold);
+}
+
+void host_waits() {
+    host_waits_for_all();
+    host_waited();
+}
+
+// What a launch may read or write: the allocations of its pointers.
+void touch_arguments(void* stream, const emulator::Kernel& kernel, void** arguments) {
+    for (size_t i = 0; i < kernel.parameters.size(); ++i) {
+        if (kernel.parameters[i].bytes != sizeof(Address)) continue;
+        Address address;
+        memcpy(&address, arguments[i], sizeof address);
+        touch(stream, address);
+    }
 }
 
 }  // namespace
@@ -151,8 +170,9 @@ API cuMemFree_v2(Address address) {
     host_waits(); // as the driver's function does
     return release(address);
 }
-API cuMemFreeAsync(Address address, void*) {
+API cuMemFreeAsync(Address address, void* stream) {
     IN_CONTEXT;
+    begin(stream);
     return release(address);
 }
 API cuDeviceGetDefaultMemPool(void** to, int) {
@@ -193,48 +213,58 @@ API cuMemPoolGetAttribute(void*, int which, void* value) {
 }
 
 // Copies and fills.
-API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
+API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
     IN_CONTEXT;
-    return copy_to_device(to, from, bytes);
+    if (!is_pinned(from, bytes)) USES(stream, to, to);
+    return copy_to_device(to, from, bytes, stream);
 }
 API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) {
     IN_CONTEXT;
-    const int result = copy_to_device(to, from, bytes);
+    USES(nullptr, to, to);
+    const int result = copy_to_device(to, from, bytes, nullptr);
     host_waits();
     return result;
 }
-API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
+API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
+    USES(stream, from, from);
     return copy_to_host(to, from, bytes);
 }
 API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) {
     IN_CONTEXT;
+    USES(nullptr, from, from);
     const int result = copy_to_host(to, from, bytes);
     host_waits();
     return result;
 }
-API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) {
+API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
+    USES(stream, to, from);
     return copy_on_device(to, from, bytes);
 }
 API cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) {
     IN_CONTEXT;
+    USES(nullptr, to, from);
     return copy_on_device(to, from, bytes);
 }
-API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t bytes, void*) {
+API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t bytes, void* stream) {
     IN_CONTEXT;
+    USES(stream, to, from);
     return copy_on_device(to, from, bytes);
 }
-API cuMemsetD8Async(Address to, unsigned char value, size_t count, void*) {
+API cuMemsetD8Async(Address to, unsigned char value, size_t count, void* stream) {
     IN_CONTEXT;
+    USES(stream, to, to);
     return fill(to, &value, 1, count);
 }
-API cuMemsetD16Async(Address to, unsigned short value, size_t count, void*) {
+API cuMemsetD16Async(Address to, unsigned short value, size_t count, void* stream) {
     IN_CONTEXT;
+    USES(stream, to, to);
     return fill(to, &value, 2, count);
 }
-API cuMemsetD32Async(Address to, unsigned value, size_t count, void*) {
+API cuMemsetD32Async(Address to, unsigned value, size_t count, void* stream) {
     IN_CONTEXT;
+    USES(stream, to, to);
     return fill(to, &value, 4, count);
 }
 API cuMemAllocHost_v2(void** memory, size_t bytes) {
@@ -258,28 +288,29 @@ API cuMemHostUnregister(void* memory) {
     return unregister_pinned(memory);
 }
 
-// Streams and events are handles; the work is already done.
+// Streams. Events are in events.cpp.
 API cuStreamCreate(void** stream, unsigned) {
     IN_CONTEXT;
-    *stream = new char;
+    *stream = create_stream();
     return success;
 }
 API cuStreamCreateWithPriority(void** stream, unsigned, int) {
     IN_CONTEXT;
-    *stream = new char;
+    *stream = create_stream();
     return success;
 }
 API cuStreamDestroy_v2(void* stream) {
-    delete static_cast<char*>(stream);
+    LOCKED;
+    destroy_stream(stream);
     return success;
 }
-API cuStreamSynchronize(void*) {
+API cuStreamSynchronize(void* stream) {
     IN_CONTEXT;
-    host_waits();
+    host_waits_for(mark(stream));
+    host_waited();
     return success;
 }
 API cuStreamQuery(void*) { return success; }
-API cuStreamWaitEvent(void*, void*, unsigned) { return success; }
 API cuStreamIsCapturing(void*, int* status) {
     *status = 0;
     return success;
@@ -333,11 +364,13 @@ API cuFuncGetAttribute(int* value, int which, void* function) {
     return success;
 }
 API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned size_x, unsigned size_y, unsigned size_z,
-                   unsigned dynamic_bytes, void*, void** arguments, void**) {
+                   unsigned dynamic_bytes, void* stream, void** arguments, void**) {
     IN_CONTEXT;
     const Configuration& c = configuration();
     emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
     ++statistics.launches;
+    begin(stream);
+    touch_arguments(stream, kernel, arguments);
     if (c.trace) {
         fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, grid_x, grid_y, grid_z, size_x,
                 size_y, size_z, dynamic_bytes);

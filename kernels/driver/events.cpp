@@ -1,7 +1,8 @@
-// Events hold the time at which they were recorded, because all work before them is done by then.
+// Events hold the time at which they were recorded, because most work before them is done by then, and the moment of their stream.
 #include <chrono>
 
 #include "device.h"
+#include "streams.h"
 #include "transfers.h"
 
 using namespace fake;
@@ -13,6 +14,7 @@ namespace {
 struct Event {
     bool timed, recorded;
     std::chrono::steady_clock::time_point at;
+    Mark mark;
 };
 
 const unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
@@ -22,23 +24,31 @@ const unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
 API cuEventCreate(void** event, unsigned flags) {
     const std::lock_guard<std::mutex> hold(lock);
     ++statistics.events;
-    *event = new Event{(flags & no_timing) == 0, false, {}};
+    *event = new Event{(flags & no_timing) == 0, false, {}, {}};
     return success;
 }
 API cuEventDestroy_v2(void* event) {
     delete static_cast<Event*>(event);
     return success;
 }
-API cuEventRecord(void* event, void*) {
+API cuEventRecord(void* event, void* stream) {
+    const std::lock_guard<std::mutex> hold(lock);
     Event* e = static_cast<Event*>(event);
     e->recorded = true;
     e->at = std::chrono::steady_clock::now();
+    e->mark = mark(stream);
     return success;
 }
 API cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
 API cuEventQuery(void*) { return success; }
-API cuEventSynchronize(void*) {
+API cuStreamWaitEvent(void* stream, void* event, unsigned) {
     const std::lock_guard<std::mutex> hold(lock);
+    wait_for(stream, static_cast<Event*>(event)->mark);
+    return success;
+}
+API cuEventSynchronize(void* event) {
+    const std::lock_guard<std::mutex> hold(lock);
+    host_waits_for(static_cast<Event*>(event)->mark);
     ++statistics.host_synchronizations;
     finish_transfers();
     return success;

@@ -1,6 +1,8 @@
 // Copies, and the detection of the two ways in which a program can forget to wait for one.
 #include "transfers.h"
 
+#include "streams.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -23,12 +25,6 @@ struct Transfer {
 };
 std::vector<Transfer> transfers;
 
-bool is_pinned(const void* memory, size_t bytes) {
-    const unsigned char* first = static_cast<const unsigned char*>(memory);
-    return std::any_of(pinned.begin(), pinned.end(),
-                       [&](const Pinned& p) { return first >= p.memory && first + bytes <= p.memory + p.bytes; });
-}
-
 unsigned char* on_device(Address address) { return reinterpret_cast<unsigned char*>(address); }
 
 Result forget_pinned(void* memory) {
@@ -41,16 +37,25 @@ Result forget_pinned(void* memory) {
 
 }  // namespace
 
-Result copy_to_device(Address to, const void* from, size_t bytes) {
+bool is_pinned(const void* memory, size_t bytes) {
+    const unsigned char* first = static_cast<const unsigned char*>(memory);
+    return std::any_of(pinned.begin(), pinned.end(),
+                       [&](const Pinned& p) { return first >= p.memory && first + bytes <= p.memory + p.bytes; });
+}
+
+Result copy_to_device(Address to, const void* from, size_t bytes, void* stream) {
     if (bytes == 0) return success;
     if (!is_allocated(to, bytes)) return invalid_value;
     ++statistics.host_to_device_copies;
     statistics.host_to_device_bytes += bytes;
-    memcpy(on_device(to), from, bytes);
-    if (is_pinned(from, bytes)) {
-        unsigned char* host = static_cast<unsigned char*>(const_cast<void*>(from));
-        transfers.push_back({host, std::vector<unsigned char>(host, host + bytes), false});
+    if (!is_pinned(from, bytes)) {
+        memcpy(on_device(to), from, bytes);
+        return success;
     }
+    unsigned char* host = static_cast<unsigned char*>(const_cast<void*>(from));
+    const std::vector<unsigned char> sent(host, host + bytes);
+    transfers.push_back({host, sent, false});
+    queue(stream, to, bytes, [to, sent] { memcpy(on_device(to), sent.data(), sent.size()); });
     return success;
 }
 

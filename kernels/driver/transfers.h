@@ -5,9 +5,11 @@
 
 namespace fake {
 
-Result copy_to_device(Address to, const void* from, size_t bytes);
+// A copy from pinned memory is queued in its stream.
+Result copy_to_device(Address to, const void* from, size_t bytes, void* stream);
 Result copy_to_host(void* to, Address from, size_t bytes);
 Result copy_on_device(Address to, Address from, size_t bytes);
+bool is_pinned(const void* memory, size_t bytes);
 Result fill(Address to, const void* value, size_t value_bytes, size_t count);
 
 Result allocate_pinned(void** memory, size_t bytes);

@@ -38,7 +38,9 @@ emulator_switch_stacks:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    # A return would be predicted to go back to the fiber that is left, and each switch would miss.
+    popq %rcx
+    jmpq *%rcx
 .size emulator_switch_stacks, .-emulator_switch_stacks
 )");
 extern "C" void emulator_switch_stacks(void** leave, void* enter);

@@ -28,12 +28,13 @@ struct Scheduler {
     void (*call)(void**) = nullptr;
     void** arguments = nullptr;
 };
-thread_local Scheduler scheduler;
+// One load finds it: the default model of a shared library asks the loader by a call, millions of times.
+thread_local Scheduler* scheduler __attribute__((tls_model("initial-exec")));
 
 void run_threads();
 
 Fiber* take_fiber() {
-    Scheduler& s = scheduler;
+    Scheduler& s = *scheduler;
     if (s.idle.empty()) return new_fiber(s.fibers++, run_threads);
     Fiber* fiber = s.idle.back();
     s.idle.pop_back();
@@ -69,7 +70,7 @@ const char* name_of(State state) {
 
 // The next thread in the order that can run after the one that ran; null if all have returned.
 Thread* next_thread() {
-    Scheduler& s = scheduler;
+    Scheduler& s = *scheduler;
     const size_t n = s.sequence->size();
     if (s.live == 0) return nullptr;
     size_t place = s.place;
@@ -96,29 +97,32 @@ void wait_here() {
 // Carries out the collective that `me` waits at, if all of its lanes wait there too.
 bool complete_collective(const Thread* me) {
     const unsigned first = me->linear & ~31u;
-    const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
+    Warp& warp = block->warps[first / 32];
+    const uint32_t lanes = me->mask & ~warp.gone;
+    // Most arrivals end here, without a look at the others.
+    if ((lanes & ~warp.waiting) != 0) return false;
     void* operands[32] = {};
-    // The search starts at the next lane, which in most orders is the one that has not arrived yet.
-    for (unsigned n = 0, i = me->linear - first; n < lanes; ++n) {
-        i = i + 1 < lanes ? i + 1 : 0;
+    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        const unsigned i = static_cast<unsigned>(__builtin_ctz(rest));
         const Thread& t = block->threads[first + i];
-        if (!((me->mask >> i) & 1) || t.state == State::done) continue;
-        if (t.state != State::at_collective || t.operation != me->operation || t.mask != me->mask) return false;
+        if (t.operation != me->operation || t.mask != me->mask) return false;
         operands[i] = t.operand;
     }
     me->operation(operands);
-    for (unsigned i = 0; i < lanes; ++i) {
-        if (operands[i] != nullptr) block->threads[first + i].state = State::ready;
+    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        block->threads[first + static_cast<unsigned>(__builtin_ctz(rest))].state = State::ready;
     }
+    warp.waiting &= ~lanes;
     return true;
 }
 
 // A lane that returns may be the last one that others waited for.
 void leave_warp(const Thread* leaver) {
     const unsigned first = leaver->linear & ~31u;
-    const unsigned lanes = std::min<size_t>(32, block->threads.size() - first);
-    for (unsigned i = 0; i < lanes; ++i) {
-        const Thread& t = block->threads[first + i];
+    Warp& warp = block->warps[first / 32];
+    warp.gone |= 1u << (leaver->linear & 31);
+    for (uint32_t rest = warp.waiting; rest != 0; rest &= rest - 1) {
+        const Thread& t = block->threads[first + static_cast<unsigned>(__builtin_ctz(rest))];
         if (t.state == State::at_collective && ((t.mask >> (leaver->linear & 31)) & 1)) complete_collective(&t);
     }
 }
@@ -126,7 +130,7 @@ void leave_warp(const Thread* leaver) {
 // The life of a fiber: it runs threads that have not begun, one after the other on the same stack, as long as none
 // of them waits.
 void run_threads() {
-    Scheduler& s = scheduler;
+    Scheduler& s = *scheduler;
     Fiber* self = thread->fiber;
     for (;;) {
         thread->state = State::ready;
@@ -150,8 +154,11 @@ void run_threads() {
 }  // namespace
 
 void run_block(Block& running, const std::vector<unsigned>& sequence, void (*call)(void**), void** arguments) {
-    Scheduler& s = scheduler;
-    if (s.host == nullptr) s.host = host_fiber();
+    if (scheduler == nullptr) {
+        scheduler = new Scheduler();  // its host thread lives as long as the process
+        scheduler->host = host_fiber();
+    }
+    Scheduler& s = *scheduler;
     for (Thread& t : running.threads) {
         t.state = State::fresh;
         t.fiber = nullptr;
@@ -159,6 +166,9 @@ void run_block(Block& running, const std::vector<unsigned>& sequence, void (*cal
         t.group = 0;
         t.barriers = t.warp_syncs = 0;
     }
+    const size_t n = running.threads.size();
+    running.warps.assign((n + 31) / 32, Warp{0, 0});
+    if (n % 32 != 0) running.warps.back().gone = ~0u << (n % 32);
     for (SharedArray& array : running.shared) memset(array.bytes, 0xff, array.length);
     s.sequence = &sequence;
     s.place = 0;
@@ -174,7 +184,7 @@ void run_block(Block& running, const std::vector<unsigned>& sequence, void (*cal
 }
 
 void barrier(const Site* site) {
-    Scheduler& s = scheduler;
+    Scheduler& s = *scheduler;
     Thread* me = thread;
     if (s.live < block->threads.size()) die("%s, %s:%d: other threads have returned before it", site->what, site->file, site->line);
     me->state = State::at_barrier;
@@ -198,6 +208,7 @@ void collective(uint32_t mask, Operation operation, void* operand, const Site* s
     me->operation = operation;
     me->operand = operand;
     me->site = site;
+    block->warps[me->linear / 32].waiting |= 1u << lane();
     if (!complete_collective(me)) wait_here();
 }
 

@@ -51,6 +51,11 @@ struct Thread {
     uint32_t barriers, warp_syncs;
 };
 
+// The lanes of a warp, one bit each: those that wait at a collective, and those that have returned or never were.
+struct Warp {
+    uint32_t waiting, gone;
+};
+
 struct SharedArray {
     const void* key;
     unsigned char* bytes;
@@ -65,6 +70,7 @@ struct Block {
     uint32_t launch, serial; // counts over all launches and over all blocks, both from 1
     size_t dynamic_bytes;
     std::vector<Thread> threads;
+    std::vector<Warp> warps;
     std::vector<SharedArray> shared;
 };
 

@@ -5,6 +5,7 @@ mod lengths;
 mod rates;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value as Json, json};
@@ -14,12 +15,13 @@ use crate::device::{self, Choice};
 use crate::facts::Facts;
 use crate::facts::config::Config;
 use crate::facts::sites;
-use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family, shapes};
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, Residency, family, shapes};
 use crate::fault::{Fault, Result};
 use crate::memory::{self, Limit, Machine, Running, Task};
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
 use crate::model::{self, load};
+use crate::ranks::Alone;
 use crate::report::Report;
 use crate::train::{self, Data, Every, Passes};
 use crate::words::{self, size};
@@ -49,6 +51,8 @@ pub struct Options {
     pub warmup: usize,
     /// How much layers keep; `None`: as much as memory allows.
     pub keep: Option<Keep>,
+    /// Where the 4-bit weights of the layers lie; `None`: on the device if they fit.
+    pub residency: Option<Residency>,
     /// Upper limit of the memory to use.
     pub memory_max: Option<Limit>,
     /// Upper limit of the tokens in one pass.
@@ -100,10 +104,10 @@ pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let flops = memory::useful_flops(&task, &machine, options.tokens);
     let memory = Running::start(task, machine)?;
     let (device_name, plan) = (memory.machine.name.clone(), memory.plan.clone());
-    let began = Instant::now();
+    let (home, began) = (memory.home(Arc::new(Alone)), Instant::now());
     let decoder = match &options.base {
-        Base::Folder(_) => load::load(facts, &model, &device, report)?,
-        Base::Shape(_) => load::random(facts, &model, &device, report)?,
+        Base::Folder(_) => load::load_at(&home, facts, &model, &device, report)?,
+        Base::Shape(_) => load::random(&home, facts, &model, &device, report)?,
     };
     let adapter = decoder.trainable(&model.lora)?;
     device.synchronize()?;
@@ -161,6 +165,7 @@ fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usi
         example_tokens: options.tokens / lengths.len().max(1),
         eight_bit_moments: false,
         keep: options.keep,
+        residency: options.residency,
     })
 }
 

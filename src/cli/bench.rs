@@ -8,7 +8,7 @@ use super::command::Command;
 use super::values::{positive, wrong};
 use crate::bench;
 use crate::device::Choice;
-use crate::facts::{Keep, Precision};
+use crate::facts::{Keep, Precision, Residency};
 use crate::memory::Limit;
 
 /// Measure how fast this machine trains a model or a well-known shape, compared with what the machine can do
@@ -49,6 +49,9 @@ pub(super) struct Bench {
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
     keep: String,
+    /// Where the 4-bit weights of the layers lie: auto, resident or streamed
+    #[arg(long, value_name = "WHERE", default_value = "auto", env = "HONE_RESIDENCY", value_parser = ["auto", "resident", "streamed"])]
+    residency: String,
     /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory
     #[arg(long, value_name = "SIZE", env = "HONE_MEMORY_MAX")]
     memory_max: Option<String>,
@@ -93,6 +96,7 @@ impl Bench {
             steps: self.steps,
             warmup: self.warmup,
             keep,
+            residency: Residency::named(&self.residency),
             memory_max: self.memory_max.map(limit).transpose()?,
             pass_tokens_max: self.pass_tokens_max,
         })

@@ -9,7 +9,7 @@ use super::command::{Command, ObjectFormat};
 use crate::controller;
 use crate::workspace::{Cloud, Settings, tune};
 
-/// Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+/// Print the objects of a KAITO Workspace: the Job of one that tunes, the servers of one that serves
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone render -f workspace.yaml | kubectl apply -f -\n  \
     hone render -f workspace.yaml -f my-params.yaml --image registry.example.com/hone:cuda")]
@@ -78,6 +78,9 @@ pub(super) struct Tune {
     /// Instance type to request and to plan for, such as Standard_NC24ads_A100_v4
     #[arg(long, value_name = "TYPE", env = "HONE_INSTANCE")]
     instance: Option<String>,
+    /// Number of nodes that train together; claims that are named must then be ReadWriteMany [default: 1]
+    #[arg(long, value_name = "NUMBER", env = "HONE_NODES")]
+    nodes: Option<i32>,
     /// Label of the nodes that may be used, key=value; may be repeated [default: apps=NAME]
     #[arg(long, value_name = "KEY=VALUE", env = "HONE_LABEL")]
     label: Vec<String>,
@@ -104,6 +107,7 @@ impl Tune {
             lora: self.lora,
             config: self.config,
             instance: self.instance,
+            nodes: self.nodes,
             labels: self.label,
             annotations: self.annotate,
         }

@@ -38,12 +38,16 @@ impl Run {
 /// Show everything that `run` would do, and where each value was set
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,h100\n  \
+    after_help = "Example:\n  hone plan job.yaml --format json\n  hone plan job.yaml --gpu l4,a100-80,4xl4\n  \
+        hone plan job.yaml --preset llama-3.3-70b-instruct --gpu 4xl4\n  \
         hone plan --serve ./phi-3 --gpu l4 --context 4096"
 )]
 pub(super) struct Plan {
     #[command(flatten)]
     job: Job,
+    /// Base model by its name in KAITO's catalogue, as --model preset:NAME does
+    #[arg(long, value_name = "NAME", env = "HONE_PRESET", conflicts_with_all = ["model", "serve"])]
+    preset: Option<String>,
     /// Plan the memory of `hone serve MODEL` instead of a training
     #[arg(long, value_name = "MODEL", env = "HONE_SERVE", conflicts_with_all = ["spec", "config"])]
     serve: Option<String>,
@@ -56,7 +60,7 @@ pub(super) struct Plan {
     #[arg(long, value_enum, default_value = "text", env = "HONE_FORMAT")]
     format: Format,
     /// GPUs or instance types to plan for, in place of this machine, with time and cost on each:
-    /// l4,a100-80,Standard_NC24ads_A100_v4
+    /// l4,4xl4,Standard_NC24ads_A100_v4
     #[arg(long, value_name = "NAMES", env = "HONE_GPU", value_delimiter = ',')]
     gpu: Vec<String>,
     /// Price of one hour of a GPU, in place of the clouds' list price: l4=0.70; may be repeated
@@ -66,8 +70,17 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
-        let Plan { job, serve, size, serve_adapter, format, gpu, price } = self;
+        let Plan { job, preset, serve, size, serve_adapter, format, gpu, price } = self;
         let mut request = job.request(matches)?;
+        if let Some(preset) = preset {
+            let written = Written::Text(format!("preset:{preset}"));
+            request.settings.retain(|setting| setting.key != "model");
+            request.settings.push(Setting {
+                key: "model".into(),
+                written,
+                origin: origin(matches, "preset"),
+            });
+        }
         let Some(model) = serve else {
             return Ok(Command::Plan { request, format, gpus: gpu, prices: price });
         };
@@ -188,6 +201,12 @@ pub(super) struct Job {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", env = "HONE_DEVICE")]
     device: Option<String>,
+    /// GPUs to train on, one process for each: all, a number of GPUs, or their numbers, such as 0,2
+    #[arg(long, value_name = "GPUS", env = "HONE_GPUS")]
+    gpus: Option<String>,
+    /// Number of processes that train together on this machine [default: one for each GPU, or one]
+    #[arg(long, value_name = "NUMBER", env = "HONE_RANKS")]
+    ranks: Option<String>,
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
     keep: Option<String>,

@@ -18,7 +18,7 @@ pub(super) struct ServingSize {
     /// Tokens of all sequences together whose keys and values are kept [default: as many as memory allows]
     #[arg(long, value_name = "TOKENS", env = "HONE_CACHE_TOKENS", value_parser = positive)]
     cache_tokens: Option<usize>,
-    /// Type in which keys and values are kept: bf16 or f32
+    /// Type in which keys and values are kept: bf16, f32, or fp8 (E4M3, 8 bits)
     #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_CACHE_TYPE", value_parser = CacheType::parse)]
     cache_type: CacheType,
 }

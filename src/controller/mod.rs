@@ -9,18 +9,23 @@
 
 mod ask;
 mod certificates;
+mod ended;
 mod events;
 pub mod install;
 mod lease;
 mod metrics;
 mod nodes;
 mod observe;
+mod pods;
 mod presence;
 mod progress;
 mod reconcile;
+mod reconciler;
 mod revision;
 mod serve;
 mod status;
+mod told;
+mod tuning;
 mod watches;
 pub mod webhook;
 mod words;

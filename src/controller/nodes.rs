@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::watches::Owner;
 use crate::source;
 use crate::workspace::annotations::PREFIX;
+use crate::workspace::several;
 use crate::workspace::{Cloud, MANAGED_BY, MANAGER, WORKSPACE_LABEL, Workspace};
 
 const NAMESPACE_LABEL: &str = "kaito.sh/workspacenamespace";
@@ -70,10 +71,9 @@ pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
     provider != Provider::None && !workspace.resource.instance_type.is_empty()
 }
 
-/// The number of nodes of a Workspace: one to tune, one for each server.
+/// The number of nodes of a Workspace: those that train together, or one for each server.
 pub fn count(workspace: &Workspace) -> usize {
-    let servers = workspace.resource.count.filter(|_| workspace.tuning.is_none()).unwrap_or(1);
-    usize::try_from(servers).unwrap_or(1)
+    usize::try_from(several::nodes(workspace)).unwrap_or(1)
 }
 
 /// Creates the Workspace's missing node claims and deletes those with another spec. A claim that is being deleted does
@@ -176,6 +176,15 @@ fn is_alive(object: &DynamicObject) -> bool {
 /// The number of claims that are not being deleted.
 pub fn alive(claims: &[Arc<DynamicObject>]) -> usize {
     claims.iter().filter(|claim| is_alive(claim)).count()
+}
+
+/// Whether claims are missing.
+pub fn lacks(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicObject>]) -> bool {
+    match provider {
+        Provider::None => false,
+        Provider::NodeClaims => alive(claims) < count(workspace),
+        Provider::NodePools => alive(claims) == 0,
+    }
 }
 
 /// Whether claims are missing or too many.

@@ -5,12 +5,11 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
-use serde::Deserialize;
+use k8s_openapi::api::batch::v1::{Job, JobStatus};
+use k8s_openapi::api::core::v1::Pod;
 
-use crate::fault::Kind;
-use crate::workspace::WORKSPACE_LABEL;
+use super::ended::Ended;
+use super::pods::Pods;
 
 /// The state of a training as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,101 +51,67 @@ pub struct Seen {
     pub stage: Stage,
     /// The reason why the pod or the Job waits.
     pub waiting: Option<String>,
-    /// The end of the container that ended last.
+    /// The end of the container that ended last; on several nodes the end that explains the last failure.
     pub ended: Option<Ended>,
-    /// The number of pods that failed so far.
-    pub failures: i32,
-    /// The name of a pod whose container runs.
-    pub running: Option<String>,
-    /// The node of the newest pod.
-    pub node: Option<String>,
+    /// The number of failures so far. On several nodes a failure is one of all pods.
+    pub failures: u32,
+    /// The name of the pod whose log shows the progress, if its container runs.
+    pub speaker: Option<String>,
+    /// The number of pods whose container runs.
+    pub running: usize,
+    /// The number of pods that the Job runs at once.
+    pub wanted: usize,
+    /// The nodes of the newest pods.
+    pub nodes: Vec<String>,
+    /// The number of pods without a node.
+    pub unplaced: usize,
     /// The reason why Kubernetes gave the Job up.
     pub given_up: Option<String>,
     /// The uid of a pod or Job that does not go on and does not say why; its Warnings may.
     pub mute: Option<String>,
 }
 
-/// The end of a container, with hone's termination message if there is one.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Ended {
-    /// Exit code of the process; 128 and the signal's number if a signal ended it.
-    pub exit_code: i32,
-    /// The kubelet's reason, such as `OOMKilled`.
-    pub reason: String,
-    /// The termination message; empty if there is none.
-    pub said: Said,
-}
-
-/// The termination message, as `report::termination` writes it.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub struct Said {
-    /// Name of the fault's kind; `ok` after success.
-    pub kind: String,
-    /// The error message.
-    pub message: Option<String>,
-    /// What to do about it.
-    pub help: Option<String>,
-    /// The last logged optimizer step.
-    pub step: Option<u64>,
-    /// Loss of that step.
-    pub loss: Option<f64>,
-    /// Loss of the newest evaluation.
-    pub eval_loss: Option<f64>,
-    /// The pushed image with its tag.
-    pub image: Option<String>,
-    /// Digest of the pushed image.
-    pub digest: Option<String>,
+impl Seen {
+    /// Takes a node as the place of all pods.
+    pub fn place(&mut self, node: Option<String>) {
+        self.unplaced = usize::from(node.is_none());
+        self.nodes = node.into_iter().collect();
+    }
 }
 
 /// Observes a Job. `ran`: whether the same Job was running before; it still is between one pod and the next.
 pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
-    let newest = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone()).map(|pod| &**pod);
+    let pods = Pods::of(job, pods);
     let status = job.and_then(|job| job.status.as_ref());
-    let counted = |count: Option<i32>| count.unwrap_or(0);
     let condition = |name: &str| {
         let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
         conditions.into_iter().find(|condition| condition.type_ == name && condition.status == "True")
     };
-    let suspension = condition("Suspended").is_some();
-    let begun = status.map_or(0, |status| {
-        [status.active, status.ready, status.failed, status.succeeded, status.terminating]
-            .map(counted)
-            .iter()
-            .sum()
-    });
+    let is_suspended = condition("Suspended").is_some();
     let ending = ["FailureTarget", "SuccessCriteriaMet"].into_iter().any(|name| condition(name).is_some());
     let stage = match () {
         () if condition("Complete").is_some() => Stage::Succeeded,
         () if condition("Failed").is_some() => Stage::Failed,
-        () if begun > 0 || ending || (ran && job.is_some() && !suspension) => Stage::Running,
+        () if begun(status) || ending || (ran && job.is_some() && !is_suspended) => Stage::Running,
         () => Stage::Pending,
     };
-    let suspended = || {
-        suspension.then_some(())?;
-        Some("it is suspended until its queue lets it start".to_owned())
-    };
-    let waiting = newest.filter(|_| !stage.is_over()).and_then(waiting).or_else(suspended);
-    let running = newest.filter(|pod| is_running(pod)).and_then(|pod| pod.metadata.name.clone());
-    let silent = !stage.is_over() && waiting.is_none() && running.is_none();
+    let suspended = || is_suspended.then(|| "it is suspended until its queue lets it start".to_owned());
+    let waiting = pods.waiting().filter(|_| !stage.is_over()).or_else(suspended);
+    let mute = pods.mute().filter(|_| !stage.is_over() && waiting.is_none());
+    let (nodes, unplaced) = pods.nodes();
+    let failed = status.and_then(|status| status.failed).unwrap_or(0);
     Seen {
         stage,
-        mute: match newest
-            .filter(|pod| terminated(pod).is_none() && pod.metadata.deletion_timestamp.is_none())
-        {
-            Some(pod) => pod.metadata.uid.clone(),
-            None => job.and_then(|job| job.metadata.uid.clone()),
-        }
-        .filter(|_| silent),
+        mute: mute.and_then(|pod| pod.ok().or_else(|| job?.metadata.uid.clone())),
         waiting,
-        ended: pods
-            .iter()
-            .filter_map(|pod| terminated(pod))
-            .max_by_key(|ended| ended.finished_at.clone())
-            .map(Ended::of),
-        failures: status.map_or(0, |status| counted(status.failed)),
-        running,
-        node: newest.and_then(|pod| pod.spec.as_ref()?.node_name.clone()),
+        ended: pods.ended(stage == Stage::Succeeded),
+        // One failure of a set is one of each pod.
+        failures: failed.unsigned_abs().div_ceil(pods.wanted as u32),
+        speaker: pods.speaker(),
+        running: pods.running(),
+        wanted: pods.wanted,
+        nodes,
+        unplaced,
         given_up: condition("Failed").map(|condition| {
             let text = |text: &Option<String>| text.clone().unwrap_or_default();
             format!("{}: {}", text(&condition.reason), text(&condition.message))
@@ -154,81 +119,28 @@ pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
     }
 }
 
-/// The state of hone's container, which has the Workspace's name; others may have been put beside it.
-fn state(pod: &Pod) -> Option<&ContainerState> {
-    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
-    let name = pod.metadata.labels.as_ref().and_then(|labels| labels.get(WORKSPACE_LABEL));
-    let own = containers.iter().find(|container| Some(&container.name) == name);
-    own.or(containers.first())?.state.as_ref()
+/// Whether the Job has, or had, a pod.
+fn begun(status: Option<&JobStatus>) -> bool {
+    status.is_some_and(|status| {
+        let counts = [status.active, status.ready, status.failed, status.succeeded, status.terminating];
+        counts.into_iter().flatten().sum::<i32>() > 0
+    })
 }
 
-fn is_running(pod: &Pod) -> bool {
-    state(pod).is_some_and(|state| state.running.is_some())
+/// Whether the Job is being deleted.
+pub fn is_leaving(job: &Job) -> bool {
+    job.metadata.deletion_timestamp.is_some()
 }
 
-fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
-    state(pod)?.terminated.as_ref()
-}
-
-/// The reason why a pod does not run: it is not scheduled, or an image or a mount is missing.
-fn waiting(pod: &Pod) -> Option<String> {
-    let status = pod.status.as_ref()?;
-    let told = |reason: &Option<String>, message: &Option<String>| {
-        let reason = reason.clone()?;
-        Some(match message.as_deref().filter(|message| !message.is_empty()) {
-            Some(message) => format!("{reason}: {message}"),
-            None => reason,
-        })
-    };
-    let container = state(pod).and_then(|state| state.waiting.as_ref());
-    if let Some(waiting) = container {
-        // These reasons are normal before a container runs.
-        let usual = ["ContainerCreating", "PodInitializing"];
-        return told(&waiting.reason, &waiting.message).filter(|text| !usual.contains(&text.as_str()));
-    }
-    let unscheduled = status
-        .conditions
-        .iter()
-        .flatten()
-        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
-    told(&unscheduled.reason, &unscheduled.message)
-}
-
-impl Ended {
-    /// The end as the kubelet reports it.
-    pub fn of(state: &ContainerStateTerminated) -> Ended {
-        let text = state.message.as_deref().unwrap_or_default();
-        // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
-        let said = text.lines().rev().filter_map(|line| serde_json::from_str::<Said>(line.trim()).ok());
-        let said = said.into_iter().find(|said| !said.kind.is_empty());
-        Ended {
-            exit_code: state.exit_code,
-            reason: state.reason.clone().unwrap_or_default(),
-            said: said.unwrap_or_default(),
-        }
-    }
-
-    /// `exit code 11 (data): row 3 ...; what to do`
-    pub fn told(&self) -> String {
-        let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == self.exit_code);
-        let name = kind.map_or(self.reason.as_str(), |kind| kind.name());
-        let name = if name.is_empty() { String::new() } else { format!(" ({name})") };
-        let parts = [self.said.message.as_deref(), self.said.help.as_deref()];
-        let words: Vec<&str> = parts.into_iter().flatten().collect();
-        match (words.is_empty(), self.exit_code) {
-            (false, code) => format!("exit code {code}{name}: {}", words.join("; ")),
-            (true, 137) if self.reason == "OOMKilled" => {
-                format!("exit code 137{name}: killed for its memory; raise hone.sh/memory")
-            }
-            (true, 137) => format!("exit code 137{name}: killed from outside, by a person or by its node"),
-            (true, code) => format!("exit code {code}{name}"),
-        }
-    }
+/// Whether the Job succeeded, or failed for good.
+pub fn is_over(job: &Job) -> bool {
+    observe(Some(job), &[], false).stage.is_over()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workspace::WORKSPACE_LABEL;
     use serde_json::json;
 
     fn job(status: serde_json::Value) -> Job {
@@ -317,7 +229,7 @@ mod tests {
         let seen = observe(Some(&job(json!({"active": 1}))), &[Arc::new(unscheduled)], false);
         assert_eq!(seen.waiting.as_deref(), Some("Unschedulable: 0/3 nodes"));
         let running = observe(Some(&job(json!({"active": 1}))), &[pod("01", json!({"running": {}}))], false);
-        assert_eq!(running.running.as_deref(), Some("pod-01"));
+        assert_eq!(running.speaker.as_deref(), Some("pod-01"));
     }
 
     #[test]
@@ -331,7 +243,7 @@ mod tests {
         }))
         .unwrap();
         let seen = observe(Some(&job(json!({"active": 1}))), &[Arc::new(pod)], false);
-        assert_eq!((seen.running, seen.ended.map(|ended| ended.exit_code)), (None, Some(11)));
+        assert_eq!((seen.speaker, seen.ended.map(|ended| ended.exit_code)), (None, Some(11)));
     }
 
     /// Its Events are asked where neither pod nor Job says why nothing moves.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use kube::Api;
@@ -12,7 +13,7 @@ use kube::api::{DeleteParams, ListParams, PostParams};
 use serde_json::json;
 
 use crate::workspace::Workspace;
-use crate::workspace::owner;
+use crate::workspace::{REVISION, owner};
 
 /// KAITO's label and annotation.
 const NAME_LABEL: &str = "workspace.kaito.io/name";
@@ -111,4 +112,28 @@ async fn list(api: &Api<ControllerRevision>, workspace: &Workspace) -> kube::Res
 fn annotation(revision: &ControllerRevision) -> String {
     let annotations = revision.metadata.annotations.as_ref();
     annotations.and_then(|annotations| annotations.get(HASH)).cloned().unwrap_or_default()
+}
+
+/// Revision and hash of the inputs of a Job.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Inputs {
+    /// Revision of the inputs.
+    pub number: i64,
+    /// Hash of the inputs.
+    pub hash: String,
+}
+
+impl Inputs {
+    /// The inputs that the Job's annotations name. A Job of an older hone has no hash.
+    pub fn of(job: &Job) -> Option<Inputs> {
+        let annotations = job.metadata.annotations.as_ref()?;
+        let number = annotations.get(REVISION)?.parse().ok()?;
+        Some(Inputs { number, hash: annotations.get(HASH).cloned().unwrap_or_default() })
+    }
+
+    /// Whether the Job was made from these inputs.
+    pub fn made(&self, job: &Job) -> bool {
+        Inputs::of(job)
+            .is_some_and(|of| of.number == self.number && (of.hash == self.hash || of.hash.is_empty()))
+    }
 }

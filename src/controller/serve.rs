@@ -20,9 +20,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::ask::{self, Adapters};
+use super::ended::Ended;
 use super::events::Weight;
-use super::observe::{self, Ended};
-use super::reconcile::{RESTING, Reconciler, ignore};
+use super::observe;
+use super::reconciler::{RESTING, Reconciler, ignore};
 use super::status::{self, Conditions, Nodes, without_tag};
 use super::{FIELD_MANAGER, nodes as claims, words};
 use crate::serving::live::file_digest;
@@ -105,7 +106,7 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
         None => None,
     };
     let mut seen = observe::observe(None, &[], false);
-    seen.node = node;
+    seen.place(node);
     seen.mute = mute(&serving, set.as_deref(), &pods);
     if let Some(warning) = of.warning(&seen).await? {
         serving.trouble =
@@ -113,7 +114,7 @@ pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<A
     }
     let nodes = of.nodes(&seen);
     let workers = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
-    let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    let status = tell(&of.workspace, &serving, &seen.nodes, &nodes, workers, Timestamp::now());
     let status = with_adapters(&of.workspace, status, adapters.as_ref(), Timestamp::now());
     write(of, status, &serving).await?;
     annotate(of, adapters.as_ref()).await?;
@@ -153,9 +154,9 @@ pub async fn tell_trouble(of: &Reconciler<'_>, why: String) -> kube::Result<()> 
     serving.trouble = serving.trouble.or(Some(("WorkspaceInferenceStatusPending", why)));
     let workers: Vec<String> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
     let mut seen = observe::observe(None, &[], false);
-    seen.node = workers.first().cloned();
+    seen.place(workers.first().cloned());
     let nodes = of.nodes(&seen);
-    let status = tell(&of.workspace, &serving, &seen.node, &nodes, workers, Timestamp::now());
+    let status = tell(&of.workspace, &serving, &seen.nodes, &nodes, workers, Timestamp::now());
     write(of, status, &serving).await
 }
 
@@ -550,7 +551,7 @@ fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
 pub fn tell(
     workspace: &Workspace,
     serving: &Serving,
-    node: &Option<String>,
+    placed: &[String],
     nodes: &Nodes,
     workers: Vec<String>,
     now: Timestamp,
@@ -559,7 +560,7 @@ pub fn tell(
     let mut conditions =
         Conditions::of(std::mem::take(&mut status.conditions), workspace.metadata.generation, now);
     conditions.remove("JobStarted");
-    status::nodes(&mut conditions, node, nodes, false);
+    status::nodes(&mut conditions, placed, 0, nodes, false);
     let ready = serving.is_ready();
     let (reason, mut words) = match (&serving.trouble, &serving.refused) {
         _ if ready => {
@@ -700,7 +701,7 @@ mod tests {
         let mut workspace = Workspace::default();
         let second = |second| Timestamp::from_second(second).unwrap();
         let mut state = |serving: &Serving| {
-            let status = tell(&workspace, serving, &None, &Nodes::default(), Vec::new(), second(1));
+            let status = tell(&workspace, serving, &[], &Nodes::default(), Vec::new(), second(1));
             workspace.status = Some(status.clone());
             let shown = |type_: &str| {
                 let condition = status.conditions.iter().find(|condition| condition.type_ == type_).unwrap();

@@ -8,11 +8,13 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::observe::{Ended, Seen, Stage};
+use super::ended::Ended;
+use super::observe::{Seen, Stage};
 use super::progress::Progress;
 use super::words::plain;
 use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
+use crate::workspace::several;
 
 /// What stands before the reason why a change is not carried out.
 const NOT_APPLIED: &str = "; the change is not applied: ";
@@ -71,11 +73,12 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         Stage::Failed => (false, "workspaceFailed"),
     };
     conditions.set("WorkspaceSucceeded", succeeded, reason, message(report));
-    nodes(&mut conditions, &report.seen.node, &report.nodes, report.seen.stage.is_over());
+    let Seen { nodes: placed, unplaced, .. } = &report.seen;
+    nodes(&mut conditions, placed, *unplaced, &report.nodes, report.seen.stage.is_over());
     status.conditions = conditions.list;
     status.state = Some(stage.name().into());
-    status.worker_nodes = report.seen.node.clone().into_iter().collect();
-    status.target_node_count = Some(1);
+    status.worker_nodes = report.seen.nodes.clone();
+    status.target_node_count = Some(several::nodes(workspace));
     status
 }
 
@@ -138,6 +141,9 @@ pub fn message(report: &Report) -> String {
             if let Some(waiting) = seen.waiting.as_ref().or(report.warning.as_ref()) {
                 add(format!("; waiting: {waiting}"));
             }
+            if seen.wanted > 1 && (1..seen.wanted).contains(&seen.running) {
+                add(format!("; {} of {} pods run", seen.running, seen.wanted));
+            }
             if let Some(progress) = &report.progress {
                 add(format!("; {}", progress.told()));
             }
@@ -172,8 +178,9 @@ pub fn message(report: &Report) -> String {
     plain(&text, MESSAGE_BYTES_MAX)
 }
 
-/// The conditions of the nodes. Conditions that no longer hold are removed.
-pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, over: bool) {
+/// The conditions of the nodes: `placed` are those of the pods, and `unplaced` pods have none yet. Conditions that no
+/// longer hold are removed.
+pub fn nodes(conditions: &mut Conditions, placed: &[String], unplaced: usize, nodes: &Nodes, over: bool) {
     let Nodes { ready, claim } = nodes;
     match claim {
         Some((there, told)) => {
@@ -182,9 +189,14 @@ pub fn nodes(conditions: &mut Conditions, node: &Option<String>, nodes: &Nodes, 
         }
         None => conditions.remove("NodeClaimReady"),
     }
-    let (there, told) = match (node, ready) {
-        (Some(node), _) if over => (true, format!("ran on {node}")),
-        (Some(node), _) => (true, format!("runs on {node}")),
+    let names = Some(placed.join(", ")).filter(|names| !names.is_empty());
+    let (there, told) = match (names, ready) {
+        (Some(names), _) if over => (true, format!("ran on {names}")),
+        (Some(names), _) if unplaced == 0 => (true, format!("runs on {names}")),
+        (Some(names), _) => {
+            let (noun, verb) = if unplaced == 1 { ("pod", "has") } else { ("pods", "have") };
+            (false, format!("runs on {names}; {unplaced} {noun} {verb} no node yet"))
+        }
         (None, Some(0)) => (false, "no ready node has the labels of resource.labelSelector".into()),
         (None, Some(count)) => (true, format!("{count} nodes have the labels")),
         // The pod is gone, so the node that was written before stays.
@@ -268,7 +280,7 @@ impl Conditions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::observe::Said;
+    use super::super::ended::Said;
     use super::*;
 
     fn seen(stage: Stage) -> Seen {
@@ -277,8 +289,11 @@ mod tests {
             waiting: None,
             ended: None,
             failures: 0,
-            running: None,
-            node: None,
+            speaker: None,
+            running: 0,
+            wanted: 1,
+            nodes: Vec::new(),
+            unplaced: 1,
             given_up: None,
             mute: None,
         }
@@ -419,15 +434,34 @@ mod tests {
         waits.nodes = Nodes { ready: Some(0), claim: Some((false, "asked for".into())) };
         workspace.status = Some(status(&workspace, &waits, at(1)));
         let mut done = report(seen(Stage::Succeeded));
-        done.seen.node = Some("n".into());
+        done.seen.nodes = vec!["n".into()];
+        done.seen.unplaced = 0;
         let ended = status(&workspace, &done, at(2));
         assert!(ended.conditions.iter().all(|condition| condition.type_ != "NodeClaimReady"));
         assert!(shown(&ended, "ResourceReady").ends_with("ran on n"));
         workspace.status = Some(ended.clone());
-        done.seen.node = None;
+        (done.seen.nodes, done.seen.unplaced) = (Vec::new(), 1);
         assert_eq!(status(&workspace, &done, at(3)).conditions, ended.conditions, "its pod is gone");
         let never = status(&Workspace::default(), &report(seen(Stage::Failed)), at(1));
         assert!(never.conditions.iter().all(|condition| condition.type_ != "ResourceReady"));
+    }
+
+    #[test]
+    fn a_set_is_ready_once_all_its_pods_have_a_node() {
+        let mut workspace = Workspace::default();
+        workspace.resource.count = Some(3);
+        let mut part = report(Seen { wanted: 3, running: 1, unplaced: 1, ..seen(Stage::Running) });
+        part.seen.nodes = vec!["a".into(), "b".into()];
+        let told = status(&workspace, &part, at(1));
+        assert_eq!((told.target_node_count, &told.worker_nodes), (Some(3), &part.seen.nodes));
+        assert_eq!(
+            shown(&told, "ResourceReady"),
+            "False workspaceResourceStatusPending runs on a, b; 1 pod has no node yet"
+        );
+        assert!(message(&part).ends_with("tuning job is running; 1 of 3 pods run"), "{}", message(&part));
+        part.seen = Seen { running: 3, unplaced: 0, ..part.seen };
+        assert!(message(&part).ends_with("tuning job is running"));
+        assert!(shown(&status(&workspace, &part, at(2)), "ResourceReady").ends_with("runs on a, b"));
     }
 
     #[test]

@@ -25,7 +25,8 @@ use tokio_rustls::TlsAcceptor;
 
 use super::certificates::Keeper;
 use super::presence::{self, in_time};
-use super::reconcile::{is_left_alone, without_a_versions_default};
+use super::reconcile::is_left_alone;
+use super::tuning::without_a_versions_default;
 use super::{locked, words};
 use crate::fault::{Fault, Result};
 use crate::workspace::annotations::{self, PREFIX};

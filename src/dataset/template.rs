@@ -23,7 +23,7 @@ use python::{method, strftime, to_json};
 /// LIMIT: instructions and 64-byte pieces of memory that a rendering may use: about 640 MB or one second.
 const FUEL: u64 = 10_000_000;
 /// LIMIT: rows that run out of fuel before any row was rendered. A template that ends for none of them ends for no row.
-const HOPELESS: u32 = 32;
+const HOPELESS: u32 = 8;
 const RECURSION_MAX: usize = 200;
 /// LIMIT: bytes of a template; the largest in use have about 30 kB. A parser nests at most once per byte.
 pub(super) const SOURCE_BYTES_MAX: usize = 256 << 10;

@@ -25,6 +25,7 @@ use super::sampling::{self, History};
 use crate::adapter;
 use crate::facts::rope::Scaling;
 use crate::fault::{Fault, Result};
+use crate::memory::serving::CacheType;
 use crate::model::cache::Cache;
 use crate::model::decoder::Decoder;
 use crate::model::lora::{Lora, Mixture, Pairs, Part};
@@ -47,8 +48,8 @@ pub struct Options {
     pub context: Option<usize>,
     /// Tokens whose keys and values fit, over all sequences.
     pub cache_tokens: usize,
-    /// Keys and values are kept in bf16, half of f32's memory.
-    pub half_cache: bool,
+    /// How keys and values are kept; f32 stands for the type that the model computes in.
+    pub cache: CacheType,
 }
 
 /// A loaded model that answers requests from a thread of its own.
@@ -124,7 +125,11 @@ impl Engine {
     /// # Errors
     /// Device: the cache finds no memory.
     pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
-        let dtype = if options.half_cache { DType::BF16 } else { decoder.dtype };
+        let dtype = match options.cache {
+            CacheType::Bf16 => DType::BF16,
+            CacheType::F32 => decoder.dtype,
+            CacheType::Fp8 => DType::F8E4M3,
+        };
         let cache = Cache::new(&decoder.facts, options.cache_tokens.max(1), CHUNK, dtype, &decoder.device)?;
         let context = options.context.unwrap_or(decoder.facts.positions_max);
         let facts = request::Facts {

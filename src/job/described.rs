@@ -4,7 +4,7 @@ use crate::adapter::{self, Adapter};
 use crate::dataset::{self, Tokenizer};
 use crate::device;
 use crate::facts::config::Config;
-use crate::facts::{Facts, LoraOptions, family, quantization, sites};
+use crate::facts::{Facts, LoraOptions, family, presets, quantization, shapes, sites};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::model;
@@ -56,6 +56,16 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     };
     let bf16_checkpoint = bf16_checkpoint(&config)?;
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
+}
+
+/// What is known of a preset without its files: its shape. `None` if the base is no preset of a known shape.
+pub(super) fn by_name(plan: &Plan) -> Result<Option<Described>> {
+    let shape = presets::find(&plan.base.name()).ok().and_then(|preset| preset.shape.as_deref());
+    let Some(shape) = shape else { return Ok(None) };
+    device::check(plan.device)?;
+    let (facts, options) = (shapes::facts(shape)?, plan.model.clone());
+    let sites = sites::sites(&facts, &options.lora)?;
+    Ok(Some(Described { facts, options, sites, bf16_checkpoint: true, initial: None }))
 }
 
 fn adapter_sites(facts: &Facts, lora: &LoraOptions, initial: &Adapter) -> Result<sites::Sites> {

@@ -95,13 +95,16 @@ pub fn estimate(plan: &Plan, described: &Described, gpus: &[String], prices: &[S
     let lengths = Lengths { longest: tokens_max, mean: mean.max(1) as usize };
     let size = footers.map(|footers| size(plan, footers, mean));
     let on = |name: &String| {
-        let (card, _) = card::find(name)?;
-        let start = || Running::start(room::task(plan, described, lengths), card.machine(plan.memory.limit)?);
-        let own = prices.iter().find(|(other, _)| other.eq_ignore_ascii_case(name) || *other == card.name);
-        let own = own.map(|(_, dollars)| Price { dollars: *dollars, given: true });
+        let (card, count) = card::find(name)?;
+        let start =
+            || Running::start(room::task(plan, described, lengths), card::machine(name, plan.memory.limit)?);
+        let cards = count as f64;
+        let whole = prices.iter().find(|(other, _)| other.eq_ignore_ascii_case(name)).map(|price| price.1);
+        let of_card = prices.iter().find(|(other, _)| *other == card.name).map(|price| price.1 * cards);
+        let own = whole.or(of_card).map(|dollars| Price { dollars, given: true });
         let listed = PRICES.iter().find(|(other, _)| *other == card.name);
-        let listed = listed.map(|(_, dollars)| Price { dollars: *dollars, given: false });
-        let speed = start().map(|running| running.plan.tokens_per_second());
+        let listed = listed.map(|(_, dollars)| Price { dollars: dollars * cards, given: false });
+        let speed = start().map(|running| running.plan.tokens_per_second_in_all());
         Ok(OnGpu { name: name.clone(), speed, price: own.or(listed) })
     };
     let gpus: Vec<OnGpu> = gpus.iter().map(on).collect::<Result<_>>()?;

@@ -55,6 +55,19 @@ fn tell_of_stored(asked: Quantization, code: FourBitCode, double: bool, report: 
     }
 }
 
+/// Warns if a step has fewer examples than there are ranks to share them.
+pub(super) fn warn_of_idle_ranks(plan: &Plan, world: usize, report: &Report) {
+    let step = plan.train.batch_examples.saturating_mul(plan.train.accumulation);
+    if step < world {
+        let text = format!(
+            "a step has {step} examples for {world} ranks, so that {} of them have nothing to do; raise \
+             per_device_train_batch_size or gradient_accumulation_steps, or use fewer GPUs",
+            world - step
+        );
+        report.warn(Stage::Plan, text);
+    }
+}
+
 pub(super) fn tell_memory(memory: &Running, report: &Report) {
     for line in memory.table().lines() {
         report.note(Stage::Plan, format!("memory: {line}"));
@@ -76,8 +89,16 @@ pub(super) fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
 
 /// The loaded base and the adapter, in a sentence.
 pub(super) fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
+    let away = decoder.ring.as_ref().map_or(String::new(), |ring| {
+        let (device, host) = (ring.device_bytes() as u64, ring.host_bytes() as u64);
+        format!(
+            ", of whose layers {} lie on the device and {} in host memory",
+            words::size(device),
+            words::size(host)
+        )
+    });
     format!(
-        "{} with {} parameters in {}; {} trainable on {} linear layers",
+        "{} with {} parameters in {}{away}; {} trainable on {} linear layers",
         decoder.facts.family,
         decoder.facts.parameters(),
         words::size(decoder.base_bytes() as u64),

@@ -2,7 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
-use super::described::{Described, check_small_files, describe};
+use super::described::{Described, by_name, check_small_files, describe};
 use super::estimate::{self, Estimate};
 use super::room;
 use crate::fault::{Fault, Result};
@@ -28,11 +28,18 @@ struct Model {
 /// # Errors
 /// Those of [`describe`], [`check_small_files`] and [`estimate::estimate`].
 pub fn preview<'a>(plan: &'a Plan, gpus: &[String], prices: &[String]) -> Result<Preview<'a>> {
-    if !plan.model.folder.join("config.json").exists() {
-        return Ok(Preview { plan, model: None });
-    }
-    let described = describe(plan)?;
-    check_small_files(plan, &described)?;
+    let described = match plan.model.folder.join("config.json").exists() {
+        true => {
+            let described = describe(plan)?;
+            check_small_files(plan, &described)?;
+            described
+        }
+        // A preset's sizes are known without its files.
+        false => match by_name(plan)? {
+            Some(described) => described,
+            None => return Ok(Preview { plan, model: None }),
+        },
+    };
     let estimate = estimate::estimate(plan, &described, gpus, prices)?;
     // Several GPUs are compared. The memory plan shown is that of the first GPU that fits, or of this machine.
     let fitting = estimate.gpus.iter().find(|gpu| gpu.speed.is_ok()).or(estimate.gpus.first());

@@ -44,7 +44,7 @@ const PASS_TOKENS_MAX: usize = 1 << 32;
 pub fn plan(plan: &Plan, described: &Described, gpu: Option<&str>) -> Result<Running> {
     let lengths = Lengths::most(plan, described);
     let machine = match gpu {
-        Some(name) => card::find(name)?.0.machine(plan.memory.limit)?,
+        Some(name) => card::machine(name, plan.memory.limit)?,
         None => Machine::of(&device::open(plan.device, &Report::silent())?, plan.memory.limit),
     };
     Running::start(task(plan, described, lengths), machine)
@@ -71,5 +71,6 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
         example_tokens: mean,
         eight_bit_moments: train.eight_bit_moments,
         keep: plan.memory.keep,
+        residency: plan.memory.residency,
     }
 }

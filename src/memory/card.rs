@@ -15,76 +15,110 @@ pub struct Card {
     pub matrix: Option<f64>,
     /// Rate of copies inside the card, in TB/s; reads and writes both count.
     pub copy: f64,
-    /// Whether both rates were measured on such a card. If not, they are 85 % of its data sheet, or less if the
-    /// card's power is known to be the limit.
+    /// Rate of page-locked copies between a card and its host, in GB/s.
+    pub link: f64,
+    /// Rate at which a card receives from the others of its machine, in GB/s: 80 % of NVLink's one direction, or PCIe.
+    /// The form of the card in PCIe slots is taken if there are both.
+    pub peer: f64,
+    /// Whether the first two rates were measured on such a card. If not, they are 85 % of its data sheet, or less if
+    /// the card's power is known to be the limit.
     pub measured: bool,
 }
 
 /// The cards, in order of memory.
 #[rustfmt::skip]
 pub const CARDS: [Card; 17] = [
-    card("t4", 14.6, None, 0.24),
-    card("v100-16", 15.8, None, 0.77),
-    card("l4", 22.0, Some(62.0), 0.26),
-    card("a10g", 22.0, Some(60.0), 0.50),
-    card("a10", 22.0, Some(80.0), 0.50),
-    card("rtx-4090", 23.5, Some(150.0), 0.88),
-    card("rtx-3090", 23.6, Some(60.0), 0.80),
-    card("rtx-5090", 31.3, Some(180.0), 1.50),
-    card("v100-32", 31.7, None, 0.77),
-    card("a100-40", 39.4, Some(265.0), 1.32),
-    card("l40s", 44.4, Some(250.0), 0.73),
-    card("a6000", 47.4, Some(120.0), 0.65),
-    card("h100", 79.1, Some(680.0), 2.85),
-    card("a100-80", 79.1, Some(265.0), 1.75),
-    card("h100-nvl", 93.0, Some(600.0), 3.30),
-    Card { name: "h200", memory_gib: 139.8, matrix: Some(790.0), copy: 4.3, measured: true },
-    card("b200", 178.0, Some(1500.0), 6.80),
+    card("t4", 14.6, None, 0.24, PCIE_3, PCIE_3),
+    card("v100-16", 15.8, None, 0.77, PCIE_3, 120.0),
+    card("l4", 22.0, Some(62.0), 0.26, PCIE_4, PCIE_4),
+    card("a10g", 22.0, Some(60.0), 0.50, PCIE_4, PCIE_4),
+    card("a10", 22.0, Some(80.0), 0.50, PCIE_4, PCIE_4),
+    card("rtx-4090", 23.5, Some(150.0), 0.88, PCIE_4, PCIE_4),
+    card("rtx-3090", 23.6, Some(60.0), 0.80, PCIE_4, PCIE_4),
+    card("rtx-5090", 31.3, Some(180.0), 1.50, PCIE_5, PCIE_5),
+    card("v100-32", 31.7, None, 0.77, PCIE_3, 120.0),
+    card("a100-40", 39.4, Some(265.0), 1.32, PCIE_4, 240.0),
+    card("l40s", 44.4, Some(250.0), 0.73, PCIE_4, PCIE_4),
+    card("a6000", 47.4, Some(120.0), 0.65, PCIE_4, PCIE_4),
+    card("h100", 79.1, Some(680.0), 2.85, PCIE_5, 360.0),
+    card("a100-80", 79.1, Some(265.0), 1.75, PCIE_4, PCIE_4),
+    card("h100-nvl", 93.0, Some(600.0), 3.30, PCIE_5, 240.0),
+    Card { measured: true, ..card("h200", 139.8, Some(790.0), 4.30, PCIE_5, 360.0) },
+    card("b200", 178.0, Some(1500.0), 6.80, PCIE_5, 720.0),
 ];
 
-/// Instance types of Azure and AWS, as KAITO lists them: (instance type, card, number of cards).
+/// Instance types of Azure and AWS, as KAITO lists them: (instance type, card, number of cards, GiB of the machine).
 #[rustfmt::skip]
-pub const INSTANCES: [(&str, &str, usize); 31] = [
-    ("Standard_NC6s_v3", "v100-16", 1),
-    ("Standard_NC12s_v3", "v100-16", 2),
-    ("Standard_NC24s_v3", "v100-16", 4),
-    ("Standard_NC24rs_v3", "v100-16", 4),
-    ("Standard_NC4as_T4_v3", "t4", 1),
-    ("Standard_NC8as_T4_v3", "t4", 1),
-    ("Standard_NC16as_T4_v3", "t4", 1),
-    ("Standard_NC64as_T4_v3", "t4", 4),
-    ("Standard_NV36ads_A10_v5", "a10", 1),
-    ("Standard_NV36adms_A10_v5", "a10", 1),
-    ("Standard_NV72ads_A10_v5", "a10", 2),
-    ("Standard_NC24ads_A100_v4", "a100-80", 1),
-    ("Standard_NC48ads_A100_v4", "a100-80", 2),
-    ("Standard_NC96ads_A100_v4", "a100-80", 4),
-    ("Standard_ND96asr_v4", "a100-40", 8),
-    ("Standard_ND96asr_A100_v4", "a100-40", 8),
-    ("Standard_ND96amsr_A100_v4", "a100-80", 8),
-    ("Standard_NC40ads_H100_v5", "h100-nvl", 1),
-    ("Standard_NC80adis_H100_v5", "h100-nvl", 2),
-    ("Standard_ND96isr_H100_v5", "h100", 8),
-    ("Standard_ND96isr_H200_v5", "h200", 8),
-    ("g4dn.xlarge", "t4", 1),
-    ("g5.xlarge", "a10g", 1),
-    ("g5.12xlarge", "a10g", 4),
-    ("g6.xlarge", "l4", 1),
-    ("g6e.xlarge", "l40s", 1),
-    ("p3.2xlarge", "v100-16", 1),
-    ("p4d.24xlarge", "a100-40", 8),
-    ("p4de.24xlarge", "a100-80", 8),
-    ("p5.48xlarge", "h100", 8),
-    ("p5en.48xlarge", "h200", 8),
+pub const INSTANCES: [(&str, &str, usize, f64); 31] = [
+    ("Standard_NC6s_v3", "v100-16", 1, 112.0),
+    ("Standard_NC12s_v3", "v100-16", 2, 224.0),
+    ("Standard_NC24s_v3", "v100-16", 4, 448.0),
+    ("Standard_NC24rs_v3", "v100-16", 4, 448.0),
+    ("Standard_NC4as_T4_v3", "t4", 1, 28.0),
+    ("Standard_NC8as_T4_v3", "t4", 1, 56.0),
+    ("Standard_NC16as_T4_v3", "t4", 1, 110.0),
+    ("Standard_NC64as_T4_v3", "t4", 4, 440.0),
+    ("Standard_NV36ads_A10_v5", "a10", 1, 440.0),
+    ("Standard_NV36adms_A10_v5", "a10", 1, 880.0),
+    ("Standard_NV72ads_A10_v5", "a10", 2, 880.0),
+    ("Standard_NC24ads_A100_v4", "a100-80", 1, 220.0),
+    ("Standard_NC48ads_A100_v4", "a100-80", 2, 440.0),
+    ("Standard_NC96ads_A100_v4", "a100-80", 4, 880.0),
+    ("Standard_ND96asr_v4", "a100-40", 8, 900.0),
+    ("Standard_ND96asr_A100_v4", "a100-40", 8, 900.0),
+    ("Standard_ND96amsr_A100_v4", "a100-80", 8, 1900.0),
+    ("Standard_NC40ads_H100_v5", "h100-nvl", 1, 320.0),
+    ("Standard_NC80adis_H100_v5", "h100-nvl", 2, 640.0),
+    ("Standard_ND96isr_H100_v5", "h100", 8, 1900.0),
+    ("Standard_ND96isr_H200_v5", "h200", 8, 1850.0),
+    ("g4dn.xlarge", "t4", 1, 16.0),
+    ("g5.xlarge", "a10g", 1, 16.0),
+    ("g5.12xlarge", "a10g", 4, 192.0),
+    ("g6.xlarge", "l4", 1, 16.0),
+    ("g6e.xlarge", "l40s", 1, 32.0),
+    ("p3.2xlarge", "v100-16", 1, 61.0),
+    ("p4d.24xlarge", "a100-40", 8, 1152.0),
+    ("p4de.24xlarge", "a100-80", 8, 1152.0),
+    ("p5.48xlarge", "h100", 8, 2048.0),
+    ("p5en.48xlarge", "h200", 8, 2048.0),
 ];
+
+/// Most cards of a machine that a name may ask for: `64xh100`.
+const CARDS_MAX: usize = 64;
+/// Share of a machine's memory that a run may use of the host.
+const SHARE_OF_HOST: f64 = 0.8;
 
 /// Device memory that the driver, the context and hone's kernels take before the first tensor.
 const CONTEXT_BYTES: u64 = 600 << 20;
-/// Rate of pinned copies between a card and its host, in bytes/s: PCIe 4 x16 in practice.
-const LINK: f64 = 22e9;
+/// Rates of page-locked copies over 16 lanes of PCIe in practice, in GB/s.
+const PCIE_3: f64 = 11.0;
+const PCIE_4: f64 = 22.0;
+const PCIE_5: f64 = 45.0;
 
-const fn card(name: &'static str, memory_gib: f64, matrix: Option<f64>, copy: f64) -> Card {
-    Card { name, memory_gib, matrix, copy, measured: false }
+const fn card(
+    name: &'static str,
+    memory_gib: f64,
+    matrix: Option<f64>,
+    copy: f64,
+    link: f64,
+    peer: f64,
+) -> Card {
+    Card { name, memory_gib, matrix, copy, link, peer, measured: false }
+}
+
+/// The machine of a name of `--gpu`: all of its cards, each limited to `limit`.
+///
+/// # Errors
+/// Usage: an unknown name. Capacity: a card without bf16.
+pub fn machine(name: &str, limit: Option<Limit>) -> Result<Machine> {
+    let (card, ranks) = find(name)?;
+    Ok(Machine { ranks, host: host_bytes(name), ..card.machine(limit)? })
+}
+
+/// Bytes of an instance type's host memory that a run may use; `None` if it is not in the table.
+pub fn host_bytes(instance: &str) -> Option<u64> {
+    let found = INSTANCES.iter().find(|(name, ..)| name.eq_ignore_ascii_case(instance));
+    found.map(|(_, _, _, gib)| (gib * SHARE_OF_HOST * (1u64 << 30) as f64) as u64)
 }
 
 impl Card {
@@ -103,24 +137,38 @@ impl Card {
             )
             .help("use a card of the Ampere generation or later: l4, a10, a100-80, h100, ..."));
         };
-        let rates =
-            Rates { matrix: matrix * 1e12, copy: self.copy * 1e12, link: LINK, measured: self.measured };
-        let (name, memory) = (self.name.into(), self.bytes());
-        let machine = Machine { name, place: Place::Gpu, memory, taken: CONTEXT_BYTES, rates };
+        let (name, memory, rates) = (self.name.into(), self.bytes(), self.rates(matrix));
+        let place = Place::Gpu;
+        let machine = Machine { name, place, memory, taken: CONTEXT_BYTES, rates, ranks: 1, host: None };
         Ok(machine.limited(limit))
+    }
+
+    fn rates(&self, matrix: f64) -> Rates {
+        Rates {
+            matrix: matrix * 1e12,
+            copy: self.copy * 1e12,
+            link: self.link * 1e9,
+            peer: self.peer * 1e9,
+            measured: self.measured,
+        }
     }
 }
 
-/// (card, number of cards) of a card's name or an instance type. An unknown name is a usage fault.
+/// (card, number of cards) of a card's name, of an instance type, or of a number of cards such as `4xl4`. An unknown
+/// name is a usage fault.
 pub fn find(name: &str) -> Result<(Card, usize)> {
     let same = |other: &str| other.eq_ignore_ascii_case(name);
-    let instance = INSTANCES.iter().find(|(instance, _, _)| same(instance));
-    let (wanted, count) = instance.map_or((name, 1), |(_, card, count)| (*card, *count));
+    let instance = INSTANCES.iter().find(|instance| same(instance.0));
+    let several = name.split_once(['x', 'X']).and_then(|(count, card)| Some((card, count.parse().ok()?)));
+    let several = several.filter(|(_, count)| (1..=CARDS_MAX).contains(count));
+    let (wanted, count) =
+        instance.map(|(_, card, count, _)| (*card, *count)).or(several).unwrap_or((name, 1));
     let card = CARDS.into_iter().find(|card| card.name.eq_ignore_ascii_case(wanted));
     card.map(|card| (card, count)).ok_or_else(|| {
         let names: Vec<&str> = CARDS.iter().map(|card| card.name).collect();
-        Fault::usage(format!("--gpu {name}: expected one of {}", names.join(", ")))
-            .help("an instance type such as Standard_NC24ads_A100_v4 works too")
+        Fault::usage(format!("--gpu {name}: expected one of {}", names.join(", "))).help(
+            "several cards of a machine are 4xl4; an instance type such as Standard_NC24ads_A100_v4 works too",
+        )
     })
 }
 
@@ -137,19 +185,15 @@ pub fn like(device: &str) -> Rates {
     };
     let found = CARDS.iter().filter(named).filter(|card| card.matrix.is_some());
     let found = found.max_by_key(|card| card.name.len());
-    let card = found.copied().unwrap_or(card("", 0.0, Some(60.0), 0.3));
-    Rates {
-        matrix: card.matrix.unwrap_or(60.0) * 1e12,
-        copy: card.copy * 1e12,
-        link: LINK,
-        measured: card.measured,
-    }
+    let card = found.copied().unwrap_or(card("", 0.0, Some(60.0), 0.3, PCIE_4, PCIE_4));
+    card.rates(card.matrix.unwrap_or(60.0))
 }
 
 /// Assumed rates of a server's CPU. They only serve to compare levels.
 pub fn cpu_rates(threads: usize) -> Rates {
     let threads = threads as f64;
-    Rates { matrix: 150e9 * threads, copy: 10e9 * threads.min(16.0), link: 10e9, measured: false }
+    let copy = 10e9 * threads.min(16.0);
+    Rates { matrix: 150e9 * threads, copy, link: 10e9, peer: 1e9, measured: false }
 }
 
 /// The cards that can train and have at least `bytes` of memory, smallest first.
@@ -163,9 +207,18 @@ mod tests {
 
     #[test]
     fn instance_types_are_aliases_of_cards() {
-        for (instance, name, count) in INSTANCES {
+        for (instance, name, count, gib) in INSTANCES {
             let (card, found) = find(&instance.to_lowercase()).unwrap();
             assert_eq!((card.name, found), (name, count));
+            assert!(
+                gib >= 16.0 && (card.matrix.is_none() || machine(instance, None).unwrap().host.is_some())
+            );
+        }
+        assert_eq!((find("4xL4").unwrap().0.name, find("4xL4").unwrap().1), ("l4", 4));
+        let four = machine("4xrtx-4090", None).unwrap();
+        assert_eq!((four.ranks, four.host), (4, None));
+        for wrong in ["0xl4", "65xl4", "xl4", "4x", "4xstandard_nc24ads_a100_v4"] {
+            assert!(find(wrong).unwrap_err().help.unwrap().contains("4xl4"), "{wrong}");
         }
         assert_eq!(find("a100-80").unwrap().1, 1);
         assert!(find("h900").unwrap_err().message.contains("h100-nvl"));

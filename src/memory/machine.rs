@@ -25,6 +25,10 @@ pub struct Machine {
     pub taken: u64,
     /// Rates of the device.
     pub rates: Rates,
+    /// Processes that train together, each on a device like this one.
+    pub ranks: usize,
+    /// Bytes of host memory that may be used, over all ranks of one machine; `None`: unknown.
+    pub host: Option<u64>,
 }
 
 /// The rates of a machine, per second.
@@ -36,6 +40,8 @@ pub struct Rates {
     pub copy: f64,
     /// Bytes/s between device and host.
     pub link: f64,
+    /// Bytes/s that a device receives from the others of its machine.
+    pub peer: f64,
     /// Whether the rates were measured on this machine or one of its kind. If not, they are assumed.
     pub measured: bool,
 }

@@ -1,7 +1,8 @@
 //! Facts, adapter and available memory -> what each layer keeps and how many tokens a pass takes. If nothing fits,
 //! the fault gives the numbers.
 //!
-//! A pass needs memory for what is always there (`terms::fixed`), for what the layers keep (`Keep`, layer by
+//! The weights of the layers lie on the device if they fit. If not, the ranks share them, or they are streamed from
+//! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep (`Keep`, layer by
 //! layer), and for one layer at work. Among the combinations that fit, the plan takes the number of tokens and the
 //! levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has the same
 //! examples and the same sum of gradients.
@@ -15,16 +16,20 @@ pub mod show;
 mod task;
 mod terms;
 
+use std::sync::Arc;
+
 use candle_core::Device;
 
 use crate::device;
-use crate::facts::{Keep, Quantization};
+use crate::facts::{Keep, Quantization, Residency};
 use crate::fault::{Fault, Result};
+use crate::model::residency::Home;
+use crate::ranks::Collective;
 use crate::words;
 
-use cost::{Counter, Work};
+use cost::{Counter, Work, efficiency};
 use plan::GROWING;
-use terms::Kept;
+use terms::{Kept, Layers};
 
 pub use machine::{Limit, Machine, Place};
 pub use plan::Plan;
@@ -33,6 +38,8 @@ pub use terms::Term;
 
 /// Share of the growing lines that is added for gaps, because blocks have many sizes.
 const GAPS: f64 = 1.0 / 32.0;
+/// Share of the free host memory that weights may take.
+const SHARE_OF_HOST: f64 = 0.8;
 /// After a failure, the next plan may use this share of the memory of the growing lines.
 const SMALLER: f64 = 0.75;
 
@@ -63,6 +70,15 @@ impl Running {
         true
     }
 
+    /// Where a decoder for this plan has the weights of its layers. `ranks` train together.
+    pub fn home(&self, ranks: Arc<dyn Collective>) -> Home {
+        match self.plan.residency {
+            Residency::Resident => Home::Device,
+            Residency::Shared => Home::Ranks(ranks),
+            Residency::Streamed => Home::Host,
+        }
+    }
+
     /// The plan as a table for people.
     pub fn table(&self) -> String {
         self.plan.table(&self.task, &self.machine)
@@ -83,31 +99,67 @@ impl Machine {
             Place::Cpu { threads } => card::cpu_rates(threads),
             Place::Gpu => card::like(&name),
         };
-        Machine { name, place, memory: free, taken: 0, rates }.limited(limit)
+        let host = machine_memory().filter(|_| place == Place::Gpu);
+        Machine { name, place, memory: free, taken: 0, rates, ranks: 1, host }.limited(limit)
     }
 }
 
-/// Returns the fastest plan that fits. If none fits, the capacity fault lists the largest terms and what would
-/// help.
+/// Host memory that a plan may take for weights.
+fn machine_memory() -> Option<u64> {
+    crate::machine::memory_available().map(|bytes| (bytes as f64 * SHARE_OF_HOST) as u64)
+}
+
+/// Returns the fastest plan that fits, with the weights of the layers on the device if there is one. If none fits, the
+/// capacity fault lists the largest terms and what would help.
+///
+/// # Errors
+/// Capacity: nothing fits. Config: the task names a residency that the base or the number of ranks does not allow.
 pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
-    let solver = Solver::new(task, machine);
-    solver.within(machine.memory).ok_or_else(|| refusal(&solver))
+    let choices = residencies(task, machine)?;
+    let solvers = || choices.iter().map(|residency| Solver::new(task, machine, *residency));
+    let found = solvers().filter(Solver::fits_the_host).find_map(|solver| solver.within(machine.memory));
+    found.ok_or_else(|| {
+        let fewest = solvers().min_by_key(|solver| (!solver.fits_the_host(), solver.smallest().bytes()));
+        refusal(&fewest.expect("at least one choice"))
+    })
+}
+
+/// Where the weights of the layers may lie, from the fastest to the slowest.
+fn residencies(task: &Task, machine: &Machine) -> Result<Vec<Residency>> {
+    let allowed = |residency: Residency| match (residency, task.quantization) {
+        (Residency::Resident, _) => Ok(()),
+        (_, Quantization::None) => Err("the base is not quantised: set QuantizationConfig.load_in_4bit"),
+        (Residency::Shared, _) if machine.ranks == 1 => Err(
+            "one process trains, and nobody holds the other pieces: train on several GPUs, or choose streamed",
+        ),
+        (Residency::Shared | Residency::Streamed, _) => Ok(()),
+    };
+    if let Some(wanted) = task.residency {
+        let refused = |why| Fault::config(format!("residency: {}: {why}", wanted.name()));
+        return allowed(wanted).map(|()| vec![wanted]).map_err(refused);
+    }
+    // On a CPU, host memory is the same memory.
+    let useful = |residency: &Residency| machine.place == Place::Gpu || *residency != Residency::Streamed;
+    Ok(Residency::ALL.into_iter().filter(useful).filter(|residency| allowed(*residency).is_ok()).collect())
 }
 
 /// Bytes of passes of `tokens` tokens with every layer at one level, whether they fit or not.
 pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
-    Solver::new(task, machine).describe(tokens, &vec![keep; task.facts.layers.len()]).bytes()
+    Solver::new(task, machine, Residency::Resident)
+        .describe(tokens, &vec![keep; task.facts.layers.len()])
+        .bytes()
 }
 
 /// FLOPs of a step of `tokens` tokens if nothing is computed again; utilisation is measured by it.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
     let everything = vec![Keep::Everything; task.facts.layers.len()];
-    Solver::new(task, machine).work(tokens, &everything).flops()
+    Solver::new(task, machine, Residency::Resident).work(tokens, &everything).flops()
 }
 
 /// The plan to continue with if `plan` ran out of memory; `None` after the smallest.
 pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan> {
-    let solver = Solver::new(task, machine);
+    // The weights lie where they were loaded.
+    let solver = Solver::new(task, machine, plan.residency);
     let (all, growing) = (plan.bytes(), plan.growing());
     let room = all - growing + (growing as f64 * SMALLER) as u64;
     let smallest = || Some(solver.smallest()).filter(|smallest| smallest.bytes() < all);
@@ -121,14 +173,23 @@ struct Solver<'a> {
     kept: Vec<Kept>,
     /// The lowest adapted layer. The backward pass needs nothing below it.
     lowest: usize,
+    /// Where the weights of the layers lie.
+    weights: Layers,
 }
 
 impl<'a> Solver<'a> {
-    fn new(task: &'a Task, machine: &'a Machine) -> Solver<'a> {
+    fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
         let kept = (0..layers).map(|layer| Kept::of(task, layer)).collect();
         let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
-        Solver { task, machine, kept, lowest }
+        let weights = Layers { residency, ranks: machine.ranks };
+        Solver { task, machine, kept, lowest, weights }
+    }
+
+    /// Whether the host has room for what lies there, over all ranks of the machine.
+    fn fits_the_host(&self) -> bool {
+        let bytes = self.weights.host_bytes(self.task, self.machine.place);
+        self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
     /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on.
@@ -216,7 +277,7 @@ impl<'a> Solver<'a> {
     fn fixed(&self) -> Vec<Term> {
         let taken = Term { what: "context and kernels".into(), bytes: self.machine.taken };
         let taken = Some(taken).filter(|term| term.bytes > 0);
-        taken.into_iter().chain(terms::fixed(self.task, self.machine.place)).collect()
+        taken.into_iter().chain(terms::fixed(self.task, self.machine.place, self.weights)).collect()
     }
 
     /// Bytes of what the layers keep, of one layer at work, and of gaps between blocks.
@@ -240,8 +301,46 @@ impl<'a> Solver<'a> {
         let growing = names.into_iter().zip(self.growing(tokens, keep));
         terms.extend(growing.map(|(what, bytes)| Term { what: what.into(), bytes }));
         let work = self.work(tokens, keep);
-        let (seconds, flops) = (work.seconds(&self.machine.rates), work.flops());
-        Plan { keep: keep.to_vec(), tokens, terms, memory: self.machine.memory, seconds, flops }
+        let (busy, flops) = (work.seconds(&self.machine.rates), work.flops());
+        let (brought, waits) = self.brought(tokens, busy);
+        let seconds = busy + waits;
+        Plan {
+            keep: keep.to_vec(),
+            tokens,
+            terms,
+            memory: self.machine.memory,
+            seconds,
+            flops,
+            residency: self.weights.residency,
+            host_bytes: self.weights.host_bytes(self.task, self.machine.place),
+            brought,
+            waits,
+            ranks: self.machine.ranks,
+            efficiency: efficiency(self.task, self.machine, seconds),
+        }
+    }
+
+    /// Bytes of weights that a pass brings to the device, and the seconds that it waits for them. It is `busy` seconds
+    /// long without waiting. Weights come while the layer before computes, so each direction of the pass takes as long
+    /// as the longer of both.
+    fn brought(&self, tokens: usize, busy: f64) -> (u64, f64) {
+        let (rates, ranks) = (&self.machine.rates, self.machine.ranks as f64);
+        let (share, rate) = match self.weights.residency {
+            Residency::Resident => return (0, 0.0),
+            Residency::Shared => ((ranks - 1.0) / ranks, rates.peer),
+            Residency::Streamed => (1.0, rates.link),
+        };
+        let buffers = self.weights.buffers(self.task);
+        let sum = |layers: &[usize]| layers.iter().sum::<usize>() as f64 * share;
+        // The pass turns at two layers that are there; if it ends at the first two, the next one begins with them.
+        let (last, first) = (buffers.len().saturating_sub(2), if self.lowest == 0 { 2 } else { 0 });
+        let up = sum(&buffers[first.min(buffers.len())..]);
+        let down = sum(&buffers[self.lowest.min(last)..last]);
+        let counter = Counter { task: self.task, place: self.machine.place, tokens };
+        let forward = (0..buffers.len()).map(|layer| counter.layer(layer, false)).sum::<Work>();
+        let forward = forward.seconds(rates).min(busy);
+        let waits = (up / rate - forward).max(0.0) + (down / rate - (busy - forward)).max(0.0);
+        ((up + down) as u64, waits)
     }
 
     fn work(&self, tokens: usize, keep: &[Keep]) -> Work {
@@ -261,6 +360,13 @@ fn refusal(solver: &Solver) -> Fault {
     let mut help = Vec::new();
     if length > 0 {
         help.push(format!("TrainingArguments.max_length {length} would fit"));
+    }
+    if task.residency.is_some() {
+        help.push("leave `residency` out".into());
+    }
+    if !solver.fits_the_host() {
+        let host = solver.weights.host_bytes(task, machine.place).saturating_mul(machine.ranks as u64);
+        help.push(format!("give the machine {} of host memory for the weights", words::size(host)));
     }
     if task.keep.is_some() {
         help.push("leave `keep` and gradient_checkpointing out".into());
@@ -292,7 +398,10 @@ fn refusal(solver: &Solver) -> Fault {
 fn longest_that_fits(task: &Task, machine: &Machine) -> usize {
     let fits = |tokens: usize| {
         let task = Task { tokens_min: tokens, ..task.clone() };
-        Solver::new(&task, machine).smallest().bytes() <= machine.memory
+        let choices = residencies(&task, machine).unwrap_or_default();
+        let solvers = choices.into_iter().map(|residency| Solver::new(&task, machine, residency));
+        let smallest = |solver: Solver| solver.smallest().bytes();
+        solvers.filter(Solver::fits_the_host).any(|solver| smallest(solver) <= machine.memory)
     };
     let (mut low, mut high) = (0, task.tokens_min);
     while high - low > 1 {

@@ -1,7 +1,7 @@
 //! How a run uses its memory: levels, tokens per pass, and everything that takes bytes.
 
 use super::terms::Term;
-use crate::facts::Keep;
+use crate::facts::{Keep, Residency};
 
 /// How a run uses its memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,18 @@ pub struct Plan {
     pub seconds: f64,
     /// FLOPs of that pass.
     pub flops: f64,
+    /// Where the 4-bit weights of the layers lie.
+    pub residency: Residency,
+    /// Bytes of host memory that each rank locks.
+    pub host_bytes: u64,
+    /// Bytes of weights that a pass brings to the device.
+    pub brought: u64,
+    /// Seconds of the pass in which the device waits for weights.
+    pub waits: f64,
+    /// Processes that train together.
+    pub ranks: usize,
+    /// Share of their added speeds that they reach together.
+    pub efficiency: f64,
 }
 
 /// Lines of the table that grow with the tokens of a pass: kept by the layers, one layer at work, gaps between
@@ -30,9 +42,14 @@ impl Plan {
         self.terms.iter().map(|term| term.bytes).sum()
     }
 
-    /// Predicted tokens per second.
+    /// Predicted tokens per second of one rank.
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds
+    }
+
+    /// Predicted tokens per second of all ranks, if each has passes in every step.
+    pub fn tokens_per_second_in_all(&self) -> f64 {
+        self.tokens_per_second() * self.ranks as f64 * self.efficiency
     }
 
     pub(super) fn growing(&self) -> u64 {

@@ -15,7 +15,7 @@ use crate::model::layer;
 use crate::ops::attention::cached::PAGE;
 use crate::words::size;
 
-use super::terms::Term;
+use super::terms::{Layers, Term};
 
 /// Buffers of connections, bodies of requests, tokenizer, and what the allocator keeps.
 const PROCESS_BYTES: u64 = 256 << 20;
@@ -30,6 +30,8 @@ pub enum CacheType {
     Bf16,
     /// Four bytes for each value.
     F32,
+    /// One byte for each value, an E4M3 number.
+    Fp8,
 }
 
 impl CacheType {
@@ -38,6 +40,7 @@ impl CacheType {
         match self {
             CacheType::Bf16 => 2,
             CacheType::F32 => 4,
+            CacheType::Fp8 => 1,
         }
     }
 
@@ -46,6 +49,7 @@ impl CacheType {
         match self {
             CacheType::Bf16 => "bf16",
             CacheType::F32 => "f32",
+            CacheType::Fp8 => "fp8",
         }
     }
 
@@ -57,10 +61,11 @@ impl CacheType {
         match text {
             "bf16" => Ok(CacheType::Bf16),
             "f32" => Ok(CacheType::F32),
-            "q8" | "int8" | "fp8" => {
-                Err(format!("{text} is not supported: keys and values are kept in bf16 or f32"))
+            "fp8" | "fp8_e4m3" => Ok(CacheType::Fp8),
+            "q8" | "q8_0" | "int8" | "fp8_e5m2" => {
+                Err(format!("{text} is not supported: keys and values are kept in bf16, f32 or fp8 (E4M3)"))
             }
-            _ => Err("expected bf16 or f32".into()),
+            _ => Err("expected bf16, f32 or fp8".into()),
         }
     }
 }
@@ -189,7 +194,7 @@ impl Solver<'_> {
         let place = self.machine.place;
         let task = self.task();
         let term = |what: String, bytes: u64| Term { what, bytes };
-        let mut terms = terms::weights(&task, place);
+        let mut terms = terms::weights(&task, place, Layers::RESIDENT);
         if self.machine.taken > 0 {
             terms.insert(0, term("context and kernels".into(), self.machine.taken));
         }
@@ -222,6 +227,7 @@ impl Solver<'_> {
             example_tokens: 1,
             eight_bit_moments: false,
             keep: None,
+            residency: None,
         }
     }
 
@@ -372,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn f32_halves_what_fits_and_too_little_memory_is_refused_with_numbers() {
+    fn f32_halves_and_fp8_doubles_what_fits_and_too_little_memory_is_refused_with_numbers() {
         let served = phi3();
         let wide = Served { cache: CacheType::F32, ..served.clone() };
         let (half, whole) = (solve(&wide, &machine("l4")).unwrap(), solve(&served, &machine("l4")).unwrap());
@@ -384,6 +390,8 @@ mod tests {
         let fault = solve(&asked, &tight).unwrap_err();
         assert_eq!(fault.kind, Kind::Capacity);
         assert!(fault.to_string().contains("may be used of l4"), "{fault}");
+        let eight = solve(&Served { cache: CacheType::Fp8, ..served.clone() }, &machine("l4")).unwrap();
+        assert!(eight.fits.abs_diff(2 * whole.fits) <= 2 * PAGE, "{} {}", eight.fits, whole.fits);
         let none = Machine { memory: 1 << 30, ..machine("l4") };
         let fault = solve(&served, &none).unwrap_err();
         assert!(fault.message.contains("serving needs at least"), "{fault}");
@@ -392,8 +400,10 @@ mod tests {
     }
 
     #[test]
-    fn an_8_bit_cache_is_refused_by_name() {
+    fn other_8_bit_caches_are_refused_by_name() {
         assert!(CacheType::parse("q8").unwrap_err().contains("q8 is not supported"));
-        assert_eq!(CacheType::parse("f32"), Ok(CacheType::F32));
+        for cache in [CacheType::Bf16, CacheType::F32, CacheType::Fp8] {
+            assert_eq!(CacheType::parse(cache.name()), Ok(cache));
+        }
     }
 }

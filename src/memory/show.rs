@@ -2,7 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
-use crate::facts::Keep;
+use crate::facts::{Keep, Residency};
 
 use crate::words::size;
 
@@ -27,6 +27,7 @@ impl Plan {
         table += &line("in all", self.bytes());
         table += &line(&format!("may be used of {}", machine.name), self.memory);
         table += &format!("{}\n", self.choice());
+        table += &self.weights(machine).map(|line| format!("{line}\n")).unwrap_or_default();
         if machine.place == Place::Gpu {
             table += &format!("{}\n", self.prediction(task, machine));
         }
@@ -39,6 +40,34 @@ impl Plan {
         let levels = Keep::ALL.into_iter().map(of).filter(|(_, layers)| *layers > 0);
         let levels = levels.map(|(level, layers)| format!("{} in {layers} layers", level.name()));
         format!("{} tokens a pass; kept: {}", self.tokens, levels.collect::<Vec<_>>().join(", "))
+    }
+
+    /// Where the weights of the layers lie, if it is not the device, and what that costs.
+    fn weights(&self, machine: &Machine) -> Option<String> {
+        let (what, rate) = match self.residency {
+            Residency::Resident => return None,
+            Residency::Shared => (
+                format!(
+                    "weights of the layers are shared over {} ranks, since all of them do not fit on one device; each pass gathers",
+                    self.ranks
+                ),
+                machine.rates.peer,
+            ),
+            Residency::Streamed => (
+                format!(
+                    "weights of the layers are streamed from {} of host memory, since they do not fit on the device; each pass copies",
+                    size(self.host_bytes)
+                ),
+                machine.rates.link,
+            ),
+        };
+        Some(format!(
+            "{what} {} at {:.0} GB/s beside its computation and waits {:.1} of {:.1} s for them",
+            size(self.brought),
+            rate / 1e9,
+            self.waits,
+            self.seconds
+        ))
     }
 
     fn prediction(&self, task: &Task, machine: &Machine) -> String {
@@ -55,7 +84,19 @@ impl Plan {
             100.0 * MATRIX_SHARE,
             100.0 * ATTENTION_SHARE,
             100.0 * COPY_SHARE,
-        )
+        ) + &self.together()
+    }
+
+    /// The speed of all ranks, if there are several.
+    fn together(&self) -> String {
+        match self.ranks {
+            1 => String::new(),
+            ranks => format!(
+                "; {ranks} of them reach {:.0} tokens/s ({:.0} % of {ranks} times one), if each step has a pass for each",
+                self.tokens_per_second_in_all(),
+                100.0 * self.efficiency
+            ),
+        }
     }
 
     /// The plan as `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second",
@@ -66,11 +107,20 @@ impl Plan {
         let keep: Vec<&str> = self.keep.iter().map(|keep| keep.name()).collect();
         let mut json = json!({
             "machine": machine.name, "terms": terms, "bytes": self.bytes(), "memory": self.memory,
-            "tokens": self.tokens, "keep": keep,
+            "tokens": self.tokens, "keep": keep, "residency": self.residency.name(), "ranks": self.ranks,
         });
+        if self.residency != Residency::Resident {
+            json["host_bytes"] = self.host_bytes.into();
+            json["brought_bytes"] = self.brought.into();
+            json["seconds"] = self.seconds.into();
+            json["waiting_seconds"] = self.waits.into();
+        }
         if machine.place == Place::Gpu {
             let rates = &machine.rates;
             json["tokens_per_second"] = self.tokens_per_second().round().into();
+            if self.ranks > 1 {
+                json["tokens_per_second_in_all"] = self.tokens_per_second_in_all().round().into();
+            }
             json["rates"] = json!({"matrix": rates.matrix, "copy": rates.copy, "measured": rates.measured});
         }
         json

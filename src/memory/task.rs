@@ -2,7 +2,7 @@
 
 use super::machine::{Limit, Place};
 use crate::facts::sites::Site;
-use crate::facts::{Facts, Keep, Precision, Quantization};
+use crate::facts::{Facts, Keep, Precision, Quantization, Residency};
 
 /// The memory settings of a run. `plan` fills them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -13,6 +13,8 @@ pub struct Options {
     pub limit: Option<Limit>,
     /// Most tokens per pass.
     pub tokens_max: Option<usize>,
+    /// Where the 4-bit weights of the layers lie; `None`: on the device if they fit.
+    pub residency: Option<Residency>,
 }
 
 /// The training run, as far as memory and time depend on it.
@@ -41,6 +43,8 @@ pub struct Task {
     pub eight_bit_moments: bool,
     /// The level of every layer; `None`: the fastest that fits.
     pub keep: Option<Keep>,
+    /// Where the 4-bit weights of the layers lie; `None`: the first of `Residency::ALL` that fits.
+    pub residency: Option<Residency>,
 }
 
 impl Task {

@@ -1,8 +1,8 @@
 //! Facts and adapter -> bytes: of what is always there, of what each level keeps, of a layer at work.
 
 use crate::facts::sites::Site;
-use crate::facts::{Facts, Keep, Precision, Projection, Quantization, Role};
-use crate::model::{layer, lora};
+use crate::facts::{Facts, Keep, Precision, Projection, Quantization, Residency, Role};
+use crate::model::{layer, lora, residency};
 use crate::ops::adamw_8bit::Matrix;
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
@@ -24,23 +24,103 @@ const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
 
+/// Where the weights of the layers lie, and the number of ranks that may share them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Layers {
+    /// Where they lie.
+    pub residency: Residency,
+    /// Number of ranks.
+    pub ranks: usize,
+}
+
+impl Layers {
+    /// On the device.
+    pub const RESIDENT: Layers = Layers { residency: Residency::Resident, ranks: 1 };
+
+    fn pieces(self) -> usize {
+        if self.residency == Residency::Shared { self.ranks } else { 1 }
+    }
+
+    /// Bytes of each layer in a buffer.
+    pub fn buffers(self, task: &Task) -> Vec<usize> {
+        let double = match task.quantization {
+            Quantization::None => return Vec::new(),
+            Quantization::FourBit { double, .. } | Quantization::Stored { double, .. } => double,
+        };
+        let parts = |p: &Projection| {
+            let values = p.rows * p.cols;
+            let blocks = values.div_ceil(four_bit::BLOCK);
+            (values.div_ceil(2), if double { blocks } else { 4 * blocks })
+        };
+        let layers = task.facts.layers.iter();
+        layers.map(|layer| residency::buffer_bytes(layer.projections().map(parts), self.pieces())).collect()
+    }
+
+    /// What of the layers' weights is in the device's memory.
+    fn terms(self, task: &Task, place: Place) -> Vec<Term> {
+        let linear: usize = task.facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
+        let base = match task.quantization {
+            Quantization::None => "base, not quantised",
+            Quantization::FourBit { .. } | Quantization::Stored { .. } => "base, 4 bits with scales",
+        };
+        let buffers = self.buffers(task);
+        let away: usize = buffers.iter().sum();
+        let first = match (self.residency, place) {
+            (Residency::Resident, _) => return vec![term(base, linear)],
+            (Residency::Shared, _) => {
+                vec![term(&format!("one of {} pieces of the base", self.ranks), away / self.pieces())]
+            }
+            // On a CPU, host memory is the same memory.
+            (Residency::Streamed, Place::Cpu { .. }) => vec![term(base, away)],
+            (Residency::Streamed, Place::Gpu) => Vec::new(),
+        };
+        let largest = buffers.iter().copied().max().unwrap_or(0);
+        let second = second_level(task);
+        let rest = [term("two buffers of a layer's weights", 2 * largest), term("scales of scales", second)];
+        first.into_iter().chain(rest).collect()
+    }
+
+    /// Whether the embedding lies in host memory, where a GPU reads the rows of a pass.
+    fn embedding_on_host(self, task: &Task, place: Place) -> bool {
+        self.residency != Residency::Resident
+            && place == Place::Gpu
+            && residency::embedding_stays_on_host(&task.facts)
+    }
+
+    /// Bytes of host memory: page-locked weights, and the embedding if it stays there.
+    pub fn host_bytes(self, task: &Task, place: Place) -> u64 {
+        let streamed = self.residency == Residency::Streamed && place == Place::Gpu;
+        let layers: usize = if streamed { self.buffers(task).iter().sum() } else { 0 };
+        // The embedding has the checkpoint's type there.
+        let a_value = if task.bf16_checkpoint { 2 } else { task.activation_bytes(place) };
+        let table = task.facts.vocab * task.facts.width * a_value;
+        (layers + if self.embedding_on_host(task, place) { table } else { 0 }) as u64
+    }
+}
+
+/// Bytes of the second level of double-quantised scales.
+fn second_level(task: &Task) -> usize {
+    let (Quantization::FourBit { double, .. } | Quantization::Stored { double, .. }) = task.quantization
+    else {
+        return 0;
+    };
+    let of = |p: &Projection| (p.rows * p.cols).div_ceil(four_bit::BLOCK * four_bit::NESTED_BLOCK) * 4 + 4;
+    if double { task.facts.projections().map(|(_, p)| of(p)).sum() } else { 0 }
+}
+
 /// The model's own tensors.
-pub(super) fn weights(task: &Task, place: Place) -> Vec<Term> {
+pub(super) fn weights(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
-    let linear: usize = facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
     let vectors = facts.tensors().into_iter().filter(|t| matches!(t.role, Role::NormWeight | Role::Bias));
     let vectors: usize = vectors.map(|tensor| tensor.shape.iter().product::<usize>()).sum();
     let table = facts.vocab * facts.width * task.stored_bytes(place);
-    let base = match task.quantization {
-        Quantization::None => "base, not quantised",
-        Quantization::FourBit { .. } | Quantization::Stored { .. } => "base, 4 bits with scales",
-    };
-    vec![
-        term(base, linear),
+    let mut terms = layers.terms(task, place);
+    terms.extend([
         term("norms and biases", vectors * 4),
-        term("embedding", table),
+        term("embedding", if layers.embedding_on_host(task, place) { 0 } else { table }),
         term("output head", if facts.tied_head { 0 } else { table }),
-    ]
+    ]);
+    terms
 }
 
 fn term(what: &str, bytes: usize) -> Term {
@@ -62,7 +142,7 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
 }
 
 /// What does not grow with the tokens of a pass.
-pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
+pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
     let adapter: usize = task.sites.iter().map(Site::parameters).sum();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
@@ -70,7 +150,7 @@ pub(super) fn fixed(task: &Task, place: Place) -> Vec<Term> {
         false => "adapter, its gradient and two moments",
         true => "adapter, its gradient and two 8-bit moments",
     };
-    let mut terms = weights(task, place);
+    let mut terms = weights(task, place, layers);
     terms.extend([
         term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
         term(

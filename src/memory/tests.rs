@@ -36,6 +36,7 @@ fn task(facts: Facts, tokens: usize) -> Task {
         example_tokens: 512,
         eight_bit_moments: false,
         keep: None,
+        residency: None,
     }
 }
 
@@ -85,7 +86,7 @@ fn less_memory_recomputes_more_and_always_fits() {
     assert!(mixed.keep.iter().any(|keep| *keep != mixed.keep[0]), "{}", mixed.choice());
     // The plan just fits: if one more layer kept everything, it would not.
     let machine = gpu("h200");
-    let solver = Solver::new(&task, &machine);
+    let solver = Solver::new(&task, &machine, Residency::Resident);
     let upgraded = mixed.keep.iter().position(|keep| *keep != Keep::Everything).unwrap();
     let mut keep = mixed.keep.clone();
     keep[upgraded] = Keep::Everything;
@@ -99,7 +100,7 @@ fn the_mix_is_close_to_the_best_of_all() {
     small.layers.truncate(4);
     let task = task(small, 2048);
     let machine = gpu("l4");
-    let solver = Solver::new(&task, &machine);
+    let solver = Solver::new(&task, &machine, Residency::Resident);
     let (most, least) = (
         solver.describe(2048, &[Keep::Everything; 4]).bytes(),
         solver.describe(2048, &[Keep::HostInputs; 4]).bytes(),
@@ -172,7 +173,7 @@ fn a_cpu_keeps_f32_and_moves_nothing_to_itself() {
     let on_gpu = solve(&task, &gpu("h200")).unwrap();
     assert!((gigabytes("kept", &plan) / gigabytes("kept", &on_gpu) - 2.0).abs() < 0.01);
     assert_eq!(gigabytes("expanded", &plan), 0.0);
-    let tight = Solver::new(&task, &machine).smallest();
+    let tight = Solver::new(&task, &machine, Residency::Resident).smallest();
     assert_eq!(tight.keep[0], Keep::LayerInputs);
 }
 
@@ -222,5 +223,145 @@ fn layers_keep_what_the_plan_counts() {
                 (0..2).map(|layer| Kept::of(&task, layer).at(keep) * batch.rows()).collect();
             assert_eq!(found, counted, "{family}, {}", keep.name());
         }
+    }
+}
+
+/// QLoRA of Llama 3.3 70B with rank 16 on all linear layers, in passes of one example of 2,048 tokens.
+fn llama_70b() -> Task {
+    let facts = crate::facts::shapes::facts("llama3.3-70b").unwrap();
+    Task { tokens_min: 2048, example_tokens: 2048, ..task(facts, 2048) }
+}
+
+fn planned(task: &Task, gpus: &str) -> Plan {
+    let machine = card::machine(gpus, None).unwrap();
+    let plan = solve(task, &machine).unwrap();
+    assert!(plan.bytes() <= machine.memory, "{plan:?}");
+    plan
+}
+
+#[test]
+fn a_70b_model_is_shared_by_four_cards_of_24_gb() {
+    for gpus in ["4xl4", "4xa10", "g5.12xlarge"] {
+        let plan = planned(&llama_70b(), gpus);
+        assert_eq!((plan.residency, plan.ranks), (Residency::Shared, 4), "{gpus}");
+        // 68.5e9 weights at 0.516 bytes are 35.3 GB; a layer of them is 0.44 GB.
+        assert!((gigabytes("pieces of the base", &plan) - 35.3 / 4.0).abs() < 0.1, "{plan:?}");
+        assert!((gigabytes("two buffers", &plan) - 0.88).abs() < 0.01, "{plan:?}");
+        assert_eq!(gigabytes("embedding", &plan), 0.0, "it stays on the host");
+        assert_eq!(plan.host_bytes, 128_256 * 8192 * 2);
+        // Three quarters of the base come over the link in each direction, but for two layers at each turn.
+        let brought = plan.brought as f64 / 1e9;
+        assert!((brought / (2.0 * 35.3 * 0.75 * 78.0 / 80.0) - 1.0).abs() < 0.01, "{brought}");
+        // The pass takes longer than its weights, so it hardly waits for them.
+        assert!(plan.waits < 0.1 * plan.seconds, "{gpus}: waits {} of {} s", plan.waits, plan.seconds);
+    }
+}
+
+#[test]
+fn a_70b_model_is_streamed_to_one_card_of_48_gb_or_24_gb() {
+    for gpus in ["l40s", "a6000", "l4", "a10g"] {
+        let plan = planned(&Task { residency: Some(Residency::Streamed), ..llama_70b() }, gpus);
+        assert_eq!(plan.residency, Residency::Streamed, "{gpus}");
+        assert!((plan.host_bytes as f64 / 1e9 - 35.3 - 2.1).abs() < 0.1, "{}", plan.host_bytes);
+        let floor = plan.brought as f64 / 22e9;
+        assert!(plan.seconds >= floor, "{gpus}: {} s for copies of {floor} s", plan.seconds);
+    }
+    // By themselves, cards of 48 GB hold the base.
+    assert_eq!(planned(&llama_70b(), "a6000").residency, Residency::Resident);
+    assert_eq!(planned(&llama_70b(), "l4").residency, Residency::Streamed);
+    // An L40S computes faster than PCIe brings weights: the plan says how long it waits.
+    let machine = gpu("l40s");
+    let streamed = Task { residency: Some(Residency::Streamed), ..llama_70b() };
+    let text = solve(&streamed, &machine).unwrap().table(&streamed, &machine);
+    assert!(text.contains("streamed from") && text.contains(" at 22 GB/s beside"), "{text}");
+}
+
+#[test]
+fn a_70b_model_fits_whole_on_one_card_of_80_gb() {
+    for gpus in ["h100", "a100-80", "8xh100"] {
+        let plan = planned(&llama_70b(), gpus);
+        assert_eq!((plan.residency, plan.host_bytes, plan.waits), (Residency::Resident, 0, 0.0), "{gpus}");
+        assert!((gigabytes("base", &plan) - 35.3).abs() < 0.1);
+    }
+}
+
+#[test]
+fn what_lies_elsewhere_is_chosen_only_where_it_can() {
+    let task = llama_70b();
+    // The host of a small instance holds no 35 GB.
+    let refused = solve(&task, &card::machine("g6.xlarge", None).unwrap()).unwrap_err();
+    assert_eq!(refused.kind, crate::fault::Kind::Capacity);
+    let small = Machine { host: Some(40 << 30), ..gpu("l4") };
+    assert_eq!(solve(&task, &small).unwrap().residency, Residency::Streamed);
+    let four = Machine { ranks: 4, ..small };
+    let streamed = Task { residency: Some(Residency::Streamed), ..task.clone() };
+    let help = solve(&streamed, &four).unwrap_err().help.unwrap();
+    assert!(help.contains("leave `residency` out") && help.contains("of host memory"), "{help}");
+    let said = |task: Task, machine: &Machine| solve(&task, machine).unwrap_err().message;
+    let shared = Task { residency: Some(Residency::Shared), ..task.clone() };
+    assert!(said(shared.clone(), &gpu("l4")).starts_with("residency: shared: one process trains"));
+    let bare = Task { quantization: Quantization::None, ..shared };
+    assert!(said(bare, &gpu("l4")).contains("the base is not quantised"));
+    // On a CPU nothing is gained from host memory, which is the same memory.
+    let cpu = Machine { place: Place::Cpu { threads: 2 }, taken: 0, host: None, ..with_memory(16 << 30) };
+    assert_eq!(solve(&task, &cpu).unwrap_err().kind, crate::fault::Kind::Capacity);
+}
+
+/// The next smaller plan leaves the weights where they were loaded.
+#[test]
+fn a_smaller_plan_does_not_move_the_weights() {
+    let task = Task { residency: Some(Residency::Streamed), ..task(phi3_mini(), 4096) };
+    let machine = gpu("l4");
+    let mut plan = solve(&task, &machine).unwrap();
+    while let Some(next) = next_smaller(&Task { residency: None, ..task.clone() }, &machine, &plan) {
+        assert_eq!(next.residency, Residency::Streamed);
+        plan = next;
+    }
+}
+
+#[test]
+fn ranks_lose_little_of_their_added_speed() {
+    let of = |gpus: &str, facts: Facts| {
+        let task = Task { example_tokens: 512, tokens_min: 512, ..task(facts, 4096) };
+        planned(&task, gpus).efficiency
+    };
+    assert!((0.97..0.98).contains(&of("8xh100", phi3_mini())), "{}", of("8xh100", phi3_mini()));
+    assert!((0.95..0.98).contains(&of("4xl4", phi3_mini())), "{}", of("4xl4", phi3_mini()));
+    assert_eq!(of("h100", phi3_mini()), 1.0);
+}
+
+/// Compares the plan's bytes with what real decoders hold, on the device and in host memory.
+#[test]
+fn weights_take_what_the_plan_counts_wherever_they_lie() {
+    use crate::model::residency::Home;
+    let config = json!({
+        "model_type": "llama", "vocab_size": 61, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+    });
+    let facts = facts(config);
+    let folder = tempfile::tempdir().unwrap();
+    random::write(folder.path(), &facts, 3).unwrap();
+    for double in [true, false] {
+        let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double };
+        let options = crate::model::Options {
+            folder: folder.path().into(),
+            quantization,
+            lora: LoraOptions::default(),
+            precision: Precision::F32,
+        };
+        let task = Task { quantization, ..task(facts.clone(), 64) };
+        let silent = crate::report::Report::silent();
+        let streamed = load::load_at(&Home::Host, facts.clone(), &options, &Device::Cpu, &silent).unwrap();
+        let (ring, layers) = (streamed.ring.unwrap(), Layers { residency: Residency::Streamed, ranks: 1 });
+        let gigantic = Machine { host: None, ..gpu("h200") };
+        let solver = Solver::new(&task, &gigantic, Residency::Streamed);
+        let plan = solver.smallest();
+        let buffers = plan.terms.iter().find(|term| term.what.starts_with("two buffers")).unwrap().bytes;
+        assert_eq!(buffers, ring.device_bytes() as u64);
+        assert_eq!(layers.buffers(&task).iter().sum::<usize>(), ring.host_bytes());
+        assert_eq!(plan.host_bytes, (ring.host_bytes() + 61 * 96 * 2) as u64);
+        // Whole weights: the buffers' gaps and the second level of scales are apart.
+        let resident = Solver::new(&task, &gigantic, Residency::Resident).smallest();
+        assert!(resident.terms[1].bytes as usize <= ring.host_bytes() + 3 * 7 * 2 * 256, "{resident:?}");
     }
 }

@@ -15,11 +15,11 @@ use crate::ops::{dropout, embedding, noise, rows};
 
 use super::batch::Batch;
 use super::cache::Cache;
-use super::feed_forward::Form;
 use super::layer::{Kept, Layer};
 use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
 use super::pass::{Pass, Step};
+use super::residency::{Ring, Together, Tour};
 
 /// The frozen base model.
 pub struct Decoder {
@@ -39,6 +39,8 @@ pub struct Decoder {
     pub dtype: DType,
     /// The device that the layers compute on. The embedding may lie elsewhere.
     pub device: Device,
+    /// What brings the layers' 4-bit weights to the device, if they do not lie there.
+    pub ring: Option<Ring>,
 }
 
 /// The rotations of a batch's queries and keys: the angles of each rope, and the growth of the queries.
@@ -71,7 +73,9 @@ impl Decoder {
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         // The backward pass needs nothing below the lowest adapted layer.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
+        let mut tour = self.tour(lowest);
         for (i, layer) in self.layers.iter().enumerate() {
+            tour.enter(i)?;
             let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
             let (y, of_layer) = layer.forward(x, keep, &pass)?;
             x = y;
@@ -82,6 +86,7 @@ impl Decoder {
         let (loss, d) = self.head_forward_backward(&x, batch, scale)?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
+            tour.enter(i)?;
             let kept = kept.pop().expect("one entry a layer");
             layer.backward(&d, kept, i == lowest, &pass)?;
         }
@@ -94,8 +99,9 @@ impl Decoder {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, adapter.evaluated());
         let mut x = self.embed(&batch.ids)?;
-        let mut values = Vec::new();
-        for (layer, keep) in self.layers.iter().zip(keep) {
+        let (mut values, mut tour) = (Vec::new(), self.tour(self.layers.len()));
+        for (i, (layer, keep)) in self.layers.iter().zip(keep).enumerate() {
+            tour.enter(i)?;
             let (y, kept) = layer.forward(x, *keep, &pass)?;
             values.push(kept.values());
             x = y;
@@ -151,8 +157,9 @@ impl Decoder {
         let short = step.short();
         let pass = Pass { apart: true, short, ..self.pass(&turns, &packing, lora) };
         let segments = Segments::new(&step.segments);
-        let mut x = self.embed(&step.ids)?;
-        for (layer, store) in self.layers.iter().zip(&mut cache.layers) {
+        let (mut x, mut tour) = (self.embed(&step.ids)?, self.tour(self.layers.len()));
+        for (i, (layer, store)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            tour.enter(i)?;
             x = layer.step(&x, &pass, &segments, store)?;
         }
         if step.wanted.is_empty() {
@@ -167,12 +174,7 @@ impl Decoder {
 
     /// Bytes of the frozen base.
     pub fn base_bytes(&self) -> usize {
-        let linear = |layer: &Layer| -> usize {
-            let (attention, Form::Dense(dense)) = (&layer.attention, &layer.feed_forward.form);
-            let attention = attention.query_key_value.iter().chain([&attention.output]);
-            let all = attention.chain(&dense.gate_up).chain([&dense.down]);
-            all.map(|linear| linear.weight.bytes()).sum()
-        };
+        let linear = |layer: &Layer| layer.linears().map(|linear| linear.weight.bytes()).sum::<usize>();
         let head = if self.facts.tied_head { 0 } else { self.head.weight.bytes() };
         let embedding = self.embedding.elem_count() * self.embedding.dtype().size_in_bytes();
         embedding + head + self.layers.iter().map(linear).sum::<usize>()
@@ -182,8 +184,28 @@ impl Decoder {
     fn hidden(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, lora);
-        let forward = |x, layer: &Layer| Ok(layer.forward(x, Keep::LayerInputs, &pass)?.0);
-        self.layers.iter().try_fold(self.embed(&batch.ids)?, forward)
+        let (mut x, mut tour) = (self.embed(&batch.ids)?, self.tour(self.layers.len()));
+        for (i, layer) in self.layers.iter().enumerate() {
+            tour.enter(i)?;
+            x = layer.forward(x, Keep::LayerInputs, &pass)?.0;
+        }
+        Ok(x)
+    }
+
+    /// A pass's way through the layers: forward, and back to `lowest`.
+    fn tour(&self, lowest: usize) -> Tour<'_> {
+        Tour::new(self.ring.as_ref(), self.layers.len(), lowest)
+    }
+
+    /// Announces so many passes of this rank: forward and backward for an adapter in training, forward without one. All
+    /// ranks announce theirs at the same time. If they share the base, those with fewer passes gather for the others.
+    ///
+    /// # Errors
+    /// Those of the ranks.
+    pub fn together(&self, passes: usize, adapter: Option<&Trainable>) -> fault::Result<Together<'_>> {
+        let lowest = adapter.and_then(|adapter| adapter.sites.iter().map(|site| site.layer).min());
+        let layers = self.layers.len();
+        Together::new(self.ring.as_ref(), layers, lowest.unwrap_or(layers), passes)
     }
 
     fn embed(&self, ids: &[u32]) -> Result<Tensor> {

@@ -14,6 +14,7 @@ use super::linear::Linear;
 use super::lora::{Lora, Mixture, Pair, Pairs, Part, Trainable};
 use super::norm::Norm;
 use super::pass::Step;
+use super::residency::Home;
 use super::self_attention::SelfAttention;
 use super::{Options, load, random};
 use crate::facts::config::Config;
@@ -182,7 +183,8 @@ fn decoder(case: &Case) -> (Decoder, Trainable) {
         precision: Precision::F32,
     };
     (case.change)(&mut options);
-    let decoder = load::load_in(DType::F64, &Device::Cpu, facts, &options, &Report::silent()).unwrap();
+    let decoder =
+        load::load_in(DType::F64, &Home::Device, &Device::Cpu, facts, &options, &Report::silent()).unwrap();
     let adapter = decoder.trainable(&options.lora).unwrap();
     // B is zero at first, which would make A's gradient zero.
     let noise = judge::random(adapter.params.elem_count(), 9).unwrap();

@@ -8,7 +8,8 @@ use candle_core::{Device, Result, Tensor};
 use crate::facts::{Facts, Keep, Projection};
 use crate::ops::attention::cached::{Segments, Store};
 
-use super::feed_forward::{self, FeedForward};
+use super::feed_forward::{self, FeedForward, Form};
+use super::linear::Linear;
 use super::norm;
 use super::pass::Pass;
 use super::self_attention::{self, SelfAttention};
@@ -73,6 +74,20 @@ pub fn step_values(facts: &Facts, layer: usize) -> usize {
 }
 
 impl Layer {
+    /// Its linear layers, in the order in which sites are numbered.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let Form::Dense(dense) = &self.feed_forward.form;
+        let attention = self.attention.query_key_value.iter().chain([&self.attention.output]);
+        attention.chain(&dense.gate_up).chain([&dense.down])
+    }
+
+    /// The same, to be changed.
+    pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let Form::Dense(dense) = &mut self.feed_forward.form;
+        let attention = self.attention.query_key_value.iter_mut().chain([&mut self.attention.output]);
+        attention.chain(&mut dense.gate_up).chain([&mut dense.down]).collect()
+    }
+
     /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;

@@ -20,6 +20,7 @@ use super::layer::Layer;
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
 use super::random;
+use super::residency::{self, Builder, Home};
 use super::self_attention::SelfAttention;
 use super::weights::{Checkpoint, Values};
 use super::{Options, stored};
@@ -29,15 +30,33 @@ use super::{Options, stored};
 ///
 /// On a CPU, activations are f32 whatever the precision of products; on a GPU they are stored in that precision.
 pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
-    load_in(activation_type(device, options.precision), device, facts, options, report)
+    load_at(&Home::Device, facts, options, device, report)
+}
+
+/// `load` with the 4-bit weights of the layers at `home`. Each layer is moved there when it is loaded, so that the
+/// device never holds more than one whole layer beside what stays on it.
+pub fn load_at(
+    home: &Home,
+    facts: Facts,
+    options: &Options,
+    device: &Device,
+    report: &Report,
+) -> Result<Decoder> {
+    load_in(activation_type(device, options.precision), home, device, facts, options, report)
 }
 
 /// A decoder of these facts with a random base, made tensor by tensor in the form that it is kept in. For
 /// benchmarks.
-pub fn random(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
+pub fn random(
+    home: &Home,
+    facts: Facts,
+    options: &Options,
+    device: &Device,
+    report: &Report,
+) -> Result<Decoder> {
     let dtype = activation_type(device, options.precision);
     let checkpoint = Checkpoint::empty();
-    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: true };
+    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, home, device, drawn: true };
     loader.decoder(report)
 }
 
@@ -52,6 +71,7 @@ pub fn activation_type(device: &Device, precision: Precision) -> DType {
 /// `load` with another type of activations: f64 in tests of gradients.
 pub(super) fn load_in(
     dtype: DType,
+    home: &Home,
     device: &Device,
     facts: Facts,
     options: &Options,
@@ -59,7 +79,8 @@ pub(super) fn load_in(
 ) -> Result<Decoder> {
     let checkpoint = Checkpoint::open(&options.folder)?;
     fits(&facts, &checkpoint).map_err(|fault| fault.at(options.folder.display()))?;
-    let loader = Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, device, drawn: false };
+    let loader =
+        Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, home, device, drawn: false };
     loader.decoder(report)
 }
 
@@ -76,7 +97,8 @@ pub fn load_from(
 ) -> Result<Decoder> {
     fits(&facts, checkpoint)?;
     let dtype = activation_type(device, options.precision);
-    let loader = Loader { facts: &facts, checkpoint, options, dtype, device, drawn: false };
+    let home = &Home::Device;
+    let loader = Loader { facts: &facts, checkpoint, options, dtype, home, device, drawn: false };
     loader.decoder(report)
 }
 
@@ -104,6 +126,7 @@ struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a Options,
     dtype: DType,
+    home: &'a Home,
     device: &'a Device,
     /// Whether values are random because the checkpoint holds none.
     drawn: bool,
@@ -114,14 +137,20 @@ impl Loader<'_> {
         let facts = self.facts;
         let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers.len() as u64));
         let mut layers = Vec::with_capacity(facts.layers.len());
+        let mut away = Builder::new(self.home, self.device);
         let mut site = 0;
         for layer in 0..facts.layers.len() {
-            layers.push(self.layer(layer, site)?);
+            let mut loaded = self.layer(layer, site)?;
+            away.as_mut().map_or(Ok(()), |away| away.take(&mut loaded))?;
+            layers.push(loaded);
             site += facts.layers[layer].projections().count();
             progress.advance(1);
             interrupt::check()?;
         }
-        let embedding = self.kept(facts.names.embedding, &[facts.vocab, facts.width])?;
+        let ring = away.map(|away| away.finish(&mut layers)).transpose()?;
+        let stays = ring.is_some() && residency::embedding_stays_on_host(facts);
+        let place = if stays { Device::Cpu } else { self.device.clone() };
+        let embedding = self.kept(facts.names.embedding, &[facts.vocab, facts.width], &place)?;
         let head = self.head(&embedding)?;
         let final_norm = self.norm(facts.names.final_norm)?;
         Ok(Decoder {
@@ -133,6 +162,7 @@ impl Loader<'_> {
             dtype: self.dtype,
             device: self.device.clone(),
             facts: facts.clone(),
+            ring,
         })
     }
 
@@ -208,7 +238,7 @@ impl Loader<'_> {
                 self.refuse_other_head()?;
                 embedding.clone()
             }
-            false => self.kept(&name, &[facts.vocab, facts.width])?,
+            false => self.kept(&name, &[facts.vocab, facts.width], self.device)?,
         };
         let bias = match facts.head_bias {
             true => Some(self.vector(&format!("{}.bias", facts.names.head), facts.vocab)?),
@@ -225,7 +255,7 @@ impl Loader<'_> {
         let weight = match (stored, self.options.quantization) {
             (Some(weight), _) => Weight::FourBit(weight.to_device(self.device)?),
             (None, Quantization::None | Quantization::Stored { .. }) => {
-                Weight::Dense(self.kept(&name, &[rows, cols])?)
+                Weight::Dense(self.kept(&name, &[rows, cols], self.device)?)
             }
             (None, Quantization::FourBit { code, double }) if self.drawn => {
                 Weight::FourBit(random::four_bit(rows, cols, code, double)?.to_device(self.device)?)
@@ -290,10 +320,10 @@ impl Loader<'_> {
 
     /// Loads a matrix that is not quantised. On a CPU bf16 stays bf16, and other types become the activations'
     /// type. On a GPU all become the activations' type.
-    fn kept(&self, name: &str, shape: &[usize; 2]) -> Result<Tensor> {
+    fn kept(&self, name: &str, shape: &[usize; 2], device: &Device) -> Result<Tensor> {
         if self.drawn {
             let drawn = random::matrix(shape[0], shape[1])?;
-            return Ok(match self.device {
+            return Ok(match device {
                 Device::Cpu => drawn,
                 device => drawn.to_dtype(self.dtype)?.to_device(device)?,
             });
@@ -303,14 +333,14 @@ impl Loader<'_> {
             Some(values) => {
                 refuse_nan(name, values.iter().map(|value| value.to_f32()))?;
                 let stored = Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?;
-                match self.device {
+                match device {
                     Device::Cpu => Ok(stored),
                     device => Ok(stored.to_dtype(self.dtype)?.to_device(device)?),
                 }
             }
             None => Ok(Tensor::from_vec(finite(name, values)?, (shape[0], shape[1]), &Device::Cpu)?
                 .to_dtype(self.dtype)?
-                .to_device(self.device)?),
+                .to_device(device)?),
         }
     }
 

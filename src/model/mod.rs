@@ -16,6 +16,7 @@ pub mod norm;
 pub mod pages;
 pub mod pass;
 pub mod random;
+pub mod residency;
 pub mod self_attention;
 pub mod stored;
 pub mod weights;

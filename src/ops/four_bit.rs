@@ -6,8 +6,8 @@
 //! blocks of 256. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
 
 #[cfg(feature = "cuda")]
-use candle_core::{DType, bail};
-use candle_core::{Device, Result, Tensor};
+use candle_core::bail;
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
@@ -77,7 +77,7 @@ impl Code {
 /// The scales of a weight's blocks.
 #[derive(Clone, Debug)]
 pub enum Absmax {
-    /// f32 `[blocks]`.
+    /// f32 `[blocks]`, or their bytes as u8 `[4 * blocks]`, which is how they lie in a buffer of bytes.
     Plain(Tensor),
     /// Double-quantised scales.
     Nested {
@@ -171,7 +171,7 @@ impl FourBit {
     /// The scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
     pub fn scales(&self) -> Result<Vec<f32>> {
         match &self.absmax {
-            Absmax::Plain(absmax) => absmax.to_vec1(),
+            Absmax::Plain(absmax) => floats(absmax),
             Absmax::Nested { codes, absmax, offset } => {
                 let absmax = absmax.to_vec1::<f32>()?;
                 let map = dynamic_map();
@@ -218,11 +218,22 @@ impl FourBit {
     /// Bytes that this weight takes.
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {
-            Absmax::Plain(absmax) => absmax.elem_count() * 4,
+            Absmax::Plain(absmax) => absmax.elem_count() * absmax.dtype().size_in_bytes(),
             Absmax::Nested { codes, absmax, .. } => codes.elem_count() + absmax.elem_count() * 4 + 4,
         };
         self.packed.elem_count() + scales
     }
+}
+
+/// The values of an f32 tensor, or of the bytes of one.
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    if tensor.dtype() == DType::F32 {
+        return tensor.to_vec1();
+    }
+    let bytes = cpu::read::<u8>(tensor)?;
+    let (floats, rest) = bytes.as_chunks::<4>();
+    assert!(rest.is_empty(), "whole values");
+    Ok(floats.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect())
 }
 
 /// Values `from..to` of a weight contain a NaN or an infinity.
@@ -425,7 +436,7 @@ mod gpu {
         let out = crate::ops::unwritten((*rows, *cols), dtype, packed.device())?;
         let launch = Launch::new(&out, "four_bit", "dequantize")?.of(DType::U8, packed);
         let launch = match absmax {
-            Absmax::Plain(absmax) => launch.optional(DType::U8, None).of(DType::F32, absmax).float(0.0),
+            Absmax::Plain(absmax) => launch.optional(DType::U8, None).of(absmax.dtype(), absmax).float(0.0),
             Absmax::Nested { codes, absmax, offset } => {
                 launch.of(DType::U8, codes).of(DType::F32, absmax).float(f64::from(*offset))
             }
@@ -443,8 +454,6 @@ mod tests {
     use super::*;
     #[cfg(feature = "cuda")]
     use crate::ops::judge;
-    #[cfg(not(feature = "cuda"))]
-    use candle_core::DType;
 
     /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of
     /// checkpoints: the GPU's packed bytes, scales and values equal the CPU's.

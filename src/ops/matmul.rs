@@ -457,7 +457,9 @@ mod gpu {
             Some(Absmax::Nested { codes, absmax, offset }) => {
                 launch.of(DType::U8, codes).of(DType::F32, absmax).float(f64::from(*offset))
             }
-            Some(Absmax::Plain(absmax)) => launch.optional(DType::U8, None).of(DType::F32, absmax).float(0.0),
+            Some(Absmax::Plain(absmax)) => {
+                launch.optional(DType::U8, None).of(absmax.dtype(), absmax).float(0.0)
+            }
             None => launch.optional(DType::U8, None).optional(DType::F32, None).float(0.0),
         };
         launch.int(part.map_or(0, |part| part.rows))

@@ -30,6 +30,7 @@ pub mod number;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
+pub mod slab;
 
 #[cfg(test)]
 pub mod judge;

@@ -10,7 +10,7 @@ use crate::spec::keys::{Effect, Section};
 use std::path::Path;
 
 /// Keys of one start: where its results and metrics go, how it reaches a registry, what it computes on.
-const OF_ONE_START: [&str; 15] = [
+const OF_ONE_START: [&str; 18] = [
     "output",
     "earlier_results",
     "answers",
@@ -23,9 +23,12 @@ const OF_ONE_START: [&str; 15] = [
     "plain_http",
     "init_adapter",
     "device",
+    "gpus",
+    "ranks",
     "keep",
     "memory_max",
     "pass_tokens_max",
+    "residency",
 ];
 
 /// `Section.key` or a key of hone -> its value. Places are absolute, and the chat template is its text.

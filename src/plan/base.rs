@@ -2,7 +2,8 @@
 
 use super::reader::Reader;
 use crate::facts::{
-    FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, RANK_MAX, Targets,
+    FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, RANK_MAX,
+    Residency, Targets,
 };
 use crate::memory;
 use crate::spec::Origin;
@@ -85,6 +86,7 @@ pub(super) fn memory(reader: &mut Reader) -> memory::Options {
         keep: keep(reader),
         limit: limit.as_deref().and_then(memory::Limit::parse),
         tokens_max: reader.maybe_integer(Section::Hone, "pass_tokens_max").map(|tokens| tokens as usize),
+        residency: reader.text(Section::Hone, "residency").as_deref().and_then(Residency::named),
     }
 }
 

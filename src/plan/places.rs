@@ -2,9 +2,10 @@
 
 use super::reader::Reader;
 use crate::dataset::{self, Layout, Share};
-use crate::device::Choice;
+use crate::device::{Choice, Gpus};
 use crate::fetch::Pin;
 use crate::publish::Destination;
+use crate::ranks::launch::Wish;
 use crate::run_folder::Earlier;
 use crate::spec::Origin;
 use crate::spec::keys::Section;
@@ -379,6 +380,22 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
             Choice::Auto
         }
     }
+}
+
+pub(super) fn ranks(reader: &mut Reader) -> Wish {
+    let origin = reader.origin(Section::Hone, "gpus");
+    let text = reader.text(Section::Hone, "gpus");
+    let gpus = text.as_deref().and_then(Gpus::parse);
+    if let (Some(text), None) = (&text, &gpus) {
+        let expected = "expected all, a number of GPUs, or the numbers of several such as 0,2";
+        reader.wrong(&origin, format!("gpus: {expected}, found {text:?}"));
+    }
+    let device = reader.text(Section::Hone, "device").unwrap_or_default();
+    if gpus.is_some() && device != "auto" {
+        reader.warn(format!("gpus has no effect, since device names the one device: {device}"));
+    }
+    let ranks = reader.maybe_integer(Section::Hone, "ranks").map(|ranks| ranks as usize);
+    Wish { device: self::device(reader), gpus, ranks }
 }
 
 pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> source::Options {

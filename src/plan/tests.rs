@@ -226,6 +226,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("ca_file" | "chat_template_path", _) => format!("{folder}/tiny/config.json"),
         ("chat_template", _) => "'{{ x }}'".into(),
         ("device", _) => "cuda:1".into(),
+        ("gpus", _) => "all".into(),
         ("memory_max", _) => "20GiB".into(),
         ("load_in_8bit" | "fp16", _) => "false".into(),
         ("lr_scheduler_kwargs", _) => "{}".into(),

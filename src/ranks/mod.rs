@@ -3,6 +3,13 @@
 //! One process drives one device and is one rank. All ranks compute the same plan from the same seeds, and make the
 //! same calls of a `Collective` in the same order. A rank that fails or is silent makes every later call an error.
 
+pub mod follower;
+mod frame;
+pub mod launch;
+pub mod link;
+mod meet;
+pub mod place;
+
 use candle_core::{DType, Tensor};
 
 use crate::fault::{Fault, Result};
@@ -39,8 +46,15 @@ pub trait Collective: Send + Sync {
     /// Sums a flat f32 tensor over all ranks, in place, on its device. The result has the same bits on every rank.
     fn sum(&self, flat: &Tensor) -> Result<()>;
 
-    /// Writes every rank's `piece` into `whole`, by rank. Both are u8 tensors on one device (a sharded base).
+    /// Writes every rank's `piece` into `whole`, by rank. Both are u8 tensors on one device (a sharded base). It begins
+    /// when all work is done that the device's stream has queued so far, since that work may read `whole`. It may run
+    /// beside later work, which reads `whole` only behind `arrived`.
     fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()>;
+
+    /// Makes the device's stream wait for the last `gather_into`. The host does not wait.
+    fn arrived(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Every rank's bytes, by rank. They lie in host memory and are few.
     fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;

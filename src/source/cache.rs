@@ -215,6 +215,39 @@ fn create_folder(folder: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// A record that was damaged or planted names any file.
+    #[test]
+    fn a_digest_that_is_a_path_is_no_file_of_the_cache() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::new(&home.path().join("cache"));
+        let precious = home.path().join("precious");
+        fs::create_dir_all(home.path().join("cache/sha256")).unwrap();
+        fs::write(&precious, "x").unwrap();
+        let digest = hash::of(b"x");
+        for name in ["../../precious", precious.to_str().unwrap(), "", &digest[..63], &digest.to_uppercase()]
+        {
+            assert!(cache.find(name, &Report::silent()).unwrap().is_none(), "{name}");
+        }
+        assert!(precious.exists(), "it is not removed as a damaged file of the cache");
+    }
+
+    #[test]
+    fn what_is_held_of_a_url_is_its_whole_file_or_its_beginning() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::new(home.path());
+        let url = Url::parse("https://host/a").unwrap();
+        let digest = hash::of(b"whole");
+        assert_eq!(cache.held(&url, Some(&digest)), 0);
+        let slot = cache.slot_path(&url);
+        fs::create_dir_all(&slot).unwrap();
+        fs::write(slot.join(PART), "beg").unwrap();
+        assert_eq!((cache.held(&url, None), cache.held(&url, Some(&digest))), (3, 3));
+        create_folder(&home.path().join("sha256")).unwrap();
+        fs::write(cache.blob_path(&digest), "whole").unwrap();
+        assert_eq!((cache.held(&url, None), cache.held(&url, Some(&digest))), (3, 5));
+        assert_eq!(cache.held(&url, Some("../../x")), 3);
+    }
+
     #[test]
     fn leftovers_go_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();

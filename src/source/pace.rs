@@ -82,6 +82,9 @@ mod tests {
             !Speed::LEAST.is_stalled(10, Duration::from_secs(59)),
             "an attempt that ended early is no stall"
         );
-        assert!(!Speed::LEAST.is_stalled(1 << 20, Duration::from_secs(60)));
+        let window_bytes = 60 * (16 << 10);
+        for (bytes, stalled) in [(window_bytes - 1, true), (window_bytes, false), (1 << 20, false)] {
+            assert_eq!(Speed::LEAST.is_stalled(bytes, Duration::from_secs(60)), stalled, "{bytes}");
+        }
     }
 }

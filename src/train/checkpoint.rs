@@ -273,6 +273,8 @@ fn plain(file: &Path, bytes_max: u64) -> std::result::Result<Vec<u8>, String> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::ops::adamw;
     use candle_core::DType;
@@ -404,6 +406,79 @@ mod tests {
         put(&checkpoints, 10, Some(2));
         assert_eq!(steps(&checkpoints), [9, 10]);
         assert_eq!(found(&checkpoints), Some(10));
+    }
+
+    #[test]
+    fn tensors_of_another_shape_type_or_number_are_no_checkpoint() {
+        let (folder, checkpoints) = folder_of(1..=1);
+        let state = State { step: 2, ..State::default() };
+        let tensor = |count: usize, dtype| Tensor::zeros(count, dtype, &Device::Cpu).unwrap();
+        let place = folder.path().join("step-2");
+        for (odd, count, dtype) in [
+            ("params", 4, DType::F32),
+            ("first", 6, DType::F32),
+            ("second", 5, DType::F64),
+            ("none of the three", 5, DType::F32),
+        ] {
+            let mut tensors: Vec<(&str, Tensor)> =
+                ["params", "first", "second"].map(|name| (name, tensor(5, DType::F32))).into();
+            let at = tensors.iter().position(|(name, _)| *name == odd).unwrap_or(1);
+            tensors[at] = (odd, tensor(count, dtype));
+            let named: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+            remove(&place).unwrap();
+            fs::create_dir(&place).unwrap();
+            write(&place, "a", &state, &named).unwrap();
+            assert_eq!(found(&checkpoints), Some(1), "{odd} of {count} {dtype:?}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_under_another_steps_name_is_passed_over() {
+        let (folder, checkpoints) = folder_of(1..=2);
+        fs::rename(folder.path().join("step-2"), folder.path().join("step-7")).unwrap();
+        assert_eq!(found(&checkpoints), Some(1));
+    }
+
+    /// White space changes nothing but the size.
+    #[test]
+    fn a_state_is_read_up_to_a_plausible_size() {
+        let (folder, checkpoints) = folder_of(1..=2);
+        let file = folder.path().join("step-2").join(STATE);
+        let text = fs::read(&file).unwrap();
+        for (bytes, expected) in [(STATE_BYTES_MAX, 2), (STATE_BYTES_MAX + 1, 1)] {
+            let mut padded = text.clone();
+            padded.resize(bytes as usize, b' ');
+            fs::write(&file, padded).unwrap();
+            assert_eq!(found(&checkpoints), Some(expected), "{bytes} bytes");
+        }
+    }
+
+    /// A whole checkpoint of the same state stays as it is; one of another state is replaced. However few are to be
+    /// kept, the new one is.
+    #[test]
+    fn the_same_step_again_is_written_only_if_it_differs() {
+        use std::os::unix::fs::MetadataExt;
+        let (folder, checkpoints) = folder_of(1..=2);
+        let file = || fs::metadata(folder.path().join("step-2").join(TENSORS)).unwrap().ino();
+        let first = file();
+        put(&checkpoints, 2, None);
+        assert_eq!(file(), first);
+        let (params, moments) = filled(2.0);
+        let other = State { step: 2, loss: 9.0, ..State::default() };
+        save(&checkpoints, &other, &params, &moments, Some(0)).unwrap();
+        let read = newest(&checkpoints, &params, &moments, &Report::silent()).unwrap();
+        assert_eq!((read, steps(&checkpoints)), (Some(other), vec![2]));
+    }
+
+    #[test]
+    fn only_unfinished_checkpoints_are_collected() {
+        let (folder, checkpoints) = folder_of(1..=1);
+        for name in [".step-notes", "thesis.partial", ".step-3.partial"] {
+            fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        assert_eq!(found(&checkpoints), Some(1));
+        let left = |name: &str| folder.path().join(name).exists();
+        assert_eq!([".step-notes", "thesis.partial", ".step-3.partial"].map(left), [true, true, false]);
     }
 
     #[test]

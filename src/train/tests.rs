@@ -61,10 +61,18 @@ fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
         example_tokens: 16,
         eight_bit_moments: false,
         keep: None,
+        residency: None,
     };
-    let rates = Rates { matrix: 1e11, copy: 1e10, link: 1e10, measured: false };
-    let machine =
-        Machine { name: "a test".into(), place: Place::Cpu { threads: 1 }, memory: 1 << 30, taken: 0, rates };
+    let rates = Rates { matrix: 1e11, copy: 1e10, link: 1e10, peer: 1e9, measured: false };
+    let machine = Machine {
+        name: "a test".into(),
+        place: Place::Cpu { threads: 1 },
+        memory: 1 << 30,
+        taken: 0,
+        rates,
+        ranks: 1,
+        host: None,
+    };
     Running::start(task, machine).unwrap()
 }
 

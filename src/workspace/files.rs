@@ -122,6 +122,7 @@ fn add(
     let map = rendered.config_map.map(|map| object(&map));
     // Two Workspaces may have the same default.
     applied.objects.extend(map.filter(|map| !applied.objects.contains(map)));
+    applied.objects.extend(rendered.service.map(|service| object(&service)));
     applied.objects.push(object(&rendered.job));
     Ok(())
 }

@@ -53,7 +53,7 @@ pub struct Workspace {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Resource {
-    /// Number of nodes; tuning takes one. Deprecated.
+    /// Number of nodes that train together, or of servers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(default = "schemas::one", schema_with = "schemas::count")]
     pub count: Option<i32>,

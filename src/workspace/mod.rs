@@ -2,8 +2,8 @@
 //!
 //! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the
 //! rules. `render` makes the Job: `request` is the very `hone run` of its container, planned here already so that
-//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `serve` makes what
-//! answers, by the configuration that `inference` reads. `hone render` prints what `hone controller` applies.
+//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `several` what a Job on several
+//! nodes has besides; `serve` makes what answers, by the configuration that `inference` reads. `hone render` prints what `hone controller` applies.
 
 pub mod annotations;
 pub mod crd;
@@ -11,18 +11,21 @@ pub mod kind;
 mod schemas;
 pub mod files;
 pub mod inference;
+mod marks;
 mod needs;
 mod pod;
 mod render;
 mod request;
 pub mod serve;
+pub mod several;
 mod templates;
 pub mod tune;
 pub mod validate;
 pub mod yaml;
 
 pub use kind::Workspace;
-pub use render::{Asked, Rendered, inputs_hash, owner, render};
+pub use marks::owner;
+pub use render::{Asked, Rendered, inputs_hash, render};
 pub use templates::{CONFIG_FILE, Method, config_map, config_name};
 
 /// Label of every object that hone makes.

@@ -12,6 +12,8 @@ use crate::memory::card::{self, Card};
 use crate::memory::{self, Machine, Place, Task};
 
 const GIB: f64 = (1u64 << 30) as f64;
+/// CPUs of the process.
+const CPUS: u32 = 2;
 /// Host memory of the process: the program, the driver, and the rows that are being encoded.
 const HOST_BYTES: f64 = 4.0 * GIB;
 /// Disk for data whose size is not known before the download.
@@ -64,13 +66,21 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     let mut warnings = gpu_warnings(workspace, gpus);
     let shape = run.preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
     let known = shape.map(|shape| task(run, shapes::facts(shape)?)).transpose()?;
+    let mut locked = 0;
     if let (Some(task), Some(card)) = (&known, gpus.card) {
-        warnings.extend(fits(task, &card, workspace, run)?);
+        let (plan, warning) = fits(task, &card, gpus, workspace, run)?;
+        locked = plan.map_or(0, |plan| plan.host_bytes * plan.ranks as u64);
+        warnings.extend(warning);
     }
+    // One process for each GPU.
+    let ranks = gpus.count.max(1);
     let text = |asked: &Option<String>, planned: String| asked.clone().unwrap_or(planned);
     Ok(Needs {
-        cpu: text(&options.cpu, "2".into()),
-        memory: text(&options.memory, gibibytes(host_bytes(known.as_ref(), gpus.count > 0))),
+        cpu: text(&options.cpu, (CPUS * ranks).to_string()),
+        memory: text(
+            &options.memory,
+            gibibytes(locked as f64 + f64::from(ranks) * host_bytes(known.as_ref(), gpus.count > 0)),
+        ),
         ephemeral_storage: text(
             &options.ephemeral_storage,
             gibibytes(disk_bytes(known.as_ref(), run, options)),
@@ -79,15 +89,10 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     })
 }
 
+/// Doubts about the instance type's GPUs.
 pub(super) fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     let mut warnings = Vec::new();
     let instance = &workspace.resource.instance_type;
-    if gpus.count > 1 {
-        warnings.push(format!(
-            "{} GPUs are reserved and one is used: hone.sh/gpus: \"1\" leaves the others free, a smaller instanceType costs less",
-            gpus.count
-        ));
-    }
     if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {
         warnings.push(format!(
             "resource.instanceType {instance} has {} GPUs, which cannot compute in bf16: hone would end with exit code 10. Take \
@@ -119,21 +124,35 @@ fn task(run: &Run, facts: Facts) -> Result<Task> {
         example_tokens: tokens_max,
         eight_bit_moments: plan.train.eight_bit_moments,
         keep: plan.memory.keep,
+        residency: plan.memory.residency,
         facts,
     })
 }
 
-/// Refused when not even short examples fit; a warning when those of the most tokens do not.
-fn fits(task: &Task, card: &Card, workspace: &Workspace, run: &Run) -> Result<Option<String>> {
-    let Ok(machine) = card.machine(run.plan.memory.limit) else { return Ok(None) };
+/// Refused when not even short examples fit; a warning when those of the most tokens do not. Returns the memory plan
+/// that takes the most host memory.
+fn fits(
+    task: &Task,
+    card: &Card,
+    gpus: Gpus,
+    workspace: &Workspace,
+    run: &Run,
+) -> Result<(Option<memory::Plan>, Option<String>)> {
+    let Ok(machine) = card.machine(run.plan.memory.limit) else { return Ok((None, None)) };
     let instance = &workspace.resource.instance_type;
-    if let Err(fault) = memory::solve(task, &machine) {
-        return Err(fault.at(format!("resource.instanceType {instance}")));
-    }
+    let host = card::host_bytes(instance);
+    let machine = Machine { ranks: gpus.count.max(1) as usize, host, ..machine };
+    let short = memory::solve(task, &machine)
+        .map_err(|fault| fault.at(format!("resource.instanceType {instance}")))?;
     let longest = Task { tokens_min: task.tokens_max, ..task.clone() };
-    Ok(memory::solve(&longest, &machine).err().map(|fault| {
-        format!("examples of {} tokens do not fit on {instance}: {}", task.tokens_max, fault.message)
-    }))
+    match memory::solve(&longest, &machine) {
+        Ok(plan) => Ok((Some(plan), None)),
+        Err(fault) => {
+            let tokens = task.tokens_max;
+            let warning = format!("examples of {tokens} tokens do not fit on {instance}: {}", fault.message);
+            Ok((Some(short), Some(warning)))
+        }
+    }
 }
 
 /// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass
@@ -145,7 +164,15 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
         false => {
             let place = Place::Cpu { threads: 2 };
             let rates = card::cpu_rates(2);
-            let machine = Machine { name: "CPU".into(), place, memory: u64::MAX, taken: 0, rates };
+            let machine = Machine {
+                name: "CPU".into(),
+                place,
+                memory: u64::MAX,
+                taken: 0,
+                rates,
+                ranks: 1,
+                host: None,
+            };
             HOST_BYTES + memory::needed(task, &machine, task.tokens_max, Keep::LayerInputs) as f64
         }
     }

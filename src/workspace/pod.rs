@@ -22,6 +22,7 @@ use super::needs::{Gpus, Needs};
 use super::request::{
     CA_FOLDER, CACHE_FOLDER, CONFIG_FOLDER, DATA_FOLDER, DOCKER_FOLDER, Run, target_modules,
 };
+use super::several;
 use super::templates::config_name;
 use super::{Cloud, Settings};
 use crate::fault::{Fault, Result};
@@ -80,14 +81,17 @@ impl Parts<'_> {
         Container {
             args: Some(self.run.arguments.clone()),
             env: Some(self.environment()),
-            ports: Some(vec![ContainerPort {
-                name: Some("metrics".into()),
-                container_port: PORT,
-                ..ContainerPort::default()
-            }]),
+            ports: Some(self.ports()),
             volume_mounts: Some(mounts),
             ..self.frame.container()
         }
+    }
+
+    fn ports(&self) -> Vec<ContainerPort> {
+        let metrics =
+            ContainerPort { name: Some("metrics".into()), container_port: PORT, ..ContainerPort::default() };
+        let ranks = several::is_set(self.frame.workspace).then(several::port);
+        [metrics].into_iter().chain(ranks).collect()
     }
 
     fn environment(&self) -> Vec<EnvVar> {
@@ -97,7 +101,11 @@ impl Parts<'_> {
             ("HONE_METRICS", format!("0.0.0.0:{PORT}")),
         ];
         texts.extend(target_modules(self.run.preset).map(|names| ("DEFAULT_TARGET_MODULES", names)));
-        self.frame.environment(texts, !self.docker_secrets().is_empty(), self.preset_options())
+        let mut own: Vec<EnvVar> = texts.into_iter().map(variable).collect();
+        if several::is_set(self.frame.workspace) {
+            own.extend(several::environment(self.frame.workspace));
+        }
+        self.frame.environment(own, !self.docker_secrets().is_empty(), self.preset_options())
     }
 
     /// The volumes, each with its mount.
@@ -120,6 +128,9 @@ impl Parts<'_> {
             volumes.push((volume, mount("data-volume", DATA_FOLDER)));
         }
         volumes.extend(self.frame.volumes(self.docker_secrets()));
+        if self.frame.gpus.count > 1 || (self.frame.gpus.count > 0 && several::is_set(self.frame.workspace)) {
+            volumes.push((several::shared_memory(), mount("dshm", several::SHARED_MEMORY)));
+        }
         Ok(volumes)
     }
 
@@ -236,40 +247,39 @@ impl Frame<'_> {
         self.options.image.clone().or_else(|| self.settings.image.clone()).unwrap_or_else(|| default.into())
     }
 
+    /// The device. Training has one process for each GPU, and ends if a GPU is missing; a server has one GPU.
+    fn device(&self) -> (&'static str, String) {
+        match self.gpus.count {
+            0 => ("HONE_DEVICE", "cpu".into()),
+            count if count > 1 && self.workspace.tuning.is_some() => ("HONE_GPUS", count.to_string()),
+            _ => ("HONE_DEVICE", "cuda".into()),
+        }
+    }
+
     /// hone's variables, then the model's token. The user's variables come last and replace hone's.
     pub fn environment(
         &self,
-        own: Vec<(&str, String)>,
+        own: Vec<EnvVar>,
         with_secrets: bool,
         preset: Option<&PresetOptions>,
     ) -> Vec<EnvVar> {
-        let device = if self.gpus.count > 0 { "cuda" } else { "cpu" };
-        let mut texts = vec![
-            ("HONE_LOG", "json".to_owned()),
-            ("HONE_DEVICE", device.into()),
-            ("HONE_CACHE", CACHE_FOLDER.into()),
-        ];
-        texts.extend(own);
+        let first = [("HONE_LOG", "json".to_owned()), self.device(), ("HONE_CACHE", CACHE_FOLDER.into())];
+        let mut variables: Vec<EnvVar> = first.into_iter().map(variable).chain(own).collect();
         if with_secrets {
-            texts.push(("HONE_DOCKER_CONFIG", DOCKER_FOLDER.into()));
+            variables.push(variable(("HONE_DOCKER_CONFIG", DOCKER_FOLDER.into())));
         }
         if self.options.ca_config_map.is_some() {
-            texts.push(("HONE_CA_FILE", format!("{CA_FOLDER}/ca.crt")));
+            variables.push(variable(("HONE_CA_FILE", format!("{CA_FOLDER}/ca.crt"))));
         }
-        let text = |(name, value): (&str, String)| EnvVar {
-            name: name.into(),
-            value: Some(value),
-            value_from: None,
-        };
-        let mut variables: Vec<EnvVar> = texts.into_iter().map(text).collect();
         let token = preset.map(|options| options.model_access_secret.clone());
         variables.extend(
             token
                 .filter(|secret| !secret.is_empty())
                 .map(|secret| secret_variable(TOKEN_KEY.into(), secret, TOKEN_KEY.into())),
         );
-        let own = |variable: &EnvVar| self.options.env.iter().any(|theirs| theirs.name == variable.name);
-        variables.retain(|variable| !own(variable));
+        let is_theirs =
+            |variable: &EnvVar| self.options.env.iter().any(|theirs| theirs.name == variable.name);
+        variables.retain(|variable| !is_theirs(variable));
         variables.extend(self.options.env.iter().cloned());
         variables
     }
@@ -356,6 +366,10 @@ impl Frame<'_> {
         };
         Some(Affinity { node_affinity: Some(node), ..Affinity::default() })
     }
+}
+
+fn variable((name, value): (&str, String)) -> EnvVar {
+    EnvVar { name: name.into(), value: Some(value), value_from: None }
 }
 
 pub(super) fn read_only(name: &str, path: &str) -> VolumeMount {

@@ -1,4 +1,5 @@
-//! A Workspace and its configuration -> the Job, and a default ConfigMap if none is named.
+//! A Workspace and its configuration -> the Job, a default ConfigMap if none is named, and a Service if the Job has
+//! several nodes.
 
 use std::collections::BTreeMap;
 
@@ -6,18 +7,20 @@ use k8s_openapi::api::batch::v1::{
     Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement,
     PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
 };
-use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec, Service};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::json;
 
 use super::annotations::{self, Options};
-use super::kind::{GROUP, KIND, VERSIONS, Workspace};
+use super::kind::Workspace;
+use super::marks::{labels, owner};
 use super::needs;
 use super::pod::{Frame, Parts};
 use super::request;
+use super::several;
 use super::templates::{self, Method};
 use super::validate;
-use super::{MANAGED_BY, MANAGER, REVISION, Settings, WORKSPACE_LABEL};
+use super::{REVISION, Settings};
 use crate::facts::Quantization;
 use crate::fault::{Fault, Kind, Result};
 use crate::source;
@@ -44,6 +47,8 @@ pub struct Asked<'a> {
 pub struct Rendered {
     /// The default configuration if the Workspace names none and none was given.
     pub config_map: Option<ConfigMap>,
+    /// The Service of a Job on several nodes. It is applied before the Job, whose pods look for each other at once.
+    pub service: Option<Service>,
     /// The Job to apply.
     pub job: Job,
     /// Warnings; the Job can run all the same.
@@ -67,8 +72,10 @@ pub fn render(asked: &Asked) -> Result<Rendered> {
     let frame = Frame { workspace, options: &options, settings: asked.settings, gpus, needs: &needs };
     let parts = Parts { frame, run: &run };
     let job = Job { metadata: metadata(asked, &options), spec: Some(spec(&parts)?), status: None };
-    let warnings = run.plan.warnings.iter().chain(&needs.warnings).cloned().collect();
-    Ok(Rendered { config_map, job, warnings })
+    let mut warnings: Vec<String> = run.plan.warnings.iter().chain(&needs.warnings).cloned().collect();
+    warnings.extend(several::warnings(workspace, &options));
+    let service = several::is_set(workspace).then(|| several::service(workspace));
+    Ok(Rendered { config_map, service, job, warnings })
 }
 
 /// The hash of a Job's inputs: other inputs need another Job.
@@ -137,25 +144,6 @@ fn metadata(asked: &Asked, options: &Options) -> ObjectMeta {
     }
 }
 
-pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
-    BTreeMap::from([
-        (WORKSPACE_LABEL.to_owned(), workspace.name().to_owned()),
-        (MANAGED_BY.to_owned(), MANAGER.to_owned()),
-    ])
-}
-
-/// The owner reference of the Workspace's objects, which are deleted with it. A Workspace without a uid owns nothing.
-pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
-    Some(OwnerReference {
-        api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),
-        kind: KIND.into(),
-        name: workspace.name().into(),
-        uid: workspace.metadata.uid.clone()?,
-        controller: Some(true),
-        block_owner_deletion: Some(true),
-    })
-}
-
 fn spec(parts: &Parts) -> Result<JobSpec> {
     let options = parts.frame.options;
     let mut pod_labels = labels(parts.frame.workspace);
@@ -167,8 +155,9 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
         metadata: Some(ObjectMeta { labels: Some(pod_labels), ..ObjectMeta::default() }),
         spec: Some(parts.pod()?),
     };
-    Ok(JobSpec {
-        backoff_limit: Some(options.retries.unwrap_or(RETRIES)),
+    let retries = options.retries.unwrap_or(RETRIES);
+    let spec = JobSpec {
+        backoff_limit: Some(retries),
         pod_failure_policy: Some(failure_policy(parts.frame.workspace.name())),
         active_deadline_seconds: options.deadline_seconds,
         ttl_seconds_after_finished: options.ttl_seconds,
@@ -176,6 +165,10 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
         suspend: options.queue_name.as_ref().map(|_| true),
         template,
         ..JobSpec::default()
+    };
+    Ok(match several::is_set(parts.frame.workspace) {
+        true => several::indexed(parts.frame.workspace, retries, spec),
+        false => spec,
     })
 }
 

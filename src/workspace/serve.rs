@@ -22,9 +22,9 @@ use serde_json::{Value, json};
 use super::annotations::{self, Options};
 use super::inference;
 use super::kind::{Adapter, Inference, PresetOptions, Workspace};
+use super::marks::{labels, owner};
 use super::needs::{self, Needs};
 use super::pod::{self, Frame, PORT};
-use super::render::{labels, owner};
 use super::{Settings, WORKSPACE_LABEL, validate};
 use crate::facts::presets::{self, Preset};
 use crate::facts::shapes;
@@ -100,6 +100,13 @@ pub fn serve(asked: &Asked) -> Result<Served> {
     let name = inference.preset.as_ref().map(|preset| preset.name.as_str()).unwrap_or_default();
     let preset = presets::find(name).ok();
     let mut warnings = needs::gpu_warnings(workspace, gpus);
+    if gpus.count > 1 {
+        warnings.push(format!(
+            "{} GPUs are reserved and a server uses one: hone.sh/gpus: \"1\" leaves the others free for more servers \
+             (resource.count), a smaller instanceType costs less",
+            gpus.count
+        ));
+    }
     let needs = what_it_needs(workspace, preset, &options, gpus.card)?;
     let config = config(asked, inference)?;
     let mut config = config;

@@ -37,6 +37,8 @@ pub struct Options {
     pub config: Option<String>,
     /// Instance type of the node.
     pub instance: Option<String>,
+    /// Number of nodes that train together; unset: one.
+    pub nodes: Option<i32>,
     /// `key=value`.
     pub labels: Vec<String>,
     /// `name=value`, of `hone.sh/`.
@@ -77,6 +79,7 @@ pub fn workspace(options: &Options) -> Result<Workspace> {
             ..ObjectMeta::default()
         },
         resource: Resource {
+            count: options.nodes,
             instance_type: options.instance.clone().unwrap_or_default(),
             label_selector: Some(LabelSelector { match_labels: Some(labels), ..LabelSelector::default() }),
             ..Resource::default()

@@ -10,6 +10,7 @@ use url::{Host, Url};
 use super::annotations::object_name;
 use super::kind::{Destination, Inference, Preset, Resource, Source, Tuning, Workspace};
 use super::pod;
+use super::several;
 use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::Result;
@@ -19,6 +20,9 @@ use crate::spec::{Mistakes, Origin};
 
 /// Schemes of data beside http and https.
 const PLACES: [&str; 5] = ["hf", "s3", "gs", "az", "oci"];
+
+/// LIMIT: nodes of a Workspace. A larger number is a typing error.
+const NODES_MAX: i32 = 100;
 
 /// Names that lead to the machine itself or to a cloud's metadata.
 const HOSTS_REFUSED: [&str; 4] =
@@ -70,32 +74,34 @@ impl Rules {
             }
             (None, Some(tuning)) => {
                 self.resource(&workspace.resource);
+                if several::is_set(workspace) {
+                    self.name_of_a_service(name, "trains on several nodes");
+                }
                 self.tuning(tuning, own_model);
             }
             (Some(inference), None) => {
-                self.name_that_serves(name);
+                self.name_of_a_service(name, "serves");
                 self.resource_that_serves(&workspace.resource);
                 self.inference(inference, own_model);
             }
         }
     }
 
-    /// The name is that of a Service and of a StatefulSet too. Kubernetes refuses Services that begin with a digit, and
-    /// cannot make the pods of a set with a longer name.
-    fn name_that_serves(&mut self, name: &str) {
+    /// A Service, and pods with a number behind it, have the name too. Kubernetes refuses Services that begin with a
+    /// digit, and cannot create such pods if the name is longer.
+    fn name_of_a_service(&mut self, name: &str, does: &str) {
         const LENGTH_MAX: usize = 52;
         if name.len() > LENGTH_MAX || name.starts_with(|c: char| c.is_ascii_digit()) {
             self.wrong(
                 "metadata.name",
-                format!("a Workspace that serves needs a letter first and at most {LENGTH_MAX} characters, found {name:?}"),
+                format!("a Workspace that {does} needs a letter first and at most {LENGTH_MAX} characters, found {name:?}"),
             );
         }
     }
 
     fn resource_that_serves(&mut self, resource: &Resource) {
-        const REPLICAS_MAX: i32 = 100;
-        if let Some(count) = resource.count.filter(|count| !(1..=REPLICAS_MAX).contains(count)) {
-            self.wrong("resource.count", format!("expected 1 to {REPLICAS_MAX} servers, found {count}"));
+        if let Some(count) = resource.count.filter(|count| !(1..=NODES_MAX).contains(count)) {
+            self.wrong("resource.count", format!("expected 1 to {NODES_MAX} servers, found {count}"));
         }
         if resource.partition.is_some() {
             self.wrong("resource.partition", "a part of a GPU cannot serve; remove it");
@@ -161,8 +167,8 @@ impl Rules {
     }
 
     fn resource(&mut self, resource: &Resource) {
-        if let Some(count) = resource.count.filter(|count| *count != 1) {
-            self.wrong("resource.count", format!("tuning runs on one node, found {count}"));
+        if let Some(count) = resource.count.filter(|count| !(1..=NODES_MAX).contains(count)) {
+            self.wrong("resource.count", format!("expected 1 to {NODES_MAX} nodes, found {count}"));
         }
         if resource.partition.is_some() {
             self.wrong("resource.partition", "a part of a GPU cannot tune; remove it");
@@ -622,7 +628,14 @@ mod tests {
     #[test]
     fn resources_and_names() {
         assert_eq!(told(&[("resource.count", json!(1))]), "valid");
-        check(&[("resource.count", json!(2))], expect!["resource.count: tuning runs on one node, found 2"]);
+        assert_eq!(told(&[("resource.count", json!(8))]), "valid");
+        check(&[("resource.count", json!(0))], expect!["resource.count: expected 1 to 100 nodes, found 0"]);
+        let long = format!("a{}", "b".repeat(52));
+        assert_eq!(told(&[("metadata.name", json!(long))]), "valid");
+        for name in [long.as_str(), "1a"] {
+            let refused = told(&[("resource.count", json!(2)), ("metadata.name", json!(name))]);
+            assert!(refused.contains("trains on several nodes needs a letter first"), "{refused}");
+        }
         check(
             &[("resource.partition", json!({"mode": "mig"}))],
             expect!["resource.partition: a part of a GPU cannot tune; remove it"],
@@ -740,14 +753,14 @@ mod tests {
         check(
             &[
                 ("metadata.name", json!("A")),
-                ("resource.count", json!(3)),
+                ("resource.count", json!(101)),
                 ("tuning.method", json!("x")),
                 ("tuning.input", json!({})),
             ],
             expect![[r#"
                 4 mistakes in the Workspace
                   metadata.name: expected up to 63 of a-z, 0-9 and -, with a letter or digit at both ends, found "A"
-                  resource.count: tuning runs on one node, found 3
+                  resource.count: expected 1 to 100 nodes, found 101
                   tuning.method: expected lora or qlora, found "x"
                   tuning.input: exactly one of urls, image and volumeSource must be given"#]],
         );

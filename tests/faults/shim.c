@@ -11,6 +11,9 @@
  * would have slept passes on its clocks at once. FAULT_JUMP=SECONDS sets the time of day off by so much from the
  * hundredth look on.
  *
+ * Other ranks: with FAULT_RANK=N, the process of that rank counts what it sends to others, and is killed before the send
+ * number FAULT_SEND. The count is written to the file FAULT_SENDS at the end.
+ *
  * FAULT_QUICK: nothing waits for the disk, and the program cannot read its own file, so that it does not hash it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -24,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -183,6 +187,24 @@ int rmdir(const char *path) {
     JUDGED(1, real(path))
 }
 
+/* ---- other ranks ---- */
+
+static atomic_long sends;
+
+static int is_rank(void) {
+    static int known = -1;
+    const char *wanted = getenv("FAULT_RANK"), *rank = getenv("HONE_RANK");
+    if (known < 0) known = wanted && rank && !strcmp(wanted, rank);
+    return known;
+}
+
+ssize_t send(int socket, const void *bytes, size_t count, int flags) {
+    REAL(ssize_t, "send", int, const void *, size_t, int);
+    const char *at = getenv("FAULT_SEND");
+    if (is_rank() && atomic_fetch_add(&sends, 1) + 1 == (at ? atol(at) : 0)) die();
+    return real(socket, bytes, count, flags);
+}
+
 /* ---- the clock ---- */
 
 /* The network gets so long for each wait: one of the process's own second takes a few tens of milliseconds. */
@@ -264,4 +286,7 @@ __attribute__((destructor)) static void tell(void) {
     const char *path = getenv("FAULT_COUNT");
     FILE *file = path ? fopen(path, "w") : 0;
     if (file) fprintf(file, "%ld %ld", atomic_load(&calls), atomic_load(&reads)), fclose(file);
+    path = is_rank() ? getenv("FAULT_SENDS") : 0;
+    file = path ? fopen(path, "w") : 0;
+    if (file) fprintf(file, "%ld\n", atomic_load(&sends)), fclose(file);
 }

@@ -144,15 +144,44 @@ fn job(old: Option<&Value>, new: &Value) -> Result<(), String> {
     if new["metadata"]["name"].as_str().is_some_and(|name| name.len() > 63) {
         return Err("metadata.name: Invalid value: must be no more than 63 characters".into());
     }
+    indexed(new)?;
     let waits = old.is_some_and(|old| old["spec"]["suspend"] == true && old["status"]["startTime"].is_null());
-    let fixed: [&[&str]; 4] = [
+    let fixed: [&[&str]; 6] = [
         &["spec", "podFailurePolicy"],
+        &["spec", "successPolicy"],
+        &["spec", "backoffLimitPerIndex"],
         &["spec", "completionMode"],
         &["spec", "selector"],
         &["spec", "completions"],
     ];
     same(old, new, &fixed, "field is immutable")?;
     if waits { Ok(()) } else { same(old, new, &[&["spec", "template"]], "field is immutable") }
+}
+
+/// What only an Indexed Job may have, and what its pods' names must be.
+fn indexed(new: &Value) -> Result<(), String> {
+    let spec = &new["spec"];
+    if spec["completionMode"] != "Indexed" {
+        let only = ["backoffLimitPerIndex", "maxFailedIndexes", "successPolicy"];
+        return match only.into_iter().find(|field| !spec[*field].is_null()) {
+            Some(field) => Err(format!("spec.{field}: Invalid value: requires indexed completion mode")),
+            None => Ok(()),
+        };
+    }
+    let Some(count) = spec["completions"].as_u64() else {
+        return Err("spec.completions: Required value: when completion mode is Indexed".into());
+    };
+    if !spec["maxFailedIndexes"].is_null() && spec["backoffLimitPerIndex"].is_null() {
+        return Err("spec.backoffLimitPerIndex: Required value: when maxFailedIndexes is specified".into());
+    }
+    let last =
+        format!("{}-{}", new["metadata"]["name"].as_str().unwrap_or_default(), count.saturating_sub(1));
+    if last.len() > 63 {
+        return Err(format!(
+            "metadata.name: Invalid value: will not able to create pod with invalid DNS label: {last}"
+        ));
+    }
+    Ok(())
 }
 
 fn stateful_set(old: Option<&Value>, new: &Value) -> Result<(), String> {

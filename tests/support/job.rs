@@ -137,6 +137,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// Its number.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: i32) {
         let process = i32::try_from(self.child.id()).unwrap();
         // SAFETY: this is a plain system call; the child has not been waited for, so its number is still its own.

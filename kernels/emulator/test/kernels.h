@@ -16,6 +16,18 @@ extern "C" __global__ void block_total(const float* x, float* y, int barriers) {
     }
 }
 
+// Sums and maxima of warps, each also written out as the shuffles that the device makes; the last lanes of the block may be
+// missing. Counts the bits in which they differ.
+extern "C" __global__ void merged(const float* x, unsigned* different) {
+    float sum = x[threadIdx.x], largest = sum;
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    }
+    const unsigned bits = __float_as_uint(sum) ^ __float_as_uint(warp_sum(x[threadIdx.x]));
+    different[threadIdx.x] = __popc(bits | (__float_as_uint(largest) ^ __float_as_uint(warp_max(x[threadIdx.x]))));
+}
+
 // Neighbours exchange values through shared memory, inside their warp.
 extern "C" __global__ void neighbours(float* x, int synchronize) {
     SHARED_ARRAY(float, values, 128);

@@ -17,6 +17,7 @@
 #include "kernels.h"
 
 EMULATED_KERNEL(block_total);
+EMULATED_KERNEL(merged);
 EMULATED_KERNEL(neighbours);
 EMULATED_KERNEL(divergent);
 EMULATED_KERNEL(partial_shuffle);
@@ -103,6 +104,20 @@ bool total(int order, int barriers) {
     return y[0] == 256.f && y[1] == 256.f;
 }
 
+// Whether sums and maxima are those of shuffles, to the last bit, in whole warps and one that is not whole.
+bool merges(int order) {
+    std::vector<float> x(96);
+    for (int i = 0; i < 96; ++i) x[i] = sinf(1.7f * i) * powf(10.f, (float)(i % 9 - 4));
+    for (unsigned threads : {96u, 75u}) {
+        std::vector<unsigned> different(threads, 1);
+        launch("merged", 1, threads, 0, order, (const float*)x.data(), different.data());
+        for (unsigned i = 0; i < threads; ++i) {
+            if (different[i] != 0) return false;
+        }
+    }
+    return true;
+}
+
 bool trade(int order, int synchronize) {
     std::vector<float> x(128);
     for (int i = 0; i < 128; ++i) x[i] = (float)i;
@@ -155,6 +170,7 @@ int main() {
     faulty("a sum without its first barrier", races, "a race", [](int order) { return total(order, 2); });
     faulty("a sum without its second barrier", any, "", [](int order) { return total(order, 1); });
     faulty("a sum without its second barrier", races, "kernels.h:", [](int order) { return total(order, 1); });
+    right("sums of a warp in one step", merges);
     right("a trade between neighbours", [](int order) { return trade(order, 1); });
     faulty("a trade without __syncwarp", any, "", [](int order) { return trade(order, 0); });
 

@@ -19,6 +19,7 @@ use crate::ops::cpu::{self, Real, View};
 use crate::ops::rope::{self, Angles, Direction};
 use crate::with_real;
 
+mod eight_bits;
 #[cfg(feature = "cuda")]
 mod gpu;
 
@@ -70,30 +71,33 @@ pub struct Store {
 }
 
 enum Values {
-    /// On a GPU, f32 or bf16.
+    /// On a GPU: f32, bf16, or the bytes of numbers in 8 bits.
     #[cfg(feature = "cuda")]
     There(Tensor),
     F32(Vec<f32>),
     F64(Vec<f64>),
     Bf16(Vec<bf16>),
+    EightBits(Vec<u8>),
 }
 
 impl Values {
     fn new(length: usize, dtype: DType, device: &Device) -> Result<Values> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            return Ok(Values::There(crate::ops::unwritten(length, dtype, device)?));
+            let bytes = if dtype == DType::F8E4M3 { DType::U8 } else { dtype };
+            return Ok(Values::There(crate::ops::unwritten(length, bytes, device)?));
         }
         assert!(device.is_cpu(), "a cache on a device without kernels");
         Ok(match dtype {
             DType::F32 => Values::F32(vec![0.0; length]),
             DType::F64 => Values::F64(vec![0.0; length]),
             DType::BF16 => Values::Bf16(vec![0u16; length].reinterpret_into()),
-            other => bail!("a cache of {other:?}; expected f32 or bf16"),
+            DType::F8E4M3 => Values::EightBits(vec![0; length]),
+            other => bail!("a cache of {other:?}; expected f32, bf16 or 8 bits"),
         })
     }
 
-    /// The values of a range; bf16 ones are widened into `scratch`.
+    /// The values of a range; those in fewer bits are widened into `scratch`.
     fn read<'a, T: Real>(&'a self, range: Range<usize>, scratch: &'a mut Vec<T>) -> Result<&'a [T]> {
         let same: Option<&Vec<T>> = match self {
             Values::F32(data) => (data as &dyn Any).downcast_ref(),
@@ -101,6 +105,11 @@ impl Values {
             Values::Bf16(data) => {
                 scratch.clear();
                 scratch.extend(data[range].iter().map(|value| T::widen(*value)));
+                return Ok(scratch);
+            }
+            Values::EightBits(data) => {
+                scratch.clear();
+                scratch.extend(data[range].iter().map(|value| eight_bits::widen::<T>(*value)));
                 return Ok(scratch);
             }
             #[cfg(feature = "cuda")]
@@ -120,6 +129,12 @@ impl Values {
                 let target = data[at..at + values.len()].iter_mut();
                 // By way of f32: `from_f64` drops the lower half of a number before it rounds.
                 let round = |value: &T| bf16::from_f32(value.wide() as f32);
+                target.zip(values).for_each(|(target, value)| *target = round(value));
+                return Ok(());
+            }
+            Values::EightBits(data) => {
+                let target = data[at..at + values.len()].iter_mut();
+                let round = |value: &T| eight_bits::narrow(value.wide() as f32);
                 target.zip(values).for_each(|(target, value)| *target = round(value));
                 return Ok(());
             }
@@ -402,9 +417,9 @@ mod tests {
         Ok(())
     }
 
-    /// bf16 pages round keys and values once, and nothing else.
+    /// Narrow pages round keys and values once, and nothing else.
     #[test]
-    fn a_store_in_bf16_rounds_what_it_keeps() -> Result<()> {
+    fn a_store_of_fewer_bits_rounds_what_it_keeps() -> Result<()> {
         let heads = heads(2, 1, None, None, Layout::Blocked);
         let qkv = judge::random((40, heads.columns()), 3)?.to_dtype(DType::F32)?;
         let segments = [Segment { rows: 0..40, start: 0, pages: vec![1, 0] }];
@@ -415,9 +430,16 @@ mod tests {
             forward(qkv, &heads, &store, &segments, Precision::F32)
         };
         let (query, rest) = (qkv.narrow(1, 0, 12)?, qkv.narrow(1, 12, 12)?);
-        let rounded = rest.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
-        let rounded = Tensor::cat(&[query, rounded], 1)?.contiguous()?;
-        judge::same(&attended(&qkv, DType::BF16)?, &attended(&rounded, DType::F32)?, 0.0)
+        let eight = |value: f32| eight_bits::widen::<f32>(eight_bits::narrow(value));
+        let eight = rest.contiguous()?.flatten_all()?.to_vec1::<f32>()?.into_iter().map(eight).collect();
+        let eight = Tensor::from_vec(eight, rest.dims(), &Device::Cpu)?;
+        for (dtype, rounded) in
+            [(DType::BF16, rest.to_dtype(DType::BF16)?.to_dtype(DType::F32)?), (DType::F8E4M3, eight)]
+        {
+            let rounded = Tensor::cat(&[&query, &rounded], 1)?.contiguous()?;
+            judge::same(&attended(&qkv, dtype)?, &attended(&rounded, DType::F32)?, 0.0)?;
+        }
+        Ok(())
     }
 
     /// Query heads, key heads, width, window, cap, layout.
@@ -444,7 +466,7 @@ mod tests {
             for (query, key, width, window, softcap, layout) in GPU_CASES {
                 let scale = (width as f64).powf(-0.5);
                 let heads = Heads { query, key, width, scale, window, softcap, layout };
-                for cache in [gpu.dtype, DType::BF16] {
+                for cache in [gpu.dtype, DType::BF16, DType::F8E4M3] {
                     check(gpu, &heads, cache)?;
                 }
             }
@@ -454,7 +476,7 @@ mod tests {
 
     fn check(gpu: &judge::Gpu, heads: &Heads, cache: DType) -> Result<()> {
         let pages = [vec![6u32, 0, 3, 9, 1, 11], vec![2, 8, 4], vec![5], vec![12, 10, 7]];
-        let host = if cache == DType::BF16 { DType::BF16 } else { DType::F64 };
+        let host = if cache == DType::F32 { DType::F64 } else { cache };
         let mut stores = (
             Store::new(13, heads, cache, &gpu.device)?,
             Store::new(13, heads, cache, &gpu.device)?,

@@ -47,7 +47,7 @@ pub fn open(number: usize) -> Result<Device> {
 }
 
 /// Refuses a GPU that is missing or too old, or whose driver is.
-fn usable(number: usize) -> Result<()> {
+pub fn usable(number: usize) -> Result<()> {
     // Another node may have the GPU that is missing here; an old one stays old.
     let refuse = |kind, message: String, help: &str| Err(Fault::new(kind, message).help(help.to_owned()));
     if let Err(error) = result::init() {

@@ -1,11 +1,14 @@
 //! One-element tensors of a device -> numbers on the host, while the device goes on working: the copies are queued
 //! behind the kernels that compute the numbers, and are read later.
 
-use std::ffi::c_void;
-
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaEvent, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, sys};
 use candle_core::{DType, Result, Tensor, bail};
+
+use super::pinned::Pinned;
+
+/// Bytes for a number.
+const SLOT: usize = 8;
 
 /// Eight bytes per number in host memory that the device writes to directly, and the event that marks the copies as
 /// done.
@@ -23,7 +26,7 @@ impl Late {
         let Some(first) = tensors.first() else { bail!("no number lies on a device") };
         let stream = super::device(first)?.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        let memory = Pinned::new(8 * tensors.len())?;
+        let memory = Pinned::new(SLOT * tensors.len())?;
         for (i, tensor) in tensors.iter().enumerate() {
             let bytes = match (tensor.elem_count(), tensor.dtype()) {
                 (1, DType::F64) => 8,
@@ -34,7 +37,7 @@ impl Late {
             // event before it reads or frees it; the source is one element of a live tensor.
             unsafe {
                 sys::cuMemcpyDtoHAsync_v2(
-                    memory.slot(i).cast(),
+                    memory.at(SLOT * i).cast(),
                     super::address(tensor, 0)?,
                     bytes,
                     stream.cu_stream(),
@@ -53,9 +56,9 @@ impl Late {
         self.arrived = true;
         let value = |(i, tensor): (usize, &Tensor)| match tensor.dtype() {
             // SAFETY: the event has passed, so the slot holds the number.
-            DType::F64 => unsafe { self.memory.slot(i).cast::<f64>().read() },
+            DType::F64 => unsafe { self.memory.at(SLOT * i).cast::<f64>().read() },
             // SAFETY: as above.
-            _ => unsafe { f64::from(self.memory.slot(i).cast::<f32>().read()) },
+            _ => unsafe { f64::from(self.memory.at(SLOT * i).cast::<f32>().read()) },
         };
         Ok(self.tensors.iter().enumerate().map(value).collect())
     }
@@ -67,27 +70,5 @@ impl Drop for Late {
         if !self.arrived {
             let _ = self.event.synchronize();
         }
-    }
-}
-
-/// Pinned host memory. A copy to it needs no staging, so queueing the copy does not wait.
-struct Pinned(*mut c_void);
-
-impl Pinned {
-    fn new(bytes: usize) -> Result<Pinned> {
-        // SAFETY: freed once, by `drop`.
-        Ok(Pinned(unsafe { result::malloc_host(bytes, 0) }.w()?))
-    }
-
-    /// The i-th eight bytes. They are aligned, because the driver allocates whole pages.
-    fn slot(&self, i: usize) -> *mut u8 {
-        self.0.cast::<u8>().wrapping_add(8 * i)
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // SAFETY: it came from `malloc_host` and nothing refers to it any more.
-        let _ = unsafe { result::free_host(self.0) };
     }
 }

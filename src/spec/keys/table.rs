@@ -43,7 +43,7 @@ const OPTIMIZERS: &[&str] = &[
 const LOCAL_MODEL: &str =
     "`model` says where the model comes from, with its revision: a folder, or hf://OWNER/NAME@REVISION";
 const TORCH: &str = "this is a switch of PyTorch or its libraries";
-const ONE_PROCESS: &str = "one process trains on one device";
+const RANKS: &str = "`gpus` and `ranks` say which processes train together, and hone divides the work itself";
 const SHARDED: &str = "one device holds the model; remove the key";
 const NO_WORKERS: &str =
     "tokens are made before training starts and read ahead of each step; there are no loader workers";
@@ -86,7 +86,10 @@ pub(super) const TABLE: &[Key] = &[
     Key::used(H, "pushgateway", Text, "", "Address of a Prometheus pushgateway that gets the newest metrics: http://HOST:9091."),
     Key::used(H, "otlp", Text, "", "Address of an OpenTelemetry receiver that gets metrics by OTLP over HTTP, in JSON: http://HOST:4318; unset: OTEL_EXPORTER_OTLP_ENDPOINT."),
     Key::used(H, "device", Text, "auto", "Device to train on: auto, cpu, cuda or cuda:N."),
+    Key::used(H, "gpus", Text, "", "GPUs to train on, one process for each: all, a number of GPUs, or their numbers such as `0,2`. Unset: all that there are, if `device` is auto. The result does not depend on their number beyond the rounding of sums."),
+    Key::used(H, "ranks", integer(1), "", "Processes that train together on this machine; unset: one for each GPU, or one on a CPU."),
     Key::used(H, "keep", choice(&["auto", "everything", "without-gate-up", "attention-output", "layer-inputs", "host-inputs"]), "auto", "How much each layer keeps for the backward pass, from the most memory to the least. auto: as much as memory allows, decided layer by layer."),
+    Key::used(H, "residency", choice(&["auto", "resident", "shared", "streamed"]), "auto", "Where the 4-bit weights of the layers lie in training. resident: on the GPU. shared: each rank holds an equal piece of each layer, and the ranks gather a layer before it computes. streamed: in page-locked host memory, copied to the GPU layer by layer. auto: the first of these that fits. Results have the same bits in every case."),
     Key::used(H, "memory_max", Text, "", "Upper limit of the memory to use: `20GiB`, bytes, or a share of the free memory; unset: 0.96 of a GPU's free memory, or 0.9 of what the machine or the container has free."),
     Key::used(H, "pass_tokens_max", integer(1), "", "Upper limit of the tokens in one pass; unset: 4096 or the longest example, and less if memory requires it. It does not change the result."),
     Key::used(H, "cache", Path, "", "Folder of finished and partial downloads, and of fetched models; unset: hone in the user's cache folder."),
@@ -230,8 +233,8 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "logging_nan_inf_filter", Boolean, "true", "NaN and infinity end the run"),
     Key::idle(T, "logging_first_step", Boolean, "false", "logging_steps decides"),
     Key::idle(T, "log_level", Text, "passive", "--log and -q choose what is shown"),
-    Key::idle(T, "log_level_replica", Text, "warning", ONE_PROCESS),
-    Key::idle(T, "log_on_each_node", Boolean, "true", ONE_PROCESS),
+    Key::idle(T, "log_level_replica", Text, "warning", RANKS),
+    Key::idle(T, "log_on_each_node", Boolean, "true", RANKS),
     Key::idle(T, "disable_tqdm", Boolean, "", "--log chooses between bars and lines"),
     Key::idle(T, "include_num_input_tokens_seen", Text, "no", "num_tokens is always logged"),
     Key::idle(T, "include_for_metrics", Texts, "", "evaluation gives eval_loss only"),
@@ -243,13 +246,13 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "prediction_loss_only", Boolean, "false", "evaluation gives eval_loss only"),
     Key::idle(T, "eval_accumulation_steps", integer(1), "", "evaluation gives eval_loss only"),
     Key::idle(T, "eval_do_concat_batches", Boolean, "true", "evaluation gives eval_loss only"),
-    Key::idle(T, "eval_use_gather_object", Boolean, "false", ONE_PROCESS),
+    Key::idle(T, "eval_use_gather_object", Boolean, "false", RANKS),
     Key::idle(T, "batch_eval_metrics", Boolean, "false", "evaluation gives eval_loss only"),
     Key::idle(T, "bf16_full_eval", Boolean, "false", "evaluation computes as training does"),
     Key::idle(T, "fp16_full_eval", Boolean, "false", "evaluation computes as training does"),
     Key::idle(T, "eval_packing", Boolean, "", "packing gives the same loss"),
     Key::idle(T, "save_only_model", Boolean, "false", "a checkpoint holds what resuming needs, which is small"),
-    Key::idle(T, "save_on_each_node", Boolean, "false", ONE_PROCESS),
+    Key::idle(T, "save_on_each_node", Boolean, "false", RANKS),
     Key::idle(T, "enable_jit_checkpoint", Boolean, "false", "a signal always writes a checkpoint if there is time"),
     Key::idle(T, "resume_from_checkpoint", Text, "", "a run continues by itself from its own output folder"),
     Key::idle(T, "restore_callback_states_from_checkpoint", Boolean, "false", "there are no callbacks"),
@@ -286,13 +289,13 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "do_train", Boolean, "false", "`hone run` trains"),
     Key::idle(T, "do_eval", Boolean, "false", "eval_strategy decides"),
     Key::idle(T, "do_predict", Boolean, "false", "`hone run` trains"),
-    Key::idle(T, "local_rank", integer(-1), "-1", ONE_PROCESS),
-    Key::idle(T, "ddp_find_unused_parameters", Boolean, "", ONE_PROCESS),
-    Key::idle(T, "ddp_bucket_cap_mb", integer(1), "", ONE_PROCESS),
-    Key::idle(T, "ddp_broadcast_buffers", Boolean, "", ONE_PROCESS),
-    Key::idle(T, "ddp_static_graph", Boolean, "", ONE_PROCESS),
-    Key::idle(T, "ddp_backend", Text, "", ONE_PROCESS),
-    Key::idle(T, "ddp_timeout", integer(0), "1800", ONE_PROCESS),
+    Key::idle(T, "local_rank", integer(-1), "-1", RANKS),
+    Key::idle(T, "ddp_find_unused_parameters", Boolean, "", RANKS),
+    Key::idle(T, "ddp_bucket_cap_mb", integer(1), "", RANKS),
+    Key::idle(T, "ddp_broadcast_buffers", Boolean, "", RANKS),
+    Key::idle(T, "ddp_static_graph", Boolean, "", RANKS),
+    Key::idle(T, "ddp_backend", Text, "", RANKS),
+    Key::idle(T, "ddp_timeout", integer(0), "1800", RANKS),
 
     // The same, refused unless they ask for what happens anyway.
     Key::refused(T, "optim_args", Text, "", "AdamW's settings are adam_beta1, adam_beta2, adam_epsilon and weight_decay"),

@@ -157,10 +157,11 @@ fn tensors(store: &Store) -> Result<(&Tensor, &Tensor)> {
     }
 }
 
-/// `cached_{name}_{type of the cache}_{type of the activations}`.
+/// `cached_{name}_{type of the cache}_{type of the activations}`. A cache in 8 bits lies there as bytes.
 fn launch<'a>(qkv: &'a Tensor, store: &Store, name: &str) -> Result<Launch<'a>> {
     let (keys, _) = tensors(store)?;
-    Launch::new(qkv, "cached", &format!("{name}_{}", cuda::suffix(keys.dtype())?))
+    let cache = if keys.dtype() == DType::U8 { "fp8" } else { cuda::suffix(keys.dtype())? };
+    Launch::new(qkv, "cached", &format!("{name}_{cache}"))
 }
 
 /// Whether every head of every row begins and ends at a multiple of eight values.

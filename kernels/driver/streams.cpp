@@ -1,0 +1,135 @@
+// The order of work between streams, as vector clocks: each stream knows how much of every other stream's work lies before its own.
+#include "streams.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <vector>
+
+namespace fake {
+
+struct Late {
+    Address to;
+    size_t bytes;
+    bool torn;
+    std::function<void()> work;
+};
+
+struct Stream {
+    Moment before;  // its own entry counts its work
+    std::deque<Late> late;
+    uint64_t queued = 0, done = 0;
+};
+
+namespace {
+
+std::vector<std::unique_ptr<Stream>>& streams() {
+    static std::vector<std::unique_ptr<Stream>> all;
+    return all;
+}
+// What the host has waited for lies before all that it starts later.
+Moment host;
+// The last work of each stream that used an allocation.
+std::map<Address, Moment> uses;
+
+Stream& find(void* stream) {
+    static Stream first;  // the stream without a handle
+    return stream == nullptr ? first : *static_cast<Stream*>(stream);
+}
+
+void join(Moment& to, const Moment& from) {
+    for (const auto& [stream, work] : from) to[stream] = std::max(to[stream], work);
+}
+
+void finish(Stream& stream, uint64_t until) {
+    while (stream.done < until && !stream.late.empty()) {
+        const Late late = stream.late.front();
+        stream.late.pop_front();
+        ++stream.done;
+        late.work();
+        if (late.torn) memset(reinterpret_cast<void*>(late.to), 0xff, late.bytes);
+    }
+}
+
+bool is_ordered(const Stream& stream, Address to) {
+    const auto found = uses.find(allocation_of(to));
+    if (found == uses.end()) return true;
+    return std::all_of(found->second.begin(), found->second.end(), [&](const auto& use) {
+        const auto known = stream.before.find(use.first);
+        return use.first == &stream || (known != stream.before.end() && known->second >= use.second);
+    });
+}
+
+}  // namespace
+
+void* create_stream() {
+    streams().push_back(std::make_unique<Stream>());
+    streams().back()->before = host;
+    return streams().back().get();
+}
+
+// Its moments stay in other streams' clocks, so the stream itself stays too.
+void destroy_stream(void* stream) {
+    if (stream != nullptr) finish(find(stream), UINT64_MAX);
+}
+
+void begin(void* handle) {
+    Stream& stream = find(handle);
+    finish(stream, UINT64_MAX);
+    join(stream.before, host);
+    ++stream.before[&stream];
+}
+
+void touch(void* handle, Address address) {
+    const Address first = allocation_of(address);
+    Stream& stream = find(handle);
+    if (first != 0) uses[first][&stream] = stream.before[&stream];
+}
+
+void queue(void* handle, Address to, size_t bytes, std::function<void()> work) {
+    Stream& stream = find(handle);
+    join(stream.before, host);
+    const bool torn = !is_ordered(stream, to);
+    ++stream.before[&stream];
+    touch(handle, to);
+    memset(reinterpret_cast<void*>(to), 0xff, bytes);
+    stream.late.push_back({to, bytes, torn, std::move(work)});
+    ++stream.queued;
+}
+
+Mark mark(void* handle) {
+    Stream& stream = find(handle);
+    return {&stream, stream.before, stream.queued};
+}
+
+void wait_for(void* handle, const Mark& mark) {
+    if (mark.stream == nullptr) return;
+    Stream& stream = find(handle);
+    if (&stream != mark.stream) finish(*mark.stream, mark.queued);
+    join(stream.before, mark.before);
+}
+
+void host_waits_for(const Mark& mark) {
+    if (mark.stream == nullptr) return;
+    finish(*mark.stream, mark.queued);
+    join(host, mark.before);
+}
+
+void host_waits_for_all() {
+    host_waits_for(mark(nullptr));
+    for (const std::unique_ptr<Stream>& stream : streams()) host_waits_for(mark(stream.get()));
+}
+
+void forget(Address first, uint64_t bytes) {
+    uses.erase(first);
+    const auto check = [&](const Stream& stream) {
+        for (const Late& late : stream.late) {
+            if (late.to >= first && late.to < first + bytes) die("memory was freed while %zu bytes were on their way to it", late.bytes);
+        }
+    };
+    check(find(nullptr));
+    for (const std::unique_ptr<Stream>& stream : streams()) check(*stream);
+}
+
+}  // namespace fake

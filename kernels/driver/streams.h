@@ -1,0 +1,41 @@
+// Streams of work: the order between them that events give, and copies that arrive late.
+#pragma once
+#include <functional>
+
+#include "device.h"
+
+namespace fake {
+
+struct Stream;
+
+// A moment in the order of all streams: for each stream, how much of its work lies before.
+typedef std::map<const Stream*, uint64_t> Moment;
+
+// What an event recorded.
+struct Mark {
+    Stream* stream = nullptr;
+    Moment before;
+    uint64_t queued = 0;
+};
+
+void* create_stream();
+void destroy_stream(void* stream);
+
+// Work of a stream is done at once; it is done behind what the stream has queued.
+void begin(void* stream);
+// The work that has begun reads or writes the allocation of this address, if it is one.
+void touch(void* stream, Address address);
+// Queues work that writes to [to, to + bytes). It is done as late as the program allows: when a stream or the host waits for it, or when
+// its own stream does something else. Until then the memory holds 0xff. If another stream has used the memory and nothing orders that use
+// before this work, the work leaves 0xff.
+void queue(void* stream, Address to, size_t bytes, std::function<void()> work);
+
+Mark mark(void* stream);
+void wait_for(void* stream, const Mark& mark);
+void host_waits_for(const Mark& mark);
+void host_waits_for_all();
+
+// The allocation is freed: nothing that is queued may write to it.
+void forget(Address first, uint64_t bytes);
+
+}  // namespace fake

@@ -1,0 +1,353 @@
+//! Several processes train one adapter: the same result whatever their number, whoever started them, and whatever
+//! happens to one of them.
+//!
+//! `cargo test --test ranks chaos` tries 10 seeds, `HONE_CHAOS=300` so many; `HONE_SEED=N` begins at that one. A seed
+//! draws which rank is killed at which call; a failing seed is named with them.
+
+#[path = "support/job.rs"]
+mod job;
+#[path = "support/random.rs"]
+mod random;
+
+use std::collections::HashMap;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use job::{FINAL, Running, Work};
+use libc::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM};
+use random::{Random, setting};
+
+const SEEDS: u64 = 10;
+/// LIMIT: a disturbed run takes a few seconds; the machine may be busy.
+const RUN_MAX: Duration = Duration::from_secs(120);
+
+const KEYS: [&str; 12] = [
+    "QuantizationConfig.load_in_4bit=true",
+    "LoraConfig.lora_dropout=0.1",
+    "TrainingArguments.learning_rate=1e-3",
+    "TrainingArguments.per_device_train_batch_size=4",
+    "TrainingArguments.gradient_accumulation_steps=2",
+    "TrainingArguments.logging_steps=1",
+    "TrainingArguments.eval_strategy=steps",
+    "TrainingArguments.eval_steps=4",
+    "TrainingArguments.save_strategy=steps",
+    "TrainingArguments.save_steps=2",
+    "TrainingArguments.save_total_limit=2",
+    "DatasetConfig.train_test_split=0.8",
+];
+
+fn arguments(output: &str, steps: u32, more: &[&str]) -> Vec<String> {
+    let mut arguments =
+        vec!["run", "--model", "model", "--data", "data.parquet", "--device", "cpu", "--output", output];
+    for key in KEYS {
+        arguments.extend(["--set", key]);
+    }
+    let steps = format!("TrainingArguments.max_steps={steps}");
+    // Short passes, so that a step has one for each rank.
+    arguments.extend(["--pass-tokens-max", "64", "--set", &steps]);
+    arguments.extend(more);
+    arguments.into_iter().map(str::to_owned).collect()
+}
+
+fn hone(work: &Work, arguments: &[String]) -> Command {
+    work.hone(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// A whole run of so many ranks.
+fn whole(work: &Work, output: &str, ranks: usize) -> Vec<u8> {
+    let ranks = ranks.to_string();
+    job::done(&mut hone(work, &arguments(output, 8, &["--ranks", &ranks])));
+    work.read(&format!("{output}/adapter_model.safetensors"))
+}
+
+/// The values of an adapter: f32 behind the header of a safetensors file.
+fn values(file: &[u8]) -> Vec<f32> {
+    let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    file[8 + header..].chunks_exact(4).map(|value| f32::from_le_bytes(value.try_into().unwrap())).collect()
+}
+
+/// Processes that `parent` started, by their rank.
+fn children(parent: u32) -> HashMap<usize, i32> {
+    let mut found = HashMap::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(process) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let after_name = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        if after_name.split(' ').nth(1) != Some(&parent.to_string()) || after_name.starts_with('Z') {
+            continue;
+        }
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        let rank = environment.split('\0').find_map(|pair| pair.strip_prefix("HONE_RANK="));
+        found.extend(rank.and_then(|rank| rank.parse().ok()).map(|rank: usize| (rank, process)));
+    }
+    found
+}
+
+fn signal(process: i32, signal: i32) {
+    // SAFETY: this is a plain system call on a process of this test.
+    unsafe { libc::kill(process, signal) };
+}
+
+fn steps(work: &Work, output: &str) -> u64 {
+    let text = std::fs::read_to_string(work.path(&format!("{output}/metrics.jsonl"))).unwrap_or_default();
+    let last = text.lines().last().and_then(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    last.map_or(0, |line| line["step"].as_u64().unwrap())
+}
+
+/// Starts ranks and waits until they have done so many steps; the process that started them, and the ranks.
+fn started(
+    work: &Work,
+    ranks: usize,
+    after: u64,
+    variables: &[(&str, &str)],
+) -> (Running, HashMap<usize, i32>) {
+    let count = ranks.to_string();
+    let mut command = hone(work, &arguments("out", 100_000, &["--ranks", &count]));
+    command.envs(variables.iter().copied());
+    let mut running = work.start_command(&mut command, "log");
+    running.until("steps", || steps(work, "out") >= after);
+    let children = children(running.process());
+    assert_eq!(children.len(), ranks, "{children:?}");
+    (running, children)
+}
+
+fn nothing_final(work: &Work) {
+    assert!(work.list("out").iter().all(|name| !FINAL.contains(&name.as_str())), "{:?}", work.list("out"));
+    assert!(!work.list("out/checkpoints").is_empty(), "a checkpoint is left to continue from");
+}
+
+fn all_gone(processes: impl IntoIterator<Item = i32>) {
+    let began = Instant::now();
+    for process in processes {
+        // SAFETY: this is a plain system call; signal 0 only asks.
+        while unsafe { libc::kill(process, 0) } == 0 {
+            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            if stat.contains(") Z ") {
+                break;
+            }
+            assert!(began.elapsed() < RUN_MAX, "process {process} is still there");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn any_number_of_ranks_trains_the_same_adapter() {
+    let work = Work::with_llama();
+    let one = whole(&work, "one", 1);
+    let four = whole(&work, "four", 4);
+    assert!(four == whole(&work, "again", 4), "the same number of ranks gives the same bytes");
+    for adapter in [whole(&work, "two", 2), four] {
+        let (one, many) = (values(&one), values(&adapter));
+        assert_eq!(one.len(), many.len());
+        let largest = one.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let apart = one.iter().zip(&many).fold(0.0f32, |apart, (one, many)| apart.max((one - many).abs()));
+        assert!(apart <= 1e-4 * largest, "{apart} of {largest}");
+    }
+    // One of them reports: every step once, and one result.
+    let ended = job::done(&mut hone(&work, &arguments("told", 8, &["--ranks", "3"])));
+    assert!(ended.stderr.contains("3 ranks train together"), "{}", ended.stderr);
+    assert_eq!(ended.stderr.matches("num_tokens").count(), 8, "{}", ended.stderr);
+    assert_eq!(work.json("termination.json")["code"], 0);
+}
+
+/// As torchrun starts processes: each by itself, with its place in the environment.
+fn under_torchrun(work: &Work, rank: usize, world: usize, port: u16, arguments: &[String]) -> Command {
+    let mut command = hone(work, arguments);
+    let number = |number: usize| number.to_string();
+    command.env("RANK", number(rank)).env("WORLD_SIZE", number(world));
+    command.env("LOCAL_RANK", number(rank)).env("LOCAL_WORLD_SIZE", number(world));
+    command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+    command
+        .env("TORCHELASTIC_USE_AGENT_STORE", "True")
+        .env("TORCHELASTIC_RUN_ID", work.path("").display().to_string());
+    command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{rank}.json")));
+    command
+}
+
+fn both(commands: [Command; 2]) -> Vec<job::Ended> {
+    std::thread::scope(|scope| {
+        let ends = commands.map(|mut command| scope.spawn(move || job::end(&mut command)));
+        ends.into_iter().map(|end| end.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn ranks_of_torchrun_find_each_other_and_rank_0_speaks() {
+    let work = Work::with_llama();
+    let lines = arguments("out", 8, &[]);
+    // torchrun's own store has the port.
+    let store = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = store.local_addr().unwrap().port();
+    let ended = both([0, 1].map(|rank| under_torchrun(&work, rank, 2, port, &lines)));
+    assert_eq!((ended[0].code, ended[1].code), (Some(0), Some(0)), "{ended:?}");
+    assert_eq!((ended[1].stdout.as_str(), ended[1].stderr.as_str()), ("", ""), "rank 0 speaks for both");
+    assert_eq!(work.json("termination-0.json")["code"], 0);
+    assert!(!work.path("termination-1.json").exists(), "one termination message");
+    assert!(work.read("out/adapter_model.safetensors") == whole(&work, "launched", 2), "whoever starts them");
+}
+
+#[test]
+fn ranks_with_other_settings_are_refused_with_both_values() {
+    let work = Work::with_llama();
+    let lines = [
+        arguments("out", 8, &["--set", "TrainingArguments.weight_decay=0.5"]),
+        arguments("out", 8, &["--set", "TrainingArguments.weight_decay=0.25"]),
+    ];
+    let ended = both([0, 1].map(|rank| under_torchrun(&work, rank, 2, 41_000, &lines[rank])));
+    assert_eq!((ended[0].code, ended[1].code), (Some(10), Some(10)), "{ended:?}");
+    let message = work.json("termination-0.json")["message"].as_str().unwrap().to_owned();
+    let expected = "rank 1 was started with another run than rank 0: options: weight_decay: 0.25 there, weight_decay: 0.5 here";
+    assert_eq!(message, expected);
+    assert_eq!(ended[1].stderr, "", "rank 0 speaks for both");
+    // Two ranks have one example each step between them.
+    let small = arguments(
+        "small",
+        1,
+        &[
+            "--ranks",
+            "2",
+            "--set",
+            "TrainingArguments.per_device_train_batch_size=1",
+            "--set",
+            "TrainingArguments.gradient_accumulation_steps=1",
+        ],
+    );
+    let ended = job::done(&mut hone(&work, &small));
+    assert!(ended.stderr.contains("a step has 1 examples for 2 ranks"), "{}", ended.stderr);
+    // Half an environment is no rank.
+    let mut half = hone(&work, &lines[0]);
+    let ended = job::end(half.env("RANK", "0").env("WORLD_SIZE", "2"));
+    assert!(
+        ended.code == Some(10) && ended.stderr.contains("MASTER_ADDR is missing beside RANK"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_killed_rank_ends_all_with_one_message_and_the_run_continues() {
+    let work = Work::with_llama();
+    for (victim, message) in [(1, "process "), (0, "rank 0 of 3: the process was killed (signal 9)")] {
+        let (running, ranks) = started(&work, 3, steps(&work, "out") + 3, &[]);
+        signal(ranks[&victim], SIGKILL);
+        let (code, log) = running.end();
+        assert_eq!(code, Some(22), "{log}");
+        let told = work.json("termination.json");
+        let said = told["message"].as_str().unwrap();
+        assert!(said.starts_with(&format!("rank {victim} of 3")) && said.contains("signal 9"), "{told}");
+        assert!(said.contains(message), "{told}");
+        assert_eq!(log.matches("signal 9").count(), 1, "{log}");
+        all_gone(ranks.into_values());
+        nothing_final(&work);
+    }
+}
+
+#[test]
+fn a_signal_to_any_process_writes_a_checkpoint_and_ends_all() {
+    let work = Work::with_llama();
+    for victim in [None, Some(0), Some(2)] {
+        let (running, ranks) = started(&work, 3, steps(&work, "out") + 3, &[]);
+        match victim {
+            None => running.signal(SIGTERM),
+            Some(rank) => signal(ranks[&rank], SIGTERM),
+        }
+        let (code, log) = running.end();
+        assert_eq!(code, Some(30), "{victim:?}\n{log}");
+        assert!(log.contains("checkpoint written"), "{log}");
+        assert_eq!(work.json("termination.json")["code"], 30);
+        all_gone(ranks.into_values());
+        nothing_final(&work);
+    }
+}
+
+#[test]
+fn a_silent_rank_ends_all_in_the_stated_time() {
+    let work = Work::with_llama();
+    let (running, ranks) = started(&work, 2, 2, &[("HONE_RANKS_SILENCE", "3")]);
+    signal(ranks[&1], SIGSTOP);
+    let (code, log) = running.end();
+    assert_eq!(code, Some(22), "{log}");
+    assert!(work.json("termination.json")["message"].as_str().unwrap().ends_with("has been silent for 3 s"));
+    signal(ranks[&1], SIGCONT);
+    all_gone(ranks.into_values());
+}
+
+#[test]
+fn no_rank_outlives_the_process_that_started_it() {
+    let work = Work::with_llama();
+    let (running, ranks) = started(&work, 2, 1, &[]);
+    running.signal(SIGKILL);
+    assert_eq!(running.end().0, None);
+    all_gone(ranks.into_values());
+}
+
+/// One run of a seed: a rank is killed when it has sent so much, and the run is started again.
+fn chaos(seed: u64, expected: &[u8], work: &Work, sends: u64) -> Result<(), String> {
+    let mut random = Random(seed);
+    let output = format!("out-{seed}");
+    let lines = arguments(&output, 8, &["--ranks", "3"]);
+    for _ in 0..1 + random.below(2) {
+        let (rank, at) = (random.below(3), 1 + random.next() % sends);
+        let mut command = hone(work, &lines);
+        command
+            .env("LD_PRELOAD", shim::shim())
+            .env("FAULT_SEND", at.to_string())
+            .env("FAULT_RANK", rank.to_string());
+        command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{seed}.json")));
+        let began = Instant::now();
+        let ended = job::end(&mut command);
+        let what = format!("seed {seed}, rank {rank} at send {at}");
+        match ended.code {
+            Some(0) => break, // it had less to say
+            Some(22) => {}
+            code => return Err(format!("{what}: it ended with {code:?}\n{}", ended.stderr)),
+        }
+        let told = work.json(&format!("termination-{seed}.json"));
+        let message = told["message"].as_str().unwrap_or_default();
+        if !message.starts_with(&format!("rank {rank} of 3")) || began.elapsed() > RUN_MAX {
+            return Err(format!("{what}: after {:?} {told}\n{}", began.elapsed(), ended.stderr));
+        }
+    }
+    let ended = job::end(&mut hone(work, &lines));
+    match ended.code == Some(0) && work.read(&format!("{output}/adapter_model.safetensors")) == expected {
+        true => std::fs::remove_dir_all(work.path(&output)).map_err(|error| error.to_string()),
+        false => Err(format!("seed {seed}: another adapter, or code {:?}\n{}", ended.code, ended.stderr)),
+    }
+}
+
+#[path = "support/shim.rs"]
+mod shim;
+
+#[test]
+fn chaos_kills_ranks_at_random_calls_and_the_bytes_stay() {
+    let (first, count) = (setting("HONE_SEED").unwrap_or(1), setting("HONE_CHAOS").unwrap_or(SEEDS));
+    let work = Work::with_llama();
+    let expected = whole(&work, "undisturbed", 3);
+    // How much rank 1 sends in a whole run bounds the draw.
+    let mut counted = hone(&work, &arguments("counted", 8, &["--ranks", "3"]));
+    counted.env("LD_PRELOAD", shim::shim()).env("FAULT_SENDS", work.path("sends")).env("FAULT_RANK", "1");
+    job::done(counted.stdout(Stdio::null()));
+    let sends: u64 = work.text("sends").trim().parse().unwrap();
+    assert!(sends > 20, "the shim sees {sends} sends");
+    let (next, failed) = (AtomicU64::new(first), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while failed.lock().unwrap().len() < 5 {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        return;
+                    }
+                    if let Err(what) = chaos(seed, &expected, &work, sends) {
+                        failed.lock().unwrap().push(what);
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap();
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
