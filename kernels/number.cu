@@ -44,3 +44,16 @@ __device__ __forceinline__ void total(const T* x, int n, double* total) {
 
 extern "C" __global__ void number_total_f32(const float* x, int n, double* to) { total(x, n, to); }
 extern "C" __global__ void number_total_f64(const double* x, int n, double* to) { total(x, n, to); }
+
+// to[0] + to[1] = x to 48 bits. What is not finite has no rest.
+template <typename T>
+__device__ __forceinline__ void split(const T* x, float* to) {
+    const double value = (double)x[0];
+    const float whole = (float)value;
+    const float rest = (float)(value - (double)whole);
+    to[0] = whole;
+    to[1] = rest - rest == 0.f ? rest : 0.f;
+}
+
+extern "C" __global__ void number_split_f32(const float* x, float* to) { split(x, to); }
+extern "C" __global__ void number_split_f64(const double* x, float* to) { split(x, to); }

@@ -28,7 +28,7 @@ use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
 use crate::publish::{self, Published};
-use crate::ranks::Place;
+use crate::ranks::{Collective, Place};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -197,13 +197,13 @@ fn make(
     warn_of_idle_ranks(plan, together.place().world, report);
     interrupt::check()?;
     let task = room::task(plan, &described, Lengths::of(&training, &evaluation));
+    let ranks = together.computing(device)?;
     let memory = Running::start(task, together.machine(device, plan.memory.limit)?)?;
     tell_memory(&memory, report);
     report.fact("memory plan", told::memory(&memory));
     // Gigabytes, fetched when everything else fits.
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
     tell_renamed(&described, report);
-    let ranks = together.computing(device)?;
     let home = memory.home(ranks.clone());
     let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
@@ -215,8 +215,9 @@ fn make(
     let _standing = interrupt::stands(Standing::Stay);
     let sources = evaluation_sources(plan, &evaluation)?;
     let examples = train::Sets { train: (&training).into(), evaluation: scored(&sources) };
-    let trained = together
-        .while_training(|| fit(plan, &decoder, &adapter, examples, memory, folder.as_deref(), report))?;
+    let trained = together.while_training(|| {
+        fit(&*ranks, plan, &decoder, &adapter, examples, memory, folder.as_deref(), report)
+    })?;
     let Some(folder) = folder else { return Ok(None) };
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
@@ -258,7 +259,9 @@ fn time(seconds: &Json) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.as_u64().unwrap_or(0))
 }
 
+#[allow(clippy::too_many_arguments)]
 fn fit(
+    ranks: &dyn Collective,
     plan: &Plan,
     decoder: &Decoder,
     adapter: &Trainable,
@@ -278,7 +281,18 @@ fn fit(
         metrics.as_mut().expect("just opened").log(metric)
     };
     let mut passes = Passes::planned(memory);
-    train::run(decoder, adapter, examples, &plan.train, &mut passes, checkpoints.as_ref(), report, &mut log)
+    let (options, checkpoints) = (&plan.train, checkpoints.as_ref());
+    train::run_together(
+        ranks,
+        decoder,
+        adapter,
+        examples,
+        options,
+        &mut passes,
+        checkpoints,
+        report,
+        &mut log,
+    )
 }
 
 /// The examples to evaluate on, by entry and name. A split may leave an entry without any.

@@ -334,6 +334,23 @@ fn a_plan_for_a_card_needs_no_card() {
     assert!(refused.stderr.contains("t4 cannot compute in bf16"), "{}", refused.stderr);
 }
 
+/// A preset is planned for by its name. Four cards of 24 GB share a base that one of them streams.
+#[test]
+fn a_plan_for_several_cards_says_where_the_weights_lie() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    let settings = ["LoraConfig.r=16", "TrainingArguments.max_length=2048"];
+    let plan = |gpu| {
+        let preset = ["plan", "try/hone.yaml", "--preset", "llama-3.3-70b-instruct", "--gpu", gpu];
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        work.done(&preset.into_iter().chain(settings).collect::<Vec<_>>()).stdout
+    };
+    let four = plan("4xl4");
+    assert!(four.contains("shared over 4 ranks") && four.contains("one of 4 pieces of the base"), "{four}");
+    assert!(plan("l4").contains("streamed from"), "{}", plan("l4"));
+    assert!(!plan("h100").contains("weights of the layers"), "{}", plan("h100"));
+}
+
 #[test]
 fn a_plan_shows_every_value_and_where_it_came_from() {
     let work = Work::new();
@@ -365,6 +382,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         mlflow_experiment                              Default            default
         device                                         auto               environment HONE_DEVICE
         keep                                           auto               default
+        residency                                      auto               default
         cache                                          cache              environment HONE_CACHE
         plain_http                                     false              default
         file_bytes_max                                 68719476736        default

@@ -221,7 +221,7 @@ fn bf16_on_a_gpu_stays_near_f32() {
         if ["llama3", "gemma2"].contains(&name.as_str()) {
             let eight = mean(&scores(&gpu, Precision::Bf16, DType::F8E4M3));
             println!("{name}: {half:.4} in bf16, {eight:.4} with a cache in 8 bits");
-            assert!(eight <= 2e-2 + 5e-2, "{name}: log-probabilities differ by {eight} in the mean");
+            assert!(eight <= 2e-2 + 8e-2, "{name}: log-probabilities differ by {eight} in the mean");
         }
         for (at, (expected, found)) in expected.iter().zip(&found).enumerate() {
             let largest = |row: &[f64]| (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap();
@@ -316,12 +316,16 @@ fn bf16_stays_near_the_reference() {
 }
 
 /// Keys and values in 8 bits, against bf16 over the recorded texts: how far the log-probability of a text's next token
-/// moves. docs/serving.md states the bounds.
+/// moves. docs/serving.md states it.
+///
+/// TOLERANCE: transformers with keys and values rounded in the same way (f32, 17 of these models) moves by 0.021 in the
+/// mean, at most by 0.051 in the mean of a model, and by 0.48 at one token.
 #[test]
 fn an_8_bit_cache_stays_near_bf16() {
-    /// Mean absolute difference of a text's log-probabilities, and the largest of one token.
-    const MEAN_MAX: f64 = 0.05;
-    const LARGEST_MAX: f64 = 0.5;
+    /// Mean absolute difference of a text's log-probabilities, that over all texts, and the largest of one token.
+    const MEAN_MAX: f64 = 0.08;
+    const MEAN_OF_ALL_MAX: f64 = 0.03;
+    const LARGEST_MAX: f64 = 0.8;
     let (mut sum, mut count, mut worst) = (0.0, 0, (0.0f64, 0.0f64));
     for (name, cases) in &recorded() {
         let case = &cases.as_array().unwrap()[0];
@@ -344,7 +348,9 @@ fn an_8_bit_cache_stays_near_bf16() {
         (sum, count) = (sum + differences.iter().sum::<f64>(), count + differences.len());
         worst = (worst.0.max(mean), worst.1.max(largest));
     }
-    println!("all: {:.4} in the mean, {:.4} and {:.3} at most", sum / count as f64, worst.0, worst.1);
+    let all = sum / count as f64;
+    println!("all: {all:.4} in the mean, {:.4} and {:.3} at most", worst.0, worst.1);
+    assert!(all <= MEAN_OF_ALL_MAX, "{all} in the mean of all texts");
 }
 
 /// A prompt that begins as an earlier one takes that part from the cache, and its answer is the same to the bit.

@@ -12,6 +12,8 @@ use hone::fault::Fault;
 use hone::model::batch::Batch;
 use hone::model::lora::Trainable;
 use hone::model::{self, Options, load};
+use hone::ranks::Collective;
+use hone::ranks::threads::{self, Threads};
 use hone::report::Report;
 use hone::train::schedule::{Shape, Stages};
 use hone::train::{self, Every, Metric, Passes, Schedule, Warmup};
@@ -28,12 +30,14 @@ struct Case {
     args: Value,
     meta: Value,
     device: Device,
+    /// Number of ranks that train together, as threads.
+    ranks: usize,
 }
 
 impl Case {
     fn open(folder: &Path) -> Case {
         let meta: Value = serde_json::from_slice(&std::fs::read(folder.join("meta.json")).unwrap()).unwrap();
-        Case { folder: folder.to_owned(), args: meta["args"].clone(), meta, device: Device::Cpu }
+        Case { folder: folder.to_owned(), args: meta["args"].clone(), meta, device: Device::Cpu, ranks: 1 }
     }
 
     fn number(&self, key: &str) -> f64 {
@@ -138,21 +142,46 @@ impl Case {
     fn train(
         &self,
         keep: Keep,
-        change: impl Fn(&mut train::Options),
+        change: impl FnOnce(&mut train::Options),
     ) -> (Vec<Metric>, (model::decoder::Decoder, Trainable)) {
-        let (decoder, adapter) = self.decoder();
-        let mut train_options = self.train_options();
-        change(&mut train_options);
-        let mut metrics = Vec::new();
-        let mut log = |metric: &Metric| {
-            metrics.push(metric.clone());
-            Ok(())
-        };
-        let data = train::Data { train: &self.examples(), evaluation: &[] };
-        let mut passes = Passes::Fixed(keep);
-        train::run(&decoder, &adapter, data, &train_options, &mut passes, None, &Report::silent(), &mut log)
+        let mut options = self.train_options();
+        change(&mut options);
+        let (options, keep) = (&options, &keep);
+        let mut runs = threads::all(Threads::of(self.ranks), |ranks| {
+            let ranks = self.collective(ranks);
+            let (decoder, adapter) = self.decoder();
+            let mut metrics = Vec::new();
+            let mut log = |metric: &Metric| {
+                metrics.push(metric.clone());
+                Ok(())
+            };
+            let data = train::Data { train: &self.examples(), evaluation: &[] };
+            let (mut passes, report) = (Passes::Fixed(*keep), Report::silent());
+            train::run_together(
+                &*ranks,
+                &decoder,
+                &adapter,
+                data,
+                options,
+                &mut passes,
+                None,
+                &report,
+                &mut log,
+            )
             .unwrap();
-        (metrics, (decoder, adapter))
+            (metrics, (decoder, adapter))
+        });
+        runs.swap_remove(0)
+    }
+
+    /// What joins the ranks: threads, and NCCL between GPUs.
+    fn collective(&self, ranks: Threads) -> Box<dyn Collective> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() && self.ranks > 1 {
+            let ranks = hone::ranks::nccl::Nccl::over(std::sync::Arc::new(ranks), &self.device);
+            return Box::new(ranks.unwrap());
+        }
+        Box::new(ranks)
     }
 
     fn debug(&self) -> HashMap<String, Tensor> {
@@ -324,6 +353,15 @@ fn keeping_less_and_packing_change_nothing() {
     }
 }
 
+#[test]
+fn recorded_runs_are_reproduced_by_two_and_four_ranks() {
+    for (name, ranks) in [("llama3", 2), ("gemma2", 4), ("_variants/accum4", 4), ("_variants/accum4", 3)] {
+        let case = Case { ranks, ..Case::open(&golden().join(name)) };
+        case.check(Keep::Everything, None);
+        case.check(Keep::LayerInputs, Some(300));
+    }
+}
+
 /// `rope_parameters` and `dtype` of transformers 5, or the keys before them; layer_types, or the pattern that gives
 /// them.
 #[test]
@@ -363,5 +401,19 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     };
     for case in cases().into_iter().filter(wanted) {
         Case { device: device.clone(), ..case }.check(Keep::LayerInputs, Some(300));
+    }
+}
+
+/// Ranks of one process share the GPU of `tests/gpu`, which is none; NCCL refuses to share a real one.
+#[cfg(feature = "cuda")]
+#[test]
+fn recorded_runs_are_reproduced_by_gpus_that_nccl_joins() {
+    if std::env::var_os("HONE_FAKE_GPU_ORDER").is_none() {
+        return;
+    }
+    let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
+    for (name, ranks) in [("llama3", 2), ("_variants/accum4", 4)] {
+        let case = Case { ranks, device: device.clone(), ..Case::open(&golden().join(name)) };
+        case.check(Keep::LayerInputs, Some(300));
     }
 }

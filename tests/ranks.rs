@@ -62,6 +62,18 @@ fn whole(work: &Work, output: &str, ranks: usize) -> Vec<u8> {
     work.read(&format!("{output}/adapter_model.safetensors"))
 }
 
+/// Three ranks, each of which holds a third of the base, train what three with whole bases train.
+#[test]
+fn a_shared_base_changes_no_byte() {
+    let work = Work::with_llama();
+    let whole = whole(&work, "whole", 3);
+    let shared = arguments("shared", 8, &["--ranks", "3", "--set", "residency=shared", "--set", "answers=2"]);
+    let ended = job::done(&mut hone(&work, &shared));
+    assert!(ended.stderr.contains("shared over 3 ranks"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("no answers: the ranks share the base"), "{}", ended.stderr);
+    assert!(work.read("shared/adapter_model.safetensors") == whole, "the adapters differ");
+}
+
 /// The values of an adapter: f32 behind the header of a safetensors file.
 fn values(file: &[u8]) -> Vec<f32> {
     let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;

@@ -126,6 +126,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/portable.rs", "vector instructions"),
     ("src/ops/mod.rs", "memory of the device"),
     ("src/ranks/launch.rs", "child processes and their signals"),
+    ("src/ranks/nccl.rs", "NCCL's library, opened at run time"),
 ];
 
 /// Columns that a line of a comment may have.

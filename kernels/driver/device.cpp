@@ -46,7 +46,7 @@ Configuration read_configuration() {
     read_version("HONE_FAKE_GPU_DRIVER", &driver_major, &driver_minor);
     c.driver_version = driver_major * 1000 + driver_minor * 10;
     c.devices = static_cast<int>(read_number("HONE_FAKE_GPU_COUNT", 1));
-    if (c.devices > 1) die("HONE_FAKE_GPU_COUNT=%d: one device at most", c.devices);
+    if (c.devices > 64) die("HONE_FAKE_GPU_COUNT=%d: 64 devices at most", c.devices);
     c.memory_bytes = read_number("HONE_FAKE_GPU_BYTES", uint64_t{16} << 30);
     c.order = static_cast<int>(read_number("HONE_FAKE_GPU_ORDER", 0));
     c.host_threads = static_cast<unsigned>(

@@ -1,8 +1,8 @@
-// The only device: the properties it claims, its memory, and the counts of what was requested from it.
+// The device of this process: the properties it claims, its memory, and the counts of what was requested from it.
 //
 // Everything is done at once, on the calling thread, under one lock; only copies of pinned memory wait in their stream (streams.h).
 // The environment sets:
-//   HONE_FAKE_GPU_COUNT       0: a driver without a device (1)
+//   HONE_FAKE_GPU_COUNT       number of devices, of which a process may use one; 0: a driver without a device (1)
 //   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
 //   HONE_FAKE_GPU_CAPABILITY  compute capability, which also sets the shared memory of a block (9.0)
 //   HONE_FAKE_GPU_DRIVER      the driver's CUDA version (13.0)

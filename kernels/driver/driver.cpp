@@ -26,7 +26,7 @@ using namespace fake;
 namespace {
 
 thread_local void* current_context;
-int the_context, the_module, the_pool;
+int the_context, the_module, the_pool, used_device = -1;
 
 bool initialized;
 
@@ -115,17 +115,20 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) {
     *bytes = configuration().memory_bytes;
     return success;
 }
-API cuDeviceGetUuid_v2(unsigned char* bytes, int) {
-    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<unsigned char>(i);
+API cuDeviceGetUuid_v2(unsigned char* bytes, int device) {
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<unsigned char>(i + device);
     return success;
 }
-API cuDeviceGetPCIBusId(char* name, int length, int) {
-    snprintf(name, static_cast<size_t>(length), "0000:18:00.0");
+API cuDeviceGetPCIBusId(char* name, int length, int device) {
+    snprintf(name, static_cast<size_t>(length), "0000:%02x:00.0", 0x18 + device);
     return success;
 }
 
-// One context.
-API cuDevicePrimaryCtxRetain(void** context, int) {
+// One context, of the device that the process uses: all devices look alike, and their memory is the process's own.
+API cuDevicePrimaryCtxRetain(void** context, int device) {
+    LOCKED;
+    if (used_device >= 0 && used_device != device) die("a process uses device %d and device %d", used_device, device);
+    used_device = device;
     *context = &the_context;
     return initialized ? success : not_initialized;
 }
@@ -141,7 +144,7 @@ API cuCtxSetCurrent(void* context) {
     return success;
 }
 API cuCtxGetDevice(int* device) {
-    *device = 0;
+    *device = used_device;
     return current_context != nullptr ? success : invalid_context;
 }
 API cuCtxSynchronize() {

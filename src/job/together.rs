@@ -43,12 +43,18 @@ impl Together {
         }
     }
 
-    /// The ranks for tensors of this device.
-    pub fn computing(&self, _device: &Device) -> Result<Arc<dyn Collective>> {
-        Ok(match &self.0 {
-            Some(link) => link.clone(),
-            None => Arc::new(Alone),
-        })
+    /// The ranks for tensors of this device. GPUs are joined by NCCL, which takes some of their memory.
+    ///
+    /// # Errors
+    /// Config: there is no NCCL. Device: the GPUs cannot be joined.
+    pub fn computing(&self, device: &Device) -> Result<Arc<dyn Collective>> {
+        let Some(link) = &self.0 else { return Ok(Arc::new(Alone)) };
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() && self.place().world > 1 {
+            return Ok(Arc::new(crate::ranks::nccl::Nccl::over(link.clone(), device)?));
+        }
+        debug_assert!(device.is_cpu() || self.place().world == 1, "GPUs need a build with CUDA");
+        Ok(link.clone())
     }
 
     pub fn place(&self) -> Place {
@@ -133,7 +139,9 @@ impl Together {
         machine.ranks = place.world;
         machine.memory = self.least(machine.memory)?;
         let host = self.least(machine.host.unwrap_or(u64::MAX))?;
-        machine.host = (host < u64::MAX).then_some(host);
+        // A machine's host memory is for its own ranks; the plan counts all of them.
+        let of_all = host.saturating_mul(place.world as u64) / place.local_world as u64;
+        machine.host = (host < u64::MAX).then_some(of_all);
         let (first, _) = self.first(|| Ok(machine.clone()), rates)?;
         Ok(like(machine, &first))
     }

@@ -77,11 +77,8 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// Parts in which the gradient is summed over the ranks while the backward pass goes on. The last has nothing to hide
-/// behind.
-const BUCKETS: f64 = 8.0;
-
-/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each.
+/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. The sum of
+/// the gradients follows the last pass, so that nothing hides it.
 pub(super) fn efficiency(task: &Task, machine: &Machine, seconds: f64) -> f64 {
     let ranks = machine.ranks as f64;
     if machine.ranks == 1 {
@@ -89,7 +86,7 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, seconds: f64) -> f64 {
     }
     let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
-    seconds / (seconds * (1.0 + IMBALANCE) + sum / BUCKETS)
+    seconds / (seconds * (1.0 + IMBALANCE) + sum)
 }
 
 /// Counts the work of passes of `tokens` tokens, in examples of `example_tokens` tokens.

@@ -65,15 +65,16 @@ impl Decoder {
         batch: &Batch,
         scale: f64,
     ) -> Result<Number> {
+        // The backward pass needs nothing below the lowest adapted layer.
+        let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
+        // It comes first: if anything fails, other ranks wait for its gatherings.
+        let mut tour = self.tour(lowest);
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let keys = dropout::keys(&batch.keys, &self.device)?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
         let pass = self.pass(&turns, &packing, lora);
         let mut x = self.embed_with_noise(batch, &keys)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
-        // The backward pass needs nothing below the lowest adapted layer.
-        let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
-        let mut tour = self.tour(lowest);
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
             let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
@@ -182,9 +183,10 @@ impl Decoder {
 
     /// The residual stream after the last layer, [T, C].
     fn hidden(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
+        let mut tour = self.tour(self.layers.len());
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, lora);
-        let (mut x, mut tour) = (self.embed(&batch.ids)?, self.tour(self.layers.len()));
+        let mut x = self.embed(&batch.ids)?;
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
             x = layer.forward(x, Keep::LayerInputs, &pass)?.0;

@@ -93,8 +93,10 @@ pub struct Trainable {
     pub sites: Vec<Site>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
-    /// The gradients, as long as `params`.
+    /// The gradients, as long as `params`: the beginning of `sums`.
     pub grads: Tensor,
+    /// The gradients, and behind them the ranks' losses: what the ranks of a run add up in one sum.
+    pub sums: Tensor,
     /// The parameters that passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
     /// Probability that a training pass drops an element of a pair's input.
@@ -102,6 +104,10 @@ pub struct Trainable {
     /// The pairs by the index of their linear layer.
     learners: Vec<Option<Learner>>,
 }
+
+/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+const LOSSES: usize = 128;
+const LOSS: usize = 4;
 
 /// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
 pub fn parameter_bytes(copied: bool) -> usize {
@@ -398,8 +404,8 @@ impl Trainable {
         Ok(self.sites.iter().all(zero))
     }
 
-    /// Initialises an adapter as PEFT does; the product of B and A is zero. Each site draws from its own stream of the seed, so that
-    /// its values do not depend on the other chosen sites.
+    /// Initialises an adapter as PEFT does; the product of B and A is zero. Each site draws from its own stream of the
+    /// seed, so that its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
     pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
@@ -414,7 +420,8 @@ impl Trainable {
         let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
         let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
         let params = params.to_device(device)?;
-        let grads = params.zeros_like()?;
+        let sums = Tensor::zeros(total.next_multiple_of(LOSS) + LOSSES, master, device)?;
+        let grads = sums.narrow(0, 0, total)?;
         let compute = compute.unwrap_or_else(|| params.clone());
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
@@ -423,7 +430,7 @@ impl Trainable {
             Ok((site.linear, Learner { pair, grad_a, grad_b, mask: mask as u64 }))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
-        Ok(Trainable { sites, grads, compute, params, dropout: options.dropout, learners })
+        Ok(Trainable { sites, grads, sums, compute, params, dropout: options.dropout, learners })
     }
 
     /// This adapter in a pass without dropout.
@@ -452,6 +459,16 @@ impl Trainable {
             return Ok(());
         }
         flat::write(&self.compute, &self.params.to_device(&Device::Cpu)?.to_dtype(self.compute.dtype())?)
+    }
+
+    /// The losses of all ranks in `sums`.
+    pub fn losses(&self) -> Result<Tensor> {
+        self.sums.narrow(0, self.sums.elem_count() - LOSSES, LOSSES)
+    }
+
+    /// The two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.
+    pub fn loss_of(&self, rank: usize) -> Result<Tensor> {
+        self.losses()?.narrow(0, rank * LOSS % LOSSES, 2)
     }
 
     /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.

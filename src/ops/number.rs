@@ -37,6 +37,32 @@ impl Number {
         }
     }
 
+    /// Writes the number into `to` as two values whose sum it is: what the type of `to` holds of it, and the rest.
+    /// In f32 that keeps 48 bits. The rest of a number that is not finite is 0.
+    pub fn split(&self, to: &Tensor) -> Result<()> {
+        if to.elem_count() != 2 {
+            bail!("a number is split into two values, not {}", to.elem_count());
+        }
+        #[cfg(feature = "cuda")]
+        if let (Number::There(number), true) = (self, to.device().is_cuda()) {
+            return gpu::split(number, to);
+        }
+        let number = self.value()?;
+        with_real!(to, T => cpu::edit(to, |to: &mut [T]| {
+            let rest = number - T::of(number).wide();
+            (to[0], to[1]) = (T::of(number), T::of(if rest.is_finite() { rest } else { 0.0 }));
+        }))
+    }
+
+    /// Sum of all elements, in f64.
+    pub fn total(x: &Tensor) -> Result<Number> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return gpu::sum(&[x]);
+        }
+        with_real!(x, T => Ok(Number::Here(cpu::read::<T>(x)?.iter().map(|x| x.wide()).sum())))
+    }
+
     /// Sum of the squares of all elements, in f64.
     pub fn squares(x: &Tensor) -> Result<Number> {
         #[cfg(feature = "cuda")]
@@ -133,6 +159,16 @@ pub(super) mod gpu {
         sum(&[&parts])
     }
 
+    /// Writes a number (f32 or f64) into two f32 values.
+    pub fn split(number: &Tensor, to: &Tensor) -> Result<()> {
+        let name = match number.dtype() {
+            DType::F32 => "split_f32",
+            _ => "split_f64",
+        };
+        let launch = Launch::untyped(cuda::device(to)?, "number", name).of(number.dtype(), number);
+        launch.of(DType::F32, to).launch((1, 1, 1), 1, 0)
+    }
+
     /// Sum of all elements of tensors (f32 or f64) on one device. One block adds one tensor after the other.
     pub fn sum(list: &[&Tensor]) -> Result<Number> {
         let Some(first) = list.first() else { bail!("a sum of no tensors has no device") };
@@ -189,6 +225,26 @@ mod tests {
                 let twice = found.add(&Number::squares(&x.to_device(&gpu.device)?)?)?;
                 assert!((twice.value()? - 2.0 * expected).abs() <= 1e-13 * expected);
             }
+            let lies_at = |device: &candle_core::Device| -> Result<()> {
+                for value in [0.0, -3.25, 0.1, 1e30, 123_456_789.123_456_78] {
+                    let number = match device.is_cpu() {
+                        true => Number::Here(value),
+                        false => Number::There(Tensor::new(&[value], device)?),
+                    };
+                    let pair = Tensor::zeros(8, DType::F32, device)?;
+                    number.split(&pair.narrow(0, 4, 2)?)?;
+                    let total = Number::total(&pair)?.value()?;
+                    assert!((total - value).abs() <= 1e-14 * value.abs(), "{total}, not {value}");
+                    let parts = pair.to_device(&candle_core::Device::Cpu)?.to_vec1::<f32>()?;
+                    assert_eq!((parts[3], parts[4], parts[6]), (0.0, value as f32, 0.0));
+                }
+                let pair = Tensor::zeros(2, DType::F32, device)?;
+                Number::There(Tensor::new(&[f32::INFINITY], device)?).split(&pair)?;
+                assert_eq!(Number::total(&pair)?.value()?, f64::INFINITY);
+                Ok(())
+            };
+            lies_at(&candle_core::Device::Cpu)?;
+            lies_at(&gpu.device)?;
             let bad = Tensor::new(&[1f32, f32::NAN, 2.0], &gpu.device)?;
             assert!(Number::squares(&bad)?.value()?.is_nan());
             assert!(Number::Here(1.0).add(&Number::squares(&bad)?).is_err());

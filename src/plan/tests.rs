@@ -93,6 +93,7 @@ fn kaitos_qlora_template() {
             mlflow_experiment  Default  default
             device  auto  default
             keep  auto  default
+            residency  auto  default
             plain_http  false  default
             file_bytes_max  68719476736  default
             ModelConfig.torch_dtype  bfloat16  train.yaml:5

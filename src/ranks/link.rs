@@ -202,11 +202,6 @@ impl Link {
         }
     }
 
-    /// The fault that ended the ranks, for work that waits for a device and no call.
-    pub fn ended(&self) -> Option<Fault> {
-        self.shared.lock().end.as_ref().map(|(fault, _)| fault.clone())
-    }
-
     /// One call: rank 0 makes an answer of all parts, by rank, and every rank gets it.
     fn call(
         &self,
@@ -268,6 +263,10 @@ impl Collective for Link {
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>> {
         let own = if self.place().leads() { bytes } else { &[] };
         self.call(Call::Broadcast, own, |parts| Ok(parts[0].to_vec()))
+    }
+
+    fn ended(&self) -> Option<Fault> {
+        self.shared.lock().end.as_ref().map(|(fault, _)| fault.clone())
     }
 }
 

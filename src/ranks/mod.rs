@@ -8,7 +8,10 @@ mod frame;
 pub mod launch;
 pub mod link;
 mod meet;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 pub mod place;
+pub mod threads;
 
 use candle_core::{DType, Tensor};
 
@@ -61,6 +64,11 @@ pub trait Collective: Send + Sync {
 
     /// The bytes of rank 0; the others' argument is ignored.
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>>;
+
+    /// The fault that ended the ranks, if one did. What a device computed with them since then counts for nothing.
+    fn ended(&self) -> Option<Fault> {
+        None
+    }
 }
 
 /// One process that trains by itself: sums and exchanges give back what they got.

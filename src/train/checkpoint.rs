@@ -277,7 +277,6 @@ mod tests {
 
     use super::*;
     use crate::ops::adamw;
-    use candle_core::DType;
 
     fn filled(value: f32) -> (Tensor, Moments) {
         let tensor = |value: f32| Tensor::full(value, 5, &Device::Cpu).unwrap();

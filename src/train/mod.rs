@@ -2,6 +2,7 @@
 
 pub mod best;
 pub mod checkpoint;
+mod deal;
 mod evaluation;
 mod health;
 mod metric;
@@ -12,19 +13,22 @@ mod passes;
 pub mod schedule;
 mod sets;
 pub mod spike;
+mod together;
 mod trained;
 mod trainer;
 mod update;
 
 pub use checkpoint::Checkpoints;
-pub use evaluation::evaluate;
+pub use evaluation::{evaluate, evaluate_together};
 pub use metric::{Metric, Named};
 pub use options::{Every, Options, Warmup};
 pub use passes::Passes;
 pub use schedule::Schedule;
 pub use sets::{Data, Sets, Source};
 pub use trained::{BestEvaluation, Trained};
-pub use trainer::run;
+pub use trainer::{run, run_together};
 
+#[cfg(test)]
+mod rank_tests;
 #[cfg(test)]
 mod tests;

@@ -6,10 +6,12 @@ use std::rc::Rc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::dataset::Examples;
+use crate::dataset::{Example, Examples};
 use crate::model::batch::Batch;
 use crate::ops::dropout::mix;
+use crate::ranks::Place;
 
+use super::deal::{self, Cost};
 use super::options::{Every, Options};
 
 /// The steps of a whole run, counted as transformers' Trainer counts them.
@@ -137,6 +139,55 @@ fn grouped<'a>(
     })
 }
 
+/// How many tokens a pass has.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Most tokens of a packed pass; `None`: a pass is a micro-batch.
+    pub packing: Option<usize>,
+    /// Most tokens that a pass has for its memory's sake, unless one example has more.
+    pub max: usize,
+}
+
+/// One rank's part of a step.
+pub struct Share {
+    /// The passes of this rank; a rank may have none.
+    pub batches: Vec<Batch>,
+    /// Supervised tokens of the whole step.
+    pub targets: usize,
+    /// Tokens of the whole step.
+    pub tokens: usize,
+}
+
+/// Deals a step's examples to the ranks, and lays those of one rank into passes. One rank alone gets `batches`. Without
+/// packing, a pass has as many examples as a micro-batch at most.
+pub fn share<'a>(
+    examples: impl Into<Examples<'a>>,
+    micro_batches: &[Vec<usize>],
+    rows: Rows,
+    place: Place,
+    cost: &Cost,
+    key: impl Fn(usize) -> u64,
+) -> Share {
+    let examples = examples.into();
+    let entries: Vec<(usize, usize)> = grouped(examples, micro_batches).collect();
+    let tokens = entries.iter().map(|&(i, _)| examples.tokens(i)).sum();
+    let costs: Vec<u64> = entries.iter().map(|&(i, _)| cost.of_example(examples.tokens(i))).collect();
+    let dealt = deal::deal(&costs, place.world);
+    let own: Vec<(usize, usize)> = dealt[place.rank].iter().map(|&at| entries[at]).collect();
+    let size = micro_batches.first().map_or(1, Vec::len).max(1);
+    let groups = own.chunks(size).map(<[_]>::to_vec).collect();
+    let batches = laid(examples, groups, rows.packing, rows.max, key);
+    let others = dealt.iter().enumerate().filter(|(rank, _)| *rank != place.rank).flat_map(|(_, list)| list);
+    let others: usize = others.map(|&at| targets(&examples.get(entries[at].0))).sum();
+    let targets = others + batches.iter().map(|batch| batch.targets.len()).sum::<usize>();
+    Share { batches, targets, tokens }
+}
+
+/// Supervised tokens of an example; nothing predicts the first.
+fn targets(example: &Example) -> usize {
+    example.supervised.iter().skip(1).filter(|supervised| **supervised).count()
+}
+
 /// Lays a step's examples into batches. Without packing, a batch is a micro-batch. With packing, the examples of
 /// the whole step fill batches of up to `packing` rows, the longest first, each where it leaves the least space.
 /// More than `rows_max` rows are divided, but never within an example. The step's examples, their rope lengths and
@@ -149,36 +200,35 @@ pub fn batches<'a>(
     key: impl Fn(usize) -> u64,
 ) -> Vec<Batch> {
     let examples = examples.into();
-    let push = |batch: &mut Batch, (i, length): (usize, usize)| {
-        let example = examples.get(i);
-        batch.push(&example.ids, &example.supervised, length, key(i));
-    };
-    let fill = |list: &[(usize, usize)]| {
+    let groups = micro_batches.chunks(1).map(|group| grouped(examples, group).collect()).collect();
+    laid(examples, groups, packing, rows_max, key)
+}
+
+/// Lays groups of (example, rope length) into batches.
+fn laid(
+    examples: Examples,
+    groups: Vec<Vec<(usize, usize)>>,
+    packing: Option<usize>,
+    rows_max: usize,
+    key: impl Fn(usize) -> u64,
+) -> Vec<Batch> {
+    let fill = |list: &Vec<(usize, usize)>| {
         let mut batch = Batch::default();
-        list.iter().for_each(|&entry| push(&mut batch, entry));
+        for &(i, length) in list {
+            let example = examples.get(i);
+            batch.push(&example.ids, &example.supervised, length, key(i));
+        }
         batch
     };
-    match packing {
-        None => micro_batches
-            .chunks(1)
-            .flat_map(|group| divided(examples, grouped(examples, group), rows_max))
-            .map(|list| fill(&list))
-            .collect(),
-        Some(packing) => {
-            best_fit(examples, grouped(examples, micro_batches).collect(), packing.min(rows_max))
-                .iter()
-                .map(|list| fill(list))
-                .collect()
-        }
-    }
+    let lists: Vec<Vec<(usize, usize)>> = match packing {
+        None => groups.into_iter().flat_map(|group| divided(examples, group, rows_max)).collect(),
+        Some(packing) => best_fit(examples, groups.concat(), packing.min(rows_max)),
+    };
+    lists.iter().map(fill).collect()
 }
 
 /// Divides the entries in order. A new list begins if the next example would exceed `rows_max`.
-fn divided(
-    examples: Examples,
-    entries: impl Iterator<Item = (usize, usize)>,
-    rows_max: usize,
-) -> Vec<Vec<(usize, usize)>> {
+fn divided(examples: Examples, entries: Vec<(usize, usize)>, rows_max: usize) -> Vec<Vec<(usize, usize)>> {
     let mut lists: Vec<Vec<(usize, usize)>> = Vec::new();
     let mut rows = 0;
     for entry in entries {
@@ -221,7 +271,6 @@ fn best_fit(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::Example;
 
     fn options(batch: usize, accumulation: usize) -> Options {
         Options { batch_examples: batch, accumulation, order_seed: None, ..Options::default() }

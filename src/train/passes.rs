@@ -37,7 +37,7 @@ impl Passes {
 
     /// Changes to the next smaller plan after step `step` ran out of memory, and says so. If there is none, this is a
     /// capacity fault.
-    pub(super) fn shrink(&mut self, step: u64, error: &candle_core::Error) -> Result<String> {
+    pub(super) fn shrink(&mut self, step: u64, error: &str) -> Result<String> {
         let Passes::Planned(memory) = self else {
             return Err(Fault::capacity(format!("out of memory at step {step}: {error}")));
         };

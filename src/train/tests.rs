@@ -17,7 +17,8 @@ use crate::model::{load, random};
 use crate::ops::starve;
 use crate::report::Report;
 
-fn decoder() -> (Decoder, Trainable) {
+/// A decoder of random weights, and a new adapter with dropout.
+pub(super) fn decoder() -> (Decoder, Trainable) {
     decoder_of_rank(LoraOptions::default().r)
 }
 
@@ -40,7 +41,8 @@ fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
     (decoder, adapter)
 }
 
-fn examples() -> Vec<Example> {
+/// Twelve examples of four lengths.
+pub(super) fn examples() -> Vec<Example> {
     let example = |i: usize| Example {
         ids: (0..9 + 5 * (i % 4)).map(|j| ((i * 17 + j * j * 5) % 61) as u32).collect(),
         supervised: (0..9 + 5 * (i % 4)).map(|j| j > 3).collect(),
@@ -48,7 +50,8 @@ fn examples() -> Vec<Example> {
     (0..12).map(example).collect()
 }
 
-fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
+/// A memory plan that has smaller ones.
+pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     let task = memory::Task {
         facts: decoder.facts.clone(),
         sites: adapter.sites.clone(),

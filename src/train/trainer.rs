@@ -5,26 +5,30 @@
 
 use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
-use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
+use crate::model::residency::{Ring, Together};
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
 use crate::ops::{flat, out_of_memory};
+use crate::ranks::{Alone, Collective};
 use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 
 use super::checkpoint::{self, Checkpoints, State};
+use super::deal::Cost;
 use super::metric::Metric;
 use super::moments::Moments;
 use super::options::{Every, Options};
-use super::order::{self, Steps};
+use super::order::{self, Rows, Share, Steps};
 use super::passes::Passes;
 use super::sets::Sets;
 use super::spike::Policy;
+use super::together::{Outcome, Said, agree};
 use super::trained::Trained;
 
 /// Trains the adapter in place beside the frozen decoder. `log` receives each metric when it is known. Afterwards
@@ -41,45 +45,36 @@ pub fn run<'a>(
     report: &Report,
     log: &mut dyn FnMut(&Metric) -> Result<()>,
 ) -> Result<Trained> {
-    let mut trainer = Trainer::new(decoder, adapter, data.into(), options, passes, report)?;
-    let resumed_at = trainer.resume(checkpoints)?;
-    let began_at = trainer.state.step;
-    trainer.evaluate_if_due(checkpoints, log)?;
-    let mut behind: Option<Sent> = None;
-    while trainer.sent < trainer.steps.total && !trainer.state.best.stop {
-        let sent = if interrupt::requested() { None } else { trainer.send()? };
-        let stopped = sent.is_none();
-        trainer.look_at_the_clock();
-        // A GPU works on this step while the numbers of the step before are copied to the host.
-        if let Some(before) = std::mem::replace(&mut behind, sent) {
-            trainer.settle(before, checkpoints, log)?;
-        }
-        if stopped {
-            return Err(trainer.stop(checkpoints));
-        }
-        if let Some(sent) =
-            behind.take_if(|sent| sent.numbers.are_here() || trainer.waits_after(trainer.sent))
-        {
-            trainer.settle(sent, checkpoints, log)?;
-        }
+    run_together(&Alone, decoder, adapter, data, options, passes, checkpoints, report, log)
+}
+
+/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer step
+/// has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
+/// `report` and calls `log`; every rank ends with the same adapter, or with a fault of the same kind.
+#[allow(clippy::too_many_arguments)]
+pub fn run_together<'a>(
+    ranks: &dyn Collective,
+    decoder: &Decoder,
+    adapter: &Trainable,
+    data: impl Into<Sets<'a>>,
+    options: &Options,
+    passes: &mut Passes,
+    checkpoints: Option<&Checkpoints>,
+    report: &Report,
+    log: &mut dyn FnMut(&Metric) -> Result<()>,
+) -> Result<Trained> {
+    let (silent, mut unlogged) = (Report::silent(), |_: &Metric| Ok(()));
+    let leads = ranks.place().leads();
+    let log: &mut dyn FnMut(&Metric) -> Result<()> = if leads { log } else { &mut unlogged };
+    let report = if leads { report } else { &silent };
+    let ended = Trainer::new(ranks, decoder, adapter, data.into(), options, passes, report)
+        .and_then(|trainer| trainer.train(checkpoints.filter(|_| leads), log));
+    if let Err(fault) = &ended {
+        // A rank that failed by itself says so at the point at which the others wait for it. If they know, they say the
+        // same; if they are gone, there is nobody to tell.
+        let _ = agree(ranks, Said::from(fault), ());
     }
-    let seconds = trainer.began.elapsed().as_secs_f64();
-    let restored_step = trainer.restore_best(checkpoints)?;
-    Ok(Trained {
-        best: trainer.best(),
-        restored_step,
-        stopped_early: trainer.state.step < trainer.steps.total,
-        skipped_steps: trainer.state.spikes.skipped,
-        steps: trainer.state.step,
-        first_loss: trainer.state.first_loss.unwrap_or(trainer.state.loss),
-        loss: trainer.state.loss,
-        train_loss: trainer.loss_sum / (trainer.state.step - began_at).max(1) as f64,
-        eval_loss: trainer.state.eval_loss,
-        tokens: trainer.state.tokens,
-        seconds,
-        tokens_per_second: trainer.tokens_here as f64 / seconds.max(1e-9),
-        resumed_at,
-    })
+    ended
 }
 
 /// The results of one optimizer step.
@@ -91,7 +86,8 @@ pub(super) struct Step {
 
 /// An optimizer step that was queued. Its numbers may still be on their way to the host.
 struct Sent {
-    /// The loss sum of each pass, then the sums of squares of the gradient and of the updated parameters.
+    /// The loss sum of each pass, or of all passes of all ranks, then the sums of squares of the gradient and of the
+    /// updated parameters.
     numbers: Numbers,
     /// 1 / (supervised tokens of the step).
     scale: f64,
@@ -101,7 +97,43 @@ struct Sent {
     spike: Option<String>,
 }
 
+/// The gradient of one optimizer step, which lies in its buffer.
+struct Gradient {
+    /// The loss sum of each pass, or of all passes of all ranks.
+    losses: Vec<Number>,
+    /// The factor on them: 1 / (supervised tokens of the step).
+    scale: f64,
+    /// Tokens of the step.
+    tokens: u64,
+    /// Whether rank 0's clock says that an evaluation is due.
+    clock: bool,
+}
+
+/// What a rank tells the others after its passes of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Beat {
+    /// Steps whose numbers are known.
+    step: u64,
+    /// The bits of the last known sums of squares, of the gradient and of the updated parameters. They are equal on all
+    /// ranks.
+    squares: [u64; 2],
+    /// Whether an evaluation is due by this rank's clock. Rank 0's counts.
+    clock: bool,
+}
+
+/// What a rank tells the others before the first step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Start {
+    /// Number of examples to train on, of steps, and of parameters. They are equal on all ranks.
+    sizes: [u64; 3],
+    /// Most tokens per pass by this rank's memory. The least counts.
+    rows_max: usize,
+    /// The state of the checkpoint that rank 0 continues from.
+    state: Option<State>,
+}
+
 pub(super) struct Trainer<'a> {
+    pub(super) ranks: &'a dyn Collective,
     pub(super) decoder: &'a Decoder,
     pub(super) adapter: &'a Trainable,
     pub(super) data: Sets<'a>,
@@ -128,10 +160,17 @@ pub(super) struct Trainer<'a> {
     /// The queued step after which an evaluation is due by the clock. It is decided when the step is queued, so that
     /// the evaluation sees the parameters of that step.
     pub(super) due_by_clock: Option<u64>,
+    /// Most tokens per pass: the least of all ranks, so that every rank lays the same passes.
+    pub(super) rows_max: usize,
+    /// What examples cost, for dealing them to the ranks.
+    pub(super) cost: Cost,
+    /// The sums of squares of the step before, of the gradient and of the updated parameters.
+    squares: [f64; 2],
 }
 
 impl<'a> Trainer<'a> {
     fn new(
+        ranks: &'a dyn Collective,
         decoder: &'a Decoder,
         adapter: &'a Trainable,
         data: Sets<'a>,
@@ -154,6 +193,10 @@ impl<'a> Trainer<'a> {
             best_params: None,
             evaluated_at: Instant::now(),
             due_by_clock: None,
+            rows_max: passes.tokens_max(),
+            cost: Cost::of(&decoder.facts),
+            squares: [0.0; 2],
+            ranks,
             decoder,
             adapter,
             data,
@@ -165,34 +208,107 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    /// Training from its beginning, or from a checkpoint, to its end.
+    fn train(
+        mut self,
+        checkpoints: Option<&Checkpoints>,
+        log: &mut dyn FnMut(&Metric) -> Result<()>,
+    ) -> Result<Trained> {
+        let resumed_at = self.resume(checkpoints)?;
+        let began_at = self.state.step;
+        self.evaluate_if_due(checkpoints, log)?;
+        let mut behind: Option<Sent> = None;
+        while self.sent < self.steps.total && !self.state.best.stop {
+            let sent = self.send()?;
+            let stopped = sent.is_none();
+            // A GPU works on this step while the numbers of the step before are copied to the host.
+            if let Some(before) = std::mem::replace(&mut behind, sent) {
+                self.settle(before, checkpoints, log)?;
+            }
+            if stopped {
+                return Err(self.stop(checkpoints));
+            }
+            if let Some(sent) = behind.take_if(|sent| sent.numbers.are_here() || self.waits_after(self.sent))
+            {
+                self.settle(sent, checkpoints, log)?;
+            }
+        }
+        let seconds = self.began.elapsed().as_secs_f64();
+        let restored_step = self.restore_best(checkpoints)?;
+        Ok(Trained {
+            best: self.best(),
+            restored_step,
+            stopped_early: self.state.step < self.steps.total,
+            skipped_steps: self.state.spikes.skipped,
+            steps: self.state.step,
+            first_loss: self.state.first_loss.unwrap_or(self.state.loss),
+            loss: self.state.loss,
+            train_loss: self.loss_sum / (self.state.step - began_at).max(1) as f64,
+            eval_loss: self.state.eval_loss,
+            tokens: self.state.tokens,
+            seconds,
+            tokens_per_second: self.tokens_here as f64 / seconds.max(1e-9),
+            resumed_at,
+        })
+    }
+
+    /// Continues from the newest checkpoint of rank 0, and agrees with the other ranks on the start.
     fn resume(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
-        let Some(checkpoints) = checkpoints else { return Ok(None) };
-        let found = checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report)?;
-        let Some(state) = found else { return Ok(None) };
+        let newest =
+            |checkpoints| checkpoint::newest(checkpoints, &self.adapter.params, &self.moments, self.report);
+        let found = checkpoints.map(newest).transpose().map(Option::flatten);
+        let sizes = [self.data.train.len(), self.steps.total as usize, self.adapter.params.elem_count()];
+        let start = Start {
+            sizes: sizes.map(|size| size as u64),
+            rows_max: self.rows_max,
+            state: found.as_ref().ok().cloned().flatten(),
+        };
+        let mut told = agree(self.ranks, Said::of(&found), start)?.told;
+        refuse_another_run(&told)?;
+        self.rows_max = told.iter().map(|start| start.rows_max).min().unwrap_or(self.rows_max);
+        let state = told.swap_remove(0).state;
+        self.share(&self.adapter.params)?;
+        if state.is_some() {
+            self.moments.tensors().into_iter().try_for_each(|(_, tensor)| self.share(tensor))?;
+        }
+        if state.is_some() || self.ranks.place().world > 1 {
+            self.adapter.refresh()?;
+        }
+        let Some(state) = state else { return Ok(None) };
         self.report
             .note(Stage::Train, format!("training continues after step {} from a checkpoint", state.step));
-        self.adapter.refresh()?;
         self.progress.set(state.step);
         self.sent = state.step;
         self.state = state;
         Ok(Some(self.state.step))
     }
 
+    /// Fills a flat tensor of every rank with the values of rank 0.
+    pub(super) fn share(&self, flat: &Tensor) -> Result<()> {
+        let place = self.ranks.place();
+        if place.world == 1 || flat.elem_count() == 0 {
+            return Ok(());
+        }
+        if flat.dtype() == DType::U8 {
+            // Ranks add f32 only, which holds every byte.
+            let there = |tensor: &Tensor, dtype| tensor.to_device(&Device::Cpu)?.to_dtype(dtype);
+            let wide = there(flat, DType::F32)?.to_device(flat.device())?;
+            self.share(&wide)?;
+            return Ok(flat::write(flat, &there(&wide, DType::U8)?)?);
+        }
+        if !place.leads() {
+            // Adding -0 changes no bit of rank 0's values, and adding 0 would turn -0 into 0.
+            let zeros = Tensor::full(-0f32, flat.elem_count(), &Device::Cpu)?.to_dtype(flat.dtype())?;
+            flat::write(flat, &zeros)?;
+        }
+        self.ranks.sum(flat)
+    }
+
     /// Queues one optimizer step. Returns `None`, with nothing changed, if a signal came between its passes. A
     /// gradient that is not finite changes nothing either; `settle` finds it. If spikes are skipped, the step's numbers
     /// are awaited before the update.
     fn send(&mut self) -> Result<Option<Sent>> {
-        let (losses, scale, tokens) = loop {
-            match self.gradients() {
-                Ok(Some(gradients)) => break gradients,
-                Ok(None) => return Ok(None),
-                Err(error) if out_of_memory(&error) => {
-                    let text = self.passes.shrink(self.sent + 1, &error)?;
-                    self.report.warn(Stage::Train, text);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        };
+        let Some(Gradient { losses, scale, tokens, clock }) = self.gradient()? else { return Ok(None) };
         let warmup = self.options.warmup.steps(self.steps.total);
         let factor = self.options.schedule.factor(self.sent, self.steps.total, warmup);
         let learning_rate = self.options.learning_rate * factor;
@@ -204,44 +320,133 @@ impl<'a> Trainer<'a> {
         let mut numbers = losses;
         numbers.extend([squares, Number::squares(&self.adapter.params)?]);
         self.sent += 1;
+        if clock {
+            self.due_by_clock = Some(self.sent);
+        }
         Ok(Some(Sent { numbers: Numbers::send(&numbers)?, scale, tokens, learning_rate, spike }))
     }
 
-    /// Returns the loss sum of each pass, the factor on them, and the tokens of the step, and leaves the gradient
-    /// in its buffer. Returns `None` after a signal. Only the gradient changes, so a step that ran out of memory
-    /// can be repeated from its beginning.
-    fn gradients(&self) -> candle_core::Result<Option<(Vec<Number>, f64, u64)>> {
-        let batches = self.batches();
-        let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-        let scale = 1.0 / targets.max(1) as f64;
-        flat::zero(&self.adapter.grads)?;
+    /// Computes the gradient of the next step on all ranks together. Returns `None` after a signal to any of them. Only
+    /// the gradient changes, so a step that ran out of memory somewhere is repeated from its beginning.
+    fn gradient(&mut self) -> Result<Option<Gradient>> {
+        loop {
+            let share = self.share_of_step();
+            let scale = 1.0 / share.targets.max(1) as f64;
+            let (said, losses) = self.passes_of(&share, scale);
+            let heard = agree(self.ranks, said, self.beat())?;
+            refuse_other_numbers(&heard.told)?;
+            match heard.outcome {
+                Outcome::Stopped => return Ok(None),
+                Outcome::OutOfMemory(errors) => self.shrink(&errors)?,
+                Outcome::Done => {
+                    let (losses, clock) = (self.summed(losses)?, heard.told[0].clock);
+                    return Ok(Some(Gradient { losses, scale, tokens: share.tokens as u64, clock }));
+                }
+            }
+        }
+    }
+
+    /// This rank's passes of a step: how they ended, and the loss sum of each.
+    fn passes_of(&self, share: &Share, scale: f64) -> (Said, Vec<Number>) {
+        let mut together = match self.decoder.together(share.batches.len(), Some(self.adapter)) {
+            Ok(together) => together,
+            Err(fault) => return (Said::from(&fault), Vec::new()),
+        };
+        let done = self.passes(share, scale, &mut together);
+        drop(together);
+        let said = match done {
+            Ok(Some(losses)) => return (Said::Done, losses),
+            Ok(None) => Said::Stopped,
+            Err(error) if out_of_memory(&error) => Said::OutOfMemory(error.to_string()),
+            Err(error) => {
+                let gathering = self.decoder.ring.as_ref().and_then(Ring::fault);
+                Said::from(&gathering.unwrap_or_else(|| error.into()))
+            }
+        };
+        (said, Vec::new())
+    }
+
+    /// The loss sum of each pass; `None` after a signal.
+    fn passes(
+        &self,
+        share: &Share,
+        scale: f64,
+        together: &mut Together,
+    ) -> candle_core::Result<Option<Vec<Number>>> {
+        let alone = self.ranks.place().world == 1;
+        flat::zero(if alone { &self.adapter.grads } else { &self.adapter.sums })?;
         let keep = self.passes.keep(self.decoder.layers.len());
-        let mut losses = Vec::with_capacity(batches.len());
-        for batch in &batches {
+        let mut losses = Vec::with_capacity(share.batches.len());
+        for batch in &share.batches {
             if interrupt::requested() {
                 return Ok(None);
             }
+            together.pass();
             losses.push(self.decoder.forward_backward(self.adapter, &keep, batch, scale)?);
         }
-        let tokens = batches.iter().map(Batch::rows).sum::<usize>() as u64;
-        Ok(Some((losses, scale, tokens)))
+        Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
     }
 
-    fn batches(&self) -> Vec<Batch> {
+    /// Adds up gradients and losses over the ranks: one sum. The losses stand behind the gradients, and each rank has a
+    /// place of its own there, so that no rank's loss is rounded to another's.
+    fn summed(&self, losses: Vec<Number>) -> Result<Vec<Number>> {
+        let place = self.ranks.place();
+        if place.world == 1 {
+            return Ok(losses);
+        }
+        let mut own = losses.into_iter();
+        if let Some(first) = own.next() {
+            let loss = own.try_fold(first, |sum, loss| sum.add(&loss))?;
+            loss.split(&self.adapter.loss_of(place.rank)?)?;
+        }
+        self.ranks.sum(&self.adapter.sums)?;
+        Ok(vec![Number::total(&self.adapter.losses()?)?])
+    }
+
+    fn beat(&self) -> Beat {
+        let minutes = match self.options.evaluation {
+            Every::Minutes(minutes) => minutes,
+            _ => f64::INFINITY,
+        };
+        Beat {
+            step: self.state.step,
+            squares: self.squares.map(f64::to_bits),
+            clock: self.evaluated_at.elapsed().as_secs_f64() >= minutes * 60.0,
+        }
+    }
+
+    /// Changes to smaller plans where memory ran out, and agrees on the size of passes. `errors` are those of the ranks
+    /// that ran out.
+    fn shrink(&mut self, errors: &[Option<String>]) -> Result<()> {
+        let (place, step) = (self.ranks.place(), self.sent + 1);
+        let own = errors[place.rank].as_ref().map(|error| self.passes.shrink(step, error)).transpose();
+        let told = (own.as_ref().ok().cloned().flatten(), self.passes.tokens_max());
+        let told = agree(self.ranks, Said::of(&own), told)?.told;
+        self.rows_max = told.iter().map(|(_, rows_max)| *rows_max).min().unwrap_or(self.rows_max);
+        for (rank, text) in told.into_iter().enumerate().filter_map(|(rank, (text, _))| Some((rank, text?))) {
+            let text = if place.world == 1 { text } else { format!("rank {rank}: {text}") };
+            self.report.warn(Stage::Train, text);
+        }
+        Ok(())
+    }
+
+    /// The passes of this rank in the next step, and the sizes of the whole step.
+    fn share_of_step(&self) -> Share {
         let step = self.sent;
         let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
         let key = |example: usize| mix(epoch ^ example as u64);
-        let micro_batches = self.steps.micro_batches(step);
-        let mut batches =
-            order::batches(self.data.train, &micro_batches, self.options.packing, self.rows_max(), key);
+        let (micro_batches, place) = (self.steps.micro_batches(step), self.ranks.place());
+        let rows = Rows { packing: self.options.packing, max: self.rows_max };
+        let mut share = order::share(self.data.train, &micro_batches, rows, place, &self.cost, key);
         let (smoothing, noise) = (self.options.label_smoothing, self.options.neftune_alpha);
-        batches.iter_mut().for_each(|batch| (batch.label_smoothing, batch.noise) = (smoothing, noise));
+        let batches = share.batches.iter_mut();
+        batches.for_each(|batch| (batch.label_smoothing, batch.noise) = (smoothing, noise));
         // The next step's tokens come from the disk while this step is computed.
         if step + 1 < self.steps.total {
             let next = self.steps.micro_batches(step + 1);
             next.iter().flatten().for_each(|&example| self.data.train.will_need(example));
         }
-        batches
+        share
     }
 
     /// Waits for a step's numbers and accounts for them.
@@ -252,9 +457,13 @@ impl<'a> Trainer<'a> {
         log: &mut dyn FnMut(&Metric) -> Result<()>,
     ) -> Result<()> {
         let values = sent.numbers.values()?;
+        if let Some(fault) = self.ranks.ended() {
+            return Err(fault);
+        }
         let [losses @ .., squares, parameters] = values.as_slice() else {
             unreachable!("two sums of squares")
         };
+        self.squares = [*squares, *parameters];
         let loss = losses.iter().map(|loss| loss * sent.scale).sum();
         let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
         match &sent.spike {
@@ -279,11 +488,6 @@ impl<'a> Trainer<'a> {
         // The next step is compared with all steps before it.
         let compares = self.options.spikes.is_some_and(|rule| rule.policy == Policy::Skip);
         done == self.steps.total || evaluates || compares || self.steps.due(self.options.checkpoint, done)
-    }
-
-    /// Most tokens per pass.
-    pub(super) fn rows_max(&self) -> usize {
-        self.passes.tokens_max()
     }
 
     fn after_step(
@@ -350,12 +554,16 @@ impl<'a> Trainer<'a> {
         checkpoint::save(checkpoints, &self.state, params, &self.moments, self.options.checkpoints_max)
     }
 
-    /// The fault for a signal. A checkpoint is written first if possible.
+    /// The fault for a signal. Rank 0 writes a checkpoint first if possible.
     pub(super) fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
         let step = self.state.step;
         let saved = match checkpoints {
-            Some(checkpoints) if step > 0 => self.save(checkpoints),
-            _ => Err(Fault::internal("nothing to save")),
+            Some(checkpoints) if step > 0 => self.save(checkpoints).map_err(|why| why.message),
+            _ => Err("nothing to save".to_owned()),
+        };
+        let saved = match agree(self.ranks, Said::Done, saved) {
+            Ok(mut heard) => heard.told.swap_remove(0),
+            Err(fault) => Err(fault.message),
         };
         match saved {
             Ok(()) => Fault::new(
@@ -365,8 +573,43 @@ impl<'a> Trainer<'a> {
             .help("start it again with the same output folder to continue from there"),
             Err(why) => Fault::new(
                 Kind::InterruptedUnsaved,
-                format!("stopped by a signal after step {step}, not saved: {}", why.message),
+                format!("stopped by a signal after step {step}, not saved: {why}"),
             ),
         }
     }
+}
+
+/// Refuses ranks that begin another run than rank 0.
+fn refuse_another_run(starts: &[Start]) -> Result<()> {
+    for (rank, start) in starts.iter().enumerate().filter(|(_, start)| start.sizes != starts[0].sizes) {
+        let say = |[examples, steps, parameters]: [u64; 3]| {
+            format!("{examples} examples, {steps} steps and {parameters} parameters")
+        };
+        let (found, expected) = (say(start.sizes), say(starts[0].sizes));
+        return Err(Fault::config(format!("rank {rank} has {found}, and rank 0 has {expected}"))
+            .help("start all ranks with the same options and the same data"));
+    }
+    Ok(())
+}
+
+/// Refuses ranks whose numbers differ from rank 0's: all of them compute the same update from the same sum.
+fn refuse_other_numbers(beats: &[Beat]) -> Result<()> {
+    let numbers = |beat: &Beat| (beat.step, beat.squares);
+    for (rank, beat) in beats.iter().enumerate().filter(|(_, beat)| numbers(beat) != numbers(&beats[0])) {
+        let say = |beat: &Beat| {
+            let [gradient, parameters] = beat.squares.map(f64::from_bits);
+            format!("{gradient:e} and {parameters:e} after step {}", beat.step)
+        };
+        return Err(Fault::new(
+            Kind::Device,
+            format!(
+                "rank {rank} does not compute what rank 0 computes: its sums of squares (gradient, parameters) are {}, \
+                 expected {}",
+                say(beat),
+                say(&beats[0])
+            ),
+        )
+        .help("give all ranks the same kind of device; if they have it, the memory of one of them may be faulty"));
+    }
+    Ok(())
 }

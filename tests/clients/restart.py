@@ -10,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 hone, golden, work = sys.argv[1:4]
 clients = int(sys.argv[4]) if len(sys.argv) > 4 else 24
 # Answers that each client wants, and the tokens of one: an answer takes a few times as long as a restart's smallest step.
 WANTED, TOKENS = 8, 40
+# Seconds after which a server has taken a connection for certain.
+ACCEPTED_AFTER = 0.1
 # How the servers end, one after the other: at once, by a signal with time to finish, at once.
 ENDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
 
@@ -90,15 +93,18 @@ async def until_ready(server):
 
 class Load:
     def __init__(self, alone):
-        self.alone, self.answered, self.broken, self.turned_away = alone, 0, 0, 0
+        self.alone, self.answered, self.turned_away = alone, 0, 0
+        # When requests that were not answered in full were sent, and when that was seen.
+        self.broken = []
 
     async def client(self, number):
         name, stream, wanted = ["tiny", "tuned"][number % 2], number % 3 == 0, WANTED
         while wanted > 0:
+            sent = time.monotonic()
             try:
                 text = await ask(name, stream)
             except Broken:
-                self.broken += 1
+                self.broken.append((sent, time.monotonic()))
                 continue
             if text is None:
                 self.turned_away += 1
@@ -112,31 +118,37 @@ async def main():
     server = start()
     alone = {"tiny": await until_ready(server), "tuned": await ask("tuned", False)}
     assert alone["tiny"] != alone["tuned"], "the adapter changes nothing"
-    load = Load(alone)
+    load, ends = Load(alone), []
     running = asyncio.gather(*(load.client(number) for number in range(clients)))
     for at, how in enumerate(ENDS, 1):
         # In the middle: some answers are given, others are being given.
         while load.answered < clients * WANTED * at // (len(ENDS) + 1):
             assert not running.done() or running.result() is None
             await asyncio.sleep(0.002)
-        before = load.broken
+        before, killed = len(load.broken), time.monotonic()
         server.send_signal(how)
         while server.poll() is None:
             await asyncio.sleep(0.002)
+        gone = time.monotonic()
         await asyncio.sleep(0.05)
-        lost = load.broken - before
+        lost = load.broken[before:]
         if how == signal.SIGTERM:
-            assert (lost, server.returncode) == (0, 0), f"{lost} answers were cut by a signal to end, {server.returncode}"
+            # The kernel may have taken a connection that the server had not.
+            cut = [one for one in lost if one[0] < killed - ACCEPTED_AFTER]
+            assert (cut, server.returncode) == ([], 0), f"{cut} were cut by a signal to end, {server.returncode}"
         else:
-            assert 0 < lost <= clients, f"{lost} of {clients} clients lost a request"
+            assert lost, "nothing was in flight"
+        ends.append((killed, gone))
         server = start()
     await running
     assert load.answered == clients * WANTED
+    for sent, seen in load.broken:
+        assert any(sent <= gone and seen >= killed for killed, gone in ends), "a request was lost that no kill had cut"
     server.terminate()
     while server.poll() is None:
         await asyncio.sleep(0.002)
     assert server.returncode == 0, server.returncode
-    print(f"restarts: {load.answered} right answers for {clients} clients through {len(ENDS)} restarts; {load.broken} requests got "
+    print(f"restarts: {load.answered} right answers for {clients} clients through {len(ENDS)} restarts; {len(load.broken)} requests got "
           f"an error, {load.turned_away} were told to come again")
 
 

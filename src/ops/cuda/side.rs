@@ -94,7 +94,10 @@ fn omitted(_: Omitted) -> bool {
 }
 
 #[cfg(test)]
-thread_local!(pub static OMITTED: std::cell::Cell<Option<Omitted>> = const { std::cell::Cell::new(None) });
+thread_local! {
+    /// The event that a test leaves out.
+    pub static OMITTED: std::cell::Cell<Option<Omitted>> = const { std::cell::Cell::new(None) };
+}
 
 #[cfg(test)]
 fn omitted(event: Omitted) -> bool {

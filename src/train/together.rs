@@ -1,0 +1,191 @@
+//! What each rank says at a point of the run -> what all of them do next.
+//!
+//! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank that
+//! fails between two of them says so at the next, so that every rank ends with the same message.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::fault::{Fault, Kind, Result};
+use crate::ranks::Collective;
+
+/// How the work since the last point ended on a rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Said {
+    /// The work is done.
+    Done,
+    /// A signal asked this process to end.
+    Stopped,
+    /// Memory ran out, with the error's text.
+    OutOfMemory(String),
+    /// The work failed.
+    Failed {
+        /// Exit code of the fault's kind.
+        code: u8,
+        /// The fault's message.
+        message: String,
+        /// What to do about it.
+        help: Option<String>,
+    },
+}
+
+/// How the work since the last point ended on all ranks together.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Outcome {
+    /// Every rank is done.
+    Done,
+    /// A signal came to some rank.
+    Stopped,
+    /// Memory ran out on some ranks: the error's text of those, by rank.
+    OutOfMemory(Vec<Option<String>>),
+}
+
+/// What all ranks said.
+#[derive(Debug)]
+pub(super) struct Heard<T> {
+    /// How the work ended.
+    pub outcome: Outcome,
+    /// What each rank told beside that, by rank.
+    pub told: Vec<T>,
+}
+
+/// What travels.
+#[derive(Serialize, Deserialize)]
+struct Word {
+    said: Said,
+    told: serde_json::Value,
+}
+
+impl From<&Fault> for Said {
+    fn from(fault: &Fault) -> Said {
+        Said::Failed {
+            code: fault.kind.exit_code(),
+            message: fault.message.clone(),
+            help: fault.help.clone(),
+        }
+    }
+}
+
+impl Said {
+    /// What a rank says of a result: that it is there, or why it is not.
+    pub fn of<T>(result: &Result<T>) -> Said {
+        result.as_ref().map_or_else(Said::from, |_| Said::Done)
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        let Said::Failed { code, message, help } = self else { return None };
+        let kind = Kind::ALL.into_iter().find(|kind| kind.exit_code() == *code).unwrap_or(Kind::Internal);
+        Some(Fault { kind, message: message.clone(), help: help.clone() })
+    }
+}
+
+/// Says how this rank's work ended and `told`, and returns what all ranks said. If a rank failed, its fault is every
+/// rank's. A failure counts more than a signal, and a signal more than memory that ran out.
+pub(super) fn agree<T: Serialize + DeserializeOwned>(
+    ranks: &dyn Collective,
+    said: Said,
+    told: T,
+) -> Result<Heard<T>> {
+    if ranks.place().world == 1 {
+        return match said.fault() {
+            Some(fault) => Err(fault),
+            None => Ok(Heard { outcome: outcome(vec![said]), told: vec![told] }),
+        };
+    }
+    let unsaid = |error: serde_json::Error| Fault::internal(format!("a word to the other ranks: {error}"));
+    let told = serde_json::to_value(told).map_err(unsaid)?;
+    let words = ranks.exchange(&serde_json::to_vec(&Word { said, told }).map_err(unsaid)?)?;
+    let words = words
+        .iter()
+        .enumerate()
+        .map(|(rank, bytes)| serde_json::from_slice::<Word>(bytes).map_err(|error| unread(rank, &error)));
+    let words = words.collect::<Result<Vec<Word>>>()?;
+    for (rank, word) in words.iter().enumerate() {
+        if let Some(fault) = word.said.fault() {
+            return Err(fault.at(format!("rank {rank}")));
+        }
+    }
+    let (said, told): (Vec<Said>, Vec<_>) = words.into_iter().map(|word| (word.said, word.told)).unzip();
+    let told = told
+        .into_iter()
+        .enumerate()
+        .map(|(rank, value)| serde_json::from_value(value).map_err(|error| unread(rank, &error)));
+    Ok(Heard { outcome: outcome(said), told: told.collect::<Result<_>>()? })
+}
+
+/// How the work ended, if no rank failed.
+fn outcome(said: Vec<Said>) -> Outcome {
+    if said.contains(&Said::Stopped) {
+        return Outcome::Stopped;
+    }
+    let out = |said: Said| match said {
+        Said::OutOfMemory(text) => Some(text),
+        _ => None,
+    };
+    let out: Vec<Option<String>> = said.into_iter().map(out).collect();
+    if out.iter().any(Option::is_some) { Outcome::OutOfMemory(out) } else { Outcome::Done }
+}
+
+fn unread(rank: usize, error: &serde_json::Error) -> Fault {
+    Fault::config(format!(
+        "rank {rank} is at another point of the run than this rank, or is another version: {error}"
+    ))
+    .help("start all ranks with the same version of hone and the same options")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ranks::Alone;
+    use crate::ranks::threads::{self, Threads};
+
+    /// What each of the ranks hears if they say this and tell their number.
+    fn heard(said: &[Said]) -> Vec<std::result::Result<(Outcome, Vec<usize>), String>> {
+        threads::all(Threads::of(said.len()), |ranks| {
+            let rank = ranks.place().rank;
+            let heard = agree(&ranks, said[rank].clone(), rank).map_err(|fault| fault.in_a_line())?;
+            Ok((heard.outcome, heard.told))
+        })
+    }
+
+    #[test]
+    fn all_ranks_hear_the_same() {
+        let out = |text: &str| Said::OutOfMemory(text.into());
+        let failed = || Said::from(&Fault::data("a row").help("mend it"));
+        let cases = [
+            (vec![Said::Done, Said::Done], Ok((Outcome::Done, vec![0, 1]))),
+            (vec![Said::Done, out("a"), Said::Stopped], Ok((Outcome::Stopped, vec![0, 1, 2]))),
+            (
+                vec![out("a"), Said::Done, out("b")],
+                Ok((Outcome::OutOfMemory(vec![Some("a".into()), None, Some("b".into())]), vec![0, 1, 2])),
+            ),
+            (vec![Said::Stopped, out("a"), failed()], Err("rank 2: a row; mend it".to_owned())),
+        ];
+        for (said, expected) in cases {
+            let found = heard(&said);
+            assert!(found.iter().all(|found| *found == expected), "{said:?}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_fault_keeps_its_kind_and_one_process_its_words() {
+        let fault = Fault::new(Kind::Storage, "disk full");
+        let found = agree(&Alone, Said::from(&fault), ()).unwrap_err();
+        assert_eq!((found.kind, found.message.as_str()), (Kind::Storage, "disk full"));
+        let heard = agree(&Alone, Said::Done, f64::NAN).unwrap();
+        assert!(heard.outcome == Outcome::Done && heard.told[0].is_nan());
+        let kinds =
+            threads::all(Threads::of(2), |ranks| agree(&ranks, Said::from(&fault), ()).unwrap_err().kind);
+        assert_eq!(kinds, [Kind::Storage; 2]);
+    }
+
+    #[test]
+    fn ranks_at_different_points_are_told_so() {
+        let found = threads::all(Threads::of(2), |ranks| match ranks.place().rank {
+            0 => agree(&ranks, Said::Done, 1u64).map(|_| ()),
+            _ => agree(&ranks, Said::Done, "text".to_owned()).map(|_| ()),
+        });
+        let message = found[0].as_ref().unwrap_err().message.as_str();
+        assert!(message.starts_with("rank 1 is at another point of the run"), "{message}");
+    }
+}
