@@ -63,6 +63,13 @@ impl Standing {
 #[derive(Debug)]
 pub struct Stands(u8);
 
+impl Stands {
+    /// The standing holds until the process ends.
+    pub fn to_the_end(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Stands {
     fn drop(&mut self) {
         STANDING.store(self.0, Ordering::SeqCst);

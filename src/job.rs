@@ -212,35 +212,51 @@ fn make(
     }
     report.note(Stage::Load, loaded(&decoder, &adapter));
     // From here on there is something to lose, until the adapter is whole.
-    let _standing = interrupt::stands(Standing::Stay);
+    let standing = interrupt::stands(Standing::Stay);
     let sources = evaluation_sources(plan, &evaluation)?;
     let examples = train::Sets { train: (&training).into(), evaluation: scored(&sources) };
-    let trained = together.while_training(|| {
+    let fitted = together.while_training(|| {
         fit(&*ranks, plan, &decoder, &adapter, examples, memory, folder.as_deref(), report)
-    })?;
+    });
+    if fitted.is_err() {
+        standing.to_the_end(); // a signal's checkpoint is written; giving back the model's memory takes a while
+    }
+    let trained = fitted?;
     let Some(folder) = folder else { return Ok(None) };
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() && decoder.ring.as_ref().is_some_and(Ring::is_shared) {
-        report.warn(
-            Stage::Evaluate,
-            "no answers: the ranks share the base, so that none of them can answer by itself",
-        );
-    } else if !asked.is_empty() {
-        // The adapter is whole: answers that cannot be given are no reason to fail.
-        match answer(plan, decoder, &tokenizer, &asked, folder, report) {
-            Err(_) if interrupt::requested() => report.warn(Stage::Evaluate, "a signal came: no answers"),
-            Err(fault) => report.warn(Stage::Evaluate, format!("no answers: {}", fault.in_a_line())),
-            Ok(()) => {}
-        }
-    }
+    answer_if_asked(plan, decoder, &tokenizer, &asked, folder, report);
     finish(plan, &trained, folder)?;
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
     report.fact("evaluation", told::evaluation(&trained));
     report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
     Ok(Some(trained))
+}
+
+/// Lets base and tuned model answer. The adapter is whole: answers that cannot be given are no reason to fail.
+fn answer_if_asked(
+    plan: &Plan,
+    decoder: Decoder,
+    tokenizer: &Tokenizer,
+    asked: &[dataset::Record],
+    folder: &RunFolder,
+    report: &Report,
+) {
+    let shared = decoder.ring.as_ref().is_some_and(Ring::is_shared);
+    let text = match () {
+        () if asked.is_empty() => return,
+        () if shared => {
+            "no answers: the ranks share the base, so that none of them can answer by itself".into()
+        }
+        () => match answer(plan, decoder, tokenizer, asked, folder, report) {
+            Ok(()) => return,
+            Err(_) if interrupt::requested() => "a signal came: no answers".into(),
+            Err(fault) => format!("no answers: {}", fault.in_a_line()),
+        },
+    };
+    report.warn(Stage::Evaluate, text);
 }
 
 fn tell_renamed(described: &Described, report: &Report) {

@@ -192,6 +192,7 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
     let train = training::train_options(reader, &dataset, &entries, tokens.tokens_max, seed);
     let output = places::output(reader, spec.kaito);
     let trackers = tracking::trackers(reader, &output, &model_name, ca_file.clone());
+    let device = places::device(reader);
     let asked = asked::asked(spec, &base, tokens.chat_template.as_deref());
     Plan {
         token_cache: rows::token_cache(reader, &source.cache),
@@ -210,8 +211,8 @@ fn resolve(reader: &mut Reader, spec: &Spec, needs_data: bool) -> Plan {
         output,
         registry: places::registry_options(reader, ca_file),
         init_adapter: places::init_adapter(reader),
-        device: places::device(reader),
-        ranks: places::ranks(reader),
+        device,
+        ranks: places::ranks(reader, device),
         dataset,
         answers: reader.integer(Section::Hone, "answers") as usize,
         asked,

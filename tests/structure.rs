@@ -125,6 +125,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
     ("src/ops/mod.rs", "memory of the device"),
+    ("src/ops/slab.rs", "copies into a buffer that several tensors share"),
     ("src/ranks/launch.rs", "child processes and their signals"),
     ("src/ranks/nccl.rs", "NCCL's library, opened at run time"),
 ];

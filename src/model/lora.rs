@@ -105,7 +105,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
+/// on.
 const LOSSES: usize = 128;
 const LOSS: usize = 4;
 

@@ -149,7 +149,7 @@ fn kaitos_qlora_template() {
             without effect here:
             ModelConfig.device_map (train.yaml:7): `device` chooses the device that holds the model
             ModelConfig.local_files_only (train.yaml:6): `model` says where the model comes from, with its revision: a folder, or hf://OWNER/NAME@REVISION
-            TrainingArguments.ddp_find_unused_parameters (train.yaml:23): one process trains on one device
+            TrainingArguments.ddp_find_unused_parameters (train.yaml:23): `gpus` and `ranks` say which processes train together, and hone divides the work itself
             DataCollator.mlm (train.yaml:28): causal language models predict the next token; no token is masked
         "#]],
     );

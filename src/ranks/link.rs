@@ -1,8 +1,9 @@
 //! Connections to the other ranks -> exchanges, sums, and one end for all.
 //!
 //! Every rank has one connection to rank 0. Calls of a `Collective` go over it, and beats, by which each side knows
-//! that the other is alive. A rank that fails says why, then rank 0 ends all ranks with that fault. A rank that is silent,
-//! whose connection closes, or that does not come to a call, ends all ranks too. Only rank 0 reports the reason.
+//! that the other is alive. A rank that fails says why, then rank 0 ends all ranks with that fault. A rank that is
+//! silent, whose connection closes, or that does not come to a call, ends all ranks too. Only rank 0 reports the
+//! reason.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 
 use crate::fault::{Fault, Kind, Result};
+use crate::interrupt::{self, Standing};
 use crate::last_word::{self, Word};
 use crate::ops::{cpu, flat};
 use crate::ranks::frame::{self, Frame, What};
@@ -189,6 +191,8 @@ impl Link {
 
     /// Ends this rank's part: all ranks end with the same result. The others wait for rank 0.
     pub fn leave<T>(&self, ended: Result<T>) -> Result<T> {
+        // A signal changes nothing here: the ranks end together, and soon.
+        interrupt::stands(Standing::Stay).to_the_end();
         let fault = ended.as_ref().err().cloned();
         let agreed = match self.shared.place.leads() {
             true => self.shared.leave_first(fault),
@@ -650,7 +654,6 @@ impl Read for Heard<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt;
     use crate::ranks::place::Meeting;
 
     const LIMITS: Limits = Limits {

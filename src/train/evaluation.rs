@@ -40,8 +40,8 @@ pub fn evaluate<'a>(
     scores.ok_or_else(interrupt::before_training)
 }
 
-/// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on the
-/// number of ranks. `None`: a signal came to some rank.
+/// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on
+/// the number of ranks. `None`: a signal came to some rank.
 pub fn evaluate_together<'a>(
     ranks: &dyn Collective,
     decoder: &Decoder,

@@ -48,8 +48,8 @@ pub fn run<'a>(
     run_together(&Alone, decoder, adapter, data, options, passes, checkpoints, report, log)
 }
 
-/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer step
-/// has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
+/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer
+/// step has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
 /// `report` and calls `log`; every rank ends with the same adapter, or with a fault of the same kind.
 #[allow(clippy::too_many_arguments)]
 pub fn run_together<'a>(
