@@ -32,6 +32,10 @@ const MODELS: [(&str, &str); 14] = [
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
 const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
+    (
+        "adamw_8bit.rs",
+        "no gradient flows through it; its tests compare with what bitsandbytes makes of gradients",
+    ),
     ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
