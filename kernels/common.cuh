@@ -55,8 +55,8 @@ template <> struct Eight<bf16> {
     }
 };
 
-// A warp's values become one by Merge, whose `of` takes two of them, between lanes whose numbers differ by 16, 8, 4, 2 and
-// 1; every lane gets the result. All lanes take part.
+// A warp's values become one by Merge, whose `of` takes two of them, between lanes whose numbers differ by 16, 8, 4, 2
+// and 1; every lane gets the result. All lanes take part.
 template <typename Merge>
 __device__ __forceinline__ float warp_merged(float x) {
 #ifdef CUDA_EMU

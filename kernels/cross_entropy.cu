@@ -71,13 +71,31 @@ struct Cap {
     }
 };
 
+// Stores 1 if the target has the largest logit and none before it has the same, else 0. `largest`: it has.
 template <typename T>
-__device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,
-                                     float softcap, float scale, int gradient) {
+__device__ __forceinline__ void hit(const T* row, int target, bool largest, const Cap& cap, float* to) {
+    const float at_target = cap.value(widen(row[target]));
+    float before = 0.f;
+    if (largest) // for all threads or for none
+        for (int i = threadIdx.x; i < target; i += blockDim.x)
+            if (cap.value(widen(row[i])) >= at_target) before = 1.f;
+    before = block_max(before);
+    if (threadIdx.x == 0) *to = largest && before == 0.f ? 1.f : 0.f;
+}
+
+// What a kernel finds beside the loss: the gradient, for a plain or a smoothed target, or whether the target has the
+// largest logit.
+enum Task { PLAIN, SMOOTHED, COUNTED };
+
+// `smoothing`: the share of the target that goes to all tokens alike.
+template <typename T, Task TASK>
+__device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* losses, float* hits, int vocab,
+                                     int stride, float softcap, float scale, float smoothing) {
     T* row = logits + (uint64_t)blockIdx.x * stride;
     const int target = (int)targets[blockIdx.x], even = vocab & ~7;
     const Cap cap = {softcap};
     Running running = Running::none();
+    float total = 0.f; // of the logits, for a smoothed target
     for (int i = threadIdx.x * 8; i < even; i += blockDim.x * 8) {
         Eight<T> a;
         a.load(row + i);
@@ -86,21 +104,34 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
         for (int j = 0; j < 8; ++j) {
             a.v[j] = cap.value(a.v[j]);
             largest = fmaxf(largest, a.v[j]);
+            if (TASK == SMOOTHED) total += a.v[j];
         }
         running.rise(largest);
 #pragma unroll
         for (int j = 0; j < 8; ++j) running.sum += expf(a.v[j] - largest);
     }
-    if (even + (int)threadIdx.x < vocab) running.add(cap.value(widen(row[even + threadIdx.x])));
+    if (even + (int)threadIdx.x < vocab) {
+        const float last = cap.value(widen(row[even + threadIdx.x]));
+        running.add(last);
+        if (TASK == SMOOTHED) total += last;
+    }
     // Read before any thread writes: the barrier in the merge lies between.
     const float at_target = cap.value(widen(row[target]));
     running = block_merge(running);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(running.sum) + running.largest - at_target;
-    if (!gradient) return;
-    const float factor = scale / running.sum;
+    const float mean = TASK == SMOOTHED ? block_sum(total) / vocab : 0.f;
+    const float kept = TASK == SMOOTHED ? 1.f - smoothing : 1.f;
+    if (threadIdx.x == 0)
+        losses[blockIdx.x] = logf(running.sum) + running.largest - kept * at_target - smoothing * mean;
+    if (TASK == COUNTED) {
+        hit(row, target, at_target >= running.largest, cap, hits + blockIdx.x);
+        return;
+    }
+    const float factor = scale / running.sum, of_target = scale * kept;
+    const float of_all = TASK == SMOOTHED ? scale * smoothing / vocab : 0.f;
     auto slope = [&](float logit, int column) {
         const float capped = cap.value(logit);
-        return (expf(capped - running.largest) * factor - (column == target ? scale : 0.f)) * cap.slope(capped);
+        const float gradient = expf(capped - running.largest) * factor - (column == target ? of_target : 0.f);
+        return (gradient - of_all) * cap.slope(capped);
     };
     for (int i = threadIdx.x * 8; i < even; i += blockDim.x * 8) {
         Eight<T> a;
@@ -116,8 +147,18 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
 #define FOR(T, type)                                                                                              \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_rows_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,       \
-                                  float softcap, float scale, int gradient) {                                     \
-        rows<T>(logits, targets, losses, vocab, stride, softcap, scale, gradient);                                \
+                                  float softcap, float scale) {                                                   \
+        rows<T, PLAIN>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, 0.f);                     \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(512)                                                             \
+        cross_entropy_smooth_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,     \
+                                    float softcap, float scale, float smoothing) {                                \
+        rows<T, SMOOTHED>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, smoothing);            \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(512)                                                             \
+        cross_entropy_count_##type(T* logits, const uint32_t* targets, float* losses, float* hits, int vocab,     \
+                                   int stride, float softcap) {                                                   \
+        rows<T, COUNTED>(logits, targets, losses, hits, vocab, stride, softcap, 0.f, 0.f);                        \
     }
 FOR(float, f32)
 FOR(bf16, bf16)

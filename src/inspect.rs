@@ -261,6 +261,7 @@ impl Inspection {
             tokens_min: tokens,
             tokens_max: tokens,
             example_tokens: tokens,
+            eight_bit_moments: false,
             keep: None,
             residency: None,
         };

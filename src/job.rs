@@ -32,7 +32,6 @@ use crate::ranks::{Collective, Place};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
-use crate::train::best::Measure;
 use crate::train::{self, Every, Passes, Trained};
 
 pub mod room;
@@ -76,7 +75,6 @@ fn run(plan: &Plan, together: &Together, report: &Report) -> Result<Option<Recei
         publish::check(to, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = open_device(plan, place, report)?;
-    refuse_on_gpu(plan, &device)?;
     report.fact("plan", plan.json());
     report.fact("model", told::model(&described));
     report.fact("environment", told::environment(&device));
@@ -415,20 +413,6 @@ fn refuse_idle(adapter: &Trainable, trained: &Trained, report: &Report) -> Resul
         );
     }
     Ok(())
-}
-
-/// What only the CPU's operations compute.
-fn refuse_on_gpu(plan: &Plan, device: &Device) -> Result<()> {
-    let judged_by = plan.train.judging.as_ref().map(|judging| judging.measure);
-    let what = match () {
-        () if device.is_cpu() => return Ok(()),
-        () if plan.train.label_smoothing > 0.0 => "TrainingArguments.label_smoothing_factor",
-        () if plan.train.neftune_alpha > 0.0 => "TrainingArguments.neftune_noise_alpha",
-        () if judged_by == Some(Measure::Accuracy) => "metric_for_best_model: mean_token_accuracy",
-        () => return Ok(()),
-    };
-    Err(Fault::config(format!("{what} is computed on a CPU only, and this run trains on a GPU"))
-        .help("remove the key, or compare evaluations by eval_loss"))
 }
 
 /// Refuses a run whose learning rate is zero in every step, since it cannot learn.

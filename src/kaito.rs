@@ -2,9 +2,9 @@
 //!
 //! A tuning pod runs `python3 metrics_server.py & accelerate launch --num_processes=N /workspace/tfs/fine_tuning.py`.
 //! In the image of target `kaito`, both programs are hone. The second is the job, which starts the N processes itself.
-//! The first does nothing, because the job serves its metrics itself. A serving pod runs `python3 /workspace/vllm/inference_api.py` or `accelerate launch
-//! /workspace/tfs/inference_api.py` with the flags of its runtime (`inference`). Its startup probe asks whether the
-//! server answers.
+//! The first does nothing, because the job serves its metrics itself. A serving pod runs `python3
+//! /workspace/vllm/inference_api.py` or `accelerate launch /workspace/tfs/inference_api.py` with the flags of its
+//! runtime (`inference`). Its startup probe asks whether the server answers.
 
 pub mod inference;
 pub mod pod;

@@ -121,11 +121,12 @@ impl Word {
         if let Some(place) = PREPARED.get().and_then(|prepared| prepared.place.as_ref()) {
             // SAFETY: system calls on a text that ends with zero and lives as long as the process.
             unsafe {
-                let flags =
-                    libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC | libc::O_NONBLOCK;
+                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_CLOEXEC | libc::O_NONBLOCK;
                 let file = libc::open(place.as_ptr(), flags, 0o644);
                 if file >= 0 {
+                    // The file is cut afterwards, so that it is never empty.
                     libc::write(file, self.message.as_ptr().cast(), self.message.len());
+                    libc::ftruncate(file, self.message.len() as libc::off_t);
                 }
             }
         }

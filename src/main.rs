@@ -63,9 +63,6 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
 /// Runs a command line of hone with warnings to report. `pod` is set for a job in a pod of KAITO's.
 fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode {
     let invocation = cli::parse(&arguments).unwrap_or_else(|error| leave_usage(&error, pod));
-    if let Some(crew) = commands::crew(&invocation.command) {
-        return lead(&crew, &arguments, &warnings, &invocation, pod);
-    }
     let place = seat(&invocation.command);
     if !place.leads() {
         return follow(place, &invocation);
@@ -76,6 +73,11 @@ fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode
     last_word::prepare(message.as_deref(), report::is_json(bars), pod);
     if let (true, Some(path)) = (is_run, &message) {
         termination::write_ahead(path);
+    }
+    // From here on, whatever ends the process leaves a word. The plan is made once to know the number of ranks.
+    let crew = catch_unwind(AssertUnwindSafe(|| commands::crew(&invocation.command))).ok().flatten();
+    if let Some(crew) = crew {
+        return lead(&crew, &arguments, &warnings, &invocation, pod);
     }
     let shown = report::choose(bars, invocation.quiet);
     let shown = if is_run { Arc::new(Recorder::new(shown)) } else { shown };
@@ -137,10 +139,7 @@ fn lead(
     invocation: &Invocation,
     pod: bool,
 ) -> ExitCode {
-    let bars = bars(invocation);
-    let message = termination::path();
-    last_word::prepare(message.as_deref(), report::is_json(bars), pod);
-    let report = Report::new(report::choose(bars, invocation.quiet));
+    let report = Report::new(report::choose(bars(invocation), invocation.quiet));
     warnings.iter().for_each(|warning| report.warn(Stage::Plan, warning.as_str()));
     if pod {
         pod::warn_of_limits(&environment, &report);

@@ -186,7 +186,7 @@ mod tests {
             step: 10,
             epoch: 0.25,
             eval_loss: 2.5,
-            accuracy: None,
+            accuracy: 0.5,
             sources: Vec::new(),
         });
         report.warn(Stage::Train, "careful");

@@ -659,7 +659,7 @@ mod tests {
         let run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
         let before = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":9.0}\n{\"step\":3";
         fs::write(folder.path().join(METRICS), before).unwrap();
-        let (eval_perplexity, eval_mean_token_accuracy) = (2.0, None);
+        let (eval_perplexity, eval_mean_token_accuracy) = (2.0, 0.25);
         let next = Metric::Evaluation {
             step: 2,
             epoch: 1.0,
@@ -672,7 +672,7 @@ mod tests {
         let text = fs::read_to_string(folder.path().join(METRICS)).unwrap();
         assert_eq!(
             text,
-            "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5,\"eval_perplexity\":2.0}\n"
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"epoch\":1.0,\"eval_loss\":0.5,\"eval_perplexity\":2.0,\"eval_mean_token_accuracy\":0.25}\n"
         );
     }
 }

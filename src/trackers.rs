@@ -276,9 +276,9 @@ impl Sink for Trackers {
                 let mut values: Vec<(Cow<'static, str>, f64)> = vec![
                     ("eval_loss".into(), *eval_loss),
                     ("eval_perplexity".into(), eval_loss.exp()),
+                    ("eval_mean_token_accuracy".into(), *accuracy),
                     ("epoch".into(), *epoch),
                 ];
-                values.extend(accuracy.map(|share| ("eval_mean_token_accuracy".into(), share)));
                 values.extend(sources.iter().map(|(name, value)| (name.clone().into(), *value)));
                 self.give(*step, values, None);
             }

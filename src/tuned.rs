@@ -270,6 +270,7 @@ impl Tuned {
             tokens_min: PASS_TOKENS,
             tokens_max: PASS_TOKENS,
             example_tokens: PASS_TOKENS,
+            eight_bit_moments: false,
             keep: None,
             residency: self.plan.memory.residency,
         };

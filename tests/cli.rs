@@ -49,7 +49,8 @@ fn help_tells_what_there_is() {
                        what the machine can do
           serve        Serve a model with adapters over HTTP: OpenAI's API, KAITO's /chat, and a page to
                        talk to it
-          render       Print the Job (and the default ConfigMap) of a KAITO Workspace that tunes
+          render       Print the objects of a KAITO Workspace: the Job of one that tunes, the servers of one
+                       that serves
           tune         Print a new Workspace that tunes a preset
           controller   Watch KAITO Workspaces, create their Jobs and servers, and report their state
           keys         Print the configuration keys: all of them, or those whose name or description
@@ -216,6 +217,18 @@ fn help_tells_what_there_is() {
                   Device: auto, cpu, cuda or cuda:N
 
                   [env: HONE_DEVICE=]
+
+              --gpus <GPUS>
+                  GPUs to train on, one process for each: all, a number of GPUs, or their numbers, such as
+                  0,2
+
+                  [env: HONE_GPUS=]
+
+              --ranks <NUMBER>
+                  Number of processes that train together on this machine [default: one for each GPU, or
+                  one]
+
+                  [env: HONE_RANKS=]
 
               --keep <LEVEL>
                   How much each layer keeps for the backward pass: auto, everything, ..., host-inputs

@@ -1,7 +1,8 @@
 //! hone under attack, with the real binary: a disk that fails at every call, malicious inputs, ends that stop the
 //! process at once, and secrets in every place. `tests/faults/MATRIX.md` lists what is proven where.
 //!
-//! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call, `HONE_FAULTS=20-39` those.
+//! A sweep takes every n-th call; `HONE_FAULTS=all cargo test --test faults` takes each call, `HONE_FAULTS=20-39`
+//! those.
 //! `tests/faults/long` makes all long runs, piece by piece.
 
 #[path = "support/fake_registry.rs"]

@@ -637,6 +637,8 @@ struct Shelf {
     repositories: BTreeMap<String, bool>,
     large: BTreeMap<String, Vec<u8>>,
     parts: BTreeMap<usize, Vec<u8>>,
+    /// Git's or the large store's name of each file of the last commit.
+    committed: BTreeMap<String, String>,
     /// Path of the request and its lines.
     commits: Vec<(String, Vec<serde_json::Value>)>,
     branches: Vec<String>,
@@ -681,6 +683,7 @@ fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply
             shelf.repositories.insert(name.clone(), asked["private"] == true);
             reply(json!({"url": format!("{own}/{name}")}))
         }
+        ("GET", path) if path.contains("/revision/") => reply(json!({"id": "x", "sha": COMMIT})),
         ("GET", _) => match shelf.repositories.get(path.trim_start_matches("/api/models/")) {
             Some(private) => reply(json!({"id": "x", "private": private})),
             None => Reply::status(404).body("{\"error\": \"Repository not found\"}"),
@@ -693,7 +696,8 @@ fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply
             let mode = |file: &serde_json::Value| {
                 let name = file["path"].as_str().unwrap();
                 let large = name.ends_with(".safetensors");
-                json!({"path": name, "uploadMode": if large { "lfs" } else { "regular" }, "shouldIgnore": false})
+                json!({"path": name, "uploadMode": if large { "lfs" } else { "regular" }, "shouldIgnore": false,
+                    "oid": shelf.committed.get(name)})
             };
             let asked = request.json();
             reply(json!({"files": asked["files"].as_array().unwrap().iter().map(mode).collect::<Vec<_>>()}))
@@ -731,7 +735,16 @@ fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply
         (_, "/verify") => Reply::status(200),
         (_, path) if path.contains("/commit/") => {
             let text = String::from_utf8(request.body.clone()).unwrap();
-            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let lines: Vec<serde_json::Value> =
+                text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            for line in &lines[1..] {
+                let value = &line["value"];
+                let oid = match value["oid"].as_str() {
+                    Some(oid) => oid.to_owned(),
+                    None => blob(value["content"].as_str().unwrap()),
+                };
+                shelf.committed.insert(value["path"].as_str().unwrap().to_owned(), oid);
+            }
             shelf.commits.push((path.to_owned(), lines));
             reply(
                 json!({"success": true, "commitOid": COMMIT, "commitUrl": format!("{own}/commit/{COMMIT}")}),
@@ -739,6 +752,16 @@ fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// Git's own name for content in base64.
+fn blob(content: &str) -> String {
+    use base64::Engine;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("content");
+    std::fs::write(&file, base64::prelude::BASE64_STANDARD.decode(content).unwrap()).unwrap();
+    let named = Command::new("git").arg("hash-object").arg(&file).output().expect("git");
+    String::from_utf8(named.stdout).unwrap().trim().to_owned()
 }
 
 /// `hone run` on the golden Llama that pushes.
@@ -791,11 +814,22 @@ fn an_adapter_goes_to_the_hub_an_image_and_a_folder_in_one_run() {
     let told = format!("{ended:?}{record}{}", work.text("out/report.html"));
     assert!(!told.contains(TOKEN) && !told.contains("sig=canary"), "{told}");
 
-    // Pushed again, nothing large is sent again.
+    // Pushed again, nothing is sent again, and there is no second commit.
     let before = store.requests().len();
-    done(&mut pushing(&hub.url(""), &work, &more));
+    let again = done(&mut pushing(&hub.url(""), &work, &more));
     assert_eq!(store.requests().len(), before);
-    assert_eq!(shelf.lock().unwrap().commits.len(), 2);
+    assert_eq!(shelf.lock().unwrap().commits.len(), 1);
+    assert!(again.stdout.contains(COMMIT), "{}", again.stdout);
+    assert!(again.stderr.contains("hf://org/tuned: every file is there already"), "{}", again.stderr);
+
+    // A file that changed is the only one of its commit.
+    let config = work.text("out/adapter_config.json").replace("}", " }");
+    std::fs::write(work.path("out/adapter_config.json"), config).unwrap();
+    let mut by_hand = work.hone(&["push", "out", "hf://org/tuned"]);
+    done(by_hand.env("HF_ENDPOINT", hub.url("")).env("HF_TOKEN", TOKEN));
+    let shelf = shelf.lock().unwrap();
+    let names: Vec<_> = shelf.commits[1].1[1..].iter().map(|line| &line["value"]["path"]).collect();
+    assert_eq!((shelf.commits.len(), names), (2, vec![&json!("adapter_config.json")]));
 }
 
 #[test]

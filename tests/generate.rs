@@ -214,8 +214,8 @@ fn bf16_on_a_gpu_stays_near_f32() {
                 expected.iter().zip(found).zip(next).map(|((e, f), token)| (e[token] - f[token]).abs());
             differences.sum::<f64>() / (text.len() - 1) as f64
         };
-        // TOLERANCE: the bounds on the mean absolute difference of log-probabilities that serving promises: in bf16, and
-        // beyond that with a cache in 8 bits, which two families stand for.
+        // TOLERANCE: the bounds on the mean absolute difference of log-probabilities that serving promises: in bf16,
+        // and beyond that with a cache in 8 bits, which two families stand for.
         let half = mean(&found);
         assert!(half <= 2e-2, "{name}: log-probabilities differ by {half} in the mean");
         if ["llama3", "gemma2"].contains(&name.as_str()) {

@@ -76,6 +76,7 @@ impl Case {
             loraplus_ratio: self.args["loraplus"].as_f64(),
             label_smoothing: self.args["label_smoothing"].as_f64().unwrap_or(0.0),
             neftune_alpha: self.args["neftune"].as_f64().unwrap_or(0.0),
+            eight_bit_moments: self.args["optim"].as_str() == Some("adamw_8bit"),
             warmup: Warmup::Steps(integer("warmup") as u64),
             batch_examples: integer("batch"),
             accumulation: integer("accum"),
@@ -389,12 +390,14 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
     // Every family once, and a base that was stored in 4 bits, because an emulated GPU takes half a minute per run.
     // Other ropes, heads and wrappers of a family differ in what the host reads, which the CPU's runs cover.
-    // HONE_CASES selects them here too.
+    // Training options that have kernels of their own have short runs. HONE_CASES selects cases here too.
     let more = std::env::var_os("HONE_CASES").is_some();
     let wanted = |case: &Case| {
         let name = case.folder.file_name().unwrap().to_string_lossy().into_owned();
-        let variant = case.folder.starts_with(golden().join("_variants"));
-        !variant && (more || !name.contains('_') || name == "llama_stored_nf4")
+        match case.folder.starts_with(golden().join("_variants")) {
+            true => more || ["adamw_8bit", "label_smoothing", "neftune"].contains(&name.as_str()),
+            false => more || !name.contains('_') || name == "llama_stored_nf4",
+        }
     };
     for case in cases().into_iter().filter(wanted) {
         Case { device: device.clone(), ..case }.check(Keep::LayerInputs, Some(300));

@@ -32,6 +32,10 @@ const MODELS: [(&str, &str); 14] = [
 /// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
 const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
+    (
+        "adamw_8bit.rs",
+        "no gradient flows through it; its tests compare with what bitsandbytes makes of gradients",
+    ),
     ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
@@ -121,6 +125,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
     ("src/ops/mod.rs", "memory of the device"),
+    ("src/ops/slab.rs", "copies into a buffer that several tensors share"),
     ("src/ranks/launch.rs", "child processes and their signals"),
     ("src/ranks/nccl.rs", "NCCL's library, opened at run time"),
 ];

@@ -89,6 +89,12 @@ pub struct AdapterConfig {
     /// Whether the update is scaled by lora_alpha / sqrt(r) instead.
     #[serde(default)]
     pub use_rslora: bool,
+    /// Tokens whose embeddings were trained; an adapter with them is refused.
+    #[serde(default, skip_serializing)]
+    pub trainable_token_indices: Option<serde_json::Value>,
+    /// Tokens from which on the adapter counts; an adapter with them is refused.
+    #[serde(default, skip_serializing)]
+    pub alora_invocation_tokens: Option<serde_json::Value>,
 }
 
 /// PEFT's two forms of `target_modules`.
@@ -136,6 +142,8 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
         task_type: Some("CAUSAL_LM".into()),
         use_dora: false,
         use_rslora: options.rslora,
+        trainable_token_indices: None,
+        alora_invocation_tokens: None,
     }
 }
 
@@ -217,6 +225,8 @@ pub fn read(folder: &Path) -> Result<Adapter> {
         (config.layer_replication.is_some(), "layer_replication"),
         (config.bias != "none", "a bias other than none"),
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
+        (config.trainable_token_indices.is_some(), "trainable_token_indices"),
+        (config.alora_invocation_tokens.is_some(), "alora_invocation_tokens"),
     ];
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
         return Err(wrong(&file, format!("{what} is not supported")).help("use a plain LoRA adapter"));
@@ -269,11 +279,16 @@ fn plain_name(name: &str) -> String {
     }
 }
 
+/// Words of PEFT for beginnings that leave the base as it is.
+const BEGINNINGS_OF_A_PLAIN_BASE: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+
 /// Whether the initialisation changed the base weights, as in PiSSA, OLoRA and similar methods. Such an adapter
 /// belongs to its changed base.
 fn changes_base(config: &AdapterConfig) -> bool {
     match &config.init_lora_weights {
-        Some(serde_json::Value::String(name)) => !name.eq_ignore_ascii_case("gaussian"),
+        Some(serde_json::Value::String(name)) => {
+            !BEGINNINGS_OF_A_PLAIN_BASE.iter().any(|plain| name.eq_ignore_ascii_case(plain))
+        }
         _ => false,
     }
 }
@@ -437,12 +452,28 @@ mod tests {
     }
 
     #[test]
-    fn adapters_that_changed_their_base_are_refused() {
+    fn adapters_that_are_no_plain_lora_of_their_base_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let mut other = config(&[], 1, &LoraOptions::default(), "base");
-        other.init_lora_weights = Some("pissa".into());
-        std::fs::write(folder.path().join(CONFIG_FILE), serde_json::to_vec(&other).unwrap()).unwrap();
-        let fault = read(folder.path()).err().expect("refused");
-        assert!(fault.message.contains("initialisation that changed its base"), "{fault}");
+        let plain = serde_json::to_value(config(&[], 1, &LoraOptions::default(), "base")).unwrap();
+        let refusal = |key: &str, value: serde_json::Value| {
+            let mut other = plain.clone();
+            other[key] = value;
+            std::fs::write(folder.path().join(CONFIG_FILE), other.to_string()).unwrap();
+            read(folder.path()).err().expect("it has no weights").message
+        };
+        for word in ["pissa", "olora", "corda"] {
+            let message = refusal("init_lora_weights", word.into());
+            assert!(message.contains("initialisation that changed its base"), "{message}");
+        }
+        for key in ["trainable_token_indices", "alora_invocation_tokens"] {
+            let message = refusal(key, serde_json::json!([1, 2]));
+            assert!(message.contains(&format!("{key} is not supported")), "{message}");
+            // PEFT writes the key without a value too.
+            assert!(refusal(key, serde_json::Value::Null).contains(WEIGHTS_FILE));
+        }
+        for word in ["gaussian", "orthogonal", "eva"] {
+            let message = refusal("init_lora_weights", word.into());
+            assert!(message.contains(WEIGHTS_FILE), "its configuration is taken: {message}");
+        }
     }
 }

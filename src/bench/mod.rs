@@ -163,6 +163,7 @@ fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usi
         tokens_min: longest,
         tokens_max: options.pass_tokens_max.unwrap_or(options.tokens).clamp(longest, options.tokens),
         example_tokens: options.tokens / lengths.len().max(1),
+        eight_bit_moments: false,
         keep: options.keep,
         residency: options.residency,
     })

@@ -1,4 +1,5 @@
-//! The end of a container, as the kubelet reports it -> its exit code and hone's termination message, and both in words.
+//! The end of a container, as the kubelet reports it -> its exit code and hone's termination message, and both in
+//! words.
 
 use k8s_openapi::api::core::v1::ContainerStateTerminated;
 use serde::Deserialize;

@@ -1,5 +1,5 @@
-//! One Workspace under reconciliation -> what is read and written for it, whether it tunes or serves: its ConfigMap, its
-//! nodes, its annotations and status, Events.
+//! One Workspace under reconciliation -> what is read and written for it, whether it tunes or serves: its ConfigMap,
+//! its nodes, its annotations and status, Events.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -55,13 +55,16 @@ impl Default for LoraOptions {
     }
 }
 
-/// How a pair is initialised. B is always zero.
+/// How a pair is initialised. The product of B and A is always zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoraInit {
-    /// `true`: A is Kaiming-uniform.
+    /// `true`: A is Kaiming-uniform, B zero.
     Kaiming,
-    /// `"gaussian"`: A is normal with standard deviation 1/r.
+    /// `"gaussian"`: A is normal with standard deviation 1/r, B zero.
     Gaussian,
+    /// `"orthogonal"`: A and B are random in two halves of the rank's space that are orthogonal to one another, so that
+    /// both learn from the first step. The rank is even.
+    Orthogonal,
 }
 
 /// PEFT's `target_modules`.

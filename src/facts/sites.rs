@@ -1,5 +1,7 @@
 //! PEFT's rules for which linear layers get a LoRA pair, and the place of each pair in the flat parameter buffer.
 
+use std::ops::Range;
+
 use fancy_regex::Regex;
 
 use crate::fault::{Fault, Result};
@@ -29,6 +31,12 @@ impl Site {
     /// Parameters of A [r, K] and B [N, r] together.
     pub fn parameters(&self) -> usize {
         self.rank * (self.projection.rows + self.projection.cols)
+    }
+
+    /// Where the values of A and of B lie in the flat buffer.
+    pub fn matrices(&self) -> [Range<usize>; 2] {
+        let middle = self.offset + self.rank * self.projection.cols;
+        [self.offset..middle, middle..self.offset + self.parameters()]
     }
 }
 

@@ -69,6 +69,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
         tokens_min: longest,
         tokens_max: wanted.min(plan.memory.tokens_max.unwrap_or(usize::MAX)).max(longest),
         example_tokens: mean,
+        eight_bit_moments: train.eight_bit_moments,
         keep: plan.memory.keep,
         residency: plan.memory.residency,
     }

@@ -8,6 +8,7 @@ use crate::facts::{FeedForward, Keep, Projection, Quantization};
 
 use super::machine::{Machine, Place};
 use super::task::Task;
+use super::terms;
 
 pub use super::machine::Rates;
 
@@ -160,10 +161,14 @@ impl Counter<'_> {
         }
     }
 
-    /// The optimizer: seven f32 passes over the adapter.
+    /// The optimizer: three f32 passes over the adapter, and two over its moments.
     pub fn update(&self) -> Work {
         let parameters: usize = self.task.sites.iter().map(|site| site.parameters()).sum();
-        Work { bytes: 28.0 * parameters as f64, launches: 6.0, ..Work::default() }
+        Work {
+            bytes: (12 * parameters + 2 * terms::moments(self.task)) as f64,
+            launches: 6.0,
+            ..Work::default()
+        }
     }
 
     /// One product with a frozen weight. A GPU expands a 4-bit weight before it; a CPU does so while it packs

@@ -2,10 +2,10 @@
 //! the fault gives the numbers.
 //!
 //! The weights of the layers lie on the device if they fit. If not, the ranks share them, or they are streamed from
-//! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep (`Keep`, layer by
-//! layer), and for one layer at work. Among the combinations that fit, the plan takes the number of tokens and the
-//! levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has the same
-//! examples and the same sum of gradients.
+//! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep
+//! (`Keep`, layer by layer), and for one layer at work. Among the combinations that fit, the plan takes the number of
+//! tokens and the levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has
+//! the same examples and the same sum of gradients.
 
 pub mod card;
 pub mod cost;

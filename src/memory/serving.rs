@@ -225,6 +225,7 @@ impl Solver<'_> {
             tokens_min: 1,
             tokens_max: self.rows(),
             example_tokens: 1,
+            eight_bit_moments: false,
             keep: None,
             residency: None,
         }

@@ -39,6 +39,8 @@ pub struct Task {
     pub tokens_max: usize,
     /// Usual tokens per example. The work of attention follows it.
     pub example_tokens: usize,
+    /// Whether the optimizer's moments take 8 bits.
+    pub eight_bit_moments: bool,
     /// The level of every layer; `None`: the fastest that fits.
     pub keep: Option<Keep>,
     /// Where the 4-bit weights of the layers lie; `None`: the first of `Residency::ALL` that fits.

@@ -3,6 +3,7 @@
 use crate::facts::sites::Site;
 use crate::facts::{Facts, Keep, Precision, Projection, Quantization, Residency, Role};
 use crate::model::{layer, lora, residency};
+use crate::ops::adamw_8bit::Matrix;
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
 
@@ -145,9 +146,13 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
     let adapter: usize = task.sites.iter().map(Site::parameters).sum();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
+    let what = match task.eight_bit_moments {
+        false => "adapter, its gradient and two moments",
+        true => "adapter, its gradient and two 8-bit moments",
+    };
     let mut terms = weights(task, place, layers);
     terms.extend([
-        term("adapter, its gradient and two moments", adapter * lora::parameter_bytes(copied)),
+        term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
@@ -159,6 +164,15 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     terms.extend(workspace(task, place));
     terms.retain(|term| term.bytes > 0);
     terms
+}
+
+/// Bytes of the optimizer's two moments of every parameter.
+pub(super) fn moments(task: &Task) -> usize {
+    let of_matrix = |values: usize| match task.eight_bit_moments {
+        false => 8 * values,
+        true => Matrix::moment_bytes(values),
+    };
+    task.sites.iter().flat_map(Site::matrices).map(|matrix| of_matrix(matrix.len())).sum()
 }
 
 fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {

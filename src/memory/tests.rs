@@ -34,6 +34,7 @@ fn task(facts: Facts, tokens: usize) -> Task {
         tokens_min: 512,
         tokens_max: tokens,
         example_tokens: 512,
+        eight_bit_moments: false,
         keep: None,
         residency: None,
     }

@@ -73,7 +73,7 @@ impl Decoder {
         let keys = dropout::keys(&batch.keys, &self.device)?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
         let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed_with_noise(batch)?;
+        let mut x = self.embed_with_noise(batch, &keys)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
@@ -117,8 +117,8 @@ impl Decoder {
         cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
     }
 
-    /// As `loss`, and the targets that are the most probable token; `None` on a GPU, which does not count them.
-    pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Option<u64>)> {
+    /// As `loss`, and how many targets are the most probable token (the lowest id of equal ones).
+    pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Number)> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
         cross_entropy::forward_counting(&hidden, &self.head, &batch.targets, self.precision)
@@ -217,14 +217,15 @@ impl Decoder {
 
     /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
     /// itself applies, and before one that the model applies afterwards.
-    fn embed_with_noise(&self, batch: &Batch) -> Result<Tensor> {
+    fn embed_with_noise(&self, batch: &Batch, keys: &Tensor) -> Result<Tensor> {
         let x = self.embed(&batch.ids)?;
         if batch.noise == 0.0 {
             return Ok(x);
         }
         let factor = if self.facts.embedding_scale.rounded { 1.0 } else { self.embedding_factor() };
         let (_, lengths) = batch.positions();
-        noise::add(&x, batch.noise, factor, &batch.keys, &lengths)
+        noise::add(&x, batch.noise, factor, keys, &lengths)?;
+        Ok(x)
     }
 
     /// The factor on the embeddings, rounded as the reference rounds it.

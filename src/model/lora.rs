@@ -105,13 +105,14 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
+/// on.
 const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
-/// Bytes of a parameter in training: f32 value, gradient and two moments. `copied`: passes compute with a bf16 copy.
+/// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
 pub fn parameter_bytes(copied: bool) -> usize {
-    16 + if copied { 2 } else { 0 }
+    8 + if copied { 2 } else { 0 }
 }
 
 /// One pair in training: views into the flat buffers.
@@ -404,16 +405,17 @@ impl Trainable {
         Ok(self.sites.iter().all(zero))
     }
 
-    /// Initialises an adapter as PEFT does; B is zero. Each site draws from its own stream of the seed, so that
-    /// its values do not depend on the other chosen sites.
+    /// Initialises an adapter as PEFT does; the product of B and A is zero. Each site draws from its own stream of the
+    /// seed, so that its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
     pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
         let total = sites.iter().map(Site::parameters).sum::<usize>();
         let mut values = vec![0f32; total];
         for site in &sites {
-            let a = &mut values[site.offset..][..site.rank * site.projection.cols];
-            initialize(a, site, options);
+            let [a, b] = site.matrices();
+            let (before, after) = values.split_at_mut(b.start);
+            initialize(&mut before[a], &mut after[..b.len()], site, options);
         }
         let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
@@ -487,24 +489,98 @@ fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
     Ok((a, b))
 }
 
-/// Draws A. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has standard deviation 1/r.
-fn initialize(a: &mut [f32], site: &Site, options: &LoraOptions) {
+/// Draws A, and B if it does not begin as zero. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has
+/// standard deviation 1/r.
+fn initialize(a: &mut [f32], b: &mut [f32], site: &Site, options: &LoraOptions) {
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
     random.set_stream(dropout::mix(fnv(&site.path)));
     let mut unit = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
     let bound = (site.projection.cols as f64).sqrt().recip();
-    for value in a {
-        *value = match options.init {
-            LoraInit::Kaiming => (2.0 * unit() - 1.0) * bound,
-            LoraInit::Gaussian => {
-                let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
-                radius * (std::f64::consts::TAU * unit()).cos() / site.rank as f64
-            }
-        } as f32;
+    match options.init {
+        LoraInit::Kaiming => a.iter_mut().for_each(|value| *value = ((2.0 * unit() - 1.0) * bound) as f32),
+        LoraInit::Gaussian => {
+            a.iter_mut().for_each(|value| *value = (normal(&mut unit) / site.rank as f64) as f32);
+        }
+        LoraInit::Orthogonal => orthogonal(a, b, site.rank, &mut || normal(&mut unit)),
     }
+}
+
+/// A normal number from two uniform ones (Box and Muller).
+fn normal(unit: &mut impl FnMut() -> f64) -> f64 {
+    let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
+    radius * (std::f64::consts::TAU * unit()).cos()
+}
+
+/// PEFT's `orthogonal_init`: A^T = X Q' / 10 and B = Y Q'' / 10, where X and Y are normal, and Q' and Q'' are every second
+/// row of a random orthogonal matrix [R, R].
+fn orthogonal(a: &mut [f32], b: &mut [f32], rank: usize, normal: &mut impl FnMut() -> f64) {
+    let rows = orthonormal_rows(rank, normal);
+    let (cols, half) = (a.len() / rank, rank / 2);
+    let mut mixed = |from: usize| {
+        let mut values = vec![0f64; rank];
+        for row in rows[from..].iter().step_by(2).take(half) {
+            let factor = normal() / 10.0;
+            values.iter_mut().zip(row).for_each(|(value, q)| *value += factor * q);
+        }
+        values
+    };
+    for column in 0..cols {
+        mixed(0).iter().enumerate().for_each(|(row, value)| a[row * cols + column] = *value as f32);
+    }
+    for row in b.chunks_mut(rank) {
+        row.iter_mut().zip(mixed(1)).for_each(|(to, value)| *to = value as f32);
+    }
+}
+
+/// A random orthogonal matrix: normal rows, each without its parts along those before it (twice, for exactness).
+fn orthonormal_rows(rank: usize, normal: &mut impl FnMut() -> f64) -> Vec<Vec<f64>> {
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let mut rows: Vec<Vec<f64>> = Vec::with_capacity(rank);
+    for _ in 0..rank {
+        let mut row: Vec<f64> = (0..rank).map(|_| normal()).collect();
+        for before in rows.iter().chain(&rows) {
+            let along = dot(&row, before);
+            row.iter_mut().zip(before).for_each(|(value, q)| *value -= along * q);
+        }
+        let length = dot(&row, &row).sqrt();
+        row.iter_mut().for_each(|value| *value /= length);
+        rows.push(row);
+    }
+    rows
 }
 
 /// FNV-1a, a stable hash of a path.
 fn fnv(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// B A is zero, both have the size of PEFT's, and another seed gives others.
+    #[test]
+    fn an_orthogonal_start_changes_nothing_and_is_zero_nowhere() {
+        let (rank, rows, cols) = (16, 96, 128);
+        let draw = |seed: u64| {
+            let (mut a, mut b) = (vec![0f32; rank * cols], vec![0f32; rows * rank]);
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            let mut unit = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+            orthogonal(&mut a, &mut b, rank, &mut || normal(&mut unit));
+            (a, b)
+        };
+        let (a, b) = draw(1);
+        for row in 0..rows {
+            for column in 0..cols {
+                let product: f32 = (0..rank).map(|i| b[row * rank + i] * a[i * cols + column]).sum();
+                assert!(product.abs() < 1e-6, "{product}");
+            }
+        }
+        // A value is the sum of r/2 normal numbers, each times an entry of a unit vector of length r, over 10.
+        for values in [&a, &b] {
+            let variance = values.iter().map(|x| f64::from(x * x)).sum::<f64>() / values.len() as f64;
+            assert!((variance / 0.005 - 1.0).abs() < 0.1, "{variance}");
+        }
+        assert_ne!(draw(2), (a, b));
+    }
 }

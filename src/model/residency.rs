@@ -537,8 +537,8 @@ mod tests {
         }
     }
 
-    /// One rank computes two passes and evaluates. The other fails in the middle of its only pass and evaluates nothing,
-    /// and gathers what the first needs all the same.
+    /// One rank computes two passes and evaluates. The other fails in the middle of its only pass and evaluates
+    /// nothing, and gathers what the first needs all the same.
     #[test]
     fn a_rank_without_a_pass_gathers_for_the_others() {
         let case = case("llama", 3, 1, FourBitCode::Nf4, true);

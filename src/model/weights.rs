@@ -252,8 +252,8 @@ impl Checkpoint {
         }
     }
 
-    /// Compares the names, apart from those that `ignored` takes out, with those that the decoder reads. The fault names
-    /// missing and surplus tensors together.
+    /// Compares the names, apart from those that `ignored` takes out, with those that the decoder reads. The fault
+    /// names missing and surplus tensors together.
     pub fn expect(&self, wanted: &BTreeSet<String>, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let wanted: BTreeSet<String> = wanted.iter().map(|name| language_name(name).into_owned()).collect();
         let ignored = |name: &str| ignored(name) || beside_language(name);

@@ -15,7 +15,7 @@ use super::matmul::{Operand, Scales};
 use crate::facts::Precision;
 
 /// A number type that operations compute in: `f32` in training, `f64` in tests of gradients.
-pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {
+pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter::Sum {
     /// Zero.
     const ZERO: Self;
     /// One.
@@ -91,9 +91,28 @@ pub trait Real: WithDType + Send + Sync + std::ops::Neg<Output = Self> + std::it
     }
     /// A bf16 value in this type.
     fn widen(value: half::bf16) -> Self;
+}
+
+/// A type whose tensors can be changed in place.
+pub trait Stored: WithDType {
     /// Returns a storage's elements for writing. A storage of another type is an error.
     fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
 }
+
+macro_rules! stored {
+    ($($T:ty: $kind:ident),*) => {
+        $(impl Stored for $T {
+            fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [$T]> {
+                match storage {
+                    CpuStorage::$kind(data) => Ok(data),
+                    _ => bail!(concat!("expected ", stringify!($T), " storage")),
+                }
+            }
+        })*
+    };
+}
+
+stored!(u8: U8, f32: F32, f64: F64);
 
 /// A matrix inside a slice: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
@@ -304,12 +323,6 @@ impl Real for f32 {
     fn widen(value: half::bf16) -> f32 {
         f32::from_bits(u32::from(value.to_bits()) << 16)
     }
-    fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f32]> {
-        match storage {
-            CpuStorage::F32(data) => Ok(data),
-            _ => bail!("expected f32 storage"),
-        }
-    }
 }
 
 /// Evaluates a polynomial; the coefficients begin with the highest power.
@@ -396,12 +409,6 @@ impl Real for f64 {
     }
     fn widen(value: half::bf16) -> f64 {
         f64::from(value)
-    }
-    fn slice_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
-        match storage {
-            CpuStorage::F64(data) => Ok(data),
-            _ => bail!("expected f64 storage"),
-        }
     }
 }
 
@@ -586,10 +593,10 @@ impl<T: WithDType> std::ops::Deref for Read<'_, T> {
 
 /// Changes the elements of a contiguous tensor in place. Nothing else may view the same storage at that time:
 /// candle guards storages by a lock, so a `Read` of the same storage held during this call would deadlock.
-pub fn edit<T: Real, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+pub fn edit<T: Stored, R>(tensor: &Tensor, write: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<F, R>(RefCell<(Option<F>, Option<R>)>, std::marker::PhantomData<R>);
     struct Typed<T, F, R>(Edit<F, R>, std::marker::PhantomData<T>);
-    impl<T: Real, F: FnOnce(&mut [T]) -> R, R> InplaceOp1 for Typed<T, F, R> {
+    impl<T: Stored, F: FnOnce(&mut [T]) -> R, R> InplaceOp1 for Typed<T, F, R> {
         fn name(&self) -> &'static str {
             "edit"
         }

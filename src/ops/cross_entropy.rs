@@ -25,7 +25,7 @@ const GPU_CHUNK_BYTES_MAX: usize = 256 << 20;
 pub struct Goal {
     /// Factor on the sum of losses.
     pub scale: f64,
-    /// Share of each target that goes to all tokens alike, as transformers' LabelSmoother takes it. CPU only.
+    /// Share of each target that goes to all tokens alike, as transformers' LabelSmoother takes it.
     pub smoothing: f64,
 }
 
@@ -82,16 +82,16 @@ pub fn formula(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 
 /// hidden [rows, C] and one target per row -> the sum of the losses.
 pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precision) -> Result<Number> {
-    Ok(each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))?.0)
+    Ok(forward_counting(hidden, head, targets, precision)?.0)
 }
 
-/// As `forward`, and how many targets have the largest logit of their row; `None` on a GPU, which does not count them.
+/// As `forward`, and how many targets have the largest logit of their row; of equal logits the first is the largest.
 pub fn forward_counting(
     hidden: &Tensor,
     head: &Head,
     targets: &[u32],
     precision: Precision,
-) -> Result<(Number, Option<u64>)> {
+) -> Result<(Number, Number)> {
     each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))
 }
 
@@ -120,8 +120,8 @@ pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
     }
 }
 
-/// Returns the loss and the targets with the largest logit. With a goal, `body` receives each chunk's gradient of
-/// `scale * loss` (it replaces the logits) and the chunk's first row.
+/// Returns the loss and, without a goal, the number of targets with the largest logit. With a goal, `body` receives each
+/// chunk's gradient of `scale * loss` (it replaces the logits) and the chunk's first row.
 fn each_chunk(
     hidden: &Tensor,
     head: &Head,
@@ -129,7 +129,7 @@ fn each_chunk(
     goal: Option<Goal>,
     precision: Precision,
     mut body: impl FnMut(&Tensor, usize) -> Result<()>,
-) -> Result<(Number, Option<u64>)> {
+) -> Result<(Number, Number)> {
     let ((rows, _), (vocab, _)) = (hidden.dims2()?, head.weight.dims());
     assert!(
         rows == targets.len() && targets.iter().all(|&target| (target as usize) < vocab),
@@ -139,20 +139,16 @@ fn each_chunk(
     let chunk = chunk_rows(vocab, hidden.dtype().size_in_bytes(), on_gpu);
     #[cfg(feature = "cuda")]
     if on_gpu {
-        if goal.is_some_and(|goal| goal.smoothing > 0.0) {
-            candle_core::bail!("label smoothing has no kernel");
-        }
-        let scale = goal.map(|goal| goal.scale);
-        let losses = gpu::Losses::new(targets, hidden.device())?;
+        let losses = gpu::Losses::new(targets, goal.is_none(), hidden.device())?;
         for from in (0..rows).step_by(chunk) {
             let hidden = hidden.narrow(0, from, chunk.min(rows - from))?;
             let logits = head.product(&hidden, gpu::columns(vocab), precision)?;
-            losses.rows(&logits, from, vocab, head.softcap, scale)?;
-            if scale.is_some() {
+            losses.rows(&logits, from, vocab, head.softcap, goal)?;
+            if goal.is_some() {
                 body(&logits, from)?;
             }
         }
-        return Ok((losses.sum()?, None));
+        return Ok((losses.sum()?, losses.hits()?));
     }
     let (mut loss, mut hits) = (0.0, 0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
@@ -163,7 +159,7 @@ fn each_chunk(
             body(&logits, i * chunk)?;
         }
     }
-    Ok((Number::Here(loss), Some(hits)))
+    Ok((Number::Here(loss), Number::Here(hits as f64)))
 }
 
 /// Returns the sum of the rows' losses, and how many targets have the largest logit. With a goal, the logits become the
@@ -299,41 +295,60 @@ mod gpu {
         Ok(logits)
     }
 
-    /// The targets of all rows, and their losses as chunk after chunk is computed.
+    /// The targets of all rows, and what is found of them as chunk after chunk is computed.
     pub struct Losses {
         targets: Tensor,
         losses: Tensor,
+        /// 1 for a target with the largest logit of its row, else 0; `None` if they are not counted.
+        hits: Option<Tensor>,
     }
 
     impl Losses {
-        /// Uploads the targets and clears the losses.
-        pub fn new(targets: &[u32], device: &Device) -> Result<Losses> {
-            let losses = Tensor::zeros(targets.len().max(1), DType::F32, device)?;
+        /// Uploads the targets; losses and hits begin as zeros.
+        pub fn new(targets: &[u32], counted: bool, device: &Device) -> Result<Losses> {
+            let zeros = || Tensor::zeros(targets.len().max(1), DType::F32, device);
+            let (losses, hits) = (zeros()?, counted.then(zeros).transpose()?);
             // Without rows nothing can be uploaded, and the one loss stays 0.
             let targets = cuda::upload(if targets.is_empty() { &[0] } else { targets }, device)?;
-            Ok(Losses { targets, losses })
+            Ok(Losses { targets, losses, hits })
         }
 
-        /// Computes the losses of the rows from `from` on. With `scale`, their logits become the gradient.
+        /// Computes the losses of the rows from `from` on. With a goal their logits become the gradient; without one
+        /// the hits are found too.
         pub fn rows(
             &self,
             logits: &Tensor,
             from: usize,
             vocab: usize,
             softcap: Option<f64>,
-            scale: Option<f64>,
+            goal: Option<Goal>,
         ) -> Result<()> {
             let (rows, columns) = logits.dims2()?;
-            let launch = Launch::new(logits, "cross_entropy", "rows")?.tensor(logits);
+            let (name, smoothing) = match goal {
+                None => ("count", None),
+                Some(Goal { smoothing: 0.0, .. }) => ("rows", None),
+                Some(goal) => ("smooth", Some(goal.smoothing)),
+            };
+            let launch = Launch::new(logits, "cross_entropy", name)?.tensor(logits);
             let launch = launch.of_at(DType::U32, &self.targets, from).of_at(DType::F32, &self.losses, from);
+            let launch = self.hits.iter().fold(launch, |launch, hits| launch.of_at(DType::F32, hits, from));
             let launch = launch.int(vocab).int(columns).float(softcap.unwrap_or(0.0));
-            let launch = launch.float(scale.unwrap_or(0.0)).int(usize::from(scale.is_some()));
+            let launch = goal.into_iter().fold(launch, |launch, goal| launch.float(goal.scale));
+            let launch = smoothing.into_iter().fold(launch, Launch::float);
             launch.launch((rows, 1, 1), 512, 0)
         }
 
         /// The sum of all rows' losses.
         pub fn sum(&self) -> Result<Number> {
             crate::ops::number::gpu::sum(&[&self.losses])
+        }
+
+        /// The number of hits; 0 if they are not counted.
+        pub fn hits(&self) -> Result<Number> {
+            match &self.hits {
+                Some(hits) => crate::ops::number::gpu::sum(&[hits]),
+                None => Ok(Number::Here(0.0)),
+            }
         }
     }
 }
@@ -385,9 +400,13 @@ mod tests {
         assert!((loss.value()? - smoothed.to_scalar::<f64>()?).abs() < 1e-10);
         judge::same(&dh, &judge::gradient(hidden, &smoothed, &scale)?, 1e-12)?;
         let (_, hits) = forward_counting(hidden, head, &targets, Precision::F32)?;
-        let largest = product.argmax(1)?.to_vec1::<u32>()?;
-        assert_eq!(hits.unwrap(), largest.iter().zip(&targets).filter(|(a, b)| a == b).count() as u64);
+        assert_eq!(hits.value()?, hits_of(product, &targets)?);
         Ok(())
+    }
+
+    fn hits_of(logits: &Tensor, targets: &[u32]) -> Result<f64> {
+        let largest = logits.argmax(1)?.to_vec1::<u32>()?;
+        Ok(largest.iter().zip(targets).filter(|(a, b)| a == b).count() as f64)
     }
 
     /// transformers' LabelSmoother before it divides: the loss of a target of which a share is spread over all tokens.
@@ -444,8 +463,19 @@ mod tests {
         // TOLERANCE: bf16 logits of a few units are rounded to 2^-8 of themselves.
         let tolerance = if gpu.dtype == DType::F32 { 1e-5 } else { 1e-2 };
         assert!((loss - expected_loss).abs() <= tolerance * expected_loss.max(1.0), "{loss} {expected_loss}");
-        assert_eq!(forward(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?.value()?, loss);
+        let (same, hits) = forward_counting(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?;
+        assert_eq!(same.value()?, loss);
+        // Logits that bf16 cannot tell apart have another largest one in f64.
+        if gpu.dtype == DType::F32 {
+            assert_eq!(hits.value()?, hits_of(&logits, &targets)?);
+        }
         let scale = Tensor::new(0.25f64, &Device::Cpu)?;
+        gpu.within(tolerance, &dh, &judge::gradient(&hidden, &expected, &scale)?)?;
+        let expected = smoothed_formula(&logits, &Tensor::new(targets.as_slice(), &Device::Cpu)?, 0.2)?;
+        let goal = Goal { scale: 0.25, smoothing: 0.2 };
+        let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, goal, Precision::F32)?;
+        let (loss, expected_loss) = (loss.value()?, expected.to_scalar::<f64>()?);
+        assert!((loss - expected_loss).abs() <= tolerance * expected_loss.max(1.0), "{loss} {expected_loss}");
         gpu.within(tolerance, &dh, &judge::gradient(&hidden, &expected, &scale)?)
     }
 
@@ -453,8 +483,19 @@ mod tests {
     fn of_equal_logits_the_first_is_the_most_probable_one() -> Result<()> {
         let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
         let head = Head::plain(Weight::Dense(Tensor::ones((5, 2), DType::F32, &Device::Cpu)?));
-        assert_eq!(forward_counting(&hidden, &head, &[0, 3, 4], Precision::F32)?.1, Some(1));
-        Ok(())
+        assert_eq!(forward_counting(&hidden, &head, &[0, 3, 4], Precision::F32)?.1.value()?, 1.0);
+        judge::on_gpu(|gpu| {
+            for vocab in [5usize, 1500] {
+                let hidden = gpu.put(&Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?)?;
+                let ones = gpu.put(&Tensor::ones((vocab, 2), DType::F32, &Device::Cpu)?)?;
+                let targets = [0, 3, vocab as u32 - 1, 0];
+                for softcap in [None, Some(2.0)] {
+                    let head = Head { softcap, ..Head::plain(Weight::Dense(ones.clone())) };
+                    assert_eq!(forward_counting(&hidden, &head, &targets, Precision::F32)?.1.value()?, 2.0);
+                }
+            }
+            Ok(())
+        })
     }
 
     #[test]

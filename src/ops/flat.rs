@@ -1,6 +1,6 @@
 //! Flat buffers of parameters, gradients and moments: filled and cleared in place on any device.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::cpu;
 use crate::with_real;
@@ -15,10 +15,15 @@ pub fn write(target: &Tensor, source: &Tensor) -> Result<()> {
     if target.device().is_cuda() {
         return gpu::copy(target, &source);
     }
-    with_real!(target, T => {
-        let source = &*cpu::read::<T>(&source)?;
-        cpu::edit(target, |target: &mut [T]| target.copy_from_slice(source))
-    })
+    if target.dtype() == DType::U8 {
+        return copy::<u8>(target, &source);
+    }
+    with_real!(target, T => copy::<T>(target, &source))
+}
+
+fn copy<T: cpu::Stored>(target: &Tensor, source: &Tensor) -> Result<()> {
+    let source = &*cpu::read::<T>(source)?;
+    cpu::edit(target, |target: &mut [T]| target.copy_from_slice(source))
 }
 
 /// Sets all elements to zero.

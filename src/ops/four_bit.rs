@@ -345,14 +345,20 @@ fn mean(values: &[f32]) -> f32 {
 /// values in the larger ones; 0 and 1 are included. Each step is in f32, because the midpoints decide codes.
 pub fn dynamic_map() -> &'static [f32; 256] {
     static MAP: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
-    MAP.get_or_init(make_dynamic_map)
+    MAP.get_or_init(|| make_dynamic_map(true))
 }
 
-fn make_dynamic_map() -> [f32; 256] {
+/// The 8-bit dynamic map of values that are never negative: twice as many in each decade.
+pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+    static MAP: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
+    MAP.get_or_init(|| make_dynamic_map(false))
+}
+
+fn make_dynamic_map(signed: bool) -> [f32; 256] {
     const DECADES: i32 = 7;
     let mut map = vec![0f32, 1.0];
     for decade in 0..DECADES {
-        let points = (1usize << decade) + 1;
+        let points = (1usize << (decade + i32::from(!signed))) + 1;
         // Evenly spaced from 0.1 to 1, counted from both ends with one rounding each, as torch.linspace does.
         let step = (1.0f32 - 0.1) / (points - 1) as f32;
         let at = |i: usize| match i < points / 2 {
@@ -362,7 +368,7 @@ fn make_dynamic_map() -> [f32; 256] {
         let power = 10f64.powi(decade - (DECADES - 1)) as f32;
         for i in 0..points - 1 {
             let mean = (at(i) + at(i + 1)) / 2.0 * power;
-            map.extend([mean, -mean]);
+            map.extend(std::iter::once(mean).chain(signed.then_some(-mean)));
         }
     }
     map.sort_by(f32::total_cmp);

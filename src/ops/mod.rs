@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod activation;
 pub mod adamw;
+pub mod adamw_8bit;
 #[cfg(feature = "cuda")]
 pub mod adapters;
 pub mod attention;

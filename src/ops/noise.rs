@@ -11,55 +11,96 @@ use crate::with_real;
 /// Tells this noise from dropout's masks, whose sites are small numbers.
 const SITE: u64 = u64::from_be_bytes(*b"neftune\0");
 
-/// x [T, C] -> x + factor * u, each u uniform in ±alpha / sqrt(length * C). There is one of `keys` and one of `lengths`
-/// per row; a length is that of the padded micro-batch, as transformers takes it. It is on the host only.
-pub fn add(x: &Tensor, alpha: f64, factor: f64, keys: &[u64], lengths: &[u32]) -> Result<Tensor> {
+/// Adds `factor * u` to x [T, C] in place, each u uniform in ±alpha / sqrt(length * C). There is one of `keys` and one
+/// of `lengths` per row; a length is that of the padded micro-batch, as transformers takes it.
+pub fn add(x: &Tensor, alpha: f64, factor: f64, keys: &Tensor, lengths: &[u32]) -> Result<()> {
     let (rows, width) = x.dims2()?;
-    assert!(keys.len() == rows && lengths.len() == rows, "one key and one length a row");
+    assert!(keys.elem_count() == rows && lengths.len() == rows, "one key and one length a row");
+    let most: Vec<f64> =
+        lengths.iter().map(|length| alpha / (f64::from(*length) * width as f64).sqrt()).collect();
+    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        candle_core::bail!("NEFTune's noise is made on the host");
+        return gpu::add(x, &most, factor, keys);
     }
-    with_real!(x, T => {
-        let mut y = vec![T::ZERO; rows * width];
-        let x = &*cpu::read::<T>(x)?;
-        let lines = y.par_chunks_mut(width).zip(x.par_chunks(width));
-        lines.zip(keys.par_iter().zip(lengths)).for_each(|((y, x), (key, length))| {
-            let most = T::of(alpha / (f64::from(*length) * width as f64).sqrt());
-            let row = mix(key ^ mix(SITE));
-            for (column, (y, &x)) in y.iter_mut().zip(x).enumerate() {
+    let keys = &*cpu::read::<i64>(keys)?;
+    with_real!(x, T => cpu::edit(x, |x: &mut [T]| {
+        x.par_chunks_mut(width).zip(keys.par_iter().zip(&most)).for_each(|(x, (key, &most))| {
+            let most = T::of(most);
+            let row = mix(key.cast_unsigned() ^ mix(SITE));
+            for (column, x) in x.iter_mut().enumerate() {
                 // 24 bits: exact in f32, in [0, 1).
                 let share = (mix(row.wrapping_add(column as u64)) >> 40) as f64 / f64::from(1 << 24);
-                *y = x + T::of(factor) * (T::of(share) * (most + most) - most);
+                *x += T::of(factor) * (T::of(share) * (most + most) - most);
             }
         });
-        cpu::tensor(y, (rows, width))
-    })
+    }))
+}
+
+/// The launch of `kernels/noise.cu`: one block per row.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::cuda::{self, Launch};
+
+    /// Adds the noise to `x` in place. `most`: the bound of each row.
+    pub fn add(x: &Tensor, most: &[f64], factor: f64, keys: &Tensor) -> Result<()> {
+        let (rows, width) = x.dims2()?;
+        let most: Vec<f32> = most.iter().map(|most| *most as f32).collect();
+        let most = cuda::upload(&most, x.device())?;
+        let launch = Launch::new(x, "noise", "add")?.tensor(x).of(DType::I64, keys).of(DType::F32, &most);
+        launch.long(mix(SITE)).float(factor).int(width).launch((rows, 1, 1), 128, 0)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::{dropout, judge};
     use candle_core::{DType, Device};
+
+    /// The noise on zeros.
+    fn noise(width: usize, factor: f64, keys: &[u64], length: u32) -> Result<Vec<f64>> {
+        let x = Tensor::zeros((keys.len(), width), DType::F64, &Device::Cpu)?;
+        add(&x, 5.0, factor, &dropout::keys(keys, &Device::Cpu)?, &vec![length; keys.len()])?;
+        cpu::to_f64(&x)
+    }
 
     #[test]
     fn noise_is_uniform_within_its_bound_and_follows_the_token() -> Result<()> {
         let (rows, width) = (64, 256);
-        let x = Tensor::zeros((rows, width), DType::F64, &Device::Cpu)?;
         let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
-        let noise = cpu::to_f64(&add(&x, 5.0, 1.0, &keys, &vec![100; rows])?)?;
+        let found = noise(width, 1.0, &keys, 100)?;
         let most = 5.0 / (100.0 * width as f64).sqrt();
-        assert!(noise.iter().all(|value| value.abs() <= most));
+        assert!(found.iter().all(|value| value.abs() <= most));
         let mean =
-            |of: &dyn Fn(f64) -> f64| noise.iter().map(|&value| of(value)).sum::<f64>() / noise.len() as f64;
+            |of: &dyn Fn(f64) -> f64| found.iter().map(|&value| of(value)).sum::<f64>() / found.len() as f64;
         // The mean of a uniform value is 0, its variance is a third of the bound's square.
         assert!(mean(&|value| value).abs() < 0.02 * most);
         assert!((mean(&|value| value * value) / (most * most / 3.0) - 1.0).abs() < 0.02);
         let reversed: Vec<u64> = keys.iter().rev().copied().collect();
-        let moved = cpu::to_f64(&add(&x, 5.0, 1.0, &reversed, &vec![100; rows])?)?;
-        assert_eq!(noise[3 * width..4 * width], moved[(rows - 4) * width..(rows - 3) * width]);
+        let moved = noise(width, 1.0, &reversed, 100)?;
+        assert_eq!(found[3 * width..4 * width], moved[(rows - 4) * width..(rows - 3) * width]);
         // A longer example and a factor change the size alone.
-        let longer = cpu::to_f64(&add(&x, 5.0, 3.0, &keys, &vec![400; rows])?)?;
-        assert!(longer.iter().zip(&noise).all(|(longer, noise)| (longer - 1.5 * noise).abs() < 1e-15));
+        let longer = noise(width, 3.0, &keys, 400)?;
+        assert!(longer.iter().zip(&found).all(|(longer, noise)| (longer - 1.5 * noise).abs() < 1e-15));
         Ok(())
+    }
+
+    #[test]
+    fn the_kernels_add_what_the_host_adds() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, width) in [(1, 1), (33, 7), (5, 96), (2, 1100)] {
+                let numbers: Vec<u64> = (0..rows as u64).map(|row| mix(row) | 1 << 63).collect();
+                let lengths: Vec<u32> = (0..rows as u32).map(|row| 3 + row).collect();
+                let start = gpu.random((rows, width), 1)?;
+                let (expected, found) = (start.as_tensor().copy()?, gpu.put(&start)?);
+                add(&expected, 15.0, 1.5, &dropout::keys(&numbers, &Device::Cpu)?, &lengths)?;
+                add(&found, 15.0, 1.5, &dropout::keys(&numbers, &gpu.device)?, &lengths)?;
+                gpu.same(&found, &expected)?;
+            }
+            Ok(())
+        })
     }
 }

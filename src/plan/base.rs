@@ -135,9 +135,18 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
             format!("LoraConfig.alpha_pattern: {pattern}: 0 scales these modules to nothing"),
         );
     }
-    let init = init(reader);
+    let (init, r) = (init(reader), rank(reader));
+    let odd =
+        std::iter::once(&r).chain(rank_pattern.iter().map(|(_, rank)| rank)).find(|rank| *rank % 2 == 1);
+    if let (LoraInit::Orthogonal, Some(odd)) = (init, odd) {
+        let origin = reader.origin(L, "init_lora_weights");
+        reader.wrong(
+            &origin,
+            format!("LoraConfig.init_lora_weights: orthogonal: needs even ranks, found {odd}"),
+        );
+    }
     LoraOptions {
-        r: rank(reader),
+        r,
         alpha,
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
@@ -181,14 +190,14 @@ fn rank_pattern(reader: &mut Reader) -> Vec<(String, usize)> {
 const OTHER_BEGINNINGS: [(&[&str], &str); 4] = [
     (
         &["pissa", "pissa_niter", "olora"],
-        "it changes the base, so that the adapter would fit no other copy of it; use true or gaussian",
+        "it changes the base, so that the adapter would fit no other copy of it; use true, gaussian or orthogonal",
     ),
-    (&["eva", "corda", "lora_ga"], "it needs a pass over the data before training; use true or gaussian"),
-    (&["loftq"], "it needs the unquantised base beside the quantised one; use true or gaussian"),
     (
-        &["orthogonal", "false"],
-        "it begins with a B that is not zero, for tests of PEFT; use true or gaussian",
+        &["eva", "corda", "lora_ga"],
+        "it needs a pass over the data before training; use true, gaussian or orthogonal",
     ),
+    (&["loftq"], "it needs the unquantised base beside the quantised one; use true, gaussian or orthogonal"),
+    (&["false"], "it begins with a B that is not zero, for tests of PEFT; use true, gaussian or orthogonal"),
 ];
 
 fn init(reader: &mut Reader) -> LoraInit {
@@ -197,10 +206,11 @@ fn init(reader: &mut Reader) -> LoraInit {
     let why = OTHER_BEGINNINGS.iter().find(|(words, _)| words.iter().any(|other| word.starts_with(other)));
     match (word.as_str(), why) {
         ("gaussian", _) => LoraInit::Gaussian,
+        ("orthogonal", _) => LoraInit::Orthogonal,
         ("true", _) => LoraInit::Kaiming,
         (_, why) => {
             let origin = reader.origin(L, "init_lora_weights");
-            let why = why.map_or("expected true or gaussian", |(_, why)| *why);
+            let why = why.map_or("expected true, gaussian or orthogonal", |(_, why)| *why);
             reader.wrong(&origin, format!("LoraConfig.init_lora_weights: {word}: {why}"));
             LoraInit::Kaiming
         }

@@ -382,7 +382,8 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
     }
 }
 
-pub(super) fn ranks(reader: &mut Reader, device: Choice) -> Wish {
+/// Which processes train together. `choice` is what `device` says.
+pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
     let origin = reader.origin(Section::Hone, "gpus");
     let text = reader.text(Section::Hone, "gpus");
     let gpus = text.as_deref().and_then(Gpus::parse);
@@ -390,11 +391,11 @@ pub(super) fn ranks(reader: &mut Reader, device: Choice) -> Wish {
         let expected = "expected all, a number of GPUs, or the numbers of several such as 0,2";
         reader.wrong(&origin, format!("gpus: {expected}, found {text:?}"));
     }
-    if gpus.is_some() && device != Choice::Auto {
+    if gpus.is_some() && choice != Choice::Auto {
         reader.warn("gpus has no effect, since device or use_cpu names the one device".into());
     }
     let ranks = reader.maybe_integer(Section::Hone, "ranks").map(|ranks| ranks as usize);
-    Wish { device, gpus, ranks }
+    Wish { device: choice, gpus, ranks }
 }
 
 pub(super) fn source_options(reader: &mut Reader, ca_file: Option<PathBuf>) -> source::Options {

@@ -4,7 +4,7 @@ use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
 use super::*;
 use crate::dataset::LossOn;
-use crate::facts::{FourBitCode, Keep, Precision, Quantization, Targets};
+use crate::facts::{FourBitCode, Keep, LoraInit, Precision, Quantization, Targets};
 use crate::memory::Limit;
 use crate::spec::{self, Request, Setting, Written};
 use crate::train::{Every, Warmup};
@@ -403,9 +403,14 @@ fn choices_that_depend_on_other_keys() {
     let bare = plan("training_config: {QuantizationConfig: {load_in_4bit: true}}\n").model;
     assert_eq!(bare.quantization, Quantization::FourBit { code: FourBitCode::Fp4, double: false });
     let warned = plan(
-        "training_config: {QuantizationConfig: {bnb_4bit_quant_type: nf4}, TrainingArguments: {optim: adamw_8bit, fp16: true}}\n",
+        "training_config: {QuantizationConfig: {bnb_4bit_quant_type: nf4}, TrainingArguments: {optim: adamw_torch_8bit, fp16: true}}\n",
     );
     assert_eq!(warned.warnings.len(), 3, "{:?}", warned.warnings);
+    assert!(!warned.train.eight_bit_moments);
+    for name in ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"] {
+        let narrow = plan(&format!("training_config: {{TrainingArguments: {{optim: {name}}}}}\n"));
+        assert!(narrow.train.eight_bit_moments && narrow.warnings.is_empty(), "{:?}", narrow.warnings);
+    }
 }
 
 #[test]
@@ -606,10 +611,12 @@ fn beginnings_of_peft_that_are_not_here_say_why() {
     let lora =
         |word: &str| case.plan(&format!("training_config: {{LoraConfig: {{init_lora_weights: {word}}}}}\n"));
     assert!(lora("true").is_ok() && lora("True").is_ok() && lora("gaussian").is_ok());
+    assert_eq!(lora("orthogonal").unwrap().model.lora.init, LoraInit::Orthogonal);
+    assert!(lora("orthogonal, r: 5").unwrap_err().message.contains("needs even ranks, found 5"));
     for (word, why) in [
         ("pissa_niter_4", "it changes the base"),
         ("eva", "a pass over the data"),
-        ("x", "expected true or gaussian"),
+        ("x", "expected true, gaussian or orthogonal"),
     ] {
         let fault = lora(word).unwrap_err();
         assert!(fault.message.contains(why), "{fault}");

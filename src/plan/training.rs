@@ -21,10 +21,7 @@ pub(super) fn train_options(
     seed: u64,
 ) -> train::Options {
     use Section::TrainingArguments as T;
-    let optimizer = reader.text(T, "optim").unwrap_or_default();
-    if !["adamw_torch", "adamw_torch_fused"].contains(&optimizer.as_str()) {
-        reader.warn(format!("TrainingArguments.optim: {optimizer} runs as plain AdamW with 32-bit moments"));
-    }
+    let eight_bit_moments = eight_bit_moments(reader);
     let logging_steps = steps(reader, "logging_steps").unwrap_or(Every::Steps(1));
     let eval_steps = steps(reader, "eval_steps").unwrap_or(logging_steps);
     let save_steps = steps(reader, "save_steps").unwrap_or(Every::Steps(1));
@@ -85,6 +82,23 @@ pub(super) fn train_options(
         label_smoothing: reader.number(T, "label_smoothing_factor"),
         neftune_alpha: reader.maybe_number(T, "neftune_noise_alpha").unwrap_or(0.0),
         spikes: spikes(reader),
+        eight_bit_moments,
+    }
+}
+
+/// What `optim` says of AdamW's moments.
+fn eight_bit_moments(reader: &mut Reader) -> bool {
+    let optimizer = reader.text(Section::TrainingArguments, "optim").unwrap_or_default();
+    match optimizer.as_str() {
+        "adamw_8bit" | "adamw_bnb_8bit" | "paged_adamw_8bit" => true,
+        "adamw_torch_4bit" | "adamw_torch_8bit" | "adamw_anyprecision" => {
+            reader.warn(format!(
+                "TrainingArguments.optim: {optimizer} runs as AdamW with 32-bit moments, which are more exact and take \
+                 more memory; adamw_8bit has 8-bit moments"
+            ));
+            false
+        }
+        _ => false,
     }
 }
 

@@ -1,6 +1,7 @@
 //! An adapter's files -> a commit in a repository of the Hugging Face hub, by the hub's own protocol: the repository
 //! and its branch are made if they are not there, large files go to its store of large files (Git LFS), and one commit
-//! takes all. What the hub has already is not sent again, so that a push that broke off is continued.
+//! takes all. What the hub has already is not sent again, so that a push that broke off is continued; if the repository
+//! has every file as it is, there is no commit.
 //!
 //! The token goes to the hub's own origin only; addresses of the store of large files carry signatures of their own.
 
@@ -100,9 +101,14 @@ pub fn publish(
     push.own_name()?;
     push.make()?;
     let files = files.iter().map(|(name, path)| Outgoing::of(name, path)).collect::<Result<Vec<_>>>()?;
-    let large = push.modes(&files)?;
-    push.send_large(&large)?;
-    push.commit(&files, &large, message)
+    let mut changes = push.changes(&files)?;
+    changes.retain(|change| !change.is_there);
+    if changes.is_empty() {
+        report.note(Stage::Push, format!("hf://{}: every file is there already", push.repository));
+        return push.head();
+    }
+    push.send_large(&changes)?;
+    push.commit(&changes, message)
 }
 
 /// A file to send.
@@ -130,6 +136,15 @@ impl<'a> Outgoing<'a> {
         }
         let sha256 = crate::words::hex(sha2::Digest::finalize(hash));
         Ok(Outgoing { name, path, bytes, sha256 })
+    }
+
+    /// Git's name for the content: the hub tells it of files that are not large.
+    fn blob(&self) -> Result<String> {
+        let content = self.head(REGULAR_BYTES_MAX)?;
+        let mut hash = <sha1::Sha1 as sha1::Digest>::new();
+        sha1::Digest::update(&mut hash, format!("blob {}\0", content.len()));
+        sha1::Digest::update(&mut hash, content);
+        Ok(crate::words::hex(sha1::Digest::finalize(hash)))
     }
 
     /// Up to `most` bytes of its beginning.
@@ -187,9 +202,11 @@ struct Action {
     header: serde_json::Map<String, Json>,
 }
 
-/// A large file, and whether the repository has it at this path already.
-struct Large<'a> {
+/// A file and how the hub keeps it.
+struct Change<'a> {
     file: &'a Outgoing<'a>,
+    is_large: bool,
+    /// The repository has the same content at this path already.
     is_there: bool,
 }
 
@@ -253,8 +270,8 @@ impl Push<'_> {
         if branch.status == 409 { Ok(()) } else { self.accepted(branch).map(|_| ()) }
     }
 
-    /// Asks how files are kept; returns those that go to the store of large files.
-    fn modes<'f>(&self, files: &'f [Outgoing]) -> Result<Vec<Large<'f>>> {
+    /// Asks how files are kept, and which of them are there.
+    fn changes<'f>(&self, files: &'f [Outgoing]) -> Result<Vec<Change<'f>>> {
         let described = |file: &Outgoing| {
             let sample = BASE64_STANDARD.encode(file.head(SAMPLE_BYTES)?);
             Ok(json!({"path": file.name, "sample": sample, "size": file.bytes}))
@@ -262,28 +279,27 @@ impl Push<'_> {
         let list = files.iter().map(described).collect::<Result<Vec<_>>>()?;
         let answer = self.at_repository("preupload", &json!({"files": list}))?;
         let modes: Modes = self.json(answer)?;
-        let mut large = Vec::new();
-        for file in files {
+        let change = |file: &'f Outgoing| {
             let mode = modes.files.iter().find(|mode| mode.path == file.name);
             let mode =
                 mode.ok_or_else(|| self.unclear(&format!("it does not say how it keeps {}", file.name)))?;
-            // The store of large files takes no empty ones.
-            match mode.upload_mode.as_str() {
-                "lfs" if file.bytes > 0 => {
-                    large.push(Large { file, is_there: mode.oid.as_deref() == Some(&file.sha256) });
-                }
-                "lfs" | "regular" if file.bytes <= REGULAR_BYTES_MAX => {}
+            let is_large = match mode.upload_mode.as_str() {
+                "lfs" if file.bytes > 0 => true, // the store of large files takes no empty ones
+                "lfs" | "regular" if file.bytes <= REGULAR_BYTES_MAX => false,
                 other => {
                     return Err(self.unclear(&format!("{} of {} bytes as {other:?}", file.name, file.bytes)));
                 }
-            }
-        }
-        Ok(large)
+            };
+            let own = if is_large { file.sha256.clone() } else { file.blob()? };
+            Ok(Change { file, is_large, is_there: mode.oid == Some(own) })
+        };
+        files.iter().map(change).collect()
     }
 
     /// Sends what the store of large files does not have.
-    fn send_large(&self, large: &[Large]) -> Result<()> {
-        let missing: Vec<&Outgoing> = large.iter().filter(|one| !one.is_there).map(|one| one.file).collect();
+    fn send_large(&self, changes: &[Change]) -> Result<()> {
+        let large = changes.iter().filter(|change| change.is_large);
+        let missing: Vec<&Outgoing> = large.map(|change| change.file).collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -374,11 +390,19 @@ impl Push<'_> {
         self.accepted(self.post(&self.parsed(&action.href)?, LFS_TYPE, body)?).map(|_| ())
     }
 
-    /// One commit with all files; returns its hash.
-    fn commit(&self, files: &[Outgoing], large: &[Large], message: &str) -> Result<String> {
+    /// The newest commit of the branch.
+    fn head(&self) -> Result<String> {
+        let mut parts = vec!["api", "models"];
+        parts.extend(self.repository.name.split('/'));
+        parts.extend(["revision", self.repository.revision.as_str()]);
+        let told: Json = self.json(self.accepted(self.ask("GET", &parts, None)?)?)?;
+        told["sha"].as_str().map(str::to_owned).ok_or_else(|| self.unclear("it names no commit"))
+    }
+
+    /// One commit with all changes; returns its hash.
+    fn commit(&self, changes: &[Change], message: &str) -> Result<String> {
         let mut lines = vec![json!({"key": "header", "value": {"summary": message, "description": ""}})];
-        for file in files {
-            let is_large = large.iter().any(|one| one.file.name == file.name);
+        for Change { file, is_large, .. } in changes {
             lines.push(match is_large {
                 true => json!({"key": "lfsFile", "value": {
                     "path": file.name, "algo": "sha256", "oid": file.sha256, "size": file.bytes}}),

@@ -1,8 +1,8 @@
 //! A machine with several devices -> one process for each, watched until all have ended.
 //!
 //! The process that `hone run` begins as starts this program again, once for each rank, passes signals on, and ends
-//! with the code of the rank that failed first. It trains nothing and opens no device. If it is killed, the kernel kills the
-//! ranks, so that no orphan holds a GPU.
+//! with the code of the rank that failed first. It trains nothing and opens no device. If it is killed, the kernel
+//! kills the ranks, so that no orphan holds a GPU.
 
 use std::ffi::OsString;
 use std::net::TcpListener;

@@ -1,8 +1,9 @@
 //! Connections to the other ranks -> exchanges, sums, and one end for all.
 //!
 //! Every rank has one connection to rank 0. Calls of a `Collective` go over it, and beats, by which each side knows
-//! that the other is alive. A rank that fails says why, then rank 0 ends all ranks with that fault. A rank that is silent,
-//! whose connection closes, or that does not come to a call, ends all ranks too. Only rank 0 reports the reason.
+//! that the other is alive. A rank that fails says why, then rank 0 ends all ranks with that fault. A rank that is
+//! silent, whose connection closes, or that does not come to a call, ends all ranks too. Only rank 0 reports the
+//! reason.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};

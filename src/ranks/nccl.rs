@@ -191,7 +191,8 @@ struct Handle(Communicator);
 unsafe impl Send for Handle {}
 
 impl Nccl {
-    /// Connects the GPUs of all ranks. Afterwards the device has the memory that NCCL takes for its buffers. `host` is the way of their hosts, over which rank 0 tells how to connect.
+    /// Connects the GPUs of all ranks. Afterwards the device has the memory that NCCL takes for its buffers. `host` is
+    /// the way of their hosts, over which rank 0 tells how to connect.
     ///
     /// # Errors
     /// Config: there is no NCCL, or a version that is too old. Device: the ranks cannot connect.
@@ -387,8 +388,8 @@ impl Collective for Nccl {
         check_sum(flat)?;
         let at = cuda::address(flat, 0)? as *mut c_void;
         self.queue(bind(&self.device)?, |library, communicator, stream| {
-            // SAFETY: the tensor holds this many f32 values from its address on, and its memory is freed in the order of
-            // the stream.
+            // SAFETY: the tensor holds this many f32 values from its address on, and its memory is freed in the order
+            // of the stream.
             unsafe { (library.all_reduce)(at, at, flat.elem_count(), FLOAT32, SUM, communicator, stream) }
         })
     }
@@ -398,8 +399,8 @@ impl Collective for Nccl {
         let (to, from) = (cuda::address(whole, 0)? as *mut c_void, cuda::address(piece, 0)? as *const c_void);
         bind(&self.device)?;
         self.queue(self.side.begin()?.cast(), |library, communicator, stream| {
-            // SAFETY: `piece` holds this many bytes, and `whole` as many for each rank. Both live until `arrived`, behind
-            // which the device's own stream frees them.
+            // SAFETY: `piece` holds this many bytes, and `whole` as many for each rank. Both live until `arrived`,
+            // behind which the device's own stream frees them.
             unsafe { (library.all_gather)(from, to, piece.elem_count(), UINT8, communicator, stream) }
         })?;
         Ok(self.side.end(0)?)

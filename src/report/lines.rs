@@ -196,7 +196,7 @@ mod tests {
                 step: 7,
                 epoch: 0.5,
                 eval_loss: 2.5,
-                accuracy: Some(0.5),
+                accuracy: 0.5,
                 sources: Vec::new(),
             });
         });

@@ -113,8 +113,8 @@ pub enum Event {
         epoch: f64,
         /// Loss on the evaluation examples.
         eval_loss: f64,
-        /// Share of the supervised tokens that are the most probable ones, if it was counted.
-        accuracy: Option<f64>,
+        /// Share of the supervised tokens that are the most probable ones.
+        accuracy: f64,
         /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source, if there are several.
         sources: Vec<(String, f64)>,
     },

@@ -119,12 +119,13 @@ fn shown(event: &Event) -> String {
         }
         Event::Step(metrics) => format!("{:<9} step {} {}", Stage::Train.name(), metrics.step, step(metrics)),
         Event::Evaluated { step, epoch, eval_loss, accuracy, sources } => {
-            let accuracy =
-                accuracy.map_or(String::new(), |share| format!(" accuracy {:.1} %", 100.0 * share));
+            let percent = 100.0 * accuracy;
             let stage = Stage::Evaluate.name();
             let losses = sources.iter().filter(|(name, _)| name.ends_with("_loss"));
             let losses: String = losses.map(|(name, value)| format!(" {name} {value:.4}")).collect();
-            format!("{stage:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4}{accuracy}{losses}")
+            format!(
+                "{stage:<9} step {step} epoch {epoch:.2} eval_loss {eval_loss:.4} accuracy {percent:.1} %{losses}"
+            )
         }
         Event::Fact { name, value } => format!("{name} {value}"),
         Event::Failed(fault) => failure(fault),

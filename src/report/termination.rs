@@ -39,6 +39,9 @@ pub fn path() -> Option<PathBuf> {
     }
 }
 
+/// LIMIT: bytes of an old message that are covered; hone's are shorter.
+const OLD_BYTES_MAX: u64 = 64 << 10;
+
 /// Writes, at the start, the message that is right if the process is killed (SIGKILL), since it cannot write then.
 /// Every other end of the run replaces this message.
 pub fn write_ahead(path: &Path) {
@@ -52,12 +55,17 @@ pub fn write_ahead(path: &Path) {
     put(path, &format!("{line}\n"));
 }
 
-/// Opens the file and replaces its text. A pipe without a reader is not waited for.
+/// Replaces the file's text. A pipe without a reader is not waited for. A process may end between any two calls, and
+/// another thread may be writing its last word: the file is never without a message, so it is not cut before the new
+/// text is there, and empty lines cover a longer old text until it is.
 fn put(path: &Path, text: &str) {
     let mut open = std::fs::OpenOptions::new();
-    open.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+    open.write(true).create(true).custom_flags(libc::O_NONBLOCK);
     if let Ok(mut file) = open.open(path) {
-        let _ = file.write_all(text.as_bytes());
+        let old = file.metadata().map_or(0, |about| about.len().min(OLD_BYTES_MAX) as usize);
+        let cover = "\n".repeat(old.saturating_sub(text.len()));
+        let _ = file.write_all(format!("{text}{cover}").as_bytes());
+        let _ = file.set_len(text.len() as u64);
     }
 }
 

@@ -52,7 +52,7 @@ modle: x
               train.yaml:7:23: TrainingArguments.num_train_epochs: expected a number from 0 to 1000000, found "many"
               train.yaml:8:5: TrainingArguments.lora_alpha is not a key; did you mean LoraConfig.lora_alpha?
               train.yaml:10:8: LoraConfig.r: expected a whole number from 1, found "eight"
-              train.yaml:11:15: LoraConfig.use_dora: true is refused: hone trains plain LoRA; this key would change the kind of adapter
+              train.yaml:11:15: LoraConfig.use_dora: true is refused: hone trains plain LoRA, without DoRA's magnitudes; vLLM cannot load them either. Remove the key; a higher r with use_rslora is the nearest thing
               train.yaml:12:5: LoraConfig.zebra is not a key
               train.yaml:13:3: "LoraConfg" is not a section; did you mean LoraConfig?
               train.yaml:15:1: modle is not a key; did you mean model?"#]],
@@ -89,7 +89,7 @@ fn single_refusals() {
     check(
         "training_config:\n  LoraConfig: {use_dora: yes}\n",
         expect![
-            "train.yaml:2:26: LoraConfig.use_dora: true is refused: hone trains plain LoRA; this key would change the kind of adapter"
+            "train.yaml:2:26: LoraConfig.use_dora: true is refused: hone trains plain LoRA, without DoRA's magnitudes; vLLM cannot load them either. Remove the key; a higher r with use_rslora is the nearest thing"
         ],
     );
     check(
@@ -111,7 +111,7 @@ fn single_refusals() {
     check(
         "training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n",
         expect![
-            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either"
+            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either. Remove the key; linear layers belong in target_modules"
         ],
     );
     check(

@@ -95,7 +95,7 @@ fn run(options: &Options, grace: Duration) -> (Vec<String>, Duration) {
         step: 20,
         epoch: 0.5,
         eval_loss: 2.0,
-        accuracy: Some(0.5),
+        accuracy: 0.5,
         sources: vec![("eval_support_loss".into(), 2.25)],
     });
     let spent = began.elapsed();

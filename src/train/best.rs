@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 pub struct Scores {
     /// Mean over the supervised tokens.
     pub loss: f64,
-    /// Share of the supervised tokens that are the most probable ones; `None` if the device does not count them.
-    pub accuracy: Option<f64>,
+    /// Share of the supervised tokens that are the most probable ones.
+    pub accuracy: f64,
     /// Number of the supervised tokens.
     pub tokens: u64,
 }
@@ -41,20 +41,19 @@ impl Evaluation {
             return Evaluation { all, sources };
         }
         let tokens: u64 = sources.iter().map(|source| source.scores.tokens).sum();
-        let mean = |value: &dyn Fn(&Scores) -> Option<f64>| {
-            let parts =
-                sources.iter().map(|source| Some(value(&source.scores)? * source.scores.tokens as f64));
-            Some(parts.sum::<Option<f64>>()? / tokens.max(1) as f64)
+        let mean = |value: &dyn Fn(&Scores) -> f64| {
+            let parts = sources.iter().map(|source| value(&source.scores) * source.scores.tokens as f64);
+            parts.sum::<f64>() / tokens.max(1) as f64
         };
-        let loss = mean(&|scores| Some(scores.loss)).expect("every source has a loss");
-        Evaluation { all: Scores { loss, accuracy: mean(&|scores| scores.accuracy), tokens }, sources }
+        let (loss, accuracy) = (mean(&|scores| scores.loss), mean(&|scores| scores.accuracy));
+        Evaluation { all: Scores { loss, accuracy, tokens }, sources }
     }
 
     /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source.
     pub fn by_source(&self) -> Vec<(String, f64)> {
         let metrics = self.sources.iter().flat_map(|SourceScores { name, scores, .. }| {
-            let accuracy = scores.accuracy.map(|share| (format!("eval_{name}_mean_token_accuracy"), share));
-            std::iter::once((format!("eval_{name}_loss"), scores.loss)).chain(accuracy)
+            let accuracy = (format!("eval_{name}_mean_token_accuracy"), scores.accuracy);
+            [(format!("eval_{name}_loss"), scores.loss), accuracy]
         });
         metrics.collect()
     }
@@ -99,10 +98,10 @@ impl Measure {
         format!("eval_{name}")
     }
 
-    fn of(self, scores: &Scores) -> Option<f64> {
+    fn of(self, scores: &Scores) -> f64 {
         match self {
-            Measure::Loss => Some(scores.loss),
-            Measure::Perplexity => Some(scores.perplexity()),
+            Measure::Loss => scores.loss,
+            Measure::Perplexity => scores.perplexity(),
             Measure::Accuracy => scores.accuracy,
         }
     }
@@ -167,7 +166,7 @@ impl Best {
                 source.map(|source| &source.scores)
             }
         };
-        let Some(value) = scores.and_then(|scores| judging.measure.of(scores)) else { return false };
+        let Some(value) = scores.map(|scores| judging.measure.of(scores)) else { return false };
         let better = |than: f64| if judging.greater { value > than } else { value < than };
         // The callback compares with the best before this evaluation.
         if let Some(stopping) = judging.stopping {

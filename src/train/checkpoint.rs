@@ -13,10 +13,11 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Result};
-use crate::ops::adamw::Moments;
 use crate::ops::flat;
 use crate::report::{Report, Stage};
 use crate::whole;
+
+use super::moments::Moments;
 
 const TENSORS: &str = "tensors.safetensors";
 const STATE: &str = "state.json";
@@ -110,7 +111,7 @@ pub fn save(
     let storage = |doing: &'static str| move |error: std::io::Error| Fault::storage(doing, folder, &error);
     remove(&temporary).map_err(storage("clear an unfinished checkpoint in"))?;
     fs::create_dir(&temporary).map_err(storage("create a checkpoint in"))?;
-    let tensors = [("params", params), ("first", &moments.first), ("second", &moments.second)];
+    let tensors = tensors(params, moments);
     write(&temporary, &checkpoints.fingerprint, state, &tensors).map_err(storage("write a checkpoint in"))?;
     remove(&place).map_err(storage("replace a checkpoint in"))?;
     fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
@@ -189,14 +190,11 @@ pub fn newest(
 ) -> Result<Option<State>> {
     let folder = &checkpoints.folder;
     remove_partials(folder).map_err(|error| Fault::storage("clear", folder, &error))?;
+    let targets = tensors(params, moments);
     for (step, place) in list(folder).into_iter().rev() {
         match read(&place, &checkpoints.fingerprint) {
-            Ok((state, tensors)) if fits(&tensors, params) => {
-                for (name, target) in
-                    [("params", params), ("first", &moments.first), ("second", &moments.second)]
-                {
-                    flat::write(target, &tensors[name])?;
-                }
+            Ok((state, found)) if fits(&found, &targets) => {
+                targets.iter().try_for_each(|(name, target)| flat::write(target, &found[*name]))?;
                 return Ok(Some(state));
             }
             Ok(_) => pass_over(step, "its tensors have other shapes", report),
@@ -210,12 +208,14 @@ fn pass_over(step: u64, what: &str, report: &Report) {
     report.warn(Stage::Train, format!("the checkpoint of step {step} is not whole ({what}) and is skipped"));
 }
 
-fn fits(tensors: &HashMap<String, Tensor>, params: &Tensor) -> bool {
-    ["params", "first", "second"].iter().all(|name| {
-        tensors
-            .get(*name)
-            .is_some_and(|found| found.elem_count() == params.elem_count() && found.dtype() == params.dtype())
-    })
+/// What a checkpoint holds, by name.
+fn tensors<'a>(params: &'a Tensor, moments: &'a Moments) -> Vec<(&'static str, &'a Tensor)> {
+    std::iter::once(("params", params)).chain(moments.tensors()).collect()
+}
+
+fn fits(found: &HashMap<String, Tensor>, targets: &[(&str, &Tensor)]) -> bool {
+    let same = |a: &Tensor, b: &Tensor| a.elem_count() == b.elem_count() && a.dtype() == b.dtype();
+    targets.iter().all(|(name, target)| found.get(*name).is_some_and(|found| same(found, target)))
 }
 
 fn remove_partials(folder: &Path) -> std::io::Result<()> {
@@ -276,10 +276,12 @@ mod tests {
     use candle_core::DType;
 
     use super::*;
+    use crate::ops::adamw;
 
     fn filled(value: f32) -> (Tensor, Moments) {
         let tensor = |value: f32| Tensor::full(value, 5, &Device::Cpu).unwrap();
-        (tensor(value), Moments { first: tensor(value + 1.0), second: tensor(value + 2.0) })
+        let moments = adamw::Moments { first: tensor(value + 1.0), second: tensor(value + 2.0) };
+        (tensor(value), Moments::Full(moments))
     }
 
     fn folder_of(steps: std::ops::RangeInclusive<u64>) -> (tempfile::TempDir, Checkpoints) {
@@ -303,7 +305,7 @@ mod tests {
         let state = newest(checkpoints, &params, &moments, &Report::silent()).unwrap()?;
         let step = state.step as f32;
         assert_eq!(params.to_vec1::<f32>().unwrap(), [step; 5]);
-        assert_eq!(moments.second.to_vec1::<f32>().unwrap(), [step + 2.0; 5]);
+        assert_eq!(moments.tensors()[1].1.to_vec1::<f32>().unwrap(), [step + 2.0; 5]);
         Some(state.step)
     }
 
@@ -326,6 +328,30 @@ mod tests {
         assert!(best(&other, 2).is_none(), "it is of another run");
         fs::write(folder.path().join(BEST).join(STATE), "{").unwrap();
         assert!(best(&checkpoints, 2).is_none());
+    }
+
+    #[test]
+    fn moments_in_8_bits_come_back_and_are_not_taken_for_others() {
+        use crate::ops::adamw_8bit::{self, Matrix};
+        let (_folder, checkpoints) = folder_of(1..=1);
+        let params = Tensor::zeros(5000, DType::F32, &Device::Cpu).unwrap();
+        let empty = || {
+            let whole = vec![Matrix { values: 0..5000, faster: false }];
+            Moments::EightBit(adamw_8bit::Moments::zeros(&params, whole).unwrap())
+        };
+        let (written, read) = (empty(), empty());
+        for (i, (_, tensor)) in written.tensors().into_iter().enumerate() {
+            let filled = (tensor.ones_like().unwrap() * (i as f64 + 3.0)).unwrap();
+            flat::write(tensor, &filled).unwrap();
+        }
+        let newest = |moments| newest(&checkpoints, &params, moments, &Report::silent()).unwrap();
+        assert_eq!(newest(&read), None, "the checkpoint of step 1 has other moments");
+        let state = State { step: 2, ..State::default() };
+        save(&checkpoints, &state, &params, &written, None).unwrap();
+        assert_eq!(newest(&read), Some(state));
+        for ((_, a), (_, b)) in written.tensors().into_iter().zip(read.tensors()) {
+            assert_eq!(crate::ops::cpu::to_f64(a).unwrap(), crate::ops::cpu::to_f64(b).unwrap());
+        }
     }
 
     #[test]

@@ -40,8 +40,8 @@ pub fn evaluate<'a>(
     scores.ok_or_else(interrupt::before_training)
 }
 
-/// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on the
-/// number of ranks. `None`: a signal came to some rank.
+/// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on
+/// the number of ranks. `None`: a signal came to some rank.
 pub fn evaluate_together<'a>(
     ranks: &dyn Collective,
     decoder: &Decoder,
@@ -78,8 +78,8 @@ struct Scored {
     losses: Vec<(usize, u64)>,
     /// Supervised tokens.
     tokens: u64,
-    /// Those that are the most probable token, if the device counts them.
-    hits: Option<u64>,
+    /// Those that are the most probable token.
+    hits: u64,
 }
 
 /// Scores groups of examples, given with their numbers; `None` after a signal.
@@ -91,7 +91,7 @@ fn score(
     rows_max: usize,
     progress: &Task,
 ) -> Result<Option<Scored>> {
-    let (mut numbers, mut losses, mut tokens, mut hits) = (Vec::new(), Vec::new(), 0, Some(0));
+    let (mut numbers, mut losses, mut hits, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let batches = |group: &[usize]| order::batches(examples, &[group.to_vec()], None, rows_max, |_| 0);
     // Ranks that share the base gather its layers for each other.
     let shares = decoder.ring.as_ref().is_some_and(Ring::is_shared);
@@ -103,7 +103,7 @@ fn score(
             let (loss, found) = decoder.loss_and_hits(&batch, lora)?;
             numbers.push(number);
             losses.push(loss);
-            hits = hits.zip(found).map(|(hits, found)| hits + found);
+            hits.push(found);
             tokens += batch.targets.len() as u64;
         }
         progress.advance(group.len() as u64);
@@ -112,20 +112,19 @@ fn score(
         }
     }
     let losses = Numbers::send(&losses)?.values()?.into_iter().map(f64::to_bits);
-    Ok(Some(Scored { losses: numbers.into_iter().zip(losses).collect(), tokens, hits }))
+    let hits: f64 = Numbers::send(&hits)?.values()?.into_iter().sum();
+    Ok(Some(Scored { losses: numbers.into_iter().zip(losses).collect(), tokens, hits: hits as u64 }))
 }
 
 /// The scores over all ranks' parts. Losses are added in the order of the examples.
 fn sum_up(parts: Vec<Scored>) -> Scores {
     let tokens: u64 = parts.iter().map(|part| part.tokens).sum();
-    // A rank without examples counts nothing, on whatever device.
-    let counted = parts.iter().filter(|part| !part.losses.is_empty());
-    let hits: Option<u64> = counted.map(|part| part.hits).sum();
+    let hits: u64 = parts.iter().map(|part| part.hits).sum();
     let mut losses: Vec<(usize, u64)> = parts.into_iter().flat_map(|part| part.losses).collect();
     losses.sort_by_key(|(group, _)| *group);
     let loss: f64 = losses.into_iter().map(|(_, bits)| f64::from_bits(bits)).sum();
     let count = tokens.max(1) as f64;
-    Scores { loss: loss / count, accuracy: hits.map(|hits| hits as f64 / count), tokens }
+    Scores { loss: loss / count, accuracy: hits as f64 / count, tokens }
 }
 
 impl Trainer<'_> {

@@ -29,9 +29,8 @@ pub enum Metric {
         eval_loss: f64,
         /// Exponential of the loss.
         eval_perplexity: f64,
-        /// Share of the supervised tokens that are the most probable ones; `None` on a GPU.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        eval_mean_token_accuracy: Option<f64>,
+        /// Share of the supervised tokens that are the most probable ones.
+        eval_mean_token_accuracy: f64,
         /// `eval_NAME_loss` and `eval_NAME_mean_token_accuracy` of each source, if there are several.
         #[serde(flatten)]
         sources: Named,

@@ -6,6 +6,7 @@ mod deal;
 mod evaluation;
 mod health;
 mod metric;
+pub mod moments;
 mod options;
 pub mod order;
 mod passes;

@@ -62,6 +62,8 @@ pub struct Options {
     pub neftune_alpha: f64,
     /// What is a spike, and what follows from it; `None`: no step is judged.
     pub spikes: Option<Spikes>,
+    /// AdamW's moments take 8 bits each, in blocks, as bitsandbytes keeps them; otherwise 32.
+    pub eight_bit_moments: bool,
 }
 
 impl Default for Options {
@@ -95,6 +97,7 @@ impl Default for Options {
             label_smoothing: 0.0,
             neftune_alpha: 0.0,
             spikes: None,
+            eight_bit_moments: false,
         }
     }
 }

@@ -19,6 +19,10 @@ use crate::report::Report;
 
 /// A decoder of random weights, and a new adapter with dropout.
 pub(super) fn decoder() -> (Decoder, Trainable) {
+    decoder_of_rank(LoraOptions::default().r)
+}
+
+fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
     let config = json!({
         "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
@@ -29,7 +33,7 @@ pub(super) fn decoder() -> (Decoder, Trainable) {
     let options = crate::model::Options {
         folder: folder.path().into(),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
-        lora: LoraOptions { dropout: 0.1, ..LoraOptions::default() },
+        lora: LoraOptions { r, dropout: 0.1, ..LoraOptions::default() },
         precision: Precision::F32,
     };
     let decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
@@ -58,6 +62,7 @@ pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
         tokens_min: 24,
         tokens_max: 128,
         example_tokens: 16,
+        eight_bit_moments: false,
         keep: None,
         residency: None,
     };
@@ -239,7 +244,8 @@ fn rule(policy: Policy, factor: f64) -> Option<Spikes> {
 
 /// The result, the parameters at the end, and the lines of metrics. `folder` keeps checkpoints.
 fn outcome(options: &Options, folder: Option<&std::path::Path>) -> (Result<Trained>, Vec<f64>, Vec<Metric>) {
-    let (decoder, adapter) = decoder();
+    // Matrices of rank 128 have 8-bit moments, unless they have few rows.
+    let (decoder, adapter) = if options.eight_bit_moments { decoder_of_rank(128) } else { decoder() };
     let data = Data { train: &examples(), evaluation: &[] };
     let checkpoints = folder.map(|folder| Checkpoints { folder: folder.to_owned(), fingerprint: "a".into() });
     let mut lines = Vec::new();
@@ -273,6 +279,21 @@ fn skipped_spikes_change_nothing_and_a_continued_run_skips_the_same() {
         assert_eq!((again.resumed_at, again.skipped_steps), (Some(steps), trained.skipped_steps));
         assert!(params == expected && rest[..] == lines[steps as usize..], "continued after step {steps}");
     }
+}
+
+#[test]
+fn a_run_with_8_bit_moments_learns_and_is_continued_to_the_same_bits() {
+    let options = |steps| Options { eight_bit_moments: true, ..uneven(steps, None) };
+    let (trained, expected, lines) = outcome(&options(6), None);
+    let trained = trained.unwrap();
+    let (faster, other, _) = outcome(&Options { loraplus_ratio: Some(4.0), ..options(6) }, None);
+    assert!(trained.loss < trained.first_loss && faster.unwrap().loss < trained.first_loss);
+    assert!(other != expected, "LoRA+ has a rate of its own for B");
+    let folder = tempfile::tempdir().unwrap();
+    outcome(&options(3), Some(folder.path())).0.unwrap();
+    let (again, params, rest) = outcome(&options(6), Some(folder.path()));
+    assert_eq!(again.unwrap().resumed_at, Some(3));
+    assert!(params == expected && rest[..] == lines[3..]);
 }
 
 #[test]

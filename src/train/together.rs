@@ -1,7 +1,7 @@
 //! What each rank says at a point of the run -> what all of them do next.
 //!
-//! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank that
-//! fails between two of them says so at the next, so that every rank ends with the same message.
+//! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank
+//! that fails between two of them says so at the next, so that every rank ends with the same message.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, Kind, Result};
@@ -13,7 +13,6 @@ use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
 use crate::model::residency::{Ring, Together};
-use crate::ops::adamw::Moments;
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
 use crate::ops::{flat, out_of_memory};
@@ -23,6 +22,7 @@ use crate::report::{Event, Report, Stage, StepMetrics, Task, Unit};
 use super::checkpoint::{self, Checkpoints, State};
 use super::deal::Cost;
 use super::metric::Metric;
+use super::moments::Moments;
 use super::options::{Every, Options};
 use super::order::{self, Rows, Share, Steps};
 use super::passes::Passes;
@@ -48,8 +48,8 @@ pub fn run<'a>(
     run_together(&Alone, decoder, adapter, data, options, passes, checkpoints, report, log)
 }
 
-/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer step
-/// has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
+/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer
+/// step has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
 /// `report` and calls `log`; every rank ends with the same adapter, or with a fault of the same kind.
 #[allow(clippy::too_many_arguments)]
 pub fn run_together<'a>(
@@ -180,8 +180,10 @@ impl<'a> Trainer<'a> {
     ) -> Result<Trainer<'a>> {
         let steps = Steps::new(data.train.len(), options);
         let progress = report.task(Stage::Train, Unit::Steps, "training", Some(steps.total));
+        let moments = Moments::zeros(adapter, options.eight_bit_moments)?;
+        moments.note().into_iter().for_each(|note| report.note(Stage::Train, note));
         Ok(Trainer {
-            moments: Moments::zeros_like(&adapter.params)?,
+            moments,
             state: State::default(),
             sent: 0,
             began: Instant::now(),
@@ -267,8 +269,7 @@ impl<'a> Trainer<'a> {
         let state = told.swap_remove(0).state;
         self.share(&self.adapter.params)?;
         if state.is_some() {
-            self.share(&self.moments.first)?;
-            self.share(&self.moments.second)?;
+            self.moments.tensors().into_iter().try_for_each(|(_, tensor)| self.share(tensor))?;
         }
         if state.is_some() || self.ranks.place().world > 1 {
             self.adapter.refresh()?;
@@ -285,8 +286,15 @@ impl<'a> Trainer<'a> {
     /// Fills a flat tensor of every rank with the values of rank 0.
     pub(super) fn share(&self, flat: &Tensor) -> Result<()> {
         let place = self.ranks.place();
-        if place.world == 1 {
+        if place.world == 1 || flat.elem_count() == 0 {
             return Ok(());
+        }
+        if flat.dtype() == DType::U8 {
+            // Ranks add f32 only, which holds every byte.
+            let there = |tensor: &Tensor, dtype| tensor.to_device(&Device::Cpu)?.to_dtype(dtype);
+            let wide = there(flat, DType::F32)?.to_device(flat.device())?;
+            self.share(&wide)?;
+            return Ok(flat::write(flat, &there(&wide, DType::U8)?)?);
         }
         if !place.leads() {
             // Adding -0 changes no bit of rank 0's values, and adding 0 would turn -0 into 0.

@@ -2,8 +2,9 @@
 //!
 //! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the
 //! rules. `render` makes the Job: `request` is the very `hone run` of its container, planned here already so that
-//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `several` what a Job on several
-//! nodes has besides; `serve` makes what answers, by the configuration that `inference` reads. `hone render` prints what `hone controller` applies.
+//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `several` what a Job on
+//! several nodes has besides; `serve` makes what answers, by the configuration that `inference` reads. `hone render`
+//! prints what `hone controller` applies.
 
 pub mod annotations;
 pub mod crd;

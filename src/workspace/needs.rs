@@ -122,6 +122,7 @@ fn task(run: &Run, facts: Facts) -> Result<Task> {
         tokens_min: TOKENS_MIN.min(tokens_max),
         tokens_max,
         example_tokens: tokens_max,
+        eight_bit_moments: plan.train.eight_bit_moments,
         keep: plan.memory.keep,
         residency: plan.memory.residency,
         facts,

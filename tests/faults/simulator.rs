@@ -384,7 +384,7 @@ fn judge_end(world: &World, trouble: &Trouble, code: Option<i32>, log: &str) -> 
     let disk_fails = ["full", "bad", "eio", "read", "short"].contains(&kind);
     match message {
         None if code.is_none() || disk_fails => Ok(()),
-        None => Err(format!("it left no last word\n{log}")),
+        None => Err(format!("it ended with {code:?} and left no last word\n{log}")),
         // On a failing disk, the message that was written ahead may stay.
         Some(message) if disk_fails && message["code"] == 137 => Ok(()),
         Some(message) if message["retry_helps"] == true && fits(&message["code"], code) => Ok(()),

@@ -22,7 +22,7 @@ use hone::generate::defaults::Defaults;
 use hone::generate::{self, Answer, Counters, Engine, Event, Finish, Refusal, Usage};
 use hone::model::load;
 use hone::model::weights::Checkpoint;
-use hone::ops::adamw::Moments;
+use hone::ops::adamw;
 use hone::registry::{self, ImageFacts, Target};
 use hone::report::Report;
 use hone::server::model::Named;
@@ -30,6 +30,7 @@ use hone::server::{self, Model, Server};
 use hone::spec::{self, Origin, Request, Setting, Written};
 use hone::train::Checkpoints;
 use hone::train::checkpoint::{self, State};
+use hone::train::moments::Moments;
 use hone::{adapter, plan};
 use serde_json::{Value, json};
 
@@ -565,7 +566,9 @@ fn no_answer_of_a_registry_breaks_its_client() {
 #[test]
 fn no_checkpoint_is_believed_that_was_not_written() {
     let filled = |value: f32| Tensor::full(value, 5, &Device::Cpu).unwrap();
-    let moments = |value: f32| Moments { first: filled(value + 1.0), second: filled(value + 2.0) };
+    let moments = |value: f32| {
+        Moments::Full(adamw::Moments { first: filled(value + 1.0), second: filled(value + 2.0) })
+    };
     let folder = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints { folder: folder.path().into(), fingerprint: "a".into() };
     for step in 1..=2 {

@@ -2,7 +2,8 @@
 //!
 //! Every operation first asks where its tensors lie; on a GPU it launches kernels from the file of its own name
 //! (`kernels/rms_norm.cu` for `ops/rms_norm.rs`). All work of a process goes to one stream of one device, in the
-//! order of the calls; only copies that fill buffers run beside it (`side`). A function here waits for the GPU only if its doc says so.
+//! order of the calls; only copies that fill buffers run beside it (`side`). A function here waits for the GPU only if
+//! its doc says so.
 
 pub mod device;
 pub mod late;
