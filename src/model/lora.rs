@@ -489,8 +489,8 @@ fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
     Ok((a, b))
 }
 
-/// Draws A, and B if it does not begin as zero. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian has
-/// standard deviation 1/r.
+/// Draws A, and B if it does not begin as zero. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian
+/// has standard deviation 1/r.
 fn initialize(a: &mut [f32], b: &mut [f32], site: &Site, options: &LoraOptions) {
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
     random.set_stream(dropout::mix(fnv(&site.path)));
@@ -511,8 +511,8 @@ fn normal(unit: &mut impl FnMut() -> f64) -> f64 {
     radius * (std::f64::consts::TAU * unit()).cos()
 }
 
-/// PEFT's `orthogonal_init`: A^T = X Q' / 10 and B = Y Q'' / 10, where X and Y are normal, and Q' and Q'' are every second
-/// row of a random orthogonal matrix [R, R].
+/// PEFT's `orthogonal_init`: A^T = X Q' / 10 and B = Y Q'' / 10, where X and Y are normal, and Q' and Q'' are every
+/// second row of a random orthogonal matrix [R, R].
 fn orthogonal(a: &mut [f32], b: &mut [f32], rank: usize, normal: &mut impl FnMut() -> f64) {
     let rows = orthonormal_rows(rank, normal);
     let (cols, half) = (a.len() / rank, rank / 2);

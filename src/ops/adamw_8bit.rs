@@ -1,5 +1,5 @@
-//! AdamW whose moments take 8 bits each, in blocks of 256, as bitsandbytes keeps them: gradients and 8-bit moments in ->
-//! updated parameters and 8-bit moments out.
+//! AdamW whose moments take 8 bits each, in blocks of 256, as bitsandbytes keeps them: gradients and 8-bit moments in
+//! -> updated parameters and 8-bit moments out.
 //!
 //! A block stores its largest absolute value and, for each value, the number of the nearest entry of a dynamic map: the
 //! signed one for the first moment, the unsigned one for the second. An update widens the moments to f32, changes them,

@@ -120,8 +120,8 @@ pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
     }
 }
 
-/// Returns the loss and, without a goal, the number of targets with the largest logit. With a goal, `body` receives each
-/// chunk's gradient of `scale * loss` (it replaces the logits) and the chunk's first row.
+/// Returns the loss and, without a goal, the number of targets with the largest logit. With a goal, `body` receives
+/// each chunk's gradient of `scale * loss` (it replaces the logits) and the chunk's first row.
 fn each_chunk(
     hidden: &Tensor,
     head: &Head,

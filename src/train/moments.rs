@@ -46,8 +46,8 @@ impl Moments {
         }
     }
 
-    /// Updates the adapter's parameters by its gradients, whose sum of squares is `squares`. With `ratio`, each B learns
-    /// at so many times the rate of A (LoRA+, Hayou and others 2024).
+    /// Updates the adapter's parameters by its gradients, whose sum of squares is `squares`. With `ratio`, each B
+    /// learns at so many times the rate of A (LoRA+, Hayou and others 2024).
     pub fn step(
         &self,
         adapter: &Trainable,
