@@ -76,7 +76,8 @@ impl Moments {
             of_kind.map(|matrix| matrix.values.len()).sum()
         };
         let blocks: usize = matrices.iter().filter(|matrix| matrix.is_narrow()).map(blocks).sum();
-        let zeros = |count: usize, dtype| Tensor::zeros(2 * count, dtype, params.device());
+        // A GPU has no memory of no bytes.
+        let zeros = |count: usize, dtype| Tensor::zeros(2 * count.max(1), dtype, params.device());
         Ok(Moments {
             codes: zeros(values(true), DType::U8)?,
             scales: zeros(blocks, DType::F32)?,
@@ -89,8 +90,9 @@ impl Moments {
 
     /// (values with 8-bit moments, all values).
     pub fn narrow_values(&self) -> (usize, usize) {
+        let narrow = self.matrices.iter().filter(|matrix| matrix.is_narrow());
         let all = self.matrices.last().map_or(0, |matrix| matrix.values.end);
-        (self.codes.elem_count() / 2, all)
+        (narrow.map(|matrix| matrix.values.len()).sum(), all)
     }
 }
 
@@ -508,6 +510,12 @@ mod tests {
     #[test]
     fn the_kernels_equal_the_host() -> Result<()> {
         judge::on_gpu(|gpu| {
+            for only in [300, 5000] {
+                let params = start(only)?.to_device(&gpu.device)?;
+                let moments = Moments::zeros(&params, matrices(&[only]))?;
+                let squares = Number::squares(&params)?;
+                step(&params, &params.copy()?, &moments, &update(1), 1.0, &squares, None)?;
+            }
             let sizes = [4100, 77, 300, 5000, 4096];
             let count = sizes.iter().sum();
             let (host, device) = (start(count)?, start(count)?.to_device(&gpu.device)?);
