@@ -44,7 +44,7 @@ pub(super) struct Bench {
     #[arg(long, env = "HONE_UNQUANTIZED")]
     unquantized: bool,
     /// Rank of the adapter on all linear layers
-    #[arg(long, value_name = "RANK", default_value = "16", env = "HONE_LORA_RANK", value_parser = positive)]
+    #[arg(id = "lora_rank", long = "rank", value_name = "RANK", default_value = "16", env = "HONE_LORA_RANK", value_parser = positive)]
     rank: usize,
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]

@@ -212,7 +212,7 @@ pub struct AboutModel {
     #[arg(long, value_name = "MODULES", default_value = "all-linear", env = "HONE_TARGET_MODULES")]
     pub target_modules: String,
     /// Rank of the adapter
-    #[arg(long, value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_LORA_RANK")]
+    #[arg(id = "lora_rank", long = "rank", value_name = "R", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), env = "HONE_LORA_RANK")]
     pub rank: u32,
 }
 

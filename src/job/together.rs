@@ -114,7 +114,7 @@ impl Together {
         let all = self.ranks().exchange(&own)?;
         let read = |bytes: &[u8]| serde_json::from_slice::<Vec<(String, String)>>(bytes).unwrap_or_default();
         let first = read(&all[0]);
-        for (rank, bytes) in all.iter().enumerate().skip(1).filter(|(_, bytes)| **bytes != all[0]) {
+        if let Some((rank, bytes)) = all.iter().enumerate().find(|(_, bytes)| **bytes != all[0]) {
             let difference = difference(&first, &read(bytes));
             return Err(Fault::config(format!("rank {rank} was started with another run than rank 0: {difference}"))
                 .help("start all ranks with the same image, configuration, model and data; mount the same volumes on every machine"));

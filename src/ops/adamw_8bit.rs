@@ -538,7 +538,7 @@ mod tests {
             let apart = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
             assert!(apart <= 8, "{apart} codes differ");
             gpu.within(0.0, &copy, &device.to_device(&Device::Cpu)?.to_dtype(DType::BF16)?)?;
-            let bad = Tensor::full(f32::NAN, count, &gpu.device)?;
+            let bad = Tensor::full(f32::NAN, count, &Device::Cpu)?.to_device(&gpu.device)?;
             let before = device.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
             step(&device, &bad, &moments, &update(4), 4.0, &Number::squares(&bad)?, Some(&copy))?;
             assert_eq!(device.to_device(&Device::Cpu)?.to_vec1::<f32>()?, before);

@@ -581,7 +581,7 @@ impl<'a> Trainer<'a> {
 
 /// Refuses ranks that begin another run than rank 0.
 fn refuse_another_run(starts: &[Start]) -> Result<()> {
-    for (rank, start) in starts.iter().enumerate().filter(|(_, start)| start.sizes != starts[0].sizes) {
+    if let Some((rank, start)) = starts.iter().enumerate().find(|(_, start)| start.sizes != starts[0].sizes) {
         let say = |[examples, steps, parameters]: [u64; 3]| {
             format!("{examples} examples, {steps} steps and {parameters} parameters")
         };
@@ -595,7 +595,8 @@ fn refuse_another_run(starts: &[Start]) -> Result<()> {
 /// Refuses ranks whose numbers differ from rank 0's: all of them compute the same update from the same sum.
 fn refuse_other_numbers(beats: &[Beat]) -> Result<()> {
     let numbers = |beat: &Beat| (beat.step, beat.squares);
-    for (rank, beat) in beats.iter().enumerate().filter(|(_, beat)| numbers(beat) != numbers(&beats[0])) {
+    if let Some((rank, beat)) = beats.iter().enumerate().find(|(_, beat)| numbers(beat) != numbers(&beats[0]))
+    {
         let say = |beat: &Beat| {
             let [gradient, parameters] = beat.squares.map(f64::from_bits);
             format!("{gradient:e} and {parameters:e} after step {}", beat.step)
