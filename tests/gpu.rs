@@ -207,7 +207,8 @@ fn what_a_step_asks_of_the_device() {
             (after.allocations - before.allocations).abs_diff(after.frees - before.frees),
             0,
         ),
-        ("peak bytes", after.peak_bytes, 1_527_944),
+        // Behind the gradients are places for the losses of 32 ranks.
+        ("peak bytes", after.peak_bytes, 1_528_456),
     ];
     assert_eq!(decoder.layers.len(), 2);
     for (what, found, expected) in found {

@@ -14,7 +14,7 @@ use super::{Receipt, run};
 /// its trackers. The environment holds the place and the trackers' secrets. The receipt is rank 0's.
 ///
 /// # Errors
-/// The faults of [`run`], and Config: a tracker's address or secret cannot be used.
+/// The faults of `job::run`, and Config: a tracker's address or secret cannot be used.
 pub fn start(plan: &Plan, environment: Environment, report: &Report) -> Result<Option<Receipt>> {
     let together = Together::join(environment)?;
     together.leave(reported(plan, &together, environment, report))

@@ -140,7 +140,7 @@ impl Link {
     /// Meets the other ranks of a seat.
     ///
     /// # Errors
-    /// The faults of [`meet::meet`] and [`Limits::read`].
+    /// The faults of `meet::meet` and `Limits::read`.
     pub fn join(seat: &Seat, environment: Environment) -> Result<Link> {
         let limits = Limits::read(environment)?;
         let met = meet::meet(seat, &limits, environment)?;
