@@ -304,7 +304,7 @@ __device__ __forceinline__ void combine(const float* partials, T* out, const uin
 FOR(float, f32, float, f32, 5)
 FOR(float, f32, bf16, bf16, 5)
 FOR(bf16, bf16, bf16, bf16, 5)
-// What widens 8 bits needs some registers more.
+// Widening 8-bit values takes more registers, so that fewer blocks may run side by side.
 FOR(float, f32, fp8, fp8, 4)
 FOR(bf16, bf16, fp8, fp8, 4)
 

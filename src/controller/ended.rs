@@ -27,7 +27,7 @@ pub struct Said {
     pub kind: String,
     /// The error message.
     pub message: Option<String>,
-    /// What to do about it.
+    /// The remedy that the fault names.
     pub help: Option<String>,
     /// The last logged optimizer step.
     pub step: Option<u64>,

@@ -288,11 +288,14 @@ fn a_run_with_8_bit_moments_learns_and_is_continued_to_the_same_bits() {
     let trained = trained.unwrap();
     let (faster, other, _) = outcome(&Options { loraplus_ratio: Some(4.0), ..options(6) }, None);
     let (full, _, _) = outcome(&uneven(6, None), None);
-    let full = full.unwrap();
-    assert_eq!(trained.first_loss, full.first_loss);
-    let apart = (trained.loss - full.loss).abs() / full.loss;
-    assert!(apart > 0.0 && apart < 0.03, "{} in 8 bits, {} in 32", trained.loss, full.loss);
-    faster.unwrap();
+    let (full_faster, _, _) = outcome(&Options { loraplus_ratio: Some(4.0), ..uneven(6, None) }, None);
+    // With LoRA+, the rate of B is four times as large, and so is what the rounding of its moments moves.
+    let cases = [(&trained, full.unwrap(), 0.03), (&faster.unwrap(), full_faster.unwrap(), 0.05)];
+    for (narrow, full, most) in cases {
+        assert_eq!(narrow.first_loss, full.first_loss);
+        let apart = (narrow.loss - full.loss).abs() / full.loss;
+        assert!(apart > 0.0 && apart < most, "{} in 8 bits, {} in 32", narrow.loss, full.loss);
+    }
     assert!(other != expected, "LoRA+ has a rate of its own for B");
     let folder = tempfile::tempdir().unwrap();
     outcome(&options(3), Some(folder.path())).0.unwrap();

@@ -24,7 +24,7 @@ pub(super) enum Said {
         code: u8,
         /// The fault's message.
         message: String,
-        /// What to do about it.
+        /// The remedy that the fault names.
         help: Option<String>,
     },
 }
