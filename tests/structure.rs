@@ -39,6 +39,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
+    ("change.rs", "switches of benches, no operation"),
     ("cpu.rs", "access to memory and exp, no operation of its own"),
     ("cuda", "the border to a GPU: every operation compares its kernels with its formula"),
     ("dropout.rs", "linear, its own gradient; src/model/judge.rs judges it inside the decoder"),

@@ -15,6 +15,7 @@ pub mod adamw_8bit;
 pub mod adapters;
 pub mod attention;
 pub mod bias;
+pub mod change;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod noise;
