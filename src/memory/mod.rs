@@ -180,7 +180,7 @@ struct Solver<'a> {
 impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
-        let kept = (0..layers).map(|layer| Kept::of(task, layer)).collect();
+        let kept = (0..layers).map(|layer| Kept::of(task, machine.place, layer)).collect();
         let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
         let weights = Layers { residency, ranks: machine.ranks };
         Solver { task, machine, kept, lowest, weights }
@@ -288,7 +288,7 @@ impl<'a> Solver<'a> {
             kept += has;
             missing = missing.max(values.whole() - has);
         }
-        let worked = missing + terms::working(self.task);
+        let worked = missing + terms::working(self.task, self.machine.place);
         let a_value = tokens * self.task.activation_bytes(self.machine.place);
         let gaps = ((kept + worked) * a_value) as f64 * GAPS;
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]

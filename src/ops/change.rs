@@ -19,11 +19,18 @@ pub enum Change {
     Algorithms,
     /// A launch finds its kernel without a lock and without making its name.
     Functions,
+    /// LoRA's matrices lie beside and below the frozen weight, in one product with it.
+    Inside,
+    /// One pass over a layer's gradient gives both of its low-rank products.
+    Both,
+    /// The gradient of A comes from a norm's input, so that the norm is not computed again.
+    Normed,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 3] = [Change::Onto, Change::Algorithms, Change::Functions];
+    pub const ALL: [Change; 6] =
+        [Change::Onto, Change::Algorithms, Change::Functions, Change::Inside, Change::Both, Change::Normed];
 
     /// The name that the variable has for it.
     pub fn name(self) -> &'static str {
@@ -31,6 +38,9 @@ impl Change {
             Change::Onto => "onto",
             Change::Algorithms => "algorithms",
             Change::Functions => "functions",
+            Change::Inside => "inside",
+            Change::Both => "both",
+            Change::Normed => "normed",
         }
     }
 
