@@ -53,7 +53,7 @@ __device__ __forceinline__ void forward(const T* x, T* h, int width, int stride,
 template <typename T, typename Curve>
 __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int stride, int gated) {
     x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), d += (uint64_t)blockIdx.x * stride;
-    dh += (uint64_t)blockIdx.x * stride;
+    dh += (uint64_t)blockIdx.x * width;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a, up, g;
