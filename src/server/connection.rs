@@ -34,6 +34,8 @@ const HEADERS_BYTES_MAX: usize = 64 << 10;
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// LIMIT: time that connections get for their last answer once the server has stopped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time in which a request that is on its way to a stopped server is still read and refused.
+const LAST_REQUEST: Duration = Duration::from_millis(300);
 
 /// Reads a certificate chain and its key.
 ///
@@ -140,9 +142,13 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, service: Arc<Service
         pin!(http.serve_connection(TokioIo::new(Watched { stream, stalled: None }), respond));
     tokio::select! {
         _ended = &mut connection => return,
-        () = state.stopped() => connection.as_mut().graceful_shutdown(),
+        () = state.stopped() => {}
     }
-    let _ended = connection.await.is_ok();
+    // An answer closes its connection now. One without a request is closed here; hyper would do so at once.
+    if tokio::time::timeout(LAST_REQUEST, &mut connection).await.is_err() {
+        connection.as_mut().graceful_shutdown();
+        let _ended = connection.await.is_ok();
+    }
 }
 
 /// A stream whose reader must not stall: it fails once nothing could be written for a while.
