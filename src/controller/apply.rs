@@ -1,6 +1,7 @@
 //! The objects of a Workspace that serves -> the cluster, if they are not there as they should be.
 //!
-//! An object is applied if it is not as this controller last wrote it, or should be another; at rest no request is sent.
+//! An object is applied if it is not as this controller last wrote it, or should be another; at rest no request is
+//! sent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -62,8 +62,8 @@ pub fn acceptor(chain: &Path, key: &Path) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Answers connections, at most so many at once; others wait in the listener's queue. Once the server has stopped, those in the queue are
-/// told so as well, and this returns when the last connection is closed.
+/// Answers connections, at most so many at once; others wait in the listener's queue. Once the server has stopped,
+/// those in the queue are told so as well, and this returns when the last connection is closed.
 pub async fn accept(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,

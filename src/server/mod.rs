@@ -116,8 +116,8 @@ impl Server {
         self.state.running()
     }
 
-    /// Refuses new requests, lets running ones finish for so long, ends the rest with an error, and ends. Requests that wait in the
-    /// listener's queue are refused too, so that no client is left without an answer.
+    /// Refuses new requests, lets running ones finish for so long, ends the rest with an error, and ends. Requests that
+    /// wait in the listener's queue are refused too, so that no client is left without an answer.
     pub fn drain(mut self, grace: Duration) {
         if let (Some(runtime), Some(accepting)) = (self.runtime.take(), self.accepting.take()) {
             runtime.block_on(async {
