@@ -36,6 +36,7 @@ enum Result {
     invalid_context = 201,
     invalid_handle = 400,
     not_found = 500,
+    not_ready = 600,
     launch_out_of_resources = 701,
     not_supported = 801,
 };
