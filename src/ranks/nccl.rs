@@ -416,11 +416,9 @@ fn connect(library: &Library, place: Place, id: Id, ranks: &dyn Collective) -> R
     }
 }
 
-/// Makes the device's context this thread's, and returns its stream.
-fn bind(device: &Device) -> Result<Stream> {
-    let stream = device.as_cuda_device()?.cuda_stream();
-    stream.context().bind_to_thread().w()?;
-    Ok(stream.cu_stream().cast())
+/// Makes the device's context this thread's.
+fn bind(device: &Device) -> Result<()> {
+    Ok(device.as_cuda_device()?.cuda_stream().context().bind_to_thread().w()?)
 }
 
 fn failed(what: &str) -> Fault {
