@@ -19,7 +19,9 @@ pub struct Term {
     pub bytes: u64,
 }
 
-/// The workspace that cuBLAS asks for on Hopper; elsewhere it is less.
+/// The first words of the line for weights that are kept expanded.
+pub(super) const EXPANDED: &str = "weights kept expanded";
+/// The most that an algorithm of cublasLt may work in (`ops/cuda/lt.rs`).
 const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
@@ -127,11 +129,30 @@ fn term(what: &str, bytes: usize) -> Term {
     Term { what: what.into(), bytes: bytes as u64 }
 }
 
-/// What products work in, whatever they multiply.
-pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
+/// Bytes of the weights of each layer if they are kept expanded; none if the weights are not 4-bit.
+pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
+    let a_value = match task.quantization {
+        Quantization::None => 0,
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => task.activation_bytes(Place::Gpu),
+    };
+    let layers = task.facts.layers.iter();
+    layers.map(|layer| layer.projections().map(|p| p.rows * p.cols * a_value).sum()).collect()
+}
+
+/// Bytes more that are needed if the weights of the upper `kept` layers are kept expanded.
+pub(super) fn added_by_expanded(task: &Task, place: Place, kept: usize) -> i64 {
+    let layers = expanded_layers(task);
+    let kept_bytes: usize = layers[layers.len() - kept..].iter().sum();
+    let working = |kept| workspace(task, place, kept).iter().map(|term| term.bytes as i64).sum::<i64>();
+    kept_bytes as i64 + working(kept) - working(0)
+}
+
+/// What products work in, whatever they multiply. All weights but those of the upper `kept` layers are expanded for
+/// each product.
+pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     match place {
         Place::Gpu => vec![
-            term("a weight expanded for a product", expanded(task)),
+            term("a weight expanded for a product", expanded(task, kept)),
             Term { what: "workspace of products".into(), bytes: BLAS_WORKSPACE_BYTES },
         ],
         Place::Cpu { threads } => {
@@ -141,8 +162,8 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
     }
 }
 
-/// What does not grow with the tokens of a pass.
-pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
+/// What does not grow with the tokens of a pass. The weights of the upper `kept` layers are kept expanded.
+pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> Vec<Term> {
     let facts = &task.facts;
     let adapter: usize = task.sites.iter().map(Site::parameters).sum();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
@@ -151,7 +172,10 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
         true => "adapter, its gradient and two 8-bit moments",
     };
     let mut terms = weights(task, place, layers);
+    let all = facts.layers.len();
+    let expanded: usize = expanded_layers(task)[all - kept..].iter().sum();
     terms.extend([
+        term(&format!("{EXPANDED}, {kept} of {all} layers"), expanded),
         term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
         term(
             "logits of a chunk",
@@ -161,7 +185,7 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
                 * task.activation_bytes(place),
         ),
     ]);
-    terms.extend(workspace(task, place));
+    terms.extend(workspace(task, place, kept));
     terms.retain(|term| term.bytes > 0);
     terms
 }
@@ -184,15 +208,17 @@ fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
     }
 }
 
-fn largest(facts: &Facts) -> usize {
-    facts.projections().map(|(_, p)| p.rows * p.cols).max().unwrap_or(0)
+/// Values of the largest weight of the lower layers.
+fn largest(facts: &Facts, layers: usize) -> usize {
+    let projections = facts.layers[..layers].iter().flat_map(|layer| layer.projections());
+    projections.map(|p| p.rows * p.cols).max().unwrap_or(0)
 }
 
-fn expanded(task: &Task) -> usize {
+fn expanded(task: &Task, kept: usize) -> usize {
     match task.quantization {
         Quantization::None => 0,
         Quantization::FourBit { .. } | Quantization::Stored { .. } => {
-            largest(&task.facts) * task.activation_bytes(Place::Gpu)
+            largest(&task.facts, task.facts.layers.len() - kept) * task.activation_bytes(Place::Gpu)
         }
     }
 }
@@ -201,7 +227,7 @@ fn scales(task: &Task) -> usize {
     match task.quantization {
         Quantization::None => 0,
         Quantization::FourBit { .. } | Quantization::Stored { .. } => {
-            largest(&task.facts).div_ceil(four_bit::BLOCK) * 4
+            largest(&task.facts, task.facts.layers.len()).div_ceil(four_bit::BLOCK) * 4
         }
     }
 }

@@ -40,8 +40,18 @@ impl Linear {
                 return Ok((sum, low));
             }
         }
-        let sum = residual.copy()?;
-        let low = self.forward(x, &sum, 0, true, pass)?;
+        // A step of sequences on a CPU has its own products.
+        if self.bias.is_none() && !(pass.apart && x.device().is_cpu()) {
+            let sum = matmul::onto(x, &self.weight, self.factor, residual, pass.precision)?;
+            let low = pass.lora.forward(self, x, &sum, 0, pass)?;
+            return Ok((sum, low));
+        }
+        let sum = match &self.bias {
+            Some(bias) => bias::onto(bias, residual)?,
+            None => residual.copy()?,
+        };
+        self.product(x, &sum, 0, 1.0, pass)?;
+        let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
@@ -52,6 +62,11 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
+        self.product(x, y, at, beta, pass)
+    }
+
+    /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
+    fn product(&self, x: &Tensor, y: &Tensor, at: usize, beta: f64, pass: &Pass) -> Result<()> {
         let (weight, factor, precision) = (&self.weight, self.factor, pass.precision);
         match pass.apart {
             true => matmul::forward_apart(x, weight, factor, y, at, beta, precision, pass.short),

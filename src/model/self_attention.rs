@@ -197,17 +197,25 @@ impl SelfAttention {
         let d_attended = unwritten(output.shape(), output.dtype(), output.device())?;
         let low = attended.added.low.as_ref();
         self.output.backward(&d_branch, 0, output, low, Some((&d_attended, false)), pass)?;
-        let d_qkv = attention::backward(
-            &d_attended,
-            &rotated,
-            output,
-            &attended.log_sum,
-            &self.heads,
-            pass.packing,
-            pass.precision,
-        )?;
+        let (log_sum, heads, packing) = (&attended.log_sum, &self.heads, pass.packing);
+        let angles = self.rope.map(|rope| &pass.angles[rope]);
+        let d_qkv = match angles {
+            Some(angles) => attention::backward_turned(
+                &d_attended,
+                &rotated,
+                output,
+                log_sum,
+                heads,
+                packing,
+                angles,
+                pass.precision,
+            )?,
+            None => {
+                attention::backward(&d_attended, &rotated, output, log_sum, heads, packing, pass.precision)?
+            }
+        };
         drop((rotated, attended, d_attended, d_branch));
-        self.rotate(&d_qkv, pass, Direction::Backward)?;
+        self.grow(&d_qkv, pass, Direction::Backward)?;
         if let (Some(norm), Some(raw)) = (&self.head_norm, &raw) {
             norm.backward(&d_qkv, raw, &self.heads)?;
         }
@@ -218,10 +226,13 @@ impl SelfAttention {
     /// Rotates queries and keys by their positions, in place.
     fn rotate(&self, qkv: &Tensor, pass: &Pass, direction: Direction) -> Result<()> {
         let Some(rope) = self.rope else { return Ok(()) };
-        let ((rows, columns), (runs, heads)) = (qkv.dims2()?, self.heads.turning());
-        let runs = qkv.reshape((rows * runs, columns / runs))?;
-        rope::rotate(&runs, heads, self.heads.width, &pass.angles[rope], direction)?;
-        match pass.growth {
+        attention::turn(qkv, &self.heads, &pass.angles[rope], direction)?;
+        self.grow(qkv, pass, direction)
+    }
+
+    /// Multiplies the queries by the factors of their rows, in place.
+    fn grow(&self, qkv: &Tensor, pass: &Pass, direction: Direction) -> Result<()> {
+        match pass.growth.filter(|_| self.rope.is_some()) {
             Some(growth) => rope::rotate(qkv, self.heads.query, self.heads.width, growth, direction),
             None => Ok(()),
         }

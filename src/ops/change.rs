@@ -19,11 +19,30 @@ pub enum Change {
     Algorithms,
     /// A launch finds its kernel without a lock and without making its name.
     Functions,
+    /// The memory plan keeps 4-bit weights expanded if memory is left.
+    Expanded,
+    /// Inputs of layers go to page-locked host memory and back on a stream of their own.
+    Beside,
+    /// Attention stores gradients of queries and keys as rope's gradient leaves them.
+    Turned,
+    /// Attention loads the next keys and values while it computes with these.
+    Staged,
+    /// The gradient of keys takes 64 rows of queries at a time for heads of 96 columns.
+    Wide,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 3] = [Change::Onto, Change::Algorithms, Change::Functions];
+    pub const ALL: [Change; 8] = [
+        Change::Onto,
+        Change::Algorithms,
+        Change::Functions,
+        Change::Expanded,
+        Change::Beside,
+        Change::Turned,
+        Change::Staged,
+        Change::Wide,
+    ];
 
     /// The name that the variable has for it.
     pub fn name(self) -> &'static str {
@@ -31,6 +50,11 @@ impl Change {
             Change::Onto => "onto",
             Change::Algorithms => "algorithms",
             Change::Functions => "functions",
+            Change::Expanded => "expanded",
+            Change::Beside => "beside",
+            Change::Turned => "turned",
+            Change::Staged => "staged",
+            Change::Wide => "wide",
         }
     }
 

@@ -5,6 +5,8 @@
 //! nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits by the signed dynamic map, in
 //! blocks of 256. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 #[cfg(feature = "cuda")]
 use candle_core::bail;
 use candle_core::{DType, Device, Result, Tensor};
@@ -90,6 +92,54 @@ pub enum Absmax {
     },
 }
 
+/// The expanded form of a weight, if it is kept on a GPU beside the codes, so that products need not expand it again.
+/// Clones of a weight share it.
+#[derive(Clone, Debug, Default)]
+pub struct Expanded(Arc<Mutex<Held>>);
+
+#[derive(Debug, Default)]
+struct Held {
+    is_wanted: bool,
+    matrix: Option<Tensor>,
+}
+
+impl Expanded {
+    /// Keeps what is expanded from here on; or frees it.
+    pub fn keep(&self, is_wanted: bool) {
+        let mut held = self.lock();
+        held.is_wanted = is_wanted;
+        if !is_wanted {
+            held.matrix = None;
+        }
+    }
+
+    /// The matrix that is kept, if it has this shape and type; if not, what `make` makes, which is kept if it is the
+    /// first. Nobody may write to the weight's own values in it.
+    pub fn or(
+        &self,
+        shape: (usize, usize),
+        dtype: DType,
+        make: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let mut held = self.lock();
+        match &held.matrix {
+            Some(matrix) if matrix.dims() == [shape.0, shape.1] && matrix.dtype() == dtype => {
+                Ok(matrix.clone())
+            }
+            Some(_) => make(),
+            None => {
+                let matrix = make()?;
+                held.matrix = held.is_wanted.then(|| matrix.clone());
+                Ok(matrix)
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A quantised weight [rows, cols].
 #[derive(Clone, Debug)]
 pub struct FourBit {
@@ -105,6 +155,8 @@ pub struct FourBit {
     pub packed: Tensor,
     /// The scale of each block.
     pub absmax: Absmax,
+    /// Its expanded form, if that is kept.
+    pub expanded: Expanded,
 }
 
 impl FourBit {
@@ -145,7 +197,7 @@ impl FourBit {
             true => nest(&scales)?,
         };
         let packed = Tensor::from_vec(packed, values.len().div_ceil(2), &Device::Cpu)?;
-        Ok(FourBit { code, rows, cols, block, packed, absmax })
+        Ok(FourBit { code, rows, cols, block, packed, absmax, expanded: Expanded::default() })
     }
 
     /// Quantises on the GPU where `source` lies, to the same bits. `source` holds row-major values of type `stored`
@@ -162,10 +214,11 @@ impl FourBit {
         gpu::quantize(source, stored, (rows, cols), code, double, BLOCK)
     }
 
-    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once.
+    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once. Nobody may write to it, because
+    /// it may be what is kept.
     #[cfg(feature = "cuda")]
     pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
-        gpu::dequantize(self, dtype)
+        self.expanded.or((self.rows, self.cols), dtype, || gpu::dequantize(self, dtype))
     }
 
     /// The scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
@@ -205,7 +258,8 @@ impl FourBit {
                 offset: *offset,
             },
         };
-        Ok(FourBit { packed: self.packed.to_device(device)?, absmax, ..self.clone() })
+        let (packed, expanded) = (self.packed.to_device(device)?, Expanded::default());
+        Ok(FourBit { packed, absmax, expanded, ..self.clone() })
     }
 
     /// Bytes that a weight [rows, cols] would take.
@@ -423,13 +477,13 @@ mod gpu {
             false => Absmax::Plain(scales),
             true => nest(&host)?,
         };
-        let weight = FourBit { code, rows, cols, block, packed, absmax };
+        let weight = FourBit { code, rows, cols, block, packed, absmax, expanded: Expanded::default() };
         Ok(Ok(weight.to_device(device)?))
     }
 
     /// The weight in full, in its shape, on the GPU.
     pub fn dequantize(weight: &FourBit, dtype: DType) -> Result<Tensor> {
-        let FourBit { code, rows, cols, block, packed, absmax } = weight;
+        let FourBit { code, rows, cols, block, packed, absmax, .. } = weight;
         if !block.is_power_of_two() || *block < 8 {
             bail!("blocks of {block}: a GPU takes powers of two from 8 on");
         }
@@ -454,6 +508,26 @@ mod tests {
     use super::*;
     #[cfg(feature = "cuda")]
     use crate::ops::judge;
+
+    /// The first matrix is kept until it is not wanted any more; one of another shape or type is not.
+    #[test]
+    fn what_is_expanded_is_kept_if_it_is_wanted() -> Result<()> {
+        let (kept, made) = (Expanded::default(), std::cell::Cell::new(0));
+        let ask = |rows: usize, dtype: DType| {
+            kept.or((rows, 3), dtype, || {
+                made.set(made.get() + 1);
+                Tensor::zeros((rows, 3), dtype, &Device::Cpu)
+            })
+        };
+        let after = |rows, dtype| ask(rows, dtype).map(|_| made.get());
+        assert_eq!((after(2, DType::F32)?, after(2, DType::F32)?), (1, 2), "it is not wanted");
+        kept.keep(true);
+        assert_eq!((after(2, DType::F32)?, after(2, DType::F32)?), (3, 3));
+        assert_eq!((after(4, DType::F32)?, after(2, DType::BF16)?, after(2, DType::F32)?), (4, 5, 5));
+        kept.clone().keep(false);
+        assert_eq!(after(2, DType::F32)?, 6);
+        Ok(())
+    }
 
     /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of
     /// checkpoints: the GPU's packed bytes, scales and values equal the CPU's.
