@@ -49,6 +49,10 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("gemm", "plain products with accumulation, judged by a triple loop"),
     ("judge.rs", "the judge"),
     ("largest.rs", "serving's choice of a token; nothing is trained through it"),
+    (
+        "low_rank.rs",
+        "products, compared in f64 in both directions; src/model/judge.rs judges pairs inside the decoder",
+    ),
     ("matmul.rs", "linear; src/model/judge.rs judges its products as each other's gradients"),
     ("mod.rs", "the list"),
     ("noise.rs", "adds what depends on no parameter: the gradient passes unchanged"),

@@ -6,6 +6,7 @@
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
 use crate::facts::{FeedForward, Keep, Projection, Quantization};
+use crate::model::inside;
 
 use super::machine::{Machine, Place};
 use super::task::Task;
@@ -113,8 +114,7 @@ impl Counter<'_> {
         let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
         let forward = products();
         let forward = forward + self.attention(1.0);
-        let pairs = self.task.sites.iter().filter(|site| site.layer == layer);
-        let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
+        let pairs: Work = terms::groups(facts, layer).into_iter().map(|group| self.pairs(layer, group)).sum();
         let backward = products() + self.attention(2.5) + pairs;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
         // twice that.
@@ -187,6 +187,32 @@ impl Counter<'_> {
             (Place::Gpu, _) => values * (0.52 + self.element()),
         };
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
+    }
+
+    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight, they
+    /// cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
+        let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
+        let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
+        if spare == 0.0 {
+            return sites().map(|site| self.pair(site.rank, &site.projection)).sum();
+        }
+        let tokens = self.tokens as f64;
+        let (rows, cols) = (group.iter().map(|p| p.rows).sum::<usize>() as f64, group[0].cols as f64);
+        let around = rows + cols;
+        let rank = |p: &Projection| terms::site(self.task, layer, p).map_or(0, |site| site.rank);
+        let both = inside::takes_both(self.element() == 2.0, group.iter().map(|p| (p.rows, rank(p))));
+        let passes = 2.0 * cols + if both { rows } else { 2.0 * rows };
+        // With dropout, inputs are copied twice, and what goes through a pair is copied and added.
+        let passes = passes + if self.task.dropout { 9.0 * cols * sites().count() as f64 } else { 0.0 };
+        let gradients: f64 = sites().map(|site| site.parameters() as f64).sum();
+        Work {
+            matrix: (4.0 * spare * around + 2.0 * gradients) * tokens,
+            // The pairs are written beside and below the weight twice.
+            bytes: (tokens * passes + 2.0 * spare * around) * self.element(),
+            launches: 6.0 + 2.0 * sites().count() as f64,
+            ..Work::default()
+        }
     }
 
     /// A pair's forward and backward pass: six skinny products, each a pass over its wide operand.

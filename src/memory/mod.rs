@@ -191,7 +191,7 @@ struct Solver<'a> {
 impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
-        let kept = (0..layers).map(|layer| Kept::of(task, layer)).collect();
+        let kept = (0..layers).map(|layer| Kept::of(task, machine.place, layer)).collect();
         let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
         let weights = Layers { residency, ranks: machine.ranks };
         let may_expand = machine.place == Place::Gpu
@@ -349,7 +349,7 @@ impl<'a> Solver<'a> {
         // While a layer is computed, the next input comes from the host.
         let away = keep[self.lowest..].contains(&Keep::HostInputs);
         let coming = if away && self.machine.place == Place::Gpu { self.task.facts.width } else { 0 };
-        let worked = missing + coming + terms::working(self.task);
+        let worked = missing + coming + terms::working(self.task, self.machine.place);
         let a_value = tokens * self.task.activation_bytes(self.machine.place);
         let gaps = ((kept + worked) * a_value) as f64 * GAPS;
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]

@@ -107,7 +107,9 @@ impl Decoder {
                 kept.push(of_layer);
             }
         }
-        let (loss, d) = self.head_forward_backward(&x, batch, scale)?;
+        let spare =
+            self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
+        let (loss, d) = self.head_forward_backward(&x, batch, scale, spare.max().unwrap_or(0))?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
@@ -304,8 +306,14 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
-    fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(Number, Tensor)> {
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
+    fn head_forward_backward(
+        &self,
+        x: &Tensor,
+        batch: &Batch,
+        scale: f64,
+        spare: usize,
+    ) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
@@ -314,7 +322,7 @@ impl Decoder {
             cross_entropy::forward_backward(&hidden, &self.head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
-        Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
+        Ok((loss, rows::scatter_beside(&d_rows, &batch.target_rows, batch.rows(), spare)?))
     }
 }
 

@@ -58,12 +58,24 @@ pub fn forward(
     packing: &Packing,
     precision: Precision,
 ) -> Result<(Tensor, Tensor)> {
+    forward_beside(qkv, heads, packing, precision, 0)
+}
+
+/// `forward` into the first columns of [T, H * D + spare]; the spare columns are not written. They need a GPU.
+pub fn forward_beside(
+    qkv: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    precision: Precision,
+    spare: usize,
+) -> Result<(Tensor, Tensor)> {
     let (rows, columns) = qkv.dims2()?;
     assert_eq!(columns, heads.columns(), "columns of qkv");
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::forward(qkv, heads, packing);
+        return gpu::forward(qkv, heads, packing, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
         let qkv = &*cpu::read::<T>(qkv)?;
         let tasks = tasks(packing.examples(), heads.query);
@@ -92,11 +104,28 @@ pub fn backward(
     packing: &Packing,
     precision: Precision,
 ) -> Result<Tensor> {
+    backward_beside(d_out, qkv, out, lse, heads, packing, precision, 0)
+}
+
+/// `backward` into the first columns of a matrix with `spare` more, which are not written. The output may have spare
+/// columns too. Both need a GPU.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_beside(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    precision: Precision,
+    spare: usize,
+) -> Result<Tensor> {
     let (rows, columns) = qkv.dims2()?;
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, None);
+        return gpu::backward(d_out, qkv, out, lse, heads, packing, None, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
         let (qkv, out) = (&*cpu::read::<T>(qkv)?, &*cpu::read::<T>(out)?);
         let (d_out, lse) = (&*cpu::read::<T>(d_out)?, &*cpu::read::<T>(lse)?);
@@ -126,7 +155,8 @@ pub fn backward(
     })
 }
 
-/// `backward`, with the gradients of queries and keys turned back by the angles that turned them (`Heads::turning`).
+/// `backward_beside`, with the gradients of queries and keys turned back by the angles that turned them, if there are
+/// some (`Heads::turning`). Several runs of heads leave no room for spare columns.
 #[allow(clippy::too_many_arguments)]
 pub fn backward_turned(
     d_out: &Tensor,
@@ -135,15 +165,16 @@ pub fn backward_turned(
     lse: &Tensor,
     heads: &Heads,
     packing: &Packing,
-    angles: &Angles,
+    angles: Option<&Angles>,
     precision: Precision,
+    spare: usize,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() && Change::Turned.is_on() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, Some(angles));
+        return gpu::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
     }
-    let d = backward(d_out, qkv, out, lse, heads, packing, precision)?;
-    turn(&d, heads, angles, Direction::Backward)?;
+    let d = backward_beside(d_out, qkv, out, lse, heads, packing, precision, spare)?;
+    angles.map_or(Ok(()), |angles| turn(&d, heads, angles, Direction::Backward))?;
     Ok(d)
 }
 
@@ -488,24 +519,25 @@ mod tests {
                 let expected = formula_of_each(&qkv, &heads, &packing)?;
                 let gradient = judge::gradient(&qkv, &expected, &d_out)?;
                 let (on_qkv, on_d) = (gpu.put(&qkv)?, gpu.put(&d_out)?);
-                let run = || -> Result<[Tensor; 3]> {
-                    let (out, lse) = forward(&on_qkv, &heads, &packing, Precision::F32)?;
-                    let d = backward(&on_d, &on_qkv, &out, &lse, &heads, &packing, Precision::F32)?;
-                    Ok([out, lse, d])
+                let run = |spare: usize| -> Result<[Tensor; 3]> {
+                    let (out, lse) = forward_beside(&on_qkv, &heads, &packing, Precision::F32, spare)?;
+                    let precision = Precision::F32;
+                    let d = backward_beside(&on_d, &on_qkv, &out, &lse, &heads, &packing, precision, spare)?;
+                    Ok([judge::first(&out, d_out.dim(1)?)?, lse, judge::first(&d, heads.columns())?])
                 };
                 let (within, within_gradient) = tolerances(gpu.dtype);
-                let [out, lse, d] = run()?;
+                let [out, lse, d] = run(0)?;
                 gpu.within(within, &out, &expected)?;
                 gpu.within(within_gradient, &d, &gradient)?;
                 turned_back(gpu, &heads, &packing, [&on_d, &on_qkv, &out, &lse])?;
                 let first = [out, lse, d];
-                same_bits(&first, &run()?, "the same twice")?;
+                same_bits(&first, &run(64)?, "the same twice, with and without spare columns")?;
                 // How many tiles are in flight changes no order of a sum.
                 #[cfg(feature = "cuda")]
                 if gpu.dtype == candle_core::DType::BF16 && (33..=128).contains(&heads.width) {
                     for change in [Change::Staged, Change::Wide] {
                         change.set(false);
-                        let without = run();
+                        let without = run(0);
                         change.set(true);
                         same_bits(&first, &without?, change.name())?;
                     }
@@ -537,8 +569,12 @@ mod tests {
             let angles = Angles { cos: on_gpu(theta.cos()?)?, sin: on_gpu(theta.sin()?)? };
             let expected = backward(d_out, qkv, out, lse, heads, packing, Precision::F32)?;
             turn(&expected, heads, &angles, Direction::Backward)?;
-            let found = backward_turned(d_out, qkv, out, lse, heads, packing, &angles, Precision::F32)?;
-            gpu.within(0.0, &found, &expected.to_device(&Device::Cpu)?)?;
+            for spare in [0, 64] {
+                let (angles, precision) = (Some(&angles), Precision::F32);
+                let found = backward_turned(d_out, qkv, out, lse, heads, packing, angles, precision, spare)?;
+                let found = judge::first(&found, heads.columns())?;
+                gpu.within(0.0, &found, &expected.to_device(&Device::Cpu)?)?;
+            }
         }
         Ok(())
     }

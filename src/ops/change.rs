@@ -29,11 +29,17 @@ pub enum Change {
     Staged,
     /// The gradient of keys takes 64 rows of queries at a time for heads of 96 columns.
     Wide,
+    /// LoRA's matrices lie beside and below the frozen weight, in one product with it.
+    Inside,
+    /// One pass over a layer's gradient gives both of its low-rank products.
+    Both,
+    /// The gradient of A comes from a norm's input, so that the norm is not computed again.
+    Normed,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 8] = [
+    pub const ALL: [Change; 11] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -42,6 +48,9 @@ impl Change {
         Change::Turned,
         Change::Staged,
         Change::Wide,
+        Change::Inside,
+        Change::Both,
+        Change::Normed,
     ];
 
     /// The name that the variable has for it.
@@ -55,6 +64,9 @@ impl Change {
             Change::Turned => "turned",
             Change::Staged => "staged",
             Change::Wide => "wide",
+            Change::Inside => "inside",
+            Change::Both => "both",
+            Change::Normed => "normed",
         }
     }
 

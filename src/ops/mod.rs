@@ -27,6 +27,8 @@ pub mod head_norm;
 pub mod largest;
 pub mod layer_norm;
 pub mod matmul;
+#[cfg(feature = "cuda")]
+pub mod low_rank;
 pub mod number;
 pub mod rms_norm;
 pub mod rope;
