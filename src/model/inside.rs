@@ -166,14 +166,14 @@ mod gpu {
                 pair: learner.map(Learner::inside),
             };
             let parts: Vec<low_rank::Part> = self.parts.iter().zip(&self.learners).map(part).collect();
-            match self.kept(dtype)? {
+            match self.kept_expanded(dtype)? {
                 Some(matrix) => Inside::on(matrix, &parts, self.spare),
                 None => Inside::new(&parts, self.spare, dtype, weights),
             }
         }
 
         /// The weights in full, if they are kept that way. The first one's place holds those of all parts.
-        fn kept(&self, dtype: DType) -> Result<Option<Tensor>> {
+        fn kept_expanded(&self, dtype: DType) -> Result<Option<Tensor>> {
             let Weight::FourBit(first) = &self.parts[0].weight else { return Ok(None) };
             let list: Vec<&Weight> = self.parts.iter().map(|part| &part.weight).collect();
             let shape = (self.rows() + self.spare, self.cols() + self.spare);
@@ -259,6 +259,16 @@ mod gpu {
                 }
             };
             self.over(dy, low, dx)?;
+            self.below(dy, x)
+        }
+
+        /// `backward` without the gradients of A, which alone need x.
+        pub fn backward_input(&self, dy: &Tensor, low: &Tensor, dx: &Tensor) -> Result<()> {
+            self.over(dy, Columns { tensor: low, at: 0 }, Some(dx))
+        }
+
+        /// The gradients of A, after `backward_input`.
+        pub fn backward_pairs(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
             self.below(dy, x)
         }
 

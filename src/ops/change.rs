@@ -29,6 +29,8 @@ pub enum Change {
     Staged,
     /// The gradient of keys takes 64 rows of queries at a time for heads of 96 columns.
     Wide,
+    /// The activation's gradient writes the activation too, in the same pass over memory.
+    Activated,
     /// LoRA's matrices lie beside and below the frozen weight, in one product with it.
     Inside,
     /// One pass over a layer's gradient gives both of its low-rank products.
@@ -39,7 +41,7 @@ pub enum Change {
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 11] = [
+    pub const ALL: [Change; 12] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -48,6 +50,7 @@ impl Change {
         Change::Turned,
         Change::Staged,
         Change::Wide,
+        Change::Activated,
         Change::Inside,
         Change::Both,
         Change::Normed,
@@ -64,6 +67,7 @@ impl Change {
             Change::Turned => "turned",
             Change::Staged => "staged",
             Change::Wide => "wide",
+            Change::Activated => "activated",
             Change::Inside => "inside",
             Change::Both => "both",
             Change::Normed => "normed",

@@ -705,7 +705,8 @@ mod tests {
         };
         // Index 15 is the value 1.
         let packed = Tensor::from_vec(vec![0xffu8; 256 * 32], 256 * 32, &device)?;
-        let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax };
+        let expanded = Expanded::default();
+        let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax, expanded };
         let found = weight.dequantize_on_gpu(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
         for (row, &expected) in found.iter().zip(dynamic_map()) {
             assert!(row.iter().all(|value| value.to_bits() == expected.to_bits()), "{row:?}, {expected}");

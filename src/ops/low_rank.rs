@@ -491,20 +491,16 @@ mod tests {
             };
             shapes.iter().map(of).collect()
         };
-        let learning = |gradients: &'_ [Option<Tensor>]| -> Vec<Learning<'_>> {
-            let of = |((rows, pair), gradient): (&Shape, &'_ Option<Tensor>)| Learning {
-                rows: *rows,
-                pair: pair.zip(gradient.as_ref()).map(|((rank, factor), gradient)| Slope {
-                    rank,
-                    gradient,
-                    factor,
-                }),
+        fn learning<'a>(shapes: &[Shape], gradients: &'a [Option<Tensor>]) -> Vec<Learning<'a>> {
+            let of = |((rows, pair), gradient): (&Shape, &'a Option<Tensor>)| {
+                let slope = |((rank, factor), gradient)| Slope { rank, gradient, factor };
+                Learning { rows: *rows, pair: pair.zip(gradient.as_ref()).map(slope) }
             };
             shapes.iter().zip(gradients).map(of).collect()
-        };
+        }
         let (of_a, of_b) = (gradients(true)?, gradients(false)?);
         let on_low = gpu.put(&low)?;
-        both(&inside, &on_dy, Columns { tensor: &on_low, at: 3 }, &learning(&of_b))?;
+        both(&inside, &on_dy, Columns { tensor: &on_low, at: 3 }, &learning(shapes, &of_b))?;
         let first = (on_dy.copy()?, of_b.iter().flatten().map(Tensor::copy).collect::<Result<Vec<_>>>()?);
         // V as the products make it, and as the gradient of A then reads it.
         let (mut at, mut rank_at) = (0, 0);
@@ -512,7 +508,7 @@ mod tests {
         let normed = x.broadcast_mul(&scales.reshape((rows, 1))?)?.broadcast_mul(&weight)?;
         let (on_x, on_scales) = (gpu.put(&x)?, gpu.put_as(DType::F32, &scales)?);
         let norm = (&on_scales, &gpu.put_as(DType::F32, &weight)?);
-        normed_gradient(&on_x, norm, Columns { tensor: &on_dy, at: width }, &learning(&of_a))?;
+        normed_gradient(&on_x, norm, Columns { tensor: &on_dy, at: width }, &learning(shapes, &of_a))?;
         for (number, ((_, pair, values), (n, _))) in made.iter().zip(shapes).enumerate() {
             if let Some((a, b, scale)) = &values.pair {
                 let rank = a.dims2()?.0;
@@ -535,7 +531,7 @@ mod tests {
         assert!(behind.iter().all(|value| *value == 0.0), "columns of no rank are zeros");
         // The same bits again, beside what is there.
         let again = gradients(false)?;
-        both(&inside, &on_dy, Columns { tensor: &on_low, at: 3 }, &learning(&again))?;
+        both(&inside, &on_dy, Columns { tensor: &on_low, at: 3 }, &learning(shapes, &again))?;
         let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec2::<f64>();
         assert_eq!(host(&on_dy)?, host(&first.0)?);
         for (again, first) in again.iter().flatten().zip(&first.1) {

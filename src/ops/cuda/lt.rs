@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
@@ -212,8 +213,8 @@ impl Chosen {
         turned: bool,
     ) -> std::result::Result<(), CublasError> {
         let operation = match turned {
-            false => sys::cublasOperation_t::CUBLAS_OP_N,
-            true => sys::cublasOperation_t::CUBLAS_OP_T,
+            false => cublasOperation_t::CUBLAS_OP_N,
+            true => cublasOperation_t::CUBLAS_OP_T,
         };
         // SAFETY: the description is alive, and the attribute is a number of four bytes.
         unsafe { result::set_matmul_desc_attribute(self.description, side, (&raw const operation).cast(), 4) }
@@ -224,7 +225,7 @@ impl Chosen {
         handle: sys::cublasLtHandle_t,
         shape: &Shape,
     ) -> std::result::Result<sys::cublasLtMatmulHeuristicResult_t, CublasError> {
-        let preference = result::create_matmul_pref()?;
+        let (preference, limit) = (result::create_matmul_pref()?, WORKSPACE_BYTES_MAX);
         let [a, b, c, d] = shape.alignments;
         let sides = [
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
@@ -236,7 +237,7 @@ impl Chosen {
         // SAFETY: all descriptions are alive; a limit of bytes has eight bytes, and an alignment four.
         unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let limit = (&raw const WORKSPACE_BYTES_MAX).cast();
+            let limit = (&raw const limit).cast();
             let mut done = result::set_matmul_pref_attribute(preference, bytes, limit, 8);
             for (side, alignment) in &sides {
                 let alignment = (&raw const *alignment).cast();
