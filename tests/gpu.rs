@@ -175,12 +175,15 @@ fn what_a_step_asks_of_the_device() {
     assert_eq!(decoder.layers.len(), 2);
     let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
     let found = [
-        // A layer: norms, rope, attention, activation, seven expanded weights, and the same backwards.
-        ("launches", after.launches - before.launches, 65),
-        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base,
-        // B, A and their gradients). The head has two. The lowest layer's first three need no gradient of their
-        // input.
-        ("products", after.products - before.products, 108),
+        // A layer forward: two norms, rope, attention, activation, seven weights that are expanded (the first of each
+        // input with the pairs), and three low-rank products kept. Backward: two norms, two of attention (with rope), one
+        // of the activation, seven weights, a pass over four gradients and the sums of its parts, a pass over two norms'
+        // inputs and its sums. Thirteen around the layers. The lowest layer's first three linear layers need no
+        // gradient of their input: one launch puts their pairs where three expand weights, and a norm is missing.
+        ("launches", after.launches - before.launches, LAUNCHES),
+        // Layers that read the same input have two products forward (A; base and B) and one backward, for the gradient of
+        // their input. Two of the four inputs come from no norm: a product gives the gradient of A. The head has two.
+        ("products", after.products - before.products, 2 * (8 + 6) - 1 + 2),
         // The numbers of the step before.
         ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
         // Loss, norm of the gradient, norm of the parameters.
@@ -203,16 +206,20 @@ fn what_a_step_asks_of_the_device() {
     for (what, found, expected) in found {
         assert_eq!(found, expected, "{what}");
     }
-    // Weights that are kept expanded are not expanded for a product: seven of two layers in each direction.
+    // Weights that are kept expanded are not expanded for a product: one launch for each of four inputs writes the pairs
+    // beside them. That is three launches less in each direction of a layer, and one in the lowest layer's backward pass.
     decoder.keep_expanded(2);
     let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
-    assert_eq!(after.launches - before.launches, 65 - 2 * 7 * 2, "launches with weights kept expanded");
+    assert_eq!(after.launches - before.launches, LAUNCHES - 3 * 3 - 1, "launches with weights kept expanded");
     // Inputs of both layers go to the host and come back, and nobody waits for them.
     let (before, after) = two_steps(&decoder, &adapter, Keep::HostInputs);
     assert_eq!(after.host_synchronizations - before.host_synchronizations, 1, "waits of the host");
     assert_eq!(after.device_to_host_copies - before.device_to_host_copies, 3 + 2, "copies to the host");
     assert_eq!(after.host_to_device_copies - before.host_to_device_copies, 10 + 2, "copies to the device");
 }
+
+/// Launches of a step.
+const LAUNCHES: u64 = 2 * (15 + 24) - 3 + 13;
 
 /// What was asked until a step was queued, and until the next one was.
 fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Asked) {

@@ -469,6 +469,16 @@ mod tests {
         })
     }
 
+    fn learning<'a>(shapes: &[Shape], gradients: &'a [Option<Tensor>]) -> Vec<Learning<'a>> {
+        let mut list = Vec::new();
+        for ((rows, pair), gradient) in shapes.iter().zip(gradients) {
+            let slope =
+                |((rank, factor), gradient): ((usize, f64), &'a Tensor)| Slope { rank, gradient, factor };
+            list.push(Learning { rows: *rows, pair: pair.zip(gradient.as_ref()).map(slope) });
+        }
+        list
+    }
+
     fn pass(gpu: &Gpu, shapes: &[Shape], cols: usize, spare: usize, rows: usize) -> Result<()> {
         let made = shapes.iter().enumerate().map(|(i, shape)| part(gpu, *shape, cols, 2, i as u64));
         let made: Vec<(Weight, Option<(Tensor, Tensor)>, Values)> = made.collect::<Result<_>>()?;
@@ -491,13 +501,6 @@ mod tests {
             };
             shapes.iter().map(of).collect()
         };
-        fn learning<'a>(shapes: &[Shape], gradients: &'a [Option<Tensor>]) -> Vec<Learning<'a>> {
-            let of = |((rows, pair), gradient): (&Shape, &'a Option<Tensor>)| {
-                let slope = |((rank, factor), gradient)| Slope { rank, gradient, factor };
-                Learning { rows: *rows, pair: pair.zip(gradient.as_ref()).map(slope) }
-            };
-            shapes.iter().zip(gradients).map(of).collect()
-        }
         let (of_a, of_b) = (gradients(true)?, gradients(false)?);
         let on_low = gpu.put(&low)?;
         both(&inside, &on_dy, Columns { tensor: &on_low, at: 3 }, &learning(shapes, &of_b))?;
