@@ -210,61 +210,75 @@ impl<'a> Solver<'a> {
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
-    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on.
+    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes are not made
+    /// shorter to make room for expanded weights: what many short passes lose between launches is not in the roofline.
     fn within(&self, room: u64) -> Option<Plan> {
         let (least, most) =
             (self.task.tokens_min.max(1), self.task.tokens_max.max(self.task.tokens_min).max(1));
         let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
         let passes = halves.take_while(|tokens| *tokens > least).chain([least]);
-        let plans = passes.filter_map(|tokens| self.levels(tokens, room));
+        let plans = passes.filter_map(|tokens| self.without_expanded(tokens, room));
         // Of equal plans the first wins, which has the most tokens.
-        plans.reduce(
-            |best, plan| if plan.tokens_per_second() > best.tokens_per_second() { plan } else { best },
-        )
+        let plain =
+            plans.reduce(
+                |best, plan| if plan.tokens_per_second() > best.tokens_per_second() { plan } else { best },
+            );
+        plain.map(|plain| self.with_expanded(plain, room))
     }
 
     /// The fastest plan within `room` bytes for passes of `tokens` tokens.
-    ///
-    /// Memory goes first to the levels or first to weights that are kept expanded, whichever saves more time for its
-    /// bytes. So the candidates are: levels up to each of the five, and expanded weights with what is left; or all
-    /// weights expanded, and levels with what is left.
+    #[cfg(test)]
     fn levels(&self, tokens: usize, room: u64) -> Option<Plan> {
-        let mut plans = Vec::new();
-        let best = match self.task.keep {
-            Some(keep) => vec![keep],
-            None => Keep::ALL.into_iter().filter(|keep| *keep <= self.least()).collect(),
-        };
-        let caps = if self.may_expand { best.len() } else { 1 };
-        for cap in 0..caps {
-            let Some(keep) = self.levels_of(&best[cap..], tokens, room, 0) else { continue };
-            plans.push(self.describe(tokens, &keep, self.expanded_within(tokens, &keep, room)));
+        self.without_expanded(tokens, room).map(|plain| self.with_expanded(plain, room))
+    }
+
+    fn without_expanded(&self, tokens: usize, room: u64) -> Option<Plan> {
+        let keep = self.levels_of(tokens, room, 0)?;
+        Some(self.describe(tokens, &keep, 0))
+    }
+
+    /// A plan with expanded weights, if there is a faster one. Memory goes where it saves the most milliseconds: to the
+    /// levels first and to expanded weights if all of these are the best, or to all weights first and to levels with
+    /// what is left, which is faster in narrow layers.
+    fn with_expanded(&self, plain: Plan, room: u64) -> Plan {
+        if !self.may_expand {
+            return plain;
         }
-        let all = self.kept.len();
-        let beside_all = self.may_expand.then(|| self.levels_of(&best, tokens, room, all)).flatten();
-        plans.extend(beside_all.map(|keep| self.describe(tokens, &keep, all)));
-        // Of equal plans the first wins, which keeps fewer weights expanded.
-        plans.into_iter().reduce(|best, plan| if plan.seconds < best.seconds { plan } else { best })
+        let (best, all) = (self.task.keep.unwrap_or(Keep::Everything), self.kept.len());
+        let is_best = plain.keep.iter().all(|keep| *keep == best);
+        let expanded = if is_best { self.expanded_within(plain.tokens, &plain.keep, room) } else { 0 };
+        let behind = (expanded > 0).then(|| self.describe(plain.tokens, &plain.keep, expanded));
+        let before = self.levels_of(plain.tokens, room, all);
+        let before = before.map(|keep| self.describe(plain.tokens, &keep, all));
+        let faster = |best: Plan, plan: Plan| if plan.seconds < best.seconds { plan } else { best };
+        [behind, before].into_iter().flatten().fold(plain, faster)
     }
 
     /// The most layers whose weights can be kept expanded beside these levels.
     fn expanded_within(&self, tokens: usize, keep: &[Keep], room: u64) -> usize {
         let growing = self.growing(tokens, keep).iter().sum::<u64>();
-        let most = if self.may_expand { self.kept.len() } else { 0 };
-        (0..=most).rev().find(|expanded| self.fixed_bytes[*expanded] + growing <= room).unwrap_or(0)
+        (0..=self.kept.len())
+            .rev()
+            .find(|expanded| self.fixed_bytes[*expanded] + growing <= room)
+            .unwrap_or(0)
     }
 
-    /// The levels among `choices` that recompute least within `room` bytes.
+    /// The levels that recompute least within `room` bytes beside `expanded` layers of expanded weights.
     ///
     /// Layers have the same shape, so the best mixture has two levels and, in one layer between them, a third. All
     /// such mixtures are tried. Upper layers keep more, because the backward pass frees them first.
-    fn levels_of(&self, choices: &[Keep], tokens: usize, room: u64, expanded: usize) -> Option<Vec<Keep>> {
+    fn levels_of(&self, tokens: usize, room: u64, expanded: usize) -> Option<Vec<Keep>> {
+        let choices = match self.task.keep {
+            Some(keep) => vec![keep],
+            None => Keep::ALL.into_iter().filter(|keep| *keep <= self.least()).collect(),
+        };
         let fixed = self.fixed_bytes[expanded];
         let fits = |keep: &Vec<Keep>| {
             fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room && self.inputs_fit(tokens, keep)
         };
         let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
         let seconds = |keep: Keep| counter.again(0, keep).seconds(&self.machine.rates);
-        let costs: Vec<(Keep, f64)> = choices.iter().map(|keep| (*keep, seconds(*keep))).collect();
+        let costs: Vec<(Keep, f64)> = choices.into_iter().map(|keep| (keep, seconds(keep))).collect();
         let mut best: Option<(f64, Vec<Keep>)> = None;
         for low in &costs {
             for high in costs.iter().filter(|high| high.0 <= low.0) {

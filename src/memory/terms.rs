@@ -23,7 +23,7 @@ pub struct Term {
 }
 
 /// The first words of the line for weights that are kept expanded.
-pub(super) const EXPANDED: &str = "weights kept expanded";
+pub(super) const EXPANDED: &str = "weights in full";
 /// The most that an algorithm of cublasLt may work in (`ops/cuda/lt.rs`).
 const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.

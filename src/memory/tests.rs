@@ -100,44 +100,52 @@ fn less_memory_recomputes_more_and_always_fits() {
 /// a pass slower than the best.
 #[test]
 fn the_mix_is_close_to_the_best_of_all() {
-    // In narrow layers an expanded weight saves more for its bytes than what is kept for it.
-    let mut narrow = crate::facts::shapes::facts("tiny").unwrap();
-    narrow.layers.extend(narrow.layers.clone());
     let mut small = phi3_mini();
     small.layers.truncate(4);
-    for (facts, expands_first) in [(small, false), (narrow, true)] {
-        let task = task(facts, 2048);
-        let machine = gpu("l4");
-        let solver = Solver::new(&task, &machine, Residency::Resident);
-        let mut all = Vec::new();
-        for choice in 0..5usize.pow(5) {
-            let keep: Vec<Keep> = (0..4).map(|layer| Keep::ALL[choice / 5usize.pow(layer) % 5]).collect();
-            let plan = solver.describe(2048, &keep, choice / 5usize.pow(4));
-            all.push((plan.bytes(), plan.seconds));
-        }
-        let most = all.iter().map(|plan| plan.0).max().unwrap();
-        let least = all.iter().map(|plan| plan.0).min().unwrap();
-        let one_layer = all.iter().map(|plan| plan.1).fold(0.0, f64::max) / 16.0;
-        let mut expanded_first = false;
-        for sixteenth in 1..16 {
-            let room = least + (most - least) * sixteenth / 16;
-            let found = solver.levels(2048, room).unwrap();
-            assert!(found.bytes() <= room);
-            let best = all.iter().filter(|plan| plan.0 <= room).map(|plan| plan.1).fold(f64::MAX, f64::min);
-            assert!(found.seconds - best <= one_layer, "{sixteenth}/16: {} against {best}", found.seconds);
-            expanded_first |= found.expanded == 4 && found.keep != [Keep::Everything; 4];
-        }
-        assert_eq!(expanded_first, expands_first);
+    let task = task(small, 2048);
+    let machine = gpu("l4");
+    let solver = Solver::new(&task, &machine, Residency::Resident);
+    let mut all = Vec::new();
+    for choice in 0..5usize.pow(5) {
+        let keep: Vec<Keep> = (0..4).map(|layer| Keep::ALL[choice / 5usize.pow(layer) % 5]).collect();
+        let plan = solver.describe(2048, &keep, choice / 5usize.pow(4));
+        all.push((plan.bytes(), plan.seconds));
+    }
+    let (most, least) =
+        (all.iter().map(|plan| plan.0).max().unwrap(), all.iter().map(|plan| plan.0).min().unwrap());
+    let one_layer = all.iter().map(|plan| plan.1).fold(0.0, f64::max) / 16.0;
+    for sixteenth in 1..16 {
+        let room = least + (most - least) * sixteenth / 16;
+        let found = solver.levels(2048, room).unwrap();
+        assert!(found.bytes() <= room);
+        let best = all.iter().filter(|plan| plan.0 <= room).map(|plan| plan.1).fold(f64::MAX, f64::min);
+        assert!(found.seconds - best <= one_layer, "{sixteenth}/16: {} against {best}", found.seconds);
     }
 }
 
-/// Phi-3-mini's weights take 7.25 GB in bf16. Expanding them twice a pass moves 2.52 bytes a value each time.
+/// In narrow layers an expanded weight saves more for its bytes than what is kept for it.
+#[test]
+fn narrow_layers_expand_their_weights_first() {
+    let mut narrow = crate::facts::shapes::facts("tiny").unwrap();
+    narrow.layers.extend(narrow.layers.clone());
+    let task = task(narrow, 2048);
+    let machine = gpu("l4");
+    let solver = Solver::new(&task, &machine, Residency::Resident);
+    let bytes = |keep: Keep, expanded: usize| solver.describe(2048, &[keep; 4], expanded).bytes();
+    let (least, most) = (bytes(Keep::HostInputs, 0), bytes(Keep::Everything, 4));
+    let rooms = (1..16).map(|sixteenth| least + (most - least) * sixteenth / 16);
+    let plans: Vec<Plan> = rooms.filter_map(|room| solver.levels(2048, room)).collect();
+    assert!(plans.iter().any(|plan| plan.expanded == 4 && plan.keep != [Keep::Everything; 4]), "{plans:?}");
+}
+
+/// Phi-3-mini's weights take 7.25 GB in bf16, and 7.45 with 64 columns and rows for their pairs. Expanding them twice a
+/// pass moves 2.52 bytes a value each time.
 #[test]
 fn weights_are_kept_expanded_with_what_is_left() {
     let task = task(phi3_mini(), 4096);
     let plan = solve(&task, &gpu("h200")).unwrap();
     assert_eq!((plan.keep.as_slice(), plan.expanded), ([Keep::Everything; 32].as_slice(), 32));
-    assert!((gigabytes("kept expanded", &plan) - 7.25).abs() < 0.01, "{plan:?}");
+    assert!((gigabytes("in full", &plan) - 7.45).abs() < 0.01, "{plan:?}");
     assert_eq!(gigabytes("expanded for a product", &plan), 0.0, "no product needs it");
     let saved = 2.0 * 3.62e9 * 2.52 / (4.3e12 * cost::COPY_SHARE);
     assert!((plan.expanded_saves / saved - 1.0).abs() < 0.01, "{} of {saved}", plan.expanded_saves);
