@@ -5,7 +5,7 @@
 //! copies to and from its host, which run beside it. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
-use crate::facts::{FeedForward, Keep, Projection, Quantization};
+use crate::facts::{FeedForward, Keep, Projection, Quantization, Residency};
 use crate::model::inside;
 
 use super::machine::{Machine, Place};
@@ -82,16 +82,28 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. The sum of
-/// the gradients follows the last pass, so that nothing hides it.
-pub(super) fn efficiency(task: &Task, machine: &Machine, seconds: f64) -> f64 {
+/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece is
+/// summed behind the pass.
+pub const GRADIENT_PIECES: usize = 8;
+/// Share of a pass that is its way back, beside which sums run.
+const BACKWARD: f64 = 0.5;
+
+/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. Ranks that
+/// share the base sum their gradients behind the pass.
+pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, seconds: f64) -> f64 {
     let ranks = machine.ranks as f64;
     if machine.ranks == 1 {
         return 1.0;
     }
     let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
-    seconds / (seconds * (1.0 + IMBALANCE) + sum)
+    let seen = match residency {
+        Residency::Shared => sum,
+        Residency::Resident | Residency::Streamed => {
+            (sum / GRADIENT_PIECES as f64).max(sum - BACKWARD * seconds)
+        }
+    };
+    seconds / (seconds * (1.0 + IMBALANCE) + seen)
 }
 
 /// Counts the work of passes of `tokens` tokens, in examples of `example_tokens` tokens.

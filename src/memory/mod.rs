@@ -204,7 +204,7 @@ impl<'a> Solver<'a> {
         Solver { task, machine, kept, lowest, weights, may_expand, fixed_bytes }
     }
 
-    /// Whether the host has room for what lies there, over all ranks of the machine.
+    /// Whether the hosts have room for what lies there, over all ranks.
     fn fits_the_host(&self) -> bool {
         let bytes = self.weights.host_bytes(self.task, self.machine.place);
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
@@ -395,7 +395,7 @@ impl<'a> Solver<'a> {
             brought,
             waits,
             ranks: self.machine.ranks,
-            efficiency: efficiency(self.task, self.machine, seconds),
+            efficiency: efficiency(self.task, self.machine, self.weights.residency, seconds),
         }
     }
 

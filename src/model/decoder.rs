@@ -83,6 +83,19 @@ impl Decoder {
         batch: &Batch,
         scale: f64,
     ) -> Result<Number> {
+        self.forward_backward_by_layer(adapter, keep, batch, scale, &mut |_| Ok(()))
+    }
+
+    /// As `forward_backward`. `done` is called with each layer whose gradients this pass has added: from the last layer
+    /// to the lowest that is adapted.
+    pub fn forward_backward_by_layer(
+        &self,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        scale: f64,
+        done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Number> {
         // The backward pass needs nothing below the lowest adapted layer.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         // It comes first: if anything fails, other ranks wait for its gatherings.
@@ -122,6 +135,7 @@ impl Decoder {
                 host.expect(i - 1)?;
             }
             layer.backward(&d, of_layer, i == lowest, &pass)?;
+            done(i)?;
         }
         Ok(loss)
     }

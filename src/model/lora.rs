@@ -94,9 +94,10 @@ pub struct Trainable {
     pub sites: Vec<Site>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
-    /// The gradients, as long as `params`: the beginning of `sums`.
+    /// The gradients, as long as `params`: all of `sums` behind the losses.
     pub grads: Tensor,
-    /// The gradients, and behind them the ranks' losses: what the ranks of a run add up in one sum.
+    /// The ranks' losses, and behind them the gradients: what the ranks of a run add up. The losses are known last, and
+    /// so are the gradients of the first layers, which stand beside them.
     pub sums: Tensor,
     /// The parameters that passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
@@ -106,9 +107,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
-/// on.
-const LOSSES: usize = 128;
+/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
 /// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
@@ -430,8 +430,8 @@ impl Trainable {
         let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
         let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
         let params = params.to_device(device)?;
-        let sums = Tensor::zeros(total.next_multiple_of(LOSS) + LOSSES, master, device)?;
-        let grads = sums.narrow(0, 0, total)?;
+        let sums = Tensor::zeros(LOSSES + total, master, device)?;
+        let grads = sums.narrow(0, LOSSES, total)?;
         let compute = compute.unwrap_or_else(|| params.clone());
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
@@ -482,7 +482,7 @@ impl Trainable {
 
     /// The losses of all ranks in `sums`.
     pub fn losses(&self) -> Result<Tensor> {
-        self.sums.narrow(0, self.sums.elem_count() - LOSSES, LOSSES)
+        self.sums.narrow(0, 0, LOSSES)
     }
 
     /// The two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.

@@ -1,5 +1,5 @@
 //! A second stream of copies beside the device's computation: buffers are filled from page-locked memory or from other
-//! ranks, and tensors are copied to page-locked memory.
+//! ranks, and tensors are copied to page-locked memory. The ranks' sums run there too.
 //!
 //! Events order it with the device's own stream. A copy begins when all work queued before it is done, since that work
 //! may still use the memory. Work that depends on a copy, or that writes or frees what it reads, is queued behind
@@ -79,6 +79,11 @@ impl Side {
     /// The work that was queued since `begin` is the copy of number `number`.
     pub fn end(&self, number: usize) -> Result<()> {
         self.done[number].record(&self.copies).w()
+    }
+
+    /// An event behind all work that was queued on the second stream so far.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.copies.record_event(None).w()
     }
 
     /// Work queued from here on begins after the last copy to buffer `number`.
