@@ -5,7 +5,8 @@
 //! losses, and the first step's gradients to `F/ours-f32.safetensors` or `F/ours-bf16.safetensors` under PEFT's
 //! names.
 //! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] --out JSON`: seconds of each
-//! step, tokens/s, peak memory. With `everything`, weights are kept expanded too, as the memory plan does on a large card.
+//! step, tokens/s, peak memory. With `everything`, weights are kept expanded too, as the memory plan does on a large
+//! card.
 //! `ours serve --folder F [--batches 1,32] [--prompt 128] [--tokens 128] --out JSON`: tokens/s that are decoded,
 //! alone, with one adapter and with four, launches a step, seconds from the start to the first token.
 //! `ours random --folder F`: random weights for the folder's config.json, if no reference stack can write them.

@@ -82,8 +82,8 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece is
-/// summed behind the pass.
+/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece
+/// is summed behind the pass.
 pub const GRADIENT_PIECES: usize = 8;
 /// Share of a pass that is its way back, beside which sums run.
 const BACKWARD: f64 = 0.5;
@@ -201,8 +201,8 @@ impl Counter<'_> {
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
     }
 
-    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight, they
-    /// cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,
+    /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
         let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;

@@ -3,8 +3,8 @@
 //!
 //! The weights of the layers lie on the device if they fit. If not, the ranks share them, or they are streamed from
 //! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep
-//! (`Keep`, layer by layer), and for one layer at work. A GPU may also keep the 4-bit weights of layers expanded, so that
-//! their products need not expand them. Among the combinations that fit, the plan takes the number of tokens, the
+//! (`Keep`, layer by layer), and for one layer at work. A GPU may also keep the 4-bit weights of layers expanded, so
+//! that their products need not expand them. Among the combinations that fit, the plan takes the number of tokens, the
 //! levels and the kept weights with the most tokens per second (`cost`): a gigabyte goes where it saves the most
 //! milliseconds. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
 
@@ -210,8 +210,9 @@ impl<'a> Solver<'a> {
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
-    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes are not made
-    /// shorter to make room for expanded weights: what many short passes lose between launches is not in the roofline.
+    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes are not
+    /// made shorter to make room for expanded weights: what many short passes lose between launches is not in the
+    /// roofline.
     fn within(&self, room: u64) -> Option<Plan> {
         let (least, most) =
             (self.task.tokens_min.max(1), self.task.tokens_max.max(self.task.tokens_min).max(1));

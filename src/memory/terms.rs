@@ -252,8 +252,8 @@ pub(super) fn site<'a>(task: &'a Task, layer: usize, p: &Projection) -> Option<&
     task.sites.iter().find(|site| site.layer == layer && site.projection.path == p.path)
 }
 
-/// Bytes of the largest weight of the lower layers in full, or of their largest group with its pairs inside. The weights
-/// of the upper `kept` layers are kept.
+/// Bytes of the largest weight of the lower layers in full, or of their largest group with its pairs inside. The
+/// weights of the upper `kept` layers are kept.
 fn expanded(task: &Task, kept: usize) -> usize {
     let layers = task.facts.layers.len() - kept;
     let single = match task.quantization {

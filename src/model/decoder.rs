@@ -60,9 +60,9 @@ impl Decoder {
         Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
     }
 
-    /// Keeps the 4-bit weights of the upper `layers` layers expanded beside their codes from their next products on, and
-    /// those of no other layer. Products of these layers have the same bits and need not expand a weight again. On a
-    /// CPU it changes nothing.
+    /// Keeps the 4-bit weights of the upper `layers` layers expanded beside their codes from their next products on,
+    /// and those of no other layer. Products of these layers have the same bits and need not expand a weight again. On
+    /// a CPU it changes nothing.
     pub fn keep_expanded(&self, layers: usize) {
         let below = self.layers.len() - layers.min(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
@@ -320,7 +320,8 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the
+    /// head.
     fn head_forward_backward(
         &self,
         x: &Tensor,

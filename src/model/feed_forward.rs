@@ -201,8 +201,8 @@ impl FeedForward {
         side_by_side_backward(&dense.gate_up, &d_gate_up, normed, &lows, lowest, pass)
     }
 
-    /// The gradient of gate and up [T, any + spare] from that of the down projection's output; adds the gradients of its
-    /// pair.
+    /// The gradient of gate and up [T, any + spare] from that of the down projection's output; adds the gradients of
+    /// its pair.
     fn through_activation(
         &self,
         dy: &Tensor,

@@ -95,8 +95,8 @@ impl Layer {
         attention.chain(&mut dense.gate_up).chain([&mut dense.down]).collect()
     }
 
-    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in front
-    /// of a norm has columns of its own.
+    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in
+    /// front of a norm has columns of its own.
     pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
         let Form::Dense(dense) = &self.feed_forward.form;
         let of = |linear: &Linear, post_norm: &Option<Norm>| match post_norm {
@@ -107,8 +107,8 @@ impl Layer {
         output.max(of(&dense.down, &self.feed_forward.post_norm))
     }
 
-    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows. An input that waits
-    /// in host memory is the caller's to bring there and back.
+    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows. An input that
+    /// waits in host memory is the caller's to bring there and back.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;
         let middle = attention.sum();

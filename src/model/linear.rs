@@ -207,7 +207,8 @@ fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> 
     matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
 }
 
-/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in` says.
+/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in`
+/// says.
 pub fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,

@@ -239,8 +239,8 @@ impl FourBit {
         gpu::dequantize(self, out, at)
     }
 
-    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given the
-    /// launch after the number of this weight's blocks, and returns it with its own.
+    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given
+    /// the launch after the number of this weight's blocks, and returns it with its own.
     #[cfg(feature = "cuda")]
     pub(super) fn dequantize_inside<'a>(
         &self,

@@ -30,8 +30,8 @@ pub struct Open<'a> {
 }
 
 impl Stash {
-    /// Opens it for a pass with tensors of the numbers 0 to `numbers` - 1 on `device`. Another pass waits until this one
-    /// is done.
+    /// Opens it for a pass with tensors of the numbers 0 to `numbers` - 1 on `device`. Another pass waits until this
+    /// one is done.
     pub fn open(&self, numbers: usize, device: &Device) -> Result<Open<'_>> {
         Ok(Open {
             device: device.clone(),
@@ -229,8 +229,8 @@ mod tests {
         Tensor::from_vec(values, (rows, 8), &Device::Cpu).unwrap()
     }
 
-    /// Three tensors go and come back, in passes of different sizes. What came back is returned too: a test may leave out
-    /// the event that its memory waits for, and must then drop it behind the stash, which waits for all copies.
+    /// Three tensors go and come back, in passes of different sizes. What came back is returned too: a test may leave
+    /// out the event that its memory waits for, and must then drop it behind the stash, which waits for all copies.
     fn go_and_come(stash: &Stash, device: &Device) -> Result<(bool, Vec<Tensor>)> {
         let (mut same, mut stay) = (true, Vec::new());
         for rows in [4, 9, 2] {

@@ -34,8 +34,8 @@ impl Side {
         Ok(Side { copies, free: event()?, done, compute })
     }
 
-    /// Queues a copy of the first `bytes` bytes of `from` to the beginning of buffer `number`, behind all work queued so
-    /// far.
+    /// Queues a copy of the first `bytes` bytes of `from` to the beginning of buffer `number`, behind all work queued
+    /// so far.
     pub fn fill(&self, number: usize, buffer: &Tensor, from: &Pinned, bytes: usize) -> Result<()> {
         fits(bytes, buffer, from)?;
         let stream = self.begin()?;
@@ -54,8 +54,8 @@ impl Side {
         let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
         fits(bytes, tensor, to)?;
         let stream = self.begin()?;
-        // SAFETY: both ranges hold so many bytes. Nobody reads the pinned memory on the host, and it is freed after this
-        // value, whose `drop` waits for the copies.
+        // SAFETY: both ranges hold so many bytes. Nobody reads the pinned memory on the host, and it is freed after
+        // this value, whose `drop` waits for the copies.
         unsafe { sys::cuMemcpyDtoHAsync_v2(to.at(0).cast(), super::address(tensor, 0)?, bytes, stream) }
             .result()
             .w()?;
