@@ -63,7 +63,10 @@ impl Case {
         Options {
             folder: self.model(),
             quantization: code.map_or(Quantization::None, |code| Quantization::FourBit { code, double }),
-            lora: LoraOptions::default(),
+            lora: LoraOptions {
+                dropout: self.args["dropout"].as_f64().unwrap_or(0.0),
+                ..LoraOptions::default()
+            },
             precision: Precision::F32,
         }
     }
@@ -267,6 +270,10 @@ impl Case {
         }
         let b_error = self.final_b_error(&adapter);
         assert!(b_error <= FINAL_B, "{name}: final lora_B differs by {b_error}");
+        if let Some(error) = self.final_magnitude_error(&adapter) {
+            println!("{name}: magnitudes {error:.1e}");
+            assert!(error <= FINAL_B, "{name}: the changes of the magnitudes differ by {error}");
+        }
         let eval = self.evaluation_error(&decoder, &adapter);
         assert!(eval <= EVERY_STEP, "{name}: evaluation loss differs by {eval}");
         println!(
@@ -287,6 +294,24 @@ impl Case {
             size += hone::ops::adamw::sum_of_squares(expected).unwrap();
         }
         (difference / size).sqrt()
+    }
+
+    /// Relative L2 distance of what DoRA's magnitudes learned, if there are any.
+    fn final_magnitude_error(&self, adapter: &Trainable) -> Option<f64> {
+        let read = |name: &str| {
+            let file = self.folder.join(name).join("adapter_model.safetensors");
+            candle_core::safetensors::load(file, &Device::Cpu).unwrap()
+        };
+        let (first, last) = (read("init_adapter"), read("final_adapter"));
+        let params = adapter.params.to_device(&Device::Cpu).unwrap();
+        let (mut difference, mut size) = (0.0, 0.0);
+        for site in &adapter.sites {
+            let found = adapter.magnitudes(&params, site).unwrap()?;
+            let name = format!("base_model.model.{}.lora_magnitude_vector", site.path);
+            difference += hone::ops::adamw::sum_of_squares(&(found - &last[&name]).unwrap()).unwrap();
+            size += hone::ops::adamw::sum_of_squares(&(&last[&name] - &first[&name]).unwrap()).unwrap();
+        }
+        Some((difference / size).sqrt())
     }
 
     fn evaluation_error(&self, decoder: &model::decoder::Decoder, adapter: &Trainable) -> f64 {
@@ -395,7 +420,10 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     let wanted = |case: &Case| {
         let name = case.folder.file_name().unwrap().to_string_lossy().into_owned();
         match case.folder.starts_with(golden().join("_variants")) {
-            true => more || ["adamw_8bit", "label_smoothing", "neftune"].contains(&name.as_str()),
+            true => {
+                more || ["adamw_8bit", "dora", "dora_dropout", "label_smoothing", "neftune"]
+                    .contains(&name.as_str())
+            }
             false => more || !name.contains('_') || name == "llama_stored_nf4",
         }
     };

@@ -1,7 +1,7 @@
 //! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and a PEFT folder -> parameters.
 //!
 //! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R] in
-//! f32. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
+//! f32, and with DoRA `.lora_magnitude_vector` `[N]`. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
 //! keys.
 
 pub mod card;
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::facts::sites::{self, Site};
 use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets};
 use crate::fault::{Fault, Result};
+use crate::model::dora::Dora;
 use crate::model::lora::{Pair, Pairs, Trainable};
 use crate::model::weights::unwrapped;
 use crate::ops::matmul::Weight;
@@ -83,7 +84,7 @@ pub struct AdapterConfig {
     pub target_modules: Option<TargetModules>,
     /// Task of the model; hone has only `CAUSAL_LM`.
     pub task_type: Option<String>,
-    /// Whether the adapter is DoRA; hone has only plain LoRA.
+    /// Whether the pairs have DoRA's magnitudes.
     #[serde(default)]
     pub use_dora: bool,
     /// Whether the update is scaled by lora_alpha / sqrt(r) instead.
@@ -140,7 +141,7 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
         revision: None,
         target_modules: Some(TargetModules::List(target_modules(sites, layers))),
         task_type: Some("CAUSAL_LM".into()),
-        use_dora: false,
+        use_dora: options.dora,
         use_rslora: options.rslora,
         trainable_token_indices: None,
         alora_invocation_tokens: None,
@@ -179,6 +180,9 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
         for (letter, tensor) in [("A", a), ("B", b)] {
             tensors.insert(tensor_name(&site.path, letter), tensor.to_dtype(DType::F32)?);
         }
+        if let Some(magnitudes) = trainable.magnitudes(&params, site)? {
+            tensors.insert(magnitude_name(&site.path), magnitudes.to_dtype(DType::F32)?);
+        }
     }
     let metadata = Some(std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]));
     safetensors::serialize(tensors, metadata)
@@ -187,6 +191,10 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
 
 fn tensor_name(path: &str, letter: &str) -> String {
     format!("base_model.model.{path}.lora_{letter}.weight")
+}
+
+fn magnitude_name(path: &str) -> String {
+    format!("base_model.model.{path}.lora_magnitude_vector")
 }
 
 fn wrong(file: &Path, what: String) -> Fault {
@@ -220,7 +228,6 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     let config = read_config(folder)?;
     let refused = [
         (config.peft_type != "LORA", "peft_type other than LORA"),
-        (config.use_dora, "use_dora"),
         (changes_base(&config), "an initialisation that changed its base (init_lora_weights)"),
         (config.layer_replication.is_some(), "layer_replication"),
         (config.bias != "none", "a bias other than none"),
@@ -267,6 +274,11 @@ pub fn read(folder: &Path) -> Result<Adapter> {
 /// own name add.
 fn plain_name(name: &str) -> String {
     let name = unwrapped(name);
+    // Saved as a bare parameter, as a parameter of the adapter's name, or as the weight of a module.
+    let name = match name.find(".lora_magnitude_vector") {
+        Some(at) => std::borrow::Cow::Owned(name[..at + ".lora_magnitude_vector".len()].to_owned()),
+        None => name,
+    };
     let name = match name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.')) {
         Some((module, _)) if module.ends_with(".lora_A") || module.ends_with(".lora_B") => {
             format!("{module}.weight")
@@ -325,6 +337,7 @@ impl Adapter {
             r: self.config.r,
             alpha,
             rslora: self.config.use_rslora,
+            dora: self.config.use_dora,
             targets: Targets::names(paths),
             exclude: Modules::Names(Vec::new()),
             layers: Vec::new(),
@@ -346,6 +359,9 @@ impl Adapter {
                 let tensor = self.matrix(site, letter)?;
                 flat::write(&target, &tensor.to_dtype(target.dtype())?)?;
             }
+            if let Some(target) = trainable.magnitudes(&trainable.params, site)? {
+                flat::write(&target, &self.magnitudes(site)?.to_dtype(target.dtype())?)?;
+            }
         }
         trainable.refresh()?;
         self.nothing_else(&trainable.sites)
@@ -366,7 +382,9 @@ impl Adapter {
             let weight = |tensor: &Tensor| {
                 Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?.to_device(device)?))
             };
-            list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale }));
+            let dora = site.dora.then(|| self.finished_magnitudes(site, dtype, device)).transpose()?;
+            changes |= dora.is_some();
+            list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale, dora }));
         }
         match changes {
             true => Ok(Pairs::new(list)),
@@ -409,8 +427,32 @@ impl Adapter {
         }
     }
 
+    /// The magnitudes of a site, in f32 (f64 in tests).
+    fn finished_magnitudes(&self, site: &Site, dtype: DType, device: &Device) -> Result<Dora> {
+        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        Ok(Dora::new(self.magnitudes(site)?.to_dtype(wide)?.to_device(device)?))
+    }
+
+    /// The magnitudes of a site, checked for their number and for finite values.
+    fn magnitudes(&self, site: &Site) -> Result<Tensor> {
+        let name = magnitude_name(&site.path);
+        let tensor = self.tensors.get(&name).ok_or_else(|| {
+            self.wrong(format!("{name} is missing")).help(format!("{CONFIG_FILE} says use_dora: true"))
+        })?;
+        if tensor.elem_count() != site.projection.rows {
+            let (found, expected) = (tensor.dims(), site.projection.rows);
+            return Err(self
+                .wrong(format!("{name}: found shape {found:?}, expected [{expected}]"))
+                .help("the adapter must be of the same base model"));
+        }
+        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
+            true => Ok(tensor.flatten_all()?),
+            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
+        }
+    }
+
     fn nothing_else(&self, sites: &[Site]) -> Result<()> {
-        let (held, read) = (self.tensors.len(), 2 * sites.len());
+        let (held, read) = (self.tensors.len(), sites.iter().map(|site| site.tensors().count()).sum());
         match held == read {
             true => Ok(()),
             false => Err(self.wrong(format!("holds {held} tensors, of which this model has {read}"))),
@@ -432,6 +474,15 @@ mod tests {
             "module.base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
             "base_model.model._orig_mod.model.layers.0._orig_mod.mlp.up_proj.lora_A.mine.weight",
             "model.layers.0.mlp.up_proj.lora_A.weight",
+        ] {
+            assert_eq!(plain_name(name), expected, "{name}");
+        }
+        let expected = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector";
+        for name in [
+            expected,
+            "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.weight",
+            "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight",
+            "module.model.layers.0.mlp.up_proj.lora_magnitude_vector.default",
         ] {
             assert_eq!(plain_name(name), expected, "{name}");
         }

@@ -28,6 +28,13 @@ pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
             None => format!("rank {highest}: vLLM serves no rank above 512; merge the adapter into its base, or lower the rank"),
         });
     }
+    if options.dora {
+        list.push(
+            "use_dora: vLLM loads no adapters with DoRA's magnitudes: serve it with hone serve or peft, or merge it into \
+             its base (hone merge)"
+                .into(),
+        );
+    }
     if !options.rank_pattern.is_empty() || !options.alpha_pattern.is_empty() {
         list.push(
             "rank_pattern and alpha_pattern: vLLM scales every module by lora_alpha / r and would serve this adapter \
@@ -67,6 +74,8 @@ mod tests {
         );
         assert_eq!(said(8, &[300]).len(), 2);
         assert!(said(600, &[])[0].contains("no rank above 512"));
+        let dora = warnings(&facts, &LoraOptions { dora: true, ..LoraOptions::default() });
+        assert!(dora[0].contains("vLLM loads no adapters with DoRA's magnitudes"), "{dora:?}");
         let falcon = Facts { family: "falcon", ..facts.clone() };
         assert!(warnings(&falcon, &LoraOptions::default())[0].contains("no adapters for falcon"));
     }

@@ -160,6 +160,10 @@ pub fn write_adapter(
     (file_name, name): (&str, &str),
     folder: &Folder,
 ) -> Result<()> {
+    if parts.iter().any(|(pairs, _)| pairs.has_magnitudes()) {
+        return Err(Fault::config("a GGUF LoRA has no place for DoRA's magnitudes (use_dora)")
+            .help("merge the adapter into its base: leave --adapter-only away"));
+    }
     let mut tensors = Vec::new();
     for (linear, (layer, projection)) in facts.projections().enumerate() {
         let used = parts.iter().filter(|(_, strength)| *strength != 0.0);

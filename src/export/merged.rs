@@ -1,6 +1,7 @@
 //! A checkpoint and adapters -> the values of the merged model's tensors, a block of rows at a time.
 //!
-//! A merged weight is `W + sum of strength * scale * B A`, in f32. W is the checkpoint's own weight, or the one that
+//! A merged weight is `W + sum of strength * scale * B A`, in f32. With DoRA's magnitudes, an adapter alone would make
+//! each row `magnitude / |row| * row` of `row = W + scale * B A`, and strength times the difference to W is added. W is the checkpoint's own weight, or the one that
 //! the training computed with: quantised to 4 bits and dequantised again.
 
 use rayon::prelude::*;
@@ -53,6 +54,8 @@ struct LowRank {
     rank: usize,
     a: Vec<f32>,
     b: Vec<f32>,
+    /// DoRA's magnitudes, and the strength, which is no part of B's factor then.
+    magnitudes: Option<(Vec<f32>, f64)>,
 }
 
 impl<'a> Merged<'a> {
@@ -119,8 +122,13 @@ impl<'a> Merged<'a> {
                 (None, Some(stored)) => stored.part(from * cols..to * cols).to_f32(),
                 (None, None) => unreachable!("one of them is there"),
             };
-            for low in &low {
-                low.add(&mut values, from, cols);
+            match low.as_slice() {
+                [] => {}
+                [only] => only.add(&mut values, None, from, cols),
+                several => {
+                    let base = values.clone();
+                    several.iter().for_each(|low| low.add(&mut values, Some(&base), from, cols));
+                }
             }
             if let Some(at) = values.par_iter().position_any(|value| !value.is_finite()) {
                 let (name, value) = (&item.name, values[at]);
@@ -152,8 +160,15 @@ impl<'a> Merged<'a> {
             Weight::FourBit(_) => Err(Fault::internal("an adapter's matrix in 4 bits")),
         };
         let low = found.map(|(pair, strength)| {
-            let factor = pair.scale * strength;
+            let (factor, magnitudes) = match &pair.dora {
+                None => (pair.scale * strength, None),
+                Some(dora) => {
+                    let values = cpu::to_f64(&dora.magnitude)?.into_iter().map(|value| value as f32);
+                    (pair.scale, Some((values.collect(), *strength)))
+                }
+            };
             Ok(LowRank {
+                magnitudes,
                 rank: pair.a.dims().0,
                 a: read(&pair.a)?.into_iter().map(|value| value as f32).collect(),
                 b: read(&pair.b)?.into_iter().map(|value| (value * factor) as f32).collect(),
@@ -164,15 +179,30 @@ impl<'a> Merged<'a> {
 }
 
 impl LowRank {
-    /// Adds rows `from..` of B A.
-    fn add(&self, values: &mut [f32], from: usize, cols: usize) {
+    /// Adds rows `from..` of the adapter's difference. `base` are the rows without any adapter, if they are no longer
+    /// `values`.
+    fn add(&self, values: &mut [f32], base: Option<&[f32]>, from: usize, cols: usize) {
         values.par_chunks_mut(cols).enumerate().for_each(|(row, values)| {
             let b = &self.b[(from + row) * self.rank..][..self.rank];
             let mut sum = vec![0f32; cols];
             for (b, a) in b.iter().zip(self.a.chunks(cols)) {
                 sum.iter_mut().zip(a).for_each(|(sum, a)| *sum += b * a);
             }
+            if let Some((magnitudes, strength)) = &self.magnitudes {
+                let base = base.map_or(&*values, |base| &base[row * cols..][..cols]);
+                with_magnitude(&mut sum, base, magnitudes[from + row], *strength);
+            }
             values.iter_mut().zip(&sum).for_each(|(value, sum)| *value += sum);
         });
+    }
+}
+
+/// Turns a row of `scale * B A` into what DoRA adds to the row of W. A row of zeros stays one.
+fn with_magnitude(sum: &mut [f32], base: &[f32], magnitude: f32, strength: f64) {
+    sum.iter_mut().zip(base).for_each(|(sum, base)| *sum += base);
+    let length = sum.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+    let factor = if length > 0.0 { f64::from(magnitude) / length } else { 0.0 };
+    for (sum, base) in sum.iter_mut().zip(base) {
+        *sum = (strength * (factor * f64::from(*sum) - f64::from(*base))) as f32;
     }
 }

@@ -14,6 +14,8 @@ pub struct LoraOptions {
     pub dropout: f64,
     /// `use_rslora`: the scale is alpha/sqrt(r) instead of alpha/r.
     pub rslora: bool,
+    /// `use_dora`: each row of an adapted weight also learns its length.
+    pub dora: bool,
     /// `target_modules`: the linear layers that get a pair.
     pub targets: Targets,
     /// How names of split projections are understood if the model has a fused one.
@@ -42,6 +44,7 @@ impl Default for LoraOptions {
             alpha: 8.0,
             dropout: 0.0,
             rslora: false,
+            dora: false,
             targets: Targets::AllLinear,
             matching: Matching::Fused,
             exclude: Modules::Names(Vec::new()),

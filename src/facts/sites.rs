@@ -23,20 +23,34 @@ pub struct Site {
     pub rank: usize,
     /// Factor on the pair's output: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
-    /// Index of A's first element in the flat buffer; B follows A.
+    /// Index of A's first element in the flat buffer; B follows A, and DoRA's magnitudes follow B.
     pub offset: usize,
+    /// Whether the pair has DoRA's magnitudes, one for each row of the weight.
+    pub dora: bool,
 }
 
 impl Site {
-    /// Parameters of A [r, K] and B [N, r] together.
+    /// Parameters of A [r, K], B [N, r] and the magnitudes `[N]` together.
     pub fn parameters(&self) -> usize {
-        self.rank * (self.projection.rows + self.projection.cols)
+        let magnitudes = if self.dora { self.projection.rows } else { 0 };
+        self.rank * (self.projection.rows + self.projection.cols) + magnitudes
     }
 
     /// Where the values of A and of B lie in the flat buffer.
     pub fn matrices(&self) -> [Range<usize>; 2] {
         let middle = self.offset + self.rank * self.projection.cols;
-        [self.offset..middle, middle..self.offset + self.parameters()]
+        [self.offset..middle, middle..middle + self.rank * self.projection.rows]
+    }
+
+    /// Where the values of DoRA's magnitudes lie in the flat buffer.
+    pub fn magnitudes(&self) -> Option<Range<usize>> {
+        let [_, b] = self.matrices();
+        self.dora.then(|| b.end..b.end + self.projection.rows)
+    }
+
+    /// Where the values of each trained tensor lie in the flat buffer.
+    pub fn tensors(&self) -> impl Iterator<Item = Range<usize>> {
+        self.matrices().into_iter().chain(self.magnitudes())
     }
 }
 
@@ -74,7 +88,7 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
         let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
         let (projection, scale) = (projection.clone(), alpha / divisor);
-        let site = Site { layer, linear, projection, path, rank, scale, offset };
+        let site = Site { layer, linear, projection, path, rank, scale, offset, dora: options.dora };
         offset += site.parameters();
         list.push(site);
     }

@@ -4,6 +4,7 @@
 //! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
+use crate::facts::sites::Site;
 use crate::facts::{FeedForward, Keep, Projection, Quantization};
 
 use super::machine::{Machine, Place};
@@ -24,6 +25,8 @@ const LAUNCH_SECONDS: f64 = 4e-6;
 const LAUNCHES: f64 = 30.0;
 // Further kernels per pair.
 const LAUNCHES_OF_A_PAIR: f64 = 8.0;
+/// Further launches of a pair with DoRA's magnitudes.
+const LAUNCHES_OF_MAGNITUDES: f64 = 5.0;
 
 /// An amount of work of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -108,7 +111,8 @@ impl Counter<'_> {
         let forward: Work = projections().map(|p| self.product(p)).sum();
         let forward = forward + self.attention(1.0);
         let pairs = self.task.sites.iter().filter(|site| site.layer == layer);
-        let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
+        let pairs: Work =
+            pairs.map(|site| self.pair(site.rank, &site.projection) + self.magnitudes(site)).sum();
         let backward: Work = projections().map(|p| self.product(p)).sum();
         let backward = backward + self.attention(2.5) + pairs;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
@@ -191,6 +195,18 @@ impl Counter<'_> {
             launches: LAUNCHES_OF_A_PAIR,
             ..Work::default()
         }
+    }
+
+    /// What DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over its
+    /// output forward and four backward; with dropout two products more.
+    fn magnitudes(&self, site: &Site) -> Work {
+        if !site.dora {
+            return Work::default();
+        }
+        let products = if self.task.dropout { 3 } else { 1 };
+        let columns = (self.tokens * site.projection.rows) as f64 * self.element();
+        let passes = Work { bytes: 7.0 * columns, launches: LAUNCHES_OF_MAGNITUDES, ..Work::default() };
+        (0..products).map(|_| self.product(&site.projection)).sum::<Work>() + passes
     }
 
     /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.

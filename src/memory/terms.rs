@@ -153,6 +153,7 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let mut terms = weights(task, place, layers);
     terms.extend([
         term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
+        term("lengths of rows for DoRA", task.sites.iter().map(length_bytes).sum()),
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
@@ -166,13 +167,18 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     terms
 }
 
+/// Bytes of the lengths that magnitudes are compared with: of the frozen rows, and of the rows as they are.
+fn length_bytes(site: &Site) -> usize {
+    if site.dora { 8 * site.projection.rows } else { 0 }
+}
+
 /// Bytes of the optimizer's two moments of every parameter.
 pub(super) fn moments(task: &Task) -> usize {
     let of_matrix = |values: usize| match task.eight_bit_moments {
         false => 8 * values,
         true => Matrix::moment_bytes(values),
     };
-    task.sites.iter().flat_map(Site::matrices).map(|matrix| of_matrix(matrix.len())).sum()
+    task.sites.iter().flat_map(Site::tensors).map(|matrix| of_matrix(matrix.len())).sum()
 }
 
 fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
@@ -230,12 +236,23 @@ impl Kept {
     }
 }
 
+/// Values per token of a pair with magnitudes at work: the frozen product that they scale, and with dropout the masked
+/// input and its gradient.
+fn dora_values(site: &Site, dropout: bool) -> usize {
+    match (site.dora, dropout) {
+        (false, _) => 0,
+        (true, false) => site.projection.rows,
+        (true, true) => site.projection.rows + 2 * site.projection.cols,
+    }
+}
+
 /// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
 /// widest moment, or the rows around the output head. The larger number counts.
 pub(super) fn working(task: &Task) -> usize {
     let facts = &task.facts;
     let layers = 0..facts.layers.len();
     let layer = layers.map(|layer| layer::working_values(facts, layer, task.dropout)).max().unwrap_or(0);
+    let layer = layer + task.sites.iter().map(|site| dora_values(site, task.dropout)).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

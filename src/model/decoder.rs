@@ -53,7 +53,21 @@ impl Decoder {
     /// A new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
         let sites = sites::sites(&self.facts, options)?.list;
-        Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
+        let adapter = Trainable::init(sites, options, self.dtype, &self.device)?;
+        if adapter.has_magnitudes() {
+            self.begin_magnitudes(&adapter)?;
+        }
+        Ok(adapter)
+    }
+
+    /// DoRA's magnitudes begin as the lengths of the frozen rows.
+    fn begin_magnitudes(&self, adapter: &Trainable) -> Result<()> {
+        let mut tour = self.tour(self.layers.len());
+        for (i, layer) in self.layers.iter().enumerate() {
+            tour.enter(i)?;
+            layer.linears().try_for_each(|linear| adapter.begin_magnitudes(linear))?;
+        }
+        Ok(())
     }
 
     /// Returns the sum of the targets' losses, and adds the gradient of `scale` times that sum to the adapter's

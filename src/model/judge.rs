@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::batch::Batch;
 use super::cache::Cache;
 use super::decoder::Decoder;
+use super::dora::Dora;
 use super::feed_forward::Form;
 use super::layer::Layer;
 use super::linear::Linear;
@@ -161,6 +162,21 @@ fn cases() -> Vec<Case> {
             change: keep,
         },
         Case {
+            name: "llama with magnitudes (DoRA), biases",
+            config: llama(json!({"attention_bias": true, "mlp_bias": true})),
+            change: |options| options.lora.dora = true,
+        },
+        Case {
+            name: "granite with magnitudes: factors, dropout, upper layers only, dense",
+            config: llama(json!({
+                "model_type": "granite", "residual_multiplier": 0.4, "attention_bias": true, "mlp_bias": true,
+            })),
+            change: |options| {
+                options.quantization = Quantization::None;
+                (options.lora.dora, options.lora.dropout, options.lora.layers) = (true, 0.3, vec![1, 2]);
+            },
+        },
+        Case {
             name: "ministral3: queries that grow",
             config: llama(json!({
                 "model_type": "ministral3",
@@ -189,6 +205,7 @@ fn decoder(case: &Case) -> (Decoder, Trainable) {
     // B is zero at first, which would make A's gradient zero.
     let noise = judge::random(adapter.params.elem_count(), 9).unwrap();
     crate::ops::rows::add(&adapter.params, &(noise.as_tensor() * 0.1).unwrap()).unwrap();
+    adapter.changed();
     (decoder, adapter)
 }
 
@@ -302,15 +319,22 @@ impl Formula<'_> {
     }
 
     fn linear(&self, path: &str, linear: &Linear, x: &Tensor) -> Result<Tensor> {
-        let mut y = (x.matmul(&dense(&linear.weight)?.t()?)? * linear.factor)?;
+        let weight = dense(&linear.weight)?;
+        let mut y = (x.matmul(&weight.t()?)? * linear.factor)?;
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(bias)?;
         }
         let sites = &self.adapter.sites;
         let Some(mask) = sites.iter().position(|site| site.path == path) else { return Ok(y) };
         let (a, b) = self.adapter.views(self.params, &sites[mask])?;
-        let low = self.dropped(x, mask as u64)?.matmul(&a.t()?)?;
-        y + (low.matmul(&b.t()?)? * (sites[mask].scale * linear.factor))?
+        let masked = self.dropped(x, mask as u64)?;
+        let low = (masked.matmul(&a.t()?)?.matmul(&b.t()?)? * (sites[mask].scale * linear.factor))?;
+        let Some(magnitude) = self.adapter.magnitudes(self.params, &sites[mask])? else { return y + low };
+        // DoRA: the lengths are constants.
+        let whole = (&weight + (b.matmul(&a)? * sites[mask].scale)?)?.detach();
+        let c = (magnitude / whole.sqr()?.sum(1)?.sqrt()?)?;
+        let frozen = (masked.matmul(&weight.t()?)? * linear.factor)?;
+        (y + frozen.broadcast_mul(&(&c - 1.0)?)?)? + low.broadcast_mul(&c)?
     }
 
     fn dropped(&self, x: &Tensor, mask: u64) -> Result<Tensor> {
@@ -473,7 +497,8 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         let pairs = |flat: &Tensor| {
             let pair = |site: &crate::facts::sites::Site| {
                 let (a, b) = adapter.views(flat, site)?;
-                Ok((site.linear, Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale }))
+                let dora = adapter.magnitudes(flat, site)?.map(Dora::new);
+                Ok((site.linear, Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale, dora }))
             };
             Ok::<_, candle_core::Error>(Pairs::new(
                 adapter.sites.iter().map(pair).collect::<Result<Vec<_>>>()?,
@@ -498,6 +523,12 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
             0,
         )?;
         judge::same(&found, &expected, 1e-12)?;
+        // The finished adapter computes what the one in training does.
+        let finished = alone(&[(&adapter.finished()?, 1.0)])?;
+        judge::same(&finished, &decoder.logits(&batch, adapter.evaluated())?, 1e-10)?;
+        if adapter.has_magnitudes() {
+            continue; // a sum of these is no adapter
+        }
         // Two adapters on every row equal one adapter with the weighted sum of their products: with the same A, the
         // sum of the Bs.
         for site in &adapter.sites {

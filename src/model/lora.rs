@@ -2,8 +2,8 @@
 //! strengths.
 //!
 //! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
-//! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R],
-//! site by site. Finished adapters are added without merging: the sum of strength * scale * B A.
+//! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R], then
+//! DoRA's magnitudes `[N]` if there are any (`model/dora.rs`), site by site. Finished adapters are added without merging: the sum of strength * scale * B A.
 
 use std::ops::Range;
 
@@ -18,6 +18,7 @@ use crate::ops::adapters;
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{dropout, flat, unwritten};
 
+use super::dora::{self, Dora};
 use super::linear::Linear;
 use super::pass::Pass;
 
@@ -75,6 +76,8 @@ pub struct Pair {
     pub b: Weight,
     /// Factor on `x A^T B^T`: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
+    /// DoRA's magnitudes, if the pair has them.
+    pub dora: Option<Dora>,
 }
 
 /// The pairs of a finished adapter, by the index of their linear layer (`Facts::projections`).
@@ -117,12 +120,13 @@ pub fn parameter_bytes(copied: bool) -> usize {
 
 /// One pair in training: views into the flat buffers.
 #[derive(Clone, Debug)]
-struct Learner {
-    pair: Pair,
-    grad_a: Tensor,
-    grad_b: Tensor,
+pub(super) struct Learner {
+    pub(super) pair: Pair,
+    pub(super) grad_a: Tensor,
+    pub(super) grad_b: Tensor,
+    pub(super) grad_magnitude: Option<Tensor>,
     /// A number that makes this pair's dropout masks differ from the others'.
-    mask: u64,
+    pub(super) mask: u64,
 }
 
 impl Lora<'_> {
@@ -151,11 +155,15 @@ impl Part<'_> {
     fn is_long(&self) -> bool {
         self.rows.len() >= Self::LONG_ROWS
     }
+
+    fn is_short_with_magnitudes(&self) -> bool {
+        !self.is_long() && self.adapter.has_magnitudes()
+    }
 }
 
 impl Pair {
     /// x A^T [T, R].
-    fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
+    pub(super) fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let low = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
         matmul::forward(x, &self.a, 1.0, &low, 0, 0.0, precision)?;
         Ok(low)
@@ -182,12 +190,17 @@ impl Pairs {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
     }
 
+    /// Whether a pair has magnitudes.
+    pub fn has_magnitudes(&self) -> bool {
+        self.list.iter().flatten().any(|pair| pair.dora.is_some())
+    }
+
     /// Where the matrices lie, for the launches that serve many adapters.
     #[cfg(feature = "cuda")]
     fn table(&self, device: &Device) -> Result<&Tensor> {
         if self.table.get().is_none() {
             let layer = |pair: &Option<Pair>| match pair {
-                Some(Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale }) => {
+                Some(Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale, .. }) => {
                     Ok(Some((a.clone(), b.clone(), *scale)))
                 }
                 Some(_) => candle_core::bail!("an adapter in 4 bits"),
@@ -203,9 +216,10 @@ impl Pairs {
         Ok(self.table.get().expect("just made"))
     }
 
-    /// Bytes of all matrices.
+    /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them.
     pub fn bytes(&self) -> usize {
-        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes()).sum()
+        let magnitudes = |pair: &Pair| if pair.dora.is_some() { 12 * pair.b.dims().0 } else { 0 };
+        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes() + magnitudes(pair)).sum()
     }
 }
 
@@ -257,8 +271,12 @@ impl<'a> Mixture<'a> {
         pass: &Pass,
     ) -> Result<()> {
         let long: Vec<Part> = self.parts.iter().filter(|part| part.is_long()).cloned().collect();
+        // Magnitudes have no launch for single rows.
+        let apart: Vec<Part> =
+            self.parts.iter().filter(|part| part.is_short_with_magnitudes()).cloned().collect();
         for (at, linear) in linears {
             self.products(linear, x, y, *at, pass, false, &long)?;
+            self.products(linear, x, y, *at, pass, pass.apart, &apart)?;
         }
         if self.items.get().is_none() {
             // The cell is not shared between threads.
@@ -281,7 +299,8 @@ impl<'a> Mixture<'a> {
     fn short_items(&self, device: &Device) -> Result<Option<adapters::Items>> {
         let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
         let mut rank_max = 0;
-        for part in self.parts.iter().filter(|part| !part.is_long() && part.strength != 0.0) {
+        let alone = |part: &&Part| !part.is_long() && !part.adapter.has_magnitudes() && part.strength != 0.0;
+        for part in self.parts.iter().filter(alone) {
             part.rows.clone().for_each(|row| rows.entry(row).or_default().push(part));
             rank_max = rank_max.max(part.adapter.rank());
         }
@@ -317,8 +336,13 @@ impl<'a> Mixture<'a> {
                 continue;
             };
             let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
-            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
             let short = pass.short.saturating_sub(rows.start);
+            if let Some(magnitudes) = &pair.dora {
+                let way = dora::Way { precision: pass.precision, apart: apart.then_some(short) };
+                dora::serve(linear, pair, magnitudes, *strength, &x, &y, at, way)?;
+                continue;
+            }
+            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
             let product =
                 |x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64| match apart {
                     true => matmul::forward_apart(x, weight, alpha, y, at, beta, pass.precision, short),
@@ -384,7 +408,7 @@ impl Training<'_> {
     }
 
     /// The pair's input: x, or x after dropout.
-    fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
         match self.dropout_keys {
             Some(keys) if self.adapter.dropout > 0.0 => {
                 dropout::apply(x, self.adapter.dropout, keys, learner.mask)
@@ -427,8 +451,11 @@ impl Trainable {
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
             let (grad_a, grad_b) = views(&grads, site)?;
-            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale };
-            Ok((site.linear, Learner { pair, grad_a, grad_b, mask: mask as u64 }))
+            // The magnitudes are never rounded to bf16: they scale whole columns.
+            let dora = magnitudes(&params, site)?.map(Dora::new);
+            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale, dora };
+            let grad_magnitude = magnitudes(&grads, site)?;
+            Ok((site.linear, Learner { pair, grad_a, grad_b, grad_magnitude, mask: mask as u64 }))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
         Ok(Trainable { sites, grads, sums, compute, params, dropout: options.dropout, learners })
@@ -444,7 +471,9 @@ impl Trainable {
         let pair = |site: &Site| {
             let (a, b) = views(&self.compute, site)?;
             let (a, b) = (Weight::Dense(a.copy()?), Weight::Dense(b.copy()?));
-            Ok((site.linear, Pair { a, b, scale: site.scale }))
+            let dora = self.learner(site.linear).and_then(|learner| learner.pair.dora.as_ref());
+            let dora = dora.map(Dora::copied).transpose()?;
+            Ok((site.linear, Pair { a, b, scale: site.scale, dora }))
         };
         Ok(Pairs::new(self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?))
     }
@@ -454,8 +483,31 @@ impl Trainable {
         (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
+    /// The parameters have changed: what was computed from them is computed again when it is needed.
+    pub fn changed(&self) {
+        self.learners
+            .iter()
+            .flatten()
+            .filter_map(|learner| learner.pair.dora.as_ref())
+            .for_each(Dora::forget);
+    }
+
+    /// Sets DoRA's magnitudes of a layer to the lengths of its weight's rows.
+    pub(super) fn begin_magnitudes(&self, linear: &Linear) -> Result<()> {
+        match self.learner(linear.site).map(|learner| &learner.pair) {
+            Some(pair @ Pair { dora: Some(dora), .. }) => dora.begin(&linear.weight, pair),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether pairs have DoRA's magnitudes.
+    pub fn has_magnitudes(&self) -> bool {
+        self.sites.iter().any(|site| site.dora)
+    }
+
     /// Updates the copy that passes compute with after the parameters were read from a file.
     pub fn refresh(&self) -> Result<()> {
+        self.changed();
         if self.compute.dtype() == self.params.dtype() {
             return Ok(());
         }
@@ -477,7 +529,12 @@ impl Trainable {
         views(flat, site)
     }
 
-    fn learner(&self, linear: usize) -> Option<&Learner> {
+    /// The magnitudes of a site as a view of one of the flat buffers, if it has them.
+    pub fn magnitudes(&self, flat: &Tensor, site: &Site) -> Result<Option<Tensor>> {
+        magnitudes(flat, site)
+    }
+
+    pub(super) fn learner(&self, linear: usize) -> Option<&Learner> {
         self.learners.get(linear).and_then(Option::as_ref)
     }
 }
@@ -487,6 +544,10 @@ fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
     let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
     let b = flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
     Ok((a, b))
+}
+
+fn magnitudes(flat: &Tensor, site: &Site) -> Result<Option<Tensor>> {
+    site.magnitudes().map(|values| flat.narrow(0, values.start, values.len())).transpose()
 }
 
 /// Draws A, and B if it does not begin as zero. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian

@@ -7,6 +7,7 @@ use crate::facts::{LoraOptions, Precision, Quantization};
 pub mod batch;
 pub mod cache;
 pub mod decoder;
+pub mod dora;
 pub mod feed_forward;
 pub mod layer;
 pub mod linear;

@@ -26,6 +26,7 @@ pub mod head_norm;
 pub mod largest;
 pub mod layer_norm;
 pub mod matmul;
+pub mod magnitude;
 pub mod number;
 pub mod rms_norm;
 pub mod rope;

@@ -150,6 +150,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         alpha,
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
+        dora: reader.boolean(L, "use_dora"),
         targets: targets(reader),
         matching,
         exclude: exclude(reader),
