@@ -1,7 +1,8 @@
 //! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and a PEFT folder -> parameters.
 //!
 //! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R] in
-//! f32, and with DoRA `.lora_magnitude_vector` `[N]`. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
+//! f32, and with DoRA `.lora_magnitude_vector` `[N]`; for trained rows of the embedding or the output head
+//! `<path>.token_adapter.trainable_tokens_delta` [tokens, C], which is the rows themselves. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
 //! keys.
 
 pub mod card;
@@ -13,11 +14,12 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::facts::sites::{self, Site};
-use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets};
+use crate::facts::sites::{self, Site, Table, TokenRows};
+use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets, Tokens};
 use crate::fault::{Fault, Result};
 use crate::model::dora::Dora;
 use crate::model::lora::{Pair, Pairs, Trainable};
+use crate::model::tokens::FinishedRows;
 use crate::model::weights::unwrapped;
 use crate::ops::matmul::Weight;
 use crate::ops::{cpu, flat};
@@ -27,6 +29,9 @@ use crate::plain;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// File of an adapter's matrices.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// What PEFT calls trained rows below the module of their table.
+const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
 /// Pattern -> number, in the written order. The first match counts, here and in PEFT.
 type Patterns = serde_json::Map<String, serde_json::Value>;
@@ -90,8 +95,8 @@ pub struct AdapterConfig {
     /// Whether the update is scaled by lora_alpha / sqrt(r) instead.
     #[serde(default)]
     pub use_rslora: bool,
-    /// Tokens whose embeddings were trained; an adapter with them is refused.
-    #[serde(default, skip_serializing)]
+    /// Tokens whose rows of the embedding, or of tables by name, were trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trainable_token_indices: Option<serde_json::Value>,
     /// Tokens from which on the adapter counts; an adapter with them is refused.
     #[serde(default, skip_serializing)]
@@ -113,7 +118,13 @@ fn none() -> String {
 }
 
 /// The configuration of a trained adapter.
-pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: &str) -> AdapterConfig {
+pub fn config(
+    sites: &[Site],
+    tokens: &[TokenRows],
+    layers: usize,
+    options: &LoraOptions,
+    base_model: &str,
+) -> AdapterConfig {
     AdapterConfig {
         alpha_pattern: options
             .alpha_pattern
@@ -143,9 +154,44 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
         task_type: Some("CAUSAL_LM".into()),
         use_dora: options.dora,
         use_rslora: options.rslora,
-        trainable_token_indices: None,
+        trainable_token_indices: token_indices(tokens),
         alora_invocation_tokens: None,
     }
+}
+
+/// A list if only rows of the embedding are trained, as most people write it, else a map of tables.
+fn token_indices(tokens: &[TokenRows]) -> Option<serde_json::Value> {
+    match tokens {
+        [] => None,
+        [only] if only.table == Table::Embedding => Some(only.ids.clone().into()),
+        several => {
+            let table = |rows: &TokenRows| (last(&rows.path).to_owned(), rows.ids.clone().into());
+            Some(serde_json::Value::Object(several.iter().map(table).collect()))
+        }
+    }
+}
+
+/// The tokens of `trainable_token_indices`. Every table but the output head is the embedding.
+fn tokens_of(value: Option<&serde_json::Value>) -> Result<Tokens> {
+    let ids = |value: &serde_json::Value| -> Result<Vec<u32>> {
+        serde_json::from_value(value.clone()).map_err(|error| {
+            Fault::model(format!("{CONFIG_FILE}: trainable_token_indices: not a list of tokens: {error}"))
+        })
+    };
+    let mut tokens = Tokens::default();
+    match value {
+        None => {}
+        Some(serde_json::Value::Object(tables)) => {
+            for (name, value) in tables {
+                match last(name) {
+                    "lm_head" | "embed_out" | "output" => tokens.head = ids(value)?,
+                    _ => tokens.embedding = ids(value)?,
+                }
+            }
+        }
+        Some(list) => tokens.embedding = ids(list)?,
+    }
+    Ok(tokens)
 }
 
 /// Writes 16 rather than 16.0, because PEFT's field is an integer and vLLM checks it.
@@ -184,6 +230,10 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
             tensors.insert(magnitude_name(&site.path), magnitudes.to_dtype(DType::F32)?);
         }
     }
+    for rows in &trainable.tokens {
+        let values = trainable.token_view(&params, rows)?;
+        tensors.insert(rows_name(&rows.path), values.to_dtype(DType::F32)?);
+    }
     let metadata = Some(std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]));
     safetensors::serialize(tensors, metadata)
         .map_err(|error| Fault::internal(format!("cannot serialise the adapter: {error}")))
@@ -191,6 +241,10 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
 
 fn tensor_name(path: &str, letter: &str) -> String {
     format!("base_model.model.{path}.lora_{letter}.weight")
+}
+
+fn rows_name(path: &str) -> String {
+    format!("base_model.model.{path}.{ROWS}")
 }
 
 fn magnitude_name(path: &str) -> String {
@@ -232,7 +286,6 @@ pub fn read(folder: &Path) -> Result<Adapter> {
         (config.layer_replication.is_some(), "layer_replication"),
         (config.bias != "none", "a bias other than none"),
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
-        (config.trainable_token_indices.is_some(), "trainable_token_indices"),
         (config.alora_invocation_tokens.is_some(), "alora_invocation_tokens"),
     ];
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
@@ -275,8 +328,10 @@ pub fn read(folder: &Path) -> Result<Adapter> {
 fn plain_name(name: &str) -> String {
     let name = unwrapped(name);
     // Saved as a bare parameter, as a parameter of the adapter's name, or as the weight of a module.
-    let name = match name.find(".lora_magnitude_vector") {
-        Some(at) => std::borrow::Cow::Owned(name[..at + ".lora_magnitude_vector".len()].to_owned()),
+    let bare = [".lora_magnitude_vector", ROWS];
+    let end = bare.iter().find_map(|part| Some(name.find(part)? + part.len()));
+    let name = match end {
+        Some(end) => std::borrow::Cow::Owned(name[..end].to_owned()),
         None => name,
     };
     let name = match name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.')) {
@@ -346,6 +401,7 @@ impl Adapter {
                 value.as_u64().map(|rank| rank as usize)
             })?,
             alpha_pattern: numbers(&self.config.alpha_pattern, serde_json::Value::as_f64)?,
+            tokens: tokens_of(self.config.trainable_token_indices.as_ref())?,
             init: LoraInit::Kaiming,
             ..asked.clone()
         })
@@ -363,8 +419,12 @@ impl Adapter {
                 flat::write(&target, &self.magnitudes(site)?.to_dtype(target.dtype())?)?;
             }
         }
+        for rows in &trainable.tokens {
+            let target = trainable.token_view(&trainable.params, rows)?;
+            flat::write(&target, &self.token_rows(rows)?.to_dtype(target.dtype())?)?;
+        }
         trainable.refresh()?;
-        self.nothing_else(&trainable.sites)
+        self.nothing_else(&trainable.sites, &trainable.tokens)
     }
 
     /// The LoRA pairs for a base of these facts, on the device that serves it.
@@ -373,8 +433,10 @@ impl Adapter {
     /// Model: the adapter belongs to another base, or it would change nothing.
     pub fn pairs(&self, facts: &Facts, dtype: DType, device: &Device) -> Result<Pairs> {
         let options = self.options(&LoraOptions::default())?;
-        let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?.list;
-        self.nothing_else(&sites).map_err(|fault| fault.help(self.of_another_base(facts).message))?;
+        let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?;
+        let (sites, tokens) = (sites.list, sites.tokens);
+        self.nothing_else(&sites, &tokens)
+            .map_err(|fault| fault.help(self.of_another_base(facts).message))?;
         let (mut list, mut changes) = (Vec::with_capacity(sites.len()), false);
         for site in &sites {
             let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
@@ -386,8 +448,12 @@ impl Adapter {
             changes |= dora.is_some();
             list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale, dora }));
         }
-        match changes {
-            true => Ok(Pairs::new(list)),
+        let finished = |rows: &TokenRows| {
+            Ok::<_, Fault>(FinishedRows::new(rows.table, rows.ids.clone(), self.token_rows(rows)?.clone()))
+        };
+        let tokens = tokens.iter().map(finished).collect::<Result<Vec<_>>>()?;
+        match changes || !tokens.is_empty() {
+            true => Ok(Pairs::new(list).with_tokens(tokens)),
             false => Err(self
                 .wrong("every lora_B is zero: the adapter changes nothing".into())
                 .help("use an adapter that was trained for at least one step")),
@@ -451,8 +517,28 @@ impl Adapter {
         }
     }
 
-    fn nothing_else(&self, sites: &[Site]) -> Result<()> {
-        let (held, read) = (self.tensors.len(), sites.iter().map(|site| site.tensors().count()).sum());
+    /// The trained rows of a table, checked for their shape and for finite values.
+    fn token_rows(&self, rows: &TokenRows) -> Result<&Tensor> {
+        let (name, expected) = (rows_name(&rows.path), [rows.ids.len(), rows.width]);
+        let tensor = self.tensors.get(&name).ok_or_else(|| {
+            self.wrong(format!("{name} is missing"))
+                .help(format!("{CONFIG_FILE} has trainable_token_indices for it"))
+        })?;
+        if tensor.dims() != expected {
+            let found = tensor.dims();
+            return Err(self
+                .wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
+                .help("the adapter must be of the same base model"));
+        }
+        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
+            true => Ok(tensor),
+            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
+        }
+    }
+
+    fn nothing_else(&self, sites: &[Site], tokens: &[TokenRows]) -> Result<()> {
+        let of_sites: usize = sites.iter().map(|site| site.tensors().count()).sum();
+        let (held, read) = (self.tensors.len(), of_sites + tokens.len());
         match held == read {
             true => Ok(()),
             false => Err(self.wrong(format!("holds {held} tensors, of which this model has {read}"))),
@@ -495,7 +581,7 @@ mod tests {
             alpha_pattern: vec![("z".into(), 1.0), ("a".into(), 2.5)],
             ..LoraOptions::default()
         };
-        let text = serde_json::to_string(&config(&[], 1, &options, "base")).unwrap();
+        let text = serde_json::to_string(&config(&[], &[], 1, &options, "base")).unwrap();
         let read: AdapterConfig = serde_json::from_str(&text).unwrap();
         let ranks = numbers(&read.rank_pattern, |value| value.as_u64().map(|rank| rank as usize)).unwrap();
         assert_eq!(ranks, options.rank_pattern);
@@ -505,7 +591,7 @@ mod tests {
     #[test]
     fn adapters_that_are_no_plain_lora_of_their_base_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let plain = serde_json::to_value(config(&[], 1, &LoraOptions::default(), "base")).unwrap();
+        let plain = serde_json::to_value(config(&[], &[], 1, &LoraOptions::default(), "base")).unwrap();
         let refusal = |key: &str, value: serde_json::Value| {
             let mut other = plain.clone();
             other[key] = value;
@@ -516,12 +602,11 @@ mod tests {
             let message = refusal("init_lora_weights", word.into());
             assert!(message.contains("initialisation that changed its base"), "{message}");
         }
-        for key in ["trainable_token_indices", "alora_invocation_tokens"] {
-            let message = refusal(key, serde_json::json!([1, 2]));
-            assert!(message.contains(&format!("{key} is not supported")), "{message}");
-            // PEFT writes the key without a value too.
-            assert!(refusal(key, serde_json::Value::Null).contains(WEIGHTS_FILE));
-        }
+        let key = "alora_invocation_tokens";
+        let message = refusal(key, serde_json::json!([1, 2]));
+        assert!(message.contains(&format!("{key} is not supported")), "{message}");
+        // PEFT writes the key without a value too.
+        assert!(refusal(key, serde_json::Value::Null).contains(WEIGHTS_FILE));
         for word in ["gaussian", "orthogonal", "eva"] {
             let message = refusal("init_lora_weights", word.into());
             assert!(message.contains(WEIGHTS_FILE), "its configuration is taken: {message}");

@@ -4,7 +4,7 @@
 //! and its model classes. All of hone's families but Falcon take LoRA there; fused modules keep their own names.
 
 use crate::facts::Facts;
-use crate::facts::LoraOptions;
+use crate::facts::{LoraOptions, Tokens};
 
 /// Allowed values of `max_lora_rank`.
 const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
@@ -32,6 +32,13 @@ pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
         list.push(
             "use_dora: vLLM loads no adapters with DoRA's magnitudes: serve it with hone serve or peft, or merge it into \
              its base (hone merge)"
+                .into(),
+        );
+    }
+    if options.tokens != Tokens::default() {
+        list.push(
+            "trainable_token_indices: vLLM loads no adapters with trained rows of the embedding: serve it with hone serve \
+             or peft, or merge it into its base (hone merge)"
                 .into(),
         );
     }

@@ -164,6 +164,12 @@ pub fn write_adapter(
         return Err(Fault::config("a GGUF LoRA has no place for DoRA's magnitudes (use_dora)")
             .help("merge the adapter into its base: leave --adapter-only away"));
     }
+    if parts.iter().any(|(pairs, _)| !pairs.tokens().is_empty()) {
+        return Err(Fault::config(
+            "a GGUF LoRA has no place for trained rows of tokens (trainable_token_indices)",
+        )
+        .help("merge the adapter into its base: leave --adapter-only away"));
+    }
     let mut tensors = Vec::new();
     for (linear, (layer, projection)) in facts.projections().enumerate() {
         let used = parts.iter().filter(|(_, strength)| *strength != 0.0);

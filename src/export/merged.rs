@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use crate::facts::sites::Table;
 use crate::facts::{Facts, FourBitCode, Role};
 use crate::fault::{Fault, Result};
 use crate::model::lora::Pairs;
@@ -40,6 +41,8 @@ pub struct Item {
     pub role: Role,
     /// The number of the linear layer, of a weight that adapters may change.
     pub linear: Option<usize>,
+    /// The table of tokens, of which adapters may change rows.
+    pub table: Option<Table>,
 }
 
 impl Item {
@@ -79,8 +82,14 @@ impl<'a> Merged<'a> {
                 (format!("{}.weight", self.facts.path(layer, projection)), number)
             })
             .collect();
+        let table = |name: &str| match name {
+            name if name == self.facts.names.embedding => Some(Table::Embedding),
+            name if name.strip_suffix(".weight") == Some(self.facts.names.head) => Some(Table::Head),
+            _ => None,
+        };
         let item = |tensor: crate::facts::Stored| Item {
             linear: linears.get(&tensor.name).copied(),
+            table: table(&tensor.name),
             name: tensor.name,
             shape: tensor.shape,
             role: tensor.role,
@@ -96,9 +105,9 @@ impl<'a> Merged<'a> {
 
     /// Whether an adapter changes the item.
     pub fn is_changed(&self, item: &Item) -> bool {
-        item.linear.is_some_and(|linear| {
-            self.pairs.iter().any(|(pairs, s)| *s != 0.0 && pairs.get(linear).is_some())
-        })
+        let used = || self.pairs.iter().filter(|(_, strength)| *strength != 0.0);
+        item.linear.is_some_and(|linear| used().any(|(pairs, _)| pairs.get(linear).is_some()))
+            || used().any(|(pairs, _)| pairs.tokens().iter().any(|rows| Some(rows.table) == item.table))
     }
 
     /// Gives the item's values to `take`, one block of whole rows after another.
@@ -108,7 +117,7 @@ impl<'a> Merged<'a> {
     pub fn each_block(&self, item: &Item, mut take: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
         let cols = item.shape.last().copied().unwrap_or(1);
         let rows = item.values() / cols.max(1);
-        let low = self.low_rank(item)?;
+        let (low, rows_of_tokens) = (self.low_rank(item)?, self.rows_of_tokens(item)?);
         let block = (BLOCK_VALUES / cols.max(1)).max(1);
         let whole = self.dequantised(item)?;
         let stored = match &whole {
@@ -130,6 +139,7 @@ impl<'a> Merged<'a> {
                     several.iter().for_each(|low| low.add(&mut values, Some(&base), from, cols));
                 }
             }
+            add_rows(&rows_of_tokens, &mut values, from, cols);
             if let Some(at) = values.par_iter().position_any(|value| !value.is_finite()) {
                 let (name, value) = (&item.name, values[at]);
                 return Err(Fault::model(format!("{name}: value {} is {value}", from * cols + at))
@@ -149,6 +159,20 @@ impl<'a> Merged<'a> {
         let Some((code, double)) = self.four_bit else { return Ok(None) };
         let values = self.checkpoint.get(&item.name, &item.shape)?.to_f32();
         Ok(Some(FourBit::quantize(&values, *rows, *cols, code, double)?.dequantize()?))
+    }
+
+    /// The trained rows of a table of tokens: (token, strength, row).
+    fn rows_of_tokens(&self, item: &Item) -> Result<Vec<(usize, f64, Vec<f32>)>> {
+        let mut list = Vec::new();
+        for (pairs, strength) in self.pairs.iter().filter(|(_, strength)| *strength != 0.0) {
+            for rows in pairs.tokens().iter().filter(|rows| Some(rows.table) == item.table) {
+                let values: Vec<f32> =
+                    cpu::to_f64(&rows.trained)?.into_iter().map(|value| value as f32).collect();
+                let of_rows = rows.ids.iter().zip(values.chunks(values.len() / rows.ids.len()));
+                list.extend(of_rows.map(|(id, row)| (*id as usize, *strength, row.to_vec())));
+            }
+        }
+        Ok(list)
     }
 
     fn low_rank(&self, item: &Item) -> Result<Vec<LowRank>> {
@@ -194,6 +218,20 @@ impl LowRank {
             }
             values.iter_mut().zip(&sum).for_each(|(value, sum)| *value += sum);
         });
+    }
+}
+
+/// Adds strength times the difference of each trained row to the checkpoint's, in rows `from..` of a table.
+fn add_rows(trained: &[(usize, f64, Vec<f32>)], values: &mut [f32], from: usize, cols: usize) {
+    let rows = from..from + values.len() / cols.max(1);
+    let inside = || trained.iter().filter(|(token, ..)| rows.contains(token));
+    let first: Vec<Vec<f32>> =
+        inside().map(|(token, ..)| values[(token - from) * cols..][..cols].to_vec()).collect();
+    for ((token, strength, row), frozen) in inside().zip(&first) {
+        let to = &mut values[(token - from) * cols..][..cols];
+        for ((to, trained), frozen) in to.iter_mut().zip(row).zip(frozen) {
+            *to += (strength * f64::from(trained - frozen)) as f32;
+        }
     }
 }
 

@@ -87,7 +87,7 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, seconds: f64) -> f64 {
     if machine.ranks == 1 {
         return 1.0;
     }
-    let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
+    let gradient = task.parameters() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
     seconds / (seconds * (1.0 + IMBALANCE) + sum)
 }
@@ -167,7 +167,7 @@ impl Counter<'_> {
 
     /// The optimizer: three f32 passes over the adapter, and two over its moments.
     pub fn update(&self) -> Work {
-        let parameters: usize = self.task.sites.iter().map(|site| site.parameters()).sum();
+        let parameters = self.task.parameters();
         Work {
             bytes: (12 * parameters + 2 * terms::moments(self.task)) as f64,
             launches: 6.0,

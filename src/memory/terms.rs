@@ -144,7 +144,7 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
 /// What does not grow with the tokens of a pass.
 pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
-    let adapter: usize = task.sites.iter().map(Site::parameters).sum();
+    let adapter = task.parameters();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
     let what = match task.eight_bit_moments {
         false => "adapter, its gradient and two moments",
@@ -178,7 +178,9 @@ pub(super) fn moments(task: &Task) -> usize {
         false => 8 * values,
         true => Matrix::moment_bytes(values),
     };
-    task.sites.iter().flat_map(Site::tensors).map(|matrix| of_matrix(matrix.len())).sum()
+    let pairs = task.sites.iter().flat_map(Site::tensors).map(|matrix| matrix.len());
+    let rows = task.tokens.iter().map(|rows| rows.values().len());
+    pairs.chain(rows).map(of_matrix).sum()
 }
 
 fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {

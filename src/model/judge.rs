@@ -19,8 +19,9 @@ use super::residency::Home;
 use super::self_attention::SelfAttention;
 use super::{Options, load, random};
 use crate::facts::config::Config;
+use crate::facts::sites::Table;
 use crate::facts::{
-    Facts, FeedForward, FourBitCode, Keep, LoraOptions, Precision, Quantization, Targets, family,
+    Facts, FeedForward, FourBitCode, Keep, LoraOptions, Precision, Quantization, Targets, Tokens, family,
 };
 use crate::ops::matmul::Weight;
 use crate::ops::{
@@ -177,6 +178,31 @@ fn cases() -> Vec<Case> {
             },
         },
         Case {
+            name: "llama with trained tokens in both tables, upper layers only",
+            config: llama(json!({})),
+            change: |options| {
+                options.lora.layers = vec![1, 2];
+                options.lora.tokens = Tokens { embedding: vec![11, 3, 28], head: vec![22, 3] };
+            },
+        },
+        Case {
+            name: "gemma2 with trained tokens in tied tables: caps, scaled embeddings",
+            config: {
+                let mut config = gemma2();
+                config["tie_word_embeddings"] = true.into();
+                config
+            },
+            change: |options| options.lora.tokens.embedding = vec![14, 0, 22],
+        },
+        Case {
+            name: "granite with trained tokens: factors, tied",
+            config: llama(json!({
+                "model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                "tie_word_embeddings": true,
+            })),
+            change: |options| options.lora.tokens.embedding = vec![14, 0, 22],
+        },
+        Case {
             name: "ministral3: queries that grow",
             config: llama(json!({
                 "model_type": "ministral3",
@@ -234,7 +260,8 @@ impl Formula<'_> {
     fn loss(&self) -> Result<Tensor> {
         let (decoder, batch) = (self.decoder, self.batch);
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
-        let mut x = decoder.embedding.to_dtype(DType::F64)?.index_select(&ids, 0)?;
+        let embedding = self.with_trained_rows(&decoder.embedding.to_dtype(DType::F64)?, Table::Embedding)?;
+        let mut x = embedding.index_select(&ids, 0)?;
         x = (x * decoder.embedding_factor())?;
         for (index, layer) in decoder.layers.iter().enumerate() {
             x = self.layer(index, layer, &x)?;
@@ -242,7 +269,11 @@ impl Formula<'_> {
         let rows = Tensor::new(batch.target_rows.as_slice(), &Device::Cpu)?;
         let hidden = normed(&Some(decoder.final_norm.clone()), &x.index_select(&rows, 0)?)?;
         let head = &decoder.head;
-        let mut logits = (hidden.matmul(&dense(&head.weight)?.t()?)? * head.scale)?;
+        let weight = match decoder.facts.tied_head {
+            true => embedding,
+            false => self.with_trained_rows(&dense(&head.weight)?, Table::Head)?,
+        };
+        let mut logits = (hidden.matmul(&weight.t()?)? * head.scale)?;
         if let Some(bias) = &head.bias {
             logits = logits.broadcast_add(bias)?;
         }
@@ -250,6 +281,19 @@ impl Formula<'_> {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
         cross_entropy::formula(&logits, &Tensor::new(batch.targets.as_slice(), &Device::Cpu)?)
+    }
+
+    /// A table with its trained rows in the place of the frozen ones.
+    fn with_trained_rows(&self, frozen: &Tensor, table: Table) -> Result<Tensor> {
+        let Some(of) = self.adapter.tokens.iter().find(|of| of.table == table) else {
+            return Ok(frozen.clone());
+        };
+        let rows = self.adapter.token_view(self.params, of)?;
+        let row = |id: usize| match of.ids.iter().position(|other| *other as usize == id) {
+            Some(number) => rows.narrow(0, number, 1),
+            None => frozen.narrow(0, id, 1),
+        };
+        Tensor::cat(&(0..frozen.dim(0)?).map(row).collect::<Result<Vec<_>>>()?, 0)
     }
 
     fn layer(&self, index: usize, layer: &Layer, x: &Tensor) -> Result<Tensor> {
@@ -526,7 +570,7 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         // The finished adapter computes what the one in training does.
         let finished = alone(&[(&adapter.finished()?, 1.0)])?;
         judge::same(&finished, &decoder.logits(&batch, adapter.evaluated())?, 1e-10)?;
-        if adapter.has_magnitudes() {
+        if adapter.has_magnitudes() || !adapter.tokens.is_empty() {
             continue; // a sum of these is no adapter
         }
         // Two adapters on every row equal one adapter with the weighted sum of their products: with the same A, the

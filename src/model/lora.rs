@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::facts::sites::Site;
+use crate::facts::sites::{Site, Sites, TokenRows};
 use crate::facts::{LoraInit, LoraOptions, Precision};
 #[cfg(feature = "cuda")]
 use crate::ops::adapters;
@@ -21,6 +21,7 @@ use crate::ops::{dropout, flat, unwritten};
 use super::dora::{self, Dora};
 use super::linear::Linear;
 use super::pass::Pass;
+use super::tokens::{self, FinishedRows};
 
 /// LoRA's `dropout(x) A^T` [T, R] of one linear layer. `None`: the layer is not adapted, or the adapter is not in
 /// training.
@@ -84,6 +85,8 @@ pub struct Pair {
 #[derive(Clone, Debug, Default)]
 pub struct Pairs {
     list: Vec<Option<Pair>>,
+    /// Trained rows of tables of tokens.
+    tokens: Vec<FinishedRows>,
     /// Where the matrices lie on a GPU; made once.
     #[cfg(feature = "cuda")]
     table: std::sync::OnceLock<Tensor>,
@@ -94,6 +97,9 @@ pub struct Pairs {
 pub struct Trainable {
     /// The linear layers with a pair, in order.
     pub sites: Vec<Site>,
+    /// The trained rows of tables of tokens; their values follow those of the pairs.
+    pub tokens: Vec<TokenRows>,
+    pub(super) token_learners: Vec<tokens::Learner>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
     /// The gradients, as long as `params`: the beginning of `sums`.
@@ -175,9 +181,20 @@ impl Pairs {
     pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
         Pairs {
             list: by_number(pairs),
+            tokens: Vec::new(),
             #[cfg(feature = "cuda")]
             table: Default::default(),
         }
+    }
+
+    /// The same adapter with trained rows of tables of tokens.
+    pub fn with_tokens(self, tokens: Vec<FinishedRows>) -> Pairs {
+        Pairs { tokens, ..self }
+    }
+
+    /// The trained rows of tables of tokens.
+    pub fn tokens(&self) -> &[FinishedRows] {
+        &self.tokens
     }
 
     /// The pair of a linear layer, if this adapter has one.
@@ -219,7 +236,8 @@ impl Pairs {
     /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them.
     pub fn bytes(&self) -> usize {
         let magnitudes = |pair: &Pair| if pair.dora.is_some() { 12 * pair.b.dims().0 } else { 0 };
-        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes() + magnitudes(pair)).sum()
+        let pairs = self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes() + magnitudes(pair));
+        pairs.chain(self.tokens.iter().map(FinishedRows::bytes)).sum()
     }
 }
 
@@ -242,6 +260,11 @@ impl<'a> Mixture<'a> {
             #[cfg(feature = "cuda")]
             items: Default::default(),
         }
+    }
+
+    /// The adapters with their rows and strengths.
+    pub(super) fn parts(&self) -> &[Part<'a>] {
+        &self.parts
     }
 
     /// Adds what the adapters make of x, for layers that read the same x, each with the first of its columns in y.
@@ -433,8 +456,9 @@ impl Trainable {
     /// seed, so that its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
-    pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
-        let total = sites.iter().map(Site::parameters).sum::<usize>();
+    pub fn init(sites: Sites, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
+        let total = sites.parameters();
+        let Sites { list: sites, tokens, .. } = sites;
         let mut values = vec![0f32; total];
         for site in &sites {
             let [a, b] = site.matrices();
@@ -458,7 +482,22 @@ impl Trainable {
             Ok((site.linear, Learner { pair, grad_a, grad_b, grad_magnitude, mask: mask as u64 }))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
-        Ok(Trainable { sites, grads, sums, compute, params, dropout: options.dropout, learners })
+        let token_learner = |of: &TokenRows| {
+            let (rows, gradient) = (tokens::view(&compute, of)?, tokens::view(&grads, of)?);
+            Ok(tokens::Learner { rows, gradient })
+        };
+        let token_learners = tokens.iter().map(token_learner).collect::<Result<Vec<_>>>()?;
+        Ok(Trainable {
+            sites,
+            tokens,
+            token_learners,
+            grads,
+            sums,
+            compute,
+            params,
+            dropout: options.dropout,
+            learners,
+        })
     }
 
     /// This adapter in a pass without dropout.
@@ -475,7 +514,13 @@ impl Trainable {
             let dora = dora.map(Dora::copied).transpose()?;
             Ok((site.linear, Pair { a, b, scale: site.scale, dora }))
         };
-        Ok(Pairs::new(self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?))
+        let params = self.params.to_device(&Device::Cpu)?;
+        let rows = |of: &TokenRows| {
+            Ok(FinishedRows::new(of.table, of.ids.clone(), self.token_view(&params, of)?.copy()?))
+        };
+        let tokens = self.tokens.iter().map(rows).collect::<Result<Vec<_>>>()?;
+        let pairs = self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?;
+        Ok(Pairs::new(pairs).with_tokens(tokens))
     }
 
     /// The copy that passes compute with, if it is not the parameters themselves.

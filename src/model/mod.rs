@@ -20,6 +20,7 @@ pub mod random;
 pub mod residency;
 pub mod self_attention;
 pub mod stored;
+pub mod tokens;
 pub mod weights;
 
 #[cfg(test)]

@@ -51,8 +51,8 @@ pub fn squares(weight: &Weight, dtype: DType) -> Result<Tensor> {
         }
         Weight::Dense(tensor) => with_real!(tensor, T => {
             let values = &*cpu::read::<T>(tensor)?;
-            Ok(row_squares(values, tensor.dims2()?.1, |value: T| value.wide()))
-        })?,
+            row_squares(values, tensor.dims2()?.1, |value: T| value.wide())
+        }),
     };
     let count = sums.len();
     cpu::tensor(sums, count)?.to_dtype(if dtype == DType::F64 { DType::F64 } else { DType::F32 })
@@ -311,7 +311,7 @@ mod tests {
                 let (a_there, b_there) = (Weight::Dense(gpu.put(&a)?), Weight::Dense(gpu.put(&b)?));
                 let inverse = inverse(&weight, &squares, &a_there, &b_there, 0.3)?;
                 gpu.same(&inverse, &lengths(&w, &a, &b, 0.3)?)?;
-                let flat = gpu.put_as(DType::F32, &judge::random(n + 1, 4)?)?;
+                let flat = gpu.put_as(DType::F32, judge::random(n + 1, 4)?.as_tensor())?;
                 let magnitude = flat.narrow(0, 1, n)?; // not on a multiple of 16 bytes
                 let (z, y) = (gpu.random((rows, n), 5)?, gpu.random((rows, width), 6)?);
                 let c = (magnitude.to_device(&Device::Cpu)? * inverse.to_device(&Device::Cpu)?)?
@@ -327,7 +327,7 @@ mod tests {
                     let right = y.narrow(1, at + n, width - at - n)?;
                     gpu.same(&found, &Tensor::cat(&[&y.narrow(1, 0, at)?, &middle, &right], 1)?)?;
                 }
-                let grads = gpu.put_as(DType::F32, &judge::random(n + 1, 7)?)?;
+                let grads = gpu.put_as(DType::F32, judge::random(n + 1, 7)?.as_tensor())?;
                 let before = grads.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
                 let to = grads.narrow(0, 1, n)?;
                 gradient(Columns { of: &gpu.put(&y)?, at }, &gpu.put(&z)?, &inverse, &to)?;

@@ -32,6 +32,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod rows;
 pub mod slab;
+pub mod tokens;
 
 #[cfg(test)]
 pub mod judge;

@@ -111,7 +111,7 @@ fn single_refusals() {
     check(
         "training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n",
         expect![
-            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either. Remove the key; linear layers belong in target_modules"
+            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: whole matrices are not trained: of an 8B model embed_tokens and lm_head have 1 billion values, which with their gradients and moments take 17 GB, and vLLM loads no such adapter. Remove the key; trainable_token_indices trains the rows of new tokens, and linear layers belong in target_modules"
         ],
     );
     check(

@@ -67,12 +67,13 @@ impl Moments {
     }
 }
 
-/// The tensors of every site, in the order of the flat buffers. As in PEFT's LoRA+, all but A are faster.
+/// The trained tensors in the order of the flat buffers. As in PEFT's LoRA+, B and the magnitudes are faster.
 fn matrices(adapter: &Trainable) -> Vec<Matrix> {
     let of_site = adapter.sites.iter().flat_map(|site| {
         site.tensors().enumerate().map(|(number, values)| Matrix { values, faster: number > 0 })
     });
-    of_site.collect()
+    let rows = adapter.tokens.iter().map(|rows| Matrix { values: rows.values(), faster: false });
+    of_site.chain(rows).collect()
 }
 
 fn by_matrix(
