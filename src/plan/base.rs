@@ -207,6 +207,8 @@ fn tokens(reader: &mut Reader) -> Tokens {
 
 fn token(value: &Written) -> Option<u32> {
     match value {
+        // Scalars of a value of any shape stay as they are written.
+        Written::Text(text) => text.trim().parse().ok(),
         Written::Integer(id) => u32::try_from(*id).ok(),
         Written::Number(id) if id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(id) => {
             Some(*id as u32)
