@@ -188,7 +188,7 @@ fn scales_patterns_and_strengths_are_those_of_the_engine() {
     let plain = of(&|_| {});
     // B is not zero, so that a magnitude of 1 for each row changes every length.
     let magnitudes = {
-        let folder = changed("llama3", &|config| config["use_dora"] = json!(true));
+        let folder = changed("llama3", |config| config["use_dora"] = json!(true));
         let file = folder.path().join(adapter::WEIGHTS_FILE);
         let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
         let of_b: Vec<(String, usize)> = tensors

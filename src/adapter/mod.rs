@@ -2,8 +2,8 @@
 //!
 //! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R] in
 //! f32, and with DoRA `.lora_magnitude_vector` `[N]`; for trained rows of the embedding or the output head
-//! `<path>.token_adapter.trainable_tokens_delta` [tokens, C], which is the rows themselves. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
-//! keys.
+//! `<path>.token_adapter.trainable_tokens_delta` [tokens, C], which is the rows themselves. `adapter_config.json` holds
+//! only the keys that PEFT has had since 0.11, because older versions refuse unknown keys.
 
 pub mod card;
 pub mod serving;

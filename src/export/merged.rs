@@ -1,8 +1,8 @@
 //! A checkpoint and adapters -> the values of the merged model's tensors, a block of rows at a time.
 //!
 //! A merged weight is `W + sum of strength * scale * B A`, in f32. With DoRA's magnitudes, an adapter alone would make
-//! each row `magnitude / |row| * row` of `row = W + scale * B A`, and strength times the difference to W is added. W is the checkpoint's own weight, or the one that
-//! the training computed with: quantised to 4 bits and dequantised again.
+//! each row `magnitude / |row| * row` of `row = W + scale * B A`, and strength times the difference to W is added. W is
+//! the checkpoint's own weight, or the one that the training computed with: quantised to 4 bits and dequantised again.
 
 use rayon::prelude::*;
 

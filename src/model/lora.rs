@@ -3,7 +3,8 @@
 //!
 //! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
 //! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R], then
-//! DoRA's magnitudes `[N]` if there are any (`model/dora.rs`), site by site. Finished adapters are added without merging: the sum of strength * scale * B A.
+//! DoRA's magnitudes `[N]` if there are any (`model/dora.rs`), site by site. Finished adapters are added without
+//! merging: the sum of strength * scale * B A.
 
 use std::ops::Range;
 
