@@ -16,12 +16,12 @@ __device__ __forceinline__ void place(const T* rows, const unsigned* places, T* 
 // to[token] += factor * (sum of d[row] over the places of that token, which follow each other), one block per token.
 template <typename T>
 __device__ __forceinline__ void collect(const T* d, const unsigned* places, const unsigned* starts, float* to,
-                                        int width, float factor) {
+                                        int width, int stride, float factor) {
     const unsigned from = starts[blockIdx.x], until = starts[blockIdx.x + 1];
     to += (uint64_t)places[2 * from + 1] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float sum = 0.f;
-        for (unsigned at = from; at < until; ++at) sum += widen(d[(uint64_t)places[2 * at] * width + i]);
+        for (unsigned at = from; at < until; ++at) sum += widen(d[(uint64_t)places[2 * at] * stride + i]);
         to[i] += factor * sum;
     }
 }
@@ -52,8 +52,8 @@ __device__ __forceinline__ void take(T* logits, const unsigned* ids, T* values, 
         place<T>(rows, places, to, width, factor, add);                                                                \
     }                                                                                                                  \
     extern "C" __global__ void tokens_collect_##type(const T* d, const unsigned* places, const unsigned* starts,       \
-                                                     float* to, int width, float factor) {                             \
-        collect<T>(d, places, starts, to, width, factor);                                                              \
+                                                     float* to, int width, int stride, float factor) {                 \
+        collect<T>(d, places, starts, to, width, stride, factor);                                                      \
     }                                                                                                                  \
     extern "C" __global__ void tokens_put_##type(const T* values, const unsigned* ids, T* logits, int count,           \
                                                  int width, int add) {                                                 \

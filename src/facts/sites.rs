@@ -99,7 +99,7 @@ pub fn lowest(sites: &[Site], tokens: &[TokenRows], layers: usize) -> usize {
 pub struct Sites {
     /// The sites in the order of computation.
     pub list: Vec<Site>,
-    /// Trained rows of tables of tokens; their parameters follow those of the pairs.
+    /// Trained rows of tables of tokens; their parameters stand before those of the pairs.
     pub tokens: Vec<TokenRows>,
     /// (name as written, module that holds it): `q_proj` -> `qkv_proj`.
     pub renamed: Vec<(String, String)>,
@@ -121,7 +121,9 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let matcher = Matcher::new(facts, options)?;
     let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
-    let (mut list, mut offset) = (Vec::new(), 0);
+    // The gradient of the embedding is known last, and is summed over ranks with the lowest layers'.
+    let tokens = token_rows(facts, &options.tokens)?;
+    let (mut list, mut offset) = (Vec::new(), tokens.last().map_or(0, |rows| rows.values().end));
     for (linear, (layer, projection)) in facts.projections().enumerate() {
         let path = facts.path(layer, projection);
         if !matcher.wants(layer, &path)? {
@@ -139,12 +141,11 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         return Err(nothing_matches(facts, options));
     }
     let unmatched = matcher.unmatched(facts)?;
-    let tokens = token_rows(facts, &options.tokens, offset)?;
     Ok(Sites { list, tokens, renamed: matcher.renamed, unmatched })
 }
 
-/// The trained rows of tokens, from `offset` on in the flat buffer.
-fn token_rows(facts: &Facts, tokens: &Tokens, mut offset: usize) -> Result<Vec<TokenRows>> {
+/// The trained rows of tokens, at the beginning of the flat buffer.
+fn token_rows(facts: &Facts, tokens: &Tokens) -> Result<Vec<TokenRows>> {
     if facts.tied_head && !tokens.head.is_empty() && tokens.head != tokens.embedding {
         return Err(Fault::config(
             "LoraConfig.trainable_token_indices: the output head is the embedding (tie_word_embeddings), so that both have \
@@ -161,7 +162,7 @@ fn token_rows(facts: &Facts, tokens: &Tokens, mut offset: usize) -> Result<Vec<T
         .help("train rows of the embedding only"));
     }
     let head = if facts.tied_head { &[] } else { tokens.head.as_slice() };
-    let mut list = Vec::new();
+    let (mut list, mut offset) = (Vec::new(), 0);
     for (table, path, ids) in [
         (Table::Embedding, facts.embedding_path(), tokens.embedding.as_slice()),
         (Table::Head, facts.names.head.to_owned(), head),
@@ -470,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn trained_rows_follow_the_pairs_and_belong_to_a_table() {
+    fn trained_rows_stand_before_the_pairs_and_belong_to_a_table() {
         let with = |family: &str, embedding: &[u32], head: &[u32]| {
             let tokens = Tokens { embedding: embedding.to_vec(), head: head.to_vec() };
             sites(&facts(family), &LoraOptions { tokens, ..options(Targets::AllLinear) })
@@ -480,12 +481,12 @@ mod tests {
         let found: Vec<(Table, &str, Range<usize>)> =
             untied.tokens.iter().map(|rows| (rows.table, rows.path.as_str(), rows.values())).collect();
         let width = facts("llama3").width;
-        let (middle, end) = (pairs + 2 * width, pairs + 3 * width);
+        let (middle, end) = (2 * width, 3 * width);
         assert_eq!(
             found,
-            [(Table::Embedding, "model.embed_tokens", pairs..middle), (Table::Head, "lm_head", middle..end)]
+            [(Table::Embedding, "model.embed_tokens", 0..middle), (Table::Head, "lm_head", middle..end)]
         );
-        assert_eq!(untied.parameters(), end);
+        assert_eq!((untied.list[0].offset, untied.parameters()), (end, end + pairs));
         assert_eq!(lowest(&[], &untied.tokens, 9), 0);
         assert_eq!(lowest(&[], &untied.tokens[1..], 9), 9);
         let tied = with("qwen2_tied", &[5, 3], &[5, 3]).unwrap().tokens;

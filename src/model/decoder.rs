@@ -84,6 +84,19 @@ impl Decoder {
         batch: &Batch,
         scale: f64,
     ) -> Result<Number> {
+        self.forward_backward_by_layer(adapter, keep, batch, scale, &mut |_| Ok(()))
+    }
+
+    /// As `forward_backward`. `done` is called with each layer whose gradients this pass has added: from the last layer
+    /// to the lowest that is adapted.
+    pub fn forward_backward_by_layer(
+        &self,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        scale: f64,
+        done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Number> {
         // The backward pass needs nothing below.
         let lowest = self.lowest(adapter);
         let below = adapter.rows_of(Table::Embedding).is_some();
@@ -104,12 +117,15 @@ impl Decoder {
                 kept.push(of_layer);
             }
         }
-        let (loss, d) = self.head_forward_backward(&x, batch, scale, &lora)?;
+        let spare =
+            self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
+        let (loss, d) = self.head_forward_backward(&x, batch, scale, &lora, spare.max().unwrap_or(0))?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
             let kept = kept.pop().expect("one entry a layer");
             layer.backward(&d, kept, i == lowest && !below, &pass)?;
+            done(i)?;
         }
         self.collect_embedding(&d, &batch.ids, adapter)?;
         Ok(loss)
@@ -307,13 +323,14 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
     fn head_forward_backward(
         &self,
         x: &Tensor,
         batch: &Batch,
         scale: f64,
         lora: &Lora,
+        spare: usize,
     ) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
@@ -324,7 +341,7 @@ impl Decoder {
             cross_entropy::forward_backward(&hidden, &head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
-        Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
+        Ok((loss, rows::scatter_beside(&d_rows, &batch.target_rows, batch.rows(), spare)?))
     }
 }
 

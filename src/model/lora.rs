@@ -14,12 +14,13 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::facts::sites::{Site, Sites, TokenRows};
 use crate::facts::{LoraInit, LoraOptions, Precision};
-#[cfg(feature = "cuda")]
-use crate::ops::adapters;
 use crate::ops::matmul::{self, Weight};
+#[cfg(feature = "cuda")]
+use crate::ops::{adapters, low_rank};
 use crate::ops::{dropout, flat, unwritten};
 
 use super::dora::{self, Dora};
+use super::inside::Member;
 use super::linear::Linear;
 use super::pass::Pass;
 use super::tokens::{self, FinishedRows};
@@ -98,14 +99,15 @@ pub struct Pairs {
 pub struct Trainable {
     /// The linear layers with a pair, in order.
     pub sites: Vec<Site>,
-    /// The trained rows of tables of tokens; their values follow those of the pairs.
+    /// The trained rows of tables of tokens; their values stand before those of the pairs.
     pub tokens: Vec<TokenRows>,
     pub(super) token_learners: Vec<tokens::Learner>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
-    /// The gradients, as long as `params`: the beginning of `sums`.
+    /// The gradients, as long as `params`: all of `sums` behind the losses.
     pub grads: Tensor,
-    /// The gradients, and behind them the ranks' losses: what the ranks of a run add up in one sum.
+    /// The ranks' losses, and behind them the gradients: what the ranks of a run add up. The losses are known last, and
+    /// so are the gradients of the first layers, which stand beside them.
     pub sums: Tensor,
     /// The parameters that passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
@@ -115,9 +117,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
-/// on.
-const LOSSES: usize = 128;
+/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
 /// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
@@ -128,12 +129,21 @@ pub fn parameter_bytes(copied: bool) -> usize {
 /// One pair in training: views into the flat buffers.
 #[derive(Clone, Debug)]
 pub(super) struct Learner {
-    pub(super) pair: Pair,
-    pub(super) grad_a: Tensor,
-    pub(super) grad_b: Tensor,
-    pub(super) grad_magnitude: Option<Tensor>,
+    /// A and B as passes compute with them.
+    pub pair: Pair,
+    /// B [N, R] in the parameters' own type.
+    #[cfg(feature = "cuda")]
+    b: Tensor,
+    /// The gradient of A.
+    pub grad_a: Tensor,
+    /// The gradient of B.
+    pub grad_b: Tensor,
+    /// The gradient of DoRA's magnitudes, if the pair has them.
+    pub grad_magnitude: Option<Tensor>,
+    /// Index of A's first element in the flat buffer.
+    offset: usize,
     /// A number that makes this pair's dropout masks differ from the others'.
-    pub(super) mask: u64,
+    pub mask: u64,
 }
 
 impl Lora<'_> {
@@ -470,8 +480,8 @@ impl Trainable {
         let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
         let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
         let params = params.to_device(device)?;
-        let sums = Tensor::zeros(total.next_multiple_of(LOSS) + LOSSES, master, device)?;
-        let grads = sums.narrow(0, 0, total)?;
+        let sums = Tensor::zeros(LOSSES + total, master, device)?;
+        let grads = sums.narrow(0, LOSSES, total)?;
         let compute = compute.unwrap_or_else(|| params.clone());
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
@@ -479,8 +489,17 @@ impl Trainable {
             // The magnitudes are never rounded to bf16: they scale whole columns.
             let dora = magnitudes(&params, site)?.map(Dora::new);
             let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale, dora };
-            let grad_magnitude = magnitudes(&grads, site)?;
-            Ok((site.linear, Learner { pair, grad_a, grad_b, grad_magnitude, mask: mask as u64 }))
+            let learner = Learner {
+                pair,
+                #[cfg(feature = "cuda")]
+                b: views(&params, site)?.1,
+                grad_a,
+                grad_b,
+                grad_magnitude: magnitudes(&grads, site)?,
+                offset: site.offset,
+                mask: mask as u64,
+            };
+            Ok((site.linear, learner))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
         let token_learner = |of: &TokenRows| {
@@ -562,7 +581,7 @@ impl Trainable {
 
     /// The losses of all ranks in `sums`.
     pub fn losses(&self) -> Result<Tensor> {
-        self.sums.narrow(0, self.sums.elem_count() - LOSSES, LOSSES)
+        self.sums.narrow(0, 0, LOSSES)
     }
 
     /// The two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.
@@ -582,6 +601,31 @@ impl Trainable {
 
     pub(super) fn learner(&self, linear: usize) -> Option<&Learner> {
         self.learners.get(linear).and_then(Option::as_ref)
+    }
+
+    /// A linear layer and its pair, as far as they decide whether the pair lies inside the product.
+    pub(super) fn member(&self, linear: &Linear) -> Member {
+        let learner = self.learner(linear.site);
+        Member {
+            rows: linear.weight.dims().0,
+            rank: learner.map_or(0, Learner::rank),
+            offset: learner.map_or(0, |learner| learner.offset),
+            dense: matches!(linear.weight, Weight::Dense(_)),
+        }
+    }
+}
+
+impl Learner {
+    /// The rank of the pair.
+    pub fn rank(&self) -> usize {
+        self.pair.a.dims().0
+    }
+
+    /// The pair for the product that it lies inside of.
+    #[cfg(feature = "cuda")]
+    pub fn inside(&self) -> low_rank::Pair<'_> {
+        let Weight::Dense(a) = &self.pair.a else { unreachable!("an adapter in training is dense") };
+        low_rank::Pair { a, b: &self.b, scale: self.pair.scale }
     }
 }
 

@@ -68,10 +68,10 @@ pub fn place(to: &Tensor, rows: &Tensor, places: &Places, factor: f64, add: bool
     })
 }
 
-/// Adds `factor` times the gradient `d` [T, C] of the embeddings at the places to the rows' gradient.
+/// Adds `factor` times the gradient `d` [T, C or wider] of the embeddings at the places to the rows' gradient.
 pub fn collect(d: &Tensor, places: &Places, factor: f64, gradient: &Tensor) -> Result<()> {
-    let (width, (_, row_width)) = (d.dims2()?.1, gradient.dims2()?);
-    assert_eq!(width, row_width, "widths of embeddings");
+    let (stride, (_, width)) = (d.dims2()?.1, gradient.dims2()?);
+    assert!(width <= stride, "{width} columns of {stride}");
     if places.is_empty() {
         return Ok(());
     }
@@ -84,7 +84,7 @@ pub fn collect(d: &Tensor, places: &Places, factor: f64, gradient: &Tensor) -> R
         cpu::edit(gradient, |gradient: &mut [T]| {
             for (row, number) in &places.0 {
                 let to = &mut gradient[*number as usize * width..][..width];
-                to.iter_mut().zip(&d[*row as usize * width..][..width]).for_each(|(to, d)| *to += factor * *d);
+                to.iter_mut().zip(&d[*row as usize * stride..][..width]).for_each(|(to, d)| *to += factor * *d);
             }
         })
     })
@@ -158,7 +158,8 @@ mod gpu {
         let (at, begins) = (upload(&places.flat(), d.device())?, upload(&starts, d.device())?);
         let launch = Launch::new(d, "tokens", "collect")?.anywhere(d.dtype(), d).of(DType::U32, &at);
         let launch = launch.of(DType::U32, &begins).anywhere(DType::F32, gradient);
-        launch.int(d.dims2()?.1).float(factor).launch((starts.len() - 1, 1, 1), THREADS, 0)
+        let launch = launch.int(gradient.dims2()?.1).int(d.dims2()?.1).float(factor);
+        launch.launch((starts.len() - 1, 1, 1), THREADS, 0)
     }
 
     /// One block per row.
@@ -241,7 +242,8 @@ mod tests {
                 }
                 let gradient = Tensor::ones((3, width), DType::F64, &Device::Cpu)?;
                 let found = gpu.put_as(DType::F32, &gradient)?;
-                collect(&gpu.put(&x)?, &places, 0.5, &found)?;
+                let wide = Tensor::cat(&[x.as_tensor(), &x.narrow(1, 0, 1)?], 1)?;
+                collect(&gpu.put(&wide)?, &places, 0.5, &found)?;
                 collect(&x, &places, 0.5, &gradient)?;
                 gpu.same(&found, &gradient)?;
             }

@@ -73,7 +73,7 @@ fn matrices(adapter: &Trainable) -> Vec<Matrix> {
         site.tensors().enumerate().map(|(number, values)| Matrix { values, faster: number > 0 })
     });
     let rows = adapter.tokens.iter().map(|rows| Matrix { values: rows.values(), faster: false });
-    of_site.chain(rows).collect()
+    rows.chain(of_site).collect()
 }
 
 fn by_matrix(

@@ -22,7 +22,7 @@ pub(super) fn decoder() -> (Decoder, Trainable) {
     decoder_of_rank(LoraOptions::default().r)
 }
 
-fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
+pub(super) fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
     decoder_with(LoraOptions { r, ..LoraOptions::default() })
 }
 
