@@ -3,7 +3,7 @@
 //! Rank 0 listens, the others call, and all go on when the last one is there. Rank 0 listens until the end: whoever
 //! started a rank tells there why it ended.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -282,13 +282,40 @@ fn greet(listener: TcpListener, token: String) -> io::Result<Receiver<Greeting>>
     Ok(receiver)
 }
 
-fn take(mut stream: TcpStream, token: &str, to: &Sender<Greeting>) -> io::Result<()> {
-    stream.set_read_timeout(Some(GREETING_MAX))?;
+fn take(stream: TcpStream, token: &str, to: &Sender<Greeting>) -> io::Result<()> {
     stream.set_write_timeout(Some(GREETING_MAX))?;
-    frame::prove(&mut stream, token, false)?;
-    let frame = Frame::read(&mut stream, GREETING_BYTES_MAX)?;
+    let mut greeting = Until { stream: &stream, end: Instant::now() + GREETING_MAX };
+    frame::prove(&mut greeting, token, false)?;
+    let frame = Frame::read(&mut greeting, GREETING_BYTES_MAX)?;
     stream.set_read_timeout(None)?;
     to.send(Greeting { frame, stream }).map_err(io::Error::other)
+}
+
+/// A connection that is read until a time, however slowly its bytes come.
+struct Until<'a> {
+    stream: &'a TcpStream,
+    end: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
 }
 
 /// Calls rank 0 until it takes the call and all ranks are there.
@@ -333,15 +360,15 @@ fn reach(meeting: &Meeting, first: &Frame) -> io::Result<TcpStream> {
 
 fn reach_at(address: SocketAddr, token: &str, first: &Frame) -> io::Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&address, GREETING_MAX)?;
-    stream.set_read_timeout(Some(GREETING_MAX))?;
     stream.set_write_timeout(Some(GREETING_MAX))?;
-    frame::prove(&mut stream, token, true)?;
+    frame::prove(&mut Until { stream: &stream, end: Instant::now() + GREETING_MAX }, token, true)?;
     first.write(&mut stream)?;
+    stream.set_read_timeout(Some(GREETING_MAX))?;
     Ok(stream)
 }
 
 /// Waits until rank 0 says that all are there. The inner fault is rank 0's; an error means that it is gone.
-fn welcomed(mut stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
+fn welcomed(stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
     stream.set_read_timeout(Some(LOOK_INTERVAL))?;
     loop {
         match stream.peek(&mut [0]) {
@@ -357,8 +384,8 @@ fn welcomed(mut stream: TcpStream, until: Instant) -> io::Result<Result<TcpStrea
             return Err(io::Error::other("rank 0 waits for other ranks"));
         }
     }
-    stream.set_read_timeout(Some(GREETING_MAX))?;
-    let frame = Frame::read(&mut stream, GREETING_BYTES_MAX)?;
+    let mut greeting = Until { stream: &stream, end: Instant::now() + GREETING_MAX };
+    let frame = Frame::read(&mut greeting, GREETING_BYTES_MAX)?;
     stream.set_read_timeout(None)?;
     match frame.what {
         What::Welcome => Ok(Ok(stream)),
@@ -419,6 +446,26 @@ mod tests {
             assert!(met.peers[1].1.starts_with("rank 2 of 3 ("), "{}", met.peers[1].1);
             assert_eq!((late.join().unwrap().unwrap(), second.join().unwrap().unwrap()), (1, 1));
             drop(silent);
+        });
+    }
+
+    /// A stranger that sends a byte now and then does not hold a place for long.
+    #[test]
+    fn a_greeting_that_drips_ends_in_time() {
+        let (listener, port) = bound();
+        std::thread::scope(|scope| {
+            let mut slow = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            scope.spawn(move || {
+                while slow.write_all(b"h").is_ok() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            let (stream, _) = listener.accept().unwrap();
+            let began = Instant::now();
+            let mut greeting = Until { stream: &stream, end: began + Duration::from_millis(300) };
+            let error = greeting.read_exact(&mut [0; 4096]).unwrap_err();
+            assert!(matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{error}");
+            assert!(began.elapsed() < Duration::from_secs(5));
         });
     }
 
