@@ -6,10 +6,11 @@ use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Machine code for Ampere (80), Hopper (90) and Blackwell (100, 120), and PTX of the first for what comes. Code for
-/// 8.0 runs on 8.6 and 8.9 (Ampere's other cards and Ada) too: CUDA promises that within a major version, and no kernel
-/// asks which architecture it is compiled for.
+/// 8.0 runs on 8.6 and 8.9 (Ampere's other cards and Ada) too: CUDA promises that within a major version. The list
+/// begins with the lowest, since no kernel asks which architecture it is compiled for.
 const ARCHITECTURES: &str = "80,90,100,120";
 
 fn main() {
@@ -19,20 +20,23 @@ fn main() {
         return;
     }
     println!("cargo:rerun-if-changed=kernels");
-    for variable in ["NVCC", "CUDA_HOME", "NVCC_CCBIN", "HONE_CUDA_ARCHITECTURES"] {
+    for variable in ["NVCC", "CUDA_HOME", "NVCC_CCBIN", "HONE_CUDA_ARCHITECTURES", "HONE_CUDA_LINES"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let sources = sources();
     // nvcc is single-threaded: one process a source, as many at once as cargo allows.
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1).max(1);
-    for group in sources.chunks(jobs) {
-        std::thread::scope(|scope| {
-            for source in group {
-                scope.spawn(|| compile(source, &out));
-            }
-        });
-    }
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    compile(source, &out);
+                }
+            });
+        }
+    });
     let mut list = String::from(
         "/// Name and machine code of each file of kernels.\npub static FATBINS: &[(&str, &[u8])] = &[\n",
     );
@@ -89,21 +93,15 @@ fn compile(source: &Path, out: &Path) {
     let mut command = Command::new(&nvcc);
     // Flags meant for candle's kernels are not for these.
     command.env_remove("NVCC_APPEND_FLAGS").env_remove("NVCC_PREPEND_FLAGS");
-    command.args([
-        "-O3",
-        "-std=c++17",
-        "--fatbin",
-        "-t",
-        "0",
-        "--compress-mode=size",
-        "-lineinfo",
-        "-Xptxas=-v",
-    ]);
-    for architecture in &architectures {
-        command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+    command.args(["-O3", "-std=c++17", "--fatbin", "-t", "0", "--compress-mode=size", "-Xptxas=-v"]);
+    // A profiler needs the lines; they double the size of the machine code.
+    if env::var_os("HONE_CUDA_LINES").is_some_and(|value| value == "1") {
+        command.arg("-lineinfo");
     }
+    // One run of the compiler's front end serves all: the PTX of the first is assembled for each of the others.
     let first = architectures.first().expect("at least one architecture");
-    command.arg(format!("-gencode=arch=compute_{first},code=compute_{first}"));
+    let code: Vec<String> = architectures.iter().map(|architecture| format!("sm_{architecture}")).collect();
+    command.arg(format!("-gencode=arch=compute_{first},code=[{},compute_{first}]", code.join(",")));
     if let Some(compiler) = env::var_os("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
         command.arg("-ccbin").arg(compiler);
     }

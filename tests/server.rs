@@ -845,6 +845,34 @@ fn it_listens_before_the_model_is_there_and_drains_at_the_end() {
 }
 
 #[test]
+fn whoever_waits_for_a_place_is_told_of_the_end() {
+    let options = Options { connections_max: 1, ..Options::default() };
+    let options = Options { listen: "127.0.0.1:0".parse().unwrap(), ..options };
+    let (server, _) = start(Setting { options, ..Setting::default() });
+    // The one place belongs to a connection that stays open, so the others wait in the kernel.
+    let mut kept = TcpStream::connect(server.address()).unwrap();
+    kept.write_all(b"GET /health HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
+    let mut start = [0; 12];
+    kept.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"HTTP/1.1 200");
+    let question = request("/v1/chat/completions", question().to_string().as_bytes());
+    let mut waiting: Vec<_> = (0..20).map(|_| TcpStream::connect(server.address()).unwrap()).collect();
+    for one in &mut waiting {
+        one.write_all(&question).unwrap();
+    }
+    server.drain(Duration::ZERO);
+    for mut one in waiting {
+        let mut reply = String::new();
+        one.read_to_string(&mut reply).unwrap();
+        assert!(reply.starts_with("HTTP/1.1 503") && reply.contains("The server ends"), "{reply}");
+        assert!(reply.to_lowercase().contains("connection: close"), "{reply}");
+    }
+    let mut rest = String::new();
+    kept.read_to_string(&mut rest).expect("a connection without a request is closed in order");
+    assert!(!rest.contains("HTTP/1.1"), "{rest}");
+}
+
+#[test]
 fn a_key_is_asked_for_and_probes_need_none() {
     let options =
         Options { listen: "127.0.0.1:0".parse().unwrap(), key: Some("secret".into()), ..Options::default() };

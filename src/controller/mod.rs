@@ -7,6 +7,7 @@
 //! Events; `presence` notices KAITO and Karpenter; `webhook` answers the API server's reviews with the `certificates`
 //! that the controller makes itself; `install` is what a cluster needs to run it.
 
+mod apply;
 mod ask;
 mod certificates;
 mod ended;
@@ -23,6 +24,7 @@ mod reconcile;
 mod reconciler;
 mod revision;
 mod serve;
+mod servers;
 mod status;
 mod told;
 mod tuning;
@@ -476,11 +478,11 @@ async fn watch_all(
     };
     let services = |event: watcher::Event<Service>| {
         let event = event.modify(|service| service.metadata.managed_fields = None);
-        trigger(context.services.take(event, labelled, serve::same_mark));
+        trigger(context.services.take(event, labelled, apply::same_mark));
     };
     let budgets = |event: watcher::Event<PodDisruptionBudget>| {
         let event = event.modify(|budget| budget.metadata.managed_fields = None);
-        trigger(context.budgets.take(event, labelled, serve::same_mark));
+        trigger(context.budgets.take(event, labelled, apply::same_mark));
     };
     let configs = |event: watcher::Event<PartialObjectMeta<ConfigMap>>| {
         let listed = matches!(event, watcher::Event::InitDone);

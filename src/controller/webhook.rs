@@ -29,9 +29,10 @@ use super::reconcile::is_left_alone;
 use super::tuning::without_a_versions_default;
 use super::{locked, words};
 use crate::fault::{Fault, Result};
+use crate::workspace::adapters::TUNED;
 use crate::workspace::annotations::{self, PREFIX};
 use crate::workspace::files::{entry, entry_of};
-use crate::workspace::serve::{self, TUNED, Tuned, serve};
+use crate::workspace::serve::{self, Tuned, serve};
 use crate::workspace::{
     Asked, Method as Tuning, Settings, Workspace, config_name, inference, render, validate,
 };

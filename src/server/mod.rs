@@ -68,6 +68,8 @@ pub struct Server {
     address: SocketAddr,
     state: State,
     runtime: Option<tokio::runtime::Runtime>,
+    /// The task that takes connections; it ends after the last of them.
+    accepting: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Server {
@@ -94,8 +96,9 @@ impl Server {
             .map_err(|error| Fault::internal(format!("cannot start the server's threads: {error}")))?;
         let state = State::default();
         let service = Arc::new(Service::new(state.clone(), options.body_bytes_max, options.key.as_deref()));
-        runtime.spawn(connection::accept(listener, tls, service, options.connections_max));
-        Ok(Server { address, state, runtime: Some(runtime) })
+        let accepting = connection::accept(listener, tls, service, options.connections_max, state.clone());
+        let accepting = Some(runtime.spawn(accepting));
+        Ok(Server { address, state, runtime: Some(runtime), accepting })
     }
 
     /// Where it listens; the port that was found when 0 was asked for.
@@ -113,10 +116,14 @@ impl Server {
         self.state.running()
     }
 
-    /// Refuses new requests, lets running ones finish for so long, ends the rest with an error, and ends.
+    /// Refuses new requests, lets running ones finish for so long, ends the rest with an error, and ends. Requests that
+    /// wait in the listener's queue are refused too, so that no client is left without an answer.
     pub fn drain(mut self, grace: Duration) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.block_on(self.state.drain(grace));
+        if let (Some(runtime), Some(accepting)) = (self.runtime.take(), self.accepting.take()) {
+            runtime.block_on(async {
+                self.state.drain(grace).await;
+                let _ended = accepting.await.is_ok();
+            });
             runtime.shutdown_timeout(Duration::from_secs(1));
         }
     }

@@ -64,6 +64,17 @@ impl State {
         self.phase.borrow().clone()
     }
 
+    /// Whether new requests are refused because the server ends.
+    pub fn ends(&self) -> bool {
+        matches!(*self.phase.borrow(), Phase::Draining(_) | Phase::Stopped)
+    }
+
+    /// Waits until running answers must end.
+    pub async fn stopped(&self) {
+        let mut phase = self.phase.subscribe();
+        let _ended = phase.wait_for(|phase| matches!(phase, Phase::Stopped)).await.is_ok();
+    }
+
     /// The model is there; without effect once the server ends.
     pub fn ready(&self, model: Arc<Model>) {
         self.phase.send_if_modified(|phase| match phase {

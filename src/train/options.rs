@@ -1,7 +1,7 @@
 //! The keys of transformers' TrainingArguments that have an effect in hone -> plain values. `plan` fills them.
 
 use super::best::Judging;
-use super::schedule::Schedule;
+use super::schedule::{Schedule, Warmup};
 use super::spike::Spikes;
 
 /// The keys of HF's TrainingArguments that have an effect in hone. `plan` fills them.
@@ -117,13 +117,4 @@ pub enum Every {
     Epoch,
     /// At each evaluation that is better than all before it; for checkpoints.
     Best,
-}
-
-/// The length of warm-up.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Warmup {
-    /// A number of steps.
-    Steps(u64),
-    /// A share of all steps, rounded up as HF does.
-    Ratio(f64),
 }

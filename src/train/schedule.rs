@@ -2,8 +2,6 @@
 
 use std::f64::consts::PI;
 
-use super::options::Warmup;
-
 /// Course of the learning rate, with its arguments (`lr_scheduler_kwargs`). Rates are shares of the peak.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Schedule {
@@ -53,6 +51,15 @@ pub enum Schedule {
     },
     /// Warm-up, a constant stage, decay.
     WarmupStableDecay(Stages),
+}
+
+/// The length of warm-up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Warmup {
+    /// A number of steps.
+    Steps(u64),
+    /// A share of all steps, rounded up as HF does.
+    Ratio(f64),
 }
 
 /// Three stages: warm-up, the peak, decay.

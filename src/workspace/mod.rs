@@ -6,6 +6,7 @@
 //! several nodes has besides; `serve` makes what answers, by the configuration that `inference` reads. `hone render`
 //! prints what `hone controller` applies.
 
+pub mod adapters;
 pub mod annotations;
 pub mod crd;
 pub mod kind;

@@ -19,6 +19,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde_json::{Value, json};
 
+use super::adapters::{self, TUNED};
 use super::annotations::{self, Options};
 use super::inference;
 use super::kind::{Adapter, Inference, PresetOptions, Workspace};
@@ -40,8 +41,6 @@ const SERVED_FOLDER: &str = "/mnt/served";
 pub const ADAPTERS_FILE: &str = "adapters.json";
 /// KAITO's annotation for a load balancer of the cloud.
 const BALANCER: &str = "kaito.sh/enablelb";
-/// The prefix of an image that names a tuning Workspace of this namespace: what it pushed last.
-pub const TUNED: &str = "workspace://";
 /// LIMIT: time for the download and loading of weights; KAITO waits 30 minutes too.
 const START_SECONDS: i32 = 30 * 60;
 const PROBE_SECONDS: i32 = 5;
@@ -219,12 +218,6 @@ struct Server<'a> {
 /// The ConfigMap that tells the servers of a Workspace what to answer with.
 pub fn adapters_name(workspace: &Workspace) -> String {
     format!("{}-adapters", workspace.name())
-}
-
-/// The name of an adapter: its source's name, else one by its place in the list.
-pub(super) fn adapter_name(adapter: &Adapter, place: usize) -> String {
-    let name = adapter.source.as_ref().map(|source| source.name.as_str()).unwrap_or_default();
-    if name.is_empty() { format!("adapter-{place}") } else { name.to_owned() }
 }
 
 impl Server<'_> {
@@ -408,7 +401,7 @@ impl Server<'_> {
         let mut adapters = Vec::new();
         let mut parts = Vec::new();
         for (place, adapter) in self.inference.adapters.iter().enumerate() {
-            let name = adapter_name(adapter, place);
+            let name = adapters::name_of(adapter, place);
             if self.base_name().as_deref() == Some(name.as_str()) {
                 return Err(Fault::config(format!(
                     "inference.adapters[{place}].source.name: {name} is the name of the base for clients"
@@ -422,7 +415,7 @@ impl Server<'_> {
         let taken = |name: &str| {
             let adapters = self.inference.adapters.iter().enumerate();
             self.base_name().as_deref() == Some(name)
-                || adapters.into_iter().any(|(place, adapter)| adapter_name(adapter, place) == name)
+                || adapters.into_iter().any(|(place, adapter)| adapters::name_of(adapter, place) == name)
         };
         let mut names = ["", "-mix", "-mix-of-all"].iter().map(|end| format!("{}{end}", self.name()));
         let sum = names.find(|name| !taken(name)).unwrap_or_else(|| "mix.of.all".to_owned());
@@ -449,7 +442,7 @@ impl Server<'_> {
             };
         }
         Ok(match image {
-            "" => format!("{ADAPTER_FOLDER}/{}", adapter_name(adapter, place)),
+            "" => format!("{ADAPTER_FOLDER}/{}", adapters::name_of(adapter, place)),
             image => format!("oci://{image}"),
         })
     }
@@ -499,7 +492,7 @@ impl Server<'_> {
             .map(|(place, adapter, source)| {
                 let volume = format!("adapter-volume-{place}");
                 let field = format!("inference.adapters[{place}].source.volumeSource");
-                let folder = format!("{ADAPTER_FOLDER}/{}", adapter_name(adapter, place));
+                let folder = format!("{ADAPTER_FOLDER}/{}", adapters::name_of(adapter, place));
                 Ok((pod::from_source(&volume, source, &field)?, pod::read_only(&volume, &folder)))
             })
             .collect()

@@ -269,9 +269,10 @@ fn of_machine() -> Level {
     Level::Portable
 }
 
-/// Whether every register of a 4-bit weight lies in one row and one block.
+/// Whether every register of a 4-bit weight lies in one row and one block, whose number is a shift away.
 fn fits(weight: &FourBitView, width: usize) -> bool {
-    weight.cols.is_multiple_of(2 * width) && weight.block.is_multiple_of(2 * width)
+    let block = weight.block;
+    weight.cols.is_multiple_of(2 * width) && block.is_multiple_of(2 * width) && block.is_power_of_two()
 }
 
 /// The sums of a block: some columns of one weight by up to `ROWS_MAX` rows, `[row * BLOCK + column]`.
@@ -460,6 +461,7 @@ unsafe fn four_bit<L: Lanes, const R: usize, const C: usize>(
     let (depth, unit) = (weight.cols, 2 * L::WIDTH);
     // Elements of a row that certainly have one scale.
     let run = if depth.is_multiple_of(weight.block) { weight.block } else { unit };
+    let shift = weight.block.trailing_zeros();
     let (stride, even, odd) = (x.stride, x.halves[0].as_ptr(), x.halves[1].as_ptr());
     let (even, odd) = (even.wrapping_add(row * stride), odd.wrapping_add(row * stride));
     // Loops over arrays, no closures or iterators: those are functions without the instruction set.
@@ -467,13 +469,10 @@ unsafe fn four_bit<L: Lanes, const R: usize, const C: usize>(
     unsafe {
         let mut sums = [[[L::zero(); 2]; C]; R];
         for start in (0..depth).step_by(run) {
-            let mut tables = [L::table(
-                weight.code,
-                *scales.wrapping_add((column * depth + start) / weight.block),
-                weight.rounding,
-            ); C];
+            let scale = *scales.wrapping_add((column * depth + start) >> shift);
+            let mut tables = [L::table(weight.code, scale, weight.rounding); C];
             for c in 1..C {
-                let block = ((column + c) * depth + start) / weight.block;
+                let block = ((column + c) * depth + start) >> shift;
                 tables[c] = L::table(weight.code, *scales.wrapping_add(block), weight.rounding);
             }
             for at in (start..start + run).step_by(unit) {
@@ -492,18 +491,19 @@ unsafe fn four_bit<L: Lanes, const R: usize, const C: usize>(
                 }
             }
         }
-        folded::<L, R, C>(&sums)
+        folded::<L, R, C>(sums)
     }
 }
 
 /// The sums of all lanes.
+#[allow(clippy::needless_range_loop)] // Iterators are functions without the instruction set.
 #[inline(always)]
-unsafe fn folded<L: Lanes, const R: usize, const C: usize>(sums: &[[[L::Sum; 2]; C]; R]) -> [[f32; C]; R] {
+unsafe fn folded<L: Lanes, const R: usize, const C: usize>(sums: [[[L::Sum; 2]; C]; R]) -> [[f32; C]; R] {
     let mut out = [[0.0; C]; R];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        for (out, sums) in out.iter_mut().zip(sums) {
+    for r in 0..R {
+        for c in 0..C {
             // SAFETY: guaranteed by the caller.
-            *out = unsafe { L::fold(sums[0], sums[1]) };
+            out[r][c] = unsafe { L::fold(sums[r][c][0], sums[r][c][1]) };
         }
     }
     out
@@ -585,7 +585,7 @@ unsafe fn dense<L: Lanes, T: Stored<L>, const R: usize, const C: usize>(
             let (from, stride) = (rest.as_ptr().cast(), 2 * WIDTH_MAX);
             unit::<L, T, R, C>(&mut sums, plain.add(whole), x.stride, from, stride, job.precision);
         }
-        folded::<L, R, C>(&sums)
+        folded::<L, R, C>(sums)
     }
 }
 

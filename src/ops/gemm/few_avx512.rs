@@ -127,14 +127,14 @@ impl Lanes for Pairs {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_loadu_si512(at.cast()) }
     }
-    /// The 16 values in bf16, twice: the permutation reads five bits of an index.
+    /// The 16 values in bf16, twice: the permutation reads five bits of an index. The conversion makes the smallest
+    /// values zero, as the sum of pairs itself does. Weights that are not rounded to bf16 never come here.
     #[inline(always)]
-    unsafe fn table(code: &[f32; 16], scale: f32, rounding: Rounding) -> __m512i {
-        // SAFETY: guaranteed by the caller.
+    unsafe fn table(code: &[f32; 16], scale: f32, _: Rounding) -> __m512i {
+        // SAFETY: guaranteed by the caller; both types are 256 bits of plain data.
         unsafe {
             let values = _mm512_mul_ps(_mm512_loadu_ps(code.as_ptr()), _mm512_set1_ps(scale));
-            let upper = _mm512_srli_epi32::<16>(_mm512_castps_si512(round(values, rounding)));
-            _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(upper))
+            _mm512_broadcast_i64x4(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values)))
         }
     }
     #[inline(always)]
