@@ -368,9 +368,9 @@ fn hostile_parquet_ends_with_11() {
             },
             "promises 2147483647 children",
         ),
-        // 768 MB each, half as much again as so small a file may hold.
-        ("a text in many rows", repeated_text(1 << 20, 768), "made to fill the memory"),
-        ("a large text in many rows", repeated_text(8 << 20, 96), "made to fill the memory"),
+        // 192 MB each, half as much again as so small a file may hold.
+        ("a text in many rows", repeated_text(1 << 20, 192), "made to fill the memory"),
+        ("a large text in many rows", repeated_text(8 << 20, 24), "made to fill the memory"),
     ];
     for (name, bytes, expected) in cases {
         let work = Work::with_llama();
