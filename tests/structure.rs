@@ -108,7 +108,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/kaito/sidecars.rs", "signals to KAITO's containers"),
     ("src/kaito/watch.rs", "a child process and its signals"),
     ("src/last_word.rs", "handlers of signals and their stack"),
-    ("src/machine.rs", "glibc's mallopt"),
+    ("src/machine.rs", "glibc's mallopt, and a thread's clock"),
     ("src/metrics/machine.rs", "NVML's library, opened at run time"),
     ("src/model/weights.rs", "the memory map of weights"),
     ("src/ops/cpu.rs", "vector instructions, and the call of the gemm crate"),
