@@ -58,6 +58,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("noise.rs", "adds what depends on no parameter: the gradient passes unchanged"),
     ("number.rs", "sums without a gradient, compared on both devices"),
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
+    ("stash.rs", "copies to the host and back"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
 ];
 
@@ -114,6 +115,8 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/cuda/device.rs", "the CUDA driver"),
     ("src/ops/cuda/late.rs", "memory of the device"),
     ("src/ops/cuda/launch.rs", "kernel launches"),
+    ("src/ops/cuda/lt.rs", "cublasLt"),
+    ("src/ops/cuda/mod.rs", "copies on the device"),
     ("src/ops/cuda/pinned.rs", "page-locked memory"),
     ("src/ops/cuda/product.rs", "cuBLAS"),
     ("src/ops/cuda/side.rs", "copies on a second stream"),

@@ -1,7 +1,8 @@
 //! Facts and a level -> work; work and a machine's rates -> seconds. Plans are compared by these seconds.
 //!
 //! The model is a roofline: products run at a share of the highest matrix rate, attention at a smaller one, and
-//! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
+//! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches, nor than the
+//! copies to and from its host, which run beside it. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
 use crate::facts::sites::Site;
@@ -20,6 +21,9 @@ pub const MATRIX_SHARE: f64 = 0.82;
 pub const ATTENTION_SHARE: f64 = 0.25;
 /// Share of the copy rate that passes over memory reach.
 pub const COPY_SHARE: f64 = 0.85;
+/// Share of the copies between device and host that slows the computation beside them: an assumption. It also makes
+/// such a copy dearer than none.
+const LINK_SHOWN: f64 = 0.1;
 /// Seconds to launch a kernel.
 const LAUNCH_SECONDS: f64 = 4e-6;
 // Kernels of a layer's forward pass; the backward pass has twice as many.
@@ -38,7 +42,7 @@ pub struct Work {
     pub attention: f64,
     /// Bytes moved.
     pub bytes: f64,
-    /// Bytes moved between device and host.
+    /// Bytes moved between device and host, beside the computation.
     pub linked: f64,
     /// Kernel launches.
     pub launches: f64,
@@ -49,9 +53,9 @@ impl Work {
     pub fn seconds(&self, rates: &Rates) -> f64 {
         let busy = self.matrix / (rates.matrix * MATRIX_SHARE)
             + self.attention / (rates.matrix * ATTENTION_SHARE)
-            + self.bytes / (rates.copy * COPY_SHARE)
-            + self.linked / rates.link;
-        busy.max(self.launches * LAUNCH_SECONDS)
+            + self.bytes / (rates.copy * COPY_SHARE);
+        let linked = self.linked / rates.link;
+        busy.max(self.launches * LAUNCH_SECONDS).max(linked) + linked * LINK_SHOWN
     }
 
     /// FLOPs of products and attention.
@@ -81,8 +85,8 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece is
-/// summed behind the pass.
+/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece
+/// is summed behind the pass.
 pub const GRADIENT_PIECES: usize = 8;
 /// Share of a pass that is its way back, beside which sums run.
 const BACKWARD: f64 = 0.5;
@@ -113,6 +117,8 @@ pub(super) struct Counter<'a> {
     pub place: Place,
     /// Tokens per pass.
     pub tokens: usize,
+    /// Number of the upper layers whose weights are kept expanded.
+    pub expanded: usize,
 }
 
 impl Counter<'_> {
@@ -120,12 +126,11 @@ impl Counter<'_> {
     /// adapted one, so that gradients pass through it.
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
-        let projections = || facts.layers[layer].projections();
-        let forward: Work = projections().map(|p| self.product(p)).sum();
+        let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
+        let forward = products();
         let forward = forward + self.attention(1.0);
         let pairs: Work = terms::groups(facts, layer).into_iter().map(|group| self.pairs(layer, group)).sum();
-        let backward: Work = projections().map(|p| self.product(p)).sum();
-        let backward = backward + self.attention(2.5) + pairs;
+        let backward = products() + self.attention(2.5) + pairs;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
         // twice that.
         let tokens = self.tokens as f64 * self.element();
@@ -144,7 +149,7 @@ impl Counter<'_> {
         let facts = &self.task.facts;
         let attention = &facts.layers[layer].attention;
         let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
-        let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
+        let products = |list: &[Projection]| list.iter().map(|p| self.product(layer, p)).sum::<Work>();
         // A norm after the down projection needs that projection's output.
         let fed = match facts.names.feed_forward_post_norm {
             Some(_) => products(std::slice::from_ref(&feed_forward.down)),
@@ -186,19 +191,21 @@ impl Counter<'_> {
         }
     }
 
-    /// One product with a frozen weight. A GPU expands a 4-bit weight before it; a CPU does so while it packs
-    /// panels.
-    fn product(&self, projection: &Projection) -> Work {
+    /// One product with a frozen weight. A GPU expands a 4-bit weight before it, if it is not kept expanded; a CPU does
+    /// so while it packs panels.
+    fn product(&self, layer: usize, projection: &Projection) -> Work {
         let values = (projection.rows * projection.cols) as f64;
+        let is_kept = layer + self.expanded >= self.task.facts.layers.len();
         let expand = match (self.place, self.task.quantization) {
-            (Place::Gpu, Quantization::FourBit { .. }) => values * (0.52 + self.element()),
-            _ => 0.0,
+            (_, Quantization::None) | (Place::Cpu { .. }, _) => 0.0,
+            (Place::Gpu, _) if is_kept => 0.0,
+            (Place::Gpu, _) => values * (0.52 + self.element()),
         };
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
     }
 
-    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight, they
-    /// cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,
+    /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
         let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;

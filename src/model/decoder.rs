@@ -10,8 +10,10 @@ use crate::fault;
 use crate::ops::attention::Packing;
 use crate::ops::attention::cached::Segments;
 use crate::ops::cross_entropy::{self, Goal, Head};
+use crate::ops::matmul::Weight;
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
+use crate::ops::stash::Stash;
 use crate::ops::{dropout, embedding, noise, rows};
 
 use super::batch::Batch;
@@ -43,6 +45,8 @@ pub struct Decoder {
     pub device: Device,
     /// What brings the layers' 4-bit weights to the device, if they do not lie there.
     pub ring: Option<Ring>,
+    /// Host memory for inputs of layers, between the forward and the backward pass.
+    pub inputs: Stash,
 }
 
 /// The rotations of a batch's queries and keys: the angles of each rope, and the growth of the queries.
@@ -73,6 +77,20 @@ impl Decoder {
             layer.linears().try_for_each(|linear| adapter.begin_magnitudes(linear))?;
         }
         Ok(())
+    }
+
+    /// Keeps the 4-bit weights of the upper `layers` layers expanded beside their codes from their next products on,
+    /// and those of no other layer. Products of these layers have the same bits and need not expand a weight again. On
+    /// a CPU it changes nothing.
+    pub fn keep_expanded(&self, layers: usize) {
+        let below = self.layers.len() - layers.min(self.layers.len());
+        for (i, layer) in self.layers.iter().enumerate() {
+            for linear in layer.linears() {
+                if let Weight::FourBit(weight) = &linear.weight {
+                    weight.expanded.keep(i >= below);
+                }
+            }
+        }
     }
 
     /// Returns the sum of the targets' losses, and adds the gradient of `scale` times that sum to the adapter's
@@ -108,10 +126,15 @@ impl Decoder {
         let pass = self.pass(&turns, &packing, lora);
         let mut x = self.embed_with_noise(batch, &keys, &lora)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
+        let mut host = self.inputs.open(self.layers.len(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
             let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
+            if keep == Keep::HostInputs {
+                host.leave(i, &x)?;
+            }
             let (y, of_layer) = layer.forward(x, keep, &pass)?;
+            host.left()?;
             x = y;
             if i >= lowest {
                 kept.push(of_layer);
@@ -123,8 +146,15 @@ impl Decoder {
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
-            let kept = kept.pop().expect("one entry a layer");
-            layer.backward(&d, kept, i == lowest && !below, &pass)?;
+            let mut of_layer = kept.pop().expect("one entry a layer");
+            if of_layer.is_away() {
+                of_layer.arrived(host.bring(i)?);
+            }
+            // The next input comes while this layer is computed.
+            if kept.last().is_some_and(Kept::is_away) {
+                host.expect(i - 1)?;
+            }
+            layer.backward(&d, of_layer, i == lowest && !below, &pass)?;
             done(i)?;
         }
         self.collect_embedding(&d, &batch.ids, adapter)?;
@@ -323,7 +353,8 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the
+    /// head.
     fn head_forward_backward(
         &self,
         x: &Tensor,

@@ -61,8 +61,22 @@ impl Linear {
                 return Ok((sum, low));
             }
         }
-        let sum = residual.copy()?;
-        let low = self.forward(x, &sum, true, pass)?;
+        #[cfg(feature = "cuda")]
+        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
+            return Ok((group.onto(x, residual)?, None));
+        }
+        // A step of sequences on a CPU has its own products.
+        if self.bias.is_none() && !(pass.apart && x.device().is_cpu()) {
+            let sum = matmul::onto(x, &self.weight, self.factor, residual, pass.precision)?;
+            let low = pass.lora.forward(self, x, &sum, 0, pass)?;
+            return Ok((sum, low));
+        }
+        let sum = match &self.bias {
+            Some(bias) => bias::onto(bias, residual)?,
+            None => residual.copy()?,
+        };
+        self.product(x, &sum, 0, 1.0, pass)?;
+        let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
@@ -73,6 +87,11 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
+        self.product(x, y, at, beta, pass)
+    }
+
+    /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
+    fn product(&self, x: &Tensor, y: &Tensor, at: usize, beta: f64, pass: &Pass) -> Result<()> {
         let (weight, factor, precision) = (&self.weight, self.factor, pass.precision);
         match pass.apart {
             true => matmul::forward_apart(x, weight, factor, y, at, beta, precision, pass.short),
@@ -198,7 +217,8 @@ fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> 
     matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
 }
 
-/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in` says.
+/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in`
+/// says.
 pub fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,

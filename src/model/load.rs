@@ -163,6 +163,7 @@ impl Loader<'_> {
             device: self.device.clone(),
             facts: facts.clone(),
             ring,
+            inputs: Default::default(),
         })
     }
 

@@ -117,7 +117,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
+/// on.
 pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 

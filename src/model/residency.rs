@@ -487,11 +487,15 @@ mod tests {
 
     /// The bits of losses and gradients of three passes, of an evaluation between them, and of a step of serving.
     fn results(decoder: &Decoder, options: &Options) -> Vec<Vec<u32>> {
+        results_of(decoder, options, &[Keep::Everything, Keep::LayerInputs, Keep::HostInputs])
+    }
+
+    fn results_of(decoder: &Decoder, options: &Options, levels: &[Keep]) -> Vec<Vec<u32>> {
         let adapter = decoder.trainable(&options.lora).unwrap();
         let mut found = Vec::new();
         let loss = |number: crate::ops::number::Number| number.value().unwrap().to_bits();
-        for (seed, keep) in [(1, Keep::Everything), (2, Keep::LayerInputs), (3, Keep::HostInputs)] {
-            let levels = vec![keep; decoder.layers.len()];
+        for (seed, keep) in (1..).zip(levels) {
+            let levels = vec![*keep; decoder.layers.len()];
             let trained = decoder.forward_backward(&adapter, &levels, &batch(seed), 0.1).unwrap();
             let evaluated = decoder.loss(&batch(seed), adapter.evaluated()).unwrap();
             let losses = [loss(trained), loss(evaluated)];
@@ -634,11 +638,13 @@ mod tests {
             if case.facts.layers.len() < 3 {
                 continue;
             }
+            // Inputs in host memory are copied by the same events; ops/stash.rs leaves these out.
+            let levels = [Keep::Everything, Keep::LayerInputs];
             for event in [side::Omitted::Free, side::Omitted::Filled] {
-                let resident = results(&case.load(&Home::Device, &device), &case.options);
+                let resident = results_of(&case.load(&Home::Device, &device), &case.options, &levels);
                 let streamed = case.load(&Home::Host, &device);
                 side::OMITTED.set(Some(event));
-                let wrong = results(&streamed, &case.options);
+                let wrong = results_of(&streamed, &case.options, &levels);
                 side::OMITTED.set(None);
                 assert!(wrong != resident, "{}: without {event:?}", case.facts.family);
             }

@@ -35,6 +35,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod rows;
 pub mod slab;
+pub mod stash;
 pub mod tokens;
 
 #[cfg(test)]

@@ -383,6 +383,9 @@ impl<'a> Trainer<'a> {
     ) -> candle_core::Result<Option<Vec<Number>>> {
         let alone = self.ranks.place().world == 1;
         flat::zero(if alone { &self.adapter.grads } else { &self.adapter.sums })?;
+        if let Some(layers) = self.passes.expanded() {
+            self.decoder.keep_expanded(layers);
+        }
         let keep = self.passes.keep(self.decoder.layers.len());
         let mut losses = Vec::with_capacity(share.batches.len());
         for (at, batch) in share.batches.iter().enumerate() {
