@@ -30,10 +30,10 @@ struct GeluErf {
     }
 };
 
-// x [rows, 2 * width] if gated (gate, then up), else [rows, width] -> h [rows, width].
+// x [rows, 2 * width] if gated (gate, then up), else [rows, width] -> h [rows, width], in rows `stride` apart.
 template <typename T, typename Curve>
-__device__ __forceinline__ void forward(const T* x, T* h, int width, int gated) {
-    x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), h += (uint64_t)blockIdx.x * width;
+__device__ __forceinline__ void forward(const T* x, T* h, int width, int stride, int gated) {
+    x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), h += (uint64_t)blockIdx.x * stride;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a, up;
@@ -49,11 +49,11 @@ __device__ __forceinline__ void forward(const T* x, T* h, int width, int gated) 
         h[i] = narrow<T>(Curve::at(widen(x[i])).value * (gated ? widen(x[width + i]) : 1.f));
 }
 
-// dh [rows, width] -> d, the gradient of x, in x's shape.
+// dh [rows, width] -> d, the gradient of x, in rows `stride` apart.
 template <typename T, typename Curve>
-__device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int gated) {
-    const uint64_t row = (uint64_t)blockIdx.x * width * (gated ? 2 : 1);
-    x += row, d += row, dh += (uint64_t)blockIdx.x * width;
+__device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int stride, int gated) {
+    x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), d += (uint64_t)blockIdx.x * stride;
+    dh += (uint64_t)blockIdx.x * width;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a, up, g;
@@ -79,12 +79,13 @@ __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int widt
 }
 
 #define FOR(Curve, curve, T, type)                                                                                     \
-    extern "C" __global__ void activation_forward_##curve##_##type(const T* x, T* h, int width, int gated) {           \
-        forward<T, Curve>(x, h, width, gated);                                                                         \
+    extern "C" __global__ void activation_forward_##curve##_##type(const T* x, T* h, int width, int stride,            \
+                                                                   int gated) {                                        \
+        forward<T, Curve>(x, h, width, stride, gated);                                                                 \
     }                                                                                                                  \
     extern "C" __global__ void activation_backward_##curve##_##type(const T* dh, const T* x, T* d, int width,          \
-                                                                    int gated) {                                       \
-        backward<T, Curve>(dh, x, d, width, gated);                                                                    \
+                                                                    int stride, int gated) {                           \
+        backward<T, Curve>(dh, x, d, width, stride, gated);                                                            \
     }
 FOR(Silu, silu, float, f32)
 FOR(Silu, silu, bf16, bf16)

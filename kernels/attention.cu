@@ -105,9 +105,10 @@ __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4]
 }
 
 // The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of
-// `lse`.
+// `lse`. Rows of `out` lie `stride` apart.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
-__device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, const Shape shape) {
+__device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, int stride,
+                                        const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
     T *k = q + ROWS * STRIDE, *v = k + KEYS * STRIDE;
@@ -198,7 +199,6 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
             if (t == 0 && row < span.to)
                 lse[(uint64_t)head * (shape.rows - skipped) + row - skipped] = (largest[band][half] * exponent + log2f(sum)) * LN_2;
         }
-    const int stride = shape.heads * shape.width;
     store_rows<T, WIDTH, BANDS>(out + (uint64_t)(own - skipped) * stride + head * shape.width, stride, span.to - own, shape.width,
                                 shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
 }
@@ -206,14 +206,13 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
 // delta[row] = sum of d_out * out over the head's columns, for the warp's own rows; eight lanes per row. The
 // softmax's normalisation subtracts it from the gradient of every score of the row.
 template <typename T, int WIDTH, int BANDS>
-__device__ __forceinline__ void deltas(const T* out, const T* d_tile, float* delta, int rows, const Shape& shape) {
+__device__ __forceinline__ void deltas(const T* out, int stride, const T* d_tile, float* delta, int rows, const Shape& shape) {
     const int lane = threadIdx.x & 31;
-    const uint64_t stride = (uint64_t)shape.heads * shape.width;
 #pragma unroll 2
     for (int row = lane >> 3; row < 16 * BANDS; row += 4) {
         float sum = 0.f;
         if (row < rows) {
-            const T *y = out + row * stride, *d = d_tile + row * Tile<T, WIDTH>::STRIDE;
+            const T *y = out + (uint64_t)row * stride, *d = d_tile + row * Tile<T, WIDTH>::STRIDE;
             if (shape.aligned && shape.width % 8 == 0) {
                 for (int column = (lane & 7) * 8; column < shape.width; column += 64) {
                     Eight<T> a, b;
@@ -234,10 +233,11 @@ __device__ __forceinline__ void deltas(const T* out, const T* d_tile, float* del
     __syncwarp();
 }
 
-// The gradient of the queries, and `delta` [H, T] for the kernel of the keys.
+// The gradient of the queries, and `delta` [H, T] for the kernel of the keys. Rows of `out` lie `out_stride` apart, and
+// rows of `d_qkv` lie `d_stride` apart.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
 __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const T* d_out, const float* lse, float* delta,
-                                               T* d_qkv, const uint32_t* tiles, const Shape shape) {
+                                               T* d_qkv, const uint32_t* tiles, int out_stride, int d_stride, const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
     T *d = q + ROWS * STRIDE, *k = d + ROWS * STRIDE, *v = k + 2 * KEYS * STRIDE; // two buffers for keys, used in turn
@@ -264,7 +264,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
     cp_async_wait<2>();
     __syncthreads();
     const uint32_t statistic = static_cast<uint32_t>(head) * shape.rows;
-    deltas<T, WIDTH, BANDS>(out + (uint64_t)own * stride + head * shape.width, d + warp * 16 * BANDS * STRIDE,
+    deltas<T, WIDTH, BANDS>(out + (uint64_t)own * out_stride + head * shape.width, out_stride, d + warp * 16 * BANDS * STRIDE,
                             delta + statistic + own, end - own, shape);
     const T *own_q = q + warp * 16 * BANDS * STRIDE, *own_d = d + warp * 16 * BANDS * STRIDE;
     const float exponent = shape.exponent();
@@ -322,7 +322,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
         for (int j = 0; j < WIDTH / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[band][j][e] *= shape.scale;
-    store_rows<T, WIDTH, BANDS>(d_qkv + (uint64_t)own * shape.columns + column, shape.columns, span.to - own, shape.width,
+    store_rows<T, WIDTH, BANDS>(d_qkv + (uint64_t)own * d_stride + column, d_stride, span.to - own, shape.width,
                                 shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
 }
 
@@ -333,7 +333,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
 // holds one gradient instead of two.
 template <typename T, int WIDTH, int PAIRS, int BANDS, int QUERIES>
 __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const float* lse, const float* delta, T* d_qkv,
-                                             const uint32_t* tiles, const Shape shape) {
+                                             const uint32_t* tiles, int d_stride, const Shape shape) {
     constexpr int KEYS = 16 * BANDS * PAIRS, THREADS = 64 * PAIRS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, k);
     T *v = k + KEYS * STRIDE, *stages = v + KEYS * STRIDE; // two stages of queries and their gradients
@@ -423,8 +423,8 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
         for (int j = 0; j < WIDTH / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[band][j][e] *= factor;
-    T* to = d_qkv + (uint64_t)own * shape.columns + (for_value ? value_column : key_column);
-    store_rows<T, WIDTH, BANDS>(to, shape.columns, key_end - own, shape.width, shape.aligned, own_rows, sums);
+    T* to = d_qkv + (uint64_t)own * d_stride + (for_value ? value_column : key_column);
+    store_rows<T, WIDTH, BANDS>(to, d_stride, key_end - own, shape.width, shape.aligned, own_rows, sums);
 }
 
 // Tile sizes: three numbers per kernel, which src/ops/attention/gpu.rs repeats to compute grids and shared memory,
@@ -434,20 +434,22 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
 #define FORWARD(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                            \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
         attention_forward_##WIDTH##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped,       \
-                                           SHAPE_PARAMETERS) {                                                         \
-        forward<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, lse, tiles, skipped, SHAPE);                                   \
+                                           int stride, SHAPE_PARAMETERS) {                                             \
+        forward<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, lse, tiles, skipped, stride, SHAPE);                           \
     }
 #define BACKWARD_QUERY(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                     \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
         attention_backward_query_##WIDTH##_##type(const T* qkv, const T* out, const T* d_out, const float* lse,        \
-                                                  float* delta, T* d_qkv, const uint32_t* tiles, SHAPE_PARAMETERS) {   \
-        backward_query<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, d_out, lse, delta, d_qkv, tiles, SHAPE);                \
+                                                  float* delta, T* d_qkv, const uint32_t* tiles, int out_stride,       \
+                                                  int d_stride, SHAPE_PARAMETERS) {                                    \
+        backward_query<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, d_out, lse, delta, d_qkv, tiles, out_stride, d_stride,  \
+                                                     SHAPE);                                                           \
     }
 #define BACKWARD_KEY(T, type, name, WIDTH, PAIRS, BANDS, QUERIES, BLOCKS)                                              \
     extern "C" __global__ void __launch_bounds__(64 * PAIRS, BLOCKS)                                                   \
         attention_backward_key_##name##_##type(const T* qkv, const T* d_out, const float* lse, const float* delta,     \
-                                               T* d_qkv, const uint32_t* tiles, SHAPE_PARAMETERS) {                    \
-        backward_key<T, WIDTH, PAIRS, BANDS, QUERIES>(qkv, d_out, lse, delta, d_qkv, tiles, SHAPE);                    \
+                                               T* d_qkv, const uint32_t* tiles, int d_stride, SHAPE_PARAMETERS) {      \
+        backward_key<T, WIDTH, PAIRS, BANDS, QUERIES>(qkv, d_out, lse, delta, d_qkv, tiles, d_stride, SHAPE);          \
     }
 
 FORWARD(bf16, bf16, 32, 4, 2, 64, 2)

@@ -3,6 +3,7 @@
 //
 // Where a code or a value must come out to the last bit, products and sums are written so that nvcc cannot fuse them.
 #include "four_bit.cuh"
+#include "low_rank.cuh"
 
 // The indices of each code in ascending order of their values, lowest in the low nibble.
 __constant__ unsigned long long ASCENDING[2] = {0xfedcba9876543210ull, 0x3254761809efcdabull};
@@ -77,9 +78,23 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
 // Reads are let go from the cache at once; what is written stays there, since the product that follows reads it.
 constexpr int GROUPS = 4;
 
+// Where a group of eight values lies in the result: in rows of `groups` groups that lie `stride` values apart, or one
+// after the other if `groups` is 0. `factor` and `shift` divide by `groups` (Granlund and Montgomery 1994): for numbers
+// below 2^31, number / groups = number * factor >> shift.
+struct Rows {
+    int groups, stride, shift;
+    unsigned long long factor;
+    __device__ __forceinline__ uint64_t at(unsigned long long group) const {
+        if (groups == 0) return group * 8;
+        const uint32_t row = (uint32_t)(group * factor >> shift);
+        return (uint64_t)row * stride + ((uint32_t)group - row * (uint32_t)groups) * 8;
+    }
+};
+
 template <typename T>
 __device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t* codes, const float* absmax,
-                                           float offset, T* out, unsigned long long n, int width_log2, int code) {
+                                           float offset, T* out, unsigned long long n, int width_log2, int code,
+                                           const Rows rows) {
     SHARED_ARRAY(float, values, 16);
     SHARED_ARRAY(float, map, 256);
     const unsigned long long first = (unsigned long long)blockIdx.x * blockDim.x * GROUPS + threadIdx.x;
@@ -105,7 +120,7 @@ __device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t*
                 const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
                 eight.v[i] = __fmul_rn(values[words[j] >> shift & 15], scale);
             }
-            eight.store(out + from);
+            eight.store(out + rows.at(group));
         } else {
             for (unsigned long long i = from; i < n; ++i) {
                 const float value = __fmul_rn(values[packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15], scale);
@@ -127,8 +142,25 @@ FROM(F16, f16)
 #define INTO(T, type)                                                                                           \
     extern "C" __global__ void __launch_bounds__(256)                                                           \
         four_bit_dequantize_##type(const uint8_t* packed, const uint8_t* codes, const float* absmax,            \
-                                   float offset, T* out, unsigned long long n, int width_log2, int code) {      \
-        dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code);                                 \
+                                   float offset, T* out, unsigned long long n, int width_log2, int code,        \
+                                   int groups, int stride, int shift, unsigned long long factor) {              \
+        dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code,                                  \
+                      Rows{groups, stride, shift, factor});                                                     \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                           \
+        four_bit_inside_##type(const uint8_t* packed, const uint8_t* codes, const float* absmax, float offset,  \
+                               T* out, unsigned long long n, int width_log2, int code, int groups, int stride,  \
+                               int shift, unsigned long long factor, int blocks, int spare,                     \
+                               PAIR_PARAMETERS(T)) {                                                            \
+        if ((int)blockIdx.x < blocks) {                                                                         \
+            dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code,                              \
+                          Rows{groups, stride, shift, factor});                                                 \
+            return;                                                                                             \
+        }                                                                                                       \
+        const Pair<T> pairs[3] = PAIRS;                                                                         \
+        insert<T>(out, groups * 8, spare, pairs, blockIdx.x - blocks);                                          \
     }
+// `inside` is `dequantize` of the first of the weights side by side; the blocks behind the first `blocks` put the pairs of
+// all of them beside and below.
 INTO(float, f32)
 INTO(bf16, bf16)

@@ -1,4 +1,5 @@
 // Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block per row. The twin of src/ops/layer_norm.rs.
+// Rows of what is written lie `stride` apart, a multiple of eight if the width is one.
 #include "common.cuh"
 
 struct Moments {
@@ -35,8 +36,9 @@ __device__ __forceinline__ Moments moments(const T* x, int width, float eps) {
 }
 
 template <typename T>
-__device__ __forceinline__ void forward(const T* x, const float* w, const float* b, T* y, int width, float eps) {
-    x += (uint64_t)blockIdx.x * width, y += (uint64_t)blockIdx.x * width;
+__device__ __forceinline__ void forward(const T* x, const float* w, const float* b, T* y, int width, int stride,
+                                        float eps) {
+    x += (uint64_t)blockIdx.x * width, y += (uint64_t)blockIdx.x * stride;
     const Moments of = moments(x, width, eps);
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
@@ -55,9 +57,9 @@ __device__ __forceinline__ void forward(const T* x, const float* w, const float*
 
 // dx += (g - mean(g) - n * mean(g * n)) * scale, with n = (x - mean) * scale and g = dy * w.
 template <typename T>
-__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, float eps) {
+__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, int stride, float eps) {
     const uint64_t row = (uint64_t)blockIdx.x * width;
-    dy += row, x += row, dx += row;
+    dy += row, x += row, dx += (uint64_t)blockIdx.x * stride;
     const Moments of = moments(x, width, eps);
     float sum = 0.f, dot = 0.f;
     if (width % 8 == 0) {
@@ -99,12 +101,12 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
 
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void layer_norm_forward_##type(const T* x, const float* w, const float* b, T* y, int width,  \
-                                                         float eps) {                                                  \
-        forward<T>(x, w, b, y, width, eps);                                                                            \
+                                                         int stride, float eps) {                                      \
+        forward<T>(x, w, b, y, width, stride, eps);                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void layer_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,   \
-                                                          float eps) {                                                 \
-        backward<T>(dy, x, w, dx, width, eps);                                                                         \
+                                                          int stride, float eps) {                                     \
+        backward<T>(dy, x, w, dx, width, stride, eps);                                                                 \
     }
 FOR(float, f32)
 FOR(bf16, bf16)

@@ -1,4 +1,6 @@
 // Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block per row. The twin of src/ops/rms_norm.rs.
+// Rows of what is written lie `stride` apart, a multiple of eight if the width is one. `scales` gets 1 / rms of each row,
+// unless it is null.
 // Neighbouring values move 16 bytes at a time if the width is a multiple of eight, as in every real model.
 #include "common.cuh"
 
@@ -19,9 +21,12 @@ __device__ __forceinline__ float reciprocal_rms(const T* x, int width, float eps
 }
 
 template <typename T>
-__device__ __forceinline__ void forward(const T* x, const float* w, T* y, int width, float eps) {
+__device__ __forceinline__ void forward(const T* x, const float* w, T* y, float* scales, int width, int stride,
+                                        float eps) {
     const uint64_t row = (uint64_t)blockIdx.x * width;
+    y += (uint64_t)blockIdx.x * stride;
     const float scale = reciprocal_rms(x + row, width, eps);
+    if (scales != nullptr && threadIdx.x == 0) scales[blockIdx.x] = scale;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a;
@@ -30,18 +35,19 @@ __device__ __forceinline__ void forward(const T* x, const float* w, T* y, int wi
             b.load(w + i);
 #pragma unroll
             for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] * scale * b.v[j];
-            a.store(y + row + i);
+            a.store(y + i);
         }
     } else {
         for (int i = threadIdx.x; i < width; i += blockDim.x)
-            y[row + i] = narrow<T>(widen(x[row + i]) * scale * w[i]);
+            y[i] = narrow<T>(widen(x[row + i]) * scale * w[i]);
     }
 }
 
 // dx += scale * (dy*w - x * scale^2 * mean(dy*w*x)), scale = 1 / rms.
 template <typename T>
-__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, float eps) {
+__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, int stride, float eps) {
     const uint64_t row = (uint64_t)blockIdx.x * width;
+    dx += (uint64_t)blockIdx.x * stride;
     const float scale = reciprocal_rms(x + row, width, eps);
     float dot = 0.f;
     if (width % 8 == 0) {
@@ -65,26 +71,27 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
             a.load(x + row + i);
             d.load(dy + row + i);
             b.load(w + i);
-            to.load(dx + row + i);
+            to.load(dx + i);
 #pragma unroll
             for (int j = 0; j < 8; ++j) to.v[j] += d.v[j] * b.v[j] * scale - a.v[j] * pull;
-            to.store(dx + row + i);
+            to.store(dx + i);
         }
     } else {
         for (int i = threadIdx.x; i < width; i += blockDim.x) {
             const float grown = widen(dy[row + i]) * w[i] * scale - widen(x[row + i]) * pull;
-            dx[row + i] = narrow<T>(widen(dx[row + i]) + grown);
+            dx[i] = narrow<T>(widen(dx[i]) + grown);
         }
     }
 }
 
 #define FOR(T, type)                                                                                                   \
-    extern "C" __global__ void rms_norm_forward_##type(const T* x, const float* w, T* y, int width, float eps) {       \
-        forward<T>(x, w, y, width, eps);                                                                               \
+    extern "C" __global__ void rms_norm_forward_##type(const T* x, const float* w, T* y, float* scales, int width,     \
+                                                       int stride, float eps) {                                        \
+        forward<T>(x, w, y, scales, width, stride, eps);                                                               \
     }                                                                                                                  \
     extern "C" __global__ void rms_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,     \
-                                                        float eps) {                                                   \
-        backward<T>(dy, x, w, dx, width, eps);                                                                         \
+                                                        int stride, float eps) {                                       \
+        backward<T>(dy, x, w, dx, width, stride, eps);                                                                 \
     }
 FOR(float, f32)
 FOR(bf16, bf16)

@@ -47,14 +47,16 @@ __device__ __forceinline__ void convert(const From* x, To* y, unsigned long long
 }
 
 #define FOR(T, type)                                                                                                \
-    extern "C" __global__ void rows_columns_##type(const T* x, T* y, int stride, int width) {                       \
-        move<T>(x + (uint64_t)blockIdx.x * stride, y + (uint64_t)blockIdx.x * width, width, stride % 8 == 0);       \
+    extern "C" __global__ void rows_columns_##type(const T* x, T* y, int x_stride, int y_stride, int width,         \
+                                                   int aligned) {                                                   \
+        move<T>(x + (uint64_t)blockIdx.x * x_stride, y + (uint64_t)blockIdx.x * y_stride, width, aligned != 0);     \
     }                                                                                                               \
-    extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width) {             \
-        move<T>(x + (uint64_t)index[blockIdx.x] * width, y + (uint64_t)blockIdx.x * width, width);                  \
+    extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width, int stride) { \
+        move<T>(x + (uint64_t)index[blockIdx.x] * width, y + (uint64_t)blockIdx.x * stride, width, stride % 8 == 0); \
     }                                                                                                               \
-    extern "C" __global__ void rows_scatter_##type(const T* y, const uint32_t* index, T* x, int width) {            \
-        move<T>(y + (uint64_t)blockIdx.x * width, x + (uint64_t)index[blockIdx.x] * width, width);                  \
+    extern "C" __global__ void rows_scatter_##type(const T* y, const uint32_t* index, T* x, int width,              \
+                                                   int stride) {                                                    \
+        move<T>(y + (uint64_t)blockIdx.x * width, x + (uint64_t)index[blockIdx.x] * stride, width, stride % 8 == 0); \
     }                                                                                                               \
     extern "C" __global__ void rows_add_##type(T* x, const T* y, unsigned long long n) { add<T>(x, y, n); }
 FOR(float, f32)

@@ -5,6 +5,7 @@
 //! what is finished, and continues training from its newest checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use candle_core::Device;
@@ -19,7 +20,8 @@ use crate::fetch;
 use crate::generate::Sampling;
 use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
-use crate::memory::Running;
+use crate::memory::{Machine, Running, Task};
+use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
@@ -28,7 +30,7 @@ use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
 use crate::publish::{self, Published};
-use crate::ranks::{Collective, Place};
+use crate::ranks::{Alone, Collective, Place};
 use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
@@ -204,7 +206,7 @@ fn make(
     // Gigabytes, fetched when everything else fits.
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
     tell_renamed(&described, report);
-    let home = memory.home(ranks.clone());
+    let (home, planned) = (memory.home(ranks.clone()), (memory.task.clone(), memory.machine.clone()));
     let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
@@ -226,7 +228,10 @@ fn make(
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    answer_if_asked(plan, decoder, &tokenizer, &asked, folder, report);
+    if !asked.is_empty() {
+        let whole = || alone(plan, decoder, &described.options, planned, device, report);
+        answer_if_asked(plan, whole, &tokenizer, &asked, folder, report);
+    }
     finish(plan, &trained, folder)?;
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
@@ -238,25 +243,43 @@ fn make(
 /// Lets base and tuned model answer. The adapter is whole: answers that cannot be given are no reason to fail.
 fn answer_if_asked(
     plan: &Plan,
-    decoder: Decoder,
+    whole: impl FnOnce() -> Result<Decoder>,
     tokenizer: &Tokenizer,
     asked: &[dataset::Record],
     folder: &RunFolder,
     report: &Report,
 ) {
-    let shared = decoder.ring.as_ref().is_some_and(Ring::is_shared);
-    let text = match () {
-        () if asked.is_empty() => return,
-        () if shared => {
-            "no answers: the ranks share the base, so that none of them can answer by itself".into()
-        }
-        () => match answer(plan, decoder, tokenizer, asked, folder, report) {
-            Ok(()) => return,
-            Err(_) if interrupt::requested() => "a signal came: no answers".into(),
-            Err(fault) => format!("no answers: {}", fault.in_a_line()),
-        },
+    let answered = whole().and_then(|decoder| answer(plan, decoder, tokenizer, asked, folder, report));
+    let text = match answered {
+        Ok(()) => return,
+        Err(_) if interrupt::requested() => "a signal came: no answers".into(),
+        Err(fault) => format!("no answers: {}", fault.in_a_line()),
     };
     report.warn(Stage::Evaluate, text);
+}
+
+/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits there,
+/// or else in host memory.
+fn alone(
+    plan: &Plan,
+    decoder: Decoder,
+    options: &model::Options,
+    planned: (Task, Machine),
+    device: &Device,
+    report: &Report,
+) -> Result<Decoder> {
+    if !decoder.ring.as_ref().is_some_and(Ring::is_shared) {
+        return Ok(decoder);
+    }
+    let facts = decoder.facts.clone();
+    // Its memory is the next one's.
+    drop(decoder);
+    let now = Machine::of(device, plan.memory.limit);
+    let (task, planned) = planned;
+    let machine = if device.is_cpu() { now } else { Machine { ranks: 1, host: now.host, ..planned } };
+    let memory = Running::start(Task { residency: None, ..task }, machine)?;
+    report.note(Stage::Load, "the ranks shared the base: rank 0 loads all of it for the answers");
+    load::load_at(&memory.home(Arc::new(Alone)), facts, options, device, report)
 }
 
 fn tell_renamed(described: &Described, report: &Report) {

@@ -23,6 +23,7 @@ use hone::{commands, last_word};
 
 fn main() -> ExitCode {
     hone::machine::keep_freed_memory();
+    launch::fix_order_of_sums();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     match kaito::call(&arguments, &environment) {
         None => start(arguments, Vec::new(), false),

@@ -189,12 +189,15 @@ fn what_a_step_asks_of_the_device() {
     // The third step's line is written when the fourth has been queued, so one step lies between two such lines.
     let (before, after) = (marks[2], marks[3]);
     let found = [
-        // A layer: norms, rope, attention, activation, seven expanded weights, and the same backwards.
-        ("launches", after.launches - before.launches, 65),
-        // Each of a layer's seven linear layers has three products forward (base, A, B) and five backward (base,
-        // B, A and their gradients). The head has two. The lowest layer's first three need no gradient of their
-        // input.
-        ("products", after.products - before.products, 108),
+        // A layer forward: two norms, rope, attention, activation, seven weights that are expanded (the first of each
+        // input with the pairs), and three low-rank products kept. Backward: two norms, rope, two of attention, two of
+        // the activation, seven weights, a pass over four gradients and the sums of its parts, a pass over two norms'
+        // inputs and its sums. Thirteen around the layers. The lowest layer's first three linear layers need no
+        // gradient of their input: one launch puts their pairs where three expand weights, and a norm is missing.
+        ("launches", after.launches - before.launches, 2 * (15 + 26) - 3 + 13),
+        // Layers that read the same input have two products forward (A; base and B) and one backward, for the gradient of
+        // their input. Two of the four inputs come from no norm: a product gives the gradient of A. The head has two.
+        ("products", after.products - before.products, 2 * (8 + 6) - 1 + 2),
         // The numbers of the step before.
         ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
         // Loss, norm of the gradient, norm of the parameters.

@@ -3,6 +3,9 @@
 //!
 //! `cargo test --test ranks chaos` tries 10 seeds, `HONE_CHAOS=300` so many; `HONE_SEED=N` begins at that one. A seed
 //! draws which rank is killed at which call; a failing seed is named with them.
+//!
+//! Ranks on GPUs run on the fake driver (`tests/gpu`), with a process and a GPU each. A few of NCCL's calls are tried;
+//! `HONE_FAULTS=all cargo test --features cuda --test ranks nccl` kills each rank at every one of them.
 
 #[path = "support/job.rs"]
 mod job;
@@ -70,12 +73,16 @@ fn whole(work: &Work, output: &str, ranks: usize) -> Vec<u8> {
 #[test]
 fn a_shared_base_changes_no_byte() {
     let work = Work::with_llama();
-    let whole = whole(&work, "whole", 3);
+    let whole = arguments("whole", 8, &["--ranks", "3", "--set", "answers=2"]);
+    job::done(&mut hone(&work, &whole));
     let shared = arguments("shared", 8, &["--ranks", "3", "--set", "residency=shared", "--set", "answers=2"]);
     let ended = job::done(&mut hone(&work, &shared));
     assert!(ended.stderr.contains("shared over 3 ranks"), "{}", ended.stderr);
-    assert!(ended.stderr.contains("no answers: the ranks share the base"), "{}", ended.stderr);
-    assert!(work.read("shared/adapter_model.safetensors") == whole, "the adapters differ");
+    assert!(ended.stderr.contains("rank 0 loads all of it for the answers"), "{}", ended.stderr);
+    for file in ["adapter_model.safetensors", "answers.json"] {
+        let read = |output: &str| work.read(&format!("{output}/{file}"));
+        assert!(read("shared") == read("whole"), "{file} differs");
+    }
 }
 
 /// The values of an adapter: f32 behind the header of a safetensors file.
@@ -173,6 +180,12 @@ fn any_number_of_ranks_trains_the_same_adapter() {
 /// As torchrun starts processes: each by itself, with its place in the environment.
 fn under_torchrun(work: &Work, rank: usize, world: usize, port: u16, arguments: &[String]) -> Command {
     let mut command = hone(work, arguments);
+    place(&mut command, work, rank, world, port);
+    command
+}
+
+/// Sets torchrun's variables.
+fn place(command: &mut Command, work: &Work, rank: usize, world: usize, port: u16) {
     let number = |number: usize| number.to_string();
     command.env("RANK", number(rank)).env("WORLD_SIZE", number(world));
     command.env("LOCAL_RANK", number(rank)).env("LOCAL_WORLD_SIZE", number(world));
@@ -181,7 +194,6 @@ fn under_torchrun(work: &Work, rank: usize, world: usize, port: u16, arguments: 
         .env("TORCHELASTIC_USE_AGENT_STORE", "True")
         .env("TORCHELASTIC_RUN_ID", work.path("").display().to_string());
     command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{rank}.json")));
-    command
 }
 
 fn both(commands: [Command; 2]) -> Vec<job::Ended> {
@@ -366,4 +378,167 @@ fn chaos_kills_ranks_at_random_calls_and_the_bytes_stay() {
     });
     let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+/// Ranks with a GPU each: processes on the fake driver, whose libnccl joins them.
+#[cfg(feature = "cuda")]
+mod gpus {
+    use super::*;
+
+    const KEYS: [&str; 9] = [
+        "QuantizationConfig.load_in_4bit=true",
+        "QuantizationConfig.bnb_4bit_compute_dtype=float32",
+        "TrainingArguments.learning_rate=1e-3",
+        "TrainingArguments.adam_epsilon=1e-3",
+        "TrainingArguments.per_device_train_batch_size=4",
+        "TrainingArguments.logging_steps=1",
+        "TrainingArguments.save_strategy=steps",
+        "TrainingArguments.save_steps=1",
+        "TrainingArguments.max_steps=3",
+    ];
+
+    /// Whether the driver is the fake one; a real GPU cannot be shared by tests that kill processes.
+    fn are_fake() -> bool {
+        std::env::var_os("HONE_FAKE_GPU_ORDER").is_some()
+    }
+
+    /// `hone run` with what the fake driver reads. `count` is what the driver shows.
+    fn hone(work: &Work, output: &str, count: usize, more: &[&str]) -> Command {
+        let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", output];
+        KEYS.iter().for_each(|key| arguments.extend(["--set", key]));
+        arguments.extend(["--pass-tokens-max", "64"]);
+        arguments.extend(more);
+        let mut command = work.hone(&arguments);
+        for name in ["HONE_CUDA_LIBS", "LD_LIBRARY_PATH", "HONE_FAKE_GPU_ORDER", "HONE_FAKE_GPU_STATS"] {
+            command.envs(std::env::var_os(name).map(|value| (name, value)));
+        }
+        command.env("HONE_FAKE_GPU_COUNT", count.to_string()).env("HONE_FAKE_GPU_THREADS", "1");
+        command
+    }
+
+    fn adapter(work: &Work, output: &str) -> Vec<u8> {
+        work.read(&format!("{output}/adapter_model.safetensors"))
+    }
+
+    /// Trains on so many GPUs, and returns the adapter.
+    fn whole(work: &Work, output: &str, count: usize, variables: &[(&str, &str)]) -> Vec<u8> {
+        let mut command = hone(work, output, count, &["--gpus", "all"]);
+        job::done(command.envs(variables.iter().copied()));
+        adapter(work, output)
+    }
+
+    /// Calls of NCCL that a rank made: what, and of how many values.
+    fn calls(log: &str, rank: &str) -> Vec<(String, u64)> {
+        let lines = log.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let own = lines.filter(|words| words[0] == rank);
+        own.map(|words| (words[2].to_owned(), words[3].parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn two_gpus_train_what_one_does_and_repeat_their_bytes() {
+        if !are_fake() {
+            return;
+        }
+        let work = Work::with_llama();
+        let one = whole(&work, "one", 1, &[]);
+        let log = work.path("calls").display().to_string();
+        let two = whole(&work, "two", 2, &[("HONE_FAKE_NCCL_LOG", &log)]);
+        let (one, many) = (values(&one), values(&two));
+        let largest = one.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let apart = one.iter().zip(&many).fold(0.0f32, |apart, (one, many)| apart.max((one - many).abs()));
+        assert!(one.len() == many.len() && apart <= 1e-5 * largest, "{apart} of {largest}");
+        // Both make the same calls: two when they connect, the parameters, and the same pieces in each step.
+        let log = work.text("calls");
+        let calls = calls(&log, "0");
+        assert_eq!(calls, self::calls(&log, "1"));
+        assert!(calls.iter().all(|(what, _)| what == "AllReduce"));
+        let steps: Vec<&[(String, u64)]> = calls[3..].chunks((calls.len() - 3) / 3).collect();
+        assert!(
+            steps.len() == 3 && steps[0].len() > 1 && steps.iter().all(|step| *step == steps[0]),
+            "{calls:?}"
+        );
+        let pieces: u64 = steps[0].iter().map(|(_, values)| values).sum();
+        assert_eq!(pieces, 128 + calls[2].1, "gradients and losses");
+        // Under torchrun's variables, with collectives that take their time: the same bytes.
+        let store = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = store.local_addr().unwrap().port();
+        let rank = |rank: usize| {
+            let mut command = hone(&work, "launched", 2, &[]);
+            place(&mut command, &work, rank, 2, port);
+            command.env("HONE_FAKE_NCCL_DELAY", "10");
+            command
+        };
+        let ended = both([rank(0), rank(1)]);
+        assert_eq!((ended[0].code, ended[1].code), (Some(0), Some(0)), "{ended:?}");
+        assert!(adapter(&work, "launched") == two, "whoever starts them");
+    }
+
+    /// Kills a rank at a call, and starts the run again.
+    fn dies(work: &Work, rank: usize, call: usize, expected: &[u8]) {
+        let output = format!("dies-{rank}-{call}");
+        let mut command = hone(work, &output, 2, &["--gpus", "all"]);
+        let began = Instant::now();
+        let ended = job::end(command.env("HONE_FAKE_NCCL_DIE", format!("{rank}:{call}")));
+        let what = format!("rank {rank} at call {call}: {}", ended.stderr);
+        assert_eq!(ended.code, Some(22), "{what}");
+        assert!(began.elapsed() < RUN_MAX, "{what}");
+        let told = work.json("termination.json")["message"].as_str().unwrap().to_owned();
+        assert!(
+            told.starts_with(&format!("rank {rank} of 2")) && told.contains("signal 9"),
+            "{told}, {what}"
+        );
+        assert_eq!(ended.stderr.matches("signal 9").count(), 1, "{what}");
+        let whole = whole(work, &output, 2, &[]);
+        assert!(whole == expected, "{what}");
+        std::fs::remove_dir_all(work.path(&output)).unwrap();
+    }
+
+    #[test]
+    fn a_rank_that_dies_at_a_call_of_nccl_ends_all_and_the_run_continues() {
+        if !are_fake() {
+            return;
+        }
+        let work = Work::with_llama();
+        let log = work.path("calls").display().to_string();
+        let expected = whole(&work, "whole", 2, &[("HONE_FAKE_NCCL_LOG", &log)]);
+        let last = calls(&work.text("calls"), "0").len();
+        let all = std::env::var("HONE_FAULTS").is_ok_and(|value| value == "all");
+        // While they connect; in the middle of the second step's pass; in the last sum.
+        let few = vec![(1, 0), (1, 3 + (last - 3) / 3 + 1), (0, last)];
+        let every = (0..=last).flat_map(|call| [(0, call), (1, call)]).collect();
+        for (rank, call) in if all { every } else { few } {
+            dies(&work, rank, call, &expected);
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_hangs_in_nccl_or_makes_another_call_ends_all() {
+        if !are_fake() {
+            return;
+        }
+        let work = Work::with_llama();
+        let ends = |output: &str, variables: &[(&str, &str)]| {
+            let mut command = hone(&work, output, 2, &["--gpus", "all"]);
+            let began = Instant::now();
+            let ended = job::end(command.envs(variables.iter().copied()));
+            assert!(ended.code == Some(22) && began.elapsed() < RUN_MAX, "{variables:?}\n{}", ended.stderr);
+            work.json("termination.json")["message"].as_str().unwrap().to_owned()
+        };
+        // Both hosts wait for their GPUs, and beats go on.
+        let told = ends("hang", &[("HONE_FAKE_NCCL_HANG", "1:6"), ("HONE_RANKS_TIMEOUT", "4")]);
+        assert!(
+            told.starts_with("rank 1 of 2 (")
+                && told.contains("hangs: the other ranks have waited for it for 4 s"),
+            "{told}"
+        );
+        let log = work.path("calls").display().to_string();
+        let whole = whole(&work, "whole", 2, &[("HONE_FAKE_NCCL_LOG", &log)]);
+        let calls = calls(&work.text("calls"), "0");
+        let other = (3..calls.len() - 1).find(|at| calls[*at].1 != calls[at + 1].1).unwrap();
+        let told = ends("swap", &[("HONE_FAKE_NCCL_SWAP", &format!("1:{}", other + 1))]);
+        let (first, second) = (calls[other].1, calls[other + 1].1);
+        assert!(told.contains("NCCL: invalid usage: at call"), "{told}");
+        assert!(told.contains(&first.to_string()) && told.contains(&second.to_string()), "{told}");
+        assert!(self::whole(&work, "swap", 2, &[]) == whole, "and continues");
+    }
 }

@@ -39,6 +39,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adapters.rs", "serving's launches; nothing is trained through them"),
     ("attention", "launches and lists of tiles, compared by attention.rs beside it"),
     ("bias.rs", "adds a frozen vector: the gradient passes unchanged"),
+    ("change.rs", "switches of benches, no operation"),
     ("cpu.rs", "access to memory and exp, no operation of its own"),
     ("cuda", "the border to a GPU: every operation compares its kernels with its formula"),
     ("dropout.rs", "linear, its own gradient; src/model/judge.rs judges it inside the decoder"),
@@ -48,6 +49,10 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("gemm", "plain products with accumulation, judged by a triple loop"),
     ("judge.rs", "the judge"),
     ("largest.rs", "serving's choice of a token; nothing is trained through it"),
+    (
+        "low_rank.rs",
+        "products, compared in f64 in both directions; src/model/judge.rs judges pairs inside the decoder",
+    ),
     ("matmul.rs", "linear; src/model/judge.rs judges its products as each other's gradients"),
     ("mod.rs", "the list"),
     ("noise.rs", "adds what depends on no parameter: the gradient passes unchanged"),

@@ -716,6 +716,23 @@ fn all_gpus_of_an_instance_type_are_used() {
     assert_eq!(on("Standard_NC96ads_A100_v4"), (text("4"), text("8"), text("21Gi"), Some(text(shared))));
 }
 
+/// A base that no node holds is shared over the ranks of all nodes, and each pod asks for the memory of its own ranks.
+#[test]
+fn nodes_that_are_too_small_alone_share_the_base() {
+    let on = |nodes: u32| {
+        workspace(|value| {
+            value["resource"] = json!({"instanceType": "g5.xlarge", "count": nodes, "labelSelector": {}});
+            value["tuning"]["preset"]["name"] = json!("llama-3.3-70b-instruct");
+        })
+    };
+    assert_eq!(rendered(&on(1), None).unwrap_err().kind, Kind::Capacity);
+    let memory = |nodes: u32| {
+        let job = job(&on(nodes));
+        container(&job)["resources"]["requests"]["memory"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(memory(4), memory(8));
+}
+
 /// What a Job on several nodes has besides that of one node.
 #[test]
 fn a_job_on_several_nodes() {

@@ -32,7 +32,7 @@ LINKS = {
 RANKS = {"NVLink 4 (H100 SXM)": (2, 4, 8), "PCIe 5 x16": (2, 4, 8), "PCIe 4 x16": (2, 4, 8), "400 Gb/s RDMA": (16, 64),
          "100 Gb/s Ethernet": (2, 8), "25 Gb/s Ethernet": (2, 8)}
 BACKWARD = 0.6  # of a step; the rest is the forward pass and the update
-BUCKETS = 4
+BUCKETS = 8
 DRAWS = 400
 
 

@@ -41,7 +41,17 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
         cases.push(few(gpu, shape, rows, gate_up, true));
         cases.push(few(gpu, shape, rows, gate_up, false));
     }
-    cases.push(product(gpu, shape, "bf16 product, gate_up", gate_up, Kind::Forward, false));
+    // How the library of products takes the spare columns in which LoRA lies.
+    for (name, (n, k)) in weights {
+        for more in [0, 8, 64] {
+            let name = format!("bf16 product, {name}, K + {more}");
+            cases.push(product(gpu, shape, &name, (n, k + more), Kind::Forward, false));
+        }
+        for more in [0, 64] {
+            let name = format!("bf16 product's gradient, {name}, N + {more}");
+            cases.push(product(gpu, shape, &name, (n + more, k), Kind::Input, false));
+        }
+    }
     cases.push(product(gpu, shape, "LoRA A, gate_up", (RANK, width), Kind::Forward, false));
     cases.push(product(gpu, shape, "LoRA A's gradient, gate_up", (RANK, width), Kind::Weight, false));
     cases.push(product(gpu, shape, "LoRA B, gate_up", (2 * feed_forward, RANK), Kind::Forward, false));

@@ -1,6 +1,7 @@
 // The device of this process: the properties it claims, its memory, and the counts of what was requested from it.
 //
-// Everything is done at once, on the calling thread, under one lock; only copies of pinned memory wait in their stream (streams.h).
+// Everything is done at once, on the calling thread, under one lock; only copies of pinned memory and collectives (nccl.cpp) wait in
+// their stream (streams.h).
 // The environment sets:
 //   HONE_FAKE_GPU_COUNT       number of devices, of which a process may use one; 0: a driver without a device (1)
 //   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
@@ -36,6 +37,7 @@ enum Result {
     invalid_context = 201,
     invalid_handle = 400,
     not_found = 500,
+    not_ready = 600,
     launch_out_of_resources = 701,
     not_supported = 801,
 };

@@ -399,6 +399,7 @@ API cuGetErrorName(int result, const char** name) {
         case invalid_device: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
         case invalid_context: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case invalid_handle: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
+        case not_ready: *name = "CUDA_ERROR_NOT_READY"; break;
         case not_found: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case launch_out_of_resources: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
         case not_supported: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;

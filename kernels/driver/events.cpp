@@ -40,7 +40,10 @@ API cuEventRecord(void* event, void* stream) {
     return success;
 }
 API cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
-API cuEventQuery(void*) { return success; }
+API cuEventQuery(void* event) {
+    const std::lock_guard<std::mutex> hold(lock);
+    return is_done(static_cast<Event*>(event)->mark) ? success : not_ready;
+}
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
     const std::lock_guard<std::mutex> hold(lock);
     wait_for(stream, static_cast<Event*>(event)->mark);

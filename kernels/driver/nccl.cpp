@@ -1,11 +1,13 @@
 // libnccl: collectives between processes of one machine, through shared memory.
 //
-// A communicator is a file of /dev/shm that its unique id names, and one more for each rank's data. A collective copies
-// this rank's values out, waits for all ranks, and combines them in the order of the ranks; sums are taken in f64. It is
-// done when the call returns. Ranks that make different calls end with both calls named. A rank whose process is gone
-// is ncclRemoteError for the others. The environment sets:
-//   HONE_FAKE_NCCL_DIE       RANK:CALL, the rank's process is killed at this collective, counted from 1
+// A communicator is a file of /dev/shm that its unique id names, and one more for each rank's data. A call takes this rank's values and
+// returns. A thread of the communicator gives them to the others, waits for all ranks, and combines them in the order of the ranks; sums
+// are taken in f64. The result arrives in its stream as late as the program allows (streams.h), and a call that does not lie behind the
+// last use of its buffer leaves 0xff. Ranks that make different calls get an error that names both. A rank whose process is gone is
+// ncclRemoteError for the others. The environment sets:
+//   HONE_FAKE_NCCL_DIE       RANK:CALL, the rank's process is killed at this collective, counted from 1; 0: when it connects
 //   HONE_FAKE_NCCL_HANG      RANK:CALL, the rank never comes to this collective
+//   HONE_FAKE_NCCL_SWAP      RANK:CALL, the rank makes this collective after the next one
 //   HONE_FAKE_NCCL_DELAY     milliseconds that a rank waits before each collective, times a number of 0 to 3 that differs
 //   HONE_FAKE_NCCL_LOG       a file: a line for each collective, as `RANK CALL WHAT COUNT TYPE`
 //   HONE_FAKE_NCCL_PATIENCE  seconds that a rank waits for the others (60)
@@ -20,17 +22,24 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "driver/device.h"
+#include "driver/streams.h"
 
 #define API EXPORT int
 
 namespace {
 
 // The values of ncclResult_t that are returned.
-enum { ok = 0, system_error = 2, invalid_argument = 4, invalid_usage = 5, remote_error = 6 };
+enum { ok = 0, system_error = 2, invalid_argument = 4, invalid_usage = 5, remote_error = 6, in_progress = 7 };
 // The values of ncclDataType_t that hone uses.
 enum { uint8 = 1, float32 = 7 };
 constexpr int ranks_max = 64, version = 22700;
@@ -60,9 +69,39 @@ struct Shared {
 
 struct Communicator {
     std::string name;
-    int rank, world, error = ok;
+    int rank, world;
+    std::atomic<int> error{in_progress};
     uint64_t calls = 0;
     Shared* shared;
+    std::string last_error;
+
+    // What the thread has to do, in order, and how much of it is not done.
+    std::thread thread;
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<std::function<void()>> jobs;
+    std::function<void()> held;  // a collective that is made after the next one
+    int open = 0;
+    bool leaves = false;
+
+    void add(std::function<void()> job) {
+        const std::lock_guard<std::mutex> hold(mutex);
+        jobs.push_back(std::move(job));
+        changed.notify_all();
+    }
+
+    void work() {
+        std::unique_lock<std::mutex> hold(mutex);
+        while (true) {
+            changed.wait(hold, [this] { return leaves || !jobs.empty(); });
+            if (jobs.empty()) return;
+            const std::function<void()> job = std::move(jobs.front());
+            jobs.pop_front();
+            hold.unlock();
+            job();
+            hold.lock();
+        }
+    }
 };
 
 uint64_t number(const char* variable, uint64_t otherwise) {
@@ -105,7 +144,7 @@ int meet(Communicator& comm) {
     }
     const uint64_t patience = 20000 * number("HONE_FAKE_NCCL_PATIENCE", 60);
     for (uint64_t looks = 0; shared.round.load() == round; ++looks) {
-        if (shared.aborted.load() != 0) return remote_error;
+        if (shared.aborted.load() != 0 && shared.round.load() == round) return remote_error;
         for (int rank = 0; looks % 200 == 199 && rank < comm.world; ++rank) {
             const int process = shared.seats[rank].process.load();
             // A rank that left after it came is not missed.
@@ -125,57 +164,118 @@ void tell(const Communicator& comm, const char* what, uint64_t count, int type) 
     close(to);
 }
 
-// Ends the process if the ranks do not make the same call.
-void compare(const Communicator& comm) {
+// A collective that the program called.
+struct Call {
+    const char* what;
+    uint64_t number, count;
+    int type;
+    std::vector<char> values, result;
+    int error = ok;
+    // What each rank's bytes do to the result, in the order of the ranks.
+    std::function<void(int, const void*)> use;
+    std::function<void()> end;
+};
+
+// An error if the ranks do not make the same call.
+int compare(Communicator& comm, const Call& call) {
     const Seat& own = comm.shared->seats[comm.rank];
     for (int rank = 0; rank < comm.world; ++rank) {
         const Seat& other = comm.shared->seats[rank];
         if (strcmp(own.what, other.what) == 0 && own.count == other.count && own.type == other.type) continue;
-        fake::die("nccl: at call %llu rank %d calls %s of %llu values of type %d, and rank %d calls %s of %llu values of type %d",
-                  (unsigned long long)comm.calls, comm.rank, own.what, (unsigned long long)own.count, own.type, rank, other.what,
-                  (unsigned long long)other.count, other.type);
+        char text[300];
+        snprintf(text, sizeof text, "at call %llu rank %d calls %s of %llu values of type %d, and rank %d calls %s of %llu values of type %d",
+                 (unsigned long long)call.number, comm.rank, own.what, (unsigned long long)own.count, own.type, rank, other.what,
+                 (unsigned long long)other.count, other.type);
+        const std::lock_guard<std::mutex> hold(comm.mutex);
+        comm.last_error = text;
+        return invalid_usage;
     }
+    return ok;
 }
 
 // Gives this rank's bytes, and has `use` read those of each rank in order.
-template <typename Use>
-int collective(Communicator* comm, const char* what, const void* from, uint64_t count, int type, size_t bytes, Use use) {
-    if (comm == nullptr) return invalid_argument;
-    if (comm->error != ok) return comm->error;
-    ++comm->calls;
-    tell(*comm, what, count, type);
-    if (is_named("HONE_FAKE_NCCL_DIE", *comm)) kill(getpid(), SIGKILL);
-    while (is_named("HONE_FAKE_NCCL_HANG", *comm)) sleep_milliseconds(1000);
-    sleep_milliseconds(number("HONE_FAKE_NCCL_DELAY", 0) * ((comm->calls * 7 + comm->rank * 5) % 4));
-    Seat& seat = comm->shared->seats[comm->rank];
-    snprintf(seat.what, sizeof seat.what, "%s", what);
-    seat.count = count;
-    seat.type = type;
-    void* own = mapped(data_of(*comm, comm->rank), bytes + 1, true);
-    if (own == nullptr) return comm->error = system_error;
-    memcpy(own, from, bytes);
+int exchange(Communicator& comm, const Call& call) {
+    if (comm.error != ok) return comm.error;
+    sleep_milliseconds(number("HONE_FAKE_NCCL_DELAY", 0) * ((call.number * 7 + comm.rank * 5) % 4));
+    Seat& seat = comm.shared->seats[comm.rank];
+    snprintf(seat.what, sizeof seat.what, "%s", call.what);
+    seat.count = call.count;
+    seat.type = call.type;
+    const size_t bytes = call.values.size();
+    void* own = mapped(data_of(comm, comm.rank), bytes + 1, true);
+    if (own == nullptr) return system_error;
+    memcpy(own, call.values.data(), bytes);
     munmap(own, bytes + 1);
-    comm->error = meet(*comm);
-    if (comm->error != ok) return comm->error;
-    compare(*comm);
-    for (int rank = 0; rank < comm->world; ++rank) {
-        void* data = mapped(data_of(*comm, rank), bytes + 1, false);
-        if (data == nullptr) return comm->error = system_error;
-        use(rank, data);
+    int error = meet(comm);
+    if (error == ok) error = compare(comm, call);
+    for (int rank = 0; error == ok && rank < comm.world; ++rank) {
+        void* data = mapped(data_of(comm, rank), bytes + 1, false);
+        if (data == nullptr) return system_error;
+        call.use(rank, data);
         munmap(data, bytes + 1);
     }
     // No rank writes its next values before all have read these.
-    return comm->error = meet(*comm);
+    return error == ok ? meet(comm) : error;
 }
 
-bool is_allocated(const void* address, size_t bytes) {
-    std::lock_guard<std::mutex> guard(fake::lock);
-    return fake::is_allocated((fake::Address)address, bytes);
+// Queues a call in a stream: `to` gets its result when the ranks have met and the stream comes to it.
+int collective(Communicator* comm, const std::shared_ptr<Call>& call, const void* from, size_t bytes, void* to, size_t result_bytes,
+               void* stream) {
+    if (comm->error != ok) return comm->error;
+    call->number = ++comm->calls;
+    tell(*comm, call->what, call->count, call->type);
+    if (is_named("HONE_FAKE_NCCL_DIE", *comm)) kill(getpid(), SIGKILL);
+    while (is_named("HONE_FAKE_NCCL_HANG", *comm)) sleep_milliseconds(1000);
+    const std::shared_ptr<fake::Pending> pending = std::make_shared<fake::Pending>();
+    for (int rank = 0; rank < comm->world; ++rank) {
+        pending->needs_threads |= rank != comm->rank && comm->shared->seats[rank].process == getpid();
+    }
+    {
+        const std::lock_guard<std::mutex> hold(fake::lock);
+        if (!fake::is_allocated((fake::Address)from, bytes) || !fake::is_allocated((fake::Address)to, result_bytes)) return invalid_argument;
+        call->values.assign((const char*)from, (const char*)from + bytes);
+        fake::queue(
+            stream, (fake::Address)to, result_bytes,
+            [call, to] {
+                if (call->error == ok) memcpy(to, call->result.data(), call->result.size());
+            },
+            pending);
+        fake::touch(stream, (fake::Address)from);
+    }
+    const std::function<void()> job = [comm, call, pending] {
+        call->error = exchange(*comm, *call);
+        if (call->error == ok && call->end) call->end();
+        if (call->error != ok) comm->error = call->error;
+        {
+            const std::lock_guard<std::mutex> hold(comm->mutex);
+            --comm->open;
+        }
+        pending->end();
+    };
+    {
+        const std::lock_guard<std::mutex> hold(comm->mutex);
+        ++comm->open;
+    }
+    if (is_named("HONE_FAKE_NCCL_SWAP", *comm)) {
+        comm->held = job;
+        return ok;
+    }
+    comm->add(job);
+    if (comm->held) comm->add(std::exchange(comm->held, nullptr));
+    return ok;
 }
 
 int leave(Communicator* comm, bool abort) {
     if (comm == nullptr) return invalid_argument;
-    if (abort) comm->shared->aborted.store(1);
+    {
+        const std::lock_guard<std::mutex> hold(comm->mutex);
+        // A rank that leaves in the middle of a collective leaves the others without it.
+        if (abort || comm->open > 0) comm->shared->aborted.store(1);
+        if (comm->held) comm->jobs.push_back(std::exchange(comm->held, nullptr));
+        comm->leaves = true;
+        comm->changed.notify_all();
+    }
+    comm->thread.join();
     comm->shared->seats[comm->rank].process.store(0);
     unlink(("/dev/shm/" + data_of(*comm, comm->rank)).c_str());
     if (comm->rank == 0) unlink(("/dev/shm/" + comm->name).c_str());
@@ -214,10 +314,12 @@ API ncclCommInitRankConfig(void** to, int world, Id id, int rank, Config* config
         delete comm;
         return system_error;
     }
+    if (is_named("HONE_FAKE_NCCL_DIE", *comm)) kill(getpid(), SIGKILL);
     comm->shared->seats[rank].process.store(getpid());
-    comm->error = meet(*comm);
+    comm->jobs.push_back([comm] { comm->error = meet(*comm); });
+    comm->thread = std::thread([comm] { comm->work(); });
     *to = comm;
-    return comm->error;
+    return in_progress;
 }
 
 API ncclCommGetAsyncError(Communicator* comm, int* to) {
@@ -229,25 +331,37 @@ API ncclCommGetAsyncError(Communicator* comm, int* to) {
 API ncclCommAbort(Communicator* comm) { return leave(comm, true); }
 API ncclCommDestroy(Communicator* comm) { return leave(comm, false); }
 
-API ncclAllReduce(const void* from, void* to, size_t count, int type, int operation, Communicator* comm, void*) {
-    const size_t bytes = 4 * count;
+API ncclAllReduce(const void* from, void* to, size_t count, int type, int operation, Communicator* comm, void* stream) {
+    if (comm == nullptr) return invalid_argument;
     if (type != float32 || operation != 0) return invalid_usage;
-    if (!is_allocated(from, bytes) || !is_allocated(to, bytes)) return invalid_argument;
+    const std::shared_ptr<Call> call = std::make_shared<Call>();
+    call->what = "AllReduce";
+    call->count = count;
+    call->type = type;
     // Adding to -0 changes no bit of a value.
-    std::vector<double> sums(count, -0.);
-    const int result = collective(comm, "AllReduce", from, count, type, bytes, [&](int, const void* data) {
-        for (size_t i = 0; i < count; ++i) sums[i] += (double)((const float*)data)[i];
-    });
-    for (size_t i = 0; result == ok && i < count; ++i) ((float*)to)[i] = (float)sums[i];
-    return result;
+    const auto sums = std::make_shared<std::vector<double>>(count, -0.);
+    call->use = [sums, count](int, const void* data) {
+        for (size_t i = 0; i < count; ++i) (*sums)[i] += (double)((const float*)data)[i];
+    };
+    Call* const of = call.get();
+    call->end = [sums, count, of] {
+        of->result.resize(4 * count);
+        for (size_t i = 0; i < count; ++i) ((float*)of->result.data())[i] = (float)(*sums)[i];
+    };
+    return collective(comm, call, from, 4 * count, to, 4 * count, stream);
 }
 
-API ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* comm, void*) {
+API ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* comm, void* stream) {
     if (comm == nullptr) return invalid_argument;
     if (type != uint8) return invalid_usage;
-    if (!is_allocated(from, count) || !is_allocated(to, count * comm->world)) return invalid_argument;
-    return collective(comm, "AllGather", from, count, type, count,
-                      [&](int rank, const void* data) { memcpy((char*)to + (size_t)rank * count, data, count); });
+    const std::shared_ptr<Call> call = std::make_shared<Call>();
+    call->what = "AllGather";
+    call->count = count;
+    call->type = type;
+    call->result.resize(count * comm->world);
+    Call* const of = call.get();
+    call->use = [of, count](int rank, const void* data) { memcpy(of->result.data() + (size_t)rank * count, data, count); };
+    return collective(comm, call, from, count, to, count * comm->world, stream);
 }
 
 EXPORT const char* ncclGetErrorString(int error) {
@@ -256,9 +370,14 @@ EXPORT const char* ncclGetErrorString(int error) {
         case system_error: return "unhandled system error";
         case invalid_argument: return "invalid argument";
         case invalid_usage: return "invalid usage";
+        case in_progress: return "operation in progress";
         case remote_error: return "remote process exited or there was a network error";
         default: return "unknown result code";
     }
 }
 
-EXPORT const char* ncclGetLastError(Communicator*) { return ""; }
+EXPORT const char* ncclGetLastError(Communicator* comm) {
+    if (comm == nullptr) return "";
+    const std::lock_guard<std::mutex> hold(comm->mutex);
+    return comm->last_error.c_str();
+}

@@ -14,6 +14,7 @@ struct Late {
     size_t bytes;
     bool torn;
     std::function<void()> work;
+    std::shared_ptr<Pending> pending;
 };
 
 struct Stream {
@@ -42,8 +43,17 @@ void join(Moment& to, const Moment& from) {
     for (const auto& [stream, work] : from) to[stream] = std::max(to[stream], work);
 }
 
-void finish(Stream& stream, uint64_t until) {
+// The lock is free while something is waited for, so that other threads of this process go on.
+void finish(Stream& stream, uint64_t until, bool waits_for_threads = true) {
     while (stream.done < until && !stream.late.empty()) {
+        const std::shared_ptr<Pending> pending = stream.late.front().pending;
+        if (pending != nullptr && !pending->is_ready()) {
+            if (pending->needs_threads && !waits_for_threads) return;
+            lock.unlock();
+            pending->wait();
+            lock.lock();
+            continue;
+        }
         const Late late = stream.late.front();
         stream.late.pop_front();
         ++stream.done;
@@ -62,6 +72,22 @@ bool is_ordered(const Stream& stream, Address to) {
 }
 
 }  // namespace
+
+bool Pending::is_ready() {
+    const std::lock_guard<std::mutex> hold(mutex);
+    return ready;
+}
+
+void Pending::wait() {
+    std::unique_lock<std::mutex> hold(mutex);
+    changed.wait(hold, [this] { return ready; });
+}
+
+void Pending::end() {
+    const std::lock_guard<std::mutex> hold(mutex);
+    ready = true;
+    changed.notify_all();
+}
 
 void* create_stream() {
     streams().push_back(std::make_unique<Stream>());
@@ -87,20 +113,30 @@ void touch(void* handle, Address address) {
     if (first != 0) uses[first][&stream] = stream.before[&stream];
 }
 
-void queue(void* handle, Address to, size_t bytes, std::function<void()> work) {
+void queue(void* handle, Address to, size_t bytes, std::function<void()> work, std::shared_ptr<Pending> pending) {
     Stream& stream = find(handle);
     join(stream.before, host);
     const bool torn = !is_ordered(stream, to);
     ++stream.before[&stream];
     touch(handle, to);
     memset(reinterpret_cast<void*>(to), 0xff, bytes);
-    stream.late.push_back({to, bytes, torn, std::move(work)});
+    stream.late.push_back({to, bytes, torn, std::move(work), std::move(pending)});
     ++stream.queued;
 }
 
 Mark mark(void* handle) {
     Stream& stream = find(handle);
     return {&stream, stream.before, stream.queued};
+}
+
+bool is_done(const Mark& mark) {
+    if (mark.stream == nullptr) return true;
+    uint64_t number = mark.stream->done;
+    for (const Late& late : mark.stream->late) {
+        if (++number > mark.queued) return true;
+        if (late.pending != nullptr && !late.pending->is_ready()) return false;
+    }
+    return true;
 }
 
 void wait_for(void* handle, const Mark& mark) {
@@ -118,7 +154,12 @@ void host_waits_for(const Mark& mark) {
 
 void host_waits_for_all() {
     host_waits_for(mark(nullptr));
-    for (const std::unique_ptr<Stream>& stream : streams()) host_waits_for(mark(stream.get()));
+    // Another thread may create a stream meanwhile.
+    for (size_t i = 0; i < streams().size(); ++i) {
+        const Mark all = mark(streams()[i].get());
+        finish(*all.stream, all.queued, false);
+        join(host, all.before);
+    }
 }
 
 void forget(Address first, uint64_t bytes) {

@@ -1,6 +1,8 @@
 // Streams of work: the order between them that events give, and copies that arrive late.
 #pragma once
+#include <condition_variable>
 #include <functional>
+#include <memory>
 
 #include "device.h"
 
@@ -18,6 +20,20 @@ struct Mark {
     uint64_t queued = 0;
 };
 
+// What work waits for and another thread brings: the other ranks' part of a collective.
+struct Pending {
+    // The other thread needs this process's own threads to go on, since some of the ranks are among them.
+    bool needs_threads = false;
+    bool is_ready();
+    void wait();
+    void end();
+
+private:
+    bool ready = false;
+    std::mutex mutex;
+    std::condition_variable changed;
+};
+
 void* create_stream();
 void destroy_stream(void* stream);
 
@@ -28,9 +44,11 @@ void touch(void* stream, Address address);
 // Queues work that writes to [to, to + bytes). It is done as late as the program allows: when a stream or the host waits for it, or when
 // its own stream does something else. Until then the memory holds 0xff. If another stream has used the memory and nothing orders that use
 // before this work, the work leaves 0xff.
-void queue(void* stream, Address to, size_t bytes, std::function<void()> work);
+void queue(void* stream, Address to, size_t bytes, std::function<void()> work, std::shared_ptr<Pending> pending = nullptr);
 
 Mark mark(void* stream);
+// Whether the work before the mark is done, or would be if something waited for it.
+bool is_done(const Mark& mark);
 void wait_for(void* stream, const Mark& mark);
 void host_waits_for(const Mark& mark);
 void host_waits_for_all();

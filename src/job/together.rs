@@ -11,6 +11,7 @@ use crate::fault::{Fault, Result};
 use crate::memory::cost::Rates;
 use crate::memory::{Limit, Machine, Place as Kind};
 use crate::plan::Plan;
+use crate::ranks::launch;
 use crate::ranks::link::Link;
 use crate::ranks::place::{self, Found};
 use crate::ranks::{Alone, Collective, Place};
@@ -139,6 +140,9 @@ impl Together {
         machine.ranks = place.world;
         machine.memory = self.least(machine.memory)?;
         let host = self.least(machine.host.unwrap_or(u64::MAX))?;
+        if place.world > place.local_world {
+            machine.rates = machine.rates.over_a_network();
+        }
         // A machine's host memory is for its own ranks; the plan counts all of them.
         let of_all = host.saturating_mul(place.world as u64) / place.local_world as u64;
         machine.host = (host < u64::MAX).then_some(of_all);
@@ -185,7 +189,10 @@ fn like(mut machine: Machine, first: &Json) -> Machine {
 pub(super) fn of_process(plan: &Plan, device: &Device) -> Vec<(String, String)> {
     let kind = if device.is_cpu() { "CPU" } else { "GPU" };
     let part = |name: &str, text: String| (name.to_owned(), text);
+    let order =
+        launch::NCCL_ORDER.map(|(name, _)| format!("{name}={}", std::env::var(name).unwrap_or_default()));
     vec![
+        part("order of sums", order.join(", ")),
         part("program", program()),
         part("version", env!("CARGO_PKG_VERSION").into()),
         part("device", kind.into()),

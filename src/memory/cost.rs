@@ -4,7 +4,8 @@
 //! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
-use crate::facts::{FeedForward, Keep, Projection, Quantization};
+use crate::facts::{FeedForward, Keep, Projection, Quantization, Residency};
+use crate::model::inside;
 
 use super::machine::{Machine, Place};
 use super::task::Task;
@@ -77,16 +78,28 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. The sum of
-/// the gradients follows the last pass, so that nothing hides it.
-pub(super) fn efficiency(task: &Task, machine: &Machine, seconds: f64) -> f64 {
+/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece is
+/// summed behind the pass.
+pub const GRADIENT_PIECES: usize = 8;
+/// Share of a pass that is its way back, beside which sums run.
+const BACKWARD: f64 = 0.5;
+
+/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. Ranks that
+/// share the base sum their gradients behind the pass.
+pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, seconds: f64) -> f64 {
     let ranks = machine.ranks as f64;
     if machine.ranks == 1 {
         return 1.0;
     }
     let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
-    seconds / (seconds * (1.0 + IMBALANCE) + sum)
+    let seen = match residency {
+        Residency::Shared => sum,
+        Residency::Resident | Residency::Streamed => {
+            (sum / GRADIENT_PIECES as f64).max(sum - BACKWARD * seconds)
+        }
+    };
+    seconds / (seconds * (1.0 + IMBALANCE) + seen)
 }
 
 /// Counts the work of passes of `tokens` tokens, in examples of `example_tokens` tokens.
@@ -107,8 +120,7 @@ impl Counter<'_> {
         let projections = || facts.layers[layer].projections();
         let forward: Work = projections().map(|p| self.product(p)).sum();
         let forward = forward + self.attention(1.0);
-        let pairs = self.task.sites.iter().filter(|site| site.layer == layer);
-        let pairs: Work = pairs.map(|site| self.pair(site.rank, &site.projection)).sum();
+        let pairs: Work = terms::groups(facts, layer).into_iter().map(|group| self.pairs(layer, group)).sum();
         let backward: Work = projections().map(|p| self.product(p)).sum();
         let backward = backward + self.attention(2.5) + pairs;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
@@ -180,6 +192,32 @@ impl Counter<'_> {
             _ => 0.0,
         };
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
+    }
+
+    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight, they
+    /// cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
+        let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
+        let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
+        if spare == 0.0 {
+            return sites().map(|site| self.pair(site.rank, &site.projection)).sum();
+        }
+        let tokens = self.tokens as f64;
+        let (rows, cols) = (group.iter().map(|p| p.rows).sum::<usize>() as f64, group[0].cols as f64);
+        let around = rows + cols;
+        let rank = |p: &Projection| terms::site(self.task, layer, p).map_or(0, |site| site.rank);
+        let both = inside::takes_both(self.element() == 2.0, group.iter().map(|p| (p.rows, rank(p))));
+        let passes = 2.0 * cols + if both { rows } else { 2.0 * rows };
+        // With dropout, inputs are copied twice, and what goes through a pair is copied and added.
+        let passes = passes + if self.task.dropout { 9.0 * cols * sites().count() as f64 } else { 0.0 };
+        let gradients: f64 = sites().map(|site| site.parameters() as f64).sum();
+        Work {
+            matrix: (4.0 * spare * around + 2.0 * gradients) * tokens,
+            // The pairs are written beside and below the weight twice.
+            bytes: (tokens * passes + 2.0 * spare * around) * self.element(),
+            launches: 6.0 + 2.0 * sites().count() as f64,
+            ..Work::default()
+        }
     }
 
     /// A pair's forward and backward pass: six skinny products, each a pass over its wide operand.

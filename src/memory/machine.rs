@@ -27,7 +27,7 @@ pub struct Machine {
     pub rates: Rates,
     /// Processes that train together, each on a device like this one.
     pub ranks: usize,
-    /// Bytes of host memory that may be used, over all ranks of one machine; `None`: unknown.
+    /// Bytes of host memory that may be used, over the machines of all ranks; `None`: unknown.
     pub host: Option<u64>,
 }
 
@@ -40,10 +40,21 @@ pub struct Rates {
     pub copy: f64,
     /// Bytes/s between device and host.
     pub link: f64,
-    /// Bytes/s that a device receives from the others of its machine.
+    /// Bytes/s that a device receives from the others.
     pub peer: f64,
     /// Whether the rates were measured on this machine or one of its kind. If not, they are assumed.
     pub measured: bool,
+}
+
+/// Bytes/s that a device receives over a network between machines: 25 Gb/s in practice. It is assumed, because no
+/// device reports it; a faster network makes a plan better than it says.
+const NETWORK: f64 = 2.8e9;
+
+impl Rates {
+    /// The rates of a device whose others are on several machines.
+    pub fn over_a_network(self) -> Rates {
+        Rates { peer: self.peer.min(NETWORK), ..self }
+    }
 }
 
 /// How much of the free memory may be used.
@@ -85,6 +96,15 @@ impl Limit {
 }
 
 impl Machine {
+    /// So many machines like this one, whose ranks all train together.
+    pub fn times(self, machines: usize) -> Machine {
+        if machines <= 1 {
+            return self;
+        }
+        let host = self.host.map(|bytes| bytes.saturating_mul(machines as u64));
+        Machine { ranks: self.ranks * machines, host, rates: self.rates.over_a_network(), ..self }
+    }
+
     /// Reduces the memory to `limit`, or to the default share.
     pub(super) fn limited(mut self, limit: Option<Limit>) -> Machine {
         let share = match self.place {

@@ -180,13 +180,13 @@ struct Solver<'a> {
 impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
-        let kept = (0..layers).map(|layer| Kept::of(task, layer)).collect();
+        let kept = (0..layers).map(|layer| Kept::of(task, machine.place, layer)).collect();
         let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
         let weights = Layers { residency, ranks: machine.ranks };
         Solver { task, machine, kept, lowest, weights }
     }
 
-    /// Whether the host has room for what lies there, over all ranks of the machine.
+    /// Whether the hosts have room for what lies there, over all ranks.
     fn fits_the_host(&self) -> bool {
         let bytes = self.weights.host_bytes(self.task, self.machine.place);
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
@@ -288,7 +288,7 @@ impl<'a> Solver<'a> {
             kept += has;
             missing = missing.max(values.whole() - has);
         }
-        let worked = missing + terms::working(self.task);
+        let worked = missing + terms::working(self.task, self.machine.place);
         let a_value = tokens * self.task.activation_bytes(self.machine.place);
         let gaps = ((kept + worked) * a_value) as f64 * GAPS;
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]
@@ -316,7 +316,7 @@ impl<'a> Solver<'a> {
             brought,
             waits,
             ranks: self.machine.ranks,
-            efficiency: efficiency(self.task, self.machine, seconds),
+            efficiency: efficiency(self.task, self.machine, self.weights.residency, seconds),
         }
     }
 

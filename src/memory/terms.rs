@@ -1,7 +1,10 @@
 //! Facts and adapter -> bytes: of what is always there, of what each level keeps, of a layer at work.
 
 use crate::facts::sites::Site;
-use crate::facts::{Facts, Keep, Precision, Projection, Quantization, Residency, Role};
+use crate::facts::{
+    Facts, FeedForward, Keep, NormForm, Precision, Projection, Quantization, Residency, Role,
+};
+use crate::model::inside::{self, Member};
 use crate::model::{layer, lora, residency};
 use crate::ops::adamw_8bit::Matrix;
 use crate::ops::cross_entropy;
@@ -188,13 +191,53 @@ fn largest(facts: &Facts) -> usize {
     facts.projections().map(|(_, p)| p.rows * p.cols).max().unwrap_or(0)
 }
 
-fn expanded(task: &Task) -> usize {
-    match task.quantization {
-        Quantization::None => 0,
-        Quantization::FourBit { .. } | Quantization::Stored { .. } => {
-            largest(&task.facts) * task.activation_bytes(Place::Gpu)
-        }
+/// The linear layers of a layer that read the same input: those into attention, out of it, into the activation, out of
+/// it.
+pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
+    let layer = &facts.layers[layer];
+    let (attention, FeedForward::Dense(dense)) = (&layer.attention, &layer.feed_forward);
+    let one = std::slice::from_ref;
+    [&attention.query_key_value, one(&attention.output), &dense.gate_up, one(&dense.down)]
+}
+
+/// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
+pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
+    if place != Place::Gpu {
+        return 0;
     }
+    let member = |p: &Projection| {
+        let site = site(task, layer, p);
+        Member {
+            rows: p.rows,
+            rank: site.map_or(0, |site| site.rank),
+            offset: site.map_or(0, |site| site.offset),
+            dense: task.quantization == Quantization::None,
+        }
+    };
+    inside::spare(group[0].cols, &group.iter().map(member).collect::<Vec<_>>(), tokens)
+}
+
+/// The site of a layer's projection, if it has one.
+pub(super) fn site<'a>(task: &'a Task, layer: usize, p: &Projection) -> Option<&'a Site> {
+    task.sites.iter().find(|site| site.layer == layer && site.projection.path == p.path)
+}
+
+/// Bytes of the largest weight in full, or of the largest group with its pairs inside.
+fn expanded(task: &Task) -> usize {
+    let single = match task.quantization {
+        Quantization::None => 0,
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => largest(&task.facts),
+    };
+    let whole = |layer: usize, group: &[Projection]| {
+        let rows: usize = group.iter().map(|p| p.rows).sum();
+        match spare(task, Place::Gpu, layer, group, task.tokens_max) {
+            0 => 0,
+            spare => (rows + spare) * (group[0].cols + spare),
+        }
+    };
+    let layers = 0..task.facts.layers.len();
+    let groups = layers.flat_map(|layer| groups(&task.facts, layer).map(|group| whole(layer, group)));
+    groups.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
 }
 
 fn scales(task: &Task) -> usize {
@@ -211,10 +254,24 @@ pub(super) struct Kept([usize; Keep::ALL.len()]);
 
 impl Kept {
     /// The values of layer `layer`; the ranks of its pairs are added to the widths.
-    pub fn of(task: &Task, layer: usize) -> Kept {
+    ///
+    /// The input of attention's output projection is kept with its spare columns, if it has some.
+    pub fn of(task: &Task, place: Place, layer: usize) -> Kept {
+        let groups = groups(&task.facts, layer);
+        let [of_input, beside, of_gate_up, _] =
+            groups.map(|group| spare(task, place, layer, group, task.tokens_max));
+        // A factor for each row of a norm is kept with its pairs.
+        let names = &task.facts.names;
+        let rms = task.facts.norm.form != NormForm::Layer;
+        let scales = |name: Option<&str>, spare: usize| usize::from(rms && spare > 0 && name.is_some());
         let rank = |p: &Projection| {
-            let mut sites = task.sites.iter();
-            sites.find(|site| site.layer == layer && site.projection.path == p.path).map_or(0, |s| s.rank)
+            let rank = site(task, layer, p).map_or(0, |site| site.rank);
+            match p.path {
+                path if path == groups[1][0].path && beside > 0 => beside,
+                path if path == groups[0][0].path => rank + scales(names.attention_norm, of_input),
+                path if path == groups[2][0].path => rank + scales(names.feed_forward_norm, of_gate_up),
+                _ => rank,
+            }
         };
         Kept(Keep::ALL.map(|keep| layer::kept_values(&task.facts, layer, rank, keep)))
     }
@@ -232,10 +289,17 @@ impl Kept {
 
 /// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
 /// widest moment, or the rows around the output head. The larger number counts.
-pub(super) fn working(task: &Task) -> usize {
+pub(super) fn working(task: &Task, place: Place) -> usize {
     let facts = &task.facts;
     let layers = 0..facts.layers.len();
-    let layer = layers.map(|layer| layer::working_values(facts, layer, task.dropout)).max().unwrap_or(0);
+    // The spare columns of the gradients of a layer's output, and of gate and up.
+    let beside = |layer: usize| {
+        let columns = |group: &[Projection]| spare(task, place, layer, group, task.tokens_max);
+        let [_, output, gate_up, down] = groups(facts, layer).map(columns);
+        output.max(down) + gate_up
+    };
+    let values = |layer: usize| layer::working_values(facts, layer, task.dropout) + beside(layer);
+    let layer = layers.map(values).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

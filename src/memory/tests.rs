@@ -191,6 +191,17 @@ fn predictions_are_of_the_right_size() {
 /// norms.
 #[test]
 fn layers_keep_what_the_plan_counts() {
+    keep_what_the_plan_counts(&Device::Cpu, Place::Cpu { threads: 1 });
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn layers_on_a_gpu_keep_what_the_plan_counts() {
+    let Some(device) = crate::ops::judge::gpu() else { return };
+    keep_what_the_plan_counts(&device, Place::Gpu);
+}
+
+fn keep_what_the_plan_counts(device: &Device, place: Place) {
     let common = json!({
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
@@ -211,7 +222,7 @@ fn layers_keep_what_the_plan_counts() {
             precision: Precision::F32,
         };
         let silent = crate::report::Report::silent();
-        let decoder = load::load(facts.clone(), &options, &Device::Cpu, &silent).unwrap();
+        let decoder = load::load(facts.clone(), &options, device, &silent).unwrap();
         let adapter = decoder.trainable(&options.lora).unwrap();
         let task = Task { sites: adapter.sites.clone(), ..task(facts, 64) };
         let mut batch = Batch::default();
@@ -220,7 +231,7 @@ fn layers_keep_what_the_plan_counts() {
         for keep in Keep::ALL {
             let found = decoder.kept_values(&adapter, &[keep; 2], &batch).unwrap();
             let counted: Vec<usize> =
-                (0..2).map(|layer| Kept::of(&task, layer).at(keep) * batch.rows()).collect();
+                (0..2).map(|layer| Kept::of(&task, place, layer).at(keep) * batch.rows()).collect();
             assert_eq!(found, counted, "{family}, {}", keep.name());
         }
     }

@@ -65,6 +65,19 @@ impl Decoder {
         batch: &Batch,
         scale: f64,
     ) -> Result<Number> {
+        self.forward_backward_by_layer(adapter, keep, batch, scale, &mut |_| Ok(()))
+    }
+
+    /// As `forward_backward`. `done` is called with each layer whose gradients this pass has added: from the last layer
+    /// to the lowest that is adapted.
+    pub fn forward_backward_by_layer(
+        &self,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        scale: f64,
+        done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Number> {
         // The backward pass needs nothing below the lowest adapted layer.
         let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
         // It comes first: if anything fails, other ranks wait for its gatherings.
@@ -84,12 +97,15 @@ impl Decoder {
                 kept.push(of_layer);
             }
         }
-        let (loss, d) = self.head_forward_backward(&x, batch, scale)?;
+        let spare =
+            self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
+        let (loss, d) = self.head_forward_backward(&x, batch, scale, spare.max().unwrap_or(0))?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
             let kept = kept.pop().expect("one entry a layer");
             layer.backward(&d, kept, i == lowest, &pass)?;
+            done(i)?;
         }
         Ok(loss)
     }
@@ -274,8 +290,14 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C]. Only supervised rows reach the head.
-    fn head_forward_backward(&self, x: &Tensor, batch: &Batch, scale: f64) -> Result<(Number, Tensor)> {
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
+    fn head_forward_backward(
+        &self,
+        x: &Tensor,
+        batch: &Batch,
+        scale: f64,
+        spare: usize,
+    ) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
@@ -284,7 +306,7 @@ impl Decoder {
             cross_entropy::forward_backward(&hidden, &self.head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
-        Ok((loss, rows::scatter(&d_rows, &batch.target_rows, batch.rows())?))
+        Ok((loss, rows::scatter_beside(&d_rows, &batch.target_rows, batch.rows(), spare)?))
     }
 }
 

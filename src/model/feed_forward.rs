@@ -9,9 +9,10 @@ use crate::facts::{self, Activation, Facts, Keep, Projection};
 use crate::ops::activation;
 use crate::ops::unwritten;
 
-use super::linear::{Linear, side_by_side, side_by_side_backward};
+use super::inside::spare_in;
+use super::linear::{self, Linear, side_by_side, side_by_side_backward};
 use super::lora::Low;
-use super::norm::{self, Norm};
+use super::norm::{self, Norm, Normed};
 use super::pass::Pass;
 
 /// One layer's feed-forward with its norms.
@@ -63,6 +64,8 @@ pub struct Whole {
 /// The activation's input, and LoRA's `x A^T` of each projection.
 struct GateUp {
     values: Tensor,
+    /// The factors of the norm's rows, if `norm::forward_beside` gave them.
+    scales: Option<Tensor>,
     lows: Vec<Low>,
 }
 
@@ -81,7 +84,8 @@ impl Kept {
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::norm::count;
-        let gate_up = |kept: &GateUp| kept.values.elem_count() + kept.lows.iter().map(count).sum::<usize>();
+        let lows = |kept: &GateUp| kept.lows.iter().map(count).sum::<usize>();
+        let gate_up = |kept: &GateUp| kept.values.elem_count() + count(&kept.scales) + lows(kept);
         self.gate_up.as_ref().map_or(0, gate_up) + count(&self.branch) + count(&self.low)
     }
 }
@@ -129,9 +133,10 @@ impl FeedForward {
     /// needs.
     pub fn forward(&self, input: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Whole)> {
         let (dense, gate_up) = (self.dense(), self.gate_up(input, pass)?);
-        let activated = activation::forward(&gate_up.values, dense.activation)?;
+        let activated = self.activated(&gate_up, pass)?;
         let added = norm::join(&dense.down, &self.post_norm, &activated, residual, pass)?;
-        Ok((added.sum, Whole { gate_up, branch: added.branch, low: added.low }))
+        let low = self.kept_low(added.low, &activated, pass)?;
+        Ok((added.sum, Whole { gate_up, branch: added.branch, low }))
     }
 
     /// Computes those tensors of the backward pass that were not kept.
@@ -142,18 +147,35 @@ impl FeedForward {
             None => self.gate_up(input, pass)?,
         };
         if self.post_norm.is_some() && branch.is_none() {
-            let activated = activation::forward(&gate_up.values, dense.activation)?;
+            let activated = self.activated(&gate_up, pass)?;
             let result = unwritten(input.shape(), input.dtype(), input.device())?;
-            low = dense.down.forward(&activated, &result, 0, false, pass)?;
+            low = dense.down.forward(&activated, &result, false, pass)?;
+            low = self.kept_low(low, &activated, pass)?;
             branch = Some(result);
         }
         Ok(Whole { gate_up, branch, low })
     }
 
+    /// The input of the down projection, with the spare columns that it needs.
+    fn activated(&self, gate_up: &GateUp, pass: &Pass) -> Result<Tensor> {
+        let (dense, values) = (self.dense(), &gate_up.values);
+        let spare = dense.down.spare(values.dim(0)?, values.device(), pass);
+        activation::forward_beside(values, dense.activation, spare)
+    }
+
+    /// What the down projection's backward pass needs, in memory of its own: its input is not kept.
+    fn kept_low(&self, low: Low, activated: &Tensor, pass: &Pass) -> Result<Low> {
+        match low {
+            Some(low) => Ok(Some(low)),
+            None => linear::kept_low(&self.dense().down, activated, pass),
+        }
+    }
+
     fn gate_up(&self, input: &Tensor, pass: &Pass) -> Result<GateUp> {
-        let normed = norm::forward(&self.norm, input)?;
+        let spare = spare_in(&self.dense().gate_up, input.dim(0)?, input.device(), pass);
+        let (normed, scales) = norm::forward_beside(&self.norm, input, spare)?;
         let (values, lows) = side_by_side(&self.dense().gate_up, &normed, pass)?;
-        Ok(GateUp { values, lows })
+        Ok(GateUp { values, scales, lows })
     }
 
     /// `d` is the gradient of the sum. Returns the gradient of the input of the gate and up projections, or `None`
@@ -166,16 +188,18 @@ impl FeedForward {
         lowest: bool,
         pass: &Pass,
     ) -> Result<Option<Tensor>> {
-        let (dense, Whole { gate_up: GateUp { values, lows }, branch, low }) = (self.dense(), whole);
-        let d_branch = norm::through(&self.post_norm, &branch, d)?;
+        let (dense, Whole { gate_up: GateUp { values, scales, lows }, branch, low }) = (self.dense(), whole);
+        let (rows, device) = (input.dim(0)?, input.device());
+        let d_branch = norm::through(&self.post_norm, &branch, d, dense.down.spare(rows, device, pass))?;
         drop(branch);
         let activated = activation::forward(&values, dense.activation)?;
         let d_activated = unwritten(activated.shape(), activated.dtype(), activated.device())?;
-        dense.down.backward(&d_branch, 0, &activated, low.as_ref(), Some((&d_activated, false)), pass)?;
+        dense.down.backward(&d_branch, &activated, low.as_ref(), Some(&d_activated), pass)?;
         drop(activated);
-        let d_gate_up = activation::backward(&d_activated, &values, dense.activation)?;
+        let spare = spare_in(&dense.gate_up, rows, device, pass);
+        let d_gate_up = activation::backward_beside(&d_activated, &values, dense.activation, spare)?;
         drop((values, d_activated));
-        let normed = norm::forward(&self.norm, input)?;
-        side_by_side_backward(&dense.gate_up, &d_gate_up, &normed, &lows, lowest, pass)
+        let normed = Normed { norm: &self.norm, x: input, scales: scales.as_ref() };
+        side_by_side_backward(&dense.gate_up, &d_gate_up, normed, &lows, lowest, pass)
     }
 }

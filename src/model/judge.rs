@@ -27,10 +27,10 @@ use crate::ops::{
 };
 use crate::report::Report;
 
-struct Case {
-    name: &'static str,
-    config: Value,
-    change: fn(&mut Options),
+pub(super) struct Case {
+    pub name: &'static str,
+    pub config: Value,
+    pub change: fn(&mut Options),
 }
 
 fn llama(more: Value) -> Value {
@@ -67,7 +67,7 @@ fn gemma2() -> Value {
     }))
 }
 
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let keep: fn(&mut Options) = |_| {};
     vec![
         Case { name: "llama", config: llama(json!({})), change: keep },
@@ -173,6 +173,11 @@ fn cases() -> Vec<Case> {
 
 /// The frozen base of a case, and an adapter whose B is not zero.
 fn decoder(case: &Case) -> (Decoder, Trainable) {
+    decoder_on(case, DType::F64, &Device::Cpu)
+}
+
+/// `decoder` with activations of a type on a device.
+pub(super) fn decoder_on(case: &Case, dtype: DType, device: &Device) -> (Decoder, Trainable) {
     let folder = tempfile::tempdir().unwrap();
     let facts = family::describe(&Config::from_json(case.config.as_object().unwrap().clone())).unwrap();
     random::write(folder.path(), &facts, 5).unwrap();
@@ -183,18 +188,19 @@ fn decoder(case: &Case) -> (Decoder, Trainable) {
         precision: Precision::F32,
     };
     (case.change)(&mut options);
-    let decoder =
-        load::load_in(DType::F64, &Home::Device, &Device::Cpu, facts, &options, &Report::silent()).unwrap();
+    let decoder = load::load_in(dtype, &Home::Device, device, facts, &options, &Report::silent()).unwrap();
     let adapter = decoder.trainable(&options.lora).unwrap();
     // B is zero at first, which would make A's gradient zero.
     let noise = judge::random(adapter.params.elem_count(), 9).unwrap();
-    crate::ops::rows::add(&adapter.params, &(noise.as_tensor() * 0.1).unwrap()).unwrap();
+    let noise = (noise.as_tensor() * 0.1).unwrap().to_dtype(adapter.params.dtype()).unwrap();
+    crate::ops::rows::add(&adapter.params, &noise.to_device(device).unwrap()).unwrap();
+    adapter.refresh().unwrap();
     (decoder, adapter)
 }
 
 /// Three examples of odd lengths, of which the middle one has no target and the last is partly supervised; rope
 /// lengths on both sides of longrope's limit.
-fn batch(facts: &Facts) -> Batch {
+pub(super) fn batch(facts: &Facts) -> Batch {
     let mut batch = Batch::default();
     for (length, rope_length) in [(7usize, 7), (1, 7), (5, 5)] {
         let ids: Vec<u32> = (0..length).map(|i| ((i * 11 + length * 3) % facts.vocab) as u32).collect();

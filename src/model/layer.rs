@@ -10,7 +10,7 @@ use crate::ops::attention::cached::{Segments, Store};
 
 use super::feed_forward::{self, FeedForward, Form};
 use super::linear::Linear;
-use super::norm;
+use super::norm::{self, Norm};
 use super::pass::Pass;
 use super::self_attention::{self, SelfAttention};
 
@@ -88,6 +88,18 @@ impl Layer {
         attention.chain(&mut dense.gate_up).chain([&mut dense.down]).collect()
     }
 
+    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in front
+    /// of a norm has columns of its own.
+    pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
+        let Form::Dense(dense) = &self.feed_forward.form;
+        let of = |linear: &Linear, post_norm: &Option<Norm>| match post_norm {
+            Some(_) => 0,
+            None => linear.spare(tokens, device, pass),
+        };
+        let output = of(&self.attention.output, &self.attention.post_norm);
+        output.max(of(&dense.down, &self.feed_forward.post_norm))
+    }
+
     /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;
@@ -103,8 +115,9 @@ impl Layer {
         Ok(self.feed_forward.forward(self.fed(x, &middle), &middle, pass)?.0)
     }
 
-    /// Turns `d` [T, C] from the gradient of the output into that of x, in place. With `lowest`, no layer below
-    /// needs the gradient, and work that only serves it is skipped.
+    /// Turns `d` [T, C] from the gradient of the output into that of x, in place. Behind it are at least as many spare
+    /// columns as `spare` says. With `lowest`, no layer below needs the gradient, and work that only serves it is
+    /// skipped.
     pub fn backward(&self, d: &Tensor, kept: Kept, lowest: bool, pass: &Pass) -> Result<()> {
         let x = match &kept.home {
             Some(device) => kept.x.to_device(device)?,

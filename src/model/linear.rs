@@ -1,12 +1,14 @@
 //! A frozen linear layer with the pair that a pass's adapter has for it: `y = factor * (x W^T + scale * dropout(x)
 //! A^T B^T) + bias`.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{bias, unwritten};
 
+use super::inside::spare_in;
 use super::lora::{Lora, Low};
+use super::norm::Normed;
 use super::pass::Pass;
 
 /// A linear layer of the base.
@@ -23,9 +25,23 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Writes y[:, at..at+N], or adds to it if `add` is set. Returns what the adapter in training needs for its
-    /// backward pass.
-    pub fn forward(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
+    /// Spare columns that the input, and the gradient of the output, must have in a pass over `tokens` rows.
+    pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
+        spare_in(std::slice::from_ref(self), tokens, device, pass)
+    }
+
+    /// Writes y [T, N], or adds to it if `add` is set. Returns what the adapter in training needs for its backward
+    /// pass; `None` also if that stays in the spare columns of x.
+    pub fn forward(&self, x: &Tensor, y: &Tensor, add: bool, pass: &Pass) -> Result<Low> {
+        #[cfg(feature = "cuda")]
+        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
+            return group.forward(x, y, add).map(|()| None);
+        }
+        self.apart(x, y, 0, add, pass)
+    }
+
+    /// Writes y[:, at..at+N], or adds to it: the base, then the adapter.
+    fn apart(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
         self.base(x, y, at, add, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
@@ -41,7 +57,7 @@ impl Linear {
             }
         }
         let sum = residual.copy()?;
-        let low = self.forward(x, &sum, 0, true, pass)?;
+        let low = self.forward(x, &sum, true, pass)?;
         Ok((sum, low))
     }
 
@@ -59,9 +75,25 @@ impl Linear {
         }
     }
 
-    /// Adds the pair's gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K], or adds
-    /// it. `low` is the result of `forward`; without it, it is computed again.
+    /// Adds the pair's gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K]. `low` is the
+    /// result of `forward` or `kept_low`. Without it, x has it in its spare columns, or it is computed again.
     pub fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        low: Option<&Tensor>,
+        dx: Option<&Tensor>,
+        pass: &Pass,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
+            return group.backward(dy, x, low, dx);
+        }
+        self.backward_apart(dy, 0, x, low, dx.map(|dx| (dx, false)), pass)
+    }
+
+    /// `backward` for columns of `dy`, which may add to `dx`: the base, then the adapter.
+    fn backward_apart(
         &self,
         dy: &Tensor,
         at: usize,
@@ -85,7 +117,7 @@ impl Linear {
 }
 
 /// Each layer with its first column in the matrix that holds the outputs of all of them side by side.
-fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
+pub(super) fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     parts.iter().scan(0, |at, part| {
         let from = *at;
         *at += part.weight.dims().0;
@@ -93,7 +125,18 @@ fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     })
 }
 
-/// x -> the outputs of all layers in the columns of one matrix.
+/// What the layer's backward pass needs of x if that lies in the spare columns of x, in memory of its own.
+pub fn kept_low(linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Low> {
+    #[cfg(feature = "cuda")]
+    if let Some(group) = super::inside::Group::of(std::slice::from_ref(linear), x, pass)? {
+        return group.kept(x).map(Some);
+    }
+    let _ = (linear, x, pass);
+    Ok(None)
+}
+
+/// x -> the outputs of all layers in the columns of one matrix, and what the adapter in training needs for its backward
+/// pass. x has as many spare columns as `spare_in` says.
 pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
@@ -102,7 +145,12 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
         mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
         return Ok((y, vec![None; parts.len()]));
     }
-    let lows = columns(parts).map(|(at, part)| part.forward(x, &y, at, false, pass));
+    #[cfg(feature = "cuda")]
+    if let Some(group) = super::inside::Group::of(parts, x, pass)? {
+        group.forward(x, &y, false)?;
+        return Ok((y, vec![Some(group.kept(x)?)]));
+    }
+    let lows = columns(parts).map(|(at, part)| part.apart(x, &y, at, false, pass));
     let lows = lows.collect::<Result<_>>()?;
     Ok((y, lows))
 }
@@ -140,18 +188,26 @@ fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> 
     matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
 }
 
-/// Returns the gradient of x, or `None` if nothing needs it (`lowest`).
+/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in` says.
 pub fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,
-    x: &Tensor,
+    input: Normed,
     lows: &[Low],
     lowest: bool,
     pass: &Pass,
 ) -> Result<Option<Tensor>> {
+    let x = input.x;
     let dx = if lowest { None } else { Some(unwritten(x.shape(), x.dtype(), x.device())?) };
+    #[cfg(feature = "cuda")]
+    if let Some(group) = super::inside::Group::of(parts, x, pass)? {
+        let low = lows.first().and_then(Option::as_ref);
+        group.backward_normed(dy, input, low, dx.as_ref())?;
+        return Ok(dx);
+    }
+    let x = &input.values()?;
     for ((at, part), low) in columns(parts).zip(lows) {
-        part.backward(dy, at, x, low.as_ref(), dx.as_ref().map(|dx| (dx, at > 0)), pass)?;
+        part.backward_apart(dy, at, x, low.as_ref(), dx.as_ref().map(|dx| (dx, at > 0)), pass)?;
     }
     Ok(dx)
 }

@@ -13,11 +13,12 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::facts::sites::Site;
 use crate::facts::{LoraInit, LoraOptions, Precision};
-#[cfg(feature = "cuda")]
-use crate::ops::adapters;
 use crate::ops::matmul::{self, Weight};
+#[cfg(feature = "cuda")]
+use crate::ops::{adapters, low_rank};
 use crate::ops::{dropout, flat, unwritten};
 
+use super::inside::Member;
 use super::linear::Linear;
 use super::pass::Pass;
 
@@ -93,9 +94,10 @@ pub struct Trainable {
     pub sites: Vec<Site>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
-    /// The gradients, as long as `params`: the beginning of `sums`.
+    /// The gradients, as long as `params`: all of `sums` behind the losses.
     pub grads: Tensor,
-    /// The gradients, and behind them the ranks' losses: what the ranks of a run add up in one sum.
+    /// The ranks' losses, and behind them the gradients: what the ranks of a run add up. The losses are known last, and
+    /// so are the gradients of the first layers, which stand beside them.
     pub sums: Tensor,
     /// The parameters that passes compute with: `params` itself, or its bf16 copy.
     pub compute: Tensor,
@@ -105,9 +107,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements behind the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
-/// on.
-const LOSSES: usize = 128;
+/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
 /// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
@@ -117,12 +118,20 @@ pub fn parameter_bytes(copied: bool) -> usize {
 
 /// One pair in training: views into the flat buffers.
 #[derive(Clone, Debug)]
-struct Learner {
-    pair: Pair,
-    grad_a: Tensor,
-    grad_b: Tensor,
+pub(super) struct Learner {
+    /// A and B as passes compute with them.
+    pub pair: Pair,
+    /// B [N, R] in the parameters' own type.
+    #[cfg(feature = "cuda")]
+    b: Tensor,
+    /// The gradient of A.
+    pub grad_a: Tensor,
+    /// The gradient of B.
+    pub grad_b: Tensor,
+    /// Index of A's first element in the flat buffer.
+    offset: usize,
     /// A number that makes this pair's dropout masks differ from the others'.
-    mask: u64,
+    pub mask: u64,
 }
 
 impl Lora<'_> {
@@ -421,14 +430,23 @@ impl Trainable {
         let params = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(master)?;
         let compute = if dtype == master { None } else { Some(params.to_dtype(dtype)?.to_device(device)?) };
         let params = params.to_device(device)?;
-        let sums = Tensor::zeros(total.next_multiple_of(LOSS) + LOSSES, master, device)?;
-        let grads = sums.narrow(0, 0, total)?;
+        let sums = Tensor::zeros(LOSSES + total, master, device)?;
+        let grads = sums.narrow(0, LOSSES, total)?;
         let compute = compute.unwrap_or_else(|| params.clone());
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
             let (grad_a, grad_b) = views(&grads, site)?;
             let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale };
-            Ok((site.linear, Learner { pair, grad_a, grad_b, mask: mask as u64 }))
+            let learner = Learner {
+                pair,
+                #[cfg(feature = "cuda")]
+                b: views(&params, site)?.1,
+                grad_a,
+                grad_b,
+                offset: site.offset,
+                mask: mask as u64,
+            };
+            Ok((site.linear, learner))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
         Ok(Trainable { sites, grads, sums, compute, params, dropout: options.dropout, learners })
@@ -464,7 +482,7 @@ impl Trainable {
 
     /// The losses of all ranks in `sums`.
     pub fn losses(&self) -> Result<Tensor> {
-        self.sums.narrow(0, self.sums.elem_count() - LOSSES, LOSSES)
+        self.sums.narrow(0, 0, LOSSES)
     }
 
     /// The two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.
@@ -477,8 +495,33 @@ impl Trainable {
         views(flat, site)
     }
 
-    fn learner(&self, linear: usize) -> Option<&Learner> {
+    pub(super) fn learner(&self, linear: usize) -> Option<&Learner> {
         self.learners.get(linear).and_then(Option::as_ref)
+    }
+
+    /// A linear layer and its pair, as far as they decide whether the pair lies inside the product.
+    pub(super) fn member(&self, linear: &Linear) -> Member {
+        let learner = self.learner(linear.site);
+        Member {
+            rows: linear.weight.dims().0,
+            rank: learner.map_or(0, Learner::rank),
+            offset: learner.map_or(0, |learner| learner.offset),
+            dense: matches!(linear.weight, Weight::Dense(_)),
+        }
+    }
+}
+
+impl Learner {
+    /// The rank of the pair.
+    pub fn rank(&self) -> usize {
+        self.pair.a.dims().0
+    }
+
+    /// The pair for the product that it lies inside of.
+    #[cfg(feature = "cuda")]
+    pub fn inside(&self) -> low_rank::Pair<'_> {
+        let Weight::Dense(a) = &self.pair.a else { unreachable!("an adapter in training is dense") };
+        low_rank::Pair { a, b: &self.b, scale: self.pair.scale }
     }
 }
 

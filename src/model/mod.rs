@@ -8,6 +8,7 @@ pub mod batch;
 pub mod cache;
 pub mod decoder;
 pub mod feed_forward;
+pub mod inside;
 pub mod layer;
 pub mod linear;
 pub mod load;
@@ -23,6 +24,8 @@ pub mod weights;
 
 #[cfg(test)]
 mod judge;
+#[cfg(all(test, feature = "cuda"))]
+mod judge_on_gpu;
 
 /// The settings of loading: the model and its quantisation. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]

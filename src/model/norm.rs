@@ -35,9 +35,14 @@ pub enum Norm {
 impl Norm {
     /// x [T, C] -> [T, C].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_beside(x, 0)
+    }
+
+    /// x [T, C] -> [T, C + spare], whose spare columns are not written.
+    fn forward_beside(&self, x: &Tensor, spare: usize) -> Result<Tensor> {
         match self {
-            Norm::Rms { weight, eps } => rms_norm::forward(x, weight, *eps),
-            Norm::Layer { weight, bias, eps } => layer_norm::forward(x, weight, bias, *eps),
+            Norm::Rms { weight, eps } => rms_norm::forward_beside(x, weight, *eps, spare),
+            Norm::Layer { weight, bias, eps } => layer_norm::forward_beside(x, weight, bias, *eps, spare),
         }
     }
 
@@ -55,6 +60,47 @@ pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     match norm {
         Some(norm) => norm.forward(x),
         None => Ok(x.clone()),
+    }
+}
+
+/// `forward` with `spare` more columns, which are not written. With spare columns it also returns the factors of the rows,
+/// f32 `[T]`, if the norm is one of root mean squares: x times them and the weight is the norm.
+pub fn forward_beside(norm: &Option<Norm>, x: &Tensor, spare: usize) -> Result<(Tensor, Option<Tensor>)> {
+    match norm {
+        #[cfg(feature = "cuda")]
+        Some(Norm::Rms { weight, eps }) if spare > 0 => {
+            let (normed, scales) = rms_norm::forward_and_scales(x, weight, *eps, spare)?;
+            Ok((normed, Some(scales)))
+        }
+        Some(norm) => Ok((norm.forward_beside(x, spare)?, None)),
+        None => Ok((rows::beside(x, spare)?, None)),
+    }
+}
+
+/// The input of linear layers in their backward pass: a norm of x.
+#[derive(Clone, Copy)]
+pub struct Normed<'a> {
+    /// The norm; `None`: x itself.
+    pub norm: &'a Option<Norm>,
+    /// What the norm reads, [T, C].
+    pub x: &'a Tensor,
+    /// The factors of its rows that `forward_beside` returned.
+    pub scales: Option<&'a Tensor>,
+}
+
+impl<'a> Normed<'a> {
+    /// The norm, computed again.
+    pub fn values(&self) -> Result<Tensor> {
+        forward(self.norm, self.x)
+    }
+
+    /// Factors of the rows and of the columns that make the norm of x; `None`: only `values` gives it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn factors(&self) -> Option<(&'a Tensor, &'a Tensor)> {
+        match (self.norm, self.scales) {
+            (Some(Norm::Rms { weight, .. }), Some(scales)) => Some((scales, weight)),
+            _ => None,
+        }
     }
 }
 
@@ -103,16 +149,17 @@ pub fn join(
         return Ok(Branch { sum, branch: None, low });
     };
     let branch = unwritten(residual.shape(), residual.dtype(), residual.device())?;
-    let low = linear.forward(x, &branch, 0, false, pass)?;
+    let low = linear.forward(x, &branch, false, pass)?;
     let sum = norm.forward(&branch)?;
     rows::add(&sum, residual)?;
     Ok(Branch { sum, branch: Some(branch), low })
 }
 
-/// Returns the gradient of a branch, given that of the sum it was added to.
-pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor) -> Result<Tensor> {
+/// Returns the gradient of a branch, given that of the sum it was added to. It has at least `spare` columns more.
+pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor, spare: usize) -> Result<Tensor> {
     let (Some(norm), Some(branch)) = (norm, branch) else { return Ok(d.clone()) };
-    let d_branch = d.zeros_like()?;
+    let (rows, width) = branch.dims2()?;
+    let d_branch = Tensor::zeros((rows, width + spare), d.dtype(), d.device())?;
     norm.backward(d, branch, &d_branch)?;
     Ok(d_branch)
 }
@@ -132,7 +179,7 @@ impl HeadNorm {
     /// Normalises queries and keys of qkv [T, (H + 2K) * D] (`Layout::Blocked`) in place. Returns their values
     /// before the norm, [T, (H + K) * D].
     pub fn forward(&self, qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
-        let raw = rows::columns(qkv, (heads.query + heads.key) * heads.width)?;
+        let raw = rows::columns(qkv, 0, (heads.query + heads.key) * heads.width)?;
         for (groups, weight) in self.parts(heads) {
             head_norm::forward(qkv, groups, weight, self.eps)?;
         }

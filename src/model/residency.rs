@@ -108,6 +108,7 @@ impl Builder {
         };
         let parts: Vec<_> = sizes.map(|(codes, scales)| [next(codes), next(scales)]).collect();
         let source = self.source(bytes, &weights, &parts)?;
+        self.in_step()?;
         for weight in weights {
             let nothing = Tensor::zeros(0, DType::U8, &Device::Cpu)?;
             *scales_mut(weight) = nothing.clone();
@@ -115,6 +116,13 @@ impl Builder {
         }
         self.layers.push(Away { bytes, parts, source });
         Ok(())
+    }
+
+    /// Every rank reads every layer of the checkpoint and keeps its piece. They read the same layer at the same time, so
+    /// that a machine reads it once from its disk and its ranks find it in memory.
+    fn in_step(&self) -> Result<()> {
+        let Home::Ranks(ranks) = &self.home else { return Ok(()) };
+        ranks.exchange(&[]).map(drop).map_err(|fault| candle_core::Error::Msg(fault.message))
     }
 
     fn source(&self, bytes: usize, weights: &[&mut FourBit], parts: &[[Range<usize>; 2]]) -> Result<Source> {

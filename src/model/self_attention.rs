@@ -7,11 +7,12 @@ use crate::facts::{Facts, Heads, Keep, Projection};
 use crate::ops::attention;
 use crate::ops::attention::cached::{self, Segments, Store};
 use crate::ops::rope::{self, Direction};
-use crate::ops::unwritten;
+use crate::ops::{rows, unwritten};
 
+use super::inside::spare_in;
 use super::linear::{Linear, side_by_side, side_by_side_backward};
 use super::lora::Low;
-use super::norm::{self, Branch, HeadNorm, Norm};
+use super::norm::{self, Branch, HeadNorm, Norm, Normed};
 use super::pass::Pass;
 
 /// One layer's attention with its norms.
@@ -51,6 +52,8 @@ struct Projected {
     rotated: Tensor,
     /// Queries and keys before their norm, if they have one.
     raw: Option<Tensor>,
+    /// The factors of the norm's rows, if `norm::forward_beside` gave them.
+    scales: Option<Tensor>,
     lows: Vec<Low>,
 }
 
@@ -77,7 +80,8 @@ impl Kept {
     pub fn values(&self) -> usize {
         use super::norm::count;
         let projected = |kept: &Projected| {
-            kept.rotated.elem_count() + count(&kept.raw) + kept.lows.iter().map(count).sum::<usize>()
+            let lows = kept.lows.iter().map(count).sum::<usize>();
+            kept.rotated.elem_count() + count(&kept.raw) + count(&kept.scales) + lows
         };
         let attended = |kept: &Attended| {
             kept.output.elem_count()
@@ -148,17 +152,19 @@ impl SelfAttention {
 
     /// `project` before rope.
     fn project_unturned(&self, x: &Tensor, pass: &Pass) -> Result<Projected> {
-        let normed = norm::forward(&self.norm, x)?;
+        let (normed, scales) = norm::forward_beside(&self.norm, x, self.projected_spare(x, pass)?)?;
         let (rotated, lows) = side_by_side(&self.query_key_value, &normed, pass)?;
         let raw = match &self.head_norm {
             Some(norm) => Some(norm.forward(&rotated, &self.heads)?),
             None => None,
         };
-        Ok(Projected { rotated, raw, lows })
+        Ok(Projected { rotated, raw, scales, lows })
     }
 
     fn attend(&self, x: &Tensor, rotated: &Tensor, pass: &Pass) -> Result<Attended> {
-        let (output, log_sum) = attention::forward(rotated, &self.heads, pass.packing, pass.precision)?;
+        let spare = self.output.spare(x.dim(0)?, x.device(), pass);
+        let (output, log_sum) =
+            attention::forward_beside(rotated, &self.heads, pass.packing, pass.precision, spare)?;
         let added = norm::join(&self.output, &self.post_norm, &output, x, pass)?;
         Ok(Attended { output, log_sum, added })
     }
@@ -191,13 +197,17 @@ impl SelfAttention {
         lowest: bool,
         pass: &Pass,
     ) -> Result<Option<Tensor>> {
-        let Whole { projected: Projected { rotated, raw, lows }, attended } = whole;
-        let d_branch = norm::through(&self.post_norm, &attended.added.branch, d)?;
-        let output = &attended.output;
-        let d_attended = unwritten(output.shape(), output.dtype(), output.device())?;
+        let Whole { projected: Projected { rotated, raw, scales, lows }, attended } = whole;
+        let (output, tokens) = (&attended.output, x.dim(0)?);
+        let spare = self.output.spare(tokens, x.device(), pass);
+        let d_branch = norm::through(&self.post_norm, &attended.added.branch, d, spare)?;
+        let d_attended = unwritten((tokens, self.output.weight.dims().1), output.dtype(), output.device())?;
         let low = attended.added.low.as_ref();
-        self.output.backward(&d_branch, 0, output, low, Some((&d_attended, false)), pass)?;
-        let d_qkv = attention::backward(
+        self.output.backward(&d_branch, output, low, Some(&d_attended), pass)?;
+        // Rope turns several runs of heads as rows of their own, which leaves no room behind them.
+        let (spare, in_runs) = (self.projected_spare(x, pass)?, self.heads.turning().0 > 1);
+        let (beside, behind) = if in_runs { (0, spare) } else { (spare, 0) };
+        let d_qkv = attention::backward_beside(
             &d_attended,
             &rotated,
             output,
@@ -205,14 +215,21 @@ impl SelfAttention {
             &self.heads,
             pass.packing,
             pass.precision,
+            beside,
         )?;
         drop((rotated, attended, d_attended, d_branch));
         self.rotate(&d_qkv, pass, Direction::Backward)?;
         if let (Some(norm), Some(raw)) = (&self.head_norm, &raw) {
             norm.backward(&d_qkv, raw, &self.heads)?;
         }
-        let normed = norm::forward(&self.norm, x)?;
-        side_by_side_backward(&self.query_key_value, &d_qkv, &normed, &lows, lowest, pass)
+        let d_qkv = rows::beside(&d_qkv, behind)?;
+        let input = Normed { norm: &self.norm, x, scales: scales.as_ref() };
+        side_by_side_backward(&self.query_key_value, &d_qkv, input, &lows, lowest, pass)
+    }
+
+    /// Spare columns of the projections' input, and of the gradient of their outputs.
+    fn projected_spare(&self, x: &Tensor, pass: &Pass) -> Result<usize> {
+        Ok(spare_in(&self.query_key_value, x.dim(0)?, x.device(), pass))
     }
 
     /// Rotates queries and keys by their positions, in place.

@@ -28,12 +28,18 @@ pub fn formula(x: &Tensor, activation: Activation) -> Result<Tensor> {
 
 /// x [T, 2F] if gated, else [T, F] -> h [T, F].
 pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    forward_beside(x, activation, 0)
+}
+
+/// `forward` into the first columns of [T, F + spare]; the spare columns are not written. They need a GPU.
+pub fn forward_beside(x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, activation);
+        return gpu::forward(x, activation, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         let h = match activation.function {
@@ -47,12 +53,18 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
 
 /// dh [T, F] -> the gradient of x, in x's shape.
 pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tensor> {
+    backward_beside(dh, x, activation, 0)
+}
+
+/// `backward` into the first columns of a matrix with `spare` more, which are not written. They need a GPU.
+pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::backward(dh, x, activation);
+        return gpu::backward(dh, x, activation, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
         let (x, dh) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(dh)?);
         let d = match activation.function {
@@ -204,22 +216,24 @@ mod gpu {
     }
 
     /// The activation of `x` [rows, columns] -> [rows, width], on the GPU.
-    pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    pub fn forward(x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
         let (rows, columns) = x.dims2()?;
         let width = activation.width(columns);
-        let h = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+        let h = crate::ops::unwritten((rows, width + spare), x.dtype(), x.device())?;
         let launch = Launch::new(x, "activation", &format!("forward_{}", curve(activation)))?;
-        let launch = launch.tensor(x).tensor(&h).int(width).int(usize::from(activation.gated));
+        let launch =
+            launch.tensor(x).tensor(&h).int(width).int(width + spare).int(usize::from(activation.gated));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(h)
     }
 
-    /// The gradient of `x`, in its shape, from that of the result.
-    pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let (rows, width) = dh.dims2()?;
-        let d = crate::ops::unwritten(x.shape(), x.dtype(), x.device())?;
+    /// The gradient of `x`, with spare columns behind it, from that of the result.
+    pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
+        let ((rows, width), stride) = (dh.dims2()?, x.dim(1)? + spare);
+        let d = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
         let launch = Launch::new(x, "activation", &format!("backward_{}", curve(activation)))?;
-        let launch = launch.tensor(dh).tensor(x).tensor(&d).int(width).int(usize::from(activation.gated));
+        let launch = launch.tensor(dh).tensor(x).tensor(&d).int(width).int(stride);
+        let launch = launch.int(usize::from(activation.gated));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(d)
     }
@@ -239,8 +253,12 @@ mod tests {
                     let (x, dh) = (gpu.random((rows, columns), 1)?, gpu.random((rows, width), 2)?);
                     let (expected, on_gpu) = (formula(&x, activation)?, gpu.put(&x)?);
                     gpu.same(&forward(&on_gpu, activation)?, &expected)?;
+                    let beside = forward_beside(&on_gpu, activation, 64)?;
+                    gpu.same(&judge::first(&beside, width)?, &expected)?;
                     let gradient = judge::gradient(&x, &expected, &dh)?;
                     gpu.same(&backward(&gpu.put(&dh)?, &on_gpu, activation)?, &gradient)?;
+                    let beside = backward_beside(&gpu.put(&dh)?, &on_gpu, activation, 64)?;
+                    gpu.same(&judge::first(&beside, columns)?, &gradient)?;
                 }
             }
             Ok(())

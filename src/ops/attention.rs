@@ -55,12 +55,24 @@ pub fn forward(
     packing: &Packing,
     precision: Precision,
 ) -> Result<(Tensor, Tensor)> {
+    forward_beside(qkv, heads, packing, precision, 0)
+}
+
+/// `forward` into the first columns of [T, H * D + spare]; the spare columns are not written. They need a GPU.
+pub fn forward_beside(
+    qkv: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    precision: Precision,
+    spare: usize,
+) -> Result<(Tensor, Tensor)> {
     let (rows, columns) = qkv.dims2()?;
     assert_eq!(columns, heads.columns(), "columns of qkv");
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::forward(qkv, heads, packing);
+        return gpu::forward(qkv, heads, packing, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
         let qkv = &*cpu::read::<T>(qkv)?;
         let tasks = tasks(packing.examples(), heads.query);
@@ -89,11 +101,28 @@ pub fn backward(
     packing: &Packing,
     precision: Precision,
 ) -> Result<Tensor> {
+    backward_beside(d_out, qkv, out, lse, heads, packing, precision, 0)
+}
+
+/// `backward` into the first columns of a matrix with `spare` more, which are not written. The output may have spare
+/// columns too. Both need a GPU.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_beside(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    precision: Precision,
+    spare: usize,
+) -> Result<Tensor> {
     let (rows, columns) = qkv.dims2()?;
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing);
+        return gpu::backward(d_out, qkv, out, lse, heads, packing, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
         let (qkv, out) = (&*cpu::read::<T>(qkv)?, &*cpu::read::<T>(out)?);
         let (d_out, lse) = (&*cpu::read::<T>(d_out)?, &*cpu::read::<T>(lse)?);
@@ -456,18 +485,19 @@ mod tests {
                 let expected = formula_of_each(&qkv, &heads, &packing)?;
                 let gradient = judge::gradient(&qkv, &expected, &d_out)?;
                 let (on_qkv, on_d) = (gpu.put(&qkv)?, gpu.put(&d_out)?);
-                let run = || -> Result<[Tensor; 3]> {
-                    let (out, lse) = forward(&on_qkv, &heads, &packing, Precision::F32)?;
-                    let d = backward(&on_d, &on_qkv, &out, &lse, &heads, &packing, Precision::F32)?;
-                    Ok([out, lse, d])
+                let run = |spare: usize| -> Result<[Tensor; 3]> {
+                    let (out, lse) = forward_beside(&on_qkv, &heads, &packing, Precision::F32, spare)?;
+                    let precision = Precision::F32;
+                    let d = backward_beside(&on_d, &on_qkv, &out, &lse, &heads, &packing, precision, spare)?;
+                    Ok([judge::first(&out, d_out.dim(1)?)?, lse, judge::first(&d, heads.columns())?])
                 };
                 let (within, within_gradient) = tolerances(gpu.dtype);
-                let [out, lse, d] = run()?;
+                let [out, lse, d] = run(0)?;
                 gpu.within(within, &out, &expected)?;
                 gpu.within(within_gradient, &d, &gradient)?;
-                for (first, second) in [out, lse, d].iter().zip(&run()?) {
+                for (first, second) in [out, lse, d].iter().zip(&run(64)?) {
                     let bits = |tensor: &Tensor| cpu::to_f64(&tensor.to_device(&Device::Cpu)?);
-                    assert_eq!(bits(first)?, bits(second)?, "the same twice");
+                    assert_eq!(bits(first)?, bits(second)?, "the same twice, with and without spare columns");
                 }
             }
             Ok(())

@@ -165,7 +165,27 @@ impl FourBit {
     /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once.
     #[cfg(feature = "cuda")]
     pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
-        gpu::dequantize(self, dtype)
+        let out = super::unwritten((self.rows, self.cols), dtype, self.packed.device())?;
+        gpu::dequantize(self, &out, 0)?;
+        Ok(out)
+    }
+
+    /// `dequantize_on_gpu` into rows of a wider matrix, from its element `at` on. Rows narrower than the matrix must be
+    /// whole groups of eight values.
+    #[cfg(feature = "cuda")]
+    pub fn dequantize_into(&self, out: &Tensor, at: usize) -> Result<()> {
+        gpu::dequantize(self, out, at)
+    }
+
+    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given the
+    /// launch after the number of this weight's blocks, and returns it with its own.
+    #[cfg(feature = "cuda")]
+    pub(super) fn dequantize_inside<'a>(
+        &self,
+        out: &'a Tensor,
+        more: impl FnOnce(super::cuda::Launch<'a>) -> (super::cuda::Launch<'a>, usize),
+    ) -> Result<()> {
+        gpu::dequantize_inside(self, out, more)
     }
 
     /// The scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
@@ -382,8 +402,9 @@ mod gpu {
     use crate::ops::cuda::{self, Launch};
 
     const THREADS: usize = 256;
-    /// Values per thread of `dequantize`.
+    /// Values per thread of `dequantize`, and those that move together.
     const VALUES: usize = 32;
+    const EIGHT: usize = 8;
     /// Blocks per thread block of `quantize`, one per warp.
     const WARPS: usize = THREADS / 32;
 
@@ -427,14 +448,39 @@ mod gpu {
         Ok(Ok(weight.to_device(device)?))
     }
 
-    /// The weight in full, in its shape, on the GPU.
-    pub fn dequantize(weight: &FourBit, dtype: DType) -> Result<Tensor> {
+    /// Writes the weight in full into rows of `out`, from its element `at` on.
+    pub fn dequantize(weight: &FourBit, out: &Tensor, at: usize) -> Result<()> {
+        let (launch, blocks) = launch(weight, "dequantize", out, at)?;
+        launch.launch((blocks, 1, 1), THREADS, 0)
+    }
+
+    /// See `FourBit::dequantize_inside`.
+    pub fn dequantize_inside<'a>(
+        weight: &FourBit,
+        out: &'a Tensor,
+        more: impl FnOnce(Launch<'a>) -> (Launch<'a>, usize),
+    ) -> Result<()> {
+        if out.dim(1)? == weight.cols {
+            bail!("a weight with nothing beside it");
+        }
+        let (launch, blocks) = launch(weight, "inside", out, 0)?;
+        let (launch, more) = more(launch.int(blocks));
+        launch.launch((blocks + more, 1, 1), THREADS, 0)
+    }
+
+    /// The launch that writes a weight, and its blocks.
+    fn launch<'a>(weight: &FourBit, name: &str, out: &'a Tensor, at: usize) -> Result<(Launch<'a>, usize)> {
         let FourBit { code, rows, cols, block, packed, absmax } = weight;
+        let stride = out.dim(1)?;
         if !block.is_power_of_two() || *block < 8 {
             bail!("blocks of {block}: a GPU takes powers of two from 8 on");
         }
-        let out = crate::ops::unwritten((*rows, *cols), dtype, packed.device())?;
-        let launch = Launch::new(&out, "four_bit", "dequantize")?.of(DType::U8, packed);
+        let apart = stride != *cols;
+        let fits = at + rows.saturating_sub(1) * stride + cols <= out.elem_count();
+        if !fits || apart && !(cols.is_multiple_of(EIGHT) && stride.is_multiple_of(EIGHT) && cols < &stride) {
+            bail!("a weight [{rows}, {cols}] at {at} in rows of {stride}");
+        }
+        let launch = Launch::new(out, "four_bit", name)?.of(DType::U8, packed);
         let launch = match absmax {
             Absmax::Plain(absmax) => launch.optional(DType::U8, None).of(absmax.dtype(), absmax).float(0.0),
             Absmax::Nested { codes, absmax, offset } => {
@@ -442,10 +488,19 @@ mod gpu {
             }
         };
         let values = rows * cols;
-        let launch = launch.tensor(&out).long(values as u64);
+        let launch = launch.tensor_at(out, at).long(values as u64);
         let launch = launch.int(block.ilog2() as usize).int(*code as usize);
-        launch.launch((values.div_ceil(THREADS * VALUES), 1, 1), THREADS, 0)?;
-        Ok(out)
+        let groups = if apart { cols / EIGHT } else { 0 };
+        let (factor, shift) = reciprocal(groups);
+        let launch = launch.int(groups).int(stride).int(shift).long(factor);
+        Ok((launch, values.div_ceil(THREADS * VALUES)))
+    }
+
+    /// (factor, shift) such that `number / divisor = number * factor >> shift` for all numbers below 2^31 (Granlund and
+    /// Montgomery 1994).
+    pub fn reciprocal(divisor: usize) -> (u64, usize) {
+        let shift = 31 + divisor.max(1).next_power_of_two().ilog2() as usize;
+        ((1u64 << shift).div_ceil(divisor.max(1) as u64), shift)
     }
 }
 
@@ -511,6 +566,47 @@ mod tests {
             );
         }
         Ok(())
+    }
+
+    /// Weights in rows of a wider matrix have the bits of those apart, and nothing else of it is written.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn rows_of_a_wider_matrix_have_the_same_bits() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        for (rows, cols, above, left) in [(3, 8, 0, 8), (5, 40, 2, 64), (37, 192, 1, 64), (9, 520, 0, 72)] {
+            let values =
+                judge::random((rows, cols), 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let weight = FourBit::quantize(&values, rows, cols, Code::Nf4, true)?.to_device(&device)?;
+            for dtype in [DType::F32, DType::BF16] {
+                let alone = weight.dequantize_on_gpu(dtype)?.to_device(&Device::Cpu)?;
+                let around = judge::random((above + rows + 1, left + cols), 2)?.to_dtype(dtype)?.detach();
+                let out = around.to_device(&device)?;
+                weight.dequantize_into(&out, above * (left + cols) + left)?;
+                let row = Tensor::cat(&[&around.narrow(0, above, rows)?.narrow(1, 0, left)?, &alone], 1)?;
+                let (over, under) = (around.narrow(0, 0, above)?, around.narrow(0, above + rows, 1)?);
+                let bits = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.to_vec2::<f32>();
+                let expected = Tensor::cat(&[&over, &row, &under], 0)?;
+                assert_eq!(
+                    bits(&out.to_device(&Device::Cpu)?)?,
+                    bits(&expected)?,
+                    "{rows} x {cols}, {dtype:?}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_product_and_a_shift_divide() {
+        for divisor in [1, 2, 3, 7, 8, 384, 448, 512, 1024, 1792, 3584, 12_345, (1 << 20) - 1, 1 << 20] {
+            let (factor, shift) = gpu::reciprocal(divisor);
+            for near in [0, 1, 2, 1000, (1u64 << 29) / divisor as u64, ((1u64 << 31) - 1) / divisor as u64] {
+                for number in [near * divisor as u64, (near * divisor as u64).saturating_sub(1), near] {
+                    assert_eq!(number * factor >> shift, number / divisor as u64, "{number} / {divisor}");
+                }
+            }
+        }
     }
 
     /// The map that the kernel computes equals the table for all 256 codes of a scale.

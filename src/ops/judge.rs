@@ -56,6 +56,11 @@ pub fn finite_differences(
     Ok(())
 }
 
+/// The first `width` columns of a matrix, on the CPU.
+pub fn first(matrix: &Tensor, width: usize) -> Result<Tensor> {
+    matrix.to_device(&Device::Cpu)?.narrow(1, 0, width)?.force_contiguous()
+}
+
 /// A GPU with one of its kernels' storage types.
 pub struct Gpu {
     /// The GPU.

@@ -18,11 +18,17 @@ pub fn formula(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
 
 /// x [T, C], w `[C]`, b `[C]` -> y [T, C].
 pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    forward_beside(x, w, b, eps, 0)
+}
+
+/// `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
+pub fn forward_beside(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, w, b, eps);
+        return gpu::forward(x, w, b, eps, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
         let mut y = vec![T::ZERO; rows * width];
         let (x, w, b) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(b)?);
@@ -41,7 +47,8 @@ pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
 }
 
 /// Adds the gradient of x to `dx`: with n = (x - mean) / s and g = dy * w,
-/// `dx += (g - mean(g) - n * mean(g * n)) / s`. Weight and bias are frozen.
+/// `dx += (g - mean(g) - n * mean(g * n)) / s`. Weight and bias are frozen. On a GPU, `dx` may have more columns than x
+/// behind those that are added to.
 pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
     let (_, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
@@ -96,25 +103,28 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU.
-    pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
-        let (rows, width) = x.dims2()?;
-        let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+    /// The norm of each row of `x`, on the GPU, with spare columns behind it.
+    pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
+        let ((rows, width), stride) = (x.dims2()?, x.dim(1)? + spare);
+        let y = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
         let launch = Launch::new(x, "layer_norm", "forward")?.tensor(x).of(DType::F32, w).of(DType::F32, b);
-        launch.tensor(&y).int(width).float(eps).launch((rows, 1, 1), THREADS, 0)?;
+        launch.tensor(&y).int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)?;
         Ok(y)
     }
 
-    /// Adds the gradient of `x` to `dx`.
+    /// Adds the gradient of `x` to the first columns of `dx`.
     pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
-        let (rows, width) = x.dims2()?;
+        let ((rows, width), (_, stride)) = (x.dims2()?, dx.dims2()?);
+        assert!(width <= stride, "a gradient of {width} columns in {stride}");
         let launch = Launch::new(x, "layer_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w);
-        launch.tensor(dx).int(width).float(eps).launch((rows, 1, 1), THREADS, 0)
+        launch.tensor(dx).int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::*;
     use crate::ops::judge;
 
@@ -125,11 +135,20 @@ mod tests {
                 let (x, dy) = (gpu.random((rows, width), 1)?, gpu.random((rows, width), 3)?);
                 let (w, b) = (gpu.random(width, 2)?, gpu.random(width, 4)?);
                 let expected = formula(&x, &w, &b, 1e-5)?;
-                let put = |x: &Tensor| gpu.put_as(candle_core::DType::F32, x);
+                let put = |x: &Tensor| gpu.put_as(DType::F32, x);
                 gpu.same(&forward(&gpu.put(&x)?, &put(&w)?, &put(&b)?, 1e-5)?, &expected)?;
+                let beside = forward_beside(&gpu.put(&x)?, &put(&w)?, &put(&b)?, 1e-5, 64)?;
+                gpu.same(&judge::first(&beside, width)?, &expected)?;
                 let dx = gpu.put(&dy)?; // the gradient is added to what is there
                 backward(&gpu.put(&dy)?, &gpu.put(&x)?, &put(&w)?, 1e-5, &dx)?;
                 gpu.same(&dx, &(judge::gradient(&x, &expected, &dy)? + dy.as_tensor())?)?;
+                // Beside the gradient lie columns that stay as they are.
+                let beside = gpu.random((rows, 64), 5)?;
+                let wide = gpu.put(&Tensor::cat(&[dy.as_tensor(), beside.as_tensor()], 1)?)?;
+                backward(&gpu.put(&dy)?, &gpu.put(&x)?, &put(&w)?, 1e-5, &wide)?;
+                let same = judge::first(&wide, width)?.to_dtype(DType::F64)?;
+                gpu.within(0.0, &dx, &same)?;
+                gpu.within(0.0, &wide.to_device(&Device::Cpu)?.narrow(1, width, 64)?.contiguous()?, &beside)?;
             }
             Ok(())
         })
@@ -167,8 +186,8 @@ mod tests {
     fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
         let x = judge::random((4, 64), 1)?;
         let (w, b) = (x.ones_like()?.narrow(0, 0, 1)?.flatten_all()?, judge::random(64, 4)?);
-        let far = (x.as_tensor() + 1024.0)?.to_dtype(candle_core::DType::F32)?;
-        let narrow = |x: &Tensor| x.to_dtype(candle_core::DType::F32);
+        let far = (x.as_tensor() + 1024.0)?.to_dtype(DType::F32)?;
+        let narrow = |x: &Tensor| x.to_dtype(DType::F32);
         let expected = forward(&far.to_dtype(candle_core::DType::F64)?, &w, &b, 1e-5)?;
         judge::same(&forward(&far, &narrow(&w)?, &narrow(&b)?, 1e-5)?, &expected, 2e-4)
     }

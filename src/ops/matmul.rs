@@ -4,7 +4,7 @@
 //! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
 //! products on a GPU have the activations' type, with sums in f32.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::{self, Real, View};
@@ -37,6 +37,14 @@ impl Weight {
         match self {
             Weight::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
             Weight::FourBit(weight) => (weight.rows, weight.cols),
+        }
+    }
+
+    /// The device that it lies on.
+    pub fn device(&self) -> &Device {
+        match self {
+            Weight::Dense(tensor) => tensor.device(),
+            Weight::FourBit(weight) => weight.packed.device(),
         }
     }
 
@@ -502,7 +510,6 @@ mod tests {
     use super::*;
     use crate::facts::quantization::Code;
     use crate::ops::judge::{self, Gpu};
-    use candle_core::Device;
 
     /// Columns of the output before and after the range that a product writes.
     const BEFORE: usize = 3;

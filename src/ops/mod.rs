@@ -15,6 +15,7 @@ pub mod adamw_8bit;
 pub mod adapters;
 pub mod attention;
 pub mod bias;
+pub mod change;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod noise;
@@ -26,6 +27,8 @@ pub mod head_norm;
 pub mod largest;
 pub mod layer_norm;
 pub mod matmul;
+#[cfg(feature = "cuda")]
+pub mod low_rank;
 pub mod number;
 pub mod rms_norm;
 pub mod rope;

@@ -17,11 +17,17 @@ pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 
 /// x [T, C], w `[C]` -> y [T, C].
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    forward_beside(x, w, eps, 0)
+}
+
+/// `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
+pub fn forward_beside(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, w, eps);
+        return gpu::forward(x, w, eps, spare, None);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
         let mut y = vec![T::ZERO; rows * width];
         let (x, w) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?);
@@ -39,7 +45,15 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
-/// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen.
+/// `forward_beside`, and 1 / rms of each row, f32 `[T]`. It needs a GPU.
+#[cfg(feature = "cuda")]
+pub fn forward_and_scales(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<(Tensor, Tensor)> {
+    let scales = super::unwritten(x.dim(0)?, candle_core::DType::F32, x.device())?;
+    Ok((gpu::forward(x, w, eps, spare, Some(&scales))?, scales))
+}
+
+/// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen. On a
+/// GPU, `dx` may have more columns than x behind those that are added to.
 pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
     let (_, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
@@ -86,27 +100,35 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU.
-    pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-        let (rows, width) = x.dims2()?;
-        let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
+    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `scales` gets 1 / rms of each row.
+    pub fn forward(
+        x: &Tensor,
+        w: &Tensor,
+        eps: f64,
+        spare: usize,
+        scales: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let ((rows, width), stride) = (x.dims2()?, x.dim(1)? + spare);
+        let y = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
         let launch = Launch::new(x, "rms_norm", "forward")?.tensor(x).of(DType::F32, w).tensor(&y);
-        launch.int(width).float(eps).launch((rows, 1, 1), THREADS, 0)?;
+        let launch = launch.optional(DType::F32, scales);
+        launch.int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)?;
         Ok(y)
     }
 
-    /// Adds the gradient of `x` to `dx`.
+    /// Adds the gradient of `x` to the first columns of `dx`.
     pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
-        let (rows, width) = x.dims2()?;
+        let ((rows, width), (_, stride)) = (x.dims2()?, dx.dims2()?);
+        assert!(width <= stride, "a gradient of {width} columns in {stride}");
         let launch =
             Launch::new(x, "rms_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w).tensor(dx);
-        launch.int(width).float(eps).launch((rows, 1, 1), THREADS, 0)
+        launch.int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::ops::judge;
@@ -120,9 +142,18 @@ mod tests {
                 let expected = formula(&x, &w, 1e-5)?;
                 let w = gpu.put_as(DType::F32, &w)?;
                 gpu.same(&forward(&gpu.put(&x)?, &w, 1e-5)?, &expected)?;
+                gpu.same(&judge::first(&forward_beside(&gpu.put(&x)?, &w, 1e-5, 64)?, width)?, &expected)?;
+                kept_scales(gpu, &x, &w, &expected)?;
                 let dx = gpu.put(&dy)?; // the gradient is added to what is there
                 backward(&gpu.put(&dy)?, &gpu.put(&x)?, &w, 1e-5, &dx)?;
                 gpu.same(&dx, &(judge::gradient(&x, &expected, &dy)? + dy.as_tensor())?)?;
+                // Beside the gradient lie columns that stay as they are.
+                let beside = gpu.random((rows, 64), 5)?;
+                let wide = gpu.put(&Tensor::cat(&[dy.as_tensor(), beside.as_tensor()], 1)?)?;
+                backward(&gpu.put(&dy)?, &gpu.put(&x)?, &w, 1e-5, &wide)?;
+                let same = judge::first(&wide, width)?.to_dtype(DType::F64)?;
+                gpu.within(0.0, &dx, &same)?;
+                gpu.within(0.0, &wide.to_device(&Device::Cpu)?.narrow(1, width, 64)?.contiguous()?, &beside)?;
             }
             Ok(())
         })
@@ -149,5 +180,21 @@ mod tests {
         let dx = x.zeros_like()?;
         backward(&dy, &x, &w, 1e-5, &dx)?;
         judge::finite_differences(&x, &dy, &dx, 1e-7, |x| forward(x, &w, 1e-5))
+    }
+
+    /// The scales make the norm of x, which has the bits of `forward`.
+    #[cfg(feature = "cuda")]
+    fn kept_scales(gpu: &judge::Gpu, x: &Tensor, w: &Tensor, expected: &Tensor) -> Result<()> {
+        let (y, scales) = forward_and_scales(&gpu.put(x)?, w, 1e-5, 64)?;
+        let again = forward(&gpu.put(x)?, w, 1e-5)?.to_device(&Device::Cpu)?;
+        gpu.within(0.0, &again, &judge::first(&y, x.dim(1)?)?.to_dtype(DType::F64)?)?;
+        let on_host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+        let scaled = x.broadcast_mul(&on_host(&scales)?.unsqueeze(1)?)?.broadcast_mul(&on_host(w)?)?;
+        gpu.same(&scaled.to_device(&gpu.device)?, expected)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn kept_scales(_: &judge::Gpu, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<()> {
+        Ok(())
     }
 }

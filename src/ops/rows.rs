@@ -24,12 +24,18 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
 
 /// The transpose of `gather` for distinct rows: a matrix [T, C] of zeros with the rows of `y` at `index`.
 pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
+    scatter_beside(y, index, rows, 0)
+}
+
+/// `scatter` into the first columns of a matrix [T, C + spare] of zeros. Spare columns need a GPU.
+pub fn scatter_beside(y: &Tensor, index: &[u32], rows: usize, spare: usize) -> Result<Tensor> {
     let (count, width) = y.dims2()?;
     assert!(index.len() == count && index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
     #[cfg(feature = "cuda")]
     if y.device().is_cuda() {
-        return gpu::scatter(y, index, rows);
+        return gpu::scatter(y, index, rows, spare);
     }
+    assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(y, T => {
         let y = &*cpu::read::<T>(y)?;
         let mut x = vec![<T as cpu::Real>::ZERO; rows * width];
@@ -40,13 +46,35 @@ pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
     })
 }
 
-/// Copies the first `width` columns of x [T, C] into a tensor [T, width] of its own.
-pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
+/// Copies columns at..at+width of x [T, C] into a tensor [T, width] of its own.
+pub fn columns(x: &Tensor, at: usize, width: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::columns(x, width);
+        let y = super::unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
+        gpu::place((x, at), &y, 0, width)?;
+        return Ok(y);
     }
-    x.narrow(1, 0, width)?.force_contiguous()
+    x.narrow(1, at, width)?.force_contiguous()
+}
+
+/// x with `spare` more columns, which are not written; x itself without them. Spare columns need a GPU.
+pub fn beside(x: &Tensor, spare: usize) -> Result<Tensor> {
+    if spare == 0 {
+        return Ok(x.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let wide = super::unwritten((x.dim(0)?, x.dim(1)? + spare), x.dtype(), x.device())?;
+        place(x, &wide, 0)?;
+        return Ok(wide);
+    }
+    candle_core::bail!("spare columns on a CPU")
+}
+
+/// Copies x [rows, C] on a GPU into a wider matrix, from its element `at` on.
+#[cfg(feature = "cuda")]
+pub fn place(x: &Tensor, to: &Tensor, at: usize) -> Result<()> {
+    gpu::place((x, 0), to, at, x.dim(1)?)
 }
 
 /// `x += y` in place; both have the same shape.
@@ -84,35 +112,40 @@ mod gpu {
     pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
         let (_, width) = x.dims2()?;
         let y = crate::ops::unwritten((index.len(), width), x.dtype(), x.device())?;
-        moved("gather", x, index, &y, width)?;
+        moved("gather", x, index, &y)?;
         Ok(y)
     }
 
-    /// Rows of `y` at their index among `rows` rows; the others are zero.
-    pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
+    /// Rows of `y` at their index among `rows` rows; everything else is zero.
+    pub fn scatter(y: &Tensor, index: &[u32], rows: usize, spare: usize) -> Result<Tensor> {
         let (_, width) = y.dims2()?;
-        let x = Tensor::zeros((rows, width), y.dtype(), y.device())?;
-        moved("scatter", y, index, &x, width)?;
+        let x = Tensor::zeros((rows, width + spare), y.dtype(), y.device())?;
+        moved("scatter", y, index, &x)?;
         Ok(x)
     }
 
-    fn moved(name: &str, from: &Tensor, index: &[u32], to: &Tensor, width: usize) -> Result<()> {
+    fn moved(name: &str, from: &Tensor, index: &[u32], to: &Tensor) -> Result<()> {
         if index.is_empty() {
             return Ok(());
         }
         let index = cuda::upload(index, from.device())?;
         let launch = Launch::new(from, "rows", name)?.tensor(from).of(DType::U32, &index).tensor(to);
-        launch.int(width).launch((index.elem_count(), 1, 1), 128, 0)
+        let launch = launch.int(from.dim(1)?).int(to.dim(1)?);
+        launch.launch((index.elem_count(), 1, 1), 128, 0)
     }
 
-    /// The first `width` columns of `x`.
-    pub fn columns(x: &Tensor, width: usize) -> Result<Tensor> {
-        let (rows, stride) = x.dims2()?;
-        assert!(width <= stride, "{width} columns of {stride}");
-        let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "rows", "columns")?.tensor(x).tensor(&y).int(stride).int(width);
-        launch.launch((rows, 1, 1), 128, 0)?;
-        Ok(y)
+    /// Copies `width` columns of `x`, from column `from` on, into rows of `y`, from its element `at` on.
+    pub fn place((x, from): (&Tensor, usize), y: &Tensor, at: usize, width: usize) -> Result<()> {
+        let ((rows, x_stride), (_, y_stride)) = (x.dims2()?, y.dims2()?);
+        let end = at + rows.saturating_sub(1) * y_stride + width;
+        assert!(
+            from + width <= x_stride && (rows == 0 || end <= y.elem_count()),
+            "{width} columns of {x_stride}, at {from}, into {y_stride} at {at}"
+        );
+        let aligned = [from, at, x_stride, y_stride].iter().all(|number| number.is_multiple_of(EIGHT));
+        let launch = Launch::new(x, "rows", "columns")?.tensor_at(x, from).tensor_at(y, at);
+        let launch = launch.int(x_stride).int(y_stride).int(width).int(usize::from(aligned));
+        launch.launch((rows, 1, 1), 128, 0)
     }
 
     /// Adds `y` to `x`, in place.
@@ -147,7 +180,13 @@ mod tests {
                 gpu.same(&picked, &gather(&x, &index)?)?;
                 gpu.same(&scatter(&picked, &index, rows)?, &scatter(&gather(&x, &index)?, &index, rows)?)?;
                 let half = width.div_ceil(2);
-                gpu.same(&columns(&gpu.put(&x)?, half)?, &columns(&x, half)?)?;
+                for at in [0, width - half] {
+                    gpu.same(&columns(&gpu.put(&x)?, at, half)?, &columns(&x, at, half)?)?;
+                }
+                placed(gpu, &x)?;
+                let beside = scatter_beside(&picked, &index, rows, 8)?;
+                let expected = scatter(&gather(&x, &index)?, &index, rows)?.pad_with_zeros(1, 0, 8)?;
+                gpu.same(&beside, &expected)?;
                 let sum = gpu.put(&x)?;
                 add(&sum, &gpu.put(&y)?)?;
                 gpu.same(&sum, &(x.as_tensor() + y.as_tensor())?)?;
@@ -159,5 +198,26 @@ mod tests {
             }
             Ok(())
         })
+    }
+
+    /// A matrix inside another one, whose other values stay as they are.
+    #[cfg(feature = "cuda")]
+    fn placed(gpu: &judge::Gpu, x: &Tensor) -> Result<()> {
+        let (rows, width) = x.dims2()?;
+        for (above, left, right) in [(0, 0, 8), (1, 8, 8), (2, 3, 0)] {
+            let wide = gpu.random((above + rows, left + width + right), 3)?;
+            let found = gpu.put(&wide)?;
+            place(&gpu.put(x)?, &found, above * (left + width + right) + left)?;
+            let below = wide.narrow(0, above, rows)?;
+            let row =
+                Tensor::cat(&[&below.narrow(1, 0, left)?, x, &below.narrow(1, left + width, right)?], 1)?;
+            gpu.within(0.0, &found, &Tensor::cat(&[&wide.narrow(0, 0, above)?, &row], 0)?)?;
+        }
+        Ok(())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn placed(_: &judge::Gpu, _: &Tensor) -> Result<()> {
+        Ok(())
     }
 }

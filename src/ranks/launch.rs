@@ -25,6 +25,22 @@ const LEAVE_MAX: Duration = Duration::from_secs(20);
 /// The same after a signal, when rank 0 writes a checkpoint.
 const STOP_MAX: Duration = Duration::from_secs(120);
 
+/// What NCCL does by itself in another way on another day is fixed here, so that sums have the same order each time: a
+/// ring of all GPUs, with one protocol. A variable that is set stays as it is.
+pub const NCCL_ORDER: [(&str, &str); 3] =
+    [("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple"), ("NCCL_NVLS_ENABLE", "0")];
+
+/// Sets the variables of `NCCL_ORDER` that are not set, for this process and those that it starts. The program calls it
+/// first.
+pub fn fix_order_of_sums() {
+    for (name, value) in NCCL_ORDER {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: the process has no other thread yet, which might read the environment.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
+}
+
 /// What was asked about the processes of this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Wish {

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -73,14 +74,27 @@ impl Call {
 /// The ranks of a run, from one of them.
 pub struct Link {
     shared: Arc<Shared>,
-    /// Calls made so far. A call holds it from its beginning to its end.
-    calls: Mutex<u64>,
+    sums: Mutex<Sums>,
 }
+
+/// Sums that a thread makes while this rank computes, in their order.
+struct Sums {
+    begin: Sender<Begun>,
+    /// Where each result goes, and where it comes from.
+    under_way: VecDeque<(Tensor, Receiver<Result<Vec<u8>>>)>,
+}
+
+/// This rank's part of a sum, and whom the result is for.
+type Begun = (Vec<u8>, Sender<Result<Vec<u8>>>);
 
 struct Shared {
     place: Place,
     limits: Limits,
     peers: Vec<Peer>,
+    /// Calls made so far. A call holds it from its beginning to its end.
+    calls: Mutex<u64>,
+    /// How far this rank's device has come, as `Collective::device_is_at` says.
+    tick: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
     began: Instant,
@@ -116,6 +130,8 @@ struct State {
     calls: u64,
     /// Since when the others wait for this rank.
     lags: Option<Instant>,
+    /// How far the last of the devices has come, and since when.
+    slowest: Option<(u64, Instant)>,
     /// What is known of each peer.
     peers: Vec<Known>,
 }
@@ -126,6 +142,8 @@ struct Known {
     inbox: VecDeque<Frame>,
     /// Number of the newest call that the rank came to.
     calls: u64,
+    /// How far its device has come.
+    tick: u64,
     /// Since when the others wait for the rank.
     lags: Option<Instant>,
     /// When the connection closed.
@@ -163,15 +181,31 @@ impl Link {
         }
         let known = peers.iter().map(|_| Known::default()).collect();
         let state = Mutex::new(State { peers: known, ..State::default() });
-        let shared =
-            Arc::new(Shared { place, limits, peers, state, changed: Condvar::new(), began: Instant::now() });
+        let shared = Arc::new(Shared {
+            place,
+            limits,
+            peers,
+            state,
+            calls: Mutex::new(0),
+            tick: AtomicU64::new(0),
+            changed: Condvar::new(),
+            began: Instant::now(),
+        });
         for index in 0..shared.peers.len() {
             let shared = shared.clone();
             spawn("ranks: read", move || shared.read(index))?;
         }
         let (watched, heard) = (shared.clone(), callers);
         spawn("ranks: watch", move || watched.watch(heard.as_ref()))?;
-        Ok(Link { shared, calls: Mutex::new(0) })
+        let (begin, begun) = channel::<Begun>();
+        let adds = shared.clone();
+        // It ends with the link, whose end of the channel closes.
+        spawn("ranks: sums", move || {
+            for (part, to) in begun {
+                let _ = to.send(adds.call(Call::Sum, &part, |parts| Ok(summed(parts))));
+            }
+        })?;
+        Ok(Link { shared, sums: Mutex::new(Sums { begin, under_way: VecDeque::new() }) })
     }
 
     /// Training begins: from now on, a rank that does not come to a call ends all.
@@ -206,27 +240,15 @@ impl Link {
         }
     }
 
-    /// One call: rank 0 makes an answer of all parts, by rank, and every rank gets it.
+    /// A call of this thread, behind all sums that were begun.
     fn call(
         &self,
         call: Call,
         part: &[u8],
         answer: impl FnOnce(&[&[u8]]) -> Result<Vec<u8>>,
     ) -> Result<Vec<u8>> {
-        let mut calls = self.calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *calls += 1;
-        let number = call.number(*calls);
-        let shared = &*self.shared;
-        {
-            let mut state = shared.lock();
-            (state.calls, state.waits) = (*calls, Some(Instant::now()));
-        }
-        let ended = match shared.place.leads() {
-            true => shared.answer(number, part, answer),
-            false => shared.ask(number, part),
-        };
-        shared.lock().waits = None;
-        ended
+        self.summed()?;
+        self.shared.call(call, part, answer)
     }
 }
 
@@ -241,11 +263,31 @@ impl Collective for Link {
     }
 
     fn sum(&self, values: &Tensor) -> Result<()> {
+        self.begin_sum(values)?;
+        self.summed()
+    }
+
+    /// The values are read now and written by `summed`: no other thread touches the tensor.
+    fn begin_sum(&self, values: &Tensor) -> Result<()> {
         check_sum(values)?;
-        let part = bytes_of(values)?;
-        let total = self.call(Call::Sum, &part, |parts| Ok(summed(parts)))?;
-        let total = Tensor::from_vec(floats(&total).collect(), values.elem_count(), &Device::Cpu)?;
-        Ok(flat::write(values, &total)?)
+        let (to, result) = channel();
+        let mut sums = self.sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        sums.begin.send((bytes_of(values)?, to)).map_err(|_| no_sums())?;
+        sums.under_way.push_back((values.clone(), result));
+        Ok(())
+    }
+
+    fn summed(&self) -> Result<()> {
+        let mut sums = self.sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut all = Ok(());
+        for (values, result) in sums.under_way.drain(..) {
+            let written = result.recv().unwrap_or_else(|_| Err(no_sums())).and_then(|total| {
+                let total = Tensor::from_vec(floats(&total).collect(), values.elem_count(), &Device::Cpu)?;
+                Ok(flat::write(&values, &total)?)
+            });
+            all = all.and(written);
+        }
+        all
     }
 
     fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()> {
@@ -269,9 +311,17 @@ impl Collective for Link {
         self.call(Call::Broadcast, own, |parts| Ok(parts[0].to_vec()))
     }
 
+    fn device_is_at(&self, tick: u64) {
+        self.shared.tick.store(tick, Ordering::Relaxed);
+    }
+
     fn ended(&self) -> Option<Fault> {
         self.shared.lock().end.as_ref().map(|(fault, _)| fault.clone())
     }
+}
+
+fn no_sums() -> Fault {
+    Fault::internal("the thread that makes the ranks' sums has ended")
 }
 
 fn bytes_of(values: &Tensor) -> Result<Vec<u8>> {
@@ -312,6 +362,28 @@ fn unpacked(mut bytes: &[u8]) -> Vec<Vec<u8>> {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// One call: rank 0 makes an answer of all parts, by rank, and every rank gets it.
+    fn call(
+        &self,
+        call: Call,
+        part: &[u8],
+        answer: impl FnOnce(&[&[u8]]) -> Result<Vec<u8>>,
+    ) -> Result<Vec<u8>> {
+        let mut calls = self.calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *calls += 1;
+        let number = call.number(*calls);
+        {
+            let mut state = self.lock();
+            (state.calls, state.waits) = (*calls, Some(Instant::now()));
+        }
+        let ended = match self.place.leads() {
+            true => self.answer(number, part, answer),
+            false => self.ask(number, part),
+        };
+        self.lock().waits = None;
+        ended
     }
 
     /// Rank 0's side of a call.
@@ -408,6 +480,7 @@ impl Shared {
                     state.end.get_or_insert((frame.fault(), Instant::now()));
                 }
                 What::Done => state.done = true,
+                What::Beat => state.peers[index].tick = frame.number,
                 _ => {}
             }
             self.changed.notify_all();
@@ -422,7 +495,7 @@ impl Shared {
         let mut beat_at = Instant::now();
         loop {
             std::thread::sleep(LOOK_INTERVAL);
-            if beat_at.elapsed() >= BEAT_INTERVAL.min(self.limits.silence / 10) {
+            if beat_at.elapsed() >= BEAT_INTERVAL.min(self.limits.silence / 10).min(self.limits.hang / 4) {
                 beat_at = Instant::now();
                 self.beat();
             }
@@ -448,7 +521,8 @@ impl Shared {
         for peer in &self.peers {
             // While something else is written, the peer hears that.
             if let Ok(mut writer) = peer.writer.try_lock() {
-                let _ = Frame::bare(What::Beat).write(&mut *writer);
+                let tick = self.tick.load(Ordering::Relaxed);
+                let _ = frame::write(&mut *writer, What::Beat, tick, &[]);
             }
         }
     }
@@ -476,7 +550,32 @@ impl Shared {
                 return fault;
             }
         }
-        None
+        self.devices_hang(state)
+    }
+
+    /// A device that the others' devices wait for. Their hosts wait too, so that no call shows it.
+    fn devices_hang(&self, state: &mut State) -> Option<Fault> {
+        if !self.place.leads() {
+            return None;
+        }
+        let own = (self.tick.load(Ordering::Relaxed), "rank 0");
+        let others =
+            self.peers.iter().zip(&state.peers).map(|(peer, known)| (known.tick, peer.name.as_str()));
+        let ticks: Vec<(u64, &str)> = [own].into_iter().chain(others).collect();
+        let (slowest, name) = *ticks.iter().min_by_key(|(tick, _)| *tick).expect("rank 0's is there");
+        if ticks.iter().all(|(tick, _)| tick % 2 == 0) {
+            state.slowest = None;
+            return None;
+        }
+        let (tick, since) = *state.slowest.get_or_insert_with(|| (slowest, Instant::now()));
+        if tick != slowest {
+            state.slowest = Some((slowest, Instant::now()));
+            return None;
+        }
+        (since.elapsed() >= self.limits.hang).then(|| match ticks.iter().all(|(tick, _)| *tick == slowest) {
+            false => self.hangs(name),
+            true => self.nothing_moves(),
+        })
     }
 
     /// A rank said why it fails. Ranks that fail together, each with the same reason, leave it to rank 0 to say so.
@@ -532,6 +631,15 @@ impl Shared {
         let message = format!("{name} hangs: the other ranks have waited for it for {seconds} s");
         Fault::new(Kind::Device, message).help(
             "its device may have failed: look at nvidia-smi on its node; HONE_RANKS_TIMEOUT names another time",
+        )
+    }
+
+    fn nothing_moves(&self) -> Fault {
+        let seconds = self.limits.hang.as_secs();
+        let message = format!("the ranks' GPUs hang: all of them have been in one sum for {seconds} s");
+        Fault::new(Kind::Device, message).help(
+            "the link between them may have failed: NCCL_DEBUG=INFO shows what NCCL does, and HONE_RANKS_TIMEOUT names \
+             another time",
         )
     }
 

@@ -24,7 +24,7 @@ pub const PARENT: &str = "HONE_RANKS_PARENT";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time between two attempts to reach rank 0, which may not be there yet.
 const CALL_INTERVAL: Duration = Duration::from_millis(200);
-/// LIMIT: a greeting is a few hundred bytes.
+/// LIMIT: a greeting is a few hundred bytes. A stranger that sends one now and then takes no longer either.
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: greetings that are read at the same time.
 const GREETINGS_MAX: usize = 256;
@@ -152,9 +152,13 @@ pub fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     if is_loopback {
         return TcpListener::bind((host, port));
     }
+    let any_ipv4 = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port));
+    // The system may keep IPv4 callers from a socket of IPv6.
+    if (host, port).to_socket_addrs().is_ok_and(|mut all| all.all(|address| address.is_ipv4())) {
+        return any_ipv4();
+    }
     // A machine without IPv6 takes the second.
-    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
-        .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
+    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| any_ipv4())
 }
 
 fn take_all(seat: &Seat, limits: &Limits, listener: TcpListener) -> Result<Met> {
@@ -274,7 +278,7 @@ fn greet(listener: TcpListener, token: String) -> io::Result<Receiver<Greeting>>
             let (sender, token, open) = (sender.clone(), token.clone(), open.clone());
             std::thread::spawn(move || {
                 // A stranger's call is closed without a word.
-                let _ = take(stream, &token, &sender);
+                let _ = take(stream, &token, &sender, GREETING_MAX);
                 open.fetch_sub(1, Ordering::SeqCst);
             });
         }
@@ -282,34 +286,37 @@ fn greet(listener: TcpListener, token: String) -> io::Result<Receiver<Greeting>>
     Ok(receiver)
 }
 
-fn take(stream: TcpStream, token: &str, to: &Sender<Greeting>) -> io::Result<()> {
-    stream.set_write_timeout(Some(GREETING_MAX))?;
-    let mut greeting = Until { stream: &stream, end: Instant::now() + GREETING_MAX };
-    frame::prove(&mut greeting, token, false)?;
-    let frame = Frame::read(&mut greeting, GREETING_BYTES_MAX)?;
+fn take(stream: TcpStream, token: &str, to: &Sender<Greeting>, longest: Duration) -> io::Result<()> {
+    let mut timed = Timed { stream: &stream, until: Instant::now() + longest };
+    frame::prove(&mut timed, token, false)?;
+    let frame = Frame::read(&mut timed, GREETING_BYTES_MAX)?;
     stream.set_read_timeout(None)?;
     to.send(Greeting { frame, stream }).map_err(io::Error::other)
 }
 
-/// A connection that is read until a time, however slowly its bytes come.
-struct Until<'a> {
+/// A connection that must be done at a time, however often bytes come.
+struct Timed<'a> {
     stream: &'a TcpStream,
-    end: Instant,
+    until: Instant,
 }
 
-impl Read for Until<'_> {
+impl Timed<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Timed<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_read_timeout(self.left()?)?;
         self.stream.read(buffer)
     }
 }
 
-impl Write for Until<'_> {
+impl Write for Timed<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
         self.stream.write(bytes)
     }
 
@@ -349,6 +356,10 @@ fn reach(meeting: &Meeting, first: &Frame) -> io::Result<TcpStream> {
     for &port in &meeting.ports {
         let addresses: Vec<SocketAddr> = (meeting.host.as_str(), port).to_socket_addrs()?.collect();
         for address in addresses {
+            // A signal does not wait for all ports.
+            if interrupt::requested() {
+                return Err(last);
+            }
             match reach_at(address, &meeting.token, first) {
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
@@ -359,16 +370,15 @@ fn reach(meeting: &Meeting, first: &Frame) -> io::Result<TcpStream> {
 }
 
 fn reach_at(address: SocketAddr, token: &str, first: &Frame) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, GREETING_MAX)?;
-    stream.set_write_timeout(Some(GREETING_MAX))?;
-    frame::prove(&mut Until { stream: &stream, end: Instant::now() + GREETING_MAX }, token, true)?;
-    first.write(&mut stream)?;
-    stream.set_read_timeout(Some(GREETING_MAX))?;
+    let stream = TcpStream::connect_timeout(&address, GREETING_MAX)?;
+    let mut timed = Timed { stream: &stream, until: Instant::now() + GREETING_MAX };
+    frame::prove(&mut timed, token, true)?;
+    first.write(&mut timed)?;
     Ok(stream)
 }
 
 /// Waits until rank 0 says that all are there. The inner fault is rank 0's; an error means that it is gone.
-fn welcomed(stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
+fn welcomed(mut stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
     stream.set_read_timeout(Some(LOOK_INTERVAL))?;
     loop {
         match stream.peek(&mut [0]) {
@@ -384,8 +394,8 @@ fn welcomed(stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> 
             return Err(io::Error::other("rank 0 waits for other ranks"));
         }
     }
-    let mut greeting = Until { stream: &stream, end: Instant::now() + GREETING_MAX };
-    let frame = Frame::read(&mut greeting, GREETING_BYTES_MAX)?;
+    stream.set_read_timeout(Some(GREETING_MAX))?;
+    let frame = Frame::read(&mut stream, GREETING_BYTES_MAX)?;
     stream.set_read_timeout(None)?;
     match frame.what {
         What::Welcome => Ok(Ok(stream)),
@@ -449,24 +459,31 @@ mod tests {
         });
     }
 
-    /// A stranger that sends a byte now and then does not hold a place for long.
+    /// A stranger that sends a byte now and then does not hold its place.
     #[test]
-    fn a_greeting_that_drips_ends_in_time() {
+    fn a_slow_stranger_is_sent_away_in_time() {
         let (listener, port) = bound();
+        let (sender, _receiver) = channel();
+        let mut stranger = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let (taken, _) = listener.accept().unwrap();
         std::thread::scope(|scope| {
-            let mut slow = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            scope.spawn(move || {
-                while slow.write_all(b"h").is_ok() {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
+            let longest = Duration::from_millis(400);
+            let ended = scope.spawn(move || take(taken, "t", &sender, longest).unwrap_err().kind());
+            // It would take three seconds to say all of an opening.
+            let sent = (0..60).take_while(|_| {
+                std::thread::sleep(Duration::from_millis(50));
+                stranger.write_all(b"h").is_ok()
             });
-            let (stream, _) = listener.accept().unwrap();
-            let began = Instant::now();
-            let mut greeting = Until { stream: &stream, end: began + Duration::from_millis(300) };
-            let error = greeting.read_exact(&mut [0; 4096]).unwrap_err();
-            assert!(matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{error}");
-            assert!(began.elapsed() < Duration::from_secs(5));
+            let sent = sent.count();
+            assert!(matches!(ended.join().unwrap(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock));
+            assert!(sent < 60, "the connection was closed");
         });
+    }
+
+    #[test]
+    fn an_address_of_ipv4_is_listened_to_by_ipv4() {
+        assert!(listen("192.0.2.1", 0).unwrap().local_addr().unwrap().is_ipv4());
+        assert_eq!(listen("127.0.0.1", 0).unwrap().local_addr().unwrap().ip(), Ipv4Addr::LOCALHOST);
     }
 
     #[test]

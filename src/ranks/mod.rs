@@ -49,6 +49,17 @@ pub trait Collective: Send + Sync {
     /// Sums a flat f32 tensor over all ranks, in place, on its device. The result has the same bits on every rank.
     fn sum(&self, flat: &Tensor) -> Result<()>;
 
+    /// Begins a sum as `sum` makes it, behind all work that the device's stream has queued so far. It may run beside
+    /// later work, which leaves `flat` alone until `summed`. Sums end in the order in which they began.
+    fn begin_sum(&self, flat: &Tensor) -> Result<()> {
+        self.sum(flat)
+    }
+
+    /// The sums that were begun are complete for all work queued from here on. A device's host does not wait for them.
+    fn summed(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Writes every rank's `piece` into `whole`, by rank. Both are u8 tensors on one device (a sharded base). It begins
     /// when all work is done that the device's stream has queued so far, since that work may read `whole`. It may run
     /// beside later work, which reads `whole` only behind `arrived`.
@@ -64,6 +75,10 @@ pub trait Collective: Send + Sync {
 
     /// The bytes of rank 0; the others' argument is ignored.
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>>;
+
+    /// Tells the other ranks how far this rank's device has come: twice the number of sums and gatherings that it has
+    /// completed, and one more while it is in one. The device may hang although its host goes on.
+    fn device_is_at(&self, _tick: u64) {}
 
     /// The fault that ended the ranks, if one did. What a device computed with them since then counts for nothing.
     fn ended(&self) -> Option<Fault> {

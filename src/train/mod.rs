@@ -10,6 +10,7 @@ pub mod moments;
 mod options;
 pub mod order;
 mod passes;
+mod pieces;
 pub mod schedule;
 mod sets;
 pub mod spike;

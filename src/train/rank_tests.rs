@@ -1,13 +1,14 @@
 //! Promises about training on several ranks: the same run whatever their number is, and one end for all of them.
 
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 
 use super::best::{Judging, Measure, Stopping};
 use super::spike::{Policy, Spikes};
-use super::tests::{decoder, examples, running};
+use super::tests::{decoder, decoder_of_rank, examples, running};
 use super::*;
 use crate::facts::Keep;
 use crate::fault::{Fault, Kind, Result};
@@ -49,7 +50,8 @@ fn train_on<R: Collective>(
     let checkpoints = folder.map(|folder| Checkpoints { folder: folder.to_owned(), fingerprint: "a".into() });
     let all = examples();
     threads::all(ranks, |ranks| {
-        let (decoder, adapter) = decoder();
+        // Smaller matrices have moments in 32 bits.
+        let (decoder, adapter) = if options.eight_bit_moments { decoder_of_rank(128) } else { decoder() };
         let mut passes = match planned {
             true => Passes::planned(running(&decoder, &adapter)),
             false => Passes::Fixed(Keep::Everything),
@@ -173,6 +175,173 @@ fn a_checkpoint_is_continued_by_another_number_of_ranks() {
     assert!(continued.params == train(3, &options(6), None).params);
 }
 
+/// Moments of 8 bits lose nothing on their way to another number of ranks: one more step is the same on all of them.
+/// Later steps round codes at other places.
+#[test]
+fn eight_bit_moments_are_continued_by_another_number_of_ranks() {
+    let options = |steps| {
+        let eight_bit_moments = true;
+        Options { checkpoint: Every::Steps(1), evaluation: Every::Never, eight_bit_moments, ..options(steps) }
+    };
+    // The same ranks write the same checkpoint after step 2 each time.
+    let continued = |world: usize, steps| {
+        let folder = tempfile::tempdir().unwrap();
+        train(4, &options(2), Some(folder.path()));
+        let run = train(world, &options(steps), Some(folder.path()));
+        assert_eq!(run.ended.as_ref().unwrap().resumed_at, Some(2));
+        run
+    };
+    let one = continued(1, 3);
+    for world in [2, 3, 4] {
+        assert_close(&continued(world, 3), &one, &format!("{world} ranks"));
+    }
+    // Moments that begin at zero again would be seen.
+    let fresh = Options { eight_bit_moments: false, ..options(3) };
+    let apart = distance(&train(1, &options(3), None).params, &train(1, &fresh, None).params);
+    assert!(apart > 1e-5, "8 bits are another run than 32: {apart:e}");
+    assert!(continued(4, 6).params == train(4, &options(6), None).params);
+}
+
+/// Ranks whose sums run beside the pass: they take the values at once and deliver the sums as late as they may.
+struct Late {
+    ranks: Threads,
+    /// Tensors and the values that they had.
+    begun: Mutex<Vec<(Tensor, Tensor)>>,
+    count: AtomicU64,
+}
+
+impl Late {
+    fn new(ranks: Threads) -> Late {
+        Late { ranks, begun: Mutex::default(), count: AtomicU64::new(0) }
+    }
+}
+
+impl Collective for Late {
+    fn place(&self) -> Place {
+        self.ranks.place()
+    }
+
+    fn sum(&self, flat: &Tensor) -> Result<()> {
+        self.ranks.sum(flat)
+    }
+
+    fn begin_sum(&self, flat: &Tensor) -> Result<()> {
+        let values = crate::ops::cpu::to_f64(flat)?;
+        let values = Tensor::from_vec(values, flat.elem_count(), flat.device())?;
+        // Whoever reads or adds to it before the sum has arrived spoils the run.
+        crate::ops::flat::write(flat, &(flat.zeros_like()? / 0.0)?)?;
+        self.count.fetch_add(1, Ordering::SeqCst);
+        self.begun.lock().unwrap().push((flat.clone(), values));
+        Ok(())
+    }
+
+    fn summed(&self) -> Result<()> {
+        for (flat, values) in self.begun.lock().unwrap().drain(..) {
+            let values = values.to_dtype(flat.dtype())?;
+            self.ranks.sum(&values)?;
+            crate::ops::flat::write(&flat, &values)?;
+        }
+        Ok(())
+    }
+
+    fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()> {
+        self.ranks.gather_into(whole, piece)
+    }
+
+    fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        assert!(self.begun.lock().unwrap().is_empty(), "every sum has ended before the ranks speak");
+        self.ranks.exchange(bytes)
+    }
+
+    fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>> {
+        self.ranks.broadcast(bytes)
+    }
+}
+
+/// Ranks that sum everything when their passes are done.
+struct AtTheEnd(Threads, Mutex<Vec<Tensor>>);
+
+impl Collective for AtTheEnd {
+    fn place(&self) -> Place {
+        self.0.place()
+    }
+
+    fn sum(&self, flat: &Tensor) -> Result<()> {
+        self.0.sum(flat)
+    }
+
+    fn begin_sum(&self, flat: &Tensor) -> Result<()> {
+        self.1.lock().unwrap().push(flat.clone());
+        Ok(())
+    }
+
+    fn summed(&self) -> Result<()> {
+        self.1.lock().unwrap().drain(..).try_for_each(|flat| self.0.sum(&flat))
+    }
+
+    fn gather_into(&self, whole: &Tensor, piece: &Tensor) -> Result<()> {
+        self.0.gather_into(whole, piece)
+    }
+
+    fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.0.exchange(bytes)
+    }
+
+    fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>> {
+        self.0.broadcast(bytes)
+    }
+}
+
+#[test]
+fn sums_beside_the_last_pass_have_the_bits_of_sums_at_the_end() {
+    // Several passes a rank; then fewer passes than ranks.
+    for (world, options) in [
+        (2, options(3)),
+        (3, Options { packing: None, ..options(3) }),
+        (3, Options { batch_examples: 1, accumulation: 1, ..options(3) }),
+    ] {
+        let early = train_on(Threads::of(world), &options, None, false, Late::new);
+        let end =
+            train_on(Threads::of(world), &options, None, false, |ranks| AtTheEnd(ranks, Mutex::default()));
+        let plain = train(world, &options, None);
+        for run in early.iter().chain(&end) {
+            run.ended.as_ref().unwrap();
+            assert!(run.params == plain.params, "{world} ranks");
+        }
+        assert!(early[0].metrics == plain.metrics && end[0].metrics == plain.metrics);
+    }
+}
+
+#[test]
+fn a_pass_that_fails_in_its_middle_leaves_no_sum_behind() {
+    let options = Options { packing: Some(128), evaluation: Every::Never, ..options(3) };
+    let calm = train_on(Threads::of(2), &options, None, true, Late::new);
+    // From the first allocation of a pass to those of its way back.
+    for at in [1, 20, 40, 60, 80, 100, 120, 140] {
+        let runs = train_on(Threads::of(2), &options, None, true, |ranks| {
+            starve::set((ranks.place().rank == 1).then_some((at, 1)));
+            Late::new(ranks)
+        });
+        for run in &runs {
+            run.ended.as_ref().unwrap();
+            let apart = distance(&run.params, &calm[0].params);
+            assert!(run.params == runs[0].params && apart < 2e-5, "allocation {at}: {apart:e}");
+        }
+    }
+    let undisturbed = train(3, &options, None);
+    for at in [2, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options { checkpoint: Every::Steps(1), ..options.clone() };
+        for run in train_on(Threads::of(3), &options, Some(folder.path()), false, |ranks| {
+            Liar::new(ranks, Lie::Stopped(at))
+        }) {
+            assert!(run.ended.is_err());
+        }
+        let continued = train(3, &options, Some(folder.path()));
+        assert!(continued.params == undisturbed.params, "stopped at exchange {at}");
+    }
+}
+
 #[test]
 fn ranks_stop_early_and_restore_the_best_together() {
     let judging = Judging {
@@ -231,8 +400,9 @@ fn a_rank_that_is_gone_at_any_call_ends_all() {
         });
         let runs = train_on(ranks.collect(), &options, Some(folder.path()), false, |ranks| ranks);
         if runs.iter().all(|run| run.ended.is_ok()) {
-            // The start, the parameters, two for each of two steps, and the evaluation.
-            assert_eq!(call - 1, 7);
+            // The start, the parameters, one exchange and the sums of two pieces and the rest for each of two steps, and
+            // the evaluation.
+            assert_eq!(call - 1, 11);
             return;
         }
         for run in runs {

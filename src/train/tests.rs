@@ -22,7 +22,7 @@ pub(super) fn decoder() -> (Decoder, Trainable) {
     decoder_of_rank(LoraOptions::default().r)
 }
 
-fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
+pub(super) fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
     let config = json!({
         "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,

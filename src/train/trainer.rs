@@ -26,6 +26,7 @@ use super::moments::Moments;
 use super::options::{Every, Options};
 use super::order::{self, Rows, Share, Steps};
 use super::passes::Passes;
+use super::pieces::{Cut, Sums};
 use super::sets::Sets;
 use super::spike::Policy;
 use super::together::{Outcome, Said, agree};
@@ -164,6 +165,8 @@ pub(super) struct Trainer<'a> {
     pub(super) rows_max: usize,
     /// What examples cost, for dealing them to the ranks.
     pub(super) cost: Cost,
+    /// The pieces in which the ranks add up their gradients.
+    cut: Cut,
     /// The sums of squares of the step before, of the gradient and of the updated parameters.
     squares: [f64; 2],
 }
@@ -195,6 +198,7 @@ impl<'a> Trainer<'a> {
             due_by_clock: None,
             rows_max: passes.tokens_max(),
             cost: Cost::of(&decoder.facts),
+            cut: cut(ranks, decoder, adapter),
             squares: [0.0; 2],
             ranks,
             decoder,
@@ -352,43 +356,51 @@ impl<'a> Trainer<'a> {
             Ok(together) => together,
             Err(fault) => return (Said::from(&fault), Vec::new()),
         };
-        let done = self.passes(share, scale, &mut together);
+        let mut sums = Sums::new(self.ranks, self.adapter, &self.cut);
+        let done = self.passes(share, scale, &mut together, &mut sums);
         drop(together);
-        let said = match done {
-            Ok(Some(losses)) => return (Said::Done, losses),
-            Ok(None) => Said::Stopped,
-            Err(error) if out_of_memory(&error) => Said::OutOfMemory(error.to_string()),
-            Err(error) => {
+        let summed = sums.finish();
+        let said = match (done, summed) {
+            (Ok(Some(losses)), Ok(())) => return (Said::Done, losses),
+            (Ok(None), _) => Said::Stopped,
+            (Err(error), _) if out_of_memory(&error) => Said::OutOfMemory(error.to_string()),
+            (Ok(_), Err(fault)) => Said::from(&fault),
+            (Err(error), summed) => {
                 let gathering = self.decoder.ring.as_ref().and_then(Ring::fault);
-                Said::from(&gathering.unwrap_or_else(|| error.into()))
+                Said::from(&gathering.or(summed.err()).unwrap_or_else(|| error.into()))
             }
         };
         (said, Vec::new())
     }
 
-    /// The loss sum of each pass; `None` after a signal.
+    /// The loss sum of each pass; `None` after a signal. The last pass computes the gradients of a layer for good, so
+    /// that the ranks' sum of them may begin.
     fn passes(
         &self,
         share: &Share,
         scale: f64,
         together: &mut Together,
+        sums: &mut Sums,
     ) -> candle_core::Result<Option<Vec<Number>>> {
         let alone = self.ranks.place().world == 1;
         flat::zero(if alone { &self.adapter.grads } else { &self.adapter.sums })?;
         let keep = self.passes.keep(self.decoder.layers.len());
         let mut losses = Vec::with_capacity(share.batches.len());
-        for batch in &share.batches {
+        for (at, batch) in share.batches.iter().enumerate() {
             if interrupt::requested() {
                 return Ok(None);
             }
             together.pass();
-            losses.push(self.decoder.forward_backward(self.adapter, &keep, batch, scale)?);
+            let is_last = at + 1 == share.batches.len();
+            let done = &mut |layer| if is_last { sums.done(layer) } else { Ok(()) };
+            let (adapter, decoder) = (self.adapter, self.decoder);
+            losses.push(decoder.forward_backward_by_layer(adapter, &keep, batch, scale, done)?);
         }
         Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
     }
 
-    /// Adds up gradients and losses over the ranks: one sum. The losses stand behind the gradients, and each rank has a
-    /// place of its own there, so that no rank's loss is rounded to another's.
+    /// Adds up over the ranks what no piece of the gradient has: the lowest layers and the losses. Each rank's loss has
+    /// a place of its own, so that no rank's loss is rounded to another's.
     fn summed(&self, losses: Vec<Number>) -> Result<Vec<Number>> {
         let place = self.ranks.place();
         if place.world == 1 {
@@ -399,7 +411,7 @@ impl<'a> Trainer<'a> {
             let loss = own.try_fold(first, |sum, loss| sum.add(&loss))?;
             loss.split(&self.adapter.loss_of(place.rank)?)?;
         }
-        self.ranks.sum(&self.adapter.sums)?;
+        self.ranks.sum(&self.cut.rest(self.adapter)?)?;
         Ok(vec![Number::total(&self.adapter.losses()?)?])
     }
 
@@ -576,6 +588,16 @@ impl<'a> Trainer<'a> {
                 format!("stopped by a signal after step {step}, not saved: {why}"),
             ),
         }
+    }
+}
+
+/// How the ranks cut the gradient. Ranks that share the base gather its layers while a pass computes, which takes far
+/// longer than the sum of an adapter, so that they sum it at the end.
+fn cut(ranks: &dyn Collective, decoder: &Decoder, adapter: &Trainable) -> Cut {
+    let shares = decoder.ring.as_ref().is_some_and(Ring::is_shared);
+    match shares || ranks.place().world == 1 {
+        true => Cut::whole(&adapter.sites),
+        false => Cut::of(&adapter.sites),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::annotations::Options;
 use super::request::Run;
-use super::{Settings, Workspace};
+use super::{Settings, Workspace, several};
 use crate::dataset::TokenCache;
 use crate::facts::Facts;
 use crate::facts::sites;
@@ -69,7 +69,8 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     let mut locked = 0;
     if let (Some(task), Some(card)) = (&known, gpus.card) {
         let (plan, warning) = fits(task, &card, gpus, workspace, run)?;
-        locked = plan.map_or(0, |plan| plan.host_bytes * plan.ranks as u64);
+        // A pod has the weights of its own ranks.
+        locked = plan.map_or(0, |plan| plan.host_bytes * u64::from(gpus.count.max(1)));
         warnings.extend(warning);
     }
     // One process for each GPU.
@@ -142,6 +143,7 @@ fn fits(
     let instance = &workspace.resource.instance_type;
     let host = card::host_bytes(instance);
     let machine = Machine { ranks: gpus.count.max(1) as usize, host, ..machine };
+    let machine = machine.times(several::nodes(workspace) as usize);
     let short = memory::solve(task, &machine)
         .map_err(|fault| fault.at(format!("resource.instanceType {instance}")))?;
     let longest = Task { tokens_min: task.tokens_max, ..task.clone() };

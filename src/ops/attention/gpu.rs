@@ -73,9 +73,9 @@ fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
 }
 
 /// See `attention::forward`.
-pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing) -> Result<(Tensor, Tensor)> {
+pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing, spare: usize) -> Result<(Tensor, Tensor)> {
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
-    let out = unwritten((rows, heads.query * heads.width), dtype, qkv.device())?;
+    let out = unwritten((rows, heads.query * heads.width + spare), dtype, qkv.device())?;
     let tiles = packing.tiles_on(qkv.device(), forward_rows(dtype, heads)?, Order::Queries)?;
     let lse = forward_tiles(qkv, heads, &tiles, 0, (&out, 0))?;
     Ok((out, lse))
@@ -92,7 +92,7 @@ pub(super) fn forward_rows(dtype: DType, heads: &Heads) -> Result<usize> {
 }
 
 /// The rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only:
-/// results of the next one begin at an element of a matrix [any, H * D]. Returns the logsumexp of all but the
+/// results of the next one begin at an element of a matrix [any, H * D or wider]. Returns the logsumexp of all but the
 /// skipped rows.
 pub(super) fn forward_tiles(
     qkv: &Tensor,
@@ -105,7 +105,7 @@ pub(super) fn forward_tiles(
     let lse = unwritten((heads.query, rows - skipped), DType::F32, qkv.device())?;
     let Tilings { width, forward: tiling, .. } = tilings(dtype, heads.width)?;
     let launch = Launch::new(qkv, "attention", &format!("forward_{width}"))?.tensor(qkv).tensor_at(out, at);
-    let launch = launch.of(DType::F32, &lse).of(DType::U32, tiles).int(skipped);
+    let launch = launch.of(DType::F32, &lse).of(DType::U32, tiles).int(skipped).int(out.dim(1)?);
     let shared = shared_bytes(dtype, width, tiling.rows() + 2 * tiling.step, tiling.warps, tiling);
     let grid = (heads.query, tiles.elem_count() / 3, 1);
     shape(launch, heads, rows, aligned(heads, &[qkv, out])?).launch(grid, 32 * tiling.warps, shared)?;
@@ -120,9 +120,11 @@ pub fn backward(
     lse: &Tensor,
     heads: &Heads,
     packing: &Packing,
+    spare: usize,
 ) -> Result<Tensor> {
-    let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
-    let d_qkv = unwritten(qkv.shape(), dtype, qkv.device())?;
+    let ((rows, columns), dtype) = (qkv.dims2()?, qkv.dtype());
+    let d_qkv = unwritten((rows, columns + spare), dtype, qkv.device())?;
+    let (out_stride, d_stride) = (out.dim(1)?, columns + spare);
     let delta = unwritten((heads.query, rows), DType::F32, qkv.device())?;
     let aligned = aligned(heads, &[qkv, out, d_out, &d_qkv])?;
     let Tilings { width, query, key, key_wide, .. } = tilings(dtype, heads.width)?;
@@ -132,7 +134,8 @@ pub fn backward(
     let launch = launch.tensor(out).tensor(d_out).of(DType::F32, lse).of(DType::F32, &delta).tensor(&d_qkv);
     let shared = shared_bytes(dtype, width, 2 * query.rows() + 3 * query.step, query.warps, query);
     let grid = (heads.query, tiles.elem_count() / 3, 1);
-    let launch = shape(launch.of(DType::U32, &tiles), heads, rows, aligned);
+    let launch = launch.of(DType::U32, &tiles).int(out_stride).int(d_stride);
+    let launch = shape(launch, heads, rows, aligned);
     launch.launch(grid, 32 * query.warps, shared)?;
 
     // Wide tiles make half as many blocks, so they are used only if there is still a block for each processor.
@@ -148,7 +151,7 @@ pub fn backward(
     let launch = launch.tensor(d_out).of(DType::F32, lse).of(DType::F32, &delta).tensor(&d_qkv);
     let shared = key_shared_bytes(dtype, width, key);
     let grid = (heads.key, tiles.elem_count() / 3, 1);
-    let launch = shape(launch.of(DType::U32, &tiles), heads, rows, aligned);
+    let launch = shape(launch.of(DType::U32, &tiles).int(d_stride), heads, rows, aligned);
     launch.launch(grid, 64 * key.warps, shared)?;
     Ok(d_qkv)
 }
@@ -172,7 +175,8 @@ fn aligned(heads: &Heads, tensors: &[&Tensor]) -> Result<bool> {
     let mut aligned = true;
     for tensor in tensors {
         let piece = 16 / tensor.dtype().size_in_bytes();
-        aligned &= heads.width.is_multiple_of(piece) && cuda::address(tensor, 0)?.is_multiple_of(16);
+        aligned &= heads.width.is_multiple_of(piece) && tensor.dim(1)?.is_multiple_of(piece);
+        aligned &= cuda::address(tensor, 0)?.is_multiple_of(16);
     }
     Ok(aligned)
 }

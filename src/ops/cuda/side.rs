@@ -1,4 +1,5 @@
-//! A second stream that fills two buffers while the device computes: from page-locked memory, or from other ranks.
+//! A second stream that fills two buffers while the device computes: from page-locked memory, or from other ranks. The
+//! ranks' sums run there too.
 //!
 //! Two events order it with the device's own stream. A copy begins when all work queued before it is done, since that
 //! work may still read the buffer. Work that reads a buffer is queued behind `wait`.
@@ -61,6 +62,11 @@ impl Side {
     /// The work that was queued since `begin` fills buffer `number`.
     pub fn end(&self, number: usize) -> Result<()> {
         self.filled[number].record(&self.copies).w()
+    }
+
+    /// An event behind all work that was queued on the second stream so far.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.copies.record_event(None).w()
     }
 
     /// Work queued from here on begins after the last copy to buffer `number`.
