@@ -4,6 +4,7 @@
 //! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
+use crate::facts::sites::Site;
 use crate::facts::{FeedForward, Keep, Projection, Quantization, Residency};
 use crate::model::inside;
 
@@ -25,6 +26,8 @@ const LAUNCH_SECONDS: f64 = 4e-6;
 const LAUNCHES: f64 = 30.0;
 // Further kernels per pair.
 const LAUNCHES_OF_A_PAIR: f64 = 8.0;
+/// Further launches of a pair with DoRA's magnitudes.
+const LAUNCHES_OF_MAGNITUDES: f64 = 5.0;
 
 /// An amount of work of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -91,7 +94,7 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, s
     if machine.ranks == 1 {
         return 1.0;
     }
-    let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
+    let gradient = task.parameters() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
     let seen = match residency {
         Residency::Shared => sum,
@@ -175,7 +178,7 @@ impl Counter<'_> {
 
     /// The optimizer: three f32 passes over the adapter, and two over its moments.
     pub fn update(&self) -> Work {
-        let parameters: usize = self.task.sites.iter().map(|site| site.parameters()).sum();
+        let parameters = self.task.parameters();
         Work {
             bytes: (12 * parameters + 2 * terms::moments(self.task)) as f64,
             launches: 6.0,
@@ -200,7 +203,7 @@ impl Counter<'_> {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
         let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
         if spare == 0.0 {
-            return sites().map(|site| self.pair(site.rank, &site.projection)).sum();
+            return sites().map(|site| self.pair(site.rank, &site.projection) + self.magnitudes(site)).sum();
         }
         let tokens = self.tokens as f64;
         let (rows, cols) = (group.iter().map(|p| p.rows).sum::<usize>() as f64, group[0].cols as f64);
@@ -229,6 +232,18 @@ impl Counter<'_> {
             launches: LAUNCHES_OF_A_PAIR,
             ..Work::default()
         }
+    }
+
+    /// What DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over its
+    /// output forward and four backward; with dropout two products more.
+    fn magnitudes(&self, site: &Site) -> Work {
+        if !site.dora {
+            return Work::default();
+        }
+        let products = if self.task.dropout { 3 } else { 1 };
+        let columns = (self.tokens * site.projection.rows) as f64 * self.element();
+        let passes = Work { bytes: 7.0 * columns, launches: LAUNCHES_OF_MAGNITUDES, ..Work::default() };
+        (0..products).map(|_| self.product(&site.projection)).sum::<Work>() + passes
     }
 
     /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.

@@ -181,7 +181,7 @@ impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
         let kept = (0..layers).map(|layer| Kept::of(task, machine.place, layer)).collect();
-        let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
+        let lowest = task.lowest();
         let weights = Layers { residency, ranks: machine.ranks };
         Solver { task, machine, kept, lowest, weights }
     }

@@ -218,6 +218,7 @@ impl Solver<'_> {
         Task {
             facts: self.served.facts.clone(),
             sites: Vec::new(),
+            tokens: Vec::new(),
             quantization: self.served.quantization,
             precision: self.served.precision,
             dropout: false,

@@ -147,7 +147,7 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
 /// What does not grow with the tokens of a pass.
 pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
-    let adapter: usize = task.sites.iter().map(Site::parameters).sum();
+    let adapter = task.parameters();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
     let what = match task.eight_bit_moments {
         false => "adapter, its gradient and two moments",
@@ -156,6 +156,7 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let mut terms = weights(task, place, layers);
     terms.extend([
         term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
+        term("lengths of rows for DoRA", task.sites.iter().map(length_bytes).sum()),
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
@@ -169,13 +170,20 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     terms
 }
 
+/// Bytes of the lengths that magnitudes are compared with: of the frozen rows, and of the rows as they are.
+fn length_bytes(site: &Site) -> usize {
+    if site.dora { 8 * site.projection.rows } else { 0 }
+}
+
 /// Bytes of the optimizer's two moments of every parameter.
 pub(super) fn moments(task: &Task) -> usize {
     let of_matrix = |values: usize| match task.eight_bit_moments {
         false => 8 * values,
         true => Matrix::moment_bytes(values),
     };
-    task.sites.iter().flat_map(Site::matrices).map(|matrix| of_matrix(matrix.len())).sum()
+    let pairs = task.sites.iter().flat_map(Site::tensors).map(|matrix| matrix.len());
+    let rows = task.tokens.iter().map(|rows| rows.values().len());
+    pairs.chain(rows).map(of_matrix).sum()
 }
 
 fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
@@ -202,7 +210,7 @@ pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
 
 /// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
 pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
-    if place != Place::Gpu {
+    if place != Place::Gpu || task.sites.iter().any(|site| site.dora) {
         return 0;
     }
     let member = |p: &Projection| {
@@ -287,6 +295,16 @@ impl Kept {
     }
 }
 
+/// Values per token of a pair with magnitudes at work: the frozen product that they scale, and with dropout the masked
+/// input and its gradient.
+fn dora_values(site: &Site, dropout: bool) -> usize {
+    match (site.dora, dropout) {
+        (false, _) => 0,
+        (true, false) => site.projection.rows,
+        (true, true) => site.projection.rows + 2 * site.projection.cols,
+    }
+}
+
 /// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
 /// widest moment, or the rows around the output head. The larger number counts.
 pub(super) fn working(task: &Task, place: Place) -> usize {
@@ -300,6 +318,7 @@ pub(super) fn working(task: &Task, place: Place) -> usize {
     };
     let values = |layer: usize| layer::working_values(facts, layer, task.dropout) + beside(layer);
     let layer = layers.map(values).max().unwrap_or(0);
+    let layer = layer + task.sites.iter().map(|site| dora_values(site, task.dropout)).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

@@ -26,6 +26,7 @@ fn task(facts: Facts, tokens: usize) -> Task {
     let options = LoraOptions { r: 16, ..LoraOptions::default() };
     Task {
         sites: sites::sites(&facts, &options).unwrap().list,
+        tokens: Vec::new(),
         facts,
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::Bf16,

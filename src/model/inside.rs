@@ -68,7 +68,8 @@ pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) 
 pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> usize {
     let Lora::Training(training) = &pass.lora else { return 0 };
     let alike = parts.iter().all(|part| part.factor == parts[0].factor);
-    if !device.is_cuda() || !alike {
+    // DoRA scales the product with the frozen weight, so that it needs it apart.
+    if !device.is_cuda() || !alike || training.adapter.has_magnitudes() {
         return 0;
     }
     let members: Vec<Member> = parts.iter().map(|part| training.adapter.member(part)).collect();

@@ -42,6 +42,11 @@ impl Linear {
 
     /// Writes y[:, at..at+N], or adds to it: the base, then the adapter.
     fn apart(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
+        if let Lora::Training(training) = &pass.lora
+            && let Some(pair) = training.dora(self)
+        {
+            return training.forward_dora(self, pair, x, y, at, add, pass.precision);
+        }
         self.base(x, y, at, add, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
@@ -102,6 +107,11 @@ impl Linear {
         dx: Option<(&Tensor, bool)>,
         pass: &Pass,
     ) -> Result<()> {
+        if let Lora::Training(training) = &pass.lora
+            && let Some(pair) = training.dora(self)
+        {
+            return training.backward_dora(self, pair, dy, at, x, low, dx, pass.precision);
+        }
         if let Some((dx, add)) = dx {
             let beta = if add { 1.0 } else { 0.0 };
             matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.precision)?;

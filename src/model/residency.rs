@@ -508,14 +508,18 @@ mod tests {
 
     fn cases() -> Vec<Case> {
         use FourBitCode::{Fp4, Nf4};
-        [
+        let mut cases = [
             case("llama", 3, 0, Nf4, true),
             case("llama", 4, 2, Nf4, false),
             case("phi3", 3, 1, Fp4, false),
             case("gemma2", 2, 0, Nf4, true),
             case("qwen3", 1, 0, Fp4, true),
-        ]
-        .into()
+        ];
+        // Magnitudes need the lengths of rows of weights that are not there; trained tokens need the lowest layer.
+        cases[1].options.lora.dora = true;
+        cases[2].options.lora.dora = true;
+        cases[2].options.lora.tokens.embedding = vec![8, 22];
+        cases.into()
     }
 
     #[test]

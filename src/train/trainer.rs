@@ -71,9 +71,8 @@ pub fn run_together<'a>(
     let ended = Trainer::new(ranks, decoder, adapter, data.into(), options, passes, report)
         .and_then(|trainer| trainer.train(checkpoints.filter(|_| leads), log));
     if let Err(fault) = &ended {
-        // A rank that failed by itself says so at the point at which the others wait for it. If they know, they say the
-        // same; if they are gone, there is nobody to tell.
-        let _ = agree(ranks, Said::from(fault), ());
+        // A rank that failed by itself says so, whatever call the others are in. If they know, they say the same.
+        ranks.fails(fault);
     }
     ended
 }

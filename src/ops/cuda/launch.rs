@@ -79,6 +79,23 @@ impl<'a> Launch<'a> {
         self.pointer(tensor, at, dtype)
     }
 
+    /// Adds a pointer to a tensor that may begin at any element; the kernel must not count on more.
+    pub fn anywhere(mut self, dtype: DType, tensor: &Tensor) -> Launch<'a> {
+        let found = match tensor.dtype() == dtype {
+            true => super::address(tensor, 0),
+            false => Err(candle_core::Error::Msg(format!(
+                "{}: expected {dtype:?}, found {:?}",
+                self.name,
+                tensor.dtype()
+            ))),
+        };
+        let address = found.unwrap_or_else(|fault| {
+            self.fault.get_or_insert(fault);
+            0
+        });
+        self.push(address, 8)
+    }
+
     /// `of`, or a null pointer for `None`.
     pub fn optional(self, dtype: DType, tensor: Option<&Tensor>) -> Launch<'a> {
         match tensor {
