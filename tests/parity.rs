@@ -416,6 +416,37 @@ fn recorded_runs_are_reproduced_by_two_and_four_ranks() {
     }
 }
 
+/// What peft saved is what hone writes of the same values, name by name: peft then loads it as its own.
+#[test]
+fn magnitudes_and_trained_tokens_are_written_as_peft_saves_them() {
+    for name in ["dora", "trained_tokens"] {
+        let case = Case::open(&golden().join("_variants").join(name));
+        let (decoder, adapter) = case.decoder();
+        let folder = case.folder.join("final_adapter");
+        let saved = hone::adapter::read(&folder).unwrap();
+        saved.apply(&adapter).unwrap();
+        let written = hone::adapter::weights(&adapter).unwrap();
+        let written = candle_core::safetensors::load_buffer(&written, &Device::Cpu).unwrap();
+        let expected = candle_core::safetensors::load(folder.join(hone::adapter::WEIGHTS_FILE), &Device::Cpu);
+        let expected = expected.unwrap();
+        assert_eq!(written.len(), expected.len(), "{name}");
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (tensor, expected) in &expected {
+            let found = &written[tensor];
+            assert!(found.dims() == expected.dims() && values(found) == values(expected), "{name}: {tensor}");
+        }
+        let lora = saved.options(&LoraOptions::default()).unwrap();
+        let layers = decoder.facts.layers.len();
+        let config = hone::adapter::config(&adapter.sites, &adapter.tokens, layers, &lora, "model");
+        let config = serde_json::to_value(&config).unwrap();
+        let text = std::fs::read(folder.join(hone::adapter::CONFIG_FILE)).unwrap();
+        let of_peft: Value = serde_json::from_slice(&text).unwrap();
+        for key in ["use_dora", "trainable_token_indices", "r", "use_rslora"] {
+            assert_eq!(config.get(key).cloned().unwrap_or_default(), of_peft[key], "{name}: {key}");
+        }
+    }
+}
+
 /// `rope_parameters` and `dtype` of transformers 5, or the keys before them; layer_types, or the pattern that gives
 /// them.
 #[test]

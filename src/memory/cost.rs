@@ -250,7 +250,7 @@ impl Counter<'_> {
         let products = if self.task.dropout { 3 } else { 1 };
         let columns = (self.tokens * site.projection.rows) as f64 * self.element();
         let passes = Work { bytes: 7.0 * columns, launches: LAUNCHES_OF_MAGNITUDES, ..Work::default() };
-        (0..products).map(|_| self.product(&site.projection)).sum::<Work>() + passes
+        (0..products).map(|_| self.product(site.layer, &site.projection)).sum::<Work>() + passes
     }
 
     /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.
