@@ -124,11 +124,12 @@ pub(super) fn forward_tiles(
 }
 
 /// Whether the forward pass loads the next keys and values while it computes. Two blocks must still fit on a processor,
-/// whose shared memory is what one block may have and a KiB of the driver's for each block.
+/// whose shared memory is what one block may have and a KiB of the driver's for each block. At 128 columns its threads
+/// would spill registers.
 fn is_staged(dtype: DType, width: usize, shared: usize, shared_max: usize) -> bool {
     const RESERVED: usize = 1 << 10;
     let fits = 2 * (shared + RESERVED) <= shared_max + RESERVED;
-    fits && dtype == DType::BF16 && [64, 96, 128].contains(&width) && Change::Staged.is_on()
+    fits && dtype == DType::BF16 && [64, 96].contains(&width) && Change::Staged.is_on()
 }
 
 /// See `attention::backward`. With angles, the gradients of queries and keys are turned back before they are stored.
