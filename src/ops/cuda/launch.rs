@@ -124,7 +124,7 @@ impl<'a> Launch<'a> {
             true => super::address(tensor, 0),
             false => Err(candle_core::Error::Msg(format!(
                 "{}: expected {dtype:?}, found {:?}",
-                self.name,
+                self.name(),
                 tensor.dtype()
             ))),
         };
