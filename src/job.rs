@@ -263,8 +263,8 @@ fn answer_if_asked(
     report.warn(Stage::Evaluate, text);
 }
 
-/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits there,
-/// or else in host memory.
+/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits
+/// there, or else in host memory.
 fn alone(
     plan: &Plan,
     decoder: Decoder,
