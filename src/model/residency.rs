@@ -118,8 +118,8 @@ impl Builder {
         Ok(())
     }
 
-    /// Every rank reads every layer of the checkpoint and keeps its piece. They read the same layer at the same time, so
-    /// that a machine reads it once from its disk and its ranks find it in memory.
+    /// Every rank reads every layer of the checkpoint and keeps its piece. They read the same layer at the same time,
+    /// so that a machine reads it once from its disk and its ranks find it in memory.
     fn in_step(&self) -> Result<()> {
         let Home::Ranks(ranks) = &self.home else { return Ok(()) };
         ranks.exchange(&[]).map(drop).map_err(|fault| candle_core::Error::Msg(fault.message))

@@ -397,8 +397,8 @@ fn a_rank_that_is_gone_at_any_call_ends_all() {
         });
         let runs = train_on(ranks.collect(), &options, Some(folder.path()), false, |ranks| ranks);
         if runs.iter().all(|run| run.ended.is_ok()) {
-            // The start, the parameters, one exchange and the sums of two pieces and the rest for each of two steps, and
-            // the evaluation.
+            // The start, the parameters, one exchange and the sums of two pieces and the rest for each of two steps,
+            // and the evaluation.
             assert_eq!(call - 1, 11);
             return;
         }
