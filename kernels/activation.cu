@@ -49,9 +49,9 @@ __device__ __forceinline__ void forward(const T* x, T* h, int width, int stride,
         h[i] = narrow<T>(Curve::at(widen(x[i])).value * (gated ? widen(x[width + i]) : 1.f));
 }
 
-// dh [rows, width] -> d, the gradient of x, in rows `stride` apart.
+// dh [rows, width] -> d, the gradient of x, in rows `stride` apart. If `keep` is set, dh becomes what `forward` writes.
 template <typename T, typename Curve>
-__device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int width, int stride, int gated) {
+__device__ __forceinline__ void backward(T* dh, const T* x, T* d, int width, int stride, int gated, int keep) {
     x += (uint64_t)blockIdx.x * width * (gated ? 2 : 1), d += (uint64_t)blockIdx.x * stride;
     dh += (uint64_t)blockIdx.x * width;
     if (width % 8 == 0) {
@@ -62,11 +62,14 @@ __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int widt
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const Point p = Curve::at(a.v[j]);
-                a.v[j] = g.v[j] * (gated ? up.v[j] : 1.f) * p.slope;
+                const float factor = gated ? up.v[j] : 1.f;
+                a.v[j] = g.v[j] * factor * p.slope;
                 up.v[j] = g.v[j] * p.value;
+                g.v[j] = p.value * factor;
             }
             a.store(d + i);
             if (gated) up.store(d + width + i);
+            if (keep) g.store(dh + i);
         }
         return;
     }
@@ -75,6 +78,7 @@ __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int widt
         const float g = widen(dh[i]), up = gated ? widen(x[width + i]) : 1.f;
         d[i] = narrow<T>(g * up * p.slope);
         if (gated) d[width + i] = narrow<T>(g * p.value);
+        if (keep) dh[i] = narrow<T>(p.value * up);
     }
 }
 
@@ -83,9 +87,9 @@ __device__ __forceinline__ void backward(const T* dh, const T* x, T* d, int widt
                                                                    int gated) {                                        \
         forward<T, Curve>(x, h, width, stride, gated);                                                                 \
     }                                                                                                                  \
-    extern "C" __global__ void activation_backward_##curve##_##type(const T* dh, const T* x, T* d, int width,          \
-                                                                    int stride, int gated) {                           \
-        backward<T, Curve>(dh, x, d, width, stride, gated);                                                            \
+    extern "C" __global__ void activation_backward_##curve##_##type(T* dh, const T* x, T* d, int width, int stride,    \
+                                                                    int gated, int keep) {                             \
+        backward<T, Curve>(dh, x, d, width, stride, gated, keep);                                                      \
     }
 FOR(Silu, silu, float, f32)
 FOR(Silu, silu, bf16, bf16)

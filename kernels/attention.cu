@@ -106,14 +106,16 @@ __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4]
 
 // The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of
 // `lse`. Rows of `out` lie `stride` apart.
-template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
+// With two STAGES, the next keys and values come while a block computes with these, and a tile has one barrier instead of
+// two. That takes more shared memory.
+template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS, int STAGES>
 __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, int stride,
                                         const Shape shape) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
-    T *k = q + ROWS * STRIDE, *v = k + KEYS * STRIDE;
+    T *k = q + ROWS * STRIDE, *v = k + STAGES * KEYS * STRIDE;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, head = blockIdx.x;
-    float* scratch = reinterpret_cast<float*>(v + KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
+    float* scratch = reinterpret_cast<float*>(v + STAGES * KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
     const Span span(tiles);
     const int end = min(span.first + ROWS, span.to), own = span.first + warp * 16 * BANDS;
     const Keys keys(shape, span, end, KEYS);
@@ -127,6 +129,7 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
     const T* query_head = qkv + (uint64_t)span.first * shape.columns + shape.query_column(head);
     load_rows<T, WIDTH, ROWS, THREADS>(q, query_head, shape.columns, end - span.first, shape.width, shape.aligned);
     load(k, shape.key_at, keys.highest);
+    if (STAGES == 2) load(v, shape.value_at, keys.highest);
     const T* own_q = q + warp * 16 * BANDS * STRIDE;
     const float exponent = shape.exponent();
     float sums[BANDS][WIDTH / 8][4] = {}, largest[BANDS][2], total[BANDS][2] = {};
@@ -134,15 +137,21 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
     for (int band = 0; band < BANDS; ++band) largest[band][0] = largest[band][1] = -INFINITY;
 
     const int beyond = own < span.to ? own + 16 * BANDS : 0; // no row of the warp sees keys from here on
+    int stage = 0;
     // Goes down from the diagonal, so that nearly no later tile has a new maximum.
-    for (int key = keys.highest; key >= keys.lowest; key -= KEYS) {
+    for (int key = keys.highest; key >= keys.lowest; key -= KEYS, stage ^= STAGES - 1) {
         cp_async_wait<0>();
-        __syncthreads(); // these keys have arrived; the last values are no longer needed
-        load(v, shape.value_at, key);
+        __syncthreads(); // these keys (and values) have arrived; the last values (and keys) are no longer needed
+        if (STAGES == 1) {
+            load(v, shape.value_at, key);
+        } else if (key > keys.lowest) {
+            load(k + (stage ^ 1) * KEYS * STRIDE, shape.key_at, key - KEYS);
+            load(v + (stage ^ 1) * KEYS * STRIDE, shape.value_at, key - KEYS);
+        }
         const bool sees = key < beyond && own - (key + KEYS - 1) < shape.window;
         float scores[BANDS][KEYS / 8][4];
         if (sees) {
-            dot_rows<WIDTH, BANDS, KEYS>(scores, own_q, k);
+            dot_rows<WIDTH, BANDS, KEYS>(scores, own_q, k + stage * KEYS * STRIDE);
             if (shape.cap > 0.f) curve_scores<BANDS, KEYS>(scores, shape);
             if (!all_seen(shape, own, 16 * BANDS, key, KEYS)) hide_keys<BANDS, KEYS>(scores, own - key, shape);
 #pragma unroll
@@ -157,7 +166,15 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
                     // A row that has seen nothing yet keeps -infinity, to which no difference can be taken.
                     const float base = top == -INFINITY ? 0.f : top * exponent;
-                    const float shrink = exp2_approximate(fmaf(largest[band][half], exponent, -base));
+                    if (__any_sync(0xffffffffu, top > largest[band][half])) {
+                        const float shrink = exp2_approximate(fmaf(largest[band][half], exponent, -base));
+                        total[band][half] *= shrink;
+#pragma unroll
+                        for (int j = 0; j < WIDTH / 8; ++j) {
+                            sums[band][j][2 * half] *= shrink;
+                            sums[band][j][2 * half + 1] *= shrink;
+                        }
+                    }
                     largest[band][half] = top;
                     float sum = 0.f;
 #pragma unroll
@@ -167,19 +184,16 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
                             scores[band][j][e] = exp2_approximate(fmaf(scores[band][j][e], exponent, -base));
                             sum += scores[band][j][e];
                         }
-                    total[band][half] = total[band][half] * shrink + sum;
-#pragma unroll
-                    for (int j = 0; j < WIDTH / 8; ++j) {
-                        sums[band][j][2 * half] *= shrink;
-                        sums[band][j][2 * half + 1] *= shrink;
-                    }
+                    total[band][half] += sum;
                 }
             }
         }
-        cp_async_wait<0>();
-        __syncthreads(); // these values have arrived; the keys are no longer needed
-        if (key > keys.lowest) load(k, shape.key_at, key - KEYS);
-        if (sees) add_weighted_rows<WIDTH, BANDS, KEYS>(sums, scores, v, scratch);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads(); // these values have arrived; the keys are no longer needed
+            if (key > keys.lowest) load(k, shape.key_at, key - KEYS);
+        }
+        if (sees) add_weighted_rows<WIDTH, BANDS, KEYS>(sums, scores, v + stage * KEYS * STRIDE, scratch);
     }
 
 #pragma unroll
@@ -237,7 +251,8 @@ __device__ __forceinline__ void deltas(const T* out, int stride, const T* d_tile
 // rows of `d_qkv` lie `d_stride` apart.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS>
 __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const T* d_out, const float* lse, float* delta,
-                                               T* d_qkv, const uint32_t* tiles, int out_stride, int d_stride, const Shape shape) {
+                                               T* d_qkv, const uint32_t* tiles, int out_stride, int d_stride, const Shape shape,
+                                               const Turn turn) {
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
     T *d = q + ROWS * STRIDE, *k = d + ROWS * STRIDE, *v = k + 2 * KEYS * STRIDE; // two buffers for keys, used in turn
@@ -323,7 +338,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[band][j][e] *= shape.scale;
     store_rows<T, WIDTH, BANDS>(d_qkv + (uint64_t)own * d_stride + column, d_stride, span.to - own, shape.width,
-                                shape.aligned, q + warp * 16 * BANDS * STRIDE, sums);
+                                shape.aligned, q + warp * 16 * BANDS * STRIDE, sums, turn.at(own));
 }
 
 // The gradients of keys and values. A block owns 16 * BANDS * PAIRS keys of one key head and goes over the query
@@ -333,7 +348,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
 // holds one gradient instead of two.
 template <typename T, int WIDTH, int PAIRS, int BANDS, int QUERIES>
 __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const float* lse, const float* delta, T* d_qkv,
-                                             const uint32_t* tiles, int d_stride, const Shape shape) {
+                                             const uint32_t* tiles, int d_stride, const Shape shape, const Turn turn) {
     constexpr int KEYS = 16 * BANDS * PAIRS, THREADS = 64 * PAIRS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, k);
     T *v = k + KEYS * STRIDE, *stages = v + KEYS * STRIDE; // two stages of queries and their gradients
@@ -424,39 +439,48 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[band][j][e] *= factor;
     T* to = d_qkv + (uint64_t)own * d_stride + (for_value ? value_column : key_column);
-    store_rows<T, WIDTH, BANDS>(to, d_stride, key_end - own, shape.width, shape.aligned, own_rows, sums);
+    store_rows<T, WIDTH, BANDS>(to, d_stride, key_end - own, shape.width, shape.aligned, own_rows, sums,
+                                for_value ? Turn{} : turn.at(own));
 }
+
+// How the gradients of queries and keys are turned back (`Turn`).
+#define TURN_PARAMETERS const float *cosines, const float *sines, int half, int angle_stride
+#define TURN \
+    Turn { cosines, sines, half, angle_stride }
 
 // Tile sizes: three numbers per kernel, which src/ops/attention/gpu.rs repeats to compute grids and shared memory,
 // and the number of blocks per processor that registers are reserved for. No thread spills registers to memory.
 // Each block stays within the 99 KiB of shared memory that every card since Ampere has. Only the `wide` ones use
 // more, on A100 and H100, and do twice the work per byte read from shared memory.
-#define FORWARD(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                            \
+#define FORWARD(T, type, name, WIDTH, WARPS, BANDS, KEYS, STAGES, BLOCKS)                                              \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
-        attention_forward_##WIDTH##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped,       \
-                                           int stride, SHAPE_PARAMETERS) {                                             \
-        forward<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, lse, tiles, skipped, stride, SHAPE);                           \
+        attention_forward_##name##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped,        \
+                                          int stride, SHAPE_PARAMETERS) {                                              \
+        forward<T, WIDTH, WARPS, BANDS, KEYS, STAGES>(qkv, out, lse, tiles, skipped, stride, SHAPE);                   \
     }
 #define BACKWARD_QUERY(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                     \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
         attention_backward_query_##WIDTH##_##type(const T* qkv, const T* out, const T* d_out, const float* lse,        \
                                                   float* delta, T* d_qkv, const uint32_t* tiles, int out_stride,       \
-                                                  int d_stride, SHAPE_PARAMETERS) {                                    \
+                                                  int d_stride, SHAPE_PARAMETERS, TURN_PARAMETERS) {                   \
         backward_query<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, d_out, lse, delta, d_qkv, tiles, out_stride, d_stride,  \
-                                                     SHAPE);                                                           \
+                                                     SHAPE, TURN);                                                     \
     }
 #define BACKWARD_KEY(T, type, name, WIDTH, PAIRS, BANDS, QUERIES, BLOCKS)                                              \
     extern "C" __global__ void __launch_bounds__(64 * PAIRS, BLOCKS)                                                   \
         attention_backward_key_##name##_##type(const T* qkv, const T* d_out, const float* lse, const float* delta,     \
-                                               T* d_qkv, const uint32_t* tiles, int d_stride, SHAPE_PARAMETERS) {      \
-        backward_key<T, WIDTH, PAIRS, BANDS, QUERIES>(qkv, d_out, lse, delta, d_qkv, tiles, d_stride, SHAPE);          \
+                                               T* d_qkv, const uint32_t* tiles, int d_stride, SHAPE_PARAMETERS,        \
+                                               TURN_PARAMETERS) {                                                      \
+        backward_key<T, WIDTH, PAIRS, BANDS, QUERIES>(qkv, d_out, lse, delta, d_qkv, tiles, d_stride, SHAPE, TURN);    \
     }
 
-FORWARD(bf16, bf16, 32, 4, 2, 64, 2)
-FORWARD(bf16, bf16, 64, 4, 2, 64, 2)
-FORWARD(bf16, bf16, 96, 4, 2, 64, 2)
-FORWARD(bf16, bf16, 128, 4, 2, 64, 2)
-FORWARD(bf16, bf16, 256, 4, 1, 64, 2)
+FORWARD(bf16, bf16, 32, 32, 4, 2, 64, 1, 2)
+FORWARD(bf16, bf16, 64, 64, 4, 2, 64, 1, 2)
+FORWARD(bf16, bf16, 64_staged, 64, 4, 2, 64, 2, 2)
+FORWARD(bf16, bf16, 96, 96, 4, 2, 64, 1, 2)
+FORWARD(bf16, bf16, 96_staged, 96, 4, 2, 64, 2, 2)
+FORWARD(bf16, bf16, 128, 128, 4, 2, 64, 1, 2)
+FORWARD(bf16, bf16, 256, 256, 4, 1, 64, 1, 2)
 BACKWARD_QUERY(bf16, bf16, 32, 4, 2, 32, 2)
 BACKWARD_QUERY(bf16, bf16, 64, 4, 2, 32, 2)
 BACKWARD_QUERY(bf16, bf16, 96, 4, 2, 32, 2)
@@ -465,16 +489,17 @@ BACKWARD_QUERY(bf16, bf16, 256, 4, 1, 16, 2)
 BACKWARD_KEY(bf16, bf16, 32, 32, 4, 2, 32, 1)
 BACKWARD_KEY(bf16, bf16, 64, 64, 4, 2, 64, 1)
 BACKWARD_KEY(bf16, bf16, 96, 96, 4, 2, 32, 1)
+BACKWARD_KEY(bf16, bf16, 96_wide, 96, 4, 2, 64, 1)
 BACKWARD_KEY(bf16, bf16, 128, 128, 4, 1, 32, 1)
 BACKWARD_KEY(bf16, bf16, 128_wide, 128, 4, 2, 32, 1)
 BACKWARD_KEY(bf16, bf16, 256, 256, 2, 1, 16, 2)
 BACKWARD_KEY(bf16, bf16, 256_wide, 256, 4, 1, 32, 1)
 
-FORWARD(float, f32, 32, 4, 1, 32, 2)
-FORWARD(float, f32, 64, 4, 1, 32, 2)
-FORWARD(float, f32, 96, 4, 1, 32, 2)
-FORWARD(float, f32, 128, 4, 1, 32, 2)
-FORWARD(float, f32, 256, 2, 1, 16, 2)
+FORWARD(float, f32, 32, 32, 4, 1, 32, 1, 2)
+FORWARD(float, f32, 64, 64, 4, 1, 32, 1, 2)
+FORWARD(float, f32, 96, 96, 4, 1, 32, 1, 2)
+FORWARD(float, f32, 128, 128, 4, 1, 32, 1, 2)
+FORWARD(float, f32, 256, 256, 2, 1, 16, 1, 2)
 BACKWARD_QUERY(float, f32, 32, 2, 1, 32, 2)
 BACKWARD_QUERY(float, f32, 64, 2, 1, 32, 2)
 BACKWARD_QUERY(float, f32, 96, 2, 1, 32, 2)

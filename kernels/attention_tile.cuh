@@ -12,6 +12,7 @@
 #pragma once
 #include "common.cuh"
 #include "prim.cuh"
+#include "rope.cuh"
 
 template <typename T, int WIDTH>
 struct Tile {
@@ -55,10 +56,56 @@ __device__ __forceinline__ void load_rows(T* tile, const T* from, int stride, in
     }
 }
 
-// Writes a warp's result to memory through its own rows of `tile`: 16 bytes per lane instead of 4 or 8.
+// The angles by which a head's gradient is turned back, beginning with a row: the pairs (i, half + i) of its columns.
+// Rows lie `stride` apart. `cosines` null: nothing is turned.
+struct Turn {
+    const float *cosines, *sines;
+    int half, stride;
+    __device__ __forceinline__ Turn at(int row) const {
+        const uint64_t first = cosines ? (uint64_t)row * stride : 0;
+        return {cosines + first, sines + first, half, stride};
+    }
+};
+
+// Turns the first `rows` of a warp's own rows in its tile, which holds them as they would lie in memory. So the bits are
+// those of a pass over memory of its own.
+template <typename T, int WIDTH, int BANDS>
+__device__ __forceinline__ void turn_rows(T* tile, int rows, const Turn& turn) {
+    typedef Tile<T, WIDTH> Tile;
+    const int lane = threadIdx.x & 31, own = rows < 16 * BANDS ? rows : 16 * BANDS;
+    if (turn.half % 8 == 0) {
+        const int parts = turn.half / 8;
+#pragma unroll 1
+        for (int item = lane; item < own * parts; item += 32) {
+            const int row = item / parts, i = (item - row * parts) * 8;
+            T* at = tile + row * Tile::STRIDE + i;
+            const uint64_t angle = (uint64_t)row * turn.stride + i;
+            Eight<T> a, b;
+            Eight<float> c, s;
+            a.load(at), b.load(at + turn.half), c.load(turn.cosines + angle), s.load(turn.sines + angle);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) turn_pair(a.v[j], b.v[j], c.v[j], s.v[j] * -1.f);
+            a.store(at), b.store(at + turn.half);
+        }
+    } else {
+#pragma unroll 1
+        for (int item = lane; item < own * turn.half; item += 32) {
+            const int row = item / turn.half, i = item - row * turn.half;
+            T* at = tile + row * Tile::STRIDE + i;
+            const uint64_t angle = (uint64_t)row * turn.stride + i;
+            float a = widen(at[0]), b = widen(at[turn.half]);
+            turn_pair(a, b, turn.cosines[angle], turn.sines[angle] * -1.f);
+            at[0] = narrow<T>(a), at[turn.half] = narrow<T>(b);
+        }
+    }
+    __syncwarp();
+}
+
+// Writes a warp's result to memory through its own rows of `tile`: 16 bytes per lane instead of 4 or 8. With angles, it
+// is turned back on the way.
 template <typename T, int WIDTH, int BANDS>
 __device__ __forceinline__ void store_rows(T* to, int stride, int rows, int width, bool aligned, T* tile,
-                                           const float (&values)[BANDS][WIDTH / 8][4]) {
+                                           const float (&values)[BANDS][WIDTH / 8][4], const Turn& turn = {}) {
     typedef Tile<T, WIDTH> Tile;
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     __syncwarp();
@@ -71,6 +118,7 @@ __device__ __forceinline__ void store_rows(T* to, int stride, int rows, int widt
                 store_pair(tile + (band * 16 + half * 8 + g) * Tile::STRIDE + j * 8 + t * 2, values[band][j][2 * half],
                            values[band][j][2 * half + 1]);
     __syncwarp();
+    if (turn.cosines) turn_rows<T, WIDTH, BANDS>(tile, rows, turn);
     if (aligned) {
 #pragma unroll 2
         for (int i = lane; i < BANDS * 16 * Tile::PIECES; i += 32) {

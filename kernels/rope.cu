@@ -1,5 +1,5 @@
 // Rotary position embedding: angles from positions, and the rotation in place. The twin of src/ops/rope.rs.
-#include "common.cuh"
+#include "rope.cuh"
 
 // cos and sin [rows, half] of position * frequency, times `attention`. Angles reach 10^5 radians and more, so the
 // angle is a product in f32 as in transformers, and cosf and sinf reduce it exactly.
@@ -31,11 +31,7 @@ __device__ __forceinline__ void rotate(T* x, const float* cosines, const float* 
             Eight<float> c, s;
             a.load(at), b.load(at + half), c.load(cosines + i), s.load(sines + i);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const float left = a.v[j], right = b.v[j], sine = s.v[j] * sign;
-                a.v[j] = left * c.v[j] - right * sine;
-                b.v[j] = right * c.v[j] + left * sine;
-            }
+            for (int j = 0; j < 8; ++j) turn_pair(a.v[j], b.v[j], c.v[j], s.v[j] * sign);
             a.store(at), b.store(at + half);
         }
         return;
@@ -43,9 +39,9 @@ __device__ __forceinline__ void rotate(T* x, const float* cosines, const float* 
     for (int item = threadIdx.x; item < heads * half; item += blockDim.x) {
         const int head = item / half, i = item - head * half;
         T* at = x + head * width + i;
-        const float left = widen(at[0]), right = widen(at[half]), sine = sines[i] * sign;
-        at[0] = narrow<T>(left * cosines[i] - right * sine);
-        at[half] = narrow<T>(right * cosines[i] + left * sine);
+        float left = widen(at[0]), right = widen(at[half]);
+        turn_pair(left, right, cosines[i], sines[i] * sign);
+        at[0] = narrow<T>(left), at[half] = narrow<T>(right);
     }
 }
 

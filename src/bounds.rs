@@ -3,17 +3,25 @@
 //! Parsers of other crates reserve as much memory as a file declares, recurse as deep as it nests, and panic on some
 //! damage. A check refuses each known case before the parser sees it. This module catches the unknown cases. Within
 //! [`Bounds`] a thread may allocate only so much memory. If the parser asks for more (or overflows the stack), the
-//! process ends with the exit code and the message of the content, since neither can be recovered from.
+//! process ends with the exit code and the message of the content, since neither can be recovered from. So it does if
+//! a parser on a thread of its own computes without end.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
 
 use crate::fault::{Fault, Kind, Result};
 use crate::last_word::{self, Word};
 
 /// The value of `LEFT` if the thread has no bounds.
 const UNBOUNDED: isize = isize::MAX;
+/// LIMIT: processor time of a parser that computes without bounds of its own. What is in use takes milliseconds.
+const COMPUTING_MAX: Duration = Duration::from_secs(3);
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+const HELP: &str = "the content is damaged or malicious: take it from a source that you trust";
 /// LIMIT: stack of a thread for parsers that recurse deeply. Its pages are only allocated when used.
 pub const STACK_BYTES: usize = 256 << 20;
 
@@ -103,8 +111,7 @@ impl Bounds {
         let what = what.into();
         let message =
             format!("{what}: reading it takes more than {} MB of memory, or nests too deep", bytes >> 20);
-        let fault = Fault::new(kind, message)
-            .help("the content is damaged or malicious: take it from a source that you trust");
+        let fault = Fault::new(kind, message).help(HELP);
         Bounds { kind, word: Word::of(&fault), what, bytes }
     }
 
@@ -141,25 +148,57 @@ impl Bounds {
         })
     }
 
-    /// Like `hold`, on a thread with `stack_bytes` of stack, for parsers that recurse as deep as their input nests.
+    /// Like `hold`, on a thread with `stack_bytes` of stack, for parsers that recurse as deep as their input nests. If
+    /// it computes for longer than `COMPUTING_MAX`, the process ends: a thread cannot be ended alone.
     pub fn hold_deep<T: Send>(
         &self,
         stack_bytes: usize,
         work: impl FnOnce() -> Result<T> + Send,
     ) -> Result<T> {
         std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new()
-                .name("reader".into())
-                .stack_size(stack_bytes)
-                .spawn_scoped(scope, || self.hold(work));
+            let (sender, place) = channel();
+            let thread = std::thread::Builder::new().name("reader".into()).stack_size(stack_bytes);
+            let thread = thread.spawn_scoped(scope, move || {
+                // The channel closes when the work has ended.
+                let _ = sender.send(std::fs::read_link("/proc/thread-self"));
+                let held = self.hold(work);
+                drop(sender);
+                held
+            });
             match thread {
-                Ok(thread) => thread.join().expect("`hold` catches every panic"),
+                Ok(thread) => {
+                    self.watch(&place, COMPUTING_MAX, |word| word.speak());
+                    thread.join().expect("`hold` catches every panic")
+                }
                 Err(error) => {
                     Err(Fault::capacity(format!("{}: cannot start a thread to read it: {error}", self.what)))
                 }
             }
         })
     }
+
+    /// Waits for the end of a thread, whose place in /proc comes first. Calls `late` if it has computed for `most`.
+    fn watch(&self, place: &Receiver<std::io::Result<PathBuf>>, most: Duration, late: impl Fn(&Word)) {
+        let Ok(Ok(thread)) = place.recv() else { return };
+        while let Err(RecvTimeoutError::Timeout) = place.recv_timeout(LOOK_INTERVAL) {
+            if computed(&Path::new("/proc").join(&thread)).is_some_and(|computed| computed >= most) {
+                let seconds = most.as_secs();
+                let fault =
+                    Fault::new(self.kind, format!("{}: reading it takes more than {seconds} s", self.what))
+                        .help(HELP);
+                return late(&Word::of(&fault));
+            }
+        }
+    }
+}
+
+/// Processor time of a thread, by its place in /proc.
+fn computed(thread: &Path) -> Option<Duration> {
+    let stat = std::fs::read_to_string(thread.join("stat")).ok()?;
+    // The name, in parentheses, may hold anything. Behind it, the 12th and 13th fields are hundredths of seconds.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let hundredths = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    Some(Duration::from_millis(10 * (hundredths(11)? + hundredths(12)?)))
 }
 
 #[cfg(test)]
@@ -196,6 +235,29 @@ mod tests {
             assert!(Vec::<u8>::new().try_reserve_exact(3 << 18).is_err(), "what the inner work keeps counts");
             assert_eq!(kept.len(), 1 << 19);
         });
+    }
+
+    /// A thread that computes is told from one that waits.
+    #[test]
+    fn a_reader_that_computes_without_end_is_noticed() {
+        let noticed = |work: fn()| {
+            let (sender, place) = channel();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    sender.send(std::fs::read_link("/proc/thread-self")).unwrap();
+                    work();
+                    drop(sender);
+                });
+                let late = Cell::new(false);
+                bounds(1 << 20).watch(&place, Duration::from_millis(100), |_| late.set(true));
+                late.get()
+            })
+        };
+        assert!(!noticed(|| std::thread::sleep(Duration::from_millis(300))));
+        assert!(noticed(|| {
+            let own = || computed(Path::new("/proc/thread-self")).unwrap();
+            while own() < Duration::from_millis(400) {}
+        }));
     }
 
     #[test]

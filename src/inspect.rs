@@ -254,6 +254,7 @@ impl Inspection {
         let task = |tokens: usize| Task {
             facts: self.facts.clone(),
             sites: self.sites.list.clone(),
+            tokens: self.sites.tokens.clone(),
             quantization: self.stored.unwrap_or(quantization),
             precision: Precision::Bf16,
             dropout: false,

@@ -233,11 +233,16 @@ fn make(
         answer_if_asked(plan, whole, &tokenizer, &asked, folder, report);
     }
     finish(plan, &trained, folder)?;
+    tell_trained(device, folder, &trained, report);
+    Ok(Some(trained))
+}
+
+/// The facts of a training that ended.
+fn tell_trained(device: &Device, folder: &RunFolder, trained: &Trained, report: &Report) {
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
-    report.fact("evaluation", told::evaluation(&trained));
-    report.fact("trained", serde_json::to_value(&trained).expect("numbers"));
-    Ok(Some(trained))
+    report.fact("evaluation", told::evaluation(trained));
+    report.fact("trained", serde_json::to_value(trained).expect("numbers"));
 }
 
 /// Lets base and tuned model answer. The adapter is whole: answers that cannot be given are no reason to fail.
@@ -258,8 +263,8 @@ fn answer_if_asked(
     report.warn(Stage::Evaluate, text);
 }
 
-/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits there,
-/// or else in host memory.
+/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits
+/// there, or else in host memory.
 fn alone(
     plan: &Plan,
     decoder: Decoder,

@@ -148,15 +148,19 @@ fn hear_aborts() {
     // and makes system calls.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = aborted as extern "C" fn(libc::c_int) as usize;
-        action.sa_flags = libc::SA_ONSTACK;
+        type Handler = extern "C" fn(libc::c_int, *const libc::siginfo_t, *const libc::c_void);
+        action.sa_sigaction = aborted as Handler as usize;
+        action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
         libc::sigaction(libc::SIGABRT, &action, std::ptr::null_mut());
     }
 }
 
-extern "C" fn aborted(_: libc::c_int) {
+extern "C" fn aborted(_: libc::c_int, about: *const libc::siginfo_t, _: *const libc::c_void) {
+    // SAFETY: the kernel gives a whole structure; the calls only read numbers.
+    let is_own = unsafe { !about.is_null() && (*about).si_pid() == libc::getpid() };
     let now = NOW.get();
-    if !now.is_null() {
+    // Another process that aborts this one says nothing about what is read at this moment.
+    if is_own && !now.is_null() {
         // SAFETY: `unless` sets it for as long as the borrowed word lives, on this very thread.
         unsafe { &*now }.speak();
     }

@@ -1,6 +1,8 @@
-//! Memory of the machine: how much is left, how much this process used, and how the allocator keeps it.
+//! Memory of the machine: how much is left, how much this process used, and how the allocator keeps it; and the time
+//! that a thread has used.
 
 use std::path::Path;
+use std::time::Duration;
 
 /// Keeps freed memory in the process instead of giving it back to the kernel.
 ///
@@ -16,6 +18,14 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
+}
+
+/// Processor time of the calling thread so far. A machine that stalls adds nothing to it.
+pub fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes the structure that it is given, and nothing else.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// Bytes of memory that this process may still allocate: the machine's available memory, or less if a container's
@@ -94,6 +104,18 @@ fn number_after(text: &str, word: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_sleeps_takes_no_time() {
+        let began = thread_time();
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(thread_time() - began < Duration::from_millis(50));
+        let mut sum = 0u64;
+        while thread_time() - began < Duration::from_millis(60) {
+            sum = std::hint::black_box(sum + 1);
+        }
+        assert!(sum > 0);
+    }
 
     fn available(files: &[(&str, &str)]) -> Option<u64> {
         let root = tempfile::tempdir().unwrap();

@@ -72,8 +72,9 @@ fn start(arguments: Vec<OsString>, warnings: Vec<String>, pod: bool) -> ExitCode
     let is_run = matches!(invocation.command, Command::Run(_) | Command::Example { .. });
     let message = termination::path();
     last_word::prepare(message.as_deref(), report::is_json(bars), pod);
-    if let (true, Some(path)) = (is_run, &message) {
-        termination::write_ahead(path);
+    let stays = matches!(invocation.command, Command::Serve { .. } | Command::Controller(_));
+    if let (true, Some(path)) = (is_run || stays, &message) {
+        termination::write_ahead(path, if stays { termination::BEGINS_ANEW } else { termination::CONTINUES });
     }
     // From here on, whatever ends the process leaves a word. The plan is made once to know the number of ranks.
     let crew = catch_unwind(AssertUnwindSafe(|| commands::crew(&invocation.command))).ok().flatten();

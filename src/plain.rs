@@ -23,6 +23,24 @@ pub fn open(path: &Path) -> Result<File> {
     }
 }
 
+/// Opens a file of hone's own to read it and to add to it, and creates it if it is not there. A link, a pipe or a
+/// device in its place, which only somebody else can have put there, is removed and never followed.
+///
+/// # Errors
+/// The path may not be written, or is a folder.
+pub fn own(path: &Path) -> Result<File> {
+    let is_ours = |found: &std::fs::Metadata| found.is_file() || found.is_dir();
+    if std::fs::symlink_metadata(path).is_ok_and(|found| !is_ours(&found)) {
+        std::fs::remove_file(path)?;
+    }
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = File::options().read(true).append(true).create(true).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(refused("not a plain file")),
+    }
+}
+
 /// Reads a plain file of at most `bytes_max` bytes.
 ///
 /// # Errors
@@ -60,6 +78,24 @@ fn refused(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stands_in_the_place_of_an_own_file_is_not_followed() {
+        use std::io::Write;
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("precious"), "x").unwrap();
+        std::os::unix::fs::symlink(path("precious"), path("link")).unwrap();
+        std::os::unix::fs::symlink(path("nowhere"), path("dangling")).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(path("pipe")).status().unwrap().success());
+        for name in ["link", "dangling", "pipe", "new", "new"] {
+            own(&path(name)).unwrap().write_all(b"y").unwrap();
+            assert!(std::fs::symlink_metadata(path(name)).unwrap().is_file(), "{name}");
+        }
+        assert_eq!(std::fs::read(path("new")).unwrap(), b"yy", "what is there stays");
+        assert_eq!(std::fs::read(path("precious")).unwrap(), b"x");
+        assert!(!path("nowhere").exists() && own(folder.path()).is_err());
+    }
 
     #[test]
     fn pipes_devices_folders_and_large_files_are_refused_at_once() {

@@ -7,6 +7,7 @@
 mod chart;
 mod compare;
 mod html;
+mod measured;
 mod page;
 mod story;
 

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value as Json;
 
 use crate::fault::{Fault, Result};
+use crate::report::clean::never_show;
 use crate::report::{Event, Progress, Report, Sink, Stage};
 pub use kubeflow::Kubeflow;
 
@@ -34,6 +35,9 @@ const COLLECT: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(15);
 /// Failures in a row after which a tracker is asked less often, for so long.
 const PAUSE: Duration = Duration::from_secs(30);
+
+/// Parts of the names of headers that hold secrets.
+const SECRET_HEADERS: [&str; 6] = ["auth", "key", "token", "secret", "password", "cookie"];
 
 /// Which trackers a run has. Filled by `plan` and the environment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -159,15 +163,23 @@ impl Options {
         let text = |name: &str| environment(name).filter(|text| !text.is_empty());
         if let Some(mlflow) = &mut self.mlflow {
             let pair = text("MLFLOW_TRACKING_USERNAME").zip(text("MLFLOW_TRACKING_PASSWORD"));
+            let secrets = [text("MLFLOW_TRACKING_PASSWORD"), text("MLFLOW_TRACKING_TOKEN")];
+            secrets.into_iter().flatten().for_each(|secret| never_show(&secret));
             let basic = pair.map(|(user, password)| {
                 format!("Basic {}", crate::words::base64(format!("{user}:{password}").as_bytes()))
             });
+            basic.iter().for_each(|basic| never_show(basic.trim_start_matches("Basic ")));
             let bearer = text("MLFLOW_TRACKING_TOKEN").map(|token| format!("Bearer {token}"));
             mlflow.authorization = bearer.or(basic);
         }
         if let (Some((_, headers)), Some(given)) = (&mut self.otlp, text("OTEL_EXPORTER_OTLP_HEADERS")) {
             let pairs = given.split(',').filter_map(|pair| pair.split_once('='));
             *headers = pairs.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned())).collect();
+            let is_secret = |name: &str| SECRET_HEADERS.iter().any(|part| name.to_lowercase().contains(part));
+            for (_, value) in headers.iter().filter(|(name, _)| is_secret(name)) {
+                // Of `Bearer TOKEN` a server may quote the token alone.
+                never_show(value.rsplit(' ').next().unwrap_or(value));
+            }
         }
         self.kubeflow = Kubeflow::of(environment);
         self

@@ -263,6 +263,7 @@ impl Tuned {
         let task = Task {
             facts: self.facts.clone(),
             sites: Vec::new(),
+            tokens: Vec::new(),
             quantization: self.model.quantization,
             precision: self.model.precision,
             dropout: false,

@@ -175,6 +175,41 @@ fn a_merge_into_the_trainings_weights_keeps_the_loss() {
     assert!(difference.abs() <= 0.01, "{line}");
 }
 
+/// DoRA and trained tokens: what was trained is what is evaluated, generated with, and merged.
+#[test]
+fn magnitudes_and_trained_tokens_go_all_the_way() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    let more = [
+        "LoraConfig.use_dora=true",
+        "LoraConfig.trainable_token_indices={embed_tokens: [257, 101], lm_head: [257]}",
+    ];
+    let told = work.done(&["run", "try/hone.yaml", "--log", "json", "--set", more[0], "--set", more[1]]);
+    assert!(told.stderr.contains("vLLM loads no adapters with DoRA's magnitudes"), "{}", told.stderr);
+    assert!(told.stderr.contains("vLLM loads no adapters with trained rows"), "{}", told.stderr);
+    let config = work.json("try/adapter/adapter_config.json");
+    assert_eq!(
+        (&config["use_dora"], &config["trainable_token_indices"]["embed_tokens"][1]),
+        (&true.into(), &101.into())
+    );
+    let found = json_of(&work.done(&["eval", "try/adapter", "--format", "json", "--generate", "2"]));
+    let of_run = number(&work.json("try/adapter/hone.json")["trained"]["eval_loss"]);
+    // TOLERANCE: the run sums rows in other groups; f32.
+    let tuned = number(&found["with_adapter"]["loss"]);
+    assert!((tuned - of_run).abs() < 1e-4, "{found} {of_run}");
+    let base = number(&found["without_adapter"]["loss"]);
+    assert!(base > tuned + 1.0, "{found}");
+    let pairs = work.done(&["try", "try/adapter", "--rows", "1", "--max-tokens", "8", "--format", "json"]);
+    assert_ne!(json_of(&pairs)["pairs"][0]["base"], json_of(&pairs)["pairs"][0]["tuned"]);
+    let told = work.done(&["merge", "try/adapter", "--to", "m", "--onto", "trained", "--type", "f32"]).stdout;
+    let line = told.lines().find(|line| line.trim_start().starts_with("merged ")).unwrap();
+    let difference: f64 = line.split(['(', ')']).nth(1).and_then(|text| text.parse().ok()).unwrap();
+    // TOLERANCE: products' inputs are rounded to bf16 in both; f32 weights take another path than 4-bit ones.
+    assert!(difference.abs() <= 0.01, "{told}");
+    let lora = ["merge", "try/adapter", "--to", "lora", "--format", "gguf", "--adapter-only"];
+    refused(&work, 10, "has no place for DoRA's magnitudes", &lora);
+}
+
 #[test]
 fn what_is_missing_or_wrong_is_told_with_its_code() {
     let work = Work::with_llama();

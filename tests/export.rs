@@ -186,7 +186,27 @@ fn scales_patterns_and_strengths_are_those_of_the_engine() {
         config["alpha_pattern"] = json!({"down_proj": 3.5, r"layers\.1\.self_attn\.q_proj": 0.5});
     });
     let plain = of(&|_| {});
-    let cases: [(&str, Vec<(&Pairs, f64)>); 5] = [
+    // B is not zero, so that a magnitude of 1 for each row changes every length.
+    let magnitudes = {
+        let folder = changed("llama3", |config| config["use_dora"] = json!(true));
+        let file = folder.path().join(adapter::WEIGHTS_FILE);
+        let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+        let of_b: Vec<(String, usize)> = tensors
+            .iter()
+            .filter(|(name, _)| name.contains("lora_B"))
+            .map(|(name, b)| (name.replace("lora_B.weight", "lora_magnitude_vector"), b.dims()[0]))
+            .collect();
+        for (name, rows) in of_b {
+            let values: Vec<f32> = (0..rows).map(|row| 0.8 + 0.01 * (row % 40) as f32).collect();
+            tensors.insert(name, Tensor::new(values, &candle_core::Device::Cpu).unwrap());
+        }
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        pairs(folder.path(), &decoder_of_base.facts)
+    };
+    let cases: [(&str, Vec<(&Pairs, f64)>); 8] = [
+        ("magnitudes", vec![(&magnitudes, 1.0)]),
+        ("half of magnitudes", vec![(&magnitudes, 0.5)]),
+        ("magnitudes and a pair", vec![(&plain, -0.3), (&magnitudes, 0.7)]),
         ("rslora", vec![(&rslora, 1.0)]),
         ("alpha_pattern", vec![(&patterned, 1.0)]),
         ("half", vec![(&plain, 0.5)]),

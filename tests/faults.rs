@@ -127,8 +127,13 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
             // On such a disk, the message that was written ahead stays.
             if let Some(message) = message.filter(|_| !fails_for_good) {
                 let code = hurt.code.map_or(137, i64::from);
-                assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
-                assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
+                // It was killed behind its last word. Success is said only if everything is there.
+                if code == 137 && message["code"] == 0 {
+                    assert!(results(&work) == *expected, "{fault} at {at}: success is said too early");
+                } else {
+                    assert_eq!(message["code"].as_i64(), Some(code), "{fault} at {at}: {message}");
+                    assert_eq!(message["retry_helps"], true, "{fault} at {at}: {message}");
+                }
             }
         }
         let again = end(&mut plain(&work));
@@ -258,6 +263,21 @@ fn every_end_leaves_a_word() {
 }
 
 #[test]
+fn a_server_that_is_killed_leaves_a_word() {
+    let work = Work::with_llama();
+    for (signal, code) in [(SIGKILL, 137), (SIGABRT, 70)] {
+        let mut serving = work.start(&["serve", "model", "--listen", "127.0.0.1:0"]);
+        serving.until("a word", || work.path("termination.json").exists());
+        serving.until("the server", || work.text("log").contains("listening"));
+        serving.signal(signal);
+        let (_, log) = serving.end();
+        let message = work.json("termination.json");
+        assert_eq!(message["code"], code, "{message}\n{log}");
+        std::fs::remove_file(work.path("termination.json")).unwrap();
+    }
+}
+
+#[test]
 fn a_folder_in_use_is_a_reason_to_try_again() {
     let work = small();
     std::fs::create_dir(work.path("out")).unwrap();
@@ -275,6 +295,8 @@ fn a_folder_in_use_is_a_reason_to_try_again() {
 /// Runs hone over the files of a test, within a time and a memory. Returns its exit code and its output.
 fn attacked(work: &Work, more: &[&str]) -> Ended {
     const LIMIT: Duration = Duration::from_secs(60);
+    /// 1 GB beyond what a run over the small model takes.
+    const KIB_MAX: u64 = (1 << 20) + 150_000;
     let began = Instant::now();
     let hone = work.hone(&[]);
     let mut command = Command::new("sh");
@@ -283,8 +305,13 @@ fn attacked(work: &Work, more: &[&str]) -> Ended {
     command.args(RUN).args(["--log", "terminal", "--set", "TrainingArguments.max_steps=1"]).args(more);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("RAYON_NUM_THREADS", "2");
     command.env("HONE_TERMINATION_LOG", work.path("termination.json")).current_dir(work.path(""));
-    let ended = end(&mut command);
+    let mut running = work.start_command(&mut command, "stderr");
+    let kib = running.memory_peak();
+    let (code, stderr) = running.end();
+    let ended = Ended { code, stdout: String::new(), stderr };
     assert!(began.elapsed() < LIMIT, "{:?}\n{}", began.elapsed(), ended.stderr);
+    assert!(kib < KIB_MAX, "{kib} KiB\n{}", ended.stderr);
+    println!("{kib} KiB, {:?}: {more:?}", began.elapsed());
     let message = work.json("termination.json");
     assert_eq!(message["code"].as_i64(), ended.code.map(i64::from), "{message}\n{}", ended.stderr);
     for name in FINAL {
@@ -346,9 +373,9 @@ fn hostile_parquet_ends_with_11() {
             },
             "promises 2147483647 children",
         ),
-        // 768 MB each, half as much again as so small a file may hold.
-        ("a text in many rows", repeated_text(1 << 20, 768), "made to fill the memory"),
-        ("a large text in many rows", repeated_text(8 << 20, 96), "made to fill the memory"),
+        // 192 MB each, half as much again as so small a file may hold.
+        ("a text in many rows", repeated_text(1 << 20, 192), "made to fill the memory"),
+        ("a large text in many rows", repeated_text(8 << 20, 24), "made to fill the memory"),
     ];
     for (name, bytes, expected) in cases {
         let work = Work::with_llama();
@@ -401,6 +428,27 @@ fn hostile_chat_templates_end_with_their_code() {
         let ended = attacked(&work, &[]);
         let shown: String = template.chars().take(60).collect();
         assert!(codes.contains(&ended.code.unwrap_or(-1)), "{shown}: {:?}\n{}", ended.code, ended.stderr);
+    }
+}
+
+/// What a model brings is read within the same bounds by a server.
+#[test]
+fn a_server_over_a_hostile_template_serves_or_ends_with_12() {
+    let nested = "{% set n = namespace(x=[]) %}{% for i in range(100000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}";
+    let chain = format!("{{{{ messages{} }}}}", ".b".repeat(100_000));
+    for template in [nested, &chain] {
+        let work = Work::with_llama();
+        work.write("model/chat_template.jinja", template);
+        let hone = work.hone(&[]);
+        let mut command = Command::new("timeout");
+        command.args(["-s", "TERM", "5"]).arg(hone.get_program()).args(["serve", "model"]);
+        command.args(["--listen", "127.0.0.1:0", "--log", "terminal"]).env_clear();
+        command.env("HONE_TERMINATION_LOG", work.path("termination.json")).current_dir(work.path(""));
+        command.env("PATH", std::env::var_os("PATH").unwrap());
+        let ended = end(&mut command);
+        // 124: it served until it was stopped.
+        assert!([Some(12), Some(124)].contains(&ended.code), "{:?}\n{}", ended.code, ended.stderr);
+        assert!(ended.code == Some(124) || work.json("termination.json")["code"] == 12);
     }
 }
 

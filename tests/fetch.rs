@@ -860,11 +860,15 @@ fn what_the_hub_does_not_take_keeps_nothing_else_from_being_sent() {
 
     let refusing = Server::start(|_, request| match request.method.as_str() {
         "GET" => Reply::status(404),
-        _ => Reply::status(403).body("{\"error\": \"You don't have the rights\"}"),
+        // It quotes what it was sent.
+        _ => Reply::status(403).body(format!("{{\"error\": \"You don't have the rights: {TOKEN}\"}}")),
     });
     let ended = end(&mut pushing(&refusing.url(""), &work, push));
     assert_eq!(ended.code, Some(13), "{}", ended.stderr);
-    assert!(ended.stderr.contains("You don't have the rights"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("You don't have the rights: ***"), "{}", ended.stderr);
+    for name in ["termination.json", "out/report.json", "out/report.html"] {
+        assert!(!work.text(name).contains(TOKEN), "{name}");
+    }
     assert_eq!(work.read("kept/adapter_model.safetensors"), work.read("out/adapter_model.safetensors"));
 
     // A public repository does not get what was to be private; the finished adapter is pushed by hand.

@@ -102,7 +102,14 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     let Some(gpu) = gpu() else { return };
     let bf16 = |keep| losses(&decoder("llama3", &gpu, Precision::Bf16, 0.0), keep);
     let found = bf16(Keep::Everything);
-    assert_eq!(bf16(Keep::LayerInputs), found, "what is kept changes nothing");
+    for keep in [Keep::LayerInputs, Keep::HostInputs] {
+        assert_eq!(bf16(keep), found, "what is kept changes nothing");
+    }
+    for layers in [1, 2] {
+        let model = decoder("llama3", &gpu, Precision::Bf16, 0.0);
+        model.0.keep_expanded(layers);
+        assert_eq!(losses(&model, Keep::Everything), found, "expanded weights change nothing");
+    }
     let expected = losses(&decoder("llama3", &Device::Cpu, Precision::F32, 0.0), Keep::Everything);
     for (found, expected) in found.iter().zip(&expected) {
         assert!((found - expected).abs() < 3e-2, "{found}, in f32 {expected}");
@@ -128,6 +135,7 @@ struct Asked {
     device_to_device_copies: u64,
     fills: u64,
     events: u64,
+    choices: u64,
 }
 
 /// `None` if the driver is a real one.
@@ -164,6 +172,57 @@ fn what_a_step_asks_of_the_device() {
         return;
     }
     let (decoder, adapter) = decoder("llama3", &gpu, Precision::Bf16, 0.0);
+    assert_eq!(decoder.layers.len(), 2);
+    let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
+    let found = [
+        // A layer forward: two norms, rope, attention, activation, seven weights that are expanded (the first of each
+        // input with the pairs), and three low-rank products kept. Backward: two norms, two of attention (with rope), one
+        // of the activation, seven weights, a pass over four gradients and the sums of its parts, a pass over two norms'
+        // inputs and its sums. Thirteen around the layers. The lowest layer's first three linear layers need no
+        // gradient of their input: one launch puts their pairs where three expand weights, and a norm is missing.
+        ("launches", after.launches - before.launches, LAUNCHES),
+        // Layers that read the same input have two products forward (A; base and B) and one backward, for the gradient of
+        // their input. Two of the four inputs come from no norm: a product gives the gradient of A. The head has two.
+        ("products", after.products - before.products, 2 * (8 + 6) - 1 + 2),
+        // The numbers of the step before.
+        ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
+        // Loss, norm of the gradient, norm of the parameters.
+        ("copies to the host", after.device_to_host_copies - before.device_to_host_copies, 3),
+        ("bytes to the host", after.device_to_host_bytes - before.device_to_host_bytes, 24),
+        // Ids, positions, rows, targets, dropout's keys, tiles of attention.
+        ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 10),
+        // The residual stream is added from where it lies.
+        ("copies on the device", after.device_to_device_copies - before.device_to_device_copies, 0),
+        // A shape's algorithm is chosen in its first step.
+        ("choices of an algorithm", after.choices - before.choices, 0),
+        (
+            "allocations not freed",
+            (after.allocations - before.allocations).abs_diff(after.frees - before.frees),
+            0,
+        ),
+        // Behind the gradients are places for the losses of 32 ranks.
+        ("peak bytes", after.peak_bytes, 1_528_456),
+    ];
+    for (what, found, expected) in found {
+        assert_eq!(found, expected, "{what}");
+    }
+    // Weights that are kept expanded are not expanded for a product: one launch for each of four inputs writes the pairs
+    // beside them. That is three launches less in each direction of a layer, and one in the lowest layer's backward pass.
+    decoder.keep_expanded(2);
+    let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
+    assert_eq!(after.launches - before.launches, LAUNCHES - 3 * 3 - 1, "launches with weights kept expanded");
+    // Inputs of both layers go to the host and come back, and nobody waits for them.
+    let (before, after) = two_steps(&decoder, &adapter, Keep::HostInputs);
+    assert_eq!(after.host_synchronizations - before.host_synchronizations, 1, "waits of the host");
+    assert_eq!(after.device_to_host_copies - before.device_to_host_copies, 3 + 2, "copies to the host");
+    assert_eq!(after.host_to_device_copies - before.host_to_device_copies, 10 + 2, "copies to the device");
+}
+
+/// Launches of a step.
+const LAUNCHES: u64 = 2 * (15 + 24) - 3 + 13;
+
+/// What was asked until a step was queued, and until the next one was.
+fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Asked) {
     let vocab = decoder.facts.vocab as u32;
     let example = |at: u32| Example {
         ids: (0..32).map(|i| (i * 37 + at * 11) % vocab).collect(),
@@ -184,40 +243,10 @@ fn what_a_step_asks_of_the_device() {
         Ok(())
     };
     let data = train::Data { train: &examples, evaluation: &[] };
-    let mut passes = Passes::Fixed(Keep::Everything);
-    train::run(&decoder, &adapter, data, &options, &mut passes, None, &Report::silent(), &mut log).unwrap();
+    let mut passes = Passes::Fixed(keep);
+    train::run(decoder, adapter, data, &options, &mut passes, None, &Report::silent(), &mut log).unwrap();
     // The third step's line is written when the fourth has been queued, so one step lies between two such lines.
-    let (before, after) = (marks[2], marks[3]);
-    let found = [
-        // A layer forward: two norms, rope, attention, activation, seven weights that are expanded (the first of each
-        // input with the pairs), and three low-rank products kept. Backward: two norms, rope, two of attention, two of
-        // the activation, seven weights, a pass over four gradients and the sums of its parts, a pass over two norms'
-        // inputs and its sums. Thirteen around the layers. The lowest layer's first three linear layers need no
-        // gradient of their input: one launch puts their pairs where three expand weights, and a norm is missing.
-        ("launches", after.launches - before.launches, 2 * (15 + 26) - 3 + 13),
-        // Layers that read the same input have two products forward (A; base and B) and one backward, for the gradient of
-        // their input. Two of the four inputs come from no norm: a product gives the gradient of A. The head has two.
-        ("products", after.products - before.products, 2 * (8 + 6) - 1 + 2),
-        // The numbers of the step before.
-        ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
-        // Loss, norm of the gradient, norm of the parameters.
-        ("copies to the host", after.device_to_host_copies - before.device_to_host_copies, 3),
-        ("bytes to the host", after.device_to_host_bytes - before.device_to_host_bytes, 24),
-        // Ids, positions, rows, targets, dropout's keys, tiles of attention.
-        ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 10),
-        (
-            "allocations not freed",
-            (after.allocations - before.allocations).abs_diff(after.frees - before.frees),
-            0,
-        ),
-        // Behind the gradients are places for the losses of 32 ranks. Expanded weights lie together by their input, and 64
-        // spare columns are half of this model's width.
-        ("peak bytes", after.peak_bytes, 1_701_536),
-    ];
-    assert_eq!(decoder.layers.len(), 2);
-    for (what, found, expected) in found {
-        assert_eq!(found, expected, "{what}");
-    }
+    (marks[2], marks[3])
 }
 
 /// A step that decodes a token of each sequence: every launch and copy is there for a reason that somebody can

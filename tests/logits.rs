@@ -188,7 +188,9 @@ fn adapters_give_the_logits_they_give_in_peft() {
         let ours_adapter = decoder.trainable(&lora).unwrap();
         trained.apply(&ours_adapter).unwrap();
         let (sites, layers) = (&ours_adapter.sites, decoder.facts.layers.len());
-        let written = serde_json::to_vec_pretty(&adapter::config(sites, layers, &lora, "model")).unwrap();
+        let written =
+            serde_json::to_vec_pretty(&adapter::config(sites, &ours_adapter.tokens, layers, &lora, "model"))
+                .unwrap();
         assert!(written == std::fs::read(folder.join(adapter::CONFIG_FILE)).unwrap(), "{case}: config");
         let written = adapter::weights(&ours_adapter).unwrap();
         assert!(written == std::fs::read(folder.join(adapter::WEIGHTS_FILE)).unwrap(), "{case}: weights");

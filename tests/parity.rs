@@ -63,7 +63,10 @@ impl Case {
         Options {
             folder: self.model(),
             quantization: code.map_or(Quantization::None, |code| Quantization::FourBit { code, double }),
-            lora: LoraOptions::default(),
+            lora: LoraOptions {
+                dropout: self.args["dropout"].as_f64().unwrap_or(0.0),
+                ..LoraOptions::default()
+            },
             precision: Precision::F32,
         }
     }
@@ -267,6 +270,14 @@ impl Case {
         }
         let b_error = self.final_b_error(&adapter);
         assert!(b_error <= FINAL_B, "{name}: final lora_B differs by {b_error}");
+        if let Some(error) = self.final_magnitude_error(&adapter) {
+            println!("{name}: magnitudes {error:.1e}");
+            assert!(error <= FINAL_B, "{name}: the changes of the magnitudes differ by {error}");
+        }
+        if let Some(error) = self.final_token_error(&adapter) {
+            println!("{name}: trained tokens {error:.1e}");
+            assert!(error <= FINAL_B, "{name}: the changes of trained tokens differ by {error}");
+        }
         let eval = self.evaluation_error(&decoder, &adapter);
         assert!(eval <= EVERY_STEP, "{name}: evaluation loss differs by {eval}");
         println!(
@@ -287,6 +298,42 @@ impl Case {
             size += hone::ops::adamw::sum_of_squares(expected).unwrap();
         }
         (difference / size).sqrt()
+    }
+
+    /// Relative L2 distance of what DoRA's magnitudes learned, if there are any.
+    fn final_magnitude_error(&self, adapter: &Trainable) -> Option<f64> {
+        let read = |name: &str| {
+            let file = self.folder.join(name).join("adapter_model.safetensors");
+            candle_core::safetensors::load(file, &Device::Cpu).unwrap()
+        };
+        let (first, last) = (read("init_adapter"), read("final_adapter"));
+        let params = adapter.params.to_device(&Device::Cpu).unwrap();
+        let (mut difference, mut size) = (0.0, 0.0);
+        for site in &adapter.sites {
+            let found = adapter.magnitudes(&params, site).unwrap()?;
+            let name = format!("base_model.model.{}.lora_magnitude_vector", site.path);
+            difference += hone::ops::adamw::sum_of_squares(&(found - &last[&name]).unwrap()).unwrap();
+            size += hone::ops::adamw::sum_of_squares(&(&last[&name] - &first[&name]).unwrap()).unwrap();
+        }
+        Some((difference / size).sqrt())
+    }
+
+    /// Relative L2 distance of what trained rows of tokens learned, if there are any.
+    fn final_token_error(&self, adapter: &Trainable) -> Option<f64> {
+        let read = |name: &str| {
+            let file = self.folder.join(name).join("adapter_model.safetensors");
+            candle_core::safetensors::load(file, &Device::Cpu).unwrap()
+        };
+        let (first, last) = (read("init_adapter"), read("final_adapter"));
+        let params = adapter.params.to_device(&Device::Cpu).unwrap();
+        let (mut difference, mut size) = (0.0, 0.0);
+        for rows in &adapter.tokens {
+            let found = adapter.token_view(&params, rows).unwrap();
+            let name = format!("base_model.model.{}.token_adapter.trainable_tokens_delta", rows.path);
+            difference += hone::ops::adamw::sum_of_squares(&(found - &last[&name]).unwrap()).unwrap();
+            size += hone::ops::adamw::sum_of_squares(&(&last[&name] - &first[&name]).unwrap()).unwrap();
+        }
+        (size > 0.0).then(|| (difference / size).sqrt())
     }
 
     fn evaluation_error(&self, decoder: &model::decoder::Decoder, adapter: &Trainable) -> f64 {
@@ -355,10 +402,48 @@ fn keeping_less_and_packing_change_nothing() {
 
 #[test]
 fn recorded_runs_are_reproduced_by_two_and_four_ranks() {
-    for (name, ranks) in [("llama3", 2), ("gemma2", 4), ("_variants/accum4", 4), ("_variants/accum4", 3)] {
+    for (name, ranks) in [
+        ("llama3", 2),
+        ("gemma2", 4),
+        ("_variants/accum4", 4),
+        ("_variants/accum4", 3),
+        ("_variants/dora", 2),
+        ("_variants/trained_tokens", 2),
+    ] {
         let case = Case { ranks, ..Case::open(&golden().join(name)) };
         case.check(Keep::Everything, None);
         case.check(Keep::LayerInputs, Some(300));
+    }
+}
+
+/// What peft saved is what hone writes of the same values, name by name: peft then loads it as its own.
+#[test]
+fn magnitudes_and_trained_tokens_are_written_as_peft_saves_them() {
+    for name in ["dora", "trained_tokens"] {
+        let case = Case::open(&golden().join("_variants").join(name));
+        let (decoder, adapter) = case.decoder();
+        let folder = case.folder.join("final_adapter");
+        let saved = hone::adapter::read(&folder).unwrap();
+        saved.apply(&adapter).unwrap();
+        let written = hone::adapter::weights(&adapter).unwrap();
+        let written = candle_core::safetensors::load_buffer(&written, &Device::Cpu).unwrap();
+        let expected = candle_core::safetensors::load(folder.join(hone::adapter::WEIGHTS_FILE), &Device::Cpu);
+        let expected = expected.unwrap();
+        assert_eq!(written.len(), expected.len(), "{name}");
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (tensor, expected) in &expected {
+            let found = &written[tensor];
+            assert!(found.dims() == expected.dims() && values(found) == values(expected), "{name}: {tensor}");
+        }
+        let lora = saved.options(&LoraOptions::default()).unwrap();
+        let layers = decoder.facts.layers.len();
+        let config = hone::adapter::config(&adapter.sites, &adapter.tokens, layers, &lora, "model");
+        let config = serde_json::to_value(&config).unwrap();
+        let text = std::fs::read(folder.join(hone::adapter::CONFIG_FILE)).unwrap();
+        let of_peft: Value = serde_json::from_slice(&text).unwrap();
+        for key in ["use_dora", "trainable_token_indices", "r", "use_rslora"] {
+            assert_eq!(config.get(key).cloned().unwrap_or_default(), of_peft[key], "{name}: {key}");
+        }
     }
 }
 
@@ -395,7 +480,18 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     let wanted = |case: &Case| {
         let name = case.folder.file_name().unwrap().to_string_lossy().into_owned();
         match case.folder.starts_with(golden().join("_variants")) {
-            true => more || ["adamw_8bit", "label_smoothing", "neftune"].contains(&name.as_str()),
+            true => {
+                more || [
+                    "adamw_8bit",
+                    "dora",
+                    "dora_dropout",
+                    "label_smoothing",
+                    "neftune",
+                    "trained_tokens",
+                    "trained_tokens_tied",
+                ]
+                .contains(&name.as_str())
+            }
             false => more || !name.contains('_') || name == "llama_stored_nf4",
         }
     };

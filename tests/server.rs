@@ -479,7 +479,10 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
 fn bad_input_gets_openais_error_and_the_server_lives() {
     let (server, _) = start(Setting::default());
     let chat = "/v1/chat/completions";
-    let long = "word ".repeat(400);
+    let (long, huge) = ("word ".repeat(400), "word ".repeat(600_000));
+    let many: BTreeMap<String, i32> = (0..1025).map(|token| (token.to_string(), 1)).collect();
+    let calls =
+        |calls: Value| json!({"messages": [{"role": "assistant", "content": null, "tool_calls": calls}]});
     let cases = [
         (json!({"model": "none"}), 404, "model", "does not exist"),
         (json!({"messages": []}), 400, "messages", "empty"),
@@ -537,6 +540,12 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
         (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
+        (json!({"stop_token_ids": vec![1; 1025]}), 400, "stop_token_ids", "found 1025, limit 1024"),
+        (json!({"logit_bias": many}), 400, "logit_bias", "found 1025, limit 1024"),
+        (calls(json!([5])), 400, "messages[0]", "tool_calls[0]: expected an object"),
+        (calls(json!([{"function": "f"}])), 400, "messages[0]", "tool_calls[0]: expected an object"),
+        (calls(json!([{"function": {"name": "f"}}, []])), 400, "messages[0]", "tool_calls[1]"),
+        (json!({"messages": [{"role": "user", "content": huge}]}), 400, "", "context length is 300"),
         (json!({"guided_json": {}}), 400, "guided_json", "not supported"),
         (json!({"no_repeat_ngram_size": 3}), 400, "no_repeat_ngram_size", "not supported"),
         (json!({"functions": [{"name": "f"}]}), 400, "functions", "not supported"),
@@ -552,7 +561,8 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         let error = reply.json()["error"].clone();
         assert_eq!(reply.status, status, "{more}: {error}");
         assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{more}: {error}");
-        assert!(error["message"].as_str().unwrap().contains(word), "{more}: {error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(word) && message.len() < 1000, "{more}: {error}");
         assert!(error["type"].is_string() && error.get("code").is_some());
     }
     let cases = [
@@ -566,6 +576,7 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"prompt": "x", "max_tokens": 0}), "echo"),
         (json!({"prompt": "x", "logprobs": 21}), "from 0 to 20"),
         (json!({"prompt": "x", "best_of": 3}), "not supported"),
+        (json!({"prompt": vec!["x"; 40], "n": 128}), "5120 choices of all prompts, limit 4096"),
     ];
     for (body, word) in cases {
         let reply = post(&server, "/v1/completions", body.clone());
@@ -594,6 +605,9 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     let asked = json!({"prompt": "x", "generate_kwargs": {"max_new_tokens": 2, "sparkle": 1}, "glow": 1});
     let reply = post(&server, "/chat", asked);
     assert!(reply.head.contains("x-ignored-fields: glow,generate_kwargs.sparkle"), "{}", reply.head);
+    let names: serde_json::Map<String, Value> = (0..5000).map(|n| (format!("name{n}"), json!(1))).collect();
+    let reply = post(&server, chat, with(question(), names.into()));
+    assert!(reply.status == 200 && reply.head.len() < 2000, "{} bytes of headers", reply.head.len());
     let asked = json!({"prompt": "x", "generate_kwargs": {"penalty_alpha": 0.6}});
     assert_eq!(post(&server, "/chat", asked).status, 400);
     assert_eq!(post(&server, chat, question()).status, 200);
@@ -677,6 +691,24 @@ fn large_bodies_and_headers_are_refused() {
     let status = send(server.address(), header.as_bytes()).status;
     assert!(matches!(status, 431 | 0), "{status}");
     assert_eq!(get(&server, "/health").status, 200);
+}
+
+/// Each says that the largest body follows, and sends one byte of it.
+#[test]
+fn bodies_that_do_not_come_keep_nobody_out() {
+    let (server, _) = start(Setting::default());
+    let most = Options::default().body_bytes_max;
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {most}\r\n\r\n{{");
+    let waiting: Vec<TcpStream> = (0..40)
+        .map(|_| {
+            let mut client = TcpStream::connect(server.address()).unwrap();
+            client.write_all(head.as_bytes()).unwrap();
+            client
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(post(&server, "/v1/chat/completions", question()).status, 200);
+    drop(waiting);
 }
 
 #[test]

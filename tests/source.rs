@@ -1,5 +1,7 @@
 //! The promises of `source`: whole files, or a fault that says who must act, whatever the server does.
 
+#[path = "support/alone.rs"]
+mod alone;
 #[path = "support/http.rs"]
 mod http;
 
@@ -12,6 +14,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hone::fault::{Fault, Kind};
 use hone::report::{Event, Progress, Report, Sink};
+use hone::source::call::{Call, Caller};
+use hone::source::send::{Content, Sender, Sending};
 use hone::source::{self, File, Options, Source, Speed};
 use sha2::{Digest, Sha256};
 
@@ -572,10 +576,35 @@ fn ten_redirects_are_followed_and_no_more() {
 
 #[test]
 fn redirects_to_link_local_addresses_are_refused() {
+    if !alone::is_alone("redirects_to_link_local_addresses_are_refused") {
+        return;
+    }
     for to in ["http://169.254.169.254/latest/", "http://[::ffff:a9fe:a9fe]/", "http://2852039166/"] {
         let (server, url) = served(move |_, _| Reply::redirect(to));
         Desk::new().refuse(&url, Kind::Config, "link-local");
         assert_eq!(server.requests().len(), 1);
+    }
+}
+
+/// Services of trackers, uploads, and the hub's own address.
+#[test]
+fn no_service_is_a_metadata_service() {
+    if !alone::is_alone("no_service_is_a_metadata_service") {
+        return;
+    }
+    let desk = Desk::new();
+    let (caller, sender) = (Caller::new(None).unwrap(), Sender::new(&desk.options).unwrap());
+    for host in ["169.254.169.254", "[fd00:ec2::254]", "[::ffff:a9fe:a9fe]", "metadata.google.internal"] {
+        let text = format!("http://{host}/latest?token={CANARY}");
+        let call = Call { method: "POST", url: &text, content_type: "a/b", headers: &[], body: Vec::new() };
+        let why = caller.call(&call).unwrap_err();
+        assert!(why.contains("which hone refuses") && !why.contains(CANARY), "{why}");
+        let url = url::Url::parse(&text).unwrap();
+        let body = Content::Bytes(Vec::new());
+        let sending =
+            Sending { method: reqwest::Method::PUT, url: &url, name: "it", headers: Vec::new(), body };
+        let fault = sender.send(&sending, &Report::silent()).unwrap_err();
+        assert!(fault.kind == Kind::Config && fault.message.contains("which hone refuses"), "{fault}");
     }
 }
 

@@ -4,12 +4,16 @@
 //! `ours parity --folder F --precision f32|bf16 --out JSON`: five steps from the folder's adapter. Writes the
 //! losses, and the first step's gradients to `F/ours-f32.safetensors` or `F/ours-bf16.safetensors` under PEFT's
 //! names.
-//! `ours speed --folder F --workloads packed,long,short [--warm 3] --out JSON`: seconds of each step, tokens/s,
-//! peak memory.
+//! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] --out JSON`: seconds of each
+//! step, tokens/s, peak memory. With `everything`, weights are kept expanded too, as the memory plan does on a large
+//! card.
 //! `ours serve --folder F [--batches 1,32] [--prompt 128] [--tokens 128] --out JSON`: tokens/s that are decoded,
 //! alone, with one adapter and with four, launches a step, seconds from the start to the first token.
 //! `ours random --folder F`: random weights for the folder's config.json, if no reference stack can write them.
+//! `ours changes` and `ours host`: see `changes.rs`.
 //! `--device cpu` trains on the CPU; the default is the first GPU.
+
+mod changes;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -26,6 +30,7 @@ use hone::generate::{Engine as _, Event, Request, Strength};
 use hone::model::decoder::Decoder;
 use hone::model::lora::Trainable;
 use hone::model::{self, load, random};
+use hone::ops::change::Change;
 use hone::report::Report;
 use hone::train::{self, Data, Every, Passes, Schedule};
 use serde_json::{Value, json};
@@ -48,6 +53,7 @@ fn main() -> Result<()> {
                 &folder,
                 &flag("--workloads", "packed,long,short"),
                 warm,
+                level(&flag("--keep", "everything"))?,
                 &open(&flag("--device", "cuda:0"))?,
             )?
         }
@@ -59,6 +65,15 @@ fn main() -> Result<()> {
                 (numbers("--batches", "1,32")?, numbers("--prompt", "128")?, numbers("--tokens", "128")?);
             serve(&folder, &batches, prompt[0], tokens[0], &open(&flag("--device", "cuda:0"))?)?
         }
+        Some("changes") => {
+            let numbers = [flag("--rounds", "2").parse()?, flag("--steps", "6").parse()?];
+            let (workloads, only) = (flag("--workloads", "packed,long,short"), flag("--only", ""));
+            changes::changes(&folder, &workloads, &only, numbers, &open(&flag("--device", "cuda:0"))?)?
+        }
+        Some("host") => {
+            let numbers = [flag("--rounds", "7").parse()?, flag("--passes", "20").parse()?];
+            changes::host(numbers, &open(&flag("--device", "cuda:0"))?)?
+        }
         Some("random") => {
             let facts = family::describe(&Config::read(&folder)?)?;
             random::write(&folder, &facts, 1)?;
@@ -66,7 +81,9 @@ fn main() -> Result<()> {
         }
         // `cargo test --all-targets` and `cargo bench` start it without arguments.
         _ => {
-            println!("ours parity|speed|random --folder F ...: see the head of benches/gpu/ours.rs");
+            println!(
+                "ours parity|speed|changes|host|serve|random --folder F ...: see the head of benches/gpu/ours.rs"
+            );
             return Ok(());
         }
     };
@@ -83,6 +100,12 @@ fn open(name: &str) -> Result<Device> {
         None => Choice::Cpu,
     };
     Ok(device::open(choice, &Report::silent())?)
+}
+
+/// A level by its name.
+fn level(name: &str) -> Result<Keep> {
+    let found = Keep::ALL.into_iter().find(|keep| keep.name() == name);
+    found.ok_or_else(|| format!("--keep {name}: expected one of {:?}", Keep::ALL.map(Keep::name)).into())
 }
 
 /// Steps of a workload, each a list of examples.
@@ -117,6 +140,7 @@ fn train(
     (decoder, adapter): &(Decoder, Trainable),
     steps: &[Vec<Example>],
     learning_rate: f64,
+    keep: Keep,
 ) -> Result<Vec<Done>> {
     let examples: Vec<Example> = steps.iter().flatten().cloned().collect();
     let tokens = steps.iter().flatten().map(|example| example.ids.len()).max().unwrap_or(0) * steps[0].len();
@@ -144,7 +168,7 @@ fn train(
         Ok(())
     };
     let data = Data { train: &examples, evaluation: &[] };
-    let mut passes = Passes::Fixed(Keep::Everything);
+    let mut passes = Passes::Fixed(keep);
     train::run(decoder, adapter, data, &options, &mut passes, None, &Report::silent(), &mut log)?;
     match done.len() == steps.len() {
         true => Ok(done),
@@ -166,10 +190,10 @@ fn parity(folder: &Path, precision: &str, device: &Device) -> Result<Value> {
     let steps = steps(folder, "parity")?;
     // The gradients of a run that ends after its first step are still in their buffer.
     let first = decoder(folder, of, device)?;
-    train(&first, &steps[..1], 1e-4)?;
+    train(&first, &steps[..1], 1e-4, Keep::Everything)?;
     write_gradients(&first.1, &folder.join(format!("ours-{precision}.safetensors")))?;
     drop(first);
-    let done = train(&decoder(folder, of, device)?, &steps, 1e-4)?;
+    let done = train(&decoder(folder, of, device)?, &steps, 1e-4, Keep::Everything)?;
     let losses: Vec<f64> = done.iter().map(|done| done.loss).collect();
     let norms: Vec<f64> = done.iter().map(|done| done.grad_norm).collect();
     Ok(json!({ "losses": losses, "gradient_norms": norms }))
@@ -185,14 +209,17 @@ fn write_gradients(trainable: &Trainable, file: &Path) -> Result<()> {
     Ok(candle_core::safetensors::save(&gradients, file)?)
 }
 
-fn speed(folder: &Path, workloads: &str, warm: usize, device: &Device) -> Result<Value> {
+fn speed(folder: &Path, workloads: &str, warm: usize, keep: Keep, device: &Device) -> Result<Value> {
     let began = Instant::now();
     let decoder = decoder(folder, Precision::Bf16, device)?;
     let load_seconds = began.elapsed().as_secs_f64();
+    if keep == Keep::Everything && Change::Expanded.is_on() {
+        decoder.0.keep_expanded(decoder.0.layers.len());
+    }
     let mut found = serde_json::Map::new();
     for workload in workloads.split(',') {
         let steps = steps(folder, workload)?;
-        found.insert(workload.into(), measure(&decoder, &steps, warm, device)?);
+        found.insert(workload.into(), measure(&decoder, &steps, warm, keep, device)?);
     }
     Ok(json!({ "contender": "hone", "load_seconds": load_seconds, "workloads": found }))
 }
@@ -201,10 +228,11 @@ fn measure(
     decoder: &(Decoder, Trainable),
     steps: &[Vec<Example>],
     warm: usize,
+    keep: Keep,
     device: &Device,
 ) -> Result<Value> {
     memory::begin(device)?;
-    let done = train(decoder, steps, 2e-5)?;
+    let done = train(decoder, steps, 2e-5, keep)?;
     // From one step's metrics to the next one's. Metrics arrive one step late and the last two together, so the
     // last is left out.
     let counted = &done[..done.len() - 1];
@@ -212,9 +240,7 @@ fn measure(
     let timed = seconds.get(warm.saturating_sub(1)..).filter(|timed| !timed.is_empty());
     let timed =
         timed.ok_or_else(|| format!("{} steps are too few after {warm} that are not timed", done.len()))?;
-    let mut ordered = timed.to_vec();
-    ordered.sort_by(f64::total_cmp);
-    let median = (ordered[(ordered.len() - 1) / 2] + ordered[ordered.len() / 2]) / 2.0;
+    let median = median(timed);
     let tokens: usize = steps[0].iter().map(|example| example.ids.len()).sum();
     let launches = match counted {
         [.., before, last] => last.launches.zip(before.launches).map(|(last, before)| last - before),
@@ -228,6 +254,15 @@ fn measure(
         found.extend(memory);
     }
     Ok(found)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut ordered = values.to_vec();
+    ordered.sort_by(f64::total_cmp);
+    match ordered.len() {
+        0 => f64::NAN,
+        count => (ordered[(count - 1) / 2] + ordered[count / 2]) / 2.0,
+    }
 }
 
 /// Rank of the adapters that are served.

@@ -4,7 +4,7 @@
 def text(whole):
     found = {record["stage"]: record.get("result") or {} for record in whole["stages"]}
     parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found),
-             several(found.get("several")), serving(found),
+             changes(found.get("changes")), host(found.get("host")), several(found.get("several")), serving(found),
              benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
              kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
@@ -31,7 +31,7 @@ def speeds(found):
     """Tokens/s of each contender, and how many times KAITO's."""
     rows = []
     kaito = found.get("kaito", {}).get("workloads", {})
-    for name in ("hone", "best", "liger", "unsloth", "kaito"):
+    for name in ("hone", "hone-host-inputs", "hone-layer-inputs", "best", "liger", "unsloth", "kaito"):
         for workload, of in found.get(name, {}).get("workloads", {}).items():
             rate, base = of.get("tokens_per_second"), kaito.get(workload, {}).get("tokens_per_second")
             spread = of.get("step_seconds") or [None]
@@ -42,6 +42,26 @@ def speeds(found):
                          of.get("error", "").strip().split("\n")[-1][:60]])
     rows.sort(key=lambda row: row[1])
     return rows and table(["training", "workload", "tokens/s", "times kaito", "s median", "min", "max", "GB peak", "GB device", ""], rows)
+
+
+def changes(result):
+    """What each change saves, and what it takes."""
+    if not result:
+        return ""
+    gigabytes = lambda side: side["peak_allocated_bytes"] / 1e9 if side.get("peak_allocated_bytes") else None
+    rows = [[of["change"], of["workload"], of["without"]["step_seconds_median"], of["with"]["step_seconds_median"],
+             of["saved_milliseconds"], of["without"]["launches_a_step"], of["with"]["launches_a_step"],
+             gigabytes(of["without"]), gigabytes(of["with"]), "same losses" if of["same_losses"] else ""]
+            for of in result["changes"]]
+    return table(["change", "workload", "s without", "s with", "ms saved", "launches without", "with", "GB without", "with", ""], rows)
+
+
+def host(result):
+    """The host's own time for a launch."""
+    if not result:
+        return ""
+    keys = ("without", "launches", "microseconds_a_launch", "least", "most", "microseconds_a_pass")
+    return table(["host: without", *keys[1:]], [[of[key] for key in keys] for of in result["host"]])
 
 
 def several(result):

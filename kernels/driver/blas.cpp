@@ -1,4 +1,4 @@
-// libcublas: products of matrices stored by columns, in f32, f64 or bf16, with sums in f64 that are rounded once.
+// libcublas: products of matrices stored by columns (cublasLt's are in blas_lt.cpp), in f32, f64 or bf16, with sums in f64 that are rounded once.
 //
 // It checks what the library requires and cannot check itself: shapes and strides, and that every matrix lies
 // inside one allocation.
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../emulator/bfloat16.h"
+#include "blas.h"
 #include "streams.h"
 
 using namespace fake;
@@ -15,13 +16,6 @@ using namespace fake;
 #define API EXPORT int
 
 namespace {
-
-// cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as they are used.
-enum { blas_success = 0, blas_invalid_value = 7, blas_not_supported = 15 };
-enum Type { f32 = 0, f64 = 1, bf16 = 14 };
-enum { compute_32f_first = 68, compute_64f = 70, compute_32f_last = 77 };
-
-size_t bytes_of(int type) { return type == f64 ? 8 : type == f32 ? 4 : 2; }
 
 double load(const void* memory, int type, size_t at) {
     switch (type) {
@@ -39,18 +33,6 @@ void store(void* memory, int type, size_t at, double value) {
     }
 }
 
-struct Matrix {
-    unsigned char* memory;
-    int type;
-    long long leading;  // elements from one column to the next
-    bool transposed;
-
-    // Element (row, column) of the operand, after transposition.
-    size_t at(long long row, long long column) const {
-        return static_cast<size_t>(transposed ? row * leading + column : column * leading + row);
-    }
-};
-
 // The operand's stored rows must fit its leading dimension.
 bool is_shaped(const Matrix& matrix, int rows, int columns) {
     return matrix.leading >= std::max(1, matrix.transposed ? columns : rows);
@@ -67,10 +49,10 @@ void check_inside(const char* name, const Matrix& matrix, int rows, int columns)
 struct Product {
     int m, n, k;
     double alpha, beta;
-    Matrix a, b, c;
+    Matrix a, b, c, d;
 };
 
-// Computes rows [from, to) of c. The innermost loop runs along a row of b: its sums are independent, so any vector
+// Computes rows [from, to) of d. The innermost loop runs along a row of b: its sums are independent, so any vector
 // width adds in the same order.
 __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(const Product& p, const std::vector<double>& b, int from, int to) {
     std::vector<double> sums(static_cast<size_t>(p.n));
@@ -86,7 +68,7 @@ __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(
             const size_t at = p.c.at(i, j);
             // beta 0 means that c is not read, whatever it holds.
             const double kept = p.beta == 0 ? 0.0 : p.beta * load(p.c.memory, p.c.type, at);
-            store(p.c.memory, p.c.type, at, p.alpha * sums[static_cast<size_t>(j)] + kept);
+            store(p.d.memory, p.d.type, p.d.at(i, j), p.alpha * sums[static_cast<size_t>(j)] + kept);
         }
     }
 }
@@ -123,29 +105,8 @@ struct Handle {
 int multiply_batch(void* handle, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride, const void* beta,
                    Matrix c, long long c_stride, int batch, int compute) {
     const std::lock_guard<std::mutex> hold(lock);
-    if (m < 0 || n < 0 || k < 0 || batch < 0) return blas_invalid_value;
-    if (!is_shaped(a, m, k) || !is_shaped(b, k, n) || !is_shaped(c, m, n)) return blas_invalid_value;
-    if (!is_supported(a.type, b.type, c.type, compute)) return blas_not_supported;
-    ++statistics.products;
     void* stream = static_cast<Handle*>(handle)->stream;
-    begin(stream);
-    for (const Matrix& matrix : {a, b, c}) touch(stream, reinterpret_cast<Address>(matrix.memory));
-    if (configuration().trace) fprintf(stderr, "fake GPU: product %d x %d x %d, %d times\n", m, n, k, batch);
-    const auto scalar = [&](const void* value) { return load(value, compute == compute_64f ? f64 : f32, 0); };
-    for (int i = 0; i < batch && m > 0 && n > 0; ++i) {
-        const auto item = [&](Matrix matrix, long long stride) {
-            matrix.memory += i * stride * static_cast<long long>(bytes_of(matrix.type));
-            return matrix;
-        };
-        const Product p = {m, n, k, scalar(alpha), scalar(beta), item(a, a_stride), item(b, b_stride), item(c, c_stride)};
-        if (p.alpha != 0) {
-            check_inside("A", p.a, m, k);
-            check_inside("B", p.b, k, n);
-        }
-        check_inside("C", p.c, m, n);
-        multiply(p);
-    }
-    return blas_success;
+    return multiply_matrices(stream, m, n, k, alpha, a, a_stride, b, b_stride, beta, c, c, c_stride, batch, compute);
 }
 
 Matrix operand(const void* memory, int type, int leading, int operation) {
@@ -153,6 +114,40 @@ Matrix operand(const void* memory, int type, int leading, int operation) {
 }
 
 }  // namespace
+
+namespace fake {
+
+size_t bytes_of(int type) { return type == f64 ? 8 : type == f32 ? 4 : 2; }
+
+int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride,
+                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute) {
+    if (m < 0 || n < 0 || k < 0 || batch < 0) return blas_invalid_value;
+    if (!is_shaped(a, m, k) || !is_shaped(b, k, n) || !is_shaped(c, m, n) || !is_shaped(d, m, n)) return blas_invalid_value;
+    if (!is_supported(a.type, b.type, c.type, compute) || d.type != c.type) return blas_not_supported;
+    ++statistics.products;
+    if (configuration().idle) return blas_success;
+    begin(stream);
+    for (const Matrix& matrix : {a, b, c, d}) touch(stream, reinterpret_cast<Address>(matrix.memory));
+    if (configuration().trace) fprintf(stderr, "fake GPU: product %d x %d x %d, %d times\n", m, n, k, batch);
+    const auto scalar = [&](const void* value) { return load(value, compute == compute_64f ? f64 : f32, 0); };
+    for (int i = 0; i < batch && m > 0 && n > 0; ++i) {
+        const auto item = [&](Matrix matrix, long long stride) {
+            matrix.memory += i * stride * static_cast<long long>(bytes_of(matrix.type));
+            return matrix;
+        };
+        const Product p = {m, n, k, scalar(alpha), scalar(beta), item(a, a_stride), item(b, b_stride), item(c, c_stride), item(d, c_stride)};
+        if (p.alpha != 0) {
+            check_inside("A", p.a, m, k);
+            check_inside("B", p.b, k, n);
+        }
+        if (p.beta != 0) check_inside("C", p.c, m, n);
+        check_inside("D", p.d, m, n);
+        multiply(p);
+    }
+    return blas_success;
+}
+
+}  // namespace fake
 
 API cublasCreate_v2(void** handle) {
     *handle = new Handle;

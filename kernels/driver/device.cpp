@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "../emulator/launch.h"
 #include "streams.h"
@@ -52,6 +53,7 @@ Configuration read_configuration() {
     c.host_threads = static_cast<unsigned>(
         read_number("HONE_FAKE_GPU_THREADS", std::max(1u, std::min(8u, std::thread::hardware_concurrency()))));
     c.trace = read_number("HONE_FAKE_GPU_TRACE", 0) != 0;
+    c.idle = read_number("HONE_FAKE_GPU_IDLE", 0) != 0;
     c.statistics_file = getenv("HONE_FAKE_GPU_STATS");
     return c;
 }
@@ -112,6 +114,21 @@ void give_back(const Allocation& allocation) {
 }
 #endif
 
+// What an idle device has freed, by size.
+std::map<size_t, std::vector<Allocation>>& idle_memory() {
+    static std::map<size_t, std::vector<Allocation>> table;
+    return table;
+}
+
+// Memory of so many bytes that an idle device has freed; false if there is none.
+bool take_again(size_t bytes, Allocation* allocation) {
+    std::vector<Allocation>& freed = idle_memory()[bytes];
+    if (freed.empty()) return false;
+    *allocation = freed.back();
+    freed.pop_back();
+    return true;
+}
+
 // Writes the report when the process ends.
 struct Report {
     ~Report() {
@@ -134,6 +151,7 @@ struct Report {
         line("device_to_device_copies", s.device_to_device_copies);
         line("fills", s.fills);
         line("events", s.events);
+        line("choices", s.choices);
         fprintf(file, "  \"kernels\": {");
         const char* separator = "\n";
         for (const emulator::Kernel& kernel : emulator::kernels()) {
@@ -173,13 +191,17 @@ size_t shared_bytes_a_block() {
 Result allocate(Address* address, size_t bytes) {
     if (bytes == 0) return invalid_value;
     if (statistics.live_bytes + bytes > configuration().memory_bytes) return out_of_memory;
-    const Allocation allocation = take(bytes);
+    Allocation allocation = {};
+    const bool again = configuration().idle && take_again(bytes, &allocation);
+    if (!again) allocation = take(bytes);
     if (allocation.mapping == nullptr) return out_of_memory;
     unsigned char* start = start_of(allocation);
-    memset(start, poison, std::min(bytes, poisoned_bytes_max));
+    if (!again) {
+        memset(start, poison, std::min(bytes, poisoned_bytes_max));
 #if !defined(__SANITIZE_ADDRESS__)
-    memset(start + bytes, canary, rounded(bytes, alignment) - bytes);
+        memset(start + bytes, canary, rounded(bytes, alignment) - bytes);
 #endif
+    }
     *address = reinterpret_cast<Address>(start);
     allocations()[*address] = allocation;
     ++statistics.allocations;
@@ -196,7 +218,8 @@ Result release(Address address) {
     forget(address, found->second.bytes);
     ++statistics.frees;
     statistics.live_bytes -= found->second.bytes;
-    give_back(found->second);
+    if (configuration().idle) idle_memory()[found->second.bytes].push_back(found->second);
+    else give_back(found->second);
     allocations().erase(found);
     return success;
 }

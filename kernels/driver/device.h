@@ -11,6 +11,8 @@
 //   HONE_FAKE_GPU_THREADS     host threads that run blocks (as many as there are processors)
 //   HONE_FAKE_GPU_STATS       a file: at exit, what was asked, as JSON; %p in it is the process
 //   HONE_FAKE_GPU_TRACE       1: every launch, product and copy to the host on standard error
+//   HONE_FAKE_GPU_IDLE        1: launches and products are counted and not done, and freed memory is used again at once. What is left is
+//                             the host's own time. Results mean nothing
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,7 +48,7 @@ struct Configuration {
     int devices, order, driver_version, capability_major, capability_minor;
     unsigned host_threads;
     uint64_t memory_bytes;
-    bool trace;
+    bool trace, idle;
     const char* statistics_file;
 };
 const Configuration& configuration();

@@ -1,9 +1,9 @@
 // libcuda over host memory and the emulator: devices, contexts, memory, modules and launches.
 //
 // Work that is asynchronous on a device is done at once, with exceptions that only a wrong program can notice.
-// A copy to pinned host memory arrives when the host has waited for it; until then the memory holds 0xff. Pinned
-// memory that a copy reads from must still hold the same bytes when the host has waited (transfers.cpp). The copy itself waits in its
-// stream until something waits for it (streams.cpp).
+// A copy between the device and pinned memory waits in its stream until something waits for it (streams.cpp). The host sees what arrives
+// when it has waited itself; until then the memory holds 0xff for it. Pinned memory that a copy reads from must still hold the same bytes
+// when the host has waited (transfers.cpp).
 #include "device.h"
 
 #include <cstring>
@@ -164,9 +164,12 @@ API cuMemAlloc_v2(Address* address, size_t bytes) {
     IN_CONTEXT;
     return allocate(address, bytes);
 }
-API cuMemAllocAsync(Address* address, size_t bytes, void*) {
+API cuMemAllocAsync(Address* address, size_t bytes, void* stream) {
     IN_CONTEXT;
-    return allocate(address, bytes);
+    const Result result = allocate(address, bytes);
+    // Other streams may use the memory only behind this moment.
+    if (result == success && !configuration().idle) USES(stream, *address, *address);
+    return result;
 }
 API cuMemFree_v2(Address address) {
     IN_CONTEXT;
@@ -175,7 +178,9 @@ API cuMemFree_v2(Address address) {
 }
 API cuMemFreeAsync(Address address, void* stream) {
     IN_CONTEXT;
+    if (configuration().idle) return release(address);
     begin(stream);
+    check_free(stream, address);
     return release(address);
 }
 API cuDeviceGetDefaultMemPool(void** to, int) {
@@ -230,13 +235,13 @@ API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) {
 }
 API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
-    USES(stream, from, from);
-    return copy_to_host(to, from, bytes);
+    if (!is_pinned(to, bytes)) USES(stream, from, from);
+    return copy_to_host(to, from, bytes, stream);
 }
 API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) {
     IN_CONTEXT;
     USES(nullptr, from, from);
-    const int result = copy_to_host(to, from, bytes);
+    const int result = copy_to_host(to, from, bytes, nullptr);
     host_waits();
     return result;
 }
@@ -372,6 +377,7 @@ API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
     const Configuration& c = configuration();
     emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
     ++statistics.launches;
+    if (c.idle) return success;
     begin(stream);
     touch_arguments(stream, kernel, arguments);
     if (c.trace) {

@@ -7,7 +7,7 @@
 // ncclRemoteError for the others. The environment sets:
 //   HONE_FAKE_NCCL_DIE       RANK:CALL, the rank's process is killed at this collective, counted from 1; 0: when it connects
 //   HONE_FAKE_NCCL_HANG      RANK:CALL, the rank never comes to this collective
-//   HONE_FAKE_NCCL_SWAP      RANK:CALL, the rank makes this collective after the next one
+//   HONE_FAKE_NCCL_OTHER     RANK:CALL, the rank brings one value less to this collective
 //   HONE_FAKE_NCCL_DELAY     milliseconds that a rank waits before each collective, times a number of 0 to 3 that differs
 //   HONE_FAKE_NCCL_LOG       a file: a line for each collective, as `RANK CALL WHAT COUNT TYPE`
 //   HONE_FAKE_NCCL_PATIENCE  seconds that a rank waits for the others (60)
@@ -28,7 +28,6 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "driver/device.h"
@@ -80,7 +79,6 @@ struct Communicator {
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::function<void()>> jobs;
-    std::function<void()> held;  // a collective that is made after the next one
     int open = 0;
     bool leaves = false;
 
@@ -123,10 +121,12 @@ bool is_named(const char* variable, const Communicator& comm) {
 }
 
 void* mapped(const std::string& name, size_t bytes, bool grow) {
-    const int file = open(("/dev/shm/" + name).c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    const int file = open(("/dev/shm/" + name).c_str(), O_RDWR | (grow ? O_CREAT : 0) | O_CLOEXEC, 0600);
     if (file < 0) return nullptr;
     void* memory = MAP_FAILED;
-    if (!grow || ftruncate(file, (off_t)bytes) == 0) memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    struct stat found;
+    const bool is_whole = grow ? ftruncate(file, (off_t)bytes) == 0 : fstat(file, &found) == 0 && found.st_size >= (off_t)bytes;
+    if (is_whole) memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     return memory == MAP_FAILED ? nullptr : memory;
 }
@@ -138,6 +138,8 @@ int meet(Communicator& comm) {
     Shared& shared = *comm.shared;
     const uint64_t round = shared.round.load();
     if (shared.arrived.fetch_add(1) + 1 == comm.world) {
+        // One that came may have left again.
+        if (shared.aborted.load() != 0) return remote_error;
         shared.arrived.store(0);
         shared.round.fetch_add(1);
         return ok;
@@ -167,7 +169,7 @@ void tell(const Communicator& comm, const char* what, uint64_t count, int type) 
 // A collective that the program called.
 struct Call {
     const char* what;
-    uint64_t number, count;
+    uint64_t number, count, said;
     int type;
     std::vector<char> values, result;
     int error = ok;
@@ -199,7 +201,7 @@ int exchange(Communicator& comm, const Call& call) {
     sleep_milliseconds(number("HONE_FAKE_NCCL_DELAY", 0) * ((call.number * 7 + comm.rank * 5) % 4));
     Seat& seat = comm.shared->seats[comm.rank];
     snprintf(seat.what, sizeof seat.what, "%s", call.what);
-    seat.count = call.count;
+    seat.count = call.said;
     seat.type = call.type;
     const size_t bytes = call.values.size();
     void* own = mapped(data_of(comm, comm.rank), bytes + 1, true);
@@ -223,6 +225,7 @@ int collective(Communicator* comm, const std::shared_ptr<Call>& call, const void
                void* stream) {
     if (comm->error != ok) return comm->error;
     call->number = ++comm->calls;
+    call->said = call->count - is_named("HONE_FAKE_NCCL_OTHER", *comm);
     tell(*comm, call->what, call->count, call->type);
     if (is_named("HONE_FAKE_NCCL_DIE", *comm)) kill(getpid(), SIGKILL);
     while (is_named("HONE_FAKE_NCCL_HANG", *comm)) sleep_milliseconds(1000);
@@ -256,12 +259,7 @@ int collective(Communicator* comm, const std::shared_ptr<Call>& call, const void
         const std::lock_guard<std::mutex> hold(comm->mutex);
         ++comm->open;
     }
-    if (is_named("HONE_FAKE_NCCL_SWAP", *comm)) {
-        comm->held = job;
-        return ok;
-    }
     comm->add(job);
-    if (comm->held) comm->add(std::exchange(comm->held, nullptr));
     return ok;
 }
 
@@ -271,7 +269,6 @@ int leave(Communicator* comm, bool abort) {
         const std::lock_guard<std::mutex> hold(comm->mutex);
         // A rank that leaves in the middle of a collective leaves the others without it.
         if (abort || comm->open > 0) comm->shared->aborted.store(1);
-        if (comm->held) comm->jobs.push_back(std::exchange(comm->held, nullptr));
         comm->leaves = true;
         comm->changed.notify_all();
     }

@@ -11,7 +11,7 @@
 
 struct hone_fake_gpu_statistics {
     uint64_t launches;
-    uint64_t products; /* cuBLAS calls */
+    uint64_t products; /* of cuBLAS and cublasLt */
     uint64_t allocations;
     uint64_t frees;
     uint64_t live_bytes;
@@ -24,4 +24,5 @@ struct hone_fake_gpu_statistics {
     uint64_t device_to_device_copies;
     uint64_t fills;  /* cuMemset */
     uint64_t events; /* created */
+    uint64_t choices; /* of an algorithm of cublasLt */
 };

@@ -45,6 +45,11 @@ void touch(void* stream, Address address);
 // its own stream does something else. Until then the memory holds 0xff. If another stream has used the memory and nothing orders that use
 // before this work, the work leaves 0xff.
 void queue(void* stream, Address to, size_t bytes, std::function<void()> work, std::shared_ptr<Pending> pending = nullptr);
+// Queues work that reads [from, from + bytes), to be done as late. It is told whether it read too early or too late: another stream has used
+// the memory and nothing orders that use before this work, or the memory was freed before it.
+void queue_read(void* stream, Address from, size_t bytes, std::function<void(bool torn)> work);
+// The memory of an allocation is about to be freed by a stream, which must know of all uses of it.
+void check_free(void* stream, Address address);
 
 Mark mark(void* stream);
 // Whether the work before the mark is done, or would be if something waited for it.
@@ -53,7 +58,7 @@ void wait_for(void* stream, const Mark& mark);
 void host_waits_for(const Mark& mark);
 void host_waits_for_all();
 
-// The allocation is freed: nothing that is queued may write to it.
+// The allocation is freed: nothing that is queued may write to it, and what would read it reads nothing.
 void forget(Address first, uint64_t bytes);
 
 }  // namespace fake

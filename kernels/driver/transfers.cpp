@@ -22,8 +22,29 @@ struct Transfer {
     unsigned char* host;
     std::vector<unsigned char> bytes;
     bool arrives; // or leaves the host
+    void* stream;
 };
 std::vector<Transfer> transfers;
+
+// Pinned memory that a copy will arrive at which is still queued.
+struct Expected {
+    unsigned char* host;
+    size_t bytes;
+};
+std::vector<Expected> expected;
+
+bool meet(const unsigned char* x, size_t x_bytes, const unsigned char* y, size_t y_bytes) { return x < y + y_bytes && y < x + x_bytes; }
+
+// What copies from pinned memory read: what the host sees, and what has arrived there since it waited.
+std::vector<unsigned char> as_copies_see(unsigned char* host, size_t bytes) {
+    std::vector<unsigned char> seen(host, host + bytes);
+    for (const Transfer& transfer : transfers) {
+        if (!transfer.arrives || !meet(host, bytes, transfer.host, transfer.bytes.size())) continue;
+        unsigned char *first = std::max(host, transfer.host), *end = std::min(host + bytes, transfer.host + transfer.bytes.size());
+        std::copy(transfer.bytes.begin() + (first - transfer.host), transfer.bytes.begin() + (end - transfer.host), seen.begin() + (first - host));
+    }
+    return seen;
+}
 
 unsigned char* on_device(Address address) { return reinterpret_cast<unsigned char*>(address); }
 
@@ -53,13 +74,24 @@ Result copy_to_device(Address to, const void* from, size_t bytes, void* stream) 
         return success;
     }
     unsigned char* host = static_cast<unsigned char*>(const_cast<void*>(from));
-    const std::vector<unsigned char> sent(host, host + bytes);
-    transfers.push_back({host, sent, false});
+    const auto send = [host, bytes, stream] {
+        transfers.push_back({host, as_copies_see(host, bytes), false, stream});
+        return transfers.back().bytes;
+    };
+    // What is not there yet is read when the copy is done; anything else as it is now, and it must stay so.
+    if (std::any_of(expected.begin(), expected.end(), [&](const Expected& e) { return meet(host, bytes, e.host, e.bytes); })) {
+        queue(stream, to, bytes, [to, send] {
+            const std::vector<unsigned char> sent = send();
+            memcpy(on_device(to), sent.data(), sent.size());
+        });
+        return success;
+    }
+    const std::vector<unsigned char> sent = send();
     queue(stream, to, bytes, [to, sent] { memcpy(on_device(to), sent.data(), sent.size()); });
     return success;
 }
 
-Result copy_to_host(void* to, Address from, size_t bytes) {
+Result copy_to_host(void* to, Address from, size_t bytes, void* stream) {
     if (bytes == 0) return success;
     if (!is_allocated(from, bytes)) return invalid_value;
     ++statistics.device_to_host_copies;
@@ -69,7 +101,18 @@ Result copy_to_host(void* to, Address from, size_t bytes) {
         memcpy(to, on_device(from), bytes);
         return success;
     }
-    transfers.push_back({static_cast<unsigned char*>(to), std::vector<unsigned char>(on_device(from), on_device(from) + bytes), true});
+    unsigned char* host = static_cast<unsigned char*>(to);
+    queue_read(stream, from, bytes, [host, from, bytes, stream](bool torn) {
+        std::vector<unsigned char> arrived(bytes, 0xff);
+        if (!torn) memcpy(arrived.data(), on_device(from), bytes);
+        transfers.push_back({host, std::move(arrived), true, stream});
+        const auto own = std::find_if(expected.begin(), expected.end(), [&](const Expected& e) { return e.host == host && e.bytes == bytes; });
+        if (own != expected.end()) expected.erase(own);
+    });
+    expected.push_back({host, bytes});
+    // Copies from this memory that the same stream has done before no longer need it.
+    const auto is_over = [&](const Transfer& t) { return !t.arrives && t.stream == stream && meet(host, bytes, t.host, t.bytes.size()); };
+    transfers.erase(std::remove_if(transfers.begin(), transfers.end(), is_over), transfers.end());
     memset(to, 0xff, bytes);
     return success;
 }

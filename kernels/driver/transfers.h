@@ -7,7 +7,8 @@ namespace fake {
 
 // A copy from pinned memory is queued in its stream.
 Result copy_to_device(Address to, const void* from, size_t bytes, void* stream);
-Result copy_to_host(void* to, Address from, size_t bytes);
+// A copy to pinned memory, too. The host sees it when it has waited; copies from there see it in the order of the streams.
+Result copy_to_host(void* to, Address from, size_t bytes, void* stream);
 Result copy_on_device(Address to, Address from, size_t bytes);
 bool is_pinned(const void* memory, size_t bytes);
 Result fill(Address to, const void* value, size_t value_bytes, size_t count);

@@ -12,6 +12,10 @@ pub struct Card<'a> {
     pub facts: &'a Facts,
     /// The adapted linear layers.
     pub sites: &'a [Site],
+    /// Number of trained parameters.
+    pub parameters: usize,
+    /// Whether the adapter has A and B alone, without magnitudes and trained rows of tokens.
+    pub plain: bool,
     /// Result of training.
     pub trained: &'a Trained,
     /// Quantisation and number formats of the base, in words.
@@ -26,7 +30,7 @@ pub struct Card<'a> {
 
 /// The text of `README.md` in the form that model hubs read: a header, then text.
 pub fn markdown(card: &Card) -> String {
-    let parameters: usize = card.sites.iter().map(Site::parameters).sum();
+    let parameters = card.parameters;
     let mut lines = vec![
         "---".to_owned(),
         format!("base_model: {}", serde_json::Value::from(card.base_model)),
@@ -66,10 +70,21 @@ pub fn markdown(card: &Card) -> String {
     lines.extend(card.data.iter().map(|(name, sha256)| format!("| {} | `{sha256}` |", plain(name))));
     lines.extend([
         String::new(),
-        "Load it with `peft.PeftModel.from_pretrained(base, FOLDER)` or as a vLLM LoRA module.".to_owned(),
+        load_with(card).to_owned(),
         "Every logged step is in `metrics.jsonl`.".to_owned(),
     ]);
     lines.join("\n") + "\n"
+}
+
+/// What loads the adapter. vLLM takes neither magnitudes nor trained rows of tokens.
+fn load_with(card: &Card) -> &'static str {
+    match card.plain {
+        true => "Load it with `peft.PeftModel.from_pretrained(base, FOLDER)` or as a vLLM LoRA module.",
+        false => {
+            "Load it with `peft.PeftModel.from_pretrained(base, FOLDER)`, serve it with `hone serve`, or merge it into its \
+             base with `hone merge`. vLLM does not load this kind of adapter."
+        }
+    }
 }
 
 /// The hub's `model-index`: what the evaluation gave, of the best or the last adapter, whichever the folder holds.
@@ -128,6 +143,8 @@ mod tests {
             base_model: "owner/base: \"7b\"",
             facts: &facts,
             sites: &[],
+            parameters: 0,
+            plain: true,
             trained: &trained,
             base_format: "an unquantised base".into(),
             data: vec![("rows.parquet".into(), "ab".into())],
@@ -141,5 +158,7 @@ mod tests {
             return;
         }
         assert_eq!(found, text);
+        let other = markdown(&Card { plain: false, ..card });
+        assert!(other.contains("vLLM does not load this kind of adapter"), "{other}");
     }
 }

@@ -1,8 +1,9 @@
 //! Trained parameters -> a PEFT folder that `peft` and vLLM load unchanged; and a PEFT folder -> parameters.
 //!
 //! `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R] in
-//! f32. `adapter_config.json` holds only the keys that PEFT has had since 0.11, because older versions refuse unknown
-//! keys.
+//! f32, and with DoRA `.lora_magnitude_vector` `[N]`; for trained rows of the embedding or the output head
+//! `<path>.token_adapter.trainable_tokens_delta` [tokens, C], which is the rows themselves. `adapter_config.json` holds
+//! only the keys that PEFT has had since 0.11, because older versions refuse unknown keys.
 
 pub mod card;
 pub mod serving;
@@ -13,10 +14,12 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::facts::sites::{self, Site};
-use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets};
+use crate::facts::sites::{self, Site, Table, TokenRows};
+use crate::facts::{Facts, LoraInit, LoraOptions, Modules, RANK_MAX, Targets, Tokens};
 use crate::fault::{Fault, Result};
+use crate::model::dora::Dora;
 use crate::model::lora::{Pair, Pairs, Trainable};
+use crate::model::tokens::FinishedRows;
 use crate::model::weights::unwrapped;
 use crate::ops::matmul::Weight;
 use crate::ops::{cpu, flat};
@@ -26,6 +29,9 @@ use crate::plain;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// File of an adapter's matrices.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// What PEFT calls trained rows below the module of their table.
+const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
 /// Pattern -> number, in the written order. The first match counts, here and in PEFT.
 type Patterns = serde_json::Map<String, serde_json::Value>;
@@ -83,14 +89,14 @@ pub struct AdapterConfig {
     pub target_modules: Option<TargetModules>,
     /// Task of the model; hone has only `CAUSAL_LM`.
     pub task_type: Option<String>,
-    /// Whether the adapter is DoRA; hone has only plain LoRA.
+    /// Whether the pairs have DoRA's magnitudes.
     #[serde(default)]
     pub use_dora: bool,
     /// Whether the update is scaled by lora_alpha / sqrt(r) instead.
     #[serde(default)]
     pub use_rslora: bool,
-    /// Tokens whose embeddings were trained; an adapter with them is refused.
-    #[serde(default, skip_serializing)]
+    /// Tokens whose rows of the embedding, or of tables by name, were trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trainable_token_indices: Option<serde_json::Value>,
     /// Tokens from which on the adapter counts; an adapter with them is refused.
     #[serde(default, skip_serializing)]
@@ -112,7 +118,13 @@ fn none() -> String {
 }
 
 /// The configuration of a trained adapter.
-pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: &str) -> AdapterConfig {
+pub fn config(
+    sites: &[Site],
+    tokens: &[TokenRows],
+    layers: usize,
+    options: &LoraOptions,
+    base_model: &str,
+) -> AdapterConfig {
     AdapterConfig {
         alpha_pattern: options
             .alpha_pattern
@@ -140,11 +152,46 @@ pub fn config(sites: &[Site], layers: usize, options: &LoraOptions, base_model: 
         revision: None,
         target_modules: Some(TargetModules::List(target_modules(sites, layers))),
         task_type: Some("CAUSAL_LM".into()),
-        use_dora: false,
+        use_dora: options.dora,
         use_rslora: options.rslora,
-        trainable_token_indices: None,
+        trainable_token_indices: token_indices(tokens),
         alora_invocation_tokens: None,
     }
+}
+
+/// A list if only rows of the embedding are trained, as most people write it, else a map of tables.
+fn token_indices(tokens: &[TokenRows]) -> Option<serde_json::Value> {
+    match tokens {
+        [] => None,
+        [only] if only.table == Table::Embedding => Some(only.ids.clone().into()),
+        several => {
+            let table = |rows: &TokenRows| (last(&rows.path).to_owned(), rows.ids.clone().into());
+            Some(serde_json::Value::Object(several.iter().map(table).collect()))
+        }
+    }
+}
+
+/// The tokens of `trainable_token_indices`. Every table but the output head is the embedding.
+fn tokens_of(value: Option<&serde_json::Value>) -> Result<Tokens> {
+    let ids = |value: &serde_json::Value| -> Result<Vec<u32>> {
+        serde_json::from_value(value.clone()).map_err(|error| {
+            Fault::model(format!("{CONFIG_FILE}: trainable_token_indices: not a list of tokens: {error}"))
+        })
+    };
+    let mut tokens = Tokens::default();
+    match value {
+        None => {}
+        Some(serde_json::Value::Object(tables)) => {
+            for (name, value) in tables {
+                match last(name) {
+                    "lm_head" | "embed_out" | "output" => tokens.head = ids(value)?,
+                    _ => tokens.embedding = ids(value)?,
+                }
+            }
+        }
+        Some(list) => tokens.embedding = ids(list)?,
+    }
+    Ok(tokens)
 }
 
 /// Writes 16 rather than 16.0, because PEFT's field is an integer and vLLM checks it.
@@ -179,6 +226,13 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
         for (letter, tensor) in [("A", a), ("B", b)] {
             tensors.insert(tensor_name(&site.path, letter), tensor.to_dtype(DType::F32)?);
         }
+        if let Some(magnitudes) = trainable.magnitudes(&params, site)? {
+            tensors.insert(magnitude_name(&site.path), magnitudes.to_dtype(DType::F32)?);
+        }
+    }
+    for rows in &trainable.tokens {
+        let values = trainable.token_view(&params, rows)?;
+        tensors.insert(rows_name(&rows.path), values.to_dtype(DType::F32)?);
     }
     let metadata = Some(std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]));
     safetensors::serialize(tensors, metadata)
@@ -187,6 +241,14 @@ pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
 
 fn tensor_name(path: &str, letter: &str) -> String {
     format!("base_model.model.{path}.lora_{letter}.weight")
+}
+
+fn rows_name(path: &str) -> String {
+    format!("base_model.model.{path}.{ROWS}")
+}
+
+fn magnitude_name(path: &str) -> String {
+    format!("base_model.model.{path}.lora_magnitude_vector")
 }
 
 fn wrong(file: &Path, what: String) -> Fault {
@@ -220,12 +282,10 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     let config = read_config(folder)?;
     let refused = [
         (config.peft_type != "LORA", "peft_type other than LORA"),
-        (config.use_dora, "use_dora"),
         (changes_base(&config), "an initialisation that changed its base (init_lora_weights)"),
         (config.layer_replication.is_some(), "layer_replication"),
         (config.bias != "none", "a bias other than none"),
         (config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()), "modules_to_save"),
-        (config.trainable_token_indices.is_some(), "trainable_token_indices"),
         (config.alora_invocation_tokens.is_some(), "alora_invocation_tokens"),
     ];
     if let Some((_, what)) = refused.iter().find(|(found, _)| *found) {
@@ -267,6 +327,13 @@ pub fn read(folder: &Path) -> Result<Adapter> {
 /// own name add.
 fn plain_name(name: &str) -> String {
     let name = unwrapped(name);
+    // Saved as a bare parameter, as a parameter of the adapter's name, or as the weight of a module.
+    let bare = [".lora_magnitude_vector", ROWS];
+    let end = bare.iter().find_map(|part| Some(name.find(part)? + part.len()));
+    let name = match end {
+        Some(end) => std::borrow::Cow::Owned(name[..end].to_owned()),
+        None => name,
+    };
     let name = match name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.')) {
         Some((module, _)) if module.ends_with(".lora_A") || module.ends_with(".lora_B") => {
             format!("{module}.weight")
@@ -325,6 +392,7 @@ impl Adapter {
             r: self.config.r,
             alpha,
             rslora: self.config.use_rslora,
+            dora: self.config.use_dora,
             targets: Targets::names(paths),
             exclude: Modules::Names(Vec::new()),
             layers: Vec::new(),
@@ -333,6 +401,7 @@ impl Adapter {
                 value.as_u64().map(|rank| rank as usize)
             })?,
             alpha_pattern: numbers(&self.config.alpha_pattern, serde_json::Value::as_f64)?,
+            tokens: tokens_of(self.config.trainable_token_indices.as_ref())?,
             init: LoraInit::Kaiming,
             ..asked.clone()
         })
@@ -346,9 +415,16 @@ impl Adapter {
                 let tensor = self.matrix(site, letter)?;
                 flat::write(&target, &tensor.to_dtype(target.dtype())?)?;
             }
+            if let Some(target) = trainable.magnitudes(&trainable.params, site)? {
+                flat::write(&target, &self.magnitudes(site)?.to_dtype(target.dtype())?)?;
+            }
+        }
+        for rows in &trainable.tokens {
+            let target = trainable.token_view(&trainable.params, rows)?;
+            flat::write(&target, &self.token_rows(rows)?.to_dtype(target.dtype())?)?;
         }
         trainable.refresh()?;
-        self.nothing_else(&trainable.sites)
+        self.nothing_else(&trainable.sites, &trainable.tokens)
     }
 
     /// The LoRA pairs for a base of these facts, on the device that serves it.
@@ -357,8 +433,10 @@ impl Adapter {
     /// Model: the adapter belongs to another base, or it would change nothing.
     pub fn pairs(&self, facts: &Facts, dtype: DType, device: &Device) -> Result<Pairs> {
         let options = self.options(&LoraOptions::default())?;
-        let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?.list;
-        self.nothing_else(&sites).map_err(|fault| fault.help(self.of_another_base(facts).message))?;
+        let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?;
+        let (sites, tokens) = (sites.list, sites.tokens);
+        self.nothing_else(&sites, &tokens)
+            .map_err(|fault| fault.help(self.of_another_base(facts).message))?;
         let (mut list, mut changes) = (Vec::with_capacity(sites.len()), false);
         for site in &sites {
             let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
@@ -366,10 +444,16 @@ impl Adapter {
             let weight = |tensor: &Tensor| {
                 Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?.to_device(device)?))
             };
-            list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale }));
+            let dora = site.dora.then(|| self.finished_magnitudes(site, dtype, device)).transpose()?;
+            changes |= dora.is_some();
+            list.push((site.linear, Pair { a: weight(a)?, b: weight(b)?, scale: site.scale, dora }));
         }
-        match changes {
-            true => Ok(Pairs::new(list)),
+        let finished = |rows: &TokenRows| {
+            Ok::<_, Fault>(FinishedRows::new(rows.table, rows.ids.clone(), self.token_rows(rows)?.clone()))
+        };
+        let tokens = tokens.iter().map(finished).collect::<Result<Vec<_>>>()?;
+        match changes || !tokens.is_empty() {
+            true => Ok(Pairs::new(list).with_tokens(tokens)),
             false => Err(self
                 .wrong("every lora_B is zero: the adapter changes nothing".into())
                 .help("use an adapter that was trained for at least one step")),
@@ -409,8 +493,52 @@ impl Adapter {
         }
     }
 
-    fn nothing_else(&self, sites: &[Site]) -> Result<()> {
-        let (held, read) = (self.tensors.len(), 2 * sites.len());
+    /// The magnitudes of a site, in f32 (f64 in tests).
+    fn finished_magnitudes(&self, site: &Site, dtype: DType, device: &Device) -> Result<Dora> {
+        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        Ok(Dora::new(self.magnitudes(site)?.to_dtype(wide)?.to_device(device)?))
+    }
+
+    /// The magnitudes of a site, checked for their number and for finite values.
+    fn magnitudes(&self, site: &Site) -> Result<Tensor> {
+        let name = magnitude_name(&site.path);
+        let tensor = self.tensors.get(&name).ok_or_else(|| {
+            self.wrong(format!("{name} is missing")).help(format!("{CONFIG_FILE} says use_dora: true"))
+        })?;
+        if tensor.elem_count() != site.projection.rows {
+            let (found, expected) = (tensor.dims(), site.projection.rows);
+            return Err(self
+                .wrong(format!("{name}: found shape {found:?}, expected [{expected}]"))
+                .help("the adapter must be of the same base model"));
+        }
+        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
+            true => Ok(tensor.flatten_all()?),
+            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
+        }
+    }
+
+    /// The trained rows of a table, checked for their shape and for finite values.
+    fn token_rows(&self, rows: &TokenRows) -> Result<&Tensor> {
+        let (name, expected) = (rows_name(&rows.path), [rows.ids.len(), rows.width]);
+        let tensor = self.tensors.get(&name).ok_or_else(|| {
+            self.wrong(format!("{name} is missing"))
+                .help(format!("{CONFIG_FILE} has trainable_token_indices for it"))
+        })?;
+        if tensor.dims() != expected {
+            let found = tensor.dims();
+            return Err(self
+                .wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
+                .help("the adapter must be of the same base model"));
+        }
+        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
+            true => Ok(tensor),
+            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
+        }
+    }
+
+    fn nothing_else(&self, sites: &[Site], tokens: &[TokenRows]) -> Result<()> {
+        let of_sites: usize = sites.iter().map(|site| site.tensors().count()).sum();
+        let (held, read) = (self.tensors.len(), of_sites + tokens.len());
         match held == read {
             true => Ok(()),
             false => Err(self.wrong(format!("holds {held} tensors, of which this model has {read}"))),
@@ -435,6 +563,15 @@ mod tests {
         ] {
             assert_eq!(plain_name(name), expected, "{name}");
         }
+        let expected = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector";
+        for name in [
+            expected,
+            "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.weight",
+            "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight",
+            "module.model.layers.0.mlp.up_proj.lora_magnitude_vector.default",
+        ] {
+            assert_eq!(plain_name(name), expected, "{name}");
+        }
     }
 
     #[test]
@@ -444,7 +581,7 @@ mod tests {
             alpha_pattern: vec![("z".into(), 1.0), ("a".into(), 2.5)],
             ..LoraOptions::default()
         };
-        let text = serde_json::to_string(&config(&[], 1, &options, "base")).unwrap();
+        let text = serde_json::to_string(&config(&[], &[], 1, &options, "base")).unwrap();
         let read: AdapterConfig = serde_json::from_str(&text).unwrap();
         let ranks = numbers(&read.rank_pattern, |value| value.as_u64().map(|rank| rank as usize)).unwrap();
         assert_eq!(ranks, options.rank_pattern);
@@ -454,7 +591,7 @@ mod tests {
     #[test]
     fn adapters_that_are_no_plain_lora_of_their_base_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let plain = serde_json::to_value(config(&[], 1, &LoraOptions::default(), "base")).unwrap();
+        let plain = serde_json::to_value(config(&[], &[], 1, &LoraOptions::default(), "base")).unwrap();
         let refusal = |key: &str, value: serde_json::Value| {
             let mut other = plain.clone();
             other[key] = value;
@@ -465,12 +602,11 @@ mod tests {
             let message = refusal("init_lora_weights", word.into());
             assert!(message.contains("initialisation that changed its base"), "{message}");
         }
-        for key in ["trainable_token_indices", "alora_invocation_tokens"] {
-            let message = refusal(key, serde_json::json!([1, 2]));
-            assert!(message.contains(&format!("{key} is not supported")), "{message}");
-            // PEFT writes the key without a value too.
-            assert!(refusal(key, serde_json::Value::Null).contains(WEIGHTS_FILE));
-        }
+        let key = "alora_invocation_tokens";
+        let message = refusal(key, serde_json::json!([1, 2]));
+        assert!(message.contains(&format!("{key} is not supported")), "{message}");
+        // PEFT writes the key without a value too.
+        assert!(refusal(key, serde_json::Value::Null).contains(WEIGHTS_FILE));
         for word in ["gaussian", "orthogonal", "eva"] {
             let message = refusal("init_lora_weights", word.into());
             assert!(message.contains(WEIGHTS_FILE), "its configuration is taken: {message}");

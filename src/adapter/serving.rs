@@ -4,7 +4,7 @@
 //! and its model classes. All of hone's families but Falcon take LoRA there; fused modules keep their own names.
 
 use crate::facts::Facts;
-use crate::facts::LoraOptions;
+use crate::facts::{LoraOptions, Tokens};
 
 /// Allowed values of `max_lora_rank`.
 const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
@@ -27,6 +27,20 @@ pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
             ),
             None => format!("rank {highest}: vLLM serves no rank above 512; merge the adapter into its base, or lower the rank"),
         });
+    }
+    if options.dora {
+        list.push(
+            "use_dora: vLLM loads no adapters with DoRA's magnitudes: serve it with hone serve or peft, or merge it into \
+             its base (hone merge)"
+                .into(),
+        );
+    }
+    if options.tokens != Tokens::default() {
+        list.push(
+            "trainable_token_indices: vLLM loads no adapters with trained rows of the embedding: serve it with hone serve \
+             or peft, or merge it into its base (hone merge)"
+                .into(),
+        );
     }
     if !options.rank_pattern.is_empty() || !options.alpha_pattern.is_empty() {
         list.push(
@@ -67,6 +81,8 @@ mod tests {
         );
         assert_eq!(said(8, &[300]).len(), 2);
         assert!(said(600, &[])[0].contains("no rank above 512"));
+        let dora = warnings(&facts, &LoraOptions { dora: true, ..LoraOptions::default() });
+        assert!(dora[0].contains("vLLM loads no adapters with DoRA's magnitudes"), "{dora:?}");
         let falcon = Facts { family: "falcon", ..facts.clone() };
         assert!(warnings(&falcon, &LoraOptions::default())[0].contains("no adapters for falcon"));
     }

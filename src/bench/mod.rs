@@ -156,6 +156,7 @@ fn task(options: &Options, facts: &Facts, model: &model::Options, lengths: &[usi
     Ok(Task {
         facts: facts.clone(),
         sites: sites::sites(facts, &model.lora)?.list,
+        tokens: Vec::new(),
         quantization: model.quantization,
         precision: model.precision,
         dropout: false,

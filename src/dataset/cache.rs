@@ -7,11 +7,13 @@
 
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
+use crate::plain;
 use crate::report::{Report, Stage};
 use crate::source;
 use crate::whole;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -234,9 +236,11 @@ impl Drop for Ours {
 /// The store at `folder`, marked as used now; `None` if there is none or its record is damaged.
 fn opened(folder: &Path) -> Result<Option<Whole>> {
     let path = folder.join(RECORD);
-    let content = match fs::read(&path) {
+    let content = match plain::small(&path) {
         Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
+            return Ok(None);
+        }
         Err(error) => return Err(Fault::storage("read", &path, &error)),
     };
     let Some(record) = unsealed(&content) else { return Ok(None) };
@@ -261,7 +265,10 @@ fn unsealed(content: &[u8]) -> Option<&[u8]> {
 
 /// A file to lock. Network file systems lock only files that are open for both reading and writing.
 fn opened_lock(path: &Path, create: bool) -> io::Result<File> {
-    File::options().read(true).write(true).create(create).truncate(false).open(path)
+    match create {
+        true => plain::own(path),
+        false => File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path),
+    }
 }
 
 /// Whether a process holds the folder. If that cannot be told, one may.

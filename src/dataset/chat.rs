@@ -3,8 +3,13 @@
 use serde_json::{Map, Value, json};
 
 use super::Tokenizer;
+use super::encode::{ROW_STACK_BYTES, compiled};
 use super::template::Template;
-use crate::fault::{Fault, Result};
+use crate::bounds::Bounds;
+use crate::fault::{Kind, Result};
+
+/// LIMIT: memory of a rendering, beside the conversation. A template runs out of fuel before.
+const RENDERING_BYTES_MAX: usize = 4 << 30;
 
 /// Compiled chat templates for inference.
 pub struct Chat {
@@ -26,11 +31,9 @@ impl Chat {
             source => source.or(tokenizer.chat_template()),
         };
         let Some(text) = text else { return Ok(None) };
-        let compile = |text: &str| {
-            Template::new(text, tokenizer.specials(), tokenizer.now()).map_err(|problem| match source {
-                Some(_) => Fault::config(problem).at("the chat template that was given"),
-                None => Fault::model(problem).at("the model's chat template"),
-            })
+        let compile = |text: &str| match source {
+            Some(_) => compiled(text, tokenizer, Kind::Config, "the chat template that was given"),
+            None => compiled(text, tokenizer, Kind::Model, "the model's chat template"),
         };
         let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
         Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), with_tools }))
@@ -49,7 +52,11 @@ impl Chat {
             context.entry(name).or_insert(Value::Null);
         }
         let tools = context.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
-        self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template).render_context(&context)
+        let template = self.with_tools.as_ref().filter(|_| tools).unwrap_or(&self.template);
+        // Values that a template nests are dropped by recursion.
+        let bounds = Bounds::new(Kind::Model, "a conversation with the chat template", RENDERING_BYTES_MAX);
+        let rendered = bounds.hold_deep(ROW_STACK_BYTES, || Ok(template.render_context(&context)));
+        rendered.unwrap_or_else(|fault| Err(fault.message))
     }
 
     /// The control token that the template writes after an answer.

@@ -7,24 +7,29 @@ use super::{Context, Conversation, Example, LossOn, Message, Record, TokenOption
 use crate::bounds::{Bounds, STACK_BYTES};
 use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
+use crate::machine;
 use crate::report::{Report, Stage, Unit};
 use rayon::prelude::*;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// Rows between two progress reports.
 const ROWS_AT_ONCE: usize = 64;
 /// LIMIT: memory that one row may take while it is tokenized.
 const ROW_BYTES_MAX: usize = 1 << 30;
 /// LIMIT: stack of the threads. Values that a template nests are dropped by recursion.
-const ROW_STACK_BYTES: usize = 64 << 20;
-/// A row that fails and took this long has used up the template's fuel.
+pub(super) const ROW_STACK_BYTES: usize = 64 << 20;
+/// A row that fails and took this much processor time has used up the template's fuel.
 const SLOW_ROW: Duration = Duration::from_millis(250);
 const SLOW_ROWS_MAX: usize = 8;
+/// LIMIT: processor time of rows that fail while none succeeds, if each takes as long as no row of data that is merely
+/// wrong does.
+const VAIN_MAX: Duration = Duration::from_secs(2);
+const VAIN_ROW: Duration = Duration::from_millis(2);
 /// LIMIT: memory for compiling a chat template.
 const TEMPLATE_BYTES_MAX: usize = 512 << 20;
-/// A row of few tokens that took this long: its template computes without need.
+/// A row of few tokens that took this much processor time: its template computes without need.
 const SLOW_SMALL_ROW: Duration = Duration::from_secs(2);
 const SMALL_ROW_TOKENS: usize = 100_000;
 
@@ -202,16 +207,26 @@ pub(super) struct Encoded {
 }
 
 /// Encodes rows within bounds. Rows that take too long for their size are counted; after a few of them, no others
-/// are tried, because a dataset may have millions.
+/// are tried, because a dataset may have millions. Only the thread's own processor time counts, so that a machine that
+/// stalls refuses no data.
 struct Row {
     bounds: Bounds,
     slow: AtomicUsize,
+    /// Whether any row was encoded.
+    works: AtomicBool,
+    /// Rows that failed before any was encoded, and their nanoseconds.
+    vain: [AtomicU64; 2],
 }
 
 impl Default for Row {
     fn default() -> Row {
         let what = "a row of the dataset, with the chat template and the tokenizer";
-        Row { bounds: Bounds::new(Kind::Data, what, ROW_BYTES_MAX), slow: AtomicUsize::new(0) }
+        Row {
+            bounds: Bounds::new(Kind::Data, what, ROW_BYTES_MAX),
+            slow: AtomicUsize::new(0),
+            works: AtomicBool::new(false),
+            vain: Default::default(),
+        }
     }
 }
 
@@ -223,16 +238,42 @@ impl Row {
         if self.slow.load(Ordering::Relaxed) >= SLOW_ROWS_MAX {
             return Err(format!("not tried, after {SLOW_ROWS_MAX} rows that took too long"));
         }
-        let began = Instant::now();
+        if self.is_vain() {
+            return Err(format!(
+                "not tried, after rows that failed for {} s, of which none succeeded",
+                VAIN_MAX.as_secs()
+            ));
+        }
+        let began = machine::thread_time();
         let done = self.bounds.hold(|| Ok(encoder.example(record)));
         let done = done.unwrap_or_else(|fault| Err(fault.message));
+        self.note(&done, machine::thread_time().saturating_sub(began));
+        done
+    }
+
+    /// Counts a row and the processor time that it took.
+    fn note(&self, done: &std::result::Result<Encoded, String>, took: Duration) {
         // A normal row makes some thousand tokens per millisecond.
         let small = done.as_ref().is_ok_and(|done| done.tally.longest < SMALL_ROW_TOKENS);
         let limit = if done.is_err() { SLOW_ROW } else { SLOW_SMALL_ROW };
-        if (done.is_err() || small) && began.elapsed() >= limit {
+        if (done.is_err() || small) && took >= limit {
             self.slow.fetch_add(1, Ordering::Relaxed);
         }
-        done
+        match done {
+            Ok(_) => self.works.store(true, Ordering::Relaxed),
+            Err(_) => {
+                self.vain[0].fetch_add(1, Ordering::Relaxed);
+                self.vain[1].fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether every row so far failed, after long work for each.
+    fn is_vain(&self) -> bool {
+        let [rows, nanoseconds] = self.vain.each_ref().map(|count| count.load(Ordering::Relaxed));
+        !self.works.load(Ordering::Relaxed)
+            && nanoseconds >= VAIN_MAX.as_nanos() as u64
+            && nanoseconds / rows.max(1) >= VAIN_ROW.as_nanos() as u64
     }
 }
 
@@ -420,6 +461,15 @@ fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
         as u64
 }
 
+/// Compiles a chat template within bounds. A fault is of `kind` and names `place`.
+pub(super) fn compiled(source: &str, tokenizer: &Tokenizer, kind: Kind, place: &str) -> Result<Template> {
+    let stack = STACK_BYTES + source.len().min(SOURCE_BYTES_MAX) * STACK_BYTES_A_BYTE;
+    Bounds::new(kind, place, TEMPLATE_BYTES_MAX).hold_deep(stack, || {
+        Template::new(source, tokenizer.specials(), tokenizer.now())
+            .map_err(|problem| Fault::new(kind, problem).at(place))
+    })
+}
+
 /// The configuration's template, else the model's own.
 fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates> {
     let (source, given) = match options.chat_template.as_deref() {
@@ -428,20 +478,10 @@ fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates>
         Some(source) => (source, true),
         None => (tokenizer.default_template()?, false),
     };
-    let compile = |source: &str| {
-        let (kind, place) = match given {
-            true => (Kind::Config, "ModelConfig.chat_template"),
-            false => (Kind::Model, "the model's chat template"),
-        };
-        let stack = STACK_BYTES + source.len().min(SOURCE_BYTES_MAX) * STACK_BYTES_A_BYTE;
-        let compiled = Bounds::new(kind, place, TEMPLATE_BYTES_MAX).hold_deep(stack, || {
-            Template::new(source, tokenizer.specials(), tokenizer.now())
-                .map_err(|problem| Fault::new(kind, problem).at(place))
-        });
-        compiled.map_err(|fault| match given {
-            true => fault,
-            false => fault.help("set ModelConfig.chat_template"),
-        })
+    let compile = |source: &str| match given {
+        true => compiled(source, tokenizer, Kind::Config, "ModelConfig.chat_template"),
+        false => compiled(source, tokenizer, Kind::Model, "the model's chat template")
+            .map_err(|fault| fault.help("set ModelConfig.chat_template")),
     };
     let plain = compile(source)?;
     let with_tools = match tokenizer.tool_template().filter(|_| !given) {
@@ -449,4 +489,27 @@ fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates>
         None => None,
     };
     Ok(Templates { plain, with_tools })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_all_fail_after_long_work_are_not_tried_for_ever() {
+        let failed = |row: &Row, count: u32, took: Duration| {
+            (0..count).for_each(|_| row.note(&Err("no".into()), took));
+            row.is_vain()
+        };
+        // Data that is merely wrong is told row by row.
+        assert!(!failed(&Row::default(), 9999, VAIN_ROW - Duration::from_micros(1)));
+        let row = Row::default();
+        assert!(!failed(&row, 999, VAIN_ROW));
+        assert!(failed(&row, 1, VAIN_ROW));
+        row.note(&Ok(Encoded { example: None, tally: Tally::default() }), Duration::ZERO);
+        assert!(!row.is_vain(), "the template works");
+        assert_eq!(row.slow.load(Ordering::Relaxed), 0);
+        failed(&row, 1, SLOW_ROW);
+        assert_eq!(row.slow.load(Ordering::Relaxed), 1);
+    }
 }

@@ -8,6 +8,7 @@ use super::Example;
 use super::encode::Encoded;
 use super::learned::Tally;
 use crate::fault::{Fault, Result};
+use crate::plain;
 use crate::words;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use rayon::prelude::*;
@@ -175,7 +176,11 @@ pub(super) struct Content {
 impl Content {
     /// Whether the file at `path` holds this; `stop` is asked between parts.
     pub fn is_at(&self, path: &Path, stop: impl Fn() -> bool + Sync) -> io::Result<bool> {
-        let file = File::open(path)?;
+        let file = match plain::open(path) {
+            // A pipe or a device in its place.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(false),
+            opened => opened?,
+        };
         if file.metadata()?.len() != self.bytes
             || self.digests.len() as u64 != self.bytes.div_ceil(PART_BYTES as u64)
         {
@@ -311,7 +316,7 @@ impl Bytes {
     /// The file's bytes; they stay readable if the file's name goes away.
     pub fn mapped(path: &Path) -> Result<Bytes> {
         let storage = |error: io::Error| Fault::storage("read", path, &error);
-        let file = File::open(path).map_err(storage)?;
+        let file = plain::open(path).map_err(storage)?;
         if file.metadata().map_err(storage)?.len() == 0 {
             return Ok(Bytes::Memory(Vec::new()));
         }

@@ -22,6 +22,11 @@ use python::{method, strftime, to_json};
 
 /// LIMIT: instructions and 64-byte pieces of memory that a rendering may use: about 640 MB or one second.
 const FUEL: u64 = 10_000_000;
+/// LIMIT: the same for a short conversation. The longest templates in use need some ten thousand.
+const FUEL_SHORT: u64 = 1_000_000;
+/// A short conversation has at most so many messages of plain text, with so many bytes in all.
+const SHORT_MESSAGES: usize = 64;
+const SHORT_BYTES: usize = 32 << 10;
 /// LIMIT: rows that run out of fuel before any row was rendered. A template that ends for none of them ends for no row.
 const HOPELESS: u32 = 8;
 const RECURSION_MAX: usize = 200;
@@ -41,6 +46,8 @@ const REFUSED: &str = "\u{1}";
 /// A compiled template.
 pub(super) struct Template {
     environment: Environment<'static>,
+    /// The same template with less fuel.
+    short: Environment<'static>,
     /// Whether it marks answers with `{% generation %}`.
     pub marks_answers: bool,
     /// Rows that ran out of fuel.
@@ -88,8 +95,11 @@ impl Template {
             environment.add_global(name.clone(), Value::from(token.as_str()));
         }
         environment.add_template_owned(NAME, source).map_err(|error| explain(&error))?;
+        let mut short = environment.clone();
+        short.set_fuel(Some(FUEL_SHORT));
         Ok(Template {
             environment,
+            short,
             marks_answers,
             hopeless: AtomicU32::new(0),
             works: AtomicBool::new(false),
@@ -109,7 +119,8 @@ impl Template {
         context: &Context,
         add_generation_prompt: bool,
     ) -> Result<Rendered, String> {
-        let template = self.environment.get_template(NAME).expect("added in `new`");
+        let environment = if is_short(messages, context) { &self.short } else { &self.environment };
+        let template = environment.get_template(NAME).expect("added in `new`");
         let seen = |value: &Option<Arc<serde_json::Value>>| {
             value.as_deref().map_or(Value::from(()), |value| Value::from(Serde(value)))
         };
@@ -176,6 +187,20 @@ pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
         });
     }
     dates
+}
+
+/// Whether a conversation is so short that its template has little to compute.
+fn is_short(messages: &[Value], context: &Context) -> bool {
+    let plain = |message: &Value| {
+        let content = message.get_attr("content").ok()?;
+        (message.len() == Some(2)).then(|| content.as_str().map_or(0, str::len))
+    };
+    let bytes = || messages.iter().map(plain).try_fold(0, |sum, bytes| Some(sum + bytes?));
+    context.tools.is_none()
+        && context.documents.is_none()
+        && context.variables.is_none()
+        && messages.len() <= SHORT_MESSAGES
+        && bytes().is_some_and(|bytes| bytes <= SHORT_BYTES)
 }
 
 /// A message as the template sees it: role, content (none if it is null), then the further fields.
@@ -456,6 +481,23 @@ mod tests {
         for source in sources {
             assert!(render(source).is_err(), "{source}");
         }
+    }
+
+    /// What a template may compute follows from what it is given.
+    #[test]
+    fn a_short_conversation_gets_less_fuel() {
+        let source = "{% for a in range(1000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}x";
+        let template = Template::new(source, &[], UNIX_EPOCH).unwrap();
+        let ends = |messages: &[Message]| {
+            template.render(&Template::values(messages), &Context::default(), false).is_ok()
+        };
+        let message = |bytes: usize| Message::new("user", "a".repeat(bytes));
+        assert!(!ends(&[message(SHORT_BYTES)]));
+        assert!(ends(&[message(SHORT_BYTES + 1)]));
+        assert!(ends(&vec![message(1); SHORT_MESSAGES + 1]));
+        let mut extra = message(1);
+        extra.extra.push(("name", "n".into()));
+        assert!(ends(&[extra]));
     }
 
     #[test]

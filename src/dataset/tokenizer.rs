@@ -79,6 +79,9 @@ impl Tokenizer {
         })
     }
 
+    /// Most bytes of a text that are tokenized at once while its tokens are within a usual context.
+    pub const TEXT_BYTES_AT_ONCE: usize = WHOLE_BYTES;
+
     /// Sets the time that templates see, so that a resumed run renders the same texts.
     pub fn with_now(mut self, now: SystemTime) -> Tokenizer {
         self.now = now;
@@ -208,6 +211,16 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, specials: bool) -> std::result::Result<Vec<u32>, String> {
         let encoding = self.inner.encode_fast(text, specials).map_err(|error| unfit(&*error))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The same of a text's beginning, with more than `tokens_max` tokens, if the text is very long.
+    pub fn encode_beginning(
+        &self,
+        text: &str,
+        specials: bool,
+        tokens_max: usize,
+    ) -> std::result::Result<Vec<u32>, String> {
+        beginning(text, tokens_max, |text| self.encode(text, specials), |ids| ids)
     }
 
     /// The bytes that a token stands for in any place, which may be a part of a character.

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::fault::{Fault, Kind, Result};
-use crate::{whole, words};
+use crate::{plain, whole, words};
 
 const LOCK: &str = ".lock";
 /// LIMIT: free space that is left beside the files.
@@ -44,8 +44,7 @@ impl Folder {
         fs::create_dir_all(parent).map_err(|error| Fault::storage("create", parent, &error))?;
         let work = parent.join(format!(".{}.partial", name.to_string_lossy()));
         fs::create_dir_all(&work).map_err(|error| Fault::storage("create", &work, &error))?;
-        let lock =
-            File::create(work.join(LOCK)).map_err(|error| Fault::storage("write in", &work, &error))?;
+        let lock = plain::own(&work.join(LOCK)).map_err(|error| Fault::storage("write in", &work, &error))?;
         if lock.try_lock().is_err() {
             return Err(Fault::new(Kind::Storage, format!("another hone is filling {}", to.display()))
                 .help("wait for it, or name another folder"));

@@ -160,6 +160,7 @@ pub fn write_adapter(
     (file_name, name): (&str, &str),
     folder: &Folder,
 ) -> Result<()> {
+    refuse_other_forms(parts)?;
     let mut tensors = Vec::new();
     for (linear, (layer, projection)) in facts.projections().enumerate() {
         let used = parts.iter().filter(|(_, strength)| *strength != 0.0);
@@ -207,6 +208,21 @@ pub fn write_adapter(
         align(&mut file)?;
     }
     file.finish()
+}
+
+/// Refuses adapters that are more than pairs.
+fn refuse_other_forms(parts: &[(&Pairs, f64)]) -> Result<()> {
+    if parts.iter().any(|(pairs, _)| pairs.has_magnitudes()) {
+        return Err(Fault::config("a GGUF LoRA has no place for DoRA's magnitudes (use_dora)")
+            .help("merge the adapter into its base: leave --adapter-only away"));
+    }
+    if parts.iter().any(|(pairs, _)| !pairs.tokens().is_empty()) {
+        return Err(Fault::config(
+            "a GGUF LoRA has no place for trained rows of tokens (trainable_token_indices)",
+        )
+        .help("merge the adapter into its base: leave --adapter-only away"));
+    }
+    Ok(())
 }
 
 fn values(weight: &Weight) -> Result<Vec<f64>> {

@@ -258,6 +258,15 @@ impl Facts {
         format!("{}.{layer}.{path}", self.names.layers)
     }
 
+    /// The path of the embedding's module, which has the wrapper's names in a multimodal model.
+    pub fn embedding_path(&self) -> String {
+        let path = self.names.embedding.trim_end_matches(".weight");
+        match (self.names.layers.strip_suffix("language_model.layers"), path.strip_prefix("model.")) {
+            (Some(wrapper), Some(inner)) => format!("{wrapper}language_model.{inner}"),
+            _ => path.to_owned(),
+        }
+    }
+
     /// The heads of the first layer. Other layers differ only in their windows.
     pub fn heads(&self) -> &Heads {
         &self.layers[0].attention.heads

@@ -14,6 +14,8 @@ pub struct LoraOptions {
     pub dropout: f64,
     /// `use_rslora`: the scale is alpha/sqrt(r) instead of alpha/r.
     pub rslora: bool,
+    /// `use_dora`: each row of an adapted weight also learns its length.
+    pub dora: bool,
     /// `target_modules`: the linear layers that get a pair.
     pub targets: Targets,
     /// How names of split projections are understood if the model has a fused one.
@@ -28,6 +30,8 @@ pub struct LoraOptions {
     pub rank_pattern: Vec<(String, usize)>,
     /// `alpha_pattern`: (regular expression for the module path, alpha); the first match wins.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// `trainable_token_indices`: tokens whose rows of the embedding and of the output head are trained.
+    pub tokens: Tokens,
     /// `init_lora_weights`: the distribution that the pairs start from.
     pub init: LoraInit,
     /// Seed of the initial values.
@@ -42,6 +46,7 @@ impl Default for LoraOptions {
             alpha: 8.0,
             dropout: 0.0,
             rslora: false,
+            dora: false,
             targets: Targets::AllLinear,
             matching: Matching::Fused,
             exclude: Modules::Names(Vec::new()),
@@ -49,10 +54,20 @@ impl Default for LoraOptions {
             layers_pattern: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            tokens: Tokens::default(),
             init: LoraInit::Kaiming,
             seed: 42,
         }
     }
+}
+
+/// PEFT's `trainable_token_indices`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// Tokens whose rows of the embedding are trained. With a tied head, the rows are the head's too.
+    pub embedding: Vec<u32>,
+    /// Tokens whose rows of the output head are trained.
+    pub head: Vec<u32>,
 }
 
 /// How a pair is initialised. The product of B and A is always zero.

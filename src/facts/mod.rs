@@ -25,7 +25,7 @@ pub use decoder::{
 };
 pub use heads::{Heads, Layout};
 pub use keep::Keep;
-pub use lora::{LoraInit, LoraOptions, Matching, Modules, RANK_MAX, Targets};
+pub use lora::{LoraInit, LoraOptions, Matching, Modules, RANK_MAX, Targets, Tokens};
 pub use precision::Precision;
 pub use quantization::{Code as FourBitCode, Quantization};
 pub use residency::Residency;

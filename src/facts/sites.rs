@@ -6,7 +6,7 @@ use fancy_regex::Regex;
 
 use crate::fault::{Fault, Result};
 
-use super::{Facts, LoraOptions, Matching, Modules, Projection, Targets};
+use super::{Facts, LoraOptions, Matching, Modules, Projection, Targets, Tokens};
 
 /// A linear layer that gets a pair.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,20 +23,74 @@ pub struct Site {
     pub rank: usize,
     /// Factor on the pair's output: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
-    /// Index of A's first element in the flat buffer; B follows A.
+    /// Index of A's first element in the flat buffer; B follows A, and DoRA's magnitudes follow B.
     pub offset: usize,
+    /// Whether the pair has DoRA's magnitudes, one for each row of the weight.
+    pub dora: bool,
 }
 
 impl Site {
-    /// Parameters of A [r, K] and B [N, r] together.
+    /// Parameters of A [r, K], B [N, r] and the magnitudes `[N]` together.
     pub fn parameters(&self) -> usize {
-        self.rank * (self.projection.rows + self.projection.cols)
+        let magnitudes = if self.dora { self.projection.rows } else { 0 };
+        self.rank * (self.projection.rows + self.projection.cols) + magnitudes
     }
 
     /// Where the values of A and of B lie in the flat buffer.
     pub fn matrices(&self) -> [Range<usize>; 2] {
         let middle = self.offset + self.rank * self.projection.cols;
-        [self.offset..middle, middle..self.offset + self.parameters()]
+        [self.offset..middle, middle..middle + self.rank * self.projection.rows]
+    }
+
+    /// Where the values of DoRA's magnitudes lie in the flat buffer.
+    pub fn magnitudes(&self) -> Option<Range<usize>> {
+        let [_, b] = self.matrices();
+        self.dora.then(|| b.end..b.end + self.projection.rows)
+    }
+
+    /// Where the values of each trained tensor lie in the flat buffer.
+    pub fn tensors(&self) -> impl Iterator<Item = Range<usize>> {
+        self.matrices().into_iter().chain(self.magnitudes())
+    }
+}
+
+/// A table of tokens of which some rows are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// The embedding, and the output head if it is tied.
+    Embedding,
+    /// The output head.
+    Head,
+}
+
+/// Trained rows of a table of tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenRows {
+    /// The table.
+    pub table: Table,
+    /// Path of its module: `model.embed_tokens`.
+    pub path: String,
+    /// The tokens, in the order of their rows.
+    pub ids: Vec<u32>,
+    /// Values of a row.
+    pub width: usize,
+    /// Index of the first value in the flat buffer.
+    pub offset: usize,
+}
+
+impl TokenRows {
+    /// Where the values lie in the flat buffer.
+    pub fn values(&self) -> Range<usize> {
+        self.offset..self.offset + self.ids.len() * self.width
+    }
+}
+
+/// The lowest layer that the backward pass reaches: the lowest adapted one, or the first if rows of the embedding are
+/// trained. `layers` if it reaches none.
+pub fn lowest(sites: &[Site], tokens: &[TokenRows], layers: usize) -> usize {
+    match tokens.iter().any(|rows| rows.table == Table::Embedding) {
+        true => 0,
+        false => sites.iter().map(|site| site.layer).min().unwrap_or(layers),
     }
 }
 
@@ -45,6 +99,8 @@ impl Site {
 pub struct Sites {
     /// The sites in the order of computation.
     pub list: Vec<Site>,
+    /// Trained rows of tables of tokens; their parameters stand before those of the pairs.
+    pub tokens: Vec<TokenRows>,
     /// (name as written, module that holds it): `q_proj` -> `qkv_proj`.
     pub renamed: Vec<(String, String)>,
     /// Names in target_modules and exclude_modules that match nothing.
@@ -52,9 +108,10 @@ pub struct Sites {
 }
 
 impl Sites {
-    /// Parameters of all pairs.
+    /// Parameters of all pairs and of all trained rows of tokens.
     pub fn parameters(&self) -> usize {
-        self.list.iter().map(Site::parameters).sum()
+        let rows = self.tokens.iter().map(|rows| rows.values().len()).sum::<usize>();
+        self.list.iter().map(Site::parameters).sum::<usize>() + rows
     }
 }
 
@@ -64,7 +121,9 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     let matcher = Matcher::new(facts, options)?;
     let ranks = Patterns::new("rank_pattern", &options.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &options.alpha_pattern)?;
-    let (mut list, mut offset) = (Vec::new(), 0);
+    // The gradient of the embedding is known last, and is summed over ranks with the lowest layers'.
+    let tokens = token_rows(facts, &options.tokens)?;
+    let (mut list, mut offset) = (Vec::new(), tokens.last().map_or(0, |rows| rows.values().end));
     for (linear, (layer, projection)) in facts.projections().enumerate() {
         let path = facts.path(layer, projection);
         if !matcher.wants(layer, &path)? {
@@ -74,7 +133,7 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         let alpha = alphas.first_match(&path)?.unwrap_or(options.alpha);
         let divisor = if options.rslora { (rank as f64).sqrt() } else { rank as f64 };
         let (projection, scale) = (projection.clone(), alpha / divisor);
-        let site = Site { layer, linear, projection, path, rank, scale, offset };
+        let site = Site { layer, linear, projection, path, rank, scale, offset, dora: options.dora };
         offset += site.parameters();
         list.push(site);
     }
@@ -82,7 +141,62 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         return Err(nothing_matches(facts, options));
     }
     let unmatched = matcher.unmatched(facts)?;
-    Ok(Sites { list, renamed: matcher.renamed, unmatched })
+    Ok(Sites { list, tokens, renamed: matcher.renamed, unmatched })
+}
+
+/// The trained rows of tokens, at the beginning of the flat buffer.
+fn token_rows(facts: &Facts, tokens: &Tokens) -> Result<Vec<TokenRows>> {
+    if facts.tied_head && !tokens.head.is_empty() && tokens.head != tokens.embedding {
+        return Err(Fault::config(
+            "LoraConfig.trainable_token_indices: the output head is the embedding (tie_word_embeddings), so that both have \
+             the same trained rows; found other tokens for the head",
+        )
+        .help("give one list of tokens: it counts for both"));
+    }
+    if facts.head_bias && !tokens.head.is_empty() {
+        return Err(Fault::config(format!(
+            "LoraConfig.trainable_token_indices: the output head of a {} model has a bias, which PEFT leaves out where rows \
+             are trained",
+            facts.family
+        ))
+        .help("train rows of the embedding only"));
+    }
+    let head = if facts.tied_head { &[] } else { tokens.head.as_slice() };
+    let (mut list, mut offset) = (Vec::new(), 0);
+    for (table, path, ids) in [
+        (Table::Embedding, facts.embedding_path(), tokens.embedding.as_slice()),
+        (Table::Head, facts.names.head.to_owned(), head),
+    ] {
+        if ids.is_empty() {
+            continue;
+        }
+        check_tokens(facts, ids)?;
+        let (ids, width) = (ids.to_vec(), facts.width);
+        let rows = TokenRows { table, path, ids, width, offset };
+        offset = rows.values().end;
+        list.push(rows);
+    }
+    Ok(list)
+}
+
+fn check_tokens(facts: &Facts, ids: &[u32]) -> Result<()> {
+    if let Some(id) = ids.iter().find(|id| **id as usize >= facts.vocab) {
+        return Err(Fault::config(format!(
+            "LoraConfig.trainable_token_indices: token {id}: the model has rows for tokens 0 to {}",
+            facts.vocab - 1
+        ))
+        .help(
+            "use tokens that the model reserves (many vocabularies have unused ones), and give them their text in \
+             tokenizer.json; a larger table is not made",
+        ));
+    }
+    let mut seen = std::collections::HashSet::new();
+    match ids.iter().find(|id| !seen.insert(**id)) {
+        Some(id) => {
+            Err(Fault::config(format!("LoraConfig.trainable_token_indices: token {id} is named twice")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn nothing_matches(facts: &Facts, options: &LoraOptions) -> Fault {
@@ -354,6 +468,38 @@ mod tests {
         let ends: BTreeSet<&str> = found.list.iter().map(|site| site.projection.path).collect();
         assert_eq!(ends, BTreeSet::from(["self_attn.o_proj", "mlp.down_proj"]));
         assert_eq!((found.renamed.len(), found.unmatched.len()), (0, 5));
+    }
+
+    #[test]
+    fn trained_rows_stand_before_the_pairs_and_belong_to_a_table() {
+        let with = |family: &str, embedding: &[u32], head: &[u32]| {
+            let tokens = Tokens { embedding: embedding.to_vec(), head: head.to_vec() };
+            sites(&facts(family), &LoraOptions { tokens, ..options(Targets::AllLinear) })
+        };
+        let untied = with("llama3", &[5, 3], &[5]).unwrap();
+        let pairs: usize = untied.list.iter().map(Site::parameters).sum();
+        let found: Vec<(Table, &str, Range<usize>)> =
+            untied.tokens.iter().map(|rows| (rows.table, rows.path.as_str(), rows.values())).collect();
+        let width = facts("llama3").width;
+        let (middle, end) = (2 * width, 3 * width);
+        assert_eq!(
+            found,
+            [(Table::Embedding, "model.embed_tokens", 0..middle), (Table::Head, "lm_head", middle..end)]
+        );
+        assert_eq!((untied.list[0].offset, untied.parameters()), (end, end + pairs));
+        assert_eq!(lowest(&[], &untied.tokens, 9), 0);
+        assert_eq!(lowest(&[], &untied.tokens[1..], 9), 9);
+        let tied = with("qwen2_tied", &[5, 3], &[5, 3]).unwrap().tokens;
+        assert_eq!((tied.len(), tied[0].table), (1, Table::Embedding));
+        let wrapped = with("gemma3_wrapper", &[5], &[]).unwrap().tokens;
+        assert_eq!(wrapped[0].path, "model.language_model.embed_tokens");
+        let refused = |family: &str, embedding: &[u32], head: &[u32]| {
+            with(family, embedding, head).unwrap_err().message
+        };
+        assert!(refused("qwen2_tied", &[5], &[3]).contains("the output head is the embedding"));
+        assert!(refused("phi2", &[], &[3]).contains("has a bias"));
+        assert!(refused("llama3", &[3, 4, 3], &[]).contains("token 3 is named twice"));
+        assert!(refused("llama3", &[1 << 20], &[]).contains("the model has rows for tokens 0 to"));
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Folder {
     pub fn open(path: &Path, wait_max: Duration, report: &Report) -> Result<Folder> {
         fs::create_dir_all(path).map_err(|error| Fault::storage("create", path, &error))?;
         let file = path.join(LOCK);
-        let lock = File::create(&file).map_err(|error| Fault::storage("create", &file, &error))?;
+        let lock = plain::own(&file).map_err(|error| Fault::storage("create", &file, &error))?;
         let (start, mut told) = (Instant::now(), false);
         loop {
             match lock.try_lock() {

@@ -2,7 +2,7 @@
 
 use super::described::Described;
 use crate::dataset::Set;
-use crate::facts::{Facts, FourBitCode, Quantization};
+use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization, Tokens};
 use crate::memory::Running;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
@@ -26,6 +26,9 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
         report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
     }
     let (asked, taken) = (&plan.model.lora, &described.options.lora);
+    if described.initial.is_some() {
+        tell_of_form(asked, taken, report);
+    }
     if described.initial.is_some()
         && (asked.r, asked.alpha, asked.rslora) != (taken.r, taken.alpha, taken.rslora)
     {
@@ -36,6 +39,20 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
                  have no effect",
                 taken.r, taken.alpha, asked.r, asked.alpha
             ),
+        );
+    }
+}
+
+/// Tells of what is asked of the adapter's form, which the adapter to start from decides.
+fn tell_of_form(asked: &LoraOptions, taken: &LoraOptions, report: &Report) {
+    let forms = [
+        ("use_dora", asked.dora && !taken.dora),
+        ("trainable_token_indices", asked.tokens != Tokens::default() && asked.tokens != taken.tokens),
+    ];
+    for (key, _) in forms.iter().filter(|(_, idle)| *idle) {
+        report.warn(
+            Stage::Plan,
+            format!("LoraConfig.{key} has no effect: the adapter to start from decides it"),
         );
     }
 }

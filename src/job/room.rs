@@ -62,6 +62,7 @@ pub(super) fn task(plan: &Plan, described: &Described, lengths: Lengths) -> Task
     Task {
         facts: described.facts.clone(),
         sites: described.sites.list.clone(),
+        tokens: described.sites.tokens.clone(),
         quantization: described.options.quantization,
         precision: described.options.precision,
         dropout: described.options.lora.dropout > 0.0,

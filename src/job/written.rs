@@ -23,11 +23,13 @@ pub(super) fn write(
     folder: &RunFolder,
 ) -> Result<()> {
     let sites = &adapter.sites;
-    let config = adapter::config(sites, facts.layers.len(), &options.lora, &plan.model_name);
+    let config = adapter::config(sites, &adapter.tokens, facts.layers.len(), &options.lora, &plan.model_name);
     let card = Card {
         base_model: &plan.model_name,
         facts,
         sites,
+        parameters: adapter.params.elem_count(),
+        plain: adapter.tokens.is_empty() && !adapter.has_magnitudes(),
         trained,
         base_format: base_format(options),
         data: data.iter().map(|file| (file.name.clone(), file.sha256.clone())).collect(),
@@ -66,7 +68,7 @@ fn base_format(options: &model::Options) -> String {
 
 fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
     let (lora, train) = (&options.lora, &plan.train);
-    let list = [
+    let mut list = vec![
         ("rank", lora.r.to_string()),
         ("alpha", lora.alpha.to_string()),
         ("dropout", lora.dropout.to_string()),
@@ -76,5 +78,16 @@ fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
         ("longest example", format!("{} tokens", plan.tokens.tokens_max)),
         ("seed", train.seed.to_string()),
     ];
-    list.map(|(name, value)| (name.to_owned(), value)).to_vec()
+    if lora.dora {
+        list.push(("magnitudes (DoRA)", "trained".to_owned()));
+    }
+    let trained = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    for (what, ids) in
+        [("trained tokens", &lora.tokens.embedding), ("trained tokens of the head", &lora.tokens.head)]
+    {
+        if !ids.is_empty() {
+            list.push((what, trained(ids)));
+        }
+    }
+    list.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }

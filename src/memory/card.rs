@@ -40,7 +40,7 @@ pub const CARDS: [Card; 17] = [
     card("a100-40", 39.4, Some(265.0), 1.32, PCIE_4, 240.0),
     card("l40s", 44.4, Some(250.0), 0.73, PCIE_4, PCIE_4),
     card("a6000", 47.4, Some(120.0), 0.65, PCIE_4, PCIE_4),
-    card("h100", 79.1, Some(680.0), 2.85, PCIE_5, 360.0),
+    Card { measured: true, ..card("h100", 79.1, Some(800.0), 3.00, PCIE_5, 360.0) },
     card("a100-80", 79.1, Some(265.0), 1.75, PCIE_4, PCIE_4),
     card("h100-nvl", 93.0, Some(600.0), 3.30, PCIE_5, 240.0),
     Card { measured: true, ..card("h200", 139.8, Some(790.0), 4.30, PCIE_5, 360.0) },

@@ -1,9 +1,11 @@
 //! Facts and a level -> work; work and a machine's rates -> seconds. Plans are compared by these seconds.
 //!
 //! The model is a roofline: products run at a share of the highest matrix rate, attention at a smaller one, and
-//! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches. Shares are
+//! everything else at the rate of the bytes it moves. A GPU's step is never shorter than its launches, nor than the
+//! copies to and from its host, which run beside it. Shares are
 //! those of `benches/LOG.md` if measured, and otherwise assumptions that the plan's table states.
 
+use crate::facts::sites::Site;
 use crate::facts::{FeedForward, Keep, Projection, Quantization, Residency};
 use crate::model::inside;
 
@@ -19,12 +21,17 @@ pub const MATRIX_SHARE: f64 = 0.82;
 pub const ATTENTION_SHARE: f64 = 0.25;
 /// Share of the copy rate that passes over memory reach.
 pub const COPY_SHARE: f64 = 0.85;
+/// Share of the copies between device and host that slows the computation beside them: an assumption. It also makes
+/// such a copy dearer than none.
+const LINK_SHOWN: f64 = 0.1;
 /// Seconds to launch a kernel.
 const LAUNCH_SECONDS: f64 = 4e-6;
 // Kernels of a layer's forward pass; the backward pass has twice as many.
 const LAUNCHES: f64 = 30.0;
 // Further kernels per pair.
 const LAUNCHES_OF_A_PAIR: f64 = 8.0;
+/// Further launches of a pair with DoRA's magnitudes.
+const LAUNCHES_OF_MAGNITUDES: f64 = 5.0;
 
 /// An amount of work of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -35,7 +42,7 @@ pub struct Work {
     pub attention: f64,
     /// Bytes moved.
     pub bytes: f64,
-    /// Bytes moved between device and host.
+    /// Bytes moved between device and host, beside the computation.
     pub linked: f64,
     /// Kernel launches.
     pub launches: f64,
@@ -46,9 +53,9 @@ impl Work {
     pub fn seconds(&self, rates: &Rates) -> f64 {
         let busy = self.matrix / (rates.matrix * MATRIX_SHARE)
             + self.attention / (rates.matrix * ATTENTION_SHARE)
-            + self.bytes / (rates.copy * COPY_SHARE)
-            + self.linked / rates.link;
-        busy.max(self.launches * LAUNCH_SECONDS)
+            + self.bytes / (rates.copy * COPY_SHARE);
+        let linked = self.linked / rates.link;
+        busy.max(self.launches * LAUNCH_SECONDS).max(linked) + linked * LINK_SHOWN
     }
 
     /// FLOPs of products and attention.
@@ -78,8 +85,8 @@ impl std::iter::Sum for Work {
 
 /// Seconds of a step that ranks wait for the slowest of them, as a share: passes have nearly the same tokens.
 const IMBALANCE: f64 = 0.02;
-/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece is
-/// summed behind the pass.
+/// Most pieces of a gradient that are summed over the ranks while the last pass computes lower layers. The last piece
+/// is summed behind the pass.
 pub const GRADIENT_PIECES: usize = 8;
 /// Share of a pass that is its way back, beside which sums run.
 const BACKWARD: f64 = 0.5;
@@ -91,7 +98,7 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, s
     if machine.ranks == 1 {
         return 1.0;
     }
-    let gradient = task.sites.iter().map(|site| site.parameters()).sum::<usize>() as f64 * 4.0;
+    let gradient = task.parameters() as f64 * 4.0;
     let sum = 2.0 * gradient * (ranks - 1.0) / ranks / machine.rates.peer;
     let seen = match residency {
         Residency::Shared => sum,
@@ -110,6 +117,8 @@ pub(super) struct Counter<'a> {
     pub place: Place,
     /// Tokens per pass.
     pub tokens: usize,
+    /// Number of the upper layers whose weights are kept expanded.
+    pub expanded: usize,
 }
 
 impl Counter<'_> {
@@ -117,12 +126,11 @@ impl Counter<'_> {
     /// adapted one, so that gradients pass through it.
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
-        let projections = || facts.layers[layer].projections();
-        let forward: Work = projections().map(|p| self.product(p)).sum();
+        let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
+        let forward = products();
         let forward = forward + self.attention(1.0);
         let pairs: Work = terms::groups(facts, layer).into_iter().map(|group| self.pairs(layer, group)).sum();
-        let backward: Work = projections().map(|p| self.product(p)).sum();
-        let backward = backward + self.attention(2.5) + pairs;
+        let backward = products() + self.attention(2.5) + pairs;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
         // twice that.
         let tokens = self.tokens as f64 * self.element();
@@ -141,7 +149,7 @@ impl Counter<'_> {
         let facts = &self.task.facts;
         let attention = &facts.layers[layer].attention;
         let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
-        let products = |list: &[Projection]| list.iter().map(|p| self.product(p)).sum::<Work>();
+        let products = |list: &[Projection]| list.iter().map(|p| self.product(layer, p)).sum::<Work>();
         // A norm after the down projection needs that projection's output.
         let fed = match facts.names.feed_forward_post_norm {
             Some(_) => products(std::slice::from_ref(&feed_forward.down)),
@@ -175,7 +183,7 @@ impl Counter<'_> {
 
     /// The optimizer: three f32 passes over the adapter, and two over its moments.
     pub fn update(&self) -> Work {
-        let parameters: usize = self.task.sites.iter().map(|site| site.parameters()).sum();
+        let parameters = self.task.parameters();
         Work {
             bytes: (12 * parameters + 2 * terms::moments(self.task)) as f64,
             launches: 6.0,
@@ -183,24 +191,26 @@ impl Counter<'_> {
         }
     }
 
-    /// One product with a frozen weight. A GPU expands a 4-bit weight before it; a CPU does so while it packs
-    /// panels.
-    fn product(&self, projection: &Projection) -> Work {
+    /// One product with a frozen weight. A GPU expands a 4-bit weight before it, if it is not kept expanded; a CPU does
+    /// so while it packs panels.
+    fn product(&self, layer: usize, projection: &Projection) -> Work {
         let values = (projection.rows * projection.cols) as f64;
+        let is_kept = layer + self.expanded >= self.task.facts.layers.len();
         let expand = match (self.place, self.task.quantization) {
-            (Place::Gpu, Quantization::FourBit { .. }) => values * (0.52 + self.element()),
-            _ => 0.0,
+            (_, Quantization::None) | (Place::Cpu { .. }, _) => 0.0,
+            (Place::Gpu, _) if is_kept => 0.0,
+            (Place::Gpu, _) => values * (0.52 + self.element()),
         };
         Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
     }
 
-    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight, they
-    /// cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,
+    /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
         let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
         if spare == 0.0 {
-            return sites().map(|site| self.pair(site.rank, &site.projection)).sum();
+            return sites().map(|site| self.pair(site.rank, &site.projection) + self.magnitudes(site)).sum();
         }
         let tokens = self.tokens as f64;
         let (rows, cols) = (group.iter().map(|p| p.rows).sum::<usize>() as f64, group[0].cols as f64);
@@ -229,6 +239,18 @@ impl Counter<'_> {
             launches: LAUNCHES_OF_A_PAIR,
             ..Work::default()
         }
+    }
+
+    /// What DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over its
+    /// output forward and four backward; with dropout two products more.
+    fn magnitudes(&self, site: &Site) -> Work {
+        if !site.dora {
+            return Work::default();
+        }
+        let products = if self.task.dropout { 3 } else { 1 };
+        let columns = (self.tokens * site.projection.rows) as f64 * self.element();
+        let passes = Work { bytes: 7.0 * columns, launches: LAUNCHES_OF_MAGNITUDES, ..Work::default() };
+        (0..products).map(|_| self.product(site.layer, &site.projection)).sum::<Work>() + passes
     }
 
     /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.

@@ -3,9 +3,10 @@
 //!
 //! The weights of the layers lie on the device if they fit. If not, the ranks share them, or they are streamed from
 //! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep
-//! (`Keep`, layer by layer), and for one layer at work. Among the combinations that fit, the plan takes the number of
-//! tokens and the levels with the most tokens per second (`cost`). Results do not depend on it: an optimizer step has
-//! the same examples and the same sum of gradients.
+//! (`Keep`, layer by layer), and for one layer at work. A GPU may also keep the 4-bit weights of layers expanded, so
+//! that their products need not expand them. Among the combinations that fit, the plan takes the number of tokens, the
+//! levels and the kept weights with the most tokens per second (`cost`): a gigabyte goes where it saves the most
+//! milliseconds. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
 
 pub mod card;
 pub mod cost;
@@ -26,6 +27,8 @@ use crate::fault::{Fault, Result};
 use crate::model::residency::Home;
 use crate::ranks::Collective;
 use crate::words;
+
+use crate::ops::change::Change;
 
 use cost::{Counter, Work, efficiency};
 use plan::GROWING;
@@ -146,20 +149,24 @@ fn residencies(task: &Task, machine: &Machine) -> Result<Vec<Residency>> {
 /// Bytes of passes of `tokens` tokens with every layer at one level, whether they fit or not.
 pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
     Solver::new(task, machine, Residency::Resident)
-        .describe(tokens, &vec![keep; task.facts.layers.len()])
+        .describe(tokens, &vec![keep; task.facts.layers.len()], 0)
         .bytes()
 }
 
 /// FLOPs of a step of `tokens` tokens if nothing is computed again; utilisation is measured by it.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
     let everything = vec![Keep::Everything; task.facts.layers.len()];
-    Solver::new(task, machine, Residency::Resident).work(tokens, &everything).flops()
+    Solver::new(task, machine, Residency::Resident).work(tokens, &everything, 0).flops()
 }
 
-/// The plan to continue with if `plan` ran out of memory; `None` after the smallest.
+/// The plan to continue with if `plan` ran out of memory; `None` after the smallest. Weights that are kept expanded go
+/// first, and do not come back.
 pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan> {
     // The weights lie where they were loaded.
-    let solver = Solver::new(task, machine, plan.residency);
+    let solver = Solver { may_expand: false, ..Solver::new(task, machine, plan.residency) };
+    if plan.expanded > 0 {
+        return Some(solver.describe(plan.tokens, &plan.keep, 0));
+    }
     let (all, growing) = (plan.bytes(), plan.growing());
     let room = all - growing + (growing as f64 * SMALLER) as u64;
     let smallest = || Some(solver.smallest()).filter(|smallest| smallest.bytes() < all);
@@ -175,15 +182,26 @@ struct Solver<'a> {
     lowest: usize,
     /// Where the weights of the layers lie.
     weights: Layers,
+    /// Whether weights may be kept expanded.
+    may_expand: bool,
+    /// Bytes of what does not grow with the tokens, if the weights of the upper 0, 1, 2, ... layers are kept expanded.
+    fixed_bytes: Vec<u64>,
 }
 
 impl<'a> Solver<'a> {
     fn new(task: &'a Task, machine: &'a Machine, residency: Residency) -> Solver<'a> {
         let layers = task.facts.layers.len();
         let kept = (0..layers).map(|layer| Kept::of(task, machine.place, layer)).collect();
-        let lowest = task.sites.iter().map(|site| site.layer).min().unwrap_or(layers);
+        let lowest = task.lowest();
         let weights = Layers { residency, ranks: machine.ranks };
-        Solver { task, machine, kept, lowest, weights }
+        let may_expand = machine.place == Place::Gpu
+            && residency == Residency::Resident
+            && task.quantization != Quantization::None
+            && Change::Expanded.is_on();
+        let without: u64 = fixed(task, machine, weights, 0).iter().map(|term| term.bytes).sum();
+        let added = |kept| without.saturating_add_signed(terms::added_by_expanded(task, machine.place, kept));
+        let fixed_bytes = (0..=layers).map(added).collect();
+        Solver { task, machine, kept, lowest, weights, may_expand, fixed_bytes }
     }
 
     /// Whether the hosts have room for what lies there, over all ranks.
@@ -192,31 +210,74 @@ impl<'a> Solver<'a> {
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
-    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on.
+    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes are not
+    /// made shorter to make room for expanded weights: what many short passes lose between launches is not in the
+    /// roofline.
     fn within(&self, room: u64) -> Option<Plan> {
         let (least, most) =
             (self.task.tokens_min.max(1), self.task.tokens_max.max(self.task.tokens_min).max(1));
         let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
         let passes = halves.take_while(|tokens| *tokens > least).chain([least]);
-        let plans = passes.filter_map(|tokens| self.levels(tokens, room));
+        let plans = passes.filter_map(|tokens| self.without_expanded(tokens, room));
         // Of equal plans the first wins, which has the most tokens.
-        plans.reduce(
-            |best, plan| if plan.tokens_per_second() > best.tokens_per_second() { plan } else { best },
-        )
+        let plain =
+            plans.reduce(
+                |best, plan| if plan.tokens_per_second() > best.tokens_per_second() { plan } else { best },
+            );
+        plain.map(|plain| self.with_expanded(plain, room))
     }
 
-    /// The levels that recompute least within `room` bytes, for passes of `tokens` tokens.
+    /// The fastest plan within `room` bytes for passes of `tokens` tokens.
+    #[cfg(test)]
+    fn levels(&self, tokens: usize, room: u64) -> Option<Plan> {
+        self.without_expanded(tokens, room).map(|plain| self.with_expanded(plain, room))
+    }
+
+    fn without_expanded(&self, tokens: usize, room: u64) -> Option<Plan> {
+        let keep = self.levels_of(tokens, room, 0)?;
+        Some(self.describe(tokens, &keep, 0))
+    }
+
+    /// A plan with expanded weights, if there is a faster one. Memory goes where it saves the most milliseconds: to the
+    /// levels first and to expanded weights if all of these are the best, or to all weights first and to levels with
+    /// what is left, which is faster in narrow layers.
+    fn with_expanded(&self, plain: Plan, room: u64) -> Plan {
+        if !self.may_expand {
+            return plain;
+        }
+        let (best, all) = (self.task.keep.unwrap_or(Keep::Everything), self.kept.len());
+        let is_best = plain.keep.iter().all(|keep| *keep == best);
+        let expanded = if is_best { self.expanded_within(plain.tokens, &plain.keep, room) } else { 0 };
+        let behind = (expanded > 0).then(|| self.describe(plain.tokens, &plain.keep, expanded));
+        let before = self.levels_of(plain.tokens, room, all);
+        let before = before.map(|keep| self.describe(plain.tokens, &keep, all));
+        let faster = |best: Plan, plan: Plan| if plan.seconds < best.seconds { plan } else { best };
+        [behind, before].into_iter().flatten().fold(plain, faster)
+    }
+
+    /// The most layers whose weights can be kept expanded beside these levels.
+    fn expanded_within(&self, tokens: usize, keep: &[Keep], room: u64) -> usize {
+        let growing = self.growing(tokens, keep).iter().sum::<u64>();
+        (0..=self.kept.len())
+            .rev()
+            .find(|expanded| self.fixed_bytes[*expanded] + growing <= room)
+            .unwrap_or(0)
+    }
+
+    /// The levels that recompute least within `room` bytes beside `expanded` layers of expanded weights.
     ///
     /// Layers have the same shape, so the best mixture has two levels and, in one layer between them, a third. All
     /// such mixtures are tried. Upper layers keep more, because the backward pass frees them first.
-    fn levels(&self, tokens: usize, room: u64) -> Option<Plan> {
-        let fixed: u64 = self.fixed().iter().map(|term| term.bytes).sum();
-        let fits = |keep: &Vec<Keep>| fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room;
+    fn levels_of(&self, tokens: usize, room: u64, expanded: usize) -> Option<Vec<Keep>> {
         let choices = match self.task.keep {
             Some(keep) => vec![keep],
             None => Keep::ALL.into_iter().filter(|keep| *keep <= self.least()).collect(),
         };
-        let counter = Counter { task: self.task, place: self.machine.place, tokens };
+        let fixed = self.fixed_bytes[expanded];
+        let fits = |keep: &Vec<Keep>| {
+            fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room && self.inputs_fit(tokens, keep)
+        };
+        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
         let seconds = |keep: Keep| counter.again(0, keep).seconds(&self.machine.rates);
         let costs: Vec<(Keep, f64)> = choices.into_iter().map(|keep| (keep, seconds(keep))).collect();
         let mut best: Option<(f64, Vec<Keep>)> = None;
@@ -228,7 +289,7 @@ impl<'a> Solver<'a> {
                 }
             }
         }
-        best.map(|(_, keep)| self.describe(tokens, &keep))
+        best.map(|(_, keep)| keep)
     }
 
     /// As many layers at `high` as fit and the others at `low`; the highest of these gets the best level that fits.
@@ -271,13 +332,25 @@ impl<'a> Solver<'a> {
 
     /// The plan with the fewest bytes.
     fn smallest(&self) -> Plan {
-        self.describe(self.task.tokens_min.max(1), &vec![self.least(); self.kept.len()])
+        self.describe(self.task.tokens_min.max(1), &vec![self.least(); self.kept.len()], 0)
     }
 
-    fn fixed(&self) -> Vec<Term> {
-        let taken = Term { what: "context and kernels".into(), bytes: self.machine.taken };
-        let taken = Some(taken).filter(|term| term.bytes > 0);
-        taken.into_iter().chain(terms::fixed(self.task, self.machine.place, self.weights)).collect()
+    /// Bytes of host memory for inputs of layers.
+    fn host_inputs(&self, tokens: usize, keep: &[Keep]) -> u64 {
+        let away = keep[self.lowest..].iter().filter(|keep| **keep == Keep::HostInputs).count();
+        let bytes = self.task.facts.width * self.task.activation_bytes(self.machine.place);
+        match self.machine.place {
+            Place::Gpu => (away * tokens * bytes) as u64,
+            // On a CPU, host memory is the same memory.
+            Place::Cpu { .. } => 0,
+        }
+    }
+
+    /// Whether the host has room for inputs of layers beside the weights that lie there.
+    fn inputs_fit(&self, tokens: usize, keep: &[Keep]) -> bool {
+        let weights = self.weights.host_bytes(self.task, self.machine.place);
+        let bytes = weights + self.host_inputs(tokens, keep);
+        self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
     /// Bytes of what the layers keep, of one layer at work, and of gaps between blocks.
@@ -288,24 +361,30 @@ impl<'a> Solver<'a> {
             kept += has;
             missing = missing.max(values.whole() - has);
         }
-        let worked = missing + terms::working(self.task, self.machine.place);
+        // While a layer is computed, the next input comes from the host.
+        let away = keep[self.lowest..].contains(&Keep::HostInputs);
+        let coming = if away && self.machine.place == Place::Gpu { self.task.facts.width } else { 0 };
+        let worked = missing + coming + terms::working(self.task, self.machine.place);
         let a_value = tokens * self.task.activation_bytes(self.machine.place);
         let gaps = ((kept + worked) * a_value) as f64 * GAPS;
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]
     }
 
-    /// The plan with these levels, whether it fits or not.
-    fn describe(&self, tokens: usize, keep: &[Keep]) -> Plan {
-        let mut terms = self.fixed();
+    /// The plan with these levels and the weights of so many layers expanded, whether it fits or not.
+    fn describe(&self, tokens: usize, keep: &[Keep], expanded: usize) -> Plan {
+        let mut terms = fixed(self.task, self.machine, self.weights, expanded);
         let names: [&str; GROWING] = ["kept by the layers", "one layer at work", "gaps between blocks"];
         let growing = names.into_iter().zip(self.growing(tokens, keep));
         terms.extend(growing.map(|(what, bytes)| Term { what: what.into(), bytes }));
-        let work = self.work(tokens, keep);
+        let work = self.work(tokens, keep, expanded);
         let (busy, flops) = (work.seconds(&self.machine.rates), work.flops());
+        let otherwise = self.work(tokens, keep, 0).seconds(&self.machine.rates);
         let (brought, waits) = self.brought(tokens, busy);
         let seconds = busy + waits;
         Plan {
             keep: keep.to_vec(),
+            expanded,
+            expanded_saves: otherwise - busy,
             tokens,
             terms,
             memory: self.machine.memory,
@@ -313,6 +392,7 @@ impl<'a> Solver<'a> {
             flops,
             residency: self.weights.residency,
             host_bytes: self.weights.host_bytes(self.task, self.machine.place),
+            host_inputs: self.host_inputs(tokens, keep),
             brought,
             waits,
             ranks: self.machine.ranks,
@@ -336,21 +416,28 @@ impl<'a> Solver<'a> {
         let (last, first) = (buffers.len().saturating_sub(2), if self.lowest == 0 { 2 } else { 0 });
         let up = sum(&buffers[first.min(buffers.len())..]);
         let down = sum(&buffers[self.lowest.min(last)..last]);
-        let counter = Counter { task: self.task, place: self.machine.place, tokens };
+        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded: 0 };
         let forward = (0..buffers.len()).map(|layer| counter.layer(layer, false)).sum::<Work>();
         let forward = forward.seconds(rates).min(busy);
         let waits = (up / rate - forward).max(0.0) + (down / rate - (busy - forward)).max(0.0);
         ((up + down) as u64, waits)
     }
 
-    fn work(&self, tokens: usize, keep: &[Keep]) -> Work {
-        let counter = Counter { task: self.task, place: self.machine.place, tokens };
+    fn work(&self, tokens: usize, keep: &[Keep], expanded: usize) -> Work {
+        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
         let layers = keep.iter().enumerate().map(|(layer, keep)| match layer >= self.lowest {
             true => counter.layer(layer, true) + counter.again(layer, *keep),
             false => counter.layer(layer, false),
         });
         layers.sum::<Work>() + counter.head() + counter.update()
     }
+}
+
+/// What does not grow with the tokens of a pass, if the weights of the upper `expanded` layers are kept expanded.
+fn fixed(task: &Task, machine: &Machine, weights: Layers, expanded: usize) -> Vec<Term> {
+    let taken = Term { what: "context and kernels".into(), bytes: machine.taken };
+    let taken = Some(taken).filter(|term| term.bytes > 0);
+    taken.into_iter().chain(terms::fixed(task, machine.place, weights, expanded)).collect()
 }
 
 fn refusal(solver: &Solver) -> Fault {
@@ -367,6 +454,9 @@ fn refusal(solver: &Solver) -> Fault {
     if !solver.fits_the_host() {
         let host = solver.weights.host_bytes(task, machine.place).saturating_mul(machine.ranks as u64);
         help.push(format!("give the machine {} of host memory for the weights", words::size(host)));
+    } else if !solver.inputs_fit(needed.tokens, &needed.keep) {
+        let host = (needed.host_bytes + needed.host_inputs).saturating_mul(machine.ranks as u64);
+        help.push(format!("give the machine {} of host memory for inputs of layers", words::size(host)));
     }
     if task.keep.is_some() {
         help.push("leave `keep` and gradient_checkpointing out".into());

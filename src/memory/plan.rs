@@ -8,6 +8,10 @@ use crate::facts::{Keep, Residency};
 pub struct Plan {
     /// The level of each layer.
     pub keep: Vec<Keep>,
+    /// Number of the upper layers whose 4-bit weights are also kept expanded.
+    pub expanded: usize,
+    /// Seconds of a pass that this saves.
+    pub expanded_saves: f64,
     /// Most tokens per pass.
     pub tokens: usize,
     /// Everything that takes memory, in the table's order. The last `GROWING` lines grow with the tokens.
@@ -20,8 +24,10 @@ pub struct Plan {
     pub flops: f64,
     /// Where the 4-bit weights of the layers lie.
     pub residency: Residency,
-    /// Bytes of host memory that each rank locks.
+    /// Bytes of host memory that each rank locks for weights.
     pub host_bytes: u64,
+    /// Bytes of host memory that each rank locks for inputs of layers.
+    pub host_inputs: u64,
     /// Bytes of weights that a pass brings to the device.
     pub brought: u64,
     /// Seconds of the pass in which the device waits for weights.

@@ -199,7 +199,7 @@ impl Solver<'_> {
             terms.insert(0, term("context and kernels".into(), self.machine.taken));
         }
         terms.push(term("adapters".into(), self.served.adapters));
-        terms.extend(terms::workspace(&task, place));
+        terms.extend(terms::workspace(&task, place, 0));
         terms.push(term("a step's activations".into(), self.activations(&task)));
         terms.push(term("a step's logits".into(), self.logits()));
         if let Place::Cpu { threads } = place {
@@ -218,6 +218,7 @@ impl Solver<'_> {
         Task {
             facts: self.served.facts.clone(),
             sites: Vec::new(),
+            tokens: Vec::new(),
             quantization: self.served.quantization,
             precision: self.served.precision,
             dropout: false,

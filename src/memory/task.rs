@@ -1,7 +1,7 @@
 //! A training run as far as memory and time depend on it.
 
 use super::machine::{Limit, Place};
-use crate::facts::sites::Site;
+use crate::facts::sites::{self, Site, TokenRows};
 use crate::facts::{Facts, Keep, Precision, Quantization, Residency};
 
 /// The memory settings of a run. `plan` fills them.
@@ -24,6 +24,8 @@ pub struct Task {
     pub facts: Facts,
     /// The adapter's sites.
     pub sites: Vec<Site>,
+    /// The trained rows of tables of tokens.
+    pub tokens: Vec<TokenRows>,
     /// How the base's linear layers are stored.
     pub quantization: Quantization,
     /// The precision of matrix products.
@@ -48,6 +50,17 @@ pub struct Task {
 }
 
 impl Task {
+    /// Number of trained parameters.
+    pub fn parameters(&self) -> usize {
+        let rows = self.tokens.iter().map(|rows| rows.values().len());
+        self.sites.iter().map(Site::parameters).chain(rows).sum()
+    }
+
+    /// The lowest layer that the backward pass reaches.
+    pub fn lowest(&self) -> usize {
+        sites::lowest(&self.sites, &self.tokens, self.facts.layers.len())
+    }
+
     /// Bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU bf16 stays bf16
     /// and other types become f32.
     pub fn stored_bytes(&self, place: Place) -> usize {

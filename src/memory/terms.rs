@@ -22,7 +22,9 @@ pub struct Term {
     pub bytes: u64,
 }
 
-/// The workspace that cuBLAS asks for on Hopper; elsewhere it is less.
+/// The first words of the line for weights that are kept expanded.
+pub(super) const EXPANDED: &str = "weights in full";
+/// The most that an algorithm of cublasLt may work in (`ops/cuda/lt.rs`).
 const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
@@ -130,11 +132,34 @@ fn term(what: &str, bytes: usize) -> Term {
     Term { what: what.into(), bytes: bytes as u64 }
 }
 
-/// What products work in, whatever they multiply.
-pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
+/// Bytes of the weights of each layer if they are kept expanded; none if the weights are not 4-bit.
+pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
+    let a_value = match task.quantization {
+        Quantization::None => 0,
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => task.activation_bytes(Place::Gpu),
+    };
+    let of_group = |layer: usize, group: &[Projection]| {
+        let apart = || group.iter().map(|p| p.rows * p.cols).sum();
+        expanded_group(task, layer, group).unwrap_or_else(apart) * a_value
+    };
+    let of_layer = |layer| groups(&task.facts, layer).map(|group| of_group(layer, group)).iter().sum();
+    (0..task.facts.layers.len()).map(of_layer).collect()
+}
+
+/// Bytes more that are needed if the weights of the upper `kept` layers are kept expanded.
+pub(super) fn added_by_expanded(task: &Task, place: Place, kept: usize) -> i64 {
+    let layers = expanded_layers(task);
+    let kept_bytes: usize = layers[layers.len() - kept..].iter().sum();
+    let working = |kept| workspace(task, place, kept).iter().map(|term| term.bytes as i64).sum::<i64>();
+    kept_bytes as i64 + working(kept) - working(0)
+}
+
+/// What products work in, whatever they multiply. All weights but those of the upper `kept` layers are expanded for
+/// each product.
+pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     match place {
         Place::Gpu => vec![
-            term("a weight expanded for a product", expanded(task)),
+            term("a weight expanded for a product", expanded(task, kept)),
             Term { what: "workspace of products".into(), bytes: BLAS_WORKSPACE_BYTES },
         ],
         Place::Cpu { threads } => {
@@ -144,18 +169,22 @@ pub(super) fn workspace(task: &Task, place: Place) -> Vec<Term> {
     }
 }
 
-/// What does not grow with the tokens of a pass.
-pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
+/// What does not grow with the tokens of a pass. The weights of the upper `kept` layers are kept expanded.
+pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> Vec<Term> {
     let facts = &task.facts;
-    let adapter: usize = task.sites.iter().map(Site::parameters).sum();
+    let adapter = task.parameters();
     let copied = place == Place::Gpu && task.precision == Precision::Bf16;
     let what = match task.eight_bit_moments {
         false => "adapter, its gradient and two moments",
         true => "adapter, its gradient and two 8-bit moments",
     };
     let mut terms = weights(task, place, layers);
+    let all = facts.layers.len();
+    let expanded: usize = expanded_layers(task)[all - kept..].iter().sum();
     terms.extend([
+        term(&format!("{EXPANDED}, {kept} of {all} layers"), expanded),
         term(what, adapter * lora::parameter_bytes(copied) + moments(task)),
+        term("lengths of rows for DoRA", task.sites.iter().map(length_bytes).sum()),
         term(
             "logits of a chunk",
             cross_entropy::chunk_rows(facts.vocab, task.activation_bytes(place), place == Place::Gpu)
@@ -164,9 +193,14 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
                 * task.activation_bytes(place),
         ),
     ]);
-    terms.extend(workspace(task, place));
+    terms.extend(workspace(task, place, kept));
     terms.retain(|term| term.bytes > 0);
     terms
+}
+
+/// Bytes of the lengths that magnitudes are compared with: of the frozen rows, and of the rows as they are.
+fn length_bytes(site: &Site) -> usize {
+    if site.dora { 8 * site.projection.rows } else { 0 }
 }
 
 /// Bytes of the optimizer's two moments of every parameter.
@@ -175,7 +209,9 @@ pub(super) fn moments(task: &Task) -> usize {
         false => 8 * values,
         true => Matrix::moment_bytes(values),
     };
-    task.sites.iter().flat_map(Site::matrices).map(|matrix| of_matrix(matrix.len())).sum()
+    let pairs = task.sites.iter().flat_map(Site::tensors).map(|matrix| matrix.len());
+    let rows = task.tokens.iter().map(|rows| rows.values().len());
+    pairs.chain(rows).map(of_matrix).sum()
 }
 
 fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
@@ -187,8 +223,10 @@ fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
     }
 }
 
-fn largest(facts: &Facts) -> usize {
-    facts.projections().map(|(_, p)| p.rows * p.cols).max().unwrap_or(0)
+/// Values of the largest weight of the lower layers.
+fn largest(facts: &Facts, layers: usize) -> usize {
+    let projections = facts.layers[..layers].iter().flat_map(|layer| layer.projections());
+    projections.map(|p| p.rows * p.cols).max().unwrap_or(0)
 }
 
 /// The linear layers of a layer that read the same input: those into attention, out of it, into the activation, out of
@@ -202,7 +240,7 @@ pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
 
 /// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
 pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
-    if place != Place::Gpu {
+    if place != Place::Gpu || task.sites.iter().any(|site| site.dora) {
         return 0;
     }
     let member = |p: &Projection| {
@@ -222,29 +260,33 @@ pub(super) fn site<'a>(task: &'a Task, layer: usize, p: &Projection) -> Option<&
     task.sites.iter().find(|site| site.layer == layer && site.projection.path == p.path)
 }
 
-/// Bytes of the largest weight in full, or of the largest group with its pairs inside.
-fn expanded(task: &Task) -> usize {
+/// Bytes of the largest weight of the lower layers in full, or of their largest group with its pairs inside. The
+/// weights of the upper `kept` layers are kept.
+fn expanded(task: &Task, kept: usize) -> usize {
+    let layers = task.facts.layers.len() - kept;
     let single = match task.quantization {
         Quantization::None => 0,
-        Quantization::FourBit { .. } | Quantization::Stored { .. } => largest(&task.facts),
+        Quantization::FourBit { .. } | Quantization::Stored { .. } => largest(&task.facts, layers),
     };
-    let whole = |layer: usize, group: &[Projection]| {
-        let rows: usize = group.iter().map(|p| p.rows).sum();
-        match spare(task, Place::Gpu, layer, group, task.tokens_max) {
-            0 => 0,
-            spare => (rows + spare) * (group[0].cols + spare),
-        }
-    };
-    let layers = 0..task.facts.layers.len();
-    let groups = layers.flat_map(|layer| groups(&task.facts, layer).map(|group| whole(layer, group)));
-    groups.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
+    let groups = (0..layers).flat_map(|layer| groups(&task.facts, layer).map(|group| (layer, group)));
+    let whole = groups.map(|(layer, group)| expanded_group(task, layer, group).unwrap_or(0));
+    whole.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
+}
+
+/// Values of a group with its pairs inside; `None` if they are not inside.
+fn expanded_group(task: &Task, layer: usize, group: &[Projection]) -> Option<usize> {
+    let rows: usize = group.iter().map(|p| p.rows).sum();
+    match spare(task, Place::Gpu, layer, group, task.tokens_max) {
+        0 => None,
+        spare => Some((rows + spare) * (group[0].cols + spare)),
+    }
 }
 
 fn scales(task: &Task) -> usize {
     match task.quantization {
         Quantization::None => 0,
         Quantization::FourBit { .. } | Quantization::Stored { .. } => {
-            largest(&task.facts).div_ceil(four_bit::BLOCK) * 4
+            largest(&task.facts, task.facts.layers.len()).div_ceil(four_bit::BLOCK) * 4
         }
     }
 }
@@ -287,6 +329,16 @@ impl Kept {
     }
 }
 
+/// Values per token of a pair with magnitudes at work: the frozen product that they scale, and with dropout the masked
+/// input and its gradient.
+fn dora_values(site: &Site, dropout: bool) -> usize {
+    match (site.dora, dropout) {
+        (false, _) => 0,
+        (true, false) => site.projection.rows,
+        (true, true) => site.projection.rows + 2 * site.projection.cols,
+    }
+}
+
 /// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
 /// widest moment, or the rows around the output head. The larger number counts.
 pub(super) fn working(task: &Task, place: Place) -> usize {
@@ -300,6 +352,7 @@ pub(super) fn working(task: &Task, place: Place) -> usize {
     };
     let values = |layer: usize| layer::working_values(facts, layer, task.dropout) + beside(layer);
     let layer = layers.map(values).max().unwrap_or(0);
+    let layer = layer + task.sites.iter().map(|site| dora_values(site, task.dropout)).max().unwrap_or(0);
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

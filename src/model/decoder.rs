@@ -4,13 +4,16 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use crate::facts::sites::Table;
 use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
 use crate::ops::attention::cached::Segments;
 use crate::ops::cross_entropy::{self, Goal, Head};
+use crate::ops::matmul::Weight;
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
+use crate::ops::stash::Stash;
 use crate::ops::{dropout, embedding, noise, rows};
 
 use super::batch::Batch;
@@ -20,6 +23,7 @@ use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
 use super::pass::{Pass, Step};
 use super::residency::{Ring, Together, Tour};
+use super::tokens::Wanted;
 
 /// The frozen base model.
 pub struct Decoder {
@@ -41,6 +45,8 @@ pub struct Decoder {
     pub device: Device,
     /// What brings the layers' 4-bit weights to the device, if they do not lie there.
     pub ring: Option<Ring>,
+    /// Host memory for inputs of layers, between the forward and the backward pass.
+    pub inputs: Stash,
 }
 
 /// The rotations of a batch's queries and keys: the angles of each rope, and the growth of the queries.
@@ -52,8 +58,39 @@ struct Turns {
 impl Decoder {
     /// A new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
-        let sites = sites::sites(&self.facts, options)?.list;
-        Ok(Trainable::init(sites, options, self.dtype, &self.device)?)
+        let sites = sites::sites(&self.facts, options)?;
+        let adapter = Trainable::init(sites, options, self.dtype, &self.device)?;
+        if adapter.has_magnitudes() {
+            self.begin_magnitudes(&adapter)?;
+        }
+        if !adapter.tokens.is_empty() {
+            self.begin_token_rows(&adapter)?;
+        }
+        Ok(adapter)
+    }
+
+    /// DoRA's magnitudes begin as the lengths of the frozen rows.
+    fn begin_magnitudes(&self, adapter: &Trainable) -> Result<()> {
+        let mut tour = self.tour(self.layers.len());
+        for (i, layer) in self.layers.iter().enumerate() {
+            tour.enter(i)?;
+            layer.linears().try_for_each(|linear| adapter.begin_magnitudes(linear))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the 4-bit weights of the upper `layers` layers expanded beside their codes from their next products on,
+    /// and those of no other layer. Products of these layers have the same bits and need not expand a weight again. On
+    /// a CPU it changes nothing.
+    pub fn keep_expanded(&self, layers: usize) {
+        let below = self.layers.len() - layers.min(self.layers.len());
+        for (i, layer) in self.layers.iter().enumerate() {
+            for linear in layer.linears() {
+                if let Weight::FourBit(weight) = &linear.weight {
+                    weight.expanded.keep(i >= below);
+                }
+            }
+        }
     }
 
     /// Returns the sum of the targets' losses, and adds the gradient of `scale` times that sum to the adapter's
@@ -78,20 +115,26 @@ impl Decoder {
         scale: f64,
         done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Number> {
-        // The backward pass needs nothing below the lowest adapted layer.
-        let lowest = adapter.sites.iter().map(|site| site.layer).min().unwrap_or(self.layers.len());
+        // The backward pass needs nothing below.
+        let lowest = self.lowest(adapter);
+        let below = adapter.rows_of(Table::Embedding).is_some();
         // It comes first: if anything fails, other ranks wait for its gatherings.
         let mut tour = self.tour(lowest);
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let keys = dropout::keys(&batch.keys, &self.device)?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
         let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed_with_noise(batch, &keys)?;
+        let mut x = self.embed_with_noise(batch, &keys, &lora)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
+        let mut host = self.inputs.open(self.layers.len(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
             let keep = if i < lowest { Keep::LayerInputs } else { keep[i] };
+            if keep == Keep::HostInputs {
+                host.leave(i, &x)?;
+            }
             let (y, of_layer) = layer.forward(x, keep, &pass)?;
+            host.left()?;
             x = y;
             if i >= lowest {
                 kept.push(of_layer);
@@ -99,14 +142,22 @@ impl Decoder {
         }
         let spare =
             self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
-        let (loss, d) = self.head_forward_backward(&x, batch, scale, spare.max().unwrap_or(0))?;
+        let (loss, d) = self.head_forward_backward(&x, batch, scale, &lora, spare.max().unwrap_or(0))?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
-            let kept = kept.pop().expect("one entry a layer");
-            layer.backward(&d, kept, i == lowest, &pass)?;
+            let mut of_layer = kept.pop().expect("one entry a layer");
+            if of_layer.is_away() {
+                of_layer.arrived(host.bring(i)?);
+            }
+            // The next input comes while this layer is computed.
+            if kept.last().is_some_and(Kept::is_away) {
+                host.expect(i - 1)?;
+            }
+            layer.backward(&d, of_layer, i == lowest && !below, &pass)?;
             done(i)?;
         }
+        self.collect_embedding(&d, &batch.ids, adapter)?;
         Ok(loss)
     }
 
@@ -115,7 +166,7 @@ impl Decoder {
     pub fn kept_values(&self, adapter: &Trainable, keep: &[Keep], batch: &Batch) -> Result<Vec<usize>> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, adapter.evaluated());
-        let mut x = self.embed(&batch.ids)?;
+        let mut x = self.embed(&batch.ids, &Lora::None)?;
         let (mut values, mut tour) = (Vec::new(), self.tour(self.layers.len()));
         for (i, (layer, keep)) in self.layers.iter().zip(keep).enumerate() {
             tour.enter(i)?;
@@ -130,20 +181,23 @@ impl Decoder {
     pub fn loss(&self, batch: &Batch, lora: Lora) -> Result<Number> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
-        cross_entropy::forward(&hidden, &self.head, &batch.targets, self.precision)
+        let head = self.head_with(&lora, Wanted::Some(&batch.target_rows))?;
+        cross_entropy::forward(&hidden, &head, &batch.targets, self.precision)
     }
 
     /// As `loss`, and how many targets are the most probable token (the lowest id of equal ones).
     pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Number)> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
-        cross_entropy::forward_counting(&hidden, &self.head, &batch.targets, self.precision)
+        let head = self.head_with(&lora, Wanted::Some(&batch.target_rows))?;
+        cross_entropy::forward_counting(&hidden, &head, &batch.targets, self.precision)
     }
 
     /// Logits of every row, [T, V].
     pub fn logits(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let hidden = self.final_norm.forward(&self.hidden(batch, lora)?)?;
-        cross_entropy::logits(&hidden, &self.head, self.precision)
+        let head = self.head_with(&lora, Wanted::All(batch.rows()))?;
+        cross_entropy::logits(&hidden, &head, self.precision)
     }
 
     /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal
@@ -151,12 +205,13 @@ impl Decoder {
     pub fn scores(&self, batch: &Batch, lora: Lora) -> Result<Vec<(f64, bool)>> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
+        let head = self.head_with(&lora, Wanted::Some(&batch.target_rows))?;
         let chunk = cross_entropy::chunk_rows(self.facts.vocab, 4, !self.device.is_cpu());
         let mut scores = Vec::with_capacity(batch.targets.len());
         for (at, targets) in batch.targets.chunks(chunk).enumerate() {
             let logits = cross_entropy::logits(
                 &hidden.narrow(0, at * chunk, targets.len())?,
-                &self.head,
+                &head.from_row(at * chunk),
                 self.precision,
             )?;
             let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
@@ -174,7 +229,7 @@ impl Decoder {
         let short = step.short();
         let pass = Pass { apart: true, short, ..self.pass(&turns, &packing, lora) };
         let segments = Segments::new(&step.segments);
-        let (mut x, mut tour) = (self.embed(&step.ids)?, self.tour(self.layers.len()));
+        let (mut x, mut tour) = (self.embed(&step.ids, &lora)?, self.tour(self.layers.len()));
         for (i, (layer, store)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             tour.enter(i)?;
             x = layer.step(&x, &pass, &segments, store)?;
@@ -186,7 +241,8 @@ impl Decoder {
         let wanted = if step.wanted.len() == step.ids.len() { x } else { rows::gather(&x, &step.wanted)? };
         let hidden = self.final_norm.forward(&wanted)?;
         let short = step.wanted.partition_point(|row| (*row as usize) < short);
-        cross_entropy::logits_apart(&hidden, &self.head, self.precision, short)
+        let head = self.head_with(&lora, Wanted::Some(&step.wanted))?;
+        cross_entropy::logits_apart(&hidden, &head, self.precision, short)
     }
 
     /// Bytes of the frozen base.
@@ -202,7 +258,7 @@ impl Decoder {
         let mut tour = self.tour(self.layers.len());
         let (turns, packing) = (self.turns(batch)?, batch.packing());
         let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed(&batch.ids)?;
+        let mut x = self.embed(&batch.ids, &lora)?;
         for (i, layer) in self.layers.iter().enumerate() {
             tour.enter(i)?;
             x = layer.forward(x, Keep::LayerInputs, &pass)?.0;
@@ -221,20 +277,27 @@ impl Decoder {
     /// # Errors
     /// Those of the ranks.
     pub fn together(&self, passes: usize, adapter: Option<&Trainable>) -> fault::Result<Together<'_>> {
-        let lowest = adapter.and_then(|adapter| adapter.sites.iter().map(|site| site.layer).min());
         let layers = self.layers.len();
-        Together::new(self.ring.as_ref(), layers, lowest.unwrap_or(layers), passes)
+        let lowest = adapter.map_or(layers, |adapter| self.lowest(adapter));
+        Together::new(self.ring.as_ref(), layers, lowest, passes)
     }
 
-    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+    /// The lowest layer that the backward pass reaches.
+    fn lowest(&self, adapter: &Trainable) -> usize {
+        sites::lowest(&adapter.sites, &adapter.tokens, self.layers.len())
+    }
+
+    fn embed(&self, ids: &[u32], lora: &Lora) -> Result<Tensor> {
         let factor = self.embedding_factor();
-        embedding::forward(&self.embedding, ids, factor, self.dtype, &self.device)
+        let x = embedding::forward(&self.embedding, ids, factor, self.dtype, &self.device)?;
+        self.embed_trained(&x, ids, lora)?;
+        Ok(x)
     }
 
     /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
     /// itself applies, and before one that the model applies afterwards.
-    fn embed_with_noise(&self, batch: &Batch, keys: &Tensor) -> Result<Tensor> {
-        let x = self.embed(&batch.ids)?;
+    fn embed_with_noise(&self, batch: &Batch, keys: &Tensor, lora: &Lora) -> Result<Tensor> {
+        let x = self.embed(&batch.ids, lora)?;
         if batch.noise == 0.0 {
             return Ok(x);
         }
@@ -290,20 +353,23 @@ impl Decoder {
         Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
     }
 
-    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the head.
+    /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the
+    /// head.
     fn head_forward_backward(
         &self,
         x: &Tensor,
         batch: &Batch,
         scale: f64,
+        lora: &Lora,
         spare: usize,
     ) -> Result<(Number, Tensor)> {
         let x_rows = rows::gather(x, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&x_rows)?;
         let targets = &batch.targets;
+        let head = self.head_with(lora, Wanted::Some(&batch.target_rows))?;
         let goal = Goal { scale, smoothing: batch.label_smoothing };
         let (loss, d_hidden) =
-            cross_entropy::forward_backward(&hidden, &self.head, targets, goal, self.precision)?;
+            cross_entropy::forward_backward(&hidden, &head, targets, goal, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
         Ok((loss, rows::scatter_beside(&d_rows, &batch.target_rows, batch.rows(), spare)?))

@@ -7,6 +7,8 @@ use candle_core::{Result, Tensor};
 
 use crate::facts::{self, Activation, Facts, Keep, Projection};
 use crate::ops::activation;
+#[cfg(feature = "cuda")]
+use crate::ops::change::Change;
 use crate::ops::unwritten;
 
 use super::inside::spare_in;
@@ -192,14 +194,38 @@ impl FeedForward {
         let (rows, device) = (input.dim(0)?, input.device());
         let d_branch = norm::through(&self.post_norm, &branch, d, dense.down.spare(rows, device, pass))?;
         drop(branch);
-        let activated = activation::forward(&values, dense.activation)?;
-        let d_activated = unwritten(activated.shape(), activated.dtype(), activated.device())?;
-        dense.down.backward(&d_branch, &activated, low.as_ref(), Some(&d_activated), pass)?;
-        drop(activated);
         let spare = spare_in(&dense.gate_up, rows, device, pass);
-        let d_gate_up = activation::backward_beside(&d_activated, &values, dense.activation, spare)?;
-        drop((values, d_activated));
+        let d_gate_up = self.through_activation(&d_branch, &values, low.as_ref(), spare, pass)?;
+        drop(values);
         let normed = Normed { norm: &self.norm, x: input, scales: scales.as_ref() };
         side_by_side_backward(&dense.gate_up, &d_gate_up, normed, &lows, lowest, pass)
+    }
+
+    /// The gradient of gate and up [T, any + spare] from that of the down projection's output; adds the gradients of
+    /// its pair.
+    fn through_activation(
+        &self,
+        dy: &Tensor,
+        values: &Tensor,
+        low: Option<&Tensor>,
+        spare: usize,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let Dense { activation, down, .. } = self.dense();
+        let d_activated = unwritten((values.dim(0)?, down.weight.dims().1), values.dtype(), values.device())?;
+        #[cfg(feature = "cuda")]
+        if let Some(low) = low.filter(|_| Change::Activated.is_on())
+            && let Some(group) = super::inside::Group::of(std::slice::from_ref(down), values, pass)?
+        {
+            // Only the gradient of A needs the activation, which takes its gradient's place.
+            group.backward_input(dy, low, &d_activated)?;
+            let d_gate_up = activation::backward_keeping(&d_activated, values, *activation, spare)?;
+            group.backward_pairs(dy, &d_activated)?;
+            return Ok(d_gate_up);
+        }
+        let activated = activation::forward(values, *activation)?;
+        down.backward(dy, &activated, low, Some(&d_activated), pass)?;
+        drop(activated);
+        activation::backward_beside(&d_activated, values, *activation, spare)
     }
 }

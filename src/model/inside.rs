@@ -13,8 +13,8 @@ use super::pass::Pass;
 /// Spare columns come in multiples of this. cuBLAS contracts in tiles of 64, so that fewer would cost as much, and rows
 /// stay whole lines of 128 bytes.
 pub const COLUMNS: usize = 64;
-/// Most spare columns that pay: 2 R (N + K) FLOPs a token replace two passes over N + K values. Predicted from the rates
-/// of an H100 (780 TFLOP/s, 2.6 TB/s), to be confirmed.
+/// Most spare columns that pay: 2 R (N + K) FLOPs a token replace two passes over N + K values. Predicted from the
+/// rates of an H100 (780 TFLOP/s, 2.6 TB/s), to be confirmed.
 const COLUMNS_MAX: usize = 576;
 /// Most layers side by side.
 const PARTS_MAX: usize = 3;
@@ -37,8 +37,8 @@ pub struct Member {
     pub dense: bool,
 }
 
-/// The spare columns (R) that `tokens` rows of the layers' input and of their outputs' gradient have; 0 if LoRA does not
-/// lie inside the product. `cols` is the width of the input (K).
+/// The spare columns (R) that `tokens` rows of the layers' input and of their outputs' gradient have; 0 if LoRA does
+/// not lie inside the product. `cols` is the width of the input (K).
 ///
 /// Kernels move eight values at a time, which decides about odd widths. A weight in 4 bits is expanded for each product
 /// anyway. A dense one is copied, which takes longer than the passes that it saves if there are few tokens.
@@ -57,8 +57,8 @@ pub fn spare(cols: usize, members: &[Member], tokens: usize) -> usize {
     }
 }
 
-/// Whether one pass over the gradient of layers gives both of its low-rank products. `shapes` has the rows of each layer
-/// and the rank of its pair.
+/// Whether one pass over the gradient of layers gives both of its low-rank products. `shapes` has the rows of each
+/// layer and the rank of its pair.
 pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) -> bool {
     bf16 && Change::Both.is_on()
         && shapes.all(|(rows, rank)| rank <= BOTH_RANKS_MAX && rows.is_multiple_of(8))
@@ -68,7 +68,8 @@ pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) 
 pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> usize {
     let Lora::Training(training) = &pass.lora else { return 0 };
     let alike = parts.iter().all(|part| part.factor == parts[0].factor);
-    if !device.is_cuda() || !alike {
+    // DoRA scales the product with the frozen weight, so that it needs it apart.
+    if !device.is_cuda() || !alike || training.adapter.has_magnitudes() {
         return 0;
     }
     let members: Vec<Member> = parts.iter().map(|part| training.adapter.member(part)).collect();
@@ -89,7 +90,7 @@ mod gpu {
     use crate::model::lora::Learner;
     use crate::model::norm::Normed;
     use crate::ops::low_rank::{self, Columns, Inside, Learning, Slope};
-    use crate::ops::matmul;
+    use crate::ops::matmul::{self, Weight};
     use crate::ops::{bias, dropout, rows, unwritten};
 
     /// Layers that read the same input and have LoRA inside their product.
@@ -166,7 +167,18 @@ mod gpu {
                 pair: learner.map(Learner::inside),
             };
             let parts: Vec<low_rank::Part> = self.parts.iter().zip(&self.learners).map(part).collect();
-            Inside::new(&parts, self.spare, dtype, weights)
+            match self.kept_expanded(dtype)? {
+                Some(matrix) => Inside::on(matrix, &parts, self.spare),
+                None => Inside::new(&parts, self.spare, dtype, weights),
+            }
+        }
+
+        /// The weights in full, if they are kept that way. The first one's place holds those of all parts.
+        fn kept_expanded(&self, dtype: DType) -> Result<Option<Tensor>> {
+            let Weight::FourBit(first) = &self.parts[0].weight else { return Ok(None) };
+            let list: Vec<&Weight> = self.parts.iter().map(|part| &part.weight).collect();
+            let shape = (self.rows() + self.spare, self.cols() + self.spare);
+            first.expanded.kept(shape, dtype, || low_rank::expand(&list, self.spare, dtype))
         }
 
         /// Writes the outputs side by side to y [T, N], or adds to it. `x` [T, K + R] gets its low-rank product.
@@ -209,13 +221,28 @@ mod gpu {
             }
         }
 
+        /// The output of the only layer, added to `base` in memory of its own. `x` [T, K + R] gets its low-rank
+        /// product.
+        pub fn onto(&self, x: &Tensor, base: &Tensor) -> Result<Tensor> {
+            let inside = self.inside(x.dtype(), true)?;
+            self.low_inside(&inside, x)?;
+            match &self.parts[0].bias {
+                None => inside.onto(x, self.factor(), base),
+                Some(bias) => {
+                    let sum = bias::onto(bias, base)?;
+                    inside.forward(x, self.factor(), &sum, 1.0)?;
+                    Ok(sum)
+                }
+            }
+        }
+
         /// x A^T [T, sum of the ranks] in memory of its own, after `forward`.
         pub fn kept(&self, x: &Tensor) -> Result<Tensor> {
             rows::columns(x, self.cols(), self.ranks())
         }
 
-        /// Adds the pairs' gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K]. dy [T, N + R]
-        /// gets its low-rank product. `low` is what `kept` returned. Without it, x is what `forward` had, or it is
+        /// Adds the pairs' gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K]. dy [T, N +
+        /// R] gets its low-rank product. `low` is what `kept` returned. Without it, x is what `forward` had, or it is
         /// computed again.
         pub fn backward(
             &self,
@@ -234,6 +261,16 @@ mod gpu {
                 }
             };
             self.over(dy, low, dx)?;
+            self.below(dy, x)
+        }
+
+        /// `backward` without the gradients of A, which alone need x.
+        pub fn backward_input(&self, dy: &Tensor, low: &Tensor, dx: &Tensor) -> Result<()> {
+            self.over(dy, Columns { tensor: low, at: 0 }, Some(dx))
+        }
+
+        /// The gradients of A, after `backward_input`.
+        pub fn backward_pairs(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
             self.below(dy, x)
         }
 

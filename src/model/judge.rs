@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::batch::Batch;
 use super::cache::Cache;
 use super::decoder::Decoder;
+use super::dora::Dora;
 use super::feed_forward::Form;
 use super::layer::Layer;
 use super::linear::Linear;
@@ -18,8 +19,9 @@ use super::residency::Home;
 use super::self_attention::SelfAttention;
 use super::{Options, load, random};
 use crate::facts::config::Config;
+use crate::facts::sites::Table;
 use crate::facts::{
-    Facts, FeedForward, FourBitCode, Keep, LoraOptions, Precision, Quantization, Targets, family,
+    Facts, FeedForward, FourBitCode, Keep, LoraOptions, Precision, Quantization, Targets, Tokens, family,
 };
 use crate::ops::matmul::Weight;
 use crate::ops::{
@@ -161,6 +163,46 @@ pub(super) fn cases() -> Vec<Case> {
             change: keep,
         },
         Case {
+            name: "llama with magnitudes (DoRA), biases",
+            config: llama(json!({"attention_bias": true, "mlp_bias": true})),
+            change: |options| options.lora.dora = true,
+        },
+        Case {
+            name: "granite with magnitudes: factors, dropout, upper layers only, dense",
+            config: llama(json!({
+                "model_type": "granite", "residual_multiplier": 0.4, "attention_bias": true, "mlp_bias": true,
+            })),
+            change: |options| {
+                options.quantization = Quantization::None;
+                (options.lora.dora, options.lora.dropout, options.lora.layers) = (true, 0.3, vec![1, 2]);
+            },
+        },
+        Case {
+            name: "llama with trained tokens in both tables, upper layers only",
+            config: llama(json!({})),
+            change: |options| {
+                options.lora.layers = vec![1, 2];
+                options.lora.tokens = Tokens { embedding: vec![11, 3, 28], head: vec![22, 3] };
+            },
+        },
+        Case {
+            name: "gemma2 with trained tokens in tied tables: caps, scaled embeddings",
+            config: {
+                let mut config = gemma2();
+                config["tie_word_embeddings"] = true.into();
+                config
+            },
+            change: |options| options.lora.tokens.embedding = vec![14, 0, 22],
+        },
+        Case {
+            name: "granite with trained tokens: factors, tied",
+            config: llama(json!({
+                "model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                "tie_word_embeddings": true,
+            })),
+            change: |options| options.lora.tokens.embedding = vec![14, 0, 22],
+        },
+        Case {
             name: "ministral3: queries that grow",
             config: llama(json!({
                 "model_type": "ministral3",
@@ -223,7 +265,8 @@ impl Formula<'_> {
     fn loss(&self) -> Result<Tensor> {
         let (decoder, batch) = (self.decoder, self.batch);
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
-        let mut x = decoder.embedding.to_dtype(DType::F64)?.index_select(&ids, 0)?;
+        let embedding = self.with_trained_rows(&decoder.embedding.to_dtype(DType::F64)?, Table::Embedding)?;
+        let mut x = embedding.index_select(&ids, 0)?;
         x = (x * decoder.embedding_factor())?;
         for (index, layer) in decoder.layers.iter().enumerate() {
             x = self.layer(index, layer, &x)?;
@@ -231,7 +274,11 @@ impl Formula<'_> {
         let rows = Tensor::new(batch.target_rows.as_slice(), &Device::Cpu)?;
         let hidden = normed(&Some(decoder.final_norm.clone()), &x.index_select(&rows, 0)?)?;
         let head = &decoder.head;
-        let mut logits = (hidden.matmul(&dense(&head.weight)?.t()?)? * head.scale)?;
+        let weight = match decoder.facts.tied_head {
+            true => embedding,
+            false => self.with_trained_rows(&dense(&head.weight)?, Table::Head)?,
+        };
+        let mut logits = (hidden.matmul(&weight.t()?)? * head.scale)?;
         if let Some(bias) = &head.bias {
             logits = logits.broadcast_add(bias)?;
         }
@@ -239,6 +286,19 @@ impl Formula<'_> {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
         cross_entropy::formula(&logits, &Tensor::new(batch.targets.as_slice(), &Device::Cpu)?)
+    }
+
+    /// A table with its trained rows in the place of the frozen ones.
+    fn with_trained_rows(&self, frozen: &Tensor, table: Table) -> Result<Tensor> {
+        let Some(of) = self.adapter.tokens.iter().find(|of| of.table == table) else {
+            return Ok(frozen.clone());
+        };
+        let rows = self.adapter.token_view(self.params, of)?;
+        let row = |id: usize| match of.ids.iter().position(|other| *other as usize == id) {
+            Some(number) => rows.narrow(0, number, 1),
+            None => frozen.narrow(0, id, 1),
+        };
+        Tensor::cat(&(0..frozen.dim(0)?).map(row).collect::<Result<Vec<_>>>()?, 0)
     }
 
     fn layer(&self, index: usize, layer: &Layer, x: &Tensor) -> Result<Tensor> {
@@ -308,15 +368,22 @@ impl Formula<'_> {
     }
 
     fn linear(&self, path: &str, linear: &Linear, x: &Tensor) -> Result<Tensor> {
-        let mut y = (x.matmul(&dense(&linear.weight)?.t()?)? * linear.factor)?;
+        let weight = dense(&linear.weight)?;
+        let mut y = (x.matmul(&weight.t()?)? * linear.factor)?;
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(bias)?;
         }
         let sites = &self.adapter.sites;
         let Some(mask) = sites.iter().position(|site| site.path == path) else { return Ok(y) };
         let (a, b) = self.adapter.views(self.params, &sites[mask])?;
-        let low = self.dropped(x, mask as u64)?.matmul(&a.t()?)?;
-        y + (low.matmul(&b.t()?)? * (sites[mask].scale * linear.factor))?
+        let masked = self.dropped(x, mask as u64)?;
+        let low = (masked.matmul(&a.t()?)?.matmul(&b.t()?)? * (sites[mask].scale * linear.factor))?;
+        let Some(magnitude) = self.adapter.magnitudes(self.params, &sites[mask])? else { return y + low };
+        // DoRA: the lengths are constants.
+        let whole = (&weight + (b.matmul(&a)? * sites[mask].scale)?)?.detach();
+        let c = (magnitude / whole.sqr()?.sum(1)?.sqrt()?)?;
+        let frozen = (masked.matmul(&weight.t()?)? * linear.factor)?;
+        (y + frozen.broadcast_mul(&(&c - 1.0)?)?)? + low.broadcast_mul(&c)?
     }
 
     fn dropped(&self, x: &Tensor, mask: u64) -> Result<Tensor> {
@@ -479,7 +546,8 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
         let pairs = |flat: &Tensor| {
             let pair = |site: &crate::facts::sites::Site| {
                 let (a, b) = adapter.views(flat, site)?;
-                Ok((site.linear, Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale }))
+                let dora = adapter.magnitudes(flat, site)?.map(Dora::new);
+                Ok((site.linear, Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale, dora }))
             };
             Ok::<_, candle_core::Error>(Pairs::new(
                 adapter.sites.iter().map(pair).collect::<Result<Vec<_>>>()?,
@@ -504,6 +572,12 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
             0,
         )?;
         judge::same(&found, &expected, 1e-12)?;
+        // The finished adapter computes what the one in training does.
+        let finished = alone(&[(&adapter.finished()?, 1.0)])?;
+        judge::same(&finished, &decoder.logits(&batch, adapter.evaluated())?, 1e-10)?;
+        if adapter.has_magnitudes() || !adapter.tokens.is_empty() {
+            continue; // a sum of these is no adapter
+        }
         // Two adapters on every row equal one adapter with the weighted sum of their products: with the same A, the
         // sum of the Bs.
         for site in &adapter.sites {

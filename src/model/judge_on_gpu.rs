@@ -1,5 +1,5 @@
-//! Compares the decoder on a GPU with itself in f64 on the CPU, which `judge.rs` compares with autograd: every fact of the
-//! families, with LoRA inside the products and beside them, whatever is kept.
+//! Compares the decoder on a GPU with itself in f64 on the CPU, which `judge.rs` compares with autograd: every fact of
+//! the families, with LoRA inside the products and beside them, whatever is kept.
 
 use candle_core::{DType, Device, Result};
 use serde_json::json;

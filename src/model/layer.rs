@@ -27,30 +27,37 @@ pub struct Layer {
 
 /// The tensors that a layer keeps for its backward pass: its input, and as much of the rest as its level allows.
 pub struct Kept {
-    x: Tensor,
-    /// The device of x, if x was moved to the host.
-    home: Option<Device>,
+    /// `None`: it waits in host memory, where the decoder has brought it.
+    x: Option<Tensor>,
     attention: self_attention::Kept,
     feed_forward: feed_forward::Kept,
 }
 
 impl Kept {
     /// Drops what the level does not keep.
-    fn reduce(mut self, keep: Keep) -> Result<Kept> {
+    fn reduce(mut self, keep: Keep) -> Kept {
         self.attention.reduce(keep);
         self.feed_forward.reduce(keep);
         if keep == Keep::HostInputs {
-            self.home = Some(self.x.device().clone());
-            self.x = self.x.to_device(&Device::Cpu)?;
+            self.x = None;
         }
-        Ok(self)
+        self
+    }
+
+    /// Whether the input waits in host memory.
+    pub fn is_away(&self) -> bool {
+        self.x.is_none()
+    }
+
+    /// Takes the input, which is on the device again.
+    pub fn arrived(&mut self, x: Tensor) {
+        self.x = Some(x);
     }
 
     /// Number of values held on the device. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
-        let x = if self.home.is_some() { 0 } else { self.x.elem_count() };
-        x + self.attention.values() + self.feed_forward.values()
+        self.x.as_ref().map_or(0, Tensor::elem_count) + self.attention.values() + self.feed_forward.values()
     }
 }
 
@@ -88,8 +95,8 @@ impl Layer {
         attention.chain(&mut dense.gate_up).chain([&mut dense.down]).collect()
     }
 
-    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in front
-    /// of a norm has columns of its own.
+    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in
+    /// front of a norm has columns of its own.
     pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
         let Form::Dense(dense) = &self.feed_forward.form;
         let of = |linear: &Linear, post_norm: &Option<Norm>| match post_norm {
@@ -100,13 +107,14 @@ impl Layer {
         output.max(of(&dense.down, &self.feed_forward.post_norm))
     }
 
-    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows.
+    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows. An input that
+    /// waits in host memory is the caller's to bring there and back.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;
         let middle = attention.sum();
         let (sum, feed_forward) = self.feed_forward.forward(self.fed(&x, middle), middle, pass)?;
-        let kept = Kept { x, home: None, attention: attention.into(), feed_forward: feed_forward.into() };
-        Ok((sum, kept.reduce(keep)?))
+        let kept = Kept { x: Some(x), attention: attention.into(), feed_forward: feed_forward.into() };
+        Ok((sum, kept.reduce(keep)))
     }
 
     /// x [T, C] of new rows of running sequences -> the layer's output. Only keys and values are kept, in `store`.
@@ -119,10 +127,7 @@ impl Layer {
     /// columns as `spare` says. With `lowest`, no layer below needs the gradient, and work that only serves it is
     /// skipped.
     pub fn backward(&self, d: &Tensor, kept: Kept, lowest: bool, pass: &Pass) -> Result<()> {
-        let x = match &kept.home {
-            Some(device) => kept.x.to_device(device)?,
-            None => kept.x,
-        };
+        let x = kept.x.expect("an input that was away has arrived");
         let attention = self.attention.complete(kept.attention, &x, pass)?;
         let input = self.fed(&x, attention.sum()).clone();
         let feed_forward = self.feed_forward.complete(kept.feed_forward, &input, pass)?;

@@ -42,6 +42,11 @@ impl Linear {
 
     /// Writes y[:, at..at+N], or adds to it: the base, then the adapter.
     fn apart(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
+        if let Lora::Training(training) = &pass.lora
+            && let Some(pair) = training.dora(self)
+        {
+            return training.forward_dora(self, pair, x, y, at, add, pass.precision);
+        }
         self.base(x, y, at, add, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
@@ -56,8 +61,30 @@ impl Linear {
                 return Ok((sum, low));
             }
         }
-        let sum = residual.copy()?;
-        let low = self.forward(x, &sum, true, pass)?;
+        #[cfg(feature = "cuda")]
+        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
+            return Ok((group.onto(x, residual)?, None));
+        }
+        // DoRA needs the product with the frozen weight apart from the residual stream.
+        if let Lora::Training(training) = &pass.lora
+            && training.dora(self).is_some()
+        {
+            let sum = residual.copy()?;
+            let low = self.apart(x, &sum, 0, true, pass)?;
+            return Ok((sum, low));
+        }
+        // A step of sequences on a CPU has its own products.
+        if self.bias.is_none() && !(pass.apart && x.device().is_cpu()) {
+            let sum = matmul::onto(x, &self.weight, self.factor, residual, pass.precision)?;
+            let low = pass.lora.forward(self, x, &sum, 0, pass)?;
+            return Ok((sum, low));
+        }
+        let sum = match &self.bias {
+            Some(bias) => bias::onto(bias, residual)?,
+            None => residual.copy()?,
+        };
+        self.product(x, &sum, 0, 1.0, pass)?;
+        let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
@@ -68,6 +95,11 @@ impl Linear {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
+        self.product(x, y, at, beta, pass)
+    }
+
+    /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
+    fn product(&self, x: &Tensor, y: &Tensor, at: usize, beta: f64, pass: &Pass) -> Result<()> {
         let (weight, factor, precision) = (&self.weight, self.factor, pass.precision);
         match pass.apart {
             true => matmul::forward_apart(x, weight, factor, y, at, beta, precision, pass.short),
@@ -102,6 +134,11 @@ impl Linear {
         dx: Option<(&Tensor, bool)>,
         pass: &Pass,
     ) -> Result<()> {
+        if let Lora::Training(training) = &pass.lora
+            && let Some(pair) = training.dora(self)
+        {
+            return training.backward_dora(self, pair, dy, at, x, low, dx, pass.precision);
+        }
         if let Some((dx, add)) = dx {
             let beta = if add { 1.0 } else { 0.0 };
             matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.precision)?;
@@ -188,7 +225,8 @@ fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> 
     matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
 }
 
-/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in` says.
+/// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in`
+/// says.
 pub fn side_by_side_backward(
     parts: &[Linear],
     dy: &Tensor,

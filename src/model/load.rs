@@ -163,6 +163,7 @@ impl Loader<'_> {
             device: self.device.clone(),
             facts: facts.clone(),
             ring,
+            inputs: Default::default(),
         })
     }
 
@@ -245,7 +246,7 @@ impl Loader<'_> {
             false => None,
         };
         let (scale, softcap) = (facts.logits_scale, facts.logits_softcap);
-        Ok(Head { weight: Weight::Dense(weight), bias, scale, softcap })
+        Ok(Head { weight: Weight::Dense(weight), bias, scale, softcap, changes: Vec::new() })
     }
 
     fn linear(&self, layer: usize, projection: &Projection, factor: f64, site: usize) -> Result<Linear> {

@@ -2,8 +2,9 @@
 //! strengths.
 //!
 //! All pairs of the adapter in training share one flat parameter buffer and one flat gradient buffer (f32; f64 in
-//! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R],
-//! site by site. Finished adapters are added without merging: the sum of strength * scale * B A.
+//! tests), so that the optimizer and the norm are one operation each. The buffer holds A [R, K], then B [N, R], then
+//! DoRA's magnitudes `[N]` if there are any (`model/dora.rs`), site by site. Finished adapters are added without
+//! merging: the sum of strength * scale * B A.
 
 use std::ops::Range;
 
@@ -11,16 +12,18 @@ use candle_core::{DType, Device, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::facts::sites::Site;
+use crate::facts::sites::{Site, Sites, TokenRows};
 use crate::facts::{LoraInit, LoraOptions, Precision};
 use crate::ops::matmul::{self, Weight};
 #[cfg(feature = "cuda")]
 use crate::ops::{adapters, low_rank};
 use crate::ops::{dropout, flat, unwritten};
 
+use super::dora::{self, Dora};
 use super::inside::Member;
 use super::linear::Linear;
 use super::pass::Pass;
+use super::tokens::{self, FinishedRows};
 
 /// LoRA's `dropout(x) A^T` [T, R] of one linear layer. `None`: the layer is not adapted, or the adapter is not in
 /// training.
@@ -76,12 +79,16 @@ pub struct Pair {
     pub b: Weight,
     /// Factor on `x A^T B^T`: alpha / r, or alpha / sqrt(r).
     pub scale: f64,
+    /// DoRA's magnitudes, if the pair has them.
+    pub dora: Option<Dora>,
 }
 
 /// The pairs of a finished adapter, by the index of their linear layer (`Facts::projections`).
 #[derive(Clone, Debug, Default)]
 pub struct Pairs {
     list: Vec<Option<Pair>>,
+    /// Trained rows of tables of tokens.
+    tokens: Vec<FinishedRows>,
     /// Where the matrices lie on a GPU; made once.
     #[cfg(feature = "cuda")]
     table: std::sync::OnceLock<Tensor>,
@@ -92,6 +99,9 @@ pub struct Pairs {
 pub struct Trainable {
     /// The linear layers with a pair, in order.
     pub sites: Vec<Site>,
+    /// The trained rows of tables of tokens; their values stand before those of the pairs.
+    pub tokens: Vec<TokenRows>,
+    pub(super) token_learners: Vec<tokens::Learner>,
     /// The parameters that the optimizer updates: f32 (f64 in tests).
     pub params: Tensor,
     /// The gradients, as long as `params`: all of `sums` behind the losses.
@@ -107,7 +117,8 @@ pub struct Trainable {
     learners: Vec<Option<Learner>>,
 }
 
-/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes on.
+/// Elements before the gradients for the ranks' losses, and for one of them. Kernels read from multiples of 16 bytes
+/// on.
 pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
@@ -128,6 +139,8 @@ pub(super) struct Learner {
     pub grad_a: Tensor,
     /// The gradient of B.
     pub grad_b: Tensor,
+    /// The gradient of DoRA's magnitudes, if the pair has them.
+    pub grad_magnitude: Option<Tensor>,
     /// Index of A's first element in the flat buffer.
     offset: usize,
     /// A number that makes this pair's dropout masks differ from the others'.
@@ -160,11 +173,15 @@ impl Part<'_> {
     fn is_long(&self) -> bool {
         self.rows.len() >= Self::LONG_ROWS
     }
+
+    fn is_short_with_magnitudes(&self) -> bool {
+        !self.is_long() && self.adapter.has_magnitudes()
+    }
 }
 
 impl Pair {
     /// x A^T [T, R].
-    fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
+    pub(super) fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let low = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
         matmul::forward(x, &self.a, 1.0, &low, 0, 0.0, precision)?;
         Ok(low)
@@ -176,9 +193,20 @@ impl Pairs {
     pub fn new(pairs: impl IntoIterator<Item = (usize, Pair)>) -> Pairs {
         Pairs {
             list: by_number(pairs),
+            tokens: Vec::new(),
             #[cfg(feature = "cuda")]
             table: Default::default(),
         }
+    }
+
+    /// The same adapter with trained rows of tables of tokens.
+    pub fn with_tokens(self, tokens: Vec<FinishedRows>) -> Pairs {
+        Pairs { tokens, ..self }
+    }
+
+    /// The trained rows of tables of tokens.
+    pub fn tokens(&self) -> &[FinishedRows] {
+        &self.tokens
     }
 
     /// The pair of a linear layer, if this adapter has one.
@@ -191,12 +219,17 @@ impl Pairs {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
     }
 
+    /// Whether a pair has magnitudes.
+    pub fn has_magnitudes(&self) -> bool {
+        self.list.iter().flatten().any(|pair| pair.dora.is_some())
+    }
+
     /// Where the matrices lie, for the launches that serve many adapters.
     #[cfg(feature = "cuda")]
     fn table(&self, device: &Device) -> Result<&Tensor> {
         if self.table.get().is_none() {
             let layer = |pair: &Option<Pair>| match pair {
-                Some(Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale }) => {
+                Some(Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale, .. }) => {
                     Ok(Some((a.clone(), b.clone(), *scale)))
                 }
                 Some(_) => candle_core::bail!("an adapter in 4 bits"),
@@ -212,9 +245,11 @@ impl Pairs {
         Ok(self.table.get().expect("just made"))
     }
 
-    /// Bytes of all matrices.
+    /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them.
     pub fn bytes(&self) -> usize {
-        self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes()).sum()
+        let magnitudes = |pair: &Pair| if pair.dora.is_some() { 12 * pair.b.dims().0 } else { 0 };
+        let pairs = self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes() + magnitudes(pair));
+        pairs.chain(self.tokens.iter().map(FinishedRows::bytes)).sum()
     }
 }
 
@@ -237,6 +272,11 @@ impl<'a> Mixture<'a> {
             #[cfg(feature = "cuda")]
             items: Default::default(),
         }
+    }
+
+    /// The adapters with their rows and strengths.
+    pub(super) fn parts(&self) -> &[Part<'a>] {
+        &self.parts
     }
 
     /// Adds what the adapters make of x, for layers that read the same x, each with the first of its columns in y.
@@ -266,8 +306,12 @@ impl<'a> Mixture<'a> {
         pass: &Pass,
     ) -> Result<()> {
         let long: Vec<Part> = self.parts.iter().filter(|part| part.is_long()).cloned().collect();
+        // Magnitudes have no launch for single rows.
+        let apart: Vec<Part> =
+            self.parts.iter().filter(|part| part.is_short_with_magnitudes()).cloned().collect();
         for (at, linear) in linears {
             self.products(linear, x, y, *at, pass, false, &long)?;
+            self.products(linear, x, y, *at, pass, pass.apart, &apart)?;
         }
         if self.items.get().is_none() {
             // The cell is not shared between threads.
@@ -290,7 +334,8 @@ impl<'a> Mixture<'a> {
     fn short_items(&self, device: &Device) -> Result<Option<adapters::Items>> {
         let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
         let mut rank_max = 0;
-        for part in self.parts.iter().filter(|part| !part.is_long() && part.strength != 0.0) {
+        let alone = |part: &&Part| !part.is_long() && !part.adapter.has_magnitudes() && part.strength != 0.0;
+        for part in self.parts.iter().filter(alone) {
             part.rows.clone().for_each(|row| rows.entry(row).or_default().push(part));
             rank_max = rank_max.max(part.adapter.rank());
         }
@@ -326,8 +371,13 @@ impl<'a> Mixture<'a> {
                 continue;
             };
             let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
-            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
             let short = pass.short.saturating_sub(rows.start);
+            if let Some(magnitudes) = &pair.dora {
+                let way = dora::Way { precision: pass.precision, apart: apart.then_some(short) };
+                dora::serve(linear, pair, magnitudes, *strength, &x, &y, at, way)?;
+                continue;
+            }
+            let low = unwritten((rows.len(), pair.a.dims().0), x.dtype(), x.device())?;
             let product =
                 |x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, at: usize, beta: f64| match apart {
                     true => matmul::forward_apart(x, weight, alpha, y, at, beta, pass.precision, short),
@@ -393,7 +443,7 @@ impl Training<'_> {
     }
 
     /// The pair's input: x, or x after dropout.
-    fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
         match self.dropout_keys {
             Some(keys) if self.adapter.dropout > 0.0 => {
                 dropout::apply(x, self.adapter.dropout, keys, learner.mask)
@@ -418,8 +468,9 @@ impl Trainable {
     /// seed, so that its values do not depend on the other chosen sites.
     ///
     /// `dtype` is the type of activations.
-    pub fn init(sites: Vec<Site>, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
-        let total = sites.iter().map(Site::parameters).sum::<usize>();
+    pub fn init(sites: Sites, options: &LoraOptions, dtype: DType, device: &Device) -> Result<Trainable> {
+        let total = sites.parameters();
+        let Sites { list: sites, tokens, .. } = sites;
         let mut values = vec![0f32; total];
         for site in &sites {
             let [a, b] = site.matrices();
@@ -436,20 +487,38 @@ impl Trainable {
         let learners = sites.iter().enumerate().map(|(mask, site)| {
             let (a, b) = views(&compute, site)?;
             let (grad_a, grad_b) = views(&grads, site)?;
-            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale };
+            // The magnitudes are never rounded to bf16: they scale whole columns.
+            let dora = magnitudes(&params, site)?.map(Dora::new);
+            let pair = Pair { a: Weight::Dense(a), b: Weight::Dense(b), scale: site.scale, dora };
             let learner = Learner {
                 pair,
                 #[cfg(feature = "cuda")]
                 b: views(&params, site)?.1,
                 grad_a,
                 grad_b,
+                grad_magnitude: magnitudes(&grads, site)?,
                 offset: site.offset,
                 mask: mask as u64,
             };
             Ok((site.linear, learner))
         });
         let learners = by_number(learners.collect::<Result<Vec<_>>>()?);
-        Ok(Trainable { sites, grads, sums, compute, params, dropout: options.dropout, learners })
+        let token_learner = |of: &TokenRows| {
+            let (rows, gradient) = (tokens::view(&compute, of)?, tokens::view(&grads, of)?);
+            Ok(tokens::Learner { rows, gradient })
+        };
+        let token_learners = tokens.iter().map(token_learner).collect::<Result<Vec<_>>>()?;
+        Ok(Trainable {
+            sites,
+            tokens,
+            token_learners,
+            grads,
+            sums,
+            compute,
+            params,
+            dropout: options.dropout,
+            learners,
+        })
     }
 
     /// This adapter in a pass without dropout.
@@ -462,9 +531,17 @@ impl Trainable {
         let pair = |site: &Site| {
             let (a, b) = views(&self.compute, site)?;
             let (a, b) = (Weight::Dense(a.copy()?), Weight::Dense(b.copy()?));
-            Ok((site.linear, Pair { a, b, scale: site.scale }))
+            let dora = self.learner(site.linear).and_then(|learner| learner.pair.dora.as_ref());
+            let dora = dora.map(Dora::copied).transpose()?;
+            Ok((site.linear, Pair { a, b, scale: site.scale, dora }))
         };
-        Ok(Pairs::new(self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?))
+        let params = self.params.to_device(&Device::Cpu)?;
+        let rows = |of: &TokenRows| {
+            Ok(FinishedRows::new(of.table, of.ids.clone(), self.token_view(&params, of)?.copy()?))
+        };
+        let tokens = self.tokens.iter().map(rows).collect::<Result<Vec<_>>>()?;
+        let pairs = self.sites.iter().map(pair).collect::<Result<Vec<_>>>()?;
+        Ok(Pairs::new(pairs).with_tokens(tokens))
     }
 
     /// The copy that passes compute with, if it is not the parameters themselves.
@@ -472,8 +549,31 @@ impl Trainable {
         (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
+    /// The parameters have changed: what was computed from them is computed again when it is needed.
+    pub fn changed(&self) {
+        self.learners
+            .iter()
+            .flatten()
+            .filter_map(|learner| learner.pair.dora.as_ref())
+            .for_each(Dora::forget);
+    }
+
+    /// Sets DoRA's magnitudes of a layer to the lengths of its weight's rows.
+    pub(super) fn begin_magnitudes(&self, linear: &Linear) -> Result<()> {
+        match self.learner(linear.site).map(|learner| &learner.pair) {
+            Some(pair @ Pair { dora: Some(dora), .. }) => dora.begin(&linear.weight, pair),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether pairs have DoRA's magnitudes.
+    pub fn has_magnitudes(&self) -> bool {
+        self.sites.iter().any(|site| site.dora)
+    }
+
     /// Updates the copy that passes compute with after the parameters were read from a file.
     pub fn refresh(&self) -> Result<()> {
+        self.changed();
         if self.compute.dtype() == self.params.dtype() {
             return Ok(());
         }
@@ -493,6 +593,11 @@ impl Trainable {
     /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.
     pub fn views(&self, flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
         views(flat, site)
+    }
+
+    /// The magnitudes of a site as a view of one of the flat buffers, if it has them.
+    pub fn magnitudes(&self, flat: &Tensor, site: &Site) -> Result<Option<Tensor>> {
+        magnitudes(flat, site)
     }
 
     pub(super) fn learner(&self, linear: usize) -> Option<&Learner> {
@@ -530,6 +635,10 @@ fn views(flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
     let a = flat.narrow(0, site.offset, site.rank * cols)?.reshape((site.rank, cols))?;
     let b = flat.narrow(0, site.offset + site.rank * cols, rows * site.rank)?.reshape((rows, site.rank))?;
     Ok((a, b))
+}
+
+fn magnitudes(flat: &Tensor, site: &Site) -> Result<Option<Tensor>> {
+    site.magnitudes().map(|values| flat.narrow(0, values.start, values.len())).transpose()
 }
 
 /// Draws A, and B if it does not begin as zero. Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(K); gaussian

@@ -7,6 +7,7 @@ use crate::facts::{LoraOptions, Precision, Quantization};
 pub mod batch;
 pub mod cache;
 pub mod decoder;
+pub mod dora;
 pub mod feed_forward;
 pub mod inside;
 pub mod layer;
@@ -20,6 +21,7 @@ pub mod random;
 pub mod residency;
 pub mod self_attention;
 pub mod stored;
+pub mod tokens;
 pub mod weights;
 
 #[cfg(test)]

@@ -63,8 +63,8 @@ pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `forward` with `spare` more columns, which are not written. With spare columns it also returns the factors of the rows,
-/// f32 `[T]`, if the norm is one of root mean squares: x times them and the weight is the norm.
+/// `forward` with `spare` more columns, which are not written. With spare columns it also returns the factors of the
+/// rows, f32 `[T]`, if the norm is one of root mean squares: x times them and the weight is the norm.
 pub fn forward_beside(norm: &Option<Norm>, x: &Tensor, spare: usize) -> Result<(Tensor, Option<Tensor>)> {
     match norm {
         #[cfg(feature = "cuda")]

@@ -207,18 +207,19 @@ impl SelfAttention {
         // Rope turns several runs of heads as rows of their own, which leaves no room behind them.
         let (spare, in_runs) = (self.projected_spare(x, pass)?, self.heads.turning().0 > 1);
         let (beside, behind) = if in_runs { (0, spare) } else { (spare, 0) };
-        let d_qkv = attention::backward_beside(
+        let d_qkv = attention::backward_turned(
             &d_attended,
             &rotated,
             output,
             &attended.log_sum,
             &self.heads,
             pass.packing,
+            self.rope.map(|rope| &pass.angles[rope]),
             pass.precision,
             beside,
         )?;
         drop((rotated, attended, d_attended, d_branch));
-        self.rotate(&d_qkv, pass, Direction::Backward)?;
+        self.grow(&d_qkv, pass, Direction::Backward)?;
         if let (Some(norm), Some(raw)) = (&self.head_norm, &raw) {
             norm.backward(&d_qkv, raw, &self.heads)?;
         }
@@ -235,10 +236,13 @@ impl SelfAttention {
     /// Rotates queries and keys by their positions, in place.
     fn rotate(&self, qkv: &Tensor, pass: &Pass, direction: Direction) -> Result<()> {
         let Some(rope) = self.rope else { return Ok(()) };
-        let ((rows, columns), (runs, heads)) = (qkv.dims2()?, self.heads.turning());
-        let runs = qkv.reshape((rows * runs, columns / runs))?;
-        rope::rotate(&runs, heads, self.heads.width, &pass.angles[rope], direction)?;
-        match pass.growth {
+        attention::turn(qkv, &self.heads, &pass.angles[rope], direction)?;
+        self.grow(qkv, pass, direction)
+    }
+
+    /// Multiplies the queries by the factors of their rows, in place.
+    fn grow(&self, qkv: &Tensor, pass: &Pass, direction: Direction) -> Result<()> {
+        match pass.growth.filter(|_| self.rope.is_some()) {
             Some(growth) => rope::rotate(qkv, self.heads.query, self.heads.width, growth, direction),
             None => Ok(()),
         }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::facts::quantization::Code;
 use crate::fault::{Fault, Result};
-use crate::ops::four_bit::{self, Absmax, FourBit};
+use crate::ops::four_bit::{self, Absmax, Expanded, FourBit};
 
 use super::weights::{Checkpoint, Raw};
 
@@ -75,7 +75,8 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
         Some(offset) => parts.nested(blocks, &state, offset as f32)?,
     };
     let packed = Tensor::from_slice(packed, packed.len(), &Device::Cpu)?;
-    Ok(Some(FourBit { code, rows, cols, block: state.blocksize, packed, absmax }))
+    let (block, expanded) = (state.blocksize, Expanded::default());
+    Ok(Some(FourBit { code, rows, cols, block, packed, absmax, expanded }))
 }
 
 /// The tensors that belong to one weight.

@@ -62,7 +62,7 @@ pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: u
     let width = activation.width(columns);
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::backward(dh, x, activation, spare);
+        return gpu::backward(dh, x, activation, spare, false);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
@@ -74,6 +74,12 @@ pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: u
         };
         cpu::tensor(d, (rows, columns))
     })
+}
+
+/// `backward_beside` on a GPU, in the same pass over memory of which dh becomes what `forward` returns.
+#[cfg(feature = "cuda")]
+pub fn backward_keeping(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
+    gpu::backward(dh, x, activation, spare, true)
 }
 
 /// A function of one number, with its derivative.
@@ -207,11 +213,12 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    fn curve(activation: Activation) -> &'static str {
+    /// The kernels of the forward and of the backward pass.
+    fn curve(activation: Activation) -> (&'static str, &'static str) {
         match activation.function {
-            Function::Silu => "silu",
-            Function::GeluTanh => "gelu_tanh",
-            Function::GeluErf => "gelu_erf",
+            Function::Silu => ("forward_silu", "backward_silu"),
+            Function::GeluTanh => ("forward_gelu_tanh", "backward_gelu_tanh"),
+            Function::GeluErf => ("forward_gelu_erf", "backward_gelu_erf"),
         }
     }
 
@@ -220,20 +227,27 @@ mod gpu {
         let (rows, columns) = x.dims2()?;
         let width = activation.width(columns);
         let h = crate::ops::unwritten((rows, width + spare), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "activation", &format!("forward_{}", curve(activation)))?;
+        let launch = Launch::new(x, "activation", curve(activation).0)?;
         let launch =
             launch.tensor(x).tensor(&h).int(width).int(width + spare).int(usize::from(activation.gated));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(h)
     }
 
-    /// The gradient of `x`, with spare columns behind it, from that of the result.
-    pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
+    /// The gradient of `x`, with spare columns behind it, from that of the result. With `keep`, the result takes the
+    /// place of its gradient.
+    pub fn backward(
+        dh: &Tensor,
+        x: &Tensor,
+        activation: Activation,
+        spare: usize,
+        keep: bool,
+    ) -> Result<Tensor> {
         let ((rows, width), stride) = (dh.dims2()?, x.dim(1)? + spare);
         let d = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "activation", &format!("backward_{}", curve(activation)))?;
+        let launch = Launch::new(x, "activation", curve(activation).1)?;
         let launch = launch.tensor(dh).tensor(x).tensor(&d).int(width).int(stride);
-        let launch = launch.int(usize::from(activation.gated));
+        let launch = launch.int(usize::from(activation.gated)).int(usize::from(keep));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(d)
     }
@@ -259,10 +273,31 @@ mod tests {
                     gpu.same(&backward(&gpu.put(&dh)?, &on_gpu, activation)?, &gradient)?;
                     let beside = backward_beside(&gpu.put(&dh)?, &on_gpu, activation, 64)?;
                     gpu.same(&judge::first(&beside, columns)?, &gradient)?;
+                    kept_in_its_gradients_place(gpu, &on_gpu, &dh, activation)?;
                 }
             }
             Ok(())
         })
+    }
+
+    /// One pass gives the bits of two.
+    #[cfg(feature = "cuda")]
+    fn kept_in_its_gradients_place(
+        gpu: &judge::Gpu,
+        x: &Tensor,
+        dh: &Tensor,
+        activation: Activation,
+    ) -> Result<()> {
+        let host = |tensor: Tensor| tensor.to_device(&candle_core::Device::Cpu);
+        let place = gpu.put(dh)?;
+        let expected = host(backward(&place, x, activation)?)?;
+        gpu.within(0.0, &backward_keeping(&place, x, activation, 0)?, &expected)?;
+        gpu.within(0.0, &place, &host(forward(x, activation)?)?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn kept_in_its_gradients_place(_: &judge::Gpu, _: &Tensor, _: &Tensor, _: Activation) -> Result<()> {
+        Ok(())
     }
 
     fn all() -> impl Iterator<Item = Activation> {

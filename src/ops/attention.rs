@@ -10,7 +10,10 @@ use std::ops::Range;
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::change::Change;
 use super::cpu::{self, Real, View};
+use super::rope::{self, Angles, Direction};
 use crate::facts::{Heads, Precision};
 use crate::with_real;
 
@@ -120,7 +123,7 @@ pub fn backward_beside(
     let (rows, columns) = qkv.dims2()?;
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, spare);
+        return gpu::backward(d_out, qkv, out, lse, heads, packing, None, spare);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
@@ -150,6 +153,36 @@ pub fn backward_beside(
         }
         cpu::tensor(d, (rows, columns))
     })
+}
+
+/// `backward_beside`, with the gradients of queries and keys turned back by the angles that turned them, if there are
+/// some (`Heads::turning`). Several runs of heads leave no room for spare columns.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_turned(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    angles: Option<&Angles>,
+    precision: Precision,
+    spare: usize,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() && Change::Turned.is_on() {
+        return gpu::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
+    }
+    let d = backward_beside(d_out, qkv, out, lse, heads, packing, precision, spare)?;
+    angles.map_or(Ok(()), |angles| turn(&d, heads, angles, Direction::Backward))?;
+    Ok(d)
+}
+
+/// Turns queries and keys of qkv in place. Each row has one row of angles for each of the heads' runs.
+pub fn turn(qkv: &Tensor, heads: &Heads, angles: &Angles, direction: Direction) -> Result<()> {
+    let ((rows, columns), (runs, turning)) = (qkv.dims2()?, heads.turning());
+    let runs = qkv.reshape((rows * runs, columns / runs))?;
+    rope::rotate(&runs, turning, heads.width, angles, direction)
 }
 
 /// Every (example, head), longest examples first so that threads finish at about the same time.
@@ -458,6 +491,7 @@ mod tests {
             // Enough blocks for wide tiles.
             (heads(2, 2, 128, None), [vec![130, 65], vec![1; 64]].concat()),
             (heads(2, 2, 200, Some(50)), [vec![65], vec![2; 65]].concat()),
+            (heads(2, 2, 96, None), [vec![130, 65], vec![1; 64]].concat()),
         ]
     }
 
@@ -495,13 +529,60 @@ mod tests {
                 let [out, lse, d] = run(0)?;
                 gpu.within(within, &out, &expected)?;
                 gpu.within(within_gradient, &d, &gradient)?;
-                for (first, second) in [out, lse, d].iter().zip(&run(64)?) {
-                    let bits = |tensor: &Tensor| cpu::to_f64(&tensor.to_device(&Device::Cpu)?);
-                    assert_eq!(bits(first)?, bits(second)?, "the same twice, with and without spare columns");
+                turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
+                let first = [out, lse, d];
+                same_bits(&first, &run(64)?, "the same twice, with and without spare columns")?;
+                // How many tiles are in flight changes no order of a sum.
+                #[cfg(feature = "cuda")]
+                if gpu.dtype == candle_core::DType::BF16 && (33..=128).contains(&heads.width) {
+                    for change in [Change::Staged, Change::Wide] {
+                        change.set(false);
+                        let without = run(0);
+                        change.set(true);
+                        same_bits(&first, &without?, change.name())?;
+                    }
                 }
             }
             Ok(())
         })
+    }
+
+    fn same_bits(first: &[Tensor; 3], second: &[Tensor; 3], what: &str) -> Result<()> {
+        for (first, second) in first.iter().zip(second) {
+            let bits = |tensor: &Tensor| cpu::to_f64(&tensor.to_device(&Device::Cpu)?);
+            assert_eq!(bits(first)?, bits(second)?, "{what}");
+        }
+        Ok(())
+    }
+
+    /// Turned back as it is stored, a gradient has the bits of one that is turned back in memory.
+    fn turned_back(
+        gpu: &judge::Gpu,
+        heads: &Heads,
+        packing: &Packing,
+        d_out: &Tensor,
+        qkv: &Tensor,
+    ) -> Result<()> {
+        let ((out, lse), (runs, _)) = (forward(qkv, heads, packing, Precision::F32)?, heads.turning());
+        let (rows, out, lse) = (qkv.dim(0)?, &out, &lse);
+        // All of a head's pairs, or some of them: multiples of eight and others.
+        for half in
+            [heads.width / 2, heads.width / 4, heads.width / 2 / 8 * 8].into_iter().filter(|half| *half > 0)
+        {
+            let theta = judge::random((rows, 1, half), 3)?.broadcast_as((rows, runs, half))?.contiguous()?;
+            let theta = theta.reshape((rows * runs, half))?;
+            let on_gpu = |x: Tensor| gpu.put_as(candle_core::DType::F32, &x);
+            let angles = Angles { cos: on_gpu(theta.cos()?)?, sin: on_gpu(theta.sin()?)? };
+            let expected = backward(d_out, qkv, out, lse, heads, packing, Precision::F32)?;
+            turn(&expected, heads, &angles, Direction::Backward)?;
+            for spare in [0, 64] {
+                let (angles, precision) = (Some(&angles), Precision::F32);
+                let found = backward_turned(d_out, qkv, out, lse, heads, packing, angles, precision, spare)?;
+                let found = judge::first(&found, heads.columns())?;
+                gpu.within(0.0, &found, &expected.to_device(&Device::Cpu)?)?;
+            }
+        }
+        Ok(())
     }
 
     #[test]

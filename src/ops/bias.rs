@@ -3,6 +3,8 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::change::Change;
 use super::cpu;
 use crate::with_real;
 
@@ -28,6 +30,21 @@ pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
     })
 }
 
+/// `base + bias` in memory of its own: bias `[N]`, base [T, N].
+pub fn onto(bias: &Tensor, base: &Tensor) -> Result<Tensor> {
+    let (n, (_, width)) = (bias.dims1()?, base.dims2()?);
+    assert_eq!(n, width, "a bias for every column");
+    #[cfg(feature = "cuda")]
+    if base.device().is_cuda() && Change::Onto.is_on() {
+        let sum = super::unwritten(base.shape(), base.dtype(), base.device())?;
+        gpu::launch(bias, Some(base), &sum, 0)?;
+        return Ok(sum);
+    }
+    let sum = base.copy()?;
+    apply(bias, &sum, 0, true)?;
+    Ok(sum)
+}
+
 /// The launch of `kernels/bias.cu`: one block per row; the bias is f32.
 #[cfg(feature = "cuda")]
 mod gpu {
@@ -37,9 +54,15 @@ mod gpu {
 
     /// Writes or adds the bias to each row of `y`, from column `at` on.
     pub fn apply(bias: &Tensor, y: &Tensor, at: usize, add: bool) -> Result<()> {
+        launch(bias, add.then_some(y), y, at)
+    }
+
+    /// Writes the bias, added to the columns of `from` if there is one.
+    pub fn launch(bias: &Tensor, from: Option<&Tensor>, y: &Tensor, at: usize) -> Result<()> {
         let (n, (rows, width)) = (bias.dims1()?, y.dims2()?);
-        let launch = Launch::new(y, "bias", "apply")?.of(DType::F32, bias).tensor(y);
-        launch.int(n).int(width).int(at).int(usize::from(add)).launch((rows, 1, 1), 256, 0)
+        let launch = Launch::new(y, "bias", "apply")?.of(DType::F32, bias);
+        let launch = launch.optional(y.dtype(), from).tensor(y);
+        launch.int(n).int(width).int(at).launch((rows, 1, 1), 256, 0)
     }
 }
 
@@ -61,6 +84,10 @@ mod tests {
                     apply(&bias, &expected, at, add)?;
                     gpu.same(&found, &expected)?;
                 }
+                let (base, bias) = (gpu.put(&y)?, gpu.random(width, 2)?);
+                let sum = onto(&gpu.put_as(DType::F32, &bias)?, &base)?;
+                gpu.same(&sum, &onto(&bias, &y)?)?;
+                gpu.within(0.0, &base, &gpu.put(&y)?.to_device(&candle_core::Device::Cpu)?)?;
             }
             Ok(())
         })

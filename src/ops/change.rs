@@ -19,6 +19,18 @@ pub enum Change {
     Algorithms,
     /// A launch finds its kernel without a lock and without making its name.
     Functions,
+    /// The memory plan keeps 4-bit weights expanded if memory is left.
+    Expanded,
+    /// Inputs of layers go to page-locked host memory and back on a stream of their own.
+    Beside,
+    /// Attention stores gradients of queries and keys as rope's gradient leaves them.
+    Turned,
+    /// Attention loads the next keys and values while it computes with these.
+    Staged,
+    /// The gradient of keys takes 64 rows of queries at a time for heads of 96 columns.
+    Wide,
+    /// The activation's gradient writes the activation too, in the same pass over memory.
+    Activated,
     /// LoRA's matrices lie beside and below the frozen weight, in one product with it.
     Inside,
     /// One pass over a layer's gradient gives both of its low-rank products.
@@ -29,8 +41,20 @@ pub enum Change {
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 6] =
-        [Change::Onto, Change::Algorithms, Change::Functions, Change::Inside, Change::Both, Change::Normed];
+    pub const ALL: [Change; 12] = [
+        Change::Onto,
+        Change::Algorithms,
+        Change::Functions,
+        Change::Expanded,
+        Change::Beside,
+        Change::Turned,
+        Change::Staged,
+        Change::Wide,
+        Change::Activated,
+        Change::Inside,
+        Change::Both,
+        Change::Normed,
+    ];
 
     /// The name that the variable has for it.
     pub fn name(self) -> &'static str {
@@ -38,6 +62,12 @@ impl Change {
             Change::Onto => "onto",
             Change::Algorithms => "algorithms",
             Change::Functions => "functions",
+            Change::Expanded => "expanded",
+            Change::Beside => "beside",
+            Change::Turned => "turned",
+            Change::Staged => "staged",
+            Change::Wide => "wide",
+            Change::Activated => "activated",
             Change::Inside => "inside",
             Change::Both => "both",
             Change::Normed => "normed",

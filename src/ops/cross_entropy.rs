@@ -5,6 +5,8 @@
 //! tokens in the whole optimizer step. The gradient of the logits, softmax minus one-hot, replaces them in place.
 //! On a GPU the loss stays there until it is read.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -12,6 +14,7 @@ use super::bias;
 use super::cpu::{self, Real};
 use super::matmul::{self, Weight};
 use super::number::Number;
+use super::tokens;
 use crate::facts::Precision;
 use crate::with_real;
 
@@ -47,20 +50,97 @@ pub struct Head {
     pub scale: f64,
     /// Soft cap of the logits (Gemma 2).
     pub softcap: Option<f64>,
+    /// What adapters change of some tokens' rows of the weight.
+    pub changes: Vec<Change>,
+}
+
+/// What an adapter changes of some tokens' rows of an output head.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// The rows of `hidden` that it counts for.
+    pub rows: Range<usize>,
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// Their rows, [ids, C].
+    pub weight: Weight,
+    /// The gradient of the rows, if they are in training.
+    pub gradient: Option<Tensor>,
+    /// So many times the rows are added to the head's own; `None`: they stand in their place. A head with a bias has
+    /// none of the second kind.
+    pub strength: Option<f64>,
+}
+
+impl Change {
+    /// Its part of `rows` rows from `from` on, counted from there.
+    fn part(&self, from: usize, rows: usize) -> Range<usize> {
+        let inside = |row: usize| row.clamp(from, from + rows) - from;
+        inside(self.rows.start)..inside(self.rows.end)
+    }
 }
 
 impl Head {
     /// A head without bias, factor or cap.
     pub fn plain(weight: Weight) -> Head {
-        Head { weight, bias: None, scale: 1.0, softcap: None }
+        Head { weight, bias: None, scale: 1.0, softcap: None, changes: Vec::new() }
     }
 
     /// `scale * h W^T + bias` before the cap, in the first V of `columns` columns. The other columns are not
-    /// written.
-    fn product(&self, hidden: &Tensor, columns: usize, precision: Precision) -> Result<Tensor> {
+    /// written. `from`: the number of the first of these rows, for changes that count for some.
+    fn product(&self, hidden: &Tensor, from: usize, columns: usize, precision: Precision) -> Result<Tensor> {
         let (logits, beta) = self.biased(hidden, columns)?;
         matmul::forward(hidden, &self.weight, self.scale, &logits, 0, beta, precision)?;
+        self.change(hidden, from, &logits, |x, weight, alpha, y, _| {
+            matmul::forward(x, weight, alpha, y, 0, 0.0, precision)
+        })?;
         Ok(logits)
+    }
+
+    /// Puts what adapters change into logits before the cap. `product` gets the number of the first row too.
+    fn change(
+        &self,
+        hidden: &Tensor,
+        from: usize,
+        logits: &Tensor,
+        product: impl Fn(&Tensor, &Weight, f64, &Tensor, usize) -> Result<()>,
+    ) -> Result<()> {
+        for change in &self.changes {
+            let part = change.part(from, hidden.dim(0)?);
+            if part.is_empty() {
+                continue;
+            }
+            let values = super::unwritten((part.len(), change.ids.len()), logits.dtype(), logits.device())?;
+            let alpha = self.scale * change.strength.unwrap_or(1.0);
+            let x = hidden.narrow(0, part.start, part.len())?;
+            product(&x, &change.weight, alpha, &values, part.start)?;
+            let to = logits.narrow(0, part.start, part.len())?;
+            tokens::put(&to, &values, &change.ids, change.strength.is_some())?;
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients of rows in training, and writes that of `hidden` to `dh`. `d_logits` are all used up.
+    fn backward(&self, d_logits: &Tensor, hidden: &Tensor, dh: &Tensor, precision: Precision) -> Result<()> {
+        let trained = |change: &&Change| change.gradient.is_some();
+        let mut taken = Vec::new();
+        for change in self.changes.iter().filter(trained) {
+            let d = tokens::take(d_logits, &change.ids)?;
+            let gradient = change.gradient.as_ref().expect("it is in training");
+            matmul::weight_gradient(&d, 0, hidden, self.scale, gradient, precision)?;
+            taken.push((d, &change.weight));
+        }
+        matmul::input_gradient(d_logits, 0, &self.weight, self.scale, dh, 0.0, precision)?;
+        taken
+            .iter()
+            .try_for_each(|(d, weight)| matmul::input_gradient(d, 0, weight, self.scale, dh, 1.0, precision))
+    }
+
+    /// The same head for rows from `from` on.
+    pub fn from_row(&self, from: usize) -> Head {
+        let mut head = self.clone();
+        for change in &mut head.changes {
+            change.rows = change.rows.start.saturating_sub(from)..change.rows.end.saturating_sub(from);
+        }
+        head
     }
 
     /// Returns logits that hold the bias, if there is one, and the factor (beta) for adding to them.
@@ -105,8 +185,8 @@ pub fn forward_backward(
 ) -> Result<(Number, Tensor)> {
     let dh = super::unwritten(hidden.shape(), hidden.dtype(), hidden.device())?;
     let (loss, _) = each_chunk(hidden, head, targets, Some(goal), precision, |d_logits, from| {
-        let dh = dh.narrow(0, from, d_logits.dim(0)?)?;
-        matmul::input_gradient(d_logits, 0, &head.weight, head.scale, &dh, 0.0, precision)
+        let rows = d_logits.dim(0)?;
+        head.backward(d_logits, &hidden.narrow(0, from, rows)?, &dh.narrow(0, from, rows)?, precision)
     })?;
     Ok((loss, dh))
 }
@@ -142,7 +222,7 @@ fn each_chunk(
         let losses = gpu::Losses::new(targets, goal.is_none(), hidden.device())?;
         for from in (0..rows).step_by(chunk) {
             let hidden = hidden.narrow(0, from, chunk.min(rows - from))?;
-            let logits = head.product(&hidden, gpu::columns(vocab), precision)?;
+            let logits = head.product(&hidden, from, gpu::columns(vocab), precision)?;
             losses.rows(&logits, from, vocab, head.softcap, goal)?;
             if goal.is_some() {
                 body(&logits, from)?;
@@ -152,7 +232,8 @@ fn each_chunk(
     }
     let (mut loss, mut hits) = (0.0, 0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
-        let logits = head.product(&hidden.narrow(0, i * chunk, targets.len())?, vocab, precision)?;
+        let from = i * chunk;
+        let logits = head.product(&hidden.narrow(0, from, targets.len())?, from, vocab, precision)?;
         let (of_chunk, found) = rows_loss(&logits, targets, head.softcap, goal)?;
         (loss, hits) = (loss + of_chunk, hits + found);
         if goal.is_some() {
@@ -236,7 +317,7 @@ fn row_loss<T: Real>(row: &mut [T], target: usize, goal: Option<Goal>) -> (f64, 
 
 /// Returns the logits [rows, V], for tests and generation.
 pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
-    capped(head.product(hidden, head.weight.dims().0, precision)?, hidden, head)
+    capped(head.product(hidden, 0, head.weight.dims().0, precision)?, hidden, head)
 }
 
 /// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
@@ -248,6 +329,9 @@ pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: u
     }
     let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
     matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, short)?;
+    head.change(hidden, 0, &logits, |x, weight, alpha, y, from| {
+        matmul::forward_apart(x, weight, alpha, y, 0, 0.0, precision, short.saturating_sub(from))
+    })?;
     capped(logits, hidden, head)
 }
 
@@ -285,6 +369,9 @@ mod gpu {
         }
         let beta = if head.bias.is_some() { 1.0 } else { 0.0 };
         matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, 0)?;
+        head.change(hidden, 0, &logits, |x, weight, alpha, y, _| {
+            matmul::forward_apart(x, weight, alpha, y, 0, 0.0, precision, 0)
+        })?;
         if let Some(cap) = head.softcap {
             let count = logits.elem_count();
             let launch =
@@ -375,7 +462,13 @@ mod tests {
                 if let Some(cap) = softcap {
                     product = ((product / cap)?.tanh()? * cap)?;
                 }
-                let head = Head { weight: Weight::Dense(weight.as_tensor().clone()), bias, scale, softcap };
+                let head = Head {
+                    weight: Weight::Dense(weight.as_tensor().clone()),
+                    bias,
+                    scale,
+                    softcap,
+                    changes: Vec::new(),
+                };
                 judge::same(&logits(&hidden, &head, Precision::F32)?, &product, 1e-12)?;
                 check(&hidden, &head, &product)?;
             }
@@ -456,7 +549,8 @@ mod tests {
         let targets: Vec<u32> = (0..rows).map(|i| ((i + 1) * 37 % vocab) as u32).collect();
         let expected = formula(&logits, &Tensor::new(targets.as_slice(), &Device::Cpu)?)?;
         let bias = if biased { Some(gpu.put_as(DType::F32, &bias)?) } else { None };
-        let head = Head { weight: Weight::Dense(gpu.put(&weight)?), bias, scale, softcap };
+        let head =
+            Head { weight: Weight::Dense(gpu.put(&weight)?), bias, scale, softcap, changes: Vec::new() };
         let goal = Goal::plain(0.25);
         let (loss, dh) = forward_backward(&gpu.put(&hidden)?, &head, &targets, goal, Precision::F32)?;
         let (loss, expected_loss) = (loss.value()?, expected.to_scalar::<f64>()?);

@@ -5,6 +5,8 @@
 //! nibble of byte i. Double quantisation stores `absmax - mean(absmax)` in 8 bits by the signed dynamic map, in
 //! blocks of 256. Source: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 #[cfg(feature = "cuda")]
 use candle_core::bail;
 use candle_core::{DType, Device, Result, Tensor};
@@ -90,6 +92,61 @@ pub enum Absmax {
     },
 }
 
+/// The expanded form of a weight, if it is kept on a GPU beside the codes, so that products need not expand it again.
+/// Clones of a weight share it.
+#[derive(Clone, Debug, Default)]
+pub struct Expanded(Arc<Mutex<Held>>);
+
+#[derive(Debug, Default)]
+struct Held {
+    is_wanted: bool,
+    matrix: Option<Tensor>,
+}
+
+impl Expanded {
+    /// Keeps what is expanded from here on; or frees it.
+    pub fn keep(&self, is_wanted: bool) {
+        let mut held = self.lock();
+        held.is_wanted = is_wanted;
+        if !is_wanted {
+            held.matrix = None;
+        }
+    }
+
+    /// The matrix that is kept, if it has this shape and type; if not, what `make` makes, which is kept if it is the
+    /// first. Nobody may write to the weight's own values in it.
+    pub fn or(
+        &self,
+        shape: (usize, usize),
+        dtype: DType,
+        make: impl Fn() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self.kept(shape, dtype, &make)? {
+            Some(matrix) => Ok(matrix),
+            None => make(),
+        }
+    }
+
+    /// As `or`, but `None` if it is not wanted or another one is kept.
+    pub fn kept(
+        &self,
+        shape: (usize, usize),
+        dtype: DType,
+        make: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let mut held = self.lock();
+        if held.is_wanted && held.matrix.is_none() {
+            held.matrix = Some(make()?);
+        }
+        let fits = |matrix: &&Tensor| matrix.dims() == [shape.0, shape.1] && matrix.dtype() == dtype;
+        Ok(held.matrix.as_ref().filter(fits).cloned())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A quantised weight [rows, cols].
 #[derive(Clone, Debug)]
 pub struct FourBit {
@@ -105,6 +162,8 @@ pub struct FourBit {
     pub packed: Tensor,
     /// The scale of each block.
     pub absmax: Absmax,
+    /// Its expanded form, if that is kept.
+    pub expanded: Expanded,
 }
 
 impl FourBit {
@@ -145,7 +204,7 @@ impl FourBit {
             true => nest(&scales)?,
         };
         let packed = Tensor::from_vec(packed, values.len().div_ceil(2), &Device::Cpu)?;
-        Ok(FourBit { code, rows, cols, block, packed, absmax })
+        Ok(FourBit { code, rows, cols, block, packed, absmax, expanded: Expanded::default() })
     }
 
     /// Quantises on the GPU where `source` lies, to the same bits. `source` holds row-major values of type `stored`
@@ -162,12 +221,15 @@ impl FourBit {
         gpu::quantize(source, stored, (rows, cols), code, double, BLOCK)
     }
 
-    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once.
+    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once. Nobody may write to it, because
+    /// it may be what is kept.
     #[cfg(feature = "cuda")]
     pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
-        let out = super::unwritten((self.rows, self.cols), dtype, self.packed.device())?;
-        gpu::dequantize(self, &out, 0)?;
-        Ok(out)
+        self.expanded.or((self.rows, self.cols), dtype, || {
+            let out = super::unwritten((self.rows, self.cols), dtype, self.packed.device())?;
+            gpu::dequantize(self, &out, 0)?;
+            Ok(out)
+        })
     }
 
     /// `dequantize_on_gpu` into rows of a wider matrix, from its element `at` on. Rows narrower than the matrix must be
@@ -177,8 +239,8 @@ impl FourBit {
         gpu::dequantize(self, out, at)
     }
 
-    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given the
-    /// launch after the number of this weight's blocks, and returns it with its own.
+    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given
+    /// the launch after the number of this weight's blocks, and returns it with its own.
     #[cfg(feature = "cuda")]
     pub(super) fn dequantize_inside<'a>(
         &self,
@@ -225,7 +287,8 @@ impl FourBit {
                 offset: *offset,
             },
         };
-        Ok(FourBit { packed: self.packed.to_device(device)?, absmax, ..self.clone() })
+        let (packed, expanded) = (self.packed.to_device(device)?, Expanded::default());
+        Ok(FourBit { packed, absmax, expanded, ..self.clone() })
     }
 
     /// Bytes that a weight [rows, cols] would take.
@@ -444,7 +507,7 @@ mod gpu {
             false => Absmax::Plain(scales),
             true => nest(&host)?,
         };
-        let weight = FourBit { code, rows, cols, block, packed, absmax };
+        let weight = FourBit { code, rows, cols, block, packed, absmax, expanded: Expanded::default() };
         Ok(Ok(weight.to_device(device)?))
     }
 
@@ -470,7 +533,7 @@ mod gpu {
 
     /// The launch that writes a weight, and its blocks.
     fn launch<'a>(weight: &FourBit, name: &str, out: &'a Tensor, at: usize) -> Result<(Launch<'a>, usize)> {
-        let FourBit { code, rows, cols, block, packed, absmax } = weight;
+        let FourBit { code, rows, cols, block, packed, absmax, .. } = weight;
         let stride = out.dim(1)?;
         if !block.is_power_of_two() || *block < 8 {
             bail!("blocks of {block}: a GPU takes powers of two from 8 on");
@@ -509,6 +572,26 @@ mod tests {
     use super::*;
     #[cfg(feature = "cuda")]
     use crate::ops::judge;
+
+    /// The first matrix is kept until it is not wanted any more; one of another shape or type is not.
+    #[test]
+    fn what_is_expanded_is_kept_if_it_is_wanted() -> Result<()> {
+        let (kept, made) = (Expanded::default(), std::cell::Cell::new(0));
+        let ask = |rows: usize, dtype: DType| {
+            kept.or((rows, 3), dtype, || {
+                made.set(made.get() + 1);
+                Tensor::zeros((rows, 3), dtype, &Device::Cpu)
+            })
+        };
+        let after = |rows, dtype| ask(rows, dtype).map(|_| made.get());
+        assert_eq!((after(2, DType::F32)?, after(2, DType::F32)?), (1, 2), "it is not wanted");
+        kept.keep(true);
+        assert_eq!((after(2, DType::F32)?, after(2, DType::F32)?), (3, 3));
+        assert_eq!((after(4, DType::F32)?, after(2, DType::BF16)?, after(2, DType::F32)?), (4, 5, 5));
+        kept.clone().keep(false);
+        assert_eq!(after(2, DType::F32)?, 6);
+        Ok(())
+    }
 
     /// Compares the recorded vectors, and random ones of all sizes around a block in the three types of
     /// checkpoints: the GPU's packed bytes, scales and values equal the CPU's.
@@ -622,7 +705,8 @@ mod tests {
         };
         // Index 15 is the value 1.
         let packed = Tensor::from_vec(vec![0xffu8; 256 * 32], 256 * 32, &device)?;
-        let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax };
+        let expanded = Expanded::default();
+        let weight = FourBit { code: Code::Nf4, rows: 256, cols: 64, block: 64, packed, absmax, expanded };
         let found = weight.dequantize_on_gpu(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
         for (row, &expected) in found.iter().zip(dynamic_map()) {
             assert!(row.iter().all(|value| value.to_bits() == expected.to_bits()), "{row:?}, {expected}");

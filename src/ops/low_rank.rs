@@ -2,13 +2,14 @@
 //! and gradients with spare columns for the low-rank products.
 //!
 //! With `W~ = [[W, B~], [A~, .]]` [N + R, K + R], where A~ stacks the pairs' A and B~ has their `scale * B` in the
-//! columns of their ranks: `U = x A~^T` in the spare columns of x makes `y = [x | U] [W | B~]^T`, and `V = dy B~` in the
-//! spare columns of dy makes `dx = [dy | V] [W; A~]`. Layers that read the same x have one W~, one U and one V. R is a
-//! multiple of 64 (`model/inside.rs` says why); unused columns of U and V are zeros, because A~ and B~ are zero there.
+//! columns of their ranks: `U = x A~^T` in the spare columns of x makes `y = [x | U] [W | B~]^T`, and `V = dy B~` in
+//! the spare columns of dy makes `dx = [dy | V] [W; A~]`. Layers that read the same x have one W~, one U and one V. R
+//! is a multiple of 64 (`model/inside.rs` says why); unused columns of U and V are zeros, because A~ and B~ are zero
+//! there.
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::cuda::product::{Matrix, product};
+use super::cuda::product::{Matrix, product, product_onto};
 use super::cuda::{self, Launch};
 use super::matmul::Weight;
 use super::{rows, unwritten};
@@ -83,8 +84,8 @@ fn around(weights: &[&Weight], spare: usize, dtype: DType) -> Result<Tensor> {
 }
 
 impl Inside {
-    /// Puts the pairs of the parts beside and below their weights. The weights are expanded if `weights` is set; without
-    /// them only the low-rank products may be asked for.
+    /// Puts the pairs of the parts beside and below their weights. The weights are expanded if `weights` is set;
+    /// without them only the low-rank products may be asked for.
     pub fn new(parts: &[Part], spare: usize, dtype: DType, weights: bool) -> Result<Inside> {
         let list: Vec<&Weight> = parts.iter().map(|part| part.weight).collect();
         let matrix = around(&list, spare, dtype)?;
@@ -124,8 +125,8 @@ impl Inside {
         Ok(Inside { matrix, rows, cols, spare })
     }
 
-    /// Adds the pairs to a launch that has the columns of the weight and the spare ones. Returns it with the blocks that
-    /// it needs for them.
+    /// Adds the pairs to a launch that has the columns of the weight and the spare ones. Returns it with the blocks
+    /// that it needs for them.
     fn pairs<'a>(&self, mut launch: Launch<'a>, parts: &[Part]) -> (Launch<'a>, usize) {
         for i in 0..SIDE_BY_SIDE {
             let part = parts.get(i);
@@ -176,6 +177,17 @@ impl Inside {
         let shape = [count, self.rows, self.cols + self.spare];
         let weight = self.at(0, 0).transposed();
         product(shape, alpha, Matrix::rows(x, 0, stride), weight, beta, Matrix::rows(y, 0, width))
+    }
+
+    /// `alpha * [x | U] [W | B~]^T + base` in memory of its own, after `low`: x [T, K + R or wider], base [T, N].
+    pub fn onto(&self, x: &Tensor, alpha: f64, base: &Tensor) -> Result<Tensor> {
+        let ((count, stride), (_, width)) = (self.wide(x, self.cols)?, base.dims2()?);
+        assert_eq!(width, self.rows, "columns of all parts");
+        let sum = unwritten(base.shape(), base.dtype(), base.device())?;
+        let (shape, weight) = ([count, self.rows, self.cols + self.spare], self.at(0, 0).transposed());
+        let (from, to) = (Matrix::rows(base, 0, width), Matrix::rows(&sum, 0, width));
+        product_onto(shape, alpha, Matrix::rows(x, 0, stride), weight, from, to)?;
+        Ok(sum)
     }
 
     /// Writes `V = dy B~` to the spare columns of dy [T, N + R or wider].
@@ -307,8 +319,8 @@ fn slopes<'a>(mut launch: Launch<'a>, parts: &[Learning]) -> Launch<'a> {
 }
 
 /// Adds `factor * V^T xn` to the gradients of A, where `xn = x * scales * weight` is a norm of x [T, K] with one of
-/// `scales` for each row and one of `weight` for each column; the norm is not computed again. `low` holds V, which has at
-/// most 64 ranks.
+/// `scales` for each row and one of `weight` for each column; the norm is not computed again. `low` holds V, which has
+/// at most 64 ranks.
 pub fn normed_gradient(
     x: &Tensor,
     (scales, weight): (&Tensor, &Tensor),
@@ -337,7 +349,8 @@ impl Pair<'_> {
     }
 }
 
-/// `gradient += alpha * left^T right`: left [T, N], right [T, K], gradient [N, K], which may be f32 where they are bf16.
+/// `gradient += alpha * left^T right`: left [T, N], right [T, K], gradient [N, K], which may be f32 where they are
+/// bf16.
 pub fn gradient(left: Columns, right: Columns, alpha: f64, gradient: &Tensor) -> Result<()> {
     let ((n, k), (count, left_width)) = (gradient.dims2()?, left.tensor.dims2()?);
     let (right_count, right_width) = right.tensor.dims2()?;
@@ -370,8 +383,8 @@ mod tests {
         pair: Option<(Tensor, Tensor, f64)>,
     }
 
-    /// Each group as its formula has it: one to three parts, with and without pairs, of ranks 1 to 256, in every form of
-    /// storage; the first rows and a last tile of few rows.
+    /// Each group as its formula has it: one to three parts, with and without pairs, of ranks 1 to 256, in every form
+    /// of storage; the first rows and a last tile of few rows.
     #[test]
     fn layers_with_pairs_inside_equal_the_formula() -> Result<()> {
         let groups: [(&[Shape], usize, usize); 7] = [

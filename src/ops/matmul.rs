@@ -1,6 +1,6 @@
 //! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
 //! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
-//! GPU, cuBLAS multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
+//! GPU, cublasLt multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
 //! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
 //! products on a GPU have the activations' type, with sums in f32.
 
@@ -125,6 +125,19 @@ pub fn forward(
             cpu::edit(y, product)
         })?
     })
+}
+
+/// `alpha * x W^T + base` in memory of its own: x [T, K], base [T, N].
+pub fn onto(x: &Tensor, weight: &Weight, alpha: f64, base: &Tensor, precision: Precision) -> Result<Tensor> {
+    let ((n, k), (rows, x_width)) = (weight.dims(), x.dims2()?);
+    assert!(x_width == k && base.dims() == [rows, n], "{rows}x{x_width} by {n}x{k} onto {:?}", base.dims());
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::onto(x, weight, alpha, base);
+    }
+    let sum = base.copy()?;
+    forward(x, weight, alpha, &sum, 0, 1.0, precision)?;
+    Ok(sum)
 }
 
 /// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
@@ -348,11 +361,11 @@ impl<T: Real> Operand<'_, T> {
     }
 }
 
-/// Products on a GPU by cuBLAS, through `ops/cuda`.
+/// Products on a GPU by cublasLt, through `ops/cuda`.
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
-    use crate::ops::cuda::product::{Matrix, product};
+    use crate::ops::cuda::product::{Matrix, product, product_onto};
     use crate::ops::cuda::{self, Launch};
     use crate::ops::rows;
 
@@ -371,6 +384,16 @@ mod gpu {
         let w = expand(weight, x.dtype())?;
         let (x, w) = (Matrix::rows(x, 0, k), Matrix::rows(&w, 0, k).transposed());
         product([rows, n, k], alpha, x, w, beta, Matrix::rows(y, at, width))
+    }
+
+    /// `alpha x W^T + base`, on the GPU.
+    pub fn onto(x: &Tensor, weight: &Weight, alpha: f64, base: &Tensor) -> Result<Tensor> {
+        let ((n, k), (rows, _)) = (weight.dims(), x.dims2()?);
+        let sum = crate::ops::unwritten(base.shape(), base.dtype(), base.device())?;
+        let w = expand(weight, x.dtype())?;
+        let (x, w) = (Matrix::rows(x, 0, k), Matrix::rows(&w, 0, k).transposed());
+        product_onto([rows, n, k], alpha, x, w, Matrix::rows(base, 0, n), Matrix::rows(&sum, 0, n))?;
+        Ok(sum)
     }
 
     /// By the kernels of `kernels/matmul.cu` if they have this form, else as `forward`.
@@ -616,6 +639,17 @@ mod tests {
         gpu.within(0.0, &columns(&found.to_device(&Device::Cpu)?)?, &unit.matmul(&w.t()?)?)
     }
 
+    /// A sum in memory of its own: the base stays as it is, and the bits are those of a sum in a copy of it.
+    fn onto_another(gpu: &Gpu, weight: &Weight, w: &Tensor, x: &Tensor, base: &Tensor) -> Result<()> {
+        let (on_gpu, before) = (gpu.put(x)?, gpu.put(base)?);
+        let found = onto(&on_gpu, weight, 0.5, &before, Precision::F32)?;
+        gpu.same(&found, &((x.matmul(&w.t()?)? * 0.5)? + base)?)?;
+        let copied = gpu.put(base)?;
+        gpu.within(0.0, &before, &copied.to_device(&Device::Cpu)?)?;
+        forward(&on_gpu, weight, 0.5, &copied, 0, 1.0, Precision::F32)?;
+        gpu.within(0.0, &found, &copied.to_device(&Device::Cpu)?)
+    }
+
     /// A weight in every form of storage, on the GPU.
     fn kinds(gpu: &Gpu, values: &Tensor) -> Result<Vec<Weight>> {
         let (n, k) = values.dims2()?;
@@ -659,6 +693,7 @@ mod tests {
             input_gradient(&gpu.put(y)?, BEFORE, weight, alpha, &found, beta, Precision::F32)?;
             gpu.same(&found, &((columns(y)?.matmul(&w)? * alpha)? + (x * beta)?)?)?;
         }
+        onto_another(gpu, weight, &w, x, &columns(y)?)?;
         let start = gpu.random((n, k), 4)?;
         for dtype in [gpu.dtype, DType::F32] {
             let found = gpu.put_as(dtype, &start)?;

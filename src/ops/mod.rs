@@ -29,11 +29,14 @@ pub mod layer_norm;
 pub mod matmul;
 #[cfg(feature = "cuda")]
 pub mod low_rank;
+pub mod magnitude;
 pub mod number;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
 pub mod slab;
+pub mod stash;
+pub mod tokens;
 
 #[cfg(test)]
 pub mod judge;

@@ -52,8 +52,8 @@ pub fn forward_and_scales(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Res
     Ok((gpu::forward(x, w, eps, spare, Some(&scales))?, scales))
 }
 
-/// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen. On a
-/// GPU, `dx` may have more columns than x behind those that are added to.
+/// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen. On
+/// a GPU, `dx` may have more columns than x behind those that are added to.
 pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
     let (_, width) = x.dims2()?;
     #[cfg(feature = "cuda")]

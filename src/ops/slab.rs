@@ -75,7 +75,7 @@ impl Fills {
     pub fn new(device: &Device) -> Result<Fills> {
         match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Ok(Fills::Beside(super::cuda::side::Side::new(device)?)),
+            Device::Cuda(device) => Ok(Fills::Beside(super::cuda::side::Side::new(device, 2)?)),
             _ => Ok(Fills::AtOnce),
         }
     }
@@ -86,7 +86,7 @@ impl Fills {
         match (self, host) {
             (Fills::AtOnce, Host::Plain(host)) => buffer.slice_set(host, 0, 0),
             #[cfg(feature = "cuda")]
-            (Fills::Beside(side), Host::Pinned(host)) => side.fill(number, buffer, host),
+            (Fills::Beside(side), Host::Pinned(host)) => side.fill(number, buffer, host, host.bytes()),
             #[cfg(feature = "cuda")]
             _ => bail!("buffer {number} lies on another device than its source is for"),
         }

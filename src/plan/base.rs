@@ -3,7 +3,7 @@
 use super::reader::Reader;
 use crate::facts::{
     FourBitCode, Keep, LoraInit, LoraOptions, Matching, Modules, Precision, Quantization, RANK_MAX,
-    Residency, Targets,
+    Residency, Targets, Tokens,
 };
 use crate::memory;
 use crate::spec::Origin;
@@ -150,6 +150,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         alpha,
         dropout: reader.number(L, "lora_dropout"),
         rslora: reader.boolean(L, "use_rslora"),
+        dora: reader.boolean(L, "use_dora"),
         targets: targets(reader),
         matching,
         exclude: exclude(reader),
@@ -157,8 +158,62 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
         layers_pattern,
         rank_pattern,
         alpha_pattern,
+        tokens: tokens(reader),
         init,
         seed,
+    }
+}
+
+/// PEFT's two forms: a list of tokens, whose rows of the embedding are trained, or a map from tables to lists.
+fn tokens(reader: &mut Reader) -> Tokens {
+    use Section::LoraConfig as L;
+    const KEY: &str = "trainable_token_indices";
+    let mut tokens = Tokens::default();
+    let tables = match reader.any(L, KEY) {
+        None | Some(Written::Null) => return tokens,
+        Some(Written::Map(tables)) => tables,
+        Some(list) => vec![("embed_tokens".to_owned(), list)],
+    };
+    for (table, list) in tables {
+        let ids = match &list {
+            Written::List(items) => items.iter().map(token).collect::<Option<Vec<u32>>>(),
+            one => token(one).map(|id| vec![id]),
+        };
+        let Some(ids) = ids else {
+            let origin = reader.origin(L, KEY);
+            reader.wrong(
+                &origin,
+                format!(
+                    "LoraConfig.{KEY}: expected numbers of tokens, such as [128002, 128003] or {{embed_tokens: [128002], \
+                     lm_head: [128002]}}"
+                ),
+            );
+            return Tokens::default();
+        };
+        match table.rsplit('.').next() {
+            Some("lm_head") => tokens.head = ids,
+            Some("embed_tokens" | "word_embeddings") => tokens.embedding = ids,
+            _ => {
+                let origin = reader.origin(L, KEY);
+                reader.wrong(
+                    &origin,
+                    format!("LoraConfig.{KEY}: {table}: expected embed_tokens (the embedding) or lm_head (the output head)"),
+                );
+            }
+        }
+    }
+    tokens
+}
+
+fn token(value: &Written) -> Option<u32> {
+    match value {
+        // Scalars of a value of any shape stay as they are written.
+        Written::Text(text) => text.trim().parse().ok(),
+        Written::Integer(id) => u32::try_from(*id).ok(),
+        Written::Number(id) if id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(id) => {
+            Some(*id as u32)
+        }
+        _ => None,
     }
 }
 
@@ -190,7 +245,8 @@ fn rank_pattern(reader: &mut Reader) -> Vec<(String, usize)> {
 const OTHER_BEGINNINGS: [(&[&str], &str); 4] = [
     (
         &["pissa", "pissa_niter", "olora"],
-        "it changes the base, so that the adapter would fit no other copy of it; use true, gaussian or orthogonal",
+        "it changes the base, so that the adapter would fit no other copy of it, or would need twice the rank; use orthogonal, \
+         which also learns in A and B from the first step, or true or gaussian",
     ),
     (
         &["eva", "corda", "lora_ga"],

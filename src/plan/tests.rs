@@ -4,7 +4,7 @@ use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
 use super::*;
 use crate::dataset::LossOn;
-use crate::facts::{FourBitCode, Keep, LoraInit, Precision, Quantization, Targets};
+use crate::facts::{FourBitCode, Keep, LoraInit, Precision, Quantization, Targets, Tokens};
 use crate::memory::Limit;
 use crate::spec::{self, Request, Setting, Written};
 use crate::train::{Every, Warmup};
@@ -234,6 +234,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("eval_strategy", _) => "steps".into(),
         ("eval_minutes", _) => "0".into(),
         ("train_test_split", _) => "1".into(),
+        ("trainable_token_indices", _) => "[1]".into(),
         ("pushgateway" | "otlp" | "mlflow", _) => "http://127.0.0.1:1".into(),
         ("metric_for_best_model", _) => "eval_loss".into(),
         (_, _) if !key.default.is_empty() => key.default.into(),
@@ -574,6 +575,28 @@ fn schedules_take_their_arguments_and_no_others() {
         ("lr_scheduler_kwargs: 3", "expected a map"),
     ] {
         let fault = schedule(text).unwrap_err();
+        assert!(fault.message.contains(part), "{text}: {fault}");
+    }
+}
+
+#[test]
+fn tokens_are_a_list_or_lists_by_table() {
+    let case = Case::new();
+    let lora = |text: &str| {
+        let text = format!("training_config: {{LoraConfig: {{trainable_token_indices: {text}}}}}\n");
+        case.plan(&text).map(|plan| plan.model.lora.tokens)
+    };
+    let tokens = |embedding: &[u32], head: &[u32]| Tokens { embedding: embedding.into(), head: head.into() };
+    assert_eq!(lora("[7, 5]").unwrap(), tokens(&[7, 5], &[]));
+    assert_eq!(lora("null").unwrap(), tokens(&[], &[]));
+    assert_eq!(lora("{embed_tokens: [7], lm_head: [7, 9]}").unwrap(), tokens(&[7], &[7, 9]));
+    assert_eq!(lora("{model.embed_tokens: 7}").unwrap(), tokens(&[7], &[]));
+    for (text, part) in [
+        ("[seven]", "expected numbers of tokens"),
+        ("[-1]", "expected numbers of tokens"),
+        ("{q_proj: [1]}", "q_proj: expected embed_tokens (the embedding) or lm_head"),
+    ] {
+        let fault = lora(text).unwrap_err();
         assert!(fault.message.contains(part), "{text}: {fault}");
     }
 }

@@ -12,6 +12,7 @@ use url::Url;
 use crate::adapter::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::fault::{Fault, Result};
 use crate::registry::{self, ImageFacts, Target};
+use crate::report::clean::clean;
 use crate::report::{Report, Stage};
 use crate::source;
 
@@ -79,6 +80,9 @@ impl fmt::Display for Destination {
         }
     }
 }
+
+/// LIMIT: letters of a place's name for what it took; a digest has 71.
+const REVISION_LETTERS_MAX: usize = 200;
 
 /// How places are reached, and what is said there of the adapter.
 pub struct Options<'a> {
@@ -149,12 +153,18 @@ pub fn publish(
         }
     };
     let image = matches!(destination, Destination::Image(_));
+    let revision = revision.as_deref().map(shown);
     let published = Published { destination: destination.to_string(), revision, image };
     if !image {
         let version = published.revision.as_deref().map_or(String::new(), |version| format!(", {version}"));
         report.note(Stage::Push, format!("{destination}: the adapter is there{version}"));
     }
     Ok(published)
+}
+
+/// A place's own name for what it took, as text that is safe in a terminal and in a file of lines.
+fn shown(revision: &str) -> String {
+    clean(revision, REVISION_LETTERS_MAX)
 }
 
 /// The files that are sent, the configuration last: where it is, the adapter is whole.
@@ -178,6 +188,14 @@ fn files(folder: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
 mod tests {
     use super::*;
     use crate::fault::Kind;
+
+    #[test]
+    fn what_a_place_calls_a_version_moves_no_cursor() {
+        assert_eq!(shown("0123abcd\u{1b}[2J\nhf://other"), "0123abcd\\u{1b}[2J\\nhf://other");
+        let digest = format!("sha256:{}", "a".repeat(64));
+        assert_eq!((shown(&digest), shown("\"etag\"")), (digest, "\"etag\"".into()));
+        assert!(shown(&"x".repeat(10_000)).len() < 300);
+    }
 
     #[test]
     fn every_kind_of_place_is_read_and_shown() {

@@ -378,7 +378,7 @@ fn reach_at(address: SocketAddr, token: &str, first: &Frame) -> io::Result<TcpSt
 }
 
 /// Waits until rank 0 says that all are there. The inner fault is rank 0's; an error means that it is gone.
-fn welcomed(mut stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
+fn welcomed(stream: TcpStream, until: Instant) -> io::Result<Result<TcpStream>> {
     stream.set_read_timeout(Some(LOOK_INTERVAL))?;
     loop {
         match stream.peek(&mut [0]) {
@@ -394,8 +394,8 @@ fn welcomed(mut stream: TcpStream, until: Instant) -> io::Result<Result<TcpStrea
             return Err(io::Error::other("rank 0 waits for other ranks"));
         }
     }
-    stream.set_read_timeout(Some(GREETING_MAX))?;
-    let frame = Frame::read(&mut stream, GREETING_BYTES_MAX)?;
+    let mut timed = Timed { stream: &stream, until: Instant::now() + GREETING_MAX };
+    let frame = Frame::read(&mut timed, GREETING_BYTES_MAX)?;
     stream.set_read_timeout(None)?;
     match frame.what {
         What::Welcome => Ok(Ok(stream)),

@@ -80,6 +80,10 @@ pub trait Collective: Send + Sync {
     /// completed, and one more while it is in one. The device may hang although its host goes on.
     fn device_is_at(&self, _tick: u64) {}
 
+    /// This rank ends with a fault, whatever call the others are in; they end with it too. A rank of several processes
+    /// says it when it leaves (`link`).
+    fn fails(&self, _fault: &Fault) {}
+
     /// The fault that ended the ranks, if one did. What a device computed with them since then counts for nothing.
     fn ended(&self) -> Option<Fault> {
         None

@@ -179,6 +179,12 @@ impl Collective for Threads {
         Ok(self.meet("an exchange", bytes.to_vec())?.to_vec())
     }
 
+    fn fails(&self, fault: &Fault) {
+        let fault = fault.clone().at(format!("rank {}", self.place.rank));
+        self.lock().broken.get_or_insert(fault);
+        self.shared.changed.notify_all();
+    }
+
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>> {
         let own = if self.place.leads() { bytes.to_vec() } else { Vec::new() };
         Ok(self.meet("a broadcast", own)?[0].clone())

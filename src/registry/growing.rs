@@ -1,11 +1,12 @@
 //! A layer that is too large for one attempt -> a file that grows to it, over several starts.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
 use super::image::Hashing;
 use crate::fault::{Fault, Result};
+use crate::plain;
 
 /// One layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +30,8 @@ pub(super) struct Growing<'a> {
 impl<'a> Growing<'a> {
     /// Opens the file and hashes the bytes that it already has.
     pub(super) fn open(path: &'a Path) -> Result<Growing<'a>> {
-        let file = OpenOptions::new().create(true).read(true).append(true).open(path);
-        let mut file = Hashing::new(file.map_err(|error| Fault::storage("open", path, &error))?);
+        let file = plain::own(path).map_err(|error| Fault::storage("open", path, &error))?;
+        let mut file = Hashing::new(file);
         io::copy(&mut file, &mut io::sink()).map_err(|error| Fault::storage("read", path, &error))?;
         Ok(Growing { path, file })
     }

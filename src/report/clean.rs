@@ -1,6 +1,31 @@
 //! Text from datasets, registries, file names and users -> text that is safe on a terminal and in a log that is kept.
 
 use std::borrow::Cow;
+use std::sync::{PoisonError, RwLock};
+
+/// LIMIT: a shorter secret is a word that a message may hold by chance.
+const SECRET_BYTES_MIN: usize = 6;
+/// What no text may show.
+static SECRETS: RwLock<Vec<String>> = RwLock::new(Vec::new());
+
+/// Masks a secret in every text from now on: servers quote what they were sent.
+pub fn never_show(secret: &str) {
+    let secret = secret.trim();
+    let mut secrets = SECRETS.write().unwrap_or_else(PoisonError::into_inner);
+    if secret.len() >= SECRET_BYTES_MIN && !secrets.iter().any(|known| known == secret) {
+        secrets.push(secret.to_owned());
+        // A secret may be a part of another one.
+        secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    }
+}
+
+fn without_known(text: &str) -> Cow<'_, str> {
+    let secrets = SECRETS.read().unwrap_or_else(PoisonError::into_inner);
+    secrets.iter().fold(Cow::Borrowed(text), |text, secret| match text.contains(secret.as_str()) {
+        true => Cow::Owned(text.replace(secret.as_str(), "***")),
+        false => text,
+    })
+}
 
 /// Replaces control characters and marks that reorder text by visible escapes, so that text from a row or a server
 /// can mislead neither a terminal nor a reader. Removes the secrets of addresses, and cuts texts that are longer than
@@ -26,10 +51,11 @@ fn reorders(letter: char) -> bool {
     matches!(letter, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
-/// Removes user, password and query from every address in the text, including mistyped addresses, and masks words
-/// that look like tokens. Code that knows an address removes its secrets itself; this function catches what such code
-/// missed.
+/// Removes user, password and query from every address in the text, including mistyped addresses. Masks words that look
+/// like tokens, and the secrets of `never_show`. Code that knows an address removes its secrets itself; this function
+/// catches what such code missed.
 pub fn without_secrets(text: &str) -> String {
+    let text = &*without_known(text);
     let is_border = |letter: char| letter.is_whitespace() || matches!(letter, '"' | '\'' | '`' | '<' | '>');
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -135,6 +161,17 @@ mod tests {
         ] {
             assert_eq!(without_secrets(written), shown, "{written}");
         }
+    }
+
+    #[test]
+    fn a_known_secret_is_masked_wherever_it_stands() {
+        for secret in ["canary-of-clean", "canary-of-clean-and-more", " short\n", ""] {
+            never_show(secret);
+        }
+        assert_eq!(
+            clean("bad password xcanary-of-cleanx, canary-of-clean-and-more: short", 99),
+            "bad password x***x, ***: short"
+        );
     }
 
     #[test]

@@ -42,14 +42,19 @@ pub fn path() -> Option<PathBuf> {
 /// LIMIT: bytes of an old message that are covered; hone's are shorter.
 const OLD_BYTES_MAX: u64 = 64 << 10;
 
+/// What a start after a kill does, for `write_ahead`.
+pub const CONTINUES: &str = "it continues from its newest checkpoint";
+/// The same of a program that keeps nothing.
+pub const BEGINS_ANEW: &str = "nothing is lost";
+
 /// Writes, at the start, the message that is right if the process is killed (SIGKILL), since it cannot write then.
-/// Every other end of the run replaces this message.
-pub fn write_ahead(path: &Path) {
+/// `again` says what another start does. Every other end of the process replaces this message.
+pub fn write_ahead(path: &Path, again: &str) {
     let line = serde_json::json!({
         "code": 137,
         "kind": "killed",
         "message": "hone was killed and could not report a reason: it ran out of memory, or its pod was stopped",
-        "help": "start it again: it continues from its newest checkpoint; if the container was OOMKilled, give it more memory",
+        "help": format!("start it again: {again}; if the container was OOMKilled, give it more memory"),
         "retry_helps": true,
     });
     put(path, &format!("{line}\n"));

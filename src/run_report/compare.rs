@@ -95,14 +95,10 @@ fn curves(runs: &[Run], names: &[String]) -> String {
 
 /// Settings by name, those that differ first; the others are folded away.
 fn settings(runs: &[Run], names: &[String]) -> String {
-    let mut keys: Vec<String> = Vec::new();
-    for run in runs {
-        for key in run.fact("plan")["values"].as_object().into_iter().flat_map(serde_json::Map::keys) {
-            if !keys.contains(key) {
-                keys.push(key.clone());
-            }
-        }
-    }
+    let all = runs.iter().flat_map(|run| run.fact("plan")["values"].as_object());
+    let mut seen = BTreeSet::new();
+    let keys: Vec<String> =
+        all.flat_map(serde_json::Map::keys).filter(|key| seen.insert(*key)).cloned().collect();
     let values =
         |key: &String| runs.iter().map(|run| run.setting(key).unwrap_or_default()).collect::<Vec<_>>();
     let row = |key: &String| {

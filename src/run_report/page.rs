@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 use crate::adapter;
 use crate::run_folder::{METRICS, RECORD, TIMELINE};
@@ -10,14 +10,15 @@ use crate::words::size;
 
 use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, facts, folded, page, section, table};
+use super::measured::Measured;
 use super::story::{Failure, Story, plain_text};
 
 /// Answers to held-out rows, which a run makes if it is asked.
 const ANSWERS: &str = "answers.json";
-/// LIMIT: a line of metrics has some 120 bytes; a million logged steps fit.
-const METRICS_BYTES_MAX: u64 = 256 << 20;
-/// LIMIT: `hone.json` lists data files.
-const RECORD_BYTES_MAX: u64 = 64 << 20;
+/// LIMIT: `hone.json` lists data files. Values of JSON take sixteen times their text in memory.
+const RECORD_BYTES_MAX: u64 = 16 << 20;
+/// LIMIT: columns of the table of evaluations.
+const COLUMNS_MAX: usize = 64;
 /// Lines that are drawn behind their mean from so many points on.
 const SMOOTH_FROM: usize = 60;
 
@@ -32,10 +33,10 @@ pub struct Run {
     adapter: Json,
     /// What base and tuned model answered to held-out rows.
     answers: Json,
-    /// Lines of `metrics.jsonl`.
-    pub metrics: Vec<Json>,
-    /// Lines of `timeline.jsonl`, the newest of each step.
-    timeline: Vec<Json>,
+    /// `metrics.jsonl`
+    metrics: Measured,
+    /// `timeline.jsonl`, the newest line of each step.
+    timeline: Measured,
 }
 
 impl Run {
@@ -45,17 +46,13 @@ impl Run {
             let text = plain_text(&folder.join(name), RECORD_BYTES_MAX);
             text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or(Json::Null)
         };
-        let lines = |name: &str| -> Vec<Json> {
-            let text = plain_text(&folder.join(name), METRICS_BYTES_MAX).unwrap_or_default();
-            text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-        };
         Run {
             story,
             record: json(RECORD),
             adapter: json(adapter::CONFIG_FILE),
             answers: json(ANSWERS),
-            metrics: lines(METRICS),
-            timeline: newest_of_each_step(lines(TIMELINE)),
+            metrics: Measured::read(&folder.join(METRICS)),
+            timeline: Measured::newest(&folder.join(TIMELINE)),
             folder: folder.to_owned(),
         }
     }
@@ -92,29 +89,19 @@ impl Run {
 
     /// Points of a metric over the steps.
     pub fn points(&self, name: &str) -> Vec<(f64, f64)> {
-        points(&self.metrics, name)
+        self.metrics.points(name)
     }
 
     /// Points of what differs from start to start.
     pub fn timed(&self, name: &str) -> Vec<(f64, f64)> {
-        points(&self.timeline, name)
+        self.timeline.points(name)
     }
 
     /// Names of the metrics that evaluations of single sources have.
     pub fn sources(&self) -> Vec<String> {
-        let mut names: Vec<String> = Vec::new();
-        for line in &self.metrics {
-            for key in line.as_object().into_iter().flat_map(serde_json::Map::keys) {
-                if key.starts_with("eval_")
-                    && key.ends_with("_loss")
-                    && key != "eval_loss"
-                    && !names.contains(key)
-                {
-                    names.push(key.clone());
-                }
-            }
-        }
-        names
+        let of_source =
+            |name: &&String| name.starts_with("eval_") && name.ends_with("_loss") && *name != "eval_loss";
+        self.metrics.names().filter(of_source).cloned().collect()
     }
 
     fn failure(&self) -> Option<&Failure> {
@@ -143,20 +130,6 @@ impl Run {
         let seen = self.timed("memory_bytes").iter().map(|(_, bytes)| *bytes as u64).max();
         told.or(seen)
     }
-}
-
-fn newest_of_each_step(lines: Vec<Json>) -> Vec<Json> {
-    let mut by_step = std::collections::BTreeMap::new();
-    for line in lines {
-        if let Some(step) = line["step"].as_u64() {
-            by_step.insert(step, line);
-        }
-    }
-    by_step.into_values().collect()
-}
-
-fn points(lines: &[Json], name: &str) -> Vec<(f64, f64)> {
-    lines.iter().filter_map(|line| Some((line["step"].as_f64()?, line.get(name)?.as_f64()?))).collect()
 }
 
 /// The page of one run.
@@ -196,7 +169,8 @@ fn subtitle(run: &Run) -> String {
 
 /// `2026-11-27 08:45`
 fn date(seconds: u64) -> String {
-    crate::words::date(std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds), "%Y-%m-%d %H:%M")
+    let time = std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(seconds));
+    time.map_or_else(String::new, |time| crate::words::date(time, "%Y-%m-%d %H:%M"))
 }
 
 /// A failed run's page begins with why, and what to do.
@@ -299,7 +273,7 @@ fn charts(run: &Run) -> String {
 }
 
 fn evaluation(run: &Run) -> String {
-    let lines: Vec<&Json> = run.metrics.iter().filter(|line| line.get("eval_loss").is_some()).collect();
+    let lines = &run.metrics.evaluations;
     let told = run.fact("evaluation");
     let mut rows: Vec<(&str, String)> = Vec::new();
     if let Some(step) = told["best_step"].as_u64() {
@@ -321,22 +295,26 @@ fn evaluation(run: &Run) -> String {
         return html + &format!("<p class=\"soft\">No evaluation was made {why}.</p>\n");
     }
     let mut names: Vec<String> = Vec::new();
-    for key in lines.iter().flat_map(|line| line.as_object().into_iter().flat_map(serde_json::Map::keys)) {
-        if !names.contains(key) {
+    for key in lines.iter().flat_map(serde_json::Map::keys) {
+        if names.len() < COLUMNS_MAX && !names.contains(key) {
             names.push(key.clone());
         }
     }
     let best = told["best_step"].as_u64();
-    let cell = |line: &Json, name: &String| {
-        let shown = if name == "step" { text(&line[name]) } else { number(&line[name]) };
-        let marked = name == "step" && line["step"].as_u64() == best && best.is_some();
+    let cell = |line: &Map<String, Json>, name: &String| {
+        let value = line.get(name).unwrap_or(&Json::Null);
+        let shown = if name == "step" { text(value) } else { number(value) };
+        let marked = name == "step" && value.as_u64() == best && best.is_some();
         if marked { format!("<b>{} (best)</b>", escaped(&shown)) } else { escaped(&shown) }
     };
-    let row = |line: &&Json| names.iter().map(|name| cell(line, name)).collect::<Vec<String>>();
+    let row = |line: &Map<String, Json>| names.iter().map(|name| cell(line, name)).collect::<Vec<String>>();
     let rows: Vec<Vec<String>> = lines.iter().map(row).collect();
     let head: Vec<&str> = names.iter().map(String::as_str).collect();
     let whole = table(&head, &rows);
-    html += &if rows.len() > 12 { folded(&format!("All {} evaluations", rows.len()), &whole) } else { whole };
+    let told = run.metrics.evaluations_told;
+    let all = if told > rows.len() { "The first" } else { "All" };
+    html +=
+        &if rows.len() > 12 { folded(&format!("{all} {} evaluations", rows.len()), &whole) } else { whole };
     html + &prompts(run)
 }
 

@@ -1,6 +1,5 @@
 //! `report.json`: the facts of a run, what was noted, and how each of its starts ended.
 
-use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +9,7 @@ use crate::fault::Fault;
 use crate::run_folder::REPORT_FACTS;
 
 /// LIMIT: facts and notes of a run are tens of kilobytes.
-const STORY_BYTES_MAX: u64 = 64 << 20;
+const STORY_BYTES_MAX: u64 = 16 << 20;
 /// LIMIT: starts that are remembered; a job that is evicted often has some tens.
 const STARTS_MAX: usize = 100;
 
@@ -74,8 +73,7 @@ pub struct Failure {
 
 /// The text of a plain file that is not too large.
 pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
-    let found = fs::metadata(file).ok()?;
-    (found.is_file() && found.len() <= bytes_max).then(|| fs::read_to_string(file).ok())?
+    String::from_utf8(crate::plain::read(file, bytes_max).ok()?).ok()
 }
 
 impl Story {

@@ -171,6 +171,45 @@ fn results_of_older_versions_have_a_page_that_says_what_is_missing() {
     assert_eq!(fault.kind, Kind::Usage);
 }
 
+/// Numbers at the ends of their types, values of other types, and files that are something else.
+#[test]
+fn a_hostile_folder_has_a_page_or_is_refused() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("a");
+    fs::create_dir(&folder).unwrap();
+    let most = u64::MAX;
+    let start = json!({"began": most, "ended": 0, "fault": {"exit_code": 255, "message": HOSTILE}});
+    let keys: serde_json::Map<String, Json> =
+        (0..50_000).map(|key| (format!("key {key}"), json!({"value": key}))).collect();
+    let story = json!({"facts": {"plan": {"values": keys}, "trained": {"seconds": 1e308, "steps": -1, "loss": "x"},
+        "data rows": {"lengths": [[1, 2, most], 5, []], "tokens": most, "learned": most},
+        "memory plan": {"terms": {"a": most}, "bytes": []}, "memory used": {"peak_bytes": most},
+        "published": {"a": 1}, "evaluation": {"best_step": most}},
+        "notes": [{"seconds": -1e308, "text": HOSTILE}], "starts": [start, start]});
+    fs::write(folder.join("report.json"), story.to_string()).unwrap();
+    let lines = [(0, 1e308), (most, -1e308), (1, 5e-324)]
+        .map(|(step, loss)| json!({"step": step, "loss": loss, "eval_loss": loss, "memory_bytes": loss}));
+    let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    for name in ["metrics.jsonl", "timeline.jsonl"] {
+        fs::write(folder.join(name), &lines).unwrap();
+    }
+    for name in ["hone.json", "adapter_config.json", "answers.json"] {
+        fs::write(folder.join(name), "[".repeat(100_000)).unwrap();
+    }
+    let began = Instant::now();
+    let page = fs::read_to_string(make(&[folder.clone()], None).unwrap()).unwrap();
+    assert_alone(&page);
+    let both = make(&[folder.clone(), folder.clone()], Some(&parent.path().join("both.html"))).unwrap();
+    assert_alone(&fs::read_to_string(both).unwrap());
+    assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
+    // What is no plain file is as good as absent.
+    for name in ["report.json", "metrics.jsonl", "timeline.jsonl"] {
+        fs::remove_file(folder.join(name)).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", folder.join(name)).unwrap();
+    }
+    assert_eq!(make(&[folder], None).unwrap_err().kind, Kind::Usage);
+}
+
 #[test]
 fn runs_are_compared_on_one_page() {
     let parent = tempfile::tempdir().unwrap();

@@ -53,7 +53,7 @@ impl Context {
             let answer = self.model.engine.submit(request.clone()).map_err(Error::from)?;
             Ok(Speaker::new(self.model.clone(), answer, &self.ask, &request))
         };
-        self.ask.requests().into_iter().map(submit).collect()
+        self.ask.requests().map(submit).collect()
     }
 
     fn prompt(&self, index: usize) -> &super::ask::Prompt {

@@ -13,8 +13,11 @@ use crate::generate::{Request, Sampling, Strength};
 
 /// LIMIT: choices of one request.
 const CHOICES_MAX: i64 = 128;
-/// LIMIT: prompts of one request.
+/// LIMIT: prompts of one request, and choices of all of them together.
 const PROMPTS_MAX: usize = 4096;
+/// LIMIT: tokens that end an answer, and tokens with a bias; each choice keeps its own list.
+const STOP_TOKENS_MAX: usize = 1024;
+const BIASES_MAX: usize = 1024;
 /// LIMIT: stop strings of one request.
 const STOPS_MAX: usize = 16;
 /// LIMIT: alternatives of one token.
@@ -73,14 +76,14 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// The engine's requests in the order of the choices.
-    pub fn requests(&self) -> Vec<Request> {
+    /// The engine's requests in the order of the choices, each made when it is asked for.
+    pub fn requests(&self) -> impl Iterator<Item = Request> {
         let choice = |prompt: &Prompt, number: usize| {
             let mut request = Request { prompt: prompt.ids.clone(), ..self.request.clone() };
             request.sampling.seed = self.request.sampling.seed.wrapping_add(number as u64);
             request
         };
-        self.prompts.iter().flat_map(|prompt| (0..self.n).map(move |n| choice(prompt, n))).collect()
+        self.prompts.iter().flat_map(move |prompt| (0..self.n).map(move |n| choice(prompt, n)))
     }
 }
 
@@ -311,8 +314,11 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     };
     out.insert("content".into(), content);
     if let Some(Value::Array(calls)) = out.get_mut("tool_calls") {
-        for call in calls {
-            let arguments = &mut call["function"]["arguments"];
+        for (number, call) in calls.iter_mut().enumerate() {
+            let function = call.get_mut("function").and_then(Value::as_object_mut);
+            let function = function
+                .ok_or_else(|| wrong(&format!("tool_calls[{number}]: expected an object with a function")))?;
+            let Some(arguments) = function.get_mut("arguments") else { continue };
             if let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
             {
                 *arguments = parsed;
@@ -379,6 +385,10 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     let adapters = adapters(fields, model, &name)?;
     without(fields)?;
     let n = fields.size("n", 1..=CHOICES_MAX)?.unwrap_or(1);
+    if prompts.len() * n > PROMPTS_MAX {
+        let all = prompts.len() * n;
+        return Err(Error::field("n", format!("n: {all} choices of all prompts, limit {PROMPTS_MAX}")));
+    }
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
     response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
@@ -389,7 +399,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     };
     let ignore_ends = fields.flag("ignore_eos")?.unwrap_or(false);
     let mut stop_tokens = if ignore_ends { Vec::new() } else { model.defaults.stop_tokens.clone() };
-    stop_tokens.extend(fields.tokens("stop_token_ids")?.unwrap_or_default());
+    stop_tokens.extend(few(fields.tokens("stop_token_ids")?, "stop_token_ids", STOP_TOKENS_MAX)?);
     let asked = fields.size("max_completion_tokens", 0..=i64::MAX)?;
     let asked = asked.or(fields.size("max_tokens", if form == Form::Chat { 1 } else { 0 }..=i64::MAX)?);
     let legacy = (form == Form::Completion).then_some(16); // OpenAI's default of the older form.
@@ -517,9 +527,22 @@ fn sampling(fields: &Fields, model: &Model) -> Result<Sampling> {
     })
 }
 
+/// A list, unless it is too long.
+fn few(list: Option<Vec<u32>>, name: &str, most: usize) -> Result<Vec<u32>> {
+    let list = list.unwrap_or_default();
+    match list.len() > most {
+        true => Err(Error::field(name, format!("{name}: found {}, limit {most}", list.len()))),
+        false => Ok(list),
+    }
+}
+
 /// OpenAI's map from token ids, written as texts, to -100..100.
 fn bias(fields: &Fields, model: &Model) -> Result<Vec<(u32, f32)>> {
     let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    if map.len() > BIASES_MAX {
+        let message = format!("logit_bias: found {}, limit {BIASES_MAX}", map.len());
+        return Err(Error::field("logit_bias", message));
+    }
     let vocabulary = model.engine.facts().vocabulary;
     let entry = |(id, value): (&String, &Value)| {
         let token = id.parse::<u32>().ok().filter(|id| (*id as usize) < vocabulary);

@@ -10,6 +10,9 @@ use crate::fault;
 use crate::generate::defaults::Defaults;
 use crate::generate::{Adapter, Shared, Strength};
 
+/// LIMIT: tokens of a text that is only tokenized.
+const TOKENS_MAX: usize = 1 << 20;
+
 /// An adapter's source, as a request names it -> its folder.
 pub type Bring = Arc<dyn Fn(&str) -> fault::Result<Brought> + Send + Sync>;
 
@@ -177,8 +180,22 @@ impl Model {
         Ok(adapter)
     }
 
-    /// Token ids of a text; `specials` adds those that the tokenizer puts around a text.
+    /// Token ids of a text; `specials` adds those that the tokenizer puts around a text. A very long text gives only
+    /// its beginning, with more tokens than the context holds.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text, specials).map_err(Error::bad)
+        let context = self.engine.facts().context;
+        self.tokenizer.encode_beginning(text, specials, context).map_err(Error::bad)
+    }
+
+    /// All token ids of a text.
+    ///
+    /// # Errors
+    /// They are more than `TOKENS_MAX`.
+    pub fn tokens(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode_beginning(text, specials, TOKENS_MAX).map_err(Error::bad)?;
+        match ids.len() > TOKENS_MAX {
+            true => Err(Error::bad(format!("The text has more than {TOKENS_MAX} tokens; send it in parts"))),
+            false => Ok(ids),
+        }
     }
 }

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::answer::{self, Context};
 use super::ask::{self, Ask, Form};
@@ -20,15 +20,22 @@ use super::metrics::Metrics;
 use super::model::Model;
 use super::reply::{Answer, Reply, json_answer, typed};
 use super::state::{Phase, State};
-use crate::dataset::Chat;
+use crate::dataset::{Chat, Tokenizer};
 use crate::endpoint::PROMETHEUS;
 use crate::generate::Strength;
 
 const PAGE: &str = include_str!("page.html");
 /// LIMIT: time a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-/// LIMIT: bodies of all connections together.
+/// LIMIT: bodies of all connections together, until they are read.
 const BODIES_BYTES_MAX: usize = 256 << 20;
+/// LIMIT: memory that reading bodies takes, of all connections together.
+const READING_BYTES_MAX: usize = 1 << 30;
+/// Memory of a value of JSON, and of a token while a text is tokenized.
+const VALUE_BYTES: usize = 64;
+const TOKEN_BYTES: usize = 256;
+/// LIMIT: letters of a header that names what had no effect.
+const IGNORED_LETTERS_MAX: usize = 1000;
 
 /// What all connections share.
 pub struct Service {
@@ -37,7 +44,8 @@ pub struct Service {
     /// Counts of all connections.
     pub metrics: Arc<Metrics>,
     body_bytes_max: usize,
-    bodies: Semaphore,
+    bodies: Arc<Semaphore>,
+    reading: Arc<Semaphore>,
     /// Digest of the key: comparing digests takes the same time wherever they differ.
     key: Option<[u8; 32]>,
 }
@@ -49,7 +57,8 @@ impl Service {
             state,
             metrics: Arc::default(),
             body_bytes_max,
-            bodies: Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max)),
+            bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
+            reading: Arc::new(Semaphore::new(READING_BYTES_MAX)),
             key: key.map(digest),
         }
     }
@@ -165,14 +174,12 @@ impl Service {
     ) -> Answer {
         let model = self.serving()?;
         let stop = self.state.begin();
-        let bytes = self.body(request).await?;
         let reader = model.clone();
-        // Tokens of a long prompt take a while: other connections go on meanwhile.
-        let ask = tokio::task::spawn_blocking(move || read(&object(&bytes)?, &reader)).await;
-        let ask =
-            ask.map_err(|_| Error::new(StatusCode::INTERNAL_SERVER_ERROR, "the request could not be read"))??;
+        let ask = self.read(request, move |map| read(map, &reader)).await?;
         // A header holds visible letters alone.
-        let ignored = ask.ignored.join(",").replace(|c: char| !c.is_ascii_graphic(), "?");
+        let ignored = ask.ignored.iter().flat_map(|name| name.chars().chain([','])).take(IGNORED_LETTERS_MAX);
+        let ignored: String = ignored.map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
+        let ignored = ignored.trim_end_matches(',');
         let context = Arc::new(Context::new(model, ask, self.metrics.clone(), stop));
         let mut response = match context.ask.stream && context.ask.form != Form::Kaito {
             true => {
@@ -186,7 +193,7 @@ impl Service {
             false => json_answer(&answer::complete(context).await?),
         };
         // A caller sees which of its fields changed nothing.
-        if let Some(value) = HeaderValue::from_str(&ignored).ok().filter(|value| !value.is_empty()) {
+        if let Some(value) = HeaderValue::from_str(ignored).ok().filter(|value| !value.is_empty()) {
             response.headers_mut().insert("x-ignored-fields", value);
         }
         Ok(response)
@@ -194,33 +201,56 @@ impl Service {
 
     async fn with_body(&self, request: Request<Incoming>, work: fn(&Fields, &Model) -> Answer) -> Answer {
         let model = self.serving()?;
-        let bytes = self.body(request).await?;
-        let done =
-            tokio::task::spawn_blocking(move || work(&Fields::new(&object(&bytes)?, ""), &model)).await;
-        done.map_err(|_| {
+        self.read(request, move |map| work(&Fields::new(map, ""), &model)).await
+    }
+
+    /// Reads a body, and then what it says, while other connections go on: tokens of a long prompt take a while. What
+    /// bodies and their values take in memory is bounded over all connections.
+    async fn read<T: Send + 'static>(
+        &self,
+        request: Request<Incoming>,
+        work: impl FnOnce(&Map<String, Value>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (bytes, room) = self.body(request).await?;
+        let memory = self.reading.clone().acquire_many_owned(reading_bytes(&bytes)).await;
+        // The work goes on if the client leaves, and so do its rooms.
+        let work = move || {
+            let _rooms = (room, memory.expect("never closed"));
+            work(&object(&bytes)?)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| {
             Error::new(StatusCode::INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
         })?
     }
 
-    async fn body(&self, request: Request<Incoming>) -> Result<Bytes> {
+    async fn room(&self, bytes: usize) -> OwnedSemaphorePermit {
+        self.bodies.clone().acquire_many_owned(bytes as u32).await.expect("never closed")
+    }
+
+    /// A body, and its room among all bodies, to be held as long as the body. Only bytes that came take room, so that
+    /// clients that say much and send little keep nobody out.
+    async fn body(&self, request: Request<Incoming>) -> Result<(Bytes, OwnedSemaphorePermit)> {
         let limit = self.body_bytes_max;
         let too_large =
             || Error::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body has more than {limit} bytes"));
-        let told = request.body().size_hint().upper();
-        if told.is_some_and(|bytes| bytes > limit as u64) {
+        if request.body().size_hint().upper().is_some_and(|bytes| bytes > limit as u64) {
             return Err(too_large());
         }
-        let room = told.map_or(limit, |bytes| bytes as usize) as u32;
         let read = async {
-            let _room = self.bodies.acquire_many(room).await.expect("never closed");
-            Limited::new(request.into_body(), limit).collect().await
+            let (mut body, mut bytes, mut held) = (request.into_body(), Vec::new(), self.room(0).await);
+            while let Some(frame) = body.frame().await {
+                let frame = frame.map_err(|_| Error::bad("The body ended early"))?;
+                let Ok(data) = frame.into_data() else { continue };
+                if bytes.len() + data.len() > limit {
+                    return Err(too_large());
+                }
+                held.merge(self.room(data.len()).await);
+                bytes.extend_from_slice(&data);
+            }
+            Ok::<_, Error>((Bytes::from(bytes), held))
         };
-        match tokio::time::timeout(BODY_TIMEOUT, read).await {
-            Ok(Ok(body)) => Ok(body.to_bytes()),
-            Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
-            Ok(Err(_)) => Err(Error::bad("The body ended early")),
-            Err(_) => Err(Error::new(StatusCode::REQUEST_TIMEOUT, "The body did not arrive in time")),
-        }
+        let late = |_| Error::new(StatusCode::REQUEST_TIMEOUT, "The body did not arrive in time");
+        tokio::time::timeout(BODY_TIMEOUT, read).await.map_err(late)?
     }
 }
 
@@ -249,6 +279,13 @@ const MIX: &str = "/v1/mixes/";
 
 fn digest(text: &str) -> [u8; 32] {
     Sha256::digest(text.as_bytes()).into()
+}
+
+/// Memory that reading a body may take: its values, and the tokens of its texts, of which so many are made at once.
+fn reading_bytes(body: &[u8]) -> u32 {
+    let values = body.iter().filter(|byte| matches!(byte, b',' | b':' | b'[' | b'{')).count();
+    let tokens = body.len().min(Tokenizer::TEXT_BYTES_AT_ONCE);
+    (values * VALUE_BYTES + tokens * TOKEN_BYTES).min(READING_BYTES_MAX) as u32
 }
 
 fn object(bytes: &[u8]) -> Result<Map<String, Value>> {
@@ -312,8 +349,8 @@ fn one_model(model: &Model, name: &str) -> Answer {
 fn tokenize(fields: &Fields, model: &Model) -> Answer {
     let specials = fields.flag("add_special_tokens")?;
     let tokens = match (fields.text("prompt")?, fields.get("messages")) {
-        (Some(prompt), _) => model.encode(prompt, specials.unwrap_or(true))?,
-        (None, Some(_)) => model.encode(&ask::chat_text(fields, model)?, specials.unwrap_or(false))?,
+        (Some(prompt), _) => model.tokens(prompt, specials.unwrap_or(true))?,
+        (None, Some(_)) => model.tokens(&ask::chat_text(fields, model)?, specials.unwrap_or(false))?,
         (None, None) => return Err(Error::field("prompt", "prompt or messages is missing")),
     };
     let count = tokens.len();
@@ -342,4 +379,21 @@ fn detokenize(fields: &Fields, model: &Model) -> Answer {
         return Err(Error::from(crate::generate::Refusal::UnknownToken { token, vocabulary }).of("tokens"));
     }
     Ok(json_answer(&json!({"prompt": model.tokenizer.decode(&tokens, false)})))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A short body has little weight; one of nothing but values has the weight of its values.
+    #[test]
+    fn a_body_weighs_what_reading_it_takes() {
+        assert_eq!(reading_bytes(br#"{"prompt": [1, 2]}"#), (4 * VALUE_BYTES + 18 * TOKEN_BYTES) as u32);
+        assert!(reading_bytes(&[b'0'; 16 << 20]) <= 256 << 20, "its texts are tokenized in parts");
+        assert_eq!(
+            reading_bytes(&[b','; 64 << 20]) as usize,
+            READING_BYTES_MAX,
+            "it can still be read, alone"
+        );
+    }
 }

@@ -70,13 +70,13 @@ pub fn forbidden_host(url: &Url) -> bool {
     }
 }
 
-/// The error if a host name resolves to forbidden addresses only.
+/// The error if a host is a forbidden address, or its name resolves to such addresses only.
 #[derive(Debug)]
 pub struct Forbidden;
 
 impl fmt::Display for Forbidden {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the host name leads to a link-local address")
+        f.write_str("the host is a link-local address, or its name leads to one")
     }
 }
 

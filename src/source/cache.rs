@@ -70,16 +70,19 @@ impl Cache {
             return Ok(None);
         }
         let path = self.blob_path(sha256);
-        let file = match fs::File::open(&path) {
-            Ok(file) => file,
+        match plain::open(&path) {
+            Ok(file) => {
+                let (bytes, hasher) =
+                    hash::read(file, |_| ()).map_err(|error| Fault::storage("read", &path, &error))?;
+                let sha256 = sha256.to_owned();
+                if hash::hex(hasher) == sha256 {
+                    return Ok(Some(Blob { path, bytes, sha256 }));
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A pipe or a device in its place.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
             Err(error) => return Err(Fault::storage("open", &path, &error)),
-        };
-        let (bytes, hasher) =
-            hash::read(file, |_| ()).map_err(|error| Fault::storage("read", &path, &error))?;
-        let sha256 = sha256.to_owned();
-        if hash::hex(hasher) == sha256 {
-            return Ok(Some(Blob { path, bytes, sha256 }));
         }
         let text = format!("{} was damaged on disk and has been removed", path.display());
         report.warn(Stage::Download, text);
@@ -92,7 +95,7 @@ impl Cache {
         let folder = self.slot_path(url);
         create_folder(&folder)?;
         let path = folder.join("lock");
-        let lock = fs::File::create(&path).map_err(|error| Fault::storage("create", &path, &error))?;
+        let lock = plain::own(&path).map_err(|error| Fault::storage("create", &path, &error))?;
         loop {
             match lock.try_lock() {
                 Ok(()) => {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use reqwest::{Method, redirect};
 use tokio::runtime::Runtime;
+use url::Url;
 
 use super::{address, describe, tls};
 use crate::fault::{Fault, Result};
@@ -17,8 +18,16 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client with a runtime of its own.
 pub struct Caller {
-    runtime: Runtime,
-    client: reqwest::Client,
+    runtime: Option<Runtime>,
+    client: Option<reqwest::Client>,
+}
+
+impl Drop for Caller {
+    /// A name that is being looked up is not waited for.
+    fn drop(&mut self) {
+        self.client = None;
+        self.runtime.take().into_iter().for_each(Runtime::shutdown_background);
+    }
 }
 
 /// What is asked.
@@ -57,18 +66,24 @@ impl Caller {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime =
             runtime.map_err(|error| Fault::internal(format!("no runtime for requests: {error}")))?;
-        Ok(Caller { runtime, client })
+        Ok(Caller { runtime: Some(runtime), client: Some(client) })
     }
 
     /// Status and body of the answer; a text that says why there is none.
     pub fn call(&self, call: &Call) -> std::result::Result<(u16, Vec<u8>), String> {
         let method = Method::from_bytes(call.method.as_bytes()).map_err(|error| error.to_string())?;
-        let mut request = self.client.request(method, call.url).header("content-type", call.content_type);
+        let url = Url::parse(call.url).map_err(|error| error.to_string())?;
+        if address::forbidden_host(&url) {
+            return Err(format!("{}, which hone refuses", address::Forbidden));
+        }
+        let client = self.client.as_ref().expect("there until it is dropped");
+        let mut request = client.request(method, url).header("content-type", call.content_type);
         for (name, value) in call.headers {
             request = request.header(name, value);
         }
         let request = request.body(call.body.clone());
-        self.runtime.block_on(async {
+        let runtime = self.runtime.as_ref().expect("there until it is dropped");
+        runtime.block_on(async {
             let failed = |error: reqwest::Error| describe::innermost(&error).to_string();
             let mut answer = request.send().await.map_err(failed)?;
             let status = answer.status().as_u16();

@@ -156,6 +156,9 @@ pub async fn get(client: &reqwest::Client, ask: &Ask<'_>, options: &Options) -> 
         }
         None => ask.url,
     };
+    if address::forbidden_host(url) {
+        return Err(Fault::config(format!("{}: {}, which hone refuses", ask.name, address::Forbidden)).into());
+    }
     let resume = resume.filter(|_| ask.signed.is_none() || headers.contains_key(header::RANGE));
     // The client's timeouts restart with each byte, so one header per second could go on for hours.
     let patience = options.connect_timeout + 2 * options.read_timeout;
@@ -223,7 +226,9 @@ fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let (first, last) = range.split_once('-')?;
     let (first, last) = (first.parse().ok()?, last.parse().ok()?);
     let total = if total == "*" { None } else { Some(total.parse().ok()?) };
-    (first <= last && total.is_none_or(|total| last < total)).then_some((first, last, total))
+    // The length is one more than the difference.
+    let ordered = first <= last && last < u64::MAX;
+    (ordered && total.is_none_or(|total| last < total)).then_some((first, last, total))
 }
 
 fn identity(headers: &HeaderMap, name: &str) -> Result<()> {
@@ -306,6 +311,7 @@ mod tests {
             "bytes 9-5/10",
             "bytes 5-10/10",
             "bytes 5-/10",
+            "bytes 0-18446744073709551615/*",
             "bytes -1-2/3",
             "items 0-1/2",
         ] {

@@ -8,6 +8,7 @@ use url::Url;
 
 use crate::fault::{Fault, Result};
 use crate::plain;
+use crate::report::clean::never_show;
 
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -67,6 +68,7 @@ impl Hub {
 }
 
 fn header(token: &str, origin: &str) -> Result<HeaderValue> {
+    never_show(token);
     let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
         Fault::auth(format!("the token of {origin} contains characters that a token cannot have"))
             .help("a token is one line that begins with hf_")

@@ -39,12 +39,7 @@ struct Version {
 impl Partial {
     /// Opens what an earlier attempt left, or an empty file if nothing can be resumed.
     pub fn open(path: &Path, version_path: &Path) -> Result<Partial> {
-        let mut file = fs::OpenOptions::new()
-            .create(true)
-            .read(true)
-            .append(true)
-            .open(path)
-            .map_err(|error| Fault::storage("open", path, &error))?;
+        let mut file = plain::own(path).map_err(|error| Fault::storage("open", path, &error))?;
         let (bytes, hasher) =
             hash::read(&mut file, |_| ()).map_err(|error| Fault::storage("read", path, &error))?;
         let version: Version = plain::small(version_path)

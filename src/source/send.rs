@@ -32,11 +32,19 @@ const WAIT_MAX: Duration = Duration::from_secs(120);
 
 /// Sends requests, follows no redirect, and has a runtime of its own.
 pub struct Sender {
-    runtime: Runtime,
-    client: reqwest::Client,
+    runtime: Option<Runtime>,
+    client: Option<reqwest::Client>,
     attempts_max: u32,
     first_pause: Duration,
     timeout: Duration,
+}
+
+impl Drop for Sender {
+    /// A name that is being looked up is not waited for.
+    fn drop(&mut self) {
+        self.client = None;
+        self.runtime.take().into_iter().for_each(Runtime::shutdown_background);
+    }
 }
 
 /// What is sent.
@@ -121,7 +129,8 @@ impl Sender {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Fault::internal(format!("no runtime for uploads: {error}")))?;
         let (attempts_max, first_pause) = (options.attempts_max, options.backoff);
-        Ok(Sender { runtime, client, attempts_max, first_pause, timeout: options.read_timeout })
+        let (runtime, client, timeout) = (Some(runtime), Some(client), options.read_timeout);
+        Ok(Sender { runtime, client, attempts_max, first_pause, timeout })
     }
 
     /// The answer of the first attempt whose failure another attempt would not mend. An answer that refuses is an
@@ -129,7 +138,15 @@ impl Sender {
     ///
     /// # Errors
     /// Push: there was no answer in `attempts_max` attempts. Interrupted: a signal came; only the push is left.
+    /// Config: the address is one that no request may go to.
     pub fn send(&self, sending: &Sending, report: &Report) -> Result<Answer> {
+        if address::forbidden_host(sending.url) {
+            return Err(Fault::config(format!(
+                "{}: {}, which hone refuses",
+                sending.name,
+                address::Forbidden
+            )));
+        }
         let mut failures = 0;
         loop {
             if interrupt::requested() {
@@ -160,7 +177,8 @@ impl Sender {
     }
 
     fn attempt(&self, sending: &Sending) -> Attempted {
-        let mut request = self.client.request(sending.method.clone(), sending.url.clone());
+        let client = self.client.as_ref().expect("there until it is dropped");
+        let mut request = client.request(sending.method.clone(), sending.url.clone());
         for (name, value) in &sending.headers {
             request = request.header(name, value);
         }
@@ -191,7 +209,8 @@ impl Sender {
             let limited = tokio::time::timeout(limit, work).await;
             Ok(limited.unwrap_or_else(|_| Err((format!("no answer within {} s", limit.as_secs()), None))))
         };
-        let ended = self.runtime.block_on(interrupt::or_stopped(limited, stopped));
+        let runtime = self.runtime.as_ref().expect("there until it is dropped");
+        let ended = runtime.block_on(interrupt::or_stopped(limited, stopped));
         ended.unwrap_or_else(|fault: Fault| Err((fault.message, None)))
     }
 }

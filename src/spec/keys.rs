@@ -88,7 +88,7 @@ pub enum Type {
     Integers,
     /// A map from texts to numbers.
     Map,
-    /// Any YAML; only for keys without a use.
+    /// Any YAML; the plan reads what it needs.
     Any,
 }
 

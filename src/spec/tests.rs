@@ -37,7 +37,7 @@ fn all_mistakes_are_told_at_once_with_place_and_suggestion() {
     lora_alpha: 8
   LoraConfig:
     r: eight
-    use_dora: true
+    use_qalora: true
     zebra: 1
   LoraConfg:
     r: 8
@@ -52,7 +52,7 @@ modle: x
               train.yaml:7:23: TrainingArguments.num_train_epochs: expected a number from 0 to 1000000, found "many"
               train.yaml:8:5: TrainingArguments.lora_alpha is not a key; did you mean LoraConfig.lora_alpha?
               train.yaml:10:8: LoraConfig.r: expected a whole number from 1, found "eight"
-              train.yaml:11:15: LoraConfig.use_dora: true is refused: hone trains plain LoRA, without DoRA's magnitudes; vLLM cannot load them either. Remove the key; a higher r with use_rslora is the nearest thing
+              train.yaml:11:17: LoraConfig.use_qalora: true is refused: hone trains plain LoRA; this key would change the kind of adapter
               train.yaml:12:5: LoraConfig.zebra is not a key
               train.yaml:13:3: "LoraConfg" is not a section; did you mean LoraConfig?
               train.yaml:15:1: modle is not a key; did you mean model?"#]],
@@ -87,9 +87,9 @@ fn single_refusals() {
         ],
     );
     check(
-        "training_config:\n  LoraConfig: {use_dora: yes}\n",
+        "training_config:\n  LoraConfig: {use_qalora: yes}\n",
         expect![
-            "train.yaml:2:26: LoraConfig.use_dora: true is refused: hone trains plain LoRA, without DoRA's magnitudes; vLLM cannot load them either. Remove the key; a higher r with use_rslora is the nearest thing"
+            "train.yaml:2:28: LoraConfig.use_qalora: true is refused: hone trains plain LoRA; this key would change the kind of adapter"
         ],
     );
     check(
@@ -111,7 +111,7 @@ fn single_refusals() {
     check(
         "training_config:\n  LoraConfig: {modules_to_save: [lm_head]}\n",
         expect![
-            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: only LoRA matrices are trained; vLLM cannot load fully trained modules either. Remove the key; linear layers belong in target_modules"
+            "train.yaml:2:33: LoraConfig.modules_to_save: a list is refused: whole matrices are not trained: of an 8B model embed_tokens and lm_head have 1 billion values, which with their gradients and moments take 17 GB, and vLLM loads no such adapter. Remove the key; trainable_token_indices trains the rows of new tokens, and linear layers belong in target_modules"
         ],
     );
     check(
@@ -146,7 +146,7 @@ fn single_refusals() {
 
 #[test]
 fn defaults_and_empties_of_refused_keys_pass() {
-    let text = "training_config:\n  LoraConfig: {use_dora: false, bias: none, modules_to_save: null, megatron_config: {}}\n  TrainingArguments: {fsdp: '', deepspeed: ~, label_smoothing_factor: 0}\n";
+    let text = "training_config:\n  LoraConfig: {use_qalora: false, bias: none, modules_to_save: null, megatron_config: {}}\n  TrainingArguments: {fsdp: '', deepspeed: ~, label_smoothing_factor: 0}\n";
     let (_folder, path) = file(text);
     gather(&Request { config: Some(path), ..Request::default() }, &|_| None).unwrap();
 }

@@ -91,7 +91,10 @@ impl Controller {
         let token = match &self.options.token_file {
             None => return Err("KUBEFLOW_TRAINER_SERVER_TOKEN names no file".into()),
             Some(file) => {
-                std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?
+                let token =
+                    crate::plain::text(file).map_err(|error| format!("{}: {error}", file.display()))?;
+                crate::report::clean::never_show(&token);
+                token
             }
         };
         let caller = match self.caller.take() {

@@ -262,6 +262,32 @@ fn secrets_come_from_the_environment_only() {
 }
 
 #[test]
+fn a_service_that_quotes_its_secret_does_not_get_it_into_a_warning() {
+    let secrets = ["canary-of-mlflow", "canary-of-telemetry", "canary-of-kubeflow"];
+    let of_path = move |path: &str| {
+        let at = ["mlflow", "v1/metrics"].iter().position(|part| path.contains(part)).unwrap_or(2);
+        format!("no: {}", secrets[at])
+    };
+    let (url, _) = server(move |_, path| Some((401, of_path(path))));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("token"), secrets[2]).unwrap();
+    let variables = [
+        ("MLFLOW_TRACKING_USERNAME", "u".to_owned()),
+        ("MLFLOW_TRACKING_PASSWORD", secrets[0].into()),
+        ("OTEL_EXPORTER_OTLP_HEADERS", format!("Authorization=Bearer {}, tenant=tuning", secrets[1])),
+        ("KUBEFLOW_TRAINER_SERVER_URL", url.clone()),
+        ("KUBEFLOW_TRAINER_SERVER_TOKEN", folder.path().join("token").display().to_string()),
+    ];
+    let read =
+        |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone());
+    let mlflow = Mlflow { uri: url.clone(), remembered: folder.path().join("run"), ..Mlflow::default() };
+    let options = Options { mlflow: Some(mlflow), otlp: Some((url, Vec::new())), ..Options::default() };
+    let (warnings, _) = run(&options.with_secrets(&read), GENEROUS);
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert!(warnings.iter().all(|text| text.contains("no: ***")), "{warnings:?}");
+}
+
+#[test]
 fn a_train_job_is_told_its_progress_and_its_end() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("token"), "canary\n").unwrap();

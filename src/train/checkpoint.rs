@@ -25,6 +25,8 @@ const STATE: &str = "state.json";
 const BEST: &str = "best";
 /// LIMIT: a state takes a few hundred bytes.
 const STATE_BYTES_MAX: u64 = 1 << 20;
+/// LIMIT: names and shapes of tensors take a few hundred bytes.
+const HEADER_BYTES_MAX: u64 = 1 << 20;
 /// The name of an unfinished checkpoint: `.step-N.partial`.
 const PARTIAL_START: &str = ".step-";
 const PARTIAL_END: &str = ".partial";
@@ -104,14 +106,14 @@ pub fn save(
     let place = folder.join(format!("step-{}", state.step));
     // The same step again, after a signal right after a restart: the existing checkpoint is whole, and replacing it
     // would risk it.
-    if read(&place, &checkpoints.fingerprint).is_ok_and(|(of, _)| of == *state) {
+    let tensors = tensors(params, moments);
+    if read(&place, &checkpoints.fingerprint, bytes(&tensors)).is_ok_and(|(of, _)| of == *state) {
         return Ok(());
     }
     let temporary = folder.join(format!("{PARTIAL_START}{}{PARTIAL_END}", state.step));
     let storage = |doing: &'static str| move |error: std::io::Error| Fault::storage(doing, folder, &error);
     remove(&temporary).map_err(storage("clear an unfinished checkpoint in"))?;
     fs::create_dir(&temporary).map_err(storage("create a checkpoint in"))?;
-    let tensors = tensors(params, moments);
     write(&temporary, &checkpoints.fingerprint, state, &tensors).map_err(storage("write a checkpoint in"))?;
     remove(&place).map_err(storage("replace a checkpoint in"))?;
     fs::rename(&temporary, &place).map_err(storage("finish a checkpoint in"))?;
@@ -139,9 +141,10 @@ pub fn save_best(checkpoints: &Checkpoints, state: &State, params: &Tensor) -> R
     whole::sync_folder(folder)
 }
 
-/// The parameters of the best evaluation, if they are those of this run's `step`.
-pub fn best(checkpoints: &Checkpoints, step: u64) -> Option<Tensor> {
-    let (state, mut tensors) = read(&checkpoints.folder.join(BEST), &checkpoints.fingerprint).ok()?;
+/// The parameters of the best evaluation, if they are those of this run's `step`, and as many as `params`.
+pub fn best(checkpoints: &Checkpoints, step: u64, params: &Tensor) -> Option<Tensor> {
+    let (place, bytes_max) = (checkpoints.folder.join(BEST), bytes(&[("params", params)]));
+    let (state, mut tensors) = read(&place, &checkpoints.fingerprint, bytes_max).ok()?;
     tensors.remove("params").filter(|_| state.step == step)
 }
 
@@ -192,7 +195,7 @@ pub fn newest(
     remove_partials(folder).map_err(|error| Fault::storage("clear", folder, &error))?;
     let targets = tensors(params, moments);
     for (step, place) in list(folder).into_iter().rev() {
-        match read(&place, &checkpoints.fingerprint) {
+        match read(&place, &checkpoints.fingerprint, bytes(&targets)) {
             Ok((state, found)) if fits(&found, &targets) => {
                 targets.iter().try_for_each(|(name, target)| flat::write(target, &found[*name]))?;
                 return Ok(Some(state));
@@ -211,6 +214,12 @@ fn pass_over(step: u64, what: &str, report: &Report) {
 /// What a checkpoint holds, by name.
 fn tensors<'a>(params: &'a Tensor, moments: &'a Moments) -> Vec<(&'static str, &'a Tensor)> {
     std::iter::once(("params", params)).chain(moments.tensors()).collect()
+}
+
+/// Most bytes of a file of such tensors.
+fn bytes(tensors: &[(&str, &Tensor)]) -> u64 {
+    let values = tensors.iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes());
+    values.sum::<usize>() as u64 + HEADER_BYTES_MAX
 }
 
 fn fits(found: &HashMap<String, Tensor>, targets: &[(&str, &Tensor)]) -> bool {
@@ -239,7 +248,11 @@ fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
 }
 
 /// Reads a whole checkpoint of this run, or returns the reason why it is not one.
-fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<String, Tensor>), String> {
+fn read(
+    place: &Path,
+    fingerprint: &str,
+    bytes_max: u64,
+) -> std::result::Result<(State, HashMap<String, Tensor>), String> {
     let sealed: Sealed = serde_json::from_slice(&plain(&place.join(STATE), STATE_BYTES_MAX)?)
         .map_err(|error| error.to_string())?;
     let manifest = sealed.manifest;
@@ -253,7 +266,7 @@ fn read(place: &Path, fingerprint: &str) -> std::result::Result<(State, HashMap<
     if !is_best && place != place.with_file_name(format!("step-{}", manifest.state.step)) {
         return Err(format!("it belongs to step {}", manifest.state.step));
     }
-    let bytes = plain(&place.join(TENSORS), u64::MAX)?;
+    let bytes = plain(&place.join(TENSORS), bytes_max)?;
     if crate::source::digest(&bytes) != manifest.tensors_sha256 {
         return Err("its tensors have changed".into());
     }
@@ -321,13 +334,14 @@ mod tests {
         }
         put(&checkpoints, 4, Some(1));
         assert_eq!((steps(&checkpoints), found(&checkpoints)), (vec![4], Some(4)), "the best is not counted");
-        let kept = best(&checkpoints, 2).unwrap().to_vec1::<f32>().unwrap();
+        let params = filled(0.0).0;
+        let kept = best(&checkpoints, 2, &params).unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(kept, [2.0; 5]);
-        assert!(best(&checkpoints, 1).is_none(), "it is of another step");
+        assert!(best(&checkpoints, 1, &params).is_none(), "it is of another step");
         let other = Checkpoints { fingerprint: "b".into(), ..checkpoints.clone() };
-        assert!(best(&other, 2).is_none(), "it is of another run");
+        assert!(best(&other, 2, &params).is_none(), "it is of another run");
         fs::write(folder.path().join(BEST).join(STATE), "{").unwrap();
-        assert!(best(&checkpoints, 2).is_none());
+        assert!(best(&checkpoints, 2, &params).is_none());
     }
 
     #[test]
@@ -372,13 +386,13 @@ mod tests {
         let (folder, checkpoints) = folder_of(1..=2);
         let file = folder.path().join("step-2").join(STATE);
         let bytes = fs::read(&file).unwrap();
-        let whole = read(&folder.path().join("step-2"), "a").unwrap().0;
+        let whole = read(&folder.path().join("step-2"), "a", 1 << 20).unwrap().0;
         let mut passed_over = 0;
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             fs::write(&file, flipped).unwrap();
-            match read(&folder.path().join("step-2"), "a") {
+            match read(&folder.path().join("step-2"), "a", 1 << 20) {
                 Ok((state, _)) => assert_eq!(state, whole, "bit {bit}"),
                 Err(_) => passed_over += 1,
             }
@@ -467,6 +481,15 @@ mod tests {
         save(&checkpoints, &other, &params, &moments, Some(0)).unwrap();
         let read = newest(&checkpoints, &params, &moments, &Report::silent()).unwrap();
         assert_eq!((read, steps(&checkpoints)), (Some(other), vec![2]));
+    }
+
+    /// A file of gigabytes in a checkpoint's place is not read: it has no room in memory.
+    #[test]
+    fn tensors_of_an_absurd_size_are_passed_over_unread() {
+        let (folder, checkpoints) = folder_of(1..=2);
+        let file = File::options().write(true).open(folder.path().join("step-2").join(TENSORS)).unwrap();
+        file.set_len(1 << 40).unwrap();
+        assert_eq!(found(&checkpoints), Some(1));
     }
 
     #[test]

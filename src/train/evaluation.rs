@@ -232,7 +232,9 @@ impl Trainer<'_> {
         }
         let kept = match self.best_params.take() {
             Some(params) => Some(params),
-            None => checkpoints.and_then(|checkpoints| checkpoint::best(checkpoints, step)),
+            None => {
+                checkpoints.and_then(|checkpoints| checkpoint::best(checkpoints, step, &self.adapter.params))
+            }
         };
         // A continued run has them on the disk of rank 0 alone.
         let there = agree(self.ranks, Said::Done, kept.is_some())?.told[0];

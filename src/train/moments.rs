@@ -47,7 +47,7 @@ impl Moments {
     }
 
     /// Updates the adapter's parameters by its gradients, whose sum of squares is `squares`. With `ratio`, each B
-    /// learns at so many times the rate of A (LoRA+, Hayou and others 2024).
+    /// and each of DoRA's magnitudes learn at so many times the rate of A (LoRA+, Hayou and others 2024).
     pub fn step(
         &self,
         adapter: &Trainable,
@@ -56,6 +56,7 @@ impl Moments {
         squares: &Number,
     ) -> Result<()> {
         let (params, grads, copy) = (&adapter.params, &adapter.grads, adapter.copy());
+        adapter.changed();
         match (self, ratio) {
             (Moments::EightBit(moments), _) => {
                 adamw_8bit::step(params, grads, moments, update, ratio.unwrap_or(1.0), squares, copy)
@@ -66,13 +67,13 @@ impl Moments {
     }
 }
 
-/// A and B of every site, in the order of the flat buffers.
+/// The trained tensors in the order of the flat buffers. As in PEFT's LoRA+, B and the magnitudes are faster.
 fn matrices(adapter: &Trainable) -> Vec<Matrix> {
     let of_site = adapter.sites.iter().flat_map(|site| {
-        let [a, b] = site.matrices();
-        [Matrix { values: a, faster: false }, Matrix { values: b, faster: true }]
+        site.tensors().enumerate().map(|(number, values)| Matrix { values, faster: number > 0 })
     });
-    of_site.collect()
+    let rows = adapter.tokens.iter().map(|rows| Matrix { values: rows.values(), faster: false });
+    rows.chain(of_site).collect()
 }
 
 fn by_matrix(

@@ -35,6 +35,14 @@ impl Passes {
         }
     }
 
+    /// Number of the upper layers whose weights are kept expanded; `None`: as they are.
+    pub(super) fn expanded(&self) -> Option<usize> {
+        match self {
+            Passes::Planned(running) => Some(running.plan.expanded),
+            Passes::Fixed(_) => None,
+        }
+    }
+
     /// Changes to the next smaller plan after step `step` ran out of memory, and says so. If there is none, this is a
     /// capacity fault.
     pub(super) fn shrink(&mut self, step: u64, error: &str) -> Result<String> {

@@ -39,7 +39,8 @@ pub(super) struct Cut {
 impl Cut {
     /// Cuts the gradient of these sites.
     pub fn of(sites: &[Site]) -> Cut {
-        let values: usize = sites.iter().map(Site::parameters).sum();
+        // Trained rows of tokens stand before the sites. Their gradients are known last.
+        let values = end_of(sites);
         let least = (values / PIECES).max(VALUES_MIN);
         let (mut pieces, mut end) = (Vec::new(), LOSSES + values);
         // Every site but the first may be the lowest of a piece, if the one before it belongs to a lower layer.
@@ -55,13 +56,18 @@ impl Cut {
 
     /// One sum of everything when all passes are done.
     pub fn whole(sites: &[Site]) -> Cut {
-        Cut { pieces: Vec::new(), rest: LOSSES + sites.iter().map(Site::parameters).sum::<usize>() }
+        Cut { pieces: Vec::new(), rest: LOSSES + end_of(sites) }
     }
 
     /// What is left to sum when all pieces are.
     pub fn rest(&self, adapter: &Trainable) -> Result<Tensor> {
         Ok(adapter.sums.narrow(0, 0, self.rest)?)
     }
+}
+
+/// Where the gradients of the last site end in the flat buffer.
+fn end_of(sites: &[Site]) -> usize {
+    sites.last().map_or(0, |site| site.offset + site.parameters())
 }
 
 /// The sums of one step's pieces. Every rank makes all of them, whatever becomes of its passes.

@@ -7,7 +7,7 @@ use super::spike::{Policy, Spikes};
 use super::*;
 use crate::dataset::Example;
 use crate::facts::config::Config;
-use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
+use crate::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, Tokens, family};
 use crate::fault::{Kind, Result};
 use crate::memory::Running;
 use crate::memory::{self, Machine, Place, cost::Rates};
@@ -23,6 +23,10 @@ pub(super) fn decoder() -> (Decoder, Trainable) {
 }
 
 pub(super) fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
+    decoder_with(LoraOptions { r, ..LoraOptions::default() })
+}
+
+fn decoder_with(lora: LoraOptions) -> (Decoder, Trainable) {
     let config = json!({
         "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
@@ -33,7 +37,7 @@ pub(super) fn decoder_of_rank(r: usize) -> (Decoder, Trainable) {
     let options = crate::model::Options {
         folder: folder.path().into(),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
-        lora: LoraOptions { r, dropout: 0.1, ..LoraOptions::default() },
+        lora: LoraOptions { dropout: 0.1, ..lora },
         precision: Precision::F32,
     };
     let decoder = load::load(facts, &options, &candle_core::Device::Cpu, &Report::silent()).unwrap();
@@ -55,6 +59,7 @@ pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     let task = memory::Task {
         facts: decoder.facts.clone(),
         sites: adapter.sites.clone(),
+        tokens: adapter.tokens.clone(),
         quantization: Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         precision: Precision::F32,
         dropout: true,
@@ -245,7 +250,14 @@ fn rule(policy: Policy, factor: f64) -> Option<Spikes> {
 /// The result, the parameters at the end, and the lines of metrics. `folder` keeps checkpoints.
 fn outcome(options: &Options, folder: Option<&std::path::Path>) -> (Result<Trained>, Vec<f64>, Vec<Metric>) {
     // Matrices of rank 128 have 8-bit moments, unless they have few rows.
-    let (decoder, adapter) = if options.eight_bit_moments { decoder_of_rank(128) } else { decoder() };
+    outcome_of(if options.eight_bit_moments { decoder_of_rank(128) } else { decoder() }, options, folder)
+}
+
+fn outcome_of(
+    (decoder, adapter): (Decoder, Trainable),
+    options: &Options,
+    folder: Option<&std::path::Path>,
+) -> (Result<Trained>, Vec<f64>, Vec<Metric>) {
     let data = Data { train: &examples(), evaluation: &[] };
     let checkpoints = folder.map(|folder| Checkpoints { folder: folder.to_owned(), fingerprint: "a".into() });
     let mut lines = Vec::new();
@@ -300,6 +312,31 @@ fn a_run_with_8_bit_moments_learns_and_is_continued_to_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     outcome(&options(3), Some(folder.path())).0.unwrap();
     let (again, params, rest) = outcome(&options(6), Some(folder.path()));
+    assert_eq!(again.unwrap().resumed_at, Some(3));
+    assert!(params == expected && rest[..] == lines[3..]);
+}
+
+/// Magnitudes, and rows of tokens in both tables.
+#[test]
+fn a_run_with_magnitudes_and_trained_tokens_is_continued_to_the_same_bits() {
+    let start = || {
+        let tokens = Tokens { embedding: vec![17, 22, 5], head: vec![22] };
+        decoder_with(LoraOptions { dora: true, tokens, ..LoraOptions::default() })
+    };
+    let (_, before) = start();
+    let before = crate::ops::cpu::to_f64(&before.params).unwrap();
+    let (trained, expected, lines) = outcome_of(start(), &uneven(6, None), None);
+    trained.unwrap();
+    let (_, adapter) = start();
+    let moved = |values: std::ops::Range<usize>| before[values.clone()] != expected[values];
+    assert!(
+        adapter.sites.iter().all(|site| moved(site.magnitudes().unwrap())),
+        "every layer's magnitudes learn"
+    );
+    assert!(adapter.tokens.iter().all(|rows| moved(rows.values())), "rows of both tables learn");
+    let folder = tempfile::tempdir().unwrap();
+    outcome_of(start(), &uneven(3, None), Some(folder.path())).0.unwrap();
+    let (again, params, rest) = outcome_of(start(), &uneven(6, None), Some(folder.path()));
     assert_eq!(again.unwrap().resumed_at, Some(3));
     assert!(params == expected && rest[..] == lines[3..]);
 }

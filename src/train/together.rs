@@ -1,7 +1,8 @@
 //! What each rank says at a point of the run -> what all of them do next.
 //!
 //! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank
-//! that fails between two of them says so at the next, so that every rank ends with the same message.
+//! that fails in its passes says so there, so that every rank ends with the same message. One that fails elsewhere
+//! tells the others by `Collective::fails`.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -71,9 +71,8 @@ pub fn run_together<'a>(
     let ended = Trainer::new(ranks, decoder, adapter, data.into(), options, passes, report)
         .and_then(|trainer| trainer.train(checkpoints.filter(|_| leads), log));
     if let Err(fault) = &ended {
-        // A rank that failed by itself says so at the point at which the others wait for it. If they know, they say the
-        // same; if they are gone, there is nobody to tell.
-        let _ = agree(ranks, Said::from(fault), ());
+        // A rank that failed by itself says so, whatever call the others are in. If they know, they say the same.
+        ranks.fails(fault);
     }
     ended
 }
@@ -384,6 +383,9 @@ impl<'a> Trainer<'a> {
     ) -> candle_core::Result<Option<Vec<Number>>> {
         let alone = self.ranks.place().world == 1;
         flat::zero(if alone { &self.adapter.grads } else { &self.adapter.sums })?;
+        if let Some(layers) = self.passes.expanded() {
+            self.decoder.keep_expanded(layers);
+        }
         let keep = self.passes.keep(self.decoder.layers.len());
         let mut losses = Vec::with_capacity(share.batches.len());
         for (at, batch) in share.batches.iter().enumerate() {

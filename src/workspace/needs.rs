@@ -116,6 +116,7 @@ fn task(run: &Run, facts: Facts) -> Result<Task> {
     let tokens_max = plan.tokens.tokens_max.min(facts.positions_max);
     Ok(Task {
         sites: sites.list,
+        tokens: sites.tokens,
         quantization: options.quantization,
         precision: options.precision,
         dropout: options.lora.dropout > 0.0,
@@ -184,8 +185,7 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
 /// likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
-    let adapter =
-        task.map_or(0.0, |task| task.sites.iter().map(|site| 4 * site.parameters()).sum::<usize>() as f64);
+    let adapter = task.map_or(0.0, |task| 4.0 * task.parameters() as f64);
     let tokens = if run.plan.token_cache == TokenCache::Off { 0.0 } else { TOKEN_BYTES };
     let downloads = if options.cache_claim.is_some() { 0.0 } else { weights + DATA_BYTES + tokens };
     let results = match (&options.work_claim, run.plan.push.is_empty()) {

@@ -741,11 +741,20 @@ fn no_request_breaks_the_server() {
         ),
         ("/v1/completions", json!({"prompt": [[5, 6], [7]], "prompt_logprobs": 1, "adapters": {"a": 0.5}})),
         ("/chat", json!({"prompt": "a", "generate_kwargs": {"max_length": 20, "do_sample": true}})),
+        (
+            "/v1/chat/completions",
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant",
+                "content": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f",
+                "arguments": "{\"a\": 1}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "x"}]}),
+        ),
         ("/tokenize", json!({"prompt": "a", "messages": []})),
         ("/detokenize", json!({"tokens": [1, 2]})),
     ];
     let names = [
         "messages",
+        "tool_calls",
+        "function",
+        "arguments",
         "prompt",
         "max_tokens",
         "max_completion_tokens",

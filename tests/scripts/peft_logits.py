@@ -47,6 +47,10 @@ SHARED_DATA = TESTS / "golden" / "_data" / "messages.parquet"
 LORA = {
     "llama3-none": {"lora_alpha": 8, "rank_pattern": {"down_proj": 4}, "alpha_pattern": {"down_proj": 20}},
     "llama3-nf4": {"lora_alpha": 4, "use_rslora": True, "exclude_modules": ["o_proj"]},
+    "qwen2-nf4": {"lora_alpha": 4, "use_dora": True},
+    "qwen2_tied-none": {"lora_alpha": 8, "use_dora": True, "layers_to_transform": [1]},
+    "llama32_tied-none": {"lora_alpha": 8, "trainable_token_indices": [1021, 1023], "layers_to_transform": [1]},
+    "mistral-nf4": {"lora_alpha": 4, "trainable_token_indices": {"embed_tokens": [510, 511], "lm_head": [511]}},
     "phi3-none": {"lora_alpha": 8, "layers_to_transform": [1]},
     "phi3-nf4": {"lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]},
 }

@@ -160,6 +160,20 @@ impl Running {
         }
     }
 
+    /// Waits for its end. Returns the largest memory that it had, in KiB, as it was seen some milliseconds before.
+    pub fn memory_peak(&mut self) -> u64 {
+        let mut most = 0;
+        while self.child.try_wait().unwrap().is_none() {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+            let status = status.unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|line| line.trim().split(' ').next()?.parse().ok());
+            most = kib.unwrap_or(0).max(most);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        most
+    }
+
     /// Its exit code, `None` after a signal, and its log.
     pub fn end(mut self) -> (Option<i32>, String) {
         let code = self.child.wait().unwrap().code();

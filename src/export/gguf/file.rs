@@ -13,8 +13,10 @@ const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
 /// The format's default, which a file need not name.
 pub const ALIGNMENT: u64 = 32;
-/// LIMIT: of a file's header.
-const HEADER_BYTES_MAX: u64 = 1 << 30;
+/// LIMIT: bytes of a file's header, which is mostly its vocabulary.
+const HEADER_BYTES_MAX: u64 = 128 << 20;
+/// LIMIT: dimensions of a tensor, by the format.
+const DIMENSIONS_MAX: u32 = 4;
 
 /// A value of the metadata.
 #[derive(Clone, Debug, PartialEq)]
@@ -227,7 +229,7 @@ impl Gguf {
         let (metadata, tensors) = parsed?;
         let gguf = Gguf { path: path.to_owned(), file, metadata, tensors };
         for (tensor, from) in &gguf.tensors {
-            if from + tensor.bytes() as u64 > bytes {
+            if from.checked_add(tensor.bytes() as u64).is_none_or(|end| end > bytes) {
                 return Err(Fault::model(format!("{}: {} is cut short", path.display(), tensor.name)));
             }
         }
@@ -299,12 +301,13 @@ impl Reader<'_> {
 
     fn tensor(&mut self) -> Option<(Tensor, u64)> {
         let name = self.text()?;
-        let count = self.u32()?;
-        let mut shape =
-            (0..count.min(8)).map(|_| usize::try_from(self.u64()?).ok()).collect::<Option<Vec<_>>>()?;
+        let count = self.u32().filter(|count| (1..=DIMENSIONS_MAX).contains(count))?;
+        let mut shape = (0..count).map(|_| usize::try_from(self.u64()?).ok()).collect::<Option<Vec<_>>>()?;
         shape.reverse();
         shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size)).filter(|all| *all < 1 << 48)?;
         let kind = Kind::numbered(self.u32()?)?;
+        let whole_blocks = kind != Kind::Q8 || shape.last().is_some_and(|cols| cols.is_multiple_of(Q8_BLOCK));
+        whole_blocks.then_some(())?;
         Some((Tensor { name, shape, kind }, self.u64()?))
     }
 
@@ -375,6 +378,42 @@ mod tests {
         assert_eq!(gguf.values("v").unwrap().unwrap().1, [1.0, 2.0, 3.0]);
         assert_eq!(gguf.values("m").unwrap().unwrap().1, [127.0; 64]);
         assert!(gguf.values("n").unwrap().is_none());
+    }
+
+    /// Bytes of the header are flipped, and numbers of it replaced by absurd ones: the file is read or refused.
+    #[test]
+    fn no_header_breaks_the_reader() {
+        let (file, ..) = written(None);
+        let whole = std::fs::read(file.path()).unwrap();
+        let check = |bytes: &[u8]| {
+            std::fs::write(file.path(), bytes).unwrap();
+            let Ok(gguf) = Gguf::open(file.path()) else { return false };
+            gguf.tensors.iter().all(|(tensor, _)| gguf.values(&tensor.name).unwrap().is_some())
+        };
+        let header = whole.len() - 3 * 32 - 36;
+        let mut refused = 0;
+        for at in 0..header {
+            for bit in [0, 3, 7] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << bit;
+                refused += usize::from(!check(&bytes));
+            }
+            for number in [0, u64::MAX, 1 << 47, u64::MAX - 31] {
+                let mut bytes = whole.clone();
+                bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+                refused += usize::from(!check(&bytes));
+            }
+        }
+        assert!(refused > header / 2, "{refused} of {header} x 7");
+        let tensor = Tensor { name: "a".into(), shape: Vec::new(), kind: Kind::F32 };
+        assert!(!check(&header_and(tensor.clone())), "it has no dimension");
+        assert!(!check(&header_and(Tensor { shape: vec![1; 5], ..tensor.clone() })), "it has five");
+        assert!(!check(&header_and(Tensor { shape: vec![2, 33], kind: Kind::Q8, ..tensor })), "half a block");
+    }
+
+    /// A file with one tensor of zeros.
+    fn header_and(tensor: Tensor) -> Vec<u8> {
+        [header(&[], &[tensor]), vec![0; 512]].concat()
     }
 
     #[test]

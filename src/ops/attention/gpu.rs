@@ -4,7 +4,9 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::packing::{Order, Packing};
 use crate::facts::Heads;
+use crate::ops::change::Change;
 use crate::ops::cuda::{self, Launch};
+use crate::ops::rope::Angles;
 use crate::ops::unwritten;
 
 /// The three tile sizes of a kernel, as listed at the end of `kernels/attention.cu`.
@@ -47,7 +49,8 @@ fn tilings(dtype: DType, head_width: usize) -> Result<Tilings> {
     let of = Tiling::new;
     let (forward, query, key, key_wide) = match (dtype, width) {
         (DType::BF16, 64) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 64), None),
-        (DType::BF16, 32 | 96) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 32), None),
+        (DType::BF16, 32) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 32), None),
+        (DType::BF16, 96) => (of(4, 2, 64), of(4, 2, 32), of(4, 2, 32), Some(of(4, 2, 64))),
         (DType::BF16, 128) => (of(4, 2, 64), of(4, 2, 32), of(4, 1, 32), Some(of(4, 2, 32))),
         (DType::BF16, _) => (of(4, 1, 64), of(4, 1, 16), of(2, 1, 16), Some(of(4, 1, 32))),
         (_, 32 | 64 | 96) => (of(4, 1, 32), of(2, 1, 32), of(2, 1, 32), None),
@@ -104,15 +107,33 @@ pub(super) fn forward_tiles(
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
     let lse = unwritten((heads.query, rows - skipped), DType::F32, qkv.device())?;
     let Tilings { width, forward: tiling, .. } = tilings(dtype, heads.width)?;
-    let launch = Launch::new(qkv, "attention", &format!("forward_{width}"))?.tensor(qkv).tensor_at(out, at);
+    let shared = |stages: usize| {
+        shared_bytes(dtype, width, tiling.rows() + 2 * stages * tiling.step, tiling.warps, tiling)
+    };
+    let (shared_max, _) = cuda::device::block_limits(cuda::device(qkv)?)?;
+    let (suffix, shared) = match is_staged(dtype, width, shared(2), shared_max) {
+        true => ("_staged", shared(2)),
+        false => ("", shared(1)),
+    };
+    let name = format!("forward_{width}{suffix}");
+    let launch = Launch::new(qkv, "attention", &name)?.tensor(qkv).tensor_at(out, at);
     let launch = launch.of(DType::F32, &lse).of(DType::U32, tiles).int(skipped).int(out.dim(1)?);
-    let shared = shared_bytes(dtype, width, tiling.rows() + 2 * tiling.step, tiling.warps, tiling);
     let grid = (heads.query, tiles.elem_count() / 3, 1);
     shape(launch, heads, rows, aligned(heads, &[qkv, out])?).launch(grid, 32 * tiling.warps, shared)?;
     Ok(lse)
 }
 
-/// See `attention::backward`.
+/// Whether the forward pass loads the next keys and values while it computes. Two blocks must still fit on a processor,
+/// whose shared memory is what one block may have and a KiB of the driver's for each block. At 128 columns its threads
+/// would spill registers.
+fn is_staged(dtype: DType, width: usize, shared: usize, shared_max: usize) -> bool {
+    const RESERVED: usize = 1 << 10;
+    let fits = 2 * (shared + RESERVED) <= shared_max + RESERVED;
+    fits && dtype == DType::BF16 && [64, 96].contains(&width) && Change::Staged.is_on()
+}
+
+/// See `attention::backward`. With angles, the gradients of queries and keys are turned back before they are stored.
+#[allow(clippy::too_many_arguments)]
 pub fn backward(
     d_out: &Tensor,
     qkv: &Tensor,
@@ -120,6 +141,7 @@ pub fn backward(
     lse: &Tensor,
     heads: &Heads,
     packing: &Packing,
+    angles: Option<&Angles>,
     spare: usize,
 ) -> Result<Tensor> {
     let ((rows, columns), dtype) = (qkv.dims2()?, qkv.dtype());
@@ -136,14 +158,15 @@ pub fn backward(
     let grid = (heads.query, tiles.elem_count() / 3, 1);
     let launch = launch.of(DType::U32, &tiles).int(out_stride).int(d_stride);
     let launch = shape(launch, heads, rows, aligned);
-    launch.launch(grid, 32 * query.warps, shared)?;
+    turn(launch, heads, angles)?.launch(grid, 32 * query.warps, shared)?;
 
     // Wide tiles make half as many blocks, so they are used only if there is still a block for each processor.
     let (shared_max, processors) = cuda::device::block_limits(cuda::device(qkv)?)?;
     let wide = key_wide.filter(|wide| {
         let blocks: usize =
             packing.examples().iter().map(|example| example.len().div_ceil(wide.rows())).sum();
-        key_shared_bytes(dtype, width, *wide) <= shared_max && blocks * heads.key >= processors
+        let switched = width != 96 || Change::Wide.is_on();
+        switched && key_shared_bytes(dtype, width, *wide) <= shared_max && blocks * heads.key >= processors
     });
     let (key, suffix) = wide.map_or((key, ""), |wide| (wide, "_wide"));
     let tiles = packing.tiles_on(qkv.device(), key.rows(), Order::Keys)?;
@@ -152,8 +175,18 @@ pub fn backward(
     let shared = key_shared_bytes(dtype, width, key);
     let grid = (heads.key, tiles.elem_count() / 3, 1);
     let launch = shape(launch.of(DType::U32, &tiles).int(d_stride), heads, rows, aligned);
-    launch.launch(grid, 64 * key.warps, shared)?;
+    turn(launch, heads, angles)?.launch(grid, 64 * key.warps, shared)?;
     Ok(d_qkv)
+}
+
+/// The parameters that say how gradients are turned back. Each of a row's runs has a row of the same angles.
+fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
+    let Some(Angles { cos, sin }) = angles else {
+        return Ok(launch.optional(DType::F32, None).optional(DType::F32, None).int(0).int(0));
+    };
+    let ((runs, _), half) = (heads.turning(), cos.dim(1)?);
+    assert!(2 * half <= heads.width, "{half} pairs of a head of {}", heads.width);
+    Ok(launch.of(DType::F32, cos).of(DType::F32, sin).int(half).int(runs * half))
 }
 
 /// The parameters that all kernels of attention end with.

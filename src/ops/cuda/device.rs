@@ -1,5 +1,7 @@
 //! Opens a GPU for training, or says why it cannot be used.
 
+use std::sync::OnceLock;
+
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::{CudaDevice, Device, Result as TensorResult};
@@ -117,11 +119,24 @@ pub fn card(number: usize) -> Result<Card> {
 /// (bytes of shared memory that a block may ask for, number of processors that run blocks)
 pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUdevice_attribute_enum as Attribute;
+    static FIRST: OnceLock<(usize, (usize, usize))> = OnceLock::new();
     let context = device.cuda_stream().context().clone();
-    let shared_bytes =
-        context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).w()?;
-    let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
-    Ok((shared_bytes as usize, processors as usize))
+    let asked = || -> TensorResult<(usize, usize)> {
+        let shared_bytes =
+            context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).w()?;
+        let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
+        Ok((shared_bytes as usize, processors as usize))
+    };
+    let context_of = context.cu_ctx() as usize;
+    match FIRST.get() {
+        Some((known, limits)) if *known == context_of => Ok(*limits),
+        _ => {
+            let limits = asked()?;
+            // Another thread may have been first.
+            let _ = FIRST.set((context_of, limits));
+            Ok(limits)
+        }
+    }
 }
 
 /// (free bytes, all bytes) of an opened device.

@@ -1,23 +1,27 @@
 //! One kernel launch: finds the function by its name, checks the parameters against its signature, and starts the
 //! grid.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
+use crate::ops::change::Change;
+
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// A kernel and the parameters given so far. The first fault is kept and returned by `launch`.
 pub struct Launch<'a> {
     device: &'a CudaDevice,
-    name: String,
-    function: Result<Arc<Function>>,
+    /// `None`: `fault` says why.
+    function: Option<&'static Function>,
     dtype: DType,
     parameters: Vec<Parameter>,
     fault: Option<candle_core::Error>,
@@ -29,12 +33,29 @@ struct Parameter {
     bytes: usize,
 }
 
-/// A loaded kernel and the sizes of its parameters, if the driver reports them (12.4 and later).
+/// Parameters of a kernel. None has more.
+const PARAMETERS_MAX: usize = 64;
+/// Parameters that most kernels stay within.
+const PARAMETERS: usize = 24;
+
+/// A loaded kernel and the sizes of its parameters, if the driver reports them (12.4 and later). It stays loaded as
+/// long as the process runs.
 struct Function {
+    /// The parts of its name: of `kernels/{stem}.cu`, the kernel `{stem}_{name}{suffix}`.
+    stem: String,
+    name: String,
+    suffix: &'static str,
+    context: usize,
     function: CudaFunction,
     sizes: Option<Vec<usize>>,
     /// Bytes of shared memory that a block may take.
     shared_bytes: AtomicUsize,
+}
+
+impl std::fmt::Display for Function {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}_{}{}", self.stem, self.name, self.suffix)
+    }
 }
 
 /// The shared memory that a kernel may use without asking.
@@ -44,18 +65,36 @@ impl<'a> Launch<'a> {
     /// The kernel `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of
     /// `tensor`.
     pub fn new(tensor: &'a Tensor, stem: &str, name: &str) -> Result<Launch<'a>> {
-        let suffix = super::suffix(tensor.dtype())?;
-        Ok(Launch::named(super::device(tensor)?, stem, format!("{stem}_{name}_{suffix}"), tensor.dtype()))
+        let suffix = match tensor.dtype() {
+            DType::F32 => "_f32",
+            DType::BF16 => "_bf16",
+            other => bail!("no {other:?} arithmetic on a GPU: expected f32 or bf16"),
+        };
+        Ok(Launch::named(super::device(tensor)?, stem, name, suffix, tensor.dtype()))
     }
 
     /// The kernel `{stem}_{name}`, which has one version for all activation types.
     pub fn untyped(device: &'a CudaDevice, stem: &str, name: &str) -> Launch<'a> {
-        Launch::named(device, stem, format!("{stem}_{name}"), DType::F32)
+        Launch::named(device, stem, name, "", DType::F32)
     }
 
-    fn named(device: &'a CudaDevice, stem: &str, name: String, dtype: DType) -> Launch<'a> {
-        let function = load(device, stem, &name);
-        Launch { device, name, function, dtype, parameters: Vec::new(), fault: None }
+    fn named(
+        device: &'a CudaDevice,
+        stem: &str,
+        name: &str,
+        suffix: &'static str,
+        dtype: DType,
+    ) -> Launch<'a> {
+        let (function, fault) = match find(device, stem, name, suffix) {
+            Ok(function) => (Some(function), None),
+            Err(fault) => (None, Some(fault)),
+        };
+        let room = if Change::Functions.is_on() { PARAMETERS } else { 0 };
+        Launch { device, function, dtype, parameters: Vec::with_capacity(room), fault }
+    }
+
+    fn name(&self) -> String {
+        self.function.map_or_else(|| "a kernel".into(), Function::to_string)
     }
 
     /// Adds a pointer to a tensor in the activations' type.
@@ -79,6 +118,23 @@ impl<'a> Launch<'a> {
         self.pointer(tensor, at, dtype)
     }
 
+    /// Adds a pointer to a tensor that may begin at any element; the kernel must not count on more.
+    pub fn anywhere(mut self, dtype: DType, tensor: &Tensor) -> Launch<'a> {
+        let found = match tensor.dtype() == dtype {
+            true => super::address(tensor, 0),
+            false => Err(candle_core::Error::Msg(format!(
+                "{}: expected {dtype:?}, found {:?}",
+                self.name(),
+                tensor.dtype()
+            ))),
+        };
+        let address = found.unwrap_or_else(|fault| {
+            self.fault.get_or_insert(fault);
+            0
+        });
+        self.push(address, 8)
+    }
+
     /// `of`, or a null pointer for `None`.
     pub fn optional(self, dtype: DType, tensor: Option<&Tensor>) -> Launch<'a> {
         match tensor {
@@ -90,7 +146,7 @@ impl<'a> Launch<'a> {
     /// Adds an `int`. A value beyond 32 bits is an error.
     pub fn int(mut self, value: usize) -> Launch<'a> {
         if value > i32::MAX as usize {
-            let fault = candle_core::Error::Msg(format!("{}: {value} is beyond 32 bits", self.name));
+            let fault = candle_core::Error::Msg(format!("{}: {value} is beyond 32 bits", self.name()));
             self.fault.get_or_insert(fault);
         }
         self.push(value as u64, 4)
@@ -113,10 +169,10 @@ impl<'a> Launch<'a> {
         let found = match tensor.dtype() == dtype {
             true => super::address(tensor, at).and_then(|address| match at > 0 || address % ALIGNMENT == 0 {
                 true => Ok(address),
-                false => bail!("{}: a tensor that begins between two multiples of 16 bytes", self.name),
+                false => bail!("{}: a tensor that begins between two multiples of 16 bytes", self.name()),
             }),
             false => {
-                let message = format!("{}: expected {dtype:?}, found {:?}", self.name, tensor.dtype());
+                let message = format!("{}: expected {dtype:?}, found {:?}", self.name(), tensor.dtype());
                 Err(candle_core::Error::Msg(message))
             }
         };
@@ -138,28 +194,23 @@ impl<'a> Launch<'a> {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
-        let function = self.function?;
+        let function = self.function.expect("it is there, or a fault is");
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
-        if let Some(sizes) = &function.sizes {
-            let found: Vec<usize> = self.parameters.iter().map(|parameter| parameter.bytes).collect();
-            if *sizes != found {
-                bail!("{}: its parameters have {sizes:?} bytes, found {found:?}", self.name);
-            }
-        }
-        if grid.0 > i32::MAX as usize || grid.1 > 65_535 || grid.2 > 65_535 {
-            bail!("{}: a grid of {grid:?}", self.name);
-        }
-        self.device.cuda_stream().context().bind_to_thread().w()?;
+        function.check(&self.parameters, grid)?;
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
         if shared_bytes > function.shared_bytes.load(Ordering::Relaxed) {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.function.set_attribute(attribute, shared_bytes as i32).w()?;
             function.shared_bytes.store(shared_bytes, Ordering::Relaxed);
         }
         super::count_launch();
-        let mut pointers: Vec<*mut c_void> =
-            self.parameters.iter_mut().map(|parameter| (&raw mut parameter.bits).cast()).collect();
+        let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
+        for (pointer, parameter) in pointers.iter_mut().zip(&mut self.parameters) {
+            *pointer = (&raw mut parameter.bits).cast();
+        }
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
         // SAFETY: the number and the sizes of the parameters were compared with the kernel's own. The tensors
         // behind the addresses were alive when these were taken and are freed in stream order. The tests of every
@@ -170,37 +221,112 @@ impl<'a> Launch<'a> {
                 grid,
                 (threads as u32, 1, 1),
                 shared_bytes as u32,
-                self.device.cuda_stream().cu_stream(),
-                &mut pointers,
+                stream.cu_stream(),
+                &mut pointers[..self.parameters.len()],
             )
         }
-        .map_err(|error| candle_core::Error::Msg(format!("{}: {error}", self.name)))
+        .map_err(|error| candle_core::Error::Msg(format!("{function}: {error}")))
     }
 }
 
-/// Returns a kernel. Modules are loaded once per device; functions are looked up once.
-fn load(device: &CudaDevice, stem: &str, name: &str) -> Result<Arc<Function>> {
-    type Functions = HashMap<usize, HashMap<String, Arc<Function>>>;
+impl Function {
+    /// Refuses parameters that are not the kernel's, and grids that no GPU takes.
+    fn check(&self, parameters: &[Parameter], grid: (usize, usize, usize)) -> Result<()> {
+        let found = || parameters.iter().map(|parameter| parameter.bytes);
+        if self.sizes.as_ref().is_some_and(|sizes| !sizes.iter().copied().eq(found())) {
+            let (sizes, found) = (self.sizes.as_ref(), found().collect::<Vec<_>>());
+            bail!("{self}: its parameters have {sizes:?} bytes, found {found:?}");
+        }
+        if parameters.len() > PARAMETERS_MAX {
+            bail!("{self}: {} parameters", parameters.len());
+        }
+        if grid.0 > i32::MAX as usize || grid.1 > 65_535 || grid.2 > 65_535 {
+            bail!("{self}: a grid of {grid:?}");
+        }
+        Ok(())
+    }
+
+    fn is(&self, context: usize, stem: &str, name: &str, suffix: &str) -> bool {
+        (self.context, self.stem.as_str(), self.name.as_str(), self.suffix) == (context, stem, name, suffix)
+    }
+}
+
+/// A hasher for keys that are hashes already.
+#[derive(Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| hash.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = key;
+    }
+}
+
+thread_local! {
+    /// The kernels that this thread has launched, by a hash of their names.
+    static KNOWN: RefCell<HashMap<u64, &'static Function, BuildHasherDefault<AsItIs>>> = RefCell::default();
+}
+
+/// Returns a kernel: one that this thread has launched before without a lock, others by `load`.
+fn find(device: &CudaDevice, stem: &str, name: &str, suffix: &'static str) -> Result<&'static Function> {
+    if !Change::Functions.is_on() {
+        return load(device, stem, name, suffix);
+    }
+    let context = device.cuda_stream().context().cu_ctx() as usize;
+    // FNV-1a over the name's parts and the context.
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let bytes = stem.bytes().chain([b'_']).chain(name.bytes()).chain(suffix.bytes());
+    let key = bytes.fold(0xcbf2_9ce4_8422_2325 ^ context as u64, step);
+    KNOWN.with_borrow_mut(|known| {
+        if let Some(function) = known.get(&key).filter(|function| function.is(context, stem, name, suffix)) {
+            return Ok(*function);
+        }
+        let function = load(device, stem, name, suffix)?;
+        known.insert(key, function);
+        Ok(function)
+    })
+}
+
+/// Returns a kernel. Its module is loaded at its first use on a device.
+fn load(device: &CudaDevice, stem: &str, name: &str, suffix: &'static str) -> Result<&'static Function> {
+    type Functions = HashMap<usize, HashMap<String, &'static Function>>;
     static FUNCTIONS: OnceLock<Mutex<Functions>> = OnceLock::new();
     let context = device.cuda_stream().context().clone();
+    let whole = format!("{stem}_{name}{suffix}");
     let mut functions =
         FUNCTIONS.get_or_init(Default::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     // The key is the context and not the device's number, because a second context on the same GPU has its own
     // modules.
     let functions = functions.entry(context.cu_ctx() as usize).or_default();
-    if let Some(function) = functions.get(name) {
-        return Ok(function.clone());
+    if let Some(function) = functions.get(&whole) {
+        return Ok(function);
     }
     let Some((_, image)) = FATBINS.iter().find(|(file, _)| *file == stem) else {
         bail!("kernels/{stem}.cu is not part of this binary");
     };
     let module = context.load_module(Ptx::from_binary(image.to_vec())).w()?;
     let function = module
-        .load_function(name)
-        .map_err(|error| candle_core::Error::Msg(format!("kernels/{stem}.cu: {name}: {error}")))?;
-    let shared_bytes = AtomicUsize::new(SHARED_BYTES);
-    let function = Arc::new(Function { sizes: parameter_sizes(&function), function, shared_bytes });
-    functions.insert(name.to_owned(), function.clone());
+        .load_function(&whole)
+        .map_err(|error| candle_core::Error::Msg(format!("kernels/{stem}.cu: {whole}: {error}")))?;
+    let function = Function {
+        stem: stem.to_owned(),
+        name: name.to_owned(),
+        suffix,
+        context: context.cu_ctx() as usize,
+        sizes: parameter_sizes(&function),
+        function,
+        shared_bytes: AtomicUsize::new(SHARED_BYTES),
+    };
+    // There are as many as kernels, and they are used until the process ends.
+    let function: &'static Function = Box::leak(Box::new(function));
+    functions.insert(whole, function);
     Ok(function)
 }
 

@@ -1,4 +1,4 @@
-//! The border between tensors and kernels on a GPU: the device, launches, cuBLAS products.
+//! The border between tensors and kernels on a GPU: the device, launches, products.
 //!
 //! Every operation first asks where its tensors lie; on a GPU it launches kernels from the file of its own name
 //! (`kernels/rms_norm.cu` for `ops/rms_norm.rs`). All work of a process goes to one stream of one device, in the
@@ -8,13 +8,14 @@
 pub mod device;
 pub mod late;
 pub mod launch;
+mod lt;
 pub mod pinned;
 pub mod product;
 pub mod side;
 
 pub use launch::Launch;
 
-use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, result};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,6 +53,22 @@ fn base_address(storage: &CudaStorage) -> Result<u64> {
         };
     }
     Ok(of!(U8, U32, I64, BF16, F16, F32, F64))
+}
+
+/// Copies all bytes of a tensor to another one of the same size, in the order of the stream.
+pub fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
+    let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+    if bytes(from) != bytes(to) {
+        bail!("{} bytes into {}", bytes(from), bytes(to));
+    }
+    if bytes(from) == 0 {
+        return Ok(());
+    }
+    let stream = device(to)?.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: both tensors are alive, are contiguous and have so many bytes.
+    unsafe { result::memcpy_dtod_async(address(to, 0)?, address(from, 0)?, bytes(from), stream.cu_stream()) }
+        .w()
 }
 
 /// Copies a host slice to the device, as a tensor of its length. Up to 64 KiB the driver takes the values at once

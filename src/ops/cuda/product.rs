@@ -1,9 +1,13 @@
-//! Matrix products by cuBLAS: row-major matrices inside tensors, f32 or bf16 inputs, f32 sums.
+//! Matrix products by cublasLt: row-major matrices inside tensors, f32 or bf16 inputs, f32 sums. cuBLAS takes the
+//! shapes for which cublasLt has no algorithm.
 
 use std::ffi::c_void;
 
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::{DType, Result, Tensor, bail};
+
+use super::lt;
+use crate::ops::change::Change;
 
 /// A matrix inside a tensor: element (i, j) is at `at + i * stride + j`, or at `at + j * stride + i` if transposed.
 #[derive(Clone, Copy)]
@@ -31,19 +35,77 @@ impl<'a> Matrix<'a> {
 }
 
 /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`. a and b have the same type, f32 or bf16; c has that type or f32.
-pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
-    assert!(!c.transposed, "the result lies row by row");
-    if m == 0 || n == 0 {
+pub fn product(mnk: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
+    match check(mnk, a, b, c)? {
+        true if Change::Algorithms.is_on() && lt_product(mnk, alpha, a, b, beta, [c, c])? => Ok(()),
+        true => blas_product(mnk, alpha, a, b, beta, c),
+        false => Ok(()),
+    }
+}
+
+/// `d[m,n] = alpha * a[m,k] b[k,n] + c`. c and d have one type, and lie in tensors that share no memory.
+pub fn product_onto(mnk: [usize; 3], alpha: f64, a: Matrix, b: Matrix, c: Matrix, d: Matrix) -> Result<()> {
+    if !check(mnk, a, b, c)? || !check(mnk, a, b, d)? {
         return Ok(());
     }
-    let device = super::device(c.tensor)?;
-    let (input, output) = (data_type(a.tensor)?, data_type(c.tensor)?);
-    if data_type(b.tensor)? != input {
+    if c.tensor.dtype() != d.tensor.dtype() {
+        bail!("a sum of {:?} and {:?}", c.tensor.dtype(), d.tensor.dtype());
+    }
+    if Change::Onto.is_on() && lt_product(mnk, alpha, a, b, 1.0, [c, d])? {
+        return Ok(());
+    }
+    if (c.at, c.stride, c.tensor.elem_count()) != (d.at, d.stride, d.tensor.elem_count()) {
+        bail!("a copy of a matrix in a tensor {:?} to one in {:?}", c.tensor.dims(), d.tensor.dims());
+    }
+    super::copy(c.tensor, d.tensor)?;
+    product(mnk, alpha, a, b, 1.0, d)
+}
+
+/// Refuses matrices that reach beyond their tensors, and types that do not fit. False: the result is empty.
+fn check([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix) -> Result<bool> {
+    assert!(!c.transposed, "the result lies row by row");
+    data_type(c.tensor)?;
+    if data_type(a.tensor)? != data_type(b.tensor)? {
         bail!("a product of {:?} with {:?}", a.tensor.dtype(), b.tensor.dtype());
+    }
+    if m == 0 || n == 0 {
+        return Ok(false);
     }
     reach(a, m, k)?;
     reach(b, k, n)?;
     reach(c, m, n)?;
+    Ok(true)
+}
+
+/// `d = alpha * a b + beta * c` by cublasLt. False if it has no algorithm for this shape.
+fn lt_product(
+    mnk: [usize; 3],
+    alpha: f64,
+    a: Matrix,
+    b: Matrix,
+    beta: f64,
+    [c, d]: [Matrix; 2],
+) -> Result<bool> {
+    if mnk[2] == 0 {
+        return Ok(false);
+    }
+    let address = |matrix: Matrix| super::address(matrix.tensor, matrix.at);
+    let addresses = [address(a)?, address(b)?, address(c)?, address(d)?];
+    let strides = [a.stride, b.stride, c.stride, d.stride];
+    let types = [a.tensor.dtype(), c.tensor.dtype()];
+    let shape = lt::Shape::new(mnk, [a.transposed, b.transposed], strides, types, addresses);
+    let device = super::device(d.tensor)?;
+    // SAFETY: `check` has bounded every element of the four matrices; c is d, or in another tensor.
+    let done = unsafe { lt::multiply(device, &shape, alpha as f32, beta as f32, addresses) }?;
+    if done {
+        super::count_launch();
+    }
+    Ok(done)
+}
+
+/// `product` by cuBLAS, which chooses an algorithm anew in each call.
+fn blas_product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
+    let (input, output) = (data_type(a.tensor)?, data_type(c.tensor)?);
     let (alpha, beta) = (alpha as f32, beta as f32);
     let operation = |matrix: Matrix| match matrix.transposed {
         false => sys::cublasOperation_t::CUBLAS_OP_N,
@@ -53,9 +115,9 @@ pub fn product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f6
         Ok::<_, candle_core::Error>(super::address(matrix.tensor, matrix.at)? as *mut c_void)
     };
     super::count_launch();
-    let blas = device.cublas_handle();
+    let blas = super::device(c.tensor)?.cublas_handle();
     // cuBLAS stores matrices by columns, so it computes the transposed product: c^T = b^T a^T.
-    // SAFETY: `reach` has bounded every element of the three matrices; the handle's stream is the device's.
+    // SAFETY: `check` has bounded every element of the three matrices; the handle's stream is the device's.
     unsafe {
         result::gemm_ex(
             *blas.handle(),

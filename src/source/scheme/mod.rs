@@ -30,7 +30,7 @@ use url::Url;
 
 use super::http::Validators;
 use super::options::Options;
-use super::{describe, tls};
+use super::{address, describe, tls};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage};
@@ -187,10 +187,33 @@ impl Stores {
             return Ok(store.clone());
         }
         let scheme = of(url).ok_or_else(|| Fault::internal(format!("{name} is no object store")))?;
+        check_endpoints(&|name| std::env::var(name).ok())?;
         let store =
             (scheme.open)(bucket, Caught(self.client.clone())).map_err(|error| refused(url, &error))?;
         self.open.borrow_mut().insert(name, store.clone());
         Ok(store)
+    }
+}
+
+/// Variables that name another server of a store.
+const ENDPOINTS: [&str; 6] = [
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+];
+
+/// Refuses a server of a store that is a metadata service.
+fn check_endpoints(variable: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+    let forbidden = |name: &&&str| {
+        let url = variable(name).and_then(|text| Url::parse(text.trim()).ok());
+        url.is_some_and(|url| address::forbidden_host(&url))
+    };
+    match ENDPOINTS.iter().find(forbidden) {
+        Some(name) => Err(Fault::config(format!("{name}: {}, which hone refuses", address::Forbidden))),
+        None => Ok(()),
     }
 }
 
@@ -372,6 +395,19 @@ struct TooLong;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_is_no_metadata_service() {
+        let check = |name: &str, value: &str| {
+            check_endpoints(&|other| (other == name).then(|| value.to_owned())).map_err(|fault| fault.kind)
+        };
+        for name in ENDPOINTS {
+            assert_eq!(check(name, "http://169.254.169.254/"), Err(Kind::Config), "{name}");
+            assert_eq!(check(name, " http://[fd00:ec2::254]:80"), Err(Kind::Config), "{name}");
+            assert_eq!(check(name, "http://127.0.0.1:9000"), Ok(()), "{name}");
+        }
+        assert_eq!(check("AWS_METADATA_ENDPOINT", "http://169.254.169.254/"), Ok(()));
+    }
 
     #[test]
     fn a_query_is_never_shown() {

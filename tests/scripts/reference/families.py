@@ -199,6 +199,10 @@ VARIANTS = {
         dict(OPTION_RUN, label_smoothing=0.1, schedule="warmup_stable_decay", schedule_kwargs='{"num_decay_steps": 5, "min_lr_ratio": 0.1}', warmup=3),
     ),
     "neftune": ("granite", dict(OPTION_RUN, neftune=15.0)),
+    "dora": ("qwen2", dict(OPTION_RUN, quant="nf4", dora=True, loraplus=4, weight_decay=0.01)),
+    "dora_dropout": ("granite", dict(OPTION_RUN, dora=True, dropout=0.2)),
+    "trained_tokens": ("llama3", dict(OPTION_RUN, quant="nf4", tokens='{"embed_tokens": [1021, 13, 1022], "lm_head": [1023, 1021]}', weight_decay=0.01)),
+    "trained_tokens_tied": ("gemma2", dict(OPTION_RUN, tokens="[510, 511]")),
     "adamw_8bit": ("qwen2_tied", dict(OPTION_RUN, optim="adamw_8bit", r=64, alpha=64, targets="q_proj,k_proj", weight_decay=0.01)),
 }
 """More recorded runs of a fixture's checkpoint, in tests/golden/_variants: (fixture, arguments of run_ref.py)."""

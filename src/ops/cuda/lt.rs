@@ -1,0 +1,274 @@
+//! Products by cublasLt: `d = alpha * a b + beta * c`, where c and d may lie in different memory. For each shape the
+//! library is asked for an algorithm once.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
+use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
+use candle_core::cuda_backend::cudarc::cublaslt::sys;
+use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+
+use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+
+/// Shapes whose algorithms are remembered. Packed passes have many lengths; beyond this number all are forgotten.
+const SHAPES_MAX: usize = 1 << 13;
+/// Most bytes that an algorithm may work in. The library's guide advises so many for Hopper.
+const WORKSPACE_BYTES_MAX: u64 = 32 << 20;
+/// What the library assumes of addresses unless it is told otherwise, which is what allocations have.
+const ALIGNMENT_MAX: u32 = 256;
+
+/// The facts on which the choice of an algorithm depends. a is [m, k], b [k, n], c and d [m, n], row by row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// m, n, k.
+    pub mnk: [usize; 3],
+    /// Whether a and b are transposes of what is stored.
+    pub transposed: [bool; 2],
+    /// Elements from a row to the next in memory, of a, b, c and d.
+    pub strides: [usize; 4],
+    /// The type of a and b, and that of c and d.
+    pub types: [DType; 2],
+    /// Powers of two that divide the addresses of a, b, c and d.
+    alignments: [u32; 4],
+}
+
+impl Shape {
+    /// `alignments` follow from the addresses of a, b, c and d.
+    pub fn new(
+        mnk: [usize; 3],
+        transposed: [bool; 2],
+        strides: [usize; 4],
+        types: [DType; 2],
+        addresses: [u64; 4],
+    ) -> Shape {
+        let alignment = |address: u64| ALIGNMENT_MAX.min(1 << address.trailing_zeros().min(8));
+        Shape { mnk, transposed, strides, types, alignments: addresses.map(alignment) }
+    }
+}
+
+/// The library's handle, and the algorithms that it chose.
+struct Library {
+    context: usize,
+    handle: sys::cublasLtHandle_t,
+    chosen: HashMap<Shape, Option<Chosen>>,
+    /// Memory for the algorithms, as much as the greediest of them wants. All products run in one stream, so they
+    /// share it.
+    workspace: Option<Tensor>,
+}
+
+// SAFETY: a handle may be used on any thread, and the mutex around it lets one thread at a time use it.
+unsafe impl Send for Library {}
+
+/// An algorithm, and the descriptions that it was chosen for.
+struct Chosen {
+    description: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+    workspace_bytes: usize,
+}
+
+static LIBRARY: Mutex<Option<Library>> = Mutex::new(None);
+
+/// Queues the product. The matrices lie at these addresses: a, b, c, d. False: the library has no algorithm for the
+/// shape, and nothing was done.
+///
+/// # Safety
+/// The matrices lie inside live tensors of the device, and d overlaps neither a nor b; it is c or does not overlap it.
+pub(super) unsafe fn multiply(
+    device: &CudaDevice,
+    shape: &Shape,
+    alpha: f32,
+    beta: f32,
+    [a, b, c, d]: [u64; 4],
+) -> Result<bool> {
+    let stream = device.cuda_stream();
+    let mut library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+    let library =
+        Library::of(&mut library, stream.context().cu_ctx() as usize).map_err(|e| failed(shape, e))?;
+    let handle = library.handle;
+    let Some((chosen, workspace)) = library.choose(shape, device)? else { return Ok(false) };
+    let (workspace, bytes) = match workspace {
+        Some(memory) if chosen.workspace_bytes > 0 => (super::address(memory, 0)?, chosen.workspace_bytes),
+        _ => (0, 0),
+    };
+    // The library stores matrices by columns, so it computes the transposed product: d^T = b^T a^T.
+    let [left, right, from, to] = chosen.layouts;
+    // SAFETY: the descriptions belong to this shape, the caller vouches for the addresses, and the workspace is a live
+    // tensor of the same stream.
+    let done = unsafe {
+        result::matmul(
+            handle,
+            chosen.description,
+            (&raw const alpha).cast(),
+            (&raw const beta).cast(),
+            b as *const c_void,
+            left,
+            a as *const c_void,
+            right,
+            c as *const c_void,
+            from,
+            d as *mut c_void,
+            to,
+            &raw const chosen.algorithm,
+            workspace as *mut c_void,
+            bytes,
+            stream.cu_stream().cast(),
+        )
+    };
+    match done {
+        Ok(()) => Ok(true),
+        Err(error) if is_refusal(error) => {
+            library.chosen.insert(*shape, None);
+            Ok(false)
+        }
+        Err(error) => Err(failed(shape, error)),
+    }
+}
+
+/// Whether the library does not take a shape, so that another way must be found.
+fn is_refusal(CublasError(status): CublasError) -> bool {
+    use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
+    [CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED].contains(&status)
+}
+
+fn failed(shape: &Shape, error: CublasError) -> candle_core::Error {
+    let [m, n, k] = shape.mnk;
+    candle_core::Error::Msg(format!("cublasLt, product {m} x {n} x {k}: {error:?}"))
+}
+
+impl Library {
+    /// The library for this context. A second context begins anew.
+    fn of(place: &mut Option<Library>, context: usize) -> std::result::Result<&mut Library, CublasError> {
+        if place.as_ref().is_none_or(|library| library.context != context) {
+            let handle = result::create_handle()?;
+            *place = Some(Library { context, handle, chosen: HashMap::new(), workspace: None });
+        }
+        Ok(place.as_mut().expect("it was just made"))
+    }
+
+    /// The algorithm for a shape and the memory that it may work in; `None` if there is no algorithm.
+    fn choose(&mut self, shape: &Shape, device: &CudaDevice) -> Result<Option<(&Chosen, Option<&Tensor>)>> {
+        if !self.chosen.contains_key(shape) {
+            if self.chosen.len() >= SHAPES_MAX {
+                self.chosen.clear();
+            }
+            let chosen = Chosen::of(self.handle, shape).map_err(|error| failed(shape, error))?;
+            self.grow(chosen.as_ref().map_or(0, |chosen| chosen.workspace_bytes), device)?;
+            self.chosen.insert(*shape, chosen);
+        }
+        let chosen = self.chosen.get(shape).and_then(Option::as_ref);
+        Ok(chosen.map(|chosen| (chosen, self.workspace.as_ref())))
+    }
+
+    fn grow(&mut self, bytes: usize, device: &CudaDevice) -> Result<()> {
+        if bytes > self.workspace.as_ref().map_or(0, Tensor::elem_count) {
+            self.workspace = None;
+            self.workspace = Some(crate::ops::unwritten(bytes, DType::U8, &Device::Cuda(device.clone()))?);
+        }
+        Ok(())
+    }
+}
+
+impl Chosen {
+    /// The library's first choice.
+    fn of(handle: sys::cublasLtHandle_t, shape: &Shape) -> std::result::Result<Option<Chosen>, CublasError> {
+        let ([m, n, k], [a_turned, b_turned]) = (shape.mnk, shape.transposed);
+        let ([a_stride, b_stride, c_stride, d_stride], [input, output]) =
+            (shape.strides, shape.types.map(data_type));
+        let layout = |data, turned: bool, rows: usize, columns: usize, stride: usize| {
+            let (rows, columns) = if turned { (columns, rows) } else { (rows, columns) };
+            result::create_matrix_layout(data, rows as u64, columns as u64, stride as i64)
+        };
+        let mut chosen = Chosen {
+            description: result::create_matmul_desc(
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cudaDataType_t::CUDA_R_32F,
+            )?,
+            layouts: [
+                layout(input, b_turned, n, k, b_stride)?,
+                layout(input, a_turned, k, m, a_stride)?,
+                layout(output, false, n, m, c_stride)?,
+                layout(output, false, n, m, d_stride)?,
+            ],
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspace_bytes: 0,
+        };
+        chosen.turn(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, b_turned)?;
+        chosen.turn(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, a_turned)?;
+        match chosen.ask(handle, shape) {
+            Ok(found) => {
+                (chosen.algorithm, chosen.workspace_bytes) = (found.algo, found.workspaceSize);
+                Ok(Some(chosen))
+            }
+            Err(error) if is_refusal(error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn turn(
+        &self,
+        side: sys::cublasLtMatmulDescAttributes_t,
+        turned: bool,
+    ) -> std::result::Result<(), CublasError> {
+        let operation = match turned {
+            false => cublasOperation_t::CUBLAS_OP_N,
+            true => cublasOperation_t::CUBLAS_OP_T,
+        };
+        // SAFETY: the description is alive, and the attribute is a number of four bytes.
+        unsafe { result::set_matmul_desc_attribute(self.description, side, (&raw const operation).cast(), 4) }
+    }
+
+    fn ask(
+        &self,
+        handle: sys::cublasLtHandle_t,
+        shape: &Shape,
+    ) -> std::result::Result<sys::cublasLtMatmulHeuristicResult_t, CublasError> {
+        let (preference, limit) = (result::create_matmul_pref()?, WORKSPACE_BYTES_MAX);
+        let [a, b, c, d] = shape.alignments;
+        let sides = [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
+        ];
+        let [left, right, from, to] = self.layouts;
+        // SAFETY: all descriptions are alive; a limit of bytes has eight bytes, and an alignment four.
+        unsafe {
+            let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let limit = (&raw const limit).cast();
+            let mut done = result::set_matmul_pref_attribute(preference, bytes, limit, 8);
+            for (side, alignment) in &sides {
+                let alignment = (&raw const *alignment).cast();
+                done = done.and(result::set_matmul_pref_attribute(preference, *side, alignment, 4));
+            }
+            let found = done.and_then(|()| {
+                let description = self.description;
+                result::get_matmul_algo_heuristic(handle, description, left, right, from, to, preference)
+            });
+            result::destroy_matmul_pref(preference)?;
+            found
+        }
+    }
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        // SAFETY: the descriptions were made with this value, and nothing else refers to them. The library has copied
+        // what a queued product needs.
+        unsafe {
+            let _ = result::destroy_matmul_desc(self.description);
+            self.layouts.into_iter().for_each(|layout| {
+                let _ = result::destroy_matrix_layout(layout);
+            });
+        }
+    }
+}
+
+fn data_type(dtype: DType) -> sys::cudaDataType {
+    match dtype {
+        DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        _ => sys::cudaDataType_t::CUDA_R_32F,
+    }
+}
