@@ -8,8 +8,8 @@ struct Part {
     __device__ __forceinline__ int strips(int width) const { return ranks > 0 ? (columns + width - 1) / width : 0; }
 };
 
-// A pass over x, whose columns belong to three layers with pairs of at most RANKS ranks each. A block takes at most COLUMNS
-// columns of one layer in `chunk` rows, in tiles of ROWS rows, and uses each tile twice while it lies in shared memory:
+// A pass over x, whose columns belong to three layers with pairs of at most RANKS ranks each. A block takes at most
+// COLUMNS columns of one layer in `chunk` rows, in tiles of ROWS rows. It uses each tile twice:
 //
 //   gradients[blockIdx.y][n][r] = sum over the block's rows t of x[t][n] * low[t][r] * factors[t]
 //   through[blockIdx.x][t][r] = sum over the block's columns n of x[t][n] * beside[n][r], if THROUGH
@@ -159,8 +159,8 @@ struct Gradient {
     float factor;
 };
 
-// Adds up what `pass_over` with strips of `width` columns left over dy, in the order of its blocks. The first blocks write
-// V, eight values a thread: a rank's column of row t is the sum over its layer's strips of through[strip][t][r], and
+// Adds up what `pass_over` with strips of `width` columns left over dy, in the order of its blocks. The first blocks
+// write V, eight values a thread: a rank's column of row t is the sum over its layer's strips of through[strip][t][r], and
 // columns of no rank are zero. The others add the gradients of B: a thread takes eight ranks of a row n, the sum over
 // `chunks` of gradients[chunk][n][r].
 __device__ __forceinline__ void sum_over(const float* through, int width, bf16* v, int stride, int spare, int rows,

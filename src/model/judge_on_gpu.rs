@@ -34,8 +34,8 @@ fn wide_cases() -> Vec<Case> {
     list
 }
 
-/// Relative distance of the gradients, and of the loss, from those in f64. In bf16 the products one after the other are up
-/// to 3.2e-2 from f64 at these small widths.
+/// Relative distance of the gradients, and of the loss, from those in f64. In bf16 the products one after the other are
+/// up to 3.2e-2 from f64 at these small widths.
 #[test]
 fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
     let Some(gpu) = judge::gpu() else { return Ok(()) };
