@@ -278,14 +278,17 @@ impl<'a> Solver<'a> {
             fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room && self.inputs_fit(tokens, keep)
         };
         let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
-        let seconds = |keep: Keep| counter.again(0, keep).seconds(&self.machine.rates);
+        // With the layer's own work, beside which inputs of layers move to the host and back.
+        let seconds =
+            |keep: Keep| (counter.layer(0, true) + counter.again(0, keep)).seconds(&self.machine.rates);
         let costs: Vec<(Keep, f64)> = choices.into_iter().map(|keep| (keep, seconds(keep))).collect();
         let mut best: Option<(f64, Vec<Keep>)> = None;
         for low in &costs {
             for high in costs.iter().filter(|high| high.0 <= low.0) {
-                let Some(found) = self.mixture(*low, *high, &costs, fits) else { continue };
-                if best.as_ref().is_none_or(|best| found.0 < best.0) {
-                    best = Some(found);
+                let Some(keep) = self.mixture(*low, *high, &costs, fits) else { continue };
+                let seconds = self.describe(tokens, &keep, expanded).seconds;
+                if best.as_ref().is_none_or(|best| seconds < best.0) {
+                    best = Some((seconds, keep));
                 }
             }
         }
@@ -299,26 +302,24 @@ impl<'a> Solver<'a> {
         high: (Keep, f64),
         costs: &[(Keep, f64)],
         fits: impl Fn(&Vec<Keep>) -> bool,
-    ) -> Option<(f64, Vec<Keep>)> {
+    ) -> Option<Vec<Keep>> {
         let layers = self.kept.len();
         let mixed = |at_low: usize| {
             (0..layers).map(|layer| if layer < at_low { low.0 } else { high.0 }).collect::<Vec<_>>()
         };
         let at_low = (self.lowest..=layers).find(|at_low| fits(&mixed(*at_low)))?;
         let mut keep = mixed(at_low);
-        let mut seconds = (at_low - self.lowest) as f64 * low.1 + (layers - at_low) as f64 * high.1;
         if at_low > self.lowest {
             let between = costs.iter().filter(|cost| cost.0 < low.0 && cost.1 < low.1);
-            for (level, cost) in between {
+            for (level, _) in between {
                 let before = std::mem::replace(&mut keep[at_low - 1], *level);
                 if fits(&keep) {
-                    seconds += cost - low.1;
                     break; // the levels are in order, so the first that fits saves the most
                 }
                 keep[at_low - 1] = before;
             }
         }
-        Some((seconds, keep))
+        Some(keep)
     }
 
     /// The level with the fewest bytes.

@@ -81,8 +81,15 @@ fn less_memory_recomputes_more_and_always_fits() {
             break;
         };
         assert!(plan.bytes() <= machine.memory);
-        if let Some(last) = &last {
-            assert!(plan.tokens_per_second() <= last.tokens_per_second(), "{gibibytes} GiB are faster");
+        // Weights that no longer fit lie on the host, which leaves more room for what layers keep.
+        if let Some(last) = last.as_ref().filter(|last| last.residency == plan.residency) {
+            let (slower, faster) = (plan.tokens_per_second(), last.tokens_per_second());
+            assert!(
+                slower <= faster,
+                "{gibibytes} GiB: {slower} {}, above {faster} {}",
+                plan.choice(),
+                last.choice()
+            );
         }
         last = Some(plan);
     }
@@ -129,13 +136,15 @@ fn the_mix_is_close_to_the_best_of_all() {
 fn narrow_layers_expand_their_weights_first() {
     let mut narrow = crate::facts::shapes::facts("tiny").unwrap();
     narrow.layers.extend(narrow.layers.clone());
-    let task = task(narrow, 2048);
+    // So many tokens that computing takes longer than launching.
+    let tokens = 1 << 17;
+    let task = task(narrow, tokens);
     let machine = gpu("l4");
     let solver = Solver::new(&task, &machine, Residency::Resident);
-    let bytes = |keep: Keep, expanded: usize| solver.describe(2048, &[keep; 4], expanded).bytes();
+    let bytes = |keep: Keep, expanded: usize| solver.describe(tokens, &[keep; 4], expanded).bytes();
     let (least, most) = (bytes(Keep::HostInputs, 0), bytes(Keep::Everything, 4));
     let rooms = (1..16).map(|sixteenth| least + (most - least) * sixteenth / 16);
-    let plans: Vec<Plan> = rooms.filter_map(|room| solver.levels(2048, room)).collect();
+    let plans: Vec<Plan> = rooms.filter_map(|room| solver.levels(tokens, room)).collect();
     assert!(plans.iter().any(|plan| plan.expanded == 4 && plan.keep != [Keep::Everything; 4]), "{plans:?}");
 }
 
