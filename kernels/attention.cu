@@ -106,8 +106,8 @@ __device__ __forceinline__ void hand_over(float (&scores)[BANDS][COLUMNS / 8][4]
 
 // The first `skipped` rows are keys and values only: results of the others begin at `out` and at each head's row of
 // `lse`. Rows of `out` lie `stride` apart.
-// With two STAGES, the next keys and values come while a block computes with these, and a tile has one barrier instead of
-// two. That takes more shared memory.
+// With two STAGES, the next keys and values come while a block computes with these, and a tile has one barrier instead
+// of two. That takes more shared memory.
 template <typename T, int WIDTH, int WARPS, int BANDS, int KEYS, int STAGES>
 __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped, int stride,
                                         const Shape shape) {

@@ -67,8 +67,8 @@ struct Turn {
     }
 };
 
-// Turns the first `rows` of a warp's own rows in its tile, which holds them as they would lie in memory. So the bits are
-// those of a pass over memory of its own.
+// Turns the first `rows` of a warp's own rows in its tile, which holds them as they would lie in memory. So the bits
+// are those of a pass over memory of its own.
 template <typename T, int WIDTH, int BANDS>
 __device__ __forceinline__ void turn_rows(T* tile, int rows, const Turn& turn) {
     typedef Tile<T, WIDTH> Tile;

@@ -160,7 +160,7 @@ FROM(F16, f16)
         const Pair<T> pairs[3] = PAIRS;                                                                         \
         insert<T>(out, groups * 8, spare, pairs, blockIdx.x - blocks);                                          \
     }
-// `inside` is `dequantize` of the first of the weights side by side; the blocks behind the first `blocks` put the pairs of
-// all of them beside and below.
+// `inside` is `dequantize` of the first of the weights side by side; the blocks behind the first `blocks` put the pairs
+// of all of them beside and below.
 INTO(float, f32)
 INTO(bf16, bf16)

@@ -1,6 +1,6 @@
 // Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block per row. The twin of src/ops/rms_norm.rs.
-// Rows of what is written lie `stride` apart, a multiple of eight if the width is one. `scales` gets 1 / rms of each row,
-// unless it is null.
+// Rows of what is written lie `stride` apart, a multiple of eight if the width is one. `scales` gets 1 / rms of each
+// row, unless it is null.
 // Neighbouring values move 16 bytes at a time if the width is a multiple of eight, as in every real model.
 #include "common.cuh"
 

@@ -408,6 +408,7 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         LoraConfig.lora_dropout                        0                  default
         LoraConfig.target_modules                      all-linear         default
         LoraConfig.use_rslora                          false              default
+        LoraConfig.use_dora                            false              default
         LoraConfig.init_lora_weights                   true               default
         TrainingArguments.learning_rate                0.005              try/hone.yaml:17
         TrainingArguments.lr_scheduler_type            linear             default

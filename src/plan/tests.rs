@@ -107,6 +107,7 @@ fn kaitos_qlora_template() {
             LoraConfig.lora_dropout  0  train.yaml:18
             LoraConfig.target_modules  all-linear  default
             LoraConfig.use_rslora  false  default
+            LoraConfig.use_dora  false  default
             LoraConfig.init_lora_weights  true  default
             TrainingArguments.output_dir  /mnt/results  train.yaml:22
             TrainingArguments.learning_rate  0.00002  default
