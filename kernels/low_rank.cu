@@ -162,8 +162,7 @@ struct Gradient {
 // Adds up what `pass_over` with strips of `width` columns left over dy, in the order of its blocks. The first blocks
 // write V, eight values a thread: a rank's column of row t is the sum over its layer's strips of through[strip][t][r],
 // and columns of no rank are zero. The others add the gradients of B: a thread takes eight ranks of a row n, the sum
-// over
-// `chunks` of gradients[chunk][n][r].
+// over `chunks` of gradients[chunk][n][r].
 __device__ __forceinline__ void sum_over(const float* through, int width, bf16* v, int stride, int spare, int rows,
                                          const float* gradients, int chunks, int ranks, const Gradient (&pairs)[3]) {
     const int groups = spare / 8, blocks = ((uint64_t)rows * groups + blockDim.x - 1) / blockDim.x;
