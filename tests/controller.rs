@@ -917,13 +917,12 @@ fn events_are_their_own_and_versions_defaults_are_no_change() {
     });
     let told = condition(&server.get("workspaces", NAMESPACE, "cpu").unwrap(), "WorkspaceSucceeded");
     assert!(!told.contains("not applied"), "{told}");
-    let notes: Vec<Value> = server
-        .list("events")
-        .into_iter()
-        .filter(|event| event["reason"] == "JobCreated" && event["regarding"]["name"] == "cpu")
-        .map(|event| event["note"].clone())
-        .collect();
-    assert!(notes.iter().any(|note| note.to_string().contains("revision 2")), "{notes:?}");
+    // The Event follows the Job.
+    server.wait("the Event of revision 2", |server| {
+        let mut events = server.list("events").into_iter();
+        let of_job = |event: &Value| event["reason"] == "JobCreated" && event["regarding"]["name"] == "cpu";
+        events.find(|event| of_job(event) && event["note"].to_string().contains("revision 2")).map(|_| ())
+    });
 }
 
 /// A controller that starts after the end: of a Job that is still there, and of one that only its Events remember.

@@ -385,7 +385,13 @@ fn drawn_adapter(decoder: &Decoder, seed: u64) -> Result<tempfile::TempDir> {
     let params = Tensor::from_vec(values, count, &Device::Cpu)?;
     hone::ops::flat::write(&trainable.params, &params)?;
     let folder = tempfile::tempdir()?;
-    let config = hone::adapter::config(&trainable.sites, decoder.facts.layers.len(), &options, "a bench");
+    let config = hone::adapter::config(
+        &trainable.sites,
+        &trainable.tokens,
+        decoder.facts.layers.len(),
+        &options,
+        "a bench",
+    );
     std::fs::write(folder.path().join(hone::adapter::CONFIG_FILE), serde_json::to_vec(&config)?)?;
     std::fs::write(folder.path().join(hone::adapter::WEIGHTS_FILE), hone::adapter::weights(&trainable)?)?;
     Ok(folder)

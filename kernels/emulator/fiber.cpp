@@ -101,6 +101,11 @@ Fiber* new_fiber(unsigned number, void (*body)()) {
     return fiber;
 }
 
+void end_fiber(Fiber* fiber) {
+    munmap(fiber->stack - page, fiber->stack_bytes + page);
+    delete fiber;
+}
+
 void switch_fiber(Fiber* from, Fiber* to) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&from->address_sanitizer, to->stack, to->stack_bytes);

@@ -21,6 +21,9 @@ Fiber* host_fiber();
 // Fiber `number` of this host thread. It runs `body` from its first switch on; `body` never returns.
 Fiber* new_fiber(unsigned number, void (*body)());
 
+// Frees a fiber that does not run, and its stack.
+void end_fiber(Fiber* fiber);
+
 // Leaves `from`, the running fiber, and continues `to`.
 void switch_fiber(Fiber* from, Fiber* to);
 

@@ -31,6 +31,17 @@ struct Scheduler {
 // One load finds it: the default model of a shared library asks the loader by a call, millions of times.
 thread_local Scheduler* scheduler __attribute__((tls_model("initial-exec")));
 
+// Gives the stacks back when the host thread ends: a process may map only so many. No block runs then, so all are idle.
+struct Owner {
+    Scheduler* scheduler = nullptr;
+    ~Owner() {
+        for (Fiber* fiber : scheduler->idle) end_fiber(fiber);
+        delete scheduler->host;
+        delete scheduler;
+        emulator::scheduler = nullptr;
+    }
+};
+
 void run_threads();
 
 Fiber* take_fiber() {
@@ -155,7 +166,8 @@ void run_threads() {
 
 void run_block(Block& running, const std::vector<unsigned>& sequence, void (*call)(void**), void** arguments) {
     if (scheduler == nullptr) {
-        scheduler = new Scheduler();  // its host thread lives as long as the process
+        static thread_local Owner owner;
+        owner.scheduler = scheduler = new Scheduler();
         scheduler->host = host_fiber();
     }
     Scheduler& s = *scheduler;

@@ -23,7 +23,8 @@ fn wide_cases() -> Vec<Case> {
         }
     }
     let llama = list[0].config.clone();
-    let more: [(&str, fn(&mut super::Options)); 4] = [
+    type Change = fn(&mut super::Options);
+    let more: [(&str, Change); 4] = [
         ("rank 1", |options| options.lora.r = 1),
         ("ranks that fill the columns", |options| options.lora.r = 32),
         ("ranks of 256, beside the product where three are too many", |options| options.lora.r = 256),

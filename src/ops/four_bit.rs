@@ -686,7 +686,7 @@ mod tests {
             let (factor, shift) = gpu::reciprocal(divisor);
             for near in [0, 1, 2, 1000, (1u64 << 29) / divisor as u64, ((1u64 << 31) - 1) / divisor as u64] {
                 for number in [near * divisor as u64, (near * divisor as u64).saturating_sub(1), near] {
-                    assert_eq!(number * factor >> shift, number / divisor as u64, "{number} / {divisor}");
+                    assert_eq!((number * factor) >> shift, number / divisor as u64, "{number} / {divisor}");
                 }
             }
         }

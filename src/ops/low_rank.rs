@@ -377,6 +377,9 @@ mod tests {
     /// A part in the test: rows of its weight, and the rank and scale of its pair.
     type Shape = (usize, Option<(usize, f64)>);
 
+    /// A weight, its pair on the GPU, and the values of both.
+    type Made = (Weight, Option<(Tensor, Tensor)>, Values);
+
     /// Values of a part as they take part in the products, in f64.
     struct Values {
         weight: Tensor,
@@ -409,7 +412,7 @@ mod tests {
 
     fn check(gpu: &Gpu, shapes: &[Shape], cols: usize, spare: usize, kind: usize, rows: usize) -> Result<()> {
         let made = shapes.iter().enumerate().map(|(i, shape)| part(gpu, *shape, cols, kind, i as u64));
-        let made: Vec<(Weight, Option<(Tensor, Tensor)>, Values)> = made.collect::<Result<_>>()?;
+        let made: Vec<Made> = made.collect::<Result<_>>()?;
         let parts = made.iter().zip(shapes).map(|((weight, pair, _), (_, described))| {
             let pair = pair.as_ref().zip(*described);
             Part { weight, pair: pair.map(|((a, b), (_, scale))| Pair { a, b, scale }) }
@@ -489,7 +492,7 @@ mod tests {
 
     fn pass(gpu: &Gpu, shapes: &[Shape], cols: usize, spare: usize, rows: usize) -> Result<()> {
         let made = shapes.iter().enumerate().map(|(i, shape)| part(gpu, *shape, cols, 2, i as u64));
-        let made: Vec<(Weight, Option<(Tensor, Tensor)>, Values)> = made.collect::<Result<_>>()?;
+        let made: Vec<Made> = made.collect::<Result<_>>()?;
         let parts = made.iter().zip(shapes).map(|((weight, pair, _), (_, described))| {
             let pair = pair.as_ref().zip(*described);
             Part { weight, pair: pair.map(|((a, b), (_, scale))| Pair { a, b, scale }) }
@@ -551,7 +554,7 @@ mod tests {
     /// The gradients of the pairs from what stands in the spare columns, which end in zeros.
     fn gradients(
         gpu: &Gpu,
-        made: &[(Weight, Option<(Tensor, Tensor)>, Values)],
+        made: &[Made],
         (x, on_x): (&Tensor, &Tensor),
         (y, on_y): (&Tensor, &Tensor),
         alpha: f64,
@@ -589,13 +592,7 @@ mod tests {
     }
 
     /// Weight and pair on the GPU, and the values that they stand for.
-    fn part(
-        gpu: &Gpu,
-        (rows, pair): Shape,
-        cols: usize,
-        kind: usize,
-        seed: u64,
-    ) -> Result<(Weight, Option<(Tensor, Tensor)>, Values)> {
+    fn part(gpu: &Gpu, (rows, pair): Shape, cols: usize, kind: usize, seed: u64) -> Result<Made> {
         let values = gpu.random((rows, cols), 10 + seed)?;
         let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let weight = match kind {
