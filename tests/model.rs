@@ -31,9 +31,9 @@ fn a_folder_is_understood() {
         weights          1.1 MiB, bfloat16 by config.json
         in 4 bits        14 linear layers with load_in_4bit (double): 165.2 KiB; the rest as stored
         LoRA sites       14 of rank 8, 34816 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  642.8 MiB at 1024 tokens a pass; 640.4 MiB with gradient_checkpointing
-                         671.0 MiB at 4096 tokens a pass; 661.7 MiB with gradient_checkpointing
-                         783.9 MiB at 16384 tokens a pass; 746.8 MiB with gradient_checkpointing
+        memory of a GPU  643.4 MiB at 1024 tokens a pass; 641.0 MiB with gradient_checkpointing
+                         673.1 MiB at 4096 tokens a pass; 663.4 MiB with gradient_checkpointing
+                         792.0 MiB at 16384 tokens a pass; 753.0 MiB with gradient_checkpointing
     "#]].assert_eq(&told("llama3", &[]));
 }
 
@@ -58,9 +58,9 @@ fn fused_modules_windows_and_chosen_targets() {
         LoRA sites       4 of rank 32, 49152 parameters: self_attn.qkv_proj, self_attn.o_proj
                          q_proj is part of qkv_proj
                          k_proj is part of qkv_proj
-        memory of a GPU  642.9 MiB at 1024 tokens a pass; 640.5 MiB with gradient_checkpointing
-                         670.9 MiB at 4096 tokens a pass; 661.0 MiB with gradient_checkpointing
-                         782.7 MiB at 16384 tokens a pass; 743.2 MiB with gradient_checkpointing
+        memory of a GPU  643.2 MiB at 1024 tokens a pass; 640.7 MiB with gradient_checkpointing
+                         672.0 MiB at 4096 tokens a pass; 661.9 MiB with gradient_checkpointing
+                         786.9 MiB at 16384 tokens a pass; 746.4 MiB with gradient_checkpointing
 
         warnings:
           rank 32: vLLM serves ranks up to 16 unless it is started with --max-lora-rank 32 (KAITO: `vllm: {max-lora-rank: 32}` in the inference ConfigMap)
@@ -85,9 +85,9 @@ fn a_checkpoint_that_is_quantised_already() {
         weights          106.6 KiB, bfloat16 by config.json
         in 4 bits        14 linear layers already, by bitsandbytes (nf4, scales too): 24.9 KiB
         LoRA sites       12 of rank 8, 11776 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  636.2 MiB at 1024 tokens a pass; 635.3 MiB with gradient_checkpointing
-                         647.7 MiB at 4096 tokens a pass; 644.2 MiB with gradient_checkpointing
-                         693.9 MiB at 16384 tokens a pass; 679.9 MiB with gradient_checkpointing
+        memory of a GPU  636.4 MiB at 1024 tokens a pass; 635.4 MiB with gradient_checkpointing
+                         648.7 MiB at 4096 tokens a pass; 644.7 MiB with gradient_checkpointing
+                         697.7 MiB at 16384 tokens a pass; 681.8 MiB with gradient_checkpointing
     "#]].assert_eq(&told("llama_stored_nf4", &["--target-modules", r".*_proj(?<!v_proj)"]));
 }
 
@@ -109,9 +109,9 @@ fn the_language_model_inside_another() {
         weights          193.4 KiB, bfloat16 by config.json
         in 4 bits        14 linear layers with load_in_4bit (double): 33.1 KiB; the rest as stored
         LoRA sites       14 of rank 8, 15360 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  638.1 MiB at 1024 tokens a pass; 636.4 MiB with gradient_checkpointing
-                         655.4 MiB at 4096 tokens a pass; 648.5 MiB with gradient_checkpointing
-                         724.4 MiB at 16384 tokens a pass; 696.7 MiB with gradient_checkpointing
+        memory of a GPU  638.4 MiB at 1024 tokens a pass; 636.6 MiB with gradient_checkpointing
+                         656.4 MiB at 4096 tokens a pass; 649.0 MiB with gradient_checkpointing
+                         728.2 MiB at 16384 tokens a pass; 698.6 MiB with gradient_checkpointing
     "#]].assert_eq(&told("gemma3_wrapper", &[]));
 }
 
@@ -137,9 +137,9 @@ fn what_is_missing_is_told_together() {
         chat template    unknown without a tokenizer
         in 4 bits        14 linear layers with load_in_4bit (double): 49.6 KiB; the rest as stored
         LoRA sites       14 of rank 8, 19456 parameters: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        memory of a GPU  638.6 MiB at 1024 tokens a pass; 636.7 MiB with gradient_checkpointing
-                         657.1 MiB at 4096 tokens a pass; 649.4 MiB with gradient_checkpointing
-                         731.2 MiB at 16384 tokens a pass; 700.4 MiB with gradient_checkpointing
+        memory of a GPU  639.2 MiB at 1024 tokens a pass; 637.1 MiB with gradient_checkpointing
+                         659.2 MiB at 4096 tokens a pass; 651.0 MiB with gradient_checkpointing
+                         739.1 MiB at 16384 tokens a pass; 706.5 MiB with gradient_checkpointing
 
         missing:
           pytorch_model.bin is a pickle, which may run code and is not read: no model.safetensors in model
