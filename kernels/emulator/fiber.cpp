@@ -15,6 +15,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
 extern "C" void __sanitizer_finish_switch_fiber(void* saved, const void** bottom, size_t* size);
+extern "C" void __asan_unpoison_memory_region(const volatile void* from, size_t bytes);
 #endif
 
 // switch_stacks(void** leave, void* enter) pushes what a call must keep, exchanges the stack pointer, and pops. It
@@ -102,6 +103,10 @@ Fiber* new_fiber(unsigned number, void (*body)()) {
 }
 
 void end_fiber(Fiber* fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    // Another stack may come to lie here, and the sanitizer would know it by this one's redzones.
+    __asan_unpoison_memory_region(fiber->stack, fiber->stack_bytes);
+#endif
     munmap(fiber->stack - page, fiber->stack_bytes + page);
     delete fiber;
 }
