@@ -443,7 +443,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
                                 for_value ? Turn{} : turn.at(own));
 }
 
-// How the gradients of queries and keys are turned back (`Turn`).
+// The rotation that turns the gradients of queries and keys back (`Turn`).
 #define TURN_PARAMETERS const float *cosines, const float *sines, int half, int angle_stride
 #define TURN \
     Turn { cosines, sines, half, angle_stride }

@@ -78,9 +78,9 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
 // Reads are let go from the cache at once; what is written stays there, since the product that follows reads it.
 constexpr int GROUPS = 4;
 
-// Where a group of eight values lies in the result: in rows of `groups` groups that lie `stride` values apart, or one
-// after the other if `groups` is 0. `factor` and `shift` divide by `groups` (Granlund and Montgomery 1994): for numbers
-// below 2^31, number / groups = number * factor >> shift.
+// The place of a group of eight values in the result. Rows have `groups` groups and lie `stride` values apart; if
+// `groups` is 0, groups lie one after the other. `factor` and `shift` divide by `groups` (Granlund and Montgomery
+// 1994): for numbers below 2^31, number / groups = number * factor >> shift.
 struct Rows {
     int groups, stride, shift;
     unsigned long long factor;

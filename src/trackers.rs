@@ -177,7 +177,7 @@ impl Options {
             *headers = pairs.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned())).collect();
             let is_secret = |name: &str| SECRET_HEADERS.iter().any(|part| name.to_lowercase().contains(part));
             for (_, value) in headers.iter().filter(|(name, _)| is_secret(name)) {
-                // Of `Bearer TOKEN` a server may quote the token alone.
+                // A server may quote only the token of `Bearer TOKEN`.
                 never_show(value.rsplit(' ').next().unwrap_or(value));
             }
         }

@@ -431,7 +431,7 @@ fn hostile_chat_templates_end_with_their_code() {
     }
 }
 
-/// What a model brings is read within the same bounds by a server.
+/// A server reads a model's templates and tokenizer within the same bounds.
 #[test]
 fn a_server_over_a_hostile_template_serves_or_ends_with_12() {
     let nested = "{% set n = namespace(x=[]) %}{% for i in range(100000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}";

@@ -224,7 +224,7 @@ fn what_a_step_asks_of_the_device() {
 /// Launches of a step.
 const LAUNCHES: u64 = 2 * (15 + 24) - 3 + 13;
 
-/// What was asked until a step was queued, and until the next one was.
+/// The counts when one step was queued, and when the next one was.
 fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Asked) {
     let vocab = decoder.facts.vocab as u32;
     let example = |at: u32| Example {

@@ -302,38 +302,37 @@ impl Case {
 
     /// Relative L2 distance of what DoRA's magnitudes learned, if there are any.
     fn final_magnitude_error(&self, adapter: &Trainable) -> Option<f64> {
-        let read = |name: &str| {
-            let file = self.folder.join(name).join("adapter_model.safetensors");
-            candle_core::safetensors::load(file, &Device::Cpu).unwrap()
-        };
-        let (first, last) = (read("init_adapter"), read("final_adapter"));
         let params = adapter.params.to_device(&Device::Cpu).unwrap();
-        let (mut difference, mut size) = (0.0, 0.0);
-        for site in &adapter.sites {
-            let found = adapter.magnitudes(&params, site).unwrap()?;
+        let found = adapter.sites.iter().filter_map(|site| {
             let name = format!("base_model.model.{}.lora_magnitude_vector", site.path);
-            difference += hone::ops::adamw::sum_of_squares(&(found - &last[&name]).unwrap()).unwrap();
-            size += hone::ops::adamw::sum_of_squares(&(&last[&name] - &first[&name]).unwrap()).unwrap();
-        }
-        Some((difference / size).sqrt())
+            Some((name, adapter.magnitudes(&params, site).unwrap()?))
+        });
+        self.learned_error(found)
     }
 
     /// Relative L2 distance of what trained rows of tokens learned, if there are any.
     fn final_token_error(&self, adapter: &Trainable) -> Option<f64> {
+        let params = adapter.params.to_device(&Device::Cpu).unwrap();
+        let found = adapter.tokens.iter().map(|rows| {
+            let name = format!("base_model.model.{}.token_adapter.trainable_tokens_delta", rows.path);
+            (name, adapter.token_view(&params, rows).unwrap())
+        });
+        self.learned_error(found)
+    }
+
+    /// Relative L2 distance from the recorded change of all these tensors together; `None` if there are none.
+    fn learned_error(&self, found: impl Iterator<Item = (String, Tensor)>) -> Option<f64> {
         let read = |name: &str| {
             let file = self.folder.join(name).join("adapter_model.safetensors");
             candle_core::safetensors::load(file, &Device::Cpu).unwrap()
         };
         let (first, last) = (read("init_adapter"), read("final_adapter"));
-        let params = adapter.params.to_device(&Device::Cpu).unwrap();
-        let (mut difference, mut size) = (0.0, 0.0);
-        for rows in &adapter.tokens {
-            let found = adapter.token_view(&params, rows).unwrap();
-            let name = format!("base_model.model.{}.token_adapter.trainable_tokens_delta", rows.path);
-            difference += hone::ops::adamw::sum_of_squares(&(found - &last[&name]).unwrap()).unwrap();
-            size += hone::ops::adamw::sum_of_squares(&(&last[&name] - &first[&name]).unwrap()).unwrap();
-        }
-        (size > 0.0).then(|| (difference / size).sqrt())
+        let square = |tensor: Tensor| hone::ops::adamw::sum_of_squares(&tensor).unwrap();
+        let both = found.map(|(name, found)| {
+            (square((found - &last[&name]).unwrap()), square((&last[&name] - &first[&name]).unwrap()))
+        });
+        let (difference, size) = both.reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1))?;
+        Some((difference / size).sqrt())
     }
 
     fn evaluation_error(&self, decoder: &model::decoder::Decoder, adapter: &Trainable) -> f64 {
@@ -416,7 +415,7 @@ fn recorded_runs_are_reproduced_by_two_and_four_ranks() {
     }
 }
 
-/// What peft saved is what hone writes of the same values, name by name: peft then loads it as its own.
+/// hone writes the same tensors as peft does of the same values, name by name, so that peft loads them as its own.
 #[test]
 fn magnitudes_and_trained_tokens_are_written_as_peft_saves_them() {
     for name in ["dora", "trained_tokens"] {

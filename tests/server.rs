@@ -711,6 +711,32 @@ fn bodies_that_do_not_come_keep_nobody_out() {
     drop(waiting);
 }
 
+/// Bodies that came in part hold their room, so the next one is told to come again at once, and not after their limit.
+#[test]
+fn bodies_that_fill_the_memory_turn_others_away() {
+    let (server, _) = start(Setting::default());
+    let most = Options::default().body_bytes_max;
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {most}\r\n\r\n");
+    let part = vec![b' '; most - 1];
+    let held: Vec<TcpStream> = (0..16)
+        .map(|_| {
+            let mut client = TcpStream::connect(server.address()).unwrap();
+            client.write_all(head.as_bytes()).unwrap();
+            client.write_all(&part).unwrap();
+            client
+        })
+        .collect();
+    let mut refused = None;
+    wait_for("there is no room", || {
+        let reply = post(&server, "/v1/chat/completions", question());
+        refused = (reply.status == 429).then_some(reply);
+        refused.is_some()
+    });
+    assert_eq!(refused.unwrap().json()["error"]["code"], "rate_limit_exceeded");
+    drop(held);
+    wait_for("there is room", || post(&server, "/v1/chat/completions", question()).status == 200);
+}
+
 #[test]
 fn a_client_that_goes_away_frees_its_place() {
     let (server, engine) = start(Setting { pause: Duration::from_millis(5), ..Setting::default() });

@@ -1,5 +1,5 @@
-//! What each change of the GPU engine is worth: steps of a workload with it and without it, in turn, on one model;
-//! and the host's own time for a launch.
+//! The worth of each change of the GPU engine: steps of a workload with it and without it, in turn, on one model; and
+//! the host's own time for a launch.
 //!
 //! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]`: for each change
 //! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.

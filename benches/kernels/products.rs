@@ -41,7 +41,7 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
         cases.push(few(gpu, shape, rows, gate_up, true));
         cases.push(few(gpu, shape, rows, gate_up, false));
     }
-    // How the library of products takes the spare columns in which LoRA lies.
+    // The rates of products whose operands have the spare columns in which LoRA lies.
     for (name, (n, k)) in weights {
         for more in [0, 8, 64] {
             let name = format!("bf16 product, {name}, K + {more}");

@@ -114,7 +114,7 @@ void give_back(const Allocation& allocation) {
 }
 #endif
 
-// What an idle device has freed, by size.
+// Memory that an idle device has freed, by size.
 std::map<size_t, std::vector<Allocation>>& idle_memory() {
     static std::map<size_t, std::vector<Allocation>> table;
     return table;

@@ -74,7 +74,7 @@ struct Communicator {
     Shared* shared;
     std::string last_error;
 
-    // What the thread has to do, in order, and how much of it is not done.
+    // The thread's tasks in order, and the number of those that are not done.
     std::thread thread;
     std::mutex mutex;
     std::condition_variable changed;
@@ -173,7 +173,7 @@ struct Call {
     int type;
     std::vector<char> values, result;
     int error = ok;
-    // What each rank's bytes do to the result, in the order of the ranks.
+    // The function that adds one rank's bytes to the result; it is called in the order of the ranks.
     std::function<void(int, const void*)> use;
     std::function<void()> end;
 };

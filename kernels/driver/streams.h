@@ -20,7 +20,7 @@ struct Mark {
     uint64_t queued = 0;
 };
 
-// What work waits for and another thread brings: the other ranks' part of a collective.
+// Work of a stream that waits for another thread: the other ranks' part of a collective.
 struct Pending {
     // The other thread needs this process's own threads to go on, since some of the ranks are among them.
     bool needs_threads = false;

@@ -35,7 +35,7 @@ std::vector<Expected> expected;
 
 bool meet(const unsigned char* x, size_t x_bytes, const unsigned char* y, size_t y_bytes) { return x < y + y_bytes && y < x + x_bytes; }
 
-// What copies from pinned memory read: what the host sees, and what has arrived there since it waited.
+// The bytes that copies from pinned memory read: those the host sees, and those that arrived since it waited.
 std::vector<unsigned char> as_copies_see(unsigned char* host, size_t bytes) {
     std::vector<unsigned char> seen(host, host + bytes);
     for (const Transfer& transfer : transfers) {
@@ -78,7 +78,7 @@ Result copy_to_device(Address to, const void* from, size_t bytes, void* stream) 
         transfers.push_back({host, as_copies_see(host, bytes), false, stream});
         return transfers.back().bytes;
     };
-    // What is not there yet is read when the copy is done; anything else as it is now, and it must stay so.
+    // Bytes that have not arrived are read when the copy is done; others are read now and must not change.
     if (std::any_of(expected.begin(), expected.end(), [&](const Expected& e) { return meet(host, bytes, e.host, e.bytes); })) {
         queue(stream, to, bytes, [to, send] {
             const std::vector<unsigned char> sent = send();

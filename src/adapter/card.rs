@@ -76,7 +76,7 @@ pub fn markdown(card: &Card) -> String {
     lines.join("\n") + "\n"
 }
 
-/// What loads the adapter. vLLM takes neither magnitudes nor trained rows of tokens.
+/// The programs that load the adapter. vLLM takes neither magnitudes nor trained rows of tokens.
 fn load_with(card: &Card) -> &'static str {
     match card.plain {
         true => "Load it with `peft.PeftModel.from_pretrained(base, FOLDER)` or as a vLLM LoRA module.",

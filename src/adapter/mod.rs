@@ -30,7 +30,7 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// File of an adapter's matrices.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// What PEFT calls trained rows below the module of their table.
+/// PEFT's name for trained rows, below the module of their table.
 const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
 /// Pattern -> number, in the written order. The first match counts, here and in PEFT.
@@ -473,14 +473,15 @@ impl Adapter {
         ))
     }
 
-    /// One matrix of a site, checked for its shape and for finite values.
-    fn matrix(&self, site: &Site, letter: &str) -> Result<&Tensor> {
-        let name = tensor_name(&site.path, letter);
-        let tensor = self.tensors.get(&name).ok_or_else(|| self.wrong(format!("{name} is missing")))?;
-        let expected = match letter {
-            "A" => [site.rank, site.projection.cols],
-            _ => [site.projection.rows, site.rank],
-        };
+    /// The tensor of this name, of the expected shape and with finite values. `help`: what it means if it is missing.
+    fn checked(&self, name: &str, expected: &[usize], help: Option<&str>) -> Result<&Tensor> {
+        let tensor = self.tensors.get(name).ok_or_else(|| {
+            let missing = self.wrong(format!("{name} is missing"));
+            match help {
+                Some(help) => missing.help(help),
+                None => missing,
+            }
+        })?;
         if tensor.dims() != expected {
             let found = tensor.dims();
             return Err(self
@@ -491,6 +492,15 @@ impl Adapter {
             true => Ok(tensor),
             false => Err(self.wrong(format!("{name} holds values that are not finite"))),
         }
+    }
+
+    /// One matrix of a site.
+    fn matrix(&self, site: &Site, letter: &str) -> Result<&Tensor> {
+        let expected = match letter {
+            "A" => [site.rank, site.projection.cols],
+            _ => [site.projection.rows, site.rank],
+        };
+        self.checked(&tensor_name(&site.path, letter), &expected, None)
     }
 
     /// The magnitudes of a site, in f32 (f64 in tests).
@@ -499,41 +509,16 @@ impl Adapter {
         Ok(Dora::new(self.magnitudes(site)?.to_dtype(wide)?.to_device(device)?))
     }
 
-    /// The magnitudes of a site, checked for their number and for finite values.
-    fn magnitudes(&self, site: &Site) -> Result<Tensor> {
-        let name = magnitude_name(&site.path);
-        let tensor = self.tensors.get(&name).ok_or_else(|| {
-            self.wrong(format!("{name} is missing")).help(format!("{CONFIG_FILE} says use_dora: true"))
-        })?;
-        if tensor.elem_count() != site.projection.rows {
-            let (found, expected) = (tensor.dims(), site.projection.rows);
-            return Err(self
-                .wrong(format!("{name}: found shape {found:?}, expected [{expected}]"))
-                .help("the adapter must be of the same base model"));
-        }
-        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
-            true => Ok(tensor.flatten_all()?),
-            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
-        }
+    /// The magnitudes of a site, `[N]`.
+    fn magnitudes(&self, site: &Site) -> Result<&Tensor> {
+        let help = format!("{CONFIG_FILE} says use_dora: true");
+        self.checked(&magnitude_name(&site.path), &[site.projection.rows], Some(&help))
     }
 
-    /// The trained rows of a table, checked for their shape and for finite values.
+    /// The trained rows of a table.
     fn token_rows(&self, rows: &TokenRows) -> Result<&Tensor> {
-        let (name, expected) = (rows_name(&rows.path), [rows.ids.len(), rows.width]);
-        let tensor = self.tensors.get(&name).ok_or_else(|| {
-            self.wrong(format!("{name} is missing"))
-                .help(format!("{CONFIG_FILE} has trainable_token_indices for it"))
-        })?;
-        if tensor.dims() != expected {
-            let found = tensor.dims();
-            return Err(self
-                .wrong(format!("{name}: found shape {found:?}, expected {expected:?}"))
-                .help("the adapter must be of the same base model"));
-        }
-        match cpu::to_f64(tensor)?.iter().all(|value| value.is_finite()) {
-            true => Ok(tensor),
-            false => Err(self.wrong(format!("{name} holds values that are not finite"))),
-        }
+        let help = format!("{CONFIG_FILE} has trainable_token_indices for it");
+        self.checked(&rows_name(&rows.path), &[rows.ids.len(), rows.width], Some(&help))
     }
 
     fn nothing_else(&self, sites: &[Site], tokens: &[TokenRows]) -> Result<()> {

@@ -23,7 +23,7 @@ use crate::workspace::serve::Served;
 
 /// The annotation of the StatefulSet with the hash of all objects.
 const HASH: &str = "hone.sh/spec-hash";
-/// How often it is looked whether a StatefulSet that is made anew is gone, and the pause between two looks.
+/// LIMIT: checks whether a StatefulSet that is made anew is gone, and the pause between two checks.
 const ORPHAN_LOOKS: u32 = 20;
 const ORPHAN_PAUSE: Duration = Duration::from_millis(500);
 

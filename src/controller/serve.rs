@@ -275,26 +275,9 @@ async fn annotate(of: &Reconciler<'_>, adapters: Option<&Adapters>) -> kube::Res
 
 #[cfg(test)]
 mod tests {
+    use super::super::servers::tests::{container, set};
     use super::*;
     use serde_json::{Value, json};
-
-    fn container(state: Value, last: Value) -> Value {
-        json!({"containerStatuses": [{
-            "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 1, "state": state, "lastState": last,
-        }]})
-    }
-
-    fn set(ready: i32, settled: bool) -> StatefulSet {
-        serde_json::from_value(json!({
-            "metadata": {"generation": 2},
-            "spec": {"replicas": 2, "serviceName": "a", "selector": {}, "template": {}},
-            "status": {
-                "observedGeneration": 2, "replicas": 2, "readyReplicas": ready, "currentRevision": "a",
-                "updateRevision": if settled { "a" } else { "b" },
-            },
-        }))
-        .unwrap()
-    }
 
     /// Events are read about a pod that has not begun, and about a set that cannot make one.
     #[test]

@@ -170,7 +170,7 @@ pub fn with_adapters(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use serde_json::{Value, json};
 
@@ -178,13 +178,15 @@ mod tests {
         Arc::new(serde_json::from_value(json!({"status": status})).unwrap())
     }
 
-    fn container(state: Value, last: Value) -> Value {
+    /// The status of a pod with one container.
+    pub fn container(state: Value, last: Value) -> Value {
         json!({"containerStatuses": [{
             "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 1, "state": state, "lastState": last,
         }]})
     }
 
-    fn set(ready: i32, settled: bool) -> StatefulSet {
+    /// A StatefulSet of two servers.
+    pub fn set(ready: i32, settled: bool) -> StatefulSet {
         serde_json::from_value(json!({
             "metadata": {"generation": 2},
             "spec": {"replicas": 2, "serviceName": "a", "selector": {}, "template": {}},

@@ -10,7 +10,7 @@ use crate::source;
 /// LIMIT: size of all texts as a multiple of the files' size. Packed conversations with one system prompt in every
 /// row unpack to about fifty times their size.
 const GROWTH_MAX: u64 = 200;
-/// What a file of any size may unpack to. Texts become tokens as they are read, for seconds if they are so large.
+/// LIMIT: bytes of text that a file of any size may unpack to. So much text becomes tokens within seconds.
 const GROWTH_FREE_BYTES: u64 = 128 << 20;
 /// Share of the memory that is free at the start. The rest is for tokens and for the run.
 const FREE_SHARE: f64 = 0.8;

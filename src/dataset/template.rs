@@ -483,7 +483,7 @@ mod tests {
         }
     }
 
-    /// What a template may compute follows from what it is given.
+    /// The fuel of a template follows from the size of the conversation that it is given.
     #[test]
     fn a_short_conversation_gets_less_fuel() {
         let source = "{% for a in range(1000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}x";

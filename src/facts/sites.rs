@@ -42,13 +42,13 @@ impl Site {
         [self.offset..middle, middle..middle + self.rank * self.projection.rows]
     }
 
-    /// Where the values of DoRA's magnitudes lie in the flat buffer.
+    /// The place of DoRA's magnitudes in the flat buffer.
     pub fn magnitudes(&self) -> Option<Range<usize>> {
         let [_, b] = self.matrices();
         self.dora.then(|| b.end..b.end + self.projection.rows)
     }
 
-    /// Where the values of each trained tensor lie in the flat buffer.
+    /// The place of each trained tensor in the flat buffer.
     pub fn tensors(&self) -> impl Iterator<Item = Range<usize>> {
         self.matrices().into_iter().chain(self.magnitudes())
     }
@@ -79,7 +79,7 @@ pub struct TokenRows {
 }
 
 impl TokenRows {
-    /// Where the values lie in the flat buffer.
+    /// The place of the values in the flat buffer.
     pub fn values(&self) -> Range<usize> {
         self.offset..self.offset + self.ids.len() * self.width
     }

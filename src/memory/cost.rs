@@ -241,8 +241,8 @@ impl Counter<'_> {
         }
     }
 
-    /// What DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over its
-    /// output forward and four backward; with dropout two products more.
+    /// The work that DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over
+    /// its output forward and four backward; with dropout two products more.
     fn magnitudes(&self, site: &Site) -> Work {
         if !site.dora {
             return Work::default();

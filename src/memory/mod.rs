@@ -434,7 +434,8 @@ impl<'a> Solver<'a> {
     }
 }
 
-/// What does not grow with the tokens of a pass, if the weights of the upper `expanded` layers are kept expanded.
+/// The terms that do not grow with the tokens of a pass, if the weights of the upper `expanded` layers are kept
+/// expanded.
 fn fixed(task: &Task, machine: &Machine, weights: Layers, expanded: usize) -> Vec<Term> {
     let taken = Term { what: "context and kernels".into(), bytes: machine.taken };
     let taken = Some(taken).filter(|term| term.bytes > 0);

@@ -44,7 +44,7 @@ impl Plan {
         format!("{} tokens a pass; kept: {}", self.tokens, levels.collect::<Vec<_>>().join(", "))
     }
 
-    /// What the weights that are kept expanded save.
+    /// The line about the time that expanded weights save.
     fn expanded(&self) -> Option<String> {
         let bytes: u64 =
             self.terms.iter().filter(|term| term.what.starts_with(EXPANDED)).map(|term| term.bytes).sum();
@@ -61,7 +61,7 @@ impl Plan {
         })
     }
 
-    /// What is copied to the host, and back when it is needed.
+    /// The line about inputs of layers that are copied to the host, and back when they are needed.
     fn inputs(&self, machine: &Machine) -> Option<String> {
         let layers = self.keep.iter().filter(|keep| **keep == Keep::HostInputs).count();
         (self.host_inputs > 0).then(|| {

@@ -154,8 +154,8 @@ pub(super) fn added_by_expanded(task: &Task, place: Place, kept: usize) -> i64 {
     kept_bytes as i64 + working(kept) - working(0)
 }
 
-/// What products work in, whatever they multiply. All weights but those of the upper `kept` layers are expanded for
-/// each product.
+/// Memory that products work in, whatever they multiply. All weights but those of the upper `kept` layers are expanded
+/// for each product.
 pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     match place {
         Place::Gpu => vec![
@@ -169,7 +169,7 @@ pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     }
 }
 
-/// What does not grow with the tokens of a pass. The weights of the upper `kept` layers are kept expanded.
+/// The terms that do not grow with the tokens of a pass. The weights of the upper `kept` layers are kept expanded.
 pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> Vec<Term> {
     let facts = &task.facts;
     let adapter = task.parameters();

@@ -4,7 +4,7 @@
 //! column. With dropout the frozen product keeps its input, so that the output is
 //! `x W^T + (c - 1) * x' W^T + c * s x' A^T B^T` for the masked input x'. The bias is never scaled.
 //!
-//! What it costs beside LoRA: the backward pass computes `x W^T` again for the gradient of the magnitudes, so that an
+//! The costs beside LoRA: the backward pass computes `x W^T` again for the gradient of the magnitudes, so that an
 //! adapted layer has three products with W instead of two; with dropout it has five. After each update the lengths are
 //! computed again, which costs as much as r more tokens. A finished adapter has a second product with W for its rows.
 
@@ -83,7 +83,7 @@ impl Dora {
     }
 }
 
-/// How the frozen weight is multiplied: as training does, or so that a row's bits depend on that row alone.
+/// The product with the frozen weight: as in training, or such that a row's bits depend on that row alone.
 #[derive(Clone, Copy)]
 pub(super) struct Way {
     /// Precision of products on a CPU.
@@ -194,7 +194,7 @@ impl Training<'_> {
             Some(low) => low.clone(),
             None => pair.low(&masked, precision)?,
         };
-        // What the magnitudes scale; then, in the same memory, its gradient.
+        // The product that the magnitudes scale; later its gradient, in the same memory.
         let z = unwritten((x.dim(0)?, linear.weight.dims().0), x.dtype(), x.device())?;
         way.product(&masked, &linear.weight, linear.factor, &z, 0.0)?;
         way.product(&low, &pair.b, scale, &z, 1.0)?;

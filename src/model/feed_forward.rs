@@ -165,7 +165,7 @@ impl FeedForward {
         activation::forward_beside(values, dense.activation, spare)
     }
 
-    /// What the down projection's backward pass needs, in memory of its own: its input is not kept.
+    /// The low-rank product of the down projection, in memory of its own, because its input is not kept.
     fn kept_low(&self, low: Low, activated: &Tensor, pass: &Pass) -> Result<Low> {
         match low {
             Some(low) => Ok(Some(low)),

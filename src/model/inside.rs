@@ -291,7 +291,7 @@ mod gpu {
             low_rank::normed_gradient(input.x, factors, above, &learning)
         }
 
-        /// What reads dy: its low-rank product, the gradients of B, and the gradient of x.
+        /// The products that read dy: its low-rank product, the gradients of B, and the gradient of x.
         fn over(&self, dy: &Tensor, low: Columns, dx: Option<&Tensor>) -> Result<()> {
             let inside = self.inside(dy.dtype(), dx.is_some())?;
             let learning = self.learning(|learner| (&learner.grad_b, learner.pair.scale * self.factor()));

@@ -162,7 +162,7 @@ pub(super) fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)
     })
 }
 
-/// What the layer's backward pass needs of x if that lies in the spare columns of x, in memory of its own.
+/// The low-rank product of x, copied out of its spare columns, for the layer's backward pass.
 pub fn kept_low(linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Low> {
     #[cfg(feature = "cuda")]
     if let Some(group) = super::inside::Group::of(std::slice::from_ref(linear), x, pass)? {

@@ -82,7 +82,7 @@ pub fn forward_beside(norm: &Option<Norm>, x: &Tensor, spare: usize) -> Result<(
 pub struct Normed<'a> {
     /// The norm; `None`: x itself.
     pub norm: &'a Option<Norm>,
-    /// What the norm reads, [T, C].
+    /// The norm's input, [T, C].
     pub x: &'a Tensor,
     /// The factors of its rows that `forward_beside` returned.
     pub scales: Option<&'a Tensor>,

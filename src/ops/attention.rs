@@ -110,7 +110,7 @@ pub fn backward(
 /// `backward` into the first columns of a matrix with `spare` more, which are not written. The output may have spare
 /// columns too. Both need a GPU.
 #[allow(clippy::too_many_arguments)]
-pub fn backward_beside(
+fn backward_beside(
     d_out: &Tensor,
     qkv: &Tensor,
     out: &Tensor,
@@ -532,7 +532,7 @@ mod tests {
                 turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
                 let first = [out, lse, d];
                 same_bits(&first, &run(64)?, "the same twice, with and without spare columns")?;
-                // How many tiles are in flight changes no order of a sum.
+                // The number of tiles in flight changes no order of a sum.
                 #[cfg(feature = "cuda")]
                 if gpu.dtype == candle_core::DType::BF16 && (33..=128).contains(&heads.width) {
                     for change in [Change::Staged, Change::Wide] {

@@ -50,11 +50,11 @@ pub struct Head {
     pub scale: f64,
     /// Soft cap of the logits (Gemma 2).
     pub softcap: Option<f64>,
-    /// What adapters change of some tokens' rows of the weight.
+    /// The changes that adapters make to some tokens' rows of the weight.
     pub changes: Vec<Change>,
 }
 
-/// What an adapter changes of some tokens' rows of an output head.
+/// The change that an adapter makes to some tokens' rows of an output head.
 #[derive(Clone, Debug)]
 pub struct Change {
     /// The rows of `hidden` that it counts for.

@@ -15,7 +15,7 @@ use super::unwritten;
 use crate::facts::Precision;
 use crate::with_real;
 
-/// What scales columns: `strength * (magnitude * inverse - shift)`.
+/// The factor of columns: `strength * (magnitude * inverse - shift)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Factor<'a> {
     /// The magnitudes `[N]`: f32, or f64 in tests.

@@ -115,7 +115,7 @@ mod gpu {
 
     struct Slot {
         memory: Pinned,
-        /// What lies there; `None`: nothing of this pass.
+        /// The input that lies there; `None`: none of this pass.
         holds: Option<(Shape, DType)>,
     }
 
@@ -200,7 +200,7 @@ mod gpu {
             Ok(x)
         }
 
-        /// What is on its way arrives before its memory is freed.
+        /// Waits for copies on their way before their memory is freed.
         fn settle(&mut self) -> Result<()> {
             self.left()?;
             match self.coming.take() {

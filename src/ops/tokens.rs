@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use super::cpu::{self, Real};
 use crate::with_real;
 
-/// Where tokens with trained rows stand: (row of the activations, number of the trained row), by trained row.
+/// The places of tokens with trained rows: (row of the activations, number of the trained row), by trained row.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Places(Vec<(u32, u32)>);
 
@@ -31,7 +31,7 @@ impl Places {
         Places(inside.map(|(row, number)| (row - rows.start as u32, *number)).collect())
     }
 
-    /// Where the places of each trained row begin, and the end.
+    /// The first place of each trained row, and the end.
     #[cfg(feature = "cuda")]
     fn starts(&self) -> Vec<u32> {
         let first = |at: &usize| *at == 0 || self.0[*at].1 != self.0[at - 1].1;

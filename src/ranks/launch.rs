@@ -25,7 +25,7 @@ const LEAVE_MAX: Duration = Duration::from_secs(20);
 /// The same after a signal, when rank 0 writes a checkpoint.
 const STOP_MAX: Duration = Duration::from_secs(120);
 
-/// What NCCL does by itself in another way on another day is fixed here, so that sums have the same order each time: a
+/// Choices of NCCL that may differ from run to run are fixed here, so that sums have the same order each time: a
 /// ring of all GPUs, with one protocol. A variable that is set stays as it is.
 pub const NCCL_ORDER: [(&str, &str); 3] =
     [("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple"), ("NCCL_NVLS_ENABLE", "0")];

@@ -80,7 +80,7 @@ pub struct Link {
 /// Sums that a thread makes while this rank computes, in their order.
 struct Sums {
     begin: Sender<Begun>,
-    /// Where each result goes, and where it comes from.
+    /// The tensors that results are written to, and the channels that they come from.
     under_way: VecDeque<(Tensor, Receiver<Result<Vec<u8>>>)>,
 }
 
@@ -93,7 +93,7 @@ struct Shared {
     peers: Vec<Peer>,
     /// Calls made so far. A call holds it from its beginning to its end.
     calls: Mutex<u64>,
-    /// How far this rank's device has come, as `Collective::device_is_at` says.
+    /// The tick of this rank's device (`Collective::device_is_at`).
     tick: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
@@ -130,7 +130,7 @@ struct State {
     calls: u64,
     /// Since when the others wait for this rank.
     lags: Option<Instant>,
-    /// How far the last of the devices has come, and since when.
+    /// The tick of the slowest device, and since when.
     slowest: Option<(u64, Instant)>,
     /// What is known of each peer.
     peers: Vec<Known>,
@@ -142,7 +142,7 @@ struct Known {
     inbox: VecDeque<Frame>,
     /// Number of the newest call that the rank came to.
     calls: u64,
-    /// How far its device has come.
+    /// The tick of its device.
     tick: u64,
     /// Since when the others wait for the rank.
     lags: Option<Instant>,

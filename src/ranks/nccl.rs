@@ -191,7 +191,7 @@ struct State {
     communicator: Option<Handle>,
     /// Why it was aborted, and when.
     fault: Option<(Fault, Instant)>,
-    /// What was queued and has not ended, as far as the watching thread has seen.
+    /// Sums that were queued and have not ended, as far as the watching thread has seen.
     queued: VecDeque<Queued>,
     /// Sums and gatherings that have ended.
     ended: u64,
@@ -318,7 +318,7 @@ impl Library {
 }
 
 impl State {
-    /// How far the device has come: see `Collective::device_is_at`.
+    /// The tick of the device (`Collective::device_is_at`).
     fn tick(&mut self) -> u64 {
         while self.queued.front().is_some_and(|first| first.ends.is_complete()) {
             self.queued.pop_front();
@@ -523,7 +523,7 @@ mod tests {
         .unwrap();
     }
 
-    /// What lies in a tensor of eight ones after the ranks added up its second half beside other work on the first.
+    /// The content of a tensor of eight ones after the ranks added up its second half beside other work on the first.
     fn summed_in_part(ranks: Threads, device: &Device, omitted: Option<side::Omitted>) -> Vec<f32> {
         let ranks = Nccl::over(Arc::new(ranks), device).unwrap();
         let put = |values: [f32; 4]| Tensor::new(&values, device).unwrap();

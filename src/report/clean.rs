@@ -5,7 +5,7 @@ use std::sync::{PoisonError, RwLock};
 
 /// LIMIT: a shorter secret is a word that a message may hold by chance.
 const SECRET_BYTES_MIN: usize = 6;
-/// What no text may show.
+/// Secrets that no text may show.
 static SECRETS: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
 /// Masks a secret in every text from now on: servers quote what they were sent.

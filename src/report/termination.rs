@@ -42,7 +42,7 @@ pub fn path() -> Option<PathBuf> {
 /// LIMIT: bytes of an old message that are covered; hone's are shorter.
 const OLD_BYTES_MAX: u64 = 64 << 10;
 
-/// What a start after a kill does, for `write_ahead`.
+/// The words of a start after a kill, for `write_ahead`.
 pub const CONTINUES: &str = "it continues from its newest checkpoint";
 /// The same of a program that keeps nothing.
 pub const BEGINS_ANEW: &str = "nothing is lost";

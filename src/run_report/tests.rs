@@ -202,7 +202,7 @@ fn a_hostile_folder_has_a_page_or_is_refused() {
     let both = make(&[folder.clone(), folder.clone()], Some(&parent.path().join("both.html"))).unwrap();
     assert_alone(&fs::read_to_string(both).unwrap());
     assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
-    // What is no plain file is as good as absent.
+    // A pipe, a link or a device counts as an absent file.
     for name in ["report.json", "metrics.jsonl", "timeline.jsonl"] {
         fs::remove_file(folder.join(name)).unwrap();
         std::os::unix::fs::symlink("/dev/zero", folder.join(name)).unwrap();

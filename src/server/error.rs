@@ -35,6 +35,12 @@ impl Error {
         Error::new(StatusCode::BAD_REQUEST, message)
     }
 
+    /// 429: the server has no room now; the client is told to come again.
+    pub fn busy(message: impl Into<String>) -> Error {
+        Error { retry_after: Some(1), ..Error::new(StatusCode::TOO_MANY_REQUESTS, message) }
+            .code("rate_limit_exceeded")
+    }
+
     /// 400, and the field it is about.
     pub fn field(param: &str, message: impl Into<String>) -> Error {
         Error::bad(message).of(param)
@@ -89,14 +95,9 @@ impl Error {
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Error {
         match refusal {
-            Refusal::Full { waiting } => Error {
-                retry_after: Some(1),
-                ..Error::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    format!("Too many requests: {waiting} wait already; try again later"),
-                )
-                .code("rate_limit_exceeded")
-            },
+            Refusal::Full { waiting } => {
+                Error::busy(format!("Too many requests: {waiting} wait already; try again later"))
+            }
             Refusal::UnknownAdapter(name) => {
                 Error::new(StatusCode::NOT_FOUND, format!("No adapter `{name}` is loaded"))
                     .of("adapters")

@@ -223,8 +223,10 @@ impl Service {
         })?
     }
 
-    async fn room(&self, bytes: usize) -> OwnedSemaphorePermit {
-        self.bodies.clone().acquire_many_owned(bytes as u32).await.expect("never closed")
+    /// Room for so many bytes of a body. Nobody waits for it, since everyone who waits has room that others wait for.
+    fn room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
+        let full = |_| Error::busy("Other requests take the memory for bodies; try again later");
+        self.bodies.clone().try_acquire_many_owned(bytes as u32).map_err(full)
     }
 
     /// A body, and its room among all bodies, to be held as long as the body. Only bytes that came take room, so that
@@ -237,14 +239,14 @@ impl Service {
             return Err(too_large());
         }
         let read = async {
-            let (mut body, mut bytes, mut held) = (request.into_body(), Vec::new(), self.room(0).await);
+            let (mut body, mut bytes, mut held) = (request.into_body(), Vec::new(), self.room(0)?);
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|_| Error::bad("The body ended early"))?;
                 let Ok(data) = frame.into_data() else { continue };
                 if bytes.len() + data.len() > limit {
                     return Err(too_large());
                 }
-                held.merge(self.room(data.len()).await);
+                held.merge(self.room(data.len())?);
                 bytes.extend_from_slice(&data);
             }
             Ok::<_, Error>((Bytes::from(bytes), held))

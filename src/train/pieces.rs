@@ -27,7 +27,7 @@ struct Piece {
     values: Range<usize>,
 }
 
-/// How a gradient is cut.
+/// The pieces of a gradient.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Cut {
     /// From the end of the buffer down.
@@ -59,13 +59,13 @@ impl Cut {
         Cut { pieces: Vec::new(), rest: LOSSES + end_of(sites) }
     }
 
-    /// What is left to sum when all pieces are.
+    /// The rest that is summed after all pieces.
     pub fn rest(&self, adapter: &Trainable) -> Result<Tensor> {
         Ok(adapter.sums.narrow(0, 0, self.rest)?)
     }
 }
 
-/// Where the gradients of the last site end in the flat buffer.
+/// The end of the last site's gradients in the flat buffer.
 fn end_of(sites: &[Site]) -> usize {
     sites.last().map_or(0, |site| site.offset + site.parameters())
 }

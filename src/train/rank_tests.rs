@@ -225,7 +225,7 @@ impl Collective for Late {
     fn begin_sum(&self, flat: &Tensor) -> Result<()> {
         let values = crate::ops::cpu::to_f64(flat)?;
         let values = Tensor::from_vec(values, flat.elem_count(), flat.device())?;
-        // Whoever reads or adds to it before the sum has arrived spoils the run.
+        // A program that reads or adds to it before the sum has arrived spoils the run.
         crate::ops::flat::write(flat, &(flat.zeros_like()? / 0.0)?)?;
         self.count.fetch_add(1, Ordering::SeqCst);
         self.begun.lock().unwrap().push((flat.clone(), values));

@@ -593,7 +593,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// How the ranks cut the gradient. Ranks that share the base gather its layers while a pass computes, which takes far
+/// The cut of the gradient. Ranks that share the base gather its layers while a pass computes, which takes far
 /// longer than the sum of an adapter, so that they sum it at the end.
 fn cut(ranks: &dyn Collective, decoder: &Decoder, adapter: &Trainable) -> Cut {
     let shares = decoder.ring.as_ref().is_some_and(Ring::is_shared);

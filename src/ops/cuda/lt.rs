@@ -16,7 +16,7 @@ use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
 const SHAPES_MAX: usize = 1 << 13;
 /// Most bytes that an algorithm may work in. The library's guide advises so many for Hopper.
 const WORKSPACE_BYTES_MAX: u64 = 32 << 20;
-/// What the library assumes of addresses unless it is told otherwise, which is what allocations have.
+/// The alignment that the library assumes of addresses; allocations have it.
 const ALIGNMENT_MAX: u32 = 256;
 
 /// The facts on which the choice of an algorithm depends. a is [m, k], b [k, n], c and d [m, n], row by row.
