@@ -185,7 +185,8 @@ fn tokens(reader: &mut Reader) -> Tokens {
                 &origin,
                 format!(
                     "LoraConfig.{KEY}: expected numbers of tokens, such as [128002, 128003] or {{embed_tokens: [128002], \
-                     lm_head: [128002]}}"
+                     lm_head: [128002]}}, found {}",
+                    list.to_json()
                 ),
             );
             return Tokens::default();

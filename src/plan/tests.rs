@@ -595,6 +595,7 @@ fn tokens_are_a_list_or_lists_by_table() {
     for (text, part) in [
         ("[seven]", "expected numbers of tokens"),
         ("[-1]", "expected numbers of tokens"),
+        ("[-1]", r#"found ["-1"]"#),
         ("{q_proj: [1]}", "q_proj: expected embed_tokens (the embedding) or lm_head"),
     ] {
         let fault = lora(text).unwrap_err();
