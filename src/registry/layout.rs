@@ -187,3 +187,40 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Kind;
+
+    #[test]
+    fn only_an_empty_folder_or_a_layout_is_written_into() {
+        let folder = tempfile::tempdir().unwrap();
+        refuse_other_folders(&folder.path().join("new")).unwrap();
+        refuse_other_folders(folder.path()).unwrap();
+        std::fs::write(folder.path().join("thesis.tex"), "x").unwrap();
+        assert_eq!(refuse_other_folders(folder.path()).unwrap_err().kind, Kind::Config);
+        // A killed push leaves either of them first.
+        for own in ["oci-layout", "blobs"] {
+            std::fs::write(folder.path().join(own), "x").unwrap();
+            refuse_other_folders(folder.path()).unwrap();
+            std::fs::remove_file(folder.path().join(own)).unwrap();
+        }
+        let below = folder.path().join("thesis.tex").join("layout");
+        assert!(refuse_other_folders(&below).unwrap_err().message.starts_with("cannot list "));
+    }
+
+    #[test]
+    fn an_index_is_absent_a_list_or_told() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(read_index(folder.path()).unwrap().is_none());
+        for text in ["{}", "{\"manifests\":{}}", "["] {
+            std::fs::write(folder.path().join("index.json"), text).unwrap();
+            assert_eq!(read_index(folder.path()).unwrap_err().kind, Kind::Data, "{text}");
+        }
+        std::fs::write(folder.path().join("index.json"), "{\"manifests\":[]}").unwrap();
+        assert!(read_index(folder.path()).unwrap().is_some());
+        let fault = read_index(&folder.path().join("index.json")).unwrap_err();
+        assert!(fault.message.starts_with("cannot read "), "{fault}");
+    }
+}
