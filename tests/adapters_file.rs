@@ -178,7 +178,8 @@ fn a_file_of_adapters_is_followed() {
     assert_eq!(half, scores(&completion(&running, given)));
     assert_ne!(half, tuned);
 
-    // An adapter that cannot be had or does not fit is refused, and so is a file that contradicts itself; everything stays.
+    // An adapter that cannot be had or does not fit is refused, and so is a file that contradicts itself; everything
+    // stays.
     let other = golden("../qwen3/final_adapter").canonicalize().unwrap();
     let refused = [
         (json!({"adapters": [{"name": "gone", "source": "/nowhere"}]}), "/nowhere"),
