@@ -60,6 +60,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("stash.rs", "copies to the host and back"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("draw.rs", "no gradient flows through it; generate/sampling.rs compares its tokens with the host's"),
     ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
