@@ -152,3 +152,38 @@ impl From<Fault> for Error {
         Error::new(status, fault.in_a_line())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_quotes_no_more_than_somebody_reads() {
+        let long = "a".repeat(1_000_000);
+        let message = Error::unknown_model(&long, &["base".to_owned()]).message;
+        assert!(
+            message.starts_with("The model `aaa") && message.ends_with("does not exist; there are: base")
+        );
+        assert!(
+            message.contains(" (998044 characters) ") && message.chars().count() < 2100,
+            "{}",
+            message.len()
+        );
+        assert_eq!(Error::bad("short").message, "short");
+    }
+
+    #[test]
+    fn a_message_quotes_no_more_than_somebody_reads() {
+        let long = "a".repeat(1_000_000);
+        let message = Error::unknown_model(&long, &["base".to_owned()]).message;
+        assert!(
+            message.starts_with("The model `aaa") && message.ends_with("does not exist; there are: base")
+        );
+        assert!(
+            message.contains(" (998040 characters) ") && message.chars().count() < 2100,
+            "{}",
+            message.len()
+        );
+        assert_eq!(Error::bad("short").message, "short");
+    }
+}
