@@ -209,13 +209,16 @@ impl Fault {
         Fault::exhausted(&message, number).unwrap_or_else(|| Fault::internal(message))
     }
 
-    /// The fault for a panic. Libraries panic if the machine gives them no thread; any other panic is a defect.
+    /// The fault for a panic. Libraries panic if the machine gives them no thread or no open file; any other panic is a
+    /// defect. EAGAIN alone proves nothing, since sockets answer it too.
     pub fn of_panic(panic: &(dyn std::any::Any + Send)) -> Fault {
         let text = panic.downcast_ref::<&str>().copied();
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
         let debugged =
             text.rsplit_once("Os { code: ").and_then(|(_, rest)| rest.split(',').next()?.parse().ok());
-        Fault::exhausted(text, debugged.or_else(|| error_number(text)))
+        let number = debugged.or_else(|| error_number(text));
+        let is_passing = |number: &i32| *number == libc::EMFILE || text.contains("thread");
+        Fault::exhausted(text, number.filter(is_passing))
             .unwrap_or_else(|| Fault::internal("hone failed: see the panic message above"))
     }
 
@@ -383,7 +386,11 @@ mod tests {
         for text in [pool, tokio] {
             assert_eq!(Fault::of_panic(&text.to_owned()).kind, Kind::Device, "{text}");
         }
-        for text in ["index out of bounds", "Os { code: ", "Os { code: 2, kind: NotFound }"] {
+        let socket =
+            "unwrap on Os { code: 11, kind: WouldBlock, message: \"Resource temporarily unavailable\" }";
+        for text in
+            ["index out of bounds", "Os { code: ", "no thread: Os { code: 2, kind: NotFound }", socket]
+        {
             assert_eq!(Fault::of_panic(&text).kind, Kind::Internal, "{text}");
         }
     }

@@ -531,6 +531,8 @@ fn too_large_is_known_from_the_length_or_while_it_comes() {
     desk.refuse(&url, Kind::Capacity, "at least 300004 bytes, the limit for one file is 200000");
     let (_server, url) = served(|_, _| Reply::ok(content()).without("Content-Length"));
     desk.refuse(&url, Kind::Capacity, "the limit for one file is 200000");
+    desk.options.file_bytes_max = content().len() as u64;
+    desk.expect(&url, &content());
 }
 
 #[test]
