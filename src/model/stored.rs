@@ -26,6 +26,18 @@ pub fn is_part(name: &str) -> bool {
     ["absmax", "quant_map", "nested_absmax", "nested_quant_map"].contains(&part) || part.starts_with(STATE)
 }
 
+/// Whether a weight is stored in 4 bits; `llm_int8_skip_modules` are not.
+pub fn has(checkpoint: &Checkpoint, name: &str) -> bool {
+    state(checkpoint, name).is_some()
+}
+
+fn state<'a>(checkpoint: &'a Checkpoint, name: &str) -> Option<(Code, Raw<'a>)> {
+    [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
+        let raw = checkpoint.raw(&format!("{name}.{STATE}{}", code.name()))?;
+        Some((code, raw))
+    })
+}
+
 /// The part of `QuantState` that is not tensors.
 #[derive(Deserialize)]
 struct State {
@@ -36,15 +48,12 @@ struct State {
     nested_offset: Option<f64>,
 }
 
-/// Returns the weight [rows, cols] called `name` if it is stored in 4 bits; `llm_int8_skip_modules` are not. A
-/// state that contradicts the facts is a model fault.
-pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Option<FourBit>> {
+/// Returns the weight [rows, cols] called `name`, which is stored in 4 bits (`has`). A state that contradicts the facts
+/// is a model fault.
+pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<FourBit> {
     let wrong = |what: String| Fault::model(format!("{name}: {what}")).help("download the checkpoint again");
-    let state = [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
-        let raw = checkpoint.raw(&format!("{name}.{STATE}{}", code.name()))?;
-        Some((code, raw))
-    });
-    let Some((code, raw)) = state else { return Ok(None) };
+    let (code, raw) =
+        state(checkpoint, name).ok_or_else(|| wrong("its quantisation state is missing".into()))?;
     let state: State = serde_json::from_slice(raw.bytes)
         .map_err(|error| wrong(format!("its quantisation state cannot be read: {error}")))?;
     if state.shape != [rows, cols] || state.quant_type != code.name() {
@@ -76,7 +85,7 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
     };
     let packed = Tensor::from_slice(packed, packed.len(), &Device::Cpu)?;
     let (block, expanded) = (state.blocksize, Expanded::default());
-    Ok(Some(FourBit { code, rows, cols, block, packed, absmax, expanded }))
+    Ok(FourBit { code, rows, cols, block, packed, absmax, expanded })
 }
 
 /// The tensors that belong to one weight.
