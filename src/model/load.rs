@@ -36,7 +36,8 @@ pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -
 }
 
 /// `load` with the 4-bit weights of the layers at `home`. Each layer is moved there when it is loaded, so that the
-/// device never holds more than one whole layer beside what stays on it.
+/// device never holds more than one whole layer beside what stays on it, and two buffers of that size while ranks that
+/// share the base hand out its pieces.
 pub fn load_at(
     home: &Home,
     facts: Facts,
