@@ -44,7 +44,7 @@ const KEYS: [&str; 14] = [
     "TrainingArguments.save_strategy=steps",
     "TrainingArguments.save_steps=2",
     "TrainingArguments.save_total_limit=2",
-    "DatasetConfig.train_test_split=0.8",
+    "DatasetConfig.train_test_split=0.95",
 ];
 
 fn arguments(output: &str, steps: u32, more: &[&str]) -> Vec<String> {

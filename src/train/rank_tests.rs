@@ -513,7 +513,7 @@ fn numbers_that_differ_are_found_before_anything_keeps_them() {
         // A sum of the parameters, and three in each step: it is the first of the second step that differs.
         let lie = |ranks| Liar::new(ranks, Lie::Sum(5));
         for run in train_on(Threads::of(2), &options, Some(folder.path()), false, lie) {
-            assert!(run.fault().message.contains("after step 1"), "{}", run.fault().message);
+            assert!(run.fault().message.contains("after step 2"), "{}", run.fault().message);
         }
         let resumed = train(2, &options, Some(folder.path()));
         assert!(resumed.params == undisturbed.params, "the checkpoint is that of step 1");

@@ -417,13 +417,14 @@ impl<'a> Trainer<'a> {
         Ok(vec![Number::total(&self.adapter.losses()?)?])
     }
 
-    /// Ends all ranks if they computed different numbers in the last step. It comes before whatever keeps the parameters
-    /// of that step, so that no checkpoint and no adapter holds what the ranks do not agree on.
-    fn confirm(&self) -> Result<()> {
+    /// Ends all ranks if they computed different numbers in this step, the last one whose numbers are known. It comes
+    /// before whatever keeps the parameters of that step, so that no checkpoint and no adapter holds what the ranks do
+    /// not agree on.
+    fn confirm(&self, step: u64) -> Result<()> {
         if self.ranks.place().world == 1 {
             return Ok(());
         }
-        refuse_other_numbers(&agree(self.ranks, Said::Done, self.beat())?.told)
+        refuse_other_numbers(&agree(self.ranks, Said::Done, Beat { step, ..self.beat() })?.told)
     }
 
     fn beat(&self) -> Beat {
@@ -488,7 +489,7 @@ impl<'a> Trainer<'a> {
         };
         self.squares = [*squares, *parameters];
         if self.waits_after(self.state.step + 1) {
-            self.confirm()?;
+            self.confirm(self.state.step + 1)?;
         }
         let loss = losses.iter().map(|loss| loss * sent.scale).sum();
         let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
@@ -583,7 +584,7 @@ impl<'a> Trainer<'a> {
     /// The fault for a signal. Rank 0 writes a checkpoint first if possible.
     pub(super) fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
         let step = self.state.step;
-        if let Err(fault) = self.confirm() {
+        if let Err(fault) = self.confirm(step) {
             return fault;
         }
         let saved = match checkpoints {
