@@ -1,8 +1,8 @@
 //! Several processes train one adapter: the same result whatever their number, whoever started them, and whatever
 //! happens to one of them.
 //!
-//! `cargo test --test ranks chaos` tries 10 seeds (2 of ranks on GPUs), `HONE_CHAOS=300` so many; `HONE_SEED=N` begins at that one. A seed
-//! draws which rank is killed at which call; a failing seed is named with them.
+//! `cargo test --test ranks chaos` tries 10 seeds (2 of ranks on GPUs), `HONE_CHAOS=300` so many; `HONE_SEED=N` begins
+//! at that one. A seed draws which rank is killed at which call; a failing seed is named with them.
 //!
 //! `HONE_TEST_TORCHRUN` names a torchrun, which starts two ranks and restarts them.
 //!

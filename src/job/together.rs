@@ -113,8 +113,8 @@ impl Together {
     }
 
     /// Refuses ranks that were given something else than rank 0: `parts` are names and contents of all that decides
-    /// the result. The ranks of one run differ if an image was just replaced or a volume is not the same everywhere yet,
-    /// so that a retry can help.
+    /// the result. A retry can help, because ranks of one run differ if an image was just replaced, or if a volume is
+    /// not the same everywhere yet.
     ///
     /// # Errors
     /// Device: a rank differs. The message names both ranks and the first difference.

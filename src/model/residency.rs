@@ -156,7 +156,7 @@ impl Builder {
         Ok(())
     }
 
-    /// Gives every rank its piece of each layer. `own` is the layer that this rank read, and `pieces` are the bytes of a
+    /// Gives every rank its piece of each layer. `own` is the layer that this rank read. `pieces` are the bytes of a
     /// piece of each layer.
     fn deal(
         &self,
