@@ -290,7 +290,9 @@ fn ranks_with_other_weights_or_a_damaged_copy_end_with_a_code_that_is_tried_agai
             if rank == 1 {
                 lines.iter_mut().filter(|text| *text == "model").for_each(|text| *text = model.into());
             }
-            under_torchrun(&work, rank, 2, port(offset), &lines)
+            let mut command = under_torchrun(&work, rank, 2, port(offset), &lines);
+            command.env("HONE_RANKS_WAIT", "60");
+            command
         };
         let ended = both([rank(0), rank(1)]);
         assert_eq!((ended[0].code, ended[1].code), (Some(22), Some(22)), "{model}, {more}: {ended:?}");
