@@ -9,6 +9,8 @@ pub mod cache;
 pub mod decoder;
 pub mod dora;
 pub mod feed_forward;
+pub mod fingerprint;
+mod handover;
 pub mod inside;
 pub mod layer;
 pub mod linear;
