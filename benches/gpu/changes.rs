@@ -24,7 +24,9 @@ use super::{Result, decoder, median, memory, steps, train};
 /// The changes of a list of names; all if it is empty.
 fn chosen(names: &str) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
-    let is_wanted = |change: &Change| wanted.is_empty() || wanted.contains(&change.name());
+    // Graphs are of serving: `ours serve` measures both sides.
+    let is_wanted =
+        |change: &Change| *change != Change::Graphs && (wanted.is_empty() || wanted.contains(&change.name()));
     Change::ALL.into_iter().filter(is_wanted).collect()
 }
 

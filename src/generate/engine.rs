@@ -32,7 +32,14 @@ use crate::model::lora::{Lora, Mixture, Pairs, Part};
 use crate::model::pages::{Held, Key};
 use crate::model::pass::{SHORT_ROWS, Step};
 #[cfg(feature = "cuda")]
+use crate::model::replay::Replay;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::graph;
+#[cfg(feature = "cuda")]
 use crate::ops::{largest, rows};
+use crate::report::Report;
+#[cfg(feature = "cuda")]
+use crate::report::Stage;
 
 /// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
 pub const CHUNK: usize = 256;
@@ -124,7 +131,12 @@ impl Engine {
     ///
     /// # Errors
     /// Device: the cache finds no memory.
-    pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
+    pub fn start(
+        decoder: Decoder,
+        options: &Options,
+        description: String,
+        report: &Report,
+    ) -> Result<Engine> {
         let dtype = match options.cache {
             CacheType::Bf16 => DType::BF16,
             CacheType::F32 => decoder.dtype,
@@ -148,7 +160,11 @@ impl Engine {
             shared: shared.clone(),
             sequences: facts.sequences,
             running: Vec::new(),
+            #[cfg(feature = "cuda")]
+            report: Some(report.clone()),
         };
+        #[cfg(not(feature = "cuda"))]
+        let _ = report;
         let thread = std::thread::Builder::new().name("generate".into()).spawn(move || worker.run());
         let thread = thread.map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
         Ok(Engine { facts, waiting_max: options.waiting, decoder, shared, worker: Some(thread) })
@@ -244,6 +260,8 @@ impl request::Engine for Engine {
 
     fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter> {
         let read = adapter::read(folder)?;
+        #[cfg(feature = "cuda")]
+        let _apart = graph::apart();
         let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype, &self.decoder.device)?;
         let about = Adapter {
             name: name.to_owned(),
@@ -260,6 +278,9 @@ impl request::Engine for Engine {
     }
 
     fn unload_adapter(&self, name: &str) -> Result<()> {
+        // Its memory may be freed.
+        #[cfg(feature = "cuda")]
+        let _apart = graph::apart();
         let mut state = self.shared.lock();
         let before = state.adapters.len();
         state.adapters.retain(|loaded| loaded.about.name != name);
@@ -297,6 +318,9 @@ struct Worker {
     sequences: usize,
     running: Vec<Sequence>,
     switch: Option<usize>,
+    /// `None`: the one warning was given.
+    #[cfg(feature = "cuda")]
+    report: Option<Report>,
 }
 
 /// A request that runs.
@@ -517,22 +541,39 @@ impl Worker {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
         let (decoder, cache) = (&*self.decoder, &mut self.cache);
-        let mut compute = || {
-            let parts = parts.iter().map(|(added, rows)| Part {
-                adapter: &added.pairs,
-                rows: rows.clone(),
-                strength: added.strength,
-            });
-            let mixture = Mixture::new(parts.collect());
-            decoder.step(&step, cache, Lora::Mixed(&mixture))
-        };
+        let parts = parts.iter().map(|(added, rows)| Part {
+            adapter: &added.pairs,
+            rows: rows.clone(),
+            strength: added.strength,
+        });
+        let mixture = Mixture::new(parts.collect());
+        #[cfg(feature = "cuda")]
+        if let Some(decoded) = decoder.decode(&step, cache, &mixture, self.sequences)? {
+            drop(mixture);
+            self.warn_of_refusal();
+            let logits = self.bring(&turns, &decoded.logits, Some(decoded.largest))?;
+            return self.answer(&turns, logits);
+        }
+        let mut compute = || decoder.step(&step, cache, Lora::Mixed(&mixture));
         // On a thread of the pool, small operations are plain calls. From outside, each of them would wait for a
         // thread of the pool to wake.
         let logits = match decoder.device.is_cpu() {
             true => rayon::scope(|_| compute()),
             false => compute(),
         }?;
-        self.answer(&turns, &logits)
+        let logits = self.bring(&turns, &logits, None)?;
+        self.answer(&turns, logits)
+    }
+
+    /// Says once that steps are not recorded, and why.
+    #[cfg(feature = "cuda")]
+    fn warn_of_refusal(&mut self) {
+        let refusal = self.cache.replay().and_then(Replay::refusal);
+        if let (Some(refusal), Some(report)) = (refusal, self.report.take_if(|_| refusal.is_some())) {
+            let told =
+                "The driver refused to record a step, so every launch of a step is asked for by itself";
+            report.warn(Stage::Load, format!("{told}, which is slower: {refusal}"));
+        }
     }
 
     /// The rows of the next step: one of every sequence that generates, and chunks of prompts.
@@ -601,28 +642,29 @@ impl Worker {
     }
 
     /// What the turns need of the logits, on the host: from a GPU only the token of a row whose most probable one
-    /// is taken.
-    fn bring(&self, turns: &[Turn], logits: &Tensor) -> Result<Logits> {
+    /// is taken. `largest`: each row's most probable token, if it is known already.
+    fn bring(&self, turns: &[Turn], logits: &Tensor, largest: Option<Vec<Option<u32>>>) -> Result<Logits> {
         let (rows, vocabulary) = logits.dims2()?;
         let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_largest();
         let wanted = turns.iter().filter(whole).flat_map(|turn| turn.logits.clone());
         let wanted: Vec<u32> = wanted.map(|row| row as u32).collect();
         #[cfg(feature = "cuda")]
         if wanted.len() < rows {
-            let largest = largest::tokens(logits)?;
+            let largest = largest.map_or_else(|| largest::tokens(logits), Ok)?;
             let values = match wanted.is_empty() {
                 true => Vec::new(),
                 false => rows::gather(logits, &wanted)?.flatten_all()?.to_vec1::<f32>()?,
             };
             return Ok(Logits { wanted, values, vocabulary, largest });
         }
+        #[cfg(not(feature = "cuda"))]
+        let _ = largest;
         assert_eq!(wanted.len(), rows, "every row of logits is some turn's");
         let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         Ok(Logits { wanted, values, vocabulary, largest: Vec::new() })
     }
 
-    fn answer(&mut self, turns: &[Turn], logits: &Tensor) -> Result<()> {
-        let logits = self.bring(turns, logits)?;
+    fn answer(&mut self, turns: &[Turn], logits: Logits) -> Result<()> {
         let mut ended = Vec::new();
         let mut counted = (0, 0);
         for turn in turns {

@@ -9,6 +9,7 @@ pub mod cache;
 pub mod decoder;
 pub mod dora;
 pub mod feed_forward;
+pub mod filled;
 pub mod inside;
 pub mod layer;
 pub mod linear;
@@ -18,6 +19,8 @@ pub mod norm;
 pub mod pages;
 pub mod pass;
 pub mod random;
+#[cfg(feature = "cuda")]
+pub mod replay;
 pub mod residency;
 pub mod self_attention;
 pub mod stored;

@@ -60,6 +60,13 @@ impl<'a> Segments<'a> {
             tables: gpu::Tables::default(),
         }
     }
+
+    /// Copies what layers of these windows read of segments of one row each to a GPU. Lists are filled up to few
+    /// different lengths, so that steps of other lengths of context ask for the same launches.
+    #[cfg(feature = "cuda")]
+    pub fn send(&self, windows: impl IntoIterator<Item = Option<usize>>, device: &Device) -> Result<()> {
+        self.send_filled_up(windows, device)
+    }
 }
 
 /// Keys and values of one layer: `[page][key head][token of the page][D]`.
