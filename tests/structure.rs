@@ -60,6 +60,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("stash.rs", "copies to the host and back"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
 /// What no code may say: unfinished work, tests that do not run, and candle's layers, whose fused forms drop
@@ -128,9 +129,11 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/buffer.rs", "aligned memory"),
     ("src/ops/gemm/drive.rs", "blocks of one matrix on many threads"),
-    ("src/ops/gemm/few.rs", "vector instructions, and blocks of one matrix on many threads"),
-    ("src/ops/gemm/few_avx2.rs", "AVX2 instructions"),
-    ("src/ops/gemm/few_avx512.rs", "AVX-512 instructions"),
+    ("src/ops/gemm/few/mod.rs", "blocks of one matrix on many threads"),
+    ("src/ops/gemm/few/tile.rs", "vector instructions"),
+    ("src/ops/gemm/few/portable.rs", "loads without alignment"),
+    ("src/ops/gemm/few/avx2.rs", "AVX2 instructions"),
+    ("src/ops/gemm/few/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/four_bit.rs", "vector instructions"),
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
