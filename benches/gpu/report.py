@@ -61,7 +61,9 @@ def host(result):
     if not result:
         return ""
     keys = ("without", "launches", "microseconds_a_launch", "least", "most", "microseconds_a_pass")
-    return table(["host: without", *keys[1:]], [[of[key] for key in keys] for of in result["host"]])
+    launches = table(["host: without", *keys[1:]], [[of[key] for key in keys] for of in result["host"]])
+    keys = ("graphs", "launches_a_token", "microseconds_a_token")
+    return launches + "\n" + table(["host: a token with graphs", *keys[1:]], [[of[key] for key in keys] for of in result["decode"]])
 
 
 def several(result):

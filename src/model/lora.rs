@@ -340,6 +340,12 @@ impl<'a> Mixture<'a> {
         self.parts.iter().all(row_by_row)
     }
 
+    /// The same adapters, of which nothing was copied to a GPU yet.
+    #[cfg(feature = "cuda")]
+    pub(super) fn again(&self) -> Mixture<'a> {
+        Mixture::new(self.parts.clone())
+    }
+
     /// Makes the adapters' tables, which outlive a step.
     #[cfg(feature = "cuda")]
     pub(super) fn make_tables(&self, device: &Device) -> Result<()> {

@@ -6,6 +6,8 @@ use crate::facts::{LoraOptions, Precision, Quantization};
 
 pub mod batch;
 pub mod cache;
+#[cfg(feature = "cuda")]
+pub mod decode;
 pub mod decoder;
 pub mod dora;
 pub mod feed_forward;

@@ -1,57 +1,42 @@
-//! Rows that each generate one token -> logits and most probable tokens on a GPU, by one launch of a graph.
-//!
-//! A decoder's step is hundreds of launches of a few microseconds each. Its launches depend on few numbers: how many rows
-//! there are, and how long the lists of pages, of pieces of keys and of adapters are. These are filled up to few
-//! different lengths, rows with a page that no sequence has. So few graphs serve all steps, and everything else (tokens,
-//! positions, pages, adapters and strengths) is copied to fixed places. A row's bits are those of `Decoder::step`, since
-//! they depend on its own sequence alone.
+//! The graphs of steps over one cache, and the memory that all of them read and write.
 
-use candle_core::cuda_backend::WrapErr;
-use candle_core::{DType, Result, Tensor, TensorId};
+use candle_core::{DType, Device, Result, Tensor, TensorId};
 
-use crate::ops::attention::cached::Segments;
-use crate::ops::change::Change;
+use crate::facts::Facts;
 use crate::ops::cuda::graph::Graphs;
 use crate::ops::cuda::inputs::{Inputs, Shape};
 use crate::ops::cuda::late::Words;
-use crate::ops::matmul::FEW_ROWS;
-use crate::ops::{cross_entropy, largest, unwritten};
+use crate::ops::unwritten;
 
-use super::cache::Cache;
-use super::decoder::Decoder;
 use super::filled;
-use super::lora::{Lora, Mixture};
-use super::pass::Step;
-use super::tokens::Wanted;
-
-/// What a step of rows that generate gives.
-pub struct Decoded {
-    /// [rows, V] in f32, until the next step.
-    pub logits: Tensor,
-    /// The token of each row's highest finite logit (`largest::tokens`).
-    pub largest: Vec<Option<u32>>,
-}
 
 /// The graphs of a decoder and a cache, and what all of them read and write.
 pub struct Replay {
     /// The decoder's embedding: graphs hold the addresses of its weights.
-    of: TensorId,
-    inputs: Inputs,
-    graphs: Graphs<Shape>,
-    logits: Tensor,
-    tokens: Tensor,
+    pub(super) of: TensorId,
+    pub(super) inputs: Inputs,
+    pub(super) graphs: Graphs<Shape>,
+    pub(super) logits: Tensor,
+    pub(super) tokens: Tensor,
     /// The tokens on the host.
-    brought: Words,
+    pub(super) brought: Words,
 }
 
 impl Replay {
-    fn new(decoder: &Decoder, sequences: usize) -> Result<Replay> {
-        let (rows, device) = (filled::rows_max(sequences), &decoder.device);
+    /// For the decoder with this embedding, whose activations have this type, and most so many sequences.
+    pub(super) fn new(
+        facts: &Facts,
+        embedding: TensorId,
+        dtype: DType,
+        device: &Device,
+        sequences: usize,
+    ) -> Result<Replay> {
+        let rows = filled::rows_max(sequences);
         Ok(Replay {
-            of: decoder.embedding.id(),
-            inputs: Inputs::new(device, decoder.dtype, filled::input_bytes(&decoder.facts, rows))?,
+            of: embedding,
+            inputs: Inputs::new(device, dtype, filled::input_bytes(facts, rows))?,
             graphs: Graphs::new(filled::GRAPHS_BYTES),
-            logits: unwritten((rows, decoder.facts.vocab), DType::F32, device)?,
+            logits: unwritten((rows, facts.vocab), DType::F32, device)?,
             tokens: unwritten(rows, DType::U32, device)?,
             brought: Words::new(device.as_cuda_device()?, rows)?,
         })
@@ -65,70 +50,5 @@ impl Replay {
     /// Why the driver refused a graph, if it did.
     pub fn refusal(&self) -> Option<&str> {
         self.graphs.refusal()
-    }
-}
-
-impl Decoder {
-    /// `step` for rows that each generate a token: what they give, or `None` if a graph cannot hold this step, which
-    /// nothing was done of then. `sequences`: most rows that any step has.
-    pub fn decode(
-        &self,
-        step: &Step,
-        cache: &mut Cache,
-        mixture: &Mixture,
-        sequences: usize,
-    ) -> Result<Option<Decoded>> {
-        let device = &self.device;
-        if !self.has_graph(step, mixture) {
-            return Ok(None);
-        }
-        let Some(spare) = cache.spare else { return Ok(None) };
-        let rows = step.ids.len();
-        // In f32 the library of products chooses its order of sums by the number of rows.
-        let filled_rows = if self.dtype == DType::BF16 { filled::rows(rows) } else { rows };
-        if cache.replay.as_ref().is_none_or(|replay| replay.of != self.embedding.id()) {
-            cache.replay = None;
-            cache.replay = Some(Replay::new(self, sequences)?);
-        }
-        let (layers, replay) = (&mut cache.layers, cache.replay.as_mut().expect("just made"));
-        if filled_rows > replay.tokens.elem_count() {
-            return Ok(None);
-        }
-        mixture.make_tables(device)?;
-        let step = step.filled_up(filled_rows, spare);
-        let prepare = || {
-            let segments = Segments::new(&step.segments);
-            let windows = self.facts.layers.iter().map(|layer| layer.attention.heads.window);
-            segments.send(windows, device)?;
-            mixture.send(filled_rows, device)?;
-            Ok((self.send(&step)?, segments))
-        };
-        let Replay { inputs, graphs, logits, tokens, brought, .. } = replay;
-        let Some(((sent, segments), shape)) = inputs.fill(prepare)? else { return Ok(None) };
-        let (logits, tokens) = (logits.narrow(0, 0, filled_rows)?, tokens.narrow(0, 0, filled_rows)?);
-        let head = self.head_with(&Lora::None, Wanted::All(filled_rows))?;
-        let stores = std::cell::RefCell::new(layers);
-        let compute = || {
-            inputs.send()?;
-            let lora = Lora::Mixed(mixture);
-            let hidden = self.step_hidden(&step, &sent, &segments, &mut stores.borrow_mut(), lora)?;
-            cross_entropy::write_logits_apart(&hidden, &head, self.precision, &logits)?;
-            largest::write(&logits, &tokens)?;
-            brought.send(&tokens)
-        };
-        graphs.run(&shape, device.as_cuda_device()?, compute)?;
-        device.as_cuda_device()?.cuda_stream().synchronize().w()?;
-        let largest = largest::found(&brought.read(rows));
-        Ok(Some(Decoded { logits: logits.narrow(0, 0, rows)?, largest }))
-    }
-
-    /// Whether a step's launches depend on lengths of lists alone.
-    fn has_graph(&self, step: &Step, mixture: &Mixture) -> bool {
-        self.device.is_cuda()
-            && Change::Graphs.is_on()
-            && self.ring.is_none()
-            && (1..=FEW_ROWS).contains(&step.ids.len())
-            && step.is_decoding()
-            && mixture.is_row_by_row()
     }
 }

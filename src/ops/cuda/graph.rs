@@ -72,6 +72,7 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
 impl Graph {
     /// Queues the recorded work.
     pub fn launch(&self) -> Result<()> {
+        super::count_launch();
         self.graph.launch().w()
     }
 
@@ -245,9 +246,9 @@ mod tests {
         }
         assert_eq!(graphs.size().0, GRAPHS_MAX);
         assert!(!graphs.known.contains_key(&0));
-        // Without memory for two, the newest stays.
+        // Without memory, the newest stays.
         graphs.known.values_mut().filter_map(|known| known.graph.as_mut()).for_each(|graph| graph.bytes = 1);
-        graphs.bytes_max = 1;
+        graphs.bytes_max = 0;
         assert_eq!(run(&mut graphs, 0)?, GRAPHS_MAX);
         assert_eq!(run(&mut graphs, 0)?, 1);
         assert!(graphs.known[&0].graph.is_some());

@@ -89,7 +89,7 @@ impl Segments<'_> {
         windows: impl IntoIterator<Item = Option<usize>>,
         device: &Device,
     ) -> Result<()> {
-        assert!(!self.list.iter().any(Segment::is_long), "segments of a row each");
+        assert!(!self.list.iter().any(Segment::is_long), "short segments");
         self.tables.filled_up.set(true);
         self.slots(device)?;
         self.pages(device)?;
@@ -158,7 +158,8 @@ impl Segments<'_> {
         if self.tables.filled_up.get() {
             list.resize(list.len().next_power_of_two(), [0; 6]);
             partials = if combined.is_empty() { 0 } else { list.len() };
-            combined.resize(if combined.is_empty() { 0 } else { self.list.len() }, [0; 3]);
+            let rows = self.list.last().map_or(0, |segment| segment.rows.end);
+            combined.resize(if combined.is_empty() { 0 } else { rows }, [0; 3]);
         }
         let on_device = cuda::upload(list.as_flattened(), device)?;
         let combined = match combined.is_empty() {
