@@ -306,8 +306,8 @@ fn what_a_decoded_token_asks_of_the_device() {
             let parts = (0..sequences).filter(|_| adapted).map(part).collect();
             let mixture = Mixture::new(parts);
             if graphs {
-                let decoded = decoder.decode(&step, &mut cache, &mixture, 4).unwrap().expect("a graph");
-                assert_eq!(decoded.largest.len(), sequences);
+                let decoded = decoder.decode(&step, &mut cache, &mixture, None, 4).unwrap().expect("a graph");
+                assert_eq!(decoded.tokens.len(), sequences);
             } else {
                 let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture)).unwrap();
                 assert_eq!(largest::tokens(&logits).unwrap().len(), sequences);

@@ -191,7 +191,7 @@ fn decode([rounds, passes]: [usize; 2], decoder: &Decoder) -> Result<Value> {
             return Ok(largest::tokens(&logits).map(|_| ())?);
         }
         let mixture = Mixture::new(Vec::new());
-        let decoded = decoder.decode(&step, &mut cache, &mixture, 1)?;
+        let decoded = decoder.decode(&step, &mut cache, &mixture, None, 1)?;
         Ok(decoded.map(|_| ()).ok_or("no graph holds this step")?)
     };
     let mut sides = [(false, Vec::new(), 0), (true, Vec::new(), 0)];

@@ -1,4 +1,4 @@
-//! Rows that each generate one token -> logits and most probable tokens on a GPU, by one launch of a graph.
+//! Rows that each generate one token -> logits and the tokens drawn from them on a GPU, by one launch of a graph.
 //!
 //! A decoder's step is hundreds of launches of a few microseconds each. Its launches depend on few numbers: how many rows
 //! there are, and how long the lists of pages, of pieces of keys and of adapters are. These are filled up to few
@@ -11,6 +11,7 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::ops::attention::cached::Segments;
 use crate::ops::change::Change;
+use crate::ops::draw::{self, Draw};
 use crate::ops::matmul::FEW_ROWS;
 use crate::ops::{cross_entropy, largest};
 
@@ -26,18 +27,20 @@ use super::tokens::Wanted;
 pub struct Decoded {
     /// [rows, V] in f32, until the next step.
     pub logits: Tensor,
-    /// The token of each row's highest finite logit (`largest::tokens`).
-    pub largest: Vec<Option<u32>>,
+    /// The token that was drawn for each row; `None` for a row without a finite logit.
+    pub tokens: Vec<Option<u32>>,
 }
 
 impl Decoder {
     /// `step` for rows that each generate a token: what they give, or `None` if a graph cannot hold this step, which
-    /// nothing was done of then. `sequences`: most rows that any step has.
+    /// nothing was done of then. `draws`: how each row's token is drawn; `None`: all are the most probable ones.
+    /// `sequences`: most rows that any step has.
     pub fn decode(
         &self,
         step: &Step,
         cache: &mut Cache,
         mixture: &Mixture,
+        draws: Option<&[Draw]>,
         sequences: usize,
     ) -> Result<Option<Decoded>> {
         let device = &self.device;
@@ -66,10 +69,14 @@ impl Decoder {
             let windows = self.facts.layers.iter().map(|layer| layer.attention.heads.window);
             segments.send(windows, device)?;
             mixture.send(filled_rows, device)?;
-            Ok((self.send(&step)?, segments))
+            let draws = draws.map(|draws| {
+                let fill_up = std::iter::repeat_n(Draw::GREEDY, filled_rows - rows);
+                draw::send(&draws.iter().copied().chain(fill_up).collect::<Vec<_>>(), device)
+            });
+            Ok((self.send(&step)?, segments, draws.transpose()?))
         };
         let Replay { inputs, graphs, logits, tokens, brought, .. } = replay;
-        let Some(((sent, segments), shape)) = inputs.fill(prepare)? else { return Ok(None) };
+        let Some(((sent, segments, draws), shape)) = inputs.fill(prepare)? else { return Ok(None) };
         let (logits, tokens) = (logits.narrow(0, 0, filled_rows)?, tokens.narrow(0, 0, filled_rows)?);
         let head = self.head_with(&Lora::None, Wanted::All(filled_rows))?;
         let stores = std::cell::RefCell::new(layers);
@@ -78,13 +85,16 @@ impl Decoder {
             let lora = Lora::Mixed(mixture);
             let hidden = self.step_hidden(&step, &sent, &segments, &mut stores.borrow_mut(), lora)?;
             cross_entropy::write_logits_apart(&hidden, &head, self.precision, &logits)?;
-            largest::write(&logits, &tokens)?;
+            match &draws {
+                None => largest::write(&logits, &tokens)?,
+                Some(draws) => draw::write(&logits, draws, &tokens)?,
+            }
             brought.send(&tokens)
         };
         graphs.run(&shape, device.as_cuda_device()?, compute)?;
         device.as_cuda_device()?.cuda_stream().synchronize().w()?;
-        let largest = largest::found(&brought.read(rows));
-        Ok(Some(Decoded { logits: logits.narrow(0, 0, rows)?, largest }))
+        let tokens = largest::found(&brought.read(rows));
+        Ok(Some(Decoded { logits: logits.narrow(0, 0, rows)?, tokens }))
     }
 
     /// Whether a step's launches depend on lengths of lists alone.

@@ -25,11 +25,11 @@ pub fn rows_max(sequences: usize) -> usize {
 }
 
 /// Bytes of a step's inputs: lists of numbers; angles' frequencies, factors of queries and embeddings in f32; embeddings
-/// in bf16.
-pub fn input_bytes(facts: &Facts, rows: usize) -> [usize; 3] {
+/// in bf16; how tokens are drawn, in f64.
+pub fn input_bytes(facts: &Facts, rows: usize) -> [usize; 4] {
     let widest = facts.layers.iter().map(|layer| layer.attention.heads.width).max().unwrap_or(0);
     let angles = (facts.ropes.len() + 2) * (rows + 1) * 4 * widest;
-    [LISTS_BYTES, angles + 4 * rows * facts.width, 2 * rows * facts.width]
+    [LISTS_BYTES, angles + 4 * rows * facts.width, 2 * rows * facts.width, 40 * rows]
 }
 
 /// Device memory of graphs and of what they read and write, beside the cache, for most so many sequences.

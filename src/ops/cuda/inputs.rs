@@ -47,11 +47,11 @@ thread_local! {
 }
 
 impl Inputs {
-    /// Room for so many bytes of numbers, of f32 values, and of activations in `dtype`.
-    pub fn new(device: &Device, dtype: DType, bytes: [usize; 3]) -> Result<Inputs> {
+    /// Room for so many bytes of numbers, of f32 values, of activations in `dtype`, and of f64 values.
+    pub fn new(device: &Device, dtype: DType, bytes: [usize; 4]) -> Result<Inputs> {
         let mut parts: Vec<Part> = Vec::new();
         let cuda = device.as_cuda_device()?;
-        for (dtype, bytes) in [DType::U32, DType::F32, dtype].into_iter().zip(bytes) {
+        for (dtype, bytes) in [DType::U32, DType::F32, dtype, DType::F64].into_iter().zip(bytes) {
             if parts.iter().all(|part| part.memory.dtype() != dtype) {
                 let bytes = bytes.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
                 let memory = crate::ops::unwritten(bytes / dtype.size_in_bytes(), dtype, device)?;
@@ -153,7 +153,7 @@ mod tests {
     fn steps_of_one_shape_have_one_place_and_too_many_values_none() -> Result<()> {
         let Some(device) = judge::gpu() else { return Ok(()) };
         let cuda = device.as_cuda_device()?;
-        let mut inputs = Inputs::new(&device, DType::BF16, [256, 64, 64])?;
+        let mut inputs = Inputs::new(&device, DType::BF16, [256, 64, 64, 64])?;
         let mut places = Vec::new();
         for round in 0..2u32 {
             let prepare = || {
