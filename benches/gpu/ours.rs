@@ -432,7 +432,7 @@ mod memory {
     pub fn used(device: &Device) -> super::Result<Value> {
         let Device::Cuda(cuda) = device else { return Ok(json!({})) };
         let (free, total) = device::memory(cuda)?;
-        let (_, peak) = device::pool(cuda)?;
+        let peak = device::pool(cuda)?.1 + device::graphs_peak(cuda)?;
         Ok(json!({ "peak_allocated_bytes": peak, "device_used_bytes": total - free }))
     }
 }
