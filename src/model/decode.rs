@@ -1,10 +1,10 @@
 //! Rows that each generate one token -> logits and the tokens drawn from them on a GPU, by one launch of a graph.
 //!
-//! A decoder's step is hundreds of launches of a few microseconds each. Its launches depend on few numbers: how many rows
-//! there are, and how long the lists of pages, of pieces of keys and of adapters are. These are filled up to few
-//! different lengths, rows with a page that no sequence has. So few graphs serve all steps, and everything else (tokens,
-//! positions, pages, adapters and strengths) is copied to fixed places. A row's bits are those of `Decoder::step`, since
-//! they depend on its own sequence alone.
+//! A decoder's step is hundreds of launches of a few microseconds each. Its launches depend on few numbers: how many
+//! rows there are, and how long the lists of pages, of pieces of keys and of adapters are. These are filled up to few
+//! different lengths, rows with a page that no sequence has. So few graphs serve all steps. Everything else (tokens,
+//! positions, pages, adapters and strengths) is copied to fixed places. A row's bits are those of `Decoder::step`,
+//! since they depend on its own sequence alone.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Result, Tensor};
@@ -51,11 +51,7 @@ impl Decoder {
         let rows = step.ids.len();
         // In f32 the library of products chooses its order of sums by the number of rows.
         let filled_rows = if self.dtype == DType::BF16 { filled::rows(rows) } else { rows };
-        if cache.replay.as_ref().is_none_or(|replay| replay.of != self.embedding.id()) {
-            cache.replay = None;
-            let id = self.embedding.id();
-            cache.replay = Some(Replay::new(&self.facts, id, self.dtype, device, sequences)?);
-        }
+        self.make_replay(cache, sequences)?;
         let (layers, replay) = (&mut cache.layers, cache.replay.as_mut().expect("just made"));
         if filled_rows > replay.tokens.elem_count() {
             return Ok(None);
@@ -95,6 +91,16 @@ impl Decoder {
         device.as_cuda_device()?.cuda_stream().synchronize().w()?;
         let tokens = largest::found(&brought.read(rows));
         Ok(Some(Decoded { logits: logits.narrow(0, 0, rows)?, tokens }))
+    }
+
+    /// Makes room for graphs of this decoder over this cache, unless there is.
+    fn make_replay(&self, cache: &mut Cache, sequences: usize) -> Result<()> {
+        if cache.replay.as_ref().is_none_or(|replay| replay.of != self.embedding.id()) {
+            cache.replay = None;
+            let id = self.embedding.id();
+            cache.replay = Some(Replay::new(&self.facts, id, self.dtype, &self.device, sequences)?);
+        }
+        Ok(())
     }
 
     /// Whether a step's launches depend on lengths of lists alone.

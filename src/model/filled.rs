@@ -24,8 +24,8 @@ pub fn rows_max(sequences: usize) -> usize {
     rows(sequences.clamp(1, FEW_ROWS))
 }
 
-/// Bytes of a step's inputs: lists of numbers; angles' frequencies, factors of queries and embeddings in f32; embeddings
-/// in bf16; how tokens are drawn, in f64.
+/// Bytes of a step's inputs: lists of numbers; angles' frequencies, factors of queries and embeddings in f32;
+/// embeddings in bf16; how tokens are drawn, in f64.
 pub fn input_bytes(facts: &Facts, rows: usize) -> [usize; 4] {
     let widest = facts.layers.iter().map(|layer| layer.attention.heads.width).max().unwrap_or(0);
     let angles = (facts.ropes.len() + 2) * (rows + 1) * 4 * widest;

@@ -22,8 +22,8 @@ pub struct Graph {
     workspace: u64,
 }
 
-// SAFETY: the driver takes a graph's handles from any thread. They are used through exclusive owners only, one thread at
-// a time.
+// SAFETY: the driver takes a graph's handles from any thread. They are used through exclusive owners only, one thread
+// at a time.
 unsafe impl Send for Graph {}
 
 thread_local! {
@@ -107,8 +107,8 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
         Graphs { known: HashMap::new(), clock: 0, bytes_max, refusal: None }
     }
 
-    /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the driver
-    /// refuses the graph, no further one is tried.
+    /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the
+    /// driver refuses the graph, no further one is tried.
     pub fn run(&mut self, key: &K, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<()> {
         self.clock += 1;
         let clock = self.clock;

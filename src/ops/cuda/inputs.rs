@@ -61,8 +61,8 @@ impl Inputs {
         Ok(Inputs { device: device.clone(), parts })
     }
 
-    /// Runs `prepare`, whose uploads lie in these inputs, and returns its result and the step's shape. `None`: they have
-    /// no room for it. The device must have read the uploads of an earlier call.
+    /// Runs `prepare`, whose uploads lie in these inputs, and returns its result and the step's shape. `None`: they
+    /// have no room for it. The device must have read the uploads of an earlier call.
     pub fn fill<T>(&mut self, prepare: impl FnOnce() -> Result<T>) -> Result<Option<(T, Shape)>> {
         let mut parts = std::mem::take(&mut self.parts);
         parts.iter_mut().for_each(|part| part.used = 0);
