@@ -426,7 +426,7 @@ fn answer(
     let chat = Chat::of(tokenizer, plan.tokens.chat_template.as_deref())?;
     let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
     let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
-    let engine = answers::engine(decoder, &[folder.path()], &questions)?;
+    let engine = answers::engine(decoder, &[folder.path()], &questions, report)?;
     let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
     let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
     folder.write(run_folder::ANSWERS, &text)?;
