@@ -31,7 +31,6 @@ use hone::model::decoder::Decoder;
 use hone::model::lora::Trainable;
 use hone::model::{self, load, random};
 use hone::ops::change::Change;
-use hone::ops::change::Change;
 use hone::report::Report;
 use hone::train::{self, Data, Every, Passes, Schedule};
 use serde_json::{Value, json};

@@ -116,12 +116,12 @@ impl Builder {
     pub fn take(&mut self, layers: &mut [Layer]) -> fault::Result<()> {
         match self.home.clone() {
             Home::Device => unreachable!("nothing is taken then"),
-            Home::Host => layers.iter_mut().try_for_each(|layer| Ok(self.to_host(layer)?)),
-            Home::Ranks(ranks) => self.to_ranks(&*ranks, layers),
+            Home::Host => layers.iter_mut().try_for_each(|layer| Ok(self.take_to_host(layer)?)),
+            Home::Ranks(ranks) => self.take_to_ranks(&*ranks, layers),
         }
     }
 
-    fn to_host(&mut self, layer: &mut Layer) -> Result<()> {
+    fn take_to_host(&mut self, layer: &mut Layer) -> Result<()> {
         let weights = four_bit(layer);
         let (bytes, parts) = laid(&weights, 1);
         let source = match bytes {
@@ -136,7 +136,7 @@ impl Builder {
     }
 
     /// Each of these layers was read by one rank. Every rank gets the forms of all of them, and its piece of each.
-    fn to_ranks(&mut self, ranks: &dyn Collective, layers: &mut [Layer]) -> fault::Result<()> {
+    fn take_to_ranks(&mut self, ranks: &dyn Collective, layers: &mut [Layer]) -> fault::Result<()> {
         let (place, world) = (ranks.place(), self.home.pieces());
         let own = layers.get_mut(place.rank).map(|layer| handover::told(&four_bit(layer))).transpose()?;
         let told = ranks.exchange(&own.unwrap_or_default())?;

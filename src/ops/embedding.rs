@@ -20,6 +20,8 @@ pub enum Sent {
 impl Sent {
     /// The rows of the same table.
     pub fn rows(&self, table: &Tensor) -> Result<Tensor> {
+        #[cfg(not(feature = "cuda"))]
+        let _ = table;
         match self {
             Sent::Rows(rows) => Ok(rows.clone()),
             #[cfg(feature = "cuda")]
