@@ -28,7 +28,7 @@ pub enum Kind {
     Network = 20,
     /// Disk full, failing, or in use by another hone.
     Storage = 21,
-    /// Accelerator failed, or the machine has no more threads or open files.
+    /// An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open files.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
@@ -96,7 +96,9 @@ impl Kind {
             Kind::Diverged => "Training produced NaN or infinity, a spike, or an adapter without effect.",
             Kind::Network => "Download or registry unreachable after all retries.",
             Kind::Storage => "Disk full, failing, or in use by another hone.",
-            Kind::Device => "Accelerator failed, or the machine has no more threads or open files.",
+            Kind::Device => {
+                "An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open files."
+            }
             Kind::Push => "Training is done and safe on disk, but the push failed.",
             Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
             Kind::InterruptedUnsaved => "Stopped by a signal before anything could be saved.",
