@@ -28,7 +28,8 @@ pub enum Kind {
     Network = 20,
     /// Disk full, failing, or in use by another hone.
     Storage = 21,
-    /// An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open files.
+    /// An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open
+    /// files.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
