@@ -242,14 +242,12 @@ fn every_end_leaves_a_word() {
             "--set",
             "TrainingArguments.save_strategy=no",
         ]);
-        // One micro-batch of all rows, so that the first signal has to wait for its end.
-        for key in [
-            "per_device_train_batch_size=400",
-            "packing=false",
-            "logging_steps=1",
-            "max_length=512",
-            "eval_strategy=no",
-        ] {
+        // One micro-batch of all rows, so that the first of two signals has to wait for its end.
+        let batch = match signals.len() {
+            1 => "per_device_train_batch_size=4",
+            _ => "per_device_train_batch_size=400",
+        };
+        for key in [batch, "packing=false", "logging_steps=1", "max_length=512", "eval_strategy=no"] {
             long.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
         }
         let mut running = work.start(&long);
