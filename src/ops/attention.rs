@@ -20,9 +20,20 @@ use crate::with_real;
 pub mod cached;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod hopper;
 mod packing;
 
+#[cfg(feature = "cuda")]
+pub use hopper::prepare;
 pub use packing::Packing;
+
+/// Checks which kernels this device may use for such heads. Returns a warning, once, if some are not used. Waits for the
+/// device.
+#[cfg(not(feature = "cuda"))]
+pub fn prepare(_: &Device, _: &Heads, _: candle_core::DType) -> Option<String> {
+    None
+}
 
 /// Query rows per block. The scores of a block stay within the CPU's cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
@@ -488,6 +499,10 @@ mod tests {
             (capped(grouped(heads(4, 1, 128, None))), vec![127, 9]),
             (capped(heads(2, 1, 128, Some(40))), vec![200]),
             (capped(heads(2, 1, 256, None)), vec![65, 1]),
+            // Several tiles of the kernels for Hopper; windows that begin inside one.
+            (heads(4, 1, 128, Some(70)), vec![200, 33]),
+            (grouped(heads(4, 2, 64, None)), vec![1, 290]),
+            (heads(2, 1, 256, Some(90)), vec![150]),
             // Enough blocks for wide tiles.
             (heads(2, 2, 128, None), [vec![130, 65], vec![1; 64]].concat()),
             (heads(2, 2, 200, Some(50)), [vec![65], vec![2; 65]].concat()),
@@ -542,6 +557,13 @@ mod tests {
                         same_bits(&first, &without?, change.name())?;
                     }
                 }
+                // By the kernels for Hopper, if the card and the heads are for them.
+                assert_eq!(prepare(&gpu.device, &heads, gpu.dtype), None);
+                let [out, lse, d] = run(0)?;
+                gpu.within(within, &out, &expected)?;
+                gpu.within(within_gradient, &d, &gradient)?;
+                turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
+                same_bits(&[out, lse, d], &run(64)?, "the same twice by warpgroups")?;
             }
             Ok(())
         })

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
+use super::hopper::{self, Pass};
 use super::packing::{Order, Packing};
 use crate::facts::Heads;
 use crate::ops::change::Change;
@@ -77,6 +78,9 @@ fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
 
 /// See `attention::forward`.
 pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing, spare: usize) -> Result<(Tensor, Tensor)> {
+    if spare.is_multiple_of(8) && hopper::serves(Pass::Forward, heads, &[qkv])? {
+        return hopper::forward(qkv, heads, packing, spare);
+    }
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
     let out = unwritten((rows, heads.query * heads.width + spare), dtype, qkv.device())?;
     let tiles = packing.tiles_on(qkv.device(), forward_rows(dtype, heads)?, Order::Queries)?;
@@ -144,6 +148,24 @@ pub fn backward(
     angles: Option<&Angles>,
     spare: usize,
 ) -> Result<Tensor> {
+    if spare.is_multiple_of(8) && hopper::serves(Pass::Backward, heads, &[qkv, out, d_out])? {
+        return hopper::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
+    }
+    backward_everywhere(d_out, qkv, out, lse, heads, packing, angles, spare)
+}
+
+/// `backward` by the kernels that run on every card.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward_everywhere(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: &Heads,
+    packing: &Packing,
+    angles: Option<&Angles>,
+    spare: usize,
+) -> Result<Tensor> {
     let ((rows, columns), dtype) = (qkv.dims2()?, qkv.dtype());
     let d_qkv = unwritten((rows, columns + spare), dtype, qkv.device())?;
     let (out_stride, d_stride) = (out.dim(1)?, columns + spare);
@@ -180,7 +202,7 @@ pub fn backward(
 }
 
 /// The parameters that say how gradients are turned back. Each of a row's runs has a row of the same angles.
-fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
+pub(super) fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
     let Some(Angles { cos, sin }) = angles else {
         return Ok(launch.optional(DType::F32, None).optional(DType::F32, None).int(0).int(0));
     };
