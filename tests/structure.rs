@@ -29,7 +29,7 @@ const MODELS: [(&str, &str); 14] = [
     ("smollm3", "SmolLM 3: layers without rope"),
 ];
 
-/// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
+/// Files of `src/ops` that compare no gradient with autograd of a formula, and why that is enough.
 const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
     (
@@ -60,6 +60,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("stash.rs", "copies to the host and back"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
 /// What no code may say: unfinished work, tests that do not run, and candle's layers, whose fused forms drop
@@ -127,9 +128,11 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/buffer.rs", "aligned memory"),
     ("src/ops/gemm/drive.rs", "blocks of one matrix on many threads"),
-    ("src/ops/gemm/few.rs", "vector instructions, and blocks of one matrix on many threads"),
-    ("src/ops/gemm/few_avx2.rs", "AVX2 instructions"),
-    ("src/ops/gemm/few_avx512.rs", "AVX-512 instructions"),
+    ("src/ops/gemm/few/mod.rs", "blocks of one matrix on many threads"),
+    ("src/ops/gemm/few/tile.rs", "vector instructions"),
+    ("src/ops/gemm/few/portable.rs", "loads without alignment"),
+    ("src/ops/gemm/few/avx2.rs", "AVX2 instructions"),
+    ("src/ops/gemm/few/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/four_bit.rs", "vector instructions"),
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
@@ -394,7 +397,7 @@ fn the_fault_matrix_names_tests_that_exist() {
     assert!(missing.is_empty(), "the matrix names tests that do not exist: {missing:?}");
 }
 
-/// What is proven of each family, from what stands in `tests`.
+/// The proofs of each family, as found in `tests`.
 fn families() -> String {
     let golden = root("tests/golden");
     let runs: Vec<String> = ["", "_variants"]
@@ -475,7 +478,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
 }
 
-/// What follows `crate::`, alone or in braces.
+/// The names behind `crate::`, alone or in braces.
 fn used_from_the_root(code: &str) -> BTreeSet<String> {
     let mut used = BTreeSet::new();
     for (at, path) in code.match_indices("crate::") {
@@ -525,7 +528,7 @@ fn relative(file: &Path) -> String {
     file.strip_prefix(root("")).unwrap().to_string_lossy().into_owned()
 }
 
-/// What stands before a file's module of tests.
+/// The text before a file's module of tests.
 fn outside_of_tests(code: &str) -> &str {
     code.split("#[cfg(test)]\nmod ").next().expect("a split has a first part")
 }

@@ -29,10 +29,10 @@ const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
 
-/// Where the weights of the layers lie, and the number of ranks that may share them.
+/// The place of the layers' weights, and the number of ranks that may share them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Layers {
-    /// Where they lie.
+    /// The place of the weights.
     pub residency: Residency,
     /// Number of ranks.
     pub ranks: usize,
@@ -61,7 +61,7 @@ impl Layers {
         layers.map(|layer| residency::buffer_bytes(layer.projections().map(parts), self.pieces())).collect()
     }
 
-    /// What of the layers' weights is in the device's memory.
+    /// The part of the layers' weights that is in the device's memory.
     fn terms(self, task: &Task, place: Place) -> Vec<Term> {
         let linear: usize = task.facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
         let base = match task.quantization {

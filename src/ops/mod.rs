@@ -5,6 +5,7 @@
 //! own.
 
 pub mod gemm;
+pub mod operand;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
