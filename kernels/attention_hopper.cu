@@ -1,15 +1,16 @@
-// Causal attention on Hopper (sm_90a): what attention.cu computes, for bf16 heads of 64, 96, 128 and, forward, 256 columns
-// without a soft cap, by products of warpgroups. src/ops/attention/hopper.rs launches them.
+// Causal attention on Hopper (sm_90a): what attention.cu computes, for bf16 heads of 64, 96, 128 and, forward, 256
+// columns without a soft cap, by products of warpgroups. src/ops/attention/hopper.rs launches them.
 //
-// A block has two warpgroups, of 64 rows each, and a third that gives its registers to them: one of its warps starts copies. Boxes of qkv and d_out come by TMA into
-// stages; two barriers of a stage say that it is full and that it is empty. A tile of rows lies in panels of 64 columns (of 32
-// for 96 columns), swizzled.
+// A block has two warpgroups, of 64 rows each, and a third that gives its registers to them: one of its warps starts
+// copies. Boxes of qkv and d_out come by TMA into stages; two barriers of a stage say that it is full and that it is
+// empty. A tile of rows lies in panels of 64 columns (of 32 for 96 columns), swizzled.
 //
-// As in attention.cu the backward pass is two kernels, so that each sum has one writer and one order. Probabilities and
-// gradients of scores stay in the registers of the warp that computed them: they are the left operand of its next product.
+// As in attention.cu the backward pass is two kernels, so that each sum has one writer and one order. Probabilities
+// and gradients of scores stay in the registers of the warp that computed them: they are the left operand of its next
+// product.
 //
-// Rows of a box behind an example are another example's. Their probability is 0, so they add nothing as long as they are
-// finite. Rows behind the last example are zeros.
+// Rows of a box behind an example are another example's. Their probability is 0, so they add nothing as long as they
+// are finite. Rows behind the last example are zeros.
 #include "attention_scores.cuh"
 #include "attention_tile.cuh"
 #include "prim_hopper.cuh"
@@ -93,7 +94,8 @@ struct Place {
     }
 };
 
-// The barriers of a pipeline with STAGES stages. A stage and the parity of its phases follow from the number of the turn.
+// The barriers of a pipeline with STAGES stages. A stage and the parity of its phases follow from the number of the
+// turn.
 struct Stages {
     uint64_t *full, *empty;
     int patience;
@@ -110,8 +112,8 @@ struct Stages {
     }
 };
 
-// Turns scores into weights that belong to the largest score so far, and updates it and the sums of weights. `shrink` is the
-// factor by which earlier sums become smaller. Every value of `scores` is used once.
+// Turns scores into weights that belong to the largest score so far, and updates it and the sums of weights. `shrink`
+// is the factor by which earlier sums become smaller. Every value of `scores` is used once.
 template <int KEYS>
 __device__ __forceinline__ void soften(float (&scores)[1][KEYS / 8][4], float (&largest)[2], float (&total)[2], float (&shrink)[2],
                                        float exponent) {
@@ -368,8 +370,9 @@ __device__ __forceinline__ void backward_query(const TensorMap& rows, const Tens
                                turn_back.at(own));
 }
 
-// The gradients of keys and values. A warpgroup owns 64 keys of a key head and goes over the query rows that see them, for
-// each query head of the group. It computes the transposed scores, so that keys are the rows of all its products.
+// The gradients of keys and values. A warpgroup owns 64 keys of a key head and goes over the query rows that see
+// them, for each query head of the group. It computes the transposed scores, so that keys are the rows of all its
+// products.
 template <int WIDTH, int QUERIES>
 __device__ __forceinline__ void backward_key(const TensorMap& rows, const TensorMap& d_rows, const float* lse, const float* delta,
                                              bf16* d_qkv, const uint32_t* tiles, int d_stride, int patience, const Shape& shape,
@@ -378,7 +381,8 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
     typedef Box<WIDTH, QUERIES> Query;
     SHARED_DYN(unsigned char, unaligned);
     SHARED_ARRAY(uint64_t, barriers, 1 + 2 * STAGES);
-    SHARED_ARRAY(float, statistics, STAGES * 2 * QUERIES); // of a stage's rows: logsumexps as exponents of two, and deltas
+    // Of a stage's rows: logsumexps as exponents of two, and deltas.
+    SHARED_ARRAY(float, statistics, STAGES * 2 * QUERIES);
     unsigned char *const key_tiles = aligned_to_panels(unaligned), *const value_tiles = key_tiles + GROUPS * OWN_BYTES<WIDTH>;
     unsigned char *const query_tiles = value_tiles + GROUPS * OWN_BYTES<WIDTH>, *const d_tiles = query_tiles + STAGES * Query::BYTES;
     uint64_t* const own_full = barriers;
@@ -493,8 +497,8 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
                                value_sums);
 }
 
-// Tile sizes: rows of the other operand that pass through a block at a time, as src/ops/attention/hopper.rs repeats them.
-// A block has a processor for itself.
+// Tile sizes: rows of the other operand that pass through a block at a time, as src/ops/attention/hopper.rs repeats
+// them. A block has a processor for itself.
 #define FORWARD(WIDTH, KEYS)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_forward_##WIDTH##_bf16(                          \
         const __grid_constant__ TensorMap rows_of, bf16* out, float* lse, const uint32_t* tiles, int stride, int patience,     \

@@ -5,8 +5,9 @@
 // functions on the host and ends the process at what the hardware leaves undefined.
 //
 // A warpgroup is four warps that follow each other, of which the first has a number divisible by four. It computes
-// wgmma.mma_async.m64nNk16: D [64][N] f32 += A [64][16] * B [16][N], bf16. Warp w of it holds rows 16 w to 16 w + 15 of
-// D, and of A if that lies in registers, as mma_m16n8k16 has them (prim.cuh). So d[0][j][..] are columns 8 j to 8 j + 7.
+// wgmma.mma_async.m64nNk16: D [64][N] f32 += A [64][16] * B [16][N], bf16. Warp w of it holds rows 16 w to 16 w + 15
+// of D, and of A if that lies in registers, as mma_m16n8k16 has them (prim.cuh). So d[0][j][..] are columns 8 j to 8
+// j + 7.
 //
 // In shared memory a matrix lies in panels of rows of 64 or 128 bytes, whose 16-byte pieces are swizzled by the row:
 // a copy writes them so, and a product reads them so (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
@@ -18,13 +19,13 @@
 #include "emulator/hopper.h"
 #endif
 
-// How the 16-byte pieces of a panel's rows are exchanged: address bits 4 to 6 ^= bits 7 to 9 for rows of 128 bytes, bits
-// 4 to 5 ^= bits 7 to 8 for rows of 64. The values are those of a matrix descriptor.
+// How the 16-byte pieces of a panel's rows are exchanged: address bits 4 to 6 ^= bits 7 to 9 for rows of 128 bytes,
+// bits 4 to 5 ^= bits 7 to 8 for rows of 64. The values are those of a matrix descriptor.
 enum Swizzle { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
 
-// Describes a matrix in shared memory by its first element and two distances in bytes. `leading` is the one between panels of a
-// matrix that is read across its rows (N-major); for others the hardware ignores it. `stride` is the one between groups of
-// eight rows.
+// Describes a matrix in shared memory by its first element and two distances in bytes. `leading` is the one between
+// panels of a matrix that is read across its rows (N-major); for others the hardware ignores it. `stride` is the one
+// between groups of eight rows.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride, Swizzle swizzle) {
     const uint64_t address = shared_address(start);
     return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
@@ -42,8 +43,8 @@ struct __align__(128) TensorMap {
     unsigned char bytes[128];
 };
 
-// Makes a barrier whose phases end with so many arrivals and all bytes that were announced. One thread makes all barriers
-// and calls barriers_are_made; then the block meets at __syncthreads.
+// Makes a barrier whose phases end with so many arrivals and all bytes that were announced. One thread makes all
+// barriers and calls barriers_are_made; then the block meets at __syncthreads.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -57,8 +58,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Waits for the end of the phase of this parity: 0 for the first phase, 1 for the second. For a new barrier, parity 1 has
-// ended. `patience`: after so many attempts the wait gives up, and results are wrong; 0: never.
+// Waits for the end of the phase of this parity: 0 for the first phase, 1 for the second. For a new barrier, parity 1
+// has ended. `patience`: after so many attempts the wait gives up, and results are wrong; 0: never.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity, int patience) {
     int attempts = 0;
     uint32_t done;
@@ -69,8 +70,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity,
     } while (!done && (patience == 0 || ++attempts < patience));
 }
 
-// Starts the copy of a tensor map's box that begins at column x and row y. What lies outside the tensor becomes zeros. One
-// thread calls it; the bytes have arrived when the barrier's phase has ended.
+// Starts the copy of a tensor map's box that begins at column x and row y. What lies outside the tensor becomes
+// zeros. One thread calls it; the bytes have arrived when the barrier's phase has ended.
 __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, uint64_t* barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -86,8 +87,8 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Registers of a thread from here on, a multiple of 8; every warp of the warpgroup calls it. Those that take wait until the
-// others have released enough.
+// Registers of a thread from here on, a multiple of 8; every warp of the warpgroup calls it. Those that take wait
+// until the others have released enough.
 template <int registers>
 __device__ __forceinline__ void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));

@@ -1,7 +1,7 @@
 // What runs beside the threads of a block: barriers with phases, copies of boxes, products of warpgroups.
 //
-// PTX ISA, "mbarrier", "cp.async.bulk.tensor" and "wgmma"; the layouts of operands in shared memory are those that CUTLASS
-// states as formulas in mma_traits_sm90_gmma.hpp.
+// PTX ISA, "mbarrier", "cp.async.bulk.tensor" and "wgmma"; the layouts of operands in shared memory are those that
+// CUTLASS states as formulas in mma_traits_sm90_gmma.hpp.
 #include "hopper.h"
 
 #include <algorithm>
@@ -84,7 +84,8 @@ struct Matrix {
     uint32_t row_bytes;
 };
 
-// Finds the bytes that a descriptor means: it has the lowest 18 bits of an address, and shared memory is shorter than that.
+// Finds the bytes that a descriptor means: it has the lowest 18 bits of an address, and shared memory is shorter than
+// that.
 Matrix matrix_of(uint64_t descriptor) {
     const uint64_t memory = reinterpret_cast<uint64_t>(shared_dynamic());
     const uint64_t swizzle = descriptor >> 62;

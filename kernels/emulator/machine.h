@@ -49,8 +49,8 @@ struct Thread {
     // The race detector's time: the number of barriers passed, and a clock that each __syncwarp sets beyond those
     // of its lanes.
     uint32_t barriers, warp_syncs;
-    // The same for orders that barriers with phases and numbers make: the latest access of each thread of the block that is
-    // known to be over. Only the race detector keeps it.
+    // The same for orders that barriers with phases and numbers make: the latest access of each thread of the block
+    // that is known to be over. Only the race detector keeps it.
     std::vector<uint32_t> known;
     // What hopper.cpp keeps: the barrier and parity of at_phase, or the number of at_named.
     unsigned waits_for, parity;
@@ -155,7 +155,8 @@ void describe_wait(const Thread& thread);
 void begin_asynchronous(Block& block);
 void end_asynchronous(const Block& block);
 
-// The race detector's: whether it is there, and what it wants to know. A thread's release is known to whoever acquires it.
+// The race detector's: whether it is there, and what it wants to know. A thread's release is known to whoever
+// acquires it.
 extern bool keeps_order;
 extern void (*before_asynchronous_read)(const void* address, size_t bytes);
 extern void (*after_asynchronous_write)(const void* address, size_t bytes);

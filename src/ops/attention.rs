@@ -26,7 +26,7 @@ mod hopper;
 mod packing;
 
 #[cfg(feature = "cuda")]
-pub use hopper::prepare;
+pub use hopper::{has_warpgroups, prepare};
 pub use packing::Packing;
 
 /// Checks which kernels this device may use for such heads. Returns a warning, once, if some are not used. Waits for the

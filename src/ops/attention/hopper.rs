@@ -44,16 +44,9 @@ pub(super) enum Pass {
 
 /// Whether these kernels compute a pass for such heads in such matrices.
 pub(super) fn serves(pass: Pass, heads: &Heads, matrices: &[&Tensor]) -> Result<bool> {
-    let Some(place) = place(heads) else { return Ok(false) };
-    if (pass == Pass::Backward && heads.width == 256) || !Change::Hopper.is_on() {
-        return Ok(false);
-    }
-    let context = cuda::device(matrices[0])?.cuda_stream().context().cu_ctx() as usize;
-    if verdicts::of(place) != (context, true) {
-        return Ok(false);
-    }
-    let mut fits = true;
-    for matrix in matrices {
+    let has = has_warpgroups(matrices[0].device(), heads, matrices[0].dtype(), pass == Pass::Backward);
+    let mut fits = has;
+    for matrix in matrices.iter().filter(|_| has) {
         fits &= matrix.dtype() == DType::BF16 && matrix.dim(1)?.is_multiple_of(8);
         fits &= cuda::address(matrix, 0)?.is_multiple_of(16);
     }
@@ -122,6 +115,16 @@ pub fn prepare(device: &Device, heads: &Heads, dtype: DType) -> Option<String> {
     let warning = judged(heads.width, check(device, heads.width, Variant::Right));
     verdicts::set(place, context, warning.is_none());
     warning
+}
+
+/// Whether this card computes a pass for such heads by these kernels, if the rows of its matrices are whole pieces of 16
+/// bytes. Only a card that `prepare` has checked does.
+pub fn has_warpgroups(device: &Device, heads: &Heads, dtype: DType, backward: bool) -> bool {
+    let Ok(cuda) = device.as_cuda_device() else { return false };
+    let context = cuda.cuda_stream().context().cu_ctx() as usize;
+    let has_pass = !backward || heads.width != 256;
+    let passed = |place| has_pass && verdicts::of(place) == (context, true);
+    dtype == DType::BF16 && Change::Hopper.is_on() && place(heads).is_some_and(passed)
 }
 
 /// The warning for a check's result: `None` if the kernels may be used.
