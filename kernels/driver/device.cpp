@@ -55,6 +55,7 @@ Configuration read_configuration() {
     c.trace = read_number("HONE_FAKE_GPU_TRACE", 0) != 0;
     c.idle = read_number("HONE_FAKE_GPU_IDLE", 0) != 0;
     c.statistics_file = getenv("HONE_FAKE_GPU_STATS");
+    c.broken = getenv("HONE_FAKE_GPU_BROKEN");
     return c;
 }
 

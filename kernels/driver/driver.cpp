@@ -391,6 +391,7 @@ API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
         fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, grid_x, grid_y, grid_z, size_x,
                 size_y, size_z, dynamic_bytes);
     }
+    if (c.broken != nullptr && strcmp(c.broken, kernel.name) == 0) return success;
     emulator::Limits limits;
     limits.shared_bytes_a_block = shared_bytes_a_block();
     switch (emulator::launch(kernel, dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes, arguments, limits, c.order,
