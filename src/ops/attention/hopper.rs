@@ -134,7 +134,12 @@ fn judged(width: usize, checked: Result<f64>) -> Option<String> {
         Ok(distance) => format!(
             "their results differ from the other kernels' by {distance:.1e}, at most {TOLERANCE:.0e} expected"
         ),
-        Err(error) => format!("they failed: {error}"),
+        // After some faults a card answers nothing more to this process.
+        Err(error) => {
+            format!(
+                "they failed: {error}; if the run fails now too, set HONE_BENCH_WITHOUT=hopper for the next one"
+            )
+        }
     };
     Some(format!(
         "attention's kernels for Hopper are not used for heads of {width} columns: {found}. Training goes on with the kernels \
