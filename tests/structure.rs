@@ -60,6 +60,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("stash.rs", "copies to the host and back"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("draw.rs", "no gradient flows through it; generate/sampling.rs compares its tokens with the host's"),
     ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
@@ -114,6 +115,8 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/model/weights.rs", "the memory map of weights"),
     ("src/ops/cpu.rs", "vector instructions, and the call of the gemm crate"),
     ("src/ops/cuda/device.rs", "the CUDA driver"),
+    ("src/ops/cuda/graph.rs", "graphs of the driver"),
+    ("src/ops/cuda/inputs.rs", "page-locked memory"),
     ("src/ops/cuda/late.rs", "memory of the device"),
     ("src/ops/cuda/launch.rs", "kernel launches"),
     ("src/ops/cuda/lt.rs", "cublasLt"),

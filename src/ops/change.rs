@@ -39,6 +39,8 @@ pub enum Change {
     Both,
     /// The gradient of A comes from a norm's input, so that the norm is not computed again.
     Normed,
+    /// Steps of one shape are recorded once as a graph and launched as a whole.
+    Graphs,
 }
 
 impl Change {
@@ -57,6 +59,7 @@ impl Change {
         Change::Inside,
         Change::Both,
         Change::Normed,
+        Change::Graphs,
     ];
 
     /// The name that the variable has for it.
@@ -75,6 +78,7 @@ impl Change {
             Change::Inside => "inside",
             Change::Both => "both",
             Change::Normed => "normed",
+            Change::Graphs => "graphs",
         }
     }
 

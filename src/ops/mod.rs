@@ -18,6 +18,8 @@ pub mod attention;
 pub mod bias;
 pub mod change;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+pub mod draw;
 pub mod dropout;
 pub mod noise;
 pub mod embedding;
@@ -53,6 +55,15 @@ pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Resu
         // SAFETY: any bits in device memory are numbers, and the caller writes all of them before it reads.
         _ => unsafe { Tensor::empty(shape, dtype, device) },
     }
+}
+
+/// A tensor in host memory -> the same on `device`.
+pub fn put(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return cuda::inputs::put(tensor, device);
+    }
+    tensor.to_device(device)
 }
 
 /// Whether an operation failed for lack of device memory, in which case a smaller plan may succeed.
