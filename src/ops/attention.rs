@@ -85,7 +85,7 @@ pub fn forward_beside(
     assert_eq!(columns, heads.columns(), "columns of qkv");
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::forward(qkv, heads, packing, spare);
+        return hopper::forward(qkv, heads, packing, spare);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
@@ -135,7 +135,7 @@ fn backward_beside(
     let (rows, columns) = qkv.dims2()?;
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, None, spare);
+        return hopper::backward(d_out, qkv, out, lse, heads, packing, None, spare);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
@@ -183,7 +183,7 @@ pub fn backward_turned(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() && Change::Turned.is_on() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
+        return hopper::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
     }
     let d = backward_beside(d_out, qkv, out, lse, heads, packing, precision, spare)?;
     angles.map_or(Ok(()), |angles| turn(&d, heads, angles, Direction::Backward))?;

@@ -2,7 +2,6 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::hopper::{self, Pass};
 use super::packing::{Order, Packing};
 use crate::facts::Heads;
 use crate::ops::change::Change;
@@ -78,9 +77,6 @@ fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
 
 /// See `attention::forward`.
 pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing, spare: usize) -> Result<(Tensor, Tensor)> {
-    if spare.is_multiple_of(8) && hopper::serves(Pass::Forward, heads, &[qkv])? {
-        return hopper::forward(qkv, heads, packing, spare);
-    }
     let (rows, dtype) = (qkv.dim(0)?, qkv.dtype());
     let out = unwritten((rows, heads.query * heads.width + spare), dtype, qkv.device())?;
     let tiles = packing.tiles_on(qkv.device(), forward_rows(dtype, heads)?, Order::Queries)?;
@@ -139,24 +135,6 @@ fn is_staged(dtype: DType, width: usize, shared: usize, shared_max: usize) -> bo
 /// See `attention::backward`. With angles, the gradients of queries and keys are turned back before they are stored.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
-    d_out: &Tensor,
-    qkv: &Tensor,
-    out: &Tensor,
-    lse: &Tensor,
-    heads: &Heads,
-    packing: &Packing,
-    angles: Option<&Angles>,
-    spare: usize,
-) -> Result<Tensor> {
-    if spare.is_multiple_of(8) && hopper::serves(Pass::Backward, heads, &[qkv, out, d_out])? {
-        return hopper::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
-    }
-    backward_everywhere(d_out, qkv, out, lse, heads, packing, angles, spare)
-}
-
-/// `backward` by the kernels that run on every card.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn backward_everywhere(
     d_out: &Tensor,
     qkv: &Tensor,
     out: &Tensor,

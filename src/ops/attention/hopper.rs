@@ -37,13 +37,13 @@ const TOLERANCE: f64 = 2e-2;
 
 /// A pass of attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
+enum Pass {
     Forward,
     Backward,
 }
 
 /// Whether these kernels compute a pass for such heads in such matrices.
-pub(super) fn serves(pass: Pass, heads: &Heads, matrices: &[&Tensor]) -> Result<bool> {
+fn serves(pass: Pass, heads: &Heads, matrices: &[&Tensor]) -> Result<bool> {
     let has = has_warpgroups(matrices[0].device(), heads, matrices[0].dtype(), pass == Pass::Backward);
     let mut fits = has;
     for matrix in matrices.iter().filter(|_| has) {
@@ -219,7 +219,7 @@ fn check(device: &Device, width: usize, variant: Variant) -> Result<f64> {
     let (first, second) = (run()?, run()?);
     let mut expected = vec![out.clone(), lse.clone()];
     if width != 256 {
-        expected.push(gpu::backward_everywhere(&d_out, &qkv, &out, &lse, &heads, &packing, None, 0)?);
+        expected.push(gpu::backward(&d_out, &qkv, &out, &lse, &heads, &packing, None, 0)?);
     }
     let mut greatest = 0f64;
     for ((expected, first), second) in expected.iter().zip(&first).zip(&second) {
@@ -271,7 +271,10 @@ pub(super) fn forward(
     packing: &Packing,
     spare: usize,
 ) -> Result<(Tensor, Tensor)> {
-    forward_in(qkv, heads, packing, spare, 0, Variant::Right)
+    match spare.is_multiple_of(8) && serves(Pass::Forward, heads, &[qkv])? {
+        true => forward_in(qkv, heads, packing, spare, 0, Variant::Right),
+        false => gpu::forward(qkv, heads, packing, spare),
+    }
 }
 
 fn forward_in(
@@ -300,7 +303,7 @@ fn forward_in(
     Ok((out, lse))
 }
 
-/// See `gpu::backward`.
+/// `gpu::backward`, by these kernels if they serve.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     d_out: &Tensor,
@@ -312,7 +315,10 @@ pub(super) fn backward(
     angles: Option<&Angles>,
     spare: usize,
 ) -> Result<Tensor> {
-    backward_in(d_out, qkv, out, lse, heads, packing, angles, spare, 0, Variant::Right)
+    match spare.is_multiple_of(8) && serves(Pass::Backward, heads, &[qkv, out, d_out])? {
+        true => backward_in(d_out, qkv, out, lse, heads, packing, angles, spare, 0, Variant::Right),
+        false => gpu::backward(d_out, qkv, out, lse, heads, packing, angles, spare),
+    }
 }
 
 #[allow(clippy::too_many_arguments)]
