@@ -124,6 +124,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/cuda/pinned.rs", "page-locked memory"),
     ("src/ops/cuda/product.rs", "cuBLAS"),
     ("src/ops/cuda/side.rs", "copies on a second stream"),
+    ("src/ops/cuda/tensor_map.rs", "the CUDA driver"),
     ("src/ops/flat.rs", "memory of the device"),
     ("src/ops/gemm/amx.rs", "AMX instructions"),
     ("src/ops/gemm/avx2.rs", "AVX2 instructions"),

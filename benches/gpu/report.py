@@ -7,6 +7,8 @@ def text(whole):
              changes(found.get("changes")), host(found.get("host")), several(found.get("several")), serving(found),
              benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
+             kernels("attention by warpgroups against f64", found.get("attention-check"), ("error", "bound", "repeats")),
+             kernels("attention, time", found.get("attention-time"), ("microseconds", "rate", "share")),
              kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -9,6 +9,7 @@ use crate::facts::quantization::Code;
 use crate::facts::{self, Facts, NormForm, Precision, Projection, Quantization};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
+use crate::ops::attention;
 use crate::ops::cross_entropy::Head;
 use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
@@ -168,6 +169,9 @@ impl Loader<'_> {
     /// Loads, and tells `before` each layer that comes next.
     fn decoder_by(&self, report: &Report, before: &mut dyn FnMut(usize)) -> Result<Decoder> {
         let facts = self.facts;
+        if let Some(warning) = attention::prepare(self.device, facts.heads(), self.dtype) {
+            report.warn(Stage::Load, warning);
+        }
         let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers.len() as u64));
         let mut layers = Vec::with_capacity(facts.layers.len());
         let mut away = Builder::new(self.home, self.device);
