@@ -6,7 +6,7 @@ namespace fake {
 
 // cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as they are used.
 enum { blas_success = 0, blas_invalid_value = 7, blas_not_supported = 15 };
-enum Type { f32 = 0, f64 = 1, bf16 = 14 };
+enum Type { f32 = 0, f64 = 1, bf16 = 14, e4m3 = 28 };
 enum { compute_32f_first = 68, compute_64f = 70, compute_32f_last = 77 };
 
 size_t bytes_of(int type);
@@ -23,9 +23,15 @@ struct Matrix {
     }
 };
 
-// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. The caller
-// holds the lock.
+// A number for each row of a, and one for each column of b; null: there are none.
+struct OuterScales {
+    const float* rows = nullptr;
+    const float* columns = nullptr;
+};
+
+// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. a b is scaled
+// by row and column if there are scales. The caller holds the lock.
 int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride,
-                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute);
+                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute, OuterScales scales = {});
 
 }  // namespace fake

@@ -23,6 +23,8 @@ pub struct Machine {
     pub memory: u64,
     /// Bytes of these that are taken before the first tensor.
     pub taken: u64,
+    /// Compute capability of a GPU (major, minor).
+    pub capability: Option<(i32, i32)>,
     /// Rates of the device.
     pub rates: Rates,
     /// Processes that train together, each on a device like this one.

@@ -4,6 +4,7 @@
 
 use candle_core::Device;
 
+use crate::facts::Precision;
 use crate::ops::change::Change;
 
 use super::linear::Linear;
@@ -68,8 +69,9 @@ pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) 
 pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> usize {
     let Lora::Training(training) = &pass.lora else { return 0 };
     let alike = parts.iter().all(|part| part.factor == parts[0].factor);
-    // DoRA scales the product with the frozen weight, so that it needs it apart.
-    if !device.is_cuda() || !alike || training.adapter.has_magnitudes() {
+    // DoRA scales the product with the frozen weight, so that it needs it apart. In 8 bits a pair would lose its
+    // updates.
+    if !device.is_cuda() || pass.frozen == Precision::Fp8 || !alike || training.adapter.has_magnitudes() {
         return 0;
     }
     let members: Vec<Member> = parts.iter().map(|part| training.adapter.member(part)).collect();
@@ -85,7 +87,6 @@ mod gpu {
     use candle_core::{DType, Result, Tensor};
 
     use super::*;
-    use crate::facts::Precision;
     use crate::model::linear::columns;
     use crate::model::lora::Learner;
     use crate::model::norm::Normed;

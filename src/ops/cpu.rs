@@ -173,7 +173,7 @@ impl<'a> Operand<'a, f32> {
             Operand::FourBit { weight, packed, scales, transposed } => {
                 let rounding = match precision {
                     Precision::F32 => gemm::Rounding::None,
-                    Precision::Bf16 => gemm::Rounding::Bf16,
+                    Precision::Bf16 | Precision::Fp8 => gemm::Rounding::Bf16,
                 };
                 let (rows, cols, block) = (weight.rows, weight.cols, weight.block);
                 let code = weight.code.values();

@@ -1,14 +1,16 @@
 //! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
 //! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
 //! GPU, cublasLt multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
-//! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
-//! products on a GPU have the activations' type, with sums in f32.
+//! step use `kernels/matmul.cu`, which reads the weight as it is stored. Products in `Precision::Fp8` are those of
+//! `ops/fp8.rs`. The other precisions apply to the CPU only: products on a GPU have the activations' type, with sums in
+//! f32.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::{self, Real, View};
 use super::four_bit::{Absmax, FourBit, NESTED_BLOCK, dynamic_map};
+use super::fp8::{self, Scaled};
 use super::gemm;
 use crate::with_real;
 
@@ -111,6 +113,9 @@ pub fn forward(
         x_width == k && y_rows == rows && at + n <= y_width,
         "{rows}x{x_width} by {n}x{k} into {y_width}"
     );
+    if let Some(x) = in_8_bits(x, 0, k, weight, (y_width, at), precision)? {
+        return fp8::forward(&x, weight, alpha, y, at, beta);
+    }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return gpu::forward(x, weight, alpha, y, at, beta);
@@ -127,10 +132,31 @@ pub fn forward(
     })
 }
 
+/// The columns at..at+cols of a product's left operand in 8 bits, if `precision` says so and all shapes allow it.
+/// `to` is the width of the result and the first column that is written.
+pub fn in_8_bits(
+    x: &Tensor,
+    at: usize,
+    cols: usize,
+    weight: &Weight,
+    to: (usize, usize),
+    precision: Precision,
+) -> Result<Option<Scaled>> {
+    let (n, k) = weight.dims();
+    let whole = fp8::takes(n, k) && fp8::takes(at, x.dim(1)?) && fp8::takes(to.0, to.1);
+    match precision == Precision::Fp8 && whole {
+        true => fp8::rows(x, at, cols).map(Some),
+        false => Ok(None),
+    }
+}
+
 /// `alpha * x W^T + base` in memory of its own: x [T, K], base [T, N].
 pub fn onto(x: &Tensor, weight: &Weight, alpha: f64, base: &Tensor, precision: Precision) -> Result<Tensor> {
     let ((n, k), (rows, x_width)) = (weight.dims(), x.dims2()?);
     assert!(x_width == k && base.dims() == [rows, n], "{rows}x{x_width} by {n}x{k} onto {:?}", base.dims());
+    if let Some(x) = in_8_bits(x, 0, k, weight, (n, 0), precision)? {
+        return fp8::onto(&x, weight, alpha, base);
+    }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return gpu::onto(x, weight, alpha, base);
@@ -273,6 +299,9 @@ pub fn input_gradient(
         dx_width == k && dx_rows == rows && at + n <= dy_width,
         "{rows}x{dy_width} by {n}x{k} into {dx_width}"
     );
+    if let Some(dy) = in_8_bits(dy, at, n, weight, (dx_width, 0), precision)? {
+        return fp8::input_gradient(&dy, weight, alpha, dx, beta);
+    }
     #[cfg(feature = "cuda")]
     if dy.device().is_cuda() {
         return gpu::input_gradient(dy, at, weight, alpha, dx, beta);

@@ -18,10 +18,12 @@ pub mod bias;
 pub mod change;
 pub mod cross_entropy;
 pub mod dropout;
+pub mod eight_bits;
 pub mod noise;
 pub mod embedding;
 pub mod flat;
 pub mod four_bit;
+pub mod fp8;
 pub mod head_norm;
 #[cfg(feature = "cuda")]
 pub mod largest;

@@ -16,10 +16,10 @@ use rayon::prelude::*;
 use super::{scatter, softmax_row};
 use crate::facts::{Heads, Precision};
 use crate::ops::cpu::{self, Real, View};
+use crate::ops::eight_bits;
 use crate::ops::rope::{self, Angles, Direction};
 use crate::with_real;
 
-mod eight_bits;
 #[cfg(feature = "cuda")]
 mod gpu;
 
