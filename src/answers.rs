@@ -129,12 +129,12 @@ fn answer(row: &EncodedRow) -> Option<std::ops::Range<usize>> {
     let learned = |index: usize| index > 0 && row.example.supervised[index];
     let end = (0..row.example.ids.len()).rev().find(|&index| learned(index))? + 1;
     let start = (0..end).rev().find(|&index| !learned(index)).map_or(0, |index| index + 1);
-    // From the first token on: plain text.
+    // The whole text, from the first token on, is plain.
     let start = if start <= 1 { (end / TEXT_SHARE).max(1) } else { start };
     (start < end).then_some(start..end)
 }
 
-/// What people read of a prompt: the question alone, or every turn with its role.
+/// The text of a prompt that people read: the question alone, or every turn with its role.
 fn shown(record: &Record, prompt: &[u32], tokenizer: &Tokenizer) -> String {
     let turns = |messages: &[Message]| match messages {
         [only] => only.text().to_owned(),

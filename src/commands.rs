@@ -34,7 +34,7 @@ macro_rules! say {
 /// Runs a command. The receipt is that of a job, if the command ran one.
 ///
 /// # Errors
-/// Whatever keeps the command from its end.
+/// The reason why the command does not reach its end.
 pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     interrupt::listen()?;
     let _standing = interrupt::stands(standing(command));
@@ -100,7 +100,7 @@ fn plain(command: &Command, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// What a signal finds the command at.
+/// The state in which a signal finds the command.
 fn standing(command: &Command) -> Standing {
     match command {
         Command::Run(_) | Command::Example { .. } => Standing::BeforeTraining,

@@ -21,7 +21,7 @@ use crate::tuned::{Named, Rows, Split, Sum, Tuned};
 /// LIMIT: rows of one pass, so that a long micro-batch does not need a training's memory.
 const PASS_TOKENS_MAX: usize = 8192;
 
-/// What `hone eval` is asked beside the job.
+/// The request of `hone eval`, apart from the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The adapters, which are added.
@@ -54,7 +54,7 @@ pub struct Exact {
     pub of: usize,
 }
 
-/// What `hone eval` tells.
+/// The result of `hone eval`.
 pub struct Evaluation {
     tuned: Tuned,
     rows: Rows,
@@ -62,7 +62,7 @@ pub struct Evaluation {
     pub base: Measures,
     /// The base with the adapters.
     pub with_adapter: Measures,
-    /// Of the base, and with the adapter.
+    /// The figures of the base, and those with the adapter.
     pub exact: Option<(Exact, Exact)>,
     seconds: f64,
 }

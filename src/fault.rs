@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-/// Who must act. The discriminant is the process exit code.
+/// The party that must act. The discriminant is the process exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -84,7 +84,7 @@ impl Kind {
         }
     }
 
-    /// What happened, in a sentence; docs/exit-codes.md holds it.
+    /// The description of the kind, in a sentence; docs/exit-codes.md holds it.
     pub fn meaning(self) -> &'static str {
         match self {
             Kind::Usage => "Bad command line.",
@@ -131,11 +131,11 @@ pub fn markdown() -> String {
 /// An error with its kind, one sentence of what happened, and what to do about it.
 #[derive(Clone, Debug)]
 pub struct Fault {
-    /// Who must act; the kind sets the exit code.
+    /// The party that must act; the kind sets the exit code.
     pub kind: Kind,
-    /// What happened: the thing, the value found and the value expected.
+    /// The description: the thing, the value found and the value expected.
     pub message: String,
-    /// What to do about it.
+    /// The remedy.
     pub help: Option<String>,
 }
 

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static STANDING: AtomicU8 = AtomicU8::new(Standing::Stay as u8);
 
-/// What would be lost if the process ended now.
+/// The work that would be lost if the process ended now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Standing {

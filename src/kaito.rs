@@ -137,7 +137,7 @@ fn accelerate(arguments: &[String], environment: &dyn Fn(&str) -> Option<String>
     }
 }
 
-/// What the flags of `accelerate launch` ask for.
+/// The settings that the flags of `accelerate launch` ask for.
 #[derive(Default)]
 struct Asked {
     processes: Option<u32>,

@@ -23,7 +23,7 @@ pub struct Word {
     said: Vec<u8>,
 }
 
-/// What is prepared once and stays the same until the process ends.
+/// The values that are prepared once and stay the same until the process ends.
 struct Prepared {
     /// The file of Kubernetes' message.
     place: Option<CString>,

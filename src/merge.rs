@@ -50,7 +50,7 @@ pub enum FileFormat {
     Gguf,
 }
 
-/// What the adapters are added to.
+/// The model that the adapters are added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Onto {
     /// The checkpoint's own weights.
@@ -59,7 +59,7 @@ pub enum Onto {
     Trained,
 }
 
-/// What `hone merge` is asked beside the job.
+/// The request of `hone merge`, apart from the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The adapters, which are added.
@@ -80,7 +80,7 @@ pub struct Options {
     pub check_rows: usize,
 }
 
-/// What `hone merge` tells.
+/// The result of `hone merge`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Done {
     /// The new folder.
@@ -94,7 +94,7 @@ pub struct Done {
 /// The same rows, three times.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// Which rows.
+    /// The rows that the loss is measured on.
     pub rows: String,
     /// The base alone.
     pub base: Measures,
@@ -105,7 +105,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// How much the loss grew by merging.
+    /// The growth of the loss by merging.
     pub fn difference(&self) -> f64 {
         self.merged.loss - self.beside.loss
     }
@@ -308,7 +308,7 @@ fn warn(tuned: &Tuned, options: &Options, comparison: Option<&Comparison>, repor
     }
 }
 
-/// What is written, and from what.
+/// The files to be written, and their sources.
 struct Writing<'a> {
     tuned: &'a Tuned,
     options: &'a Options,
@@ -402,7 +402,7 @@ impl Writing<'_> {
         )
     }
 
-    /// What was written, read back.
+    /// The files that were written, read back.
     fn decoder(&self, device: &Device, report: &Report) -> Result<Decoder> {
         let mut model = model::Options { quantization: Quantization::None, ..self.tuned.model.clone() };
         match &self.architecture {

@@ -41,7 +41,7 @@ pub struct Plan {
     pub dataset: dataset::Options,
     /// How rows become token examples.
     pub tokens: dataset::TokenOptions,
-    /// Where tokens are kept.
+    /// The place where tokens are kept.
     pub token_cache: dataset::TokenCache,
     /// How the base is stored and computed with, and what is adapted.
     pub model: model::Options,
@@ -53,9 +53,9 @@ pub struct Plan {
     pub train: train::Options,
     /// The output folder.
     pub output: PathBuf,
-    /// What happens to another run's results in the output folder.
+    /// The treatment of another run's results in the output folder.
     pub earlier: Earlier,
-    /// Where the adapter is sent to.
+    /// The place that the adapter is sent to.
     pub push: Vec<publish::Destination>,
     /// How registries are reached.
     pub registry: registry::Options,
@@ -65,7 +65,7 @@ pub struct Plan {
     pub device: device::Choice,
     /// The processes that train together on this machine.
     pub ranks: Wish,
-    /// Where metrics go besides the results.
+    /// The services that metrics go to besides the results.
     pub trackers: trackers::Options,
     /// Number of held-out rows that base and tuned model answer at the end of the run.
     pub answers: usize,
@@ -86,7 +86,7 @@ pub struct Value {
     pub name: String,
     /// The value in force.
     pub value: serde_json::Value,
-    /// Where the value was written.
+    /// The place where the value was written.
     pub origin: Origin,
 }
 
@@ -95,7 +95,7 @@ pub struct Value {
 pub struct Ignored {
     /// The key, with its section.
     pub name: String,
-    /// Where the key was written.
+    /// The place where the key was written.
     pub origin: Origin,
     /// Why the key has no effect.
     pub why: &'static str,

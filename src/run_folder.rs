@@ -35,7 +35,7 @@ pub const REPORT: &str = "report.html";
 pub const TRACKERS: &str = "runs";
 /// How that page begins, by which hone knows its own.
 pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
-/// What that page is made of, for machines.
+/// The content of that page, for machines.
 pub const REPORT_FACTS: &str = "report.json";
 /// The beginning of that file, by which hone knows its own.
 const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
@@ -71,7 +71,7 @@ const OWN: [&str; 12] = [
     RECORD,
 ];
 
-/// What happens to results of another run that are in the output folder.
+/// The treatment of another run's results in the output folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Earlier {
     /// This run does not start.
@@ -318,7 +318,7 @@ impl RunFolder {
         self.record.is_none()
     }
 
-    /// What identifies the run that the folder belongs to.
+    /// The values that identify the run to which the folder belongs.
     pub fn fingerprint(&self) -> &str {
         self.record.as_ref().map_or("", |record| &record.fingerprint)
     }

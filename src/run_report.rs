@@ -31,7 +31,7 @@ pub use story::{Note, Start, Story};
 /// LIMIT: notes that are kept of one start; a run has some tens.
 const NOTES_MAX: usize = 400;
 
-/// What the report itself does, and why it failed.
+/// The report's own state, and the reason if it failed.
 type Done = std::result::Result<(), String>;
 
 /// Passes everything on, and keeps what the page will tell.

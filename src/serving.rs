@@ -1,4 +1,4 @@
-//! What was asked of `hone serve` -> a server that answers with the model until a signal ends it.
+//! The request of `hone serve` -> a server that answers with the model until a signal ends it.
 
 mod identity;
 pub mod live;
@@ -65,7 +65,7 @@ pub struct Options {
 /// Serves until a signal comes. Listens before it loads.
 ///
 /// # Errors
-/// What keeps the model or an adapter from being served.
+/// The reason that keeps the model or an adapter from being served.
 pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     check_names(plan, options)?;
     let server = Server::start(&options.server)?;
@@ -223,7 +223,8 @@ fn bring(plan: &Serving, report: &Report) -> Bring {
     })
 }
 
-/// What a request may name: a folder below `root`, no link out of it; an image of a registry; or hf://OWNER/NAME.
+/// The sources that a request may name: a folder below `root`, no link out of it; an image of a registry; or
+/// hf://OWNER/NAME.
 fn confined(root: PathBuf, bring: Bring) -> Bring {
     Arc::new(move |source: &str| {
         let remote = source.starts_with("hf://") || source.starts_with("oci://");

@@ -39,7 +39,7 @@ const PAUSE: Duration = Duration::from_secs(30);
 /// Parts of the names of headers that hold secrets.
 const SECRET_HEADERS: [&str; 6] = ["auth", "key", "token", "secret", "password", "cookie"];
 
-/// Which trackers a run has. Filled by `plan` and the environment.
+/// The trackers of a run. `plan` and the environment fill it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     /// Folder for TensorBoard's event files.
@@ -58,7 +58,7 @@ pub struct Options {
     pub ca_file: Option<PathBuf>,
 }
 
-/// Where MLflow is, and which run it shows.
+/// The address of MLflow, and the run that it shows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Mlflow {
     /// `http://host:5000`
@@ -76,7 +76,7 @@ pub struct Mlflow {
 /// Values of one step, named as TRL names them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Point {
-    /// When it was measured.
+    /// The time of the measurement.
     pub time: SystemTime,
     /// The optimizer step.
     pub step: u64,
@@ -140,7 +140,7 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
-/// What a tracker's thread tells.
+/// The message of a tracker's thread.
 #[derive(Default)]
 struct Outcome {
     lost: AtomicU64,

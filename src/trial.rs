@@ -16,7 +16,7 @@ const WIDE: usize = 100;
 /// Characters between the columns.
 const GAP: &str = " | ";
 
-/// What `hone try` is asked beside the job.
+/// The request of `hone try`, apart from the job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The adapters, which are added.
@@ -37,7 +37,7 @@ pub struct Options {
     pub seed: u64,
 }
 
-/// What `hone try` tells.
+/// The result of `hone try`.
 pub struct Trial {
     tuned: Tuned,
     rows: Option<Rows>,

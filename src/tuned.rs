@@ -65,7 +65,7 @@ impl Named {
     }
 }
 
-/// Which rows are looked at.
+/// The rows that a command reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
     /// Those that the configuration holds out.
@@ -115,17 +115,17 @@ pub struct Member {
     pub named: Named,
     /// Its files.
     pub folder: PathBuf,
-    /// What they hold.
+    /// The content of the files.
     pub adapter: Adapter,
 }
 
-/// What a command looks at.
+/// The adapter that a command reads.
 pub struct Tuned {
     /// Everything resolved, as in the run.
     pub plan: Plan,
     /// The adapters; at least one.
     pub members: Vec<Member>,
-    /// Of the first adapter.
+    /// The record of the first adapter.
     pub record: Option<Record>,
     /// The base.
     pub facts: Facts,
@@ -144,7 +144,7 @@ pub struct Rows {
     pub encoded: Vec<EncodedRow>,
     /// Files of the data.
     pub files: Vec<String>,
-    /// Which part of the rows.
+    /// The part of the rows.
     pub split: Split,
     /// Rows of that part in all.
     pub of: usize,
@@ -341,7 +341,7 @@ impl Tuned {
         Fault::config(format!("no rows: {name}: {why}")).help("name data with --data FILE")
     }
 
-    /// Of the files those that the run trained from: all, some or none; `None` if nothing is recorded.
+    /// The files that the run trained from: all, some or none; `None` if nothing is recorded.
     fn same(&self, files: &[source::File]) -> Option<Trained> {
         let record = self.record.as_ref()?;
         let known = |file: &&source::File| record.data.iter().any(|other| other.sha256 == file.sha256);
@@ -400,7 +400,7 @@ impl Tuned {
         }
     }
 
-    /// What is looked at, for machines.
+    /// The adapter that is read, for machines.
     pub fn json(&self) -> Json {
         let member =
             |member: &Member| json!({"source": member.named.source, "strength": member.named.strength});

@@ -165,7 +165,7 @@ fn a_file_of_adapters_is_followed() {
     write(&with(1.0));
     let both = vec!["tiny".to_owned(), "tuned".into(), "chat".into()];
     assert_eq!(looked_at(&running, &with(1.0)), (both.clone(), "chat".into(), None));
-    // Who names no model gets the mix.
+    // A request that names no model gets the mix.
     let tuned = scores(&completion(&running, json!({})));
     assert_ne!(tuned, base);
     assert_eq!(tuned, scores(&completion(&running, json!({"model": "tuned"}))));
@@ -178,7 +178,8 @@ fn a_file_of_adapters_is_followed() {
     assert_eq!(half, scores(&completion(&running, given)));
     assert_ne!(half, tuned);
 
-    // What cannot be had, does not fit or contradicts itself is refused, and everything stays.
+    // An adapter that cannot be had or does not fit is refused, and so is a file that contradicts itself; everything
+    // stays.
     let other = golden("../qwen3/final_adapter").canonicalize().unwrap();
     let refused = [
         (json!({"adapters": [{"name": "gone", "source": "/nowhere"}]}), "/nowhere"),
@@ -203,7 +204,7 @@ fn a_file_of_adapters_is_followed() {
     assert_eq!(looked_at(&running, &empty), (vec!["tiny".to_owned()], "tiny".into(), None));
     assert_eq!(base, scores(&completion(&running, json!({}))));
 
-    // What comes later, such as an image or a Secret, is found without another change of the file.
+    // An image or a Secret that comes later is found without another change of the file.
     let later = folder.path().join("later");
     let text = json!({"adapters": [{"name": "late", "source": later}]}).to_string();
     write(&text);

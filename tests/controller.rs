@@ -300,7 +300,7 @@ fn new_inputs_are_a_new_revision() {
     again("3");
     server.wait("three revisions", |server| (server.list("controllerrevisions").len() == 3).then_some(()));
 
-    // What cannot be done is told, and the Job goes on.
+    // An impossible change is reported, and the Job goes on.
     server.merge(
         "configmaps",
         NAMESPACE,
@@ -563,7 +563,7 @@ fn one_leads_and_the_next_takes_over() {
     server.put("workspaces", workspace("v"));
     job(&server, "v");
 
-    // Who finds another's name in the Lease stops, so that two never lead.
+    // A controller that finds another's name in the Lease stops, so that two never lead.
     let third = start(server.config(), elect("three"));
     drop(_second);
     server.wait("three leads", |server| (holder(server)? == "three").then_some(()));
@@ -621,7 +621,7 @@ fn readyz(address: std::net::SocketAddr) -> String {
     read(address, "/readyz")
 }
 
-/// What a running controller answers to GET.
+/// The answers of a running controller to GET.
 fn read(address: std::net::SocketAddr, path: &str) -> String {
     use std::io::{Read, Write};
     let mut text = String::new();
@@ -1102,7 +1102,7 @@ fn set_ready(server: &ApiServer, name: &str, ready: i32) {
     server.merge("statefulsets", NAMESPACE, name, &json!({"status": status}));
 }
 
-/// What the servers of a Workspace are told to answer with.
+/// The adapters that the servers of a Workspace are given.
 fn told(server: &ApiServer, name: &str) -> Value {
     let map = server.get("configmaps", NAMESPACE, &format!("{name}-adapters")).unwrap();
     serde_json::from_str(map["data"]["adapters.json"].as_str().unwrap()).unwrap()
@@ -1379,7 +1379,7 @@ fn adapters_change_while_servers_go_on() {
     assert!(server.requests().len() - quiet <= 4, "{:?}", &server.requests()[quiet..]);
     assert_eq!(asked[0].count.load(Ordering::Relaxed), count, "servers at rest are not asked");
 
-    // What somebody else changes or removes of it is put right.
+    // Fields that somebody else changes or removes are restored.
     let strong = json!({"data": {"adapters.json": "{}"}});
     server.merge("configmaps", NAMESPACE, "chat-adapters", &strong);
     let right = |server: &ApiServer| {
@@ -1570,7 +1570,7 @@ fn what_is_changed_of_a_server_is_put_right() {
             .is_string()
             .then_some(())
     });
-    // What others own stays, and what changes by itself is no change.
+    // Fields that others own stay, and fields that change by themselves do not count.
     server.merge("services", NAMESPACE, "chat", &json!({"metadata": {"annotations": {"cloud/id": "7"}}, "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}}}));
     set_ready(&server, "chat", 1);
     std::thread::sleep(Duration::from_millis(700));
@@ -1843,7 +1843,7 @@ fn errors_that_repeat_are_told_and_undo_no_end() {
     assert_eq!(server.list("jobs").len(), 1, "what is done is not done again");
 }
 
-/// What a tuning Workspace pushed is served while it tunes again, and after it is gone.
+/// The image that a tuning Workspace pushed is served while it tunes again, and after it is gone.
 #[test]
 fn what_was_pushed_is_served_on() {
     let (server, _running) = controlled();
@@ -2110,7 +2110,7 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
         message.contains("tuning.preset.name") && message.contains("phi-3-mini-4k-instruct"),
         "{message}"
     );
-    // What the controller would refuse later is told now; its own writes to a wrong Workspace pass.
+    // An error that the controller would refuse later is reported now; its own writes to a wrong Workspace pass.
     let mut annotated = wrong.clone();
     annotated["metadata"]["finalizers"] = json!(["hone.sh/nodes"]);
     let said = reviewed(&server, port, &review("u-3", "UPDATE", &annotated, &wrong)).unwrap();
@@ -2172,7 +2172,7 @@ fn workspaces_are_reviewed_over_tls_with_certificates_that_are_renewed() {
     };
     server.wait("both answer", |server| answers("u-9", server));
 
-    // What is no review gets no verdict, and the server goes on.
+    // A body that is no review gets no verdict, and the server goes on.
     server.wait("a refusal", |server| {
         let told = reviewed(server, port, &json!({"request": {}})).unwrap_err();
         told.contains("400").then_some(())
@@ -2252,7 +2252,7 @@ mod real {
             .map(|(g, k)| api(client, namespace, g, "v1", k));
         let adapters = |strength: &str| json!([{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]);
         let mut wanted = serving("chat", adapters("1.0"));
-        // Where hone's own Deployment runs too, both make the same of it.
+        // If hone's own Deployment runs too, both write the same.
         let image = "registry.example.com/hone:1";
         wanted["metadata"] = json!({"name": "chat", "annotations": {"hone.sh/image": image}});
         let wanted: DynamicObject = serde_json::from_value(wanted).unwrap();

@@ -71,7 +71,7 @@ fn faulty(work: &Work, fault: &str, at: u64) -> Ended {
     end(&mut command)
 }
 
-/// What a run leaves that must be the same after every interruption: the adapter, and the image's manifest.
+/// The results of a run that must be the same after every interruption: the adapter, and the image's manifest.
 fn results(work: &Work) -> (Vec<u8>, String) {
     let index = work.json("image/index.json");
     (work.read("out/adapter_model.safetensors"), index["manifests"][0]["digest"].as_str().unwrap().to_owned())
@@ -86,7 +86,7 @@ fn small() -> Work {
     work
 }
 
-/// What an undisturbed run gives, and how many calls it makes.
+/// The results of an undisturbed run, and the number of its calls.
 struct Undisturbed {
     results: (Vec<u8>, String),
     /// Calls that change files.
@@ -611,7 +611,7 @@ fn an_adapter_without_effect_is_never_shipped() {
 
 // ---- secrets ----
 
-/// What no output may hold.
+/// The texts that no output may hold.
 const CANARY: &str = "CANARYcanaryCANARY0123456789";
 
 /// Arguments of `hone run`, by `|`; § is the secret.
@@ -767,7 +767,7 @@ fn shows_nothing(work: &Work, command: &str, arguments: &[String], variable: Opt
     while child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(6) {
         std::thread::sleep(Duration::from_millis(10));
     }
-    // What it has said by now is judged.
+    // Its messages so far are judged.
     let _ = child.kill();
     let _ = child.wait();
     let kept =

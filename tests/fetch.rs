@@ -600,7 +600,7 @@ fn model_and_data_come_from_a_real_registry_with_a_login_in_config_d() {
     assert_eq!(work.read("out/adapter_model.safetensors"), adapter_of_folder("model"));
     assert_eq!(work.list("cache/images").iter().filter(|name| name.starts_with("data-")).count(), 1);
 
-    // What a killed pull left is removed, and the same data is found by its digest.
+    // Files that a killed pull left are removed, and the same data is found by its digest.
     work.write("cache/images/.hone-pull-dead/data/half", "x");
     std::fs::remove_dir_all(work.path("out")).unwrap();
     let again = done(&mut run());
@@ -631,7 +631,7 @@ fn two_processes_share_a_cache() {
     assert_eq!(work.read("one/adapter_model.safetensors"), work.read("two/adapter_model.safetensors"));
 }
 
-/// What a hub to push to has: repositories and whether they are private, large files, commits.
+/// The state of a hub to push to: repositories and whether they are private, large files, commits.
 #[derive(Default)]
 struct Shelf {
     repositories: BTreeMap<String, bool>,

@@ -177,7 +177,7 @@ impl Case {
         runs.swap_remove(0)
     }
 
-    /// What joins the ranks: threads, and NCCL between GPUs.
+    /// The link between the ranks: threads, and NCCL between GPUs.
     fn collective(&self, ranks: Threads) -> Box<dyn Collective> {
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() && self.ranks > 1 {

@@ -206,7 +206,7 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
     }
 }
 
-/// What a pod of a Workspace runs: its `/chat` names no model and gets the Workspace's adapters at their strengths.
+/// The command of a Workspace's pod: its `/chat` names no model and gets the Workspace's adapters at their strengths.
 #[test]
 fn a_pods_chat_answers_from_the_workspaces_mix() {
     let running = start(&[]);

@@ -432,7 +432,7 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
         assert_eq!(list.len(), choices);
         assert!(list.iter().enumerate().all(|(at, choice)| choice["index"] == at && choice["text"] == SAID));
     }
-    // What lm-evaluation-harness sends.
+    // The request of lm-evaluation-harness.
     let answer = ask(
         json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}),
     );
@@ -593,7 +593,7 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     for (path, status) in [("/nothing", 404), ("/v1/chat/completions", 405), ("/tokenize", 405)] {
         assert_eq!(get(&server, path).status, status, "{path}");
     }
-    // What changes nothing is taken, and what nobody knows is told.
+    // Fields without effect are accepted, and unknown fields are reported.
     let usual = json!({"use_beam_search": false, "length_penalty": 1.0, "typical_p": 1, "sparkle": 3, "gl\u{fc}ck": 1, "none": null});
     let reply = post(&server, chat, with(question(), usual));
     assert_eq!(reply.status, 200, "{}", reply.body);

@@ -29,7 +29,7 @@ const MODELS: [(&str, &str); 14] = [
     ("smollm3", "SmolLM 3: layers without rope"),
 ];
 
-/// What stands in `src/ops` without comparing a gradient with autograd of its formula, and why that is enough.
+/// Files of `src/ops` that compare no gradient with autograd of a formula, and why that is enough.
 const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("adamw.rs", "no gradient flows through it; tests/parity.rs compares what it makes of gradients"),
     (
@@ -44,8 +44,10 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("cuda", "the border to a GPU: every operation compares its kernels with its formula"),
     ("dropout.rs", "linear, its own gradient; src/model/judge.rs judges it inside the decoder"),
     ("embedding.rs", "the table is frozen and nothing lies before it"),
+    ("eight_bits.rs", "a number format; all 256 numbers are compared with its definition"),
     ("flat.rs", "fills and clears buffers"),
     ("four_bit.rs", "a stored form of frozen weights; its bits equal recorded ones"),
+    ("fp8.rs", "products, compared in f64 in both directions; the rounding has no gradient"),
     ("gemm", "plain products with accumulation, judged by a triple loop"),
     ("judge.rs", "the judge"),
     ("largest.rs", "serving's choice of a token; nothing is trained through it"),
@@ -59,7 +61,9 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("number.rs", "sums without a gradient, compared on both devices"),
     ("slab.rs", "bytes of frozen weights; src/model/residency.rs compares the results bit for bit"),
     ("stash.rs", "copies to the host and back"),
+    ("weight.rs", "a stored form, no operation"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
 /// What no code may say: unfinished work, tests that do not run, and candle's layers, whose fused forms drop
@@ -126,9 +130,11 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/ops/gemm/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/buffer.rs", "aligned memory"),
     ("src/ops/gemm/drive.rs", "blocks of one matrix on many threads"),
-    ("src/ops/gemm/few.rs", "vector instructions, and blocks of one matrix on many threads"),
-    ("src/ops/gemm/few_avx2.rs", "AVX2 instructions"),
-    ("src/ops/gemm/few_avx512.rs", "AVX-512 instructions"),
+    ("src/ops/gemm/few/mod.rs", "blocks of one matrix on many threads"),
+    ("src/ops/gemm/few/tile.rs", "vector instructions"),
+    ("src/ops/gemm/few/portable.rs", "loads without alignment"),
+    ("src/ops/gemm/few/avx2.rs", "AVX2 instructions"),
+    ("src/ops/gemm/few/avx512.rs", "AVX-512 instructions"),
     ("src/ops/gemm/four_bit.rs", "vector instructions"),
     ("src/ops/gemm/pack_bf16.rs", "vector instructions"),
     ("src/ops/gemm/portable.rs", "vector instructions"),
@@ -393,7 +399,7 @@ fn the_fault_matrix_names_tests_that_exist() {
     assert!(missing.is_empty(), "the matrix names tests that do not exist: {missing:?}");
 }
 
-/// What is proven of each family, from what stands in `tests`.
+/// The proofs of each family, as found in `tests`.
 fn families() -> String {
     let golden = root("tests/golden");
     let runs: Vec<String> = ["", "_variants"]
@@ -474,7 +480,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
 }
 
-/// What follows `crate::`, alone or in braces.
+/// The names behind `crate::`, alone or in braces.
 fn used_from_the_root(code: &str) -> BTreeSet<String> {
     let mut used = BTreeSet::new();
     for (at, path) in code.match_indices("crate::") {
@@ -524,7 +530,7 @@ fn relative(file: &Path) -> String {
     file.strip_prefix(root("")).unwrap().to_string_lossy().into_owned()
 }
 
-/// What stands before a file's module of tests.
+/// The text before a file's module of tests.
 fn outside_of_tests(code: &str) -> &str {
     code.split("#[cfg(test)]\nmod ").next().expect("a split has a first part")
 }

@@ -30,7 +30,7 @@ fn options() -> Options {
     Options { shuffle: true, seed: 7, train_share: 0.8, ..Options::RECOGNISED }
 }
 
-/// What is said.
+/// The messages.
 #[derive(Default)]
 struct Heard(Mutex<Vec<String>>);
 

@@ -733,7 +733,7 @@ fn nodes_that_are_too_small_alone_share_the_base() {
     assert_eq!(memory(4), memory(8));
 }
 
-/// What a Job on several nodes has besides that of one node.
+/// The differences of a Job on several nodes from a Job on one node.
 #[test]
 fn a_job_on_several_nodes() {
     let several = |change: &dyn Fn(&mut Value)| {

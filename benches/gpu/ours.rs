@@ -3,7 +3,8 @@
 //!
 //! `ours parity --folder F --precision f32|bf16|fp8 --out JSON`: five steps from the folder's adapter. Writes the
 //! losses, and the first step's gradients to `F/ours-f32.safetensors`, or of another precision, under PEFT's names.
-//! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] --out JSON`: seconds of each
+//! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] [--precision bf16] --out JSON`:
+//! seconds of each
 //! step, tokens/s, peak memory. With `everything`, weights are kept expanded too, as the memory plan does on a large
 //! card.
 //! `ours serve --folder F [--batches 1,32] [--prompt 128] [--tokens 128] --out JSON`: tokens/s that are decoded,
@@ -57,6 +58,7 @@ fn main() -> Result<()> {
                 &flag("--workloads", "packed,long,short"),
                 warm,
                 level(&flag("--keep", "everything"))?,
+                named(&flag("--precision", "bf16"))?,
                 &open(&flag("--device", "cuda:0"))?,
             )?
         }
@@ -266,9 +268,16 @@ fn write_gradients(trainable: &Trainable, file: &Path) -> Result<()> {
     Ok(candle_core::safetensors::save(&gradients, file)?)
 }
 
-fn speed(folder: &Path, workloads: &str, warm: usize, keep: Keep, device: &Device) -> Result<Value> {
+fn speed(
+    folder: &Path,
+    workloads: &str,
+    warm: usize,
+    keep: Keep,
+    precision: Precision,
+    device: &Device,
+) -> Result<Value> {
     let began = Instant::now();
-    let decoder = decoder(folder, Precision::Bf16, device)?;
+    let decoder = decoder(folder, precision, device)?;
     let load_seconds = began.elapsed().as_secs_f64();
     if keep == Keep::Everything && Change::Expanded.is_on() {
         decoder.0.keep_expanded(decoder.0.layers.len());

@@ -90,7 +90,7 @@ def load(folder, dtype):
     expected = model.config.num_hidden_layers * len(PROJECTIONS)
     assert len(quantised) == expected, f"{len(quantised)} layers in 4 bits, expected {expected}"
     for module in quantised:
-        # What is stored says bf16: f32 parity would round the backward pass's weights to it.
+        # The stored file says bf16: f32 parity would round the backward pass's weights to it.
         module.compute_dtype = module.weight.quant_state.dtype = dtype
     return model
 

@@ -46,7 +46,7 @@ pub struct AdapterConfig {
     pub auto_mapping: Option<serde_json::Value>,
     /// Name of the base model.
     pub base_model_name_or_path: Option<String>,
-    /// Which biases are trained; hone has only `none`.
+    /// The biases that are trained; hone has only `none`.
     #[serde(default = "none")]
     pub bias: String,
     /// Whether weights are stored transposed.

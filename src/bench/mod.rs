@@ -51,7 +51,7 @@ pub struct Options {
     pub warmup: usize,
     /// How much layers keep; `None`: as much as memory allows.
     pub keep: Option<Keep>,
-    /// Where the 4-bit weights of the layers lie; `None`: on the device if they fit.
+    /// The place of the layers' 4-bit weights; `None`: on the device if they fit.
     pub residency: Option<Residency>,
     /// Upper limit of the memory to use.
     pub memory_max: Option<Limit>,

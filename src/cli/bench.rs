@@ -49,7 +49,7 @@ pub(super) struct Bench {
     /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
     keep: String,
-    /// Where the 4-bit weights of the layers lie: auto, resident or streamed
+    /// Place of the layers' 4-bit weights: auto, resident or streamed
     #[arg(long, value_name = "WHERE", default_value = "auto", env = "HONE_RESIDENCY", value_parser = ["auto", "resident", "streamed"])]
     residency: String,
     /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory

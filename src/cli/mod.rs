@@ -31,7 +31,7 @@ pub fn parse(
         Subcommands::Run(run) => run.metrics,
         _ => None,
     };
-    // What clap accepts and hone refuses.
+    // Arguments that clap accepts and hone refuses.
     let refused = |message: String| Cli::command().error(ErrorKind::ValueValidation, message);
     let command = command(cli.command, matches).map_err(refused)?;
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })

@@ -19,14 +19,14 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Servers of one Workspace that are asked at the same time; a hundred that do not answer take 20 s together.
 const CONCURRENCY: usize = 32;
 
-/// What a server says of its adapters.
+/// A server's statement about its adapters.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Said {
-    /// Of the file that it looked at last.
+    /// The digest of the file that it read last.
     pub file: String,
     /// Why it does not serve that file.
     pub refused: Option<String>,
-    /// What it answers with, for people: `support of h.example/a:1 (sha256:...) at 1`.
+    /// The adapters that it answers with, for people: `support of h.example/a:1 (sha256:...) at 1`.
     pub parts: Vec<String>,
 }
 
@@ -206,7 +206,7 @@ mod tests {
             Adapters::Pending("1 of 2 servers have taken them; pod two cannot be asked".into())
         );
         assert_eq!(stands(said("new", None), said("new", Some("no"))), Adapters::Refused("no".into()));
-        // What was said of an older file no longer counts.
+        // A statement about an older file no longer counts.
         assert_eq!(
             stands(said("new", None), said("old", Some("no"))),
             Adapters::Pending("1 of 2 servers have taken them".into())

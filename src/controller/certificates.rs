@@ -164,7 +164,7 @@ impl Keeper {
         format!("{SERVICE}.{}.svc", self.namespace)
     }
 
-    /// What to serve with now. Renews the pair if it is time, and mends a trust that somebody changed.
+    /// The certificate to serve with now. Renews the pair if it is time, and mends a trust that somebody changed.
     ///
     /// # Errors
     /// Those of the API server; a conflict with another replica is one, and the next look finds what that one wrote.

@@ -247,7 +247,7 @@ fn cluster_rules() -> Vec<Value> {
         // Whether any node has the labels.
         rule("", &["nodes"], &["get", "list", "watch"]),
         rule("apps", &["controllerrevisions"], &["get", "list", "create", "delete"]),
-        // What serves, its addresses, and how much of it may go at once.
+        // The Deployment that serves, its addresses, and the number of its pods that may go at once.
         rule("apps", &["statefulsets"], &MADE),
         rule("", &["services"], &MADE),
         rule("policy", &["poddisruptionbudgets"], &MADE),

@@ -37,7 +37,7 @@ const REFUSED_MAX: Duration = Duration::from_secs(360);
 pub(super) struct Reconciler<'a> {
     /// The Workspace as it was meant, without the default of an older version.
     pub workspace: Cow<'a, Workspace>,
-    /// What all reconciliations share.
+    /// The values that all reconciliations share.
     pub context: &'a Context,
     /// The client of the API server.
     pub client: &'a Client,

@@ -16,7 +16,7 @@ use crate::workspace::annotations::PREFIX;
 use crate::workspace::kind::{Status, Workspace};
 use crate::workspace::several;
 
-/// What stands before the reason why a change is not carried out.
+/// The words before the reason why a change is not carried out.
 const NOT_APPLIED: &str = "; the change is not applied: ";
 /// LIMIT: bytes of a condition's message. The CRD allows 32,768; people read this much.
 const MESSAGE_BYTES_MAX: usize = 4096;
@@ -114,7 +114,7 @@ pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<St
         ("eta", progress.filter(|_| !over).map(Progress::eta)),
         ("exit-code", report.seen.ended.as_ref().map(|ended| ended.exit_code.to_string())),
     ];
-    // What was pushed last stays known while the next revision runs, because servers may follow it.
+    // The image that was pushed last stays known while the next revision runs, because servers may follow it.
     let kept = [("digest", digest), ("pushed", image)].into_iter().filter(|(_, value)| value.is_some());
     values.into_iter().chain(kept).map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
 }

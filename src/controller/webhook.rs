@@ -77,14 +77,14 @@ pub struct Webhook {
     options: Options,
     keeper: Keeper,
     settings: Settings,
-    /// What keeps it from answering; `/readyz` shows it.
+    /// The reason that keeps it from answering; `/readyz` shows it.
     pub trouble: Arc<Mutex<Option<String>>>,
 }
 
-/// What the API server is told.
+/// The answer to the API server.
 #[derive(Clone, Debug, PartialEq)]
 enum Verdict {
-    /// With warnings.
+    /// The object is allowed, with warnings.
     Allowed(Vec<String>),
     Refused(String),
 }
@@ -272,7 +272,7 @@ impl Judge {
     }
 }
 
-/// Where AdmissionReviews are sent.
+/// The address that AdmissionReviews are sent to.
 pub const PATH: &str = "/validate";
 
 fn short(text: &str) -> String {
@@ -332,7 +332,7 @@ fn rules(
     }
 }
 
-/// What is wrong with a ConfigMap can be mended there, so it is only told; it may not even have been applied yet.
+/// An error of a ConfigMap can be mended there, so it is only reported; it may not even have been applied yet.
 fn tunes(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings) -> Result<Vec<String>> {
     let name = config_name(workspace);
     let tuning = workspace.tuning.as_ref();

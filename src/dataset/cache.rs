@@ -33,7 +33,7 @@ pub(super) struct Cache {
     folder: PathBuf,
 }
 
-/// What there is for a key.
+/// The entry for a key.
 pub(super) enum Place {
     /// A whole store with its record.
     Whole(Whole),
@@ -182,7 +182,7 @@ impl Cache {
         let parts = folders(&self.folder).filter(|path| has_ending(path, PART) && !held(path));
         let old = self.unused(UNUSED_MAX).into_iter().map(|(_, folder)| folder);
         for folder in parts.chain(old).filter(|folder| !folder.ends_with(key)) {
-            // What cannot be removed does no harm.
+            // A file that cannot be removed does no harm.
             let _ = fs::remove_dir_all(folder);
         }
     }
@@ -214,7 +214,7 @@ impl Cache {
     }
 }
 
-/// What to do if the volume is too small.
+/// The remedy if the volume is too small.
 pub(super) const ELSEWHERE: &str = "name a folder on a larger volume with `token_cache`, or keep the tokens in memory with `token_cache: off`";
 
 impl Ours {

@@ -133,7 +133,7 @@ impl<'a> Workers<'a> {
     }
 }
 
-/// What became of the rows of a set, for its counts, its warnings and its refusal.
+/// The outcome of a set's rows, for its counts, its warnings and its refusal.
 #[derive(Default)]
 pub(super) struct Outcome {
     tally: Tally,

@@ -53,7 +53,7 @@ pub(super) struct Place {
     /// The part of the message.
     pub part: Part,
     piece: usize,
-    /// From the first mark to the last; empty if only one end was marked.
+    /// The text from the first mark to the last; empty if only one end was marked.
     pub range: Range<usize>,
 }
 

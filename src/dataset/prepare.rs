@@ -41,7 +41,7 @@ const FREE_SHARE: f64 = 0.8;
 /// early.
 const TOKEN_TEXT_BYTES_MAX: u64 = 16;
 
-/// Where the tokens of a dataset are kept.
+/// The place where the tokens of a dataset are kept.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TokenCache {
     /// In memory, for this run.
@@ -61,7 +61,7 @@ pub struct Prepared {
     pub train: Set,
     /// In the order of evaluation.
     pub evaluation: Set,
-    /// What the rows of the last entry hold.
+    /// The content of the last entry's rows.
     pub layout: Layout,
     /// Rows that could be read, before any was dropped; a weight repeats them.
     pub rows: usize,
@@ -223,7 +223,7 @@ pub fn prepare(
     Ok(prepared)
 }
 
-/// What tokens are made of.
+/// The inputs that tokens are made of.
 #[derive(Clone, Copy)]
 struct Work<'a> {
     files: &'a [source::File],
@@ -233,7 +233,8 @@ struct Work<'a> {
     report: &'a Report,
 }
 
-/// What reading found beside the rows. A later start that takes the tokens from the cache says the same again.
+/// The observations of reading beside the rows. A later start that takes the tokens from the cache reports the same
+/// again.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Told {
     /// The layout's key.
@@ -246,7 +247,7 @@ struct Told {
     said: Vec<(bool, String)>,
 }
 
-/// What `record` holds.
+/// The content of `record`.
 #[derive(Serialize, Deserialize)]
 struct Contents {
     version: u32,
@@ -383,7 +384,7 @@ impl Work<'_> {
         Ok((store.locked(lock), contents.told))
     }
 
-    /// What surely does not fit is refused before the work. Only parquet's footers tell.
+    /// A dataset that surely does not fit is refused before the work. Only parquet's footers tell.
     fn check_space(&self, cache: &Cache) -> Result<()> {
         let entries = self.files.iter().map(|file| file.entry + 1).max().unwrap_or(0);
         let mut paths = vec![Vec::new(); entries];

@@ -38,7 +38,7 @@ const AROUND_BYTES: usize = 64 << 10;
 /// LIMIT: rows of a store; their numbers have four bytes.
 const ROWS_MAX: u64 = u32::MAX as u64;
 
-/// What encoding found of a row beside the counts of its line. Equal notes are kept once.
+/// The observations of encoding about a row beside the counts of its line. Equal notes are kept once.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Note {
     /// The counts that most rows have at zero.
@@ -164,7 +164,7 @@ impl Digested {
     }
 }
 
-/// What a written file holds.
+/// The content of a written file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Content {
     /// Length of the file.

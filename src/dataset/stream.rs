@@ -19,7 +19,7 @@ pub(super) struct Part {
     pub bad: u64,
 }
 
-/// What reading all files found beside the records.
+/// The observations of reading all files beside the records.
 pub(super) struct Found<'a> {
     /// Rows that cannot be used.
     pub problems: Problems,

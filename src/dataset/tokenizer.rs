@@ -339,7 +339,7 @@ fn beginning<T>(
     }
 }
 
-/// What stands around the tokens of two plain texts, if it is the same.
+/// The tokens around those of two plain texts, if they are the same.
 fn around(inner: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
     let of = |text: &str| {
         let ids = |specials| inner.encode_fast(text, specials).map(|found| found.get_ids().to_vec()).ok();

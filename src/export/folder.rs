@@ -54,7 +54,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// What a killed process left.
+    /// Files that a killed process left.
     fn clear(&self) -> Result<()> {
         let wrong = |error: std::io::Error| Fault::storage("clear", &self.work, &error);
         for entry in fs::read_dir(&self.work).map_err(wrong)?.flatten().filter(|e| e.file_name() != LOCK) {
@@ -65,7 +65,7 @@ impl Folder {
         Ok(())
     }
 
-    /// Where files are until the end.
+    /// The place of the files until the end.
     pub fn work(&self) -> &Path {
         &self.work
     }
@@ -118,7 +118,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if !self.done {
-            // What cannot be removed is removed by the next start.
+            // A file that cannot be removed now is removed by the next start.
             let _ = fs::remove_dir_all(&self.work);
         }
     }

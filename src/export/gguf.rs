@@ -51,7 +51,7 @@ impl Planned {
     }
 }
 
-/// What the file will hold.
+/// The content of the file to be written.
 ///
 /// # Errors
 /// Model: a family or a form of it that llama.cpp does not load.

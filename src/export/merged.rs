@@ -25,7 +25,7 @@ pub struct Merged<'a> {
     pub facts: &'a Facts,
     /// Its weights.
     pub checkpoint: &'a Checkpoint,
-    /// In which the training held the base, if the merged weights are to start from that.
+    /// The type in which the training held the base, if the merged weights are to start from that.
     pub four_bit: Option<(FourBitCode, bool)>,
     pairs: Vec<(&'a Pairs, f64)>,
 }
@@ -37,7 +37,7 @@ pub struct Item {
     pub name: String,
     /// [rows, cols], or one length.
     pub shape: Vec<usize>,
-    /// What the tensor is for.
+    /// The tensor's purpose.
     pub role: Role,
     /// The number of the linear layer, of a weight that adapters may change.
     pub linear: Option<usize>,

@@ -34,7 +34,7 @@ const WEIGHTS: [&str; 12] = [
 /// Written anew, or of the base alone.
 const NOT_COPIED: [&str; 4] = ["config.json", "generation_config.json", "README.md", "hone.json"];
 
-/// What is written beside the weights.
+/// The files that are written beside the weights.
 pub struct Beside<'a> {
     /// The base's folder.
     pub from: &'a Path,

@@ -1,6 +1,6 @@
 //! `Residency`: where the frozen 4-bit weights of the layers lie while a model trains.
 
-/// Where the 4-bit weights of the layers lie. Results have the same bits in every case.
+/// The place of the layers' 4-bit weights. Results have the same bits in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residency {
     /// All of them in the device's memory.

@@ -36,7 +36,7 @@ impl Site {
         self.rank * (self.projection.rows + self.projection.cols) + magnitudes
     }
 
-    /// Where the values of A and of B lie in the flat buffer.
+    /// The places of A's and B's values in the flat buffer.
     pub fn matrices(&self) -> [Range<usize>; 2] {
         let middle = self.offset + self.rank * self.projection.cols;
         [self.offset..middle, middle..middle + self.rank * self.projection.rows]

@@ -27,12 +27,12 @@ use crate::{plain, whole, words};
 /// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
 const ATTEMPTS_WITH_COPY: u32 = 2;
 const RECORD: &str = ".hone-adapter.json";
-/// Where the files of an image lie in its folder of the cache.
+/// The place of an image's files in its folder of the cache.
 const DATA: &str = "adapter";
 /// Annotations that name the base of an image's adapter: hone's own, and KAITO's.
 const BASES: [&str; 2] = ["hone.base-model", "sh.kaito.model.name"];
 
-/// Where an adapter is.
+/// The place of an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Adapter {
     /// A PEFT folder of this machine.
@@ -56,7 +56,7 @@ pub struct Brought {
     /// An image's manifest digest; of everything else `sha256:` of adapter_config.json and the weights, one after
     /// the other.
     pub digest: String,
-    /// What an image's annotations call its base; empty for everything else.
+    /// The base that an image's annotations name; empty for everything else.
     pub bases: Vec<String>,
 }
 
@@ -174,7 +174,7 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
         return Ok(kept);
     }
     let last = last(source, cache, report)?;
-    // Who has a copy does not wait long for a registry that does not answer.
+    // A process that has a copy does not wait long for a registry that does not answer.
     let tries = if last.is_some() { ATTEMPTS_WITH_COPY } else { u32::MAX };
     let registry = registry::Options {
         attempts_max: access.registry.attempts_max.min(tries),
@@ -213,7 +213,7 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     brought(source, &home, &record)
 }
 
-/// What a tag or a branch names now, and an image's annotations.
+/// The commit or digest that a tag or a branch names now, and an image's annotations.
 fn resolve(source: &Adapter, access: Access, report: &Report) -> Result<(String, BTreeMap<String, String>)> {
     match source {
         Adapter::Image(target) => registry::look(target, access.registry, report),
@@ -263,7 +263,7 @@ fn of_repository(
     Ok(folder.path.clone())
 }
 
-/// What an earlier start left, if every file still has its digest; a damaged one is told.
+/// The files of an earlier start, if each still has its digest; a damaged one is reported.
 fn kept(source: &Adapter, home: &Path, report: &Report) -> Result<Option<Brought>> {
     let Some(record) = read(home) else { return Ok(None) };
     let data = data_folder(source, home);

@@ -119,7 +119,7 @@ impl fmt::Display for Model {
     }
 }
 
-/// What makes sure that data has the same bytes at every start.
+/// The proof that data has the same bytes at every start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pin {
     /// Files of this machine.
@@ -158,7 +158,7 @@ impl Data {
         if name.is_empty() { "data".into() } else { name }
     }
 
-    /// What pins the bytes behind this address.
+    /// The digest that pins the bytes behind this address.
     pub fn pin(&self) -> Pin {
         match self {
             Data::Source(Source::Url { sha256: Some(_), .. } | Source::Path { sha256: Some(_), .. })

@@ -1,4 +1,4 @@
-//! What is asked of an engine and what it answers: plain types, the channel between both, and the trait `Engine`.
+//! Requests to an engine and its answers: plain types, the channel between both, and the trait `Engine`.
 //!
 //! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An
 //! engine keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads
@@ -26,7 +26,7 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// How the next token is chosen.
     pub sampling: Sampling,
-    /// What is added to the base: the sum of strength x scale x B A. Empty is the base alone.
+    /// The adapters that are added to the base: the sum of strength x scale x B A. Empty is the base alone.
     pub adapters: Vec<Strength>,
     /// Log-probabilities of generated tokens, with so many of the most probable alternatives.
     pub logprobs: Option<usize>,
@@ -99,7 +99,7 @@ pub struct Strength {
     pub strength: f32,
 }
 
-/// What happens to a request, in this order: `Started`, `Prompt` (if asked for), `Token`s, then `Finished` or `Failed`.
+/// The events of a request, in this order: `Started`, `Prompt` (if asked for), `Token`s, then `Finished` or `Failed`.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// It left the queue and has a place in the batch.
@@ -128,18 +128,18 @@ pub struct Scored {
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Finish {
-    /// By one of its stop tokens.
+    /// The text ended by one of its stop tokens.
     Stop,
     /// `max_tokens`, or the end of the context.
     Length,
 }
 
-/// What a request took.
+/// The time and tokens that a request took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of the prompt's tokens those whose keys and values were there already.
+    /// The prompt's tokens whose keys and values were there already.
     pub cached_tokens: usize,
     /// The token that ended it included.
     pub generated_tokens: usize,
@@ -173,7 +173,7 @@ pub enum Refusal {
     Failed(Fault),
 }
 
-/// What an engine serves.
+/// The model and adapters that an engine serves.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
     /// Most tokens of prompt and answer together.
@@ -193,7 +193,7 @@ pub struct Facts {
 pub struct Adapter {
     /// Name by which requests choose it.
     pub name: String,
-    /// Where its files are.
+    /// The place of its files.
     pub folder: PathBuf,
     /// The largest rank of its modules.
     pub rank: usize,
@@ -201,7 +201,7 @@ pub struct Adapter {
     pub bytes: usize,
 }
 
-/// What `/metrics` shows of an engine.
+/// The values of an engine that `/metrics` shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counters {
     /// Sequences that generate now.

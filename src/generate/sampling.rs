@@ -11,7 +11,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::request::{Sampling, Scored};
 
-/// What penalties look at: which tokens the prompt has, and how often each was generated.
+/// The input of penalties: which tokens the prompt has, and how often each was generated.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     prompt: BTreeSet<u32>,

@@ -59,7 +59,7 @@ impl Detokenizer {
         text.to_owned()
     }
 
-    /// What still waits, as it is.
+    /// The text that still waits, unchanged.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
         let text = tokenizer.decode(&self.ids[self.start..], self.skip_special);
         let new = match text.strip_prefix(self.known.as_str()) {
@@ -79,7 +79,7 @@ pub struct Stops {
     held: String,
 }
 
-/// What may be shown, and whether a stop string ended the text.
+/// The text that may be shown, and whether a stop string ended it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Shown {
     /// Text that may be shown now.
@@ -107,7 +107,7 @@ impl Stops {
         Shown { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
-    /// What was held back, at the end of the text.
+    /// The text that was held back until the end.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

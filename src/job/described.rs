@@ -23,7 +23,7 @@ pub(super) const MODEL_TEXTS: [&str; 7] = [
     "chat_template.json",
 ];
 
-/// What is known before any weight or row is read.
+/// The facts that are known before any weight or row is read.
 pub struct Described {
     /// Facts of the base model.
     pub facts: Facts,
@@ -58,7 +58,7 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
 }
 
-/// What is known of a preset without its files: its shape. `None` if the base is no preset of a known shape.
+/// The shape of a preset, which is known without its files. `None` if the base is no preset of a known shape.
 pub(super) fn by_name(plan: &Plan) -> Result<Option<Described>> {
     let shape = presets::find(&plan.base.name()).ok().and_then(|preset| preset.shape.as_deref());
     let Some(shape) = shape else { return Ok(None) };

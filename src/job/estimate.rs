@@ -23,7 +23,7 @@ const BYTES_A_TOKEN: f64 = 3.8;
 /// Tokens that a chat template adds to a row.
 const TEMPLATE_TOKENS: u64 = 24;
 
-/// What the prices are, for every output that has one.
+/// The basis of the prices, for every output that has one.
 const PRICE_SOURCE: &str =
     "list prices of one GPU on demand at large clouds in the United States, November 2026";
 
@@ -49,7 +49,7 @@ pub struct Estimate {
     pub size: Option<Size>,
     /// The run on each of the named GPUs.
     pub gpus: Vec<OnGpu>,
-    /// What to change if the run fits none of the GPUs.
+    /// The changes that help if the run fits none of the GPUs.
     pub advice: Option<String>,
 }
 

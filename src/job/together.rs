@@ -88,7 +88,7 @@ impl Together {
         done.map_or_else(work, Ok)
     }
 
-    /// What rank 0 decides: the work is done there alone, and every rank gets the result.
+    /// A decision of rank 0: the work is done there alone, and every rank gets the result.
     pub fn first<T>(
         &self,
         work: impl FnOnce() -> Result<T>,
@@ -159,7 +159,7 @@ impl Together {
     }
 }
 
-/// What of a machine decides between two plans that both fit.
+/// The properties of a machine that decide between two plans that both fit.
 fn rates(machine: &Machine) -> Json {
     let Rates { matrix, copy, link, peer, measured } = machine.rates;
     let threads = match machine.place {
@@ -185,7 +185,7 @@ fn like(mut machine: Machine, first: &Json) -> Machine {
     machine
 }
 
-/// What a rank adds to the parts of the run's fingerprint: the program, and the kind of its device.
+/// A rank's part of the run's fingerprint: the program, and the kind of its device.
 pub(super) fn of_process(plan: &Plan, device: &Device) -> Vec<(String, String)> {
     let kind = if device.is_cpu() { "CPU" } else { "GPU" };
     let part = |name: &str, text: String| (name.to_owned(), text);

@@ -1,4 +1,4 @@
-//! What a job knows at each stage -> facts for its report.
+//! A job's knowledge at each stage -> facts for its report.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use super::described::{Described, MODEL_TEXTS};
 /// Bars of the histogram of lengths.
 const BARS: usize = 16;
 
-/// What of a machine explains a run's speed and its numbers.
+/// The properties of a machine that explain a run's speed and its numbers.
 pub(super) fn environment(device: &Device) -> Json {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let after = |text: &str, word: &str| {
@@ -52,7 +52,7 @@ pub(super) fn model(described: &Described) -> Json {
     })
 }
 
-/// What went into the run, by digests.
+/// The inputs of the run, by digests.
 pub(super) fn provenance(plan: &Plan, data: &[source::File]) -> Json {
     let folder = &plan.model.folder;
     let file = |name: &&str| {
@@ -98,7 +98,7 @@ fn histogram(lengths: &[usize]) -> Vec<(usize, usize, usize)> {
         .collect()
 }
 
-/// What evaluations decided.
+/// The decisions of evaluations.
 pub(super) fn evaluation(trained: &Trained) -> Json {
     let best = trained.best.as_ref();
     json!({

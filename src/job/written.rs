@@ -42,7 +42,7 @@ pub(super) fn write(
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())
 }
 
-/// What the image says of the adapter.
+/// The image's statements about the adapter.
 pub(super) fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
     let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
     ImageFacts {

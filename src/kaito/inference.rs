@@ -12,12 +12,12 @@ use crate::adapter::CONFIG_FILE as ADAPTER_CONFIG;
 use crate::fault::{Fault, Result};
 use crate::workspace::inference::{self as config, Config};
 
-/// Where KAITO puts weights and adapters.
+/// The folders into which KAITO puts weights and adapters.
 const WEIGHTS: &str = "/workspace/weights";
 const ADAPTERS: &str = "/mnt/adapter";
 const PORT: u16 = 5000;
 
-/// Whose flags they are.
+/// The program whose flags they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
     /// vLLM.
@@ -50,7 +50,7 @@ const AS_IS: [&str; 9] = [
     "pipeline",
 ];
 
-/// What a pod is asked.
+/// The request of a pod.
 #[derive(Debug, Default)]
 struct Asked {
     model: Option<String>,
@@ -207,7 +207,7 @@ fn port(asked: Option<&str>, environment: &dyn Fn(&str) -> Option<String>) -> Re
     }
 }
 
-/// What the mounted file says stands above the flags.
+/// Values of the mounted file precede the flags.
 fn configuration(asked: &mut Asked, adapters: bool) -> Result<Config> {
     let Some(path) = &asked.config else { return Ok(Config::default()) };
     let text = std::fs::read_to_string(path)

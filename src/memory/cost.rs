@@ -249,6 +249,9 @@ impl Counter<'_> {
         let rank = |p: &Projection| terms::site(self.task, layer, p).map_or(0, |site| site.rank);
         let both = inside::takes_both(self.element() == 2.0, group.iter().map(|p| (p.rows, rank(p))));
         let passes = 2.0 * cols + if both { rows } else { 2.0 * rows };
+        // In 8 bits, products of the pairs' own write what the weights' products add to.
+        let in_8_bits = group.iter().all(|p| self.task.in_8_bits(p.rows, p.cols));
+        let passes = passes + if in_8_bits { 2.0 * around } else { 0.0 };
         // With dropout, inputs are copied twice, and what goes through a pair is copied and added.
         let passes = passes + if self.task.dropout { 9.0 * cols * sites().count() as f64 } else { 0.0 };
         let gradients: f64 = sites().map(|site| site.parameters() as f64).sum();

@@ -73,7 +73,7 @@ impl Running {
         true
     }
 
-    /// Where a decoder for this plan has the weights of its layers. `ranks` train together.
+    /// The place of the layers' weights in a decoder for this plan. `ranks` train together.
     pub fn home(&self, ranks: Arc<dyn Collective>) -> Home {
         match self.plan.residency {
             Residency::Resident => Home::Device,
@@ -152,7 +152,7 @@ pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
     })
 }
 
-/// Where the weights of the layers may lie, from the fastest to the slowest.
+/// The possible places of the layers' weights, from the fastest to the slowest.
 fn residencies(task: &Task, machine: &Machine) -> Result<Vec<Residency>> {
     let allowed = |residency: Residency| match (residency, task.quantization) {
         (Residency::Resident, _) => Ok(()),
@@ -205,7 +205,7 @@ struct Solver<'a> {
     kept: Vec<Kept>,
     /// The lowest adapted layer. The backward pass needs nothing below it.
     lowest: usize,
-    /// Where the weights of the layers lie.
+    /// The place of the layers' weights.
     weights: Layers,
     /// Whether weights may be kept expanded.
     may_expand: bool,

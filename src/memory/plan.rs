@@ -22,7 +22,7 @@ pub struct Plan {
     pub seconds: f64,
     /// FLOPs of that pass.
     pub flops: f64,
-    /// Where the 4-bit weights of the layers lie.
+    /// The place of the layers' 4-bit weights.
     pub residency: Residency,
     /// Bytes of host memory that each rank locks for weights.
     pub host_bytes: u64,

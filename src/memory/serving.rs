@@ -35,7 +35,7 @@ pub enum CacheType {
 }
 
 impl CacheType {
-    /// Of one value.
+    /// The bytes of one value.
     pub fn bytes(self) -> usize {
         match self {
             CacheType::Bf16 => 2,
@@ -70,7 +70,7 @@ impl CacheType {
     }
 }
 
-/// What is to be served, as far as memory depends on it.
+/// The model and the adapters that are to be served, as far as memory depends on them.
 #[derive(Clone, Debug)]
 pub struct Served {
     /// The model.
@@ -95,7 +95,7 @@ pub struct Served {
     pub cache: CacheType,
 }
 
-/// What a server does with its memory.
+/// The memory of a server, by use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// Most tokens of one request.
@@ -104,11 +104,11 @@ pub struct Plan {
     pub cache_tokens: usize,
     /// Tokens of the cache that would fit.
     pub fits: usize,
-    /// Of one token, in all layers.
+    /// The bytes of one token, in all layers.
     pub token_bytes: u64,
     /// Everything that takes memory, in the table's order.
     pub terms: Vec<Term>,
-    /// Of the machine it is for.
+    /// The memory of the machine that it is for.
     pub memory: u64,
     /// How keys and values are kept.
     pub cache: CacheType,

@@ -74,7 +74,7 @@ impl Plan {
         })
     }
 
-    /// Where the weights of the layers lie, if it is not the device, and what that costs.
+    /// The line about the place of the layers' weights, if it is not the device, and about its cost.
     fn weights(&self, machine: &Machine) -> Option<String> {
         let (what, rate) = match self.residency {
             Residency::Resident => return None,

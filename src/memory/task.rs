@@ -14,7 +14,7 @@ pub struct Options {
     pub limit: Option<Limit>,
     /// Most tokens per pass.
     pub tokens_max: Option<usize>,
-    /// Where the 4-bit weights of the layers lie; `None`: on the device if they fit.
+    /// The place of the layers' 4-bit weights; `None`: on the device if they fit.
     pub residency: Option<Residency>,
 }
 
@@ -46,7 +46,7 @@ pub struct Task {
     pub eight_bit_moments: bool,
     /// The level of every layer; `None`: the fastest that fits.
     pub keep: Option<Keep>,
-    /// Where the 4-bit weights of the layers lie; `None`: the first of `Residency::ALL` that fits.
+    /// The place of the layers' 4-bit weights; `None`: the first of `Residency::ALL` that fits.
     pub residency: Option<Residency>,
 }
 

@@ -30,10 +30,10 @@ const BLAS_WORKSPACE_BYTES: u64 = 32 << 20;
 /// Packed panels of the CPU's products, per thread.
 const PANEL_BYTES: u64 = 8 << 20;
 
-/// Where the weights of the layers lie, and the number of ranks that may share them.
+/// The place of the layers' weights, and the number of ranks that may share them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Layers {
-    /// Where they lie.
+    /// The place of the weights.
     pub residency: Residency,
     /// Number of ranks.
     pub ranks: usize,
@@ -62,7 +62,7 @@ impl Layers {
         layers.map(|layer| residency::buffer_bytes(layer.projections().map(parts), self.pieces())).collect()
     }
 
-    /// What of the layers' weights is in the device's memory.
+    /// The part of the layers' weights that is in the device's memory.
     fn terms(self, task: &Task, place: Place) -> Vec<Term> {
         let linear: usize = task.facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
         let base = match task.quantization {
@@ -143,9 +143,10 @@ pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
         true => fp8::weight_bytes(p.rows, p.cols),
         false => p.rows * p.cols * a_value,
     };
+    let in_8_bits = task.precision == Precision::Fp8;
     let of_group = |layer: usize, group: &[Projection]| match expanded_group(task, layer, group) {
-        Some(values) => values * a_value,
-        None => group.iter().map(of_projection).sum(),
+        Some(values) if !in_8_bits => values * a_value,
+        _ => group.iter().map(of_projection).sum(),
     };
     let of_layer = |layer| groups(&task.facts, layer).map(|group| of_group(layer, group)).iter().sum();
     (0..task.facts.layers.len()).map(of_layer).collect()
@@ -245,7 +246,8 @@ pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
 
 /// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
 pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
-    if place != Place::Gpu || task.precision == Precision::Fp8 || task.sites.iter().any(|site| site.dora) {
+    let whole = task.precision != Precision::Fp8 || group.iter().all(|p| task.in_8_bits(p.rows, p.cols));
+    if place != Place::Gpu || !whole || task.sites.iter().any(|site| site.dora) {
         return 0;
     }
     let member = |p: &Projection| {
@@ -281,8 +283,8 @@ fn expanded(task: &Task, kept: usize) -> usize {
     whole.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
 }
 
-/// Bytes of the largest weight of the lower layers, in 8 bits or else in full. A weight that is not quantised is
-/// rounded anew for each product, in all layers.
+/// Bytes of the largest weight of the lower layers, in 8 bits or else in full, and of the largest group's memory for
+/// pairs beside each other. A weight that is not quantised is rounded anew for each product, in all layers.
 fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
     let (all, dense) = (&task.facts.layers, task.quantization == Quantization::None);
     let layers = if dense { &all[..] } else { &all[..layers] };
@@ -291,7 +293,11 @@ fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
         false if dense => 0,
         false => p.rows * p.cols * task.activation_bytes(Place::Gpu),
     };
-    layers.iter().flat_map(|layer| layer.projections()).map(bytes).max().unwrap_or(0)
+    let weight = layers.iter().flat_map(|layer| layer.projections()).map(bytes).max().unwrap_or(0);
+    let groups = (0..all.len()).flat_map(|layer| groups(&task.facts, layer).map(|group| (layer, group)));
+    let pairs =
+        groups.map(|(layer, group)| expanded_group(task, layer, group).unwrap_or(0)).max().unwrap_or(0);
+    weight + pairs * task.activation_bytes(Place::Gpu)
 }
 
 /// Bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled behind its sums.

@@ -45,7 +45,7 @@ pub struct Decoder {
     pub dtype: DType,
     /// The device that the layers compute on. The embedding may lie elsewhere.
     pub device: Device,
-    /// What brings the layers' 4-bit weights to the device, if they do not lie there.
+    /// The source of the layers' 4-bit weights, if they do not lie on the device.
     pub ring: Option<Ring>,
     /// Host memory for inputs of layers, between the forward and the backward pass.
     pub inputs: Stash,

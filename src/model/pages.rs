@@ -25,7 +25,7 @@ struct Chunk {
     last: u64,
 }
 
-/// What a sequence holds.
+/// The pages and tokens of a sequence.
 #[derive(Debug, Default, PartialEq)]
 pub struct Held {
     /// In the order of positions.

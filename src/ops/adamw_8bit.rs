@@ -24,7 +24,7 @@ pub const VALUES_MIN: usize = 4096;
 /// One matrix of a flat buffer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matrix {
-    /// Where its values lie.
+    /// The place of its values.
     pub values: Range<usize>,
     /// It learns at `Rates::faster` times the rate.
     pub faster: bool,
@@ -54,7 +54,7 @@ pub struct Moments {
     pub scales: Tensor,
     /// Moments of small matrices, f32 [2 * values of small matrices].
     pub wide: Tensor,
-    /// What the kernel goes by.
+    /// The table that the kernel reads.
     #[cfg(feature = "cuda")]
     table: Option<gpu::Table>,
 }
@@ -181,7 +181,7 @@ impl Numbers {
     }
 }
 
-/// What depends on the learning rate.
+/// The factors that depend on the learning rate.
 struct Rates {
     /// Factor on the parameters.
     decay: f64,

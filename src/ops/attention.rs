@@ -12,7 +12,8 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::change::Change;
-use super::cpu::{self, Real, View};
+use super::cpu::{self, Real};
+use super::operand::View;
 use super::rope::{self, Angles, Direction};
 use crate::facts::{Heads, Precision};
 use crate::with_real;

@@ -10,8 +10,8 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage,
 
 use ::gemm::Parallelism;
 
-use super::gemm::{self, Matrix};
-use super::matmul::{Operand, Scales};
+use super::gemm;
+use super::operand::{Operand, View};
 use crate::facts::Precision;
 
 /// A number type that operations compute in: `f32` in training, `f64` in tests of gradients.
@@ -114,76 +114,10 @@ macro_rules! stored {
 
 stored!(u8: U8, f32: F32, f64: F64);
 
-/// A matrix inside a slice: element (i, j) is `data[i * row + j * col]`.
-#[derive(Clone, Copy)]
-pub struct View<'a, T> {
-    /// The slice.
-    pub data: &'a [T],
-    /// Distance between rows, in elements.
-    pub row: usize,
-    /// Distance between columns, in elements.
-    pub col: usize,
-}
-
-impl<'a, T> View<'a, T> {
-    /// A matrix whose rows are contiguous and lie `row` elements apart.
-    pub fn rows(data: &'a [T], row: usize) -> View<'a, T> {
-        View { data, row, col: 1 }
-    }
-
-    /// The transpose of this view.
-    pub fn transposed(self) -> View<'a, T> {
-        View { data: self.data, row: self.col, col: self.row }
-    }
-}
-
 /// LIMIT: dense f32 products with a side of at most this size (LoRA's) use the `gemm` crate. hone's own kernel is
 /// made for wide products: it splits f32 into bf16 parts and would spend its time packing (figures in
 /// `benches/LOG.md`).
 const SKINNY_MAX: usize = 64;
-
-impl<'a> View<'a, f32> {
-    fn matrix(self, rows: usize, cols: usize) -> Matrix<'a> {
-        Matrix::F32 { data: self.data, rows, cols, row_stride: self.row, col_stride: self.col }
-    }
-}
-
-impl<'a> Operand<'a, f32> {
-    /// A weight with rows of `depth` values, for a product of few rows.
-    fn of_few(&self, depth: usize, precision: Precision) -> gemm::Weight<'a> {
-        let rows = match self {
-            Operand::View(view) => view.data.len() / view.row.max(1),
-            Operand::Bf16(view) => view.data.len() / view.row.max(1),
-            Operand::FourBit { weight, .. } => weight.rows,
-        };
-        let nested = match *self {
-            Operand::FourBit { scales: Scales::Nested(nested), .. } => Some(nested),
-            _ => None,
-        };
-        gemm::Weight { matrix: self.matrix(rows, depth, precision), nested }
-    }
-
-    /// Rounds dequantised values as the reference does: not at all in f32, to bf16 in bf16.
-    fn matrix(self, rows: usize, cols: usize, precision: Precision) -> Matrix<'a> {
-        match self {
-            Operand::View(view) => view.matrix(rows, cols),
-            Operand::Bf16(View { data, row, col }) => {
-                Matrix::Bf16 { data, rows, cols, row_stride: row, col_stride: col }
-            }
-            Operand::FourBit { weight, packed, scales, transposed } => {
-                let rounding = match precision {
-                    Precision::F32 => gemm::Rounding::None,
-                    Precision::Bf16 | Precision::Fp8 => gemm::Rounding::Bf16,
-                };
-                let (rows, cols, block) = (weight.rows, weight.cols, weight.block);
-                let code = weight.code.values();
-                let absmax = scales.plain();
-                let weight = gemm::FourBitView { packed, absmax, code, rows, cols, block, rounding };
-                Matrix::FourBit { weight, transposed }
-            }
-        }
-    }
-}
 
 impl Real for f32 {
     const ZERO: f32 = 0.0;
@@ -386,7 +320,7 @@ impl Real for f64 {
         _: Precision,
     ) {
         let [m, n, k] = mnk;
-        let (a, b) = (a.expand(m, k), b.expand(k, n));
+        let (a, b) = (expand(&a, m, k), expand(&b, k, n));
         library_gemm(mnk, alpha, View::rows(&a, k), View::rows(&b, n), beta, c, c_row, Parallelism::None);
     }
     /// Computes one product per row.
@@ -401,7 +335,7 @@ impl Real for f64 {
         _: Precision,
     ) {
         let [m, n, k] = mnk;
-        let (a, b) = (a.expand(m, k), b.expand(k, n));
+        let (a, b) = (expand(&a, m, k), expand(&b, k, n));
         let b = View::rows(&b, n);
         for (a, c) in a.chunks(k).zip(c.chunks_mut(c_row)) {
             library_gemm([1, n, k], alpha, View::rows(a, k), b, beta, c, n, Parallelism::None);
@@ -409,6 +343,22 @@ impl Real for f64 {
     }
     fn widen(value: half::bf16) -> f64 {
         f64::from(value)
+    }
+}
+
+/// All values of an operand, [rows, cols] as it takes part in a product. For tests in f64.
+fn expand<T: Real>(operand: &Operand<T>, rows: usize, cols: usize) -> Vec<T> {
+    let fill =
+        |at: &dyn Fn(usize, usize) -> T| (0..rows * cols).map(|i| at(i / cols, i % cols)).collect::<Vec<T>>();
+    match operand {
+        Operand::View(view) => fill(&|i, j| view.data[i * view.row + j * view.col]),
+        Operand::Bf16(view) => fill(&|i, j| T::of(view.data[i * view.row + j * view.col].to_f64())),
+        Operand::FourBit { weight, transposed, .. } => fill(&|i, j| {
+            let flat = if *transposed { j * weight.cols + i } else { i * weight.cols + j };
+            let index =
+                if flat % 2 == 0 { weight.packed[flat / 2] >> 4 } else { weight.packed[flat / 2] & 15 };
+            T::of(f64::from(weight.code[usize::from(index)] * weight.absmax[flat / weight.block]))
+        }),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::with_real;
 const CHUNK_BYTES_MAX: usize = 16 << 20;
 const GPU_CHUNK_BYTES_MAX: usize = 256 << 20;
 
-/// What a training pass minimises.
+/// The sum that a training pass minimises.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Goal {
     /// Factor on the sum of losses.

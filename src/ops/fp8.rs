@@ -12,10 +12,11 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::cpu::{self, Real, View};
+use super::cpu::{self, Real};
 use super::eight_bits;
 use super::four_bit::FourBit;
-use super::matmul::{Operand, Weight};
+use super::operand::{Operand, View};
+use super::weight::Weight;
 use crate::facts::Precision;
 
 /// Rows and columns of a weight must be multiples of this: cublasLt wants rows of whole 16 bytes.

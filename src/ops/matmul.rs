@@ -8,13 +8,14 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
 
-use super::cpu::{self, Real, View};
+use super::cpu::{self, Real};
 use super::four_bit::{Absmax, FourBit, NESTED_BLOCK, dynamic_map};
 use super::fp8::{self, Scaled};
 use super::gemm;
-use crate::with_real;
-
+use super::operand::{Operand, View};
+pub use super::weight::Weight;
 use crate::facts::Precision;
+use crate::with_real;
 
 /// Most rows of a product that reads a 4-bit weight as it is stored, and not expanded, on a GPU.
 ///
@@ -23,80 +24,6 @@ use crate::facts::Precision;
 /// a value more (at 2.85 TB/s). Both take equally long at about M = 128; at 64 the kernel takes half as long. The
 /// session's stage `serve` measures both sides.
 pub const FEW_ROWS: usize = 64;
-
-/// A weight [N, K] of a linear layer `y = x W^T`.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    /// f32 or bf16 (f64 in tests).
-    Dense(Tensor),
-    /// 4-bit blocks with scales.
-    FourBit(FourBit),
-}
-
-impl Weight {
-    /// (N, K).
-    pub fn dims(&self) -> (usize, usize) {
-        match self {
-            Weight::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
-            Weight::FourBit(weight) => (weight.rows, weight.cols),
-        }
-    }
-
-    /// The device that it lies on.
-    pub fn device(&self) -> &Device {
-        match self {
-            Weight::Dense(tensor) => tensor.device(),
-            Weight::FourBit(weight) => weight.packed.device(),
-        }
-    }
-
-    /// Bytes that the weight takes.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
-            Weight::FourBit(weight) => weight.bytes(),
-        }
-    }
-}
-
-/// A matrix in its stored form.
-#[derive(Clone, Copy)]
-pub enum Operand<'a, T> {
-    /// Values of the type that the product computes in.
-    View(View<'a, T>),
-    /// Values in bf16.
-    Bf16(View<'a, bf16>),
-    /// A 4-bit weight.
-    FourBit {
-        /// The weight.
-        weight: &'a FourBit,
-        /// Its indices, two per byte.
-        packed: &'a [u8],
-        /// The scale of each block.
-        scales: Scales<'a>,
-        /// Whether the operand is W^T [K, N].
-        transposed: bool,
-    },
-}
-
-/// Scales of a 4-bit weight's blocks.
-#[derive(Clone, Copy)]
-pub enum Scales<'a> {
-    /// As they are.
-    Plain(&'a [f32]),
-    /// Quantised; only products of few rows take them so.
-    Nested(gemm::Nested<'a>),
-}
-
-impl<'a> Scales<'a> {
-    /// Those that are not quantised.
-    pub fn plain(self) -> &'a [f32] {
-        match self {
-            Scales::Plain(scales) => scales,
-            Scales::Nested(_) => &[],
-        }
-    }
-}
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].
 pub fn forward(
@@ -254,9 +181,9 @@ fn with_few<T: Real, R>(
             };
             let (codes, absmax) = (&*cpu::read::<u8>(codes)?, &*cpu::read::<f32>(absmax)?);
             let (block, map, offset) = (NESTED_BLOCK, dynamic_map(), *offset);
-            let scales = Scales::Nested(gemm::Nested { codes, absmax, block, map, offset });
+            let nested = Some(gemm::Nested { codes, absmax, block, map, offset });
             let packed = &*cpu::read::<u8>(&weight.packed)?;
-            with(Operand::FourBit { weight, packed, scales, transposed: false })
+            with(Operand::FourBit { weight: stored(weight, packed, &[]), nested, transposed: false })
         }
         dense => with_operand(dense, false, with)?,
     }
@@ -355,8 +282,8 @@ fn with_operand<T: Real, R>(
         Weight::FourBit(weight) => {
             let scales = weight.scales()?;
             let packed = &*cpu::read::<u8>(&weight.packed)?;
-            let scales = Scales::Plain(&scales);
-            Ok(body(Operand::FourBit { weight, packed, scales, transposed }))
+            let weight = stored(weight, packed, &scales);
+            Ok(body(Operand::FourBit { weight, nested: None, transposed }))
         }
         Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => {
             let data = &*cpu::read::<bf16>(tensor)?;
@@ -372,22 +299,10 @@ fn with_operand<T: Real, R>(
     }
 }
 
-impl<T: Real> Operand<'_, T> {
-    /// All values of the operand, [rows, cols] as it takes part in the product. For tests in f64.
-    pub fn expand(&self, rows: usize, cols: usize) -> Vec<T> {
-        let fill = |at: &dyn Fn(usize, usize) -> T| {
-            (0..rows * cols).map(|i| at(i / cols, i % cols)).collect::<Vec<T>>()
-        };
-        match self {
-            Operand::View(view) => fill(&|i, j| view.data[i * view.row + j * view.col]),
-            Operand::Bf16(view) => fill(&|i, j| T::of(view.data[i * view.row + j * view.col].to_f64())),
-            Operand::FourBit { weight, packed, scales, transposed } => fill(&|i, j| {
-                let flat = if *transposed { j * weight.cols + i } else { i * weight.cols + j };
-                let index = if flat % 2 == 0 { packed[flat / 2] >> 4 } else { packed[flat / 2] & 15 };
-                T::of((weight.code.values()[index as usize] * scales.plain()[flat / weight.block]) as f64)
-            }),
-        }
-    }
+/// A 4-bit weight as products read it. The operand says how values are rounded.
+fn stored<'a>(weight: &FourBit, packed: &'a [u8], absmax: &'a [f32]) -> gemm::FourBitView<'a> {
+    let (rows, cols, block, code) = (weight.rows, weight.cols, weight.block, weight.code.values());
+    gemm::FourBitView { packed, absmax, code, rows, cols, block, rounding: gemm::Rounding::None }
 }
 
 /// Products on a GPU by cublasLt, through `ops/cuda`.

@@ -5,6 +5,7 @@
 //! own.
 
 pub mod gemm;
+pub mod operand;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -39,6 +40,7 @@ pub mod rows;
 pub mod slab;
 pub mod stash;
 pub mod tokens;
+pub mod weight;
 
 #[cfg(test)]
 pub mod judge;

@@ -71,7 +71,7 @@ pub enum Fills {
 }
 
 impl Fills {
-    /// What fills buffers of `device`.
+    /// The function that fills buffers of `device`.
     pub fn new(device: &Device) -> Result<Fills> {
         match device {
             #[cfg(feature = "cuda")]

@@ -186,7 +186,7 @@ fn names(reader: &mut Reader, data: &[fetch::Data], shares: &[Share]) -> Vec<Str
     names
 }
 
-/// What pins the bytes of the data; nothing is said of data that is all on this machine.
+/// The digests that pin the bytes of the data. Data that is all on this machine has no line.
 fn pins(sources: &[fetch::Data]) -> Option<String> {
     let words = [
         (Pin::Sha256, "by sha256"),

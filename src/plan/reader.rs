@@ -105,7 +105,7 @@ impl<'a> Reader<'a> {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
     }
 
-    /// What the spec gives for a key.
+    /// The value that the spec gives for a key.
     pub fn given(&self, section: Section, name: &str) -> Option<&'a Given> {
         self.spec.get(section, name)
     }

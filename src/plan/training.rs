@@ -86,7 +86,7 @@ pub(super) fn train_options(
     }
 }
 
-/// What `optim` says of AdamW's moments.
+/// The kind of AdamW's moments that `optim` asks for.
 fn eight_bit_moments(reader: &mut Reader) -> bool {
     let optimizer = reader.text(Section::TrainingArguments, "optim").unwrap_or_default();
     match optimizer.as_str() {

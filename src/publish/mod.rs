@@ -96,7 +96,7 @@ pub struct Options<'a> {
     pub message: &'a str,
 }
 
-/// What was sent to a place.
+/// The content that was sent to a place.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Published {
     /// The place.

@@ -38,7 +38,7 @@ pub(super) struct Credential {
     pub source: String,
 }
 
-/// What the registry is shown.
+/// The credentials that the registry is shown.
 #[derive(Clone, PartialEq)]
 pub(super) enum Login {
     /// No credentials.

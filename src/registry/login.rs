@@ -29,7 +29,7 @@ const LIFETIME_MARGIN: Duration = Duration::from_secs(10);
 
 /// The authorization that the registry accepts now.
 pub(super) struct Session {
-    /// What requests are authorized with.
+    /// The authorization of requests.
     pub auth: RegistryAuth,
     renew_at: Option<Instant>,
 }

@@ -39,7 +39,7 @@ struct Platform {
     os: String,
 }
 
-/// What the bytes behind a tag are.
+/// The kind of the bytes behind a tag.
 #[derive(Debug, PartialEq)]
 pub(super) enum Document {
     /// A manifest, with its layers.

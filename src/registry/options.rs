@@ -1,4 +1,4 @@
-//! What a user asks of a registry, and what comes of it: plain values.
+//! Options and results of work with a registry, as plain values.
 
 use std::path::PathBuf;
 

@@ -19,9 +19,9 @@ const LAYER_BYTES_MAX: u64 = 16 << 30;
 /// Prefix of the folders where an image is assembled. A killed pull leaves such a folder.
 pub const STAGE_PREFIX: &str = ".hone-pull-";
 
-/// What a tag or digest leads to.
+/// The manifest that a tag or digest leads to.
 pub(super) struct Resolved {
-    /// Of the image's manifest.
+    /// The digest of the image's manifest.
     pub digest: String,
     /// First to last.
     pub layers: Vec<Descriptor>,

@@ -36,7 +36,7 @@ impl Default for Limits {
     }
 }
 
-/// Which entries are extracted.
+/// The entries that are extracted.
 #[derive(Clone, Copy)]
 pub(super) enum Choice {
     /// Everything below `data/`, which becomes the folder. Anything there but a file or a folder is an error.

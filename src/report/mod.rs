@@ -52,7 +52,7 @@ impl Stage {
     }
 }
 
-/// What a stage's progress counts.
+/// The unit of a stage's progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Bytes of a file.
@@ -122,14 +122,14 @@ pub enum Event {
     Fact {
         /// Name in `report.json`.
         name: &'static str,
-        /// What is known.
+        /// The facts that are known.
         value: serde_json::Value,
     },
     /// The run failed.
     Failed(Fault),
 }
 
-/// Where events and progress go.
+/// The sinks of events and progress.
 pub trait Sink: Send + Sync {
     /// Takes an event.
     fn event(&self, event: &Event);
@@ -160,7 +160,7 @@ pub struct Progress {
     pub id: u64,
     /// Stage that the task belongs to.
     pub stage: Stage,
-    /// What `done` and `total` count.
+    /// The unit of `done` and `total`.
     pub unit: Unit,
     /// A file name or similar.
     pub label: String,
@@ -185,7 +185,7 @@ impl Report {
         Report { sink, next_id: Arc::default() }
     }
 
-    /// Where this report's events go, for a sink that stands in front of it.
+    /// The sinks of this report's events, for a sink that stands in front of it.
     pub fn sink(&self) -> Arc<dyn Sink> {
         self.sink.clone()
     }

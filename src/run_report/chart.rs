@@ -45,7 +45,7 @@ impl Series {
     }
 }
 
-/// What is drawn.
+/// The content of a chart.
 #[derive(Clone, Debug)]
 pub struct Chart {
     /// Title above the chart.

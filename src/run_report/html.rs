@@ -62,7 +62,7 @@ pub fn section(title: &str, content: &str) -> String {
     }
 }
 
-/// What is there for those who look further.
+/// The details for readers who want more.
 pub fn folded(title: &str, content: &str) -> String {
     match content.is_empty() {
         true => String::new(),

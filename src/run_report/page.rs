@@ -31,7 +31,7 @@ pub struct Run {
     /// `hone.json`
     record: Json,
     adapter: Json,
-    /// What base and tuned model answered to held-out rows.
+    /// The answers of base and tuned model to held-out rows.
     answers: Json,
     /// `metrics.jsonl`
     metrics: Measured,

@@ -19,9 +19,9 @@ const STARTS_MAX: usize = 100;
 pub struct Story {
     /// Version of hone that wrote the file. It comes first: hone knows its own file by it (`REPORT_FACTS_MARK`).
     pub hone: String,
-    /// By name: plan, model, data, memory plan and so on, as the stages told them.
+    /// The facts by name: plan, model, data, memory plan and so on, as the stages reported them.
     pub facts: Map<String, Json>,
-    /// Of the newest start.
+    /// The facts of the newest start.
     pub notes: Vec<Note>,
     /// Oldest first; the last is the newest.
     pub starts: Vec<Start>,
@@ -37,7 +37,7 @@ pub struct Note {
     pub stage: String,
     /// Whether somebody should look at it.
     pub warning: bool,
-    /// What was said.
+    /// The message.
     pub text: String,
 }
 
@@ -61,11 +61,11 @@ pub struct Failure {
     pub kind: String,
     /// The process's exit code.
     pub exit_code: u8,
-    /// What the kind means.
+    /// The meaning of the kind.
     pub meaning: String,
-    /// What happened.
+    /// The event.
     pub message: String,
-    /// What to do.
+    /// The remedy.
     pub help: Option<String>,
     /// Whether the same run can succeed if it is started again.
     pub retry_helps: bool,
@@ -77,12 +77,12 @@ pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
 }
 
 impl Story {
-    /// Of a process that began then.
+    /// A story that begins with a process that was started then.
     pub fn begin(began: u64) -> Story {
         Story { starts: vec![Start { began, ..Start::default() }], ..Story::default() }
     }
 
-    /// What a folder holds; `None` if it is none, or none of hone's.
+    /// The report of a folder; `None` if there is none, or none of hone's.
     pub fn read(folder: &Path) -> Option<Story> {
         let text = plain_text(&folder.join(REPORT_FACTS), STORY_BYTES_MAX)?;
         serde_json::from_str(&text).ok()

@@ -19,7 +19,7 @@ use super::tools::{Call, Said};
 use crate::generate::text::token_name;
 use crate::generate::{Scored, Usage};
 
-/// What all parts of an answer need.
+/// The values that all parts of an answer need.
 pub struct Context {
     /// The model that answers.
     pub model: Arc<Model>,
@@ -129,7 +129,7 @@ impl Legacy {
         self.offset += length;
     }
 
-    /// What was pushed since the last time.
+    /// The text that was pushed since the last call.
     fn take(&mut self) -> Value {
         let offset = self.offset;
         let part = std::mem::replace(self, Legacy { offset, ..Legacy::default() });

@@ -24,7 +24,7 @@ const STOPS_MAX: usize = 16;
 const ALTERNATIVES_MAX: i64 = 20;
 const ADAPTERS_MAX: usize = 16;
 
-/// Which form the answer has.
+/// The form of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// `chat.completion` of OpenAI's API.
@@ -145,7 +145,7 @@ const KAITO: [&str; 9] = [
     "prefix",
     "handle_long_generation",
 ];
-/// Of `generate_kwargs`; `pad_token_id` has no effect on one text.
+/// The known fields of `generate_kwargs`; `pad_token_id` has no effect on one text.
 const GENERATE: [&str; 17] = [
     "max_length",
     "max_new_tokens",
@@ -376,7 +376,7 @@ fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>
     }
 }
 
-/// What both of OpenAI's forms have.
+/// The fields that both of OpenAI's forms have.
 fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> Result<Ask> {
     // A list of adapters is added to the base.
     let given = fields.get("adapters").is_some();
@@ -474,7 +474,7 @@ fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<u
     Ok(asked.unwrap_or_else(|| usual.unwrap_or(usize::MAX).min(facts.context - longest)))
 }
 
-/// What a name or a list adds to the base.
+/// The adapters and strengths that a name or a list adds to the base.
 fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>> {
     let named = model.named(name)?;
     let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));

@@ -1,4 +1,4 @@
-//! What is wrong with a request -> OpenAI's error body and the status.
+//! An error of a request -> OpenAI's error body and the status.
 
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use crate::generate::Refusal;
 pub struct Error {
     /// Status of the HTTP answer.
     pub status: StatusCode,
-    /// What was found, and what was expected.
+    /// The message: the value found and the value expected.
     pub message: String,
     /// The field of the request.
     pub param: Option<String>,

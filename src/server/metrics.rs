@@ -57,7 +57,7 @@ const PREFIXES: bool = true;
 /// Borders of counts of choices.
 const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
-/// What requests took; written when they end.
+/// The times of requests; written when they end.
 #[derive(Debug, Default)]
 pub struct Metrics(Mutex<Numbers>);
 

@@ -26,7 +26,7 @@ use crate::fault::{Fault, Result};
 use route::Service;
 use state::State;
 
-/// What an adapter may be called: it stands in labels, lists and addresses.
+/// The rule for an adapter's name: it stands in labels, lists and addresses.
 pub(crate) const NAME_RULE: &str = "expected 1 to 128 letters, digits, '.', '_' or '-'";
 
 /// Whether an adapter may have this name.
@@ -101,12 +101,12 @@ impl Server {
         Ok(Server { address, state, runtime: Some(runtime), accepting })
     }
 
-    /// Where it listens; the port that was found when 0 was asked for.
+    /// The address on which it listens; the port that was found if 0 was asked for.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// From now on it answers with this model.
+    /// Answers requests with this model from now on.
     pub fn ready(&self, model: Arc<Model>) {
         self.state.ready(model);
     }

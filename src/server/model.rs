@@ -1,4 +1,4 @@
-//! What is served: an engine with its tokenizer, its template and the names it answers to.
+//! The served model: an engine with its tokenizer, its template and its names.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ pub struct Brought {
     pub origin: Origin,
 }
 
-/// Where an adapter came from.
+/// The source of an adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Origin {
     /// As it was named.
@@ -38,13 +38,13 @@ pub struct Origin {
 pub struct Model {
     /// The id of the base in `/v1/models`.
     pub name: String,
-    /// What generates.
+    /// The engine that generates.
     pub engine: Shared,
     /// Text to token ids and back.
     pub tokenizer: Tokenizer,
     /// `None`: the model has no chat template, and `/v1/chat/completions` is refused.
     pub chat: Option<Chat>,
-    /// Of requests that say nothing else.
+    /// The values for requests that name no others.
     pub defaults: Defaults,
     /// Mixes, and where adapters came from.
     pub named: Named,
@@ -126,7 +126,7 @@ impl Named {
         self.lock().file = Some(file);
     }
 
-    /// Where a loaded adapter came from.
+    /// The source of a loaded adapter.
     pub fn origin(&self, adapter: &str) -> Origin {
         self.lock().origins.get(adapter).cloned().unwrap_or_default()
     }
@@ -156,7 +156,7 @@ impl Model {
         }
     }
 
-    /// What a name adds to the base.
+    /// The adapters and strengths that a name adds to the base.
     pub fn named(&self, name: &str) -> Result<Vec<Strength>> {
         if let Some(mix) = self.named.mix(name) {
             return Ok(mix);

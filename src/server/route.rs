@@ -37,7 +37,7 @@ const TOKEN_BYTES: usize = 256;
 /// LIMIT: letters of a header that names what had no effect.
 const IGNORED_LETTERS_MAX: usize = 1000;
 
-/// What all connections share.
+/// The values that all connections share.
 pub struct Service {
     /// Loading, ready or ending.
     pub state: State,
@@ -312,7 +312,7 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     response
 }
 
-/// What `GET /v1/models` answers.
+/// The answer to `GET /v1/models`.
 pub fn models(model: &Model) -> Value {
     let context = model.engine.facts().context;
     let loaded = model.engine.adapters();

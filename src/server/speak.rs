@@ -9,14 +9,14 @@ use super::tools::{self, Calls, Said};
 use crate::generate::text::{Detokenizer, Stops, token_name};
 use crate::generate::{Answer, Event, Finish, Request, Scored, Usage};
 
-/// What a choice says next.
+/// The next piece of a choice.
 #[derive(Debug)]
 pub enum Piece {
     /// The request left the queue.
     Started,
     /// Log-probabilities of the prompt's tokens.
     Prompt(Vec<Scored>),
-    /// What is certain, and the tokens since the last piece.
+    /// The certain text, and the tokens since the last piece.
     Said(Said, Vec<Scored>),
     /// The rest, and its tokens.
     End(Said, Vec<Scored>, End),

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::model::Model;
 
-/// What the server can do now.
+/// The state of the server.
 #[derive(Clone)]
 pub enum Phase {
     /// The model is not there yet.

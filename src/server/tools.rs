@@ -17,7 +17,7 @@ use super::fields::Fields;
 const CALL_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: tools of one request.
 const TOOLS_MAX: usize = 512;
-/// What begins calls, and what may end them.
+/// The markers that begin calls and may end them.
 const MARKERS: [(&str, &str); 5] = [
     ("<tool_call>", "</tool_call>"),
     ("[TOOL_CALLS]", ""),
@@ -42,7 +42,7 @@ pub struct Call {
     pub arguments: String,
 }
 
-/// What is certain of an answer since the last time.
+/// The part of an answer that became certain since the last call.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Said {
     /// Content.
@@ -130,7 +130,7 @@ pub struct Calls {
     made: usize,
 }
 
-/// What the held text begins with.
+/// The marker that the held text begins with.
 enum Look {
     /// Nothing of a call: content up to here.
     Content(usize),
@@ -156,7 +156,7 @@ impl Calls {
         self.read(false)
     }
 
-    /// What was held back, at the end of the answer.
+    /// The text that was held back until the end of the answer.
     pub fn finish(&mut self) -> Said {
         let said = self.read(true);
         let rest = std::mem::take(&mut self.held);
@@ -255,7 +255,7 @@ impl Calls {
     }
 }
 
-/// What stands behind a marker.
+/// The text behind a marker.
 enum Group {
     No,
     Partial,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::facts::presets;
 use crate::fault::{Fault, Result};
 
-/// What the comparison of an adapter's base with the served one says.
+/// The result of comparing an adapter's base with the served one.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     /// One name at least is the same.

@@ -31,7 +31,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
 
-/// What the file says.
+/// The content of the file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Wanted {
@@ -74,7 +74,7 @@ pub struct Live {
     model: Arc<Model>,
     bring: Bring,
     report: Report,
-    /// What was taken last.
+    /// The content that was taken last.
     served: Wanted,
     /// The text that was looked at last.
     text: Option<String>,
@@ -162,7 +162,7 @@ impl Live {
         taken
     }
 
-    /// What the text says, with names that can be told apart and mixes of adapters that are there.
+    /// The adapters of the text, with names that can be told apart and mixes of adapters that are there.
     fn parse(&self, text: &str) -> Result<Wanted> {
         let wrong = |why: String| {
             Fault::config(format!("--adapters-file {}: {why}", self.file.display())).help(

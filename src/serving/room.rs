@@ -1,4 +1,4 @@
-//! What was asked of a server, the model's facts and its adapters -> the memory plan of serving.
+//! A server's options, the model's facts and its adapters -> the memory plan of serving.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

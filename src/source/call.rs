@@ -30,7 +30,7 @@ impl Drop for Caller {
     }
 }
 
-/// What is asked.
+/// The address and the method of a request.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
     /// `GET`, `POST`, `PUT` or `PATCH`.
@@ -41,7 +41,7 @@ pub struct Call<'a> {
     pub content_type: &'a str,
     /// Further headers; values are secrets and never shown.
     pub headers: &'a [(String, String)],
-    /// What is sent.
+    /// The body that is sent.
     pub body: Vec<u8>,
 }
 

@@ -407,7 +407,7 @@ fn contradicted(job: &Job, stated: Option<(Algorithm, bool)>) -> Option<(Fault, 
     Some((fault, cause))
 }
 
-/// What a downloaded file was compared with.
+/// The digests that a downloaded file was compared with.
 enum Checked {
     Given,
     Stated(Algorithm),

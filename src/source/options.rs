@@ -1,4 +1,4 @@
-//! What is asked of a download, and what comes of it: plain values.
+//! Options and results of a download, as plain values.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -32,7 +32,7 @@ pub enum Redirect {
     /// A longer chain than `REDIRECTS_MAX`.
     #[error("it redirects more than {REDIRECTS_MAX} times")]
     TooMany,
-    /// From https to http.
+    /// A redirect from https to http.
     #[error("it redirects from https to http, which is refused")]
     Downgrade,
     /// To a link-local address.

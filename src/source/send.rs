@@ -47,11 +47,11 @@ impl Drop for Sender {
     }
 }
 
-/// What is sent.
+/// The content that is sent.
 pub struct Sending<'a> {
     /// `GET`, `POST` or `PUT`.
     pub method: Method,
-    /// Where to.
+    /// The address that it is sent to.
     pub url: &'a Url,
     /// The place in messages, without a query.
     pub name: &'a str,
@@ -79,7 +79,7 @@ pub enum Content<'a> {
     },
 }
 
-/// What came back.
+/// The answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// HTTP status.

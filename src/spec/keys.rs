@@ -16,7 +16,7 @@ pub enum Section {
     ModelConfig,
     /// How the base model is quantised.
     QuantizationConfig,
-    /// What is adapted, and how.
+    /// The group of keys about what is adapted, and how.
     LoraConfig,
     /// How training runs.
     TrainingArguments,
@@ -92,7 +92,7 @@ pub enum Type {
     Any,
 }
 
-/// What hone does with a key.
+/// The use that hone makes of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// hone uses it.
@@ -114,9 +114,9 @@ pub struct Key {
     pub kind: Type,
     /// The default as it would be written; empty if there is none.
     pub default: &'static str,
-    /// What hone does with the key.
+    /// The use that hone makes of the key.
     pub effect: Effect,
-    /// What the key does. For a key without effect, this is the reason.
+    /// The effect of the key. For a key without effect, this is the reason.
     pub about: &'static str,
 }
 

@@ -51,7 +51,7 @@ impl fmt::Display for Origin {
 pub struct Given {
     /// The value.
     pub value: Value,
-    /// Where it was written.
+    /// The place where it was written.
     pub origin: Origin,
 }
 
@@ -64,7 +64,7 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// What was given for a key, if anything was.
+    /// The value that was given for a key, if any was.
     pub fn get(&self, section: Section, name: &str) -> Option<&Given> {
         let key = keys::find(section, name)?;
         self.given.get(&(section, key.name))
@@ -82,7 +82,7 @@ impl Spec {
     }
 }
 
-/// What the command line asks for: files, and settings in rising order of precedence.
+/// The command line's request: files, and settings in rising order of precedence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
     /// Settings of an earlier run, as its folder records them. Everything else overrides them.
@@ -102,7 +102,7 @@ pub struct Setting {
     pub key: String,
     /// The value as it was written.
     pub written: Written,
-    /// Where it was written.
+    /// The place where it was written.
     pub origin: Origin,
 }
 

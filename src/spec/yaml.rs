@@ -23,7 +23,7 @@ pub struct Place {
 /// A value with its position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
-    /// Where the value begins.
+    /// The place where the value begins.
     pub place: Place,
     /// The value.
     pub content: Content,
@@ -61,7 +61,7 @@ pub enum Style {
 pub struct Entry {
     /// The key.
     pub key: String,
-    /// Where the key begins.
+    /// The place where the key begins.
     pub key_place: Place,
     /// The value.
     pub node: Node,
@@ -70,9 +70,9 @@ pub struct Entry {
 /// Why a text cannot be used, and where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
-    /// Where the text is wrong.
+    /// The place of the error.
     pub place: Place,
-    /// What is wrong.
+    /// The error.
     pub message: String,
 }
 

@@ -15,7 +15,7 @@ use crate::words;
 const INTERVAL: Duration = Duration::from_secs(5);
 const DATE: &str = "%Y-%m-%dT%H:%M:%SZ";
 
-/// What the controller gives a pod.
+/// The values that the controller gives a pod.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kubeflow {
     /// `KUBEFLOW_TRAINER_SERVER_URL`
@@ -27,7 +27,7 @@ pub struct Kubeflow {
 }
 
 impl Kubeflow {
-    /// What the environment says; `None` outside a TrainJob, or if `DISABLE_KUBEFLOW_INTEGRATION` is TRUE.
+    /// The values of the environment; `None` outside a TrainJob, or if `DISABLE_KUBEFLOW_INTEGRATION` is TRUE.
     pub fn of(environment: &dyn Fn(&str) -> Option<String>) -> Option<Kubeflow> {
         let text = |name: &str| environment(name).filter(|text| !text.is_empty());
         let off = text("DISABLE_KUBEFLOW_INTEGRATION").is_some_and(|text| text.eq_ignore_ascii_case("true"));

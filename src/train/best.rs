@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What an evaluation measured.
+/// The measures of an evaluation.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scores {
     /// Mean over the supervised tokens.
@@ -29,7 +29,7 @@ pub struct SourceScores {
 pub struct Evaluation {
     /// Over all sources.
     pub all: Scores,
-    /// Of each source; empty if there is one.
+    /// The losses of each source; empty if there is one.
     pub sources: Vec<SourceScores>,
 }
 
@@ -66,7 +66,7 @@ impl Scores {
     }
 }
 
-/// What `metric_for_best_model` may name.
+/// The names that `metric_for_best_model` may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
     /// Mean loss.
@@ -133,12 +133,12 @@ impl Judging {
     }
 }
 
-/// When training ends before its end.
+/// The condition under which training stops early.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stopping {
     /// Evaluations in a row without an improvement.
     pub patience: u64,
-    /// What an improvement must exceed.
+    /// The difference that an improvement must exceed.
     pub threshold: f64,
 }
 

@@ -59,13 +59,13 @@ pub struct State {
     pub eval_loss: Option<f64>,
     /// The step that the last evaluation followed. A signal can come between a step and its evaluation.
     pub evaluated_step: u64,
-    /// Of the evaluations so far.
+    /// The best of the evaluations so far.
     #[serde(default)]
     pub best: super::best::Best,
     /// Whether a loss differed from the first.
     #[serde(default)]
     pub changed: bool,
-    /// What later steps are compared with to find spikes.
+    /// The values that later steps are compared with to find spikes.
     #[serde(default)]
     pub spikes: super::spike::History,
 }
@@ -211,7 +211,7 @@ fn pass_over(step: u64, what: &str, report: &Report) {
     report.warn(Stage::Train, format!("the checkpoint of step {step} is not whole ({what}) and is skipped"));
 }
 
-/// What a checkpoint holds, by name.
+/// The tensors of a checkpoint, by name.
 fn tensors<'a>(params: &'a Tensor, moments: &'a Moments) -> Vec<(&'static str, &'a Tensor)> {
     std::iter::once(("params", params)).chain(moments.tensors()).collect()
 }

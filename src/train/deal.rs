@@ -9,9 +9,9 @@ use crate::memory::cost::{ATTENTION_SHARE, MATRIX_SHARE};
 /// FLOPs of an example, each weighted by the share of the highest rate that it reaches.
 #[derive(Clone, Debug)]
 pub struct Cost {
-    /// Of each token, in products.
+    /// The cost of each token, in products.
     token: f64,
-    /// Of each pair of tokens, in the attention of one layer.
+    /// The cost of each pair of tokens, in the attention of one layer.
     pair: f64,
     /// The window of each layer.
     windows: Vec<Option<usize>>,

@@ -71,7 +71,7 @@ pub fn evaluate_together<'a>(
     Ok((heard.outcome == Outcome::Done).then(|| sum_up(heard.told)))
 }
 
-/// What a rank found in its part of an evaluation.
+/// A rank's result of its part of an evaluation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Scored {
     /// The loss sum of each batch as bits, with the number of its group.

@@ -25,7 +25,7 @@ impl Moments {
         })
     }
 
-    /// What is worth telling of them, if anything is.
+    /// A message about them, if there is anything to say.
     pub fn note(&self) -> Option<String> {
         let Moments::EightBit(moments) = self else { return None };
         let (narrow, all) = moments.narrow_values();
@@ -36,7 +36,7 @@ impl Moments {
         Some(format!("AdamW's moments of {narrow} of {all} parameters take 8 bits each{small}"))
     }
 
-    /// What a checkpoint holds of them, by name.
+    /// Their content in a checkpoint, by name.
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::Full(moments) => vec![("first", &moments.first), ("second", &moments.second)],

@@ -40,11 +40,11 @@ pub struct Options {
     pub order_seed: Option<u64>,
     /// Seed of dropout.
     pub seed: u64,
-    /// When a line of metrics is logged.
+    /// The steps at which a line of metrics is logged.
     pub logging: Every,
-    /// When the evaluation data is scored.
+    /// The steps at which the evaluation data is scored.
     pub evaluation: Every,
-    /// When a checkpoint is written.
+    /// The steps at which a checkpoint is written.
     pub checkpoint: Every,
     /// Most checkpoints to keep (`save_total_limit`).
     pub checkpoints_max: Option<usize>,
@@ -52,7 +52,7 @@ pub struct Options {
     pub eval_on_start: bool,
     /// No evaluation before so many steps, or epochs if it is due each epoch (`eval_delay`).
     pub eval_delay: f64,
-    /// Which evaluation is the best, and what follows from it.
+    /// The choice of the best evaluation, and its consequences.
     pub judging: Option<Judging>,
     /// B learns at so many times the rate of A (LoRA+).
     pub loraplus_ratio: Option<f64>,
@@ -60,7 +60,7 @@ pub struct Options {
     pub label_smoothing: f64,
     /// Size of the noise on embeddings in training (`neftune_noise_alpha`); 0: none.
     pub neftune_alpha: f64,
-    /// What is a spike, and what follows from it; `None`: no step is judged.
+    /// The definition of a spike and its consequence; `None`: no step is judged.
     pub spikes: Option<Spikes>,
     /// AdamW's moments take 8 bits each, in blocks, as bitsandbytes keeps them; otherwise 32.
     pub eight_bit_moments: bool,
@@ -102,7 +102,7 @@ impl Default for Options {
     }
 }
 
-/// When something happens.
+/// The steps at which something happens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Every {
     /// Never.

@@ -40,7 +40,7 @@ struct Epoch {
     order: Rc<[u32]>,
 }
 
-/// What is remembered changes no result.
+/// The memory of earlier orders changes no result.
 impl PartialEq for LastOrder {
     fn eq(&self, _: &LastOrder) -> bool {
         true

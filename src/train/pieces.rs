@@ -30,7 +30,7 @@ struct Piece {
 /// The pieces of a gradient.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Cut {
-    /// From the end of the buffer down.
+    /// The pieces, from the end of the buffer down.
     pieces: Vec<Piece>,
     /// Values at the beginning of the buffer that no piece has: the losses, and the gradients of the lowest layers.
     rest: usize,

@@ -17,7 +17,7 @@ use crate::ranks::threads::{self, Threads};
 use crate::ranks::{Collective, Place};
 use crate::report::Report;
 
-/// What a run was on one rank.
+/// The results of a run on one rank.
 struct Run {
     ended: Result<Trained>,
     params: Vec<f64>,

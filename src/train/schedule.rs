@@ -18,7 +18,7 @@ pub enum Schedule {
     ConstantWithWarmup,
     /// Falls to zero along a cosine, several times.
     CosineWithRestarts {
-        /// How often.
+        /// The number of repetitions.
         cycles: f64,
     },
     /// Falls as a power of what is left.
@@ -91,7 +91,7 @@ pub enum Shape {
 }
 
 impl Shape {
-    /// By the name that transformers gives it.
+    /// Finds the schedule by the name that transformers gives it.
     pub fn named(name: &str) -> Option<Shape> {
         match name {
             "linear" => Some(Shape::Linear),
@@ -112,7 +112,7 @@ impl Warmup {
     }
 }
 
-/// From 1 down: half a wave for `cycles` of a half.
+/// The wave from 1 down: half a wave for `cycles` of a half.
 fn wave(cycles: f64, progress: f64) -> f64 {
     0.5 * (1.0 + (PI * cycles * 2.0 * progress).cos())
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// LIMIT: spikes in a row that `skip` passes over. More are no spike: the run has diverged, or its data has changed.
 pub const IN_A_ROW_MAX: u64 = 10;
 
-/// What follows from a spike.
+/// The consequence of a spike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// The run ends.
@@ -22,7 +22,7 @@ pub enum Policy {
 /// How steps are judged.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spikes {
-    /// What follows from a spike.
+    /// The consequence of a spike.
     pub policy: Policy,
     /// A spike exceeds the median by this factor.
     pub factor: f64,

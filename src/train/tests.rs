@@ -1,4 +1,4 @@
-//! What comes in the way of a step: memory that runs out, spikes, updates without effect.
+//! Tests of what can disturb a step: memory that runs out, spikes, updates without effect.
 
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! What each rank says at a point of the run -> what all of them do next.
+//! Each rank's message at a point of the run -> the next step of all of them.
 //!
 //! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank
 //! that fails in its passes says so there, so that every rank ends with the same message. One that fails elsewhere
@@ -41,16 +41,16 @@ pub(super) enum Outcome {
     OutOfMemory(Vec<Option<String>>),
 }
 
-/// What all ranks said.
+/// The messages of all ranks.
 #[derive(Debug)]
 pub(super) struct Heard<T> {
     /// How the work ended.
     pub outcome: Outcome,
-    /// What each rank told beside that, by rank.
+    /// Each rank's further values, by rank.
     pub told: Vec<T>,
 }
 
-/// What travels.
+/// The message as it travels.
 #[derive(Serialize, Deserialize)]
 struct Word {
     said: Said,
@@ -68,7 +68,7 @@ impl From<&Fault> for Said {
 }
 
 impl Said {
-    /// What a rank says of a result: that it is there, or why it is not.
+    /// A rank's message about a result: it is there, or the reason why it is not.
     pub fn of<T>(result: &Result<T>) -> Said {
         result.as_ref().map_or_else(Said::from, |_| Said::Done)
     }
@@ -140,7 +140,7 @@ mod tests {
     use crate::ranks::Alone;
     use crate::ranks::threads::{self, Threads};
 
-    /// What each of the ranks hears if they say this and tell their number.
+    /// The outcome for each of the ranks if they send this and their number.
     fn heard(said: &[Said]) -> Vec<std::result::Result<(Outcome, Vec<usize>), String>> {
         threads::all(Threads::of(said.len()), |ranks| {
             let rank = ranks.place().rank;

@@ -51,7 +51,7 @@ pub struct BestEvaluation {
 }
 
 impl Trained {
-    /// Which state of the training the adapter is, in words.
+    /// The state of the training that the adapter is of, in words.
     pub fn adapter(&self) -> String {
         match (&self.best, self.restored_step) {
             (Some(best), Some(step)) => {

@@ -109,7 +109,7 @@ struct Gradient {
     clock: bool,
 }
 
-/// What a rank tells the others after its passes of a step.
+/// A rank's message to the others after its passes of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Beat {
     /// Steps whose numbers are known.
@@ -121,7 +121,7 @@ struct Beat {
     clock: bool,
 }
 
-/// What a rank tells the others before the first step.
+/// A rank's message to the others before the first step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Start {
     /// Number of examples to train on, of steps, and of parameters. They are equal on all ranks.
@@ -162,7 +162,7 @@ pub(super) struct Trainer<'a> {
     pub(super) due_by_clock: Option<u64>,
     /// Most tokens per pass: the least of all ranks, so that every rank lays the same passes.
     pub(super) rows_max: usize,
-    /// What examples cost, for dealing them to the ranks.
+    /// The costs of examples, for dealing them to the ranks.
     pub(super) cost: Cost,
     /// The pieces in which the ranks add up their gradients.
     cut: Cut,

@@ -135,7 +135,7 @@ fn structural(schema: &mut Value) {
 mod tests {
     use super::*;
 
-    /// What an API server would say of an object: types, required fields, and fields it would drop.
+    /// The errors that an API server would report of an object: types, required fields, and fields it would drop.
     fn check(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
         if let Some(choices) = schema["enum"].as_array()
             && !choices.contains(value)
@@ -215,7 +215,7 @@ mod tests {
         );
     }
 
-    /// What the API server would store of a Workspace with every field, hone reads and writes back whole.
+    /// Everything that the API server would store of a Workspace with every field is read and written back whole.
     #[test]
     fn the_types_know_every_field_of_the_schema() {
         fn filled(schema: &Value) -> Value {

@@ -11,7 +11,7 @@ use crate::spec::{Mistakes, Origin};
 /// The entry of a ConfigMap that is read.
 pub const CONFIG_FILE: &str = "inference_config.yaml";
 
-/// What a configuration asks of `hone serve`.
+/// The settings of `hone serve` that a configuration asks for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
     /// Most tokens of prompt and answer together.

@@ -35,13 +35,13 @@ pub struct Workspace {
     #[serde(default)]
     #[schemars(schema_with = "schemas::object")]
     pub metadata: ObjectMeta,
-    /// Where it runs.
+    /// The machines that it runs on.
     #[serde(default)]
     pub resource: Resource,
-    /// What to serve.
+    /// The model and adapters to serve.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inference: Option<Inference>,
-    /// What to tune.
+    /// The model to tune, and how.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
     /// The observed state.
@@ -89,7 +89,7 @@ pub struct Tuning {
     /// The dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<Source>,
-    /// Where the adapter goes.
+    /// The place that the adapter is sent to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Destination>,
 }
@@ -122,7 +122,7 @@ pub struct Adapter {
     /// last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
-    /// From 0 to 1; missing: 1.
+    /// The strength, from 0 to 1. If it is missing, it is 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strength: Option<String>,
 }
@@ -158,7 +158,7 @@ pub struct PresetOptions {
     pub model_access_secret: String,
 }
 
-/// Where data comes from: exactly one of urls, image and volumeSource.
+/// The source of data: exactly one of urls, image and volumeSource.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Source {
@@ -180,7 +180,7 @@ pub struct Source {
     pub image_pull_secrets: Vec<String>,
 }
 
-/// Where the adapter goes: exactly one of image and volumeSource.
+/// The place that the adapter is sent to: exactly one of image and volumeSource.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Destination {

@@ -149,7 +149,7 @@ fn field(flag: &str) -> &str {
     }
 }
 
-/// What is adapted unless the configuration says otherwise, as KAITO's environment says it.
+/// The adapted modules unless the configuration names others, in the words of KAITO's environment.
 pub(super) fn target_modules(preset: Option<&Preset>) -> Option<String> {
     match preset?.target_modules.as_ref()? {
         Targets::Names(names) => Some(names.join(",")),

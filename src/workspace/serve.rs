@@ -81,7 +81,7 @@ pub struct Asked<'a> {
     pub config: Option<&'a str>,
     /// The cluster's settings.
     pub settings: &'a Settings,
-    /// What tuning Workspaces pushed.
+    /// The images that tuning Workspaces pushed.
     pub tuned: &'a Tuned,
 }
 

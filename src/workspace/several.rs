@@ -152,7 +152,7 @@ pub(super) fn shared_memory() -> Volume {
     Volume { name: "dshm".into(), empty_dir: Some(source), ..Volume::default() }
 }
 
-/// What a set needs of its volumes and cannot be known without the cluster.
+/// The demand of a set on its volumes that cannot be known without the cluster.
 pub(super) fn warnings(workspace: &Workspace, options: &Options) -> Vec<String> {
     if !is_set(workspace) {
         return Vec::new();

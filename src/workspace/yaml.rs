@@ -153,7 +153,7 @@ fn text_of(node: &Node) -> String {
     }
 }
 
-/// By YAML's core schema: what is not quoted may be a number, a boolean or null.
+/// Reads by YAML's core schema: a value without quotes may be a number, a boolean or null.
 fn value(node: &Node) -> Value {
     match &node.content {
         Content::Map(entries) => {

@@ -31,7 +31,7 @@ const CANARY: &str = "CANARYcanary0123456789";
 /// The codes of what passes by itself.
 const PASSING: [i32; 7] = [0, 20, 21, 22, 23, 30, 31];
 
-/// Where a job takes its parts from, and where its image goes.
+/// The sources of a job's parts, and the place that its image goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Route {
     /// Data over HTTP, else from a file.
@@ -59,7 +59,7 @@ struct Scenario {
     troubles: Vec<Trouble>,
 }
 
-/// What an undisturbed run of a route gives.
+/// The result of an undisturbed run of a route.
 #[derive(Clone, Debug)]
 struct Expected {
     adapter: Vec<u8>,
@@ -160,7 +160,7 @@ fn good_answer(request: &Request, path: &str, files: &BTreeMap<String, Vec<u8>>)
     }
 }
 
-/// What a server, a proxy or the network between may make of an answer.
+/// The changes that a server, a proxy or the network between may make to an answer.
 fn bad_answer(random: &mut Random, request: &Request, good: Reply) -> Reply {
     let part = random.below(400);
     match random.below(28) {
@@ -336,7 +336,7 @@ impl World {
     }
 }
 
-/// What an undisturbed run of each route gives, made when first asked for.
+/// The result of an undisturbed run of each route, made when it is first asked for.
 fn expected(route: Route) -> Arc<Expected> {
     static KNOWN: Mutex<Option<HashMap<Route, Arc<Expected>>>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap();
@@ -412,7 +412,7 @@ fn simulate(seed: u64, scenario: &Scenario) -> Result<(), String> {
         let (code, log) = world.end(&mut command)?;
         shown(&log)?;
         judge_end(&world, trouble, code, &log)?;
-        // What has its final name is whole.
+        // A file that has its final name is whole.
         let adapter = std::fs::read(world.work.path("out/adapter_model.safetensors"));
         if adapter.is_ok_and(|adapter| adapter != expected.adapter) {
             return Err(format!("the adapter in the folder is another\n{log}"));

@@ -158,7 +158,7 @@ fn job(old: Option<&Value>, new: &Value) -> Result<(), String> {
     if waits { Ok(()) } else { same(old, new, &[&["spec", "template"]], "field is immutable") }
 }
 
-/// What only an Indexed Job may have, and what its pods' names must be.
+/// The fields that only an Indexed Job may have, and the rules for its pods' names.
 fn indexed(new: &Value) -> Result<(), String> {
     let spec = &new["spec"];
     if spec["completionMode"] != "Indexed" {
@@ -347,7 +347,7 @@ fn event(old: Option<&Value>, new: &Value) -> Result<(), String> {
     same(old, new, &fixed, "field is immutable")
 }
 
-/// Who owns which leaf of an object: by server-side apply, or by any other write.
+/// The owner of each leaf of an object: by server-side apply, or by any other write.
 #[derive(Clone, Debug, Default)]
 pub struct Owners {
     applied: BTreeMap<String, BTreeSet<Vec<String>>>,

@@ -216,7 +216,7 @@ impl ApiServer {
         self.expire_watches();
     }
 
-    /// What is deleted in the foreground stays until the collector goes on.
+    /// An object that is deleted in the foreground stays until the collector goes on.
     pub fn stop_collector(&self, stopped: bool) {
         self.state.lock().unwrap().collector_stopped = stopped;
     }
@@ -391,7 +391,7 @@ impl State {
         }
     }
 
-    /// What the object owns.
+    /// The objects that this one owns.
     fn dependents(&self, object: &Value) -> Vec<Key> {
         let uid = &object["metadata"]["uid"];
         let owned = |other: &Value| {
@@ -490,7 +490,7 @@ async fn until(state: &Mutex<State>, changed: &Notify, holds: impl Fn(&State) ->
     }
 }
 
-/// What a change of `generation` is about.
+/// The part of an object whose change counts for `generation`.
 fn inner(object: &Value) -> Value {
     let mut object = object.clone();
     object.as_object_mut().unwrap().remove("metadata");

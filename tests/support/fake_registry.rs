@@ -13,7 +13,7 @@ use crate::random::Random;
 /// A status that closes the connection.
 const HANG_UP: u16 = 0;
 
-/// What goes wrong. The default is a registry without login that works.
+/// The faults of the registry. The default is a registry without login that works.
 #[derive(Clone, Copy, Default)]
 pub struct Manners {
     /// Requires a token, and hands one out to anyone.
@@ -127,7 +127,7 @@ impl Fake {
         state.manifests.insert(tag.to_owned(), manifest);
     }
 
-    /// From now on, one of so many requests fails at random; 0: none.
+    /// Lets one of so many requests fail at random from now on; 0: none.
     pub fn disturb(&self, one_of: u64) {
         self.state.lock().unwrap().disturbed = one_of;
     }

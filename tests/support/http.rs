@@ -37,7 +37,7 @@ pub struct Reply {
     then: Then,
 }
 
-/// What happens to the connection after the body.
+/// The end of the connection after the body.
 #[derive(Clone, Copy, PartialEq)]
 enum Then {
     Close,

@@ -134,7 +134,7 @@ fn expression(splits: &Value) -> Option<(String, bool)> {
     let is_split = kind(splits).as_deref() == Some("Sequence") && kind(split).as_deref() == Some("Split");
     let keeps_rest = match (split["behavior"].as_str()?, split["invert"].as_bool()?) {
         ("Isolated", _) => true,
-        // What the expression matches is kept.
+        // The matches of the expression are kept.
         ("Removed", true) => false,
         _ => return None,
     };

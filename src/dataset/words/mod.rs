@@ -44,7 +44,7 @@ enum Kind {
     SentencePiece(SentencePiece),
 }
 
-/// What pieces become: those with a mark before them, and the others.
+/// The tokens of pieces: those with a mark before them, and the others.
 #[derive(Default)]
 struct Known {
     /// The tokenizer's number.
@@ -216,7 +216,7 @@ fn is_composed(text: &str) -> bool {
     text.is_ascii() || is_nfc_quick(text.chars()) == IsNormalized::Yes
 }
 
-/// What the library gives.
+/// The library's tokens.
 fn library(inner: &tokenizers::Tokenizer, text: &str) -> Option<(Vec<u32>, Offsets)> {
     let encoding = inner.encode(text, false).ok()?;
     Some((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))

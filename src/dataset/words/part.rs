@@ -5,9 +5,9 @@
 pub(super) struct Part {
     /// The token.
     pub id: u32,
-    /// Where its bytes begin.
+    /// The place of its first byte.
     pub from: u32,
-    /// Where its bytes end.
+    /// The place behind its last byte.
     pub to: u32,
     /// Spaces that its text begins with.
     pub before: u16,

@@ -5,7 +5,7 @@ use super::part::Part;
 use serde_json::Value;
 use tokenizers::{Model, ModelWrapper};
 
-/// What a space is written as.
+/// The character that a space is written as.
 const MARK: char = '\u{2581}';
 
 /// A SentencePiece tokenizer.

@@ -31,7 +31,7 @@ pub struct Architecture {
     interleaved: bool,
     /// A tied head is written once more, since the loader wants one.
     pub copies_tied_head: bool,
-    /// What somebody should know.
+    /// A remark for the user.
     pub warnings: Vec<String>,
 }
 
@@ -56,7 +56,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// From the checkpoint's order into the file's.
+    /// Changes the checkpoint's order into the file's.
     pub fn apply(&self, values: &[f32], cols: usize) -> Vec<f32> {
         match self {
             Order::Same => values.to_vec(),
@@ -108,7 +108,7 @@ impl Architecture {
         Ok(architecture)
     }
 
-    /// What the loader of this architecture takes for granted.
+    /// The value that the loader of this architecture assumes.
     fn check(&mut self, facts: &Facts) -> Result<()> {
         let heads = facts.heads();
         let refused = |what: String| {
@@ -295,7 +295,7 @@ impl Architecture {
         Ok(Entry { order, ..same(&format!("blk.{layer}.{called}")) })
     }
 
-    /// What a module inside a layer is called.
+    /// The name of a module inside a layer.
     fn called(&self, facts: &Facts, path: &str) -> Option<&'static str> {
         let names = &facts.names;
         let is = |name: Option<&str>| name == Some(path);

@@ -69,7 +69,7 @@ pub fn name(tokenizer: &Json) -> Result<&'static str, String> {
 fn part(part: &Json) -> Part {
     let kept = match (part["behavior"].as_str(), part["invert"].as_bool()) {
         (Some("Isolated"), _) => true,
-        // What matches is kept, and everything matches.
+        // The matches are kept, and everything matches.
         (Some("Removed"), Some(true)) => true,
         _ => false,
     };

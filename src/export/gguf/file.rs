@@ -207,7 +207,7 @@ pub struct Gguf {
     file: File,
     /// Keys and values.
     pub metadata: Vec<(String, Value)>,
-    /// With the first byte of each in the file.
+    /// The tensors, with the first byte of each in the file.
     pub tensors: Vec<(Tensor, u64)>,
 }
 

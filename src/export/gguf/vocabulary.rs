@@ -33,7 +33,7 @@ mod kind {
     pub const BYTE: i32 = 6;
 }
 
-/// What the model's other files say of its tokenizer.
+/// The statements of the model's other files about its tokenizer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OfModel<'a> {
     /// The token that begins a sequence.

@@ -5,7 +5,7 @@ use crate::facts::rope::{Dialect, Rope};
 use crate::facts::{Attention, EmbeddingScale, Facts, Function, LayerFacts, Names, NormKind};
 use crate::fault::Result;
 
-/// What decides the facts of a model whose layers are all equal.
+/// The values that decide the facts of a model whose layers are all equal.
 pub(super) struct Plain<'a> {
     /// `model_type`.
     pub family: &'static str,

@@ -15,8 +15,9 @@ use rayon::prelude::*;
 
 use super::{scatter, softmax_row};
 use crate::facts::{Heads, Precision};
-use crate::ops::cpu::{self, Real, View};
+use crate::ops::cpu::{self, Real};
 use crate::ops::eight_bits;
+use crate::ops::operand::View;
 use crate::ops::rope::{self, Angles, Direction};
 use crate::with_real;
 

@@ -15,10 +15,6 @@ mod drive;
 mod portable;
 mod few;
 #[cfg(target_arch = "x86_64")]
-mod few_avx2;
-#[cfg(target_arch = "x86_64")]
-mod few_avx512;
-#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

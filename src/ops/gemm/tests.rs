@@ -429,7 +429,7 @@ fn few_rows_equal_a_triple_loop_and_depend_on_nothing_else() {
                         // A row alone has the bits that it has among others.
                         assert_eq!(product(1, i)[..*n], all[i * (n + 3)..][..*n], "{at:?}, row {i}");
                     }
-                    // What lies beside the columns stays.
+                    // Values beside the columns stay.
                     assert_eq!(all[*n..n + 3], [0.25; 3]);
                 }
             }

@@ -171,7 +171,7 @@ impl Stores {
             store.put_multipart_opts(&key, PutMultipartOptions::default()).await.map_err(theirs)?;
         while !part.is_empty() {
             if let Err(error) = upload.put_part(part.into()).await {
-                // What is left of it costs only room; buckets have rules that remove it.
+                // The rest costs only space; buckets have rules that remove it.
                 let _ = upload.abort().await;
                 return Err(Refused::Theirs(error));
             }

@@ -6,17 +6,17 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::Rounding;
-use super::few::{self, Columns, Job, Lanes, Prepared};
-use super::pack_bf16::round;
+use super::tile::{self, Columns, Job, Lanes, Prepared};
 use crate::facts::Precision;
+use crate::ops::gemm::Rounding;
+use crate::ops::gemm::pack_bf16::round;
 
 /// Sixteen f32.
 pub struct Floats;
 /// Thirty-two bf16, whose products are added in pairs.
 pub struct Pairs;
 
-/// `few::dots` of f32.
+/// `tile::dots` of f32.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub unsafe fn floats(
     job: &Job,
@@ -26,14 +26,14 @@ pub unsafe fn floats(
     sums: &mut [f32],
 ) {
     // SAFETY: guaranteed by the caller.
-    unsafe { few::dots::<Floats>(job, columns, x, rows, sums) }
+    unsafe { tile::dots::<Floats>(job, columns, x, rows, sums) }
 }
 
-/// `few::dots` of pairs of bf16.
+/// `tile::dots` of pairs of bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub unsafe fn pairs(job: &Job, columns: &Columns, x: &Prepared<Pairs>, rows: Range<usize>, sums: &mut [f32]) {
     // SAFETY: guaranteed by the caller.
-    unsafe { few::dots::<Pairs>(job, columns, x, rows, sums) }
+    unsafe { tile::dots::<Pairs>(job, columns, x, rows, sums) }
 }
 
 impl Lanes for Floats {
@@ -45,7 +45,7 @@ impl Lanes for Floats {
 
     #[inline(always)]
     fn element(value: f32, precision: Precision) -> f32 {
-        few::rounded(value, precision)
+        tile::rounded(value, precision)
     }
     #[inline(always)]
     unsafe fn zero() -> __m512 {
@@ -95,6 +95,11 @@ impl Lanes for Floats {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
     }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
 }
 
 impl Lanes for Pairs {
@@ -106,7 +111,7 @@ impl Lanes for Pairs {
 
     #[inline(always)]
     fn element(value: f32, _: Precision) -> bf16 {
-        bf16::from_bits(few::bf16_bits(value))
+        bf16::from_bits(tile::bf16_bits(value))
     }
     #[inline(always)]
     unsafe fn zero() -> __m512 {
@@ -155,5 +160,10 @@ impl Lanes for Pairs {
     unsafe fn fold(a: __m512, b: __m512) -> f32 {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

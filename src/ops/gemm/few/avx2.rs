@@ -5,14 +5,15 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::few::{self, Columns, Job, Lanes, Prepared};
-use super::{Rounding, avx2};
+use super::tile::{self, Columns, Job, Lanes, Prepared};
+
 use crate::facts::Precision;
+use crate::ops::gemm::{Rounding, avx2};
 
 /// Eight f32.
 pub struct Floats;
 
-/// `few::dots` of f32.
+/// `tile::dots` of f32.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn floats(
     job: &Job,
@@ -22,7 +23,7 @@ pub unsafe fn floats(
     sums: &mut [f32],
 ) {
     // SAFETY: guaranteed by the caller.
-    unsafe { few::dots::<Floats>(job, columns, x, rows, sums) }
+    unsafe { tile::dots::<Floats>(job, columns, x, rows, sums) }
 }
 
 impl Lanes for Floats {
@@ -34,7 +35,7 @@ impl Lanes for Floats {
 
     #[inline(always)]
     fn element(value: f32, precision: Precision) -> f32 {
-        few::rounded(value, precision)
+        tile::rounded(value, precision)
     }
     #[inline(always)]
     unsafe fn zero() -> __m256 {
@@ -93,6 +94,11 @@ impl Lanes for Floats {
             let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
             _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
         }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }
 
