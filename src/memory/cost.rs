@@ -119,8 +119,8 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, s
 pub(super) struct Counter<'a> {
     /// The training run.
     pub task: &'a Task,
-    /// The kind of device.
-    pub place: Place,
+    /// The device.
+    pub machine: &'a Machine,
     /// Tokens per pass.
     pub tokens: usize,
     /// Number of the upper layers whose weights are kept expanded.
@@ -207,7 +207,7 @@ impl Counter<'_> {
         let values = (projection.rows * projection.cols) as f64;
         let is_kept = layer + self.expanded >= self.task.facts.layers.len();
         let in_8_bits = self.task.in_8_bits(projection.rows, projection.cols);
-        let expand = match (self.place, self.task.quantization) {
+        let expand = match (self.machine.place, self.task.quantization) {
             (Place::Gpu, Quantization::None) if in_8_bits => values * (self.element() + 1.0),
             (_, Quantization::None) | (Place::Cpu { .. }, _) => 0.0,
             (Place::Gpu, _) if is_kept => 0.0,
@@ -216,7 +216,11 @@ impl Counter<'_> {
         };
         let flops = 2.0 * values * self.tokens as f64;
         if in_8_bits {
-            return Work { eight_bits: flops, bytes: expand, launches: 1.0, ..Work::default() };
+            // Cards that do not scale in the product write sums, read them and what they are added to, and write again.
+            let width = (projection.rows + projection.cols) as f64 / 2.0;
+            let behind = if self.machine.scales_8_bits() { 0.0 } else { 3.0 * self.tokens as f64 * width };
+            let bytes = expand + behind * self.element();
+            return Work { eight_bits: flops, bytes, launches: 1.0, ..Work::default() };
         }
         Work { matrix: flops, bytes: expand, ..Work::default() }
     }
@@ -239,7 +243,7 @@ impl Counter<'_> {
     /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
-        let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
+        let spare = terms::spare(self.task, self.machine.place, layer, group, self.tokens) as f64;
         if spare == 0.0 {
             return sites().map(|site| self.pair(site.rank, &site.projection) + self.magnitudes(site)).sum();
         }
@@ -303,6 +307,6 @@ impl Counter<'_> {
     }
 
     fn element(&self) -> f64 {
-        self.task.activation_bytes(self.place) as f64
+        self.task.activation_bytes(self.machine.place) as f64
     }
 }

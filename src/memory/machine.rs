@@ -98,6 +98,11 @@ impl Limit {
 }
 
 impl Machine {
+    /// Whether a product in 8 bits scales rows and columns itself, as it does on GPUs of 9.0 alone.
+    pub fn scales_8_bits(&self) -> bool {
+        self.capability == Some((9, 0))
+    }
+
     /// So many machines like this one, whose ranks all train together.
     pub fn times(self, machines: usize) -> Machine {
         if machines <= 1 {

@@ -302,7 +302,7 @@ impl<'a> Solver<'a> {
         let fits = |keep: &Vec<Keep>| {
             fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room && self.inputs_fit(tokens, keep)
         };
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded };
         // With the layer's own work, beside which inputs of layers move to the host and back.
         let seconds =
             |keep: Keep| (counter.layer(0, true) + counter.again(0, keep)).seconds(&self.machine.rates);
@@ -442,7 +442,7 @@ impl<'a> Solver<'a> {
         let (last, first) = (buffers.len().saturating_sub(2), if self.lowest == 0 { 2 } else { 0 });
         let up = sum(&buffers[first.min(buffers.len())..]);
         let down = sum(&buffers[self.lowest.min(last)..last]);
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded: 0 };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded: 0 };
         let forward = (0..buffers.len()).map(|layer| counter.layer(layer, false)).sum::<Work>();
         let forward = forward.seconds(rates).min(busy);
         let waits = (up / rate - forward).max(0.0) + (down / rate - (busy - forward)).max(0.0);
@@ -450,7 +450,7 @@ impl<'a> Solver<'a> {
     }
 
     fn work(&self, tokens: usize, keep: &[Keep], expanded: usize) -> Work {
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded };
         let layers = keep.iter().enumerate().map(|(layer, keep)| match layer >= self.lowest {
             true => counter.layer(layer, true) + counter.again(layer, *keep),
             false => counter.layer(layer, false),

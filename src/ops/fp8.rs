@@ -558,7 +558,7 @@ mod tests {
     #[test]
     fn the_kernels_bits_equal_the_cpus_in_8_bits() -> Result<()> {
         judge::on_gpu(|gpu| {
-            for (n, k) in [(16, 16), (48, 64), (144, 160), (528, 1040), (32, 2064)] {
+            for (n, k) in [(16, 16), (48, 64), (144, 160), (528, 80), (32, 1040)] {
                 let x = gpu.random((n, k + 16), 1)?.to_dtype(DType::F32)?.detach();
                 same_bits(&rows(&gpu.put(&x)?, 16, k)?, &rows(&x, 16, k)?, "rows")?;
                 for (kind, weight) in weights(n, k)?.into_iter().enumerate() {
