@@ -5,7 +5,7 @@
 //! `ops/fp8.rs`. The other precisions apply to the CPU only: products on a GPU have the activations' type, with sums in
 //! f32.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::{self, Real};
@@ -474,6 +474,8 @@ mod gpu {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
     use crate::facts::quantization::Code;
     use crate::ops::judge::{self, Gpu};
