@@ -57,8 +57,8 @@ template <> struct Eight<bf16> {
 
 // A warp's values become one by Merge, whose `of` takes two of them, between lanes whose numbers differ by 16, 8, 4, 2
 // and 1; every lane gets the result. All lanes take part.
-template <typename Merge>
-__device__ __forceinline__ float warp_merged(float x) {
+template <typename Merge, typename T>
+__device__ __forceinline__ T warp_merged(T x) {
 #ifdef CUDA_EMU
     return emulator::merged_warp<Merge>(x, EMULATOR_SITE("a warp's sum"));
 #else
@@ -69,7 +69,7 @@ __device__ __forceinline__ float warp_merged(float x) {
 }
 
 struct Sum {
-    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+    template <typename T> static __device__ __forceinline__ T of(T a, T b) { return a + b; }
 };
 struct Largest {
     static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
@@ -77,23 +77,17 @@ struct Largest {
 __device__ __forceinline__ float warp_sum(float x) { return warp_merged<Sum>(x); }
 __device__ __forceinline__ float warp_max(float x) { return warp_merged<Largest>(x); }
 
-// The sum over the block in a fixed order; every thread gets it. blockDim.x is a multiple of 32, at most 1024.
-__device__ __forceinline__ float block_sum(float x) {
-    SHARED_ARRAY(float, parts, 32);
+// The block's values become one by Merge, in a fixed order; every thread gets it. `none` changes no value. blockDim.x
+// is a multiple of 32, at most 1024.
+template <typename Merge, typename T>
+__device__ __forceinline__ T block_merged(T x, T none) {
+    SHARED_ARRAY(T, parts, 32);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    x = warp_sum(x);
+    x = warp_merged<Merge>(x);
     __syncthreads();  // parts may still be read from an earlier call
     if (lane == 0) parts[warp] = x;
     __syncthreads();
-    return warp_sum(lane < (int)(blockDim.x >> 5) ? parts[lane] : 0.f);
+    return warp_merged<Merge>(lane < (int)(blockDim.x >> 5) ? parts[lane] : none);
 }
-
-__device__ __forceinline__ float block_max(float x) {
-    SHARED_ARRAY(float, parts, 32);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    x = warp_max(x);
-    __syncthreads();
-    if (lane == 0) parts[warp] = x;
-    __syncthreads();
-    return warp_max(lane < (int)(blockDim.x >> 5) ? parts[lane] : -INFINITY);
-}
+__device__ __forceinline__ float block_sum(float x) { return block_merged<Sum>(x, 0.f); }
+__device__ __forceinline__ float block_max(float x) { return block_merged<Largest>(x, -INFINITY); }

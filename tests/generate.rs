@@ -450,6 +450,36 @@ fn neighbours_do_not_matter_to_few_rows_on_a_gpu() {
     }
 }
 
+/// Requests that run together get the tokens on the GPU that the host draws, which log-probabilities make it do.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_draws_what_the_host_draws() {
+    let Some(gpu) = gpu() else { return };
+    let nf4 = Quantization::FourBit { code: hone::facts::FourBitCode::Nf4, double: true };
+    let few = Options { cache: CacheType::Bf16, ..options() };
+    let engine =
+        Engine::start(decoder_on("qwen3", &gpu, Precision::Bf16, nf4), &few, "a test".into()).unwrap();
+    let request = |i: usize, logprobs: Option<usize>| {
+        let sampling = generate::Sampling {
+            temperature: [0.0, 0.7, 1.3, 2.0][i % 4],
+            top_k: [0, 20, 0, 60][i % 4],
+            top_p: [1.0, 0.9, 0.8, 1.0][i % 4],
+            min_p: [0.0, 0.0, 0.02, 0.1][i % 4],
+            seed: 40 + i as u64,
+            ..generate::Sampling::greedy()
+        };
+        let prompt = (0..4 + i as u32).map(|at| (at * 37 + 11 * i as u32) % 300).collect();
+        Request { sampling, logprobs, ..Request::greedy(prompt, 16) }
+    };
+    let tokens = |logprobs: fn(usize) -> Option<usize>| {
+        let answers: Vec<_> = (0..8).map(|i| engine.submit(request(i, logprobs(i))).unwrap()).collect();
+        answers.into_iter().map(|answer| ids(&collect(answer).tokens)).collect::<Vec<_>>()
+    };
+    let host = tokens(|_| Some(0));
+    assert_eq!(tokens(|_| None), host);
+    assert_eq!(tokens(|i| i.is_multiple_of(3).then_some(0)), host, "both in one step");
+}
+
 fn neighbours(engine: &Engine, name: &str, prompts: [usize; 6]) {
     load_both(engine, name);
     let request = |i: usize| {

@@ -63,6 +63,7 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("stash.rs", "copies to the host and back"),
     ("weight.rs", "a stored form, no operation"),
     ("rows.rs", "copies; src/model/judge.rs judges scatter as the gradient of gather"),
+    ("draw.rs", "no gradient flows through it; generate/sampling.rs compares its tokens with the host's"),
     ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 

@@ -32,6 +32,8 @@ use crate::model::lora::{Lora, Mixture, Pairs, Part};
 use crate::model::pages::{Held, Key};
 use crate::model::pass::{SHORT_ROWS, Step};
 #[cfg(feature = "cuda")]
+use crate::ops::draw::{self, Draw};
+#[cfg(feature = "cuda")]
 use crate::ops::{largest, rows};
 
 /// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
@@ -318,18 +320,18 @@ struct Sequence {
     scored: usize,
 }
 
-/// What was brought to the host of a step's logits.
+/// The part of a step's logits that was brought to the host.
 struct Logits {
     /// Rows that were, ascending, one behind the other in `values`.
     wanted: Vec<u32>,
     values: Vec<f32>,
     vocabulary: usize,
-    /// Of every row its most probable token, unless all rows were brought.
-    largest: Vec<Option<u32>>,
+    /// The token that the device drew for each row, unless all rows were brought.
+    tokens: Vec<Option<u32>>,
 }
 
 impl Logits {
-    /// Those of some rows; none if only the most probable token was brought.
+    /// Those of some rows; none if only their tokens were brought.
     fn rows(&self, rows: &Range<usize>) -> Vec<&[f32]> {
         let Ok(from) = self.wanted.binary_search(&(rows.start as u32)) else { return Vec::new() };
         self.values[from * self.vocabulary..].chunks(self.vocabulary).take(rows.len()).collect()
@@ -406,12 +408,27 @@ impl Sequence {
         if self.generated() < self.request.min_tokens { &self.request.stop_tokens } else { &[] }
     }
 
-    /// Whether the most probable token is all that a turn asks of its logits.
-    fn takes_largest(&self) -> bool {
+    /// Whether a token is all that a turn asks of its logits, and the logits stay as they are.
+    fn takes_token(&self) -> bool {
         let Request { sampling, logprobs, prompt_logprobs, .. } = &self.request;
         let scores = prompt_logprobs.is_some() && self.scored < self.request.prompt.len();
-        let greedy = sampling.temperature <= 0.0 && sampling::is_plain(sampling);
-        greedy && logprobs.is_none() && !scores && self.forbidden().is_empty()
+        sampling::is_plain(sampling) && logprobs.is_none() && !scores && self.forbidden().is_empty()
+    }
+
+    /// How a device draws the next token.
+    #[cfg(feature = "cuda")]
+    fn drawing(&self) -> Draw {
+        let request::Sampling { temperature, top_k, top_p, min_p, seed, .. } = self.request.sampling;
+        if temperature <= 0.0 {
+            return Draw::GREEDY;
+        }
+        Draw {
+            temperature: f64::from(temperature),
+            top_k,
+            top_p: f64::from(top_p),
+            min_p: f64::from(min_p),
+            uniform: sampling::uniform(seed, self.generated()),
+        }
     }
 
     /// Draws the next token. The end, if this was the last.
@@ -600,25 +617,41 @@ impl Worker {
         parts
     }
 
-    /// What the turns need of the logits, on the host: from a GPU only the token of a row whose most probable one
-    /// is taken.
+    /// The values of logits that the turns need, on the host. A GPU draws the token of a row if the token is all that
+    /// is asked.
     fn bring(&self, turns: &[Turn], logits: &Tensor) -> Result<Logits> {
         let (rows, vocabulary) = logits.dims2()?;
-        let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_largest();
+        let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_token();
         let wanted = turns.iter().filter(whole).flat_map(|turn| turn.logits.clone());
         let wanted: Vec<u32> = wanted.map(|row| row as u32).collect();
         #[cfg(feature = "cuda")]
         if wanted.len() < rows {
-            let largest = largest::tokens(logits)?;
+            let tokens = self.drawn(turns, logits)?;
             let values = match wanted.is_empty() {
                 true => Vec::new(),
                 false => rows::gather(logits, &wanted)?.flatten_all()?.to_vec1::<f32>()?,
             };
-            return Ok(Logits { wanted, values, vocabulary, largest });
+            return Ok(Logits { wanted, values, vocabulary, tokens });
         }
         assert_eq!(wanted.len(), rows, "every row of logits is some turn's");
         let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        Ok(Logits { wanted, values, vocabulary, largest: Vec::new() })
+        Ok(Logits { wanted, values, vocabulary, tokens: Vec::new() })
+    }
+
+    /// The tokens that a GPU draws, one for each row of logits. Those of other rows have no meaning.
+    #[cfg(feature = "cuda")]
+    fn drawn(&self, turns: &[Turn], logits: &Tensor) -> Result<Vec<Option<u32>>> {
+        let mut draws = vec![Draw::GREEDY; logits.dim(0)?];
+        for turn in turns.iter().filter(|turn| turn.draws) {
+            let sequence = &self.running[turn.sequence];
+            if sequence.takes_token() {
+                draws[turn.logits.end - 1] = sequence.drawing();
+            }
+        }
+        if draws.iter().all(|draw| *draw == Draw::GREEDY) {
+            return Ok(largest::tokens(logits)?);
+        }
+        Ok(draw::tokens(logits, &draws)?)
     }
 
     fn answer(&mut self, turns: &[Turn], logits: &Tensor) -> Result<()> {
@@ -641,7 +674,7 @@ impl Worker {
                     counted.1 += 1;
                     match rows.last() {
                         Some(row) => sequence.draw(row),
-                        None => sequence.take(logits.largest[turn.logits.end - 1]),
+                        None => sequence.take(logits.tokens[turn.logits.end - 1]),
                     }
                 }
                 _ if sequence.request.max_tokens == 0 && sequence.computed == sequence.tokens.len() => {

@@ -315,4 +315,52 @@ mod tests {
         let all = super::scored(&[0.0, 1.0], 0, 9).top.len();
         assert_eq!((all, super::scored(&[0.0, 1.0], 0, 0).top.len()), (2, 0));
     }
+
+    /// Vocabularies of one warp and of several segments, logits that are no numbers, equal ones, and every filter.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_draws_the_same_tokens() {
+        use crate::ops::draw::{self, Draw};
+        let Some(device) = crate::ops::judge::gpu() else { return };
+        let with = |temperature, top_k, top_p, min_p| Sampling { temperature, top_k, top_p, min_p, ..warm() };
+        let samplings = [
+            Sampling::greedy(),
+            warm(),
+            with(0.3, 0, 1.0, 0.0),
+            with(1.5, 40, 1.0, 0.0),
+            with(1.0, 1, 1.0, 0.0),
+            with(0.8, 0, 0.9, 0.0),
+            with(1.0, 0, 1e-9, 0.0),
+            with(1.0, 0, 0.999_999, 0.0),
+            with(2.0, 0, 1.0, 0.05),
+            with(1.0, 50, 0.95, 0.01),
+            with(1e-9, 0, 1.0, 0.0),
+            with(1.0, 1_000_000, 1.0, 1.0),
+        ];
+        for vocab in [1, 31, 1000, 5003] {
+            let mut random = ChaCha12Rng::seed_from_u64(vocab as u64);
+            let mut logit = || (random.next_u32() % 4096) as f32 / 256.0 - 8.0;
+            let mut rows: Vec<Vec<f32>> =
+                samplings.iter().map(|_| (0..vocab).map(|_| logit()).collect()).collect();
+            for (at, row) in rows.iter_mut().enumerate() {
+                (row[at % vocab], row[5 * at % vocab]) = (f32::NEG_INFINITY, f32::NAN);
+                row[7 * at % vocab] = [f32::INFINITY, -0.0, 0.0, 7.9][at % 4];
+            }
+            rows[3].fill(0.5);
+            rows[4].fill(f32::NAN);
+            let logits = candle_core::Tensor::new(rows.clone(), &device).unwrap();
+            for number in 0..24 {
+                let draws = samplings.clone().map(|sampling| Draw {
+                    temperature: f64::from(sampling.temperature),
+                    top_k: sampling.top_k,
+                    top_p: f64::from(sampling.top_p),
+                    min_p: f64::from(sampling.min_p),
+                    uniform: uniform(sampling.seed, number),
+                });
+                let host = rows.iter().zip(&samplings).map(|(row, sampling)| choose(row, sampling, number));
+                let found = draw::tokens(&logits, &draws).unwrap();
+                assert_eq!(found, host.collect::<Vec<_>>(), "{vocab} tokens, draw {number}");
+            }
+        }
+    }
 }

@@ -18,6 +18,8 @@ pub mod attention;
 pub mod bias;
 pub mod change;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+pub mod draw;
 pub mod dropout;
 pub mod eight_bits;
 pub mod noise;
