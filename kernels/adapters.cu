@@ -41,6 +41,7 @@ template <typename T>
 __device__ __forceinline__ void shrink(const T* x, const uint32_t* items, float* low, int k, int rank_max, SITES_PARAMETERS) {
     const int lane = threadIdx.x & 31, r = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     const Item item(items + 4 * (uint64_t)blockIdx.y);
+    if (item.table == nullptr) return;  // it fills the list up
     const Pair pair(item.table, PICK(site));
     if (r >= pair.rank) return;  // a whole warp leaves
     x += (uint64_t)item.row * k;
@@ -67,6 +68,7 @@ __device__ __forceinline__ void expand(const float* low, const uint32_t* items, 
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= PICK(n)) return;
     const uint32_t* own = rows + 3 * (uint64_t)blockIdx.y;
+    if (own[2] == 0) return;  // it fills the list up
     float total = 0.f;
     for (uint32_t i = own[1]; i < own[1] + own[2]; ++i) {
         const Item item(items + 4 * (uint64_t)i);

@@ -145,6 +145,7 @@ __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* val
     const int key_head = blockIdx.x / parts, member = blockIdx.x % parts * GROUP;
     const int head = key_head * shape.group + member, count = min(GROUP, shape.group - member);
     const Piece piece(pieces + 6 * (uint64_t)blockIdx.y);
+    if (piece.from == piece.to) return;  // it fills the list up; the whole block leaves
     const bool inside = column < shape.width;
     pages += piece.pages_at;
 
@@ -256,6 +257,7 @@ __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* val
 template <typename T>
 __device__ __forceinline__ void combine(const float* partials, T* out, const uint32_t* rows, int heads, int width) {
     const uint32_t row = rows[3 * blockIdx.y], count = rows[3 * blockIdx.y + 2];
+    if (count == 0) return;  // it fills the list up
     const uint64_t stride = (uint64_t)heads * (width + 2);
     partials += ((uint64_t)rows[3 * blockIdx.y + 1] * heads + blockIdx.x) * (width + 2);
     float top = -INFINITY;

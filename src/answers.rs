@@ -152,7 +152,12 @@ fn shown(record: &Record, prompt: &[u32], tokenizer: &Tokenizer) -> String {
 }
 
 /// An engine with adapters under the names a, b, ... and room for these questions. The base is taken into it.
-pub fn engine(decoder: Decoder, adapters: &[&Path], questions: &[Question]) -> Result<Engine> {
+pub fn engine(
+    decoder: Decoder,
+    adapters: &[&Path],
+    questions: &[Question],
+    report: &Report,
+) -> Result<Engine> {
     let longest = questions.iter().map(|q| q.prompt.len() + q.tokens_max).max().unwrap_or(1);
     let context = longest.min(decoder.facts.positions_max);
     let options = Options {
@@ -162,7 +167,7 @@ pub fn engine(decoder: Decoder, adapters: &[&Path], questions: &[Question]) -> R
         cache_tokens: (SEQUENCES * context).min(CACHE_TOKENS.max(context)),
         cache: CacheType::Bf16,
     };
-    let engine = Engine::start(decoder, &options, String::new())?;
+    let engine = Engine::start(decoder, &options, String::new(), report)?;
     for (number, folder) in adapters.iter().enumerate() {
         engine.load_adapter(&name(number), folder).map_err(|fault| fault.at(folder.display()))?;
     }

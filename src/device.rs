@@ -230,7 +230,10 @@ pub fn memory_peak(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => machine::memory_peak(),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::ops::cuda::device::pool(device).ok().map(|(_, most)| most as u64),
+        Device::Cuda(device) => {
+            let (_, most) = crate::ops::cuda::device::pool(device).ok()?;
+            Some((most + crate::ops::cuda::device::graphs_peak(device).unwrap_or(0)) as u64)
+        }
         _ => None,
     }
 }

@@ -158,7 +158,7 @@ fn exact(
     };
     let folders: Vec<_> = tuned.members.iter().map(|member| member.folder.as_path()).collect();
     let strengths: Vec<f64> = tuned.members.iter().map(|member| member.named.strength).collect();
-    let engine = answers::engine(decoder, &folders, &questions)?;
+    let engine = answers::engine(decoder, &folders, &questions, report)?;
     let pairs = answers::ask(&engine, questions, &strengths, &how, tokenizer, report)?;
     let count = |given: fn(&answers::Pair) -> &answers::Given| {
         let is_it = |pair: &&answers::Pair| {

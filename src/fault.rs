@@ -28,7 +28,7 @@ pub enum Kind {
     Network = 20,
     /// Disk full, failing, or in use by another hone.
     Storage = 21,
-    /// Accelerator failed.
+    /// An accelerator failed, or the ranks of a run failed or do not agree.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
@@ -96,7 +96,7 @@ impl Kind {
             Kind::Diverged => "Training produced NaN or infinity, a spike, or an adapter without effect.",
             Kind::Network => "Download or registry unreachable after all retries.",
             Kind::Storage => "Disk full, failing, or in use by another hone.",
-            Kind::Device => "Accelerator failed.",
+            Kind::Device => "An accelerator failed, or the ranks of a run failed or do not agree.",
             Kind::Push => "Training is done and safe on disk, but the push failed.",
             Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
             Kind::InterruptedUnsaved => "Stopped by a signal before anything could be saved.",

@@ -15,6 +15,7 @@ use crate::adapter;
 use crate::answers;
 use crate::dataset::{self, Chat, Set, Tokenizer};
 use crate::device;
+use crate::facts::Facts;
 use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::Sampling;
@@ -25,7 +26,7 @@ use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
 use crate::model::lora::Trainable;
-use crate::model::residency::Ring;
+use crate::model::residency::{Home, Ring};
 use crate::ops::cpu;
 use crate::plain;
 use crate::plan::Plan;
@@ -35,6 +36,7 @@ use crate::report::{Report, Stage};
 use crate::run_folder::{self, Metrics, RunFolder};
 use crate::source;
 use crate::train::{self, Every, Passes, Trained};
+use crate::words;
 
 pub mod room;
 pub mod estimate;
@@ -208,7 +210,7 @@ fn make(
     together.by_node(|| fetch::weights(&plan.base, plan.access(), report))?;
     tell_renamed(&described, report);
     let (home, planned) = (memory.home(ranks.clone()), (memory.task.clone(), memory.machine.clone()));
-    let decoder = load::load_at(&home, described.facts, &described.options, device, report)?;
+    let decoder = load_alike(&home, described.facts, &described.options, device, together, report)?;
     let adapter = decoder.trainable(&described.options.lora)?;
     if let Some(initial) = &described.initial {
         initial.apply(&adapter)?;
@@ -236,6 +238,34 @@ fn make(
     finish(plan, &trained, folder)?;
     tell_trained(device, folder, &trained, report);
     Ok(Some(trained))
+}
+
+/// Loads the base. Several ranks compare what they read.
+fn load_alike(
+    home: &Home,
+    facts: Facts,
+    options: &model::Options,
+    device: &Device,
+    together: &Together,
+    report: &Report,
+) -> Result<Decoder> {
+    if together.place().world == 1 {
+        return load::load_at(home, facts, options, device, report);
+    }
+    let load = || {
+        let (decoder, fingerprint) = load::load_compared(home, facts, options, device, report)?;
+        together.agree_on_weights(&fingerprint)?;
+        Ok((decoder, fingerprint))
+    };
+    let (decoder, fingerprint) = if home.is_shared() { together.apart(load) } else { load() }?;
+    if home.is_shared() {
+        let read = words::size(fingerprint.bytes);
+        report.note(
+            Stage::Load,
+            format!("each rank read its share of the layers: rank 0 read {read} of weights"),
+        );
+    }
+    Ok(decoder)
 }
 
 /// The facts of a training that ended.
@@ -397,7 +427,7 @@ fn answer(
     let chat = Chat::of(tokenizer, plan.tokens.chat_template.as_deref())?;
     let defaults = Defaults::read(&plan.model.folder, tokenizer, chat.as_ref())?;
     let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
-    let engine = answers::engine(decoder, &[folder.path()], &questions)?;
+    let engine = answers::engine(decoder, &[folder.path()], &questions, report)?;
     let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
     let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
     folder.write(run_folder::ANSWERS, &text)?;

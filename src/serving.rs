@@ -199,7 +199,7 @@ fn engine(
         cache_tokens: divided.cache_tokens,
         cache: divided.cache,
     };
-    Engine::start(decoder, &sizes, description)
+    Engine::start(decoder, &sizes, description, report)
 }
 
 /// A folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An image

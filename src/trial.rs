@@ -86,7 +86,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     let decoder = tuned.decoder(&device, report)?;
     let folders: Vec<_> = tuned.members.iter().map(|member| member.folder.as_path()).collect();
     let strengths: Vec<f64> = tuned.members.iter().map(|member| member.named.strength).collect();
-    let engine = answers::engine(decoder, &folders, &questions)?;
+    let engine = answers::engine(decoder, &folders, &questions, report)?;
     let pairs = answers::ask(&engine, questions, &strengths, &how, &tokenizer, report)?;
     Ok(Trial { tuned, rows, pairs })
 }

@@ -49,7 +49,7 @@ fn options() -> Options {
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::start(decoder(name), &options(), "a test".into()).unwrap()
+    Engine::start(decoder(name), &options(), "a test".into(), &Report::silent()).unwrap()
 }
 
 /// The final adapter as "a", and as "b" the same with the rows of each lora_B moved by one and negated.
@@ -120,7 +120,7 @@ fn greedy_tokens_on_a_gpu_are_those_of_transformers_and_peft() {
     let tokens_max = std::env::var("HONE_GENERATE_TOKENS").map_or(TOKENS, |text| text.parse().unwrap());
     let engine = |name: &str| {
         let decoder = decoder_on(name, &gpu, Precision::F32, Quantization::None);
-        Engine::start(decoder, &options(), "a test".into()).unwrap()
+        Engine::start(decoder, &options(), "a test".into(), &Report::silent()).unwrap()
     };
     greedy_tokens(engine, tokens_max);
 }
@@ -231,6 +231,157 @@ fn bf16_on_a_gpu_stays_near_f32() {
     }
 }
 
+/// Held by tests that need graphs or switch them off, which concerns the whole process.
+#[cfg(feature = "cuda")]
+static GRAPHS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// A step by its graph has the bits of the same step launch by launch: every family, rows with other adapters and
+/// strengths, contexts that grow beyond one piece of keys, an adapter that is loaded again between two launches of a
+/// graph.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_graph_changes_no_bit() {
+    const LENGTHS: [usize; 3] = [3, 20, 61];
+    let Some(gpu) = gpu() else { return };
+    let _graphs = GRAPHS.lock().unwrap();
+    let nf4 = Quantization::FourBit { code: hone::facts::FourBitCode::Nf4, double: true };
+    for name in recorded().keys() {
+        let decoder = decoder_on(name, &gpu, Precision::Bf16, nf4);
+        let read = adapter::read(&golden(name).join("final_adapter")).unwrap();
+        let pairs = || read.pairs(&decoder.facts, decoder.dtype, &gpu).unwrap();
+        let (first, mut second) = (pairs(), pairs());
+        let token = |row: usize, at: usize| ((row * 31 + at * 7 + 1) % decoder.facts.vocab) as u32;
+        let mut caches = [(); 2].map(|()| Cache::new(&decoder.facts, 3 * 96, 96, DType::BF16, &gpu).unwrap());
+        let pages = caches.each_mut().map(|cache| LENGTHS.map(|_| cache.reserve(96, &[]).unwrap().pages));
+        for (cache, pages) in caches.iter_mut().zip(&pages) {
+            let mut step = Step::default();
+            for (row, (pages, length)) in pages.iter().zip(LENGTHS).enumerate() {
+                let ids: Vec<u32> = (0..length).map(|at| token(row, at)).collect();
+                step.push(&ids, 0, pages.clone(), length);
+            }
+            decoder.step(&step, cache, Lora::None).unwrap();
+        }
+        let bits = |logits: &Tensor| -> Vec<u32> {
+            logits.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        for at in 0..6 {
+            if at == 2 {
+                second = pairs();
+            }
+            let step = |side: usize| {
+                let mut step = Step::default();
+                for (row, (pages, length)) in pages[side].iter().zip(LENGTHS).enumerate() {
+                    let position = length + at;
+                    let from = step.push(&[token(row, position)], position, pages.clone(), position + 1);
+                    step.wanted.push(from as u32);
+                }
+                step
+            };
+            let parts = || {
+                vec![
+                    Part { adapter: &first, rows: 1..3, strength: 0.5 + at as f64 / 8.0 },
+                    Part { adapter: &second, rows: 2..3, strength: -0.25 },
+                ]
+            };
+            let [graph, plain] = &mut caches;
+            let expected = decoder.step(&step(1), plain, Lora::Mixed(&Mixture::new(parts()))).unwrap();
+            let found = decoder.decode(&step(0), graph, &Mixture::new(parts()), None, 8).unwrap();
+            let found = found.unwrap_or_else(|| panic!("{name}: no graph"));
+            assert_eq!(found.tokens, hone::ops::largest::tokens(&expected).unwrap(), "{name}, step {at}");
+            assert!(bits(&found.logits) == bits(&expected), "{name}, step {at}: other bits");
+        }
+        let replay = caches[0].replay().unwrap();
+        assert_eq!((replay.refusal(), replay.size().0), (None, 2), "{name}");
+    }
+}
+
+/// Requests that come, end and leave, greedy and drawn, with log-probabilities and adapters that are unloaded and
+/// loaded: the same tokens with graphs and without, in bits.
+#[cfg(feature = "cuda")]
+#[test]
+fn answers_with_graphs_are_those_without() {
+    use hone::ops::change::Change;
+    let Some(gpu) = gpu() else { return };
+    let _graphs = GRAPHS.lock().unwrap();
+    let nf4 = Quantization::FourBit { code: hone::facts::FourBitCode::Nf4, double: true };
+    let answers = |graphs: bool| {
+        Change::Graphs.set(graphs);
+        let decoder = decoder_on("llama3", &gpu, Precision::Bf16, nf4);
+        let options = Options { cache: CacheType::Bf16, sequences: 4, ..options() };
+        let engine = Engine::start(decoder, &options, "a test".into(), &Report::silent()).unwrap();
+        load_both(&engine, "llama3");
+        let request = |number: usize, mix: &[(&str, f32)]| {
+            let prompt = (0..5 + 11 * number as u32).map(|i| (i * 13 + 5) % 100).collect();
+            let request = Request::greedy(prompt, 6 + 3 * number);
+            let sampling = match number % 3 {
+                1 => generate::Sampling { temperature: 0.8, seed: 7, ..request.sampling.clone() },
+                _ => request.sampling.clone(),
+            };
+            let logprobs = (number % 3 == 2).then_some(2);
+            Request { adapters: strengths(mix), sampling, logprobs, ..request }
+        };
+        let mut found = Vec::new();
+        for _ in 0..2 {
+            let mixes: [&[(&str, f32)]; 6] =
+                [&[], &[("a", 1.0)], &[("b", 0.5)], &[("a", 0.3), ("b", 1.0)], &[], &[("a", 1.0)]];
+            let asked =
+                mixes.iter().enumerate().map(|(number, mix)| engine.submit(request(number, mix)).unwrap());
+            let asked: Vec<Answer> = asked.collect();
+            found.extend(asked.into_iter().map(|answer| collect(answer).tokens));
+            engine.unload_adapter("a").unwrap();
+            engine.load_adapter("a", &golden("llama3").join("final_adapter")).unwrap();
+        }
+        Change::Graphs.set(true);
+        found
+    };
+    let (with, without) = (answers(true), answers(false));
+    for (number, (with, without)) in with.iter().zip(&without).enumerate() {
+        assert_eq!(with, without, "answer {number}");
+    }
+}
+
+/// A driver that records nothing: the same tokens, and one warning.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_driver_without_graphs_is_warned_about_once() {
+    use hone::report::{Event as Told, Sink};
+    use std::sync::{Arc, Mutex};
+    #[derive(Default)]
+    struct Warnings(Mutex<Vec<String>>);
+    impl Sink for Warnings {
+        fn event(&self, event: &Told) {
+            if let Told::Warning { text, .. } = event {
+                self.0.lock().unwrap().push(text.clone());
+            }
+        }
+
+        fn progress(&self, _: &hone::report::Progress) {}
+    }
+    if std::env::var_os("HONE_FAKE_GPU_GRAPHS").is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let name = "a_driver_without_graphs_is_warned_about_once";
+        let run = std::process::Command::new(itself)
+            .args(["--exact", name, "--nocapture"])
+            .env("HONE_FAKE_GPU_GRAPHS", "0")
+            .output()
+            .unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        return;
+    }
+    let Some(gpu) = gpu() else { return };
+    let nf4 = Quantization::FourBit { code: hone::facts::FourBitCode::Nf4, double: true };
+    let decoder = decoder_on("llama3", &gpu, Precision::Bf16, nf4);
+    let options = Options { cache: CacheType::Bf16, ..options() };
+    let warnings = Arc::new(Warnings::default());
+    let engine = Engine::start(decoder, &options, "a test".into(), &Report::new(warnings.clone())).unwrap();
+    for _ in 0..2 {
+        let answer = collect(engine.submit(Request::greedy(vec![1, 2, 3], 6)).unwrap());
+        assert_eq!(answer.tokens.len(), 6);
+    }
+    let warnings = warnings.0.lock().unwrap();
+    assert!(matches!(&warnings[..], [one] if one.contains("refused to record")), "{warnings:?}");
+}
+
 /// Logits of every row of a text with the recorded adapter: all rows but the last ones in one step, those one by
 /// one.
 #[cfg(feature = "cuda")]
@@ -274,7 +425,9 @@ fn bf16_stays_near_the_reference() {
             continue;
         }
         let options = Options { cache: CacheType::Bf16, ..options() };
-        let engine = Engine::start(decoder_in(name, Precision::Bf16), &options, "a test".into()).unwrap();
+        let engine =
+            Engine::start(decoder_in(name, Precision::Bf16), &options, "a test".into(), &Report::silent())
+                .unwrap();
         load_both(&engine, name);
         let scored = cases.as_array().unwrap().iter().filter(|case| case.get("logprobs").is_some());
         let scored: Vec<&Value> = scored.collect();
@@ -332,7 +485,13 @@ fn an_8_bit_cache_stays_near_bf16() {
         let text = [list(&case["prompt"]), list(&case["tokens"])].concat();
         let scores = |cache: CacheType| -> Vec<f64> {
             let options = Options { cache, ..options() };
-            let engine = Engine::start(decoder_in(name, Precision::Bf16), &options, "a test".into()).unwrap();
+            let engine = Engine::start(
+                decoder_in(name, Precision::Bf16),
+                &options,
+                "a test".into(),
+                &Report::silent(),
+            )
+            .unwrap();
             let request = Request { prompt_logprobs: Some(1), ..Request::greedy(text.clone(), 0) };
             let found = collect(engine.submit(request).unwrap()).prompt;
             found.iter().map(|token| f64::from(token.logprob)).collect()
@@ -385,7 +544,7 @@ fn shared_beginnings_change_nothing_but_the_work() {
     });
     // Just room for two sequences: chunks are dropped and computed again.
     let options = Options { cache_tokens: 704, sequences: 2, ..options() };
-    let engine = Engine::start(decoder("llama3"), &options, "a test".into()).unwrap();
+    let engine = Engine::start(decoder("llama3"), &options, "a test".into(), &Report::silent()).unwrap();
     load_both(&engine, "llama3");
     let mut hits = 0;
     for ((tail, length, mix, found), alone) in cases.into_iter().zip(&alone) {
@@ -421,6 +580,7 @@ fn shared_beginnings_change_nothing_but_the_work() {
         decoder("phi3_longrope"),
         &Options { context: None, ..options.clone() },
         "a test".into(),
+        &Report::silent(),
     );
     let long = long.unwrap();
     for _ in 0..2 {
@@ -446,7 +606,11 @@ fn neighbours_do_not_matter_to_few_rows_on_a_gpu() {
     for name in ["llama3", "gemma2"] {
         let decoder = decoder_on(name, &gpu, Precision::Bf16, nf4);
         let few = Options { cache: CacheType::Bf16, ..options() };
-        neighbours(&Engine::start(decoder, &few, "a test".into()).unwrap(), name, [5, 9, 1, 6, 7, 2]);
+        neighbours(
+            &Engine::start(decoder, &few, "a test".into(), &Report::silent()).unwrap(),
+            name,
+            [5, 9, 1, 6, 7, 2],
+        );
     }
 }
 
@@ -457,8 +621,13 @@ fn a_gpu_draws_what_the_host_draws() {
     let Some(gpu) = gpu() else { return };
     let nf4 = Quantization::FourBit { code: hone::facts::FourBitCode::Nf4, double: true };
     let few = Options { cache: CacheType::Bf16, ..options() };
-    let engine =
-        Engine::start(decoder_on("qwen3", &gpu, Precision::Bf16, nf4), &few, "a test".into()).unwrap();
+    let engine = Engine::start(
+        decoder_on("qwen3", &gpu, Precision::Bf16, nf4),
+        &few,
+        "a test".into(),
+        &Report::silent(),
+    )
+    .unwrap();
     let request = |i: usize, logprobs: Option<usize>| {
         let sampling = generate::Sampling {
             temperature: [0.0, 0.7, 1.3, 2.0][i % 4],
@@ -564,7 +733,7 @@ fn stop_tokens_end_a_sequence_but_not_before_its_minimum() {
 #[test]
 fn what_cannot_be_answered_is_refused_by_name() {
     let options = Options { sequences: 1, waiting: 2, cache_tokens: 96, ..options() };
-    let engine = Engine::start(decoder("llama3"), &options, "a test".into()).unwrap();
+    let engine = Engine::start(decoder("llama3"), &options, "a test".into(), &Report::silent()).unwrap();
     let refused = |request: Request| engine.submit(request).expect_err("refused");
     assert!(matches!(refused(Request::greedy(vec![1; 90], 7)), Refusal::TooLong { asked: 97, context: 96 }));
     let unknown = Request { adapters: strengths(&[("c", 1.0)]), ..Request::greedy(vec![1], 1) };

@@ -158,6 +158,9 @@ struct Asked {
     fills: u64,
     events: u64,
     choices: u64,
+    graphs: u64,
+    graph_launches: u64,
+    graph_bytes: u64,
 }
 
 /// `None` if the driver is a real one.
@@ -293,16 +296,19 @@ fn what_a_decoded_token_asks_of_the_device() {
     if asked().is_none() {
         return;
     }
-    // (model, sequences, adapters): launches, products, waits, copies and bytes to the host, copies to the device. A
-    // layer of nine launches: norm, q k v, rope with keeping, attention, output, norm, gate and up, activation, down;
+    // (model, sequences, adapters): launches, products, waits, copies and bytes to the host, copies to the device,
+    // launches of a graph.
+    // A layer of nine launches: norm, q k v, rope with keeping, attention, output, norm, gate and up, activation, down;
     // eight more for adapters, two for each input that layers read. Around the layers: embedding, angles, norm,
     // head, the largest logit. Four bytes a token go to the host.
     let expected = [
-        (("llama3", 1, false), [23, 0, 0, 1, 4, 7]),
-        (("llama3", 3, true), [39, 0, 0, 1, 12, 9]),
-        (("phi3", 1, false), [23, 0, 0, 1, 4, 7]),
-        (("phi3", 3, true), [39, 0, 0, 1, 12, 9]),
+        (("llama3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
+        (("llama3", 3, true), [39, 0, 0, 1, 12, 9, 0]),
+        (("phi3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
+        (("phi3", 3, true), [39, 0, 0, 1, 12, 9, 0]),
     ];
+    // By a graph: one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
+    // four.
     let mut wrong = Vec::new();
     for ((name, sequences, adapted), expected) in expected {
         let (decoder, _) = decoder(name, &gpu, Precision::Bf16, 0.0);
@@ -312,7 +318,7 @@ fn what_a_decoded_token_asks_of_the_device() {
         let mut cache =
             Cache::new(&decoder.facts, 64 * sequences, 64, candle_core::DType::BF16, &gpu).unwrap();
         let pages: Vec<Vec<u32>> = (0..sequences).map(|_| cache.reserve(64, &[]).unwrap().pages).collect();
-        let mut token = |position: usize| {
+        let mut token = |position: usize, graphs: bool| {
             let before = asked().unwrap();
             let mut step = Step::default();
             for (row, pages) in pages.iter().enumerate() {
@@ -322,9 +328,14 @@ fn what_a_decoded_token_asks_of_the_device() {
             let part = |row| Part { adapter: &pairs, rows: row..row + 1, strength: 0.5 };
             let parts = (0..sequences).filter(|_| adapted).map(part).collect();
             let mixture = Mixture::new(parts);
-            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture)).unwrap();
-            assert_eq!(largest::tokens(&logits).unwrap().len(), sequences);
-            drop(logits);
+            if graphs {
+                let decoded = decoder.decode(&step, &mut cache, &mixture, None, 4).unwrap().expect("a graph");
+                assert_eq!(decoded.tokens.len(), sequences);
+            } else {
+                let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture)).unwrap();
+                assert_eq!(largest::tokens(&logits).unwrap().len(), sequences);
+            }
+            drop(mixture);
             let after = asked().unwrap();
             [
                 after.launches - before.launches,
@@ -333,17 +344,25 @@ fn what_a_decoded_token_asks_of_the_device() {
                 after.device_to_host_copies - before.device_to_host_copies,
                 after.device_to_host_bytes - before.device_to_host_bytes,
                 after.host_to_device_copies - before.host_to_device_copies,
+                after.graph_launches - before.graph_launches,
             ]
         };
         // The first step loads kernels and makes the adapter's table.
-        let found = [0, 1, 2].map(&mut token);
+        let found = [0, 1, 2].map(|position| token(position, false));
         assert_eq!(found[1], found[2], "{name}: two steps ask for the same");
-        if found[2] != expected {
-            wrong.push(format!(
-                "{name}, {sequences} sequences, adapted: {adapted}: {:?}, not {expected:?}",
-                found[2]
-            ));
+        // The first step of its shape is done launch by launch, the second one is recorded and launched.
+        let replayed = [3, 4, 5, 6].map(|position| token(position, true));
+        assert_eq!(replayed[2], replayed[3], "{name}: two steps ask for the same");
+        let filled = 4 * (sequences as u64).next_power_of_two();
+        for (found, expected) in [(found[2], expected), (replayed[3], [0, 0, 1, 0, filled, 0, 1])] {
+            if found != expected {
+                let what = format!("{name}, {sequences} sequences, adapted: {adapted}");
+                wrong.push(format!("{what}: {found:?}, not {expected:?}"));
+            }
         }
+        let (graphs, bytes) = cache.replay().expect("there is one").size();
+        assert_eq!(graphs, 1, "{name}");
+        assert!(bytes <= asked().unwrap().graph_bytes, "{name}: {bytes} bytes");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -1,8 +1,10 @@
 //! Several processes train one adapter: the same result whatever their number, whoever started them, and whatever
 //! happens to one of them.
 //!
-//! `cargo test --test ranks chaos` tries 10 seeds, `HONE_CHAOS=300` so many; `HONE_SEED=N` begins at that one. A seed
-//! draws which rank is killed at which call; a failing seed is named with them.
+//! `cargo test --test ranks chaos` tries 10 seeds (2 of ranks on GPUs), `HONE_CHAOS=300` so many; `HONE_SEED=N` begins
+//! at that one. A seed draws which rank is killed at which call; a failing seed is named with them.
+//!
+//! `HONE_TEST_TORCHRUN` names a torchrun, which starts two ranks and restarts them.
 //!
 //! Ranks on GPUs run on the fake driver (`tests/gpu`), with a process and a GPU each. A few of NCCL's calls are tried;
 //! `HONE_FAULTS=all cargo test --features cuda --test ranks nccl` kills each rank at every one of them.
@@ -42,7 +44,7 @@ const KEYS: [&str; 14] = [
     "TrainingArguments.save_strategy=steps",
     "TrainingArguments.save_steps=2",
     "TrainingArguments.save_total_limit=2",
-    "DatasetConfig.train_test_split=0.8",
+    "DatasetConfig.train_test_split=0.95",
 ];
 
 fn arguments(output: &str, steps: u32, more: &[&str]) -> Vec<String> {
@@ -79,6 +81,7 @@ fn a_shared_base_changes_no_byte() {
     let ended = job::done(&mut hone(&work, &shared));
     assert!(ended.stderr.contains("shared over 3 ranks"), "{}", ended.stderr);
     assert!(ended.stderr.contains("rank 0 loads all of it for the answers"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("each rank read its share of the layers: rank 0 read"), "{}", ended.stderr);
     for file in ["adapter_model.safetensors", "answers.json"] {
         let read = |output: &str| work.read(&format!("{output}/{file}"));
         assert!(read("shared") == read("whole"), "{file} differs");
@@ -226,7 +229,7 @@ fn ranks_with_other_settings_are_refused_with_both_values() {
         arguments("out", 8, &["--set", "TrainingArguments.weight_decay=0.25"]),
     ];
     let ended = both([0, 1].map(|rank| under_torchrun(&work, rank, 2, 41_000, &lines[rank])));
-    assert_eq!((ended[0].code, ended[1].code), (Some(10), Some(10)), "{ended:?}");
+    assert_eq!((ended[0].code, ended[1].code), (Some(22), Some(22)), "{ended:?}");
     let message = work.json("termination-0.json")["message"].as_str().unwrap().to_owned();
     let expected = "rank 1 was started with another run than rank 0: options: weight_decay: 0.25 there, weight_decay: 0.5 here";
     assert_eq!(message, expected);
@@ -253,6 +256,50 @@ fn ranks_with_other_settings_are_refused_with_both_values() {
         ended.code == Some(10) && ended.stderr.contains("MASTER_ADDR is missing beside RANK"),
         "{ended:?}"
     );
+}
+
+/// The llama with one byte changed: of a tensor of its second layer, in the middle of the tensor.
+fn other_weights(work: &Work, folder: &str) {
+    work.copy("llama3/model", folder);
+    let file = format!("{folder}/model.safetensors");
+    let mut bytes = work.read(&file);
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let places = &tensors["model.layers.1.mlp.up_proj.weight"]["data_offsets"];
+    let middle = (places[0].as_u64().unwrap() + places[1].as_u64().unwrap()) as usize / 2;
+    bytes[8 + header + middle] ^= 1;
+    work.write(&file, bytes);
+}
+
+/// A volume that is not the same on every machine yet: a retry can help.
+#[test]
+fn ranks_with_other_weights_or_a_damaged_copy_end_with_a_code_that_is_tried_again() {
+    let work = Work::with_llama();
+    other_weights(&work, "other");
+    work.copy("llama3/model", "damaged");
+    work.write("damaged/config.json", "{");
+    let port = |offset: u16| 41_100 + offset;
+    for (offset, model, more, part) in [
+        (0, "other", "residency=resident", "rank 1 has other weights than rank 0: layer 1 differs"),
+        (1, "other", "residency=shared", "rank 1 has other weights than rank 0: layer 1 differs"),
+        (2, "damaged", "residency=resident", "rank 0 found no such fault (model) in its own inputs"),
+    ] {
+        let output = format!("out-{offset}");
+        let rank = |rank: usize| {
+            let mut lines = arguments(&output, 8, &["--set", more]);
+            if rank == 1 {
+                lines.iter_mut().filter(|text| *text == "model").for_each(|text| *text = model.into());
+            }
+            let mut command = under_torchrun(&work, rank, 2, port(offset), &lines);
+            command.env("HONE_RANKS_WAIT", "60");
+            command
+        };
+        let ended = both([rank(0), rank(1)]);
+        assert_eq!((ended[0].code, ended[1].code), (Some(22), Some(22)), "{model}, {more}: {ended:?}");
+        let told = work.json("termination-0.json");
+        assert!(told["message"].as_str().unwrap().contains(part), "{model}, {more}: {told}");
+        assert_eq!(ended[1].stderr, "", "rank 0 speaks for both");
+    }
 }
 
 #[test]
@@ -301,6 +348,61 @@ fn a_silent_rank_ends_all_in_the_stated_time() {
     assert!(work.json("termination.json")["message"].as_str().unwrap().ends_with("has been silent for 6 s"));
     signal(ranks[&1], SIGCONT);
     all_gone(ranks.into_values());
+}
+
+/// One of two machines, as a pod of an Indexed Job.
+fn pod(work: &Work, index: usize, port: u16, lines: &[String]) -> Command {
+    let mut command = hone(work, lines);
+    command.env("HONE_NODES", "2").env("JOB_COMPLETION_INDEX", index.to_string());
+    command.env("HONE_MASTER_ADDR", "127.0.0.1").env("HONE_MASTER_PORT", port.to_string());
+    command.env("HONE_TERMINATION_LOG", work.path(&format!("termination-{index}.json")));
+    command
+}
+
+/// A container is restarted by its node alone, while the others still train: it waits, and meets them again.
+#[test]
+fn a_pod_that_is_restarted_alone_meets_the_others_again() {
+    let work = Work::with_llama();
+    let expected = whole(&work, "whole", 2);
+    for (victim, port) in [(1, 41_200), (0, 41_201)] {
+        let output = format!("out-{victim}");
+        let lines = arguments(&output, 8, &[]);
+        let start = |index: usize, log: &str| work.start_command(&mut pod(&work, index, port, &lines), log);
+        let mut first = [start(0, "first-0"), start(1, "first-1")].map(Some);
+        first[victim].as_mut().unwrap().until("steps", || steps(&work, &output) >= 3);
+        let killed = first[victim].take().unwrap();
+        killed.signal(SIGKILL);
+        killed.end();
+        let again = start(victim, &format!("again-{victim}"));
+        let (code, log) = first[1 - victim].take().unwrap().end();
+        assert_eq!(code, Some(22), "{log}");
+        let other = start(1 - victim, &format!("again-{}", 1 - victim));
+        for (code, log) in [again.end(), other.end()] {
+            assert_eq!(code, Some(0), "{log}");
+        }
+        assert!(work.read(&format!("{output}/adapter_model.safetensors")) == expected, "pod {victim}");
+    }
+}
+
+/// torchrun itself, if `HONE_TEST_TORCHRUN` names it: its agent restarts all ranks after one was killed.
+#[test]
+fn ranks_of_a_real_torchrun_continue_after_its_restart() {
+    let Some(torchrun) = std::env::var_os("HONE_TEST_TORCHRUN") else { return };
+    let work = Work::with_llama();
+    let expected = whole(&work, "whole", 2);
+    let lines = arguments("out", 8, &[]);
+    let rank = r#"
+        [ "$RANK$TORCHELASTIC_RESTART_COUNT" = 10 ] || exec "$@"
+        "$@" & rank=$!
+        while [ "$(wc -l <out/metrics.jsonl)" -lt 3 ]; do sleep 0.05; done 2>/dev/null
+        kill -9 $rank; wait $rank"#;
+    let mut command = Command::new(torchrun);
+    command.args(["--no-python", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]);
+    command.args(["sh", "-c", rank, "rank", env!("CARGO_BIN_EXE_hone")]).args(&lines);
+    command.current_dir(work.path("")).env("HONE_TERMINATION_LOG", work.path("termination.json"));
+    let ended = job::done(&mut command);
+    assert!(ended.stderr.contains("rank 1 of 2"), "the first attempt failed: {}", ended.stderr);
+    assert!(work.read("out/adapter_model.safetensors") == expected, "whoever starts them, and restarts them");
 }
 
 #[test]
@@ -384,6 +486,9 @@ fn chaos_kills_ranks_at_random_calls_and_the_bytes_stay() {
 #[cfg(feature = "cuda")]
 mod gpus {
     use super::*;
+    use hone::facts::config::Config;
+    use hone::facts::family;
+    use hone::model::random;
 
     const KEYS: [&str; 10] = [
         "QuantizationConfig.load_in_4bit=true",
@@ -475,9 +580,10 @@ mod gpus {
     }
 
     /// Kills a rank at a call, and starts the run again.
-    fn dies(work: &Work, rank: usize, call: usize, expected: &[u8]) {
+    fn dies(work: &Work, rank: usize, call: usize, expected: &[u8], variables: &[(&str, &str)]) {
         let output = format!("dies-{rank}-{call}");
         let mut command = hone(work, &output, 2, &["--gpus", "all"]);
+        command.envs(variables.iter().copied());
         let began = Instant::now();
         let ended = job::end(command.env("HONE_FAKE_NCCL_DIE", format!("{rank}:{call}")));
         let what = format!("rank {rank} at call {call}: {}", ended.stderr);
@@ -508,7 +614,113 @@ mod gpus {
         let few = vec![(1, 0), (1, 3 + (last - 3) / 3 + 1), (0, last)];
         let every = (0..=last).flat_map(|call| [(0, call), (1, call)]).collect();
         for (rank, call) in if all { every } else { few } {
-            dies(&work, rank, call, &expected);
+            dies(&work, rank, call, &expected, &[]);
+        }
+    }
+
+    /// A llama of four layers, whose gradient has several pieces of one size.
+    fn with_four_layers() -> Work {
+        let work = Work::with_llama();
+        let mut config = work.json("model/config.json");
+        config["num_hidden_layers"] = 4.into();
+        work.write("model/config.json", config.to_string());
+        let facts = family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap();
+        random::write(&work.path("model"), &facts, 3).unwrap();
+        work
+    }
+
+    /// The numbers of two neighbouring sums of a later step that have the same size.
+    fn alike(calls: &[(String, u64)]) -> usize {
+        let pair =
+            calls.windows(2).enumerate().skip(3 + (calls.len() - 3) / 3).find(|(_, pair)| pair[0] == pair[1]);
+        1 + pair.unwrap_or_else(|| panic!("two pieces of one size: {calls:?}")).0
+    }
+
+    #[test]
+    fn sums_in_another_order_are_noticed_before_anything_keeps_them() {
+        if !are_fake() {
+            return;
+        }
+        let work = with_four_layers();
+        let log = work.path("calls").display().to_string();
+        let expected = whole(&work, "whole", 2, &[("HONE_FAKE_NCCL_LOG", &log)]);
+        let calls = calls(&work.text("calls"), "0");
+        let (same, each) = (alike(&calls), (calls.len() - 3) / 3);
+        // NCCL takes two sums of one size for each other, and refuses two of other sizes.
+        let last_piece = 3 + 2 * each - 1;
+        for (at, part) in [
+            (same, "rank 1 does not compute what rank 0 computes"),
+            (last_piece, "NCCL: invalid usage: at call "),
+        ] {
+            let output = format!("swapped-{at}");
+            let mut command = hone(&work, &output, 2, &["--gpus", "all"]);
+            let ended = job::end(command.env("HONE_FAKE_NCCL_SWAP", format!("1:{at}")));
+            assert_eq!(ended.code, Some(22), "call {at}: {}", ended.stderr);
+            assert!(ended.stderr.contains(part), "call {at}: {}", ended.stderr);
+            assert_eq!(work.list(&format!("{output}/checkpoints")).len(), 1, "that of the first step");
+            assert!(whole(&work, &output, 2, &[]) == expected, "call {at}: the checkpoint is a good one");
+        }
+    }
+
+    /// A base that the GPUs share: the bytes of whole bases, however late its pieces are; and a gathering that a rank
+    /// makes too late ends all.
+    #[test]
+    fn gpus_that_share_the_base_train_the_same_bytes_whatever_is_late() {
+        if !are_fake() {
+            return;
+        }
+        let work = with_four_layers();
+        let expected = whole(&work, "whole", 2, &[]);
+        let shared = |output: &str| hone(&work, output, 2, &["--gpus", "all", "--set", "residency=shared"]);
+        for (seed, delay) in [("0", "0"), ("1", "3")] {
+            let output = format!("shared-{seed}");
+            let mut command = shared(&output);
+            command.env("HONE_FAKE_NCCL_DELAY", delay).env("HONE_FAKE_NCCL_SEED", seed);
+            let ended = job::done(&mut command);
+            assert!(ended.stderr.contains("shared over 2 ranks"), "{}", ended.stderr);
+            assert!(adapter(&work, &output) == expected, "delays of seed {seed}");
+        }
+        let mut command = shared("late");
+        command.env("HONE_FAKE_NCCL_SWAP", "1:12").env("HONE_RANKS_TIMEOUT", "4");
+        let ended = job::end(&mut command);
+        assert_eq!(ended.code, Some(22), "{}", ended.stderr);
+        assert!(ended.stderr.contains(" hang"), "{}", ended.stderr);
+    }
+
+    #[test]
+    fn sums_that_are_late_at_random_change_no_byte() {
+        if !are_fake() {
+            return;
+        }
+        let work = with_four_layers();
+        let expected = whole(&work, "whole", 2, &[]);
+        let (first, count) = (setting("HONE_SEED").unwrap_or(1), setting("HONE_CHAOS").unwrap_or(2));
+        for seed in first..first + count {
+            let seed = seed.to_string();
+            let late = [("HONE_FAKE_NCCL_DELAY", "4"), ("HONE_FAKE_NCCL_SEED", seed.as_str())];
+            let output = format!("late-{seed}");
+            assert!(whole(&work, &output, 2, &late) == expected, "seed {seed}");
+            std::fs::remove_dir_all(work.path(&output)).unwrap();
+        }
+    }
+
+    /// A rank dies at a random call while other calls are late at random, and the run is started again.
+    #[test]
+    fn chaos_on_gpus_kills_ranks_at_random_calls_and_the_bytes_stay() {
+        if !are_fake() {
+            return;
+        }
+        let work = Work::with_llama();
+        let log = work.path("calls").display().to_string();
+        let expected = whole(&work, "whole", 2, &[("HONE_FAKE_NCCL_LOG", &log)]);
+        let last = calls(&work.text("calls"), "0").len() as u64;
+        let (first, count) = (setting("HONE_SEED").unwrap_or(1), setting("HONE_CHAOS").unwrap_or(2));
+        for seed in first..first + count {
+            let mut random = Random(seed);
+            let (rank, call) = (random.below(2), random.next() % (last + 1));
+            let text = seed.to_string();
+            let late = [("HONE_FAKE_NCCL_DELAY", "4"), ("HONE_FAKE_NCCL_SEED", text.as_str())];
+            dies(&work, rank, call as usize, &expected, &late);
         }
     }
 

@@ -118,6 +118,8 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/model/weights.rs", "the memory map of weights"),
     ("src/ops/cpu.rs", "vector instructions, and the call of the gemm crate"),
     ("src/ops/cuda/device.rs", "the CUDA driver"),
+    ("src/ops/cuda/graph.rs", "graphs of the driver"),
+    ("src/ops/cuda/inputs.rs", "page-locked memory"),
     ("src/ops/cuda/late.rs", "memory of the device"),
     ("src/ops/cuda/launch.rs", "kernel launches"),
     ("src/ops/cuda/lt.rs", "cublasLt"),

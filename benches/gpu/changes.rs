@@ -4,8 +4,9 @@
 //! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]`: for each change
 //! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
-//! all changes, without each that concerns the host, and without all of these. On a GPU the host runs ahead of it; on
-//! the fake driver with HONE_FAKE_GPU_IDLE=1 nothing is computed, so that only the host's time is left.
+//! all changes, without each that concerns the host, and without all of these; and those for a token that is
+//! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with HONE_FAKE_GPU_IDLE=1 nothing is
+//! computed, so that only the host's time is left.
 
 use std::path::Path;
 use std::time::Instant;
@@ -13,6 +14,7 @@ use std::time::Instant;
 use candle_core::Device;
 use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, shapes};
 use hone::model::batch::Batch;
+use hone::model::decoder::Decoder;
 use hone::model::residency::Home;
 use hone::model::{self, load};
 use hone::ops::change::Change;
@@ -24,7 +26,9 @@ use super::{Result, decoder, median, memory, steps, train};
 /// The changes of a list of names; all if it is empty.
 fn chosen(names: &str) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
-    let is_wanted = |change: &Change| wanted.is_empty() || wanted.contains(&change.name());
+    // Graphs are of serving: `ours serve` measures both sides.
+    let is_wanted =
+        |change: &Change| *change != Change::Graphs && (wanted.is_empty() || wanted.contains(&change.name()));
     Change::ALL.into_iter().filter(is_wanted).collect()
 }
 
@@ -164,5 +168,51 @@ pub fn host([rounds, passes]: [usize; 2], device: &Device) -> Result<Value> {
             })
         })
         .collect();
-    Ok(json!({ "contender": "hone", "host": rows }))
+    Ok(json!({ "contender": "hone", "host": rows, "decode": decode([rounds, passes], &decoder)? }))
+}
+
+/// Microseconds from one token to the next of a sequence of at most 64 tokens, launch by launch and by a graph. A tiny
+/// model leaves little but the host's own time.
+#[cfg(feature = "cuda")]
+fn decode([rounds, passes]: [usize; 2], decoder: &Decoder) -> Result<Value> {
+    use hone::model::cache::Cache;
+    use hone::model::lora::{Lora, Mixture};
+    use hone::model::pass::Step;
+    use hone::ops::largest;
+    let mut cache = Cache::new(&decoder.facts, 64, 64, candle_core::DType::BF16, &decoder.device)?;
+    let pages = cache.reserve(64, &[]).ok_or("no page is free")?.pages;
+    let mixture = Mixture::new(Vec::new());
+    let mut token = |position: usize, graphs: bool| -> Result<()> {
+        let mut step = Step::default();
+        step.push(&[7], position, pages.clone(), 64);
+        step.wanted.push(0);
+        if !graphs {
+            let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture))?;
+            return Ok(largest::tokens(&logits).map(|_| ())?);
+        }
+        let mixture = Mixture::new(Vec::new());
+        let decoded = decoder.decode(&step, &mut cache, &mixture, None, 1)?;
+        Ok(decoded.map(|_| ()).ok_or("no graph holds this step")?)
+    };
+    let mut sides = [(false, Vec::new(), 0), (true, Vec::new(), 0)];
+    // The first round loads kernels and records the graph.
+    for round in 0..=rounds {
+        for (graphs, seconds, launches) in &mut sides {
+            let (before, began) = (hone::device::launches().unwrap_or(0), Instant::now());
+            (0..passes.max(3)).try_for_each(|pass| token(pass % 60, *graphs))?;
+            let passes = passes.max(3) as f64;
+            if round > 0 {
+                seconds.push(began.elapsed().as_secs_f64() / passes);
+                *launches = (hone::device::launches().unwrap_or(0) - before) / passes as u64;
+            }
+        }
+    }
+    let side = |(graphs, seconds, launches): &(bool, Vec<f64>, u64)| json!({ "graphs": graphs, "launches_a_token": launches, "microseconds_a_token": 1e6 * median(seconds) });
+    Ok(sides.iter().map(side).collect())
+}
+
+/// There are no graphs without CUDA.
+#[cfg(not(feature = "cuda"))]
+fn decode(_: [usize; 2], _: &Decoder) -> Result<Value> {
+    Ok(json!([]))
 }

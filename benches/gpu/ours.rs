@@ -351,7 +351,7 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
     };
     let vocab = decoder.facts.vocab as u32;
     memory::begin(device)?;
-    let engine = Engine::start(decoder, &options, "a bench".into())?;
+    let engine = Engine::start(decoder, &options, "a bench".into(), &Report::silent())?;
     let began = Instant::now();
     let first = generated(&engine, &[request(prompt, 1, 0, vocab)])?;
     let first_seconds = began.elapsed().as_secs_f64();
@@ -369,12 +369,21 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
                 })
                 .collect();
-            let runs = (0..SERVE_RUNS).map(|_| generated(&engine, &requests)).collect::<Result<Vec<_>>>()?;
-            let mut rates: Vec<f64> = runs.iter().map(|run| run.tokens as f64 / run.seconds).collect();
-            rates.sort_by(f64::total_cmp);
+            // With steps recorded as graphs and without, in turn.
+            let mut sides = [Vec::new(), Vec::new()];
+            for on in (0..SERVE_RUNS).flat_map(|_| [false, true]) {
+                Change::Graphs.set(on);
+                let ran = generated(&engine, &requests);
+                Change::Graphs.set(true);
+                sides[usize::from(on)].push(ran?);
+            }
+            let [without, with] = sides.each_ref().map(|runs| rates(runs));
+            let [plain, runs] = &sides;
             found.push(json!({
-                "batch": batch, "adapters": name, "tokens_per_second": rates[SERVE_RUNS / 2], "rates": rates,
-                "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds, "launches_a_step": runs[0].launches_a_step,
+                "batch": batch, "adapters": name, "tokens_per_second": with[SERVE_RUNS / 2], "rates": with,
+                "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds,
+                "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
+                "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
             }));
         }
     }
@@ -389,7 +398,14 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
     Ok(found)
 }
 
-/// Runs of each case; the median counts.
+/// Tokens a second of each run, ascending.
+fn rates(runs: &[Generated]) -> Vec<f64> {
+    let mut rates: Vec<f64> = runs.iter().map(|run| run.tokens as f64 / run.seconds).collect();
+    rates.sort_by(f64::total_cmp);
+    rates
+}
+
+/// Runs of each case and side; the median counts.
 const SERVE_RUNS: usize = 3;
 
 /// A prompt of its own for each number, so that nothing is shared.
@@ -481,7 +497,7 @@ mod memory {
     pub fn used(device: &Device) -> super::Result<Value> {
         let Device::Cuda(cuda) = device else { return Ok(json!({})) };
         let (free, total) = device::memory(cuda)?;
-        let (_, peak) = device::pool(cuda)?;
+        let peak = device::pool(cuda)?.1 + device::graphs_peak(cuda)?;
         Ok(json!({ "peak_allocated_bytes": peak, "device_used_bytes": total - free }))
     }
 }

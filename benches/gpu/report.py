@@ -61,7 +61,9 @@ def host(result):
     if not result:
         return ""
     keys = ("without", "launches", "microseconds_a_launch", "least", "most", "microseconds_a_pass")
-    return table(["host: without", *keys[1:]], [[of[key] for key in keys] for of in result["host"]])
+    launches = table(["host: without", *keys[1:]], [[of[key] for key in keys] for of in result["host"]])
+    keys = ("graphs", "launches_a_token", "microseconds_a_token")
+    return launches + "\n" + table(["host: a token with graphs", *keys[1:]], [[of[key] for key in keys] for of in result["decode"]])
 
 
 def several(result):
@@ -73,6 +75,12 @@ def several(result):
     keys = ("tokens_per_second", "efficiency", "step_seconds_median", "loss")
     rows = [[of["ranks"], *(of.get(key) for key in keys)] for of in result["several"]]
     return table(["several GPUs", "tokens/s", "efficiency", "s median", "loss"], rows) + "\n" + result.get("error", "")
+
+
+def without_graphs(of):
+    """The median rate of a case whose steps are not recorded as graphs."""
+    rates = of.get("rates_without_graphs")
+    return rates and rates[len(rates) // 2]
 
 
 def serving(found):
@@ -87,9 +95,9 @@ def serving(found):
             base.setdefault(of["batch"], rate)
             beside = reference.get(of["batch"])
             rows.append([result.get("contender"), of["batch"], of["adapters"], rate, rate / beside if beside else None,
-                         1 - rate / base[of["batch"]], of.get("launches_a_step"), of.get("seconds_to_first"),
+                         1 - rate / base[of["batch"]], without_graphs(of), of.get("launches_a_step"), of.get("seconds_to_first"),
                          result.get("first_token_after_start_seconds")])
-    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "launches a step",
+    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without graphs", "launches a step",
                            "s to first", "s from start to first"], rows)
 
 

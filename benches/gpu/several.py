@@ -3,8 +3,8 @@
     several.py --hone BIN --folder MODEL --out JSON [--gpus N] [--shape phi3-mini|small] [--cpu]
 
 MODEL has the weights that `prepare` wrote. A step has 11 examples and 4,096 tokens for each GPU (LENGTHS of work.py), so a step of N
-GPUs has N times the tokens of one. With fewer than two GPUs the result says so, and nothing is run. `--cpu` rehearses with
-processes that compute on the CPU.
+GPUs has N times the tokens of one. With fewer than two GPUs the result says so, and nothing is run. A rehearsal names the fake driver's
+GPUs (`--gpus 2`), or takes processes that compute on the CPU (`--cpu`).
 """
 import argparse
 import datetime
@@ -96,7 +96,8 @@ def run(options, scratch, model, vocabulary, ranks):
 
 def measure(steps, ranks):
     """Tokens/s after the first steps, which also warm up, and the seconds of each step."""
-    timed = steps[WARM:]
+    # A step's line comes while the next step runs, and the last one's follows at once.
+    timed = steps[WARM:-1]
     seconds = [late[0] - early[0] for early, late in zip(timed, timed[1:])]
     tokens = timed[-1][2] - timed[0][2]
     return {"ranks": ranks, "tokens_per_second": tokens / sum(seconds), "tokens_a_step": tokens / len(seconds),

@@ -1,5 +1,7 @@
 // Products of matrices that are stored by columns, as both libraries of products compute them.
 #pragma once
+#include <cstring>
+
 #include "device.h"
 
 namespace fake {
@@ -27,6 +29,20 @@ struct Matrix {
 struct OuterScales {
     const float* rows = nullptr;
     const float* columns = nullptr;
+};
+
+// The two factors of a product, copied: f64 or f32, as it computes.
+class Scalars {
+  public:
+    Scalars(const void* alpha, const void* beta, int compute) {
+        memcpy(&first, alpha, compute == compute_64f ? 8 : 4);
+        memcpy(&second, beta, compute == compute_64f ? 8 : 4);
+    }
+    const void* alpha() const { return &first; }
+    const void* beta() const { return &second; }
+
+  private:
+    uint64_t first = 0, second = 0;
 };
 
 // d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. a b is scaled

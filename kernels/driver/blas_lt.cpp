@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "blas.h"
+#include "graphs.h"
 #include "streams.h"
 
 using namespace fake;
@@ -70,6 +71,19 @@ uint64_t length_of_sums(const Description& description, const Layout& a) { retur
 
 Matrix operand(const void* memory, const Layout& layout, int operation) {
     return {static_cast<unsigned char*>(const_cast<void*>(memory)), layout.type, layout.leading, operation != 0};
+}
+
+struct Operands {
+    Matrix a, b, c, d;
+};
+
+// What an algorithm works in holds nothing afterwards.
+void dirty(void* workspace, uint64_t bytes, void* stream) {
+    if (bytes == 0 || configuration().idle) return;
+    const Address first = reinterpret_cast<Address>(workspace);
+    if (!is_allocated(first, bytes)) die("cublasLt: the workspace reaches outside its allocation");
+    begin(stream), touch(stream, first);
+    memset(workspace, 0xff, bytes);
 }
 
 uint64_t span(const Layout& layout) { return (static_cast<uint64_t>(layout.leading) * (layout.columns - 1) + layout.rows) * bytes_of(layout.type); }
@@ -198,17 +212,18 @@ API cublasLtMatmul(void*, void* description, const void* alpha, const void* a, v
         if (reinterpret_cast<Address>(addresses[i]) % chosen.alignments[i] != 0)
             die("cublasLt: operand %c lies at %p, and %u bytes of alignment were promised", "ABCD"[i], addresses[i], chosen.alignments[i]);
     if (workspace_bytes < chosen.workspace_bytes) die("cublasLt: %zu bytes of workspace, %zu wanted", workspace_bytes, size_t{chosen.workspace_bytes});
-    if (chosen.workspace_bytes > 0 && !configuration().idle) {
-        const Address first = reinterpret_cast<Address>(workspace);
-        if (!is_allocated(first, chosen.workspace_bytes)) die("cublasLt: the workspace reaches outside its allocation");
-        begin(stream), touch(stream, first);
-        memset(workspace, 0xff, chosen.workspace_bytes);
-    }
     const uint64_t k = length_of_sums(of, left);
     if (k != (of.b_operation == 0 ? right.rows : right.columns)) return blas_invalid_value;
     if (overlap(d, to, a, left) || overlap(d, to, b, right)) die("cublasLt: the result overlaps an operand");
     if (c != d && overlap(d, to, c, from)) die("cublasLt: the result overlaps the matrix that is added, and is not it");
-    return multiply_matrices(stream, static_cast<int>(to.rows), static_cast<int>(to.columns), static_cast<int>(k), alpha,
-                             operand(a, left, of.a_operation), 0, operand(b, right, of.b_operation), 0, beta, operand(c, from, 0),
-                             operand(d, to, 0), 0, 1, of.compute, OuterScales{of.a_scales, of.b_scales});
+    const Operands operands = {operand(a, left, of.a_operation), operand(b, right, of.b_operation), operand(c, from, 0), operand(d, to, 0)};
+    const int m = static_cast<int>(to.rows), n = static_cast<int>(to.columns), length = static_cast<int>(k), compute = of.compute;
+    const Scalars scalars(alpha, beta, compute);
+    const OuterScales scales = {of.a_scales, of.b_scales};
+    const auto product = [=](void* s) {
+        dirty(workspace, chosen.workspace_bytes, s);
+        return multiply_matrices(s, m, n, length, scalars.alpha(), operands.a, 0, operands.b, 0, scalars.beta(), operands.c, operands.d, 0, 1,
+                                 compute, scales);
+    };
+    return is_captured(stream) ? record(stream, product) : product(stream);
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../emulator/launch.h"
+#include "graphs.h"
 #include "streams.h"
 
 namespace fake {
@@ -54,6 +55,7 @@ Configuration read_configuration() {
         read_number("HONE_FAKE_GPU_THREADS", std::max(1u, std::min(8u, std::thread::hardware_concurrency()))));
     c.trace = read_number("HONE_FAKE_GPU_TRACE", 0) != 0;
     c.idle = read_number("HONE_FAKE_GPU_IDLE", 0) != 0;
+    c.graphs = read_number("HONE_FAKE_GPU_GRAPHS", 1) != 0;
     c.statistics_file = getenv("HONE_FAKE_GPU_STATS");
     return c;
 }
@@ -152,6 +154,9 @@ struct Report {
         line("fills", s.fills);
         line("events", s.events);
         line("choices", s.choices);
+        line("graphs", s.graphs);
+        line("graph_launches", s.graph_launches);
+        line("graph_bytes", s.graph_bytes);
         fprintf(file, "  \"kernels\": {");
         const char* separator = "\n";
         for (const emulator::Kernel& kernel : emulator::kernels()) {
@@ -189,8 +194,18 @@ size_t shared_bytes_a_block() {
 }
 
 Result allocate(Address* address, size_t bytes) {
+    if (statistics.live_bytes + graph_bytes() + bytes > configuration().memory_bytes) return out_of_memory;
+    const Result result = allocate_uncounted(address, bytes);
+    if (result != success) return result;
+    ++statistics.allocations;
+    statistics.live_bytes += bytes;
+    statistics.peak_bytes = std::max(statistics.peak_bytes, statistics.live_bytes);
+    pool.grow();
+    return success;
+}
+
+Result allocate_uncounted(Address* address, size_t bytes) {
     if (bytes == 0) return invalid_value;
-    if (statistics.live_bytes + bytes > configuration().memory_bytes) return out_of_memory;
     Allocation allocation = {};
     const bool again = configuration().idle && take_again(bytes, &allocation);
     if (!again) allocation = take(bytes);
@@ -204,10 +219,6 @@ Result allocate(Address* address, size_t bytes) {
     }
     *address = reinterpret_cast<Address>(start);
     allocations()[*address] = allocation;
-    ++statistics.allocations;
-    statistics.live_bytes += bytes;
-    statistics.peak_bytes = std::max(statistics.peak_bytes, statistics.live_bytes);
-    pool.grow();
     return success;
 }
 
@@ -215,13 +226,18 @@ Result release(Address address) {
     if (address == 0) return success;
     const auto found = allocations().find(address);
     if (found == allocations().end()) return invalid_value;
-    forget(address, found->second.bytes);
     ++statistics.frees;
     statistics.live_bytes -= found->second.bytes;
+    release_uncounted(address);
+    return success;
+}
+
+void release_uncounted(Address address) {
+    const auto found = allocations().find(address);
+    forget(address, found->second.bytes);
     if (configuration().idle) idle_memory()[found->second.bytes].push_back(found->second);
     else give_back(found->second);
     allocations().erase(found);
-    return success;
 }
 
 uint64_t live_bytes() { return statistics.live_bytes; }

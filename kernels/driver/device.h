@@ -11,6 +11,7 @@
 //   HONE_FAKE_GPU_THREADS     host threads that run blocks (as many as there are processors)
 //   HONE_FAKE_GPU_STATS       a file: at exit, what was asked, as JSON; %p in it is the process
 //   HONE_FAKE_GPU_TRACE       1: every launch, product and copy to the host on standard error
+//   HONE_FAKE_GPU_GRAPHS      0: no stream can be captured (1)
 //   HONE_FAKE_GPU_IDLE        1: launches and products are counted and not done, and freed memory is used again at once. What is left is
 //                             the host's own time. Results mean nothing
 #pragma once
@@ -38,17 +39,21 @@ enum Result {
     invalid_device = 101,
     invalid_context = 201,
     invalid_handle = 400,
+    illegal_state = 401,
     not_found = 500,
     not_ready = 600,
     launch_out_of_resources = 701,
     not_supported = 801,
+    capture_unsupported = 900,
+    capture_invalidated = 901,
+    capture_wrong_thread = 908,
 };
 
 struct Configuration {
     int devices, order, driver_version, capability_major, capability_minor;
     unsigned host_threads;
     uint64_t memory_bytes;
-    bool trace, idle;
+    bool trace, idle, graphs;
     const char* statistics_file;
 };
 const Configuration& configuration();
@@ -64,6 +69,9 @@ extern Statistics statistics;
 // ends the process: at once from the next page on, and before that when the memory is freed.
 Result allocate(Address* address, size_t bytes);
 Result release(Address address);
+// The same for memory of graphs, which is counted by graph_bytes.
+Result allocate_uncounted(Address* address, size_t bytes);
+void release_uncounted(Address address);
 uint64_t live_bytes();
 // Whether [address, address + bytes) lies inside one allocation.
 bool is_allocated(Address address, uint64_t bytes);

@@ -6,9 +6,13 @@
 // when the host has waited (transfers.cpp).
 #include "device.h"
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "../emulator/launch.h"
+#include "graphs.h"
 #include "streams.h"
 #include "transfers.h"
 
@@ -82,6 +86,44 @@ void touch_arguments(void* stream, const emulator::Kernel& kernel, void** argume
     }
 }
 
+struct Shape {
+    dim3 grid, size;
+    unsigned dynamic_bytes;
+};
+
+int launch(emulator::Kernel& kernel, const Shape& shape, void* stream, void** arguments) {
+    const Configuration& c = configuration();
+    ++statistics.launches;
+    if (c.idle) return success;
+    begin(stream);
+    touch_arguments(stream, kernel, arguments);
+    if (c.trace) {
+        fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, shape.grid.x, shape.grid.y,
+                shape.grid.z, shape.size.x, shape.size.y, shape.size.z, shape.dynamic_bytes);
+    }
+    emulator::Limits limits;
+    limits.shared_bytes_a_block = shared_bytes_a_block();
+    switch (emulator::launch(kernel, shape.grid, shape.size, shape.dynamic_bytes, arguments, limits, c.order, c.host_threads)) {
+        case emulator::Refusal::none: return success;
+        case emulator::Refusal::invalid_value: return invalid_value;
+        case emulator::Refusal::too_many_resources: return launch_out_of_resources;
+    }
+    return invalid_value;
+}
+
+// A launch's arguments, copied.
+struct Arguments {
+    std::vector<uint64_t> values;
+    std::vector<void*> pointers;
+
+    Arguments(const emulator::Kernel& kernel, void** from) : values(kernel.parameters.size()) {
+        for (size_t i = 0; i < values.size(); ++i) {
+            memcpy(&values[i], from[i], std::min(sizeof values[i], kernel.parameters[i].bytes));
+            pointers.push_back(&values[i]);
+        }
+    }
+};
+
 }  // namespace
 
 // The driver and its devices.
@@ -149,6 +191,7 @@ API cuCtxGetDevice(int* device) {
 }
 API cuCtxSynchronize() {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     host_waits();
     return success;
 }
@@ -157,15 +200,17 @@ API cuCtxSynchronize() {
 API cuMemGetInfo_v2(size_t* free, size_t* total) {
     IN_CONTEXT;
     *total = configuration().memory_bytes;
-    *free = *total - live_bytes();
+    *free = *total - live_bytes() - graph_bytes();
     return success;
 }
 API cuMemAlloc_v2(Address* address, size_t bytes) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     return allocate(address, bytes);
 }
 API cuMemAllocAsync(Address* address, size_t bytes, void* stream) {
     IN_CONTEXT;
+    if (is_captured(stream)) return record_allocation(stream, address, bytes);
     const Result result = allocate(address, bytes);
     // Other streams may use the memory only behind this moment.
     if (result == success && !configuration().idle) USES(stream, *address, *address);
@@ -173,11 +218,13 @@ API cuMemAllocAsync(Address* address, size_t bytes, void* stream) {
 }
 API cuMemFree_v2(Address address) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     host_waits(); // as the driver's function does
     return release(address);
 }
 API cuMemFreeAsync(Address address, void* stream) {
     IN_CONTEXT;
+    if (is_captured(stream)) return record_release(stream, address);
     if (configuration().idle) return release(address);
     begin(stream);
     check_free(stream, address);
@@ -223,11 +270,15 @@ API cuMemPoolGetAttribute(void*, int which, void* value) {
 // Copies and fills.
 API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
     IN_CONTEXT;
+    // The graph would read memory that may be gone by then.
+    if (is_captured(stream) && !is_pinned(from, bytes)) return refuse(stream);
+    RECORDED(stream, copy_to_device(to, from, bytes, s));
     if (!is_pinned(from, bytes)) USES(stream, to, to);
     return copy_to_device(to, from, bytes, stream);
 }
 API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     USES(nullptr, to, to);
     const int result = copy_to_device(to, from, bytes, nullptr);
     host_waits();
@@ -235,11 +286,14 @@ API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) {
 }
 API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
+    if (is_captured(stream) && !is_pinned(to, bytes)) return refuse(stream);
+    RECORDED(stream, copy_to_host(to, from, bytes, s));
     if (!is_pinned(to, bytes)) USES(stream, from, from);
     return copy_to_host(to, from, bytes, stream);
 }
 API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     USES(nullptr, from, from);
     const int result = copy_to_host(to, from, bytes, nullptr);
     host_waits();
@@ -247,44 +301,53 @@ API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) {
 }
 API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
+    RECORDED(stream, (USES(s, to, from), copy_on_device(to, from, bytes)));
     USES(stream, to, from);
     return copy_on_device(to, from, bytes);
 }
 API cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     USES(nullptr, to, from);
     return copy_on_device(to, from, bytes);
 }
 API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t bytes, void* stream) {
     IN_CONTEXT;
+    RECORDED(stream, (USES(s, to, from), copy_on_device(to, from, bytes)));
     USES(stream, to, from);
     return copy_on_device(to, from, bytes);
 }
 API cuMemsetD8Async(Address to, unsigned char value, size_t count, void* stream) {
     IN_CONTEXT;
+    RECORDED(stream, (USES(s, to, to), fill(to, &value, 1, count)));
     USES(stream, to, to);
     return fill(to, &value, 1, count);
 }
 API cuMemsetD16Async(Address to, unsigned short value, size_t count, void* stream) {
     IN_CONTEXT;
+    RECORDED(stream, (USES(s, to, to), fill(to, &value, 2, count)));
     USES(stream, to, to);
     return fill(to, &value, 2, count);
 }
 API cuMemsetD32Async(Address to, unsigned value, size_t count, void* stream) {
     IN_CONTEXT;
+    RECORDED(stream, (USES(s, to, to), fill(to, &value, 4, count)));
     USES(stream, to, to);
     return fill(to, &value, 4, count);
 }
 API cuMemAllocHost_v2(void** memory, size_t bytes) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     return allocate_pinned(memory, bytes);
 }
 API cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     return allocate_pinned(memory, bytes);
 }
 API cuMemFreeHost(void* memory) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     return release_pinned(memory);
 }
 API cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
@@ -314,29 +377,33 @@ API cuStreamDestroy_v2(void* stream) {
 }
 API cuStreamSynchronize(void* stream) {
     IN_CONTEXT;
+    NOT_CAPTURED(stream);
     host_waits_for(mark(stream));
     host_waited();
     return success;
 }
-API cuStreamQuery(void*) { return success; }
-API cuStreamIsCapturing(void*, int* status) {
-    *status = 0;
+API cuStreamQuery(void* stream) {
+    LOCKED;
+    NOT_CAPTURED(stream);
     return success;
 }
 
 // Modules and launches. Any image will do, because the kernels are those of this library.
 API cuModuleLoadData(void** module, const void*) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     *module = &the_module;
     return success;
 }
 API cuModuleLoadDataEx(void** module, const void*, unsigned, int*, void**) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     *module = &the_module;
     return success;
 }
 API cuModuleLoad(void** module, const char*) {
     IN_CONTEXT;
+    NOT_IN_CAPTURE;
     *module = &the_module;
     return success;
 }
@@ -374,25 +441,11 @@ API cuFuncGetAttribute(int* value, int which, void* function) {
 API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned size_x, unsigned size_y, unsigned size_z,
                    unsigned dynamic_bytes, void* stream, void** arguments, void**) {
     IN_CONTEXT;
-    const Configuration& c = configuration();
     emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
-    ++statistics.launches;
-    if (c.idle) return success;
-    begin(stream);
-    touch_arguments(stream, kernel, arguments);
-    if (c.trace) {
-        fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, grid_x, grid_y, grid_z, size_x,
-                size_y, size_z, dynamic_bytes);
-    }
-    emulator::Limits limits;
-    limits.shared_bytes_a_block = shared_bytes_a_block();
-    switch (emulator::launch(kernel, dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes, arguments, limits, c.order,
-                             c.host_threads)) {
-        case emulator::Refusal::none: return success;
-        case emulator::Refusal::invalid_value: return invalid_value;
-        case emulator::Refusal::too_many_resources: return launch_out_of_resources;
-    }
-    return invalid_value;
+    const Shape shape = {dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes};
+    if (!is_captured(stream)) return launch(kernel, shape, stream, arguments);
+    const auto kept = std::make_shared<Arguments>(kernel, arguments);
+    return record(stream, [&kernel, shape, kept](void* s) { return launch(kernel, shape, s, kept->pointers.data()); });
 }
 
 API cuGetErrorName(int result, const char** name) {
@@ -409,6 +462,10 @@ API cuGetErrorName(int result, const char** name) {
         case not_found: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case launch_out_of_resources: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
         case not_supported: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
+        case illegal_state: *name = "CUDA_ERROR_ILLEGAL_STATE"; break;
+        case capture_unsupported: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+        case capture_invalidated: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
+        case capture_wrong_thread: *name = "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"; break;
         default: *name = nullptr; return invalid_value;
     }
     return success;

@@ -2,6 +2,7 @@
 #include <chrono>
 
 #include "device.h"
+#include "graphs.h"
 #include "streams.h"
 #include "transfers.h"
 
@@ -33,6 +34,7 @@ API cuEventDestroy_v2(void* event) {
 }
 API cuEventRecord(void* event, void* stream) {
     const std::lock_guard<std::mutex> hold(lock);
+    NOT_CAPTURED(stream);
     Event* e = static_cast<Event*>(event);
     e->recorded = true;
     e->at = std::chrono::steady_clock::now();
@@ -46,6 +48,7 @@ API cuEventQuery(void* event) {
 }
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
     const std::lock_guard<std::mutex> hold(lock);
+    NOT_CAPTURED(stream);
     wait_for(stream, static_cast<Event*>(event)->mark);
     return success;
 }

@@ -8,7 +8,9 @@
 //   HONE_FAKE_NCCL_DIE       RANK:CALL, the rank's process is killed at this collective, counted from 1; 0: when it connects
 //   HONE_FAKE_NCCL_HANG      RANK:CALL, the rank never comes to this collective
 //   HONE_FAKE_NCCL_OTHER     RANK:CALL, the rank brings one value less to this collective
+//   HONE_FAKE_NCCL_SWAP      RANK:CALL, the rank makes this collective after the next one
 //   HONE_FAKE_NCCL_DELAY     milliseconds that a rank waits before each collective, times a number of 0 to 3 that differs
+//   HONE_FAKE_NCCL_SEED      draws these numbers (0)
 //   HONE_FAKE_NCCL_LOG       a file: a line for each collective, as `RANK CALL WHAT COUNT TYPE`
 //   HONE_FAKE_NCCL_PATIENCE  seconds that a rank waits for the others (60)
 #include <errno.h>
@@ -81,10 +83,18 @@ struct Communicator {
     std::deque<std::function<void()>> jobs;
     int open = 0;
     bool leaves = false;
+    // A task that waits until the next one has been added.
+    std::function<void()> held;
 
-    void add(std::function<void()> job) {
+    void add(std::function<void()> job, bool after_the_next) {
         const std::lock_guard<std::mutex> hold(mutex);
+        if (after_the_next) {
+            held = std::move(job);
+            return;
+        }
         jobs.push_back(std::move(job));
+        if (held) jobs.push_back(std::move(held));
+        held = nullptr;
         changed.notify_all();
     }
 
@@ -195,10 +205,17 @@ int compare(Communicator& comm, const Call& call) {
     return ok;
 }
 
+// A number of 0 to 3 for a call of a rank.
+uint64_t drawn(uint64_t call, int rank) {
+    uint64_t mixed = (call * 64 + (uint64_t)rank + 1) * 0x9e3779b97f4a7c15 + number("HONE_FAKE_NCCL_SEED", 0) * 0xbf58476d1ce4e5b9;
+    mixed = (mixed ^ (mixed >> 29)) * 0x94d049bb133111eb;
+    return mixed >> 62;
+}
+
 // Gives this rank's bytes, and has `use` read those of each rank in order.
 int exchange(Communicator& comm, const Call& call) {
     if (comm.error != ok) return comm.error;
-    sleep_milliseconds(number("HONE_FAKE_NCCL_DELAY", 0) * ((call.number * 7 + comm.rank * 5) % 4));
+    sleep_milliseconds(number("HONE_FAKE_NCCL_DELAY", 0) * drawn(call.number, comm.rank));
     Seat& seat = comm.shared->seats[comm.rank];
     snprintf(seat.what, sizeof seat.what, "%s", call.what);
     seat.count = call.said;
@@ -259,7 +276,7 @@ int collective(Communicator* comm, const std::shared_ptr<Call>& call, const void
         const std::lock_guard<std::mutex> hold(comm->mutex);
         ++comm->open;
     }
-    comm->add(job);
+    comm->add(job, is_named("HONE_FAKE_NCCL_SWAP", *comm));
     return ok;
 }
 
@@ -270,6 +287,8 @@ int leave(Communicator* comm, bool abort) {
         // A rank that leaves in the middle of a collective leaves the others without it.
         if (abort || comm->open > 0) comm->shared->aborted.store(1);
         comm->leaves = true;
+        if (comm->held) comm->jobs.push_back(std::move(comm->held));
+        comm->held = nullptr;
         comm->changed.notify_all();
     }
     comm->thread.join();

@@ -25,4 +25,7 @@ struct hone_fake_gpu_statistics {
     uint64_t fills;  /* cuMemset */
     uint64_t events; /* created */
     uint64_t choices; /* of an algorithm of cublasLt */
+    uint64_t graphs; /* instantiated */
+    uint64_t graph_launches; /* what a graph does is not counted above, but for its bytes */
+    uint64_t graph_bytes; /* most that graphs have reserved; not among live_bytes */
 };

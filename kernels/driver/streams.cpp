@@ -1,6 +1,8 @@
 // The order of work between streams, as vector clocks: each stream knows how much of every other stream's work lies before its own.
 #include "streams.h"
 
+#include "graphs.h"
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -109,6 +111,7 @@ void begin(void* handle) {
 void touch(void* handle, Address address) {
     const Address first = allocation_of(address);
     Stream& stream = find(handle);
+    check_use_of_graph_memory(first);
     if (first != 0) uses[first][&stream] = stream.before[&stream];
 }
 

@@ -153,8 +153,8 @@ impl<'a> Merged<'a> {
     /// A weight that is or was held in 4 bits.
     fn dequantised(&self, item: &Item) -> Result<Option<Vec<f32>>> {
         let (Some(_), [rows, cols]) = (item.linear, item.shape.as_slice()) else { return Ok(None) };
-        if let Some(weight) = stored::weight(self.checkpoint, &item.name, *rows, *cols)? {
-            return Ok(Some(weight.dequantize()?));
+        if stored::has(self.checkpoint, &item.name) {
+            return Ok(Some(stored::weight(self.checkpoint, &item.name, *rows, *cols)?.dequantize()?));
         }
         let Some((code, double)) = self.four_bit else { return Ok(None) };
         let values = self.checkpoint.get(&item.name, &item.shape)?.to_f32();

@@ -32,9 +32,16 @@ use crate::model::lora::{Lora, Mixture, Pairs, Part};
 use crate::model::pages::{Held, Key};
 use crate::model::pass::{SHORT_ROWS, Step};
 #[cfg(feature = "cuda")]
+use crate::model::replay::Replay;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::graph;
+#[cfg(feature = "cuda")]
 use crate::ops::draw::{self, Draw};
 #[cfg(feature = "cuda")]
 use crate::ops::{largest, rows};
+use crate::report::Report;
+#[cfg(feature = "cuda")]
+use crate::report::Stage;
 
 /// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
 pub const CHUNK: usize = 256;
@@ -126,7 +133,12 @@ impl Engine {
     ///
     /// # Errors
     /// Device: the cache finds no memory.
-    pub fn start(decoder: Decoder, options: &Options, description: String) -> Result<Engine> {
+    pub fn start(
+        decoder: Decoder,
+        options: &Options,
+        description: String,
+        report: &Report,
+    ) -> Result<Engine> {
         let dtype = match options.cache {
             CacheType::Bf16 => DType::BF16,
             CacheType::F32 => decoder.dtype,
@@ -150,7 +162,11 @@ impl Engine {
             shared: shared.clone(),
             sequences: facts.sequences,
             running: Vec::new(),
+            #[cfg(feature = "cuda")]
+            report: Some(report.clone()),
         };
+        #[cfg(not(feature = "cuda"))]
+        let _ = report;
         let thread = std::thread::Builder::new().name("generate".into()).spawn(move || worker.run());
         let thread = thread.map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
         Ok(Engine { facts, waiting_max: options.waiting, decoder, shared, worker: Some(thread) })
@@ -246,6 +262,8 @@ impl request::Engine for Engine {
 
     fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter> {
         let read = adapter::read(folder)?;
+        #[cfg(feature = "cuda")]
+        let _apart = graph::apart();
         let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype, &self.decoder.device)?;
         let about = Adapter {
             name: name.to_owned(),
@@ -262,6 +280,9 @@ impl request::Engine for Engine {
     }
 
     fn unload_adapter(&self, name: &str) -> Result<()> {
+        // Its memory may be freed.
+        #[cfg(feature = "cuda")]
+        let _apart = graph::apart();
         let mut state = self.shared.lock();
         let before = state.adapters.len();
         state.adapters.retain(|loaded| loaded.about.name != name);
@@ -299,6 +320,9 @@ struct Worker {
     sequences: usize,
     running: Vec<Sequence>,
     switch: Option<usize>,
+    /// `None`: the one warning was given.
+    #[cfg(feature = "cuda")]
+    report: Option<Report>,
 }
 
 /// A request that runs.
@@ -533,23 +557,42 @@ impl Worker {
     fn step(&mut self) -> Result<()> {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
+        #[cfg(feature = "cuda")]
+        let draws = self.draws(&turns, step.wanted.len());
         let (decoder, cache) = (&*self.decoder, &mut self.cache);
-        let mut compute = || {
-            let parts = parts.iter().map(|(added, rows)| Part {
-                adapter: &added.pairs,
-                rows: rows.clone(),
-                strength: added.strength,
-            });
-            let mixture = Mixture::new(parts.collect());
-            decoder.step(&step, cache, Lora::Mixed(&mixture))
-        };
+        let parts = parts.iter().map(|(added, rows)| Part {
+            adapter: &added.pairs,
+            rows: rows.clone(),
+            strength: added.strength,
+        });
+        let mixture = Mixture::new(parts.collect());
+        #[cfg(feature = "cuda")]
+        if let Some(decoded) = decoder.decode(&step, cache, &mixture, draws.as_deref(), self.sequences)? {
+            drop(mixture);
+            self.warn_of_refusal();
+            let logits = self.bring(&turns, &decoded.logits, Some(decoded.tokens))?;
+            return self.answer(&turns, logits);
+        }
+        let mut compute = || decoder.step(&step, cache, Lora::Mixed(&mixture));
         // On a thread of the pool, small operations are plain calls. From outside, each of them would wait for a
         // thread of the pool to wake.
         let logits = match decoder.device.is_cpu() {
             true => rayon::scope(|_| compute()),
             false => compute(),
         }?;
-        self.answer(&turns, &logits)
+        let logits = self.bring(&turns, &logits, None)?;
+        self.answer(&turns, logits)
+    }
+
+    /// Says once that steps are not recorded, and why.
+    #[cfg(feature = "cuda")]
+    fn warn_of_refusal(&mut self) {
+        let refusal = self.cache.replay().and_then(Replay::refusal);
+        if let (Some(refusal), Some(report)) = (refusal, self.report.take_if(|_| refusal.is_some())) {
+            let told =
+                "The driver refused to record a step, so every launch of a step is asked for by itself";
+            report.warn(Stage::Load, format!("{told}, which is slower: {refusal}"));
+        }
     }
 
     /// The rows of the next step: one of every sequence that generates, and chunks of prompts.
@@ -618,21 +661,26 @@ impl Worker {
     }
 
     /// The values of logits that the turns need, on the host. A GPU draws the token of a row if the token is all that
-    /// is asked.
-    fn bring(&self, turns: &[Turn], logits: &Tensor) -> Result<Logits> {
+    /// is asked. `drawn`: the tokens that it has drawn already.
+    fn bring(&self, turns: &[Turn], logits: &Tensor, drawn: Option<Vec<Option<u32>>>) -> Result<Logits> {
         let (rows, vocabulary) = logits.dims2()?;
         let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_token();
         let wanted = turns.iter().filter(whole).flat_map(|turn| turn.logits.clone());
         let wanted: Vec<u32> = wanted.map(|row| row as u32).collect();
         #[cfg(feature = "cuda")]
         if wanted.len() < rows {
-            let tokens = self.drawn(turns, logits)?;
+            let tokens = match drawn {
+                Some(drawn) => drawn,
+                None => self.drawn(turns, logits)?,
+            };
             let values = match wanted.is_empty() {
                 true => Vec::new(),
                 false => rows::gather(logits, &wanted)?.flatten_all()?.to_vec1::<f32>()?,
             };
             return Ok(Logits { wanted, values, vocabulary, tokens });
         }
+        #[cfg(not(feature = "cuda"))]
+        let _ = drawn;
         assert_eq!(wanted.len(), rows, "every row of logits is some turn's");
         let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         Ok(Logits { wanted, values, vocabulary, tokens: Vec::new() })
@@ -641,21 +689,26 @@ impl Worker {
     /// The tokens that a GPU draws, one for each row of logits. Those of other rows have no meaning.
     #[cfg(feature = "cuda")]
     fn drawn(&self, turns: &[Turn], logits: &Tensor) -> Result<Vec<Option<u32>>> {
-        let mut draws = vec![Draw::GREEDY; logits.dim(0)?];
+        Ok(match self.draws(turns, logits.dim(0)?) {
+            None => largest::tokens(logits)?,
+            Some(draws) => draw::tokens(logits, &draws)?,
+        })
+    }
+
+    /// How each row's token is drawn, of so many rows of logits; `None`: all are the most probable ones.
+    #[cfg(feature = "cuda")]
+    fn draws(&self, turns: &[Turn], rows: usize) -> Option<Vec<Draw>> {
+        let mut draws = vec![Draw::GREEDY; rows];
         for turn in turns.iter().filter(|turn| turn.draws) {
             let sequence = &self.running[turn.sequence];
             if sequence.takes_token() {
                 draws[turn.logits.end - 1] = sequence.drawing();
             }
         }
-        if draws.iter().all(|draw| *draw == Draw::GREEDY) {
-            return Ok(largest::tokens(logits)?);
-        }
-        Ok(draw::tokens(logits, &draws)?)
+        Some(draws).filter(|draws| draws.iter().any(|draw| *draw != Draw::GREEDY))
     }
 
-    fn answer(&mut self, turns: &[Turn], logits: &Tensor) -> Result<()> {
-        let logits = self.bring(turns, logits)?;
+    fn answer(&mut self, turns: &[Turn], logits: Logits) -> Result<()> {
         let mut ended = Vec::new();
         let mut counted = (0, 0);
         for turn in turns {

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use candle_core::Device;
 use serde_json::{Value as Json, json};
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::memory::cost::Rates;
-use crate::memory::{Limit, Machine, Place as Kind};
+use crate::memory::{self, Limit, Machine};
+use crate::model::fingerprint::Fingerprint;
 use crate::plan::Plan;
 use crate::ranks::launch;
 use crate::ranks::link::Link;
@@ -78,6 +79,15 @@ impl Together {
         link.ends_training().map(|()| done)
     }
 
+    /// Does work of which each rank has a share of its own. What one of them refuses, another one cannot know.
+    pub fn apart<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(link) = &self.0 else { return work() };
+        link.works_apart(true);
+        let done = work()?;
+        link.works_apart(false);
+        Ok(done)
+    }
+
     /// Does work whose result stays on a machine: first in one process of each, then in the others, which find it.
     pub fn by_node<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
         if self.place().world == 1 {
@@ -103,10 +113,11 @@ impl Together {
     }
 
     /// Refuses ranks that were given something else than rank 0: `parts` are names and contents of all that decides
-    /// the result.
+    /// the result. A retry can help, because ranks of one run differ if an image was just replaced, or if a volume is
+    /// not the same everywhere yet.
     ///
     /// # Errors
-    /// Config: a rank differs. The message names both ranks and the first difference.
+    /// Device: a rank differs. The message names both ranks and the first difference.
     pub fn agree(&self, parts: &[(String, String)]) -> Result<()> {
         if self.place().world == 1 {
             return Ok(());
@@ -117,10 +128,29 @@ impl Together {
         let first = read(&all[0]);
         if let Some((rank, bytes)) = all.iter().enumerate().find(|(_, bytes)| **bytes != all[0]) {
             let difference = difference(&first, &read(bytes));
-            return Err(Fault::config(format!("rank {rank} was started with another run than rank 0: {difference}"))
-                .help("start all ranks with the same image, configuration, model and data; mount the same volumes on every machine"));
+            return Err(disagreement(format!(
+                "rank {rank} was started with another run than rank 0: {difference}"
+            )));
         }
         Ok(())
+    }
+
+    /// Refuses ranks that read other weights than rank 0.
+    ///
+    /// # Errors
+    /// Device: a rank differs. The message names the first part of the model that does.
+    pub fn agree_on_weights(&self, own: &Fingerprint) -> Result<()> {
+        let bytes = serde_json::to_vec(own).expect("texts and numbers");
+        let all = self.ranks().exchange(&bytes)?;
+        let read = |bytes: &Vec<u8>| serde_json::from_slice::<Fingerprint>(bytes).unwrap_or_default();
+        let all: Vec<Fingerprint> = all.iter().map(read).collect();
+        let other = |rank: &Fingerprint| all[0].difference(rank).map(str::to_owned);
+        match all.iter().enumerate().find_map(|(rank, found)| Some((rank, other(found)?))) {
+            None => Ok(()),
+            Some((rank, part)) => {
+                Err(disagreement(format!("rank {rank} has other weights than rank 0: {part} differs")))
+            }
+        }
     }
 
     /// The machine that all ranks plan their memory for: rank 0's, with the least memory that a rank has free.
@@ -159,12 +189,19 @@ impl Together {
     }
 }
 
+fn disagreement(what: String) -> Fault {
+    Fault::new(Kind::Device, what).help(
+        "start all ranks with the same image, configuration, model and data, and mount the same volumes on every machine; if \
+         an image or a volume has just changed, a retry succeeds when it is the same everywhere",
+    )
+}
+
 /// The properties of a machine that decide between two plans that both fit.
 fn rates(machine: &Machine) -> Json {
     let Rates { matrix, copy, link, peer, measured } = machine.rates;
     let threads = match machine.place {
-        Kind::Cpu { threads } => Some(threads),
-        Kind::Gpu => None,
+        memory::Place::Cpu { threads } => Some(threads),
+        memory::Place::Gpu => None,
     };
     json!({"threads": threads, "matrix": matrix, "copy": copy, "link": link, "peer": peer, "measured": measured})
 }
@@ -179,7 +216,7 @@ fn like(mut machine: Machine, first: &Json) -> Machine {
         peer: number("peer", peer),
         measured: first["measured"].as_bool().unwrap_or(measured),
     };
-    if let (Kind::Cpu { threads }, Some(firsts)) = (&mut machine.place, first["threads"].as_u64()) {
+    if let (memory::Place::Cpu { threads }, Some(firsts)) = (&mut machine.place, first["threads"].as_u64()) {
         *threads = firsts as usize;
     }
     machine

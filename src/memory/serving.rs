@@ -11,6 +11,7 @@ use super::task::Task;
 use super::{card, terms};
 use crate::facts::{Facts, LayerFacts, Precision, Quantization};
 use crate::fault::{Fault, Result};
+use crate::model::filled::{self, SPARE_PAGES};
 use crate::model::layer;
 use crate::ops::attention::cached::PAGE;
 use crate::words::size;
@@ -206,6 +207,11 @@ impl Solver<'_> {
             let group = self.served.facts.layers.iter().map(|layer| layer.attention.heads.group()).max();
             let scores = ATTENTION_ROWS * group.unwrap_or(1) * context.div_ceil(PAGE) * PAGE * 4;
             terms.push(term(format!("attention scores, {threads} threads"), (threads * scores) as u64));
+        }
+        if place == Place::Gpu {
+            let spare = (SPARE_PAGES * PAGE) as u64 * self.token_bytes;
+            let graphs = filled::bytes(&self.served.facts, self.served.sequences);
+            terms.push(term("graphs of steps".into(), graphs + spare));
         }
         terms.push(term("process, connections and requests".into(), PROCESS_BYTES));
         let what = format!("keys and values of {cache_tokens} tokens ({})", self.served.cache.name());

@@ -3,7 +3,10 @@
 
 use candle_core::{DType, Device, Result};
 
+use super::filled::SPARE_PAGES;
 use super::pages::{Held, Key, Pool};
+#[cfg(feature = "cuda")]
+use super::replay::Replay;
 use crate::facts::Facts;
 use crate::ops::attention::cached::{PAGE, Store};
 
@@ -11,6 +14,12 @@ use crate::ops::attention::cached::{PAGE, Store};
 pub struct Cache {
     pub(super) layers: Vec<Store>,
     pool: Pool,
+    /// On a GPU, a page that no sequence has.
+    #[cfg(feature = "cuda")]
+    pub(super) spare: Option<u32>,
+    /// Graphs of steps over these pages.
+    #[cfg(feature = "cuda")]
+    pub(super) replay: Option<Replay>,
 }
 
 impl Cache {
@@ -19,9 +28,17 @@ impl Cache {
     pub fn new(facts: &Facts, tokens: usize, chunk: usize, dtype: DType, device: &Device) -> Result<Cache> {
         let pages = tokens.div_ceil(PAGE);
         let layers = facts.layers.iter();
-        let layers = layers.map(|layer| Store::new(pages, &layer.attention.heads, dtype, device));
+        let all = pages + if device.is_cuda() { SPARE_PAGES } else { 0 };
+        let layers = layers.map(|layer| Store::new(all, &layer.attention.heads, dtype, device));
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Cache { layers, pool: Pool::new(pages, chunk / PAGE) })
+        Ok(Cache {
+            layers,
+            pool: Pool::new(pages, chunk / PAGE),
+            #[cfg(feature = "cuda")]
+            spare: (all > pages).then_some(pages as u32),
+            #[cfg(feature = "cuda")]
+            replay: None,
+        })
     }
 
     /// Bytes of one token in all layers.
@@ -42,6 +59,12 @@ impl Cache {
     /// Gives a sequence's pages back.
     pub fn release(&mut self, held: Held) {
         self.pool.release(held);
+    }
+
+    /// Graphs of steps over these pages, if there were such steps.
+    #[cfg(feature = "cuda")]
+    pub fn replay(&self) -> Option<&Replay> {
+        self.replay.as_ref()
     }
 
     /// Tokens that fit over all sequences.

@@ -8,13 +8,13 @@ use crate::facts::sites::Table;
 use crate::facts::{Facts, Keep, LoraOptions, Precision, QueryGrowth, sites};
 use crate::fault;
 use crate::ops::attention::Packing;
-use crate::ops::attention::cached::Segments;
+use crate::ops::attention::cached::{Segments, Store};
 use crate::ops::cross_entropy::{self, Goal, Head};
 use crate::ops::matmul::Weight;
 use crate::ops::number::Number;
 use crate::ops::rope::Angles;
 use crate::ops::stash::Stash;
-use crate::ops::{dropout, embedding, noise, rows};
+use crate::ops::{dropout, embedding, noise, put, rope, rows};
 
 use super::batch::Batch;
 use super::cache::Cache;
@@ -55,6 +55,25 @@ pub struct Decoder {
 struct Turns {
     ropes: Vec<Angles>,
     growth: Option<Angles>,
+}
+
+/// The same before a GPU has computed the angles.
+struct SentTurns {
+    ropes: Vec<rope::Sent>,
+    growth: Option<Angles>,
+}
+
+/// Tokens and positions of a step, on the device.
+pub(super) struct Sent {
+    embedded: embedding::Sent,
+    turns: SentTurns,
+}
+
+impl SentTurns {
+    fn turns(&self) -> Result<Turns> {
+        let ropes = self.ropes.iter().map(rope::Sent::angles).collect::<Result<_>>()?;
+        Ok(Turns { ropes, growth: self.growth.clone() })
+    }
 }
 
 impl Decoder {
@@ -226,25 +245,49 @@ impl Decoder {
     /// One step of serving. Computes new rows of running sequences and adds their keys and values to the cache.
     /// Returns the logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
     pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
-        let (positions, lengths) = step.positions();
-        let (turns, packing) = (self.turns_at(positions, lengths)?, Packing::new(Vec::new()));
-        let short = step.short();
-        let pass = Pass { apart: true, short, frozen: self.precision, ..self.pass(&turns, &packing, lora) };
-        let segments = Segments::new(&step.segments);
-        let (mut x, mut tour) = (self.embed(&step.ids, &lora)?, self.tour(self.layers.len()));
-        for (i, (layer, store)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
-            tour.enter(i)?;
-            x = layer.step(&x, &pass, &segments, store)?;
-        }
+        let (sent, segments) = (self.send(step)?, Segments::new(&step.segments));
+        let hidden = self.step_hidden(step, &sent, &segments, &mut cache.layers, lora)?;
         if step.wanted.is_empty() {
             return Tensor::zeros((0, self.facts.vocab), DType::F32, &Device::Cpu);
         }
-        // They ascend: as many as there are rows are all of them.
-        let wanted = if step.wanted.len() == step.ids.len() { x } else { rows::gather(&x, &step.wanted)? };
-        let hidden = self.final_norm.forward(&wanted)?;
-        let short = step.wanted.partition_point(|row| (*row as usize) < short);
+        let short = step.wanted.partition_point(|row| (*row as usize) < step.short());
         let head = self.head_with(&lora, Wanted::Some(&step.wanted))?;
         cross_entropy::logits_apart(&hidden, &head, self.precision, short)
+    }
+
+    /// Copies a step's tokens and positions to the device.
+    pub(super) fn send(&self, step: &Step) -> Result<Sent> {
+        let (positions, lengths) = step.positions();
+        let (ids, factor) = (&step.ids, self.embedding_factor());
+        let embedded = embedding::send(&self.embedding, ids, factor, self.dtype, &self.device)?;
+        Ok(Sent { embedded, turns: self.send_turns(positions, lengths)? })
+    }
+
+    /// What the final norm makes of the wanted rows of a step.
+    pub(super) fn step_hidden(
+        &self,
+        step: &Step,
+        sent: &Sent,
+        segments: &Segments,
+        stores: &mut [Store],
+        lora: Lora,
+    ) -> Result<Tensor> {
+        let (turns, packing) = (sent.turns.turns()?, Packing::new(Vec::new()));
+        let (short, frozen) = (step.short(), self.precision);
+        let pass = Pass { apart: true, short, frozen, ..self.pass(&turns, &packing, lora) };
+        let (mut x, mut tour) = (sent.embedded.rows(&self.embedding)?, self.tour(self.layers.len()));
+        self.embed_trained(&x, &step.ids, &lora)?;
+        for (i, (layer, store)) in self.layers.iter().zip(stores).enumerate() {
+            tour.enter(i)?;
+            x = layer.step(&x, &pass, segments, store)?;
+        }
+        // They ascend: as many as there are rows are all of them.
+        let wanted = match step.wanted.len() {
+            all if all == step.ids.len() => x,
+            0 => return Ok(x),
+            _ => rows::gather(&x, &step.wanted)?,
+        };
+        self.final_norm.forward(&wanted)
     }
 
     /// Bytes of the frozen base.
@@ -326,6 +369,10 @@ impl Decoder {
     }
 
     fn turns_at(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<Turns> {
+        self.send_turns(positions, lengths)?.turns()
+    }
+
+    fn send_turns(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<SentTurns> {
         let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
         let for_each_run = |numbers: Vec<u32>| -> Vec<u32> {
@@ -333,8 +380,8 @@ impl Decoder {
         };
         let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
         let ropes = self.facts.ropes.iter();
-        let ropes = ropes.map(|rope| Angles::of(rope, &positions, &lengths, self.wide(), &self.device));
-        Ok(Turns { ropes: ropes.collect::<Result<_>>()?, growth })
+        let ropes = ropes.map(|rope| Angles::send(rope, &positions, &lengths, self.wide(), &self.device));
+        Ok(SentTurns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 
     /// The type of angles and growth: f32 even for bf16 activations.
@@ -346,8 +393,8 @@ impl Decoder {
         let (rows, half) = (positions.len(), self.facts.heads().width / 2);
         let lengths: Vec<f64> = positions.iter().map(|&position| growth.at(position)).collect();
         let lengths = Tensor::from_vec(lengths, (rows, 1), &Device::Cpu)?.to_dtype(self.wide())?;
-        let cos = lengths.expand((rows, half))?.contiguous()?.to_device(&self.device)?;
-        Ok(Angles { sin: cos.zeros_like()?, cos })
+        let cos = lengths.expand((rows, half))?.contiguous()?;
+        Ok(Angles { sin: put(&cos.zeros_like()?, &self.device)?, cos: put(&cos, &self.device)? })
     }
 
     fn pass<'a>(&self, turns: &'a Turns, packing: &'a Packing, lora: Lora<'a>) -> Pass<'a> {

@@ -16,6 +16,8 @@ use crate::report::{Report, Stage, Unit};
 
 use super::decoder::Decoder;
 use super::feed_forward::{Dense, FeedForward, Form};
+use super::fingerprint::{Fingerprint, Part};
+use super::handover;
 use super::layer::Layer;
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
@@ -34,7 +36,8 @@ pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -
 }
 
 /// `load` with the 4-bit weights of the layers at `home`. Each layer is moved there when it is loaded, so that the
-/// device never holds more than one whole layer beside what stays on it.
+/// device never holds more than one whole layer beside what stays on it, and two buffers of that size while ranks that
+/// share the base hand out its pieces.
 pub fn load_at(
     home: &Home,
     facts: Facts,
@@ -43,6 +46,31 @@ pub fn load_at(
     report: &Report,
 ) -> Result<Decoder> {
     load_in(activation_type(device, options.precision), home, device, facts, options, report)
+}
+
+/// `load_at` on one of several ranks, with a fingerprint of what it read, for comparing the ranks' weights.
+pub fn load_compared(
+    home: &Home,
+    facts: Facts,
+    options: &Options,
+    device: &Device,
+    report: &Report,
+) -> Result<(Decoder, Fingerprint)> {
+    let checkpoint = Checkpoint::open(&options.folder)?;
+    fits(&facts, &checkpoint).map_err(|fault| fault.at(options.folder.display()))?;
+    let dtype = activation_type(device, options.precision);
+    let loader =
+        Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, home, device, drawn: false };
+    let mut fingerprint = Fingerprint::default();
+    let decoder = loader.decoder_by(report, &mut |layer| {
+        let prefix = facts.inside(layer, "");
+        let part = Part { name: format!("layer {layer}"), prefix: &prefix, without: None };
+        fingerprint.add(&checkpoint, &part, home.reads(layer));
+    })?;
+    let layers = format!("{}.", facts.names.layers);
+    let rest = Part { name: "what is outside the layers".into(), prefix: "", without: Some(&layers) };
+    fingerprint.add(&checkpoint, &rest, true);
+    Ok((decoder, fingerprint))
 }
 
 /// A decoder of these facts with a random base, made tensor by tensor in the form that it is kept in. For
@@ -134,16 +162,25 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn decoder(&self, report: &Report) -> Result<Decoder> {
+        self.decoder_by(report, &mut |_| ())
+    }
+
+    /// Loads, and tells `before` each layer that comes next.
+    fn decoder_by(&self, report: &Report, before: &mut dyn FnMut(usize)) -> Result<Decoder> {
         let facts = self.facts;
         let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers.len() as u64));
         let mut layers = Vec::with_capacity(facts.layers.len());
         let mut away = Builder::new(self.home, self.device);
         let mut site = 0;
         for layer in 0..facts.layers.len() {
-            let mut loaded = self.layer(layer, site)?;
-            away.as_mut().map_or(Ok(()), |away| away.take(&mut loaded))?;
-            layers.push(loaded);
+            before(layer);
+            layers.push(self.layer(layer, site)?);
             site += facts.layers[layer].projections().count();
+            // Ranks that share the base read a layer each, and then hand out the pieces.
+            let (group, last) = (self.home.pieces(), layer + 1 == facts.layers.len());
+            if let Some(away) = away.as_mut().filter(|_| last || (layer + 1) % group == 0) {
+                away.take(&mut layers[layer / group * group..])?;
+            }
             progress.advance(1);
             interrupt::check()?;
         }
@@ -253,17 +290,19 @@ impl Loader<'_> {
     fn linear(&self, layer: usize, projection: &Projection, factor: f64, site: usize) -> Result<Linear> {
         let (path, rows, cols) = (self.facts.path(layer, projection), projection.rows, projection.cols);
         let name = format!("{path}.weight");
-        let stored = stored::weight(self.checkpoint, &name, rows, cols)?;
-        let weight = match (stored, self.options.quantization) {
-            (Some(weight), _) => Weight::FourBit(weight.to_device(self.device)?),
-            (None, Quantization::None | Quantization::Stored { .. }) => {
+        let weight = match (stored::has(self.checkpoint, &name), self.options.quantization) {
+            (false, Quantization::None | Quantization::Stored { .. }) => {
                 Weight::Dense(self.kept(&name, &[rows, cols], self.device)?)
             }
-            (None, Quantization::FourBit { code, double }) if self.drawn => {
+            _ if !self.home.reads(layer) => Weight::FourBit(handover::unread(rows, cols)?),
+            (false, Quantization::FourBit { code, double }) if self.drawn => {
                 Weight::FourBit(random::four_bit(rows, cols, code, double)?.to_device(self.device)?)
             }
-            (None, Quantization::FourBit { code, double }) => {
+            (false, Quantization::FourBit { code, double }) => {
                 Weight::FourBit(self.quantized(&name, rows, cols, code, double)?)
+            }
+            (true, _) => {
+                Weight::FourBit(stored::weight(self.checkpoint, &name, rows, cols)?.to_device(self.device)?)
             }
         };
         let bias = match projection.bias {

@@ -67,7 +67,7 @@ pub struct Mixture<'a> {
     parts: Vec<Part<'a>>,
     /// The adapters of short parts, row by row, on a GPU; made once a step.
     #[cfg(feature = "cuda")]
-    items: std::cell::OnceCell<Option<adapters::Items>>,
+    items: std::sync::OnceLock<Option<adapters::Items>>,
 }
 
 /// A [R, K] and B [N, R] of one linear layer.
@@ -315,7 +315,7 @@ impl<'a> Mixture<'a> {
         }
         if self.items.get().is_none() {
             // The cell is not shared between threads.
-            let _ = self.items.set(self.short_items(x.device())?);
+            let _ = self.items.set(self.short_items(None, x.device())?);
         }
         let Some(Some(items)) = self.items.get() else { return Ok(()) };
         // Layers side by side have one factor; if not, they are no layers of one launch.
@@ -330,8 +330,38 @@ impl<'a> Mixture<'a> {
         Ok(())
     }
 
+    /// Whether all adapters are added row by row. Then launches depend on the numbers of `send` alone.
     #[cfg(feature = "cuda")]
-    fn short_items(&self, device: &Device) -> Result<Option<adapters::Items>> {
+    pub(super) fn is_row_by_row(&self) -> bool {
+        let row_by_row = |part: &Part| {
+            let is_plain = !part.adapter.has_magnitudes() && part.adapter.tokens().is_empty();
+            part.strength == 0.0 || (is_plain && !part.is_long())
+        };
+        self.parts.iter().all(row_by_row)
+    }
+
+    /// The same adapters, of which nothing was copied to a GPU yet.
+    #[cfg(feature = "cuda")]
+    pub(super) fn again(&self) -> Mixture<'a> {
+        Mixture::new(self.parts.clone())
+    }
+
+    /// Makes the adapters' tables, which outlive a step.
+    #[cfg(feature = "cuda")]
+    pub(super) fn make_tables(&self, device: &Device) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.adapter.table(device).map(|_| ()))
+    }
+
+    /// Copies what layers read of the adapters to a GPU, for a step of so many rows, once.
+    #[cfg(feature = "cuda")]
+    pub(super) fn send(&self, rows: usize, device: &Device) -> Result<()> {
+        let _ = self.items.set(self.short_items(Some(rows), device)?);
+        Ok(())
+    }
+
+    /// `step_rows`: the rows of a step whose lists are filled up.
+    #[cfg(feature = "cuda")]
+    fn short_items(&self, step_rows: Option<usize>, device: &Device) -> Result<Option<adapters::Items>> {
         let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
         let mut rank_max = 0;
         let alone = |part: &&Part| !part.is_long() && !part.adapter.has_magnitudes() && part.strength != 0.0;
@@ -352,7 +382,7 @@ impl<'a> Mixture<'a> {
                 });
             }
         }
-        adapters::Items::new(&list, rank_max, device).map(Some)
+        adapters::Items::filled_up(&list, rank_max, step_rows, device).map(Some)
     }
 
     #[allow(clippy::too_many_arguments)]

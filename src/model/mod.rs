@@ -6,9 +6,14 @@ use crate::facts::{LoraOptions, Precision, Quantization};
 
 pub mod batch;
 pub mod cache;
+#[cfg(feature = "cuda")]
+pub mod decode;
 pub mod decoder;
 pub mod dora;
 pub mod feed_forward;
+pub mod filled;
+pub mod fingerprint;
+mod handover;
 pub mod inside;
 pub mod layer;
 pub mod linear;
@@ -18,6 +23,8 @@ pub mod norm;
 pub mod pages;
 pub mod pass;
 pub mod random;
+#[cfg(feature = "cuda")]
+pub mod replay;
 pub mod residency;
 pub mod self_attention;
 pub mod stored;

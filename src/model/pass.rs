@@ -68,6 +68,24 @@ impl Step {
         from
     }
 
+    /// Whether each segment has one row, the logits of which are wanted.
+    pub fn is_decoding(&self) -> bool {
+        self.segments.iter().all(|segment| segment.rows.len() == 1)
+            && self.wanted.iter().copied().eq(0..self.ids.len() as u32)
+    }
+
+    /// The step with more segments of one row, up to `rows` rows. Their keys and values go to a page that no sequence
+    /// has.
+    pub fn filled_up(&self, rows: usize, page: u32) -> Step {
+        let mut step = self.clone();
+        let rope_length = self.rope_lengths.last().copied().unwrap_or(1);
+        for token in 0..rows - self.ids.len() {
+            let row = step.push(&[0], token, vec![page], rope_length);
+            step.wanted.push(row as u32);
+        }
+        step
+    }
+
     /// (position in its sequence, rope length) of each row, as two lists.
     pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
         let segments = || self.segments.iter().zip(&self.rope_lengths);

@@ -20,6 +20,7 @@ use crate::ops::slab::{self, ALIGNMENT, Fills, Host};
 use crate::ops::unwritten;
 use crate::ranks::Collective;
 
+use super::handover::{self, bytes, scales_of};
 use super::layer::Layer;
 
 /// Where the 4-bit weights of the layers lie.
@@ -44,10 +45,24 @@ impl Home {
         }
     }
 
-    fn pieces(&self) -> usize {
+    /// Whether several ranks hold pieces of each layer.
+    pub fn is_shared(&self) -> bool {
+        self.pieces() > 1
+    }
+
+    /// Pieces of a layer: the number of ranks that share it.
+    pub(super) fn pieces(&self) -> usize {
         match self {
             Home::Device | Home::Host => 1,
             Home::Ranks(ranks) => ranks.place().world,
+        }
+    }
+
+    /// Whether this process reads a layer's 4-bit weights from the checkpoint. Ranks that share the base take turns.
+    pub(super) fn reads(&self, layer: usize) -> bool {
+        match self {
+            Home::Device | Home::Host => true,
+            Home::Ranks(ranks) => layer % ranks.place().world == ranks.place().rank,
         }
     }
 }
@@ -96,56 +111,101 @@ impl Builder {
         (!home.is_device()).then(builder)
     }
 
-    /// Moves the 4-bit weights of the next layer off the device. What they were is freed.
-    pub fn take(&mut self, layer: &mut Layer) -> Result<()> {
+    /// Moves the 4-bit weights of the next layers off the device. What they were is freed. The layers are one, or one
+    /// for each of the ranks that share the base; the last may be fewer.
+    pub fn take(&mut self, layers: &mut [Layer]) -> fault::Result<()> {
+        match self.home.clone() {
+            Home::Device => unreachable!("nothing is taken then"),
+            Home::Host => layers.iter_mut().try_for_each(|layer| Ok(self.take_to_host(layer)?)),
+            Home::Ranks(ranks) => self.take_to_ranks(&*ranks, layers),
+        }
+    }
+
+    fn take_to_host(&mut self, layer: &mut Layer) -> Result<()> {
         let weights = four_bit(layer);
-        let sizes = weights.iter().map(|weight| bytes(weight));
-        let (bytes, mut at) = (buffer_bytes(sizes.clone(), self.home.pieces()), 0);
-        let mut next = |bytes: usize| {
-            let range = at..at + bytes;
-            at += bytes.next_multiple_of(ALIGNMENT);
-            range
+        let (bytes, parts) = laid(&weights, 1);
+        let source = match bytes {
+            0 => Source::Nothing,
+            bytes => {
+                let host = Host::new(bytes, &self.device)?;
+                contents(&weights, &parts).try_for_each(|(at, tensor)| host.write(at, tensor))?;
+                Source::Host(host)
+            }
         };
-        let parts: Vec<_> = sizes.map(|(codes, scales)| [next(codes), next(scales)]).collect();
-        let source = self.source(bytes, &weights, &parts)?;
-        self.in_step()?;
-        for weight in weights {
+        self.put(layer, Away { bytes, parts, source })
+    }
+
+    /// Each of these layers was read by one rank. Every rank gets the forms of all of them, and its piece of each.
+    fn take_to_ranks(&mut self, ranks: &dyn Collective, layers: &mut [Layer]) -> fault::Result<()> {
+        let (place, world) = (ranks.place(), self.home.pieces());
+        let own = layers.get_mut(place.rank).map(|layer| handover::told(&four_bit(layer))).transpose()?;
+        let told = ranks.exchange(&own.unwrap_or_default())?;
+        for (reader, layer) in layers.iter_mut().enumerate().filter(|(reader, _)| *reader != place.rank) {
+            handover::take(reader, &told[reader], four_bit(layer), &self.device)?;
+        }
+        let laid: Vec<_> = layers.iter_mut().map(|layer| laid(&four_bit(layer), world)).collect();
+        let pieces: Vec<usize> = laid.iter().map(|(bytes, _)| bytes / world).collect();
+        let own = match layers.get_mut(place.rank) {
+            Some(layer) => Some(self.whole(&four_bit(layer), &laid[place.rank])?),
+            None => None,
+        };
+        let sources = self.deal(ranks, own, &pieces)?;
+        for ((layer, (bytes, parts)), source) in layers.iter_mut().zip(laid).zip(sources) {
+            self.put(layer, Away { bytes, parts, source })?;
+        }
+        Ok(())
+    }
+
+    /// Gives every rank its piece of each layer. `own` is the layer that this rank read. `pieces` are the bytes of a
+    /// piece of each layer.
+    fn deal(
+        &self,
+        ranks: &dyn Collective,
+        own: Option<Tensor>,
+        pieces: &[usize],
+    ) -> fault::Result<Vec<Source>> {
+        let (place, most) = (ranks.place(), pieces.iter().copied().max().unwrap_or(0));
+        let mut sources: Vec<Source> = pieces.iter().map(|_| Source::Nothing).collect();
+        if most == 0 {
+            return Ok(sources);
+        }
+        let zeros = |bytes: usize| Tensor::zeros(bytes, DType::U8, &self.device);
+        let (all, piece) = (zeros(most * place.world)?, zeros(most)?);
+        // In each round one rank gets its pieces of all these layers.
+        for taker in 0..place.world {
+            if let Some(own) = &own {
+                let bytes = pieces[place.rank];
+                slab::write(&piece, 0, &own.narrow(0, taker * bytes, bytes)?)?;
+            }
+            ranks.gather_into(&all, &piece)?;
+            ranks.arrived()?;
+            for (reader, bytes) in
+                pieces.iter().enumerate().filter(|(_, bytes)| taker == place.rank && **bytes > 0)
+            {
+                let taken = unwritten(*bytes, DType::U8, &self.device)?;
+                slab::write(&taken, 0, &all.narrow(0, reader * most, *bytes)?)?;
+                sources[reader] = Source::Piece(taken);
+            }
+        }
+        Ok(sources)
+    }
+
+    /// The bytes of a layer's weights in one tensor, as they will lie in a buffer.
+    fn whole(&self, weights: &[&mut FourBit], (bytes, parts): &Laid) -> Result<Tensor> {
+        let whole = Tensor::zeros(*bytes, DType::U8, &self.device)?;
+        contents(weights, parts).try_for_each(|(at, tensor)| slab::write(&whole, at, tensor))?;
+        Ok(whole)
+    }
+
+    /// The layer's own weights are needed no more.
+    fn put(&mut self, layer: &mut Layer, away: Away) -> Result<()> {
+        for weight in four_bit(layer) {
             let nothing = Tensor::zeros(0, DType::U8, &Device::Cpu)?;
             *scales_mut(weight) = nothing.clone();
             weight.packed = nothing;
         }
-        self.layers.push(Away { bytes, parts, source });
+        self.layers.push(away);
         Ok(())
-    }
-
-    /// Every rank reads every layer of the checkpoint and keeps its piece. They read the same layer at the same time,
-    /// so that a machine reads it once from its disk and its ranks find it in memory.
-    fn in_step(&self) -> Result<()> {
-        let Home::Ranks(ranks) = &self.home else { return Ok(()) };
-        ranks.exchange(&[]).map(drop).map_err(|fault| candle_core::Error::Msg(fault.message))
-    }
-
-    fn source(&self, bytes: usize, weights: &[&mut FourBit], parts: &[[Range<usize>; 2]]) -> Result<Source> {
-        let mut pieces = weights.iter().zip(parts).flat_map(|(weight, [codes, scales])| {
-            [(codes.start, &weight.packed), (scales.start, scales_of(weight))]
-        });
-        match &self.home {
-            _ if bytes == 0 => Ok(Source::Nothing),
-            Home::Device => unreachable!("nothing is taken then"),
-            Home::Host => {
-                let host = Host::new(bytes, &self.device)?;
-                pieces.try_for_each(|(at, tensor)| host.write(at, tensor))?;
-                Ok(Source::Host(host))
-            }
-            Home::Ranks(ranks) => {
-                let whole = Tensor::zeros(bytes, DType::U8, &self.device)?;
-                pieces.try_for_each(|(at, tensor)| slab::write(&whole, at, tensor))?;
-                let (place, bytes) = (ranks.place(), bytes / self.home.pieces());
-                let piece = unwritten(bytes, DType::U8, &self.device)?;
-                slab::write(&piece, 0, &whole.narrow(0, place.rank * bytes, bytes)?)?;
-                Ok(Source::Piece(piece))
-            }
-        }
     }
 
     /// Makes the two buffers, and views of them of all weights that were taken.
@@ -178,16 +238,28 @@ fn four_bit(layer: &mut Layer) -> Vec<&mut FourBit> {
     weights.collect()
 }
 
-/// Bytes of a weight's codes and of its scales.
-fn bytes(weight: &FourBit) -> (usize, usize) {
-    let scales = scales_of(weight);
-    (weight.packed.elem_count(), scales.elem_count() * scales.dtype().size_in_bytes())
+/// Bytes that a layer's weights fill in a buffer, and the ranges of each weight's codes and scales there.
+type Laid = (usize, Vec<[Range<usize>; 2]>);
+
+fn laid(weights: &[&mut FourBit], pieces: usize) -> Laid {
+    let sizes = weights.iter().map(|weight| bytes(weight));
+    let (bytes, mut at) = (buffer_bytes(sizes.clone(), pieces), 0);
+    let mut next = |bytes: usize| {
+        let range = at..at + bytes;
+        at += bytes.next_multiple_of(ALIGNMENT);
+        range
+    };
+    (bytes, sizes.map(|(codes, scales)| [next(codes), next(scales)]).collect())
 }
 
-fn scales_of(weight: &FourBit) -> &Tensor {
-    match &weight.absmax {
-        Absmax::Plain(scales) | Absmax::Nested { codes: scales, .. } => scales,
-    }
+/// Codes and scales of each weight, and where they begin.
+fn contents<'a>(
+    weights: &'a [&mut FourBit],
+    parts: &'a [[Range<usize>; 2]],
+) -> impl Iterator<Item = (usize, &'a Tensor)> {
+    weights.iter().zip(parts).flat_map(|(weight, [codes, scales])| {
+        [(codes.start, &weight.packed), (scales.start, scales_of(weight))]
+    })
 }
 
 fn scales_mut(weight: &mut FourBit) -> &mut Tensor {

@@ -26,6 +26,18 @@ pub fn is_part(name: &str) -> bool {
     ["absmax", "quant_map", "nested_absmax", "nested_quant_map"].contains(&part) || part.starts_with(STATE)
 }
 
+/// Whether a weight is stored in 4 bits; `llm_int8_skip_modules` are not.
+pub fn has(checkpoint: &Checkpoint, name: &str) -> bool {
+    state(checkpoint, name).is_some()
+}
+
+fn state<'a>(checkpoint: &'a Checkpoint, name: &str) -> Option<(Code, Raw<'a>)> {
+    [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
+        let raw = checkpoint.raw(&format!("{name}.{STATE}{}", code.name()))?;
+        Some((code, raw))
+    })
+}
+
 /// The part of `QuantState` that is not tensors.
 #[derive(Deserialize)]
 struct State {
@@ -36,15 +48,12 @@ struct State {
     nested_offset: Option<f64>,
 }
 
-/// Returns the weight [rows, cols] called `name` if it is stored in 4 bits; `llm_int8_skip_modules` are not. A
-/// state that contradicts the facts is a model fault.
-pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Option<FourBit>> {
+/// Returns the weight [rows, cols] called `name`, which is stored in 4 bits (`has`). A state that contradicts the facts
+/// is a model fault.
+pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<FourBit> {
     let wrong = |what: String| Fault::model(format!("{name}: {what}")).help("download the checkpoint again");
-    let state = [Code::Nf4, Code::Fp4].into_iter().find_map(|code| {
-        let raw = checkpoint.raw(&format!("{name}.{STATE}{}", code.name()))?;
-        Some((code, raw))
-    });
-    let Some((code, raw)) = state else { return Ok(None) };
+    let (code, raw) =
+        state(checkpoint, name).ok_or_else(|| wrong("its quantisation state is missing".into()))?;
     let state: State = serde_json::from_slice(raw.bytes)
         .map_err(|error| wrong(format!("its quantisation state cannot be read: {error}")))?;
     if state.shape != [rows, cols] || state.quant_type != code.name() {
@@ -76,7 +85,7 @@ pub fn weight(checkpoint: &Checkpoint, name: &str, rows: usize, cols: usize) -> 
     };
     let packed = Tensor::from_slice(packed, packed.len(), &Device::Cpu)?;
     let (block, expanded) = (state.blocksize, Expanded::default());
-    Ok(Some(FourBit { code, rows, cols, block, packed, absmax, expanded }))
+    Ok(FourBit { code, rows, cols, block, packed, absmax, expanded })
 }
 
 /// The tensors that belong to one weight.
@@ -145,15 +154,14 @@ mod tests {
     fn a_stored_weight_is_taken_as_it_is() {
         let checkpoint = Checkpoint::open(&golden("llama_stored_nf4")).unwrap();
         let name = "model.layers.0.mlp.down_proj.weight";
-        let weight = weight(&checkpoint, name, 64, 64).unwrap().expect("stored in 4 bits");
+        let weight = weight(&checkpoint, name, 64, 64).unwrap();
         assert_eq!((weight.code, weight.block), (Code::Nf4, 64));
         assert_eq!(weight.packed.to_vec1::<u8>().unwrap(), checkpoint.raw(name).unwrap().bytes);
         // Quantising its values again finds the same codes.
         let values = weight.dequantize().unwrap();
         let again = FourBit::quantize(&values, 64, 64, Code::Nf4, true).unwrap();
         assert_eq!(again.packed.to_vec1::<u8>().unwrap(), weight.packed.to_vec1::<u8>().unwrap());
-        let embedding = super::weight(&checkpoint, "model.embed_tokens.weight", 512, 64).unwrap();
-        assert!(embedding.is_none());
+        assert!(has(&checkpoint, name) && !has(&checkpoint, "model.embed_tokens.weight"));
         let fault = super::weight(&checkpoint, name, 64, 128).unwrap_err();
         assert!(fault.message.contains("found nf4 of shape [64, 64]"), "{fault}");
     }

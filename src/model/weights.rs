@@ -205,6 +205,16 @@ impl Checkpoint {
         Some(Raw { dtype: entry.dtype, shape: &entry.shape, bytes })
     }
 
+    /// All tensors whose names begin so, as they are stored, in the order of their names.
+    pub fn under(&self, prefix: &str) -> impl Iterator<Item = (&str, Raw<'_>)> {
+        let prefix = language_name(prefix).into_owned();
+        let all = self.tensors.range(prefix.clone()..).take_while(move |(name, _)| name.starts_with(&prefix));
+        all.map(|(name, entry)| {
+            let bytes = &self.files[entry.file].1[entry.from..entry.to];
+            (name.as_str(), Raw { dtype: entry.dtype, shape: &entry.shape, bytes })
+        })
+    }
+
     /// Bytes of all tensors that are read for a language model.
     pub fn bytes(&self) -> usize {
         let read = self.tensors.iter().filter(|(name, _)| !beside_language(name));
@@ -312,7 +322,7 @@ pub fn unwrapped(name: &str) -> Cow<'_, str> {
 }
 
 /// Maps `language_model.model.x` and `model.language_model.x` to `model.x` of the language model inside.
-fn language_name(name: &str) -> Cow<'_, str> {
+pub(super) fn language_name(name: &str) -> Cow<'_, str> {
     match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
         (Some(rest), _) => rest.into(),
         (_, Some(rest)) => format!("model.{rest}").into(),

@@ -78,13 +78,24 @@ pub fn table<'a>(layers: impl IntoIterator<Item = Option<Matrices<'a>>>, device:
         }
         numbers.extend([a.dim(0)? as u32, (scale as f32).to_bits(), 0, 0]);
     }
-    cuda::upload(&numbers, device)
+    cuda::upload_apart(&numbers, device)
 }
 
 impl Items {
     /// Items of one row lie together, in the order in which they are added. `rank_max` is the largest rank of any
     /// of their adapters.
     pub fn new(list: &[Item], rank_max: usize, device: &Device) -> Result<Items> {
+        Items::filled_up(list, rank_max, None, device)
+    }
+
+    /// The same for a step of so many rows, with lists that are filled up to few different lengths: steps with other
+    /// adapters ask for the same launches.
+    pub fn filled_up(
+        list: &[Item],
+        rank_max: usize,
+        step_rows: Option<usize>,
+        device: &Device,
+    ) -> Result<Items> {
         let (mut items, mut rows) = (Vec::new(), Vec::<[u32; 3]>::new());
         for (number, Item { row, table, strength }) in list.iter().enumerate() {
             let address = cuda::address(table, 0)?;
@@ -93,6 +104,13 @@ impl Items {
                 Some(last) => last[2] += 1,
                 None => rows.push([*row as u32, number as u32, 1]),
             }
+        }
+        let mut rank_max = rank_max;
+        if let Some(step_rows) = step_rows {
+            rank_max = rank_max.next_multiple_of(8);
+            items.resize(4 * list.len().next_power_of_two(), 0);
+            rows.resize(step_rows, [0; 3]);
+            cuda::inputs::depends_on(rank_max);
         }
         let tables = list.iter().map(|item| item.table.clone()).collect();
         let (items, rows) = (cuda::upload(&items, device)?, cuda::upload(rows.as_flattened(), device)?);
@@ -197,6 +215,11 @@ mod tests {
                 Items::new(&items[1..4], 16, &gpu.device)?.add(&there, &alone, &parts, 2.0)?;
                 let row = |y: &Tensor| y.narrow(0, 2, 1)?.copy()?.to_device(&Device::Cpu);
                 gpu.within(0.0, &row(&alone)?, &row(&found)?)?;
+                // What fills lists up adds nothing.
+                let filled_up = gpu.put(&y)?;
+                let of_step = Items::filled_up(&items, 13, Some(6), &gpu.device)?;
+                of_step.add(&there, &filled_up, &parts, 2.0)?;
+                gpu.within(0.0, &filled_up.to_device(&Device::Cpu)?, &found.to_device(&Device::Cpu)?)?;
             }
             Ok(())
         })

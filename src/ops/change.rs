@@ -37,11 +37,13 @@ pub enum Change {
     Both,
     /// The gradient of A comes from a norm's input, so that the norm is not computed again.
     Normed,
+    /// Steps of one shape are recorded once as a graph and launched as a whole.
+    Graphs,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 12] = [
+    pub const ALL: [Change; 13] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -54,6 +56,7 @@ impl Change {
         Change::Inside,
         Change::Both,
         Change::Normed,
+        Change::Graphs,
     ];
 
     /// The name that the variable has for it.
@@ -71,6 +74,7 @@ impl Change {
             Change::Inside => "inside",
             Change::Both => "both",
             Change::Normed => "normed",
+            Change::Graphs => "graphs",
         }
     }
 

@@ -325,7 +325,10 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
-        return gpu::logits(hidden, head, precision);
+        let shape = (hidden.dim(0)?, head.weight.dims().0);
+        let logits = super::unwritten(shape, DType::F32, hidden.device())?;
+        write_logits_apart(hidden, head, precision, &logits)?;
+        return Ok(logits);
     }
     let (logits, beta) = head.biased(hidden, head.weight.dims().0)?;
     matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, short)?;
@@ -333,6 +336,12 @@ pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: u
         matmul::forward_apart(x, weight, alpha, y, 0, 0.0, precision, short.saturating_sub(from))
     })?;
     capped(logits, hidden, head)
+}
+
+/// The same on a GPU, written to `logits` [rows, V] in f32.
+#[cfg(feature = "cuda")]
+pub fn write_logits_apart(hidden: &Tensor, head: &Head, precision: Precision, logits: &Tensor) -> Result<()> {
+    gpu::logits(hidden, head, precision, logits)
 }
 
 fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
@@ -352,7 +361,6 @@ fn capped(logits: Tensor, hidden: &Tensor, head: &Head) -> Result<Tensor> {
 mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
-    use crate::ops::unwritten;
 
     const CAP_THREADS: usize = 256;
 
@@ -361,25 +369,24 @@ mod gpu {
         vocab.next_multiple_of(8)
     }
 
-    /// Logits [rows, V] in f32.
-    pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tensor> {
-        let logits = unwritten((hidden.dim(0)?, head.weight.dims().0), DType::F32, hidden.device())?;
+    /// Writes logits [rows, V] in f32.
+    pub fn logits(hidden: &Tensor, head: &Head, precision: Precision, logits: &Tensor) -> Result<()> {
         if let Some(bias) = &head.bias {
-            bias::apply(bias, &logits, 0, false)?;
+            bias::apply(bias, logits, 0, false)?;
         }
         let beta = if head.bias.is_some() { 1.0 } else { 0.0 };
-        matmul::forward_apart(hidden, &head.weight, head.scale, &logits, 0, beta, precision, 0)?;
-        head.change(hidden, 0, &logits, |x, weight, alpha, y, _| {
+        matmul::forward_apart(hidden, &head.weight, head.scale, logits, 0, beta, precision, 0)?;
+        head.change(hidden, 0, logits, |x, weight, alpha, y, _| {
             matmul::forward_apart(x, weight, alpha, y, 0, 0.0, precision, 0)
         })?;
         if let Some(cap) = head.softcap {
             let count = logits.elem_count();
             let launch =
-                Launch::untyped(cuda::device(&logits)?, "cross_entropy", "cap").of(DType::F32, &logits);
+                Launch::untyped(cuda::device(logits)?, "cross_entropy", "cap").of(DType::F32, logits);
             let launch = launch.long(count as u64).float(cap);
             launch.launch((count.div_ceil(CAP_THREADS), 1, 1), CAP_THREADS, 0)?;
         }
-        Ok(logits)
+        Ok(())
     }
 
     /// The targets of all rows, and what is found of them as chunk after chunk is computed.

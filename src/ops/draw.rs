@@ -1,9 +1,9 @@
 //! Logits -> a token drawn for each row, on a GPU: four bytes a row go to the host and not all logits.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::cuda::{self, Launch};
-use super::unwritten;
+use super::{largest, unwritten};
 
 const THREADS: usize = 512;
 
@@ -31,18 +31,28 @@ impl Draw {
 /// f64, in another order than on the host, so that a number within their rounding may decide otherwise. Waits for the
 /// device.
 pub fn tokens(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
-    let (rows, vocab) = logits.dims2()?;
+    let (rows, _) = logits.dims2()?;
     assert_eq!(draws.len(), rows, "a draw for each row");
     if rows == 0 {
         return Ok(Vec::new());
     }
+    let tokens = unwritten(rows, DType::U32, logits.device())?;
+    write(logits, &send(draws, logits.device())?, &tokens)?;
+    Ok(largest::found(&cuda::download::<u32>(&tokens)?))
+}
+
+/// Copies what `write` reads of the rows to the device.
+pub fn send(draws: &[Draw], device: &Device) -> Result<Tensor> {
     let numbers = |draw: &Draw| [draw.temperature, draw.top_k as f64, draw.top_p, draw.min_p, draw.uniform];
     let draws: Vec<f64> = draws.iter().flat_map(numbers).collect();
-    let draws = cuda::upload(&draws, logits.device())?;
-    let tokens = unwritten(rows, DType::U32, logits.device())?;
+    cuda::upload(&draws, device)
+}
+
+/// Writes the token drawn for each row of logits [rows, V] to `tokens` [rows] on the device, for `largest::found`.
+pub fn write(logits: &Tensor, draws: &Tensor, tokens: &Tensor) -> Result<()> {
+    let (rows, vocab) = logits.dims2()?;
+    assert_eq!(tokens.dims(), [rows], "a token a row");
     let launch = Launch::untyped(cuda::device(logits)?, "draw", "tokens").of(DType::F32, logits);
-    let launch = launch.of(DType::F64, &draws).of(DType::U32, &tokens);
-    launch.int(vocab).launch((rows, 1, 1), THREADS, 0)?;
-    let found = cuda::download::<u32>(&tokens)?;
-    Ok(found.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
+    let launch = launch.of(DType::F64, draws).of(DType::U32, tokens);
+    launch.int(vocab).launch((rows, 1, 1), THREADS, 0)
 }

@@ -10,15 +10,26 @@ const THREADS: usize = 512;
 /// The token of each row's highest finite logit, of equal ones the lowest; `None` for a row without one. Logits
 /// are f32 [rows, V]. Waits for the device.
 pub fn tokens(logits: &Tensor) -> Result<Vec<Option<u32>>> {
-    let (rows, vocab) = logits.dims2()?;
+    let (rows, _) = logits.dims2()?;
     if rows == 0 {
         return Ok(Vec::new());
     }
     let tokens = unwritten(rows, DType::U32, logits.device())?;
+    write(logits, &tokens)?;
+    Ok(found(&cuda::download::<u32>(&tokens)?))
+}
+
+/// Writes the token of each row of logits [rows, V] to `tokens` [rows] on the device, for `found`.
+pub fn write(logits: &Tensor, tokens: &Tensor) -> Result<()> {
+    let (rows, vocab) = logits.dims2()?;
+    assert_eq!(tokens.dims(), [rows], "a token a row");
     let launch = Launch::untyped(cuda::device(logits)?, "largest", "tokens").of(DType::F32, logits);
-    launch.of(DType::U32, &tokens).int(vocab).launch((rows, 1, 1), THREADS, 0)?;
-    let found = cuda::download::<u32>(&tokens)?;
-    Ok(found.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
+    launch.of(DType::U32, tokens).int(vocab).launch((rows, 1, 1), THREADS, 0)
+}
+
+/// What `write` wrote -> the tokens, as `tokens` returns them.
+pub fn found(written: &[u32]) -> Vec<Option<u32>> {
+    written.iter().map(|token| (*token != u32::MAX).then_some(*token)).collect()
 }
 
 #[cfg(test)]

@@ -60,6 +60,15 @@ pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Resu
     }
 }
 
+/// A tensor in host memory -> the same on `device`.
+pub fn put(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return cuda::inputs::put(tensor, device);
+    }
+    tensor.to_device(device)
+}
+
 /// Whether an operation failed for lack of device memory, in which case a smaller plan may succeed.
 pub fn out_of_memory(error: &Error) -> bool {
     let text = format!("{error:?}");

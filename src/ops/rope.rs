@@ -32,6 +32,17 @@ impl Angles {
         dtype: DType,
         device: &Device,
     ) -> Result<Angles> {
+        Angles::send(rope, positions, lengths, dtype, device)?.angles()
+    }
+
+    /// The same without the computation on a GPU, which `Sent::angles` asks for.
+    pub fn send(
+        rope: &Rope,
+        positions: &[u32],
+        lengths: &[u32],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Sent> {
         // Rows of an example are adjacent, so each run of equal lengths gets one set of frequencies.
         let mut frequencies = Vec::new();
         let mut sets = Vec::with_capacity(lengths.len());
@@ -44,7 +55,27 @@ impl Angles {
             sets.push((frequencies.len() / (rope.rotary / 2) - 1) as u32);
         }
         let (half, attention) = (rope.rotary / 2, rope.attention_factor());
-        Turns { positions, sets: &sets, frequencies: &frequencies, half, attention }.angles(dtype, device)
+        Turns { positions, sets: &sets, frequencies: &frequencies, half, attention }.send(dtype, device)
+    }
+}
+
+/// The inputs of the angles on a device; on a CPU, the angles.
+pub enum Sent {
+    /// They are computed.
+    Here(Angles),
+    /// What a launch computes them from.
+    #[cfg(feature = "cuda")]
+    There(gpu::Turns),
+}
+
+impl Sent {
+    /// The angles.
+    pub fn angles(&self) -> Result<Angles> {
+        match self {
+            Sent::Here(angles) => Ok(angles.clone()),
+            #[cfg(feature = "cuda")]
+            Sent::There(turns) => turns.angles(),
+        }
     }
 }
 
@@ -67,6 +98,10 @@ impl Turns<'_> {
     /// Computes the angles of every row on `device`; only a few numbers per row are copied to a GPU. The angles are
     /// computed in f32 like the reference's, then converted to `dtype` on a CPU; a GPU's stay f32.
     pub fn angles(&self, dtype: DType, device: &Device) -> Result<Angles> {
+        self.send(dtype, device)?.angles()
+    }
+
+    fn send(&self, dtype: DType, device: &Device) -> Result<Sent> {
         let (rows, half) = (self.positions.len(), self.half);
         let sets = self.frequencies.len() / half.max(1);
         let known = self.sets.iter().all(|&set| (set as usize) < sets);
@@ -76,7 +111,7 @@ impl Turns<'_> {
         );
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            return gpu::angles(self, device);
+            return gpu::Turns::send(self, device).map(Sent::There);
         }
         let mut cos = Vec::with_capacity(rows * half);
         let mut sin = Vec::with_capacity(rows * half);
@@ -88,7 +123,7 @@ impl Turns<'_> {
             }
         }
         let tensor = |values| Tensor::from_vec(values, (rows, half), device)?.to_dtype(dtype);
-        Ok(Angles { cos: tensor(cos)?, sin: tensor(sin)? })
+        Ok(Sent::Here(Angles { cos: tensor(cos)?, sin: tensor(sin)? }))
     }
 }
 
@@ -155,19 +190,38 @@ mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
-    /// Cosines and sines of all rotations, computed on the GPU.
-    pub fn angles(turns: &Turns, device: &Device) -> Result<Angles> {
-        let (rows, half) = (turns.positions.len(), turns.half);
-        let positions = cuda::upload(turns.positions, device)?;
-        let sets = cuda::upload(turns.sets, device)?;
-        let frequencies = cuda::upload(turns.frequencies, device)?;
-        let cos = crate::ops::unwritten((rows, half), DType::F32, device)?;
-        let sin = crate::ops::unwritten((rows, half), DType::F32, device)?;
-        let launch = Launch::untyped(cuda::device(&cos)?, "rope", "angles");
-        let launch = launch.of(DType::U32, &positions).of(DType::U32, &sets).of(DType::F32, &frequencies);
-        let launch = launch.float(turns.attention.into()).tensor(&cos).tensor(&sin).int(half);
-        launch.launch((rows, 1, 1), 64, 0)?;
-        Ok(Angles { cos, sin })
+    /// `super::Turns`, copied to the GPU.
+    pub struct Turns {
+        positions: Tensor,
+        sets: Tensor,
+        frequencies: Tensor,
+        half: usize,
+        attention: f32,
+    }
+
+    impl Turns {
+        /// Copies them.
+        pub fn send(turns: &super::Turns, device: &Device) -> Result<Turns> {
+            Ok(Turns {
+                positions: cuda::upload(turns.positions, device)?,
+                sets: cuda::upload(turns.sets, device)?,
+                frequencies: cuda::upload(turns.frequencies, device)?,
+                half: turns.half,
+                attention: turns.attention,
+            })
+        }
+
+        /// Cosines and sines of all rotations, computed on the GPU.
+        pub fn angles(&self) -> Result<Angles> {
+            let (rows, half, device) = (self.positions.elem_count(), self.half, self.positions.device());
+            let cos = crate::ops::unwritten((rows, half), DType::F32, device)?;
+            let sin = crate::ops::unwritten((rows, half), DType::F32, device)?;
+            let launch = Launch::untyped(cuda::device(&cos)?, "rope", "angles");
+            let launch = launch.of(DType::U32, &self.positions).of(DType::U32, &self.sets);
+            let launch = launch.of(DType::F32, &self.frequencies).float(self.attention.into());
+            launch.tensor(&cos).tensor(&sin).int(half).launch((rows, 1, 1), 64, 0)?;
+            Ok(Angles { cos, sin })
+        }
     }
 
     /// Rotates the first heads of each row, in place.

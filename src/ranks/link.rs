@@ -124,6 +124,8 @@ struct State {
     done: bool,
     /// Training is on, so that all ranks make calls all the time.
     trains: bool,
+    /// Each rank works on something else than the others.
+    apart: bool,
     /// Since when this rank waits in a call.
     waits: Option<Instant>,
     /// This rank's calls so far.
@@ -221,6 +223,12 @@ impl Link {
         let mut state = self.shared.lock();
         (state.trains, state.over) = (false, true);
         state.end.as_ref().map_or(Ok(()), |(fault, _)| Err(fault.clone()))
+    }
+
+    /// From now on each rank works on a part of its own, or again on the same as all. In the second case, a rank that
+    /// refuses what rank 0 accepts has other inputs.
+    pub fn works_apart(&self, apart: bool) {
+        self.shared.lock().apart = apart;
     }
 
     /// Ends this rank's part: all ranks end with the same result. The others wait for rank 0.
@@ -534,12 +542,13 @@ impl Shared {
         }
         let most = state.peers.iter().map(|known| known.calls).chain([state.calls]).max().unwrap_or(0);
         let (trains, waits) = (state.trains && self.place.leads(), state.waits);
+        let (calls, apart) = (state.calls, state.apart);
         if self.lags(&mut state.lags, trains && state.calls < most) {
             return Some(self.hangs("rank 0"));
         }
         for (peer, known) in self.peers.iter().zip(&mut state.peers) {
             let fault = self
-                .failed(peer, known, waits)
+                .failed(peer, known, waits, calls, apart)
                 .or_else(|| self.lost(peer, known))
                 .or_else(|| self.silent(peer))
                 .or_else(|| {
@@ -579,12 +588,24 @@ impl Shared {
     }
 
     /// A rank said why it fails. Ranks that fail together, each with the same reason, leave it to rank 0 to say so.
-    fn failed(&self, peer: &Peer, known: &Known, waits: Option<Instant>) -> Option<Fault> {
+    fn failed(
+        &self,
+        peer: &Peer,
+        known: &Known,
+        waits: Option<Instant>,
+        calls: u64,
+        apart: bool,
+    ) -> Option<Fault> {
         let (fault, at) = known.failed.as_ref()?;
         let signal = matches!(fault.kind, Kind::Interrupted | Kind::InterruptedUnsaved);
-        // After a signal rank 0 may still write the checkpoint that all agreed on, unless it waits for the others.
-        let longest = if signal && waits.is_none() { STOP_MAX } else { REASON_MAX };
-        (at.elapsed() >= longest).then(|| of_rank(&peer.name, fault.clone()))
+        let refuses = !apart && matches!(fault.kind, Kind::Config | Kind::Data | Kind::Model);
+        // After a signal rank 0 may still write the checkpoint that all agreed on, unless it waits for the others. What
+        // a rank refuses, rank 0 may soon refuse too.
+        let longest = if (signal || refuses) && waits.is_none() { STOP_MAX } else { REASON_MAX };
+        (at.elapsed() >= longest).then(|| match refuses && waits.is_some() && calls > known.calls {
+            true => refused_by_one(&peer.name, fault.clone()),
+            false => of_rank(&peer.name, fault.clone()),
+        })
     }
 
     fn lost(&self, peer: &Peer, known: &Known) -> Option<Fault> {
@@ -745,6 +766,16 @@ impl Drop for Link {
     }
 }
 
+/// The fault of a rank that refuses what rank 0 has accepted: their inputs differ, so that a retry can help.
+fn refused_by_one(name: &str, fault: Fault) -> Fault {
+    let refused = fault.kind.name();
+    let fault = Fault { kind: Kind::Device, ..fault }.at(name);
+    let message = format!("{}; rank 0 found no such fault ({refused}) in its own inputs", fault.message);
+    let files = "if the ranks do not see the same files yet, a retry succeeds when they do";
+    let help = fault.help.as_ref().map_or(files.to_owned(), |help| format!("{help}; {files}"));
+    Fault { message, ..fault }.help(help)
+}
+
 /// A connection that notes when bytes came.
 struct Heard<'a> {
     stream: &'a TcpStream,
@@ -822,20 +853,55 @@ mod tests {
         assert!(all.iter().all(|found| *found == expected), "{all:?}");
     }
 
-    #[test]
-    fn a_failing_rank_ends_all_with_its_reason() {
-        let all = ranks(3, "failing", LIMITS, |link| {
+    /// The faults of all ranks if rank 1 fails while the others go on to a call.
+    fn failing(token: &str, fault: &Fault, apart: bool) -> Vec<Fault> {
+        ranks(3, token, LIMITS, |link| {
+            link.works_apart(apart);
             let ended = match rank(link) {
-                1 => Err(Fault::data("row 7").help("look")),
+                1 => Err(fault.clone()),
                 _ => link.exchange(b"x").map(drop),
             };
             link.leave(ended).unwrap_err()
-        });
-        for fault in &all {
-            assert_eq!((fault.kind, fault.help.as_deref()), (Kind::Data, Some("look")));
-            let message = &fault.message;
-            assert!(message.starts_with("rank 1 of 3 (") && message.ends_with("): row 7"), "{message}");
+        })
+    }
+
+    #[test]
+    fn a_failing_rank_ends_all_with_its_reason() {
+        // Somebody must act, whatever the others found; and a part of the data that no other rank has looked at.
+        for (fault, apart) in [(Fault::new(Kind::Auth, "row 7"), false), (Fault::data("row 7"), true)] {
+            let all = failing(&format!("failing {apart}"), &fault.clone().help("look"), apart);
+            for found in &all {
+                assert_eq!((found.kind, found.help.as_deref()), (fault.kind, Some("look")));
+                let message = &found.message;
+                assert!(message.starts_with("rank 1 of 3 (") && message.ends_with("): row 7"), "{message}");
+            }
         }
+    }
+
+    /// All ranks have read the same data, as far as they know.
+    #[test]
+    fn a_rank_that_refuses_what_rank_0_accepts_disagrees() {
+        for fault in failing("refuses", &Fault::data("row 7").help("look"), false) {
+            assert_eq!(fault.kind, Kind::Device);
+            let (message, help) = (&fault.message, fault.help.as_deref().unwrap());
+            assert!(
+                message.starts_with("rank 1 of 3 (") && message.contains("): row 7; rank 0 found no"),
+                "{message}"
+            );
+            assert!(help.starts_with("look; if the ranks do not see the same files yet"), "{help}");
+        }
+    }
+
+    /// Rank 0 needs longer to find the same.
+    #[test]
+    fn what_all_ranks_refuse_is_not_tried_again() {
+        let all = ranks(2, "refuse", LIMITS, |link| {
+            if rank(link) == 0 {
+                std::thread::sleep(REASON_MAX * 2);
+            }
+            link.leave::<()>(Err(Fault::data("row 7"))).unwrap_err()
+        });
+        assert!(all.iter().all(|fault| fault.kind == Kind::Data && fault.message == "row 7"), "{all:?}");
     }
 
     /// What all ranks find at the same time, each by itself, is rank 0's to say.

@@ -117,8 +117,7 @@ pub struct Met {
 /// Meets the other ranks.
 ///
 /// # Errors
-/// Config: they were started with another number of ranks. Device: they do not come in time. Interrupted: a signal
-/// came first. And the fault of a rank that ended before.
+/// Device: they were started with another number of ranks, or do not come in time. Interrupted: a signal came first. And the fault of a rank that ended before.
 pub fn meet(seat: &Seat, limits: &Limits, environment: Environment) -> Result<Met> {
     match seat.place.leads() {
         true => take_all(seat, limits, listener(&seat.meeting, environment)?),
@@ -243,14 +242,17 @@ fn hello(frame: &Frame, place: Place) -> Result<Hello> {
     let unread = || Fault::internal("a rank said nothing that can be read when it came");
     let hello: Hello = serde_json::from_slice(&frame.body).map_err(|_| unread())?;
     if hello.world != place.world {
-        return Err(Fault::config(format!(
-            "{} was started among {} ranks, and rank 0 ({}, process {}) among {}",
-            hello.name(),
-            hello.world,
-            host(),
-            std::process::id(),
-            place.world
-        ))
+        return Err(Fault::new(
+            Kind::Device,
+            format!(
+                "{} was started among {} ranks, and rank 0 ({}, process {}) among {}",
+                hello.name(),
+                hello.world,
+                host(),
+                std::process::id(),
+                place.world
+            ),
+        )
         .help("start all ranks with the same number of machines and of GPUs on each"));
     }
     match (1..hello.world).contains(&hello.rank) {
@@ -504,7 +506,7 @@ mod tests {
             let other = scope.spawn(move || call(&seat(1, 4, port, "t"), &LIMITS).map(drop));
             for fault in [first, other].map(|ended| ended.join().unwrap().unwrap_err()) {
                 assert!(fault.message.contains("was started among 4 ranks"), "{fault}");
-                assert_eq!(fault.kind, Kind::Config);
+                assert_eq!(fault.kind, Kind::Device);
             }
         });
     }

@@ -397,9 +397,9 @@ fn a_rank_that_is_gone_at_any_call_ends_all() {
         });
         let runs = train_on(ranks.collect(), &options, Some(folder.path()), false, |ranks| ranks);
         if runs.iter().all(|run| run.ended.is_ok()) {
-            // The start, the parameters, one exchange and the sums of two pieces and the rest for each of two steps,
-            // and the evaluation.
-            assert_eq!(call - 1, 11);
+            // The start, the parameters, for each of two steps an exchange, the sums of two pieces and the rest, and
+            // the confirmation before its checkpoint, and the evaluation.
+            assert_eq!(call - 1, 13);
             return;
         }
         for run in runs {
@@ -471,8 +471,8 @@ impl Collective for Liar {
 #[test]
 fn a_signal_to_one_rank_stops_all_with_a_checkpoint() {
     let undisturbed = train(3, &options(4), None);
-    // Exchanges: the start, step 1, step 2, the evaluation after it, step 3.
-    for (at, step) in [(3, 1), (4, 2), (5, 2)] {
+    // Exchanges: the start, step 1, step 2, the confirmation and the evaluation after it, step 3.
+    for (at, step) in [(3, 1), (5, 2), (6, 2)] {
         let folder = tempfile::tempdir().unwrap();
         let lie = |ranks| Liar::new(ranks, Lie::Stopped(at));
         for run in train_on(Threads::of(3), &options(4), Some(folder.path()), false, lie) {
@@ -501,6 +501,25 @@ fn a_rank_that_computes_other_numbers_is_found() {
         assert!(message.starts_with("rank 1 does not compute what rank 0 computes"), "{message}");
     }
     assert_eq!(runs[0].losses().len(), 1, "it is found after the next step's passes");
+}
+
+/// What the ranks do not agree on is neither a checkpoint nor the end of a run.
+#[test]
+fn numbers_that_differ_are_found_before_anything_keeps_them() {
+    for (steps, checkpoint) in [(4, Every::Steps(1)), (2, Every::Never)] {
+        let options = Options { checkpoint, evaluation: Every::Never, ..options(steps) };
+        let undisturbed = train(2, &options, None);
+        let folder = tempfile::tempdir().unwrap();
+        // A sum of the parameters, and three in each step: it is the first of the second step that differs.
+        let lie = |ranks| Liar::new(ranks, Lie::Sum(5));
+        for run in train_on(Threads::of(2), &options, Some(folder.path()), false, lie) {
+            assert!(run.fault().message.contains("after step 2"), "{}", run.fault().message);
+        }
+        let resumed = train(2, &options, Some(folder.path()));
+        assert!(resumed.params == undisturbed.params, "the checkpoint is that of step 1");
+        let expected = matches!(options.checkpoint, Every::Steps(1)).then_some(1);
+        assert_eq!(resumed.ended.unwrap().resumed_at, expected);
+    }
 }
 
 #[test]

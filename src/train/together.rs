@@ -128,9 +128,10 @@ fn outcome(said: Vec<Said>) -> Outcome {
 }
 
 fn unread(rank: usize, error: &serde_json::Error) -> Fault {
-    Fault::config(format!(
-        "rank {rank} is at another point of the run than this rank, or is another version: {error}"
-    ))
+    Fault::new(
+        Kind::Device,
+        format!("rank {rank} is at another point of the run than this rank, or is another version: {error}"),
+    )
     .help("start all ranks with the same version of hone and the same options")
 }
 

@@ -417,6 +417,16 @@ impl<'a> Trainer<'a> {
         Ok(vec![Number::total(&self.adapter.losses()?)?])
     }
 
+    /// Ends all ranks if they computed different numbers in this step, the last one whose numbers are known. It comes
+    /// before whatever keeps the parameters of that step, so that no checkpoint and no adapter holds what the ranks do
+    /// not agree on.
+    fn confirm(&self, step: u64) -> Result<()> {
+        if self.ranks.place().world == 1 {
+            return Ok(());
+        }
+        refuse_other_numbers(&agree(self.ranks, Said::Done, Beat { step, ..self.beat() })?.told)
+    }
+
     fn beat(&self) -> Beat {
         let minutes = match self.options.evaluation {
             Every::Minutes(minutes) => minutes,
@@ -478,6 +488,9 @@ impl<'a> Trainer<'a> {
             unreachable!("two sums of squares")
         };
         self.squares = [*squares, *parameters];
+        if self.waits_after(self.state.step + 1) {
+            self.confirm(self.state.step + 1)?;
+        }
         let loss = losses.iter().map(|loss| loss * sent.scale).sum();
         let step = Step { loss, grad_norm: squares.sqrt(), learning_rate: sent.learning_rate };
         match &sent.spike {
@@ -571,6 +584,9 @@ impl<'a> Trainer<'a> {
     /// The fault for a signal. Rank 0 writes a checkpoint first if possible.
     pub(super) fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
         let step = self.state.step;
+        if let Err(fault) = self.confirm(step) {
+            return fault;
+        }
         let saved = match checkpoints {
             Some(checkpoints) if step > 0 => self.save(checkpoints).map_err(|why| why.message),
             _ => Err("nothing to save".to_owned()),
@@ -610,7 +626,7 @@ fn refuse_another_run(starts: &[Start]) -> Result<()> {
             format!("{examples} examples, {steps} steps and {parameters} parameters")
         };
         let (found, expected) = (say(start.sizes), say(starts[0].sizes));
-        return Err(Fault::config(format!("rank {rank} has {found}, and rank 0 has {expected}"))
+        return Err(Fault::new(Kind::Device, format!("rank {rank} has {found}, and rank 0 has {expected}"))
             .help("start all ranks with the same options and the same data"));
     }
     Ok(())

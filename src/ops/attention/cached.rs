@@ -61,6 +61,13 @@ impl<'a> Segments<'a> {
             tables: gpu::Tables::default(),
         }
     }
+
+    /// Copies what layers of these windows read of short segments to a GPU. Lists are filled up to few
+    /// different lengths, so that steps of other lengths of context ask for the same launches.
+    #[cfg(feature = "cuda")]
+    pub fn send(&self, windows: impl IntoIterator<Item = Option<usize>>, device: &Device) -> Result<()> {
+        self.send_filled_up(windows, device)
+    }
 }
 
 /// Keys and values of one layer: `[page][key head][token of the page][D]`.
@@ -536,6 +543,15 @@ mod tests {
                         store.write(&qkv, &heads, &segments)?;
                         if start > 0 {
                             found.push(forward(&qkv, &heads, &store, &segments, Precision::F32)?);
+                            // Lists that are filled up change nothing.
+                            #[cfg(feature = "cuda")]
+                            if !on_host {
+                                let filled_up = Segments::new(segments.list);
+                                filled_up.send([window], device)?;
+                                let again = forward(&qkv, &heads, &store, &filled_up, Precision::F32)?;
+                                let brought = |y: &Tensor| y.to_device(&Device::Cpu);
+                                gpu.within(0.0, &brought(&again)?, &brought(&found[0])?)?;
+                            }
                         }
                     }
                 }

@@ -163,6 +163,19 @@ pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
 }
 
+/// Most bytes that graphs have reserved for their own tensors, beside the pool.
+pub fn graphs_peak(device: &CudaDevice) -> TensorResult<usize> {
+    let context = device.cuda_stream().context().clone();
+    context.bind_to_thread().w()?;
+    let which = sys::CUgraphMem_attribute_enum::CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH;
+    let mut value = 0u64;
+    // SAFETY: the device belongs to the context, and the attribute is a 64-bit number.
+    unsafe { sys::cuDeviceGetGraphMemAttribute(context.cu_device(), which, (&raw mut value).cast()) }
+        .result()
+        .w()?;
+    Ok(value as usize)
+}
+
 /// Restarts the peak of `pool` at the current use.
 pub fn reset_peak(device: &CudaDevice) -> TensorResult<()> {
     set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)

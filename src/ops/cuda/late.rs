@@ -3,7 +3,7 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, sys};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 use super::pinned::Pinned;
 
@@ -61,6 +61,42 @@ impl Late {
             _ => unsafe { f64::from(self.memory.at(SLOT * i).cast::<f32>().read()) },
         };
         Ok(self.tensors.iter().enumerate().map(value).collect())
+    }
+}
+
+/// Page-locked places for numbers of 32 bits that the device writes in each step.
+pub struct Words {
+    memory: Pinned,
+}
+
+impl Words {
+    /// Places for so many.
+    pub fn new(device: &CudaDevice, count: usize) -> Result<Words> {
+        Ok(Words { memory: Pinned::on(device, 4 * count.max(1))? })
+    }
+
+    /// Queues the copy of a tensor of such numbers to the first places. Who reads them waits for the device first.
+    pub fn send(&self, tensor: &Tensor) -> Result<()> {
+        let bytes = 4 * tensor.elem_count();
+        if tensor.dtype() != DType::U32 || bytes > self.memory.bytes() {
+            bail!("{:?} of shape {:?} for {} bytes", tensor.dtype(), tensor.dims(), self.memory.bytes());
+        }
+        let stream = super::device(tensor)?.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: both sides hold so many bytes, and both live until the device is awaited.
+        unsafe {
+            let to = self.memory.at(0).cast();
+            sys::cuMemcpyDtoHAsync_v2(to, super::address(tensor, 0)?, bytes, stream.cu_stream())
+        }
+        .result()
+        .w()
+    }
+
+    /// The first so many. The device has been awaited since they were sent.
+    pub fn read(&self, count: usize) -> Vec<u32> {
+        assert!(4 * count <= self.memory.bytes(), "{count} numbers");
+        // SAFETY: the memory holds so many, and any bits are numbers.
+        (0..count).map(|i| unsafe { self.memory.at(4 * i).cast::<u32>().read() }).collect()
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
-use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 
 use sys::cublasLtMatmulDescAttributes_t as Attribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
@@ -82,6 +82,13 @@ struct Chosen {
 }
 
 static LIBRARY: Mutex<Option<Library>> = Mutex::new(None);
+
+/// Address of the memory that algorithms work in; 0: none does. A graph has it in its products.
+pub(super) fn workspace() -> u64 {
+    let library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+    let memory = library.as_ref().and_then(|library| library.workspace.as_ref());
+    memory.and_then(|memory| super::address(memory, 0).ok()).unwrap_or(0)
+}
 
 /// Queues the product. The matrices lie at these addresses: a, b, c, d. False: the library has no algorithm for the
 /// shape, and nothing was done.
@@ -185,6 +192,9 @@ impl Library {
 
     fn grow(&mut self, bytes: usize, device: &CudaDevice) -> Result<()> {
         if bytes > self.workspace.as_ref().map_or(0, Tensor::elem_count) {
+            if super::graph::is_capturing() {
+                bail!("memory that outlives a graph cannot be taken while it is recorded");
+            }
             self.workspace = None;
             self.workspace = Some(crate::ops::unwritten(bytes, DType::U8, &Device::Cuda(device.clone()))?);
         }

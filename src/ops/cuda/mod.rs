@@ -6,6 +6,8 @@
 //! its doc says so.
 
 pub mod device;
+pub mod graph;
+pub mod inputs;
 pub mod late;
 pub mod launch;
 mod lt;
@@ -72,8 +74,13 @@ pub fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
 }
 
 /// Copies a host slice to the device, as a tensor of its length. Up to 64 KiB the driver takes the values at once
-/// and the host goes on.
+/// and the host goes on. Within `Inputs::fill` it is a place in these inputs.
 pub fn upload<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
+    inputs::place(values).unwrap_or_else(|| upload_apart(values, device))
+}
+
+/// The same, always as a tensor of its own: for what outlives a step.
+pub fn upload_apart<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), device)
 }
 

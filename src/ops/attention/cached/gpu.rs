@@ -1,7 +1,7 @@
 //! The launches of `kernels/cached.cu`: rows that generate piece by piece of their keys, longer ones by training's
 //! attention.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -28,6 +28,8 @@ const ALONE: u32 = u32::MAX;
 /// What the launches of all layers read of a step's segments, copied to the device when first asked for.
 #[derive(Default)]
 pub struct Tables {
+    /// Whether lists are filled up to few different lengths.
+    filled_up: Cell<bool>,
     pages: OnceCell<Tensor>,
     slots: OnceCell<Tensor>,
     whole: OnceCell<Packing>,
@@ -73,7 +75,27 @@ impl Segment {
     }
 }
 
+/// Numbers of pages that a list is filled up to: 256, 1024, 4096, and so on.
+fn pages_filled_up(pages: usize) -> usize {
+    std::iter::successors(Some(256), |length| Some(4 * length))
+        .find(|length| *length >= pages)
+        .unwrap_or(pages)
+}
+
 impl Segments<'_> {
+    /// See `Segments::send`.
+    pub(super) fn send_filled_up(
+        &self,
+        windows: impl IntoIterator<Item = Option<usize>>,
+        device: &Device,
+    ) -> Result<()> {
+        assert!(!self.list.iter().any(Segment::is_long), "short segments");
+        self.tables.filled_up.set(true);
+        self.slots(device)?;
+        self.pages(device)?;
+        windows.into_iter().try_for_each(|window| self.pieces(window, device).map(|_| ()))
+    }
+
     /// Where each segment's pages begin among those of all.
     fn pages_at(&self) -> impl Iterator<Item = (usize, &Segment)> {
         self.list.iter().scan(0, |at, segment| {
@@ -85,7 +107,10 @@ impl Segments<'_> {
 
     fn pages(&self, device: &Device) -> Result<&Tensor> {
         once(&self.tables.pages, || {
-            let pages: Vec<u32> = self.list.iter().flat_map(|segment| segment.used()).copied().collect();
+            let mut pages: Vec<u32> = self.list.iter().flat_map(|segment| segment.used()).copied().collect();
+            if self.tables.filled_up.get() {
+                pages.resize(pages_filled_up(pages.len()), 0);
+            }
             cuda::upload(&pages, device)
         })
     }
@@ -129,6 +154,12 @@ impl Segments<'_> {
                     list.push([row, position, at, first as u32, (first + keys).min(to) as u32, number]);
                 }
             }
+        }
+        if self.tables.filled_up.get() {
+            list.resize(list.len().next_power_of_two(), [0; 6]);
+            partials = if combined.is_empty() { 0 } else { list.len() };
+            let rows = self.list.last().map_or(0, |segment| segment.rows.end);
+            combined.resize(if combined.is_empty() { 0 } else { rows }, [0; 3]);
         }
         let on_device = cuda::upload(list.as_flattened(), device)?;
         let combined = match combined.is_empty() {

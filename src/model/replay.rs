@@ -1,0 +1,54 @@
+//! The graphs of steps over one cache, and the memory that all of them read and write.
+
+use candle_core::{DType, Device, Result, Tensor, TensorId};
+
+use crate::facts::Facts;
+use crate::ops::cuda::graph::Graphs;
+use crate::ops::cuda::inputs::{Inputs, Shape};
+use crate::ops::cuda::late::Words;
+use crate::ops::unwritten;
+
+use super::filled;
+
+/// The graphs of a decoder and a cache, and what all of them read and write.
+pub struct Replay {
+    /// The decoder's embedding: graphs hold the addresses of its weights.
+    pub(super) of: TensorId,
+    pub(super) inputs: Inputs,
+    pub(super) graphs: Graphs<Shape>,
+    pub(super) logits: Tensor,
+    pub(super) tokens: Tensor,
+    /// The tokens on the host.
+    pub(super) brought: Words,
+}
+
+impl Replay {
+    /// For the decoder with this embedding, whose activations have this type, and most so many sequences.
+    pub(super) fn new(
+        facts: &Facts,
+        embedding: TensorId,
+        dtype: DType,
+        device: &Device,
+        sequences: usize,
+    ) -> Result<Replay> {
+        let rows = filled::rows_max(sequences);
+        Ok(Replay {
+            of: embedding,
+            inputs: Inputs::new(device, dtype, filled::input_bytes(facts, rows))?,
+            graphs: Graphs::new(filled::GRAPHS_BYTES),
+            logits: unwritten((rows, facts.vocab), DType::F32, device)?,
+            tokens: unwritten(rows, DType::U32, device)?,
+            brought: Words::new(device.as_cuda_device()?, rows)?,
+        })
+    }
+
+    /// Number of graphs, and bytes of device memory that they took.
+    pub fn size(&self) -> (usize, u64) {
+        self.graphs.size()
+    }
+
+    /// Why the driver refused a graph, if it did.
+    pub fn refusal(&self) -> Option<&str> {
+        self.graphs.refusal()
+    }
+}

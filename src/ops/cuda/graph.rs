@@ -1,0 +1,257 @@
+//! Work of a stream, recorded once -> one call that does it again: CUDA graphs, and those that a shape of a step has.
+//!
+//! While a stream is captured nothing runs. Launches are recorded with their arguments, so everything that differs from
+//! step to step lies in memory at a fixed address (`inputs`). Tensors that are made and dropped within the capture are
+//! memory of the graph. The rest must exist before and outlive the graph.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
+use candle_core::{CudaDevice, Result, bail};
+
+/// Recorded work.
+pub struct Graph {
+    graph: CudaGraph,
+    /// Device memory that it took.
+    bytes: u64,
+    /// What cublasLt's algorithms of the graph work in.
+    workspace: u64,
+}
+
+// SAFETY: the driver takes a graph's handles from any thread. They are used through exclusive owners only, one thread
+// at a time.
+unsafe impl Send for Graph {}
+
+thread_local! {
+    /// Whether this thread captures its stream.
+    static CAPTURING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Held while a stream is captured, and by other threads that ask something of it.
+static STREAM: Mutex<()> = Mutex::new(());
+
+/// Keeps other threads from capturing the stream. Whoever uses the stream of a thread that captures holds this
+/// meanwhile, since what it asks would become part of the graph.
+pub fn apart() -> MutexGuard<'static, ()> {
+    STREAM.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether what this thread asks of the device is recorded and not done.
+pub fn is_capturing() -> bool {
+    CAPTURING.get()
+}
+
+/// Records what `work` asks of the device. Every tensor that it makes is dropped when it returns.
+///
+/// # Errors
+/// Those of `work`, and what the driver does not allow in a graph. Then nothing was done, and the device is as before.
+pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    let _apart = apart();
+    let stream = device.cuda_stream();
+    let free = super::device::memory(device)?.0;
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    CAPTURING.set(true);
+    let done = work();
+    CAPTURING.set(false);
+    // Failures to free a tensor are kept until the next call, which must not be the one that ends the capture.
+    let of_tensors = stream.context().check_err();
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    done?;
+    let Some(graph) = graph.w()? else { bail!("the driver recorded nothing") };
+    of_tensors.w()?;
+    // Whatever memory it needs is taken now, where its lack is no failure of a step.
+    graph.upload().w()?;
+    let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
+    Ok(Graph { graph, bytes, workspace: super::lt::workspace() })
+}
+
+impl Graph {
+    /// Queues the recorded work.
+    pub fn launch(&self) -> Result<()> {
+        super::count_launch();
+        self.graph.launch().w()
+    }
+
+    /// Whether the memory that its products work in is still there.
+    fn is_whole(&self) -> bool {
+        self.workspace == super::lt::workspace()
+    }
+}
+
+/// Graphs by what they were recorded for: a shape gets one at its second use, and those used longest ago give way.
+pub struct Graphs<K> {
+    known: HashMap<K, Known>,
+    clock: u64,
+    bytes_max: u64,
+    refusal: Option<String>,
+}
+
+struct Known {
+    /// `None`: it was used once.
+    graph: Option<Graph>,
+    last: u64,
+}
+
+/// Graphs that are kept at most.
+const GRAPHS_MAX: usize = 64;
+/// Shapes that are remembered at most.
+const SHAPES_MAX: usize = 1024;
+
+impl<K: Clone + Eq + Hash> Graphs<K> {
+    /// No graph. They keep to so many bytes.
+    pub fn new(bytes_max: u64) -> Graphs<K> {
+        Graphs { known: HashMap::new(), clock: 0, bytes_max, refusal: None }
+    }
+
+    /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the
+    /// driver refuses the graph, no further one is tried.
+    pub fn run(&mut self, key: &K, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<()> {
+        self.clock += 1;
+        let clock = self.clock;
+        if self.refusal.is_some() {
+            return work();
+        }
+        let Some(known) = self.known.get_mut(key) else {
+            work()?;
+            self.forget(SHAPES_MAX, |_| true);
+            self.known.insert(key.clone(), Known { graph: None, last: clock });
+            return Ok(());
+        };
+        known.last = clock;
+        if let Some(graph) = known.graph.as_ref().filter(|graph| graph.is_whole()) {
+            return graph.launch();
+        }
+        known.graph = None;
+        match capture(device, &work) {
+            Ok(graph) => {
+                graph.launch()?;
+                known.graph = Some(graph);
+                self.make_room();
+                Ok(())
+            }
+            Err(error) => {
+                self.known.clear();
+                self.refusal = Some(error.to_string());
+                work()
+            }
+        }
+    }
+
+    /// Why there is no graph, once.
+    pub fn refusal(&self) -> Option<&str> {
+        self.refusal.as_deref()
+    }
+
+    /// Number of graphs, and bytes of device memory that they took.
+    pub fn size(&self) -> (usize, u64) {
+        let graphs = self.known.values().filter_map(|known| known.graph.as_ref());
+        graphs.fold((0, 0), |(count, bytes), graph| (count + 1, bytes + graph.bytes))
+    }
+
+    fn make_room(&mut self) {
+        while {
+            let (count, bytes) = self.size();
+            count > GRAPHS_MAX || (count > 1 && bytes > self.bytes_max)
+        } {
+            self.forget(0, |known| known.graph.is_some());
+        }
+    }
+
+    /// Forgets the shape that was used longest ago, if there are at least so many.
+    fn forget(&mut self, at_least: usize, which: impl Fn(&Known) -> bool) {
+        if self.known.len() < at_least {
+            return;
+        }
+        let those = self.known.iter().filter(|(_, known)| which(known));
+        if let Some(key) = those.min_by_key(|(_, known)| known.last).map(|(key, _)| key.clone()) {
+            self.known.remove(&key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{judge, rows, unwritten};
+    use candle_core::{DType, Device, Tensor};
+
+    fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+        tensor.to_vec1::<f32>()
+    }
+
+    /// The sum is added again by each launch, from what the memory holds then.
+    #[test]
+    fn a_graph_does_again_what_was_recorded_and_the_capture_did_nothing() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let (x, y) = (Tensor::new(&[1f32, 2., 3., 4.], &device)?, Tensor::zeros(4, DType::F32, &device)?);
+        let work = || {
+            let copy = unwritten(4, DType::F32, &device)?;
+            super::super::copy(&x, &copy)?;
+            rows::add(&y, &copy)
+        };
+        work()?; // It loads the kernel.
+        let graph = capture(cuda, work)?;
+        assert_eq!(values(&y)?, [1., 2., 3., 4.]);
+        graph.launch()?;
+        super::super::copy(&Tensor::new(&[10f32; 4], &device)?, &x)?;
+        graph.launch()?;
+        assert_eq!(values(&y)?, [12., 14., 16., 18.]);
+        Ok(())
+    }
+
+    /// Work that waits or copies to the host cannot be recorded. It is done all the same, and nothing is tried again.
+    #[test]
+    fn what_cannot_be_recorded_is_done_without_a_graph() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let y = Tensor::zeros(2, DType::F32, &device)?;
+        let one = Tensor::new(&[1f32; 2], &device)?;
+        let mut graphs = Graphs::new(u64::MAX);
+        for round in 1..=4 {
+            graphs.run(&0, cuda, || {
+                let sum = rows::convert(&y, DType::F32)?;
+                rows::add(&y, &one)?;
+                sum.to_vec1::<f32>().map(|_| ())
+            })?;
+            assert_eq!(values(&y)?, [round as f32; 2]);
+            assert_eq!(graphs.refusal().is_some(), round > 1);
+        }
+        assert_eq!(graphs.size().0, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_shape_gets_its_graph_at_its_second_use_and_old_graphs_give_way() -> Result<()> {
+        let Some(device) = judge::gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let y = Tensor::zeros(1, DType::F32, &device)?;
+        let one = Tensor::new(&[1f32], &device)?;
+        let mut graphs = Graphs::new(u64::MAX);
+        let mut sum = 0.0;
+        let mut run = |graphs: &mut Graphs<usize>, key| {
+            sum += 1.0;
+            graphs.run(&key, cuda, || rows::add(&y, &one))?;
+            assert_eq!(y.to_device(&Device::Cpu)?.to_vec1::<f32>()?, [sum]);
+            Ok::<_, candle_core::Error>(graphs.size().0)
+        };
+        assert_eq!([run(&mut graphs, 0)?, run(&mut graphs, 0)?, run(&mut graphs, 0)?], [0, 1, 1]);
+        for key in 1..=GRAPHS_MAX {
+            run(&mut graphs, key)?;
+            run(&mut graphs, key)?;
+        }
+        assert_eq!(graphs.size().0, GRAPHS_MAX);
+        assert!(!graphs.known.contains_key(&0));
+        // Without memory, the newest stays.
+        graphs.known.values_mut().filter_map(|known| known.graph.as_mut()).for_each(|graph| graph.bytes = 1);
+        graphs.bytes_max = 0;
+        assert_eq!(run(&mut graphs, 0)?, GRAPHS_MAX);
+        assert_eq!(run(&mut graphs, 0)?, 1);
+        assert!(graphs.known[&0].graph.is_some());
+        Ok(())
+    }
+}
