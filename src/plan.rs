@@ -13,6 +13,7 @@ mod show;
 mod asked;
 mod reach;
 
+pub use asked::is_of_one_start;
 pub use places::{below_mnt, registry_access};
 pub use reach::reach;
 
