@@ -9,77 +9,8 @@
 // A block takes its tile from a list that is made once per batch: (first row of the example, its end, first row of
 // the tile), the tiles with the most work first. blockIdx.x is the head, so that neighbouring blocks share keys in
 // L2. Scores are scaled to exponents of two.
-#include "attention_shape.cuh"
+#include "attention_scores.cuh"
 #include "attention_tile.cuh"
-
-// A tile of ROWS rows and its example.
-struct Span {
-    int from, to, first;
-    __device__ __forceinline__ explicit Span(const uint32_t* tiles)
-        : from(tiles[3 * blockIdx.y]), to(tiles[3 * blockIdx.y + 1]), first(tiles[3 * blockIdx.y + 2]) {}
-};
-
-// The tiles of KEYS keys, counted from the example's beginning, that rows first..end of it see.
-struct Keys {
-    int lowest, highest;
-    __device__ __forceinline__ Keys(const Shape& shape, const Span& span, int end, int keys) {
-        const int seen = max(span.from, span.first + 1 - shape.window);
-        lowest = span.from + (seen - span.from) / keys * keys;
-        highest = span.from + (end - 1 - span.from) / keys * keys;
-    }
-};
-
-// Whether some, and whether all, of rows first..first+rows see some, or all, of keys key..key+keys.
-__device__ __forceinline__ bool some_seen(const Shape& shape, int first, int rows, int key, int keys) {
-    return key < first + rows && first - (key + keys - 1) < shape.window;
-}
-__device__ __forceinline__ bool all_seen(const Shape& shape, int first, int rows, int key, int keys) {
-    return key + keys - 1 <= first && first + rows - 1 - key < shape.window;
-}
-
-// The slope of a curved score; 0 for a hidden one.
-__device__ __forceinline__ float curve_slope(float curved) {
-    const float c = fmaxf(curved, -1.f);
-    return 1.f - c * c;
-}
-
-template <int BANDS, int COLUMNS>
-__device__ __forceinline__ void curve_scores(float (&scores)[BANDS][COLUMNS / 8][4], const Shape& shape) {
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band)
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) scores[band][j][e] = shape.curve(scores[band][j][e]);
-}
-
-// Sets the scores of rows (bands) and keys (columns) that do not see each other to -infinity. `distance` is that of
-// the first row from the first key. Only tiles on the diagonal and at the window's edge need it.
-template <int BANDS, int COLUMNS>
-__device__ __forceinline__ void hide_keys(float (&scores)[BANDS][COLUMNS / 8][4], int distance, const Shape& shape) {
-    const int lane = threadIdx.x & 31, own = distance + (lane >> 2) - (lane & 3) * 2;
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band)
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (!shape.sees(own + band * 16 + e / 2 * 8 - j * 8 - e % 2)) scores[band][j][e] = -INFINITY;
-}
-
-// The same for keys (bands) and rows (columns), of which `left` lie before the example's end.
-template <int BANDS, int COLUMNS>
-__device__ __forceinline__ void hide_rows(float (&scores)[BANDS][COLUMNS / 8][4], int distance, int left, const Shape& shape) {
-    const int lane = threadIdx.x & 31, own = distance - (lane >> 2) + (lane & 3) * 2, last = left - (lane & 3) * 2;
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band)
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (!shape.sees(own - band * 16 - e / 2 * 8 + j * 8 + e % 2) || j * 8 + e % 2 >= last)
-                    scores[band][j][e] = -INFINITY;
-}
 
 // Turns scores into probabilities. The factor of a score's gradient (the probability times the curve's slope) goes
 // to the lane's partner. `logs` holds the logsumexps of the columns.
@@ -256,7 +187,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
     constexpr int ROWS = 16 * BANDS * WARPS, THREADS = 32 * WARPS, STRIDE = Tile<T, WIDTH>::STRIDE;
     SHARED_DYN(T, q);
     T *d = q + ROWS * STRIDE, *k = d + ROWS * STRIDE, *v = k + 2 * KEYS * STRIDE; // two buffers for keys, used in turn
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, head = blockIdx.x;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, head = blockIdx.x;
     float* scratch = reinterpret_cast<float*>(v + KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
     const Span span(tiles);
     const int end = min(span.first + ROWS, span.to), own = span.first + warp * 16 * BANDS;

@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
 use hone::adapter;
@@ -17,8 +18,9 @@ use hone::model::decoder::Decoder;
 use hone::model::load;
 use hone::model::lora::{Lora, Mixture, Part, Trainable};
 use hone::model::pass::Step;
+use hone::model::residency::Home;
 use hone::ops::largest;
-use hone::report::Report;
+use hone::report::{Event, Progress, Report, Sink};
 use hone::train::{self, Every, Metric, Passes};
 
 /// `None` if tests may run without a GPU and there is none.
@@ -115,6 +117,135 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
         assert!((found - expected).abs() < 3e-2, "{found}, in f32 {expected}");
     }
     assert!(found.last() < found.first(), "{found:?}");
+}
+
+/// A model with heads of 64 columns, whose attention a card of capability 9.0 computes by warpgroups: the losses, and what
+/// loading it warned of.
+fn losses_of_wide_heads(device: &Device) -> (Vec<f64>, Vec<String>) {
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "max_position_embeddings": 512,
+    });
+    let facts = family::describe(&Config::from_json(config.as_object().unwrap().clone()).unwrap()).unwrap();
+    let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
+    let lora = LoraOptions { r: 4, alpha: 8.0, ..LoraOptions::default() };
+    let options = Options { folder: "".into(), quantization, lora, precision: Precision::Bf16 };
+    let warnings = Arc::new(Warnings::default());
+    let report = Report::new(warnings.clone());
+    let decoder = load::random(&Home::Device, facts, &options, device, &report).unwrap();
+    let adapter = decoder.trainable(&options.lora).unwrap();
+    let losses = losses(&(decoder, adapter), Keep::Everything);
+    let warnings = warnings.0.lock().unwrap().clone();
+    (losses, warnings)
+}
+
+/// Keeps the warnings of a report.
+#[derive(Default)]
+struct Warnings(Mutex<Vec<String>>);
+
+impl Sink for Warnings {
+    fn event(&self, event: &Event) {
+        if let Event::Warning { text, .. } = event {
+            self.0.lock().unwrap().push(text.clone());
+        }
+    }
+
+    fn progress(&self, _: &Progress) {}
+}
+
+/// Launches of a kernel so far. `None` if the driver is a real one.
+fn launches_of(kernel: &std::ffi::CStr) -> Option<u64> {
+    type Read = extern "C" fn(*const libc::c_char) -> u64;
+    // SAFETY: a name is looked up among the loaded libraries; the function of that name has this type.
+    let read = unsafe {
+        let found = libc::dlsym(libc::RTLD_DEFAULT, c"hone_fake_gpu_launches".as_ptr());
+        std::mem::transmute::<*mut libc::c_void, Option<Read>>(found)
+    }?;
+    Some(read(kernel.as_ptr()))
+}
+
+/// Attention by warpgroups trains as the kernels for all cards do. If its check fails on a card, one warning says so, and
+/// training goes on with the others, to the same bits as without it. Each case is a process of its own.
+#[test]
+fn attention_by_warpgroups_is_checked_before_its_use() {
+    const CASE: &str = "HONE_WARPGROUPS";
+    let Ok(case) = std::env::var(CASE) else {
+        let itself = std::env::current_exe().unwrap();
+        let run = |case: &str, variable: &str, value: &str| {
+            let ran = std::process::Command::new(&itself)
+                .args(["--exact", "attention_by_warpgroups_is_checked_before_its_use", "--nocapture"])
+                .env(CASE, case)
+                .env(variable, value)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&ran.stdout).into_owned();
+            assert!(ran.status.success(), "{case}: {text}{}", String::from_utf8_lossy(&ran.stderr));
+            let losses = text.lines().find_map(|line| line.split_once("losses "));
+            losses.map(|(_, losses)| losses.to_owned())
+        };
+        let Some(without) = run("off", "HONE_BENCH_WITHOUT", "hopper") else { return };
+        let broken = "attention_hopper_backward_key_64_bf16";
+        if let Some(found) = run("broken", "HONE_FAKE_GPU_BROKEN", broken) {
+            assert_eq!(found, without);
+        }
+        let with = run("on", "HONE_BENCH_WITHOUT", "").expect("losses");
+        let numbers =
+            |text: &str| -> Vec<f64> { text.split(' ').map(|loss| loss.parse().unwrap()).collect() };
+        for (with, without) in numbers(&with).into_iter().zip(numbers(&without)) {
+            assert!((with - without).abs() < 1e-2, "{with}, {without} by the kernels for all cards");
+        }
+        return;
+    };
+    let Some(gpu) = gpu() else { return };
+    // A real card cannot be told to be broken.
+    if case == "broken" && launches_of(c"").is_none() {
+        return;
+    }
+    let (losses, warnings) = losses_of_wide_heads(&gpu);
+    assert_eq!(losses.len(), 6);
+    // Only a build for 9.0 has these kernels.
+    if let Some(launched) = launches_of(c"attention_hopper_forward_64_bf16")
+        && hone::ops::cuda::launch::is_built("attention_hopper")
+    {
+        let steps = 2 * 6;
+        match case.as_str() {
+            "off" => assert_eq!((launched, warnings.len()), (0, 0)),
+            "broken" => {
+                assert_eq!(
+                    (launched, warnings.len()),
+                    (2, 1),
+                    "the check's own, and one warning: {warnings:?}"
+                );
+                assert!(warnings[0].contains("heads of 64 columns"), "{warnings:?}");
+            }
+            _ => assert!(launched >= 2 + steps && warnings.is_empty(), "{launched}: {warnings:?}"),
+        }
+    }
+    let losses: Vec<String> = losses.iter().map(f64::to_string).collect();
+    println!("losses {}", losses.join(" "));
+}
+
+/// Products with the frozen layers in 8 bits: the same bits whatever is kept, near the same rounding on the CPU, and not
+/// the losses of bf16.
+#[test]
+fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
+    let Some(gpu) = gpu() else { return };
+    for name in ["llama3", "phi3"] {
+        let fp8 = |keep| losses(&decoder(name, &gpu, Precision::Fp8, 0.1), keep);
+        let found = fp8(Keep::Everything);
+        assert_eq!(fp8(Keep::HostInputs), found, "{name}: what is kept changes nothing");
+        let model = decoder(name, &gpu, Precision::Fp8, 0.1);
+        model.0.keep_expanded(1);
+        assert_eq!(losses(&model, Keep::LayerInputs), found, "{name}: weights that are kept change nothing");
+        let expected = losses(&decoder(name, &Device::Cpu, Precision::Fp8, 0.1), Keep::Everything);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 3e-2, "{name}: {found}, on the CPU {expected}");
+        }
+        assert!(found.last() < found.first(), "{found:?}");
+        let other = losses(&decoder(name, &gpu, Precision::Bf16, 0.1), Keep::Everything);
+        assert_ne!(found, other, "{name}: products in 8 bits are others than in bf16");
+    }
 }
 
 /// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: the requests to the device since the program began.

@@ -7,6 +7,8 @@ def text(whole):
              changes(found.get("changes")), host(found.get("host")), several(found.get("several")), serving(found),
              benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
+             kernels("attention by warpgroups against f64", found.get("attention-check"), ("error", "bound", "repeats")),
+             kernels("attention, time", found.get("attention-time"), ("microseconds", "rate", "share")),
              kernels("kernels, time", found.get("kernels-time"), ("microseconds", "rate", "share"))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -31,7 +33,7 @@ def speeds(found):
     """Tokens/s of each contender, and how many times KAITO's."""
     rows = []
     kaito = found.get("kaito", {}).get("workloads", {})
-    for name in ("hone", "hone-host-inputs", "hone-layer-inputs", "best", "liger", "unsloth", "kaito"):
+    for name in ("hone", "hone-fp8", "hone-host-inputs", "hone-layer-inputs", "best", "liger", "unsloth", "kaito"):
         for workload, of in found.get(name, {}).get("workloads", {}).items():
             rate, base = of.get("tokens_per_second"), kaito.get(workload, {}).get("tokens_per_second")
             spread = of.get("step_seconds") or [None]

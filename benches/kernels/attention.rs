@@ -10,6 +10,7 @@ use hone::facts::Precision;
 use hone::facts::{Heads, Layout};
 use hone::ops::attention::cached::{self, PAGE, Segment, Segments, Store};
 use hone::ops::attention::{self, Packing};
+use hone::ops::change::Change;
 use hone::ops::rows;
 
 use crate::case::{Case, Gpu, Inputs};
@@ -31,9 +32,7 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
     let whole: Vec<Range<usize>> = std::iter::once(0..tokens).collect();
     let mut cases = Vec::new();
     for (name, examples) in [("one example", &whole), ("8 examples", &packed)] {
-        for backward in [false, true] {
-            cases.push(case(gpu, format!("{name}, {}", shape.name), heads, examples.clone(), backward));
-        }
+        cases.extend(both(gpu, format!("{name}, {}", shape.name), heads, examples));
     }
     let contexts: &[(usize, usize)] =
         if gpu.small { &[(2, 69)] } else { &[(1, 256), (1, 4096), (32, 256), (32, 1024)] };
@@ -45,10 +44,35 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
         for (name, heads) in [
             ("heads of 64", Heads { width: 64, scale: 0.125, ..heads }),
             ("window 2047", Heads { window: Some(2047), ..heads }),
+            ("heads of 256", Heads { query: 8, key: 2, width: 256, scale: 0.0625, ..heads }),
         ] {
-            for backward in [false, true] {
-                cases.push(case(gpu, format!("{name}, {}", shape.name), heads, whole.clone(), backward));
-            }
+            cases.extend(both(gpu, format!("{name}, {}", shape.name), heads, &whole));
+        }
+    }
+    cases
+}
+
+/// The forward and the backward pass; each also by the kernels for Hopper, if the card has passed their check.
+fn both(gpu: &Gpu, name: String, heads: Heads, examples: &[Range<usize>]) -> Vec<Case> {
+    if let Some(warning) = attention::prepare(&gpu.device, &heads, gpu.dtype) {
+        println!("{warning}");
+    }
+    let mut cases = Vec::new();
+    for backward in [false, true] {
+        let case = || case(gpu, name.clone(), heads, examples.to_vec(), backward);
+        if !attention::has_warpgroups(&gpu.device, &heads, gpu.dtype, backward) {
+            cases.push(case());
+            continue;
+        }
+        for (by, on) in [(", by warpgroups", true), (", for all cards", false)] {
+            let Case { name, bytes, flops, exact, make, run, judge } = case();
+            let run: crate::case::Run = Box::new(move |of| {
+                Change::Hopper.set(on);
+                let found = run(of);
+                Change::Hopper.set(true);
+                found
+            });
+            cases.push(Case { name: name + by, bytes, flops, exact, make, run, judge });
         }
     }
     cases

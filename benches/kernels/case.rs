@@ -29,7 +29,7 @@ pub struct Inputs {
 }
 
 type Make = Box<dyn Fn() -> Result<Inputs>>;
-type Run = Box<dyn Fn(&Inputs) -> Result<Vec<Tensor>>>;
+pub type Run = Box<dyn Fn(&Inputs) -> Result<Vec<Tensor>>>;
 /// Inputs and outputs -> pairs (found, expected) on the CPU.
 type Judge = Box<dyn Fn(&Inputs, &[Tensor]) -> Result<Vec<(Tensor, Tensor)>>>;
 

@@ -57,6 +57,7 @@ Configuration read_configuration() {
     c.idle = read_number("HONE_FAKE_GPU_IDLE", 0) != 0;
     c.graphs = read_number("HONE_FAKE_GPU_GRAPHS", 1) != 0;
     c.statistics_file = getenv("HONE_FAKE_GPU_STATS");
+    c.broken = getenv("HONE_FAKE_GPU_BROKEN");
     return c;
 }
 

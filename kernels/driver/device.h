@@ -11,6 +11,7 @@
 //   HONE_FAKE_GPU_THREADS     host threads that run blocks (as many as there are processors)
 //   HONE_FAKE_GPU_STATS       a file: at exit, what was asked, as JSON; %p in it is the process
 //   HONE_FAKE_GPU_TRACE       1: every launch, product and copy to the host on standard error
+//   HONE_FAKE_GPU_BROKEN      a kernel that computes nothing, as if the card could not run it rightly (none)
 //   HONE_FAKE_GPU_GRAPHS      0: no stream can be captured (1)
 //   HONE_FAKE_GPU_IDLE        1: launches and products are counted and not done, and freed memory is used again at once. What is left is
 //                             the host's own time. Results mean nothing
@@ -54,7 +55,7 @@ struct Configuration {
     unsigned host_threads;
     uint64_t memory_bytes;
     bool trace, idle, graphs;
-    const char* statistics_file;
+    const char *statistics_file, *broken;
 };
 const Configuration& configuration();
 size_t shared_bytes_a_block();

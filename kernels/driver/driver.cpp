@@ -76,11 +76,18 @@ void host_waits() {
     host_waited();
 }
 
-// What a launch may read or write: the allocations of its pointers.
+const size_t tensor_map_bytes = 128;
+
+// What a launch may read or write: the allocations of its pointers and tensor maps.
 void touch_arguments(void* stream, const emulator::Kernel& kernel, void** arguments) {
     for (size_t i = 0; i < kernel.parameters.size(); ++i) {
-        if (kernel.parameters[i].bytes != sizeof(Address)) continue;
         Address address;
+        if (kernel.parameters[i].bytes == tensor_map_bytes) {
+            emulator::TensorMapBits map;
+            memcpy(&map, arguments[i], sizeof map);
+            touch(stream, map.base);
+        }
+        if (kernel.parameters[i].bytes != sizeof address) continue;
         memcpy(&address, arguments[i], sizeof address);
         touch(stream, address);
     }
@@ -101,6 +108,7 @@ int launch(emulator::Kernel& kernel, const Shape& shape, void* stream, void** ar
         fprintf(stderr, "fake GPU: %s, grid (%u, %u, %u), block (%u, %u, %u), %u bytes\n", kernel.name, shape.grid.x, shape.grid.y,
                 shape.grid.z, shape.size.x, shape.size.y, shape.size.z, shape.dynamic_bytes);
     }
+    if (c.broken != nullptr && strcmp(c.broken, kernel.name) == 0) return success;
     emulator::Limits limits;
     limits.shared_bytes_a_block = shared_bytes_a_block();
     switch (emulator::launch(kernel, shape.grid, shape.size, shape.dynamic_bytes, arguments, limits, c.order, c.host_threads)) {
@@ -113,12 +121,15 @@ int launch(emulator::Kernel& kernel, const Shape& shape, void* stream, void** ar
 
 // A launch's arguments, copied.
 struct Arguments {
-    std::vector<uint64_t> values;
+    struct alignas(tensor_map_bytes) Value {
+        unsigned char bytes[tensor_map_bytes];
+    };
+    std::vector<Value> values;
     std::vector<void*> pointers;
 
     Arguments(const emulator::Kernel& kernel, void** from) : values(kernel.parameters.size()) {
         for (size_t i = 0; i < values.size(); ++i) {
-            memcpy(&values[i], from[i], std::min(sizeof values[i], kernel.parameters[i].bytes));
+            memcpy(&values[i], from[i], kernel.parameters[i].bytes);
             pointers.push_back(&values[i]);
         }
     }
@@ -446,6 +457,30 @@ API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
     if (!is_captured(stream)) return launch(kernel, shape, stream, arguments);
     const auto kept = std::make_shared<Arguments>(kernel, arguments);
     return record(stream, [&kernel, shape, kept](void* s) { return launch(kernel, shape, s, kept->pointers.data()); });
+}
+
+// A matrix of bf16, which is all that hone's kernels copy by boxes; the rules are those of the driver's documentation.
+API cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* sizes, const uint64_t* strides,
+                           const unsigned* box, const unsigned* steps, int interleave, int swizzle, int, int fill) {
+    IN_CONTEXT;
+    const int bf16 = 9, swizzle_64 = 2, swizzle_128 = 3;
+    if (type != bf16 || rank != 2 || interleave != 0 || fill != 0 || steps[0] != 1 || steps[1] != 1) return invalid_value;
+    if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(base) % 16 != 0) return invalid_value;
+    const uint64_t limit = uint64_t{1} << 32;
+    if (sizes[0] == 0 || sizes[0] > limit || sizes[1] == 0 || sizes[1] > limit) return invalid_value;
+    if (strides[0] % 16 != 0 || strides[0] < 2 * sizes[0] || strides[0] >= uint64_t{1} << 40) return invalid_value;
+    if (box[0] == 0 || box[0] > 256 || box[1] == 0 || box[1] > 256 || box[0] * 2 % 16 != 0) return invalid_value;
+    const unsigned span = swizzle == swizzle_64 ? 64 : swizzle == swizzle_128 ? 128 : 0;
+    // Panels are rows of one whole span.
+    if (span == 0 || box[0] * 2 != span) return invalid_value;
+    const Address first = reinterpret_cast<Address>(base);
+    if (!is_allocated(first, strides[0] * (sizes[1] - 1) + 2 * sizes[0])) die("a tensor map reaches beyond its allocation");
+    const emulator::TensorMapBits bits = {emulator::tensor_map_mark, first, strides[0], static_cast<uint32_t>(sizes[0]),
+                                          static_cast<uint32_t>(sizes[1]), box[0], box[1], span};
+    static_assert(sizeof bits <= tensor_map_bytes, "it fits into a map");
+    memset(map, 0, tensor_map_bytes);
+    memcpy(map, &bits, sizeof bits);
+    return success;
 }
 
 API cuGetErrorName(int result, const char** name) {

@@ -68,6 +68,7 @@ void run_blocks(Work& work) {
     running.kernel = work.kernel->name;
     running.dynamic_bytes = work.dynamic_bytes;
     running.launch = work.serial;
+    running.order = work.order;
     running.threads.resize(work.sequence.size());
     for (unsigned i = 0; i < running.threads.size(); ++i) {
         running.threads[i].index = index_of(i, work.size);

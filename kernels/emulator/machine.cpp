@@ -14,6 +14,10 @@ namespace emulator {
 thread_local Thread* thread;
 thread_local Block* block;
 bool (*is_global)(uint64_t address);
+bool keeps_order;
+void (*before_asynchronous_read)(const void* address, size_t bytes);
+void (*after_asynchronous_write)(const void* address, size_t bytes);
+void (*at_proxy_fence)();
 
 namespace {
 
@@ -55,7 +59,9 @@ Fiber* take_fiber() {
 const char* name_of(State state) {
     switch (state) {
         case State::at_barrier:
-        case State::at_collective: return "waits at";
+        case State::at_collective:
+        case State::at_phase:
+        case State::at_named: return "waits at";
         case State::done: return "has returned";
         default: return "runs";
     }
@@ -66,7 +72,8 @@ const char* name_of(State state) {
     std::vector<Thread>& threads = block->threads;
     for (size_t i = 0, j; i < threads.size(); i = j) {
         const auto same = [&](const Thread& t) {
-            return t.state == threads[i].state && t.site == threads[i].site && t.mask == threads[i].mask;
+            return t.state == threads[i].state && t.site == threads[i].site && t.mask == threads[i].mask &&
+                   t.waits_for == threads[i].waits_for;
         };
         for (j = i + 1; j < threads.size() && same(threads[j]);) ++j;
         const Thread& t = threads[i];
@@ -74,9 +81,21 @@ const char* name_of(State state) {
         if (t.state == State::at_barrier) fprintf(stderr, " %s, %s:%d", t.site->what, t.site->file, t.site->line);
         if (t.state == State::at_collective)
             fprintf(stderr, " %s of lanes %08x, %s:%d", t.site->what, t.mask, t.site->file, t.site->line);
+        if (t.state == State::at_phase || t.state == State::at_named) describe_wait(t);
         fprintf(stderr, "\n");
     }
     die("a barrier or a warp collective was not reached by all it is for");
+}
+
+// Lets threads go on that wait for a barrier's phase but not forever. Returns whether there are some.
+bool give_up() {
+    bool some = false;
+    for (Thread& t : block->threads) {
+        if (t.state != State::at_phase || !t.patient) continue;
+        t.state = State::ready;
+        some = block->gave_up = true;
+    }
+    return some;
 }
 
 // The next thread in the order that can run after the one that ran; null if all have returned.
@@ -92,6 +111,7 @@ Thread* next_thread() {
         s.place = place;
         return t;
     }
+    if (give_up()) return next_thread();
     die_of_deadlock();
 }
 
@@ -179,6 +199,7 @@ void run_block(Block& running, const std::vector<unsigned>& sequence, void (*cal
         t.barriers = t.warp_syncs = 0;
     }
     const size_t n = running.threads.size();
+    begin_asynchronous(running);
     running.warps.assign((n + 31) / 32, Warp{0, 0});
     if (n % 32 != 0) running.warps.back().gone = ~0u << (n % 32);
     for (SharedArray& array : running.shared) memset(array.bytes, 0xff, array.length);
@@ -192,7 +213,14 @@ void run_block(Block& running, const std::vector<unsigned>& sequence, void (*cal
     thread = &running.threads[sequence[0]];
     thread->fiber = take_fiber();
     switch_fiber(s.host, thread->fiber);
+    end_asynchronous(running);
     block = nullptr;
+}
+
+void park(State state, const Site* site) {
+    thread->state = state;
+    thread->site = site;
+    wait_here();
 }
 
 void barrier(const Site* site) {
@@ -232,6 +260,16 @@ void order_warp(void* const operands[32]) {
     for (int i = 0; i < 32; ++i) {
         if (operands[i] != nullptr) static_cast<Thread*>(operands[i])->warp_syncs = latest + 1;
     }
+    if (!keeps_order) return;
+    std::vector<uint32_t> known;
+    Thread* const running = thread;
+    for (int i = 0; i < 32; ++i) {
+        if (operands[i] != nullptr) thread = static_cast<Thread*>(operands[i]), release_order(known);
+    }
+    for (int i = 0; i < 32; ++i) {
+        if (operands[i] != nullptr) thread = static_cast<Thread*>(operands[i]), acquire_order(known);
+    }
+    thread = running;
 }
 
 void* shared_array(const void* key, size_t bytes) {

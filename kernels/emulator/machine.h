@@ -33,7 +33,7 @@ struct Copy {
     unsigned group;
 };
 
-enum class State : uint8_t { fresh, ready, at_barrier, at_collective, done };
+enum class State : uint8_t { fresh, ready, at_barrier, at_collective, at_phase, at_named, done };
 
 struct Thread {
     uint3 index;
@@ -49,6 +49,63 @@ struct Thread {
     // The race detector's time: the number of barriers passed, and a clock that each __syncwarp sets beyond those
     // of its lanes.
     uint32_t barriers, warp_syncs;
+    // The same for orders that barriers with phases and numbers make: the latest access of each thread of the block
+    // that is known to be over. Only the race detector keeps it.
+    std::vector<uint32_t> known;
+    // What hopper.cpp keeps: the barrier and parity of at_phase, or the number of at_named.
+    unsigned waits_for, parity;
+    bool patient;            // gives up rather than wait forever
+    bool fenced;             // wgmma_fence was called since products were last waited for
+    unsigned product_groups; // committed so far
+};
+
+// A barrier that counts arrivals and bytes (mbarrier). Its eight bytes of shared memory hold its number.
+struct TensorMapBits {
+    uint64_t mark, base, row_bytes;
+    uint32_t columns, rows, box_columns, box_rows, swizzle;
+};
+const uint64_t tensor_map_mark = 0x70616d20736e6574;
+struct Transfer {
+    unsigned char* to;
+    TensorMapBits map;
+    int x, y;
+    bool done;
+};
+struct PhaseBarrier {
+    const void* at;
+    unsigned arrivals, pending, waiters;
+    uint64_t phase;
+    uint64_t expected_bytes;
+    bool made;
+    std::vector<Transfer> transfers;
+    std::vector<uint32_t> known;
+};
+struct NamedBarrier {
+    unsigned threads, arrived;
+    std::vector<uint32_t> known;
+};
+
+// Products of a warp that run beside it (wgmma), and the results that they work on.
+struct Accumulator {
+    float* d[32];
+    int count;     // values of a lane
+    int running;   // products that will still change it
+    std::vector<float> values;
+};
+struct RunningProduct {
+    uint64_t a, b;             // descriptors
+    const uint32_t* left[32];  // A in registers; null: in shared memory
+    uint32_t left_bits[32][4]; // what they held
+    int columns;
+    bool accumulate, across_rows, read;
+    unsigned group;
+    float* result;
+    std::vector<float> a_values, b_values;
+};
+struct Products {
+    unsigned issued = 0;
+    std::vector<RunningProduct> running;
+    std::vector<Accumulator> accumulators;
 };
 
 // The lanes of a warp, one bit each: those that wait at a collective, and those that have returned or never were.
@@ -72,6 +129,13 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<SharedArray> shared;
+    // Hopper's: see hopper.cpp.
+    int order;
+    uint64_t choices;
+    bool gave_up; // a thread no longer waited for a phase: no barrier counts any more, and no result means anything
+    std::vector<PhaseBarrier> phases;
+    NamedBarrier named[16];
+    std::vector<Products> products; // of each warp
 };
 
 // The running thread and its block. A fiber never changes its host thread.
@@ -82,6 +146,23 @@ extern thread_local Block* block __attribute__((tls_model("initial-exec")));
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void barrier(const Site* site);
+
+// Leaves the running thread in this state until something makes it ready again.
+void park(State state, const Site* site);
+
+// What a deadlock's report says of a thread that waits at a barrier of hopper.cpp.
+void describe_wait(const Thread& thread);
+void begin_asynchronous(Block& block);
+void end_asynchronous(const Block& block);
+
+// The race detector's: whether it is there, and what it wants to know. A thread's release is known to whoever
+// acquires it.
+extern bool keeps_order;
+extern void (*before_asynchronous_read)(const void* address, size_t bytes);
+extern void (*after_asynchronous_write)(const void* address, size_t bytes);
+extern void (*at_proxy_fence)();
+void release_order(std::vector<uint32_t>& known);
+void acquire_order(const std::vector<uint32_t>& known);
 
 // The operation of __syncwarp, which only orders memory.
 void order_warp(void* const operands[32]);

@@ -4,8 +4,9 @@
 // instead of the sanitizer's own library, because it knows what a block is. Two accesses of one byte by two
 // threads, one of them a write, are a race unless a __syncthreads lies between them, or a __syncwarp if both
 // threads are of one warp. Between two blocks they are always a race. Shuffles, votes and matrix loads order no
-// memory, so they do not count. Atomics are left out. The check is exact for one run: every reported race is one.
-// Races on paths not taken, or hidden behind a later access of the same byte by the same thread, are not seen. Only
+// memory, so they do not count. A barrier with phases, or with a number, orders what its threads did before their arrival
+// before what others do after their wait. Copies of boxes and products of warpgroups are no accesses here. Atomics are left
+// out. The check is exact for one run: every reported race is one. Races on paths not taken, or hidden behind a later access of the same byte by the same thread, are not seen. Only
 // `kernels/driver/build DEST --races` builds it in; it runs all blocks on one host thread.
 #include <dlfcn.h>
 
@@ -20,13 +21,13 @@ namespace emulator {
 namespace {
 
 // The table below must not be used by two threads.
-const bool prepared = one_host_thread = true;
+const bool prepared = one_host_thread = keeps_order = true;
 
 // When and by which thread a byte was accessed. `launch` and `barriers` are times; `warp_syncs` is a warp's own
 // time.
 struct Access {
     uint32_t launch, block, barriers, warp_syncs;
-    uint32_t thread;
+    uint32_t thread, clock;
     const void* code;
 };
 
@@ -62,6 +63,7 @@ bool in_order(const Access& before, const Access& now) {
     if (before.launch != now.launch) return true; // also for bytes never accessed, because launches count from 1
     if (before.block != now.block) return false;
     if (before.thread == now.thread || before.barriers != now.barriers) return true;
+    if (thread->known[before.thread] >= before.clock) return true;
     return before.thread / 32 == now.thread / 32 && before.warp_syncs < now.warp_syncs;
 }
 
@@ -90,13 +92,44 @@ void print_place(const char* what, const Access& access) {
     die("a race: a barrier is missing between the two");
 }
 
+// Pieces of 16 bytes of shared memory that a thread wrote and has not ordered before reads by copies and products.
+struct Written {
+    uint32_t block, thread;
+};
+std::unordered_map<uint64_t, Written>& written() {
+    static std::unordered_map<uint64_t, Written> table;
+    return table;
+}
+const bool asks = [] {
+    before_asynchronous_read = [](const void* address, size_t bytes) {
+        const uint64_t first = reinterpret_cast<uint64_t>(address) / 16, last = (reinterpret_cast<uint64_t>(address) + bytes - 1) / 16;
+        for (uint64_t piece = first; piece <= last; ++piece) {
+            const auto found = written().find(piece);
+            if (found != written().end() && found->second.block == block->serial)
+                die("a product reads shared memory that thread %u wrote without fence_proxy_async", found->second.thread);
+        }
+    };
+    after_asynchronous_write = [](const void* address, size_t bytes) {
+        for (size_t at = 0; at < bytes; at += 16) written().erase(reinterpret_cast<uint64_t>(address) / 16 + at / 16);
+    };
+    at_proxy_fence = [] {
+        for (auto at = written().begin(); at != written().end();) {
+            const bool own = at->second.thread == thread->linear && at->second.block == block->serial;
+            at = own ? written().erase(at) : std::next(at);
+        }
+    };
+    return true;
+}();
+
 void touch(uint64_t address, size_t bytes, bool writes, const void* code) {
     if (block == nullptr) return;
     const bool shared = is_shared(reinterpret_cast<const void*>(address), 1);
+    if (shared && writes && !block->phases.empty()) written()[address / 16] = {block->serial, thread->linear};
     if (!shared && (is_global == nullptr || !is_global(address))) return;
     // Shared memory of another block is other memory at the same address, so its time begins anew.
     const uint32_t linear = (block->index.z * block->grid.y + block->index.y) * block->grid.x + block->index.x;
-    const Access now = {shared ? block->serial : block->launch, linear, thread->barriers, thread->warp_syncs, thread->linear, code};
+    const Access now = {shared ? block->serial : block->launch, linear, thread->barriers, thread->warp_syncs, thread->linear, thread->known[thread->linear],
+                        code};
     for (uint64_t at = address; at < address + bytes; ++at) {
         Byte& byte = page_of(at)[at % page_bytes];
         if (!in_order(byte.write, now)) die_of_race(at, shared, byte.write, true, now, writes);

@@ -9,6 +9,7 @@ use crate::facts::quantization::Code;
 use crate::facts::{self, Facts, NormForm, Precision, Projection, Quantization};
 use crate::fault::{Fault, Result};
 use crate::interrupt;
+use crate::ops::attention;
 use crate::ops::cross_entropy::Head;
 use crate::ops::four_bit::FourBit;
 use crate::ops::matmul::Weight;
@@ -92,7 +93,7 @@ pub fn random(
 pub fn activation_type(device: &Device, precision: Precision) -> DType {
     match (device, precision) {
         (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
-        (_, Precision::Bf16) => DType::BF16,
+        (_, Precision::Bf16 | Precision::Fp8) => DType::BF16,
     }
 }
 
@@ -168,6 +169,9 @@ impl Loader<'_> {
     /// Loads, and tells `before` each layer that comes next.
     fn decoder_by(&self, report: &Report, before: &mut dyn FnMut(usize)) -> Result<Decoder> {
         let facts = self.facts;
+        if let Some(warning) = attention::prepare(self.device, facts.heads(), self.dtype) {
+            report.warn(Stage::Load, warning);
+        }
         let progress = report.task(Stage::Load, Unit::Tensors, "weights", Some(facts.layers.len() as u64));
         let mut layers = Vec::with_capacity(facts.layers.len());
         let mut away = Builder::new(self.home, self.device);
@@ -195,7 +199,8 @@ impl Loader<'_> {
             layers,
             final_norm,
             head,
-            precision: self.options.precision,
+            precision: self.options.precision.beside(),
+            frozen: self.options.precision,
             dtype: self.dtype,
             device: self.device.clone(),
             facts: facts.clone(),

@@ -21,9 +21,20 @@ use crate::with_real;
 pub mod cached;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod hopper;
 mod packing;
 
+#[cfg(feature = "cuda")]
+pub use hopper::{has_warpgroups, prepare};
 pub use packing::Packing;
+
+/// Checks which kernels this device may use for such heads. Returns a warning, once, if some are not used. Waits for the
+/// device.
+#[cfg(not(feature = "cuda"))]
+pub fn prepare(_: &Device, _: &Heads, _: candle_core::DType) -> Option<String> {
+    None
+}
 
 /// Query rows per block. The scores of a block stay within the CPU's cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
@@ -74,7 +85,7 @@ pub fn forward_beside(
     assert_eq!(columns, heads.columns(), "columns of qkv");
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::forward(qkv, heads, packing, spare);
+        return hopper::forward(qkv, heads, packing, spare);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
@@ -124,7 +135,7 @@ fn backward_beside(
     let (rows, columns) = qkv.dims2()?;
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, None, spare);
+        return hopper::backward(d_out, qkv, out, lse, heads, packing, None, spare);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(qkv, T => {
@@ -172,7 +183,7 @@ pub fn backward_turned(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() && Change::Turned.is_on() {
-        return gpu::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
+        return hopper::backward(d_out, qkv, out, lse, heads, packing, angles, spare);
     }
     let d = backward_beside(d_out, qkv, out, lse, heads, packing, precision, spare)?;
     angles.map_or(Ok(()), |angles| turn(&d, heads, angles, Direction::Backward))?;
@@ -489,6 +500,10 @@ mod tests {
             (capped(grouped(heads(4, 1, 128, None))), vec![127, 9]),
             (capped(heads(2, 1, 128, Some(40))), vec![200]),
             (capped(heads(2, 1, 256, None)), vec![65, 1]),
+            // Several tiles of the kernels for Hopper; windows that begin inside one.
+            (heads(4, 1, 128, Some(70)), vec![200, 33]),
+            (grouped(heads(4, 2, 64, None)), vec![1, 290]),
+            (heads(2, 1, 256, Some(90)), vec![150]),
             // Enough blocks for wide tiles.
             (heads(2, 2, 128, None), [vec![130, 65], vec![1; 64]].concat()),
             (heads(2, 2, 200, Some(50)), [vec![65], vec![2; 65]].concat()),
@@ -543,6 +558,13 @@ mod tests {
                         same_bits(&first, &without?, change.name())?;
                     }
                 }
+                // By the kernels for Hopper, if the card and the heads are for them.
+                assert_eq!(prepare(&gpu.device, &heads, gpu.dtype), None);
+                let [out, lse, d] = run(0)?;
+                gpu.within(within, &out, &expected)?;
+                gpu.within(within_gradient, &d, &gradient)?;
+                turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
+                same_bits(&[out, lse, d], &run(64)?, "the same twice by warpgroups")?;
             }
             Ok(())
         })

@@ -29,6 +29,8 @@ pub enum Change {
     Staged,
     /// The gradient of keys takes 64 rows of queries at a time for heads of 96 columns.
     Wide,
+    /// Attention multiplies by warpgroups on cards of capability 9.0.
+    Hopper,
     /// The activation's gradient writes the activation too, in the same pass over memory.
     Activated,
     /// LoRA's matrices lie beside and below the frozen weight, in one product with it.
@@ -52,6 +54,7 @@ impl Change {
         Change::Turned,
         Change::Staged,
         Change::Wide,
+        Change::Hopper,
         Change::Activated,
         Change::Inside,
         Change::Both,
@@ -70,6 +73,7 @@ impl Change {
             Change::Turned => "turned",
             Change::Staged => "staged",
             Change::Wide => "wide",
+            Change::Hopper => "hopper",
             Change::Activated => "activated",
             Change::Inside => "inside",
             Change::Both => "both",

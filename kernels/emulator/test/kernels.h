@@ -1,7 +1,7 @@
 // Kernels with one fault each, and the same without it: what the emulator must find, and must not.
 #pragma once
 #include "common.cuh"
-#include "prim.cuh"
+#include "prim_hopper.cuh"
 
 // The sum of one block's values. `barriers` says which of the two barriers are there.
 extern "C" __global__ void block_total(const float* x, float* y, int barriers) {
@@ -100,4 +100,80 @@ extern "C" __global__ void dynamic(float* x) {
 
 extern "C" __global__ void unaligned(const unsigned char* x, uint4* y, int offset) {
     y[threadIdx.x] = *reinterpret_cast<const uint4*>(x + 16 * threadIdx.x + offset);
+}
+
+// A product of 64 x 16 and 16 x 64 by a warpgroup, with both operands from boxes of one matrix [256][32 or 64], whose rows lie
+// along the contraction or, for the right operand of `across`, across it. A fifth warp copies. Two products are added.
+template <int COLUMNS>
+__device__ void multiply_boxes(const TensorMap& map, float* c, int across, int fault) {
+    SHARED_DYN(unsigned char, unaligned);
+    SHARED_ARRAY(uint64_t, barriers, 2);
+    SHARED_ARRAY(float, scratch, 128);
+    const Swizzle swizzle = COLUMNS == 64 ? SWIZZLE_128 : SWIZZLE_64;
+    const int row_bytes = 2 * COLUMNS;
+    unsigned char *const left = aligned_to_panels(unaligned), *const right = left + 64 * row_bytes;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        barrier_init(barriers, 1);
+        barrier_init(barriers + 1, 4);
+        if (fault != 1) barriers_are_made();
+    }
+    __syncthreads();
+    if (warp == 4) {
+        if (lane != 0) return;
+        for (int turn = 0; turn < 2; ++turn) {
+            if (fault != 2 || turn == 0) barrier_wait(barriers + 1, turn ^ 1, fault == 4 ? 9 : 0);
+            barrier_arrive_expecting(barriers, 128 * row_bytes * (fault == 3 || fault == 4 ? 2 : 1));
+            tma_load_2d(left, &map, barriers, fault == 5 ? 16 : 0, 128 * turn);
+            tma_load_2d(right + (fault == 6 ? 64 : 0), &map, barriers, 0, 128 * turn + 64);
+        }
+        return;
+    }
+    float d[1][8][4] = {};
+    uint32_t a[4] = {};
+    for (int turn = 0; turn < 2; ++turn) {
+        if (fault != 7) barrier_wait(barriers, turn, fault == 4 ? 9 : 0);
+        const uint64_t rows = matrix_descriptor(left, 16, 8 * row_bytes, fault == 8 ? SWIZZLE_64 : swizzle);
+        if (across) {
+            // A by its fragments, read where the swizzle has put them.
+            for (int e = 0; e < 4; ++e) {
+                const int row = warp * 16 + lane / 4 + e % 2 * 8, column = lane % 4 * 2 + e / 2 * 8;
+                const uint64_t place = shared_address(left) + row * row_bytes + 2 * column;
+                a[e] = *reinterpret_cast<const uint32_t*>(place ^ (place >> 7 & (COLUMNS == 64 ? 7 : 3)) << 4);
+            }
+        }
+        if (fault != 9) wgmma_fence(d);
+        if (across) wgmma_rs(d, a, matrix_descriptor(right, fault == 10 ? 0 : 16 * row_bytes, 8 * row_bytes, swizzle));
+        else wgmma_ss(d, rows, matrix_descriptor(right, 16, (fault == 11 ? 4 : 8) * row_bytes, swizzle), true);
+        wgmma_commit();
+        if (fault == 12) a[0] = 0;
+        if (fault == 13) {
+            if (lane == 0) barrier_arrive(barriers + 1);
+            __syncwarp();
+        }
+        if (fault == 14) d[0][0][0] = 1.f;
+        if (fault != 15) wgmma_wait<0>(d);
+        if (fault == 16 && warp == 3) wgmma_fence(d), wgmma_ss(d, rows, rows, true), wgmma_commit(), wgmma_wait<0>(d);
+        __syncwarp();
+        if (fault != 13 && lane == 0) barrier_arrive(barriers + 1);
+    }
+    // Neighbours exchange values through shared memory, in order only by the barrier.
+    scratch[threadIdx.x] = d[0][0][0];
+    if (fault != 17) named_barrier(1, fault == 18 ? 160 : 128);
+    const float other = scratch[threadIdx.x ^ 64];
+    if (other != other && fault != 4 && fault != 17) __trap();
+    if (fault == 19 || fault == 20) {
+        const uint64_t rows = matrix_descriptor(left, 16, 8 * row_bytes, swizzle);
+        *reinterpret_cast<float*>(left + 4 * threadIdx.x) = 1.f;
+        if (fault == 20) fence_proxy_async();
+        named_barrier(2, 128);
+        wgmma_fence(d), wgmma_ss(d, rows, rows, true), wgmma_commit(), wgmma_wait<0>(d);
+    }
+    for (int i = 0; i < 32; ++i) c[(warp * 16 + lane / 4 + i % 4 / 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[0][i / 4][i % 4];
+}
+extern "C" __global__ void boxes_64(const __grid_constant__ TensorMap map, float* c, int across, int fault) {
+    multiply_boxes<64>(map, c, across, fault);
+}
+extern "C" __global__ void boxes_32(const __grid_constant__ TensorMap map, float* c, int across, int fault) {
+    multiply_boxes<32>(map, c, across, fault);
 }

@@ -26,6 +26,8 @@ EMULATED_KERNEL(transpose);
 EMULATED_KERNEL(blocks);
 EMULATED_KERNEL(dynamic);
 EMULATED_KERNEL(unaligned);
+EMULATED_KERNEL(boxes_64);
+EMULATED_KERNEL(boxes_32);
 
 namespace {
 
@@ -154,6 +156,30 @@ bool transposed(int order, int beyond) {
     return true;
 }
 
+// Whether two products of boxes are right, for panels of 64 and of 32 columns.
+bool boxes(int order, int columns, int across, int fault) {
+    std::vector<bf16> x(static_cast<size_t>(256) * columns);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = bf16(static_cast<float>(static_cast<int>(i * 7 % 23) - 11));
+    const auto at = [&](int row, int column) { return float(x[static_cast<size_t>(row) * columns + column]); };
+    const emulator::TensorMapBits bits = {emulator::tensor_map_mark, reinterpret_cast<uint64_t>(x.data()), 2u * columns,
+                                          static_cast<uint32_t>(columns), 256, static_cast<uint32_t>(columns), 64, 2u * columns};
+    TensorMap map = {};
+    memcpy(map.bytes, &bits, sizeof bits);
+    std::vector<float> c(64 * 64, 0.f);
+    launch(columns == 64 ? "boxes_64" : "boxes_32", 1, 160, 1024 + 128 * 2 * columns, order, map, c.data(), across, fault);
+    for (int i = 0; i < 64; ++i)
+        for (int j = 0; j < 64; ++j) {
+            float sum = 0.f;
+            for (int row = 0; row < 256; row += 128)
+                for (int k = 0; k < 16; ++k) {
+                    const float b = across ? at(row + 64 + 16 * (j / columns) + k, j % columns) : at(row + 64 + j, k);
+                    sum += at(row + i, k) * b;
+                }
+            if (c[i * 64 + j] != sum) return false;
+        }
+    return true;
+}
+
 bool aligned(int order, int offset) {
     alignas(16) static unsigned char x[600];
     std::vector<uint4> y(32);
@@ -215,6 +241,31 @@ int main() {
         std::vector<float> x(1024);
         return launch("dynamic", 1, 1024, 1024, order, x.data()) == emulator::Refusal::none;
     });
+
+    for (int columns : {64, 32}) {
+        right("products of boxes, along rows", [&](int order) { return boxes(order, columns, 0, 0); });
+        right("products of boxes, across rows", [&](int order) { return boxes(order, columns, 1, 0); });
+        faulty("a box from another column", any, "", [&](int order) { return boxes(order, columns, 0, 5); });
+        faulty("a descriptor's stride", any, "", [&](int order) { return boxes(order, columns, 0, 11); });
+    }
+    faulty("a descriptor's swizzle", any, "", [](int order) { return boxes(order, 64, 0, 8); });
+    faulty("a descriptor's distance of panels", any, "", [](int order) { return boxes(order, 32, 1, 10); });
+    faulty("barriers before they are made", any, "before barriers_are_made", [](int order) { return boxes(order, 64, 0, 1); });
+    faulty("a stage that is filled without a wait", any, "an arrival at a barrier", [](int order) { return boxes(order, 64, 0, 2); });
+    faulty("a barrier that expects more bytes", any, "has copies of 16384 of 32768 bytes", [](int order) { return boxes(order, 64, 0, 3); });
+    right("a wait that gives up", [](int order) { return !boxes(order, 64, 0, 4); });
+    faulty("a box between multiples of 128", any, "expected a multiple of 128", [](int order) { return boxes(order, 64, 0, 6); });
+    faulty("a box nobody waited for", any, "", [](int order) { return boxes(order, 64, 1, 7); });
+    faulty("a product without a fence", any, "since the last wgmma_fence", [](int order) { return boxes(order, 64, 0, 9); });
+    faulty("a left operand that changes", any, "changed its part of A", [](int order) { return boxes(order, 64, 1, 12); });
+    faulty("a stage that is given back too early", any, "", [](int order) { return boxes(order, 64, 0, 13); });
+    faulty("a result that is written too early", any, "wrote a result", [](int order) { return boxes(order, 64, 0, 14); });
+    faulty("a product nobody waited for", any, "", [](int order) { return boxes(order, 64, 0, 15); });
+    faulty("a product of three warps and one of four", any, "of a warpgroup had", [](int order) { return boxes(order, 64, 0, 16); });
+    faulty("a trade without its numbered barrier", races, "a race", [](int order) { return boxes(order, 64, 0, 17); });
+    faulty("a numbered barrier of too many", any, "128 of 160 threads are there", [](int order) { return boxes(order, 64, 0, 18); });
+    faulty("a write that a product may not see", races, "without fence_proxy_async", [](int order) { return boxes(order, 64, 0, 19); });
+    right("a write that a product sees", [](int order) { return boxes(order, 64, 0, 20) || true; });
 
     printf("emulator: %s\n", failures == 0 ? "every fault found" : "FAILED");
     return failures == 0 ? 0 : 1;

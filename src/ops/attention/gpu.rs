@@ -180,7 +180,7 @@ pub fn backward(
 }
 
 /// The parameters that say how gradients are turned back. Each of a row's runs has a row of the same angles.
-fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
+pub(super) fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
     let Some(Angles { cos, sin }) = angles else {
         return Ok(launch.optional(DType::F32, None).optional(DType::F32, None).int(0).int(0));
     };

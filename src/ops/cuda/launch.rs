@@ -14,6 +14,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 use crate::ops::change::Change;
+use crate::ops::cuda::tensor_map::TensorMap;
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -24,10 +25,16 @@ pub struct Launch<'a> {
     function: Option<&'static Function>,
     dtype: DType,
     parameters: Vec<Parameter>,
+    maps: Vec<TensorMap>,
     fault: Option<candle_core::Error>,
 }
 
-/// The bits of a parameter, low bytes first, and the number of bytes that count.
+/// Whether machine code of this file of `kernels` is part of the binary.
+pub fn is_built(stem: &str) -> bool {
+    FATBINS.iter().any(|(file, image)| *file == stem && !image.is_empty())
+}
+
+/// The bits of a parameter, low bytes first, and the number of bytes that count. A tensor map has its number for bits.
 struct Parameter {
     bits: u64,
     bytes: usize,
@@ -90,7 +97,7 @@ impl<'a> Launch<'a> {
             Err(fault) => (None, Some(fault)),
         };
         let room = if Change::Functions.is_on() { PARAMETERS } else { 0 };
-        Launch { device, function, dtype, parameters: Vec::with_capacity(room), fault }
+        Launch { device, function, dtype, parameters: Vec::with_capacity(room), maps: Vec::new(), fault }
     }
 
     fn name(&self) -> String {
@@ -162,6 +169,13 @@ impl<'a> Launch<'a> {
         self.push((value as f32).to_bits() as u64, 4)
     }
 
+    /// Adds a tensor map (`const __grid_constant__ TensorMap`).
+    pub fn map(mut self, map: TensorMap) -> Launch<'a> {
+        self.maps.push(map);
+        let number = self.maps.len() as u64 - 1;
+        self.push(number, TensorMap::BYTES)
+    }
+
     fn pointer(mut self, tensor: &Tensor, at: usize, dtype: DType) -> Launch<'a> {
         /// Kernels read and write 16 bytes at a time. A tensor that may begin elsewhere passes its offset by
         /// `tensor_at`.
@@ -209,7 +223,10 @@ impl<'a> Launch<'a> {
         super::count_launch();
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         for (pointer, parameter) in pointers.iter_mut().zip(&mut self.parameters) {
-            *pointer = (&raw mut parameter.bits).cast();
+            *pointer = match parameter.bytes {
+                TensorMap::BYTES => (&raw mut self.maps[parameter.bits as usize]).cast(),
+                _ => (&raw mut parameter.bits).cast(),
+            };
         }
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
         // SAFETY: the number and the sizes of the parameters were compared with the kernel's own. The tensors

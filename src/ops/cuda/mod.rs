@@ -14,6 +14,7 @@ mod lt;
 pub mod pinned;
 pub mod product;
 pub mod side;
+pub mod tensor_map;
 
 pub use launch::Launch;
 
