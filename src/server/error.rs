@@ -171,19 +171,4 @@ mod tests {
         );
         assert_eq!(Error::bad("short").message, "short");
     }
-
-    #[test]
-    fn a_message_quotes_no_more_than_somebody_reads() {
-        let long = "a".repeat(1_000_000);
-        let message = Error::unknown_model(&long, &["base".to_owned()]).message;
-        assert!(
-            message.starts_with("The model `aaa") && message.ends_with("does not exist; there are: base")
-        );
-        assert!(
-            message.contains(" (998040 characters) ") && message.chars().count() < 2100,
-            "{}",
-            message.len()
-        );
-        assert_eq!(Error::bad("short").message, "short");
-    }
 }
