@@ -19,6 +19,7 @@ struct Steps {
     normalizer: Option<Value>,
     pre_tokenizer: Option<Value>,
     decoder: Option<Value>,
+    post_processor: Option<Value>,
 }
 
 /// Checks the steps. The error names the harmful step.
@@ -31,7 +32,25 @@ pub(super) fn check(tokenizer: &[u8]) -> Result<(), String> {
         let mut sum = Sum { growth: 1, steps: 0 };
         step.map_or(Ok(()), |step| sum.add(&step)).map_err(|what| format!("{name}: {what}"))?;
     }
-    Ok(())
+    steps
+        .post_processor
+        .map_or(Ok(()), |step| described(&step))
+        .map_err(|what| format!("post_processor: {what}"))
+}
+
+/// Whether a template of special tokens describes each token that it names. The library panics at the first text
+/// otherwise.
+fn described(step: &Value) -> Result<(), String> {
+    step["processors"].as_array().into_iter().flatten().try_for_each(described)?;
+    if step["type"] != "TemplateProcessing" {
+        return Ok(());
+    }
+    let pieces = ["single", "pair"].into_iter().filter_map(|list| step[list].as_array()).flatten();
+    let mut names = pieces.filter_map(|piece| piece["SpecialToken"]["id"].as_str());
+    match names.find(|name| step["special_tokens"].get(name).is_none()) {
+        Some(name) => Err(format!("its template names {name:?}, which is none of its special_tokens")),
+        None => Ok(()),
+    }
 }
 
 /// Sums over the steps so far.
@@ -150,6 +169,25 @@ mod tests {
         assert!(normalizer(sequence(vec![json!({"type": "NFC"}); STEPS_MAX])).is_err());
         let decoder = json!({"decoder": {"type": "Sequence", "decoders": [replace(json!({"String": "a"}), &"b".repeat(99))]}});
         assert!(check(decoder.to_string().as_bytes()).unwrap_err().starts_with("decoder"));
+    }
+
+    #[test]
+    fn a_template_describes_the_tokens_that_it_names() {
+        let template = |list: &str, tokens: Value| {
+            let mut step =
+                json!({"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": tokens});
+            step[list] = json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+            step
+        };
+        let judged = |step: &Value| check(json!({"post_processor": step}).to_string().as_bytes());
+        for list in ["single", "pair"] {
+            let good = template(list, json!({"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}));
+            let bad = template(list, json!({"</s>": {}}));
+            let nested = json!({"type": "Sequence", "processors": [good.clone(), bad.clone()]});
+            assert_eq!(judged(&good), Ok(()));
+            assert!(judged(&bad).unwrap_err().starts_with("post_processor: its template names \"<s>\""));
+            assert!(judged(&nested).is_err() && judged(&template(list, json!(null))).is_err());
+        }
     }
 
     #[test]

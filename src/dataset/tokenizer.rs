@@ -388,7 +388,11 @@ fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
     let bounds = Bounds::new(Kind::Model, &file, LOAD_BYTES_MAX.max(bytes.len() * LOAD_GROWTH_MAX));
     let mut inner = bounds.hold(|| {
         harm::check(&bytes).map_err(|what| Fault::model(format!("{file}: {what}")))?;
-        tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| Fault::model(format!("{file}: {error}")))
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| Fault::model(format!("{file}: {error}")))?;
+        // Parts that do not fit together panic when they are used: here, where that is a fault of the file.
+        let _ = inner.encode_fast("", true);
+        Ok(inner)
     })?;
     if inner.get_vocab_size(false) == 0 {
         return Err(Fault::model(format!("{file}: its vocabulary is empty: no text could become tokens"))
