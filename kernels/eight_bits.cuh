@@ -1,5 +1,5 @@
 // A number in 8 bits: E4M3, a sign, four bits of exponent and three of fraction. The twin of
-// src/ops/attention/cached/eight_bits.rs. The architectures of before 8.9 have no instruction for it, so that it is
+// src/ops/eight_bits.rs. The architectures of before 8.9 have no instruction for it, so that it is
 // made of integers on all.
 #pragma once
 #include "common.cuh"

@@ -170,9 +170,7 @@ impl Bounds {
                     self.watch(&place, COMPUTING_MAX, |word| word.speak());
                     thread.join().expect("`hold` catches every panic")
                 }
-                Err(error) => {
-                    Err(Fault::capacity(format!("{}: cannot start a thread to read it: {error}", self.what)))
-                }
+                Err(error) => Err(Fault::machine("start a thread", &error).at(&self.what)),
             }
         })
     }

@@ -1,13 +1,13 @@
 //! A command -> its work, and what it prints.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
 
 use crate::cli::{AboutModel, Command, Format, ObjectFormat, RegistryArguments, reference};
 use crate::facts::{LoraOptions, Targets, presets};
-use crate::fault::Result;
+use crate::fault::{Fault, Result};
 use crate::interrupt::Standing;
 use crate::job::Receipt;
 use crate::plan::Plan;
@@ -23,12 +23,20 @@ use crate::{
     review, run_report, serving, source, trial,
 };
 
-/// Prints a line. A reader that went away is no reason to fail.
+/// Prints a line of a command's result.
 macro_rules! say {
-    ($($text:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($text)*);
-    }};
+    ($($text:tt)*) => { printed(&format!("{}\n", format_args!($($text)*)))? };
+}
+
+/// Prints a text whole. A reader that went away is no reason to fail; a full disk is, since a file would hold a part.
+fn printed(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Fault::storage("write to", Path::new("standard output"), &error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Runs a command. The receipt is that of a job, if the command ran one.
@@ -46,21 +54,21 @@ pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::PlanServing { request, size, adapters, format, gpus } => {
             let plan = served(request)?;
             let preview = serving::preview(&plan, size, adapters, gpus)?;
-            tell(*format, || preview.text(), || preview.json());
+            tell(*format, || preview.text(), || preview.json())?;
         }
         Command::Inspect { request, options, format, html } => {
             let review = review::read(&resolve(request)?, options, report)?;
-            tell(*format, || review.text(std::io::stdout().is_terminal()), || review.json());
+            tell(*format, || review.text(std::io::stdout().is_terminal()), || review.json())?;
             html.as_deref().map(|file| review.save(file)).transpose()?;
         }
         Command::Model { about, format } => model(about, *format, report)?,
         Command::Eval { request, options, format } => {
             let evaluation = evaluate::run(request, options, &environment, report)?;
-            tell(*format, || evaluation.text(), || evaluation.json());
+            tell(*format, || evaluation.text(), || evaluation.json())?;
         }
         Command::Try { request, options, format } => {
             let trial = trial::run(request, options, &environment, report)?;
-            tell(*format, || trial.text(columns()), || trial.json());
+            tell(*format, || trial.text(columns()), || trial.json())?;
         }
         Command::Merge { request, options } => {
             say!("{}", merge::run(request, options, &environment, report)?.text().trim_end());
@@ -93,7 +101,7 @@ fn plain(command: &Command, report: &Report) -> Result<()> {
             say!("{}", yaml::write(&[json!(workspace)]).trim_end());
         }
         Command::Keys { word } => say!("{}", keys::reference(word)?.trim_end()),
-        Command::Completions { shell } => reference::completions(*shell, &mut std::io::stdout()),
+        Command::Completions { shell } => say!("{}", reference::completions(*shell).trim_end()),
         Command::Man { folder } => say!("{} pages in {}", reference::man(folder)?, folder.display()),
         other => unreachable!("{other:?} has keys of a job"),
     }
@@ -129,7 +137,8 @@ fn train(request: &Request, report: &Report) -> Result<Option<Receipt>> {
     Crew::of(&place::find(&environment)?, &plan.ranks)?;
     let receipt = job::start(&plan, &environment, report)?;
     if let Some(receipt) = &receipt {
-        say!("{}", receipt.text());
+        // The results are in their places, so the job has succeeded even if nobody can be told here.
+        let _ = printed(&format!("{}\n", receipt.text()));
     }
     Ok(receipt)
 }
@@ -171,15 +180,13 @@ fn show(plan: &Plan, format: Format, gpus: &[String], prices: &[String]) -> Resu
 fn model(about: &AboutModel, format: Format, report: &Report) -> Result<()> {
     if let Some(name) = &about.preset {
         let preset = presets::find(name)?;
-        tell(format, || inspect::table(&preset.rows()), || json!(preset));
-        return Ok(());
+        return tell(format, || inspect::table(&preset.rows()), || json!(preset));
     }
     let folder = about.folder.as_ref().expect("clap asks for one of them");
     let targets = Targets::written(&about.target_modules);
     let lora = LoraOptions { r: about.rank as usize, targets, ..LoraOptions::default() };
     let inspection = inspect::read(&fetched(folder, false, report)?, &lora)?;
-    tell(format, || inspection.table(), || inspection.json());
-    Ok(())
+    tell(format, || inspection.table(), || inspection.json())
 }
 
 fn measure(options: &bench::Options, json: Option<&Path>, report: &Report) -> Result<()> {
@@ -234,11 +241,12 @@ fn access(arguments: &RegistryArguments) -> registry::Options {
     plan::registry_access(arguments.docker_config, arguments.ca_file, arguments.plain_http)
 }
 
-fn tell(format: Format, text: impl Fn() -> String, json: impl Fn() -> Json) {
+fn tell(format: Format, text: impl Fn() -> String, json: impl Fn() -> Json) -> Result<()> {
     match format {
         Format::Text => say!("{}", text().trim_end()),
         Format::Json => say!("{}", pretty(&json())),
     }
+    Ok(())
 }
 
 fn pretty(json: &Json) -> String {

@@ -202,6 +202,17 @@ pub fn memory_free(device: &Device) -> Option<u64> {
     }
 }
 
+/// Compute capability of a GPU (major, minor); `None` for a CPU.
+pub fn capability(device: &Device) -> Option<(i32, i32)> {
+    match device.location() {
+        #[cfg(feature = "cuda")]
+        candle_core::DeviceLocation::Cuda { gpu_id } => {
+            crate::ops::cuda::device::card(gpu_id).ok().map(|card| card.capability)
+        }
+        _ => None,
+    }
+}
+
 /// `this CPU`, or the name that the GPU reports.
 pub fn name(device: &Device) -> String {
     match device.location() {

@@ -92,7 +92,7 @@ pub fn start(address: SocketAddr, answer: Answer) -> Result<Server> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Fault::internal(format!("cannot start the server's runtime: {error}")))?;
+        .map_err(|error| Fault::machine("start the server's runtime", &error))?;
     let (stop, stopped) = oneshot::channel();
     std::thread::Builder::new()
         .name("serve".into())
@@ -104,7 +104,7 @@ pub fn start(address: SocketAddr, answer: Answer) -> Result<Server> {
                 }
             });
         })
-        .map_err(|error| Fault::internal(format!("cannot start the server's thread: {error}")))?;
+        .map_err(|error| Fault::machine("start the server's thread", &error))?;
     Ok(Server { address, _stop: stop })
 }
 

@@ -28,7 +28,8 @@ pub enum Kind {
     Network = 20,
     /// Disk full, failing, or in use by another hone.
     Storage = 21,
-    /// An accelerator failed, or the ranks of a run failed or do not agree.
+    /// An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open
+    /// files.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
@@ -96,7 +97,9 @@ impl Kind {
             Kind::Diverged => "Training produced NaN or infinity, a spike, or an adapter without effect.",
             Kind::Network => "Download or registry unreachable after all retries.",
             Kind::Storage => "Disk full, failing, or in use by another hone.",
-            Kind::Device => "An accelerator failed, or the ranks of a run failed or do not agree.",
+            Kind::Device => {
+                "An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open files."
+            }
             Kind::Push => "Training is done and safe on disk, but the push failed.",
             Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
             Kind::InterruptedUnsaved => "Stopped by a signal before anything could be saved.",
@@ -201,6 +204,41 @@ impl Fault {
         Fault::new(Kind::Internal, message)
     }
 
+    /// The fault for a thread, a process or a runtime that cannot be started. A machine without free threads, memory
+    /// or open files is [`Kind::Device`], for which a retry may help; anything else is a defect.
+    pub fn machine(doing: &str, error: &dyn fmt::Display) -> Fault {
+        let message = format!("cannot {doing}: {error}");
+        let number = error_number(&message);
+        Fault::exhausted(&message, number).unwrap_or_else(|| Fault::internal(message))
+    }
+
+    /// The fault for a panic. Libraries panic if the machine gives them no thread or no open file; any other panic is a
+    /// defect. EAGAIN alone proves nothing, since sockets answer it too.
+    pub fn of_panic(panic: &(dyn std::any::Any + Send)) -> Fault {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
+        let debugged =
+            text.rsplit_once("Os { code: ").and_then(|(_, rest)| rest.split(',').next()?.parse().ok());
+        let number = debugged.or_else(|| error_number(text));
+        let is_passing = |number: &i32| *number == libc::EMFILE || text.contains("thread");
+        Fault::exhausted(text, number.filter(is_passing))
+            .unwrap_or_else(|| Fault::internal("hone failed: see the panic message above"))
+    }
+
+    fn exhausted(message: &str, number: Option<i32>) -> Option<Fault> {
+        let help = match number? {
+            libc::EMFILE | libc::ENFILE => "raise the limit of open files (ulimit -n)",
+            libc::EAGAIN | libc::ENOMEM => {
+                "raise the limits of processes and memory (ulimit -u, the pod's limits)"
+            }
+            _ => return None,
+        };
+        Some(
+            Fault::new(Kind::Device, message)
+                .help(format!("{help}, or try again when the machine has some left")),
+        )
+    }
+
     /// The fault for an I/O error on a file that somebody gave: of `kind` if the file is missing or may not be
     /// read; [`Kind::Storage`] if the machine failed to read it, for which a retry may help.
     pub fn unread(kind: Kind, message: impl Into<String>, error: &std::io::Error) -> Fault {
@@ -259,9 +297,13 @@ fn is_machines(error: &std::io::Error) -> bool {
 
 /// Whether a parser's message ends with an error of the operating system, as `io::Error` writes it.
 fn ends_with_os_error(message: &str) -> bool {
-    let end = message.trim_end().strip_suffix(')').and_then(|rest| rest.rsplit_once("(os error "));
-    let number = end.and_then(|(_, number)| number.parse().ok());
-    number.is_some_and(|number| is_machines(&std::io::Error::from_raw_os_error(number)))
+    error_number(message).is_some_and(|number| is_machines(&std::io::Error::from_raw_os_error(number)))
+}
+
+/// The number of the operating system's error that a message ends with.
+fn error_number(message: &str) -> Option<i32> {
+    let (_, number) = message.trim_end().strip_suffix(')')?.rsplit_once("(os error ")?;
+    number.parse().ok()
 }
 
 impl fmt::Display for Fault {
@@ -330,6 +372,29 @@ mod tests {
         assert_eq!(Fault::unread(Kind::Model, "a", &made_up).kind, Kind::Model);
         for text in ["", ")", "(os error )", "(os error x)", "a column `(os error 5)` is missing"] {
             assert_eq!(Fault::data(text).or_machines().kind, Kind::Data, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_machine_without_threads_or_open_files_is_no_defect() {
+        let of = |number| Fault::machine("start a thread", &std::io::Error::from_raw_os_error(number));
+        for passing in [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM] {
+            assert_eq!(of(passing).kind, Kind::Device, "{passing}");
+        }
+        assert!(of(libc::EMFILE).help.unwrap().contains("ulimit -n"));
+        assert_eq!(of(libc::EINVAL).kind, Kind::Internal);
+        let pool = "The global thread pool has not been initialized.: ThreadPoolBuildError { kind: IOError(Os { code: 11, \
+                    kind: WouldBlock, message: \"Resource temporarily unavailable\" }) }";
+        let tokio = "OS can't spawn worker thread: Resource temporarily unavailable (os error 11)";
+        for text in [pool, tokio] {
+            assert_eq!(Fault::of_panic(&text.to_owned()).kind, Kind::Device, "{text}");
+        }
+        let socket =
+            "unwrap on Os { code: 11, kind: WouldBlock, message: \"Resource temporarily unavailable\" }";
+        for text in
+            ["index out of bounds", "Os { code: ", "no thread: Os { code: 2, kind: NotFound }", socket]
+        {
+            assert_eq!(Fault::of_panic(&text).kind, Kind::Internal, "{text}");
         }
     }
 

@@ -83,7 +83,7 @@ pub fn stands(standing: Standing) -> Stands {
 
 /// Starts listening for signals. Call this once, early in `main`.
 pub fn listen() -> Result<()> {
-    let failed = |error| Fault::internal(format!("cannot listen for signals: {error}"));
+    let failed = |error| Fault::machine("listen for signals", &error);
     let (woken, wake) = UnixStream::pair().map_err(failed)?;
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         let heard = || {

@@ -21,7 +21,7 @@ use crate::fetch;
 use crate::generate::Sampling;
 use crate::generate::defaults::Defaults;
 use crate::interrupt::{self, Standing};
-use crate::memory::{Machine, Running, Task};
+use crate::memory::{self, Machine, Running, Task};
 use crate::model;
 use crate::model::decoder::Decoder;
 use crate::model::load;
@@ -79,6 +79,7 @@ fn run(plan: &Plan, together: &Together, report: &Report) -> Result<Option<Recei
         publish::check(to, &plan.output, &plan.registry)?; // checks what is possible without the network
     }
     let device = open_device(plan, place, report)?;
+    memory::check_precision(described.options.precision, &Machine::of(&device, None))?;
     report.fact("plan", plan.json());
     report.fact("model", told::model(&described));
     report.fact("environment", told::environment(&device));

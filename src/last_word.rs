@@ -1,5 +1,5 @@
-//! A sudden end of the process (an abort, a full stack, a second signal) -> an exit code, a line in the log, and
-//! Kubernetes' termination message.
+//! A sudden end of the process (an abort, a full stack, a mapped file that is cut, a second signal) -> an exit code, a
+//! line in the log, and Kubernetes' termination message.
 //!
 //! Text cannot be formatted in such an end, since most of the standard library may not be called in a signal handler.
 //! So the messages (`Word`) are made beforehand: one for each event that can end the process, and one for the content
@@ -10,7 +10,7 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::fault::{Fault, Kind};
 use crate::report::termination::{self, Outcome};
@@ -28,6 +28,7 @@ struct Prepared {
     /// The file of Kubernetes' message.
     place: Option<CString>,
     defect: Word,
+    lost_file: Word,
     no_memory: Word,
     second_signal: Word,
 }
@@ -54,6 +55,10 @@ pub fn prepare(place: Option<&Path>, json: bool, watched: bool) {
         defect: Word::of(&Fault::internal("hone aborted; the lines above say where").help(
             "please report them with the job's configuration; started again, it continues from its newest checkpoint",
         )),
+        lost_file: Word::of(
+            &Fault::new(Kind::Storage, "a file that hone was reading was cut, or its disk failed (SIGBUS)")
+                .help("start it again: what was damaged is made or downloaded again"),
+        ),
         no_memory: Word::of(
             &Fault::capacity("memory is full: the system refused to give hone more")
                 .help("give the container more memory, or lower TrainingArguments.max_length"),
@@ -65,6 +70,7 @@ pub fn prepare(place: Option<&Path>, json: bool, watched: bool) {
     };
     if PREPARED.set(prepared).is_ok() {
         hear_aborts();
+        hear_faults();
     }
 }
 
@@ -141,6 +147,8 @@ impl Word {
     }
 }
 
+type Handler = extern "C" fn(libc::c_int, *const libc::siginfo_t, *const libc::c_void);
+
 /// Handles SIGABRT. The standard library raises it after it has printed an explanation: when a stack overflows, an
 /// allocation fails, or a panic cannot continue.
 fn hear_aborts() {
@@ -148,7 +156,6 @@ fn hear_aborts() {
     // and makes system calls.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        type Handler = extern "C" fn(libc::c_int, *const libc::siginfo_t, *const libc::c_void);
         action.sa_sigaction = aborted as Handler as usize;
         action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
         libc::sigaction(libc::SIGABRT, &action, std::ptr::null_mut());
@@ -166,6 +173,46 @@ extern "C" fn aborted(_: libc::c_int, about: *const libc::siginfo_t, _: *const l
     }
     if let Some(prepared) = PREPARED.get() {
         let word = if OUT_OF_MEMORY.get() { &prepared.no_memory } else { &prepared.defect };
+        word.speak();
+    }
+}
+
+/// Signals of an instruction that cannot be executed.
+const FAULTS: [libc::c_int; 4] = [libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGFPE];
+/// What handled each of them before.
+static BEFORE: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(libc::SIG_DFL) }; FAULTS.len()];
+
+/// Handles the signals of faulty instructions after the standard library has. A write beyond the limit of a file's size
+/// becomes an error like that of a full disk.
+fn hear_faults() {
+    // SAFETY: the actions are zeroed C structures with their handler and flags set; the kernel fills the second one.
+    // The handler only reads numbers and makes system calls.
+    unsafe {
+        for (signal, before) in FAULTS.into_iter().zip(&BEFORE) {
+            let (mut action, mut old): (libc::sigaction, libc::sigaction) =
+                (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigaction(signal, std::ptr::null(), &mut old);
+            if old.sa_flags & libc::SA_SIGINFO != 0 {
+                before.store(old.sa_sigaction, Ordering::Relaxed);
+            }
+            action.sa_sigaction = faulted as Handler as usize;
+            action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+        }
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
+extern "C" fn faulted(signal: libc::c_int, about: *const libc::siginfo_t, context: *const libc::c_void) {
+    let before =
+        FAULTS.iter().position(|fault| *fault == signal).map(|place| BEFORE[place].load(Ordering::Relaxed));
+    if let Some(before) = before.filter(|before| *before != libc::SIG_DFL) {
+        // SAFETY: the kernel gave this function as a handler of this form. The standard library's does not come back if
+        // a stack is full.
+        unsafe { std::mem::transmute::<usize, Handler>(before)(signal, about, context) };
+    }
+    if let Some(prepared) = PREPARED.get() {
+        let word = if signal == libc::SIGBUS { &prepared.lost_file } else { &prepared.defect };
         word.speak();
     }
 }

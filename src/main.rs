@@ -186,5 +186,5 @@ fn bars(invocation: &Invocation) -> Option<bool> {
 /// Runs the command. A defect ends with its own exit code and message, like any other fault.
 fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
     catch_unwind(AssertUnwindSafe(|| commands::run(command, report)))
-        .unwrap_or_else(|_| Err(Fault::internal("hone failed: see the panic message above")))
+        .unwrap_or_else(|panic| Err(Fault::of_panic(&*panic)))
 }

@@ -13,6 +13,7 @@ mod show;
 mod asked;
 mod reach;
 
+pub use asked::is_of_one_start;
 pub use places::{below_mnt, registry_access};
 pub use reach::reach;
 
@@ -145,7 +146,7 @@ pub fn serving(spec: &Spec) -> Result<Serving> {
         Quantization::None if !said => Quantization::FourBit { code: FourBitCode::Nf4, double: true },
         said => said,
     };
-    let precision = base::precision(&mut reader, quantization);
+    let precision = base::precision(&mut reader, quantization).beside();
     let lora = LoraOptions::default();
     let serving = Serving {
         base,
@@ -167,10 +168,12 @@ pub fn make(spec: &Spec) -> Result<Plan> {
     reader.finish(plan)
 }
 
-/// The same for commands that look at a finished adapter: they may do without data.
+/// The same for commands that look at a finished adapter: they may do without data. Products in 8 bits are for training
+/// only.
 pub fn look(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
-    let plan = resolve(&mut reader, spec, false);
+    let mut plan = resolve(&mut reader, spec, false);
+    plan.model.precision = plan.model.precision.beside();
     reader.finish(plan)
 }
 

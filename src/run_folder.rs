@@ -587,6 +587,72 @@ mod tests {
     }
 
     #[test]
+    fn what_a_run_was_given_and_where_its_adapter_went_is_remembered() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("out");
+        assert!(read_record(&parent.path().join("no folder")).unwrap().is_none());
+        let mut run = RunFolder::claim(&path, Earlier::Refuse).unwrap();
+        assert!(run.is_fresh());
+        run.belongs_to("a", &[]).unwrap();
+        let asked = serde_json::json!({"LoraConfig.r": 4}).as_object().unwrap().clone();
+        run.remember(&asked).unwrap();
+        let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(path.join(RECORD)).unwrap());
+        let written = inode();
+        run.remember(&asked).unwrap();
+        assert_eq!(inode(), written, "what is known is not written again");
+        let place = |destination: &str, image| Published {
+            destination: destination.into(),
+            revision: Some("sha256:1".into()),
+            image,
+        };
+        run.published(&[place("hf://org/a", false), place("host/a:v1", true)]).unwrap();
+        drop(run);
+        let again = RunFolder::claim(&path, Earlier::Refuse).unwrap();
+        assert!(!again.is_fresh());
+        let record = Record::of(&path).unwrap().unwrap();
+        assert_eq!((record.asked, record.published.len()), (asked, 2));
+        let image = record.image.unwrap();
+        assert_eq!((image.reference.as_str(), image.digest.as_str()), ("host/a:v1", "sha256:1"));
+        let age = SystemTime::now().duration_since(again.started()).unwrap();
+        assert!(age < Duration::from_secs(600), "{age:?}");
+    }
+
+    #[test]
+    fn a_folder_that_is_let_go_in_time_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        std::thread::scope(|scope| {
+            let second = scope
+                .spawn(|| RunFolder::claim_within(folder.path(), Earlier::Refuse, Duration::from_secs(60)));
+            std::thread::sleep(LOCK_POLL * 3);
+            drop(first);
+            second.join().unwrap().unwrap();
+        });
+    }
+
+    /// A file that cannot be read or removed is told, never taken for one that is not there.
+    #[test]
+    fn what_stands_in_the_place_of_an_own_file_is_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(read_record(file.path()).unwrap_err().message.starts_with("cannot read "));
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        let next = Metric::Evaluation {
+            step: 2,
+            epoch: 1.0,
+            eval_loss: 0.5,
+            eval_perplexity: 2.0,
+            eval_mean_token_accuracy: 0.25,
+            sources: Default::default(),
+        };
+        run.metrics(&next).unwrap();
+        fs::remove_file(folder.path().join(METRICS)).unwrap();
+        fs::create_dir(folder.path().join(METRICS)).unwrap();
+        assert!(run.metrics(&next).map(drop).unwrap_err().message.starts_with("cannot read "));
+        assert!(run.belongs_to("a", &[]).unwrap_err().message.starts_with("cannot remove "));
+    }
+
+    #[test]
     fn what_somebody_planted_is_never_followed() {
         use std::os::unix::fs::symlink;
         let outside = tempfile::NamedTempFile::new().unwrap();
@@ -645,6 +711,16 @@ mod tests {
         fs::create_dir(folder.path().join("lost+found")).unwrap();
         fs::write(folder.path().join(REPORT), format!("{REPORT_MARK}...")).unwrap();
         RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        // Files beside hone's own report, and a report of somebody else's.
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(REPORT), format!("{REPORT_MARK}...")).unwrap();
+        fs::write(folder.path().join("thesis.tex"), "").unwrap();
+        let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
+        assert!(fault.message.contains("hone's: thesis.tex"), "{fault}");
+        fs::remove_file(folder.path().join("thesis.tex")).unwrap();
+        fs::write(folder.path().join(REPORT), "a".repeat(2 * REPORT_MARK.len())).unwrap();
+        let fault = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap_err();
+        assert!(fault.message.contains("hone's: report.html"), "{fault}");
     }
 
     #[test]

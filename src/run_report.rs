@@ -145,7 +145,8 @@ impl State {
     fn open(&mut self, told: &Json) -> Done {
         let Some(folder) = told["path"].as_str().map(PathBuf::from) else { return Ok(()) };
         self.story.facts.insert("fingerprint".into(), told["fingerprint"].clone());
-        if let Some(earlier) = Story::read(&folder)
+        // A story that cannot be read now is begun anew: a report stops no run.
+        if let Ok(Some(earlier)) = Story::read(&folder)
             && earlier.facts.get("fingerprint") == self.story.facts.get("fingerprint")
         {
             self.story.continues(earlier);
@@ -179,8 +180,9 @@ impl State {
         }
         self.story.end(now(), fault);
         self.keep()?;
-        let page = page::html(&page::Run::of(&folder, self.story.clone()));
-        whole::write(&folder.join(REPORT), page.as_bytes()).map_err(Fault::in_a_line)
+        let run = page::Run::of(&folder, self.story.clone());
+        whole::write(&folder.join(REPORT), page::html(&run).as_bytes()).map_err(Fault::in_a_line)?;
+        run.unread.map_or(Ok(()), |fault| Err(fault.in_a_line()))
     }
 }
 
@@ -205,7 +207,7 @@ fn now() -> u64 {
 /// `report.html` of the one folder, or as `comparison.html` here. Returns where it stands.
 ///
 /// # Errors
-/// Usage: a folder that holds no results of a run. Storage: the page cannot be written.
+/// Usage: a folder that holds no results of a run. Storage: a file cannot be read, or the page not be written.
 pub fn make(folders: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
     let runs: Vec<page::Run> = folders.iter().map(|folder| read(folder)).collect::<Result<_>>()?;
     let (page, default) = match (runs.as_slice(), folders) {
@@ -218,7 +220,10 @@ pub fn make(folders: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
 }
 
 fn read(folder: &Path) -> Result<page::Run> {
-    let run = page::Run::of(folder, Story::read(folder).unwrap_or_default());
+    let mut run = page::Run::of(folder, Story::read(folder)?.unwrap_or_default());
+    if let Some(fault) = run.unread.take() {
+        return Err(fault);
+    }
     match run.is_empty() {
         false => Ok(run),
         true => Err(Fault::usage(format!(

@@ -321,7 +321,8 @@ impl Running {
                 told.note(tracker.end(&end));
             }
         });
-        let thread = thread.map_err(|error| Fault::internal(format!("no thread for {name}: {error}")))?;
+        let thread =
+            thread.map_err(|error| Fault::machine(&format!("start the thread of {name}"), &error))?;
         Ok(Running { name, queue, dropped: 0, outcome, end, thread })
     }
 }

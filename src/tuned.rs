@@ -184,7 +184,8 @@ impl Tuned {
             true => None,
             false => Record::of(&there(&first.source)?)?,
         };
-        let recorded = record.iter().flat_map(|record| settings(record, &first.source)).collect();
+        let recorded =
+            record.as_ref().map(|record| settings(record, &first.source)).transpose()?.unwrap_or_default();
         let mut request = Request { remembered: recorded, ..request.clone() };
         let mut spec = spec::gather(&request, environment)?;
         let is_remembered =
@@ -501,8 +502,17 @@ fn bring(
 }
 
 /// The record's keys as settings, which everything else wins over.
-fn settings(record: &Record, source: &str) -> Vec<Setting> {
+///
+/// # Errors
+/// Config: a key that no run records.
+fn settings(record: &Record, source: &str) -> Result<Vec<Setting>> {
     let name = Path::new(source).join("hone.json").to_string_lossy().into_owned();
+    if let Some(key) = record.asked.keys().find(|key| plan::is_of_one_start(key)) {
+        return Err(Fault::config(format!(
+            "{name}: asked: `{key}` belongs to one start, and no run records it"
+        ))
+        .help("the file was changed by hand: remove the key, and give it to the command instead"));
+    }
     let setting = |(key, value): (&String, &Json)| Setting {
         key: key.clone(),
         written: match value {
@@ -514,7 +524,7 @@ fn settings(record: &Record, source: &str) -> Vec<Setting> {
         },
         origin: Origin::File { name: name.clone(), line: 1, column: 1 },
     };
-    record.asked.iter().map(setting).collect()
+    Ok(record.asked.iter().map(setting).collect())
 }
 
 fn remembered(origin: &Origin) -> bool {
@@ -556,6 +566,20 @@ mod tests {
         assert_eq!(parse("oci:image"), ("oci:image".into(), 1.0));
         for wrong in ["./a:much", "./a:99", "./a:nan", "./a:"] {
             assert_eq!(Named::parse(wrong).unwrap_err().kind, Kind::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_record_does_not_decide_whom_a_start_trusts() {
+        let record = |asked: Json| -> Record {
+            let record = serde_json::json!({"hone": "1", "fingerprint": "f", "started": 0, "data": [], "asked": asked});
+            serde_json::from_value(record).unwrap()
+        };
+        let kept = settings(&record(serde_json::json!({"LoraConfig.r": 4, "model": "m"})), "a").unwrap();
+        assert_eq!(kept.len(), 2);
+        for key in ["push", "ca_file", "plain_http", "docker_config", "output", "mlflow", "init_adapter"] {
+            let fault = settings(&record(serde_json::json!({"model": "m", key: "x"})), "a").unwrap_err();
+            assert_eq!((fault.kind, fault.message.contains(key)), (Kind::Config, true), "{fault}");
         }
     }
 

@@ -101,6 +101,16 @@ mod tests {
         assert!(fs::symlink_metadata(&link).unwrap().is_file());
     }
 
+    /// /proc stands for file systems that know no such call.
+    #[test]
+    fn a_folder_that_cannot_be_synced_is_a_fault_unless_its_file_system_needs_none() {
+        let folder = tempfile::tempdir().unwrap();
+        sync_folder(folder.path()).unwrap();
+        sync_folder(Path::new("/proc")).unwrap();
+        let fault = sync_folder(&folder.path().join("gone")).unwrap_err();
+        assert!(fault.message.starts_with("cannot sync "), "{fault}");
+    }
+
     #[test]
     fn a_bare_name_lies_in_the_current_folder() {
         assert_eq!(

@@ -14,6 +14,23 @@ use http::{Reply, Server};
 use job::{Ended, Work, done};
 use registry::{PASSWORD, Registry, Setup};
 
+/// A file that holds a part of a Job must not be taken for the Job. A reader that has seen enough is no failure.
+#[test]
+fn what_cannot_be_printed_whole_is_a_fault_and_a_reader_may_go() {
+    let work = Work::new();
+    for arguments in
+        [&["keys"][..], &["completions", "bash"], &["model", "--preset", "phi-3-mini-4k-instruct"]]
+    {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let status = work.hone(arguments).stdout(full).stderr(std::process::Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(21), "{arguments:?}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let status = work.hone(arguments).stdout(writer).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{arguments:?}");
+    }
+}
+
 /// clap fills empty lines of an option's help with blanks.
 fn help(arguments: &[&str]) -> String {
     let text = Work::new().done(arguments).stdout;

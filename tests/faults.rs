@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use arrow::array::{ArrayRef, StringArray};
 use arrow::record_batch::RecordBatch;
 use job::{Ended, FINAL, Work, end};
-use libc::{SIGABRT, SIGKILL, SIGTERM};
+use libc::{SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM};
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
 
@@ -227,7 +227,13 @@ fn every_end_leaves_a_word() {
     let work = Work::with_llama();
     let ended = work.run(&["run", "--no-such-flag"]);
     assert_eq!((ended.code, work.json("termination.json")["code"].as_i64()), (Some(2), Some(2)));
-    for (signals, code) in [(&[SIGKILL][..], 137), (&[SIGABRT], 70), (&[SIGTERM, SIGTERM], 31)] {
+    for (signals, code) in [
+        (&[SIGKILL][..], 137),
+        (&[SIGABRT], 70),
+        (&[SIGSEGV], 70),
+        (&[SIGBUS], 21),
+        (&[SIGTERM, SIGTERM], 31),
+    ] {
         let mut long = arguments();
         long[4] = "data.parquet";
         long.extend([
@@ -236,14 +242,12 @@ fn every_end_leaves_a_word() {
             "--set",
             "TrainingArguments.save_strategy=no",
         ]);
-        // One micro-batch of all rows, so that the first signal has to wait for its end.
-        for key in [
-            "per_device_train_batch_size=400",
-            "packing=false",
-            "logging_steps=1",
-            "max_length=512",
-            "eval_strategy=no",
-        ] {
+        // One micro-batch of all rows, so that the first of two signals has to wait for its end.
+        let batch = match signals.len() {
+            1 => "per_device_train_batch_size=4",
+            _ => "per_device_train_batch_size=400",
+        };
+        for key in [batch, "packing=false", "logging_steps=1", "max_length=512", "eval_strategy=no"] {
             long.extend(["--set", ["TrainingArguments.", key].concat().leak()]);
         }
         let mut running = work.start(&long);
@@ -259,6 +263,52 @@ fn every_end_leaves_a_word() {
         assert_eq!(message["code"], code, "{message}\n{log}");
         assert_eq!(ended, if code == 137 { None } else { Some(code) }, "{log}");
         std::fs::remove_dir_all(work.path("out")).unwrap();
+    }
+}
+
+/// A file that is mapped and cut, or lies on a disk that fails, ends the process by SIGBUS.
+#[test]
+fn a_token_cache_that_is_cut_while_it_is_used_ends_with_21_and_the_run_continues() {
+    let mut many = arguments();
+    many.extend(["--set", "TrainingArguments.max_steps=150", "--set", "TrainingArguments.save_steps=20"]);
+    let calm = small();
+    assert_eq!(calm.run(&many).code, Some(0));
+    let work = small();
+    let mut hurt = work.start(&many);
+    hurt.until("a step", || {
+        std::fs::metadata(work.path("out/metrics.jsonl")).is_ok_and(|file| file.len() > 0)
+    });
+    let tokens = work.path("home/.cache/hone/tokens");
+    for entry in std::fs::read_dir(tokens).unwrap().flatten() {
+        if let Ok(file) = std::fs::File::options().write(true).open(entry.path().join("tokens")) {
+            file.set_len(0).unwrap();
+        }
+    }
+    let (code, log) = hurt.end();
+    assert_eq!(code, Some(21), "{log}");
+    let message = work.json("termination.json");
+    assert_eq!((&message["code"], &message["retry_helps"]), (&21.into(), &true.into()), "{message}");
+    let again = work.run(&many);
+    assert_eq!(again.code, Some(0), "{}", again.stderr);
+    assert!(results(&work) == results(&calm), "the continued run ends in other bytes");
+}
+
+/// Limits of the machine are no defect of hone, and no mistake of the configuration.
+#[test]
+fn a_machine_without_open_files_or_room_for_a_file_is_told_as_such() {
+    for (limit, code, said) in [("ulimit -n 12", 22, "ulimit -n"), ("ulimit -f 40", 21, "File too large")] {
+        let work = small();
+        let hone = work.hone(&arguments());
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("{limit}; exec \"$0\" \"$@\"")]);
+        command.arg(hone.get_program()).args(hone.get_args()).current_dir(work.path(""));
+        command.env_clear().envs(hone.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let ended = end(&mut command);
+        assert_eq!(ended.code, Some(code), "{limit}: {}", ended.stderr);
+        assert!(ended.stderr.contains(said), "{limit}: {}", ended.stderr);
+        assert_eq!(work.json("termination.json")["code"], code);
+        let again = work.run(&arguments());
+        assert_eq!(again.code, Some(0), "{}", again.stderr);
     }
 }
 

@@ -290,8 +290,11 @@ fn a_graph_changes_no_bit() {
             assert_eq!(found.tokens, hone::ops::largest::tokens(&expected).unwrap(), "{name}, step {at}");
             assert!(bits(&found.logits) == bits(&expected), "{name}, step {at}: other bits");
         }
+        // From the fourth step on a row sees more keys than one piece has, unless every layer has a small window.
+        let sees_all = |window: Option<usize>| window.is_none_or(|window| window > 64);
+        let grows = decoder.facts.layers.iter().any(|layer| sees_all(layer.attention.heads.window));
         let replay = caches[0].replay().unwrap();
-        assert_eq!((replay.refusal(), replay.size().0), (None, 2), "{name}");
+        assert_eq!((replay.refusal(), replay.size().0), (None, 1 + usize::from(grows)), "{name}");
     }
 }
 

@@ -226,6 +226,28 @@ fn attention_by_warpgroups_is_checked_before_its_use() {
     println!("losses {}", losses.join(" "));
 }
 
+/// Products with the frozen layers in 8 bits: the same bits whatever is kept, near the same rounding on the CPU, and not
+/// the losses of bf16.
+#[test]
+fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
+    let Some(gpu) = gpu() else { return };
+    for name in ["llama3", "phi3"] {
+        let fp8 = |keep| losses(&decoder(name, &gpu, Precision::Fp8, 0.1), keep);
+        let found = fp8(Keep::Everything);
+        assert_eq!(fp8(Keep::HostInputs), found, "{name}: what is kept changes nothing");
+        let model = decoder(name, &gpu, Precision::Fp8, 0.1);
+        model.0.keep_expanded(1);
+        assert_eq!(losses(&model, Keep::LayerInputs), found, "{name}: weights that are kept change nothing");
+        let expected = losses(&decoder(name, &Device::Cpu, Precision::Fp8, 0.1), Keep::Everything);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 3e-2, "{name}: {found}, on the CPU {expected}");
+        }
+        assert!(found.last() < found.first(), "{found:?}");
+        let other = losses(&decoder(name, &gpu, Precision::Bf16, 0.1), Keep::Everything);
+        assert_ne!(found, other, "{name}: products in 8 bits are others than in bf16");
+    }
+}
+
 /// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: the requests to the device since the program began.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

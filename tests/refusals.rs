@@ -71,6 +71,16 @@ fn a_gpu_is_refused_by_a_build_for_the_cpu() {
 }
 
 #[test]
+fn products_in_8_bits_are_refused_on_a_cpu() {
+    let work = Work::with_llama();
+    expect![[r#"
+        error (config, exit code 10): compute: fp8: this CPU has no products in 8 bits: found no GPU, expected a GPU of compute capability 8.9 or later
+          help: remove `compute`, or use an L4, L40S, RTX 4090, H100, H200 or newer GPU
+    "#]]
+    .assert_eq(&refused(&work, "--data data.parquet --device cpu --set compute=fp8"));
+}
+
+#[test]
 fn configuration_is_refused_before_anything_is_read() {
     let mut said = String::new();
     let work = Work::with_llama();

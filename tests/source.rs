@@ -202,6 +202,17 @@ fn a_cut_body_is_resumed_where_it_stopped() {
     assert_eq!(server.requests()[1].header("if-range"), Some(TAG));
 }
 
+/// No byte is there that a range could follow.
+#[test]
+fn a_body_that_never_began_is_asked_for_whole() {
+    let (server, url) = served(|index, request| match index {
+        0 => Reply::file(request, &content(), TAG).cut(0),
+        _ => Reply::file(request, &content(), TAG),
+    });
+    Desk::new().expect(&url, &content());
+    assert_eq!(ranges(&server), [None, None]);
+}
+
 #[test]
 fn the_next_process_resumes_too() {
     let (server, url) = served(|index, request| match index {
@@ -312,6 +323,25 @@ fn a_wrong_or_missing_content_range_is_not_appended() {
         });
         Desk::new().expect(&url, &content());
         assert_eq!(ranges(&server), [None, Some(100_000), None]);
+    }
+}
+
+/// A body without a length of its own may end too early or too late for the range that its header promises.
+#[test]
+fn a_range_whose_body_is_shorter_or_longer_than_promised_is_noticed() {
+    let total = content().len();
+    for (end, more, asked) in [(100_010, &b""[..], Some(100_010)), (total, b"PAR1", None)] {
+        let (server, url) = served(move |index, request| match index {
+            0 => Reply::file(request, &content(), TAG).cut(100_000),
+            1 => Reply::status(206)
+                .body([&content()[100_000..end], more].concat())
+                .without("Content-Length")
+                .header("ETag", TAG)
+                .header("Content-Range", format!("bytes 100000-{}/{total}", total - 1)),
+            _ => Reply::file(request, &content(), TAG),
+        });
+        Desk::new().expect(&url, &content());
+        assert_eq!(ranges(&server), [None, Some(100_000), asked]);
     }
 }
 
@@ -501,6 +531,8 @@ fn too_large_is_known_from_the_length_or_while_it_comes() {
     desk.refuse(&url, Kind::Capacity, "at least 300004 bytes, the limit for one file is 200000");
     let (_server, url) = served(|_, _| Reply::ok(content()).without("Content-Length"));
     desk.refuse(&url, Kind::Capacity, "the limit for one file is 200000");
+    desk.options.file_bytes_max = content().len() as u64;
+    desk.expect(&url, &content());
 }
 
 #[test]
@@ -606,6 +638,62 @@ fn no_service_is_a_metadata_service() {
         let fault = sender.send(&sending, &Report::silent()).unwrap_err();
         assert!(fault.kind == Kind::Config && fault.message.contains("which hone refuses"), "{fault}");
     }
+}
+
+/// The answer to a part of a file that is sent with PUT.
+fn send(desk: &Desk, url: &str, file: &Path, from: u64, bytes: u64) -> Result<source::send::Answer, Fault> {
+    let report = Report::new(desk.log.clone());
+    let task = Arc::new(report.task(hone::report::Stage::Push, hone::report::Unit::Bytes, "it", None));
+    let url = url::Url::parse(url).unwrap();
+    let body = Content::Part { file, from, bytes, task };
+    let sending = Sending { method: reqwest::Method::PUT, url: &url, name: "it", headers: Vec::new(), body };
+    Sender::new(&desk.options).unwrap().send(&sending, &report)
+}
+
+#[test]
+fn what_is_sent_arrives_whole_and_what_passes_is_repeated() {
+    let desk = Desk::new();
+    let file = desk.folder.path().join("file");
+    fs::write(&file, content()).unwrap();
+    for passing in [408, 425, 429, 500, 502, 599] {
+        let (server, url) = served(move |index, _| match index {
+            0..=1 => Reply::status(passing),
+            _ => Reply::status(201).body("made").header("ETag", TAG),
+        });
+        let answer = send(&desk, &url, &file, 100, 299_000).unwrap();
+        assert!(answer.is_success() && answer.body == b"made" && answer.told() == "HTTP 201: made");
+        assert_eq!(answer.etag.as_deref(), Some(TAG));
+        assert_eq!(server.requests().len(), 3, "{passing}");
+        for request in server.requests() {
+            assert!(request.method == "PUT" && request.body == content()[100..299_100], "{passing}");
+        }
+        assert!(desk.log.text().contains(&format!("it: HTTP {passing}")), "{}", desk.log.text());
+    }
+    for lasting in [400, 403, 404, 409, 501] {
+        let (server, url) = served(move |_, _| Reply::status(lasting));
+        let answer = send(&desk, &url, &file, 0, 0).unwrap();
+        assert_eq!((answer.is_success(), answer.told()), (false, format!("HTTP {lasting}")));
+        assert_eq!(server.requests().len(), 1, "{lasting}");
+    }
+}
+
+#[test]
+fn sending_ends_after_its_attempts_and_a_file_that_got_shorter_is_not_sent() {
+    let desk = Desk::new();
+    let file = desk.folder.path().join("file");
+    fs::write(&file, content()).unwrap();
+    let (server, url) = served(|_, _| Reply::status(503).body("busy").header("Retry-After", "0"));
+    let fault = send(&desk, &url, &file, 0, 10).unwrap_err();
+    assert_eq!(fault.kind, Kind::Push);
+    assert!(fault.message.starts_with("it: no success in 3 attempts: HTTP 503: busy"), "{fault}");
+    assert_eq!(server.requests().len(), 3);
+    let fault = send(&desk, &url, &file, content().len() as u64 - 5, 10).unwrap_err();
+    assert_eq!(fault.kind, Kind::Push, "{fault}");
+    let (server, url) = served(|_, _| Reply::ok(vec![b'a'; 16 << 20]));
+    assert_eq!(send(&desk, &url, &file, 0, 10).unwrap().body.len(), 16 << 20, "as long as an answer may be");
+    assert_eq!(server.requests().len(), 1);
+    let (_server, url) = served(|_, _| Reply::ok(vec![b'a'; (16 << 20) + 1]));
+    assert!(send(&desk, &url, &file, 0, 10).unwrap_err().message.contains("more than 16777216 bytes"));
 }
 
 #[test]
@@ -778,6 +866,31 @@ fn a_download_killed_before_its_rename_is_kept() {
         Some(TAG),
         "only asked whether it is the newest"
     );
+}
+
+#[test]
+fn a_pinned_download_killed_before_its_rename_needs_no_network() {
+    let (server, url) = served(|index, request| match index {
+        0 => Reply::file(request, &content(), TAG).cut(100_000),
+        _ => Reply::status(500),
+    });
+    let desk = Desk::new();
+    let url = format!("{url}#sha256={}", digest(&content()));
+    desk.refuse(&url, Kind::Network, "500");
+    let asked = server.requests().len();
+    let part = files_below(&desk.options.cache).into_iter().find(|path| path.ends_with("part")).unwrap();
+    fs::write(&part, content()).unwrap();
+    desk.expect(&url, &content());
+    assert_eq!(server.requests().len(), asked);
+}
+
+/// The server says that nothing has changed; the file of before is not the one that is asked for now.
+#[test]
+fn a_cached_file_of_another_digest_is_not_the_pinned_one() {
+    let (_server, url) = served(|_, request| Reply::file(request, &content(), TAG));
+    let desk = Desk::new();
+    desk.expect(&url, &content());
+    desk.refuse(&format!("{url}#sha256={}", digest(b"other")), Kind::Data, "sha256");
 }
 
 #[test]

@@ -1,15 +1,18 @@
 //! hone's side of the GPU session: trains on the folder that `reference.py prepare` filled, with the product's loop
 //! `train::run`.
 //!
-//! `ours parity --folder F --precision f32|bf16 --out JSON`: five steps from the folder's adapter. Writes the
-//! losses, and the first step's gradients to `F/ours-f32.safetensors` or `F/ours-bf16.safetensors` under PEFT's
-//! names.
-//! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] --out JSON`: seconds of each
+//! `ours parity --folder F --precision f32|bf16|fp8 --out JSON`: five steps from the folder's adapter. Writes the
+//! losses, and the first step's gradients to `F/ours-f32.safetensors`, or of another precision, under PEFT's names.
+//! `ours speed --folder F --workloads packed,long,short [--warm 3] [--keep everything] [--precision bf16] --out JSON`:
+//! seconds of each
 //! step, tokens/s, peak memory. With `everything`, weights are kept expanded too, as the memory plan does on a large
 //! card.
 //! `ours serve --folder F [--batches 1,32] [--prompt 128] [--tokens 128] --out JSON`: tokens/s that are decoded,
 //! alone, with one adapter and with four, launches a step, seconds from the start to the first token.
 //! `ours random --folder F`: random weights for the folder's config.json, if no reference stack can write them.
+//! `ours study --folder F --precision f32|bf16|fp8 --seed N [--steps 320] [--rank 8] --out JSON`: trains a new adapter
+//! on the folder's workload `study-N`, evaluates the examples of `held`, and writes the adapter to `F/trained`, from
+//! which `parity` can take gradients.
 //! `ours changes` and `ours host`: see `changes.rs`.
 //! `--device cpu` trains on the CPU; the default is the first GPU.
 
@@ -27,6 +30,7 @@ use hone::facts::config::Config;
 use hone::facts::{FourBitCode, Keep, LoraOptions, Precision, Quantization, family};
 use hone::generate::engine::{self, Engine};
 use hone::generate::{Engine as _, Event, Request, Strength};
+use hone::model::batch::Batch;
 use hone::model::decoder::Decoder;
 use hone::model::lora::Trainable;
 use hone::model::{self, load, random};
@@ -54,6 +58,7 @@ fn main() -> Result<()> {
                 &flag("--workloads", "packed,long,short"),
                 warm,
                 level(&flag("--keep", "everything"))?,
+                named(&flag("--precision", "bf16"))?,
                 &open(&flag("--device", "cuda:0"))?,
             )?
         }
@@ -64,6 +69,15 @@ fn main() -> Result<()> {
             let (batches, prompt, tokens) =
                 (numbers("--batches", "1,32")?, numbers("--prompt", "128")?, numbers("--tokens", "128")?);
             serve(&folder, &batches, prompt[0], tokens[0], &open(&flag("--device", "cuda:0"))?)?
+        }
+        Some("study") => {
+            let options = LoraOptions {
+                r: flag("--rank", "8").parse()?,
+                seed: flag("--seed", "1").parse()?,
+                ..LoraOptions::default()
+            };
+            let steps = flag("--steps", "320").parse()?;
+            study(&folder, &flag("--precision", "bf16"), options, steps, &open(&flag("--device", "cpu"))?)?
         }
         Some("changes") => {
             let numbers = [flag("--rounds", "2").parse()?, flag("--steps", "6").parse()?];
@@ -82,7 +96,7 @@ fn main() -> Result<()> {
         // `cargo test --all-targets` and `cargo bench` start it without arguments.
         _ => {
             println!(
-                "ours parity|speed|changes|host|serve|random --folder F ...: see the head of benches/gpu/ours.rs"
+                "ours parity|speed|study|changes|host|serve|random --folder F ...: see the head of benches/gpu/ours.rs"
             );
             return Ok(());
         }
@@ -185,8 +199,53 @@ struct Done {
     launches: Option<u64>,
 }
 
+/// A precision by its name.
+fn named(precision: &str) -> Result<Precision> {
+    Precision::named(precision)
+        .ok_or_else(|| format!("--precision {precision}: expected f32, bf16 or fp8").into())
+}
+
+/// The losses of a run from a new adapter, and the loss of held-out examples behind it.
+fn study(folder: &Path, precision: &str, lora: LoraOptions, count: usize, device: &Device) -> Result<Value> {
+    let workload = steps(folder, &format!("study-{}", lora.seed))?;
+    let facts = family::describe(&Config::read(folder)?)?;
+    let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
+    let options =
+        model::Options { folder: folder.to_owned(), quantization, lora, precision: named(precision)? };
+    let decoder = load::load(facts, &options, device, &Report::silent())?;
+    // Weights in 8 bits are made once, on a CPU too.
+    decoder.keep_expanded(if options.precision == Precision::Fp8 { decoder.layers.len() } else { 0 });
+    let made = (decoder.trainable(&options.lora)?, decoder);
+    let made = (made.1, made.0);
+    let before = held_out(&made, folder)?;
+    let done = train(&made, &workload[..count.min(workload.len())], 1e-3, Keep::Everything)?;
+    let after = held_out(&made, folder)?;
+    let trained = folder.join("trained");
+    std::fs::create_dir_all(&trained)?;
+    std::fs::write(trained.join(hone::adapter::WEIGHTS_FILE), hone::adapter::weights(&made.1)?)?;
+    let losses: Vec<f64> = done.iter().map(|done| done.loss).collect();
+    Ok(json!({
+        "precision": precision, "seed": options.lora.seed, "losses": losses, "held_before": before,
+        "held_after": after, "seconds": done.last().map_or(0.0, |done| done.seconds),
+    }))
+}
+
+/// The mean loss of the folder's examples `held`.
+fn held_out((decoder, adapter): &(Decoder, Trainable), folder: &Path) -> Result<f64> {
+    let (mut sum, mut targets) = (0.0, 0);
+    for step in steps(folder, "held")? {
+        let mut batch = Batch::default();
+        for example in &step {
+            batch.push(&example.ids, &example.supervised, example.ids.len(), 0);
+        }
+        sum += decoder.loss(&batch, adapter.evaluated())?.value()?;
+        targets += batch.targets.len();
+    }
+    Ok(sum / targets as f64)
+}
+
 fn parity(folder: &Path, precision: &str, device: &Device) -> Result<Value> {
-    let of = if precision == "f32" { Precision::F32 } else { Precision::Bf16 };
+    let of = named(precision)?;
     let steps = steps(folder, "parity")?;
     // The gradients of a run that ends after its first step are still in their buffer.
     let first = decoder(folder, of, device)?;
@@ -209,9 +268,16 @@ fn write_gradients(trainable: &Trainable, file: &Path) -> Result<()> {
     Ok(candle_core::safetensors::save(&gradients, file)?)
 }
 
-fn speed(folder: &Path, workloads: &str, warm: usize, keep: Keep, device: &Device) -> Result<Value> {
+fn speed(
+    folder: &Path,
+    workloads: &str,
+    warm: usize,
+    keep: Keep,
+    precision: Precision,
+    device: &Device,
+) -> Result<Value> {
     let began = Instant::now();
-    let decoder = decoder(folder, Precision::Bf16, device)?;
+    let decoder = decoder(folder, precision, device)?;
     let load_seconds = began.elapsed().as_secs_f64();
     if keep == Keep::Everything && Change::Expanded.is_on() {
         decoder.0.keep_expanded(decoder.0.layers.len());

@@ -33,7 +33,7 @@ def speeds(found):
     """Tokens/s of each contender, and how many times KAITO's."""
     rows = []
     kaito = found.get("kaito", {}).get("workloads", {})
-    for name in ("hone", "hone-host-inputs", "hone-layer-inputs", "best", "liger", "unsloth", "kaito"):
+    for name in ("hone", "hone-fp8", "hone-host-inputs", "hone-layer-inputs", "best", "liger", "unsloth", "kaito"):
         for workload, of in found.get(name, {}).get("workloads", {}).items():
             rate, base = of.get("tokens_per_second"), kaito.get(workload, {}).get("tokens_per_second")
             spread = of.get("step_seconds") or [None]

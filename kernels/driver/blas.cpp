@@ -3,6 +3,7 @@
 // It checks what the library requires and cannot check itself: shapes and strides, and that every matrix lies
 // inside one allocation.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -18,8 +19,17 @@ using namespace fake;
 
 namespace {
 
+// Sign, four bits of exponent, three of fraction; the largest pattern is NaN.
+double number_of_e4m3(unsigned char bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    if (exponent == 15 && fraction == 7) return NAN;
+    const double size = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+    return bits & 0x80 ? -size : size;
+}
+
 double load(const void* memory, int type, size_t at) {
     switch (type) {
+        case e4m3: return number_of_e4m3(static_cast<const unsigned char*>(memory)[at]);
         case f64: return static_cast<const double*>(memory)[at];
         case f32: return static_cast<const float*>(memory)[at];
         default: return float(static_cast<const __nv_bfloat16*>(memory)[at]);
@@ -51,6 +61,7 @@ struct Product {
     int m, n, k;
     double alpha, beta;
     Matrix a, b, c, d;
+    OuterScales scales;
 };
 
 // Computes rows [from, to) of d. The innermost loop runs along a row of b: its sums are independent, so any vector
@@ -69,7 +80,8 @@ __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(
             const size_t at = p.c.at(i, j);
             // beta 0 means that c is not read, whatever it holds.
             const double kept = p.beta == 0 ? 0.0 : p.beta * load(p.c.memory, p.c.type, at);
-            store(p.d.memory, p.d.type, p.d.at(i, j), p.alpha * sums[static_cast<size_t>(j)] + kept);
+            const double scale = p.scales.rows == nullptr ? 1.0 : double(p.scales.rows[i]) * p.scales.columns[j];
+            store(p.d.memory, p.d.type, p.d.at(i, j), p.alpha * scale * sums[static_cast<size_t>(j)] + kept);
         }
     }
 }
@@ -95,7 +107,7 @@ void multiply(const Product& p) {
 bool is_supported(int a, int b, int c, int compute) {
     if (compute == compute_64f) return a == f64 && b == f64 && c == f64;
     if (compute < compute_32f_first || compute > compute_32f_last || a != b) return false;
-    return a == f32 ? c == f32 : a == bf16 && (c == bf16 || c == f32);
+    return a == f32 ? c == f32 : (a == bf16 || a == e4m3) && (c == bf16 || c == f32);
 }
 
 // A handle is the stream of its products.
@@ -120,10 +132,10 @@ Matrix operand(const void* memory, int type, int leading, int operation) {
 
 namespace fake {
 
-size_t bytes_of(int type) { return type == f64 ? 8 : type == f32 ? 4 : 2; }
+size_t bytes_of(int type) { return type == f64 ? 8 : type == f32 ? 4 : type == bf16 ? 2 : 1; }
 
 int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride,
-                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute) {
+                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute, OuterScales scales) {
     if (m < 0 || n < 0 || k < 0 || batch < 0) return blas_invalid_value;
     if (!is_shaped(a, m, k) || !is_shaped(b, k, n) || !is_shaped(c, m, n) || !is_shaped(d, m, n)) return blas_invalid_value;
     if (!is_supported(a.type, b.type, c.type, compute) || d.type != c.type) return blas_not_supported;
@@ -131,6 +143,14 @@ int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matr
     if (configuration().idle) return blas_success;
     begin(stream);
     for (const Matrix& matrix : {a, b, c, d}) touch(stream, reinterpret_cast<Address>(matrix.memory));
+    if (scales.rows != nullptr) {
+        const std::pair<const float*, int> vectors[] = {{scales.rows, m}, {scales.columns, n}};
+        for (const auto& [vector, length] : vectors) {
+            if (!is_allocated(reinterpret_cast<Address>(vector), sizeof(float) * static_cast<uint64_t>(length)))
+                die("cublasLt: %d scales reach outside their allocation", length);
+            touch(stream, reinterpret_cast<Address>(vector));
+        }
+    }
     if (configuration().trace) fprintf(stderr, "fake GPU: product %d x %d x %d, %d times\n", m, n, k, batch);
     const auto scalar = [&](const void* value) { return load(value, compute == compute_64f ? f64 : f32, 0); };
     for (int i = 0; i < batch && m > 0 && n > 0; ++i) {
@@ -138,7 +158,7 @@ int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matr
             matrix.memory += i * stride * static_cast<long long>(bytes_of(matrix.type));
             return matrix;
         };
-        const Product p = {m, n, k, scalar(alpha), scalar(beta), item(a, a_stride), item(b, b_stride), item(c, c_stride), item(d, c_stride)};
+        const Product p = {m, n, k, scalar(alpha), scalar(beta), item(a, a_stride), item(b, b_stride), item(c, c_stride), item(d, c_stride), scales};
         if (p.alpha != 0) {
             check_inside("A", p.a, m, k);
             check_inside("B", p.b, k, n);

@@ -8,7 +8,7 @@ namespace fake {
 
 // cublasStatus_t, cudaDataType_t and cublasComputeType_t, as far as they are used.
 enum { blas_success = 0, blas_invalid_value = 7, blas_not_supported = 15 };
-enum Type { f32 = 0, f64 = 1, bf16 = 14 };
+enum Type { f32 = 0, f64 = 1, bf16 = 14, e4m3 = 28 };
 enum { compute_32f_first = 68, compute_64f = 70, compute_32f_last = 77 };
 
 size_t bytes_of(int type);
@@ -25,6 +25,12 @@ struct Matrix {
     }
 };
 
+// A number for each row of a, and one for each column of b; null: there are none.
+struct OuterScales {
+    const float* rows = nullptr;
+    const float* columns = nullptr;
+};
+
 // The two factors of a product, copied: f64 or f32, as it computes.
 class Scalars {
   public:
@@ -39,9 +45,9 @@ class Scalars {
     uint64_t first = 0, second = 0;
 };
 
-// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. The caller
-// holds the lock.
+// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. a b is scaled
+// by row and column if there are scales. The caller holds the lock.
 int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride,
-                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute);
+                      const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute, OuterScales scales = {});
 
 }  // namespace fake

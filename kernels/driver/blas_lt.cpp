@@ -15,9 +15,15 @@ using namespace fake;
 
 namespace {
 
+// cublasLtMatmulMatrixScale_t, as far as it is used: one number for all, or one for each row of a and each column of b.
+enum ScaleMode { scale_scalar = 0, scale_outer_vector = 3 };
+
 struct Description {
     int compute, scale;
     int a_operation = 0, b_operation = 0;
+    int a_scale_mode = scale_scalar, b_scale_mode = scale_scalar;
+    const float *a_scales = nullptr, *b_scales = nullptr;
+    signed char fast_sums = 0;
 };
 struct Layout {
     int type;
@@ -51,6 +57,7 @@ uint64_t mixed(uint64_t hash, uint64_t value) { return (hash ^ value) * 0x100000
 
 uint64_t shape_of(const Description& description, std::initializer_list<const Layout*> layouts) {
     uint64_t hash = mixed(mixed(0xcbf29ce484222325u, static_cast<uint64_t>(description.a_operation)), static_cast<uint64_t>(description.b_operation));
+    for (const int value : {description.a_scale_mode, description.b_scale_mode, int{description.fast_sums}}) hash = mixed(hash, static_cast<uint64_t>(value));
     for (const Layout* layout : layouts)
         for (const uint64_t value : {static_cast<uint64_t>(layout->type), layout->rows, layout->columns, static_cast<uint64_t>(layout->leading)})
             hash = mixed(hash, value);
@@ -91,6 +98,24 @@ bool overlap(const void* x, const Layout& of_x, const void* y, const Layout& of_
     return behind < static_cast<int64_t>(of_x.rows) || behind + static_cast<int64_t>(of_y.rows) > of_x.leading;
 }
 
+// What the library asks of matrices in 8 bits (its guide, "cublasLtMatmul()", regular narrow precision): a card of 8.9 or later; sums along
+// the columns in memory of both operands (transposed, not transposed); rows of whole 16 bytes in memory, and 16-byte addresses. Scales by row
+// and column are of 9.0 alone.
+bool takes_8_bits(const Description& of, const Layout* const (&layouts)[4], const uint32_t (&alignments)[4]) {
+    const Layout &a = *layouts[0], &b = *layouts[1];
+    if (a.type != e4m3 && b.type != e4m3) return of.a_scale_mode == scale_scalar && of.b_scale_mode == scale_scalar;
+    const Configuration& card = configuration();
+    if (card.capability_major * 10 + card.capability_minor < 89 || a.type != b.type) return false;
+    if (of.a_operation != 1 || of.b_operation != 0) return false;
+    for (int i = 0; i < 4; ++i)
+        if (static_cast<uint64_t>(layouts[i]->leading) * bytes_of(layouts[i]->type) % 16 != 0 || alignments[i] % 16 != 0) return false;
+    if (a.rows % 16 != 0 || a.columns % 16 != 0) return false;
+    const bool outer = of.a_scale_mode == scale_outer_vector;
+    if (of.a_scale_mode != of.b_scale_mode || (of.a_scale_mode != scale_scalar && !outer)) return false;
+    if (outer != (of.a_scales != nullptr) || outer != (of.b_scales != nullptr)) return false;
+    return !outer || (card.capability_major == 9 && card.capability_minor == 0);
+}
+
 }  // namespace
 
 API cublasLtCreate(void** handle) {
@@ -109,10 +134,23 @@ API cublasLtMatmulDescDestroy(void* description) {
     delete static_cast<Description*>(description);
     return blas_success;
 }
+// The attributes have the numbers and sizes of cublasLtMatmulDescAttributes_t.
 API cublasLtMatmulDescSetAttribute(void* description, int which, const void* value, size_t bytes) {
-    if (bytes != sizeof(int) || (which != 3 && which != 4)) return blas_invalid_value;
     Description& d = *static_cast<Description*>(description);
-    memcpy(which == 3 ? &d.a_operation : &d.b_operation, value, bytes);
+    void* place = nullptr;
+    size_t expected = sizeof(int);
+    switch (which) {
+        case 3: place = &d.a_operation; break;
+        case 4: place = &d.b_operation; break;
+        case 17: place = &d.a_scales, expected = sizeof(void*); break;
+        case 18: place = &d.b_scales, expected = sizeof(void*); break;
+        case 25: place = &d.fast_sums, expected = 1; break;
+        case 31: place = &d.a_scale_mode; break;
+        case 32: place = &d.b_scale_mode; break;
+        default: return blas_invalid_value;
+    }
+    if (bytes != expected) return blas_invalid_value;
+    memcpy(place, value, bytes);
     return blas_success;
 }
 API cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t columns, int64_t leading) {
@@ -144,9 +182,10 @@ API cublasLtMatmulAlgoGetHeuristic(void*, void* description, void* a, void* b, v
     const std::lock_guard<std::mutex> hold(lock);
     const Description& of = *static_cast<Description*>(description);
     const Preference& p = *static_cast<Preference*>(preference);
-    const Layout* layouts[] = {static_cast<Layout*>(a), static_cast<Layout*>(b), static_cast<Layout*>(c), static_cast<Layout*>(d)};
+    const Layout* const layouts[4] = {static_cast<Layout*>(a), static_cast<Layout*>(b), static_cast<Layout*>(c), static_cast<Layout*>(d)};
     *found = 0;
     if (wanted < 1) return blas_invalid_value;
+    if (!takes_8_bits(of, layouts, p.alignments)) return blas_not_supported;
     ++statistics.choices;
     Heuristic result = {};
     result.algorithm.shape = shape_of(of, {layouts[0], layouts[1], layouts[2], layouts[3]});
@@ -180,10 +219,11 @@ API cublasLtMatmul(void*, void* description, const void* alpha, const void* a, v
     const Operands operands = {operand(a, left, of.a_operation), operand(b, right, of.b_operation), operand(c, from, 0), operand(d, to, 0)};
     const int m = static_cast<int>(to.rows), n = static_cast<int>(to.columns), length = static_cast<int>(k), compute = of.compute;
     const Scalars scalars(alpha, beta, compute);
+    const OuterScales scales = {of.a_scales, of.b_scales};
     const auto product = [=](void* s) {
         dirty(workspace, chosen.workspace_bytes, s);
         return multiply_matrices(s, m, n, length, scalars.alpha(), operands.a, 0, operands.b, 0, scalars.beta(), operands.c, operands.d, 0, 1,
-                                 compute);
+                                 compute, scales);
     };
     return is_captured(stream) ? record(stream, product) : product(stream);
 }

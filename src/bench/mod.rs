@@ -96,7 +96,7 @@ pub fn run(options: &Options, report: &Report) -> Result<Outcome> {
     let device = device::open(options.device, report)?;
     let model = model_options(options);
     let dtype = load::activation_type(&device, options.precision);
-    let measured = rates::measure(&device, dtype, options.precision)?;
+    let measured = rates::measure(&device, dtype, options.precision.beside())?;
     let mut machine = Machine::of(&device, options.memory_max);
     (machine.rates.copy, machine.rates.matrix) = (measured.copy, measured.matrix);
     machine.rates.measured = true;
@@ -305,7 +305,7 @@ impl Outcome {
             "hone": env!("CARGO_PKG_VERSION"),
             "base": self.base, "parameters": self.parameters, "trainable_parameters": self.trainable,
             "device": self.device,
-            "precision": match self.options.precision { Precision::F32 => "f32", Precision::Bf16 => "bf16" },
+            "precision": self.options.precision.name(),
             "quantized": self.options.quantized, "rank": self.options.rank,
             "tokens": self.options.tokens, "examples": self.examples, "lengths": self.options.lengths,
             "copy_bytes_per_second": self.measured.copy, "matrix_flops_per_second": self.measured.matrix,

@@ -37,8 +37,8 @@ pub(super) struct Bench {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", env = "HONE_DEVICE")]
     device: String,
-    /// Type to which the inputs of matrix products are rounded: bf16 or f32
-    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_PRECISION", value_parser = ["bf16", "f32"])]
+    /// Type to which the inputs of matrix products are rounded: bf16, f32, or fp8 for those with the frozen base
+    #[arg(long, value_name = "TYPE", default_value = "bf16", env = "HONE_PRECISION", value_parser = ["bf16", "f32", "fp8"])]
     precision: String,
     /// Keep the base as the checkpoint has it, instead of storing it in 4 bits
     #[arg(long, env = "HONE_UNQUANTIZED")]
@@ -88,7 +88,7 @@ impl Bench {
                 (None, folder) => bench::Base::Folder(folder.unwrap_or_default()),
             },
             device,
-            precision: if self.precision == "f32" { Precision::F32 } else { Precision::Bf16 },
+            precision: Precision::named(&self.precision).unwrap_or(Precision::Bf16),
             quantized: !self.unquantized,
             rank: self.rank,
             tokens: self.tokens,

@@ -1,7 +1,6 @@
 //! clap's description of the commands -> the reference of the command line: docs/cli.md, shell completions, man
 //! pages.
 
-use std::io::Write;
 use std::path::Path;
 
 use clap::{Command, CommandFactory};
@@ -36,9 +35,11 @@ fn trimmed(help: &str) -> String {
     value.replace_all(lines.join("\n").trim(), "[env: $1=]").into_owned()
 }
 
-/// Writes the completion script of a shell.
-pub fn completions(shell: Shell, out: &mut dyn Write) {
-    clap_complete::generate(shell, &mut Cli::command(), "hone", out);
+/// The completion script of a shell.
+pub fn completions(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "hone", &mut script);
+    String::from_utf8(script).expect("clap writes text")
 }
 
 /// Writes `hone.1` and a page for each command into a folder. Returns how many pages there are.
@@ -58,9 +59,7 @@ mod tests {
     #[test]
     fn every_command_is_in_every_reference() {
         let page = markdown();
-        let mut script = Vec::new();
-        completions(Shell::Bash, &mut script);
-        let script = String::from_utf8(script).unwrap();
+        let script = completions(Shell::Bash);
         let folder = tempfile::tempdir().unwrap();
         let pages = man(folder.path()).unwrap();
         assert!(pages > names().len(), "{pages} pages");

@@ -250,7 +250,7 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+        .map_err(|error| Fault::machine("start the network runtime", &error))?;
     let ended = runtime.block_on(async {
         let config = kube::Config::infer().await.map_err(|error| {
             Fault::config(format!("no cluster: {error}")).help("set KUBECONFIG, or run it inside of one")

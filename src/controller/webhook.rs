@@ -41,6 +41,8 @@ use crate::workspace::{
 const BODY_BYTES_MAX: usize = 8 << 20;
 /// LIMIT: connections of API servers, of which there are a few.
 const CONNECTIONS_MAX: usize = 64;
+/// LIMIT: reviews that are read and judged at the same time. A body of numbers takes sixteen times its size in memory.
+const JUDGED_MAX: usize = 3;
 /// LIMIT: time for TLS to begin, for a header and for a body.
 const ARRIVAL_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: an idle connection is closed after it.
@@ -126,6 +128,7 @@ impl Webhook {
             client: self.keeper.client.clone(),
             settings: self.settings.clone(),
             kaito: kaito.subscribe(),
+            turns: Semaphore::new(JUDGED_MAX),
         });
         tokio::join!(self.keep(&certificate, &kaito), accept(listener, certificate.subscribe(), judge));
     }
@@ -199,6 +202,7 @@ struct Judge {
     client: Client,
     settings: Settings,
     kaito: watch::Receiver<bool>,
+    turns: Semaphore,
 }
 
 impl Judge {
@@ -224,6 +228,7 @@ impl Judge {
             Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into())),
         };
         let wrong = |why: String| (StatusCode::BAD_REQUEST, why);
+        let _turn = self.turns.acquire().await.expect("never closed");
         let review: Value =
             serde_json::from_slice(&body).map_err(|error| wrong(format!("no AdmissionReview: {error}")))?;
         let asked = &review["request"];

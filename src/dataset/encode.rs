@@ -103,7 +103,7 @@ impl<'a> Workers<'a> {
             .stack_size(ROW_STACK_BYTES)
             .thread_name(|index| format!("rows-{index}"))
             .build()
-            .map_err(|error| Fault::capacity(format!("no threads to make tokens in: {error}")))?;
+            .map_err(|error| Fault::machine("start threads to make tokens in", &error))?;
         let encoder = Encoder { tokenizer, options, templates: None };
         Ok(Workers { encoder, row: Row::default(), pool })
     }

@@ -459,7 +459,7 @@ impl Work<'_> {
             let write = match write {
                 Ok(write) => write,
                 Err(error) => {
-                    let fault = Fault::capacity(format!("no thread to make tokens in: {error}"));
+                    let fault = Fault::machine("start a thread to make tokens in", &error);
                     return (Err(fault.clone()), Err(fault));
                 }
             };

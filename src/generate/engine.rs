@@ -168,7 +168,7 @@ impl Engine {
         #[cfg(not(feature = "cuda"))]
         let _ = report;
         let thread = std::thread::Builder::new().name("generate".into()).spawn(move || worker.run());
-        let thread = thread.map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
+        let thread = thread.map_err(|error| Fault::machine("start a thread", &error))?;
         Ok(Engine { facts, waiting_max: options.waiting, decoder, shared, worker: Some(thread) })
     }
 

@@ -2,10 +2,11 @@
 
 use super::described::Described;
 use crate::dataset::Set;
-use crate::facts::{Facts, FourBitCode, LoraOptions, Quantization, Tokens};
+use crate::facts::{Facts, FourBitCode, LoraOptions, Precision, Quantization, Tokens};
 use crate::memory::Running;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
+use crate::ops::fp8;
 use crate::plan::Plan;
 use crate::report::{Report, Stage};
 use crate::words;
@@ -21,6 +22,9 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
         Quantization::Stored { code, double } => {
             tell_of_stored(plan.model.quantization, code, double, report)
         }
+    }
+    if described.options.precision == Precision::Fp8 {
+        report.note(Stage::Plan, products_in_8_bits(&described.facts));
     }
     for name in &described.sites.unmatched {
         report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
@@ -41,6 +45,19 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
             ),
         );
     }
+}
+
+/// The linear layers whose products are in 8 bits, and those whose widths do not allow it.
+fn products_in_8_bits(facts: &Facts) -> String {
+    let all = facts.projections().count();
+    let taken = facts.projections().filter(|(_, p)| fp8::takes(p.rows, p.cols)).count();
+    let rest = match all - taken {
+        0 => String::new(),
+        rest => {
+            format!("; {rest} others stay in bf16, since their widths are no multiples of {}", fp8::MULTIPLE)
+        }
+    };
+    format!("compute: fp8: products with {taken} frozen linear layers are in 8 bits (E4M3){rest}")
 }
 
 /// Tells of what is asked of the adapter's form, which the adapter to start from decides.

@@ -70,6 +70,7 @@ fn settings(plan: &Plan, options: &model::Options) -> Vec<(String, String)> {
     let (lora, train) = (&options.lora, &plan.train);
     let mut list = vec![
         ("rank", lora.r.to_string()),
+        ("products with the base", options.precision.name().to_owned()),
         ("alpha", lora.alpha.to_string()),
         ("dropout", lora.dropout.to_string()),
         ("learning rate", train.learning_rate.to_string()),

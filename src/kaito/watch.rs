@@ -30,7 +30,7 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     interrupt::listen()?;
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    let failed = |error| Fault::internal(format!("cannot start the job: {error}"));
+    let failed = |error| Fault::machine("start the job", &error);
     let (last_word, said_here) = std::io::pipe().map_err(failed)?;
     let mut child = Command::new("/proc/self/exe")
         .arg0(name)

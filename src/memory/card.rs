@@ -83,6 +83,20 @@ pub const INSTANCES: [(&str, &str, usize, f64); 31] = [
     ("p5en.48xlarge", "h200", 8, 2048.0),
 ];
 
+/// How names of cards begin, and their compute capability.
+const CAPABILITIES: [(&str, (i32, i32)); 10] = [
+    ("t4", (7, 5)),
+    ("v100", (7, 0)),
+    ("l4", (8, 9)),
+    ("a100", (8, 0)),
+    ("a", (8, 6)),
+    ("rtx-3090", (8, 6)),
+    ("rtx-4090", (8, 9)),
+    ("rtx-5090", (12, 0)),
+    ("h", (9, 0)),
+    ("b200", (10, 0)),
+];
+
 /// Most cards of a machine that a name may ask for: `64xh100`.
 const CARDS_MAX: usize = 64;
 /// Share of a machine's memory that a run may use of the host.
@@ -139,8 +153,16 @@ impl Card {
         };
         let (name, memory, rates) = (self.name.into(), self.bytes(), self.rates(matrix));
         let place = Place::Gpu;
-        let machine = Machine { name, place, memory, taken: CONTEXT_BYTES, rates, ranks: 1, host: None };
+        let capability = Some(self.capability());
+        let machine =
+            Machine { name, place, memory, taken: CONTEXT_BYTES, capability, rates, ranks: 1, host: None };
         Ok(machine.limited(limit))
+    }
+
+    /// Compute capability (major, minor).
+    pub fn capability(&self) -> (i32, i32) {
+        let of = CAPABILITIES.iter().find(|(family, _)| self.name.starts_with(family));
+        of.map_or((8, 0), |(_, capability)| *capability)
     }
 
     fn rates(&self, matrix: f64) -> Rates {
@@ -222,6 +244,21 @@ mod tests {
         }
         assert_eq!(find("a100-80").unwrap().1, 1);
         assert!(find("h900").unwrap_err().message.contains("h100-nvl"));
+    }
+
+    #[test]
+    fn compute_capabilities_are_those_of_the_families() {
+        let of = |name: &str| find(name).unwrap().0.capability();
+        assert_eq!(
+            (of("l40s"), of("rtx-4090"), of("h100-nvl"), of("h200")),
+            ((8, 9), (8, 9), (9, 0), (9, 0))
+        );
+        assert_eq!(
+            (of("a10g"), of("a6000"), of("rtx-3090"), of("a100-40")),
+            ((8, 6), (8, 6), (8, 6), (8, 0))
+        );
+        let known = |card: &Card| CAPABILITIES.iter().any(|(family, _)| card.name.starts_with(family));
+        assert!(CARDS.iter().all(known));
     }
 
     #[test]

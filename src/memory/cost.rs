@@ -17,6 +17,9 @@ pub use super::machine::Rates;
 
 /// Share of the highest matrix rate that products of a layer's shapes reach.
 pub const MATRIX_SHARE: f64 = 0.82;
+/// How many times faster products in 8 bits are than in bf16, for a layer's shapes. Others measured 1.5 (a contraction of
+/// 3,072) to 1.75 (large ones) on an H100; to be confirmed.
+pub const EIGHT_BITS_TIMES: f64 = 1.55;
 /// Share of the highest matrix rate that attention's kernels reach.
 pub const ATTENTION_SHARE: f64 = 0.25;
 /// Share of the copy rate that passes over memory reach.
@@ -38,6 +41,8 @@ const LAUNCHES_OF_MAGNITUDES: f64 = 5.0;
 pub struct Work {
     /// FLOPs of products.
     pub matrix: f64,
+    /// FLOPs of products in 8 bits.
+    pub eight_bits: f64,
     /// FLOPs of attention.
     pub attention: f64,
     /// Bytes moved.
@@ -51,7 +56,7 @@ pub struct Work {
 impl Work {
     /// Predicted seconds at these rates.
     pub fn seconds(&self, rates: &Rates) -> f64 {
-        let busy = self.matrix / (rates.matrix * MATRIX_SHARE)
+        let busy = (self.matrix + self.eight_bits / EIGHT_BITS_TIMES) / (rates.matrix * MATRIX_SHARE)
             + self.attention / (rates.matrix * ATTENTION_SHARE)
             + self.bytes / (rates.copy * COPY_SHARE);
         let linked = self.linked / rates.link;
@@ -60,7 +65,7 @@ impl Work {
 
     /// FLOPs of products and attention.
     pub fn flops(&self) -> f64 {
-        self.matrix + self.attention
+        self.matrix + self.eight_bits + self.attention
     }
 }
 
@@ -69,6 +74,7 @@ impl std::ops::Add for Work {
     fn add(self, other: Work) -> Work {
         Work {
             matrix: self.matrix + other.matrix,
+            eight_bits: self.eight_bits + other.eight_bits,
             attention: self.attention + other.attention,
             bytes: self.bytes + other.bytes,
             linked: self.linked + other.linked,
@@ -113,8 +119,8 @@ pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, s
 pub(super) struct Counter<'a> {
     /// The training run.
     pub task: &'a Task,
-    /// The kind of device.
-    pub place: Place,
+    /// The device.
+    pub machine: &'a Machine,
     /// Tokens per pass.
     pub tokens: usize,
     /// Number of the upper layers whose weights are kept expanded.
@@ -127,10 +133,12 @@ impl Counter<'_> {
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
         let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
-        let forward = products();
+        let groups = || terms::groups(facts, layer).into_iter();
+        let forward = products() + groups().map(|group| self.rounded_input(group)).sum::<Work>();
         let forward = forward + self.attention(1.0);
-        let pairs: Work = terms::groups(facts, layer).into_iter().map(|group| self.pairs(layer, group)).sum();
-        let backward = products() + self.attention(2.5) + pairs;
+        let pairs: Work = groups().map(|group| self.pairs(layer, group)).sum();
+        let rounded = groups().flatten().map(|p| self.rounded(p, p.rows)).sum::<Work>();
+        let backward = products() + self.attention(2.5) + pairs + rounded;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
         // twice that.
         let tokens = self.tokens as f64 * self.element();
@@ -149,7 +157,9 @@ impl Counter<'_> {
         let facts = &self.task.facts;
         let attention = &facts.layers[layer].attention;
         let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
-        let products = |list: &[Projection]| list.iter().map(|p| self.product(layer, p)).sum::<Work>();
+        let products = |list: &[Projection]| {
+            list.iter().map(|p| self.product(layer, p)).sum::<Work>() + self.rounded_input(list)
+        };
         // A norm after the down projection needs that projection's output.
         let fed = match facts.names.feed_forward_post_norm {
             Some(_) => products(std::slice::from_ref(&feed_forward.down)),
@@ -196,19 +206,44 @@ impl Counter<'_> {
     fn product(&self, layer: usize, projection: &Projection) -> Work {
         let values = (projection.rows * projection.cols) as f64;
         let is_kept = layer + self.expanded >= self.task.facts.layers.len();
-        let expand = match (self.place, self.task.quantization) {
+        let in_8_bits = self.task.in_8_bits(projection.rows, projection.cols);
+        let expand = match (self.machine.place, self.task.quantization) {
+            (Place::Gpu, Quantization::None) if in_8_bits => values * (self.element() + 1.0),
             (_, Quantization::None) | (Place::Cpu { .. }, _) => 0.0,
             (Place::Gpu, _) if is_kept => 0.0,
+            (Place::Gpu, _) if in_8_bits => values * (0.52 + 1.0),
             (Place::Gpu, _) => values * (0.52 + self.element()),
         };
-        Work { matrix: 2.0 * values * self.tokens as f64, bytes: expand, ..Work::default() }
+        let flops = 2.0 * values * self.tokens as f64;
+        if in_8_bits {
+            // Cards that do not scale in the product write sums, read them and what they are added to, and write again.
+            let width = (projection.rows + projection.cols) as f64 / 2.0;
+            let behind = if self.machine.scales_8_bits() { 0.0 } else { 3.0 * self.tokens as f64 * width };
+            let bytes = expand + behind * self.element();
+            return Work { eight_bits: flops, bytes, launches: 1.0, ..Work::default() };
+        }
+        Work { matrix: flops, bytes: expand, ..Work::default() }
+    }
+
+    /// The input of layers that read the same, rounded to 8 bits.
+    fn rounded_input(&self, group: &[Projection]) -> Work {
+        self.rounded(&group[0], group[0].cols)
+    }
+
+    /// An operand of `width` columns rounded to 8 bits, for a product with a frozen weight.
+    fn rounded(&self, projection: &Projection, width: usize) -> Work {
+        if !self.task.in_8_bits(projection.rows, projection.cols) {
+            return Work::default();
+        }
+        let bytes = (self.tokens * width) as f64 * (self.element() + 1.0);
+        Work { bytes, launches: 1.0, ..Work::default() }
     }
 
     /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,
     /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
-        let spare = terms::spare(self.task, self.place, layer, group, self.tokens) as f64;
+        let spare = terms::spare(self.task, self.machine.place, layer, group, self.tokens) as f64;
         if spare == 0.0 {
             return sites().map(|site| self.pair(site.rank, &site.projection) + self.magnitudes(site)).sum();
         }
@@ -218,6 +253,9 @@ impl Counter<'_> {
         let rank = |p: &Projection| terms::site(self.task, layer, p).map_or(0, |site| site.rank);
         let both = inside::takes_both(self.element() == 2.0, group.iter().map(|p| (p.rows, rank(p))));
         let passes = 2.0 * cols + if both { rows } else { 2.0 * rows };
+        // In 8 bits, products of the pairs' own write what the weights' products add to.
+        let in_8_bits = group.iter().all(|p| self.task.in_8_bits(p.rows, p.cols));
+        let passes = passes + if in_8_bits { 2.0 * around } else { 0.0 };
         // With dropout, inputs are copied twice, and what goes through a pair is copied and added.
         let passes = passes + if self.task.dropout { 9.0 * cols * sites().count() as f64 } else { 0.0 };
         let gradients: f64 = sites().map(|site| site.parameters() as f64).sum();
@@ -269,6 +307,6 @@ impl Counter<'_> {
     }
 
     fn element(&self) -> f64 {
-        self.task.activation_bytes(self.place) as f64
+        self.task.activation_bytes(self.machine.place) as f64
     }
 }

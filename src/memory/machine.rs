@@ -23,6 +23,8 @@ pub struct Machine {
     pub memory: u64,
     /// Bytes of these that are taken before the first tensor.
     pub taken: u64,
+    /// Compute capability of a GPU (major, minor).
+    pub capability: Option<(i32, i32)>,
     /// Rates of the device.
     pub rates: Rates,
     /// Processes that train together, each on a device like this one.
@@ -96,6 +98,11 @@ impl Limit {
 }
 
 impl Machine {
+    /// Whether a product in 8 bits scales rows and columns itself, as it does on GPUs of 9.0 alone.
+    pub fn scales_8_bits(&self) -> bool {
+        self.capability == Some((9, 0))
+    }
+
     /// So many machines like this one, whose ranks all train together.
     pub fn times(self, machines: usize) -> Machine {
         if machines <= 1 {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use crate::device;
-use crate::facts::{Keep, Quantization, Residency};
+use crate::facts::{Keep, Precision, Quantization, Residency};
 use crate::fault::{Fault, Result};
 use crate::model::residency::Home;
 use crate::ranks::Collective;
@@ -103,8 +103,31 @@ impl Machine {
             Place::Gpu => card::like(&name),
         };
         let host = machine_memory().filter(|_| place == Place::Gpu);
-        Machine { name, place, memory: free, taken: 0, rates, ranks: 1, host }.limited(limit)
+        let capability = device::capability(device);
+        Machine { name, place, memory: free, taken: 0, capability, rates, ranks: 1, host }.limited(limit)
     }
+}
+
+/// The first GPUs with products in 8 bits.
+const EIGHT_BITS_MIN: (i32, i32) = (8, 9);
+
+/// Refuses products in 8 bits on a device that has none.
+///
+/// # Errors
+/// Config: the device is a CPU, or a GPU of before Ada.
+pub fn check_precision(precision: Precision, machine: &Machine) -> Result<()> {
+    let found = match (precision, machine.capability) {
+        (Precision::F32 | Precision::Bf16, _) => return Ok(()),
+        (Precision::Fp8, Some(found)) if found >= EIGHT_BITS_MIN => return Ok(()),
+        (Precision::Fp8, Some((major, minor))) => format!("found compute capability {major}.{minor}"),
+        (Precision::Fp8, None) => "found no GPU".into(),
+    };
+    let (major, minor) = EIGHT_BITS_MIN;
+    Err(Fault::config(format!(
+        "compute: fp8: {} has no products in 8 bits: {found}, expected a GPU of compute capability {major}.{minor} or later",
+        machine.name
+    ))
+    .help("remove `compute`, or use an L4, L40S, RTX 4090, H100, H200 or newer GPU"))
 }
 
 /// Host memory that a plan may take for weights.
@@ -116,8 +139,10 @@ fn machine_memory() -> Option<u64> {
 /// capacity fault lists the largest terms and what would help.
 ///
 /// # Errors
-/// Capacity: nothing fits. Config: the task names a residency that the base or the number of ranks does not allow.
+/// Capacity: nothing fits. Config: the task names a residency that the base or the number of ranks does not allow,
+/// or products in 8 bits that the device does not have.
 pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
+    check_precision(task.precision, machine)?;
     let choices = residencies(task, machine)?;
     let solvers = || choices.iter().map(|residency| Solver::new(task, machine, *residency));
     let found = solvers().filter(Solver::fits_the_host).find_map(|solver| solver.within(machine.memory));
@@ -277,7 +302,7 @@ impl<'a> Solver<'a> {
         let fits = |keep: &Vec<Keep>| {
             fixed + self.growing(tokens, keep).iter().sum::<u64>() <= room && self.inputs_fit(tokens, keep)
         };
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded };
         // With the layer's own work, beside which inputs of layers move to the host and back.
         let seconds =
             |keep: Keep| (counter.layer(0, true) + counter.again(0, keep)).seconds(&self.machine.rates);
@@ -417,7 +442,7 @@ impl<'a> Solver<'a> {
         let (last, first) = (buffers.len().saturating_sub(2), if self.lowest == 0 { 2 } else { 0 });
         let up = sum(&buffers[first.min(buffers.len())..]);
         let down = sum(&buffers[self.lowest.min(last)..last]);
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded: 0 };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded: 0 };
         let forward = (0..buffers.len()).map(|layer| counter.layer(layer, false)).sum::<Work>();
         let forward = forward.seconds(rates).min(busy);
         let waits = (up / rate - forward).max(0.0) + (down / rate - (busy - forward)).max(0.0);
@@ -425,7 +450,7 @@ impl<'a> Solver<'a> {
     }
 
     fn work(&self, tokens: usize, keep: &[Keep], expanded: usize) -> Work {
-        let counter = Counter { task: self.task, place: self.machine.place, tokens, expanded };
+        let counter = Counter { task: self.task, machine: self.machine, tokens, expanded };
         let layers = keep.iter().enumerate().map(|(layer, keep)| match layer >= self.lowest {
             true => counter.layer(layer, true) + counter.again(layer, *keep),
             false => counter.layer(layer, false),

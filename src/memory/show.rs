@@ -2,11 +2,11 @@
 
 use serde_json::{Value as Json, json};
 
-use crate::facts::{Keep, Residency};
+use crate::facts::{Keep, Precision, Residency};
 
 use crate::words::size;
 
-use super::cost::{ATTENTION_SHARE, COPY_SHARE, MATRIX_SHARE};
+use super::cost::{ATTENTION_SHARE, COPY_SHARE, EIGHT_BITS_TIMES, MATRIX_SHARE};
 use super::machine::{Machine, Place};
 use super::plan::Plan;
 use super::task::Task;
@@ -106,7 +106,7 @@ impl Plan {
         let rates = &machine.rates;
         format!(
             "predicted {:.0} tokens/s with examples of {} tokens, {:.0} % of the matrix rate ({} {:.0} TFLOP/s, copies {:.2} TB/s; \
-             products at {:.0} %, attention at {:.0} %, passes over memory at {:.0} % of them)",
+             products at {:.0} %{}, attention at {:.0} %, passes over memory at {:.0} % of them)",
             self.tokens_per_second(),
             task.example_tokens.min(self.tokens),
             100.0 * self.flops / self.seconds / rates.matrix,
@@ -114,6 +114,10 @@ impl Plan {
             rates.matrix / 1e12,
             rates.copy / 1e12,
             100.0 * MATRIX_SHARE,
+            match task.precision {
+                Precision::Fp8 => format!(" and in 8 bits {EIGHT_BITS_TIMES} times as fast"),
+                Precision::F32 | Precision::Bf16 => String::new(),
+            },
             100.0 * ATTENTION_SHARE,
             100.0 * COPY_SHARE,
         ) + &self.together()

@@ -3,6 +3,7 @@
 use super::machine::{Limit, Place};
 use crate::facts::sites::{self, Site, TokenRows};
 use crate::facts::{Facts, Keep, Precision, Quantization, Residency};
+use crate::ops::fp8;
 
 /// The memory settings of a run. `plan` fills them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -70,10 +71,15 @@ impl Task {
         }
     }
 
+    /// Whether products with a frozen weight [rows, cols] have operands in 8 bits.
+    pub fn in_8_bits(&self, rows: usize, cols: usize) -> bool {
+        self.precision == Precision::Fp8 && fp8::takes(rows, cols)
+    }
+
     /// Bytes of an activation. On a GPU activations are stored in the precision of products.
     pub fn activation_bytes(&self, place: Place) -> usize {
         match (place, self.precision) {
-            (Place::Gpu, Precision::Bf16) => 2,
+            (Place::Gpu, Precision::Bf16 | Precision::Fp8) => 2,
             _ => 4,
         }
     }

@@ -9,6 +9,7 @@ use crate::model::{layer, lora, residency};
 use crate::ops::adamw_8bit::Matrix;
 use crate::ops::cross_entropy;
 use crate::ops::four_bit::{self, FourBit};
+use crate::ops::fp8;
 
 use super::machine::Place;
 use super::task::Task;
@@ -138,9 +139,14 @@ pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
         Quantization::None => 0,
         Quantization::FourBit { .. } | Quantization::Stored { .. } => task.activation_bytes(Place::Gpu),
     };
-    let of_group = |layer: usize, group: &[Projection]| {
-        let apart = || group.iter().map(|p| p.rows * p.cols).sum();
-        expanded_group(task, layer, group).unwrap_or_else(apart) * a_value
+    let of_projection = |p: &Projection| match task.in_8_bits(p.rows, p.cols) && a_value > 0 {
+        true => fp8::weight_bytes(p.rows, p.cols),
+        false => p.rows * p.cols * a_value,
+    };
+    let in_8_bits = task.precision == Precision::Fp8;
+    let of_group = |layer: usize, group: &[Projection]| match expanded_group(task, layer, group) {
+        Some(values) if !in_8_bits => values * a_value,
+        _ => group.iter().map(of_projection).sum(),
     };
     let of_layer = |layer| groups(&task.facts, layer).map(|group| of_group(layer, group)).iter().sum();
     (0..task.facts.layers.len()).map(of_layer).collect()
@@ -173,7 +179,7 @@ pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
 pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> Vec<Term> {
     let facts = &task.facts;
     let adapter = task.parameters();
-    let copied = place == Place::Gpu && task.precision == Precision::Bf16;
+    let copied = place == Place::Gpu && task.precision != Precision::F32;
     let what = match task.eight_bit_moments {
         false => "adapter, its gradient and two moments",
         true => "adapter, its gradient and two 8-bit moments",
@@ -240,7 +246,8 @@ pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
 
 /// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
 pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
-    if place != Place::Gpu || task.sites.iter().any(|site| site.dora) {
+    let whole = task.precision != Precision::Fp8 || group.iter().all(|p| task.in_8_bits(p.rows, p.cols));
+    if place != Place::Gpu || !whole || task.sites.iter().any(|site| site.dora) {
         return 0;
     }
     let member = |p: &Projection| {
@@ -264,6 +271,9 @@ pub(super) fn site<'a>(task: &'a Task, layer: usize, p: &Projection) -> Option<&
 /// weights of the upper `kept` layers are kept.
 fn expanded(task: &Task, kept: usize) -> usize {
     let layers = task.facts.layers.len() - kept;
+    if task.precision == Precision::Fp8 {
+        return expanded_in_8_bits(task, layers);
+    }
     let single = match task.quantization {
         Quantization::None => 0,
         Quantization::FourBit { .. } | Quantization::Stored { .. } => largest(&task.facts, layers),
@@ -271,6 +281,35 @@ fn expanded(task: &Task, kept: usize) -> usize {
     let groups = (0..layers).flat_map(|layer| groups(&task.facts, layer).map(|group| (layer, group)));
     let whole = groups.map(|(layer, group)| expanded_group(task, layer, group).unwrap_or(0));
     whole.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
+}
+
+/// Bytes of the largest weight of the lower layers, in 8 bits or else in full, and of the largest group's memory for
+/// pairs beside each other. A weight that is not quantised is rounded anew for each product, in all layers.
+fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
+    let (all, dense) = (&task.facts.layers, task.quantization == Quantization::None);
+    let layers = if dense { &all[..] } else { &all[..layers] };
+    let bytes = |p: &Projection| match task.in_8_bits(p.rows, p.cols) {
+        true => p.rows * p.cols + 4 * (p.rows + p.cols),
+        false if dense => 0,
+        false => p.rows * p.cols * task.activation_bytes(Place::Gpu),
+    };
+    let weight = layers.iter().flat_map(|layer| layer.projections()).map(bytes).max().unwrap_or(0);
+    let groups = (0..all.len()).flat_map(|layer| groups(&task.facts, layer).map(|group| (layer, group)));
+    let pairs =
+        groups.map(|(layer, group)| expanded_group(task, layer, group).unwrap_or(0)).max().unwrap_or(0);
+    weight + pairs * task.activation_bytes(Place::Gpu)
+}
+
+/// Bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled behind its sums.
+fn rounded(task: &Task, place: Place) -> usize {
+    let of = |p: &Projection| match task.in_8_bits(p.rows, p.cols) {
+        true => p.rows.max(p.cols) + 4 + p.rows.min(task.facts.width) * task.activation_bytes(place),
+        false => 0,
+    };
+    match place {
+        Place::Gpu => task.facts.projections().map(|(_, p)| of(p)).max().unwrap_or(0),
+        Place::Cpu { .. } => 0,
+    }
 }
 
 /// Values of a group with its pairs inside; `None` if they are not inside.
@@ -353,6 +392,7 @@ pub(super) fn working(task: &Task, place: Place) -> usize {
     let values = |layer: usize| layer::working_values(facts, layer, task.dropout) + beside(layer);
     let layer = layers.map(values).max().unwrap_or(0);
     let layer = layer + task.sites.iter().map(|site| dora_values(site, task.dropout)).max().unwrap_or(0);
+    let layer = layer + rounded(task, place).div_ceil(task.activation_bytes(place));
     let head = 6 * facts.width;
     // Rope's angles are f32 for all types of activations.
     layer.max(head) + 2 * facts.heads().width * facts.ropes.len()

@@ -6,11 +6,11 @@
 //! positions, pages, adapters and strengths) is copied to fixed places. A row's bits are those of `Decoder::step`,
 //! since they depend on its own sequence alone.
 
-use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Result, Tensor};
 
 use crate::ops::attention::cached::Segments;
 use crate::ops::change::Change;
+use crate::ops::cuda;
 use crate::ops::draw::{self, Draw};
 use crate::ops::matmul::FEW_ROWS;
 use crate::ops::{cross_entropy, largest};
@@ -88,7 +88,7 @@ impl Decoder {
             brought.send(&tokens)
         };
         graphs.run(&shape, device.as_cuda_device()?, compute)?;
-        device.as_cuda_device()?.cuda_stream().synchronize().w()?;
+        cuda::synchronize(device.as_cuda_device()?)?;
         let tokens = largest::found(&brought.read(rows));
         Ok(Some(Decoded { logits: logits.narrow(0, 0, rows)?, tokens }))
     }

@@ -37,8 +37,10 @@ pub struct Decoder {
     pub final_norm: Norm,
     /// The output head. Its weight is the embedding if the head is tied.
     pub head: Head,
-    /// The precision of matrix products on a CPU.
+    /// The precision of matrix products on a CPU, but for those with the frozen linear layers.
     pub precision: Precision,
+    /// The precision of products with the frozen linear layers in training and evaluation.
+    pub frozen: Precision,
     /// The type of activations: f32, bf16 on a GPU, or f64 in tests.
     pub dtype: DType,
     /// The device that the layers compute on. The embedding may lie elsewhere.
@@ -271,7 +273,8 @@ impl Decoder {
         lora: Lora,
     ) -> Result<Tensor> {
         let (turns, packing) = (sent.turns.turns()?, Packing::new(Vec::new()));
-        let pass = Pass { apart: true, short: step.short(), ..self.pass(&turns, &packing, lora) };
+        let (short, frozen) = (step.short(), self.precision);
+        let pass = Pass { apart: true, short, frozen, ..self.pass(&turns, &packing, lora) };
         let (mut x, mut tour) = (sent.embedded.rows(&self.embedding)?, self.tour(self.layers.len()));
         self.embed_trained(&x, &step.ids, &lora)?;
         for (i, (layer, store)) in self.layers.iter().zip(stores).enumerate() {
@@ -355,7 +358,7 @@ impl Decoder {
         match (scale.rounded, self.precision) {
             (false, _) => scale.factor,
             (true, Precision::F32) => scale.factor as f32 as f64,
-            (true, Precision::Bf16) => half::bf16::from_f64(scale.factor).to_f64(),
+            (true, Precision::Bf16 | Precision::Fp8) => half::bf16::from_f64(scale.factor).to_f64(),
         }
     }
 
@@ -396,7 +399,16 @@ impl Decoder {
 
     fn pass<'a>(&self, turns: &'a Turns, packing: &'a Packing, lora: Lora<'a>) -> Pass<'a> {
         let (angles, growth) = (turns.ropes.as_slice(), turns.growth.as_ref());
-        Pass { precision: self.precision, apart: false, short: 0, lora, angles, growth, packing }
+        Pass {
+            precision: self.precision,
+            frozen: self.frozen,
+            apart: false,
+            short: 0,
+            lora,
+            angles,
+            growth,
+            packing,
+        }
     }
 
     /// Returns the loss and the gradient of the last layer's output, [T, C + spare]. Only supervised rows reach the

@@ -19,6 +19,7 @@ use crate::ops::{bias, dropout, rows, unwritten};
 
 use super::linear::Linear;
 use super::lora::{Learner, Low, Pair, Training};
+use super::pass::Pass;
 
 /// The magnitudes of a pair, and what is known of the lengths of its weight's rows.
 #[derive(Clone, Debug)]
@@ -86,13 +87,29 @@ impl Dora {
 /// The product with the frozen weight: as in training, or such that a row's bits depend on that row alone.
 #[derive(Clone, Copy)]
 pub(super) struct Way {
-    /// Precision of products on a CPU.
+    /// Precision of products on a CPU, but for those with the frozen weight.
     pub precision: Precision,
+    /// Precision of products with the frozen weight in training.
+    pub frozen: Precision,
     /// The number of first rows that are short, if rows are apart.
     pub apart: Option<usize>,
 }
 
 impl Way {
+    /// That of a pass in training.
+    pub fn of(pass: &Pass) -> Way {
+        Way { precision: pass.precision, frozen: pass.frozen, apart: None }
+    }
+
+    /// The product with the frozen weight, written or added.
+    fn base(self, x: &Tensor, linear: &Linear, y: &Tensor, at: usize, beta: f64) -> Result<()> {
+        let (weight, factor) = (&linear.weight, linear.factor);
+        match self.apart {
+            Some(short) => matmul::forward_apart(x, weight, factor, y, at, beta, self.precision, short),
+            None => matmul::forward(x, weight, factor, y, at, beta, self.frozen),
+        }
+    }
+
     fn product(self, x: &Tensor, weight: &Weight, alpha: f64, y: &Tensor, beta: f64) -> Result<()> {
         match self.apart {
             Some(short) => matmul::forward_apart(x, weight, alpha, y, 0, beta, self.precision, short),
@@ -117,7 +134,7 @@ pub(super) fn serve(
     let (rows, n) = (x.dim(0)?, linear.weight.dims().0);
     let to = Columns { of: y, at };
     let z = unwritten((rows, n), x.dtype(), x.device())?;
-    way.product(x, &linear.weight, linear.factor, &z, 0.0)?;
+    way.base(x, linear, &z, 0, 0.0)?;
     magnitude::scale(Columns { of: &z, at: 0 }, to, true, dora.factor(&inverse, 1.0, strength))?;
     let low = unwritten((rows, pair.a.dims().0), x.dtype(), x.device())?;
     way.product(x, &pair.a, 1.0, &low, 0.0)?;
@@ -146,11 +163,11 @@ impl Training<'_> {
         y: &Tensor,
         at: usize,
         add: bool,
-        precision: Precision,
+        way: Way,
     ) -> Result<Low> {
         let (pair, masked) = (&learner.pair, self.input(learner, x)?);
         let inverse = dora.inverse(&linear.weight, pair)?;
-        let way = Way { precision, apart: None };
+        let precision = way.precision;
         let low = pair.low(&masked, precision)?;
         let to = Columns { of: y, at };
         let mut add = add;
@@ -159,10 +176,10 @@ impl Training<'_> {
             add = true;
         }
         let z = unwritten((x.dim(0)?, linear.weight.dims().0), x.dtype(), x.device())?;
-        way.product(&masked, &linear.weight, linear.factor, &z, 0.0)?;
+        way.base(&masked, linear, &z, 0, 0.0)?;
         if self.drops() {
             let beta = if add { 1.0 } else { 0.0 };
-            matmul::forward(x, &linear.weight, linear.factor, y, at, beta, precision)?;
+            way.base(x, linear, y, at, beta)?;
             magnitude::scale(Columns { of: &z, at: 0 }, to, true, dora.factor(&inverse, 1.0, 1.0))?;
             way.product(&low, &pair.b, pair.scale * linear.factor, &z, 0.0)?;
             add = true;
@@ -185,10 +202,10 @@ impl Training<'_> {
         x: &Tensor,
         low: Option<&Tensor>,
         dx: Option<(&Tensor, bool)>,
-        precision: Precision,
+        way: Way,
     ) -> Result<()> {
         let (pair, scale) = (&learner.pair, learner.pair.scale * linear.factor);
-        let (way, masked) = (Way { precision, apart: None }, self.input(learner, x)?);
+        let (precision, masked) = (way.precision, self.input(learner, x)?);
         let inverse = dora.inverse(&linear.weight, pair)?;
         let low = match low {
             Some(low) => low.clone(),
@@ -196,7 +213,7 @@ impl Training<'_> {
         };
         // The product that the magnitudes scale; later its gradient, in the same memory.
         let z = unwritten((x.dim(0)?, linear.weight.dims().0), x.dtype(), x.device())?;
-        way.product(&masked, &linear.weight, linear.factor, &z, 0.0)?;
+        way.base(&masked, linear, &z, 0, 0.0)?;
         way.product(&low, &pair.b, scale, &z, 1.0)?;
         let dy_columns = Columns { of: dy, at };
         let grad = learner.grad_magnitude.as_ref().expect("a pair with magnitudes has their gradient");
@@ -214,14 +231,14 @@ impl Training<'_> {
         let beta = if add { 1.0 } else { 0.0 };
         match self.dropout_keys.filter(|_| self.drops()) {
             None => {
-                matmul::input_gradient(&z, 0, weight, factor, dx, beta, precision)?;
+                matmul::input_gradient(&z, 0, weight, factor, dx, beta, way.frozen)?;
                 matmul::input_gradient(&d_low, 0, &pair.a, 1.0, dx, 1.0, precision)
             }
             Some(keys) => {
-                matmul::input_gradient(dy, at, weight, factor, dx, beta, precision)?;
+                matmul::input_gradient(dy, at, weight, factor, dx, beta, way.frozen)?;
                 let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
                 scaled(1.0)?;
-                matmul::input_gradient(&z, 0, weight, factor, &through, 0.0, precision)?;
+                matmul::input_gradient(&z, 0, weight, factor, &through, 0.0, way.frozen)?;
                 matmul::input_gradient(&d_low, 0, &pair.a, 1.0, &through, 1.0, precision)?;
                 rows::add(dx, &dropout::apply(&through, self.adapter.dropout, keys, learner.mask)?)
             }

@@ -1,10 +1,13 @@
 //! Linear layers that read the same input, and their pairs in training -> one product in which LoRA lies inside the
-//! frozen weight (`ops/low_rank.rs`), on a GPU. `spare` decides where; everything else takes the products of
+//! frozen weight (`ops/low_rank.rs`), on a GPU; in 8 bits one product for the weights and a narrow one for the pairs,
+//! onto the same sum. `spare` decides where; everything else takes the products of
 //! `lora.rs`, one after the other.
 
 use candle_core::Device;
 
+use crate::facts::Precision;
 use crate::ops::change::Change;
+use crate::ops::fp8;
 
 use super::linear::Linear;
 use super::lora::Lora;
@@ -68,8 +71,11 @@ pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) 
 pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> usize {
     let Lora::Training(training) = &pass.lora else { return 0 };
     let alike = parts.iter().all(|part| part.factor == parts[0].factor);
+    // With products in 8 bits, the pairs have the same spare columns and products of their own beside the weight's.
+    let takes = |part: &Linear| fp8::takes(part.weight.dims().0, part.weight.dims().1);
+    let whole = pass.frozen != Precision::Fp8 || parts.iter().all(takes);
     // DoRA scales the product with the frozen weight, so that it needs it apart.
-    if !device.is_cuda() || !alike || training.adapter.has_magnitudes() {
+    if !device.is_cuda() || !whole || !alike || training.adapter.has_magnitudes() {
         return 0;
     }
     let members: Vec<Member> = parts.iter().map(|part| training.adapter.member(part)).collect();
@@ -85,7 +91,6 @@ mod gpu {
     use candle_core::{DType, Result, Tensor};
 
     use super::*;
-    use crate::facts::Precision;
     use crate::model::linear::columns;
     use crate::model::lora::Learner;
     use crate::model::norm::Normed;
@@ -101,6 +106,9 @@ mod gpu {
         dropout: Option<(f64, &'a Tensor)>,
         spare: usize,
         precision: Precision,
+        /// Whether the products with the weights are in 8 bits. A pair would lose its updates there, so that it has
+        /// products of its own.
+        in_8_bits: bool,
     }
 
     impl<'a> Group<'a> {
@@ -115,7 +123,8 @@ mod gpu {
             let (adapter, precision) = (training.adapter, pass.precision);
             let dropout = training.dropout_keys.filter(|_| adapter.dropout > 0.0);
             let dropout = dropout.map(|keys| (adapter.dropout, keys));
-            Ok((spare > 0).then_some(Group { parts, learners, dropout, spare, precision }))
+            let in_8_bits = pass.frozen == Precision::Fp8;
+            Ok((spare > 0).then_some(Group { parts, learners, dropout, spare, precision, in_8_bits }))
         }
 
         fn cols(&self) -> usize {
@@ -176,6 +185,9 @@ mod gpu {
         /// The weights in full, if they are kept that way. The first one's place holds those of all parts.
         fn kept_expanded(&self, dtype: DType) -> Result<Option<Tensor>> {
             let Weight::FourBit(first) = &self.parts[0].weight else { return Ok(None) };
+            if self.in_8_bits {
+                return Ok(None);
+            }
             let list: Vec<&Weight> = self.parts.iter().map(|part| &part.weight).collect();
             let shape = (self.rows() + self.spare, self.cols() + self.spare);
             first.expanded.kept(shape, dtype, || low_rank::expand(&list, self.spare, dtype))
@@ -194,10 +206,33 @@ mod gpu {
             if before {
                 biases(add)?;
             }
-            let inside = self.inside(x.dtype(), true)?;
+            let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
-            inside.forward(x, self.factor(), y, if add || before { 1.0 } else { 0.0 })?;
+            let beta = if add || before { 1.0 } else { 0.0 };
+            match self.in_8_bits {
+                false => inside.forward(x, self.factor(), y, beta)?,
+                true => {
+                    inside.beside(x, self.factor(), y, beta)?;
+                    self.add_in_8_bits(x, y)?;
+                }
+            }
             if before { Ok(()) } else { biases(true) }
+        }
+
+        /// Adds the products of x with the weights alone to y [T, N].
+        fn add_in_8_bits(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+            let x = fp8::rows(x, 0, self.cols())?;
+            columns(self.parts)
+                .try_for_each(|(at, part)| fp8::forward(&x, &part.weight, part.factor, y, at, 1.0))
+        }
+
+        /// The gradient of x through the weights alone, written to dx [T, K] or added.
+        fn gradient_in_8_bits(&self, dy: &Tensor, dx: &Tensor, add: bool) -> Result<()> {
+            columns(self.parts).try_for_each(|(at, part)| {
+                let dy = fp8::rows(dy, at, part.weight.dims().0)?;
+                let beta = if add || at > 0 { 1.0 } else { 0.0 };
+                fp8::input_gradient(&dy, &part.weight, part.factor, dx, beta)
+            })
         }
 
         /// Writes x A^T to the spare columns of x. With dropout each pair has an x of its own; the first one's product
@@ -224,8 +259,17 @@ mod gpu {
         /// The output of the only layer, added to `base` in memory of its own. `x` [T, K + R] gets its low-rank
         /// product.
         pub fn onto(&self, x: &Tensor, base: &Tensor) -> Result<Tensor> {
-            let inside = self.inside(x.dtype(), true)?;
+            let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
+            if self.in_8_bits {
+                let base = match &self.parts[0].bias {
+                    None => base.clone(),
+                    Some(bias) => bias::onto(bias, base)?,
+                };
+                let sum = inside.beside_onto(x, self.factor(), &base)?;
+                self.add_in_8_bits(x, &sum)?;
+                return Ok(sum);
+            }
             match &self.parts[0].bias {
                 None => inside.onto(x, self.factor(), base),
                 Some(bias) => {
@@ -293,7 +337,7 @@ mod gpu {
 
         /// The products that read dy: its low-rank product, the gradients of B, and the gradient of x.
         fn over(&self, dy: &Tensor, low: Columns, dx: Option<&Tensor>) -> Result<()> {
-            let inside = self.inside(dy.dtype(), dx.is_some())?;
+            let inside = self.inside(dy.dtype(), dx.is_some() && !self.in_8_bits)?;
             let learning = self.learning(|learner| (&learner.grad_b, learner.pair.scale * self.factor()));
             if takes_both(dy.dtype() == DType::BF16, self.shapes()) {
                 low_rank::both(&inside, dy, low, &learning)?;
@@ -307,9 +351,16 @@ mod gpu {
             }
             match (dx, self.dropout) {
                 (None, _) => Ok(()),
+                (Some(dx), None) if self.in_8_bits => {
+                    inside.through(dy, 0, self.spare, self.factor(), dx)?;
+                    self.gradient_in_8_bits(dy, dx, true)
+                }
                 (Some(dx), None) => inside.input_gradient(dy, self.factor(), dx, 0.0),
                 (Some(dx), Some(_)) => {
-                    inside.input_gradient_apart(dy, self.factor(), dx)?;
+                    match self.in_8_bits {
+                        true => self.gradient_in_8_bits(dy, dx, false)?,
+                        false => inside.input_gradient_apart(dy, self.factor(), dx)?,
+                    }
                     self.pairs().try_for_each(|(_, rank_at, learner)| {
                         let through = unwritten(dx.shape(), dx.dtype(), dx.device())?;
                         inside.through(dy, rank_at, learner.rank(), self.factor(), &through)?;

@@ -252,6 +252,41 @@ pub(super) fn batch(facts: &Facts) -> Batch {
     batch
 }
 
+/// Gradients with products in 8 bits on a CPU point where those in f32 do, for plain pairs and DoRA, whatever is kept;
+/// weights that are not finite show in the loss.
+#[test]
+fn products_in_8_bits_leave_gradients_where_they_are() -> Result<()> {
+    let narrow = json!({
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    });
+    let dora: fn(&mut Options) = |options| options.lora.dora = true;
+    let plain: fn(&mut Options) = |_| {};
+    for (name, change) in [("plain", plain), ("DoRA", dora)] {
+        let case = Case { name, config: llama(narrow.clone()), change };
+        let (mut decoder, adapter) = decoder_on(&case, DType::F32, &Device::Cpu);
+        let (batch, layers) = (batch(&decoder.facts), decoder.layers.len());
+        let gradients = |decoder: &Decoder, keep: Keep| -> Result<(f64, Vec<f64>)> {
+            crate::ops::flat::zero(&adapter.grads)?;
+            let loss = decoder.forward_backward(&adapter, &vec![keep; layers], &batch, 1.0)?.value()?;
+            Ok((loss, crate::ops::cpu::to_f64(&adapter.grads)?))
+        };
+        let (expected_loss, expected) = gradients(&decoder, Keep::Everything)?;
+        decoder.frozen = Precision::Fp8;
+        let (loss, found) = gradients(&decoder, Keep::Everything)?;
+        assert!(
+            loss != expected_loss && (loss / expected_loss - 1.0).abs() < 2e-2,
+            "{name}: {loss} {expected_loss}"
+        );
+        assert_eq!(gradients(&decoder, Keep::LayerInputs)?, (loss, found.clone()), "{name}");
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+        let cosine = dot(&found, &expected) / (dot(&found, &found) * dot(&expected, &expected)).sqrt();
+        assert!(cosine > 0.98, "{name}: cosine {cosine}");
+        decoder.embedding = Tensor::full(f32::NAN, decoder.embedding.dims(), &Device::Cpu)?;
+        assert!(gradients(&decoder, Keep::Everything)?.0.is_nan(), "{name}");
+    }
+    Ok(())
+}
+
 /// The decoder computed again from the ops' formulas, differentiable in the flat parameters.
 struct Formula<'a> {
     decoder: &'a Decoder,

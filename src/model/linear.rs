@@ -3,9 +3,11 @@
 
 use candle_core::{Device, Result, Tensor};
 
+use crate::ops::fp8::{self, Scaled};
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{bias, unwritten};
 
+use super::dora::Way;
 use super::inside::spare_in;
 use super::lora::{Lora, Low};
 use super::norm::Normed;
@@ -37,17 +39,26 @@ impl Linear {
         if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
             return group.forward(x, y, add).map(|()| None);
         }
-        self.apart(x, y, 0, add, pass)
+        self.apart(x, None, y, 0, add, pass)
     }
 
-    /// Writes y[:, at..at+N], or adds to it: the base, then the adapter.
-    fn apart(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<Low> {
+    /// Writes y[:, at..at+N], or adds to it: the base, then the adapter. `rounded` is x in 8 bits, if layers side by
+    /// side share it.
+    fn apart(
+        &self,
+        x: &Tensor,
+        rounded: Option<&Scaled>,
+        y: &Tensor,
+        at: usize,
+        add: bool,
+        pass: &Pass,
+    ) -> Result<Low> {
         if let Lora::Training(training) = &pass.lora
             && let Some(pair) = training.dora(self)
         {
-            return training.forward_dora(self, pair, x, y, at, add, pass.precision);
+            return training.forward_dora(self, pair, x, y, at, add, Way::of(pass));
         }
-        self.base(x, y, at, add, pass)?;
+        self.base(x, rounded, y, at, add, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
 
@@ -70,12 +81,12 @@ impl Linear {
             && training.dora(self).is_some()
         {
             let sum = residual.copy()?;
-            let low = self.apart(x, &sum, 0, true, pass)?;
+            let low = self.apart(x, None, &sum, 0, true, pass)?;
             return Ok((sum, low));
         }
         // A step of sequences on a CPU has its own products.
         if self.bias.is_none() && !(pass.apart && x.device().is_cpu()) {
-            let sum = matmul::onto(x, &self.weight, self.factor, residual, pass.precision)?;
+            let sum = matmul::onto(x, &self.weight, self.factor, residual, pass.frozen)?;
             let low = pass.lora.forward(self, x, &sum, 0, pass)?;
             return Ok((sum, low));
         }
@@ -83,27 +94,45 @@ impl Linear {
             Some(bias) => bias::onto(bias, residual)?,
             None => residual.copy()?,
         };
-        self.product(x, &sum, 0, 1.0, pass)?;
+        self.product(x, None, &sum, 0, 1.0, pass)?;
         let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
     /// `forward` without an adapter.
-    fn base(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<()> {
+    #[allow(clippy::too_many_arguments)]
+    fn base(
+        &self,
+        x: &Tensor,
+        rounded: Option<&Scaled>,
+        y: &Tensor,
+        at: usize,
+        add: bool,
+        pass: &Pass,
+    ) -> Result<()> {
         let mut beta = if add { 1.0 } else { 0.0 };
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
             beta = 1.0;
         }
-        self.product(x, y, at, beta, pass)
+        self.product(x, rounded, y, at, beta, pass)
     }
 
     /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
-    fn product(&self, x: &Tensor, y: &Tensor, at: usize, beta: f64, pass: &Pass) -> Result<()> {
-        let (weight, factor, precision) = (&self.weight, self.factor, pass.precision);
-        match pass.apart {
-            true => matmul::forward_apart(x, weight, factor, y, at, beta, precision, pass.short),
-            false => matmul::forward(x, weight, factor, y, at, beta, precision),
+    fn product(
+        &self,
+        x: &Tensor,
+        rounded: Option<&Scaled>,
+        y: &Tensor,
+        at: usize,
+        beta: f64,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (weight, factor) = (&self.weight, self.factor);
+        match (pass.apart, rounded) {
+            (true, _) => matmul::forward_apart(x, weight, factor, y, at, beta, pass.precision, pass.short),
+            (false, Some(rounded)) => fp8::forward(rounded, weight, factor, y, at, beta),
+            (false, None) => matmul::forward(x, weight, factor, y, at, beta, pass.frozen),
         }
     }
 
@@ -137,11 +166,11 @@ impl Linear {
         if let Lora::Training(training) = &pass.lora
             && let Some(pair) = training.dora(self)
         {
-            return training.backward_dora(self, pair, dy, at, x, low, dx, pass.precision);
+            return training.backward_dora(self, pair, dy, at, x, low, dx, Way::of(pass));
         }
         if let Some((dx, add)) = dx {
             let beta = if add { 1.0 } else { 0.0 };
-            matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.precision)?;
+            matmul::input_gradient(dy, at, &self.weight, self.factor, dx, beta, pass.frozen)?;
         }
         match &pass.lora {
             Lora::None => Ok(()),
@@ -187,9 +216,22 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
         group.forward(x, &y, false)?;
         return Ok((y, vec![Some(group.kept(x)?)]));
     }
-    let lows = columns(parts).map(|(at, part)| part.apart(x, &y, at, false, pass));
+    let rounded = shared_in_8_bits(parts, x, width, pass)?;
+    let lows = columns(parts).map(|(at, part)| part.apart(x, rounded.as_ref(), &y, at, false, pass));
     let lows = lows.collect::<Result<_>>()?;
     Ok((y, lows))
+}
+
+/// x in 8 bits for all of the layers, if they are multiplied in them. `width` is that of their outputs.
+fn shared_in_8_bits(parts: &[Linear], x: &Tensor, width: usize, pass: &Pass) -> Result<Option<Scaled>> {
+    let takes = |(at, part): (usize, &Linear)| {
+        let (n, k) = part.weight.dims();
+        fp8::takes(n, k) && fp8::takes(at, width)
+    };
+    match parts.len() > 1 && columns(parts).all(takes) {
+        true => matmul::in_8_bits(x, 0, x.dim(1)?, &parts[0].weight, (width, 0), pass.frozen),
+        false => Ok(None),
+    }
 }
 
 /// The parts without adapters.
@@ -212,7 +254,7 @@ fn base_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> R
     if pass.apart && x.device().is_cpu() && short_side_by_side(parts, x, y, pass)? {
         return Ok(());
     }
-    columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass))
+    columns(parts).try_for_each(|(at, part)| part.base(x, None, y, at, false, pass))
 }
 
 /// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. False if not.

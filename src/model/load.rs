@@ -93,7 +93,7 @@ pub fn random(
 pub fn activation_type(device: &Device, precision: Precision) -> DType {
     match (device, precision) {
         (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
-        (_, Precision::Bf16) => DType::BF16,
+        (_, Precision::Bf16 | Precision::Fp8) => DType::BF16,
     }
 }
 
@@ -199,7 +199,8 @@ impl Loader<'_> {
             layers,
             final_norm,
             head,
-            precision: self.options.precision,
+            precision: self.options.precision.beside(),
+            frozen: self.options.precision,
             dtype: self.dtype,
             device: self.device.clone(),
             facts: facts.clone(),

@@ -403,7 +403,7 @@ impl<'a> Mixture<'a> {
             let (x, y) = (x.narrow(0, rows.start, rows.len())?, y.narrow(0, rows.start, rows.len())?);
             let short = pass.short.saturating_sub(rows.start);
             if let Some(magnitudes) = &pair.dora {
-                let way = dora::Way { precision: pass.precision, apart: apart.then_some(short) };
+                let way = dora::Way { apart: apart.then_some(short), ..dora::Way::of(pass) };
                 dora::serve(linear, pair, magnitudes, *strength, &x, &y, at, way)?;
                 continue;
             }

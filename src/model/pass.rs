@@ -10,8 +10,11 @@ use super::lora::Lora;
 
 /// The inputs that all layers of a pass share.
 pub struct Pass<'a> {
-    /// The precision of matrix products on a CPU.
+    /// The precision of matrix products on a CPU, but for those with the frozen linear layers.
     pub precision: Precision,
+    /// The precision of products with the frozen linear layers, forward and backward. Serving's rows are multiplied
+    /// in `precision`.
+    pub frozen: Precision,
     /// Whether a row's bits must depend on that row alone. In serving, other rows belong to other callers.
     pub apart: bool,
     /// In serving, the first rows that belong to short segments (`Step::short`); a CPU multiplies them in a way of

@@ -701,7 +701,7 @@ mod tests {
     fn streamed_layers_give_the_same_bits_on_a_gpu_and_each_event_is_needed() {
         let Some(device) = judge::gpu() else { return };
         for mut case in cases() {
-            for precision in [Precision::F32, Precision::Bf16] {
+            for precision in [Precision::F32, Precision::Bf16, Precision::Fp8] {
                 case.options.precision = precision;
                 let resident = results(&case.load(&Home::Device, &device), &case.options);
                 let streamed = case.load(&Home::Host, &device);

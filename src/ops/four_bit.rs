@@ -101,6 +101,8 @@ pub struct Expanded(Arc<Mutex<Held>>);
 struct Held {
     is_wanted: bool,
     matrix: Option<Tensor>,
+    /// The weight and its transpose in 8 bits (`ops/fp8.rs`).
+    eight_bits: [Option<(Tensor, Tensor)>; 2],
 }
 
 impl Expanded {
@@ -109,7 +111,7 @@ impl Expanded {
         let mut held = self.lock();
         held.is_wanted = is_wanted;
         if !is_wanted {
-            held.matrix = None;
+            (held.matrix, held.eight_bits) = (None, [None, None]);
         }
     }
 
@@ -140,6 +142,25 @@ impl Expanded {
         }
         let fits = |matrix: &&Tensor| matrix.dims() == [shape.0, shape.1] && matrix.dtype() == dtype;
         Ok(held.matrix.as_ref().filter(fits).cloned())
+    }
+
+    /// The codes and scales of the weight in 8 bits, or of its transpose: those that are kept, or what `make` makes,
+    /// which is kept if it is wanted.
+    pub fn eight_bits(
+        &self,
+        transposed: bool,
+        make: impl FnOnce() -> Result<(Tensor, Tensor)>,
+    ) -> Result<(Tensor, Tensor)> {
+        let mut held = self.lock();
+        if !held.is_wanted {
+            drop(held);
+            return make();
+        }
+        let place = &mut held.eight_bits[usize::from(transposed)];
+        if place.is_none() {
+            *place = Some(make()?);
+        }
+        Ok(place.clone().expect("just made"))
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {

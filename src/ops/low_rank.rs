@@ -190,6 +190,25 @@ impl Inside {
         Ok(sum)
     }
 
+    /// `y = alpha * U B~^T + beta * y`, the part of the pairs, after `low`: x [T, K + R or wider], y [T, N].
+    pub fn beside(&self, x: &Tensor, alpha: f64, y: &Tensor, beta: f64) -> Result<()> {
+        let ((count, stride), (_, width)) = (self.wide(x, self.cols)?, y.dims2()?);
+        assert_eq!(width, self.rows, "columns of all parts");
+        let (low, weight) = (Matrix::rows(x, self.cols, stride), self.at(0, self.cols).transposed());
+        product([count, self.rows, self.spare], alpha, low, weight, beta, Matrix::rows(y, 0, width))
+    }
+
+    /// `alpha * U B~^T + base` in memory of its own, after `low`: x [T, K + R or wider], base [T, N].
+    pub fn beside_onto(&self, x: &Tensor, alpha: f64, base: &Tensor) -> Result<Tensor> {
+        let ((count, stride), (_, width)) = (self.wide(x, self.cols)?, base.dims2()?);
+        assert_eq!(width, self.rows, "columns of all parts");
+        let sum = unwritten(base.shape(), base.dtype(), base.device())?;
+        let (low, weight) = (Matrix::rows(x, self.cols, stride), self.at(0, self.cols).transposed());
+        let (from, to) = (Matrix::rows(base, 0, width), Matrix::rows(&sum, 0, width));
+        product_onto([count, self.rows, self.spare], alpha, low, weight, from, to)?;
+        Ok(sum)
+    }
+
     /// Writes `V = dy B~` to the spare columns of dy [T, N + R or wider].
     pub fn low_gradient(&self, dy: &Tensor) -> Result<()> {
         let (count, stride) = self.wide(dy, self.rows)?;

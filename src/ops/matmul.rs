@@ -1,16 +1,19 @@
 //! Matrix products of activations with weights [N, K], dense or 4-bit: forward and both gradients. On a CPU,
 //! `ops/gemm` packs its operands from the stored form, so a frozen 4-bit weight is never expanded in memory. On a
 //! GPU, cublasLt multiplies, and a 4-bit weight is expanded for the length of one product. The few rows of a serving
-//! step use `kernels/matmul.cu`, which reads the weight as it is stored. `Precision` applies to the CPU only:
-//! products on a GPU have the activations' type, with sums in f32.
+//! step use `kernels/matmul.cu`, which reads the weight as it is stored. Products in `Precision::Fp8` are those of
+//! `ops/fp8.rs`. The other precisions apply to the CPU only: products on a GPU have the activations' type, with sums in
+//! f32.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::{self, Real};
 use super::four_bit::{Absmax, FourBit, NESTED_BLOCK, dynamic_map};
+use super::fp8::{self, Scaled};
 use super::gemm;
 use super::operand::{Operand, View};
+pub use super::weight::Weight;
 use crate::facts::Precision;
 use crate::with_real;
 
@@ -21,41 +24,6 @@ use crate::with_real;
 /// a value more (at 2.85 TB/s). Both take equally long at about M = 128; at 64 the kernel takes half as long. The
 /// session's stage `serve` measures both sides.
 pub const FEW_ROWS: usize = 64;
-
-/// A weight [N, K] of a linear layer `y = x W^T`.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    /// f32 or bf16 (f64 in tests).
-    Dense(Tensor),
-    /// 4-bit blocks with scales.
-    FourBit(FourBit),
-}
-
-impl Weight {
-    /// (N, K).
-    pub fn dims(&self) -> (usize, usize) {
-        match self {
-            Weight::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
-            Weight::FourBit(weight) => (weight.rows, weight.cols),
-        }
-    }
-
-    /// The device that it lies on.
-    pub fn device(&self) -> &Device {
-        match self {
-            Weight::Dense(tensor) => tensor.device(),
-            Weight::FourBit(weight) => weight.packed.device(),
-        }
-    }
-
-    /// Bytes that the weight takes.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
-            Weight::FourBit(weight) => weight.bytes(),
-        }
-    }
-}
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`: x [T, K], y [T, at+N or wider].
 pub fn forward(
@@ -72,6 +40,9 @@ pub fn forward(
         x_width == k && y_rows == rows && at + n <= y_width,
         "{rows}x{x_width} by {n}x{k} into {y_width}"
     );
+    if let Some(x) = in_8_bits(x, 0, k, weight, (y_width, at), precision)? {
+        return fp8::forward(&x, weight, alpha, y, at, beta);
+    }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return gpu::forward(x, weight, alpha, y, at, beta);
@@ -88,10 +59,31 @@ pub fn forward(
     })
 }
 
+/// The columns at..at+cols of a product's left operand in 8 bits, if `precision` says so and all shapes allow it.
+/// `to` is the width of the result and the first column that is written.
+pub fn in_8_bits(
+    x: &Tensor,
+    at: usize,
+    cols: usize,
+    weight: &Weight,
+    to: (usize, usize),
+    precision: Precision,
+) -> Result<Option<Scaled>> {
+    let (n, k) = weight.dims();
+    let whole = fp8::takes(n, k) && fp8::takes(at, x.dim(1)?) && fp8::takes(to.0, to.1);
+    match precision == Precision::Fp8 && whole {
+        true => fp8::rows(x, at, cols).map(Some),
+        false => Ok(None),
+    }
+}
+
 /// `alpha * x W^T + base` in memory of its own: x [T, K], base [T, N].
 pub fn onto(x: &Tensor, weight: &Weight, alpha: f64, base: &Tensor, precision: Precision) -> Result<Tensor> {
     let ((n, k), (rows, x_width)) = (weight.dims(), x.dims2()?);
     assert!(x_width == k && base.dims() == [rows, n], "{rows}x{x_width} by {n}x{k} onto {:?}", base.dims());
+    if let Some(x) = in_8_bits(x, 0, k, weight, (n, 0), precision)? {
+        return fp8::onto(&x, weight, alpha, base);
+    }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return gpu::onto(x, weight, alpha, base);
@@ -234,6 +226,9 @@ pub fn input_gradient(
         dx_width == k && dx_rows == rows && at + n <= dy_width,
         "{rows}x{dy_width} by {n}x{k} into {dx_width}"
     );
+    if let Some(dy) = in_8_bits(dy, at, n, weight, (dx_width, 0), precision)? {
+        return fp8::input_gradient(&dy, weight, alpha, dx, beta);
+    }
     #[cfg(feature = "cuda")]
     if dy.device().is_cuda() {
         return gpu::input_gradient(dy, at, weight, alpha, dx, beta);
@@ -479,6 +474,8 @@ mod gpu {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
     use crate::facts::quantization::Code;
     use crate::ops::judge::{self, Gpu};

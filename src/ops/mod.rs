@@ -21,10 +21,12 @@ pub mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub mod draw;
 pub mod dropout;
+pub mod eight_bits;
 pub mod noise;
 pub mod embedding;
 pub mod flat;
 pub mod four_bit;
+pub mod fp8;
 pub mod head_norm;
 #[cfg(feature = "cuda")]
 pub mod largest;
@@ -40,6 +42,7 @@ pub mod rows;
 pub mod slab;
 pub mod stash;
 pub mod tokens;
+pub mod weight;
 
 #[cfg(test)]
 pub mod judge;

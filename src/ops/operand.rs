@@ -78,7 +78,7 @@ impl<'a> Operand<'a, f32> {
             Operand::FourBit { weight, transposed, .. } => {
                 let rounding = match precision {
                     Precision::F32 => gemm::Rounding::None,
-                    Precision::Bf16 => gemm::Rounding::Bf16,
+                    Precision::Bf16 | Precision::Fp8 => gemm::Rounding::Bf16,
                 };
                 let weight = gemm::FourBitView { rounding, ..weight };
                 Matrix::FourBit { weight, transposed }

@@ -31,6 +31,12 @@ const OF_ONE_START: [&str; 18] = [
     "residency",
 ];
 
+/// Whether a key belongs to one start, so that no record holds it. A folder that somebody else wrote does not decide
+/// where this start sends things, or whom it trusts.
+pub fn is_of_one_start(key: &str) -> bool {
+    OF_ONE_START.contains(&key)
+}
+
 /// `Section.key` or a key of hone -> its value. Places are absolute, and the chat template is its text.
 pub(super) fn asked(spec: &Spec, base: &fetch::Model, chat_template: Option<&str>) -> Map<String, Json> {
     let mut asked = Map::new();

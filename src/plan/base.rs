@@ -43,7 +43,8 @@ pub(super) fn quantization(reader: &mut Reader) -> Quantization {
     Quantization::None
 }
 
-/// The precision: a 4-bit base's compute type, or else `bf16`/`fp16`, or else the model's type, or else bf16.
+/// The precision: `compute`, or else a 4-bit base's compute type, or else `bf16`/`fp16`, or else the model's type, or
+/// else bf16.
 pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Precision {
     use Section::{ModelConfig as M, QuantizationConfig as Q, TrainingArguments as T};
     let compute = reader.text(Q, "bnb_4bit_compute_dtype").filter(|_| quantization != Quantization::None);
@@ -63,13 +64,28 @@ pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Prec
         _ if bf16 == Some(false) => from(reader, T, "bf16", "float32"),
         _ => ("bfloat16".into(), Origin::Default),
     };
+    let (word, origin) = match reader.text(Section::Hone, "compute") {
+        None => (word, origin),
+        Some(chosen) => {
+            let own = reader.origin(Section::Hone, "compute");
+            let beside = if chosen == "fp8" { "bfloat16" } else { &chosen };
+            if origin != Origin::Default && word != beside {
+                reader.warn(format!("{own}: compute: {chosen} overrides {word}, which {origin} asks for"));
+            }
+            (chosen, own)
+        }
+    };
     if word == "float16" {
         reader.warn(format!(
             "{origin}: float16 runs as bfloat16, which has the same size and needs no loss scaling"
         ));
     }
-    let precision = if word == "float32" { Precision::F32 } else { Precision::Bf16 };
-    reader.derive("precision", if precision == Precision::F32 { "f32" } else { "bf16" }, origin);
+    let precision = match word.as_str() {
+        "float32" => Precision::F32,
+        "fp8" => Precision::Fp8,
+        _ => Precision::Bf16,
+    };
+    reader.derive("precision", precision.name(), origin);
     precision
 }
 

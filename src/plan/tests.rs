@@ -431,6 +431,16 @@ fn precision_by_the_nearest_key() {
     );
     assert_eq!(precision("TrainingArguments: {bf16: false}"), Precision::F32);
     assert_eq!(precision("ModelConfig: {torch_dtype: float16}"), Precision::Bf16);
+    let compute = |word: &str, config: &str| {
+        let config = format!("compute: {word}\ntraining_config: {{{config}}}\n");
+        let plan = case.plan(&config).unwrap();
+        (plan.model.precision, plan.warnings.iter().filter(|text| text.contains("overrides")).count())
+    };
+    assert_eq!(compute("fp8", ""), (Precision::Fp8, 0));
+    assert_eq!(compute("fp8", "TrainingArguments: {bf16: true}"), (Precision::Fp8, 0));
+    assert_eq!(compute("fp8", four_bit), (Precision::Fp8, 1));
+    assert_eq!(compute("float32", "TrainingArguments: {bf16: true}"), (Precision::F32, 1));
+    assert_eq!(compute("bfloat16", four_bit), (Precision::Bf16, 1));
 }
 
 #[test]

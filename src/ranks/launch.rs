@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::net::TcpListener;
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,6 +20,8 @@ use crate::ranks::frame::{self, kind_of};
 use crate::ranks::meet;
 use crate::ranks::place::{Environment, Found, Meeting, Node, Seat};
 
+/// LIMIT: ranks that share a CPU with fewer processors. Each is a process with a model of its own.
+const CPU_RANKS: usize = 16;
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Time that the other ranks have to end by themselves after one has failed; then they are killed.
 const LEAVE_MAX: Duration = Duration::from_secs(20);
@@ -104,7 +107,7 @@ impl Wish {
     /// The number of ranks on this machine, and whether they compute on its CPU.
     fn ranks_here(&self, gpus: &dyn Fn() -> usize) -> Result<(usize, bool)> {
         match self.device {
-            Choice::Cpu => return Ok((self.ranks.unwrap_or(1), true)),
+            Choice::Cpu => return Ok((self.ranks_on_cpu()?, true)),
             Choice::Cuda(number) => {
                 return match self.ranks {
                     None | Some(1) => Ok((1, false)),
@@ -118,7 +121,7 @@ impl Wish {
         }
         let there = gpus();
         if there == 0 && self.gpus.is_none() {
-            return Ok((self.ranks.unwrap_or(1), true));
+            return Ok((self.ranks_on_cpu()?, true));
         }
         let chosen = self.gpus.clone().unwrap_or(Gpus::All).numbers(there)?.len();
         match self.ranks {
@@ -127,6 +130,18 @@ impl Wish {
             ))
             .help("each rank has a GPU of its own: ask for fewer, or set device: cpu")),
             ranks => Ok((ranks.unwrap_or(chosen), false)),
+        }
+    }
+
+    fn ranks_on_cpu(&self) -> Result<usize> {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let most = processors.max(CPU_RANKS);
+        match self.ranks.unwrap_or(1) {
+            ranks if ranks > most => Err(Fault::config(format!(
+                "ranks: {ranks} processes were asked for, and {processors} processors cannot carry more than {most}"
+            ))
+            .help("ask for at most one rank for each processor")),
+            ranks => Ok(ranks),
         }
     }
 }
@@ -154,7 +169,7 @@ pub fn run(crew: &Crew, arguments: &[OsString], environment: Environment) -> Res
         let socket = if place.leads() { listener.take() } else { None };
         let child = command(crew, &seat, arguments, socket, environment)
             .spawn()
-            .map_err(|error| Fault::internal(format!("cannot start rank {}: {error}", place.rank)))?;
+            .map_err(|error| Fault::machine(&format!("start rank {}", place.rank), &error))?;
         team.members.push(Member { place: *place, child, status: None });
     }
     team.wait()
@@ -368,12 +383,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_had_is_refused() {
+        assert_eq!(ranks(&Found::Alone, &wish(Choice::Cpu, None, Some(16)), 0).unwrap().len(), 16);
         for (wish, gpus, part) in [
             (wish(Choice::Auto, None, Some(3)), 2, "3 processes were asked for, and there are 2 GPUs"),
             (wish(Choice::Cuda(1), None, Some(2)), 2, "cannot share cuda:1"),
             (wish(Choice::Auto, Some("0,4"), None), 2, "gpus: GPU 4"),
             (wish(Choice::Auto, Some("4"), None), 2, "gpus: 4 GPUs"),
             (wish(Choice::Auto, Some("all"), None), 0, "gpus: "),
+            (wish(Choice::Cpu, None, Some(1_000_000)), 0, "ranks: 1000000 processes were asked for, and "),
+            (wish(Choice::Auto, None, Some(usize::MAX)), 0, "processors cannot carry more than "),
         ] {
             let fault = Crew::with(&Found::Alone, &wish, &|| gpus).unwrap_err();
             assert!(fault.message.contains(part), "{fault}");

@@ -261,7 +261,7 @@ impl Link {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let failed = |error| Fault::internal(format!("cannot start a thread: {error}"));
+    let failed = |error| Fault::machine("start a thread", &error);
     std::thread::Builder::new().name(name.into()).spawn(work).map(drop).map_err(failed)
 }
 

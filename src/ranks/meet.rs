@@ -28,6 +28,8 @@ const CALL_INTERVAL: Duration = Duration::from_millis(200);
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: greetings that are read at the same time.
 const GREETINGS_MAX: usize = 256;
+/// Ranks that a message names.
+const RANKS_SHOWN: usize = 16;
 
 /// Times of the ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -162,7 +164,7 @@ pub fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
 
 fn take_all(seat: &Seat, limits: &Limits, listener: TcpListener) -> Result<Met> {
     let callers = greet(listener, seat.meeting.token.clone())
-        .map_err(|error| Fault::internal(format!("rank 0 cannot take calls: {error}")))?;
+        .map_err(|error| Fault::machine("start the thread that takes the ranks' calls", &error))?;
     let world = seat.place.world;
     let mut there: Vec<Option<(Hello, TcpStream)>> = (0..world).map(|_| None).collect();
     match wait_for_all(seat.place, limits, &callers, &mut there) {
@@ -203,12 +205,8 @@ fn wait_for_all(
             Err(RecvTimeoutError::Disconnected) => return Err(Fault::internal("rank 0 takes no more calls")),
         }
         if Instant::now() >= until {
-            let missing: Vec<String> =
-                (1..place.world).filter(|rank| there[*rank].is_none()).map(|rank| rank.to_string()).collect();
-            return Err(late(
-                &format!("ranks {} of {} did not come", missing.join(", "), place.world),
-                limits,
-            ));
+            let missing: Vec<usize> = (1..place.world).filter(|rank| there[*rank].is_none()).collect();
+            return Err(late(&format!("ranks {} of {} did not come", listed(&missing), place.world), limits));
         }
     }
     for (hello, stream) in there.iter_mut().flatten() {
@@ -217,6 +215,16 @@ fn wait_for_all(
         })?;
     }
     Ok(())
+}
+
+/// The first numbers, and how many more there are.
+fn listed(ranks: &[usize]) -> String {
+    let shown = ranks.len().min(RANKS_SHOWN);
+    let mut text = ranks[..shown].iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    if shown < ranks.len() {
+        text += &format!(" and {} more", ranks.len() - shown);
+    }
+    text
 }
 
 fn late(what: &str, limits: &Limits) -> Fault {
@@ -493,6 +501,10 @@ mod tests {
         let (listener, port) = bound();
         let fault = take_all(&seat(0, 3, port, "t"), &SHORT, listener).map(drop).unwrap_err();
         assert_eq!(fault.message, "ranks 1, 2 of 3 did not come within 0 s");
+        assert_eq!(
+            listed(&(1..=17).collect::<Vec<_>>()),
+            "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 1 more"
+        );
         let fault = call(&seat(1, 2, 1, "t"), &SHORT).map(drop).unwrap_err();
         assert!(fault.message.starts_with("rank 1 did not reach rank 0 at 127.0.0.1, port 1: "), "{fault}");
         assert_eq!(fault.kind, Kind::Device);

@@ -251,7 +251,7 @@ impl Nccl {
                     std::thread::sleep(LOOK_INTERVAL)
                 }
             })
-            .map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| Fault::machine("start a thread", &error))?;
         let side = Side::new(device.as_cuda_device()?, 2)?;
         let ranks = Nccl { host, device: device.clone(), side, shared };
         // NCCL takes the device's memory for its buffers in the first calls, and the memory plan must see what is left.

@@ -15,6 +15,10 @@ pub const PORT: u16 = 29500;
 /// torchrun keeps a store of its own on the port that it names. The ranks meet on the first free port behind it.
 const PORTS_BEHIND: u16 = 16;
 
+/// LIMIT: ranks, machines, and ranks on a machine. No launcher starts so many, and no product of two such numbers
+/// overflows.
+const NUMBER_MAX: usize = 1 << 16;
+
 /// What the environment says of this process.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
@@ -207,9 +211,10 @@ impl Reader<'_> {
 
     fn number(&self, name: &str) -> Result<usize> {
         let text = self.text(name)?;
-        // LIMIT: no launcher starts so many, and no product of two such numbers overflows.
-        let number = text.parse().ok().filter(|number| *number <= 1 << 16);
-        number.ok_or_else(|| Fault::config(format!("{name}={text}: expected a whole number")))
+        let number = text.parse().ok().filter(|number| *number <= NUMBER_MAX);
+        number.ok_or_else(|| {
+            Fault::config(format!("{name}={text}: expected a whole number from 0 to {NUMBER_MAX}"))
+        })
     }
 
     fn port(&self, name: &str) -> Result<u16> {

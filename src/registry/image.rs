@@ -464,6 +464,25 @@ mod tests {
     }
 
     #[test]
+    fn files_are_taken_up_to_their_limits() {
+        let kind = |config: &str, bytes: Option<u64>| {
+            let folder = adapter(config, &good_weights());
+            let file = File::options().write(true).open(folder.path().join(WEIGHTS_FILE)).unwrap();
+            bytes.map(|bytes| file.set_len(bytes).unwrap());
+            Image::build(folder.path(), &ImageFacts::default()).err().map(|fault| fault.kind)
+        };
+        let padded = |more: usize| {
+            let blanks = CONFIG_FILE_BYTES_MAX as usize + more - CONFIG.len();
+            format!("{CONFIG}{}", " ".repeat(blanks))
+        };
+        assert_eq!(kind(&padded(0), None), None);
+        assert_eq!(kind(&padded(1), None), Some(Kind::Model));
+        // The file has a hole behind its tensors, which takes no space.
+        assert_eq!(kind(CONFIG, Some(WEIGHTS_FILE_BYTES_MAX)), Some(Kind::Model));
+        assert_eq!(kind(CONFIG, Some(WEIGHTS_FILE_BYTES_MAX + 1)), Some(Kind::Capacity));
+    }
+
+    #[test]
     fn the_epoch_becomes_a_date() {
         assert_eq!(created_at(None).unwrap(), "1970-01-01T00:00:00Z");
         assert_eq!(created_at(Some("951827696")).unwrap(), "2000-02-29T12:34:56Z");

@@ -187,3 +187,63 @@ fn write_blob(blob: &Blob, blobs: &Path, task: &Task) -> Result<()> {
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Kind;
+
+    #[test]
+    fn only_an_empty_folder_or_a_layout_is_written_into() {
+        let folder = tempfile::tempdir().unwrap();
+        refuse_other_folders(&folder.path().join("new")).unwrap();
+        refuse_other_folders(folder.path()).unwrap();
+        std::fs::write(folder.path().join("thesis.tex"), "x").unwrap();
+        assert_eq!(refuse_other_folders(folder.path()).unwrap_err().kind, Kind::Config);
+        // A killed push leaves either of them first.
+        for own in ["oci-layout", "blobs"] {
+            std::fs::write(folder.path().join(own), "x").unwrap();
+            refuse_other_folders(folder.path()).unwrap();
+            std::fs::remove_file(folder.path().join(own)).unwrap();
+        }
+        let below = folder.path().join("thesis.tex").join("layout");
+        assert!(refuse_other_folders(&below).unwrap_err().message.starts_with("cannot list "));
+    }
+
+    /// A disk may change bytes of a blob that an earlier push wrote. Its name is not proof of its content.
+    #[test]
+    fn a_damaged_blob_of_the_same_length_is_written_again() {
+        let adapter = tempfile::tempdir().unwrap();
+        let header = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        let weights = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[7; 8]].concat();
+        std::fs::write(adapter.path().join("adapter_model.safetensors"), weights).unwrap();
+        std::fs::write(adapter.path().join("adapter_config.json"), r#"{"peft_type":"LORA","r":8}"#).unwrap();
+        let image = Image::build(adapter.path(), &crate::registry::ImageFacts::default()).unwrap();
+        let layout = tempfile::tempdir().unwrap();
+        let report = crate::report::Report::silent();
+        let task = report.task(crate::report::Stage::Push, crate::report::Unit::Bytes, "image", None);
+        push(&image, layout.path(), "v1", &task).unwrap();
+        let name = image.config.digest.trim_start_matches("sha256:");
+        let blob = layout.path().join("blobs/sha256").join(name);
+        let whole = std::fs::read(&blob).unwrap();
+        let mut damaged = whole.clone();
+        damaged[10] ^= 1;
+        std::fs::write(&blob, damaged).unwrap();
+        push(&image, layout.path(), "v2", &task).unwrap();
+        assert_eq!(std::fs::read(&blob).unwrap(), whole);
+    }
+
+    #[test]
+    fn an_index_is_absent_a_list_or_told() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(read_index(folder.path()).unwrap().is_none());
+        for text in ["{}", "{\"manifests\":{}}", "["] {
+            std::fs::write(folder.path().join("index.json"), text).unwrap();
+            assert_eq!(read_index(folder.path()).unwrap_err().kind, Kind::Data, "{text}");
+        }
+        std::fs::write(folder.path().join("index.json"), "{\"manifests\":[]}").unwrap();
+        assert!(read_index(folder.path()).unwrap().is_some());
+        let fault = read_index(&folder.path().join("index.json")).unwrap_err();
+        assert!(fault.message.starts_with("cannot read "), "{fault}");
+    }
+}

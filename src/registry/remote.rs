@@ -112,7 +112,7 @@ impl<'a> Registry<'a> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+            .map_err(|error| Fault::machine("start the network runtime", &error))?;
         let remote = Remote { reference, options, credential, purpose, report, client };
         Ok(Registry { runtime, remote })
     }

@@ -160,6 +160,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_an_upload_that_is_too_long_at_once_is_sent_in_chunks() {
+        let chunks = |status| Trouble::answer(status, "").refuses_monolithic();
+        assert!([400, 405, 411, 413, 415, 416, 501].into_iter().all(chunks));
+        assert!(![401, 403, 404, 409, 429, 500, 503].into_iter().any(chunks));
+        assert!(!Trouble::transient("the connection broke").refuses_monolithic());
+    }
+
+    #[test]
     fn statuses_say_whether_to_repeat() {
         for status in [408, 429, 500, 502, 503, 504, 599] {
             assert!(matches!(Trouble::answer(status, "").nature, Nature::Transient), "{status}");

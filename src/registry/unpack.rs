@@ -84,7 +84,6 @@ impl<'a> Unpacker<'a> {
     }
 
     fn entries<R: Read>(&mut self, mut archive: tar::Archive<R>, budget: &Budget) -> Result<()> {
-        let damaged = |error: io::Error| Fault::data(format!("damaged archive: {error}"));
         let mut entries = archive.entries().map_err(damaged)?;
         loop {
             budget.head.set(Some(ENTRY_HEAD_BYTES_MAX));
@@ -147,8 +146,7 @@ impl<'a> Unpacker<'a> {
         let mut file = File::create_new(target).map_err(storage)?;
         let mut buffer = vec![0; 256 << 10];
         loop {
-            let count =
-                entry.read(&mut buffer).map_err(|error| Fault::data(format!("damaged archive: {error}")))?;
+            let count = entry.read(&mut buffer).map_err(damaged)?;
             if count == 0 {
                 break;
             }
@@ -286,6 +284,11 @@ impl<R: Read> Read for Budgeted<R> {
     }
 }
 
+/// An archive that cannot be read: the machine's fault if its disk failed.
+fn damaged(error: io::Error) -> Fault {
+    Fault::data(format!("damaged archive: {error}")).or_machines()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,6 +345,29 @@ mod tests {
         Ok(found)
     }
 
+    /// A disk that fails in the middle of a layer.
+    struct Failing<'a>(&'a [u8]);
+
+    impl Read for Failing<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buffer)? {
+                0 => Err(io::Error::from_raw_os_error(libc::EIO)),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_layer_that_the_machine_cannot_read_is_not_damaged() {
+        let layer = file("data/a", &[b'a'; 2000]);
+        for at in [0, 100, 512, 1000, 2560] {
+            let folder = tempfile::tempdir().unwrap();
+            let read = Unpacker::new(folder.path(), LIMITS).layer(Failing(&layer[..at]), "layer");
+            let fault = read.unwrap_err();
+            assert_eq!(fault.kind, Kind::Storage, "{at}: {fault}");
+        }
+    }
+
     #[test]
     fn files_under_data_are_taken_and_the_rest_of_a_base_image_is_skipped() {
         let layer = [
@@ -368,6 +394,25 @@ mod tests {
         assert_eq!(unpack(&[first.clone(), second]).unwrap(), ["a=22", "c/d=1"]);
         let opaque = [file("data/.wh..wh..opq", b""), file("data/z", b"3")].concat();
         assert_eq!(unpack(&[first, opaque]).unwrap(), ["z=3"]);
+    }
+
+    #[test]
+    fn an_archive_at_its_limits_is_taken_and_one_beyond_is_refused() {
+        let many =
+            |count: usize| (0..count).map(|n| file(&format!("data/{n}"), b"")).collect::<Vec<_>>().concat();
+        assert_eq!(unpack(&[many(50)]).unwrap().len(), 50);
+        assert!(unpack(&[many(25), many(26)]).is_err(), "entries of all layers count");
+        let sized = |name: &str, bytes| file(name, &vec![b'a'; bytes]);
+        assert_eq!(unpack(&[sized("data/a", 10_000)]).unwrap().len(), 1);
+        assert_eq!(unpack(&[sized("data/a", 6_000), sized("data/b", 4_000)]).unwrap().len(), 2);
+        assert!(
+            unpack(&[sized("data/a", 6_000), sized("data/b", 4_001)]).is_err(),
+            "bytes of all layers count"
+        );
+        // Bytes outside of `data` are read all the same.
+        let skipped = gzip(&sized("other", 3 << 20));
+        assert!(unpack(std::slice::from_ref(&skipped)).unwrap().is_empty());
+        assert!(unpack(&[skipped.clone(), skipped]).is_err(), "unpacked bytes of all layers count");
     }
 
     #[test]

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value as Json};
 
+use super::story::machines;
+use crate::fault::Fault;
 use crate::plain;
 
 /// LIMIT: bytes of a file. A line of metrics has some 120 bytes; a million logged steps fit.
@@ -28,16 +30,29 @@ pub struct Measured {
     pub evaluations: Vec<Map<String, Json>>,
     /// Number of all such lines, of which those above are the first.
     pub evaluations_told: usize,
+    /// Why the machine failed to read the file to its end.
+    pub unread: Option<Fault>,
 }
 
 impl Measured {
     /// Reads a file; one that cannot be read is as good as empty, and lines that are no objects are passed over.
-    pub fn read(file: &Path) -> Measured {
+    pub fn read(path: &Path) -> Measured {
         let mut found = Measured::default();
-        let Ok(file) = plain::open(file) else { return found };
+        let file = match plain::open(path) {
+            Ok(file) => file,
+            Err(error) => return Measured { unread: machines(path, &error), ..found },
+        };
         let mut reader = BufReader::new(file.take(FILE_BYTES_MAX));
         let (mut line, mut room, mut evaluation_room) = (Vec::new(), POINTS_MAX, EVALUATION_BYTES_MAX);
-        while matches!(reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line), Ok(1..)) {
+        loop {
+            match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => {
+                    found.unread = machines(path, &error);
+                    break;
+                }
+            }
             if let Ok(values) = serde_json::from_slice::<Map<String, Json>>(&line) {
                 found.add(&values, &mut room);
                 if values.contains_key("eval_loss") {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value as Json};
 
 use crate::adapter;
+use crate::fault::Fault;
 use crate::run_folder::{METRICS, RECORD, TIMELINE};
 use crate::words::size;
 
@@ -37,24 +38,28 @@ pub struct Run {
     metrics: Measured,
     /// `timeline.jsonl`, the newest line of each step.
     timeline: Measured,
+    /// Why the machine failed to read a file, so that the page lacks something.
+    pub unread: Option<Fault>,
 }
 
 impl Run {
-    /// Reads what is there; files that cannot be read are as good as absent.
+    /// Reads what is there. Files that are none of a run count as absent; `unread` tells of those that the machine
+    /// failed to read.
     pub fn of(folder: &Path, story: Story) -> Run {
-        let json = |name: &str| {
+        let mut unread = None;
+        let mut json = |name: &str| {
             let text = plain_text(&folder.join(name), RECORD_BYTES_MAX);
+            let text = text.unwrap_or_else(|fault| {
+                unread = Some(fault);
+                None
+            });
             text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or(Json::Null)
         };
-        Run {
-            story,
-            record: json(RECORD),
-            adapter: json(adapter::CONFIG_FILE),
-            answers: json(ANSWERS),
-            metrics: Measured::read(&folder.join(METRICS)),
-            timeline: Measured::newest(&folder.join(TIMELINE)),
-            folder: folder.to_owned(),
-        }
+        let (record, adapter, answers) = (json(RECORD), json(adapter::CONFIG_FILE), json(ANSWERS));
+        let metrics = Measured::read(&folder.join(METRICS));
+        let timeline = Measured::newest(&folder.join(TIMELINE));
+        let unread = unread.or_else(|| metrics.unread.clone()).or_else(|| timeline.unread.clone());
+        Run { story, record, adapter, answers, metrics, timeline, folder: folder.to_owned(), unread }
     }
 
     /// The places that the adapter was sent to.

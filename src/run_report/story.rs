@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
-use crate::fault::Fault;
+use crate::fault::{Fault, Kind, Result};
 use crate::run_folder::REPORT_FACTS;
 
 /// LIMIT: facts and notes of a run are tens of kilobytes.
@@ -71,9 +71,21 @@ pub struct Failure {
     pub retry_helps: bool,
 }
 
-/// The text of a plain file that is not too large.
-pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Option<String> {
-    String::from_utf8(crate::plain::read(file, bytes_max).ok()?).ok()
+/// The text of a plain file that is not too large. Any other file counts as absent.
+///
+/// # Errors
+/// Storage: the machine failed to read it.
+pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Result<Option<String>> {
+    match crate::plain::read(file, bytes_max) {
+        Ok(bytes) => Ok(String::from_utf8(bytes).ok()),
+        Err(error) => machines(file, &error).map_or(Ok(None), Err),
+    }
+}
+
+/// The fault for a file that the machine failed to read; `None` if the file is absent, or no plain file.
+pub(super) fn machines(file: &Path, error: &std::io::Error) -> Option<Fault> {
+    let fault = Fault::unread(Kind::Usage, format!("cannot read {}: {error}", file.display()), error);
+    (fault.kind == Kind::Storage).then_some(fault)
 }
 
 impl Story {
@@ -83,9 +95,12 @@ impl Story {
     }
 
     /// The report of a folder; `None` if there is none, or none of hone's.
-    pub fn read(folder: &Path) -> Option<Story> {
+    ///
+    /// # Errors
+    /// Storage: the machine failed to read it.
+    pub fn read(folder: &Path) -> Result<Option<Story>> {
         let text = plain_text(&folder.join(REPORT_FACTS), STORY_BYTES_MAX)?;
-        serde_json::from_str(&text).ok()
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
     /// Adds the newest start to those of an earlier story. What this start told counts.

@@ -98,7 +98,7 @@ fn a_finished_run_has_a_page_of_its_own_that_loads_nothing() {
     }
     assert!(page.contains("<svg") && page.contains("Tokens a second") && page.contains("Memory in use"));
     assert_eq!(*nowhere.0.lock().unwrap(), [HOSTILE], "no warning of its own");
-    let story = Story::read(folder.path()).unwrap();
+    let story = Story::read(folder.path()).unwrap().unwrap();
     assert_eq!(story.facts["binary_sha256"].as_str().unwrap().len(), 64);
     // The page can be made again of what is there, and is the same.
     let again = make(&[folder.path().to_owned()], None).unwrap();
@@ -137,7 +137,7 @@ fn another_runs_story_is_not_continued() {
     let (_, report) = recorder();
     report.fact("folder", json!({"path": folder.path(), "fingerprint": "other"}));
     report.fact("ended", true);
-    let story = Story::read(folder.path()).unwrap();
+    let story = Story::read(folder.path()).unwrap().unwrap();
     assert_eq!(story.starts.len(), 1);
     assert!(!story.facts.contains_key("plan"));
 }
@@ -208,6 +208,22 @@ fn a_hostile_folder_has_a_page_or_is_refused() {
         std::os::unix::fs::symlink("/dev/zero", folder.join(name)).unwrap();
     }
     assert_eq!(make(&[folder], None).unwrap_err().kind, Kind::Usage);
+}
+
+/// A page that lacks its curves because a disk failed must not be taken for the run's. The kernel refuses to read the
+/// first bytes of a process's memory with EIO.
+#[test]
+fn a_file_that_the_machine_cannot_read_is_told_and_makes_no_page() {
+    for name in ["report.json", "hone.json", "metrics.jsonl", "timeline.jsonl"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, report) = recorder();
+        tell(&report, folder.path());
+        let _ = fs::remove_file(folder.path().join(name));
+        std::os::unix::fs::symlink("/proc/self/mem", folder.path().join(name)).unwrap();
+        let fault = make(&[folder.path().to_owned()], None).unwrap_err();
+        assert_eq!(fault.kind, Kind::Storage, "{name}: {fault}");
+        assert!(fault.message.contains(name), "{fault}");
+    }
 }
 
 #[test]

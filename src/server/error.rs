@@ -21,13 +21,28 @@ pub struct Error {
     pub retry_after: Option<u32>,
 }
 
+/// LIMIT: characters of a message. It may quote what a client sent, which may be long.
+const MESSAGE_MAX: usize = 2000;
+/// Characters at the end of a long message that are kept: they say what was expected.
+const MESSAGE_END: usize = 500;
+
+fn shortened(message: String) -> String {
+    let count = message.chars().count();
+    if count <= MESSAGE_MAX {
+        return message;
+    }
+    let begins: String = message.chars().take(MESSAGE_MAX - MESSAGE_END).collect();
+    let ends: String = message.chars().skip(count - MESSAGE_END).collect();
+    format!("{begins} ({} characters) {ends}", count - MESSAGE_MAX)
+}
+
 /// A result whose error is an answer to the client.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// An error about no field, without a code.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Error {
-        Error { status, message: message.into(), param: None, code: None, retry_after: None }
+        Error { status, message: shortened(message.into()), param: None, code: None, retry_after: None }
     }
 
     /// 400: the request must be changed.
@@ -135,5 +150,40 @@ impl From<Fault> for Error {
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Error::new(status, fault.in_a_line())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_quotes_no_more_than_somebody_reads() {
+        let long = "a".repeat(1_000_000);
+        let message = Error::unknown_model(&long, &["base".to_owned()]).message;
+        assert!(
+            message.starts_with("The model `aaa") && message.ends_with("does not exist; there are: base")
+        );
+        assert!(
+            message.contains(" (998044 characters) ") && message.chars().count() < 2100,
+            "{}",
+            message.len()
+        );
+        assert_eq!(Error::bad("short").message, "short");
+    }
+
+    #[test]
+    fn a_message_quotes_no_more_than_somebody_reads() {
+        let long = "a".repeat(1_000_000);
+        let message = Error::unknown_model(&long, &["base".to_owned()]).message;
+        assert!(
+            message.starts_with("The model `aaa") && message.ends_with("does not exist; there are: base")
+        );
+        assert!(
+            message.contains(" (998040 characters) ") && message.chars().count() < 2100,
+            "{}",
+            message.len()
+        );
+        assert_eq!(Error::bad("short").message, "short");
     }
 }

@@ -93,7 +93,7 @@ impl Server {
             .thread_name("server")
             .enable_all()
             .build()
-            .map_err(|error| Fault::internal(format!("cannot start the server's threads: {error}")))?;
+            .map_err(|error| Fault::machine("start the server's threads", &error))?;
         let state = State::default();
         let service = Arc::new(Service::new(state.clone(), options.body_bytes_max, options.key.as_deref()));
         let accepting = connection::accept(listener, tls, service, options.connections_max, state.clone());

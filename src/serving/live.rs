@@ -114,7 +114,7 @@ impl Live {
             }
         };
         let started = std::thread::Builder::new().name("adapters".into()).spawn(work);
-        started.map(|_| ()).map_err(|error| Fault::internal(format!("cannot start a thread: {error}")))
+        started.map(|_| ()).map_err(|error| Fault::machine("start a thread", &error))
     }
 
     fn look(&mut self) {

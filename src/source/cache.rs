@@ -252,6 +252,49 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_in_the_place_of_a_file_is_removed_and_a_folder_that_is_none_is_told() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::new(home.path());
+        let digest = hash::of(b"x");
+        let find = || cache.find(&digest, &Report::silent());
+        assert!(find().unwrap().is_none());
+        create_folder(&home.path().join("sha256")).unwrap();
+        let place = cache.blob_path(&digest);
+        assert!(std::process::Command::new("mkfifo").arg(&place).status().unwrap().success());
+        assert!(find().unwrap().is_none());
+        assert!(fs::symlink_metadata(&place).is_err(), "the pipe is gone");
+        fs::remove_dir(home.path().join("sha256")).unwrap();
+        fs::write(home.path().join("sha256"), "a file").unwrap();
+        assert!(find().map(drop).unwrap_err().message.starts_with("cannot open "));
+    }
+
+    #[test]
+    fn a_folder_of_a_url_that_another_process_holds_is_waited_for_until_the_time_is_over() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::new(home.path());
+        let url = Url::parse("https://host/a").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let slot =
+            |most| runtime.block_on(cache.slot(&url, "a", Instant::now() + Duration::from_millis(most)));
+        let first = slot(60_000).unwrap();
+        fs::write(first.folder.join(".tmpAb12Cd"), "x").unwrap();
+        cache.collect();
+        assert!(first.folder.join(".tmpAb12Cd").exists(), "somebody may be writing it");
+        let fault = slot(300).map(drop).unwrap_err();
+        assert!(
+            fault.kind == crate::fault::Kind::Network && fault.message.contains("another process"),
+            "{fault}"
+        );
+        let folder = first.folder.clone();
+        drop(first);
+        cache.collect();
+        assert!(!folder.join(".tmpAb12Cd").exists());
+        fs::write(folder.join(".tmpAb12Cd"), "x").unwrap();
+        slot(60_000).unwrap();
+        assert!(!folder.join(".tmpAb12Cd").exists());
+    }
+
+    #[test]
     fn leftovers_go_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         for name in [".tmpAb12Cd", ".tmp", ".tmpAb12Cde", ".tmp_b12Cd", "part", ".hone.lock"] {

@@ -64,8 +64,7 @@ impl Caller {
                 Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error)))
             })?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime =
-            runtime.map_err(|error| Fault::internal(format!("no runtime for requests: {error}")))?;
+        let runtime = runtime.map_err(|error| Fault::machine("start the runtime for requests", &error))?;
         Ok(Caller { runtime: Some(runtime), client: Some(client) })
     }
 

@@ -320,6 +320,13 @@ mod tests {
     }
 
     #[test]
+    fn validators_are_absent_or_not() {
+        assert!(Validators::default().is_empty());
+        assert!(!Validators { etag: Some("\"a\"".into()), ..Validators::default() }.is_empty());
+        assert!(!Validators { last_modified: Some("today".into()), ..Validators::default() }.is_empty());
+    }
+
+    #[test]
     fn retry_after_is_seconds_or_a_date() {
         let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
         let seconds = |value| retry_after(value, now).map(|wait| wait.as_secs());

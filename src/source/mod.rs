@@ -126,7 +126,7 @@ fn on_network<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Fault::internal(format!("cannot start the network runtime: {error}")))?;
+        .map_err(|error| Fault::machine("start the network runtime", &error))?;
     let done = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
     // A name lookup that hangs in the C library must not keep the process alive.
     runtime.shutdown_background();

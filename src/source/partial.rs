@@ -173,6 +173,25 @@ mod tests {
         assert_eq!(partial.head(4).unwrap(), b"abcd");
     }
 
+    /// No server has said that an empty file is the whole one before it was asked.
+    #[test]
+    fn nothing_is_never_a_whole_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut partial = open(folder.path()).unwrap();
+        partial.restart(&tagged("\"v1\""), Some(0), None).unwrap();
+        assert!(!partial.is_whole());
+    }
+
+    /// The kernel refuses to sync a file of /proc.
+    #[test]
+    fn a_file_that_cannot_be_synced_is_a_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut partial = open(folder.path()).unwrap();
+        partial.sync().unwrap();
+        partial.file = fs::File::open("/proc/self/stat").unwrap();
+        assert!(partial.sync().unwrap_err().message.starts_with("cannot sync "));
+    }
+
     #[test]
     fn bytes_of_no_known_version_are_dropped() {
         let folder = tempfile::tempdir().unwrap();

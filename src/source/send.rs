@@ -127,7 +127,7 @@ impl Sender {
                 Fault::config(format!("cannot set up HTTPS: {}", describe::innermost(&error)))
             })?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| Fault::internal(format!("no runtime for uploads: {error}")))?;
+        let runtime = runtime.map_err(|error| Fault::machine("start the runtime for uploads", &error))?;
         let (attempts_max, first_pause) = (options.attempts_max, options.backoff);
         let (runtime, client, timeout) = (Some(runtime), Some(client), options.read_timeout);
         Ok(Sender { runtime, client, attempts_max, first_pause, timeout })

@@ -182,6 +182,26 @@ mod tests {
         Statement::of(&map, is_whole)
     }
 
+    /// Content whose first read is interrupted by a signal, or fails.
+    struct Disturbed<'a>(Option<io::Error>, &'a [u8]);
+
+    impl Read for Disturbed<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.take().map_or_else(|| self.1.read(buffer), Err)
+        }
+    }
+
+    #[test]
+    fn a_signal_does_not_end_the_comparison_and_a_failing_disk_does() {
+        let statement = stated(&[("content-md5", MD5)], true).unwrap();
+        let holds = |error: io::Error| statement.holds(Disturbed(Some(error), b"123456789"));
+        assert!(holds(io::ErrorKind::Interrupted.into()).unwrap());
+        assert_eq!(
+            holds(io::Error::from_raw_os_error(libc::EIO)).unwrap_err().raw_os_error(),
+            Some(libc::EIO)
+        );
+    }
+
     #[test]
     fn every_servers_way_of_stating_a_digest_is_understood() {
         let of_body = |field: &'static str, value: &str| {

@@ -514,6 +514,46 @@ mod tests {
         }
     }
 
+    /// The warnings of a start.
+    #[derive(Default)]
+    struct Heard(std::sync::Mutex<Vec<String>>);
+
+    impl crate::report::Sink for Heard {
+        fn event(&self, event: &crate::report::Event) {
+            self.0.lock().unwrap().push(format!("{event:?}"));
+        }
+        fn progress(&self, _: &crate::report::Progress) {}
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_passed_over_is_told_with_its_reason() {
+        let (folder, checkpoints) = folder_of(1..=2);
+        fs::write(folder.path().join("step-2").join(TENSORS), "cut").unwrap();
+        let heard = std::sync::Arc::new(Heard::default());
+        let (params, moments) = filled(0.0);
+        newest(&checkpoints, &params, &moments, &Report::new(heard.clone())).unwrap().unwrap();
+        let heard = heard.0.lock().unwrap();
+        assert_eq!(heard.len(), 1, "{heard:?}");
+        assert!(heard[0].contains("step 2 is not whole (its tensors have changed)"), "{heard:?}");
+    }
+
+    /// What cannot be removed is told, never taken for removed.
+    #[test]
+    fn only_what_is_not_there_counts_as_removed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        remove(&file.path().with_file_name("no such file")).unwrap();
+        assert_eq!(
+            remove(&file.path().join("below a file")).unwrap_err().kind(),
+            std::io::ErrorKind::NotADirectory
+        );
+    }
+
+    #[test]
+    fn a_tensor_file_is_read_up_to_the_bytes_of_its_values_and_a_header() {
+        let (params, moments) = filled(0.0);
+        assert_eq!(bytes(&tensors(&params, &moments)), 3 * 5 * 4 + HEADER_BYTES_MAX);
+    }
+
     #[test]
     fn leftovers_are_collected_and_planted_links_are_not_followed() {
         use std::os::unix::fs::symlink;
@@ -522,6 +562,7 @@ mod tests {
         fs::write(outside.path().join("precious"), "x").unwrap();
         fs::create_dir(folder.path().join(".step-5.partial")).unwrap();
         symlink(outside.path(), folder.path().join(".step-6.partial")).unwrap();
+        fs::write(folder.path().join(".step-7.partial"), "a file").unwrap();
         assert_eq!(found(&checkpoints), Some(1));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         symlink(outside.path(), folder.path().join(".step-2.partial")).unwrap();

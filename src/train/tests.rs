@@ -77,6 +77,7 @@ pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
         place: Place::Cpu { threads: 1 },
         memory: 1 << 30,
         taken: 0,
+        capability: None,
         rates,
         ranks: 1,
         host: None,

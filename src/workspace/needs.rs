@@ -172,6 +172,7 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
                 place,
                 memory: u64::MAX,
                 taken: 0,
+                capability: None,
                 rates,
                 ranks: 1,
                 host: None,

@@ -16,11 +16,11 @@ use rayon::prelude::*;
 use super::{scatter, softmax_row};
 use crate::facts::{Heads, Precision};
 use crate::ops::cpu::{self, Real};
+use crate::ops::eight_bits;
 use crate::ops::operand::View;
 use crate::ops::rope::{self, Angles, Direction};
 use crate::with_real;
 
-mod eight_bits;
 #[cfg(feature = "cuda")]
 mod gpu;
 

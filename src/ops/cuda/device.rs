@@ -116,6 +116,11 @@ pub fn card(number: usize) -> Result<Card> {
     read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
 }
 
+/// Compute capability (major, minor) of an opened device.
+pub fn capability(device: &CudaDevice) -> TensorResult<(i32, i32)> {
+    device.cuda_stream().context().compute_capability().w()
+}
+
 /// (bytes of shared memory that a block may ask for, number of processors that run blocks)
 pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUdevice_attribute_enum as Attribute;

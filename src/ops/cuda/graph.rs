@@ -179,6 +179,11 @@ mod tests {
     use crate::ops::{judge, rows, unwritten};
     use candle_core::{DType, Device, Tensor};
 
+    /// A GPU with a stream that no other test uses: what those ask for would be recorded too.
+    fn own_gpu() -> Option<Device> {
+        judge::gpu().map(|_| super::super::device::open(0).expect("it opened before"))
+    }
+
     fn values(tensor: &Tensor) -> Result<Vec<f32>> {
         tensor.to_vec1::<f32>()
     }
@@ -186,7 +191,7 @@ mod tests {
     /// The sum is added again by each launch, from what the memory holds then.
     #[test]
     fn a_graph_does_again_what_was_recorded_and_the_capture_did_nothing() -> Result<()> {
-        let Some(device) = judge::gpu() else { return Ok(()) };
+        let Some(device) = own_gpu() else { return Ok(()) };
         let cuda = device.as_cuda_device()?;
         let (x, y) = (Tensor::new(&[1f32, 2., 3., 4.], &device)?, Tensor::zeros(4, DType::F32, &device)?);
         let work = || {
@@ -207,7 +212,7 @@ mod tests {
     /// Work that waits or copies to the host cannot be recorded. It is done all the same, and nothing is tried again.
     #[test]
     fn what_cannot_be_recorded_is_done_without_a_graph() -> Result<()> {
-        let Some(device) = judge::gpu() else { return Ok(()) };
+        let Some(device) = own_gpu() else { return Ok(()) };
         let cuda = device.as_cuda_device()?;
         let y = Tensor::zeros(2, DType::F32, &device)?;
         let one = Tensor::new(&[1f32; 2], &device)?;
@@ -227,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_shape_gets_its_graph_at_its_second_use_and_old_graphs_give_way() -> Result<()> {
-        let Some(device) = judge::gpu() else { return Ok(()) };
+        let Some(device) = own_gpu() else { return Ok(()) };
         let cuda = device.as_cuda_device()?;
         let y = Tensor::zeros(1, DType::F32, &device)?;
         let one = Tensor::new(&[1f32], &device)?;

@@ -10,6 +10,7 @@ use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 
+use sys::cublasLtMatmulDescAttributes_t as Attribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
 
 /// Shapes whose algorithms are remembered. Packed passes have many lengths; beyond this number all are forgotten.
@@ -30,8 +31,19 @@ pub(super) struct Shape {
     pub strides: [usize; 4],
     /// The type of a and b, and that of c and d.
     pub types: [DType; 2],
+    /// What the library does with matrices in 8 bits; nothing in other types.
+    pub eight_bits: Option<EightBits>,
     /// Powers of two that divide the addresses of a, b, c and d.
     alignments: [u32; 4],
+}
+
+/// How matrices in E4M3 are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct EightBits {
+    /// Whether the result is scaled by a number for each row of a and one for each column of b.
+    pub scaled: bool,
+    /// Whether the tensor cores add up with fewer bits before they add in f32, which is faster.
+    pub fast: bool,
 }
 
 impl Shape {
@@ -44,7 +56,7 @@ impl Shape {
         addresses: [u64; 4],
     ) -> Shape {
         let alignment = |address: u64| ALIGNMENT_MAX.min(1 << address.trailing_zeros().min(8));
-        Shape { mnk, transposed, strides, types, alignments: addresses.map(alignment) }
+        Shape { mnk, transposed, strides, types, eight_bits: None, alignments: addresses.map(alignment) }
     }
 }
 
@@ -83,19 +95,23 @@ pub(super) fn workspace() -> u64 {
 ///
 /// # Safety
 /// The matrices lie inside live tensors of the device, and d overlaps neither a nor b; it is c or does not overlap it.
+/// `scales` are the addresses of so many f32 as a has rows and b has columns, if the shape says that it is scaled.
 pub(super) unsafe fn multiply(
     device: &CudaDevice,
     shape: &Shape,
     alpha: f32,
     beta: f32,
     [a, b, c, d]: [u64; 4],
+    scales: Option<[u64; 2]>,
 ) -> Result<bool> {
+    assert_eq!(scales.is_some(), shape.eight_bits.is_some_and(|eight| eight.scaled), "scales of a shape");
     let stream = device.cuda_stream();
     let mut library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
     let library =
         Library::of(&mut library, stream.context().cu_ctx() as usize).map_err(|e| failed(shape, e))?;
     let handle = library.handle;
-    let Some((chosen, workspace)) = library.choose(shape, device)? else { return Ok(false) };
+    let Some((chosen, workspace)) = library.choose(shape, scales, device)? else { return Ok(false) };
+    chosen.scale(scales).map_err(|error| failed(shape, error))?;
     let (workspace, bytes) = match workspace {
         Some(memory) if chosen.workspace_bytes > 0 => (super::address(memory, 0)?, chosen.workspace_bytes),
         _ => (0, 0),
@@ -156,12 +172,17 @@ impl Library {
     }
 
     /// The algorithm for a shape and the memory that it may work in; `None` if there is no algorithm.
-    fn choose(&mut self, shape: &Shape, device: &CudaDevice) -> Result<Option<(&Chosen, Option<&Tensor>)>> {
+    fn choose(
+        &mut self,
+        shape: &Shape,
+        scales: Option<[u64; 2]>,
+        device: &CudaDevice,
+    ) -> Result<Option<(&Chosen, Option<&Tensor>)>> {
         if !self.chosen.contains_key(shape) {
             if self.chosen.len() >= SHAPES_MAX {
                 self.chosen.clear();
             }
-            let chosen = Chosen::of(self.handle, shape).map_err(|error| failed(shape, error))?;
+            let chosen = Chosen::of(self.handle, shape, scales).map_err(|error| failed(shape, error))?;
             self.grow(chosen.as_ref().map_or(0, |chosen| chosen.workspace_bytes), device)?;
             self.chosen.insert(*shape, chosen);
         }
@@ -183,7 +204,11 @@ impl Library {
 
 impl Chosen {
     /// The library's first choice.
-    fn of(handle: sys::cublasLtHandle_t, shape: &Shape) -> std::result::Result<Option<Chosen>, CublasError> {
+    fn of(
+        handle: sys::cublasLtHandle_t,
+        shape: &Shape,
+        scales: Option<[u64; 2]>,
+    ) -> std::result::Result<Option<Chosen>, CublasError> {
         let ([m, n, k], [a_turned, b_turned]) = (shape.mnk, shape.transposed);
         let ([a_stride, b_stride, c_stride, d_stride], [input, output]) =
             (shape.strides, shape.types.map(data_type));
@@ -205,8 +230,17 @@ impl Chosen {
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
             workspace_bytes: 0,
         };
-        chosen.turn(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, b_turned)?;
-        chosen.turn(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, a_turned)?;
+        chosen.turn(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, b_turned)?;
+        chosen.turn(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, a_turned)?;
+        if let Some(eight_bits) = shape.eight_bits {
+            chosen.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &i8::from(eight_bits.fast))?;
+        }
+        if scales.is_some() {
+            let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+            chosen.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
+            chosen.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
+            chosen.scale(scales)?;
+        }
         match chosen.ask(handle, shape) {
             Ok(found) => {
                 (chosen.algorithm, chosen.workspace_bytes) = (found.algo, found.workspaceSize);
@@ -217,17 +251,26 @@ impl Chosen {
         }
     }
 
-    fn turn(
-        &self,
-        side: sys::cublasLtMatmulDescAttributes_t,
-        turned: bool,
-    ) -> std::result::Result<(), CublasError> {
+    fn turn(&self, side: Attribute, turned: bool) -> std::result::Result<(), CublasError> {
         let operation = match turned {
             false => cublasOperation_t::CUBLAS_OP_N,
             true => cublasOperation_t::CUBLAS_OP_T,
         };
-        // SAFETY: the description is alive, and the attribute is a number of four bytes.
-        unsafe { result::set_matmul_desc_attribute(self.description, side, (&raw const operation).cast(), 4) }
+        self.set(side, &operation)
+    }
+
+    /// Where the scales of a's rows and of b's columns lie in the next product.
+    fn scale(&self, scales: Option<[u64; 2]>) -> std::result::Result<(), CublasError> {
+        let Some([of_a, of_b]) = scales else { return Ok(()) };
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &of_b)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &of_a)
+    }
+
+    /// Sets an attribute whose value has the type that the library's documentation states.
+    fn set<T>(&self, attribute: Attribute, value: &T) -> std::result::Result<(), CublasError> {
+        let (value, bytes) = ((&raw const *value).cast(), size_of::<T>());
+        // SAFETY: the description is alive, and the library copies so many bytes, which it compares with its own.
+        unsafe { result::set_matmul_desc_attribute(self.description, attribute, value, bytes) }
     }
 
     fn ask(
@@ -279,6 +322,7 @@ impl Drop for Chosen {
 fn data_type(dtype: DType) -> sys::cudaDataType {
     match dtype {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        DType::F8E4M3 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
         _ => sys::cudaDataType_t::CUDA_R_32F,
     }
 }

@@ -61,6 +61,61 @@ pub fn product_onto(mnk: [usize; 3], alpha: f64, a: Matrix, b: Matrix, c: Matrix
     product(mnk, alpha, a, b, 1.0, d)
 }
 
+/// A matrix in E4M3, row by row, and perhaps a scale for each row.
+#[derive(Clone, Copy)]
+pub struct Codes<'a> {
+    /// Its bits, u8 [rows, k].
+    pub bits: &'a Tensor,
+    /// f32 `[rows]`. Without them the sums are those of the bare numbers.
+    pub scales: Option<&'a Tensor>,
+}
+
+/// `d[m,n] = alpha * a[m,k] b[n,k]^T + beta * c`, each row of a and of b times its scale if they have any. c is d, or
+/// has its shape and type in another tensor. `fast`: sums may be less exact. False: the library has no such product,
+/// and nothing was done.
+pub fn product_of_codes(
+    alpha: f64,
+    [a, b]: [Codes; 2],
+    beta: f64,
+    [c, d]: [Matrix; 2],
+    fast: bool,
+) -> Result<bool> {
+    let ((m, k), (n, b_cols)) = (a.bits.dims2()?, b.bits.dims2()?);
+    for (codes, rows) in [(a, m), (b, n)] {
+        if codes.bits.dtype() != DType::U8 || b_cols != k {
+            bail!("codes {:?} of {:?}, rows of {k}", codes.bits.dims(), codes.bits.dtype());
+        }
+        if codes.scales.is_some_and(|scales| scales.dtype() != DType::F32 || scales.elem_count() != rows) {
+            bail!("scales of {rows} rows: {:?}", codes.scales);
+        }
+    }
+    data_type(d.tensor)?;
+    if c.tensor.dtype() != d.tensor.dtype() || c.transposed || d.transposed {
+        bail!("a sum of {:?} and {:?}", c.tensor.dtype(), d.tensor.dtype());
+    }
+    if m == 0 || n == 0 {
+        return Ok(true);
+    }
+    reach(c, m, n)?;
+    reach(d, m, n)?;
+    let address = |matrix: Matrix| super::address(matrix.tensor, matrix.at);
+    let addresses = [super::address(a.bits, 0)?, super::address(b.bits, 0)?, address(c)?, address(d)?];
+    let scales = match (a.scales, b.scales) {
+        (Some(of_a), Some(of_b)) => Some([super::address(of_a, 0)?, super::address(of_b, 0)?]),
+        _ => None,
+    };
+    let (strides, types) = ([k, k, c.stride, d.stride], [DType::F8E4M3, d.tensor.dtype()]);
+    let mut shape = lt::Shape::new([m, n, k], [false, true], strides, types, addresses);
+    shape.eight_bits = Some(lt::EightBits { scaled: scales.is_some(), fast });
+    let device = super::device(d.tensor)?;
+    // SAFETY: every element of the four matrices and of the scales was bounded above; c is d, or in another tensor.
+    let done = unsafe { lt::multiply(device, &shape, alpha as f32, beta as f32, addresses, scales) }?;
+    if done {
+        super::count_launch();
+    }
+    Ok(done)
+}
+
 /// Refuses matrices that reach beyond their tensors, and types that do not fit. False: the result is empty.
 fn check([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix) -> Result<bool> {
     assert!(!c.transposed, "the result lies row by row");
@@ -96,7 +151,7 @@ fn lt_product(
     let shape = lt::Shape::new(mnk, [a.transposed, b.transposed], strides, types, addresses);
     let device = super::device(d.tensor)?;
     // SAFETY: `check` has bounded every element of the four matrices; c is d, or in another tensor.
-    let done = unsafe { lt::multiply(device, &shape, alpha as f32, beta as f32, addresses) }?;
+    let done = unsafe { lt::multiply(device, &shape, alpha as f32, beta as f32, addresses, None) }?;
     if done {
         super::count_launch();
     }

@@ -148,6 +148,7 @@ pub fn gemm(
 ) {
     let products = m.saturating_mul(n).saturating_mul(k);
     let threads = if products < PARALLEL_PRODUCTS_MIN { 1 } else { rayon::current_num_threads() };
+    let precision = precision.beside();
     product(kernel(precision), threads, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
@@ -166,13 +167,14 @@ pub fn gemm_serial(
     c_row_stride: usize,
     precision: Precision,
 ) {
+    let precision = precision.beside();
     product(kernel(precision), 1, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
 /// The name of the kernel that multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2" or
 /// "portable".
 pub fn kernel_name(precision: Precision) -> &'static str {
-    kernel(precision).name
+    kernel(precision.beside()).name
 }
 
 /// Number of multiplications below which waking a second thread costs more than it saves.

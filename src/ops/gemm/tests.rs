@@ -182,7 +182,7 @@ fn judge(case: &Case, a: &[f32], b: &[f32], c: &[f32], precision: Precision) -> 
     let [m, n, k] = case.shape;
     let round = |x: f32| match precision {
         Precision::F32 => x as f64,
-        Precision::Bf16 => bf16::from_f32(x).to_f64(),
+        Precision::Bf16 | Precision::Fp8 => bf16::from_f32(x).to_f64(),
     };
     let element = |row: usize, col: usize| {
         let (mut sum, mut size) = (0.0, 0.0);
@@ -380,7 +380,7 @@ fn few_weights(depth: usize, numbers: &mut Numbers) -> Vec<(Stored, usize)> {
 fn few_expected(x: &[f32], rows: usize, depth: usize, weight: &[f32], precision: Precision) -> Vec<f64> {
     let round = |value: f32| match precision {
         Precision::F32 => f64::from(value),
-        Precision::Bf16 => bf16::from_f32(value).to_f64(),
+        Precision::Bf16 | Precision::Fp8 => bf16::from_f32(value).to_f64(),
     };
     let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| round(*x) * round(*w)).sum::<f64>();
     let weight = weight.chunks(depth);
