@@ -45,7 +45,7 @@ pub enum Change {
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 13] = [
+    pub const ALL: [Change; 14] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
