@@ -127,7 +127,7 @@ fn losses_of_wide_heads(device: &Device) -> (Vec<f64>, Vec<String>) {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
         "max_position_embeddings": 512,
     });
-    let facts = family::describe(&Config::from_json(config.as_object().unwrap().clone()).unwrap()).unwrap();
+    let facts = family::describe(&Config::from_json(config.as_object().unwrap().clone())).unwrap();
     let quantization = Quantization::FourBit { code: FourBitCode::Nf4, double: true };
     let lora = LoraOptions { r: 4, alpha: 8.0, ..LoraOptions::default() };
     let options = Options { folder: "".into(), quantization, lora, precision: Precision::Bf16 };

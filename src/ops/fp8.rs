@@ -24,6 +24,7 @@ pub const MULTIPLE: usize = 16;
 /// Columns of a weight that share a scale in its transpose.
 const COLUMNS: usize = 64;
 /// Rows that are bounded together on a GPU.
+#[cfg(feature = "cuda")]
 const ROWS: usize = 512;
 /// The least exponent of a scale.
 const EXPONENT_MIN: i32 = -100;

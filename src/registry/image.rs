@@ -468,7 +468,9 @@ mod tests {
         let kind = |config: &str, bytes: Option<u64>| {
             let folder = adapter(config, &good_weights());
             let file = File::options().write(true).open(folder.path().join(WEIGHTS_FILE)).unwrap();
-            bytes.map(|bytes| file.set_len(bytes).unwrap());
+            if let Some(bytes) = bytes {
+                file.set_len(bytes).unwrap();
+            }
             Image::build(folder.path(), &ImageFacts::default()).err().map(|fault| fault.kind)
         };
         let padded = |more: usize| {
