@@ -676,11 +676,14 @@ mod tests {
                 scope.spawn(move || {
                     let decoder = case.load(&Home::Ranks(rank.clone()), &Device::Cpu);
                     let adapter = decoder.trainable(&case.options.lora).unwrap();
+                    // The ranks read two layers each, and hand out the pieces of two layers in two rounds.
+                    let loaded = *lock(&rank.gathers);
+                    assert_eq!(loaded, 4);
                     let mut gathers = Vec::new();
                     for _ in 0..3 {
                         let keep = [Keep::LayerInputs; 4];
                         decoder.forward_backward(&adapter, &keep, &batch(1), 1.0).unwrap();
-                        gathers.push(*lock(&rank.gathers));
+                        gathers.push(*lock(&rank.gathers) - loaded);
                     }
                     assert_eq!(gathers, [6, 10, 14]);
                 });

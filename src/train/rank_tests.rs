@@ -326,7 +326,8 @@ fn a_pass_that_fails_in_its_middle_leaves_no_sum_behind() {
         }
     }
     let undisturbed = train(3, &options, None);
-    for at in [2, 3] {
+    // Exchanges: the start, step 1, the confirmation before its checkpoint, step 2.
+    for at in [2, 4] {
         let folder = tempfile::tempdir().unwrap();
         let options = Options { checkpoint: Every::Steps(1), ..options.clone() };
         for run in train_on(Threads::of(3), &options, Some(folder.path()), false, |ranks| {
