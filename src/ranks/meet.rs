@@ -119,7 +119,8 @@ pub struct Met {
 /// Meets the other ranks.
 ///
 /// # Errors
-/// Device: they were started with another number of ranks, or do not come in time. Interrupted: a signal came first. And the fault of a rank that ended before.
+/// Device: they were started with another number of ranks, or do not come in time. Interrupted: a signal came first.
+/// And the fault of a rank that ended before.
 pub fn meet(seat: &Seat, limits: &Limits, environment: Environment) -> Result<Met> {
     match seat.place.leads() {
         true => take_all(seat, limits, listener(&seat.meeting, environment)?),
