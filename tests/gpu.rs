@@ -119,8 +119,8 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     assert!(found.last() < found.first(), "{found:?}");
 }
 
-/// A model with heads of 64 columns, whose attention a card of capability 9.0 computes by warpgroups: the losses, and what
-/// loading it warned of.
+/// A model with heads of 64 columns, whose attention a card of capability 9.0 computes by warpgroups: the losses, and
+/// what loading it warned of.
 fn losses_of_wide_heads(device: &Device) -> (Vec<f64>, Vec<String>) {
     let config = serde_json::json!({
         "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -165,8 +165,8 @@ fn launches_of(kernel: &std::ffi::CStr) -> Option<u64> {
     Some(read(kernel.as_ptr()))
 }
 
-/// Attention by warpgroups trains as the kernels for all cards do. If its check fails on a card, one warning says so, and
-/// training goes on with the others, to the same bits as without it. Each case is a process of its own.
+/// Attention by warpgroups trains as the kernels for all cards do. If its check fails on a card, one warning says so,
+/// and training goes on with the others, to the same bits as without it. Each case is a process of its own.
 #[test]
 fn attention_by_warpgroups_is_checked_before_its_use() {
     const CASE: &str = "HONE_WARPGROUPS";
@@ -226,8 +226,8 @@ fn attention_by_warpgroups_is_checked_before_its_use() {
     println!("losses {}", losses.join(" "));
 }
 
-/// Products with the frozen layers in 8 bits: the same bits whatever is kept, near the same rounding on the CPU, and not
-/// the losses of bf16.
+/// Products with the frozen layers in 8 bits: the same bits whatever is kept, near the same rounding on the CPU, and
+/// not the losses of bf16.
 #[test]
 fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
     let Some(gpu) = gpu() else { return };
@@ -239,9 +239,13 @@ fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
         model.0.keep_expanded(1);
         assert_eq!(losses(&model, Keep::LayerInputs), found, "{name}: weights that are kept change nothing");
         let expected = losses(&decoder(name, &Device::Cpu, Precision::Fp8, 0.1), Keep::Everything);
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!((found - expected).abs() < 3e-2, "{name}: {found}, on the CPU {expected}");
-        }
+        // TOLERANCE: a value that bf16 moves across a boundary of E4M3 becomes another number there, and that grows from
+        // layer to layer. So both are not equal, but nearer to each other than to f32.
+        let exact = losses(&decoder(name, &Device::Cpu, Precision::F32, 0.1), Keep::Everything);
+        let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>();
+        let (between, rounding) =
+            (apart(&found, &expected), apart(&found, &exact).max(apart(&expected, &exact)));
+        assert!(between < rounding, "{name}: {found:?}, on the CPU {expected:?}, in f32 {exact:?}");
         assert!(found.last() < found.first(), "{found:?}");
         let other = losses(&decoder(name, &gpu, Precision::Bf16, 0.1), Keep::Everything);
         assert_ne!(found, other, "{name}: products in 8 bits are others than in bf16");

@@ -5,8 +5,8 @@
 //! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
 //! all changes, without each that concerns the host, and without all of these; and those for a token that is
-//! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with HONE_FAKE_GPU_IDLE=1 nothing is
-//! computed, so that only the host's time is left.
+//! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with
+//! HONE_FAKE_GPU_IDLE=1 nothing is computed, so that only the host's time is left.
 
 use std::path::Path;
 use std::time::Instant;

@@ -29,8 +29,8 @@ mod packing;
 pub use hopper::{has_warpgroups, prepare};
 pub use packing::Packing;
 
-/// Checks which kernels this device may use for such heads. Returns a warning, once, if some are not used. Waits for the
-/// device.
+/// Checks which kernels this device may use for such heads. Returns a warning, once, if some are not used. Waits for
+/// the device.
 #[cfg(not(feature = "cuda"))]
 pub fn prepare(_: &Device, _: &Heads, _: candle_core::DType) -> Option<String> {
     None

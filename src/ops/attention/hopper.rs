@@ -1,7 +1,9 @@
-//! The launches of `kernels/attention_hopper.cu`, and the check that decides whether this card's results of them are used.
+//! The launches of `kernels/attention_hopper.cu`, and the check that decides whether this card's results of them are
+//! used.
 //!
-//! A card of capability 9.0 computes a small example both ways before the first use of a head width: by these kernels and
-//! by those of `kernels/attention.cu`. If the results differ, or a launch fails, the others go on with all the work.
+//! A card of capability 9.0 computes a small example both ways before the first use of a head width: by these kernels
+//! and by those of `kernels/attention.cu`. If the results differ, or a launch fails, the others go on with all the
+//! work.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use candle_core::{DType, Device, Result, Tensor};
@@ -29,8 +31,8 @@ const STEP: usize = 64;
 const STAGES: usize = 2;
 /// Threads of a block: two warpgroups that compute and one that copies.
 const THREADS: usize = 384;
-/// How often a thread of the check asks a barrier before it gives up, so that a wrong count of bytes ends as wrong results
-/// and not in a kernel that never ends.
+/// How often a thread of the check asks a barrier before it gives up, so that a wrong count of bytes ends as wrong
+/// results and not in a kernel that never ends.
 const PATIENCE: usize = 100_000;
 /// TOLERANCE of the check, in norm: the forward and the backward pass are within 6e-3 and 1e-2 of f64, each way.
 const TOLERANCE: f64 = 2e-2;
@@ -94,8 +96,8 @@ fn place(heads: &Heads) -> Option<usize> {
     WIDTHS.iter().position(|width| *width == heads.width && heads.softcap.is_none())
 }
 
-/// Checks the card, if it is one for these kernels and was not checked for this head width. Returns a warning, once, if it
-/// fails. Waits for the device.
+/// Checks the card, if it is one for these kernels and was not checked for this head width. Returns a warning, once,
+/// if it fails. Waits for the device.
 pub fn prepare(device: &Device, heads: &Heads, dtype: DType) -> Option<String> {
     let (place, cuda) = (place(heads)?, device.as_cuda_device().ok()?);
     // Any image will do for a driver of the tests, so that they need no code for this architecture.
@@ -117,8 +119,8 @@ pub fn prepare(device: &Device, heads: &Heads, dtype: DType) -> Option<String> {
     warning
 }
 
-/// Whether this card computes a pass for such heads by these kernels, if the rows of its matrices are whole pieces of 16
-/// bytes. Only a card that `prepare` has checked does.
+/// Whether this card computes a pass for such heads by these kernels, if the rows of its matrices are whole pieces of
+/// 16 bytes. Only a card that `prepare` has checked does.
 pub fn has_warpgroups(device: &Device, heads: &Heads, dtype: DType, backward: bool) -> bool {
     let Ok(cuda) = device.as_cuda_device() else { return false };
     let context = cuda.cuda_stream().context().cu_ctx() as usize;
@@ -188,8 +190,8 @@ impl Variant {
     }
 }
 
-/// Computes two small examples both ways. Returns the greatest distance of a result, relative to its norm; infinity if some
-/// number is not finite or a second run has other bits.
+/// Computes two small examples both ways. Returns the greatest distance of a result, relative to its norm; infinity
+/// if some number is not finite or a second run has other bits.
 fn check(device: &Device, width: usize, variant: Variant) -> Result<f64> {
     let heads = Heads {
         query: 2,

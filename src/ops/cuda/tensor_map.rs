@@ -34,8 +34,9 @@ impl TensorMap {
         let mut map = TensorMap([0; 16]);
         let (sizes, stride) = ([width as u64, height as u64], [2 * width as u64]);
         let (boxes, steps) = ([columns as u32, rows as u32], [1u32, 1]);
-        // SAFETY: the map is 128 bytes that may be written, aligned as the driver asks; the other pointers are to arrays
-        // of as many numbers as a matrix has dimensions, or one fewer. The driver reads no memory of the device.
+        // SAFETY: the map is 128 bytes that may be written, aligned as the driver asks; the other pointers are to
+        // arrays of as many numbers as a matrix has dimensions, or one fewer. The driver reads no memory of the
+        // device.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map.0).cast(),
