@@ -184,7 +184,8 @@ fn open(crew: &Crew, environment: Environment) -> Result<(Option<TcpListener>, M
     if let Some(meeting) = &crew.meeting {
         let port = meeting.ports[0];
         let leads = crew.places[0].leads();
-        let socket = leads.then(|| meet::listen(&meeting.host, port).map_err(|error| failed(port, error)));
+        let socket =
+            leads.then(|| meet::listen_soon(&meeting.host, port).map_err(|error| failed(port, error)));
         return Ok((socket.transpose()?, meeting.clone()));
     }
     let listener = meet::listen("127.0.0.1", 0).map_err(|error| failed(0, error))?;

@@ -24,6 +24,8 @@ pub const PARENT: &str = "HONE_RANKS_PARENT";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time between two attempts to reach rank 0, which may not be there yet.
 const CALL_INTERVAL: Duration = Duration::from_millis(200);
+/// LIMIT: time for which a port may still be taken by a process that is ending.
+const PORT_MAX: Duration = Duration::from_secs(10);
 /// LIMIT: a greeting is a few hundred bytes. A stranger that sends one now and then takes no longer either.
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: greetings that are read at the same time.
@@ -137,6 +139,9 @@ fn listener(meeting: &Meeting, environment: Environment) -> Result<TcpListener> 
     if environment(LISTENER).is_some_and(|place| place == "stdin") {
         return Ok(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?.into());
     }
+    if let [port] = meeting.ports.as_slice() {
+        return listen_soon(&meeting.host, *port).map_err(failed);
+    }
     let mut last = io::Error::other("no port is named");
     for &port in &meeting.ports {
         match listen(&meeting.host, port) {
@@ -145,6 +150,22 @@ fn listener(meeting: &Meeting, environment: Environment) -> Result<TcpListener> 
         }
     }
     Err(failed(last))
+}
+
+/// `listen` on the only port that is named. A rank 0 that was killed may still hold it for a moment.
+pub fn listen_soon(host: &str, port: u16) -> io::Result<TcpListener> {
+    let until = Instant::now() + PORT_MAX;
+    loop {
+        match listen(host, port) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
+                if interrupt::requested() {
+                    return Err(error);
+                }
+                std::thread::sleep(CALL_INTERVAL);
+            }
+            ended => return ended,
+        }
+    }
 }
 
 /// Listens for callers of this name: on loopback only if no other machine can be meant.
@@ -495,6 +516,18 @@ mod tests {
     fn an_address_of_ipv4_is_listened_to_by_ipv4() {
         assert!(listen("192.0.2.1", 0).unwrap().local_addr().unwrap().is_ipv4());
         assert_eq!(listen("127.0.0.1", 0).unwrap().local_addr().unwrap().ip(), Ipv4Addr::LOCALHOST);
+    }
+
+    #[test]
+    fn a_port_that_is_still_taken_is_waited_for() {
+        let (before, port) = bound();
+        std::thread::scope(|scope| {
+            let next = scope.spawn(move || listen_soon("127.0.0.1", port));
+            std::thread::sleep(CALL_INTERVAL * 2);
+            assert!(!next.is_finished(), "the port is taken");
+            drop(before);
+            assert_eq!(next.join().unwrap().unwrap().local_addr().unwrap().port(), port);
+        });
     }
 
     #[test]
