@@ -28,8 +28,7 @@ pub enum Kind {
     Network = 20,
     /// Disk full, failing, or in use by another hone.
     Storage = 21,
-    /// An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open
-    /// files.
+    /// An accelerator failed, ranks failed or do not agree, or threads or open files ran out.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
@@ -98,7 +97,7 @@ impl Kind {
             Kind::Network => "Download or registry unreachable after all retries.",
             Kind::Storage => "Disk full, failing, or in use by another hone.",
             Kind::Device => {
-                "An accelerator failed, the ranks of a run failed or do not agree, or the machine has no more threads or open files."
+                "An accelerator failed, ranks failed or do not agree, or threads or open files ran out."
             }
             Kind::Push => "Training is done and safe on disk, but the push failed.",
             Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",

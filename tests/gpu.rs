@@ -239,8 +239,8 @@ fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
         model.0.keep_expanded(1);
         assert_eq!(losses(&model, Keep::LayerInputs), found, "{name}: weights that are kept change nothing");
         let expected = losses(&decoder(name, &Device::Cpu, Precision::Fp8, 0.1), Keep::Everything);
-        // TOLERANCE: a value that bf16 moves across a boundary of E4M3 becomes another number there, and that grows from
-        // layer to layer. So both are not equal, but nearer to each other than to f32.
+        // TOLERANCE: a value that bf16 moves across a boundary of E4M3 becomes another number there, and that grows
+        // from layer to layer. So both are not equal, but nearer to each other than to f32.
         let exact = losses(&decoder(name, &Device::Cpu, Precision::F32, 0.1), Keep::Everything);
         let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>();
         let (between, rounding) =
