@@ -26,11 +26,11 @@ struct Row {
     const float* logits;
     int vocab;
     float highest;
-    double temperature;
+    double rate;  // 1 / temperature
 
     // The probability of a token relative to that of the most probable one.
     __device__ __forceinline__ double weight(float logit) const {
-        return exp(((double)logit - (double)highest) / temperature);
+        return exp(((double)logit - (double)highest) * rate);
     }
 
     // The largest logit such that `value` of all logits from it on sums up to at least `wanted`. `lowest` is returned
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(512) draw_tokens(const float* logit
     SHARED_ARRAY(double, sums, SEGMENTS);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     draws += (uint64_t)blockIdx.x * 5;
-    Row row = {logits + (uint64_t)blockIdx.x * vocab, vocab, -INFINITY, draws[0]};
+    Row row = {logits + (uint64_t)blockIdx.x * vocab, vocab, -INFINITY, 0.};
     float lowest = INFINITY;
     int count = 0;
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(512) draw_tokens(const float* logit
         row.highest = fmaxf(row.highest, logit), lowest = fminf(lowest, logit), ++count;
     }
     row.highest = block_max(row.highest), lowest = -block_max(-lowest), count = block_merged<Sum>(count, 0);
-    if (count == 0 || row.temperature <= 0.) {
+    if (count == 0 || draws[0] <= 0.) {
         uint32_t first = NONE;
         for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
             if (count > 0 && row.logits[i] == row.highest) {
@@ -92,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(512) draw_tokens(const float* logit
         return;
     }
 
+    row.rate = 1. / draws[0];
     float smallest = lowest;
     if (draws[1] > 0. && draws[1] < (double)count) smallest = row.reaching((int)draws[1], lowest, One{});
     if (draws[2] < 1.) {

@@ -111,8 +111,8 @@ struct Kept {
 impl Kept {
     fn new(logits: &[f32], sampling: &Sampling) -> Option<Kept> {
         let highest = logits[greedy(logits)? as usize];
-        let temperature = f64::from(sampling.temperature);
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(highest)) / temperature).exp();
+        let rate = 1.0 / f64::from(sampling.temperature);
+        let weight = |logit: f32| ((f64::from(logit) - f64::from(highest)) * rate).exp();
         let mut smallest = f32::MIN;
         if sampling.top_k > 0 {
             smallest = smallest.max(nth_highest(logits, sampling.top_k));
