@@ -135,6 +135,7 @@ struct Piece {
 template <typename T, typename C, int WIDTH, int GROUP>
 __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* values, T* out, float* partials,
                                        const uint32_t* pieces, const uint32_t* pages, const Shape shape) {
+    if (pieces[6 * blockIdx.y + 4] == 0) return;  // it fills the list up; the whole block leaves
     constexpr int LANES = WIDTH == 32 ? 4 : WIDTH == 64 ? 8 : WIDTH <= 128 ? 16 : 32;
     constexpr int SIDE = 32 / LANES, AHEAD = 4, STEP = SIDE * AHEAD;
     SHARED_ARRAY(float, scores, GROUP * PIECE_KEYS);
@@ -145,7 +146,6 @@ __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* val
     const int key_head = blockIdx.x / parts, member = blockIdx.x % parts * GROUP;
     const int head = key_head * shape.group + member, count = min(GROUP, shape.group - member);
     const Piece piece(pieces + 6 * (uint64_t)blockIdx.y);
-    if (piece.from == piece.to) return;  // it fills the list up; the whole block leaves
     const bool inside = column < shape.width;
     pages += piece.pages_at;
 
