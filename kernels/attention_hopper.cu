@@ -381,7 +381,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
     typedef Box<WIDTH, QUERIES> Query;
     SHARED_DYN(unsigned char, unaligned);
     SHARED_ARRAY(uint64_t, barriers, 1 + 2 * STAGES);
-    // Of a stage's rows: logsumexps as exponents of two, and deltas.
+    // For the rows of each stage: logsumexps as exponents of two, then deltas.
     SHARED_ARRAY(float, statistics, STAGES * 2 * QUERIES);
     unsigned char *const key_tiles = aligned_to_panels(unaligned), *const value_tiles = key_tiles + GROUPS * OWN_BYTES<WIDTH>;
     unsigned char *const query_tiles = value_tiles + GROUPS * OWN_BYTES<WIDTH>, *const d_tiles = query_tiles + STAGES * Query::BYTES;

@@ -1,5 +1,5 @@
-// What both kinds of attention kernels share: the tile that a block takes from its list, the keys that its rows see,
-// and the treatment of scores that a thread holds.
+// The parts that both kinds of attention kernels share: the tile that a block takes from its list, the keys that its
+// rows see, and the treatment of scores that a thread holds.
 //
 // A thread's scores lie as the D of mma_m16n8k16, which is also the D of wgmma for each warp: of column block j a lane
 // holds [g][2t, 2t+1] and [g+8][the same], with g = lane / 4 and t = lane % 4.

@@ -38,7 +38,7 @@ __device__ __forceinline__ unsigned char* aligned_to_panels(unsigned char* share
 }
 
 #ifndef CUDA_EMU
-// What cuTensorMapEncodeTiled wrote: a kernel's parameter, `const __grid_constant__`.
+// A map that cuTensorMapEncodeTiled wrote: a kernel's parameter, `const __grid_constant__`.
 struct __align__(128) TensorMap {
     unsigned char bytes[128];
 };

@@ -179,7 +179,7 @@ extern "C" fn aborted(_: libc::c_int, about: *const libc::siginfo_t, _: *const l
 
 /// Signals of an instruction that cannot be executed.
 const FAULTS: [libc::c_int; 4] = [libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGFPE];
-/// What handled each of them before.
+/// The handler that each of these signals had before.
 static BEFORE: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(libc::SIG_DFL) }; FAULTS.len()];
 
 /// Handles the signals of faulty instructions after the standard library has. A write beyond the limit of a file's size

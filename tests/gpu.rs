@@ -420,7 +420,7 @@ fn what_a_decoded_token_asks_of_the_device() {
         (("phi3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
         (("phi3", 3, true), [39, 0, 0, 1, 12, 9, 0]),
     ];
-    // By a graph: one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
+    // A graph needs one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
     // four.
     let mut wrong = Vec::new();
     for ((name, sequences, adapted), expected) in expected {

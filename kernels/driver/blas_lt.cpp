@@ -77,7 +77,7 @@ struct Operands {
     Matrix a, b, c, d;
 };
 
-// What an algorithm works in holds nothing afterwards.
+// The workspace of an algorithm holds nothing afterwards.
 void dirty(void* workspace, uint64_t bytes, void* stream) {
     if (bytes == 0 || configuration().idle) return;
     const Address first = reinterpret_cast<Address>(workspace);
@@ -98,7 +98,7 @@ bool overlap(const void* x, const Layout& of_x, const void* y, const Layout& of_
     return behind < static_cast<int64_t>(of_x.rows) || behind + static_cast<int64_t>(of_y.rows) > of_x.leading;
 }
 
-// What the library asks of matrices in 8 bits (its guide, "cublasLtMatmul()", regular narrow precision): a card of 8.9 or later; sums along
+// The library's demands on matrices in 8 bits (its guide, "cublasLtMatmul()", regular narrow precision): a card of 8.9 or later; sums along
 // the columns in memory of both operands (transposed, not transposed); rows of whole 16 bytes in memory, and 16-byte addresses. Scales by row
 // and column are of 9.0 alone.
 bool takes_8_bits(const Description& of, const Layout* const (&layouts)[4], const uint32_t (&alignments)[4]) {

@@ -78,7 +78,7 @@ void host_waits() {
 
 const size_t tensor_map_bytes = 128;
 
-// What a launch may read or write: the allocations of its pointers and tensor maps.
+// The memory that a launch may read or write: the allocations of its pointers and tensor maps.
 void touch_arguments(void* stream, const emulator::Kernel& kernel, void** arguments) {
     for (size_t i = 0; i < kernel.parameters.size(); ++i) {
         Address address;

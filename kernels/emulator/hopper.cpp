@@ -1,4 +1,4 @@
-// What runs beside the threads of a block: barriers with phases, copies of boxes, products of warpgroups.
+// The units that run beside the threads of a block: barriers with phases, copies of boxes, products of warpgroups.
 //
 // PTX ISA, "mbarrier", "cp.async.bulk.tensor" and "wgmma"; the layouts of operands in shared memory are those that
 // CUTLASS states as formulas in mma_traits_sm90_gmma.hpp.
@@ -37,7 +37,7 @@ PhaseBarrier& phases_at(const uint64_t* at) {
     return barrier;
 }
 
-// Where a byte lies whose place without a swizzle is this.
+// The place of a byte with the swizzle, from its place without one.
 uint64_t swizzled(uint64_t address, uint32_t row_bytes) {
     return address ^ (address >> 7 & (row_bytes == 128 ? 7 : row_bytes == 64 ? 3 : 0)) << 4;
 }

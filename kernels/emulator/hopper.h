@@ -1,6 +1,6 @@
 // The functions of prim_hopper.cuh for the host: barriers with phases, copies of boxes, products of warpgroups.
 //
-// What is asynchronous on the hardware happens here as late or as early as a program may expect, by the launch's
+// Work that is asynchronous on the hardware happens here as late or as early as a program may expect, by the launch's
 // order. A copy's bytes arrive at once, or when somebody waits for its barrier. A product reads its operands at once,
 // or when it is waited for; its results hold NaN until then. So a missing wait, and a stage that is used again too
 // early, give other results in one of the orders. Each warp computes its own quarter of a product: a warpgroup's
@@ -39,7 +39,7 @@ void issue(float (&d)[1][COLUMNS][4], const uint32_t* left, uint64_t a, uint64_t
 
 }  // namespace emulator
 
-// Where shared memory lies is decided by the host; its addresses serve as well.
+// The address of shared memory: the host's, which serves as well as one of the hardware.
 inline uint64_t shared_address(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
 
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::init_phases(barrier, arrivals); }

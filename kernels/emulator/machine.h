@@ -52,7 +52,7 @@ struct Thread {
     // The same for orders that barriers with phases and numbers make: the latest access of each thread of the block
     // that is known to be over. Only the race detector keeps it.
     std::vector<uint32_t> known;
-    // What hopper.cpp keeps: the barrier and parity of at_phase, or the number of at_named.
+    // The state that hopper.cpp keeps: the barrier and parity of at_phase, or the number of at_named.
     unsigned waits_for, parity;
     bool patient;            // gives up rather than wait forever
     bool fenced;             // wgmma_fence was called since products were last waited for
@@ -150,7 +150,7 @@ void barrier(const Site* site);
 // Leaves the running thread in this state until something makes it ready again.
 void park(State state, const Site* site);
 
-// What a deadlock's report says of a thread that waits at a barrier of hopper.cpp.
+// Writes the line of a deadlock's report about a thread that waits at a barrier of hopper.cpp.
 void describe_wait(const Thread& thread);
 void begin_asynchronous(Block& block);
 void end_asynchronous(const Block& block);

@@ -558,7 +558,7 @@ impl Worker {
         let (step, turns) = self.plan();
         let parts = self.parts(&step, &turns);
         #[cfg(feature = "cuda")]
-        let draws = self.draws(&turns, step.wanted.len());
+        let draws = if self.decoder.device.is_cuda() { self.draws(&turns, step.wanted.len()) } else { None };
         let (decoder, cache) = (&*self.decoder, &mut self.cache);
         let parts = parts.iter().map(|(added, rows)| Part {
             adapter: &added.pairs,

@@ -23,7 +23,7 @@ use super::pass::Step;
 use super::replay::Replay;
 use super::tokens::Wanted;
 
-/// What a step of rows that generate gives.
+/// The result of a step whose rows each generate a token.
 pub struct Decoded {
     /// [rows, V] in f32, until the next step.
     pub logits: Tensor,
@@ -32,9 +32,9 @@ pub struct Decoded {
 }
 
 impl Decoder {
-    /// `step` for rows that each generate a token: what they give, or `None` if a graph cannot hold this step, which
-    /// nothing was done of then. `draws`: how each row's token is drawn; `None`: all are the most probable ones.
-    /// `sequences`: most rows that any step has.
+    /// `step` for rows that each generate a token. `None` if a graph cannot hold this step; then nothing was done.
+    /// `draws` says how each row's token is drawn; with `None`, all are the most probable ones. `sequences` is the
+    /// largest number of rows that any step has.
     pub fn decode(
         &self,
         step: &Step,
@@ -56,7 +56,7 @@ impl Decoder {
         if filled_rows > replay.tokens.elem_count() {
             return Ok(None);
         }
-        // What the given one holds already, or is to hold later, lies elsewhere.
+        // The given mixture may hold tables of other lengths, so the graph's tables belong to a mixture of their own.
         let mixture = &mixture.again();
         mixture.make_tables(device)?;
         let step = step.filled_up(filled_rows, spare);

@@ -263,7 +263,7 @@ impl Decoder {
         Ok(Sent { embedded, turns: self.send_turns(positions, lengths)? })
     }
 
-    /// What the final norm makes of the wanted rows of a step.
+    /// The wanted rows of a step behind the final norm.
     pub(super) fn step_hidden(
         &self,
         step: &Step,

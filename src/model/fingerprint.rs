@@ -1,4 +1,4 @@
-//! What a rank reads of the weights -> digests by part, which the ranks compare before they train.
+//! The weights that a rank reads -> digests by part, which the ranks compare before they train.
 //!
 //! A rank that reads a layer digests all bytes of it. Of a layer that another rank reads, it digests samples: the
 //! beginning, the middle and the end of each tensor. So two ranks with another model, or with a copy that is not whole,

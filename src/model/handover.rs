@@ -48,7 +48,7 @@ pub(super) fn scales_of(weight: &FourBit) -> &Tensor {
     }
 }
 
-/// What is told of weights that were read.
+/// The message about weights that were read: their forms.
 pub(super) fn told(weights: &[&mut FourBit]) -> Result<Vec<u8>> {
     let forms = weights.iter().map(|weight| form(weight)).collect::<Result<Vec<Form>>>()?;
     Ok(serde_json::to_vec(&forms).expect("texts and numbers"))

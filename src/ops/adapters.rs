@@ -215,7 +215,7 @@ mod tests {
                 Items::new(&items[1..4], 16, &gpu.device)?.add(&there, &alone, &parts, 2.0)?;
                 let row = |y: &Tensor| y.narrow(0, 2, 1)?.copy()?.to_device(&Device::Cpu);
                 gpu.within(0.0, &row(&alone)?, &row(&found)?)?;
-                // What fills lists up adds nothing.
+                // Items that fill lists up add nothing.
                 let filled_up = gpu.put(&y)?;
                 let of_step = Items::filled_up(&items, 13, Some(6), &gpu.device)?;
                 of_step.add(&there, &filled_up, &parts, 2.0)?;

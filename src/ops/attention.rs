@@ -558,7 +558,7 @@ mod tests {
                         same_bits(&first, &without?, change.name())?;
                     }
                 }
-                // By the kernels for Hopper, if the card and the heads are for them.
+                // The kernels for Hopper compute this, if the card and the heads are for them.
                 assert_eq!(prepare(&gpu.device, &heads, gpu.dtype), None);
                 let [out, lse, d] = run(0)?;
                 gpu.within(within, &out, &expected)?;

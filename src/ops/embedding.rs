@@ -8,7 +8,7 @@ pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &
     send(table, ids, factor, dtype, device)?.rows(table)
 }
 
-/// What `forward` copies to the device.
+/// The copy that `forward` sends to the device.
 pub enum Sent {
     /// The rows: the table lies on the host, or the layers do.
     Rows(Tensor),

@@ -246,12 +246,12 @@ mod gpu {
     /// Rows of a weight that a block of its transposition takes.
     const TILE: usize = 128;
 
-    /// Where the sums of a product are scaled.
+    /// The place at which the sums of a product are scaled.
     #[derive(Clone, Copy, Debug, PartialEq)]
     pub enum Scaling {
         /// In the product: a scale for each row and each column, which only cards of 9.0 have.
         Inside,
-        /// By a kernel behind it.
+        /// A kernel behind the product scales them.
         Behind,
     }
 
@@ -403,7 +403,7 @@ mod tests {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// What a matrix stands for.
+    /// The values that a matrix in 8 bits stands for.
     fn plain(of: &Scaled) -> Result<Tensor> {
         of.codes.to_dtype(DType::F64)?.broadcast_mul(&of.scales.to_dtype(DType::F64)?.unsqueeze(1)?)
     }

@@ -27,7 +27,7 @@ pub fn write(logits: &Tensor, tokens: &Tensor) -> Result<()> {
     launch.of(DType::U32, tokens).int(vocab).launch((rows, 1, 1), THREADS, 0)
 }
 
-/// What `write` wrote -> the tokens, as `tokens` returns them.
+/// The numbers that `write` wrote -> the tokens, as `tokens` returns them.
 pub fn found(written: &[u32]) -> Vec<Option<u32>> {
     written.iter().map(|token| (*token != u32::MAX).then_some(*token)).collect()
 }

@@ -63,7 +63,7 @@ impl Angles {
 pub enum Sent {
     /// They are computed.
     Here(Angles),
-    /// What a launch computes them from.
+    /// The inputs of the launch that computes them.
     #[cfg(feature = "cuda")]
     There(gpu::Turns),
 }

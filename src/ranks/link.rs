@@ -225,8 +225,8 @@ impl Link {
         state.end.as_ref().map_or(Ok(()), |(fault, _)| Err(fault.clone()))
     }
 
-    /// From now on each rank works on a part of its own, or again on the same as all. In the second case, a rank that
-    /// refuses what rank 0 accepts has other inputs.
+    /// Says whether each rank works on a part of its own from now on, or on the same as all. In the second case, a rank
+    /// that refuses what rank 0 accepts has other inputs.
     pub fn works_apart(&self, apart: bool) {
         self.shared.lock().apart = apart;
     }

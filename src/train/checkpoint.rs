@@ -537,7 +537,7 @@ mod tests {
         assert!(heard[0].contains("step 2 is not whole (its tensors have changed)"), "{heard:?}");
     }
 
-    /// What cannot be removed is told, never taken for removed.
+    /// A file that cannot be removed is reported, never taken for removed.
     #[test]
     fn only_what_is_not_there_counts_as_removed() {
         let file = tempfile::NamedTempFile::new().unwrap();

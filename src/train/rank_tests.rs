@@ -504,7 +504,7 @@ fn a_rank_that_computes_other_numbers_is_found() {
     assert_eq!(runs[0].losses().len(), 1, "it is found after the next step's passes");
 }
 
-/// What the ranks do not agree on is neither a checkpoint nor the end of a run.
+/// A step that the ranks do not agree on becomes neither a checkpoint nor the end of a run.
 #[test]
 fn numbers_that_differ_are_found_before_anything_keeps_them() {
     for (steps, checkpoint) in [(4, Every::Steps(1)), (2, Every::Never)] {

@@ -149,7 +149,7 @@ fn judged(width: usize, checked: Result<f64>) -> Option<String> {
     ))
 }
 
-/// What a test makes wrong in a check.
+/// The fault that a test plants in a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Variant {
     Right,

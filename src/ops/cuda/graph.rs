@@ -18,7 +18,7 @@ pub struct Graph {
     graph: CudaGraph,
     /// Device memory that it took.
     bytes: u64,
-    /// What cublasLt's algorithms of the graph work in.
+    /// The workspace of the graph's products by cublasLt.
     workspace: u64,
 }
 
@@ -63,7 +63,7 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     done?;
     let Some(graph) = graph.w()? else { bail!("the driver recorded nothing") };
     of_tensors.w()?;
-    // Whatever memory it needs is taken now, where its lack is no failure of a step.
+    // The graph takes its memory now, where a lack of it is no failure of a step.
     graph.upload().w()?;
     let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
     Ok(Graph { graph, bytes, workspace: super::lt::workspace() })

@@ -42,7 +42,7 @@ struct Filling {
 }
 
 thread_local! {
-    /// What uploads of this thread go to, if not to tensors of their own.
+    /// The buffers that uploads of this thread go to, if not to tensors of their own.
     static FILLING: RefCell<Option<Filling>> = const { RefCell::new(None) };
 }
 

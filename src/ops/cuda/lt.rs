@@ -31,7 +31,7 @@ pub(super) struct Shape {
     pub strides: [usize; 4],
     /// The type of a and b, and that of c and d.
     pub types: [DType; 2],
-    /// What the library does with matrices in 8 bits; nothing in other types.
+    /// The treatment of matrices in 8 bits; `None` in other types.
     pub eight_bits: Option<EightBits>,
     /// Powers of two that divide the addresses of a, b, c and d.
     alignments: [u32; 4],
@@ -259,7 +259,7 @@ impl Chosen {
         self.set(side, &operation)
     }
 
-    /// Where the scales of a's rows and of b's columns lie in the next product.
+    /// Sets the addresses of the scales of a's rows and of b's columns for the next product.
     fn scale(&self, scales: Option<[u64; 2]>) -> std::result::Result<(), CublasError> {
         let Some([of_a, of_b]) = scales else { return Ok(()) };
         self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &of_b)?;

@@ -4,7 +4,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Result, Tensor, bail};
 
-/// What the driver encodes (`CUtensorMap`): 128 bytes that are a kernel's parameter.
+/// A map that the driver encodes (`CUtensorMap`): 128 bytes that are a kernel's parameter.
 #[repr(C, align(128))]
 #[derive(Clone, Copy)]
 pub struct TensorMap([u64; 16]);
