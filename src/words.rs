@@ -1,5 +1,6 @@
 //! Numbers, sizes, rates and dates -> the text that people read. Every command writes them the same way.
 
+use std::fmt::Display;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::civil;
@@ -28,6 +29,16 @@ pub fn rate(per_second: f64, unit: &str) -> String {
     match prefixes.into_iter().find(|(one, _)| per_second >= *one) {
         Some((one, prefix)) => format!("{:.1} {prefix}{unit}/s", per_second / one),
         None => format!("{per_second:.1} {unit}/s"),
+    }
+}
+
+/// The first items, and the number of the others: `q, k, v and 4 more`.
+pub fn list(items: &[impl Display], most: usize) -> String {
+    let shown = items.len().min(most);
+    let text = items[..shown].iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    match items.len() - shown {
+        0 => text,
+        others => format!("{text} and {others} more"),
     }
 }
 
@@ -64,6 +75,14 @@ mod tests {
     fn base64_is_that_of_rfc_4648() {
         let list = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
         assert_eq!(list, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+    }
+
+    #[test]
+    fn long_lists_are_cut() {
+        assert_eq!(
+            [list(&[""; 0], 2), list(&["q", "k"], 2), list(&["q", "k", "v"], 2)],
+            ["", "q, k", "q, k and 1 more"]
+        );
     }
 
     #[test]

@@ -67,13 +67,13 @@ fn form(weight: &FourBit) -> Result<Form> {
     Ok(Form { code, rows: weight.rows, cols: weight.cols, block: weight.block, sizes, second })
 }
 
-/// Gives the weights of a layer the forms that the rank `reader` told. Their codes and scales stay unread.
+/// Gives the weights of a layer the forms that the rank `reader` sent. Their codes and scales stay unread.
 ///
 /// # Errors
 /// Device: that rank read another layer than this rank expects.
 pub(super) fn take(reader: usize, told: &[u8], weights: Vec<&mut FourBit>, device: &Device) -> Result<()> {
     let forms: Vec<Form> = serde_json::from_slice(told)
-        .map_err(|error| Fault::internal(format!("rank {reader} told no forms of weights: {error}")))?;
+        .map_err(|error| Fault::internal(format!("rank {reader} sent no forms of its weights: {error}")))?;
     let shapes = |forms: &[Form]| forms.iter().map(|form| [form.rows, form.cols]).collect::<Vec<_>>();
     let expected: Vec<[usize; 2]> = weights.iter().map(|weight| [weight.rows, weight.cols]).collect();
     if shapes(&forms) != expected {

@@ -17,6 +17,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::bounds::Bounds;
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
+use crate::words;
 
 const SAME_MODEL: &str =
     "config.json and the safetensors files must be of the same model: download both again";
@@ -276,10 +277,7 @@ impl Checkpoint {
         if missing.is_empty() && surplus.is_empty() {
             return Ok(());
         }
-        let list = |names: &[&str]| match names.len() {
-            0..=4 => names.join(", "),
-            more => format!("{} and {} more", names[..4].join(", "), more - 4),
-        };
+        let list = |names: &[&str]| words::list(names, 4);
         let mut parts = Vec::new();
         if !missing.is_empty() {
             parts.push(format!("{} missing: {}", missing.len(), list(&missing)));

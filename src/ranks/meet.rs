@@ -16,6 +16,7 @@ use crate::interrupt;
 use crate::ranks::Place;
 use crate::ranks::frame::{self, Frame, GREETING_BYTES_MAX, What};
 use crate::ranks::place::{Environment, Meeting, Seat};
+use crate::words;
 
 /// Variable by which a launcher says that standard input is the socket that rank 0 listens on.
 pub const LISTENER: &str = "HONE_RANKS_LISTENER";
@@ -228,7 +229,10 @@ fn wait_for_all(
         }
         if Instant::now() >= until {
             let missing: Vec<usize> = (1..place.world).filter(|rank| there[*rank].is_none()).collect();
-            return Err(late(&format!("ranks {} of {} did not come", listed(&missing), place.world), limits));
+            return Err(late(
+                &format!("ranks {} of {} did not come", words::list(&missing, RANKS_SHOWN), place.world),
+                limits,
+            ));
         }
     }
     for (hello, stream) in there.iter_mut().flatten() {
@@ -237,16 +241,6 @@ fn wait_for_all(
         })?;
     }
     Ok(())
-}
-
-/// The first numbers, and how many more there are.
-fn listed(ranks: &[usize]) -> String {
-    let shown = ranks.len().min(RANKS_SHOWN);
-    let mut text = ranks[..shown].iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    if shown < ranks.len() {
-        text += &format!(" and {} more", ranks.len() - shown);
-    }
-    text
 }
 
 fn late(what: &str, limits: &Limits) -> Fault {
@@ -536,7 +530,7 @@ mod tests {
         let fault = take_all(&seat(0, 3, port, "t"), &SHORT, listener).map(drop).unwrap_err();
         assert_eq!(fault.message, "ranks 1, 2 of 3 did not come within 0 s");
         assert_eq!(
-            listed(&(1..=17).collect::<Vec<_>>()),
+            words::list(&(1..=17).collect::<Vec<_>>(), RANKS_SHOWN),
             "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 1 more"
         );
         let fault = call(&seat(1, 2, 1, "t"), &SHORT).map(drop).unwrap_err();

@@ -95,11 +95,6 @@ impl Lanes for Floats {
             _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
         }
     }
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
 }
 
 /// The values of eight indices, whose low four bits are read.

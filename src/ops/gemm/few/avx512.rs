@@ -95,11 +95,6 @@ impl Lanes for Floats {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
     }
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
 }
 
 impl Lanes for Pairs {
@@ -160,10 +155,5 @@ impl Lanes for Pairs {
     unsafe fn fold(a: __m512, b: __m512) -> f32 {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
-    }
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }
