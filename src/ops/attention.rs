@@ -558,13 +558,16 @@ mod tests {
                         same_bits(&first, &without?, change.name())?;
                     }
                 }
-                // The kernels for Hopper compute this, if the card and the heads are for them.
                 assert_eq!(prepare(&gpu.device, &heads, gpu.dtype), None);
-                let [out, lse, d] = run(0)?;
-                gpu.within(within, &out, &expected)?;
-                gpu.within(within_gradient, &d, &gradient)?;
-                turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
-                same_bits(&[out, lse, d], &run(64)?, "the same twice by warpgroups")?;
+                // The kernels for Hopper compute the same from now on, if the card and the heads are for them.
+                #[cfg(feature = "cuda")]
+                if has_warpgroups(&gpu.device, &heads, gpu.dtype, false) {
+                    let [out, lse, d] = run(0)?;
+                    gpu.within(within, &out, &expected)?;
+                    gpu.within(within_gradient, &d, &gradient)?;
+                    turned_back(gpu, &heads, &packing, &on_d, &on_qkv)?;
+                    same_bits(&[out, lse, d], &run(64)?, "the same twice by warpgroups")?;
+                }
             }
             Ok(())
         })
