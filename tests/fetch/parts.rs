@@ -172,6 +172,28 @@ fn a_registry_without_ranges_sends_everything_again() {
 }
 
 #[test]
+fn a_registry_that_answers_in_short_pieces_is_asked_for_each() {
+    let content = noise(9000);
+    let whole = content.clone();
+    let server = Server::start(move |_, request| match request.target.contains("/blobs/") {
+        true => {
+            let start = request.range_start().unwrap_or(0);
+            let status = if start > 0 { 206 } else { 200 };
+            Reply::status(status).body(&whole[start..(start + 4000).min(whole.len())])
+        }
+        false => Reply::status(200),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("part");
+    download(&server.url("").replace("http://", ""), &part(&content), &file, 1).unwrap();
+    assert!(std::fs::read(&file).unwrap() == content);
+    assert_eq!(
+        server.requests().iter().filter_map(|request| request.range_start()).collect::<Vec<_>>(),
+        [4000, 8000]
+    );
+}
+
+#[test]
 fn an_index_leads_to_parts_with_their_titles() {
     let fake = Fake::start(Manners::default());
     let layer = |content: &[u8], unpack: &str| {
@@ -192,6 +214,59 @@ fn an_index_leads_to_parts_with_their_titles() {
     let seen: Vec<_> =
         parts.list.iter().map(|part| (part.title.as_deref(), part.unpack, part.bytes)).collect();
     assert_eq!(seen, [(Some("weights/a"), true, 3), (Some("weights/a"), false, 3)]);
+}
+
+#[test]
+fn a_manifest_that_is_too_large_or_not_what_it_is_said_to_be_is_refused() {
+    let said = |reply: Reply| {
+        let server = Server::start(move |_, request| match request.target.contains("/manifests/") {
+            true => reply.clone(),
+            false => Reply::status(200),
+        });
+        let (host, options) = (server.url("").replace("http://", ""), Options { attempts_max: 1, ..quick() });
+        images::list(&format!("{host}/team/a:v1"), &options, &Report::silent()).unwrap_err()
+    };
+    let manifest = json!({"schemaVersion": 2, "layers": []}).to_string();
+    let other = format!("sha256:{}", digest(b"other"));
+    let fault = said(Reply::ok(manifest).header("Docker-Content-Digest", other));
+    assert!(fault.kind == Kind::Network && fault.message.contains("but it has another"), "{fault}");
+    let fault = said(Reply::ok(vec![b' '; (4 << 20) + 1]));
+    assert!(fault.kind == Kind::Config && fault.message.contains("exceeds 4194304 bytes"), "{fault}");
+}
+
+#[test]
+fn sizes_that_nothing_can_have_are_refused_before_anything_is_read() {
+    let fake = Fake::start(Manners::default());
+    let layer = json!({"mediaType": "application/vnd.oci.image.layer.v1.tar", "size": 1u64 << 60,
+        "digest": format!("sha256:{}", "a".repeat(64))});
+    fake.put_manifest("v1", json!({"schemaVersion": 2, "layers": [layer]}));
+    let work = tempfile::tempdir().unwrap();
+    let pull = |target: &str| {
+        let to = work.path().join("to");
+        images::pull(&Target::parse(target).unwrap(), &to, &quick(), &Report::silent()).unwrap_err()
+    };
+    let fault = pull(&format!("{}/team/a:v1", fake.host));
+    assert!(fault.kind == Kind::Data && fault.message.contains("bytes; at most"), "{fault}");
+
+    let (folder, layout) = (work.path().join("adapter"), work.path().join("layout"));
+    adapter(&folder, 100);
+    let target = Target::Layout { folder: layout.clone(), tag: "v1".into() };
+    let push = || images::push(&folder, &target, &ImageFacts::default(), &quick(), &Report::silent());
+    push().unwrap();
+    let index = layout.join("index.json");
+    let mut told: Value = serde_json::from_slice(&std::fs::read(&index).unwrap()).unwrap();
+    told["manifests"][0]["size"] = (1u64 << 40).into();
+    std::fs::write(&index, told.to_string()).unwrap();
+    let fault = pull(&format!("oci:{}:v1", layout.display()));
+    assert!(fault.kind == Kind::Data && fault.message.contains("bytes; at most"), "{fault}");
+
+    // Weights whose header would be longer than the file.
+    for header in [20_u64, 21, 1 << 40] {
+        let weights = [&header.to_le_bytes()[..], &[b' '; 12]].concat();
+        std::fs::write(folder.join(WEIGHTS_OF_ADAPTER), weights).unwrap();
+        let fault = push().unwrap_err();
+        assert!(fault.kind == Kind::Model && fault.message.contains("its header would have"), "{fault}");
+    }
 }
 
 #[test]
