@@ -1,6 +1,7 @@
 //! Layers of images, models and adapters in them, by the library's own functions: scripted registries, no run and no
 //! training.
 
+use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use crate::fake_registry::{Fake, Manners};
 use crate::http::{Reply, Server};
 use crate::random::Random;
-use crate::registry::{adapter, quick};
+use crate::registry::{PASSWORD, adapter, login, quick};
 use crate::{WEIGHTS, archive, model, titled};
 
 /// Options of downloads that are fast enough for tests.
@@ -235,6 +236,44 @@ fn a_manifest_that_is_too_large_or_not_what_it_is_said_to_be_is_refused() {
 }
 
 #[test]
+fn a_password_goes_to_no_other_host_in_clear_text() {
+    let tokens = Server::start(|_, _| Reply::ok(r#"{"token": "t"}"#));
+    // Another host for whoever compares names.
+    let realm = tokens.url("/token").replace("localhost", "127.0.0.1");
+    let server = Server::start(move |_, request| match request.header("authorization") {
+        Some("Bearer t") => Reply::ok(r#"{"schemaVersion": 2, "layers": []}"#),
+        _ => Reply::status(401).header("www-authenticate", format!("Bearer realm=\"{realm}\",service=\"s\"")),
+    });
+    let (host, folder) = (server.url("").replace("http://", ""), tempfile::tempdir().unwrap());
+    let list = |docker_config: PathBuf| {
+        let options = Options { docker_config: Some(docker_config), ..quick() };
+        images::list(&format!("{host}/team/a:v1"), &options, &Report::silent())
+    };
+    let fault = list(login(folder.path(), &host, PASSWORD)).unwrap_err();
+    assert_eq!(fault.kind, Kind::Auth, "{fault}");
+    assert!(fault.message.contains("which would get the password") && !fault.to_string().contains(PASSWORD));
+    assert!(tokens.requests().is_empty());
+
+    let nothing = folder.path().join("config.json");
+    std::fs::write(&nothing, "{}").unwrap();
+    assert!(list(nothing).unwrap().list.is_empty(), "without a password nothing is given away");
+    assert_eq!(tokens.requests().len(), 1);
+}
+
+#[test]
+fn redirects_without_end_are_refused_at_once() {
+    let server = Server::start(|_, request| match request.target.contains("/blobs/") {
+        true => Reply::redirect(request.target.clone()),
+        false => Reply::status(200),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let host = server.url("").replace("http://", "");
+    let fault = download(&host, &part(b"content"), &folder.path().join("part"), 3).unwrap_err();
+    assert_eq!(fault.kind, Kind::Config, "no repetition helps: {fault}");
+    assert!(server.requests().len() < 20, "{} requests", server.requests().len());
+}
+
+#[test]
 fn sizes_that_nothing_can_have_are_refused_before_anything_is_read() {
     let fake = Fake::start(Manners::default());
     let layer = json!({"mediaType": "application/vnd.oci.image.layer.v1.tar", "size": 1u64 << 60,
@@ -252,7 +291,18 @@ fn sizes_that_nothing_can_have_are_refused_before_anything_is_read() {
     adapter(&folder, 100);
     let target = Target::Layout { folder: layout.clone(), tag: "v1".into() };
     let push = || images::push(&folder, &target, &ImageFacts::default(), &quick(), &Report::silent());
+    let files = || {
+        let entries =
+            std::fs::read_dir(layout.join("blobs/sha256")).unwrap().map(|entry| entry.unwrap().ino());
+        entries.collect::<std::collections::BTreeSet<u64>>()
+    };
+    let pushed = push().unwrap();
+    let sizes =
+        std::fs::read_dir(layout.join("blobs/sha256")).unwrap().map(|entry| entry.unwrap().metadata());
+    assert_eq!(pushed.bytes, sizes.map(|data| data.unwrap().len()).sum::<u64>());
+    let before = files();
     push().unwrap();
+    assert_eq!(files(), before, "blobs that are there are not written again");
     let index = layout.join("index.json");
     let mut told: Value = serde_json::from_slice(&std::fs::read(&index).unwrap()).unwrap();
     told["manifests"][0]["size"] = (1u64 << 40).into();
@@ -367,7 +417,7 @@ fn an_images_model_is_a_folder_with_both_config_and_weights() {
 #[test]
 fn an_images_data_is_pulled_once_and_what_killed_pulls_left_is_removed() {
     let fake = Fake::start(Manners::default());
-    fake.artifact("v1", &[(None, archive(&[("data/rows.jsonl", b"{}\n")]))]);
+    fake.artifact("v1", &[(None, archive(&[("data/rows.jsonl", b"{}\n"), ("data/z/more.jsonl", b"[]\n")]))]);
     let cache = tempfile::tempdir().unwrap();
     let left = cache.path().join("images/.hone-pull-dead/data");
     std::fs::create_dir_all(&left).unwrap();
@@ -378,7 +428,7 @@ fn an_images_data_is_pulled_once_and_what_killed_pulls_left_is_removed() {
     for _ in 0..2 {
         let files = fetch::data(std::slice::from_ref(&data), access, &Report::silent()).unwrap();
         let texts: Vec<_> = files.iter().map(|file| std::fs::read(&file.path).unwrap()).collect();
-        assert_eq!(texts, [b"{}\n"]);
+        assert_eq!(texts, [b"{}\n", b"[]\n"]);
         assert!(!left.parent().unwrap().exists());
     }
     assert_eq!(fake.log().iter().filter(|line| line.contains("/blobs/")).count(), 1);
