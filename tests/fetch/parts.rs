@@ -432,6 +432,12 @@ fn an_images_data_is_pulled_once_and_what_killed_pulls_left_is_removed() {
         assert!(!left.parent().unwrap().exists());
     }
     assert_eq!(fake.log().iter().filter(|line| line.contains("/blobs/")).count(), 1);
+
+    // A folder that is there, such as the root of a volume, gets the files below its folders too.
+    let volume = tempfile::tempdir().unwrap();
+    let target = Target::parse(&format!("{}/team/a:v1", fake.host)).unwrap();
+    images::pull(&target, volume.path(), &quick(), &Report::silent()).unwrap();
+    assert_eq!(std::fs::read(volume.path().join("z/more.jsonl")).unwrap(), b"[]\n");
 }
 
 #[test]
