@@ -287,6 +287,14 @@ fn sizes_that_nothing_can_have_are_refused_before_anything_is_read() {
     let fault = pull(&format!("{}/team/a:v1", fake.host));
     assert!(fault.kind == Kind::Data && fault.message.contains("bytes; at most"), "{fault}");
 
+    let content = archive(&[("data/rows.jsonl", b"{}\n")]);
+    fake.artifact("v2", &[(None, content.clone())]);
+    let short = json!({"mediaType": "application/octet-stream", "size": content.len() - 1,
+        "digest": format!("sha256:{}", digest(&content))});
+    fake.put_manifest("v2", json!({"schemaVersion": 2, "layers": [short]}));
+    let fault = pull(&format!("{}/team/a:v2", fake.host));
+    assert!(fault.kind == Kind::Data && fault.message.contains("the layer is longer than its"), "{fault}");
+
     let (folder, layout) = (work.path().join("adapter"), work.path().join("layout"));
     adapter(&folder, 100);
     let target = Target::Layout { folder: layout.clone(), tag: "v1".into() };
