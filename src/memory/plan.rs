@@ -2,6 +2,7 @@
 
 use super::terms::Term;
 use crate::facts::{Keep, Residency};
+use crate::ops::change::Change;
 
 /// How a run uses its memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,9 @@ impl Plan {
     /// its graph. Those of a pass without one lie beside them, so that both need room.
     pub fn graph_bytes(&self) -> u64 {
         let bytes = self.growing() + GRAPHS;
-        let has = self.residency == Residency::Resident && !self.keep.contains(&Keep::HostInputs);
+        let has = self.residency == Residency::Resident
+            && !self.keep.contains(&Keep::HostInputs)
+            && Change::Steps.is_on();
         if has && self.bytes() + bytes <= self.memory { bytes } else { 0 }
     }
 

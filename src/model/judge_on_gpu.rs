@@ -9,7 +9,7 @@ use super::inside;
 use super::judge::{Case, batch, cases, decoder_on};
 use super::recorded::Recorder;
 use crate::facts::{Facts, Keep, Quantization};
-use crate::ops::{cpu, cuda, flat, judge};
+use crate::ops::{cpu, cuda, flat, judge, starve};
 
 /// The cases of `judge.rs` in widths of whole groups of eight, and some that decide where LoRA lies.
 fn wide_cases() -> Vec<Case> {
@@ -137,6 +137,52 @@ fn graphs_have_the_bits_of_their_passes() -> Result<()> {
         }
     }
     assert!(replayed > 40, "only {replayed} cases have graphs");
+    Ok(())
+}
+
+/// Memory that runs out while a pass is recorded, and graphs that are given up to have theirs, change no bit.
+#[test]
+fn a_pass_that_cannot_be_recorded_goes_launch_by_launch() -> Result<()> {
+    if judge::gpu().is_none() {
+        return Ok(());
+    }
+    let gpu = cuda::device::open(0).expect("it opened before");
+    let (decoder, adapter) = decoder_on(&cases()[0], DType::BF16, &gpu);
+    let keep = vec![Keep::Everything; decoder.layers.len()];
+    let batch = &batches_of_one_shape(&decoder.facts, 0.0, 0.0)[0];
+    let pass = |recorder: &mut Recorder| -> Result<(f64, Vec<f64>)> {
+        flat::zero(&adapter.grads)?;
+        let loss = recorder.pass(&decoder, &adapter, &keep, batch, 0.5, None)?.value()?;
+        Ok((loss, cpu::to_f64(&adapter.grads.to_device(&Device::Cpu)?)?))
+    };
+    let expected = pass(&mut Recorder::new(0))?;
+    for at in [1, 30] {
+        let mut recorder = Recorder::new(u64::MAX);
+        assert_eq!(pass(&mut recorder)?, expected);
+        starve::set(Some((at, 1)));
+        assert_eq!(pass(&mut recorder)?, expected, "allocation {at} of the recorded pass fails");
+        let refusal = recorder.refusal().expect("a refusal");
+        assert!(refusal.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{refusal}");
+        assert_eq!((recorder.refusal(), recorder.size()), (None, (0, 0)), "it is told once");
+        assert_eq!(pass(&mut recorder)?, expected);
+    }
+    let mut recorder = Recorder::new(u64::MAX);
+    for _ in 0..3 {
+        assert_eq!(pass(&mut recorder)?, expected);
+    }
+    assert_eq!(recorder.size().0, 1);
+    assert!(recorder.give_up());
+    assert_eq!((pass(&mut recorder)?, recorder.size(), recorder.give_up()), (expected, (0, 0), false));
+    // Layers whose gradients are there are told behind a short pass.
+    let (mut recorder, mut told) = (Recorder::new(u64::MAX), Vec::new());
+    for _ in 0..2 {
+        let mut done = |layer| {
+            told.push(layer);
+            Ok(())
+        };
+        recorder.pass(&decoder, &adapter, &keep, batch, 0.5, Some(&mut done))?;
+    }
+    assert_eq!((told, recorder.size().0), (vec![2, 1, 0, 2, 1, 0], 1));
     Ok(())
 }
 
