@@ -253,9 +253,11 @@ fn load_alike(
         return load::load_at(home, facts, options, device, report);
     }
     let load = || {
-        let (decoder, fingerprint) = load::load_compared(home, facts, options, device, report)?;
-        together.agree_on_weights(&fingerprint)?;
-        Ok((decoder, fingerprint))
+        together.while_loading(|moved| {
+            let (decoder, fingerprint) = load::load_compared(home, facts, options, device, report, moved)?;
+            together.agree_on_weights(&fingerprint)?;
+            Ok((decoder, fingerprint))
+        })
     };
     let (decoder, fingerprint) = if home.is_shared() { together.apart(load) } else { load() }?;
     if home.is_shared() {

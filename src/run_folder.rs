@@ -33,7 +33,7 @@ const CHECKPOINTS: &str = "checkpoints";
 pub const REPORT: &str = "report.html";
 /// Folder of what trackers keep beside the results: TensorBoard's event files.
 pub const TRACKERS: &str = "runs";
-/// How that page begins, by which hone knows its own.
+/// The beginning of that page, by which hone knows its own.
 pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
 /// The content of that page, for machines.
 pub const REPORT_FACTS: &str = "report.json";
@@ -136,7 +136,7 @@ impl Record {
         read_record(folder)
     }
 
-    /// When the run was first started.
+    /// The time of the run's first start.
     pub fn started(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(self.started)
     }

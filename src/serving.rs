@@ -147,7 +147,9 @@ fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
     let adapters = options.adapters.iter().map(|(name, source)| Ok((name, source, bring(source)?)));
     let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let machine = Machine::of(&device, plan.memory_limit);
-    let bytes = adapters.iter().map(|(_, _, brought)| room::adapter_bytes(&brought.folder, machine.place));
+    let bytes = adapters
+        .iter()
+        .map(|(_, _, brought)| room::adapter_bytes(&brought.folder, machine.place, plan.model.precision));
     let described = room::describe(plan, &folder)?;
     let divided = room::divide(plan, &options.size, &described, bytes.sum::<Result<u64>>()?, &machine)?;
     report.note(

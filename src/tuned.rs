@@ -238,7 +238,7 @@ impl Tuned {
     /// The adapters' pairs for this base.
     pub fn sum(&self, dtype: DType, device: &Device) -> Result<Sum> {
         let pairs = self.members.iter().map(|member| {
-            let pairs = member.adapter.pairs(&self.facts, dtype, device);
+            let pairs = member.adapter.pairs(&self.facts, dtype, dtype, device);
             pairs.map_err(|fault| fault.at(&member.named.source))
         });
         let strengths = self.members.iter().map(|member| member.named.strength).collect();

@@ -109,7 +109,7 @@ fn alone(decoder: &Decoder) -> Tensor {
 }
 
 fn pairs(adapter: &Path, facts: &Facts) -> Pairs {
-    adapter::read(adapter).unwrap().pairs(facts, DType::F32, &candle_core::Device::Cpu).unwrap()
+    adapter::read(adapter).unwrap().pairs(facts, DType::F32, DType::F32, &candle_core::Device::Cpu).unwrap()
 }
 
 /// An adapter folder with other settings.

@@ -4,8 +4,12 @@
 mod fake_registry;
 #[path = "support/http.rs"]
 mod http;
+#[path = "fetch/hubs.rs"]
+mod hubs;
 #[path = "support/job.rs"]
 mod job;
+#[path = "fetch/parts.rs"]
+mod parts;
 #[path = "support/registry.rs"]
 mod registry;
 #[path = "support/random.rs"]

@@ -250,7 +250,7 @@ fn a_graph_changes_no_bit() {
     for name in recorded().keys() {
         let decoder = decoder_on(name, &gpu, Precision::Bf16, nf4);
         let read = adapter::read(&golden(name).join("final_adapter")).unwrap();
-        let pairs = || read.pairs(&decoder.facts, decoder.dtype, &gpu).unwrap();
+        let pairs = || read.pairs(&decoder.facts, decoder.dtype, decoder.dtype, &gpu).unwrap();
         let (first, mut second) = (pairs(), pairs());
         let token = |row: usize, at: usize| ((row * 31 + at * 7 + 1) % decoder.facts.vocab) as u32;
         let mut caches = [(); 2].map(|()| Cache::new(&decoder.facts, 3 * 96, 96, DType::BF16, &gpu).unwrap());
@@ -396,7 +396,7 @@ fn a_driver_without_graphs_is_warned_about_once() {
 #[cfg(feature = "cuda")]
 fn by_steps(decoder: &Decoder, name: &str, text: &[u32], alone: usize, cache: DType) -> Vec<Vec<f32>> {
     let adapter = adapter::read(&golden(name).join("final_adapter")).unwrap();
-    let pairs = adapter.pairs(&decoder.facts, decoder.dtype, &decoder.device).unwrap();
+    let pairs = adapter.pairs(&decoder.facts, decoder.dtype, decoder.dtype, &decoder.device).unwrap();
     let mut cache = Cache::new(&decoder.facts, text.len(), text.len(), cache, &decoder.device).unwrap();
     let pages = cache.reserve(text.len(), &[]).unwrap().pages;
     let first = text.len() - alone;

@@ -451,7 +451,7 @@ fn what_a_decoded_token_asks_of_the_device() {
         let (decoder, _) = decoder(name, &gpu, Precision::Bf16, 0.0);
         assert_eq!(decoder.layers.len(), 2);
         let adapter = adapter::read(&model(name).parent().unwrap().join("final_adapter")).unwrap();
-        let pairs = adapter.pairs(&decoder.facts, decoder.dtype, &gpu).unwrap();
+        let pairs = adapter.pairs(&decoder.facts, decoder.dtype, decoder.dtype, &gpu).unwrap();
         let mut cache =
             Cache::new(&decoder.facts, 64 * sequences, 64, candle_core::DType::BF16, &gpu).unwrap();
         let pages: Vec<Vec<u32>> = (0..sequences).map(|_| cache.reserve(64, &[]).unwrap().pages).collect();

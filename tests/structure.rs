@@ -11,7 +11,7 @@ use hone::spec::keys;
 use hone::workspace::annotations;
 use regex::Regex;
 
-/// Which models a family of the table in docs/models.md is.
+/// The models of each family in the table of docs/models.md.
 const MODELS: [(&str, &str); 14] = [
     ("falcon", "Falcon 7B, 40B, 11B: fused query_key_value in both orders, parallel layers"),
     ("gemma2", "Gemma 2: soft-caps, window on every other layer, norms before and after"),

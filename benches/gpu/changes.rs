@@ -2,7 +2,8 @@
 //! the host's own time for a launch.
 //!
 //! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]`: for each change
-//! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
+//! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits. What
+//! was found so far is in the `--out` file after each change.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
 //! all changes, without each that concerns the host, and without all of these; and those for a token that is
 //! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with
@@ -57,6 +58,7 @@ pub fn changes(
     names: &str,
     [rounds, count]: [usize; 2],
     device: &Device,
+    keep: impl Fn(&Value) -> Result<()>,
 ) -> Result<Value> {
     let model = decoder(folder, Precision::Bf16, device)?;
     let mut found = Vec::new();
@@ -73,18 +75,25 @@ pub fn changes(
                 if change == Change::Expanded {
                     model.0.keep_expanded(if on { model.0.layers.len() } else { 0 });
                 }
-                let keep = if change == Change::Beside { Keep::HostInputs } else { Keep::Everything };
-                let ran = one(&model, timed, keep, device, &mut sides[usize::from(on)]);
+                let level = if change == Change::Beside { Keep::HostInputs } else { Keep::Everything };
+                let ran = one(&model, timed, level, device, &mut sides[usize::from(on)]);
                 change.set(true);
                 ran?;
             }
             model.0.keep_expanded(0);
             let [off, on] = &sides;
+            println!(
+                "{workload}, {}: {:.2} ms a step without, {:.2} with",
+                change.name(),
+                1e3 * median(&off.seconds),
+                1e3 * median(&on.seconds)
+            );
             found.push(json!({
                 "change": change.name(), "workload": workload, "with": on.json(), "without": off.json(),
                 "saved_milliseconds": 1e3 * (median(&off.seconds) - median(&on.seconds)),
                 "same_losses": on.losses == off.losses,
             }));
+            keep(&json!({ "contender": "hone", "changes": &found }))?;
         }
     }
     Ok(json!({ "contender": "hone", "changes": found }))

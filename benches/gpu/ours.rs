@@ -49,6 +49,12 @@ fn main() -> Result<()> {
         at.and_then(|at| arguments.get(at + 1)).map_or(default.to_owned(), String::clone)
     };
     let folder = PathBuf::from(flag("--folder", "."));
+    let out = flag("--out", "");
+    // A stage that runs out of its time has left what it found.
+    let write = |found: &Value| match out.as_str() {
+        "" => Ok(()),
+        file => Ok(std::fs::write(file, found.to_string())?),
+    };
     let result = match arguments.first().map(String::as_str) {
         Some("parity") => parity(&folder, &flag("--precision", "bf16"), &open(&flag("--device", "cuda:0"))?)?,
         Some("speed") => {
@@ -60,6 +66,7 @@ fn main() -> Result<()> {
                 level(&flag("--keep", "everything"))?,
                 named(&flag("--precision", "bf16"))?,
                 &open(&flag("--device", "cuda:0"))?,
+                write,
             )?
         }
         Some("serve") => {
@@ -68,7 +75,7 @@ fn main() -> Result<()> {
             };
             let (batches, prompt, tokens) =
                 (numbers("--batches", "1,32")?, numbers("--prompt", "128")?, numbers("--tokens", "128")?);
-            serve(&folder, &batches, prompt[0], tokens[0], &open(&flag("--device", "cuda:0"))?)?
+            serve(&folder, &batches, prompt[0], tokens[0], &open(&flag("--device", "cuda:0"))?, write)?
         }
         Some("study") => {
             let options = LoraOptions {
@@ -82,7 +89,7 @@ fn main() -> Result<()> {
         Some("changes") => {
             let numbers = [flag("--rounds", "2").parse()?, flag("--steps", "6").parse()?];
             let (workloads, only) = (flag("--workloads", "packed,long,short"), flag("--only", ""));
-            changes::changes(&folder, &workloads, &only, numbers, &open(&flag("--device", "cuda:0"))?)?
+            changes::changes(&folder, &workloads, &only, numbers, &open(&flag("--device", "cuda:0"))?, write)?
         }
         Some("host") => {
             let numbers = [flag("--rounds", "7").parse()?, flag("--passes", "20").parse()?];
@@ -101,11 +108,10 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    match flag("--out", "").as_str() {
-        "" => println!("{result}"),
-        file => std::fs::write(file, result.to_string())?,
+    if out.is_empty() {
+        println!("{result}");
     }
-    Ok(())
+    write(&result)
 }
 
 fn open(name: &str) -> Result<Device> {
@@ -275,6 +281,7 @@ fn speed(
     keep: Keep,
     precision: Precision,
     device: &Device,
+    write: impl Fn(&Value) -> Result<()>,
 ) -> Result<Value> {
     let began = Instant::now();
     let decoder = decoder(folder, precision, device)?;
@@ -286,6 +293,7 @@ fn speed(
     for workload in workloads.split(',') {
         let steps = steps(folder, workload)?;
         found.insert(workload.into(), measure(&decoder, &steps, warm, keep, device)?);
+        write(&json!({ "contender": "hone", "load_seconds": load_seconds, "workloads": &found }))?;
     }
     Ok(json!({ "contender": "hone", "load_seconds": load_seconds, "workloads": found }))
 }
@@ -335,7 +343,14 @@ fn median(values: &[f64]) -> f64 {
 const SERVED_RANK: usize = 16;
 const SERVED: [&str; 4] = ["a", "b", "c", "d"];
 
-fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device: &Device) -> Result<Value> {
+fn serve(
+    folder: &Path,
+    batches: &[usize],
+    prompt: usize,
+    tokens: usize,
+    device: &Device,
+    write: impl Fn(&Value) -> Result<()>,
+) -> Result<Value> {
     let began = Instant::now();
     let (decoder, _) = decoder(folder, Precision::Bf16, device)?;
     let load_seconds = began.elapsed().as_secs_f64();
@@ -385,6 +400,7 @@ fn serve(folder: &Path, batches: &[usize], prompt: usize, tokens: usize, device:
                 "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
                 "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
             }));
+            write(&json!({ "contender": "hone", "load_seconds": load_seconds, "serving": &found }))?;
         }
     }
     let mut found = json!({

@@ -39,6 +39,11 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
     cases.extend(
         contexts.iter().map(|&(sequences, context)| generating(gpu, shape, heads, sequences, context)),
     );
+    if gpu.small {
+        // A width that the kernels for Hopper serve.
+        let heads = Heads { width: 64, scale: 0.125, ..heads };
+        cases.extend(both(gpu, format!("heads of 64, {}", shape.name), heads, &whole));
+    }
     // Llama-3.2-1B's heads, and a window at a width that has none above.
     if shape.name == "llama3.1-8b" {
         for (name, heads) in [

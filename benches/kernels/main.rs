@@ -80,6 +80,14 @@ fn main() -> candle_core::Result<()> {
             keep(&mut results, found)?;
         }
     }
+    if results["cases"].as_array().is_some_and(Vec::is_empty) {
+        let note = format!("no case of this card has {:?} in its name", only.unwrap_or_default());
+        println!("{note}");
+        results["note"] = note.into();
+        if let Some(file) = value("--out") {
+            std::fs::write(file, results.to_string())?;
+        }
+    }
     match wrong {
         0 => Ok(()),
         _ => Err(candle_core::Error::Msg(format!("{wrong} cases are wrong"))),

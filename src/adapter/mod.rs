@@ -427,11 +427,12 @@ impl Adapter {
         self.nothing_else(&trainable.sites, &trainable.tokens)
     }
 
-    /// The LoRA pairs for a base of these facts, on the device that serves it.
+    /// The LoRA pairs for a base of these facts, on the device that serves it. `pairs` is the type of A and B where a
+    /// pair has no magnitudes, `dtype` that of everything else.
     ///
     /// # Errors
     /// Model: the adapter belongs to another base, or it would change nothing.
-    pub fn pairs(&self, facts: &Facts, dtype: DType, device: &Device) -> Result<Pairs> {
+    pub fn pairs(&self, facts: &Facts, dtype: DType, pairs: DType, device: &Device) -> Result<Pairs> {
         let options = self.options(&LoraOptions::default())?;
         let sites = sites::sites(facts, &options).map_err(|_| self.of_another_base(facts))?;
         let (sites, tokens) = (sites.list, sites.tokens);
@@ -441,8 +442,11 @@ impl Adapter {
         for site in &sites {
             let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
             changes |= site.scale != 0.0 && cpu::to_f64(b)?.iter().any(|value| *value != 0.0);
+            let dtype_of_pair = if site.dora { dtype } else { pairs };
             let weight = |tensor: &Tensor| {
-                Ok::<_, Fault>(Weight::Dense(tensor.to_dtype(dtype)?.contiguous()?.to_device(device)?))
+                Ok::<_, Fault>(Weight::Dense(
+                    tensor.to_dtype(dtype_of_pair)?.contiguous()?.to_device(device)?,
+                ))
             };
             let dora = site.dora.then(|| self.finished_magnitudes(site, dtype, device)).transpose()?;
             changes |= dora.is_some();

@@ -33,7 +33,7 @@ pub const SECRET: &str = "hone-webhook";
 pub const SERVICE: &str = "hone-webhook";
 /// The ValidatingWebhookConfiguration.
 pub const CONFIGURATION: &str = "validation.hone.sh";
-/// When the pair in the Secret is to be renewed.
+/// The time at which the pair in the Secret is to be renewed.
 const RENEWAL: &str = "hone.sh/renewal";
 /// Clocks of machines differ.
 const SKEW: SignedDuration = SignedDuration::from_hours(1);

@@ -124,12 +124,8 @@ impl Webhook {
         };
         let certificate = watch::Sender::new(None);
         let kaito = watch::Sender::new(false);
-        let judge = Arc::new(Judge {
-            client: self.keeper.client.clone(),
-            settings: self.settings.clone(),
-            kaito: kaito.subscribe(),
-            turns: Semaphore::new(JUDGED_MAX),
-        });
+        let judge = Judge::new(self.keeper.client.clone(), self.settings.clone(), kaito.subscribe());
+        let judge = Arc::new(judge);
         tokio::join!(self.keep(&certificate, &kaito), accept(listener, certificate.subscribe(), judge));
     }
 
@@ -206,6 +202,10 @@ struct Judge {
 }
 
 impl Judge {
+    fn new(client: Client, settings: Settings, kaito: watch::Receiver<bool>) -> Judge {
+        Judge { client, settings, kaito, turns: Semaphore::new(JUDGED_MAX) }
+    }
+
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let (status, body) = match self.answer(request).await {
             Ok(review) => (StatusCode::OK, review),
@@ -227,10 +227,15 @@ impl Judge {
             Ok(Err(_)) => return Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into())),
             Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into())),
         };
+        self.review(&body).await
+    }
+
+    /// The answer to one AdmissionReview, which waits for its turn.
+    async fn review(&self, body: &[u8]) -> std::result::Result<Value, (StatusCode, String)> {
         let wrong = |why: String| (StatusCode::BAD_REQUEST, why);
         let _turn = self.turns.acquire().await.expect("never closed");
         let review: Value =
-            serde_json::from_slice(&body).map_err(|error| wrong(format!("no AdmissionReview: {error}")))?;
+            serde_json::from_slice(body).map_err(|error| wrong(format!("no AdmissionReview: {error}")))?;
         let asked = &review["request"];
         let Some(uid) = asked["uid"].as_str() else { return Err(wrong("request.uid is missing".into())) };
         let response = match self.judge(asked).await {
@@ -531,5 +536,60 @@ mod tests {
         assert!(
             refusal(Some(&running), &serves(json!([]))).contains("tuning: it cannot be added or removed")
         );
+    }
+
+    /// An API server that answers none before three are there and a fourth had time to come. Returns its address
+    /// and the most requests that were there at once.
+    fn slow_server() -> (std::net::SocketAddr, Arc<Mutex<(usize, usize)>>) {
+        use std::io::{Read, Write};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let counts = Arc::new(Mutex::new((0, 0)));
+        let seen = counts.clone();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let counts = seen.clone();
+                std::thread::spawn(move || {
+                    let _ = stream.read(&mut [0; 4096]);
+                    let update = |by: &dyn Fn(&mut (usize, usize))| by(&mut locked(&counts));
+                    update(&|(now, most)| (*now, *most) = (*now + 1, (*now + 1).max(*most)));
+                    let pause = Duration::from_millis(20);
+                    (0..50).take_while(|_| locked(&counts).1 < 3).for_each(|_| std::thread::sleep(pause));
+                    std::thread::sleep(4 * pause);
+                    update(&|(now, _)| *now -= 1);
+                    let _ = stream.write_all(
+                        b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+                    );
+                });
+            }
+        });
+        (address, counts)
+    }
+
+    #[test]
+    fn three_reviews_are_judged_at_a_time_and_the_others_wait() {
+        let (address, counts) = slow_server();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let answers = runtime.block_on(async {
+            let config = kube::Config::new(format!("http://{address}").parse().unwrap());
+            let kaito = watch::Sender::new(false);
+            let client = Client::try_from(config).unwrap();
+            let judge = Arc::new(Judge::new(client, Settings::default(), kaito.subscribe()));
+            let object = workspace(&json!({"tuning": {"config": "c"}}));
+            let review = json!({"request": {"uid": "u", "operation": "CREATE", "object": object}});
+            let body = review.to_string().into_bytes();
+            let ask = || {
+                let (judge, body) = (judge.clone(), body.clone());
+                tokio::spawn(async move { judge.review(&body).await })
+            };
+            let asked: Vec<_> = (0..8).map(|_| ask()).collect();
+            let mut answers = Vec::new();
+            for answer in asked {
+                answers.push(answer.await.unwrap().unwrap());
+            }
+            answers
+        });
+        assert!(answers.iter().all(|answer| answer["response"]["allowed"] == true), "{answers:?}");
+        assert_eq!(*locked(&counts), (0, 3));
     }
 }

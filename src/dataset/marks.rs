@@ -23,7 +23,7 @@ const TAGS: [&str; 6] = ["<think>", "</think>", "<thought>", "</thought>", "[THI
 /// Fields of a message that hold thoughts.
 pub(super) const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 
-/// Which ends of a piece are marked. Some templates look at how a text begins.
+/// The ends of a piece that are marked. Some templates look at how a text begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Ends {
     /// Both ends.

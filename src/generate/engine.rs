@@ -70,7 +70,7 @@ pub struct Engine {
     worker: Option<JoinHandle<()>>,
 }
 
-/// What callers and the worker share.
+/// State that callers and the worker share.
 struct Shared {
     state: Mutex<State>,
     /// Signalled when a request waits or the engine is to end.
@@ -264,7 +264,8 @@ impl request::Engine for Engine {
         let read = adapter::read(folder)?;
         #[cfg(feature = "cuda")]
         let _apart = graph::apart();
-        let pairs = read.pairs(&self.decoder.facts, self.decoder.dtype, &self.decoder.device)?;
+        let Decoder { facts, dtype, device, .. } = &*self.decoder;
+        let pairs = read.pairs(facts, *dtype, self.decoder.pair_type(), device)?;
         let about = Adapter {
             name: name.to_owned(),
             folder: folder.to_owned(),

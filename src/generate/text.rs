@@ -8,7 +8,7 @@ const WAITING_MAX: usize = 16;
 /// Decodes a sequence as it grows.
 pub struct Detokenizer {
     ids: Vec<u32>,
-    /// Where the text that is decoded again begins: tokenizers treat the first token of a text in their own way.
+    /// The beginning of the text that is decoded again: tokenizers treat the first token of a text in their own way.
     start: usize,
     /// Up to here everything is written.
     written: usize,

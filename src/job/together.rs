@@ -74,9 +74,19 @@ impl Together {
     /// Trains. Meanwhile, a rank that does not come to a call that the others came to ends all of them.
     pub fn while_training<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work() };
-        link.begins_training();
+        link.hurries();
         let done = work()?;
         link.ends_training().map(|()| done)
+    }
+
+    /// Loads the base. `work` says after each part that it `moved`. A rank that does not move, while others wait for it,
+    /// ends all of them.
+    pub fn while_loading<T>(&self, work: impl FnOnce(&dyn Fn()) -> Result<T>) -> Result<T> {
+        let Some(link) = &self.0 else { return work(&|| ()) };
+        link.hurries();
+        let done = work(&|| link.moves())?;
+        link.takes_its_time();
+        Ok(done)
     }
 
     /// Does work of which each rank has a share of its own. What one of them refuses, another one cannot know.

@@ -90,6 +90,14 @@ impl SentTurns {
 }
 
 impl Decoder {
+    /// The type that finished pairs are held in: products round them to bf16 unless the precision is f32.
+    pub fn pair_type(&self) -> DType {
+        match (self.dtype, self.precision) {
+            (DType::F32, Precision::Bf16 | Precision::Fp8) => DType::BF16,
+            (dtype, _) => dtype,
+        }
+    }
+
     /// A new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
         let sites = sites::sites(&self.facts, options)?;

@@ -60,13 +60,13 @@ impl Fingerprint {
     }
 }
 
-/// Which tensors a part has.
+/// The tensors that a part has.
 pub(super) struct Part<'a> {
     /// Its name in messages.
     pub name: String,
-    /// How the names of its tensors begin.
+    /// The beginnings of its tensors' names.
     pub prefix: &'a str,
-    /// How names begin that are no part of it.
+    /// The beginnings of names that are no part of it.
     pub without: Option<&'a str>,
 }
 

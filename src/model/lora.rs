@@ -17,7 +17,7 @@ use crate::facts::{LoraInit, LoraOptions, Precision};
 use crate::ops::matmul::{self, Weight};
 #[cfg(feature = "cuda")]
 use crate::ops::{adapters, low_rank};
-use crate::ops::{dropout, flat, unwritten};
+use crate::ops::{dropout, flat, row_pairs, unwritten};
 
 use super::dora::{self, Dora};
 use super::inside::Member;
@@ -89,7 +89,7 @@ pub struct Pairs {
     list: Vec<Option<Pair>>,
     /// Trained rows of tables of tokens.
     tokens: Vec<FinishedRows>,
-    /// Where the matrices lie on a GPU; made once.
+    /// Addresses of the matrices on a GPU; made once.
     #[cfg(feature = "cuda")]
     table: std::sync::OnceLock<Tensor>,
 }
@@ -224,7 +224,7 @@ impl Pairs {
         self.list.iter().flatten().any(|pair| pair.dora.is_some())
     }
 
-    /// Where the matrices lie, for the launches that serve many adapters.
+    /// Addresses of the matrices, for the launches that serve many adapters.
     #[cfg(feature = "cuda")]
     fn table(&self, device: &Device) -> Result<&Tensor> {
         if self.table.get().is_none() {
@@ -291,9 +291,41 @@ impl<'a> Mixture<'a> {
         if x.device().is_cuda() {
             return self.forward_on_gpu(linears, x, y, pass);
         }
-        linears
-            .iter()
-            .try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, pass.apart, &self.parts))
+        let short = self.add_to_short_rows(linears, x, y, pass)?;
+        let behind = |part: &Part<'a>| Part {
+            rows: part.rows.start.max(short)..part.rows.end.max(short),
+            ..part.clone()
+        };
+        let parts: Vec<Part> = self.parts.iter().map(behind).collect();
+        linears.iter().try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, pass.apart, &parts))
+    }
+
+    /// Adds to the rows of short segments on a CPU, all at once, and returns their number; 0 if they are left to
+    /// products.
+    fn add_to_short_rows(
+        &self,
+        linears: &[(usize, &Linear)],
+        x: &Tensor,
+        y: &Tensor,
+        pass: &Pass,
+    ) -> Result<usize> {
+        let short = if pass.apart { pass.short } else { 0 };
+        // Magnitudes change the base's output, too.
+        if short == 0 || self.parts.iter().any(|part| part.adapter.has_magnitudes()) {
+            return Ok(0);
+        }
+        let layer = |(at, linear): &(usize, &Linear)| {
+            let pairs = self.parts.iter().filter_map(|part| {
+                let rows = part.rows.start..part.rows.end.min(short);
+                let pair =
+                    part.adapter.get(linear.site).filter(|_| part.strength != 0.0 && !rows.is_empty())?;
+                let factor = pair.scale * linear.factor * part.strength;
+                Some(row_pairs::Pair { a: &pair.a, b: &pair.b, rows, factor })
+            });
+            row_pairs::Layer { at: *at, columns: linear.weight.dims().0, pairs: pairs.collect() }
+        };
+        let layers: Vec<row_pairs::Layer> = linears.iter().map(layer).collect();
+        Ok(if row_pairs::add(x, y, &layers, pass.precision)? { short } else { 0 })
     }
 
     /// Long parts by products; all others row by row, which leaves a row's bits to its own adapters.

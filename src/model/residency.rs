@@ -23,7 +23,7 @@ use crate::ranks::Collective;
 use super::handover::{self, bytes, scales_of};
 use super::layer::Layer;
 
-/// Where the 4-bit weights of the layers lie.
+/// The place of the layers' 4-bit weights.
 #[derive(Clone, Default)]
 pub enum Home {
     /// On the device.

@@ -169,7 +169,7 @@ impl Wanted<'_> {
         }
     }
 
-    /// Which of the rows that reach the head lie in a range of the pass.
+    /// The rows that reach the head and lie in a range of the pass.
     fn within(self, range: &Range<usize>) -> Range<usize> {
         match self {
             Wanted::All(_) => range.clone(),

@@ -38,6 +38,7 @@ pub mod magnitude;
 pub mod number;
 pub mod rms_norm;
 pub mod rope;
+pub mod row_pairs;
 pub mod rows;
 pub mod slab;
 pub mod stash;

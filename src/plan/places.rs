@@ -382,7 +382,7 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
     }
 }
 
-/// Which processes train together. `choice` is what `device` says.
+/// The processes that train together. `choice` is the value of `device`.
 pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
     let origin = reader.origin(Section::Hone, "gpus");
     let text = reader.text(Section::Hone, "gpus");

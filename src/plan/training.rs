@@ -153,7 +153,7 @@ fn every(strategy: Option<&str>, steps: Every) -> Every {
     }
 }
 
-/// When to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
+/// The points at which to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
 fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> Every {
     let split = dataset.train_share < 1.0 || dataset.evaluation_from.is_some();
     let name = "eval_strategy";

@@ -460,10 +460,7 @@ impl Push<'_> {
     }
 
     fn parsed(&self, text: &str) -> Result<Url> {
-        let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
-        // A hub that is reached by TLS does not send files elsewhere in clear text.
-        let url = url.filter(|url| self.hub.endpoint.scheme() == "http" || url.scheme() == "https");
-        url.filter(|url| !source::forbidden_host(url))
+        usable(text, &self.hub.endpoint)
             .ok_or_else(|| self.unclear("an address for a large file is none that may be used"))
     }
 
@@ -493,6 +490,34 @@ impl Push<'_> {
     }
 }
 
+/// An address for a large file that the hub named, if files may go there.
+fn usable(text: &str, hub: &Url) -> Option<Url> {
+    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+    // A hub that is reached by TLS does not send files elsewhere in clear text.
+    let url = url.filter(|url| hub.scheme() == "http" || url.scheme() == "https");
+    url.filter(|url| !source::forbidden_host(url))
+}
+
 fn text(value: &Json) -> String {
     value.as_str().map_or_else(|| value.to_string(), |text| text.chars().take(300).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_files_go_nowhere_in_clear_text_from_a_hub_of_tls() {
+        let may = |text: &str, hub: &str| usable(text, &Url::parse(hub).unwrap()).is_some();
+        for (text, by_tls, in_clear) in [
+            ("https://store.example/part?sig=1", true, true),
+            ("http://store.example/part", false, true),
+            ("https://169.254.169.254/part", false, false),
+            ("ftp://store.example/part", false, false),
+            ("no address", false, false),
+        ] {
+            assert_eq!(may(text, "https://hub.example"), by_tls, "{text}");
+            assert_eq!(may(text, "http://localhost:8080/hub"), in_clear, "{text}");
+        }
+    }
 }

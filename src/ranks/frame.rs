@@ -19,11 +19,11 @@ pub const GREETING_BYTES_MAX: u64 = 64 << 10;
 /// Bytes of a body that are made room for before they came.
 const ROOM_BYTES: u64 = 1 << 20;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum What {
-    /// Who calls; the first frame of a connection.
+    /// The caller's name; the first frame of a connection.
     Hello = 1,
     /// All ranks are there.
     Welcome = 2,
@@ -41,10 +41,12 @@ pub enum What {
     Done = 8,
     /// A process that was started by the sender ended, with its number and the reason.
     Ended = 9,
+    /// The sender loaded a part of the base.
+    Moved = 10,
 }
 
 impl What {
-    const ALL: [What; 9] = [
+    const ALL: [What; 10] = [
         What::Hello,
         What::Welcome,
         What::Beat,
@@ -54,13 +56,14 @@ impl What {
         What::End,
         What::Done,
         What::Ended,
+        What::Moved,
     ];
 }
 
 /// One message.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Frame {
-    /// What it is.
+    /// The frame's kind.
     pub what: What,
     /// The number of the call, or of a rank; else 0.
     pub number: u64,

@@ -44,7 +44,7 @@ pub fn fix_order_of_sums() {
     }
 }
 
-/// What was asked about the processes of this machine.
+/// The processes that were asked for on this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Wish {
     /// The device.
@@ -59,7 +59,7 @@ pub struct Wish {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Crew {
     places: Vec<Place>,
-    /// Where they meet; `None`: on this machine.
+    /// The address at which they meet; `None`: on this machine.
     meeting: Option<Meeting>,
     /// Whether they share the CPU.
     on_cpu: bool,
@@ -320,7 +320,7 @@ impl Drop for Team {
     }
 }
 
-/// What the end of a process says; `None` if it succeeded.
+/// The reason for which a process ended; `None` if it succeeded.
 fn fault_of(status: ExitStatus) -> Option<Fault> {
     let fault = match (status.code(), status.signal()) {
         (Some(0), _) => return None,

@@ -122,8 +122,8 @@ struct State {
     over: bool,
     /// Rank 0 said that the run succeeded.
     done: bool,
-    /// Training is on, so that all ranks make calls all the time.
-    trains: bool,
+    /// All ranks load the base or train, so that none of them should keep the others waiting for long.
+    hurries: bool,
     /// Each rank works on something else than the others.
     apart: bool,
     /// Since when this rank waits in a call.
@@ -134,7 +134,7 @@ struct State {
     lags: Option<Instant>,
     /// The tick of the slowest device, and since when.
     slowest: Option<(u64, Instant)>,
-    /// What is known of each peer.
+    /// The state of each peer.
     peers: Vec<Known>,
 }
 
@@ -148,7 +148,7 @@ struct Known {
     tick: u64,
     /// Since when the others wait for the rank.
     lags: Option<Instant>,
-    /// When the connection closed.
+    /// The time at which the connection closed.
     lost: Option<Instant>,
     /// Why the rank failed, as it said itself, and when.
     failed: Option<(Fault, Instant)>,
@@ -210,9 +210,19 @@ impl Link {
         Ok(Link { shared, sums: Mutex::new(Sums { begin, under_way: VecDeque::new() }) })
     }
 
-    /// Training begins: from now on, a rank that does not come to a call ends all.
-    pub fn begins_training(&self) {
-        self.shared.lock().trains = true;
+    /// From now on, a rank that does not come to a call that the others came to ends all, unless it `moves`.
+    pub fn hurries(&self) {
+        self.shared.lock().hurries = true;
+    }
+
+    /// From now on, a rank may keep the others waiting for as long as it works.
+    pub fn takes_its_time(&self) {
+        self.shared.lock().hurries = false;
+    }
+
+    /// Says that this rank made progress, so that the time for which the others have waited for it begins again.
+    pub fn moves(&self) {
+        self.shared.moves();
     }
 
     /// Training is over. Rank 0 goes on alone, and the end of another rank changes nothing.
@@ -221,7 +231,7 @@ impl Link {
     /// The fault that ended the ranks before.
     pub fn ends_training(&self) -> Result<()> {
         let mut state = self.shared.lock();
-        (state.trains, state.over) = (false, true);
+        (state.hurries, state.over) = (false, true);
         state.end.as_ref().map_or(Ok(()), |(fault, _)| Err(fault.clone()))
     }
 
@@ -489,6 +499,7 @@ impl Shared {
                 }
                 What::Done => state.done = true,
                 What::Beat => state.peers[index].tick = frame.number,
+                What::Moved => state.peers[index].lags = None,
                 _ => {}
             }
             self.changed.notify_all();
@@ -525,6 +536,18 @@ impl Shared {
         }
     }
 
+    /// Rank 0 alone counts the time for which ranks keep the others waiting.
+    fn moves(&self) {
+        match self.place.leads() {
+            true => self.lock().lags = None,
+            false => self.peers.iter().for_each(|peer| {
+                // If it cannot be written, the connection is lost, which is noticed elsewhere.
+                let mut writer = peer.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let _ = frame::write(&mut *writer, What::Moved, 0, &[]);
+            }),
+        }
+    }
+
     fn beat(&self) {
         for peer in &self.peers {
             // While something else is written, the peer hears that.
@@ -541,9 +564,9 @@ impl Shared {
             return None;
         }
         let most = state.peers.iter().map(|known| known.calls).chain([state.calls]).max().unwrap_or(0);
-        let (trains, waits) = (state.trains && self.place.leads(), state.waits);
+        let (hurries, waits) = (state.hurries && self.place.leads(), state.waits);
         let (calls, apart) = (state.calls, state.apart);
-        if self.lags(&mut state.lags, trains && state.calls < most) {
+        if self.lags(&mut state.lags, hurries && state.calls < most) {
             return Some(self.hangs("rank 0"));
         }
         for (peer, known) in self.peers.iter().zip(&mut state.peers) {
@@ -552,7 +575,7 @@ impl Shared {
                 .or_else(|| self.lost(peer, known))
                 .or_else(|| self.silent(peer))
                 .or_else(|| {
-                    let lags = self.lags(&mut known.lags, trains && known.calls < most);
+                    let lags = self.lags(&mut known.lags, hurries && known.calls < most);
                     lags.then(|| self.hangs(&peer.name))
                 });
             if fault.is_some() {
@@ -973,7 +996,7 @@ mod tests {
     fn a_rank_that_does_not_come_to_a_call_of_training_is_named() {
         let limits = Limits { hang: Duration::from_secs(1), ..LIMITS };
         let all = ranks(3, "hang", limits, |link| {
-            link.begins_training();
+            link.hurries();
             link.exchange(b"all come").unwrap();
             let ended = match rank(link) {
                 1 => {
@@ -988,6 +1011,25 @@ mod tests {
             all.iter().all(|message| message.starts_with("rank 1 of 3") && message.contains("hangs")),
             "{all:?}"
         );
+    }
+
+    #[test]
+    fn a_rank_that_makes_progress_may_keep_the_others_waiting() {
+        let limits = Limits { hang: Duration::from_secs(2), ..LIMITS };
+        // Ranks that are slow, one at a time: each takes twice the limit.
+        let all = ranks(2, "moves", limits, |link| {
+            link.hurries();
+            for slow in 0..2 {
+                for _ in 0..if rank(link) == slow { 20 } else { 0 } {
+                    std::thread::sleep(limits.hang / 10);
+                    link.moves();
+                }
+                link.exchange(b"loaded").map_err(|fault| fault.message)?;
+            }
+            link.takes_its_time();
+            Ok::<_, String>(link.leave(Ok(())).is_ok())
+        });
+        assert_eq!(all, [Ok(true), Ok(true)]);
     }
 
     #[test]

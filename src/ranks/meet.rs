@@ -67,7 +67,7 @@ impl Limits {
     }
 }
 
-/// What a rank says of itself.
+/// A rank's words about itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     rank: usize,

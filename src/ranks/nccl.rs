@@ -138,7 +138,7 @@ impl Library {
         }
     }
 
-    /// What a code means, with what NCCL says of its last error.
+    /// The meaning of a code, with NCCL's text of its last error.
     fn text(&self, code: c_int, communicator: Communicator) -> String {
         // SAFETY: both functions return a text that stays as it is, or null.
         let texts = unsafe { [(self.error_text)(code), (self.last_error)(communicator)] };

@@ -19,7 +19,7 @@ const PORTS_BEHIND: u16 = 16;
 /// overflows.
 const NUMBER_MAX: usize = 1 << 16;
 
-/// What the environment says of this process.
+/// The place of this process by its environment.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
     /// It trains by itself, unless it starts ranks on its own machine.
@@ -35,11 +35,11 @@ pub enum Found {
 pub struct Seat {
     /// Its place.
     pub place: Place,
-    /// Where the ranks meet.
+    /// The address at which the ranks meet.
     pub meeting: Meeting,
 }
 
-/// Where the ranks of a run meet, and what proves that they belong together.
+/// The address at which the ranks of a run meet, and the secret that proves that they belong together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Meeting {
     /// Name or address of the machine of rank 0.
@@ -59,7 +59,7 @@ pub struct Node {
     pub nodes: usize,
     /// Ranks on each machine, if the environment says so.
     pub ranks: Option<usize>,
-    /// Where the ranks meet.
+    /// The address at which the ranks meet.
     pub meeting: Meeting,
 }
 
@@ -153,7 +153,7 @@ fn of_train_job(environment: Environment) -> Result<Found> {
     Ok(Found::Node(Node { node, nodes, ranks: ranks_on_node(environment)?, meeting }))
 }
 
-/// Where the ranks of one machine meet.
+/// The address at which the ranks of one machine meet.
 fn loopback(environment: Environment) -> Meeting {
     let token = value(environment, "HONE_RANKS_TOKEN").unwrap_or_default();
     Meeting { host: "127.0.0.1".into(), ports: vec![0], token }

@@ -33,7 +33,7 @@ struct Shared {
 struct Meeting {
     /// Number of the call.
     number: u64,
-    /// What the call is, by the first rank that came.
+    /// The call that the first rank made.
     what: String,
     /// The bytes of the ranks that came.
     came: Vec<Option<Vec<u8>>>,

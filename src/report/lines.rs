@@ -21,7 +21,7 @@ const FILTER_QUIET: &str = "warn";
 pub struct Lines {
     dispatch: Dispatch,
     interval: Duration,
-    /// When each running task last wrote a line.
+    /// The time of each running task's last line.
     spoke: Mutex<HashMap<u64, Instant>>,
 }
 

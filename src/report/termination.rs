@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// LIMIT: kubelet limits one container's message to 4 KiB, and the messages of a pod's containers together to 12 KiB.
 const LINE_BYTES_MAX: usize = 2048;
 
-/// How a run ended, and what it reached.
+/// The end of a run, and what it reached.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// Why the run failed; `None` if it succeeded.

@@ -78,7 +78,7 @@ pub struct Live {
     served: Wanted,
     /// The text that was looked at last.
     text: Option<String>,
-    /// When something is tried again, after how many failures.
+    /// The time of the next attempt, and the number of failures so far.
     retry: Option<(Instant, u32)>,
 }
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::adapter::WEIGHTS_FILE;
 use crate::device;
 use crate::facts::config::Config;
-use crate::facts::{Facts, Quantization, family, presets, quantization, shapes};
+use crate::facts::{Facts, Precision, Quantization, family, presets, quantization, shapes};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::generate::engine::CHUNK;
@@ -87,7 +87,7 @@ pub fn divide(
 ///
 /// # Errors
 /// Model: the file is no safetensors.
-pub fn adapter_bytes(folder: &Path, place: Place) -> Result<u64> {
+pub fn adapter_bytes(folder: &Path, place: Place, precision: Precision) -> Result<u64> {
     let file = folder.join(WEIGHTS_FILE);
     let wrong = |what: String| Fault::model(format!("{}: {what}", file.display()));
     let mut reader =
@@ -107,8 +107,11 @@ pub fn adapter_bytes(folder: &Path, place: Place) -> Result<u64> {
         shape.filter_map(Value::as_u64).fold(1, u64::saturating_mul)
     };
     let tensors = header.as_object().into_iter().flatten().filter(|(name, _)| *name != "__metadata__");
-    let bytes = if place == Place::Gpu { 2 } else { 4 };
-    Ok(tensors.map(|(_, tensor)| values(tensor)).sum::<u64>().saturating_mul(bytes))
+    // A CPU keeps everything but matrices of plain pairs in f32 (`Adapter::pairs`).
+    let tensors: Vec<(&String, &Value)> = tensors.collect();
+    let is_plain = tensors.iter().all(|(name, _)| name.contains(".lora_A.") || name.contains(".lora_B."));
+    let bytes = if precision != Precision::F32 && (place == Place::Gpu || is_plain) { 2 } else { 4 };
+    Ok(tensors.iter().map(|(_, tensor)| values(tensor)).sum::<u64>().saturating_mul(bytes))
 }
 
 /// The plan of a server that is not started: for this machine, or for a card by its name. Nothing is fetched.
@@ -130,7 +133,7 @@ pub fn ahead(
         Some(name) => card::find(name)?.0.machine(plan.memory_limit)?,
         None => Machine::of(&device::open(plan.device, &Report::silent())?, plan.memory_limit),
     };
-    let bytes = adapters.iter().map(|folder| adapter_bytes(folder, machine.place));
+    let bytes = adapters.iter().map(|folder| adapter_bytes(folder, machine.place, plan.model.precision));
     let bytes = bytes.sum::<Result<u64>>()?;
     let divided = divide(plan, size, &described, bytes, &machine)?;
     Ok((described, machine, divided))

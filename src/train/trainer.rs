@@ -157,7 +157,7 @@ pub(super) struct Trainer<'a> {
     pub(super) loss_sum: f64,
     /// Parameters of the best evaluation of this process.
     pub(super) best_params: Option<Tensor>,
-    /// When the last evaluation ended, or training began.
+    /// The time at which the last evaluation ended, or training began.
     pub(super) evaluated_at: Instant,
     /// The queued step after which an evaluation is due by the clock. It is decided when the step is queued, so that
     /// the evaluation sees the parameters of that step.

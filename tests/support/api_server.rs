@@ -73,7 +73,7 @@ struct State {
     requests: Vec<String>,
     /// Since when an object is to go, or a Job is over.
     since: HashMap<(Key, &'static str), Instant>,
-    /// Which fields somebody applied or wrote.
+    /// The fields that somebody applied or wrote.
     owners: HashMap<Key, rules::Owners>,
     /// Nothing is answered.
     hangs: bool,

@@ -22,7 +22,7 @@ const FULL_PERIOD: usize = 6;
 /// Largest difference of two numbers that should be the same.
 const SAME: f64 = 1e-4;
 
-/// What llama.cpp calls a family, and how it wants its tensors.
+/// llama.cpp's name for a family, and the form that it wants its tensors in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
     /// `general.architecture`.

@@ -27,7 +27,7 @@ mod tests;
 
 use std::sync::OnceLock;
 
-pub use few::{Nested, Weight, few};
+pub use few::{Nested, Weight, few, rounded};
 pub use four_bit::{FourBitView, Rounding, dequantize};
 use half::bf16;
 

@@ -96,7 +96,7 @@ impl Segments<'_> {
         windows.into_iter().try_for_each(|window| self.pieces(window, device).map(|_| ()))
     }
 
-    /// Where each segment's pages begin among those of all.
+    /// The index of each segment's first page among those of all.
     fn pages_at(&self) -> impl Iterator<Item = (usize, &Segment)> {
         self.list.iter().scan(0, |at, segment| {
             let from = *at;
@@ -115,7 +115,7 @@ impl Segments<'_> {
         })
     }
 
-    /// Where each row's keys and values go: page * PAGE + token.
+    /// The place of each row's keys and values: page * PAGE + token.
     fn slots(&self, device: &Device) -> Result<&Tensor> {
         once(&self.tables.slots, || {
             let slot =

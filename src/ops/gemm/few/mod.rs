@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use portable::Portable;
 use rayon::prelude::*;
+pub use tile::rounded;
 use tile::{BLOCK, Columns, Job, Lanes, Prepared, ROWS_MAX, Rows, dots};
 use weight::fits;
 pub use weight::{Nested, Weight};

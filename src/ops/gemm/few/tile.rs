@@ -348,7 +348,7 @@ const WIDTH_MAX: usize = 32;
 
 /// An activation as products of this precision take it.
 #[inline(always)]
-pub(super) fn rounded(value: f32, precision: Precision) -> f32 {
+pub fn rounded(value: f32, precision: Precision) -> f32 {
     match precision {
         Precision::F32 => value,
         Precision::Bf16 | Precision::Fp8 => f32::from_bits(u32::from(bf16_bits(value)) << 16),

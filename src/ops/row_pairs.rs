@@ -1,0 +1,412 @@
+//! LoRA pairs on a few rows of a CPU tensor: `y[row] += factor * (x[row] A^T) B^T`, for layers that read the same x.
+//!
+//! Each pair is small (16 rows of A and 16 columns of B are usual), so that a product of its own for each matrix would
+//! take longer to begin than to compute. Here all pairs of all layers share two rounds of tasks: one for A, one for B.
+//! Sums are f32, and a row's bits depend on its own pairs alone.
+
+use std::ops::Range;
+
+use candle_core::{DType, Result, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use super::cpu::{self, Real};
+use super::gemm::rounded;
+use super::weight::Weight;
+use crate::facts::Precision;
+
+/// Products of two numbers that one task computes at least; waking a thread costs as much.
+const TASK_PRODUCTS_MIN: usize = 1 << 15;
+/// Columns of y that a task takes at once.
+const COLUMNS: usize = 256;
+
+/// A pair on some rows.
+pub struct Pair<'a> {
+    /// A [R, K], in f32 or bf16.
+    pub a: &'a Weight,
+    /// B [N, R], in f32 or bf16.
+    pub b: &'a Weight,
+    /// The rows of x and y.
+    pub rows: Range<usize>,
+    /// The factor on what the pair adds.
+    pub factor: f64,
+}
+
+/// A layer: the first of its columns in y, and its pairs in the order in which they are added.
+pub struct Layer<'a> {
+    /// The first column.
+    pub at: usize,
+    /// Their number.
+    pub columns: usize,
+    /// The pairs.
+    pub pairs: Vec<Pair<'a>>,
+}
+
+/// Adds what all pairs of all layers make of x [T, K] to y [T, any]. False if a matrix or an activation has another
+/// type than said here; then nothing was done.
+pub fn add(x: &Tensor, y: &Tensor, layers: &[Layer], precision: Precision) -> Result<bool> {
+    let ((_, k), (_, width)) = (x.dims2()?, y.dims2()?);
+    let pairs = || layers.iter().flat_map(|layer| &layer.pairs);
+    if x.dtype() != DType::F32 || pairs().any(|pair| !is_dense(pair.a) || !is_dense(pair.b)) {
+        return Ok(false);
+    }
+    let x = cpu::read::<f32>(x)?;
+    let mut x = x.to_vec();
+    if precision != Precision::F32 {
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for value in &mut x {
+                    *value = rounded(*value, precision);
+                }
+            },
+        );
+    }
+    let values = pairs().map(|pair| Ok([Values::of(pair.a)?, Values::of(pair.b)?]));
+    let values = values.collect::<Result<Vec<[Values; 2]>>>()?;
+    let lows = lows(&x, k, &pairs().zip(&values).collect::<Vec<_>>(), precision);
+    cpu::edit(y, |y: &mut [f32]| add_lows(y, width, layers, &values, &lows, precision))?;
+    Ok(true)
+}
+
+fn is_dense(weight: &Weight) -> bool {
+    matches!(weight, Weight::Dense(tensor) if matches!(tensor.dtype(), DType::F32 | DType::BF16))
+}
+
+/// A matrix, as it is stored.
+enum Values<'a> {
+    F32(cpu::Read<'a, f32>),
+    Bf16(cpu::Read<'a, bf16>),
+}
+
+impl Values<'_> {
+    fn of(weight: &Weight) -> Result<Values<'_>> {
+        match weight {
+            Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Ok(Values::Bf16(cpu::read(tensor)?)),
+            Weight::Dense(tensor) => Ok(Values::F32(cpu::read(tensor)?)),
+            Weight::FourBit(_) => candle_core::bail!("a pair in 4 bits"),
+        }
+    }
+
+    /// `to[i] += factor * sum` for the product of each of some rows, which have `depth` values, with x.
+    #[inline(always)]
+    fn add_dots<const LANES: usize>(
+        &self,
+        rows: Range<usize>,
+        depth: usize,
+        x: &[f32],
+        precision: Precision,
+        factor: f32,
+        to: &mut [f32],
+    ) {
+        let range = rows.start * depth..rows.end * depth;
+        match (self, precision) {
+            (Values::Bf16(values), _) => {
+                add_dots::<_, LANES>(&values[range], x, factor, to, f32::widen);
+            }
+            (Values::F32(values), Precision::F32) => add_dots::<_, LANES>(
+                &values[range],
+                x,
+                factor,
+                to,
+                #[inline(always)]
+                |value| value,
+            ),
+            (Values::F32(values), _) => add_dots::<_, LANES>(
+                &values[range],
+                x,
+                factor,
+                to,
+                #[inline(always)]
+                |value| rounded(value, precision),
+            ),
+        }
+    }
+}
+
+/// `to[i] += factor * (w[i] . x)`.
+#[inline(always)]
+fn add_dots<W: Copy, const LANES: usize>(
+    w: &[W],
+    x: &[f32],
+    factor: f32,
+    to: &mut [f32],
+    wide: impl Fn(W) -> f32 + Copy,
+) {
+    for (w, to) in w.chunks_exact(x.len()).zip(to) {
+        *to += factor * dot::<W, LANES>(w, x, wide);
+    }
+}
+
+/// The sum of w * x in so many lanes, whose order depends on the length alone.
+#[inline(always)]
+fn dot<W: Copy, const LANES: usize>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32 + Copy) -> f32 {
+    let ((w_chunks, w_rest), (x_chunks, x_rest)) = (w.as_chunks::<LANES>(), x.as_chunks::<LANES>());
+    let mut lanes = [0f32; LANES];
+    for (w, x) in w_chunks.iter().zip(x_chunks) {
+        for i in 0..LANES {
+            lanes[i] = wide(w[i]).mul_add(x[i], lanes[i]);
+        }
+    }
+    for ((w, x), lane) in w_rest.iter().zip(x_rest).zip(&mut lanes) {
+        *lane = wide(*w).mul_add(*x, *lane);
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// x A^T of each pair: for each of its rows, R values, rounded as the next product takes them.
+fn lows(x: &[f32], k: usize, pairs: &[(&Pair, &[Values; 2])], precision: Precision) -> Vec<Vec<f32>> {
+    let rank = |pair: &Pair| pair.a.dims().0;
+    // One unit is a row of A, for all rows of x: it is read once.
+    let units: Vec<(usize, usize)> = pairs
+        .iter()
+        .enumerate()
+        .flat_map(|(number, (pair, _))| (0..rank(pair)).map(move |at| (number, at)))
+        .collect();
+    let products = pairs.iter().map(|(pair, _)| rank(pair) * pair.rows.len() * k).sum();
+    let unit = |&(number, at): &(usize, usize)| -> Vec<f32> {
+        let (pair, [a, _]) = pairs[number];
+        let mut found = vec![0f32; pair.rows.len()];
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for (number, found) in found.iter_mut().enumerate() {
+                    let x = &x[(pair.rows.start + number) * k..][..k];
+                    a.add_dots::<32>(at..at + 1, k, x, precision, 1.0, std::slice::from_mut(found));
+                    *found = rounded(*found, precision);
+                }
+            },
+        );
+        found
+    };
+    let columns: Vec<Vec<f32>> = match at_once(products, units.len()) {
+        None => units.iter().map(unit).collect(),
+        Some(least) => units.par_iter().with_min_len(least).map(unit).collect(),
+    };
+    let mut columns = columns.iter();
+    let of_pair = |(pair, _): &(&Pair, &[Values; 2])| {
+        let (rank, rows) = (rank(pair), pair.rows.len());
+        let mut low = vec![0f32; rows * rank];
+        for (at, column) in columns.by_ref().take(rank).enumerate() {
+            (0..rows).for_each(|row| low[row * rank + at] = column[row]);
+        }
+        low
+    };
+    pairs.iter().map(of_pair).collect()
+}
+
+/// Some columns of y in one row.
+struct Part<'y> {
+    layer: usize,
+    columns: Range<usize>,
+    row: usize,
+    y: &'y mut [f32],
+}
+
+/// y += factor * low B^T, for each pair that has the row, in their order.
+fn add_lows(
+    y: &mut [f32],
+    width: usize,
+    layers: &[Layer],
+    values: &[[Values; 2]],
+    lows: &[Vec<f32>],
+    precision: Precision,
+) {
+    let firsts: Vec<usize> = layers
+        .iter()
+        .scan(0, |sum, layer| {
+            *sum += layer.pairs.len();
+            Some(*sum - layer.pairs.len())
+        })
+        .collect();
+    let mut parts = parts(y, width, layers);
+    let products = layers
+        .iter()
+        .flat_map(|layer| layer.pairs.iter().map(|pair| pair.rows.len() * layer.columns * pair.b.dims().1))
+        .sum();
+    let add = |part: &mut Part| {
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for (number, pair) in layers[part.layer].pairs.iter().enumerate() {
+                    if !pair.rows.contains(&part.row) {
+                        continue;
+                    }
+                    let (number, rank) = (firsts[part.layer] + number, pair.b.dims().1);
+                    let low = &lows[number][(part.row - pair.rows.start) * rank..][..rank];
+                    let (columns, factor) = (part.columns.clone(), pair.factor as f32);
+                    values[number][1].add_dots::<8>(columns, rank, low, precision, factor, part.y);
+                }
+            },
+        )
+    };
+    match at_once(products, parts.len()) {
+        None => parts.iter_mut().for_each(add),
+        Some(least) => parts.par_iter_mut().with_min_len(least).for_each(add),
+    }
+}
+
+/// The columns of all layers in all rows that have a pair. Parts that read the same rows of B are neighbours.
+fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> {
+    let mut order: Vec<usize> = (0..layers.len()).collect();
+    order.sort_by_key(|layer| layers[*layer].at);
+    let mut parts = Vec::new();
+    for (row, mut rest) in y.chunks_mut(width).enumerate() {
+        let mut at = 0;
+        for &number in &order {
+            let layer = &layers[number];
+            let (skipped, behind) = rest.split_at_mut(layer.at - at);
+            let (own, behind) = behind.split_at_mut(layer.columns);
+            let _ = skipped;
+            (rest, at) = (behind, layer.at + layer.columns);
+            if layer.pairs.iter().any(|pair| pair.rows.contains(&row)) {
+                for (block, y) in own.chunks_mut(COLUMNS).enumerate() {
+                    let columns = block * COLUMNS..block * COLUMNS + y.len();
+                    parts.push(Part { layer: number, columns, row, y });
+                }
+            }
+        }
+    }
+    parts.sort_by_key(|part| (part.layer, part.columns.start, part.row));
+    parts
+}
+
+/// Units that a task has at least; `None`: all of them are quicker on this thread.
+fn at_once(products: usize, units: usize) -> Option<usize> {
+    let tasks = (products / TASK_PRODUCTS_MIN).min(4 * rayon::current_num_threads()).min(units);
+    (tasks > 1).then(|| units.div_ceil(tasks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn random(shape: (usize, usize), seed: u64) -> Tensor {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        cpu::tensor((0..shape.0 * shape.1).map(|_| next()).collect(), shape).unwrap()
+    }
+
+    fn in_precision(tensor: &Tensor, precision: Precision) -> Tensor {
+        match precision {
+            Precision::F32 => tensor.clone(),
+            _ => tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(),
+        }
+    }
+
+    /// The pairs of a case: (layer, rows, factor).
+    const PAIRS: [(usize, Range<usize>, f64); 6] =
+        [(0, 0..1, 1.0), (0, 2..5, 0.5), (0, 3..4, -2.0), (1, 0..5, 0.25), (2, 4..5, 1.0), (2, 4..5, 3.0)];
+
+    /// One after the other, in f64, with the values rounded as the precision says.
+    fn expected(
+        x: &Tensor,
+        y: &Tensor,
+        weights: &[(Tensor, Tensor)],
+        at: &[usize],
+        precision: Precision,
+    ) -> Tensor {
+        let wide = |tensor: &Tensor| in_precision(tensor, precision).to_dtype(DType::F64).unwrap();
+        let (x, mut sums) = (wide(x), y.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap());
+        for ((layer, rows, factor), (a, b)) in PAIRS.iter().zip(weights) {
+            let low = x.narrow(0, rows.start, rows.len()).unwrap().matmul(&wide(a).t().unwrap()).unwrap();
+            let low = wide(&low.to_dtype(DType::F32).unwrap());
+            let added = low.matmul(&wide(b).t().unwrap()).unwrap().to_vec2::<f64>().unwrap();
+            for (row, added) in rows.clone().zip(added) {
+                added
+                    .iter()
+                    .enumerate()
+                    .for_each(|(column, value)| sums[row][at[*layer] + column] += factor * value);
+            }
+        }
+        Tensor::new(sums, &Device::Cpu).unwrap()
+    }
+
+    /// Ranks below, at and beyond the lanes of a sum, and depths that leave a rest; rows without, with one and with two
+    /// pairs; columns that no layer has; layers in another order than their columns; one thread and several tasks.
+    #[test]
+    fn every_row_gets_the_sum_of_its_own_pairs() {
+        for (k, columns, ranks) in
+            [(7, [5, 3, 9], [3, 8, 1, 2, 16, 5]), (2100, [700, 260, 520], [16, 8, 40, 64, 16, 3])]
+        {
+            let at = [columns[1] + 1, 0, columns[0] + columns[1] + 3];
+            let width = at[2] + columns[2] + 1;
+            let (x, y) = (random((5, k), 1), random((5, width), 2));
+            let weights: Vec<(Tensor, Tensor)> = PAIRS
+                .iter()
+                .zip(ranks)
+                .enumerate()
+                .map(|(seed, ((layer, ..), rank))| {
+                    (random((rank, k), 10 + seed as u64), random((columns[*layer], rank), 20 + seed as u64))
+                })
+                .collect();
+            for (precision, stored) in
+                [(Precision::F32, DType::F32), (Precision::Bf16, DType::F32), (Precision::Bf16, DType::BF16)]
+            {
+                let dense = |tensor: &Tensor| Weight::Dense(tensor.to_dtype(stored).unwrap());
+                let held: Vec<(Weight, Weight)> = weights.iter().map(|(a, b)| (dense(a), dense(b))).collect();
+                let layer = |number: usize, rows: &Range<usize>| {
+                    let own = PAIRS.iter().zip(&held).filter(|((layer, ..), _)| *layer == number);
+                    let pairs = own.filter_map(|((_, of, factor), (a, b))| {
+                        let within = of.start.max(rows.start)..of.end.min(rows.end);
+                        let shifted =
+                            within.start.saturating_sub(rows.start)..within.end.saturating_sub(rows.start);
+                        (within.start < within.end).then_some(Pair { a, b, rows: shifted, factor: *factor })
+                    });
+                    Layer { at: at[number], columns: columns[number], pairs: pairs.collect() }
+                };
+                let added = |rows: Range<usize>| {
+                    let take =
+                        |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len()).unwrap().copy().unwrap();
+                    let (x, y) = (take(&x), take(&y));
+                    let layers: Vec<Layer> = (0..3).map(|number| layer(number, &rows)).collect();
+                    assert!(add(&x, &y, &layers, precision).unwrap());
+                    y
+                };
+                let found = added(0..5);
+                let expected = expected(&x, &y, &weights, &at, precision);
+                let size = expected.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+                let error = (found.to_dtype(DType::F64).unwrap() - expected).unwrap().abs().unwrap();
+                let error = error.max_all().unwrap().to_scalar::<f64>().unwrap();
+                // TOLERANCE: sums of 2,100 values in f32. In bf16 a sum near the middle of two values may round to the
+                // other one.
+                let most = if precision == Precision::F32 { 2e-6 } else { 4e-3 };
+                assert!(error <= most * size, "{precision:?} {stored:?} {k}: {error} of {size}");
+                // Alone on one thread, a row has the same bits.
+                for row in 0..5 {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+                    let alone = pool.install(|| added(row..row + 1)).to_vec2::<f32>().unwrap();
+                    assert_eq!(alone[0], found.get(row).unwrap().to_vec1::<f32>().unwrap());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_types_are_left_to_the_products() {
+        let pair = |dtype| {
+            let weight = Weight::Dense(Tensor::zeros((2, 2), dtype, &Device::Cpu).unwrap());
+            let y = Tensor::zeros((1, 2), dtype, &Device::Cpu).unwrap();
+            let layers = [Layer {
+                at: 0,
+                columns: 2,
+                pairs: vec![Pair { a: &weight, b: &weight, rows: 0..1, factor: 1.0 }],
+            }];
+            add(&y.copy().unwrap(), &y, &layers, Precision::F32).unwrap()
+        };
+        assert_eq!([DType::F32, DType::F64].map(pair), [true, false]);
+    }
+}
