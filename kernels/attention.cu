@@ -48,6 +48,7 @@ __device__ __forceinline__ void forward(const T* qkv, T* out, float* lse, const 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, head = blockIdx.x;
     float* scratch = reinterpret_cast<float*>(v + STAGES * KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int end = min(span.first + ROWS, span.to), own = span.first + warp * 16 * BANDS;
     const Keys keys(shape, span, end, KEYS);
     const int key_head = head / shape.group * shape.key_stride;
@@ -190,6 +191,7 @@ __device__ __forceinline__ void backward_query(const T* qkv, const T* out, const
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, head = blockIdx.x;
     float* scratch = reinterpret_cast<float*>(v + KEYS * STRIDE) + warp * (16 * BANDS * (KEYS + 4));
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int end = min(span.first + ROWS, span.to), own = span.first + warp * 16 * BANDS;
     const Keys keys(shape, span, end, KEYS);
     const int key_head = head / shape.group * shape.key_stride;
@@ -290,6 +292,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
     float* scratch = reinterpret_cast<float*>(handover + KEYS * QUERIES) + warp * (16 * BANDS * (QUERIES + 4));
     handover += (pair * 16 * BANDS * QUERIES / 2 + lane) * 2;
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int key_end = min(span.first + KEYS, span.to), own = span.first + pair * 16 * BANDS;
     // Rows from the first key to the last row whose window reaches the last key.
     const int end = shape.window <= span.to - key_end ? key_end - 1 + shape.window : span.to;

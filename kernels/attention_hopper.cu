@@ -155,6 +155,7 @@ __device__ __forceinline__ void forward(const TensorMap& rows, bf16* out, float*
     const Stages value_stages = {barriers + 1 + 2 * STAGES, barriers + 1 + 3 * STAGES, patience};
     const Place place;
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int end = min(span.first + ROWS, span.to), head = blockIdx.x;
     const int groups = end - span.first > OWN_ROWS ? GROUPS : 1; // those that have rows
     const Keys keys(shape, span, end, KEYS);
@@ -283,6 +284,7 @@ __device__ __forceinline__ void backward_query(const TensorMap& rows, const Tens
     const Stages stages = {barriers + 1, barriers + 1 + STAGES, patience};
     const Place place;
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int end = min(span.first + ROWS, span.to), head = blockIdx.x;
     const int groups = end - span.first > OWN_ROWS ? GROUPS : 1;
     const Keys keys(shape, span, end, KEYS);
@@ -389,6 +391,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
     const Stages stages = {barriers + 1, barriers + 1 + STAGES, patience};
     const Place place;
     const Span span(tiles);
+    if (span.is_empty()) return;
     const int key_end = min(span.first + ROWS, span.to), key_head = blockIdx.x;
     const int groups = key_end - span.first > OWN_ROWS ? GROUPS : 1;
     // Rows from the first key to the last row whose window reaches the last key.

@@ -87,12 +87,23 @@ __device__ __forceinline__ void hit(const T* row, int target, bool largest, cons
 // largest logit.
 enum Task { PLAIN, SMOOTHED, COUNTED };
 
+// A target that fills a list up: its row has no loss and no gradient.
+const uint32_t NO_TARGET = 0xffffffffu;
+
+template <typename T>
+__device__ __forceinline__ void clear(T* row, int vocab, float* loss) {
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) row[i] = narrow<T>(0.f);
+    if (threadIdx.x == 0) *loss = 0.f;
+}
+
 // `smoothing`: the share of the target that goes to all tokens alike.
 template <typename T, Task TASK>
 __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* losses, float* hits, int vocab,
-                                     int stride, float softcap, float scale, float smoothing) {
+                                     int stride, float softcap, const float* scale_at, float smoothing) {
     T* row = logits + (uint64_t)blockIdx.x * stride;
+    if (TASK != COUNTED && targets[blockIdx.x] == NO_TARGET) return clear(row, vocab, losses + blockIdx.x);
     const int target = (int)targets[blockIdx.x], even = vocab & ~7;
+    const float scale = TASK == COUNTED ? 0.f : *scale_at;
     const Cap cap = {softcap};
     Running running = Running::none();
     float total = 0.f; // of the logits, for a smoothed target
@@ -147,18 +158,18 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
 #define FOR(T, type)                                                                                              \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_rows_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,       \
-                                  float softcap, float scale) {                                                   \
+                                  float softcap, const float* scale) {                                            \
         rows<T, PLAIN>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, 0.f);                     \
     }                                                                                                             \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_smooth_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,     \
-                                    float softcap, float scale, float smoothing) {                                \
+                                    float softcap, const float* scale, float smoothing) {                         \
         rows<T, SMOOTHED>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, smoothing);            \
     }                                                                                                             \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_count_##type(T* logits, const uint32_t* targets, float* losses, float* hits, int vocab,     \
                                    int stride, float softcap) {                                                   \
-        rows<T, COUNTED>(logits, targets, losses, hits, vocab, stride, softcap, 0.f, 0.f);                        \
+        rows<T, COUNTED>(logits, targets, losses, hits, vocab, stride, softcap, nullptr, 0.f);                    \
     }
 FOR(float, f32)
 FOR(bf16, bf16)

@@ -2,6 +2,9 @@
 // src/ops/rows.rs.
 #include "common.cuh"
 
+// An index that fills a list up: it stands for no row.
+const uint32_t NO_ROW = 0xffffffffu;
+
 // Copies a row of one matrix of `width` columns to a row of another. `aligned`: both begin at multiples of 16
 // bytes.
 template <typename T>
@@ -52,10 +55,13 @@ __device__ __forceinline__ void convert(const From* x, To* y, unsigned long long
         move<T>(x + (uint64_t)blockIdx.x * x_stride, y + (uint64_t)blockIdx.x * y_stride, width, aligned != 0);     \
     }                                                                                                               \
     extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width, int stride) { \
-        move<T>(x + (uint64_t)index[blockIdx.x] * width, y + (uint64_t)blockIdx.x * stride, width, stride % 8 == 0); \
+        /* A place without a row takes any: nothing is made of it. */                                                \
+        const uint32_t row = index[blockIdx.x] == NO_ROW ? 0 : index[blockIdx.x];                                    \
+        move<T>(x + (uint64_t)row * width, y + (uint64_t)blockIdx.x * stride, width, stride % 8 == 0);               \
     }                                                                                                               \
     extern "C" __global__ void rows_scatter_##type(const T* y, const uint32_t* index, T* x, int width,              \
                                                    int stride) {                                                    \
+        if (index[blockIdx.x] == NO_ROW) return;                                                                     \
         move<T>(y + (uint64_t)blockIdx.x * width, x + (uint64_t)index[blockIdx.x] * stride, width, stride % 8 == 0); \
     }                                                                                                               \
     extern "C" __global__ void rows_add_##type(T* x, const T* y, unsigned long long n) { add<T>(x, y, n); }

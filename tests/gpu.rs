@@ -19,6 +19,7 @@ use hone::model::load;
 use hone::model::lora::{Lora, Mixture, Part, Trainable};
 use hone::model::pass::Step;
 use hone::model::residency::Home;
+use hone::ops::change::Change;
 use hone::ops::largest;
 use hone::report::{Event, Progress, Report, Sink};
 use hone::train::{self, Every, Metric, Passes};
@@ -311,6 +312,7 @@ fn what_a_step_asks_of_the_device() {
     }
     let (decoder, adapter) = decoder("llama3", &gpu, Precision::Bf16, 0.0);
     assert_eq!(decoder.layers.len(), 2);
+    Change::Steps.set(false);
     let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
     let found = [
         // A layer forward: two norms, rope, attention, activation, seven weights that are expanded (the first of each
@@ -328,7 +330,7 @@ fn what_a_step_asks_of_the_device() {
         // Loss, norm of the gradient, norm of the parameters.
         ("copies to the host", after.device_to_host_copies - before.device_to_host_copies, 3),
         ("bytes to the host", after.device_to_host_bytes - before.device_to_host_bytes, 24),
-        // Ids, positions, rows, targets, dropout's keys, tiles of attention.
+        // Ids, positions, rows, targets, the loss's scale, dropout's keys, tiles of attention.
         ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 10),
         // The residual stream is added from where it lies.
         ("copies on the device", after.device_to_device_copies - before.device_to_device_copies, 0),
@@ -357,6 +359,28 @@ fn what_a_step_asks_of_the_device() {
     assert_eq!(after.host_synchronizations - before.host_synchronizations, 1, "waits of the host");
     assert_eq!(after.device_to_host_copies - before.device_to_host_copies, 3 + 2, "copies to the host");
     assert_eq!(after.host_to_device_copies - before.host_to_device_copies, 10 + 2, "copies to the device");
+    // A pass by its graph. What is left is around the passes: the sums of squares of the gradient and of the parameters
+    // (two launches each), the update, and the graph itself. The loss is copied out of the graph's place, numbers, f32
+    // values, keys and embeddings go into their places, and nobody waits for them.
+    Change::Steps.set(true);
+    let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
+    let found = [
+        ("launches", after.launches - before.launches, 5),
+        ("products", after.products - before.products, 0),
+        ("launches of a graph", after.graph_launches - before.graph_launches, 1),
+        ("waits of the host", after.host_synchronizations - before.host_synchronizations, 1),
+        ("copies to the host", after.device_to_host_copies - before.device_to_host_copies, 3),
+        ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 4),
+        ("copies on the device", after.device_to_device_copies - before.device_to_device_copies, 1),
+        (
+            "allocations not freed",
+            (after.allocations - before.allocations).abs_diff(after.frees - before.frees),
+            0,
+        ),
+    ];
+    for (what, found, expected) in found {
+        assert_eq!(found, expected, "{what} of a step with a graph");
+    }
 }
 
 /// Launches of a step.

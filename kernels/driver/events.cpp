@@ -16,6 +16,8 @@ struct Event {
     bool timed, recorded;
     std::chrono::steady_clock::time_point at;
     Mark mark;
+    void* stream;
+    uint64_t last_transfer;
 };
 
 const unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
@@ -25,7 +27,7 @@ const unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
 API cuEventCreate(void** event, unsigned flags) {
     const std::lock_guard<std::mutex> hold(lock);
     ++statistics.events;
-    *event = new Event{(flags & no_timing) == 0, false, {}, {}};
+    *event = new Event{(flags & no_timing) == 0, false, {}, {}, nullptr, 0};
     return success;
 }
 API cuEventDestroy_v2(void* event) {
@@ -39,12 +41,17 @@ API cuEventRecord(void* event, void* stream) {
     e->recorded = true;
     e->at = std::chrono::steady_clock::now();
     e->mark = mark(stream);
+    e->stream = stream;
+    e->last_transfer = last_transfer();
     return success;
 }
 API cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
 API cuEventQuery(void* event) {
     const std::lock_guard<std::mutex> hold(lock);
-    return is_done(static_cast<Event*>(event)->mark) ? success : not_ready;
+    const Event* e = static_cast<Event*>(event);
+    if (!is_done(e->mark)) return not_ready;
+    finish_transfers_to_device(e->stream, e->last_transfer);
+    return success;
 }
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
     const std::lock_guard<std::mutex> hold(lock);

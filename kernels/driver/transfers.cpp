@@ -23,8 +23,10 @@ struct Transfer {
     std::vector<unsigned char> bytes;
     bool arrives; // or leaves the host
     void* stream;
+    uint64_t number;
 };
 std::vector<Transfer> transfers;
+uint64_t transfers_queued;
 
 // Pinned memory that a copy will arrive at which is still queued.
 struct Expected {
@@ -75,7 +77,7 @@ Result copy_to_device(Address to, const void* from, size_t bytes, void* stream) 
     }
     unsigned char* host = static_cast<unsigned char*>(const_cast<void*>(from));
     const auto send = [host, bytes, stream] {
-        transfers.push_back({host, as_copies_see(host, bytes), false, stream});
+        transfers.push_back({host, as_copies_see(host, bytes), false, stream, ++transfers_queued});
         return transfers.back().bytes;
     };
     // Bytes that have not arrived are read when the copy is done; others are read now and must not change.
@@ -105,7 +107,7 @@ Result copy_to_host(void* to, Address from, size_t bytes, void* stream) {
     queue_read(stream, from, bytes, [host, from, bytes, stream](bool torn) {
         std::vector<unsigned char> arrived(bytes, 0xff);
         if (!torn) memcpy(arrived.data(), on_device(from), bytes);
-        transfers.push_back({host, std::move(arrived), true, stream});
+        transfers.push_back({host, std::move(arrived), true, stream, ++transfers_queued});
         const auto own = std::find_if(expected.begin(), expected.end(), [&](const Expected& e) { return e.host == host && e.bytes == bytes; });
         if (own != expected.end()) expected.erase(own);
     });
@@ -155,13 +157,28 @@ Result register_pinned(void* memory, size_t bytes) {
 
 Result unregister_pinned(void* memory) { return forget_pinned(memory); }
 
+static void check_unchanged(const Transfer& transfer) {
+    if (memcmp(transfer.host, transfer.bytes.data(), transfer.bytes.size()) != 0)
+        die("pinned memory was written while %zu bytes of it were on their way to the device", transfer.bytes.size());
+}
+
 void finish_transfers() {
     for (const Transfer& transfer : transfers) {
         if (transfer.arrives) memcpy(transfer.host, transfer.bytes.data(), transfer.bytes.size());
-        else if (memcmp(transfer.host, transfer.bytes.data(), transfer.bytes.size()) != 0)
-            die("pinned memory was written while %zu bytes of it were on their way to the device", transfer.bytes.size());
+        else check_unchanged(transfer);
     }
     transfers.clear();
+}
+
+uint64_t last_transfer() { return transfers_queued; }
+
+void finish_transfers_to_device(const void* stream, uint64_t last) {
+    const auto is_done = [=](const Transfer& transfer) {
+        if (transfer.arrives || transfer.stream != stream || transfer.number > last) return false;
+        check_unchanged(transfer);
+        return true;
+    };
+    transfers.erase(std::remove_if(transfers.begin(), transfers.end(), is_done), transfers.end());
 }
 
 }  // namespace fake

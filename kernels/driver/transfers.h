@@ -22,4 +22,9 @@ Result unregister_pinned(void* memory);
 // compared.
 void finish_transfers();
 
+// The number of the last copy that began. The host has found by an event that a stream's copies to the device up to that number are
+// done: their sources may change from now on.
+uint64_t last_transfer();
+void finish_transfers_to_device(const void* stream, uint64_t last);
+
 }  // namespace fake

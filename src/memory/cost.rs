@@ -29,6 +29,8 @@ pub const COPY_SHARE: f64 = 0.85;
 const LINK_SHOWN: f64 = 0.1;
 /// Seconds to launch a kernel.
 const LAUNCH_SECONDS: f64 = 4e-6;
+/// Seconds between two kernels of a graph, predicted.
+const GRAPH_SECONDS: f64 = 1.25e-6;
 // Kernels of a layer's forward pass; the backward pass has twice as many.
 const LAUNCHES: f64 = 30.0;
 // Further kernels per pair.
@@ -56,11 +58,20 @@ pub struct Work {
 impl Work {
     /// Predicted seconds at these rates.
     pub fn seconds(&self, rates: &Rates) -> f64 {
+        self.seconds_with(rates, LAUNCH_SECONDS)
+    }
+
+    /// The same if a graph launches the kernels.
+    pub fn seconds_by_graph(&self, rates: &Rates) -> f64 {
+        self.seconds_with(rates, GRAPH_SECONDS)
+    }
+
+    fn seconds_with(&self, rates: &Rates, launch: f64) -> f64 {
         let busy = (self.matrix + self.eight_bits / EIGHT_BITS_TIMES) / (rates.matrix * MATRIX_SHARE)
             + self.attention / (rates.matrix * ATTENTION_SHARE)
             + self.bytes / (rates.copy * COPY_SHARE);
         let linked = self.linked / rates.link;
-        busy.max(self.launches * LAUNCH_SECONDS).max(linked) + linked * LINK_SHOWN
+        busy.max(self.launches * launch).max(linked) + linked * LINK_SHOWN
     }
 
     /// FLOPs of products and attention.

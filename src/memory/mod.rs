@@ -25,6 +25,7 @@ use crate::device;
 use crate::facts::{Keep, Precision, Quantization, Residency};
 use crate::fault::{Fault, Result};
 use crate::model::residency::Home;
+use crate::model::shape;
 use crate::ranks::Collective;
 use crate::words;
 
@@ -391,7 +392,10 @@ impl<'a> Solver<'a> {
         let away = keep[self.lowest..].contains(&Keep::HostInputs);
         let coming = if away && self.machine.place == Place::Gpu { self.task.facts.width } else { 0 };
         let worked = missing + coming + terms::working(self.task, self.machine.place);
-        let a_value = tokens * self.task.activation_bytes(self.machine.place);
+        // Passes on a GPU are filled up to few shapes.
+        let filled = self.machine.place == Place::Gpu && Change::Steps.is_on();
+        let rows = if filled { shape::rows(tokens) } else { tokens };
+        let a_value = rows * self.task.activation_bytes(self.machine.place);
         let gaps = ((kept + worked) * a_value) as f64 * GAPS;
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]
     }
@@ -404,13 +408,13 @@ impl<'a> Solver<'a> {
         terms.extend(growing.map(|(what, bytes)| Term { what: what.into(), bytes }));
         let work = self.work(tokens, keep, expanded);
         let (busy, flops) = (work.seconds(&self.machine.rates), work.flops());
-        let otherwise = self.work(tokens, keep, 0).seconds(&self.machine.rates);
+        let otherwise = self.work(tokens, keep, 0);
         let (brought, waits) = self.brought(tokens, busy);
         let seconds = busy + waits;
-        Plan {
+        let mut plan = Plan {
             keep: keep.to_vec(),
             expanded,
-            expanded_saves: otherwise - busy,
+            expanded_saves: otherwise.seconds(&self.machine.rates) - busy,
             tokens,
             terms,
             memory: self.machine.memory,
@@ -423,7 +427,14 @@ impl<'a> Solver<'a> {
             waits,
             ranks: self.machine.ranks,
             efficiency: efficiency(self.task, self.machine, self.weights.residency, seconds),
+        };
+        if self.machine.place == Place::Gpu && plan.graph_bytes() > 0 {
+            let seconds = |work: &Work| work.seconds_by_graph(&self.machine.rates);
+            plan.seconds = seconds(&work);
+            plan.expanded_saves = seconds(&otherwise) - plan.seconds;
+            plan.efficiency = efficiency(self.task, self.machine, self.weights.residency, plan.seconds);
         }
+        plan
     }
 
     /// Bytes of weights that a pass brings to the device, and the seconds that it waits for them. It is `busy` seconds

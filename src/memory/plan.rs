@@ -2,6 +2,7 @@
 
 use super::terms::Term;
 use crate::facts::{Keep, Residency};
+use crate::ops::change::Change;
 
 /// How a run uses its memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +43,9 @@ pub struct Plan {
 /// blocks.
 pub(super) const GROWING: usize = 3;
 
+/// Bytes that the launches of all graphs take, beside the tensors of one of them, which they share.
+const GRAPHS: u64 = 256 << 20;
+
 impl Plan {
     /// Bytes of all terms.
     pub fn bytes(&self) -> u64 {
@@ -56,6 +60,16 @@ impl Plan {
     /// Predicted tokens per second of all ranks, if each has passes in every step.
     pub fn tokens_per_second_in_all(&self) -> f64 {
         self.tokens_per_second() * self.ranks as f64 * self.efficiency
+    }
+
+    /// Bytes that graphs of passes may take on a GPU, from what the plan leaves. The tensors of a pass lie in memory of
+    /// its graph. Those of a pass without one lie beside them, so that both need room.
+    pub fn graph_bytes(&self) -> u64 {
+        let bytes = self.growing() + GRAPHS;
+        let has = self.residency == Residency::Resident
+            && !self.keep.contains(&Keep::HostInputs)
+            && Change::Steps.is_on();
+        if has && self.bytes() + bytes <= self.memory { bytes } else { 0 }
     }
 
     pub(super) fn growing(&self) -> u64 {

@@ -28,7 +28,7 @@ impl Plan {
         table += &line("in all", self.bytes());
         table += &line(&format!("may be used of {}", machine.name), self.memory);
         table += &format!("{}\n", self.choice());
-        let lines = [self.expanded(), self.inputs(machine), self.weights(machine)];
+        let lines = [self.expanded(), self.inputs(machine), self.weights(machine), self.graphs(machine)];
         table += &lines.into_iter().flatten().map(|line| format!("{line}\n")).collect::<String>();
         if machine.place == Place::Gpu {
             table += &format!("{}\n", self.prediction(task, machine));
@@ -70,6 +70,16 @@ impl Plan {
                  the computation",
                 size(self.host_inputs),
                 machine.rates.link / 1e9
+            )
+        })
+    }
+
+    /// The line about graphs of passes.
+    fn graphs(&self, machine: &Machine) -> Option<String> {
+        (machine.place == Place::Gpu && self.graph_bytes() > 0).then(|| {
+            format!(
+                "passes are CUDA graphs from the second of a size on; their tensors take up to {} of what is left",
+                size(self.graph_bytes())
             )
         })
     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::ops::attention::Packing;
 
-/// Tokens of one or more examples, T rows in all. No row is padding.
+/// Tokens of one or more examples, T rows in all. No row is padding, but for those that `shape` adds on a GPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Token ids, `[T]`.
@@ -21,6 +21,8 @@ pub struct Batch {
     pub label_smoothing: f64,
     /// NEFTune's alpha: the size of the noise on embeddings; 0: none.
     pub noise: f64,
+    /// Examples that a GPU's lists have room for; 0: for these examples alone.
+    pub room: usize,
 }
 
 /// The rows of one example.
@@ -68,6 +70,7 @@ impl Batch {
 
     /// The rows of each example as a `Packing` for attention; all layers use one.
     pub fn packing(&self) -> Packing {
-        Packing::new(self.ranges())
+        let packing = Packing::new(self.ranges());
+        if self.room > 0 { packing.with_room_for(self.room) } else { packing }
     }
 }

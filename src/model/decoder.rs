@@ -63,6 +63,19 @@ struct SentTurns {
     growth: Option<Angles>,
 }
 
+/// What a training pass reads of its batch, where the layers compute.
+pub(super) struct Prepared<'a> {
+    embedded: embedding::Sent,
+    turns: SentTurns,
+    pub(super) packing: Packing,
+    keys: Tensor,
+    /// The bounds of NEFTune's noise, if the batch asks for it.
+    noise: Option<noise::Bounds>,
+    /// The supervised rows.
+    wanted: rows::Index<'a>,
+    aims: cross_entropy::Aims<'a>,
+}
+
 /// Tokens and positions of a step, on the device.
 pub(super) struct Sent {
     embedded: embedding::Sent,
@@ -144,16 +157,65 @@ impl Decoder {
         scale: f64,
         done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Number> {
+        // It comes first: if anything fails, other ranks wait for its gatherings.
+        let tour = self.tour(self.lowest(adapter));
+        self.run(tour, adapter, keep, batch, &self.prepare(batch, scale)?, done)
+    }
+
+    /// A pass that computes from its batch's copy on the device. Whether a graph can hold it is `recorded`'s matter.
+    #[cfg(feature = "cuda")]
+    pub(super) fn forward_backward_prepared(
+        &self,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        prepared: &Prepared,
+    ) -> Result<Number> {
+        self.run(self.tour(self.lowest(adapter)), adapter, keep, batch, prepared, &mut |_| Ok(()))
+    }
+
+    /// Copies what a training pass reads of its batch to the device.
+    pub(super) fn prepare<'a>(&self, batch: &'a Batch, scale: f64) -> Result<Prepared<'a>> {
+        let device = &self.device;
+        let (positions, lengths) = batch.positions();
+        let noise = match batch.noise {
+            0.0 => None,
+            alpha => Some(noise::Bounds::send(alpha, &lengths, self.facts.width, device)?),
+        };
+        let goal = Goal { scale, smoothing: batch.label_smoothing };
+        Ok(Prepared {
+            embedded: embedding::send(
+                &self.embedding,
+                &batch.ids,
+                self.embedding_factor(),
+                self.dtype,
+                device,
+            )?,
+            turns: self.send_turns(positions, lengths, batch.room)?,
+            packing: batch.packing(),
+            keys: dropout::keys(&batch.keys, device)?,
+            noise,
+            wanted: rows::Index::send(&batch.target_rows, batch.rows(), device)?,
+            aims: cross_entropy::Aims::send(&batch.targets, goal, device)?,
+        })
+    }
+
+    fn run(
+        &self,
+        mut tour: Tour,
+        adapter: &Trainable,
+        keep: &[Keep],
+        batch: &Batch,
+        prepared: &Prepared,
+        done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Number> {
         // The backward pass needs nothing below.
         let lowest = self.lowest(adapter);
         let below = adapter.rows_of(Table::Embedding).is_some();
-        // It comes first: if anything fails, other ranks wait for its gatherings.
-        let mut tour = self.tour(lowest);
-        let (turns, packing) = (self.turns(batch)?, batch.packing());
-        let keys = dropout::keys(&batch.keys, &self.device)?;
-        let lora = Lora::Training(Training { adapter, dropout_keys: Some(&keys) });
-        let pass = self.pass(&turns, &packing, lora);
-        let mut x = self.embed_with_noise(batch, &keys, &lora)?;
+        let turns = prepared.turns.turns()?;
+        let lora = Lora::Training(Training { adapter, dropout_keys: Some(&prepared.keys) });
+        let pass = self.pass(&turns, &prepared.packing, lora);
+        let mut x = self.embed_with_noise(batch, prepared, &lora)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         let mut host = self.inputs.open(self.layers.len(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -171,7 +233,7 @@ impl Decoder {
         }
         let spare =
             self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
-        let (loss, d) = self.head_forward_backward(&x, batch, scale, &lora, spare.max().unwrap_or(0))?;
+        let (loss, d) = self.head_forward_backward(&x, batch, prepared, &lora, spare.max().unwrap_or(0))?;
         drop(x);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
@@ -268,7 +330,7 @@ impl Decoder {
         let (positions, lengths) = step.positions();
         let (ids, factor) = (&step.ids, self.embedding_factor());
         let embedded = embedding::send(&self.embedding, ids, factor, self.dtype, &self.device)?;
-        Ok(Sent { embedded, turns: self.send_turns(positions, lengths)? })
+        Ok(Sent { embedded, turns: self.send_turns(positions, lengths, 0)? })
     }
 
     /// The wanted rows of a step behind the final norm.
@@ -335,6 +397,11 @@ impl Decoder {
         Together::new(self.ring.as_ref(), layers, lowest, passes)
     }
 
+    /// The layers that the backward pass reaches, from the lowest on.
+    pub(super) fn gradients_from(&self, adapter: &Trainable) -> std::ops::Range<usize> {
+        self.lowest(adapter)..self.layers.len()
+    }
+
     /// The lowest layer that the backward pass reaches.
     fn lowest(&self, adapter: &Trainable) -> usize {
         sites::lowest(&adapter.sites, &adapter.tokens, self.layers.len())
@@ -349,14 +416,13 @@ impl Decoder {
 
     /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
     /// itself applies, and before one that the model applies afterwards.
-    fn embed_with_noise(&self, batch: &Batch, keys: &Tensor, lora: &Lora) -> Result<Tensor> {
-        let x = self.embed(&batch.ids, lora)?;
-        if batch.noise == 0.0 {
-            return Ok(x);
+    fn embed_with_noise(&self, batch: &Batch, prepared: &Prepared, lora: &Lora) -> Result<Tensor> {
+        let x = prepared.embedded.rows(&self.embedding)?;
+        self.embed_trained(&x, &batch.ids, lora)?;
+        if let Some(bounds) = &prepared.noise {
+            let factor = if self.facts.embedding_scale.rounded { 1.0 } else { self.embedding_factor() };
+            noise::add(&x, bounds, factor, &prepared.keys)?;
         }
-        let factor = if self.facts.embedding_scale.rounded { 1.0 } else { self.embedding_factor() };
-        let (_, lengths) = batch.positions();
-        noise::add(&x, batch.noise, factor, keys, &lengths)?;
         Ok(x)
     }
 
@@ -377,10 +443,11 @@ impl Decoder {
     }
 
     fn turns_at(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<Turns> {
-        self.send_turns(positions, lengths)?.turns()
+        self.send_turns(positions, lengths, 0)?.turns()
     }
 
-    fn send_turns(&self, positions: Vec<u32>, lengths: Vec<u32>) -> Result<SentTurns> {
+    /// `examples`: as many as lists have room for; 0: for those that there are.
+    fn send_turns(&self, positions: Vec<u32>, lengths: Vec<u32>, examples: usize) -> Result<SentTurns> {
         let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
         let for_each_run = |numbers: Vec<u32>| -> Vec<u32> {
@@ -388,7 +455,8 @@ impl Decoder {
         };
         let (positions, lengths) = (for_each_run(positions), for_each_run(lengths));
         let ropes = self.facts.ropes.iter();
-        let ropes = ropes.map(|rope| Angles::send(rope, &positions, &lengths, self.wide(), &self.device));
+        let ropes =
+            ropes.map(|rope| Angles::send(rope, &positions, &lengths, examples, self.wide(), &self.device));
         Ok(SentTurns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 
@@ -425,20 +493,18 @@ impl Decoder {
         &self,
         x: &Tensor,
         batch: &Batch,
-        scale: f64,
+        prepared: &Prepared,
         lora: &Lora,
         spare: usize,
     ) -> Result<(Number, Tensor)> {
-        let x_rows = rows::gather(x, &batch.target_rows)?;
+        let x_rows = rows::gather_at(x, &prepared.wanted)?;
         let hidden = self.final_norm.forward(&x_rows)?;
-        let targets = &batch.targets;
         let head = self.head_with(lora, Wanted::Some(&batch.target_rows))?;
-        let goal = Goal { scale, smoothing: batch.label_smoothing };
         let (loss, d_hidden) =
-            cross_entropy::forward_backward(&hidden, &head, targets, goal, self.precision)?;
+            cross_entropy::forward_backward_to(&hidden, &head, &prepared.aims, self.precision)?;
         let d_rows = x_rows.zeros_like()?;
         self.final_norm.backward(&d_hidden, &x_rows, &d_rows)?;
-        Ok((loss, rows::scatter_beside(&d_rows, &batch.target_rows, batch.rows(), spare)?))
+        Ok((loss, rows::scatter_at(&d_rows, &prepared.wanted, batch.rows(), spare)?))
     }
 }
 

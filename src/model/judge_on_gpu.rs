@@ -4,10 +4,12 @@
 use candle_core::{DType, Device, Result};
 use serde_json::json;
 
+use super::batch::Batch;
 use super::inside;
 use super::judge::{Case, batch, cases, decoder_on};
-use crate::facts::{Keep, Quantization};
-use crate::ops::{cpu, flat, judge};
+use super::recorded::Recorder;
+use crate::facts::{Facts, Keep, Quantization};
+use crate::ops::{cpu, cuda, flat, judge, starve};
 
 /// The cases of `judge.rs` in widths of whole groups of eight, and some that decide where LoRA lies.
 fn wide_cases() -> Vec<Case> {
@@ -68,6 +70,119 @@ fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
         }
     }
     assert!(wide > 100, "only {wide} layers have LoRA inside their product");
+    Ok(())
+}
+
+/// Batches of different examples that have one shape: as many rows, targets and places for examples, with sets of
+/// frequencies, tiles and targets of their own.
+fn batches_of_one_shape(facts: &Facts, smoothing: f64, noise: f64) -> Vec<Batch> {
+    let of = |(seed, lengths): (usize, &[usize])| {
+        let mut batch = Batch { label_smoothing: smoothing, noise, ..Batch::default() };
+        for &length in lengths {
+            let ids: Vec<u32> =
+                (0..length).map(|i| ((i * 11 + length * 3 + seed * 5) % facts.vocab) as u32).collect();
+            let supervised: Vec<bool> = (0..length).map(|i| (i + seed) % 3 != 1).collect();
+            batch.push(&ids, &supervised, 3 + length, (length * 1000 + seed) as u64);
+        }
+        batch
+    };
+    [&[7, 1, 5][..], &[4, 6, 2], &[3, 9], &[7, 1, 5], &[2, 2, 8]].into_iter().enumerate().map(of).collect()
+}
+
+/// A pass by its graph has the bits of the same pass launch by launch, whatever is in its batch, and a batch that was
+/// filled up has the loss and the gradients of the examples alone.
+#[test]
+fn graphs_have_the_bits_of_their_passes() -> Result<()> {
+    if judge::gpu().is_none() {
+        return Ok(());
+    }
+    // What other tests ask of a stream would be recorded too.
+    let gpu = cuda::device::open(0).expect("it opened before");
+    let mut replayed = 0;
+    for (number, case) in wide_cases().into_iter().enumerate() {
+        for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 5e-2)] {
+            let (decoder, adapter) = decoder_on(&case, dtype, &gpu);
+            let (smoothing, noise) = if number % 2 == 1 { (0.1, 5.0) } else { (0.0, 0.0) };
+            let batches = batches_of_one_shape(&decoder.facts, smoothing, noise);
+            let levels = [Keep::Everything, Keep::LayerInputs][number / 2 % 2];
+            let keep = vec![levels; decoder.layers.len()];
+            // The gradients of all passes, each with a scale of its own, add up.
+            let run = |recorder: &mut Recorder, filled: bool| -> Result<(Vec<f64>, Vec<f64>)> {
+                flat::zero(&adapter.grads)?;
+                let pass = |(at, batch): (usize, &Batch)| {
+                    let scale = 0.5 / (at + 1) as f64;
+                    match filled {
+                        true => recorder.pass(&decoder, &adapter, &keep, batch, scale, None),
+                        false => decoder.forward_backward(&adapter, &keep, batch, scale),
+                    }
+                };
+                let losses = batches.iter().enumerate().map(pass).collect::<Result<Vec<_>>>()?;
+                let losses = losses.iter().map(|loss| loss.value()).collect::<Result<Vec<_>>>()?;
+                Ok((losses, cpu::to_f64(&adapter.grads.to_device(&Device::Cpu)?)?))
+            };
+            let (losses, gradients) = run(&mut Recorder::default(), false)?;
+            let (without, mut with) = (run(&mut Recorder::new(0), true)?, Recorder::new(u64::MAX));
+            let found = run(&mut with, true)?;
+            assert_eq!(with.refusal(), None, "{}, {dtype:?}", case.name);
+            assert_eq!(found, without, "{}, {dtype:?}: other bits", case.name);
+            for (found, loss) in found.0.iter().zip(&losses) {
+                let near = (found - loss).abs() / loss;
+                assert!(near < tolerance, "{}, {dtype:?}: loss {found}, alone {loss}", case.name);
+            }
+            let distance = distance(&found.1, &gradients);
+            assert!(distance < tolerance, "{}, {dtype:?}: {distance:.1e}", case.name);
+            let has_graph = !adapter.has_magnitudes() && adapter.tokens.is_empty();
+            assert_eq!(with.size().0, usize::from(has_graph), "{}, {dtype:?}", case.name);
+            replayed += with.size().0;
+        }
+    }
+    assert!(replayed > 40, "only {replayed} cases have graphs");
+    Ok(())
+}
+
+/// Memory that runs out while a pass is recorded, and graphs that are given up to have theirs, change no bit.
+#[test]
+fn a_pass_that_cannot_be_recorded_goes_launch_by_launch() -> Result<()> {
+    if judge::gpu().is_none() {
+        return Ok(());
+    }
+    let gpu = cuda::device::open(0).expect("it opened before");
+    let (decoder, adapter) = decoder_on(&cases()[0], DType::BF16, &gpu);
+    let keep = vec![Keep::Everything; decoder.layers.len()];
+    let batch = &batches_of_one_shape(&decoder.facts, 0.0, 0.0)[0];
+    let pass = |recorder: &mut Recorder| -> Result<(f64, Vec<f64>)> {
+        flat::zero(&adapter.grads)?;
+        let loss = recorder.pass(&decoder, &adapter, &keep, batch, 0.5, None)?.value()?;
+        Ok((loss, cpu::to_f64(&adapter.grads.to_device(&Device::Cpu)?)?))
+    };
+    let expected = pass(&mut Recorder::new(0))?;
+    for at in [1, 30] {
+        let mut recorder = Recorder::new(u64::MAX);
+        assert_eq!(pass(&mut recorder)?, expected);
+        starve::set(Some((at, 1)));
+        assert_eq!(pass(&mut recorder)?, expected, "allocation {at} of the recorded pass fails");
+        let refusal = recorder.refusal().expect("a refusal");
+        assert!(refusal.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{refusal}");
+        assert_eq!((recorder.refusal(), recorder.size()), (None, (0, 0)), "it is told once");
+        assert_eq!(pass(&mut recorder)?, expected);
+    }
+    let mut recorder = Recorder::new(u64::MAX);
+    for _ in 0..3 {
+        assert_eq!(pass(&mut recorder)?, expected);
+    }
+    assert_eq!(recorder.size().0, 1);
+    assert!(recorder.give_up());
+    assert_eq!((pass(&mut recorder)?, recorder.size(), recorder.give_up()), (expected, (0, 0), false));
+    // Layers whose gradients are there are told behind a short pass.
+    let (mut recorder, mut told) = (Recorder::new(u64::MAX), Vec::new());
+    for _ in 0..2 {
+        let mut done = |layer| {
+            told.push(layer);
+            Ok(())
+        };
+        recorder.pass(&decoder, &adapter, &keep, batch, 0.5, Some(&mut done))?;
+    }
+    assert_eq!((told, recorder.size().0), (vec![2, 1, 0, 2, 1, 0], 1));
     Ok(())
 }
 

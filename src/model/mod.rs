@@ -23,10 +23,12 @@ pub mod norm;
 pub mod pages;
 pub mod pass;
 pub mod random;
+pub mod recorded;
 #[cfg(feature = "cuda")]
 pub mod replay;
 pub mod residency;
 pub mod self_attention;
+pub mod shape;
 pub mod stored;
 pub mod tokens;
 pub mod weights;

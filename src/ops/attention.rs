@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
@@ -188,6 +188,17 @@ pub fn backward_turned(
     let d = backward_beside(d_out, qkv, out, lse, heads, packing, precision, spare)?;
     angles.map_or(Ok(()), |angles| turn(&d, heads, angles, Direction::Backward))?;
     Ok(d)
+}
+
+/// Copies what `forward` and `backward` read of a packing to the device, for activations of this type. They do it
+/// themselves if it was not done.
+pub fn send(packing: &Packing, heads: &Heads, dtype: DType, device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return hopper::send_tiles(packing, heads, dtype, device);
+    }
+    let _ = (packing, heads, dtype, device);
+    Ok(())
 }
 
 /// Turns queries and keys of qkv in place. Each row has one row of angles for each of the heads' runs.

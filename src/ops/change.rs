@@ -39,13 +39,15 @@ pub enum Change {
     Both,
     /// The gradient of A comes from a norm's input, so that the norm is not computed again.
     Normed,
-    /// Steps of one shape are recorded once as a graph and launched as a whole.
+    /// Serving's steps of one shape are recorded once as a graph and launched as a whole.
     Graphs,
+    /// The same for training's passes, which are filled up to few shapes.
+    Steps,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 14] = [
+    pub const ALL: [Change; 15] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -60,6 +62,7 @@ impl Change {
         Change::Both,
         Change::Normed,
         Change::Graphs,
+        Change::Steps,
     ];
 
     /// The name that the variable has for it.
@@ -79,6 +82,7 @@ impl Change {
             Change::Both => "both",
             Change::Normed => "normed",
             Change::Graphs => "graphs",
+            Change::Steps => "steps",
         }
     }
 

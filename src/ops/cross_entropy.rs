@@ -175,6 +175,35 @@ pub fn forward_counting(
     each_chunk(hidden, head, targets, None, precision, |_, _| Ok(()))
 }
 
+/// A target that fills a list up on a GPU: its row has no loss and no gradient.
+pub const NO_TARGET: u32 = u32::MAX;
+
+/// The targets of a training pass and its goal, where the rows lie.
+pub struct Aims<'a> {
+    targets: &'a [u32],
+    goal: Goal,
+    #[cfg(feature = "cuda")]
+    there: Option<gpu::Aims>,
+}
+
+impl Aims<'_> {
+    /// Copies one target for each row, and the goal's scale, to the rows' device. On a GPU some targets may be
+    /// `NO_TARGET`.
+    pub fn send<'a>(targets: &'a [u32], goal: Goal, device: &Device) -> Result<Aims<'a>> {
+        #[cfg(not(feature = "cuda"))]
+        let _ = device;
+        Ok(Aims {
+            targets,
+            goal,
+            #[cfg(feature = "cuda")]
+            there: match device.is_cuda() {
+                true => Some(gpu::Aims::send(targets, Some(goal.scale), device)?),
+                false => None,
+            },
+        })
+    }
+}
+
 /// Returns the loss, smoothed as the goal says, and the gradient of `scale * loss` with respect to hidden, [rows, C].
 pub fn forward_backward(
     hidden: &Tensor,
@@ -183,8 +212,18 @@ pub fn forward_backward(
     goal: Goal,
     precision: Precision,
 ) -> Result<(Number, Tensor)> {
+    forward_backward_to(hidden, head, &Aims::send(targets, goal, hidden.device())?, precision)
+}
+
+/// `forward_backward` with targets that lie on the device.
+pub fn forward_backward_to(
+    hidden: &Tensor,
+    head: &Head,
+    aims: &Aims,
+    precision: Precision,
+) -> Result<(Number, Tensor)> {
     let dh = super::unwritten(hidden.shape(), hidden.dtype(), hidden.device())?;
-    let (loss, _) = each_chunk(hidden, head, targets, Some(goal), precision, |d_logits, from| {
+    let (loss, _) = each_chunk(hidden, head, aims.targets, Some(aims), precision, |d_logits, from| {
         let rows = d_logits.dim(0)?;
         head.backward(d_logits, &hidden.narrow(0, from, rows)?, &dh.narrow(0, from, rows)?, precision)
     })?;
@@ -206,20 +245,25 @@ fn each_chunk(
     hidden: &Tensor,
     head: &Head,
     targets: &[u32],
-    goal: Option<Goal>,
+    aims: Option<&Aims>,
     precision: Precision,
     mut body: impl FnMut(&Tensor, usize) -> Result<()>,
 ) -> Result<(Number, Number)> {
     let ((rows, _), (vocab, _)) = (hidden.dims2()?, head.weight.dims());
+    let (goal, on_gpu) = (aims.map(|aims| aims.goal), !matches!(hidden.device(), Device::Cpu));
+    let fills = |target: u32| target == NO_TARGET && on_gpu && aims.is_some();
     assert!(
-        rows == targets.len() && targets.iter().all(|&target| (target as usize) < vocab),
+        rows == targets.len() && targets.iter().all(|&target| (target as usize) < vocab || fills(target)),
         "one target below {vocab} for each of {rows} rows"
     );
-    let on_gpu = !matches!(hidden.device(), Device::Cpu);
     let chunk = chunk_rows(vocab, hidden.dtype().size_in_bytes(), on_gpu);
     #[cfg(feature = "cuda")]
     if on_gpu {
-        let losses = gpu::Losses::new(targets, goal.is_none(), hidden.device())?;
+        let sent = match aims.and_then(|aims| aims.there.clone()) {
+            Some(sent) => sent,
+            None => gpu::Aims::send(targets, goal.map(|goal| goal.scale), hidden.device())?,
+        };
+        let losses = gpu::Losses::new(sent, rows, goal.is_none(), hidden.device())?;
         for from in (0..rows).step_by(chunk) {
             let hidden = hidden.narrow(0, from, chunk.min(rows - from))?;
             let logits = head.product(&hidden, from, gpu::columns(vocab), precision)?;
@@ -389,22 +433,37 @@ mod gpu {
         Ok(())
     }
 
-    /// The targets of all rows, and what is found of them as chunk after chunk is computed.
-    pub struct Losses {
+    /// The targets of all rows, and the factor on their losses.
+    #[derive(Clone)]
+    pub struct Aims {
         targets: Tensor,
+        scale: Option<Tensor>,
+    }
+
+    impl Aims {
+        /// Copies them to the device.
+        pub fn send(targets: &[u32], scale: Option<f64>, device: &Device) -> Result<Aims> {
+            // Without rows nothing can be copied, and the one loss stays 0.
+            let targets = cuda::upload(if targets.is_empty() { &[0] } else { targets }, device)?;
+            let scale = scale.map(|scale| cuda::upload(&[scale as f32], device)).transpose()?;
+            Ok(Aims { targets, scale })
+        }
+    }
+
+    /// The aims of all rows, and what is found of them as chunk after chunk is computed.
+    pub struct Losses {
+        aims: Aims,
         losses: Tensor,
         /// 1 for a target with the largest logit of its row, else 0; `None` if they are not counted.
         hits: Option<Tensor>,
     }
 
     impl Losses {
-        /// Uploads the targets; losses and hits begin as zeros.
-        pub fn new(targets: &[u32], counted: bool, device: &Device) -> Result<Losses> {
-            let zeros = || Tensor::zeros(targets.len().max(1), DType::F32, device);
+        /// Losses and hits of so many rows, which begin as zeros.
+        pub fn new(aims: Aims, rows: usize, counted: bool, device: &Device) -> Result<Losses> {
+            let zeros = || Tensor::zeros(rows.max(1), DType::F32, device);
             let (losses, hits) = (zeros()?, counted.then(zeros).transpose()?);
-            // Without rows nothing can be uploaded, and the one loss stays 0.
-            let targets = cuda::upload(if targets.is_empty() { &[0] } else { targets }, device)?;
-            Ok(Losses { targets, losses, hits })
+            Ok(Losses { aims, losses, hits })
         }
 
         /// Computes the losses of the rows from `from` on. With a goal their logits become the gradient; without one
@@ -424,10 +483,11 @@ mod gpu {
                 Some(goal) => ("smooth", Some(goal.smoothing)),
             };
             let launch = Launch::new(logits, "cross_entropy", name)?.tensor(logits);
-            let launch = launch.of_at(DType::U32, &self.targets, from).of_at(DType::F32, &self.losses, from);
+            let launch =
+                launch.of_at(DType::U32, &self.aims.targets, from).of_at(DType::F32, &self.losses, from);
             let launch = self.hits.iter().fold(launch, |launch, hits| launch.of_at(DType::F32, hits, from));
             let launch = launch.int(vocab).int(columns).float(softcap.unwrap_or(0.0));
-            let launch = goal.into_iter().fold(launch, |launch, goal| launch.float(goal.scale));
+            let launch = self.aims.scale.iter().fold(launch, |launch, scale| launch.of(DType::F32, scale));
             let launch = smoothing.into_iter().fold(launch, Launch::float);
             launch.launch((rows, 1, 1), 512, 0)
         }

@@ -11,6 +11,10 @@ use crate::with_real;
 /// bits of u64 in i64.
 pub fn keys(keys: &[u64], device: &Device) -> Result<Tensor> {
     let bits: Vec<i64> = keys.iter().map(|key| key.cast_signed()).collect();
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return super::cuda::upload(&bits, device);
+    }
     Tensor::from_vec(bits, keys.len(), device)
 }
 

@@ -1,7 +1,7 @@
 //! NEFTune's noise on embeddings (Jain and others 2023), from counters like dropout's masks: it follows the token, so
 //! that packing examples in another way does not change it.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
@@ -11,20 +11,51 @@ use crate::with_real;
 /// Tells this noise from dropout's masks, whose sites are small numbers.
 const SITE: u64 = u64::from_be_bytes(*b"neftune\0");
 
-/// Adds `factor * u` to x [T, C] in place, each u uniform in ±alpha / sqrt(length * C). There is one of `keys` and one
-/// of `lengths` per row; a length is that of the padded micro-batch, as transformers takes it.
-pub fn add(x: &Tensor, alpha: f64, factor: f64, keys: &Tensor, lengths: &[u32]) -> Result<()> {
-    let (rows, width) = x.dims2()?;
-    assert!(keys.elem_count() == rows && lengths.len() == rows, "one key and one length a row");
-    let most: Vec<f64> =
-        lengths.iter().map(|length| alpha / (f64::from(*length) * width as f64).sqrt()).collect();
+/// The bound of each row's noise, where the rows lie.
+pub enum Bounds {
+    /// On the host.
+    Here(Vec<f64>),
+    /// On a GPU, in f32.
     #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        return gpu::add(x, &most, factor, keys);
+    There(Tensor),
+}
+
+impl Bounds {
+    /// alpha / sqrt(length * C) for rows of `width` columns (C). `lengths` has one for each row: that of the padded
+    /// micro-batch, as transformers takes it.
+    pub fn send(alpha: f64, lengths: &[u32], width: usize, device: &Device) -> Result<Bounds> {
+        let most = |length: &u32| alpha / (f64::from(*length) * width as f64).sqrt();
+        let most = lengths.iter().map(most);
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let most: Vec<f32> = most.map(|most| most as f32).collect();
+            return super::cuda::upload(&most, device).map(Bounds::There);
+        }
+        assert!(device.is_cpu(), "a CPU or a GPU with kernels");
+        Ok(Bounds::Here(most.collect()))
     }
+
+    fn count(&self) -> usize {
+        match self {
+            Bounds::Here(most) => most.len(),
+            #[cfg(feature = "cuda")]
+            Bounds::There(most) => most.elem_count(),
+        }
+    }
+}
+
+/// Adds `factor * u` to x [T, C] in place, each u uniform within its row's bound. There is one of `keys` per row.
+pub fn add(x: &Tensor, bounds: &Bounds, factor: f64, keys: &Tensor) -> Result<()> {
+    let (rows, width) = x.dims2()?;
+    assert!(keys.elem_count() == rows && bounds.count() == rows, "one key and one bound a row");
+    let most = match bounds {
+        #[cfg(feature = "cuda")]
+        Bounds::There(most) => return gpu::add(x, most, factor, keys),
+        Bounds::Here(most) => most,
+    };
     let keys = &*cpu::read::<i64>(keys)?;
     with_real!(x, T => cpu::edit(x, |x: &mut [T]| {
-        x.par_chunks_mut(width).zip(keys.par_iter().zip(&most)).for_each(|(x, (key, &most))| {
+        x.par_chunks_mut(width).zip(keys.par_iter().zip(most)).for_each(|(x, (key, &most))| {
             let most = T::of(most);
             let row = mix(key.cast_unsigned() ^ mix(SITE));
             for (column, x) in x.iter_mut().enumerate() {
@@ -42,14 +73,12 @@ mod gpu {
     use candle_core::DType;
 
     use super::*;
-    use crate::ops::cuda::{self, Launch};
+    use crate::ops::cuda::Launch;
 
     /// Adds the noise to `x` in place. `most`: the bound of each row.
-    pub fn add(x: &Tensor, most: &[f64], factor: f64, keys: &Tensor) -> Result<()> {
+    pub fn add(x: &Tensor, most: &Tensor, factor: f64, keys: &Tensor) -> Result<()> {
         let (rows, width) = x.dims2()?;
-        let most: Vec<f32> = most.iter().map(|most| *most as f32).collect();
-        let most = cuda::upload(&most, x.device())?;
-        let launch = Launch::new(x, "noise", "add")?.tensor(x).of(DType::I64, keys).of(DType::F32, &most);
+        let launch = Launch::new(x, "noise", "add")?.tensor(x).of(DType::I64, keys).of(DType::F32, most);
         launch.long(mix(SITE)).float(factor).int(width).launch((rows, 1, 1), 128, 0)
     }
 }
@@ -58,12 +87,13 @@ mod gpu {
 mod tests {
     use super::*;
     use crate::ops::{dropout, judge};
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     /// The noise on zeros.
     fn noise(width: usize, factor: f64, keys: &[u64], length: u32) -> Result<Vec<f64>> {
         let x = Tensor::zeros((keys.len(), width), DType::F64, &Device::Cpu)?;
-        add(&x, 5.0, factor, &dropout::keys(keys, &Device::Cpu)?, &vec![length; keys.len()])?;
+        let bounds = Bounds::send(5.0, &vec![length; keys.len()], width, &Device::Cpu)?;
+        add(&x, &bounds, factor, &dropout::keys(keys, &Device::Cpu)?)?;
         cpu::to_f64(&x)
     }
 
@@ -96,8 +126,10 @@ mod tests {
                 let lengths: Vec<u32> = (0..rows as u32).map(|row| 3 + row).collect();
                 let start = gpu.random((rows, width), 1)?;
                 let (expected, found) = (start.as_tensor().copy()?, gpu.put(&start)?);
-                add(&expected, 15.0, 1.5, &dropout::keys(&numbers, &Device::Cpu)?, &lengths)?;
-                add(&found, 15.0, 1.5, &dropout::keys(&numbers, &gpu.device)?, &lengths)?;
+                for (x, device) in [(&expected, &Device::Cpu), (&found, &gpu.device)] {
+                    let bounds = Bounds::send(15.0, &lengths, width, device)?;
+                    add(x, &bounds, 1.5, &dropout::keys(&numbers, device)?)?;
+                }
                 gpu.same(&found, &expected)?;
             }
             Ok(())

@@ -32,14 +32,16 @@ impl Angles {
         dtype: DType,
         device: &Device,
     ) -> Result<Angles> {
-        Angles::send(rope, positions, lengths, dtype, device)?.angles()
+        Angles::send(rope, positions, lengths, 0, dtype, device)?.angles()
     }
 
-    /// The same without the computation on a GPU, which `Sent::angles` asks for.
+    /// The same without the computation on a GPU, which `Sent::angles` asks for. The list of frequencies is filled up
+    /// to `sets` sets if their number depends on the lengths.
     pub fn send(
         rope: &Rope,
         positions: &[u32],
         lengths: &[u32],
+        sets_min: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Sent> {
@@ -55,6 +57,9 @@ impl Angles {
             sets.push((frequencies.len() / (rope.rotary / 2) - 1) as u32);
         }
         let (half, attention) = (rope.rotary / 2, rope.attention_factor());
+        if rope.depends_on_length() {
+            frequencies.resize(frequencies.len().max(sets_min * half), 0.0);
+        }
         Turns { positions, sets: &sets, frequencies: &frequencies, half, attention }.send(dtype, device)
     }
 }

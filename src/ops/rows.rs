@@ -1,19 +1,60 @@
 //! Rows copied out of and into a matrix: the supervised rows before the output head, and their gradient after it.
 //! Also sums of matrices and a change of storage type.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::cpu;
 use crate::with_real;
 
+/// An index that fills a list up on a GPU: it stands for no row.
+pub const NO_ROW: u32 = u32::MAX;
+
+/// Row numbers, where the matrices lie whose rows they are.
+pub enum Index<'a> {
+    /// On the host.
+    Here(&'a [u32]),
+    /// On a GPU.
+    #[cfg(feature = "cuda")]
+    There(Tensor),
+}
+
+impl Index<'_> {
+    /// Copies numbers of rows of matrices with `rows` rows to their device. On a GPU some may be `NO_ROW`.
+    pub fn send<'a>(list: &'a [u32], rows: usize, device: &Device) -> Result<Index<'a>> {
+        let fills = |row: u32| row == NO_ROW && device.is_cuda();
+        assert!(list.iter().all(|&row| (row as usize) < rows || fills(row)), "rows below {rows}");
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() && !list.is_empty() {
+            return Ok(Index::There(super::cuda::upload(list, device)?));
+        }
+        Ok(Index::Here(list))
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Index::Here(list) => list.len(),
+            #[cfg(feature = "cuda")]
+            Index::There(list) => list.elem_count(),
+        }
+    }
+}
+
 /// x [T, C] -> its rows `index`, [rows, C].
 pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
-    let (rows, width) = x.dims2()?;
-    assert!(index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        return gpu::gather(x, index);
-    }
+    gather_at(x, &Index::send(index, x.dim(0)?, x.device())?)
+}
+
+/// `gather` with numbers that lie on the device. For `NO_ROW` it takes some row.
+pub fn gather_at(x: &Tensor, index: &Index) -> Result<Tensor> {
+    let (_, width) = x.dims2()?;
+    let index = match index {
+        #[cfg(feature = "cuda")]
+        Index::There(index) => return gpu::gather(x, index),
+        #[cfg(feature = "cuda")]
+        Index::Here(_) if x.device().is_cuda() => return super::unwritten((0, width), x.dtype(), x.device()),
+        Index::Here(index) => index,
+    };
     with_real!(x, T => {
         let x = &*cpu::read::<T>(x)?;
         let mut y = Vec::with_capacity(index.len() * width);
@@ -29,12 +70,20 @@ pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
 
 /// `scatter` into the first columns of a matrix [T, C + spare] of zeros. Spare columns need a GPU.
 pub fn scatter_beside(y: &Tensor, index: &[u32], rows: usize, spare: usize) -> Result<Tensor> {
+    scatter_at(y, &Index::send(index, rows, y.device())?, rows, spare)
+}
+
+/// `scatter_beside` with numbers that lie on the device. Rows for `NO_ROW` are left out.
+pub fn scatter_at(y: &Tensor, index: &Index, rows: usize, spare: usize) -> Result<Tensor> {
     let (count, width) = y.dims2()?;
-    assert!(index.len() == count && index.iter().all(|&row| (row as usize) < rows), "rows below {rows}");
+    assert_eq!(index.count(), count, "one number for each row");
     #[cfg(feature = "cuda")]
     if y.device().is_cuda() {
         return gpu::scatter(y, index, rows, spare);
     }
+    #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns))]
+    let Index::Here(index) = index else { candle_core::bail!("row numbers on another device") };
+    let index = *index;
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(y, T => {
         let y = &*cpu::read::<T>(y)?;
@@ -109,27 +158,25 @@ mod gpu {
     const EIGHT: usize = 8;
 
     /// Rows of `x` by index.
-    pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
+    pub fn gather(x: &Tensor, index: &Tensor) -> Result<Tensor> {
         let (_, width) = x.dims2()?;
-        let y = crate::ops::unwritten((index.len(), width), x.dtype(), x.device())?;
+        let y = crate::ops::unwritten((index.elem_count(), width), x.dtype(), x.device())?;
         moved("gather", x, index, &y)?;
         Ok(y)
     }
 
     /// Rows of `y` at their index among `rows` rows; everything else is zero.
-    pub fn scatter(y: &Tensor, index: &[u32], rows: usize, spare: usize) -> Result<Tensor> {
+    pub fn scatter(y: &Tensor, index: &Index, rows: usize, spare: usize) -> Result<Tensor> {
         let (_, width) = y.dims2()?;
         let x = Tensor::zeros((rows, width + spare), y.dtype(), y.device())?;
-        moved("scatter", y, index, &x)?;
+        if let Index::There(index) = index {
+            moved("scatter", y, index, &x)?;
+        }
         Ok(x)
     }
 
-    fn moved(name: &str, from: &Tensor, index: &[u32], to: &Tensor) -> Result<()> {
-        if index.is_empty() {
-            return Ok(());
-        }
-        let index = cuda::upload(index, from.device())?;
-        let launch = Launch::new(from, "rows", name)?.tensor(from).of(DType::U32, &index).tensor(to);
+    fn moved(name: &str, from: &Tensor, index: &Tensor, to: &Tensor) -> Result<()> {
+        let launch = Launch::new(from, "rows", name)?.tensor(from).of(DType::U32, index).tensor(to);
         let launch = launch.int(from.dim(1)?).int(to.dim(1)?);
         launch.launch((index.elem_count(), 1, 1), 128, 0)
     }

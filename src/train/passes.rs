@@ -35,6 +35,14 @@ impl Passes {
         }
     }
 
+    /// Bytes of device memory that graphs of passes may take.
+    pub(super) fn graph_bytes(&self) -> u64 {
+        match self {
+            Passes::Planned(running) => running.plan.graph_bytes(),
+            Passes::Fixed(_) => u64::MAX,
+        }
+    }
+
     /// Number of the upper layers whose weights are kept expanded; `None`: as they are.
     pub(super) fn expanded(&self) -> Option<usize> {
         match self {

@@ -3,6 +3,7 @@
 //! The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches of the
 //! step. Gradient accumulation and packing therefore do not change what is minimised.
 
+use std::cell::RefCell;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -12,6 +13,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
+use crate::model::recorded::{Done, Recorder};
 use crate::model::residency::{Ring, Together};
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
@@ -168,6 +170,8 @@ pub(super) struct Trainer<'a> {
     cut: Cut,
     /// The sums of squares of the step before, of the gradient and of the updated parameters.
     squares: [f64; 2],
+    /// The graphs of passes on a GPU.
+    recorder: RefCell<Recorder>,
 }
 
 impl<'a> Trainer<'a> {
@@ -199,6 +203,7 @@ impl<'a> Trainer<'a> {
             cost: Cost::of(&decoder.facts),
             cut: cut(ranks, decoder, adapter),
             squares: [0.0; 2],
+            recorder: RefCell::new(Recorder::new(passes.graph_bytes())),
             ranks,
             decoder,
             adapter,
@@ -342,6 +347,10 @@ impl<'a> Trainer<'a> {
                 Outcome::Stopped => return Ok(None),
                 Outcome::OutOfMemory(errors) => self.shrink(&errors)?,
                 Outcome::Done => {
+                    if let Some(why) = self.recorder.get_mut().refusal() {
+                        let text = format!("training goes on launch by launch, without CUDA graphs: {why}");
+                        self.report.warn(Stage::Train, text);
+                    }
                     let (losses, clock) = (self.summed(losses)?, heard.told[0].clock);
                     return Ok(Some(Gradient { losses, scale, tokens: share.tokens as u64, clock }));
                 }
@@ -394,9 +403,10 @@ impl<'a> Trainer<'a> {
             }
             together.pass();
             let is_last = at + 1 == share.batches.len();
-            let done = &mut |layer| if is_last { sums.done(layer) } else { Ok(()) };
+            let mut begin = |layer| sums.done(layer);
+            let done: Option<Done> = if is_last && !alone { Some(&mut begin) } else { None };
             let (adapter, decoder) = (self.adapter, self.decoder);
-            losses.push(decoder.forward_backward_by_layer(adapter, &keep, batch, scale, done)?);
+            losses.push(self.recorder.borrow_mut().pass(decoder, adapter, &keep, batch, scale, done)?);
         }
         Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
     }
@@ -443,7 +453,13 @@ impl<'a> Trainer<'a> {
     /// that ran out.
     fn shrink(&mut self, errors: &[Option<String>]) -> Result<()> {
         let (place, step) = (self.ranks.place(), self.sent + 1);
-        let own = errors[place.rank].as_ref().map(|error| self.passes.shrink(step, error)).transpose();
+        // The graphs' memory goes first. They hold addresses of what a smaller plan no longer keeps.
+        let gave_up = self.recorder.get_mut().give_up();
+        let own = errors[place.rank].as_ref().map(|error| match gave_up {
+            true => Ok(format!("out of memory at step {step}; the step is repeated without CUDA graphs")),
+            false => self.passes.shrink(step, error),
+        });
+        let own = own.transpose();
         let told = (own.as_ref().ok().cloned().flatten(), self.passes.tokens_max());
         let told = agree(self.ranks, Said::of(&own), told)?.told;
         self.rows_max = told.iter().map(|(_, rows_max)| *rows_max).min().unwrap_or(self.rows_max);

@@ -1,6 +1,6 @@
 //! The launches of `kernels/attention.cu`: one block for each tile of rows and each head.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::packing::{Order, Packing};
 use crate::facts::Heads;
@@ -84,6 +84,18 @@ pub fn forward(qkv: &Tensor, heads: &Heads, packing: &Packing, spare: usize) -> 
     Ok((out, lse))
 }
 
+/// Copies the lists of tiles that both passes may ask for to the device.
+pub(super) fn send_tiles(packing: &Packing, heads: &Heads, dtype: DType, device: &Device) -> Result<()> {
+    let Tilings { forward, query, key, key_wide, .. } = tilings(dtype, heads.width)?;
+    for (rows, order) in [(forward.rows(), Order::Queries), (query.rows(), Order::Queries)]
+        .into_iter()
+        .chain([key.rows()].into_iter().chain(key_wide.map(|key| key.rows())).map(|rows| (rows, Order::Keys)))
+    {
+        packing.tiles_on(device, rows, order)?;
+    }
+    Ok(())
+}
+
 /// Columns that the kernels make of a head's.
 pub(super) fn padded_width(head_width: usize) -> Result<usize> {
     Ok(tilings(DType::F32, head_width)?.width)
@@ -163,8 +175,7 @@ pub fn backward(
     // Wide tiles make half as many blocks, so they are used only if there is still a block for each processor.
     let (shared_max, processors) = cuda::device::block_limits(cuda::device(qkv)?)?;
     let wide = key_wide.filter(|wide| {
-        let blocks: usize =
-            packing.examples().iter().map(|example| example.len().div_ceil(wide.rows())).sum();
+        let blocks = packing.tiles_count(wide.rows());
         let switched = width != 96 || Change::Wide.is_on();
         switched && key_shared_bytes(dtype, width, *wide) <= shared_max && blocks * heads.key >= processors
     });

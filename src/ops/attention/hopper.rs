@@ -129,6 +129,15 @@ pub fn has_warpgroups(device: &Device, heads: &Heads, dtype: DType, backward: bo
     dtype == DType::BF16 && Change::Hopper.is_on() && place(heads).is_some_and(passed)
 }
 
+/// Copies the lists of tiles that both passes may ask for to the device.
+pub(super) fn send_tiles(packing: &Packing, heads: &Heads, dtype: DType, device: &Device) -> Result<()> {
+    if has_warpgroups(device, heads, dtype, false) {
+        packing.tiles_on(device, ROWS, Order::Queries)?;
+        packing.tiles_on(device, ROWS, Order::Keys)?;
+    }
+    gpu::send_tiles(packing, heads, dtype, device)
+}
+
 /// The warning for a check's result: `None` if the kernels may be used.
 fn judged(width: usize, checked: Result<f64>) -> Option<String> {
     let found = match checked {

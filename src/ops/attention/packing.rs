@@ -8,6 +8,9 @@ use std::ops::Range;
 #[derive(Debug, Default)]
 pub struct Packing {
     examples: Vec<Range<usize>>,
+    /// Examples that the lists of tiles have room for; 0: they have the tiles of these examples alone.
+    #[cfg(feature = "cuda")]
+    room: usize,
     #[cfg(feature = "cuda")]
     tiles: std::sync::Mutex<std::collections::HashMap<(usize, Order), candle_core::Tensor>>,
 }
@@ -27,7 +30,20 @@ impl Packing {
         Packing {
             examples,
             #[cfg(feature = "cuda")]
+            room: 0,
+            #[cfg(feature = "cuda")]
             tiles: Default::default(),
+        }
+    }
+
+    /// The same, with lists of tiles on a GPU as long as any packing of as many rows and of up to `examples` examples
+    /// needs.
+    pub fn with_room_for(self, examples: usize) -> Packing {
+        assert!(examples >= self.examples.len(), "room for {examples} of {}", self.examples.len());
+        Packing {
+            #[cfg(feature = "cuda")]
+            room: examples,
+            ..self
         }
     }
 
@@ -53,7 +69,17 @@ impl Packing {
         tiles
     }
 
-    /// The same tiles on a device, [3 n]; they are copied there on the first call.
+    /// Number of tiles of a list on a device.
+    #[cfg(feature = "cuda")]
+    pub fn tiles_count(&self, rows: usize) -> usize {
+        match self.room {
+            0 => self.examples.iter().map(|example| example.len().div_ceil(rows)).sum(),
+            room => self.examples.last().map_or(0, |last| last.end) / rows + room,
+        }
+    }
+
+    /// The same tiles on a device, [3 n]; they are copied there on the first call. Tiles that fill the list up are
+    /// zeros.
     #[cfg(feature = "cuda")]
     pub fn tiles_on(
         &self,
@@ -65,7 +91,9 @@ impl Packing {
         if let Some(tiles) = kept.get(&(rows, order)) {
             return Ok(tiles.clone());
         }
-        let tiles = crate::ops::cuda::upload(self.tiles(rows, order).as_flattened(), device)?;
+        let mut tiles = self.tiles(rows, order);
+        tiles.resize(self.tiles_count(rows), [0; 3]);
+        let tiles = crate::ops::cuda::upload(tiles.as_flattened(), device)?;
         kept.insert((rows, order), tiles.clone());
         Ok(tiles)
     }
@@ -74,6 +102,21 @@ impl Packing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn lists_with_room_hold_the_tiles_of_every_packing() {
+        for lengths in [&[256][..], &[1, 1, 1, 253], &[65, 65, 65, 61], &[129, 127]] {
+            let mut from = 0;
+            let examples = lengths.iter().map(|length| {
+                from += length;
+                from - length..from
+            });
+            let packing = Packing::new(examples.collect()).with_room_for(4);
+            assert_eq!(packing.tiles_count(64), 8);
+            assert!(packing.tiles(64, Order::Keys).len() <= 8, "{lengths:?}");
+        }
+    }
 
     #[test]
     fn tiles_cover_every_row_once_and_the_longest_work_comes_first() {

@@ -176,6 +176,14 @@ pub fn graphs_peak(device: &CudaDevice) -> TensorResult<usize> {
     Ok(value as usize)
 }
 
+/// Gives memory back that no graph needs any more.
+pub fn trim_graphs(device: &CudaDevice) -> TensorResult<()> {
+    let context = device.cuda_stream().context().clone();
+    context.bind_to_thread().w()?;
+    // SAFETY: the device belongs to the context.
+    unsafe { sys::cuDeviceGraphMemTrim(context.cu_device()) }.result().w()
+}
+
 /// Restarts the peak of `pool` at the current use.
 pub fn reset_peak(device: &CudaDevice) -> TensorResult<()> {
     set(device, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)

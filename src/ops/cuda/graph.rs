@@ -130,11 +130,10 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
             Ok(graph) => {
                 graph.launch()?;
                 known.graph = Some(graph);
-                self.make_room();
-                Ok(())
+                self.make_room(device)
             }
             Err(error) => {
-                self.known.clear();
+                self.clear(device)?;
                 self.refusal = Some(error.to_string());
                 work()
             }
@@ -152,13 +151,30 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
         graphs.fold((0, 0), |(count, bytes), graph| (count + 1, bytes + graph.bytes))
     }
 
-    fn make_room(&mut self) {
+    /// Forgets all shapes, and gives their graphs' memory back. Waits for the device if there is a graph.
+    pub fn clear(&mut self, device: &CudaDevice) -> Result<()> {
+        if self.size().0 > 0 {
+            super::synchronize(device)?;
+        }
+        self.known.clear();
+        super::device::trim_graphs(device)
+    }
+
+    /// Whether there is a graph.
+    pub fn is_empty(&self) -> bool {
+        self.size().0 == 0
+    }
+
+    fn make_room(&mut self, device: &CudaDevice) -> Result<()> {
         while {
             let (count, bytes) = self.size();
             count > GRAPHS_MAX || (count > 1 && bytes > self.bytes_max)
         } {
+            // A graph may not go while the device works on it.
+            super::synchronize(device)?;
             self.forget(0, |known| known.graph.is_some());
         }
+        Ok(())
     }
 
     /// Forgets the shape that was used longest ago, if there are at least so many.

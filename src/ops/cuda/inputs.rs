@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::result;
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, result};
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::bf16;
 
@@ -23,12 +23,19 @@ pub type Shape = Vec<usize>;
 pub struct Inputs {
     device: Device,
     parts: Vec<Part>,
+    /// For each page-locked memory, the event behind the last copies from it by `send_apart`.
+    sent: Vec<Option<CudaEvent>>,
+    /// The page-locked memory of the last `fill`.
+    turn: usize,
+    /// The type of the upload that the last `fill` had no room for.
+    full: Option<DType>,
 }
 
 /// The uploads of one type, one behind the other.
 struct Part {
     memory: Tensor,
-    host: Pinned,
+    /// Several take turns, so that the next step's values can be written while this step's are copied.
+    hosts: Vec<Pinned>,
     /// Elements that the last `fill` took.
     used: usize,
 }
@@ -36,9 +43,10 @@ struct Part {
 /// The uploads of a running `fill`.
 struct Filling {
     parts: Vec<Part>,
+    turn: usize,
     shape: Shape,
-    /// An upload found no room.
-    is_full: bool,
+    /// The type of an upload that found no room.
+    full: Option<DType>,
 }
 
 thread_local! {
@@ -49,31 +57,50 @@ thread_local! {
 impl Inputs {
     /// Room for so many bytes of numbers, of f32 values, of activations in `dtype`, and of f64 values.
     pub fn new(device: &Device, dtype: DType, bytes: [usize; 4]) -> Result<Inputs> {
+        let types = [DType::U32, DType::F32, dtype, DType::F64];
+        Inputs::of(device, &types.into_iter().zip(bytes).collect::<Vec<_>>(), 1)
+    }
+
+    /// Room for so many bytes of each type; the first room of a type counts. So many page-locked memories take turns.
+    pub fn of(device: &Device, bytes: &[(DType, usize)], turns: usize) -> Result<Inputs> {
         let mut parts: Vec<Part> = Vec::new();
         let cuda = device.as_cuda_device()?;
-        for (dtype, bytes) in [DType::U32, DType::F32, dtype, DType::F64].into_iter().zip(bytes) {
+        for &(dtype, bytes) in bytes {
             if parts.iter().all(|part| part.memory.dtype() != dtype) {
                 let bytes = bytes.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
                 let memory = crate::ops::unwritten(bytes / dtype.size_in_bytes(), dtype, device)?;
-                parts.push(Part { memory, host: Pinned::on(cuda, bytes)?, used: 0 });
+                let hosts = (0..turns).map(|_| Pinned::on(cuda, bytes)).collect::<Result<_>>()?;
+                parts.push(Part { memory, hosts, used: 0 });
             }
         }
-        Ok(Inputs { device: device.clone(), parts })
+        let sent = (0..turns).map(|_| None).collect();
+        Ok(Inputs { device: device.clone(), parts, sent, turn: 0, full: None })
     }
 
     /// Runs `prepare`, whose uploads lie in these inputs, and returns its result and the step's shape. `None`: they
-    /// have no room for it. The device must have read the uploads of an earlier call.
+    /// have no room for it. The device must have read the uploads of an earlier call, unless `send_apart` sent them.
     pub fn fill<T>(&mut self, prepare: impl FnOnce() -> Result<T>) -> Result<Option<(T, Shape)>> {
+        self.turn = (self.turn + 1) % self.sent.len();
+        if let Some(event) = self.sent[self.turn].take().filter(|event| !event.is_complete()) {
+            event.synchronize().w()?;
+        }
         let mut parts = std::mem::take(&mut self.parts);
         parts.iter_mut().for_each(|part| part.used = 0);
-        FILLING.set(Some(Filling { parts, shape: Shape::new(), is_full: false }));
+        FILLING.set(Some(Filling { parts, turn: self.turn, shape: Shape::new(), full: None }));
         let done = prepare();
         let Some(filling) = FILLING.take() else { bail!("a step's inputs are gone") };
-        self.parts = filling.parts;
-        match filling.is_full {
-            true => Ok(None),
-            false => done.map(|done| Some((done, filling.shape))),
+        (self.parts, self.full) = (filling.parts, filling.full);
+        match self.full {
+            Some(_) => Ok(None),
+            None => done.map(|done| Some((done, filling.shape))),
         }
+    }
+
+    /// Bytes of room for each type, with twice as much where the last `fill` found none.
+    pub fn larger(&self) -> Vec<(DType, usize)> {
+        let bytes = |part: &Part| part.memory.elem_count() * part.memory.dtype().size_in_bytes();
+        let factor = |part: &Part| if Some(part.memory.dtype()) == self.full { 2 } else { 1 };
+        self.parts.iter().map(|part| (part.memory.dtype(), factor(part) * bytes(part))).collect()
     }
 
     /// Queues the copies of what the last `fill` took.
@@ -85,12 +112,29 @@ impl Inputs {
             // SAFETY: both memories hold so many bytes and live as long as this value. Who fills them again has
             // waited for the copies, and pinned memory is freed behind all work of the stream.
             unsafe {
-                let from = std::slice::from_raw_parts(part.host.at(0), bytes);
+                let from = std::slice::from_raw_parts(part.hosts[self.turn].at(0), bytes);
                 result::memcpy_htod_async(super::address(&part.memory, 0)?, from, stream.cu_stream())
             }
             .w()?;
         }
         Ok(())
+    }
+
+    /// The same outside of a graph. A later `fill` waits for these copies if it needs their page-locked memory.
+    pub fn send_apart(&mut self) -> Result<()> {
+        self.send()?;
+        let stream = self.device.as_cuda_device()?.cuda_stream();
+        self.sent[self.turn] = Some(stream.record_event(None).w()?);
+        Ok(())
+    }
+}
+
+impl Drop for Inputs {
+    /// Waits for copies from the memory that is freed next.
+    fn drop(&mut self) {
+        for event in self.sent.iter().flatten() {
+            let _ = event.synchronize();
+        }
     }
 }
 
@@ -116,14 +160,14 @@ impl Filling {
         };
         let (size, at) = (size_of::<T>(), part.used);
         if at + values.len() > part.memory.elem_count() {
-            self.is_full = true;
+            self.full.get_or_insert(T::DTYPE);
             bail!("{} values of a step find no room", values.len());
         }
         // SAFETY: the range was just checked; nothing reads the pinned memory meanwhile, since whoever fills it has
         // waited for the copies of the last time.
         unsafe {
             let from = values.as_ptr().cast::<u8>();
-            std::ptr::copy_nonoverlapping(from, part.host.at(at * size), values.len() * size);
+            std::ptr::copy_nonoverlapping(from, part.hosts[self.turn].at(at * size), values.len() * size);
         }
         part.used = (at + values.len()).next_multiple_of(ALIGNMENT / size).min(part.memory.elem_count());
         part.memory.narrow(0, at, values.len())
